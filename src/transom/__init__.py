@@ -1,0 +1,62 @@
+"""Transom: one readable decoder-only Transformer, and everything a person does with it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from transom.args import LayerArgs, ModelArgs, MoeArgs
+    from transom.attend.mask import create_chunked_attention_mask, positions_from_sizes
+    from transom.attend.reference import repeat_kv
+    from transom.attend.view import CacheView
+    from transom.cache.model_cache import ModelCache
+    from transom.cache.store import RotatingBufferCache, StaticCache
+    from transom.layers.attention import Attention
+    from transom.layers.feed_forward import FeedForward
+    from transom.layers.moe import MoE
+    from transom.layers.norm import RMSNorm, rmsnorm
+    from transom.layers.rope import (
+        apply_rotary_emb,
+        apply_scaling,
+        precompute_freqs_cis,
+        reshape_for_broadcast,
+    )
+    from transom.model import LLM, MaskedEmbedding, TransformerBlock, TransformerInput, TransformerOutput
+    from transom.presets import preset
+
+# Names resolve on first use (PEP 562): `import transom` and `transom --help` must not pay for torch.
+_HOMES = {
+    "transom.args": ("LayerArgs", "ModelArgs", "MoeArgs"),
+    "transom.attend.mask": ("create_chunked_attention_mask", "positions_from_sizes"),
+    "transom.attend.reference": ("repeat_kv",),
+    "transom.attend.view": ("CacheView",),
+    "transom.cache.model_cache": ("ModelCache",),
+    "transom.cache.store": ("RotatingBufferCache", "StaticCache"),
+    "transom.layers.attention": ("Attention",),
+    "transom.layers.feed_forward": ("FeedForward",),
+    "transom.layers.moe": ("MoE",),
+    "transom.layers.norm": ("RMSNorm", "rmsnorm"),
+    "transom.layers.rope": (
+        "apply_rotary_emb",
+        "apply_scaling",
+        "precompute_freqs_cis",
+        "reshape_for_broadcast",
+    ),
+    "transom.model": ("LLM", "MaskedEmbedding", "TransformerBlock", "TransformerInput", "TransformerOutput"),
+    "transom.presets": ("preset",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'transom' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,26 @@
+"""The two ways a request can end badly, and the sentence that says so."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RequestError(ValueError):
+    """What was asked for cannot be done: one sentence, exit code 2, nothing written."""
+
+
+class WorkError(RuntimeError):
+    """The request was right, but the work itself failed: one sentence, exit code 1."""
+
+
+def require(condition: bool, field: str, value: object, accepted: str) -> None:
+    """Raise `RequestError` naming the field, its value and what is accepted, unless `condition`."""
+    if not condition:
+        raise RequestError(f"{field} = {value!r}: {accepted}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the closest of `known`, or nothing when none is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""

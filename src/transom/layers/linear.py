@@ -1,0 +1,63 @@
+"""The leaves: the three kinds of module that own large weights."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """y = x W^T, weight [out, in]; no bias unless asked for."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+
+    def reset_parameters(self) -> None:
+        """Nothing: `LLM.init_weights` fills all weights, or a checkpoint does."""
+
+
+class Embedding(nn.Embedding):
+    """One row of weight [V, D] per token."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: `LLM.init_weights` fills all weights, or a checkpoint does."""
+
+
+class GroupedLinear(nn.Module):
+    """E linears side by side, weight [E, out, in]; rows [R, in] come sorted by the one they belong to."""
+
+    def __init__(self, num_groups: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_groups, out_features, in_features))
+
+    def forward(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
+        """Rows [ends[e - 1], ends[e]) times the weight of e, one grouped product where torch has it."""
+        if grouped_mm_works(rows_RD.device.type, rows_RD.dtype):
+            return F.grouped_mm(rows_RD, self.weight.to(rows_RD.dtype).mT, offs=ends_E.to(torch.int32))
+        return self.loop(rows_RD, ends_E)
+
+    def loop(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
+        """The plain twin of the grouped product: one matrix after the other."""
+        ends = ends_E.tolist()
+        starts = [0, *ends[:-1]]
+        # unbind, not weight[e]: indexing would make a full-size gradient for every expert.
+        weights = self.weight.to(rows_RD.dtype).unbind(0)
+        parts = [F.linear(rows_RD[a:b], w) for a, b, w in zip(starts, ends, weights, strict=True)]
+        return torch.cat(parts)
+
+
+@functools.cache
+def grouped_mm_works(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether this torch multiplies groups on this device in this dtype, found by trying once."""
+    if not hasattr(F, "grouped_mm"):
+        return False
+    try:
+        rows = torch.ones(16, 16, device=device_type, dtype=dtype)
+        weight = torch.ones(2, 16, 16, device=device_type, dtype=dtype)
+        ends = torch.tensor([8, 16], device=device_type, dtype=torch.int32)
+        return bool((F.grouped_mm(rows, weight.mT, offs=ends) == 16).all())
+    except (RuntimeError, NotImplementedError):
+        return False

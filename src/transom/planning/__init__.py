@@ -1,0 +1,1 @@
+"""Arithmetic about models: functions of the arguments alone, no torch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -18,6 +19,11 @@ def require(condition: bool, field: str, value: object, accepted: str) -> None:
     """Raise `RequestError` naming the field, its value and what is accepted, unless `condition`."""
     if not condition:
         raise RequestError(f"{field} = {value!r}: {accepted}")
+
+
+def notice(message: str) -> None:
+    """One line to standard error: what was chosen, skipped or repaired, so that nothing is silent."""
+    print(f"transom: {message}", file=sys.stderr, flush=True)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

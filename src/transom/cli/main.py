@@ -1,0 +1,84 @@
+"""`transom <verb>`: finds the verb, imports only its module, and turns errors into one sentence.
+
+Exit codes: 0 done, 1 the work failed, 2 the request was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from transom import __version__
+from transom.errors import RequestError, WorkError, nearest
+
+# verb -> (module with add_arguments(parser) and run(options) -> exit code, what it does)
+VERBS: dict[str, tuple[str, str]] = {
+    "demo": ("transom.cli.demo", "train a small model on this machine's Python library, then talk"),
+    "train": ("transom.cli.train", "train a model from a config file, key=value overrides accepted"),
+    "generate": ("transom.cli.generate", "continue a prompt"),
+    "chat": ("transom.cli.chat", "talk with a model, turn by turn"),
+    "inspect": ("transom.cli.inspect", "show what a model is, layer by layer"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one sentence and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(f"{message}; see `{self.prog} --help`")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(words)
+    except RequestError as error:
+        print(f"transom: {error}", file=sys.stderr)
+        return 2
+    except WorkError as error:
+        print(f"transom: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("transom: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone away
+        return 1
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"transom {__version__}")
+        return 0
+    verb = words[0]
+    if verb not in VERBS:
+        raise RequestError(f"{verb!r}: no such verb; known are {', '.join(VERBS)}{nearest(verb, VERBS)}")
+    module, help_line = VERBS[verb]
+    command = importlib.import_module(module)
+    parser = Parser(prog=f"transom {verb}", description=help_line, allow_abbrev=False)
+    command.add_arguments(parser)
+    return int(command.run(parser.parse_args(words[1:])))
+
+
+def _overview() -> str:
+    width = max(len(verb) for verb in VERBS)
+    lines = [f"  {verb:{width}}  {help_line}" for verb, (_, help_line) in VERBS.items()]
+    return "\n".join(
+        ["usage: transom <verb> [options]", "", *lines, "", "`transom <verb> --help` shows its options."]
+    )
+
+
+def emit_json(document: dict[str, Any]) -> None:
+    """Print the one JSON document that ends standard output under --json."""
+    print(json.dumps(document), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

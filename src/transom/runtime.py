@@ -1,0 +1,125 @@
+"""Device, dtype, seeds and clocks: what a run asks of the machine it stands on."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import random
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from transom.errors import RequestError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is cuda, then mps, then cpu; a device that is not there is a `RequestError`."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RequestError(f"device = {name!r}: accepted is auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RequestError(f"device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise RequestError("device = 'mps': not available on this machine")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where it is fast on this device, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if bfloat16_is_fast(device.type) else torch.float32
+    if name not in DTYPES:
+        raise RequestError(f"dtype = {name!r}: accepted is auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+@functools.cache
+def bfloat16_is_fast(device_type: str) -> bool:
+    """Whether a bfloat16 product beats float32 here, found by timing one; on many CPUs it is 100x slower."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    a = torch.ones(256, 256, device=device_type)
+    return _seconds_of_product(a.bfloat16()) < _seconds_of_product(a)
+
+
+def _seconds_of_product(a: torch.Tensor) -> float:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        a @ a
+        synchronize(a.device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@functools.cache
+def matmul_peak(device_type: str, dtype: torch.dtype) -> float:
+    """Measured FLOP/s of the largest square product that takes well under a second here: the MFU yardstick."""
+    size, repeats = (1536, 3) if device_type == "cpu" else (8192, 10)
+    a = torch.randn(size, size, device=device_type, dtype=dtype)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ a
+        synchronize(a.device)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for queued work, so that a clock read afterwards means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak bytes so far: allocated on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's and torch's global generators; ours are all explicit, this covers what users add."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def machine() -> dict[str, object]:
+    """What a result depends on: versions, processor, threads."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "platform": platform.platform(),
+        "processor": processor_name(),
+        "gpu": gpu,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def processor_name() -> str:
+    """The processor's marketing name, or its architecture where the system does not tell."""
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

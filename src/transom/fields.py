@@ -23,7 +23,7 @@ def describe(default: Any, help: str, unit: str = "") -> Any:
 
 
 @functools.cache
-def field_types(cls: type) -> dict[str, Any]:
+def field_types(cls: Any) -> dict[str, Any]:
     """Resolved field types of a dataclass, in order."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
@@ -87,6 +87,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return tuple(_convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return value if isinstance(value, kind) else read(kind, value, where)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise RequestError(f"{where} = {value!r}: accepted is a mapping")
+        return dict(value)
     return _convert_scalar(kind, value, where)
 
 

@@ -1,0 +1,128 @@
+"""`transom train`: a model from a config file, on the user's own text."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from transom.args import ModelArgs
+from transom.cli.main import emit_json
+from transom.errors import RequestError
+from transom.fields import field_types
+from transom.training.config import TrainArgs, read_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the verb; the fields of the config are listed behind them."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = (
+        "transom train [CONFIG.yaml | RUN] [key=value ...] [--overwrite | --resume] [--profile N] [--json]"
+    )
+    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml key=value", help="config file, then overrides")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same folder")
+    again.add_argument(
+        "--resume", action="store_true", help="continue the run exactly where its latest step left it"
+    )
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="time the parts of the first N steps")
+    parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
+    parser.add_argument("--json", action="store_true", help="print one JSON document as the last line")
+    parser.epilog = "fields of CONFIG.yaml, each also as key=value (unit, default):\n\n" + "\n".join(
+        _fields(TrainArgs)
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train; exit code 0, or 143 after a SIGTERM that saved."""
+    if options.profile < 0:
+        raise RequestError(f"--profile = {options.profile}: accepted is 0 or more steps")
+    config, overrides = _split(options.words)
+    args = read_config(config, overrides)
+    if options.resume and config is not None and config.parent.name and "out" not in args.to_dict():
+        args = dataclasses.replace(args, out=str(config.parent))
+    args.data.source_list  # noqa: B018 - a run without sources is refused before torch is imported
+    return run_training(args, options)
+
+
+def run_training(args: TrainArgs, options: argparse.Namespace) -> int:
+    """Open the run, train, report; shared with `transom demo` up to the point where it talks."""
+    from transom.training.report import write_report
+    from transom.training.setup import open_run
+    from transom.training.trainer import describe_run
+
+    trainer = open_run(
+        args,
+        overwrite=options.overwrite,
+        resume=options.resume,
+        quiet=options.quiet,
+        profile_steps=options.profile,
+    )
+    trainer.line.say(describe_run(args, trainer.model, trainer.dtype, trainer.device))
+    final = trainer.fit()
+    report = write_report(trainer.run.path)
+    if trainer.stop.signal is not None:
+        trainer.line.say(f"saved at step {trainer.progress.step}; continue with --resume")
+        return 128 + signal.SIGTERM if trainer.stop.signal == signal.SIGTERM else 0
+    print(f"run     {trainer.run.path}\nreport  {report}")
+    if final.tokens:
+        print(f"held out: {final.bits_per_byte:.3f} bits per byte, perplexity {final.perplexity:.1f}")
+    if options.json:
+        emit_json(
+            {
+                "run": str(trainer.run.path),
+                "steps": trainer.progress.step,
+                "train_tokens": trainer.progress.tokens,
+                "train_seconds": round(trainer.progress.seconds, 3),
+                "val_bits_per_byte": final.bits_per_byte if final.tokens else None,
+                "val_perplexity": final.perplexity if final.tokens else None,
+            }
+        )
+    return 0
+
+
+def _split(words: list[str]) -> tuple[Path | None, list[str]]:
+    """The config file (a run folder stands for its config.yaml), and the overrides."""
+    if not words or "=" in words[0]:
+        return None, words
+    path = Path(words[0])
+    return (path / "config.yaml" if path.is_dir() else path), words[1:]
+
+
+def _fields(cls: type, prefix: str = "") -> list[str]:
+    """One line per config field: name, help, unit, default; nested parts by dotted names."""
+    lines: list[str] = []
+    types_of = field_types(cls)
+    for field in dataclasses.fields(cls):
+        kind, name = types_of[field.name], prefix + field.name
+        nested = _dataclass_in(kind)
+        help_text, unit = field.metadata.get("help", ""), field.metadata.get("unit", "")
+        if nested is not None and dataclasses.is_dataclass(kind):
+            lines += [f"  {name}: {help_text}", *_fields(nested, name + ".")]
+            continue
+        detail = ", ".join(part for part in (unit, f"default {_default(field)}") if part)
+        lines.append(f"  {name}: {help_text} ({detail})")
+        if nested is not None:
+            lines += _fields(nested, name + ".")
+        if name == "model":
+            lines += _fields(ModelArgs, "model.")
+    return lines
+
+
+def _dataclass_in(kind: Any) -> type | None:
+    """The dataclass of a field type, looked for inside unions and tuples."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return kind
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) in (typing.Union, tuple):
+        return next((found for inner in typing.get_args(kind) if (found := _dataclass_in(inner))), None)
+    return None
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return "null" if field.default is None else repr(field.default).lower().replace("'", '"')
+    return "required" if field.default_factory is dataclasses.MISSING else repr(field.default_factory())

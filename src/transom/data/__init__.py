@@ -1,0 +1,1 @@
+"""Text on disk to batches of tokens: sources, token files, the order of an epoch, packed rows."""

@@ -1,0 +1,232 @@
+"""Documents of a file, a folder or a glob: plain text, JSON lines and Parquet, with every skip counted."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+from transom.errors import RequestError, require
+from transom.fields import describe
+
+TEXT_KEY = "text"  # of a JSON line, and the column of a Parquet file
+BINARY_PROBE_BYTES = 8192
+
+
+@dataclass(frozen=True)
+class SourceArgs:
+    """One place that documents come from, and its share when there are several."""
+
+    path: str = describe(MISSING, "file, folder (read to the bottom) or glob of .txt, .jsonl, .parquet, code, ...")
+    weight: float = describe(1.0, "share of the rows drawn from this source, relative to the other weights")
+    name: str = describe("", "name in reports; the path when empty")
+    include: tuple[str, ...] = describe((), "read only what matches one of these: names or globs of files, folders")
+    exclude: tuple[str, ...] = describe((), "leave out what matches one of these: names or globs of files, folders")
+
+    def __post_init__(self) -> None:
+        require(bool(self.path), "path", self.path, "accepted is a file, a folder or a glob")
+        usable = self.weight > 0 and math.isfinite(self.weight)
+        require(usable, "weight", self.weight, "accepted is a number above 0")
+
+
+class Document(NamedTuple):
+    """One text; `id` is its path below the source, with `:row` (from 1) where a file holds many."""
+
+    id: str
+    text: str
+
+
+@dataclass
+class ReadReport:
+    """What a reading found and what it left out, counted in files unless said otherwise."""
+
+    files: int = 0
+    documents: int = 0  # documents yielded
+    empty: int = 0  # documents without a character
+    skipped_binary: int = 0
+    skipped_encoding: int = 0  # not UTF-8
+    skipped_hidden: int = 0  # files and whole folders whose name begins with a dot
+    skipped_links: int = 0  # links to folders, broken links, sockets and devices
+    excluded: int = 0  # by `include` and `exclude`
+
+
+def read_documents(source: SourceArgs, report: ReadReport | None = None) -> Iterator[Document]:
+    """Documents of `source` in order of their path; a source without any text is a `RequestError`.
+
+    Inside a folder or a glob, files that are not text are skipped and counted in `report`; a file named
+    by itself must be text.
+    """
+    report = ReadReport() if report is None else report
+    files = _list_files(source, report)
+    report.files = len(files)
+    return _read_all(source, files, report)
+
+
+def held_out(document_id: str, fraction: float) -> bool:
+    """Whether a document belongs to the held-out part: a pure function of its id."""
+    digest = hashlib.sha256(f"held out: {document_id}".encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:8]) < fraction * 2**64
+
+
+class _File(NamedTuple):
+    path: Path
+    id: str
+    named: bool  # given by its own path: what is wrong with it is an error, not a skip
+
+
+def _read_all(source: SourceArgs, files: Sequence[_File], report: ReadReport) -> Iterator[Document]:
+    for file in files:
+        try:
+            for document in _read_file(file, report):
+                if document.text:
+                    report.documents += 1
+                    yield document
+                else:
+                    report.empty += 1
+        except OSError as error:
+            raise RequestError(f"{file.path}: cannot be read ({error.strerror or error})") from error
+    if not report.documents:
+        raise RequestError(f"path = {source.path!r}: no text in it, accepted is text (found {_summary(report)})")
+
+
+def _summary(report: ReadReport) -> str:
+    counts = {name.replace("_", " "): count for name, count in vars(report).items() if count}
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "no files"
+
+
+# -- which files -------------------------------------------------------------------------------------
+
+
+def _list_files(source: SourceArgs, report: ReadReport) -> list[_File]:
+    """Files of a source sorted by id, after hidden, linked and excluded ones are counted out."""
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        found = [_File(path, path.name, named=True)]
+    elif path.is_dir():
+        found = list(_walk(path, report))
+    elif glob.has_magic(source.path):
+        found = list(_match(str(path)))
+    else:
+        raise RequestError(f"path = {source.path!r}: not found, accepted is a file, a folder or a glob")
+    kept = [file for file in found if _selected(file.id, source)]
+    report.excluded = len(found) - len(kept)
+    return sorted(kept, key=lambda file: file.id)
+
+
+def _walk(root: Path, report: ReadReport) -> Iterator[_File]:
+    def refuse(error: OSError) -> None:  # os.walk would leave an unreadable folder out without a word
+        raise RequestError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+    for folder, subfolders, names in os.walk(root, onerror=refuse):
+        here = Path(folder)
+        for name in [name for name in subfolders if name.startswith(".")]:
+            report.skipped_hidden += 1
+            subfolders.remove(name)
+        report.skipped_links += sum((here / name).is_symlink() for name in subfolders)  # os.walk stays out
+        for name in names:
+            path = here / name
+            if name.startswith("."):
+                report.skipped_hidden += 1
+            elif not path.is_file():
+                report.skipped_links += 1
+            else:
+                yield _File(path, path.relative_to(root).as_posix(), named=False)
+
+
+def _match(pattern: str) -> Iterator[_File]:
+    """Files that a glob matches; like the shell's, it passes over hidden ones unless it spells the dot.
+
+    Folders are passed over too: `**` matches every one of them.
+    """
+    parts = Path(pattern).parts
+    plain = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    root = Path(*parts[:plain])
+    # Not Path.glob, whose * matches hidden files. A set, as two ** in one pattern match a file twice.
+    for name in set(glob.glob(pattern, recursive=True)):  # noqa: PTH207
+        path = Path(name)
+        if path.is_file():
+            yield _File(path, path.relative_to(root).as_posix(), named=False)
+
+
+def _selected(id: str, source: SourceArgs) -> bool:
+    """Whether the relative path, or any name in it, passes `include` and `exclude`."""
+    names = [id, *id.split("/")]
+    included = any(fnmatchcase(name, pattern) for name in names for pattern in source.include)
+    excluded = any(fnmatchcase(name, pattern) for name in names for pattern in source.exclude)
+    return (included or not source.include) and not excluded
+
+
+# -- what is in them ---------------------------------------------------------------------------------
+
+
+def _read_file(file: _File, report: ReadReport) -> Iterator[Document]:
+    if file.path.suffix == ".parquet":
+        return _read_parquet(file)
+    if _is_binary(file.path):
+        if file.named:
+            raise RequestError(f"{file.path}: a binary file, accepted is UTF-8 text, .jsonl or .parquet")
+        report.skipped_binary += 1
+        return iter(())
+    return _read_json_lines(file) if file.path.suffix == ".jsonl" else _read_text(file, report)
+
+
+def _is_binary(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return b"\0" in stream.read(BINARY_PROBE_BYTES)
+
+
+def _read_text(file: _File, report: ReadReport) -> Iterator[Document]:
+    try:
+        text = file.path.read_bytes().decode()  # read_text would turn \r\n into \n
+    except UnicodeDecodeError as error:
+        if file.named:
+            accepted = "accepted is UTF-8 text, .jsonl or .parquet"
+            raise RequestError(f"{file.path}: not UTF-8 at byte {error.start}, {accepted}") from error
+        report.skipped_encoding += 1
+        return
+    yield Document(file.id, text)
+
+
+def _read_json_lines(file: _File) -> Iterator[Document]:
+    with file.path.open("rb") as lines:  # split at \n only: str.splitlines knows nine more line ends
+        for row, line in enumerate(lines, start=1):
+            if not line.strip():
+                yield Document(f"{file.id}:{row}", "")
+                continue
+            try:
+                text = json.loads(line.decode("utf-8-sig"))[TEXT_KEY]
+                text.encode()  # half a surrogate pair passes JSON, and no tokenizer takes it
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                accepted = f'accepted is a JSON object with a string "{TEXT_KEY}"'
+                shown = line[:40].decode(errors="replace").strip()
+                raise RequestError(f"{file.path}:{row}: {shown!r}: {accepted}") from error
+            yield Document(f"{file.id}:{row}", text)
+
+
+def _read_parquet(file: _File) -> Iterator[Document]:
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError as error:
+        raise RequestError(f"{file.path}: reading Parquet needs pyarrow: pip install 'transom[parquet]'") from error
+    try:
+        with parquet.ParquetFile(file.path) as table:
+            kinds = dict(zip(table.schema_arrow.names, table.schema_arrow.types, strict=True))
+            kind = kinds.get(TEXT_KEY)
+            if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                accepted = f'accepted is a string column "{TEXT_KEY}"'
+                raise RequestError(f"{file.path}: columns are {', '.join(kinds)}: {accepted}")
+            row = 0
+            for group in range(table.num_row_groups):
+                for text in table.read_row_group(group, columns=[TEXT_KEY])[TEXT_KEY].to_pylist():
+                    row += 1
+                    yield Document(f"{file.id}:{row}", text or "")
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise RequestError(f"{file.path}: not a readable Parquet file ({error})") from error

@@ -1,0 +1,1 @@
+"""Loss, optimizers, schedules and the one trainer."""

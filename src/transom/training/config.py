@@ -1,0 +1,204 @@
+"""The whole of a run as one strict, frozen piece of data: what `config.yaml` may say. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from transom.args import ModelArgs
+from transom.data.sources import SourceArgs
+from transom.errors import RequestError, require
+from transom.fields import describe, read, write
+from transom.presets import preset
+from transom.training.schedule import ScheduleArgs
+
+
+@dataclass(frozen=True)
+class TokenizerArgs:
+    """Which tokenizer: trained on the run's own text, or read from a file."""
+
+    kind: Literal["bpe", "chars", "bytes", "file"] = describe("bpe", "how text becomes tokens")
+    vocab_size: int = describe(2048, "size of a trained bpe vocabulary", "tokens")
+    path: str | None = describe(None, "tokenizer.json or a folder with one, for kind file")
+
+    def __post_init__(self) -> None:
+        needed = (self.path is not None) == (self.kind == "file")
+        require(needed, "tokenizer.path", self.path, "accepted together with tokenizer.kind = file, and only then")
+
+
+@dataclass(frozen=True)
+class DataArgs:
+    """Where text comes from and how it is cut into rows."""
+
+    sources: str | tuple[SourceArgs | str, ...] = describe(
+        (), "files, folders or globs of text, .jsonl or .parquet; a path, a list of paths, or of path and weight"
+    )
+    held_out: float = describe(0.05, "share of documents kept for measuring, chosen by hash of their name")
+    seq_len: int = describe(256, "length of a training row", "tokens")
+    batch_size: int = describe(8, "rows per step, all ranks and micro-batches together", "rows")
+    cache_dir: str | None = describe(None, "where tokenised shards are kept; $TRANSOM_CACHE or ~/.cache/transom")
+
+    def __post_init__(self) -> None:
+        require(0 <= self.held_out < 1, "data.held_out", self.held_out, "accepted is 0 or more and less than 1")
+        require(self.seq_len >= 1, "data.seq_len", self.seq_len, "accepted is 1 or more")
+        require(self.batch_size >= 1, "data.batch_size", self.batch_size, "accepted is 1 or more")
+
+    @property
+    def source_list(self) -> list[SourceArgs]:
+        """The sources as `SourceArgs`, at least one."""
+        given = (self.sources,) if isinstance(self.sources, str) else self.sources
+        require(len(given) > 0, "data.sources", list(given), "accepted is at least one file, folder or glob")
+        return [SourceArgs(path=one) if isinstance(one, str) else one for one in given]
+
+
+@dataclass(frozen=True)
+class OptimizerArgs:
+    """Which optimizer trains which parameters, at which peak learning rates."""
+
+    name: Literal["adamw", "muon"] = describe("adamw", "optimizer of the block matrices; the rest uses AdamW")
+    lr: float = describe(3e-4, "peak learning rate of AdamW")
+    betas: tuple[float, float] = describe((0.9, 0.95), "AdamW: decay of the two running means")
+    eps: float = describe(1e-8, "AdamW: added to the denominator")
+    weight_decay: float = describe(0.1, "decoupled decay of everything but vectors", "per unit of learning rate")
+    muon_lr: float = describe(0.02, "peak learning rate of Muon")
+    muon_momentum: float = describe(0.95, "Muon: decay of the running mean")
+    muon_steps: int = describe(4, "Muon: orthogonalisation steps; 4 is cheap, 7 nearly exact", "steps")
+    embedding_lr: float | None = describe(None, "peak rate of tok_embeddings; lr if not given")
+    output_lr: float | None = describe(None, "peak rate of an untied output matrix; lr if not given")
+    norm_lr: float | None = describe(None, "peak rate of norms, biases and scalars; lr if not given")
+    max_grad_norm: float | None = describe(1.0, "gradients are scaled down to this global norm; none: no clipping")
+
+    def __post_init__(self) -> None:
+        require(self.name in ("adamw", "muon"), "name", self.name, "accepted is one of adamw, muon")
+        for name in ("lr", "muon_lr", "eps"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, name, value, "accepted is a number above 0")
+        for name in ("embedding_lr", "output_lr", "norm_lr", "max_grad_norm"):
+            value = getattr(self, name)
+            valid = value is None or 0 < value < math.inf
+            require(valid, name, value, "accepted is none or a number above 0")
+        two_fractions = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        require(two_fractions, "betas", self.betas, "accepted is two numbers, each at least 0 and below 1")
+        momentum = self.muon_momentum
+        require(0 <= momentum < 1, "muon_momentum", momentum, "accepted is at least 0 and below 1")
+        decay = self.weight_decay
+        require(0 <= decay < math.inf, "weight_decay", decay, "accepted is a number from 0")
+        require(1 <= self.muon_steps <= 7, "muon_steps", self.muon_steps, "accepted is 1 to 7")
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """One run; a wrong key or value is a `RequestError` naming the field and what is accepted."""
+
+    out: str = describe("runs/train", "run folder to write")
+    seed: int = describe(0, "seed of weights, data order and samples")
+    model: str | dict[str, Any] = describe(
+        "demo", "a preset's name, or model fields; {preset: NAME, field: value} changes a preset"
+    )
+    tokenizer: TokenizerArgs = describe(TokenizerArgs, "how text becomes tokens")
+    data: DataArgs = describe(DataArgs, "where text comes from")
+    optimizer: OptimizerArgs = describe(OptimizerArgs, "how weights move")
+    schedule: ScheduleArgs = describe(ScheduleArgs, "how the learning rate moves")
+    steps: int = describe(1000, "optimizer steps")
+    accumulate: int = describe(1, "micro-batches a step is cut into, to save memory")
+    short_rows: float = describe(
+        0.0, "first share of the steps in which rows are cut in `short_rows_split` (Shortformer, arXiv 2012.15832)"
+    )
+    short_rows_split: int = describe(2, "pieces a row is cut into while rows are short")
+    device: str = describe("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = describe(
+        "auto", "dtype of the products; weights stay float32; float16 needs a GPU"
+    )
+    threads: int | None = describe(None, "CPU threads; torch's own choice when absent")
+    eval_every: int = describe(0, "steps between held-out scores; 0 scores only at the end", "steps")
+    eval_tokens: int | None = describe(100_000, "held-out tokens scored during training; all at the end", "tokens")
+    save_every: int = describe(500, "steps between checkpoints; the last step is always saved", "steps")
+    keep_last: int = describe(2, "checkpoints kept, besides the best", "checkpoints")
+    sample_every: int = describe(0, "steps between samples; 0 never samples", "steps")
+    sample_prompts: tuple[str, ...] = describe(("",), "prompts of the samples drawn during training")
+    sample_tokens: int = describe(64, "length of a sample", "tokens")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "short_rows_split", "save_every", "keep_last", "sample_tokens"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "accepted is 1 or more")
+        for name in ("eval_every", "sample_every"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "accepted is 0 or more")
+        require(0 <= self.short_rows <= 1, "short_rows", self.short_rows, "accepted is 0 to 1")
+        fits = self.data.batch_size % self.accumulate == 0
+        accepted = f"accepted is a divisor of data.batch_size = {self.data.batch_size}"
+        require(fits, "accumulate", self.accumulate, accepted)
+        if self.short_rows:
+            fits = self.data.seq_len % self.short_rows_split == 0
+            accepted = f"accepted is a divisor of data.seq_len = {self.data.seq_len}"
+            require(fits, "short_rows_split", self.short_rows_split, accepted)
+        args = self.model_args(vocab_size=None)
+        accepted = f"accepted is at most model.max_seq_len = {args.max_seq_len}"
+        require(self.data.seq_len <= args.max_seq_len, "data.seq_len", self.data.seq_len, accepted)
+
+    def model_args(self, vocab_size: int | None) -> ModelArgs:
+        """The model asked for; its vocabulary is the tokenizer's unless the config gives one at least as large."""
+        given = {"preset": self.model} if isinstance(self.model, str) else dict(self.model)
+        name = given.pop("preset", None)
+        if vocab_size is not None:
+            asked = given.setdefault("vocab_size", vocab_size)
+            accepted = f"accepted is at least the tokenizer's {vocab_size}"
+            require(isinstance(asked, int) and asked >= vocab_size, "model.vocab_size", asked, accepted)
+        try:
+            return preset(name, **given) if name is not None else ModelArgs.from_dict(given)
+        except RequestError as error:
+            raise RequestError(f"model.{error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data of what differs from the defaults; `read_config` takes it back."""
+        data = write(self)
+        assert isinstance(data, dict)
+        return data
+
+
+def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> TrainArgs:
+    """The config of a YAML file (or none) with `key.sub=value` overrides, values in YAML."""
+    data: dict[str, Any] = {}
+    if path is not None:
+        data = _read_yaml(Path(path))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise RequestError(f"{override!r}: accepted is key=value, such as steps=100 or data.seq_len=128")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise RequestError(f"{override!r}: the value is not valid YAML") from None
+        _set(data, key.split("."), value, key)
+    return read(TrainArgs, data)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RequestError(f"{path}: no such file; accepted is a config.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise RequestError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if data is None:
+        return {}
+    if not isinstance(data, Mapping):
+        raise RequestError(f"{path}: accepted is a mapping of fields")
+    return dict(data)
+
+
+def _set(data: dict[str, Any], keys: list[str], value: Any, whole: str) -> None:
+    for key in keys[:-1]:
+        inner = data.setdefault(key, {})
+        if isinstance(inner, str) and key == "model":  # model: demo, then model.dim=64
+            inner = data[key] = {"preset": inner}
+        if not isinstance(inner, dict):
+            raise RequestError(f"{whole}: {key} is {inner!r}, which has no fields")
+        data = inner
+    data[keys[-1]] = value

@@ -1,0 +1,173 @@
+"""The folder of a run: step folders that are whole or absent, pointers to the latest and the best, metrics.
+
+A step folder is a model folder plus the trainer's own state. It is written under a temporary name, hashed,
+flushed to disk and renamed, so that a kill at any moment leaves either all of it or nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from transom.checkpoints.folders import read_json, read_pointer
+from transom.checkpoints.load import read_safetensors, write_tensors, write_text
+from transom.errors import RequestError, WorkError, notice
+
+OWN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "report.html", "latest", "best", "trace.json")
+CHECKSUMS, TRAINER_STATE, TRAINER_TENSORS = "sha256.json", "trainer.json", "trainer.safetensors"
+TEMPORARY = ".tmp-"
+
+
+class RunFolder:
+    """`path` with its step folders; refuses to mix two runs."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def prepare(self, *, overwrite: bool, resume: bool) -> None:
+        """Make the folder ready: new, emptied of an earlier run (`overwrite`), or as it was left (`resume`)."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RequestError(f"{self.path}: a file; accepted is a folder to write the run in")
+        occupied = self.path.exists() and any(self.path.iterdir())
+        if resume:
+            if read_pointer(self.path, "latest") is None:
+                raise RequestError(f"{self.path}: no finished step to resume from")
+            self._drop_unfinished()
+        elif occupied and not overwrite:
+            raise RequestError(
+                f"{self.path}: not empty; accepted with --overwrite or --resume, or name another folder"
+            )
+        elif occupied:
+            self._remove_run()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RequestError(f"{self.path}: cannot be made ({error.strerror})") from None
+
+    def _remove_run(self) -> None:
+        """Remove what a run writes, and nothing else: the folder may hold other people's files."""
+        foreign = [p.name for p in self.path.iterdir() if p.name not in OWN_FILES and not _is_step(p)]
+        if foreign:
+            raise RequestError(f"{self.path}: holds {foreign[0]!r}, which no run wrote; name another folder")
+        for item in self.path.iterdir():
+            shutil.rmtree(item) if item.is_dir() else item.unlink()
+
+    def _drop_unfinished(self) -> None:
+        for item in self.path.glob(f"*{TEMPORARY}*"):
+            notice(f"{item}: unfinished checkpoint removed")
+            shutil.rmtree(item, ignore_errors=True)
+
+    def save_step(
+        self,
+        step: int,
+        write_model: Callable[[Path], None],
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        *,
+        best: bool,
+        keep_last: int,
+    ) -> Path:
+        """Write one step folder, move the pointers to it, and drop steps beyond `keep_last` and the best."""
+        final = self.path / f"step_{step:06d}"
+        temporary = self.path / f"{final.name}{TEMPORARY}{os.getpid()}"
+        try:
+            temporary.mkdir(exist_ok=True)
+            write_model(temporary)
+            write_tensors(temporary / TRAINER_TENSORS, dict(tensors))
+            write_text(temporary / TRAINER_STATE, json.dumps(state, indent=2))
+            sums = {file.name: sha256_of(file) for file in sorted(temporary.iterdir())}
+            write_text(temporary / CHECKSUMS, json.dumps(sums, indent=2))
+            for file in temporary.iterdir():
+                _flush(file)
+            _flush(temporary)
+            if final.exists():  # the same step, saved again on the way out
+                shutil.rmtree(final)
+            temporary.rename(final)
+            _flush(self.path)
+        except (OSError, WorkError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise WorkError(f"{final}: checkpoint not written, earlier ones are untouched ({error})") from None
+        self._point("latest", final)
+        if best:
+            self._point("best", final)
+        self._prune(keep_last)
+        return final
+
+    def _point(self, name: str, step: Path) -> None:
+        temporary = self.path / f"{name}{TEMPORARY}{os.getpid()}"
+        write_text(temporary, step.name)
+        _flush(temporary)
+        temporary.replace(self.path / name)
+
+    def _prune(self, keep_last: int) -> None:
+        steps = sorted(p for p in self.path.iterdir() if _is_step(p) and TEMPORARY not in p.name)
+        kept = {read_pointer(self.path, name) for name in ("latest", "best")}
+        for old in steps[:-keep_last]:
+            if old not in kept:
+                shutil.rmtree(old)
+
+    def read_step(self, name: str = "latest") -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+        """The step folder, trainer tensors and trainer state that a pointer names, checksums verified."""
+        step = read_pointer(self.path, name)
+        if step is None:
+            raise RequestError(f"{self.path}: no finished step to resume from")
+        for file, expected in read_json(step / CHECKSUMS).items():
+            if not (step / file).exists():
+                raise RequestError(
+                    f"{step / file}: missing; remove {step.name} and point `{name}` to an earlier step"
+                )
+            if sha256_of(step / file) != expected:
+                raise RequestError(
+                    f"{step / file}: altered or cut since it was written (sha256 differs); "
+                    f"remove {step.name} and point `{name}` to an earlier step"
+                )
+        return step, read_safetensors(step / TRAINER_TENSORS), read_json(step / TRAINER_STATE)
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop metric rows beyond `step`: the resumed run will write them again."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # a kill may cut the last line
+                continue
+            if row["step"] <= step:
+                kept.append(line)
+        write_text(path, "\n".join(kept))
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add one row to metrics.jsonl."""
+        try:
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise WorkError(f"{self.path / 'metrics.jsonl'}: could not be written ({error})") from None
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_step(path: Path) -> bool:
+    return path.name.startswith("step_") and path.is_dir()
+
+
+def _flush(path: Path) -> None:
+    """Force a file's or folder's contents to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,141 @@
+"""Reading documents: which files, which ids, what is skipped and counted, what is refused."""
+
+import os
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from transom.data.sources import ReadReport, SourceArgs, held_out, read_documents
+from transom.errors import RequestError
+from transom.fields import read
+
+
+def found(path, **fields):
+    report = ReadReport()
+    return dict(read_documents(SourceArgs(path=str(path), **fields), report)), report
+
+
+@pytest.fixture
+def folder(tmp_path):
+    files = {
+        "b.txt": b"line\r\nend",
+        "a/z.md": "é\u2028x".encode(),
+        "a/tests/t.py": b"assert 1",
+        "empty.txt": b"",
+        "image.png": b"\x89PNG\0\0",
+        "latin1.txt": "é".encode("latin-1"),
+        ".git/config": b"[core]",
+        ".hidden": b"x",
+        "rows.jsonl": b'{"text": "one\\u2028more"}\n\n{"text": "two", "n": 2}\n{"text": ""}\n',
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
+    return tmp_path
+
+
+def test_a_folder_gives_every_text_in_order_and_counts_the_rest(folder):
+    documents, report = found(folder)
+    assert documents == {
+        "a/tests/t.py": "assert 1",
+        "a/z.md": "é\u2028x",
+        "b.txt": "line\r\nend",
+        "rows.jsonl:1": "one\u2028more",
+        "rows.jsonl:3": "two",
+    }
+    assert list(documents) == sorted(documents)
+    assert report == ReadReport(
+        files=7,
+        documents=5,
+        empty=3,
+        skipped_binary=1,
+        skipped_encoding=1,
+        skipped_hidden=2,
+        skipped_links=1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "ids"),
+    [
+        ({"exclude": ("tests", "*.jsonl")}, ["a/z.md", "b.txt"]),
+        ({"include": ("a",), "exclude": ("a/tests/*",)}, ["a/z.md"]),
+        ({"include": ("t.*", "b.txt")}, ["a/tests/t.py", "b.txt"]),
+    ],
+)
+def test_patterns_match_paths_and_the_names_in_them(folder, fields, ids):
+    documents, report = found(folder, **fields)
+    assert list(documents) == ids
+    assert report.files + report.excluded == 7
+
+
+def test_a_glob_gives_ids_below_its_fixed_part(folder):
+    documents, report = found(folder / "a" / "**" / "**" / "*.*")
+    assert list(documents) == ["tests/t.py", "z.md"]
+    assert report.documents == 2
+
+
+def test_parquet_rows_come_from_every_row_group(tmp_path):
+    table = pa.table({"text": ["one", None, "three"], "other": [1, 2, 3]})
+    parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=2)
+    documents, report = found(tmp_path / "rows.parquet")
+    assert documents == {"rows.parquet:1": "one", "rows.parquet:3": "three"}
+    assert report.empty == 1
+
+
+@pytest.mark.parametrize("line", ['{"text": "cut', '{"txt": "x"}', '{"text": 3}', "[1]", r'{"text": "\ud800"}'])
+def test_a_bad_row_is_named(tmp_path, line):
+    (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(RequestError, match=r'rows\.jsonl:2: .*accepted is a JSON object with a string "text"'):
+        found(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("absent", None, "not found, accepted is a file, a folder or a glob"),
+        ("x*.txt", None, r"no text in it, accepted is text \(found no files\)"),
+        ("a.bin", b"\0", "a binary file, accepted is UTF-8 text"),
+        ("a.txt", b"ab\xff", "not UTF-8 at byte 2, accepted is UTF-8 text"),
+        ("a.txt", b"", r"no text in it, accepted is text \(found 1 files, 1 empty\)"),
+        ("a.parquet", b"PAR1", "not a readable Parquet file"),
+    ],
+)
+def test_a_source_without_text_is_refused(tmp_path, name, content, sentence):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(RequestError, match=sentence):
+        found(tmp_path / name)
+
+
+def test_a_parquet_file_without_the_column_names_what_it_has(tmp_path):
+    parquet.write_table(pa.table({"content": ["x"], "text": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(RequestError, match='columns are content, text: accepted is a string column "text"'):
+        found(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_an_unreadable_folder_is_not_left_out(folder):
+    (folder / "a").chmod(0)
+    try:
+        with pytest.raises(RequestError, match="cannot be read"):
+            found(folder)
+    finally:
+        (folder / "a").chmod(0o700)
+
+
+def test_held_out_is_a_share_of_the_ids_and_grows_with_the_fraction():
+    ids = [f"{number}.txt" for number in range(4000)]
+    small, large = ({id for id in ids if held_out(id, fraction)} for fraction in (0.1, 0.2))
+    assert small < large
+    assert 300 < len(small) < 500
+    assert not any(held_out(id, 0.0) for id in ids)
+    assert all(held_out(id, 1.0) for id in ids)
+
+
+@pytest.mark.parametrize("field", [{"weight": 0}, {"weight": float("inf")}, {"path": ""}])
+def test_wrong_fields_are_named(field):
+    with pytest.raises(RequestError, match=next(iter(field))):
+        read(SourceArgs, {"path": "x", **field})

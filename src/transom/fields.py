@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,6 @@ def describe(default: Any, help: str, unit: str = "") -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@functools.cache
 def field_types(cls: Any) -> dict[str, Any]:
     """Resolved field types of a dataclass, in order."""
     hints = typing.get_type_hints(cls)

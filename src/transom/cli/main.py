@@ -64,7 +64,7 @@ def _run(words: list[str]) -> int:
     command = importlib.import_module(module)
     parser = Parser(prog=f"transom {verb}", description=help_line, allow_abbrev=False)
     command.add_arguments(parser)
-    return int(command.run(parser.parse_args(words[1:])))
+    return int(command.run(parser.parse_intermixed_args(words[1:])))
 
 
 def _overview() -> str:

@@ -8,13 +8,17 @@ import signal
 import types
 import typing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transom.args import ModelArgs
 from transom.cli.main import emit_json
 from transom.errors import RequestError
 from transom.fields import field_types
 from transom.training.config import TrainArgs, read_config
+
+if TYPE_CHECKING:
+    from transom.evaluation.bits import HeldOut
+    from transom.training.trainer import Trainer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,11 +50,23 @@ def run(options: argparse.Namespace) -> int:
     if options.resume and config is not None and config.parent.name and "out" not in args.to_dict():
         args = dataclasses.replace(args, out=str(config.parent))
     args.data.source_list  # noqa: B018 - a run without sources is refused before torch is imported
-    return run_training(args, options)
+    trainer, final, code = run_training(args, options)
+    if options.json and trainer.stop.signal is None:
+        emit_json(
+            {
+                "run": str(trainer.run.path),
+                "steps": trainer.progress.step,
+                "train_tokens": trainer.progress.tokens,
+                "train_seconds": round(trainer.progress.seconds, 3),
+                "val_bits_per_byte": final.bits_per_byte if final.tokens else None,
+                "val_perplexity": final.perplexity if final.tokens else None,
+            }
+        )
+    return code
 
 
-def run_training(args: TrainArgs, options: argparse.Namespace) -> int:
-    """Open the run, train, report; shared with `transom demo` up to the point where it talks."""
+def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer, HeldOut, int]:
+    """Open the run, train it, write its report; (trainer, held-out score, exit code)."""
     from transom.training.report import write_report
     from transom.training.setup import open_run
     from transom.training.trainer import describe_run
@@ -67,22 +83,12 @@ def run_training(args: TrainArgs, options: argparse.Namespace) -> int:
     report = write_report(trainer.run.path)
     if trainer.stop.signal is not None:
         trainer.line.say(f"saved at step {trainer.progress.step}; continue with --resume")
-        return 128 + signal.SIGTERM if trainer.stop.signal == signal.SIGTERM else 0
+        code = 128 + signal.SIGTERM if trainer.stop.signal == signal.SIGTERM else 0
+        return trainer, final, code
     print(f"run     {trainer.run.path}\nreport  {report}")
     if final.tokens:
         print(f"held out: {final.bits_per_byte:.3f} bits per byte, perplexity {final.perplexity:.1f}")
-    if options.json:
-        emit_json(
-            {
-                "run": str(trainer.run.path),
-                "steps": trainer.progress.step,
-                "train_tokens": trainer.progress.tokens,
-                "train_seconds": round(trainer.progress.seconds, 3),
-                "val_bits_per_byte": final.bits_per_byte if final.tokens else None,
-                "val_perplexity": final.perplexity if final.tokens else None,
-            }
-        )
-    return 0
+    return trainer, final, 0
 
 
 def _split(words: list[str]) -> tuple[Path | None, list[str]]:

@@ -20,8 +20,8 @@ from transom.model import LLM, TransformerInput
 class Documents(Protocol):
     """What scoring needs of a token file: documents without BOS and EOS, and their UTF-8 lengths."""
 
-    bytes: NDArray[np.int64]
-
+    @property
+    def bytes(self) -> NDArray[np.int64]: ...
     def __len__(self) -> int: ...
     def document(self, index: int) -> NDArray[np.int64]: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ class TrainArgs:
     save_every: int = describe(500, "steps between checkpoints; the last step is always saved", "steps")
     keep_last: int = describe(2, "checkpoints kept, besides the best", "checkpoints")
     sample_every: int = describe(0, "steps between samples; 0 never samples", "steps")
-    sample_prompts: tuple[str, ...] = describe(("",), "prompts of the samples drawn during training")
+    sample_prompts: tuple[str, ...] = describe(("The",), "prompts of the samples drawn during training")
     sample_tokens: int = describe(64, "length of a sample", "tokens")
 
     def __post_init__(self) -> None:
@@ -142,7 +143,7 @@ class TrainArgs:
 
     def model_args(self, vocab_size: int | None) -> ModelArgs:
         """The model asked for; its vocabulary is the tokenizer's unless the config gives one at least as large."""
-        given = {"preset": self.model} if isinstance(self.model, str) else dict(self.model)
+        given: dict[str, Any] = {"preset": self.model} if isinstance(self.model, str) else dict(self.model)
         name = given.pop("preset", None)
         if vocab_size is not None:
             asked = given.setdefault("vocab_size", vocab_size)
@@ -160,9 +161,11 @@ class TrainArgs:
         return data
 
 
-def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> TrainArgs:
-    """The config of a YAML file (or none) with `key.sub=value` overrides, values in YAML."""
-    data: dict[str, Any] = {}
+def read_config(
+    path: str | Path | None, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None
+) -> TrainArgs:
+    """The config of a YAML file (or `base`, or nothing) with `key.sub=value` overrides, values in YAML."""
+    data: dict[str, Any] = copy.deepcopy(dict(base or {}))
     if path is not None:
         data = _read_yaml(Path(path))
     for override in overrides:

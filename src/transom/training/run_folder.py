@@ -31,38 +31,36 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def prepare(self, *, overwrite: bool, resume: bool) -> None:
-        """Make the folder ready: new, emptied of an earlier run (`overwrite`), or as it was left (`resume`)."""
+    def check(self, *, overwrite: bool, resume: bool) -> None:
+        """Refuse a folder that is not free, not ours to empty (`overwrite`) or holds nothing to `resume`."""
         if self.path.exists() and not self.path.is_dir():
             raise RequestError(f"{self.path}: a file; accepted is a folder to write the run in")
         occupied = self.path.exists() and any(self.path.iterdir())
         if resume:
             if read_pointer(self.path, "latest") is None:
                 raise RequestError(f"{self.path}: no finished step to resume from")
-            self._drop_unfinished()
         elif occupied and not overwrite:
             raise RequestError(
                 f"{self.path}: not empty; accepted with --overwrite or --resume, or name another folder"
             )
-        elif occupied:
-            self._remove_run()
+        elif occupied:  # remove what a run writes and nothing else: the folder may hold other people's files
+            foreign = [p.name for p in self.path.iterdir() if p.name not in OWN_FILES and not _is_step(p)]
+            if foreign:
+                raise RequestError(f"{self.path}: holds {foreign[0]!r}, which no run wrote; name another folder")
+
+    def prepare(self, *, resume: bool) -> None:
+        """Make the folder ready, after `check`: new and empty, or without unfinished checkpoints."""
+        if resume:
+            for item in self.path.glob(f"*{TEMPORARY}*"):
+                notice(f"{item}: unfinished checkpoint removed")
+                shutil.rmtree(item, ignore_errors=True)
+        elif self.path.exists():
+            for item in self.path.iterdir():
+                shutil.rmtree(item) if item.is_dir() else item.unlink()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RequestError(f"{self.path}: cannot be made ({error.strerror})") from None
-
-    def _remove_run(self) -> None:
-        """Remove what a run writes, and nothing else: the folder may hold other people's files."""
-        foreign = [p.name for p in self.path.iterdir() if p.name not in OWN_FILES and not _is_step(p)]
-        if foreign:
-            raise RequestError(f"{self.path}: holds {foreign[0]!r}, which no run wrote; name another folder")
-        for item in self.path.iterdir():
-            shutil.rmtree(item) if item.is_dir() else item.unlink()
-
-    def _drop_unfinished(self) -> None:
-        for item in self.path.glob(f"*{TEMPORARY}*"):
-            notice(f"{item}: unfinished checkpoint removed")
-            shutil.rmtree(item, ignore_errors=True)
 
     def save_step(
         self,

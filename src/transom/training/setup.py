@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -60,12 +59,9 @@ def open_run(
         torch.set_flush_denormal(True)  # Adam's second moments decay into denormals, which are 100x slower
     seed_everything(args.seed)
     run = RunFolder(args.out)
+    run.check(overwrite=overwrite, resume=resume)
     if resume:
         check_same_run(run.path, args)
-    else:
-        list(first_documents(args))  # an unreadable corpus must not cost the run it would overwrite
-    if rank == 0:
-        run.prepare(overwrite=overwrite, resume=resume)
     tokenizer = run_tokenizer(args, run, resume)
     corpora = open_corpora(args, tokenizer, quiet=quiet)
     model_args = args.model_args(tokenizer.vocab_size)
@@ -85,6 +81,7 @@ def open_run(
         rank=rank,
         world_size=world_size,
     )
+    data = {name: corpus.sha256 for name, corpus in corpora.items()}
     trainer = Trainer(
         args=args,
         model=model,
@@ -99,27 +96,24 @@ def open_run(
         mesh=mesh,
         quiet=quiet,
         profile_steps=profile_steps,
+        data_hashes=data,
     )
-    data = {name: corpus.sha256 for name, corpus in corpora.items()}
     if resume:
         check_same_data(run.path, data, tokenizer)
+    if rank == 0:  # only now: a request that turns out wrong must not cost the run it would overwrite
+        run.prepare(resume=resume)
+    if resume:
         trainer.resume()
     elif rank == 0:
         write_run(run.path, args, model, tokenizer, data)
     return trainer
 
 
-def first_documents(args: TrainArgs) -> Iterator[object]:
-    """The first document of every source: raises where a source has none."""
-    for source in args.data.source_list:
-        yield next(iter(read_documents(source)), None)
-
-
 def run_tokenizer(args: TrainArgs, run: RunFolder, resume: bool) -> Tokenizer:
     """The run's tokenizer: its own when resuming, else as the config says, trained on training documents only."""
     if resume:
         step = read_pointer(run.path, "latest")
-        assert step is not None, "prepare() has refused a run without steps"
+        assert step is not None, "RunFolder.check has refused a run without steps"
         return Tokenizer.load(step)
     kind = args.tokenizer.kind
     if kind == "file":

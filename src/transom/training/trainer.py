@@ -21,6 +21,7 @@ from transom.data.batches import NO_TARGET, Batch, Batches
 from transom.data.shards import TokenFile
 from transom.errors import RequestError, WorkError, notice
 from transom.evaluation.bits import HeldOut, score
+from transom.generation.sampling import SamplingArgs
 from transom.generation.text import complete
 from transom.model import LLM, TransformerOutput
 from transom.planning.counts import flops_per_token, parameters
@@ -75,6 +76,7 @@ class Trainer:
     quiet: bool = False
     profile_steps: int = 0
     progress: Progress = field(default_factory=Progress)
+    data_hashes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.dtype == torch.float16 and self.device.type != "cuda":
@@ -213,8 +215,11 @@ class Trainer:
     def finish(self) -> HeldOut:
         """Score all held-out text and save the last step."""
         self.line.say("scoring held-out text ...")
+        # The best step is chosen by the score that all steps have, over the same first documents.
+        limited = self.args.eval_every > 0 and self.args.eval_tokens is not None
+        measured = self.evaluate(self.args.eval_tokens) if limited else None
         final = self.evaluate(max_tokens=None)
-        self.save(final)
+        self.save(measured or final)
         return final
 
     def _now_and_then(self) -> None:
@@ -258,10 +263,10 @@ class Trainer:
 
     def sample(self) -> None:
         """Draw and show what the model says to the run's prompts now."""
-        prompts = [prompt or "\n" for prompt in self.args.sample_prompts]
-        rows = complete(
-            self.model, self.tokenizer, prompts, max_new_tokens=self.args.sample_tokens, temperature=0.8, seed=0
-        )
+        prompts, sampling = self.args.sample_prompts, SamplingArgs(temperature=0.8)
+        count = min(self.args.sample_tokens, self.model.args.max_seq_len // 2)
+        self.model.eval()
+        rows = complete(self.model, self.tokenizer, prompts, max_new_tokens=count, sampling=sampling)
         samples = [{"prompt": prompt, "text": row.text} for prompt, row in zip(prompts, rows, strict=True)]
         self._write({"samples": samples})
         for one in samples:

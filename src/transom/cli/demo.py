@@ -1,0 +1,176 @@
+"""`transom demo`: the main job on text every machine has, the Python standard library's own source."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import lzma
+import platform
+import sysconfig
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transom.cli.main import emit_json
+from transom.cli.train import read_config, run_training
+
+EXCLUDED = ("site-packages", "test", "tests", "idlelib", "lib2to3", "encodings")
+
+# Three ways a file of the library goes on: a function body, a class, a docstring.
+PROMPTS = (
+    "def read_lines(path):\n",
+    "class Queue:\n    def __init__(self",
+    'def parse_date(text):\n    """',
+)
+
+# Tuned for two cores and about two minutes; a plain Llama, so that its folder opens in other tools.
+CONFIG: dict[str, Any] = {
+    "out": "runs/demo",
+    "model": {"preset": "demo"},
+    "tokenizer": {"kind": "bpe", "vocab_size": 2048},
+    "data": {"seq_len": 256, "batch_size": 4, "held_out": 0.08},
+    "optimizer": {
+        "name": "muon",
+        "muon_lr": 0.02,
+        "lr": 0.01,
+        "output_lr": 0.004,
+        "eps": 1e-10,
+        "weight_decay": 0.0,
+        "max_grad_norm": None,
+    },
+    "schedule": {"kind": "wsd", "warmup": 0.03, "decay": 0.7, "final": 0.02},
+    "steps": 1000,
+    "short_rows": 0.6,
+    "save_every": 1000,
+}
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """Bits per byte that general compressors need for the held-out files."""
+
+    xz: float
+    xz_per_file: float
+    xz_primed: float
+    gzip: float
+    gzip_per_file: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the verb."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a field, as in transom train")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same folder")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted demo")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="time the parts of the first N steps")
+    parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
+    parser.add_argument("--json", action="store_true", help="print one JSON document as the last line")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train, compare with compressors, show three completions, name the next commands."""
+    args = read_config(None, options.overrides, base={**CONFIG, "data": {**CONFIG["data"], "sources": [library()]}})
+    trainer, final, code = run_training(args, options)
+    if trainer.stop.signal is not None:
+        return code
+    from transom.data.sources import held_out, read_documents
+
+    source = args.data.source_list[0]
+    train_texts: list[bytes] = []
+    held_texts: list[bytes] = []
+    for document in read_documents(source):
+        part = held_texts if held_out(document.id, args.data.held_out) else train_texts
+        part.append(document.text.encode())
+    trainer.line.say("compressing the same files with xz and gzip ...")
+    other = compress(train_texts, held_texts)
+    print(comparison(final.bits_per_byte, other, len(held_texts), sum(map(len, held_texts))))
+    show_completions(trainer.model, trainer.tokenizer)
+    print(next_commands(args.out))
+    if options.json:
+        p = trainer.progress
+        facts = {
+            "run": args.out,
+            "parameters": sum(weight.numel() for weight in trainer.model.parameters()),
+            "train_tokens": p.tokens,
+            "train_seconds": round(p.seconds, 2),
+            "tokens_per_second": round(p.tokens / p.seconds, 1),
+            "val_bits_per_byte": round(final.bits_per_byte, 4),
+            "xz_bits_per_byte": round(other.xz, 4),
+            "xz_per_file_bits_per_byte": round(other.xz_per_file, 4),
+            "xz_primed_bits_per_byte": round(other.xz_primed, 4),
+            "gzip_bits_per_byte": round(other.gzip, 4),
+            "python_version": platform.python_version(),
+            "corpus_sha256": trainer.data_hashes[source.name],
+        }
+        emit_json(facts)
+    return 0
+
+
+def library() -> dict[str, Any]:
+    """The standard library's folder as a data source."""
+    path = Path(sysconfig.get_paths()["stdlib"])
+    return {"path": str(path), "name": "python-stdlib", "include": ["*.py"], "exclude": list(EXCLUDED)}
+
+
+def compress(train_texts: list[bytes], held_texts: list[bytes]) -> Compressed:
+    """xz and gzip at their strongest; "primed" is what the held-out files add behind the training files.
+
+    The model has seen the training files, so the primed figure is its honest opponent.
+    """
+    train, held = b"".join(train_texts), b"".join(held_texts)
+    bits = 8.0 / len(held)
+    with ThreadPoolExecutor(2) as pool:  # both release the interpreter lock
+        alone = pool.submit(xz_bytes, [train])
+        together = pool.submit(xz_bytes, [train + held])
+        primed = together.result() - alone.result()
+    return Compressed(
+        xz=bits * xz_bytes([held]),
+        xz_per_file=bits * xz_bytes(held_texts),
+        xz_primed=bits * primed,
+        gzip=bits * len(gzip.compress(held, 9)),
+        gzip_per_file=bits * sum(len(gzip.compress(text, 9)) for text in held_texts),
+    )
+
+
+def xz_bytes(texts: Iterable[bytes]) -> int:
+    """Total size of texts compressed one by one by `xz -9e`, with a dictionary that spans all of each."""
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 26}]
+    return sum(len(lzma.compress(text, format=lzma.FORMAT_XZ, filters=filters)) for text in texts)
+
+
+def comparison(model_bits: float, other: Compressed, files: int, size: int) -> str:
+    """The table of held-out bits per byte."""
+    rows = [
+        ("this model", model_bits),
+        ("xz -9e, training files in front", other.xz_primed),
+        ("xz -9e, all held-out files at once", other.xz),
+        ("gzip -9, all at once", other.gzip),
+        ("xz -9e, file by file", other.xz_per_file),
+        ("gzip -9, file by file", other.gzip_per_file),
+    ]
+    lines = [f"  {name:36} {bits:6.3f}" for name, bits in rows]
+    return "\n".join([f"\nbits per byte of {files} held-out files ({size:,} bytes), fewer is better:", *lines])
+
+
+def show_completions(model: Any, tokenizer: Any) -> None:
+    """Print three continuations."""
+    from transom.generation.sampling import SamplingArgs
+    from transom.generation.text import complete
+
+    sampling = SamplingArgs(temperature=0.7, top_p=0.95, repetition_penalty=1.1, seed=1)
+    rows = complete(model, tokenizer, PROMPTS, max_new_tokens=96, sampling=sampling)
+    for what, prompt, row in zip(("a function", "a class", "a docstring"), PROMPTS, rows, strict=True):
+        text = "\n".join("    " + line for line in (prompt + row.text).rstrip().splitlines())
+        print(f"\n{what}, as the model continues it:\n\n{text}")
+
+
+def next_commands(run: str) -> str:
+    """What to try now."""
+    return f"""
+next:
+  transom chat {run}
+  transom generate {run} --prompt "import os"
+  transom inspect {run}
+  transom train my.yaml data.sources=my_texts/ out=runs/mine
+  open {run}/report.html"""

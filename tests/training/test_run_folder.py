@@ -1,0 +1,146 @@
+"""What a run writes is whole or absent, and never somebody else's."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.training.runs import tiny_args, tiny_config
+from transom.checkpoints import load as load_module
+from transom.checkpoints.load import load
+from transom.cli.main import main
+from transom.errors import RequestError, WorkError
+from transom.training.setup import open_run
+
+
+@pytest.fixture
+def finished(tmp_path):
+    open_run(tiny_args(tmp_path, "keep_last=3"), quiet=True).fit()
+    return tmp_path
+
+
+def test_keeps_the_last_steps_and_the_best(tmp_path):
+    trainer = open_run(tiny_args(tmp_path, "save_every=2", "keep_last=2", "eval_every=2"), quiet=True)
+    marks = iter([9.0, 1.0, 5.0, 5.0, 5.0, 5.0, 5.0])  # step 4 is the best
+    score = trainer.evaluate
+
+    def fake(max_tokens):
+        measured = score(max_tokens)
+        return type(measured)(nats=next(marks) * measured.bytes, tokens=measured.tokens, bytes=measured.bytes)
+
+    trainer.evaluate = fake
+    trainer.fit()
+    steps = sorted(p.name for p in (tmp_path / "run").glob("step_*"))
+    assert steps == ["step_000004", "step_000010", "step_000012"]
+    assert (tmp_path / "run" / "best").read_text().strip() == "step_000004"
+
+
+def test_a_run_folder_stands_for_its_best_step(finished, capsys):
+    load(finished / "run")
+    assert "using best step step_000012" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["cut", "altered", "removed"])
+def test_a_damaged_checkpoint_is_refused_by_name(finished, damage):
+    file = finished / "run" / "step_000012" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    if damage == "removed":
+        file.unlink()
+    else:
+        content[-1] ^= 1
+        file.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
+    with pytest.raises(RequestError, match=r"step_000012/model\.safetensors"):
+        open_run(tiny_args(finished, "keep_last=3"), resume=True, quiet=True)
+
+
+def test_a_cut_file_is_refused_when_loading(finished):
+    file = finished / "run" / "step_000012" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(RequestError, match=r"model\.safetensors: not a whole"):
+        load(finished / "run")
+
+
+def test_a_full_disk_loses_nothing(finished, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer = open_run(tiny_args(finished, "keep_last=3"), resume=True, quiet=True)
+    before = {p: p.read_bytes() for p in (finished / "run").rglob("*") if p.is_file()}
+    monkeypatch.setattr(load_module, "save_file", full)
+    with pytest.raises(WorkError, match="No space left"):
+        trainer.save(None)
+    assert {p: p.read_bytes() for p in (finished / "run").rglob("*") if p.is_file()} == before
+    assert not list((finished / "run").glob("*.tmp-*"))
+
+
+def test_an_occupied_folder_is_refused(finished):
+    with pytest.raises(RequestError, match="--overwrite or --resume"):
+        open_run(tiny_args(finished), quiet=True)
+
+
+def test_overwrite_never_removes_foreign_files(finished):
+    thesis = finished / "run" / "thesis.tex"
+    thesis.write_text("five years of work")
+    with pytest.raises(RequestError, match=r"thesis\.tex"):
+        open_run(tiny_args(finished), overwrite=True, quiet=True)
+    assert thesis.read_text() == "five years of work"
+
+
+def test_a_wrong_corpus_does_not_cost_the_run(finished):
+    data = {**tiny_config(finished)["data"], "sources": [str(finished / "nowhere")]}
+    with pytest.raises(RequestError, match="nowhere"):
+        open_run(tiny_args(finished, data=data), overwrite=True, quiet=True)
+    assert (finished / "run" / "latest").exists()
+
+
+def test_resume_refuses_another_run(finished):
+    with pytest.raises(RequestError, match="belongs to another run: its seed"):
+        open_run(tiny_args(finished, "seed=1", "keep_last=3"), resume=True, quiet=True)
+
+
+def test_resume_refuses_changed_text(finished):
+    args = tiny_args(finished, "keep_last=3")
+    (finished / "corpus" / "00.txt").write_text("something else")
+    with pytest.raises(RequestError, match="has changed"):
+        open_run(args, resume=True, quiet=True)
+
+
+def test_unfinished_checkpoints_are_removed(finished):
+    leftover = finished / "run" / "step_000099.tmp-1"
+    leftover.mkdir()
+    open_run(tiny_args(finished, "keep_last=3"), resume=True, quiet=True)
+    assert not leftover.exists()
+
+
+def test_run_json_says_what_was_run(finished):
+    facts = json.loads((finished / "run" / "run.json").read_text())
+    assert facts["config"]["steps"] == 12
+    assert len(facts["data"][str(finished / "corpus")]) == 64
+    assert facts["machine"]["torch"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["data.batch_size=0"], "data.batch_size = 0"),
+        (["data.seq_len=128"], "max_seq_len = 64"),
+        (["stepz=3"], "did you mean 'steps'"),
+        (["model.n_heads=3"], "n_heads = 3"),
+        (["tokenizer.kind=bpe", "tokenizer.vocab_size=50000"], "50000"),
+        (["model.vocab_size=10"], "model.vocab_size = 10"),
+        (["data.sources=/nowhere/at/all"], "/nowhere/at/all"),
+        (["data.sources=[]"], "data.sources"),
+        (["optimizer.lr=fast"], "optimizer.lr = 'fast'"),
+        (["nonsense"], "key=value"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence(tmp_path, capsys, words, told):
+    import yaml
+
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny_config(tmp_path)))
+    assert main(["train", str(tmp_path / "config.yaml"), *words]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("transom: /")]
+    assert told in lines[-1]
+    assert "Traceback" not in "".join(lines)
+    assert not Path(tmp_path / "run").exists()

@@ -1,0 +1,162 @@
+"""The loop: it learns, counts right, resumes exactly, stops when told."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.training.runs import losses, tiny_args, tiny_config
+from transom.cli.main import main
+from transom.errors import RequestError, WorkError
+from transom.training.setup import open_run
+
+
+def train(args, **options):
+    trainer = open_run(args, quiet=True, **options)
+    return trainer, trainer.fit()
+
+
+def test_a_tiny_model_learns_its_text(tmp_path):
+    _, final = train(tiny_args(tmp_path, "steps=150"))
+    first = losses(tmp_path / "run")[0]
+    assert first == pytest.approx(math.log(258), abs=0.05)  # zero output weights: uniform over 256 bytes + 2
+    assert losses(tmp_path / "run")[-1] < 0.5
+    assert final.bits_per_byte < 1.0
+
+
+def test_losses_do_not_depend_on_accumulation(tmp_path):
+    runs = {}
+    for count in (1, 2, 4):
+        train(tiny_args(tmp_path, f"accumulate={count}", f"out={tmp_path}/run{count}"))
+        runs[count] = losses(tmp_path / f"run{count}")
+    assert runs[2] == pytest.approx(runs[1], rel=1e-4)
+    assert runs[4] == pytest.approx(runs[1], rel=1e-4)
+
+
+def two_ranks(rank, folder, port):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    train(tiny_args(Path(folder), f"out={folder}/two"), rank=rank, world_size=2)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_train_as_one(tmp_path):
+    train(tiny_args(tmp_path, f"out={tmp_path}/one"))
+    port = 20000 + os.getpid() % 20000
+    torch.multiprocessing.spawn(two_ranks, args=(str(tmp_path), port), nprocs=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def command(folder: Path, words: list[str]) -> list[str]:
+    (folder / "config.yaml").write_text(yaml.safe_dump(tiny_config(folder)))
+    return [sys.executable, "-m", "transom", "train", str(folder / "config.yaml"), "--quiet", *words]
+
+
+def start(words: list[str]) -> subprocess.Popen:
+    source = str(Path(__file__).parents[2] / "src")
+    return subprocess.Popen(words, env={**os.environ, "PYTHONPATH": source}, stdout=subprocess.DEVNULL)
+
+
+def kill_behind(process: subprocess.Popen, run: Path, step: int) -> None:
+    """kill -9 as soon as a checkpoint of at least `step` is there."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        done = [int(p.name[5:]) for p in run.glob("step_??????")] if run.exists() else []
+        if done and max(done) >= step:
+            break
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+
+
+def test_resume_after_kill_is_exact(tmp_path):
+    straight = tmp_path / "straight"
+    train(tiny_args(tmp_path, "steps=300", "save_every=20", f"out={straight}"))
+    words = ["steps=300", "save_every=20", f"out={tmp_path}/killed"]
+    for resume, step in (([], 40), (["--resume"], 120)):
+        kill_behind(start(command(tmp_path, [*words, *resume])), tmp_path / "killed", step)
+    assert start(command(tmp_path, [*words, "--resume"])).wait() == 0
+    assert losses(tmp_path / "killed") == losses(straight)
+    ours, theirs = (run / "step_000300" / "model.safetensors" for run in (tmp_path / "killed", straight))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_tells_the_scheduler(tmp_path, monkeypatch, number, code):
+    from transom.training.trainer import Trainer
+
+    log = Trainer._log
+
+    def log_and_signal(self, *arguments):
+        log(self, *arguments)
+        if self.progress.step == 5:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Trainer, "_log", log_and_signal)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny_config(tmp_path)))
+    assert main(["train", str(tmp_path / "config.yaml"), "--quiet"]) == code
+    assert (tmp_path / "run" / "latest").read_text().strip() == "step_000005"
+    monkeypatch.setattr(Trainer, "_log", log)
+    assert main(["train", str(tmp_path / "config.yaml"), "--quiet", "--resume"]) == 0
+    train(tiny_args(tmp_path, f"out={tmp_path}/straight"))
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    trainer = open_run(tiny_args(tmp_path), quiet=True)
+    with torch.no_grad():
+        trainer.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(WorkError, match="step 1: the gradient is not finite"):
+        trainer.fit()
+
+
+def test_float16_training_needs_a_gpu(tmp_path):
+    with pytest.raises(RequestError, match="float16"):
+        open_run(tiny_args(tmp_path, "dtype=float16"), quiet=True)
+
+
+def test_short_rows_see_only_their_piece(tmp_path):
+    trainer = open_run(tiny_args(tmp_path, "short_rows=1", "short_rows_split=2"), quiet=True)
+    whole = trainer.batches.next()
+    short = whole.split_rows(2)
+    assert short.tokens.shape == (8, 16)
+    assert torch.equal(short.targets.flatten(), whole.targets.flatten())
+    assert all(sum(row) == 16 for row in short.sizes)
+    alone = trainer.model(short.inputs()).logits[3]
+    one = whole.tokens[1:2, 16:]
+    sizes = [short.sizes[3]]
+    assert torch.allclose(alone, trainer.model(type(short.inputs())(one, sizes=sizes)).logits[0], atol=1e-5)
+
+
+def test_a_mixture_logs_balance_and_load(tmp_path):
+    model = {**tiny_config(tmp_path)["model"], "moe_args": {"num_experts": 4, "top_k": 2, "hidden_dim": 32}}
+    train(tiny_args(tmp_path, model=model))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    row = next(row for row in rows if "loss" in row)
+    assert row["aux_loss"] == pytest.approx(2.0, abs=0.5)  # balance gives top_k
+    assert [sum(layer) for layer in row["expert_load"]] == pytest.approx([1.0, 1.0])
+
+
+def test_profile_splits_the_step(tmp_path, capsys):
+    trainer = open_run(tiny_args(tmp_path), profile_steps=3)
+    trainer.fit()
+    told = capsys.readouterr().err
+    assert all(part in told for part in ("data", "forward", "loss", "backward", "optimizer"))
+    trace = json.loads((tmp_path / "run" / "trace.json").read_text())
+    assert any(event.get("name") == "backward" for event in trace["traceEvents"])
+
+
+def test_the_loss_trace_is_the_committed_one(tmp_path):
+    """Catches a change of arithmetic anywhere between bytes and weights; see CONTRIBUTING before updating it."""
+    train(tiny_args(tmp_path, "steps=20"))
+    expected = json.loads((Path(__file__).parent / "loss_trace.json").read_text())
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=2e-3)

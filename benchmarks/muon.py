@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -10,7 +9,21 @@ from typing import Any
 
 import torch
 
-from transom.training.muon import matrices_per_batch, orthogonalize, orthogonalize_flops
+from benchmarks.common import interleaved
+from transom.model import LLM, TransformerInput
+from transom.planning.counts import flops_per_token
+from transom.presets import preset
+from transom.runtime import synchronize
+from transom.training.config import OptimizerArgs
+from transom.training.loss import cross_entropy_sum
+from transom.training.muon import (
+    Muon,
+    default_compute_dtype,
+    matrices_per_batch,
+    orthogonalize,
+    orthogonalize_flops,
+)
+from transom.training.optimizers import build_optimizer
 
 STEPS = 4
 REPEATS = 9
@@ -26,42 +39,80 @@ CASES = (
 )
 
 
-def rows() -> list[dict[str, Any]]:
-    """One row per shape: seconds and GFLOP/s of one batch as the optimizer forms it, and the ratio."""
-    return [_row(*case) for case in CASES]
+def rows(device: torch.device) -> list[dict[str, Any]]:
+    """One row per shape (one batch as the optimizer forms it), and Muon's share of the demo's training step."""
+    return [*(_row(device, *case) for case in CASES), _share(device)]
 
 
-def _row(case: str, matrices: int, out_features: int, in_features: int) -> dict[str, Any]:
-    count = min(matrices, matrices_per_batch(out_features * in_features, "cpu"))
-    flops = count * orthogonalize_flops(out_features, in_features, STEPS, torch.float32)
-    x_NOI = torch.randn(count, out_features, in_features)
-    squares = [torch.randn(size, size) for size in PEAK_SIZES]
+def _row(device: torch.device, case: str, matrices: int, out_features: int, in_features: int) -> dict[str, Any]:
+    count = min(matrices, matrices_per_batch(out_features * in_features, device.type))
+    dtype = default_compute_dtype(device)
+    flops = count * orthogonalize_flops(out_features, in_features, STEPS, dtype)
+    x_NOI = torch.randn(count, out_features, in_features, device=device)
+    squares = [torch.randn(size, size, device=device, dtype=dtype) for size in PEAK_SIZES]
     # Short cases are repeated, so that one time covers as much work as one of the products does.
     calls = max(1, 2 * PEAK_SIZES[0] ** 3 // flops)
     # The best of each: other work on the machine only ever adds time, and adds most to short products.
     seconds, peak = math.inf, 0.0
     for _ in range(REPEATS):
-        seconds = min(seconds, _seconds(lambda: orthogonalize(x_NOI, STEPS), calls))
+        seconds = min(seconds, _seconds(lambda: orthogonalize(x_NOI, STEPS, dtype), calls, device))
         for square in squares:
-            rate = 2 * len(square) ** 3 / _seconds(lambda square=square: square @ square, 1)
+            rate = 2 * len(square) ** 3 / _seconds(lambda square=square: square @ square, 1, device)
             peak = max(peak, rate)
     return {
         "benchmark": "muon",
         "case": f"{case} {count} x [{out_features}, {in_features}]",
-        "seconds": seconds,
-        "gflops": flops / seconds / 1e9,
-        "peak_gflops": peak / 1e9,
-        "ratio": flops / seconds / peak,
+        "peer": "square matrix products",
+        "milliseconds": round(1e3 * seconds, 3),
+        "gflops": round(flops / seconds / 1e9, 1),
+        "peak_gflops": round(peak / 1e9, 1),
+        "ratio": round(flops / seconds / peak, 3),
+        "target": 0.6,
     }
 
 
-def _seconds(work: Callable[[], object], calls: int) -> float:
+def _share(device: torch.device) -> dict[str, Any]:
+    """Muon's part of a step of the demo's model on 1,024 tokens: of the time, and of the arithmetic."""
+    model = LLM(preset("demo"))
+    model.init_weights()
+    model.to(device)
+    optimizers = build_optimizer(model, OptimizerArgs(name="muon"), device_type=device.type)
+    tokens = torch.randint(model.args.vocab_size, (4, 257), device=device)
+
+    def forward_backward() -> None:
+        optimizers.zero_grad()
+        logits = model(TransformerInput(tokens[:, :-1].contiguous())).logits
+        (cross_entropy_sum(logits, tokens[:, 1:]) / 1024).backward()
+
+    (muon,) = (one for one in optimizers.all if isinstance(one, Muon))
+    others = [one for one in optimizers.all if one is not muon]
+    forward_backward()
+    cases = {
+        "muon": muon.step,
+        "adamw": lambda: [one.step() for one in others],
+        "forward and backward": forward_backward,
+    }
+    seconds = interleaved(cases, device, rounds=REPEATS)
+    dtype = default_compute_dtype(device)
+    own = sum(
+        orthogonalize_flops(*weight.shape[-2:], STEPS, dtype)
+        for name, weight in model.named_parameters()
+        if name.startswith("layers.") and weight.ndim == 2
+    )
+    step = 1024 * flops_per_token(model.args, 256, training=True)
+    return {
+        "benchmark": "muon",
+        "case": "share of a demo step, 1,024 tokens",
+        "milliseconds": round(1e3 * seconds["muon"], 3),
+        "share_of_time": round(seconds["muon"] / sum(seconds.values()), 3),
+        "share_of_arithmetic": round(own / (own + step), 3),
+    }
+
+
+def _seconds(work: Callable[[], object], calls: int, device: torch.device) -> float:
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
         work()
+    synchronize(device)
     return (time.perf_counter() - start) / calls
-
-
-if __name__ == "__main__":
-    for row in rows():
-        print(json.dumps(row))

@@ -81,7 +81,7 @@ def test_a_failed_write_leaves_nothing_behind(source, tmp_path, monkeypatch, num
 def test_texts_that_change_between_the_two_readings_are_noticed(source, tmp_path, monkeypatch):
     readings = iter([TEXTS, TEXTS | {"0.txt": "changed"}])
     monkeypatch.setattr(
-        shards, "read_documents", lambda *_: (shards.Document(*item) for item in next(readings).items())
+        shards, "read_split", lambda *_: (shards.Document(*item) for item in next(readings).items())
     )
     with pytest.raises(WorkError, match="changed while they were read"):
         prepare(source, byte_tokenizer(), tmp_path / "cache")

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from transom.data.sources import ReadReport, SourceArgs, held_out, read_documents
+from transom.data.sources import ReadReport, SourceArgs, held_out, read_documents, read_split
 from transom.errors import RequestError
 from transom.fields import read
 
@@ -139,3 +139,12 @@ def test_held_out_is_a_share_of_the_ids_and_grows_with_the_fraction():
 def test_wrong_fields_are_named(field):
     with pytest.raises(RequestError, match=next(iter(field))):
         read(SourceArgs, {"path": "x", **field})
+
+
+def test_a_single_document_is_cut_at_a_line(tmp_path):
+    text = "".join(f"line {i}\n" for i in range(100))
+    (tmp_path / "input.txt").write_text(text)
+    head, tail = read_split(SourceArgs(path=str(tmp_path / "input.txt")), 0.1)
+    assert head.text + tail.text == text
+    assert tail.text.startswith("line 9")
+    assert (held_out(head.id, 0.1), held_out(tail.id, 0.1)) == (False, True)

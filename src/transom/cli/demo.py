@@ -74,12 +74,12 @@ def run(options: argparse.Namespace) -> int:
     trainer, final, code = run_training(args, options)
     if trainer.stop.signal is not None:
         return code
-    from transom.data.sources import held_out, read_documents
+    from transom.data.sources import held_out, read_split
 
     source = args.data.source_list[0]
     train_texts: list[bytes] = []
     held_texts: list[bytes] = []
-    for document in read_documents(source):
+    for document in read_split(source, args.data.held_out):
         part = held_texts if held_out(document.id, args.data.held_out) else train_texts
         part.append(document.text.encode())
     trainer.line.say("compressing the same files with xz and gzip ...")

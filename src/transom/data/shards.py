@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.data.sources import Document, ReadReport, SourceArgs, held_out, read_documents
+from transom.data.sources import Document, ReadReport, SourceArgs, held_out, read_split
 from transom.errors import RequestError, WorkError, notice, require
 from transom.tokenizer import Tokenizer
 
@@ -82,13 +82,13 @@ def prepare(
     usable = 0 <= held_out_fraction < 1
     require(usable, "held_out_fraction", held_out_fraction, "accepted is 0 or more and below 1")
     report = ReadReport()
-    sha256 = _hash_documents(_shown(read_documents(source, report), "reading", None, progress))
+    sha256 = _hash_documents(_shown(read_split(source, held_out_fraction, report), "reading", None, progress))
     key = [FORMAT, sha256, tokenizer.hash, held_out_fraction]
     cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
     folder = cache_dir / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     meta = _read_meta(folder)
     if meta is None:
-        documents = _shown(read_documents(source), "tokenizing", report.documents, progress)
+        documents = _shown(read_split(source, held_out_fraction), "tokenizing", report.documents, progress)
         _build(documents, tokenizer, folder, held_out_fraction, sha256)
         meta = json.loads((folder / META_FILE).read_text())
     corpus = Corpus(

@@ -18,6 +18,7 @@ from transom.fields import describe
 
 TEXT_KEY = "text"  # of a JSON line, and the column of a Parquet file
 BINARY_PROBE_BYTES = 8192
+HEAD, TAIL = "#head", "#tail"  # of the id of a single document cut in two
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,26 @@ def read_documents(source: SourceArgs, report: ReadReport | None = None) -> Iter
     return _read_all(source, files, report)
 
 
+def read_split(source: SourceArgs, fraction: float, report: ReadReport | None = None) -> Iterator[Document]:
+    """`read_documents`, with a source of one document cut in two so that `held_out` has something to choose.
+
+    The tail, `fraction` of the characters from a line's beginning on, is held out.
+    """
+    documents = read_documents(source, report)
+    first, second = next(documents), next(documents, None)
+    cut = first.text.rfind("\n", 0, int(len(first.text) * (1 - fraction))) + 1
+    if second is not None or fraction == 0 or cut == 0:
+        yield from (document for document in (first, second) if document is not None)
+        yield from documents
+        return
+    yield Document(first.id + HEAD, first.text[:cut])
+    yield Document(first.id + TAIL, first.text[cut:])
+
+
 def held_out(document_id: str, fraction: float) -> bool:
     """Whether a document belongs to the held-out part: a pure function of its id."""
+    if document_id.endswith((HEAD, TAIL)):
+        return document_id.endswith(TAIL)
     digest = hashlib.sha256(f"held out: {document_id}".encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8]) < fraction * 2**64
 

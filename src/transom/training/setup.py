@@ -16,7 +16,7 @@ from transom.checkpoints.folders import read_json, read_pointer
 from transom.checkpoints.load import write_text
 from transom.data.batches import Batches
 from transom.data.shards import Corpus, prepare
-from transom.data.sources import SourceArgs, held_out, read_documents
+from transom.data.sources import SourceArgs, held_out, read_split
 from transom.errors import RequestError, notice
 from transom.model import LLM
 from transom.planning.counts import parameters
@@ -124,7 +124,7 @@ def run_tokenizer(args: TrainArgs, run: RunFolder, resume: bool) -> Tokenizer:
     texts = (
         document.text
         for source in args.data.source_list
-        for document in read_documents(source)
+        for document in read_split(source, args.data.held_out)
         if kind == "chars" or not held_out(document.id, args.data.held_out)
     )
     return train_chars(texts) if kind == "chars" else train_bpe(texts, args.tokenizer.vocab_size)

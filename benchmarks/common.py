@@ -1,0 +1,51 @@
+"""What every benchmark shares: interleaved timing, and rows that say where they come from."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transom import __version__
+from transom.runtime import machine, synchronize
+
+ROWS = Path(__file__).parent / "rows.jsonl"
+
+
+def interleaved(
+    cases: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = 5, warmup: int = 1
+) -> dict[str, float]:
+    """Median seconds of each case; one call of each per round, so that drift of the machine hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(warmup + rounds):
+        for name, call in cases.items():
+            synchronize(device)
+            start = time.perf_counter()
+            call()
+            synchronize(device)
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def stamp(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with machine, versions, commit and date."""
+    where = machine()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        **row,
+        "transom": __version__,
+        "torch": where["torch"],
+        "processor": where["gpu"] or where["processor"],
+        "threads": where["threads"],
+        "commit": commit or None,
+        "date": datetime.now(UTC).date().isoformat(),
+    }

@@ -1,0 +1,104 @@
+"""A window of 512 over 8,192 tokens: sliced SDPA against SDPA with a dense mask, and memory over length."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.common import interleaved
+from transom.args import LayerRule
+from transom.attend.mask import Layout, MaskSpec, allowed
+from transom.attend.sdpa import sdpa
+from transom.attend.view import CacheView, Score
+
+HEADS, KV_HEADS, HEAD_DIM, WINDOW, LENGTH = 12, 4, 64, 512, 8192
+MEMORY_LENGTHS = (8192, 16384, 32768)
+
+
+def _tensors(length: int, device: torch.device, grad: bool) -> list[torch.Tensor]:
+    shapes = ((1, length, HEADS, HEAD_DIM), (1, length, KV_HEADS, HEAD_DIM), (1, length, KV_HEADS, HEAD_DIM))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return [torch.randn(shape, device=device, dtype=dtype, requires_grad=grad) for shape in shapes]
+
+
+def _sliced(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    length = q.size(1)
+    positions = torch.arange(length, device=q.device)[None]
+    spec = MaskSpec(LayerRule("window", WINDOW), positions, layout=Layout((length,)))
+    return sdpa(q, CacheView((k, v), positions, new_at=0), spec, Score())
+
+
+def rows(device: torch.device) -> list[dict[str, Any]]:
+    """Forward, forward + backward, and growth of memory with length (CPU only: peak resident memory)."""
+    positions = torch.arange(LENGTH, device=device)[None]
+    mask = allowed(LayerRule("window", WINDOW), positions, positions)[:, None]
+
+    def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        k, v = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    out = []
+    for grad in (False, True):
+        tensors = _tensors(LENGTH, device, grad)
+
+        def run(attention: Any, tensors: list[torch.Tensor] = tensors, grad: bool = grad) -> None:
+            result = attention(*tensors)
+            if grad:
+                result.sum().backward()
+
+        cases = {"ours": lambda run=run: run(_sliced), "dense": lambda run=run: run(dense)}
+        seconds = interleaved(cases, device, rounds=3)
+        out.append(
+            {
+                "benchmark": "window attention",
+                "case": f"window {WINDOW}, {LENGTH} tokens, {'forward + backward' if grad else 'forward'}",
+                "peer": "SDPA with a dense mask",
+                "seconds": round(seconds["ours"], 4),
+                "peer_seconds": round(seconds["dense"], 4),
+                "ratio": round(seconds["dense"] / seconds["ours"], 2),
+                "target": 5.0,
+            }
+        )
+    if device.type == "cpu":
+        out.append(_memory())
+    return out
+
+
+def _memory() -> dict[str, Any]:
+    """Peak memory above the inputs at growing lengths, each in a fresh process, gradients included."""
+    mib = {}
+    for length in MEMORY_LENGTHS:
+        command = [sys.executable, "-m", "benchmarks.window_attention", str(length)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        mib[str(length)] = json.loads(done.stdout)
+    first, last = MEMORY_LENGTHS[0], MEMORY_LENGTHS[-1]
+    return {
+        "benchmark": "window attention",
+        "case": f"memory with gradients, window {WINDOW}",
+        "peer": "linear growth",
+        "mib_by_length": mib,
+        "ratio": round(mib[str(last)] / mib[str(first)] / (last / first), 3),
+        "target": "1.0 is linear in length; a dense mask gives 4.0",
+    }
+
+
+def main(length: int) -> None:
+    """Print the MiB that one forward and backward adds to this process's peak."""
+    from transom.runtime import memory_bytes
+
+    device = torch.device("cpu")
+    _sliced(*_tensors(1024, device, True)).sum().backward()  # what the first call allocates for good
+    tensors = _tensors(length, device, True)
+    before = memory_bytes(device)
+    _sliced(*tensors).sum().backward()
+    print(round((memory_bytes(device) - before) / 2**20, 1))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,393 @@
+"""`transom inspect`: what a model is and costs, layer by layer; with `--trace`, what it does with a text.
+
+The plan is arithmetic on the arguments: no weights are read and torch is not imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transom.args import ModelArgs
+from transom.checkpoints.folders import model_folder, read_args
+from transom.cli.main import emit_json
+from transom.errors import RequestError, nearest, notice, require
+from transom.planning.layer_plan import ModelPlan, groups, index_words, plan
+from transom.presets import PRESETS, preset
+
+if TYPE_CHECKING:  # rich costs more time than the arithmetic, torch far more: both are imported where used
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+    from transom.evaluation.trace import LayerTrace
+    from transom.tokenizer import Tokenizer
+
+PIPE_WIDTH = 400  # characters; nobody reads a pipe at 80 columns, and cut cells help no one
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's options."""
+    parser.add_argument("model", help=f"model folder, run folder, config.json, or preset: {', '.join(PRESETS)}")
+    parser.add_argument("--length", type=int, help="sequence length to count for, tokens; default max_seq_len")
+    parser.add_argument("--json", action="store_true", help="print one JSON document with exact numbers instead")
+    parser.add_argument("--trace", metavar="TEXT", help="run the model on TEXT and show what every layer does")
+    parser.add_argument("--device", help="where --trace runs: cpu (default), cuda, mps or auto")
+    parser.add_argument("--dtype", help="dtype of the weights in --trace; default the files' own")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the plan, or the trace of a text."""
+    subject = find(options.model)
+    if options.trace is not None:
+        require(options.length is None, "--length", options.length, "accepted without --trace, TEXT has its own")
+        return run_trace(subject, options)
+    for flag in ("device", "dtype"):
+        value = getattr(options, flag)
+        require(value is None, f"--{flag}", value, "accepted with --trace; the plan runs nothing")
+    planned = plan(subject.args, options.length)
+    if options.json:
+        emit_json({"model": subject.name, "args": subject.args.to_dict(), **asdict(planned)})
+        return 0
+    if planned.length > planned.max_seq_len:
+        notice(f"--length {planned.length}: longer than the {planned.max_seq_len} tokens this model is meant for")
+    print_plan(subject.name, planned)
+    return 0
+
+
+# -- which model ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is inspected: its name as printed, its arguments, and its folder unless it is a preset."""
+
+    name: str
+    args: ModelArgs
+    folder: Path | None
+
+
+def find(name: str) -> Subject:
+    """A model or run folder, a config.json, or, where no such path exists, a preset."""
+    path = Path(name)
+    if path.is_dir():
+        folder = model_folder(path)
+        return Subject(str(folder), read_args(folder), folder)
+    if path.exists():
+        require(path.name == "config.json", "file", name, "accepted is a config.json, a folder or a preset")
+        return Subject(name, read_args(path.parent), path.parent)
+    if name in PRESETS:
+        return Subject(f"preset {name}", preset(name), None)
+    hint = nearest(name, PRESETS)
+    raise RequestError(f"{name!r}: no such folder, file or preset; presets are {', '.join(PRESETS)}{hint}")
+
+
+# -- the plan ---------------------------------------------------------------------------------------------
+
+
+def print_plan(name: str, planned: ModelPlan) -> None:
+    """Table of layers, totals, and one line for every word a newcomer may not know."""
+    heading(f"{name}: {amount(planned.parameters)} parameters in {len(planned.layers)} layers")
+    show(layer_table(planned))
+    heading("Totals")
+    show(pairs(total_lines(planned)))
+    heading("How to read it")
+    show(pairs(legend(planned)))
+
+
+def layer_table(planned: ModelPlan) -> Table:
+    """One row for all layers that are equal; its numbers are those of one layer."""
+    rows = []
+    for group in groups(planned.layers):
+        layer = group.layer
+        rows.append(
+            (
+                index_words(group.indices),
+                layer.attention,
+                layer.positions,
+                layer.heads,
+                "yes" if layer.qk_norm else "no",
+                layer.feed_forward,
+                amount(layer.parameters),
+                byte_words(layer.kv_bytes_per_token["bfloat16"]) if planned.cacheable else "-",
+                flop_words(layer.flops_per_token),
+            )
+        )
+    words = ("layer", "attention", "positions", "heads", "QK-norm", "feed-forward")
+    numbers = ("parameters", "KV bytes/token", "FLOPs/token")
+    wide = table(words, numbers, rows)
+    if fits(wide):
+        return wide
+    turned = list(zip((*words, *numbers), *rows, strict=True))  # few kinds of layers, so columns are few too
+    return table(turned[0], (), turned[1:])
+
+
+def total_lines(planned: ModelPlan) -> list[tuple[str, str]]:
+    """(name, value) of every total."""
+    in_layers = sum(layer.parameters for layer in planned.layers)
+    output = "output shares them" if planned.tied else f"{amount(planned.output_parameters)} output"
+    lines = [
+        (
+            "parameters",
+            f"{amount(planned.parameters)} = {amount(in_layers)} layers + {amount(planned.embedding_parameters)} "
+            f"token embeddings + {output} + {amount(planned.final_norm_parameters)} final norm",
+        )
+    ]
+    if planned.active_parameters != planned.parameters:
+        share = planned.active_parameters / planned.parameters
+        lines.append(("active", f"{amount(planned.active_parameters)} parameters work on one token ({share:.1%})"))
+    of = f"one sequence of {planned.length:,} tokens"
+    cache = [("KV cache", "none: a layer sees later tokens, so nothing can be cached")]
+    if planned.cacheable:
+        cache = [
+            ("KV bytes/token", both_dtypes(planned.kv_bytes_per_token)),
+            ("KV cache", f"{both_dtypes(planned.kv_bytes)}, for {of}"),
+        ]
+    forward, training = planned.flops_per_token, planned.training_flops_per_token
+    vocabulary = "tied: output = embeddings" if planned.tied else "not tied: embeddings and output are two tables"
+    return [
+        *lines,
+        ("weights", both_dtypes(planned.weight_bytes)),
+        *cache,
+        (
+            "FLOPs/token",
+            f"{flop_words(forward)} forward ({flop_words(planned.output_flops_per_token)} of it the output), "
+            f"{flop_words(training)} training, mean over {of}",
+        ),
+        ("vocabulary", f"{planned.vocab_size:,} tokens, {vocabulary}"),
+        ("longest sequence", f"{planned.max_seq_len:,} tokens"),
+    ]
+
+
+# Said only of plans in which the word occurs.
+MEANINGS = (
+    ("causal", "a token sees itself and everything before it"),
+    ("window", "a token sees itself and the tokens just before it, N in all; N is the number shown"),
+    ("chunk", "the text is cut into chunks of N tokens; a token sees itself and what precedes it in its own"),
+    ("full", "a token sees the whole text, later tokens too"),
+    ("RoPE", "order is told by rotating queries and keys; the longest wavelength grows with theta"),
+    ("scaled", "long wavelengths are stretched by this factor, so that longer texts fit"),
+    ("NoPE", "no positions; order is known from the other layers"),
+    ("temperature", "queries are scaled up far into a text, so that attention stays sharp"),
+    ("heads", "query heads / key and value heads (what the cache holds) x features per head"),
+    ("QK-norm", "queries and keys are normalised before they are compared"),
+    ("SwiGLU", "gated feed-forward of that width"),
+    (
+        "MoE",
+        "experts x width; a router sends a token to the top few: softmax weights their output, sigmoid their input",
+    ),
+    ("shared", "one more expert that every token visits"),
+    ("KV bytes/token", "memory one more token of context takes, in bfloat16; full windows and chunks take no more"),
+    (
+        "FLOPs",
+        "multiplications and additions of the matrix products, forward in the table; training is three times",
+    ),
+)
+
+
+def legend(planned: ModelPlan) -> list[tuple[str, str]]:
+    """(word, meaning) for the words that occur in this plan."""
+    used = {"heads", "KV bytes/token", "FLOPs"}
+    for layer in planned.layers:
+        used |= {"QK-norm"} if layer.qk_norm else set()
+        used |= set(f"{layer.attention} {layer.positions} {layer.feed_forward}".split())
+    lines = [(word, meaning) for word, meaning in MEANINGS if word in used]
+    return [*lines, ("equal layers", "are shown once; the numbers are those of one of them")]
+
+
+# -- the trace --------------------------------------------------------------------------------------------
+
+
+def run_trace(subject: Subject, options: argparse.Namespace) -> int:
+    """Load the model, run one forward on the text, print what every layer did."""
+    if subject.folder is None:
+        raise RequestError(f"--trace: {subject.name} has no weights; accepted is a model or run folder")
+    import torch
+
+    from transom.checkpoints.load import load
+    from transom.evaluation.trace import trace
+    from transom.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(subject.folder)
+    ids = tokenizer.encode(options.trace, add_bos=tokenizer.bos_id is not None)
+    limit = subject.args.max_seq_len
+    require(0 < len(ids) <= limit, "--trace", f"a text of {len(ids)} tokens", f"accepted are 1 to {limit} tokens")
+    model = load(subject.folder, device=options.device or "cpu", dtype=options.dtype)
+    layers = trace(model, torch.tensor([ids], device=model.tok_embeddings.weight.device))
+    if options.json:
+        emit_json(trace_document(subject.name, ids, tokenizer, layers))
+    else:
+        print_trace(subject.name, ids, tokenizer, layers)
+    return 0
+
+
+def print_trace(name: str, ids: Sequence[int], tokenizer: Tokenizer, layers: Sequence[LayerTrace]) -> None:
+    """What the residual stream becomes from block to block, then where every head looks."""
+    last = shown(tokenizer, ids[-1])
+    heading(f"{name}: {len(ids)} tokens, the last is {last} at position {len(ids) - 1}")
+    experts = any(layer.experts for layer in layers)
+    rows = []
+    for index, layer in enumerate(layers):
+        guesses = [f"{shown(tokenizer, id)} {probability:.1%}" for id, probability in layer.predictions]
+        sizes = [f"{x:.4g}" for x in (layer.attention_rms, layer.feed_forward_rms, layer.residual_rms)]
+        chosen = ", ".join(f"{id} ({weight:.3f})" for id, weight in layer.experts) or "-"
+        rows.append((str(index), ", ".join(guesses), *([chosen] if experts else []), *sizes))
+    words = ("layer", "next token, if the model ended here", *(["experts (weight)"] if experts else []))
+    show(table(words, ("attention RMS", "feed-forward RMS", "residual RMS"), rows))
+    heads = [
+        (str(index), str(head), f"{entropy:.3f}", shown(tokenizer, ids[position]), str(position), f"{weight:.3f}")
+        for index, layer in enumerate(layers)
+        for head, (entropy, (position, weight)) in enumerate(
+            zip(layer.entropy_N.tolist(), layer.strongest, strict=True)
+        )
+    ]
+    heading("Attention heads")
+    show(table((), ("layer", "head", "entropy", "strongest key", "position", "weight"), heads))
+    heading("How to read it")
+    show(pairs(TRACE_LEGEND))
+
+
+TRACE_LEGEND = [
+    ("next token", "final norm and output applied to the last token's residual stream; the last row is the answer"),
+    ("RMS", "size (root mean square over features, averaged over tokens) of what attention and feed-forward add"),
+    ("", "and of the residual stream behind the block"),
+    ("entropy", "in nats: 0 is attention to one key, ln n is n keys alike; averaged over the tokens"),
+    ("strongest key", "the token that the last token looks at most, and its share of the attention"),
+]
+
+
+def trace_document(
+    name: str, ids: Sequence[int], tokenizer: Tokenizer, layers: Sequence[LayerTrace]
+) -> dict[str, Any]:
+    """The trace as plain data, unrounded."""
+
+    def text(id: int) -> dict[str, Any]:
+        return {"id": id, "text": token_text(tokenizer, id)}
+
+    return {
+        "model": name,
+        "tokens": [text(id) for id in ids],
+        "layers": [
+            {
+                "index": index,
+                "residual_rms": layer.residual_rms,
+                "attention_rms": layer.attention_rms,
+                "feed_forward_rms": layer.feed_forward_rms,
+                "heads": [
+                    {"entropy_nats": entropy, "strongest_position": position, "weight": weight}
+                    for entropy, (position, weight) in zip(layer.entropy_N.tolist(), layer.strongest, strict=True)
+                ],
+                "experts": [{"id": id, "weight": weight} for id, weight in layer.experts],
+                "predictions": [{**text(id), "probability": share} for id, share in layer.predictions],
+            }
+            for index, layer in enumerate(layers)
+        ],
+    }
+
+
+def token_text(tokenizer: Tokenizer, id: int) -> str:
+    """What a token stands for; `<token 217>` where that is part of a character or no text at all."""
+    known = tokenizer.id_to_token(id) is not None  # the model's table may be longer than the vocabulary
+    text = tokenizer.decode([id], skip_special=False) if known else ""
+    return text if text and "\ufffd" not in text else f"<token {id}>"
+
+
+def shown(tokenizer: Tokenizer, id: int) -> str:
+    """A token in quotes, with spaces and line ends visible, in what standard output can write."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return repr(token_text(tokenizer, id)).encode(encoding, "backslashreplace").decode(encoding)
+
+
+# -- words and tables -------------------------------------------------------------------------------------
+
+
+def heading(text: str) -> None:
+    """A line of its own after an empty one."""
+    from rich.text import Text
+
+    show(Text(f"\n{text}", style="bold"))
+
+
+def show(part: RenderableType) -> None:
+    """Print without the spaces that fill a table up to a rectangle."""
+    out = console()
+    with out.capture() as captured:
+        out.print(part)
+    for line in captured.get().splitlines():
+        print(line.rstrip())
+
+
+def console() -> Console:
+    """A terminal at its own width; a pipe wide enough for every row, and without colour."""
+    from rich.console import Console
+
+    terminal = sys.stdout.isatty()
+    width = None if terminal else PIPE_WIDTH
+    return Console(width=width, force_terminal=terminal, markup=False, emoji=False, highlight=False)
+
+
+def fits(part: Table) -> bool:
+    """Whether no cell would have to be wrapped."""
+    from rich.measure import Measurement
+
+    out = console()
+    natural = Measurement.get(out, out.options.update(width=PIPE_WIDTH), part).maximum
+    return natural <= out.width
+
+
+def table(words: Sequence[str], numbers: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Columns of words, left, then columns of numbers, right."""
+    from rich import box
+    from rich.table import Table
+
+    out = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for word in words:
+        out.add_column(word)
+    for number in numbers:
+        out.add_column(number, justify="right")
+    for row in rows:
+        out.add_row(*row)
+    return out
+
+
+def pairs(lines: Iterable[tuple[str, str]]) -> Table:
+    """Two columns without a frame: a word and what it says."""
+    from rich.table import Table
+
+    out = Table.grid(padding=(0, 2))
+    for line in lines:
+        out.add_row(*line)
+    return out
+
+
+def scaled(value: float, steps: Sequence[str], base: float) -> str:
+    """`value` in the largest of `steps` that leaves 1 or more before the point, four digits."""
+    step = 0
+    while float(f"{value:.4g}") >= base and step < len(steps) - 1:
+        value, step = value / base, step + 1
+    return f"{value:.4g}{steps[step]}"
+
+
+def amount(value: int) -> str:
+    """A count: `8.03 B` is 8,030,000,000; exact below ten thousand."""
+    if value < 10_000:
+        return f"{value:,}"
+    return scaled(value, ("", " K", " M", " B", " T"), 1000.0)
+
+
+def byte_words(count: int) -> str:
+    """Bytes in powers of 1024."""
+    return scaled(count, (" B", " KiB", " MiB", " GiB", " TiB", " PiB"), 1024.0)
+
+
+def flop_words(count: float) -> str:
+    """Floating point operations in powers of 1000."""
+    return scaled(count, (" FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP"), 1000.0)
+
+
+def both_dtypes(sizes: dict[str, int]) -> str:
+    """`14.96 GiB in bfloat16, 29.92 GiB in float32`."""
+    return ", ".join(f"{byte_words(size)} in {dtype}" for dtype, size in sizes.items())

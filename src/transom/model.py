@@ -106,6 +106,8 @@ class LLM(nn.Module):
         with torch.inference_mode() if inference else contextlib.nullcontext():
             step = build_step(self.args, inputs, cache, self.attend)
             h_BTD = self.embed(inputs)
+            if step.valid_BT is not None:  # a hidden key still meets a weight of 0, and 0 * NaN is NaN
+                h_BTD = h_BTD.masked_fill(~step.valid_BT.unsqueeze(-1), 0.0)
             router = []
             for index, block in enumerate(self.layers):
                 h_BTD, statistics = block(h_BTD, step, cache.layers[index] if cache is not None else None)
@@ -134,9 +136,12 @@ class LLM(nn.Module):
         if inputs.logits == "none":
             return None
         if inputs.logits == "last":
-            last_B = (step.positions_BT >= 0).sum(1).clamp(min=1) - 1
+            offsets_T = torch.arange(h_BTD.size(1), device=h_BTD.device)
+            last_B = torch.where(step.positions_BT >= 0, offsets_T, 0).amax(1)  # padding may stand on either side
             h_BTD = h_BTD.gather(1, last_B[:, None, None].expand(-1, 1, h_BTD.size(-1)))
-        return F.linear(h_BTD, self.output_weight)
+        if self.output is None:
+            return F.linear(h_BTD, self.tok_embeddings.weight)
+        return self.output(h_BTD)  # the leaf itself, not its weight: it may carry an adapter or be quantized
 
     @property
     def output_weight(self) -> Tensor:

@@ -127,5 +127,5 @@ def _reach(rule: LayerRule, new_at: int | None, start: int, stop: int, slots: in
     """The slots [low, high) that queries [start, stop) of the call can possibly see."""
     if new_at is None or rule.kind == "full":
         return 0, slots
-    within = rule.kind == "window" and start - rule.size + 1 >= 0
+    within = rule.size > 0 and start - rule.size + 1 >= 0  # a chunk reaches back no further than a window
     return (new_at + start - rule.size + 1 if within else 0), new_at + stop

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from transom.args import ModelArgs
 from transom.cache.store import LayerCache, RotatingBufferCache, StaticCache
-from transom.errors import RequestError
+from transom.errors import RequestError, require
 
 
 class ModelCache:
@@ -21,7 +21,8 @@ class ModelCache:
         self.layers = layers
         self.capacity = capacity
         self.batch_size = layers[0].batch_size
-        self.lengths_B = torch.zeros(self.batch_size, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # or nothing outside inference mode could write it
+            self.lengths_B = torch.zeros(self.batch_size, dtype=torch.int64, device=device)
         self.bound = self.debt = 0
 
     @classmethod
@@ -39,6 +40,7 @@ class ModelCache:
         tokens = args.max_seq_len if capacity is None else capacity
         if rows < 1 or tokens < 1:
             raise RequestError(f"cache of {rows} rows and {tokens} tokens: accepted is 1 or more of both")
+        require(slack >= 0, "slack", slack, "accepted is 0 or more")
         layers: list[LayerCache] = []
         for layer in args.layers:
             if layer.rule.kind == "full":
@@ -76,17 +78,19 @@ class ModelCache:
 
     def advance(self, positions_BT: Tensor) -> None:
         """Note the tokens a forward has stored."""
-        self.lengths_B = torch.maximum(self.lengths_B, positions_BT.amax(1) + 1)
+        self.lengths_B.copy_(torch.maximum(self.lengths_B, positions_BT.amax(1) + 1))
 
     def rollback(self, count_B: Tensor | int, at_most: int) -> bool:
         """Forget the last `count_B` tokens of each row; False, and nothing done, where a ring lost what is needed.
 
         `at_most` is the largest count, known on the host.
         """
+        if isinstance(count_B, int):
+            require(0 <= count_B <= at_most, "rollback", count_B, f"accepted is 0 to at_most = {at_most}")
         if not all(layer.can_rollback(self.debt + at_most) for layer in self.layers):
             return False
         self.debt += at_most
-        self.lengths_B = (self.lengths_B - count_B).clamp(min=0)
+        self.lengths_B.copy_((self.lengths_B - count_B).clamp(min=0))
         if isinstance(count_B, int):
             self.bound = max(0, self.bound - count_B)
         for layer in self.layers:
@@ -97,7 +101,7 @@ class ModelCache:
         """A copy whose row i continues this cache's row `rows[i]`."""
         index = torch.as_tensor(rows, device=self.lengths_B.device)
         other = ModelCache([layer.fork(index) for layer in self.layers], self.capacity, index.device)
-        other.lengths_B = self.lengths_B.index_select(0, index)
+        other.lengths_B.copy_(self.lengths_B.index_select(0, index))
         other.bound, other.debt = self.bound, self.debt
         return other
 
@@ -118,7 +122,7 @@ class ModelCache:
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Back to what `snapshot` saw."""
-        self.lengths_B = tensors["lengths"].clone()
+        self.lengths_B.copy_(tensors["lengths"])
         self.bound, self.debt, peak = tensors["host"].tolist()
         for index, layer in enumerate(self.layers):
             mine = {key.partition("/")[2]: x for key, x in tensors.items() if key.startswith(f"{index}/")}

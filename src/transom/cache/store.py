@@ -45,6 +45,7 @@ class LayerCache:
     def _update(self, states: tuple[Tensor, ...], positions_BT: Tensor, fresh: bool) -> CacheView:
         raise NotImplementedError
 
+    @torch.inference_mode(False)  # tensors made under inference mode could not be written outside it
     def _allocate(self, states: tuple[Tensor, ...], positions_BT: Tensor) -> None:
         rows = states[0].size(0)
         if rows != self.batch_size:
@@ -80,6 +81,7 @@ class LayerCache:
         if self.states:
             self.positions_BS.fill_(-1)
 
+    @torch.inference_mode(False)
     def fork(self, rows: Tensor) -> LayerCache:
         """A copy whose row i is this cache's row `rows[i]`."""
         other = type(self)(rows.numel(), self.capacity, self.span)
@@ -93,6 +95,7 @@ class LayerCache:
         tensors = {f"state{i}": x.clone() for i, x in enumerate(self.states)}
         return {**tensors, "positions": self.positions_BS.clone()} if self.states else {}
 
+    @torch.inference_mode(False)
     def restore(self, tensors: dict[str, Tensor], bound: int, peak: int) -> None:
         """Back to what `snapshot` saw."""
         if not tensors:

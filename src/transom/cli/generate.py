@@ -52,7 +52,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         ("--repetition-penalty", float, 1.0, "above 1 holds back tokens of prompt and answer"),
         ("--frequency-penalty", float, 0.0, "taken off for each time a token was generated"),
         ("--presence-penalty", float, 0.0, "taken off once a token was generated"),
-        ("--seed", int, 0, "of the draws; row b uses seed + b"),
+        ("--seed", int, 0, "of the draws; each prompt has draws of its own"),
         ("--prefill-step-size", int, 512, "prompt tokens per call of the model"),
     ):
         shown = "" if default is None else f" (default: {default:g})"

@@ -51,7 +51,9 @@ class Attention(nn.Module):
             q = (q * step.temperature[layer.temperature]).to(q.dtype)
         spec = step.masks[layer.rule]
         if cache is None:
-            view = CacheView((k, v), step.positions_BT, spec.segments_BT, new_at=0)
+            # Positions that nobody described may stand in any order: then no slot can be ruled out by its place.
+            in_order = 0 if spec.layout is not None else None
+            view = CacheView((k, v), step.positions_BT, spec.segments_BT, new_at=in_order)
         else:
             view = cache.update((k, v), step.positions_BT)
         out_BTNH = step.attend(q, view, spec, Score())

@@ -35,7 +35,9 @@ class GroupedLinear(nn.Module):
 
     def forward(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
         """Rows [ends[e - 1], ends[e]) times the weight of e, one grouped product where torch has it."""
-        if grouped_mm_works(rows_RD.device.type, rows_RD.dtype):
+        # The grouped kernels want every row to start at a multiple of 16 bytes.
+        aligned = all(size * rows_RD.element_size() % 16 == 0 for size in self.weight.shape[1:])
+        if aligned and grouped_mm_works(rows_RD.device.type, rows_RD.dtype):
             return F.grouped_mm(rows_RD, self.weight.to(rows_RD.dtype).mT, offs=ends_E.to(torch.int32))
         return self.loop(rows_RD, ends_E)
 

@@ -30,7 +30,7 @@ class RouterStatistics:
 
 
 class Router(nn.Module):
-    """Scores every expert for every token in float32 and keeps the best `top_k`."""
+    """Scores every expert for every token in float32 or better and keeps the best `top_k`."""
 
     def __init__(self, dim: int, moe: MoeArgs) -> None:
         super().__init__()
@@ -41,7 +41,8 @@ class Router(nn.Module):
         """(ids [T, A], weights [T, A] float32, logits [T, E] float32)."""
         # Autocast would run this product in half precision, and near-ties would flip between machines.
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.float(), self.weight.float())
+            wide = torch.promote_types(x_TD.dtype, torch.float32)
+            logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
         if self.moe.routing == "sigmoid":
             best, ids_TA = logits_TE.topk(self.moe.top_k, -1)
             return ids_TA, best.sigmoid(), logits_TE

@@ -23,9 +23,9 @@ def apply_scaling(
 ) -> Tensor:
     """Llama 3's rule: long wavelengths slow down by `scale_factor`, short ones stay, the rest blend."""
     wavelength = 2 * math.pi / freqs
-    # With high == low the blend is empty; the clamp only keeps its unused value finite.
+    # With high == low the blend is empty; the floor and the clamp only keep its unused value finite.
     span = max(high_freq_factor - low_freq_factor, 1e-9)
-    smooth = (old_context_len / wavelength - low_freq_factor) / span
+    smooth = ((old_context_len / wavelength - low_freq_factor) / span).clamp(0, 1)
     blended = (1 - smooth) * freqs / scale_factor + smooth * freqs
     long = torch.where(wavelength > old_context_len / low_freq_factor, freqs / scale_factor, blended)
     return torch.where(wavelength < old_context_len / high_freq_factor, freqs, long)
@@ -89,7 +89,7 @@ def reshape_for_broadcast(freqs_cis: Tensor, x: Tensor) -> Tensor:
 
 
 def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
-    """Interleaved pairs of xq, xk [B, T, heads, H] times complex freqs_cis [T, H / 2]; the complex twin of `rotate`."""
+    """Interleaved pairs of xq, xk [B, T, heads, H] times complex freqs_cis [T, H / 2]; a twin of `rotate`."""
 
     def turn(x: Tensor) -> Tensor:
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())

@@ -44,7 +44,7 @@ class RunFolder:
                 f"{self.path}: not empty; accepted with --overwrite or --resume, or name another folder"
             )
         elif occupied:  # remove what a run writes and nothing else: the folder may hold other people's files
-            foreign = [p.name for p in self.path.iterdir() if p.name not in OWN_FILES and not _is_step(p)]
+            foreign = [p.name for p in self.path.iterdir() if not _is_own(p)]
             if foreign:
                 raise RequestError(f"{self.path}: holds {foreign[0]!r}, which no run wrote; name another folder")
 
@@ -52,11 +52,11 @@ class RunFolder:
         """Make the folder ready, after `check`: new and empty, or without unfinished checkpoints."""
         if resume:
             for item in self.path.glob(f"*{TEMPORARY}*"):
-                notice(f"{item}: unfinished checkpoint removed")
-                shutil.rmtree(item, ignore_errors=True)
+                notice(f"{item}: unfinished, removed")
+                _remove(item)
         elif self.path.exists():
             for item in self.path.iterdir():
-                shutil.rmtree(item) if item.is_dir() else item.unlink()
+                _remove(item)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -160,6 +160,14 @@ def sha256_of(path: Path) -> str:
 
 def _is_step(path: Path) -> bool:
     return path.name.startswith("step_") and path.is_dir()
+
+
+def _is_own(path: Path) -> bool:
+    return path.name in OWN_FILES or _is_step(path) or TEMPORARY in path.name
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _flush(path: Path) -> None:

@@ -1,0 +1,219 @@
+"""`transom generate` and `transom chat` as a person or a script meets them."""
+
+import io
+import json
+
+import pytest
+from safetensors.torch import save_file
+
+from tests.helpers import random_model, run_python, tiny_args
+from transom.attend.sdpa import sdpa
+from transom.cli.main import main
+from transom.generation.text import encode_prompts, stream_text
+from transom.model import LLM
+from transom.tokenizer import byte_tokenizer
+
+
+def write_model(folder, **changes):
+    folder.mkdir(exist_ok=True)
+    model = random_model(tiny_args(**{"vocab_size": 258, "max_seq_len": 96, **changes}))
+    byte_tokenizer().save(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "transom", **model.args.to_dict()}))
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return model
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    return write_model(folder), folder
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Run a verb in this process; (exit code, standard output, standard error)."""
+
+    def call(*words, stdin=""):
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        code = main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def continued(model, prompt, count, stop=()):
+    """The greedy text of `count` tokens behind a prompt, cut before a stop string."""
+    tokenizer = byte_tokenizer()
+    ids = encode_prompts(tokenizer, [prompt])
+    stops = (tokenizer.eos_id,)
+    texts = stream_text(model, tokenizer, ids, max_new_tokens=count, stop=stop, stop_tokens=stops)
+    return "".join(piece for (piece,) in texts), texts.completions[0]
+
+
+def test_one_prompt_is_continued(made, call):
+    model, folder = made
+    code, out, err = call("generate", folder, "-p", "hello", "-m", 20, "--device", "cpu")
+    assert (code, out) == (0, continued(model, "hello", 20)[0] + "\n")
+    lines = err.splitlines()
+    assert lines[0].startswith("Prompt: 6 tokens, ") and lines[0].endswith(" tokens-per-sec")
+    assert lines[1].startswith("Generation: 20 tokens, ")
+    assert lines[2].startswith("Peak memory: ") and lines[2].endswith(" GB")
+
+
+def test_json_is_the_last_line(made, call):
+    model, folder = made
+    code, out, _ = call("generate", folder, "-p", "hello", "-p", "you", "-m", 9, "--json")
+    document = json.loads(out.splitlines()[-1])
+    assert code == 0 and document["model"] == str(folder)
+    for prompt, row in zip(("hello", "you"), document["completions"], strict=True):
+        text, completion = continued(model, prompt, 9)
+        assert row == {"prompt": prompt, "text": text, "tokens": completion.tokens, "finish_reason": "length"}
+    assert document["prompt_tokens"] == 10 and document["generation_tokens"] == 18
+    assert document["prompt_tokens_per_second"] > 0 and document["generation_tokens_per_second"] > 0
+    assert document["peak_memory_bytes"] > 1e7
+    assert "==> 1 of 2: 'hello' <==\n" in out and "==> 2 of 2: 'you' <==\n" in out
+
+
+def test_standard_input_and_stop_and_seed(made, call):
+    model, folder = made
+    text, _ = continued(model, "x\ny\n", 20)
+    stop = text[5:7]
+    code, out, _ = call("generate", folder, "-p", "-", "-m", 20, "--stop", stop, stdin="x\ny\n")
+    assert (code, out) == (0, text[: text.index(stop)] + "\n")
+    flags = ("-p", "a", "-m", 12, "--temp", 1.2, "--top-k", 90, "--top-p", 0.9, "--min-p", 0.001, "--seed")
+    outs = [call("generate", folder, *flags, seed)[1] for seed in (1, 1, 2)]
+    assert outs[0] == outs[1] != outs[2]
+
+
+def test_the_default_length_is_what_the_context_leaves(made, call):
+    _, folder = made
+    code, out, err = call("generate", folder, "-p", "a" * 90, "--ignore-eos", "--json")
+    assert code == 0 and json.loads(out.splitlines()[-1])["generation_tokens"] == 5
+    assert "room for 5 new" in err
+
+
+def test_the_folder_says_where_to_stop(made, call, tmp_path):
+    model = write_model(tmp_path)
+    _, completion = continued(model, "hello", 20)
+    stop = completion.tokens[6]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [300, stop]}))
+    flags = ("generate", tmp_path, "-p", "hello", "-m", 20, "--json")
+    rows = [json.loads(call(*flags, *more)[1].splitlines()[-1]) for more in ((), ("--ignore-eos",))]
+    assert rows[0]["completions"][0]["finish_reason"] == "stop"
+    assert rows[0]["completions"][0]["tokens"] == completion.tokens[: completion.tokens.index(stop) + 1]
+    assert rows[1]["generation_tokens"] == 20
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["-p", "-"], "standard input is empty"),
+        (["-p", "-", "-p", "-"], "can be read once"),
+        (["-p", "a" * 96], "a prompt of 97 tokens"),
+        (["-p", "a", "-m", "95"], "accepted are 96 together"),
+        (["-p", "a", "-m", "0"], "--max-tokens = 0"),
+        (["-p", "a", "--temp", "-1"], "temperature = -1.0"),
+        (["-p", "a", "--temp", "warm"], "--temp"),
+        (["-p", "a", "--stop", ""], "--stop = ''"),
+        (["-p", "a", "--dtype", "int3"], "dtype = 'int3'"),
+        (["-p", "a", "--device", "abacus"], "device = 'abacus'"),
+        ([], "--prompt"),
+    ],
+)
+def test_wrong_requests_are_one_sentence(made, call, words, sentence):
+    code, out, err = call("generate", made[1], *words)
+    errors = [line for line in err.splitlines() if "room for" not in line]
+    assert (code, out) == (2, "") and len(errors) == 1 and sentence in errors[0]
+
+
+@pytest.mark.parametrize("verb", [["generate", "-p", "a"], ["chat"]])
+def test_a_folder_without_a_model_is_refused(call, tmp_path, verb):
+    assert call(*verb, tmp_path / "nothing")[0] == 2
+    code, _, err = call(*verb, tmp_path)
+    assert code == 2 and "config.json" in err
+    (tmp_path / "config.json").write_text("{}")
+    assert call(*verb, tmp_path)[0] == 2
+
+
+def test_arguments_are_checked_without_torch():
+    code = (
+        "import sys; from transom.cli.main import main; "
+        "print(main(['generate', 'nowhere', '-p', 'a']), main(['chat', '.', '-m', '0']), 'torch' in sys.modules)"
+    )
+    assert run_python(code) == "2 2 False\n"
+
+
+def test_chat_is_one_growing_text(made, call, tmp_path):
+    model, folder = made
+    first, _ = continued(model, "hello", 10)
+    answer, done = continued(model, [256, *b"hello", *continued(model, "hello", 10)[1].tokens, *b"\nab\ncd"], 10)
+    assert done.finish_reason == "length"
+    stdin = f"hello\n\nab\\\ncd\n/save {tmp_path / 'text'}\n"
+    code, out, err = call("chat", folder, "-m", 10, stdin=stdin)
+    assert (code, out) == (0, f"{first}\n{answer}\n")
+    assert "this model has no chat template" in err
+    assert (tmp_path / "text").read_text() == f"hello{first}\nab\ncd{answer}"
+
+
+def test_chat_runs_only_what_is_new(made, call, monkeypatch):
+    _, folder = made
+    seen, forward = [], LLM.forward
+
+    def spy(self, inputs, cache=None, inference=False):
+        seen.append(inputs.tokens.size(1))
+        return forward(self, inputs, cache, inference)
+
+    monkeypatch.setattr(LLM, "forward", spy)
+    call("chat", folder, "-m", 3, stdin="hello\nab\n")
+    # BOS and five bytes, two answers; the last answer, a line end and two bytes; two answers
+    assert seen == [6, 1, 1, 4, 1, 1]
+
+
+def test_chat_commands(made, call, tmp_path):
+    model, folder = made
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    stdin = f"x\n/reset\nhello\n/system be\nhello\n/nope\n/save {taken}\n/save\n/help\n/exit\nnever\n"
+    code, out, err = call("chat", folder, "-m", 6, stdin=stdin)
+    answers = [continued(model, prompt, 6)[0] for prompt in ("x", "hello", "be\nhello")]
+    assert code == 0 and out.startswith("".join(f"{answer}\n" for answer in answers) + "Every line")
+    assert "/nope: no such command" in err and "the file exists" in err and "name of a file" in err
+    assert taken.read_text() == "mine"
+
+
+def test_chat_says_when_the_context_is_full(made, call, tmp_path):
+    model, folder = made
+    file = tmp_path / "text"
+    stdin = f"hello\n{'x' * 90}\n/save {file}\nhi\n"
+    code, out, err = call("chat", folder, "-m", 40, "--max-model-len", 50, stdin=stdin)
+    first, done = continued(model, "hello", 40)
+    assert code == 0 and "the context of 50 tokens is full; /reset begins anew" in err
+    assert file.read_text() == "hello" + first  # the turn that did not fit left nothing behind
+    answer, _ = continued(model, [256, *b"hello", *done.tokens, *b"\nhi"], 1)
+    assert out == f"{first}\n{answer}\n"
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 8}])
+@pytest.mark.parametrize("calls", [1, 7, 10])
+def test_ctrl_c_keeps_text_and_cache_together(call, tmp_path, monkeypatch, calls, changes):
+    model = write_model(tmp_path / "model", n_layers=3, max_seq_len=256, **changes)
+    count = 0
+
+    def interrupted(*args):
+        nonlocal count
+        count += 1
+        if count == 3 * calls - 1:  # in the middle layer, so that the layers' caches differ
+            raise KeyboardInterrupt
+        return sdpa(*args)
+
+    monkeypatch.setattr(LLM, "attend", staticmethod(interrupted))
+    file, prompt = tmp_path / "text", "hello " * 9
+    stdin = f"{prompt}\n/save {file}\nhi\n"
+    code, out, _ = call("chat", tmp_path / "model", "-m", 12, "--prefill-step-size", 20, stdin=stdin)
+    monkeypatch.setattr(LLM, "attend", staticmethod(sdpa))
+    whole = continued(model, prompt, 12)[1].tokens
+    kept = whole[: max(0, calls - 3)]  # three calls for the prompt, the first of which gives no token
+    answer, _ = continued(model, [256, *prompt.encode(), *kept, *b"\nhi"], 12)
+    assert code == 0 and out.endswith(f"\n{answer}\n")
+    assert file.read_text().startswith(prompt)

@@ -1,0 +1,110 @@
+"""Every command and every Python block of the README runs; long ones shrunken here, whole in the slow test."""
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from transom.cli.main import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+# What makes a long command short; every other command runs as it stands.
+SHRINK = {
+    "transom demo": ["steps=4", "--quiet"],
+    "transom train": ["steps=4", "save_every=2", "device=cpu", "--quiet"],
+    "transom generate": ["--max-tokens", "4"],
+    "transom chat": ["--max-tokens", "4"],
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder in which the README's commands can run one after the other."""
+    folder = tmp_path_factory.mktemp("readme")
+    texts = folder / "my_texts"
+    texts.mkdir()
+    for i in range(12):
+        (texts / f"{i}.txt").write_text("".join(f"Line {j} of text {i} goes on and on.\n" for j in range(60)))
+    return folder
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = {line.split()[1] for line in commands() if line.startswith("make ")}
+    assert named
+    assert named <= targets
+
+
+def test_commands_run(workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("TRANSOM_CACHE", str(workplace / "cache"))
+    ran = 0
+    for line in ["transom demo", *commands()]:
+        if not line.startswith(("transom ", "echo ")):
+            continue
+        text, _, command = line.rpartition("| ")
+        words = shlex.split(command)
+        short = SHRINK.get(" ".join(words[:2]), [])
+        if text or words[1] == "chat":
+            said = shlex.split(text)[1] if text else "hello"
+            monkeypatch.setattr("sys.stdin", _Lines(said + "\n"))
+        again = ["--overwrite"] if words[1] == "demo" else []
+        code = main([*words[1:], *short, *again])
+        told = capsys.readouterr()
+        assert code == 0, f"{line}\n{told.err}"
+        if "--json" in words:
+            json.loads(told.out.splitlines()[-1])
+        ran += 1
+    assert ran >= 6
+
+
+def test_python_blocks_run(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.slow
+def test_the_demo_keeps_its_promise(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    done = subprocess.run(
+        ["transom", "demo", "out=runs/whole", "--json", "--quiet"], capture_output=True, text=True, check=True
+    )
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["val_bits_per_byte"] <= 1.60
+    assert facts["val_bits_per_byte"] < facts["xz_per_file_bits_per_byte"]
+
+
+class _Lines:
+    """Standard input from a string."""
+
+    def __init__(self, text: str) -> None:
+        self._lines = text.splitlines(keepends=True)
+
+    def readline(self) -> str:
+        return self._lines.pop(0) if self._lines else ""
+
+    def read(self) -> str:
+        text, self._lines = "".join(self._lines), []
+        return text
+
+    def __iter__(self):
+        while line := self.readline():
+            yield line
+
+    def isatty(self) -> bool:
+        return False

@@ -236,6 +236,8 @@ def test_output_goes_through_its_leaf():
         ({"sizes": [[4, 5], [4, 4]]}, "accepted is 2 rows of lengths that sum to 9"),
         ({"sizes": [[9, 0], [9]]}, "accepted is 2 rows of lengths that sum to 9"),
         ({"sizes": [[9], [9]], "lengths": torch.tensor([9, 9])}, "sizes: accepted without lengths"),
+        ({"lengths": torch.tensor([4])}, "lengths of shape (1,): accepted is one per row"),
+        ({"tokens_position": -3}, "tokens_position = -3: accepted is a start of 0 or more"),
         ({"cached": 3}, "tokens have 2 rows: this cache was built for 3"),
         ({"cached": 2, "sizes": [[9], [9]]}, "sizes: packed rows are accepted without a cache"),
         ({"cached": 2, "tokens_position": 3}, "tokens_position: accepted without a cache"),

@@ -114,7 +114,7 @@ class LLM(nn.Module):
                 if statistics is not None:
                     router.append(statistics)
             if cache is not None:
-                cache.advance(step.positions_BT)
+                cache.advance(step.positions_BT, padded=inputs.lengths is not None)
             h_BTD = self.norm(h_BTD)
             return TransformerOutput(self.unembed(h_BTD, inputs, step), h_BTD, tuple(router))
 
@@ -188,7 +188,7 @@ def build_step(args: ModelArgs, inputs: TransformerInput, cache: ModelCache | No
     layout: Layout | None = Layout((count,) * rows, padded=inputs.lengths is not None)
     segments_BT: Tensor | None = None
     if cache is not None:
-        fresh = cache.claim(count, padded=inputs.lengths is not None)
+        fresh = cache.claim(count)
         positions_BT = cache.lengths_B[:, None] + offsets_1T
         layout = layout if fresh else None
     elif inputs.sizes is not None:
@@ -231,6 +231,10 @@ def check_input(args: ModelArgs, inputs: TransformerInput, cache: ModelCache | N
         raise RequestError("tokens: none given; accepted is one or more per row")
     if inputs.sizes is not None and (inputs.lengths is not None or inputs.tokens_position is not None):
         raise RequestError("sizes: accepted without lengths and tokens_position, which they replace")
+    if inputs.lengths is not None and inputs.lengths.shape != inputs.tokens.shape[:1]:
+        raise RequestError(f"lengths of shape {tuple(inputs.lengths.shape)}: accepted is one per row of tokens")
+    if isinstance(inputs.tokens_position, int) and inputs.tokens_position < 0:
+        raise RequestError(f"tokens_position = {inputs.tokens_position}: accepted is a start of 0 or more")
     if cache is None:
         count = inputs.tokens.size(1)
         if inputs.sizes is None and count > args.max_seq_len:

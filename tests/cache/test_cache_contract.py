@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.helpers import one_thread, random_model, random_tokens, tiny_args
 from transom.cache.model_cache import ModelCache
 from transom.errors import RequestError
-from transom.model import LLM, TransformerInput
+from transom.model import LLM, MaskedEmbedding, TransformerInput
 
 WINDOW, CHUNK = 5, 6
 PATTERNS = {
@@ -240,10 +240,24 @@ def test_reset_forgets_everything(pattern):
     cache = model_of(pattern).make_cache(2, COUNT, slack=3)
     feed(pattern, cache, random_tokens(2, 20, seed=4))
     cache.rollback(2, at_most=2)
+    for layer in cache.layers:
+        for state in layer.states:
+            state.fill_(float("nan"))
     cache.reset()
     tokens = random_tokens(2, 8)
-    same(feed(pattern, cache, tokens), uncached(pattern, tokens))
+    logits = torch.cat([feed(pattern, cache, part) for part in tokens.split([5, 1, 2], dim=1)], 1)
+    same(logits, uncached(pattern, tokens))
     assert cache.rollback(8, at_most=8), "a ring that starts again has forgotten nothing"
+
+
+def test_a_forward_that_failed_leaves_the_rollback_limit_alone():
+    cache = model_of("window").make_cache(2, COUNT, slack=3)
+    feed("window", cache, random_tokens(2, 24))
+    assert cache.rollback(4, at_most=4)
+    nowhere = MaskedEmbedding(torch.zeros(1, 1, 1), torch.zeros(1, 1))
+    with pytest.raises(RequestError, match="image_embedding"):
+        model_of("window")(TransformerInput(random_tokens(2, 2), image_embedding=nowhere), cache=cache)
+    assert not cache.rollback(1, at_most=1)
 
 
 def test_overflow_is_refused_and_leaves_room_for_what_fits():

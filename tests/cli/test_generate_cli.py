@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from tests.helpers import random_model, run_python, tiny_args
 from transom.attend.sdpa import sdpa
 from transom.cli.main import main
-from transom.generation.text import encode_prompts, stream_text
+from transom.generation.sampling import SamplingArgs
+from transom.generation.text import stream_text
 from transom.model import LLM
 from transom.tokenizer import byte_tokenizer
 
@@ -42,12 +43,12 @@ def call(capsys, monkeypatch):
     return call
 
 
-def continued(model, prompt, count, stop=()):
-    """The greedy text of `count` tokens behind a prompt, cut before a stop string."""
-    tokenizer = byte_tokenizer()
-    ids = encode_prompts(tokenizer, [prompt])
-    stops = (tokenizer.eos_id,)
-    texts = stream_text(model, tokenizer, ids, max_new_tokens=count, stop=stop, stop_tokens=stops)
+def continued(model, prompt, count, stop_tokens=(257,), **sampling):
+    """The text of `count` tokens behind a prompt of text or ids, greedy unless told, and its `Completion`."""
+    args = SamplingArgs(**sampling)
+    texts = stream_text(
+        model, byte_tokenizer(), [prompt], max_new_tokens=count, sampling=args, stop_tokens=stop_tokens
+    )
     return "".join(piece for (piece,) in texts), texts.completions[0]
 
 
@@ -182,6 +183,23 @@ def test_chat_commands(made, call, tmp_path):
     assert taken.read_text() == "mine"
 
 
+def test_a_stop_token_ends_an_answer_and_not_the_text(call, tmp_path):
+    model = write_model(tmp_path)
+    tokens = continued(model, "hello", 20)[1].tokens
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": tokens[4]}))
+    said = tokens[: tokens.index(tokens[4])]
+    _, out, _ = call("chat", tmp_path, "-m", 20, stdin="hello\nab\n")
+    answer, _ = continued(model, [256, *b"hello", *said, *b"\nab"], 20, stop_tokens=[tokens[4]])
+    assert out.endswith(f"\n{answer}\n")
+
+
+def test_every_turn_has_draws_of_its_own(made, call):
+    flags = ("chat", made[1], "-m", 12, "--temp", 1.5)
+    runs = [call(*flags, stdin="hello\n/reset\nhello\n")[1] for _ in range(2)]
+    first, second = (continued(made[0], "hello", 12, temperature=1.5, seed=seed)[0] for seed in (0, 1))
+    assert runs == [f"{first}\n{second}\n"] * 2 and first != second
+
+
 def test_chat_says_when_the_context_is_full(made, call, tmp_path):
     model, folder = made
     file = tmp_path / "text"
@@ -195,7 +213,7 @@ def test_chat_says_when_the_context_is_full(made, call, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{}, {"sliding_window": 8}])
-@pytest.mark.parametrize("calls", [1, 7, 10])
+@pytest.mark.parametrize("calls", [1, 2, 3, 10])
 def test_ctrl_c_keeps_text_and_cache_together(call, tmp_path, monkeypatch, calls, changes):
     model = write_model(tmp_path / "model", n_layers=3, max_seq_len=256, **changes)
     count = 0
@@ -208,12 +226,12 @@ def test_ctrl_c_keeps_text_and_cache_together(call, tmp_path, monkeypatch, calls
         return sdpa(*args)
 
     monkeypatch.setattr(LLM, "attend", staticmethod(interrupted))
-    file, prompt = tmp_path / "text", "hello " * 9
+    file, prompt = tmp_path / "text", "hello " * 18
     stdin = f"{prompt}\n/save {file}\nhi\n"
-    code, out, _ = call("chat", tmp_path / "model", "-m", 12, "--prefill-step-size", 20, stdin=stdin)
+    code, out, _ = call("chat", tmp_path / "model", "-m", 12, "--prefill-step-size", 55, stdin=stdin)
     monkeypatch.setattr(LLM, "attend", staticmethod(sdpa))
     whole = continued(model, prompt, 12)[1].tokens
-    kept = whole[: max(0, calls - 3)]  # three calls for the prompt, the first of which gives no token
+    kept = whole[: max(0, calls - 2)]  # two calls for the prompt; the token of the second is shown first
     answer, _ = continued(model, [256, *prompt.encode(), *kept, *b"\nhi"], 12)
     assert code == 0 and out.endswith(f"\n{answer}\n")
     assert file.read_text().startswith(prompt)

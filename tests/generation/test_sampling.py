@@ -56,7 +56,7 @@ def test_repetition_penalty_equals_transformers():
 def test_all_together_equals_transformers_in_its_order():
     logits = random_logits(rows=1)
     args = SamplingArgs(temperature=0.7, top_k=50, top_p=0.9, min_p=0.02, repetition_penalty=1.4)
-    scores, seen = logits.clone(), torch.tensor([[3, 5, 8]])
+    scores, seen = logits.clone(), logits.topk(3).indices
     for step in (
         RepetitionPenaltyLogitsProcessor(1.4),
         TemperatureLogitsWarper(0.7),
@@ -67,7 +67,7 @@ def test_all_together_equals_transformers_in_its_order():
         scores = step(seen, scores)
     for seed in range(50):
         sampler = Sampler(args, 1, 200, seeds=[seed])
-        sampler.see([[3, 5, 8]])
+        sampler.see(seen.tolist())
         uniform = torch.rand(1, generator=torch.Generator().manual_seed(seed))
         assert sampler(logits).tolist() == draw(scores.softmax(-1), uniform).tolist()
 
@@ -99,7 +99,7 @@ def test_draw_survives_sums_that_are_not_monotone():
         """Sums as a parallel scan may give them: one unit in the last place up where nothing was added."""
 
         def cumsum(self, dim):
-            return torch.tensor([[0.4, 1.0, 1.0 + 2**-22, 1.0]])
+            return torch.tensor([[0.4, 1.0 - 2**-22, 1.0, 1.0 - 2**-22]])
 
     probs = torch.tensor([[0.4, 0.6, 0.0, 0.0]]).as_subclass(Wobbly)
     assert draw(probs, torch.tensor([1 - 2.0**-24])).tolist() == [1]
@@ -120,6 +120,14 @@ def test_generated_tokens_are_penalised_and_prompts_are_not():
     logits = torch.tensor([[3.0, 2.4, 1.0, 0.0]])
     # Said once, 0 stands at 3 - 1.5 = 1.5 and 1 at 2.4 - 1.5 = 0.9; then 2 at 1.0 beats 0 at 3 - 2.5 and 1.
     assert [sampler(logits).item() for _ in range(4)] == [0, 1, 0, 2]
+
+
+def test_repetition_counts_prompt_and_answer():
+    sampler = Sampler(SamplingArgs(repetition_penalty=2.0), 1, 3)
+    sampler.see([[0]])
+    logits = torch.tensor([[3.0, 2.4, 1.3]])
+    # 0 stands at 1.5 from the start, 1 at 1.2 once it was said.
+    assert [sampler(logits).item() for _ in range(3)] == [1, 0, 0]
 
 
 def test_a_vanishing_temperature_is_greedy():

@@ -57,7 +57,7 @@ class ModelCache:
         """Whether some layer keeps every token, so that `capacity` is a limit."""
         return any(isinstance(layer, StaticCache) for layer in self.layers)
 
-    def claim(self, count: int, *, padded: bool) -> bool:
+    def claim(self, count: int) -> bool:
         """Make room for `count` more tokens per row, or refuse; returns whether the cache was empty."""
         if self.bounded and self.bound + count > self.capacity:
             self.tighten()  # rollbacks leave the bound loose; only now is it worth asking the device
@@ -66,8 +66,6 @@ class ModelCache:
                     f"{self.bound} + {count} tokens: this cache holds {self.capacity}; build it with more capacity"
                 )
         fresh, self.bound = self.bound == 0, self.bound + count
-        if not padded:  # every row grows by `count`
-            self.debt = max(0, self.debt - count)
         return fresh
 
     def tighten(self) -> None:
@@ -76,8 +74,10 @@ class ModelCache:
         for layer in self.layers:
             layer.bound = min(layer.bound, self.bound)
 
-    def advance(self, positions_BT: Tensor) -> None:
+    def advance(self, positions_BT: Tensor, *, padded: bool) -> None:
         """Note the tokens a forward has stored."""
+        if not padded:  # every row has grown by all of them
+            self.debt = max(0, self.debt - positions_BT.size(1))
         self.lengths_B.copy_(torch.maximum(self.lengths_B, positions_BT.amax(1) + 1))
 
     def rollback(self, count_B: Tensor | int, at_most: int) -> bool:

@@ -80,6 +80,8 @@ class LayerCache:
         self.bound = self.peak = 0
         if self.states:
             self.positions_BS.fill_(-1)
+            for x in self.states:  # what stood there may have been NaN
+                x.zero_()
 
     @torch.inference_mode(False)
     def fork(self, rows: Tensor) -> LayerCache:

@@ -33,7 +33,9 @@ def test_the_tree_in_the_docs_is_the_tree_on_disk():
     assert tree_in_docs() == disk
 
 
-@pytest.mark.parametrize("module", ["transom", "transom.cli.main", "transom.training.config", "transom.planning.counts"])
+@pytest.mark.parametrize(
+    "module", ["transom", "transom.cli.main", "transom.training.config", "transom.planning.counts"]
+)
 def test_light_modules_leave_torch_alone(module):
     assert run_python(f"import {module}, sys; print('torch' in sys.modules)").strip() == "False"
 

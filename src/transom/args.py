@@ -176,6 +176,8 @@ class ModelArgs:
         require(multiplier is None or multiplier > 0, "ffn_dim_multiplier", multiplier, "accepted is more than 0")
         high = self.rope_high_freq_factor
         require(high >= self.rope_low_freq_factor, "rope_high_freq_factor", high, "accepted is low or more")
+        original = self.rope_original_max_seq_len
+        require(original >= 1, "rope_original_max_seq_len", original, "accepted is 1 or more")
         self._check_pattern()
 
     def _check_heads(self) -> None:
@@ -208,9 +210,14 @@ class ModelArgs:
             if letter.upper() not in PATTERN_LETTERS:
                 known = ", ".join(PATTERN_LETTERS)
                 raise RequestError(f"layer_pattern has {letter!r}: accepted is {known} or a small one for NoPE")
-        if not isinstance(pattern, str):
-            fits = len(pattern) == self.n_layers
-            require(fits, "layer_pattern", list(pattern), f"a list has one letter per layer ({self.n_layers})")
+        if isinstance(pattern, str):
+            fits, accepted = (
+                len(pattern) <= self.n_layers,
+                f"a tiling has at most n_layers = {self.n_layers} letters",
+            )
+        else:
+            fits, accepted = len(pattern) == self.n_layers, f"a list has one letter per layer ({self.n_layers})"
+        require(fits, "layer_pattern", pattern if isinstance(pattern, str) else list(pattern), accepted)
         used = {letter.upper() for letter in self.pattern}
         for letter, field in (("S", "sliding_window"), ("C", "attention_chunk_size")):
             size = getattr(self, field)
@@ -304,7 +311,7 @@ class ModelArgs:
         return read(cls, data)
 
     def to_dict(self) -> dict[str, Any]:
-        """What was given, without the fields left at their defaults."""
+        """Every field as given, shorthands unexpanded; `from_dict` takes it back."""
         data = write(self)
         assert isinstance(data, dict)
         return data
@@ -312,7 +319,10 @@ class ModelArgs:
     @classmethod
     def from_json(cls, text: str) -> ModelArgs:
         """Read what `to_json` wrote."""
-        return cls.from_dict(json.loads(text))
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise RequestError(f"model arguments: not JSON ({error})") from None
 
     def to_json(self) -> str:
         """`to_dict` as indented JSON."""

@@ -41,25 +41,14 @@ def read(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
 
 
 def write(value: Any) -> Any:
-    """Plain data of a dataclass: only what differs from the defaults, nested parts as mappings."""
+    """Plain data of a dataclass, nested parts as mappings; defaults too, so that they may change later."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        out = {}
-        for field in dataclasses.fields(value):
-            item = getattr(value, field.name)
-            if item != _default(field):
-                out[field.name] = write(item)
-        return out
+        return {field.name: write(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, (list, tuple)):
         return [write(item) for item in value]
     if isinstance(value, Mapping):
         return {key: write(item) for key, item in value.items()}
     return value
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
 
 
 def _join(where: str, key: str) -> str:

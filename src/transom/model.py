@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -102,8 +102,13 @@ class LLM(nn.Module):
     def forward(
         self, inputs: TransformerInput, cache: ModelCache | None = None, inference: bool = False
     ) -> TransformerOutput:
-        """Logits and hidden states; with `cache`, tokens continue its rows. `inference` records no gradient."""
-        with torch.inference_mode() if inference else contextlib.nullcontext():
+        """Logits and hidden states; with `cache`, tokens continue its rows, and no gradient is recorded.
+
+        `inference` records none either, and makes tensors that no later graph may use.
+        """
+        # Stored keys are detached: gradients through a cached call would silently lack their share.
+        quiet = torch.no_grad() if cache is not None else contextlib.nullcontext()
+        with torch.inference_mode() if inference else quiet:
             step = build_step(self.args, inputs, cache, self.attend)
             h_BTD = self.embed(inputs)
             if step.valid_BT is not None:  # a hidden key still meets a weight of 0, and 0 * NaN is NaN
@@ -139,14 +144,13 @@ class LLM(nn.Module):
             offsets_T = torch.arange(h_BTD.size(1), device=h_BTD.device)
             last_B = torch.where(step.positions_BT >= 0, offsets_T, 0).amax(1)  # padding may stand on either side
             h_BTD = h_BTD.gather(1, last_B[:, None, None].expand(-1, 1, h_BTD.size(-1)))
-        if self.output is None:
-            return F.linear(h_BTD, self.tok_embeddings.weight)
-        return self.output(h_BTD)  # the leaf itself, not its weight: it may carry an adapter or be quantized
+        return self.project(h_BTD)
 
-    @property
-    def output_weight(self) -> Tensor:
-        """[V, D]; the embeddings' own when tied."""
-        return self.tok_embeddings.weight if self.output is None else self.output.weight
+    def project(self, h_D: Tensor) -> Tensor:
+        """Logits [..., V] of normed hidden states [..., D]."""
+        if self.output is None:
+            return F.linear(h_D, self.tok_embeddings.weight)
+        return self.output(h_D)  # the leaf itself, not its weight: it may carry an adapter or be quantized
 
     def make_cache(
         self, batch_size: int | None = None, capacity: int | None = None, *, slack: int = 32
@@ -159,8 +163,9 @@ class LLM(nn.Module):
     def init_weights(self, seed: int = 0) -> None:
         """Fill all weights in place, repeatably: the same seed gives the same model on every device.
 
-        Matrices that write into the residual stream and the output start at zero, the others uniform with
-        standard deviation 1 / (2 sqrt(fan in)): at step 0 every block is the identity and the loss is ln V.
+        Matrices that write into the residual stream and an untied output start at zero, the others uniform
+        with standard deviation 1 / (2 sqrt(fan in)): at step 0 every block is the identity, and the loss ln V.
+        A tied output starts higher, since each token then predicts itself.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
@@ -171,56 +176,64 @@ class LLM(nn.Module):
                 weight.zero_()
             else:
                 if leaf == "tok_embeddings":  # tied, it is the output too: N(0, 1) would start at loss ~ dim
-                    draw = torch.randn(weight.shape, generator=generator)
-                    draw *= self.args.dim**-0.5 if self.output is None else 1.0
+                    draw = torch.randn(weight.shape, generator=generator) * (0.02 if self.output is None else 1.0)
                 else:
                     bound = 0.5 * (3.0 / weight.shape[-1]) ** 0.5
                     draw = (torch.rand(weight.shape, generator=generator) * 2 - 1) * bound
                 weight.copy_(draw)
 
 
+class Place(NamedTuple):
+    """Where the tokens of a call stand: positions [1 or B, T], segments of packed rows, layout if known."""
+
+    positions_BT: Tensor
+    segments_BT: Tensor | None
+    layout: Layout | None
+
+
 def build_step(args: ModelArgs, inputs: TransformerInput, cache: ModelCache | None, attend: Attend) -> Step:
     """Positions, segments, rotary tables and mask specs of one call, from what the input says."""
     check_input(args, inputs, cache)
     rows, count = inputs.tokens.shape
-    device = inputs.tokens.device
-    offsets_1T = torch.arange(count, device=device)[None]
-    layout: Layout | None = Layout((count,) * rows, padded=inputs.lengths is not None)
-    segments_BT: Tensor | None = None
-    if cache is not None:
-        fresh = cache.claim(count)
-        positions_BT = cache.lengths_B[:, None] + offsets_1T
-        layout = layout if fresh else None
-    elif inputs.sizes is not None:
-        sizes = packed_sizes(inputs.sizes, rows, count)
-        positions_BT = torch.stack([positions_from_sizes(row, device) for row in sizes])
-        segments_BT = torch.stack([segments_from_sizes(row, device) for row in sizes])
-        layout = Layout(tuple(size for row in sizes for size in row))
-    elif isinstance(inputs.tokens_position, Tensor):
-        positions_BT = inputs.tokens_position.to(device)
-        positions_BT = positions_BT[None] if positions_BT.ndim == 1 else positions_BT
-        layout = None
-    else:
-        start = inputs.tokens_position or 0
-        positions_BT = offsets_1T + start
-        layout = Layout((count,) * rows, start, padded=inputs.lengths is not None)
-    rope_BT = positions_BT  # one row serves all where they agree: the tables broadcast
-    positions_BT = positions_BT.expand(rows, -1)
+    place = place_tokens(inputs, cache)
+    positions_BT = place.positions_BT.expand(rows, -1)
     if inputs.lengths is not None:
-        positions_BT = positions_BT.masked_fill(offsets_1T >= inputs.lengths.to(device)[:, None], -1)
+        offsets_T = torch.arange(count, device=positions_BT.device)
+        positions_BT = positions_BT.masked_fill(offsets_T >= inputs.lengths.to(offsets_T.device)[:, None], -1)
     padded = inputs.lengths is not None or isinstance(inputs.tokens_position, Tensor)
-    layers = args.layers
-    ropes = {layer.rope for layer in layers if layer.rope is not None}
-    rules: set[LayerRule] = {layer.rule for layer in layers}
-    scales = {layer.temperature for layer in layers if layer.temperature is not None}
+    ropes = {layer.rope for layer in args.layers if layer.rope is not None}
+    rules: set[LayerRule] = {layer.rule for layer in args.layers}
+    scales = {layer.temperature for layer in args.layers if layer.temperature is not None}
     return Step(
         positions_BT=positions_BT,
         valid_BT=positions_BT >= 0 if padded else None,
-        rope={rope: rotary_table(rope_BT, rope) for rope in ropes},
-        temperature={scale: temperature_scale(rope_BT, scale) for scale in scales},
-        masks={rule: MaskSpec(rule, positions_BT, segments_BT, layout) for rule in rules},
+        # Tables from the unexpanded positions: where all rows agree, one row broadcasts.
+        rope={rope: rotary_table(place.positions_BT, rope) for rope in ropes},
+        temperature={scale: temperature_scale(place.positions_BT, scale) for scale in scales},
+        masks={rule: MaskSpec(rule, positions_BT, place.segments_BT, place.layout) for rule in rules},
         attend=attend,
     )
+
+
+def place_tokens(inputs: TransformerInput, cache: ModelCache | None) -> Place:
+    """Positions from the one that counts them: the cache, packed sizes, explicit positions, or a start."""
+    rows, count = inputs.tokens.shape
+    device = inputs.tokens.device
+    offsets_1T = torch.arange(count, device=device)[None]
+    padded = inputs.lengths is not None
+    if cache is not None:
+        fresh = cache.claim(count)  # only an empty cache's first call sees its own tokens alone
+        layout = Layout((count,) * rows, padded=padded) if fresh else None
+        return Place(cache.lengths_B[:, None] + offsets_1T, None, layout)
+    if inputs.sizes is not None:
+        sizes = packed_sizes(inputs.sizes, rows, count)
+        positions_BT = torch.stack([positions_from_sizes(row, device) for row in sizes])
+        segments_BT = torch.stack([segments_from_sizes(row, device) for row in sizes])
+        return Place(positions_BT, segments_BT, Layout(tuple(size for row in sizes for size in row)))
+    if isinstance(inputs.tokens_position, Tensor):
+        return Place(torch.atleast_2d(inputs.tokens_position.to(device)), None, None)
+    start = inputs.tokens_position or 0
+    return Place(offsets_1T + start, None, Layout((count,) * rows, start, padded))
 
 
 def check_input(args: ModelArgs, inputs: TransformerInput, cache: ModelCache | None) -> None:
@@ -237,7 +250,10 @@ def check_input(args: ModelArgs, inputs: TransformerInput, cache: ModelCache | N
         raise RequestError(f"tokens_position = {inputs.tokens_position}: accepted is a start of 0 or more")
     if cache is None:
         count = inputs.tokens.size(1)
-        if inputs.sizes is None and count > args.max_seq_len:
+        if inputs.sizes is not None:
+            flat = (size if isinstance(size, int) else max(size, default=0) for size in inputs.sizes)
+            count = max(flat, default=0)
+        if count > args.max_seq_len:
             raise RequestError(f"{count} tokens: max_seq_len = {args.max_seq_len} is the longest sequence accepted")
         return
     if inputs.sizes is not None:

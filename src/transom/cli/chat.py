@@ -79,6 +79,12 @@ def read_turn() -> str | None:
             if terminal:
                 print()
             return "\n".join(lines) if lines else None
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            print()  # as in a shell: what was typed is dropped
+            lines = []
+            continue
         except UnicodeDecodeError as error:
             raise RequestError(f"standard input is not UTF-8 ({error})") from None
         lines.append(line.removesuffix("\\"))

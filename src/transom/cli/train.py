@@ -47,8 +47,6 @@ def run(options: argparse.Namespace) -> int:
         raise RequestError(f"--profile = {options.profile}: accepted is 0 or more steps")
     config, overrides = _split(options.words)
     args = read_config(config, overrides)
-    if options.resume and config is not None and config.parent.name and "out" not in args.to_dict():
-        args = dataclasses.replace(args, out=str(config.parent))
     args.data.source_list  # noqa: B018 - a run without sources is refused before torch is imported
     trainer, final, code = run_training(args, options)
     if options.json and trainer.stop.signal is None:
@@ -96,7 +94,9 @@ def _split(words: list[str]) -> tuple[Path | None, list[str]]:
     if not words or "=" in words[0]:
         return None, words
     path = Path(words[0])
-    return (path / "config.yaml" if path.is_dir() else path), words[1:]
+    if path.is_dir():  # a run that was moved is continued where it is now
+        return path / "config.yaml", [f"out={path}", *words[1:]]
+    return path, words[1:]
 
 
 def _fields(cls: type, prefix: str = "") -> list[str]:

@@ -130,5 +130,5 @@ def _nats(model: LLM, rows: Sequence[_Window]) -> float:
     targets = targets.to(device)
     # Only scored positions get logits: the context in front of them has been scored before.
     scored = targets >= 0
-    logits = F.linear(hidden_BTD[scored], model.output_weight).float()
+    logits = model.project(hidden_BTD[scored]).float()
     return float(F.cross_entropy(logits, targets[scored], reduction="sum"))

@@ -155,7 +155,7 @@ class TrainArgs:
             raise RequestError(f"model.{error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data of what differs from the defaults; `read_config` takes it back."""
+        """Every field as plain data; `read_config` takes it back."""
         data = write(self)
         assert isinstance(data, dict)
         return data

@@ -32,7 +32,7 @@ docs: $(VENV)/installed-dev
 
 # On a machine that has torch, pytest and a GPU but maybe no package index: no virtual environment.
 gpu:
-	PYTHONPATH=src $(PYTHON) -m pytest -m gpu
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/gpu
 	PYTHONPATH=src $(PYTHON) -m benchmarks --device cuda
 
 # torch comes first: alone, pip resolves its range to the build the index prefers for this machine.

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from transom.attend.view import CacheView
     from transom.cache.model_cache import ModelCache
     from transom.cache.store import RotatingBufferCache, StaticCache
+    from transom.checkpoints.load import load, load_tokenizer, save
+    from transom.errors import RequestError, WorkError
+    from transom.generation.loop import generate, stream
+    from transom.generation.sampling import SamplingArgs
     from transom.layers.attention import Attention
     from transom.layers.feed_forward import FeedForward
     from transom.layers.moe import MoE
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     )
     from transom.model import LLM, MaskedEmbedding, TransformerBlock, TransformerInput, TransformerOutput
     from transom.presets import preset
+    from transom.tokenizer import Tokenizer
 
 # Names resolve on first use (PEP 562): `import transom` and `transom --help` must not pay for torch.
 _HOMES = {
@@ -35,6 +40,10 @@ _HOMES = {
     "transom.attend.view": ("CacheView",),
     "transom.cache.model_cache": ("ModelCache",),
     "transom.cache.store": ("RotatingBufferCache", "StaticCache"),
+    "transom.checkpoints.load": ("load", "load_tokenizer", "save"),
+    "transom.errors": ("RequestError", "WorkError"),
+    "transom.generation.loop": ("generate", "stream"),
+    "transom.generation.sampling": ("SamplingArgs",),
     "transom.layers.attention": ("Attention",),
     "transom.layers.feed_forward": ("FeedForward",),
     "transom.layers.moe": ("MoE",),
@@ -47,6 +56,7 @@ _HOMES = {
     ),
     "transom.model": ("LLM", "MaskedEmbedding", "TransformerBlock", "TransformerInput", "TransformerOutput"),
     "transom.presets": ("preset",),
+    "transom.tokenizer": ("Tokenizer",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *_HOME]

@@ -17,6 +17,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vocab_size": 2048,
         "max_seq_len": 256,
         "norm_eps": 1e-6,
+        "rope_theta": 1000.0,  # its contexts are short: long wavelengths would stand still
     },
     # A GPT-2-sized Llama, the shape the benchmarks call 110m.
     "llama-110m": {

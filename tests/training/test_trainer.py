@@ -146,6 +146,39 @@ def test_a_mixture_logs_balance_and_load(tmp_path):
     assert [sum(layer) for layer in row["expert_load"]] == pytest.approx([1.0, 1.0])
 
 
+def test_samples_and_the_progress_line_are_shown(tmp_path, capsys):
+    prompts = ["the cat", "a mat"]
+    open_run(tiny_args(tmp_path, "sample_every=6", sample_prompts=prompts, sample_tokens=8)).fit()
+    told = capsys.readouterr().err
+    assert "step 6: 'the cat' ->" in told
+    last = next(line for line in told.splitlines() if line.startswith("step 12/12"))
+    assert all(part in last for part in ("loss", "tokens/s", "MFU", "memory", "eta"))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (samples,) = (row["samples"] for row in rows if "samples" in row)
+    assert [one["prompt"] for one in samples] == prompts
+
+
+def test_sources_are_weighted_and_scored_apart(tmp_path):
+    (tmp_path / "digits.jsonl").write_text(
+        "".join(f'{{"text": "{i * 7919 % 10007:05d} "}}\n' * 3 for i in range(200))
+    )
+    data = tiny_config(tmp_path)["data"]
+    sources = [
+        {"path": data["sources"][0], "name": "words", "weight": 3.0},
+        {"path": str(tmp_path / "digits.jsonl"), "name": "digits", "weight": 1.0},
+    ]
+    trainer, final = train(tiny_args(tmp_path, data={**data, "sources": sources}))
+    (row,) = [
+        json.loads(line)["held_out"]
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        if "held_out" in line
+    ]
+    assert set(row["sources"]) == {"words", "digits"}
+    assert sum(one["bytes"] for one in row["sources"].values()) == row["bytes"] == final.bytes
+    digits = sum(int((trainer.batches.next().tokens == ord("7")).sum() > 0) for _ in range(10))
+    assert digits > 0
+
+
 def test_profile_splits_the_step(tmp_path, capsys):
     trainer = open_run(tiny_args(tmp_path), profile_steps=3)
     trainer.fit()

@@ -42,6 +42,11 @@ def load(folder: str | Path, device: str = "cpu", dtype: str | None = None) -> L
     return model.eval()
 
 
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a model folder, or of a run's best step."""
+    return Tokenizer.load(model_folder(folder))
+
+
 def read_state(folder: Path, args: ModelArgs, model: LLM) -> dict[str, Tensor]:
     """Our state dict from the folder's files, every key accounted for and every shape checked."""
     config = read_json(folder / "config.json")

@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("transom: interrupted", file=sys.stderr)
         return 130
+    except SystemExit as stop:  # argparse behind --help
+        return int(stop.code or 0)
     except BrokenPipeError:  # the reader of our output has gone away
         return 1
 

@@ -198,9 +198,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _set(data: dict[str, Any], keys: list[str], value: Any, whole: str) -> None:
     for key in keys[:-1]:
+        if key == "model" and isinstance(data.get(key, "demo"), str):  # model.dim=64 changes the preset named
+            data[key] = {"preset": data.get(key, "demo")}
         inner = data.setdefault(key, {})
-        if isinstance(inner, str) and key == "model":  # model: demo, then model.dim=64
-            inner = data[key] = {"preset": inner}
         if not isinstance(inner, dict):
             raise RequestError(f"{whole}: {key} is {inner!r}, which has no fields")
         data = inner

@@ -43,7 +43,7 @@ class Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    best_bits_per_byte: float = math.inf
+    best_bits_per_byte: float | None = None
     skipped_steps: int = 0
 
 
@@ -196,7 +196,7 @@ class Trainer:
         """
         args = self.args
         with self.stop.listening():
-            while self.progress.step < args.steps and self.stop.signal is None:
+            while self.progress.step < args.steps and not self._asked_to_stop():
                 self.clock.before_step()
                 started = time.perf_counter()
                 result = self.step()
@@ -211,6 +211,14 @@ class Trainer:
             self.save(None)
             return HeldOut()
         return self.finish()
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank has caught a signal: all leave at the same step, or some would wait forever."""
+        if self.world_size > 1:
+            asked = torch.tensor(self.stop.signal or 0, device=self.device)
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+            self.stop.signal = int(asked) or None
+        return self.stop.signal is not None
 
     def finish(self) -> HeldOut:
         """Score all held-out text and save the last step."""
@@ -305,10 +313,12 @@ class Trainer:
     # -- state ----------------------------------------------------------------------------------------
 
     def save(self, measured: HeldOut | None) -> None:
-        """Write a checkpoint; it becomes the best one if `measured` beats all before (or nothing was measured)."""
-        bits = math.inf if measured is None or not measured.tokens else measured.bits_per_byte
-        best = bits < self.progress.best_bits_per_byte
-        self.progress.best_bits_per_byte = min(bits, self.progress.best_bits_per_byte)
+        """Write a checkpoint; it becomes the best one if `measured` beats all that were measured before."""
+        bits = measured.bits_per_byte if measured is not None and measured.tokens else math.inf
+        record = self.progress.best_bits_per_byte
+        best = bits < (math.inf if record is None else record)
+        if best:
+            self.progress.best_bits_per_byte = bits
         if self.rank == 0:
             self.run.save_step(
                 self.progress.step,

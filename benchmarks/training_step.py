@@ -79,7 +79,7 @@ def _case(name: str, device: torch.device) -> dict[str, Any]:
         adamw.step()
         adamw.zero_grad()
 
-    seconds = interleaved({"ours": our_step, "theirs": their_step}, device, rounds=5 if name == "110m" else 9)
+    seconds = interleaved({"ours": our_step, "theirs": their_step}, device, rounds=9)
     rate = batch * LENGTH / seconds["ours"]
     peak = matmul_peak(device.type, dtype)
     return {

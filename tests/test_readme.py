@@ -46,8 +46,8 @@ def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     texts = folder / "my_texts"
     texts.mkdir()
-    for i in range(12):
-        (texts / f"{i}.txt").write_text("".join(f"Line {j} of text {i} goes on and on.\n" for j in range(60)))
+    for path in EMAIL.glob("*.py"):
+        (texts / f"{path.stem}.txt").write_text(path.read_text())
     return folder
 
 

@@ -20,9 +20,9 @@ EXCLUDED = ("site-packages", "test", "tests", "idlelib", "lib2to3", "encodings")
 
 # Three ways a file of the library goes on: a function body, a class, a docstring.
 PROMPTS = (
-    "def read_lines(path):\n",
-    "class Queue:\n    def __init__(self",
-    'def parse_date(text):\n    """',
+    "def get(self, key, default=None):\n    ",
+    "class ConnectionError(Exception):\n",
+    'def parse_date(text):\n    """Return',
 )
 
 # Tuned for two cores and less than three minutes, fixed by steps and seed so that it repeats; a plain Llama, so

@@ -127,7 +127,13 @@ def run_tokenizer(args: TrainArgs, run: RunFolder, resume: bool) -> Tokenizer:
         for document in read_split(source, args.data.held_out)
         if kind == "chars" or not held_out(document.id, args.data.held_out)
     )
-    return train_chars(texts) if kind == "chars" else train_bpe(texts, args.tokenizer.vocab_size)
+    if kind == "chars":
+        return train_chars(texts)
+    try:
+        return train_bpe(texts, args.tokenizer.vocab_size)
+    except RequestError as error:
+        field = "tokenizer." if str(error).startswith("vocab_size") else ""
+        raise RequestError(f"{field}{error}") from None
 
 
 def open_corpora(args: TrainArgs, tokenizer: Tokenizer, *, quiet: bool) -> dict[str, Corpus]:

@@ -93,5 +93,5 @@ def test_the_demo_keeps_its_promise(workplace, monkeypatch):
         ["transom", "demo", "out=runs/whole", "--json", "--quiet"], capture_output=True, text=True, check=True
     )
     facts = json.loads(done.stdout.splitlines()[-1])
-    assert facts["val_bits_per_byte"] <= 1.60
+    assert facts["val_bits_per_byte"] <= 1.60  # its seconds are measured in benchmarks/, not asserted here
     assert facts["val_bits_per_byte"] < facts["xz_per_file_bits_per_byte"]

@@ -54,11 +54,22 @@ def test_a_damaged_checkpoint_is_refused_by_name(finished, damage):
         open_run(tiny_args(finished, "keep_last=3"), resume=True, quiet=True)
 
 
-def test_a_cut_file_is_refused_when_loading(finished):
+@pytest.mark.parametrize("sums", ["with checksums", "without"])
+def test_a_cut_file_is_refused_when_loading(finished, sums):
     file = finished / "run" / "step_000012" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(RequestError, match=r"model\.safetensors: not a whole"):
+    if sums == "without":
+        (file.parent / "sha256.json").unlink()
+    with pytest.raises(RequestError, match="altered or cut" if sums == "with checksums" else "not a whole"):
         load(finished / "run")
+
+
+def test_latest_is_whole_whenever_a_save_is_killed(finished, monkeypatch):
+    """The same step saved twice must not pass through a moment without it."""
+    trainer = open_run(tiny_args(finished, "keep_last=3"), resume=True, quiet=True)
+    monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("the latest step was moved"))
+    trainer.save(None)
+    assert (finished / "run" / "step_000012" / "model.safetensors").exists()
 
 
 def test_a_full_disk_loses_nothing(finished, monkeypatch):
@@ -66,6 +77,7 @@ def test_a_full_disk_loses_nothing(finished, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     trainer = open_run(tiny_args(finished, "keep_last=3"), resume=True, quiet=True)
+    trainer.progress.step += 1
     before = {p: p.read_bytes() for p in (finished / "run").rglob("*") if p.is_file()}
     monkeypatch.setattr(load_module, "save_file", full)
     with pytest.raises(WorkError, match="No space left"):

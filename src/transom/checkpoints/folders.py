@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from transom.args import ModelArgs
 from transom.errors import RequestError, notice
 
 MODEL_TYPE = "transom"
+CHECKSUMS = "sha256.json"
 
 
 def model_folder(path: str | Path, which: Literal["best", "latest"] = "best") -> Path:
@@ -40,6 +42,22 @@ def read_pointer(run: Path, name: str) -> Path | None:
             f"{pointer}: names {step.name!r}, which is not a model folder; remove the line or restore it"
         )
     return step
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_checksums(step: Path) -> None:
+    """Refuse a step folder of which a file is missing, cut or altered since it was written."""
+    again = f"remove {step.name} and point `latest` and `best` to another step"
+    for name, expected in read_json(step / CHECKSUMS).items():
+        if not (step / name).exists():
+            raise RequestError(f"{step / name}: missing; {again}")
+        if sha256_of(step / name) != expected:
+            raise RequestError(f"{step / name}: altered or cut since it was written (sha256 differs); {again}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

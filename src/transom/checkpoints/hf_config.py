@@ -10,7 +10,14 @@ from transom.names import TABLES
 
 
 def args_from_hf(config: dict[str, Any], where: str) -> ModelArgs:
-    """The model a Hugging Face config describes; a feature we do not have is a `RequestError` naming it."""
+    """The model a Hugging Face config describes; a missing key, or a feature we lack, is a `RequestError`."""
+    try:
+        return _args_from_hf(config, where)
+    except KeyError as error:
+        raise RequestError(f"{where}: {error.args[0]!r} is missing; accepted is a whole config.json") from None
+
+
+def _args_from_hf(config: dict[str, Any], where: str) -> ModelArgs:
     family = config.get("model_type")
     if family not in TABLES:
         raise RequestError(f"{where}: model_type = {family!r}: accepted is transom, {', '.join(TABLES)}")

@@ -12,7 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from transom.args import ModelArgs
-from transom.checkpoints.folders import MODEL_TYPE, model_folder, read_args, read_json
+from transom.checkpoints.folders import (
+    CHECKSUMS,
+    MODEL_TYPE,
+    model_folder,
+    read_args,
+    read_json,
+    verify_checksums,
+)
 from transom.checkpoints.hf_config import args_to_hf
 from transom.checkpoints.mapping import account, to_foreign, to_ours
 from transom.errors import RequestError, WorkError
@@ -30,6 +37,8 @@ def load(folder: str | Path, device: str = "cpu", dtype: str | None = None) -> L
     target = pick_device(device)
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype = {dtype!r}: accepted is {', '.join(DTYPES)}")
+    if (where / CHECKSUMS).exists():
+        verify_checksums(where)
     args = read_args(where)
     with torch.device("meta"):
         model = LLM(args)

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from transom.cli.main import emit_json
-from transom.cli.train import read_config, run_training
+from transom.cli.train import run_training
+from transom.errors import WorkError, require
+from transom.training.config import read_config
 
 EXCLUDED = ("site-packages", "test", "tests", "idlelib", "lib2to3", "encodings")
 
@@ -44,7 +46,11 @@ CONFIG: dict[str, Any] = {
     "schedule": {"kind": "wsd", "warmup": 0.03, "decay": 0.7, "final": 0.02},
     "steps": 780,
     "short_rows": 0.6,
-    "save_every": 200,
+    "save_every": 195,
+    "eval_every": 130,
+    "eval_tokens": 20_000,
+    "sample_every": 260,
+    "sample_prompts": ["class ConnectionError(Exception):\n"],
 }
 
 
@@ -62,8 +68,9 @@ class Compressed:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a field, as in transom train")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same folder")
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted demo")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same folder")
+    again.add_argument("--resume", action="store_true", help="continue an interrupted demo")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="time the parts of the first N steps")
     parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
     parser.add_argument("--json", action="store_true", help="print one JSON document as the last line")
@@ -72,17 +79,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Train, compare with compressors, show three completions, name the next commands."""
     args = read_config(None, options.overrides, base={**CONFIG, "data": {**CONFIG["data"], "sources": [library()]}})
+    sources = args.data.source_list
+    require(len(sources) == 1, "data.sources", [one.path for one in sources], "the demo accepts one source")
+    require(args.data.held_out > 0, "data.held_out", args.data.held_out, "the demo accepts more than 0")
     trainer, final, code = run_training(args, options)
     if trainer.stop.signal is not None:
         return code
     from transom.data.sources import held_out, read_split
 
-    source = args.data.source_list[0]
+    source = sources[0]
     train_texts: list[bytes] = []
     held_texts: list[bytes] = []
     for document in read_split(source, args.data.held_out):
         part = held_texts if held_out(document.id, args.data.held_out) else train_texts
         part.append(document.text.encode())
+    if not held_texts:
+        raise WorkError("no file was held out: nothing to compare; try a larger data.held_out")
     trainer.line.say("compressing the same files with xz and gzip ...")
     other = compress(train_texts, held_texts)
     print(comparison(final.bits_per_byte, other, len(held_texts), sum(map(len, held_texts))))
@@ -102,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
             "xz_primed_bits_per_byte": round(other.xz_primed, 4),
             "gzip_bits_per_byte": round(other.gzip, 4),
             "python_version": platform.python_version(),
-            "corpus_sha256": trainer.data_hashes[source.name],
+            "corpus_sha256": trainer.data_hashes[source.label],
         }
         emit_json(facts)
     return 0
@@ -135,7 +147,7 @@ def compress(train_texts: list[bytes], held_texts: list[bytes]) -> Compressed:
 
 
 def xz_bytes(texts: Iterable[bytes]) -> int:
-    """Total size of texts compressed one by one by `xz -9e`, with a dictionary that spans all of each."""
+    """Total size of texts compressed one by one by `xz -9e`, with the largest dictionary (64 MiB)."""
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 26}]
     return sum(len(lzma.compress(text, format=lzma.FORMAT_XZ, filters=filters)) for text in texts)
 

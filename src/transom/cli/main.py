@@ -48,7 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except SystemExit as stop:  # argparse behind --help
         return int(stop.code or 0)
-    except BrokenPipeError:  # the reader of our output has gone away
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader of our output has gone away
+            return 1
+        # torch's OutOfMemoryError is a RuntimeError, as is its CPU allocator's complaint; bugs keep their trace.
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print(f"transom: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
         return 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import signal
 import types
 import typing
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from transom.args import ModelArgs
 from transom.cli.main import emit_json
-from transom.errors import RequestError
-from transom.fields import field_types
+from transom.errors import require
+from transom.fields import field_types, write
 from transom.training.config import TrainArgs, read_config
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train; exit code 0, or 143 after a SIGTERM that saved."""
-    if options.profile < 0:
-        raise RequestError(f"--profile = {options.profile}: accepted is 0 or more steps")
     config, overrides = _split(options.words)
     args = read_config(config, overrides)
     args.data.source_list  # noqa: B018 - a run without sources is refused before torch is imported
@@ -65,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
 
 def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer, HeldOut, int]:
     """Open the run, train it, write its report; (trainer, held-out score, exit code)."""
+    require(options.profile >= 0, "--profile", options.profile, "accepted is 0 or more steps")
     from transom.training.report import write_report
     from transom.training.setup import open_run
     from transom.training.trainer import describe_run
@@ -130,5 +130,5 @@ def _dataclass_in(kind: Any) -> type | None:
 
 def _default(field: dataclasses.Field[Any]) -> str:
     if field.default is not dataclasses.MISSING:
-        return "null" if field.default is None else repr(field.default).lower().replace("'", '"')
+        return json.dumps(write(field.default))
     return "required" if field.default_factory is dataclasses.MISSING else repr(field.default_factory())

@@ -31,6 +31,11 @@ class SourceArgs:
     include: tuple[str, ...] = describe((), "read only what matches one of these: names or globs of files, folders")
     exclude: tuple[str, ...] = describe((), "leave out what matches one of these: names or globs of files, folders")
 
+    @property
+    def label(self) -> str:
+        """The name in reports."""
+        return self.name or self.path
+
     def __post_init__(self) -> None:
         require(bool(self.path), "path", self.path, "accepted is a file, a folder or a glob")
         usable = self.weight > 0 and math.isfinite(self.weight)

@@ -80,7 +80,8 @@ def score(
     for index in range(len(documents)):
         if max_tokens is not None and tokens >= max_tokens:
             break
-        begin = [] if bos_id is None else [bos_id]
+        # Without a BOS the EOS of the document before stands in front, so that the first token is predicted too.
+        begin = [one for one in (bos_id, eos_id) if one is not None][:1]
         end = [] if eos_id is None else [eos_id]
         ids = np.concatenate([begin, documents.document(index), end]).astype(np.int64)
         windows += _windows(ids, window, stride)

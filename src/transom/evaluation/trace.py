@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transom.attend.mask import MaskSpec
@@ -143,8 +142,7 @@ def layer_trace(
 
 def lens(model: LLM, h_D: Tensor) -> tuple[tuple[int, float], ...]:
     """The likeliest next (token id, probability) if the final norm and output stood right behind `h_D`."""
-    normed_D, output = model.norm(h_D), model.output
-    logits_V = F.linear(normed_D, model.tok_embeddings.weight) if output is None else output(normed_D)
+    logits_V = model.project(model.norm(h_D))
     wide = torch.promote_types(logits_V.dtype, torch.float32)
     best, ids = logits_V.softmax(-1, dtype=wide).topk(min(TOP, logits_V.numel()))
     return tuple(zip(ids.tolist(), best.tolist(), strict=True))

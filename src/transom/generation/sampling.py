@@ -12,6 +12,9 @@ from torch import Tensor
 from transom.errors import RequestError, require
 from transom.fields import describe
 
+# Below this a temperature is greedy: float32 could not tell, and a denormal may be flushed to zero.
+MIN_TEMPERATURE = 1e-20
+
 
 @dataclass(frozen=True)
 class SamplingArgs:
@@ -81,7 +84,7 @@ class Sampler:
         args = self.args
         if self._counts_BV is not None:
             logits_BV = self._penalised(logits_BV.float(), self._counts_BV)
-        if args.temperature == 0:
+        if args.temperature < MIN_TEMPERATURE:
             ids_B = logits_BV.argmax(-1)
         else:
             logits_BV = heated(logits_BV.float(), args.temperature)

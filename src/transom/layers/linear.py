@@ -35,6 +35,8 @@ class GroupedLinear(nn.Module):
 
     def forward(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
         """Rows [ends[e - 1], ends[e]) times the weight of e, one grouped product where torch has it."""
+        if torch.is_autocast_enabled(rows_RD.device.type):  # which does not know grouped products
+            rows_RD = rows_RD.to(torch.get_autocast_dtype(rows_RD.device.type))
         # The grouped kernels want every row to start at a multiple of 16 bytes.
         aligned = all(size * rows_RD.element_size() % 16 == 0 for size in self.weight.shape[1:])
         if aligned and grouped_mm_works(rows_RD.device.type, rows_RD.dtype):

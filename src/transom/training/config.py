@@ -129,6 +129,13 @@ class TrainArgs:
             require(getattr(self, name) >= 1, name, getattr(self, name), "accepted is 1 or more")
         for name in ("eval_every", "sample_every"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "accepted is 0 or more")
+        require(
+            self.threads is None or self.threads >= 1, "threads", self.threads, "accepted is 1 or more, or null"
+        )
+        prompts = list(self.sample_prompts)
+        require(
+            len(prompts) > 0 and all(prompts), "sample_prompts", prompts, "accepted is a list of non-empty texts"
+        )
         require(0 <= self.short_rows <= 1, "short_rows", self.short_rows, "accepted is 0 to 1")
         fits = self.data.batch_size % self.accumulate == 0
         accepted = f"accepted is a divisor of data.batch_size = {self.data.batch_size}"

@@ -47,7 +47,11 @@ class StepClock:
     def after_step(self, trace: Path) -> str | None:
         """Count a step; behind the last profiled one, write the trace and return the table."""
         self.steps += 1
-        if self._profiler is None or self.steps < self.profile_steps:
+        return self.close(trace) if self.steps >= self.profile_steps else None
+
+    def close(self, trace: Path) -> str | None:
+        """Write the trace and return the table, if that has not been done: the run may end before N steps."""
+        if self._profiler is None or self.steps == 0:
             return None
         self._profiler.stop()
         self._profiler.export_chrome_trace(str(trace))

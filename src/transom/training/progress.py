@@ -54,9 +54,8 @@ def duration(seconds: float) -> str:
 class StopRequest:
     """Whether SIGINT or SIGTERM has asked the run to end; the second one ends it at once."""
 
-    def __init__(self, line: ProgressLine) -> None:
+    def __init__(self) -> None:
         self.signal: int | None = None
-        self._line = line
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -76,5 +75,4 @@ class StopRequest:
     def _stop(self, number: int, _frame: object) -> None:
         if self.signal is not None:
             raise KeyboardInterrupt
-        self.signal = number
-        self._line.say("stopping after this step; once more stops at once")
+        self.signal = number  # nothing else: a handler may have interrupted a write to the terminal

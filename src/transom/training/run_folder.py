@@ -6,9 +6,9 @@ flushed to disk and renamed, so that a kill at any moment leaves either all of i
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,12 +16,12 @@ from typing import Any
 
 from torch import Tensor
 
-from transom.checkpoints.folders import read_json, read_pointer
+from transom.checkpoints.folders import CHECKSUMS, read_json, read_pointer, sha256_of, verify_checksums
 from transom.checkpoints.load import read_safetensors, write_tensors, write_text
 from transom.errors import RequestError, WorkError, notice
 
 OWN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "report.html", "latest", "best", "trace.json")
-CHECKSUMS, TRAINER_STATE, TRAINER_TENSORS = "sha256.json", "trainer.json", "trainer.safetensors"
+TRAINER_STATE, TRAINER_TENSORS = "trainer.json", "trainer.safetensors"
 TEMPORARY = ".tmp-"
 
 
@@ -76,25 +76,27 @@ class RunFolder:
         final = self.path / f"step_{step:06d}"
         temporary = self.path / f"{final.name}{TEMPORARY}{os.getpid()}"
         try:
-            temporary.mkdir(exist_ok=True)
-            write_model(temporary)
-            write_tensors(temporary / TRAINER_TENSORS, dict(tensors))
-            write_text(temporary / TRAINER_STATE, json.dumps(state, indent=2))
-            sums = {file.name: sha256_of(file) for file in sorted(temporary.iterdir())}
-            write_text(temporary / CHECKSUMS, json.dumps(sums, indent=2))
-            for file in temporary.iterdir():
-                _flush(file)
-            _flush(temporary)
-            if final.exists():  # the same step, saved again on the way out
-                shutil.rmtree(final)
-            temporary.rename(final)
+            # The latest step saved again, on the way out or to be the best, is the same step: it stays.
+            if not final.exists() or final != read_pointer(self.path, "latest"):
+                temporary.mkdir(exist_ok=True)
+                write_model(temporary)
+                write_tensors(temporary / TRAINER_TENSORS, dict(tensors))
+                write_text(temporary / TRAINER_STATE, json.dumps(state, indent=2))
+                sums = {file.name: sha256_of(file) for file in sorted(temporary.iterdir())}
+                write_text(temporary / CHECKSUMS, json.dumps(sums, indent=2))
+                for file in temporary.iterdir():
+                    _flush(file)
+                _flush(temporary)
+                if final.exists():  # left over from before somebody pointed `latest` to an earlier step
+                    shutil.rmtree(final)
+                temporary.rename(final)
+            if best:  # before `latest`: a kill in between must not lose the record that the state holds
+                self._point("best", final)
+            self._point("latest", final)
             _flush(self.path)
         except (OSError, WorkError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise WorkError(f"{final}: checkpoint not written, earlier ones are untouched ({error})") from None
-        self._point("latest", final)
-        if best:
-            self._point("best", final)
         self._prune(keep_last)
         return final
 
@@ -105,7 +107,8 @@ class RunFolder:
         temporary.replace(self.path / name)
 
     def _prune(self, keep_last: int) -> None:
-        steps = sorted(p for p in self.path.iterdir() if _is_step(p) and TEMPORARY not in p.name)
+        steps = [p for p in self.path.iterdir() if _is_step(p) and TEMPORARY not in p.name]
+        steps.sort(key=lambda step: int(step.name.partition("_")[2]))
         kept = {read_pointer(self.path, name) for name in ("latest", "best")}
         for old in steps[:-keep_last]:
             if old not in kept:
@@ -116,16 +119,7 @@ class RunFolder:
         step = read_pointer(self.path, name)
         if step is None:
             raise RequestError(f"{self.path}: no finished step to resume from")
-        for file, expected in read_json(step / CHECKSUMS).items():
-            if not (step / file).exists():
-                raise RequestError(
-                    f"{step / file}: missing; remove {step.name} and point `{name}` to an earlier step"
-                )
-            if sha256_of(step / file) != expected:
-                raise RequestError(
-                    f"{step / file}: altered or cut since it was written (sha256 differs); "
-                    f"remove {step.name} and point `{name}` to an earlier step"
-                )
+        verify_checksums(step)
         return step, read_safetensors(step / TRAINER_TENSORS), read_json(step / TRAINER_STATE)
 
     def cut_metrics(self, step: int) -> None:
@@ -141,7 +135,9 @@ class RunFolder:
                 continue
             if row["step"] <= step:
                 kept.append(line)
-        write_text(path, "\n".join(kept))
+        temporary = path.with_name(f"{path.name}{TEMPORARY}{os.getpid()}")
+        write_text(temporary, "\n".join(kept))
+        temporary.replace(path)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one row to metrics.jsonl."""
@@ -152,18 +148,13 @@ class RunFolder:
             raise WorkError(f"{self.path / 'metrics.jsonl'}: could not be written ({error})") from None
 
 
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _is_step(path: Path) -> bool:
-    return path.name.startswith("step_") and path.is_dir()
+    return re.fullmatch(rf"step_\d+({TEMPORARY}\d+)?", path.name) is not None and path.is_dir()
 
 
 def _is_own(path: Path) -> bool:
-    return path.name in OWN_FILES or _is_step(path) or TEMPORARY in path.name
+    name, _, writer = path.name.partition(TEMPORARY)
+    return (name in OWN_FILES and (not writer or writer.isdigit())) or _is_step(path)
 
 
 def _remove(path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from transom.checkpoints.load import write_text
 from transom.data.batches import Batches
 from transom.data.shards import Corpus, prepare
 from transom.data.sources import SourceArgs, held_out, read_split
-from transom.errors import RequestError, notice
+from transom.errors import RequestError, notice, require
 from transom.model import LLM
 from transom.planning.counts import parameters
-from transom.runtime import machine, pick_device, pick_dtype, seed_everything
+from transom.runtime import DTYPES, machine, pick_device, pick_dtype, seed_everything
 from transom.tokenizer import Tokenizer, byte_tokenizer, train_bpe, train_chars
 from transom.training.config import TrainArgs, read_config
 from transom.training.run_folder import RunFolder
@@ -59,9 +59,14 @@ def open_run(
         torch.set_flush_denormal(True)  # Adam's second moments decay into denormals, which are 100x slower
     seed_everything(args.seed)
     run = RunFolder(args.out)
-    run.check(overwrite=overwrite, resume=resume)
+    shares = args.accumulate * world_size
+    accepted = f"accepted is a multiple of accumulate x ranks = {shares}"
+    require(args.data.batch_size % shares == 0, "data.batch_size", args.data.batch_size, accepted)
+    if rank == 0:  # the others may look when rank 0 has begun to fill the folder
+        run.check(overwrite=overwrite, resume=resume)
     if resume:
         check_same_run(run.path, args)
+        dtype = check_same_machine(run.path, device, dtype)
     tokenizer = run_tokenizer(args, run, resume)
     corpora = open_corpora(args, tokenizer, quiet=quiet)
     model_args = args.model_args(tokenizer.vocab_size)
@@ -105,7 +110,7 @@ def open_run(
     if resume:
         trainer.resume()
     elif rank == 0:
-        write_run(run.path, args, model, tokenizer, data)
+        write_run(run.path, trainer)
     return trainer
 
 
@@ -143,10 +148,9 @@ def open_corpora(args: TrainArgs, tokenizer: Tokenizer, *, quiet: bool) -> dict[
         corpus = prepare(
             source, tokenizer, args.data.cache_dir, held_out_fraction=args.data.held_out, progress=not quiet
         )
-        name = source.name or source.path
-        if name in out:
-            raise RequestError(f"data.sources: {name!r} twice; accepted is one entry each, with a weight")
-        out[name] = corpus
+        if source.label in out:
+            raise RequestError(f"data.sources: {source.label!r} twice; accepted is one entry each, with a weight")
+        out[source.label] = corpus
         if not quiet:
             notice(describe_corpus(source, corpus))
     return out
@@ -160,26 +164,30 @@ def describe_corpus(source: SourceArgs, corpus: Corpus) -> str:
         for name, count in vars(corpus.report).items()
         if count and name not in ("files", "documents")
     }
+    if corpus.unknown_tokens:
+        left_out["places the vocabulary cannot write"] = corpus.unknown_tokens
     more = "".join(f", {count} {name}" for name, count in left_out.items())
     return (
-        f"{source.name or source.path}: {len(kept)} documents, {len(kept.tokens):,} tokens to train on; "
+        f"{source.label}: {len(kept)} documents, {len(kept.tokens):,} tokens to train on; "
         f"{len(rest)} documents, {int(rest.bytes.sum()):,} bytes held out{more}"
     )
 
 
-def write_run(run: Path, args: TrainArgs, model: LLM, tokenizer: Tokenizer, data: dict[str, str]) -> None:
+def write_run(run: Path, trainer: Trainer) -> None:
     """config.yaml and run.json: all that is needed to know what this run was."""
-    config = args.to_dict()
+    args, config = trainer.args, trainer.args.to_dict()
     write_text(run / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True).rstrip())
     facts: dict[str, Any] = {
         "transom": __version__,
         "machine": machine(),
-        "parameters": parameters(model.args),
+        "device": trainer.device.type,
+        "dtype": str(trainer.dtype).removeprefix("torch."),
+        "parameters": parameters(trainer.model.args),
         "steps": args.steps,
         "seed": args.seed,
-        "data": data,
-        "tokenizer": tokenizer.hash,
-        "model": model.args.to_dict(),
+        "data": dict(trainer.data_hashes),
+        "tokenizer": trainer.tokenizer.hash,
+        "model": trainer.model.args.to_dict(),
         "config": config,
     }
     write_text(run / "run.json", json.dumps(facts, indent=2))
@@ -192,10 +200,24 @@ def check_same_run(run: Path, args: TrainArgs) -> None:
     before = read_config(run / "config.yaml")
     for field in fields(TrainArgs):
         ours, theirs = getattr(args, field.name), getattr(before, field.name)
+        if field.name == "data":  # where shards are kept is no part of the data
+            theirs = replace(theirs, cache_dir=ours.cache_dir)
         if field.name not in FREE_ON_RESUME and ours != theirs:
             raise RequestError(
                 f"{run}: belongs to another run: its {field.name} is {theirs!r}, the config says {ours!r}"
             )
+
+
+def check_same_machine(run: Path, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The run's own dtype, which a new measurement must not change; says what makes resuming inexact."""
+    facts, now = read_json(run / "run.json"), machine()
+    for what, before, after in (
+        ("device", facts["device"], device.type),
+        *((name, facts["machine"][name], now[name]) for name in ("torch", "threads", "processor")),
+    ):
+        if before != after:
+            notice(f"{run}: {what} was {before}, is {after}: losses may differ in their last bits")
+    return DTYPES.get(facts["dtype"], dtype)
 
 
 def check_same_data(run: Path, data: dict[str, str], tokenizer: Tokenizer) -> None:

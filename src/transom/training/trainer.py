@@ -35,6 +35,8 @@ from transom.training.progress import ProgressLine, StopRequest, duration
 from transom.training.run_folder import RunFolder
 from transom.training.schedule import lr_scale
 
+UNTOUCHED = "the last checkpoint is untouched; try a lower learning rate"
+
 
 @dataclass
 class Progress:
@@ -49,12 +51,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: mean loss per target (nats), gradient norm before clipping, expert load [L, E]."""
+    """One optimizer step: mean loss per target (nats), gradient norm before clipping, expert load [L, E].
+
+    `row_length` is the length of its rows in tokens.
+    """
 
     loss: float
     aux_loss: float | None
     grad_norm: float
-    tokens: int
+    row_length: int
     expert_load: list[list[float]] | None = None
 
 
@@ -88,8 +93,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.line = ProgressLine(quiet=self.quiet or self.rank > 0)
         self.clock = StepClock(self.device, self.profile_steps)
-        self.stop = StopRequest(self.line)
-        self._flops = flops_per_token(self.model.args, self.args.data.seq_len, training=True)
+        self.stop = StopRequest()
 
     # -- one step -------------------------------------------------------------------------------------
 
@@ -100,11 +104,13 @@ class Trainer:
             batch = self._shortened(self.batches.next())
             targets = self._global_count(batch)
         loss, aux, load = self._accumulate(batch, targets)
+        if not math.isfinite(loss):
+            raise WorkError(f"step {self.progress.step + 1}: the loss is {loss}; {UNTOUCHED}")
         with self.clock.part("optimizer"):
             grad_norm = self._apply()
         self.progress.step += 1
         self.progress.tokens += batch.tokens.numel() * self.world_size
-        return StepResult(loss, aux, grad_norm, int(targets), load)
+        return StepResult(loss, aux, grad_norm, batch.tokens.size(1), load)
 
     def _shortened(self, batch: Batch) -> Batch:
         until = self.args.short_rows * self.args.steps
@@ -137,7 +143,10 @@ class Trainer:
         self._sum_over_ranks(total)
         if not loads:
             return float(total), None, None
-        return float(total), float(aux_total), torch.stack(loads).mean(0).tolist()
+        load = torch.stack(loads).mean(0) / self.world_size
+        self._sum_over_ranks(aux_total)
+        self._sum_over_ranks(load)
+        return float(total), float(aux_total), load.tolist()
 
     def _loss(
         self, output: TransformerOutput, micro: Batch, targets: Tensor
@@ -162,19 +171,15 @@ class Trainer:
         limit = self.args.optimizer.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(weights, math.inf if limit is None else limit)
         self.optimizers.set_scale(lr_scale(self.progress.step, self.args.steps, self.args.schedule))
-        if self.scaler.is_enabled():
-            before = self.scaler.get_scale()
+        finite = bool(torch.isfinite(norm))
+        if not finite and not self.scaler.is_enabled():
+            raise WorkError(f"step {self.progress.step + 1}: the gradient is not finite; {UNTOUCHED}")
+        # All optimizers or none: clipping has spread one's overflow over the gradients of the others.
+        if finite:
             for optimizer in self.optimizers.all:
                 self.scaler.step(optimizer)
-            self.scaler.update()
-            self.progress.skipped_steps += self.scaler.get_scale() < before
-        elif not torch.isfinite(norm):
-            raise WorkError(
-                f"step {self.progress.step + 1}: the gradient is not finite (loss too); the last checkpoint is "
-                f"untouched; try a lower learning rate"
-            )
-        else:
-            self.optimizers.step()
+        self.scaler.update()
+        self.progress.skipped_steps += not finite
         self.optimizers.zero_grad()
         return float(norm)
 
@@ -185,7 +190,11 @@ class Trainer:
 
     def _sum_over_ranks(self, tensor: Tensor | None) -> None:
         if self.world_size > 1 and tensor is not None:
-            dist.all_reduce(tensor, group=None if self.mesh is None else self.mesh.get_group())
+            dist.all_reduce(tensor, group=self._group)
+
+    @property
+    def _group(self) -> dist.ProcessGroup | None:
+        return None if self.mesh is None else self.mesh.get_group()
 
     # -- the run --------------------------------------------------------------------------------------
 
@@ -195,6 +204,7 @@ class Trainer:
         SIGINT and SIGTERM finish the step, save and end the run early (`stop.signal` tells which).
         """
         args = self.args
+        matmul_peak(self.device.type, self.dtype)  # now, so that no step pays for measuring it
         with self.stop.listening():
             while self.progress.step < args.steps and not self._asked_to_stop():
                 self.clock.before_step()
@@ -207,21 +217,25 @@ class Trainer:
                 if table := self.clock.after_step(self.run.path / "trace.json"):
                     self.line.say(table)
                 self._now_and_then()
-        if self.stop.signal is not None:
-            self.save(None)
-            return HeldOut()
-        return self.finish()
+            if table := self.clock.close(self.run.path / "trace.json"):
+                self.line.say(table)
+            if self.stop.signal is not None:
+                self.line.say(f"stopping at step {self.progress.step}; a second signal stops at once")
+                self.save(None)
+                return HeldOut()
+            return self.finish()
 
     def _asked_to_stop(self) -> bool:
         """Whether any rank has caught a signal: all leave at the same step, or some would wait forever."""
         if self.world_size > 1:
             asked = torch.tensor(self.stop.signal or 0, device=self.device)
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._group)
             self.stop.signal = int(asked) or None
         return self.stop.signal is not None
 
     def finish(self) -> HeldOut:
         """Score all held-out text and save the last step."""
+        self.save(None)  # first: a kill while scoring must not cost the last steps
         self.line.say("scoring held-out text ...")
         # The best step is chosen by the score that all steps have, over the same first documents.
         limited = self.args.eval_every > 0 and self.args.eval_tokens is not None
@@ -234,14 +248,19 @@ class Trainer:
         args, step = self.args, self.progress.step
         if step == args.steps:
             return
-        due_for_save = step % args.save_every == 0
         measured = None
         if args.eval_every and step % args.eval_every == 0:
             measured = self.evaluate(args.eval_tokens)
         if args.sample_every and step % args.sample_every == 0:
             self.sample()
-        if due_for_save:
+        if step % args.save_every == 0 or self._is_record(measured):
             self.save(measured)
+
+    def _is_record(self, measured: HeldOut | None) -> bool:
+        if measured is None or not measured.tokens:
+            return False
+        record = self.progress.best_bits_per_byte
+        return record is None or measured.bits_per_byte < record
 
     def evaluate(self, max_tokens: int | None) -> HeldOut:
         """Held-out bits per byte and perplexity, per source and in all, logged and shown."""
@@ -283,7 +302,8 @@ class Trainer:
     def _log(self, result: StepResult, seconds: float) -> None:
         p, args = self.progress, self.args
         rate = args.data.batch_size * args.data.seq_len / seconds
-        mfu = rate * self._flops / self.world_size / matmul_peak(self.device.type, self.dtype)
+        flops = flops_per_token(self.model.args, result.row_length, training=True)
+        mfu = rate * flops / self.world_size / matmul_peak(self.device.type, self.dtype)
         row: dict[str, Any] = {
             "loss": result.loss,
             "learning_rates": self.optimizers.learning_rates(),
@@ -314,11 +334,9 @@ class Trainer:
 
     def save(self, measured: HeldOut | None) -> None:
         """Write a checkpoint; it becomes the best one if `measured` beats all that were measured before."""
-        bits = measured.bits_per_byte if measured is not None and measured.tokens else math.inf
-        record = self.progress.best_bits_per_byte
-        best = bits < (math.inf if record is None else record)
-        if best:
-            self.progress.best_bits_per_byte = bits
+        best = self._is_record(measured)
+        if best and measured is not None:
+            self.progress.best_bits_per_byte = measured.bits_per_byte
         if self.rank == 0:
             self.run.save_step(
                 self.progress.step,
@@ -333,7 +351,7 @@ class Trainer:
                 keep_last=self.args.keep_last,
             )
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self._group)
 
     def _write_model(self, folder: Path) -> None:
         save(self.model, folder, tokenizer=self.tokenizer)

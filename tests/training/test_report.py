@@ -208,3 +208,13 @@ def test_smoothed_keeps_a_line_and_skips_gaps() -> None:
     np.testing.assert_array_equal(smoothed(line, 1), line)
     np.testing.assert_allclose(smoothed([1.0, math.nan, 3.0, math.inf], 3), [1.0, 2.0, 3.0, 3.0])
     assert np.isnan(smoothed([math.nan] * 3, 3)).all()
+
+
+def test_the_final_score_over_all_text_is_the_one_in_the_header(tmp_path):
+    facts = {"parameters": 1, "steps": 2, "seed": 0, "machine": {}}
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    part, whole = ({"bits_per_byte": bits, "perplexity": 2.0, "tokens": 1, "bytes": 1} for bits in (1.111, 2.222))
+    rows = [{"step": 1, "loss": 1.0}, {"step": 2, "held_out": part}, {"step": 2, "final": whole}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(tmp_path).read_text()
+    assert "<b>2.222</b><small>all text, step 2" in page

@@ -25,8 +25,8 @@ def test_keeps_the_last_steps_and_the_best(tmp_path):
     marks = iter([9.0, 1.0, 5.0, 5.0, 5.0, 5.0, 5.0])  # step 4 is the best
     score = trainer.evaluate
 
-    def fake(max_tokens):
-        measured = score(max_tokens)
+    def fake(max_tokens, **key):
+        measured = score(max_tokens, **key)
         return type(measured)(nats=next(marks) * measured.bytes, tokens=measured.tokens, bytes=measured.bytes)
 
     trainer.evaluate = fake

@@ -90,7 +90,7 @@ def write_report(run: Path) -> Path:
 
 def read_metrics(path: Path) -> tuple[dict[str, list[Row]], int]:
     """Rows by the key that tells their kind, and how many lines cannot be read: a kill may cut the last one."""
-    kinds: dict[str, list[Row]] = {"loss": [], "held_out": [], "samples": [], "event": []}
+    kinds: dict[str, list[Row]] = {"loss": [], "held_out": [], "final": [], "samples": [], "event": []}
     unreadable = 0
     for line in filter(bytes.strip, (path.read_bytes() if path.exists() else b"").split(b"\n")):
         try:
@@ -237,7 +237,11 @@ def _header(name: str, facts: Row, rows: Kinds, best: Row | None) -> str:
     speed, mfu = (float(np.median(finite(key))) for key in ("tokens_per_second", "mfu"))
     bits = best["held_out"]["bits_per_byte"] if best else np.nan
     tiles = (
-        ("Best bits per byte", f"{bits:.3f}", f"held out, step {best['step']:,}" if best else "not scored"),
+        (
+            "Held-out bits per byte",
+            f"{bits:.3f}",
+            f"{best['what']}, step {best['step']:,}" if best else "not scored",
+        ),
         ("Tokens trained", _short(tokens), f"{tokens:,.0f}"),
         ("Training time", MISSING if np.isnan(seconds) else duration(seconds), "without evaluation"),
         ("Tokens per second", f"{speed:,.0f}", "median"),
@@ -290,6 +294,10 @@ def _events(rows: Kinds, unreadable: int) -> str:
 def _page(name: str, facts: Row, rows: Kinds, unreadable: int, config: str) -> str:
     scored = [row for row in rows["held_out"] if np.isfinite(_column([row], "held_out", "bits_per_byte"))]
     best = min(scored, key=lambda row: row["held_out"]["bits_per_byte"], default=None)
+    if best:
+        best = {**best, "what": "best"}
+    if rows["final"]:  # over all held-out text, where the scores on the way were over a part of it
+        best = {"step": rows["final"][-1]["step"], "held_out": rows["final"][-1]["final"], "what": "all text"}
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(name)}: Transom run</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body><main>'

@@ -240,7 +240,7 @@ class Trainer:
         # The best step is chosen by the score that all steps have, over the same first documents.
         limited = self.args.eval_every > 0 and self.args.eval_tokens is not None
         measured = self.evaluate(self.args.eval_tokens) if limited else None
-        final = self.evaluate(max_tokens=None)
+        final = self.evaluate(None, key="final" if limited else "held_out")
         self.save(measured or final)
         return final
 
@@ -262,8 +262,8 @@ class Trainer:
         record = self.progress.best_bits_per_byte
         return record is None or measured.bits_per_byte < record
 
-    def evaluate(self, max_tokens: int | None) -> HeldOut:
-        """Held-out bits per byte and perplexity, per source and in all, logged and shown."""
+    def evaluate(self, max_tokens: int | None, key: str = "held_out") -> HeldOut:
+        """Held-out bits per byte and perplexity, per source and in all, logged under `key` and shown."""
         names = {
             name: score(
                 self.model,
@@ -279,9 +279,7 @@ class Trainer:
         total = sum(names.values(), HeldOut())
         if not total.tokens:
             return total
-        self._write(
-            {"held_out": {**_scores(total), "sources": {name: _scores(one) for name, one in names.items()}}}
-        )
+        self._write({key: {**_scores(total), "sources": {name: _scores(one) for name, one in names.items()}}})
         self.line.say(
             f"step {self.progress.step}: held out {total.bits_per_byte:.3f} bits per byte, "
             f"perplexity {total.perplexity:.1f} over {total.tokens:,} tokens"

@@ -109,7 +109,7 @@ def test_the_header_shows_the_numbers_of_the_files(tmp_path: Path) -> None:
     page = Page(report)
     for shown in (
         *("a-run", "1.377M parameters", "step 400 of 400", "Some <CPU>", "torch 2.13.0", "seed 7"),
-        *("1.500", "held out, step 300", "819,200", "1m40s", "8,100", "61.3%", "0.51 GB"),
+        *("1.500", "best, step 300", "819,200", "1m40s", "8,100", "61.3%", "0.51 GB"),
         *("stories & banana", "123,456", "9.12", "# <as given>", "embeddings, output"),
     ):
         assert shown in page.text, shown

@@ -167,7 +167,9 @@ class Tokenizer:
     @cached_property
     def hash(self) -> str:
         """SHA-256 in hex of the content of tokenizer.json, whitespace aside."""
-        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+        # The library reads a score back up to one unit in the last place away from what it has written.
+        content = json.loads(self._backend.to_str(), parse_float=lambda text: f"{float(text):.9g}")
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def id_to_token(self, id: int) -> str | None:
         """The vocabulary's own spelling of `id`."""

@@ -102,7 +102,7 @@ def test_llama4_layers_resolve_as_its_reference_does():
     assert (local.rule, nope.rule) == (LayerRule("chunk", 16), LayerRule("causal"))
     assert (local.use_qk_norm, nope.use_qk_norm) == (True, False)
     assert (local.temperature, nope.temperature) == (None, TemperatureArgs(0.1, 4.0))
-    assert local.rope.scaling == RopeScaling(16.0, 1.0, 1.0, 8192)
+    assert local.rope.scaling == RopeScaling(factor=16.0, low_freq_factor=1.0, high_freq_factor=1.0)
 
 
 def test_hidden_dims_of_the_worked_examples():

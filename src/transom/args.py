@@ -14,100 +14,38 @@ from typing import Any, Literal
 
 from transom.errors import RequestError, require
 from transom.fields import describe, read, write
+from transom.layer_args import (
+    Activation,
+    HeadArgs,
+    LayerArgs,
+    LayerRule,
+    MlaArgs,
+    MoeArgs,
+    NormKind,
+    NormPlacement,
+    RopeArgs,
+    RopeLayout,
+    RopeScaling,
+    TemperatureArgs,
+    VisionArgs,
+)
 
-RopeLayout = Literal["interleaved", "halves"]
-
-
-@dataclass(frozen=True)
-class LayerRule:
-    """Which earlier keys a query of one layer may see: `causal`, `window` or `chunk` of `size`, or `full`."""
-
-    kind: Literal["causal", "window", "chunk", "full"] = "causal"
-    size: int = 0
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """The Llama 3 rule: long wavelengths are slowed by `factor`, short ones kept, the rest blended."""
-
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_seq_len: int = 8192
-
-
-@dataclass(frozen=True)
-class RopeArgs:
-    """Rotary embedding of `dim` features per head; equal values share one table per forward."""
-
-    dim: int
-    theta: float = 10000.0
-    layout: RopeLayout = "interleaved"
-    scaling: RopeScaling | None = None
-
-
-@dataclass(frozen=True)
-class TemperatureArgs:
-    """Llama 4's query scale 1 + attn_scale * ln(1 + floor((position + 1) / floor_scale))."""
-
-    attn_scale: float = 0.1
-    floor_scale: float = 8192.0
-
-
-@dataclass(frozen=True)
-class MoeArgs:
-    """Mixture of experts: how many, how tokens choose, and how wide each expert is."""
-
-    num_experts: int = describe(8, "experts per layer")
-    top_k: int = describe(2, "experts each token visits")
-    routing: Literal["softmax", "sigmoid"] = describe(
-        "softmax", "softmax weights the experts' output (Mixtral); sigmoid their input (Llama 4)"
-    )
-    normalize: bool = describe(True, "softmax weights of the chosen experts sum to one")
-    hidden_dim: int | None = describe(None, "width of one expert; derived from the model's dim when absent")
-    shared_expert: bool = describe(False, "add one expert that every token visits")
-    interleave_moe_layer_step: int = describe(1, "every step-th layer is a mixture, the others are dense")
-    aux_loss_coef: float = describe(0.01, "weight of the balancing loss in training")
-    ffn_exp: float = describe(4.0, "Llama 4's expansion, used to derive hidden_dim")
-    capacity_factor: float = describe(1.0, "Llama 4's divisor minus one, used to derive hidden_dim")
-    auto_scale_F: bool = describe(True, "divide the derived hidden_dim by capacity_factor + 1")
-
-    def __post_init__(self) -> None:
-        require(self.num_experts >= 1, "moe_args.num_experts", self.num_experts, "accepted is 1 or more")
-        fits = 1 <= self.top_k <= self.num_experts
-        require(fits, "moe_args.top_k", self.top_k, f"accepted is 1 to num_experts = {self.num_experts}")
-        step = self.interleave_moe_layer_step
-        require(step >= 1, "moe_args.interleave_moe_layer_step", step, "accepted is 1 or more")
-        if self.hidden_dim is not None:
-            require(self.hidden_dim >= 1, "moe_args.hidden_dim", self.hidden_dim, "accepted is 1 or more")
-        require(self.aux_loss_coef >= 0, "moe_args.aux_loss_coef", self.aux_loss_coef, "accepted is 0 or more")
-        require(self.ffn_exp > 0, "moe_args.ffn_exp", self.ffn_exp, "accepted is more than 0")
-        capacity = self.capacity_factor
-        require(capacity >= 0, "moe_args.capacity_factor", capacity, "accepted is 0 or more")
-
-
-@dataclass(frozen=True)
-class LayerArgs:
-    """Everything one `TransformerBlock` needs to know, with every shorthand resolved."""
-
-    index: int
-    dim: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    hidden_dim: int
-    norm_eps: float
-    rule: LayerRule
-    rope: RopeArgs | None
-    use_qk_norm: bool
-    temperature: TemperatureArgs | None
-    moe: MoeArgs | None
-
-    @property
-    def kv_values_per_token(self) -> int:
-        """Numbers cached per token: keys and values of every kv head."""
-        return 2 * self.n_kv_heads * self.head_dim
-
+__all__ = [
+    "Activation",
+    "HeadArgs",
+    "LayerArgs",
+    "LayerRule",
+    "MlaArgs",
+    "ModelArgs",
+    "MoeArgs",
+    "NormKind",
+    "NormPlacement",
+    "RopeArgs",
+    "RopeLayout",
+    "RopeScaling",
+    "TemperatureArgs",
+    "VisionArgs",
+]
 
 # Upper case has rotary positions, the same letter in lower case has none (NoPE).
 PATTERN_LETTERS: dict[str, Literal["causal", "window", "chunk", "full"]] = {
@@ -136,7 +74,12 @@ class ModelArgs:
     norm_eps: float = describe(1e-5, "added to the mean square inside every norm")
     rope_theta: float = describe(10000.0, "base of the rotary wavelengths")
     rope_layout: RopeLayout = describe("interleaved", "how weights pair rotary features: Meta's or HF's way")
-    use_scaled_rope: bool = describe(False, "apply Llama 3's scaling of rotary frequencies")
+    rope_local_theta: float | None = describe(
+        None, "base in window and chunk layers, which are then not scaled (Gemma 3); rope_theta when absent"
+    )
+    rotary_fraction: float = describe(1.0, "share of a head's features that rotate, from the first")
+    rope_scaling: RopeScaling | None = describe(None, "how rotary frequencies are stretched for long sequences")
+    use_scaled_rope: bool = describe(False, "Meta's shorthand for rope_scaling of kind llama3")
     rope_scaling_factor: float = describe(8.0, "how much the longest wavelengths are stretched")
     rope_low_freq_factor: float = describe(1.0, "wavelengths above original / this are stretched fully")
     rope_high_freq_factor: float = describe(4.0, "wavelengths below original / this are kept")
@@ -148,12 +91,35 @@ class ModelArgs:
         None,
         "letters tiled over the layers: F causal, S window, C chunk, B both ways; small letters are NoPE",
     )
-    use_qk_norm: bool = describe(False, "normalise queries and keys after rotation (Llama 4)")
+    use_qk_norm: bool = describe(False, "normalise queries and keys after rotation, without weights (Llama 4)")
+    qk_norm: Literal["none", "head", "projection"] = describe(
+        "none", "learned norm of queries and keys before rotation: of each head (Qwen 3) or of all at once (OLMo 2)"
+    )
+    qkv_bias: bool = describe(False, "wq, wk and wv have biases")
+    out_bias: bool = describe(False, "wo has a bias")
+    softmax_scale: float | None = describe(None, "factor on query-key products; head_dim ** -0.5 when absent")
+    attn_softcap: float | None = describe(None, "scores go through cap * tanh(score / cap) (Gemma 2)")
+    attn_sinks: bool = describe(False, "one learned logit per head that takes attention and gives none (gpt-oss)")
+    mla_args: MlaArgs | None = describe(None, "multi-head latent attention; absent is ordinary attention")
+    context_dim: int | None = describe(None, "every block also attends to a context of this width; absent is none")
     attn_temperature_tuning: bool = describe(False, "scale queries of NoPE layers by their position")
     floor_scale: float = describe(8192.0, "positions per step of the temperature", "tokens")
     attn_scale: float = describe(0.1, "strength of the temperature")
+    norm: NormKind = describe("rms", "rms, rms_wide, rms_plus_one (how the weight is applied) or layer")
+    norm_placement: NormPlacement = describe("pre", "norms before, behind (post) or on both sides of a sublayer")
+    activation: Activation = describe("silu", "of the feed-forward: silu, gelu, gelu_tanh or relu")
+    ffn_gated: bool = describe(True, "feed-forward multiplies a gate (SwiGLU); else activation of one product")
+    ffn_bias: bool = describe(False, "the feed-forward's linears have biases")
+    embedding_scale: float | None = describe(None, "factor on token embeddings, rounded to their dtype (Gemma)")
+    logit_scale: float | None = describe(None, "factor on the logits")
+    logit_softcap: float | None = describe(None, "logits go through cap * tanh(logit / cap) (Gemma 2)")
+    mup_base_dim: int | None = describe(None, "muP: width at which learning rates were chosen; absent is off")
     tie_embeddings: bool = describe(False, "output shares the weights of the token embeddings")
     moe_args: MoeArgs | None = describe(None, "mixture of experts; absent is dense")
+    vision_args: VisionArgs | None = describe(None, "image encoder; absent is text only")
+    head: HeadArgs | None = describe(
+        None, "what comes out instead of next-token logits; absent is a language model"
+    )
 
     def __post_init__(self) -> None:
         for name in (
@@ -166,29 +132,90 @@ class ModelArgs:
             "multiple_of",
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "accepted is 1 or more")
-        for name in ("n_kv_heads", "head_dim", "hidden_dim", "sliding_window", "attention_chunk_size"):
+        for name in (
+            "n_kv_heads",
+            "head_dim",
+            "hidden_dim",
+            "sliding_window",
+            "attention_chunk_size",
+            "context_dim",
+            "mup_base_dim",
+        ):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "accepted is 1 or more, or null")
         for name in ("norm_eps", "rope_theta", "floor_scale", "rope_scaling_factor", "rope_low_freq_factor"):
             require(getattr(self, name) > 0, name, getattr(self, name), "accepted is more than 0")
+        for name in (
+            "ffn_dim_multiplier",
+            "rope_local_theta",
+            "softmax_scale",
+            "attn_softcap",
+            "embedding_scale",
+            "logit_scale",
+            "logit_softcap",
+        ):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "accepted is more than 0, or null")
         self._check_heads()
-        multiplier = self.ffn_dim_multiplier
-        require(multiplier is None or multiplier > 0, "ffn_dim_multiplier", multiplier, "accepted is more than 0")
-        high = self.rope_high_freq_factor
-        require(high >= self.rope_low_freq_factor, "rope_high_freq_factor", high, "accepted is low or more")
-        original = self.rope_original_max_seq_len
-        require(original >= 1, "rope_original_max_seq_len", original, "accepted is 1 or more")
+        self._check_rope()
         self._check_pattern()
+        self._check_parts()
 
     def _check_heads(self) -> None:
-        if self.head_dim is None:
+        if self.head_dim is None and self.mla_args is None:
             fits = self.dim % self.n_heads == 0
             accepted = f"accepted is a divisor of dim = {self.dim}, or an explicit head_dim"
             require(fits, "n_heads", self.n_heads, accepted)
         fits = self.n_heads % self.kv_heads == 0
         require(fits, "n_kv_heads", self.kv_heads, f"accepted is a divisor of n_heads = {self.n_heads}")
-        accepted = "accepted is an even number, since rotary features turn in pairs"
-        require(self.head_size % 2 == 0, "head_dim", self.head_size, accepted)
+        if self.mla_args is None:
+            accepted = "accepted is an even number, since rotary features turn in pairs"
+            require(self.head_size % 2 == 0, "head_dim", self.head_size, accepted)
+            return
+        for name, plain in (("n_kv_heads", None), ("head_dim", None), ("qk_norm", "none"), ("attn_sinks", False)):
+            value = getattr(self, name)
+            fits = value == plain or (name == "n_kv_heads" and value == self.n_heads)
+            accepted = f"with mla_args accepted is {plain!r}: all heads share one latent, which has its own norms"
+            require(fits, name, value, accepted)
+        accepted = "with mla_args accepted is false: only a part of each head rotates"
+        require(not self.use_qk_norm, "use_qk_norm", self.use_qk_norm, accepted)
+        accepted = "with mla_args accepted is 1: qk_rope_head_dim says what rotates"
+        require(self.rotary_fraction == 1.0, "rotary_fraction", self.rotary_fraction, accepted)
+
+    def _check_rope(self) -> None:
+        high = self.rope_high_freq_factor
+        require(high >= self.rope_low_freq_factor, "rope_high_freq_factor", high, "accepted is low or more")
+        original = self.rope_original_max_seq_len
+        require(original >= 1, "rope_original_max_seq_len", original, "accepted is 1 or more")
+        share, scaling = self.rotary_fraction, self.rope_scaling
+        fits = 0 < share <= 1 and self.rotary_dim >= 2 and self.rotary_dim % 2 == 0
+        require(fits, "rotary_fraction", share, f"accepted leaves an even part of head_dim = {self.head_size}")
+        both = scaling is not None and self.use_scaled_rope
+        require(not both, "use_scaled_rope", self.use_scaled_rope, "rope_scaling says the same; give one of them")
+        if scaling is not None and scaling.kind == "longrope":
+            for name in ("short_factor", "long_factor"):
+                count = len(getattr(scaling, name))
+                accepted = f"accepted is one per rotary pair, {self.rotary_dim // 2}"
+                require(count == self.rotary_dim // 2, f"numbers in rope_scaling.{name}", count, accepted)
+
+    def _check_parts(self) -> None:
+        tuned, letters = self.attn_temperature_tuning, self.pattern
+        fits = not tuned or not letters.isupper()
+        require(fits, "attn_temperature_tuning", tuned, "accepted with NoPE layers, and there is none")
+        both = self.use_qk_norm and self.qk_norm != "none"
+        require(not both, "qk_norm", self.qk_norm, "use_qk_norm already normalises, after rotation")
+        local = self.rope_local_theta
+        fits = local is None or bool({"S", "C"} & set(letters))
+        require(fits, "rope_local_theta", local, "accepted with window or chunk layers, and there is none")
+        moe, head = self.moe_args, self.head
+        if moe is not None:
+            fits = all(0 <= index < self.n_layers for index in moe.dense_layers)
+            accepted = f"accepted are indices below n_layers = {self.n_layers}"
+            require(fits, "moe_args.dense_layers", list(moe.dense_layers), accepted)
+            fits = self.ffn_gated or moe.expert_activation == "model"
+            require(fits, "moe_args.expert_activation", moe.expert_activation, "clamped is accepted with ffn_gated")
+        fits = head is None or not self.tie_embeddings
+        require(fits, "tie_embeddings", self.tie_embeddings, "accepted is false with a head: it has no vocabulary")
 
     def _check_pattern(self) -> None:
         interval = self.nope_layer_interval
@@ -231,8 +258,23 @@ class ModelArgs:
 
     @property
     def head_size(self) -> int:
-        """Features per head, resolved."""
+        """Features per query head, resolved."""
+        if self.mla_args is not None:
+            return self.mla_args.qk_nope_head_dim + self.mla_args.qk_rope_head_dim
         return self.dim // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def logit_factor(self) -> float:
+        """What raw logits are multiplied by: `logit_scale`, and muP's base width over width."""
+        width = 1.0 if self.mup_base_dim is None else self.mup_base_dim / self.dim
+        return width * (1.0 if self.logit_scale is None else self.logit_scale)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Features per head that rotate."""
+        if self.mla_args is not None:
+            return self.mla_args.qk_rope_head_dim
+        return int(self.head_size * self.rotary_fraction)
 
     @property
     def pattern(self) -> str:
@@ -268,7 +310,6 @@ class ModelArgs:
         size = {"window": self.sliding_window, "chunk": self.attention_chunk_size}.get(kind) or 0
         nope = letter.islower()
         tuned = nope and self.attn_temperature_tuning
-        moe = self._moe(index)
         return LayerArgs(
             index=index,
             dim=self.dim,
@@ -278,26 +319,48 @@ class ModelArgs:
             hidden_dim=self.dense_hidden_dim,
             norm_eps=self.norm_eps,
             rule=LayerRule(kind, size),
-            rope=None if nope else self._rope(),
+            rope=None if nope else self._rope(local=bool(size)),
             use_qk_norm=self.use_qk_norm and not nope,
             temperature=TemperatureArgs(self.attn_scale, self.floor_scale) if tuned else None,
-            moe=moe,
+            moe=self._moe(index),
+            norm=self.norm,
+            norm_placement=self.norm_placement,
+            qk_norm=self.qk_norm,
+            qkv_bias=self.qkv_bias,
+            out_bias=self.out_bias,
+            softmax_scale=self.softmax_scale,
+            attn_softcap=self.attn_softcap,
+            attn_sinks=self.attn_sinks,
+            mla=self.mla_args,
+            context_dim=self.context_dim,
+            activation=self.activation,
+            ffn_gated=self.ffn_gated,
+            ffn_bias=self.ffn_bias,
         )
 
-    def _rope(self) -> RopeArgs:
-        scaling = None
-        if self.use_scaled_rope:
-            scaling = RopeScaling(
-                self.rope_scaling_factor,
-                self.rope_low_freq_factor,
-                self.rope_high_freq_factor,
-                self.rope_original_max_seq_len,
-            )
-        return RopeArgs(self.head_size, self.rope_theta, self.rope_layout, scaling)
+    def _rope(self, *, local: bool) -> RopeArgs:
+        if local and self.rope_local_theta is not None:
+            return RopeArgs(self.rotary_dim, self.rope_local_theta, self.rope_layout)
+        return RopeArgs(self.rotary_dim, self.rope_theta, self.rope_layout, self.scaling)
+
+    @property
+    def scaling(self) -> RopeScaling | None:
+        """The scaling of rotary frequencies, Meta's shorthand resolved."""
+        if not self.use_scaled_rope:
+            return self.rope_scaling
+        return RopeScaling(
+            kind="llama3",
+            factor=self.rope_scaling_factor,
+            original_max_seq_len=self.rope_original_max_seq_len,
+            low_freq_factor=self.rope_low_freq_factor,
+            high_freq_factor=self.rope_high_freq_factor,
+        )
 
     def _moe(self, index: int) -> MoeArgs | None:
         moe = self.moe_args
-        if moe is None or (index + 1) % moe.interleave_moe_layer_step != 0:
+        if moe is None or index < moe.first_dense_layers or index in moe.dense_layers:
+            return None
+        if (index + 1) % moe.interleave_moe_layer_step != 0:
             return None
         if moe.hidden_dim is not None:
             return moe

@@ -7,7 +7,7 @@ F hidden dim, E experts, A active experts, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -15,27 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transom.args import LayerArgs, LayerRule, ModelArgs
+from transom.args import HeadArgs, LayerRule, ModelArgs, RopeScaling
 from transom.attend.attend import Attend
-from transom.attend.mask import Layout, MaskSpec, positions_from_sizes, segments_from_sizes
 from transom.attend.sdpa import sdpa
+from transom.attend.mask import Layout, MaskSpec, positions_from_sizes, segments_from_sizes
 from transom.cache.model_cache import ModelCache
 from transom.errors import RequestError
-from transom.layers.attention import Attention, LayerCacheLike, temperature_scale
-from transom.layers.feed_forward import FeedForward
+from transom.layers.attention import temperature_scale
+from transom.layers.block import TransformerBlock
 from transom.layers.linear import Embedding, Linear
-from transom.layers.moe import MoE, RouterStatistics
-from transom.layers.norm import RMSNorm
+from transom.layers.moe import RouterStatistics
+from transom.layers.norm import make_norm
 from transom.layers.rope import rotary_table
-from transom.layers.step import Step
+from transom.layers.step import Context, MaskedEmbedding, Step
 
-
-@dataclass(frozen=True)
-class MaskedEmbedding:
-    """Rows that replace token embeddings: `embedding` [B, T, D] where `mask` [B, T] is True."""
-
-    embedding: Tensor
-    mask: Tensor
+__all__ = ["LLM", "MaskedEmbedding", "TransformerBlock", "TransformerInput", "TransformerOutput", "build_step"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +38,8 @@ class TransformerInput:
 
     `tokens_position` is a start (int), [T] or [B, T], -1 for padding; `sizes` the document lengths of packed
     rows (a flat list when B is 1, else one list per row); `lengths` [B] the real tokens of right-padded rows;
-    `logits` which positions get logits.
+    `context` [B, S, context_dim] is what cross-attention looks at, `context_lengths` [B] its real positions;
+    with a cache it is given once, with the first tokens. `logits` says which positions get logits.
     """
 
     tokens: Tensor
@@ -52,38 +47,22 @@ class TransformerInput:
     image_embedding: MaskedEmbedding | None = None
     sizes: Sequence[int] | Sequence[Sequence[int]] | None = None
     lengths: Tensor | None = None
+    context: Tensor | None = None
+    context_lengths: Tensor | None = None
     logits: Literal["all", "last", "none"] = "all"
 
 
 @dataclass(frozen=True)
 class TransformerOutput:
-    """`logits` [B, T, V] ([B, 1, V] for "last", None for "none"), normed hidden states [B, T, D], routers."""
+    """`logits` [B, T, V] ([B, 1, V] for "last", None for "none"), normed hidden states [B, T, D], routers.
+
+    A model with a head has `pooled_BD`, one vector per row, and logits [B, labels] or None.
+    """
 
     logits: Tensor | None
     hidden_BTD: Tensor
     router: tuple[RouterStatistics, ...] = ()
-
-
-class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
-
-    def __init__(self, layer: LayerArgs) -> None:
-        super().__init__()
-        self.layer = layer
-        self.attention_norm = RMSNorm(layer.dim, layer.norm_eps)
-        self.attention = Attention(layer)
-        self.ffn_norm = RMSNorm(layer.dim, layer.norm_eps)
-        self.feed_forward = MoE(layer) if layer.moe else FeedForward(layer.dim, layer.hidden_dim)
-
-    def forward(
-        self, x_BTD: Tensor, step: Step, cache: LayerCacheLike | None = None
-    ) -> tuple[Tensor, RouterStatistics | None]:
-        h_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), step, cache)
-        normed_BTD = self.ffn_norm(h_BTD)
-        if isinstance(self.feed_forward, MoE):
-            y_BTD, statistics = self.feed_forward(normed_BTD, step.valid_BT)
-            return h_BTD + y_BTD, statistics
-        return h_BTD + self.feed_forward(normed_BTD), None
+    pooled_BD: Tensor | None = None
 
 
 class LLM(nn.Module):
@@ -95,9 +74,15 @@ class LLM(nn.Module):
         super().__init__()
         self.args = args
         self.tok_embeddings = Embedding(args.vocab_size, args.dim)
+        self.vision = None
+        if args.vision_args is not None:
+            from transom.vision import VisionEmbeddings
+
+            self.vision = VisionEmbeddings(args.vision_args, args.dim)
         self.layers = nn.ModuleList(TransformerBlock(layer) for layer in args.layers)
-        self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = None if args.tie_embeddings else Linear(args.dim, args.vocab_size)
+        self.norm = make_norm(args.norm, args.dim, args.norm_eps)
+        outputs = args.vocab_size if args.head is None else args.head.outputs
+        self.output = Linear(args.dim, outputs) if outputs and not args.tie_embeddings else None
 
     def forward(
         self, inputs: TransformerInput, cache: ModelCache | None = None, inference: bool = False
@@ -121,11 +106,25 @@ class LLM(nn.Module):
             if cache is not None:
                 cache.advance(step.positions_BT, padded=inputs.lengths is not None)
             h_BTD = self.norm(h_BTD)
+            if self.args.head is not None:
+                return self._headed(h_BTD, step, self.args.head, tuple(router))
             return TransformerOutput(self.unembed(h_BTD, inputs, step), h_BTD, tuple(router))
+
+    def _headed(
+        self, h_BTD: Tensor, step: Step, head: HeadArgs, router: tuple[RouterStatistics, ...]
+    ) -> TransformerOutput:
+        pooled_BD = pool(h_BTD, step.positions_BT, head.pooling)
+        if head.kind == "embedding" and head.normalize:
+            pooled_BD = F.normalize(pooled_BD.float(), dim=-1).to(pooled_BD.dtype)
+        logits = None if self.output is None else self.output(pooled_BD)
+        return TransformerOutput(logits, h_BTD, router, pooled_BD)
 
     def embed(self, inputs: TransformerInput) -> Tensor:
         """Token embeddings [B, T, D], with masked rows replaced by what `image_embedding` holds."""
         h_BTD = self.tok_embeddings(inputs.tokens)
+        if self.args.embedding_scale is not None:
+            # Rounded to the weights' dtype first, as Gemma was trained: in bfloat16 it matters.
+            h_BTD = h_BTD * float(torch.tensor(self.args.embedding_scale, dtype=h_BTD.dtype))
         if inputs.image_embedding is None:
             return h_BTD
         rows, mask = inputs.image_embedding.embedding, inputs.image_embedding.mask
@@ -136,21 +135,33 @@ class LLM(nn.Module):
             )
         return torch.where(mask.unsqueeze(-1), rows.to(h_BTD.dtype), h_BTD)
 
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Rows [tiles, patches, D] of image tiles [tiles, C, S, S], ready to stand for their tokens."""
+        if self.vision is None:
+            raise RequestError("images: this is a text model; accepted is a model with vision_args")
+        rows: Tensor = self.vision(pixels)
+        return rows
+
     def unembed(self, h_BTD: Tensor, inputs: TransformerInput, step: Step) -> Tensor | None:
         """Logits of the positions asked for."""
         if inputs.logits == "none":
             return None
         if inputs.logits == "last":
-            offsets_T = torch.arange(h_BTD.size(1), device=h_BTD.device)
-            last_B = torch.where(step.positions_BT >= 0, offsets_T, 0).amax(1)  # padding may stand on either side
-            h_BTD = h_BTD.gather(1, last_B[:, None, None].expand(-1, 1, h_BTD.size(-1)))
+            h_BTD = pool(h_BTD, step.positions_BT, "last").unsqueeze(1)
         return self.project(h_BTD)
 
     def project(self, h_D: Tensor) -> Tensor:
         """Logits [..., V] of normed hidden states [..., D]."""
         if self.output is None:
-            return F.linear(h_D, self.tok_embeddings.weight)
-        return self.output(h_D)  # the leaf itself, not its weight: it may carry an adapter or be quantized
+            return self.finish_logits(F.linear(h_D, self.tok_embeddings.weight))
+        return self.finish_logits(self.output(h_D))  # the leaf itself: it may carry an adapter or be quantized
+
+    def finish_logits(self, raw_V: Tensor) -> Tensor:
+        """The scale and the soft cap of logits [..., V], where the model has them."""
+        scale, cap = self.args.logit_factor, self.args.logit_softcap
+        if scale != 1.0:
+            raw_V = raw_V * scale
+        return raw_V if cap is None else torch.tanh(raw_V / cap) * cap
 
     def make_cache(
         self, batch_size: int | None = None, capacity: int | None = None, *, slack: int = 32
@@ -169,10 +180,10 @@ class LLM(nn.Module):
         """
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
-            leaf = name.split(".")[-2]
-            if weight.ndim == 1:
-                weight.fill_(1.0)
-            elif leaf in ("wo", "w_out", "output"):
+            *_, leaf, last = f".{name}".split(".")
+            if last == "weight" and weight.ndim == 1:
+                weight.fill_(0.0 if self.args.norm == "rms_plus_one" and not name.startswith("vision.") else 1.0)
+            elif last in ("bias", "choice_bias", "sinks") or leaf in ("wo", "w_out", "output"):
                 weight.zero_()
             else:
                 if leaf == "tok_embeddings":  # tied, it is the output too: N(0, 1) would start at loss ~ dim
@@ -181,6 +192,17 @@ class LLM(nn.Module):
                     bound = 0.5 * (3.0 / weight.shape[-1]) ** 0.5
                     draw = (torch.rand(weight.shape, generator=generator) * 2 - 1) * bound
                 weight.copy_(draw)
+
+
+def pool(h_BTD: Tensor, positions_BT: Tensor, kind: Literal["mean", "last"]) -> Tensor:
+    """One vector [B, D] per row: the mean over its tokens, or its last one; padding may stand on either side."""
+    valid_BT = positions_BT >= 0
+    if kind == "mean":
+        wide = h_BTD.to(torch.promote_types(h_BTD.dtype, torch.float32)) * valid_BT.unsqueeze(-1)
+        return (wide.sum(1) / valid_BT.sum(1, keepdim=True).clamp(min=1)).to(h_BTD.dtype)
+    offsets_T = torch.arange(h_BTD.size(1), device=h_BTD.device)
+    last_B = torch.where(valid_BT, offsets_T, 0).amax(1)
+    return h_BTD.gather(1, last_B[:, None, None].expand(-1, 1, h_BTD.size(-1))).squeeze(1)
 
 
 class Place(NamedTuple):
@@ -203,16 +225,53 @@ def build_step(args: ModelArgs, inputs: TransformerInput, cache: ModelCache | No
     padded = inputs.lengths is not None or isinstance(inputs.tokens_position, Tensor)
     ropes = {layer.rope for layer in args.layers if layer.rope is not None}
     rules: set[LayerRule] = {layer.rule for layer in args.layers}
+    scalings = {rope.scaling for rope in ropes if rope.scaling is not None and rope.scaling.by_length}
+    length = rotary_length(place, inputs, cache, scalings) if scalings else None
     scales = {layer.temperature for layer in args.layers if layer.temperature is not None}
     return Step(
         positions_BT=positions_BT,
         valid_BT=positions_BT >= 0 if padded else None,
         # Tables from the unexpanded positions: where all rows agree, one row broadcasts.
-        rope={rope: rotary_table(place.positions_BT, rope) for rope in ropes},
+        rope={rope: rotary_table(place.positions_BT, rope, length) for rope in ropes},
         temperature={scale: temperature_scale(place.positions_BT, scale) for scale in scales},
         masks={rule: MaskSpec(rule, positions_BT, place.segments_BT, place.layout) for rule in rules},
         attend=attend,
+        context=place_context(inputs),
+        context_mask=None if args.context_dim is None else MaskSpec(LayerRule("full"), positions_BT),
     )
+
+
+def place_context(inputs: TransformerInput) -> Context | None:
+    """The context with a position for each of its rows, -1 behind `context_lengths`."""
+    if inputs.context is None:
+        return None
+    rows, slots, _ = inputs.context.shape
+    positions_BS = torch.arange(slots, device=inputs.context.device).expand(rows, -1)
+    states_BSC = inputs.context
+    if inputs.context_lengths is not None:
+        positions_BS = positions_BS.masked_fill(positions_BS >= inputs.context_lengths[:, None], -1)
+        states_BSC = states_BSC.masked_fill((positions_BS < 0).unsqueeze(-1), 0.0)  # padding may be NaN
+    return Context(states_BSC, positions_BS)
+
+
+def rotary_length(
+    place: Place, inputs: TransformerInput, cache: ModelCache | None, scalings: Collection[RopeScaling]
+) -> int:
+    """The length that `dynamic` and `longrope` frequencies are chosen by: a cache's capacity, else the longest."""
+    if cache is not None:  # chosen once, or stored keys would be rotated otherwise than new ones
+        return cache.capacity
+    if inputs.lengths is not None:
+        return int(inputs.lengths.max())
+    if place.layout is None:
+        return int(place.positions_BT.max()) + 1
+    lengths = {place.layout.start + size for size in place.layout.documents}
+    for scaling in scalings if inputs.sizes is not None else ():
+        if len({scaling.chosen_by(length) for length in lengths}) > 1:
+            raise RequestError(
+                f"sizes up to {max(lengths)} tokens: {scaling.kind} scaling chooses its frequencies by a document's "
+                f"length; accepted in one packed call are documents of at most {scaling.original_max_seq_len} tokens"
+            )
+    return max(lengths)
 
 
 def place_tokens(inputs: TransformerInput, cache: ModelCache | None) -> Place:
@@ -248,6 +307,11 @@ def check_input(args: ModelArgs, inputs: TransformerInput, cache: ModelCache | N
         raise RequestError(f"lengths of shape {tuple(inputs.lengths.shape)}: accepted is one per row of tokens")
     if isinstance(inputs.tokens_position, int) and inputs.tokens_position < 0:
         raise RequestError(f"tokens_position = {inputs.tokens_position}: accepted is a start of 0 or more")
+    check_context(args, inputs, cache)
+    if inputs.image_embedding is not None and args.vision_args is None:
+        raise RequestError("image_embedding: this is a text model; accepted is a model with vision_args")
+    if args.head is not None and (cache is not None or inputs.sizes is not None):
+        raise RequestError(f"head = {args.head.kind!r}: accepted is one whole sequence per row, no cache, no sizes")
     if cache is None:
         count = inputs.tokens.size(1)
         if inputs.sizes is not None:
@@ -262,6 +326,27 @@ def check_input(args: ModelArgs, inputs: TransformerInput, cache: ModelCache | N
         raise RequestError("tokens_position: accepted without a cache, which counts positions itself")
     if inputs.tokens.size(0) != cache.batch_size:
         raise RequestError(f"tokens have {inputs.tokens.size(0)} rows: this cache was built for {cache.batch_size}")
+
+
+def check_context(args: ModelArgs, inputs: TransformerInput, cache: ModelCache | None) -> None:
+    """A context where the model attends to one and has none yet, and nowhere else."""
+    given, held = inputs.context, cache is not None and cache.has_context
+    if args.context_dim is None:
+        if given is not None:
+            raise RequestError("context: accepted by a model with context_dim, whose blocks attend to one")
+        return
+    if held and given is not None:
+        raise RequestError("context: this cache holds one already; accepted is one per request, with its first tokens")
+    if not held and given is None:
+        raise RequestError(f"context: absent; accepted is [batch, slots, {args.context_dim}], which this model reads")
+    if given is not None:
+        rows = inputs.tokens.size(0)
+        if given.ndim != 3 or given.size(0) != rows or given.size(2) != args.context_dim:
+            accepted = f"accepted is [{rows}, slots, {args.context_dim}]"
+            raise RequestError(f"context of shape {tuple(given.shape)}: {accepted}")
+        lengths = inputs.context_lengths
+        if lengths is not None and lengths.shape != (rows,):
+            raise RequestError(f"context_lengths of shape {tuple(lengths.shape)}: accepted is one per row of tokens")
 
 
 def packed_sizes(

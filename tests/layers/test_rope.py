@@ -75,7 +75,7 @@ def test_llama3_scaling_is_transformers():
     plain = base_frequencies(64, 500000.0)
     assert 0 < (expected != plain).sum() < 32, "the case must have scaled and kept frequencies"
     torch.testing.assert_close(apply_scaling(plain, 8.0, 4.0), expected)
-    rope = RopeArgs(64, 500000.0, "halves", RopeScaling(8.0, 1.0, 4.0, 8192))
+    rope = RopeArgs(64, 500000.0, "halves", RopeScaling(factor=8.0))
     torch.testing.assert_close(frequencies(rope), expected)
     scaled = precompute_freqs_cis(64, 2, 500000.0, use_scaled=True)
     torch.testing.assert_close(scaled[1].angle(), expected)

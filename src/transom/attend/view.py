@@ -9,9 +9,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Score:
-    """How raw query-key products become attention scores; `scale` None means head_dim ** -0.5."""
+    """How raw query-key products become attention scores; `scale` None means head_dim ** -0.5.
+
+    `softcap` turns a scaled score s into cap * tanh(s / cap) before the mask (Gemma 2). `sinks_N` is one logit
+    per query head that joins the softmax as an extra key without a value, neither scaled nor capped (gpt-oss).
+    """
 
     scale: float | None = None
+    softcap: float | None = None
+    sinks_N: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether scores are scaled products and nothing else."""
+        return self.softcap is None and self.sinks_N is None
+
+    def scale_for(self, head_dim: int) -> float:
+        """The factor on raw products: `scale`, or head_dim ** -0.5 where none was given."""
+        return head_dim**-0.5 if self.scale is None else self.scale
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,19 @@ class ModelCache:
     `debt` an upper bound of how far any row stands below the longest it has been (rings have forgotten by then).
     """
 
-    def __init__(self, layers: list[LayerCache], capacity: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        layers: list[LayerCache],
+        capacity: int,
+        device: torch.device | str = "cpu",
+        *,
+        bounded: bool | None = None,
+    ) -> None:
         self.layers = layers
         self.capacity = capacity
+        # Whether `capacity` is a limit: some layer keeps every token, or rotary frequencies were chosen by it.
+        static = any(isinstance(layer, StaticCache) for layer in layers)
+        self.bounded = static if bounded is None else bounded
         self.batch_size = layers[0].batch_size
         with torch.inference_mode(False):  # or nothing outside inference mode could write it
             self.lengths_B = torch.zeros(self.batch_size, dtype=torch.int64, device=device)
@@ -41,6 +51,7 @@ class ModelCache:
         if rows < 1 or tokens < 1:
             raise RequestError(f"cache of {rows} rows and {tokens} tokens: accepted is 1 or more of both")
         require(slack >= 0, "slack", slack, "accepted is 0 or more")
+        by_length = any(one.rope and one.rope.scaling and one.rope.scaling.by_length for one in args.layers)
         layers: list[LayerCache] = []
         for layer in args.layers:
             if layer.rule.kind == "full":
@@ -50,12 +61,12 @@ class ModelCache:
                 layers.append(RotatingBufferCache(rows, ring, layer.rule.size))
             else:
                 layers.append(StaticCache(rows, tokens))
-        return cls(layers, tokens, device)
+        return cls(layers, tokens, device, bounded=True if by_length else None)
 
     @property
-    def bounded(self) -> bool:
-        """Whether some layer keeps every token, so that `capacity` is a limit."""
-        return any(isinstance(layer, StaticCache) for layer in self.layers)
+    def has_context(self) -> bool:
+        """Whether cross-attention's keys and values have been stored."""
+        return self.layers[0].context is not None
 
     def claim(self, count: int) -> bool:
         """Make room for `count` more tokens per row, or refuse; returns whether the cache was empty."""
@@ -100,7 +111,8 @@ class ModelCache:
     def fork(self, rows: Tensor | list[int]) -> ModelCache:
         """A copy whose row i continues this cache's row `rows[i]`."""
         index = torch.as_tensor(rows, device=self.lengths_B.device)
-        other = ModelCache([layer.fork(index) for layer in self.layers], self.capacity, index.device)
+        layers = [layer.fork(index) for layer in self.layers]
+        other = ModelCache(layers, self.capacity, index.device, bounded=self.bounded)
         other.lengths_B.copy_(self.lengths_B.index_select(0, index))
         other.bound, other.debt = self.bound, self.debt
         return other

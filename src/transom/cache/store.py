@@ -29,6 +29,14 @@ class LayerCache:
         self.states: tuple[Tensor, ...] = ()
         self.positions_BS = torch.empty(0)
         self.bound = self.peak = 0
+        self.context: CacheView | None = None  # keys and values of a context, made once per request
+
+    def keep_context(self, states: tuple[Tensor, ...], positions_BS: Tensor) -> CacheView:
+        """Hold what cross-attention reads, until `reset`."""
+        # Copies: states made under inference mode could not be written or forked outside it.
+        with torch.inference_mode(False):
+            self.context = CacheView(tuple(x.detach().clone() for x in states), positions_BS.clone())
+        return self.context
 
     def update(self, states: tuple[Tensor, ...], positions_BT: Tensor) -> CacheView:
         """Store this call's states [B, T, ...] at their positions; returns all that its queries may see.
@@ -78,6 +86,7 @@ class LayerCache:
     def reset(self) -> None:
         """Forget everything and keep the memory."""
         self.bound = self.peak = 0
+        self.context = None
         if self.states:
             self.positions_BS.fill_(-1)
             for x in self.states:  # what stood there may have been NaN
@@ -90,27 +99,45 @@ class LayerCache:
         other.bound, other.peak = self.bound, self.peak
         other.states = tuple(x.index_select(0, rows) for x in self.states)
         other.positions_BS = self.positions_BS.index_select(0, rows) if self.states else self.positions_BS
+        if self.context is not None:
+            states = tuple(x.index_select(0, rows) for x in self.context.states)
+            other.context = CacheView(states, self.context.positions_BS.index_select(0, rows))
         return other
 
     def snapshot(self) -> dict[str, Tensor]:
         """Copies of all tensors, to be given back to `restore`."""
         tensors = {f"state{i}": x.clone() for i, x in enumerate(self.states)}
-        return {**tensors, "positions": self.positions_BS.clone()} if self.states else {}
+        if self.states:
+            tensors["positions"] = self.positions_BS.clone()
+        if self.context is not None:
+            tensors |= {f"context{i}": x.clone() for i, x in enumerate(self.context.states)}
+            tensors["context_positions"] = self.context.positions_BS.clone()
+        return tensors
 
     @torch.inference_mode(False)
     def restore(self, tensors: dict[str, Tensor], bound: int, peak: int) -> None:
         """Back to what `snapshot` saw."""
-        if not tensors:
+        if "positions" not in tensors:
             self.reset()
-            return
-        self.bound, self.peak = bound, peak
-        self.states = tuple(tensors[f"state{i}"].clone() for i in range(len(tensors) - 1))
-        self.positions_BS = tensors["positions"].clone()
+        else:
+            self.bound, self.peak = bound, peak
+            self.states = _numbered(tensors, "state")
+            self.positions_BS = tensors["positions"].clone()
+        if "context_positions" in tensors:
+            self.context = CacheView(_numbered(tensors, "context"), tensors["context_positions"].clone())
+        else:
+            self.context = None
 
     @property
     def bytes(self) -> int:
         """Memory held now."""
-        return sum(x.numel() * x.element_size() for x in (*self.states, self.positions_BS))
+        context = () if self.context is None else (*self.context.states, self.context.positions_BS)
+        return sum(x.numel() * x.element_size() for x in (*self.states, self.positions_BS, *context))
+
+
+def _numbered(tensors: dict[str, Tensor], name: str) -> tuple[Tensor, ...]:
+    count = sum(key.removeprefix(name).isdecimal() for key in tensors if key.startswith(name))
+    return tuple(tensors[f"{name}{i}"].clone() for i in range(count))
 
 
 class StaticCache(LayerCache):

@@ -1,8 +1,6 @@
-"""Multi-head, grouped-query and multi-query attention; one class, told by its `LayerArgs`."""
+"""Multi-head, grouped-query and multi-query attention, and attention to a context; told by `LayerArgs`."""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +8,9 @@ from torch import Tensor, nn
 from transom.args import LayerArgs, TemperatureArgs
 from transom.attend.view import CacheView, Score
 from transom.layers.linear import Linear
-from transom.layers.norm import rmsnorm
+from transom.layers.norm import make_norm, rmsnorm
 from transom.layers.rope import rotate
-from transom.layers.step import Step
-
-
-class LayerCacheLike(Protocol):
-    """What attention needs of a cache: hand over this call's states, get back all that may be seen."""
-
-    def update(self, states: tuple[Tensor, ...], positions_BT: Tensor, /) -> CacheView: ...
+from transom.layers.step import LayerCacheLike, Step
 
 
 def temperature_scale(positions_BT: Tensor, args: TemperatureArgs) -> Tensor:
@@ -27,21 +19,43 @@ def temperature_scale(positions_BT: Tensor, args: TemperatureArgs) -> Tensor:
     return (1.0 + args.attn_scale * torch.log1p(steps))[..., None, None]
 
 
+def new_view(states: tuple[Tensor, ...], step: Step, layer: LayerArgs, cache: LayerCacheLike | None) -> CacheView:
+    """What this call's queries may be compared with: its own states, or all that the cache holds with them."""
+    if cache is not None:
+        return cache.update(states, step.positions_BT)
+    spec = step.masks[layer.rule]
+    # Positions that nobody described may stand in any order: then no slot can be ruled out by its place.
+    in_order = 0 if spec.layout is not None else None
+    return CacheView(states, step.positions_BT, spec.segments_BT, new_at=in_order)
+
+
 class Attention(nn.Module):
     """Projections, positions and norms around one `attend` call."""
 
     def __init__(self, layer: LayerArgs) -> None:
         super().__init__()
         self.layer = layer
-        self.wq = Linear(layer.dim, layer.n_heads * layer.head_dim)
-        self.wk = Linear(layer.dim, layer.n_kv_heads * layer.head_dim)
-        self.wv = Linear(layer.dim, layer.n_kv_heads * layer.head_dim)
-        self.wo = Linear(layer.n_heads * layer.head_dim, layer.dim)
+        q_dim, kv_dim = layer.n_heads * layer.head_dim, layer.n_kv_heads * layer.head_dim
+        self.wq = Linear(layer.dim, q_dim, layer.qkv_bias)
+        self.wk = Linear(layer.dim, kv_dim, layer.qkv_bias)
+        self.wv = Linear(layer.dim, kv_dim, layer.qkv_bias)
+        self.wo = Linear(q_dim, layer.dim, layer.out_bias)
+        self.q_norm = self.k_norm = None
+        if layer.qk_norm != "none":
+            per_head = layer.qk_norm == "head"
+            self.q_norm = make_norm(layer.norm, layer.head_dim if per_head else q_dim, layer.norm_eps)
+            self.k_norm = make_norm(layer.norm, layer.head_dim if per_head else kv_dim, layer.norm_eps)
+        self.sinks = nn.Parameter(torch.zeros(layer.n_heads)) if layer.attn_sinks else None
 
     def forward(self, x_BTD: Tensor, step: Step, cache: LayerCacheLike | None = None) -> Tensor:
         layer = self.layer
+        q, k, v = self.wq(x_BTD), self.wk(x_BTD), self.wv(x_BTD)
+        if self.q_norm is not None and self.k_norm is not None and layer.qk_norm == "projection":
+            q, k = self.q_norm(q), self.k_norm(k)
         # -1, not the head count: under tensor parallelism a rank holds a share of the heads.
-        q, k, v = (w(x_BTD).unflatten(-1, (-1, layer.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (x.unflatten(-1, (-1, layer.head_dim)) for x in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None and layer.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
         if layer.rope is not None:
             table = step.rope[layer.rope]
             q, k = rotate(q, table, layer.rope.layout), rotate(k, table, layer.rope.layout)
@@ -49,12 +63,35 @@ class Attention(nn.Module):
             q, k = rmsnorm(q, layer.norm_eps), rmsnorm(k, layer.norm_eps)
         if layer.temperature is not None:
             q = (q * step.temperature[layer.temperature]).to(q.dtype)
-        spec = step.masks[layer.rule]
-        if cache is None:
-            # Positions that nobody described may stand in any order: then no slot can be ruled out by its place.
-            in_order = 0 if spec.layout is not None else None
-            view = CacheView((k, v), step.positions_BT, spec.segments_BT, new_at=in_order)
-        else:
-            view = cache.update((k, v), step.positions_BT)
-        out_BTNH = step.attend(q, view, spec, Score())
+        view = new_view((k, v), step, layer, cache)
+        score = Score(layer.softmax_scale, layer.attn_softcap, self.sinks)
+        return self.wo(step.attend(q, view, step.masks[layer.rule], score).flatten(-2))
+
+
+class CrossAttention(nn.Module):
+    """Attention from tokens to a context [B, S, C], both without positions; its keys and values are made once."""
+
+    def __init__(self, layer: LayerArgs) -> None:
+        super().__init__()
+        assert layer.context_dim is not None, "a block without a context has no such sublayer"
+        self.layer = layer
+        q_dim, kv_dim = layer.n_heads * layer.head_dim, layer.n_kv_heads * layer.head_dim
+        self.wq = Linear(layer.dim, q_dim, layer.qkv_bias)
+        self.wk = Linear(layer.context_dim, kv_dim, layer.qkv_bias)
+        self.wv = Linear(layer.context_dim, kv_dim, layer.qkv_bias)
+        self.wo = Linear(q_dim, layer.dim, layer.out_bias)
+
+    def forward(self, x_BTD: Tensor, step: Step, cache: LayerCacheLike | None = None) -> Tensor:
+        layer = self.layer
+        q_BTNH = self.wq(x_BTD).unflatten(-1, (-1, layer.head_dim))
+        view = cache.context if cache is not None else None
+        if view is None:
+            assert step.context is not None, "the model refuses a call without one"
+            states = step.context.states_BSC
+            k, v = (w(states).unflatten(-1, (-1, layer.head_dim)) for w in (self.wk, self.wv))
+            view = CacheView((k, v), step.context.positions_BS)
+            if cache is not None:
+                view = cache.keep_context(view.states, view.positions_BS)
+        assert step.context_mask is not None, "built with every step of such a model"
+        out_BTNH = step.attend(q_BTNH, view, step.context_mask, Score(layer.softmax_scale))
         return self.wo(out_BTNH.flatten(-2))

@@ -1,21 +1,40 @@
-"""SwiGLU feed-forward (Shazeer 2020, arXiv 2002.05202)."""
+"""Feed-forward with a gate (SwiGLU and kin: Shazeer 2020, arXiv 2002.05202) or without."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transom.args import Activation
 from transom.layers.linear import Linear
 
 
-class FeedForward(nn.Module):
-    """w_out(silu(w_gate x) * w_value x)."""
+def activate(x: Tensor, kind: Activation) -> Tensor:
+    """The activation of that name, element by element; gelu is the exact one."""
+    match kind:
+        case "silu":
+            return F.silu(x)
+        case "gelu":
+            return F.gelu(x)
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        case "relu":
+            return F.relu(x)
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+
+class FeedForward(nn.Module):
+    """w_out(act(w_gate x) * w_value x), or w_out(act(w_value x)) when not gated."""
+
+    def __init__(
+        self, dim: int, hidden_dim: int, activation: Activation = "silu", gated: bool = True, bias: bool = False
+    ) -> None:
         super().__init__()
-        self.w_gate = Linear(dim, hidden_dim)
-        self.w_value = Linear(dim, hidden_dim)
-        self.w_out = Linear(hidden_dim, dim)
+        self.activation = activation
+        self.w_gate = Linear(dim, hidden_dim, bias) if gated else None
+        self.w_value = Linear(dim, hidden_dim, bias)
+        self.w_out = Linear(hidden_dim, dim, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w_out(F.silu(self.w_gate(x)) * self.w_value(x))
+        if self.w_gate is None:
+            return self.w_out(activate(self.w_value(x), self.activation))
+        return self.w_out(activate(self.w_gate(x), self.activation) * self.w_value(x))

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from transom.args import RopeArgs, RopeLayout
+from transom.args import RopeArgs, RopeLayout, RopeScaling
 
 
 def apply_scaling(
@@ -37,35 +37,101 @@ def base_frequencies(dim: int, theta: float, device: torch.device | str | None =
     return 1.0 / (theta**exponents)
 
 
-def frequencies(rope: RopeArgs, device: torch.device | str | None = None) -> Tensor:
-    """Angle per position of every rotary pair [dim / 2], scaling applied, float32."""
-    freqs = base_frequencies(rope.dim, rope.theta, device)
-    if rope.scaling is None:
-        return freqs
+def frequencies(rope: RopeArgs, length: int | None = None, device: torch.device | str | None = None) -> Tensor:
+    """Angle per position of every rotary pair [dim / 2], scaling applied, float32.
+
+    `length` is that of the whole sequence, which `dynamic` and `longrope` choose by.
+    """
     s = rope.scaling
-    return apply_scaling(freqs, s.factor, s.high_freq_factor, s.original_max_seq_len, s.low_freq_factor)
+    if s is None:
+        return base_frequencies(rope.dim, rope.theta, device)
+    if s.by_length:
+        assert length is not None, "the model tells the length where it matters"
+    match s.kind:
+        case "linear":
+            return base_frequencies(rope.dim, rope.theta, device) / s.factor
+        case "llama3":
+            freqs = base_frequencies(rope.dim, rope.theta, device)
+            return apply_scaling(freqs, s.factor, s.high_freq_factor, s.original_max_seq_len, s.low_freq_factor)
+        case "yarn":
+            return yarn_frequencies(rope, s, device)
+        case "dynamic":
+            ratio = max(length or 0, s.original_max_seq_len) / s.original_max_seq_len
+            stretch = s.factor * ratio - (s.factor - 1)
+            return base_frequencies(rope.dim, rope.theta * stretch ** (rope.dim / (rope.dim - 2)), device)
+        case "longrope":
+            factors = s.long_factor if (length or 0) > s.original_max_seq_len else s.short_factor
+            return base_frequencies(rope.dim, rope.theta, device) / torch.tensor(factors, device=device)
 
 
-def rotary_table(positions_BT: Tensor, rope: RopeArgs) -> tuple[Tensor, Tensor]:
+def yarn_frequencies(rope: RopeArgs, s: RopeScaling, device: torch.device | str | None = None) -> Tensor:
+    """YaRN (Peng et al. 2023, arXiv 2309.00071): fast pairs kept, slow ones divided, a ramp over indices between."""
+
+    def index(turns: float) -> float:  # of the pair that turns that often within the original length
+        return rope.dim * math.log(s.original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = index(s.beta_fast), index(s.beta_slow)
+    if s.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = ((torch.arange(rope.dim // 2, device=device).float() - low) / (high - low)).clamp(0, 1)
+    freqs = base_frequencies(rope.dim, rope.theta, device)
+    return freqs * (1 - ramp) + freqs / s.factor * ramp
+
+
+def attention_factor(scaling: RopeScaling | None) -> float:
+    """What cos and sin are multiplied by: scores of rotated features gain its square."""
+    if scaling is None or scaling.kind not in ("yarn", "longrope"):
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.factor <= 1:
+        return 1.0
+    if scaling.kind == "longrope":
+        return math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_max_seq_len))
+    if scaling.mscale is not None and scaling.mscale_all_dim is not None:
+        return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+    return yarn_mscale(scaling.factor, 1.0)
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """0.1 mscale ln(factor) + 1, YaRN's temperature with DeepSeek's weight."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def rotary_table(positions_BT: Tensor, rope: RopeArgs, length: int | None = None) -> tuple[Tensor, Tensor]:
     """(cos, sin) of every position, each [B, T, 1, dim / 2] float32, ready to broadcast over heads."""
-    angles = positions_BT.unsqueeze(-1).float() * frequencies(rope, positions_BT.device)
-    return angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
+    angles = positions_BT.unsqueeze(-1).float() * frequencies(rope, length, positions_BT.device)
+    cos, sin = angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
+    factor = attention_factor(rope.scaling)
+    return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 
 
 def rotate(x_BTNH: Tensor, table: tuple[Tensor, Tensor], layout: RopeLayout) -> Tensor:
-    """Turn every feature pair of every head by its angle; float32 inside, in x's dtype."""
+    """Turn the feature pairs of every head by their angles, the table's share of them; float32 inside, x's dtype."""
     cos, sin = table
+    rotary = 2 * cos.size(-1)
+    if rotary < x_BTNH.size(-1):  # partial rotary: the first features turn, the rest pass
+        turned = rotate(x_BTNH[..., :rotary], table, layout)
+        return torch.cat((turned, x_BTNH[..., rotary:]), -1)
     wide = x_BTNH.to(torch.promote_types(x_BTNH.dtype, torch.float32))
     if layout == "halves":
         # roll(H / 2) puts every feature beside its partner: two products, where slicing takes four and a copy.
-        out = wide * torch.cat((cos, cos), -1) + wide.roll(wide.size(-1) // 2, -1) * torch.cat((-sin, sin), -1)
-    elif torch.compiler.is_compiling():  # the compiler has no complex kernels and fuses this form
+        out = wide * torch.cat((cos, cos), -1) + wide.roll(rotary // 2, -1) * torch.cat((-sin, sin), -1)
+    elif torch.compiler.is_compiling() or not _pairs_are_complex(wide):
         a, b = wide.unflatten(-1, (-1, 2)).unbind(-1)
         out = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
     else:  # neighbours are one complex number: a single product, a fifth of the time of the form above
         pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
         out = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
     return out.to(x_BTNH.dtype)
+
+
+def _pairs_are_complex(x: Tensor) -> bool:
+    """Whether `view_as_complex` takes neighbours as they lie: even strides and an even start (a slice may not)."""
+    return x.stride(-1) == 1 and x.storage_offset() % 2 == 0 and all(s % 2 == 0 for s in x.stride()[:-1])
 
 
 def precompute_freqs_cis(

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from transom.args import LayerRule, RopeArgs, TemperatureArgs
 from transom.attend.attend import Attend
 from transom.attend.mask import MaskSpec
+from transom.attend.view import CacheView
+
+
+@dataclass(frozen=True)
+class MaskedEmbedding:
+    """Rows that replace token embeddings: `embedding` [B, T, D] where `mask` [B, T] is True."""
+
+    embedding: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Context:
+    """What cross-attention looks at: `states` [B, S, C], their positions [B, S] (-1 padding)."""
+
+    states_BSC: Tensor
+    positions_BS: Tensor
 
 
 @dataclass(frozen=True)
@@ -21,3 +39,16 @@ class Step:
     temperature: dict[TemperatureArgs, Tensor]
     masks: dict[LayerRule, MaskSpec]
     attend: Attend
+    context: Context | None = None
+    context_mask: MaskSpec | None = None
+
+
+class LayerCacheLike(Protocol):
+    """What a block needs of a cache: hand over this call's states, get back all that may be seen."""
+
+    @property
+    def context(self) -> CacheView | None: ...
+
+    def update(self, states: tuple[Tensor, ...], positions_BT: Tensor, /) -> CacheView: ...
+
+    def keep_context(self, states: tuple[Tensor, ...], positions_BS: Tensor, /) -> CacheView: ...

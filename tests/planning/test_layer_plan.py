@@ -15,14 +15,58 @@ from transom.planning import counts
 from transom.planning.layer_plan import groups, index_words, plan
 from transom.presets import PRESETS, preset
 
+MLA = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
 MOE = {"num_experts": 4, "top_k": 2, "hidden_dim": 20, "shared_expert": True, "interleave_moe_layer_step": 2}
 
 
-@pytest.mark.parametrize("name", [*PRESETS, "tied"])
+OPTIONS = {
+    "tied": {"tie_embeddings": True},
+    "biases and norms": {
+        "norm": "layer",
+        "norm_placement": "both",
+        "qkv_bias": True,
+        "out_bias": True,
+        "ffn_bias": True,
+        "attn_sinks": True,
+        "qk_norm": "projection",
+        "ffn_gated": False,
+    },
+    "context": {"context_dim": 24, "qk_norm": "head", "out_bias": True, "norm_placement": "post"},
+    "latent": {"n_kv_heads": None, "mla_args": {**MLA, "q_lora_rank": 12}, "qkv_bias": True},
+    "latent, direct queries": {"n_kv_heads": None, "mla_args": MLA},
+    "experts": {
+        "ffn_bias": True,
+        "moe_args": {
+            **MOE,
+            "router_bias": True,
+            "expert_bias": True,
+            "shared_hidden_dim": 28,
+            "routing": "biased_sigmoid",
+        },
+    },
+    "labels": {"head": {"kind": "classification", "num_labels": 3}},
+    "embedding": {"head": {"kind": "embedding"}},
+    "images": {
+        "vision_args": {
+            "image_size": 8,
+            "patch_size": 2,
+            "dim": 16,
+            "n_layers": 2,
+            "n_heads": 2,
+            "hidden_dim": 24,
+            "adapter_dim": 20,
+            "output_dim": 18,
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("name", [*PRESETS, *OPTIONS])
 def test_parameters_sum_to_those_of_the_model(name):
-    args = tiny_args(tie_embeddings=True) if name == "tied" else preset(name)
+    args = tiny_args(**OPTIONS[name]) if name in OPTIONS else preset(name)
     planned = plan(args)
     parts = planned.embedding_parameters + planned.output_parameters + planned.final_norm_parameters
+    parts += planned.vision_parameters
     assert sum(layer.parameters for layer in planned.layers) + parts == planned.parameters
     assert planned.parameters == counts.parameters(args)
     with torch.device("meta"):
@@ -58,7 +102,16 @@ def counted_flops(args, length, monkeypatch):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("changes", [{}, {"moe_args": MOE}, {"tie_embeddings": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"moe_args": MOE},
+        {"tie_embeddings": True},
+        {"ffn_gated": False},
+        {"n_kv_heads": None, "mla_args": {**MLA, "q_lora_rank": 12}},
+    ],
+)
 def test_flops_are_those_the_products_cost(changes, monkeypatch):
     args = tiny_args(layer_pattern="B", **changes)  # every query sees every key, so no score is masked out
     planned = plan(args, 11)

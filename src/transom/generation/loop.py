@@ -10,7 +10,7 @@ from torch import Tensor
 
 from transom.args import ModelArgs
 from transom.cache.model_cache import ModelCache
-from transom.errors import RequestError, WorkError, require
+from transom.errors import RequestError, WorkError, notice, require
 from transom.generation.sampling import Sampler, SamplingArgs
 from transom.model import LLM, TransformerInput
 
@@ -114,15 +114,19 @@ def _steps(
     require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "accepted is 1 or more")
     require(prefill_step_size >= 1, "prefill_step_size", prefill_step_size, "accepted is 1 or more")
     _check_prompts(prompts, args.vocab_size)
+    longer: int | None = None
     if cache is None:
         longest = max(map(len, prompts))
+        total = longest + max_new_tokens
         check_room(args, longest, max_new_tokens)
-        cache = model.make_cache(len(prompts), longest + max_new_tokens)
-    rest = _not_held(prompts, cache, max_new_tokens)
+        first = first_capacity(args, longest, total)
+        longer = total if first < total else None
+        cache = model.make_cache(len(prompts), first)
+    rest = _not_held(prompts, cache, 1 if longer else max_new_tokens)
     sampler = Sampler(sampling, len(prompts), args.vocab_size, seeds, device)
     sampler.see(prompts)
     stops_S = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
-    return _run(model, cache, rest, sampler, max_new_tokens, stops_S, prefill_step_size)
+    return _run(model, cache, rest, sampler, max_new_tokens, stops_S, prefill_step_size, longer)
 
 
 @torch.inference_mode()  # as a decorator: a `with` around a yield would leave the caller in inference mode
@@ -134,7 +138,10 @@ def _run(
     max_new_tokens: int,
     stops_S: Tensor,
     prefill_step_size: int,
+    longer: int | None,
 ) -> Iterator[Tensor]:
+    """`longer` is the capacity to go on with where `cache` was built for the original length (see `outgrow`)."""
+    given: list[Tensor] = []
     logits_BV = prefill(model, cache, rest, prefill_step_size)
     alive_B = torch.ones(len(rest), dtype=torch.bool, device=logits_BV.device)
     for remaining in reversed(range(max_new_tokens)):
@@ -147,9 +154,43 @@ def _run(
             if left == 0:
                 return
             lengths_B = alive_B.long() if left < len(rest) else None  # finished rows store nothing more
+        if longer:
+            given.append(ids_B)
+            if remaining and cache.bound == cache.capacity:
+                cache, logits_BV = outgrow(model, cache, rest, given, longer, prefill_step_size)
+                longer = None
+                continue
         if remaining:
             inputs = TransformerInput(ids_B[:, None], lengths=lengths_B, logits="last")
             logits_BV = _logits_BV(model, inputs, cache)
+
+
+def first_capacity(args: ModelArgs, prompt_tokens: int, total: int) -> int:
+    """Slots to begin with: all, or the original length where a longer cache would choose other frequencies."""
+    scalings = [layer.rope.scaling for layer in args.layers if layer.rope is not None]
+    originals = {s.original_max_seq_len for s in scalings if s is not None and s.by_length}
+    return min((one for one in originals if prompt_tokens <= one < total), default=total)
+
+
+def outgrow(
+    model: LLM,
+    cache: ModelCache,
+    prompts: Sequence[Sequence[int]],
+    given: Sequence[Tensor],
+    capacity: int,
+    step_size: int,
+) -> tuple[ModelCache, Tensor]:
+    """A larger cache of the same rows, every key computed again, and the logits [B, V] behind their last tokens.
+
+    Rotary frequencies that depend on the length are other ones beyond the original length, for all positions.
+    """
+    notice(
+        f"{cache.capacity} tokens: the original length of this model's rotary frequencies; all are computed again "
+        "with those of longer sequences"
+    )
+    rows = [[*prompt, *new] for prompt, new in zip(prompts, torch.stack(list(given), 1).tolist(), strict=True)]
+    larger = model.make_cache(len(rows), capacity)
+    return larger, prefill(model, larger, rows, step_size)
 
 
 def prefill(model: LLM, cache: ModelCache, rows: Sequence[Sequence[int]], step_size: int) -> Tensor:

@@ -5,32 +5,106 @@ from __future__ import annotations
 from transom.args import LayerArgs, ModelArgs
 
 
-def attention_parameters(layer: LayerArgs) -> int:
-    """Weights of wq, wk, wv and wo."""
-    return layer.dim * layer.head_dim * (2 * layer.n_heads + 2 * layer.n_kv_heads)
+def attention_weights(layer: LayerArgs) -> int:
+    """Entries of the attention's matrices, those of a cross-attention not included."""
+    mla = layer.mla
+    if mla is None:
+        return layer.dim * layer.head_dim * (2 * layer.n_heads + 2 * layer.n_kv_heads)
+    q_dim = layer.n_heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
+    rank = mla.q_lora_rank
+    queries = layer.dim * q_dim if rank is None else rank * (layer.dim + q_dim)
+    latents = layer.dim * (mla.kv_lora_rank + mla.qk_rope_head_dim)
+    ups = mla.kv_lora_rank * layer.n_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+    return queries + latents + ups + layer.n_heads * mla.v_head_dim * layer.dim
 
 
-def feed_forward_parameters(layer: LayerArgs, *, active_only: bool = False) -> int:
-    """Weights of the dense feed-forward, or of router and experts (those one token visits, if `active_only`)."""
+def attention_vectors(layer: LayerArgs) -> int:
+    """Biases, inner norms and sinks of the attention."""
+    mla, bias_out = layer.mla, layer.out_bias * layer.dim
+    if mla is not None:
+        rank = mla.q_lora_rank or 0
+        biases = layer.qkv_bias * (rank + mla.kv_lora_rank + mla.qk_rope_head_dim)
+        return (rank + mla.kv_lora_rank) * _norm_width(layer) + biases + bias_out
+    q_dim, kv_dim = layer.n_heads * layer.head_dim, layer.n_kv_heads * layer.head_dim
+    normed = {"none": 0, "head": 2 * layer.head_dim, "projection": q_dim + kv_dim}[layer.qk_norm]
+    biases = layer.qkv_bias * (q_dim + 2 * kv_dim) + bias_out
+    return normed * _norm_width(layer) + biases + layer.attn_sinks * layer.n_heads
+
+
+def cross_attention_parameters(layer: LayerArgs) -> int:
+    """Everything of the sublayer that attends to a context, 0 where there is none; its norms are not included."""
+    if layer.context_dim is None:
+        return 0
+    q_dim, kv_dim = layer.n_heads * layer.head_dim, layer.n_kv_heads * layer.head_dim
+    biases = layer.qkv_bias * (q_dim + 2 * kv_dim) + layer.out_bias * layer.dim
+    return 2 * layer.dim * q_dim + 2 * layer.context_dim * kv_dim + biases
+
+
+def feed_forward_weights(layer: LayerArgs, *, active_only: bool = False) -> int:
+    """Entries of the feed-forward's matrices: the dense ones, or router and experts (one token's, if `active_only`)."""
+    products = 3 if layer.ffn_gated else 2
     if layer.moe is None:
-        return 3 * layer.dim * layer.hidden_dim
+        return products * layer.dim * layer.hidden_dim
     moe = layer.moe
     assert moe.hidden_dim is not None, "LayerArgs resolves it"
-    experts = (moe.top_k if active_only else moe.num_experts) + moe.shared_expert
-    return layer.dim * moe.num_experts + experts * 3 * layer.dim * moe.hidden_dim
+    wide = (moe.top_k if active_only else moe.num_experts) * moe.hidden_dim
+    shared = (moe.shared_hidden_dim or moe.hidden_dim) if moe.shared_expert else 0
+    return layer.dim * moe.num_experts + products * layer.dim * (wide + shared)
+
+
+def feed_forward_vectors(layer: LayerArgs, *, active_only: bool = False) -> int:
+    """Biases of the feed-forward, and of router and choice."""
+    ups = 2 if layer.ffn_gated else 1
+    if layer.moe is None:
+        return layer.ffn_bias * (ups * layer.hidden_dim + layer.dim)
+    moe = layer.moe
+    assert moe.hidden_dim is not None, "LayerArgs resolves it"
+    experts = moe.top_k if active_only else moe.num_experts
+    shared = moe.shared_hidden_dim or moe.hidden_dim
+    biases = moe.expert_bias * experts * (ups * moe.hidden_dim + layer.dim)
+    biases += layer.ffn_bias * moe.shared_expert * (ups * shared + layer.dim)
+    return biases + moe.num_experts * (moe.router_bias + moe.has_choice_bias)
+
+
+def _norm_width(layer: LayerArgs) -> int:
+    """Numbers per feature that a norm learns."""
+    return 2 if layer.norm == "layer" else 1
 
 
 def layer_parameters(layer: LayerArgs, *, active_only: bool = False) -> int:
-    """All weights of one block, its two norms included."""
-    norms = 2 * layer.dim
-    return attention_parameters(layer) + feed_forward_parameters(layer, active_only=active_only) + norms
+    """All weights of one block, its norms included; `active_only` counts the experts one token visits."""
+    sublayers = 2 if layer.context_dim is None else 3
+    norms = sublayers * (2 if layer.norm_placement == "both" else 1) * layer.dim * _norm_width(layer)
+    attention = attention_weights(layer) + attention_vectors(layer) + cross_attention_parameters(layer)
+    weights = feed_forward_weights(layer, active_only=active_only)
+    return attention + weights + feed_forward_vectors(layer, active_only=active_only) + norms
+
+
+def vision_parameters(args: ModelArgs) -> int:
+    """All weights of the image encoder, its adapter and projection; 0 for a text model."""
+    v = args.vision_args
+    if v is None:
+        return 0
+    patches = (v.image_size // v.patch_size) ** 2
+    embedding = v.num_channels * v.patch_size**2 * v.dim + (patches + 2) * v.dim
+    block = 4 * v.dim * (v.dim + 1) + 2 * v.dim * v.hidden_dim + v.hidden_dim + v.dim + 4 * v.dim
+    shuffled = int(v.dim / v.pixel_shuffle_ratio**2)
+    adapter = shuffled * v.adapter_dim + v.adapter_dim * v.output_dim + v.output_dim * args.dim
+    return embedding + v.n_layers * block + 4 * v.dim + adapter
+
+
+def output_parameters(args: ModelArgs) -> int:
+    """Weights of an output matrix that the embeddings do not share."""
+    outputs = args.vocab_size if args.head is None else args.head.outputs
+    return 0 if args.tie_embeddings else outputs * args.dim
 
 
 def parameters(args: ModelArgs, *, active_only: bool = False) -> int:
     """All weights of the model; `active_only` counts the experts one token visits."""
     blocks = sum(layer_parameters(layer, active_only=active_only) for layer in args.layers)
-    tables = args.vocab_size * args.dim * (1 if args.tie_embeddings else 2)
-    return blocks + tables + args.dim
+    final_norm = args.dim * (2 if args.norm == "layer" else 1)
+    tables = args.vocab_size * args.dim + output_parameters(args)
+    return blocks + tables + final_norm + vision_parameters(args)
 
 
 def keys_seen(layer: LayerArgs, length: int) -> float:
@@ -47,9 +121,13 @@ def keys_seen(layer: LayerArgs, length: int) -> float:
 
 
 def layer_flops_per_token(layer: LayerArgs, length: int) -> float:
-    """Forward FLOPs of one block per token: two per weight used, four per key seen and query feature."""
-    weights = attention_parameters(layer) + feed_forward_parameters(layer, active_only=True)
-    return 2.0 * weights + 4.0 * keys_seen(layer, length) * layer.n_heads * layer.head_dim
+    """Forward FLOPs of one block per token: two per weight used, and per key seen two per query and value feature.
+
+    A cross-attention is left out: what it costs depends on the context.
+    """
+    weights = attention_weights(layer) + feed_forward_weights(layer, active_only=True)
+    value = layer.head_dim if layer.mla is None else layer.mla.v_head_dim
+    return 2.0 * weights + 2.0 * keys_seen(layer, length) * layer.n_heads * (layer.head_dim + value)
 
 
 def flops_per_token(args: ModelArgs, length: int, *, training: bool = False) -> float:
@@ -58,8 +136,13 @@ def flops_per_token(args: ModelArgs, length: int, *, training: bool = False) -> 
     Masked-out scores are not counted, so the utilisation derived from it does not flatter causal attention.
     """
     forward = sum(layer_flops_per_token(layer, length) for layer in args.layers)
-    forward += 2.0 * args.vocab_size * args.dim
+    forward += output_flops_per_token(args)
     return 3.0 * forward if training else forward
+
+
+def output_flops_per_token(args: ModelArgs) -> float:
+    """FLOPs of the logits; a head of one vector per sequence costs a token nothing."""
+    return 2.0 * args.vocab_size * args.dim if args.head is None else 0.0
 
 
 def kv_bytes_per_token(layer: LayerArgs, bytes_per_value: int = 4) -> int:

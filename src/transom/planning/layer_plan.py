@@ -49,6 +49,7 @@ class ModelPlan:
     embedding_parameters: int
     output_parameters: int
     final_norm_parameters: int
+    vision_parameters: int
     weight_bytes: dict[str, int]
     cacheable: bool
     kv_bytes_per_token: dict[str, int]
@@ -81,8 +82,9 @@ def plan(args: ModelArgs, length: int | None = None) -> ModelPlan:
         parameters=parameters,
         active_parameters=counts.parameters(args, active_only=True),
         embedding_parameters=table,
-        output_parameters=0 if args.tie_embeddings else table,
-        final_norm_parameters=args.dim,
+        output_parameters=counts.output_parameters(args),
+        final_norm_parameters=args.dim * (2 if args.norm == "layer" else 1),
+        vision_parameters=counts.vision_parameters(args),
         weight_bytes={dtype: parameters * size for dtype, size in BYTES_PER_VALUE.items()},
         cacheable=all(layer.rule.kind != "full" for layer in args.layers),
         kv_bytes_per_token={
@@ -92,7 +94,7 @@ def plan(args: ModelArgs, length: int | None = None) -> ModelPlan:
         kv_bytes={dtype: counts.kv_bytes(args, tokens, size) for dtype, size in BYTES_PER_VALUE.items()},
         flops_per_token=counts.flops_per_token(args, tokens),
         training_flops_per_token=counts.flops_per_token(args, tokens, training=True),
-        output_flops_per_token=2.0 * table,
+        output_flops_per_token=counts.output_flops_per_token(args),
         vocab_size=args.vocab_size,
         max_seq_len=args.max_seq_len,
         tied=args.tie_embeddings,
@@ -107,9 +109,9 @@ def layer_plan(layer: LayerArgs, length: int) -> LayerPlan:
         index=layer.index,
         attention=attention_words(layer),
         positions=position_words(layer),
-        heads=f"{layer.n_heads} q / {layer.n_kv_heads} kv x {layer.head_dim}",
-        qk_norm=layer.use_qk_norm,
-        feed_forward=f"SwiGLU {layer.hidden_dim}" if layer.moe is None else moe_words(layer.moe),
+        heads=head_words(layer),
+        qk_norm=layer.use_qk_norm or layer.qk_norm != "none",
+        feed_forward=feed_forward_words(layer) if layer.moe is None else moe_words(layer.moe),
         parameters=counts.layer_parameters(layer),
         active_parameters=counts.layer_parameters(layer, active_only=True),
         keys_seen=counts.keys_seen(layer, length),
@@ -120,9 +122,25 @@ def layer_plan(layer: LayerArgs, length: int) -> LayerPlan:
 
 
 def attention_words(layer: LayerArgs) -> str:
-    """`causal`, `full`, `window 4096` or `chunk 8192`."""
+    """`causal`, `full`, `window 4096` or `chunk 8192`, with what its scores go through."""
     rule = layer.rule
-    return f"{rule.kind} {rule.size}" if rule.size else rule.kind
+    words = f"{rule.kind} {rule.size}" if rule.size else rule.kind
+    words += "" if layer.attn_softcap is None else f" capped {layer.attn_softcap:.10g}"
+    words += " + sinks" if layer.attn_sinks else ""
+    return words if layer.context_dim is None else f"{words} + context {layer.context_dim}"
+
+
+def head_words(layer: LayerArgs) -> str:
+    """`32 q / 8 kv x 128`, or `128 q / latent 512 + 64` where all heads share one."""
+    if layer.mla is not None:
+        return f"{layer.n_heads} q / latent {layer.mla.kv_lora_rank} + {layer.mla.qk_rope_head_dim}"
+    return f"{layer.n_heads} q / {layer.n_kv_heads} kv x {layer.head_dim}"
+
+
+def feed_forward_words(layer: LayerArgs) -> str:
+    """`SwiGLU 14336`, `GeGLU 9216`, or the activation's name where nothing is gated."""
+    gated = {"silu": "SwiGLU", "gelu": "GeGLU", "gelu_tanh": "GeGLU (tanh)", "relu": "ReGLU"}
+    return f"{gated[layer.activation] if layer.ffn_gated else layer.activation} {layer.hidden_dim}"
 
 
 def position_words(layer: LayerArgs) -> str:
@@ -131,7 +149,8 @@ def position_words(layer: LayerArgs) -> str:
     if layer.rope is not None:
         words = f"RoPE theta {layer.rope.theta:.10g}"
         if layer.rope.scaling is not None:
-            words += f" scaled x{layer.rope.scaling.factor:.10g}"
+            kind = "" if layer.rope.scaling.kind == "llama3" else f"{layer.rope.scaling.kind} "
+            words += f" {kind}scaled x{layer.rope.scaling.factor:.10g}"
     return words if layer.temperature is None else f"{words} + temperature"
 
 

@@ -17,6 +17,18 @@ from transom.args import ModelArgs
 from transom.model import LLM
 
 
+TINY_VISION: dict[str, Any] = {
+    "image_size": 8,
+    "patch_size": 2,
+    "dim": 16,
+    "n_layers": 2,
+    "n_heads": 2,
+    "hidden_dim": 24,
+    "adapter_dim": 20,
+    "output_dim": 20,
+}
+
+
 def tiny_args(**changes: Any) -> ModelArgs:
     """A two-layer model of a few thousand weights with grouped heads, with fields replaced by `changes`."""
     base: dict[str, Any] = {

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.helpers import one_thread, random_model, random_tokens, tiny_args
+from tests.helpers import TINY_VISION, one_thread, random_model, random_tokens, tiny_args
 from transom.errors import RequestError
 from transom.model import LLM, MaskedEmbedding, TransformerInput, build_step
 
@@ -38,6 +38,10 @@ def single_threaded():
 
 def build(pattern: str = "full") -> LLM:
     return random_model(tiny_args(**PATTERNS[pattern])).double()
+
+
+def seeing() -> LLM:
+    return random_model(tiny_args(vision_args=TINY_VISION)).double()
 
 
 def same(mine: Tensor, expected: Tensor) -> None:
@@ -148,7 +152,7 @@ def test_tied_embeddings_are_one_weight_read_twice():
 
 
 def test_image_embedding_replaces_the_masked_rows():
-    model, tokens = build(), random_tokens(2, 9)
+    model, tokens = seeing(), random_tokens(2, 9)
     other = random_tokens(2, 9, seed=1)
     mask = torch.zeros(2, 9, dtype=torch.bool)
     mask[0, 2:5] = mask[1, 0] = True
@@ -156,6 +160,12 @@ def test_image_embedding_replaces_the_masked_rows():
     mixed = torch.where(mask, other, tokens)
     replaced = model(TransformerInput(tokens, image_embedding=rows)).logits
     same(replaced, model(TransformerInput(mixed)).logits)
+
+
+def test_image_rows_of_another_shape_are_refused():
+    rows = MaskedEmbedding(torch.zeros(2, 9, 8), torch.zeros(2, 9))
+    with pytest.raises(RequestError, match=re.escape("accepted is (2, 9, 32)")):
+        seeing()(TransformerInput(random_tokens(2, 9), image_embedding=rows))
 
 
 def test_model_built_on_meta_equals_one_built_directly():
@@ -241,7 +251,7 @@ def test_output_goes_through_its_leaf():
         ({"cached": 3}, "tokens have 2 rows: this cache was built for 3"),
         ({"cached": 2, "sizes": [[9], [9]]}, "sizes: packed rows are accepted without a cache"),
         ({"cached": 2, "tokens_position": 3}, "tokens_position: accepted without a cache"),
-        ({"image_embedding": MaskedEmbedding(torch.zeros(2, 9, 8), torch.zeros(2, 9))}, "accepted is (2, 9, 32)"),
+        ({"image_embedding": MaskedEmbedding(torch.zeros(2, 9, 8), torch.zeros(2, 9))}, "this is a text model"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

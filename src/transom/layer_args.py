@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from transom.errors import require
@@ -213,6 +213,76 @@ class VisionArgs:
     adapter_dim: int = describe(4096, "width inside the adapter")
     output_dim: int = describe(4096, "width the adapter hands to the projection")
     image_token: int | None = describe(None, "token id that stands for one image patch in a text")
+
+    def __post_init__(self) -> None:
+        def check(fits: bool, name: str, accepted: str) -> None:
+            require(fits, f"vision_args.{name}", getattr(self, name), accepted)
+
+        for name in (
+            "image_size",
+            "patch_size",
+            "num_channels",
+            "dim",
+            "n_layers",
+            "n_heads",
+            "hidden_dim",
+            "adapter_dim",
+            "output_dim",
+        ):
+            check(getattr(self, name) >= 1, name, "accepted is 1 or more")
+        for name in ("norm_eps", "rope_theta"):
+            check(getattr(self, name) > 0, name, "accepted is more than 0")
+        fits = self.image_size % self.patch_size == 0
+        check(fits, "image_size", f"accepted is a multiple of patch_size = {self.patch_size}")
+        fits = self.dim % (4 * self.n_heads) == 0
+        accepted = (
+            f"accepted is a multiple of 4 * n_heads = {4 * self.n_heads}: rotary pairs of two axes in each head"
+        )
+        check(fits, "dim", accepted)
+        ratio = self.pixel_shuffle_ratio
+        fits = 0 < ratio <= 1 and abs(ratio * self.shuffle - 1) < 1e-6 and self.patch_grid % self.shuffle == 0
+        accepted = f"accepted is 1 over a divisor of image_size / patch_size = {self.patch_grid}"
+        check(fits, "pixel_shuffle_ratio", accepted)
+        token = self.image_token
+        check(token is None or token >= 0, "image_token", "accepted is a token id, 0 or more, or null")
+
+    @property
+    def patch_grid(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+    @property
+    def shuffle(self) -> int:
+        """Patches along one side of the squares that the pixel shuffle makes one row of."""
+        return round(1 / self.pixel_shuffle_ratio)
+
+    @property
+    def patches_per_tile(self) -> int:
+        """Rows, and so patch tokens, that one tile becomes."""
+        return (self.patch_grid // self.shuffle) ** 2
+
+    @property
+    def layers(self) -> tuple[LayerArgs, ...]:
+        """The resolved arguments of every encoder block: LayerNorm, biases, all patches see each other."""
+        head_dim = self.dim // self.n_heads
+        first = LayerArgs(
+            index=0,
+            dim=self.dim,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_heads,
+            head_dim=head_dim,
+            hidden_dim=self.hidden_dim,
+            norm_eps=self.norm_eps,
+            rule=LayerRule("full"),
+            rope=RopeArgs(head_dim, self.rope_theta),
+            norm="layer",
+            qkv_bias=True,
+            out_bias=True,
+            activation="gelu",
+            ffn_gated=False,
+            ffn_bias=True,
+        )
+        return tuple(replace(first, index=index) for index in range(self.n_layers))
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from transom.layers.moe import RouterStatistics
 from transom.layers.norm import make_norm
 from transom.layers.rope import rotary_table
 from transom.layers.step import Context, MaskedEmbedding, Step
+from transom.vision import VisionEmbeddings
 
 __all__ = ["LLM", "MaskedEmbedding", "TransformerBlock", "TransformerInput", "TransformerOutput", "build_step"]
 
@@ -74,11 +75,7 @@ class LLM(nn.Module):
         super().__init__()
         self.args = args
         self.tok_embeddings = Embedding(args.vocab_size, args.dim)
-        self.vision = None
-        if args.vision_args is not None:
-            from transom.vision import VisionEmbeddings
-
-            self.vision = VisionEmbeddings(args.vision_args, args.dim)
+        self.vision = VisionEmbeddings(args.vision_args, args.dim) if args.vision_args is not None else None
         self.layers = nn.ModuleList(TransformerBlock(layer) for layer in args.layers)
         self.norm = make_norm(args.norm, args.dim, args.norm_eps)
         outputs = args.vocab_size if args.head is None else args.head.outputs

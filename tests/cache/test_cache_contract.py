@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.helpers import one_thread, random_model, random_tokens, tiny_args
 from transom.cache.model_cache import ModelCache
 from transom.errors import RequestError
-from transom.model import LLM, MaskedEmbedding, TransformerInput
+from transom.model import LLM, TransformerInput
 
 WINDOW, CHUNK = 5, 6
 PATTERNS = {
@@ -254,9 +254,9 @@ def test_a_forward_that_failed_leaves_the_rollback_limit_alone():
     cache = model_of("window").make_cache(2, COUNT, slack=3)
     feed("window", cache, random_tokens(2, 24))
     assert cache.rollback(4, at_most=4)
-    nowhere = MaskedEmbedding(torch.zeros(1, 1, 1), torch.zeros(1, 1))
-    with pytest.raises(RequestError, match="image_embedding"):
-        model_of("window")(TransformerInput(random_tokens(2, 2), image_embedding=nowhere), cache=cache)
+    outside = torch.full((2, 2), 10**6)  # no such token, which only the embedding finds out
+    with pytest.raises(IndexError):
+        model_of("window")(TransformerInput(outside), cache=cache)
     assert not cache.rollback(1, at_most=1)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.helpers import random_model, random_tokens, tiny_args
+from tests.helpers import TINY_VISION, random_model, random_tokens, tiny_args
 from transom.args import LayerRule
 from transom.attend.mask import allowed
 from transom.attend.reference import reference
@@ -46,18 +46,7 @@ OPTIONS = {
     },
     "labels": {"head": {"kind": "classification", "num_labels": 3}},
     "embedding": {"head": {"kind": "embedding"}},
-    "images": {
-        "vision_args": {
-            "image_size": 8,
-            "patch_size": 2,
-            "dim": 16,
-            "n_layers": 2,
-            "n_heads": 2,
-            "hidden_dim": 24,
-            "adapter_dim": 20,
-            "output_dim": 18,
-        }
-    },
+    "images": {"vision_args": TINY_VISION},
 }
 
 

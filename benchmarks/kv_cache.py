@@ -1,0 +1,65 @@
+"""What a token costs in the cache, and what decoding costs, for MHA, GQA, MQA and latent attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks.common import interleaved
+from transom.args import ModelArgs
+from transom.model import LLM, TransformerInput
+from transom.planning.counts import kv_bytes_per_token
+
+HELD = 4096  # tokens in the cache when one more is decoded
+SHAPE: dict[str, Any] = {
+    "dim": 1024,
+    "n_layers": 4,
+    "n_heads": 16,
+    "hidden_dim": 2048,
+    "vocab_size": 1024,
+    "max_seq_len": HELD + 64,
+}
+LATENT = {"kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}
+CASES: dict[str, dict[str, Any]] = {
+    "MHA, 16 kv heads": {},
+    "GQA, 4 kv heads": {"n_kv_heads": 4},
+    "MQA, 1 kv head": {"n_kv_heads": 1},
+    "MLA, latent 256 + 32": {"mla_args": LATENT},
+}
+
+
+def rows(device: torch.device) -> list[dict[str, Any]]:
+    """One row per form: cache bytes per token and layer, and the time of one decoding step with a full cache."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    calls, sizes = {}, {}
+    for name, changes in CASES.items():
+        args = ModelArgs.from_dict({**SHAPE, **changes})
+        model = LLM(args)
+        model.init_weights(0)
+        model.to(device, dtype).eval()
+        cache = model.make_cache(1)
+        prompt = torch.randint(1024, (1, HELD), device=device)
+        model(TransformerInput(prompt, logits="none"), cache, inference=True)
+        one = prompt[:, :1].contiguous()
+
+        def decode(model: LLM = model, cache: Any = cache, one: torch.Tensor = one) -> None:
+            model(TransformerInput(one, logits="last"), cache, inference=True)
+            cache.rollback(1, at_most=1)
+
+        calls[name] = decode
+        sizes[name] = kv_bytes_per_token(args.layers[0], torch.finfo(dtype).bits // 8)
+    seconds = interleaved(calls, device, rounds=9, warmup=2)
+    first = next(iter(CASES))
+    return [
+        {
+            "benchmark": "kv cache",
+            "case": name,
+            "peer": first,
+            "bytes_per_token_and_layer": sizes[name],
+            "decode_ms": round(1000 * seconds[name], 2),
+            "bytes_ratio": round(sizes[first] / sizes[name], 2),
+            "ratio": round(seconds[first] / seconds[name], 2),
+        }
+        for name in CASES
+    ]

@@ -148,6 +148,10 @@ def test_counted_parameters_are_those_of_the_real_model(changes):
         ("llama3.1-8b", 8_030_261_248),
         ("mistral-7b-v0.1", 7_241_732_096),
         ("mixtral-8x7b", 46_702_792_704),
+        ("qwen3-8b", 8_190_735_360),
+        ("gemma2-9b", 9_241_705_984),
+        ("gpt-oss-20b", 20_914_757_184),
+        ("deepseek-v3", 671_026_419_200),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(name, published):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from transom.args import ModelArgs
 from transom.checkpoints.folders import model_folder, read_args
+from transom.cli.glossary import legend
 from transom.cli.main import emit_json
 from transom.errors import RequestError, nearest, notice, require
 from transom.planning.layer_plan import ModelPlan, groups, index_words, plan
@@ -129,11 +130,12 @@ def total_lines(planned: ModelPlan) -> list[tuple[str, str]]:
     """(name, value) of every total."""
     in_layers = sum(layer.parameters for layer in planned.layers)
     output = "output shares them" if planned.tied else f"{amount(planned.output_parameters)} output"
+    vision = f" + {amount(planned.vision_parameters)} vision" if planned.vision_parameters else ""
     lines = [
         (
             "parameters",
             f"{amount(planned.parameters)} = {amount(in_layers)} layers + {amount(planned.embedding_parameters)} "
-            f"token embeddings + {output} + {amount(planned.final_norm_parameters)} final norm",
+            f"token embeddings + {output} + {amount(planned.final_norm_parameters)} final norm{vision}",
         )
     ]
     if planned.active_parameters != planned.parameters:
@@ -160,42 +162,6 @@ def total_lines(planned: ModelPlan) -> list[tuple[str, str]]:
         ("vocabulary", f"{planned.vocab_size:,} tokens, {vocabulary}"),
         ("longest sequence", f"{planned.max_seq_len:,} tokens"),
     ]
-
-
-# Said only of plans in which the word occurs.
-MEANINGS = (
-    ("causal", "a token sees itself and everything before it"),
-    ("window", "a token sees itself and the tokens just before it, N in all; N is the number shown"),
-    ("chunk", "the text is cut into chunks of N tokens; a token sees itself and what precedes it in its own"),
-    ("full", "a token sees the whole text, later tokens too"),
-    ("RoPE", "order is told by rotating queries and keys; the longest wavelength grows with theta"),
-    ("scaled", "long wavelengths are stretched by this factor, so that longer texts fit"),
-    ("NoPE", "no positions; order is known from the other layers"),
-    ("temperature", "queries are scaled up far into a text, so that attention stays sharp"),
-    ("heads", "query heads / key and value heads (what the cache holds) x features per head"),
-    ("QK-norm", "queries and keys are normalised before they are compared"),
-    ("SwiGLU", "gated feed-forward of that width"),
-    (
-        "MoE",
-        "experts x width; a router sends a token to the top few: softmax weights their output, sigmoid their input",
-    ),
-    ("shared", "one more expert that every token visits"),
-    ("KV bytes/token", "memory one more token of context takes, in bfloat16; full windows and chunks take no more"),
-    (
-        "FLOPs",
-        "multiplications and additions of the matrix products, forward in the table; training is three times",
-    ),
-)
-
-
-def legend(planned: ModelPlan) -> list[tuple[str, str]]:
-    """(word, meaning) for the words that occur in this plan."""
-    used = {"heads", "KV bytes/token", "FLOPs"}
-    for layer in planned.layers:
-        used |= {"QK-norm"} if layer.qk_norm else set()
-        used |= set(f"{layer.attention} {layer.positions} {layer.feed_forward}".split())
-    lines = [(word, meaning) for word, meaning in MEANINGS if word in used]
-    return [*lines, ("equal layers", "are shown once; the numbers are those of one of them")]
 
 
 # -- the trace --------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from transom.args import LayerArgs, ModelArgs, MoeArgs
+    from transom.args import HeadArgs, LayerArgs, MlaArgs, ModelArgs, MoeArgs, RopeScaling, VisionArgs
     from transom.attend.mask import create_chunked_attention_mask, positions_from_sizes
     from transom.attend.reference import repeat_kv
     from transom.attend.view import CacheView
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transom.errors import RequestError, WorkError
     from transom.generation.loop import generate, stream
     from transom.generation.sampling import SamplingArgs
+    from transom.images import ImageTokenIds, image_tokens, prepare_image
     from transom.layers.attention import Attention
     from transom.layers.feed_forward import FeedForward
     from transom.layers.moe import MoE
@@ -31,10 +32,11 @@ if TYPE_CHECKING:
     from transom.model import LLM, MaskedEmbedding, TransformerBlock, TransformerInput, TransformerOutput
     from transom.presets import preset
     from transom.tokenizer import Tokenizer
+    from transom.vision import VisionEmbeddings, merge_images
 
 # Names resolve on first use (PEP 562): `import transom` and `transom --help` must not pay for torch.
 _HOMES = {
-    "transom.args": ("LayerArgs", "ModelArgs", "MoeArgs"),
+    "transom.args": ("HeadArgs", "LayerArgs", "MlaArgs", "ModelArgs", "MoeArgs", "RopeScaling", "VisionArgs"),
     "transom.attend.mask": ("create_chunked_attention_mask", "positions_from_sizes"),
     "transom.attend.reference": ("repeat_kv",),
     "transom.attend.view": ("CacheView",),
@@ -44,6 +46,7 @@ _HOMES = {
     "transom.errors": ("RequestError", "WorkError"),
     "transom.generation.loop": ("generate", "stream"),
     "transom.generation.sampling": ("SamplingArgs",),
+    "transom.images": ("ImageTokenIds", "image_tokens", "prepare_image"),
     "transom.layers.attention": ("Attention",),
     "transom.layers.feed_forward": ("FeedForward",),
     "transom.layers.moe": ("MoE",),
@@ -57,6 +60,7 @@ _HOMES = {
     "transom.model": ("LLM", "MaskedEmbedding", "TransformerBlock", "TransformerInput", "TransformerOutput"),
     "transom.presets": ("preset",),
     "transom.tokenizer": ("Tokenizer",),
+    "transom.vision": ("VisionEmbeddings", "merge_images"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *_HOME]

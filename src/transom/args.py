@@ -199,6 +199,10 @@ class ModelArgs:
                 require(count == self.rotary_dim // 2, f"numbers in rope_scaling.{name}", count, accepted)
 
     def _check_parts(self) -> None:
+        if self.vision_args is not None and self.vision_args.image_token is not None:
+            fits = 0 <= self.vision_args.image_token < self.vocab_size
+            accepted = f"accepted is a token below vocab_size = {self.vocab_size}"
+            require(fits, "vision_args.image_token", self.vision_args.image_token, accepted)
         tuned, letters = self.attn_temperature_tuning, self.pattern
         fits = not tuned or not letters.isupper()
         require(fits, "attn_temperature_tuning", tuned, "accepted with NoPE layers, and there is none")

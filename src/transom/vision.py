@@ -42,7 +42,7 @@ class VisionEmbeddings(nn.Module):
         self.projection = Linear(args.output_dim, text_dim)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Rows of normalised `pixels` [tiles, C, S, S], ready to replace token embeddings, in the weights' dtype."""
+        """Rows of normalised `pixels` [tiles, C, S, S], ready to replace token embeddings."""
         args = self.args
         expected = (args.num_channels, args.image_size, args.image_size)
         if pixels.ndim != 4 or pixels.shape[1:] != expected or pixels.size(0) == 0:
@@ -88,7 +88,7 @@ class Adapter(nn.Module):
 
 
 def cut_patches(pixels: Tensor, patch_size: int) -> Tensor:
-    """[tiles, C, S, S] to [tiles, patches, C * p * p]: patches row by row, features as a flat convolution kernel."""
+    """[tiles, C, S, S] to [tiles, patches, C p p]: patches row by row, features as a flat convolution kernel."""
     squares = pixels.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # [tiles, C, row, p, column, p]
     return squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
@@ -117,7 +117,7 @@ def check_patch_count(tokens: Tensor, patch_token_id: int, rows: int) -> None:
     count = int((tokens == patch_token_id).sum())
     if count != rows:
         raise RequestError(
-            f"{count} patch tokens (id {patch_token_id}) in the text for {rows} rows of images: accepted is one each"
+            f"{count} patch tokens (id {patch_token_id}) in the text, {rows} rows of images: accepted is one each"
         )
 
 

@@ -113,7 +113,9 @@ class ModelArgs:
     embedding_scale: float | None = describe(None, "factor on token embeddings, rounded to their dtype (Gemma)")
     logit_scale: float | None = describe(None, "factor on the logits")
     logit_softcap: float | None = describe(None, "logits go through cap * tanh(logit / cap) (Gemma 2)")
-    mup_base_dim: int | None = describe(None, "muP: width at which learning rates were chosen; absent is off")
+    mup_base_dim: int | None = describe(
+        None, "muP: width at which learning rates were chosen (widen by heads, not head_dim); absent is off"
+    )
     tie_embeddings: bool = describe(False, "output shares the weights of the token embeddings")
     moe_args: MoeArgs | None = describe(None, "mixture of experts; absent is dense")
     vision_args: VisionArgs | None = describe(None, "image encoder; absent is text only")

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transom.args import HeadArgs, LayerRule, ModelArgs, RopeScaling
-from transom.attend.attend import Attend
-from transom.attend.sdpa import sdpa
+from transom.attend.attend import Attend, auto
 from transom.attend.mask import Layout, MaskSpec, positions_from_sizes, segments_from_sizes
 from transom.cache.model_cache import ModelCache
 from transom.errors import RequestError
 from transom.layers.attention import temperature_scale
 from transom.layers.block import TransformerBlock
 from transom.layers.linear import Embedding, Linear
+from transom.layers.load_hook import load_hook
 from transom.layers.moe import RouterStatistics
 from transom.layers.norm import make_norm
 from transom.layers.rope import rotary_table
@@ -69,7 +69,7 @@ class TransformerOutput:
 class LLM(nn.Module):
     """Decoder-only language model; `attend` is the attention backend and may be replaced at any time."""
 
-    attend: Attend = staticmethod(sdpa)
+    attend: Attend = staticmethod(auto)
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -80,6 +80,7 @@ class LLM(nn.Module):
         self.norm = make_norm(args.norm, args.dim, args.norm_eps)
         outputs = args.vocab_size if args.head is None else args.head.outputs
         self.output = Linear(args.dim, outputs) if outputs and not args.tie_embeddings else None
+        self.register_load_state_dict_pre_hook(load_hook(args))
 
     def forward(
         self, inputs: TransformerInput, cache: ModelCache | None = None, inference: bool = False

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transom.args import RopeArgs, VisionArgs
-from transom.attend.attend import Attend
+from transom.attend.attend import Attend, auto
 from transom.attend.mask import Layout, MaskSpec
-from transom.attend.sdpa import sdpa
 from transom.errors import RequestError
 from transom.layers.block import TransformerBlock
 from transom.layers.linear import Linear
@@ -27,7 +26,7 @@ from transom.layers.step import MaskedEmbedding, Step
 class VisionEmbeddings(nn.Module):
     """Tiles [tiles, C, S, S] to rows [tiles, patches_per_tile, text_dim]; `attend` may be replaced at any time."""
 
-    attend: Attend = staticmethod(sdpa)
+    attend: Attend = staticmethod(auto)
 
     def __init__(self, args: VisionArgs, text_dim: int) -> None:
         super().__init__()

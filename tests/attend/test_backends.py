@@ -1,4 +1,4 @@
-"""Every backend equals the reference, and the reference equals a loop over pairs; all in float64."""
+"""Every backend equals the reference, and the reference equals a loop over pairs and peers; all in float64."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.attend.memory import Largest
 from tests.helpers import one_thread
 from transom.args import LayerRule
-from transom.attend.attend import backend
+from transom.attend.attend import BACKENDS, Attend
 from transom.attend.mask import Layout, MaskSpec, allowed, positions_from_sizes, segments_from_sizes
 from transom.attend.reference import reference
 from transom.attend.sdpa import sdpa
 from transom.attend.view import CacheView, Score
-from transom.errors import RequestError
 
 RULES = [
     LayerRule(),
@@ -27,6 +27,11 @@ RULES = [
     LayerRule("chunk", 50),
 ]
 HEADS = [(8, 8), (8, 2), (8, 1)]
+SINKS = torch.tensor([0.3, -2.0, 1.5, 4.0, 0.0, -0.5, 2.5, 1.0], dtype=torch.float64)
+SCORES = {  # what each backend is held to: sdpa is torch's kernel for plain scores
+    "sdpa": lambda heads: Score(),
+    "blockwise": lambda heads: Score(0.4, 2.0, SINKS[:heads].clone().requires_grad_()),
+}
 LENGTH = 53  # more than one block of queries, and no multiple of any
 
 
@@ -40,33 +45,45 @@ def single_threaded():
 def small_blocks(monkeypatch):
     """Blocks of 16 queries instead of 256: the same edges at a fraction of the work."""
     monkeypatch.setattr("transom.attend.sdpa.BLOCK", 16)
+    monkeypatch.setattr("transom.attend.blockwise.QUERIES", 16)
+    monkeypatch.setattr("transom.attend.blockwise.KEYS", 8)
+
+
+@pytest.fixture(params=SCORES)
+def name(request):
+    """Each backend that runs here."""
+    return request.param
 
 
 def by_rule(rule: LayerRule) -> str:
     return f"{rule.kind}{rule.size or ''}"
 
 
-def draw(rows: int, count: int, slots: int, heads: tuple[int, int], dtype=torch.float64) -> tuple[Tensor, ...]:
-    """Random q [B, T, N, 8] and k, v [B, S, K, 8] that require gradients."""
+def draw(
+    rows: int, count: int, slots: int, heads: tuple[int, int], dtype=torch.float64, v_dim: int = 8
+) -> tuple[Tensor, ...]:
+    """Random q [B, T, N, 8], k [B, S, K, 8] and v [B, S, K, v_dim] that require gradients."""
     generator = torch.Generator().manual_seed(0)
-    shapes = ((rows, count, heads[0], 8), (rows, slots, heads[1], 8), (rows, slots, heads[1], 8))
+    shapes = ((rows, count, heads[0], 8), (rows, slots, heads[1], 8), (rows, slots, heads[1], v_dim))
     return tuple(
         torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes
     )
 
 
 def check_equal(
-    states: tuple[Tensor, ...], view_fields: dict, spec: MaskSpec, score: Score | None = None
+    attend: Attend, states: tuple[Tensor, ...], view_fields: dict, spec: MaskSpec, score: Score | None = None
 ) -> Tensor:
-    """Outputs and gradients of sdpa and the reference agree; returns sdpa's output."""
+    """Outputs and gradients of a backend and the reference agree; returns the backend's output."""
     score = score or Score()
     q, k, v = states
+    inputs = states if score.sinks_N is None else (*states, score.sinks_N)
     results = []
-    for attend in (sdpa, reference):
-        out = attend(q, CacheView((k, v), **view_fields), spec, score)
+    for one in (attend, reference):
+        out = one(q, CacheView((k, v), **view_fields), spec, score)
         pull = torch.cos(torch.arange(out.numel(), dtype=out.dtype)).view_as(out)
-        results.append((out, *torch.autograd.grad(out, states, pull)))
-    for name, fast, slow in zip(("out", "grad q", "grad k", "grad v"), *results, strict=True):
+        results.append((out, *torch.autograd.grad(out, inputs, pull)))
+    names = ("out", "grad q", "grad k", "grad v", "grad sinks")
+    for name, fast, slow in zip(names, *results, strict=False):
         torch.testing.assert_close(fast, slow, rtol=0, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
     return results[0][0]
 
@@ -88,6 +105,29 @@ def test_reference_is_softmax_over_the_allowed_keys():
                     torch.zeros(8, dtype=torch.float64),
                 )
                 torch.testing.assert_close(out[b, t, h], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("peer", ["gemma2", "gpt_oss"])
+def test_reference_caps_and_sinks_as_transformers_does(peer):
+    """Gemma 2's soft-cap and gpt-oss's sinks, from the eager code of `transformers`."""
+    if peer == "gemma2":
+        from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
+        score, options, module = Score(0.3, softcap=1.5), {"softcap": 1.5}, torch.nn.Module()
+    else:
+        from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+
+        score, options, module = Score(0.3, sinks_N=SINKS[:4]), {}, torch.nn.Module()
+        module.sinks = SINKS[:4]
+    module.eval()
+    module.num_key_value_groups = 2
+    states, positions = draw(2, 9, 9, (4, 2)), torch.arange(9).expand(2, -1)
+    hidden = ~allowed(LayerRule("window", 4), positions, positions).unsqueeze(1)
+    mask = torch.zeros(hidden.shape, dtype=torch.float64).masked_fill(hidden, float("-inf"))
+    heads_first = (x.transpose(1, 2) for x in states)
+    expected, _ = eager_attention_forward(module, *heads_first, mask, scaling=0.3, dropout=0.0, **options)
+    out = reference(states[0], CacheView(states[1:], positions), MaskSpec(LayerRule("window", 4), positions), score)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)  # the peers compute softmax in float32
 
 
 def lay_out(kind: str, length: int) -> tuple[Tensor, Tensor | None, Layout | None]:
@@ -115,20 +155,32 @@ def lay_out(kind: str, length: int) -> tuple[Tensor, Tensor | None, Layout | Non
 @pytest.mark.parametrize("layout", ["rows", "start", "padded", "packed", "anything"])
 @pytest.mark.parametrize("heads", HEADS, ids=lambda heads: f"{heads[0]}q{heads[1]}kv")
 @pytest.mark.parametrize("rule", RULES, ids=by_rule)
-def test_sdpa_equals_reference_without_a_cache(small_blocks, rule, heads, layout):
+def test_backend_equals_reference_without_a_cache(small_blocks, name, rule, heads, layout):
     positions, segments, known = lay_out(layout, LENGTH)
     states = draw(*positions.shape, positions.size(1), heads)
     view = {"positions_BS": positions, "segments_BS": segments, "new_at": None if known is None else 0}
-    out = check_equal(states, view, MaskSpec(rule, positions, segments, known))
+    score, attend = SCORES[name](heads[0]), BACKENDS[name]
+    out = check_equal(attend, states, view, MaskSpec(rule, positions, segments, known), score)
     assert (out[positions < 0] == 0).all(), "padding must come out as exact zeros"
 
 
 @pytest.mark.parametrize("kind", ["window", "chunk"])
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 64, 65])
-def test_sdpa_equals_reference_around_the_edges_of_a_window_or_chunk(small_blocks, kind, size):
+def test_backend_equals_reference_around_the_edges_of_a_window_or_chunk(small_blocks, name, kind, size):
     positions, segments, known = lay_out("rows", 64)
     view = {"positions_BS": positions, "segments_BS": segments, "new_at": 0}
-    check_equal(draw(2, 64, 64, (4, 2)), view, MaskSpec(LayerRule(kind, size), positions, None, known))
+    spec = MaskSpec(LayerRule(kind, size), positions, None, known)
+    check_equal(BACKENDS[name], draw(2, 64, 64, (4, 2)), view, spec, SCORES[name](4))
+
+
+@pytest.mark.parametrize("v_dim", [1, 5, 12])
+@pytest.mark.parametrize("layout", ["rows", "packed", "anything"])
+def test_values_may_have_a_head_dim_of_their_own(small_blocks, name, layout, v_dim):
+    positions, segments, known = lay_out(layout, LENGTH)
+    view = {"positions_BS": positions, "segments_BS": segments, "new_at": None if known is None else 0}
+    states = draw(2, LENGTH, LENGTH, (4, 2), v_dim=v_dim)
+    spec = MaskSpec(LayerRule("window", 20), positions, segments, known)
+    assert check_equal(BACKENDS[name], states, view, spec, SCORES[name](4)).shape == (2, LENGTH, 4, v_dim)
 
 
 def cached(kind: str, rule: LayerRule) -> tuple[Tensor, Tensor, int | None]:
@@ -147,22 +199,37 @@ def cached(kind: str, rule: LayerRule) -> tuple[Tensor, Tensor, int | None]:
 
 @pytest.mark.parametrize("kind", ["prefix", "prefix, padded", "ring"])
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule.kind != "full"], ids=by_rule)
-def test_sdpa_equals_reference_with_cached_slots(small_blocks, rule, kind):
+def test_backend_equals_reference_with_cached_slots(small_blocks, name, rule, kind):
     queries, slots, new_at = cached(kind, rule)
     states = draw(*queries.shape, slots.size(1), (4, 2))
-    out = check_equal(states, {"positions_BS": slots, "new_at": new_at}, MaskSpec(rule, queries), Score(0.2))
+    view, score = {"positions_BS": slots, "new_at": new_at}, SCORES[name](4)
+    out = check_equal(BACKENDS[name], states, view, MaskSpec(rule, queries), score)
     assert (out[queries < 0] == 0).all(), "padding must come out as exact zeros"
 
 
-def test_queries_that_see_nothing_give_zeros_and_finite_gradients():
+@pytest.mark.parametrize("sinks", [None, SINKS[:2]])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_queries_that_see_nothing_give_zeros_and_finite_gradients(softcap, sinks):
     queries, slots = torch.tensor([[9, -1, 4]]), torch.tensor([[-1, 0, 12, -1]])
-    states = draw(1, 3, 4, (2, 2))
-    out = check_equal(states, {"positions_BS": slots}, MaskSpec(LayerRule("window", 3), queries))
-    assert (out == 0).all()
-    grads = torch.autograd.grad(
-        sdpa(states[0], CacheView(states[1:], slots), MaskSpec(LayerRule(), queries), Score()).sum(), states
-    )
-    assert all(grad.isfinite().all() for grad in grads)
+    score = Score(0.3, softcap, None if sinks is None else sinks.clone().requires_grad_())
+    for name in ["sdpa", "blockwise"] if score.plain else ["blockwise"]:
+        states = draw(1, 3, 4, (2, 2))
+        spec = MaskSpec(LayerRule("window", 3), queries)
+        assert (check_equal(BACKENDS[name], states, {"positions_BS": slots}, spec, score) == 0).all()
+        out = BACKENDS[name](states[0], CacheView(states[1:], slots), MaskSpec(LayerRule(), queries), score)
+        assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), states))
+
+
+@pytest.mark.parametrize("v_dim", [4, 8, 16])
+def test_sdpa_stays_linear_where_values_have_another_head_dim(v_dim):
+    """torch's fused CPU kernel wants one head dim and else takes dense scores, without a word."""
+    length = 512
+    q, k, v = (x.detach().requires_grad_() for x in draw(1, length, length, (1, 1), torch.float32, v_dim))
+    positions = torch.arange(length)[None]
+    with Largest() as largest:
+        spec = MaskSpec(LayerRule(), positions, None, Layout((length,)))
+        sdpa(q, CacheView((k, v), positions, new_at=0), spec, Score()).sum().backward()
+    assert largest.elements <= length * 16
 
 
 @pytest.mark.parametrize("prefix", [0, 96])
@@ -186,17 +253,12 @@ def test_sdpa_never_builds_a_mask_of_the_whole_call(monkeypatch, kind, prefix):
 
 
 @pytest.mark.parametrize("rule", [LayerRule(), LayerRule("window", 7)], ids=by_rule)
-def test_sdpa_in_bfloat16_is_near_the_float64_reference(rule):
+def test_backend_in_bfloat16_is_near_the_float64_reference(name, rule):
     positions, _, known = lay_out("rows", LENGTH)
     spec = MaskSpec(rule, positions, None, known)
     q, k, v = (x.detach() for x in draw(2, LENGTH, LENGTH, (8, 2), torch.bfloat16))
-    out = sdpa(q, CacheView((k, v), positions, new_at=0), spec, Score())
-    wide = reference(q.double(), CacheView((k.double(), v.double()), positions, new_at=0), spec, Score())
+    out = BACKENDS[name](q, CacheView((k, v), positions, new_at=0), spec, SCORES[name](8))
+    wide = CacheView((k.double(), v.double()), positions, new_at=0)
+    exact = reference(q.double(), wide, spec, SCORES[name](8))
     assert out.dtype is torch.bfloat16
-    torch.testing.assert_close(out.double(), wide, rtol=2**-7, atol=2**-7)
-
-
-def test_unknown_backend_names_the_nearest():
-    assert backend("sdpa") is sdpa
-    with pytest.raises(RequestError, match="did you mean 'reference'"):
-        backend("referense")
+    torch.testing.assert_close(out.double(), exact, rtol=2**-7, atol=2**-7)

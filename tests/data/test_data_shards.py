@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from transom.data import shards
-from transom.data.shards import default_cache_dir, prepare
+from transom.data.shards import prepare
 from transom.data.sources import SourceArgs, held_out
 from transom.errors import RequestError, WorkError
+from transom.paths import cache_dir
 from transom.tokenizer import byte_tokenizer, train_chars
 
 TEXTS = {f"{number}.txt": f"text {number} é" * (number + 1) for number in range(40)}
@@ -114,9 +115,9 @@ def test_a_fraction_that_leaves_no_training_text_is_refused(source, tmp_path, fr
 
 def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("TRANSOM_CACHE", str(tmp_path))
-    assert default_cache_dir() == tmp_path
+    assert cache_dir() == tmp_path
     monkeypatch.delenv("TRANSOM_CACHE")
-    assert default_cache_dir().parts[-2:] == (".cache", "transom")
+    assert cache_dir().parts[-2:] == (".cache", "transom")
 
 
 def test_progress_goes_to_standard_error(source, tmp_path, capsys):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.helpers import random_model, random_tokens, tiny_args
+from transom.attend.attend import auto
 from transom.attend.sdpa import sdpa
 from transom.errors import RequestError
 from transom.evaluation import trace as module
@@ -130,7 +131,7 @@ def test_the_model_is_as_before(tokens):
     model = tiny(**MIXED)
     before = model(TransformerInput(tokens)).logits
     trace(model, tokens)
-    assert "attend" not in vars(model) and model.attend is sdpa and not hooks(model)
+    assert "attend" not in vars(model) and model.attend is auto and not hooks(model)
     assert torch.equal(model(TransformerInput(tokens)).logits, before)
     assert before.requires_grad
 
@@ -159,4 +160,4 @@ def test_what_cannot_be_traced_is_refused(tokens, words):
     model = tiny()
     with pytest.raises(RequestError, match=words):
         trace(model, tokens)
-    assert model.attend is sdpa and not hooks(model)
+    assert model.attend is auto and not hooks(model)

@@ -23,8 +23,9 @@ GROUP_OF = {
     "layers.0.feed_forward.w_gate.weight": "matrices",
     "layers.0.feed_forward.w_gate.bias": "vectors",
     "layers.0.feed_forward.w_out.weight": "matrices",
-    "layers.1.feed_forward.router.weight": "others",
+    "layers.1.feed_forward.router.weight": "routers",
     "layers.1.feed_forward.experts.w_gate.weight": "matrices",
+    "layers.1.feed_forward.experts.w_gate.bias": "vectors",
     "norm.weight": "vectors",
     "output.weight": "output",
     "vision.projector.weight": "others",
@@ -46,7 +47,7 @@ def build_model() -> nn.Module:
     attention = tree(wq=tree(weight=torch.randn(D, D)), q_norm=tree(weight=torch.ones(4)))
     gate = tree(weight=torch.randn(F, D), bias=torch.zeros(F))
     dense = tree(w_gate=gate, w_out=tree(weight=torch.randn(D, F)))
-    experts = tree(w_gate=tree(weight=torch.randn(E, F, D)))
+    experts = tree(w_gate=tree(weight=torch.randn(E, F, D), bias=torch.zeros(E, F)))
     sparse = tree(router=tree(weight=torch.randn(E, D)), experts=experts)
     blocks = [tree(attention=attention, attention_norm=norm, feed_forward=dense), tree(feed_forward=sparse)]
     return tree(
@@ -111,7 +112,14 @@ def test_groups_carry_rate_decay_and_kind() -> None:
     args = OptimizerArgs(name="muon", lr=1e-3, muon_lr=0.05, embedding_lr=0.1, norm_lr=0.01)
     groups = {group["name"]: group for group in parameter_groups(build_model(), args)}
     rates = {name: group["base_lr"] for name, group in groups.items()}
-    assert rates == {"matrices": 0.05, "embedding": 0.1, "output": 1e-3, "vectors": 0.01, "others": 1e-3}
+    assert rates == {
+        "matrices": 0.05,
+        "embedding": 0.1,
+        "output": 1e-3,
+        "vectors": 0.01,
+        "routers": 1e-3,
+        "others": 1e-3,
+    }
     assert [name for name, group in groups.items() if group["weight_decay"] == 0] == ["vectors"]
     assert [name for name, group in groups.items() if group["kind"] == "muon"] == ["matrices"]
 
@@ -158,10 +166,12 @@ def test_adamw_is_that_of_torch(device_type: str) -> None:
     model, twin = build_model(), build_model()
     args = OptimizerArgs(lr=1e-2, norm_lr=3e-3)
     train(model, build_optimizer(model, args, device_type=device_type), range(3))
+    vectors = [p for name, p in twin.named_parameters() if GROUP_OF[name] == "vectors"]
+    rest = [p for name, p in twin.named_parameters() if GROUP_OF[name] != "vectors"]
     by_hand = torch.optim.AdamW(
         [
-            {"params": [p for p in twin.parameters() if p.ndim > 1], "lr": 1e-2, "weight_decay": 0.1},
-            {"params": [p for p in twin.parameters() if p.ndim < 2], "lr": 3e-3, "weight_decay": 0.0},
+            {"params": rest, "lr": 1e-2, "weight_decay": 0.1},
+            {"params": vectors, "lr": 3e-3, "weight_decay": 0.0},
         ],
         betas=(0.9, 0.95),
         eps=1e-8,

@@ -8,11 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from transom.args import LayerRule
+
+
+def visible(
+    rule: LayerRule, q: Tensor, k: Tensor, q_segments: Tensor | None = None, k_segments: Tensor | None = None
+) -> Tensor:
+    """Bool, True where a query at position `q` may see a key at `k`, elementwise; position -1 is nothing."""
+    ok = (q >= 0) & (k >= 0)
+    if rule.kind != "full":
+        ok = ok & (k <= q)
+    if rule.kind == "window":  # `size` keys, the query's own included
+        ok = ok & (k > q - rule.size)
+    elif rule.kind == "chunk":  # chunks are counted in absolute positions, never from the call
+        ok = ok & (k.div(rule.size, rounding_mode="floor") == q.div(rule.size, rounding_mode="floor"))
+    if q_segments is not None and k_segments is not None:
+        ok = ok & (q_segments == k_segments)
+    return ok
 
 
 def allowed(
@@ -23,18 +41,13 @@ def allowed(
     k_segments_BS: Tensor | None = None,
 ) -> Tensor:
     """Bool [B, T, S], True where query t may see key s; position -1 is padding or an empty slot."""
-    q = q_positions_BT.unsqueeze(-1)
-    k = k_positions_BS.unsqueeze(-2)
-    ok = (q >= 0) & (k >= 0)
-    if rule.kind != "full":
-        ok = ok & (k <= q)
-    if rule.kind == "window":  # `size` keys, the query's own included
-        ok = ok & (k > q - rule.size)
-    elif rule.kind == "chunk":  # chunks are counted in absolute positions, never from the call
-        ok = ok & (k.div(rule.size, rounding_mode="floor") == q.div(rule.size, rounding_mode="floor"))
-    if q_segments_BT is not None and k_segments_BS is not None:
-        ok = ok & (q_segments_BT.unsqueeze(-1) == k_segments_BS.unsqueeze(-2))
-    return ok
+    return visible(
+        rule,
+        q_positions_BT.unsqueeze(-1),
+        k_positions_BS.unsqueeze(-2),
+        None if q_segments_BT is None else q_segments_BT.unsqueeze(-1),
+        None if k_segments_BS is None else k_segments_BS.unsqueeze(-2),
+    )
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,11 @@ class MaskSpec:
     positions_BT: Tensor
     segments_BT: Tensor | None = None
     layout: Layout | None = None
+
+    @cached_property
+    def tables(self) -> dict[str, Any]:
+        """What a backend derived from this spec, by its name: made by the first layer, read by the others."""
+        return {}
 
 
 def create_chunked_attention_mask(

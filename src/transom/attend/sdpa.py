@@ -8,7 +8,8 @@ Both are exact, linear in memory and differentiable.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -19,69 +20,99 @@ from transom.args import LayerRule
 from transom.attend.mask import Layout, MaskSpec, allowed
 from transom.attend.reference import repeat_kv
 from transom.attend.view import CacheView, Score
+from transom.errors import RequestError
 
 BLOCK = 256  # queries per masked call, tokens
 
 
+def why_not(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> str | None:
+    """What keeps sdpa from this job, or None."""
+    return None if score.plain else "torch's fused kernel has neither soft-capping nor sinks"
+
+
 def sdpa(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> Tensor:
-    """softmax(q k^T scale) v under the rule; q [B, T, N, H] in, the same shape out."""
-    layout = spec.layout
-    if view.only_new and layout is not None and not (layout.padded and spec.rule.kind == "full"):
-        return _by_document(q_BTNH, view, spec.rule, layout, spec.positions_BT, score)
+    """softmax(q k^T scale) v under the rule; q [B, T, N, H] in, [B, T, N, v's H] out."""
+    if not score.plain:  # this function is callable by itself, and would leave them out without a word
+        raise RequestError(f"attention backend 'sdpa': {why_not(q_BTNH, view, spec, score)}")
+    if by_documents(view, spec):
+        run = partial(_one_length, rule=spec.rule, score=score)
+        return per_document(q_BTNH, view, spec, run)
     return _by_block(q_BTNH, view, spec, score)
+
+
+def by_documents(view: CacheView, spec: MaskSpec) -> bool:
+    """Whether the host knows enough of a call to cut it into documents that see only themselves."""
+    layout = spec.layout
+    return view.only_new and layout is not None and not (layout.padded and spec.rule.kind == "full")
 
 
 def _kernel(q_BTNH: Tensor, k: Tensor, v: Tensor, score: Score, *, mask: Tensor | None, causal: bool) -> Tensor:
     """One fused call; `mask` bool, broadcast to [B, N, T, S]."""
+    head_dim, v_dim = q_BTNH.size(-1), v.size(-1)
     repeats = q_BTNH.size(2) // k.size(2)
     if repeats > 1 and mask is not None and q_BTNH.is_cuda:
         # CUDA's masked kernel has no grouped heads: enable_gqa would fall back to dense scores.
         k, v = repeat_kv(k, v, repeats, dim=2)
         repeats = 1
+    if head_dim != v_dim:  # fused kernels want one head dim and fall back to dense scores; zeros change nothing
+        dim = max(head_dim, v_dim)
+        q_BTNH, k, v = (F.pad(x, (0, dim - x.size(-1))) if x.size(-1) < dim else x for x in (q_BTNH, k, v))
     out = F.scaled_dot_product_attention(
         q_BTNH.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
         is_causal=causal,
-        scale=score.scale,
+        scale=score.scale_for(head_dim),
         enable_gqa=repeats > 1,
     )
-    return out.transpose(1, 2)
+    return out.transpose(1, 2)[..., :v_dim]
 
 
-def _by_document(
-    q_BTNH: Tensor, view: CacheView, rule: LayerRule, layout: Layout, positions_BT: Tensor, score: Score
+def per_document(
+    q_BTNH: Tensor, view: CacheView, spec: MaskSpec, run: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> Tensor:
+    """`run(q, k, v)` on each stack of equally long documents, or chunks of such, put together again."""
     (k, v), _ = view.dense()
+    assert spec.layout is not None, "by_documents said so"
     q_flat, k_flat, v_flat = q_BTNH.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     pieces, at = [], 0
-    sizes = _chunks(layout, rule.size) if rule.kind == "chunk" else layout.documents
-    for size, run in groupby(sizes):
-        count = sum(1 for _ in run)
+    for size, group in groupby(document_sizes(spec.layout, spec.rule)):
+        count = sum(1 for _ in group)
         # Neighbours of equal length are a batch: a view of the flat tokens, not a copy.
         run_of = slice(at, at + count * size)
         q_run, k_run, v_run = (x[run_of].unflatten(0, (count, size)) for x in (q_flat, k_flat, v_flat))
         at += count * size
-        if rule.kind == "window" and size > rule.size:
-            out = _by_window(q_run, k_run, v_run, rule.size, score)
-        else:
-            out = _kernel(q_run, k_run, v_run, score, mask=None, causal=rule.kind != "full" and size > 1)
-        pieces.append(out.flatten(0, 1))
+        pieces.append(run(q_run, k_run, v_run).flatten(0, 1))
     out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    out = out.unflatten(0, q_BTNH.shape[:2])
-    if layout.padded:  # padding stands behind the real tokens, so only its own rows need clearing
-        out = out.masked_fill((positions_BT < 0)[..., None, None], 0.0)
-    return out
+    return clear_padding(out.unflatten(0, q_BTNH.shape[:2]), spec)
 
 
-def _chunks(layout: Layout, chunk: int) -> Iterator[int]:
-    """Document lengths cut where absolute positions reach a multiple of `chunk`: each cut is then causal."""
+def clear_padding(out_BTNH: Tensor, spec: MaskSpec) -> Tensor:
+    """Zeros where the layout has padding: it stands behind the real tokens, so only its own rows are wrong."""
+    if spec.layout is None or not spec.layout.padded:
+        return out_BTNH
+    return out_BTNH.masked_fill((spec.positions_BT < 0)[..., None, None], 0.0)
+
+
+def _one_length(q: Tensor, k: Tensor, v: Tensor, rule: LayerRule, score: Score) -> Tensor:
+    """Documents [count, size, ...] that start where their window or chunk does."""
+    size = q.size(1)
+    if rule.kind == "window" and size > rule.size:
+        return _by_window(q, k, v, rule.size, score)
+    return _kernel(q, k, v, score, mask=None, causal=rule.kind != "full" and size > 1)
+
+
+def document_sizes(layout: Layout, rule: LayerRule) -> Iterator[int]:
+    """Document lengths; for chunks cut where absolute positions reach a multiple, so each cut is causal."""
+    if rule.kind != "chunk":
+        yield from layout.documents
+        return
     for size in layout.documents:
-        first = min(size, chunk - layout.start % chunk)
+        first = min(size, rule.size - layout.start % rule.size)
         yield first
-        for at in range(first, size, chunk):
-            yield min(chunk, size - at)
+        for at in range(first, size, rule.size):
+            yield min(rule.size, size - at)
 
 
 def _by_window(q: Tensor, k: Tensor, v: Tensor, window: int, score: Score) -> Tensor:
@@ -107,7 +138,7 @@ def _by_block(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> 
     length, pieces = q_BTNH.size(1), []
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
-        low, high = _reach(spec.rule, view.new_at, start, stop, k.size(1))
+        low, high = reach(spec.rule, view.new_at, start, stop, k.size(1))
         may = allowed(
             spec.rule,
             spec.positions_BT[:, start:stop],
@@ -123,7 +154,7 @@ def _by_block(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> 
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
 
-def _reach(rule: LayerRule, new_at: int | None, start: int, stop: int, slots: int) -> tuple[int, int]:
+def reach(rule: LayerRule, new_at: int | None, start: int, stop: int, slots: int) -> tuple[int, int]:
     """The slots [low, high) that queries [start, stop) of the call can possibly see."""
     if new_at is None or rule.kind == "full":
         return 0, slots

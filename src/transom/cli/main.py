@@ -21,7 +21,9 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("transom.cli.train", "train a model from a config file, key=value overrides accepted"),
     "generate": ("transom.cli.generate", "continue a prompt"),
     "chat": ("transom.cli.chat", "talk with a model, turn by turn"),
+    "embed": ("transom.cli.embed", "one vector per text, or its label"),
     "inspect": ("transom.cli.inspect", "show what a model is, layer by layer"),
+    "verify": ("transom.cli.verify", "compare every fast path with its slow twin on this machine"),
 }
 
 

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from transom import paths
 from transom.data.sources import Document, ReadReport, SourceArgs, held_out, read_split
 from transom.errors import RequestError, WorkError, notice, require
 from transom.tokenizer import Tokenizer
@@ -62,11 +63,6 @@ class Corpus:
     folder: Path
 
 
-def default_cache_dir() -> Path:
-    """$TRANSOM_CACHE, or ~/.cache/transom."""
-    return Path(os.environ.get("TRANSOM_CACHE") or "~/.cache/transom").expanduser()
-
-
 def prepare(
     source: SourceArgs,
     tokenizer: Tokenizer,
@@ -84,7 +80,7 @@ def prepare(
     report = ReadReport()
     sha256 = _hash_documents(_shown(read_split(source, held_out_fraction, report), "reading", None, progress))
     key = [FORMAT, sha256, tokenizer.hash, held_out_fraction]
-    cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    cache_dir = paths.cache_dir() if cache_dir is None else Path(cache_dir)
     folder = cache_dir / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     meta = _read_meta(folder)
     if meta is None:
@@ -165,14 +161,14 @@ def _temporary_beside(folder: Path) -> Iterator[Path]:
         temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
         temporary.mkdir()
         yield temporary
-        _sync_folder(temporary)
+        paths.sync(temporary)
         try:
             temporary.rename(folder)
         except OSError as error:
             # Another process may have finished the same entry meanwhile: same key, same files, keep those.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        _sync_folder(folder.parent)
+        paths.sync(folder.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise WorkError(f"{folder.parent}: the disk is full, the token files need more space") from error
@@ -192,15 +188,6 @@ def _write(path: Path, data: bytes) -> None:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut, as `fsync` of a file does for its content."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # -- reading -----------------------------------------------------------------------------------------

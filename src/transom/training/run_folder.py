@@ -19,8 +19,18 @@ from torch import Tensor
 from transom.checkpoints.folders import CHECKSUMS, read_json, read_pointer, sha256_of, verify_checksums
 from transom.checkpoints.load import read_safetensors, write_tensors, write_text
 from transom.errors import RequestError, WorkError, notice
+from transom.paths import sync
 
-OWN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "report.html", "latest", "best", "trace.json")
+OWN_FILES = (
+    "config.yaml",
+    "run.json",
+    "metrics.jsonl",
+    "report.html",
+    "latest",
+    "best",
+    "trace.json",
+    "tensorboard",
+)
 TRAINER_STATE, TRAINER_TENSORS = "trainer.json", "trainer.safetensors"
 TEMPORARY = ".tmp-"
 
@@ -85,15 +95,15 @@ class RunFolder:
                 sums = {file.name: sha256_of(file) for file in sorted(temporary.iterdir())}
                 write_text(temporary / CHECKSUMS, json.dumps(sums, indent=2))
                 for file in temporary.iterdir():
-                    _flush(file)
-                _flush(temporary)
+                    sync(file)
+                sync(temporary)
                 if final.exists():  # left over from before somebody pointed `latest` to an earlier step
                     shutil.rmtree(final)
                 temporary.rename(final)
             if best:  # before `latest`: a kill in between must not lose the record that the state holds
                 self._point("best", final)
             self._point("latest", final)
-            _flush(self.path)
+            sync(self.path)
         except (OSError, WorkError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise WorkError(f"{final}: checkpoint not written, earlier ones are untouched ({error})") from None
@@ -103,7 +113,7 @@ class RunFolder:
     def _point(self, name: str, step: Path) -> None:
         temporary = self.path / f"{name}{TEMPORARY}{os.getpid()}"
         write_text(temporary, step.name)
-        _flush(temporary)
+        sync(temporary)
         temporary.replace(self.path / name)
 
     def _prune(self, keep_last: int) -> None:
@@ -159,12 +169,3 @@ def _is_own(path: Path) -> bool:
 
 def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _flush(path: Path) -> None:
-    """Force a file's or folder's contents to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

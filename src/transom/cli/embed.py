@@ -1,0 +1,157 @@
+"""`transom embed`: one vector per text, from a language model or a model with a head, whose labels it shows."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from transom.cli.main import emit_json
+from transom.errors import RequestError, notice, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OUT_SUFFIXES = (".safetensors", ".npy")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the verb."""
+    parser.add_argument("folder", metavar="FOLDER", help="a model folder, or a run folder for its best step")
+    parser.add_argument("-t", "--text", action="append", default=[], metavar="TEXT", help="may be given again")
+    parser.add_argument(
+        "-i",
+        "--input",
+        metavar="FILE",
+        help="texts, one a line, or those of a .jsonl or .parquet; - is standard input",
+    )
+    parser.add_argument(
+        "--pooling", choices=("mean", "last"),
+        help="mean over a text's tokens, BOS included, or its last one (default: the head's, mean without a head)",
+    )  # fmt: skip
+    parser.add_argument("--normalize", action="store_true", help="scale vectors to length 1")
+    parser.add_argument("--out", metavar="FILE", help="write float32 vectors to FILE.safetensors or FILE.npy")
+    parser.add_argument("--overwrite", action="store_true", help="replace the --out file")
+    parser.add_argument("--json", action="store_true", help="print one JSON document as the last line")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    parser.add_argument("--dtype", help="float32, bfloat16, float16 or float64 (default: the files' own)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print vectors or labels, one text a line; or write vectors to a file; or both as one document."""
+    check_arguments(options)
+    texts = [*options.text, *(read_texts(options.input) if options.input is not None else [])]
+    for number, text in enumerate(texts, start=1):
+        require(bool(text), f"text {number} of {len(texts)}", text, "accepted is one character or more")
+    from transom.checkpoints.folders import model_folder
+    from transom.checkpoints.load import load
+    from transom.data.labelled import encode_texts, read_labels
+    from transom.tokenizer import Tokenizer
+    from transom.training.heads import run_rows
+
+    folder = model_folder(options.folder)
+    tokenizer = Tokenizer.load(folder)
+    model = load(folder, options.device, options.dtype)
+    head = model.args.head
+    rows = encode_texts(tokenizer, texts, model.args.max_seq_len)
+    pooling: Literal["mean", "last"] = options.pooling or (head.pooling if head is not None else "mean")
+    vectors_RD, logits_RL = run_rows(model, rows, pooling)
+    vectors_RD = vectors_RD.float().cpu()
+    if options.normalize:
+        vectors_RD = vectors_RD / vectors_RD.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    document: dict[str, Any] = {
+        "model": str(folder),
+        "pooling": pooling,
+        "texts": len(texts),
+        "tokens": sum(map(len, rows)),
+        "dim": vectors_RD.size(1),
+    }
+    if logits_RL is not None:
+        document["labels"] = labels_of(logits_RL, read_labels(folder))
+    if options.out is not None:
+        write_vectors(Path(options.out), vectors_RD)
+        document["out"] = options.out
+    else:
+        document["embeddings"] = vectors_RD.tolist()
+    print(
+        f"{document['texts']} texts, {document['tokens']} tokens, {document['pooling']} pooling, "
+        f"vectors of {document['dim']}", file=sys.stderr,
+    )  # fmt: skip
+    if options.json:
+        emit_json(document)
+    elif options.out is None or "labels" in document:
+        show(document)
+    return 0
+
+
+def check_arguments(options: argparse.Namespace) -> None:
+    """Refuse what can be refused before torch is imported."""
+    if not options.text and options.input is None:
+        raise RequestError("--text, --input: neither is given; accepted is a text, a file, or - for standard input")
+    if not Path(options.folder).exists():
+        raise RequestError(f"{options.folder}: no such folder; accepted is a model or run folder")
+    if options.out is not None:
+        out = Path(options.out)
+        accepted = f"accepted is a file name that ends in {' or '.join(OUT_SUFFIXES)}"
+        require(out.suffix in OUT_SUFFIXES, "--out", options.out, accepted)
+        require(out.parent.is_dir(), "--out", options.out, "accepted is a file in a folder that is there")
+        fits = not out.exists() or options.overwrite
+        require(fits, "--out", options.out, "this file is there; accepted with --overwrite")
+
+
+def read_texts(name: str) -> list[str]:
+    """Lines of a text file or of standard input, or the texts of a .jsonl or .parquet file."""
+    if Path(name).suffix in (".jsonl", ".parquet"):
+        from transom.data.sources import ReadReport, SourceArgs, read_documents
+
+        report = ReadReport()
+        texts = [document.text for document in read_documents(SourceArgs(name), report)]
+        if report.empty:
+            notice(f"{name}: {report.empty} empty texts left out")
+        return texts
+    try:
+        whole = sys.stdin.read() if name == "-" else Path(name).read_bytes().decode()
+    except OSError as error:
+        raise RequestError(f"--input {name}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise RequestError(f"--input {name}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    lines = whole.removesuffix("\n").split("\n")  # at \n only: a text may hold other line ends
+    texts = [line.removesuffix("\r") for line in lines]
+    for number, text in enumerate(texts, start=1):
+        if not text:
+            raise RequestError(f"--input {name}: line {number} is empty; accepted is one text a line")
+    return texts
+
+
+def labels_of(logits_RL: Tensor, names: list[str] | None) -> list[dict[str, Any]]:
+    """The most likely label of each row and its probability; numbers where nobody named them."""
+    best_R = logits_RL.double().softmax(1).max(1)
+    pairs = zip(best_R.indices.tolist(), best_R.values.tolist(), strict=True)
+    return [{"label": str(i) if names is None else names[i], "probability": p} for i, p in pairs]
+
+
+def write_vectors(path: Path, vectors_RD: Tensor) -> None:
+    """`embeddings` [texts, dim] as safetensors, or the bare array as .npy."""
+    from transom.checkpoints.load import write_tensors
+    from transom.errors import WorkError
+
+    if path.suffix == ".safetensors":
+        write_tensors(path, {"embeddings": vectors_RD})
+        return
+    import numpy as np
+
+    try:
+        np.save(path, vectors_RD.numpy())
+    except OSError as error:
+        raise WorkError(f"{path}: could not be written ({error})") from None
+
+
+def show(document: dict[str, Any]) -> None:
+    """One line per text: its label and probability, or the numbers of its vector."""
+    if "labels" in document:
+        for row in document["labels"]:
+            print(f"{row['label']}\t{row['probability']:.4f}")
+        return
+    for vector in document["embeddings"]:
+        print(" ".join(f"{value:.6g}" for value in vector))

@@ -1,0 +1,272 @@
+"""Texts with a label each, or in pairs that belong together: lines of .jsonl files, and their batches.
+
+Shape letters: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from transom.checkpoints.folders import read_json
+from transom.checkpoints.load import write_text
+from transom.data.batches import NO_TARGET
+from transom.data.order import Stream, permutation
+from transom.data.sources import TEXT_KEY, held_out
+from transom.errors import RequestError, notice, require
+from transom.model import TransformerInput
+from transom.tokenizer import Tokenizer
+
+LABEL_KEY, POSITIVE_KEY = "label", "positive"
+LABELS = "labels.json"  # of a model folder: {"labels": [name, ...]}
+
+
+# -- labelled text -----------------------------------------------------------------------------------
+
+
+class Labelled(NamedTuple):
+    """One line of a file: a text with its label or, where the model embeds, with the text it belongs to."""
+
+    id: str
+    text: str
+    label: int | str | None = None
+    positive: str | None = None
+
+
+def read_labelled(path: str | Path, kind: Literal["classification", "embedding"]) -> list[Labelled]:
+    """Lines {"text", "label"} or {"text", "positive"} of a .jsonl file; empty lines are counted and said.
+
+    A label is text or a whole number, one of the two in all of a file.
+    """
+    file = Path(path)
+    require(file.suffix == ".jsonl", "data.sources", str(path), "a model with a head accepts .jsonl files")
+    key = LABEL_KEY if kind == "classification" else POSITIVE_KEY
+    rows, empty = [], 0
+    try:
+        lines = file.read_bytes().split(b"\n")  # at \n only: str.splitlines knows nine more line ends
+    except OSError as error:
+        raise RequestError(f"{file}: cannot be read ({error.strerror})") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            rows.append(_read_line(line, key, f"{file.name}:{number}", f"{file}:{number}"))
+        else:
+            empty += number < len(lines)
+    if empty:
+        notice(f"{file}: {empty} empty lines left out")
+    require(len(rows) > 0, "data.sources", str(path), f'accepted is a file of lines with "{TEXT_KEY}" and "{key}"')
+    kinds = {type(row.label) for row in rows}
+    if len(kinds) > 1:
+        raise RequestError(f"{file}: labels are text in some lines and numbers in others; accepted is one of them")
+    return rows
+
+
+def _read_line(line: bytes, key: str, id: str, where: str) -> Labelled:
+    accepted = f'accepted is a JSON object with a string "{TEXT_KEY}" and a string "{key}"'
+    if key == LABEL_KEY:
+        accepted += " (or a whole number from 0)"
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+        text, value = row[TEXT_KEY], row[key]
+        text.encode()  # half a surrogate pair passes JSON, and no tokenizer takes it
+        number = key == LABEL_KEY and type(value) is int and value >= 0
+        if not text or not (number or value.encode()):
+            raise ValueError("empty")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        shown = line[:40].decode(errors="replace").strip()
+        raise RequestError(f"{where}: {shown!r}: {accepted}") from error
+    return Labelled(id, text, label=value) if key == LABEL_KEY else Labelled(id, text, positive=value)
+
+
+def label_names(rows: Sequence[Labelled], num_labels: int) -> list[str]:
+    """Names of labels 0, 1, ...: texts in alphabetical order, or the numbers themselves; too many are refused."""
+    found = {row.label for row in rows}
+    numbers = [label for label in found if isinstance(label, int)]
+    needed = max(numbers) + 1 if numbers else len(found)
+    require(
+        needed <= num_labels, "model.head.num_labels", num_labels, f"accepted is {needed} or more, as in the data"
+    )
+    names = [str(index) for index in range(needed)] if numbers else sorted(str(label) for label in found)
+    if needed < num_labels:
+        notice(f"model.head.num_labels = {num_labels}: the data has {needed} labels, the others stay unused")
+    return names + [f"unused {index}" for index in range(needed, num_labels)]
+
+
+def split_held_out(rows: Sequence[Labelled], fraction: float) -> tuple[list[Labelled], list[Labelled]]:
+    """(rows to train on, rows to measure with), by hash of their place, as documents are."""
+    measured = [row for row in rows if held_out(row.id, fraction)]
+    return [row for row in rows if not held_out(row.id, fraction)], measured
+
+
+def write_labels(folder: Path, names: Sequence[str]) -> None:
+    """Keep the names of the labels beside the weights."""
+    write_text(folder / LABELS, json.dumps({"labels": list(names)}, indent=2))
+
+
+def read_labels(folder: Path) -> list[str] | None:
+    """The names of the labels, or None where nobody wrote any."""
+    return read_json(folder / LABELS)["labels"] if (folder / LABELS).exists() else None
+
+
+# -- rows and batches --------------------------------------------------------------------------------
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], most: int) -> list[list[int]]:
+    """Ids of each text behind the BOS, if there is one, at most `most` of them; cut texts are counted and said."""
+    # No EOS: it would be the last token of every row, and rows pooled there would begin as one and the same vector.
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    rows = [[*begin, *ids] for ids in tokenizer.encode_batch(texts)]
+    for text, row in zip(texts, rows, strict=True):
+        require(len(row) > 0, "text", text, "accepted is one that gives a token or more")
+    cut = sum(len(row) > most for row in rows)
+    if cut:
+        notice(f"{cut} of {len(rows)} texts are longer than {most} tokens: their ends are left out")
+    return [row[:most] for row in rows]
+
+
+def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """(tokens [B, T], lengths [B]): rows padded on the right with 0, which no position looks at."""
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens_BT = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+    for index, row in enumerate(rows):
+        tokens_BT[index, : len(row)] = torch.tensor(row)
+    return tokens_BT, lengths
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledBatch:
+    """Rows of one rank, with what a language model's `Batch` offers the trainer.
+
+    `targets` [B] holds labels. Pairs lie in neighbouring rows, text and then positive; the text's target is the
+    number of its positive, equal positives having equal numbers, and the positive's is NO_TARGET.
+    """
+
+    tokens: Tensor  # int64 [B, T]
+    lengths: Tensor  # int64 [B]
+    targets: Tensor  # int64 [B]
+    epoch: int  # of the first row of the global batch
+    rows_per_item: int = 1  # 2 for pairs
+
+    def inputs(self) -> TransformerInput:
+        """What the model is called with."""
+        return TransformerInput(self.tokens, lengths=self.lengths)
+
+    def to(self, device: torch.device) -> LabelledBatch:
+        """The same batch on another device."""
+        tokens, lengths, targets = (t.to(device) for t in (self.tokens, self.lengths, self.targets))
+        return replace(self, tokens=tokens, lengths=lengths, targets=targets)
+
+    def micro_batches(self, count: int) -> Iterator[LabelledBatch]:
+        """The rows in `count` equal groups; pairs stay together, and are negatives of their own group only."""
+        rows = len(self.targets) // count
+        for at in range(0, len(self.targets), rows):
+            part = slice(at, at + rows)
+            cut = replace(self, lengths=self.lengths[part], targets=self.targets[part])
+            yield replace(cut, tokens=self.tokens[part, : int(cut.lengths.max())])
+
+
+class LabelledBatches:
+    """An endless run of batches in a random order per epoch; its state is a place in it, as that of `Batches`."""
+
+    def __init__(
+        self,
+        rows: Sequence[Labelled],
+        tokenizer: Tokenizer,
+        *,
+        labels: Sequence[str] | None,
+        seq_len: int,
+        rows_per_step: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """`labels` are the names of `label_names`, None for pairs; `rows_per_step` counts lines of all ranks."""
+        even = rows_per_step >= 1 and rows_per_step % world_size == 0
+        require(even, "rows_per_step", rows_per_step, f"accepted is a multiple of the ranks, {world_size}")
+        require(
+            len(rows) >= rows_per_step, "data.batch_size", rows_per_step, f"accepted is at most {len(rows)} rows"
+        )
+        self._items = encode_rows(rows, tokenizer, labels, seq_len)
+        self._seed, self._rows_per_step = seed, rows_per_step
+        share = rows_per_step // world_size
+        self._share = range(rank * share, (rank + 1) * share)
+        self._epoch = self._item = 0
+        self._order = permutation(seed, 0, Stream.DOCUMENTS, len(rows))
+        self._order_epoch = 0
+
+    @property
+    def items_per_epoch(self) -> int:
+        """Lines in an epoch, over all ranks."""
+        return len(self._items)
+
+    @property
+    def state(self) -> dict[str, int]:
+        """The next line of the global order: its epoch and its item there."""
+        return {"epoch": self._epoch, "item": self._item}
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        """Go on from a `state`, of any rank of any number of ranks."""
+        if set(state) != {"epoch", "item"}:
+            raise RequestError(f"data state = {dict(state)!r}: accepted are the fields epoch and item")
+        require(state["epoch"] >= 0, "epoch", state["epoch"], "accepted is 0 or more")
+        fits = 0 <= state["item"] < len(self._items)
+        require(fits, "item", state["item"], f"accepted is 0 to {len(self._items) - 1}")
+        self._epoch, self._item = state["epoch"], state["item"]
+
+    def __iter__(self) -> Iterator[LabelledBatch]:
+        return self
+
+    def __next__(self) -> LabelledBatch:
+        return self.next()
+
+    def next(self) -> LabelledBatch:
+        """This rank's lines of the next global batch; a batch may span the end of an epoch."""
+        epoch = self._epoch
+        batch = collate([self._line(ahead) for ahead in self._share], epoch)
+        epochs, self._item = divmod(self._item + self._rows_per_step, len(self._items))
+        self._epoch += epochs
+        return batch
+
+    def _line(self, ahead: int) -> EncodedRow:
+        epochs, item = divmod(self._item + ahead, len(self._items))
+        if self._epoch + epochs != self._order_epoch:
+            self._order_epoch = self._epoch + epochs
+            self._order = permutation(self._seed, self._order_epoch, Stream.DOCUMENTS, len(self._items))
+        return self._items[int(self._order[item])]
+
+
+class EncodedRow(NamedTuple):
+    """Ids of a line's one or two texts, and its target."""
+
+    ids: list[list[int]]
+    target: int
+
+
+def encode_rows(
+    rows: Sequence[Labelled], tokenizer: Tokenizer, labels: Sequence[str] | None, most: int
+) -> list[EncodedRow]:
+    """Lines as ids of at most `most` tokens, labels as their places among `labels`, positives numbered."""
+    ids = encode_texts(tokenizer, [row.text for row in rows], most)
+    if labels is not None:
+        place = {name: index for index, name in enumerate(labels)}
+        for row in rows:
+            require(str(row.label) in place, f"label of {row.id}", row.label, f"accepted is one of {list(labels)}")
+        return [EncodedRow([one], place[str(row.label)]) for one, row in zip(ids, rows, strict=True)]
+    positives = [row.positive or "" for row in rows]
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(positives))}
+    others = encode_texts(tokenizer, positives, most)
+    return [EncodedRow([a, b], numbers[p]) for a, b, p in zip(ids, others, positives, strict=True)]
+
+
+def collate(rows: Sequence[EncodedRow], epoch: int = 0) -> LabelledBatch:
+    """One padded batch of lines of one kind."""
+    tokens_BT, lengths = pad([ids for row in rows for ids in row.ids])
+    per_item = len(rows[0].ids)
+    targets = torch.full((len(rows), per_item), NO_TARGET)
+    targets[:, 0] = torch.tensor([row.target for row in rows])
+    return LabelledBatch(tokens_BT, lengths, targets.flatten(), epoch, per_item)

@@ -1,0 +1,160 @@
+"""`transom embed` as a person or a script meets it."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.helpers import random_model, run_python, tiny_args
+from transom.checkpoints.load import save
+from transom.cli.main import VERBS, main
+from transom.data.labelled import encode_texts, write_labels
+from transom.tokenizer import byte_tokenizer
+from transom.training.heads import run_rows
+
+TEXTS = ["the cat", "a much longer text than that", "x"]
+
+
+def write_model(folder, **changes):
+    model = random_model(tiny_args(**{"vocab_size": 258, "max_seq_len": 32, **changes}))
+    save(model, folder, tokenizer=byte_tokenizer())
+    return model, folder
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    model, folder = write_model(tmp_path_factory.mktemp("labels"), head={"num_labels": 3})
+    write_labels(folder, ["bad", "fair", "good"])
+    return model, folder
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Run the verb in this process; (exit code, standard output, standard error)."""
+    monkeypatch.setitem(VERBS, "embed", ("transom.cli.embed", "one vector per text"))
+
+    def call(*words, stdin=""):
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        code = main(["embed", *(str(word) for word in words), "--device", "cpu"])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def words(texts):
+    return [word for text in texts for word in ("--text", text)]
+
+
+def expected(model, texts=TEXTS, pooling=None):
+    return run_rows(model, encode_texts(byte_tokenizer(), texts, model.args.max_seq_len), pooling)
+
+
+def test_vectors_are_printed_one_text_a_line(plain, call):
+    model, folder = plain
+    code, out, err = call(folder, *words(TEXTS))
+    got = torch.tensor([[float(number) for number in line.split()] for line in out.splitlines()])
+    assert code == 0 and err == "3 texts, 39 tokens, mean pooling, vectors of 32\n"
+    torch.testing.assert_close(got, expected(model, pooling="mean").vectors, rtol=1e-4, atol=1e-5)
+
+
+def test_json_is_the_last_line_and_has_everything(plain, call):
+    model, folder = plain
+    code, out, _ = call(folder, "--text", "ab", "--pooling", "last", "--normalize", "--json")
+    document = json.loads(out.splitlines()[-1])
+    want = torch.nn.functional.normalize(expected(model, ["ab"], "last").vectors, dim=1)
+    torch.testing.assert_close(torch.tensor(document.pop("embeddings")), want)
+    assert code == 0
+    assert document == {"model": str(folder), "pooling": "last", "texts": 1, "tokens": 3, "dim": 32}
+
+
+@pytest.mark.parametrize("name", ["v.safetensors", "v.npy"])
+def test_vectors_go_to_a_file_once(plain, call, tmp_path, name):
+    model, folder = plain
+    out = tmp_path / name
+    code, printed, _ = call(folder, *words(TEXTS), "--out", out)
+    assert (code, printed) == (0, "")
+    got = torch.from_numpy(np.load(out)) if out.suffix == ".npy" else load_file(out)["embeddings"]
+    torch.testing.assert_close(got, expected(model, pooling="mean").vectors)
+    code, _, err = call(folder, "--text", "a", "--out", out)
+    assert code == 2 and "accepted with --overwrite" in err
+    code, printed, _ = call(folder, "--text", "a", "--out", out, "--overwrite", "--json")
+    assert code == 0 and json.loads(printed)["out"] == str(out) and "embeddings" not in json.loads(printed)
+
+
+def test_texts_come_from_files_and_standard_input(plain, call, tmp_path):
+    _, folder = plain
+    _, want, _ = call(folder, *words(TEXTS))
+    lines, rows = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    lines.write_bytes("\r\n".join(TEXTS).encode())
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    assert call(folder, "--input", lines)[1] == want
+    assert call(folder, "--input", rows)[1] == want
+    assert call(folder, "--input", "-", stdin="\n".join(TEXTS) + "\n")[1] == want
+    assert call(folder, "--text", TEXTS[0], "--input", "-", stdin="\n".join(TEXTS[1:]))[1] == want
+
+
+def test_a_classifier_says_labels(classifier, call):
+    model, folder = classifier
+    shares = expected(model).logits.softmax(1)
+    names = [["bad", "fair", "good"][index] for index in shares.argmax(1)]
+    code, out, err = call(folder, *words(TEXTS))
+    assert code == 0 and "last pooling" in err
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert [row[0] for row in rows] == names
+    assert [float(row[1]) for row in rows] == pytest.approx(shares.amax(1).tolist(), abs=1e-4)
+    document = json.loads(call(folder, *words(TEXTS), "--json")[1])
+    assert [row["label"] for row in document["labels"]] == names and len(document["embeddings"]) == 3
+
+
+def test_long_texts_are_cut_and_said(plain, call):
+    _, folder = plain
+    code, _, err = call(folder, "--text", "y" * 40)
+    assert code == 0 and "1 of 1 texts are longer than 32 tokens" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "--text, --input: neither is given"),
+        (["--text", ""], "text 1 of 1 = ''"),
+        (["--input", "-"], "line 1 is empty"),
+        (["--input", "/no/such"], "--input /no/such: cannot be read"),
+        (["--text", "a", "--out", "v.txt"], "accepted is a file name that ends in .safetensors or .npy"),
+        (["--text", "a", "--out", "/no/such/v.npy"], "accepted is a file in a folder that is there"),
+        (["--text", "a", "--pooling", "max"], "invalid choice: 'max'"),
+    ],
+)
+def test_wrong_requests_are_one_sentence(plain, call, flags, said):
+    code, out, err = call(plain[1], *flags)
+    assert (code, out) == (2, "") and said in err and err.count("\n") == 1
+
+
+def test_an_empty_line_a_binary_file_and_another_pooling_are_refused(classifier, call, tmp_path):
+    _, folder = classifier
+    (tmp_path / "gap.txt").write_text("a\n\nb\n")
+    (tmp_path / "odd.txt").write_bytes(b"\xff\xfe")
+    assert "line 2 is empty" in call(folder, "--input", tmp_path / "gap.txt")[2]
+    assert "not UTF-8" in call(folder, "--input", tmp_path / "odd.txt")[2]
+    code, _, err = call(folder, "--text", "a", "--pooling", "mean")
+    assert code == 2 and "pooling = 'mean': accepted is last, what the model's head does" in err
+    assert call(tmp_path / "none", "--text", "a")[0] == 2
+
+
+def test_half_precision_gives_float32_vectors(classifier, call, tmp_path):
+    _, folder = classifier
+    code, _, _ = call(folder, *words(TEXTS), "--dtype", "bfloat16", "--out", tmp_path / "v.npy")
+    assert code == 0 and np.load(tmp_path / "v.npy").dtype == np.float32
+
+
+def test_a_wrong_request_does_not_wait_for_torch():
+    code = "import transom.cli.embed, sys; print('torch' in sys.modules)"
+    assert run_python(code).strip() == "False"

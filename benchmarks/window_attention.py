@@ -1,11 +1,7 @@
-"""A window of 512 over 8,192 tokens: sliced SDPA against SDPA with a dense mask, and memory over length."""
+"""A window of 512 over 8,192 tokens: sliced SDPA against SDPA with a dense mask."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +14,6 @@ from transom.attend.sdpa import sdpa
 from transom.attend.view import CacheView, Score
 
 HEADS, KV_HEADS, HEAD_DIM, WINDOW, LENGTH = 12, 4, 64, 512, 8192
-MEMORY_LENGTHS = (8192, 16384, 32768)
 
 
 def _tensors(length: int, device: torch.device, grad: bool) -> list[torch.Tensor]:
@@ -35,7 +30,7 @@ def _sliced(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
-    """Forward, forward + backward, and growth of memory with length (CPU only: peak resident memory)."""
+    """Forward, and forward + backward."""
     positions = torch.arange(LENGTH, device=device)[None]
     mask = allowed(LayerRule("window", WINDOW), positions, positions)[:, None]
 
@@ -66,44 +61,4 @@ def rows(device: torch.device) -> list[dict[str, Any]]:
                 "target": 5.0,
             }
         )
-    if device.type == "cpu":
-        out.append(_memory())
     return out
-
-
-def _memory() -> dict[str, Any]:
-    """Peak memory above the inputs at growing lengths, each in a fresh process, gradients included."""
-    mib = {}
-    for length in MEMORY_LENGTHS:
-        command = [sys.executable, "-m", "benchmarks.window_attention", str(length)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        mib[str(length)] = json.loads(done.stdout)
-    first, last = MEMORY_LENGTHS[0], MEMORY_LENGTHS[-1]
-    return {
-        "benchmark": "window attention",
-        "case": f"memory with gradients, window {WINDOW}",
-        "peer": "linear growth",
-        "mib_by_length": mib,
-        "ratio": round(mib[str(last)] / mib[str(first)] / (last / first), 3),
-        "target": "1.0 is linear in length; a dense mask gives 4.0",
-    }
-
-
-def main(length: int) -> None:
-    """Print the MiB that one forward and backward adds to this process's peak."""
-    device = torch.device("cpu")
-    _sliced(*_tensors(1024, device, True)).sum().backward()  # what the first call allocates for good
-    tensors = _tensors(length, device, True)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of importing torch: begin anew
-    before = _kib("VmRSS")
-    _sliced(*tensors).sum().backward()
-    print(round((_kib("VmHWM") - before) / 1024, 1))
-
-
-def _kib(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

@@ -1,0 +1,84 @@
+"""Memory of attention over length, gradients included: every rule must grow no faster than the sequence."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transom.args import LayerRule
+from transom.attend.attend import auto, choose
+from transom.attend.mask import Layout, MaskSpec
+from transom.attend.view import CacheView, Score
+
+LENGTHS = (8192, 16384, 32768, 65536)
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
+RULES = {
+    "causal": LayerRule(),
+    "window 512": LayerRule("window", 512),
+    "chunk 8192": LayerRule("chunk", 8192),
+    "causal, soft cap and sinks": LayerRule(),
+}
+
+
+def rows(device: torch.device) -> list[dict[str, Any]]:
+    """One row per rule: MiB that a forward and backward adds at each length, and growth relative to length."""
+    if device.type != "cpu":
+        return []
+    out = []
+    for case in RULES:
+        mib, name = {}, ""
+        for length in LENGTHS:
+            command = [sys.executable, "-m", "benchmarks.attention_memory", case, str(length)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            mib[str(length)], name = json.loads(done.stdout)
+        first, last = LENGTHS[0], LENGTHS[-1]
+        out.append(
+            {
+                "benchmark": "attention memory",
+                "case": f"{case}, forward + backward",
+                "peer": "linear growth from 8,192 to 65,536 tokens",
+                "backend": name,
+                "mib_by_length": mib,
+                "ratio": round(mib[str(last)] / mib[str(first)] / (last / first), 3),
+                "target": "at most 1.0, linear in length; dense scores give 8.0",
+            }
+        )
+    return out
+
+
+def _run(case: str, length: int) -> str:
+    shapes = ((1, length, HEADS, HEAD_DIM), (1, length, KV_HEADS, HEAD_DIM), (1, length, KV_HEADS, HEAD_DIM))
+    q, k, v = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    positions = torch.arange(length)[None]
+    score = Score(softcap=50.0, sinks_N=torch.zeros(HEADS)) if "sinks" in case else Score()
+    job = (
+        q,
+        CacheView((k, v), positions, new_at=0),
+        MaskSpec(RULES[case], positions, layout=Layout((length,))),
+        score,
+    )
+    auto(*job).sum().backward()
+    return choose(*job).name
+
+
+def main(case: str, length: int) -> None:
+    """Print [MiB that one forward and backward adds to this process's peak, inputs and gradients too; backend]."""
+    _run(case, 1024)  # what the first call allocates for good
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of importing torch: begin anew
+    before = _kib("VmRSS")
+    name = _run(case, length)
+    print(json.dumps([round((_kib("VmHWM") - before) / 1024, 1), name]))
+
+
+def _kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

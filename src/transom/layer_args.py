@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -72,6 +73,11 @@ class RopeScaling:
         if self.kind == "dynamic":
             return max(length, self.original_max_seq_len)
         return int(self.kind == "longrope" and length > self.original_max_seq_len)
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """0.1 mscale ln(factor) + 1, YaRN's temperature with DeepSeek's weight."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 @dataclass(frozen=True)

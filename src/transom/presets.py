@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from transom.args import ModelArgs
 from transom.errors import RequestError, nearest
+from transom.layer_args import yarn_mscale
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The two-minute model of `transom demo`.
@@ -144,8 +144,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_seq_len": 163840,
         "norm_eps": 1e-6,
         "mla_args": {"q_lora_rank": 1536},
-        # 192 ** -0.5 times the square of 0.1 ln(40) + 1
-        "softmax_scale": 192**-0.5 * (0.1 * math.log(40) + 1) ** 2,
+        "softmax_scale": 192**-0.5 * yarn_mscale(40.0, 1.0) ** 2,
         "rope_scaling": {
             "kind": "yarn",
             "factor": 40.0,

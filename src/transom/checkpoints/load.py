@@ -20,8 +20,9 @@ from transom.checkpoints.folders import (
     read_json,
     verify_checksums,
 )
-from transom.checkpoints.hf_config import args_to_hf
-from transom.checkpoints.mapping import account, to_foreign, to_ours
+from transom.checkpoints.hf_config import args_from_hf
+from transom.checkpoints.hf_export import args_to_hf
+from transom.checkpoints.mapping import account, clean, to_foreign, to_ours
 from transom.errors import RequestError, WorkError
 from transom.model import LLM
 from transom.names import moves
@@ -43,10 +44,13 @@ def load(folder: str | Path, device: str = "cpu", dtype: str | None = None) -> L
     with torch.device("meta"):
         model = LLM(args)
     state = read_state(where, args, model)
-    kinds = {tensor.dtype for tensor in state.values()}
+    # The biases that help to choose experts move in steps too small for half precision, and no product reads them.
+    wide = {name for name in state if name.endswith("choice_bias")}
+    kinds = {tensor.dtype for name, tensor in state.items() if name not in wide}
     kind = DTYPES[dtype] if dtype else max(kinds, key=lambda k: k.itemsize)
+    kind_of = {name: torch.promote_types(kind, torch.float32) if name in wide else kind for name in state}
     # clone: tensors read from a file share its memory map, whose alignment would change the last bit.
-    placed = {name: tensor.to(target, kind, copy=True).contiguous() for name, tensor in state.items()}
+    placed = {name: tensor.to(target, kind_of[name], copy=True).contiguous() for name, tensor in state.items()}
     model.load_state_dict(placed, strict=True, assign=True)
     return model.eval()
 
@@ -65,7 +69,9 @@ def read_state(folder: Path, args: ModelArgs, model: LLM) -> dict[str, Tensor]:
         account(str(folder), sorted(set(shapes) - set(source)), sorted(set(source) - set(shapes)), [])
         state = source
     else:
-        state = to_ours(moves(config["model_type"], args, shapes), source, shapes, str(folder))
+        family = config["model_type"]
+        source = clean(family, source, args, str(folder))
+        state = to_ours(moves(family, args, shapes), source, shapes, str(folder))
     for name, tensor in state.items():
         if tuple(tensor.shape) != shapes[name]:
             raise RequestError(
@@ -110,7 +116,7 @@ def save(
         config = args_to_hf(model.args)
         dtype = next(model.parameters()).dtype
         config["torch_dtype"] = str(dtype).removeprefix("torch.")
-        if model.args.rope_layout == "interleaved":
+        if model.args.rope_layout == "interleaved" and args_from_hf(config, str(out)).rope_layout == "halves":
             state = {name: _to_halves(name, tensor, model.args) for name, tensor in state.items()}
         state = to_foreign(moves(config["model_type"], model.args, state), state, str(out))
     else:
@@ -127,10 +133,14 @@ def save(
 
 
 def _to_halves(name: str, tensor: Tensor, args: ModelArgs) -> Tensor:
-    """Rows of wq and wk reordered per head from interleaved pairs to halves; every other tensor as it is."""
-    if not name.endswith(("attention.wq.weight", "attention.wk.weight")):
+    """Rotary rows of what makes queries and keys, per head from interleaved pairs to halves; others as they are."""
+    *_, leaf, _ = name.split(".")
+    if leaf not in ("wq", "wk", "q_norm", "k_norm") or not name.startswith("layers."):
         return tensor
-    return tensor.unflatten(0, (-1, args.head_size // 2, 2)).transpose(1, 2).flatten(0, 2)
+    heads = tensor.unflatten(0, (-1, args.head_size))
+    turned, rest = heads.split((args.rotary_dim, args.head_size - args.rotary_dim), 1)
+    turned = turned.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+    return torch.cat((turned, rest), 1).flatten(0, 1)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from transom.args import RopeArgs, RopeLayout, RopeScaling
+from transom.layer_args import yarn_mscale
 
 
 def apply_scaling(
@@ -94,11 +95,6 @@ def attention_factor(scaling: RopeScaling | None) -> float:
     if scaling.mscale is not None and scaling.mscale_all_dim is not None:
         return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
     return yarn_mscale(scaling.factor, 1.0)
-
-
-def yarn_mscale(factor: float, mscale: float) -> float:
-    """0.1 mscale ln(factor) + 1, YaRN's temperature with DeepSeek's weight."""
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def rotary_table(positions_BT: Tensor, rope: RopeArgs, length: int | None = None) -> tuple[Tensor, Tensor]:

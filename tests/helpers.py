@@ -16,7 +16,6 @@ from torch import Tensor
 from transom.args import ModelArgs
 from transom.model import LLM
 
-
 TINY_VISION: dict[str, Any] = {
     "image_size": 8,
     "patch_size": 2,

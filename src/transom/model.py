@@ -266,8 +266,8 @@ def rotary_length(
     for scaling in scalings if inputs.sizes is not None else ():
         if len({scaling.chosen_by(length) for length in lengths}) > 1:
             raise RequestError(
-                f"sizes up to {max(lengths)} tokens: {scaling.kind} scaling chooses its frequencies by a document's "
-                f"length; accepted in one packed call are documents of at most {scaling.original_max_seq_len} tokens"
+                f"sizes up to {max(lengths)} tokens: {scaling.kind} scaling chooses frequencies by a document's "
+                f"length; accepted in a packed call are documents of at most {scaling.original_max_seq_len} tokens"
             )
     return max(lengths)
 
@@ -334,9 +334,9 @@ def check_context(args: ModelArgs, inputs: TransformerInput, cache: ModelCache |
             raise RequestError("context: accepted by a model with context_dim, whose blocks attend to one")
         return
     if held and given is not None:
-        raise RequestError("context: this cache holds one already; accepted is one per request, with its first tokens")
+        raise RequestError("context: this cache holds one already; accepted is one, with a request's first tokens")
     if not held and given is None:
-        raise RequestError(f"context: absent; accepted is [batch, slots, {args.context_dim}], which this model reads")
+        raise RequestError(f"context: absent; accepted is [batch, slots, {args.context_dim}], since blocks read it")
     if given is not None:
         rows = inputs.tokens.size(0)
         if given.ndim != 3 or given.size(0) != rows or given.size(2) != args.context_dim:
@@ -344,7 +344,7 @@ def check_context(args: ModelArgs, inputs: TransformerInput, cache: ModelCache |
             raise RequestError(f"context of shape {tuple(given.shape)}: {accepted}")
         lengths = inputs.context_lengths
         if lengths is not None and lengths.shape != (rows,):
-            raise RequestError(f"context_lengths of shape {tuple(lengths.shape)}: accepted is one per row of tokens")
+            raise RequestError(f"context_lengths of shape {tuple(lengths.shape)}: accepted is one per row")
 
 
 def packed_sizes(

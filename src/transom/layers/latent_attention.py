@@ -44,7 +44,8 @@ class LatentAttention(nn.Module):
     def forward(self, x_BTD: Tensor, step: Step, cache: LayerCacheLike | None = None) -> Tensor:
         mla, layer = self.mla, self.layer
         q = self.wq(x_BTD) if mla.q_lora_rank is None else self.wq_b(self.q_a_norm(self.wq_a(x_BTD)))
-        q_nope, q_rope = q.unflatten(-1, (layer.n_heads, -1)).split((mla.qk_nope_head_dim, mla.qk_rope_head_dim), -1)
+        q_BTNH = q.unflatten(-1, (layer.n_heads, -1))
+        q_nope, q_rope = q_BTNH.split((mla.qk_nope_head_dim, mla.qk_rope_head_dim), -1)
         latent, k_rope = self.wkv_a(x_BTD).unsqueeze(-2).split((mla.kv_lora_rank, mla.qk_rope_head_dim), -1)
         if layer.rope is not None:
             table = step.rope[layer.rope]

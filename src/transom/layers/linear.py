@@ -27,21 +27,32 @@ class Embedding(nn.Embedding):
 
 
 class GroupedLinear(nn.Module):
-    """E linears side by side, weight [E, out, in]; rows [R, in] come sorted by the one they belong to."""
+    """E linears side by side, weight [E, out, in], bias [E, out]; rows [R, in] come sorted by their linear."""
 
-    def __init__(self, num_groups: int, in_features: int, out_features: int) -> None:
+    def __init__(self, num_groups: int, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_groups, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(num_groups, out_features)) if bias else None
 
     def forward(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """Rows [ends[e - 1], ends[e]) times the weight of e, one grouped product where torch has it."""
+        """Rows [ends[e - 1], ends[e]) through linear e, one grouped product where torch has it.
+
+        Rows behind the last end belong to none: what comes out there, and its gradient, means nothing.
+        """
+        if not holds_numbers(rows_RD):
+            return F.linear(rows_RD, self.weight[0])  # the shape is all there is, and that of every group
         if torch.is_autocast_enabled(rows_RD.device.type):  # which does not know grouped products
             rows_RD = rows_RD.to(torch.get_autocast_dtype(rows_RD.device.type))
         # The grouped kernels want every row to start at a multiple of 16 bytes.
         aligned = all(size * rows_RD.element_size() % 16 == 0 for size in self.weight.shape[1:])
-        if aligned and grouped_mm_works(rows_RD.device.type, rows_RD.dtype):
-            return F.grouped_mm(rows_RD, self.weight.to(rows_RD.dtype).mT, offs=ends_E.to(torch.int32))
-        return self.loop(rows_RD, ends_E)
+        if not aligned or not grouped_mm_works(rows_RD.device.type, rows_RD.dtype):
+            return self.loop(rows_RD, ends_E)
+        out_RD = F.grouped_mm(rows_RD, self.weight.to(rows_RD.dtype).mT, offs=ends_E.to(torch.int32))
+        if self.bias is None:
+            return out_RD
+        of_R = torch.searchsorted(ends_E, torch.arange(len(rows_RD), device=ends_E.device), right=True)
+        # Rows of no linear read a row of zeros, which takes their meaningless gradient away with it.
+        return out_RD + F.pad(self.bias.to(out_RD.dtype), (0, 0, 0, 1)).index_select(0, of_R)
 
     def loop(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
         """The plain twin of the grouped product: one matrix after the other."""
@@ -50,12 +61,25 @@ class GroupedLinear(nn.Module):
         # unbind, not weight[e]: indexing would make a full-size gradient for every expert.
         weights = self.weight.to(rows_RD.dtype).unbind(0)
         parts = [F.linear(rows_RD[a:b], w) for a, b, w in zip(starts, ends, weights, strict=True)]
-        return torch.cat(parts)
+        if self.bias is not None:
+            parts = [part + b for part, b in zip(parts, self.bias.to(rows_RD.dtype).unbind(0), strict=True)]
+        return torch.cat([*parts, rows_RD.new_zeros(len(rows_RD) - ends[-1], self.weight.size(1))])
+
+
+def holds_numbers(x: Tensor) -> bool:
+    """Whether `x` is more than a shape: neither on the meta device nor made under a fake tensor mode."""
+    return x.device.type != "meta" and type(torch.empty(0)) is Tensor
+
+
+def grouped_mm_works(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether this torch multiplies groups on this device in this dtype."""
+    if torch.compiler.is_compiling():  # a trace cannot try, and the shape rule it goes by knows one dtype
+        return dtype is torch.bfloat16
+    return _tried_grouped_mm(device_type, dtype)
 
 
 @functools.cache
-def grouped_mm_works(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether this torch multiplies groups on this device in this dtype, found by trying once."""
+def _tried_grouped_mm(device_type: str, dtype: torch.dtype) -> bool:
     if not hasattr(F, "grouped_mm"):
         return False
     try:

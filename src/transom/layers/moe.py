@@ -6,98 +6,212 @@ Expert parallelism replaces the dispatcher and nothing else.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transom.args import LayerArgs, MoeArgs
-from transom.layers.feed_forward import FeedForward
+from transom.layers.feed_forward import FeedForward, activate
 from transom.layers.linear import GroupedLinear
+
+Routing = Literal["softmax", "sigmoid", "biased_sigmoid"]
+GPT_OSS_ALPHA = 1.702  # makes x * sigmoid(alpha x) close to gelu (Hendrycks and Gimpel 2016, arXiv 1606.08415)
 
 
 @dataclass(frozen=True)
 class RouterStatistics:
-    """What one layer's router did with the real tokens of a call; returned, never stored in buffers.
+    """What one layer's router did in a call; returned, never stored in buffers. Sums are over real tokens only.
 
-    `picks_E` counts choices, `probabilities_E` sums softmax probabilities (with gradient), over `tokens`.
+    `chosen_TA` is the router's choice (-1 everywhere for padding), `ids_TA` what capacity left of it. The sums are
+    worked out when asked for: decoding, which never asks, would pay a third of its router's time for them.
     """
 
-    picks_E: Tensor
-    probabilities_E: Tensor
-    tokens: Tensor
+    chosen_TA: Tensor
+    ids_TA: Tensor
+    logits_TE: Tensor
+    rows: int
+    routing: Routing
+
+    @property
+    def picks_BE(self) -> Tensor:
+        """How often the router chose each expert, before any capacity, by row."""
+        return self._by_row(picked(self.chosen_TA, self.logits_TE.size(-1)))
+
+    @property
+    def probabilities_BE(self) -> Tensor:
+        """Sums of the tokens' distributions over experts by row, with gradient."""
+        return self._by_row(self._probabilities_TE)
+
+    @property
+    def tokens_B(self) -> Tensor:
+        """Tokens by row."""
+        return self._by_row(~self._padding_T)
+
+    @property
+    def squared_logsumexp(self) -> Tensor:
+        """Sum over tokens of the squared logsumexp of their logits, with gradient."""
+        return self.logits_TE.logsumexp(-1).square().masked_fill(self._padding_T, 0.0).sum()
+
+    @property
+    def entropy(self) -> Tensor:
+        """Sum over tokens of their distribution's entropy in nats."""
+        return torch.special.entr(self._probabilities_TE.detach()).sum()
+
+    @property
+    def load_E(self) -> Tensor:
+        """Rows that each expert was given."""
+        return picked(self.ids_TA, self.logits_TE.size(-1)).sum(0).float()
+
+    @property
+    def dropped(self) -> Tensor:
+        """Tokens that lost an expert to its capacity."""
+        return ((self.ids_TA < 0).sum(-1) > (self.chosen_TA < 0).sum(-1)).sum().float()
+
+    @property
+    def _padding_T(self) -> Tensor:
+        return (self.chosen_TA < 0).all(-1)
+
+    @property
+    def _probabilities_TE(self) -> Tensor:
+        scores_TE = scores(self.logits_TE, self.routing)
+        if self.routing != "softmax":  # sigmoids are divided by their sum (arXiv 2412.19437, eq. 18)
+            scores_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
+        return scores_TE.masked_fill(self._padding_T.unsqueeze(-1), 0.0)
+
+    def _by_row(self, x_T: Tensor) -> Tensor:
+        sums_B = x_T.unflatten(0, (self.rows, -1)).sum(1)
+        return sums_B if sums_B.is_floating_point() else sums_B.float()
+
+
+def scores(logits_TE: Tensor, routing: Routing) -> Tensor:
+    """What weights are made of: softmax over all experts, or each expert's sigmoid."""
+    return logits_TE.softmax(-1) if routing == "softmax" else logits_TE.sigmoid()
 
 
 class Router(nn.Module):
-    """Scores every expert for every token in float32 or better and keeps the best `top_k`."""
+    """Scores every expert for every token in float32 or better and keeps the best `top_k`.
+
+    `choice_bias` [E] helps to choose and is no part of the weight; the balancing moves it, not the gradient.
+    """
 
     def __init__(self, dim: int, moe: MoeArgs) -> None:
         super().__init__()
         self.moe = moe
         self.weight = nn.Parameter(torch.empty(moe.num_experts, dim))
+        self.bias = nn.Parameter(torch.empty(moe.num_experts)) if moe.router_bias else None
+        choice_bias = nn.Parameter(torch.zeros(moe.num_experts), requires_grad=False)
+        self.choice_bias = choice_bias if moe.has_choice_bias else None
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(ids [T, A], weights [T, A] float32, logits [T, E] float32)."""
+        """(ids [T, A] best first, weights [T, A], logits [T, E]), the latter two in float32 or better."""
         # Autocast would run this product in half precision, and near-ties would flip between machines.
         with torch.autocast(x_TD.device.type, enabled=False):
             wide = torch.promote_types(x_TD.dtype, torch.float32)
-            logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
-        if self.moe.routing == "sigmoid":
-            best, ids_TA = logits_TE.topk(self.moe.top_k, -1)
-            return ids_TA, best.sigmoid(), logits_TE
-        if self.moe.normalize:  # equal to softmax over all, top-k, divided by their sum (Mixtral)
-            best, ids_TA = logits_TE.topk(self.moe.top_k, -1)
-            return ids_TA, best.softmax(-1), logits_TE
-        weights_TA, ids_TA = logits_TE.softmax(-1).topk(self.moe.top_k, -1)
-        return ids_TA, weights_TA, logits_TE
+            x_TD = x_TD.to(wide)
+            if self.training and self.moe.jitter > 0:  # not in place: experts see the tokens as they are
+                x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.moe.jitter, 1 + self.moe.jitter)
+            logits_TE = F.linear(x_TD, self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
+            ids_TA = self.preference(logits_TE).topk(self.moe.top_k, -1).indices
+            return ids_TA, self.weigh(logits_TE, ids_TA), logits_TE
+
+    @torch.no_grad()
+    def preference(self, logits_TE: Tensor) -> Tensor:
+        """What the choice goes by [T, E]; -inf in groups that a token may not choose from."""
+        if self.choice_bias is None:  # scores would rank alike, but large ones round to the same number
+            return logits_TE
+        choice_TE = scores(logits_TE, self.moe.routing) + self.choice_bias.to(logits_TE.dtype)
+        if self.moe.num_groups == 1:
+            return choice_TE
+        choice_TGE = choice_TE.unflatten(-1, (self.moe.num_groups, -1))
+        best_TG = choice_TGE.topk(2, -1).values.sum(-1).topk(self.moe.top_groups, -1).indices
+        outside_TG = torch.ones_like(choice_TGE[..., 0], dtype=torch.bool).scatter(-1, best_TG, False)
+        return choice_TGE.masked_fill(outside_TG.unsqueeze(-1), -torch.inf).flatten(-2)
+
+    def weigh(self, logits_TE: Tensor, ids_TA: Tensor) -> Tensor:
+        """Weights [T, A] of the chosen experts; those of id -1 are 0."""
+        weights_TA = scores(logits_TE, self.moe.routing).gather(-1, ids_TA.clamp(min=0))
+        weights_TA = weights_TA.masked_fill(ids_TA < 0, 0.0)
+        if self.moe.normalize and self.moe.routing != "sigmoid":
+            weights_TA = weights_TA / (weights_TA.sum(-1, keepdim=True) + 1e-20)
+        return weights_TA * self.moe.routed_scale if self.moe.routing == "biased_sigmoid" else weights_TA
 
 
 class Experts(nn.Module):
-    """E SwiGLU feed-forwards with grouped weights."""
+    """E feed-forwards with grouped weights: w_out(act(w_gate x) * w_value x), or without a gate."""
 
-    def __init__(self, num_experts: int, dim: int, hidden_dim: int) -> None:
+    def __init__(self, layer: LayerArgs, moe: MoeArgs, hidden_dim: int) -> None:
         super().__init__()
-        self.w_gate = GroupedLinear(num_experts, dim, hidden_dim)
-        self.w_value = GroupedLinear(num_experts, dim, hidden_dim)
-        self.w_out = GroupedLinear(num_experts, hidden_dim, dim)
+        self.layer, self.moe = layer, moe
+        count, dim, bias = moe.num_experts, layer.dim, moe.expert_bias
+        self.w_gate = GroupedLinear(count, dim, hidden_dim, bias) if layer.ffn_gated else None
+        self.w_value = GroupedLinear(count, dim, hidden_dim, bias)
+        self.w_out = GroupedLinear(count, hidden_dim, dim, bias)
 
     def forward(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
-        hidden = F.silu(self.w_gate(rows_RD, ends_E)) * self.w_value(rows_RD, ends_E)
+        value = self.w_value(rows_RD, ends_E)
+        if self.w_gate is None:
+            return self.w_out(activate(value, self.layer.activation), ends_E)
+        gate = self.w_gate(rows_RD, ends_E)
+        if self.moe.expert_activation == "clamped":
+            hidden = clamped_product(gate, value, self.moe.activation_limit)
+        else:
+            hidden = activate(gate, self.layer.activation) * value
         return self.w_out(hidden, ends_E)
 
 
+def clamped_product(gate: Tensor, value: Tensor, limit: float) -> Tensor:
+    """gpt-oss: (value + 1) * gate * sigmoid(1.702 gate), both at most `limit`, the value at least -`limit`."""
+    gate, value = gate.clamp(max=limit), value.clamp(-limit, limit)
+    return (value + 1) * (gate * torch.sigmoid(GPT_OSS_ALPHA * gate))
+
+
 class Handle(NamedTuple):
-    """What `combine` needs to undo `dispatch`: the sorting order [R] and the rows per token."""
+    """What `combine` needs to undo `dispatch`: the sorting order [R], rows per token, which rows [R] count."""
 
     order_R: Tensor
     active: int
+    kept_R: Tensor | None
 
 
 class LocalDispatcher:
-    """Sorts tokens by expert on one device, and puts the results back in order."""
+    """Sorts tokens by expert on one device, and puts the results back in order; never waits for the device."""
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
 
     def dispatch(
-        self, x_TD: Tensor, ids_TA: Tensor, scale_TA: Tensor | None = None
+        self, x_TD: Tensor, ids_TA: Tensor, scale_TA: Tensor | None = None, *, may_drop: bool = True
     ) -> tuple[Tensor, Tensor, Handle]:
-        """(rows [R, D] sorted by expert, ends [E], handle for `combine`); `scale_TA` scales the input."""
-        order_R = ids_TA.flatten().argsort(stable=True)
+        """(rows [R, D] sorted by expert, ends [E], handle for `combine`); `scale_TA` scales the input.
+
+        Rows of id -1 come last, behind all ends; a caller that has none says so and saves the masks.
+        """
+        ids_R = ids_TA.flatten()
+        if may_drop:
+            ids_R = torch.where(ids_R < 0, self.num_experts, ids_R)
+        sorted_R, order_R = ids_R.sort(stable=True)
+        ends_E = torch.searchsorted(sorted_R, torch.arange(self.num_experts, device=ids_R.device), right=True)
         rows_RD = x_TD.index_select(0, order_R // ids_TA.size(1))
         if scale_TA is not None:
             rows_RD = (rows_RD * scale_TA.flatten()[order_R, None]).to(x_TD.dtype)
-        ends_E = torch.bincount(ids_TA.flatten(), minlength=self.num_experts).cumsum(0)
-        return rows_RD, ends_E, Handle(order_R, ids_TA.size(1))
+        kept_R = sorted_R < self.num_experts if may_drop else None
+        return _only(rows_RD, kept_R), ends_E, Handle(order_R, ids_TA.size(1), kept_R)
 
     def combine(self, rows_RD: Tensor, handle: Handle, weights_TA: Tensor | None = None) -> Tensor:
-        """Sum [T, D] of every token's rows, weighted by `weights_TA` where given."""
+        """Sum [T, D] of every token's rows, weighted by `weights_TA` where given; rows of id -1 count zero."""
         # The inverse permutation gathers: unlike index_add its result does not depend on thread order.
-        rows_TAD = rows_RD.index_select(0, handle.order_R.argsort()).unflatten(0, (-1, handle.active))
+        rows_RD = _only(rows_RD, handle.kept_R).index_select(0, handle.order_R.argsort())
+        rows_TAD = rows_RD.unflatten(0, (-1, handle.active))
         if weights_TA is not None:
             rows_TAD = rows_TAD * weights_TA.unsqueeze(-1).to(rows_TAD.dtype)
         return rows_TAD.sum(1)
+
+
+def _only(rows_RD: Tensor, kept_R: Tensor | None) -> Tensor:
+    """The rows with zeros where not kept, and zeros for gradients: experts leave anything there, NaN too."""
+    return rows_RD if kept_R is None else rows_RD.masked_fill(~kept_R.unsqueeze(-1), 0.0)
 
 
 class MoE(nn.Module):
@@ -109,30 +223,68 @@ class MoE(nn.Module):
         moe, hidden_dim = layer.moe, layer.moe.hidden_dim
         self.moe = moe
         self.router = Router(layer.dim, moe)
-        self.experts = Experts(moe.num_experts, layer.dim, hidden_dim)
-        self.shared_expert = FeedForward(layer.dim, hidden_dim) if moe.shared_expert else None
+        self.experts = Experts(layer, moe, hidden_dim)
+        self.shared_expert = None
+        if moe.shared_expert:
+            shared_dim = moe.shared_hidden_dim or hidden_dim
+            self.shared_expert = FeedForward(
+                layer.dim, shared_dim, layer.activation, layer.ffn_gated, layer.ffn_bias
+            )
         self.dispatcher = LocalDispatcher(moe.num_experts)
 
     def forward(self, x_BTD: Tensor, valid_BT: Tensor | None = None) -> tuple[Tensor, RouterStatistics]:
-        """([B, T, D], statistics over the tokens that are not padding)."""
-        x_TD = x_BTD.flatten(0, 1)
-        ids_TA, weights_TA, logits_TE = self.router(x_TD)
-        scale_input = self.moe.routing == "sigmoid"
-        rows, ends, handle = self.dispatcher.dispatch(x_TD, ids_TA, weights_TA if scale_input else None)
-        y_TD = self.dispatcher.combine(self.experts(rows, ends), handle, None if scale_input else weights_TA)
+        """([B, T, D], statistics over the tokens that are not padding); padding visits the shared expert only."""
+        x_TD, moe, rows = x_BTD.flatten(0, 1), self.moe, x_BTD.size(0)
+        chosen_TA, weights_TA, logits_TE = self.router(x_TD)
+        if valid_BT is not None:
+            chosen_TA = chosen_TA.masked_fill(~valid_BT.reshape(-1, 1), -1)
+        ids_TA, limited = chosen_TA, self.training and moe.expert_capacity is not None
+        if limited:
+            ids_TA = within_capacity(chosen_TA, self.router.preference(logits_TE), rows, moe)
+            if moe.overflow == "second_choice":
+                weights_TA = self.router.weigh(logits_TE, ids_TA)
+        before, behind = (weights_TA, None) if moe.routing == "sigmoid" else (None, weights_TA)
+        may_drop = limited or valid_BT is not None
+        rows_RD, ends_E, handle = self.dispatcher.dispatch(x_TD, ids_TA, before, may_drop=may_drop)
+        y_TD = self.dispatcher.combine(self.experts(rows_RD, ends_E), handle, behind)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
-        return y_TD.view_as(x_BTD), statistics(ids_TA, logits_TE, valid_BT)
+        return y_TD.view_as(x_BTD), RouterStatistics(chosen_TA, ids_TA, logits_TE, rows, moe.routing)
 
 
-def statistics(ids_TA: Tensor, logits_TE: Tensor, valid_BT: Tensor | None) -> RouterStatistics:
-    """Count choices and sum probabilities over the real tokens."""
-    probabilities_TE = logits_TE.softmax(-1)
-    picks_TE = torch.zeros_like(probabilities_TE).scatter(1, ids_TA, 1.0)
-    if valid_BT is None:
-        tokens = torch.full((), ids_TA.size(0), dtype=torch.float32, device=ids_TA.device)
-    else:
-        valid_T1 = valid_BT.flatten().float().unsqueeze(1)
-        picks_TE, probabilities_TE = picks_TE * valid_T1, probabilities_TE * valid_T1
-        tokens = valid_T1.sum()
-    return RouterStatistics(picks_TE.sum(0).detach(), probabilities_TE.sum(0), tokens)
+def picked(ids_TA: Tensor, num_experts: int) -> Tensor:
+    """Which experts [T, E] each token goes to; -1 is none."""
+    spots_TA = torch.where(ids_TA < 0, num_experts, ids_TA)
+    none_TE = torch.zeros(len(ids_TA), num_experts + 1, dtype=torch.bool, device=ids_TA.device)
+    return none_TE.scatter(1, spots_TA, True)[:, :num_experts]
+
+
+@torch.no_grad()
+def within_capacity(ids_TA: Tensor, preference_TE: Tensor, rows: int, moe: MoeArgs) -> Tensor:
+    """The choices with -1 where an expert has had its share of the row, or the best expert with room instead.
+
+    Tokens are served in the order of their row, as in Switch (arXiv 2101.03961): whether one keeps its expert
+    depends on earlier tokens only. Second choices are placed when all first ones are, and wait for the device.
+    """
+    assert moe.expert_capacity is not None, "called with a capacity only"
+    wanted_BTE = picked(ids_TA, moe.num_experts).unflatten(0, (rows, -1))
+    tokens_B = wanted_BTE.any(-1).sum(1)
+    # A share that is whole but for rounding is whole.
+    share_B = tokens_B.float() * (moe.expert_capacity * moe.top_k / moe.num_experts)
+    limit_B11 = torch.ceil(share_B - 1e-3).clamp(min=1)[:, None, None]
+    taken_BTE = wanted_BTE & (wanted_BTE.cumsum(1) <= limit_B11)
+    if moe.overflow == "drop":
+        return ids_TA.masked_fill(~taken_BTE.flatten(0, 1).gather(1, ids_TA.clamp(min=0)), -1)
+    preference_BTE = preference_TE.view_as(wanted_BTE)
+    while True:  # every round fills an expert or serves everyone who asked
+        room_B1E = limit_B11 - taken_BTE.sum(1, keepdim=True)
+        lacking_BT1 = taken_BTE.sum(-1, keepdim=True) < wanted_BTE.sum(-1, keepdim=True)
+        open_BTE = lacking_BT1 & ~taken_BTE & (room_B1E > 0) & (preference_BTE > -torch.inf)
+        if not bool(open_BTE.any()):
+            break
+        best_BT1 = preference_BTE.masked_fill(~open_BTE, -torch.inf).argmax(-1, keepdim=True)
+        asked_BTE = torch.zeros_like(open_BTE).scatter(-1, best_BT1, True) & open_BTE
+        taken_BTE = taken_BTE | (asked_BTE & (asked_BTE.cumsum(1) <= room_B1E))
+    taken_TE = taken_BTE.flatten(0, 1)
+    best_TA = preference_TE.masked_fill(~taken_TE, -torch.inf).topk(moe.top_k, -1).indices
+    return best_TA.masked_fill(~taken_TE.gather(1, best_TA), -1)

@@ -66,7 +66,7 @@ def frequencies(rope: RopeArgs, length: int | None = None, device: torch.device 
 
 
 def yarn_frequencies(rope: RopeArgs, s: RopeScaling, device: torch.device | str | None = None) -> Tensor:
-    """YaRN (Peng et al. 2023, arXiv 2309.00071): fast pairs kept, slow ones divided, a ramp over indices between."""
+    """YaRN (Peng et al. 2023, arXiv 2309.00071): fast pairs kept, slow ones divided, a ramp between."""
 
     def index(turns: float) -> float:  # of the pair that turns that often within the original length
         return rope.dim * math.log(s.original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
@@ -106,7 +106,7 @@ def rotary_table(positions_BT: Tensor, rope: RopeArgs, length: int | None = None
 
 
 def rotate(x_BTNH: Tensor, table: tuple[Tensor, Tensor], layout: RopeLayout) -> Tensor:
-    """Turn the feature pairs of every head by their angles, the table's share of them; float32 inside, x's dtype."""
+    """Turn the feature pairs of every head by their angles, the table's share of them; float32 inside."""
     cos, sin = table
     rotary = 2 * cos.size(-1)
     if rotary < x_BTNH.size(-1):  # partial rotary: the first features turn, the rest pass

@@ -41,7 +41,7 @@ def cross_attention_parameters(layer: LayerArgs) -> int:
 
 
 def feed_forward_weights(layer: LayerArgs, *, active_only: bool = False) -> int:
-    """Entries of the feed-forward's matrices: the dense ones, or router and experts (one token's, if `active_only`)."""
+    """Entries of the feed-forward's matrices: dense, or router and experts (one token's, if `active_only`)."""
     products = 3 if layer.ffn_gated else 2
     if layer.moe is None:
         return products * layer.dim * layer.hidden_dim

@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.common import ROWS, stamp
 
-NAMES = ("startup", "training_step", "window_attention", "attention_memory", "kv_cache", "muon", "demo")
-GPU_NAMES = ("training_step", "window_attention", "kv_cache", "muon")
+NAMES = ("startup", "training_step", "window_attention", "attention_memory", "kv_cache", "moe", "muon", "demo")
+GPU_NAMES = ("training_step", "window_attention", "kv_cache", "moe", "muon")
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 HIDDEN = {"benchmark", "transom", "torch", "processor", "threads", "commit", "date"}
 

@@ -15,7 +15,7 @@ from transom.planning.counts import flops_per_token
 from transom.presets import preset
 from transom.runtime import synchronize
 from transom.training.config import OptimizerArgs
-from transom.training.loss import cross_entropy_sum
+from transom.training.cross_entropy import cross_entropy_sum
 from transom.training.muon import (
     Muon,
     default_compute_dtype,

@@ -13,7 +13,7 @@ from transom.model import LLM, TransformerInput
 from transom.planning.counts import flops_per_token, parameters
 from transom.runtime import matmul_peak
 from transom.training.config import OptimizerArgs
-from transom.training.loss import cross_entropy_sum
+from transom.training.cross_entropy import cross_entropy_sum
 from transom.training.optimizers import build_optimizer
 
 SHAPES = {

@@ -135,7 +135,8 @@ def test_block_equals_transformers_with_gradients(family):
         weight.data = torch.randn(weight.shape, generator=generator) * 0.5
     ours = MoE(tiny_args(dim=DIM, moe_args={"num_experts": EXPERTS, "hidden_dim": HIDDEN, **fields}).layers[0])
     weights = to_ours({name: weight.data for name, weight in theirs.named_parameters()})
-    if ours.router.choice_bias is not None:  # drawn around zero: groups outside are -inf there, not 0
+    if ours.router.choice_bias is not None:
+        theirs.gate.e_score_correction_bias -= 3.0  # a group filled with 0 instead of -inf would now be the best
         weights["router.choice_bias"] = theirs.gate.e_score_correction_bias
     ours.load_state_dict(weights)
 
@@ -188,9 +189,10 @@ def test_routing_is_float32_or_better(given, autocast):
     torch.testing.assert_close(logits, x.to(wide) @ module.weight.to(wide).T, rtol=1e-5, atol=1e-5)
 
 
-def test_saturated_sigmoids_are_told_apart_by_their_logits():
+@pytest.mark.parametrize(("best", "second"), [(3, 6), (6, 3)])
+def test_saturated_sigmoids_are_told_apart_by_their_logits(best, second):
     module = router(routing="sigmoid", top_k=1)
     with torch.no_grad():
         module.weight.zero_()
-        module.weight[3, 0], module.weight[6, 0] = 40.0, 60.0  # both are 1 after the sigmoid
-    assert module(torch.ones(1, DIM))[0].item() == 6
+        module.weight[best, 0], module.weight[second, 0] = 60.0, 40.0  # both are 1 after the sigmoid
+    assert module(torch.ones(1, DIM))[0].item() == best

@@ -22,67 +22,17 @@ GPT_OSS_ALPHA = 1.702  # makes x * sigmoid(alpha x) close to gelu (Hendrycks and
 
 @dataclass(frozen=True)
 class RouterStatistics:
-    """What one layer's router did in a call; returned, never stored in buffers. Sums are over real tokens only.
+    """What one layer's router did in a call; returned, never stored in buffers.
 
-    `chosen_TA` is the router's choice (-1 everywhere for padding), `ids_TA` what capacity left of it. The sums are
-    worked out when asked for: decoding, which never asks, would pay a third of its router's time for them.
+    `chosen_TA` is its choice before any capacity, -1 for padding; `ids_TA` is what capacity left of that. Sums are
+    left to `training/balance.py`: decoding, which needs none, would spend a third of the layer's time on them.
     """
 
     chosen_TA: Tensor
     ids_TA: Tensor
     logits_TE: Tensor
-    rows: int
+    rows: int  # T counts the tokens of all rows, one after the other
     routing: Routing
-
-    @property
-    def picks_BE(self) -> Tensor:
-        """How often the router chose each expert, before any capacity, by row."""
-        return self._by_row(picked(self.chosen_TA, self.logits_TE.size(-1)))
-
-    @property
-    def probabilities_BE(self) -> Tensor:
-        """Sums of the tokens' distributions over experts by row, with gradient."""
-        return self._by_row(self._probabilities_TE)
-
-    @property
-    def tokens_B(self) -> Tensor:
-        """Tokens by row."""
-        return self._by_row(~self._padding_T)
-
-    @property
-    def squared_logsumexp(self) -> Tensor:
-        """Sum over tokens of the squared logsumexp of their logits, with gradient."""
-        return self.logits_TE.logsumexp(-1).square().masked_fill(self._padding_T, 0.0).sum()
-
-    @property
-    def entropy(self) -> Tensor:
-        """Sum over tokens of their distribution's entropy in nats."""
-        return torch.special.entr(self._probabilities_TE.detach()).sum()
-
-    @property
-    def load_E(self) -> Tensor:
-        """Rows that each expert was given."""
-        return picked(self.ids_TA, self.logits_TE.size(-1)).sum(0).float()
-
-    @property
-    def dropped(self) -> Tensor:
-        """Tokens that lost an expert to its capacity."""
-        return ((self.ids_TA < 0).sum(-1) > (self.chosen_TA < 0).sum(-1)).sum().float()
-
-    @property
-    def _padding_T(self) -> Tensor:
-        return (self.chosen_TA < 0).all(-1)
-
-    @property
-    def _probabilities_TE(self) -> Tensor:
-        scores_TE = scores(self.logits_TE, self.routing)
-        if self.routing != "softmax":  # sigmoids are divided by their sum (arXiv 2412.19437, eq. 18)
-            scores_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
-        return scores_TE.masked_fill(self._padding_T.unsqueeze(-1), 0.0)
-
-    def _by_row(self, x_T: Tensor) -> Tensor:
-        sums_B = x_T.unflatten(0, (self.rows, -1)).sum(1)
-        return sums_B if sums_B.is_floating_point() else sums_B.float()
 
 
 def scores(logits_TE: Tensor, routing: Routing) -> Tensor:

@@ -35,7 +35,7 @@ DRAWING |= dict.fromkeys(("svg.fonttype", "figure.facecolor", "axes.facecolor"),
 DRAWING |= dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.spines.left"), False)
 DRAWING |= dict.fromkeys([f"{axis}tick.{part}.size" for axis in "xy" for part in ("major", "minor")], 0.0)
 DRAWING |= {"axes.edgecolor": GRID, "grid.color": GRID, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED}
-HEAT_COLUMNS, HEAT_MAP, HEAT_LIMIT, MISSING = 200, matplotlib.colormaps["RdBu_r"], 2.0, "\N{EM DASH}"
+MISSING = "\N{EM DASH}"
 SCORES = {"bits_per_byte": ",.3f", "perplexity": ",.2f", "tokens": ",.0f", "bytes": ",.0f"}
 STYLE = """
 :root{color-scheme:light dark;--page:#f5f6f8;--card:#fff;--ink:#16191d;--muted:#59616b;--line:#dfe3e8;
@@ -91,6 +91,7 @@ def write_report(run: Path) -> Path:
 def read_metrics(path: Path) -> tuple[dict[str, list[Row]], int]:
     """Rows by the key that tells their kind, and how many lines cannot be read: a kill may cut the last one."""
     kinds: dict[str, list[Row]] = {"loss": [], "held_out": [], "final": [], "samples": [], "event": []}
+    kinds |= {"expert_tokens": []}
     unreadable = 0
     for line in filter(bytes.strip, (path.read_bytes() if path.exists() else b"").split(b"\n")):
         try:
@@ -204,30 +205,6 @@ def _charts(rows: Kinds) -> str:
     return "".join(_chart(title, caption, lines, resumed, log) for title, caption, lines, log in charts)
 
 
-def _expert_load(training: Sequence[Row]) -> str:
-    """A heat map per MoE layer: experts from top to bottom, steps from left to right; nothing for dense runs."""
-    rows = [row for row in training if row.get("expert_load")]
-    if not rows:
-        return ""
-    steps, cards = _column(rows, "step"), []
-    load_LSE = np.array([row["expert_load"] for row in rows], dtype=np.float64).swapaxes(0, 1)
-    shown = np.linspace(steps[0], steps[-1], min(len(steps), HEAT_COLUMNS))
-    for layer, load_SE in enumerate(load_LSE * load_LSE.shape[-1]):
-        image = [np.interp(shown, steps, smoothed(load_S, len(steps) // HEAT_COLUMNS)) for load_S in load_SE.T]
-        extent = (steps[0] - 0.5, steps[-1] + 0.5, len(image) - 0.5, -0.5)
-        figure = Figure(figsize=(5.4, 1.9))
-        axes = figure.add_subplot()
-        axes.imshow(image, HEAT_MAP, aspect="auto", interpolation="none", vmin=0, vmax=HEAT_LIMIT, extent=extent)
-        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-        caption = f"last step: busiest expert {load_SE[-1].max():.2f}, idlest {load_SE[-1].min():.2f}"
-        cards.append(_card(f"MoE layer {layer + 1}", caption, figure))
-    stops = ",".join(matplotlib.colors.to_hex(HEAT_MAP(part)) for part in np.linspace(0, 1, 9))
-    scale = f'<i style="width:120px;height:10px;background:linear-gradient(90deg,{stops})"></i>'
-    key = f"Share of the tokens times experts (the rows): 0 {scale}{HEAT_LIMIT:g} or more; 1 is a fair share."
-    charge = f"Balancing loss at the last step: {_short(_column(rows, 'aux_loss')[-1])}."
-    return f'<h2>Expert load</h2><p>{key} {charge}</p><div class="grid">{"".join(cards)}</div>'
-
-
 def _header(name: str, facts: Row, rows: Kinds, best: Row | None) -> str:
     def finite(key: str) -> Floats:
         values = _column(rows["loss"], key)
@@ -292,6 +269,8 @@ def _events(rows: Kinds, unreadable: int) -> str:
 
 
 def _page(name: str, facts: Row, rows: Kinds, unreadable: int, config: str) -> str:
+    from transom.training.report_experts import expert_panel  # which draws with what stands above
+
     scored = [row for row in rows["held_out"] if np.isfinite(_column([row], "held_out", "bits_per_byte"))]
     best = min(scored, key=lambda row: row["held_out"]["bits_per_byte"], default=None)
     if best:
@@ -302,7 +281,8 @@ def _page(name: str, facts: Row, rows: Kinds, unreadable: int, config: str) -> s
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(name)}: Transom run</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body><main>'
         f"{_header(name, facts, rows, best)}<h2>Over the training steps</h2>"
-        f'<div class="grid">{_charts(rows) or "No step has been logged."}</div>{_expert_load(rows["loss"])}'
+        f'<div class="grid">{_charts(rows) or "No step has been logged."}</div>'
+        f"{expert_panel(rows['loss'], rows['expert_tokens'])}"
         f"{_sources(best) if best else ''}{_samples(rows['samples'])}{_events(rows, unreadable)}<h2>Config</h2>"
         f'<details class="card"><summary>Show</summary><pre>{escape(config)}</pre></details></main></body></html>'
     )

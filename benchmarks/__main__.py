@@ -1,4 +1,4 @@
-"""`python -m benchmarks [names] [--device cuda]`: measure, keep the rows, write docs/benchmarks.md from them."""
+"""`python -m benchmarks [names] [--device cuda]`: measure, keep the rows, write the pages made of them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,23 @@ from typing import Any
 import torch
 
 from benchmarks.common import ROWS, stamp
+from benchmarks.ideas import figure, read_rows, write_costs, write_index
 
-NAMES = ("startup", "training_step", "window_attention", "attention_memory", "kv_cache", "moe", "muon", "demo")
-GPU_NAMES = ("training_step", "window_attention", "kv_cache", "moe", "muon")
+NAMES = (
+    "startup",
+    "training_step",
+    "window_attention",
+    "attention_memory",
+    "kv_cache",
+    "moe",
+    "head_loss",
+    "checkpointing",
+    "compile",
+    "options",
+    "muon",
+    "demo",
+)
+GPU_NAMES = tuple(name for name in NAMES if name not in ("startup", "attention_memory", "demo"))
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 HIDDEN = {"benchmark", "transom", "torch", "processor", "threads", "commit", "date"}
 
@@ -25,8 +39,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--page", action="store_true", help="only write the page from the rows that are there")
     options = parser.parse_args()
-    lines = ROWS.read_text().splitlines() if ROWS.exists() else []
-    kept = [json.loads(line) for line in lines]
+    kept = read_rows(ROWS)
     if not options.page:
         names = options.names or (NAMES if options.device == "cpu" else GPU_NAMES)
         for name in names:
@@ -38,6 +51,8 @@ def main() -> None:
             kept = [row for row in kept if (row["benchmark"], row["processor"]) not in replaced] + rows
             ROWS.write_text("".join(json.dumps(row) + "\n" for row in kept))
     PAGE.write_text(page(kept))
+    write_costs(PAGE.parent / "ideas", kept)
+    write_index(PAGE.parent / "ideas")
 
 
 def page(rows: list[dict[str, Any]]) -> str:
@@ -58,19 +73,11 @@ def page(rows: list[dict[str, Any]]) -> str:
         where = f"{processor}, {first['threads']} threads, torch {first['torch']}"
         lines += ["", f"## {benchmark}", "", f"{where}, commit {first['commit']}, {first['date']}.", ""]
         if len(group) == 1:
-            lines += ["| | |", "| --- | --- |", *(f"| {key} | {_cell(first[key])} |" for key in columns)]
+            lines += ["| | |", "| --- | --- |", *(f"| {key} | {figure(first[key])} |" for key in columns)]
             continue
         lines += [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-        lines += [f"| {' | '.join(_cell(row.get(key)) for key in columns)} |" for row in group]
+        lines += [f"| {' | '.join(figure(row.get(key)) for key in columns)} |" for row in group]
     return "\n".join(lines) + "\n"
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {_cell(inner)}" for key, inner in value.items())
-    return f"{value:,}" if isinstance(value, (int, float)) else str(value)
 
 
 if __name__ == "__main__":

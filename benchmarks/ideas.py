@@ -8,78 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows that were measured; none without the file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def write_costs(pages_dir: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """Put measured rows between `<!-- cost:BENCHMARK; CASE; CASE -->` (without cases: all) and `<!-- /cost -->`.
-
-    Returns the pages that changed. A row that is not there yet reads "not measured yet".
-    """
-    changed = []
-    for path in sorted(pages_dir.glob("*.md")):
-        text = path.read_text(encoding="utf-8")
-        written = COST.sub(lambda found: f"{found[1]}\n{measured(found[2], rows)}\n{found[4]}", text)
-        if written != text:
-            path.write_text(written, encoding="utf-8")
-            changed.append(path)
-    return changed
-
-
 COST = re.compile(r"(<!-- cost:(.+?) -->)\n(.*?)(<!-- /cost -->)", flags=re.DOTALL)
+# Not figures, or said once for all rows.
 ABOUT = {"benchmark", "case", "peer", "target", "transom", "torch", "processor", "threads", "commit", "date"}
-
-
-def measured(asked: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of "BENCHMARK; CASE; CASE" as a Markdown list, or those of the whole benchmark; one per machine."""
-    benchmark, *cases = asked.split("; ")
-    chosen = [row for row in rows if row["benchmark"] == benchmark and (not cases or row["case"] in cases)]
-    if not chosen:
-        return "not measured yet"
-    lines, machine = [], None
-    for row in sorted(chosen, key=lambda row: row["processor"]):  # stable: cases stay in their order
-        if row["processor"] != machine:
-            machine = row["processor"]
-            where = (
-                f"{machine}, {row['threads']} threads, torch {row['torch']}, commit {row['commit']}, {row['date']}"
-            )
-            lines += [*([""] if lines else []), f"{where}:", ""]
-        figures = ", ".join(_named(key, value) for key, value in row.items() if key not in ABOUT)
-        against = f" (peer: {row['peer']})" if row.get("peer") else ""
-        lines.append(f"- {row['case']}: {figures}{against}")
-    missing = [case for case in cases if case not in {row["case"] for row in chosen}]
-    return "\n".join([*lines, *(f"- {case}: not measured yet" for case in missing)])
-
-
-def _named(key: str, value: Any) -> str:
-    return f"{key} ({figure(value)})" if isinstance(value, dict) else f"{key} {figure(value)}"
-
-
-def figure(value: Any) -> str:
-    """A value of a row as text: numbers with separators, nothing for None."""
-    if value is None:
-        return ""
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {figure(inner)}" for key, inner in value.items())
-    return f"{value:,}" if isinstance(value, (int, float)) else str(value)
-
-
-def write_index(pages_dir: Path) -> Path:
-    """README.md of the pages: each group's titles and first sentences, in the order of `PAGES`."""
-    lines = [INTRODUCTION]
-    for group, names in PAGES.items():
-        lines += ["", f"## {group}", ""]
-        for name in names:
-            title, _, rest = (pages_dir / f"{name}.md").read_text(encoding="utf-8").partition("\n")
-            first = " ".join(rest.partition("## What it is")[2].split()).partition(". ")[0]
-            lines.append(f"- [{title.removeprefix('# ')}]({name}.md): {first}.")
-    path = pages_dir / "README.md"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
 
 INTRODUCTION = """# Ideas
 
@@ -123,3 +54,71 @@ PAGES: dict[str, tuple[str, ...]] = {
     ),
     "Heads and loading": ("classification-and-embeddings", "load-hooks"),
 }
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows that were measured; none without the file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_costs(pages_dir: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Put measured rows between `<!-- cost:BENCHMARK; CASE; CASE -->` (without cases: all) and `<!-- /cost -->`.
+
+    Returns the pages that changed. A row that is not there yet reads "not measured yet".
+    """
+    changed = []
+    for path in sorted(pages_dir.glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        written = COST.sub(lambda found: f"{found[1]}\n{measured(found[2], rows)}\n{found[4]}", text)
+        if written != text:
+            path.write_text(written, encoding="utf-8")
+            changed.append(path)
+    return changed
+
+
+def measured(asked: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of "BENCHMARK; CASE; CASE" as a Markdown list, or those of the whole benchmark; one per machine."""
+    benchmark, *cases = asked.split("; ")
+    chosen = [row for row in rows if row["benchmark"] == benchmark and (not cases or row["case"] in cases)]
+    if not chosen:
+        return "not measured yet"
+    lines, machine = [], None
+    for row in sorted(chosen, key=lambda row: row["processor"]):  # stable: cases stay in their order
+        if row["processor"] != machine:
+            machine = row["processor"]
+            where = (
+                f"{machine}, {row['threads']} threads, torch {row['torch']}, commit {row['commit']}, {row['date']}"
+            )
+            lines += [*([""] if lines else []), f"{where}:", ""]
+        figures = ", ".join(_named(*pair) for pair in row.items() if pair[0] not in ABOUT and pair[1] is not None)
+        against = f" (peer: {row['peer']})" if row.get("peer") else ""
+        lines.append(f"- {row['case']}: {figures}{against}")
+    missing = [case for case in cases if case not in {row["case"] for row in chosen}]
+    return "\n".join([*lines, *(f"- {case}: not measured yet" for case in missing)])
+
+
+def _named(key: str, value: Any) -> str:
+    return f"{key} ({figure(value)})" if isinstance(value, dict) else f"{key} {figure(value)}"
+
+
+def figure(value: Any) -> str:
+    """A value of a row as text: numbers with separators, nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {figure(inner)}" for key, inner in value.items())
+    return f"{value:,}" if isinstance(value, (int, float)) else str(value)
+
+
+def write_index(pages_dir: Path) -> Path:
+    """README.md of the pages: each group's titles and first sentences, in the order of `PAGES`."""
+    lines = [INTRODUCTION]
+    for group, names in PAGES.items():
+        lines += ["", f"## {group}", ""]
+        for name in names:
+            title, _, rest = (pages_dir / f"{name}.md").read_text(encoding="utf-8").partition("\n")
+            first = " ".join(rest.partition("## What it is")[2].split()).partition(". ")[0]
+            lines.append(f"- [{title.removeprefix('# ')}]({name}.md): {first}.")
+    path = pages_dir / "README.md"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

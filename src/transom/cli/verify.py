@@ -1,0 +1,310 @@
+"""`transom verify`: every fast path against its slow, obvious twin, on this machine.
+
+Exit code 1 where two things that should be equal are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transom.args import ModelArgs
+from transom.cli.inspect import find, heading, show, table
+from transom.cli.main import emit_json
+from transom.errors import RequestError, notice, require
+from transom.fields import field_types
+from transom.presets import PRESETS
+from transom.training.config import TrainArgs, read_config
+
+if TYPE_CHECKING:
+    from transom.verify.attention import Row
+    from transom.verify.check import Finding, Line
+
+# What takes a MODEL, and what has nothing to do with one.
+WITH_MODEL = ("model", "cache", "resume")
+ALONE = ("data", "step", "attention")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's options."""
+    known = ", ".join((*WITH_MODEL, *ALONE))
+    parser.add_argument("what", nargs="?", help=f"what to verify: {known}")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        help="model or run folder, config of a model or a run (YAML or JSON), or preset: a shrunken copy of it is "
+        "verified; built-in models when absent",
+    )
+    parser.add_argument("--full", action="store_true", help="cache: the folder's own weights, not a shrunken copy")
+    parser.add_argument("--length", type=int, help="cache --full: longest sequence, tokens")
+    parser.add_argument("--device", help="cache --full, attention: where to run, default cpu for cache")
+    parser.add_argument("--dtype", help="cache --full: dtype of the weights, default float32")
+    parser.add_argument("--steps", type=int, help="resume: steps of the run, default 6")
+    parser.add_argument("--self-test", action="store_true", help="plant every known silent bug and see it caught")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run one check, or the self-test; 1 if anything differs."""
+    check_options(options)
+    if options.self_test:
+        return run_self_test(options)
+    if options.what == "attention":
+        return run_attention(options)
+    from transom.verify.check import one_thread, summarize
+
+    with contextlib.nullcontext() if options.full else one_thread():
+        lines = summarize(findings(options))
+    if options.json:
+        emit_json({"check": options.what, "model": options.model, **document(lines)})
+    else:
+        print_lines(options.what, options.model, lines)
+    return 1 if any(line.failed for line in lines) else 0
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse what does not go together, before torch is imported."""
+    if options.self_test:
+        require(options.what is None, "verify", options.what, "--self-test runs every check itself; leave it away")
+        return
+    known = (*WITH_MODEL, *ALONE)
+    require(options.what in known, "verify", options.what, f"accepted is {', '.join(known)}, or --self-test")
+    fits = options.model is None or options.what in WITH_MODEL
+    require(fits, "model", options.model, f"accepted with {', '.join(WITH_MODEL)}; {options.what} needs none")
+    full = options.what == "cache" and options.full
+    require(full or not options.full, "--full", options.full, "accepted with cache")
+    require(not full or options.model is not None, "--full", True, "accepted with a model or run folder")
+    for flag, fits in (
+        ("length", full),
+        ("dtype", full),
+        ("device", full or options.what == "attention"),
+        ("steps", options.what == "resume"),
+    ):
+        value = getattr(options, flag)
+        accepted = {"length": "cache --full", "dtype": "cache --full", "device": "cache --full and attention"}
+        require(value is None or fits, f"--{flag}", value, f"accepted with {accepted.get(flag, options.what)}")
+
+
+# -- which comparison -------------------------------------------------------------------------------------
+
+
+def findings(options: argparse.Namespace) -> Iterator[Finding]:
+    """The comparisons asked for, found one by one."""
+    what, name = options.what, options.model
+    if what == "resume":
+        from transom.verify.training import STEPS, compare_resumed_run
+
+        if name is not None or options.steps is not None:
+            args = read_run(name) if name is not None else TrainArgs(model="demo")
+            return compare_resumed_run(args, STEPS if options.steps is None else options.steps)
+    if what == "cache" and options.full:
+        from transom.checkpoints.load import load
+        from transom.verify.cache import compare_whole
+
+        subject = find(name)
+        if subject.folder is None:
+            raise RequestError(f"--full: {subject.name} has no weights; accepted is a model or run folder")
+        model = load(subject.folder, device=options.device or "cpu", dtype=options.dtype or "float32")
+        return compare_whole(model, subject.name, options.length)
+    from transom.verify.checks import CHECKS
+
+    return CHECKS[what].run() if name is None else shrunken(what, name)
+
+
+def shrunken(what: str, name: str) -> Iterator[Finding]:
+    """A copy of the model in small, compared with the oracle or call by call."""
+    from transom.verify.cache import compare_small
+    from transom.verify.model import compare_with_oracle, unspoken
+    from transom.verify.subjects import drawn, shrink
+
+    copy = shrink(read_model(name), context=what == "cache")
+    for line in copy.left_out:
+        notice(f"{name}: {line}")
+    if what == "cache":
+        return compare_small(drawn(copy.args), name)
+    if missing := unspoken(copy.args):
+        raise RequestError(f"{name}: {'; '.join(missing)}")
+    return compare_with_oracle(copy.args, name)
+
+
+def read_model(name: str) -> ModelArgs:
+    """Model arguments of a folder, a preset, a config.json, or a YAML or JSON file of a model or a run."""
+    path = Path(name)
+    if path.is_dir() or path.name == "config.json" or name in PRESETS or not path.exists():
+        return find(name).args
+    data = read_mapping(path)
+    return read_config(path).model_args(None) if is_run(data) else ModelArgs.from_dict(data)
+
+
+def read_run(name: str) -> TrainArgs:
+    """A run's config from its file or folder, or the default run around a model."""
+    path = Path(name)
+    if (path / "config.yaml").exists():
+        path = path / "config.yaml"
+    if path.is_file() and path.name != "config.json" and is_run(read_mapping(path)):
+        return read_config(path)
+    return TrainArgs(model=read_model(name).to_dict())
+
+
+def is_run(data: Mapping[str, Any]) -> bool:
+    """Whether a config is that of a run: a model's has none of its fields."""
+    return bool(set(data) & (set(field_types(TrainArgs)) - set(field_types(ModelArgs))))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The fields in a YAML or JSON file (which is YAML too)."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RequestError(f"{path}: accepted is a YAML or JSON file ({' '.join(str(error).split())})") from None
+    require(isinstance(data, dict), str(path), type(data).__name__, "accepted is a mapping of fields")
+    return dict(data)
+
+
+# -- what is shown ----------------------------------------------------------------------------------------
+
+
+def print_lines(what: str, model: str | None, lines: Iterable[Line]) -> None:
+    """One row per comparison, then where each failing one begins to differ."""
+    rows, failing, cases = [], [], 0
+    for line in lines:
+        verdict = "equal" if not line.failed else f"{line.failed} differ"
+        error, tolerance = f"{line.worst.error:.1e}", f"{line.worst.tolerance:.0e}" if line.worst.tolerance else "0"
+        rows.append((line.comparison, verdict, line.worst.where, str(line.cases), error, tolerance))
+        cases += line.cases
+        if line.first_bad is not None:
+            failing.append(line.first_bad)
+    heading(f"verify {what}: {model or 'built-in models'}")
+    show(table(("comparison", "verdict", "worst case"), ("cases", "largest error", "accepted"), rows))
+    for bad in failing:
+        print(f"{bad.comparison}: {bad.where}: error {bad.error:.2e}, {bad.detail}")
+    print(f"\n{'all equal' if not failing else 'NOT EQUAL'}: {cases} comparisons")
+
+
+def document(lines: Iterable[Line]) -> dict[str, Any]:
+    """The same as plain data."""
+    rows = [
+        {
+            "comparison": line.comparison,
+            "cases": line.cases,
+            "failed": line.failed,
+            "worst": plain(line.worst),
+            "first_bad": None if line.first_bad is None else plain(line.first_bad),
+        }
+        for line in lines
+    ]
+    return {"ok": not any(row["failed"] for row in rows), "comparisons": rows}
+
+
+def plain(finding: Finding) -> dict[str, Any]:
+    """A finding as JSON takes it, which has no infinity."""
+    error = finding.error if finding.error < float("inf") else None
+    return {"where": finding.where, "error": error, "tolerance": finding.tolerance, "detail": finding.detail}
+
+
+# -- attention --------------------------------------------------------------------------------------------
+
+
+def run_attention(options: argparse.Namespace) -> int:
+    """The support matrix of this machine; refuses backends that fail, and accepts again those that no longer do."""
+    import torch
+
+    from transom.attend.attend import machine_key, refuse
+    from transom.runtime import pick_device
+    from transom.verify.attention import failures, matrix, plain, save_matrix, verify_attention
+    from transom.verify.check import one_thread
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if options.device is not None:
+        devices = [pick_device(options.device).type]
+    with one_thread():
+        outcomes = list(verify_attention(devices))
+    rows, failed = matrix(outcomes), failures(outcomes)
+    saved = ""
+    if options.device is None:
+        refuse(failed)
+        saved = str(save_matrix(rows))
+    else:
+        notice(f"--device {options.device}: one part of this machine, so nothing is refused or saved")
+    if options.json:
+        facts = {"machine": machine_key(), "jobs": len(outcomes), "saved": saved}
+        emit_json({"check": "attention", "ok": not failed, **facts, "failed": failed, "rows": [*map(plain, rows)]})
+        return 1 if failed else 0
+    print_matrix(machine_key(), rows)
+    for name, why in failed.items():
+        print(f"{name}: {why}{'; refused on this machine from now on' if saved else ''}")
+    told = "NOT EQUAL" if failed else "all equal: no backend is refused"
+    print(f"\n{told}; {len(outcomes)} comparisons{f', saved in {saved}' if saved else ''}")
+    return 1 if failed else 0
+
+
+def print_matrix(machine: str, rows: Sequence[Row]) -> None:
+    """Largest error per backend, dtype and kind of job; what declines everything is one line with its reason."""
+    shown: list[tuple[str, ...]] = []
+    declined: dict[str, str] = {}
+    columns: tuple[str, ...] = ()
+    active = {(row.backend, row.device) for row in rows if not row.declined}
+    for row in rows:
+        name = f"{row.backend} on {row.device}"
+        if row.declined:
+            partly = (row.backend, row.device) in active
+            declined.setdefault(f"{name} in {row.dtype}" if partly else name, row.declined)
+            continue
+        cells = []
+        for group, error in row.errors.items():
+            word = "-" if error is None else f"{error:.1e}"
+            cells.append(f"FAILS {word}" if row.failed[group] else word)
+        shown.append((name, row.dtype, *cells))
+        columns = tuple(row.errors)
+    heading(f"verify attention: largest error against the float64 reference, {machine}")
+    show(table(("backend", "dtype"), columns, shown))
+    print("-: declines such jobs\n")
+    for name, why in declined.items():
+        print(f"{name}: {why}")
+
+
+# -- the self-test ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One planted bug as it is shown."""
+
+    name: str
+    check: str
+    found_by: str
+    error: float | None
+
+
+def run_self_test(options: argparse.Namespace) -> int:
+    """Plant every bug; 1 if one stays unseen."""
+    from transom.verify.bugs import BUGS
+    from transom.verify.check import one_thread
+    from transom.verify.self_test import baseline, plant_all
+
+    with one_thread():
+        baseline(dict.fromkeys(bug.check for bug in BUGS))
+        every = list(plant_all(BUGS))
+    verdicts = []
+    for caught in every:
+        by = caught.by
+        found = "NOTHING: it stayed green" if by is None else f"{by.comparison}: {by.where}"
+        verdicts.append(Verdict(caught.bug.name, caught.bug.check, found, None if by is None else by.error))
+    missed = [one.name for one in verdicts if one.error is None]
+    if options.json:
+        emit_json({"check": "self-test", "ok": not missed, "bugs": [vars(one) for one in verdicts]})
+    else:
+        rows = [
+            (one.name, one.check, one.found_by, "-" if one.error is None else f"{one.error:.1e}")
+            for one in verdicts
+        ]
+        heading("verify --self-test: each bug planted alone, and the first comparison that saw it")
+        show(table(("planted bug", "check", "turned red"), ("error",), rows))
+        print(f"\n{len(verdicts) - len(missed)} of {len(verdicts)} planted bugs turn their check red")
+    return 1 if missed else 0

@@ -1,0 +1,67 @@
+"""Known silent bugs: nothing crashes, the numbers are just wrong. A later kind of work adds its own rows.
+
+The check named with each must turn red; a bug that no check sees is itself a bug.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from transom.verify import plants, plants_runs
+
+
+@dataclass(frozen=True)
+class Bug:
+    """What goes wrong while the context of `plant` lasts, and the name of the check that must notice."""
+
+    name: str
+    check: str
+    plant: Callable[[], AbstractContextManager[None]]
+
+    @property
+    def what(self) -> str:
+        """What the plant says it does."""
+        said = self.plant.__doc__
+        assert said is not None, "every plant has a docstring"
+        return said.rstrip(".")
+
+
+BUGS: tuple[Bug, ...] = (
+    Bug("window off by one", "cache", plants.wide_window),
+    Bug("window off by one everywhere", "model", plants.wide_window_everywhere),
+    Bug("chunk counted from the call", "cache", plants.chunk_from_the_call),
+    Bug("padding key visible", "cache", plants.visible_padding),
+    Bug("leaking segment", "cache", plants.leaking_segment),
+    Bug("RoPE scaling dropped", "model", plants.unscaled_rope),
+    Bug("YaRN factor dropped", "model", plants.unfactored_yarn),
+    Bug("rotary layout swapped", "model", plants.swapped_layout),
+    Bug("NoPE layer given rotary", "model", plants.rotated_nope),
+    Bug("QK-norm on the wrong side", "model", plants.norm_behind_rotation),
+    Bug("temperature counts padding", "cache", plants.padded_temperature),
+    Bug("GQA heads tiled", "model", plants.tiled_heads),
+    Bug("norm weight dropped", "model", plants.weightless_norm),
+    Bug("softcap dropped", "model", plants.uncapped_scores),
+    Bug("sinks dropped", "model", plants.sinkless_scores),
+    Bug("softmax scale dropped", "model", plants.unscaled_scores),
+    Bug("logits not capped", "model", plants.uncapped_logits),
+    Bug("latent decoding without rotation", "cache", plants.latent_without_rotation),
+    Bug("tied output untied", "model", plants.untied_output),
+    Bug("expert output scaled", "model", plants.scaled_output),
+    Bug("router weights renormalised", "model", plants.renormalized_router),
+    Bug("choice bias in the weights", "model", plants.weighing_bias),
+    Bug("stale ring slot", "cache", plants_runs.stale_slot),
+    Bug("prefill chunk overwrites", "cache", plants_runs.overwriting_prefill),
+    Bug("static view cut short", "cache", plants_runs.short_view),
+    Bug("window slice off by one", "attention", plants.wide_slices),
+    Bug("NaN from a masked row", "attention", plants.nan_in_masked_rows),
+    Bug("partial block lost", "attention", plants.lost_partial_block),
+    Bug("double BOS", "data", plants_runs.double_bos),
+    Bug("EOS masked", "data", plants_runs.masked_eos),
+    Bug("per-rank mean loss", "step", plants_runs.mean_of_means),
+    Bug("data state lost", "resume", plants_runs.lost_data_state),
+    Bug("optimizer state lost", "resume", plants_runs.lost_optimizer_state),
+    Bug("average restarted", "resume", plants_runs.restarted_average),
+    Bug("random state lost", "resume", plants_runs.lost_random_state),
+)

@@ -1,0 +1,22 @@
+"""The checks by name; a later kind of comparison is one more entry here, its bugs are rows in `bugs.py`."""
+
+from __future__ import annotations
+
+from transom.verify.attention import check_attention
+from transom.verify.cache import check_cache
+from transom.verify.check import Check
+from transom.verify.data import check_data
+from transom.verify.model import check_model
+from transom.verify.training import check_resume, check_step
+
+CHECKS: dict[str, Check] = {
+    one.name: one
+    for one in (
+        Check("model", "logits and gradients against an oracle written from the formulas", check_model),
+        Check("cache", "cached, chunked, rotating, padded and packed calls against one whole forward", check_cache),
+        Check("attention", "every backend against the float64 reference, on the CPU", check_attention),
+        Check("data", "packed rows and targets against the documents they came from", check_data),
+        Check("step", "a step in micro-batches against the same step in one piece", check_step),
+        Check("resume", "an interrupted run against a straight one, bit for bit", check_resume),
+    )
+}

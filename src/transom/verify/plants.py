@@ -1,0 +1,331 @@
+"""Silent bugs in the model's maths: masks, positions, norms, heads, experts, backends; `bugs.py` names each."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transom.args import LayerArgs, LayerRule, ModelArgs, RopeArgs
+from transom.attend import blockwise, mask, sdpa
+from transom.attend.mask import MaskSpec
+from transom.attend.view import CacheView, Score
+from transom.layers import attention, rope
+from transom.layers.attention import Attention
+from transom.layers.latent_attention import LatentAttention
+from transom.layers.linear import Embedding
+from transom.layers.moe import LocalDispatcher, Router
+from transom.layers.norm import RMSNorm
+from transom.layers.step import Step
+from transom.model import LLM
+from transom.verify.planting import Call, around_attend, changed, changed_everywhere, layered, scored
+
+# -- who sees whom ----------------------------------------------------------------------------------------
+
+
+def ruled(change: Callable[..., tuple[Any, ...]]) -> AbstractContextManager[None]:
+    """The mask rule with changed arguments."""
+    return changed_everywhere(mask.allowed, lambda original: lambda *given: original(*change(*given)))
+
+
+def wide_window() -> AbstractContextManager[None]:
+    """The mask of a window layer lets one key too many through."""
+
+    def change(rule: LayerRule, *rest: Any) -> tuple[Any, ...]:
+        return (replace(rule, size=rule.size + 1) if rule.kind == "window" else rule, *rest)
+
+    return ruled(change)
+
+
+def wide_window_everywhere() -> AbstractContextManager[None]:
+    """Mask, ring and slices agree on a window too wide."""
+
+    def rule(args: ModelArgs, layer: LayerArgs) -> LayerRule:
+        return replace(layer.rule, size=layer.rule.size + 1) if layer.rule.kind == "window" else layer.rule
+
+    return layered(rule=rule)
+
+
+def chunk_from_the_call() -> AbstractContextManager[None]:
+    """Chunks begin where a call begins, not at multiples of their size."""
+
+    def change(rule: LayerRule, q: Tensor, k: Tensor, *segments: Any) -> tuple[Any, ...]:
+        if rule.kind != "chunk":
+            return (rule, q, k, *segments)
+        first = q.clamp(min=0).amin(1, keepdim=True) % rule.size
+        return (
+            rule,
+            torch.where(q < 0, q, q - first + rule.size),
+            torch.where(k < 0, k, k - first + rule.size),
+            *segments,
+        )
+
+    return ruled(change)
+
+
+def visible_padding() -> AbstractContextManager[None]:
+    """Padding and empty slots take part in attention."""
+
+    def change(rule: LayerRule, q: Tensor, k: Tensor, *segments: Any) -> tuple[Any, ...]:
+        return (rule, q, torch.where(k < 0, q.amax(1, keepdim=True).clamp(min=0), k), *segments)
+
+    return ruled(change)
+
+
+def leaking_segment() -> AbstractContextManager[None]:
+    """Packed documents see each other."""
+
+    def outer(forward: Call) -> Call:
+        def wrapped(self: Attention, x: Tensor, step: Step, cache: object = None) -> Tensor:
+            masks = {rule: MaskSpec(rule, spec.positions_BT) for rule, spec in step.masks.items()}
+            return forward(self, x, replace(step, masks=masks), cache)
+
+        return wrapped
+
+    return changed(Attention, "forward", outer)
+
+
+# -- positions, norms, heads ------------------------------------------------------------------------------
+
+
+def unscaled_rope() -> AbstractContextManager[None]:
+    """Rotary frequencies are those of the short context."""
+
+    def make(original: Call) -> Call:
+        return lambda rope_args, *rest, **named: original(replace(rope_args, scaling=None), *rest, **named)
+
+    return changed_everywhere(rope.frequencies, make)
+
+
+def unfactored_yarn() -> AbstractContextManager[None]:
+    """Cos and sin are not scaled as YaRN asks."""
+    return changed_everywhere(rope.attention_factor, lambda original: lambda scaling: 1.0)
+
+
+def swapped_layout() -> AbstractContextManager[None]:
+    """Neighbours turn together where halves should, and the reverse."""
+    other = {"halves": "interleaved", "interleaved": "halves"}
+    return changed_everywhere(
+        rope.rotate, lambda original: lambda x, table, layout: original(x, table, other[layout])
+    )
+
+
+def rotated_nope() -> AbstractContextManager[None]:
+    """A layer that should know no positions rotates."""
+
+    def told(args: ModelArgs, layer: LayerArgs) -> RopeArgs:
+        return layer.rope or RopeArgs(args.rotary_dim, args.rope_theta, args.rope_layout, args.scaling)
+
+    return layered(rope=told)
+
+
+def norm_behind_rotation() -> AbstractContextManager[None]:
+    """A learned norm of heads is applied behind the rotation."""
+
+    def outer(forward: Call) -> Call:
+        def wrapped(self: Attention, x: Tensor, step: Step, cache: object = None) -> Tensor:
+            q_norm, k_norm = self.q_norm, self.k_norm
+            if q_norm is None or k_norm is None or self.layer.qk_norm != "head":
+                return forward(self, x, step, cache)
+
+            def attend(q: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> Tensor:
+                k, v = view.states
+                return step.attend(q_norm(q), replace(view, states=(k_norm(k), v)), spec, score)
+
+            self.q_norm = self.k_norm = None
+            try:
+                return forward(self, x, replace(step, attend=attend), cache)
+            finally:
+                self.q_norm, self.k_norm = q_norm, k_norm
+
+        return wrapped
+
+    return changed(Attention, "forward", outer)
+
+
+def tiled_heads() -> AbstractContextManager[None]:
+    """Query head h reads kv head h mod K instead of h div (N / K)."""
+
+    def make(layer: Attention, attend: Call) -> Call:
+        def call(q: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> Tensor:
+            heads = q.size(2)
+            order = torch.arange(heads).view(-1, view.states[0].size(2)).T.flatten()  # head h reads kv head h % K
+            return attend(q[:, :, order], view, spec, score)[:, :, order.argsort()]
+
+        return call
+
+    return around_attend(make)
+
+
+def padded_temperature() -> AbstractContextManager[None]:
+    """Queries are scaled by their column, not by their position."""
+
+    def make(original: Call) -> Call:
+        def scale(positions: Tensor, args: object) -> Tensor:
+            columns = torch.arange(positions.size(1)).expand_as(positions)
+            return original(torch.where((positions < 0).any(1, keepdim=True), columns, positions), args)
+
+        return scale
+
+    return changed_everywhere(attention.temperature_scale, make)
+
+
+def uncapped_scores() -> AbstractContextManager[None]:
+    """Scores are not capped."""
+    return scored(softcap=None)
+
+
+def sinkless_scores() -> AbstractContextManager[None]:
+    """No attention goes to the sinks."""
+    return scored(sinks_N=None)
+
+
+def unscaled_scores() -> AbstractContextManager[None]:
+    """A scale of its own is taken for 1 / sqrt(H)."""
+    return scored(scale=None)
+
+
+def weightless_norm() -> AbstractContextManager[None]:
+    """RMSNorm forgets its weight."""
+
+    def make(original: Call) -> Call:
+        def forward(self: RMSNorm, x: Tensor) -> Tensor:
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+        return forward
+
+    return changed(RMSNorm, "forward", make)
+
+
+def latent_without_rotation() -> AbstractContextManager[None]:
+    """The absorbed form of latent attention forgets the rotary part of the query."""
+
+    def make(original: Call) -> Call:
+        def absorbed(self: object, q_nope: Tensor, q_rope: Tensor, *rest: Any) -> Tensor:
+            return original(self, q_nope, torch.zeros_like(q_rope), *rest)
+
+        return absorbed
+
+    return changed(LatentAttention, "absorbed", make)
+
+
+def uncapped_logits() -> AbstractContextManager[None]:
+    """The soft cap of the logits is left out."""
+    return changed(LLM, "finish_logits", lambda original: lambda self, raw: raw * self.args.logit_factor)
+
+
+def untied_output() -> AbstractContextManager[None]:
+    """The output is a copy of the embeddings and gives them no gradient."""
+
+    def make(original: Call) -> Call:
+        def project(self: LLM, h: Tensor) -> Tensor:
+            if not self.args.tie_embeddings:
+                return original(self, h)
+            tied = self.tok_embeddings
+            copy = Embedding(*tied.weight.shape)
+            copy.weight = torch.nn.Parameter(tied.weight.detach().clone())
+            self.tok_embeddings = copy
+            try:
+                return original(self, h)
+            finally:
+                self.tok_embeddings = tied
+
+        return project
+
+    return changed(LLM, "project", make)
+
+
+# -- experts ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def scaled_output() -> Iterator[None]:
+    """A sigmoid router scales what experts put out, not what goes in."""
+    kept: list[Tensor] = []
+
+    def dispatch(original: Call) -> Call:
+        def call(self: object, x: Tensor, ids: Tensor, scale: Tensor | None = None, **named: Any) -> Any:
+            kept[:] = [] if scale is None else [scale]
+            return original(self, x, ids, None, **named)
+
+        return call
+
+    def combine(original: Call) -> Call:
+        return lambda self, rows, handle, weights=None: original(self, rows, handle, kept[0] if kept else weights)
+
+    with changed(LocalDispatcher, "dispatch", dispatch), changed(LocalDispatcher, "combine", combine):
+        yield
+
+
+def renormalized_router() -> AbstractContextManager[None]:
+    """Weights of the chosen experts sum to one where they should not."""
+
+    def make(original: Call) -> Call:
+        def forward(self: Router, *given: Any) -> Any:
+            told = self.moe
+            self.moe = replace(told, normalize=not told.normalize)
+            try:
+                return original(self, *given)
+            finally:
+                self.moe = told
+
+        return forward
+
+    return changed(Router, "forward", make)
+
+
+def weighing_bias() -> AbstractContextManager[None]:
+    """The bias that balances experts also weights what they put out."""
+
+    def make(original: Call) -> Call:
+        def weigh(self: Router, logits: Tensor, ids: Tensor) -> Tensor:
+            bias = self.choice_bias
+            return original(self, logits if bias is None else logits + bias.to(logits.dtype), ids)
+
+        return weigh
+
+    return changed(Router, "weigh", make)
+
+
+# -- backends ---------------------------------------------------------------------------------------------
+
+
+def wide_slices() -> AbstractContextManager[None]:
+    """A kernel's blocks of a window are sliced one key too wide."""
+
+    def make(original: Call) -> Call:
+        return lambda q, k, v, window, score: original(q, k, v, window + 1, score)
+
+    return changed(sdpa, "_by_window", make)
+
+
+def nan_in_masked_rows() -> AbstractContextManager[None]:
+    """A query that may see no key becomes NaN instead of zero."""
+
+    def make(original: Call) -> Call:
+        def by_block(q: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> Tensor:
+            may = mask.allowed(spec.rule, spec.positions_BT, view.positions_BS, spec.segments_BT, view.segments_BS)
+            return original(q, view, spec, score).masked_fill(~may.any(-1)[..., None, None], float("nan"))
+
+        return by_block
+
+    return changed(sdpa, "_by_block", make)
+
+
+def lost_partial_block() -> AbstractContextManager[None]:
+    """Keys behind the last whole block are left out."""
+
+    def make(original: Call) -> Call:
+        def met(self: object, start: int, stop: int, slots: int) -> Iterator[tuple[int, int, Any]]:
+            for low, high, hidden in original(self, start, stop, slots):
+                if low == 0 or (high - low) % blockwise.KEYS == 0:
+                    yield low, high, hidden
+
+        return met
+
+    return changed(blockwise._Tiles, "met", make)

@@ -1,0 +1,120 @@
+"""`transom verify` from the outside: what it takes, what it prints, and its exit codes."""
+
+import json
+
+import pytest
+import yaml
+
+from tests.helpers import random_model, tiny_args
+from transom.checkpoints.load import save
+from transom.cli.main import main
+from transom.verify import bugs, planting, plants, plants_runs
+from transom.verify.bugs import Bug
+
+MODEL = {"dim": 64, "n_layers": 2, "n_heads": 2, "layer_pattern": "SF", "sliding_window": 512}
+
+
+def written(folder, kind):
+    """The same model as a YAML file, a JSON file, a run's config, a config.json and a folder."""
+    if kind == "folder":
+        save(random_model(tiny_args(layer_pattern="SF", sliding_window=7)), folder / "model")
+        return folder / "model"
+    if kind == "run":
+        path, data = folder / "run.yaml", {"steps": 7, "model": MODEL}
+    elif kind == "config.json":
+        path, data = folder / "config.json", {"model_type": "transom", **MODEL}
+    else:
+        path, data = folder / f"model.{kind}", MODEL
+    path.write_text(yaml.safe_dump(data) if path.suffix == ".yaml" else json.dumps(data))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["yaml", "json", "run", "config.json", "folder"])
+def test_a_model_is_taken_from_wherever_it_is_written(tmp_path, capsys, kind):
+    path = written(tmp_path, kind)
+    assert main(["verify", "cache", str(path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["ok"]
+    names = {row["comparison"] for row in told["comparisons"]}
+    assert {"rotating = static stores", "packed", "chunked prefill"} <= names, "the window has been kept"
+    assert all(row["worst"]["error"] <= row["worst"]["tolerance"] for row in told["comparisons"])
+
+
+def test_a_folder_is_verified_with_its_own_weights(tmp_path, capsys):
+    folder = written(tmp_path, "folder")
+    assert main(["verify", "cache", str(folder), "--full", "--length", "48", "--dtype", "float64", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {row["worst"]["tolerance"] for row in told["comparisons"]} == {1e-9}
+
+
+@pytest.mark.parametrize("what", ["model", "resume"])
+def test_other_checks_take_a_preset(capsys, what):
+    assert main(["verify", what, "demo"]) == 0
+    assert "all equal" in capsys.readouterr().out
+
+
+def test_resume_takes_a_runs_config_and_steps(tmp_path, capsys):
+    assert main(["verify", "resume", str(written(tmp_path, "run")), "--steps", "4"]) == 0
+    assert "1 + 1 + 2 steps" in capsys.readouterr().out
+
+
+def test_a_mismatch_is_shown_where_it_begins_and_is_exit_code_1(capsys):
+    with plants_runs.overwriting_prefill():
+        assert main(["verify", "cache", "mistral-7b-v0.1"]) == 1
+    out = capsys.readouterr().out
+    assert "NOT EQUAL" in out
+    assert "first at position" in out
+    assert ", layer 0" in out
+    with plants.weightless_norm():
+        assert main(["verify", "model", "demo", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["comparisons"][0]["first_bad"]["detail"].startswith("first at position")
+
+
+def test_what_the_oracle_lacks_is_a_refusal(tmp_path, capsys):
+    (tmp_path / "wide.yaml").write_text(yaml.safe_dump({"mup_base_dim": 64}))
+    assert main(["verify", "model", str(tmp_path / "wide.yaml")]) == 2
+    assert "mup_base_dim: the oracle has no formula" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "verify = None: accepted is model, cache"),
+        (["cash"], "'cash'"),
+        (["data", "demo"], "data needs none"),
+        (["cache", "--full"], "--full"),
+        (["cache", "demo", "--full"], "preset demo has no weights"),
+        (["model", "demo", "--full"], "accepted with cache"),
+        (["cache", "demo", "--length", "9"], "--length = 9: accepted with cache --full"),
+        (["cache", "--steps", "4"], "--steps"),
+        (["resume", "demo", "--steps", "2"], "--steps = 2"),
+        (["cache", "--self-test"], "leave it away"),
+        (["cache", "no-such-model"], "no such folder, file or preset"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence(capsys, words, said):
+    assert main(["verify", *words]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1
+
+
+def test_files_that_are_no_model_are_refused(tmp_path, capsys):
+    for text, said in (("- 1", "mapping"), ("dim: [", "YAML"), ("dims: 4", "dim")):
+        (tmp_path / "model.yaml").write_text(text)
+        assert main(["verify", "cache", str(tmp_path / "model.yaml")]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_self_test_lists_every_bug_and_fails_on_one_that_stays_green(monkeypatch, capsys):
+    few = tuple(bug for bug in bugs.BUGS if bug.check == "data")
+    harmless = Bug("harmless", "data", lambda: planting.lost(Bug, "__repr__"))
+    for chosen, code in ((few, 0), ((*few, harmless), 1)):
+        monkeypatch.setattr(bugs, "BUGS", chosen)
+        assert main(["verify", "--self-test"]) == code
+        out = capsys.readouterr().out
+        assert all(bug.name in out for bug in chosen)
+        assert main(["verify", "--self-test", "--json"]) == code
+        assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["bugs"]) == len(chosen)
+    assert "NOTHING: it stayed green" in out

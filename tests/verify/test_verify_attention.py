@@ -1,0 +1,174 @@
+"""`verify attention`: right backends are green, each kind of wrong one is named for what it is, and refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import pytest
+import torch
+
+from tests.helpers import one_thread
+from transom.attend import attend
+from transom.attend.attend import BACKENDS, Backend
+from transom.attend.reference import reference
+from transom.attend.view import Score
+from transom.cli.main import main
+from transom.errors import RequestError
+from transom.verify import attention, plants
+from transom.verify.attention import Outcome, failures, matrix, verify_attention
+from transom.verify.attention_jobs import PHASES, RULES, Job, build, jobs
+
+DOUBLE = (torch.float64,)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def single_threaded():
+    with one_thread():
+        yield
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRANSOM_CACHE", str(tmp_path))
+    attend.reload()
+    yield tmp_path
+    attend.reload()
+
+
+def declared(function, why_not=lambda *job: None):
+    return {"fake": Backend("fake", function, why_not)}
+
+
+def few():
+    return (job for job in jobs() if job.group != "masks")
+
+
+def small():
+    return (job for job in jobs() if job.group == "masked rows" or (job.phase == "prefill" and job.length < 50))
+
+
+def test_jobs_cover_every_rule_phase_and_group():
+    every = list(jobs())
+    assert len(set(every)) == len(every), "a job is done twice"
+    assert {job.rule for job in every} >= set(RULES)
+    assert {job.phase for job in every} == {*PHASES, "blind"}
+    assert any(job.gradients and "sinks" in job.scoring for job in every)
+    assert any(job.dims[0] != job.dims[1] for job in every)
+    assert {job.length % 128 == 0 for job in every if job.group == "lengths"} == {True, False}
+
+
+def test_a_blind_job_lets_no_query_see_a_key():
+    inputs = build(Job("masked rows", RULES[2], "blind", length=5), torch.device("cpu"))
+    assert (reference(inputs.tensors[0], inputs.view, inputs.spec, Score()) == 0).all()
+
+
+@pytest.mark.parametrize("name", ["sdpa", "blockwise"])
+def test_the_backends_of_this_machine_are_green(name):
+    outcomes = list(verify_attention(["cpu"], {name: BACKENDS[name]}, (torch.float32,)))
+    assert failures(outcomes) == {}
+    assert all(one.error > 0 for one in outcomes if one.job.group == "softcap" and not one.why_not)
+
+
+def wrong_window(q, view, spec, score):
+    rule = spec.rule if spec.rule.kind != "window" else type(spec.rule)("window", spec.rule.size + 1)
+    return reference(q, view, type(spec)(rule, spec.positions_BT, spec.segments_BT), score)
+
+
+def nan_rows(q, view, spec, score):
+    out = reference(q, view, spec, score)
+    return out.masked_fill((out == 0).all(-1, keepdim=True), float("nan"))
+
+
+def no_bfloat16(q, view, spec, score):
+    if q.dtype == torch.bfloat16:
+        raise RuntimeError("no kernel\n  for BFloat16")
+    return reference(q, view, spec, score)
+
+
+def whole_blocks(q, view, spec, score):
+    out = reference(q, view, spec, score).clone()
+    out[:, q.size(1) // 128 * 128 :] *= 0.5
+    return out
+
+
+def no_sink_gradient(q, view, spec, score):
+    sinks = None if score.sinks_N is None else score.sinks_N.detach()
+    return reference(q, view, spec, Score(score.scale, score.softcap, sinks))
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (wrong_window, "error"),
+        (nan_rows, "NaN from a masked row"),
+        (no_bfloat16, "its kernel cannot take bfloat16 (RuntimeError: no kernel for BFloat16)"),
+        (whole_blocks, "wrong at lengths that are no multiple of 128"),
+        (no_sink_gradient, "(gradients)"),
+    ],
+)
+def test_a_wrong_backend_is_named_for_what_it_is(function, said):
+    dtypes = (torch.float32, torch.bfloat16) if function is no_bfloat16 else DOUBLE
+    todo = small if function is no_bfloat16 else few
+    outcomes = list(verify_attention(["cpu"], declared(function), dtypes, todo))
+    found = failures(outcomes)
+    assert said in found["fake"]
+    assert "\n" not in found["fake"]
+
+
+def test_what_is_declined_is_neither_run_nor_a_failure():
+    def refuse_to_run(*job):
+        raise AssertionError("it said that it cannot")
+
+    outcomes = list(verify_attention(["cpu"], declared(refuse_to_run, lambda *job: "not today"), DOUBLE, few))
+    assert failures(outcomes) == {}
+    (row,) = matrix_of_fake(outcomes)
+    assert row.declined == "not today"
+    assert set(row.errors.values()) == {None}
+
+
+def matrix_of_fake(outcomes: list[Outcome]):
+    return matrix([Outcome(**{**vars(one), "backend": "sdpa"}) for one in outcomes])
+
+
+def some():
+    return (job for job in jobs() if job.group != "masks" or job.phase == "prefill")
+
+
+def test_the_matrix_shows_the_largest_error_of_every_group():
+    outcomes = list(verify_attention(["cpu"], declared(wrong_window), DOUBLE, some))
+    (row,) = matrix_of_fake(outcomes)
+    assert row.failed["masks"]
+    assert row.failed["lengths"]
+    assert not row.failed["masked rows"]
+    assert row.errors["masks"] == max(one.error for one in outcomes if one.job.group == "masks")
+
+
+def test_a_failing_backend_is_refused_until_it_is_right_again(own_cache, monkeypatch, capsys):
+    quick = functools.partial(verify_attention, dtypes=DOUBLE, todo=small)
+    monkeypatch.setattr(attention, "verify_attention", quick)
+    inputs = build(Job("masks"), torch.device("cpu"))
+    call = (inputs.tensors[0], inputs.view, inputs.spec, inputs.score)
+    with plants.nan_in_masked_rows():
+        assert main(["verify", "attention"]) == 1
+    assert "sdpa: NaN from a masked row" in capsys.readouterr().out
+    with pytest.raises(RequestError, match=r"sdpa.*failed `transom verify attention`"):
+        attend.backend("sdpa")(*call)
+    assert attend.choose(*call).name == "blockwise"
+    assert main(["verify", "attention", "--device", "cpu"]) == 0
+    assert "nothing is refused or saved" in capsys.readouterr().err
+    assert attend.choose(*call).name == "blockwise", "one device does not lift a refusal"
+    assert main(["verify", "attention"]) == 0
+    assert attend.choose(*call).name == "sdpa"
+    table = json.loads((own_cache / "attention-matrix.json").read_text())
+    assert {row["backend"] for row in table[attend.machine_key()]} == set(BACKENDS)
+
+
+def test_json_is_one_document(own_cache, monkeypatch, capsys):
+    monkeypatch.setattr(
+        attention, "verify_attention", functools.partial(verify_attention, dtypes=DOUBLE, todo=small)
+    )
+    assert main(["verify", "attention", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["ok"]
+    assert {row["backend"] for row in told["rows"]} == set(BACKENDS)

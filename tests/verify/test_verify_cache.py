@@ -1,0 +1,153 @@
+"""`verify cache`: green on every kind of model, red where something is planted, and honest about where."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.helpers import one_thread, random_model, tiny_args
+from transom.args import ModelArgs
+from transom.cache import store
+from transom.errors import RequestError
+from transom.presets import PRESETS, preset
+from transom.verify import plants, plants_runs
+from transom.verify.cache import Plan, Trace, compare, compare_small, compare_whole, edges, first_bad
+from transom.verify.check import difference, summarize
+from transom.verify.subjects import BUILT_IN, CHUNK, ORIGINAL, WINDOW, drawn, shrink, tokens_for
+
+LONGROPE = {"kind": "longrope", "factor": 4.0, "original_max_seq_len": 4096}
+MODELS = {
+    "demo": PRESETS["demo"],
+    "mixed": BUILT_IN["mixed"],
+    "latent": {
+        "n_heads": 8,
+        "mla_args": {"kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 24},
+    },
+    "longrope": {
+        "dim": 512,
+        "head_dim": 64,
+        "rope_scaling": {
+            **LONGROPE,
+            "short_factor": [1.0 + i / 10 for i in range(32)],
+            "long_factor": [2.0 + i for i in range(32)],
+        },
+    },
+    "context": {"context_dim": 40, "layer_pattern": "SF", "sliding_window": 99},
+    "dynamic": {"rope_scaling": {"kind": "dynamic", "factor": 4.0, "original_max_seq_len": 4096}},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def single_threaded():
+    with one_thread():
+        yield
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kind_of_model_is_green(name):
+    bucket = store.BUCKET
+    copy = shrink(ModelArgs.from_dict(MODELS[name]), context=True)
+    assert copy.left_out == ()
+    lines = summarize(compare_small(drawn(copy.args), name))
+    assert [line.first_bad for line in lines if line.failed] == []
+    assert {"prefill + decode", "chunked prefill", "after a rollback"} <= {line.comparison for line in lines}
+    assert bucket == store.BUCKET, "what was shrunken for the comparison is as before"
+
+
+def test_a_layer_that_sees_later_tokens_is_compared_without_a_cache(capsys):
+    copy = shrink(ModelArgs.from_dict({"layer_pattern": "BF"}))
+    lines = summarize(compare_small(drawn(copy.args), "encoder"))
+    assert {line.comparison for line in lines} == {"padded batch", "padded in front", "packed"}
+    assert not any(line.failed for line in lines)
+    assert "nothing is cached" in capsys.readouterr().err
+
+
+def test_a_planted_bug_is_located():
+    """The ring of layer 0 keeps an old token: the first wrong position is the first that reads it."""
+    with plants_runs.stale_slot():
+        bad = next(one for one in compare_small(drawn(shrink(preset("mistral-7b-v0.1")).args), "m") if not one.ok)
+    assert bad.detail == f"first at position {WINDOW}, layer 0"
+    assert bad.error > 1e-3
+
+
+def test_first_bad_tells_layer_and_position():
+    good = Trace([torch.zeros(1, 5, 2), torch.zeros(1, 5, 2), torch.zeros(1, 5, 3)])
+    bad = Trace([x.clone() for x in good.states])
+    bad.states[1][0, 3] = 1.0
+    bad.states[2][0, 1:] = 1.0
+    assert first_bad(bad, good, 1e-9, start=10) == "first at position 13, layer 1"
+    bad.states[1].zero_()
+    assert first_bad(bad, good, 1e-9, start=0) == "first at position 1, behind the last layer"
+
+
+def test_edges_surround_windows_rings_and_buckets():
+    args = tiny_args(sliding_window=5)
+    found = edges(args, Plan(40, (0, 3), 16, 40, 1e-9))
+    for mark in (5, 10, 8, 16, 32, 4):  # window, two windows, ring, its double, two buckets, slack + 1
+        assert {mark - 1, mark, mark + 1} <= set(found), mark
+    assert min(found) == 1
+    assert max(found) == 39
+
+
+def test_a_real_model_runs_as_it_is(capsys):
+    args = tiny_args(layer_pattern="SF", sliding_window=20, max_seq_len=600)
+    lines = summarize(compare_whole(random_model(args), "tiny"))
+    assert [line.first_bad for line in lines if line.failed] == []
+    assert lines[0].worst.tolerance == pytest.approx(1e-4), "float32 weights, float32 tolerance"
+    list(compare_whole(random_model(args), "tiny", length=18))
+    assert "windows or chunks of 20 tokens are not crossed" in capsys.readouterr().err
+    with pytest.raises(RequestError, match="head = 'embedding'"):
+        next(compare_whole(random_model(tiny_args(head={"kind": "embedding"})), "tiny"))
+    with pytest.raises(RequestError, match=r"--length = 601.*600"):
+        next(compare_whole(random_model(args), "tiny", length=601))
+
+
+def test_nan_is_never_equal():
+    good = torch.ones(2, 3)
+    assert difference(good, good) == 0.0
+    assert difference(good * float("nan"), good) == float("inf")
+    assert difference(good[:1], good) == float("inf")
+    assert difference(1e6 * good + 1, 1e6 * good) == pytest.approx(1e-6, rel=0.1)
+
+
+def test_a_model_that_ignores_its_padding_is_seen():
+    """Comparisons judge rows alone: batch and single row may not share the mistake."""
+    model = drawn(shrink(preset("demo")).args)
+    with plants.visible_padding():
+        lines = summarize(compare(model, "demo", Plan(12, (0,), 256, 12, 1e-9)))
+    assert {line.comparison for line in lines if line.failed} >= {"padded in front", "padded batch, cached"}
+
+
+def test_longrope_factors_are_as_many_as_a_copy_has_pairs():
+    for count in (3, 4, 48):
+        scaling = {**LONGROPE, "short_factor": [1.0] * count, "long_factor": [2.0 + i for i in range(count)]}
+        copy = shrink(ModelArgs.from_dict({"head_dim": 2 * count, "rope_scaling": scaling})).args
+        assert len(copy.rope_scaling.long_factor) == copy.rotary_dim // 2
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_copy_keeps_the_pattern_and_shrinks_the_sizes(name):
+    args = preset(name)
+    copy = shrink(args).args
+    assert args.pattern.startswith(copy.pattern)
+    assert set(args.pattern) == set(copy.pattern)
+    assert copy.sliding_window in (None, WINDOW)
+    assert copy.attention_chunk_size in (None, CHUNK)
+    assert (copy.moe_args is None) == (args.moe_args is None)
+    assert (copy.n_heads == copy.kv_heads) == (args.n_heads == args.kv_heads)
+    if args.scaling is not None:
+        assert copy.scaling.original_max_seq_len == ORIGINAL
+    logits = drawn(copy)(tokens_input(copy)).logits
+    assert logits.dtype == torch.float64
+    assert logits.std() > 0.1
+
+
+def tokens_input(args):
+    from transom.model import TransformerInput
+
+    return TransformerInput(tokens_for(args, 1, 9))
+
+
+def test_what_a_copy_leaves_out_is_said():
+    copy = shrink(ModelArgs.from_dict({"context_dim": 32, "head": {"kind": "classification"}}))
+    assert [line.split(":")[0] for line in copy.left_out] == ["head", "context_dim"]

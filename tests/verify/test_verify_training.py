@@ -1,0 +1,99 @@
+"""`verify resume`, `verify step` and `verify data`: green as they are, and each part of a history is looked at."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from transom.errors import RequestError
+from transom.training.config import read_config
+from transom.verify.data import check_data
+from transom.verify.runs import tiny_run, workshop
+from transom.verify.training import (
+    check_resume,
+    check_step,
+    compare_resumed_run,
+    history,
+    judge,
+)
+
+
+def test_resume_is_bit_equal():
+    findings = list(check_resume())
+    assert len(findings) == 14
+    assert {one.tolerance for one in findings} == {0.0}
+    assert all(one.ok for one in findings)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model": "llama4-scout", "data": {"batch_size": 6}, "accumulate": 3},
+        {"model": {"preset": "mistral-7b-v0.1"}, "optimizer": {"name": "adamw"}, "short_rows": 0.5},
+    ],
+    ids=["moe, accumulated", "window, short rows"],
+)
+def test_a_real_runs_settings_are_resumed_in_small(fields):
+    findings = list(compare_resumed_run(read_config(None, base=fields), 4))
+    assert [one for one in findings if not one.ok] == []
+
+
+def test_two_interruptions_need_three_steps():
+    with pytest.raises(RequestError, match="--steps = 2"):
+        next(compare_resumed_run(read_config(None), 2))
+
+
+@pytest.fixture(scope="module")
+def straight():
+    with workshop() as folder:
+        return history(tiny_run(folder, "run", steps=2, ema_decay=0.5), folder, "straight", [2])
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("losses", lambda x: x + 1e-12),
+        ("gradient norms", lambda x: x + 1e-12),
+        ("weights", lambda x: {**x, "norm.weight": x["norm.weight"] + 1}),
+        ("averaged weights", lambda x: {**x, "norm.weight": x["norm.weight"] + 1}),
+        ("optimizer state", lambda x: dict(list(x.items())[1:])),
+        ("data position", lambda x: {**x, "item": x["item"] + 1}),
+        ("random state", lambda x: x.roll(1)),
+    ],
+)
+def test_every_part_of_a_history_is_compared(straight, part, change):
+    field = {
+        "losses": "losses",
+        "gradient norms": "grad_norms",
+        "averaged weights": "averages",
+        "optimizer state": "optimizer",
+        "data position": "data",
+        "random state": "random",
+    }.get(part, part)
+    other = replace(straight, **{field: change(getattr(straight, field))})
+    (bad,) = (one for one in judge("c", "here", other, straight) if not one.ok)
+    assert bad.where == f"{part}, here"
+    assert bad.detail
+
+
+def test_a_history_depends_on_the_random_state():
+    """Without it, losing the state could not be seen."""
+    with workshop() as folder:
+        args = tiny_run(folder, "run", steps=2)
+        first = history(args, folder, "one", [1])
+        assert not torch.equal(first.random, history(args, folder, "two", [2]).random)
+
+
+def test_step_and_data_are_green():
+    assert [one for one in (*check_step(), *check_data()) if not one.ok] == []
+
+
+def test_a_workshop_leaves_nothing_behind():
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    with workshop() as folder:
+        history(tiny_run(folder, "run", steps=1), folder, "one", [1])
+    assert not folder.exists()
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)

@@ -9,6 +9,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from transom.errors import RequestError
 from transom.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_tokenizer, train_bpe, train_chars
+from transom.tokenizers.fast import FastBackend
 
 TEXTS = [
     "The quick brown fox doesn't jump over 12345 lazy dogs.\r\n\n  def f(x):\n\treturn x\n",
@@ -32,7 +33,7 @@ def metaspace_bytes() -> Tokenizer:
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    return Tokenizer(backend, bos="<s>", eos="</s>")
+    return Tokenizer(FastBackend(backend, ["<s>", "</s>"]), bos="<s>", eos="</s>")
 
 
 def metaspace_unigram() -> Tokenizer:
@@ -44,7 +45,7 @@ def metaspace_unigram() -> Tokenizer:
         vocab_size=200, special_tokens=["<s>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
     )
     backend.train_from_iterator([*TEXTS, "</s> <s>", *SPECIAL_TOKENS], trainer)
-    return Tokenizer(backend, bos="<s>", eos="</s>")
+    return Tokenizer(FastBackend(backend, ["<s>", "</s>"]), bos="<s>", eos="</s>")
 
 
 OWN = {

@@ -8,6 +8,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from transom.adapt.lora import activate_adapters, remove_adapter
+    from transom.adapt.lora_args import LoraArgs
+    from transom.adapt.merge import merge_adapter, unmerge_adapter
+    from transom.adapt.new import apply_lora
+    from transom.adapt.read import load_adapter
+    from transom.adapt.write import save_adapter
     from transom.args import HeadArgs, LayerArgs, MlaArgs, ModelArgs, MoeArgs, RopeScaling, VisionArgs
     from transom.attend.mask import create_chunked_attention_mask, positions_from_sizes
     from transom.attend.reference import repeat_kv
@@ -36,6 +42,12 @@ if TYPE_CHECKING:
 
 # Names resolve on first use (PEP 562): `import transom` and `transom --help` must not pay for torch.
 _HOMES = {
+    "transom.adapt.lora": ("activate_adapters", "remove_adapter"),
+    "transom.adapt.lora_args": ("LoraArgs",),
+    "transom.adapt.merge": ("merge_adapter", "unmerge_adapter"),
+    "transom.adapt.new": ("apply_lora",),
+    "transom.adapt.read": ("load_adapter",),
+    "transom.adapt.write": ("save_adapter",),
     "transom.args": ("HeadArgs", "LayerArgs", "MlaArgs", "ModelArgs", "MoeArgs", "RopeScaling", "VisionArgs"),
     "transom.attend.mask": ("create_chunked_attention_mask", "positions_from_sizes"),
     "transom.attend.reference": ("repeat_kv",),

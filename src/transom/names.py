@@ -154,6 +154,91 @@ _HF_LLAMA4_VISION = (
     _row("multi_modal_projector.linear_1.weight", "vision.projection.weight"),
 )
 
+# Names that weights of the same model have had in the reference codes of Meta and Mistral: `load_state_dict` takes
+# them beside ours, and so do their folders. Where a key could be read in two ways, the first row whose parameters
+# the model has counts.
+_META_FFN = f"{_OURS}.feed_forward"
+_META_EXPERTS = f"{_META_FFN}.experts"
+_META_SHARED = f"{_META_FFN}.shared_expert"
+_META_DENSE = (
+    _row(f"{_META_FFN}.w1.weight", f"{_META_FFN}.w_gate.weight"),
+    _row(f"{_META_FFN}.w3.weight", f"{_META_FFN}.w_value.weight"),
+    _row(f"{_META_FFN}.w2.weight", f"{_META_FFN}.w_out.weight"),
+)
+_MISTRAL_EXPERTS = (
+    _row(f"{_META_FFN}.gate.weight", f"{_META_FFN}.router.weight"),
+    *(
+        _row(f"{_META_EXPERTS}.{{e}}.{theirs}.weight", f"{_META_EXPERTS}.{ours}.weight", transform="stack")
+        for theirs, ours in (("w1", "w_gate"), ("w3", "w_value"), ("w2", "w_out"))
+    ),
+)
+_LLAMA4_EXPERTS = (
+    _row(f"{_META_FFN}.router_DE", f"{_META_FFN}.router.weight", transform="transpose"),
+    *(
+        row
+        for ours, flat, shared in (
+            ("w_gate", "moe_w_in_eD_F", "w_in_shared_FD"),
+            ("w_value", "moe_w_swiglu_eD_F", "w_swiglu_FD"),
+            ("w_out", "moe_w_out_eF_D", "w_out_shared_DF"),
+        )
+        for row in (
+            _row(f"{_META_EXPERTS}.{flat}", f"{_META_EXPERTS}.{ours}.weight", transform="flat"),
+            _row(f"{_META_FFN}.{shared}.weight", f"{_META_SHARED}.{ours}.weight"),
+        )
+    ),
+)
+OLD_NAMES: tuple[Row, ...] = (
+    _row(
+        f"{_OURS}.attention.wqkv.weight",
+        *(f"{_OURS}.attention.{leaf}.weight" for leaf in ("wq", "wk", "wv")),
+        transform="rows",
+    ),
+    _row(f"{_OURS}.attention.wqkv.layer_norm_weight", f"{_OURS}.attention_norm.weight"),
+    _row(
+        f"{_META_FFN}.mlp.fc1_weight", f"{_META_FFN}.w_gate.weight", f"{_META_FFN}.w_value.weight", transform="rows"
+    ),
+    _row(f"{_META_FFN}.mlp.fc2_weight", f"{_META_FFN}.w_out.weight"),
+    _row(f"{_META_FFN}.mlp.layer_norm_weight", f"{_OURS}.ffn_norm.weight"),
+    _row(f"{_META_FFN}.norm.weight", f"{_OURS}.ffn_norm.weight"),
+    *_META_DENSE,
+    *_MISTRAL_EXPERTS,
+    *_LLAMA4_EXPERTS,
+    *(
+        row
+        for theirs, ours in (("w1", "w_gate"), ("w3", "w_value"), ("w2", "w_out"))
+        for row in (
+            _row(f"{_META_EXPERTS}.{theirs}", f"{_META_EXPERTS}.{ours}.weight", transform="transpose"),
+            _row(f"{_META_SHARED}.{theirs}.weight", f"{_META_SHARED}.{ours}.weight"),
+        )
+    ),
+)
+_META = (
+    *(_row(name, name) for name in ("tok_embeddings.weight", "norm.weight", "output.weight")),
+    *(_row(name, name) for name in (f"{_OURS}.attention.{leaf}.weight" for leaf in ("wq", "wk", "wv", "wo"))),
+    *(_row(name, name) for name in (f"{_OURS}.attention_norm.weight", f"{_OURS}.ffn_norm.weight")),
+    *_META_DENSE,
+)
+_ENCODER = "vision_embeddings.vision_encoder"
+_META_BLOCK = f"{_ENCODER}.transformer.resblocks.{{v}}"
+_META_VISION = (
+    _row(f"{_ENCODER}.conv1._linear.weight", "vision.patch_embedding.weight"),
+    _row(f"{_ENCODER}.class_embedding", "vision.class_embedding"),
+    _row(f"{_ENCODER}.positional_embedding_vlm", "vision.position_embedding"),
+    *_with_bias(f"{_ENCODER}.ln_pre", "vision.norm_pre"),
+    *_with_bias(f"{_ENCODER}.ln_post", "vision.norm_post"),
+    *(
+        row
+        for leaf in ("wq", "wk", "wv", "wo")
+        for row in _with_bias(f"{_META_BLOCK}.attn.{leaf}", f"{_OURS_VISION}.attention.{leaf}")
+    ),
+    *_with_bias(f"{_META_BLOCK}.ln_1", f"{_OURS_VISION}.attention_norm"),
+    *_with_bias(f"{_META_BLOCK}.ln_2", f"{_OURS_VISION}.ffn_norm"),
+    *_with_bias(f"{_META_BLOCK}.mlp.c_fc", f"{_OURS_VISION}.feed_forward.w_value"),
+    *_with_bias(f"{_META_BLOCK}.mlp.c_proj", f"{_OURS_VISION}.feed_forward.w_out"),
+    _row("vision_embeddings.vision_adapter.mlp.c_fc.weight", "vision.adapter.fc1.weight"),
+    _row("vision_embeddings.vision_adapter.mlp.c_proj.weight", "vision.adapter.fc2.weight"),
+    _row("vision_projection.weight", "vision.projection.weight"),
+)
 TABLES: dict[str, tuple[Row, ...]] = {
     "llama": _HF_LLAMA,
     "mistral": _HF_LLAMA,
@@ -202,6 +287,11 @@ TABLES: dict[str, tuple[Row, ...]] = {
         *_hf_dense(f"{_LAYER}.mlp.shared_experts", f"{_OURS_FFN}.shared_expert"),
     ),
 }
+# Folders with a params.json, of Meta's code and of Mistral's, whatever family their model is of.
+PARAMS_TABLES: dict[str, tuple[Row, ...]] = {
+    "params_meta": (*_META, *_LLAMA4_EXPERTS, *_META_VISION),
+    "params_mistral": (*_META, *_MISTRAL_EXPERTS),
+}
 
 # Other beginnings that the keys of a table have had, and what they are here; the first that fits counts.
 PREFIXES: dict[str, tuple[tuple[str, str], ...]] = {
@@ -218,54 +308,33 @@ UNREAD: dict[str, tuple[tuple[str, str], ...]] = {
     "": ((r".*\.rotary_emb\.inv_freq", "tables of rotary frequencies, computed here"),),
     "gemma3": ((r"(vision_tower|multi_modal_projector)\..*", "the image encoder, which is not read: text only"),),
     "deepseek_v3": ((r"model\.layers\.{n}\..*", "the layer that predicts further tokens, which is not read"),),
+    "params_meta": (
+        (r"rope\.freqs|freqs_cis", "tables of rotary frequencies, computed here"),
+        (r".*\._extra_state", "extra states of a library, which hold no weights"),
+        (r".*\.(global_gate_stats_3E|expert_activation_DE)", "statistics of training"),
+    ),
+    "params_mistral": (
+        (r"rope\.freqs", "tables of rotary frequencies, computed here"),
+        (
+            r"(vision_encoder|vision_language_adapter|patch_merger|pre_mm_projector_norm)\..*",
+            "the image encoder, which is not read: text only",
+        ),
+    ),
 }
 
-# Names that weights of the same model have had in the reference codes of Meta and Mistral: `load_state_dict` takes
-# them beside ours. Where a key could be read in two ways, the first row whose parameters the model has counts.
-_META_FFN = f"{_OURS}.feed_forward"
-_META_EXPERTS = f"{_META_FFN}.experts"
-_META_SHARED = f"{_META_FFN}.shared_expert"
-OLD_NAMES: tuple[Row, ...] = (
-    _row(
-        f"{_OURS}.attention.wqkv.weight",
-        *(f"{_OURS}.attention.{leaf}.weight" for leaf in ("wq", "wk", "wv")),
-        transform="rows",
-    ),
-    _row(f"{_OURS}.attention.wqkv.layer_norm_weight", f"{_OURS}.attention_norm.weight"),
-    _row(
-        f"{_META_FFN}.mlp.fc1_weight", f"{_META_FFN}.w_gate.weight", f"{_META_FFN}.w_value.weight", transform="rows"
-    ),
-    _row(f"{_META_FFN}.mlp.fc2_weight", f"{_META_FFN}.w_out.weight"),
-    _row(f"{_META_FFN}.mlp.layer_norm_weight", f"{_OURS}.ffn_norm.weight"),
-    _row(f"{_META_FFN}.norm.weight", f"{_OURS}.ffn_norm.weight"),
-    _row(f"{_META_FFN}.w1.weight", f"{_META_FFN}.w_gate.weight"),
-    _row(f"{_META_FFN}.w3.weight", f"{_META_FFN}.w_value.weight"),
-    _row(f"{_META_FFN}.w2.weight", f"{_META_FFN}.w_out.weight"),
-    _row(f"{_META_FFN}.gate.weight", f"{_META_FFN}.router.weight"),
-    _row(f"{_META_FFN}.router_DE", f"{_META_FFN}.router.weight", transform="transpose"),
-    *(
-        row
-        for theirs, ours, meta, shared in (
-            ("w1", "w_gate", "moe_w_in_eD_F", "w_in_shared_FD"),
-            ("w3", "w_value", "moe_w_swiglu_eD_F", "w_swiglu_FD"),
-            ("w2", "w_out", "moe_w_out_eF_D", "w_out_shared_DF"),
-        )
-        for row in (
-            _row(f"{_META_EXPERTS}.{{e}}.{theirs}.weight", f"{_META_EXPERTS}.{ours}.weight", transform="stack"),
-            _row(f"{_META_EXPERTS}.{meta}", f"{_META_EXPERTS}.{ours}.weight", transform="flat"),
-            _row(f"{_META_EXPERTS}.{theirs}", f"{_META_EXPERTS}.{ours}.weight", transform="transpose"),
-            _row(f"{_META_FFN}.{shared}.weight", f"{_META_SHARED}.{ours}.weight"),
-            _row(f"{_META_SHARED}.{theirs}.weight", f"{_META_SHARED}.{ours}.weight"),
-        )
-    ),
-)
 # Endings of keys that hold nothing a model needs: rotary tables are computed, extra states are a library's own.
 IGNORED_ENDINGS = ("rope.freqs", "._extra_state")
 
 
 def moves(table: str, args: ModelArgs, parameters: Collection[str]) -> list[Move]:
-    """The rows of a family's table, expanded."""
-    return expand(TABLES[table], args, parameters)
+    """The rows of a table, of a family or of `PARAMS_TABLES`, expanded: one way to write every parameter."""
+    return expand(PARAMS_TABLES.get(table) or TABLES[table], args, parameters)
+
+
+def moves_to_read(table: str, args: ModelArgs, parameters: Collection[str]) -> list[Move]:
+    """`moves`, and behind them all other ways in which files of this table have spelled the same parameters."""
+    older = expand(OLD_NAMES, args, parameters) if table in PARAMS_TABLES else []
+    return moves(table, args, parameters) + older
 
 
 def expand(rows: Iterable[Row], args: ModelArgs, parameters: Collection[str]) -> list[Move]:

@@ -1,4 +1,4 @@
-"""What the transforms of `names.py` do to tensors, in both directions."""
+"""What the transforms of `names.py` do to tensors, in both directions, and one rotary layout into the other."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from transom.args import ModelArgs, RopeLayout
 from transom.names import Transform
 
 Shape = tuple[int, ...]
@@ -53,3 +54,19 @@ def to_other(transform: Transform, tensors: Sequence[Tensor]) -> list[Tensor]:
         case "alternate":
             columns = [part.mT if part.ndim == 3 else part for part in tensors]
             return [torch.stack(columns, -1).flatten(-2)]
+
+
+def turn_rotary(name: str, tensor: Tensor, args: ModelArgs, to: RopeLayout) -> Tensor:
+    """Rotary rows of what makes queries and keys, from one layout into the other; other tensors as they are.
+
+    Interleaved pairs (0, 1), (2, 3) ... become halves (0, d/2), (1, d/2 + 1) ... or the other way. A latent's rows
+    are ordered otherwise: `mla_args` is for callers to refuse.
+    """
+    *_, leaf, _ = f"..{name}".split(".")
+    turns = leaf in ("wq", "wk", "q_norm", "k_norm") and name.startswith("layers.")
+    if args.rope_layout == to or not turns:
+        return tensor
+    heads = tensor.unflatten(0, (-1, args.head_size))
+    turned, rest = heads.split((args.rotary_dim, args.head_size - args.rotary_dim), 1)
+    turned = turned.unflatten(1, (-1, 2) if to == "halves" else (2, -1)).transpose(1, 2).flatten(1, 2)
+    return torch.cat((turned, rest), 1).flatten(0, 1)

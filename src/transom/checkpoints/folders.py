@@ -1,4 +1,7 @@
-"""Which folder a person means: a model folder, or a run folder standing for one of its steps. No torch."""
+"""Which folder a person means, and of which format its files are: native, Hugging Face's, Meta's or Mistral's.
+
+Nothing is guessed from names that people choose; a run folder stands for one of its steps. No torch.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +11,72 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transom.args import ModelArgs
+from transom.checkpoints.hub import download, is_hub_id
 from transom.errors import RequestError, notice
 
 MODEL_TYPE = "transom"
 CHECKSUMS = "sha256.json"
+CONFIG, PARAMS = "config.json", "params.json"
+SAFE, PICKLED = "consolidated.safetensors", "consolidated.{rank:02d}.pth"
+
+Format = Literal["native", "hf", "meta", "mistral"]
 
 
-def model_folder(path: str | Path, which: Literal["best", "latest"] = "best") -> Path:
-    """The model folder meant by `path`; for a run folder its `best` (or `latest`) step, and says so on stderr."""
+def model_folder(path: str | Path, which: Literal["best", "latest"] = "best", revision: str | None = None) -> Path:
+    """The model folder meant by `path`; for a run folder its `best` (or `latest`) step, and says so on stderr.
+
+    What is no path and looks like `owner/model` is a hub id, at `revision` where one is given; not so below a
+    folder that is there, since a mistyped path is no business of a hub's.
+    """
     folder = Path(path)
+    if not folder.exists() and not folder.parent.exists() and is_hub_id(str(path)):
+        return model_folder(download(str(path), revision), which)
+    if revision is not None:
+        raise RequestError(f"revision = {revision!r}: accepted with a hub id, and {path} is not one")
     if not folder.exists():
-        raise RequestError(f"{folder}: no such folder; accepted is a model or run folder")
+        raise RequestError(f"{folder}: no such folder; accepted is a model or run folder, or a hub id")
     if not folder.is_dir():
         raise RequestError(f"{folder}: a file; accepted is a model or run folder")
-    if (folder / "config.json").exists():
+    if (folder / CONFIG).exists() or (folder / PARAMS).exists():
         return folder
     for pointer in (which, "latest"):
         step = read_pointer(folder, pointer)
         if step is not None:
             notice(f"{folder}: using {pointer} step {step.name}")
             return step
-    raise RequestError(f"{folder}: no config.json and no finished step; accepted is a model or run folder")
+    inside = next((p for p in ("original",) if (folder / p / PARAMS).exists()), None)
+    hint = f", as {folder / inside} is" if inside else ""
+    raise RequestError(
+        f"{folder}: no config.json, no params.json and no finished step; accepted is a model or run folder{hint}"
+    )
+
+
+def folder_format(folder: Path) -> Format:
+    """Whose layout a model folder has, by what its files say; where there are two, the one taken is said."""
+    config, params = (folder / CONFIG).exists(), (folder / PARAMS).exists()
+    if not config and not params:
+        raise RequestError(f"{folder}: no config.json and no params.json; accepted is a model folder")
+    if config and params and consolidated_files(folder):
+        kept = any(folder.glob("model*.safetensors"))
+        notice(f"{folder}: two formats; {'config.json' if kept else 'params.json'} and its weights are read")
+        config = kept
+    if config:
+        return "native" if read_json(folder / CONFIG).get("model_type") == MODEL_TYPE else "hf"
+    # Mistral's code requires the width that Meta's derives by a rule.
+    return "mistral" if "hidden_dim" in read_params(folder) else "meta"
+
+
+def consolidated_files(folder: Path) -> list[Path]:
+    """Weights as Meta and Mistral name them: safetensors first, else one .pth per rank, in their order."""
+    safe = [path for path in (folder / SAFE, folder / f"{SAFE}.index.json") if path.exists()]
+    return safe or sorted(path for path in folder.glob("consolidated.*.pth") if path.name.split(".")[1].isdigit())
+
+
+def read_params(folder: Path) -> dict[str, Any]:
+    """params.json, of which some files nest everything under `model`."""
+    params = read_json(folder / PARAMS)
+    inner = params.get("model")
+    return inner if isinstance(inner, dict) else params
 
 
 def read_pointer(run: Path, name: str) -> Path | None:
@@ -74,10 +122,41 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_args(folder: Path) -> ModelArgs:
-    """The model arguments of a native or Hugging Face folder."""
-    config = read_json(folder / "config.json")
-    if config.get("model_type") == MODEL_TYPE:
-        return ModelArgs.from_dict({k: v for k, v in config.items() if k not in ("model_type", "architectures")})
-    from transom.checkpoints.hf_config import args_from_hf
+    """The model arguments of a folder of any format."""
+    match folder_format(folder):
+        case "native":
+            config = read_json(folder / CONFIG)
+            own = {key: value for key, value in config.items() if key not in ("model_type", "architectures")}
+            return ModelArgs.from_dict(own)
+        case "hf":
+            from transom.checkpoints.hf_config import args_from_hf
 
-    return args_from_hf(config, str(folder / "config.json"))
+            return args_from_hf(read_json(folder / CONFIG), str(folder / CONFIG))
+        case "mistral":
+            from transom.checkpoints.mistral_config import args_from_mistral
+
+            return args_from_mistral(read_params(folder), str(folder / PARAMS))
+        case "meta":
+            return _read_meta(folder)
+
+
+def stated_vocabulary(folder: Path) -> int | None:
+    """Rows of the embeddings as the config states them, also of models we cannot read; None where it is silent."""
+    config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else read_params(folder)
+    inner = config.get("text_config")
+    size = config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def _read_meta(folder: Path) -> ModelArgs:
+    from transom.checkpoints.meta_config import args_from_meta, needs_vocabulary
+
+    params, vocab_size = read_params(folder), -1
+    if needs_vocabulary(params):  # only the weights know, and only then is torch needed
+        from transom.checkpoints.consolidated import vocabulary_of
+
+        dim = params.get("dim")
+        if not isinstance(dim, int):
+            raise RequestError(f"{folder / PARAMS}: dim = {dim!r}: accepted is a whole params.json")
+        vocab_size = vocabulary_of(folder, dim)
+    return args_from_meta(params, str(folder / PARAMS), vocab_size)

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from transom.args import ModelArgs
+from transom.checkpoints.stored import Batch, Source, Stored
 from transom.errors import RequestError, notice
 from transom.names import PREFIXES, UNREAD, Move
 from transom.transforms import Shape, to_other, to_own
 
 # What torch says of a tensor that cannot be cut or stacked the way a row wants.
 _MISFITS = (RuntimeError, ValueError, IndexError)
+_HEAD, _EMBEDDINGS = r"lm_head\.weight$|^output\.weight$", r"model\.embed_tokens\.weight$|^tok_embeddings\.weight$"
 
 
-def clean(table: str, source: Mapping[str, Tensor], args: ModelArgs, where: str) -> dict[str, Tensor]:
-    """A foreign state under the names of its table, without what is known and not read, which is said."""
-    out: dict[str, Tensor] = {}
+def clean(table: str, source: Source, args: ModelArgs, where: str) -> dict[str, Stored]:
+    """A foreign source under the names of its table, without what is known and not read, which is said."""
+    out: dict[str, Stored] = {}
     skipped: dict[str, int] = {}
     patterns = [(p.replace("{n}", str(args.n_layers)), why) for p, why in (*UNREAD[""], *UNREAD.get(table, ()))]
-    for key, tensor in source.items():
+    for key, stored in source.items():
         old, new = next((pair for pair in PREFIXES.get(table, ()) if key.startswith(pair[0])), ("", ""))
         name = new + key[len(old) :]
         reason = next((why for pattern, why in patterns if re.fullmatch(pattern, name)), None)
         if reason is None:
-            out[name] = tensor
+            out[name] = stored
         else:
             skipped[reason] = skipped.get(reason, 0) + 1
     for reason, count in skipped.items():
@@ -35,61 +37,89 @@ def clean(table: str, source: Mapping[str, Tensor], args: ModelArgs, where: str)
     return _untied(out, args, where)
 
 
-def _untied(source: dict[str, Tensor], args: ModelArgs, where: str) -> dict[str, Tensor]:
+def _untied(source: dict[str, Stored], args: ModelArgs, where: str) -> dict[str, Stored]:
     """Without the copy of the embeddings that files of tied models may keep; another matrix is a `RequestError`."""
-    heads = [key for key in source if key.endswith("lm_head.weight")] if args.tie_embeddings else []
+    heads = [key for key in source if re.search(_HEAD, key)] if args.tie_embeddings else []
     for head in heads:
-        embeddings = next((t for key, t in source.items() if key.endswith("model.embed_tokens.weight")), None)
-        if embeddings is None or not torch.equal(source[head], embeddings):
+        embeddings = next((stored for key, stored in source.items() if re.search(_EMBEDDINGS, key)), None)
+        if embeddings is None or not torch.equal(source[head].read(), embeddings.read()):
             raise RequestError(f"{where}: {head} differs from the embeddings, but tie_word_embeddings is true")
-    return {key: tensor for key, tensor in source.items() if key not in heads}
+    return {key: stored for key, stored in source.items() if key not in heads}
 
 
-def to_ours(
-    moves: Iterable[Move], source: Mapping[str, Tensor], shapes: Mapping[str, Shape], where: str
-) -> dict[str, Tensor]:
-    """Our state, of the given shapes, from a foreign one; keys that do not add up are a `RequestError`."""
-    out: dict[str, Tensor] = {}
+def to_ours(moves: Iterable[Move], source: Source, shapes: Mapping[str, Shape], where: str) -> dict[str, Stored]:
+    """Our tensors, of the given shapes, from foreign ones; keys that do not add up are a `RequestError`.
+
+    Where several moves make the same parameter, the first whose keys are there counts; of a parameter that none
+    makes, those of the first are missing.
+    """
+    out: dict[str, Stored] = {}
     used: set[str] = set()
-    missing: list[str] = []
+    wanted: dict[str, Sequence[str]] = {}  # our name -> the keys it should have come from
+    misfits: list[str] = []
     for move in moves:
         absent = [key for key in move.foreign if key not in source]
-        missing += absent
-        if absent:
+        if absent or any(name in out for name in move.ours):
+            for name in move.ours:
+                wanted.setdefault(name, absent)
             continue
         used.update(move.foreign)
-        tensors = [source[key] for key in move.foreign]
-        try:
-            made = to_own(move.transform, tensors, [shapes[name] for name in move.ours])
-        except _MISFITS:
-            found = ", ".join(sorted({str(tuple(tensor.shape)) for tensor in tensors}))
-            wanted = ", ".join(f"{name} {shapes[name]}" for name in move.ours)
-            raise RequestError(
-                f"{where}: {move.foreign[0]} has shape {found}, which does not make {wanted}"
-            ) from None
+        parts = [source[key] for key in move.foreign]
+        made = _make(move, parts, [shapes[name] for name in move.ours])
+        if made is None:
+            found = ", ".join(sorted({str(part.shape) for part in parts}))
+            needed = ", ".join(f"{name} {shapes[name]}" for name in move.ours)
+            misfits.append(f"{move.foreign[0]} has shape {found}, which does not make {needed}")
+            made = [Stored.of(torch.empty(shapes[name], device="meta")) for name in move.ours]
         out.update(zip(move.ours, made, strict=True))
-    left_over = sorted(set(source) - used)
-    unfilled = sorted(set(shapes) - set(out)) if not missing else []
-    account(where, missing, left_over, unfilled)
+    unfilled = [name for name in shapes if name not in out]
+    missing = list(dict.fromkeys(key for name in unfilled for key in wanted.get(name, ())))
+    homeless = [name for name in unfilled if name not in wanted]
+    account(where, missing, sorted(set(source) - used), homeless, misfits)
     return out
 
 
-def to_foreign(moves: Iterable[Move], ours: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The foreign state of ours; one of our parameters that no row writes is a `RequestError`."""
-    out: dict[str, Tensor] = {}
+def _make(move: Move, parts: Sequence[Stored], shapes: Sequence[Shape]) -> list[Stored] | None:
+    """What a move makes, tried on outlines; None when that has other shapes."""
+    try:
+        outlines = to_own(move.transform, [part.outline for part in parts], shapes)
+    except _MISFITS:
+        return None
+    if [tuple(outline.shape) for outline in outlines] != [tuple(shape) for shape in shapes]:
+        return None
+
+    def maker(index: int) -> Callable[[], Tensor]:
+        return lambda: to_own(move.transform, [part.read() for part in parts], shapes)[index]
+
+    return [Stored(tuple(line.shape), line.dtype, maker(index)) for index, line in enumerate(outlines)]
+
+
+def to_foreign(moves: Iterable[Move], ours: Source, where: str) -> list[Batch]:
+    """What is to be written for ours, one batch per row; a parameter that no row writes is a `RequestError`."""
+    out: list[Batch] = []
     written: set[str] = set()
     for move in moves:
         written.update(move.ours)
-        out.update(zip(move.foreign, to_other(move.transform, [ours[name] for name in move.ours]), strict=True))
-    account(where, [], [], sorted(set(ours) - written))
+        outlines = to_other(move.transform, [ours[name].outline for name in move.ours])
+        out.append(Batch(move.foreign, outlines, _writer(move, ours)))
+    account(where, [], [], sorted(set(ours) - written), [])
     return out
 
 
-def account(where: str, missing: list[str], left_over: list[str], unfilled: list[str]) -> None:
+def _writer(move: Move, ours: Source) -> Callable[[], list[Tensor]]:
+    return lambda: to_other(move.transform, [ours[name].read() for name in move.ours])
+
+
+def account(where: str, missing: list[str], left_over: list[str], unfilled: list[str], misfits: list[str]) -> None:
     """Raise one sentence that lists what does not add up."""
     problems = [
-        f"{what} {_few(names)}"
-        for what, names in (("missing", missing), ("left over", left_over), ("nothing for", unfilled))
+        f"{what}{_few(names)}"
+        for what, names in (
+            ("missing ", missing),
+            ("left over ", left_over),
+            ("nothing for ", unfilled),
+            ("", misfits),
+        )
         if names
     ]
     if problems:

@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "chat": ("transom.cli.chat", "talk with a model, turn by turn"),
     "embed": ("transom.cli.embed", "one vector per text, or its label"),
     "inspect": ("transom.cli.inspect", "show what a model is, layer by layer"),
+    "convert": ("transom.cli.convert", "write a model folder in another format"),
     "verify": ("transom.cli.verify", "compare every fast path with its slow twin on this machine"),
 }
 

@@ -39,31 +39,47 @@ class GroupedLinear(nn.Module):
 
         Rows behind the last end belong to none: what comes out there, and its gradient, means nothing.
         """
-        if not holds_numbers(rows_RD):
-            return F.linear(rows_RD, self.weight[0])  # the shape is all there is, and that of every group
-        if torch.is_autocast_enabled(rows_RD.device.type):  # which does not know grouped products
-            rows_RD = rows_RD.to(torch.get_autocast_dtype(rows_RD.device.type))
-        # The grouped kernels want every row to start at a multiple of 16 bytes.
-        aligned = all(size * rows_RD.element_size() % 16 == 0 for size in self.weight.shape[1:])
-        if not aligned or not grouped_mm_works(rows_RD.device.type, rows_RD.dtype):
-            return self.loop(rows_RD, ends_E)
-        out_RD = F.grouped_mm(rows_RD, self.weight.to(rows_RD.dtype).mT, offs=ends_E.to(torch.int32))
-        if self.bias is None:
+        out_RD = grouped_product(rows_RD, self.weight, ends_E)
+        if self.bias is None or not holds_numbers(rows_RD):
             return out_RD
-        of_R = torch.searchsorted(ends_E, torch.arange(len(rows_RD), device=ends_E.device), right=True)
         # Rows of no linear read a row of zeros, which takes their meaningless gradient away with it.
-        return out_RD + F.pad(self.bias.to(out_RD.dtype), (0, 0, 0, 1)).index_select(0, of_R)
+        return out_RD + per_row(self.bias.to(out_RD.dtype), ends_E, len(rows_RD), fill=0.0)
 
     def loop(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """The plain twin of the grouped product: one matrix after the other."""
-        ends = ends_E.tolist()
-        starts = [0, *ends[:-1]]
-        # unbind, not weight[e]: indexing would make a full-size gradient for every expert.
-        weights = self.weight.to(rows_RD.dtype).unbind(0)
-        parts = [F.linear(rows_RD[a:b], w) for a, b, w in zip(starts, ends, weights, strict=True)]
-        if self.bias is not None:
-            parts = [part + b for part, b in zip(parts, self.bias.to(rows_RD.dtype).unbind(0), strict=True)]
-        return torch.cat([*parts, rows_RD.new_zeros(len(rows_RD) - ends[-1], self.weight.size(1))])
+        """The plain twin of `forward`: one matrix after the other."""
+        out_RD = looped_product(rows_RD, self.weight, ends_E)
+        if self.bias is None:
+            return out_RD
+        return out_RD + per_row(self.bias.to(out_RD.dtype), ends_E, len(rows_RD), fill=0.0)
+
+
+def grouped_product(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows [ends[e - 1], ends[e]) times matrix e, transposed: [R, O], one grouped product where torch has it."""
+    if not holds_numbers(rows_RI):
+        return F.linear(rows_RI, weight_EOI[0])  # the shape is all there is, and that of every group
+    if torch.is_autocast_enabled(rows_RI.device.type):  # which does not know grouped products
+        rows_RI = rows_RI.to(torch.get_autocast_dtype(rows_RI.device.type))
+    # The grouped kernels want every row to start at a multiple of 16 bytes.
+    aligned = all(size * rows_RI.element_size() % 16 == 0 for size in weight_EOI.shape[1:])
+    if not aligned or not grouped_mm_works(rows_RI.device.type, rows_RI.dtype):
+        return looped_product(rows_RI, weight_EOI, ends_E)
+    return F.grouped_mm(rows_RI, weight_EOI.to(rows_RI.dtype).mT, offs=ends_E.to(torch.int32))
+
+
+def looped_product(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """The plain twin of the grouped product; rows behind the last end come out as zeros."""
+    ends = ends_E.tolist()
+    starts = [0, *ends[:-1]]
+    # unbind, not weight[e]: indexing would make a full-size gradient for every expert.
+    weights = weight_EOI.to(rows_RI.dtype).unbind(0)
+    parts = [F.linear(rows_RI[a:b], w) for a, b, w in zip(starts, ends, weights, strict=True)]
+    return torch.cat([*parts, rows_RI.new_zeros(len(rows_RI) - ends[-1], weight_EOI.size(1))])
+
+
+def per_row(values_EO: Tensor, ends_E: Tensor, rows: int, fill: float) -> Tensor:
+    """The vector of each row's group, [R, O]; rows behind the last end get `fill`."""
+    of_R = torch.searchsorted(ends_E, torch.arange(rows, device=ends_E.device), right=True)
+    return F.pad(values_EO, (0, 0, 0, 1), value=fill).index_select(0, of_R)
 
 
 def holds_numbers(x: Tensor) -> bool:

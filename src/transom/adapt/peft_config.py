@@ -1,0 +1,169 @@
+"""PEFT's `adapter_config.json`: what it says, what is refused, and how ours is said. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transom.adapt.lora_args import Scaling
+from transom.errors import RequestError
+
+# What a file may say of these changes nothing of what a trained adapter computes.
+_HARMLESS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "inference_mode",
+        "loftq_config",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+    }
+)
+# What says which modules carry what; the keys of the weights say so too, and they are all accounted for.
+_READ = frozenset(
+    {
+        "alpha_pattern",
+        "bias",
+        "exclude_modules",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_dropout",
+        "modules_to_save",
+        "peft_type",
+        "r",
+        "rank_pattern",
+        "target_modules",
+        "target_parameters",
+        "use_dora",
+        "use_rslora",
+    }
+)
+# Starts that leave the base weights alone; others (pissa, olora, corda, loftq, lora_ga) subtract from them.
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The part of the file that the arithmetic needs."""
+
+    r: int
+    alpha: float
+    scaling: Scaling
+    dropout: float
+    dora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    target_parameters: Sequence[str]
+    ensure_weight_tying: bool
+    base: str | None
+
+    def rank_of(self, key: str) -> int:
+        """The rank of the module or parameter at this path."""
+        return _by_pattern(self.rank_pattern, key, self.r)
+
+    def alpha_of(self, key: str) -> float:
+        """Its alpha."""
+        return float(_by_pattern(self.alpha_pattern, key, self.alpha))
+
+
+def _by_pattern(patterns: Mapping[str, Any], key: str, default: Any) -> Any:
+    return next((value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", key)), default)
+
+
+def read_peft(config: Mapping[str, Any], where: str) -> PeftConfig:
+    """The config of a LoRA adapter; a feature that is not computed here is a `RequestError` naming it."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise RequestError(f"{where}: peft_type = {kind!r}: accepted is LORA")
+    for key, value in config.items():
+        if key not in _HARMLESS | _READ and value not in (None, False, {}, []):
+            raise RequestError(
+                f"{where}: {key} = {value!r}: this feature of PEFT is not supported; accepted is none"
+            )
+    start = config.get("init_lora_weights", True)
+    if start not in _STARTS:
+        raise RequestError(
+            f"{where}: init_lora_weights = {start!r} changes the base weights; accepted is an adapter that PEFT "
+            "has converted to plain LoRA (path_initial_model_for_weight_conversion)"
+        )
+    try:
+        made = PeftConfig(
+            r=int(config.get("r", 8)),
+            alpha=float(config.get("lora_alpha", 8)),
+            scaling="rslora" if config.get("use_rslora") else "alpha_over_rank",
+            dropout=float(config.get("lora_dropout") or 0.0),
+            dora=bool(config.get("use_dora", False)),
+            rank_pattern={str(k): int(v) for k, v in (config.get("rank_pattern") or {}).items()},
+            alpha_pattern={str(k): float(v) for k, v in (config.get("alpha_pattern") or {}).items()},
+            target_parameters=[str(name) for name in config.get("target_parameters") or ()],
+            ensure_weight_tying=bool(config.get("ensure_weight_tying", False)),
+            base=config.get("base_model_name_or_path"),
+        )
+        for pattern in (*made.rank_pattern, *made.alpha_pattern):
+            re.compile(pattern)
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise RequestError(f"{where}: not a LoRA config of PEFT ({error})") from None
+    return made
+
+
+def write_peft(
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    known: Iterable[str],
+    parameters: Iterable[str],
+    *,
+    rslora: bool,
+    dora: bool,
+    dropout: float,
+    modules_to_save: Sequence[str],
+    base: str | None,
+) -> dict[str, Any]:
+    """The file for adapters at these paths: `ranks` and `alphas` by path, `parameters` those that are no modules.
+
+    `known` are all paths that could carry one: where every path of an ending does, the ending alone is written.
+    """
+    held = set(parameters)
+    modules = [path for path in ranks if path not in held]
+    ends = sorted({path.rpartition(".")[2] for path in modules})
+    alike = sorted(path for path in known if path.rpartition(".")[2] in ends and path not in held)
+    r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": _whole(alpha),
+        "use_rslora": rslora,
+        "use_dora": dora,
+        "lora_dropout": dropout,
+        "target_modules": ends if alike == sorted(modules) else sorted(modules),
+        "target_parameters": sorted(path for path in ranks if path in held) or None,
+        "rank_pattern": {re.escape(path): rank for path, rank in ranks.items() if rank != r},
+        "alpha_pattern": {re.escape(path): _whole(a) for path, a in alphas.items() if a != alpha},
+        "modules_to_save": list(modules_to_save) or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+
+
+def _most_common(values: Iterable[Any]) -> Any:
+    listed = list(values)
+    return max(listed, key=listed.count) if listed else 8
+
+
+def _whole(value: float) -> float | int:
+    return int(value) if value == int(value) else value

@@ -1,0 +1,263 @@
+"""Adapters to files that PEFT and mistral-inference read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from transom.adapt.foreign import (
+    HELD_IN_MEMORY,
+    MISTRAL,
+    Table,
+    candidates,
+    is_parameter,
+    site,
+    table_of,
+    to_site,
+    turned,
+)
+from transom.adapt.lora import Embedding, LoraWeights, Replacement, adapter_names, carriers
+from transom.adapt.peft_config import write_peft
+from transom.adapt.read import CONFIG, MISTRAL_SCALING, MISTRAL_WEIGHTS, WEIGHTS, read_object
+from transom.errors import RequestError, WorkError, notice
+from transom.model import LLM
+from transom.names import PREFIXES, TABLES
+from transom.transforms import to_other
+
+# Where experts are held in two parameters, PEFT takes modules of these names for parts of them and loses those that
+# are modules still (dense layers, shared experts): their weights are targeted as parameters, under the same keys.
+RENAMED = (".gate_proj", ".up_proj", ".down_proj")
+
+
+def save_adapter(
+    model: LLM,
+    folder: str | Path,
+    name: str = "default",
+    *,
+    format: Literal["peft", "mistral"] = "peft",
+    family: str | None = None,
+    base: str | None = None,
+) -> None:
+    """Write one adapter into `folder`, merged or not, active or not.
+
+    `family` is the model_type whose module names PEFT is to find: the one it was read with, else the first that
+    holds this model's weights. `base` is stored as base_model_name_or_path. Mistral's file has no place for a
+    scaling and is written for the 2.0 that mistral-inference multiplies by.
+    """
+    lora, whole = _held(model, name)
+    if format == "mistral":
+        _write(Path(folder), {MISTRAL_WEIGHTS: _mistral(model, name, lora, whole)}, None)
+        return
+    if format != "peft":
+        raise RequestError(f"format = {format!r}: accepted is peft or mistral")
+    table = _table_for(model, lora, family or _family_of(base))
+    tensors, config = _peft(model, table, lora, whole, base)
+    _write(Path(folder), {WEIGHTS: tensors}, config)
+
+
+def _held(model: LLM, name: str) -> tuple[dict[str, LoraWeights], dict[str, dict[str, Tensor]]]:
+    """The low-rank parts of an adapter by leaf, and its replacements by module."""
+    if name not in adapter_names(model):
+        raise RequestError(f"adapter {name!r}: accepted is {', '.join(adapter_names(model)) or 'nothing'}")
+    lora: dict[str, LoraWeights] = {}
+    whole: dict[str, dict[str, Tensor]] = {}
+    for path, _, held in carriers(model):
+        part = held._modules.get(name)
+        if isinstance(part, LoraWeights):
+            lora[path] = part
+        elif isinstance(part, Replacement):
+            whole[path] = {key: parameter.detach() for key, parameter in part.named_parameters()}
+    return lora, whole
+
+
+def _family_of(base: str | None) -> str | None:
+    """The model_type of the base, where it is a folder of transformers."""
+    path = Path(base or "") / "config.json"
+    kind = read_object(path).get("model_type") if base and path.exists() else None
+    return kind if kind in TABLES else None
+
+
+def _table_for(model: LLM, lora: Mapping[str, LoraWeights], family: str | None) -> Table:
+    """The table of the family asked for, of the one the adapter came from, or the first that fits."""
+    if family is None:
+        came = next((part.family for part in lora.values() if part.family not in (None, MISTRAL)), None)
+        if came is not None:
+            return table_of(came, model)
+        tables = candidates(model)
+        if not tables:
+            raise RequestError(
+                "this model has weights that no family of transformers holds; accepted is another format"
+            )
+        return tables[0]
+    fitting = {table.family: table for table in candidates(model)}
+    if family not in fitting:
+        known = ", ".join(fitting) if family in TABLES else ", ".join(TABLES)
+        raise RequestError(f"family = {family!r}: accepted for this model is {known or 'none'}")
+    return fitting[family]
+
+
+def _peft(
+    model: LLM,
+    table: Table,
+    lora: dict[str, LoraWeights],
+    whole: dict[str, dict[str, Tensor]],
+    base: str | None,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the config of PEFT's folder."""
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    parameters: list[str] = []
+    done: set[str] = set()
+    for move in table.moves:
+        paths = [name.removesuffix(".weight") for name in move.ours]
+        if not any(path in lora and path not in done for path in paths):
+            continue
+        embedding = isinstance(model.get_submodule(paths[0]), Embedding)
+        for key, stored in zip(move.foreign, to_site(table, move, lora, model), strict=True):
+            at = site(key)
+            rank = stored.A.size(0) // (_groups(model, paths[0]) if is_parameter(move) else 1)
+            renamed = table.family in HELD_IN_MEMORY and at.endswith(RENAMED) and not is_parameter(move)
+            target = spoken(table, f"{at}.weight" if renamed else at)
+            ranks[target] = rank
+            alphas[target] = stored.alpha * rank if stored.scaling == "direct" else stored.alpha
+            parameters += [target] if renamed or is_parameter(move) else []
+            where = f"base_model.model.{spoken(table, _wrapped(at, table, lora) if is_parameter(move) else at)}"
+            inner, last = ("embedding_", "") if embedding else ("", ".weight")
+            tensors[f"{where}.lora_{inner}A{last}"] = stored.A
+            tensors[f"{where}.lora_{inner}B{last}"] = stored.B
+            if stored.magnitude is not None:
+                tensors[f"{where}.lora_magnitude_vector"] = stored.magnitude
+        done.update(paths)
+    lost = sorted(set(lora) - done)
+    if lost:
+        raise RequestError(f"{lost[0]}: {table.family} has no name for this weight; accepted is another family")
+    saved = _whole(model, table, whole)
+    modules = sorted({spoken(table, key).rpartition(".")[0] for key in saved})
+    tensors |= {f"base_model.model.{spoken(table, key)}": tensor for key, tensor in saved.items()}
+    # Of a model with further towers, endings could mean modules there.
+    known = () if table.family in PREFIXES else table.sites
+    rslora, dora = _kind(lora, parameters)
+    dropout = max((part.dropout for part in lora.values()), default=0.0)
+    if parameters and dropout > 0:
+        notice(f"dropout {dropout:g} is not written: PEFT has none on parameters such as {parameters[0]}")
+        dropout = 0.0
+    config = write_peft(
+        ranks,
+        alphas,
+        known,
+        parameters,
+        rslora=rslora,
+        dora=dora,
+        dropout=dropout,
+        modules_to_save=modules,
+        base=base,
+    )
+    return tensors, config
+
+
+def _kind(lora: Mapping[str, LoraWeights], parameters: list[str]) -> tuple[bool, bool]:
+    """(rslora, DoRA) of all leaves; PEFT has one for the whole adapter."""
+    kinds = {(part.scaling == "rslora", part.magnitude is not None) for part in lora.values()}
+    if len(kinds) > 1:
+        raise RequestError(
+            "this adapter mixes rslora or DoRA with plain leaves, which PEFT cannot say; accepted is one kind"
+        )
+    rslora, dora = next(iter(kinds), (False, False))
+    if dora and parameters:
+        raise RequestError(f"DoRA on {parameters[0]}: PEFT has none on parameters; accepted is LoRA there")
+    return rslora, dora
+
+
+def spoken(table: Table, path: str) -> str:
+    """The path as transformers 5 has it in memory, where that begins otherwise than the table's."""
+    old, new = next((pair for pair in PREFIXES.get(table.family, ()) if path.startswith(pair[1])), ("", ""))
+    return old + path[len(new) :]
+
+
+def _groups(model: LLM, path: str) -> int:
+    return model.get_parameter(f"{path}.weight").size(0)
+
+
+def _wrapped(at: str, table: Table, lora: Mapping[str, LoraWeights]) -> str:
+    """The path of a parameter's adapter: PEFT wraps the module once per parameter, the first innermost."""
+    module = at.rpartition(".")[0]
+    siblings = [
+        name
+        for name, move in table.sites.items()
+        if is_parameter(move)
+        and name.rpartition(".")[0] == module
+        and any(own.removesuffix(".weight") in lora for own in move.ours)
+    ]
+    return module + ".base_layer" * (len(siblings) - 1 - siblings.index(at))
+
+
+def _whole(model: LLM, table: Table, whole: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Replaced parameters under foreign keys."""
+    own = {f"{path}.{last}": tensor for path, tensors in whole.items() for last, tensor in tensors.items()}
+    if own and model.args.tie_embeddings and "tok_embeddings.weight" in own:
+        raise RequestError(
+            "tok_embeddings is the output too (tie_embeddings), which PEFT would untie; accepted is LoRA"
+        )
+    out: dict[str, Tensor] = {}
+    for move in table.whole:
+        if not any(name in own for name in move.ours):
+            continue
+        tensors = [own.pop(name) if name in own else model.get_parameter(name).detach() for name in move.ours]
+        args = model.args
+        rows = [
+            turned(name.rpartition(".")[0], tensor, args, args.rope_layout, table.layout)
+            for name, tensor in zip(move.ours, tensors, strict=True)
+        ]
+        out.update(zip(move.foreign, to_other(move.transform, rows), strict=True))
+    if own:
+        raise RequestError(f"{next(iter(own))}: {table.family} has no name for this parameter; accepted is another")
+    return out
+
+
+def _mistral(
+    model: LLM, name: str, lora: Mapping[str, LoraWeights], whole: Mapping[str, object]
+) -> dict[str, Tensor]:
+    """`X.lora_A.weight` and `X.lora_B.weight`, rows of queries and keys interleaved."""
+    if whole or any(part.magnitude is not None for part in lora.values()):
+        raise RequestError(
+            f"adapter {name!r}: has DoRA or whole modules, which lora.safetensors cannot hold; accepted is peft"
+        )
+    table, out, done = table_of(MISTRAL, model), {}, set()
+    # Mistral's own names come behind ours in the table, and win.
+    for move in reversed(table.moves):
+        paths = [own.removesuffix(".weight") for own in move.ours]
+        if len(paths) > 1 or is_parameter(move) or paths[0] not in lora or paths[0] in done:
+            continue
+        for key, stored in zip(move.foreign, to_site(table, move, lora, model), strict=True):
+            out[f"{site(key)}.lora_A.weight"] = stored.A
+            out[f"{site(key)}.lora_B.weight"] = stored.B * (lora[paths[0]].scale / MISTRAL_SCALING)
+        done.update(paths)
+    notice(f"{MISTRAL_WEIGHTS}: written for a scaling of {MISTRAL_SCALING}")
+    return out
+
+
+def _write(folder: Path, files: Mapping[str, dict[str, Tensor]], config: dict[str, Any] | None) -> None:
+    """Whole files or none: each is written beside its name and moved there, the config last."""
+    partial: list[tuple[Path, Path]] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, tensors in files.items():
+            plain = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
+            partial.append((folder / f"{file}.partial", folder / file))
+            save_file(plain, partial[-1][0], metadata={"format": "pt"})
+        if config is not None:
+            partial.append((folder / f"{CONFIG}.partial", folder / CONFIG))
+            partial[-1][0].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for written, name in partial:
+            written.replace(name)
+    except (SafetensorError, OSError) as error:
+        for written, _ in partial:
+            written.unlink(missing_ok=True)
+        raise WorkError(f"{folder}: could not be written ({error})") from None

@@ -1,0 +1,74 @@
+"""Model folders by hub id: downloaded once through huggingface_hub, then read from its cache. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from fnmatch import fnmatch
+from pathlib import Path
+
+from transom.errors import RequestError, notice
+
+_SETTINGS = ("*.json", "*.jinja", "*.model", "*.model.v*", "tokenizer.txt", "merges.txt", "vocab.txt")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no path could be `owner/model`."""
+    return re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name) is not None and ".." not in name and "--" not in name
+
+
+def download(name: str, revision: str | None = None) -> Path:
+    """The local folder of a hub id, fetched where this machine does not have it; what fails is a `RequestError`."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    at = f"{name} at revision {revision}" if revision else name
+    try:
+        files = HfApi().list_repo_files(name, revision=revision)
+    except GatedRepoError:
+        raise RequestError(f"{at}: the hub wants its terms accepted first; accept them there and log in") from None
+    except RevisionNotFoundError:
+        raise RequestError(f"{at}: no such revision on the hub") from None
+    except RepositoryNotFoundError:
+        raise RequestError(f"{at}: no such folder here, and no such model on the hub (or it is private)") from None
+    except Exception as error:  # whatever the HTTP client of this version raises when there is no network
+        return _cached(name, revision, at, error)
+    wanted = wanted_files(files)
+    if not any(fnmatch(file, "*.safetensors") or fnmatch(file, "*.pth") for file in wanted):
+        others = [file for file in files if fnmatch(file, "*.bin") or fnmatch(file, "*.gguf")]
+        found = f"it has {others[0]}" if others else "it has none"
+        raise RequestError(f"{at}: {found}; accepted are weights in safetensors or consolidated.*.pth")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # as above, or a full disk
+        raise RequestError(f"{at}: could not be downloaded ({_short(error)})") from None
+
+
+def _cached(name: str, revision: str | None, at: str, error: Exception) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except Exception:  # not there: which of its errors says so depends on the version
+        raise RequestError(
+            f"{at}: no such folder, not in the hub's cache here, and the hub cannot be reached ({_short(error)})"
+        ) from None
+    notice(f"{at}: the hub cannot be reached, the copy in its cache is used")
+    return folder
+
+
+def wanted_files(files: Collection[str]) -> list[str]:
+    """Settings, tokenizer and one set of weights of a repository: safetensors of Hugging Face's layout first."""
+    top = [file for file in files if "/" not in file]
+    out = [file for file in top if any(fnmatch(file, pattern) for pattern in _SETTINGS)]
+    for pattern in ("model*.safetensors", "consolidated*.safetensors", "consolidated.*.pth"):
+        weights = [file for file in top if fnmatch(file, pattern)]
+        if weights:
+            unread = {"model.safetensors.index.json"} if not pattern.startswith("model") else set()
+            return [file for file in out if file not in unread] + weights
+    return out
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:100] if lines else type(error).__name__

@@ -1,0 +1,170 @@
+"""safetensors files: opened as memory maps, written as a stream, cut into shards with an index."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from transom.checkpoints.folders import read_json
+from transom.checkpoints.stored import Batch, Stored
+from transom.errors import RequestError, WorkError
+
+WEIGHTS = "model.safetensors"
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, views of its memory map; a missing, cut or damaged file is a `RequestError`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    except FileNotFoundError:
+        raise RequestError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise RequestError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def open_safetensors(folder: Path, name: str = WEIGHTS) -> dict[str, Stored]:
+    """All tensors of `name` in a folder, or of the shards its index names, still in their files."""
+    out: dict[str, Stored] = {}
+    for file in shards_of(folder, name):
+        for key, tensor in read_safetensors(folder / file).items():
+            if key in out:
+                raise RequestError(f"{folder / file}: {key} stands in another file of this index too")
+            out[key] = Stored.of(tensor)
+    return out
+
+
+def shards_of(folder: Path, name: str = WEIGHTS) -> list[str]:
+    """`name` itself, or the files of its index, which must be plain names that are there."""
+    index = folder / f"{name}.index.json"
+    if not index.exists():
+        return [name]
+    entries = read_json(index).get("weight_map")
+    if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
+        raise RequestError(f"{index}: weight_map is missing; accepted is one of tensor names to file names")
+    files = sorted(set(entries.values()))
+    for file in files:
+        if Path(file).name != file or file in ("", ".", ".."):  # an index must not reach beyond its folder
+            raise RequestError(f"{index}: weight_map names {file!r}; accepted are files beside it")
+        if not (folder / file).exists():
+            raise RequestError(
+                f"{folder / file}: missing, {index.name} names it for {_count(entries, file)} tensors"
+            )
+    return files
+
+
+def _count(entries: Mapping[str, str], file: str) -> int:
+    return sum(name == file for name in entries.values())
+
+
+def parse_size(text: str, field: str) -> int:
+    """Bytes of `500MB`, `5GB` or `2GiB`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*((?:[KMG]I?)?)B?", text.strip().upper())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise RequestError(f"{field} = {text!r}: accepted is a size like 500MB, 5GB or 2GiB")
+    return size
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file; a full disk is a `WorkError`."""
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        raise WorkError(f"{path}: could not be written ({error})") from None
+
+
+def write_stream(folder: Path, batches: Sequence[Batch], max_bytes: int | None, name: str = WEIGHTS) -> None:
+    """`name`, or shards of at most `max_bytes` and an index, with one batch in memory at a time.
+
+    A tensor larger than `max_bytes` has a shard of its own.
+    """
+    # Wide numbers first, as the format wants: every tensor then starts at a multiple of its item's size.
+    ordered = sorted(batches, key=lambda batch: -max(line.dtype.itemsize for line in batch.outlines))
+    entries = [(key, line) for batch in ordered for key, line in zip(batch.keys, batch.outlines, strict=True)]
+    shards = _cut(entries, max_bytes)
+    stem = Path(name).stem
+    many = len(shards) > 1
+    names = [
+        f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" if many else name for i in range(1, len(shards) + 1)
+    ]
+    made = (tensor for batch in ordered for tensor in batch.read())
+    for file, shard in zip(names, shards, strict=True):
+        _write_shard(folder / file, shard, made)
+    if many:
+        total = sum(line.nbytes for _, line in entries)
+        where = {key: file for file, shard in zip(names, shards, strict=True) for key, _ in shard}
+        write_text(
+            folder / f"{name}.index.json",
+            json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2),
+        )
+
+
+Entry = tuple[str, Tensor]
+
+
+def _cut(entries: Sequence[Entry], max_bytes: int | None) -> list[list[Entry]]:
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for key, outline in entries:
+        if shards[-1] and max_bytes is not None and size + outline.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append((key, outline))
+        size += outline.nbytes
+    return shards
+
+
+def _write_shard(path: Path, shard: Sequence[Entry], made: Iterator[Tensor]) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for key, outline in shard:
+        end = start + outline.nbytes
+        kind = _NAMES.get(outline.dtype)
+        if kind is None:
+            raise RequestError(f"{path}: {key} is {outline.dtype}; accepted are {', '.join(map(str, _NAMES))}")
+        header[key] = {"dtype": kind, "shape": list(outline.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for key, outline in shard:
+                tensor = next(made)
+                assert (tensor.shape, tensor.dtype) == (outline.shape, outline.dtype), key
+                _write_tensor(file, tensor)
+    except OSError as error:
+        raise WorkError(f"{path}: could not be written ({error})") from None
+
+
+def _write_tensor(file: IO[bytes], tensor: Tensor) -> None:
+    # numpy has no bfloat16: bytes are bytes.
+    file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """One text file; a full disk is a `WorkError`."""
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise WorkError(f"{path}: could not be written ({error})") from None

@@ -1,0 +1,193 @@
+"""Models into folders: native, Hugging Face's, Meta's and Mistral's layout, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from transom.args import ModelArgs, RopeLayout
+from transom.checkpoints.consolidated import write_pickled
+from transom.checkpoints.folders import CONFIG, MODEL_TYPE, PARAMS, SAFE, Format
+from transom.checkpoints.hf_config import args_from_hf
+from transom.checkpoints.hf_export import args_to_hf
+from transom.checkpoints.mapping import to_foreign
+from transom.checkpoints.meta_config import args_to_meta
+from transom.checkpoints.mistral_config import args_to_mistral
+from transom.checkpoints.safetensors_files import WEIGHTS, parse_size, write_stream, write_text
+from transom.checkpoints.stored import Batch, Source, Stored, cast
+from transom.errors import RequestError, WorkError, notice
+from transom.model import LLM
+from transom.names import moves
+from transom.runtime import DTYPES
+from transom.tokenizer import Tokenizer
+from transom.transforms import turn_rotary
+
+MAX_SHARD_SIZE = "5GB"
+_STALE = ("model*.safetensors", f"{WEIGHTS}.index.json", "consolidated.*", CONFIG, PARAMS)
+
+
+def save(
+    model: LLM,
+    folder: str | Path,
+    format: Format = "native",
+    tokenizer: Tokenizer | None = None,
+    dtype: str | None = None,
+    max_shard_size: str | None = None,
+) -> None:
+    """Write config, weights and tokenizer into `folder`; `hf`, `meta` and `mistral` are what those codes read.
+
+    Weights keep their dtype unless one is named; native and hf files are cut at `max_shard_size` (5GB).
+    """
+    ours = {name: Stored.of(parameter.detach()) for name, parameter in model.named_parameters()}
+    layout = plan_layout(model.args, ours, format, dtype, max_shard_size)
+    with staged(Path(folder)) as out:
+        if tokenizer is not None:
+            tokenizer.save(out)
+            eos = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+            write_text(out / "generation_config.json", json.dumps(eos, indent=2))
+            if format == "hf":
+                layout.config.update(eos)
+        layout.write(out)
+
+
+@dataclass(frozen=True)
+class FolderLayout:
+    """What is to be written: the config and its file's name, and the weights as batches."""
+
+    format: Format
+    config: dict[str, Any]
+    batches: Sequence[Batch]
+    max_bytes: int | None
+
+    def write(self, out: Path) -> None:
+        """Weights first, then the config that makes the folder a model."""
+        if self.format == "meta":
+            write_pickled(out, self.batches)
+        else:
+            write_stream(out, self.batches, self.max_bytes, SAFE if self.format == "mistral" else WEIGHTS)
+        name = CONFIG if self.format in ("native", "hf") else PARAMS
+        write_text(out / name, json.dumps(self.config, indent=2))
+
+
+def plan_layout(
+    args: ModelArgs, ours: Source, format: Format, dtype: str | None = None, max_shard_size: str | None = None
+) -> FolderLayout:
+    """All that `format` wants, before anything is written; what it cannot hold is a `RequestError`."""
+    if format not in get_args(Format):
+        raise RequestError(f"format = {format!r}: accepted is {', '.join(get_args(Format))}")
+    if dtype is not None and dtype not in DTYPES:
+        raise RequestError(f"dtype = {dtype!r}: accepted is {', '.join(DTYPES)}")
+    if max_shard_size is not None and format not in ("native", "hf"):
+        raise RequestError(f"max_shard_size = {max_shard_size!r}: format {format} is one file; accepted is none")
+    ours = cast(ours, None if dtype is None else DTYPES[dtype])
+    max_bytes = (
+        parse_size(max_shard_size or MAX_SHARD_SIZE, "max_shard_size") if format in ("native", "hf") else None
+    )
+    if format == "native":
+        config: dict[str, Any] = {"model_type": MODEL_TYPE, **args.to_dict()}
+        batches = [Batch((name,), (one.outline,), _reader(one)) for name, one in ours.items()]
+        return FolderLayout(format, config, batches, max_bytes)
+    if format == "hf":
+        config = args_to_hf(args)
+        config["torch_dtype"] = str(_main_dtype(ours)).removeprefix("torch.")
+        table, rotary = str(config["model_type"]), args.rope_layout
+        if rotary == "interleaved":  # halves stay halves in every family
+            rotary = args_from_hf(config, CONFIG).rope_layout
+    else:
+        args, ours = _untied(args, ours, format)
+        plain = replace(args, rope_layout="interleaved")
+        config = args_to_meta(plain) if format == "meta" else args_to_mistral(plain)
+        table, rotary = f"params_{format}", "interleaved"
+    state = {name: _turned(name, one, args, rotary) for name, one in ours.items()}
+    batches = to_foreign(moves(table, args, state), state, f"format {format}")
+    return FolderLayout(format, config, batches, max_bytes)
+
+
+def _reader(stored: Stored) -> Callable[[], list[Tensor]]:
+    return lambda: [stored.read()]
+
+
+def _main_dtype(ours: Source) -> torch.dtype:
+    return next(iter(ours.values())).dtype
+
+
+def _untied(args: ModelArgs, ours: Source, format: str) -> tuple[ModelArgs, Source]:
+    """Codes that know no tying get the embeddings a second time, as the output."""
+    if not args.tie_embeddings:
+        return args, ours
+    notice(f"format {format} knows no tied output: the embeddings are written twice, and read back as two matrices")
+    return replace(args, tie_embeddings=False), {**ours, "output.weight": ours["tok_embeddings.weight"]}
+
+
+def _turned(name: str, stored: Stored, args: ModelArgs, to: RopeLayout) -> Stored:
+    if args.rope_layout == to:
+        return stored
+    return stored.then(lambda tensor: turn_rotary(name, tensor, args, to))
+
+
+@contextlib.contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder`, or fills it where it exists, if all goes well; else it goes."""
+    folder = folder.absolute()
+    there = folder.is_dir()
+    if folder.exists() and not there:
+        raise RequestError(f"{folder}: a file; accepted is a folder to write the model in")
+    # Inside a folder that is there: what a kill leaves behind then goes when the folder goes.
+    temporary = (folder if there else folder.parent) / f".{'' if there else folder.name}.tmp-{os.getpid()}"
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise WorkError(f"{folder}: cannot be made ({error.strerror})") from None
+    try:
+        yield temporary
+        if there:
+            _replace_files(temporary, folder)
+        else:
+            temporary.rename(folder)
+    except OSError as error:
+        raise WorkError(f"{folder}: could not be written ({error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_files(new: Path, folder: Path) -> None:
+    """Weights of another model must not stay beside these; the config, which makes a model folder, comes last."""
+    made = {path.name for path in new.iterdir()}
+    for name in (CONFIG, PARAMS):
+        if name in made:
+            (folder / name).unlink(missing_ok=True)
+    for path in sorted(new.iterdir(), key=lambda path: path.name in (CONFIG, PARAMS)):
+        path.replace(folder / path.name)
+    for pattern in _STALE:
+        for path in folder.glob(pattern):
+            if path.name not in made:
+                path.unlink()
+
+
+def copy_companions(source: Path, out: Path) -> list[str]:
+    """What goes along with a model unchanged: tokenizer, template, generation settings; the names copied."""
+    names = [path.name for path in sorted(source.iterdir()) if path.is_file() and _goes_along(path.name)]
+    for name in names:
+        shutil.copyfile(source / name, out / name)
+    return names
+
+
+_COMPANIONS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "tokenizer.model", "tekken.json", "chat_template.jinja", "chat_template.json"),
+    *("generation_config.json", "preprocessor_config.json", "processor_config.json", "labels.json"),
+    *("LICENSE", "LICENSE.txt", "USE_POLICY.md"),
+)
+
+
+def _goes_along(name: str) -> bool:
+    return name in _COMPANIONS or name.startswith("tokenizer.model.v")

@@ -1,0 +1,57 @@
+"""`transom convert`: a model folder or hub id of any format, written as another one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from transom.cli.main import emit_json
+from transom.errors import RequestError
+
+FORMATS = ("hf", "native", "meta", "mistral")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the verb."""
+    parser.add_argument("source", metavar="SRC", help="a model folder, a run folder for its best step, or a hub id")
+    parser.add_argument("out", metavar="OUT", help="the folder to write, new or empty")
+    parser.add_argument(
+        "--format", choices=FORMATS, default="hf",
+        help="hf (Hugging Face, default), native (Transom's own), or params.json folders of meta and mistral",
+    )  # fmt: skip
+    parser.add_argument("--dtype", help="float32, bfloat16, float16 or float64 (default: the files' own)")
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="cut hf and native weights here (default: 5GB)")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model that OUT holds")
+    parser.add_argument("--json", action="store_true", help="print one JSON document as the last line")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the folder; say what was read and written."""
+    out = Path(options.out)
+    if out.exists() and not out.is_dir():
+        raise RequestError(f"{out}: a file; accepted is a new or empty folder")
+    if out.exists() and any(out.iterdir()) and not options.overwrite:
+        raise RequestError(f"{out}: not empty; accepted with --overwrite, or name another folder")
+    from transom.checkpoints.convert import convert
+
+    done = convert(options.source, out, options.format, options.dtype, options.max_shard_size, options.revision)
+    print(
+        f"{done.source} ({done.source_format}) -> {out} ({done.format}): {done.parameters:,} parameters, "
+        f"{done.bytes:,} bytes of weights; {', '.join(done.companions) or 'no tokenizer'} with them",
+        file=sys.stderr,
+    )
+    if options.json:
+        emit_json(
+            {
+                "source": str(done.source),
+                "source_format": done.source_format,
+                "out": str(out),
+                "format": done.format,
+                "parameters": done.parameters,
+                "bytes": done.bytes,
+                "companions": list(done.companions),
+            }
+        )
+    return 0

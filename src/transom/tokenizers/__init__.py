@@ -1,0 +1,1 @@
+"""Text to ids and back, whatever file the vocabulary lies in."""

@@ -1,0 +1,92 @@
+"""Three ways to make a new vocabulary: byte pairs, characters, bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+
+from transom.errors import require
+from transom.tokenizers.fast import FastBackend, mark_special
+from transom.tokenizers.llama import LLAMA3_WORDS
+from transom.tokenizers.tokenizer import Tokenizer
+
+SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>")
+UNKNOWN_TOKEN = "<|unknown|>"
+
+
+def train_bpe(
+    texts: Iterable[str],
+    vocab_size: int,
+    special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    progress: bool = False,
+) -> Tokenizer:
+    """Byte-level BPE of exactly `vocab_size` ids: the specials (BOS, EOS, ...), 256 bytes, then merges.
+
+    The same texts give the same file. A text too small for that many merges is a `RequestError`.
+    """
+    smallest = 256 + len(special_tokens)
+    accepted = f"accepted is {smallest} (256 bytes and the specials) or more"
+    require(vocab_size >= smallest, "vocab_size", vocab_size, accepted)
+    backend = tokenizers.Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special_tokens),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=progress,
+    )
+    backend.train_from_iterator(texts, trainer)
+    reached = backend.get_vocab_size()
+    accepted = f"accepted is at most {reached}, which is all that this text supports"
+    require(reached == vocab_size, "vocab_size", vocab_size, accepted)
+    return _finished(backend, special_tokens)
+
+
+def train_chars(texts: Iterable[str], special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
+    """One id per character of `texts`, in code point order after the specials and the unknown token.
+
+    Encoding a character that the texts did not hold is a `RequestError` naming it.
+    """
+    characters: set[str] = set()
+    for text in texts:
+        characters.update(text)
+    require(bool(characters), "texts", "", "accepted is at least one character")
+    tokens = [*special_tokens, UNKNOWN_TOKEN, *sorted(characters)]
+    vocabulary = {token: id for id, token in enumerate(tokens)}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN_TOKEN))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    mark_special(backend, [UNKNOWN_TOKEN])
+    return _finished(backend, special_tokens)
+
+
+def byte_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
+    """One id per UTF-8 byte, the id being the byte's value; the specials follow from 256 on."""
+    vocabulary = {letter: byte for byte, letter in enumerate(byte_letters())}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return _finished(backend, special_tokens)
+
+
+def _finished(backend: tokenizers.Tokenizer, special_tokens: Sequence[str]) -> Tokenizer:
+    """The first special is BOS, the second EOS; other readers of the file add BOS, as with Llama 3."""
+    accepted = "accepted are two or more: BOS, EOS, others"
+    require(len(special_tokens) >= 2, "special_tokens", tuple(special_tokens), accepted)
+    mark_special(backend, special_tokens)
+    bos, eos = special_tokens[:2]
+    begin = (bos, backend.token_to_id(bos))
+    backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[begin])
+    return Tokenizer(FastBackend(backend), bos=bos, eos=eos)
+
+
+def byte_letters() -> list[str]:
+    """The printable letter that byte-level vocabularies write for each of the 256 bytes: GPT-2's table."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

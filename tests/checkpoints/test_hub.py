@@ -1,0 +1,124 @@
+"""Hub ids: read from the cache of huggingface_hub, and one sentence where neither it nor the hub has them."""
+
+import pytest
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+from tests.helpers import random_model, tiny_args
+from transom.checkpoints import hub
+from transom.checkpoints.folders import model_folder
+from transom.checkpoints.hub import is_hub_id, wanted_files
+from transom.checkpoints.load import load, load_tokenizer, save
+from transom.errors import RequestError
+from transom.tokenizer import byte_tokenizer
+
+COMMIT, OLDER = "a" * 40, "b" * 40
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache with owner/tiny, two revisions, as a download would have left it; the network is off."""
+    root = tmp_path / "cache" / "models--owner--tiny"
+    for commit, seed in ((COMMIT, 0), (OLDER, 1)):
+        model = random_model(tiny_args(vocab_size=byte_tokenizer().vocab_size), seed=seed)
+        save(model, root / "snapshots" / commit, format="hf", tokenizer=byte_tokenizer())
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(COMMIT)
+    (root / "refs" / "v1").write_text(OLDER)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return root
+
+
+def test_a_cached_model_is_read_offline_and_said(cache, capsys):
+    model = load("owner/tiny")
+    assert model.tok_embeddings.weight.equal(load(cache / "snapshots" / COMMIT).tok_embeddings.weight)
+    assert "owner/tiny: the hub cannot be reached, the copy in its cache is used" in capsys.readouterr().err
+    assert load_tokenizer("owner/tiny").decode([70, 71])
+
+
+def test_a_revision_is_another_model(cache):
+    older = load("owner/tiny", revision="v1").tok_embeddings.weight
+    assert not older.equal(load("owner/tiny").tok_embeddings.weight)
+    assert model_folder("owner/tiny", revision=OLDER).name == OLDER
+
+
+@pytest.mark.parametrize(("name", "revision"), [("owner/other", None), ("owner/tiny", "v9")])
+def test_what_is_nowhere_is_one_sentence(cache, name, revision):
+    with pytest.raises(RequestError) as error:
+        load(name, revision=revision)
+    text = str(error.value)
+    assert text.startswith(f"{name} at revision v9:" if revision else f"{name}:") and "\n" not in text
+    assert "not in the hub's cache here, and the hub cannot be reached" in text
+
+
+def test_a_folder_of_that_name_comes_first(cache, tmp_path):
+    save(random_model(tiny_args()), tmp_path / "owner" / "tiny")
+    assert model_folder("owner/tiny") == model_folder(tmp_path / "owner" / "tiny").relative_to(tmp_path)
+    with pytest.raises(RequestError, match="revision = 'v1': accepted with a hub id"):
+        load("owner/tiny", revision="v1")
+
+
+def test_a_mistyped_path_is_not_looked_up(cache, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda *_, **__: pytest.fail("a path went to the hub"))
+    with pytest.raises(RequestError, match="runs/demo: no such folder"):
+        load("runs/demo")
+
+
+class Response:
+    """As little of an HTTP response as the errors of huggingface_hub read."""
+
+    def __init__(self):
+        self.headers, self.request, self.status_code = {}, None, 404
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (GatedRepoError, "wants its terms accepted"),
+        (RepositoryNotFoundError, "no such model on the hub"),
+        (RevisionNotFoundError, "no such revision"),
+    ],
+)
+def test_what_the_hub_refuses_is_said(cache, monkeypatch, kind, said):
+    def refuse(*_, **__):
+        raise kind("a long\nstory", response=Response())
+
+    monkeypatch.setattr(HfApi, "list_repo_files", refuse)
+    with pytest.raises(RequestError, match=said):
+        load("owner/tiny")
+
+
+def test_only_one_set_of_weights_is_fetched(cache, monkeypatch):
+    asked = {}
+    files = [
+        *("README.md", "config.json", "params.json", "pytorch_model.bin", "chat_template.jinja"),
+        *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"),
+        *("consolidated.safetensors", "original/consolidated.00.pth", "tokenizer.model.v3", "tokenizer.json"),
+    ]
+
+    def fetch(name, revision=None, allow_patterns=None, **_):
+        asked["files"] = allow_patterns
+        return str(cache / "snapshots" / COMMIT)
+
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda *_, **__: files)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert hub.download("owner/tiny").name == COMMIT
+    assert set(asked["files"]) == {
+        name for name in files if name.startswith(("config", "model", "params", "token", "chat"))
+    }
+    assert "consolidated.safetensors" in wanted_files([name for name in files if not name.startswith("model")])
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda *_, **__: ["config.json", "model.gguf"])
+    with pytest.raises(RequestError, match=r"it has model\.gguf; accepted are weights in safetensors"):
+        hub.download("owner/tiny")
+
+
+@pytest.mark.parametrize(
+    ("name", "fits"),
+    [("owner/tiny", True), ("meta-llama/Llama-3.2-1B", True), ("tiny", False), ("/a/b", False), ("a/b/c", False),
+     ("../b", False), ("./b", False), ("a/..", False), ("a/b c", False), ("", False)],
+)  # fmt: skip
+def test_what_could_be_a_hub_id(name, fits):
+    assert is_hub_id(name) == fits

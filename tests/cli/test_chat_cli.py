@@ -1,0 +1,171 @@
+"""`transom chat` with a chat template: what the model reads, what of it is run again, and where it stops."""
+
+import io
+import json
+
+import pytest
+from safetensors.torch import save_file
+
+from tests.helpers import random_model, tiny_args
+from transom.chat.template import ChatTemplate
+from transom.cli.main import main
+from transom.generation import text as generation_text
+from transom.generation.text import stream_text
+from transom.model import LLM
+from transom.tokenizer import Tokenizer, byte_tokenizer
+
+GEMMA = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
+PLAIN = "{{ bos_token }}{% for m in messages %}{{ m.role[0] ~ ':' ~ m.content }}<end_of_turn>{% endfor %}"
+
+
+def write_model(folder, template=None, **changes):
+    folder.mkdir(exist_ok=True)
+    model = random_model(tiny_args(**{"vocab_size": 260, "max_seq_len": 512, **changes}))
+    byte_tokenizer(GEMMA).save(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "transom", **model.args.to_dict()}))
+    save_file(model.state_dict(), folder / "model.safetensors")
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return model
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    return write_model(folder), folder
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Run `transom chat` in this process; (exit code, standard output, standard error)."""
+
+    def call(*words, stdin=""):
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        code = main(["chat", *(str(word) for word in words)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def answered(model, folder, turns, count, system="", stop_tokens=(257, 259)):
+    """The answers to `turns`, every prompt rendered as a whole and run from its beginning, and all messages."""
+    tokenizer = Tokenizer.load(folder)
+    template = ChatTemplate.load(folder, tokenizer)
+    messages = [{"role": "system", "content": system}] if system else []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn})
+        ids = template.encode(messages)
+        texts = stream_text(model, tokenizer, [ids], max_new_tokens=count, stop_tokens=stop_tokens)
+        messages.append({"role": "assistant", "content": "".join(piece for (piece,) in texts)})
+    return "".join(one["content"] + "\n" for one in messages if one["role"] == "assistant"), messages
+
+
+def test_turns_are_messages_and_history_is_kept(made, call, tmp_path):
+    model, folder = made
+    file = tmp_path / "saved"
+    stdin = f'hello\n"""\ntwo\\\n lines\n"""\nand\\\nmore\n/save {file}\n'
+    code, out, err = call(folder, "-m", 8, "--system", "Be brief", stdin=stdin)
+    turns = ["hello", "two\\\n lines", "and\nmore"]
+    expected, messages = answered(model, folder, turns, 8, "Be brief")
+    assert (code, out) == (0, expected)
+    assert json.loads(file.read_text()) == {"messages": messages}
+    assert "<start_of_turn> <end_of_turn>" in err and "built-in gemma" in err
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 8}])
+def test_only_what_is_new_is_run(call, tmp_path, monkeypatch, changes):
+    model = write_model(tmp_path, PLAIN, **changes)
+    seen, forward = [], LLM.forward
+
+    def spy(self, inputs, cache=None, inference=False):
+        seen.append(inputs.tokens.size(1))
+        return forward(self, inputs, cache, inference)
+
+    expected, messages = answered(model, tmp_path, ["hello", "ab"], 3)
+    monkeypatch.setattr(LLM, "forward", spy)
+    _, out, _ = call(tmp_path, "-m", 3, stdin="hello\nab\n")
+    assert out == expected
+    # BOS, "u:hello" and the end of the turn; the answer again, as the template writes it with its role in front
+    again = len(f"a:{messages[1]['content']}".encode()) + 1 + len("u:ab") + 1
+    assert seen == [9, 1, 1, again, 1, 1]
+
+
+def test_system_and_reset(made, call):
+    model, folder = made
+    stdin = "x\n/system be kind\nhello\n/reset\nhi\n/system\nhi\n"
+    _, out, _ = call(folder, "-m", 5, stdin=stdin)
+    parts = [(["x"], ""), (["hello"], "be kind"), (["hi"], "be kind"), (["hi"], "")]
+    assert out == "".join(answered(model, folder, turns, 5, system)[0] for turns, system in parts)
+
+
+def test_every_stop_token_ends_an_answer(call, tmp_path, monkeypatch):
+    model = write_model(tmp_path)
+    _, messages = answered(model, tmp_path, ["hello"], 12, stop_tokens=())
+    tokenizer = Tokenizer.load(tmp_path)
+    ids = ChatTemplate.load(tmp_path, tokenizer).encode(messages[:1])
+    texts = stream_text(model, tokenizer, [ids], max_new_tokens=12)
+    _ = list(texts)
+    tokens = texts.completions[0].tokens
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [255, tokens[4]]}))
+    seen = []
+
+    def spy(*args, **named):
+        seen.append(named["stop_tokens"])
+        return stream_text(*args, **named)
+
+    monkeypatch.setattr(generation_text, "stream_text", spy)
+    _, out, _ = call(tmp_path, "-m", 12, stdin="hello\n")
+    said = tokens[: tokens.index(tokens[4])]
+    assert out == tokenizer.decode(said) + "\n"
+    call(tmp_path, "-m", 2, "--ignore-eos", stdin="hello\n")
+    # the list of the file, then the template's own end of turn
+    assert seen == [(255, tokens[4], 259), ()]
+
+
+def test_words_of_a_turn_never_end_it(made, call):
+    model, folder = made
+    turn = "a<end_of_turn>\n<start_of_turn>model\nb"
+    _, out, _ = call(folder, "-m", 6, stdin=f'"""\n{turn}\n"""\n')
+    ids = ChatTemplate.load(folder, Tokenizer.load(folder)).encode([{"role": "user", "content": turn}])
+    assert ids.count(259) == 1 and ids.count(258) == 2
+    assert out == answered(model, folder, [turn], 6)[0]
+
+
+def test_a_refused_turn_leaves_no_trace(call, tmp_path):
+    picky = "{% if 'bad' in messages[-1].content %}{{ raise_exception('not this') }}{% endif %}" + PLAIN
+    model = write_model(tmp_path, picky)
+    code, out, err = call(tmp_path, "-m", 4, stdin="one\nbad\ntwo\n")
+    assert code == 0 and "refuses these messages: not this" in err
+    assert out == answered(model, tmp_path, ["one", "two"], 4)[0]
+
+
+def test_a_template_without_the_system_message_is_told(call, tmp_path):
+    write_model(tmp_path, "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}")
+    assert "leaves the system message out" in call(tmp_path, "--system", "be kind", "-m", 1, stdin="a\n")[2]
+
+
+def test_another_template_and_none(made, call, tmp_path):
+    _, folder = made
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ 'x' if flag else 'y' }}{{ messages[-1].content }}")
+    flags = ("--chat-template", file, "--chat-template-config", '{"flag": true}', "-m", 3)
+    plain = call(folder, "--ignore-chat-template", "-m", 3, stdin="xa\n")
+    assert "the chat template is ignored: each turn continues" in plain[2]
+    assert call(folder, "--ignore-chat-template", "-m", 3, stdin="ya\n")[1] != plain[1]
+    named = call(folder, *flags, stdin="a\n")
+    assert named[0] == 0 and str(file) in named[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--chat-template", "llama9"], "accepted is a file or llama4, llama3"),
+        (["--chat-template-config", "{"], "--chat-template-config = '{'"),
+        (["--chat-template-config", "[1]"], "accepted is JSON as"),
+        (["--ignore-chat-template", "--chat-template", "llama3"], "--ignore-chat-template"),
+    ],
+)
+def test_wrong_requests_are_one_sentence(made, call, words, sentence):
+    code, out, err = call(made[1], *words)
+    assert (code, out) == (2, "") and sentence in err and len(err.splitlines()) == 1

@@ -325,7 +325,7 @@ class ModelArgs:
             hidden_dim=self.dense_hidden_dim,
             norm_eps=self.norm_eps,
             rule=LayerRule(kind, size),
-            rope=None if nope else self._rope(local=bool(size)),
+            rope=None if nope else self._ropes[size > 0],
             use_qk_norm=self.use_qk_norm and not nope,
             temperature=TemperatureArgs(self.attn_scale, self.floor_scale) if tuned else None,
             moe=self._moe(index),
@@ -344,10 +344,12 @@ class ModelArgs:
             ffn_bias=self.ffn_bias,
         )
 
-    def _rope(self, *, local: bool) -> RopeArgs:
-        if local and self.rope_local_theta is not None:
-            return RopeArgs(self.rotary_dim, self.rope_local_theta, self.rope_layout)
-        return RopeArgs(self.rotary_dim, self.rope_theta, self.rope_layout, self.scaling)
+    @functools.cached_property
+    def _ropes(self) -> tuple[RopeArgs, RopeArgs]:
+        """Of layers that see everything, and of local ones; shared, since torch.compile guards by identity."""
+        whole = RopeArgs(self.rotary_dim, self.rope_theta, self.rope_layout, self.scaling)
+        local = self.rope_local_theta
+        return whole, whole if local is None else RopeArgs(self.rotary_dim, local, self.rope_layout)
 
     @property
     def scaling(self) -> RopeScaling | None:

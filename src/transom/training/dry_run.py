@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from transom.data.batches import Batch, Batches
 from transom.data.labelled import LabelledBatch, LabelledBatches
 from transom.training.config import TrainArgs
+
+RANDOM = ("rng", "rng_cuda")
 
 
 def peek(batches: Batches | LabelledBatches, accumulate: int, seq_len: int) -> Batch | LabelledBatch:
@@ -25,16 +28,19 @@ def peek(batches: Batches | LabelledBatches, accumulate: int, seq_len: int) -> B
     return next(whole.micro_batches(accumulate))
 
 
-def random_state(device: torch.device) -> list[Tensor]:
-    """The state of torch's generators, of the host and of a GPU."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-def restore_random_state(device: torch.device, state: list[Tensor]) -> None:
-    """Put back what `random_state` returned."""
-    torch.set_rng_state(state[0])
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of torch's generators by the names of `RANDOM`: the host's, and a GPU's where that is `device`."""
+    state = {"rng": torch.get_rng_state()}
     if device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], device)
+        state["rng_cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(device: torch.device, state: Mapping[str, Tensor]) -> None:
+    """Put back what `random_state` returned; a run that has moved between CPU and GPU brings the host's only."""
+    torch.set_rng_state(state["rng"])
+    if device.type == "cuda" and "rng_cuda" in state:
+        torch.cuda.set_rng_state(state["rng_cuda"], device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

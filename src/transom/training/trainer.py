@@ -28,7 +28,7 @@ from transom.training.balance import RouterCounts, router_losses, update_choice_
 from transom.training.blocks import OFFLOAD_MIN_BYTES, arrange_blocks
 from transom.training.config import TrainArgs
 from transom.training.cross_entropy import head_loss
-from transom.training.dry_run import is_out_of_memory, peek, random_state, restore_random_state, too_large
+from transom.training.dry_run import RANDOM, is_out_of_memory, peek, random_state, restore_random_state, too_large
 from transom.training.ema import Ema
 from transom.training.heads import HeadScore, head_loss_sum
 from transom.training.monitor import Monitor, Progress, StepResult, lower_is_better
@@ -351,7 +351,7 @@ class Trainer:
                 self.run.save_step(
                     self.progress.step,
                     self._write_model,
-                    {**self.optimizers.state_tensors(), **raw, "rng": torch.get_rng_state()},
+                    {**self.optimizers.state_tensors(), **raw, **random_state(self.device)},
                     {
                         "progress": vars(self.progress),
                         "data": self.batches.state,
@@ -376,7 +376,7 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(weights[name])
-        torch.set_rng_state(tensors.pop("rng"))
+        restore_random_state(self.device, {name: tensors.pop(name) for name in RANDOM if name in tensors})
         if self.ema is not None:
             self.ema.load_state_tensors(tensors)
         self.optimizers.load_state_tensors(tensors)

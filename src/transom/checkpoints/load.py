@@ -83,7 +83,12 @@ def read_state(folder: Path, args: ModelArgs, model: LLM) -> dict[str, Tensor]:
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of `model.safetensors` or of the shards its index names."""
     index = folder / f"{WEIGHTS}.index.json"
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [WEIGHTS]
+    files = [WEIGHTS]
+    if index.exists():
+        table = read_json(index).get("weight_map")
+        if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+            raise RequestError(f"{index}: weight_map = {table!r}: accepted is a mapping of keys to file names")
+        files = sorted(set(table.values()))
     out: dict[str, Tensor] = {}
     for name in files:
         out |= read_safetensors(folder / name)

@@ -41,7 +41,8 @@ class TransformerInput:
     `tokens_position` is a start (int), [T] or [B, T], -1 for padding; `sizes` the document lengths of packed
     rows (a flat list when B is 1, else one list per row); `lengths` [B] the real tokens of right-padded rows;
     `context` [B, S, context_dim] is what cross-attention looks at (all documents of a packed row share it),
-    `context_lengths` [B] its real positions; with a cache it is given once, with the first tokens. `logits` says which positions get logits.
+    `context_lengths` [B] its real positions; with a cache it is given once, with the first tokens. `logits` says
+    which positions get logits.
     """
 
     tokens: Tensor

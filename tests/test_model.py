@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import re
 
 import pytest
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.helpers import TINY_VISION, one_thread, random_model, random_tokens, tiny_args
+from transom.attend.reference import reference
 from transom.errors import RequestError
 from transom.model import LLM, MaskedEmbedding, TransformerInput, build_step
 
@@ -168,6 +171,43 @@ def test_image_rows_of_another_shape_are_refused():
         seeing()(TransformerInput(random_tokens(2, 9), image_embedding=rows))
 
 
+def test_image_masks_are_bool():
+    rows = MaskedEmbedding(torch.zeros(2, 9, 32), torch.zeros(2, 9))
+    with pytest.raises(RequestError, match=r"mask torch\.float32"):
+        seeing()(TransformerInput(random_tokens(2, 9), image_embedding=rows))
+
+
+@pytest.mark.parametrize("pattern", ["full", "mixture", "scaled"])
+def test_a_forward_on_the_meta_device_gives_the_shapes(pattern):
+    changes = {"embedding_scale": 4.0, "attn_softcap": 5.0} if pattern == "scaled" else PATTERNS[pattern]
+    with torch.device("meta"):
+        logits = LLM(tiny_args(**changes))(TransformerInput(torch.zeros(2, 9, dtype=torch.int64))).logits
+    assert (logits.shape, logits.device.type) == ((2, 9, 61), "meta")
+
+
+def test_a_model_can_be_pickled_and_copied():
+    model, tokens = build("mixture"), random_tokens(1, 5)
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        same(other(TransformerInput(tokens)).logits, model(TransformerInput(tokens)).logits)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"qk_norm": "head"}, {"qk_norm": "projection"}, {"mla_args": {}, "n_kv_heads": None}]
+)
+def test_autocast_hands_attention_one_dtype(changes):
+    """The float32 weight of a norm would widen queries and keys, and half-precision kernels would refuse them."""
+    model, kinds = random_model(tiny_args(**changes)), set()
+
+    def attend(q, view, spec, score):
+        kinds.update({q.dtype, *(state.dtype for state in view.states)})
+        return reference(q, view, spec, score)
+
+    model.attend = attend
+    with torch.autocast("cpu", torch.bfloat16):
+        model(TransformerInput(random_tokens(1, 5)))
+    assert kinds == {torch.bfloat16}
+
+
 def test_model_built_on_meta_equals_one_built_directly():
     args = tiny_args(**PATTERNS["mixture"])
     direct = LLM(args)
@@ -248,6 +288,12 @@ def test_output_goes_through_its_leaf():
         ({"sizes": [[9], [9]], "lengths": torch.tensor([9, 9])}, "sizes: accepted without lengths"),
         ({"lengths": torch.tensor([4])}, "lengths of shape (1,): accepted is one per row"),
         ({"tokens_position": -3}, "tokens_position = -3: accepted is a start of 0 or more"),
+        ({"tokens_position": torch.tensor(0)}, "tokens_position: torch.int64 of shape ()"),
+        ({"tokens_position": torch.tensor([0])}, "accepted are whole numbers [9] or [2, 9]"),
+        ({"tokens_position": torch.arange(8)}, "of shape (8,)"),
+        ({"tokens_position": torch.arange(9.0)}, "torch.float32 of shape (9,)"),
+        ({"logits": "lst"}, "logits = 'lst': accepted is all, last or none"),
+        ({"context_lengths": torch.tensor([1, 1])}, "context_lengths: accepted together with a context"),
         ({"cached": 3}, "tokens have 2 rows: this cache was built for 3"),
         ({"cached": 2, "sizes": [[9], [9]]}, "sizes: packed rows are accepted without a cache"),
         ({"cached": 2, "tokens_position": 3}, "tokens_position: accepted without a cache"),

@@ -30,23 +30,6 @@ from transom.layer_args import (
     VisionArgs,
 )
 
-__all__ = [
-    "Activation",
-    "HeadArgs",
-    "LayerArgs",
-    "LayerRule",
-    "MlaArgs",
-    "ModelArgs",
-    "MoeArgs",
-    "NormKind",
-    "NormPlacement",
-    "RopeArgs",
-    "RopeLayout",
-    "RopeScaling",
-    "TemperatureArgs",
-    "VisionArgs",
-]
-
 # Upper case has rotary positions, the same letter in lower case has none (NoPE).
 PATTERN_LETTERS: dict[str, Literal["causal", "window", "chunk", "full"]] = {
     "F": "causal",
@@ -192,13 +175,14 @@ class ModelArgs:
         share, scaling = self.rotary_fraction, self.rope_scaling
         fits = 0 < share <= 1 and self.rotary_dim >= 2 and self.rotary_dim % 2 == 0
         require(fits, "rotary_fraction", share, f"accepted leaves an even part of head_dim = {self.head_size}")
+        if not self.use_scaled_rope:
+            for name in ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor"):
+                value, plain = getattr(self, name), type(self).__dataclass_fields__[name].default
+                require(value == plain, name, value, "accepted with use_scaled_rope = true")
         both = scaling is not None and self.use_scaled_rope
         require(not both, "use_scaled_rope", self.use_scaled_rope, "rope_scaling says the same; give one of them")
-        if scaling is not None and scaling.kind == "longrope":
-            for name in ("short_factor", "long_factor"):
-                count = len(getattr(scaling, name))
-                accepted = f"accepted is one per rotary pair, {self.rotary_dim // 2}"
-                require(count == self.rotary_dim // 2, f"numbers in rope_scaling.{name}", count, accepted)
+        if scaling is not None:
+            scaling.check(self.rotary_dim, self.rope_theta)
 
     def _check_parts(self) -> None:
         if self.vision_args is not None and self.vision_args.image_token is not None:
@@ -214,7 +198,13 @@ class ModelArgs:
         fits = local is None or bool({"S", "C"} & set(letters))
         require(fits, "rope_local_theta", local, "accepted with window or chunk layers, and there is none")
         moe, head = self.moe_args, self.head
+        if head is not None:
+            for name in ("logit_scale", "logit_softcap"):
+                value = getattr(self, name)
+                require(value is None, name, value, "accepted is null with a head, which has no such logits")
         if moe is not None:
+            fits = any(self._moe(index) is not None for index in range(self.n_layers))
+            require(fits, "moe_args", "no layer", "accepted leaves a layer that is a mixture")
             fits = all(0 <= index < self.n_layers for index in moe.dense_layers)
             accepted = f"accepted are indices below n_layers = {self.n_layers}"
             require(fits, "moe_args.dense_layers", list(moe.dense_layers), accepted)
@@ -325,7 +315,7 @@ class ModelArgs:
             hidden_dim=self.dense_hidden_dim,
             norm_eps=self.norm_eps,
             rule=LayerRule(kind, size),
-            rope=None if nope else self._rope(local=bool(size)),
+            rope=None if nope else self._ropes[size > 0],
             use_qk_norm=self.use_qk_norm and not nope,
             temperature=TemperatureArgs(self.attn_scale, self.floor_scale) if tuned else None,
             moe=self._moe(index),
@@ -344,10 +334,12 @@ class ModelArgs:
             ffn_bias=self.ffn_bias,
         )
 
-    def _rope(self, *, local: bool) -> RopeArgs:
-        if local and self.rope_local_theta is not None:
-            return RopeArgs(self.rotary_dim, self.rope_local_theta, self.rope_layout)
-        return RopeArgs(self.rotary_dim, self.rope_theta, self.rope_layout, self.scaling)
+    @functools.cached_property
+    def _ropes(self) -> tuple[RopeArgs, RopeArgs]:
+        """Of layers that see everything, and of local ones; shared, since torch.compile guards by identity."""
+        whole = RopeArgs(self.rotary_dim, self.rope_theta, self.rope_layout, self.scaling)
+        local = self.rope_local_theta
+        return whole, whole if local is None else RopeArgs(self.rotary_dim, local, self.rope_layout)
 
     @property
     def scaling(self) -> RopeScaling | None:

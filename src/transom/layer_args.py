@@ -55,10 +55,20 @@ class RopeScaling:
         high, original = self.high_freq_factor, self.original_max_seq_len
         require(high >= self.low_freq_factor, "rope_scaling.high_freq_factor", high, "accepted is low or more")
         require(original >= 1, "rope_scaling.original_max_seq_len", original, "accepted is 1 or more")
+        positive = self.attention_factor is None or self.attention_factor > 0
+        require(positive, "rope_scaling.attention_factor", self.attention_factor, "accepted is more than 0")
+        for name, kinds in (("attention_factor", ("yarn", "longrope")), ("mscale", ("yarn",))):
+            value = getattr(self, name)
+            fits = value is None or self.kind in kinds
+            require(fits, f"rope_scaling.{name}", value, f"accepted with kind {' or '.join(kinds)}")
         both = (self.mscale is None) == (self.mscale_all_dim is None)
         require(both, "rope_scaling.mscale", self.mscale, "accepted together with mscale_all_dim")
         for name in ("short_factor", "long_factor"):
-            value = getattr(self, name)
+            value = tuple(getattr(self, name))
+            object.__setattr__(self, name, value)  # a list could not be a key
+            require(
+                min(value, default=1.0) > 0, f"rope_scaling.{name}", list(value), "accepted are numbers above 0"
+            )
             fits = (len(value) > 0) == (self.kind == "longrope")
             accepted = "accepted is one number per rotary pair with kind longrope, and only then"
             require(fits, f"rope_scaling.{name}", list(value), accepted)
@@ -67,6 +77,20 @@ class RopeScaling:
     def by_length(self) -> bool:
         """Whether the frequencies depend on how long the sequence is."""
         return self.kind in ("dynamic", "longrope")
+
+    def check(self, rotary_dim: int, theta: float) -> None:
+        """Refuse a rule that has no value for heads with that many rotary features, or for that base."""
+        kind, original, pairs = self.kind, self.original_max_seq_len, rotary_dim // 2
+        require(
+            kind != "dynamic" or pairs > 1, "rope_scaling.kind", kind, "accepted with 4 rotary features or more"
+        )
+        require(kind != "yarn" or theta > 1, "rope_theta", theta, "accepted is more than 1 with yarn")
+        fits = kind != "longrope" or original > 1
+        require(fits, "rope_scaling.original_max_seq_len", original, "accepted is 2 or more with longrope")
+        for name in ("short_factor", "long_factor") if kind == "longrope" else ():
+            count = len(getattr(self, name))
+            accepted = f"accepted is one per rotary pair, {pairs}"
+            require(count == pairs, f"numbers in rope_scaling.{name}", count, accepted)
 
     def chosen_by(self, length: int) -> int:
         """What of a length the frequencies depend on: sequences with the same number share them."""
@@ -194,6 +218,10 @@ class MoeArgs:
         check(
             self.shared_expert or self.shared_hidden_dim is None, "shared_hidden_dim", "needs shared_expert = true"
         )
+        scaled = self.routed_scale == 1.0 or self.routing == "biased_sigmoid"
+        check(scaled, "routed_scale", "other than 1 is accepted with routing biased_sigmoid")
+        limited = self.activation_limit == 7.0 or self.expert_activation == "clamped"
+        check(limited, "activation_limit", "other than 7 is accepted with expert_activation clamped")
         check(self.overflow == "drop" or self.expert_capacity is not None, "overflow", "needs expert_capacity")
 
     @property

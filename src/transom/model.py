@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -39,8 +40,9 @@ class TransformerInput:
 
     `tokens_position` is a start (int), [T] or [B, T], -1 for padding; `sizes` the document lengths of packed
     rows (a flat list when B is 1, else one list per row); `lengths` [B] the real tokens of right-padded rows;
-    `context` [B, S, context_dim] is what cross-attention looks at, `context_lengths` [B] its real positions;
-    with a cache it is given once, with the first tokens. `logits` says which positions get logits.
+    `context` [B, S, context_dim] is what cross-attention looks at (all documents of a packed row share it),
+    `context_lengths` [B] its real positions; with a cache it is given once, with the first tokens. `logits` says
+    which positions get logits.
     """
 
     tokens: Tensor
@@ -80,7 +82,7 @@ class LLM(nn.Module):
         self.norm = make_norm(args.norm, args.dim, args.norm_eps)
         outputs = args.vocab_size if args.head is None else args.head.outputs
         self.output = Linear(args.dim, outputs) if outputs and not args.tie_embeddings else None
-        self.register_load_state_dict_pre_hook(load_hook(args))
+        self.register_load_state_dict_pre_hook(partial(load_hook, args))
 
     def forward(
         self, inputs: TransformerInput, cache: ModelCache | None = None, inference: bool = False
@@ -122,14 +124,14 @@ class LLM(nn.Module):
         h_BTD = self.tok_embeddings(inputs.tokens)
         if self.args.embedding_scale is not None:
             # Rounded to the weights' dtype first, as Gemma was trained: in bfloat16 it matters.
-            h_BTD = h_BTD * float(torch.tensor(self.args.embedding_scale, dtype=h_BTD.dtype))
+            h_BTD = h_BTD * float(torch.tensor(self.args.embedding_scale, dtype=h_BTD.dtype, device="cpu"))
         if inputs.image_embedding is None:
             return h_BTD
         rows, mask = inputs.image_embedding.embedding, inputs.image_embedding.mask
-        if rows.shape != h_BTD.shape or mask.shape != h_BTD.shape[:2]:
+        if rows.shape != h_BTD.shape or mask.shape != h_BTD.shape[:2] or mask.dtype != torch.bool:
             raise RequestError(
-                f"image_embedding {tuple(rows.shape)} with mask {tuple(mask.shape)}: accepted is "
-                f"{tuple(h_BTD.shape)} with {tuple(h_BTD.shape[:2])}"
+                f"image_embedding {tuple(rows.shape)} with mask {mask.dtype} {tuple(mask.shape)}: accepted is "
+                f"{tuple(h_BTD.shape)} with bool {tuple(h_BTD.shape[:2])}"
             )
         return torch.where(mask.unsqueeze(-1), rows.to(h_BTD.dtype), h_BTD)
 
@@ -258,10 +260,14 @@ def rotary_length(
     """The length that `dynamic` and `longrope` frequencies are chosen by: a cache's capacity, else the longest."""
     if cache is not None:  # chosen once, or stored keys would be rotated otherwise than new ones
         return cache.capacity
-    if inputs.lengths is not None:
-        return int(inputs.lengths.max())
     if place.layout is None:
-        return int(place.positions_BT.max()) + 1
+        positions_BT = place.positions_BT
+        if inputs.lengths is not None:
+            offsets_T = torch.arange(positions_BT.size(-1), device=positions_BT.device)
+            positions_BT = positions_BT.masked_fill(offsets_T >= inputs.lengths.to(offsets_T.device)[:, None], -1)
+        return int(positions_BT.max()) + 1
+    if inputs.lengths is not None:
+        return place.layout.start + int(inputs.lengths.max())
     lengths = {place.layout.start + size for size in place.layout.documents}
     for scaling in scalings if inputs.sizes is not None else ():
         if len({scaling.chosen_by(length) for length in lengths}) > 1:
@@ -279,7 +285,7 @@ def place_tokens(inputs: TransformerInput, cache: ModelCache | None) -> Place:
     offsets_1T = torch.arange(count, device=device)[None]
     padded = inputs.lengths is not None
     if cache is not None:
-        fresh = cache.claim(count)  # only an empty cache's first call sees its own tokens alone
+        fresh = cache.claim(count, inputs.lengths)  # only an empty cache's first call sees its own tokens alone
         layout = Layout((count,) * rows, padded=padded) if fresh else None
         return Place(cache.lengths_B[:, None] + offsets_1T, None, layout)
     if inputs.sizes is not None:
@@ -303,8 +309,9 @@ def check_input(args: ModelArgs, inputs: TransformerInput, cache: ModelCache | N
         raise RequestError("sizes: accepted without lengths and tokens_position, which they replace")
     if inputs.lengths is not None and inputs.lengths.shape != inputs.tokens.shape[:1]:
         raise RequestError(f"lengths of shape {tuple(inputs.lengths.shape)}: accepted is one per row of tokens")
-    if isinstance(inputs.tokens_position, int) and inputs.tokens_position < 0:
-        raise RequestError(f"tokens_position = {inputs.tokens_position}: accepted is a start of 0 or more")
+    if inputs.logits not in ("all", "last", "none"):
+        raise RequestError(f"logits = {inputs.logits!r}: accepted is all, last or none")
+    check_positions(inputs)
     check_context(args, inputs, cache)
     if inputs.image_embedding is not None and args.vision_args is None:
         raise RequestError("image_embedding: this is a text model; accepted is a model with vision_args")
@@ -326,9 +333,25 @@ def check_input(args: ModelArgs, inputs: TransformerInput, cache: ModelCache | N
         raise RequestError(f"tokens have {inputs.tokens.size(0)} rows: this cache was built for {cache.batch_size}")
 
 
+def check_positions(inputs: TransformerInput) -> None:
+    """A start, or one whole number per token; another shape would broadcast to the same place for many tokens."""
+    given, (rows, count) = inputs.tokens_position, inputs.tokens.shape
+    if isinstance(given, Tensor):
+        fits = tuple(given.shape) in ((count,), (1, count), (rows, count))
+        if not fits or given.dtype not in (torch.int64, torch.int32):
+            found = f"{given.dtype} of shape {tuple(given.shape)}"
+            raise RequestError(
+                f"tokens_position: {found}; accepted are whole numbers [{count}] or [{rows}, {count}]"
+            )
+    elif given is not None and given < 0:
+        raise RequestError(f"tokens_position = {given}: accepted is a start of 0 or more")
+
+
 def check_context(args: ModelArgs, inputs: TransformerInput, cache: ModelCache | None) -> None:
     """A context where the model attends to one and has none yet, and nowhere else."""
     given, held = inputs.context, cache is not None and cache.has_context
+    if inputs.context_lengths is not None and given is None:
+        raise RequestError("context_lengths: accepted together with a context")
     if args.context_dim is None:
         if given is not None:
             raise RequestError("context: accepted by a model with context_dim, whose blocks attend to one")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import platform
 import random
@@ -9,6 +10,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,6 +43,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise RequestError(f"dtype = {name!r}: accepted is auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off, which would narrow products again; a device without it (meta) cannot even be told so."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else contextlib.nullcontext()
 
 
 @functools.cache

@@ -260,6 +260,16 @@ def test_a_forward_that_failed_leaves_the_rollback_limit_alone():
     assert not cache.rollback(1, at_most=1)
 
 
+def test_the_row_that_gets_most_need_not_be_the_one_that_holds_most():
+    """Rows of 18 and 2 tokens get 1 and 12 more: 19 slots are enough, though 18 + 12 are not there."""
+    cache, tokens = model_of("mixed").make_cache(2, 19), random_tokens(2, 18)
+    feed("mixed", cache, tokens, [18, 2])
+    more = random_tokens(2, 12, seed=1)
+    got = feed("mixed", cache, more, [1, 12])
+    whole = uncached("mixed", torch.cat([tokens[1:, :2], more[1:]], 1))
+    same(got[1:], whole[:, 2:])
+
+
 def test_overflow_is_refused_and_leaves_room_for_what_fits():
     cache = model_of("mixed").make_cache(2, 20)
     tokens = random_tokens(2, 20)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tests.helpers import random_model, random_tokens, tiny_args
 from transom.args import ModelArgs
 from transom.errors import RequestError
+from transom.generation.loop import generate
 from transom.model import LLM, TransformerInput, build_step
 
 DECODER = {
@@ -118,6 +119,8 @@ def test_a_context_is_asked_for_once_and_only_where_it_is_read(context):
         random_model(tiny_args())(TransformerInput(tokens, context=context))
     with pytest.raises(RequestError, match=r"context of shape \(2, 7, 16\)"):
         decoder()(TransformerInput(tokens, context=context[..., :16]))
+    with pytest.raises(RequestError, match="context: this model reads one"):
+        generate(decoder(), tokens, 3)
     model = decoder()
     cache = model.make_cache(2)
     model(TransformerInput(tokens, context=context), cache)

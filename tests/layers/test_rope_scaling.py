@@ -111,6 +111,45 @@ def test_generation_that_outgrows_the_original_length_computes_all_keys_again(ki
             assert row[count] == expected, f"after {count} tokens"
 
 
+def test_a_start_counts_towards_the_length_with_padding_too():
+    model, tokens = random_model(tiny_args(**by_length("longrope"))), random_tokens(2, 6)
+    plain = model(TransformerInput(tokens, tokens_position=14)).logits
+    for at in (14, torch.arange(14, 20)):
+        padded = model(TransformerInput(tokens, tokens_position=at, lengths=torch.tensor([6, 6]))).logits
+        torch.testing.assert_close(padded, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_have_finished_outgrow_nothing(capsys):
+    model = random_model(tiny_args(**by_length("longrope")))
+    prompts = [random_tokens(1, 4)[0].tolist(), random_tokens(1, 14, seed=1)[0].tolist()]
+    free = transom_generate(model, prompts, 10)
+    capsys.readouterr()
+    stop = int(free[1, 14])
+    rows = transom_generate(model, prompts, 10, stop_tokens=[stop])
+    assert "original length" not in capsys.readouterr().err, "the longer row has stopped before it"
+    alone = transom_generate(model, [prompts[0]], 10, stop_tokens=[stop])
+    assert rows[0, 14:].tolist() == alone[0, 4:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"head_dim": 2, "rope_scaling": {"kind": "dynamic"}}, "accepted with 4 rotary features or more"),
+        ({"rope_theta": 1.0, "rope_scaling": {"kind": "yarn"}}, "rope_theta = 1.0: accepted is more than 1"),
+        ({"rope_scaling": {"kind": "yarn", "attention_factor": -1.0}}, "attention_factor = -1.0"),
+        ({"rope_scaling": {"kind": "linear", "attention_factor": 1.5}}, "accepted with kind yarn or longrope"),
+        (
+            {"rope_scaling": {"kind": "longrope", "short_factor": [1.0] * 4, "long_factor": [0.0] * 4}},
+            "accepted are numbers above 0",
+        ),
+        ({"rope_scaling_factor": 4.0}, "accepted with use_scaled_rope = true"),
+    ],
+)
+def test_scalings_without_a_value_are_refused(changes, words):
+    with pytest.raises(RequestError, match=re.escape(words)):
+        tiny_args(**changes)
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_packing_across_the_switch_is_refused(kind):
     model = random_model(tiny_args(**by_length(kind)))

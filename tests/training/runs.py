@@ -35,6 +35,7 @@ def tiny_config(folder: Path, **changes) -> dict:
         "save_every": 4,
         "threads": 1,
         "device": "cpu",
+        "dtype": "float32",  # where the processor makes bfloat16 fast, auto would take it
         **changes,
     }
 

@@ -14,8 +14,12 @@ import torch
 import yaml
 
 from tests.training.runs import losses, tiny_args, tiny_config
+from transom import runtime
+from transom.checkpoints.load import load
 from transom.cli.main import main
 from transom.errors import RequestError, WorkError
+from transom.runtime import pick_dtype
+from transom.training.balance import mixtures
 from transom.training.setup import open_run
 
 
@@ -35,7 +39,7 @@ def test_a_tiny_model_learns_its_text(tmp_path):
 def test_losses_do_not_depend_on_accumulation(tmp_path):
     runs = {}
     for count in (1, 2, 4):
-        train(tiny_args(tmp_path, f"accumulate={count}", f"out={tmp_path}/run{count}"))
+        train(tiny_args(tmp_path, f"accumulate={count}", f"out={tmp_path}/run{count}", "dtype=float32"))
         runs[count] = losses(tmp_path / f"run{count}")
     assert runs[2] == pytest.approx(runs[1], rel=1e-4)
     assert runs[4] == pytest.approx(runs[1], rel=1e-4)
@@ -44,12 +48,12 @@ def test_losses_do_not_depend_on_accumulation(tmp_path):
 def two_ranks(rank, folder, port):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    train(tiny_args(Path(folder), f"out={folder}/two"), rank=rank, world_size=2)
+    train(tiny_args(Path(folder), f"out={folder}/two", "dtype=float32"), rank=rank, world_size=2)
     torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_train_as_one(tmp_path):
-    train(tiny_args(tmp_path, f"out={tmp_path}/one"))
+    train(tiny_args(tmp_path, f"out={tmp_path}/one", "dtype=float32"))
     port = 20000 + os.getpid() % 20000
     torch.multiprocessing.spawn(two_ranks, args=(str(tmp_path), port), nprocs=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
@@ -146,6 +150,167 @@ def test_a_mixture_logs_balance_and_load(tmp_path):
     assert [sum(layer) for layer in row["expert_load"]] == pytest.approx([1.0, 1.0])
 
 
+def test_the_tokens_of_each_expert_are_told_at_the_end(tmp_path):
+    train(tiny_args(tmp_path, "steps=2", model=mixture(tmp_path)))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (told,) = (row["expert_tokens"] for row in rows if "expert_tokens" in row)
+    assert [len(layer) for layer in told] == [4, 4]
+    shares = [share for layer in told for expert in layer for _, share in expert]
+    assert 0 < max(shares) <= 1
+
+
+def mixture(tmp_path, **moe):
+    return {**tiny_config(tmp_path)["model"], "moe_args": {"num_experts": 4, "top_k": 2, "hidden_dim": 32, **moe}}
+
+
+def rows_of(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+def test_router_numbers_do_not_depend_on_accumulation(tmp_path):
+    model, rows = mixture(tmp_path, z_loss_coef=0.1, aux_loss_coef=0.1), []
+    for count in (1, 4):
+        words = [f"accumulate={count}", f"out={tmp_path}/run{count}", "steps=3", "dtype=float32"]
+        train(tiny_args(tmp_path, *words, model=model))
+        rows.append(rows_of(tmp_path / f"run{count}"))
+    for one, four in zip(*rows, strict=True):
+        for name in ("loss", "aux_loss", "z_loss", "grad_norm"):
+            assert four[name] == pytest.approx(one[name], rel=1e-4), name
+        for name in ("expert_load", "router_entropy", "dropped_tokens"):
+            assert torch.tensor(four[name]).allclose(torch.tensor(one[name]), atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("coefficient", "moves"), [("aux_loss_coef", True), ("z_loss_coef", True), ("none", False)]
+)
+def test_router_losses_are_trained(tmp_path, coefficient, moves):
+    off = {"aux_loss_coef": 0.0, "z_loss_coef": 0.0}
+    norms = []
+    for name, moe in (("off", off), ("on", {**off, **({coefficient: 5.0} if moves else {})})):
+        model = mixture(tmp_path, **moe)
+        trainer = open_run(tiny_args(tmp_path, f"out={tmp_path}/{name}", model=model), quiet=True)
+        norms.append(trainer.step().grad_norm)
+    assert (norms[0] != norms[1]) == moves
+
+
+@pytest.mark.parametrize("balance", ["bias", "mixtral"])
+def test_choice_biases_move_against_the_load(tmp_path, balance):
+    model = mixture(tmp_path, balance=balance, bias_update_rate=0.5)
+    trainer = open_run(tiny_args(tmp_path, model=model), quiet=True)
+    result = trainer.step()
+    for layer, picks_E in zip(mixtures(trainer.model), result.router.picks_LE, strict=True):
+        bias_E = layer.router.choice_bias
+        assert (bias_E is None) == (balance == "mixtral")
+        if bias_E is not None:
+            assert torch.equal(bias_E, 0.5 * torch.sign(picks_E.mean() - picks_E))
+
+
+def test_the_average_is_scored_and_saved_and_the_weights_go_on(tmp_path):
+    trainer = open_run(tiny_args(tmp_path, "ema_decay=0.5", "steps=3"), quiet=True)
+    starts = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    for step in range(3):
+        trainer.step()
+        share = 1 - min(0.5, (1 + step) / (10 + step))
+        for name, p in trainer.model.named_parameters():
+            starts[name].lerp_(p.detach(), share)
+    weights = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    scored = trainer.evaluate(None)
+    trainer.sample()
+    trainer.save(scored)
+    assert all(torch.equal(p, weights[name]) for name, p in trainer.model.named_parameters())
+    saved = load(tmp_path / "run" / "step_000003")
+    for name, p in saved.named_parameters():
+        torch.testing.assert_close(p, starts[name], rtol=1e-5, atol=1e-7)
+    trainer.ema, trainer.model = None, saved
+    trainer.monitor.model = saved
+    assert trainer.evaluate(None).bits_per_byte == pytest.approx(scored.bits_per_byte, rel=1e-6)
+
+
+def test_a_step_in_backward_is_the_step(tmp_path):
+    plain = {"name": "adamw", "lr": 0.01, "max_grad_norm": None}
+    for name, optimizer in (("plain", plain), ("inside", {**plain, "in_backward": True})):
+        train(tiny_args(tmp_path, f"out={tmp_path}/{name}", optimizer=optimizer))
+    assert losses(tmp_path / "inside") == losses(tmp_path / "plain")
+    ours, theirs = ([row["grad_norm"] for row in rows_of(tmp_path / name)] for name in ("inside", "plain"))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("words", [["accumulate=2"], ["optimizer.max_grad_norm=1.0"]])
+def test_a_step_in_backward_is_refused_with(tmp_path, words):
+    optimizer = {"name": "adamw", "max_grad_norm": None, "in_backward": True}
+    with pytest.raises(RequestError, match=r"optimizer\.in_backward = True: accepted with"):
+        tiny_args(tmp_path, *words, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("chunk", [1, 13, 64, 1000])
+def test_losses_do_not_depend_on_the_loss_chunk(tmp_path, chunk):
+    words = ["steps=6", "accumulate=2", "dtype=float32"]
+    train(tiny_args(tmp_path, *words, f"out={tmp_path}/whole"))
+    train(tiny_args(tmp_path, *words, f"loss_chunk={chunk}"))
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+@pytest.mark.parametrize(("field", "value"), [("loss_chunk", -1), ("ema_decay", 1.0), ("ema_decay", 0)])
+def test_values_out_of_range_are_refused(tmp_path, field, value):
+    with pytest.raises(RequestError, match=f"{field} = .*: accepted is"):
+        tiny_args(tmp_path, **{field: value})
+
+
+def test_rows_go_to_tensorboard(tmp_path, monkeypatch):
+    curves = []
+
+    class Writer:
+        def __init__(self, log_dir, purge_step):
+            assert log_dir == str(tmp_path / "run" / "tensorboard")
+
+        def add_scalar(self, name, value, step):
+            curves.append((name, step))
+
+        def add_text(self, name, value, step): ...
+
+        def flush(self): ...
+
+        def close(self):
+            curves.append(("closed", 0))
+
+    for where in ("setup", "tensorboard"):
+        monkeypatch.setattr(f"transom.training.{where}.writer_class", lambda: Writer)
+    train(tiny_args(tmp_path, "steps=2", "tensorboard=true"))
+    assert [step for name, step in curves if name == "loss"] == [1, 2]
+    assert ("held_out/bits_per_byte", 2) in curves
+    assert curves[-1] == ("closed", 0)
+
+
+def test_tensorboard_that_is_missing_costs_no_earlier_run(tmp_path, monkeypatch):
+    train(tiny_args(tmp_path, "steps=2"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(RequestError, match="pip install tensorboard"):
+        train(tiny_args(tmp_path, "tensorboard=true"), overwrite=True)
+    assert (tmp_path / "run" / "step_000002").is_dir()
+
+
+@pytest.mark.parametrize(("half", "expected"), [(0.1, torch.bfloat16), (0.9, torch.float32)])
+def test_the_dtype_is_the_one_measured_faster(monkeypatch, half, expected):
+    seconds = {torch.bfloat16: half, torch.float32: 0.5}
+    monkeypatch.setattr(runtime, "_seconds_of_product", lambda a: seconds[a.dtype])
+    runtime.bfloat16_is_fast.cache_clear()
+    try:
+        assert pick_dtype("auto", torch.device("cpu")) == expected
+        assert pick_dtype("float32", torch.device("cpu")) == torch.float32
+    finally:
+        runtime.bfloat16_is_fast.cache_clear()
+
+
+def test_bfloat16_products_train_float32_weights(tmp_path):
+    half, _ = train(tiny_args(tmp_path, "dtype=bfloat16", "steps=6"))
+    train(tiny_args(tmp_path, "dtype=float32", "steps=6", f"out={tmp_path}/wide"))
+    assert {p.dtype for p in half.model.parameters()} == {torch.float32}
+    got, wide = losses(tmp_path / "run"), losses(tmp_path / "wide")
+    assert got != wide
+    assert got == pytest.approx(wide, rel=0.03)
+
+
 def test_samples_and_the_progress_line_are_shown(tmp_path, capsys):
     prompts = ["the cat", "a mat"]
     open_run(tiny_args(tmp_path, "sample_every=6", sample_prompts=prompts, sample_tokens=8)).fit()
@@ -190,6 +355,6 @@ def test_profile_splits_the_step(tmp_path, capsys):
 
 def test_the_loss_trace_is_the_committed_one(tmp_path):
     """Catches a change of arithmetic anywhere between bytes and weights; see CONTRIBUTING before updating it."""
-    train(tiny_args(tmp_path, "steps=20"))
+    train(tiny_args(tmp_path, "steps=20", "dtype=float32"))
     expected = json.loads((Path(__file__).parent / "loss_trace.json").read_text())
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=2e-3)

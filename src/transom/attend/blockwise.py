@@ -7,7 +7,6 @@ which makes the scores of every block again: memory is linear in length in both 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,6 +18,7 @@ from transom.args import LayerRule
 from transom.attend.mask import MaskSpec, allowed
 from transom.attend.sdpa import by_documents, per_document, reach
 from transom.attend.view import CacheView, Score
+from transom.runtime import no_autocast
 
 QUERIES, KEYS = 128, 256  # tokens per block; fewer queries take more keys at a time
 
@@ -125,7 +125,7 @@ def _forward(
     wide, length, kv_heads = _wide(q), q.size(1), k.size(2)
     out, lse = _new_outputs(q, k, v)
     group = lse.size(2)
-    with _no_autocast(q.device.type):
+    with no_autocast(q.device.type):
         keys, values = _heads_first(k, wide), _heads_first(v, wide)
         for start in range(0, length, QUERIES):
             stop = min(start + QUERIES, length)
@@ -174,7 +174,7 @@ def _backward(
     positions = (q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS)
     tiles = _Tiles(LayerRule(cast(Any, kind), size), *positions, new_at, known)
     wide, kv_heads, group = _wide(q), k.size(2), lse.size(2)
-    with _no_autocast(q.device.type):
+    with no_autocast(q.device.type):
         keys, values = _heads_first(k, wide), _heads_first(v, wide)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(keys), torch.zeros_like(values)
         grad_sinks = lse.new_zeros(kv_heads, group)
@@ -242,12 +242,6 @@ _forward_op.register_autograd(_pull_back, setup_context=_keep)
 def _new_outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out = q.new_empty(*q.shape[:-1], v.size(-1))
     return out, q.new_empty(q.size(0), k.size(2), q.size(2) // k.size(2), q.size(1), dtype=_wide(q))
-
-
-def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Autocast would narrow the products again; devices without it (meta) cannot even be told to turn it off."""
-    available = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if available else contextlib.nullcontext()
 
 
 def _wide(q: Tensor) -> torch.dtype:

@@ -25,6 +25,9 @@ def why_not(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> st
         return "flash attention has neither soft-capping nor sinks here"
     if q_BTNH.device.type != "cuda" or q_BTNH.dtype not in (torch.bfloat16, torch.float16):
         return f"its kernel takes bfloat16 and float16 on cuda, not {q_BTNH.dtype} on {q_BTNH.device.type}"
+    kinds = {q_BTNH.dtype, *(state.dtype for state in view.dense()[0])}
+    if len(kinds) > 1:
+        return f"its kernel takes queries, keys and values of one dtype, not {', '.join(sorted(map(str, kinds)))}"
     if not by_documents(view, spec):
         return "it needs the document lengths of a call that reads no cache"
     head_dim, v_dim = q_BTNH.size(-1), view.dense()[0][1].size(-1)

@@ -68,15 +68,22 @@ class ModelCache:
         """Whether cross-attention's keys and values have been stored."""
         return self.layers[0].context is not None
 
-    def claim(self, count: int) -> bool:
-        """Make room for `count` more tokens per row, or refuse; returns whether the cache was empty."""
-        if self.bounded and self.bound + count > self.capacity:
+    def claim(self, count: int, lengths_B: Tensor | None = None) -> bool:
+        """Make room for `count` more tokens per row, or refuse; returns whether the cache was empty.
+
+        `lengths_B` are the real tokens among them, where rows are padded.
+        """
+        needed = self.bound + count
+        if self.bounded and needed > self.capacity:
             self.tighten()  # rollbacks leave the bound loose; only now is it worth asking the device
-            if self.bound + count > self.capacity:
+            needed = self.bound + count
+            if lengths_B is not None:  # the row that gets most may not be the one that holds most
+                needed = int((self.lengths_B + lengths_B.to(self.lengths_B.device)).max())
+            if needed > self.capacity:
                 raise RequestError(
                     f"{self.bound} + {count} tokens: this cache holds {self.capacity}; build it with more capacity"
                 )
-        fresh, self.bound = self.bound == 0, self.bound + count
+        fresh, self.bound = self.bound == 0, needed
         return fresh
 
     def tighten(self) -> None:

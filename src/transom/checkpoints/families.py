@@ -24,7 +24,7 @@ from transom.checkpoints.family_defaults import (
     WINDOW,
 )
 from transom.checkpoints.foreign_config import ForeignConfig
-from transom.checkpoints.hf_rope import rope_fields, rope_settings
+from transom.checkpoints.hf_rope import require_whole_rotary, rope_fields, rope_settings
 from transom.layer_args import yarn_mscale
 
 Fields = dict[str, Any]
@@ -73,8 +73,7 @@ def _dense(config: ForeignConfig) -> Fields:
     """`_common` with ordinary attention, biased as a whole by `attention_bias`."""
     bias = config.get("attention_bias", False)
     rope = rope_fields(config, rope_settings(config))
-    # Only Phi-3 rotates a part of each head; elsewhere transformers ignores the key or fails on it.
-    config.check(rope.get("rotary_fraction", 1.0) == 1.0, "partial_rotary_factor", "accepted is 1.0")
+    require_whole_rotary(config, rope)
     return {
         **_common(config),
         "head_dim": config.get("head_dim"),
@@ -89,11 +88,13 @@ def _windows(config: ForeignConfig, letters: Sequence[str]) -> Fields:
     """`sliding_window` and the pattern of layers; `layer_types` of the file wins over the family's rule."""
     types = config.get("layer_types")
     if types is not None:
-        config.check(set(types) <= set(_LETTERS), "layer_types", f"accepted are {', '.join(_LETTERS)}")
+        known = [kind for kind, letter in _LETTERS.items() if letter in "FS"]
+        config.check(set(types) <= set(known), "layer_types", f"accepted are {', '.join(known)}")
         letters = [_LETTERS[kind] for kind in types]
     window = config["sliding_window"]
     if "S" not in letters:
         return {}
+    config.check(window is not None, "sliding_window", "accepted is a number: layer_types has sliding layers")
     mixed = {"layer_pattern": list(letters)} if set(letters) != {"S"} else {}
     return {"sliding_window": window, **mixed}
 
@@ -166,6 +167,7 @@ def _qwen3_moe(config: ForeignConfig) -> Fields:
 def _gemma(config: ForeignConfig, rope: Fields) -> Fields:
     config.get("hidden_act")  # stands beside hidden_activation in older files, which is the one that counts
     config.plain("use_bidirectional_attention", False)
+    require_whole_rotary(config, rope)
     bias = config.get("attention_bias", False)
     return {
         **_common(config),

@@ -78,7 +78,7 @@ _WHOLE_TOO = ("logit_softcap", "vision_args", "head")
 
 def args_to_hf(args: ModelArgs) -> dict[str, Any]:
     """The config of the first family that reads back as the same model; no such family is a `RequestError`."""
-    for family in WRITABLE:
+    for family in WRITABLE if args.mla_args is not None or args.dim % args.n_heads == 0 else ():
         config = _config(args, family)
         try:
             again = ModelArgs.from_dict(
@@ -140,6 +140,10 @@ def _config(args: ModelArgs, family: str) -> dict[str, Any]:
         "pad_token_id": None,  # some classes have a default of their own, beyond a small vocabulary
     }
     special = {**_special(args), **_special_experts(args), **_special_latent(args)}
+    if family in ("gemma2", "gemma3_text", "gpt_oss"):  # which want a window even where layer_types uses none
+        special["sliding_window"] = args.sliding_window or args.max_seq_len
+    if family == "llama4_text":
+        special["attention_chunk_size"] = args.attention_chunk_size or args.max_seq_len
     config |= {key: special[key] for key in keys if key in special}
     if args.moe_args and family in ("mixtral", "gpt_oss", "llama4_text"):  # whose one width is that of the experts
         config["intermediate_size"] = special["moe_intermediate_size"]
@@ -195,7 +199,7 @@ def _special_experts(args: ModelArgs) -> dict[str, Any]:
         "n_routed_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
         "router_aux_loss_coef": moe.aux_loss_coef,
-        "moe_intermediate_size": width,
+        "moe_intermediate_size": width or 1,
         "n_shared_experts": shared // (width or 1),
         "norm_topk_prob": moe.normalize,
         "routed_scaling_factor": moe.routed_scale,

@@ -91,3 +91,9 @@ def rope_to_hf(fields: Mapping[str, Any], scaling: Mapping[str, Any] | None) -> 
     kind = scaling["kind"]
     out |= {key: scaling[key] for key in _KEYS[kind] if scaling[key] is not None}
     return out | {"rope_type": kind, "original_max_position_embeddings": scaling["original_max_seq_len"]}
+
+
+def require_whole_rotary(config: ForeignConfig, rope: Mapping[str, Any]) -> None:
+    """Only Phi-3 rotates a part of each head; elsewhere transformers ignores the key or fails on it."""
+    share = rope.get("rotary_fraction", 1.0)
+    require(share == 1.0, f"{config.where}: partial_rotary_factor", share, "accepted is 1.0")

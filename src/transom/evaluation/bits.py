@@ -26,6 +26,9 @@ class Documents(Protocol):
     def document(self, index: int) -> NDArray[np.int64]: ...
 
 
+LOGITS = 2**24  # held at a time: all of 4,096 positions times 128k tokens would be 2 GB
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """A score: `nats` over `tokens` predicted, against `bytes` of text."""
@@ -131,5 +134,6 @@ def _nats(model: LLM, rows: Sequence[_Window]) -> float:
     targets = targets.to(device)
     # Only scored positions get logits: the context in front of them has been scored before.
     scored = targets >= 0
-    logits = model.project(hidden_BTD[scored]).float()
-    return float(F.cross_entropy(logits, targets[scored], reduction="sum"))
+    rows_at_once = max(1, LOGITS // model.args.vocab_size)
+    pieces = zip(hidden_BTD[scored].split(rows_at_once), targets[scored].split(rows_at_once), strict=True)
+    return float(sum(F.cross_entropy(model.project(h).float(), ids, reduction="sum") for h, ids in pieces))

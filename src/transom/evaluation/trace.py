@@ -136,7 +136,7 @@ def layer_trace(
         entropy_N=entropy_N,
         last_attention_NT=last_NT,
         experts=experts,
-        predictions=lens(model, h_BTD[0, -1]),
+        predictions=lens(model, h_BTD[0, -1]) if model.args.head is None else (),
     )
 
 

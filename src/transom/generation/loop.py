@@ -114,6 +114,10 @@ def _steps(
     require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "accepted is 1 or more")
     require(prefill_step_size >= 1, "prefill_step_size", prefill_step_size, "accepted is 1 or more")
     _check_prompts(prompts, args.vocab_size)
+    if args.context_dim is not None and (cache is None or not cache.has_context):
+        raise RequestError("context: this model reads one; accepted is a cache whose first call was given it")
+    if args.head is not None:
+        raise RequestError(f"head = {args.head.kind!r}: accepted is a language model, which has a next token")
     longer: int | None = None
     if cache is None:
         longest = max(map(len, prompts))
@@ -156,6 +160,8 @@ def _run(
             lengths_B = alive_B.long() if left < len(rest) else None  # finished rows store nothing more
         if longer:
             given.append(ids_B)
+            if cache.bound == cache.capacity:
+                cache.tighten()  # the bound counts calls; a row that has finished grows no more
             if remaining and cache.bound == cache.capacity:
                 cache, logits_BV = outgrow(model, cache, rest, given, longer, prefill_step_size)
                 longer = None
@@ -269,7 +275,7 @@ def _not_held(prompts: Sequence[Sequence[int]], cache: ModelCache, max_new_token
     for prompt, count in zip(prompts, held, strict=True):
         if count >= len(prompt):
             raise RequestError(f"a prompt of {len(prompt)} tokens: accepted are more than the cache's {count}")
-    needed = max(held) + max(map(len, rest)) + max_new_tokens - 1  # the last token is never stored
+    needed = max(map(len, prompts)) + max_new_tokens - 1  # the last token is never stored
     if cache.bounded and needed > cache.capacity:
         raise RequestError(f"{needed} tokens to store: this cache holds {cache.capacity}")
     return rest

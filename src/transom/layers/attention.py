@@ -50,12 +50,13 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, step: Step, cache: LayerCacheLike | None = None) -> Tensor:
         layer = self.layer
         q, k, v = self.wq(x_BTD), self.wk(x_BTD), self.wv(x_BTD)
+        # The cast behind a norm: under autocast its float32 weight would make queries and keys float32 as well.
         if self.q_norm is not None and self.k_norm is not None and layer.qk_norm == "projection":
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         # -1, not the head count: under tensor parallelism a rank holds a share of the heads.
         q, k, v = (x.unflatten(-1, (-1, layer.head_dim)) for x in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None and layer.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if layer.rope is not None:
             table = step.rope[layer.rope]
             q, k = rotate(q, table, layer.rope.layout), rotate(k, table, layer.rope.layout)

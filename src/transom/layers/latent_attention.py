@@ -54,7 +54,7 @@ class LatentAttention(nn.Module):
             scale = step.temperature[layer.temperature]
             q_nope, q_rope = ((x * scale).to(x.dtype) for x in (q_nope, q_rope))
         # One tensor per token: decoding reads it as the keys of a single head without a copy.
-        state = torch.cat((self.kv_a_norm(latent), k_rope), -1)
+        state = torch.cat((self.kv_a_norm(latent).to(k_rope.dtype), k_rope), -1)
         view = new_view((state,), step, layer, cache)
         form = self.absorbed if self._absorbing_is_cheaper(x_BTD.size(1), view) else self.expanded
         return self.wo(form(q_nope, q_rope, view, step).flatten(-2))

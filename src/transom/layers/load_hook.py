@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,11 +38,7 @@ def accept_old_names(
         state.update(zip((prefix + name for name in move.ours), made, strict=True))
 
 
-def load_hook(args: ModelArgs) -> Callable[..., None]:
-    """A hook for `Module.register_load_state_dict_pre_hook` of the model that `args` describes."""
-
-    def hook(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-        shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-        accept_old_names(args, state, shapes, prefix)
-
-    return hook
+def load_hook(args: ModelArgs, module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Of the model that `args` describes, once bound: for `Module.register_load_state_dict_pre_hook`."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    accept_old_names(args, state, shapes, prefix)

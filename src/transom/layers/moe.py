@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transom.args import LayerArgs, MoeArgs
 from transom.layers.feed_forward import FeedForward, activate
 from transom.layers.linear import GroupedLinear
+from transom.runtime import no_autocast
 
 Routing = Literal["softmax", "sigmoid", "biased_sigmoid"]
 GPT_OSS_ALPHA = 1.702  # makes x * sigmoid(alpha x) close to gelu (Hendrycks and Gimpel 2016, arXiv 1606.08415)
@@ -57,7 +58,7 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(ids [T, A] best first, weights [T, A], logits [T, E]), the latter two in float32 or better."""
         # Autocast would run this product in half precision, and near-ties would flip between machines.
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with no_autocast(x_TD.device.type):
             wide = torch.promote_types(x_TD.dtype, torch.float32)
             x_TD = x_TD.to(wide)
             if self.training and self.moe.jitter > 0:  # not in place: experts see the tokens as they are

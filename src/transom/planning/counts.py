@@ -85,11 +85,10 @@ def vision_parameters(args: ModelArgs) -> int:
     v = args.vision_args
     if v is None:
         return 0
-    patches = (v.image_size // v.patch_size) ** 2
+    patches = v.patch_grid**2
     embedding = v.num_channels * v.patch_size**2 * v.dim + (patches + 2) * v.dim
     block = 4 * v.dim * (v.dim + 1) + 2 * v.dim * v.hidden_dim + v.hidden_dim + v.dim + 4 * v.dim
-    shuffled = int(v.dim / v.pixel_shuffle_ratio**2)
-    adapter = shuffled * v.adapter_dim + v.adapter_dim * v.output_dim + v.output_dim * args.dim
+    adapter = v.dim * v.shuffle**2 * v.adapter_dim + v.adapter_dim * v.output_dim + v.output_dim * args.dim
     return embedding + v.n_layers * block + 4 * v.dim + adapter
 
 

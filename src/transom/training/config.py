@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from transom.args import ModelArgs
+from transom.args import HeadArgs, ModelArgs
 from transom.data.sources import SourceArgs
 from transom.errors import RequestError, require
 from transom.fields import describe, read, write
@@ -73,9 +74,16 @@ class OptimizerArgs:
     output_lr: float | None = describe(None, "peak rate of an untied output matrix; lr if not given")
     norm_lr: float | None = describe(None, "peak rate of norms, biases and scalars; lr if not given")
     max_grad_norm: float | None = describe(1.0, "gradients are scaled down to this global norm; none: no clipping")
+    state_bits: Literal[32, 8] = describe(
+        32, "AdamW: bits of a running mean; 8 takes a quarter of the memory (arXiv 2110.02861), embeddings keep 32"
+    )
+    in_backward: bool = describe(
+        False, "each weight moves as soon as its gradient is there, which is then freed; excludes clipping"
+    )
 
     def __post_init__(self) -> None:
         require(self.name in ("adamw", "muon"), "name", self.name, "accepted is one of adamw, muon")
+        require(self.state_bits in (32, 8), "state_bits", self.state_bits, "accepted is one of 32, 8")
         for name in ("lr", "muon_lr", "eps"):
             value = getattr(self, name)
             require(0 < value < math.inf, name, value, "accepted is a number above 0")
@@ -90,6 +98,18 @@ class OptimizerArgs:
         decay = self.weight_decay
         require(0 <= decay < math.inf, "weight_decay", decay, "accepted is a number from 0")
         require(1 <= self.muon_steps <= 7, "muon_steps", self.muon_steps, "accepted is 1 to 7")
+
+    def check_in_backward(self, accumulate: int = 1, *, ranks: int = 1, scaled: bool = False) -> None:
+        """Refuse `in_backward` with what needs whole gradients: clipping, accumulation, ranks, a float16 scaler."""
+        needs = {
+            f"max_grad_norm = null, not {self.max_grad_norm}": self.max_grad_norm is not None,
+            f"accumulate = 1, not {accumulate}": accumulate != 1,
+            f"one rank, not {ranks}": ranks != 1,
+            "a dtype without loss scaling, not float16": scaled,
+        }
+        accepted = "accepted with " + " and with ".join(words for words, wrong in needs.items() if wrong)
+        refused = self.in_backward and any(needs.values())
+        require(not refused, "optimizer.in_backward", self.in_backward, accepted)
 
 
 @dataclass(frozen=True)
@@ -107,6 +127,22 @@ class TrainArgs:
     schedule: ScheduleArgs = describe(ScheduleArgs, "how the learning rate moves")
     steps: int = describe(1000, "optimizer steps")
     accumulate: int = describe(1, "micro-batches a step is cut into, to save memory")
+    loss_chunk: int | None = describe(
+        None,
+        "tokens whose logits are held at a time, 0: all; absent: all of up to 4 million logits, else 16 million",
+        "tokens",
+    )
+    activation_checkpoint: str = describe(
+        "none",
+        "what is made again in backward: none, full (all blocks), every-K (each K-th), selective (no products)",
+    )
+    activation_offload: bool = describe(False, "keep large activations in host memory until backward; GPUs only")
+    compile: bool = describe(False, "compile the blocks with torch.compile; said and left out where that fails")
+    dry_run: bool = describe(True, "try a micro-batch of full size before the run begins, and say what it takes")
+    contrastive_temperature: float = describe(0.05, "embedding head: products of vectors are divided by this")
+    ema_decay: float | None = describe(
+        None, "moving average of the weights that is scored, sampled and saved; null: none"
+    )
     short_rows: float = describe(
         0.0, "first share of the steps in which rows are cut in `short_rows_split` (Shortformer, arXiv 2012.15832)"
     )
@@ -123,6 +159,7 @@ class TrainArgs:
     sample_every: int = describe(0, "steps between samples; 0 never samples", "steps")
     sample_prompts: tuple[str, ...] = describe(("The",), "prompts of the samples drawn during training")
     sample_tokens: int = describe(64, "length of a sample", "tokens")
+    tensorboard: bool = describe(False, "also write TensorBoard curves into the run folder; needs the package")
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "short_rows_split", "save_every", "keep_last", "sample_tokens"):
@@ -137,6 +174,15 @@ class TrainArgs:
             len(prompts) > 0 and all(prompts), "sample_prompts", prompts, "accepted is a list of non-empty texts"
         )
         require(0 <= self.short_rows <= 1, "short_rows", self.short_rows, "accepted is 0 to 1")
+        require(
+            self.loss_chunk is None or self.loss_chunk >= 0, "loss_chunk", self.loss_chunk, "accepted is 0 or more"
+        )
+        decay = self.ema_decay
+        require(
+            decay is None or 0 < decay < 1, "ema_decay", decay, "accepted is a number above 0 and below 1, or null"
+        )
+        self._check_checkpointing()
+        self.optimizer.check_in_backward(self.accumulate)
         fits = self.data.batch_size % self.accumulate == 0
         accepted = f"accepted is a divisor of data.batch_size = {self.data.batch_size}"
         require(fits, "accumulate", self.accumulate, accepted)
@@ -147,6 +193,29 @@ class TrainArgs:
         args = self.model_args(vocab_size=None)
         accepted = f"accepted is at most model.max_seq_len = {args.max_seq_len}"
         require(self.data.seq_len <= args.max_seq_len, "data.seq_len", self.data.seq_len, accepted)
+        if args.head is not None:
+            self._check_head(args.head)
+
+    def _check_checkpointing(self) -> None:
+        how = self.activation_checkpoint
+        known = re.fullmatch(r"none|full|selective|every-[1-9]\d*", how) is not None
+        accepted = "accepted is none, full, selective or every-K, such as every-2"
+        require(known, "activation_checkpoint", how, accepted)
+        # Products inside a compiled function cannot be told from the rest of it: all would be made again.
+        accepted = "accepted with compile = True is none, full or every-K"
+        require(not self.compile or how != "selective", "activation_checkpoint", how, accepted)
+
+    def _check_head(self, head: HeadArgs) -> None:
+        temperature = self.contrastive_temperature
+        require(temperature > 0, "contrastive_temperature", temperature, "accepted is a number above 0")
+        require(
+            not self.short_rows, "short_rows", self.short_rows, "accepted is 0 with model.head: a row is a text"
+        )
+        accepted = "accepted is 0 with model.head, which writes no text"
+        require(not self.sample_every, "sample_every", self.sample_every, accepted)
+        # Negatives are the other rows of a micro-batch: cutting a step changes the loss.
+        whole = head.kind == "classification" or self.accumulate == 1
+        require(whole, "accumulate", self.accumulate, "accepted is 1 with an embedding head")
 
     def model_args(self, vocab_size: int | None) -> ModelArgs:
         """The model asked for; its vocabulary is the tokenizer's unless the config gives one at least as large."""

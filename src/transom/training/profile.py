@@ -21,6 +21,7 @@ class StepClock:
         self.device, self.profile_steps = device, profile_steps
         self.seconds = dict.fromkeys(self.PARTS, 0.0)
         self.steps = 0
+        self._recording = False  # what runs before the first step is none of it
         self._profiler: torch.profiler.profile | None = None
         if profile_steps:
             cuda = [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
@@ -29,7 +30,7 @@ class StepClock:
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Count the time of the block under `name`, and label it in a trace."""
-        if self._profiler is None:
+        if not self._recording:
             yield
             return
         synchronize(self.device)
@@ -43,6 +44,7 @@ class StepClock:
         """Start recording at the first step."""
         if self._profiler is not None and self.steps == 0:
             self._profiler.start()
+            self._recording = True
 
     def after_step(self, trace: Path) -> str | None:
         """Count a step; behind the last profiled one, write the trace and return the table."""
@@ -55,7 +57,7 @@ class StepClock:
             return None
         self._profiler.stop()
         self._profiler.export_chrome_trace(str(trace))
-        self._profiler = None
+        self._profiler, self._recording = None, False
         return f"{self.table()}\ntrace: {trace} (open in Perfetto or chrome://tracing)"
 
     def table(self) -> str:

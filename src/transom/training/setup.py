@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from transom import __version__
 from transom.checkpoints.folders import read_json, read_pointer
 from transom.checkpoints.load import write_text
-from transom.data.batches import Batches
-from transom.data.shards import Corpus, prepare
-from transom.data.sources import SourceArgs, held_out, read_split
+from transom.data.sources import held_out, read_split
 from transom.errors import RequestError, notice, require
 from transom.model import LLM
 from transom.planning.counts import parameters
 from transom.runtime import DTYPES, machine, pick_device, pick_dtype, seed_everything
 from transom.tokenizer import Tokenizer, byte_tokenizer, train_bpe, train_chars
 from transom.training.config import TrainArgs, read_config
+from transom.training.run_data import open_data
 from transom.training.run_folder import RunFolder
+from transom.training.tensorboard import writer_class
 from transom.training.trainer import Trainer
 
 # What may differ between a run and its continuation: none of it changes the arithmetic of a step.
@@ -36,6 +37,10 @@ FREE_ON_RESUME = {
     "sample_every",
     "sample_prompts",
     "sample_tokens",
+    "tensorboard",
+    "dry_run",
+    "activation_checkpoint",
+    "activation_offload",
 }
 
 
@@ -53,6 +58,10 @@ def open_run(
     """A trainer on a prepared run folder; with `resume` at the state of its latest step."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    if args.tensorboard and rank == 0:
+        writer_class()
+    if args.activation_offload and device.type == "cpu":
+        notice("activation_offload: the activations are in host memory already; nothing to do on the CPU")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if device.type == "cpu":
@@ -68,31 +77,17 @@ def open_run(
         check_same_run(run.path, args)
         dtype = check_same_machine(run.path, device, dtype)
     tokenizer = run_tokenizer(args, run, resume)
-    corpora = open_corpora(args, tokenizer, quiet=quiet)
     model_args = args.model_args(tokenizer.vocab_size)
+    data = open_data(args, model_args, tokenizer, rank=rank, world_size=world_size, quiet=quiet)
     model = LLM(model_args)
-    if not resume:
+    if not resume or args.dry_run:  # which wants numbers, not what memory happens to hold
         model.init_weights(args.seed)
     model.to(device)
-    batches = Batches(
-        [corpus.train for corpus in corpora.values()],
-        [source.weight for source in args.data.source_list],
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        vocab_size=model_args.vocab_size,
-        seq_len=args.data.seq_len,
-        rows_per_step=args.data.batch_size,
-        seed=args.seed,
-        rank=rank,
-        world_size=world_size,
-    )
-    data = {name: corpus.sha256 for name, corpus in corpora.items()}
     trainer = Trainer(
         args=args,
         model=model,
         tokenizer=tokenizer,
-        batches=batches,
-        held_out={name: corpus.held_out for name, corpus in corpora.items()},
+        data=data,
         run=run,
         device=device,
         dtype=dtype,
@@ -101,10 +96,11 @@ def open_run(
         mesh=mesh,
         quiet=quiet,
         profile_steps=profile_steps,
-        data_hashes=data,
     )
     if resume:
-        check_same_data(run.path, data, tokenizer)
+        check_same_data(run.path, data.hashes, tokenizer)
+    if args.dry_run:
+        trainer.dry_run()
     if rank == 0:  # only now: a request that turns out wrong must not cost the run it would overwrite
         run.prepare(resume=resume)
     if resume:
@@ -141,38 +137,6 @@ def run_tokenizer(args: TrainArgs, run: RunFolder, resume: bool) -> Tokenizer:
         raise RequestError(f"{field}{error}") from None
 
 
-def open_corpora(args: TrainArgs, tokenizer: Tokenizer, *, quiet: bool) -> dict[str, Corpus]:
-    """Token files of every source by name, with what was skipped said in one line each."""
-    out: dict[str, Corpus] = {}
-    for source in args.data.source_list:
-        corpus = prepare(
-            source, tokenizer, args.data.cache_dir, held_out_fraction=args.data.held_out, progress=not quiet
-        )
-        if source.label in out:
-            raise RequestError(f"data.sources: {source.label!r} twice; accepted is one entry each, with a weight")
-        out[source.label] = corpus
-        if not quiet:
-            notice(describe_corpus(source, corpus))
-    return out
-
-
-def describe_corpus(source: SourceArgs, corpus: Corpus) -> str:
-    """One line: what was read, held out and left out."""
-    kept, rest = corpus.train, corpus.held_out
-    left_out = {
-        name.replace("_", " "): count
-        for name, count in vars(corpus.report).items()
-        if count and name not in ("files", "documents")
-    }
-    if corpus.unknown_tokens:
-        left_out["places the vocabulary cannot write"] = corpus.unknown_tokens
-    more = "".join(f", {count} {name}" for name, count in left_out.items())
-    return (
-        f"{source.label}: {len(kept)} documents, {len(kept.tokens):,} tokens to train on; "
-        f"{len(rest)} documents, {int(rest.bytes.sum()):,} bytes held out{more}"
-    )
-
-
 def write_run(run: Path, trainer: Trainer) -> None:
     """config.yaml and run.json: all that is needed to know what this run was."""
     args, config = trainer.args, trainer.args.to_dict()
@@ -185,7 +149,7 @@ def write_run(run: Path, trainer: Trainer) -> None:
         "parameters": parameters(trainer.model.args),
         "steps": args.steps,
         "seed": args.seed,
-        "data": dict(trainer.data_hashes),
+        "data": dict(trainer.data.hashes),
         "tokenizer": trainer.tokenizer.hash,
         "model": trainer.model.args.to_dict(),
         "config": config,
@@ -220,10 +184,10 @@ def check_same_machine(run: Path, device: torch.device, dtype: torch.dtype) -> t
     return DTYPES.get(facts["dtype"], dtype)
 
 
-def check_same_data(run: Path, data: dict[str, str], tokenizer: Tokenizer) -> None:
+def check_same_data(run: Path, data: Mapping[str, str], tokenizer: Tokenizer) -> None:
     """Refuse to resume on text that has changed: the data position would point elsewhere."""
     facts = read_json(run / "run.json")
-    if facts["data"] != data:
+    if facts["data"] != dict(data):
         changed = [name for name in data if facts["data"].get(name) != data[name]]
         raise RequestError(
             f"{run}: the text of {', '.join(changed)} has changed since the run began; start a new run"

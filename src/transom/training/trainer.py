@@ -5,73 +5,60 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from transom.checkpoints.folders import read_args
 from transom.checkpoints.load import read_state, save
-from transom.data.batches import NO_TARGET, Batch, Batches
-from transom.data.shards import TokenFile
-from transom.errors import RequestError, WorkError, notice
-from transom.evaluation.bits import HeldOut, score
-from transom.generation.sampling import SamplingArgs
-from transom.generation.text import complete
+from transom.data.batches import NO_TARGET, Batch
+from transom.data.labelled import LabelledBatch, write_labels
+from transom.errors import RequestError, WorkError, notice, require
+from transom.evaluation.bits import HeldOut
 from transom.model import LLM, TransformerOutput
-from transom.planning.counts import flops_per_token, parameters
+from transom.planning.counts import parameters
 from transom.runtime import DTYPES, matmul_peak, memory_bytes, synchronize
 from transom.tokenizer import Tokenizer
+from transom.training.balance import RouterCounts, router_losses, update_choice_biases
+from transom.training.blocks import OFFLOAD_MIN_BYTES, arrange_blocks
 from transom.training.config import TrainArgs
-from transom.training.loss import balancing_loss, cross_entropy_sum, expert_load
-from transom.training.optimizers import build_optimizer
+from transom.training.cross_entropy import head_loss
+from transom.training.dry_run import RANDOM, is_out_of_memory, peek, random_state, restore_random_state, too_large
+from transom.training.ema import Ema
+from transom.training.heads import HeadScore, head_loss_sum
+from transom.training.monitor import Monitor, Progress, StepResult, lower_is_better
+from transom.training.mup import width_multiplier
+from transom.training.optimizers import BackwardOptimizers, Optimizers, build_optimizer
 from transom.training.profile import StepClock
-from transom.training.progress import ProgressLine, StopRequest, duration
+from transom.training.progress import ProgressLine, StopRequest
+from transom.training.ranks import Ranks
+from transom.training.run_data import RunData
 from transom.training.run_folder import RunFolder
 from transom.training.schedule import lr_scale
 
 UNTOUCHED = "the last checkpoint is untouched; try a lower learning rate"
 
 
-@dataclass
-class Progress:
-    """What a run has done so far; saved with every checkpoint."""
+class Sums(NamedTuple):
+    """What micro-batches add up to: mean loss and its parts by name, and what routers did, if there are any."""
 
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    best_bits_per_byte: float | None = None
-    skipped_steps: int = 0
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step: mean loss per target (nats), gradient norm before clipping, expert load [L, E].
-
-    `row_length` is the length of its rows in tokens.
-    """
-
-    loss: float
-    aux_loss: float | None
-    grad_norm: float
-    row_length: int
-    expert_load: list[list[float]] | None = None
+    parts: dict[str, Tensor]
+    router: RouterCounts | None
 
 
 @dataclass
 class Trainer:
-    """Trains `model` on `batches` into `run`; rank, world size and mesh are told, never assumed to be one."""
+    """Trains `model` on `data` into `run`; rank, world size and mesh are told, never assumed to be one."""
 
     args: TrainArgs
     model: LLM
     tokenizer: Tokenizer
-    batches: Batches
-    held_out: Mapping[str, TokenFile]
+    data: RunData
     run: RunFolder
     device: torch.device
     dtype: torch.dtype = torch.float32
@@ -81,19 +68,38 @@ class Trainer:
     quiet: bool = False
     profile_steps: int = 0
     progress: Progress = field(default_factory=Progress)
-    data_hashes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.dtype == torch.float16 and self.device.type != "cuda":
-            raise RequestError(
-                f"dtype = 'float16': accepted for training on CUDA devices, this is {self.device.type}"
-            )
-        self.optimizers = build_optimizer(self.model, self.args.optimizer, device_type=self.device.type)
+        usable, kind = self.dtype != torch.float16 or self.device.type == "cuda", self.device.type
+        require(usable, "dtype", "float16", f"accepted for training on CUDA devices, this is {kind}")
         # Only float16 can overflow in the backward pass; the scaler is inert for the other dtypes.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        scaled = self.scaler.is_enabled()
+        self.args.optimizer.check_in_backward(self.args.accumulate, ranks=self.world_size, scaled=scaled)
+        self.batches, self.data_hashes = self.data.batches, self.data.hashes
+        self.optimizers = self._build_optimizers()
+        self.ema = None if self.args.ema_decay is None else Ema(self.model, self.args.ema_decay)
         self.line = ProgressLine(quiet=self.quiet or self.rank > 0)
         self.clock = StepClock(self.device, self.profile_steps)
         self.stop = StopRequest()
+        self.ranks = Ranks(self.world_size, self.mesh, self.device)
+        run = self.run if self.rank == 0 else None
+        self.monitor = Monitor(self.args, self.model, self.tokenizer, self.data, run, self.line, self.progress)
+        self.compiled = self.args.compile
+        self._arrange_blocks()
+
+    def _build_optimizers(self) -> Optimizers:
+        width = width_multiplier(self.model.args)
+        return build_optimizer(self.model, self.args.optimizer, device_type=self.device.type, width=width)
+
+    def _arrange_blocks(self) -> None:
+        offloads = self.args.activation_offload and self.device.type != "cpu"
+        arrange_blocks(
+            self.model,
+            compiled=self.compiled,
+            checkpointing=self.args.activation_checkpoint,
+            offload_min_bytes=OFFLOAD_MIN_BYTES if offloads else None,
+        )
 
     # -- one step -------------------------------------------------------------------------------------
 
@@ -103,74 +109,99 @@ class Trainer:
         with self.clock.part("data"):
             batch = self._shortened(self.batches.next())
             targets = self._global_count(batch)
-        loss, aux, load = self._accumulate(batch, targets)
+        self.optimizers.set_scale(lr_scale(self.progress.step, self.args.steps, self.args.schedule))
+        redo = not isinstance(self.optimizers, BackwardOptimizers)  # weights that moved cannot be put back
+        sums = self._gradients(list(batch.micro_batches(self.args.accumulate)), targets, redo=redo)
+        for total in (*sums.parts.values(), None if sums.router is None else sums.router.values_LC):
+            self.ranks.sum(total)
+        parts = {name: float(value) for name, value in sums.parts.items()}
+        loss = parts.pop("loss")
         if not math.isfinite(loss):
             raise WorkError(f"step {self.progress.step + 1}: the loss is {loss}; {UNTOUCHED}")
         with self.clock.part("optimizer"):
-            grad_norm = self._apply()
+            grad_norm = self._apply(sums.router)
         self.progress.step += 1
         self.progress.tokens += batch.tokens.numel() * self.world_size
-        return StepResult(loss, aux, grad_norm, batch.tokens.size(1), load)
+        return StepResult(loss, grad_norm, batch.tokens.size(1), parts, sums.router)
 
-    def _shortened(self, batch: Batch) -> Batch:
-        until = self.args.short_rows * self.args.steps
-        return batch.split_rows(self.args.short_rows_split) if self.progress.step < until else batch
+    def _shortened(self, batch: Batch | LabelledBatch) -> Batch | LabelledBatch:
+        short = self.progress.step < self.args.short_rows * self.args.steps
+        return batch.split_rows(self.args.short_rows_split) if short and isinstance(batch, Batch) else batch
 
-    def _global_count(self, batch: Batch) -> Tensor:
+    def _global_count(self, batch: Batch | LabelledBatch) -> Tensor:
         """Targets of the whole step over all ranks: what every loss of the step is divided by."""
         count = (batch.targets != NO_TARGET).sum().to(self.device)
-        self._sum_over_ranks(count)
+        self.ranks.sum(count)
         return count.clamp(min=1)
 
-    def _accumulate(self, batch: Batch, targets: Tensor) -> tuple[float, float | None, list[list[float]] | None]:
-        """Gradients of all micro-batches; the step's mean loss, balancing loss and expert load."""
-        total = torch.zeros((), device=self.device)
-        aux_total = torch.zeros((), device=self.device)
-        loads = []
-        for micro in batch.micro_batches(self.args.accumulate):
+    def _gradients(
+        self, micro_batches: Sequence[Batch | LabelledBatch], targets: Tensor, *, redo: bool = True
+    ) -> Sums:
+        """Gradients of this rank's micro-batches; once more without compiled blocks where compiling fails."""
+        before = random_state(self.device)
+        try:
+            return self._accumulate(micro_batches, targets)
+        except (RequestError, WorkError):
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise WorkError(too_large(self.args, micro_batches[0], self.device)) from None
+            if not self.compiled or not redo:
+                raise
+            why = " ".join(str(error).split())[:160]
+            notice(f"compile: failed ({type(error).__name__}: {why}); the blocks run uncompiled from here on")
+        self.compiled = False
+        self._arrange_blocks()
+        self.optimizers.zero_grad()
+        restore_random_state(self.device, before)
+        return self._accumulate(micro_batches, targets)
+
+    def _accumulate(self, micro_batches: Sequence[Batch | LabelledBatch], targets: Tensor) -> Sums:
+        sums = Sums({}, None)
+        for micro in micro_batches:
             with self.clock.part("data"):
                 micro = micro.to(self.device)
             with self._autocast(), self.clock.part("forward"):
-                output = self.model(micro.inputs())
-            with self.clock.part("loss"):
-                loss, share, aux = self._loss(output, micro, targets)
+                output = self.model(replace(micro.inputs(), logits="none"))
+            with self._autocast(), self.clock.part("loss"):
+                loss, parts = self._loss(output, micro, targets)
             with self.clock.part("backward"):
                 self.scaler.scale(loss).backward()
-            total += share.detach()
-            if aux is not None:
-                aux_total += aux.detach()
-                loads.append(expert_load(output.router))
-        self._sum_over_ranks(total)
-        if not loads:
-            return float(total), None, None
-        load = torch.stack(loads).mean(0) / self.world_size
-        self._sum_over_ranks(aux_total)
-        self._sum_over_ranks(load)
-        return float(total), float(aux_total), load.tolist()
+            for name, part in parts.items():
+                sums.parts[name] = sums.parts.get(name, 0.0) + part.detach()
+            if output.router:
+                counts = RouterCounts.of(output.router)
+                sums = sums._replace(router=counts if sums.router is None else sums.router + counts)
+        return sums
 
     def _loss(
-        self, output: TransformerOutput, micro: Batch, targets: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(what is differentiated, this micro-batch's share of the mean loss, and of the balancing loss)."""
-        assert output.logits is not None, "training asks for all logits"
-        share = cross_entropy_sum(output.logits, micro.targets) / targets
+        self, output: TransformerOutput, micro: Batch | LabelledBatch, targets: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(what is differentiated, this micro-batch's share of the mean loss and of its other parts, by name)."""
+        head = self.model.args.head
+        if head is not None:
+            total = head_loss_sum(head, output, micro.targets, self.args.contrastive_temperature)
+        else:
+            total = head_loss(self.model, output.hidden_BTD, micro.targets, self.args.loss_chunk)
+        share = total / targets
         moe = self.model.args.moe_args
         if moe is None or not output.router:
-            return share, share, None
-        weight = (micro.targets != NO_TARGET).sum() / targets
-        aux = balancing_loss(output.router) * weight
-        return share + moe.aux_loss_coef * aux, share, aux
+            return share, {"loss": share}
+        router = router_losses(output.router, moe)
+        weight = 1 / (self.args.accumulate * self.world_size)  # micro-batches have equal numbers of rows
+        parts = {"loss": share, "z_loss": router.z * weight}
+        if router.aux is not None:
+            parts["aux_loss"] = router.aux * weight
+        return share + router.weighted * weight, parts
 
-    def _apply(self) -> float:
+    def _apply(self, router: RouterCounts | None) -> float:
         """Sum gradients over ranks, clip, step; a step whose float16 gradients overflow is skipped and counted."""
         weights = [p for p in self.model.parameters() if p.grad is not None]
         for p in weights:
-            self._sum_over_ranks(p.grad)
+            self.ranks.sum(p.grad)
         for optimizer in self.optimizers.all:
             self.scaler.unscale_(optimizer)
-        limit = self.args.optimizer.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(weights, math.inf if limit is None else limit)
-        self.optimizers.set_scale(lr_scale(self.progress.step, self.args.steps, self.args.schedule))
+        norm = self.optimizers.clip(weights, self.args.optimizer.max_grad_norm)
         finite = bool(torch.isfinite(norm))
         if not finite and not self.scaler.is_enabled():
             raise WorkError(f"step {self.progress.step + 1}: the gradient is not finite; {UNTOUCHED}")
@@ -178,25 +209,51 @@ class Trainer:
         if finite:
             for optimizer in self.optimizers.all:
                 self.scaler.step(optimizer)
+            self._follow(router)
         self.scaler.update()
         self.progress.skipped_steps += not finite
         self.optimizers.zero_grad()
         return float(norm)
+
+    def _follow(self, router: RouterCounts | None) -> None:
+        """What moves after the weights: choice biases of experts, the average of the weights."""
+        moe = self.model.args.moe_args
+        if moe is not None and moe.balance == "bias" and router is not None:
+            update_choice_biases(self.model, router.picks_LE, moe.bias_update_rate)
+        if self.ema is not None:
+            self.ema.update(self.progress.step)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def _sum_over_ranks(self, tensor: Tensor | None) -> None:
-        if self.world_size > 1 and tensor is not None:
-            dist.all_reduce(tensor, group=self._group)
-
-    @property
-    def _group(self) -> dist.ProcessGroup | None:
-        return None if self.mesh is None else self.mesh.get_group()
-
     # -- the run --------------------------------------------------------------------------------------
+
+    def dry_run(self) -> None:
+        """Forward and backward of a full micro-batch before anything counts; `RequestError` if it does not fit.
+
+        Weights, random state, data order and metrics are as before. Call it before `resume` and `fit`.
+        """
+        if isinstance(self.optimizers, BackwardOptimizers):
+            self.optimizers.remove_hooks()  # or the backward pass would move weights
+        micro = peek(self.batches, self.args.accumulate, self.args.data.seq_len)
+        before, started = random_state(self.device), time.perf_counter()
+        self.model.train()
+        try:  # from the second micro-batch on, the gradients of the first are there as well
+            self._gradients([micro] * min(2, self.args.accumulate), torch.ones((), device=self.device))
+        except WorkError as error:
+            raise RequestError(f"dry run: {error}") from None
+        synchronize(self.device)
+        restore_random_state(self.device, before)
+        self.optimizers.zero_grad()
+        if isinstance(self.optimizers, BackwardOptimizers):
+            self.optimizers = self._build_optimizers()
+        rows, length = micro.tokens.shape
+        self.line.say(
+            f"dry run: {rows} x {length} tokens forward and backward in {time.perf_counter() - started:.1f} s, "
+            f"peak memory {memory_bytes(self.device) / 1e9:.2f} GB"
+        )
 
     def fit(self) -> HeldOut:
         """Train to the last step, saving on the way; returns the final held-out score.
@@ -205,7 +262,7 @@ class Trainer:
         """
         args = self.args
         matmul_peak(self.device.type, self.dtype)  # now, so that no step pays for measuring it
-        with self.stop.listening():
+        with self.stop.listening(), self.monitor.board_open():
             while self.progress.step < args.steps and not self._asked_to_stop():
                 self.clock.before_step()
                 started = time.perf_counter()
@@ -227,10 +284,7 @@ class Trainer:
 
     def _asked_to_stop(self) -> bool:
         """Whether any rank has caught a signal: all leave at the same step, or some would wait forever."""
-        if self.world_size > 1:
-            asked = torch.tensor(self.stop.signal or 0, device=self.device)
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._group)
-            self.stop.signal = int(asked) or None
+        self.stop.signal = self.ranks.largest(self.stop.signal or 0) or None
         return self.stop.signal is not None
 
     def finish(self) -> HeldOut:
@@ -241,8 +295,10 @@ class Trainer:
         limited = self.args.eval_every > 0 and self.args.eval_tokens is not None
         measured = self.evaluate(self.args.eval_tokens) if limited else None
         final = self.evaluate(None, key="final" if limited else "held_out")
+        with self._as_saved():
+            self.monitor.experts()
         self.save(measured or final)
-        return final
+        return final if isinstance(final, HeldOut) else HeldOut()
 
     def _now_and_then(self) -> None:
         args, step = self.args, self.progress.step
@@ -253,106 +309,63 @@ class Trainer:
             measured = self.evaluate(args.eval_tokens)
         if args.sample_every and step % args.sample_every == 0:
             self.sample()
-        if step % args.save_every == 0 or self._is_record(measured):
+        if step % args.save_every == 0 or self.monitor.is_record(measured):
             self.save(measured)
 
-    def _is_record(self, measured: HeldOut | None) -> bool:
-        if measured is None or not measured.tokens:
-            return False
-        record = self.progress.best_bits_per_byte
-        return record is None or measured.bits_per_byte < record
-
-    def evaluate(self, max_tokens: int | None, key: str = "held_out") -> HeldOut:
+    def evaluate(self, max_tokens: int | None, key: str = "held_out") -> HeldOut | HeadScore:
         """Held-out bits per byte and perplexity, per source and in all, logged under `key` and shown."""
-        names = {
-            name: score(
-                self.model,
-                file,
-                bos_id=self.tokenizer.bos_id,
-                eos_id=self.tokenizer.eos_id,
-                window=self.args.data.seq_len,
-                max_tokens=max_tokens,
-            )
-            for name, file in self.held_out.items()
-            if len(file)
-        }
-        total = sum(names.values(), HeldOut())
-        if not total.tokens:
-            return total
-        self._write({key: {**_scores(total), "sources": {name: _scores(one) for name, one in names.items()}}})
-        self.line.say(
-            f"step {self.progress.step}: held out {total.bits_per_byte:.3f} bits per byte, "
-            f"perplexity {total.perplexity:.1f} over {total.tokens:,} tokens"
-        )
-        return total
+        with self._as_saved():
+            return self.monitor.evaluate(max_tokens, key)
 
     def sample(self) -> None:
         """Draw and show what the model says to the run's prompts now."""
-        prompts, sampling = self.args.sample_prompts, SamplingArgs(temperature=0.8)
-        count = min(self.args.sample_tokens, self.model.args.max_seq_len // 2)
-        self.model.eval()
-        rows = complete(self.model, self.tokenizer, prompts, max_new_tokens=count, sampling=sampling)
-        samples = [{"prompt": prompt, "text": row.text} for prompt, row in zip(prompts, rows, strict=True)]
-        self._write({"samples": samples})
-        for one in samples:
-            self.line.say(f"step {self.progress.step}: {one['prompt']!r} -> {one['text']!r}")
+        with self._as_saved():
+            self.monitor.sample()
+
+    @contextlib.contextmanager
+    def _as_saved(self) -> Iterator[None]:
+        """The model as a checkpoint holds it: averaged weights, and no compiled blocks for shapes of all kinds."""
+        with contextlib.ExitStack() as stack:
+            if self.compiled:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if self.ema is not None:
+                stack.enter_context(self.ema.swapped())
+            yield
 
     def _log(self, result: StepResult, seconds: float) -> None:
-        p, args = self.progress, self.args
-        rate = args.data.batch_size * args.data.seq_len / seconds
-        flops = flops_per_token(self.model.args, result.row_length, training=True)
-        mfu = rate * flops / self.world_size / matmul_peak(self.device.type, self.dtype)
-        row: dict[str, Any] = {
-            "loss": result.loss,
-            "learning_rates": self.optimizers.learning_rates(),
-            "grad_norm": result.grad_norm,
-            "tokens": p.tokens,
-            "tokens_per_second": rate,
-            "mfu": mfu,
-            "memory_bytes": memory_bytes(self.device),
-            "seconds": p.seconds,
-        }
-        if result.aux_loss is not None:
-            row |= {"aux_loss": result.aux_loss, "expert_load": result.expert_load}
+        more: dict[str, Any] = {"learning_rates": self.optimizers.learning_rates()}
         if self.scaler.is_enabled():
-            row["skipped_steps"] = p.skipped_steps
-        self._write(row)
-        left = p.seconds / p.step * (args.steps - p.step)
-        self.line.show(
-            f"step {p.step}/{args.steps}  loss {result.loss:.3f}  {rate:,.0f} tokens/s  MFU {mfu:.0%}  "
-            f"memory {row['memory_bytes'] / 1e9:.1f} GB  eta {duration(left)}",
-            final=p.step == args.steps,
-        )
-
-    def _write(self, row: Mapping[str, Any]) -> None:
-        if self.rank == 0:
-            self.run.append_metrics({"step": self.progress.step, **row})
+            more["skipped_steps"] = self.progress.skipped_steps
+        self.monitor.log(result, seconds, self.dtype, self.world_size, more)
 
     # -- state ----------------------------------------------------------------------------------------
 
-    def save(self, measured: HeldOut | None) -> None:
+    def save(self, measured: HeldOut | HeadScore | None) -> None:
         """Write a checkpoint; it becomes the best one if `measured` beats all that were measured before."""
-        best = self._is_record(measured)
-        if best and measured is not None:
-            self.progress.best_bits_per_byte = measured.bits_per_byte
+        best = self.monitor.is_record(measured)
+        if best:
+            self.progress.best = lower_is_better(measured)
         if self.rank == 0:
-            self.run.save_step(
-                self.progress.step,
-                self._write_model,
-                {**self.optimizers.state_tensors(), "rng": torch.get_rng_state()},
-                {
-                    "progress": vars(self.progress),
-                    "data": self.batches.state,
-                    "scaler": self.scaler.state_dict(),
-                },
-                best=best,
-                keep_last=self.args.keep_last,
-            )
-        if self.world_size > 1:
-            dist.barrier(group=self._group)
+            with self._as_saved():
+                raw = {} if self.ema is None else self.ema.state_tensors()
+                self.run.save_step(
+                    self.progress.step,
+                    self._write_model,
+                    {**self.optimizers.state_tensors(), **raw, **random_state(self.device)},
+                    {
+                        "progress": vars(self.progress),
+                        "data": self.batches.state,
+                        "scaler": self.scaler.state_dict(),
+                    },
+                    best=best,
+                    keep_last=self.args.keep_last,
+                )
+        self.ranks.wait()
 
     def _write_model(self, folder: Path) -> None:
         save(self.model, folder, tokenizer=self.tokenizer)
+        if self.data.labels is not None:
+            write_labels(folder, self.data.labels)
 
     def resume(self) -> None:
         """Continue from the run's latest step exactly: weights, optimizer, data position, random state."""
@@ -363,25 +376,18 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(weights[name])
-        torch.set_rng_state(tensors.pop("rng"))
+        restore_random_state(self.device, {name: tensors.pop(name) for name in RANDOM if name in tensors})
+        if self.ema is not None:
+            self.ema.load_state_tensors(tensors)
         self.optimizers.load_state_tensors(tensors)
         self.batches.load_state(state["data"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
+        self.progress = self.monitor.progress = Progress(**state["progress"])
         if self.rank == 0:
             self.run.cut_metrics(self.progress.step)
-            self._write({"event": "resumed"})
+        self.monitor.write({"event": "resumed"})
         notice(f"{folder}: resumed at step {self.progress.step} of {self.args.steps}")
-
-
-def _scores(one: HeldOut) -> dict[str, float]:
-    return {
-        "bits_per_byte": one.bits_per_byte,
-        "perplexity": one.perplexity,
-        "tokens": one.tokens,
-        "bytes": one.bytes,
-    }
 
 
 def describe_run(args: TrainArgs, model: LLM, dtype: torch.dtype, device: torch.device) -> str:

@@ -1,0 +1,60 @@
+"""A step that leaves no trace: what tells before the first one whether the steps of a run fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from transom.data.batches import Batch, Batches
+from transom.data.labelled import LabelledBatch, LabelledBatches
+from transom.training.config import TrainArgs
+
+RANDOM = ("rng", "rng_cuda")
+
+
+def peek(batches: Batches | LabelledBatches, accumulate: int, seq_len: int) -> Batch | LabelledBatch:
+    """The first micro-batch of the next batch, which stays the next one, with every row as long as rows get."""
+    state = batches.state
+    batch = batches.next()
+    batches.load_state(state)
+    if isinstance(batch, Batch):
+        return next(batch.micro_batches(accumulate))
+    tokens = F.pad(batch.tokens, (0, seq_len - batch.tokens.size(1)))
+    whole = replace(batch, tokens=tokens, lengths=torch.full_like(batch.lengths, seq_len))
+    return next(whole.micro_batches(accumulate))
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of torch's generators by the names of `RANDOM`: the host's, and a GPU's where that is `device`."""
+    state = {"rng": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["rng_cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(device: torch.device, state: Mapping[str, Tensor]) -> None:
+    """Put back what `random_state` returned; a run that has moved between CPU and GPU brings the host's only."""
+    torch.set_rng_state(state["rng"])
+    if device.type == "cuda" and "rng_cuda" in state:
+        torch.cuda.set_rng_state(state["rng_cuda"], device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the host's allocator, had no memory left; hosts that overcommit kill instead."""
+    told = ("can't allocate memory", "not enough memory", "MPS backend out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told)
+
+
+def too_large(args: TrainArgs, micro: Batch | LabelledBatch, device: torch.device) -> str:
+    """One sentence: a micro-batch does not fit, and what to change."""
+    rows, length = micro.tokens.shape
+    chunk = "automatic" if args.loss_chunk is None else args.loss_chunk
+    return (
+        f"a micro-batch of {rows} x {length} tokens does not fit into the memory of {device}; accepted is a "
+        f"smaller data.batch_size (now {args.data.batch_size}), more accumulate (now {args.accumulate}), "
+        f"activation_checkpoint = full (now {args.activation_checkpoint}) or a smaller loss_chunk (now {chunk})"
+    )

@@ -1,0 +1,203 @@
+"""What a run tells of itself: a row of numbers and a line of text per step, held-out scores, samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from transom.evaluation.bits import HeldOut, score
+from transom.evaluation.experts import expert_tokens, token_row
+from transom.generation.sampling import SamplingArgs
+from transom.generation.text import complete
+from transom.model import LLM, TransformerInput
+from transom.planning.counts import flops_per_token
+from transom.runtime import matmul_peak, memory_bytes
+from transom.tokenizer import Tokenizer
+from transom.training.balance import RouterCounts, health_row
+from transom.training.config import TrainArgs
+from transom.training.heads import HeadScore, score_head
+from transom.training.progress import ProgressLine, duration
+from transom.training.run_data import RunData
+from transom.training.run_folder import RunFolder
+from transom.training.tensorboard import TensorBoard
+
+EXPERT_TOKENS = 20_000  # held-out tokens per source that tell what each expert is for
+
+
+@dataclass
+class Progress:
+    """What a run has done so far; saved with every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best: float | None = None  # lowest held-out score: bits per byte, or the loss of a head
+    skipped_steps: int = 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step: mean loss per target (nats), gradient norm before clipping, length of its rows (tokens).
+
+    `parts` are what else the loss is made of, such as `aux_loss`; `router` counts what mixtures of experts did.
+    """
+
+    loss: float
+    grad_norm: float
+    row_length: int
+    parts: Mapping[str, float] = field(default_factory=dict)
+    router: RouterCounts | None = None
+
+
+@dataclass
+class Monitor:
+    """Measures `model` and writes to `run` (rank 0 only), to TensorBoard if asked for, and to the progress line."""
+
+    args: TrainArgs
+    model: LLM
+    tokenizer: Tokenizer
+    data: RunData
+    run: RunFolder | None
+    line: ProgressLine
+    progress: Progress
+    board: TensorBoard | None = None
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """A row of metrics.jsonl, at the present step."""
+        row = {"step": self.progress.step, **row}
+        if self.run is not None:
+            self.run.append_metrics(row)
+        if self.board is not None:
+            self.board.write(row)
+
+    @contextmanager
+    def board_open(self) -> Iterator[None]:
+        """Rows written inside are mirrored in TensorBoard, where the config says so."""
+        if not self.args.tensorboard or self.run is None:
+            yield
+            return
+        self.board = TensorBoard(self.run.path, first_step=self.progress.step)
+        try:
+            yield
+        finally:
+            self.board.close()
+            self.board = None
+
+    def log(
+        self, result: StepResult, seconds: float, dtype: torch.dtype, world_size: int, more: Mapping[str, Any]
+    ) -> None:
+        """The numbers of a step that took `seconds`, and `more`; the progress line moves on."""
+        p, args, device = self.progress, self.args, self.model.tok_embeddings.weight.device
+        rate = args.data.batch_size * args.data.seq_len / seconds
+        flops = flops_per_token(self.model.args, result.row_length, training=True)
+        mfu = rate * flops / world_size / matmul_peak(device.type, dtype)
+        memory = memory_bytes(device)
+        self.write(
+            {
+                "loss": result.loss,
+                **result.parts,
+                "grad_norm": result.grad_norm,
+                "tokens": p.tokens,
+                "tokens_per_second": rate,
+                "mfu": mfu,
+                "memory_bytes": memory,
+                "seconds": p.seconds,
+                **({} if result.router is None else health_row(result.router)),
+                **more,
+            }
+        )
+        left = p.seconds / p.step * (args.steps - p.step)
+        self.line.show(
+            f"step {p.step}/{args.steps}  loss {result.loss:.3f}  {rate:,.0f} tokens/s  MFU {mfu:.0%}  "
+            f"memory {memory / 1e9:.1f} GB  eta {duration(left)}",
+            final=p.step == args.steps,
+        )
+
+    def evaluate(self, max_tokens: int | None, key: str) -> HeldOut | HeadScore:
+        """Held-out scores per source and in all, written under `key` and shown; those of a head under `head`."""
+        if self.data.head_rows:
+            return self._evaluate_head()
+        names = {
+            name: score(
+                self.model,
+                file,
+                bos_id=self.tokenizer.bos_id,
+                eos_id=self.tokenizer.eos_id,
+                window=self.args.data.seq_len,
+                max_tokens=max_tokens,
+            )
+            for name, file in self.data.held_out.items()
+            if len(file)
+        }
+        total = sum(names.values(), HeldOut())
+        if not total.tokens:
+            return total
+        self.write({key: {**_scores(total), "sources": {name: _scores(one) for name, one in names.items()}}})
+        self.line.say(
+            f"step {self.progress.step}: held out {total.bits_per_byte:.3f} bits per byte, "
+            f"perplexity {total.perplexity:.1f} over {total.tokens:,} tokens"
+        )
+        return total
+
+    def _evaluate_head(self) -> HeadScore:
+        result = score_head(self.model, self.data.head_rows, self.args.contrastive_temperature)
+        self.write({"head": vars(result)})
+        self.line.say(
+            f"step {self.progress.step}: held out loss {result.loss:.3f}, "
+            f"{result.accuracy:.1%} right of {result.rows:,} lines"
+        )
+        return result
+
+    def is_record(self, measured: HeldOut | HeadScore | None) -> bool:
+        """Whether a score is lower than all before it."""
+        score = lower_is_better(measured)
+        return score is not None and (self.progress.best is None or score < self.progress.best)
+
+    def experts(self) -> None:
+        """The tokens that each expert is for, over the first held-out text of every source; written."""
+        texts = list(self._held_out_text(EXPERT_TOKENS))
+        if self.model.args.moe_args is not None and texts:
+            self.write(token_row(expert_tokens(self.model, texts), self.tokenizer))
+
+    def _held_out_text(self, tokens: int) -> Iterator[TransformerInput]:
+        """The beginning of each held-out document, about `tokens` per source."""
+        device, window = self.model.tok_embeddings.weight.device, self.args.data.seq_len
+        for file in self.data.held_out.values():
+            left = tokens
+            for index in range(len(file)):
+                ids = torch.from_numpy(file.document(index)[:window].astype(np.int64))
+                if left > 0 and len(ids):
+                    yield TransformerInput(ids[None].to(device), logits="none")
+                left -= len(ids)
+
+    def sample(self) -> None:
+        """What the model says to the run's prompts, written and shown."""
+        prompts, sampling = self.args.sample_prompts, SamplingArgs(temperature=0.8)
+        count = min(self.args.sample_tokens, self.model.args.max_seq_len // 2)
+        self.model.eval()
+        rows = complete(self.model, self.tokenizer, prompts, max_new_tokens=count, sampling=sampling)
+        samples = [{"prompt": prompt, "text": row.text} for prompt, row in zip(prompts, rows, strict=True)]
+        self.write({"samples": samples})
+        for one in samples:
+            self.line.say(f"step {self.progress.step}: {one['prompt']!r} -> {one['text']!r}")
+
+
+def lower_is_better(measured: HeldOut | HeadScore | None) -> float | None:
+    """The number by which steps are compared, None where nothing was measured."""
+    if isinstance(measured, HeadScore):
+        return measured.loss
+    return measured.bits_per_byte if measured is not None and measured.tokens else None
+
+
+def _scores(one: HeldOut) -> dict[str, float]:
+    return {
+        "bits_per_byte": one.bits_per_byte,
+        "perplexity": one.perplexity,
+        "tokens": one.tokens,
+        "bytes": one.bytes,
+    }

@@ -1,0 +1,117 @@
+"""What a run learns from and is measured on: rows of text, or labelled lines where the model has a head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transom.args import HeadArgs, ModelArgs
+from transom.checkpoints.folders import sha256_of
+from transom.data.batches import Batches
+from transom.data.labelled import (
+    EncodedRow,
+    LabelledBatches,
+    encode_rows,
+    label_names,
+    read_labelled,
+    split_held_out,
+)
+from transom.data.shards import Corpus, TokenFile, prepare
+from transom.data.sources import SourceArgs
+from transom.errors import RequestError, notice, require
+from transom.tokenizer import Tokenizer
+from transom.training.config import TrainArgs
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Batches, held-out text by source or held-out lines, names of labels, and a hash of each source."""
+
+    batches: Batches | LabelledBatches
+    hashes: Mapping[str, str]
+    held_out: Mapping[str, TokenFile] = field(default_factory=dict)
+    head_rows: Sequence[EncodedRow] = ()
+    labels: Sequence[str] | None = None
+
+
+def open_data(
+    args: TrainArgs, model_args: ModelArgs, tokenizer: Tokenizer, *, rank: int, world_size: int, quiet: bool
+) -> RunData:
+    """The data of a run's config, tokenised; this rank's share of each batch."""
+    if model_args.head is not None:
+        return _labelled(args, model_args.head, tokenizer, rank, world_size, quiet)
+    corpora = open_corpora(args, tokenizer, quiet=quiet)
+    batches = Batches(
+        [corpus.train for corpus in corpora.values()],
+        [source.weight for source in args.data.source_list],
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        vocab_size=model_args.vocab_size,
+        seq_len=args.data.seq_len,
+        rows_per_step=args.data.batch_size,
+        seed=args.seed,
+        rank=rank,
+        world_size=world_size,
+    )
+    hashes = {name: corpus.sha256 for name, corpus in corpora.items()}
+    return RunData(batches, hashes, {name: corpus.held_out for name, corpus in corpora.items()})
+
+
+def _labelled(
+    args: TrainArgs, head: HeadArgs, tokenizer: Tokenizer, rank: int, world_size: int, quiet: bool
+) -> RunData:
+    # Negatives are the other rows of a rank: cutting a step changes the loss.
+    whole = head.kind == "classification" or world_size == 1
+    require(whole, "ranks", world_size, "accepted is 1 with an embedding head")
+    sources = args.data.source_list
+    rows = [row for source in sources for row in read_labelled(source.path, head.kind)]
+    labels = label_names(rows, head.num_labels) if head.kind == "classification" else None
+    train, measured = split_held_out(rows, args.data.held_out)
+    if not quiet:
+        notice(f"{len(train)} labelled lines to train on, {len(measured)} held out")
+    batches = LabelledBatches(
+        train,
+        tokenizer,
+        labels=labels,
+        seq_len=args.data.seq_len,
+        rows_per_step=args.data.batch_size,
+        seed=args.seed,
+        rank=rank,
+        world_size=world_size,
+    )
+    hashes = {source.label: sha256_of(Path(source.path)) for source in sources}
+    head_rows = encode_rows(measured, tokenizer, labels, args.data.seq_len) if measured else []
+    return RunData(batches, hashes, head_rows=head_rows, labels=labels)
+
+
+def open_corpora(args: TrainArgs, tokenizer: Tokenizer, *, quiet: bool) -> dict[str, Corpus]:
+    """Token files of every source by name, with what was skipped said in one line each."""
+    out: dict[str, Corpus] = {}
+    for source in args.data.source_list:
+        corpus = prepare(
+            source, tokenizer, args.data.cache_dir, held_out_fraction=args.data.held_out, progress=not quiet
+        )
+        if source.label in out:
+            raise RequestError(f"data.sources: {source.label!r} twice; accepted is one entry each, with a weight")
+        out[source.label] = corpus
+        if not quiet:
+            notice(describe_corpus(source, corpus))
+    return out
+
+
+def describe_corpus(source: SourceArgs, corpus: Corpus) -> str:
+    """One line: what was read, held out and left out."""
+    kept, rest = corpus.train, corpus.held_out
+    left_out = {
+        name.replace("_", " "): count
+        for name, count in vars(corpus.report).items()
+        if count and name not in ("files", "documents")
+    }
+    if corpus.unknown_tokens:
+        left_out["places the vocabulary cannot write"] = corpus.unknown_tokens
+    more = "".join(f", {count} {name}" for name, count in left_out.items())
+    return (
+        f"{source.label}: {len(kept)} documents, {len(kept.tokens):,} tokens to train on; "
+        f"{len(rest)} documents, {int(rest.bytes.sum()):,} bytes held out{more}"
+    )

@@ -1,0 +1,140 @@
+"""The dry run says what a step takes or that it does not fit, and leaves no trace."""
+
+import json
+
+import pytest
+import torch
+
+from tests.training.runs import losses, tiny_args, tiny_config
+from transom.errors import RequestError, WorkError
+from transom.training import trainer as trainer_module
+from transom.training.setup import open_run
+from transom.training.trainer import Trainer
+
+MOE = {"num_experts": 4, "top_k": 2, "hidden_dim": 32, "jitter": 0.3, "balance": "bias"}
+RUNS = {
+    "dense": {},
+    "accumulated": {"accumulate": 2},
+    "moe": {"moe_args": MOE},
+    "averaged": {"ema_decay": 0.9},
+    "in backward": {"optimizer": {"name": "adamw", "max_grad_norm": None, "in_backward": True}},
+    "8 bits": {"optimizer": {"name": "adamw", "state_bits": 8}},
+    "short rows": {"short_rows": 0.5},
+}
+
+
+def config(tmp_path, changes, *words):
+    changes = dict(changes)
+    if moe := changes.pop("moe_args", None):
+        changes["model"] = {**tiny_config(tmp_path)["model"], "moe_args": moe}
+    return tiny_args(tmp_path, *words, **changes)
+
+
+@pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS)
+def test_the_run_is_the_same_with_and_without(tmp_path, changes):
+    ends = []
+    for dry_run in (True, False):
+        words = [f"dry_run={dry_run}", f"out={tmp_path}/{dry_run}", "steps=4"]
+        trainer = open_run(config(tmp_path, changes, *words), quiet=True)
+        trainer.fit()
+        ends.append((trainer, losses(tmp_path / str(dry_run)), torch.get_rng_state()))
+    (dry, dry_losses, dry_random), (plain, plain_losses, plain_random) = ends
+    assert dry_losses == plain_losses
+    assert torch.equal(dry_random, plain_random)
+    assert dry.batches.state == plain.batches.state
+    pairs = zip(dry.model.named_parameters(), plain.model.named_parameters(), strict=True)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
+
+
+def test_nothing_has_moved_after_it(tmp_path):
+    trainer = open_run(config(tmp_path, RUNS["moe"], "dry_run=false"), quiet=True)
+    weights = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    state = {name: x.clone() for name, x in trainer.optimizers.state_tensors().items()}
+    random, place = torch.get_rng_state(), trainer.batches.state
+    trainer.dry_run()
+    assert all(torch.equal(p, weights[name]) and p.grad is None for name, p in trainer.model.named_parameters())
+    assert all(torch.equal(x, state[name]) for name, x in trainer.optimizers.state_tensors().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert trainer.batches.state == place
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_resumed_run_goes_on_exactly(tmp_path):
+    changes = {**RUNS["moe"], "ema_decay": 0.9, "eval_every": 2}
+    open_run(config(tmp_path, changes, f"out={tmp_path}/straight"), quiet=True).fit()
+    first = open_run(config(tmp_path, changes), quiet=True)
+    while first.progress.step < 8:
+        first._log(first.step(), 1.0)
+        first._now_and_then()
+    open_run(config(tmp_path, changes), resume=True, quiet=True).fit()
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    scores = [
+        [row["held_out"] for row in map(json.loads, path.read_text().splitlines()) if "held_out" in row]
+        for path in (tmp_path / "run" / "metrics.jsonl", tmp_path / "straight" / "metrics.jsonl")
+    ]
+    assert len(scores[0]) == 6 and scores[0] == scores[1]
+
+
+def test_it_says_what_it_took(tmp_path, capsys):
+    open_run(tiny_args(tmp_path, "accumulate=2"))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dry run")]
+    assert "2 x 32 tokens" in line and "peak memory" in line and "GB" in line
+
+
+def test_it_runs_the_rows_of_full_length(tmp_path, monkeypatch):
+    seen = []
+    real = Trainer._loss
+
+    def loss(self, output, micro, targets):
+        seen.append(tuple(micro.tokens.shape))
+        return real(self, output, micro, targets)
+
+    monkeypatch.setattr(Trainer, "_loss", loss)
+    trainer = open_run(tiny_args(tmp_path, "short_rows=1", "accumulate=2"), quiet=True)
+    assert seen == [(2, 32), (2, 32)]  # the second with the gradients of the first
+    trainer.step()
+    assert seen[2:] == [(4, 16), (4, 16)]
+
+
+OUT_OF_MEMORY = {
+    "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:126] DefaultCPUAllocator: can't allocate memory: 1 bytes"),
+}
+
+
+def failing(error):
+    def head_loss(*args):
+        raise error
+
+    return head_loss
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY.values(), ids=OUT_OF_MEMORY)
+def test_too_little_memory_is_one_sentence_and_costs_no_earlier_run(tmp_path, monkeypatch, error):
+    open_run(tiny_args(tmp_path, "steps=2"), quiet=True).fit()
+    monkeypatch.setattr(trainer_module, "head_loss", failing(error))
+    with pytest.raises(RequestError) as told:
+        open_run(tiny_args(tmp_path, "accumulate=2"), quiet=True, overwrite=True)
+    text = str(told.value)
+    assert text.startswith("dry run: a micro-batch of 2 x 32 tokens does not fit into the memory of cpu")
+    for field in ("data.batch_size (now 4)", "accumulate (now 2)", "activation_checkpoint", "loss_chunk"):
+        assert field in text
+    assert (tmp_path / "run" / "step_000002").is_dir()
+
+
+def test_memory_that_ends_later_is_failed_work(tmp_path, monkeypatch):
+    trainer = open_run(tiny_args(tmp_path), quiet=True)
+    monkeypatch.setattr(trainer_module, "head_loss", failing(OUT_OF_MEMORY["cuda"]))
+    with pytest.raises(WorkError, match="a micro-batch of 4 x 32 tokens does not fit"):
+        trainer.step()
+
+
+def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "head_loss", failing(ValueError("something else")))
+    with pytest.raises(ValueError, match="something else"):
+        open_run(tiny_args(tmp_path), quiet=True)
+
+
+def test_a_profile_does_not_count_it(tmp_path):
+    trainer = open_run(tiny_args(tmp_path), quiet=True, profile_steps=2)
+    assert sum(trainer.clock.seconds.values()) == 0.0

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transom.attend.view import CacheView
     from transom.cache.model_cache import ModelCache
     from transom.cache.store import RotatingBufferCache, StaticCache
+    from transom.chat.template import ChatTemplate
+    from transom.checkpoints.convert import convert
     from transom.checkpoints.load import load, load_tokenizer, save
     from transom.errors import RequestError, WorkError
     from transom.generation.loop import generate, stream
@@ -54,6 +56,8 @@ _HOMES = {
     "transom.attend.view": ("CacheView",),
     "transom.cache.model_cache": ("ModelCache",),
     "transom.cache.store": ("RotatingBufferCache", "StaticCache"),
+    "transom.chat.template": ("ChatTemplate",),
+    "transom.checkpoints.convert": ("convert",),
     "transom.checkpoints.load": ("load", "load_tokenizer", "save"),
     "transom.errors": ("RequestError", "WorkError"),
     "transom.generation.loop": ("generate", "stream"),

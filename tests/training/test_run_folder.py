@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from tests.training.runs import tiny_args, tiny_config
-from transom.checkpoints import load as load_module
 from transom.checkpoints.load import load
 from transom.cli.main import main
 from transom.errors import RequestError, WorkError
@@ -79,7 +78,7 @@ def test_a_full_disk_loses_nothing(finished, monkeypatch):
     trainer = open_run(tiny_args(finished, "keep_last=3"), resume=True, quiet=True)
     trainer.progress.step += 1
     before = {p: p.read_bytes() for p in (finished / "run").rglob("*") if p.is_file()}
-    monkeypatch.setattr(load_module, "save_file", full)
+    monkeypatch.setattr("transom.checkpoints.safetensors_files.save_file", full)
     with pytest.raises(WorkError, match="No space left"):
         trainer.save(None)
     assert {p: p.read_bytes() for p in (finished / "run").rglob("*") if p.is_file()} == before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from transom.adapt.peft_config import PeftConfig, read_peft
 from transom.errors import RequestError, notice
 from transom.model import LLM
 from transom.names import PREFIXES, UNREAD
+from transom.paths import read_json
 from transom.transforms import to_own
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -70,7 +70,7 @@ def base_of(folder: str | Path) -> str:
     None is a `RequestError`.
     """
     path = Path(folder) / CONFIG
-    base = read_object(path).get("base_model_name_or_path")
+    base = read_json(path).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise RequestError(f"{path}: base_model_name_or_path = {base!r}: accepted is the folder or id of a model")
     beside = Path(folder) / base
@@ -115,7 +115,7 @@ def _parameters(parts: Mapping[str, nn.Module]) -> list[nn.Parameter]:
 
 
 def _peft_parts(model: LLM, folder: Path) -> dict[str, LoraWeights | Replacement]:
-    config = read_peft(read_object(folder / CONFIG), str(folder / CONFIG))
+    config = read_peft(read_json(folder / CONFIG), str(folder / CONFIG))
     path = folder / (PICKLED if (folder / PICKLED).exists() and not (folder / WEIGHTS).exists() else WEIGHTS)
     state = _tensors(path)
     tables = candidates(model)
@@ -296,7 +296,7 @@ def _untied(model: LLM, whole: dict[str, Tensor], config: PeftConfig, where: str
 def _mistral_parts(model: LLM, folder: Path, scaling: float | None) -> dict[str, LoraWeights | Replacement]:
     path = folder / MISTRAL_WEIGHTS
     if scaling is None:
-        stored = read_object(folder / MISTRAL_CONFIG).get("lora") if (folder / MISTRAL_CONFIG).exists() else None
+        stored = read_json(folder / MISTRAL_CONFIG).get("lora") if (folder / MISTRAL_CONFIG).exists() else None
         scaling = stored.get("scaling") if isinstance(stored, dict) else None
         if scaling is None:
             scaling = MISTRAL_SCALING
@@ -317,17 +317,6 @@ def _mistral_parts(model: LLM, folder: Path, scaling: float | None) -> dict[str,
     for move in dict.fromkeys(table.sites[name] for name in found):
         out.update(to_leaves(table, move, found, model, 0.0, str(path)))
     return out
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; anything else is a `RequestError` naming the file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RequestError(f"{path}: not a readable JSON file ({error})") from None
-    if not isinstance(data, dict):
-        raise RequestError(f"{path}: accepted is one JSON object")
-    return data
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

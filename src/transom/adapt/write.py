@@ -24,10 +24,11 @@ from transom.adapt.foreign import (
 )
 from transom.adapt.lora import Embedding, LoraWeights, Replacement, adapter_names, carriers
 from transom.adapt.peft_config import write_peft
-from transom.adapt.read import CONFIG, MISTRAL_SCALING, MISTRAL_WEIGHTS, WEIGHTS, read_object
+from transom.adapt.read import CONFIG, MISTRAL_SCALING, MISTRAL_WEIGHTS, WEIGHTS
 from transom.errors import RequestError, WorkError, notice
 from transom.model import LLM
 from transom.names import PREFIXES, TABLES
+from transom.paths import read_json
 from transom.transforms import to_other
 
 # Where experts are held in two parameters, PEFT takes modules of these names for parts of them and loses those that
@@ -79,7 +80,7 @@ def _held(model: LLM, name: str) -> tuple[dict[str, LoraWeights], dict[str, dict
 def _family_of(base: str | None) -> str | None:
     """The model_type of the base, where it is a folder of transformers."""
     path = Path(base or "") / "config.json"
-    kind = read_object(path).get("model_type") if base and path.exists() else None
+    kind = read_json(path).get("model_type") if base and path.exists() else None
     return kind if kind in TABLES else None
 
 

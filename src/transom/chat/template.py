@@ -19,8 +19,8 @@ from typing import Any
 from transom.chat import built_in
 from transom.chat.marking import Marked, Marker, Marks, mask_of, strings, token_ranges
 from transom.chat.sandbox import Compiled
-from transom.checkpoints.folders import read_json
 from transom.errors import RequestError, notice, require
+from transom.paths import read_json
 from transom.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]

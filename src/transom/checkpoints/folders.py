@@ -6,13 +6,13 @@ Nothing is guessed from names that people choose; a run folder stands for one of
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from transom.args import ModelArgs
 from transom.checkpoints.hub import download, is_hub_id
 from transom.errors import RequestError, notice
+from transom.paths import read_json
 
 MODEL_TYPE = "transom"
 CHECKSUMS = "sha256.json"
@@ -106,19 +106,6 @@ def verify_checksums(step: Path) -> None:
             raise RequestError(f"{step / name}: missing; {again}")
         if sha256_of(step / name) != expected:
             raise RequestError(f"{step / name}: altered or cut since it was written (sha256 differs); {again}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; anything else is a `RequestError` naming the file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RequestError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RequestError(f"{path}: not JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise RequestError(f"{path}: accepted is one JSON object")
-    return data
 
 
 def read_args(folder: Path) -> ModelArgs:

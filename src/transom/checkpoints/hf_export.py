@@ -89,7 +89,7 @@ def args_to_hf(args: ModelArgs) -> dict[str, Any]:
         # Interleaved weights may become halves on the way: `save` turns them, though not those of a latent.
         turned = again.rope_layout == "halves" and args.mla_args is None
         fits = again.rope_layout == args.rope_layout or turned
-        if fits and _meaning(again) == _meaning(replace(args, rope_layout=again.rope_layout)):
+        if fits and meaning(again) == meaning(replace(args, rope_layout=again.rope_layout)):
             return config
     raise RequestError(
         f"layers {args.pattern!r} of this model: format hf accepts the shapes of {', '.join(WRITABLE)}; "
@@ -97,7 +97,7 @@ def args_to_hf(args: ModelArgs) -> dict[str, Any]:
     )
 
 
-def _meaning(args: ModelArgs) -> tuple[Any, ...]:
+def meaning(args: ModelArgs) -> tuple[Any, ...]:
     """All that the forward pass depends on."""
     whole = tuple(getattr(args, name) for name in (*_WHOLE, *_WHOLE_TOO))
     return (*whole, tuple(_layer(layer) for layer in args.layers))

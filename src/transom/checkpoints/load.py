@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from transom.adapt.read import base_of, is_adapter, load_adapter
 from transom.args import ModelArgs
 from transom.checkpoints.consolidated import open_consolidated
 from transom.checkpoints.folders import (
@@ -57,6 +58,8 @@ def load(folder: str | Path, device: str = "cpu", dtype: str | None = None, revi
 
     Beyond the finished model, memory holds one tensor at a time; files are mapped and never whole in memory.
     """
+    if is_adapter(folder):
+        return load_adapter(load(base_of(folder), device, dtype), folder)
     where = model_folder(folder, revision=revision)
     target = pick_device(device)
     if dtype is not None and dtype not in DTYPES:

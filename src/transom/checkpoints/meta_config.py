@@ -12,7 +12,7 @@ from typing import Any
 
 from transom.args import ModelArgs, MoeArgs, VisionArgs
 from transom.checkpoints.foreign_config import ForeignConfig
-from transom.checkpoints.hf_export import _meaning
+from transom.checkpoints.hf_export import meaning
 from transom.errors import RequestError, notice, require
 
 # Only Llama 4 has these.
@@ -201,7 +201,7 @@ def args_to_meta(args: ModelArgs) -> dict[str, Any]:
         params["vision_args"] = _vision_params(args.vision_args)
     same = False
     with contextlib.suppress(RequestError):
-        same = _meaning(args_from_meta(params, "params.json", args.vocab_size)) == _meaning(args)
+        same = meaning(args_from_meta(params, "params.json", args.vocab_size)) == meaning(args)
     if not same:
         raise RequestError("format meta accepts the shapes of Llama 2, 3 and 4; save as hf or native")
     if scaling is not None and args.moe_args is None and (scaling.factor, scaling.high_freq_factor) != _SCALED[3]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from transom.args import ModelArgs
 from transom.checkpoints.foreign_config import ForeignConfig
-from transom.checkpoints.hf_export import _meaning
+from transom.checkpoints.hf_export import meaning
 from transom.errors import RequestError, notice, require
 
 _REQUIRED = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size")
@@ -126,7 +126,7 @@ def args_to_mistral(args: ModelArgs) -> dict[str, Any]:
         params["moe"] = {"num_experts": moe.num_experts, "num_experts_per_tok": moe.top_k}
     same = False
     with contextlib.suppress(RequestError):
-        same = _meaning(args_from_mistral(params, "params.json")) == _meaning(args)
+        same = meaning(args_from_mistral(params, "params.json")) == meaning(args)
     if not same:
         raise RequestError("format mistral accepts the shapes of Mistral and Mixtral; save as hf or native")
     return params

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from transom.checkpoints.folders import read_json
 from transom.checkpoints.stored import Batch, Stored
 from transom.errors import RequestError, WorkError
+from transom.paths import read_json
 
 WEIGHTS = "model.safetensors"
 _NAMES = {

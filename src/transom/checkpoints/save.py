@@ -14,6 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from transom.adapt.lora import plain_weights
 from transom.args import ModelArgs, RopeLayout
 from transom.checkpoints.consolidated import write_pickled
 from transom.checkpoints.folders import CONFIG, MODEL_TYPE, PARAMS, SAFE, Format
@@ -47,7 +48,7 @@ def save(
 
     Weights keep their dtype unless one is named; native and hf files are cut at `max_shard_size` (5GB).
     """
-    ours = {name: Stored.of(parameter.detach()) for name, parameter in model.named_parameters()}
+    ours = {name: Stored.of(parameter.detach()) for name, parameter in plain_weights(model).items()}
     layout = plan_layout(model.args, ours, format, dtype, max_shard_size)
     with staged(Path(folder)) as out:
         if tokenizer is not None:

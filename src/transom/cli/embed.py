@@ -89,8 +89,6 @@ def check_arguments(options: argparse.Namespace) -> None:
     """Refuse what can be refused before torch is imported."""
     if not options.text and options.input is None:
         raise RequestError("--text, --input: neither is given; accepted is a text, a file, or - for standard input")
-    if not Path(options.folder).exists():
-        raise RequestError(f"{options.folder}: no such folder; accepted is a model or run folder")
     if options.out is not None:
         out = Path(options.out)
         accepted = f"accepted is a file name that ends in {' or '.join(OUT_SUFFIXES)}"

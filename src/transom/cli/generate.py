@@ -105,8 +105,6 @@ def check_arguments(options: argparse.Namespace) -> None:
     step = options.prefill_step_size
     require(step >= 1, "--prefill-step-size", step, "accepted is 1 or more")
     require(all(options.stop), "--stop", "", "accepted is text of one character or more")
-    if not Path(options.folder).exists():
-        raise RequestError(f"{options.folder}: no such folder; accepted is a model or run folder")
 
 
 def read_prompts(words: Sequence[str]) -> list[str]:

@@ -14,13 +14,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from transom.checkpoints.folders import read_json
 from transom.checkpoints.load import write_text
 from transom.data.batches import NO_TARGET
 from transom.data.order import Stream, permutation
 from transom.data.sources import TEXT_KEY, held_out
 from transom.errors import RequestError, notice, require
 from transom.model import TransformerInput
+from transom.paths import read_json
 from transom.tokenizer import Tokenizer
 
 LABEL_KEY, POSITIVE_KEY = "label", "positive"

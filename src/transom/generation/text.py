@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from transom.cache.model_cache import ModelCache
-from transom.checkpoints.folders import read_json
 from transom.errors import require
 from transom.generation.loop import GREEDY, stream
 from transom.generation.sampling import SamplingArgs
 from transom.model import LLM
+from transom.paths import read_json
 from transom.tokenizer import Tokenizer
 
 
@@ -101,11 +101,11 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str | list[int]]) -> 
 
 
 def stop_tokens_of(folder: str | Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The stop tokens that a model folder's generation_config.json names, else the tokenizer's EOS."""
+    """The stop tokens that a model folder's generation_config.json names, else the tokenizer's own."""
     path = Path(folder) / "generation_config.json"
     named = read_json(path).get("eos_token_id") if path.exists() else None
     if named is None:
-        return () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        return tuple(tokenizer.stop_ids)
     ids = named if isinstance(named, list) else [named]
     accepted = "accepted is a token id or a list of them"
     require(all(type(id) is int for id in ids), f"{path}: eos_token_id", named, accepted)

@@ -57,6 +57,8 @@ def parameter_groups(model: nn.Module, args: OptimizerArgs, *, width: float = 1.
 
 
 def _group_of(name: str, parameter: Tensor) -> str:
+    if ".lora." in name:  # a factor of a sum is no map between features: orthogonalising it fits nothing
+        return "others" if parameter.ndim >= 2 else "vectors"
     if name == "tok_embeddings.weight":
         return "embedding"
     if name == "output.weight":

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
-from transom.checkpoints.folders import read_json
 from transom.errors import WorkError
+from transom.paths import read_json
 from transom.training.progress import duration
 
 Floats = NDArray[np.float64]

@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from transom.checkpoints.folders import CHECKSUMS, read_json, read_pointer, sha256_of, verify_checksums
+from transom.checkpoints.folders import CHECKSUMS, read_pointer, sha256_of, verify_checksums
 from transom.checkpoints.load import read_safetensors, write_tensors, write_text
 from transom.errors import RequestError, WorkError, notice
-from transom.paths import sync
+from transom.paths import read_json, sync
 
 OWN_FILES = (
     "config.yaml",

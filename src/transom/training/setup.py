@@ -13,11 +13,12 @@ import yaml
 from torch.distributed.device_mesh import DeviceMesh
 
 from transom import __version__
-from transom.checkpoints.folders import read_json, read_pointer
+from transom.checkpoints.folders import read_pointer
 from transom.checkpoints.load import write_text
 from transom.data.sources import held_out, read_split
 from transom.errors import RequestError, notice, require
 from transom.model import LLM
+from transom.paths import read_json
 from transom.planning.counts import parameters
 from transom.runtime import DTYPES, machine, pick_device, pick_dtype, seed_everything
 from transom.tokenizer import Tokenizer, byte_tokenizer, train_bpe, train_chars

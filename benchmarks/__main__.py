@@ -25,9 +25,10 @@ NAMES = (
     "compile",
     "options",
     "muon",
+    "load",
     "demo",
 )
-GPU_NAMES = tuple(name for name in NAMES if name not in ("startup", "attention_memory", "demo"))
+GPU_NAMES = tuple(name for name in NAMES if name not in ("startup", "attention_memory", "load", "demo"))
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 HIDDEN = {"benchmark", "transom", "torch", "processor", "threads", "commit", "date"}
 

@@ -4,10 +4,12 @@ import json
 from dataclasses import replace
 
 import pytest
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 
-from tests.helpers import run_python
+from tests.helpers import random_model, run_python, tiny_args
 from transom.args import ModelArgs
+from transom.checkpoints.load import load, save
 from transom.cli.main import main
 from transom.model import LLM
 from transom.planning import counts
@@ -125,7 +127,10 @@ def test_layers_that_see_later_tokens_have_no_cache(tmp_path, capsys):
         (["demo", "--device", "cpu"], "--device = 'cpu': accepted with --trace"),
         (["{model}", "--trace", "x", "--length", "8"], "--length = 8: accepted without --trace"),
         (["{model}", "--trace", "x" * 32], "33 tokens': accepted are 1 to 32 tokens"),
-        (["{model}/model.safetensors"], "accepted is a config.json, a folder or a preset"),
+        (["{model}/model.safetensors"], "accepted is a config.json, a params.json, a folder, a hub id or a preset"),
+        (["{model}", "{model}", "--trace", "x"], "--trace = 'x': accepted with one model"),
+        (["{model}", "/no/such/folder"], "/no/such/folder: no such folder"),
+        (["{model}", "{model}", "--revision", "v1"], "--revision = 'v1': accepted with a hub id"),
     ],
 )
 def test_wrong_requests_are_one_sentence(words, said, model, capsys):
@@ -167,3 +172,133 @@ def test_trace_as_json(model, capsys):
     for layer in (dense, mixed):
         assert len(layer["heads"]) == 2 and len(layer["predictions"]) == 3
         assert all(0 <= head["strongest_position"] <= 2 for head in layer["heads"])
+
+
+# -- two models, two runs ---------------------------------------------------------------------------------
+
+
+def compared(capsys, *words):
+    code, out, err = inspect(capsys, *words, "--json")
+    assert code == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+def write_changed(folder, changes, **fields):
+    """The tiny dense model with some tensors changed, and fields of its own."""
+    model = random_model(tiny_args(**fields))
+    with torch.no_grad():
+        for name, change in changes.items():
+            change(model.get_parameter(name))
+    save(model, folder)
+    return folder
+
+
+def test_the_largest_difference_comes_first_and_is_exact(tmp_path, capsys):
+    def one(weight):
+        weight[1, 2] -= 0.25
+
+    def many(weight):
+        weight += 2.0
+
+    def broken(weight):
+        weight[0] = float("nan")
+
+    a = write_changed(tmp_path / "a", {})
+    b = write_changed(tmp_path / "b", {"output.weight": one, "layers.1.attention.wq.weight": many})
+    found = compared(capsys, a, b)
+    first, second = found["differing"]
+    assert (first["name"], second["name"]) == ("layers.1.attention.wq.weight", "output.weight")
+    assert first["differing"] == first["count"] and second["differing"] == 1
+    assert first["largest"] == pytest.approx(2.0, abs=1e-5) and second["largest"] == pytest.approx(0.25, abs=1e-6)
+    theirs = load_file(a / "model.safetensors")
+    assert first["scale"] == pytest.approx(float(theirs[first["name"]].abs().max()))
+    assert found["identical"] == found["compared"] - 2 == len(theirs) - 2
+    assert found["config"] == {} and found["only_a"] == found["only_b"] == []
+    c = write_changed(tmp_path / "c", {"norm.weight": broken})
+    assert [one["largest"] for one in compared(capsys, a, c)["differing"]] == [None]
+    assert compared(capsys, c, c)["differing"] == [], "the same NaN is no difference"
+    _, out, _ = inspect(capsys, a, c)
+    assert "not finite" in out and "1 of 32" not in out
+
+
+def test_names_shapes_dtypes_and_fields(tmp_path, capsys):
+    a = write_changed(tmp_path / "a", {})
+    b = write_changed(tmp_path / "b", {}, n_layers=1, hidden_dim=40, tie_embeddings=True)
+    found = compared(capsys, a, b)
+    assert found["config"]["hidden_dim"] == [48, 40] and found["config"]["n_layers"] == [2, 1]
+    assert found["shapes"]["layers.0.feed_forward.w_gate.weight"] == [[48, 32], [40, 32]]
+    assert "output.weight" in found["only_a"] and "layers.1.ffn_norm.weight" in found["only_a"]
+    assert found["only_b"] == [] and not found["same_layers"]
+    _, out, _ = inspect(capsys, b, a)
+    assert "only in B" in out and "(40, 32)" in out
+    half = tmp_path / "half"
+    save(load(a), half, dtype="bfloat16")
+    found = compared(capsys, a, half)
+    assert set(map(tuple, found["dtypes"].values())) == {("float32", "bfloat16")} and found["identical"] == 0
+    assert max(one["largest"] / one["scale"] for one in found["differing"]) < 2**-8
+    save(load(half), tmp_path / "wide", dtype="float32")
+    _, out, _ = inspect(capsys, half, tmp_path / "wide")
+    assert "bfloat16 in A, float32 in B: 21 tensors, 21 of them equal in every number" in out
+
+
+@pytest.mark.parametrize("format", ["hf", "meta", "mistral"])
+def test_another_layout_of_the_same_weights_is_no_difference(format, tmp_path, capsys):
+    for layout in ("interleaved", "halves"):
+        save(random_model(tiny_args(rope_layout=layout)), tmp_path / layout)
+        save(load(tmp_path / layout), tmp_path / f"{layout}-{format}", format=format)
+        found = compared(capsys, tmp_path / layout, tmp_path / f"{layout}-{format}")
+        assert found["differing"] == [] and found["identical"] == found["compared"]
+        assert (found["rotary"] == "turned") == (layout != ("halves" if format == "hf" else "interleaved"))
+
+
+def write_run(folder, rows=(), **changes):
+    folder.mkdir()
+    facts = {
+        "transom": "1.0",
+        "machine": {"torch": "2.11.0", "threads": 2},
+        "seed": 0,
+        "data": {"texts": "abc", "more": "def"},
+        "model": {"dim": 16},
+        "config": {"steps": 10, "model": "tiny", "optimizer": {"lr": 0.001}, "data": {"sources": [{"path": "x"}]}},
+    }
+    for key, value in changes.items():
+        facts[key] = {**facts[key], **value} if isinstance(value, dict) else value
+    (folder / "run.json").write_text(json.dumps(facts))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_two_runs(tmp_path, capsys):
+    rows = [
+        {"step": 9, "loss": 3.5},
+        {"step": 10, "loss": 3.0, "tokens": 640},
+        {"step": 10, "held_out": {"bits_per_byte": 2.5, "perplexity": 9.0}},
+    ]
+    final = {"step": 10, "final": {"bits_per_byte": 2.25, "perplexity": 8.0}}
+    a = write_run(tmp_path / "a", rows=rows)
+    b = write_run(
+        tmp_path / "b",
+        rows=[*rows, final],
+        transom="1.1",
+        data={"more": "xyz"},
+        config={"optimizer": {"lr": 0.002}, "data": {"sources": [{"path": "x"}, {"path": "y"}]}},
+    )
+    found = compared(capsys, a, b)
+    assert found["run"] == {"transom": ["1.0", "1.1"]}
+    assert found["data"] == {"more": ["def", "xyz"]} and found["model"] == {}
+    assert found["config"] == {"optimizer.lr": [0.001, 0.002], "data.sources[1].path": [None, "y"]}
+    assert found["scores"]["bits_per_byte"] == [2.5, 2.25] and found["scores"]["loss"] == [3.0, 3.0]
+    code, out, _ = inspect(capsys, a, b)
+    assert code == 0 and "Model: the same" in out and "data.sources[1].path" in out
+    assert len(compared(capsys, a, a)["scores"]) == 5
+
+
+def test_two_runs_need_no_torch(tmp_path):
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", seed=1)
+    code = (
+        "import sys\n"
+        "from transom.cli.main import main\n"
+        f"assert main(['inspect', {str(a)!r}, {str(b)!r}]) == 0\n"
+        "print('torch' in sys.modules)\n"
+    )
+    assert run_python(code).splitlines()[-1] == "False"

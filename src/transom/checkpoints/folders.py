@@ -6,6 +6,7 @@ Nothing is guessed from names that people choose; a run folder stands for one of
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ MODEL_TYPE = "transom"
 CHECKSUMS = "sha256.json"
 CONFIG, PARAMS = "config.json", "params.json"
 SAFE, PICKLED = "consolidated.safetensors", "consolidated.{rank:02d}.pth"
+ADAPTER = "adapter_config.json"
+TOKENIZERS = ("tokenizer.json", "tekken*.json", "*.model.v*", "tokenizer.model")
 
 Format = Literal["native", "hf", "meta", "mistral"]
 
@@ -49,6 +52,43 @@ def model_folder(path: str | Path, which: Literal["best", "latest"] = "best", re
     raise RequestError(
         f"{folder}: no config.json, no params.json and no finished step; accepted is a model or run folder{hint}"
     )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a name stands for: the folder of a whole model, and the adapter to put on it, if any."""
+
+    model: Path
+    adapter: Path | None = None
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where to look for what goes along with the weights: the adapter's folder comes first."""
+        return (self.model,) if self.adapter is None else (self.adapter, self.model)
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder whose tokenizer is meant."""
+        own = (folder for folder in self.folders if any(any(folder.glob(name)) for name in TOKENIZERS))
+        return next(own, self.model)
+
+    def __str__(self) -> str:
+        return str(self.model) if self.adapter is None else f"{self.model} + adapter {self.adapter}"
+
+
+def find_model(name: str | Path, revision: str | None = None) -> Found:
+    """`model_folder`, and for an adapter folder its base's; a base that is an adapter is a `RequestError`."""
+    folder = Path(name)
+    if not (folder / ADAPTER).exists() or (folder / CONFIG).exists():
+        return Found(model_folder(name, revision=revision))
+    from transom.adapt.read import base_of, is_adapter  # torch, which the plan of a whole model does without
+
+    if revision is not None:
+        raise RequestError(f"revision = {revision!r}: accepted with a hub id, and {folder} is not one")
+    base = base_of(folder)
+    if is_adapter(base):
+        raise RequestError(f"{folder / ADAPTER}: the base {base} is an adapter too; accepted is a whole model")
+    return Found(model_folder(base), folder)
 
 
 def folder_format(folder: Path) -> Format:

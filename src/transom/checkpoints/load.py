@@ -15,6 +15,7 @@ from transom.checkpoints.folders import (
     CHECKSUMS,
     CONFIG,
     Format,
+    find_model,
     folder_format,
     model_folder,
     read_args,
@@ -112,9 +113,9 @@ def bad_numbers(tensor: Tensor) -> int:
 
 def load_tokenizer(folder: str | Path, revision: str | None = None) -> Tokenizer:
     """The tokenizer of a model folder or hub id, or of a run's best step; its tokens must fit the embeddings."""
-    where = model_folder(folder, revision=revision)
-    tokenizer = Tokenizer.load(where)
-    check_vocabulary(tokenizer, stated_vocabulary(where), str(where))
+    found = find_model(folder, revision)
+    tokenizer = Tokenizer.load(found.tokenizer)
+    check_vocabulary(tokenizer, stated_vocabulary(found.model), str(found.tokenizer))
     return tokenizer
 
 

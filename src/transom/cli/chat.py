@@ -10,11 +10,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from transom.cli.generate import MAX_TOKENS, add_model_arguments, check_arguments, open_model, sampling_of
+from transom.cli.generate import (
+    MAX_TOKENS,
+    add_folder_arguments,
+    add_model_arguments,
+    check_arguments,
+    open_model,
+    sampling_of,
+)
 from transom.errors import RequestError, notice, require
 
 if TYPE_CHECKING:
     from transom.chat.template import ChatTemplate
+    from transom.checkpoints.folders import Found
     from transom.generation.sampling import SamplingArgs
     from transom.generation.text import Completion, TextStream
     from transom.model import LLM
@@ -35,7 +43,7 @@ BLOCK = '"""'  # alone on a line it begins and ends a turn of many lines
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
-    parser.add_argument("folder", metavar="FOLDER", help="a model folder, or a run folder for its best step")
+    add_folder_arguments(parser)
     add_model_arguments(parser)
     room = f"tokens of text to make room for (default: the model's maximum, {MAX_CONTEXT} at most)"
     parser.add_argument("--max-model-len", type=int, metavar="N", help=room)
@@ -57,9 +65,9 @@ def run(options: argparse.Namespace) -> int:
     check_arguments(options)
     values = template_values(options)
     sampling = sampling_of(options)
-    folder, model, tokenizer, stop_tokens = open_model(options)
+    found, model, tokenizer, stop_tokens = open_model(options)
     framing: Framing
-    template = None if options.ignore_chat_template else find_template(folder, tokenizer, options.chat_template)
+    template = None if options.ignore_chat_template else find_template(found, tokenizer, options.chat_template)
     if template is None:
         framing = GrowingText(tokenizer)
         why = "the chat template is ignored" if options.ignore_chat_template else "this model has no chat template"
@@ -96,11 +104,12 @@ def template_values(options: argparse.Namespace) -> dict[str, Any]:
     return dict(values)
 
 
-def find_template(folder: Path, tokenizer: Tokenizer, name: str | None) -> ChatTemplate | None:
-    """The template asked for, the folder's own, or the one its vocabulary is made for."""
-    from transom.chat.template import ChatTemplate
+def find_template(found: Found, tokenizer: Tokenizer, name: str | None) -> ChatTemplate | None:
+    """The template asked for, the adapter's or the model's own, or the one its vocabulary is made for."""
+    from transom.chat.template import ChatTemplate, stored_templates
 
-    return ChatTemplate.find(folder, tokenizer, name)
+    adapters = (folder for folder in found.folders[:-1] if stored_templates(folder)[1])
+    return ChatTemplate.find(next(adapters, found.model), tokenizer, name)
 
 
 def read_turn() -> str | None:
@@ -172,7 +181,7 @@ class GrowingText:
 
     def prompt(self, turn: str) -> list[int]:
         """The ids so far and those of the new line."""
-        add_bos = not self.ids and self.tokenizer.bos_id is not None
+        add_bos = not self.ids and self.tokenizer.adds_bos
         return self.ids + self.tokenizer.encode(self.added(turn), add_bos=add_bos)
 
     def keep(self, turn: str, ids: list[int], completion: Completion, said: list[int]) -> None:

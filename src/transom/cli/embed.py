@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from transom.cli.generate import add_folder_arguments, open_tokenizer
 from transom.cli.main import emit_json
 from transom.errors import RequestError, notice, require
 
@@ -18,7 +19,7 @@ OUT_SUFFIXES = (".safetensors", ".npy")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
-    parser.add_argument("folder", metavar="FOLDER", help="a model folder, or a run folder for its best step")
+    add_folder_arguments(parser)
     parser.add_argument("-t", "--text", action="append", default=[], metavar="TEXT", help="may be given again")
     parser.add_argument(
         "-i",
@@ -44,15 +45,14 @@ def run(options: argparse.Namespace) -> int:
     texts = [*options.text, *(read_texts(options.input) if options.input is not None else [])]
     for number, text in enumerate(texts, start=1):
         require(bool(text), f"text {number} of {len(texts)}", text, "accepted is one character or more")
-    from transom.checkpoints.folders import model_folder
+    from transom.checkpoints.folders import find_model
     from transom.checkpoints.load import load
     from transom.data.labelled import encode_texts, read_labels
-    from transom.tokenizer import Tokenizer
     from transom.training.heads import run_rows
 
-    folder = model_folder(options.folder)
-    tokenizer = Tokenizer.load(folder)
-    model = load(folder, options.device, options.dtype)
+    found = find_model(options.folder, options.revision)
+    tokenizer = open_tokenizer(found)
+    model = load(found.folders[0], options.device, options.dtype)
     head = model.args.head
     rows = encode_texts(tokenizer, texts, model.args.max_seq_len)
     pooling: Literal["mean", "last"] = options.pooling or (head.pooling if head is not None else "mean")
@@ -61,14 +61,14 @@ def run(options: argparse.Namespace) -> int:
     if options.normalize:
         vectors_RD = vectors_RD / vectors_RD.norm(dim=1, keepdim=True).clamp_min(1e-12)
     document: dict[str, Any] = {
-        "model": str(folder),
+        "model": str(found),
         "pooling": pooling,
         "texts": len(texts),
         "tokens": sum(map(len, rows)),
         "dim": vectors_RD.size(1),
     }
     if logits_RL is not None:
-        document["labels"] = labels_of(logits_RL, read_labels(folder))
+        document["labels"] = labels_of(logits_RL, read_labels(found.model))
     if options.out is not None:
         write_vectors(Path(options.out), vectors_RD)
         document["out"] = options.out

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transom.checkpoints.folders import Found, find_model, model_folder, read_args, stated_vocabulary
+from transom.checkpoints.hub import is_hub_id
 from transom.cli.main import emit_json
 from transom.errors import RequestError, notice, require
 
@@ -24,7 +26,7 @@ MAX_TOKENS = 128
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
-    parser.add_argument("folder", metavar="FOLDER", help="a model folder, or a run folder for its best step")
+    add_folder_arguments(parser)
     parser.add_argument(
         "-p",
         "--prompt",
@@ -35,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document as the last line")
+
+
+def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model: what every verb that runs one takes."""
+    what = "a model or adapter folder of any format, a run folder for its best step, or a hub id"
+    parser.add_argument("folder", metavar="FOLDER", help=what)
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,6 +114,8 @@ def check_arguments(options: argparse.Namespace) -> None:
     step = options.prefill_step_size
     require(step >= 1, "--prefill-step-size", step, "accepted is 1 or more")
     require(all(options.stop), "--stop", "", "accepted is text of one character or more")
+    if not Path(options.folder).exists() and not is_hub_id(options.folder):
+        model_folder(options.folder)  # its sentence; a hub id is looked up when all else is right
 
 
 def read_prompts(words: Sequence[str]) -> list[str]:
@@ -140,22 +151,32 @@ def sampling_of(options: argparse.Namespace) -> SamplingArgs:
     )
 
 
-def open_model(options: argparse.Namespace) -> tuple[Path, LLM, Tokenizer, tuple[int, ...]]:
-    """The model folder meant, its model, tokenizer and stop tokens (none with --ignore-eos)."""
-    from transom.checkpoints.folders import model_folder
+def open_model(options: argparse.Namespace) -> tuple[Found, LLM, Tokenizer, tuple[int, ...]]:
+    """The folders meant, the model, its tokenizer and its stop tokens (none with --ignore-eos)."""
     from transom.checkpoints.load import load
     from transom.generation.text import stop_tokens_of
     from transom.runtime import bfloat16_is_fast
-    from transom.tokenizer import Tokenizer
 
-    folder = model_folder(options.folder)
-    tokenizer = Tokenizer.load(folder)
-    stop_tokens = () if options.ignore_eos else stop_tokens_of(folder, tokenizer)
-    model = load(folder, options.device, options.dtype)
+    found = find_model(options.folder, options.revision)
+    tokenizer = open_tokenizer(found)
+    settings = (folder for folder in found.folders if (folder / "generation_config.json").exists())
+    stop_tokens = () if options.ignore_eos else stop_tokens_of(next(settings, found.model), tokenizer)
+    model = load(found.folders[0], options.device, options.dtype)
     weight = model.tok_embeddings.weight
     if str(weight.dtype) == "torch.bfloat16" and not bfloat16_is_fast(weight.device.type):
         notice("bfloat16 is slow on this device; --dtype float32 is faster and takes twice the memory")
-    return folder, model, tokenizer, stop_tokens
+    return found, model, tokenizer, stop_tokens
+
+
+def open_tokenizer(found: Found) -> Tokenizer:
+    """The tokenizer of a model or its adapter; its tokens must have embeddings."""
+    from transom.checkpoints.load import check_vocabulary
+    from transom.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(found.tokenizer)
+    rows = stated_vocabulary(found.model) or read_args(found.model).vocab_size
+    check_vocabulary(tokenizer, rows, str(found.tokenizer))
+    return tokenizer
 
 
 def max_new_tokens(requested: int | None, args: ModelArgs, prompt_tokens: int) -> int:

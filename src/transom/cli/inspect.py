@@ -1,6 +1,7 @@
 """`transom inspect`: what a model is and costs, layer by layer; with `--trace`, what it does with a text.
 
-The plan is arithmetic on the arguments: no weights are read and torch is not imported.
+The plan is arithmetic on the arguments: no weights are read and torch is not imported. Two models or runs are
+compared instead (`cli/compare.py`).
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transom.args import ModelArgs
-from transom.checkpoints.folders import model_folder, read_args
+from transom.checkpoints.folders import ADAPTER, CONFIG, PARAMS, find_model, read_args
+from transom.checkpoints.hub import is_hub_id
 from transom.cli.glossary import legend
 from transom.cli.main import emit_json
 from transom.errors import RequestError, nearest, notice, require
+from transom.paths import read_json
 from transom.planning.layer_plan import ModelPlan, groups, index_words, plan
 from transom.presets import PRESETS, preset
 
@@ -32,7 +35,10 @@ PIPE_WIDTH = 400  # characters; nobody reads a pipe at 80 columns, and cut cells
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
-    parser.add_argument("model", help=f"model folder, run folder, config.json, or preset: {', '.join(PRESETS)}")
+    what = "model, adapter or run folder, hub id, config.json, params.json, or preset"
+    parser.add_argument("model", help=f"{what}: {', '.join(PRESETS)}")
+    parser.add_argument("other", nargs="?", help="a second model or run: what differs between the two is shown")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--length", type=int, help="sequence length to count for, tokens; default max_seq_len")
     parser.add_argument("--json", action="store_true", help="print one JSON document with exact numbers instead")
     parser.add_argument("--trace", metavar="TEXT", help="run the model on TEXT and show what every layer does")
@@ -42,7 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the plan, or the trace of a text."""
-    subject = find(options.model)
+    if options.other is not None:
+        from transom.cli.compare import run_compare
+
+        return run_compare(options)
+    subject = find(options.model, options.revision)
     if options.trace is not None:
         require(options.length is None, "--length", options.length, "accepted without --trace, TEXT has its own")
         return run_trace(subject, options)
@@ -51,11 +61,12 @@ def run(options: argparse.Namespace) -> int:
         require(value is None, f"--{flag}", value, "accepted with --trace; the plan runs nothing")
     planned = plan(subject.args, options.length)
     if options.json:
-        emit_json({"model": subject.name, "args": subject.args.to_dict(), **asdict(planned)})
+        more = {} if subject.adapter is None else {"adapter": subject.adapter}
+        emit_json({"model": subject.name, "args": subject.args.to_dict(), **asdict(planned), **more})
         return 0
     if planned.length > planned.max_seq_len:
         notice(f"--length {planned.length}: longer than the {planned.max_seq_len} tokens this model is meant for")
-    print_plan(subject.name, planned)
+    print_plan(subject, planned)
     return 0
 
 
@@ -64,34 +75,60 @@ def run(options: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is inspected: its name as printed, its arguments, and its folder unless it is a preset."""
+    """What is inspected: its name as printed, its arguments, its folder unless it is a preset, and its adapter.
+
+    The folder of a model with an adapter is the adapter's.
+    """
 
     name: str
     args: ModelArgs
     folder: Path | None
+    adapter: dict[str, Any] | None = None
 
 
-def find(name: str) -> Subject:
-    """A model or run folder, a config.json, or, where no such path exists, a preset."""
+def find(name: str, revision: str | None = None) -> Subject:
+    """A model, adapter or run folder, a config.json or params.json, or else a preset, or else a hub id."""
     path = Path(name)
-    if path.is_dir():
-        folder = model_folder(path)
-        return Subject(str(folder), read_args(folder), folder)
-    if path.exists():
-        require(path.name == "config.json", "file", name, "accepted is a config.json, a folder or a preset")
+    if path.is_file():
+        fits = path.name in (CONFIG, PARAMS)
+        require(fits, "file", name, "accepted is a config.json, a params.json, a folder, a hub id or a preset")
+        require(revision is None, "--revision", revision, "accepted with a hub id")
         return Subject(name, read_args(path.parent), path.parent)
-    if name in PRESETS:
+    if not path.exists() and name in PRESETS:
+        require(revision is None, "--revision", revision, "accepted with a hub id")
         return Subject(f"preset {name}", preset(name), None)
-    hint = nearest(name, PRESETS)
-    raise RequestError(f"{name!r}: no such folder, file or preset; presets are {', '.join(PRESETS)}{hint}")
+    if not path.exists() and not is_hub_id(name):
+        hint = nearest(name, PRESETS)
+        raise RequestError(f"{name!r}: no such folder, file or preset; presets are {', '.join(PRESETS)}{hint}")
+    found = find_model(path, revision)
+    adapter = None if found.adapter is None else adapter_facts(found.adapter)
+    return Subject(str(found), read_args(found.model), found.folders[0], adapter)
+
+
+def adapter_facts(folder: Path) -> dict[str, Any]:
+    """What adapter_config.json says of the adapter in short."""
+    from transom.adapt.peft_config import read_peft
+
+    data = read_json(folder / ADAPTER)
+    config = read_peft(data, str(folder / ADAPTER))
+    kind = "DoRA" if config.dora else "rsLoRA" if config.scaling == "rslora" else "LoRA"
+    named = [data.get(key) or [] for key in ("target_modules", "target_parameters", "modules_to_save")]
+    targets = [one for some in named for one in ([some] if isinstance(some, str) else some)]
+    return {"kind": kind, "rank": config.r, "alpha": config.alpha, "targets": sorted(map(str, targets))}
 
 
 # -- the plan ---------------------------------------------------------------------------------------------
 
 
-def print_plan(name: str, planned: ModelPlan) -> None:
+def print_plan(subject: Subject, planned: ModelPlan) -> None:
     """Table of layers, totals, and one line for every word a newcomer may not know."""
-    heading(f"{name}: {amount(planned.parameters)} parameters in {len(planned.layers)} layers")
+    heading(f"{subject.name}: {amount(planned.parameters)} parameters in {len(planned.layers)} layers")
+    if subject.adapter is not None:
+        facts = subject.adapter
+        words = (
+            f"{facts['kind']} of rank {facts['rank']}, alpha {facts['alpha']:g}, on {', '.join(facts['targets'])}"
+        )
+        print(f"adapter: {words}; all numbers are those of the model without it")
     show(layer_table(planned))
     heading("Totals")
     show(pairs(total_lines(planned)))
@@ -174,11 +211,11 @@ def run_trace(subject: Subject, options: argparse.Namespace) -> int:
     import torch
 
     from transom.checkpoints.load import load
+    from transom.cli.generate import open_tokenizer
     from transom.evaluation.trace import trace
-    from transom.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(subject.folder)
-    ids = tokenizer.encode(options.trace, add_bos=tokenizer.bos_id is not None)
+    tokenizer = open_tokenizer(find_model(subject.folder))
+    ids = tokenizer.encode(options.trace, add_bos=tokenizer.adds_bos)
     limit = subject.args.max_seq_len
     require(0 < len(ids) <= limit, "--trace", f"a text of {len(ids)} tokens", f"accepted are 1 to {limit} tokens")
     model = load(subject.folder, device=options.device or "cpu", dtype=options.dtype)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transom.verify.check import Finding, Line
 
 # What takes a MODEL, and what has nothing to do with one.
-WITH_MODEL = ("model", "cache", "resume")
+WITH_MODEL = ("model", "cache", "checkpoint", "resume")
 ALONE = ("data", "step", "attention")
 
 
@@ -37,12 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         help="model or run folder, config of a model or a run (YAML or JSON), or preset: a shrunken copy of it is "
-        "verified; built-in models when absent",
+        "verified, of checkpoint the folder itself; built-in models when absent",
     )
     parser.add_argument("--full", action="store_true", help="cache: the folder's own weights, not a shrunken copy")
-    parser.add_argument("--length", type=int, help="cache --full: longest sequence, tokens")
+    parser.add_argument("--length", type=int, help="cache --full, checkpoint: longest sequence, tokens")
     parser.add_argument("--device", help="cache --full, attention: where to run, default cpu for cache")
-    parser.add_argument("--dtype", help="cache --full: dtype of the weights, default float32")
+    parser.add_argument("--dtype", help="cache --full, checkpoint: dtype of the weights, default float32")
     parser.add_argument("--steps", type=int, help="resume: steps of the run, default 6")
     parser.add_argument("--self-test", action="store_true", help="plant every known silent bug and see it caught")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead")
@@ -57,7 +57,8 @@ def run(options: argparse.Namespace) -> int:
         return run_attention(options)
     from transom.verify.check import one_thread, summarize
 
-    with contextlib.nullcontext() if options.full else one_thread():
+    real = options.full or (options.what == "checkpoint" and options.model is not None)
+    with contextlib.nullcontext() if real else one_thread():
         lines = summarize(findings(options))
     if options.json:
         emit_json({"check": options.what, "model": options.model, **document(lines)})
@@ -78,14 +79,16 @@ def check_options(options: argparse.Namespace) -> None:
     full = options.what == "cache" and options.full
     require(full or not options.full, "--full", options.full, "accepted with cache")
     require(not full or options.model is not None, "--full", True, "accepted with a model or run folder")
+    folder = options.what == "checkpoint" and options.model is not None
     for flag, fits in (
-        ("length", full),
-        ("dtype", full),
+        ("length", full or folder),
+        ("dtype", full or folder),
         ("device", full or options.what == "attention"),
         ("steps", options.what == "resume"),
     ):
         value = getattr(options, flag)
-        accepted = {"length": "cache --full", "dtype": "cache --full", "device": "cache --full and attention"}
+        whole = dict.fromkeys(("length", "dtype"), "cache --full and checkpoint FOLDER")
+        accepted = {**whole, "device": "cache --full and attention"}
         require(value is None or fits, f"--{flag}", value, f"accepted with {accepted.get(flag, options.what)}")
 
 
@@ -101,6 +104,10 @@ def findings(options: argparse.Namespace) -> Iterator[Finding]:
         if name is not None or options.steps is not None:
             args = read_run(name) if name is not None else TrainArgs(model="demo")
             return compare_resumed_run(args, STEPS if options.steps is None else options.steps)
+    if what == "checkpoint" and name is not None:
+        from transom.verify.checkpoint import compare_folder
+
+        return compare_folder(name, options.length, options.dtype or "float32")
     if what == "cache" and options.full:
         from transom.checkpoints.load import load
         from transom.verify.cache import compare_whole

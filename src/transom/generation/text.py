@@ -95,8 +95,8 @@ def complete(
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-    """Token ids of each prompt: text with a BOS in front where the tokenizer has one, ids as they are."""
-    add_bos = tokenizer.bos_id is not None
+    """Token ids of each prompt: text with a BOS in front where the tokenizer's makers put one, ids as they are."""
+    add_bos = tokenizer.adds_bos
     return [tokenizer.encode(prompt, add_bos=add_bos) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 

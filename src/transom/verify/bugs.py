@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from transom.verify import plants, plants_runs
+from transom.verify import plants, plants_checkpoint, plants_runs
 
 
 @dataclass(frozen=True)
@@ -64,4 +64,11 @@ BUGS: tuple[Bug, ...] = (
     Bug("optimizer state lost", "resume", plants_runs.lost_optimizer_state),
     Bug("average restarted", "resume", plants_runs.restarted_average),
     Bug("random state lost", "resume", plants_runs.lost_random_state),
+    Bug("permuted q", "checkpoint", plants_checkpoint.permuted_query),
+    Bug("q not turned", "checkpoint", plants_checkpoint.unturned_query),
+    Bug("untied output", "checkpoint", plants_checkpoint.untied_reading),
+    Bug("swapped gate and value", "checkpoint", plants_checkpoint.swapped_widths),
+    Bug("dropped bias", "checkpoint", plants_checkpoint.dropped_bias),
+    Bug("double BOS in a chat", "checkpoint", plants_checkpoint.double_bos_in_a_chat),
+    Bug("spelled token obeyed", "checkpoint", plants_checkpoint.obeyed_spelling),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transom.verify.attention import check_attention
 from transom.verify.cache import check_cache
 from transom.verify.check import Check
+from transom.verify.checkpoint import check_checkpoint
 from transom.verify.data import check_data
 from transom.verify.model import check_model
 from transom.verify.training import check_resume, check_step
@@ -17,6 +18,11 @@ CHECKS: dict[str, Check] = {
         Check("attention", "every backend against the float64 reference, on the CPU", check_attention),
         Check("data", "packed rows and targets against the documents they came from", check_data),
         Check("step", "a step in micro-batches against the same step in one piece", check_step),
+        Check(
+            "checkpoint",
+            "folders of every format against their own files, rewritten ones and transformers",
+            check_checkpoint,
+        ),
         Check("resume", "an interrupted run against a straight one, bit for bit", check_resume),
     )
 }

@@ -1,0 +1,109 @@
+"""What differs between two models: weight by weight under our names, whatever formats their folders have.
+
+One tensor of each is in memory at a time; an adapter is first merged into its base, which then is whole in memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from transom.adapt.lora import plain_weights
+from transom.adapt.merge import merge_adapter
+from transom.adapt.read import load_adapter
+from transom.args import ModelArgs
+from transom.checkpoints.folders import Found, read_args
+from transom.checkpoints.load import load, open_state, outline, shapes_of
+from transom.checkpoints.stored import Source, Stored
+from transom.transforms import Shape, turn_rotary
+
+PART = 1 << 22  # numbers compared at a time, so that a difference in float32 stays small beside its tensors
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """How far two tensors of one name and shape are apart."""
+
+    name: str
+    shape: Shape
+    largest: float  # max |a - b|; infinite where only one is finite or a number
+    scale: float  # max |a| over its finite numbers
+    differing: int  # numbers that are not equal
+    count: int  # numbers in all
+
+
+@dataclass(frozen=True)
+class ModelDifference:
+    """All that differs; `differing` has the largest difference first, `identical` counts what is all equal."""
+
+    args: tuple[ModelArgs, ModelArgs]
+    rotary: Literal["same", "turned", "kept"]  # kept: the layouts differ, and these heads cannot be turned
+    only_first: tuple[str, ...]
+    only_second: tuple[str, ...]
+    shapes: dict[str, tuple[Shape, Shape]]
+    dtypes: dict[str, tuple[torch.dtype, torch.dtype]]
+    differing: tuple[TensorDifference, ...]
+    identical: int
+    compared: int
+
+
+def compare_models(first: Found, second: Found) -> ModelDifference:
+    """Compare every parameter; rotary rows of the second are turned where it keeps them in the other layout."""
+    (one, ours), (other, theirs) = _weights(first), _weights(second)
+    rotary: Literal["same", "turned", "kept"] = "same"
+    if one.rope_layout != other.rope_layout:
+        rotary = "kept" if other.mla_args is not None else "turned"
+    if rotary == "turned":
+        theirs = {name: _turned(name, stored, other, one) for name, stored in theirs.items()}
+    both = [name for name in ours if name in theirs]
+    shapes = {n: (ours[n].shape, theirs[n].shape) for n in both if tuple(ours[n].shape) != tuple(theirs[n].shape)}
+    dtypes = {n: (ours[n].dtype, theirs[n].dtype) for n in both if ours[n].dtype != theirs[n].dtype}
+    differing, identical = [], 0
+    for name in (name for name in both if name not in shapes):
+        found = _difference(name, ours[name].read(), theirs[name].read())
+        if found.differing:
+            differing.append(found)
+        elif name not in dtypes:
+            identical += 1
+    return ModelDifference(
+        args=(one, other),
+        rotary=rotary,
+        only_first=tuple(name for name in ours if name not in theirs),
+        only_second=tuple(name for name in theirs if name not in ours),
+        shapes=shapes,
+        dtypes=dtypes,
+        differing=tuple(sorted(differing, key=lambda one: (-one.largest, one.name))),
+        identical=identical,
+        compared=len(both),
+    )
+
+
+def _weights(found: Found) -> tuple[ModelArgs, Source]:
+    """Arguments and parameters; those of a model with an adapter are what the two multiply by together."""
+    if found.adapter is not None:
+        model = merge_adapter(load_adapter(load(found.model), found.adapter))
+        return model.args, {name: Stored.of(parameter.detach()) for name, parameter in plain_weights(model).items()}
+    args = read_args(found.model)
+    return args, open_state(found.model, args, shapes_of(outline(args)))
+
+
+def _turned(name: str, stored: Stored, args: ModelArgs, like: ModelArgs) -> Stored:
+    return stored.then(lambda tensor: turn_rotary(name, tensor, args, like.rope_layout))
+
+
+def _difference(name: str, first: Tensor, second: Tensor) -> TensorDifference:
+    wide = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
+    largest, scale, differing = 0.0, 0.0, 0
+    for a, b in zip(first.reshape(-1).split(PART), second.reshape(-1).split(PART), strict=True):
+        a, b = a.to(wide), b.to(wide)
+        apart = (a != b) & ~(a.isnan() & b.isnan())
+        if apart.any():
+            differing += int(apart.sum())
+            gaps = (a - b).abs()[apart]
+            largest = max(largest, float(gaps.nan_to_num(nan=float("inf"), posinf=float("inf")).max()))
+        finite = a[a.isfinite()]
+        scale = max(scale, float(finite.abs().max()) if finite.numel() else 0.0)
+    return TensorDifference(name, tuple(first.shape), largest, scale, differing, first.numel())

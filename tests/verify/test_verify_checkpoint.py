@@ -1,0 +1,225 @@
+"""`verify checkpoint`: green on folders of transformers and of every format, red for each thing that is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.checkpoints.families import tiny_hf
+from tests.helpers import one_thread, random_model, tiny_args
+from transom.checkpoints.load import load, save
+from transom.cli.main import main
+from transom.tokenizer import byte_tokenizer, train_chars
+from transom.verify import checkpoint, plants, plants_checkpoint
+from transom.verify.check import summarize
+from transom.verify.checkpoint import SPECIAL, compare_folder
+
+WINDOWED = {"layer_pattern": "SF", "sliding_window": 7}
+BOS, EOS = SPECIAL[:2]
+CHAT = "{{ bos_token }}{% for m in messages %}{{ '<|eot_id|>' + m.content }}{% endfor %}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def single_threaded():
+    with one_thread():
+        yield
+
+
+def lines(folder, **options):
+    return {line.comparison: line for line in summarize(compare_folder(folder, name="it", **options))}
+
+
+def failing(folder, **options):
+    return {name for name, line in lines(folder, **options).items() if line.failed}
+
+
+def hf_folder(folder, family="qwen2"):
+    tiny_hf(family).save_pretrained(folder)
+    return folder
+
+
+def with_chat(folder, template=CHAT):
+    save(random_model(tiny_args(vocab_size=256 + len(SPECIAL))), folder, "hf", byte_tokenizer(SPECIAL))
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+# What the second reader has no rule for: only fused experts, sinks, corrections and the norms around them.
+FUSED = {"gpt_oss": 2 * 7, "llama4_text": 2 * 3, "deepseek_v3": 2}
+
+
+@pytest.mark.parametrize(
+    "family", ["llama-tied", "mixtral", "qwen2", "qwen3", "gemma2", "olmo2", "phi3", *FUSED, "llama-dynamic"]
+)
+def test_a_folder_of_transformers_is_green_and_read_by_hand(tmp_path, capsys, family):
+    found = lines(hf_folder(tmp_path, family))
+    assert not {name: line.first_bad for name, line in found.items() if line.failed}
+    assert {"logits = transformers", "greedy tokens = transformers", "prefill + decode"} <= found.keys()
+    said = capsys.readouterr().err
+    if family in FUSED:
+        assert f"it: {FUSED[family]} of" in said
+    else:
+        assert "not read by hand" not in said
+
+
+@pytest.mark.parametrize("format", ["native", "hf", "meta", "mistral"])
+def test_every_format_is_green(tmp_path, format):
+    save(random_model(tiny_args(**({} if format in ("meta", "hf") else WINDOWED))), tmp_path, format=format)
+    found = lines(tmp_path, length=32)
+    assert not {name: line.first_bad for name, line in found.items() if line.failed}
+    formats = {finding.where.split(",")[0] for finding in compare_folder(tmp_path, 32, name="it")}
+    assert f"it as {format}" in formats
+    assert ("it as meta" in formats) == (format in ("meta", "hf"))
+
+
+def rewrite(folder, change):
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors")
+    return folder
+
+
+def test_keys_that_do_not_add_up_are_red_and_end_it(tmp_path):
+    key = "model.layers.1.mlp.up_proj.weight"
+    rewrite(hf_folder(tmp_path), lambda state: state.update({f"{key}_too": state.pop(key)}))
+    found = lines(tmp_path)
+    assert set(found) == {"every key becomes a parameter", "every parameter has a key"}
+    assert found["every key becomes a parameter"].first_bad.where == f"it, {key}_too"
+    assert found["every parameter has a key"].first_bad.where == "it, layers.1.feed_forward.w_value.weight"
+
+
+def test_a_tied_output_with_numbers_of_its_own_is_red(tmp_path):
+    hf_folder(tmp_path, "llama-tied")
+    rewrite(tmp_path, lambda state: state.update({"lm_head.weight": state["model.embed_tokens.weight"] + 1}))
+    assert failing(tmp_path) == {"tied output = embeddings"}
+
+
+def test_weights_that_are_no_numbers_are_red_and_still_compared_bit_by_bit(tmp_path):
+    rewrite(hf_folder(tmp_path), lambda state: state["model.norm.weight"].fill_(float("nan")))
+    assert failing(tmp_path) == {"logits are finite"}
+    assert "written and read back" in lines(tmp_path)
+
+
+def test_a_vocabulary_that_cannot_write_the_texts_is_said(tmp_path, capsys):
+    save(random_model(tiny_args()), tmp_path, tokenizer=train_chars(["abc xy"]))
+    assert not failing(tmp_path, length=16)
+    assert "no texts are compared: text holds" in capsys.readouterr().err
+
+
+def test_stop_tokens_and_padding_of_a_config_do_not_end_the_greedy_tokens(tmp_path):
+    """The config's EOS is the first token that is said, and its padding is in the prompt."""
+    hf_folder(tmp_path)
+    assert not failing(tmp_path)
+    model, numbers = tiny_hf("qwen2"), checkpoint._numbers_of(load(tmp_path), None)
+    model.config.update({"eos_token_id": numbers.greedy[5], "pad_token_id": numbers.greedy[1]})
+    model.generation_config.update(eos_token_id=numbers.greedy[5], pad_token_id=numbers.greedy[1])
+    model.save_pretrained(tmp_path)
+    assert not failing(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "plant", "expected"),
+    [
+        ("qwen2", plants_checkpoint.permuted_query, "read = read by hand"),
+        ("llama4_text", plants_checkpoint.permuted_query, "logits = transformers"),
+        ("llama4_text", plants_checkpoint.unturned_query, None),
+        ("llama-tied", plants_checkpoint.untied_reading, "output tied as the config says"),
+        ("mixtral", plants_checkpoint.swapped_widths, "read = read by hand"),
+        ("phi3", plants_checkpoint.swapped_widths, "logits = transformers"),
+        ("qwen2", plants_checkpoint.dropped_bias, "read = read by hand"),
+        ("gpt_oss", plants_checkpoint.dropped_bias, "logits = transformers"),
+        ("gemma2", plants.swapped_layout, "logits = transformers"),
+        ("qwen3", plants.swapped_layout, "greedy tokens = transformers"),
+    ],
+)
+def test_bugs_are_seen_in_folders_of_transformers(tmp_path, family, plant, expected):
+    hf_folder(tmp_path, family)
+    with plant():
+        found = failing(tmp_path)
+    assert expected in found if expected else not found  # nothing is turned where the layout stays
+
+
+def test_bits_show_what_only_writing_gets_wrong(tmp_path):
+    save(random_model(tiny_args()), tmp_path, format="meta")
+    with plants_checkpoint.unturned_query():
+        found = lines(tmp_path, length=16)
+    assert found["written and read back"].first_bad.where == "it as hf, layers.0.attention.wq.weight"
+    assert found["logits of what was written"].failed == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "plant", "red"),
+    [
+        (CHAT, None, set()),
+        ("{{ bos_token }}" + CHAT, None, set()),  # one is dropped, and that is said
+        (CHAT.replace("{{ bos_token }}", ""), None, set()),
+        (CHAT, plants_checkpoint.double_bos_in_a_chat, {"BOS once"}),
+        (CHAT, plants_checkpoint.obeyed_spelling, {"spelled tokens stay text"}),
+    ],
+)
+def test_texts_and_chats(tmp_path, template, plant, red):
+    with_chat(tmp_path, template)
+    if plant is None:
+        assert failing(tmp_path, length=16) == red
+    else:
+        with plant():
+            assert failing(tmp_path, length=16) == red
+
+
+def test_what_cannot_be_compared_is_said(tmp_path, capsys, monkeypatch):
+    save(random_model(tiny_args(**WINDOWED)), tmp_path)
+    assert "loads in transformers" not in lines(tmp_path, length=16)
+    said = capsys.readouterr().err
+    assert "no tokenizer in the folder" in said
+    assert "not written as hf: " in said
+    assert "not a folder of transformers, and cannot be written as one" in said
+    monkeypatch.setattr(checkpoint, "find_spec", lambda name: None)
+    assert "logits = transformers" not in lines(hf_folder(tmp_path / "hf"))
+    assert "transformers is not installed" in capsys.readouterr().err
+
+
+def test_weights_that_transformers_misses_are_red(tmp_path, monkeypatch):
+    model = tiny_hf("qwen2")
+    monkeypatch.setattr(checkpoint, "_their_model", lambda folder, dtype: (model, ["lm_head.weight"]))
+    assert failing(hf_folder(tmp_path)) == {"loads in transformers"}
+
+
+def test_half_precision_is_compared_bit_by_bit(tmp_path):
+    save(random_model(tiny_args()).to(torch.bfloat16), tmp_path, format="hf")
+    assert not failing(tmp_path, length=16)
+    assert not failing(tmp_path, length=16, dtype="bfloat16")
+
+
+def test_the_command(tmp_path, capsys):
+    hf_folder(tmp_path, "llama-tied")
+    assert main(["verify", "checkpoint", str(tmp_path), "--length", "16", "--json"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    told = json.loads(out[-1])
+    assert len(out) == 1
+    assert told["ok"] and told["check"] == "checkpoint"
+    assert all(row["worst"]["error"] <= row["worst"]["tolerance"] for row in told["comparisons"])
+    rewrite(tmp_path, lambda state: state.pop("model.norm.weight"))
+    assert main(["verify", "checkpoint", str(tmp_path)]) == 1
+    assert "every parameter has a key: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["no-such-folder"], "no such folder"),
+        (["--length", "9"], "--length = 9: accepted with cache --full and checkpoint FOLDER"),
+        (["FOLDER", "--length", "1000"], "--length = 1000: accepted is 2 to max_seq_len = 128"),
+        (["FOLDER", "--dtype", "int3"], "--dtype = 'int3': accepted is"),
+        (["FOLDER", "--full"], "accepted with cache"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence(tmp_path, capsys, words, said):
+    hf_folder(tmp_path)
+    capsys.readouterr()
+    assert main(["verify", "checkpoint", *(str(tmp_path) if word == "FOLDER" else word for word in words)]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from transom.cli.main import main
 from transom.errors import RequestError, WorkError
 from transom.runtime import pick_dtype
 from transom.training.balance import mixtures
+from transom.training.config import read_config
 from transom.training.setup import open_run
 
 
@@ -358,3 +360,17 @@ def test_the_loss_trace_is_the_committed_one(tmp_path):
     train(tiny_args(tmp_path, "steps=20", "dtype=float32"))
     expected = json.loads((Path(__file__).parent / "loss_trace.json").read_text())
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"layer_pattern": "FB"}, "model.layer_pattern = 'FB': accepted with model.head only"),
+        ({"context_dim": 8}, "model.context_dim = 8: accepted is null"),
+    ],
+)
+def test_what_next_token_prediction_cannot_learn_from_is_refused(tmp_path, model, words):
+    """A layer that sees later tokens would see its own targets: a loss near zero that means nothing."""
+    fields = {**tiny_config(tmp_path)["model"], **model}
+    with pytest.raises(RequestError, match=re.escape(words)):
+        read_config(None, base=tiny_config(tmp_path, model=fields))

@@ -195,6 +195,11 @@ class TrainArgs:
         require(self.data.seq_len <= args.max_seq_len, "data.seq_len", self.data.seq_len, accepted)
         if args.head is not None:
             self._check_head(args.head)
+            return
+        both_ways = any(layer.rule.kind == "full" for layer in args.layers)
+        accepted = "accepted with model.head only: a layer that sees later tokens sees those it is to predict"
+        require(not both_ways, "model.layer_pattern", args.pattern, accepted)
+        require(args.context_dim is None, "model.context_dim", args.context_dim, "accepted is null: rows are text")
 
     def _check_checkpointing(self) -> None:
         how = self.activation_checkpoint

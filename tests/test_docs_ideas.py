@@ -14,10 +14,11 @@ from benchmarks import options
 from benchmarks.common import ROWS
 from benchmarks.ideas import COST, PAGES, measured, read_rows, write_costs, write_index
 from benchmarks.options import GROUPS, LOADING
-from tests.helpers import TINY_VISION, one_thread, tiny_args
+from tests.helpers import TINY_VISION, tiny_args
 from transom.args import ModelArgs
 from transom.fields import field_types
 from transom.model import LLM, TransformerInput
+from transom.runtime import one_thread
 from transom.training.config import TrainArgs
 
 ROOT = Path(__file__).parents[1]

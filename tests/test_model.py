@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.helpers import TINY_VISION, one_thread, random_model, random_tokens, tiny_args
+from tests.helpers import TINY_VISION, random_model, random_tokens, tiny_args
 from transom.attend.reference import reference
 from transom.errors import RequestError
 from transom.model import LLM, MaskedEmbedding, TransformerInput, build_step
+from transom.runtime import one_thread
 
 PATTERNS = {
     "full": {},

@@ -9,6 +9,7 @@ import random
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,17 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise RequestError(f"dtype = {name!r}: accepted is auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Many tiny products: waking a second thread for each costs more than all of the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:

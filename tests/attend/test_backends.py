@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.attend.memory import Largest
-from tests.helpers import one_thread
 from transom.args import LayerRule
 from transom.attend.attend import BACKENDS, Attend
 from transom.attend.mask import Layout, MaskSpec, allowed, positions_from_sizes, segments_from_sizes
 from transom.attend.reference import reference
 from transom.attend.sdpa import sdpa
 from transom.attend.view import CacheView, Score
+from transom.runtime import one_thread
 
 RULES = [
     LayerRule(),

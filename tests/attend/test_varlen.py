@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from transom.args import LayerRule
 from transom.attend import varlen as module
 from transom.attend.mask import Layout, MaskSpec, positions_from_sizes, segments_from_sizes
 from transom.attend.reference import reference
+from transom.attend.sdpa import by_documents
 from transom.attend.varlen import varlen, why_not
 from transom.attend.view import CacheView, Score
 
@@ -58,8 +61,18 @@ def draw(rows: int, length: int) -> tuple[Tensor, ...]:
     return tuple(torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes)
 
 
-@pytest.mark.parametrize("layout", ["rows", "start", "padded", "packed"])
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.kind}{rule.size or ''}")
+# Padding that every query would see is no job for it: see the test behind this one.
+JOBS = [
+    (rule, layout)
+    for rule in RULES
+    for layout in ("rows", "start", "padded", "packed")
+    if (rule.kind, layout) != ("full", "padded")
+]
+
+
+@pytest.mark.parametrize(
+    ("rule", "layout"), JOBS, ids=lambda one: one if isinstance(one, str) else f"{one.kind}{one.size or ''}"
+)
 def test_documents_windows_and_chunks_reach_the_kernel_as_meant(kernel, rule, layout):
     length, segments = 40, None
     positions = torch.arange(length).expand(2, -1)
@@ -67,8 +80,6 @@ def test_documents_windows_and_chunks_reach_the_kernel_as_meant(kernel, rule, la
     if layout == "start":
         positions, known = positions + 11, Layout((length, length), start=11)
     elif layout == "padded":
-        if rule.kind == "full":
-            pytest.skip("padding would be seen, and varlen says so")
         positions, known = (
             positions.masked_fill(positions >= torch.tensor([[40], [13]]), -1),
             Layout((length, length), padded=True),
@@ -121,3 +132,12 @@ def test_a_torch_without_windows_is_not_a_crash(monkeypatch):
     reason = why_not(q, view, MaskSpec(LayerRule(), view.positions_BS, None, Layout((8,))), Score())
     module._read_parameters.cache_clear()
     assert reason is not None and "window_size" in reason
+
+
+def test_padding_that_every_query_would_see_is_no_job_for_slices_of_documents():
+    positions = torch.arange(40).expand(2, -1)
+    states = draw(2, 40)
+    spec = MaskSpec(LayerRule("full"), positions, layout=Layout((40, 40), padded=True))
+    view = CacheView(states[1:], positions, new_at=0)
+    assert not by_documents(view, spec)
+    assert by_documents(view, replace(spec, rule=LayerRule()))

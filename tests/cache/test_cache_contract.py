@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import one_thread, random_model, random_tokens, tiny_args
+from tests.helpers import random_model, random_tokens, tiny_args
 from transom.cache.model_cache import ModelCache
 from transom.errors import RequestError
 from transom.model import LLM, TransformerInput
+from transom.runtime import one_thread
 
 WINDOW, CHUNK = 5, 6
 PATTERNS = {

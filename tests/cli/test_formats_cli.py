@@ -1,6 +1,5 @@
 """Every verb on a folder of every format: the same model says the same, whoever's files it is in."""
 
-import io
 import json
 import shutil
 
@@ -14,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from tests.checkpoints.consolidated import PARAMS, cut, meta_state, twin, write_meta
 from tests.helpers import random_model, tiny_args
 from transom.checkpoints.load import load, save
-from transom.cli.main import main
 from transom.generation.text import encode_prompts
 from transom.model import TransformerInput
 from transom.tokenizer import Tokenizer, byte_tokenizer
@@ -46,17 +44,6 @@ def folders(tmp_path_factory):
         save(model, root / format, format=format, tokenizer=byte_tokenizer())
     write_adapter(root / "adapter", root / "hf")
     return root
-
-
-@pytest.fixture
-def call(capsys, monkeypatch):
-    def call(*words, stdin=""):
-        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
-        code = main([str(word) for word in words])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def expected(folder, count=12):

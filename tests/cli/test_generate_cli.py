@@ -1,6 +1,5 @@
 """`transom generate` and `transom chat` as a person or a script meets them."""
 
-import io
 import json
 
 import pytest
@@ -8,7 +7,6 @@ from safetensors.torch import save_file
 
 from tests.helpers import random_model, run_python, tiny_args
 from transom.attend.sdpa import sdpa
-from transom.cli.main import main
 from transom.generation.sampling import SamplingArgs
 from transom.generation.text import stream_text
 from transom.model import LLM
@@ -28,19 +26,6 @@ def write_model(folder, **changes):
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     return write_model(folder), folder
-
-
-@pytest.fixture
-def call(capsys, monkeypatch):
-    """Run a verb in this process; (exit code, standard output, standard error)."""
-
-    def call(*words, stdin=""):
-        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
-        code = main([str(word) for word in words])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def continued(model, prompt, count, stop_tokens=(257,), **sampling):

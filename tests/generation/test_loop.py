@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from tests.helpers import one_thread, random_model, tiny_args
+from tests.helpers import random_model, tiny_args
 from transom.errors import RequestError, WorkError
 from transom.generation.loop import generate, prefill, settle, stream
 from transom.generation.sampling import SamplingArgs
 from transom.model import TransformerInput
+from transom.runtime import one_thread
 
 KINDS = {
     "full": {},

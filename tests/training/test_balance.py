@@ -15,11 +15,12 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 )
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
-from tests.helpers import one_thread, random_model, random_tokens, tiny_args
+from tests.helpers import random_model, random_tokens, tiny_args
 from transom.args import MoeArgs
 from transom.evaluation.trace import recording
 from transom.layers.moe import RouterStatistics
 from transom.model import LLM, TransformerInput
+from transom.runtime import one_thread
 from transom.training.balance import (
     RouterCounts,
     health_row,

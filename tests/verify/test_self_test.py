@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import one_thread
 from transom.errors import RequestError, WorkError
+from transom.runtime import one_thread
 from transom.verify import planting, plants_runs
 from transom.verify.bugs import BUGS, Bug
 from transom.verify.checks import CHECKS

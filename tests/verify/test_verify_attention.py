@@ -8,13 +8,13 @@ import json
 import pytest
 import torch
 
-from tests.helpers import one_thread
 from transom.attend import attend
 from transom.attend.attend import BACKENDS, Backend
 from transom.attend.reference import reference
 from transom.attend.view import Score
 from transom.cli.main import main
 from transom.errors import RequestError
+from transom.runtime import one_thread
 from transom.verify import attention, plants
 from transom.verify.attention import Outcome, failures, matrix, verify_attention
 from transom.verify.attention_jobs import PHASES, RULES, Job, build, jobs

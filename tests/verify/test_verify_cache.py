@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers import one_thread, random_model, tiny_args
+from tests.helpers import random_model, tiny_args
 from transom.args import ModelArgs
 from transom.cache import store
 from transom.errors import RequestError
 from transom.presets import PRESETS, preset
+from transom.runtime import one_thread
 from transom.verify import plants, plants_runs
 from transom.verify.cache import Plan, Trace, compare, compare_small, compare_whole, edges, first_bad
 from transom.verify.check import difference, summarize

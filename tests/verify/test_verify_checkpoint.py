@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints.families import tiny_hf
-from tests.helpers import one_thread, random_model, tiny_args
+from tests.helpers import random_model, tiny_args
 from transom.checkpoints.load import load, save
 from transom.cli.main import main
+from transom.runtime import one_thread
 from transom.tokenizer import byte_tokenizer, train_chars
 from transom.verify import checkpoint, plants, plants_checkpoint
 from transom.verify.check import summarize

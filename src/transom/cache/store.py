@@ -7,6 +7,8 @@ One spare slot behind the last takes the writes of padding tokens; no view shows
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from transom.errors import RequestError
 BUCKET = 256  # static views are cut to a multiple of this, so short contexts do not pay for long ones
 
 
-class LayerCache:
+class LayerCache(ABC):
     """Slots for `capacity` tokens per row; tensors are allocated at the first update, from its shapes.
 
     `span` is the window or chunk length of a rotating store, None for a static one. `bound` is a host-side
@@ -50,8 +52,9 @@ class LayerCache:
         self.peak = max(self.peak, self.bound)
         return self._update(states, positions_BT, fresh)
 
+    @abstractmethod
     def _update(self, states: tuple[Tensor, ...], positions_BT: Tensor, fresh: bool) -> CacheView:
-        raise NotImplementedError
+        """Store the states and show what their queries may see; `fresh` where nothing was there before."""
 
     @torch.inference_mode(False)  # tensors made under inference mode could not be written outside it
     def _allocate(self, states: tuple[Tensor, ...], positions_BT: Tensor) -> None:

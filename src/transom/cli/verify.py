@@ -55,7 +55,8 @@ def run(options: argparse.Namespace) -> int:
         return run_self_test(options)
     if options.what == "attention":
         return run_attention(options)
-    from transom.verify.check import one_thread, summarize
+    from transom.runtime import one_thread
+    from transom.verify.check import summarize
 
     real = options.full or (options.what == "checkpoint" and options.model is not None)
     with contextlib.nullcontext() if real else one_thread():
@@ -223,9 +224,8 @@ def run_attention(options: argparse.Namespace) -> int:
     import torch
 
     from transom.attend.attend import machine_key, refuse
-    from transom.runtime import pick_device
+    from transom.runtime import one_thread, pick_device
     from transom.verify.attention import failures, matrix, plain, save_matrix, verify_attention
-    from transom.verify.check import one_thread
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     if options.device is not None:
@@ -291,8 +291,8 @@ class Verdict:
 
 def run_self_test(options: argparse.Namespace) -> int:
     """Plant every bug; 1 if one stays unseen."""
+    from transom.runtime import one_thread
     from transom.verify.bugs import BUGS
-    from transom.verify.check import one_thread
     from transom.verify.self_test import baseline, plant_all
 
     with one_thread():

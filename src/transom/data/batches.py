@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from transom.data.order import Mixture, PackedOrder, Piece
+from transom.data.order import Mixture, PackedOrder, Piece, PlaceInOrder
 from transom.data.shards import TokenFile
-from transom.errors import RequestError, require
+from transom.errors import require
 from transom.model import TransformerInput
 
 NO_TARGET = -100  # the index that cross_entropy leaves out
@@ -56,7 +56,7 @@ class Batch:
         )
 
 
-class Batches:
+class Batches(PlaceInOrder):
     """An endless run of batches; its state is a place in the global order, whatever the number of ranks."""
 
     def __init__(
@@ -88,30 +88,8 @@ class Batches:
         orders = [PackedOrder(file.lengths + frame, seq_len, seed) for file in files]
         self._order = Mixture(orders, weights, seed)
         self._seq_len = seq_len
-        self._rows_per_step = rows_per_step
-        rows = rows_per_step // world_size
-        self._rows = range(rank * rows, (rank + 1) * rows)
-        self._epoch = self._item = 0
+        super().__init__(len(self._order), rows_per_step, rank, world_size)
         self.dropped_tokens = tuple(order.dropped_tokens for order in orders)  # per source and epoch
-
-    @property
-    def items_per_epoch(self) -> int:
-        """Rows in an epoch, over all ranks."""
-        return len(self._order)
-
-    @property
-    def state(self) -> dict[str, int]:
-        """The next row of the global order: its epoch and its item there."""
-        return {"epoch": self._epoch, "item": self._item}
-
-    def load_state(self, state: Mapping[str, int]) -> None:
-        """Go on from a `state`, of any rank of any number of ranks."""
-        if set(state) != {"epoch", "item"}:
-            raise RequestError(f"data state = {dict(state)!r}: accepted are the fields epoch and item")
-        epoch, item = state["epoch"], state["item"]
-        require(epoch >= 0, "epoch", epoch, "accepted is 0 or more")
-        require(0 <= item < len(self._order), "item", item, f"accepted is 0 to {len(self._order) - 1}")
-        self._epoch, self._item = epoch, item
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -135,11 +113,6 @@ class Batches:
             sizes=tuple(sizes),
             epoch=epoch,
         )
-
-    def _place(self, ahead: int) -> tuple[int, int]:
-        """Epoch and item of the row `ahead` rows from here."""
-        epochs, item = divmod(self._item + ahead, len(self._order))
-        return self._epoch + epochs, item
 
     def _window(self, epoch: int, item: int) -> tuple[NDArray[np.int64], list[int]]:
         """The `seq_len + 1` tokens of an item, and how many come from each document."""

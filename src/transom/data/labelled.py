@@ -6,7 +6,7 @@ Shape letters: B rows, T tokens.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from transom.checkpoints.load import write_text
 from transom.data.batches import NO_TARGET
-from transom.data.order import Stream, permutation
+from transom.data.order import PlaceInOrder, Stream, permutation
 from transom.data.sources import TEXT_KEY, held_out
 from transom.errors import RequestError, notice, require
 from transom.model import TransformerInput
@@ -170,7 +170,7 @@ class LabelledBatch:
             yield replace(cut, tokens=self.tokens[part, : int(cut.lengths.max())])
 
 
-class LabelledBatches:
+class LabelledBatches(PlaceInOrder):
     """An endless run of batches in a random order per epoch; its state is a place in it, as that of `Batches`."""
 
     def __init__(
@@ -192,31 +192,10 @@ class LabelledBatches:
             len(rows) >= rows_per_step, "data.batch_size", rows_per_step, f"accepted is at most {len(rows)} rows"
         )
         self._items = encode_rows(rows, tokenizer, labels, seq_len)
-        self._seed, self._rows_per_step = seed, rows_per_step
-        share = rows_per_step // world_size
-        self._share = range(rank * share, (rank + 1) * share)
-        self._epoch = self._item = 0
+        self._seed = seed
+        super().__init__(len(rows), rows_per_step, rank, world_size)
         self._order = permutation(seed, 0, Stream.DOCUMENTS, len(rows))
         self._order_epoch = 0
-
-    @property
-    def items_per_epoch(self) -> int:
-        """Lines in an epoch, over all ranks."""
-        return len(self._items)
-
-    @property
-    def state(self) -> dict[str, int]:
-        """The next line of the global order: its epoch and its item there."""
-        return {"epoch": self._epoch, "item": self._item}
-
-    def load_state(self, state: Mapping[str, int]) -> None:
-        """Go on from a `state`, of any rank of any number of ranks."""
-        if set(state) != {"epoch", "item"}:
-            raise RequestError(f"data state = {dict(state)!r}: accepted are the fields epoch and item")
-        require(state["epoch"] >= 0, "epoch", state["epoch"], "accepted is 0 or more")
-        fits = 0 <= state["item"] < len(self._items)
-        require(fits, "item", state["item"], f"accepted is 0 to {len(self._items) - 1}")
-        self._epoch, self._item = state["epoch"], state["item"]
 
     def __iter__(self) -> Iterator[LabelledBatch]:
         return self
@@ -227,15 +206,14 @@ class LabelledBatches:
     def next(self) -> LabelledBatch:
         """This rank's lines of the next global batch; a batch may span the end of an epoch."""
         epoch = self._epoch
-        batch = collate([self._line(ahead) for ahead in self._share], epoch)
-        epochs, self._item = divmod(self._item + self._rows_per_step, len(self._items))
-        self._epoch += epochs
+        batch = collate([self._line(ahead) for ahead in self._rows], epoch)
+        self._epoch, self._item = self._place(self._rows_per_step)
         return batch
 
     def _line(self, ahead: int) -> EncodedRow:
-        epochs, item = divmod(self._item + ahead, len(self._items))
-        if self._epoch + epochs != self._order_epoch:
-            self._order_epoch = self._epoch + epochs
+        epoch, item = self._place(ahead)
+        if epoch != self._order_epoch:
+            self._order_epoch = epoch
             self._order = permutation(self._seed, self._order_epoch, Stream.DOCUMENTS, len(self._items))
         return self._items[int(self._order[item])]
 

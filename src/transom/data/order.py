@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.errors import require
+from transom.errors import RequestError, require
 
 
 class Piece(NamedTuple):
@@ -147,3 +147,33 @@ class Mixture:
             drawn = self._sources == source
             self._counts[drawn] = np.arange(np.count_nonzero(drawn))
         self._epoch = epoch
+
+
+class PlaceInOrder:
+    """Where the ranks of a run stand in an order without end; the state is valid for any number of ranks."""
+
+    def __init__(self, items: int, rows_per_step: int, rank: int, world_size: int) -> None:
+        self.items_per_epoch = items  # over all ranks
+        self._rows_per_step = rows_per_step
+        rows = rows_per_step // world_size
+        self._rows = range(rank * rows, (rank + 1) * rows)
+        self._epoch = self._item = 0
+
+    @property
+    def state(self) -> dict[str, int]:
+        """The next item of the global order: its epoch and its place there."""
+        return {"epoch": self._epoch, "item": self._item}
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        """Go on from a `state`, of any rank of any number of ranks."""
+        if set(state) != {"epoch", "item"}:
+            raise RequestError(f"data state = {dict(state)!r}: accepted are the fields epoch and item")
+        epoch, item = state["epoch"], state["item"]
+        require(epoch >= 0, "epoch", epoch, "accepted is 0 or more")
+        require(0 <= item < self.items_per_epoch, "item", item, f"accepted is 0 to {self.items_per_epoch - 1}")
+        self._epoch, self._item = epoch, item
+
+    def _place(self, ahead: int) -> tuple[int, int]:
+        """Epoch and item of the row `ahead` rows from here."""
+        epochs, item = divmod(self._item + ahead, self.items_per_epoch)
+        return self._epoch + epochs, item

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -52,17 +51,6 @@ class Line:
     failed: int
     worst: Finding
     first_bad: Finding | None
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Thousands of tiny products: waking a second thread for each costs more than all of the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def difference(mine: Tensor, expected: Tensor) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transom.attend.view import CacheView
 from transom.cache.store import LayerCache, RotatingBufferCache, StaticCache
 from transom.data import batches
-from transom.data.batches import NO_TARGET, Batch, Batches
+from transom.data.batches import NO_TARGET, Batch
 from transom.tokenizer import Tokenizer
 from transom.training.ema import Ema
 from transom.training.optimizers import Optimizers
@@ -112,7 +112,7 @@ def mean_of_means() -> AbstractContextManager[None]:
 
 def lost_data_state() -> AbstractContextManager[None]:
     """A resumed run begins its data anew."""
-    return lost(Batches, "load_state")
+    return lost(PlaceInOrder, "load_state")
 
 
 def lost_optimizer_state() -> AbstractContextManager[None]:

@@ -13,6 +13,7 @@ from transom.attend.view import CacheView
 from transom.cache.store import LayerCache, RotatingBufferCache, StaticCache
 from transom.data import batches
 from transom.data.batches import NO_TARGET, Batch
+from transom.data.order import PlaceInOrder
 from transom.tokenizer import Tokenizer
 from transom.training.ema import Ema
 from transom.training.optimizers import Optimizers

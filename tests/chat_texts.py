@@ -1,6 +1,12 @@
 """Chat templates as models are published with them, and conversations for them."""
 
+import json
+import logging
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from transom.tokenizer import Tokenizer, train_bpe
 
 FOLDER = Path(__file__).parent / "published_templates"
 PUBLISHED = {file.stem: file.read_text(encoding="utf-8") for file in sorted(FOLDER.glob("*.jinja"))}
@@ -10,7 +16,9 @@ SPECIAL = (
     "<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>",
     "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>",
     "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]",
-    "[/TOOL_RESULTS]", "<|header_start|>", "<|header_end|>", "<|eot|>",
+    "[/TOOL_RESULTS]", "<|header_start|>", "<|header_end|>", "<|eot|>", "<|start|>", "<|message|>", "<|channel|>",
+    "<|call|>", "<|return|>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>",
+    "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>",
 )  # fmt: skip
 
 
@@ -46,3 +54,11 @@ TOOL_TALK = [
     say("tool", '{"warm": true}', tool_call_id="abcdefghi", name="weather"),
     say("assistant", "Warm."),
 ]
+TEXT = json.dumps([*CONVERSATIONS.values(), TOOLS, TOOL_TALK], ensure_ascii=False) * 3
+
+
+def tokenizer_pair(folder):
+    """A tokenizer with the control tokens of all families, here and in transformers; its files are in `folder`."""
+    train_bpe([TEXT], 500, SPECIAL).save(folder)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    return Tokenizer.load(folder), PreTrainedTokenizerFast.from_pretrained(folder)

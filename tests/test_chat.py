@@ -1,30 +1,33 @@
 """Chat templates against transformers and SentencePiece: text, ids, and which of them are the model's to say."""
 
 import json
-import logging
 import random
 
 import pytest
 import sentencepiece
-from transformers import PreTrainedTokenizerFast
 
-from tests.chat_texts import CALL, CONVERSATIONS, PUBLISHED, READS_TOOLS, SPECIAL, TOOL_TALK, TOOLS, say
+from tests.chat_texts import (
+    CALL,
+    CONVERSATIONS,
+    PUBLISHED,
+    READS_TOOLS,
+    SPECIAL,
+    TEXT,
+    TOOL_TALK,
+    TOOLS,
+    say,
+    tokenizer_pair,
+)
 from tests.tokenizers.makers import sentencepiece_model
 from transom.chat.built_in import BUILT_IN, named
 from transom.chat.template import ChatTemplate
 from transom.errors import RequestError
 from transom.tokenizer import Tokenizer, train_bpe
 
-TEXT = json.dumps([*CONVERSATIONS.values(), TOOLS, TOOL_TALK], ensure_ascii=False) * 3
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A tokenizer with the control tokens of all families, here and in transformers."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_bpe([TEXT], 500, SPECIAL).save(folder)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    return Tokenizer.load(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+    return tokenizer_pair(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
@@ -194,6 +197,10 @@ def test_words_of_messages_never_become_control_tokens(made, name):
         ids = template.encode(talk)
         assert [id for id in ids if id in tokenizer.special_ids] == expected
         assert tokenizer.decode(ids, skip_special=False) == template.render(talk)
+        if name == "gpt-oss":  # which ends the answers before the last one in another way
+            with pytest.raises(RequestError, match="no end of turn"):
+                template.encode_with_mask(talk)
+            continue
         whole, mask = template.encode_with_mask(talk)
         assert whole == template.encode(talk, add_generation_prompt=False)
         if name != "roles":  # one answer, which no word in it can end or begin

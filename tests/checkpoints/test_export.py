@@ -4,18 +4,24 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration
 
-from tests.checkpoints.families import FAMILIES, random_ids, tiny_hf
-from tests.helpers import random_model, random_tokens, tiny_args
-from transom.checkpoints.hf_export import WRITABLE, args_to_hf
+from tests.checkpoints.consolidated import PARAMS, cut, meta_state, twin, write_meta
+from tests.checkpoints.consolidated import VOCAB as META_VOCAB
+from tests.checkpoints.families import FAMILIES, VOCAB, random_ids, tiny_hf
+from tests.checkpoints.test_parity import image_call
+from tests.helpers import TINY_VISION, random_model, random_tokens, tiny_args
+from transom.checkpoints.convert import convert
+from transom.checkpoints.hf_export import args_to_hf
 from transom.checkpoints.load import load, save
 from transom.errors import RequestError
 from transom.model import TransformerInput
 
 
-def family_of(variant):
-    return variant.partition("-")[0]
+def theirs_of(folder, family=""):
+    kind = Llama4ForConditionalGeneration if family == "llama4" else AutoModelForCausalLM
+    return kind.from_pretrained(folder, attn_implementation="eager")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -28,27 +34,21 @@ def pair(request, tmp_path_factory):
 
 def test_export_opens_in_transformers(pair, tmp_path):
     variant, theirs, folder = pair
-    mine = load(folder)
-    if family_of(variant) not in WRITABLE:
-        with pytest.raises(RequestError, match="save as native"):
-            save(mine, tmp_path, format="hf")
-        return
-    save(mine, tmp_path, format="hf")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    save(load(folder), tmp_path, format="hf")
+    again = theirs_of(tmp_path, variant)
     for length in (12, 40):  # not bit-equal: a Phi-3 without partial rotation is written as the Mistral it is
         ids = random_ids(2, length)
         assert torch.allclose(again(ids).logits, theirs(ids).logits, atol=1e-5, rtol=0)
 
 
 def test_export_reads_back_as_the_same_model(pair, tmp_path, capsys):
-    variant, _, folder = pair
-    if family_of(variant) in WRITABLE:
-        first = load(folder)
-        save(first, tmp_path, format="hf")
-        assert capsys.readouterr().err == "", "a key was written that no reader of ours knows"
-        ids = random_ids()
-        same = load(tmp_path)(TransformerInput(ids)).logits
-        assert torch.equal(same, first(TransformerInput(ids)).logits)
+    _, _, folder = pair
+    first = load(folder)
+    save(first, tmp_path, format="hf")
+    assert capsys.readouterr().err == "", "a key was written that no reader of ours knows"
+    ids = random_ids()
+    same = load(tmp_path)(TransformerInput(ids)).logits
+    assert torch.equal(same, first(TransformerInput(ids)).logits)
 
 
 def test_native_round_trip_is_byte_identical(pair, tmp_path):
@@ -57,6 +57,35 @@ def test_native_round_trip_is_byte_identical(pair, tmp_path):
     save(load(tmp_path / "a"), tmp_path / "b")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_model_with_images_is_written_whole(tmp_path):
+    """Every tensor of transformers under its own name, bytes that do not change on the way, and equal images."""
+    theirs, (ids, pixels) = tiny_hf("llama4"), image_call()
+    theirs.save_pretrained(tmp_path / "theirs")
+    save(load(tmp_path / "theirs"), tmp_path / "a", format="hf")
+    save(load(tmp_path / "a"), tmp_path / "b", format="hf")
+    convert(tmp_path / "theirs", tmp_path / "c", "hf")
+    for name in ("config.json", "model.safetensors"):
+        assert len({(tmp_path / folder / name).read_bytes() for folder in "abc"}) == 1
+    expected, found = (load_file(tmp_path / folder / "model.safetensors") for folder in ("theirs", "a"))
+    assert expected.keys() == found.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    again = theirs_of(tmp_path / "a", "llama4")
+    assert torch.equal(
+        again(input_ids=ids, pixel_values=pixels).logits, theirs(input_ids=ids, pixel_values=pixels).logits
+    )
+
+
+def test_images_of_metas_format_are_converted(tmp_path):
+    kind, (ids, pixels) = "llama4-vision", image_call()
+    theirs, params = twin(kind), PARAMS[kind]
+    params = {**params, "vision_args": {**params["vision_args"], "image_token": META_VOCAB - 1}}
+    folder = write_meta(tmp_path / "meta", params, cut(kind, meta_state(kind, theirs), 2))
+    convert(folder, tmp_path / "hf", "hf")
+    again = theirs_of(tmp_path / "hf", "llama4")
+    ids = torch.where(ids == VOCAB - 1, META_VOCAB - 1, ids % (META_VOCAB - 1))
+    logits = [one(input_ids=ids, pixel_values=pixels).logits for one in (again, theirs)]
+    assert torch.allclose(*logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -78,35 +107,62 @@ def test_export_permutes_interleaved_weights(changes, tmp_path):
 
 
 MOE = {"num_experts": 4, "top_k": 2, "hidden_dim": 24}
+LLAMA4 = {"moe_args": {**MOE, "routing": "sigmoid", "shared_expert": True}}
+VISION = {**TINY_VISION, "hidden_dim": 64, "image_token": 60}
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "reason"),
     [
-        {"norm": "layer"},
-        {"activation": "relu", "ffn_gated": False},
-        {"use_qk_norm": True},
-        {"qk_norm": "head", "norm_placement": "both"},
-        {"attn_sinks": True},
-        {"logit_scale": 0.5},
-        {"embedding_scale": 2.0},
-        {"mup_base_dim": 16},
-        {"nope_layer_interval": 2},
-        {"attention_chunk_size": 8},
-        {"layer_pattern": "B"},
-        {"rope_local_theta": 5.0, "layer_pattern": "SF", "sliding_window": 4},
-        {"context_dim": 16},
-        {"head": {"kind": "classification"}},
-        {"moe_args": {**MOE, "shared_expert": True}},
-        {"moe_args": {**MOE, "balance": "bias"}},
-        {"moe_args": {**MOE, "routing": "sigmoid"}},
-        {"moe_args": {**MOE, "routing": "sigmoid", "shared_expert": True}, "rope_layout": "halves"},
-        {"mla_args": {"kv_lora_rank": 8}, "n_kv_heads": None},
+        ({"norm": "layer"}, "norm = 'layer': format hf accepts 'rms' (as llama)"),
+        ({"activation": "relu", "ffn_gated": False}, "ffn_gated = False: format hf accepts true (as llama)"),
+        ({"use_qk_norm": True}, "use_qk_norm = True: format hf accepts false"),
+        (
+            {"qk_norm": "head", "norm_placement": "both"},
+            "norm_placement = 'both': format hf accepts 'pre' (as qwen3)",
+        ),
+        ({"attn_sinks": True}, "attn_sinks = True: format hf accepts false"),
+        ({"logit_scale": 0.5}, "logit_scale = 0.5: format hf accepts null"),
+        ({"embedding_scale": 2.0}, "embedding_scale = 2.0: format hf accepts null"),
+        ({"mup_base_dim": 16}, "mup_base_dim = 16: format hf accepts null"),
+        ({"nope_layer_interval": 2}, "nope_layer_interval = 2: format hf accepts null"),
+        ({"attention_chunk_size": 8}, "attention_chunk_size = 8: format hf accepts null"),
+        ({"layer_pattern": "B"}, "layer_pattern = 'B': format hf accepts null"),
+        (
+            {"rope_local_theta": 5.0, "layer_pattern": "SF", "sliding_window": 4},
+            "rope_local_theta = 5.0 and layer_pattern = 'SF': format hf accepts null and null (as mistral)",
+        ),
+        ({"context_dim": 16}, "context_dim = 16: format hf accepts null"),
+        (
+            {"context_dim": 16, **LLAMA4, "vision_args": VISION},
+            "context_dim = 16: format hf accepts null (as llama4)",
+        ),
+        ({"head": {"kind": "classification"}}, "head = given: format hf accepts null"),
+        ({"moe_args": {**MOE, "shared_expert": True}}, "moe_args.shared_expert = True: format hf accepts false"),
+        ({"moe_args": {**MOE, "balance": "bias"}}, "moe_args.balance = 'bias': format hf accepts 'mixtral'"),
+        ({"moe_args": {**MOE, "routing": "sigmoid"}}, "moe_args.routing = 'sigmoid': format hf accepts 'softmax'"),
+        ({**LLAMA4, "rope_layout": "halves"}, "rope_layout = 'halves': format hf accepts 'interleaved'"),
+        ({"mla_args": {"kv_lora_rank": 8}, "n_kv_heads": None}, "moe_args = None: format hf accepts mla_args with"),
+        ({"dim": 30, "head_dim": 8}, "dim = 30: format hf accepts a multiple of n_heads = 4"),
+        ({"vision_args": VISION}, "moe_args = None: format hf accepts one (as llama4)"),
+        (
+            {**LLAMA4, "vision_args": {**VISION, "image_token": None}},
+            "vision_args.image_token = None: format hf accepts the id of a token",
+        ),
+        (
+            {**LLAMA4, "vision_args": {**VISION, "hidden_dim": 24}},
+            "vision_args.hidden_dim = 24: format hf accepts 64",
+        ),
+        (
+            {**LLAMA4, "vision_args": {**VISION, "adapter_dim": 8}},
+            "vision_args.adapter_dim = 8: format hf accepts 20",
+        ),
     ],
 )
-def test_a_shape_without_a_family_is_refused(changes):
-    with pytest.raises(RequestError, match="save as native"):
+def test_a_shape_without_a_family_is_refused_for_its_reason(changes, reason):
+    with pytest.raises(RequestError) as caught:
         args_to_hf(tiny_args(**changes))
+    assert str(caught.value).startswith(reason) and str(caught.value).endswith("; save as native")
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,15 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoints.families import tiny_hf
 from tests.helpers import random_model, tiny_args
+from transom.chat.template import ChatTemplate
 from transom.checkpoints.load import load, save
 from transom.cli.main import main
 from transom.runtime import one_thread
 from transom.tokenizer import byte_tokenizer, train_chars
-from transom.verify import checkpoint, plants, plants_checkpoint
+from transom.verify import checkpoint, plants, plants_checkpoint, texts
 from transom.verify.check import summarize
 from transom.verify.checkpoint import SPECIAL, compare_folder
+from transom.verify.texts import compare_texts
 
 WINDOWED = {"layer_pattern": "SF", "sliding_window": 7}
 BOS, EOS = SPECIAL[:2]
@@ -168,6 +170,44 @@ def test_texts_and_chats(tmp_path, template, plant, red):
     else:
         with plant():
             assert failing(tmp_path, length=16) == red
+
+
+SYSTEMLESS = CHAT.replace("{{ bos_token }}", "{{ raise_exception('no') if messages[0].role == 'system' }}")
+
+
+@pytest.mark.parametrize(
+    ("template", "lost", "red"),
+    [
+        (CHAT, 0, []),
+        (CHAT, 2, ["a question", "three turns", "a system message", "an answered question"]),
+        ("{{ bos_token }}" + CHAT, 0, []),
+        (SYSTEMLESS, 0, []),
+        # A filter that the sandbox does not have, because its output can be many times its input.
+        (CHAT + "{{ 'x'|center(2) if messages|length > 2 }}", 0, ["three turns"]),
+    ],
+)
+def test_chats_have_the_ids_of_transformers(tmp_path, monkeypatch, template, lost, red):
+    original = ChatTemplate._ids
+    monkeypatch.setattr(ChatTemplate, "_ids", lambda self, chat: original(self, chat)[lost:])
+    found = [one for one in compare_texts(with_chat(tmp_path, template), "it") if one.comparison == texts.IDS]
+    assert [one.where.removeprefix("it, ") for one in found if not one.ok] == red
+    assert len(found) == (3 if template == SYSTEMLESS else 4)
+
+
+def test_chats_that_transformers_cannot_have_are_said(tmp_path, capsys, monkeypatch):
+    with_chat(tmp_path)
+    monkeypatch.setattr(texts, "find_spec", lambda name: None)
+    assert texts.IDS not in {one.comparison for one in compare_texts(tmp_path, "it")}
+    assert "transformers is not installed: no chats are compared with it" in capsys.readouterr().err
+    monkeypatch.undo()
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": CHAT}))  # read by processors only
+    (tmp_path / "chat_template.jinja").unlink()
+    assert texts.IDS not in {one.comparison for one in compare_texts(tmp_path, "it")}
+    assert "it, a question: not compared with transformers, which refuses it" in capsys.readouterr().err
+    byte_tokenizer(("<s>", "</s>", "[MODEL_SETTINGS]")).save(tmp_path)
+    (tmp_path / "chat_template.json").unlink()
+    assert {one.comparison for one in compare_texts(tmp_path, "it")} == {"spelled tokens stay text", "BOS once"}
+    assert "no chats are compared: a vocabulary with [MODEL_SETTINGS]" in capsys.readouterr().err
 
 
 def test_what_cannot_be_compared_is_said(tmp_path, capsys, monkeypatch):

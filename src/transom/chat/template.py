@@ -19,7 +19,7 @@ from typing import Any
 from transom.chat import built_in
 from transom.chat.marking import Marked, Marker, Marks, mask_of, strings, token_ranges
 from transom.chat.sandbox import Compiled
-from transom.errors import RequestError, notice, require
+from transom.errors import RequestError, WorkError, notice, require
 from transom.paths import read_json
 from transom.tokenizer import Tokenizer
 
@@ -58,6 +58,27 @@ class ChatTemplate:
         self._variables |= variables or {}
         self._stop = tuple(stop)
         self._said_double = False
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The Jinja texts, by name."""
+        return {name: one.source for name, one in self._compiled.items()}
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the template is told beside the messages, control tokens among it."""
+        return dict(self._variables)
+
+    def save(self, folder: Path) -> None:
+        """Write the files that `load` reads back from a model folder."""
+        others = {name: source for name, source in self.sources.items() if name != DEFAULT}
+        try:
+            (folder / FILE).write_text(self.sources[DEFAULT], encoding="utf-8")
+            for name, source in others.items():
+                (folder / NAMED_FOLDER).mkdir(exist_ok=True)
+                (folder / NAMED_FOLDER / f"{name}.jinja").write_text(source, encoding="utf-8")
+        except OSError as error:
+            raise WorkError(f"{folder / FILE}: could not be written ({error})") from None
 
     # -- messages to text ----------------------------------------------------------------------------
 
@@ -187,10 +208,11 @@ class ChatTemplate:
             asked = {**self._variables, **given, "messages": messages[:at], "add_generation_prompt": True}
             start = len(prompt := chosen.render(asked)) if at else 0
             end = next((end for end in ends if end > start), None)
-            if not at or end is None or not chat.text.startswith(prompt):
+            open_before = bool(spans) and spans[-1][1] > start  # gpt-oss ends the last answer in its own way only
+            if not at or end is None or open_before or not chat.text.startswith(prompt):
                 raise RequestError(
                     f"messages[{at}]: {chosen.origin} writes something else where this answer is asked for, or no "
-                    "end of turn; accepted for a loss mask is a template with {% generation %} blocks"
+                    "end of turn here or before; accepted for a mask is a template with {% generation %} blocks"
                 )
             spans.append((start, end))
         return spans

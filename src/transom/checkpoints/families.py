@@ -229,8 +229,7 @@ def _phi3(config: ForeignConfig) -> Fields:
         config.plain(key, False)
     # Early Phi-3 files call longrope by its first names.
     rope = rope_fields(config, rope_settings(config), {"su": "longrope", "yarn": "longrope"})
-    head_dim = config.get("head_dim")
-    fields = {**_common(config), "head_dim": head_dim, "activation": _activation(config), **rope}
+    fields = {**_common(config), "head_dim": config.get("head_dim"), "activation": _activation(config), **rope}
     return {**fields, **_uniform(config, config["sliding_window"])}
 
 
@@ -269,7 +268,8 @@ def _llama4_text(config: ForeignConfig) -> Fields:
 def _llama4(config: ForeignConfig) -> Fields:
     text = config.part("text_config", LLAMA4)
     vision = config.part("vision_config", LLAMA4_VISION)
-    token = config.get("image_token_index") or config["image_token_id"]
+    token = config.get("image_token_index", config.get("image_token_id"))
+    config.check(token is not None, "image_token_index", "accepted is the id of a token")
     fields = {**_llama4_text(text), "vision_args": {**_vision(vision), "image_token": token}}
     text.say_unread()
     vision.say_unread()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+import contextlib
+import json
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from transom.args import LayerArgs, ModelArgs, MoeArgs
+from transom.args import LayerArgs, ModelArgs, MoeArgs, VisionArgs
 from transom.checkpoints.families import FAMILIES
 from transom.checkpoints.foreign_config import ForeignConfig
 from transom.checkpoints.hf_rope import rope_to_hf
-from transom.errors import RequestError
+from transom.errors import RequestError, require
 from transom.fields import write
 
 _BIAS, _WINDOW = ("attention_bias",), ("sliding_window",)
@@ -62,6 +64,7 @@ WRITABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "gemma3_text": ("Gemma3", (*_BIAS, *_GEMMA, "sliding_window", "layer_types", "rope_local_base_freq")),
     "gpt_oss": ("GptOss", (*_BIAS, *_EXPERTS, "sliding_window", "layer_types", "swiglu_limit")),
     "llama4_text": ("Llama4", (*_BIAS, *_EXPERTS, *_LLAMA4, "layer_types")),
+    "llama4": ("Llama4", ()),  # llama4_text with an image encoder
     "deepseek_v3": ("DeepseekV3", (*_BIAS, *_LATENT, *_DEEPSEEK, "num_experts_per_tok")),
 }
 _TYPES = {"causal": "full_attention", "window": "sliding_attention", "chunk": "chunked_attention"}
@@ -72,29 +75,88 @@ _MOE = (
     *("expert_bias", "expert_activation", "activation_limit", "hidden_dim", "shared_expert", "shared_hidden_dim"),
     "has_choice_bias",
 )
+# How far a family is from a model, in fields: one that has no word for a value, and one that lacks a whole part.
+_NO_WORD, _PART = 100, 50
 _WHOLE = ("vocab_size", "max_seq_len", "norm_eps", "tie_embeddings", "embedding_scale", "logit_factor")
 _WHOLE_TOO = ("logit_softcap", "vision_args", "head")
 
 
 def args_to_hf(args: ModelArgs) -> dict[str, Any]:
     """The config of the first family that reads back as the same model; no such family is a `RequestError`."""
-    for family in WRITABLE if args.mla_args is not None or args.dim % args.n_heads == 0 else ():
+    whole = args.mla_args is not None or args.dim % args.n_heads == 0
+    require(whole, "dim", args.dim, f"format hf accepts a multiple of n_heads = {args.n_heads}; save as native")
+    vision = args.vision_args
+    named = vision is None or vision.image_token is not None
+    require(named, "vision_args.image_token", None, "format hf accepts the id of a token; save as native")
+    alone = args.mla_args is not None and args.moe_args is None
+    require(
+        not alone, "moe_args", None, "format hf accepts mla_args with a mixture (as deepseek_v3); save as native"
+    )
+    refusals: list[tuple[int, str]] = []
+    for family in WRITABLE:
+        if family == "llama4" and vision is None:
+            continue
         config = _config(args, family)
         try:
             again = ModelArgs.from_dict(
                 FAMILIES[family].fields(ForeignConfig(config, family, FAMILIES[family].defaults))
             )
-        except (RequestError, TypeError, ArithmeticError):  # a value that this family has no word for
+        except (RequestError, TypeError, ArithmeticError) as error:  # a value that this family has no word for
+            refusals.append((_NO_WORD, f"format hf: {error}"))
             continue
         # Interleaved weights may become halves on the way: `save` turns them, though not those of a latent.
         turned = again.rope_layout == "halves" and args.mla_args is None
-        fits = again.rope_layout == args.rope_layout or turned
-        if fits and meaning(again) == meaning(replace(args, rope_layout=again.rope_layout)):
+        mine = replace(args, rope_layout="halves") if turned else args
+        if meaning(again) == meaning(mine):
             return config
-    raise RequestError(
-        f"layers {args.pattern!r} of this model: format hf accepts the shapes of {', '.join(WRITABLE)}; "
-        "save as native"
-    )
+        refusals.append(_refusal(mine, again, family))
+    raise RequestError(f"{min(refusals, key=lambda one: one[0])[1]}; save as native")
+
+
+def _refusal(args: ModelArgs, again: ModelArgs, family: str) -> tuple[int, str]:
+    """How far `args` are from a family, which reads them as `again`, and a sentence of what is in the way."""
+    found = _misfits(args, again)
+    ours = " and ".join(f"{name} = {'given' if is_dataclass(mine) else repr(mine)}" for name, mine, _ in found)
+    theirs = " and ".join(_accepted(other) for _, _, other in found)
+    lost = sum(is_dataclass(mine) for _, mine, _ in found)  # whole parts, where other families have such a part
+    return len(found) + _PART * lost, f"{ours}: format hf accepts {theirs} (as {family})"
+
+
+def _misfits(args: ModelArgs, again: ModelArgs) -> list[tuple[str, Any, Any]]:
+    """The fields that must change to make `again` of `args`: (name, value, the value of `again`)."""
+    differ = [(f.name, getattr(args, f.name), getattr(again, f.name)) for f in fields(args)]
+    differ = [(name, mine, other) for name, mine, other in differ if mine != other]
+    found: list[tuple[str, Any, Any]] = []
+    entangled: list[tuple[str, Any, Any]] = []  # which cannot change alone
+    changed = args
+    for name, mine, other in differ:
+        try:
+            if meaning(replace(args, **{name: other})) == meaning(args):
+                continue  # another spelling of the same
+        except RequestError:
+            entangled.append((name, mine, other))
+            continue
+        found += _parts(args, name, mine, other) or [(name, mine, other)]
+        with contextlib.suppress(RequestError):
+            changed = replace(changed, **{name: other})
+    alone = found and meaning(changed) == meaning(again)
+    return found if alone else found + entangled or differ
+
+
+def _parts(args: ModelArgs, name: str, mine: Any, other: Any) -> list[tuple[str, Any, Any]]:
+    """`_misfits` inside of a field that has fields of its own on both sides."""
+    found: list[tuple[str, Any, Any]] = []
+    for part in fields(mine) if is_dataclass(mine) and is_dataclass(other) else ():
+        one, two = getattr(mine, part.name), getattr(other, part.name)
+        with contextlib.suppress(RequestError):
+            if one != two and meaning(replace(args, **{name: replace(mine, **{part.name: two})})) != meaning(args):
+                found.append((f"{name}.{part.name}", one, two))
+    return found
+
+
+def _accepted(value: Any) -> str:
+    plain = value is None or isinstance(value, bool)  # as a config spells them
+    return "one" if is_dataclass(value) else json.dumps(value) if plain else repr(value)
 
 
 def meaning(args: ModelArgs) -> tuple[Any, ...]:
@@ -114,6 +176,8 @@ def _layer(layer: LayerArgs) -> tuple[Any, ...]:
 
 
 def _config(args: ModelArgs, family: str) -> dict[str, Any]:
+    if family == "llama4" and args.vision_args is not None:
+        return _with_vision(args, args.vision_args)
     prefix, keys = WRITABLE[family]
     scaling = args.scaling
     rope = rope_to_hf(write(args), None if scaling is None else write(scaling))
@@ -151,6 +215,40 @@ def _config(args: ModelArgs, family: str) -> dict[str, Any]:
         local = {"rope_type": "default", "rope_theta": special["rope_local_base_freq"]}
         config["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
     return config
+
+
+def _with_vision(args: ModelArgs, vision: VisionArgs) -> dict[str, Any]:
+    """Llama 4 as a whole: its text model's config beside that of the image encoder."""
+    text = _config(args, "llama4_text")
+    for key in ("architectures", "torch_dtype"):  # which the whole has
+        del text[key]
+    shuffled = round(vision.dim / vision.pixel_shuffle_ratio**2)
+    encoder = {
+        "model_type": "llama4_vision_model",
+        "hidden_size": vision.dim,
+        "num_hidden_layers": vision.n_layers,
+        "num_attention_heads": vision.n_heads,
+        "num_channels": vision.num_channels,
+        "intermediate_size": shuffled,  # of the blocks, and the width behind the pixel shuffle
+        "vision_output_dim": vision.output_dim,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "norm_eps": vision.norm_eps,
+        "pixel_shuffle_ratio": vision.pixel_shuffle_ratio,
+        "projector_input_dim": vision.output_dim,
+        "projector_output_dim": vision.output_dim,
+        "rope_parameters": {"rope_type": "default", "rope_theta": vision.rope_theta},
+        "rope_theta": vision.rope_theta,
+    }
+    return {
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "model_type": "llama4",
+        "text_config": text,
+        "vision_config": encoder,
+        "image_token_index": vision.image_token,
+        "tie_word_embeddings": args.tie_embeddings,
+        "torch_dtype": "float32",
+    }
 
 
 def _special(args: ModelArgs) -> dict[str, Any]:

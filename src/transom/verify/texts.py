@@ -1,20 +1,28 @@
-"""The tokenizer and the chat template of a folder: BOS once, and what a user spells stays text."""
+"""The tokenizer and the chat template of a folder: BOS once, what a user spells stays text, and chats have the ids
+that `transformers` gives them, where it is installed."""
 
 from __future__ import annotations
 
+import importlib
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
-from transom.chat.template import ChatTemplate, Message
+from transom.chat.template import ChatTemplate, Message, stored_templates
 from transom.checkpoints.load import load_tokenizer
 from transom.errors import RequestError, notice
 from transom.tokenizer import Tokenizer
 from transom.verify.check import Finding
+from transom.verify.runs import muted
 
 FILES = ("tokenizer.json", "tekken*.json", "tokenizer.model", "*.model.v*")
 _USER: Message = {"role": "user", "content": "Hello"}
 _ANSWER: Message = {"role": "assistant", "content": "Good day."}
+IDS = "chat ids = transformers"
 CHATS: dict[str, Sequence[Message]] = {
     "a question": [_USER],
     "three turns": [_USER, _ANSWER, {"role": "user", "content": "And now?"}],
@@ -33,7 +41,11 @@ def compare_texts(folder: Path, name: str) -> Iterator[Finding]:
     except RequestError as error:  # a vocabulary of few characters writes none of these texts
         notice(f"{name}: no texts are compared: {error}")
         return
-    template = ChatTemplate.find(folder, tokenizer)
+    try:
+        template = ChatTemplate.find(folder, tokenizer)
+    except RequestError as error:  # made for a chat format that is not built in
+        notice(f"{name}: no chats are compared: {error}")
+        return
     if template is None:
         notice(f"{name}: no chat template: no chats are compared")
         return
@@ -46,6 +58,61 @@ def compare_texts(folder: Path, name: str) -> Iterator[Finding]:
     if refused:
         notice(f"{name}: the chat template refuses {'; '.join(refused)}")
     yield from spelled_in_a_chat(template, name)
+    if stored_templates(folder)[1]:
+        yield from as_in_transformers(folder, template, name)
+
+
+def as_in_transformers(folder: Path, template: ChatTemplate, name: str) -> Iterator[Finding]:
+    """Ids of prompts for an answer and of a whole chat, against what transformers makes of the folder."""
+    if find_spec("transformers") is None:
+        notice(f"{name}: transformers is not installed: no chats are compared with it")
+        return
+    transformers: Any = importlib.import_module("transformers")
+    try:
+        with muted():
+            theirs = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:  # whatever another library raises
+        notice(
+            f"{name}: no chats are compared with transformers, which cannot load the tokenizer ({_words(error)})"
+        )
+        return
+    for what, messages in CHATS.items():
+        yield from same_ids(template, theirs, messages, True, f"{name}, {what}")
+    yield from same_ids(template, theirs, [_USER, _ANSWER], False, f"{name}, an answered question")
+
+
+def same_ids(
+    template: ChatTemplate, theirs: Any, messages: Sequence[Message], prompt: bool, where: str
+) -> Iterator[Finding]:
+    """One comparison, behind any BOS, which another check counts; a chat that both refuse has none."""
+    tokenizer, mine, refusal = template.tokenizer, None, ""
+    try:
+        mine = template.encode(messages, add_generation_prompt=prompt)
+    except RequestError as error:
+        refusal = str(error)
+    try:
+        found = theirs.apply_chat_template(
+            [dict(one) for one in messages], add_generation_prompt=prompt, return_dict=False
+        )
+    except Exception as error:  # a template's own refusal, or whatever another library raises
+        if mine is not None:
+            notice(f"{where}: not compared with transformers, which refuses it ({_words(error)})")
+        return
+    if mine is None:
+        yield Finding(IDS, where, math.inf, 0.0, refusal)
+        return
+    mine, expected = (ids[leading(tokenizer, ids) :] for ids in (mine, list(found)))
+    at = next((i for i, (one, two) in enumerate(zip_longest(mine, expected)) if one != two), None)
+    detail = (
+        "" if at is None else f"from token {at} on {mine[at : at + 5]}, transformers has {expected[at : at + 5]}"
+    )
+    yield Finding(IDS, where, float(at is not None), 0.0, detail)
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def spelled(tokenizer: Tokenizer, name: str) -> Iterator[Finding]:

@@ -17,8 +17,8 @@ from transom.adapt.foreign import candidates
 from transom.adapt.lora import LoraWeights, carriers
 from transom.adapt.lora_args import LoraArgs
 from transom.adapt.new import apply_lora
-from transom.adapt.peft_config import read_peft
-from transom.adapt.read import base_of, is_adapter, load_adapter, sort_keys
+from transom.adapt.peft_config import base_of, is_adapter, read_peft
+from transom.adapt.read import load_adapter, sort_keys
 from transom.adapt.write import save_adapter
 from transom.checkpoints.load import load
 from transom.errors import RequestError, WorkError

@@ -19,23 +19,17 @@ from transom.adapt.lora_args import Scaling
 from transom.args import ModelArgs
 from transom.errors import RequestError
 from transom.model import LLM
-from transom.names import OLD_NAMES, TABLES, Move, Row, expand
+from transom.names import HELD_IN_MEMORY, IN_MEMORY, OLD_NAMES, ROUTER_IN_MEMORY, TABLES, Move, expand
+from transom.quantize.leaves import dense_names
 from transom.transforms import to_other, to_own, turn_rotary
 
 Layout = Literal["interleaved", "halves"]
-# transformers 5 holds the experts of these families in two parameters that no file has; PEFT names what it holds.
-_HELD = "model.layers.{i}.mlp.experts", "layers.{i}.feed_forward.experts"
-IN_MEMORY = (
-    Row(f"{_HELD[0]}.gate_up_proj", (f"{_HELD[1]}.w_gate.weight", f"{_HELD[1]}.w_value.weight"), "halves"),
-    Row(f"{_HELD[0]}.down_proj", (f"{_HELD[1]}.w_out.weight",), "transpose"),
-)
-ROUTER_IN_MEMORY = Row("model.layers.{i}.mlp.gate.weight", ("layers.{i}.feed_forward.router.weight",))
-HELD_IN_MEMORY = ("mixtral", "qwen3_moe", "deepseek_v3")
 # transformers rotates interleaved pairs in these (DeepSeek's as its config says): rows are never turned.
 OWN_LAYOUT = ("llama4_text", "llama4", "deepseek_v3")
 # Experts as [E, in, out] in a module that does not say so: PEFT takes rows for outputs, and A and B swap roles.
 SWAPPED = ("llama4_text", "llama4")
 MISTRAL = "mistral-inference"
+OWN = "transom"  # our own names and layout, for models that no family of transformers can hold
 
 
 @dataclass(frozen=True)
@@ -77,11 +71,11 @@ def is_parameter(move: Move) -> bool:
 def table_of(family: str, model: LLM) -> Table:
     """The names that `family` has for this model."""
     args = model.args
-    parameters = [name for name, _ in _own_parameters(model)]
-    if family == MISTRAL:
+    parameters = _own_names(model)
+    if family in (MISTRAL, OWN):
         same = [Move((name,), (name,), "copy") for name in parameters]
-        whole = (*same, *expand(OLD_NAMES, args, parameters))
-        layout: Layout = "interleaved"
+        whole = (*same, *(expand(OLD_NAMES, args, parameters) if family == MISTRAL else ()))
+        layout: Layout = "interleaved" if family == MISTRAL else args.rope_layout
     else:
         router = (ROUTER_IN_MEMORY,) if family in HELD_IN_MEMORY else ()
         whole = tuple(expand((*router, *TABLES[family]), args, parameters))
@@ -91,8 +85,8 @@ def table_of(family: str, model: LLM) -> Table:
     return Table(family, moves, whole, layout)
 
 
-def _own_parameters(model: LLM) -> Iterable[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters(remove_duplicate=False) if ".lora." not in name)
+def _own_names(model: LLM) -> list[str]:
+    return [name for name in dense_names(model) if ".lora." not in name]
 
 
 def _of_leaves(move: Move, model: LLM) -> bool:
@@ -101,8 +95,8 @@ def _of_leaves(move: Move, model: LLM) -> bool:
 
 
 def candidates(model: LLM) -> list[Table]:
-    """The tables that name every parameter of the text model, in the order of `names.TABLES`."""
-    text = {name for name, _ in _own_parameters(model) if not name.startswith("vision.")}
+    """The tables that name every parameter of the text model, as `names.TABLES` has them; our own names last."""
+    text = {name for name in _own_names(model) if not name.startswith("vision.")}
     out = []
     for family, rows in TABLES.items():
         if not any("model.layers." in row.foreign for row in rows):  # PEFT names what transformers names
@@ -110,7 +104,7 @@ def candidates(model: LLM) -> list[Table]:
         table = table_of(family, model)
         if text <= {name for move in table.whole for name in move.ours}:
             out.append(table)
-    return out
+    return [*out, table_of(OWN, model)]
 
 
 def to_leaves(

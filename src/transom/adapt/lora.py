@@ -17,6 +17,7 @@ from transom.adapt.lora_args import Scaling, scale_of
 from transom.errors import RequestError
 from transom.layers.latent_attention import LatentAttention
 from transom.layers.linear import Embedding, GroupedLinear, Linear, grouped_product, per_row
+from transom.quantize.leaves import quantized_leaves
 
 Leaf = Linear | GroupedLinear | Embedding
 LEAVES = (Linear, GroupedLinear, Embedding)
@@ -132,7 +133,9 @@ def check_name(name: str) -> None:
 
 def update(leaf: Leaf, lora: LoraWeights) -> Tensor:
     """B A in the shape of the leaf's weight, in float32 or better, not scaled."""
-    wide = torch.promote_types(torch.promote_types(lora.A.dtype, leaf.weight.dtype), torch.float32)
+    # The first of its own parameters: a quantized leaf would make its weight to tell the dtype.
+    own = next(leaf.parameters(recurse=False)).dtype
+    wide = torch.promote_types(torch.promote_types(lora.A.dtype, own), torch.float32)
     product = lora.B.to(wide) @ lora.A.to(wide)
     return product.mT if isinstance(leaf, Embedding) else product
 
@@ -167,25 +170,26 @@ def _adapted(leaf: Leaf, lora: LoraWeights, inputs: tuple[Any, ...], output: Ten
     """`output` with one adapter; products run in the wider dtype of input and adapter."""
     x = inputs[0]
     if isinstance(leaf, Embedding):
-        added = F.linear(F.embedding(x, lora.A.mT), lora.B)
+        added = F.linear(lora.scale * F.embedding(x, lora.A.mT), lora.B)
         if lora.magnitude is None:
-            return output + lora.scale * added
-        return direction_factor(leaf, lora) * (output + lora.scale * added)
+            return output + added
+        return direction_factor(leaf, lora) * (output + added)
     wide = torch.promote_types(x.dtype, lora.A.dtype)
     dropped = lora.drop(x)
-    added = _product(leaf, _product(leaf, dropped.to(wide), lora.A.to(wide), inputs), lora.B.to(wide), inputs)
+    # Scaled between the factors, where rows are short: forward and backward each save a pass over the outputs.
+    inner = lora.scale * _product(leaf, dropped.to(wide), lora.A.to(wide), inputs)
+    added = _product(leaf, inner, lora.B.to(wide), inputs)
     if lora.magnitude is None:
-        return output + lora.scale * added
+        return output + added
     factor = direction_factor(leaf, lora)
     bias: Tensor | None = leaf.bias
     if isinstance(leaf, GroupedLinear):
         factor = per_row(factor, inputs[1], len(x), fill=1.0)
         bias = None if bias is None else per_row(bias, inputs[1], len(x), fill=0.0)
-    if lora.training and lora.dropout > 0:  # the length is that of the whole, so both parts see one mask
-        plain = _product(leaf, dropped, leaf.weight.to(dropped.dtype), inputs)
-    else:
-        plain = output if bias is None else output - bias
-    return output + (factor - 1) * plain + factor * lora.scale * added
+    # The length is that of the whole, so both parts see one mask.
+    own = leaf.forward(dropped, *inputs[1:]) if lora.training and lora.dropout > 0 else output
+    plain = own if bias is None else own - bias
+    return output + (factor - 1) * plain + factor * added
 
 
 def _product(leaf: Leaf, x: Tensor, weight: Tensor, inputs: tuple[Any, ...]) -> Tensor:
@@ -296,8 +300,14 @@ def train_adapters(model: nn.Module, names: Collection[str]) -> None:
 def plain_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of the model without its adapters, as they are multiplied now; for saving the model.
 
-    Adapters that are active and not merged would be lost, which is a `RequestError`.
+    Adapters that are active and not merged would be lost, and weights in four bits have no place in a folder, which
+    is a `RequestError`.
     """
+    for path in quantized_leaves(model):
+        raise RequestError(
+            f"{path} is quantized; accepted is to make the model dense first (dequantize_model), or to save its "
+            "adapter alone"
+        )
     for path, _, held in carriers(model):
         if not held.merged and held.active_lora():
             raise RequestError(

@@ -14,7 +14,7 @@ from transom.fields import describe
 # What B(A x) is multiplied by: alpha / rank (PEFT), alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023, arXiv
 # 2312.03732), or alpha itself (mistral-finetune).
 Scaling = Literal["alpha_over_rank", "rslora", "direct"]
-ROLES = ("attention", "ffn", "experts", "all-linear")
+ROLES = ("attention", "ffn", "experts", "shared_experts", "all-linear")
 
 
 def scale_of(scaling: Scaling, alpha: float, rank: int) -> float:

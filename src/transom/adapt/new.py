@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from transom.adapt.coverage import coverage_lines, role_of
 from transom.adapt.lora import (
     Embedding,
     Leaf,
@@ -20,14 +21,15 @@ from transom.adapt.lora import (
     train_adapters,
 )
 from transom.adapt.lora_args import ROLES, LoraArgs
-from transom.errors import RequestError, nearest, notice
+from transom.errors import RequestError, nearest, notice, require
 from transom.model import LLM
+from transom.quantize.leaves import Quantized
 
 
-def apply_lora(model: LLM, args: LoraArgs, name: str = "default", seed: int = 0) -> LLM:
+def apply_lora(model: LLM, args: LoraArgs, name: str = "default", seed: int = 0, *, quiet: bool = False) -> LLM:
     """A new adapter that changes nothing yet, active, with every other parameter frozen; in place, and returned.
 
-    Says on stderr which share of which kind of leaf it covers. A target that fits no leaf is a `RequestError`.
+    Says on stderr what trains, role by role. A target that fits no leaf is a `RequestError`.
     """
     known = leaves(model)
     chosen = targeted(known, args.targets)
@@ -37,43 +39,42 @@ def apply_lora(model: LLM, args: LoraArgs, name: str = "default", seed: int = 0)
         path: fresh(leaf, args, generator) for path, leaf in chosen.items() if path not in whole
     }
     for path, module in whole.items():
+        if isinstance(module, Quantized):
+            raise RequestError(
+                f"modules_to_save: {path} is quantized, and codes cannot be trained; accepted is to skip it there"
+            )
         copies = {key: own.detach().clone() for key, own in module.named_parameters(recurse=False)}
         parts[path] = Replacement(copies)
     attach(model, name, parts)
     activate_adapters(model, (name,))
     train_adapters(model, (name,))
-    notice(coverage(model, known, parts, args))
+    for line in [] if quiet else coverage_lines(model):
+        notice(line)
     return model
 
 
 def fresh(leaf: Leaf, args: LoraArgs, generator: torch.Generator) -> LoraWeights:
     """A as `nn.Linear` starts and B zero, as mistral-finetune and PEFT do; in float32 or better."""
-    dtype = torch.promote_types(leaf.weight.dtype, torch.float32)
+    weight = leaf.weight.detach()  # once: a quantized leaf makes it at every reading
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    smallest = min(weight.shape[-2:])
+    accepted = f"accepted is at most {smallest}, the shorter side of the smallest matrix it is for"
+    require(args.rank <= smallest, "rank", args.rank, accepted)
     if isinstance(leaf, Embedding):
-        shape_A: tuple[int, ...] = (args.rank, leaf.weight.size(0))
-        shape_B: tuple[int, ...] = (leaf.weight.size(1), args.rank)
+        shape_A: tuple[int, ...] = (args.rank, weight.size(0))
+        shape_B: tuple[int, ...] = (weight.size(1), args.rank)
     else:
-        *groups, outputs, inputs = leaf.weight.shape
+        *groups, outputs, inputs = weight.shape
         shape_A, shape_B = (*groups, args.rank, inputs), (*groups, outputs, args.rank)
-    A = torch.zeros(shape_A, dtype=dtype, device=leaf.weight.device)
-    B = torch.zeros(shape_B, dtype=dtype, device=leaf.weight.device)
+    A = torch.zeros(shape_A, dtype=dtype, device=weight.device)
+    B = torch.zeros(shape_B, dtype=dtype, device=weight.device)
     if isinstance(leaf, Embedding):  # a row of A is met by one token only, so B is the one that is drawn
         B.copy_(torch.randn(shape_B, generator=generator))
     else:
         bound = shape_A[-1] ** -0.5
         A.copy_((torch.rand(shape_A, generator=generator) * 2 - 1) * bound)
-    magnitude = lengths(leaf, leaf.weight.detach().to(dtype)) if args.dora else None
+    magnitude = lengths(leaf, weight.to(dtype)) if args.dora else None
     return LoraWeights(A, B, args.alpha, args.scaling, dropout=args.dropout, magnitude=magnitude)
-
-
-def role_of(path: str) -> str:
-    """What a leaf of the text model is for: attention, ffn, experts, or its own name outside the blocks."""
-    parts = path.split(".")
-    if parts[0] != "layers" or len(parts) < 4:
-        return path
-    if parts[2] == "feed_forward":
-        return "experts" if "experts" in parts else "ffn"
-    return "attention"
 
 
 def targeted(known: Mapping[str, Leaf], targets: Iterable[str]) -> dict[str, Leaf]:
@@ -98,6 +99,8 @@ def fits(target: str, path: str) -> bool:
     """Whether a role or pattern means this leaf; roles leave embeddings, output and images alone."""
     if target == "all-linear":
         return role_of(path) in ROLES
+    if target == "ffn":  # a shared expert is one that every token visits
+        return role_of(path) in ("ffn", "shared_experts")
     if target in ROLES:
         return role_of(path) == target
     return re.fullmatch(rf"(.*\.)?({target})", path) is not None
@@ -114,19 +117,3 @@ def saved_modules(model: LLM, names: Iterable[str]) -> dict[str, nn.Module]:
             raise RequestError(f"modules_to_save: {name!r} is no module of this model{nearest(name, ends)}")
         out |= found
     return out
-
-
-def coverage(
-    model: nn.Module, known: Mapping[str, Leaf], parts: Mapping[str, LoraWeights | Replacement], args: LoraArgs
-) -> str:
-    """One line: how many leaves of each kind train, so that experts left out are seen."""
-    counts: dict[str, list[int]] = {}
-    for path in known:
-        entry = counts.setdefault(role_of(path) if not path.startswith("vision.") else "vision", [0, 0])
-        entry[0] += path in parts
-        entry[1] += 1
-    shares = ", ".join(f"{role} {done} of {total}" for role, (done, total) in counts.items())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    kind = "DoRA" if args.dora else "LoRA"
-    return f"{kind} of rank {args.rank} on leaves of {shares}; {trained:,} of {total:,} parameters train"

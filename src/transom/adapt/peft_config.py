@@ -1,15 +1,24 @@
-"""PEFT's `adapter_config.json`: what it says, what is refused, and how ours is said. No torch."""
+"""PEFT's `adapter_config.json`: whether a folder is an adapter, and of what; what it says, what is refused, and how
+ours is said. No torch.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transom.adapt.lora_args import Scaling
-from transom.errors import RequestError
+from transom.errors import RequestError, notice
+from transom.paths import read_json
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight")
+# Weights of a whole model: with these beside it, the adapter is one that has been merged.
+_WHOLE = ("model*.safetensors*", "consolidated*")
 # What a file may say of these changes nothing of what a trained adapter computes.
 _HARMLESS = frozenset(
     {
@@ -82,6 +91,54 @@ def _by_pattern(patterns: Mapping[str, Any], key: str, default: Any) -> Any:
     return next((value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", key)), default)
 
 
+def trained_vocabulary(folder: str | Path) -> int | None:
+    """Rows of the embeddings that an adapter brings along, None where it leaves the base's as they are."""
+    path = Path(folder) / WEIGHTS
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        shapes = [entry["shape"] for key, entry in header.items() if key.endswith(EMBEDDINGS)]
+        return int(shapes[0][0]) if shapes else None
+    except (OSError, ValueError, LookupError, TypeError, MemoryError):
+        return None  # whoever reads the weights says what is wrong with them
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter and no model; the config of its base may lie beside it."""
+    here = Path(folder)
+    return (here / CONFIG).exists() and not any(any(here.glob(pattern)) for pattern in _WHOLE)
+
+
+def base_of(folder: str | Path) -> str:
+    """What `adapter_config.json` names as the base: a folder or a hub id; naming none is a `RequestError`.
+
+    A path may be meant from here, as PEFT means it, from the adapter's folder, or from the run of which that is a
+    step. The first that is there counts; if another is there too, the choice is said.
+    """
+    here = Path(folder)
+    base = read_json(here / CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise RequestError(
+            f"{here / CONFIG}: base_model_name_or_path = {base!r}: accepted is the folder or id of a model"
+        )
+    run = here / ".."
+    places = [Path(base), here / base, *([run / base] if (run / "latest").exists() else [])]
+    found = [place for place in places if place.is_dir()]
+    others = [place for place in found[1:] if place.resolve() != found[0].resolve()]
+    if others:
+        notice(f"{here / CONFIG}: the base {base} is taken to be {found[0].resolve()}, not {others[0].resolve()}")
+    return str(found[0]) if found else base
+
+
+def base_revision(folder: str | Path) -> str | None:
+    """The branch, tag or commit of the base's hub id that `adapter_config.json` names."""
+    path = Path(folder) / CONFIG
+    revision = read_json(path).get("revision")
+    if revision is not None and not isinstance(revision, str):
+        raise RequestError(f"{path}: revision = {revision!r}: accepted is a branch, tag or commit, or null")
+    return revision
+
+
 def read_peft(config: Mapping[str, Any], where: str) -> PeftConfig:
     """The config of a LoRA adapter; a feature that is not computed here is a `RequestError` naming it."""
     kind = config.get("peft_type")
@@ -118,6 +175,16 @@ def read_peft(config: Mapping[str, Any], where: str) -> PeftConfig:
     return made
 
 
+def summary(folder: Path) -> dict[str, Any]:
+    """What `adapter_config.json` says in short: kind, rank, alpha, and what carries the adapter."""
+    data = read_json(folder / CONFIG)
+    config = read_peft(data, str(folder / CONFIG))
+    kind = "DoRA" if config.dora else "rsLoRA" if config.scaling == "rslora" else "LoRA"
+    named = [data.get(key) or [] for key in ("target_modules", "target_parameters", "modules_to_save")]
+    targets = [one for some in named for one in ([some] if isinstance(some, str) else some)]
+    return {"kind": kind, "rank": config.r, "alpha": config.alpha, "targets": sorted(map(str, targets))}
+
+
 def write_peft(
     ranks: Mapping[str, int],
     alphas: Mapping[str, float],
@@ -129,6 +196,7 @@ def write_peft(
     dropout: float,
     modules_to_save: Sequence[str],
     base: str | None,
+    task_type: str | None,
 ) -> dict[str, Any]:
     """The file for adapters at these paths: `ranks` and `alphas` by path, `parameters` those that are no modules.
 
@@ -141,7 +209,7 @@ def write_peft(
     r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": r,

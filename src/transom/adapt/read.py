@@ -25,16 +25,18 @@ from transom.adapt.foreign import (
     turned,
 )
 from transom.adapt.lora import LoraWeights, Replacement, activate_adapters, attach, train_adapters
-from transom.adapt.peft_config import PeftConfig, read_peft
+from transom.adapt.peft_config import CONFIG, WEIGHTS, PeftConfig, read_peft
+from transom.adapt.vocabulary import resize_vocabulary
 from transom.errors import RequestError, notice
 from transom.model import LLM
 from transom.names import PREFIXES, UNREAD
 from transom.paths import read_json
 from transom.transforms import to_own
 
-CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PICKLED = "adapter_model.bin"
 MISTRAL_WEIGHTS, MISTRAL_CONFIG = "lora.safetensors", "params.json"
 MISTRAL_SCALING = 2.0  # what mistral-inference's `load_lora` multiplies by unless told otherwise
+_OUTPUTS, _EMBEDDINGS = ("lm_head.weight", "output.weight"), ("embed_tokens.weight", "tok_embeddings.weight")
 _PART = re.compile(r"(?P<path>.+)\.lora_(embedding_)?(?P<which>A|B|magnitude_vector)(\.weight)?")
 
 
@@ -58,25 +60,6 @@ class Source:
     unread: dict[str, int] = field(default_factory=dict)
 
 
-def is_adapter(folder: str | Path) -> bool:
-    """Whether a folder holds an adapter and no model."""
-    here = Path(folder)
-    return (here / CONFIG).exists() and not (here / "config.json").exists()
-
-
-def base_of(folder: str | Path) -> str:
-    """What `adapter_config.json` names as the base: a folder, from here or from the adapter's own, or a hub id.
-
-    None is a `RequestError`.
-    """
-    path = Path(folder) / CONFIG
-    base = read_json(path).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise RequestError(f"{path}: base_model_name_or_path = {base!r}: accepted is the folder or id of a model")
-    beside = Path(folder) / base
-    return str(beside) if beside.is_dir() and not Path(base).is_dir() else base
-
-
 def load_adapter(
     model: LLM,
     folder: str | Path,
@@ -88,8 +71,8 @@ def load_adapter(
     """The adapter of a folder on `model`, in place, as the only active one; returns the model.
 
     Reads PEFT's LoRA folders and Mistral's `lora.safetensors`, whose `scaling` is that of `params.json` beside it
-    unless given. A key that finds no place, or a feature that is not supported, is a `RequestError`, and the model
-    stays as it was. `trainable` freezes all but the adapter.
+    unless given. A vocabulary grows to that of an adapter with new tokens. A key that finds no place, or a feature
+    that is not supported, is a `RequestError`, and the model stays as it was. `trainable` freezes all else.
     """
     here = Path(folder)
     if (here / CONFIG).exists():
@@ -118,11 +101,8 @@ def _peft_parts(model: LLM, folder: Path) -> dict[str, LoraWeights | Replacement
     config = read_peft(read_json(folder / CONFIG), str(folder / CONFIG))
     path = folder / (PICKLED if (folder / PICKLED).exists() and not (folder / WEIGHTS).exists() else WEIGHTS)
     state = _tensors(path)
-    tables = candidates(model)
-    if not tables:
-        raise RequestError(f"{path}: no family of transformers holds all weights of this model")
     fewest: list[str] = []
-    for table in tables:
+    for table in candidates(model):
         source = sort_keys(state, table.family, str(path), model.args.n_layers)
         sites = sites_of(table, source, config)
         lost = [held.path for held in source.parts if held not in sites]
@@ -201,7 +181,17 @@ def _of_table(
         if twice is not None:
             raise RequestError(f"{source.where}: {twice} gets two adapters; accepted is one")
         out.update(made)
+    _grow_vocabulary(model, table, source)
     return {**out, **_replacements(model, table, source, config, out)}
+
+
+def _grow_vocabulary(model: LLM, table: Table, source: Source) -> None:
+    """Rows for the tokens that the adapter's embeddings have beyond the model's own."""
+    key = next(move.foreign[0] for move in table.whole if move.ours == ("tok_embeddings.weight",))
+    rows = source.whole[key].size(0) if key in source.whole else 0
+    if rows > model.args.vocab_size:
+        notice(f"{source.where}: its vocabulary has {rows - model.args.vocab_size} tokens more than the base's")
+        resize_vocabulary(model, rows)
 
 
 def _stored(
@@ -215,7 +205,7 @@ def _stored(
     move = table.sites[at]
     key = f"{spot.named}.{at.rpartition('.')[2]}" if is_parameter(move) else spot.named
     key += ".weight" if _targets(config, f"{key}.weight") else ""
-    rank, rows = config.rank_of(key), part["A"].size(0)
+    rank, rows = config.rank_of(key), part["A"].size(-2)
     groups = part["B"].size(1) // rank if is_parameter(move) and rank > 0 else 1
     if rows != rank * groups:
         raise RequestError(f"{where}: {at} has rank {rows // max(groups, 1)}, but its config says {rank}")
@@ -224,7 +214,7 @@ def _stored(
 
 def _has_place(table: Table, key: str, model: LLM) -> bool:
     return any(key in move.foreign for move in table.whole) or (
-        model.args.tie_embeddings and key.endswith("lm_head.weight")
+        model.args.tie_embeddings and key.endswith(_OUTPUTS)
     )
 
 
@@ -274,8 +264,8 @@ def _untied(model: LLM, whole: dict[str, Tensor], config: PeftConfig, where: str
     """Without the output of a model that ties it: both must be the same, or PEFT's model is not this one."""
     if not model.args.tie_embeddings:
         return whole
-    head = next((key for key in whole if key.endswith("lm_head.weight")), None)
-    embeddings = next((key for key in whole if key.endswith("embed_tokens.weight")), None)
+    head = next((key for key in whole if key.endswith(_OUTPUTS)), None)
+    embeddings = next((key for key in whole if key.endswith(_EMBEDDINGS)), None)
     if head is None and embeddings is None:
         return whole
     if head is not None and embeddings is not None and torch.equal(whole[head], whole[embeddings]):

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from transom.adapt.foreign import (
-    HELD_IN_MEMORY,
     MISTRAL,
+    OWN,
     Table,
     candidates,
     is_parameter,
@@ -23,11 +23,12 @@ from transom.adapt.foreign import (
     turned,
 )
 from transom.adapt.lora import Embedding, LoraWeights, Replacement, adapter_names, carriers
-from transom.adapt.peft_config import write_peft
-from transom.adapt.read import CONFIG, MISTRAL_SCALING, MISTRAL_WEIGHTS, WEIGHTS
+from transom.adapt.peft_config import CONFIG, WEIGHTS, write_peft
+from transom.adapt.read import MISTRAL_SCALING, MISTRAL_WEIGHTS
 from transom.errors import RequestError, WorkError, notice
+from transom.layers.linear import GroupedLinear
 from transom.model import LLM
-from transom.names import PREFIXES, TABLES
+from transom.names import HELD_IN_MEMORY, PREFIXES, TABLES
 from transom.paths import read_json
 from transom.transforms import to_other
 
@@ -48,8 +49,9 @@ def save_adapter(
     """Write one adapter into `folder`, merged or not, active or not.
 
     `family` is the model_type whose module names PEFT is to find: the one it was read with, else the first that
-    holds this model's weights. `base` is stored as base_model_name_or_path. Mistral's file has no place for a
-    scaling and is written for the 2.0 that mistral-inference multiplies by.
+    holds this model's weights, else `transom`, our own names, which is said. `base` is stored as
+    base_model_name_or_path. Mistral's file has no place for a scaling and is written for the 2.0 that
+    mistral-inference multiplies by.
     """
     lora, whole = _held(model, name)
     if format == "mistral":
@@ -58,6 +60,8 @@ def save_adapter(
     if format != "peft":
         raise RequestError(f"format = {format!r}: accepted is peft or mistral")
     table = _table_for(model, lora, family or _family_of(base))
+    if table.family == OWN:
+        notice(f"{folder}: {WEIGHTS} has Transom's own names: transformers has no such model for PEFT to put it on")
     tensors, config = _peft(model, table, lora, whole, base)
     _write(Path(folder), {WEIGHTS: tensors}, config)
 
@@ -90,16 +94,11 @@ def _table_for(model: LLM, lora: Mapping[str, LoraWeights], family: str | None) 
         came = next((part.family for part in lora.values() if part.family not in (None, MISTRAL)), None)
         if came is not None:
             return table_of(came, model)
-        tables = candidates(model)
-        if not tables:
-            raise RequestError(
-                "this model has weights that no family of transformers holds; accepted is another format"
-            )
-        return tables[0]
+        return candidates(model)[0]
     fitting = {table.family: table for table in candidates(model)}
     if family not in fitting:
-        known = ", ".join(fitting) if family in TABLES else ", ".join(TABLES)
-        raise RequestError(f"family = {family!r}: accepted for this model is {known or 'none'}")
+        known = fitting if family in TABLES else TABLES
+        raise RequestError(f"family = {family!r}: accepted for this model is {', '.join(known)}")
     return fitting[family]
 
 
@@ -123,7 +122,7 @@ def _peft(
         embedding = isinstance(model.get_submodule(paths[0]), Embedding)
         for key, stored in zip(move.foreign, to_site(table, move, lora, model), strict=True):
             at = site(key)
-            rank = stored.A.size(0) // (_groups(model, paths[0]) if is_parameter(move) else 1)
+            rank = stored.A.size(-2) // (_groups(model, paths[0]) if is_parameter(move) else 1)
             renamed = table.family in HELD_IN_MEMORY and at.endswith(RENAMED) and not is_parameter(move)
             target = spoken(table, f"{at}.weight" if renamed else at)
             ranks[target] = rank
@@ -159,6 +158,7 @@ def _peft(
         dropout=dropout,
         modules_to_save=modules,
         base=base,
+        task_type=None if table.family == OWN else "CAUSAL_LM",  # which asks the model for methods of transformers
     )
     return tensors, config
 
@@ -183,7 +183,9 @@ def spoken(table: Table, path: str) -> str:
 
 
 def _groups(model: LLM, path: str) -> int:
-    return model.get_parameter(f"{path}.weight").size(0)
+    experts = model.get_submodule(path)
+    assert isinstance(experts, GroupedLinear), "parameters of a module that holds several are experts"
+    return experts.weight.size(0)
 
 
 def _wrapped(at: str, table: Table, lora: Mapping[str, LoraWeights]) -> str:

@@ -39,11 +39,15 @@ class GroupedLinear(nn.Module):
 
         Rows behind the last end belong to none: what comes out there, and its gradient, means nothing.
         """
-        out_RD = grouped_product(rows_RD, self.weight, ends_E)
+        out_RD = self.product(rows_RD, ends_E)
         if self.bias is None or not holds_numbers(rows_RD):
             return out_RD
         # Rows of no linear read a row of zeros, which takes their meaningless gradient away with it.
         return out_RD + per_row(self.bias.to(out_RD.dtype), ends_E, len(rows_RD), fill=0.0)
+
+    def product(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
+        """`forward` without the bias."""
+        return grouped_product(rows_RD, self.weight, ends_E)
 
     def loop(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
         """The plain twin of `forward`: one matrix after the other."""

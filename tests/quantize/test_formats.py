@@ -1,0 +1,165 @@
+"""Four-bit formats against the codes of other libraries, and against the nearest value found by trying all."""
+
+import pytest
+import torch
+from torch.ao.quantization.observer import PerChannelMinMaxObserver
+
+from transom.errors import RequestError
+from transom.quantize.args import QuantizeArgs
+from transom.quantize.formats import INT4_ZERO, LEVELS, NF4, dequantize, dtype_of, empty_parts, quantize
+
+KINDS = {
+    "nf4": QuantizeArgs(),
+    "nf4, double": QuantizeArgs(double_quant=True),
+    "int4": QuantizeArgs(kind="int4", group=32),
+    "int4, zeros": QuantizeArgs(kind="int4", group=128, zero_points=True),
+}
+# Sixty-fourths from -50 to 50, so that every division is the same everywhere.
+EXACT = ((torch.arange(256) * 37 % 101) - 50).float() / 64
+# What quantize_4bit(EXACT.view(2, 128), blocksize=64, quant_type="nf4") of bitsandbytes 0.50.2 gives; all of its
+# scales are 50 / 64.
+BITSANDBYTES = (
+    "04c16e29f3b05d17e29f3c05d18e2af4c16e18e3b05d17e29f3b05d18e2af4c16d18e3b04c17e29f3b05d17e2af4c06d18e2a04c16e29f3b0"
+    "5d17e29f3c05d18e2af4c16e18e3b05d17e29f3b05d18e2af4c16d18e3b04c17e29f3b05d17e2af4c06d18e2a04c16e29f3b05d17e29f3c05"
+    "d18e2af4c16e18e3b05d17e29f3b05"
+)
+# Codes of quants.Q4_0 of gguf 0.19.0 for EXACT[:64], a block of 32 each line.
+GGML = (
+    [0, 6, 12, 2, 8, 13, 3, 9, 15, 5, 11, 0, 6, 12, 2, 8, 14, 4, 10, 15, 5, 11, 1, 7, 13, 3, 8, 14, 4, 10, 15, 6],
+    [4, 15, 9, 3, 13, 7, 1, 11, 5, 15, 10, 4, 14, 8, 2, 13, 7, 0, 11, 5, 15, 9, 3, 14, 8, 2, 12, 6, 0, 10, 4, 15],
+)
+
+
+def gaussian(*shape, dtype=torch.float32):
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+
+
+def codes_of(parts):
+    return torch.stack((parts["qweight"] >> 4, parts["qweight"] & 15), -1).flatten(-2).int()
+
+
+def relative_error(weight, args):
+    made = dequantize(quantize(weight, args), args.kind)
+    return float((made - weight).norm() / weight.norm())
+
+
+def test_the_nf4_table_is_the_formula_of_the_paper():
+    def quantiles(count):
+        """Of the upper half, at even steps of probability, from 1 - (1/32 + 1/30) / 2 down to the middle."""
+        steps = torch.linspace(1 - (1 / 32 + 1 / 30) / 2, 0.5, count, dtype=torch.float64)[:-1]
+        return torch.special.ndtri(steps)
+
+    expected = torch.cat((-quantiles(8), torch.zeros(1, dtype=torch.float64), quantiles(9))).sort().values
+    assert torch.allclose(torch.tensor(NF4, dtype=torch.float64), expected / expected.max(), rtol=0, atol=2e-7)
+
+
+def test_nf4_bytes_and_scales_are_those_of_bitsandbytes():
+    parts = quantize(EXACT.view(2, 128), QuantizeArgs())
+    assert bytes(parts["qweight"].flatten().tolist()).hex() == BITSANDBYTES
+    assert parts["scales"].tolist() == [[50 / 64] * 2] * 2
+
+
+def test_int4_codes_are_those_of_ggml():
+    parts = quantize(EXACT[:64].view(2, 32), KINDS["int4"])
+    assert codes_of(parts).tolist() == list(GGML)
+    assert dequantize(parts, "int4")[0, 0] == EXACT[0], "the largest of a group is exact"
+
+
+def test_int4_with_zeros_is_what_torch_makes_of_the_same_ranges():
+    weight = gaussian(8, 256) + 0.01
+    weight[0, :128], weight[1, :128], weight[2] = weight[0, :128].abs(), -weight[1, :128].abs(), 0.0
+    groups = weight.view(-1, 128)
+    observer = PerChannelMinMaxObserver(
+        ch_axis=0, dtype=torch.quint8, qscheme=torch.per_channel_affine, quant_min=0, quant_max=15, eps=1e-12
+    )
+    observer(groups)
+    scales, zeros = observer.calculate_qparams()
+    expected = torch.fake_quantize_per_channel_affine(groups, scales, zeros.int(), 0, 0, 15)
+    parts = quantize(weight, KINDS["int4, zeros"])
+    assert torch.equal(parts["zeros"].flatten().int(), zeros.int())
+    assert torch.allclose(dequantize(parts, "int4").view(-1, 128), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("args", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_code_is_the_nearest_for_the_stored_scale(args, dtype):
+    weight = gaussian(4, 256, dtype=dtype)
+    weight[0, : args.group] = 0
+    parts = quantize(weight, args)
+    levels = torch.tensor(LEVELS[args.kind]).expand(4, 256, 16)
+    if "zeros" in parts:
+        levels = levels - (parts["zeros"].float() - INT4_ZERO).repeat_interleave(args.group, -1).unsqueeze(-1)
+    # A scale is what a code of value 1 (nf4: the last) stands for.
+    ones = {**parts, "qweight": torch.full_like(parts["qweight"], 0xFF if args.kind == "nf4" else 0x99)}
+    ones.pop("zeros", None)
+    wide = {name: part.float() if part.is_floating_point() else part for name, part in ones.items()}
+    choices = levels * dequantize(wide, args.kind).unsqueeze(-1)
+    distance = (choices - weight.float().unsqueeze(-1)).abs()
+    chosen = distance.gather(-1, codes_of(parts).long().unsqueeze(-1)).squeeze(-1)
+    assert torch.allclose(chosen, distance.amin(-1), rtol=1e-5, atol=1e-9)
+    made = dequantize(parts, args.kind)
+    assert made.dtype == dtype and not made[0, : args.group].any()
+
+
+@pytest.mark.parametrize("args", KINDS.values(), ids=KINDS)
+def test_experts_are_quantized_as_if_alone(args):
+    weight = gaussian(3, 6, 256) * torch.tensor([1.0, 5.0, 0.1]).view(3, 1, 1)
+    parts = quantize(weight, args)
+    for e, one in enumerate(weight):
+        alone = quantize(one, args)
+        assert all(torch.equal(parts[name][e], part) for name, part in alone.items())
+        assert torch.equal(dequantize(parts, args.kind)[e], dequantize(alone, args.kind))
+
+
+@pytest.mark.parametrize("args", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("shape", [(96, 256), (2, 100, 128)])
+def test_empty_parts_have_the_shapes_of_real_ones_and_bits_are_counted(args, shape):
+    weight = gaussian(*shape, dtype=torch.bfloat16)
+    parts, empty = quantize(weight, args), empty_parts(weight.to("meta"), args)
+    assert {name: (p.shape, p.dtype) for name, p in parts.items()} == {
+        name: (p.shape, p.dtype) for name, p in empty.items()
+    }
+    bits = 8 * sum(part.nbytes for part in parts.values()) / weight.numel()
+    assert bits == pytest.approx(args.bits_per_weight(16), rel=0.01)
+    assert dtype_of(parts) == dtype_of(empty) == torch.bfloat16
+    assert dequantize(empty, args.kind).shape == shape
+
+
+def test_nf4_has_the_smaller_error_on_gaussian_weights():
+    weight = gaussian(512, 1024)
+    nf4, int4 = (relative_error(weight, QuantizeArgs(kind=kind)) for kind in ("nf4", "int4"))
+    assert 0.09 < nf4 < 0.094 < int4 < 0.097
+
+
+@pytest.mark.parametrize("outliers", [False, True])
+def test_scales_in_eight_bits_cost_next_to_nothing(outliers):
+    weight = gaussian(512, 1024)
+    if outliers:
+        weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 1e-4] *= 30
+    plain, double = (relative_error(weight, QuantizeArgs(double_quant=double)) for double in (False, True))
+    assert plain < double < 1.005 * plain
+
+
+def test_weights_to_one_side_gain_by_zeros():
+    weight = gaussian(64, 256).abs()
+    symmetric, zeros = (relative_error(weight, QuantizeArgs(kind="int4", zero_points=on)) for on in (False, True))
+    assert zeros < 0.6 * symmetric
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"group": 48}, "group = 48: accepted is 32, 64, 128"),
+        ({"kind": "int4", "double_quant": True}, "double_quant = True: accepted with kind nf4 only"),
+        ({"zero_points": True}, "zero_points = True: accepted with kind int4 only"),
+        ({"kind": "nf5"}, "kind = 'nf5': accepted is one of nf4, int4; did you mean 'nf4'"),
+    ],
+)
+def test_wrong_requests_are_one_sentence(fields, words):
+    with pytest.raises(RequestError, match=words):
+        QuantizeArgs.from_dict(fields)
+
+
+def test_a_group_must_divide_the_inputs():
+    with pytest.raises(RequestError, match="group = 64: accepted is a divisor of the 96 inputs"):
+        quantize(gaussian(4, 96), QuantizeArgs())

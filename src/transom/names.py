@@ -287,6 +287,14 @@ TABLES: dict[str, tuple[Row, ...]] = {
         *_hf_dense(f"{_LAYER}.mlp.shared_experts", f"{_OURS_FFN}.shared_expert"),
     ),
 }
+# transformers 5 holds the experts of these families in two parameters that no file has, and their router under
+# another name; PEFT names what it holds.
+HELD_IN_MEMORY = ("mixtral", "qwen3_moe", "deepseek_v3")
+IN_MEMORY = (
+    _row(f"{_LAYER}.mlp.experts.gate_up_proj", *_pair("weight"), transform="halves"),
+    _row(f"{_LAYER}.mlp.experts.down_proj", f"{_OURS_FFN}.experts.w_out.weight", transform="transpose"),
+)
+ROUTER_IN_MEMORY = _row(f"{_LAYER}.mlp.gate.weight", f"{_OURS_FFN}.router.weight")
 # Folders with a params.json, of Meta's code and of Mistral's, whatever family their model is of.
 PARAMS_TABLES: dict[str, tuple[Row, ...]] = {
     "params_meta": (*_META, *_LLAMA4_EXPERTS, *_META_VISION),

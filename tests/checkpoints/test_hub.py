@@ -122,3 +122,25 @@ def test_only_one_set_of_weights_is_fetched(cache, monkeypatch):
 )  # fmt: skip
 def test_what_could_be_a_hub_id(name, fits):
     assert is_hub_id(name) == fits
+
+
+def test_a_cache_of_settings_alone_says_so(cache):
+    (cache / "snapshots" / COMMIT / "model.safetensors").unlink()
+    assert load_tokenizer("owner/tiny").vocab_size == byte_tokenizer().vocab_size
+    with pytest.raises(RequestError, match="holds its settings without weights, and the hub cannot be reached"):
+        load("owner/tiny")
+
+
+@pytest.mark.parametrize(
+    ("weights", "left"),
+    [
+        (["model.safetensors"], {"adapter_config.json"}),
+        (["consolidated.safetensors"], {"adapter_config.json", "config.json"}),
+        (["adapter_model.safetensors", "adapter_model.bin"], {"adapter_model.bin"}),
+        (["adapter_model.bin"], set()),
+    ],
+)
+def test_the_config_that_goes_with_the_weights_is_fetched(weights, left):
+    files = ["config.json", "params.json", "adapter_config.json", "tokenizer.json", *weights]
+    assert set(wanted_files(files)) == set(files) - left
+    assert set(wanted_files(files, settings_only=True)) == set(files) - left - set(weights)

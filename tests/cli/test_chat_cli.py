@@ -4,8 +4,10 @@ import io
 import json
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
+from tests.chat_texts import PUBLISHED
 from tests.helpers import random_model, tiny_args
 from transom.chat.template import ChatTemplate
 from transom.cli.main import main
@@ -121,6 +123,36 @@ def test_every_stop_token_ends_an_answer(call, tmp_path, monkeypatch):
     call(tmp_path, "-m", 2, "--ignore-eos", stdin="hello\n")
     # the list of the file, then the template's own end of turn
     assert seen == [(255, tokens[4], 259), ()]
+
+
+@pytest.mark.parametrize("word", ["<|return|>", "<|call|>", "<|endoftext|>", "<|end|>"])
+def test_the_stop_list_of_gpt_oss(call, tmp_path, word):
+    """An answer ends at each of its stop tokens, a call of a tool among them, and not where a channel ends."""
+    words = ("<|startoftext|>", "<|return|>", "<|endoftext|>", "<|call|>", "<|end|>", "<|start|>", "<|message|>")
+    tokenizer = byte_tokenizer((*words, "<|channel|>"))
+    model = random_model(tiny_args(vocab_size=tokenizer.vocab_size, max_seq_len=512))
+    tokenizer.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(PUBLISHED["gpt-oss"])
+    stops = [tokenizer.token_to_id(one) for one in ("<|return|>", "<|endoftext|>", "<|call|>")]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    ids = ChatTemplate.load(tmp_path, tokenizer).encode([{"role": "user", "content": "hello"}])
+
+    def said():
+        texts = stream_text(model, tokenizer, [ids], max_new_tokens=12)
+        _ = list(texts)
+        return texts.completions[0].tokens
+
+    id, before = tokenizer.token_to_id(word), said()
+    later = next(one for one in before if one != before[0])
+    with torch.no_grad():  # instead of what the model would say there
+        model.output.weight[id] = 1.001 * model.output.weight[later]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "transom", **model.args.to_dict()}))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    tokens = said()
+    end = len(tokens) if word == "<|end|>" else tokens.index(id)
+    assert tokens.index(id) == before.index(later) and not set(stops) & set(tokens[:end])
+    _, out, _ = call(tmp_path, "-m", 12, "--dtype", "float32", stdin="hello\n")
+    assert out == tokenizer.decode(tokens[:end]) + "\n"
 
 
 def test_words_of_a_turn_never_end_it(made, call):

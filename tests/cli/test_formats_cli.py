@@ -17,7 +17,8 @@ from transom.generation.text import encode_prompts
 from transom.model import TransformerInput
 from transom.tokenizer import Tokenizer, byte_tokenizer
 
-FORMATS = ("hf", "meta", "mistral", "native", "adapter")
+WHOLE = ("hf", "meta", "mistral", "native")
+FORMATS = (*WHOLE, "adapter", "run")
 PROMPT = "ab"
 
 
@@ -40,9 +41,13 @@ def write_adapter(folder, base):
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("formats")
     model = random_model(tiny_args(vocab_size=byte_tokenizer().vocab_size))
-    for format in FORMATS[:4]:
+    for format in WHOLE:
         save(model, root / format, format=format, tokenizer=byte_tokenizer())
     write_adapter(root / "adapter", root / "hf")
+    shutil.copytree(root / "adapter", root / "run" / "step_000002")  # which names its base as from the run
+    byte_tokenizer().save(root / "run" / "step_000002")
+    (root / "run" / "best").write_text("step_000002\n")
+    (root / "run" / "latest").write_text("step_000002\n")
     return root
 
 
@@ -62,7 +67,7 @@ def test_generate_continues(folders, call, format):
     assert code == 0, err
     tokens = json.loads(out.splitlines()[-1])["completions"][0]["tokens"]
     assert tokens == expected(folders / format)
-    assert (tokens == expected(folders / "hf")) == (format != "adapter"), "the adapter must be on the model"
+    assert (tokens == expected(folders / "hf")) == (format in WHOLE), "the adapter must be on the model"
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -79,7 +84,7 @@ def test_inspect_plans_and_traces(folders, call, format):
     plan = json.loads(out.splitlines()[-1])
     assert code == 0, err
     assert plan["parameters"] == sum(weight.numel() for weight in load(folders / "hf").parameters())
-    assert (plan.get("adapter") is not None) == (format == "adapter")
+    assert (plan.get("adapter") is None) == (format in WHOLE)
     code, out, err = call("inspect", folders / format, "--trace", PROMPT, "--json")
     assert code == 0, err
     guess = json.loads(out.splitlines()[-1])["layers"][-1]["predictions"][0]["id"]
@@ -99,12 +104,14 @@ def test_verify_runs_it(folders, call, format):
     assert code == 0, out + err
 
 
-@pytest.mark.parametrize("format", FORMATS[:4])
+@pytest.mark.parametrize("format", FORMATS)
 def test_convert_leaves_nothing_that_differs(folders, call, tmp_path, format):
     assert call("convert", folders / format, tmp_path / "out", "--format", "native")[0] == 0
-    code, out, _ = call("inspect", folders / "native", tmp_path / "out", "--json")
+    code, out, _ = call("inspect", folders / ("native" if format in WHOLE else format), tmp_path / "out", "--json")
     found = json.loads(out.splitlines()[-1])
     assert code == 0 and found["differing"] == [] and found["identical"] == found["compared"] > 0
+    same = json.loads(call("inspect", folders / "native", tmp_path / "out", "--json")[1].splitlines()[-1])
+    assert (same["differing"] == []) == (format in WHOLE)
 
 
 def test_the_words_for_an_adapter_name_base_and_targets(folders, call):

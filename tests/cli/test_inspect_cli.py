@@ -1,7 +1,7 @@
 """`transom inspect` as a person meets it."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers import random_model, run_python, tiny_args
 from transom.args import ModelArgs
+from transom.checkpoints.folders import read_args
 from transom.checkpoints.load import load, save
 from transom.cli.main import main
 from transom.model import LLM
@@ -239,6 +240,42 @@ def test_names_shapes_dtypes_and_fields(tmp_path, capsys):
     save(load(half), tmp_path / "wide", dtype="float32")
     _, out, _ = inspect(capsys, half, tmp_path / "wide")
     assert "bfloat16 in A, float32 in B: 21 tensors, 21 of them equal in every number" in out
+
+
+EXPERTS = {"num_experts": 4, "top_k": 1, "routing": "sigmoid", "shared_expert": True}
+LLAMA4 = {
+    "n_layers": 4,
+    "attention_chunk_size": 8,
+    "nope_layer_interval": 4,
+    "use_qk_norm": True,
+    "moe_args": {**EXPERTS, "interleave_moe_layer_step": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "format"),
+    [
+        ({"hidden_dim": None, "multiple_of": 16, "ffn_dim_multiplier": 1.3, "use_scaled_rope": True}, "hf"),
+        ({"hidden_dim": None, "multiple_of": 16, "n_kv_heads": None}, "meta"),
+        ({"sliding_window": 8}, "mistral"),
+        ({"moe_args": {"num_experts": 4, "hidden_dim": 20}}, "hf"),
+        (LLAMA4, "hf"),
+    ],
+)
+def test_what_one_side_leaves_to_its_rule_is_no_difference(fields, format, tmp_path, capsys):
+    save(random_model(tiny_args(**fields)), tmp_path / "a")
+    save(load(tmp_path / "a"), tmp_path / "b", format)
+    mine, theirs = (asdict(read_args(tmp_path / name)) for name in "ab")
+    assert any(mine[key] != theirs[key] for key in mine if key != "rope_layout"), "as written, they differ"
+    assert set(compared(capsys, tmp_path / "a", tmp_path / "b")["config"]) <= {"rope_layout"}
+
+
+def test_what_a_rule_works_out_otherwise_is_a_difference(tmp_path, capsys):
+    a = write_changed(tmp_path / "a", {}, hidden_dim=None, multiple_of=16)
+    b = write_changed(tmp_path / "b", {}, hidden_dim=None, multiple_of=64, n_kv_heads=None)
+    assert compared(capsys, a, b)["config"] == {"hidden_dim": [96, 128], "n_kv_heads": [2, 4]}
+    c = write_changed(tmp_path / "c", {}, layer_pattern="SF", sliding_window=8)
+    assert compared(capsys, a, c)["config"]["layer_pattern"] == ["FF", "SF"]
 
 
 @pytest.mark.parametrize("format", ["hf", "meta", "mistral"])

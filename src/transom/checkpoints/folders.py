@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from transom.adapt.peft_config import CONFIG as ADAPTER
+from transom.adapt.peft_config import base_of, base_revision, is_adapter, trained_vocabulary
 from transom.args import ModelArgs
 from transom.checkpoints.hub import download, is_hub_id
 from transom.errors import RequestError, notice
@@ -19,28 +21,36 @@ MODEL_TYPE = "transom"
 CHECKSUMS = "sha256.json"
 CONFIG, PARAMS = "config.json", "params.json"
 SAFE, PICKLED = "consolidated.safetensors", "consolidated.{rank:02d}.pth"
-ADAPTER = "adapter_config.json"
 TOKENIZERS = ("tokenizer.json", "tekken*.json", "*.model.v*", "tokenizer.model")
 
 Format = Literal["native", "hf", "meta", "mistral"]
+Which = Literal["best", "latest"]
 
 
-def model_folder(path: str | Path, which: Literal["best", "latest"] = "best", revision: str | None = None) -> Path:
-    """The model folder meant by `path`; for a run folder its `best` (or `latest`) step, and says so on stderr.
+def model_folder(path: str | Path, which: Which = "best", revision: str | None = None) -> Path:
+    """The folder of a whole model meant by `path`; for a run folder its `best` (or `latest`) step, and says so.
 
     What is no path and looks like `owner/model` is a hub id, at `revision` where one is given; not so below a
     folder that is there, since a mistyped path is no business of a hub's.
     """
+    folder = named_folder(path, which, revision)
+    if is_adapter(folder):
+        raise RequestError(f"{folder}: an adapter; accepted is a whole model, such as this one merged")
+    return folder
+
+
+def named_folder(path: str | Path, which: Which, revision: str | None, settings_only: bool = False) -> Path:
+    """`model_folder`, whose folder may also be that of an adapter."""
     folder = Path(path)
     if not folder.exists() and not folder.parent.exists() and is_hub_id(str(path)):
-        return model_folder(download(str(path), revision), which)
+        return named_folder(download(str(path), revision, settings_only=settings_only), which, None)
     if revision is not None:
         raise RequestError(f"revision = {revision!r}: accepted with a hub id, and {path} is not one")
     if not folder.exists():
-        raise RequestError(f"{folder}: no such folder; accepted is a model or run folder, or a hub id")
+        raise RequestError(f"{folder}: no such folder; accepted is a model, adapter or run folder, or a hub id")
     if not folder.is_dir():
-        raise RequestError(f"{folder}: a file; accepted is a model or run folder")
-    if (folder / CONFIG).exists() or (folder / PARAMS).exists():
+        raise RequestError(f"{folder}: a file; accepted is a model, adapter or run folder")
+    if is_model(folder):
         return folder
     for pointer in (which, "latest"):
         step = read_pointer(folder, pointer)
@@ -50,8 +60,14 @@ def model_folder(path: str | Path, which: Literal["best", "latest"] = "best", re
     inside = next((p for p in ("original",) if (folder / p / PARAMS).exists()), None)
     hint = f", as {folder / inside} is" if inside else ""
     raise RequestError(
-        f"{folder}: no config.json, no params.json and no finished step; accepted is a model or run folder{hint}"
+        f"{folder}: no {CONFIG}, no {PARAMS}, no {ADAPTER} and no finished step; accepted is a model, adapter or "
+        f"run folder{hint}"
     )
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder says what model or adapter it holds."""
+    return any((folder / name).exists() for name in (CONFIG, PARAMS, ADAPTER))
 
 
 @dataclass(frozen=True)
@@ -72,23 +88,33 @@ class Found:
         own = (folder for folder in self.folders if any(any(folder.glob(name)) for name in TOKENIZERS))
         return next(own, self.model)
 
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of the embeddings, the adapter's where it brings some of its own; None where nobody says."""
+        own = None if self.adapter is None else trained_vocabulary(self.adapter)
+        return own or stated_vocabulary(self.model)
+
     def __str__(self) -> str:
         return str(self.model) if self.adapter is None else f"{self.model} + adapter {self.adapter}"
 
 
-def find_model(name: str | Path, revision: str | None = None) -> Found:
-    """`model_folder`, and for an adapter folder its base's; a base that is an adapter is a `RequestError`."""
-    folder = Path(name)
-    if not (folder / ADAPTER).exists() or (folder / CONFIG).exists():
-        return Found(model_folder(name, revision=revision))
-    from transom.adapt.read import base_of, is_adapter  # torch, which the plan of a whole model does without
+def find_model(name: str | Path, revision: str | None = None, *, settings_only: bool = False) -> Found:
+    """What a name stands for: `model_folder`, and for an adapter its base's, which must be a whole model.
 
-    if revision is not None:
-        raise RequestError(f"revision = {revision!r}: accepted with a hub id, and {folder} is not one")
+    `settings_only` fetches no weights of a hub id, which config, tokenizer and chat template do without.
+    """
+    folder = named_folder(name, "best", revision, settings_only)
+    if not is_adapter(folder):
+        return Found(folder)
     base = base_of(folder)
-    if is_adapter(base):
+    try:
+        of_base = None if Path(base).exists() else base_revision(folder)
+        model = named_folder(base, "best", of_base, settings_only)
+    except RequestError as error:
+        raise RequestError(f"{folder / ADAPTER}: base_model_name_or_path: {error}") from None
+    if is_adapter(model):
         raise RequestError(f"{folder / ADAPTER}: the base {base} is an adapter too; accepted is a whole model")
-    return Found(model_folder(base), folder)
+    return Found(model, folder)
 
 
 def folder_format(folder: Path) -> Format:
@@ -120,14 +146,17 @@ def read_params(folder: Path) -> dict[str, Any]:
 
 
 def read_pointer(run: Path, name: str) -> Path | None:
-    """The step folder that the one-line file `latest` or `best` of a run names, or None when there is none."""
+    """The step folder that the one-line file `latest` or `best` of a run names, or None when there is none.
+
+    A step is a model folder, or an adapter folder where only an adapter was trained.
+    """
     pointer = run / name
     if not pointer.exists():
         return None
     step = run / pointer.read_text(encoding="utf-8").strip()
-    if not (step / "config.json").exists():
+    if not is_model(step):
         raise RequestError(
-            f"{pointer}: names {step.name!r}, which is not a model folder; remove the line or restore it"
+            f"{pointer}: names {step.name!r}, which is not a model or adapter folder; remove the line or restore it"
         )
     return step
 
@@ -165,6 +194,15 @@ def read_args(folder: Path) -> ModelArgs:
             return args_from_mistral(read_params(folder), str(folder / PARAMS))
         case "meta":
             return _read_meta(folder)
+
+
+def lacks_vocabulary(folder: Path) -> bool:
+    """Whether only weights that are not there know how many rows the embeddings have, so `read_args` would fail."""
+    if (folder / CONFIG).exists() or consolidated_files(folder):
+        return False
+    from transom.checkpoints.meta_config import needs_vocabulary
+
+    return needs_vocabulary(read_params(folder))
 
 
 def stated_vocabulary(folder: Path) -> int | None:

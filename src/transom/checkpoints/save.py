@@ -186,6 +186,7 @@ _COMPANIONS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "tokenizer.model", "tekken.json", "chat_template.jinja", "chat_template.json"),
     *("generation_config.json", "preprocessor_config.json", "processor_config.json", "labels.json"),
+    "trained_with.json",
     *("LICENSE", "LICENSE.txt", "USE_POLICY.md"),
 )
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from transom.cli.adapters import add_adapter_argument, load_beside, named_adapters, switch
 from transom.cli.generate import (
     MAX_TOKENS,
     add_folder_arguments,
@@ -35,6 +36,7 @@ Every line is a turn; a \\ at its end takes the next line along, and so do lines
 Ctrl-C stops an answer.
   /reset         begin anew; the text of /system stays
   /system TEXT   begin anew with TEXT in front, without TEXT with nothing
+  /adapter NAME  answer with this adapter from now on, with none for none
   /save FILE     write the conversation so far into a new file
   /help          this page
   /exit          leave, as Ctrl-D does"""
@@ -45,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     add_folder_arguments(parser)
     add_model_arguments(parser)
+    add_adapter_argument(parser)
     room = f"tokens of text to make room for (default: the model's maximum, {MAX_CONTEXT} at most)"
     parser.add_argument("--max-model-len", type=int, metavar="N", help=room)
     parser.add_argument(
@@ -65,7 +68,11 @@ def run(options: argparse.Namespace) -> int:
     check_arguments(options)
     values = template_values(options)
     sampling = sampling_of(options)
+    adapters = named_adapters(options.adapter)
     found, model, tokenizer, stop_tokens = open_model(options)
+    load_beside(model, found, adapters)
+    from transom.chat.fingerprint import warn_if_other
+
     framing: Framing
     template = None if options.ignore_chat_template else find_template(found, tokenizer, options.chat_template)
     if template is None:
@@ -77,6 +84,7 @@ def run(options: argparse.Namespace) -> int:
         if not options.ignore_eos:
             stop_tokens = tuple(dict.fromkeys((*stop_tokens, *template.stop_tokens)))
         notice(f"turns are written by {template.origin}; /help lists commands")
+    warn_if_other(found.folders, tokenizer, template)
     framing.reset(options.system)
     chat = Chat(model, tokenizer, framing, stop_tokens, sampling, options)
     if sys.stdin.isatty():
@@ -255,6 +263,10 @@ class Chat:
                 self.reset(self.system)
             case "system":
                 self.reset(rest)
+            case "adapter":
+                switch(self.model, rest.strip())
+                self.cache.reset()  # keys and values of the adapter before
+                self.held = []
             case "save":
                 self.save(rest.strip())
             case "help":
@@ -262,7 +274,8 @@ class Chat:
             case "exit":
                 return False
             case _:
-                raise RequestError(f"/{name}: no such command; known are /reset, /system, /save, /help, /exit")
+                known = "/reset, /system, /adapter, /save, /help, /exit"
+                raise RequestError(f"/{name}: no such command; known are {known}")
         return True
 
     def answer(self, turn: str) -> None:

@@ -10,11 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transom.args import ModelArgs
 from transom.checkpoints.folders import Found, find_model
 from transom.cli.inspect import amount, heading, pairs, show, table
 from transom.cli.main import emit_json
 from transom.errors import require
 from transom.paths import read_json
+from transom.planning.layer_plan import index_words
 
 if TYPE_CHECKING:
     from transom.evaluation.compare import ModelDifference
@@ -152,7 +154,7 @@ def model_document(first: Found, second: Found, found: ModelDifference) -> dict[
         "kind": "models",
         "a": str(first),
         "b": str(second),
-        "config": differing(asdict(one), asdict(other)),
+        "config": differing(resolved(one), resolved(other)),
         "same_layers": one.layers == other.layers,
         "rotary": found.rotary,
         "only_a": found.only_first,
@@ -165,6 +167,39 @@ def model_document(first: Found, second: Found, found: ModelDifference) -> dict[
         "identical": found.identical,
         "differing": [{**asdict(one), "largest": finite(one.largest)} for one in found.differing],
     }
+
+
+# Fields that say no more once others are worked out: what a width is derived from, and shorthands.
+SPENT = (
+    *("multiple_of", "ffn_dim_multiplier", "nope_layer_interval", "use_scaled_rope", "rope_scaling_factor"),
+    *("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len"),
+)
+SPENT_OF_EXPERTS = ("ffn_exp", "capacity_factor", "auto_scale_F", "interleave_moe_layer_step", "first_dense_layers")
+
+
+def resolved(args: ModelArgs) -> dict[str, Any]:
+    """The fields as the model has them: what was left to a rule is worked out, and shorthands are spelled out."""
+    out = {key: value for key, value in asdict(args).items() if key not in SPENT}
+    dense = tuple(layer.index for layer in args.layers if layer.moe is None)
+    out |= {"n_kv_heads": args.kv_heads, "head_dim": args.head_size}
+    out["hidden_dim"] = args.dense_hidden_dim if dense else None
+    out |= {"layer_pattern": args.pattern, "rope_scaling": args.scaling and asdict(args.scaling)}
+    for name, default in (
+        ("softmax_scale", args.head_size**-0.5),
+        ("embedding_scale", 1.0),
+        ("logit_scale", 1.0),
+        # Of layers that see few keys; where there are none, or scaling sets them apart, no other field says it.
+        ("rope_local_theta", args.rope_theta if {"S", "C"} & set(args.pattern) and args.scaling is None else None),
+    ):
+        out[name] = default if out[name] is None else out[name]
+    experts = next((layer.moe for layer in args.layers if layer.moe is not None), None)
+    if experts is not None:
+        moe = {key: value for key, value in asdict(experts).items() if key not in SPENT_OF_EXPERTS}
+        moe["dense_layers"] = index_words(dense) or None
+        if moe["shared_expert"] and moe["shared_hidden_dim"] is None:
+            moe["shared_hidden_dim"] = moe["hidden_dim"]
+        out["moe_args"] = moe
+    return out
 
 
 def finite(value: float) -> float | None:

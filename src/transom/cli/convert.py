@@ -1,4 +1,4 @@
-"""`transom convert`: a model folder or hub id of any format, written as another one."""
+"""`transom convert`: a model folder or hub id of any format, written as another one; an adapter merged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ FORMATS = ("hf", "native", "meta", "mistral")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
-    parser.add_argument("source", metavar="SRC", help="a model folder, a run folder for its best step, or a hub id")
+    what = "a model or adapter folder, a run folder for its best step, or a hub id"
+    parser.add_argument("source", metavar="SRC", help=what)
     parser.add_argument("out", metavar="OUT", help="the folder to write, new or empty")
     parser.add_argument(
         "--format", choices=FORMATS, default="hf",

@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
 
     found = find_model(options.folder, options.revision)
     tokenizer = open_tokenizer(found)
-    model = load(found.folders[0], options.device, options.dtype)
+    model = load(found, options.device, options.dtype)
     head = model.args.head
     rows = encode_texts(tokenizer, texts, model.args.max_seq_len)
     pooling: Literal["mean", "last"] = options.pooling or (head.pooling if head is not None else "mean")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transom.checkpoints.folders import Found, find_model, model_folder, read_args, stated_vocabulary
+from transom.checkpoints.folders import Found, find_model, model_folder, read_args
 from transom.checkpoints.hub import is_hub_id
 from transom.cli.main import emit_json
 from transom.errors import RequestError, notice, require
@@ -80,9 +80,11 @@ def run(options: argparse.Namespace) -> int:
     check_arguments(options)
     prompts = read_prompts(options.prompt)
     sampling = sampling_of(options)
-    _, model, tokenizer, stop_tokens = open_model(options)
+    found, model, tokenizer, stop_tokens = open_model(options)
+    from transom.chat.fingerprint import warn_if_other
     from transom.generation.text import encode_prompts, stream_text
 
+    warn_if_other(found.folders, tokenizer, None)
     ids = encode_prompts(tokenizer, prompts)
     texts = stream_text(
         model,
@@ -161,7 +163,7 @@ def open_model(options: argparse.Namespace) -> tuple[Found, LLM, Tokenizer, tupl
     tokenizer = open_tokenizer(found)
     settings = (folder for folder in found.folders if (folder / "generation_config.json").exists())
     stop_tokens = () if options.ignore_eos else stop_tokens_of(next(settings, found.model), tokenizer)
-    model = load(found.folders[0], options.device, options.dtype)
+    model = load(found, options.device, options.dtype)
     weight = model.tok_embeddings.weight
     if str(weight.dtype) == "torch.bfloat16" and not bfloat16_is_fast(weight.device.type):
         notice("bfloat16 is slow on this device; --dtype float32 is faster and takes twice the memory")
@@ -174,7 +176,7 @@ def open_tokenizer(found: Found) -> Tokenizer:
     from transom.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(found.tokenizer)
-    rows = stated_vocabulary(found.model) or read_args(found.model).vocab_size
+    rows = found.vocabulary or read_args(found.model).vocab_size
     check_vocabulary(tokenizer, rows, str(found.tokenizer))
     return tokenizer
 

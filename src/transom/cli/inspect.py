@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transom.adapt.peft_config import summary
 from transom.args import ModelArgs
-from transom.checkpoints.folders import ADAPTER, CONFIG, PARAMS, find_model, read_args
+from transom.checkpoints.folders import CONFIG, PARAMS, Found, find_model, lacks_vocabulary, read_args
 from transom.checkpoints.hub import is_hub_id
 from transom.cli.glossary import legend
 from transom.cli.main import emit_json
 from transom.errors import RequestError, nearest, notice, require
-from transom.paths import read_json
 from transom.planning.layer_plan import ModelPlan, groups, index_words, plan
 from transom.presets import PRESETS, preset
 
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
         from transom.cli.compare import run_compare
 
         return run_compare(options)
-    subject = find(options.model, options.revision)
+    subject = find(options.model, options.revision, settings_only=options.trace is None)
     if options.trace is not None:
         require(options.length is None, "--length", options.length, "accepted without --trace, TEXT has its own")
         return run_trace(subject, options)
@@ -75,46 +75,41 @@ def run(options: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is inspected: its name as printed, its arguments, its folder unless it is a preset, and its adapter.
-
-    The folder of a model with an adapter is the adapter's.
-    """
+    """What is inspected: its name as printed, its arguments, its folders unless it is a preset, and its adapter."""
 
     name: str
     args: ModelArgs
-    folder: Path | None
+    found: Found | None
     adapter: dict[str, Any] | None = None
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder that stands for it: of a model with an adapter the adapter's."""
+        return None if self.found is None else self.found.folders[0]
 
-def find(name: str, revision: str | None = None) -> Subject:
-    """A model, adapter or run folder, a config.json or params.json, or else a preset, or else a hub id."""
+
+def find(name: str, revision: str | None = None, *, settings_only: bool = False) -> Subject:
+    """A model, adapter or run folder, a config.json or params.json, or else a preset, or else a hub id.
+
+    `settings_only` fetches no weights of a hub id where its config says it all.
+    """
     path = Path(name)
     if path.is_file():
         fits = path.name in (CONFIG, PARAMS)
         require(fits, "file", name, "accepted is a config.json, a params.json, a folder, a hub id or a preset")
         require(revision is None, "--revision", revision, "accepted with a hub id")
-        return Subject(name, read_args(path.parent), path.parent)
+        return Subject(name, read_args(path.parent), Found(path.parent))
     if not path.exists() and name in PRESETS:
         require(revision is None, "--revision", revision, "accepted with a hub id")
         return Subject(f"preset {name}", preset(name), None)
     if not path.exists() and not is_hub_id(name):
         hint = nearest(name, PRESETS)
         raise RequestError(f"{name!r}: no such folder, file or preset; presets are {', '.join(PRESETS)}{hint}")
-    found = find_model(path, revision)
-    adapter = None if found.adapter is None else adapter_facts(found.adapter)
-    return Subject(str(found), read_args(found.model), found.folders[0], adapter)
-
-
-def adapter_facts(folder: Path) -> dict[str, Any]:
-    """What adapter_config.json says of the adapter in short."""
-    from transom.adapt.peft_config import read_peft
-
-    data = read_json(folder / ADAPTER)
-    config = read_peft(data, str(folder / ADAPTER))
-    kind = "DoRA" if config.dora else "rsLoRA" if config.scaling == "rslora" else "LoRA"
-    named = [data.get(key) or [] for key in ("target_modules", "target_parameters", "modules_to_save")]
-    targets = [one for some in named for one in ([some] if isinstance(some, str) else some)]
-    return {"kind": kind, "rank": config.r, "alpha": config.alpha, "targets": sorted(map(str, targets))}
+    found = find_model(path, revision, settings_only=settings_only)
+    if settings_only and lacks_vocabulary(found.model):
+        found = find_model(path, revision)
+    adapter = None if found.adapter is None else summary(found.adapter)
+    return Subject(str(found), read_args(found.model), found, adapter)
 
 
 # -- the plan ---------------------------------------------------------------------------------------------
@@ -206,7 +201,7 @@ def total_lines(planned: ModelPlan) -> list[tuple[str, str]]:
 
 def run_trace(subject: Subject, options: argparse.Namespace) -> int:
     """Load the model, run one forward on the text, print what every layer did."""
-    if subject.folder is None:
+    if subject.found is None:
         raise RequestError(f"--trace: {subject.name} has no weights; accepted is a model or run folder")
     import torch
 
@@ -214,11 +209,11 @@ def run_trace(subject: Subject, options: argparse.Namespace) -> int:
     from transom.cli.generate import open_tokenizer
     from transom.evaluation.trace import trace
 
-    tokenizer = open_tokenizer(find_model(subject.folder))
+    tokenizer = open_tokenizer(subject.found)
     ids = tokenizer.encode(options.trace, add_bos=tokenizer.adds_bos)
     limit = subject.args.max_seq_len
     require(0 < len(ids) <= limit, "--trace", f"a text of {len(ids)} tokens", f"accepted are 1 to {limit} tokens")
-    model = load(subject.folder, device=options.device or "cpu", dtype=options.dtype)
+    model = load(subject.found, device=options.device or "cpu", dtype=options.dtype)
     layers = trace(model, torch.tensor([ids], device=model.tok_embeddings.weight.device))
     if options.json:
         emit_json(trace_document(subject.name, ids, tokenizer, layers))

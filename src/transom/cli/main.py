@@ -19,10 +19,14 @@ from transom.errors import RequestError, WorkError, nearest
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("transom.cli.demo", "train a small model on this machine's Python library, then talk"),
     "train": ("transom.cli.train", "train a model from a config file, key=value overrides accepted"),
+    "finetune": ("transom.cli.finetune", "teach a model with conversations, answers or pairs of them"),
+    "data": ("transom.cli.data", "count, check and show what a model would be fine-tuned on"),
     "generate": ("transom.cli.generate", "continue a prompt"),
     "chat": ("transom.cli.chat", "talk with a model, turn by turn"),
     "embed": ("transom.cli.embed", "one vector per text, or its label"),
+    "eval": ("transom.cli.eval", "score a model on local files or on tasks of lm-evaluation-harness"),
     "inspect": ("transom.cli.inspect", "show what a model is, layer by layer"),
+    "merge": ("transom.cli.merge", "adapters into the weights of their base, with a report of what that loses"),
     "convert": ("transom.cli.convert", "write a model folder in another format"),
     "verify": ("transom.cli.verify", "compare every fast path with its slow twin on this machine"),
 }

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
     parser.add_argument("--json", action="store_true", help="print one JSON document as the last line")
     parser.epilog = "fields of CONFIG.yaml, each also as key=value (unit, default):\n\n" + "\n".join(
-        _fields(TrainArgs)
+        field_lines(TrainArgs)
     )
 
 
@@ -66,8 +66,7 @@ def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer,
     """Open the run, train it, write its report; (trainer, held-out score, exit code)."""
     require(options.profile >= 0, "--profile", options.profile, "accepted is 0 or more steps")
     from transom.training.report import write_report
-    from transom.training.setup import open_run
-    from transom.training.trainer import describe_run
+    from transom.training.setup import describe_run, open_run
 
     trainer = open_run(
         args,
@@ -76,7 +75,7 @@ def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer,
         quiet=options.quiet,
         profile_steps=options.profile,
     )
-    trainer.line.say(describe_run(args, trainer.model, trainer.dtype, trainer.device))
+    trainer.line.say(describe_run(trainer.args, trainer.model, trainer.dtype, trainer.device))
     final = trainer.fit()
     report = write_report(trainer.run.path)
     if trainer.stop.signal is not None:
@@ -99,7 +98,7 @@ def _split(words: list[str]) -> tuple[Path | None, list[str]]:
     return path, words[1:]
 
 
-def _fields(cls: type, prefix: str = "") -> list[str]:
+def field_lines(cls: type, prefix: str = "") -> list[str]:
     """One line per config field: name, help, unit, default; nested parts by dotted names."""
     lines: list[str] = []
     types_of = field_types(cls)
@@ -108,14 +107,14 @@ def _fields(cls: type, prefix: str = "") -> list[str]:
         nested = _dataclass_in(kind)
         help_text, unit = field.metadata.get("help", ""), field.metadata.get("unit", "")
         if nested is not None and dataclasses.is_dataclass(kind):
-            lines += [f"  {name}: {help_text}", *_fields(nested, name + ".")]
+            lines += [f"  {name}: {help_text}", *field_lines(nested, name + ".")]
             continue
         detail = ", ".join(part for part in (unit, f"default {_default(field)}") if part)
         lines.append(f"  {name}: {help_text} ({detail})")
         if nested is not None:
-            lines += _fields(nested, name + ".")
+            lines += field_lines(nested, name + ".")
         if name == "model":
-            lines += _fields(ModelArgs, "model.")
+            lines += field_lines(ModelArgs, "model.")
     return lines
 
 

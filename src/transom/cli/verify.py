@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transom.verify.check import Finding, Line
 
 # What takes a MODEL, and what has nothing to do with one.
-WITH_MODEL = ("model", "cache", "checkpoint", "resume")
+WITH_MODEL = ("model", "cache", "checkpoint", "merge", "policy", "resume")
 ALONE = ("data", "step", "attention")
 
 
@@ -37,11 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         help="model or run folder, config of a model or a run (YAML or JSON), or preset: a shrunken copy of it is "
-        "verified, of checkpoint the folder itself; built-in models when absent",
+        "verified, of checkpoint and policy the folder itself, of merge an adapter, its base or what was merged; "
+        "built-in models when absent",
     )
+    parser.add_argument("adapter", nargs="?", help="merge: an adapter for the base that stands before it")
     parser.add_argument("--full", action="store_true", help="cache: the folder's own weights, not a shrunken copy")
     parser.add_argument("--length", type=int, help="cache --full, checkpoint: longest sequence, tokens")
-    parser.add_argument("--device", help="cache --full, attention: where to run, default cpu for cache")
+    parser.add_argument("--device", help="cache --full, policy, attention: where to run, default cpu for models")
     parser.add_argument("--dtype", help="cache --full, checkpoint: dtype of the weights, default float32")
     parser.add_argument("--steps", type=int, help="resume: steps of the run, default 6")
     parser.add_argument("--self-test", action="store_true", help="plant every known silent bug and see it caught")
@@ -58,13 +60,13 @@ def run(options: argparse.Namespace) -> int:
     from transom.runtime import one_thread
     from transom.verify.check import summarize
 
-    real = options.full or (options.what == "checkpoint" and options.model is not None)
+    real = options.full or (options.what in ("checkpoint", "merge", "policy") and options.model is not None)
     with contextlib.nullcontext() if real else one_thread():
         lines = summarize(findings(options))
     if options.json:
         emit_json({"check": options.what, "model": options.model, **document(lines)})
     else:
-        print_lines(options.what, options.model, lines)
+        print_lines(options.what, " + ".join(filter(None, (options.model, options.adapter))), lines)
     return 1 if any(line.failed for line in lines) else 0
 
 
@@ -77,6 +79,8 @@ def check_options(options: argparse.Namespace) -> None:
     require(options.what in known, "verify", options.what, f"accepted is {', '.join(known)}, or --self-test")
     fits = options.model is None or options.what in WITH_MODEL
     require(fits, "model", options.model, f"accepted with {', '.join(WITH_MODEL)}; {options.what} needs none")
+    pair = options.adapter is None or options.what == "merge"
+    require(pair, "adapter", options.adapter, f"accepted with merge; {options.what} takes one model")
     full = options.what == "cache" and options.full
     require(full or not options.full, "--full", options.full, "accepted with cache")
     require(not full or options.model is not None, "--full", True, "accepted with a model or run folder")
@@ -84,12 +88,12 @@ def check_options(options: argparse.Namespace) -> None:
     for flag, fits in (
         ("length", full or folder),
         ("dtype", full or folder),
-        ("device", full or options.what == "attention"),
+        ("device", full or options.what in ("policy", "attention")),
         ("steps", options.what == "resume"),
     ):
         value = getattr(options, flag)
         whole = dict.fromkeys(("length", "dtype"), "cache --full and checkpoint FOLDER")
-        accepted = {**whole, "device": "cache --full and attention"}
+        accepted = {**whole, "device": "cache --full, policy and attention"}
         require(value is None or fits, f"--{flag}", value, f"accepted with {accepted.get(flag, options.what)}")
 
 
@@ -109,6 +113,10 @@ def findings(options: argparse.Namespace) -> Iterator[Finding]:
         from transom.verify.checkpoint import compare_folder
 
         return compare_folder(name, options.length, options.dtype or "float32")
+    if what == "merge" and name is not None:
+        from transom.verify.merge import compare_folders
+
+        return compare_folders([name, *filter(None, [options.adapter])])
     if what == "cache" and options.full:
         from transom.checkpoints.load import load
         from transom.verify.cache import compare_whole
@@ -118,9 +126,29 @@ def findings(options: argparse.Namespace) -> Iterator[Finding]:
             raise RequestError(f"--full: {subject.name} has no weights; accepted is a model or run folder")
         model = load(subject.folder, device=options.device or "cpu", dtype=options.dtype or "float32")
         return compare_whole(model, subject.name, options.length)
+    if what == "policy":
+        from transom.verify.policy import check_policy
+
+        device = options.device or "cpu"
+        return check_policy(device) if name is None else drawn_from(name, device)
     from transom.verify.checks import CHECKS
 
     return CHECKS[what].run() if name is None else shrunken(what, name)
+
+
+def drawn_from(name: str, device: str) -> Iterator[Finding]:
+    """A folder's own weights, adapters among them, or a copy in small of what has none."""
+    from transom.checkpoints.load import load
+    from transom.verify.policy import compare_policies
+    from transom.verify.subjects import drawn, shrink
+
+    path = Path(name)
+    if path.is_dir() or not (path.exists() or name in PRESETS):
+        return compare_policies([(name, load(name, device, "float32"))])
+    copy = shrink(read_model(name))
+    for line in copy.left_out:
+        notice(f"{name}: {line}")
+    return compare_policies([(name, drawn(copy.args).to(device))])
 
 
 def shrunken(what: str, name: str) -> Iterator[Finding]:
@@ -178,7 +206,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 # -- what is shown ----------------------------------------------------------------------------------------
 
 
-def print_lines(what: str, model: str | None, lines: Iterable[Line]) -> None:
+def print_lines(what: str, model: str, lines: Iterable[Line]) -> None:
     """One row per comparison, then where each failing one begins to differ."""
     rows, failing, cases = [], [], 0
     for line in lines:

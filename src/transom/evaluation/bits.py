@@ -3,10 +3,11 @@ as the window allows. Bits per byte do not depend on the tokenizer, so runs and 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from transom.errors import RequestError
+from transom.evaluation.progress import shown
 from transom.model import LLM, TransformerInput
 
 
@@ -50,8 +52,8 @@ class HeldOut:
         return HeldOut(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
 
 
-@dataclass(frozen=True)
-class _Window:
+@dataclass(frozen=True, eq=False)
+class Window:
     """Input and target ids of one forward; only targets from `score_from` on count, the rest are context."""
 
     inputs: NDArray[np.int64]
@@ -59,7 +61,13 @@ class _Window:
     score_from: int
 
 
-@torch.no_grad()
+class WindowScore(NamedTuple):
+    """Nats of a window's scored targets, and whether each was the token that the model finds most likely."""
+
+    nats: float
+    greedy: bool
+
+
 def score(
     model: LLM,
     documents: Documents,
@@ -75,65 +83,135 @@ def score(
 
     `max_tokens` stops after whole documents; `bytes` then counts the scored ones only.
     """
+    each = score_each(
+        model,
+        documents,
+        bos_id=bos_id,
+        eos_id=eos_id,
+        window=window,
+        stride=stride,
+        batch_tokens=batch_tokens,
+        max_tokens=max_tokens,
+    )
+    return sum(each, HeldOut())
+
+
+def score_each(
+    model: LLM,
+    documents: Documents,
+    *,
+    bos_id: int | None,
+    eos_id: int | None,
+    window: int,
+    stride: int | None = None,
+    batch_tokens: int = 4096,
+    max_tokens: int | None = None,
+    progress: str = "",
+) -> list[HeldOut]:
+    """`score` document by document: no context crosses from one into the next; `progress` names a bar."""
     stride = max(1, window // 2) if stride is None else stride
     if not 1 <= stride <= window:
         raise RequestError(f"stride = {stride}: accepted is 1 to window = {window}")
-    windows: list[_Window] = []
-    tokens = counted_bytes = 0
+    windows: list[Window] = []
+    counts: list[tuple[int, int, int]] = []  # windows, tokens and bytes of each document
+    tokens = 0
+    # Without a BOS the EOS of the document before stands in front, so that the first token is predicted too.
+    begin = [one for one in (bos_id, eos_id) if one is not None][:1]
+    end = [] if eos_id is None else [eos_id]
     for index in range(len(documents)):
         if max_tokens is not None and tokens >= max_tokens:
             break
-        # Without a BOS the EOS of the document before stands in front, so that the first token is predicted too.
-        begin = [one for one in (bos_id, eos_id) if one is not None][:1]
-        end = [] if eos_id is None else [eos_id]
         ids = np.concatenate([begin, documents.document(index), end]).astype(np.int64)
-        windows += _windows(ids, window, stride)
-        tokens += max(0, len(ids) - 1)
-        counted_bytes += int(documents.bytes[index])
-    was_training = model.training
-    model.eval()
-    windows.sort(key=lambda w: len(w.inputs))  # neighbours of like length waste little padding
-    nats = sum(_nats(model, rows) for rows in _batches(windows, batch_tokens))
-    model.train(was_training)
-    return HeldOut(nats, tokens, counted_bytes)
+        own = _windows(ids, window, stride)
+        windows += own
+        predicted = max(0, len(ids) - 1)
+        tokens += predicted
+        counts.append((len(own), predicted, int(documents.bytes[index])))
+    nats = iter(score_windows(model, windows, batch_tokens, progress))
+    return [
+        HeldOut(math.fsum(one.nats for one in itertools.islice(nats, own)), predicted, size)
+        for own, predicted, size in counts
+    ]
 
 
-def _windows(ids: NDArray[np.int64], window: int, stride: int) -> list[_Window]:
+def _windows(ids: NDArray[np.int64], window: int, stride: int) -> list[Window]:
     out, scored = [], 0
     predicted = len(ids) - 1
     start = 0
     while scored < predicted:
         stop = min(start + window, predicted)
-        out.append(_Window(ids[start:stop], ids[start + 1 : stop + 1], scored - start))
+        out.append(Window(ids[start:stop], ids[start + 1 : stop + 1], scored - start))
         scored = stop
         start += stride
     return out
 
 
-def _batches(windows: Sequence[_Window], batch_tokens: int) -> Iterator[Sequence[_Window]]:
+def score_windows(
+    model: LLM, windows: Sequence[Window], batch_tokens: int = 4096, progress: str = ""
+) -> list[WindowScore]:
+    """Scores in the order given; `progress` names them on a bar on standard error."""
+    scores = [WindowScore(0.0, True)] * len(windows)
+    found = scored(model, windows, batch_tokens)
+    for index, one in shown(found, progress, len(windows)):
+        scores[index] = one
+    return scores
+
+
+@torch.no_grad()
+def scored(
+    model: LLM, windows: Sequence[Window], batch_tokens: int = 4096, batch_rows: int | None = None
+) -> Iterator[tuple[int, WindowScore]]:
+    """(index, score) of each window as it comes, `batch_tokens` or one row at a time, `batch_rows` at most.
+
+    The longest come first; neighbours with the same inputs are run once.
+    """
+    rows: list[list[int]] = []
+    for index in sorted(range(len(windows)), key=lambda index: -len(windows[index].inputs)):
+        if rows and np.array_equal(windows[rows[-1][0]].inputs, windows[index].inputs):
+            rows[-1].append(index)
+        else:
+            rows.append([index])
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in _batches(rows, windows, batch_tokens, batch_rows):
+            found = _score_batch(model, [[windows[index] for index in row] for row in batch])
+            yield from zip((index for row in batch for index in row), found, strict=True)
+    finally:
+        model.train(was_training)
+
+
+def _batches(
+    rows: Sequence[list[int]], windows: Sequence[Window], batch_tokens: int, batch_rows: int | None
+) -> Iterator[Sequence[list[int]]]:
     at = 0
-    while at < len(windows):
-        stop = at + 1
-        while stop < len(windows) and (stop + 1 - at) * len(windows[stop].inputs) <= batch_tokens:
-            stop += 1
-        yield windows[at:stop]
+    while at < len(rows):
+        count = max(1, batch_tokens // len(windows[rows[at][0]].inputs))
+        stop = at + (count if batch_rows is None else min(count, batch_rows))
+        yield rows[at:stop]
         at = stop
 
 
-def _nats(model: LLM, rows: Sequence[_Window]) -> float:
+def _score_batch(model: LLM, rows: Sequence[Sequence[Window]]) -> list[WindowScore]:
+    """Scores of the windows of every row, which share its inputs."""
     device = model.tok_embeddings.weight.device
-    longest = max(len(row.inputs) for row in rows)
+    longest = max(len(row[0].inputs) for row in rows)
     tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
-    targets = torch.full((len(rows), longest), -100)
-    for b, row in enumerate(rows):
-        tokens[b, : len(row.inputs)] = torch.from_numpy(row.inputs)
-        targets[b, row.score_from : len(row.targets)] = torch.from_numpy(row.targets[row.score_from :])
-    lengths = torch.tensor([len(row.inputs) for row in rows])
+    for b, (first, *_) in enumerate(rows):
+        tokens[b, : len(first.inputs)] = torch.from_numpy(first.inputs)
+    lengths = torch.tensor([len(row[0].inputs) for row in rows])
     inputs = TransformerInput(tokens.to(device), lengths=lengths.to(device), logits="none")
     hidden_BTD = model(inputs).hidden_BTD
-    targets = targets.to(device)
     # Only scored positions get logits: the context in front of them has been scored before.
-    scored = targets >= 0
-    rows_at_once = max(1, LOGITS // model.args.vocab_size)
-    pieces = zip(hidden_BTD[scored].split(rows_at_once), targets[scored].split(rows_at_once), strict=True)
-    return float(sum(F.cross_entropy(model.project(h).float(), ids, reduction="sum") for h, ids in pieces))
+    members = [(b, one) for b, row in enumerate(rows) for one in row]
+    counts = [len(one.targets) - one.score_from for _, one in members]
+    places = torch.cat([b * longest + torch.arange(one.score_from, len(one.targets)) for b, one in members])
+    targets = torch.cat([torch.from_numpy(one.targets[one.score_from :]) for _, one in members])
+    at_once = max(1, LOGITS // model.args.vocab_size)
+    nats, greedy = [], []
+    for places_n, targets_n in zip(places.split(at_once), targets.to(device).split(at_once), strict=True):
+        logits_nV = model.project(hidden_BTD.flatten(0, 1)[places_n.to(device)]).float()
+        nats.append(F.cross_entropy(logits_nV, targets_n, reduction="none").cpu())
+        greedy.append((logits_nV.argmax(-1) == targets_n).cpu())
+    pieces = zip(torch.cat(nats).double().split(counts), torch.cat(greedy).split(counts), strict=True)
+    return [WindowScore(float(nats_n.sum()), bool(greedy_n.all())) for nats_n, greedy_n in pieces]

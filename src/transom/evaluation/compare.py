@@ -11,13 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from transom.adapt.lora import plain_weights
-from transom.adapt.merge import merge_adapter
-from transom.adapt.read import load_adapter
 from transom.args import ModelArgs
-from transom.checkpoints.folders import Found, read_args
-from transom.checkpoints.load import load, open_state, outline, shapes_of
-from transom.checkpoints.stored import Source, Stored
+from transom.checkpoints.convert import open_model
+from transom.checkpoints.folders import Found
+from transom.checkpoints.stored import Stored
 from transom.transforms import Shape, turn_rotary
 
 PART = 1 << 22  # numbers compared at a time, so that a difference in float32 stays small beside its tensors
@@ -52,7 +49,7 @@ class ModelDifference:
 
 def compare_models(first: Found, second: Found) -> ModelDifference:
     """Compare every parameter; rotary rows of the second are turned where it keeps them in the other layout."""
-    (one, ours), (other, theirs) = _weights(first), _weights(second)
+    (one, ours), (other, theirs) = open_model(first), open_model(second)
     rotary: Literal["same", "turned", "kept"] = "same"
     if one.rope_layout != other.rope_layout:
         rotary = "kept" if other.mla_args is not None else "turned"
@@ -79,15 +76,6 @@ def compare_models(first: Found, second: Found) -> ModelDifference:
         identical=identical,
         compared=len(both),
     )
-
-
-def _weights(found: Found) -> tuple[ModelArgs, Source]:
-    """Arguments and parameters; those of a model with an adapter are what the two multiply by together."""
-    if found.adapter is not None:
-        model = merge_adapter(load_adapter(load(found.model), found.adapter))
-        return model.args, {name: Stored.of(parameter.detach()) for name, parameter in plain_weights(model).items()}
-    args = read_args(found.model)
-    return args, open_state(found.model, args, shapes_of(outline(args)))
 
 
 def _turned(name: str, stored: Stored, args: ModelArgs, like: ModelArgs) -> Stored:

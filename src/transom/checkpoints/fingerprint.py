@@ -1,0 +1,106 @@
+"""Which weights an adapter belongs to: a fingerprint of its base, kept in `transom.json` beside the adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transom import fields
+from transom.args import ModelArgs
+from transom.checkpoints.folders import model_folder, read_args
+from transom.checkpoints.load import open_state, outline, shapes_of
+from transom.checkpoints.safetensors_files import write_text
+from transom.checkpoints.stored import Source, Stored
+from transom.errors import RequestError, notice, require
+from transom.fields import describe
+from transom.paths import read_json
+from transom.transforms import turn_rotary
+
+ADAPTER_FACTS = "transom.json"
+_THREADS = 4  # hashing releases the interpreter; as many tensors that are not maps are in memory
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What PEFT's files do not say of an adapter: the base it was trained on."""
+
+    base_fingerprint: str = describe("", "`fingerprint` of the base")
+    base: str = describe("", "folder or hub id of the base, as it was given")
+    quantize: dict[str, Any] | None = describe(None, "how the base was quantized in training (QuantizeArgs)")
+    dtype: str | None = describe(None, "dtype that the base's weights had in training; the files' own when none")
+
+    def __post_init__(self) -> None:
+        require(bool(self.base_fingerprint), "base_fingerprint", self.base_fingerprint, "accepted is a fingerprint")
+
+
+def fingerprint(folder: str | Path) -> str:
+    """A hash of the weights of a model folder, hex: every number under our name in its stored dtype.
+
+    Rotary rows are hashed as interleaved pairs, so a model has one fingerprint in all formats that keep its dtype
+    and tying. Settings (`rope_theta`, the tokenizer) are not part of it. Files are streamed.
+    """
+    where = model_folder(folder)
+    args = read_args(where)
+    return fingerprint_of(args, open_state(where, args, shapes_of(outline(args))))
+
+
+def fingerprint_of(args: ModelArgs, source: Source) -> str:
+    """`fingerprint` of parameters that are open already."""
+    names = sorted(source)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        digests = pool.map(lambda name: _digest(name, source[name], args), names)
+        whole = "".join(f"{name} {digest}\n" for name, digest in zip(names, digests, strict=True))
+    if args.mla_args is not None:  # latent heads cannot be turned, so their order is part of what they are
+        whole += f"rotary rows {args.rope_layout}\n"
+    return hashlib.sha256(whole.encode()).hexdigest()
+
+
+def _digest(name: str, stored: Stored, args: ModelArgs) -> str:
+    tensor = stored.read()
+    if args.mla_args is None:
+        tensor = turn_rotary(name, tensor, args, "interleaved")
+    out = hashlib.sha256(f"{stored.dtype} {tuple(stored.shape)} ".encode())
+    out.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return out.hexdigest()
+
+
+def write_facts(
+    adapter: str | Path,
+    base: str | Path,
+    base_fingerprint: str,
+    quantize: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Write `transom.json` into an adapter folder: on which weights and in which form it was trained."""
+    facts = AdapterFacts(base_fingerprint, str(base), None if quantize is None else dict(quantize), dtype)
+    write_text(Path(adapter) / ADAPTER_FACTS, json.dumps(fields.write(facts), indent=2))
+
+
+def read_facts(adapter: str | Path) -> AdapterFacts | None:
+    """What `transom.json` of an adapter folder says; None where there is none."""
+    path = Path(adapter) / ADAPTER_FACTS
+    return fields.read(AdapterFacts, read_json(path), str(path)) if path.exists() else None
+
+
+def check_base(adapter: str | Path, base: str | Path, base_fingerprint: str | None = None) -> str:
+    """The fingerprint of `base` (taken as known where given), which must be the one that `adapter` was trained on.
+
+    Another base is a `RequestError`; an adapter that does not say its own, as PEFT's do not, is a notice.
+    """
+    found = fingerprint(base) if base_fingerprint is None else base_fingerprint
+    facts = read_facts(adapter)
+    if facts is None:
+        notice(f"{adapter}: no {ADAPTER_FACTS} says on which weights it was trained, so {base} cannot be checked")
+    elif facts.base_fingerprint != found:
+        raise RequestError(
+            f"base = {str(base)!r}: its weights have fingerprint {found[:12]}, and {adapter} was trained on "
+            f"{facts.base_fingerprint[:12]} ({facts.base}); accepted is the base that it was trained on"
+        )
+    return found

@@ -1,0 +1,165 @@
+"""`transom finetune`: a model that is there, taught by conversations, answers or pairs of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transom.checkpoints.folders import find_model, is_hub_id, read_args
+from transom.cli.main import emit_json
+from transom.cli.train import field_lines, run_training
+from transom.errors import RequestError, require
+from transom.training.config import TrainArgs, read_config
+from transom.training.tune_args import PREFERENCES, TuneArgs
+
+SEQ_LEN = 1024  # rows are no longer than this unless asked for
+EMBEDDED = "stdlib-docs"
+# Flags that users of other tools know, and the fields they stand for.
+FLAGS = (
+    ("--method", "tune.method", str, "lora or full"),
+    ("--objective", "tune.objective", str, "sft, dpo, ipo, orpo, kto, distill or grpo"),
+    ("--rank", "tune.lora.rank", int, "rank of the adapter"),
+    ("--quantize", "tune.quantize.kind", str, "nf4 or int4: the frozen base in 4 bits"),
+    ("--teacher", "tune.teacher", str, "model to distill from"),
+    ("--epochs", "tune.epochs", float, "passes over the examples"),
+    ("--iters", "steps", int, "optimizer steps, in place of epochs"),
+    ("--batch-size", "data.batch_size", int, "rows per step"),
+    ("--learning-rate", "optimizer.lr", float, "peak learning rate"),
+    ("--max-seq-length", "data.seq_len", int, "longest row"),
+    ("--out", "out", str, "folder of the run (default: MODEL-finetune)"),
+)
+# Peak learning rates that work for most models: adapters start at zero and bear ten times that of whole weights.
+RATES = {("lora", False): 2e-4, ("full", False): 2e-5, ("lora", True): 2e-5, ("full", True): 1e-6}
+DEFAULTS: dict[str, Any] = {
+    "data": {"batch_size": 16, "held_out": 0.05},
+    "optimizer": {"weight_decay": 0.0},
+    "schedule": {"kind": "cosine", "warmup": 0.03, "final": 0.1},
+    "tune": {"epochs": 3.0},
+}
+# For models as small as the demo's, which learn faster and have little to lose.
+SMALL: dict[str, Any] = {
+    "data": {"batch_size": 16, "held_out": 0.05},
+    "optimizer": {"lr": 3e-3, "weight_decay": 0.0},
+    "schedule": {"kind": "cosine", "warmup": 0.05, "final": 0.05},
+    "tune": {"epochs": 3.0, "lora": {"rank": 32, "alpha": 64.0}},
+}
+SMALL_PARAMETERS = 20_000_000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the verb; the fields of the config are listed behind them."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = (
+        "transom finetune MODEL [CONFIG.yaml] --data FILE [key=value ...] [--overwrite | --resume] [--json]"
+    )
+    parser.add_argument("model", metavar="MODEL", help="model or run folder, or hub id, to start from")
+    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml key=value", help="config file, then overrides")
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help=f".jsonl, .json or .parquet file, folder with train and valid files, or {EMBEDDED}: questions about "
+        "this machine's Python library; may be given again",
+    )
+    for flag, field, kind, help_text in FLAGS:
+        parser.add_argument(flag, type=kind, metavar="X", help=f"{help_text} ({field})")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same folder")
+    again.add_argument("--resume", action="store_true", help="continue where the run's latest step left it")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="time the parts of the first N steps")
+    parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
+    parser.add_argument("--json", action="store_true", help="print one JSON document as the last line")
+    parser.epilog = "fields, each as key=value (unit, default):\n\n" + "\n".join(field_lines(TuneArgs, "tune."))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Fine-tune; name the next commands."""
+    args = config_of(options)
+    trainer, _, code = run_training(args, options)
+    if trainer.stop.signal is not None:
+        return code
+    print(next_commands(args))
+    if options.json:
+        p = trainer.progress
+        emit_json(
+            {
+                "run": str(trainer.run.path),
+                "base": args.base,
+                "steps": p.step,
+                "train_tokens": p.tokens,
+                "train_seconds": round(p.seconds, 3),
+                "held_out_loss": p.best,
+                "trained_parameters": sum(w.numel() for w in trainer.model.parameters() if w.requires_grad),
+            }
+        )
+    return code
+
+
+def config_of(options: argparse.Namespace) -> TrainArgs:
+    """The config of the words given, on top of what suits the method, or that of the run that is resumed."""
+    path, overrides = _split(options.words)
+    flags = [f"{field}={_value(options, flag)}" for flag, field, *_ in FLAGS if _value(options, flag) is not None]
+    overrides = [*flags, *overrides]
+    model = Path(options.model)
+    if options.resume and (model / "config.yaml").exists() and read_config(model / "config.yaml").tune:
+        return read_config(model / "config.yaml", [f"out={model}", *overrides])
+    given = {word.partition("=")[0] for word in overrides}
+    if "out" not in given:
+        overrides = [f"out={default_out(options.model)}", *overrides]
+    if options.resume:
+        out = next(word.partition("=")[2] for word in reversed(overrides) if word.startswith("out="))
+        return read_config(Path(out) / "config.yaml", overrides)
+    base = defaults_for(options.model, options.data, read_config(path).to_dict() if path else None)
+    if any(word == "steps" for word in given):
+        base["tune"]["epochs"] = None
+    base["base"] = options.model
+    if options.data:
+        base["data"]["sources"] = list(options.data)
+    first = read_config(None, overrides, base=base)
+    require(bool(first.data.sources), "--data", None, f"accepted is a file, a folder or {EMBEDDED}")
+    if "optimizer.lr" not in given and "lr" not in base["optimizer"] and first.tune is not None:
+        base["optimizer"]["lr"] = RATES[first.tune.method, first.tune.objective in (*PREFERENCES, "grpo")]
+    return read_config(None, overrides, base=base)
+
+
+def defaults_for(model: str, data: Sequence[str], config: dict[str, Any] | None) -> dict[str, Any]:
+    """What the fields are unless the config or a word says otherwise."""
+    if config is not None:
+        return config
+    args = read_args(find_model(model).model)
+    from transom.planning.counts import parameters
+
+    chosen = SMALL if parameters(args) < SMALL_PARAMETERS else DEFAULTS
+    base = {key: dict(value) for key, value in chosen.items()}
+    base["data"]["seq_len"] = min(args.max_seq_len, SEQ_LEN)
+    return base
+
+
+def default_out(model: str) -> str:
+    """`runs/demo-finetune` for `runs/demo`; a hub id goes below `runs`."""
+    if not Path(model).exists() and is_hub_id(model):
+        return f"runs/{model.rpartition('/')[2]}-finetune"
+    path = Path(model.rstrip("/"))
+    if not path.exists():
+        raise RequestError(f"{path}: no such folder; accepted is a model or run folder, or a hub id")
+    return f"{path}-finetune"
+
+
+def _value(options: argparse.Namespace, flag: str) -> Any:
+    return getattr(options, flag.removeprefix("--").replace("-", "_"))
+
+
+def _split(words: list[str]) -> tuple[Path | None, list[str]]:
+    if words and "=" not in words[0]:
+        return Path(words[0]), words[1:]
+    return None, words
+
+
+def next_commands(args: TrainArgs) -> str:
+    """What to try now."""
+    assert args.tune is not None, "config_of gives it"
+    merge = f"  transom merge {args.out}\n" if args.tune.method == "lora" else ""
+    return f"\nnext:\n  transom chat {args.out}\n{merge}  transom eval {args.out} --data my_texts"

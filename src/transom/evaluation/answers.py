@@ -1,0 +1,110 @@
+"""Exact match: whether what a model generates for a prompt is one of the accepted answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transom.errors import RequestError
+from transom.evaluation.eval_args import Matching
+from transom.evaluation.progress import shown
+from transom.evaluation.subject import Subject
+from transom.evaluation.task_data import AnswerRow
+from transom.generation.loop import GREEDY
+from transom.generation.sampling import SamplingArgs
+from transom.generation.text import Completion, stream_text
+
+CACHE_TOKENS = 1 << 15  # prompt and new tokens of all rows that are generated at a time
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerScores:
+    """What a model said; lists and arrays have an entry per row."""
+
+    texts: list[str]
+    found: list[str | None]  # in each text, by `Matching.extract`
+    right: NDArray[np.bool_]
+    unfinished: int  # answers cut at the most tokens allowed
+    tokens: int  # generated
+
+
+def score_answers(
+    subject: Subject,
+    rows: Sequence[AnswerRow],
+    *,
+    max_new_tokens: int,
+    matching: Matching,
+    stop: Sequence[str] = (),
+    progress: str = "",
+) -> AnswerScores:
+    """Generate greedily behind every prompt, messages through the chat template, and compare."""
+    prompts = [_prompt_ids(subject, row) for row in rows]
+    ends = subject.stop_tokens
+    if any(row.messages for row in rows) and subject.template is not None:
+        ends = tuple(dict.fromkeys((*ends, *subject.template.stop_tokens)))
+    for row, ids in zip(rows, prompts, strict=True):
+        if subject.longest is not None and len(ids) + max_new_tokens > subject.longest:
+            raise RequestError(
+                f"{row.id}: a prompt of {len(ids)} tokens and {max_new_tokens} new: accepted are {subject.longest} "
+                "together, the model's max_seq_len"
+            )
+    said = [Completion()] * len(rows)
+    for index, one in shown(generated(subject, prompts, max_new_tokens, stop, ends), progress, len(rows)):
+        said[index] = one
+    found = [matching.found(one.text) for one in said]
+    return AnswerScores(
+        [one.text for one in said],
+        found,
+        np.array([matching.right(one, row.answers) for one, row in zip(found, rows, strict=True)]),
+        unfinished=sum(one.finish_reason == "length" for one in said),
+        tokens=sum(len(one.tokens) for one in said),
+    )
+
+
+def _prompt_ids(subject: Subject, row: AnswerRow) -> list[int]:
+    if not row.messages:
+        return subject.encode(row.prompt)
+    if subject.template is None:
+        raise RequestError(f'{row.id}: messages: this model has no chat template; accepted is "prompt"')
+    try:
+        return subject.template.encode(row.messages)
+    except RequestError as error:
+        raise RequestError(f"{row.id}: {error}") from None
+
+
+def generated(
+    subject: Subject,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    stop: Sequence[str],
+    stop_tokens: Sequence[int],
+    *,
+    sampling: SamplingArgs = GREEDY,
+    batch_rows: int | None = None,
+) -> Iterator[tuple[int, Completion]]:
+    """(index, completion) of each prompt as it comes, the longest first; greedy unless told.
+
+    Prompts of like length make a batch, which has `CACHE_TOKENS` tokens or one row, `batch_rows` at most. Every
+    prompt has draws of its own, whatever batch it is in.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    while order:
+        count = max(1, CACHE_TOKENS // (len(prompts[order[0]]) + max_new_tokens))
+        count = count if batch_rows is None else min(count, batch_rows)
+        batch, order = order[:count], order[count:]
+        texts = stream_text(
+            subject.model,
+            subject.tokenizer,
+            [prompts[index] for index in batch],
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seeds=[sampling.seed + index for index in batch],
+            stop=stop,
+            stop_tokens=stop_tokens,
+        )
+        for _ in texts:
+            pass
+        yield from zip(batch, texts.completions, strict=True)

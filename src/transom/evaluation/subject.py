@@ -1,0 +1,113 @@
+"""What is evaluated: a model with its tokenizer, its stop tokens and its chat template, and who it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transom.chat.fingerprint import warn_if_other
+from transom.chat.template import ChatTemplate, stored_templates
+from transom.checkpoints.fingerprint import fingerprint
+from transom.checkpoints.folders import Found, find_model, sha256_of, stated_vocabulary
+from transom.checkpoints.load import check_vocabulary, load
+from transom.errors import RequestError, notice
+from transom.generation.loop import keeps_every_token
+from transom.generation.text import stop_tokens_of
+from transom.model import LLM
+from transom.runtime import bfloat16_is_fast
+from transom.tokenizer import Tokenizer
+
+
+@dataclass
+class Subject:
+    """An opened model; `stop_tokens` are the folder's own, `chat_template` the name asked for, if any."""
+
+    name: str
+    found: Found
+    model: LLM
+    tokenizer: Tokenizer
+    stop_tokens: tuple[int, ...]
+    chat_template: str | None = None
+
+    @classmethod
+    def open(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: str | None = None,
+        chat_template: str | None = None,
+    ) -> Subject:
+        """The model of a folder, run folder, adapter folder or hub id; one without a next token is refused."""
+        found = find_model(name, revision)
+        tokenizer = Tokenizer.load(found.tokenizer)
+        check_vocabulary(tokenizer, stated_vocabulary(found.model), str(found.tokenizer))
+        settings = (folder for folder in found.folders if (folder / "generation_config.json").exists())
+        stop_tokens = stop_tokens_of(next(settings, found.model), tokenizer)
+        model = load(found.folders[0], device, dtype)
+        if model.args.head is not None:
+            raise RequestError(f"{found}: a model with a {model.args.head.kind} head; accepted is a language model")
+        if any(layer.rule.kind == "full" for layer in model.args.layers):
+            raise RequestError(
+                f"{found}: layers see later tokens (pattern B); accepted is a model that predicts them"
+            )
+        weight = model.tok_embeddings.weight
+        if str(weight.dtype) == "torch.bfloat16" and not bfloat16_is_fast(weight.device.type):
+            notice("bfloat16 is slow on this device; --dtype float32 is faster and takes twice the memory")
+        return cls(str(name), found, model, tokenizer, stop_tokens, chat_template)
+
+    @cached_property
+    def template(self) -> ChatTemplate | None:
+        """The template asked for, the adapter's or the model's own, or the one its vocabulary is made for."""
+        adapters = (folder for folder in self.found.folders[:-1] if stored_templates(folder)[1])
+        template = ChatTemplate.find(next(adapters, self.found.model), self.tokenizer, self.chat_template)
+        warn_if_other(self.found.folders, self.tokenizer, template)
+        return template
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens that a sequence may have; None where every layer forgets."""
+        args = self.model.args
+        return args.max_seq_len if keeps_every_token(args) else None
+
+    @property
+    def prefix(self) -> int | None:
+        """The token in front of a text that has none in front: BOS, else EOS; as lm-evaluation-harness has it."""
+        return self.tokenizer.bos_id if self.tokenizer.bos_id is not None else self.tokenizer.eos_id
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, BOS in front where the tokenizer's makers put one; special tokens stay text."""
+        return self.tokenizer.encode(text, add_bos=self.tokenizer.adds_bos)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The hash of the weights, without an adapter's."""
+        return fingerprint(self.found.model)
+
+    def facts(self) -> dict[str, Any]:
+        """Who this is: hashes of weights, settings, adapter and vocabulary, and in what numbers it ran."""
+        weight, args = self.model.tok_embeddings.weight, self.model.args
+        adapter = self.found.adapter
+        settings = json.dumps(args.to_dict(), sort_keys=True).encode()
+        return {
+            "model": self.name,
+            "folder": str(self.found),
+            "fingerprint": self.fingerprint,
+            "args_sha256": hashlib.sha256(settings).hexdigest(),
+            "adapter_sha256": None if adapter is None else _hash_of_adapter(adapter),
+            "tokenizer_hash": self.tokenizer.hash,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "device": str(weight.device),
+        }
+
+
+def _hash_of_adapter(folder: Path) -> str:
+    """SHA-256 over the names and hashes of an adapter's settings and weights."""
+    files = sorted(file for pattern in ("adapter_*", "lora.safetensors") for file in folder.glob(pattern))
+    return hashlib.sha256("".join(f"{file.name} {sha256_of(file)}\n" for file in files).encode()).hexdigest()

@@ -1,0 +1,148 @@
+"""`transom data`: counts, faults with their lines, exit codes, and one example token by token."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chat_texts import say
+from tests.helpers import run_python, tiny_args
+from transom.data.packing import first_fit_decreasing
+from transom.tokenizer import byte_tokenizer
+
+CHATML = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
+TALK = {"messages": [say("user", "q"), say("assistant", "a"), say("user", "r"), say("assistant", "bc")]}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder without weights: tokenizer and settings are all that is read."""
+    folder = tmp_path_factory.mktemp("model")
+    byte_tokenizer(CHATML).save(folder)
+    args = tiny_args(vocab_size=260, max_seq_len=200)
+    (folder / "config.json").write_text(json.dumps({"model_type": "transom", **args.to_dict()}))
+    return folder
+
+
+def write(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def checked(call: Any, *words: object) -> tuple[int, dict[str, Any], str]:
+    code, out, err = call("data", "check", *words, "--json")
+    return code, json.loads(out.splitlines()[-1]), err
+
+
+def test_check_counts(call: Any, model: Path, tmp_path: Path) -> None:
+    masked = {"messages": [say("user", "q"), {**say("assistant", "a"), "weight": 0}]}
+    long = {"messages": [say("user", "q"), say("assistant", "x" * 300)]}
+    path = write(tmp_path, [TALK, masked, long, TALK])
+    code, facts, _ = checked(call, path, "--model", model)
+    # Control tokens, then characters: of three turns with "user\n" or "assistant\n" and a line end behind each.
+    tokens = 2 * 4 + len("user\nq\nassistant\na\nuser\nr\nassistant\nbc")
+    assert (code, facts["examples"], facts["rows"]) == (0, 4, 3)
+    assert facts["tokens"] == 2 * tokens + 201  # what is longer than 200 inputs and their last target is cut
+    assert facts["trained_tokens"] == 2 * len("a.bc.") + 201 - 3 - len("user\nq\nassistant\n")
+    assert (facts["truncated"], facts["fully_masked"], facts["without_end"], facts["dropped"]) == (1, 1, 1, 0)
+    assert facts["template"] == "the built-in template chatml" and facts["kinds"] == ["chat"]
+    assert facts["longest"] == 201 and facts["seq_len"] == 200 and facts["malformed"] == []
+    assert facts["packed_rows"] == 2 and 0 < facts["fill"] < 1
+    _, facts, _ = checked(call, path, "--model", model, "--truncate", "drop")
+    assert (facts["dropped"], facts["truncated"], facts["longest"]) == (1, 0, tokens)
+
+
+def test_check_lists_every_malformed_row_and_fails(call: Any, model: Path, tmp_path: Path) -> None:
+    tools = {**TALK, "messages": [say("user", "q"), say("assistant", "\ud800")]}
+    path = write(tmp_path, [TALK, "no\n", {"messages": [say("user", "q")]}, tools, {"text": "a"}])
+    code, facts, _ = checked(call, path, "--model", model)
+    assert code == 1 and facts["malformed_rows"] == 4 and facts["rows"] == 1
+    assert [fault["where"].rpartition(":")[2] for fault in facts["malformed"]] == ["2", "3", "5", "4"]
+    code, out, _ = call("data", "check", path, "--model", model)
+    assert code == 1 and f"{path}:2: 'no': accepted is one JSON object" in out and "malformed rows" in out
+
+
+def test_check_fails_where_nothing_would_be_learnt(call: Any, model: Path, tmp_path: Path) -> None:
+    masked = {"messages": [say("user", "q"), {**say("assistant", "a"), "weight": 0}]}
+    code, facts, err = checked(call, write(tmp_path, [masked]), "--model", model)
+    assert code == 1 and facts["trains"] is False and "nothing to train on" in err
+
+
+def test_check_of_prompts_pairs_and_splits(call: Any, model: Path, tmp_path: Path) -> None:
+    code, facts, _ = checked(call, write(tmp_path, [{"prompt": "1+1", "answer": "2"}] * 2), "--model", model)
+    assert (code, facts["rows"], facts["kinds"]) == (0, 2, ["answer"])
+    folder = tmp_path / "set"
+    folder.mkdir()
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    write(folder, [pair] * 2, "train.jsonl")
+    write(folder, [pair], "val.jsonl")
+    assert checked(call, folder, "--model", model)[1]["rows"] == 4
+    assert checked(call, folder, "--model", model, "--split", "valid")[1]["rows"] == 2
+
+
+def test_show_prints_tokens_with_their_loss(call: Any, model: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, [TALK, {"messages": [say("user", "\x1b[2J"), {**say("assistant", "é"), "weight": 0.5}]}])
+    code, out, _ = call("data", "show", path, "--model", model, "--index", 1, "--json")
+    (row,) = json.loads(out)["rows"]
+    assert code == 0 and row["examples"] == ["rows.jsonl:2"]
+    trained = [(token["id"], token["weight"], token["mark"]) for token in row["tokens"] if token["weight"]]
+    assert trained == [(0xC3, 0.5, ""), (0xA9, 0.5, ""), (259, 0.5, "end of turn")]
+    code, out, _ = call("data", "show", path, "--model", model, "--index", 1)
+    assert "\x1b" not in out and "\\x1b[2J" in out and "é" in out  # no colours in a pipe, nor those of a row
+    assert "'<|im_end|>'    end of turn  259   0.5        0" in out
+
+
+def test_show_colours_what_is_learnt_on_a_terminal(
+    call: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for no_color, colour in ((None, True), ("1", False)):
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        if no_color:
+            monkeypatch.setenv("NO_COLOR", no_color)
+        _, out, _ = call("data", "show", write(tmp_path, [TALK]), "--model", model)
+        assert ("\x1b[32ma" in out) == colour
+
+
+def test_show_packed_prints_segments(call: Any, model: Path, tmp_path: Path) -> None:
+    texts = ["x" * 80, "y" * 30, "z" * 150]
+    path = write(tmp_path, [{"text": text} for text in texts])
+    packs = first_fit_decreasing([len(text) + 1 for text in texts], 200, seed=0)
+    code, out, _ = call("data", "show", path, "--model", model, "--packed", "--index", 0, "--json")
+    (row,) = json.loads(out)["rows"]
+    assert code == 0 and row["examples"] == [f"rows.jsonl:{at + 1}" for at in packs[0]]
+    assert [token["segment"] for token in row["tokens"] if token["mark"] == "BOS"] == [0, 1]
+    assert [token["position"] for token in row["tokens"] if token["mark"] == "BOS"] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["check", "none.jsonl", "--model", "MODEL"], "data = 'none.jsonl': no such file or folder"),
+        (["check", "DATA", "--model", "none"], "none: no such folder"),
+        (["check", "DATA"], "the following arguments are required: --model"),
+        (["count", "DATA", "--model", "MODEL"], "invalid choice: 'count'"),
+        (["check", "DATA", "--model", "MODEL", "--seq-len", "201"], "--seq-len = 201: accepted is 2 to 200"),
+        (["check", "DATA", "--model", "MODEL", "--index", "0"], "--index = 0: accepted with show"),
+        (["check", "DATA", "--model", "MODEL", "--split", "dev"], "split = 'dev': accepted is one of train"),
+        (["show", "DATA", "--model", "MODEL", "--index", "2"], "--index = 2: accepted is 0 to 0"),
+        (["show", "DATA", "--model", "MODEL", "--seed", "1"], "--seed = 1: accepted with show --packed"),
+        (["check", "DATA", "--model", "MODEL", "--chat-template", "x"], "chat template = 'x': accepted is a file"),
+    ],
+)
+def test_wrong_requests_are_one_sentence(
+    call: Any, model: Path, tmp_path: Path, words: list[str], sentence: str
+) -> None:
+    given = {"MODEL": str(model), "DATA": str(write(tmp_path, [TALK]))}
+    code, out, err = call("data", *(given.get(word, word) for word in words))
+    assert (code, out) == (2, "") and sentence in err.splitlines()[-1]
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; from transom.cli.main import main; main(['data', '--help']); print('torch' in sys.modules)"
+    assert run_python(code).splitlines()[-1] == "False"

@@ -1,0 +1,76 @@
+"""Multiple choice against sums of log-probabilities that `transformers` finds."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.evaluation.twins import LONGEST, write_llama
+from transom.errors import RequestError
+from transom.evaluation.choices import encode_pair, score_choices
+from transom.evaluation.subject import Subject
+from transom.evaluation.task_data import ChoiceRow
+
+ROWS = [
+    ChoiceRow("a:1", "The quick brown fox jumps over the lazy", ("dog", "fox and the dog", "naïve café"), 0),
+    ChoiceRow("a:2", "One of ", ("A", "B", "C", "D"), 3),
+    ChoiceRow("a:3", "Größe und", ("日本語", "emoji"), 1),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def subject(folder):
+    return Subject.open(folder, device="cpu", dtype="float32")
+
+
+def logprob(model, tokenizer, prompt, choice):
+    """By one forward of `transformers` per choice."""
+    head, ids = tokenizer(prompt.rstrip()).input_ids, tokenizer(f"{prompt} {choice}").input_ids
+    with torch.no_grad():
+        logp_TV = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(float(logp_TV[at - 1, ids[at]]) for at in range(len(head), len(ids)))
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 4096])
+def test_log_probabilities_are_those_of_transformers(folder, subject, batch_tokens):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    got = score_choices(subject, ROWS, batch_tokens)
+    for row, found in zip(ROWS, got.logprobs, strict=True):
+        want = [logprob(model, tokenizer, row.prompt, choice) for choice in row.choices]
+        assert found == pytest.approx(want, rel=1e-5)
+        assert got.chosen["acc"][ROWS.index(row)] == np.argmax(want)
+    assert (got.ties, got.cut) == (0, 0)
+
+
+def test_lengths_divide_by_characters_or_bytes(subject):
+    row = ChoiceRow("a:1", "Größe", ("é" * 8, "abcdefghij"), 0)
+    got = score_choices(subject, [row])
+    (some,) = got.logprobs
+    assert got.chosen["acc_norm"][0] == np.argmax([some[0] / 8, some[1] / 10])
+    assert got.chosen["acc_bytes"][0] == np.argmax([some[0] / 16, some[1] / 10])
+    assert bool(got.right["acc_bytes"][0]) == (got.chosen["acc_bytes"][0] == 0)
+
+
+def test_ties_are_counted_and_the_first_counts(subject):
+    got = score_choices(subject, [ChoiceRow("a:1", "The", ("dog", "dog"), 1)])
+    assert (got.ties, got.chosen["acc"].tolist(), got.right["acc"].tolist()) == (1, [0], [False])
+
+
+def test_what_does_not_fit_is_cut_from_the_left(subject):
+    long = ChoiceRow("a:1", "x " * LONGEST + "The quick brown", ("fox", "dog"), 0)
+    got = score_choices(subject, [long, ROWS[0]])
+    assert got.cut == 2
+    head, rest = encode_pair(subject, long.prompt, " fox", "")
+    assert len(head) + len(rest) > LONGEST + 1
+    with pytest.raises(RequestError, match="a continuation of"):
+        score_choices(subject, [ChoiceRow("a:1", "The", ("x " * LONGEST, "dog"), 0)])
+
+
+def test_spaces_before_the_boundary_belong_to_the_continuation(subject):
+    head, rest = encode_pair(subject, "One of ", " A", "")
+    assert head == subject.encode("One of") and subject.tokenizer.decode(rest) == "  A"

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
+from tests.training.runs import without_bos
 from transom.data.batches import NO_TARGET
 from transom.data.labelled import (
     Labelled,
@@ -118,6 +120,14 @@ def test_texts_begin_with_bos_and_long_ones_are_cut_and_counted(capsys: pytest.C
 def test_an_unknown_label_is_refused() -> None:
     with pytest.raises(RequestError, match="label of f:9 = 'maybe'"):
         encode_rows([Labelled("f:9", "x", "maybe")], byte_tokenizer(), ["no", "yes"], 8)
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_bos_stands_where_transformers_puts_one(tmp_path: Path, adds: bool) -> None:
+    byte_tokenizer().save(tmp_path)
+    tokenizer = byte_tokenizer() if adds else without_bos(tmp_path)
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert encode_texts(tokenizer, ["ab", "é"], 9) == theirs(["ab", "é"])["input_ids"]
 
 
 # Batches

@@ -27,6 +27,21 @@ class Batch:
     targets: torch.Tensor  # int64 [B, T], NO_TARGET behind the last token of a document
     sizes: tuple[tuple[int, ...], ...]  # per row, the tokens of each document in it; they add up to T
     epoch: int  # of the first row of the global batch
+    weights: torch.Tensor | None = None  # every target counts alike
+
+    @property
+    def real_tokens(self) -> int:
+        """Tokens that are no padding: all of them."""
+        return self.tokens.numel()
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of the longest row."""
+        return self.tokens.size(1)
+
+    def full_size(self, seq_len: int) -> Batch:
+        """Rows as long as rows get, which these are."""
+        return self
 
     def inputs(self) -> TransformerInput:
         """What the model is called with: packed rows see their own documents only."""

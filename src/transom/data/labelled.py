@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from transom.checkpoints.load import write_text
@@ -117,9 +118,12 @@ def read_labels(folder: Path) -> list[str] | None:
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], most: int) -> list[list[int]]:
-    """Ids of each text behind the BOS, if there is one, at most `most` of them; cut texts are counted and said."""
+    """Ids of each text, at most `most` of them, behind a BOS where the tokenizer's makers put one (`adds_bos`).
+
+    Cut texts are counted and said.
+    """
     # No EOS: it would be the last token of every row, and rows pooled there would begin as one and the same vector.
-    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    begin = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     rows = [[*begin, *ids] for ids in tokenizer.encode_batch(texts)]
     for text, row in zip(texts, rows, strict=True):
         require(len(row) > 0, "text", text, "accepted is one that gives a token or more")
@@ -151,6 +155,22 @@ class LabelledBatch:
     targets: Tensor  # int64 [B]
     epoch: int  # of the first row of the global batch
     rows_per_item: int = 1  # 2 for pairs
+    weights: Tensor | None = None  # every target counts alike
+
+    @property
+    def real_tokens(self) -> int:
+        """Tokens that are no padding."""
+        return int(self.lengths.sum())
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of the longest row."""
+        return self.tokens.size(1)
+
+    def full_size(self, seq_len: int) -> LabelledBatch:
+        """The same rows, each as long as rows get."""
+        tokens_BT = F.pad(self.tokens, (0, seq_len - self.tokens.size(1)))
+        return replace(self, tokens=tokens_BT, lengths=torch.full_like(self.lengths, seq_len))
 
     def inputs(self) -> TransformerInput:
         """What the model is called with."""

@@ -1,0 +1,71 @@
+"""Data sets for fine-tuning by name: a file, a folder of splits, `stdlib-docs`, a name of `datasets`. No torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from transom.data.conversations import Example, recognise
+from transom.data.instructions import NAME as STDLIB
+from transom.data.instructions import stdlib_instructions
+from transom.data.row_files import rows_of
+from transom.data.sources import held_out
+from transom.errors import RequestError, notice, require
+
+
+class Problem(NamedTuple):
+    """A row that cannot be used: its file and line, and one sentence."""
+
+    where: str
+    sentence: str
+
+
+def read_examples(name: str | Path, split: str = "train", problems: list[Problem] | None = None) -> list[Example]:
+    """Examples of one split, all of one format; malformed rows are added to `problems`, or the first is refused.
+
+    A split that the data does not have is a `RequestError`; keys that nothing reads are counted and said.
+    """
+    if str(name) == STDLIB:
+        require(split == "train", "split", split, f"accepted for {STDLIB} is train")
+        return stdlib_instructions()
+    rows = rows_of(name, split)
+    if rows is None:
+        raise RequestError(f"split = {split!r}: {name} has no such rows; accepted is one that it has")
+    examples: list[Example] = []
+    found: str | None = None
+    unread: Counter[str] = Counter()
+    for row in rows:
+        try:
+            if row.columns is None:
+                raise RequestError(row.problem)
+            format = recognise(row.columns)
+            if found is not None and format.name != found:
+                raise RequestError(f"{format.name}, where rows before are {found}; accepted is one format in a set")
+            examples.append(format.example(row.columns, row.id))
+            found = format.name
+            unread.update(format.unread(row.columns))
+        except RequestError as error:
+            if problems is None:
+                raise RequestError(f"{row.where}: {error}") from None
+            problems.append(Problem(row.where, str(error)))
+    if unread:
+        words = ", ".join(f"{key} ({count} rows)" for key, count in sorted(unread.items()))
+        notice(f"{name}: keys that are not read: {words}")
+    if not examples and not problems:
+        raise RequestError(f"{name}: no rows; accepted is one or more")
+    return examples
+
+
+def read_splits(name: str | Path, fraction: float) -> tuple[list[Example], list[Example]]:
+    """(examples to train on, examples to measure with): the data's own `valid`, else `fraction` by hash of ids."""
+    train = read_examples(name)
+    if str(name) != STDLIB and rows_of(name, "valid") is not None:
+        return train, read_examples(name, "valid")
+    measured = [example for example in train if held_out(_document(example), fraction)]
+    return [example for example in train if not held_out(_document(example), fraction)], measured
+
+
+def _document(example: Example) -> str:
+    """What examples made of one docstring share, so that none of them tells the answers to the others."""
+    return example.id.partition("#")[0] if example.id.startswith(f"{STDLIB}:") else example.id

@@ -1,0 +1,225 @@
+"""Rows of every format as examples, and what is refused, by file and line."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.chat_texts import CALL, TOOLS
+from transom.data.conversations import Example, recognise
+from transom.data.row_files import rows_of
+from transom.data.tuning_sets import Problem, read_examples, read_splits
+from transom.errors import RequestError
+
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+CHAT = [USER, ANSWER]
+
+
+def example(row: dict[str, Any]) -> Example:
+    return recognise(row).example(row, "f:1")
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# Formats
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": CHAT},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"conversations": CHAT},
+        {"instruction": "q", "input": "", "output": "a"},
+    ],
+)
+def test_conversations_become_messages(row: dict[str, Any]) -> None:
+    assert example(row) == Example("f:1", "chat", tuple(CHAT))
+
+
+def test_alpaca_and_sharegpt_have_systems_and_inputs() -> None:
+    asked = example({"instruction": "q", "input": "x", "output": "a", "system": "s"})
+    assert [m["content"] for m in asked.messages] == ["s", "q\n\nx", "a"]
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 0}]
+    shared = example({"conversations": turns, "system": "s", "tools": json.dumps(TOOLS)})
+    assert [m["role"] for m in shared.messages] == ["system", "user", "assistant"]
+    assert shared.tools == tuple(TOOLS) and shared.messages[2]["weight"] == 0
+
+
+def test_arguments_of_tool_calls_become_objects() -> None:
+    call = {**CALL, "function": {**CALL["function"], "arguments": json.dumps(CALL["function"]["arguments"])}}
+    row = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}], "tools": TOOLS}
+    assert example(row).messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+
+def test_weights_are_kept() -> None:
+    made = example({"messages": [USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 0.5}], "weight": 2})
+    assert [m.get("weight") for m in made.messages] == [None, 0.0, None, 0.5] and made.weight == 2.0
+
+
+def test_prompts_and_completions_are_texts_or_messages() -> None:
+    bare = example({"prompt": "q", "completion": "a"})
+    assert bare == Example("f:1", "completion", (USER,), ((ANSWER,),), bare=True)
+    assert example({"prompt": [USER], "completion": [ANSWER]}) == Example(
+        "f:1", "completion", (USER,), ((ANSWER,),)
+    )
+    labelled = example({"prompt": "q", "completion": "a", "label": False})
+    assert labelled == Example("f:1", "label", (USER,), ((ANSWER,),), label=False, bare=True)
+
+
+# As TRL 1.16 `extract_prompt` splits them (trl/data_utils.py); an explicit prompt stays as it is.
+PAIRS = [
+    ({"chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "b"}]}, "q", ("a", "b"), False),
+    ({"chosen": "The sky is blue.", "rejected": "The sky is green."}, "The sky is", (" blue.", " green."), True),
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, "q", ("a", "b"), True),
+    ({"prompt": [USER], "chosen": "a", "rejected": "b"}, "q", ("a", "b"), False),
+    ({"prompt": "q", "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "b"}]}, "q", ("a", "b"), False),
+    ({"prompt": "q", "chosen": CHAT, "rejected": [USER, {**ANSWER, "content": "b"}]}, "q", ("a", "b"), False),
+    ({"prompt": [USER], "chosen": CHAT, "rejected": [USER, {**ANSWER, "content": "b"}]}, "q", ("a", "b"), False),
+]
+
+
+@pytest.mark.parametrize(("row", "prompt", "answers", "bare"), PAIRS)
+def test_pairs_share_a_prompt(row: dict[str, Any], prompt: str, answers: tuple[str, str], bare: bool) -> None:
+    # Sets of pairs often keep the chosen conversation under `messages` as well.
+    made = example({**row, "messages": CHAT})
+    assert (made.kind, made.messages, made.bare) == ("pair", ({"role": "user", "content": prompt},), bare)
+    assert made.answers == tuple(({"role": "assistant", "content": text},) for text in answers)
+
+
+def test_prompts_with_an_answer_to_compare_with() -> None:
+    made = example({"prompt": "1 + 1?", "answer": 2, "tests": None})
+    assert (made.kind, made.bare, made.reference) == ("answer", True, {"answer": 2})
+    assert example({"messages": [USER], "solution": "a"}).kind == "answer"
+    assert example({"messages": CHAT, "solution": "a"}).kind == "chat"  # it is answered already
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        (
+            {"mesages": CHAT},
+            "keys ['mesages']: accepted are rows with chosen and rejected; .*did you mean 'messages'",
+        ),
+        ({"messages": []}, "messages = []: accepted is a list of one message or more"),
+        ({"messages": ["hi"]}, "messages[0] = 'hi': accepted is an object"),
+        ({"messages": [{"role": "usr", "content": "q"}]}, "messages[0].role = 'usr': accepted is one of system,"),
+        ({"messages": [USER]}, "roles of messages = ['user']: accepted is a conversation with an assistant's turn"),
+        ({"messages": [USER, {"role": "assistant", "content": " "}]}, "messages[1].content = ' ': this answer is"),
+        ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content = None: accepted is text"),
+        ({"messages": [{**USER, "weight": 0}, ANSWER]}, "messages[0].weight = 0: accepted on messages of the"),
+        ({"messages": [USER, {**ANSWER, "weight": -1}]}, "messages[1].weight = -1: accepted is a number of 0"),
+        ({"messages": [USER, {**ANSWER, "tool_calls": [{}]}]}, "messages[1].tool_calls[0] = {}: accepted is an"),
+        ({"messages": CHAT, "tools": "no"}, "tools = 'no': accepted is a list of objects"),
+        ({"conversations": [{"from": "bard", "value": "q"}]}, "conversations[0].from = 'bard': accepted is one of"),
+        ({"prompt": "q", "completion": ""}, "completion = '': accepted is text that is not empty"),
+        ({"prompt": "q", "completion": "a", "label": 1}, "label = 1: accepted is true or false"),
+        ({"prompt": "q", "completion": [USER]}, "roles of completion = ['user']: accepted are answers"),
+        ({"instruction": "q", "output": None}, "output = None: accepted is text"),
+        ({"text": ""}, "text = '': accepted is text"),
+        ({"chosen": "a", "rejected": "a"}, "rejected = 'a': the same as chosen"),
+        ({"chosen": "a", "rejected": "b"}, "prompt = '': accepted is one, or answers that begin alike"),
+    ],
+)
+def test_malformed_rows_are_one_sentence(row: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(RequestError, match=".*".join(map(re.escape, sentence.split(".*")))) as caught:
+        example(row)
+    assert "\n" not in str(caught.value)
+
+
+# Files
+
+
+def test_every_fault_is_found_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"messages": CHAT, "source": "x"}, "not json\n", "\n", "[1]\n", {"messages": [USER]}, {"text": "x"}]
+    path = write(tmp_path / "rows.jsonl", [*rows, {"messages": CHAT}])
+    problems: list[Problem] = []
+    assert [one.id for one in read_examples(path, problems=problems)] == ["rows.jsonl:1", "rows.jsonl:7"]
+    assert [one.where for one in problems] == [f"{path}:{line}" for line in (2, 4, 5, 6)]
+    assert "rows before are messages" in problems[3].sentence
+    told = capsys.readouterr().err
+    assert "1 empty lines left out" in told and "keys that are not read: source (1 rows)" in told
+    with pytest.raises(RequestError, match=f"{path}:2: 'not json': accepted is one JSON object"):
+        read_examples(path)
+
+
+def test_a_json_list_is_read_item_by_item(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.json"
+    rows = [{"instruction": "q", "output": "a"}, 5, {"instruction": "r", "output": "b"}]
+    path.write_text(json.dumps(rows, indent=1))
+    problems: list[Problem] = []
+    found = read_examples(path, problems=problems)
+    assert [one.id for one in found] == ["rows.json:2", "rows.json:7"]
+    assert [one.where for one in problems] == [f"{path}:6"]
+    path.write_text('[{"text": "a"}, {"text": "b"}\n {"text": "c"}]')
+    problems.clear()
+    assert [one.id for one in read_examples(path, problems=problems)] == ["rows.json:1"]
+    assert problems[0].where == f"{path}:1.2" and "the rest is not read" in capsys.readouterr().err
+    path.write_text('{"text": "a"}\n{"text": "b"}\n')  # lines, under the other name
+    assert len(read_examples(path)) == 2
+    path.write_text("[]")
+    with pytest.raises(RequestError, match="no rows"):
+        read_examples(path)
+
+
+def test_parquet_rows_lose_what_is_null(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    other = {"type": "function", "function": {"name": "add", "arguments": {"one": 1}}}  # no city, no id
+    calls = {"role": "assistant", "content": None, "tool_calls": [CALL, other]}
+    table = pa.Table.from_pylist([{"messages": CHAT, "tools": None}, {"messages": [USER, calls], "tools": "[]"}])
+    parquet.write_table(table, tmp_path / "train-00000-of-00001.parquet")
+    first, second = read_examples(tmp_path)
+    assert first == Example("train-00000-of-00001.parquet:1", "chat", tuple(CHAT))
+    assert second.messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL, other]}
+
+
+def test_folders_have_splits(tmp_path: Path) -> None:
+    for name in ("train", "validation", "other"):
+        write(tmp_path / f"{name}.jsonl", [{"text": name}])
+    assert [one.text for one in read_examples(tmp_path)] == ["train"]
+    assert [one.text for one in read_splits(tmp_path, 0.5)[1]] == ["validation"]
+    with pytest.raises(RequestError, match=r"split = 'test': .* has no such rows"):
+        read_examples(tmp_path, "test")
+    (tmp_path / "train.json").write_text("[]")
+    with pytest.raises(RequestError, match=r"train = \['.json', '.jsonl'\]: accepted is one format"):
+        read_examples(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RequestError, match=r"no training rows; accepted is a folder with train.jsonl"):
+        read_examples(tmp_path / "empty")
+
+
+def test_a_file_alone_is_held_out_by_ids(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"text": str(i)} for i in range(400)])
+    train, measured = read_splits(path, 0.25)
+    assert sorted(one.id for one in (*train, *measured)) == sorted(one.id for one in read_examples(path))
+    assert 70 < len(measured) < 130
+
+
+def test_names_need_the_datasets_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(RequestError, match="data by name needs `datasets`"):
+        rows_of("owner/name")
+    with pytest.raises(RequestError, match=r"no such file or folder; accepted is a file that ends in .jsonl"):
+        rows_of("owner/name.jsonl")
+    asked = []
+
+    def load_dataset(*words: str | None) -> dict[str, list[dict[str, Any]]]:
+        asked.append(words)
+        return {"train": [{"text": "a", "tools": None}], "validation": []}
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    rows = list(rows_of("owner/name:main") or ())
+    assert [(row.id, row.columns) for row in rows] == [("owner/name:main:train:1", {"text": "a"})]
+    assert asked == [("owner/name", "main")]
+    assert list(rows_of("owner/name", "valid") or ()) == [] and rows_of("owner/name", "test") is None

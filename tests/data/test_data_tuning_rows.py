@@ -1,0 +1,168 @@
+"""Examples as rows: what carries loss, what is cut, dropped and counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.chat_texts import PUBLISHED, say
+from transom.chat.built_in import named
+from transom.chat.template import ChatTemplate
+from transom.data.conversations import Example
+from transom.data.tuning_rows import (
+    EncodedRows,
+    TuningCounts,
+    default_template,
+    encode_examples,
+    prompt_ids,
+    template_for,
+)
+from transom.data.tuning_sets import Problem
+from transom.errors import RequestError
+from transom.tokenizer import Tokenizer, byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+BOS, EOS = 256, 257
+PLAIN = ChatTemplate(named("plain").source(TOKENIZER), TOKENIZER)
+Q, A = say("user", "q"), say("assistant", "abc")
+
+
+def chat(*messages: dict[str, Any], **more: Any) -> Example:
+    return Example("f:1", "chat", messages or (Q, A), **more)
+
+
+def bare(kind: Any = "completion", *answers: str, **more: Any) -> Example:
+    said = tuple((say("assistant", one),) for one in answers or ("abc",))
+    return Example("f:2", kind, (Q,), said, bare=True, **more)
+
+
+def encode(
+    *examples: Example, template: ChatTemplate | None = PLAIN, seq_len: int = 64, **more: Any
+) -> EncodedRows:
+    return encode_examples(examples, TOKENIZER, template, seq_len=seq_len, **more)
+
+
+def learnt(encoded: EncodedRows) -> list[str]:
+    """What each row is to say."""
+    rows = [row for item in encoded.items for row in item]
+    return [TOKENIZER.decode(row.ids[row.weights > 0], skip_special=False) for row in rows]
+
+
+def test_kinds_of_examples_and_what_of_them_carries_loss() -> None:
+    assert learnt(encode(chat())) == ["abc<|end_of_text|>"]
+    assert learnt(encode(bare())) == ["abc<|end_of_text|>"]
+    assert learnt(encode(Example("f:3", "text", text="xyz"))) == ["xyz<|end_of_text|>"]
+    # Without a template texts are plain text; with one they are turns.
+    (plain,), (turns,) = encode(bare(), template=None).items[0], encode(bare()).items[0]
+    assert plain.ids.tolist() == [BOS, *b"qabc", EOS] and plain.weights.tolist() == [0, 0, 1, 1, 1, 1]
+    assert turns.ids.tolist() == PLAIN.encode([Q, A], add_generation_prompt=False)
+    assert (plain.ids.dtype, plain.weights.dtype) == (np.int32, np.float32)
+
+
+def test_everything_carries_loss_when_asked_for() -> None:
+    for example, template in ((chat(), PLAIN), (bare(), PLAIN), (bare(), None)):
+        (row,) = encode(example, template=template, train_on="all").items[0]
+        assert row.weights.tolist() == [0.0, *[1.0] * (len(row.ids) - 1)]
+    with pytest.raises(RequestError, match=r"f:1: weight = 0.5: accepted is 1 for every message"):
+        encode(chat(Q, {**A, "weight": 0.5}), train_on="all")
+
+
+def test_weights_of_examples_and_messages_multiply() -> None:
+    (row,) = encode(chat(Q, {**A, "weight": 0.5}, weight=3.0)).items[0]
+    assert set(row.weights.tolist()) == {0.0, 1.5}
+    assert encode(chat(Q, {**A, "weight": 0.0}, Q, A)).counts.trained_tokens == 4
+
+
+def test_pairs_share_their_prompt_and_learn_their_answers() -> None:
+    encoded = encode(bare("pair", "good", "bad"))
+    ((chosen, rejected),) = encoded.items
+    assert encoded.rows_per_item == 2 and encoded.counts.rows == 2 and encoded.counts.examples == 1
+    assert learnt(encoded) == ["good<|end_of_text|>", "bad<|end_of_text|>"]
+    starts = [int(np.flatnonzero(row.weights)[0]) for row in (chosen, rejected)]
+    assert starts[0] == starts[1]
+    assert chosen.ids[: starts[0]].tolist() == rejected.ids[: starts[0]].tolist() == PLAIN.encode([Q])
+    with pytest.raises(RequestError, match="accepted are pairs alone, or none at all"):
+        encode(chat(), bare("pair", "good", "bad"))
+
+
+def test_earlier_answers_of_a_prompt_carry_no_loss() -> None:
+    talk = Example("f:1", "pair", (Q, A, Q), ((say("assistant", "x"),), (say("assistant", "y"),)))
+    assert learnt(encode(talk)) == ["x<|end_of_text|>", "y<|end_of_text|>"]
+
+
+def test_labels_go_with_their_items() -> None:
+    encoded = encode(*(bare("label", "abc", label=one) for one in (True, False)))
+    assert encoded.labels == [True, False]
+    # one is left out, and its label with it
+    encoded = encode(bare("label", "a" * 90, label=True), bare("label", label=False), truncate="drop")
+    assert encoded.labels == [False] and encoded.counts.dropped == 1
+
+
+def test_long_examples_are_cut_at_their_end_or_dropped_and_counted() -> None:
+    whole = len(encode(chat()).items[0][0].ids)
+    cut = encode(chat(), seq_len=whole - 2)
+    assert learnt(cut) == ["ab"]
+    assert cut.counts == TuningCounts(1, 1, whole - 2, 2, truncated=1, without_end=1)
+    assert encode(chat(), seq_len=whole).counts == TuningCounts(1, 1, whole, 4)
+    # An answer that is cut away as a whole is no answer without an end.
+    assert encode(chat(Q, A, Q, A), seq_len=whole).counts == TuningCounts(1, 1, whole, 4, truncated=1)
+    kept = encode(chat(Q, say("assistant", "a")), chat(), seq_len=whole - 2, truncate="drop").counts
+    assert (kept.dropped, kept.rows, kept.truncated) == (1, 1, 0)
+
+
+def test_examples_without_loss_are_left_out_and_a_set_of_them_is_refused() -> None:
+    silent, long = chat(Q, {**A, "weight": 0.0}), chat(say("user", "q" * 90), A)
+    counts = encode(silent, long, chat()).counts
+    assert (counts.examples, counts.rows, counts.fully_masked, counts.truncated) == (3, 1, 2, 0)
+    with pytest.raises(RequestError, match=r"nothing to train on .* 2 examples without loss left out"):
+        encode(silent, long)
+    pair = Example("f:1", "pair", long.messages[:1], ((A,), (say("assistant", "b"),)))
+    assert encode(pair, bare("pair", "a", "b")).counts.fully_masked == 1
+
+
+def test_rows_beyond_one_per_conversation_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = byte_tokenizer(("<s>", "</s>", "<|im_start|>", "<|im_end|>"))
+    template = ChatTemplate(PUBLISHED["qwen3"], tokenizer)
+    encoded = encode_examples([chat(Q, A, Q, A)], tokenizer, template, seq_len=200)
+    assert len(encoded.items) == 2 and encoded.counts.split_rows == 1
+    assert "1 rows more, since the template writes earlier turns otherwise" in str(encoded.counts)
+    both = Example("f:1", "pair", (Q,), ((A, Q, A), (A, Q, say("assistant", "x"))))
+    with pytest.raises(RequestError, match="accepted are answers of one turn"):
+        encode_examples([both], tokenizer, template, seq_len=200)
+
+
+def test_what_cannot_be_written_is_refused_or_listed() -> None:
+    wrong = chat(Q, {**A, "tool_calls": []}, tools=({"type": "function"},))
+    with pytest.raises(RequestError, match="f:1: the chat template: tools = 'given'"):
+        encode(chat(), wrong)
+    problems: list[Problem] = []
+    assert encode(wrong, chat(), wrong, problems=problems).counts.rows == 1
+    assert [one.where for one in problems] == ["f:1", "f:1"]
+    assert encode(wrong, problems=problems).items == []  # then the list says it all
+    with pytest.raises(RequestError, match="f:1: chat template = None: accepted for conversations"):
+        encode(chat(), template=None)
+    with pytest.raises(RequestError, match="accepted where rewards are what is learnt from"):
+        encode(Example("f:1", "answer", (Q,), reference={"answer": 1}))
+    with pytest.raises(RequestError, match="seq_len = 1: accepted is 2 tokens or more"):
+        encode(chat(), seq_len=1)
+
+
+def test_prompts_are_those_that_the_model_is_asked_with() -> None:
+    asked = Example("f:1", "answer", (Q,), reference={"answer": 1}, bare=True)
+    assert prompt_ids(asked, TOKENIZER, PLAIN) == PLAIN.encode([Q])
+    assert prompt_ids(asked, TOKENIZER, None) == [BOS, *b"q"]
+
+
+def test_a_vocabulary_gets_the_template_it_is_made_for(capsys: pytest.CaptureFixture[str]) -> None:
+    chatml = byte_tokenizer(("<s>", "</s>", "<|im_start|>", "<|im_end|>"))
+    assert default_template(chatml).origin == "the built-in template chatml"
+    assert default_template(TOKENIZER).origin == "the built-in template plain"
+    assert default_template(TOKENIZER).stop_tokens == (EOS,)
+    assert "built-in one called plain" in capsys.readouterr().err
+    endless = Tokenizer(TOKENIZER._backend)
+    with pytest.raises(RequestError, match="accepted for conversations is one with a token that ends a turn"):
+        default_template(endless)
+    assert template_for([bare(), Example("f", "text", text="x")], endless, None) is None
+    assert template_for([chat()], TOKENIZER, PLAIN) is PLAIN

@@ -52,6 +52,7 @@ PAGES: dict[str, tuple[str, ...]] = {
         "dry-run",
         "offload",
     ),
+    "Fine-tuning": ("preference-tuning", "distillation", "grpo"),
     "Heads and loading": ("classification-and-embeddings", "load-hooks"),
 }
 

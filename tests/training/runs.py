@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from transom.tokenizer import Tokenizer, byte_tokenizer
 from transom.training.config import TrainArgs, read_config
 
 WORDS = ["the ", "cat ", "sat ", "on ", "a ", "mat, ", "and ", "then ", "it ", "ran.\n"]
@@ -53,3 +54,13 @@ def losses(run: Path) -> list[float]:
     steps = [row["step"] for row in rows if "loss" in row]
     assert steps == sorted(set(steps)), "a step was logged twice or out of order"
     return [row["loss"] for row in rows if "loss" in row]
+
+
+def without_bos(folder: Path) -> Tokenizer:
+    """Bytes with a BOS that the tokenizer never adds, as Qwen's have it; its files are written into `folder`."""
+    byte_tokenizer().save(folder)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    assert content.pop("post_processor")
+    file.write_text(json.dumps(content))
+    return Tokenizer.load(folder)

@@ -52,6 +52,18 @@ def test_equals_the_plain_loss(changes, chunk):
     assert_same(*both(random_model(tiny_args(**changes)).double(), chunk))
 
 
+@pytest.mark.parametrize("changes", [{}, {"logit_softcap": 1.5}], ids=["plain", "softcap"])
+@pytest.mark.parametrize("chunk", [0, 4, 33])
+def test_weights_count_each_target_as_often_as_they_say(changes, chunk):
+    model = random_model(tiny_args(**changes)).double()
+    weights = torch.tensor([0.0, 0.5, 2.0])[random_tokens(3, 11, seed=3) % 3]
+    hidden, again = (model(TransformerInput(TOKENS, logits="none")).hidden_BTD for _ in range(2))
+    losses = F.cross_entropy(model.project(hidden).flatten(0, 1), TARGETS.flatten(), reduction="none")
+    expected = (losses * weights.flatten()).sum()
+    found = head_loss(model, again, TARGETS, chunk, weights)
+    assert_same(expected.detach(), gradients(model, expected), found.detach(), gradients(model, found))
+
+
 def test_the_plain_loss_is_torchs_over_the_models_logits():
     model = random_model(tiny_args(logit_softcap=2.0)).double()
     output = model(TransformerInput(TOKENS))
@@ -66,7 +78,7 @@ def test_gradients_are_those_of_the_function(factor, cap):
     targets = torch.tensor([0, 8, NO_TARGET, 3, 3, 5])
 
     def loss(h, w):
-        return cross_entropy._LinearCrossEntropy.apply(h, w, targets, 4, torch.float64, factor, cap)
+        return cross_entropy._LinearCrossEntropy.apply(h, w, targets, None, 4, torch.float64, factor, cap)
 
     made = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
     with torch.no_grad():  # central differences along random directions; gradcheck would run backward twice
@@ -96,7 +108,7 @@ def test_half_precision_weights_sum_their_gradient_in_float32():
 
     def gradient(dtype, chunk):
         w = weight.to(dtype).requires_grad_()
-        loss = cross_entropy._LinearCrossEntropy.apply(hidden.to(dtype), w, targets, chunk, dtype, 1.0, None)
+        loss = cross_entropy._LinearCrossEntropy.apply(hidden.to(dtype), w, targets, None, chunk, dtype, 1.0, None)
         return torch.autograd.grad(loss, w)[0].double()
 
     exact = gradient(torch.float64, 1)

@@ -7,9 +7,9 @@ import torch
 
 from tests.training.runs import losses, tiny_args, tiny_config
 from transom.errors import RequestError, WorkError
-from transom.training import trainer as trainer_module
+from transom.training import objectives
+from transom.training.objectives import NextToken
 from transom.training.setup import open_run
-from transom.training.trainer import Trainer
 
 MOE = {"num_experts": 4, "top_k": 2, "hidden_dim": 32, "jitter": 0.3, "balance": "bias"}
 RUNS = {
@@ -83,13 +83,13 @@ def test_it_says_what_it_took(tmp_path, capsys):
 
 def test_it_runs_the_rows_of_full_length(tmp_path, monkeypatch):
     seen = []
-    real = Trainer._loss
+    real = NextToken.loss
 
-    def loss(self, output, micro, targets):
+    def loss(self, output, micro, units):
         seen.append(tuple(micro.tokens.shape))
-        return real(self, output, micro, targets)
+        return real(self, output, micro, units)
 
-    monkeypatch.setattr(Trainer, "_loss", loss)
+    monkeypatch.setattr(NextToken, "loss", loss)
     trainer = open_run(tiny_args(tmp_path, "short_rows=1", "accumulate=2"), quiet=True)
     assert seen == [(2, 32), (2, 32)]  # the second with the gradients of the first
     trainer.step()
@@ -112,7 +112,7 @@ def failing(error):
 @pytest.mark.parametrize("error", OUT_OF_MEMORY.values(), ids=OUT_OF_MEMORY)
 def test_too_little_memory_is_one_sentence_and_costs_no_earlier_run(tmp_path, monkeypatch, error):
     open_run(tiny_args(tmp_path, "steps=2"), quiet=True).fit()
-    monkeypatch.setattr(trainer_module, "head_loss", failing(error))
+    monkeypatch.setattr(objectives, "head_loss", failing(error))
     with pytest.raises(RequestError) as told:
         open_run(tiny_args(tmp_path, "accumulate=2"), quiet=True, overwrite=True)
     text = str(told.value)
@@ -124,13 +124,13 @@ def test_too_little_memory_is_one_sentence_and_costs_no_earlier_run(tmp_path, mo
 
 def test_memory_that_ends_later_is_failed_work(tmp_path, monkeypatch):
     trainer = open_run(tiny_args(tmp_path), quiet=True)
-    monkeypatch.setattr(trainer_module, "head_loss", failing(OUT_OF_MEMORY["cuda"]))
+    monkeypatch.setattr(objectives, "head_loss", failing(OUT_OF_MEMORY["cuda"]))
     with pytest.raises(WorkError, match="a micro-batch of 4 x 32 tokens does not fit"):
         trainer.step()
 
 
 def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module, "head_loss", failing(ValueError("something else")))
+    monkeypatch.setattr(objectives, "head_loss", failing(ValueError("something else")))
     with pytest.raises(ValueError, match="something else"):
         open_run(tiny_args(tmp_path), quiet=True)
 

@@ -36,7 +36,9 @@ def warn_if_other(folders: tuple[Path, ...], tokenizer: Tokenizer, template: Cha
         return
     trained = read_json(path)
     if trained.get("tokenizer") != tokenizer.hash:
-        notice(f"{path}: the model was trained with another tokenizer; its answers will be worse than they could be")
+        notice(
+            f"{path}: the model was trained with another tokenizer; its answers will be worse than they could be"
+        )
     if template is not None and trained.get("template") not in (None, template_hash(template)):
         notice(
             f"{path}: the model was trained with another chat template than {template.origin}; its answers will be "

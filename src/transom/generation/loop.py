@@ -28,15 +28,19 @@ def stream(
     stop_tokens: Sequence[int] = (),
     prefill_step_size: int = 512,
     cache: ModelCache | None = None,
+    log_probs: list[Tensor] | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue `prompts`, which may differ in length: yields one new token per row, None for finished rows.
 
     A row that gets one of `stop_tokens` yields it and is finished; the stream ends with its last row, or after
     `max_new_tokens`. A given `cache` already holds the beginning of each prompt, and that part is not run
-    again; after every yield it holds all of a row's tokens but the last one yielded. What cannot be done is a
-    `RequestError` before the model runs.
+    again; after every yield it holds all of a row's tokens but the last one yielded. A list given as `log_probs`
+    gets a tensor [B] with every yield, as `Sampler` says; those of finished rows mean nothing. What cannot be done
+    is a `RequestError` before the model runs.
     """
-    steps = _steps(model, prompts, max_new_tokens, sampling, seeds, stop_tokens, prefill_step_size, cache)
+    steps = _steps(
+        model, prompts, max_new_tokens, sampling, seeds, stop_tokens, prefill_step_size, cache, log_probs
+    )
     return ([None if id == FINISHED else id for id in ids_B.tolist()] for ids_B in steps)
 
 
@@ -108,6 +112,7 @@ def _steps(
     stop_tokens: Sequence[int],
     prefill_step_size: int,
     cache: ModelCache | None,
+    log_probs: list[Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Check everything now, not at the first step; then the ids [B] of each step, `FINISHED` where a row is."""
     args, device = model.args, model.tok_embeddings.weight.device
@@ -127,7 +132,7 @@ def _steps(
         longer = total if first < total else None
         cache = model.make_cache(len(prompts), first)
     rest = _not_held(prompts, cache, 1 if longer else max_new_tokens)
-    sampler = Sampler(sampling, len(prompts), args.vocab_size, seeds, device)
+    sampler = Sampler(sampling, len(prompts), args.vocab_size, seeds, device, log_probs)
     sampler.see(prompts)
     stops_S = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
     return _run(model, cache, rest, sampler, max_new_tokens, stops_S, prefill_step_size, longer)

@@ -47,7 +47,9 @@ class Sampler:
     """Chooses the next token of each of `batch` rows; remembers what was generated where a penalty asks for it.
 
     Every row draws one uniform number per call from a generator of its own (`seeds[b]`, by default
-    `args.seed + b`) on the CPU, so its text depends neither on the rows beside it nor on the device.
+    `args.seed + b`) on the CPU, so its text depends neither on the rows beside it nor on the device. A list given
+    as `log_probs` gets those of each call's tokens, float32 [B] in nats, in the distribution that they were drawn
+    from; with temperature 0 in the model's own.
     """
 
     def __init__(
@@ -57,11 +59,13 @@ class Sampler:
         vocab: int,
         seeds: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
+        log_probs: list[Tensor] | None = None,
     ) -> None:
         seeds = range(args.seed, args.seed + batch) if seeds is None else seeds
         if len(seeds) != batch:
             raise RequestError(f"{len(seeds)} seeds for {batch} rows: accepted is one per row")
         self.args = args
+        self._log_probs = log_probs
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._prompt_BV = self._counts_BV = None
         repeats = args.repetition_penalty != 1
@@ -95,6 +99,8 @@ class Sampler:
             if args.min_p > 0:
                 logits_BV = keep_min_p(logits_BV, args.min_p)
             ids_B = draw(logits_BV.softmax(-1), self._uniform_B().to(logits_BV.device))
+        if self._log_probs is not None:
+            self._log_probs.append(logits_BV.float().log_softmax(-1).gather(-1, ids_B[:, None])[:, 0])
         if self._counts_BV is not None:
             self._counts_BV.scatter_add_(1, ids_B[:, None], self._counts_BV.new_ones(len(ids_B), 1))
         return ids_B

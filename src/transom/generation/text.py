@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
 from transom.cache.model_cache import ModelCache
 from transom.errors import require
 from transom.generation.loop import GREEDY, stream
@@ -55,6 +57,7 @@ def stream_text(
     stop_tokens: Sequence[int] = (),
     prefill_step_size: int = 512,
     cache: ModelCache | None = None,
+    log_probs: list[Tensor] | None = None,
 ) -> TextStream:
     """Continue prompts given as text or as token ids; a row ends before the first of `stop` that it writes.
 
@@ -71,6 +74,7 @@ def stream_text(
         stop_tokens=stop_tokens,
         prefill_step_size=prefill_step_size,
         cache=cache,
+        log_probs=log_probs,
     )
     rows = [_Row(tokenizer, stop, frozenset(stop_tokens), max_new_tokens) for _ in prompts]
     return TextStream(rows, steps)
@@ -79,15 +83,16 @@ def stream_text(
 def complete(
     model: LLM,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | list[int]],
     *,
     max_new_tokens: int,
     sampling: SamplingArgs = GREEDY,
+    ends: Sequence[int] = (),
 ) -> list[Completion]:
-    """The whole continuation of each prompt, ended by the tokenizer's EOS or by the length."""
-    ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    """The whole continuation of each prompt, ended by the tokenizer's EOS, by one of `ends`, or by the length."""
+    stop_tokens = (*ends, *(() if tokenizer.eos_id is None else (tokenizer.eos_id,)))
     texts = stream_text(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=ends
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=stop_tokens
     )
     for _ in texts:
         pass

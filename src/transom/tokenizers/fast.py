@@ -148,6 +148,10 @@ class FastBackend:
     def _guarded_ids(self) -> frozenset[int]:
         return frozenset(token.id for token in self.added.values()) - {self.unk_id}  # text may well be unknown
 
+    def with_special(self, tokens: Iterable[str]) -> FastBackend:
+        """A copy with more control tokens."""
+        return FastBackend(tokenizers.Tokenizer.from_str(self.to_json()), tokens)
+
     # -- files ---------------------------------------------------------------------------------------
 
     def to_json(self, pretty: bool = False) -> str:

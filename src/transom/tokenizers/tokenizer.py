@@ -233,6 +233,19 @@ class Tokenizer:
     def _named_id(self, field: str) -> int | None:
         return self.token_to_id(self._named[field]) if field in self._named else None
 
+    def with_special(self, tokens: Sequence[str]) -> Tokenizer:
+        """A tokenizer with more control tokens behind the others; only tokenizer.json can hold them."""
+        backend, files = self._backend, dict(self._files)
+        if not isinstance(backend, FastBackend):
+            raise RequestError(f"new tokens: accepted with a tokenizer.json, this is {backend.format}")
+        files.pop(TOKENIZER_FILE, None)
+        config = json.loads(files.get(CONFIG_FILE, _json_bytes(self._config())))
+        config.pop("added_tokens_decoder", None)  # says again what tokenizer.json says, and would now be wrong
+        files[CONFIG_FILE] = _json_bytes(config)
+        bos, eos, pad = (self._named.get(field) for field in NAMED)
+        policy = {"adds_bos": self.adds_bos, "adds_eos": self.adds_eos}
+        return Tokenizer(backend.with_special(tokens), bos=bos, eos=eos, pad=pad, files=files, **policy)
+
     # -- files ---------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path, *, model_max_length: int | None = None) -> None:

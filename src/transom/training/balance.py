@@ -80,6 +80,18 @@ def router_losses(router: Sequence[RouterStatistics], moe: MoeArgs) -> RouterLos
     return RouterLosses(aux, z, weighted + moe.aux_loss_coef * aux, tokens)
 
 
+def router_parts(
+    router: Sequence[RouterStatistics], moe: MoeArgs, tokens: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(what training adds, the parts to show) of one micro-batch, by its share of the `tokens` of the step."""
+    losses = router_losses(router, moe)
+    share = losses.tokens / tokens
+    parts = {"z_loss": losses.z * share}
+    if losses.aux is not None:
+        parts["aux_loss"] = losses.aux * share
+    return losses.weighted * share, parts
+
+
 def auxiliary_loss(sums: Sequence[RouterSums], moe: MoeArgs) -> Tensor:
     """E * sum_e f_e P_e: f_e the picks of expert e per token, P_e its mean probability, over one pool of tokens.
 

@@ -18,6 +18,7 @@ from transom.errors import RequestError, require
 from transom.fields import describe, read, write
 from transom.presets import preset
 from transom.training.schedule import ScheduleArgs
+from transom.training.tune_args import TuneArgs
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,10 @@ class TrainArgs:
     model: str | dict[str, Any] = describe(
         "demo", "a preset's name, or model fields; {preset: NAME, field: value} changes a preset"
     )
+    base: str | None = describe(
+        None, "folder or hub id of a model to start from, in place of `model` and `tokenizer`"
+    )
+    tune: TuneArgs | None = describe(None, "fine-tuning of `base`; null: it goes on reading plain text")
     tokenizer: TokenizerArgs = describe(TokenizerArgs, "how text becomes tokens")
     data: DataArgs = describe(DataArgs, "where text comes from")
     optimizer: OptimizerArgs = describe(OptimizerArgs, "how weights move")
@@ -156,6 +161,9 @@ class TrainArgs:
     eval_tokens: int | None = describe(100_000, "held-out tokens scored during training; all at the end", "tokens")
     save_every: int = describe(500, "steps between checkpoints; the last step is always saved", "steps")
     keep_last: int = describe(2, "checkpoints kept, besides the best", "checkpoints")
+    patience: int | None = describe(
+        None, "stop early after this many held-out scores without a better one; null: never", "measurements"
+    )
     sample_every: int = describe(0, "steps between samples; 0 never samples", "steps")
     sample_prompts: tuple[str, ...] = describe(("The",), "prompts of the samples drawn during training")
     sample_tokens: int = describe(64, "length of a sample", "tokens")
@@ -169,6 +177,7 @@ class TrainArgs:
         require(
             self.threads is None or self.threads >= 1, "threads", self.threads, "accepted is 1 or more, or null"
         )
+        self._check_patience()
         prompts = list(self.sample_prompts)
         require(
             len(prompts) > 0 and all(prompts), "sample_prompts", prompts, "accepted is a list of non-empty texts"
@@ -190,7 +199,12 @@ class TrainArgs:
             fits = self.data.seq_len % self.short_rows_split == 0
             accepted = f"accepted is a divisor of data.seq_len = {self.data.seq_len}"
             require(fits, "short_rows_split", self.short_rows_split, accepted)
-        args = self.model_args(vocab_size=None)
+        require(self.tune is None or self.base is not None, "tune", "given", "accepted together with base")
+        if self.base is None:
+            self.check_model(self.model_args(vocab_size=None))
+
+    def check_model(self, args: ModelArgs) -> None:
+        """Refuse what does not go with this model, the config's own or that of `base`."""
         accepted = f"accepted is at most model.max_seq_len = {args.max_seq_len}"
         require(self.data.seq_len <= args.max_seq_len, "data.seq_len", self.data.seq_len, accepted)
         if args.head is not None:
@@ -200,6 +214,14 @@ class TrainArgs:
         accepted = "accepted with model.head only: a layer that sees later tokens sees those it is to predict"
         require(not both_ways, "model.layer_pattern", args.pattern, accepted)
         require(args.context_dim is None, "model.context_dim", args.context_dim, "accepted is null: rows are text")
+
+    def _check_patience(self) -> None:
+        patience = self.patience
+        require(patience is None or patience >= 1, "patience", patience, "accepted is 1 or more, or null")
+        measured = patience is None or self.eval_every > 0
+        require(
+            measured, "patience", patience, "accepted with eval_every of 1 or more, as scores are what it counts"
+        )
 
     def _check_checkpointing(self) -> None:
         how = self.activation_checkpoint

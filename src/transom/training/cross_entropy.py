@@ -26,30 +26,39 @@ PLAIN_LOGITS = 1 << 22
 CHUNK_LOGITS = 1 << 24
 
 
-def cross_entropy_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+def cross_entropy_sum(logits_BTV: Tensor, targets_BT: Tensor, weights_BT: Tensor | None = None) -> Tensor:
     """Sum of -log p(target) in float32 or better over positions that have a target (not -100), in nats.
 
     A sum, not a mean: the caller divides by the count of targets of the whole global step, so the loss does
-    not depend on how the step was cut into micro-batches and ranks.
+    not depend on how the step was cut into micro-batches and ranks. `weights_BT` are what each target counts.
     """
     wide = torch.promote_types(logits_BTV.dtype, torch.float32)
-    return F.cross_entropy(
-        logits_BTV.flatten(0, -2).to(wide), targets_BT.flatten(), ignore_index=NO_TARGET, reduction="sum"
-    )
+    logits_TV, targets_T = logits_BTV.flatten(0, -2).to(wide), targets_BT.flatten()
+    if weights_BT is None:
+        return F.cross_entropy(logits_TV, targets_T, ignore_index=NO_TARGET, reduction="sum")
+    losses_T = F.cross_entropy(logits_TV, targets_T, ignore_index=NO_TARGET, reduction="none")
+    return (losses_T * weights_BT.flatten()).sum()
 
 
-def head_loss(model: LLM, hidden_BTD: Tensor, targets_BT: Tensor, chunk: int | None = None) -> Tensor:
+def head_loss(
+    model: LLM,
+    hidden_BTD: Tensor,
+    targets_BT: Tensor,
+    chunk: int | None = None,
+    weights_BT: Tensor | None = None,
+) -> Tensor:
     """`cross_entropy_sum` of the logits of normed hidden states; `chunk` tokens at a time, 0 all at once.
 
     Without a `chunk`, logits of up to 2^22 numbers are made at once, more in chunks of at most 2^24.
     """
     tokens = chunk_tokens(targets_BT.numel(), model.args.vocab_size) if chunk is None else chunk
     if tokens == 0 or targets_BT.numel() == 0:
-        return cross_entropy_sum(model.project(hidden_BTD), targets_BT)
+        return cross_entropy_sum(model.project(hidden_BTD), targets_BT, weights_BT)
     hidden_TD, targets_T = hidden_BTD.flatten(0, -2), targets_BT.flatten()
+    weights_T = None if weights_BT is None else weights_BT.flatten()
     weight_VD = plain_output_weight(model)
     if weight_VD is None:
-        return _projected(model, hidden_TD, targets_T, tokens)
+        return _projected(model, hidden_TD, targets_T, weights_T, tokens)
     if not torch.is_grad_enabled():
         hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
     kind = hidden_TD.device.type
@@ -57,7 +66,7 @@ def head_loss(model: LLM, hidden_BTD: Tensor, targets_BT: Tensor, chunk: int | N
     casts = torch.is_autocast_enabled(kind) and hidden_TD.dtype != torch.float64
     dtype = torch.get_autocast_dtype(kind) if casts else hidden_TD.dtype
     factor, cap = model.args.logit_factor, model.args.logit_softcap
-    loss: Tensor = _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, tokens, dtype, factor, cap)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, weights_T, tokens, dtype, factor, cap)
     return loss
 
 
@@ -85,15 +94,17 @@ def plain_output_weight(model: LLM) -> Tensor | None:
     return weight
 
 
-def _projected(model: LLM, hidden_TD: Tensor, targets_T: Tensor, chunk: int) -> Tensor:
+def _projected(model: LLM, hidden_TD: Tensor, targets_T: Tensor, weights_T: Tensor | None, chunk: int) -> Tensor:
     """Chunk by chunk through `model.project`, whatever its leaf is; backward makes each chunk's logits again."""
 
-    def chunk_loss(hidden: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy_sum(model.project(hidden), targets)
+    def chunk_loss(hidden: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        return cross_entropy_sum(model.project(hidden), targets, weights)
 
     parts = _even(targets_T.numel(), chunk)
-    pairs = zip(hidden_TD.split(parts), targets_T.split(parts), strict=True)
-    losses: list[Tensor] = [checkpoint(chunk_loss, *pair, use_reentrant=False) for pair in pairs]
+    hidden, targets = hidden_TD.split(parts), targets_T.split(parts)
+    weights = [None] * len(targets) if weights_T is None else weights_T.split(parts)
+    pieces = zip(hidden, targets, weights, strict=True)
+    losses: list[Tensor] = [checkpoint(chunk_loss, *piece, use_reentrant=False) for piece in pieces]
     return torch.stack(losses).sum()
 
 
@@ -111,6 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_TD: Tensor,
         weight_VD: Tensor,
         targets_T: Tensor,
+        weights_T: Tensor | None,
         chunk: int,
         dtype: torch.dtype,
         factor: float,
@@ -133,6 +145,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 # Zero rows, not zeroed gradients: a position without target may hold anything, NaN included.
                 rows = hidden_TD[here].to(dtype).masked_fill(~valid, 0.0)
                 loss, grad = _chunk(rows @ matrix_VD.T, target, wide, factor, cap, needs_hidden or needs_weight)
+                if weights_T is not None:
+                    weight = weights_T[here].unsqueeze(1).to(wide)
+                    loss, grad = loss * weight, None if grad is None else grad.mul_(weight)
                 total += loss.masked_fill(~valid, 0.0).sum()
                 if grad is None:
                     continue
@@ -152,7 +167,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             raise RuntimeError("the chunked loss gives its gradients away: backward works once per forward")
-        return (*(None if one is None else one.mul_(grad) for one in grads), None, None, None, None, None)
+        return (*(None if one is None else one.mul_(grad) for one in grads), *[None] * 6)
 
 
 def _chunk(

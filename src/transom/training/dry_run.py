@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from transom.data.batches import Batch, Batches
-from transom.data.labelled import LabelledBatch, LabelledBatches
 from transom.training.config import TrainArgs
+from transom.training.objectives import RunBatch, RunBatches
 
 RANDOM = ("rng", "rng_cuda")
 
 
-def peek(batches: Batches | LabelledBatches, accumulate: int, seq_len: int) -> Batch | LabelledBatch:
+def peek(batches: RunBatches, accumulate: int, seq_len: int) -> RunBatch:
     """The first micro-batch of the next batch, which stays the next one, with every row as long as rows get."""
     state = batches.state
     batch = batches.next()
     batches.load_state(state)
-    if isinstance(batch, Batch):
-        return next(batch.micro_batches(accumulate))
-    tokens = F.pad(batch.tokens, (0, seq_len - batch.tokens.size(1)))
-    whole = replace(batch, tokens=tokens, lengths=torch.full_like(batch.lengths, seq_len))
-    return next(whole.micro_batches(accumulate))
+    first: RunBatch = next(batch.full_size(seq_len).micro_batches(accumulate))
+    return first
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -49,7 +43,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told)
 
 
-def too_large(args: TrainArgs, micro: Batch | LabelledBatch, device: torch.device) -> str:
+def too_large(args: TrainArgs, micro: RunBatch, device: torch.device) -> str:
     """One sentence: a micro-batch does not fit, and what to change."""
     rows, length = micro.tokens.shape
     chunk = "automatic" if args.loss_chunk is None else args.loss_chunk

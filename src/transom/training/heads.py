@@ -76,6 +76,11 @@ class HeadScore:
     accuracy: float
     rows: int
 
+    key = "head"
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.3f}, {self.accuracy:.1%} right of {self.rows:,} lines"
+
 
 @torch.no_grad()
 def score_head(model: LLM, rows: Sequence[EncodedRow], temperature: float = 0.05) -> HeadScore:

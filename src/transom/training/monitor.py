@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,13 +20,16 @@ from transom.runtime import matmul_peak, memory_bytes
 from transom.tokenizer import Tokenizer
 from transom.training.balance import RouterCounts, health_row
 from transom.training.config import TrainArgs
-from transom.training.heads import HeadScore, score_head
+from transom.training.objectives import Measured, Objective
 from transom.training.progress import ProgressLine, duration
 from transom.training.run_data import RunData
 from transom.training.run_folder import RunFolder
 from transom.training.tensorboard import TensorBoard
 
 EXPERT_TOKENS = 20_000  # held-out tokens per source that tell what each expert is for
+
+
+Score = HeldOut | Measured
 
 
 @dataclass
@@ -38,11 +41,13 @@ class Progress:
     seconds: float = 0.0
     best: float | None = None  # lowest held-out score: bits per byte, or the loss of a head
     skipped_steps: int = 0
+    stale: int = 0  # measurements since the best one
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: mean loss per target (nats), gradient norm before clipping, length of its rows (tokens).
+    """One optimizer step: mean loss per target (nats), gradient norm before clipping, length of its rows (tokens),
+    and how many tokens, all ranks together, were no padding.
 
     `parts` are what else the loss is made of, such as `aux_loss`; `router` counts what mixtures of experts did.
     """
@@ -50,6 +55,7 @@ class StepResult:
     loss: float
     grad_norm: float
     row_length: int
+    tokens: int
     parts: Mapping[str, float] = field(default_factory=dict)
     router: RouterCounts | None = None
 
@@ -62,6 +68,7 @@ class Monitor:
     model: LLM
     tokenizer: Tokenizer
     data: RunData
+    objective: Objective
     run: RunFolder | None
     line: ProgressLine
     progress: Progress
@@ -93,7 +100,7 @@ class Monitor:
     ) -> None:
         """The numbers of a step that took `seconds`, and `more`; the progress line moves on."""
         p, args, device = self.progress, self.args, self.model.tok_embeddings.weight.device
-        rate = args.data.batch_size * args.data.seq_len / seconds
+        rate = result.tokens / seconds
         flops = flops_per_token(self.model.args, result.row_length, training=True)
         mfu = rate * flops / world_size / matmul_peak(device.type, dtype)
         memory = memory_bytes(device)
@@ -118,15 +125,16 @@ class Monitor:
             final=p.step == args.steps,
         )
 
-    def evaluate(self, max_tokens: int | None, key: str) -> HeldOut | HeadScore:
-        """Held-out scores per source and in all, written under `key` and shown; those of a head under `head`."""
-        if self.data.head_rows:
-            return self._evaluate_head()
+    def evaluate(self, max_tokens: int | None, key: str) -> Score:
+        """Held-out scores per source and in all, written under `key` and shown, or the objective's own."""
+        measured = self.objective.measure()
+        if measured is not None:
+            return self._say(measured)
         names = {
             name: score(
                 self.model,
                 file,
-                bos_id=self.tokenizer.bos_id,
+                bos_id=self.tokenizer.bos_id if self.tokenizer.adds_bos else None,
                 eos_id=self.tokenizer.eos_id,
                 window=self.args.data.seq_len,
                 max_tokens=max_tokens,
@@ -144,16 +152,12 @@ class Monitor:
         )
         return total
 
-    def _evaluate_head(self) -> HeadScore:
-        result = score_head(self.model, self.data.head_rows, self.args.contrastive_temperature)
-        self.write({"head": vars(result)})
-        self.line.say(
-            f"step {self.progress.step}: held out loss {result.loss:.3f}, "
-            f"{result.accuracy:.1%} right of {result.rows:,} lines"
-        )
-        return result
+    def _say(self, measured: Measured) -> Measured:
+        self.write({measured.key: vars(measured)})
+        self.line.say(f"step {self.progress.step}: held out {measured}")
+        return measured
 
-    def is_record(self, measured: HeldOut | HeadScore | None) -> bool:
+    def is_record(self, measured: Score | None) -> bool:
         """Whether a score is lower than all before it."""
         score = lower_is_better(measured)
         return score is not None and (self.progress.best is None or score < self.progress.best)
@@ -178,20 +182,28 @@ class Monitor:
     def sample(self) -> None:
         """What the model says to the run's prompts, written and shown."""
         prompts, sampling = self.args.sample_prompts, SamplingArgs(temperature=0.8)
+        asked, ends = self._asked(prompts)
         count = min(self.args.sample_tokens, self.model.args.max_seq_len // 2)
         self.model.eval()
-        rows = complete(self.model, self.tokenizer, prompts, max_new_tokens=count, sampling=sampling)
+        rows = complete(self.model, self.tokenizer, asked, max_new_tokens=count, sampling=sampling, ends=ends)
         samples = [{"prompt": prompt, "text": row.text} for prompt, row in zip(prompts, rows, strict=True)]
         self.write({"samples": samples})
         for one in samples:
             self.line.say(f"step {self.progress.step}: {one['prompt']!r} -> {one['text']!r}")
 
+    def _asked(self, prompts: Sequence[str]) -> tuple[Sequence[str | list[int]], Sequence[int]]:
+        """The prompts as the run's rows have them, and what ends an answer beside the EOS."""
+        template = self.data.template
+        if template is None:
+            return prompts, ()
+        return [template.encode([{"role": "user", "content": text}]) for text in prompts], template.stop_tokens
 
-def lower_is_better(measured: HeldOut | HeadScore | None) -> float | None:
+
+def lower_is_better(measured: Score | None) -> float | None:
     """The number by which steps are compared, None where nothing was measured."""
-    if isinstance(measured, HeadScore):
-        return measured.loss
-    return measured.bits_per_byte if measured is not None and measured.tokens else None
+    if isinstance(measured, HeldOut):
+        return measured.bits_per_byte if measured.tokens else None
+    return None if measured is None else measured.loss
 
 
 def _scores(one: HeldOut) -> dict[str, float]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from transom.args import HeadArgs, ModelArgs
+from transom.chat.template import ChatTemplate
 from transom.checkpoints.folders import sha256_of
 from transom.data.batches import Batches
 from transom.data.labelled import (
@@ -22,30 +23,39 @@ from transom.data.sources import SourceArgs
 from transom.errors import RequestError, notice, require
 from transom.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
+from transom.training.objectives import RunBatches
 
 
 @dataclass(frozen=True)
 class RunData:
-    """Batches, held-out text by source or held-out lines, names of labels, and a hash of each source."""
+    """Batches, held-out text by source or held-out lines, names of labels, and a hash of each source.
 
-    batches: Batches | LabelledBatches
+    `template` writes conversations, where rows are some.
+    """
+
+    batches: RunBatches
     hashes: Mapping[str, str]
     held_out: Mapping[str, TokenFile] = field(default_factory=dict)
     head_rows: Sequence[EncodedRow] = ()
     labels: Sequence[str] | None = None
+    template: ChatTemplate | None = None
 
 
 def open_data(
     args: TrainArgs, model_args: ModelArgs, tokenizer: Tokenizer, *, rank: int, world_size: int, quiet: bool
 ) -> RunData:
-    """The data of a run's config, tokenised; this rank's share of each batch."""
+    """The data of a run's config, tokenised; this rank's share of each batch.
+
+    Documents begin with BOS where the tokenizer's makers put one (`adds_bos`), and end with EOS wherever there is
+    one: the makers' tokenizers put none behind a prompt, but a packed document has to end.
+    """
     if model_args.head is not None:
         return _labelled(args, model_args.head, tokenizer, rank, world_size, quiet)
     corpora = open_corpora(args, tokenizer, quiet=quiet)
     batches = Batches(
         [corpus.train for corpus in corpora.values()],
         [source.weight for source in args.data.source_list],
-        bos_id=tokenizer.bos_id,
+        bos_id=tokenizer.bos_id if tokenizer.adds_bos else None,
         eos_id=tokenizer.eos_id,
         vocab_size=model_args.vocab_size,
         seq_len=args.data.seq_len,

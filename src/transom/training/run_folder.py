@@ -92,9 +92,10 @@ class RunFolder:
                 write_model(temporary)
                 write_tensors(temporary / TRAINER_TENSORS, dict(tensors))
                 write_text(temporary / TRAINER_STATE, json.dumps(state, indent=2))
-                sums = {file.name: sha256_of(file) for file in sorted(temporary.iterdir())}
+                files = sorted(path for path in temporary.rglob("*") if path.is_file())
+                sums = {file.relative_to(temporary).as_posix(): sha256_of(file) for file in files}
                 write_text(temporary / CHECKSUMS, json.dumps(sums, indent=2))
-                for file in temporary.iterdir():
+                for file in temporary.rglob("*"):
                     sync(file)
                 sync(temporary)
                 if final.exists():  # left over from before somebody pointed `latest` to an earlier step

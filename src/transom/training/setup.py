@@ -13,18 +13,16 @@ import yaml
 from torch.distributed.device_mesh import DeviceMesh
 
 from transom import __version__
-from transom.checkpoints.folders import read_pointer
 from transom.checkpoints.load import write_text
-from transom.data.sources import held_out, read_split
 from transom.errors import RequestError, notice, require
 from transom.model import LLM
 from transom.paths import read_json
 from transom.planning.counts import parameters
 from transom.runtime import DTYPES, machine, pick_device, pick_dtype, seed_everything
-from transom.tokenizer import Tokenizer, byte_tokenizer, train_bpe, train_chars
+from transom.tokenizer import Tokenizer
 from transom.training.config import TrainArgs, read_config
-from transom.training.run_data import open_data
 from transom.training.run_folder import RunFolder
+from transom.training.subject import Share, Subject, continued_subject, new_subject
 from transom.training.tensorboard import writer_class
 from transom.training.trainer import Trainer
 
@@ -77,18 +75,16 @@ def open_run(
     if resume:
         check_same_run(run.path, args)
         dtype = check_same_machine(run.path, device, dtype)
-    tokenizer = run_tokenizer(args, run, resume)
-    model_args = args.model_args(tokenizer.vocab_size)
-    data = open_data(args, model_args, tokenizer, rank=rank, world_size=world_size, quiet=quiet)
-    model = LLM(model_args)
-    if not resume or args.dry_run:  # which wants numbers, not what memory happens to hold
-        model.init_weights(args.seed)
-    model.to(device)
+    share = Share(rank, world_size, quiet)
+    subject = open_subject(args, run, device, dtype, share, resume=resume)
+    args = spread(args, subject.steps)
     trainer = Trainer(
         args=args,
-        model=model,
-        tokenizer=tokenizer,
-        data=data,
+        model=subject.model,
+        tokenizer=subject.tokenizer,
+        data=subject.data,
+        objective=subject.objective,
+        step_model=subject.step_model,
         run=run,
         device=device,
         dtype=dtype,
@@ -99,7 +95,7 @@ def open_run(
         profile_steps=profile_steps,
     )
     if resume:
-        check_same_data(run.path, data.hashes, tokenizer)
+        check_same_data(run.path, subject.data.hashes, subject.tokenizer)
     if args.dry_run:
         trainer.dry_run()
     if rank == 0:  # only now: a request that turns out wrong must not cost the run it would overwrite
@@ -111,31 +107,25 @@ def open_run(
     return trainer
 
 
-def run_tokenizer(args: TrainArgs, run: RunFolder, resume: bool) -> Tokenizer:
-    """The run's tokenizer: its own when resuming, else as the config says, trained on training documents only."""
-    if resume:
-        step = read_pointer(run.path, "latest")
-        assert step is not None, "RunFolder.check has refused a run without steps"
-        return Tokenizer.load(step)
-    kind = args.tokenizer.kind
-    if kind == "file":
-        assert args.tokenizer.path is not None, "TokenizerArgs checks it"
-        return Tokenizer.load(args.tokenizer.path)
-    if kind == "bytes":
-        return byte_tokenizer()
-    texts = (
-        document.text
-        for source in args.data.source_list
-        for document in read_split(source, args.data.held_out)
-        if kind == "chars" or not held_out(document.id, args.data.held_out)
-    )
-    if kind == "chars":
-        return train_chars(texts)
-    try:
-        return train_bpe(texts, args.tokenizer.vocab_size)
-    except RequestError as error:
-        field = "tokenizer." if str(error).startswith("vocab_size") else ""
-        raise RequestError(f"{field}{error}") from None
+def open_subject(
+    args: TrainArgs, run: RunFolder, device: torch.device, dtype: torch.dtype, share: Share, *, resume: bool
+) -> Subject:
+    """What the config asks for: a new model, one that reads on, or one that is fine-tuned."""
+    if args.base is None:
+        return new_subject(args, run, device, share, resume=resume)
+    if args.tune is None:
+        return continued_subject(args, device, share)
+    from transom.training.tune import tuned_subject  # half of the code base, which pretraining does without
+
+    return tuned_subject(args, args.tune, device, dtype, share)
+
+
+def spread(args: TrainArgs, steps: int | None) -> TrainArgs:
+    """The config with the steps that data decides, and with as many held-out scores as fine-tuning asks for."""
+    args = args if steps is None else replace(args, steps=steps)
+    if args.tune is None or not args.tune.scores or args.eval_every:
+        return args
+    return replace(args, eval_every=max(1, args.steps // args.tune.scores))
 
 
 def write_run(run: Path, trainer: Trainer) -> None:
@@ -167,6 +157,8 @@ def check_same_run(run: Path, args: TrainArgs) -> None:
         ours, theirs = getattr(args, field.name), getattr(before, field.name)
         if field.name == "data":  # where shards are kept is no part of the data
             theirs = replace(theirs, cache_dir=ours.cache_dir)
+        if field.name == "steps" and args.tune is not None and args.tune.epochs is not None:
+            continue  # follows from the epochs and the data, which are compared
         if field.name not in FREE_ON_RESUME and ours != theirs:
             raise RequestError(
                 f"{run}: belongs to another run: its {field.name} is {theirs!r}, the config says {ours!r}"
@@ -190,8 +182,14 @@ def check_same_data(run: Path, data: Mapping[str, str], tokenizer: Tokenizer) ->
     facts = read_json(run / "run.json")
     if facts["data"] != dict(data):
         changed = [name for name in data if facts["data"].get(name) != data[name]]
-        raise RequestError(
-            f"{run}: the text of {', '.join(changed)} has changed since the run began; start a new run"
-        )
+        raise RequestError(f"{run}: {', '.join(changed)} has changed since the run began; start a new run")
     if facts["tokenizer"] != tokenizer.hash:
         raise RequestError(f"{run}: the tokenizer of its latest step is not the one it began with")
+
+
+def describe_run(args: TrainArgs, model: LLM, dtype: torch.dtype, device: torch.device) -> str:
+    """One line: what is about to be trained, where and in which precision."""
+    names = {kind: name for name, kind in DTYPES.items()}
+    count = parameters(model.args)
+    tokens = args.steps * args.data.batch_size * args.data.seq_len
+    return f"{count / 1e6:.2f} M parameters, {tokens:,} tokens in {args.steps} steps, {names[dtype]} on {device}"

@@ -7,32 +7,27 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from transom.checkpoints.folders import read_args
-from transom.checkpoints.load import read_state, save
-from transom.data.batches import NO_TARGET, Batch
-from transom.data.labelled import LabelledBatch, write_labels
+from transom.data.batches import Batch
 from transom.errors import RequestError, WorkError, notice, require
 from transom.evaluation.bits import HeldOut
-from transom.model import LLM, TransformerOutput
-from transom.planning.counts import parameters
-from transom.runtime import DTYPES, matmul_peak, memory_bytes, synchronize
+from transom.model import LLM
+from transom.runtime import matmul_peak, memory_bytes, synchronize
 from transom.tokenizer import Tokenizer
-from transom.training.balance import RouterCounts, router_losses, update_choice_biases
+from transom.training.balance import RouterCounts, router_parts, update_choice_biases
+from transom.training.blame import blame
 from transom.training.blocks import OFFLOAD_MIN_BYTES, arrange_blocks
 from transom.training.config import TrainArgs
-from transom.training.cross_entropy import head_loss
 from transom.training.dry_run import RANDOM, is_out_of_memory, peek, random_state, restore_random_state, too_large
 from transom.training.ema import Ema
-from transom.training.heads import HeadScore, head_loss_sum
-from transom.training.monitor import Monitor, Progress, StepResult, lower_is_better
+from transom.training.monitor import Monitor, Progress, Score, StepResult, lower_is_better
 from transom.training.mup import width_multiplier
+from transom.training.objectives import Objective, RunBatch
 from transom.training.optimizers import BackwardOptimizers, Optimizers, build_optimizer
 from transom.training.profile import StepClock
 from transom.training.progress import ProgressLine, StopRequest
@@ -40,8 +35,16 @@ from transom.training.ranks import Ranks
 from transom.training.run_data import RunData
 from transom.training.run_folder import RunFolder
 from transom.training.schedule import lr_scale
+from transom.training.step_model import StepModel
 
 UNTOUCHED = "the last checkpoint is untouched; try a lower learning rate"
+
+
+class Whole(NamedTuple):
+    """Of one step over all ranks: the units its loss is divided by, and its tokens that are no padding."""
+
+    units: Tensor
+    tokens: Tensor
 
 
 class Sums(NamedTuple):
@@ -59,6 +62,8 @@ class Trainer:
     model: LLM
     tokenizer: Tokenizer
     data: RunData
+    objective: Objective
+    step_model: StepModel
     run: RunFolder
     device: torch.device
     dtype: torch.dtype = torch.float32
@@ -84,7 +89,9 @@ class Trainer:
         self.stop = StopRequest()
         self.ranks = Ranks(self.world_size, self.mesh, self.device)
         run = self.run if self.rank == 0 else None
-        self.monitor = Monitor(self.args, self.model, self.tokenizer, self.data, run, self.line, self.progress)
+        self.monitor = Monitor(
+            self.args, self.model, self.tokenizer, self.data, self.objective, run, self.line, self.progress
+        )
         self.compiled = self.args.compile
         self._arrange_blocks()
 
@@ -107,40 +114,48 @@ class Trainer:
         """One optimizer step over this rank's share of the next global batch."""
         self.model.train()
         with self.clock.part("data"):
-            batch = self._shortened(self.batches.next())
-            targets = self._global_count(batch)
+            with torch.no_grad(), self._autocast():
+                prepared = self.objective.prepare(self.batches.next())
+            batch = self._shortened(prepared)
+            whole = self._whole(batch)
         self.optimizers.set_scale(lr_scale(self.progress.step, self.args.steps, self.args.schedule))
         redo = not isinstance(self.optimizers, BackwardOptimizers)  # weights that moved cannot be put back
-        sums = self._gradients(list(batch.micro_batches(self.args.accumulate)), targets, redo=redo)
+        micro_batches = list(batch.micro_batches(self.args.accumulate))
+        sums = self._gradients(micro_batches, whole, redo=redo)
         for total in (*sums.parts.values(), None if sums.router is None else sums.router.values_LC):
             self.ranks.sum(total)
         parts = {name: float(value) for name, value in sums.parts.items()}
         loss = parts.pop("loss")
         if not math.isfinite(loss):
-            raise WorkError(f"step {self.progress.step + 1}: the loss is {loss}; {UNTOUCHED}")
+            raise WorkError(f"{self._at_fault(f'the loss is {loss}', micro_batches)}; {UNTOUCHED}")
         with self.clock.part("optimizer"):
-            grad_norm = self._apply(sums.router)
+            grad_norm = self._apply(sums.router, micro_batches)
         self.progress.step += 1
-        self.progress.tokens += batch.tokens.numel() * self.world_size
-        return StepResult(loss, grad_norm, batch.tokens.size(1), parts, sums.router)
+        self.progress.tokens += int(whole.tokens)
+        return StepResult(loss, grad_norm, batch.row_length, int(whole.tokens), parts, sums.router)
 
-    def _shortened(self, batch: Batch | LabelledBatch) -> Batch | LabelledBatch:
+    def _shortened(self, batch: Any) -> Any:
         short = self.progress.step < self.args.short_rows * self.args.steps
         return batch.split_rows(self.args.short_rows_split) if short and isinstance(batch, Batch) else batch
 
-    def _global_count(self, batch: Batch | LabelledBatch) -> Tensor:
-        """Targets of the whole step over all ranks: what every loss of the step is divided by."""
-        count = (batch.targets != NO_TARGET).sum().to(self.device)
-        self.ranks.sum(count)
-        return count.clamp(min=1)
+    def _whole(self, batch: RunBatch) -> Whole:
+        """What the step has over all ranks: what every loss of the step is divided by."""
+        units = self.objective.units(batch).to(self.device, torch.float32)
+        whole = Whole(units, torch.tensor(float(batch.real_tokens), device=self.device))
+        for count in whole:  # exact to 2^24
+            self.ranks.sum(count)
+        return whole._replace(units=units.clamp(min=1e-9))
 
-    def _gradients(
-        self, micro_batches: Sequence[Batch | LabelledBatch], targets: Tensor, *, redo: bool = True
-    ) -> Sums:
+    def _at_fault(self, what: str, micro_batches: Sequence[RunBatch]) -> str:
+        with torch.no_grad(), self._autocast():
+            found = blame(self.model, [micro.to(self.device).inputs() for micro in micro_batches])
+        return f"step {self.progress.step + 1}: {what}; {found}"
+
+    def _gradients(self, micro_batches: Sequence[RunBatch], whole: Whole, *, redo: bool = True) -> Sums:
         """Gradients of this rank's micro-batches; once more without compiled blocks where compiling fails."""
         before = random_state(self.device)
         try:
-            return self._accumulate(micro_batches, targets)
+            return self._accumulate(micro_batches, whole)
         except (RequestError, WorkError):
             raise
         except Exception as error:
@@ -154,17 +169,22 @@ class Trainer:
         self._arrange_blocks()
         self.optimizers.zero_grad()
         restore_random_state(self.device, before)
-        return self._accumulate(micro_batches, targets)
+        return self._accumulate(micro_batches, whole)
 
-    def _accumulate(self, micro_batches: Sequence[Batch | LabelledBatch], targets: Tensor) -> Sums:
+    def _accumulate(self, micro_batches: Sequence[RunBatch], whole: Whole) -> Sums:
         sums = Sums({}, None)
+        moe = self.model.args.moe_args
         for micro in micro_batches:
             with self.clock.part("data"):
                 micro = micro.to(self.device)
             with self._autocast(), self.clock.part("forward"):
                 output = self.model(replace(micro.inputs(), logits="none"))
             with self._autocast(), self.clock.part("loss"):
-                loss, parts = self._loss(output, micro, targets)
+                parts = self.objective.loss(output, micro, whole.units)
+                loss = parts["loss"]
+                if moe is not None and output.router:
+                    weighted, more = router_parts(output.router, moe, whole.tokens)
+                    loss, parts = loss + weighted, {**parts, **more}
             with self.clock.part("backward"):
                 self.scaler.scale(loss).backward()
             for name, part in parts.items():
@@ -174,27 +194,7 @@ class Trainer:
                 sums = sums._replace(router=counts if sums.router is None else sums.router + counts)
         return sums
 
-    def _loss(
-        self, output: TransformerOutput, micro: Batch | LabelledBatch, targets: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(what is differentiated, this micro-batch's share of the mean loss and of its other parts, by name)."""
-        head = self.model.args.head
-        if head is not None:
-            total = head_loss_sum(head, output, micro.targets, self.args.contrastive_temperature)
-        else:
-            total = head_loss(self.model, output.hidden_BTD, micro.targets, self.args.loss_chunk)
-        share = total / targets
-        moe = self.model.args.moe_args
-        if moe is None or not output.router:
-            return share, {"loss": share}
-        router = router_losses(output.router, moe)
-        weight = 1 / (self.args.accumulate * self.world_size)  # micro-batches have equal numbers of rows
-        parts = {"loss": share, "z_loss": router.z * weight}
-        if router.aux is not None:
-            parts["aux_loss"] = router.aux * weight
-        return share + router.weighted * weight, parts
-
-    def _apply(self, router: RouterCounts | None) -> float:
+    def _apply(self, router: RouterCounts | None, micro_batches: Sequence[RunBatch]) -> float:
         """Sum gradients over ranks, clip, step; a step whose float16 gradients overflow is skipped and counted."""
         weights = [p for p in self.model.parameters() if p.grad is not None]
         for p in weights:
@@ -204,7 +204,7 @@ class Trainer:
         norm = self.optimizers.clip(weights, self.args.optimizer.max_grad_norm)
         finite = bool(torch.isfinite(norm))
         if not finite and not self.scaler.is_enabled():
-            raise WorkError(f"step {self.progress.step + 1}: the gradient is not finite; {UNTOUCHED}")
+            raise WorkError(f"{self._at_fault('the gradient is not finite', micro_batches)}; {UNTOUCHED}")
         # All optimizers or none: clipping has spread one's overflow over the gradients of the others.
         if finite:
             for optimizer in self.optimizers.all:
@@ -218,7 +218,8 @@ class Trainer:
     def _follow(self, router: RouterCounts | None) -> None:
         """What moves after the weights: choice biases of experts, the average of the weights."""
         moe = self.model.args.moe_args
-        if moe is not None and moe.balance == "bias" and router is not None:
+        frozen = self.args.tune is not None and not self.args.tune.trains_router
+        if moe is not None and moe.balance == "bias" and router is not None and not frozen:
             update_choice_biases(self.model, router.picks_LE, moe.bias_update_rate)
         if self.ema is not None:
             self.ema.update(self.progress.step)
@@ -241,7 +242,8 @@ class Trainer:
         before, started = random_state(self.device), time.perf_counter()
         self.model.train()
         try:  # from the second micro-batch on, the gradients of the first are there as well
-            self._gradients([micro] * min(2, self.args.accumulate), torch.ones((), device=self.device))
+            one = torch.ones((), device=self.device)
+            self._gradients([micro] * min(2, self.args.accumulate), Whole(one, one))
         except WorkError as error:
             raise RequestError(f"dry run: {error}") from None
         synchronize(self.device)
@@ -263,7 +265,7 @@ class Trainer:
         args = self.args
         matmul_peak(self.device.type, self.dtype)  # now, so that no step pays for measuring it
         with self.stop.listening(), self.monitor.board_open():
-            while self.progress.step < args.steps and not self._asked_to_stop():
+            while self.progress.step < args.steps and not self._asked_to_stop() and not self._out_of_patience():
                 self.clock.before_step()
                 started = time.perf_counter()
                 result = self.step()
@@ -287,12 +289,20 @@ class Trainer:
         self.stop.signal = self.ranks.largest(self.stop.signal or 0) or None
         return self.stop.signal is not None
 
+    def _out_of_patience(self) -> bool:
+        """Whether held-out scores have not become better for as long as the config waits."""
+        patience = self.args.patience
+        out = patience is not None and self.progress.stale >= patience
+        if out:
+            self.line.say(f"step {self.progress.step}: no better score in {patience} measurements, stopping early")
+        return out
+
     def finish(self) -> HeldOut:
         """Score all held-out text and save the last step."""
         self.save(None)  # first: a kill while scoring must not cost the last steps
         self.line.say("scoring held-out text ...")
         # The best step is chosen by the score that all steps have, over the same first documents.
-        limited = self.args.eval_every > 0 and self.args.eval_tokens is not None
+        limited = self.args.eval_every > 0 and self.args.eval_tokens is not None and bool(self.data.held_out)
         measured = self.evaluate(self.args.eval_tokens) if limited else None
         final = self.evaluate(None, key="final" if limited else "held_out")
         with self._as_saved():
@@ -307,14 +317,16 @@ class Trainer:
         measured = None
         if args.eval_every and step % args.eval_every == 0:
             measured = self.evaluate(args.eval_tokens)
+            self.progress.stale = 0 if self.monitor.is_record(measured) else self.progress.stale + 1
         if args.sample_every and step % args.sample_every == 0:
             self.sample()
         if step % args.save_every == 0 or self.monitor.is_record(measured):
             self.save(measured)
 
-    def evaluate(self, max_tokens: int | None, key: str = "held_out") -> HeldOut | HeadScore:
+    def evaluate(self, max_tokens: int | None, key: str = "held_out") -> Score:
         """Held-out bits per byte and perplexity, per source and in all, logged under `key` and shown."""
-        with self._as_saved():
+        # Fine-tuning is scored as it is trained; text is scored in the weights' own precision, as `eval` does.
+        with self._as_saved(), self._autocast() if self.args.tune else contextlib.nullcontext():
             return self.monitor.evaluate(max_tokens, key)
 
     def sample(self) -> None:
@@ -340,7 +352,7 @@ class Trainer:
 
     # -- state ----------------------------------------------------------------------------------------
 
-    def save(self, measured: HeldOut | HeadScore | None) -> None:
+    def save(self, measured: Score | None) -> None:
         """Write a checkpoint; it becomes the best one if `measured` beats all that were measured before."""
         best = self.monitor.is_record(measured)
         if best:
@@ -350,8 +362,13 @@ class Trainer:
                 raw = {} if self.ema is None else self.ema.state_tensors()
                 self.run.save_step(
                     self.progress.step,
-                    self._write_model,
-                    {**self.optimizers.state_tensors(), **raw, **random_state(self.device)},
+                    self.step_model.write,
+                    {
+                        **self.optimizers.state_tensors(),
+                        **self.step_model.tensors(),
+                        **raw,
+                        **random_state(self.device),
+                    },
                     {
                         "progress": vars(self.progress),
                         "data": self.batches.state,
@@ -362,20 +379,10 @@ class Trainer:
                 )
         self.ranks.wait()
 
-    def _write_model(self, folder: Path) -> None:
-        save(self.model, folder, tokenizer=self.tokenizer)
-        if self.data.labels is not None:
-            write_labels(folder, self.data.labels)
-
     def resume(self) -> None:
         """Continue from the run's latest step exactly: weights, optimizer, data position, random state."""
         folder, tensors, state = self.run.read_step("latest")
-        if read_args(folder) != self.model.args:
-            raise RequestError(f"{folder}: belongs to another model than the config describes")
-        weights = read_state(folder, self.model.args, self.model)
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(weights[name])
+        self.step_model.restore(folder, tensors)
         restore_random_state(self.device, {name: tensors.pop(name) for name in RANDOM if name in tensors})
         if self.ema is not None:
             self.ema.load_state_tensors(tensors)
@@ -388,11 +395,3 @@ class Trainer:
             self.run.cut_metrics(self.progress.step)
         self.monitor.write({"event": "resumed"})
         notice(f"{folder}: resumed at step {self.progress.step} of {self.args.steps}")
-
-
-def describe_run(args: TrainArgs, model: LLM, dtype: torch.dtype, device: torch.device) -> str:
-    """One line: what is about to be trained, where and in which precision."""
-    names = {kind: name for name, kind in DTYPES.items()}
-    count = parameters(model.args)
-    tokens = args.steps * args.data.batch_size * args.data.seq_len
-    return f"{count / 1e6:.2f} M parameters, {tokens:,} tokens in {args.steps} steps, {names[dtype]} on {device}"

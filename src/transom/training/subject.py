@@ -1,0 +1,116 @@
+"""What a run trains: a model with its tokenizer, data and objective, new or on top of one that is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from transom.checkpoints.folders import Format, find_model, folder_format, read_pointer
+from transom.checkpoints.load import load, load_tokenizer
+from transom.data.sources import held_out, read_split
+from transom.errors import RequestError, require
+from transom.model import LLM
+from transom.tokenizer import Tokenizer, byte_tokenizer, train_bpe, train_chars
+from transom.training.config import TrainArgs
+from transom.training.objectives import HeadObjective, NextToken, Objective
+from transom.training.run_data import RunData, open_data
+from transom.training.run_folder import RunFolder
+from transom.training.step_model import Companions, StepModel, WholeModel
+
+
+class Share(NamedTuple):
+    """A rank's part of the work, and whether it speaks."""
+
+    rank: int = 0
+    world_size: int = 1
+    quiet: bool = False
+
+
+@dataclass
+class Subject:
+    """All that is particular to one kind of run; `steps` replaces the config's where data decides it."""
+
+    model: LLM
+    tokenizer: Tokenizer
+    data: RunData
+    objective: Objective
+    step_model: StepModel
+    steps: int | None = None
+
+
+def new_subject(args: TrainArgs, run: RunFolder, device: torch.device, share: Share, *, resume: bool) -> Subject:
+    """A model from nothing; its weights are drawn unless a checkpoint is going to fill them."""
+    tokenizer = run_tokenizer(args, run, resume)
+    model_args = args.model_args(tokenizer.vocab_size)
+    data = open_data(args, model_args, tokenizer, **share._asdict())
+    model = LLM(model_args)
+    if not resume or args.dry_run:  # which wants numbers, not what memory happens to hold
+        model.init_weights(args.seed)
+    model.to(device)
+    return Subject(model, tokenizer, data, objective(args, model, data), WholeModel(model, tokenizer, data.labels))
+
+
+def continued_subject(args: TrainArgs, device: torch.device, share: Share) -> Subject:
+    """A model that goes on reading text where it was left, with a new optimizer; saved in the format it had."""
+    assert args.base is not None, "what the caller goes by"
+    folder = whole_model(args.base)
+    tokenizer = load_tokenizer(folder)
+    model = load(folder, str(device), "float32").train()
+    args.check_model(model.args)
+    data = open_data(args, model.args, tokenizer, **share._asdict())
+    step_model = WholeModel(
+        model, tokenizer, data.labels, Companions(folder, tokenizer, None), writable_format(folder)
+    )
+    return Subject(model, tokenizer, data, objective(args, model, data), step_model)
+
+
+def whole_model(base: str) -> Path:
+    """The folder of a model to start from; one that is an adapter on another is a `RequestError`."""
+    found = find_model(base)
+    accepted = "accepted is a whole model; `transom merge` makes one of a base and its adapter"
+    require(found.adapter is None, "base", base, accepted)
+    return found.model
+
+
+def writable_format(folder: Path) -> Format:
+    """The format of a folder where a run's steps can be written in it: consolidated files have no room for more."""
+    kind = folder_format(folder)
+    return kind if kind in ("hf", "native") else "native"
+
+
+def objective(args: TrainArgs, model: LLM, data: RunData) -> Objective:
+    """Labels for a model with a head, the next token for all others."""
+    head = model.args.head
+    if head is None:
+        return NextToken(model, args.loss_chunk)
+    return HeadObjective(model, head, args.contrastive_temperature, data.head_rows)
+
+
+def run_tokenizer(args: TrainArgs, run: RunFolder, resume: bool) -> Tokenizer:
+    """The run's tokenizer: its own when resuming, else as the config says, trained on training documents only."""
+    if resume:
+        step = read_pointer(run.path, "latest")
+        assert step is not None, "RunFolder.check has refused a run without steps"
+        return Tokenizer.load(step)
+    kind = args.tokenizer.kind
+    if kind == "file":
+        assert args.tokenizer.path is not None, "TokenizerArgs checks it"
+        return Tokenizer.load(args.tokenizer.path)
+    if kind == "bytes":
+        return byte_tokenizer()
+    texts = (
+        document.text
+        for source in args.data.source_list
+        for document in read_split(source, args.data.held_out)
+        if kind == "chars" or not held_out(document.id, args.data.held_out)
+    )
+    if kind == "chars":
+        return train_chars(texts)
+    try:
+        return train_bpe(texts, args.tokenizer.vocab_size)
+    except RequestError as error:
+        field = "tokenizer." if str(error).startswith("vocab_size") else ""
+        raise RequestError(f"{field}{error}") from None

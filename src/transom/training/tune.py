@@ -1,0 +1,97 @@
+"""Fine-tuning: what trains of a model that is there, on which rows, and what it is to lower."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from transom.adapt.coverage import coverage_lines
+from transom.adapt.lora_args import LoraArgs
+from transom.adapt.new import apply_lora
+from transom.adapt.vocabulary import add_tokens
+from transom.chat.template import ChatTemplate
+from transom.checkpoints.fingerprint import fingerprint
+from transom.checkpoints.load import load, load_tokenizer
+from transom.errors import notice, require
+from transom.fields import write
+from transom.model import LLM
+from transom.quantize.leaves import quantize_model
+from transom.runtime import DTYPES
+from transom.training.config import TrainArgs
+from transom.training.noise import add_noise
+from transom.training.step_model import AdapterOnly, Companions, StepModel, WholeModel
+from transom.training.subject import Share, Subject, whole_model, writable_format
+from transom.training.tune_args import TuneArgs
+from transom.training.tune_data import open_tune_data
+from transom.training.tune_objectives import tune_objective
+
+
+def tuned_subject(
+    args: TrainArgs, tune: TuneArgs, device: torch.device, dtype: torch.dtype, share: Share
+) -> Subject:
+    """The base with what trains on it, its rows and its objective; a line per role says what trains."""
+    assert args.base is not None, "TrainArgs checks it"
+    folder = whole_model(args.base)
+    tokenizer = load_tokenizer(folder)
+    # Frozen weights in the dtype of the products: autocast would cast them anew at every use.
+    names = {kind: name for name, kind in DTYPES.items()}
+    model = load(folder, str(device), names[dtype] if tune.method == "lora" else "float32")
+    args.check_model(model.args)
+    base_fingerprint = fingerprint(folder)
+    tokenizer = add_tokens(model, tokenizer, tune.new_tokens, tune.vocab_multiple)
+    choose_weights(model, tune, args.seed, new_tokens=bool(tune.new_tokens))
+    if tune.noise:
+        add_noise(model, tune.noise)
+    for line in [] if share.quiet else coverage_lines(model):
+        notice(line)
+    data = open_tune_data(args, tune, tokenizer, ChatTemplate.find(folder, tokenizer, tune.template), share)
+    companions = Companions(folder, tokenizer, data.template, new_tokens=bool(tune.new_tokens))
+    step_model: StepModel = WholeModel(model, tokenizer, None, companions, writable_format(folder))
+    if tune.method == "lora":
+        how = None if tune.quantize is None else dict(write(tune.quantize))
+        step_model = AdapterOnly(
+            model, companions, base_name(args.base, folder), base_fingerprint, names[dtype], how
+        )
+    run_data = data.as_run_data(base_fingerprint)
+    objective = tune_objective(args, tune, model, tokenizer, data, dtype, share)
+    return Subject(model.train(), tokenizer, run_data, objective, step_model, steps_of(args, tune, data.items))
+
+
+def choose_weights(model: LLM, tune: TuneArgs, seed: int, *, new_tokens: bool) -> None:
+    """Quantize, freeze, add the adapter: what trains is what requires a gradient afterwards."""
+    if tune.method == "full":
+        model.requires_grad_(True)
+        for name, weight in model.named_parameters():
+            if name.endswith("choice_bias"):
+                weight.requires_grad_(False)  # the balancing moves it
+            elif ".router." in name and not tune.trains_router:
+                weight.requires_grad_(False)
+        return
+    if tune.quantize is not None:
+        quantize_model(model, tune.quantize)
+    apply_lora(model, lora_args(model, tune, new_tokens), seed=seed, quiet=True)
+
+
+def lora_args(model: LLM, tune: TuneArgs, new_tokens: bool) -> LoraArgs:
+    """The adapter asked for, with the modules that are trained whole beside it."""
+    whole = list(tune.lora.modules_to_save)
+    if tune.trains_router:
+        require(model.args.moe_args is not None, "tune.train_router", True, "accepted with a mixture of experts")
+        whole.append("router")
+    if new_tokens:
+        whole += ["tok_embeddings", *(["output"] if model.output is not None else [])]
+    return LoraArgs.from_dict({**dict(write(tune.lora)), "modules_to_save": list(dict.fromkeys(whole))})
+
+
+def base_name(base: str, folder: Path) -> str:
+    """What the adapter calls its base: a folder by its whole path, a hub id as it is."""
+    return str(folder.resolve()) if Path(base).exists() else base
+
+
+def steps_of(args: TrainArgs, tune: TuneArgs, items: int) -> int | None:
+    """Steps for the epochs asked for; None where the config gives steps."""
+    if tune.epochs is None:
+        return None
+    return max(1, math.ceil(tune.epochs * items / args.data.batch_size))

@@ -1,0 +1,88 @@
+"""How a run changes a model that is there already: which weights move, what they learn from. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from transom.adapt.lora_args import LoraArgs
+from transom.errors import require
+from transom.fields import describe
+from transom.quantize.args import QuantizeArgs
+
+PREFERENCES = ("dpo", "ipo", "orpo", "kto")
+NEEDS_REFERENCE = ("dpo", "ipo", "kto")
+
+
+@dataclass(frozen=True)
+class TuneArgs:
+    """Fine-tuning: rows are conversations, completions, texts, pairs of answers or questions with an answer."""
+
+    method: Literal["lora", "full"] = describe("lora", "train an adapter beside frozen weights, or all weights")
+    lora: LoraArgs = describe(LoraArgs, "what the adapter is made of")
+    quantize: QuantizeArgs | None = describe(
+        None, "4-bit numbers for the frozen linears of the base (QLoRA, arXiv 2305.14314); method lora only"
+    )
+    train_router: bool | None = describe(
+        None, "mixtures of experts: train the routers too, whole; null: with method full, but not beside an adapter"
+    )
+    objective: Literal["sft", "dpo", "ipo", "orpo", "kto", "distill", "grpo"] = describe(
+        "sft", "what is lowered: cross-entropy, a preference loss, distance to a teacher, or minus a reward"
+    )
+    beta: float = describe(0.1, "dpo, ipo, kto: strength of the reference; orpo: weight of the odds; grpo: of KL")
+    label_smoothing: float = describe(0.0, "dpo: share of pairs taken to be labelled the wrong way round")
+    desirable_weight: float = describe(1.0, "kto: weight of good answers")
+    undesirable_weight: float = describe(1.0, "kto: weight of bad answers")
+    teacher: str | None = describe(None, "distill: folder or hub id of a model with the same tokenizer")
+    temperature: float = describe(1.0, "distill: both distributions are flattened by it; grpo: that of sampling")
+    alpha: float = describe(0.5, "distill: share of the teacher in the loss; the rest is cross-entropy")
+    reverse: bool = describe(False, "distill: the student's own distribution weighs the distance (MiniLLM)")
+    reward: str = describe("exact", "grpo: exact, number, regex, or module:function of one's own")
+    group: int = describe(8, "grpo: answers drawn for each question", "answers")
+    answer_tokens: int = describe(256, "grpo: longest answer drawn", "tokens")
+    scale_rewards: bool = describe(
+        True, "grpo: divide rewards by their standard deviation among a question's answers"
+    )
+    train_on: Literal["assistant", "all"] = describe("assistant", "turns of a conversation that carry loss")
+    template: str | None = describe(None, "chat template: a built-in one by name or a file; the base's own if null")
+    packing: bool = describe(True, "several examples in a row, none of which sees another; false: padded rows")
+    truncate: Literal["cut", "drop"] = describe("cut", "what becomes of examples longer than data.seq_len; counted")
+    epochs: float | None = describe(None, "passes over the examples, which then set `steps`; null: steps as given")
+    scores: int = describe(8, "held-out scores spread over the run where eval_every is 0; 0: one at the end")
+    noise: float = describe(0.0, "NEFTune: uniform noise on embeddings, scaled by this over sqrt(tokens * dim)")
+    new_tokens: tuple[str, ...] = describe((), "special tokens to add; their embeddings are trained whole")
+    vocab_multiple: int = describe(1, "round the embeddings' rows up to a multiple of this when tokens are added")
+
+    @property
+    def trains_router(self) -> bool:
+        """Whether the routers of a mixture of experts train, and the biases that balance them move."""
+        return self.method == "full" if self.train_router is None else self.train_router
+
+    def __post_init__(self) -> None:
+        lora = self.method == "lora"
+        require(lora or self.quantize is None, "quantize", "given", "accepted with method = lora only")
+        for name in ("beta", "temperature"):
+            value = getattr(self, name)
+            without_kl = name == "beta" and value == 0 and self.objective == "grpo"
+            require(without_kl or 0 < value < math.inf, name, value, "accepted is a number above 0")
+        require(0 <= self.alpha <= 1, "alpha", self.alpha, "accepted is a number from 0 to 1")
+        smoothing, dpo = self.label_smoothing, self.objective == "dpo"
+        accepted = "accepted is 0 or more and below 0.5, with objective = dpo"
+        require(smoothing == 0 or (dpo and 0 <= smoothing < 0.5), "label_smoothing", smoothing, accepted)
+        for name in ("desirable_weight", "undesirable_weight"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "accepted is 0 or more")
+        for name in ("group", "answer_tokens", "vocab_multiple"):
+            value = getattr(self, name)
+            require(value >= 1, name, value, "accepted is 1 or more")
+        require(self.objective != "grpo" or self.group > 1, "group", self.group, "accepted is 2 or more")
+        require(self.scores >= 0, "scores", self.scores, "accepted is 0 or more")
+        require(0 <= self.noise < math.inf, "noise", self.noise, "accepted is 0 or more")
+        require(
+            self.epochs is None or self.epochs > 0, "epochs", self.epochs, "accepted is a number above 0, or null"
+        )
+        needed = (self.teacher is not None) == (self.objective == "distill")
+        require(needed, "teacher", self.teacher, "accepted together with objective = distill, and only then")
+        accepted = "accepted is a list of new words, none of them twice"
+        whole = all(self.new_tokens) and len(set(self.new_tokens)) == len(self.new_tokens)
+        require(whole, "new_tokens", list(self.new_tokens), accepted)

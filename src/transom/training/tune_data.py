@@ -1,0 +1,142 @@
+"""The rows of a fine-tuning run: read, written by the chat template, split, counted, in batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from transom.chat.template import ChatTemplate
+from transom.data.conversations import Example, Kind
+from transom.data.tuning_batches import TuningBatch, TuningBatches, padded_batch
+from transom.data.tuning_rows import EncodedRows, encode_examples, template_for
+from transom.data.tuning_sets import read_splits
+from transom.errors import RequestError, notice, require
+from transom.tokenizer import Tokenizer
+from transom.training.config import TrainArgs
+from transom.training.objectives import RunBatches
+from transom.training.run_data import RunData
+from transom.training.subject import Share
+from transom.training.tune_args import TuneArgs
+
+BATCH_TOKENS = 8192  # of a batch of held-out rows, padding included
+# What kinds of rows each objective learns from.
+KINDS: dict[str, tuple[Kind, ...]] = {
+    "sft": ("chat", "completion", "text"),
+    "distill": ("chat", "completion", "text"),
+    **dict.fromkeys(("dpo", "ipo", "orpo"), ("pair",)),
+    "kto": ("label",),
+    "grpo": ("answer",),
+}
+
+
+@dataclass(frozen=True)
+class TuneData:
+    """Batches without end and their `items` per epoch, held-out batches, the rows themselves, what wrote them."""
+
+    batches: RunBatches
+    items: int
+    hashes: dict[str, str]
+    template: ChatTemplate | None
+    train: EncodedRows
+    held_out: Sequence[TuningBatch] = ()
+
+    def as_run_data(self, base_fingerprint: str) -> RunData:
+        """For the trainer; a base that has changed is data that has changed."""
+        return RunData(self.batches, {**self.hashes, "the base": base_fingerprint}, template=self.template)
+
+
+def open_tune_data(
+    args: TrainArgs, tune: TuneArgs, tokenizer: Tokenizer, template: ChatTemplate | None, share: Share
+) -> TuneData:
+    """Rows of every source, their counts said; what cannot be learnt from in this way is a `RequestError`."""
+    train, measured = read_all(args, tune)
+    template = template_for([*train, *measured], tokenizer, template)
+    encode = partial(
+        encode_examples,
+        tokenizer=tokenizer,
+        template=template,
+        seq_len=args.data.seq_len + 1,  # the last token of a row is a target only
+        train_on=tune.train_on,
+        truncate=tune.truncate,
+    )
+    rows = encode(train)
+    held = encode(measured) if measured else None
+    paired = tune.objective not in ("sft", "distill")
+    packing = tune.packing and not paired
+    batches = TuningBatches(
+        rows,
+        seq_len=args.data.seq_len,
+        rows_per_step=args.data.batch_size,
+        seed=args.seed,
+        packing=packing,
+        rank=share.rank,
+        world_size=share.world_size,
+    )
+    if not share.quiet:
+        fill = (
+            ""
+            if batches.fill is None
+            else f"; packed into {batches.items_per_epoch:,} rows, {batches.fill:.0%} full"
+        )
+        notice(f"to train on: {rows.counts}{fill}")
+        notice(
+            f"held out: {held.counts}" if held else "nothing is held out: no score, and the last step is the best"
+        )
+        if rows.counts.without_end:
+            notice(
+                f"{rows.counts.without_end} answers do not teach where to stop: `transom data check` names reasons"
+            )
+    hashes = {source.label: _hash(rows, held) for source in args.data.source_list}
+    return TuneData(
+        batches, batches.items_per_epoch, hashes, template, rows, list(held_batches(held)) if held else []
+    )
+
+
+def read_all(args: TrainArgs, tune: TuneArgs) -> tuple[list[Example], list[Example]]:
+    """(examples to train on, examples to measure with) of all sources, of kinds that the objective learns from."""
+    train: list[Example] = []
+    measured: list[Example] = []
+    for source in args.data.source_list:
+        require(source.weight == 1, "data.sources weight", source.weight, "accepted for fine-tuning is 1")
+        one, other = read_splits(source.path, args.data.held_out)
+        train, measured = train + one, measured + other
+    wrong = next((one for one in (*train, *measured) if one.kind not in KINDS[tune.objective]), None)
+    if wrong is not None:
+        fitting = [name for name, kinds in KINDS.items() if wrong.kind in kinds]
+        raise RequestError(
+            f"tune.objective = {tune.objective!r}: {wrong.id} is a row of kind {wrong.kind}; accepted for it is "
+            f"{' or '.join(fitting)}"
+        )
+    return train, measured
+
+
+def held_batches(rows: EncodedRows) -> Iterator[TuningBatch]:
+    """All rows, padded, those of like length together; pairs stay pairs."""
+    order = sorted(range(len(rows.items)), key=lambda at: max(len(row.ids) for row in rows.items[at]))
+    group: list[int] = []
+    for at in order:
+        longest = max(len(row.ids) for row in rows.items[at])
+        if group and (len(group) + 1) * rows.rows_per_item * longest > BATCH_TOKENS:
+            yield _padded(rows, group)
+            group = []
+        group.append(at)
+    if group:
+        yield _padded(rows, group)
+
+
+def _padded(rows: EncodedRows, chosen: Sequence[int]) -> TuningBatch:
+    labels = [] if rows.labels is None else [rows.labels[at] for at in chosen]
+    return padded_batch([rows.items[at] for at in chosen], labels=labels)
+
+
+def _hash(*parts: EncodedRows | None) -> str:
+    """SHA-256 in hex of every token and what it counts: data, tokenizer and template in one."""
+    whole = hashlib.sha256()
+    for rows in parts:
+        for item in () if rows is None else rows.items:
+            for row in item:
+                whole.update(row.ids.tobytes())
+                whole.update(row.weights.tobytes())
+    return whole.hexdigest()

@@ -1,0 +1,83 @@
+"""Which objective a fine-tuning run has, with the second model or the reference that some of them need."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from transom.checkpoints.load import load, load_tokenizer
+from transom.model import LLM
+from transom.runtime import DTYPES
+from transom.tokenizer import Tokenizer
+from transom.training.config import TrainArgs
+from transom.training.distillation import Distillation, check_same_tokenizer
+from transom.training.objectives import NextToken, Objective
+from transom.training.preferences import Preference, precompute_reference
+from transom.training.ranks import Ranks
+from transom.training.subject import Share
+from transom.training.tune_args import NEEDS_REFERENCE, TuneArgs
+from transom.training.tune_data import TuneData, held_batches
+
+
+def tune_objective(
+    args: TrainArgs,
+    tune: TuneArgs,
+    model: LLM,
+    tokenizer: Tokenizer,
+    data: TuneData,
+    dtype: torch.dtype,
+    share: Share,
+) -> Objective:
+    """The objective that the config names."""
+    chunk = args.loss_chunk
+    if tune.objective == "sft":
+        return NextToken(model, args.loss_chunk, data.held_out)
+    if tune.objective == "distill":
+        return _distillation(tune, model, tokenizer, data, dtype, chunk)
+    return _preference(tune, model, data, dtype, share, chunk)
+
+
+def _distillation(
+    tune: TuneArgs, model: LLM, tokenizer: Tokenizer, data: TuneData, dtype: torch.dtype, chunk: int | None
+) -> Distillation:
+    assert tune.teacher is not None, "TuneArgs checks it"
+    check_same_tokenizer(tokenizer, load_tokenizer(tune.teacher))
+    names = {kind: name for name, kind in DTYPES.items()}
+    teacher = load(tune.teacher, str(_device(model)), names[dtype])
+    return Distillation(model, teacher, tune.temperature, tune.alpha, tune.reverse, chunk, data.held_out)
+
+
+def _preference(
+    tune: TuneArgs, model: LLM, data: TuneData, dtype: torch.dtype, share: Share, chunk: int | None
+) -> Preference:
+    reference = None
+    if tune.method == "full" and tune.objective in NEEDS_REFERENCE and tune.objective != "kto":
+        with _evaluating(model, dtype):
+            batches = (*held_batches(data.train), *data.held_out)
+            reference = precompute_reference(model, batches, chunk)
+    ranks = Ranks(share.world_size, None, _device(model)) if share.world_size > 1 else None
+    return Preference(
+        model,
+        kind=tune.objective,  # type: ignore[arg-type]  # what is left of the names
+        beta=tune.beta,
+        label_smoothing=tune.label_smoothing,
+        desirable_weight=tune.desirable_weight,
+        undesirable_weight=tune.undesirable_weight,
+        chunk=chunk,
+        reference=reference,
+        held_out=data.held_out,
+        ranks=ranks,
+    )
+
+
+@contextlib.contextmanager
+def _evaluating(model: LLM, dtype: torch.dtype) -> Iterator[None]:
+    model.eval()
+    with torch.autocast(_device(model).type, dtype, enabled=dtype != torch.float32):
+        yield
+
+
+def _device(model: LLM) -> torch.device:
+    return model.tok_embeddings.weight.device

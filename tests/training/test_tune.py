@@ -1,0 +1,131 @@
+"""Fine-tuning: what trains, what stays, exact resume, and folders that other verbs and libraries read."""
+
+import json
+
+import pytest
+import torch
+
+import transom
+from tests.training.runs import losses
+from tests.training.tuning import base_folder, chats, judged, preferences, tune_args
+from transom.errors import RequestError
+from transom.model import TransformerInput
+from transom.training.setup import open_run
+
+NF4 = {"kind": "nf4", "group": 32, "skip": ["w_out", "output"]}
+MOE = {"num_experts": 4, "top_k": 2, "hidden_dim": 24, "shared_expert": True, "balance": "switch"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return base_folder(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    return base_folder(tmp_path_factory.mktemp("moe") / "model", moe_args=MOE)
+
+
+WAYS = {
+    "adapter, packed": (chats, [], {"packing": True}),
+    "adapter with dropout, padded": (chats, [], {"packing": False, "lora": {"rank": 2, "dropout": 0.3}}),
+    "DoRA with noise": (chats, [], {"lora": {"rank": 2, "dora": True}, "noise": 5.0}),
+    "4-bit base": (chats, [], {"quantize": NF4, "lora": {"rank": 2}}),
+    "all weights, average": (chats, ["ema_decay=0.9"], {"method": "full"}),
+    "new tokens": (chats, [], {"new_tokens": ["<|x|>"]}),
+    "dpo": (preferences, ["data.batch_size=2"], {"objective": "dpo"}),
+    "dpo of all weights": (preferences, ["data.batch_size=2"], {"objective": "dpo", "method": "full"}),
+    "kto": (judged, ["data.batch_size=4"], {"objective": "kto"}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_resumed_run_is_the_run_that_was_never_stopped(base, tmp_path, way):
+    rows, words, tune = WAYS[way]
+    data = rows(tmp_path / "rows.jsonl")
+    straight = open_run(tune_args(tmp_path, base, data, f"out={tmp_path}/straight", *words, **tune), quiet=True)
+    straight.fit()
+    args = tune_args(tmp_path, base, data, *words, **tune)
+    first = open_run(args, quiet=True)
+    while first.progress.step < 4:
+        first._log(first.step(), 1.0)
+    first.save(None)
+    again = open_run(args, resume=True, quiet=True)
+    again.fit()
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    for (name, one), other in zip(straight.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_only_what_was_asked_for_moves_and_router_and_experts_do_as_said(moe, tmp_path):
+    data = chats(tmp_path / "rows.jsonl")
+    tune = {"lora": {"rank": 2, "targets": ["experts"]}, "train_router": True}
+    trainer = open_run(tune_args(tmp_path, moe, data, **tune), quiet=True)
+    before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+    for _ in range(3):
+        parts = trainer.step().parts
+    moved = {n for n, w in trainer.model.named_parameters() if not torch.equal(w, before[n])}
+    assert moved == {n for n in before if ".experts." in n and ".lora." in n} | {
+        n for n in before if ".router." in n and "choice_bias" not in n
+    }
+    assert {"aux_loss", "z_loss"} <= set(parts)
+
+
+@pytest.mark.parametrize("tune", [{}, {"lora": {"rank": 2, "dora": True}}, {"new_tokens": ["<|x|>"]}], ids=str)
+def test_the_folder_of_a_run_is_the_model_that_was_trained(base, tmp_path, tune):
+    data = chats(tmp_path / "rows.jsonl")
+    trainer = open_run(tune_args(tmp_path, base, data, "patience=3", "eval_every=2", **tune), quiet=True)
+    trainer.fit()
+    step = (tmp_path / "run" / "latest").read_text().strip()
+    tokens = torch.arange(2, 42)[None]
+    expected = trainer.model.eval()(TransformerInput(tokens)).logits
+    found = transom.load(tmp_path / "run" / step)(TransformerInput(tokens)).logits
+    torch.testing.assert_close(found, expected)
+    tokenizer = transom.load_tokenizer(tmp_path / "run" / step)
+    assert tokenizer.hash == trainer.tokenizer.hash
+
+
+def test_all_weights_come_back_in_the_format_of_the_base(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    base = base_folder(tmp_path / "hf", format="hf", rope_layout="halves")
+    trainer = open_run(tune_args(tmp_path, base, chats(tmp_path / "rows.jsonl"), method="full"), quiet=True)
+    trainer.fit()
+    step = tmp_path / "run" / (tmp_path / "run" / "latest").read_text().strip()
+    tokens = torch.arange(2, 42)[None]
+    theirs = AutoModelForCausalLM.from_pretrained(step)(tokens).logits
+    torch.testing.assert_close(theirs, trainer.model.eval()(TransformerInput(tokens)).logits, atol=1e-4, rtol=0)
+
+
+def test_early_stopping_keeps_the_best_step(base, tmp_path):
+    words = ("steps=40", "eval_every=1", "patience=2", "optimizer.lr=0.5")
+    trainer = open_run(tune_args(tmp_path, base, chats(tmp_path / "rows.jsonl"), *words), quiet=True)
+    trainer.fit()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    scores = {row["step"]: row["answers"]["loss"] for row in rows if "answers" in row}
+    best = min(scores, key=scores.get)
+    assert trainer.progress.step < 40
+    assert (tmp_path / "run" / "best").read_text().strip() == f"step_{best:06d}"
+
+
+def test_epochs_become_steps(base, tmp_path):
+    args = tune_args(tmp_path, base, chats(tmp_path / "rows.jsonl"), epochs=2.0, packing=False)
+    trainer = open_run(args, quiet=True)
+    assert trainer.args.steps == -(-2 * trainer.batches.items_per_epoch // 4)
+
+
+REFUSED = {
+    "rows for another objective": (preferences, [], {}, "row of kind pair; accepted for it is dpo or ipo or orpo"),
+    "a target that fits nothing": (chats, [], {"lora": {"targets": ["wz"]}}, "'wz' fits no weight"),
+    "a rank beyond the matrix": (chats, [], {"lora": {"rank": 33}}, "rank = 33"),
+    "rows longer than the model": (chats, ["data.seq_len=300"], {}, "model.max_seq_len = 256"),
+    "a router that is not there": (chats, [], {"train_router": True}, "mixture of experts"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_wrong_request_is_one_sentence_and_leaves_nothing(base, tmp_path, case):
+    rows, words, tune, sentence = REFUSED[case]
+    with pytest.raises(RequestError, match=sentence):
+        open_run(tune_args(tmp_path, base, rows(tmp_path / "rows.jsonl"), *words, **tune), quiet=True)
+    assert not (tmp_path / "run").exists()

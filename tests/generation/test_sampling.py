@@ -161,3 +161,21 @@ def test_impossible_values_are_named(field, value):
 def test_one_seed_per_row():
     with pytest.raises(RequestError, match="2 seeds for 3 rows"):
         Sampler(SamplingArgs(), 3, 10, seeds=[1, 2])
+
+
+@pytest.mark.parametrize(
+    ("args", "warped"),
+    [
+        (SamplingArgs(), lambda x: x),
+        (SamplingArgs(1.0), lambda x: x),
+        (SamplingArgs(0.7, top_k=5), lambda x: TopKLogitsWarper(5)(None, TemperatureLogitsWarper(0.7)(None, x))),
+    ],
+    ids=["greedy", "as it is", "heated and cut"],
+)
+def test_log_probabilities_are_those_of_the_distribution_drawn_from(args, warped):
+    logits, found = random_logits(), []
+    sampler = Sampler(args, 8, 200, log_probs=found)
+    ids = [sampler(logits) for _ in range(3)]
+    theirs = warped(logits).log_softmax(-1)
+    for drawn, log_probs in zip(ids, found, strict=True):
+        torch.testing.assert_close(log_probs, theirs.gather(1, drawn[:, None])[:, 0])

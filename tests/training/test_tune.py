@@ -7,7 +7,7 @@ import torch
 
 import transom
 from tests.training.runs import losses
-from tests.training.tuning import base_folder, chats, judged, preferences, tune_args
+from tests.training.tuning import base_folder, chats, judged, preferences, solved, tune_args
 from transom.errors import RequestError
 from transom.model import TransformerInput
 from transom.training.setup import open_run
@@ -35,6 +35,7 @@ WAYS = {
     "new tokens": (chats, [], {"new_tokens": ["<|x|>"]}),
     "dpo": (preferences, ["data.batch_size=2"], {"objective": "dpo"}),
     "dpo of all weights": (preferences, ["data.batch_size=2"], {"objective": "dpo", "method": "full"}),
+    "grpo": (solved, ["data.batch_size=2"], {"objective": "grpo", "group": 3, "answer_tokens": 6, "beta": 0.05}),
     "kto": (judged, ["data.batch_size=4"], {"objective": "kto"}),
 }
 
@@ -94,6 +95,19 @@ def test_all_weights_come_back_in_the_format_of_the_base(tmp_path):
     step = tmp_path / "run" / (tmp_path / "run" / "latest").read_text().strip()
     tokens = torch.arange(2, 42)[None]
     theirs = AutoModelForCausalLM.from_pretrained(step)(tokens).logits
+    torch.testing.assert_close(theirs, trainer.model.eval()(TransformerInput(tokens)).logits, atol=1e-4, rtol=0)
+
+
+def test_peft_computes_the_same_with_the_folder_of_a_run(tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = base_folder(tmp_path / "hf", format="hf", rope_layout="halves")
+    trainer = open_run(tune_args(tmp_path, base, chats(tmp_path / "rows.jsonl")), quiet=True)
+    trainer.fit()
+    step = tmp_path / "run" / (tmp_path / "run" / "latest").read_text().strip()
+    tokens = torch.arange(2, 42)[None]
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), step)(input_ids=tokens).logits
     torch.testing.assert_close(theirs, trainer.model.eval()(TransformerInput(tokens)).logits, atol=1e-4, rtol=0)
 
 

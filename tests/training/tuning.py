@@ -60,6 +60,12 @@ def judged(path: Path) -> Path:
     return write_rows(path, alone)
 
 
+def solved(path: Path) -> Path:
+    """Twenty questions whose answer is known."""
+    pairs = [(q.format(land), city) for q in QUESTIONS for land, city in CAPITALS.items()]
+    return write_rows(path, [{"prompt": question, "answer": city} for question, city in pairs])
+
+
 def tune_args(folder: Path, base: Path, data: Path, *overrides: str, **tune: Any) -> TrainArgs:
     """A run of a second; `tune` are fields of `TuneArgs`."""
     config: dict[str, Any] = {

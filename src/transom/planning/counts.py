@@ -129,14 +129,17 @@ def layer_flops_per_token(layer: LayerArgs, length: int) -> float:
     return 2.0 * weights + 2.0 * keys_seen(layer, length) * layer.n_heads * (layer.head_dim + value)
 
 
-def flops_per_token(args: ModelArgs, length: int, *, training: bool = False) -> float:
+def flops_per_token(args: ModelArgs, length: int, *, training: bool = False, frozen: bool = False) -> float:
     """FLOPs per token at a sequence of `length`: matrix products only; training is three forwards.
 
+    With `frozen` weights it is two, as only inputs get gradients; an adapter's own products are left out.
     Masked-out scores are not counted, so the utilisation derived from it does not flatter causal attention.
     """
     forward = sum(layer_flops_per_token(layer, length) for layer in args.layers)
     forward += output_flops_per_token(args)
-    return 3.0 * forward if training else forward
+    if not training:
+        return forward
+    return 2.0 * forward if frozen else 3.0 * forward
 
 
 def output_flops_per_token(args: ModelArgs) -> float:

@@ -101,7 +101,8 @@ class Monitor:
         """The numbers of a step that took `seconds`, and `more`; the progress line moves on."""
         p, args, device = self.progress, self.args, self.model.tok_embeddings.weight.device
         rate = result.tokens / seconds
-        flops = flops_per_token(self.model.args, result.row_length, training=True)
+        frozen = args.tune is not None and args.tune.method == "lora"
+        flops = flops_per_token(self.model.args, result.row_length, training=True, frozen=frozen)
         mfu = rate * flops / world_size / matmul_peak(device.type, dtype)
         memory = memory_bytes(device)
         self.write(

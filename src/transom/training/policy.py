@@ -144,9 +144,9 @@ class PolicyScore:
 class PolicyGradient(Objective):
     """- sum of advantage log p(token) over the tokens of all answers, divided by their count in the whole step.
 
-    Every token counts alike, however long its answer (DAPO, Yu et al. 2025, arXiv 2503.14476, eq. 8). `beta` weighs
-    the KL to the model without its adapters. Parts, over the answers of a step: `reward`, `reward_std` (mean over
-    questions), `solved` (rewards of 1 or more), `answer_tokens` (mean), `cut` (share ended by their length),
+    Every token counts alike, however long its answer (DAPO, Yu et al. 2025, arXiv 2503.14476, section 3.3). `beta`
+    weighs the KL to the model without its adapters. Parts, over the answers of a step: `reward`, `reward_std` (mean
+    over questions), `solved` (rewards of 1 or more), `answer_tokens` (mean), `cut` (share ended by their length),
     `no_signal` (share of questions whose answers all got one reward), `gap` (mean distance in nats of a token's
     log-probability in training from that in drawing, which dropout or jitter make large), and `kl`.
     """
@@ -196,9 +196,8 @@ class PolicyGradient(Objective):
 
     def loss(self, output: TransformerOutput, micro: RolloutBatch, units: Tensor) -> dict[str, Tensor]:
         """This micro-batch's share of the loss, and of the parts that the class names."""
-        policy_BT = target_log_probs(
-            self.model, output.hidden_BTD, micro.targets, self.chunk, self.temperature
-        )  # before the reference: autocast would hand its casts, made without gradients, on to this
+        # Before the reference: autocast would hand on to it the casts that the reference makes without gradients.
+        policy_BT = target_log_probs(self.model, output.hidden_BTD, micro.targets, self.chunk, self.temperature)
         loss = -(micro.advantages[:, None] * policy_BT).sum() / units
         parts = {"gap": (policy_BT.detach() - micro.drawn).abs().sum() / units}
         if self.beta > 0:

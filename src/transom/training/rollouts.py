@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from transom.chat.template import ChatTemplate
@@ -116,7 +115,7 @@ class QuestionBatch:
     def full_size(self, seq_len: int) -> RolloutBatch:
         """Answers to as many questions, in rows of `seq_len` tokens: for a step that tries the memory."""
         ids, weights = np.zeros(seq_len + 1, np.int32), np.zeros(seq_len + 1, np.float32)
-        weights[-min(self.answer_tokens, seq_len) :] = 1.0
+        weights[-self.answer_tokens :] = 1.0
         items = [[TuningRow(row.id, ids, weights)] * self.group for row in self.rows]
         rows, count = padded_batch(items, self.epoch), len(self.seeds)
         nothing = torch.zeros(count)
@@ -267,11 +266,6 @@ class RolloutBatch:
                 cut=self.cut[part],
                 drawn=self.drawn[part, : rows.tokens.size(1)],
             )
-
-    def full_size(self, seq_len: int) -> RolloutBatch:
-        """As many rows, each of `seq_len` tokens."""
-        drawn = F.pad(self.drawn, (0, seq_len - self.drawn.size(1)))
-        return replace(self, rows=self.rows.full_size(seq_len), drawn=drawn)
 
 
 def _row(question: Question, drawn: Drawn) -> TuningRow:

@@ -114,7 +114,7 @@ class Trainer:
         """One optimizer step over this rank's share of the next global batch."""
         self.model.train()
         with self.clock.part("data"):
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad(), self._autocast(), self._eager():
                 prepared = self.objective.prepare(self.batches.next())
             batch = self._shortened(prepared)
             whole = self._whole(batch)
@@ -336,13 +336,16 @@ class Trainer:
 
     @contextlib.contextmanager
     def _as_saved(self) -> Iterator[None]:
-        """The model as a checkpoint holds it: averaged weights, and no compiled blocks for shapes of all kinds."""
-        with contextlib.ExitStack() as stack:
-            if self.compiled:
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            if self.ema is not None:
-                stack.enter_context(self.ema.swapped())
+        """The model as a checkpoint holds it: averaged weights, and no compiled blocks."""
+        with self._eager(), contextlib.nullcontext() if self.ema is None else self.ema.swapped():
             yield
+
+    def _eager(self) -> contextlib.AbstractContextManager[Any]:
+        """No compiled blocks for shapes of all kinds."""
+        if not self.compiled:
+            return contextlib.nullcontext()
+        stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return stance
 
     def _log(self, result: StepResult, seconds: float) -> None:
         more: dict[str, Any] = {"learning_rates": self.optimizers.learning_rates()}

@@ -46,7 +46,7 @@ def tuned_subject(
         add_noise(model, tune.noise)
     for line in [] if share.quiet else coverage_lines(model):
         notice(line)
-    data = open_tune_data(args, tune, tokenizer, ChatTemplate.find(folder, tokenizer, tune.template), share)
+    data = open_tune_data(args, tune, tokenizer, ChatTemplate.find(folder, tokenizer, tune.template), folder, share)
     companions = Companions(folder, tokenizer, data.template, new_tokens=bool(tune.new_tokens))
     step_model: StepModel = WholeModel(model, tokenizer, None, companions, writable_format(folder))
     if tune.method == "lora":

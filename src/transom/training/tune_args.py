@@ -30,7 +30,9 @@ class TuneArgs:
     objective: Literal["sft", "dpo", "ipo", "orpo", "kto", "distill", "grpo"] = describe(
         "sft", "what is lowered: cross-entropy, a preference loss, distance to a teacher, or minus a reward"
     )
-    beta: float = describe(0.1, "dpo, ipo, kto: strength of the reference; orpo: weight of the odds; grpo: of KL")
+    beta: float | None = describe(
+        None, "dpo, ipo, kto: strength of the reference; orpo: weight of the odds; grpo: of KL; null: 0.1, grpo 0"
+    )
     label_smoothing: float = describe(0.0, "dpo: share of pairs taken to be labelled the wrong way round")
     desirable_weight: float = describe(1.0, "kto: weight of good answers")
     undesirable_weight: float = describe(1.0, "kto: weight of bad answers")
@@ -40,9 +42,9 @@ class TuneArgs:
     reverse: bool = describe(False, "distill: the student's own distribution weighs the distance (MiniLLM)")
     reward: str = describe("exact", "grpo: exact, number, regex, or module:function of one's own")
     group: int = describe(8, "grpo: answers drawn for each question", "answers")
-    answer_tokens: int = describe(256, "grpo: longest answer drawn", "tokens")
+    answer_tokens: int = describe(128, "grpo: longest answer drawn", "tokens")
     scale_rewards: bool = describe(
-        True, "grpo: divide rewards by their standard deviation among a question's answers"
+        True, "grpo: divide advantages by the standard deviation of their group's rewards"
     )
     train_on: Literal["assistant", "all"] = describe("assistant", "turns of a conversation that carry loss")
     template: str | None = describe(None, "chat template: a built-in one by name or a file; the base's own if null")
@@ -59,13 +61,17 @@ class TuneArgs:
         """Whether the routers of a mixture of experts train, and the biases that balance them move."""
         return self.method == "full" if self.train_router is None else self.train_router
 
+    @property
+    def strength(self) -> float:
+        """`beta`, or what is usual for the objective."""
+        return self.beta if self.beta is not None else 0.0 if self.objective == "grpo" else 0.1
+
     def __post_init__(self) -> None:
         lora = self.method == "lora"
         require(lora or self.quantize is None, "quantize", "given", "accepted with method = lora only")
-        for name in ("beta", "temperature"):
-            value = getattr(self, name)
-            without_kl = name == "beta" and value == 0 and self.objective == "grpo"
-            require(without_kl or 0 < value < math.inf, name, value, "accepted is a number above 0")
+        require(0 < self.temperature < math.inf, "temperature", self.temperature, "accepted is a number above 0")
+        lowest = self.strength >= 0 if self.objective == "grpo" else self.strength > 0
+        require(lowest and self.strength < math.inf, "beta", self.beta, "accepted is a number above 0, or null")
         require(0 <= self.alpha <= 1, "alpha", self.alpha, "accepted is a number from 0 to 1")
         smoothing, dpo = self.label_smoothing, self.objective == "dpo"
         accepted = "accepted is 0 or more and below 0.5, with objective = dpo"

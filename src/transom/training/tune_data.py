@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from transom.chat.template import ChatTemplate
 from transom.data.conversations import Example, Kind
@@ -13,9 +15,12 @@ from transom.data.tuning_batches import TuningBatch, TuningBatches, padded_batch
 from transom.data.tuning_rows import EncodedRows, encode_examples, template_for
 from transom.data.tuning_sets import read_splits
 from transom.errors import RequestError, notice, require
+from transom.generation.text import stop_tokens_of
 from transom.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
 from transom.training.objectives import RunBatches
+from transom.training.rewards import Reward, open_reward
+from transom.training.rollouts import QuestionBatches, encode_questions
 from transom.training.run_data import RunData
 from transom.training.subject import Share
 from transom.training.tune_args import TuneArgs
@@ -39,8 +44,10 @@ class TuneData:
     items: int
     hashes: dict[str, str]
     template: ChatTemplate | None
-    train: EncodedRows
-    held_out: Sequence[TuningBatch] = ()
+    train: EncodedRows | None = None  # None for questions
+    held_out: Sequence[Any] = ()  # batches, or questions
+    reward: Reward | None = None  # of answers to questions
+    stop_tokens: tuple[int, ...] = ()  # that end such an answer
 
     def as_run_data(self, base_fingerprint: str) -> RunData:
         """For the trainer; a base that has changed is data that has changed."""
@@ -48,11 +55,18 @@ class TuneData:
 
 
 def open_tune_data(
-    args: TrainArgs, tune: TuneArgs, tokenizer: Tokenizer, template: ChatTemplate | None, share: Share
+    args: TrainArgs,
+    tune: TuneArgs,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    base: Path,
+    share: Share,
 ) -> TuneData:
     """Rows of every source, their counts said; what cannot be learnt from in this way is a `RequestError`."""
     train, measured = read_all(args, tune)
     template = template_for([*train, *measured], tokenizer, template)
+    if tune.objective == "grpo":
+        return _questions(args, tune, train, measured, tokenizer, template, base, share)
     encode = partial(
         encode_examples,
         tokenizer=tokenizer,
@@ -91,6 +105,47 @@ def open_tune_data(
     hashes = {source.label: _hash(rows, held) for source in args.data.source_list}
     return TuneData(
         batches, batches.items_per_epoch, hashes, template, rows, list(held_batches(held)) if held else []
+    )
+
+
+def _questions(
+    args: TrainArgs,
+    tune: TuneArgs,
+    train: list[Example],
+    measured: list[Example],
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    base: Path,
+    share: Share,
+) -> TuneData:
+    """Questions with a known answer, and what judges the answers that are drawn to them."""
+    reward = open_reward(tune.reward)
+    asked, held = (
+        encode_questions(examples, tokenizer, template, seq_len=args.data.seq_len, answer_tokens=tune.answer_tokens)
+        for examples in (train, measured)
+    )
+    reward.check((row.id, row.reference) for row in (*asked.rows, *held.rows))
+    if not share.quiet:
+        notice(f"to learn from: {asked}; held out: {held}")
+    batches = QuestionBatches(
+        asked.rows,
+        group=tune.group,
+        answer_tokens=tune.answer_tokens,
+        rows_per_step=args.data.batch_size,
+        seed=args.seed,
+        rank=share.rank,
+        world_size=share.world_size,
+    )
+    hashes = {source.label: asked.hash + held.hash for source in args.data.source_list}
+    ends = (*stop_tokens_of(base, tokenizer), *(template.stop_tokens if template is not None else ()))
+    return TuneData(
+        batches,
+        batches.items_per_epoch,
+        {**hashes, "the reward": reward.hash},
+        template,
+        held_out=held.rows,
+        reward=reward,
+        stop_tokens=tuple(dict.fromkeys(ends)),
     )
 
 

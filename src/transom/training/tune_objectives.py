@@ -14,6 +14,7 @@ from transom.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
 from transom.training.distillation import Distillation, check_same_tokenizer
 from transom.training.objectives import NextToken, Objective
+from transom.training.policy import PolicyGradient
 from transom.training.preferences import Preference, precompute_reference
 from transom.training.ranks import Ranks
 from transom.training.subject import Share
@@ -34,6 +35,8 @@ def tune_objective(
     chunk = args.loss_chunk
     if tune.objective == "sft":
         return NextToken(model, args.loss_chunk, data.held_out)
+    if tune.objective == "grpo":
+        return _policy(tune, model, tokenizer, data, dtype, share, chunk)
     if tune.objective == "distill":
         return _distillation(tune, model, tokenizer, data, dtype, chunk)
     return _preference(tune, model, data, dtype, share, chunk)
@@ -49,26 +52,57 @@ def _distillation(
     return Distillation(model, teacher, tune.temperature, tune.alpha, tune.reverse, chunk, data.held_out)
 
 
+def _policy(
+    tune: TuneArgs,
+    model: LLM,
+    tokenizer: Tokenizer,
+    data: TuneData,
+    dtype: torch.dtype,
+    share: Share,
+    chunk: int | None,
+) -> PolicyGradient:
+    assert data.reward is not None, "open_tune_data opens it"
+    return PolicyGradient(
+        model,
+        tokenizer,
+        data.reward,
+        data.stop_tokens,
+        tune.answer_tokens,
+        tune.temperature,
+        tune.strength,
+        tune.scale_rewards,
+        dtype=dtype,
+        chunk=chunk,
+        held_out=data.held_out,
+        ranks=_ranks(model, share),
+        quiet=share.quiet,
+    )
+
+
+def _ranks(model: LLM, share: Share) -> Ranks | None:
+    return Ranks(share.world_size, None, _device(model)) if share.world_size > 1 else None
+
+
 def _preference(
     tune: TuneArgs, model: LLM, data: TuneData, dtype: torch.dtype, share: Share, chunk: int | None
 ) -> Preference:
     reference = None
     if tune.method == "full" and tune.objective in NEEDS_REFERENCE and tune.objective != "kto":
+        assert data.train is not None, "rows of pairs"
         with _evaluating(model, dtype):
             batches = (*held_batches(data.train), *data.held_out)
             reference = precompute_reference(model, batches, chunk)
-    ranks = Ranks(share.world_size, None, _device(model)) if share.world_size > 1 else None
     return Preference(
         model,
         kind=tune.objective,  # type: ignore[arg-type]  # what is left of the names
-        beta=tune.beta,
+        beta=tune.strength,
         label_smoothing=tune.label_smoothing,
         desirable_weight=tune.desirable_weight,
         undesirable_weight=tune.undesirable_weight,
         chunk=chunk,
         reference=reference,
         held_out=data.held_out,
-        ranks=ranks,
+        ranks=_ranks(model, share),
     )
 
 

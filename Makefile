@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
-test-all: $(VENV)/installed-dev
+test-all: $(VENV)/installed-peers
 	$(BIN)/python -m pytest -m "not gpu"
 
 check: $(VENV)/installed-dev
@@ -40,6 +40,10 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "torch>=2.11,<2.14"
 	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+$(VENV)/installed-peers: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet -e ".[dev,peers]"
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

@@ -25,6 +25,8 @@ NAMES = (
     "compile",
     "options",
     "muon",
+    "objectives",
+    "policy",
     "load",
     "demo",
 )

@@ -92,6 +92,12 @@ def test_earlier_answers_of_a_prompt_carry_no_loss() -> None:
     assert learnt(encode(talk)) == ["x<|end_of_text|>", "y<|end_of_text|>"]
 
 
+def test_a_completion_alone_is_learnt_also_behind_a_conversation() -> None:
+    earlier = (Q, say("assistant", "earlier"), say("user", "again"))
+    example = Example("f:3", "completion", earlier, ((A,),))
+    assert learnt(encode(example)) == ["abc<|end_of_text|>"]
+
+
 def test_labels_go_with_their_items() -> None:
     encoded = encode(*(bare("label", "abc", label=one) for one in (True, False)))
     assert encoded.labels == [True, False]

@@ -117,6 +117,13 @@ def test_tools_and_calls(made: Any) -> None:
     assert [len(row.answers) for row in rows] == [2, 1] and all("weather" in tokenizer.decode(r.ids) for r in rows)
 
 
+@pytest.mark.parametrize("name", ["zephyr", "phi3", "llama3"])
+def test_a_template_without_words_for_calls_is_refused(made: Any, name: str) -> None:
+    template = ChatTemplate(PUBLISHED[name], made[0])
+    with pytest.raises(RequestError, match=r"messages\[1\]: .* leaves out the call of 'weather'"):
+        rows_of(template, TOOL_TALK[:2])
+
+
 def test_weights_of_turns_are_those_of_their_tokens(made: Any) -> None:
     tokenizer, _ = made
     template = ChatTemplate(PUBLISHED["llama3"], tokenizer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +111,12 @@ def config_of(options: argparse.Namespace) -> TrainArgs:
     if options.resume:
         out = next(word.partition("=")[2] for word in reversed(overrides) if word.startswith("out="))
         return read_config(Path(out) / "config.yaml", overrides)
-    base = defaults_for(options.model, options.data, read_config(path).to_dict() if path else None)
+    found = find_model(options.model)
+    base = read_config(path).to_dict() if path else defaults_for(found.model)
     if any(word == "steps" for word in given):
         base["tune"]["epochs"] = None
-    base["base"] = options.model
+    whole_and_here = found.adapter is None and model.exists()
+    base["base"] = str(found.model) if whole_and_here else options.model  # a run may find a better step meanwhile
     if options.data:
         base["data"]["sources"] = list(options.data)
     first = read_config(None, overrides, base=base)
@@ -125,11 +126,9 @@ def config_of(options: argparse.Namespace) -> TrainArgs:
     return read_config(None, overrides, base=base)
 
 
-def defaults_for(model: str, data: Sequence[str], config: dict[str, Any] | None) -> dict[str, Any]:
-    """What the fields are unless the config or a word says otherwise."""
-    if config is not None:
-        return config
-    args = read_args(find_model(model).model)
+def defaults_for(folder: Path) -> dict[str, Any]:
+    """What the fields are unless a word says otherwise."""
+    args = read_args(folder)
     from transom.planning.counts import parameters
 
     chosen = SMALL if parameters(args) < SMALL_PARAMETERS else DEFAULTS

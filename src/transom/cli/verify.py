@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transom.verify.check import Finding, Line
 
 # What takes a MODEL, and what has nothing to do with one.
-WITH_MODEL = ("model", "cache", "checkpoint", "merge", "policy", "resume")
+WITH_MODEL = ("model", "cache", "checkpoint", "merge", "policy", "tuning", "resume")
 ALONE = ("data", "step", "attention")
 
 
@@ -37,14 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         help="model or run folder, config of a model or a run (YAML or JSON), or preset: a shrunken copy of it is "
-        "verified, of checkpoint and policy the folder itself, of merge an adapter, its base or what was merged; "
-        "built-in models when absent",
+        "verified, of checkpoint and policy the folder itself, of tuning both, of merge an adapter, its base or "
+        "what was merged; built-in models when absent",
     )
     parser.add_argument("adapter", nargs="?", help="merge: an adapter for the base that stands before it")
     parser.add_argument("--full", action="store_true", help="cache: the folder's own weights, not a shrunken copy")
     parser.add_argument("--length", type=int, help="cache --full, checkpoint: longest sequence, tokens")
     parser.add_argument("--device", help="cache --full, policy, attention: where to run, default cpu for models")
     parser.add_argument("--dtype", help="cache --full, checkpoint: dtype of the weights, default float32")
+    parser.add_argument(
+        "--data", metavar="FILE", help="tuning FOLDER: rows as finetune takes them, built-in otherwise"
+    )
     parser.add_argument("--steps", type=int, help="resume: steps of the run, default 6")
     parser.add_argument("--self-test", action="store_true", help="plant every known silent bug and see it caught")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead")
@@ -60,7 +63,8 @@ def run(options: argparse.Namespace) -> int:
     from transom.runtime import one_thread
     from transom.verify.check import summarize
 
-    real = options.full or (options.what in ("checkpoint", "merge", "policy") and options.model is not None)
+    own = options.what in ("checkpoint", "merge", "policy", "tuning")
+    real = options.full or (own and options.model is not None)
     with contextlib.nullcontext() if real else one_thread():
         lines = summarize(findings(options))
     if options.json:
@@ -89,11 +93,12 @@ def check_options(options: argparse.Namespace) -> None:
         ("length", full or folder),
         ("dtype", full or folder),
         ("device", full or options.what in ("policy", "attention")),
+        ("data", options.what == "tuning" and options.model is not None),
         ("steps", options.what == "resume"),
     ):
         value = getattr(options, flag)
         whole = dict.fromkeys(("length", "dtype"), "cache --full and checkpoint FOLDER")
-        accepted = {**whole, "device": "cache --full, policy and attention"}
+        accepted = {**whole, "device": "cache --full, policy and attention", "data": "tuning FOLDER"}
         require(value is None or fits, f"--{flag}", value, f"accepted with {accepted.get(flag, options.what)}")
 
 
@@ -108,6 +113,10 @@ def findings(options: argparse.Namespace) -> Iterator[Finding]:
 
         if name is not None or options.steps is not None:
             args = read_run(name) if name is not None else TrainArgs(model="demo")
+            accepted = (
+                "accepted is a run that trains a model; `transom verify tuning` stops and resumes fine-tuning"
+            )
+            require(args.tune is None, "tune", "given", accepted)
             return compare_resumed_run(args, STEPS if options.steps is None else options.steps)
     if what == "checkpoint" and name is not None:
         from transom.verify.checkpoint import compare_folder
@@ -126,6 +135,8 @@ def findings(options: argparse.Namespace) -> Iterator[Finding]:
             raise RequestError(f"--full: {subject.name} has no weights; accepted is a model or run folder")
         model = load(subject.folder, device=options.device or "cpu", dtype=options.dtype or "float32")
         return compare_whole(model, subject.name, options.length)
+    if what == "tuning" and name is not None:
+        return tuned(name, options.data)
     if what == "policy":
         from transom.verify.policy import check_policy
 
@@ -142,13 +153,33 @@ def drawn_from(name: str, device: str) -> Iterator[Finding]:
     from transom.verify.policy import compare_policies
     from transom.verify.subjects import drawn, shrink
 
-    path = Path(name)
-    if path.is_dir() or not (path.exists() or name in PRESETS):
+    if is_folder(name):
         return compare_policies([(name, load(name, device, "float32"))])
     copy = shrink(read_model(name))
     for line in copy.left_out:
         notice(f"{name}: {line}")
     return compare_policies([(name, drawn(copy.args).to(device))])
+
+
+def tuned(name: str, data: str | None) -> Iterator[Finding]:
+    """A folder's own texts and weights on rows of `data`, and a copy in small of any model."""
+    from transom.verify.subjects import shrink
+    from transom.verify.tuning import compare_folder, compare_model
+
+    own = is_folder(name)
+    require(own or data is None, "--data", data, f"accepted with a model folder, and {name} has no tokenizer")
+    if own:
+        yield from compare_folder(name, data)
+    copy = shrink(read_model(name))
+    for line in copy.left_out:
+        notice(f"{name}: {line}")
+    yield from compare_model(copy.args, f"{name} in small")
+
+
+def is_folder(name: str) -> bool:
+    """Whether a name stands for weights: a folder, or what is neither file nor preset and may be a hub id."""
+    path = Path(name)
+    return path.is_dir() or not (path.exists() or name in PRESETS)
 
 
 def shrunken(what: str, name: str) -> Iterator[Finding]:

@@ -167,7 +167,8 @@ class _Encoder:
             return [tuple(self._bare(example, answer) for answer in example.answers)]
         if example.kind in ("chat", "completion"):
             messages = sum(example.answers, example.messages)
-            return [(row,) for row in self._conversation(example, messages, 0)]
+            first = len(example.messages) if example.kind == "completion" else 0  # a prompt may be a conversation
+            return [(row,) for row in self._conversation(example, messages, first)]
         rows = [self._conversation(example, example.messages + a, len(example.messages)) for a in example.answers]
         accepted = (
             "accepted are answers of one turn, as this template writes earlier turns otherwise than last ones"

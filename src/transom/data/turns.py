@@ -53,7 +53,7 @@ class Turns:
     """Writes conversations with one template and tokenizer."""
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
-        self._template = template
+        self._template, self._tokenizer = template, tokenizer
         self._stops = frozenset((*template.stop_tokens, *tokenizer.stop_ids))
         end = None if template.end_of_turn is None else tokenizer.token_to_id(template.end_of_turn)
         marked = any(GENERATION.search(source) for source in template.sources.values())
@@ -69,6 +69,7 @@ class Turns:
         rows: list[Written] = []
         for at in reversed([at for at, weight in enumerate(weights) if weight > 0]):
             said = self._answer(messages[: at + 1], tools)
+            self._check_calls(messages[at], said, f"messages[{at}]")
             stop = said.answer.stop
             row = next((row for row in rows if row.ids[:stop] == said.ids[:stop]), None)
             if row is None:
@@ -77,6 +78,19 @@ class Turns:
             row.weights[:stop][said.mask[:stop]] = weights[at]
             row.answers.insert(0, said.answer)
         return rows[::-1]
+
+    def _check_calls(self, message: Mapping[str, Any], said: _Said, name: str) -> None:
+        """Refuse a template without words for calls of tools: an empty answer would be learnt in their place."""
+        calls = [call.get("function", call).get("name") for call in message.get("tool_calls") or ()]
+        if not calls:
+            return
+        text = self._tokenizer.decode(said.ids[said.answer.start : said.answer.stop], skip_special=False)
+        lost = next((call for call in calls if str(call) not in text), None)
+        if lost is not None:
+            raise RequestError(
+                f"{name}: {self._template.origin} leaves out the call of {lost!r}; accepted for tool_calls is a "
+                "template that writes them"
+            )
 
     def whole(self, messages: Sequence[Mapping[str, Any]], tools: Tools, weight: float) -> Written:
         """The whole conversation with one weight for every token but the first."""

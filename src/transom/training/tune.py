@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from transom.adapt.coverage import coverage_lines
 from transom.adapt.lora_args import LoraArgs
 from transom.adapt.new import apply_lora
 from transom.adapt.vocabulary import add_tokens
+from transom.adapt.write import save_adapter
 from transom.chat.template import ChatTemplate
 from transom.checkpoints.fingerprint import fingerprint
 from transom.checkpoints.load import load, load_tokenizer
@@ -21,7 +23,7 @@ from transom.quantize.leaves import quantize_model
 from transom.runtime import DTYPES
 from transom.training.config import TrainArgs
 from transom.training.noise import add_noise
-from transom.training.step_model import AdapterOnly, Companions, StepModel, WholeModel
+from transom.training.step_model import ADAPTER, AdapterOnly, Companions, StepModel, WholeModel
 from transom.training.subject import Share, Subject, whole_model, writable_format
 from transom.training.tune_args import TuneArgs
 from transom.training.tune_data import open_tune_data
@@ -51,6 +53,7 @@ def tuned_subject(
     step_model: StepModel = WholeModel(model, tokenizer, None, companions, writable_format(folder))
     if tune.method == "lora":
         how = None if tune.quantize is None else dict(write(tune.quantize))
+        check_written(model)
         step_model = AdapterOnly(
             model, companions, base_name(args.base, folder), base_fingerprint, names[dtype], how
         )
@@ -83,6 +86,12 @@ def lora_args(model: LLM, tune: TuneArgs, new_tokens: bool) -> LoraArgs:
     if new_tokens:
         whole += ["tok_embeddings", *(["output"] if model.output is not None else [])]
     return LoraArgs.from_dict({**dict(write(tune.lora)), "modules_to_save": list(dict.fromkeys(whole))})
+
+
+def check_written(model: LLM) -> None:
+    """Refuse an adapter that no file could hold now, and not when the first steps have been trained."""
+    with tempfile.TemporaryDirectory(prefix="transom-") as folder:
+        save_adapter(model, folder, ADAPTER)
 
 
 def base_name(base: str, folder: Path) -> str:

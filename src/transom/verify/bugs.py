@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from transom.verify import plants, plants_checkpoint, plants_runs
+from transom.verify import plants, plants_checkpoint, plants_merge, plants_runs, plants_tuning
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ BUGS: tuple[Bug, ...] = (
     Bug("double BOS", "data", plants_runs.double_bos),
     Bug("EOS masked", "data", plants_runs.masked_eos),
     Bug("per-rank mean loss", "step", plants_runs.mean_of_means),
+    Bug("temperature forgotten in learning", "policy", plants_runs.cold_learning),
+    Bug("answer off by one", "policy", plants_runs.shifted_answers),
     Bug("data state lost", "resume", plants_runs.lost_data_state),
     Bug("optimizer state lost", "resume", plants_runs.lost_optimizer_state),
     Bug("average restarted", "resume", plants_runs.restarted_average),
@@ -71,4 +73,23 @@ BUGS: tuple[Bug, ...] = (
     Bug("dropped bias", "checkpoint", plants_checkpoint.dropped_bias),
     Bug("double BOS in a chat", "checkpoint", plants_checkpoint.double_bos_in_a_chat),
     Bug("spelled token obeyed", "checkpoint", plants_checkpoint.obeyed_spelling),
+    Bug("merged on the wrong base", "merge", plants_merge.other_base),
+    Bug("wrong base accepted", "merge", plants_merge.unchecked_base),
+    Bug("merge without the scale", "merge", plants_merge.forgotten_scale),
+    Bug("merge transposed", "merge", plants_merge.transposed_update),
+    Bug("merged in half precision", "merge", plants_merge.half_sum),
+    Bug("unmerged by subtracting", "merge", plants_merge.subtracted_update),
+    Bug("end of turn masked", "tuning", plants_tuning.masked_end_of_turn),
+    Bug("padding that is EOS masked", "tuning", plants_tuning.masked_padding),
+    Bug("mask off by one turn", "tuning", plants_tuning.turn_too_early),
+    Bug("mask off by one token", "tuning", plants_tuning.token_too_late),
+    Bug("weights of turns lost", "tuning", plants_tuning.lost_weights),
+    Bug("packed examples see each other", "tuning", plants_tuning.seen_neighbours),
+    Bug("experts without adapter", "tuning", plants_tuning.bare_experts),
+    Bug("base trained beside its adapter", "tuning", plants_tuning.trained_base),
+    Bug("frozen routers balanced", "tuning", plants_tuning.balanced_base),
+    Bug("rsLoRA scaled as LoRA", "tuning", plants_tuning.plain_scale),
+    Bug("DoRA's norm differentiated", "tuning", plants_tuning.learning_length),
+    Bug("reference with its adapter", "tuning", plants_tuning.adapted_reference),
+    Bug("adapter lost on resume", "tuning", plants_tuning.lost_adapter),
 )

@@ -23,7 +23,7 @@ from transom.args import ModelArgs, RopeLayout
 from transom.chat import built_in
 from transom.chat.template import FILE
 from transom.checkpoints.convert import convert
-from transom.checkpoints.folders import CONFIG, Format, model_folder, read_args, read_json
+from transom.checkpoints.folders import CONFIG, Format, find_model, read_args, read_json
 from transom.checkpoints.load import load, open_state, outline, save, shapes_of
 from transom.checkpoints.stored import Source, Stored
 from transom.errors import RequestError, notice, require
@@ -86,13 +86,26 @@ def _quietly(findings: Iterator[Finding]) -> Iterator[Finding]:
         yield found
 
 
+def _compare_merged(folder: str | Path, length: int | None, dtype: str, called: str) -> Iterator[Finding]:
+    """An adapter folder or a run of adapters, as the model that it and its base are together."""
+    notice(f"{called}: an adapter; what is compared is the model that it and its base are together, merged")
+    with tempfile.TemporaryDirectory(prefix="transom-verify-") as scratch:
+        with muted():
+            convert(folder, Path(scratch) / "merged", "native")
+        yield from compare_folder(Path(scratch) / "merged", length, dtype, called)
+
+
 def compare_folder(
     folder: str | Path, length: int | None = None, dtype: str = "float32", name: str | None = None
 ) -> Iterator[Finding]:
     """All comparisons for a model folder or hub id; weights in `dtype`, except where bytes are compared."""
     require(dtype in DTYPES, "--dtype", dtype, f"accepted is {', '.join(DTYPES)}")
-    where = model_folder(folder)
+    found = find_model(folder)
     called = str(folder) if name is None else name
+    if found.adapter is not None:
+        yield from _compare_merged(folder, length, dtype, called)
+        return
+    where = found.model
     args = read_args(where)
     longest = args.max_seq_len
     require(
@@ -102,9 +115,9 @@ def compare_folder(
         stored_twice,
         accounted,
     ):  # a folder that fails these cannot be loaded, so nothing else is compared
-        found = list(find(case := open_case(where, called, args, whole=find is stored_twice)))
-        yield from found
-        if not all(one.ok for one in found):
+        first = list(find(case := open_case(where, called, args, whole=find is stored_twice)))
+        yield from first
+        if not all(one.ok for one in first):
             return
     with muted():  # it has been said what is left unread
         ours = open_state(where, args, shapes_of(outline(args)))

@@ -7,8 +7,11 @@ from transom.verify.cache import check_cache
 from transom.verify.check import Check
 from transom.verify.checkpoint import check_checkpoint
 from transom.verify.data import check_data
+from transom.verify.merge import check_merge
 from transom.verify.model import check_model
+from transom.verify.policy import check_policy
 from transom.verify.training import check_resume, check_step
+from transom.verify.tuning import check_tuning
 
 CHECKS: dict[str, Check] = {
     one.name: one
@@ -22,6 +25,15 @@ CHECKS: dict[str, Check] = {
             "checkpoint",
             "folders of every format against their own files, rewritten ones and transformers",
             check_checkpoint,
+        ),
+        Check("merge", "adapters in the weights against adapters beside them, in memory and folders", check_merge),
+        Check(
+            "policy", "probabilities that answers are drawn with against those they are learnt from", check_policy
+        ),
+        Check(
+            "tuning",
+            "what carries loss, what trains and with which gradient, stopped runs, the model without its adapter",
+            check_tuning,
         ),
         Check("resume", "an interrupted run against a straight one, bit for bit", check_resume),
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +17,11 @@ from transom.data.batches import NO_TARGET, Batch
 from transom.data.order import PlaceInOrder
 from transom.tokenizer import Tokenizer
 from transom.training.ema import Ema
+from transom.training.log_probs import target_log_probs
+from transom.training.objectives import NextToken
 from transom.training.optimizers import Optimizers
 from transom.training.trainer import Trainer
-from transom.verify.planting import Call, changed, lost
+from transom.verify.planting import Call, changed, changed_everywhere, lost
 from transom.verify.runs import BYTE_VOCABULARY
 
 # -- stores -----------------------------------------------------------------------------------------------
@@ -98,17 +101,53 @@ def masked_eos() -> AbstractContextManager[None]:
     return changed(batches, "_targets", make)
 
 
-def mean_of_means() -> AbstractContextManager[None]:
+@contextmanager
+def mean_of_means() -> Iterator[None]:
     """Every micro-batch or rank divides by its own targets."""
+    pieces = 1
 
-    def make(original: Call) -> Call:
-        def loss(self: Trainer, output: object, micro: Batch, targets: Tensor) -> Any:
-            own = (micro.targets != NO_TARGET).sum() * self.args.accumulate
-            return original(self, output, micro, own)
+    def counting(original: Call) -> Call:
+        def accumulate(self: Trainer, micro_batches: Sequence[Batch], whole: Any) -> Any:
+            nonlocal pieces
+            pieces = len(micro_batches)
+            return original(self, micro_batches, whole)
+
+        return accumulate
+
+    def dividing(original: Call) -> Call:
+        def loss(self: NextToken, output: object, micro: Batch, units: Tensor) -> Any:
+            return original(self, output, micro, self.units(micro) * pieces)
 
         return loss
 
-    return changed(Trainer, "_loss", make)
+    with changed(Trainer, "_accumulate", counting), changed(NextToken, "loss", dividing):
+        yield
+
+
+def cold_learning() -> AbstractContextManager[None]:
+    """Answers are drawn at a temperature and learnt from as if there were none."""
+
+    def make(original: Call) -> Call:
+        def log_probs(
+            model: Any, hidden: Tensor, targets: Tensor, chunk: Any = None, temperature: float = 1
+        ) -> Any:
+            return original(model, hidden, targets, chunk)
+
+        return log_probs
+
+    return changed_everywhere(target_log_probs, make)
+
+
+def shifted_answers() -> AbstractContextManager[None]:
+    """A token's probability is read one position early."""
+
+    def make(original: Call) -> Call:
+        def log_probs(model: Any, hidden: Tensor, targets: Tensor, *more: Any, **named: Any) -> Any:
+            return original(model, hidden.roll(1, dims=1), targets, *more, **named)
+
+        return log_probs
+
+    return changed_everywhere(target_log_probs, make)
 
 
 def lost_data_state() -> AbstractContextManager[None]:

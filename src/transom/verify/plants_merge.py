@@ -1,0 +1,106 @@
+"""Silent bugs in merging adapters; `bugs.py` names each."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from transom.adapt import merge
+from transom.adapt.lora import LEAVES, Adapters, Leaf, LoraWeights, carriers, update
+from transom.checkpoints import fingerprint
+from transom.checkpoints.merge import Merge
+from transom.model import LLM
+from transom.verify.planting import Call, changed, changed_everywhere
+
+
+def other_base() -> AbstractContextManager[None]:
+    """An adapter is merged into the weights of a model that it was not trained on."""
+
+    def make(original: Call) -> Call:
+        @torch.no_grad()
+        def merged(self: Merge, model: LLM) -> LLM:
+            draws = torch.Generator().manual_seed(7)
+            for name, weight in model.named_parameters():
+                if ".lora." not in name and weight.ndim > 1:
+                    weight.copy_(torch.randn(weight.shape, generator=draws) * weight.std())
+            made: LLM = original(self, model)
+            return made
+
+        return merged
+
+    return changed(Merge, "merged", make)
+
+
+def unchecked_base() -> AbstractContextManager[None]:
+    """Nobody asks whether the base is the one that an adapter was trained on."""
+
+    def make(original: Call) -> Call:
+        return lambda adapter, base, base_fingerprint=None: fingerprint.fingerprint(base)
+
+    return changed_everywhere(fingerprint.check_base, make)
+
+
+def forgotten_scale() -> AbstractContextManager[None]:
+    """Merging adds B A without the scale in front of it."""
+
+    def make(original: Call) -> Call:
+        def merged_weight(leaf: Leaf, held: Adapters) -> Tensor:
+            parts = held.active_lora()
+            whole: Tensor = original(leaf, held)
+            if any(lora.magnitude is not None for lora in parts):
+                return whole
+            for lora in parts:
+                whole = whole + (1 - lora.scale) * update(leaf, lora)
+            return whole
+
+        return merged_weight
+
+    return changed_everywhere(merge.merged_weight, make)
+
+
+def transposed_update() -> AbstractContextManager[None]:
+    """Merging adds B A transposed where that fits, as for a weight kept as [in, out]."""
+
+    def make(original: Call) -> Call:
+        def transposed(leaf: Leaf, lora: LoraWeights) -> Tensor:
+            made: Tensor = original(leaf, lora)
+            return made.mT if made.size(-1) == made.size(-2) else made
+
+        return transposed
+
+    return changed(merge, "update", make)
+
+
+def half_sum() -> AbstractContextManager[None]:
+    """Merging adds up in half precision, so that small changes are rounded twice."""
+
+    def make(original: Call) -> Call:
+        def merged_weight(leaf: Leaf, held: Adapters) -> Tensor:
+            whole: Tensor = original(leaf, held)
+            own = leaf.weight.detach().to(whole.dtype)
+            return (own.bfloat16() + (whole - own).bfloat16()).to(whole.dtype)
+
+        return merged_weight
+
+    return changed_everywhere(merge.merged_weight, make)
+
+
+def subtracted_update() -> AbstractContextManager[None]:
+    """Unmerging subtracts what was added instead of putting the weights from before back."""
+
+    def make(original: Call) -> Call:
+        def unmerge_adapter(model: LLM) -> LLM:
+            for _, leaf, held in carriers(model):
+                if held.merged and isinstance(leaf, LEAVES):
+                    whole = leaf.weight.detach()
+                    for lora in held.active_lora():
+                        whole = whole - lora.scale * update(leaf, lora)
+                    held.base = whole.to(leaf.weight.dtype).detach()
+            made: LLM = original(model)
+            return made
+
+        return unmerge_adapter
+
+    return changed_everywhere(merge.unmerge_adapter, make)

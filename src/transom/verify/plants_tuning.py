@@ -1,0 +1,192 @@
+"""Silent bugs in fine-tuning; `bugs.py` names each."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, MutableMapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from transom.adapt import lora, lora_args, new
+from transom.adapt.lora import GroupedLinear, Leaf, LoraWeights, lengths, update
+from transom.adapt.lora_args import Scaling
+from transom.attend.mask import positions_from_sizes
+from transom.data import tuning_batches, tuning_rows
+from transom.data.conversations import Example
+from transom.data.tuning_batches import TuningBatch
+from transom.data.tuning_rows import TuningRow
+from transom.data.turns import Turns, Written
+from transom.model import LLM, TransformerInput
+from transom.training import log_probs
+from transom.training.balance import RouterCounts, update_choice_biases
+from transom.training.step_model import TRAINED, AdapterOnly
+from transom.training.trainer import Trainer
+from transom.verify.planting import Call, changed, changed_everywhere
+
+# -- what carries loss ------------------------------------------------------------------------------------
+
+
+def masked_end_of_turn() -> AbstractContextManager[None]:
+    """The token that ends an answer carries no loss, so that a model never learns to stop."""
+
+    def make(original: Call) -> Call:
+        def answer(self: Turns, messages: Any, tools: Any) -> Any:
+            said = original(self, messages, tools)
+            said.mask[said.answer.stop - 1] &= not said.answer.ended
+            return said
+
+        return answer
+
+    return changed(Turns, "_answer", make)
+
+
+def masked_padding() -> AbstractContextManager[None]:
+    """Every token that is also used as padding carries no loss, EOS behind an answer among them."""
+
+    def make(original: Call) -> Call:
+        def items(self: Any, example: Example) -> list[tuple[Written, ...]]:
+            made: list[tuple[Written, ...]] = original(self, example)
+            for row in (row for item in made for row in item):
+                row.weights[np.asarray(row.ids) == self._tokenizer.pad_id] = 0.0
+            return made
+
+        return items
+
+    return changed(tuning_rows._Encoder, "items", make)
+
+
+def turn_too_early() -> AbstractContextManager[None]:
+    """A question carries the loss of its answer."""
+
+    def make(original: Call) -> Call:
+        def answer(self: Turns, messages: Any, tools: Any) -> Any:
+            said = original(self, messages, tools)
+            before = messages[:-2]
+            begin = len(self._template.encode(before, tools, add_generation_prompt=False)) if before else 1
+            said.mask[:] = False
+            said.mask[begin : said.answer.start] = True
+            return said
+
+        return answer
+
+    return changed(Turns, "_answer", make)
+
+
+def token_too_late() -> AbstractContextManager[None]:
+    """A target counts what the token before it should."""
+
+    def make(original: Call) -> Call:
+        return lambda row: original(TuningRow(row.id, row.ids, np.roll(row.weights, 1)))
+
+    return changed(tuning_batches, "_shifted", make)
+
+
+def lost_weights() -> AbstractContextManager[None]:
+    """Every turn with a weight above 0 counts 1."""
+    return changed(tuning_batches, "_unless_all_one", lambda original: lambda weights: None)
+
+
+def seen_neighbours() -> AbstractContextManager[None]:
+    """Examples of a packed row count positions from 0 and see each other all the same."""
+
+    def make(original: Call) -> Call:
+        def inputs(self: TuningBatch) -> TransformerInput:
+            made: TransformerInput = original(self)
+            if self.sizes is None:
+                return made
+            positions = positions_from_sizes(list(chain(*self.sizes)), self.tokens.device)
+            return replace(made, sizes=None, tokens_position=positions)
+
+        return inputs
+
+    return changed(TuningBatch, "inputs", make)
+
+
+# -- what trains ------------------------------------------------------------------------------------------
+
+
+def bare_experts() -> AbstractContextManager[None]:
+    """All linear weights get an adapter, but for those of experts."""
+
+    def make(original: Call) -> Call:
+        def leaves(model: LLM) -> dict[str, Leaf]:
+            return {path: leaf for path, leaf in original(model).items() if not isinstance(leaf, GroupedLinear)}
+
+        return leaves
+
+    return changed(new, "leaves", make)
+
+
+def trained_base() -> AbstractContextManager[None]:
+    """The base trains beside its adapter, which alone is saved."""
+    return changed_everywhere(lora.train_adapters, lambda original: lambda model, names: None)
+
+
+def balanced_base() -> AbstractContextManager[None]:
+    """Frozen routers are balanced all the same: the biases that choose experts move, and no adapter holds them."""
+
+    def make(original: Call) -> Call:
+        def follow(self: Trainer, router: RouterCounts | None) -> None:
+            original(self, router)
+            moe = self.model.args.moe_args
+            if moe is not None and moe.balance == "bias" and router is not None:
+                update_choice_biases(self.model, router.picks_LE, moe.bias_update_rate)
+
+        return follow
+
+    return changed(Trainer, "_follow", make)
+
+
+def plain_scale() -> AbstractContextManager[None]:
+    """An adapter of rsLoRA is scaled by alpha / rank."""
+
+    def make(original: Call) -> Call:
+        def scale_of(scaling: Scaling, alpha: float, rank: int) -> float:
+            made: float = original("alpha_over_rank" if scaling == "rslora" else scaling, alpha, rank)
+            return made
+
+        return scale_of
+
+    return changed_everywhere(lora_args.scale_of, make)
+
+
+def learning_length() -> AbstractContextManager[None]:
+    """DoRA's norm is differentiated, where it should count as a constant."""
+
+    def make(original: Call) -> Call:
+        def direction_factor(leaf: Leaf, own: LoraWeights) -> Tensor:
+            assert own.magnitude is not None, "asked for DoRA only"
+            return own.magnitude / lengths(leaf, leaf.weight + own.scale * update(leaf, own))
+
+        return direction_factor
+
+    return changed(lora, "direction_factor", make)
+
+
+def adapted_reference() -> AbstractContextManager[None]:
+    """The reference of a preference loss is the model with its adapter still on."""
+
+    @contextlib.contextmanager
+    def adapters_off(model: LLM) -> Iterator[None]:
+        yield
+
+    return changed_everywhere(log_probs.adapters_off, lambda original: adapters_off)
+
+
+def lost_adapter() -> AbstractContextManager[None]:
+    """A resumed run begins its adapter anew, with the optimizer of the old one."""
+
+    def make(original: Call) -> Call:
+        def restore(self: AdapterOnly, folder: Path, tensors: MutableMapping[str, Tensor]) -> None:
+            for name in [name for name in tensors if name.startswith(TRAINED)]:
+                del tensors[name]
+
+        return restore
+
+    return changed(AdapterOnly, "restore", make)

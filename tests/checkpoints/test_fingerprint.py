@@ -1,0 +1,74 @@
+"""The fingerprint of a base: the same in every format, another for every other weight, asked for by adapters."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.checkpoints.families import tiny_hf
+from tests.helpers import random_model, tiny_args
+from transom.checkpoints.convert import convert
+from transom.checkpoints.fingerprint import ADAPTER_FACTS, check_base, fingerprint, read_facts, write_facts
+from transom.checkpoints.load import save
+from transom.errors import RequestError
+
+
+def test_every_format_has_the_same_and_every_dtype_its_own(tmp_path):
+    model = random_model(tiny_args(rope_layout="halves"))
+    for format in ("native", "hf", "meta", "mistral"):
+        save(model, tmp_path / format, format=format)
+    save(model, tmp_path / "half", format="hf", dtype="bfloat16")
+    save(random_model(tiny_args(rope_layout="interleaved")), tmp_path / "other", format="native")
+    marks = {name: fingerprint(tmp_path / name) for name in ("native", "hf", "meta", "mistral", "half", "other")}
+    assert len({marks[name] for name in ("native", "hf", "meta", "mistral")}) == 1
+    assert len(set(marks.values())) == 3
+
+
+@pytest.mark.parametrize("family", ["mixtral", "phi3", "deepseek_v3", "gpt_oss", "llama-tied"])
+def test_weights_that_are_stacked_split_or_latent_keep_theirs(tmp_path, family):
+    tiny_hf(family).save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "native", "native")
+    convert(tmp_path / "native", tmp_path / "again", "hf")
+    assert fingerprint(tmp_path / "hf") == fingerprint(tmp_path / "native") == fingerprint(tmp_path / "again")
+
+
+def test_one_bit_of_one_weight_changes_it(tmp_path):
+    save(random_model(tiny_args()), tmp_path, format="native")
+    before = fingerprint(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["layers.1.feed_forward.w_out.weight"].view(torch.int32)[-1, -1] ^= 1
+    save_file(state, tmp_path / "model.safetensors")
+    assert fingerprint(tmp_path) != before
+
+
+def test_facts_are_read_strictly_as_they_were_written(tmp_path):
+    assert read_facts(tmp_path) is None
+    write_facts(tmp_path, "some/base", "ab12", {"kind": "nf4"}, "bfloat16")
+    facts = read_facts(tmp_path)
+    assert (facts.base, facts.base_fingerprint, facts.quantize) == ("some/base", "ab12", {"kind": "nf4"})
+    assert facts.dtype == "bfloat16"
+    for changes, words in (
+        ({"bas": "x"}, "bas: no such field"),
+        ({"base_fingerprint": ""}, "base_fingerprint = ''"),
+    ):
+        write_facts(tmp_path, "some/base", "ab12")
+        content = json.loads((tmp_path / ADAPTER_FACTS).read_text())
+        (tmp_path / ADAPTER_FACTS).write_text(json.dumps({**content, **changes}))
+        with pytest.raises(RequestError, match=words):
+            read_facts(tmp_path)
+
+
+def test_an_adapter_asks_for_its_own_base(tmp_path, capsys):
+    for seed, name in enumerate(("base", "other")):
+        save(random_model(tiny_args(), seed=seed), tmp_path / name, format="native")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    assert check_base(adapter, tmp_path / "base") == fingerprint(tmp_path / "base")
+    assert "cannot be checked" in capsys.readouterr().err
+    write_facts(adapter, tmp_path / "base", fingerprint(tmp_path / "base"))
+    check_base(adapter, tmp_path / "base")
+    assert capsys.readouterr().err == ""
+    with pytest.raises(RequestError, match="accepted is the base that it was trained on") as error:
+        check_base(adapter, tmp_path / "other")
+    assert all(str(tmp_path / name) in str(error.value) for name in ("base", "other", "adapter"))

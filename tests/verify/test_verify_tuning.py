@@ -1,0 +1,223 @@
+"""`verify tuning`: its own ways to find answers and gradients are right, and what is wrong in a folder is red."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import peft
+import pytest
+import torch
+
+from tests.chat_texts import PUBLISHED, READS_TOOLS, TOOL_TALK, say, tokenizer_pair
+from tests.training.tuning import asked, base_folder, chats, preferences, tune_args, write_rows
+from transom.adapt.lora import LoraWeights
+from transom.args import ModelArgs
+from transom.chat.built_in import named
+from transom.chat.template import FILE, ChatTemplate
+from transom.cli.main import main
+from transom.data.conversations import Example
+from transom.data.tuning_batches import packed_batch
+from transom.data.turns import Turns
+from transom.layers.linear import Linear
+from transom.runtime import one_thread
+from transom.tokenizer import byte_tokenizer
+from transom.verify import tuning, tuning_rows
+from transom.verify.check import summarize
+from transom.verify.subjects import BUILT_IN
+from transom.verify.tuning_rows import PAIRS, TALKS, Writer, answers_of, compare_masks, examples_of
+
+
+@pytest.fixture(autouse=True, scope="module")
+def single_threaded():
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A tokenizer of every control token, here and in transformers."""
+    return tokenizer_pair(tmp_path_factory.mktemp("tokenizer"))
+
+
+def failing(findings):
+    return {line.comparison for line in summarize(findings) if line.failed}
+
+
+# What carries loss
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_templates_are_green_or_refuse(pair, name):
+    writer = Writer(name, pair[0], ChatTemplate(PUBLISHED[name], pair[0]), 4096)
+    for rows in (TALKS, PAIRS):
+        found = list(compare_masks(examples_of(rows, "row"), writer))
+        assert found and failing(found) == set()
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma"])
+def test_answers_are_those_that_transformers_masks(pair, name):
+    ours, theirs = pair
+    template = ChatTemplate(named(name).source(ours), ours)
+    (example,) = examples_of(TALKS[:1], "row")
+    messages = list(example.messages)
+    made = theirs.apply_chat_template(
+        messages,
+        chat_template=named(name).source(ours),
+        return_assistant_tokens_mask=True,
+        return_dict=True,
+    )
+    said = [id for id, mask in zip(made["input_ids"], made["assistant_masks"], strict=True) if mask]
+    found = answers_of(example, Writer(name, ours, template, 4096))
+    assert "".join(text for text, _ in found) == theirs.decode(said)
+
+
+@pytest.mark.parametrize("name", ["phi3", *READS_TOOLS])
+def test_calls_that_a_template_does_not_write_are_red_where_they_are_not_refused(pair, name, monkeypatch):
+    monkeypatch.setattr(Turns, "_check_calls", lambda *given: None)
+    writer = Writer(name, pair[0], ChatTemplate(PUBLISHED[name], pair[0]), 4096)
+    found = failing(compare_masks(examples_of([{"messages": TOOL_TALK}], "row"), writer))
+    calls = {"calls of tools are learnt, padded", "calls of tools are learnt, packed"}
+    assert found == (set() if name in READS_TOOLS else calls)
+
+
+def test_rows_that_are_not_compared_are_counted(pair, capsys):
+    writer = Writer("here", pair[0], ChatTemplate(PUBLISHED["gemma3"], pair[0]), 60)
+    rows = [
+        {"messages": asked("q", "a")},
+        {"messages": [say("user", "q"), say("user", "r"), say("assistant", "a")]},
+    ]
+    long = {"messages": [say("user", "q" * 400), say("assistant", "a", weight=0)]}
+    assert (
+        failing(compare_masks([*examples_of([*rows, long], "row"), Example("t", "text", text="x")], writer))
+        == set()
+    )
+    told = capsys.readouterr().err
+    for said in (
+        "1 examples are no conversations",
+        "1 examples cannot be written (the chat",
+        "1 examples are too long",
+    ):
+        assert f"here: not compared: {said}" in told
+
+
+def test_an_example_that_is_wrongly_left_out_is_red(pair, monkeypatch):
+    def encode(examples, *given, **more):
+        encoded = original(examples, *given, **more)
+        return replace(encoded, items=[item for item in encoded.items if item[0].id != "row 0"])
+
+    original = tuning_rows.encode_examples
+    writer = Writer("here", pair[0], ChatTemplate(named("plain").source(pair[0]), pair[0]), 4096)
+    monkeypatch.setattr(tuning_rows, "encode_examples", encode)
+    found = failing(compare_masks(examples_of(TALKS, "row"), writer))
+    assert found == {"examples without loss have no answer"}
+
+
+# What trains
+
+
+@pytest.mark.parametrize("kind", tuning.ADAPTERS)
+def test_weights_written_out_are_those_that_peft_merges(kind):
+    torch.manual_seed(0)
+    settings = {"LoRA": {}, "rsLoRA": {"use_rslora": True}, "DoRA": {"use_dora": True}}[kind]
+    base = torch.nn.Sequential(torch.nn.Linear(12, 20, bias=False))
+    leaf = Linear(12, 20)
+    leaf.weight.data.copy_(base[0].weight.data)
+    config = peft.LoraConfig(r=tuning.RANK, lora_alpha=tuning.ALPHA, target_modules=["0"], **settings)
+    theirs = peft.get_peft_model(base, config)
+    parts = {}
+    for key, weight in theirs.named_parameters():
+        for name, sign in (("A", "lora_A"), ("B", "lora_B"), ("magnitude", "lora_magnitude")):
+            if sign in key:
+                weight.data.add_(torch.randn(weight.shape))
+                parts[name] = weight.detach()
+    scaling = tuning.ADAPTERS[kind].get("scaling", "alpha_over_rank")
+    lora = LoraWeights(parts["A"], parts["B"], tuning.ALPHA, scaling)
+    assert ("magnitude" in parts) == (kind == "DoRA")
+    found = tuning.written_out(leaf, lora, {key: weight.clone() for key, weight in parts.items()})
+    torch.testing.assert_close(found, theirs.merge_and_unload()[0].weight.detach())
+
+
+def test_experts_that_no_token_came_to_need_not_learn():
+    tokenizer = byte_tokenizer()
+    moe = {"num_experts": 8, "top_k": 1, "hidden_dim": 16}
+    args = ModelArgs.from_dict({**BUILT_IN["mixtral"], "moe_args": moe, "vocab_size": tokenizer.vocab_size})
+    rows = Writer("", tokenizer, None, 16).encode([Example("t", "text", text="a")])
+    batch = packed_batch([[rows.items[0][0]]])
+    assert batch.real_tokens < 8
+    assert failing(tuning.compare_coverage(args, batch, "few tokens")) == set()
+
+
+def test_a_gradient_that_is_lost_behind_an_expert_is_red(monkeypatch):
+    """Of the experts that tokens came to, one that hears nothing is enough."""
+    original = tuning.learnt
+
+    def learnt(model, batch):
+        output = original(model, batch)
+        with torch.no_grad():
+            for key, weight in model.named_parameters():
+                if key.endswith("experts.w_out.lora.default.B") and weight.grad is not None:
+                    weight.grad[0] = 0.0
+        return output
+
+    tokenizer = byte_tokenizer()
+    args = ModelArgs.from_dict({**BUILT_IN["mixtral"], "vocab_size": tokenizer.vocab_size})
+    rows = Writer("", tokenizer, None, 99).encode([Example("t", "text", text="every token of a text " * 4)])
+    monkeypatch.setattr(tuning, "learnt", learnt)
+    found = failing(tuning.compare_coverage(args, packed_batch([[rows.items[0][0]]]), "deaf"))
+    assert found == {"adapters learn from what they met"}
+
+
+# Folders
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return base_folder(tmp_path_factory.mktemp("base") / "model")
+
+
+def test_a_folder_is_verified_with_its_rows(base, tmp_path, capsys):
+    assert failing(tuning.compare_folder(str(base), str(chats(tmp_path / "chats.jsonl")))) == set()
+    assert failing(tuning.compare_folder(str(base), str(preferences(tmp_path / "pairs.jsonl")))) == set()
+    assert "losses are compared of conversations, completions and texts" in capsys.readouterr().err
+
+
+def test_a_template_that_marks_half_of_an_answer_is_red(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "model")
+    answer = "{{ message.content[:3] }}{% endgeneration %}{{ message.content[3:] }}"
+    (folder / FILE).write_text(tuning_rows.OWN_TEMPLATE.replace("{{ message.content }}{% endgeneration %}", answer))
+    findings = tuning.compare_folder(str(folder), str(chats(tmp_path / "chats.jsonl")))
+    assert failing(findings) == {"loss on answers alone, padded", "loss on answers alone, packed"}
+
+
+def test_more_examples_than_are_looked_at_are_said(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tuning, "MOST_EXAMPLES", 2)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": asked("q", str(at))} for at in range(5)])
+    assert failing(tuning.compare_folder(str(base), str(rows))) == set()
+    assert "the first 2 of 5 examples are looked at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tuning", "--data", "x"], "--data = 'x': accepted with tuning FOLDER"),
+        (
+            ["tuning", "demo", "--data", "x"],
+            "--data = 'x': accepted with a model folder, and demo has no tokenizer",
+        ),
+        (["merge", "demo", "--data", "x"], "--data = 'x': accepted with tuning FOLDER"),
+        (["tuning", "no/such/model"], "no/such/model: no such folder"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence(capsys, words, said):
+    assert main(["verify", *words]) == 2
+    told = capsys.readouterr().err
+    assert said in told and told.count("\n") == 1
+
+
+def test_a_fine_tuning_run_is_no_subject_of_resume(base, tmp_path, capsys):
+    config = tune_args(tmp_path, base, chats(tmp_path / "chats.jsonl")).to_dict()
+    (tmp_path / "run.json").write_text(json.dumps(config))
+    assert main(["verify", "resume", str(tmp_path / "run.json")]) == 2
+    assert "`transom verify tuning` stops and resumes fine-tuning" in capsys.readouterr().err

@@ -52,7 +52,17 @@ PAGES: dict[str, tuple[str, ...]] = {
         "dry-run",
         "offload",
     ),
-    "Fine-tuning": ("preference-tuning", "distillation", "grpo"),
+    "Fine-tuning": (
+        "lora",
+        "qlora",
+        "fine-tuning-data",
+        "neftune",
+        "preference-tuning",
+        "distillation",
+        "grpo",
+        "merging",
+        "evaluation",
+    ),
     "Heads and loading": ("classification-and-embeddings", "load-hooks"),
 }
 

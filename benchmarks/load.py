@@ -111,6 +111,7 @@ def _loading(seen: Mapping[str, list[Facts]], dtype: str) -> dict[str, Any]:
         "benchmark": "load",
         "case": f"load and first token, {dtype}",
         "peer": "transformers from_pretrained and generate; fresh processes after imports, files in memory",
+        "ours_only": "all weights looked through for NaN and infinity",
         "seconds": round(seconds, 2),
         "peer_seconds": round(peer_seconds, 2),
         "ratio": round(peer_seconds / seconds, 2),

@@ -15,7 +15,9 @@ from benchmarks.common import ROWS
 from benchmarks.ideas import COST, PAGES, measured, read_rows, write_costs, write_index
 from benchmarks.options import GROUPS, LOADING
 from tests.helpers import TINY_VISION, tiny_args
+from transom.adapt.combine_args import CombineArgs
 from transom.args import ModelArgs
+from transom.evaluation.eval_args import EvalArgs
 from transom.fields import field_types
 from transom.model import LLM, TransformerInput
 from transom.runtime import one_thread
@@ -24,6 +26,8 @@ from transom.training.config import TrainArgs
 ROOT = Path(__file__).parents[1]
 IDEAS = ROOT / "docs" / "ideas"
 NAMES = sorted(path.stem for path in IDEAS.glob("*.md") if path.name != "README.md")
+# Arguments that are no part of a run's config; pages and tables write the class in front.
+NAMED: dict[str, Any] = {one.__name__: one for one in (TransformerInput, CombineArgs, EvalArgs)}
 SECTIONS = ["What it is", "Formula", "Paper", "Files", "When to use it", "Cost"]
 
 ROW = {
@@ -65,8 +69,8 @@ def has_field(path: str) -> bool:
     """Whether `a.b` is a field of the model's arguments, of a run's, or of the class it begins with."""
     first, *rest = path.split(".")
     roots: list[Any] = [ModelArgs, TrainArgs]
-    if first == TransformerInput.__name__:
-        roots, first = [TransformerInput], rest.pop(0)
+    if first in NAMED:
+        roots, first = [NAMED[first]], rest.pop(0)
     kinds = [kind for root in roots if (kind := field_types(root).get(first)) is not None]
     for name in rest:
         parts = [part for kind in kinds for part in dataclasses_in(kind)]
@@ -193,9 +197,10 @@ def names_of(title: str) -> list[str]:
     return [name for cell in cells for name in re.findall(r"`([\w.]+)`", cell)]
 
 
-def test_fields_named_beside_those_of_other_codes_exist():
-    assert names_of("Fields")
-    assert [name for name in names_of("Fields") if not has_field(name)] == []
+@pytest.mark.parametrize("title", ["Fields", "Fine-tuning fields"])
+def test_fields_named_beside_those_of_other_codes_exist(title):
+    assert names_of(title)
+    assert [name for name in names_of(title) if not has_field(name)] == []
 
 
 def test_weights_named_beside_those_of_other_codes_exist():

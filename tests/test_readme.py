@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from transom.cli.main import main
+from transom.verify.bugs import BUGS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -26,6 +27,18 @@ SHRINK = {
         "data.held_out=0.3",
         "--quiet",
     ],
+    "transom finetune": [
+        "--iters",
+        "2",
+        "--batch-size",
+        "2",
+        "tune.scores=0",
+        "data.held_out=0.02",
+        "device=cpu",
+        "--quiet",
+    ],
+    "transom merge": ["--tokens", "256"],
+    "transom eval": ["--limit", "2"],
     "transom train": ["steps=4", "save_every=2", "device=cpu", "--quiet"],
     "transom generate": ["--max-tokens", "4"],
     "transom chat": ["--max-tokens", "4"],
@@ -49,7 +62,12 @@ def workplace(tmp_path_factory):
     texts.mkdir()
     for path in EMAIL.glob("*.py"):
         (texts / f"{path.stem}.txt").write_text(path.read_text())
+    (folder / "chats.jsonl").write_text(20 * blocks("json")[0])
     return folder
+
+
+def test_planted_bugs_are_counted():
+    assert f"\n{len(BUGS)} of {len(BUGS)} planted bugs turn their check red\n" in README
 
 
 def test_make_targets_exist():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from transom.adapt.combine_args import CombineArgs
     from transom.adapt.lora import activate_adapters, remove_adapter
     from transom.adapt.lora_args import LoraArgs
     from transom.adapt.merge import merge_adapter, unmerge_adapter
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
     from transom.cache.store import RotatingBufferCache, StaticCache
     from transom.chat.template import ChatTemplate
     from transom.checkpoints.convert import convert
+    from transom.checkpoints.fingerprint import fingerprint
     from transom.checkpoints.load import load, load_tokenizer, save
     from transom.errors import RequestError, WorkError
+    from transom.evaluation.merging import merge_folders
     from transom.generation.loop import generate, stream
     from transom.generation.sampling import SamplingArgs
     from transom.images import ImageTokenIds, image_tokens, prepare_image
@@ -39,11 +42,14 @@ if TYPE_CHECKING:
     )
     from transom.model import LLM, MaskedEmbedding, TransformerBlock, TransformerInput, TransformerOutput
     from transom.presets import preset
+    from transom.quantize.args import QuantizeArgs
+    from transom.quantize.leaves import dequantize_model, quantize_model
     from transom.tokenizer import Tokenizer
     from transom.vision import VisionEmbeddings, merge_images
 
 # Names resolve on first use (PEP 562): `import transom` and `transom --help` must not pay for torch.
 _HOMES = {
+    "transom.adapt.combine_args": ("CombineArgs",),
     "transom.adapt.lora": ("activate_adapters", "remove_adapter"),
     "transom.adapt.lora_args": ("LoraArgs",),
     "transom.adapt.merge": ("merge_adapter", "unmerge_adapter"),
@@ -58,8 +64,10 @@ _HOMES = {
     "transom.cache.store": ("RotatingBufferCache", "StaticCache"),
     "transom.chat.template": ("ChatTemplate",),
     "transom.checkpoints.convert": ("convert",),
+    "transom.checkpoints.fingerprint": ("fingerprint",),
     "transom.checkpoints.load": ("load", "load_tokenizer", "save"),
     "transom.errors": ("RequestError", "WorkError"),
+    "transom.evaluation.merging": ("merge_folders",),
     "transom.generation.loop": ("generate", "stream"),
     "transom.generation.sampling": ("SamplingArgs",),
     "transom.images": ("ImageTokenIds", "image_tokens", "prepare_image"),
@@ -75,6 +83,8 @@ _HOMES = {
     ),
     "transom.model": ("LLM", "MaskedEmbedding", "TransformerBlock", "TransformerInput", "TransformerOutput"),
     "transom.presets": ("preset",),
+    "transom.quantize.args": ("QuantizeArgs",),
+    "transom.quantize.leaves": ("dequantize_model", "quantize_model"),
     "transom.tokenizer": ("Tokenizer",),
     "transom.vision": ("VisionEmbeddings", "merge_images"),
 }

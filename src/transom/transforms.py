@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ def to_own(transform: Transform, tensors: Sequence[Tensor], shapes: Sequence[Sha
         case "copy":
             return list(tensors)
         case "stack":
-            return [torch.stack(list(tensors))]
+            return [stacked(tensors)]
         case "transpose":
             return [first.mT]
         case "flat":
@@ -48,12 +49,29 @@ def to_other(transform: Transform, tensors: Sequence[Tensor]) -> list[Tensor]:
         case "flat":
             return [first.mT.flatten(0, 1)]
         case "halves":
-            return [torch.cat(list(tensors), 1).mT]
+            return [joined(tensors, 1).mT]
         case "rows":
-            return [torch.cat(list(tensors))]
+            return [joined(tensors)]
         case "alternate":
             columns = [part.mT if part.ndim == 3 else part for part in tensors]
-            return [torch.stack(columns, -1).flatten(-2)]
+            return [stacked(columns, -1).flatten(-2)]
+
+
+def joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """`torch.cat`, also for outlines on the meta device, where torch's own imports its compiler for seconds."""
+    first = tensors[0]
+    if not first.is_meta:
+        return torch.cat(list(tensors), dim)
+    if len({one.movedim(dim, 0).shape[1:] for one in tensors}) > 1:
+        raise RuntimeError(f"{', '.join(str(tuple(one.shape)) for one in tensors)} do not join along {dim}")
+    shape = list(first.shape)
+    shape[dim] = sum(one.size(dim) for one in tensors)
+    return first.new_empty(shape, dtype=reduce(torch.promote_types, (one.dtype for one in tensors)))
+
+
+def stacked(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """`torch.stack`, by `joined`."""
+    return joined([one.unsqueeze(dim) for one in tensors], dim)
 
 
 def turn_rotary(name: str, tensor: Tensor, args: ModelArgs, to: RopeLayout) -> Tensor:
@@ -68,5 +86,8 @@ def turn_rotary(name: str, tensor: Tensor, args: ModelArgs, to: RopeLayout) -> T
         return tensor
     heads = tensor.unflatten(0, (-1, args.head_size))
     turned, rest = heads.split((args.rotary_dim, args.head_size - args.rotary_dim), 1)
-    turned = turned.unflatten(1, (-1, 2) if to == "halves" else (2, -1)).transpose(1, 2).flatten(1, 2)
-    return torch.cat((turned, rest), 1).flatten(0, 1)
+    turned = turned.unflatten(1, (-1, 2) if to == "halves" else (2, -1)).transpose(1, 2)
+    out = heads.new_empty(heads.shape)  # not `empty_like` or `cat`: see `joined`
+    out[:, : args.rotary_dim].unflatten(1, turned.shape[1:3]).copy_(turned)
+    out[:, args.rotary_dim :].copy_(rest)
+    return out.flatten(0, 1)

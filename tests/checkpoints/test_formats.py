@@ -266,8 +266,8 @@ def test_conversion_into_its_own_source_is_refused(tmp_path):
         convert(tmp_path, tmp_path / "." / "")
 
 
-def test_a_read_model_has_memory_of_its_own(tmp_path):
-    """A view of a file's map would change with the file, and its alignment the last bit of a product."""
+def test_weights_of_a_read_model_begin_where_allocated_ones_do(tmp_path):
+    """They stay in the file's map (test_mapped.py), and its alignment must not change the last bit of a product."""
     save(model_of("llama"), tmp_path)
     model = load(tmp_path)
     assert all(weight.data_ptr() % 64 == 0 and weight.is_contiguous() for weight in model.parameters())

@@ -1,4 +1,4 @@
-"""Loading and converting hold one tensor at a time beside what they make: twice the model would be 200 MB more."""
+"""Loading and converting hold one tensor at a time beside what they make, and no weight that a file's map holds."""
 
 import json
 import shutil
@@ -67,22 +67,25 @@ for rank in (0, 1):
     shutil.rmtree(at)  # half a gigabyte
 
 
-@pytest.mark.parametrize("format", ["native", "hf", "meta"])
-def test_loading_needs_the_model_and_one_tensor(folders, format):
+# The share of the files' bytes that has to be made: nothing, all that two ranks hold together, all of a cast.
+@pytest.mark.parametrize(
+    ("format", "dtype", "made"), [("native", None, 0), ("hf", None, 0), ("meta", None, 1), ("hf", "bfloat16", 0.5)]
+)
+def test_loading_needs_what_it_makes_and_one_tensor(folders, format, dtype, made):
     document = json.loads(
         run_python(
             METER
             + f"""
 import json
 from transom.checkpoints.load import load
-peak, model = highest(lambda: load("{folders}/{format}"))
+peak, model = highest(lambda: load("{folders}/{format}", dtype={dtype!r}))
 held = sum(weight.nbytes for weight in model.parameters()) / 2**20
 print(json.dumps({{"peak": peak, "held": held}}))
 """
         ).splitlines()[-1]
     )
-    assert document["held"] == pytest.approx(MODEL_MB, rel=1e-3)
-    assert document["peak"] - document["held"] < LARGEST_MB + SLACK_MB
+    assert document["held"] == pytest.approx(MODEL_MB * (made or 1), rel=1e-3)
+    assert document["peak"] - made * MODEL_MB < LARGEST_MB + SLACK_MB
 
 
 @pytest.mark.parametrize(("source", "format", "dtype"), [("meta", "hf", "None"), ("hf", "meta", "'bfloat16'")])

@@ -4,25 +4,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.evaluation.twins import LONGEST, write_llama
+from tests.evaluation.twins import LONGEST
 from transom.errors import RequestError
 from transom.evaluation.answers import score_answers
 from transom.evaluation.eval_args import EvalArgs, Matching
-from transom.evaluation.subject import Subject
 from transom.evaluation.task_data import AnswerRow
 
 MESSAGES = ({"role": "user", "content": "What is two and two? </s>"},)
 NEW = 10
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def subject(folder):
-    return Subject.open(folder, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.evaluation.twins import LONGEST, write_llama
+from tests.evaluation.twins import LONGEST
 from transom.errors import RequestError
 from transom.evaluation.choices import encode_pair, score_choices
-from transom.evaluation.subject import Subject
 from transom.evaluation.task_data import ChoiceRow
 
 ROWS = [
@@ -16,16 +15,6 @@ ROWS = [
     ChoiceRow("a:2", "One of ", ("A", "B", "C", "D"), 3),
     ChoiceRow("a:3", "Größe und", ("日本語", "emoji"), 1),
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def subject(folder):
-    return Subject.open(folder, device="cpu", dtype="float32")
 
 
 def logprob(model, tokenizer, prompt, choice):

@@ -21,16 +21,6 @@ from transom.evaluation.task_data import open_data
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def subject(folder):
-    return Subject.open(folder, device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
 def other(tmp_path_factory):
     """Other weights, the same vocabulary."""
     return Subject.open(write_llama(tmp_path_factory.mktemp("other"), seed=1), device="cpu", dtype="float32")

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from transom.adapt.read import base_of, is_adapter, load_adapter
+from transom.adapt.read import load_adapter
 from transom.args import ModelArgs
 from transom.checkpoints.consolidated import open_consolidated
 from transom.checkpoints.folders import (
     CHECKSUMS,
     CONFIG,
     Format,
+    Found,
     find_model,
     folder_format,
-    model_folder,
     read_args,
     read_json,
-    stated_vocabulary,
     verify_checksums,
 )
 from transom.checkpoints.mapping import account, clean, to_ours
 from transom.checkpoints.safetensors_files import (
+    ALIGNMENT,
     WEIGHTS,
     open_safetensors,
     read_safetensors,
@@ -36,7 +37,7 @@ from transom.checkpoints.stored import Stored, dtypes_of, refuse_quantized
 from transom.errors import RequestError, notice
 from transom.model import LLM
 from transom.names import moves_to_read
-from transom.runtime import DTYPES, pick_device
+from transom.runtime import DTYPES, one_thread, pick_device
 from transom.tokenizer import Tokenizer
 from transom.transforms import Shape
 
@@ -53,15 +54,26 @@ __all__ = [
     "write_text",
 ]
 
+# What one thread reads before a second is awake on a machine that has other work.
+_MANY_BYTES = 1 << 27
 
-def load(folder: str | Path, device: str = "cpu", dtype: str | None = None, revision: str | None = None) -> LLM:
+
+def load(
+    folder: str | Path | Found, device: str = "cpu", dtype: str | None = None, revision: str | None = None
+) -> LLM:
     """The model of a folder or hub id, weights in the files' own dtype unless one is named; ready for inference.
 
-    Beyond the finished model, memory holds one tensor at a time; files are mapped and never whole in memory.
+    An adapter comes on its base, a run folder stands for its best step; what `find_model` found is taken as it is.
+
+    Weights whose dtype is kept stay in their files' memory maps, which are private: while the model lives, such a
+    file may be replaced, not written over. Where weights are computed or cast, memory holds one more at a time.
     """
-    if is_adapter(folder):
-        return load_adapter(load(base_of(folder), device, dtype), folder)
-    where = model_folder(folder, revision=revision)
+    found = folder if isinstance(folder, Found) else find_model(folder, revision)
+    if found.adapter is not None:
+        if (found.adapter / CHECKSUMS).exists():
+            verify_checksums(found.adapter)
+        return load_adapter(load(Found(found.model), device, dtype), found.adapter)
+    where = found.model
     target = pick_device(device)
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype = {dtype!r}: accepted is {', '.join(DTYPES)}")
@@ -71,8 +83,13 @@ def load(folder: str | Path, device: str = "cpu", dtype: str | None = None, revi
     model = outline(args)
     source = open_state(where, args, shapes_of(model))
     kind_of = dtypes_of(source, DTYPES[dtype] if dtype else None)
-    placed = {name: _place(stored, target, kind_of[name]) for name, stored in source.items()}
-    say_bad_numbers({name: bad_numbers(tensor) for name, tensor in placed.items()}, str(where))
+    placed: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    taken: set[int] = set()
+    for name, stored in source.items():
+        placed[name], counts[name] = _place(stored.read(), target, kind_of[name], taken)
+        taken.add(placed[name].data_ptr())
+    say_bad_numbers(counts, str(where))
     model.load_state_dict(placed, strict=True, assign=True)
     return model.eval()
 
@@ -88,9 +105,24 @@ def shapes_of(model: LLM) -> dict[str, Shape]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _place(stored: Stored, device: torch.device, dtype: torch.dtype) -> Tensor:
-    # Memory of its own: a view of a file's map starts anywhere, and its alignment would change the last bit.
-    return torch.empty(stored.shape, dtype=dtype, device=device).copy_(stored.read())
+def _place(read: Tensor, device: torch.device, dtype: torch.dtype, taken: Set[int]) -> tuple[Tensor, int]:
+    """What was read, where and as it is wanted, and how many of its numbers are bad.
+
+    It may stay where it is, most often in its file's map, unless another weight is there: `taken` are addresses.
+    """
+    if device.type == "cpu" and read.dtype == dtype and read.data_ptr() not in taken and _may_stay(read):
+        return read, bad_numbers(read)
+    placed = torch.empty(read.shape, dtype=dtype, device=device).copy_(read)
+    widened = device.type == "cpu" and read.dtype.itemsize < dtype.itemsize  # fewer bytes to look through
+    return placed, bad_numbers(read if widened else placed)
+
+
+def _may_stay(read: Tensor) -> bool:
+    # A part of something larger would keep all of it. Where float32 begins decides on the last bit of its products;
+    # those of halves do not depend on it.
+    alignment = read.dtype.itemsize if read.dtype.itemsize <= 2 else ALIGNMENT
+    whole = read.is_contiguous() and read.untyped_storage().nbytes() == read.nbytes
+    return whole and read.data_ptr() % alignment == 0
 
 
 def say_bad_numbers(counts: Mapping[str, int], where: str) -> None:
@@ -105,17 +137,23 @@ def say_bad_numbers(counts: Mapping[str, int], where: str) -> None:
 
 def bad_numbers(tensor: Tensor) -> int:
     """How many of a tensor's numbers are infinite or none."""
-    # Extremes tell for nearly all tensors at a tenth of what a sum costs in half precision; NaN comes out of both.
-    if tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
+    # One infinite term makes a sum infinite or NaN, and one thread adds as fast as memory is read. Where finite
+    # terms are together more than float16 holds, the extremes tell; to look at each number takes 50 times as long.
+    with one_thread() if tensor.nbytes < _MANY_BYTES else contextlib.nullcontext():
+        total = tensor.sum()
+    if bool(torch.isfinite(total)) or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
         return 0
     return sum(int((~torch.isfinite(part)).sum()) for part in tensor.reshape(-1).split(1 << 22))
 
 
 def load_tokenizer(folder: str | Path, revision: str | None = None) -> Tokenizer:
-    """The tokenizer of a model folder or hub id, or of a run's best step; its tokens must fit the embeddings."""
-    found = find_model(folder, revision)
+    """The tokenizer of a model folder or hub id, or of a run's best step; its tokens must fit the embeddings.
+
+    Of a hub id no weights are fetched.
+    """
+    found = find_model(folder, revision, settings_only=True)
     tokenizer = Tokenizer.load(found.tokenizer)
-    check_vocabulary(tokenizer, stated_vocabulary(found.model), str(found.tokenizer))
+    check_vocabulary(tokenizer, found.vocabulary, str(found.tokenizer))
     return tokenizer
 
 

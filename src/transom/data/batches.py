@@ -106,12 +106,6 @@ class Batches(PlaceInOrder):
         super().__init__(len(self._order), rows_per_step, rank, world_size)
         self.dropped_tokens = tuple(order.dropped_tokens for order in orders)  # per source and epoch
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        return self.next()
-
     def next(self) -> Batch:
         """This rank's rows of the next global batch; a batch may span the end of an epoch."""
         epoch = self._epoch

@@ -217,12 +217,6 @@ class LabelledBatches(PlaceInOrder):
         self._order = permutation(seed, 0, Stream.DOCUMENTS, len(rows))
         self._order_epoch = 0
 
-    def __iter__(self) -> Iterator[LabelledBatch]:
-        return self
-
-    def __next__(self) -> LabelledBatch:
-        return self.next()
-
     def next(self) -> LabelledBatch:
         """This rank's lines of the next global batch; a batch may span the end of an epoch."""
         epoch = self._epoch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -150,7 +150,10 @@ class Mixture:
 
 
 class PlaceInOrder:
-    """Where the ranks of a run stand in an order without end; the state is valid for any number of ranks."""
+    """Where the ranks of a run stand in an order without end; the state is valid for any number of ranks.
+
+    Iterating gives one batch after the other, as `next` does.
+    """
 
     def __init__(self, items: int, rows_per_step: int, rank: int, world_size: int) -> None:
         self.items_per_epoch = items  # over all ranks
@@ -172,6 +175,16 @@ class PlaceInOrder:
         require(epoch >= 0, "epoch", epoch, "accepted is 0 or more")
         require(0 <= item < self.items_per_epoch, "item", item, f"accepted is 0 to {self.items_per_epoch - 1}")
         self._epoch, self._item = epoch, item
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Any:
+        return self.next()
+
+    def next(self) -> Any:
+        """This rank's rows of the next global batch."""
+        raise NotImplementedError
 
     def _place(self, ahead: int) -> tuple[int, int]:
         """Epoch and item of the row `ahead` rows from here."""

@@ -187,12 +187,6 @@ class TuningBatches(PlaceInOrder):
         self._order_epoch = -1
         self._order = np.zeros(0, np.int64)
 
-    def __iter__(self) -> Iterator[TuningBatch]:
-        return self
-
-    def __next__(self) -> TuningBatch:
-        return self.next()
-
     def next(self) -> TuningBatch:
         """This rank's rows of the next global batch; a batch may span the end of an epoch."""
         epoch = self._epoch

@@ -150,12 +150,6 @@ class QuestionBatches(PlaceInOrder):
         self._order_epoch = -1
         self._order = permutation(seed, 0, Stream.DOCUMENTS, 0)
 
-    def __iter__(self) -> Iterator[QuestionBatch]:
-        return self
-
-    def __next__(self) -> QuestionBatch:
-        return self.next()
-
     def next(self) -> QuestionBatch:
         """This rank's questions of the next global batch; a batch may span the end of an epoch."""
         epoch = self._epoch

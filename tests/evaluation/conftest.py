@@ -1,0 +1,16 @@
+"""One tiny Llama of `transformers` in a folder, and what `transom eval` makes of it."""
+
+import pytest
+
+from tests.evaluation.twins import write_llama
+from transom.evaluation.subject import Subject
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def subject(folder):
+    return Subject.open(folder, device="cpu", dtype="float32")

@@ -6,11 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from transom.args import ModelArgs
 from transom.checkpoints.folders import find_model, is_hub_id, read_args
 from transom.cli.main import emit_json
 from transom.cli.train import field_lines, run_training
 from transom.errors import RequestError, require
-from transom.training.config import TrainArgs, read_config
+from transom.planning.counts import parameters
+from transom.training.config import TrainArgs, read_config, read_yaml
 from transom.training.tune_args import PREFERENCES, TuneArgs
 
 SEQ_LEN = 1024  # rows are no longer than this unless asked for
@@ -37,14 +39,9 @@ DEFAULTS: dict[str, Any] = {
     "schedule": {"kind": "cosine", "warmup": 0.03, "final": 0.1},
     "tune": {"epochs": 3.0},
 }
-# For models as small as the demo's, which learn faster and have little to lose.
-SMALL: dict[str, Any] = {
-    "data": {"batch_size": 16, "held_out": 0.05},
-    "optimizer": {"lr": 3e-3, "weight_decay": 0.0},
-    "schedule": {"kind": "cosine", "warmup": 0.05, "final": 0.05},
-    "tune": {"epochs": 3.0, "lora": {"rank": 32, "alpha": 64.0}},
-}
-SMALL_PARAMETERS = 20_000_000
+# Models as small as the demo's learn faster, need more of an adapter and have little to lose.
+SMALL_PARAMETERS, SMALL_RATE = 20_000_000, 50
+RANK = {False: 16, True: 32}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,8 +109,11 @@ def config_of(options: argparse.Namespace) -> TrainArgs:
         out = next(word.partition("=")[2] for word in reversed(overrides) if word.startswith("out="))
         return read_config(Path(out) / "config.yaml", overrides)
     found = find_model(options.model)
-    base = read_config(path).to_dict() if path else defaults_for(found.model)
-    if any(word == "steps" for word in given):
+    model_args = read_args(found.model)
+    small = parameters(model_args) < SMALL_PARAMETERS
+    stated = read_yaml(path) if path else {}
+    base = merged(defaults_for(model_args, small), stated)
+    if "steps" in given or "steps" in stated:
         base["tune"]["epochs"] = None
     whole_and_here = found.adapter is None and model.exists()
     base["base"] = str(found.model) if whole_and_here else options.model  # a run may find a better step meanwhile
@@ -122,19 +122,24 @@ def config_of(options: argparse.Namespace) -> TrainArgs:
     first = read_config(None, overrides, base=base)
     require(bool(first.data.sources), "--data", None, f"accepted is a file, a folder or {EMBEDDED}")
     if "optimizer.lr" not in given and "lr" not in base["optimizer"] and first.tune is not None:
-        base["optimizer"]["lr"] = RATES[first.tune.method, first.tune.objective in (*PREFERENCES, "grpo")]
+        rate = RATES[first.tune.method, first.tune.objective in (*PREFERENCES, "grpo")]
+        base["optimizer"]["lr"] = rate * (SMALL_RATE if small else 1)
     return read_config(None, overrides, base=base)
 
 
-def defaults_for(folder: Path) -> dict[str, Any]:
+def defaults_for(args: ModelArgs, small: bool) -> dict[str, Any]:
     """What the fields are unless a word says otherwise."""
-    args = read_args(folder)
-    from transom.planning.counts import parameters
-
-    chosen = SMALL if parameters(args) < SMALL_PARAMETERS else DEFAULTS
-    base = {key: dict(value) for key, value in chosen.items()}
+    base = {key: dict(value) for key, value in DEFAULTS.items()}
     base["data"]["seq_len"] = min(args.max_seq_len, SEQ_LEN)
+    rank = min([RANK[small], *(layer.n_kv_heads * layer.head_dim for layer in args.layers)])
+    base["tune"]["lora"] = {"rank": rank, "alpha": 2.0 * rank}  # a matrix has no more to adapt than its shorter side
     return base
+
+
+def merged(defaults: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
+    """The defaults with what a config states in their place, section by section."""
+    both = {key: {**defaults[key], **stated[key]} for key in defaults if isinstance(stated.get(key), dict)}
+    return {**defaults, **stated, **both}
 
 
 def default_out(model: str) -> str:

@@ -270,7 +270,7 @@ def read_config(
     """The config of a YAML file (or `base`, or nothing) with `key.sub=value` overrides, values in YAML."""
     data: dict[str, Any] = copy.deepcopy(dict(base or {}))
     if path is not None:
-        data = _read_yaml(Path(path))
+        data = read_yaml(Path(path))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -283,7 +283,8 @@ def read_config(
     return read(TrainArgs, data)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, an empty file being an empty one."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,0 +1,85 @@
+"""`transom finetune`: words to a config, the whole chain on tiny folders, wrong requests as one sentence."""
+
+import json
+
+import pytest
+
+from tests.training.tuning import base_folder, chats
+from transom.cli import finetune
+from transom.cli.finetune import config_of
+from transom.cli.main import Parser, main
+
+FAST = ("dtype=float32", "threads=1", "device=cpu")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    where = tmp_path_factory.mktemp("finetune")
+    return base_folder(where / "model"), chats(where / "rows.jsonl")
+
+
+def parsed(*words):
+    parser = Parser()
+    finetune.add_arguments(parser)
+    return config_of(parser.parse_intermixed_args([str(word) for word in words]))
+
+
+def test_the_chain_of_folders(folders, tmp_path, capsys, monkeypatch):
+    base, rows = folders
+    run = tmp_path / "run"
+    words = ["finetune", base, "--data", rows, "--iters", 4, "--batch-size", 2, "--out", run, *FAST, "--json"]
+    assert main([str(word) for word in words]) == 0
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["steps"] == 4 and facts["held_out_loss"] > 0 and facts["trained_parameters"] > 0
+    monkeypatch.setattr("sys.stdin", open("/dev/null"))  # noqa: SIM115, PTH123 - a chat that ends at once
+    assert main(["chat", str(run)]) == 0
+    assert main(["merge", str(run)]) == 0
+    merged = tmp_path / "run-merged"
+    assert json.loads((merged / "merge_report.json").read_text())
+    assert main(["generate", str(merged), "--prompt", "Capital", "--max-tokens", "3"]) == 0
+    capsys.readouterr()
+    (run / "best").unlink()
+    assert main(["finetune", str(run), "--resume", "--quiet"]) == 0  # a finished run is measured again
+    assert "resumed at step 4 of 4" in capsys.readouterr().err
+
+
+def test_flags_words_and_file_in_order(folders, tmp_path):
+    base, rows = folders
+    config = tmp_path / "config.yaml"
+    config.write_text("tune: {lora: {rank: 3}, epochs: 5}\noptimizer: {eps: 1.0e-6}\n")
+    args = parsed(base, config, "--data", rows, "--rank", 4, "tune.lora.rank=5", f"out={tmp_path}/x")
+    assert (args.tune.lora.rank, args.tune.epochs, args.optimizer.eps) == (5, 5, 1e-6)
+    assert (args.data.batch_size, args.optimizer.weight_decay) == (16, 0.0)  # what neither of them says
+    assert args.data.seq_len == 256  # no longer than the model's
+
+
+@pytest.mark.parametrize(
+    ("words", "rate"),
+    [((), 2e-4), (("--method", "full"), 2e-5), (("--objective", "dpo"), 2e-5), (("--learning-rate", 0.5), 0.5)],
+)
+def test_the_rate_follows_the_method_unless_given(folders, words, rate, monkeypatch):
+    monkeypatch.setattr(finetune, "SMALL_PARAMETERS", 0)
+    assert parsed(folders[0], "--data", folders[1], *words).optimizer.lr == pytest.approx(rate)
+
+
+def test_steps_replace_epochs(folders):
+    assert parsed(folders[0], "--data", folders[1], "--iters", 7).tune.epochs is None
+    assert parsed(folders[0], "--data", folders[1]).tune.epochs == 3.0
+
+
+WRONG = {
+    "no data": ([], "--data = None"),
+    "no such data": (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    "a method that is none": (["--data", "ROWS", "--method", "prefix"], "tune.method"),
+    "a field that is none": (["--data", "ROWS", "tune.rank=3"], "tune.rank"),
+    "a quantized base with all weights": (["--data", "ROWS", "--method", "full", "--quantize", "nf4"], "quantize"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_request_is_one_sentence(folders, tmp_path, capsys, case):
+    words, sentence = WRONG[case]
+    given = [str(folders[1]) if word == "ROWS" else word for word in words]
+    assert main(["finetune", str(folders[0]), *given, f"out={tmp_path}/run", *FAST]) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert sentence in err[-1] and not (tmp_path / "run").exists()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import transom
 from benchmarks import options
 from benchmarks.common import ROWS
 from benchmarks.ideas import COST, PAGES, measured, read_rows, write_costs, write_index
@@ -201,6 +202,13 @@ def names_of(title: str) -> list[str]:
 def test_fields_named_beside_those_of_other_codes_exist(title):
     assert names_of(title)
     assert [name for name in names_of(title) if not has_field(name)] == []
+
+
+def test_calls_named_beside_those_of_other_codes_exist():
+    text = (ROOT / "docs" / "names.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`transom\.(\w+)", text))
+    assert "merge_folders" in named
+    assert sorted(named - set(transom.__all__)) == []
 
 
 def test_weights_named_beside_those_of_other_codes_exist():

@@ -25,6 +25,7 @@ NAMES = (
     "compile",
     "options",
     "muon",
+    "finetune",
     "objectives",
     "policy",
     "load",

@@ -128,6 +128,17 @@ def test_epochs_become_steps(base, tmp_path):
     assert trainer.args.steps == -(-2 * trainer.batches.items_per_epoch // 4)
 
 
+def test_a_set_smaller_than_a_batch_is_one_step_an_epoch_and_resumes(base, tmp_path, capsys):
+    data = chats(tmp_path / "rows.jsonl")
+    args = tune_args(tmp_path, base, data, "data.batch_size=64", epochs=3.0)
+    trainer = open_run(args, quiet=True)
+    rows = trainer.batches.items_per_epoch
+    assert f"{rows} rows are all there are; a step takes {rows}" in capsys.readouterr().err
+    assert (trainer.args.data.batch_size, trainer.args.steps) == (rows, 3)
+    trainer.fit()
+    assert open_run(args, resume=True, quiet=True).progress.step == 3
+
+
 REFUSED = {
     "rows for another objective": (preferences, [], {}, "row of kind pair; accepted for it is dpo or ipo or orpo"),
     "a target that fits nothing": (chats, [], {"lora": {"targets": ["wz"]}}, "'wz' fits no weight"),

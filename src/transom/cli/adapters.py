@@ -37,13 +37,13 @@ def named_adapters(given: Sequence[str]) -> dict[str, str]:
     return out
 
 
-def load_beside(model: LLM, found: Found, adapters: Mapping[str, str]) -> None:
-    """Put adapters on the model; the one that came with it, or none, stays in use, which is said.
+def load_beside(model: LLM, found: Found, adapters: Mapping[str, str]) -> list[Path]:
+    """Put adapters on the model and return their folders; the one that came with it, or none, stays in use.
 
     One that was trained on other weights is a `RequestError`; weights are looked at where another folder is named.
     """
     if not adapters:
-        return
+        return []
     from transom.adapt.lora import activate_adapters, active_adapters, adapter_names
     from transom.adapt.read import load_adapter
     from transom.checkpoints.fingerprint import check_base, read_facts
@@ -59,6 +59,7 @@ def load_beside(model: LLM, found: Found, adapters: Mapping[str, str]) -> None:
     activate_adapters(model, in_use)
     chosen = ", ".join(in_use) or NONE
     notice(f"adapters: {', '.join(adapter_names(model))}; in use: {chosen}; /adapter NAME|{NONE} changes it")
+    return [Path(folder) for folder in folders]
 
 
 def switch(model: LLM, name: str) -> None:

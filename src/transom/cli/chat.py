@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     sampling = sampling_of(options)
     adapters = named_adapters(options.adapter)
     found, model, tokenizer, stop_tokens = open_model(options)
-    load_beside(model, found, adapters)
+    beside = load_beside(model, found, adapters)
     from transom.chat.fingerprint import warn_if_other
 
     framing: Framing
@@ -84,7 +84,8 @@ def run(options: argparse.Namespace) -> int:
         if not options.ignore_eos:
             stop_tokens = tuple(dict.fromkeys((*stop_tokens, *template.stop_tokens)))
         notice(f"turns are written by {template.origin}; /help lists commands")
-    warn_if_other(found.folders, tokenizer, template)
+    for folders in (found.folders, *((folder,) for folder in beside)):
+        warn_if_other(folders, tokenizer, template)
     framing.reset(options.system)
     chat = Chat(model, tokenizer, framing, stop_tokens, sampling, options)
     if sys.stdin.isatty():

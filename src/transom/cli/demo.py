@@ -182,6 +182,7 @@ def next_commands(run: str) -> str:
     """What to try now."""
     return f"""
 next:
+  transom finetune {run} --data stdlib-docs
   transom chat {run}
   transom generate {run} --prompt "import os"
   transom inspect {run}

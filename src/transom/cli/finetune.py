@@ -132,7 +132,8 @@ def defaults_for(args: ModelArgs, small: bool) -> dict[str, Any]:
     base = {key: dict(value) for key, value in DEFAULTS.items()}
     base["data"]["seq_len"] = min(args.max_seq_len, SEQ_LEN)
     rank = min([RANK[small], *(layer.n_kv_heads * layer.head_dim for layer in args.layers)])
-    base["tune"]["lora"] = {"rank": rank, "alpha": 2.0 * rank}  # a matrix has no more to adapt than its shorter side
+    # A matrix has no more to adapt than its shorter side.
+    base["tune"]["lora"] = {"rank": rank, "alpha": 2.0 * rank}
     return base
 
 

@@ -187,8 +187,9 @@ def _asked(merge: Merge, rows: TokenRows) -> dict[str, Any]:
 
 
 def adapter_hashes(adapter: Path) -> dict[str, str]:
-    """SHA-256 of each file of an adapter's weights."""
+    """SHA-256 of each file of an adapter's weights, without the state of the run that wrote it."""
     files = [path for pattern in ("*.safetensors", "*.bin") for path in sorted(adapter.glob(pattern))]
+    files = [path for path in files if not path.name.startswith("trainer.")]
     return {path.name: sha256_of(path) for path in files}
 
 

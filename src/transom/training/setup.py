@@ -77,7 +77,7 @@ def open_run(
         dtype = check_same_machine(run.path, device, dtype)
     share = Share(rank, world_size, quiet)
     subject = open_subject(args, run, device, dtype, share, resume=resume)
-    args = spread(args, subject.steps)
+    args = spread(subject.args or args)
     trainer = Trainer(
         args=args,
         model=subject.model,
@@ -120,9 +120,8 @@ def open_subject(
     return tuned_subject(args, args.tune, device, dtype, share)
 
 
-def spread(args: TrainArgs, steps: int | None) -> TrainArgs:
-    """The config with the steps that data decides, and with as many held-out scores as fine-tuning asks for."""
-    args = args if steps is None else replace(args, steps=steps)
+def spread(args: TrainArgs) -> TrainArgs:
+    """The config with as many held-out scores as fine-tuning asks for."""
     if args.tune is None or not args.tune.scores or args.eval_every:
         return args
     return replace(args, eval_every=max(1, args.steps // args.tune.scores))
@@ -157,6 +156,8 @@ def check_same_run(run: Path, args: TrainArgs) -> None:
         ours, theirs = getattr(args, field.name), getattr(before, field.name)
         if field.name == "data":  # where shards are kept is no part of the data
             theirs = replace(theirs, cache_dir=ours.cache_dir)
+            if args.tune is not None and theirs.batch_size < ours.batch_size:  # it was fitted to a small set
+                theirs = replace(theirs, batch_size=ours.batch_size)
         if field.name == "steps" and args.tune is not None and args.tune.epochs is not None:
             continue  # follows from the epochs and the data, which are compared
         if field.name not in FREE_ON_RESUME and ours != theirs:

@@ -31,14 +31,14 @@ class Share(NamedTuple):
 
 @dataclass
 class Subject:
-    """All that is particular to one kind of run; `steps` replaces the config's where data decides it."""
+    """All that is particular to one kind of run; `args` replaces the config where the data decides parts of it."""
 
     model: LLM
     tokenizer: Tokenizer
     data: RunData
     objective: Objective
     step_model: StepModel
-    steps: int | None = None
+    args: TrainArgs | None = None
 
 
 def new_subject(args: TrainArgs, run: RunFolder, device: torch.device, share: Share, *, resume: bool) -> Subject:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from transom.model import LLM
 from transom.quantize.leaves import quantize_model
 from transom.runtime import DTYPES
 from transom.training.config import TrainArgs
-from transom.training.noise import add_noise
+from transom.training.noise import EmbeddingNoise
 from transom.training.step_model import ADAPTER, AdapterOnly, Companions, StepModel, WholeModel
 from transom.training.subject import Share, Subject, whole_model, writable_format
 from transom.training.tune_args import TuneArgs
@@ -45,7 +46,7 @@ def tuned_subject(
     tokenizer = add_tokens(model, tokenizer, tune.new_tokens, tune.vocab_multiple)
     choose_weights(model, tune, args.seed, new_tokens=bool(tune.new_tokens))
     if tune.noise:
-        add_noise(model, tune.noise)
+        EmbeddingNoise(model, tune.noise)
     for line in [] if share.quiet else coverage_lines(model):
         notice(line)
     data = open_tune_data(args, tune, tokenizer, ChatTemplate.find(folder, tokenizer, tune.template), folder, share)
@@ -59,7 +60,11 @@ def tuned_subject(
         )
     run_data = data.as_run_data(base_fingerprint)
     objective = tune_objective(args, tune, model, tokenizer, data, dtype, share)
-    return Subject(model.train(), tokenizer, run_data, objective, step_model, steps_of(args, tune, data.items))
+    sized = replace(args, data=replace(args.data, batch_size=data.batch_size))
+    if tune.epochs is not None:
+        steps = max(1, math.ceil(tune.epochs * data.items / data.batch_size))
+        sized = replace(sized, steps=steps)
+    return Subject(model.train(), tokenizer, run_data, objective, step_model, sized)
 
 
 def choose_weights(model: LLM, tune: TuneArgs, seed: int, *, new_tokens: bool) -> None:
@@ -97,10 +102,3 @@ def check_written(model: LLM) -> None:
 def base_name(base: str, folder: Path) -> str:
     """What the adapter calls its base: a folder by its whole path, a hub id as it is."""
     return str(folder.resolve()) if Path(base).exists() else base
-
-
-def steps_of(args: TrainArgs, tune: TuneArgs, items: int) -> int | None:
-    """Steps for the epochs asked for; None where the config gives steps."""
-    if tune.epochs is None:
-        return None
-    return max(1, math.ceil(tune.epochs * items / args.data.batch_size))

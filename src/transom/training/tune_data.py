@@ -11,6 +11,7 @@ from typing import Any
 
 from transom.chat.template import ChatTemplate
 from transom.data.conversations import Example, Kind
+from transom.data.packing import first_fit_decreasing
 from transom.data.tuning_batches import TuningBatch, TuningBatches, padded_batch
 from transom.data.tuning_rows import EncodedRows, encode_examples, template_for
 from transom.data.tuning_sets import read_splits
@@ -42,6 +43,7 @@ class TuneData:
 
     batches: RunBatches
     items: int
+    batch_size: int
     hashes: dict[str, str]
     template: ChatTemplate | None
     train: EncodedRows | None = None  # None for questions
@@ -79,10 +81,11 @@ def open_tune_data(
     held = encode(measured) if measured else None
     paired = tune.objective not in ("sft", "distill")
     packing = tune.packing and not paired
+    batch_size = fitting(rows, args, packing, share.world_size * args.accumulate)
     batches = TuningBatches(
         rows,
         seq_len=args.data.seq_len,
-        rows_per_step=args.data.batch_size,
+        rows_per_step=batch_size,
         seed=args.seed,
         packing=packing,
         rank=share.rank,
@@ -103,9 +106,18 @@ def open_tune_data(
                 f"{rows.counts.without_end} answers do not teach where to stop: `transom data check` names reasons"
             )
     hashes = {source.label: _hash(rows, held) for source in args.data.source_list}
-    return TuneData(
-        batches, batches.items_per_epoch, hashes, template, rows, list(held_batches(held)) if held else []
-    )
+    kept = list(held_batches(held)) if held else []
+    return TuneData(batches, batches.items_per_epoch, batch_size, hashes, template, rows, kept)
+
+
+def fitting(rows: EncodedRows, args: TrainArgs, packing: bool, shares: int) -> int:
+    """Rows per step: what is asked for, or as many as there are in a small set, which is said."""
+    lengths = [max(len(row.ids) for row in item) - 1 for item in rows.items]
+    count = len(first_fit_decreasing(lengths, args.data.seq_len, args.seed)) if packing else len(lengths)
+    fits = max(count // shares, 1) * shares
+    if args.data.batch_size > fits:
+        notice(f"data.batch_size = {args.data.batch_size}: {count} rows are all there are; a step takes {fits}")
+    return min(args.data.batch_size, fits)
 
 
 def _questions(
@@ -141,6 +153,7 @@ def _questions(
     return TuneData(
         batches,
         batches.items_per_epoch,
+        args.data.batch_size,
         {**hashes, "the reward": reward.hash},
         template,
         held_out=held.rows,

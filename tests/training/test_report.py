@@ -218,3 +218,15 @@ def test_the_final_score_over_all_text_is_the_one_in_the_header(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = write_report(tmp_path).read_text()
     assert "<b>2.222</b><small>all text, step 2" in page
+
+
+def test_scores_of_fine_tuning_have_their_curves_and_their_best(tmp_path):
+    facts = {"parameters": 1, "steps": 4, "seed": 0, "machine": {}}
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    rows = [{"step": step, "loss": 1.0, "margin": 0.1 * step} for step in range(1, 5)]
+    rows += [{"step": 2, "preference": {"loss": 0.321, "accuracy": 0.9}}]
+    rows += [{"step": 4, "preference": {"loss": 0.654, "accuracy": 0.8}}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(tmp_path).read_text()
+    assert "<b>0.321</b><small>preference, step 2" in page
+    assert all(f"<h3>{title}</h3>" in page for title in ("Held-out loss", "Held-out share right", "Margin"))

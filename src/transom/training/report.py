@@ -36,6 +36,8 @@ DRAWING |= dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.spines.l
 DRAWING |= dict.fromkeys([f"{axis}tick.{part}.size" for axis in "xy" for part in ("major", "minor")], 0.0)
 DRAWING |= {"axes.edgecolor": GRID, "grid.color": GRID, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED}
 MISSING = "\N{EM DASH}"
+# What held-out scores are called that are no bits per byte: of labels, answers, pairs and rewards.
+OWN_SCORES = ("head", "answers", "preference", "policy")
 SCORES = {"bits_per_byte": ",.3f", "perplexity": ",.2f", "tokens": ",.0f", "bytes": ",.0f"}
 STYLE = """
 :root{color-scheme:light dark;--page:#f5f6f8;--card:#fff;--ink:#16191d;--muted:#59616b;--line:#dfe3e8;
@@ -91,6 +93,7 @@ def write_report(run: Path) -> Path:
 def read_metrics(path: Path) -> tuple[dict[str, list[Row]], int]:
     """Rows by the key that tells their kind, and how many lines cannot be read: a kill may cut the last one."""
     kinds: dict[str, list[Row]] = {"loss": [], "held_out": [], "final": [], "samples": [], "event": []}
+    kinds |= {key: [] for key in OWN_SCORES}
     kinds |= {"expert_tokens": []}
     unreadable = 0
     for line in filter(bytes.strip, (path.read_bytes() if path.exists() else b"").split(b"\n")):
@@ -180,6 +183,21 @@ def _noisy(rows: Sequence[Row], key: str, scale: float = 1.0) -> list[Line]:
     return [replace(raw, values=mean), replace(raw, width=0.7, alpha=0.35)]
 
 
+def _own_scores(rows: Kinds) -> list[tuple[str, str, list[Line], bool]]:
+    """Held-out loss and share right, and what training shows of rewards and margins."""
+    charts = []
+    for key in (key for key in OWN_SCORES if rows[key]):
+        at = _column(rows[key], "step")
+        loss, right = (Line(at, _column(rows[key], key, name), width=2.2) for name in ("loss", "accuracy"))
+        charts += [
+            ("Held-out loss", "lower is better", [loss], False),
+            ("Held-out share right", "of 1", [right], False),
+        ]
+    for key, what in (("reward", "mean of the answers drawn"), ("margin", "chosen over rejected")):
+        charts.append((key.capitalize(), what, _noisy(rows["loss"], key), False))
+    return charts
+
+
 def _charts(rows: Kinds) -> str:
     training, scored = rows["loss"], rows["held_out"]
     steps, at = _column(training, "step"), _column(scored, "step")
@@ -197,12 +215,29 @@ def _charts(rows: Kinds) -> str:
     charts = (
         ("Training loss", f"nats per token{notes}", _noisy(training, "loss"), True),
         ("Held-out bits per byte", "lower is better", held, False),
+        *_own_scores(rows),
         ("Learning rate", "per group of parameters", list(rates.values()), False),
         ("Gradient norm", "before clipping", _noisy(training, "grad_norm"), True),
         ("Throughput", "trained tokens per second", _noisy(training, "tokens_per_second"), False),
         ("MFU", "% of this machine's peak matrix-product speed", _noisy(training, "mfu", 100), False),
     )
     return "".join(_chart(title, caption, lines, resumed, log) for title, caption, lines, log in charts)
+
+
+def _best_score(rows: Kinds, best: Row | None) -> tuple[str, str, str]:
+    """The tile of the best held-out score: bits per byte, or the loss of labels, answers, pairs or rewards."""
+    for key in (key for key in OWN_SCORES if rows[key]):
+        losses = _column(rows[key], key, "loss")
+        if np.isfinite(losses).any():
+            at = int(np.nanargmin(losses))
+            return "Held-out loss", f"{losses[at]:.3f}", f"{key}, step {rows[key][at]['step']:,}"
+    if best is None:
+        return "Held-out bits per byte", MISSING, "not scored"
+    return (
+        "Held-out bits per byte",
+        f"{best['held_out']['bits_per_byte']:.3f}",
+        f"{best['what']}, step {best['step']:,}",
+    )
 
 
 def _header(name: str, facts: Row, rows: Kinds, best: Row | None) -> str:
@@ -212,13 +247,8 @@ def _header(name: str, facts: Row, rows: Kinds, best: Row | None) -> str:
 
     tokens, seconds, memory = (float(finite(key)[-1]) for key in ("tokens", "seconds", "memory_bytes"))
     speed, mfu = (float(np.median(finite(key))) for key in ("tokens_per_second", "mfu"))
-    bits = best["held_out"]["bits_per_byte"] if best else np.nan
     tiles = (
-        (
-            "Held-out bits per byte",
-            f"{bits:.3f}",
-            f"{best['what']}, step {best['step']:,}" if best else "not scored",
-        ),
+        _best_score(rows, best),
         ("Tokens trained", _short(tokens), f"{tokens:,.0f}"),
         ("Training time", MISSING if np.isnan(seconds) else duration(seconds), "without evaluation"),
         ("Tokens per second", f"{speed:,.0f}", "median"),

@@ -62,6 +62,64 @@ def test_the_rate_follows_the_method_unless_given(folders, words, rate, monkeypa
     assert parsed(folders[0], "--data", folders[1], *words).optimizer.lr == pytest.approx(rate)
 
 
+@pytest.fixture(scope="module")
+def finished(folders, tmp_path_factory):
+    """A run that wrote its last step."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    words = ["finetune", folders[0], "--data", folders[1], "--iters", 2, "--batch-size", 2, "--out", run, *FAST]
+    assert main([str(word) for word in words]) == 0
+    return run
+
+
+RESUMED = {
+    "another base": (["BASE2"], "accepted with --resume of"),
+    "other rows": (["BASE", "--data", "other.jsonl"], "accepted with --resume is none"),
+    "a config": (["BASE", "config.yaml"], "the run has its own"),
+    "another batch": (["BASE", "--batch-size", "4"], "data.batch_size = 4"),
+    "another rank": (["BASE", "--rank", "3"], "its tune.lora.rank is"),
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_only_the_same_run_is_resumed(folders, finished, tmp_path, capsys, case):
+    words, sentence = RESUMED[case]
+    other = base_folder(tmp_path / "other", dim=48)
+    named = {"BASE": str(folders[0]), "BASE2": str(other)}
+    given = [named.get(word, word) for word in words]
+    assert main(["finetune", *given, "--out", str(finished), "--resume"]) == 2
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_is_not_written_over_its_base(finished, folders, capsys):
+    words = ["finetune", str(finished), "--data", str(folders[1]), "--out", str(finished), "--overwrite"]
+    assert main(words) == 2
+    assert main(["finetune", str(folders[0]), "--data", str(folders[1]), "--out", str(folders[0].parent)]) == 2
+    assert "neither is nor holds base" in capsys.readouterr().err
+    assert (finished / "best").exists() and (folders[0] / "config.json").exists()
+
+
+def test_an_adapter_on_weights_that_have_changed_is_refused(finished, folders, tmp_path, capsys):
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    moved = tmp_path / "run"
+    shutil.copytree(finished, moved)
+    changed = tmp_path / "model"
+    shutil.copytree(folders[0], changed)
+    weights = load_file(changed / "model.safetensors")
+    weights["layers.0.attention.wq.weight"] *= 3
+    save_file({name: torch.clone(weight) for name, weight in weights.items()}, changed / "model.safetensors")
+    step = next(moved.glob("step_*"))
+    for name in ("adapter_config.json", "transom.json"):
+        text = (step / name).read_text()
+        (step / name).write_text(text.replace(str(folders[0].resolve()), str(changed)))
+    (step / "sha256.json").unlink()
+    assert main(["generate", str(step), "--prompt", "a", "--max-tokens", "1"]) == 2
+    assert "fingerprint" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_steps_replace_epochs(folders):
     assert parsed(folders[0], "--data", folders[1], "--iters", 7).tune.epochs is None
     assert parsed(folders[0], "--data", folders[1]).tune.epochs == 3.0

@@ -121,11 +121,12 @@ def test_long_examples_are_cut_at_their_end_or_dropped_and_counted() -> None:
 def test_examples_without_loss_are_left_out_and_a_set_of_them_is_refused() -> None:
     silent, long = chat(Q, {**A, "weight": 0.0}), chat(say("user", "q" * 90), A)
     counts = encode(silent, long, chat()).counts
-    assert (counts.examples, counts.rows, counts.fully_masked, counts.truncated) == (3, 1, 2, 0)
-    with pytest.raises(RequestError, match=r"nothing to train on .* 2 examples without loss left out"):
+    assert (counts.examples, counts.rows, counts.fully_masked, counts.beyond, counts.truncated) == (3, 1, 1, 1, 0)
+    left_out = r"1 examples without loss left out; 1 examples left out whose answers begin beyond seq_len"
+    with pytest.raises(RequestError, match=rf"nothing to train on .*{left_out}"):
         encode(silent, long)
     pair = Example("f:1", "pair", long.messages[:1], ((A,), (say("assistant", "b"),)))
-    assert encode(pair, bare("pair", "a", "b")).counts.fully_masked == 1
+    assert encode(pair, bare("pair", "a", "b")).counts.beyond == 1
 
 
 def test_rows_beyond_one_per_conversation_are_counted(capsys: pytest.CaptureFixture[str]) -> None:

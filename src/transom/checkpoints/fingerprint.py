@@ -89,6 +89,17 @@ def read_facts(adapter: str | Path) -> AdapterFacts | None:
     return fields.read(AdapterFacts, read_json(path), str(path)) if path.exists() else None
 
 
+def check_trained_on(adapter: Path, base: Path) -> None:
+    """`check_base` where the adapter says what it was trained on; a base that was quantized then is said."""
+    facts = read_facts(adapter)
+    if facts is None:
+        return
+    check_base(adapter, base)
+    if facts.quantize is not None:
+        kind = facts.quantize.get("kind")
+        notice(f"{adapter}: trained on a base in {kind}, here on all of its precision; transom merge measures both")
+
+
 def check_base(adapter: str | Path, base: str | Path, base_fingerprint: str | None = None) -> str:
     """The fingerprint of `base` (taken as known where given), which must be the one that `adapter` was trained on.
 

@@ -72,6 +72,9 @@ def load(
     if found.adapter is not None:
         if (found.adapter / CHECKSUMS).exists():
             verify_checksums(found.adapter)
+        from transom.checkpoints.fingerprint import check_trained_on  # which reads folders by this module
+
+        check_trained_on(found.adapter, found.model)
         return load_adapter(load(Found(found.model), device, dtype), found.adapter)
     where = found.model
     target = pick_device(device)

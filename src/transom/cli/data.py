@@ -194,6 +194,7 @@ WORDS = {
     "truncated": "rows cut at their end",
     "dropped": "examples left out as too long",
     "fully_masked": "examples left out as fully masked",
+    "beyond": "examples left out, answers beyond",
     "without_end": "answers without an end of turn",
     "split_rows": "further rows of split conversations",
     "unlike_prompt": "answers not behind their own prompt",

@@ -99,16 +99,15 @@ def config_of(options: argparse.Namespace) -> TrainArgs:
     path, overrides = _split(options.words)
     flags = [f"{field}={_value(options, flag)}" for flag, field, *_ in FLAGS if _value(options, flag) is not None]
     overrides = [*flags, *overrides]
-    model = Path(options.model)
-    if options.resume and (model / "config.yaml").exists() and read_config(model / "config.yaml").tune:
-        return read_config(model / "config.yaml", [f"out={model}", *overrides])
-    given = {word.partition("=")[0] for word in overrides}
+    given = dict(word.partition("=")[::2] for word in overrides)
+    if options.resume:
+        require(path is None, "CONFIG", str(path), "accepted with --resume is none: the run has its own")
+        return resumed_config(options, overrides, given)
     if "out" not in given:
         overrides = [f"out={default_out(options.model)}", *overrides]
-    if options.resume:
-        out = next(word.partition("=")[2] for word in reversed(overrides) if word.startswith("out="))
-        return read_config(Path(out) / "config.yaml", overrides)
-    found = find_model(options.model)
+    if "tune.lora.rank" in given and "tune.lora.alpha" not in given:
+        overrides = [*overrides, f"tune.lora.alpha={2 * _number(given['tune.lora.rank'])}"]
+    found, model = find_model(options.model), Path(options.model)
     model_args = read_args(found.model)
     small = parameters(model_args) < SMALL_PARAMETERS
     stated = read_yaml(path) if path else {}
@@ -121,10 +120,36 @@ def config_of(options: argparse.Namespace) -> TrainArgs:
         base["data"]["sources"] = list(options.data)
     first = read_config(None, overrides, base=base)
     require(bool(first.data.sources), "--data", None, f"accepted is a file, a folder or {EMBEDDED}")
-    if "optimizer.lr" not in given and "lr" not in base["optimizer"] and first.tune is not None:
+    require(
+        first.tune is not None, "tune", None, "accepted here is what to tune; transom train reads plain text on"
+    )
+    assert first.tune is not None
+    if "optimizer.lr" not in given and "lr" not in base["optimizer"]:
         rate = RATES[first.tune.method, first.tune.objective in (*PREFERENCES, "grpo")]
         base["optimizer"]["lr"] = rate * (SMALL_RATE if small else 1)
     return read_config(None, overrides, base=base)
+
+
+def resumed_config(options: argparse.Namespace, overrides: list[str], given: dict[str, str]) -> TrainArgs:
+    """The config of the run that is meant: `--out`, the default one of MODEL, or MODEL itself."""
+    model = Path(options.model)
+    out = Path(given["out"]) if "out" in given else Path(f"{str(model).rstrip('/')}-finetune")
+    if "out" not in given and not (out / "config.yaml").exists():
+        out = model
+    stored = read_config(out / "config.yaml")
+    require(stored.tune is not None, "MODEL", str(out), "accepted with --resume is a fine-tuning run, or its base")
+    if out != model:
+        bases = [Path(stored.base or "").resolve(), *Path(stored.base or "").resolve().parents]
+        same = options.model == stored.base or model.resolve() in bases
+        require(same, "MODEL", options.model, f"accepted with --resume of {out} is its base, {stored.base}")
+    sources = [source.path for source in stored.data.source_list]
+    same = not options.data or list(options.data) == sources
+    require(same, "--data", options.data, f"accepted with --resume is none, or what the run has: {sources}")
+    return read_config(out / "config.yaml", [f"out={out}", *overrides])
+
+
+def _number(text: str) -> float:
+    return float(text) if text.replace(".", "", 1).isdigit() else 0.0  # the field itself says what is wrong
 
 
 def defaults_for(args: ModelArgs, small: bool) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class TuningCounts:
     truncated: int = 0  # rows cut at their end, as they are longer than allowed
     dropped: int = 0  # examples left out for their length
     fully_masked: int = 0  # examples left out because no token of them carries loss
+    beyond: int = 0  # examples left out because what carries loss begins behind the longest row
     without_end: int = 0  # answers with loss that no token ends which ends a turn, cut ones among them
     split_rows: int = 0  # rows beyond one per conversation, where a template writes earlier turns otherwise
     unlike_prompt: int = 0  # answers with loss behind other tokens than those that the model is asked with
@@ -51,6 +52,7 @@ class TuningCounts:
             "truncated": "rows cut at their end",
             "dropped": "examples too long and left out",
             "fully_masked": "examples without loss left out",
+            "beyond": "examples left out whose answers begin beyond seq_len",
             "without_end": "answers without an end of turn",
             "split_rows": "rows more, since the template writes earlier turns otherwise",
             "unlike_prompt": "answers behind other tokens than those of their prompt alone",
@@ -102,6 +104,7 @@ def encode_examples(
     train_on: TrainOn = "assistant",
     truncate: Truncate = "cut",
     problems: list[Problem] | None = None,
+    may_be_empty: bool = False,
 ) -> EncodedRows:
     """Rows of at most `seq_len` tokens, longer ones cut at their end or left out; no row at all is refused.
 
@@ -130,7 +133,7 @@ def encode_examples(
         items += kept
         labels += [] if example.label is None else [example.label] * len(kept)
     require(len(labels) in (0, len(items)), "label", None, "accepted is one for every example, or for none")
-    if not items and problems is None:
+    if not items and problems is None and not may_be_empty:
         raise RequestError(f"data: nothing to train on ({counts}); accepted is a set with a token to learn")
     return EncodedRows(items, counts, labels or None)
 
@@ -214,7 +217,9 @@ def _fit(
         return ()
     rows = tuple(TuningRow(id, np.asarray(r.ids[:seq_len], np.int32), r.weights[:seq_len]) for r in item)
     if not all(row.weights.any() for row in rows):
-        counts.fully_masked += 1
+        whole = all(row.weights.any() for row in item)
+        counts.beyond += whole
+        counts.fully_masked += not whole
         return ()
     counts.truncated += too_long
     counts.rows += len(rows)

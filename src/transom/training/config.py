@@ -199,9 +199,20 @@ class TrainArgs:
             fits = self.data.seq_len % self.short_rows_split == 0
             accepted = f"accepted is a divisor of data.seq_len = {self.data.seq_len}"
             require(fits, "short_rows_split", self.short_rows_split, accepted)
-        require(self.tune is None or self.base is not None, "tune", "given", "accepted together with base")
+        require(self.seed >= 0, "seed", self.seed, "accepted is 0 or more")
+        self._check_base()
         if self.base is None:
             self.check_model(self.model_args(vocab_size=None))
+
+    def _check_base(self) -> None:
+        require(self.tune is None or self.base is not None, "tune", "given", "accepted together with base")
+        if self.base is None:
+            return
+        require(self.model == "demo", "model", self.model, "accepted without base, which brings its own")
+        plain = self.tokenizer == TokenizerArgs()
+        require(plain, "tokenizer", "given", "accepted without base, which brings its own")
+        rows_of_text = self.tune is None or not self.short_rows
+        require(rows_of_text, "short_rows", self.short_rows, "accepted with tune is 0: a row holds whole examples")
 
     def check_model(self, args: ModelArgs) -> None:
         """Refuse what does not go with this model, the config's own or that of `base`."""
@@ -218,7 +229,7 @@ class TrainArgs:
     def _check_patience(self) -> None:
         patience = self.patience
         require(patience is None or patience >= 1, "patience", patience, "accepted is 1 or more, or null")
-        measured = patience is None or self.eval_every > 0
+        measured = patience is None or self.eval_every > 0 or (self.tune is not None and self.tune.scores > 0)
         require(
             measured, "patience", patience, "accepted with eval_every of 1 or more, as scores are what it counts"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from transom.errors import WorkError
 from transom.evaluation.bits import HeldOut, score
 from transom.evaluation.experts import expert_tokens, token_row
 from transom.generation.sampling import SamplingArgs
@@ -130,6 +132,7 @@ class Monitor:
         """Held-out scores per source and in all, written under `key` and shown, or the objective's own."""
         measured = self.objective.measure()
         if measured is not None:
+            self._check(measured.loss)
             return self._say(measured)
         names = {
             name: score(
@@ -146,12 +149,19 @@ class Monitor:
         total = sum(names.values(), HeldOut())
         if not total.tokens:
             return total
+        self._check(total.bits_per_byte)
         self.write({key: {**_scores(total), "sources": {name: _scores(one) for name, one in names.items()}}})
         self.line.say(
             f"step {self.progress.step}: held out {total.bits_per_byte:.3f} bits per byte, "
             f"perplexity {total.perplexity:.1f} over {total.tokens:,} tokens"
         )
         return total
+
+    def _check(self, score: float) -> None:
+        """A score that is no number ends the run: it would be the best one for good, or never beaten."""
+        if not math.isfinite(score):
+            kept = "" if self.run is None else f"; {self.run.untouched}"
+            raise WorkError(f"step {self.progress.step}: the held-out score is {score}{kept}")
 
     def _say(self, measured: Measured) -> Measured:
         self.write({measured.key: vars(measured)})
@@ -161,7 +171,11 @@ class Monitor:
     def is_record(self, measured: Score | None) -> bool:
         """Whether a score is lower than all before it."""
         score = lower_is_better(measured)
-        return score is not None and (self.progress.best is None or score < self.progress.best)
+        return (
+            score is not None
+            and math.isfinite(score)
+            and (self.progress.best is None or score < self.progress.best)
+        )
 
     def experts(self) -> None:
         """The tokens that each expert is for, over the first held-out text of every source; written."""

@@ -41,6 +41,13 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
+    @property
+    def untouched(self) -> str:
+        """What is left of a run that cannot go on, and what to try."""
+        step = read_pointer(self.path, "latest") if self.path.exists() else None
+        kept = "no checkpoint was written yet" if step is None else f"the checkpoint {step.name} is untouched"
+        return f"{kept}; try a lower learning rate"
+
     def check(self, *, overwrite: bool, resume: bool) -> None:
         """Refuse a folder that is not free, not ours to empty (`overwrite`) or holds nothing to `resume`."""
         if self.path.exists() and not self.path.is_dir():

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transom import __version__
 from transom.checkpoints.load import write_text
 from transom.errors import RequestError, notice, require
+from transom.fields import write
 from transom.model import LLM
 from transom.paths import read_json
 from transom.planning.counts import parameters
@@ -66,6 +67,7 @@ def open_run(
     if device.type == "cpu":
         torch.set_flush_denormal(True)  # Adam's second moments decay into denormals, which are 100x slower
     seed_everything(args.seed)
+    check_apart(args)
     run = RunFolder(args.out)
     shares = args.accumulate * world_size
     accepted = f"accepted is a multiple of accumulate x ranks = {shares}"
@@ -78,6 +80,8 @@ def open_run(
     share = Share(rank, world_size, quiet)
     subject = open_subject(args, run, device, dtype, share, resume=resume)
     args = spread(subject.args or args)
+    if resume:
+        check_same_batch(run.path, args)
     trainer = Trainer(
         args=args,
         model=subject.model,
@@ -120,6 +124,22 @@ def open_subject(
     return tuned_subject(args, args.tune, device, dtype, share)
 
 
+def check_apart(args: TrainArgs) -> None:
+    """Refuse to write a run over, or around, a folder that it starts or learns from: it would be emptied."""
+    out = Path(args.out).resolve()
+    for field, name in (("base", args.base), ("tune.teacher", args.tune.teacher if args.tune else None)):
+        folder = None if name is None or not Path(name).exists() else Path(name).resolve()
+        apart = folder is None or (folder != out and out not in folder.parents)
+        require(apart, "out", args.out, f"accepted is a folder that neither is nor holds {field}, {name}")
+
+
+def check_same_batch(run: Path, args: TrainArgs) -> None:
+    """A resumed run takes as many rows a step as before, fitted to its data or not."""
+    before = read_config(run / "config.yaml").data.batch_size
+    accepted = f"accepted is {before}, as the run {run} has it"
+    require(args.data.batch_size == before, "data.batch_size", args.data.batch_size, accepted)
+
+
 def spread(args: TrainArgs) -> TrainArgs:
     """The config with as many held-out scores as fine-tuning asks for."""
     if args.tune is None or not args.tune.scores or args.eval_every:
@@ -151,19 +171,26 @@ def check_same_run(run: Path, args: TrainArgs) -> None:
     """Refuse to resume a run with a config that would compute something else."""
     if not (run / "config.yaml").exists():
         raise RequestError(f"{run}: no config.yaml; accepted with --resume is a folder that a run wrote")
-    before = read_config(run / "config.yaml")
+    stored = read_config(run / "config.yaml")
     for field in fields(TrainArgs):
-        ours, theirs = getattr(args, field.name), getattr(before, field.name)
+        ours, theirs = getattr(args, field.name), getattr(stored, field.name)
         if field.name == "data":  # where shards are kept is no part of the data
             theirs = replace(theirs, cache_dir=ours.cache_dir)
-            if args.tune is not None and theirs.batch_size < ours.batch_size:  # it was fitted to a small set
+            if args.tune is not None:  # it may have been fitted to a small set, as it will be again
                 theirs = replace(theirs, batch_size=ours.batch_size)
         if field.name == "steps" and args.tune is not None and args.tune.epochs is not None:
             continue  # follows from the epochs and the data, which are compared
         if field.name not in FREE_ON_RESUME and ours != theirs:
-            raise RequestError(
-                f"{run}: belongs to another run: its {field.name} is {theirs!r}, the config says {ours!r}"
-            )
+            name, before, now = first_difference(field.name, write(theirs), write(ours))
+            raise RequestError(f"{run}: belongs to another run: its {name} is {before!r}, the config says {now!r}")
+
+
+def first_difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+    """The first field below `name` in which plain data differ, and both values."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        key = next(key for key in {**before, **now} if before.get(key) != now.get(key))
+        return first_difference(f"{name}.{key}", before.get(key), now.get(key))
+    return name, before, now
 
 
 def check_same_machine(run: Path, device: torch.device, dtype: torch.dtype) -> torch.dtype:

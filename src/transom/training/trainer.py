@@ -37,8 +37,6 @@ from transom.training.run_folder import RunFolder
 from transom.training.schedule import lr_scale
 from transom.training.step_model import StepModel
 
-UNTOUCHED = "the last checkpoint is untouched; try a lower learning rate"
-
 
 class Whole(NamedTuple):
     """Of one step over all ranks: the units its loss is divided by, and its tokens that are no padding."""
@@ -127,7 +125,7 @@ class Trainer:
         parts = {name: float(value) for name, value in sums.parts.items()}
         loss = parts.pop("loss")
         if not math.isfinite(loss):
-            raise WorkError(f"{self._at_fault(f'the loss is {loss}', micro_batches)}; {UNTOUCHED}")
+            raise WorkError(f"{self._at_fault(f'the loss is {loss}', micro_batches)}; {self.run.untouched}")
         with self.clock.part("optimizer"):
             grad_norm = self._apply(sums.router, micro_batches)
         self.progress.step += 1
@@ -204,7 +202,7 @@ class Trainer:
         norm = self.optimizers.clip(weights, self.args.optimizer.max_grad_norm)
         finite = bool(torch.isfinite(norm))
         if not finite and not self.scaler.is_enabled():
-            raise WorkError(f"{self._at_fault('the gradient is not finite', micro_batches)}; {UNTOUCHED}")
+            raise WorkError(f"{self._at_fault('the gradient is not finite', micro_batches)}; {self.run.untouched}")
         # All optimizers or none: clipping has spread one's overflow over the gradients of the others.
         if finite:
             for optimizer in self.optimizers.all:
@@ -331,7 +329,7 @@ class Trainer:
 
     def sample(self) -> None:
         """Draw and show what the model says to the run's prompts now."""
-        with self._as_saved():
+        with self._as_saved(), self._autocast():
             self.monitor.sample()
 
     @contextlib.contextmanager

@@ -41,6 +41,9 @@ def tuned_subject(
     # Frozen weights in the dtype of the products: autocast would cast them anew at every use.
     names = {kind: name for name, kind in DTYPES.items()}
     model = load(folder, str(device), names[dtype] if tune.method == "lora" else "float32")
+    require(
+        model.args.head is None, "base", args.base, "accepted for fine-tuning is a language model without a head"
+    )
     args.check_model(model.args)
     base_fingerprint = fingerprint(folder)
     tokenizer = add_tokens(model, tokenizer, tune.new_tokens, tune.vocab_multiple)

@@ -85,7 +85,10 @@ class TuneArgs:
         require(self.scores >= 0, "scores", self.scores, "accepted is 0 or more")
         require(0 <= self.noise < math.inf, "noise", self.noise, "accepted is 0 or more")
         require(
-            self.epochs is None or self.epochs > 0, "epochs", self.epochs, "accepted is a number above 0, or null"
+            self.epochs is None or 0 < self.epochs < math.inf,
+            "epochs",
+            self.epochs,
+            "accepted is a number above 0, or null",
         )
         needed = (self.teacher is not None) == (self.objective == "distill")
         require(needed, "teacher", self.teacher, "accepted together with objective = distill, and only then")

@@ -78,7 +78,17 @@ def open_tune_data(
         truncate=tune.truncate,
     )
     rows = encode(train)
-    held = encode(measured) if measured else None
+    held = encode(measured, may_be_empty=True) if measured else None
+    if held is not None and not held.items:
+        notice(f"held out: {held.counts}; no token with loss is left, so there is no score")
+        held = None
+    if tune.objective == "kto":
+        rows_each = args.data.batch_size // share.world_size
+        require(
+            rows_each > 1, "data.batch_size", args.data.batch_size, "accepted for kto are 2 or more of each rank"
+        )
+        enough = held is None or len(held.items) > 1
+        require(enough, "held-out examples", 1, "accepted for kto are 2 or more, or data.held_out = 0")
     paired = tune.objective not in ("sft", "distill")
     packing = tune.packing and not paired
     batch_size = fitting(rows, args, packing, share.world_size * args.accumulate)
@@ -182,16 +192,22 @@ def read_all(args: TrainArgs, tune: TuneArgs) -> tuple[list[Example], list[Examp
 
 def held_batches(rows: EncodedRows) -> Iterator[TuningBatch]:
     """All rows, padded, those of like length together; pairs stay pairs."""
-    order = sorted(range(len(rows.items)), key=lambda at: max(len(row.ids) for row in rows.items[at]))
-    group: list[int] = []
-    for at in order:
-        longest = max(len(row.ids) for row in rows.items[at])
-        if group and (len(group) + 1) * rows.rows_per_item * longest > BATCH_TOKENS:
-            yield _padded(rows, group)
-            group = []
-        group.append(at)
-    if group:
+    for group in groups_of(rows):
         yield _padded(rows, group)
+
+
+def groups_of(rows: EncodedRows) -> list[list[int]]:
+    """Items of like length, as many as fit into a batch; never one alone, which kto could not mismatch."""
+    groups: list[list[int]] = []
+    for at in sorted(range(len(rows.items)), key=lambda at: max(len(row.ids) for row in rows.items[at])):
+        longest = max(len(row.ids) for row in rows.items[at])
+        full = groups and (len(groups[-1]) + 1) * rows.rows_per_item * longest > BATCH_TOKENS
+        if not groups or (full and len(groups[-1]) > 1):
+            groups.append([])
+        groups[-1].append(at)
+    if len(groups) > 1 and len(groups[-1]) == 1:
+        groups[-2] += groups.pop()
+    return groups
 
 
 def _padded(rows: EncodedRows, chosen: Sequence[int]) -> TuningBatch:
@@ -207,4 +223,7 @@ def _hash(*parts: EncodedRows | None) -> str:
             for row in item:
                 whole.update(row.ids.tobytes())
                 whole.update(row.weights.tobytes())
+                whole.update(len(row.ids).to_bytes(8, "little"))
+        if rows is not None and rows.labels is not None:
+            whole.update(bytes(rows.labels))
     return whole.hexdigest()

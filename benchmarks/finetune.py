@@ -186,7 +186,7 @@ def _quantized(device: torch.device) -> dict[str, Any]:
             loss.backward()
             optimizers.step()
             optimizers.zero_grad()
-            recent.append(float(loss))
+            recent.append(float(loss.detach()))
         losses[name] = sum(recent[-20:]) / 20
     return {
         "benchmark": "fine-tuning",

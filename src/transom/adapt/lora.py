@@ -5,7 +5,7 @@ A forward hook of the leaf adds what its active adapters say, so no wrapper ente
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -78,7 +78,8 @@ class Adapters(nn.ModuleDict):
     """What one module carries, by adapter name: `LoraWeights` on a leaf, or a `Replacement` on any module.
 
     `active` are the names in use. While adapters are merged, `base` is the weight from before; while a
-    replacement is active, `replaced` holds the module's own parameters. Neither is in the state dict.
+    replacement is active, `replaced` holds the module's own parameters. Neither is in the state dict. `hooks` are
+    what the module computes with them.
     """
 
     def __init__(self) -> None:
@@ -87,7 +88,7 @@ class Adapters(nn.ModuleDict):
         self.merged = False
         self.base: Tensor | None = None
         self.replaced: dict[str, nn.Parameter] = {}
-        self.hook: RemovableHandle | None = None
+        self.hooks: list[RemovableHandle] = []
 
     def lora(self, name: str) -> LoraWeights | None:
         """The low-rank part of adapter `name` here."""
@@ -98,6 +99,13 @@ class Adapters(nn.ModuleDict):
         """The low-rank parts in use."""
         parts = [self.lora(name) for name in self.active]
         return [part for part in parts if part is not None]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapters:
+        """Moves and casts what is replaced along with the model."""
+        for key, own in self.replaced.items():
+            self.replaced[key] = nn.Parameter(fn(own.detach()), own.requires_grad)
+        super()._apply(fn, recurse)
+        return self
 
 
 def carriers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapters]]:
@@ -114,13 +122,13 @@ def leaves(model: nn.Module) -> dict[str, Leaf]:
 
 
 def adapters_of(module: nn.Module) -> Adapters:
-    """The container of a module's adapters, made on first use; on a leaf it brings the hook."""
+    """The container of a module's adapters, made on first use; on a leaf it brings the hook that adds them."""
     held = module._modules.get("lora")
     if isinstance(held, Adapters):
         return held
     made = Adapters()
     if isinstance(module, LEAVES):
-        made.hook = module.register_forward_hook(_add_adapters)
+        made.hooks.append(module.register_forward_hook(_add_adapters))
     module.add_module("lora", made)
     return made
 
@@ -192,6 +200,28 @@ def _adapted(leaf: Leaf, lora: LoraWeights, inputs: tuple[Any, ...], output: Ten
     return output + (factor - 1) * plain + factor * added
 
 
+def _widen(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The forward pre-hook of a `Linear` with a replacement: its input in the replacement's dtype."""
+    held, x = module._modules["lora"], inputs[0]
+    assert isinstance(held, Adapters), "the hook came with them"
+    if "weight" not in held.replaced or torch.is_autocast_enabled(x.device.type):
+        return None
+    weight = module._parameters["weight"]
+    assert weight is not None, "it replaces the module's own"
+    return (x.to(torch.promote_types(x.dtype, weight.dtype)), *inputs[1:])
+
+
+def _narrow(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    """The forward hook of a module with a replacement: one that is wider than the module's own widens no output."""
+    held = module._modules["lora"]
+    assert isinstance(held, Adapters), "the hook came with them"
+    for key, own in held.replaced.items():
+        current = module._parameters[key]
+        if isinstance(output, Tensor) and current is not None and current.dtype != own.dtype:
+            return output.to(own.dtype)
+    return output
+
+
 def _product(leaf: Leaf, x: Tensor, weight: Tensor, inputs: tuple[Any, ...]) -> Tensor:
     """x times a matrix, transposed; for experts the groups of rows times their own."""
     return grouped_product(x, weight, inputs[1]) if isinstance(leaf, GroupedLinear) else F.linear(x, weight)
@@ -205,7 +235,12 @@ def attach(model: nn.Module, name: str, parts: dict[str, LoraWeights | Replaceme
     refuse_merged(model, f"adapter {name!r} cannot be added")
     for path, part in parts.items():
         module = model.get_submodule(path)
-        adapters_of(module).add_module(name, part.train(module.training))
+        held = adapters_of(module)
+        if isinstance(part, Replacement) and not any(isinstance(other, Replacement) for other in held.values()):
+            held.hooks.append(module.register_forward_hook(_narrow))
+            if isinstance(module, Linear):  # all others cast their parameters to what they need
+                held.hooks.append(module.register_forward_pre_hook(_widen))
+        held.add_module(name, part.train(module.training))
         owner = model.get_submodule(path.rpartition(".")[0])
         if isinstance(owner, LatentAttention) and path.endswith(".wkv_b"):
             # The absorbed form multiplies by this weight itself, past the leaf; the expanded one asks the leaf.
@@ -255,11 +290,7 @@ def _refuse_mixtures(path: str, chosen: list[str], held: Adapters) -> None:
 
 def _replace(module: nn.Module, held: Adapters) -> None:
     """Put the module's own parameters back, then those of the active replacement in their place."""
-    for key, own in held.replaced.items():
-        current = module._parameters[key]
-        if current is not None and (current.device, current.dtype) != (own.device, own.dtype):
-            own.data = own.data.to(current.device, current.dtype)  # it was away while the model was moved
-        module._parameters[key] = own
+    module._parameters.update(held.replaced)
     held.replaced = {}
     for name in held.active:
         part = held[name]
@@ -279,8 +310,8 @@ def remove_adapter(model: nn.Module, name: str) -> None:
         if name in held:
             del held[name]
         if not held:
-            if held.hook is not None:
-                held.hook.remove()
+            for hook in held.hooks:
+                hook.remove()
             del module._modules["lora"]
             vars(model.get_submodule(path.rpartition(".")[0])).pop("absorbed", None)
 

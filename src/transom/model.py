@@ -153,7 +153,8 @@ class LLM(nn.Module):
     def project(self, h_D: Tensor) -> Tensor:
         """Logits [..., V] of normed hidden states [..., D]."""
         if self.output is None:
-            return self.finish_logits(F.linear(h_D, self.tok_embeddings.weight))
+            # Embeddings trained beside frozen halves are wider than these.
+            return self.finish_logits(F.linear(h_D, self.tok_embeddings.weight.to(h_D.dtype)))
         return self.finish_logits(self.output(h_D))  # the leaf itself: it may carry an adapter or be quantized
 
     def finish_logits(self, raw_V: Tensor) -> Tensor:

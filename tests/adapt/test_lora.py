@@ -194,6 +194,11 @@ def test_compiled_and_checkpointed_forwards_agree():
             "'attentoin' fits no weight.*did you mean 'attention'",
         ),
         (lambda m: apply_lora(m, LoraArgs(targets=("w[",))), "no regular expression"),
+        (
+            lambda m: apply_lora(m, LoraArgs(targets=("experts",))),
+            "accepted is attention, ffn, all-linear, or .* wq$",
+        ),
+        (lambda m: apply_lora(m, LoraArgs(rank=99, targets=("wq", "wk"))), "rank = 99: accepted is at most 16"),
         (lambda m: apply_lora(m, LoraArgs(modules_to_save=("outptu",))), "no module of this model.*'output'"),
         (lambda m: apply_lora(m, LoraArgs(), "a.b"), "adapter name 'a.b'"),
         (lambda m: apply_lora(m, LoraArgs(), "keys"), "adapter name 'keys'"),

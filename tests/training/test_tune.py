@@ -6,11 +6,16 @@ import pytest
 import torch
 
 import transom
+from tests.checkpoints.families import tiny_hf
 from tests.training.runs import losses
 from tests.training.tuning import base_folder, chats, judged, preferences, solved, tune_args
+from transom.adapt.lora import active_adapters
+from transom.adapt.lora_args import LoraArgs
+from transom.adapt.new import apply_lora
 from transom.errors import RequestError
 from transom.model import TransformerInput
 from transom.training.setup import open_run
+from transom.training.tune import check_written
 
 NF4 = {"kind": "nf4", "group": 32, "skip": ["w_out", "output"]}
 MOE = {"num_experts": 4, "top_k": 2, "hidden_dim": 24, "shared_expert": True, "balance": "switch"}
@@ -144,6 +149,8 @@ REFUSED = {
     "a target that fits nothing": (chats, [], {"lora": {"targets": ["wz"]}}, "'wz' fits no weight"),
     "a rank beyond the matrix": (chats, [], {"lora": {"rank": 33}}, "rank = 33"),
     "rows longer than the model": (chats, ["data.seq_len=300"], {}, "model.max_seq_len = 256"),
+    "a set given twice": (chats, ["data.sources=[a.jsonl, a.jsonl]"], {}, "every set once"),
+    "a strength of nothing": (chats, [], {"beta": 0.3}, "beta = 0.3: accepted with objective = dpo"),
     "a router that is not there": (chats, [], {"train_router": True}, "mixture of experts"),
 }
 
@@ -151,6 +158,53 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_wrong_request_is_one_sentence_and_leaves_nothing(base, tmp_path, case):
     rows, words, tune, sentence = REFUSED[case]
+    data = rows(tmp_path / "rows.jsonl")
     with pytest.raises(RequestError, match=sentence):
-        open_run(tune_args(tmp_path, base, rows(tmp_path / "rows.jsonl"), *words, **tune), quiet=True)
+        open_run(tune_args(tmp_path, base, data, *words, **tune), quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+UNWRITABLE = {
+    "DoRA on a part of a fused weight": ({"targets": ["wq"], "dora": True}, "qkv_proj of phi3 cannot hold it"),
+    "a fused weight in both ways": (
+        {"targets": ["wq"], "modules_to_save": ["wv"]},
+        "qkv_proj of phi3 gets an adapter and a weight of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNWRITABLE)
+def test_what_the_family_of_the_base_cannot_hold_is_refused_before_the_first_step(tmp_path, case):
+    fields, sentence = UNWRITABLE[case]
+    tiny_hf("phi3").save_pretrained(tmp_path)
+    model = apply_lora(transom.load(tmp_path), LoraArgs.from_dict({"rank": 1, **fields}))
+    with pytest.raises(RequestError, match=sentence):
+        check_written(model, str(tmp_path))
+
+
+def test_checking_what_is_written_leaves_the_model_as_it_was(tmp_path):
+    tiny_hf("deepseek_v3").save_pretrained(tmp_path)
+    args = LoraArgs(rank=1, targets=("wkv_b", "w_gate"), modules_to_save=("output", "norm"))
+    model = apply_lora(transom.load(tmp_path), args)
+
+    def seen():
+        hooks = {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()}
+        flags = [(name, id(weight), weight.requires_grad) for name, weight in model.named_parameters()]
+        absorbed = ["absorbed" in vars(module) for module in model.modules()]
+        return active_adapters(model), hooks, flags, absorbed
+
+    before = seen()
+    check_written(model, str(tmp_path))
+    assert seen() == before
+
+
+def test_new_tokens_of_tied_embeddings_train_and_are_read_back(tmp_path):
+    base = base_folder(tmp_path / "tied", tie_embeddings=True)
+    args = tune_args(tmp_path, base, chats(tmp_path / "rows.jsonl"), new_tokens=["<|x|>"])
+    trainer = open_run(args, quiet=True)
+    trainer.fit()
+    tokens = torch.arange(2, 42)[None]
+    found = transom.load(tmp_path / "run")
+    assert found.args.vocab_size == transom.load(base).args.vocab_size + 1
+    expected = trainer.model.eval()(TransformerInput(tokens)).logits
+    torch.testing.assert_close(found(TransformerInput(tokens)).logits, expected)

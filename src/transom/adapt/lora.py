@@ -331,8 +331,8 @@ def train_adapters(model: nn.Module, names: Collection[str]) -> None:
 def plain_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of the model without its adapters, as they are multiplied now; for saving the model.
 
-    Adapters that are active and not merged would be lost, and weights in four bits have no place in a folder, which
-    is a `RequestError`.
+    Active replacements come in the dtype of what they replace. Adapters that are active and not merged would be
+    lost, and weights in four bits have no place in a folder, which is a `RequestError`.
     """
     for path in quantized_leaves(model):
         raise RequestError(
@@ -348,4 +348,10 @@ def plain_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     inside = tuple(f"{path}.lora." for path, _, _ in carriers(model))
     # A tied or replaced parameter has two names; the first is that of the module it stands in for.
     named = model.named_parameters(remove_duplicate=False)
-    return {name: parameter for name, parameter in named if not name.startswith(inside)}
+    out = {name: parameter for name, parameter in named if not name.startswith(inside)}
+    for path, _, held in carriers(model):
+        for key, own in held.replaced.items():
+            name = f"{path}.{key}"
+            if out[name].dtype != own.dtype:
+                out[name] = nn.Parameter(out[name].detach().to(own.dtype), requires_grad=False)
+    return out

@@ -82,8 +82,9 @@ def fold_adapters(model: M, args: CombineArgs | None = None, weights: Mapping[st
     for leaf, held in _to_merge(model):
         added = args.method == "linear"
         leaf.weight.copy_(merged_weight(leaf, held) if added else _combined(leaf, held, weights, args, draws))
-    for _, _, held in carriers(model):
-        held.replaced = {}
+    for _, module, held in carriers(model):
+        for key, own in held.replaced.items():  # the model's own take the values, in their own dtype
+            own.copy_(module.get_parameter(key))
     for name in adapter_names(model):
         remove_adapter(model, name)
     return model

@@ -29,21 +29,28 @@ from transom.quantize.leaves import Quantized
 def apply_lora(model: LLM, args: LoraArgs, name: str = "default", seed: int = 0, *, quiet: bool = False) -> LLM:
     """A new adapter that changes nothing yet, active, with every other parameter frozen; in place, and returned.
 
-    Says on stderr what trains, role by role. A target that fits no leaf is a `RequestError`.
+    What trains is float32 or wider whatever the model is in: half precision rounds small steps away. Says on stderr
+    what trains, role by role. A target that fits no leaf is a `RequestError`.
     """
     known = leaves(model)
-    chosen = targeted(known, args.targets)
     whole = saved_modules(model, args.modules_to_save)
+    chosen = {path: leaf for path, leaf in targeted(known, args.targets).items() if path not in whole}
+    smallest = min((shorter_side(leaf) for leaf in chosen.values()), default=args.rank)
+    accepted = f"accepted is at most {smallest}, the shorter side of the smallest matrix it is for"
+    require(args.rank <= smallest, "rank", args.rank, accepted)
     generator = torch.Generator().manual_seed(seed)
     parts: dict[str, LoraWeights | Replacement] = {
-        path: fresh(leaf, args, generator) for path, leaf in chosen.items() if path not in whole
+        path: fresh(leaf, args, generator) for path, leaf in chosen.items()
     }
     for path, module in whole.items():
         if isinstance(module, Quantized):
             raise RequestError(
                 f"modules_to_save: {path} is quantized, and codes cannot be trained; accepted is to skip it there"
             )
-        copies = {key: own.detach().clone() for key, own in module.named_parameters(recurse=False)}
+        copies = {
+            key: own.detach().to(torch.promote_types(own.dtype, torch.float32), copy=True)
+            for key, own in module.named_parameters(recurse=False)
+        }
         parts[path] = Replacement(copies)
     attach(model, name, parts)
     activate_adapters(model, (name,))
@@ -53,13 +60,18 @@ def apply_lora(model: LLM, args: LoraArgs, name: str = "default", seed: int = 0,
     return model
 
 
+def shorter_side(leaf: Leaf) -> int:
+    """The smaller of a matrix's two sizes; a quantized leaf's weight is not made for it."""
+    if isinstance(leaf, Quantized):
+        rows, columns = leaf.parts["qweight"].shape[-2:]
+        return min(rows, 2 * columns)  # two codes to a byte
+    return min(leaf.weight.shape[-2:])
+
+
 def fresh(leaf: Leaf, args: LoraArgs, generator: torch.Generator) -> LoraWeights:
     """A as `nn.Linear` starts and B zero, as mistral-finetune and PEFT do; in float32 or better."""
     weight = leaf.weight.detach()  # once: a quantized leaf makes it at every reading
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    smallest = min(weight.shape[-2:])
-    accepted = f"accepted is at most {smallest}, the shorter side of the smallest matrix it is for"
-    require(args.rank <= smallest, "rank", args.rank, accepted)
     if isinstance(leaf, Embedding):
         shape_A: tuple[int, ...] = (args.rank, weight.size(0))
         shape_B: tuple[int, ...] = (weight.size(1), args.rank)
@@ -86,10 +98,11 @@ def targeted(known: Mapping[str, Leaf], targets: Iterable[str]) -> dict[str, Lea
         except re.error as error:
             raise RequestError(f"targets: {target!r} is no regular expression ({error})") from None
         if not found:
+            roles = [role for role in ROLES if any(fits(role, path) for path in known)]
             ends = {path.rpartition(".")[2] for path in known}
             raise RequestError(
-                f"targets: {target!r} fits no weight of this model; accepted is {', '.join(ROLES)}, or a pattern "
-                f"for the end of a name such as wq{nearest(target, (*ROLES, *ends))}"
+                f"targets: {target!r} fits no weight of this model; accepted is {', '.join(roles)}, or a pattern "
+                f"for the end of a name such as wq{nearest(target, (*roles, *ends))}"
             )
         out |= found
     return {path: leaf for path, leaf in known.items() if path in out}

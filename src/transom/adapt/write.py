@@ -139,7 +139,17 @@ def _peft(
     if lost:
         raise RequestError(f"{lost[0]}: {table.family} has no name for this weight; accepted is another family")
     saved = _whole(model, table, whole)
+    targets = {site(target) for target in ranks}
+    twice = next((key for key in saved if spoken(table, site(key)) in targets), None)
+    if twice is not None:
+        raise RequestError(
+            f"{site(twice)} of {table.family} gets an adapter and a weight of its own; accepted is one, for all of "
+            "what it holds"
+        )
     modules = sorted({spoken(table, key).rpartition(".")[0] for key in saved})
+    tied = model.args.tie_embeddings and "tok_embeddings" in whole
+    if tied:
+        saved |= _tied_output(table, whole["tok_embeddings"]["weight"])
     tensors |= {f"base_model.model.{spoken(table, key)}": tensor for key, tensor in saved.items()}
     # Of a model with further towers, endings could mean modules there.
     known = () if table.family in PREFIXES else table.sites
@@ -160,7 +170,13 @@ def _peft(
         base=base,
         task_type=None if table.family == OWN else "CAUSAL_LM",  # which asks the model for methods of transformers
     )
-    return tensors, config
+    return tensors, {**config, "ensure_weight_tying": True} if tied else config
+
+
+def _tied_output(table: Table, weight: Tensor) -> dict[str, Tensor]:
+    """The output beside embeddings that are it too, under its foreign key, as PEFT writes what it keeps tied."""
+    rows = TABLES.get(table.family, ())
+    return {row.foreign: weight for row in rows if row.ours == ("output.weight",)}
 
 
 def _kind(lora: Mapping[str, LoraWeights], parameters: list[str]) -> tuple[bool, bool]:
@@ -204,10 +220,6 @@ def _wrapped(at: str, table: Table, lora: Mapping[str, LoraWeights]) -> str:
 def _whole(model: LLM, table: Table, whole: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Replaced parameters under foreign keys."""
     own = {f"{path}.{last}": tensor for path, tensors in whole.items() for last, tensor in tensors.items()}
-    if own and model.args.tie_embeddings and "tok_embeddings.weight" in own:
-        raise RequestError(
-            "tok_embeddings is the output too (tie_embeddings), which PEFT would untie; accepted is LoRA"
-        )
     out: dict[str, Tensor] = {}
     for move in table.whole:
         if not any(name in own for name in move.ours):

@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 
 from transom.adapt.coverage import coverage_lines
+from transom.adapt.lora import activate_adapters, active_adapters, adapter_names, remove_adapter
 from transom.adapt.lora_args import LoraArgs
 from transom.adapt.new import apply_lora
+from transom.adapt.read import load_adapter
 from transom.adapt.vocabulary import add_tokens
 from transom.adapt.write import save_adapter
 from transom.chat.template import ChatTemplate
@@ -57,10 +59,9 @@ def tuned_subject(
     step_model: StepModel = WholeModel(model, tokenizer, None, companions, writable_format(folder))
     if tune.method == "lora":
         how = None if tune.quantize is None else dict(write(tune.quantize))
-        check_written(model)
-        step_model = AdapterOnly(
-            model, companions, base_name(args.base, folder), base_fingerprint, names[dtype], how
-        )
+        base = base_name(args.base, folder)
+        check_written(model, base)
+        step_model = AdapterOnly(model, companions, base, base_fingerprint, names[dtype], how)
     run_data = data.as_run_data(base_fingerprint)
     objective = tune_objective(args, tune, model, tokenizer, data, dtype, share)
     sized = replace(args, data=replace(args.data, batch_size=data.batch_size))
@@ -96,10 +97,21 @@ def lora_args(model: LLM, tune: TuneArgs, new_tokens: bool) -> LoraArgs:
     return LoraArgs.from_dict({**dict(write(tune.lora)), "modules_to_save": list(dict.fromkeys(whole))})
 
 
-def check_written(model: LLM) -> None:
-    """Refuse an adapter that no file could hold now, and not when the first steps have been trained."""
+def check_written(model: LLM, base: str) -> None:
+    """Refuse an adapter that no file could hold now, and not when the first steps have been trained.
+
+    It is written as the run writes it and read back beside itself; the model is afterwards as it was.
+    """
+    active, read = active_adapters(model), f"{ADAPTER}_read"
     with tempfile.TemporaryDirectory(prefix="transom-") as folder:
-        save_adapter(model, folder, ADAPTER)
+        save_adapter(model, folder, ADAPTER, base=base)
+        activate_adapters(model, ())  # what is read is measured against the base
+        try:
+            load_adapter(model, folder, read)
+        finally:
+            if read in adapter_names(model):
+                remove_adapter(model, read)
+            activate_adapters(model, active)
 
 
 def base_name(base: str, folder: Path) -> str:

@@ -72,6 +72,10 @@ class TuneArgs:
         require(0 < self.temperature < math.inf, "temperature", self.temperature, "accepted is a number above 0")
         lowest = self.strength >= 0 if self.objective == "grpo" else self.strength > 0
         require(lowest and self.strength < math.inf, "beta", self.beta, "accepted is a number above 0, or null")
+        weighed = self.beta is None or self.objective in (*PREFERENCES, "grpo")
+        require(weighed, "beta", self.beta, f"accepted with objective = {', '.join((*PREFERENCES, 'grpo'))}")
+        rounded = self.vocab_multiple == 1 or bool(self.new_tokens)
+        require(rounded, "vocab_multiple", self.vocab_multiple, "accepted is 1 without new_tokens")
         require(0 <= self.alpha <= 1, "alpha", self.alpha, "accepted is a number from 0 to 1")
         smoothing, dpo = self.label_smoothing, self.objective == "dpo"
         accepted = "accepted is 0 or more and below 0.5, with objective = dpo"

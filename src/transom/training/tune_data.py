@@ -176,6 +176,8 @@ def read_all(args: TrainArgs, tune: TuneArgs) -> tuple[list[Example], list[Examp
     """(examples to train on, examples to measure with) of all sources, of kinds that the objective learns from."""
     train: list[Example] = []
     measured: list[Example] = []
+    paths = [source.path for source in args.data.source_list]
+    require(len(set(paths)) == len(paths), "data.sources", paths, "accepted is every set once")
     for source in args.data.source_list:
         require(source.weight == 1, "data.sources weight", source.weight, "accepted for fine-tuning is 1")
         one, other = read_splits(source.path, args.data.held_out)

@@ -130,6 +130,7 @@ WRONG = {
     "no such data": (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     "a method that is none": (["--data", "ROWS", "--method", "prefix"], "tune.method"),
     "a field that is none": (["--data", "ROWS", "tune.rank=3"], "tune.rank"),
+    "nothing to tune": (["--data", "ROWS", "tune=null"], "tune = None"),
     "a quantized base with all weights": (["--data", "ROWS", "--method", "full", "--quantize", "nf4"], "quantize"),
 }
 

@@ -7,13 +7,14 @@ import torch
 
 import transom
 from tests.checkpoints.families import tiny_hf
-from tests.training.runs import losses
+from tests.training.runs import losses, tiny_config
 from tests.training.tuning import base_folder, chats, judged, preferences, solved, tune_args
 from transom.adapt.lora import active_adapters
 from transom.adapt.lora_args import LoraArgs
 from transom.adapt.new import apply_lora
 from transom.errors import RequestError
 from transom.model import TransformerInput
+from transom.training.config import read_config
 from transom.training.setup import open_run
 from transom.training.tune import check_written
 
@@ -208,3 +209,18 @@ def test_new_tokens_of_tied_embeddings_train_and_are_read_back(tmp_path):
     assert found.args.vocab_size == transom.load(base).args.vocab_size + 1
     expected = trainer.model.eval()(TransformerInput(tokens)).logits
     torch.testing.assert_close(found(TransformerInput(tokens)).logits, expected)
+
+
+def test_a_base_reads_on_where_it_was_left(base, tmp_path):
+    config = {**tiny_config(tmp_path), "base": str(base)}
+    del config["model"], config["tokenizer"]
+    before = transom.load(base, dtype="float32")
+    trainer = open_run(read_config(None, [], base=config), quiet=True)
+    for (name, one), other in zip(trainer.model.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    trainer.fit()
+    step = tmp_path / "run" / (tmp_path / "run" / "latest").read_text().strip()
+    tokens = torch.arange(2, 42)[None]
+    found = transom.load(step)(TransformerInput(tokens)).logits
+    torch.testing.assert_close(found, trainer.model.eval()(TransformerInput(tokens)).logits)
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]

@@ -112,6 +112,9 @@ def config_of(options: argparse.Namespace) -> TrainArgs:
     small = parameters(model_args) < SMALL_PARAMETERS
     stated = read_yaml(path) if path else {}
     base = merged(defaults_for(model_args, small), stated)
+    for section in DEFAULTS:
+        accepted = "accepted is a mapping of fields"
+        require(isinstance(base[section], dict), section, base[section], accepted)
     if "steps" in given or "steps" in stated:
         base["tune"]["epochs"] = None
     whole_and_here = found.adapter is None and model.exists()
@@ -120,9 +123,7 @@ def config_of(options: argparse.Namespace) -> TrainArgs:
         base["data"]["sources"] = list(options.data)
     first = read_config(None, overrides, base=base)
     require(bool(first.data.sources), "--data", None, f"accepted is a file, a folder or {EMBEDDED}")
-    require(
-        first.tune is not None, "tune", None, "accepted here is what to tune; transom train reads plain text on"
-    )
+    require(first.tune is not None, "tune", None, "accepted here is what to tune; transom train reads text on")
     assert first.tune is not None
     if "optimizer.lr" not in given and "lr" not in base["optimizer"]:
         rate = RATES[first.tune.method, first.tune.objective in (*PREFERENCES, "grpo")]

@@ -7,11 +7,13 @@ import shlex
 import subprocess
 import sys
 import sysconfig
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from transom.cli.main import main
+from transom.data.instructions import stdlib_instructions
 from transom.verify.bugs import BUGS
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +82,8 @@ def test_make_targets_exist():
 def test_commands_run(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("TRANSOM_CACHE", str(workplace / "cache"))
+    # All five thousand questions would only take longer.
+    monkeypatch.setattr("transom.data.tuning_sets.stdlib_instructions", partial(stdlib_instructions, 300))
     monkeypatch.setattr("transom.verify.bugs.BUGS", BUGS[::10])  # tests/verify plants every one of them
     ran = 0
     for line in ["transom demo --json", *commands()]:

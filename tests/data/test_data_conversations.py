@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from tests.chat_texts import CALL, TOOLS
@@ -172,7 +173,6 @@ def test_a_json_list_is_read_item_by_item(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_parquet_rows_lose_what_is_null(tmp_path: Path) -> None:
-    pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
     other = {"type": "function", "function": {"name": "add", "arguments": {"one": 1}}}  # no city, no id

@@ -2,6 +2,7 @@
 
 import json
 
+import pyarrow as pa
 import pytest
 
 from transom.errors import RequestError
@@ -108,7 +109,6 @@ def test_a_file_that_says_nothing_is_refused(write, rows):
 
 
 def test_rows_may_stand_in_parquet(tmp_path):
-    pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
     path = tmp_path / "rows.parquet"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from transom.checkpoints.load import write_text
 from transom.data.batches import NO_TARGET
-from transom.data.order import PlaceInOrder, Stream, permutation
+from transom.data.order import ShuffledItems
 from transom.data.sources import TEXT_KEY, held_out
 from transom.errors import RequestError, notice, require
 from transom.model import TransformerInput
@@ -190,7 +190,7 @@ class LabelledBatch:
             yield replace(cut, tokens=self.tokens[part, : int(cut.lengths.max())])
 
 
-class LabelledBatches(PlaceInOrder):
+class LabelledBatches(ShuffledItems):
     """An endless run of batches in a random order per epoch; its state is a place in it, as that of `Batches`."""
 
     def __init__(
@@ -206,30 +206,18 @@ class LabelledBatches(PlaceInOrder):
         world_size: int = 1,
     ) -> None:
         """`labels` are the names of `label_names`, None for pairs; `rows_per_step` counts lines of all ranks."""
-        even = rows_per_step >= 1 and rows_per_step % world_size == 0
-        require(even, "rows_per_step", rows_per_step, f"accepted is a multiple of the ranks, {world_size}")
+        super().__init__(len(rows), rows_per_step, seed, rank, world_size)
         require(
             len(rows) >= rows_per_step, "data.batch_size", rows_per_step, f"accepted is at most {len(rows)} rows"
         )
         self._items = encode_rows(rows, tokenizer, labels, seq_len)
-        self._seed = seed
-        super().__init__(len(rows), rows_per_step, rank, world_size)
-        self._order = permutation(seed, 0, Stream.DOCUMENTS, len(rows))
-        self._order_epoch = 0
 
     def next(self) -> LabelledBatch:
         """This rank's lines of the next global batch; a batch may span the end of an epoch."""
         epoch = self._epoch
-        batch = collate([self._line(ahead) for ahead in self._rows], epoch)
+        batch = collate([self._items[self._index(*self._place(ahead))] for ahead in self._rows], epoch)
         self._epoch, self._item = self._place(self._rows_per_step)
         return batch
-
-    def _line(self, ahead: int) -> EncodedRow:
-        epoch, item = self._place(ahead)
-        if epoch != self._order_epoch:
-            self._order_epoch = epoch
-            self._order = permutation(self._seed, self._order_epoch, Stream.DOCUMENTS, len(self._items))
-        return self._items[int(self._order[item])]
 
 
 class EncodedRow(NamedTuple):

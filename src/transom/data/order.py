@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple, Self
@@ -149,7 +150,7 @@ class Mixture:
         self._epoch = epoch
 
 
-class PlaceInOrder:
+class PlaceInOrder(ABC):
     """Where the ranks of a run stand in an order without end; the state is valid for any number of ranks.
 
     Iterating gives one batch after the other, as `next` does.
@@ -182,11 +183,33 @@ class PlaceInOrder:
     def __next__(self) -> Any:
         return self.next()
 
+    @abstractmethod
     def next(self) -> Any:
         """This rank's rows of the next global batch."""
-        raise NotImplementedError
 
     def _place(self, ahead: int) -> tuple[int, int]:
         """Epoch and item of the row `ahead` rows from here."""
         epochs, item = divmod(self._item + ahead, self.items_per_epoch)
         return self._epoch + epochs, item
+
+
+class ShuffledItems(PlaceInOrder):
+    """Single items, in an order of each epoch that is a function of (seed, epoch): random unless said otherwise."""
+
+    def __init__(self, items: int, rows_per_step: int, seed: int, rank: int, world_size: int) -> None:
+        even = rows_per_step >= 1 and rows_per_step % world_size == 0
+        require(even, "rows_per_step", rows_per_step, f"accepted is a multiple of the ranks, {world_size}")
+        super().__init__(items, rows_per_step, rank, world_size)
+        self._seed = seed
+        self._order_epoch = -1
+        self._order = np.zeros(0, np.int64)
+
+    def _order_of(self, epoch: int) -> NDArray[np.int64]:
+        """The items of an epoch, one after the other."""
+        return permutation(self._seed, epoch, Stream.DOCUMENTS, self.items_per_epoch)
+
+    def _index(self, epoch: int, item: int) -> int:
+        """Which of the items is item `item` of an epoch."""
+        if epoch != self._order_epoch:
+            self._order_epoch, self._order = epoch, self._order_of(epoch)
+        return int(self._order[item])

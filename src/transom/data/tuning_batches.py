@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from transom.data.batches import NO_TARGET
-from transom.data.order import PlaceInOrder, Stream, permutation
+from transom.data.order import ShuffledItems
 from transom.data.packing import first_fit_decreasing, grouped_by_length
 from transom.data.tuning_rows import EncodedRows, TuningRow
 from transom.errors import require
@@ -151,7 +151,7 @@ def _unless_all_one(weights: NDArray[np.float32]) -> Tensor | None:
     return None if bool(np.isin(weights, (0.0, 1.0)).all()) else torch.from_numpy(weights)
 
 
-class TuningBatches(PlaceInOrder):
+class TuningBatches(ShuffledItems):
     """An endless run of batches in a random order per epoch; its state is a place in it, as that of `Batches`.
 
     With `packing`, examples are laid into rows once, and an epoch is an order of those rows.
@@ -169,12 +169,10 @@ class TuningBatches(PlaceInOrder):
         world_size: int = 1,
     ) -> None:
         """Rows of at most `seq_len` inputs; `rows_per_step` counts those, or examples or pairs, of all ranks."""
-        even = rows_per_step >= 1 and rows_per_step % world_size == 0
-        require(even, "rows_per_step", rows_per_step, f"accepted is a multiple of the ranks, {world_size}")
         alone = data.rows_per_item > 1 or data.labels is not None
         accepted = "accepted is false for pairs and labelled answers, each of which is one row"
         require(not (packing and alone), "packing", packing, accepted)
-        self._data, self._seed, self._packing = data, seed, packing
+        self._data, self._packing = data, packing
         inputs = [max(len(row.ids) for row in item) - 1 for item in data.items]
         self._lengths = np.asarray(inputs, np.int64)
         self._packs = first_fit_decreasing(inputs, seq_len, seed) if packing else []
@@ -183,9 +181,7 @@ class TuningBatches(PlaceInOrder):
         accepted = f"accepted is at most {count}, the number of {what}"
         require(count >= rows_per_step, "data.batch_size", rows_per_step, accepted)
         self.fill = sum(inputs) / (count * seq_len) if packing else None  # share of the rows that is no gap
-        super().__init__(count, rows_per_step, rank, world_size)
-        self._order_epoch = -1
-        self._order = np.zeros(0, np.int64)
+        super().__init__(count, rows_per_step, seed, rank, world_size)
 
     def next(self) -> TuningBatch:
         """This rank's rows of the next global batch; a batch may span the end of an epoch."""
@@ -199,12 +195,8 @@ class TuningBatches(PlaceInOrder):
             [items[index] for index in chosen], epoch, [] if labels is None else [labels[index] for index in chosen]
         )
 
-    def _index(self, epoch: int, item: int) -> int:
-        """Which row, example or pair is item `item` of an epoch."""
-        if epoch != self._order_epoch:
-            self._order_epoch = epoch
-            if self._packing:
-                self._order = permutation(self._seed, epoch, Stream.DOCUMENTS, len(self._packs))
-            else:
-                self._order = grouped_by_length(self._lengths, self._seed, epoch, self._rows_per_step)
-        return int(self._order[item])
+    def _order_of(self, epoch: int) -> NDArray[np.int64]:
+        """Rows in random order, or examples of like length side by side."""
+        if self._packing:
+            return super()._order_of(epoch)
+        return grouped_by_length(self._lengths, self._seed, epoch, self._rows_per_step)

@@ -31,6 +31,8 @@ class EmbeddingNoise:
             hook.remove()
 
     def _look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not module.training:
+            return
         inputs: TransformerInput = args[0]
         shape = torch.Size((*inputs.tokens.shape, 1))
         lengths = torch.full(shape, float(inputs.tokens.size(1)))

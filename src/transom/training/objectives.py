@@ -7,6 +7,7 @@ on how the step was cut into micro-batches and ranks.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -85,7 +86,7 @@ class Measured(Protocol):
         """What the progress line says."""
 
 
-class Objective:
+class Objective(ABC):
     """The base of all: what most of them share."""
 
     def prepare(self, batch: Any) -> Any:
@@ -98,9 +99,9 @@ class Objective:
             return batch.weights.sum()
         return (batch.targets != NO_TARGET).sum()
 
+    @abstractmethod
     def loss(self, output: TransformerOutput, micro: Any, units: Tensor) -> dict[str, Tensor]:
         """This micro-batch's share of the `loss`, which is differentiated, and of whatever else is shown."""
-        raise NotImplementedError
 
     def measure(self) -> Measured | None:
         """The held-out score, or None where nothing is held out in this objective's own form."""

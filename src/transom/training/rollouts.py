@@ -19,7 +19,7 @@ from torch import Tensor
 from transom.chat.template import ChatTemplate
 from transom.data.batches import NO_TARGET
 from transom.data.conversations import Example
-from transom.data.order import PlaceInOrder, Stream, permutation
+from transom.data.order import ShuffledItems
 from transom.data.tuning_batches import TuningBatch, padded_batch
 from transom.data.tuning_rows import TuningRow, prompt_ids
 from transom.errors import RequestError, require
@@ -124,7 +124,7 @@ class QuestionBatch:
         )
 
 
-class QuestionBatches(PlaceInOrder):
+class QuestionBatches(ShuffledItems):
     """An endless run of batches in a random order per epoch; its state is a place in it, as that of `Batches`."""
 
     def __init__(
@@ -139,31 +139,21 @@ class QuestionBatches(PlaceInOrder):
         world_size: int = 1,
     ) -> None:
         """`rows_per_step` counts questions of all ranks."""
-        even = rows_per_step >= 1 and rows_per_step % world_size == 0
-        require(even, "rows_per_step", rows_per_step, f"accepted is a multiple of the ranks, {world_size}")
+        super().__init__(len(rows), rows_per_step, seed, rank, world_size)
         accepted = f"accepted is at most {len(rows)}, the number of questions"
         require(len(rows) >= rows_per_step, "data.batch_size", rows_per_step, accepted)
         require(group >= 2, "tune.group", group, "accepted is 2 or more: answers are compared with each other")
-        super().__init__(len(rows), rows_per_step, rank, world_size)
-        self._questions, self._seed = rows, seed
+        self._questions = rows
         self._group, self._answer_tokens, self._world_size = group, answer_tokens, world_size
-        self._order_epoch = -1
-        self._order = permutation(seed, 0, Stream.DOCUMENTS, 0)
 
     def next(self) -> QuestionBatch:
         """This rank's questions of the next global batch; a batch may span the end of an epoch."""
         epoch = self._epoch
         places = [self._place(ahead) for ahead in self._rows]
-        rows = tuple(self._question(*place) for place in places)
+        rows = tuple(self._questions[self._index(*place)] for place in places)
         seeds = tuple(answer_seed(self._seed, *place, index) for place in places for index in range(self._group))
         self._epoch, self._item = self._place(self._rows_per_step)
         return QuestionBatch(rows, seeds, self._group, self._answer_tokens, epoch, self._world_size)
-
-    def _question(self, epoch: int, item: int) -> Question:
-        if epoch != self._order_epoch:
-            self._order_epoch = epoch
-            self._order = permutation(self._seed, epoch, Stream.DOCUMENTS, len(self._questions))
-        return self._questions[int(self._order[item])]
 
 
 def answer_seed(seed: int, epoch: int, item: int, index: int) -> int:

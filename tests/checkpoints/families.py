@@ -6,7 +6,16 @@ import importlib
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+# `Llama4ForConditionalGeneration.forward` of this one release copies `image_outputs` from the output of the text
+# model, whose class has no such field, so it fails with and without images, after every number is computed. A field
+# that is None lets it return those numbers. `test_parity.py` notices when a release no longer needs this.
+LLAMA4_FAILS = transformers.__version__ == "5.24.0"
+if LLAMA4_FAILS:
+    MoeCausalLMOutputWithPast.image_outputs = None
 
 VOCAB = 99
 _SMALL: dict[str, Any] = {

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from tests.checkpoints.families import FAMILIES, VOCAB, random_ids, tiny_hf
+from tests.checkpoints.families import FAMILIES, LLAMA4_FAILS, VOCAB, random_ids, tiny_hf
 from transom.checkpoints.folders import read_args
 from transom.checkpoints.load import load, read_state
 from transom.errors import RequestError
@@ -139,6 +140,17 @@ def image_call():
     ids = random_ids(2, 24)
     ids[0, 2:20], ids[1, 5:14] = VOCAB - 1, VOCAB - 1
     return ids, torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.xfail(
+    LLAMA4_FAILS,
+    reason="Llama 4 of transformers 5.24.0 reads a field that its text output lacks; see families.py",
+    raises=AttributeError,
+    strict=True,
+)
+def test_transformers_runs_its_llama4_without_our_help(monkeypatch):
+    monkeypatch.delattr(MoeCausalLMOutputWithPast, "image_outputs", raising=False)
+    assert tiny_hf("llama4")(input_ids=random_ids()).logits.isfinite().all()
 
 
 def test_images_equal(tmp_path):

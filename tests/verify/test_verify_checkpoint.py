@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
 from tests.checkpoints.families import tiny_hf
 from tests.helpers import random_model, tiny_args
@@ -68,6 +69,12 @@ def test_a_folder_of_transformers_is_green_and_read_by_hand(tmp_path, capsys, fa
         assert "not read by hand" not in said
 
 
+def test_a_forward_that_fails_in_transformers_is_a_notice(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Qwen2Model, "forward", raises)
+    assert "logits = transformers" not in lines(hf_folder(tmp_path))
+    assert "transformers cannot run the model (LookupError: no layers)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("format", ["native", "hf", "meta", "mistral"])
 def test_every_format_is_green(tmp_path, format):
     save(random_model(tiny_args(**({} if format in ("meta", "hf") else WINDOWED))), tmp_path, format=format)
@@ -76,6 +83,10 @@ def test_every_format_is_green(tmp_path, format):
     formats = {finding.where.split(",")[0] for finding in compare_folder(tmp_path, 32, name="it")}
     assert f"it as {format}" in formats
     assert ("it as meta" in formats) == (format in ("meta", "hf"))
+
+
+def raises(*args, **kwargs):
+    raise LookupError("no layers")
 
 
 def rewrite(folder, change):

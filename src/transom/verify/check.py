@@ -70,6 +70,11 @@ def difference(mine: Tensor, expected: Tensor) -> float:
     return worst / scale if math.isfinite(worst) and scale > 0 else math.inf
 
 
+def in_one_line(error: Exception) -> str:
+    """Return the class and the first 160 characters of an error that another library raised."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
 def summarize(findings: Iterable[Finding]) -> list[Line]:
     """One line per comparison, in the order of their first cases."""
     groups: dict[str, list[Finding]] = {}

@@ -16,7 +16,7 @@ from transom.chat.template import ChatTemplate, Message, stored_templates
 from transom.checkpoints.load import load_tokenizer
 from transom.errors import RequestError, notice
 from transom.tokenizer import Tokenizer
-from transom.verify.check import Finding
+from transom.verify.check import Finding, in_one_line
 from transom.verify.runs import muted
 
 FILES = ("tokenizer.json", "tekken*.json", "tokenizer.model", "*.model.v*")
@@ -74,9 +74,7 @@ def as_in_transformers(folder: Path, template: ChatTemplate, name: str) -> Itera
                 folder, local_files_only=True, trust_remote_code=False
             )
     except Exception as error:  # whatever another library raises
-        notice(
-            f"{name}: no chats are compared with transformers, which cannot load the tokenizer ({_words(error)})"
-        )
+        notice(f"{name}: no chats are compared: transformers cannot load the tokenizer ({in_one_line(error)})")
         return
     for what, messages in CHATS.items():
         yield from same_ids(template, theirs, messages, True, f"{name}, {what}")
@@ -98,7 +96,7 @@ def same_ids(
         )
     except Exception as error:  # a template's own refusal, or whatever another library raises
         if mine is not None:
-            notice(f"{where}: not compared with transformers, which refuses it ({_words(error)})")
+            notice(f"{where}: not compared with transformers, which refuses it ({in_one_line(error)})")
         return
     if mine is None:
         yield Finding(IDS, where, math.inf, 0.0, refusal)
@@ -109,10 +107,6 @@ def same_ids(
         "" if at is None else f"from token {at} on {mine[at : at + 5]}, transformers has {expected[at : at + 5]}"
     )
     yield Finding(IDS, where, float(at is not None), 0.0, detail)
-
-
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def spelled(tokenizer: Tokenizer, name: str) -> Iterator[Finding]:

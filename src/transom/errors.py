@@ -21,9 +21,24 @@ def require(condition: bool, field: str, value: object, accepted: str) -> None:
         raise RequestError(f"{field} = {value!r}: {accepted}")
 
 
-def notice(message: str) -> None:
-    """One line to standard error: what was chosen, skipped or repaired, so that nothing is silent."""
-    print(f"transom: {message}", file=sys.stderr, flush=True)
+_printed: set[str] = set()
+
+
+def notice(message: str, *, again: bool = False) -> None:
+    """Print one line to standard error about what was chosen, skipped or repaired.
+
+    The same text is printed once per process, however many parts of a command find the same thing.
+    `again` prints it every time: for replies to what a user has just typed.
+    """
+    if again or message not in _printed:
+        print(f"transom: {message}", file=sys.stderr, flush=True)
+    if not again:
+        _printed.add(message)
+
+
+def reset_notices() -> None:
+    """Forget which notices were printed: when a command, a server's request or a test begins."""
+    _printed.clear()
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

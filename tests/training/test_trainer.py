@@ -15,11 +15,9 @@ import torch
 import yaml
 
 from tests.training.runs import losses, tiny_args, tiny_config
-from transom import runtime
 from transom.checkpoints.load import load
 from transom.cli.main import main
 from transom.errors import RequestError, WorkError
-from transom.runtime import pick_dtype
 from transom.training.balance import mixtures
 from transom.training.config import read_config
 from transom.training.setup import open_run
@@ -290,18 +288,6 @@ def test_tensorboard_that_is_missing_costs_no_earlier_run(tmp_path, monkeypatch)
     with pytest.raises(RequestError, match="pip install tensorboard"):
         train(tiny_args(tmp_path, "tensorboard=true"), overwrite=True)
     assert (tmp_path / "run" / "step_000002").is_dir()
-
-
-@pytest.mark.parametrize(("half", "expected"), [(0.1, torch.bfloat16), (0.9, torch.float32)])
-def test_the_dtype_is_the_one_measured_faster(monkeypatch, half, expected):
-    seconds = {torch.bfloat16: half, torch.float32: 0.5}
-    monkeypatch.setattr(runtime, "_seconds_of_product", lambda a: seconds[a.dtype])
-    runtime.bfloat16_is_fast.cache_clear()
-    try:
-        assert pick_dtype("auto", torch.device("cpu")) == expected
-        assert pick_dtype("float32", torch.device("cpu")) == torch.float32
-    finally:
-        runtime.bfloat16_is_fast.cache_clear()
 
 
 def test_bfloat16_products_train_float32_weights(tmp_path):

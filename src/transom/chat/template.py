@@ -57,7 +57,6 @@ class ChatTemplate:
         self._variables = {name: tokenizer.id_to_token(id) for name, id in ids.items() if id is not None}
         self._variables |= variables or {}
         self._stop = tuple(stop)
-        self._said_double = False
 
     @property
     def sources(self) -> dict[str, str]:
@@ -190,9 +189,8 @@ class ChatTemplate:
         bos, first = self.tokenizer.bos_id, 0
         while bos is not None and ids[first : first + 2] == [bos, bos]:
             first += 1
-        if first and not self._said_double:
+        if first:
             notice(f"{self.origin}: writes {first + 1} BOS tokens in a row; one is kept")
-            self._said_double = True
         return first
 
     # -- what an assistant says ----------------------------------------------------------------------

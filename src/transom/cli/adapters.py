@@ -70,4 +70,4 @@ def switch(model: LLM, name: str) -> None:
     accepted = f"accepted is {', '.join((*names, NONE))}" if names else "there is none; accepted with --adapter"
     require(name in names or (name == NONE and bool(names)), "/adapter", name, accepted)
     activate_adapters(model, () if name == NONE else (name,))
-    notice(f"adapter in use: {name}")
+    notice(f"adapter in use: {name}", again=True)

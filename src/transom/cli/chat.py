@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
             if turn.strip() and not chat.take(turn):
                 break
         except RequestError as error:  # the conversation is as before, and the next turn may do better
-            notice(str(error))
+            notice(str(error), again=True)
     return 0
 
 
@@ -216,7 +216,7 @@ class Messages:
         if system:
             written = self.template.render([*messages, {"role": "user", "content": ""}], **self.values)
             if system.strip() not in written:
-                notice(f"{self.template.origin} leaves the system message out")
+                notice(f"{self.template.origin} leaves the system message out", again=True)
         self.messages = messages
 
     def prompt(self, turn: str) -> list[int]:
@@ -294,7 +294,7 @@ class Chat:
         if interrupted:
             self.settle(len(ids), completion)
         elif completion.finish_reason == "length" and left <= self.wanted:
-            notice(self.full)
+            notice(self.full, again=True)
         self.held = (ids + completion.tokens)[: int(self.cache.lengths_B[0])]
 
     def hold_only(self, ids: list[int]) -> None:
@@ -360,7 +360,7 @@ class Chat:
         except OSError as error:
             raise RequestError(f"/save {name}: {error.strerror}") from None
         self.saved.add(path)
-        notice(f"{name}: {len(content)} characters written")
+        notice(f"{name}: {len(content)} characters written", again=True)
 
 
 def room_of(model: LLM, requested: int | None) -> int:

@@ -157,16 +157,14 @@ def open_model(options: argparse.Namespace) -> tuple[Found, LLM, Tokenizer, tupl
     """The folders meant, the model, its tokenizer and its stop tokens (none with --ignore-eos)."""
     from transom.checkpoints.load import load
     from transom.generation.text import stop_tokens_of
-    from transom.runtime import bfloat16_is_fast
+    from transom.runtime import warn_if_bfloat16_is_slow
 
     found = find_model(options.folder, options.revision)
     tokenizer = open_tokenizer(found)
     settings = (folder for folder in found.folders if (folder / "generation_config.json").exists())
     stop_tokens = () if options.ignore_eos else stop_tokens_of(next(settings, found.model), tokenizer)
     model = load(found, options.device, options.dtype)
-    weight = model.tok_embeddings.weight
-    if str(weight.dtype) == "torch.bfloat16" and not bfloat16_is_fast(weight.device.type):
-        notice("bfloat16 is slow on this device; --dtype float32 is faster and takes twice the memory")
+    warn_if_bfloat16_is_slow(model.tok_embeddings.weight)
     return found, model, tokenizer, stop_tokens
 
 

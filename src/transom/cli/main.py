@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from transom import __version__
-from transom.errors import RequestError, WorkError, nearest
+from transom.errors import RequestError, WorkError, nearest, reset_notices
 
 # verb -> (module with add_arguments(parser) and run(options) -> exit code, what it does)
 VERBS: dict[str, tuple[str, str]] = {
@@ -42,6 +42,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    reset_notices()
     try:
         return _run(words)
     except RequestError as error:

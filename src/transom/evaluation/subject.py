@@ -14,11 +14,11 @@ from transom.chat.template import ChatTemplate, stored_templates
 from transom.checkpoints.fingerprint import fingerprint
 from transom.checkpoints.folders import Found, find_model, sha256_of, stated_vocabulary
 from transom.checkpoints.load import check_vocabulary, load
-from transom.errors import RequestError, notice
+from transom.errors import RequestError
 from transom.generation.loop import keeps_every_token
 from transom.generation.text import stop_tokens_of
 from transom.model import LLM
-from transom.runtime import bfloat16_is_fast
+from transom.runtime import warn_if_bfloat16_is_slow
 from transom.tokenizer import Tokenizer
 
 
@@ -56,9 +56,7 @@ class Subject:
             raise RequestError(
                 f"{found}: layers see later tokens (pattern B); accepted is a model that predicts them"
             )
-        weight = model.tok_embeddings.weight
-        if str(weight.dtype) == "torch.bfloat16" and not bfloat16_is_fast(weight.device.type):
-            notice("bfloat16 is slow on this device; --dtype float32 is faster and takes twice the memory")
+        warn_if_bfloat16_is_slow(model.tok_embeddings.weight)
         return cls(str(name), found, model, tokenizer, stop_tokens, chat_template)
 
     @cached_property

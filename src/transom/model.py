@@ -23,7 +23,7 @@ from transom.cache.model_cache import ModelCache
 from transom.errors import RequestError
 from transom.layers.attention import temperature_scale
 from transom.layers.block import TransformerBlock
-from transom.layers.linear import Embedding, Linear
+from transom.layers.linear import Embedding, Linear, draw_weight
 from transom.layers.load_hook import load_hook
 from transom.layers.moe import RouterStatistics
 from transom.layers.norm import make_norm
@@ -68,8 +68,17 @@ class TransformerOutput:
     pooled_BD: Tensor | None = None
 
 
+# Matrices that write into the residual stream, and the output. They start at zero.
+_START_AT_ZERO = ("wo", "w_out", "output")
+_TIED_STD = 0.02
+
+
 class LLM(nn.Module):
-    """Decoder-only language model; `attend` is the attention backend and may be replaced at any time."""
+    """Decoder-only language model; `attend` is the attention backend and may be replaced at any time.
+
+    The constructor draws all weights from torch's generator, by the rules of `init_weights`. On the meta device it
+    draws nothing.
+    """
 
     attend: Attend = staticmethod(auto)
 
@@ -82,7 +91,17 @@ class LLM(nn.Module):
         self.norm = make_norm(args.norm, args.dim, args.norm_eps)
         outputs = args.vocab_size if args.head is None else args.head.outputs
         self.output = Linear(args.dim, outputs) if outputs and not args.tie_embeddings else None
+        self._start_at_chance()
         self.register_load_state_dict_pre_hook(partial(load_hook, args))
+
+    @torch.no_grad()
+    def _start_at_chance(self) -> None:
+        """Turn what the modules drew for themselves into the start of `init_weights`."""
+        for name, weight in self.named_parameters():
+            if f".{name}".split(".")[-2] in _START_AT_ZERO:
+                weight.zero_()
+        if self.output is None:
+            self.tok_embeddings.weight.mul_(_TIED_STD)
 
     def forward(
         self, inputs: TransformerInput, cache: ModelCache | None = None, inference: bool = False
@@ -179,20 +198,23 @@ class LLM(nn.Module):
         with standard deviation 1 / (2 sqrt(fan in)): at step 0 every block is the identity, and the loss ln V.
         A tied output starts higher, since each token then predicts itself.
         """
+        for name, weight in self.named_parameters():
+            if not weight.is_floating_point():
+                raise RequestError(
+                    f"init_weights: {name} is {weight.dtype}; expected a model that is not quantized"
+                )
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
             *_, leaf, last = f".{name}".split(".")
             if last == "weight" and weight.ndim == 1:
                 weight.fill_(0.0 if self.args.norm == "rms_plus_one" and not name.startswith("vision.") else 1.0)
-            elif last in ("bias", "choice_bias", "sinks") or leaf in ("wo", "w_out", "output"):
+            elif last in ("bias", "choice_bias", "sinks") or leaf in _START_AT_ZERO:
                 weight.zero_()
+            elif leaf == "tok_embeddings":  # tied, it is the output too: N(0, 1) would start at loss ~ dim
+                draw = torch.randn(weight.shape, generator=generator, device="cpu")
+                weight.copy_(draw * (_TIED_STD if self.output is None else 1.0))
             else:
-                if leaf == "tok_embeddings":  # tied, it is the output too: N(0, 1) would start at loss ~ dim
-                    draw = torch.randn(weight.shape, generator=generator) * (0.02 if self.output is None else 1.0)
-                else:
-                    bound = 0.5 * (3.0 / weight.shape[-1]) ** 0.5
-                    draw = (torch.rand(weight.shape, generator=generator) * 2 - 1) * bound
-                weight.copy_(draw)
+                draw_weight(weight, generator)
 
 
 def pool(h_BTD: Tensor, positions_BT: Tensor, kind: Literal["mean", "last"]) -> Tensor:

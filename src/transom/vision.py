@@ -17,7 +17,7 @@ from transom.attend.attend import Attend, auto
 from transom.attend.mask import Layout, MaskSpec
 from transom.errors import RequestError
 from transom.layers.block import TransformerBlock
-from transom.layers.linear import Linear
+from transom.layers.linear import Linear, draw_weight
 from transom.layers.norm import make_norm
 from transom.layers.rope import base_frequencies
 from transom.layers.step import MaskedEmbedding, Step
@@ -34,6 +34,8 @@ class VisionEmbeddings(nn.Module):
         self.patch_embedding = Linear(args.num_channels * args.patch_size**2, args.dim)
         self.class_embedding = nn.Parameter(torch.empty(args.dim))
         self.position_embedding = nn.Parameter(torch.empty(args.patch_grid**2 + 1, args.dim))
+        draw_weight(self.class_embedding)
+        draw_weight(self.position_embedding)
         self.norm_pre = make_norm("layer", args.dim, args.norm_eps)
         self.layers = nn.ModuleList(TransformerBlock(layer) for layer in args.layers)
         self.norm_post = make_norm("layer", args.dim, args.norm_eps)

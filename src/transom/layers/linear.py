@@ -9,6 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+@torch.no_grad()
+def draw_weight(weight: Tensor, generator: torch.Generator | None = None) -> None:
+    """Fill `weight` [..., in] in place: uniform with standard deviation 1 / (2 sqrt(in)).
+
+    A `generator` draws on the CPU, so that a seed gives the same numbers on every device. Without one, torch's own
+    generator of the weight's device draws, as in torch's modules. A weight on the meta device costs nothing.
+    """
+    bound = 0.5 * (3.0 / weight.shape[-1]) ** 0.5
+    if generator is None:
+        weight.uniform_(-bound, bound)
+    else:
+        weight.copy_((torch.rand(weight.shape, generator=generator, device="cpu") * 2 - 1) * bound)
+
+
 class Linear(nn.Linear):
     """y = x W^T, weight [out, in]; no bias unless asked for."""
 
@@ -16,14 +30,14 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias)
 
     def reset_parameters(self) -> None:
-        """Nothing: `LLM.init_weights` fills all weights, or a checkpoint does."""
+        """Draw the weight and set the bias to zero; the constructor calls this."""
+        draw_weight(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class Embedding(nn.Embedding):
     """One row of weight [V, D] per token."""
-
-    def reset_parameters(self) -> None:
-        """Nothing: `LLM.init_weights` fills all weights, or a checkpoint does."""
 
 
 class GroupedLinear(nn.Module):
@@ -32,7 +46,8 @@ class GroupedLinear(nn.Module):
     def __init__(self, num_groups: int, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_groups, out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(num_groups, out_features)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(num_groups, out_features)) if bias else None
+        draw_weight(self.weight)
 
     def forward(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
         """Rows [ends[e - 1], ends[e]) through linear e, one grouped product where torch has it.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from transom.args import LayerArgs, MoeArgs
 from transom.layers.feed_forward import FeedForward, activate
-from transom.layers.linear import GroupedLinear
+from transom.layers.linear import GroupedLinear, draw_weight
 from transom.runtime import no_autocast
 
 Routing = Literal["softmax", "sigmoid", "biased_sigmoid"]
@@ -51,7 +51,8 @@ class Router(nn.Module):
         super().__init__()
         self.moe = moe
         self.weight = nn.Parameter(torch.empty(moe.num_experts, dim))
-        self.bias = nn.Parameter(torch.empty(moe.num_experts)) if moe.router_bias else None
+        draw_weight(self.weight)
+        self.bias = nn.Parameter(torch.zeros(moe.num_experts)) if moe.router_bias else None
         choice_bias = nn.Parameter(torch.zeros(moe.num_experts), requires_grad=False)
         self.choice_bias = choice_bias if moe.has_choice_bias else None
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from transom.checkpoints.folders import Format, find_model, folder_format, read_pointer
-from transom.checkpoints.load import load, load_tokenizer
+from transom.checkpoints.load import load, load_tokenizer, outline
 from transom.data.sources import held_out, read_split
 from transom.errors import RequestError, require
 from transom.model import LLM
@@ -46,10 +46,9 @@ def new_subject(args: TrainArgs, run: RunFolder, device: torch.device, share: Sh
     tokenizer = run_tokenizer(args, run, resume)
     model_args = args.model_args(tokenizer.vocab_size)
     data = open_data(args, model_args, tokenizer, **share._asdict())
-    model = LLM(model_args)
-    if not resume or args.dry_run:  # which wants numbers, not what memory happens to hold
+    model = outline(model_args).to_empty(device=device)  # weights are drawn once, from the seed of the run
+    if not resume or args.dry_run:  # a dry run of a resumed one reads no checkpoint
         model.init_weights(args.seed)
-    model.to(device)
     return Subject(model, tokenizer, data, objective(args, model, data), WholeModel(model, tokenizer, data.labels))
 
 

@@ -23,7 +23,8 @@ from transom.cache.model_cache import ModelCache
 from transom.errors import RequestError
 from transom.layers.attention import temperature_scale
 from transom.layers.block import TransformerBlock
-from transom.layers.linear import Embedding, Linear, draw_weight
+from transom.layers.initial import init_weights, start_at_chance
+from transom.layers.linear import Embedding, Linear
 from transom.layers.load_hook import load_hook
 from transom.layers.moe import RouterStatistics
 from transom.layers.norm import make_norm
@@ -68,11 +69,6 @@ class TransformerOutput:
     pooled_BD: Tensor | None = None
 
 
-# Matrices that write into the residual stream, and the output. They start at zero.
-_START_AT_ZERO = ("wo", "w_out", "output")
-_TIED_STD = 0.02
-
-
 class LLM(nn.Module):
     """Decoder-only language model; `attend` is the attention backend and may be replaced at any time.
 
@@ -91,17 +87,8 @@ class LLM(nn.Module):
         self.norm = make_norm(args.norm, args.dim, args.norm_eps)
         outputs = args.vocab_size if args.head is None else args.head.outputs
         self.output = Linear(args.dim, outputs) if outputs and not args.tie_embeddings else None
-        self._start_at_chance()
+        start_at_chance(self, tied=self.output is None)
         self.register_load_state_dict_pre_hook(partial(load_hook, args))
-
-    @torch.no_grad()
-    def _start_at_chance(self) -> None:
-        """Turn what the modules drew for themselves into the start of `init_weights`."""
-        for name, weight in self.named_parameters():
-            if f".{name}".split(".")[-2] in _START_AT_ZERO:
-                weight.zero_()
-        if self.output is None:
-            self.tok_embeddings.weight.mul_(_TIED_STD)
 
     def forward(
         self, inputs: TransformerInput, cache: ModelCache | None = None, inference: bool = False
@@ -190,7 +177,6 @@ class LLM(nn.Module):
         device = self.tok_embeddings.weight.device
         return ModelCache.build(self.args, batch_size, capacity, slack=slack, device=device)
 
-    @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
         """Fill all weights in place, repeatably: the same seed gives the same model on every device.
 
@@ -198,23 +184,7 @@ class LLM(nn.Module):
         with standard deviation 1 / (2 sqrt(fan in)): at step 0 every block is the identity, and the loss ln V.
         A tied output starts higher, since each token then predicts itself.
         """
-        for name, weight in self.named_parameters():
-            if not weight.is_floating_point():
-                raise RequestError(
-                    f"init_weights: {name} is {weight.dtype}; expected a model that is not quantized"
-                )
-        generator = torch.Generator().manual_seed(seed)
-        for name, weight in self.named_parameters():
-            *_, leaf, last = f".{name}".split(".")
-            if last == "weight" and weight.ndim == 1:
-                weight.fill_(0.0 if self.args.norm == "rms_plus_one" and not name.startswith("vision.") else 1.0)
-            elif last in ("bias", "choice_bias", "sinks") or leaf in _START_AT_ZERO:
-                weight.zero_()
-            elif leaf == "tok_embeddings":  # tied, it is the output too: N(0, 1) would start at loss ~ dim
-                draw = torch.randn(weight.shape, generator=generator, device="cpu")
-                weight.copy_(draw * (_TIED_STD if self.output is None else 1.0))
-            else:
-                draw_weight(weight, generator)
+        init_weights(self, seed, plus_one=self.args.norm == "rms_plus_one", tied=self.output is None)
 
 
 def pool(h_BTD: Tensor, positions_BT: Tensor, kind: Literal["mean", "last"]) -> Tensor:

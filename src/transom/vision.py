@@ -17,7 +17,8 @@ from transom.attend.attend import Attend, auto
 from transom.attend.mask import Layout, MaskSpec
 from transom.errors import RequestError
 from transom.layers.block import TransformerBlock
-from transom.layers.linear import Linear, draw_weight
+from transom.layers.initial import draw_weight
+from transom.layers.linear import Linear
 from transom.layers.norm import make_norm
 from transom.layers.rope import base_frequencies
 from transom.layers.step import MaskedEmbedding, Step

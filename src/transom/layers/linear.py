@@ -8,19 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@torch.no_grad()
-def draw_weight(weight: Tensor, generator: torch.Generator | None = None) -> None:
-    """Fill `weight` [..., in] in place: uniform with standard deviation 1 / (2 sqrt(in)).
-
-    A `generator` draws on the CPU, so that a seed gives the same numbers on every device. Without one, torch's own
-    generator of the weight's device draws, as in torch's modules. A weight on the meta device costs nothing.
-    """
-    bound = 0.5 * (3.0 / weight.shape[-1]) ** 0.5
-    if generator is None:
-        weight.uniform_(-bound, bound)
-    else:
-        weight.copy_((torch.rand(weight.shape, generator=generator, device="cpu") * 2 - 1) * bound)
+from transom.layers.initial import draw_weight
 
 
 class Linear(nn.Linear):

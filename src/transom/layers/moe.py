@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from transom.args import LayerArgs, MoeArgs
 from transom.layers.feed_forward import FeedForward, activate
-from transom.layers.linear import GroupedLinear, draw_weight
+from transom.layers.initial import draw_weight
+from transom.layers.linear import GroupedLinear
 from transom.runtime import no_autocast
 
 Routing = Literal["softmax", "sigmoid", "biased_sigmoid"]

@@ -61,7 +61,7 @@ def test_check_lists_every_malformed_row_and_fails(call: Any, model: Path, tmp_p
     path = write(tmp_path, [TALK, "no\n", {"messages": [say("user", "q")]}, tools, {"text": "a"}])
     code, facts, _ = checked(call, path, "--model", model)
     assert code == 1 and facts["malformed_rows"] == 4 and facts["rows"] == 1
-    assert [fault["where"].rpartition(":")[2] for fault in facts["malformed"]] == ["2", "3", "5", "4"]
+    assert [fault["where"].rpartition(":")[2] for fault in facts["malformed"]] == ["2", "3", "4", "5"]
     code, out, _ = call("data", "check", path, "--model", model)
     assert code == 1 and f"{path}:2: 'no': accepted is one JSON object" in out and "malformed rows" in out
 

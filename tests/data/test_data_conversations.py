@@ -153,7 +153,7 @@ def test_every_fault_is_found_with_its_line(tmp_path: Path, capsys: pytest.Captu
         read_examples(path)
 
 
-def test_a_json_list_is_read_item_by_item(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_json_list_is_read_item_by_item(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     rows = [{"instruction": "q", "output": "a"}, 5, {"instruction": "r", "output": "b"}]
     path.write_text(json.dumps(rows, indent=1))
@@ -164,7 +164,7 @@ def test_a_json_list_is_read_item_by_item(tmp_path: Path, capsys: pytest.Capture
     path.write_text('[{"text": "a"}, {"text": "b"}\n {"text": "c"}]')
     problems.clear()
     assert [one.id for one in read_examples(path, problems=problems)] == ["rows.json:1"]
-    assert problems[0].where == f"{path}:1.2" and "the rest is not read" in capsys.readouterr().err
+    assert problems[0].where == f"{path}:1.2" and "the rest is not read" in problems[0].sentence
     path.write_text('{"text": "a"}\n{"text": "b"}\n')  # lines, under the other name
     assert len(read_examples(path)) == 2
     path.write_text("[]")
@@ -220,6 +220,6 @@ def test_names_need_the_datasets_library(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     rows = list(rows_of("owner/name:main") or ())
-    assert [(row.id, row.columns) for row in rows] == [("owner/name:main:train:1", {"text": "a"})]
+    assert [(row.id, row.given) for row in rows] == [("owner/name:main:train:1", {"text": "a"})]
     assert asked == [("owner/name", "main")]
     assert list(rows_of("owner/name", "valid") or ()) == [] and rows_of("owner/name", "test") is None

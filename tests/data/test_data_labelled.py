@@ -50,7 +50,8 @@ def test_lines_become_rows_with_the_ids_of_documents(tmp_path: Path, capsys: pyt
     assert rows == [Labelled("rows.jsonl:1", "good", "yes"), Labelled("rows.jsonl:3", "bad", "no")]
     # The same id, so that the tokenizer of a run is not trained on held-out rows either.
     assert [row.id for row in rows] == [document.id for document in read_documents(SourceArgs(str(path)))]
-    assert "1 empty lines left out" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "1 empty lines left out" in told and "keys that are not read: more (1 rows)" in told
     pairs = read_labelled(write(tmp_path, [{"text": "a", "positive": "b"}]), "embedding")
     assert pairs == [Labelled("rows.jsonl:1", "a", positive="b")]
 
@@ -75,12 +76,12 @@ def test_lines_become_rows_with_the_ids_of_documents(tmp_path: Path, capsys: pyt
 def test_a_wrong_line_is_refused_by_its_place(tmp_path: Path, line: Any, kind: Any) -> None:
     good = {"text": "a", "label": 0, "positive": "b"}
     path = write(tmp_path, [good, line])
-    with pytest.raises(RequestError, match=r'rows.jsonl:2: .*: accepted is a JSON object with a string "text"'):
+    with pytest.raises(RequestError, match=r"rows.jsonl:2: .*: accepted is (a|one) JSON object"):
         read_labelled(path, kind)
 
 
 def test_wrong_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"accepts .jsonl files"):
+    with pytest.raises(RequestError, match=r"accepts files that end in .jsonl"):
         read_labelled(tmp_path / "a.txt", "classification")
     with pytest.raises(RequestError, match="cannot be read"):
         read_labelled(tmp_path / "none.jsonl", "classification")

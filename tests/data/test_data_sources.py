@@ -88,7 +88,7 @@ def test_parquet_rows_come_from_every_row_group(tmp_path):
 @pytest.mark.parametrize("line", ['{"text": "cut', '{"txt": "x"}', '{"text": 3}', "[1]", r'{"text": "\ud800"}'])
 def test_a_bad_row_is_named(tmp_path, line):
     (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
-    with pytest.raises(RequestError, match=r'rows\.jsonl:2: .*accepted is a JSON object with a string "text"'):
+    with pytest.raises(RequestError, match=r"rows\.jsonl:2: .*accepted is (a|one) JSON object"):
         found(tmp_path)
 
 

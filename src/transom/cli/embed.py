@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-i",
         "--input",
         metavar="FILE",
-        help="texts, one a line, or those of a .jsonl or .parquet; - is standard input",
+        help="texts, one a line, or those of a .jsonl, .json or .parquet; - is standard input",
     )
     parser.add_argument(
         "--pooling", choices=("mean", "last"),
@@ -99,8 +99,10 @@ def check_arguments(options: argparse.Namespace) -> None:
 
 
 def read_texts(name: str) -> list[str]:
-    """Lines of a text file or of standard input, or the texts of a .jsonl or .parquet file."""
-    if Path(name).suffix in (".jsonl", ".parquet"):
+    """Return the lines of a text file or of standard input, or the texts of a file of rows."""
+    from transom.data.file_formats import open_bytes, readable, row_format
+
+    if row_format(name) is not None:
         from transom.data.sources import ReadReport, SourceArgs, read_documents
 
         report = ReadReport()
@@ -109,9 +111,11 @@ def read_texts(name: str) -> list[str]:
             notice(f"{name}: {report.empty} empty texts left out")
         return texts
     try:
-        whole = sys.stdin.read() if name == "-" else Path(name).read_bytes().decode()
-    except OSError as error:
-        raise RequestError(f"--input {name}: cannot be read ({error.strerror})") from None
+        if name == "-":
+            whole = sys.stdin.read().removeprefix("\ufeff")
+        else:
+            with readable(Path(f"--input {name}")), open_bytes(Path(name)) as stream:
+                whole = stream.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RequestError(f"--input {name}: not UTF-8 ({error.reason} at byte {error.start})") from None
     lines = whole.removesuffix("\n").split("\n")  # at \n only: a text may hold other line ends

@@ -8,7 +8,7 @@ Alpaca's `instruction` and `output`, prompt and completion, `text`, pairs of `ch
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -86,6 +86,7 @@ def recognise(columns: Mapping[str, Any]) -> Format:
     if "prompt" in columns and any(columns.get(key) is not None for key in REFERENCES):
         return PROMPT_AND_ANSWER
     keys = sorted(columns)
+    require(bool(keys), "columns", None, "all are null; accepted is a row with a value")
     known = [key for one in FORMATS for key in one.needs]
     hint = next((hint for key in keys if (hint := nearest(key, known))), "")
     formats = "; ".join(" and ".join(one.needs) for one in FORMATS)
@@ -296,7 +297,7 @@ def _tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
 def _weight(row: Mapping[str, Any], key: str, name: str = "weight") -> float:
     value = row.get(key)
     value = 1.0 if value is None else value
-    fits = type(value) in (int, float) and 0 <= value < math.inf
+    fits = type(value) in (int, float) and 0 <= value <= sys.float_info.max
     require(fits, name, value, "accepted is a number of 0 or more")
     return float(value)
 

@@ -1,4 +1,4 @@
-"""Texts with a label each, or in pairs that belong together: lines of .jsonl files, and their batches.
+"""Texts with a label each, or in pairs that belong together: rows of files, and their batches.
 
 Shape letters: B rows, T tokens.
 """
@@ -6,6 +6,7 @@ Shape letters: B rows, T tokens.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from transom.checkpoints.load import write_text
 from transom.data.batches import NO_TARGET
+from transom.data.file_formats import ROW_NAMES, row_format
 from transom.data.order import ShuffledItems
+from transom.data.row_files import Row, read_rows
 from transom.data.sources import TEXT_KEY, held_out
 from transom.errors import RequestError, notice, require
 from transom.model import TransformerInput
@@ -41,25 +44,22 @@ class Labelled(NamedTuple):
 
 
 def read_labelled(path: str | Path, kind: Literal["classification", "embedding"]) -> list[Labelled]:
-    """Lines {"text", "label"} or {"text", "positive"} of a .jsonl file; empty lines are counted and said.
+    """Return the rows {"text", "label"} or {"text", "positive"} of a file; other keys are counted and printed.
 
     A label is text or a whole number, one of the two in all of a file.
     """
     file = Path(path)
-    require(file.suffix == ".jsonl", "data.sources", str(path), "a model with a head accepts .jsonl files")
+    known = row_format(file) is not None and not file.is_dir()
+    require(known, "data.sources", str(path), f"a model with a head accepts files that end in {ROW_NAMES}")
     key = LABEL_KEY if kind == "classification" else POSITIVE_KEY
-    rows, empty = [], 0
-    try:
-        lines = file.read_bytes().split(b"\n")  # at \n only: str.splitlines knows nine more line ends
-    except OSError as error:
-        raise RequestError(f"{file}: cannot be read ({error.strerror})") from None
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            rows.append(_read_line(line, key, f"{file.name}:{number}", f"{file}:{number}"))
-        else:
-            empty += number < len(lines)
-    if empty:
-        notice(f"{file}: {empty} empty lines left out")
+    rows: list[Labelled] = []
+    unread: Counter[str] = Counter()
+    for row in read_rows(file):
+        rows.append(_labelled(row, key))
+        unread.update(set(row.given) - {TEXT_KEY, key})
+    if unread:
+        words = ", ".join(f"{name} ({count} rows)" for name, count in sorted(unread.items()))
+        notice(f"{file}: keys that are not read: {words}")
     require(len(rows) > 0, "data.sources", str(path), f'accepted is a file of lines with "{TEXT_KEY}" and "{key}"')
     kinds = {type(row.label) for row in rows}
     if len(kinds) > 1:
@@ -67,21 +67,16 @@ def read_labelled(path: str | Path, kind: Literal["classification", "embedding"]
     return rows
 
 
-def _read_line(line: bytes, key: str, id: str, where: str) -> Labelled:
-    accepted = f'accepted is a JSON object with a string "{TEXT_KEY}" and a string "{key}"'
-    if key == LABEL_KEY:
-        accepted += " (or a whole number from 0)"
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-        text, value = row[TEXT_KEY], row[key]
-        text.encode()  # half a surrogate pair passes JSON, and no tokenizer takes it
-        number = key == LABEL_KEY and type(value) is int and value >= 0
-        if not text or not (number or value.encode()):
-            raise ValueError("empty")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        shown = line[:40].decode(errors="replace").strip()
-        raise RequestError(f"{where}: {shown!r}: {accepted}") from error
-    return Labelled(id, text, label=value) if key == LABEL_KEY else Labelled(id, text, positive=value)
+def _labelled(row: Row, key: str) -> Labelled:
+    if row.columns is None:
+        raise RequestError(f"{row.where}: {row.problem}")
+    text, value = row.given.get(TEXT_KEY), row.given.get(key)
+    number = key == LABEL_KEY and type(value) is int and 0 <= value < 1 << 31
+    if not (isinstance(text, str) and text and (number or (isinstance(value, str) and value))):
+        accepted = f'accepted is a JSON object with a string "{TEXT_KEY}" and a string "{key}"'
+        accepted += " (or a whole number from 0)" if key == LABEL_KEY else ""
+        raise RequestError(f"{row.where}: {str(row.given)[:60]!r}: {accepted}")
+    return Labelled(row.id, text, label=value) if key == LABEL_KEY else Labelled(row.id, text, positive=value)
 
 
 def label_names(rows: Sequence[Labelled], num_labels: int) -> list[str]:

@@ -1,18 +1,24 @@
-"""Rows of .jsonl, .json and .parquet files, of folders with splits and of `datasets` by name. No torch."""
+"""Rows of files, of folders with splits, and of `datasets` by name: the one reader of every verb. No torch."""
 
 from __future__ import annotations
 
-import json
+import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from transom.data.file_formats import (
+    ROW_NAMES,
+    open_bytes,
+    parse_json,
+    parse_json_at,
+    readable,
+    row_format,
+)
+from transom.data.split_files import SPLITS, no_training_rows, split_files
 from transom.errors import RequestError, notice, require
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
-# What people call the three parts of a data set; `train-00000-of-00002.parquet` belongs to `train`.
-SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
 NAME = re.compile(r"[\w-]+(\.[\w-]+)*(/[\w.-]+)?(:[\w.-]+)?")  # of the `datasets` library: owner/name:config
 
 
@@ -27,153 +33,222 @@ class Row(NamedTuple):
     columns: dict[str, Any] | None
     problem: str = ""
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """The columns that are not null; tables and many JSON files write every column of every row."""
+        return {key: value for key, value in (self.columns or {}).items() if value is not None}
+
 
 def rows_of(name: str | Path, split: str = "train") -> Iterator[Row] | None:
-    """Rows of one part of a data set in the order of the files, or None where there is no such part.
+    """Return the rows of one part of a data set in the order of the files, or None where it has no such part.
 
     `name` is a file (all of it is `train`), a folder with a file or more for each split, or a name that the
-    `datasets` library knows.
+    `datasets` library knows. The names of files of a folder that are not read are printed with `train`.
     """
     require(split in SPLITS, "split", split, f"accepted is one of {', '.join(SPLITS)}")
     path = Path(name).expanduser()
     if path.is_dir():
-        files = split_files(path, split)
+        found = split_files(path)
+        if split == "train" and not found.files.get("train"):
+            raise no_training_rows(path, found)
+        if split == "train" and found.ignored:
+            notice(f"{path}: {found.notice()}")
+        files = found.files.get(split)
         return (row for file in files for row in read_rows(file)) if files else None
     if path.exists():
         return read_rows(path) if split == "train" else None
-    known = NAME.fullmatch(str(name)) is not None and path.suffix not in SUFFIXES
-    accepted = f"accepted is a file that ends in {', '.join(SUFFIXES)}, a folder of such, or a name of `datasets`"
+    known = NAME.fullmatch(str(name)) is not None and row_format(path) is None
+    accepted = f"accepted is a file that ends in {ROW_NAMES}, a folder of such, or a name of `datasets`"
     require(known, "data", str(name), f"no such file or folder; {accepted}")
     return _by_name(str(name), split)
 
 
-def split_files(folder: Path, split: str) -> list[Path]:
-    """Files of a split in a folder or in its `data/`, in the order of their names; two formats are refused."""
-    here = folder if any(_splits(folder)) else folder / "data"
-    found = [path for known, path in _splits(here) if known == split]
-    suffixes = sorted({path.suffix for path in found})
-    require(len(suffixes) < 2, f"{folder}: files of the split {split}", suffixes, "accepted is one format")
-    if split == "train" and not found:
-        raise RequestError(f"{folder}: no training rows; accepted is a folder with train.jsonl, .json or .parquet")
-    return found
+def has_split(name: str | Path, split: str) -> bool:
+    """Return whether a data set has rows of a split of their own."""
+    path = Path(name).expanduser()
+    return split in split_files(path).files if path.is_dir() else rows_of(name, split) is not None
 
 
-def _splits(folder: Path) -> Iterator[tuple[str, Path]]:
-    """(split, file) of every file in a folder that is named after one."""
-    for path in sorted(folder.glob("*")):
-        stem = re.sub(r"-\d+-of-\d+$", "", path.stem)
-        for split, names in SPLITS.items():
-            if stem in names and path.suffix in SUFFIXES and path.is_file():
-                yield split, path
+def read_rows(
+    path: Path, *, text_column: str | None = None, blank: Callable[[Path, int], None] | None = None
+) -> Iterator[Row]:
+    """Yield the rows of one file; a row that cannot be read has a `problem`, an unreadable file is refused.
+
+    With `text_column` a table must have that column as text, and no other is read. `blank` is called with the
+    number of lines that hold only white space; without it that number is printed.
+    """
+    format = row_format(path)
+    require(format is not None, "data", str(path), f"accepted is a file that ends in {ROW_NAMES}")
+    with readable(path), open_bytes(path) as stream:  # a file that is missing is refused at the call
+        head = stream.read(4096) if format == "json" else b""
+    if format == "parquet":
+        rows = _parquet(path, text_column)
+    elif format == "json" and not _is_lines(path, head):
+        rows = _json_values(path)
+    else:
+        rows = _json_lines(path, blank or _notice_blank)
+    return _guarded(path, rows)
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """Rows of one file; one that is not readable at all is a `RequestError`, a row that is not is told as such."""
-    require(path.suffix in SUFFIXES, "data", str(path), f"accepted is a file that ends in {', '.join(SUFFIXES)}")
-    try:
-        with path.open("rb") as stream:
-            whole = path.suffix == ".json" and _begins_list(stream.read(4096))
-        if path.suffix == ".parquet":
-            return _parquet(path)
-        return _json_list(path) if whole else _json_lines(path)
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be read ({error.strerror or error})") from None
+def _guarded(path: Path, rows: Iterator[Row]) -> Iterator[Row]:
+    with readable(path):
+        yield from rows
 
 
-def _begins_list(head: bytes) -> bool:
-    return head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+def _notice_blank(path: Path, count: int) -> None:
+    notice(f"{path}: {count} empty lines left out")
 
 
 # -- formats of files --------------------------------------------------------------------------------
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
+def _is_lines(path: Path, head: bytes) -> bool:
+    """Return whether a .json file holds lines of JSON rather than one value."""
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+        return False
+    with readable(path), open_bytes(path) as lines:
+        first = next((line for line in lines if line.strip()), b"{}")
+    try:
+        parse_json(first.decode("utf-8-sig"))
+    except ValueError:
+        # One object over many lines ends its first line inside; a faulty first line of many is complete.
+        return first.strip().endswith(b"}") and first.strip() != b"}"
+    return True
+
+
+def _json_lines(path: Path, blank: Callable[[Path, int], None]) -> Iterator[Row]:
     empty = 0
-    with path.open("rb") as lines:  # split at \n only: str.splitlines knows nine more line ends
+    with open_bytes(path) as lines:  # split at \n only: str.splitlines knows nine more line ends
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 empty += 1
                 continue
+            value, reason = None, ""
             try:
-                value = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError):
-                value = None
-            yield _row(path, str(number), value, line[:40].decode(errors="replace"))
+                value = parse_json(line.decode("utf-8-sig"))
+            except ValueError as error:
+                reason = str(error)
+            yield _row(path, str(number), value, line[:40].decode(errors="replace"), reason)
     if empty:
-        notice(f"{path}: {empty} empty lines left out")
+        blank(path, empty)
 
 
-def _json_list(path: Path) -> Iterator[Row]:
-    """Items of one list, read one by one, so that each is known by the line it begins on."""
+def _json_values(path: Path) -> Iterator[Row]:
+    """Yield the items of one list, or one object over many lines, each with the line that it begins on."""
+    with open_bytes(path) as stream:
+        content = stream.read()
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RequestError(f"{path}: not UTF-8 at byte {error.start}; accepted is JSON") from None
-    decode, at = json.JSONDecoder().raw_decode, text.index("[") + 1
-    line, counted, on_line, more = 1, 0, 0, not _follows(text, at, "]")
+    at = _skip_space(text, 0)
+    is_list = text.startswith("[", at)
+    at = _skip_space(text, at + is_list)
+    line, counted, on_line = 1, 0, 0
+    more = not (is_list and text.startswith("]", at))
     while more:
-        at = _behind_space(text, at)
         breaks = text.count("\n", counted, at)
         line, counted, on_line = line + breaks, at, 1 if breaks else on_line + 1
         number = f"{line}.{on_line}" if on_line > 1 else str(line)
         try:
-            value, end = decode(text, at)
-            more = _follows(text, end, ",")
-            if not more and not _follows(text, end, "]"):
-                raise ValueError("neither a comma nor the end of the list")
-        except (ValueError, RecursionError):
-            yield _row(path, number, None, text[at : at + 40])
-            notice(f"{path}:{line}: no JSON from here on, so the rest is not read")
+            value, end = parse_json_at(text, at)
+            end = _skip_space(text, end)
+            more = is_list and text.startswith(",", end)
+            if is_list and not more and not text.startswith("]", end):
+                raise ValueError("neither a comma nor the end of the list comes after it")
+        except ValueError as error:
+            yield _row(path, number, None, text[at : at + 40], f"{error}; the rest is not read")
             return
         yield _row(path, number, value, text[at : at + 40])
-        at = _behind_space(text, end) + 1
+        at = _skip_space(text, end + 1) if more else end
+    end = _skip_space(text, at + is_list)
+    if end < len(text):
+        line += text.count("\n", counted, end)
+        yield _row(path, str(line), None, text[end : end + 40], "more after the end of the JSON value")
 
 
-def _behind_space(text: str, at: int) -> int:
+def _skip_space(text: str, at: int) -> int:
     while at < len(text) and text[at].isspace():
         at += 1
     return at
 
 
-def _follows(text: str, at: int, mark: str) -> bool:
-    return text.startswith(mark, _behind_space(text, at))
-
-
-def _row(path: Path, number: str, value: Any, shown: str) -> Row:
+def _row(path: Path, number: str, value: Any, shown: str, reason: str = "") -> Row:
     fits = isinstance(value, dict)
-    problem = "" if fits else f"{shown.strip()!r}: accepted is one JSON object"
+    why = f" ({reason})" if reason else ""
+    problem = "" if fits else f"{shown.strip()!r}: accepted is one JSON object{why}"
     return Row(f"{path.name}:{number}", f"{path}:{number}", value if fits else None, problem)
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path, text_column: str | None) -> Iterator[Row]:
     try:
         import pyarrow as pa
         from pyarrow import parquet
     except ImportError:
         raise RequestError(f"{path}: reading Parquet needs pyarrow: pip install 'transom[parquet]'") from None
     number = 0
+    with open_bytes(path) as stream:
+        source = path if stream.__class__ is io.BufferedReader else io.BytesIO(stream.read())
     try:
-        with parquet.ParquetFile(path) as table:
+        with parquet.ParquetFile(source) as table:
+            schema = table.schema_arrow
+            if text_column is not None and not _is_text(schema, text_column):
+                accepted = f'accepted is a string column "{text_column}"'
+                raise RequestError(f"{path}: columns are {', '.join(schema.names)}: {accepted}")
+            columns = None if text_column is None else [text_column]
             for group in range(table.num_row_groups):
-                for columns in table.read_row_group(group).to_pylist():
+                for row in _dicts(table.read_row_group(group, columns=columns)):
                     number += 1
-                    yield Row(f"{path.name}:{number}", f"{path}:{number}", _given(columns))
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+                    id, where = f"{path.name}:{number}", f"{path}:{number}"
+                    if row is None:
+                        yield Row(id, where, None, "accepted is text in UTF-8")
+                    else:
+                        yield Row(id, where, {key: _without_nulls(value) for key, value in row.items()})
+    except pa.ArrowException as error:
         raise RequestError(f"{path}: not a readable Parquet file ({error})") from None
 
 
-def _given(value: Any) -> Any:
-    """Without what is null: columns write every field of every row, also those that a row was made without."""
+def _dicts(table: Any) -> Iterable[dict[str, Any] | None]:
+    """Return the rows of a table as plain data, None for one with bytes in a column of text that are not UTF-8."""
+    try:
+        rows: list[dict[str, Any] | None] = table.to_pylist()
+    except UnicodeDecodeError:
+        return [_dict(table.slice(at, 1)) for at in range(table.num_rows)]
+    return rows
+
+
+def _dict(table: Any) -> dict[str, Any] | None:
+    try:
+        (row,) = table.to_pylist()
+    except UnicodeDecodeError:
+        return None
+    return dict(row)
+
+
+def _is_text(schema: Any, name: str) -> bool:
+    """Return whether a column holds text, plain or as a dictionary (pandas' categories)."""
+    import pyarrow as pa
+
+    if name not in schema.names:
+        return False
+    kind = schema.field(name).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    is_view = getattr(pa.types, "is_string_view", lambda kind: False)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or is_view(kind))
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a cell without the null fields inside it: a table writes all fields of a struct in every row."""
     if isinstance(value, dict):
-        return {key: _given(one) for key, one in value.items() if one is not None}
-    return [_given(one) for one in value] if isinstance(value, list) else value
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 # -- the `datasets` library --------------------------------------------------------------------------
 
 
 def _by_name(name: str, split: str) -> Iterator[Row] | None:
-    """Rows of a data set of the hub, or of that library's cache; `owner/name:config` names one of several."""
+    """Return rows of a data set of the hub or of that library's cache; `owner/name:config` names one of several."""
     try:
         import datasets  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
@@ -194,4 +269,5 @@ def _by_name(name: str, split: str) -> Iterator[Row] | None:
 
 def _numbered(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
     for number, columns in enumerate(rows, start=1):
-        yield Row(f"{name}:{number}", f"{name}:{number}", _given(columns))
+        cells = {key: _without_nulls(value) for key, value in columns.items()}
+        yield Row(f"{name}:{number}", f"{name}:{number}", cells)

@@ -1,10 +1,9 @@
-"""Documents of a file, a folder or a glob: plain text, JSON lines and Parquet, with every skip counted."""
+"""Documents of a file, a folder or a glob: plain text, or rows of JSON and Parquet, with every skip counted."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -13,10 +12,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
+from transom.data.file_formats import open_bytes, readable, row_format
+from transom.data.row_files import read_rows
 from transom.errors import RequestError, require
 from transom.fields import describe
 
-TEXT_KEY = "text"  # of a JSON line, and the column of a Parquet file
+TEXT_KEY = "text"  # of a row of JSON, and the column of a Parquet file
+ACCEPTED = "accepted is UTF-8 text, .jsonl, .json or .parquet"
 BINARY_PROBE_BYTES = 8192
 HEAD, TAIL = "#head", "#tail"  # of the id of a single document cut in two
 
@@ -25,7 +27,10 @@ HEAD, TAIL = "#head", "#tail"  # of the id of a single document cut in two
 class SourceArgs:
     """One place that documents come from, and its share when there are several."""
 
-    path: str = describe(MISSING, "file, folder (read to the bottom) or glob of .txt, .jsonl, .parquet, code, ...")
+    path: str = describe(
+        MISSING,
+        "file, folder (read to the bottom) or glob of .txt, .jsonl, .json, .parquet, code, ..., also compressed",
+    )
     weight: float = describe(1.0, "share of the rows drawn from this source, relative to the other weights")
     name: str = describe("", "name in reports; the path when empty")
     include: tuple[str, ...] = describe((), "read only what matches one of these: names or globs of files, folders")
@@ -61,6 +66,7 @@ class ReadReport:
     skipped_hidden: int = 0  # files and whole folders whose name begins with a dot
     skipped_links: int = 0  # links to folders, broken links, sockets and devices
     excluded: int = 0  # by `include` and `exclude`
+    json_without_rows: int = 0  # .json files without rows of text, which are read as plain text, like code
 
 
 def read_documents(source: SourceArgs, report: ReadReport | None = None) -> Iterator[Document]:
@@ -191,66 +197,53 @@ def _selected(id: str, source: SourceArgs) -> bool:
 
 
 def _read_file(file: _File, report: ReadReport) -> Iterator[Document]:
-    if file.path.suffix == ".parquet":
-        return _read_parquet(file)
-    if _is_binary(file.path):
-        if file.named:
-            raise RequestError(f"{file.path}: a binary file, accepted is UTF-8 text, .jsonl or .parquet")
-        report.skipped_binary += 1
-        return iter(())
-    return _read_json_lines(file) if file.path.suffix == ".jsonl" else _read_text(file, report)
+    format = row_format(file.path)
+    if format is not None and (format != "json" or file.named or _has_text_rows(file.path)):
+        return _read_text_rows(file, report)
+    report.json_without_rows += format == "json"
+    return _read_text(file, report)
 
 
-def _is_binary(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return b"\0" in stream.read(BINARY_PROBE_BYTES)
+def _has_text_rows(path: Path) -> bool:
+    """Return whether a .json file begins with a row of text; folders of code hold many that are no data."""
+    try:
+        first = next(read_rows(path, blank=lambda path, count: None), None)
+    except RequestError:
+        return False
+    return first is not None and isinstance(first.given.get(TEXT_KEY), str)
 
 
 def _read_text(file: _File, report: ReadReport) -> Iterator[Document]:
+    with readable(file.path), open_bytes(file.path) as stream:
+        content = stream.read(BINARY_PROBE_BYTES)
+        binary = b"\0" in content
+        content += b"" if binary else stream.read()
+    if binary:
+        if file.named:
+            raise RequestError(f"{file.path}: a binary file, {ACCEPTED}")
+        report.skipped_binary += 1
+        return
     try:
-        text = file.path.read_bytes().decode()  # read_text would turn \r\n into \n
+        text = content.decode("utf-8-sig")  # read_text would turn \r\n into \n
     except UnicodeDecodeError as error:
         if file.named:
-            accepted = "accepted is UTF-8 text, .jsonl or .parquet"
-            raise RequestError(f"{file.path}: not UTF-8 at byte {error.start}, {accepted}") from error
+            raise RequestError(f"{file.path}: not UTF-8 at byte {error.start}, {ACCEPTED}") from error
         report.skipped_encoding += 1
         return
     yield Document(file.id, text)
 
 
-def _read_json_lines(file: _File) -> Iterator[Document]:
-    with file.path.open("rb") as lines:  # split at \n only: str.splitlines knows nine more line ends
-        for row, line in enumerate(lines, start=1):
-            if not line.strip():
-                yield Document(f"{file.id}:{row}", "")
-                continue
-            try:
-                text = json.loads(line.decode("utf-8-sig"))[TEXT_KEY]
-                text.encode()  # half a surrogate pair passes JSON, and no tokenizer takes it
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                accepted = f'accepted is a JSON object with a string "{TEXT_KEY}"'
-                shown = line[:40].decode(errors="replace").strip()
-                raise RequestError(f"{file.path}:{row}: {shown!r}: {accepted}") from error
-            yield Document(f"{file.id}:{row}", text)
+def _read_text_rows(file: _File, report: ReadReport) -> Iterator[Document]:
+    """Yield the text of every row; one without text is a `RequestError`, a null one counts as empty."""
 
+    def count_blank(path: Path, lines: int) -> None:
+        report.empty += lines
 
-def _read_parquet(file: _File) -> Iterator[Document]:
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError as error:
-        raise RequestError(f"{file.path}: reading Parquet needs pyarrow: pip install 'transom[parquet]'") from error
-    try:
-        with parquet.ParquetFile(file.path) as table:
-            kinds = dict(zip(table.schema_arrow.names, table.schema_arrow.types, strict=True))
-            kind = kinds.get(TEXT_KEY)
-            if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                accepted = f'accepted is a string column "{TEXT_KEY}"'
-                raise RequestError(f"{file.path}: columns are {', '.join(kinds)}: {accepted}")
-            row = 0
-            for group in range(table.num_row_groups):
-                for text in table.read_row_group(group, columns=[TEXT_KEY])[TEXT_KEY].to_pylist():
-                    row += 1
-                    yield Document(f"{file.id}:{row}", text or "")
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise RequestError(f"{file.path}: not a readable Parquet file ({error})") from error
+    for row in read_rows(file.path, text_column=TEXT_KEY, blank=count_blank):
+        if row.columns is None:
+            raise RequestError(f"{row.where}: {row.problem}")
+        text = row.columns.get(TEXT_KEY)
+        if TEXT_KEY not in row.columns or not isinstance(text, str | None):
+            shown = ", ".join(row.columns) if TEXT_KEY not in row.columns else f"{TEXT_KEY} = {str(text)[:40]!r}"
+            raise RequestError(f'{row.where}: {shown}: accepted is a JSON object with a string "{TEXT_KEY}"')
+        yield Document(f"{file.id}:{row.id.rpartition(':')[2]}", text or "")

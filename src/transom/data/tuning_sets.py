@@ -9,8 +9,9 @@ from typing import NamedTuple
 from transom.data.conversations import Example, recognise
 from transom.data.instructions import NAME as STDLIB
 from transom.data.instructions import stdlib_instructions
-from transom.data.row_files import rows_of
+from transom.data.row_files import has_split, rows_of
 from transom.data.sources import held_out
+from transom.data.split_files import split_files
 from transom.errors import RequestError, notice, require
 
 
@@ -39,12 +40,12 @@ def read_examples(name: str | Path, split: str = "train", problems: list[Problem
         try:
             if row.columns is None:
                 raise RequestError(row.problem)
-            format = recognise(row.columns)
+            format = recognise(row.given)
             if found is not None and format.name != found:
                 raise RequestError(f"{format.name}, where rows before are {found}; accepted is one format in a set")
-            examples.append(format.example(row.columns, row.id))
+            examples.append(format.example(row.given, row.id))
             found = format.name
-            unread.update(format.unread(row.columns))
+            unread.update(format.unread(row.given))
         except RequestError as error:
             if problems is None:
                 raise RequestError(f"{row.where}: {error}") from None
@@ -60,7 +61,11 @@ def read_examples(name: str | Path, split: str = "train", problems: list[Problem
 def read_splits(name: str | Path, fraction: float) -> tuple[list[Example], list[Example]]:
     """(examples to train on, examples to measure with): the data's own `valid`, else `fraction` by hash of ids."""
     train = read_examples(name)
-    if str(name) != STDLIB and rows_of(name, "valid") is not None:
+    if str(name) != STDLIB and Path(name).is_dir():
+        unused = [path.name for path in split_files(Path(name)).files.get("test", ())]
+        if unused:
+            notice(f"{name}: the split test is neither trained on nor measured with: {', '.join(unused[:8])}")
+    if str(name) != STDLIB and has_split(name, "valid"):
         return train, read_examples(name, "valid")
     measured = [example for example in train if held_out(_document(example), fraction)]
     return [example for example in train if not held_out(_document(example), fraction)], measured

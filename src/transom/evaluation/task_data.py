@@ -1,4 +1,4 @@
-"""Rows of an evaluation out of .jsonl and .parquet: questions with choices, and prompts with accepted answers.
+"""Rows of an evaluation out of files of rows: questions with choices, and prompts with accepted answers.
 
 What a file holds is seen from the keys of its first row, and every row after it must be of the same kind. No torch.
 """
@@ -6,19 +6,18 @@ What a file holds is seen from the keys of its first row, and every row after it
 from __future__ import annotations
 
 import itertools
-import json
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from transom.data.file_formats import row_format
 from transom.data.row_files import Row, read_rows
 from transom.data.sources import TEXT_KEY, SourceArgs, read_documents
 from transom.errors import RequestError, notice
 
 Kind = Literal["text", "choices", "answers"]
-ROW_SUFFIXES = (".jsonl", ".parquet")
 PROMPT_KEYS = ("prompt", "question")
 CHOICES_KEY, ANSWER_KEY, MESSAGES_KEY = "choices", "answer", "messages"
 KNOWN = {*PROMPT_KEYS, CHOICES_KEY, ANSWER_KEY, MESSAGES_KEY}
@@ -72,9 +71,9 @@ def open_data(paths: Sequence[str], limit: int | None = None) -> list[DataSet]:
 
 
 def kind_of(path: str) -> Kind:
-    """What a source holds: a .jsonl or .parquet file says it in its first row, all else is text."""
+    """Return what a source holds: the first row of a file of rows decides, and all else is text."""
     file = Path(path)
-    if file.suffix not in ROW_SUFFIXES or not file.is_file():
+    if row_format(file) is None or not file.is_file():
         return "text"
     first, row = next(_lines(file), (None, None))
     if first is None or row is None:
@@ -131,16 +130,11 @@ def _rows(path: str, limit: int | None) -> Iterator[tuple[dict[str, Any], Row]]:
 
 
 def _lines(file: Path) -> Iterator[tuple[dict[str, Any], Row]]:
-    """Content and place of each row; one that is no object, or that UTF-8 cannot write, is refused."""
+    """Yield the columns that are not null and the place of each row; one that cannot be read is refused."""
     for row in read_rows(file):
-        try:
-            # Half a surrogate pair passes JSON, and no tokenizer takes it.
-            json.dumps(row.columns, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise RequestError(f"{row.where}: accepted is text that UTF-8 can write") from None
         if row.columns is None:
             raise RequestError(f"{row.where}: {row.problem}")
-        yield row.columns, row
+        yield row.given, row
 
 
 def _prompt(row: Mapping[str, Any], where: str) -> str:

@@ -18,8 +18,8 @@ from transom.chat.template import ChatTemplate, stored_templates
 from transom.checkpoints.folders import TOKENIZERS, Found
 from transom.checkpoints.load import check_vocabulary
 from transom.data.conversations import Example
+from transom.data.file_formats import row_format
 from transom.data.instructions import NAME as STDLIB
-from transom.data.row_files import SUFFIXES
 from transom.data.sources import SourceArgs, read_documents
 from transom.data.tuning_rows import encode_examples, prompt_ids, template_for
 from transom.data.tuning_sets import read_examples, read_splits
@@ -69,7 +69,7 @@ def token_rows(
     tokenizer = Tokenizer.load(found.tokenizer)
     check_vocabulary(tokenizer, found.vocabulary or args.vocab_size, str(found.tokenizer))
     if data is not None:
-        if data == STDLIB or (Path(data).suffix in SUFFIXES and Path(data).is_file()):
+        if data == STDLIB or (row_format(data) is not None and Path(data).is_file()):
             return _rows(data, _written(read_examples(data), found, tokenizer, length), length, most)
         texts: Iterable[str] = (document.text for document in read_documents(SourceArgs(data)))
         return _rows(data, (_encoded(tokenizer, text) for text in texts), length, most)

@@ -1,0 +1,172 @@
+"""Names, compression and JSON of data files: what every verb that reads a data file shares. No torch."""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import io
+import json
+import lzma
+import math
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, cast
+
+from transom.errors import RequestError
+
+RowFormat = Literal["lines", "json", "parquet"]
+ROW_FORMATS: dict[str, RowFormat] = {
+    ".jsonl": "lines",
+    ".ndjson": "lines",
+    ".json": "json",
+    ".parquet": "parquet",
+}
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+ROW_NAMES = f"{', '.join(ROW_FORMATS)}, each also with {', '.join(COMPRESSIONS)}"
+# Templates, `repr` and the JSON writer all recurse; Python ends recursion at about 1000 frames.
+MAX_DEPTH = 100
+
+
+# -- names -------------------------------------------------------------------------------------------
+
+
+def suffix_of(path: str | Path) -> str:
+    """Return the suffix in lower case, without that of a compression: `.jsonl` for `A.JSONL.gz`."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def row_format(path: str | Path) -> RowFormat | None:
+    """Return the format of a file of rows, or None for a file of any other kind."""
+    return ROW_FORMATS.get(suffix_of(path))
+
+
+def stem_of(path: Path) -> str:
+    """Return the file name without the suffixes that `suffix_of` and the compression account for."""
+    name = path.name
+    if path.suffix.lower() in COMPRESSIONS:
+        name = name[: -len(path.suffix)]
+    return name[: len(name) - len(suffix_of(path))]
+
+
+# -- bytes -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn any failure to read or decompress `path` into a `RequestError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise RequestError(f"{path}: cannot be decompressed ({error})") from None
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """Open a file for reading; one that ends in a suffix of `COMPRESSIONS` is decompressed."""
+    compression = path.suffix.lower()
+    if compression == ".gz":
+        return cast(BinaryIO, gzip.open(path))
+    if compression == ".bz2":
+        return cast(BinaryIO, bz2.open(path))
+    if compression == ".xz":
+        return cast(BinaryIO, lzma.open(path))
+    return _open_zst(path) if compression == ".zst" else path.open("rb")
+
+
+def _open_zst(path: Path) -> BinaryIO:
+    """Open a Zstandard file with pyarrow: the standard library reads them from Python 3.14 on."""
+    try:
+        import pyarrow as pa
+    except ImportError:
+        raise RequestError(
+            f"{path}: reading .zst needs pyarrow: pip install 'transom[parquet]'; .gz, .bz2 and .xz need nothing"
+        ) from None
+    return cast(BinaryIO, io.BufferedReader(pa.input_stream(str(path), compression="zstd")))
+
+
+# -- JSON --------------------------------------------------------------------------------------------
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of one JSON text; raise `ValueError` with the reason where it is not strict JSON.
+
+    Python's own reader takes NaN, keeps the last of two equal keys, and lets half a surrogate pair through.
+    """
+    value, end = parse_json_at(text, _skip_space(text, 0))
+    if _skip_space(text, end) < len(text):
+        raise ValueError("more text after the value")
+    return value
+
+
+def parse_json_at(text: str, start: int) -> tuple[Any, int]:
+    """Return the JSON value that begins at `start` and where it ends; raise as `parse_json` does."""
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at character {error.pos - start + 1}") from None
+    except ValueError as error:  # Python refuses to read integers of more than 4300 digits
+        reason = "a number of more than 4,300 digits" if "digits" in str(error) else str(error)
+        raise ValueError(reason) from None
+    written = text[start:end]
+    if written.count("[") + written.count("{") > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
+        raise ValueError(_TOO_DEEP)
+    if "\\ud" in written or "\\uD" in written:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("half a surrogate pair, which is no text that UTF-8 can write") from None
+    return value, end
+
+
+def _skip_space(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+_TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
+
+
+def _deeper_than(value: Any, depth: int) -> bool:
+    """Return whether containers are nested more than `depth` levels deep, without recursion."""
+    level = [value]
+    for _ in range(depth):
+        level = [item for one in level if isinstance(one, dict | list) for item in _items(one)]
+        if not level:
+            return False
+    return any(isinstance(one, dict | list) for one in level)
+
+
+def _items(value: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for at, key in enumerate(keys) if key in keys[:at])
+        raise ValueError(f"the key {twice!r} twice in one object")
+    return out
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:20]} is beyond the range of numbers")
+    return value
+
+
+def _constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number; null stands for a value that is not known")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float, parse_constant=_constant)

@@ -1,0 +1,138 @@
+"""Which files of a folder belong to which split, by the names that the `datasets` library goes by. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transom.data.file_formats import ROW_NAMES, row_format, stem_of, suffix_of
+from transom.errors import RequestError, require
+
+# The words for each split in names of files and folders, and what may stand around them (datasets/data_files.py).
+SPLITS = {
+    "train": ("train", "training"),
+    "valid": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_WORDS = {
+    split: re.compile(rf"(?:^|[-._ 0-9])(?:{'|'.join(words)})(?:[-._ 0-9]|$)") for split, words in SPLITS.items()
+}
+_SHARD = re.compile(r"^(.*?)-?(\d+)-of-(\d+)$")
+# Files beside the rows of a data set, which describe it.
+_DESCRIPTIONS = re.compile(
+    r"(readme|licen[sc]e|citation)\b.*|(config|dataset_info|dataset_infos|dataset_dict|state)\.json"
+)
+_NAMED = 8  # names that a notice lists
+
+
+@dataclass
+class SplitFiles:
+    """The files of a folder by split, in the order of their names, and the names of what is not read."""
+
+    files: dict[str, list[Path]] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+
+    def notice(self) -> str:
+        """Return what is not read: how many files and folders, and the names of some."""
+        shown = ", ".join(self.ignored[:_NAMED]) + (", ..." if len(self.ignored) > _NAMED else "")
+        return f"not read, for their names or their formats: {len(self.ignored)} files or folders ({shown})"
+
+
+def split_files(folder: Path) -> SplitFiles:
+    """Return the files of every split in a folder, or in its `data` sub-folder where it has none itself.
+
+    The split is the first word of `SPLITS` in the name of the file, or of the sub-folder that holds it. Where no
+    name has such a word, all files of rows are `train`, as `datasets` has it. Missing shards, two formats of
+    one split, and a name with the words of two splits are refused.
+    """
+    found = _split(folder)
+    if not found.files and (folder / "data").is_dir():
+        ignored = [name for name in found.ignored if name != "data/"]
+        found = _split(folder / "data")
+        found.ignored += ignored
+    if not found.files:
+        root = folder if _rows_in(folder) else folder / "data"
+        rows = _rows_in(root)
+        if rows:
+            names = {path.name for path in rows}
+            found = SplitFiles({"train": rows}, [name for name in found.ignored if name not in names])
+    for split, files in found.files.items():
+        suffixes = sorted({suffix_of(path) for path in files})
+        accepted = "accepted is one format"
+        require(len(suffixes) < 2, f"{folder}: files of the split {split}", suffixes, accepted)
+        _check_shards(folder, files)
+    return found
+
+
+def no_training_rows(folder: Path, found: SplitFiles) -> RequestError:
+    """Return the error for a folder without a file of the split `train`."""
+    more = f"; {found.notice()}" if found.ignored else ""
+    return RequestError(f"{folder}: no training rows; accepted is a folder with train.jsonl (or {ROW_NAMES}){more}")
+
+
+def _split(folder: Path) -> SplitFiles:
+    """Sort the entries of one folder by split; whatever has no split is ignored."""
+    out = SplitFiles()
+    for path in _entries(folder):
+        split = _split_of(path)
+        if path.is_dir():
+            rows = [file for file in _below(path) if row_format(file)] if split else []
+            others = [file for file in _below(path) if not row_format(file)] if rows else []
+            out.ignored += [str(file.relative_to(folder)) for file in others if not _describes(file)]
+        else:
+            rows = [path] if split and row_format(path) else []
+        if split and rows:
+            out.files.setdefault(split, []).extend(rows)
+        elif not _describes(path):
+            out.ignored.append(path.name + "/" * path.is_dir())
+    return out
+
+
+def _split_of(path: Path) -> str | None:
+    stem = (path.name if path.is_dir() else stem_of(path)).lower()
+    found = [split for split, pattern in _WORDS.items() if pattern.search(stem)]
+    accepted = f"accepted is a name with the word of one split, this one has those of {' and '.join(found)}"
+    require(len(found) < 2 or path.is_dir() or row_format(path) is None, "data", str(path), accepted)
+    return found[0] if len(found) == 1 else None
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Return what a folder holds, without hidden entries and those whose name begins with `__`."""
+    return [path for path in sorted(folder.glob("*")) if not path.name.startswith((".", "__"))]
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    for path in _entries(folder):
+        if path.is_dir():
+            yield from _below(path)
+        else:
+            yield path
+
+
+def _rows_in(folder: Path) -> list[Path]:
+    return [path for path in _entries(folder) if path.is_file() and row_format(path) and not _describes(path)]
+
+
+def _describes(path: Path) -> bool:
+    return path.is_file() and _DESCRIPTIONS.fullmatch(path.name.lower()) is not None
+
+
+def _check_shards(folder: Path, files: Iterable[Path]) -> None:
+    """Refuse a set of `NAME-00000-of-00002` files that lacks one, or two sets of different sizes under one name."""
+    sets: dict[tuple[Path, str], dict[int, set[int]]] = {}
+    for path in files:
+        if shard := _SHARD.match(stem_of(path)):
+            sizes = sets.setdefault((path.parent, shard[1]), {})
+            sizes.setdefault(int(shard[3]), set()).add(int(shard[2]))
+    for (parent, name), sizes in sets.items():
+        accepted = "accepted is one set of shards"
+        require(len(sizes) == 1, f"{parent}: shards of {name}", [f"-of-{size}" for size in sizes], accepted)
+        ((size, numbers),) = sizes.items()
+        first = 0 if 0 in numbers else 1
+        missing = sorted(set(range(first, first + size)) - numbers)
+        extra = sorted(numbers - set(range(first, first + size)))
+        wrong = f"without {missing}" if missing else f"with {extra}"
+        accepted = f"accepted are all {size} files of {name}-...-of-{size}"
+        require(not missing and not extra, f"{parent}: shards of {name}", wrong, accepted)

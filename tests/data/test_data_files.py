@@ -1,0 +1,260 @@
+"""One reader of rows for every verb: names, compression, splits of folders, and JSON that is not quite JSON."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from transom.data.labelled import read_labelled
+from transom.data.row_files import read_rows
+from transom.data.sources import ReadReport, SourceArgs, read_documents
+from transom.data.split_files import split_files
+from transom.data.tuning_sets import read_examples, read_splits
+from transom.errors import RequestError
+from transom.evaluation.task_data import open_data
+
+ROWS = [{"text": "one"}, {"text": "two"}]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+LIST = json.dumps(ROWS).encode()
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
+def write(path: Path, content: bytes | list[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = content if isinstance(content, bytes) else "".join(json.dumps(row) + "\n" for row in content).encode()
+    path.write_bytes(lines)
+    return path
+
+
+def documents(path: Path) -> list[str]:
+    return [document.text for document in read_documents(SourceArgs(path=str(path)))]
+
+
+# Names and bytes of one file
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", LINES),
+        ("A.JSONL", LINES),
+        ("a.ndjson", LINES),
+        ("a.json", LINES),
+        ("a.json", LIST),
+        ("a.json", json.dumps(ROWS, indent=2).replace("\n", "\r\n").encode()),
+        ("a.jsonl", b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n")),
+        ("a.json", b"\xef\xbb\xbf" + LIST),
+        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.jsonl.bz2", bz2.compress(LINES)),
+        ("a.json.xz", lzma.compress(LIST)),
+        ("a.jsonl.zst", pa.Codec("zstd").compress(LINES, asbytes=True)),
+    ],
+    ids=lambda one: one if isinstance(one, str) else "",
+)
+def test_every_verb_reads_the_same_rows(tmp_path: Path, name: str, content: bytes) -> None:
+    path = write(tmp_path / name, content)
+    assert documents(path) == documents(tmp_path) == ["one", "two"]
+    assert [example.text for example in read_examples(path)] == ["one", "two"]
+    assert open_data([str(path)])[0].kind == "text"
+
+
+def test_a_head_reads_every_format_of_rows(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+    listed = write(tmp_path / "a.json", json.dumps(rows, indent=1).encode())
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for path in (listed, tmp_path / "a.parquet"):
+        read = read_labelled(path, "classification")
+        assert [(row.text, row.label) for row in read] == [("a", "x"), ("b", "y")]
+        assert [row.id for row in read] == [one.id for one in read_documents(SourceArgs(path=str(path)))]
+
+
+def test_a_text_loses_its_byte_order_mark_and_its_compression(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\n")
+    write(tmp_path / "b.txt.gz", gzip.compress(b"two"))
+    assert documents(tmp_path) == ["one\r\n", "two"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.xz", "a.jsonl.zst"])
+def test_a_damaged_archive_is_named(tmp_path: Path, name: str) -> None:
+    packed = {"gz": gzip.compress(LINES * 50), "xz": lzma.compress(LINES * 50), "zst": b"no archive"}
+    path = write(tmp_path / name, packed[name.rpartition(".")[2]][:-9])
+    with pytest.raises(RequestError, match=name):
+        documents(path)
+
+
+def test_json_that_is_no_data_is_text_in_a_folder_and_counted(tmp_path: Path) -> None:
+    write(tmp_path / "package.json", b'{\n "name": "x"\n}')
+    write(tmp_path / "rows.json", LIST)
+    report = ReadReport()
+    read = list(read_documents(SourceArgs(path=str(tmp_path)), report))
+    assert [one.text for one in read] == ['{\n "name": "x"\n}', "one", "two"]
+    assert report.json_without_rows == 1
+    with pytest.raises(RequestError, match=r"package.json:1: name"):
+        documents(tmp_path / "package.json")
+
+
+# Folders
+
+
+def names(folder: Path) -> dict[str, list[str]]:
+    found = split_files(folder).files.items()
+    return {split: [path.relative_to(folder).as_posix() for path in files] for split, files in found}
+
+
+@pytest.mark.parametrize(
+    ("files", "split"),
+    [
+        (["train.jsonl", "train_2.jsonl", "train-3.jsonl"], "train"),
+        (["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"], "train"),
+        (["train-1-of-2.jsonl", "train-2-of-2.jsonl"], "train"),
+        (["data/train.jsonl.gz"], "train"),
+        (["training/a.jsonl", "training/deep/b.jsonl"], "train"),
+        (["my_train_rows.JSONL"], "train"),
+        (["a.jsonl", "b.jsonl"], "train"),  # no name of a split anywhere
+        (["dev.jsonl"], "valid"),
+        (["val.jsonl"], "valid"),
+        (["validation-00000-of-00001.jsonl"], "valid"),
+        (["eval.jsonl"], "test"),
+        (["testing/a.jsonl"], "test"),
+    ],
+)
+def test_files_have_the_split_that_datasets_gives_them(tmp_path: Path, files: list[str], split: str) -> None:
+    for name in files:
+        write(tmp_path / name, ROWS)
+    found = names(tmp_path)
+    assert sorted(found.pop(split)) == sorted(files) and not found
+
+
+@pytest.mark.parametrize(
+    ("files", "field"),
+    [
+        (["train-00000-of-00002.jsonl"], r"shards of train = 'without \[1\]'"),
+        (["train-00001-of-00002.jsonl"], r"shards of train = 'without"),
+        (["train-0-of-1.jsonl", "train-0-of-2.jsonl", "train-1-of-2.jsonl"], "accepted is one set of shards"),
+        (["train/x-00001-of-00003.jsonl", "train/x-00002-of-00003.jsonl"], "shards of x"),
+        (["train_test.jsonl"], "accepted is a name with the word of one split"),
+        (["train.jsonl", "train_2.json"], "accepted is one format"),
+        (["train.csv"], r"no training rows.* 1 files or folders \(train.csv\)"),
+    ],
+)
+def test_files_that_would_be_missed_are_refused(tmp_path: Path, files: list[str], field: str) -> None:
+    for name in files:
+        write(tmp_path / name, ROWS)
+    with pytest.raises(RequestError, match=field):
+        read_examples(tmp_path)
+
+
+def test_what_is_not_read_of_a_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in (
+        "train.jsonl",
+        "dev.jsonl",
+        "test.jsonl",
+        "extra.jsonl",
+        "train.csv",
+        "old/train.jsonl",
+        "README.md",
+    ):
+        write(tmp_path / name, ROWS)
+    train, measured = read_splits(tmp_path, 0.0)
+    told = capsys.readouterr().err
+    assert len(train) == len(measured) == 2
+    assert "3 files or folders (extra.jsonl, old/, train.csv)" in told and told.count("not read, for") == 1
+    assert "test.jsonl" in told and "README" not in told
+
+
+# Rows
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": NaN}', "NaN"),
+        (b'{"text": -Infinity}', "Infinity"),
+        (b'{"n": 1e999, "text": "a"}', "1e999"),
+        (b'{"text": "a", "text": "b"}', "'text' twice"),
+        (b'{"text": ' + b"[" * 600 + b"]" * 600 + b"}", "nested"),
+        (b'{"text": ' + b"[" * 99999, "nested"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "digits"),
+        (b'{"text": "\\udc00"}', "surrogate"),
+        (b'{"text": "a\0b"}', "control character"),
+        (b'{"text": "a"} {"text": "b"}', "more text"),
+        (b'{"text": "\xff"}', "utf-8"),
+    ],
+)
+def test_a_row_that_is_not_strict_json_is_named_with_its_reason(tmp_path: Path, line: bytes, reason: str) -> None:
+    path = write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "fine"}\r\n\r\n' + line + b"\r\n")
+    for read in (read_examples, documents):
+        with pytest.raises(RequestError, match=f"a.jsonl:3: .*{reason}") as caught:
+            read(path)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        ('[{"text": "a"},\n\n {"text": "b"}\n] x', "4"),
+        ('[{"text": "a"}]\n[{"text": "b"}]', "2"),
+        ('[{"text": "a"},\n NaN]', "2"),
+        ('[{"text": "a"},', "1.2"),
+        ('{\n "text": "a"\n}\n{\n "text": "b"\n}', "4"),
+    ],
+)
+def test_nothing_after_a_list_is_left_out(tmp_path: Path, content: str, where: str) -> None:
+    path = write(tmp_path / "a.json", content.encode())
+    problems = [row.where for row in read_rows(path) if row.columns is None]
+    assert problems == [f"{path}:{where}"]
+
+
+def test_right_values_are_kept(tmp_path: Path) -> None:
+    rows = [{"text": "a\0b", "n": 10**400}, {"text": "\U0001f600", "n": [[[1]]]}]
+    path = write(tmp_path / "a.jsonl", rows)
+    assert [row.columns for row in read_rows(path)] == rows
+    assert documents(path) == ["a\0b", "\U0001f600"]
+    with pytest.raises(RequestError, match=r"a\.jsonl:1: weight"):
+        read_examples(write(path, [{"text": "a", "weight": 10**400}]))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_null_columns_are_as_if_they_were_not_there(tmp_path: Path, name: str) -> None:
+    empty = dict.fromkeys(("chosen", "rejected", "prompt", "completion", "label", "text"))
+    rows: list[dict[str, Any]] = [{**empty, "messages": [USER, ANSWER]}, {**empty, "messages": None}]
+    path = tmp_path / name
+    if name == "a.jsonl":
+        write(path, rows)
+    else:
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    problems: list[Any] = []
+    (example,) = read_examples(path, problems=problems)
+    assert example.messages == (USER, ANSWER)
+    assert [(one.where, one.sentence.split(":")[0]) for one in problems] == [(f"{path}:2", "columns = None")]
+    assert "null" in problems[0].sentence
+
+
+def test_null_texts_are_counted_as_empty_in_every_format(tmp_path: Path) -> None:
+    rows = [{"text": None}, {"text": "a"}]
+    write(tmp_path / "a.jsonl", rows)
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    report = ReadReport()
+    read = list(read_documents(SourceArgs(path=str(tmp_path)), report))
+    assert [one.id for one in read] == ["a.jsonl:2", "a.parquet:2"] and report.empty == 2
+
+
+def test_tables_with_dictionaries_views_and_bad_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    for kind in (pa.dictionary(pa.int32(), pa.string()), pa.large_string(), pa.string_view()):
+        parquet.write_table(pa.table({"text": pa.array(["b", "a", "b"]).cast(kind)}), path)
+        assert documents(path) == ["b", "a", "b"]
+        assert [example.text for example in read_examples(path)] == ["b", "a", "b"]
+    bad = pa.array([b"fine", b"fine", b"\xff"]).cast(pa.binary()).view(pa.string())
+    parquet.write_table(pa.table({"text": bad}), path, row_group_size=2)
+    for read in (read_examples, documents):
+        with pytest.raises(RequestError, match=r"a\.parquet:3: .*UTF-8"):
+            read(path)

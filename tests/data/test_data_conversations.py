@@ -89,6 +89,28 @@ PAIRS = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("The sky is blue.", "The sky is black.", "The sky is"),  # TRL ends the prompt after "bl"
+        ("The sky", "The sky is blue", "The"),  # TRL's answer is "y"
+        ("The sky ", "The sky is", "The"),
+        ("a b1", "a b22", "a"),
+        ("so (x)", "so (y)", "so"),
+        ("q:\nyes", "q:\nno", "q:\n"),
+        ("q:\n\nyes", "q:\n\n\nno", "q:"),
+        ("q:\tyes", "q:\tno", "q:"),
+        ("q:  yes", "q: no", "q:"),
+        ("天气很好", "天气很坏", "天气很"),
+        ("is e\u0301", "is e\u0300", "is"),
+    ],
+)
+def test_a_shared_prompt_ends_where_a_word_does(chosen: str, rejected: str, prompt: str) -> None:
+    made = example({"chosen": chosen, "rejected": rejected})
+    assert made.messages[0]["content"] == prompt
+    assert [prompt + str(answer[0]["content"]) for answer in made.answers] == [chosen, rejected]
+
+
 @pytest.mark.parametrize(("row", "prompt", "answers", "bare"), PAIRS)
 def test_pairs_share_a_prompt(row: dict[str, Any], prompt: str, answers: tuple[str, str], bare: bool) -> None:
     # Sets of pairs often keep the chosen conversation under `messages` as well.
@@ -128,7 +150,8 @@ def test_prompts_with_an_answer_to_compare_with() -> None:
         ({"instruction": "q", "output": None}, "output = None: accepted is text"),
         ({"text": ""}, "text = '': accepted is text"),
         ({"chosen": "a", "rejected": "a"}, "rejected = 'a': the same as chosen"),
-        ({"chosen": "a", "rejected": "b"}, "prompt = '': accepted is one, or answers that begin alike"),
+        ({"chosen": "a", "rejected": "b"}, "prompt = '': accepted is one, or answers that begin"),
+        ({"chosen": "blue", "rejected": "black"}, "prompt = '': accepted is one, or answers that begin"),
     ],
 )
 def test_malformed_rows_are_one_sentence(row: dict[str, Any], sentence: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from tests.chat_texts import PUBLISHED, say
 from transom.chat.built_in import named
 from transom.chat.template import ChatTemplate
-from transom.data.conversations import Example
+from transom.data.conversations import Example, recognise
 from transom.data.tuning_rows import (
     EncodedRows,
     TuningCounts,
@@ -21,7 +22,7 @@ from transom.data.tuning_rows import (
 )
 from transom.data.tuning_sets import Problem
 from transom.errors import RequestError
-from transom.tokenizer import Tokenizer, byte_tokenizer
+from transom.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 
 TOKENIZER = byte_tokenizer()
 BOS, EOS = 256, 257
@@ -85,6 +86,32 @@ def test_pairs_share_their_prompt_and_learn_their_answers() -> None:
     assert chosen.ids[: starts[0]].tolist() == rejected.ids[: starts[0]].tolist() == PLAIN.encode([Q])
     with pytest.raises(RequestError, match="accepted are pairs alone, or none at all"):
         encode(chat(), bare("pair", "good", "bad"))
+
+
+def test_pairs_of_the_same_tokens_are_left_out_and_counted() -> None:
+    trimmed, same_start = bare("pair", "good", "good "), bare("pair", "good", "goose")
+    strip = ChatTemplate(PUBLISHED["zephyr"].replace("message['content']", "message['content'] | trim"), TOKENIZER)
+    encoded = encode(trimmed, same_start, template=strip)
+    assert (len(encoded.items), encoded.counts.alike, encoded.counts.rows) == (1, 1, 2)
+    assert "1 pairs left out" in str(encoded.counts)
+    cut = len(PLAIN.encode([Q])) + 2
+    assert encode(trimmed, same_start, bare("pair", "x", "y"), seq_len=cut).counts.alike == 2
+    with pytest.raises(RequestError, match=r"nothing to train on .*1 pairs left out"):
+        encode(same_start, seq_len=cut)
+
+
+def test_a_shared_prompt_and_its_answers_are_the_tokens_of_the_whole_text() -> None:
+    text = "the sky is blue, the sea is black; 12 birds\n\tsing (softly) and\n\nfly  away. 天气很好 "
+    tokenizer = train_bpe([text * 3], 300)
+    words = re.findall(r"\s*\S+", text)
+    for at in range(1, len(words)):
+        chosen, rejected = "".join(words), "".join([*words[:at], words[at][:-1] + "q?"])
+        pair = recognise({"chosen": chosen, "rejected": rejected}).example(
+            {"chosen": chosen, "rejected": rejected}, "f:1"
+        )
+        ((one, other),) = encode_examples([pair], tokenizer, None, seq_len=500).items
+        for row, whole in ((one, chosen), (other, rejected)):
+            assert row.ids.tolist() == tokenizer.encode(whole, add_bos=True, add_eos=True)
 
 
 def test_earlier_answers_of_a_prompt_carry_no_loss() -> None:

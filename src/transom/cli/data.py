@@ -198,6 +198,7 @@ WORDS = {
     "without_end": "answers without an end of turn",
     "split_rows": "further rows of split conversations",
     "unlike_prompt": "answers not behind their own prompt",
+    "alike": "pairs left out, answers of the same tokens",
     "too_long": "prompts without room for an answer",
     "packed_rows": "packed into rows",
     "fill": "fill of packed rows",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -149,7 +150,7 @@ def _label(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pair(row: Mapping[str, Any]) -> dict[str, Any]:
-    """As TRL reads pairs: without a prompt of its own, it is what both answers begin with."""
+    """Return the fields of a pair; without a prompt of its own, it is what both answers begin with."""
     names = ("chosen", "rejected")
     answers = {name: [row[name]] if isinstance(row[name], dict) else row[name] for name in names}
     chosen, rejected = answers["chosen"], answers["rejected"]
@@ -163,10 +164,9 @@ def _pair(row: Mapping[str, Any]) -> dict[str, Any]:
         elif prompt is None or any(isinstance(turn, dict) and turn.get("content") == prompt for turn in shared):
             prompt, cut = shared, len(shared)
     elif prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
-        cut = _shared(chosen, rejected)
-        cut -= chosen[:cut].endswith(" ")  # the space belongs to the word behind it
+        cut = _prompt_end(chosen, rejected)
         prompt = chosen[:cut]
-    require(bool(prompt), "prompt", prompt, "accepted is one, or answers that begin alike")
+    require(bool(prompt), "prompt", prompt, "accepted is one, or answers that begin with the same words")
     return {"kind": "pair", **_prompt_and_answers(row, prompt, {name: one[cut:] for name, one in answers.items()})}
 
 
@@ -174,6 +174,34 @@ def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
     """How far two texts, or two lists, are the same."""
     pairs = zip(one, other, strict=False)
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _prompt_end(chosen: str, rejected: str) -> int:
+    """Return where the prompt ends that two texts share, which is never inside a word.
+
+    That is where they differ, as in TRL's `extract_prompt`, or the beginning of the word in which they differ. The
+    space before a word belongs to the word, as in most vocabularies, so that the tokens of the prompt and those of
+    an answer are the tokens of the whole text. Where one text is the beginning of the other, its last word is its
+    answer.
+    """
+    cut, shorter = _shared(chosen, rejected), min(chosen, rejected, key=len)
+    if cut == len(shorter):
+        cut = max(0, len(shorter.rstrip()) - 1)
+    while cut and any(_one_word(text[cut - 1], text[cut]) for text in (chosen, rejected)):
+        cut -= 1
+    last = chosen[cut - 1 : cut]
+    return cut - (last.isspace() and last not in "\r\n")
+
+
+def _one_word(before: str, after: str) -> bool:
+    """Return whether two neighbouring characters are of one word, or of one run of white space.
+
+    Chinese and Japanese are written without spaces: there every character may begin a word.
+    """
+    if before.isspace() or after.isspace():
+        return before.isspace() and after.isspace()
+    joined = unicodedata.category(after) in ("Mn", "Mc", "Me", "Cf") or before == "\u200d"  # of emoji and accents
+    return joined or not any(unicodedata.east_asian_width(one) in "WF" for one in (before, after))
 
 
 def _prompt_answer(row: Mapping[str, Any]) -> dict[str, Any]:

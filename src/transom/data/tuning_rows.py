@@ -44,6 +44,7 @@ class TuningCounts:
     without_end: int = 0  # answers with loss that no token ends which ends a turn, cut ones among them
     split_rows: int = 0  # rows beyond one per conversation, where a template writes earlier turns otherwise
     unlike_prompt: int = 0  # answers with loss behind other tokens than those that the model is asked with
+    alike: int = 0  # pairs left out because both answers became the same tokens
 
     def __str__(self) -> str:
         """One line: what there is, and what is not as one would expect."""
@@ -56,6 +57,7 @@ class TuningCounts:
             "without_end": "answers without an end of turn",
             "split_rows": "rows more, since the template writes earlier turns otherwise",
             "unlike_prompt": "answers behind other tokens than those of their prompt alone",
+            "alike": "pairs left out whose answers are the same tokens, once written and cut",
         }
         return "; ".join([line, *(f"{n:,} {said}" for name, said in words.items() if (n := getattr(self, name)))])
 
@@ -210,7 +212,7 @@ def _unweighted(messages: Messages) -> list[dict[str, object]]:
 def _fit(
     item: tuple[Written, ...], id: str, seq_len: int, truncate: Truncate, counts: TuningCounts
 ) -> tuple[TuningRow, ...]:
-    """The rows of an item within `seq_len` tokens, counted; none where one is too long or has no loss left."""
+    """Return the rows of an item within `seq_len` tokens, counted; none where they would train nothing."""
     too_long = sum(len(row.ids) > seq_len for row in item)
     if too_long and truncate == "drop":
         counts.dropped += 1
@@ -220,6 +222,9 @@ def _fit(
         whole = all(row.weights.any() for row in item)
         counts.beyond += whole
         counts.fully_masked += not whole
+        return ()
+    if len(rows) == 2 and np.array_equal(rows[0].ids, rows[1].ids):  # their losses would cancel out
+        counts.alike += 1
         return ()
     counts.truncated += too_long
     counts.rows += len(rows)

@@ -39,10 +39,6 @@ class Batch:
         """Tokens of the longest row."""
         return self.tokens.size(1)
 
-    def full_size(self, seq_len: int) -> Batch:
-        """Rows as long as rows get, which these are."""
-        return self
-
     def inputs(self) -> TransformerInput:
         """What the model is called with: packed rows see their own documents only."""
         # Whole rows need no sizes, and then share one set of positions.
@@ -122,6 +118,13 @@ class Batches(PlaceInOrder):
             sizes=tuple(sizes),
             epoch=epoch,
         )
+
+    def largest(self, micro_batches: int) -> Batch:
+        """Return the first of the next batch's `micro_batches`; all are of one size. The place stays."""
+        state = self.state
+        batch = self.next()
+        self.load_state(state)
+        return next(batch.micro_batches(micro_batches))
 
     def _window(self, epoch: int, item: int) -> tuple[NDArray[np.int64], list[int]]:
         """The `seq_len + 1` tokens of an item, and how many come from each document."""

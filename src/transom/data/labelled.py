@@ -162,11 +162,6 @@ class LabelledBatch:
         """Tokens of the longest row."""
         return self.tokens.size(1)
 
-    def full_size(self, seq_len: int) -> LabelledBatch:
-        """The same rows, each as long as rows get."""
-        tokens_BT = F.pad(self.tokens, (0, seq_len - self.tokens.size(1)))
-        return replace(self, tokens=tokens_BT, lengths=torch.full_like(self.lengths, seq_len))
-
     def inputs(self) -> TransformerInput:
         """What the model is called with."""
         return TransformerInput(self.tokens, lengths=self.lengths)
@@ -213,6 +208,11 @@ class LabelledBatches(ShuffledItems):
         batch = collate([self._items[self._index(*self._place(ahead))] for ahead in self._rows], epoch)
         self._epoch, self._item = self._place(self._rows_per_step)
         return batch
+
+    def largest(self, micro_batches: int) -> LabelledBatch:
+        """Return the longest rows of the set, as many as one of a step's `micro_batches` takes."""
+        longest = sorted(self._items, key=lambda item: max(map(len, item.ids)), reverse=True)
+        return collate(longest[: self._micro_batch_items(micro_batches)])
 
 
 class EncodedRow(NamedTuple):

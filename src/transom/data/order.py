@@ -187,6 +187,10 @@ class PlaceInOrder(ABC):
     def next(self) -> Any:
         """This rank's rows of the next global batch."""
 
+    def _micro_batch_items(self, micro_batches: int) -> int:
+        """Return how many of this rank's items one of `micro_batches` of a step takes."""
+        return len(self._rows) // micro_batches
+
     def _place(self, ahead: int) -> tuple[int, int]:
         """Epoch and item of the row `ahead` rows from here."""
         epochs, item = divmod(self._item + ahead, self.items_per_epoch)

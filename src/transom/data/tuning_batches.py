@@ -88,19 +88,6 @@ class TuningBatch:
             )
             yield here._columns(slice(0, int(self.lengths[part].max())))
 
-    def full_size(self, seq_len: int) -> TuningBatch:
-        """As many rows, each of `seq_len` tokens: as much as a batch can be, for a step that tries the memory."""
-        if self.sizes is not None:
-            more = len(self.sizes) * seq_len - self.tokens.size(1)
-            long = replace(self, sizes=((seq_len,),) * len(self.sizes))
-        else:
-            assert self.lengths is not None, "rows are packed or padded"
-            more = seq_len - self.tokens.size(1)
-            long = replace(self, lengths=torch.full_like(self.lengths, seq_len))
-        weights = None if self.weights is None else F.pad(self.weights, (0, more))
-        targets = F.pad(self.targets, (0, more), value=NO_TARGET)
-        return replace(long, tokens=F.pad(self.tokens, (0, more)), targets=targets, weights=weights)
-
     def _columns(self, part: slice) -> TuningBatch:
         weights = None if self.weights is None else self.weights[:, part]
         return replace(self, tokens=self.tokens[:, part], targets=self.targets[:, part], weights=weights)
@@ -188,6 +175,16 @@ class TuningBatches(ShuffledItems):
         epoch = self._epoch
         chosen = [self._index(*self._place(ahead)) for ahead in self._rows]
         self._epoch, self._item = self._place(self._rows_per_step)
+        return self._batch(chosen, epoch)
+
+    def largest(self, micro_batches: int) -> TuningBatch:
+        """Return the longest rows of the set, as many as one of a step's `micro_batches` takes."""
+        tokens = [sum(self._lengths[pack]) for pack in self._packs] if self._packing else self._lengths
+        longest = np.argsort(-np.asarray(tokens), kind="stable")
+        return self._batch(longest[: self._micro_batch_items(micro_batches)].tolist())
+
+    def _batch(self, chosen: Sequence[int], epoch: int = 0) -> TuningBatch:
+        """Return the batch of these rows."""
         items, labels = self._data.items, self._data.labels
         if self._packing:
             return packed_batch([[items[at][0] for at in self._packs[index]] for index in chosen], epoch)

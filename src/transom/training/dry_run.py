@@ -8,18 +8,9 @@ import torch
 from torch import Tensor
 
 from transom.training.config import TrainArgs
-from transom.training.objectives import RunBatch, RunBatches
+from transom.training.objectives import RunBatch
 
 RANDOM = ("rng", "rng_cuda")
-
-
-def peek(batches: RunBatches, accumulate: int, seq_len: int) -> RunBatch:
-    """The first micro-batch of the next batch, which stays the next one, with every row as long as rows get."""
-    state = batches.state
-    batch = batches.next()
-    batches.load_state(state)
-    first: RunBatch = next(batch.full_size(seq_len).micro_batches(accumulate))
-    return first
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -55,9 +55,6 @@ class RunBatch(Protocol):
     def micro_batches(self, count: int) -> Iterator[Any]:
         """The rows in `count` groups."""
 
-    def full_size(self, seq_len: int) -> Any:
-        """Rows as many as these, and as long as rows get."""
-
 
 class RunBatches(Protocol):
     """An endless run of batches, whose state is a place in it."""
@@ -71,6 +68,12 @@ class RunBatches(Protocol):
 
     def next(self) -> Any:
         """This rank's rows of the next global batch."""
+
+    def largest(self, micro_batches: int) -> Any:
+        """Return the largest of this rank's micro-batches, `micro_batches` of which make a step.
+
+        The place stays where it is.
+        """
 
 
 class Measured(Protocol):

@@ -112,17 +112,6 @@ class QuestionBatch:
         """The question of every answer."""
         return [row for row in self.rows for _ in range(self.group)]
 
-    def full_size(self, seq_len: int) -> RolloutBatch:
-        """Answers to as many questions, in rows of `seq_len` tokens: for a step that tries the memory."""
-        ids, weights = np.zeros(seq_len + 1, np.int32), np.zeros(seq_len + 1, np.float32)
-        weights[-self.answer_tokens :] = 1.0
-        items = [[TuningRow(row.id, ids, weights)] * self.group for row in self.rows]
-        rows, count = padded_batch(items, self.epoch), len(self.seeds)
-        nothing = torch.zeros(count)
-        return RolloutBatch(
-            rows, nothing, nothing, nothing.bool(), torch.zeros(rows.tokens.shape), count * self.world_size
-        )
-
 
 class QuestionBatches(ShuffledItems):
     """An endless run of batches in a random order per epoch; its state is a place in it, as that of `Batches`."""
@@ -154,6 +143,22 @@ class QuestionBatches(ShuffledItems):
         seeds = tuple(answer_seed(self._seed, *place, index) for place in places for index in range(self._group))
         self._epoch, self._item = self._place(self._rows_per_step)
         return QuestionBatch(rows, seeds, self._group, self._answer_tokens, epoch, self._world_size)
+
+    def largest(self, micro_batches: int) -> RolloutBatch:
+        """Return the longest questions with answers of full length, as many as one of `micro_batches` takes."""
+        longest = sorted(self._questions, key=lambda row: len(row.ids), reverse=True)
+        chosen = longest[: self._micro_batch_items(micro_batches)]
+        weights = np.ones(self._answer_tokens, np.float32)
+        items = []
+        for row in chosen:
+            ids = np.asarray([*row.ids, *[0] * self._answer_tokens], np.int32)
+            known = np.zeros(len(row.ids), np.float32)
+            items.append([TuningRow(row.id, ids, np.concatenate([known, weights]))] * self._group)
+        rows = padded_batch(items)
+        count = len(rows.tokens)
+        nothing = torch.zeros(count)
+        drawn = torch.zeros(rows.tokens.shape)
+        return RolloutBatch(rows, nothing, nothing, nothing.bool(), drawn, count * self._world_size)
 
 
 def answer_seed(seed: int, epoch: int, item: int, index: int) -> int:

@@ -23,7 +23,7 @@ from transom.training.balance import RouterCounts, router_parts, update_choice_b
 from transom.training.blame import blame
 from transom.training.blocks import OFFLOAD_MIN_BYTES, arrange_blocks
 from transom.training.config import TrainArgs
-from transom.training.dry_run import RANDOM, is_out_of_memory, peek, random_state, restore_random_state, too_large
+from transom.training.dry_run import RANDOM, is_out_of_memory, random_state, restore_random_state, too_large
 from transom.training.ema import Ema
 from transom.training.monitor import Monitor, Progress, Score, StepResult, lower_is_better
 from transom.training.mup import width_multiplier
@@ -230,13 +230,13 @@ class Trainer:
     # -- the run --------------------------------------------------------------------------------------
 
     def dry_run(self) -> None:
-        """Forward and backward of a full micro-batch before anything counts; `RequestError` if it does not fit.
+        """Run the run's largest micro-batch forward and backward; raise `RequestError` if it does not fit.
 
         Weights, random state, data order and metrics are as before. Call it before `resume` and `fit`.
         """
         if isinstance(self.optimizers, BackwardOptimizers):
             self.optimizers.remove_hooks()  # or the backward pass would move weights
-        micro = peek(self.batches, self.args.accumulate, self.args.data.seq_len)
+        micro = self.batches.largest(self.args.accumulate)
         before, started = random_state(self.device), time.perf_counter()
         self.model.train()
         try:  # from the second micro-batch on, the gradients of the first are there as well

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from tests.training.runs import losses, tiny_config
 from tests.training.runs import tiny_args as tiny_run

@@ -12,7 +12,6 @@ from itertools import accumulate, chain
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 

@@ -120,6 +120,16 @@ def test_an_adapter_on_weights_that_have_changed_is_refused(finished, folders, t
     assert "fingerprint" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("rank", ["8", "1e1", "08"])
+def test_the_scale_follows_the_rank_however_it_is_written(folders, rank):
+    lora = parsed(folders[0], "--data", folders[1], f"tune.lora.rank={rank}").tune.lora
+    assert lora.alpha == 2 * lora.rank == 2 * int(float(rank))
+
+
+def test_a_name_of_a_run_is_no_yaml(folders):
+    assert parsed(folders[0], "--data", folders[1], "--out", "exp #2: a").out == "exp #2: a"
+
+
 def test_steps_replace_epochs(folders):
     assert parsed(folders[0], "--data", folders[1], "--iters", 7).tune.epochs is None
     assert parsed(folders[0], "--data", folders[1]).tune.epochs == 3.0

@@ -12,8 +12,9 @@ from transom.cli.main import emit_json
 from transom.cli.train import field_lines, run_training
 from transom.errors import RequestError, require
 from transom.planning.counts import parameters
-from transom.training.config import TrainArgs, read_config, read_yaml
+from transom.training.config import TrainArgs, read_config
 from transom.training.tune_args import PREFERENCES, TuneArgs
+from transom.yaml_files import read_yaml
 
 SEQ_LEN = 1024  # rows are no longer than this unless asked for
 EMBEDDED = "stdlib-docs"
@@ -105,8 +106,6 @@ def config_of(options: argparse.Namespace) -> TrainArgs:
         return resumed_config(options, overrides, given)
     if "out" not in given:
         overrides = [f"out={default_out(options.model)}", *overrides]
-    if "tune.lora.rank" in given and "tune.lora.alpha" not in given:
-        overrides = [*overrides, f"tune.lora.alpha={2 * _number(given['tune.lora.rank'])}"]
     found, model = find_model(options.model), Path(options.model)
     model_args = read_args(found.model)
     small = parameters(model_args) < SMALL_PARAMETERS
@@ -125,6 +124,8 @@ def config_of(options: argparse.Namespace) -> TrainArgs:
     require(bool(first.data.sources), "--data", None, f"accepted is a file, a folder or {EMBEDDED}")
     require(first.tune is not None, "tune", None, "accepted here is what to tune; transom train reads text on")
     assert first.tune is not None
+    if "tune.lora.rank" in given and "tune.lora.alpha" not in given:
+        overrides = [*overrides, f"tune.lora.alpha={2 * first.tune.lora.rank}"]
     if "optimizer.lr" not in given and "lr" not in base["optimizer"]:
         rate = RATES[first.tune.method, first.tune.objective in (*PREFERENCES, "grpo")]
         base["optimizer"]["lr"] = rate * (SMALL_RATE if small else 1)
@@ -147,10 +148,6 @@ def resumed_config(options: argparse.Namespace, overrides: list[str], given: dic
     same = not options.data or list(options.data) == sources
     require(same, "--data", options.data, f"accepted with --resume is none, or what the run has: {sources}")
     return read_config(out / "config.yaml", [f"out={out}", *overrides])
-
-
-def _number(text: str) -> float:
-    return float(text) if text.replace(".", "", 1).isdigit() else 0.0  # the field itself says what is wrong
 
 
 def defaults_for(args: ModelArgs, small: bool) -> dict[str, Any]:

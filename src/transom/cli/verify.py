@@ -19,6 +19,7 @@ from transom.errors import RequestError, notice, require
 from transom.fields import field_types
 from transom.presets import PRESETS
 from transom.training.config import TrainArgs, read_config
+from transom.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from transom.verify.attention import Row
@@ -223,15 +224,10 @@ def is_run(data: Mapping[str, Any]) -> bool:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The fields in a YAML or JSON file (which is YAML too)."""
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RequestError(f"{path}: accepted is a YAML or JSON file ({' '.join(str(error).split())})") from None
-    require(isinstance(data, dict), str(path), type(data).__name__, "accepted is a mapping of fields")
-    return dict(data)
+    """The fields in a YAML or JSON file (which is YAML too); an empty file is refused."""
+    data = read_yaml(path)
+    require(bool(data), str(path), None, "accepted is a mapping of fields")
+    return data
 
 
 # -- what is shown ----------------------------------------------------------------------------------------

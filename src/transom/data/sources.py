@@ -30,6 +30,7 @@ class SourceArgs:
     path: str = describe(
         MISSING,
         "file, folder (read to the bottom) or glob of .txt, .jsonl, .json, .parquet, code, ..., also compressed",
+        path=True,
     )
     weight: float = describe(1.0, "share of the rows drawn from this source, relative to the other weights")
     name: str = describe("", "name in reports; the path when empty")

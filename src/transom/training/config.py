@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from transom.args import HeadArgs, ModelArgs
 from transom.data.sources import SourceArgs
 from transom.errors import RequestError, require
-from transom.fields import describe, read, write
+from transom.fields import describe, read, type_at, write
 from transom.presets import preset
 from transom.training.schedule import ScheduleArgs
 from transom.training.tune_args import TuneArgs
+from transom.yaml_files import read_yaml, word_value
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class TokenizerArgs:
 
     kind: Literal["bpe", "chars", "bytes", "file"] = describe("bpe", "how text becomes tokens")
     vocab_size: int = describe(2048, "size of a trained bpe vocabulary", "tokens")
-    path: str | None = describe(None, "tokenizer.json or a folder with one, for kind file")
+    path: str | None = describe(None, "tokenizer.json or a folder with one, for kind file", path=True)
 
     def __post_init__(self) -> None:
         needed = (self.path is not None) == (self.kind == "file")
@@ -44,7 +43,9 @@ class DataArgs:
     held_out: float = describe(0.05, "share of documents kept for measuring, chosen by hash of their name")
     seq_len: int = describe(256, "length of a training row", "tokens")
     batch_size: int = describe(8, "rows per step, all ranks and micro-batches together", "rows")
-    cache_dir: str | None = describe(None, "where tokenised shards are kept; $TRANSOM_CACHE or ~/.cache/transom")
+    cache_dir: str | None = describe(
+        None, "where tokenised shards are kept; $TRANSOM_CACHE or ~/.cache/transom", path=True
+    )
 
     def __post_init__(self) -> None:
         require(0 <= self.held_out < 1, "data.held_out", self.held_out, "accepted is 0 or more and less than 1")
@@ -56,7 +57,7 @@ class DataArgs:
         """The sources as `SourceArgs`, at least one."""
         given = (self.sources,) if isinstance(self.sources, str) else self.sources
         require(len(given) > 0, "data.sources", list(given), "accepted is at least one file, folder or glob")
-        return [SourceArgs(path=one) if isinstance(one, str) else one for one in given]
+        return [read(SourceArgs, {"path": one}, "data.sources") if isinstance(one, str) else one for one in given]
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,13 @@ class OptimizerArgs:
 class TrainArgs:
     """One run; a wrong key or value is a `RequestError` naming the field and what is accepted."""
 
-    out: str = describe("runs/train", "run folder to write")
+    out: str = describe("runs/train", "run folder to write", path=True)
     seed: int = describe(0, "seed of weights, data order and samples")
     model: str | dict[str, Any] = describe(
         "demo", "a preset's name, or model fields; {preset: NAME, field: value} changes a preset"
     )
     base: str | None = describe(
-        None, "folder or hub id of a model to start from, in place of `model` and `tokenizer`"
+        None, "folder or hub id of a model to start from, in place of `model` and `tokenizer`", path=True
     )
     tune: TuneArgs | None = describe(None, "fine-tuning of `base`; null: it goes on reading plain text")
     tokenizer: TokenizerArgs = describe(TokenizerArgs, "how text becomes tokens")
@@ -278,7 +279,7 @@ class TrainArgs:
 def read_config(
     path: str | Path | None, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None
 ) -> TrainArgs:
-    """The config of a YAML file (or `base`, or nothing) with `key.sub=value` overrides, values in YAML."""
+    """The config of a YAML file (or `base`, or nothing) with `key.sub=value` overrides of the declared types."""
     data: dict[str, Any] = copy.deepcopy(dict(base or {}))
     if path is not None:
         data = read_yaml(Path(path))
@@ -286,29 +287,16 @@ def read_config(
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise RequestError(f"{override!r}: accepted is key=value, such as steps=100 or data.seq_len=128")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise RequestError(f"{override!r}: the value is not valid YAML") from None
-        _set(data, key.split("."), value, key)
+        keys = key.split(".")
+        _set(data, keys, word_value(_declared(keys), text, key), key)
     return read(TrainArgs, data)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, an empty file being an empty one."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RequestError(f"{path}: no such file; accepted is a config.yaml") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise RequestError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    if data is None:
-        return {}
-    if not isinstance(data, Mapping):
-        raise RequestError(f"{path}: accepted is a mapping of fields")
-    return dict(data)
+def _declared(keys: Sequence[str]) -> Any:
+    """The type of a dotted field; those below `model` are fields of a model, or the name of a preset."""
+    if keys[0] == "model" and len(keys) > 1:
+        return str if keys[1:] == ["preset"] else type_at(ModelArgs, keys[1:])
+    return type_at(TrainArgs, keys)
 
 
 def _set(data: dict[str, Any], keys: list[str], value: Any, whole: str) -> None:

@@ -36,7 +36,7 @@ class TuneArgs:
     label_smoothing: float = describe(0.0, "dpo: share of pairs taken to be labelled the wrong way round")
     desirable_weight: float = describe(1.0, "kto: weight of good answers")
     undesirable_weight: float = describe(1.0, "kto: weight of bad answers")
-    teacher: str | None = describe(None, "distill: folder or hub id of a model with the same tokenizer")
+    teacher: str | None = describe(None, "distill: folder or hub id of a model with the same tokenizer", path=True)
     temperature: float = describe(1.0, "distill: both distributions are flattened by it; grpo: that of sampling")
     alpha: float = describe(0.5, "distill: share of the teacher in the loss; the rest is cross-entropy")
     reverse: bool = describe(False, "distill: the student's own distribution weighs the distance (MiniLLM)")
@@ -47,7 +47,9 @@ class TuneArgs:
         True, "grpo: divide advantages by the standard deviation of their group's rewards"
     )
     train_on: Literal["assistant", "all"] = describe("assistant", "turns of a conversation that carry loss")
-    template: str | None = describe(None, "chat template: a built-in one by name or a file; the base's own if null")
+    template: str | None = describe(
+        None, "chat template: a built-in one by name or a file; the base's own if null", path=True
+    )
     packing: bool = describe(True, "several examples in a row, none of which sees another; false: padded rows")
     truncate: Literal["cut", "drop"] = describe("cut", "what becomes of examples longer than data.seq_len; counted")
     epochs: float | None = describe(None, "passes over the examples, which then set `steps`; null: steps as given")

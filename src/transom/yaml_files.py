@@ -1,0 +1,89 @@
+"""YAML whose unquoted values get their type from the field they are for, not from YAML 1.1's guesses.
+
+YAML 1.1 reads `no` as false, `0123` as 83, `2024-11-29` as a date and `1e-4` as text. No torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from transom.errors import RequestError
+from transom.fields import Plain, options_of
+
+NULLS = ("", "~", "null", "Null", "NULL")
+
+
+class _Loader(yaml.SafeLoader):
+    """Builds `Plain` from every unquoted scalar but null, and refuses a key that stands twice in a mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        names = [str(key.value) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} twice", node.start_mark)
+        return {_key(key): value for key, value in super().construct_mapping(node, deep).items()}
+
+
+def _key(key: Hashable) -> Hashable:
+    return str(key) if isinstance(key, str) else key
+
+
+def _scalar(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str | None:
+    text = str(loader.construct_scalar(node))
+    if node.style is not None:
+        return text
+    return None if text in NULLS else Plain(text)
+
+
+_Loader.yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}
+_Loader.add_constructor("tag:yaml.org,2002:str", _scalar)
+
+
+def parse_yaml(text: str) -> Any:
+    """The data of a YAML text, its unquoted scalars as `Plain`; raises `yaml.YAMLError`."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file is an empty mapping."""
+    try:
+        data = parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RequestError(f"{path}: no such file; accepted is a config.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise RequestError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise RequestError(f"{path}: accepted is a mapping of fields")
+    return data
+
+
+def word_value(kind: Any, text: str, where: str) -> Any:
+    """The data that `text` of the command line gives a field of type `kind`.
+
+    A field of text takes it as it is. Lists and mappings are YAML, and so is what stands in brackets or braces
+    where a field takes either of both.
+    """
+    options = options_of(kind)
+    nested = any(
+        option is Any or typing.get_origin(option) in (tuple, dict) or dataclasses.is_dataclass(option)
+        for option in options
+    )
+    if nested and (str not in options or text[:1] + text[-1:] in ("[]", "{}")):
+        try:
+            return parse_yaml(text)
+        except yaml.YAMLError:
+            raise RequestError(f"{where} = {text!r}: accepted is valid YAML") from None
+    if type(None) in options and text in NULLS:
+        return None
+    return text if str in options else Plain(text)

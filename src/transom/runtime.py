@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from transom.errors import RequestError, notice
@@ -165,6 +166,16 @@ def seed_everything(seed: int) -> None:
     """Seed Python's and torch's global generators; ours are all explicit, this covers what users add."""
     random.seed(seed)
     torch.manual_seed(seed)
+
+
+def mixed_seed(seed: int, *place: int) -> int:
+    """Return the seed of one stream of random numbers out of many that belong to `seed`.
+
+    `place` says which stream: a row of a batch, a turn of a chat. Any two (seed, place) differ as two random
+    numbers do; `seed + place` would make stream 1 of seed 0 that of stream 0 of seed 1.
+    """
+    mixed = np.random.SeedSequence(seed, spawn_key=place).generate_state(1, np.uint64)[0]
+    return int(mixed) & 0x7FFF_FFFF_FFFF_FFFF  # what a generator of torch accepts
 
 
 def machine() -> dict[str, object]:

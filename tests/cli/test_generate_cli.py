@@ -10,6 +10,7 @@ from transom.attend.sdpa import sdpa
 from transom.generation.sampling import SamplingArgs
 from transom.generation.text import stream_text
 from transom.model import LLM
+from transom.runtime import mixed_seed
 from transom.tokenizer import byte_tokenizer
 
 
@@ -28,11 +29,11 @@ def made(tmp_path_factory):
     return write_model(folder), folder
 
 
-def continued(model, prompt, count, stop_tokens=(257,), **sampling):
+def continued(model, prompt, count, stop_tokens=(257,), seeds=None, **sampling):
     """The text of `count` tokens behind a prompt of text or ids, greedy unless told, and its `Completion`."""
     args = SamplingArgs(**sampling)
     texts = stream_text(
-        model, byte_tokenizer(), [prompt], max_new_tokens=count, sampling=args, stop_tokens=stop_tokens
+        model, byte_tokenizer(), [prompt], max_new_tokens=count, sampling=args, seeds=seeds, stop_tokens=stop_tokens
     )
     return "".join(piece for (piece,) in texts), texts.completions[0]
 
@@ -181,7 +182,9 @@ def test_a_stop_token_ends_an_answer_and_not_the_text(call, tmp_path):
 def test_every_turn_has_draws_of_its_own(made, call):
     flags = ("chat", made[1], "-m", 12, "--temp", 1.5)
     runs = [call(*flags, stdin="hello\n/reset\nhello\n")[1] for _ in range(2)]
-    first, second = (continued(made[0], "hello", 12, temperature=1.5, seed=seed)[0] for seed in (0, 1))
+    first, second = (
+        continued(made[0], "hello", 12, temperature=1.5, seeds=[mixed_seed(0, turn)])[0] for turn in (0, 1)
+    )
     assert runs == [f"{first}\n{second}\n"] * 2 and first != second
 
 

@@ -23,6 +23,7 @@ from transom.generation.sampling import (
     keep_top_k,
     keep_top_p,
 )
+from transom.runtime import mixed_seed
 
 
 def random_logits(rows=8, vocab=200, seed=0):
@@ -108,9 +109,18 @@ def test_draw_survives_sums_that_are_not_monotone():
 def test_a_row_draws_alone():
     args = SamplingArgs(temperature=1.0, seed=11)
     logits = random_logits(rows=3)
-    together, alone = Sampler(args, 3, 200), Sampler(args, 1, 200, seeds=[13])
+    together, alone = Sampler(args, 3, 200), Sampler(args, 1, 200, seeds=[mixed_seed(11, 2)])
     for _ in range(10):
         assert together(logits)[2] == alone(logits[2:])[0]
+
+
+def test_neighbouring_seeds_share_no_stream():
+    logits = torch.zeros(8, 200)
+    drawn = []
+    for seed in (0, 1, 2**32):
+        sampler = Sampler(SamplingArgs(temperature=1.0, seed=seed), 8, 200)
+        drawn += list(zip(*(sampler(logits).tolist() for _ in range(6)), strict=True))
+    assert len(set(drawn)) == 24
 
 
 def test_generated_tokens_are_penalised_and_prompts_are_not():

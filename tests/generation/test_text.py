@@ -1,13 +1,12 @@
 """Text as it streams: whole characters, and stop strings wherever tokens are cut."""
 
-import json
-
 import pytest
 
 from tests.helpers import random_model, tiny_args
 from transom.errors import RequestError
 from transom.generation import text as text_module
-from transom.generation.text import Completion, StopStrings, complete, stop_tokens_of, stream_text
+from transom.generation.stopping import StopStrings
+from transom.generation.text import Completion, complete, stream_text
 from transom.tokenizer import byte_tokenizer
 
 
@@ -105,14 +104,29 @@ def test_an_empty_stop_string_is_refused(tokenizer):
         stream_text(None, tokenizer, ["a"], max_new_tokens=1, stop=[""])
 
 
-@pytest.mark.parametrize(("stored", "expected"), [(7, (7,)), ([7, 9], (7, 9)), (None, (257,))])
-def test_stop_tokens_come_from_the_generation_config(tmp_path, tokenizer, stored, expected):
-    assert stop_tokens_of(tmp_path, tokenizer) == (tokenizer.eos_id,)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stored}))
-    assert stop_tokens_of(tmp_path, tokenizer) == expected
+EOS = "<|end_of_text|>"
 
 
-def test_stop_tokens_that_are_not_ids_are_refused(tmp_path, tokenizer):
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
-    with pytest.raises(RequestError, match="eos_token_id"):
-        stop_tokens_of(tmp_path, tokenizer)
+def test_a_stop_string_that_is_a_control_token_ends_the_row_there(says, tokenizer):
+    ids = [97, tokenizer.eos_id, 98]
+    stream = says(ids, stop=[EOS])
+    assert list(stream) == [["a"], [""]]
+    assert stream.completions == [Completion("a", ids[:2], "stop", EOS)]
+
+
+def test_a_stop_string_that_holds_a_control_token_is_found(says, tokenizer):
+    eos = tokenizer.eos_id
+    stop = [f"b{EOS}\n"]
+    stream = says([97, 98, eos, 10, 99], stop=stop)
+    assert "".join(piece for (piece,) in stream) == "a"
+    assert stream.completions == [Completion("a", [97, 98, eos, 10], "stop", stop[0])]
+    other = says([97, 98, eos, 99], max_new_tokens=4, stop=stop)  # something else comes behind it
+    assert "".join(piece for (piece,) in other) == other.completions[0].text == "abc"
+
+
+def test_kept_control_tokens_are_in_the_pieces_and_not_in_the_text(says, tokenizer):
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    for kept, shown in (("all", "a<|begin_of_text|>b<|end_of_text|>"), ([eos], "ab<|end_of_text|>"), ((), "ab")):
+        stream = says([97, bos, 98, eos], stop_tokens=[eos], kept=kept)
+        assert "".join(piece for (piece,) in stream) == shown
+        assert stream.completions == [Completion("ab", [97, bos, 98, eos], "stop")]

@@ -1,5 +1,7 @@
 """SentencePiece models against sentencepiece, mistral-common and transformers."""
 
+from threading import Barrier
+
 import pytest
 import sentencepiece
 
@@ -147,6 +149,22 @@ def test_tokens_added_beside_the_model_are_read(folder):
     assert tokenizer.encode("<|im_end|>", allowed_special="all") == [size]
     assert tokenizer.decode([size + 1, size]) == "<tool>"
     assert tokenizer.decode([size], skip_special=False) == "<|im_end|>"
+
+
+def test_batches_with_plain_added_tokens_are_encoded_in_threads(folder, monkeypatch):
+    size = peer("llama2").get_piece_size()
+    tokenizer = Tokenizer.load(folder("llama2", added_tokens__json={"<tool>": size}))
+    texts = ["do<tool>and", "and<tool>do"]
+    alone = [tokenizer.encode(text) for text in texts]
+    both, encode = Barrier(2, timeout=10), tokenizer._backend.encode
+
+    def together(text, first=True):
+        both.wait()  # one thread alone never gets past it
+        return encode(text, first)
+
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(tokenizer._backend, "encode", together)
+    assert tokenizer.encode_batch(texts) == alone
 
 
 def test_a_control_token_may_have_a_new_name(folder):

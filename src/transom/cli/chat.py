@@ -72,6 +72,7 @@ def run(options: argparse.Namespace) -> int:
     found, model, tokenizer, stop_tokens = open_model(options)
     beside = load_beside(model, found, adapters)
     from transom.chat.fingerprint import warn_if_other
+    from transom.generation.stopping import stop_tokens_of
 
     framing: Framing
     template = None if options.ignore_chat_template else find_template(found, tokenizer, options.chat_template)
@@ -82,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         framing = Messages(template, values)
         if not options.ignore_eos:
-            stop_tokens = tuple(dict.fromkeys((*stop_tokens, *template.stop_tokens)))
+            stop_tokens = stop_tokens_of(found, tokenizer, template)
         notice(f"turns are written by {template.origin}; /help lists commands")
     for folders in (found.folders, *((folder,) for folder in beside)):
         warn_if_other(folders, tokenizer, template)
@@ -313,6 +314,7 @@ class Chat:
     def continued(self, ids: list[int], max_new_tokens: int) -> TextStream:
         """The model's continuation of `ids`, not started yet."""
         from transom.generation.text import stream_text
+        from transom.runtime import mixed_seed
 
         return stream_text(
             self.model,
@@ -320,7 +322,7 @@ class Chat:
             [ids],
             max_new_tokens=max_new_tokens,
             sampling=self.sampling,
-            seeds=[self.sampling.seed + self.turns],  # or every turn would be drawn with the same numbers
+            seeds=[mixed_seed(self.sampling.seed, self.turns)],  # every turn has draws of its own
             stop=self.options.stop,
             stop_tokens=self.stop_tokens,
             prefill_step_size=self.options.prefill_step_size,

@@ -156,13 +156,12 @@ def sampling_of(options: argparse.Namespace) -> SamplingArgs:
 def open_model(options: argparse.Namespace) -> tuple[Found, LLM, Tokenizer, tuple[int, ...]]:
     """The folders meant, the model, its tokenizer and its stop tokens (none with --ignore-eos)."""
     from transom.checkpoints.load import load
-    from transom.generation.text import stop_tokens_of
+    from transom.generation.stopping import stop_tokens_of
     from transom.runtime import warn_if_bfloat16_is_slow
 
     found = find_model(options.folder, options.revision)
     tokenizer = open_tokenizer(found)
-    settings = (folder for folder in found.folders if (folder / "generation_config.json").exists())
-    stop_tokens = () if options.ignore_eos else stop_tokens_of(next(settings, found.model), tokenizer)
+    stop_tokens = () if options.ignore_eos else stop_tokens_of(found, tokenizer)
     model = load(found, options.device, options.dtype)
     warn_if_bfloat16_is_slow(model.tok_embeddings.weight)
     return found, model, tokenizer, stop_tokens

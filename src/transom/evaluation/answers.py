@@ -16,6 +16,7 @@ from transom.evaluation.task_data import AnswerRow
 from transom.generation.loop import GREEDY
 from transom.generation.sampling import SamplingArgs
 from transom.generation.text import Completion, stream_text
+from transom.runtime import mixed_seed
 
 CACHE_TOKENS = 1 << 15  # prompt and new tokens of all rows that are generated at a time
 
@@ -101,7 +102,7 @@ def generated(
             [prompts[index] for index in batch],
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            seeds=[sampling.seed + index for index in batch],
+            seeds=[mixed_seed(sampling.seed, index) for index in batch],
             stop=stop,
             stop_tokens=stop_tokens,
         )

@@ -203,8 +203,7 @@ class TransomLM(TemplateLM):
         cut = sum(len(one) > room for one in ids)
         if cut:
             notice(f"{cut} of {len(ids)} prompts lost their beginning, longer than {room} tokens")
-        special, eos_id = self.tokenizer.special_tokens, self.tokenizer.eos_id
-        stop_tokens = [*self.subject.stop_tokens, *(special[one] for one in until if one in special)]
+        stop_tokens, eos_id = [*self.subject.stop_tokens], self.tokenizer.eos_id
         if eos_id is not None:
             stop_tokens.append(eos_id)
             until.append(self.tokenizer.decode([eos_id], skip_special=False))

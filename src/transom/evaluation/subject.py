@@ -16,7 +16,7 @@ from transom.checkpoints.folders import Found, find_model, sha256_of, stated_voc
 from transom.checkpoints.load import check_vocabulary, load
 from transom.errors import RequestError
 from transom.generation.loop import keeps_every_token
-from transom.generation.text import stop_tokens_of
+from transom.generation.stopping import stop_tokens_of
 from transom.model import LLM
 from transom.runtime import warn_if_bfloat16_is_slow
 from transom.tokenizer import Tokenizer
@@ -47,8 +47,7 @@ class Subject:
         found = find_model(name, revision)
         tokenizer = Tokenizer.load(found.tokenizer)
         check_vocabulary(tokenizer, stated_vocabulary(found.model), str(found.tokenizer))
-        settings = (folder for folder in found.folders if (folder / "generation_config.json").exists())
-        stop_tokens = stop_tokens_of(next(settings, found.model), tokenizer)
+        stop_tokens = stop_tokens_of(found, tokenizer)
         model = load(found.folders[0], device, dtype)
         if model.args.head is not None:
             raise RequestError(f"{found}: a model with a {model.args.head.kind} head; accepted is a language model")

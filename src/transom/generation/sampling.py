@@ -11,6 +11,7 @@ from torch import Tensor
 
 from transom.errors import RequestError, require
 from transom.fields import describe
+from transom.runtime import mixed_seed
 
 # Below this a temperature is greedy: float32 could not tell, and a denormal may be flushed to zero.
 MIN_TEMPERATURE = 1e-20
@@ -27,7 +28,7 @@ class SamplingArgs:
     repetition_penalty: float = describe(1.0, "above 1 holds back tokens of the prompt and of the answer")
     frequency_penalty: float = describe(0.0, "taken off a logit for each time its token was generated")
     presence_penalty: float = describe(0.0, "taken off a logit once its token was generated")
-    seed: int = describe(0, "row b draws from a generator of its own, seeded with seed + b")
+    seed: int = describe(0, "row b draws from a generator of its own, seeded with a mix of seed and b")
 
     def __post_init__(self) -> None:
         heat, k = self.temperature, self.top_k
@@ -47,9 +48,9 @@ class Sampler:
     """Chooses the next token of each of `batch` rows; remembers what was generated where a penalty asks for it.
 
     Every row draws one uniform number per call from a generator of its own (`seeds[b]`, by default
-    `args.seed + b`) on the CPU, so its text depends neither on the rows beside it nor on the device. A list given
-    as `log_probs` gets those of each call's tokens, float32 [B] in nats, in the distribution that they were drawn
-    from; with temperature 0 in the model's own.
+    `mixed_seed(args.seed, b)`) on the CPU, so its text depends neither on the rows beside it nor on the
+    device. A list given as `log_probs` gets those of each call's tokens, float32 [B] in nats, in the
+    distribution that they were drawn from; with temperature 0 in the model's own.
     """
 
     def __init__(
@@ -61,7 +62,8 @@ class Sampler:
         device: torch.device | str = "cpu",
         log_probs: list[Tensor] | None = None,
     ) -> None:
-        seeds = range(args.seed, args.seed + batch) if seeds is None else seeds
+        if seeds is None:
+            seeds = [mixed_seed(args.seed, row) for row in range(batch)]
         if len(seeds) != batch:
             raise RequestError(f"{len(seeds)} seeds for {batch} rows: accepted is one per row")
         self.args = args

@@ -46,6 +46,10 @@ class StreamDecoder:
         self._held_text = alone if broken else new
         return text
 
+    def flush(self) -> str:
+        """Return the text still held, an unfinished character as U+FFFD; what follows continues it."""
+        return self._release(self._beyond_context(self._held))
+
     def finish(self) -> str:
         """The text still held, an unfinished character as U+FFFD; the decoder is then as new."""
         text = self._beyond_context(self._held)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transom.errors import RequestError, require
-from transom.tokenizers.backend import AddedToken, Backend
+from transom.tokenizers.backend import AddedToken, Backend, in_threads
 from transom.tokenizers.fast import FastBackend
 from transom.tokenizers.folder import CONFIG_FILE, NAMED, TOKENIZER_FILE, read_folder
 from transom.tokenizers.stream import StreamDecoder
@@ -81,9 +81,9 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without BOS and EOS, on all cores."""
         texts = [_writable(text) for text in texts]
-        if self._plain is not None:
-            return [self._ids(text, self._plain, ()) for text in texts]
-        return self._backend.encode_batch(texts)
+        if self._plain is None:
+            return self._backend.encode_batch(texts)
+        return in_threads(lambda text: self._ids(text, self._plain, ()), texts)
 
     def _allowed(self, allowed_special: Literal["all"] | Collection[str]) -> re.Pattern[str] | None:
         """Finds the tokens that may be found by their spelling: allowed control tokens, and plain added ones."""

@@ -211,7 +211,7 @@ class Monitor:
         template = self.data.template
         if template is None:
             return prompts, ()
-        return [template.encode([{"role": "user", "content": text}]) for text in prompts], template.stop_tokens
+        return [template.encode([{"role": "user", "content": text}]) for text in prompts], self.data.stop_tokens
 
 
 def lower_is_better(measured: Score | None) -> float | None:

@@ -25,6 +25,7 @@ from transom.data.tuning_rows import TuningRow, prompt_ids
 from transom.errors import RequestError, require
 from transom.generation.text import Completion
 from transom.model import TransformerInput
+from transom.runtime import mixed_seed
 from transom.tokenizer import Tokenizer
 
 ANSWERS = 3  # what seeds of answers are drawn for, beside the uses that `data.order.Stream` names
@@ -162,8 +163,8 @@ class QuestionBatches(ShuffledItems):
 
 
 def answer_seed(seed: int, epoch: int, item: int, index: int) -> int:
-    """The seed of answer `index` to item `item` of an epoch, which depends on nothing else: 32 bits."""
-    return int(np.random.SeedSequence((seed, ANSWERS, epoch, item, index)).generate_state(1, np.uint32)[0])
+    """Return the seed of answer `index` to item `item` of an epoch, which depends on nothing else."""
+    return mixed_seed(seed, ANSWERS, epoch, item, index)
 
 
 # -- answers -----------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from transom.training.objectives import RunBatches
 class RunData:
     """Batches, held-out text by source or held-out lines, names of labels, and a hash of each source.
 
-    `template` writes conversations, where rows are some.
+    `template` writes conversations, where rows are some; `stop_tokens` end an answer.
     """
 
     batches: RunBatches
@@ -39,6 +39,7 @@ class RunData:
     head_rows: Sequence[EncodedRow] = ()
     labels: Sequence[str] | None = None
     template: ChatTemplate | None = None
+    stop_tokens: Sequence[int] = ()
 
 
 def open_data(

@@ -20,7 +20,7 @@ from transom.checkpoints.load import read_state, save, write_text
 from transom.checkpoints.save import copy_companions
 from transom.data.labelled import write_labels
 from transom.errors import RequestError
-from transom.generation.text import stop_tokens_of
+from transom.generation.stopping import stop_tokens_of
 from transom.model import LLM
 from transom.paths import read_json
 from transom.tokenizer import Tokenizer
@@ -60,8 +60,7 @@ class Companions:
         if self.template is not None:
             self.template.save(folder)
         settings: dict[str, Any] = read_json(folder / GENERATION) if (folder / GENERATION).exists() else {}
-        ends = stop_tokens_of(self.base, self.tokenizer)
-        ends = tuple(dict.fromkeys((*ends, *(self.template.stop_tokens if self.template is not None else ()))))
+        ends = stop_tokens_of(self.base, self.tokenizer, self.template)
         if ends:
             settings["eos_token_id"] = ends[0] if len(ends) == 1 else list(ends)
         write_text(folder / GENERATION, json.dumps(settings, indent=2))

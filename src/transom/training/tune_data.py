@@ -16,7 +16,7 @@ from transom.data.tuning_batches import TuningBatch, TuningBatches, padded_batch
 from transom.data.tuning_rows import EncodedRows, encode_examples, template_for
 from transom.data.tuning_sets import read_splits
 from transom.errors import RequestError, notice, require
-from transom.generation.text import stop_tokens_of
+from transom.generation.stopping import stop_tokens_of
 from transom.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
 from transom.training.objectives import RunBatches
@@ -49,11 +49,12 @@ class TuneData:
     train: EncodedRows | None = None  # None for questions
     held_out: Sequence[Any] = ()  # batches, or questions
     reward: Reward | None = None  # of answers to questions
-    stop_tokens: tuple[int, ...] = ()  # that end such an answer
+    stop_tokens: tuple[int, ...] = ()  # that end an answer
 
     def as_run_data(self, base_fingerprint: str) -> RunData:
         """For the trainer; a base that has changed is data that has changed."""
-        return RunData(self.batches, {**self.hashes, "the base": base_fingerprint}, template=self.template)
+        hashes = {**self.hashes, "the base": base_fingerprint}
+        return RunData(self.batches, hashes, template=self.template, stop_tokens=self.stop_tokens)
 
 
 def open_tune_data(
@@ -117,7 +118,8 @@ def open_tune_data(
             )
     hashes = {source.label: _hash(rows, held) for source in args.data.source_list}
     kept = list(held_batches(held)) if held else []
-    return TuneData(batches, batches.items_per_epoch, batch_size, hashes, template, rows, kept)
+    ends = stop_tokens_of(base, tokenizer, template)
+    return TuneData(batches, batches.items_per_epoch, batch_size, hashes, template, rows, kept, stop_tokens=ends)
 
 
 def fitting(rows: EncodedRows, args: TrainArgs, packing: bool, shares: int) -> int:
@@ -159,7 +161,6 @@ def _questions(
         world_size=share.world_size,
     )
     hashes = {source.label: asked.hash + held.hash for source in args.data.source_list}
-    ends = (*stop_tokens_of(base, tokenizer), *(template.stop_tokens if template is not None else ()))
     return TuneData(
         batches,
         batches.items_per_epoch,
@@ -168,7 +169,7 @@ def _questions(
         template,
         held_out=held.rows,
         reward=reward,
-        stop_tokens=tuple(dict.fromkeys(ends)),
+        stop_tokens=stop_tokens_of(base, tokenizer, template),
     )
 
 

@@ -1,0 +1,140 @@
+"""Where generation ends: the stop tokens that folders state, and stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from transom.chat.template import ChatTemplate
+from transom.checkpoints.folders import Found
+from transom.errors import require
+from transom.paths import read_json
+from transom.tokenizer import Tokenizer
+
+# Files that state stop tokens, the first that does so counts; and where in a config.json they may
+# stand, in the order of transformers' `GenerationConfig.from_model_config`.
+FILES = ("generation_config.json", "config.json")
+NESTED = ("decoder", "generator", "text_config")
+
+
+def stop_tokens_of(
+    where: Found | Path, tokenizer: Tokenizer, template: ChatTemplate | None = None
+) -> tuple[int, ...]:
+    """Return the ids that end a text of this model, or a turn where `template` writes the turns.
+
+    They come from the first file that states `eos_token_id`: generation_config.json, then
+    config.json, first those of the adapter, then those of the model. Where no file does, they come
+    from the tokenizer. An adapter with a tokenizer of its own adds the stop tokens of that tokenizer.
+    """
+    found = Found(where) if isinstance(where, Path) else where
+    stated = next(_stated(found), None)
+    ids = list(tokenizer.stop_ids) if stated is None else stated
+    if found.adapter is not None and found.tokenizer == found.adapter:
+        ids += tokenizer.stop_ids
+    if template is not None:
+        ids += template.stop_tokens
+    return tuple(dict.fromkeys(ids))
+
+
+def _stated(found: Found) -> Iterator[list[int]]:
+    """Yield the stop tokens of every file that states some, the most important file first."""
+    for folder in found.folders:
+        for name in FILES:
+            path = folder / name
+            data = read_json(path) if path.exists() else {}
+            ids = _eos_token_id(data)
+            if ids is None:
+                continue
+            listed = ids if isinstance(ids, list) else [ids]
+            accepted = "accepted is a token id or a list of them"
+            right = all(type(id) is int and id >= 0 for id in listed)
+            require(right, f"{path}: eos_token_id", ids, accepted)
+            yield list(listed)
+
+
+def _eos_token_id(data: Mapping[str, Any]) -> Any:
+    """Return `eos_token_id` of a config, or that of the language model inside it."""
+    inner = (data.get(name) for name in NESTED)
+    parts = (data, *(part for part in inner if isinstance(part, dict)))
+    return next((part["eos_token_id"] for part in parts if part.get("eos_token_id") is not None), None)
+
+
+class ControlSigns:
+    """Characters that stand for control tokens among decoded text, which never holds these characters.
+
+    They are halves of surrogate pairs. `kept` are ids of control tokens that `spelled` writes out.
+    """
+
+    FIRST, COUNT = 0xD800, 0x800
+
+    def __init__(self, tokenizer: Tokenizer, kept: Literal["all"] | Collection[int] = ()) -> None:
+        self._special, self._spell = tokenizer.special_tokens, tokenizer.id_to_token
+        self._kept = tokenizer.special_ids if kept == "all" else tokenizer.special_ids.intersection(kept)
+        self._signs: dict[int, str] = {}
+        self._spelled: dict[int, str | None] = {}
+
+    def __contains__(self, id: int) -> bool:
+        """Return whether a token is to be shown, or to be found inside of a stop string."""
+        return id in self._kept or id in self._signs
+
+    def of(self, id: int) -> str:
+        """Return the sign of a control token."""
+        if id not in self._signs:
+            code = self.FIRST + len(self._signs) % self.COUNT
+            self._signs[id] = chr(code)
+            self._spelled[code] = self._spell(id) if id in self._kept else None
+        return self._signs[id]
+
+    def signed(self, text: str) -> str:
+        """Return `text` with signs in place of the spellings of control tokens."""
+        spellings = [one for one in self._special if one and one in text]
+        for spelling in sorted(spellings, key=len, reverse=True):
+            text = text.replace(spelling, self.of(self._special[spelling]))
+        return text
+
+    def spelled(self, text: str) -> str:
+        """Return `text` with the control tokens that are kept spelled out, and without the others."""
+        return text.translate(self._spelled)
+
+    def dropped(self, text: str) -> str:
+        """Return `text` without control tokens."""
+        return text.translate(dict.fromkeys(self._spelled))
+
+
+class StopStrings:
+    """Lets text through up to the first stop string, wherever tokens are cut.
+
+    Text that may be the beginning of one is held back. Of several, the one that is complete first
+    counts. With `signs`, control tokens inside of a stop string are found by their signs too.
+    """
+
+    def __init__(self, stop: Sequence[str], signs: ControlSigns | None = None) -> None:
+        self.found = ""  # the one that has come
+        self._stop = {word: word for word in stop}
+        if signs is not None:
+            self._stop |= {signs.signed(word): word for word in stop}
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """Return what may be shown now that `text` has come."""
+        text = self._held + text
+        places = [(at + len(word), at) for word in self._stop if (at := text.find(word)) >= 0]
+        if places:
+            end, start = min(places)
+            self.found, self._held = self._stop[text[start:end]], ""
+            return text[:start]
+        shown = len(text) - max((_overlap(text, word) for word in self._stop), default=0)
+        self._held = text[shown:]
+        return text[:shown]
+
+    def finish(self) -> str:
+        """Return what is still held, when no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, word: str) -> int:
+    """Return the longest end of `text`, in characters, that `word` begins with."""
+    sizes = range(min(len(text), len(word) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(word[:size])), 0)

@@ -7,6 +7,7 @@ rows, so a name cannot be known in one direction only.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -310,6 +311,17 @@ PREFIXES: dict[str, tuple[tuple[str, str], ...]] = {
         ("lm_head.", "language_model.lm_head."),
     ),
 }
+# Keys of a base model saved without its head, as `AutoModel` saves it: they lack the name of the base in the whole.
+_OF_A_BASE = re.compile(r"(language_model\.)?(?=(embed_tokens|layers|norm)\.)")
+
+
+def known_key(table: str, key: str) -> str:
+    """Return the key of a table that `key`, as some file spells it, stands for."""
+    old, new = next((pair for pair in PREFIXES.get(table, ()) if key.startswith(pair[0])), ("", ""))
+    key = new + key[len(old) :]
+    return _OF_A_BASE.sub(r"\1model.", key, count=1) if table in TABLES and _OF_A_BASE.match(key) else key
+
+
 # Regular expressions for keys that are left in the file, and what they are: said in one line when they are met.
 # `{n}` is the number of layers.
 UNREAD: dict[str, tuple[tuple[str, str], ...]] = {

@@ -9,6 +9,10 @@ from typing import Any
 
 from transom.errors import RequestError
 
+# How every pointer of Git LFS begins (its specification, version 1).
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_MOST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
+
 
 def cache_dir() -> Path:
     """$TRANSOM_CACHE, or ~/.cache/transom."""
@@ -24,14 +28,51 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raise a `RequestError` that names git-lfs where `path` is a pointer of Git LFS and not the file itself."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_POINTER))
+    except OSError:
+        return  # whoever reads the file says why it cannot be read
+    if start == _POINTER:
+        raise RequestError(
+            f"{path}: a Git LFS pointer, not the file itself; install git-lfs and run `git lfs pull` in its folder"
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; anything else is a `RequestError` naming the file."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
+    except _NotANumber as error:
+        raise RequestError(f"{path}: holds {error}; expected numbers, which JSON writes in digits") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        refuse_pointer(path)
         raise RequestError(f"{path}: not JSON ({error})") from None
     if not isinstance(data, dict):
         raise RequestError(f"{path}: accepted is one JSON object")
     return data
+
+
+class _NotANumber(Exception):
+    """`NaN` or `Infinity` in a JSON file."""
+
+
+def _refuse_constant(word: str) -> Any:
+    raise _NotANumber(word)
+
+
+def safetensors_header(path: Path) -> dict[str, Any] | None:
+    """Return what a safetensors file says of its tensors by key, without torch; None where there is no such file
+    or no readable header.
+    """
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size)) if size <= _MOST_HEADER else None
+    except (OSError, ValueError):
+        return None  # whoever reads the weights says what is wrong with the file
+    return header if isinstance(header, dict) else None

@@ -153,8 +153,8 @@ def test_the_format_is_that_of_the_files(twins, tmp_path, capsys):
     assert folder_format(tmp_path / "both") == "hf"
     (tmp_path / "both" / "model.safetensors").unlink()
     assert folder_format(tmp_path / "both") == "mistral"
-    assert "two formats; params.json and its weights are read" in capsys.readouterr().err
     assert close(load(tmp_path / "both")(TransformerInput(ids_of())).logits, theirs(ids_of()).logits)
+    assert "two configs; params.json is read, config.json is ignored" in capsys.readouterr().err
 
 
 def test_leftovers_of_images_in_a_text_model_are_said(tmp_path, capsys):

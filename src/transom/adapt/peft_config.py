@@ -4,7 +4,6 @@ ours is said. No torch.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 from transom.adapt.lora_args import Scaling
 from transom.errors import RequestError, notice
-from transom.paths import read_json
+from transom.paths import read_json, safetensors_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight")
@@ -93,13 +92,11 @@ def _by_pattern(patterns: Mapping[str, Any], key: str, default: Any) -> Any:
 
 def trained_vocabulary(folder: str | Path) -> int | None:
     """Rows of the embeddings that an adapter brings along, None where it leaves the base's as they are."""
-    path = Path(folder) / WEIGHTS
+    header = safetensors_header(Path(folder) / WEIGHTS) or {}
     try:
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         shapes = [entry["shape"] for key, entry in header.items() if key.endswith(EMBEDDINGS)]
         return int(shapes[0][0]) if shapes else None
-    except (OSError, ValueError, LookupError, TypeError, MemoryError):
+    except (ValueError, LookupError, TypeError):
         return None  # whoever reads the weights says what is wrong with them
 
 

@@ -29,8 +29,8 @@ from transom.adapt.peft_config import CONFIG, WEIGHTS, PeftConfig, read_peft
 from transom.adapt.vocabulary import resize_vocabulary
 from transom.errors import RequestError, notice
 from transom.model import LLM
-from transom.names import PREFIXES, UNREAD
-from transom.paths import read_json
+from transom.names import UNREAD, known_key
+from transom.paths import read_json, refuse_pointer
 from transom.transforms import to_own
 
 PICKLED = "adapter_model.bin"
@@ -99,7 +99,11 @@ def _parameters(parts: Mapping[str, nn.Module]) -> list[nn.Parameter]:
 
 def _peft_parts(model: LLM, folder: Path) -> dict[str, LoraWeights | Replacement]:
     config = read_peft(read_json(folder / CONFIG), str(folder / CONFIG))
-    path = folder / (PICKLED if (folder / PICKLED).exists() and not (folder / WEIGHTS).exists() else WEIGHTS)
+    present = [name for name in (WEIGHTS, PICKLED, MISTRAL_WEIGHTS) if (folder / name).exists()]
+    path = folder / (PICKLED if present[:1] == [PICKLED] else WEIGHTS)
+    ignored = [name for name in present if name != path.name]
+    if ignored:
+        notice(f"{folder}: the adapter is read from {path.name}; ignored: {', '.join(ignored)}")
     state = _tensors(path)
     fewest: list[str] = []
     for table in candidates(model):
@@ -119,9 +123,7 @@ def sort_keys(state: Mapping[str, Tensor], family: str, where: str, layers: int 
     out = Source(where)
     skipped = [(pattern.replace("{n}", str(layers)), why) for pattern, why in UNREAD.get(family, ())]
     for full, tensor in state.items():
-        key = full.removeprefix("base_model.model.")
-        old, new = next((pair for pair in PREFIXES.get(family, ()) if key.startswith(pair[0])), ("", ""))
-        key = new + key[len(old) :]
+        key = known_key(family, full.removeprefix("base_model.model."))
         reason = next((why for pattern, why in skipped if re.fullmatch(pattern, key)), None)
         if reason is not None:
             out.unread[reason] = out.unread.get(reason, 0) + 1
@@ -318,6 +320,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
     except (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        refuse_pointer(path)
         raise RequestError(f"{path}: not a whole file of tensors ({str(error).splitlines()[0]})") from None
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise RequestError(f"{path}: accepted is a file of tensors by name, with at least one")

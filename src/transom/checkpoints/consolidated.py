@@ -12,7 +12,7 @@ import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,9 +21,23 @@ from transom.args import ModelArgs
 from transom.checkpoints.folders import PICKLED, SAFE, consolidated_files
 from transom.checkpoints.safetensors_files import open_safetensors, read_safetensors, write_stream
 from transom.checkpoints.stored import Batch, Stored
+from transom.checkpoints.weight_files import WeightFiles, find_weights, say_ignored
 from transom.errors import RequestError, WorkError, notice
+from transom.paths import refuse_pointer
 
 _ZIP = b"PK\x03\x04"
+
+
+def _no_bytes(*size: object) -> bytes:
+    """Return what `bytes()` returns; with arguments, which would let a file take memory at will, it fails."""
+    if size:
+        raise ValueError("a pickle that asks for bytes")
+    return b""
+
+
+# Extra states of Meta's training library are BytesIO objects, most of them empty. They hold bytes and run nothing.
+# A pickle writes an empty one with a call of `bytes`.
+_OF_EXTRA_STATES: list[Any] = [io.BytesIO, (_no_bytes, "builtins.bytes")]
 
 # How the parts that ranks hold make a whole: rows below rows, columns beside columns, experts one by one,
 # fused matrices part by part; what no pattern names is held by every rank.
@@ -44,10 +58,11 @@ _RULES: tuple[tuple[str, Rule], ...] = (
 def open_consolidated(folder: Path, args: ModelArgs) -> dict[str, Stored]:
     """The whole tensors of a folder of Meta's or Mistral's, still in their files."""
     if _is_safe(folder):
-        if (folder / PICKLED.format(rank=0)).exists():
-            notice(f"{folder}: {SAFE} is read, {PICKLED.format(rank=0)} is not")
-        return open_safetensors(folder, SAFE)
+        taken = find_weights(folder, SAFE)
+        say_ignored(folder, taken)
+        return open_safetensors(folder, taken.files)
     parts = _read_ranks(folder)
+    say_ignored(folder, WeightFiles([path.name for path in consolidated_files(folder)]))
     return {key: _whole(key, [state[key] for state in parts], args, folder) for key in parts[0]}
 
 
@@ -76,7 +91,8 @@ def vocabulary_of(folder: Path, dim: int) -> int:
     """Tokens in the embeddings of a folder whose params.json does not say, as those of Llama 1 and 2 do not."""
     key = "tok_embeddings.weight"
     if _is_safe(folder):
-        shapes = [stored.shape for name, stored in open_safetensors(folder, SAFE).items() if name == key]
+        stored = open_safetensors(folder, find_weights(folder, SAFE).files)
+        shapes = [stored[key].shape] if key in stored else []
     else:
         shapes = [tuple(part[key].shape) for part in _read_ranks(folder) if key in part]
     if not shapes or len(shapes[0]) != 2:
@@ -94,12 +110,12 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     if zipped and not zipfile.is_zipfile(path):
         raise RequestError(f"{path}: not a whole checkpoint, its end is missing")
     try:
-        # Extra states of Meta's training library are BytesIO objects; they hold bytes and run nothing.
-        with torch.serialization.safe_globals([io.BytesIO]):
+        with torch.serialization.safe_globals(_OF_EXTRA_STATES):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
     except MemoryError:
         raise
     except Exception as error:  # a damaged pickle fails in any way it likes
+        refuse_pointer(path)
         asked = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if asked:
             raise RequestError(f"{path}: wants to run {asked[1]}; accepted are files of tensors alone") from None

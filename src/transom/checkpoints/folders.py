@@ -5,17 +5,20 @@ Nothing is guessed from names that people choose; a run folder stands for one of
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from transom.adapt.peft_config import CONFIG as ADAPTER
 from transom.adapt.peft_config import base_of, base_revision, is_adapter, trained_vocabulary
-from transom.args import ModelArgs
+from transom.args import HeadArgs, ModelArgs
 from transom.checkpoints.hub import download, is_hub_id
+from transom.checkpoints.weight_files import WEIGHTS, find_weights
 from transom.errors import RequestError, notice
-from transom.paths import read_json
+from transom.paths import read_json, safetensors_header
 
 MODEL_TYPE = "transom"
 CHECKSUMS = "sha256.json"
@@ -118,14 +121,12 @@ def find_model(name: str | Path, revision: str | None = None, *, settings_only: 
 
 
 def folder_format(folder: Path) -> Format:
-    """Whose layout a model folder has, by what its files say; where there are two, the one taken is said."""
+    """Return whose layout a model folder has, by what its files say; of two, the one with weights."""
     config, params = (folder / CONFIG).exists(), (folder / PARAMS).exists()
     if not config and not params:
         raise RequestError(f"{folder}: no config.json and no params.json; accepted is a model folder")
     if config and params and consolidated_files(folder):
-        kept = any(folder.glob("model*.safetensors"))
-        notice(f"{folder}: two formats; {'config.json' if kept else 'params.json'} and its weights are read")
-        config = kept
+        config = any(folder.glob("model*.safetensors"))
     if config:
         return "native" if read_json(folder / CONFIG).get("model_type") == MODEL_TYPE else "hf"
     # Mistral's code requires the width that Meta's derives by a rule.
@@ -178,8 +179,12 @@ def verify_checksums(step: Path) -> None:
 
 
 def read_args(folder: Path) -> ModelArgs:
-    """The model arguments of a folder of any format."""
-    match folder_format(folder):
+    """Return the model arguments of a folder of any format; of two configs, the one read is said."""
+    kind = folder_format(folder)
+    if (folder / CONFIG).exists() and (folder / PARAMS).exists():
+        read, other = (CONFIG, PARAMS) if kind in ("native", "hf") else (PARAMS, CONFIG)
+        notice(f"{folder}: two configs; {read} is read, {other} is ignored")
+    match kind:
         case "native":
             config = read_json(folder / CONFIG)
             own = {key: value for key, value in config.items() if key not in ("model_type", "architectures")}
@@ -187,13 +192,39 @@ def read_args(folder: Path) -> ModelArgs:
         case "hf":
             from transom.checkpoints.hf_config import args_from_hf
 
-            return args_from_hf(read_json(folder / CONFIG), str(folder / CONFIG))
+            config = read_json(folder / CONFIG)
+            return _without_head(folder, config, args_from_hf(config, str(folder / CONFIG)))
         case "mistral":
             from transom.checkpoints.mistral_config import args_from_mistral
 
             return args_from_mistral(read_params(folder), str(folder / PARAMS))
         case "meta":
             return _read_meta(folder)
+
+
+def _without_head(folder: Path, config: Mapping[str, Any], args: ModelArgs) -> ModelArgs:
+    """Return `args` for a model whose files hold no output matrix, if `folder` is that of a base model alone.
+
+    Its config names the class of a base (`LlamaModel`) or none. Where the class has a head, the lack of its matrix
+    is a damaged checkpoint, which the reading of the weights refuses.
+    """
+    classes = config.get("architectures") or []
+    if args.tie_embeddings or not all(str(name).endswith("Model") for name in classes):
+        return args
+    keys = _stored_keys(folder, config)
+    if any(key.endswith("lm_head.weight") for key in keys) or not (keys or classes):
+        return args
+    notice(f"{folder}: a base model without lm_head.weight: it gives embeddings and cannot generate")
+    return replace(args, head=HeadArgs(kind="embedding", pooling="mean", normalize=False))
+
+
+def _stored_keys(folder: Path, config: Mapping[str, Any]) -> set[str]:
+    """Return the keys of the weights of Hugging Face's layout, none where there are no readable files."""
+    keys: set[str] = set()
+    with contextlib.suppress(RequestError):  # whoever reads the weights says what is wrong with them
+        for file in find_weights(folder, WEIGHTS, config).files:
+            keys |= (safetensors_header(folder / file) or {}).keys()
+    return keys
 
 
 def lacks_vocabulary(folder: Path) -> bool:

@@ -16,6 +16,7 @@ eos_token_id ep_size for_llm_compressor forced_bos_token_id id2label initializer
 is_encoder_decoder keys_to_ignore_at_inference label2id max_length mm_tokens_per_image model_type
 num_nextn_predict_layers output_attentions output_hidden_states output_router_logits pad_token_id problem_type
 qk_head_dim return_dict sep_token_id seq_aux task_specific_params tokenizer_class torch_dtype transformers_version
+transformers_weights
 use_cache
 """
 HARMLESS = frozenset(_HARMLESS.split())

@@ -26,7 +26,6 @@ from transom.checkpoints.folders import (
 from transom.checkpoints.mapping import account, clean, to_ours
 from transom.checkpoints.safetensors_files import (
     ALIGNMENT,
-    WEIGHTS,
     open_safetensors,
     read_safetensors,
     write_tensors,
@@ -34,6 +33,7 @@ from transom.checkpoints.safetensors_files import (
 )
 from transom.checkpoints.save import save
 from transom.checkpoints.stored import Stored, dtypes_of, refuse_quantized
+from transom.checkpoints.weight_files import INDEX, WEIGHTS, find_weights, say_ignored
 from transom.errors import RequestError, notice
 from transom.model import LLM
 from transom.names import moves_to_read
@@ -177,7 +177,7 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int | None, where: str) -> None
 def open_state(folder: Path, args: ModelArgs, shapes: Mapping[str, Shape]) -> dict[str, Stored]:
     """Our parameters, still in the folder's files, every key accounted for and every shape checked."""
     kind = folder_format(folder)
-    source = _open(folder, kind, args)
+    source = open_files(folder, kind, args)
     refuse_quantized(source, str(folder))
     if kind == "native":
         misfits = [
@@ -192,14 +192,18 @@ def open_state(folder: Path, args: ModelArgs, shapes: Mapping[str, Shape]) -> di
     return to_ours(moves_to_read(table, args, shapes), source, shapes, str(folder))
 
 
-def _open(folder: Path, kind: Format, args: ModelArgs) -> dict[str, Stored]:
+def open_files(folder: Path, kind: Format, args: ModelArgs) -> dict[str, Stored]:
+    """Return all tensors of a folder as its files name them, still in these files; other files are said."""
     if kind in ("meta", "mistral"):
         return open_consolidated(folder, args)
-    if not (folder / WEIGHTS).exists() and not (folder / f"{WEIGHTS}.index.json").exists():
-        others = [p.name for pattern in ("*.safetensors", "*.bin", "*.gguf", "*.pth") for p in folder.glob(pattern)]
+    taken = find_weights(folder, WEIGHTS, read_json(folder / CONFIG) if kind == "hf" else None)
+    if taken.files == [WEIGHTS] and not (folder / WEIGHTS).exists():
+        patterns = ("*.safetensors", "*.bin", "*.gguf", "*.pth", "original/consolidated.*")
+        others = [path.relative_to(folder) for pattern in patterns for path in sorted(folder.glob(pattern))]
         found = f"{others[0]} is there" if others else "no weights are there"
-        raise RequestError(f"{folder}: {found}; accepted is {WEIGHTS}, or shards and {WEIGHTS}.index.json")
-    return open_safetensors(folder)
+        raise RequestError(f"{folder}: {found}; accepted is {WEIGHTS}, or shards and {WEIGHTS}{INDEX}")
+    say_ignored(folder, taken)
+    return open_safetensors(folder, taken.files)
 
 
 def read_state(folder: Path, args: ModelArgs, model: LLM) -> dict[str, Tensor]:

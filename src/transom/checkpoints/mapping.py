@@ -11,7 +11,7 @@ from torch import Tensor
 from transom.args import ModelArgs
 from transom.checkpoints.stored import Batch, Source, Stored
 from transom.errors import RequestError, notice
-from transom.names import PREFIXES, UNREAD, Move
+from transom.names import UNREAD, Move, known_key
 from transom.transforms import Shape, to_other, to_own
 
 # What torch says of a tensor that cannot be cut or stacked the way a row wants.
@@ -25,8 +25,7 @@ def clean(table: str, source: Source, args: ModelArgs, where: str) -> dict[str, 
     skipped: dict[str, int] = {}
     patterns = [(p.replace("{n}", str(args.n_layers)), why) for p, why in (*UNREAD[""], *UNREAD.get(table, ()))]
     for key, stored in source.items():
-        old, new = next((pair for pair in PREFIXES.get(table, ()) if key.startswith(pair[0])), ("", ""))
-        name = new + key[len(old) :]
+        name = known_key(table, key)
         reason = next((why for pattern, why in patterns if re.fullmatch(pattern, name)), None)
         if reason is None:
             out[name] = stored

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from transom.checkpoints.stored import Batch, Stored
+from transom.checkpoints.weight_files import WEIGHTS
 from transom.errors import RequestError, WorkError
-from transom.paths import read_json
+from transom.paths import refuse_pointer
 
-WEIGHTS = "model.safetensors"
 # Bytes: a line of the cache, where vector instructions, and MKL's promise of equal bits, want data to begin.
 ALIGNMENT = 64
 # Bytes of one write: for larger ones Linux looks for memory in larger pieces, which takes two to ten times as long.
@@ -43,41 +43,19 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
+        refuse_pointer(path)
         raise RequestError(f"{path}: not a whole safetensors file ({error})") from None
 
 
-def open_safetensors(folder: Path, name: str = WEIGHTS) -> dict[str, Stored]:
-    """All tensors of `name` in a folder, or of the shards its index names, still in their files."""
+def open_safetensors(folder: Path, files: Sequence[str]) -> dict[str, Stored]:
+    """All tensors of these files in a folder, still in their files."""
     out: dict[str, Stored] = {}
-    for file in shards_of(folder, name):
+    for file in files:
         for key, tensor in read_safetensors(folder / file).items():
             if key in out:
                 raise RequestError(f"{folder / file}: {key} stands in another file of this index too")
             out[key] = Stored.of(tensor)
     return out
-
-
-def shards_of(folder: Path, name: str = WEIGHTS) -> list[str]:
-    """`name` itself, or the files of its index, which must be plain names that are there."""
-    index = folder / f"{name}.index.json"
-    if not index.exists():
-        return [name]
-    entries = read_json(index).get("weight_map")
-    if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
-        raise RequestError(f"{index}: weight_map is missing; accepted is one of tensor names to file names")
-    files = sorted(set(entries.values()))
-    for file in files:
-        if Path(file).name != file or file in ("", ".", ".."):  # an index must not reach beyond its folder
-            raise RequestError(f"{index}: weight_map names {file!r}; accepted are files beside it")
-        if not (folder / file).exists():
-            raise RequestError(
-                f"{folder / file}: missing, {index.name} names it for {_count(entries, file)} tensors"
-            )
-    return files
-
-
-def _count(entries: Mapping[str, str], file: str) -> int:
-    return sum(name == file for name in entries.values())
 
 
 def parse_size(text: str, field: str) -> int:

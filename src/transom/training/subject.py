@@ -11,7 +11,7 @@ import torch
 from transom.checkpoints.folders import Format, find_model, folder_format, read_pointer
 from transom.checkpoints.load import load, load_tokenizer, outline
 from transom.data.sources import held_out, read_split
-from transom.errors import RequestError, require
+from transom.errors import RequestError, notice, require
 from transom.model import LLM
 from transom.tokenizer import Tokenizer, byte_tokenizer, train_bpe, train_chars
 from transom.training.config import TrainArgs
@@ -43,7 +43,7 @@ class Subject:
 
 def new_subject(args: TrainArgs, run: RunFolder, device: torch.device, share: Share, *, resume: bool) -> Subject:
     """A model from nothing; its weights are drawn unless a checkpoint is going to fill them."""
-    tokenizer = run_tokenizer(args, run, resume)
+    tokenizer = run_tokenizer(args, run, resume, progress=not share.quiet)
     model_args = args.model_args(tokenizer.vocab_size)
     data = open_data(args, model_args, tokenizer, **share._asdict())
     model = outline(model_args).to_empty(device=device)  # weights are drawn once, from the seed of the run
@@ -88,7 +88,7 @@ def objective(args: TrainArgs, model: LLM, data: RunData) -> Objective:
     return HeadObjective(model, head, args.contrastive_temperature, data.head_rows)
 
 
-def run_tokenizer(args: TrainArgs, run: RunFolder, resume: bool) -> Tokenizer:
+def run_tokenizer(args: TrainArgs, run: RunFolder, resume: bool, progress: bool = False) -> Tokenizer:
     """The run's tokenizer: its own when resuming, else as the config says, trained on training documents only."""
     if resume:
         step = read_pointer(run.path, "latest")
@@ -109,7 +109,9 @@ def run_tokenizer(args: TrainArgs, run: RunFolder, resume: bool) -> Tokenizer:
     if kind == "chars":
         return train_chars(texts)
     try:
-        return train_bpe(texts, args.tokenizer.vocab_size)
+        if progress:
+            notice(f"tokenizer: {args.tokenizer.vocab_size:,} byte pairs are learnt from the training documents")
+        return train_bpe(texts, args.tokenizer.vocab_size, progress=progress)
     except RequestError as error:
         field = "tokenizer." if str(error).startswith("vocab_size") else ""
         raise RequestError(f"{field}{error}") from None

@@ -7,7 +7,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from tests.tokenizers.makers import CORPUS, NASTY, byte_ranks, rank_file, sentencepiece_model, tekken_file, write
-from transom.errors import RequestError
+from transom.errors import RequestError, reset_notices
 from transom.tokenizer import Tokenizer, train_bpe
 from transom.tokenizers.llama import LLAMA3_WORDS
 
@@ -189,6 +189,7 @@ def test_of_several_files_one_is_taken_and_said(tmp_path, capsys):
         ("tekken", "v3", 1),
         ("tokenizer.json", None, 1),
     ]
+    reset_notices()
     Tokenizer.load(tmp_path)
     said = capsys.readouterr().err
     assert "taken from tokenizer.json; name the file to take tekken.json, tokenizer.model.v11" in said

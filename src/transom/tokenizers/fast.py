@@ -11,8 +11,9 @@ from itertools import pairwise
 import tokenizers
 from tokenizers import models
 
-from transom.errors import RequestError
+from transom.errors import RequestError, notice, require
 from transom.tokenizers.backend import AddedToken
+from transom.tokenizers.beside import Beside
 
 
 class FastBackend:
@@ -21,9 +22,11 @@ class FastBackend:
     format = "tokenizer.json"
     version: str | None = None
     spoils_byte_runs = True
-    stops: tuple[str, ...] = ()
 
-    def __init__(self, backend: tokenizers.Tokenizer, special: Iterable[str] = ()) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, special: Iterable[str] = (), stops: Iterable[str] = ()
+    ) -> None:
+        self.stops = tuple(stops)
         mark_special(backend, special)
         backend.encode_special_tokens = True  # specials spelled out in text are encoded as plain text
         backend.no_truncation()  # both are stored in some files, and both change lengths without a word
@@ -150,7 +153,7 @@ class FastBackend:
 
     def with_special(self, tokens: Iterable[str]) -> FastBackend:
         """A copy with more control tokens."""
-        return FastBackend(tokenizers.Tokenizer.from_str(self.to_json()), tokens)
+        return FastBackend(tokenizers.Tokenizer.from_str(self.to_json()), tokens, self.stops)
 
     # -- files ---------------------------------------------------------------------------------------
 
@@ -171,3 +174,29 @@ def mark_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
     added = backend.get_added_tokens_decoder().values()
     marked = {token.content for token in added if token.special}
     backend.add_special_tokens([token for token in tokens if token not in marked])
+
+
+def add_beside(backend: tokenizers.Tokenizer, beside: Beside, source: str) -> None:
+    """Add the tokens that only the files beside a tokenizer.json know, in the order of transformers.
+
+    Those of `added_tokens_decoder` come first, by their ids, else those of added_tokens.json; then
+    special tokens that no list gives an id. One that cannot get the id that its file states is a
+    `RequestError`; where the vocabulary has it under another id, that id counts.
+    """
+    stated = beside.described or beside.old_added
+    known = {repr(token) for token in backend.get_added_tokens_decoder().values()}
+    before = {id: backend.token_to_id(entry["content"]) for id, entry in stated.items()}
+    listed = [tokenizers.AddedToken(**entry) for _, entry in sorted(stated.items())]
+    if not beside.described:  # what tokenizer.json says of a token counts more than added_tokens.json
+        listed = [token for token in listed if backend.token_to_id(token.content) is None]
+    backend.add_tokens([token for token in listed if repr(token) not in known])
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    extra = [tokenizers.AddedToken(**entry) for entry in beside.extra if entry["content"] not in added]
+    backend.add_tokens(extra)
+    for id, entry in stated.items():
+        token, found = entry["content"], backend.token_to_id(entry["content"])
+        if before[id] is None:
+            accepted = f"accepted beside {source} is {found}, the next free id"
+            require(found == id, f"{beside.folder}: id of the added token {token!r}", id, accepted)
+        elif found != id:
+            notice(f"{source}: the id of {token!r} is {found}; the {id} of a file beside it is not used")

@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from transom.errors import RequestError, require
 from transom.tokenizers.backend import AddedToken, Backend, in_threads
+from transom.tokenizers.beside import CONFIG_FILE, NAMED
 from transom.tokenizers.fast import FastBackend
-from transom.tokenizers.folder import CONFIG_FILE, NAMED, TOKENIZER_FILE, read_folder
+from transom.tokenizers.folder import TOKENIZER_FILE, read_folder
 from transom.tokenizers.stream import StreamDecoder
 
 Span = tuple[int, int]  # characters of a text: first, and one past the last
@@ -193,7 +194,7 @@ class Tokenizer:
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a text or a turn, as far as the tokenizer's files tell: EOS, and Meta's eom and eot."""
+        """Ids that end a text, a message or a turn, as far as the tokenizer's files tell: EOS, eom, eot."""
         ids = [self.eos_id, *(self.token_to_id(token) for token in self._backend.stops)]
         return tuple(id for id in ids if id is not None)
 

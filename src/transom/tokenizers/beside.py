@@ -1,0 +1,151 @@
+"""What the files beside a vocabulary say of its tokens: names, tokens added to it, ends of turns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transom.errors import RequestError, require
+from transom.tokenizers.backend import AddedToken
+
+CONFIG_FILE = "tokenizer_config.json"
+SPECIALS_FILE = "special_tokens_map.json"
+ADDED_FILE = "added_tokens.json"
+DECODER = "added_tokens_decoder"  # in tokenizer_config.json: tokens by their ids
+LISTS = ("extra_special_tokens", "additional_special_tokens")  # the first is the newer name
+NAMED = ("bos_token", "eos_token", "pad_token")
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+ENDS = ("eot_token", "eom_token")  # names that some folders give to the end of a turn, of a message
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The content of the files beside the vocabulary of a folder."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    specials: Mapping[str, Any]  # special_tokens_map.json
+    listed: Mapping[str, Any]  # added_tokens.json: ids by spelling
+
+    @classmethod
+    def of(cls, folder: Path, files: Mapping[str, bytes]) -> Beside:
+        """Read the files of a folder that are given by name; a missing one says nothing."""
+        names = (CONFIG_FILE, SPECIALS_FILE, ADDED_FILE)
+        parts = [json_object(files[name], folder / name) if name in files else {} for name in names]
+        return cls(folder, *parts)
+
+    @cached_property
+    def named(self) -> dict[str, str | None]:
+        """BOS, EOS and PAD by name.
+
+        tokenizer_config.json wins over special_tokens_map.json; null means that there is none.
+        """
+        named: dict[str, str | None] = {}
+        for entries in (self.specials, self.config):
+            for name in NAMED:
+                token = spelling_of(entries.get(name))
+                if token is not None or (name in entries and entries[name] is None):
+                    named[name] = token
+        return named
+
+    @cached_property
+    def described(self) -> dict[int, dict[str, Any]]:
+        """The entries of `added_tokens_decoder` by id, with the flags that they state."""
+        where = f"{self.folder / CONFIG_FILE}: {DECODER}"
+        entries = self.config.get(DECODER) or {}
+        require(isinstance(entries, dict), where, entries, "accepted is a JSON object")
+        found: dict[int, dict[str, Any]] = {}
+        for id, entry in entries.items():
+            right = id.isdigit() and isinstance(entry, dict) and isinstance(entry.get("content"), str)
+            require(right, f"{where}: {id}", entry, "accepted is a token id with an object that has `content`")
+            flags = {flag: entry[flag] for flag in FLAGS if type(entry.get(flag)) is bool}
+            found[int(id)] = {"content": entry["content"], **flags}
+        return found
+
+    @cached_property
+    def old_added(self) -> dict[int, dict[str, Any]]:
+        """The entries of added_tokens.json by id; special are those that another file gives a role."""
+        found: dict[int, dict[str, Any]] = {}
+        for spelling, id in self.listed.items():
+            right = type(id) is int and id >= 0
+            require(right, f"{self.folder / ADDED_FILE}: {spelling}", id, "accepted is a token id")
+            special = spelling in self._roles
+            found[id] = {"content": spelling, "special": special, "normalized": not special}
+        return found
+
+    @property
+    def added(self) -> dict[str, AddedToken]:
+        """All of these tokens by spelling, for a vocabulary that knows nothing of them."""
+        return {
+            entry["content"]: AddedToken(
+                id,
+                control=entry.get("special", False),
+                **{flag: entry.get(flag, False) for flag in ("lstrip", "rstrip", "single_word")},
+            )
+            for entries in (self.old_added, self.described)
+            for id, entry in entries.items()
+        }
+
+    @cached_property
+    def extra(self) -> list[dict[str, Any]]:
+        """Special tokens with other roles than BOS, EOS and PAD, or with none: entries without ids."""
+        found: dict[str, dict[str, Any]] = {}
+        for entries in (self.config, *(() if self.described else (self.specials,))):
+            for one in _tokens(entries, but=NAMED):
+                if spelling := spelling_of(one):
+                    stated = one if isinstance(one, dict) else {}
+                    flags = {flag: stated[flag] for flag in FLAGS if type(stated.get(flag)) is bool}
+                    found.setdefault(spelling, {**flags, "content": spelling, "special": True})
+        return list(found.values())
+
+    @property
+    def ends(self) -> list[str]:
+        """Tokens that end a turn or a message, where a file names them so."""
+        named = self.config.get(LISTS[0])
+        entries = {**self.config, **(named if isinstance(named, dict) else {})}
+        found = (spelling_of(entries.get(name)) for name in ENDS)
+        return [spelling for spelling in found if spelling]
+
+    @cached_property
+    def _roles(self) -> set[str]:
+        """Every spelling that special_tokens_map.json or tokenizer_config.json gives a role."""
+        tokens = (one for entries in (self.specials, self.config) for one in _tokens(entries))
+        return {spelling for one in tokens if (spelling := spelling_of(one)) is not None}
+
+
+def _tokens(entries: Mapping[str, Any], but: Collection[str] = ()) -> Iterator[Any]:
+    """Yield the tokens of all roles in a file, in the order in which transformers adds them."""
+    listed: Any = next((entries[name] for name in LISTS if entries.get(name)), [])
+    names = [role for role in entries if role.endswith("_token") and role not in but]
+    for role in (*filter(names.__contains__, ROLES), *(role for role in names if role not in ROLES)):
+        yield entries[role]
+    yield from listed.values() if isinstance(listed, dict) else listed
+
+
+def spelling_of(entry: Any) -> str | None:
+    """Return the spelling of a token that a file writes as text or as an object with `content`."""
+    token = entry.get("content") if isinstance(entry, dict) else entry
+    return token if isinstance(token, str) else None
+
+
+def read_content(file: Path) -> bytes:
+    """Return the bytes of a file; one that cannot be read is a `RequestError`."""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise RequestError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def json_object(content: bytes, file: Path) -> dict[str, Any]:
+    """Return the JSON object in the content of a file; anything else is a `RequestError`."""
+    try:
+        data = json.loads(content)
+    except ValueError as error:
+        raise RequestError(f"{file}: accepted is JSON ({error})") from error
+    require(isinstance(data, dict), str(file), type(data).__name__, "accepted is a JSON object")
+    return dict(data)

@@ -7,6 +7,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from tests.tokenizers.makers import CORPUS, NASTY, byte_ranks, rank_file, sentencepiece_model, tekken_file, write
+from transom.data.labelled import encode_texts
 from transom.errors import RequestError, reset_notices
 from transom.tokenizer import Tokenizer, train_bpe
 from transom.tokenizers.llama import LLAMA3_WORDS
@@ -43,6 +44,35 @@ def metaspace_json(scheme: str) -> bytes:
     backend.add_special_tokens([AddedToken("<w>", single_word=True), AddedToken("<mask>s")])
     backend.add_tokens(["<think>"])
     return backend.to_str().encode()
+
+
+FRAMES = {
+    "embeddings": "$A <end>",  # Qwen3-Embedding: another token than the EOS of the chats
+    "GLM": "<mask> <start> $A",
+    "BERT": "<start> $A <end>",
+    "none": "$A",
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+@pytest.mark.parametrize("names", [{}, {"bos_token": "<start>"}, {"eos_token": "<end>"}, {"eos_token": EOS}])
+def test_what_stands_around_a_text_is_that_of_transformers(name, names, tmp_path):
+    from transformers import AutoTokenizer
+
+    backend = tokenizers.Tokenizer.from_str(train_bpe(CORPUS, 300)._backend.to_json())
+    words = ["<start>", "<end>", "<mask>"]
+    backend.add_special_tokens(words)
+    ids = [(word, backend.token_to_id(word)) for word in words]
+    backend.post_processor = processors.TemplateProcessing(single=FRAMES[name], special_tokens=ids)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    write(tmp_path, tokenizer__json=backend.to_str(), tokenizer_config__json=config)
+    tokenizer, peer = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    texts = ["do and do", "a " * 20]
+    cut = peer(texts, truncation=True, max_length=9).input_ids
+    assert encode_texts(tokenizer, texts, 9) == cut  # what stands behind a text stays
+    assert [*tokenizer.encode_prompt("do"), *tokenizer.end] == peer("do").input_ids
+    spelled = tokenizer.decode(tokenizer.begin, skip_special=False) + "do"
+    assert tokenizer.encode_prompt(spelled, allowed_special="all") == tokenizer.encode_prompt("do")
 
 
 FLAGS = [None, True, False]

@@ -191,8 +191,8 @@ class GrowingText:
 
     def prompt(self, turn: str) -> list[int]:
         """The ids so far and those of the new line."""
-        add_bos = not self.ids and self.tokenizer.adds_bos
-        return self.ids + self.tokenizer.encode(self.added(turn), add_bos=add_bos)
+        added = self.added(turn)
+        return self.ids + self.tokenizer.encode(added) if self.ids else self.tokenizer.encode_prompt(added)
 
     def keep(self, turn: str, ids: list[int], completion: Completion, said: list[int]) -> None:
         """A stop token ends the answer, not the text: the next turn continues it."""

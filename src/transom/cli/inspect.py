@@ -210,7 +210,7 @@ def run_trace(subject: Subject, options: argparse.Namespace) -> int:
     from transom.evaluation.trace import trace
 
     tokenizer = open_tokenizer(subject.found)
-    ids = tokenizer.encode(options.trace, add_bos=tokenizer.adds_bos)
+    ids = tokenizer.encode_prompt(options.trace)
     limit = subject.args.max_seq_len
     require(0 < len(ids) <= limit, "--trace", f"a text of {len(ids)} tokens", f"accepted are 1 to {limit} tokens")
     model = load(subject.found, device=options.device or "cpu", dtype=options.dtype)

@@ -112,19 +112,21 @@ def read_labels(folder: Path) -> list[str] | None:
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], most: int) -> list[list[int]]:
-    """Ids of each text, at most `most` of them, behind a BOS where the tokenizer's makers put one (`adds_bos`).
+    """Return the ids of each text between what its tokenizer puts in front and behind, `most` in all.
 
-    Cut texts are counted and said.
+    Models that are pooled at the last token were trained with what stands behind a text (EOS), so it
+    stays where a text is cut; cut texts are counted in a notice. Most vocabularies put nothing there.
     """
-    # No EOS: it would be the last token of every row, and rows pooled there would begin as one and the same vector.
-    begin = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
-    rows = [[*begin, *ids] for ids in tokenizer.encode_batch(texts)]
+    begin, end = tokenizer.begin, tokenizer.end
+    rows = tokenizer.encode_batch(texts)
     for text, row in zip(texts, rows, strict=True):
-        require(len(row) > 0, "text", text, "accepted is one that gives a token or more")
-    cut = sum(len(row) > most for row in rows)
+        require(len(begin) + len(row) > 0, "text", text, "accepted is one that gives a token or more")
+    room = most - len(begin) - len(end)
+    require(room > 0, "max_seq_len", most, f"accepted is more than the {len(begin) + len(end)} around a text")
+    cut = sum(len(row) > room for row in rows)
     if cut:
         notice(f"{cut} of {len(rows)} texts are longer than {most} tokens: their ends are left out")
-    return [row[:most] for row in rows]
+    return [[*begin, *row[:room], *end] for row in rows]
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -143,7 +143,7 @@ def encode_examples(
 def prompt_ids(example: Example, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[int]:
     """Ids of an example's prompt as the model is asked with it, for answers that are still to be drawn."""
     if template is None and example.bare:
-        return tokenizer.encode(str(example.messages[0]["content"]), add_bos=tokenizer.adds_bos)
+        return tokenizer.encode_prompt(str(example.messages[0]["content"]))
     require(template is not None, f"{example.id}: chat template", None, NEEDS_TEMPLATE)
     assert template is not None
     return template.encode(_unweighted(example.messages), example.tools)

@@ -126,8 +126,8 @@ class Turns:
 
 
 def text_row(tokenizer: Tokenizer, text: str, weight: float) -> Written:
-    """A document: BOS where the vocabulary's makers put one, EOS where there is one, loss on all that follows."""
-    ids = tokenizer.encode(text, add_bos=tokenizer.adds_bos, add_eos=tokenizer.eos_id is not None)
+    """Return a document behind what its tokenizer puts in front, then EOS; loss on all but the first token."""
+    ids = [*tokenizer.encode_prompt(text), *(() if tokenizer.eos_id is None else (tokenizer.eos_id,))]
     return Written(ids, _all_but_first(len(ids), weight), [])
 
 
@@ -138,8 +138,7 @@ def bare_row(tokenizer: Tokenizer, prompt: str, answer: str, weight: float, *, a
     into one token with the end of the prompt, the answer is encoded apart; a vocabulary that cannot do so without a
     space between the two (SentencePiece) keeps that token, which then carries loss.
     """
-    begin = tokenizer.encode(prompt, add_bos=tokenizer.adds_bos)
-    joint = tokenizer.encode(prompt + answer, add_bos=tokenizer.adds_bos)
+    begin, joint = tokenizer.encode_prompt(prompt), tokenizer.encode_prompt(prompt + answer)
     ids, start = joint, len(begin)
     if joint[: len(begin)] != begin:
         apart = begin + tokenizer.encode(answer)

@@ -77,7 +77,7 @@ class TransomLM(TemplateLM):
         self.max_length = longest if max_length is None else max_length
         self.max_gen_toks = max_gen_toks
         self.batch_rows, self.batch_tokens = rows, batch_tokens
-        self.adds_bos = self.tokenizer.adds_bos if add_bos_token is None else add_bos_token
+        self.begins = bool(self.tokenizer.begin) if add_bos_token is None else add_bos_token
         self._chats = False
         self._device = self.subject.model.tok_embeddings.weight.device
 
@@ -104,8 +104,11 @@ class TransomLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids, BOS in front where the tokenizer's makers put one and it is not there already."""
-        add_bos = self.adds_bos and add_special_tokens is not False
-        return self.tokenizer.encode(string, add_bos=add_bos, allowed_special="all")
+        if add_special_tokens is False or not self.begins:
+            return self.tokenizer.encode(string, allowed_special="all")
+        if self.tokenizer.begin:
+            return self.tokenizer.encode_prompt(string, allowed_special="all")
+        return self.tokenizer.encode(string, add_bos=True, allowed_special="all")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The source of the template, for the library's records; a text chooses one by name, as --chat-template."""

@@ -78,8 +78,8 @@ class Subject:
         return self.tokenizer.bos_id if self.tokenizer.bos_id is not None else self.tokenizer.eos_id
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, BOS in front where the tokenizer's makers put one; special tokens stay text."""
-        return self.tokenizer.encode(text, add_bos=self.tokenizer.adds_bos)
+        """Return the ids of a text behind what its tokenizer puts in front; special tokens stay text."""
+        return self.tokenizer.encode_prompt(text)
 
     @cached_property
     def fingerprint(self) -> str:

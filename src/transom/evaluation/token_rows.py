@@ -114,7 +114,7 @@ def _written(examples: list[Example], found: Found, tokenizer: Tokenizer, length
 
 
 def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
-    return tokenizer.encode(text, add_bos=tokenizer.adds_bos)
+    return tokenizer.encode_prompt(text)
 
 
 def _rows(source: str, documents: Iterable[Sequence[int]], length: int, at_most: int) -> TokenRows:

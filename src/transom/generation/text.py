@@ -104,10 +104,18 @@ def complete(
     return texts.completions
 
 
-def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-    """Token ids of each prompt: text with a BOS in front where the tokenizer's makers put one, ids as they are."""
-    add_bos = tokenizer.adds_bos
-    return [tokenizer.encode(prompt, add_bos=add_bos) if isinstance(prompt, str) else prompt for prompt in prompts]
+def encode_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[str | list[int]], *, special: bool = False
+) -> list[list[int]]:
+    """Return the ids of each prompt: text behind what its tokenizer puts in front, ids as they are.
+
+    With `special` control tokens are read where a text spells them; otherwise they stay text.
+    """
+    allowed: Literal["all"] | tuple[()] = "all" if special else ()
+    return [
+        tokenizer.encode_prompt(prompt, allowed_special=allowed) if isinstance(prompt, str) else prompt
+        for prompt in prompts
+    ]
 
 
 class _Row:

@@ -79,6 +79,12 @@ class Tokenizer:
         tail = [] if after is None or ended else [after]
         return [*head, *ids, *tail]
 
+    def encode_prompt(self, text: str, *, allowed_special: Literal["all"] | Collection[str] = ()) -> list[int]:
+        """Return the ids of `text` behind those of `begin`, once."""
+        ids = self.encode(text, allowed_special=allowed_special)
+        begun = bool(allowed_special) and tuple(ids[: len(self.begin)]) == self.begin
+        return ids if begun else [*self.begin, *ids]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without BOS and EOS, on all cores."""
         texts = [_writable(text) for text in texts]
@@ -187,6 +193,16 @@ class Tokenizer:
         """Id of the token that fills up rows."""
         return self._named_id("pad_token")
 
+    @cached_property
+    def begin(self) -> tuple[int, ...]:
+        """Ids that the makers' tokenizer puts in front of a text: mostly BOS, `[gMASK]<sop>` with GLM."""
+        return _framed(self._backend.frame[0], self.bos_id, self.adds_bos)
+
+    @cached_property
+    def end(self) -> tuple[int, ...]:
+        """Ids that the makers' tokenizer puts behind a text: none, EOS, or what a pooled model reads last."""
+        return _framed(self._backend.frame[1], self.eos_id, self.adds_eos)
+
     @property
     def unk_id(self) -> int | None:
         """Id that stands for text the vocabulary cannot write; None when there is no such token."""
@@ -277,6 +293,14 @@ class Tokenizer:
         bos, eos, pad = (read.named.get(field) for field in NAMED)
         policy = {"adds_bos": read.adds_bos, "adds_eos": read.adds_eos}
         return cls(read.backend, bos=bos, eos=eos, pad=pad, files=read.files, **policy)
+
+
+def _framed(frame: Sequence[int], named: int | None, adds: bool) -> tuple[int, ...]:
+    """Return `frame` with the token of this name in it or not, as `adds` says."""
+    others = tuple(id for id in frame if id != named)
+    if named is None or not adds:
+        return others
+    return tuple(frame) if named in frame else (named, *others)
 
 
 def _writable(text: str) -> str:

@@ -80,6 +80,37 @@ def test_the_default_length_is_what_the_context_leaves(made, call):
     assert "room for 5 new" in err
 
 
+def test_control_tokens_in_a_prompt_are_text_unless_asked(made, call):
+    model, folder = made
+    eos = "<|end_of_text|>"
+    prompt = f"a{eos}b{eos}"
+    flags = ("generate", folder, "-p", prompt, "-m", 9)
+    _, out, err = call(*flags)
+    assert out == continued(model, prompt, 9)[0] + "\n"
+    assert err.count(f"prompt 1: {eos} is read as plain text") == 1
+    _, out, err = call(*flags, "--special")
+    assert out == continued(model, [256, 97, 257, 98, 257], 9)[0] + "\n"
+    assert "plain text" not in err
+
+
+def test_control_tokens_of_an_answer_are_shown_when_asked(made, call, tmp_path):
+    model = write_model(tmp_path)
+    _, completion = continued(model, "hello", 12)
+    middle, stop = completion.tokens[2], completion.tokens[6]
+    data = json.loads(byte_tokenizer()._backend.to_json())
+    data["model"]["vocab"] |= {"<a>": middle, "<b>": stop}  # in place of bytes that the model says
+    data["model"]["vocab"] = {word: id for id, word in {id: w for w, id in data["model"]["vocab"].items()}.items()}
+    data["added_tokens"] += [
+        {**data["added_tokens"][0], "id": id, "content": word} for word, id in (("<a>", middle), ("<b>", stop))
+    ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
+    flags = ("generate", tmp_path, "-p", "hello", "-m", 12)
+    said, shown = call(*flags)[1], call(*flags, "--show-special")[1]
+    assert "<a>" in shown and shown.endswith("<b>\n")
+    assert shown.replace("<a>", "").replace("<b>", "") == said
+
+
 def test_the_folder_says_where_to_stop(made, call, tmp_path):
     model = write_model(tmp_path)
     _, completion = continued(model, "hello", 20)

@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text to continue, - for standard input as it is; given several times, one batch",
     )
     add_model_arguments(parser)
+    special = "read control tokens that a prompt spells, as <|im_start|>; without it they are plain text"
+    parser.add_argument("--special", action="store_true", help=special)
     parser.add_argument("--json", action="store_true", help="print one JSON document as the last line")
 
 
@@ -70,6 +72,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again"
     )
+    shown = "show control tokens in the text, also the one that ends it"
+    parser.add_argument("--show-special", action="store_true", help=shown)
     parser.add_argument("--ignore-eos", action="store_true", help="go on after the model's own stop tokens")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--dtype", help="float32, bfloat16, float16 or float64 (default: the files' own)")
@@ -85,7 +89,9 @@ def run(options: argparse.Namespace) -> int:
     from transom.generation.text import encode_prompts, stream_text
 
     warn_if_other(found.folders, tokenizer, None)
-    ids = encode_prompts(tokenizer, prompts)
+    ids = encode_prompts(tokenizer, prompts, special=options.special)
+    if not options.special:
+        say_spelled(tokenizer, prompts)
     texts = stream_text(
         model,
         tokenizer,
@@ -95,15 +101,16 @@ def run(options: argparse.Namespace) -> int:
         stop=options.stop,
         stop_tokens=stop_tokens,
         prefill_step_size=options.prefill_step_size,
+        kept="all" if options.show_special else (),
     )
-    prompt_seconds, seconds = show(texts, prompts)
+    shown, prompt_seconds, seconds = show(texts, prompts)
     facts = rates(texts, sum(map(len, ids)), prompt_seconds, seconds, model)
     report(facts)
     if options.json:
-        rows = zip(prompts, texts.completions, strict=True)
+        rows = zip(prompts, shown, texts.completions, strict=True)
         completions = [
-            {"prompt": prompt, "text": row.text, "tokens": row.tokens, "finish_reason": row.finish_reason}
-            for prompt, row in rows
+            {"prompt": prompt, "text": text, "tokens": row.tokens, "finish_reason": row.finish_reason}
+            for prompt, text, row in rows
         ]
         emit_json({"model": options.folder, "completions": completions, **facts})
     return 0
@@ -125,6 +132,13 @@ def read_prompts(words: Sequence[str]) -> list[str]:
     if words.count("-") > 1:
         raise RequestError("--prompt -: standard input can be read once")
     return [_standard_input() if word == "-" else word for word in words]
+
+
+def say_spelled(tokenizer: Tokenizer, prompts: Sequence[str]) -> None:
+    """Print a notice for each control token that a prompt spells, which is read as plain text."""
+    for number, prompt in enumerate(prompts, start=1):
+        for spelling in tokenizer.spelled_in(prompt):
+            notice(f"prompt {number}: {spelling} is read as plain text; --special reads it as a control token")
 
 
 def _standard_input() -> str:
@@ -191,22 +205,26 @@ def max_new_tokens(requested: int | None, args: ModelArgs, prompt_tokens: int) -
     return room
 
 
-def show(texts: TextStream, prompts: Sequence[str]) -> tuple[float, float]:
-    """Print one completion as it comes, several when all are done; seconds of the first token and of the rest."""
-    alone = len(prompts) == 1
+def show(texts: TextStream, prompts: Sequence[str]) -> tuple[list[str], float, float]:
+    """Print one completion as it comes, several when all are done.
+
+    Returns the texts as shown, the seconds of the first token, and those of the rest.
+    """
+    alone, shown = len(prompts) == 1, [""] * len(prompts)
     start = first = time.perf_counter()
     for step, pieces in enumerate(texts):
         if step == 0:
             first = time.perf_counter()
+        shown = [text + piece for text, piece in zip(shown, pieces, strict=True)]
         if alone and pieces[0]:
             print(pieces[0], end="", flush=True)
     end = time.perf_counter()
     if alone:
         print(flush=True)
     else:
-        for number, (prompt, row) in enumerate(zip(prompts, texts.completions, strict=True), start=1):
-            print(f"==> {number} of {len(prompts)}: {prompt!r} <==\n{row.text}\n", flush=True)
-    return first - start, end - first
+        for number, (prompt, text) in enumerate(zip(prompts, shown, strict=True), start=1):
+            print(f"==> {number} of {len(prompts)}: {prompt!r} <==\n{text}\n", flush=True)
+    return shown, first - start, end - first
 
 
 def rates(

@@ -147,6 +147,11 @@ class Tokenizer:
         """Finds added tokens that are plain text, which are found in every text."""
         return _pattern({s: token for s, token in self._backend.added.items() if not token.control})
 
+    def spelled_in(self, text: str) -> list[str]:
+        """Return the control tokens that `text` spells, each once, in the order of their first places."""
+        found = [] if self._all is None else self._all.findall(text)
+        return [one for one in dict.fromkeys(found) if one in self.special_tokens]
+
     # -- ids to text ---------------------------------------------------------------------------------
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,25 +46,15 @@ def refuse_pointer(path: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; anything else is a `RequestError` naming the file."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
-    except _NotANumber as error:
-        raise RequestError(f"{path}: holds {error}; expected numbers, which JSON writes in digits") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         refuse_pointer(path)
         raise RequestError(f"{path}: not JSON ({error})") from None
     if not isinstance(data, dict):
         raise RequestError(f"{path}: accepted is one JSON object")
     return data
-
-
-class _NotANumber(Exception):
-    """`NaN` or `Infinity` in a JSON file."""
-
-
-def _refuse_constant(word: str) -> Any:
-    raise _NotANumber(word)
 
 
 def safetensors_header(path: Path) -> dict[str, Any] | None:
@@ -76,3 +68,16 @@ def safetensors_header(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None  # whoever reads the weights says what is wrong with the file
     return header if isinstance(header, dict) else None
+
+
+def refuse_infinite(data: Any, where: str, path: str = "") -> None:
+    """Raise for the first number of some JSON that is infinite or not a number, naming its key below `where`."""
+    inside: Iterable[tuple[Any, Any]] = ()
+    if isinstance(data, Mapping):
+        inside = data.items()
+    elif isinstance(data, list):
+        inside = enumerate(data)
+    elif isinstance(data, float) and not math.isfinite(data):
+        raise RequestError(f"{where}: {path}: got {data!r}; expected a finite number")
+    for key, value in inside:
+        refuse_infinite(value, where, f"{path}.{key}" if path else str(key))

@@ -5,11 +5,16 @@ import importlib
 import json
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from tests.checkpoints.families import FAMILIES, tiny_hf
+from tests.checkpoints.families import _YARN as YARN
+from tests.checkpoints.families import FAMILIES, random_ids, tiny_hf
 from transom.checkpoints.families import FAMILIES as KNOWN
 from transom.checkpoints.hf_config import args_from_hf
+from transom.checkpoints.load import load
 from transom.errors import RequestError
+from transom.model import TransformerInput
 
 
 def config_of(family):
@@ -82,7 +87,10 @@ REFUSED = [
     ("llama", {"model_type": "falcon"}, "model_type = 'falcon'"),
     ("llama", {"model_type": None}, "model_type = None"),
     ("llama", {"hidden_act": "xielu"}, "hidden_act = 'xielu'"),
-    ("llama", {"pretraining_tp": 2}, "pretraining_tp = 2"),
+    ("llama", {"rope_theta": float("inf")}, "rope_theta: got inf; expected a finite number"),
+    ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps: got nan"),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": float("inf")}}, "rope_scaling.factor: got inf"),
+    ("gpt_oss", {"max_position_embeddings": float("inf")}, "max_position_embeddings: got inf"),
     ("llama", {"hidden_size": None}, "dim = None"),
     ("gemma2", {"query_pre_attn_scalar": None}, "not a gemma2 config"),
     ("llama", {"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
@@ -91,7 +99,6 @@ REFUSED = [
     ("llama", {"rope_parameters": {"rope_type": "linear"}}, "needs a value"),
     ("llama", {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}, "mrope_section"),
     ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-    ("mistral", {"attention_bias": True}, "attention_bias = True"),
     ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ("qwen2", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
     ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
@@ -111,6 +118,59 @@ def test_what_we_cannot_compute_is_refused_in_one_sentence(family, change, words
     with pytest.raises(RequestError) as error:
         args_from_hf({**config_of(family), **change}, "config.json")
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "said"),
+    [
+        ("llama", {"pretraining_tp": 2}, ""),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 3.0, "finetuned": True}}, "ignored: finetuned"),
+        (
+            "qwen2",
+            {"rope_parameters": {**YARN, "attn_factor": 1.0, "finetuned": True}},
+            "ignored: attn_factor, fine",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "factor": 2.0}},
+            "'default' does not have are ignored",
+        ),
+        ("mistral", {"attention_bias": True}, "attention_bias = True is ignored"),
+        ("mixtral", {"attention_bias": True}, "attention_bias = True is ignored"),
+        ("phi3", {"attention_bias": True, "mlp_bias": True, "lm_head_bias": True}, "mlp_bias = True is ignored"),
+        ("qwen2", {"use_mrope": True}, "use_mrope = True is ignored"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 700.0}, ""),  # beside the newer
+    ],
+)
+def test_what_transformers_ignores_is_said_and_changes_nothing(family, change, said, tmp_path, capsys):
+    theirs = tiny_hf(family)
+    theirs.save_pretrained(tmp_path)
+    config = {**json.loads((tmp_path / "config.json").read_text()), **change}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    ours = load(tmp_path)(TransformerInput(random_ids()), inference=True).logits
+    torch.testing.assert_close(ours, theirs(random_ids()).logits, rtol=0, atol=3e-5)
+    assert said in capsys.readouterr().err
+
+
+# Keys that a file may leave out: a class has values for them, and the shapes of the weights do not tell.
+SILENT = (
+    *("max_position_embeddings", "rms_norm_eps", "num_key_value_heads", "num_experts_per_tok"),
+    *("routed_scaling_factor", "n_shared_experts", "attention_bias", "tie_word_embeddings", "hidden_act"),
+)
+
+
+@pytest.mark.parametrize("key", SILENT)
+@pytest.mark.parametrize("family", [name for name in KNOWN if name not in ("gemma3", "llama4")])
+def test_a_key_that_a_file_leaves_out_is_as_the_class_has_it(family, key):
+    module, name = CLASSES.get(family, (family, f"{family.capitalize()}Config"))
+    kind = getattr(importlib.import_module(f"transformers.models.{module}.configuration_{module}"), name)
+    full = json.loads(tiny_hf(family).config.to_json_string(use_diff=False)) | {"num_local_experts": 8}
+    full |= {"num_attention_heads": 32, "num_experts": 8, "n_routed_experts": 64, "hidden_size": 128}
+    short = {name: value for name, value in full.items() if name != key}
+    as_class = json.loads(kind.from_dict(dict(short)).to_json_string(use_diff=False)).get(key)
+    wanted = args_from_hf(short if as_class is None else {**short, key: as_class}, "full")
+    assert args_from_hf(short, "short") == wanted
 
 
 @pytest.mark.parametrize(

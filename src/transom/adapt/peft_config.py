@@ -12,7 +12,7 @@ from typing import Any
 
 from transom.adapt.lora_args import Scaling
 from transom.errors import RequestError, notice
-from transom.paths import read_json, safetensors_header
+from transom.paths import read_json, refuse_infinite, safetensors_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight")
@@ -138,6 +138,7 @@ def base_revision(folder: str | Path) -> str | None:
 
 def read_peft(config: Mapping[str, Any], where: str) -> PeftConfig:
     """The config of a LoRA adapter; a feature that is not computed here is a `RequestError` naming it."""
+    refuse_infinite(config, where)
     kind = config.get("peft_type")
     if kind != "LORA":
         raise RequestError(f"{where}: peft_type = {kind!r}: accepted is LORA")

@@ -20,7 +20,7 @@ from transom.chat import built_in
 from transom.chat.marking import Marked, Marker, Marks, mask_of, strings, token_ranges
 from transom.chat.sandbox import Compiled
 from transom.errors import RequestError, WorkError, notice, require
-from transom.paths import read_json
+from transom.paths import read_json, refuse_pointer
 from transom.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -333,7 +333,8 @@ def variables_of(folder: Path) -> dict[str, str]:
 
 
 def read_text(file: Path) -> str:
-    """The text of a template file."""
+    """Return the text of a template file."""
+    refuse_pointer(file)
     try:
         return file.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError) as error:

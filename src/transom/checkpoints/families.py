@@ -10,19 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transom.checkpoints.family_defaults import (
-    DEEPSEEK,
-    GEMMA2,
-    GEMMA3,
-    GPT_OSS,
-    LLAMA4,
-    LLAMA4_VISION,
-    MIXTRAL,
-    PHI3,
-    QWEN,
-    QWEN3,
-    WINDOW,
-)
+from transom.checkpoints import family_defaults as defaults
 from transom.checkpoints.foreign_config import ForeignConfig
 from transom.checkpoints.hf_rope import require_whole_rotary, rope_fields, rope_settings
 from transom.layer_args import yarn_mscale
@@ -54,7 +42,7 @@ def _activation(config: ForeignConfig, key: str = "hidden_act") -> str:
 
 def _common(config: ForeignConfig) -> Fields:
     """What all families spell alike."""
-    config.plain("pretraining_tp", 1)
+    config.get("pretraining_tp")  # how a matrix product was cut on the machines of training
     return {
         "dim": config["hidden_size"],
         "n_layers": config["num_hidden_layers"],
@@ -113,8 +101,9 @@ def _llama(config: ForeignConfig) -> Fields:
 
 
 def _mistral(config: ForeignConfig) -> Fields:
-    config.plain("attention_bias", False)
-    return {**_dense(config), **_uniform(config, config["sliding_window"])}
+    config.ignored("attention_bias")
+    fields = {**_dense(config), "qkv_bias": False, "out_bias": False}
+    return {**fields, **_uniform(config, config["sliding_window"])}
 
 
 def _mixtral(config: ForeignConfig) -> Fields:
@@ -142,7 +131,7 @@ def _qwen2(config: ForeignConfig) -> Fields:
 
 
 def _qwen2_biased(config: ForeignConfig) -> Fields:
-    config.plain("use_mrope", False)
+    config.ignored("use_mrope")
     config.plain("attention_bias", False, True)  # the class has no such key: q, k and v always have biases
     return {**_qwen2(config), "qkv_bias": True, "out_bias": False}
 
@@ -213,7 +202,7 @@ def _gemma3(config: ForeignConfig) -> Fields:
 
 
 def _gemma3_full(config: ForeignConfig) -> Fields:
-    text = config.part("text_config", GEMMA3)
+    text = config.part("text_config", defaults.GEMMA3)
     config.get("vision_config"), config.get("image_token_index"), config.get("image_token_id")
     fields = {**_gemma3(text), "tie_embeddings": config.get("tie_word_embeddings", True)}
     text.say_unread()
@@ -225,8 +214,7 @@ def _olmo2(config: ForeignConfig) -> Fields:
 
 
 def _phi3(config: ForeignConfig) -> Fields:
-    for key in ("attention_bias", "mlp_bias", "lm_head_bias"):
-        config.plain(key, False)
+    config.ignored("attention_bias", "mlp_bias", "lm_head_bias")
     # Early Phi-3 files call longrope by its first names.
     rope = rope_fields(config, rope_settings(config), {"su": "longrope", "yarn": "longrope"})
     fields = {**_common(config), "head_dim": config.get("head_dim"), "activation": _activation(config), **rope}
@@ -266,8 +254,8 @@ def _llama4_text(config: ForeignConfig) -> Fields:
 
 
 def _llama4(config: ForeignConfig) -> Fields:
-    text = config.part("text_config", LLAMA4)
-    vision = config.part("vision_config", LLAMA4_VISION)
+    text = config.part("text_config", defaults.LLAMA4)
+    vision = config.part("vision_config", defaults.LLAMA4_VISION)
     token = config.get("image_token_index", config.get("image_token_id"))
     config.check(token is not None, "image_token_index", "accepted is the id of a token")
     fields = {**_llama4_text(text), "vision_args": {**_vision(vision), "image_token": token}}
@@ -280,7 +268,7 @@ def _llama4(config: ForeignConfig) -> Fields:
 
 def _vision(config: ForeignConfig) -> Fields:
     config.plain("hidden_act", "gelu")
-    config.plain("multi_modal_projector_bias", False)
+    config.ignored("multi_modal_projector_bias")
     config.plain("vision_feature_select_strategy", "default")
     for key in ("norm_eps", "vision_feature_layer"):  # transformers reads neither: always 1e-5 and the last layer
         config.get(key)
@@ -382,19 +370,19 @@ def _deepseek_scale(settings: Mapping[str, Any], rope: Fields, head: int) -> flo
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_llama),
-    "mistral": Family(_mistral, WINDOW),
-    "mixtral": Family(_mixtral, MIXTRAL),
-    "qwen2": Family(_qwen2_biased, QWEN),
-    "qwen3": Family(_qwen3, QWEN3),
-    "qwen3_moe": Family(_qwen3_moe, WINDOW),
-    "gemma2": Family(_gemma2, GEMMA2),
-    "gemma3_text": Family(_gemma3, GEMMA3),
+    "llama": Family(_llama, defaults.LLAMA),
+    "mistral": Family(_mistral, defaults.MISTRAL),
+    "mixtral": Family(_mixtral, defaults.MIXTRAL),
+    "qwen2": Family(_qwen2_biased, defaults.QWEN),
+    "qwen3": Family(_qwen3, defaults.QWEN3),
+    "qwen3_moe": Family(_qwen3_moe, defaults.QWEN3_MOE),
+    "gemma2": Family(_gemma2, defaults.GEMMA2),
+    "gemma3_text": Family(_gemma3, defaults.GEMMA3),
     "gemma3": Family(_gemma3_full),
-    "olmo2": Family(_olmo2),
-    "phi3": Family(_phi3, PHI3),
-    "llama4_text": Family(_llama4_text, LLAMA4),
+    "olmo2": Family(_olmo2, defaults.OLMO2),
+    "phi3": Family(_phi3, defaults.PHI3),
+    "llama4_text": Family(_llama4_text, defaults.LLAMA4),
     "llama4": Family(_llama4),
-    "gpt_oss": Family(_gpt_oss, GPT_OSS),
-    "deepseek_v3": Family(_deepseek_v3, DEEPSEEK),
+    "gpt_oss": Family(_gpt_oss, defaults.GPT_OSS),
+    "deepseek_v3": Family(_deepseek_v3, defaults.DEEPSEEK),
 }

@@ -4,13 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
-MIXTRAL: dict[str, Any] = {"sliding_window": None, "rope_theta": 1e6}
-PHI3: dict[str, Any] = {"sliding_window": None, "original_max_position_embeddings": 4096}
+# Shapes of the text models have no defaults here: a file that leaves them out is not a whole one.
+LLAMA: dict[str, Any] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+OLMO2: dict[str, Any] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
 WINDOW: dict[str, Any] = {"sliding_window": 4096}
-QWEN: dict[str, Any] = {**WINDOW, "max_window_layers": 28}
+MISTRAL: dict[str, Any] = {
+    **WINDOW,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "num_key_value_heads": 8,
+}
+MIXTRAL: dict[str, Any] = {
+    **MISTRAL,
+    "sliding_window": None,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "num_experts_per_tok": 2,
+}
+PHI3: dict[str, Any] = {
+    "sliding_window": None,
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
+_QWEN: dict[str, Any] = {**WINDOW, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6}
+QWEN: dict[str, Any] = {**_QWEN, "num_key_value_heads": 32, "max_window_layers": 28}
 QWEN3: dict[str, Any] = {**QWEN, "head_dim": 128}
+QWEN3_MOE: dict[str, Any] = {**_QWEN, "num_key_value_heads": 4, "num_experts_per_tok": 8}
 GEMMA2: dict[str, Any] = {
     **WINDOW,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "num_key_value_heads": 4,
     "head_dim": 256,
     "hidden_activation": "gelu_pytorch_tanh",
     "tie_word_embeddings": True,
@@ -69,6 +94,10 @@ LLAMA4_VISION: dict[str, Any] = {
 }
 GPT_OSS: dict[str, Any] = {
     "sliding_window": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "num_key_value_heads": 8,
+    "num_experts_per_tok": 4,
     "head_dim": 64,
     "attention_bias": True,
     "rope_theta": 150000.0,
@@ -82,4 +111,14 @@ GPT_OSS: dict[str, Any] = {
         "original_max_position_embeddings": 4096,
     },
 }
-DEEPSEEK: dict[str, Any] = {"n_group": 8, "topk_group": 4, "first_k_dense_replace": 3, "q_lora_rank": 1536}
+DEEPSEEK: dict[str, Any] = {
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "num_experts_per_tok": 8,
+    "routed_scaling_factor": 2.5,
+    "n_shared_experts": 1,
+    "n_group": 8,
+    "topk_group": 4,
+    "first_k_dense_replace": 3,
+    "q_lora_rank": 1536,
+}

@@ -18,7 +18,7 @@ from transom.args import HeadArgs, ModelArgs
 from transom.checkpoints.hub import download, is_hub_id
 from transom.checkpoints.weight_files import WEIGHTS, find_weights
 from transom.errors import RequestError, notice
-from transom.paths import read_json, safetensors_header
+from transom.paths import read_json, refuse_infinite, safetensors_header
 
 MODEL_TYPE = "transom"
 CHECKSUMS = "sha256.json"
@@ -187,6 +187,7 @@ def read_args(folder: Path) -> ModelArgs:
     match kind:
         case "native":
             config = read_json(folder / CONFIG)
+            refuse_infinite(config, str(folder / CONFIG))
             own = {key: value for key, value in config.items() if key not in ("model_type", "architectures")}
             return ModelArgs.from_dict(own)
         case "hf":

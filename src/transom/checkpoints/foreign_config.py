@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from transom.errors import RequestError, notice, require
+from transom.paths import refuse_infinite
 
 # Keys that say nothing about the numbers a model computes, or repeat what another key says.
 _HARMLESS = """
@@ -35,6 +36,7 @@ class ForeignConfig:
     """The keys of one config file (or of a part of it), over the defaults its class has where a file is silent."""
 
     def __init__(self, data: Mapping[str, Any], where: str, defaults: Mapping[str, Any]) -> None:
+        refuse_infinite(data, where)
         self.where, self._data, self._defaults = where, data, defaults
         self._read: set[str] = set()
 
@@ -57,6 +59,12 @@ class ForeignConfig:
         """Refuse any value but those of `accepted`; an absent or null key is as the first of them."""
         words = " or ".join(repr(value) for value in accepted)
         self.check(self.get(key, accepted[0]) in accepted, key, f"accepted is {words}")
+
+    def ignored(self, *keys: str) -> None:
+        """Print one line for each key that is on in the file, which transformers ignores in this family."""
+        for key in keys:
+            if self.get(key):
+                notice(f"{self.where}: {key} = {self.get(key)!r} is ignored, as in transformers")
 
     def check(self, condition: bool, key: str, accepted: str) -> None:
         """`require` for one key of this file."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from transom.checkpoints.foreign_config import ForeignConfig
-from transom.errors import require
+from transom.errors import notice, require
 
 # What each kind reads beside rope_type and rope_theta. `original_...` is allowed everywhere: files carry it along.
 _KEYS: dict[str, tuple[str, ...]] = {
@@ -24,9 +24,9 @@ _COMMON = ("rope_type", "type", "rope_theta", "original_max_position_embeddings"
 def rope_settings(config: ForeignConfig) -> dict[str, Any]:
     """The flat mapping of a config: `rope_parameters` (transformers 5), `rope_scaling` and its neighbours (4)."""
     newer, older = config.get("rope_parameters", {}), config.get("rope_scaling", {})
-    settings = dict(older or newer)  # where a file has both, transformers takes the older one
+    settings = dict(older or newer)  # where a file has both, transformers takes all from the older one
     for key in ("rope_theta", "partial_rotary_factor"):
-        beside = newer.get(key, config.get(key))
+        beside = config.get(key)
         if beside is not None:
             settings.setdefault(key, beside)
     settings.setdefault("rope_theta", 10000.0)
@@ -41,10 +41,12 @@ def rope_fields(
     kind = aliases.get(kind, kind)
     where = f"{config.where}: rope_type"
     require(kind in _KEYS, where, kind, f"accepted is {', '.join(_KEYS)}")
-    for key, value in settings.items():
-        known = key in _COMMON or key in _KEYS[kind] or value is None
-        accepted = f"accepted with rope_type {kind!r} are {', '.join((*_KEYS[kind], *_COMMON))}"
-        require(known, f"{config.where}: rope_parameters.{key}", value, accepted)
+    for key in ("mrope_section", "mrope_interleaved"):
+        accepted = "positions in three dimensions are not supported; expected none"
+        require(settings.get(key) is None, f"{config.where}: rope_parameters.{key}", settings.get(key), accepted)
+    ignored = [key for key in settings if key not in _COMMON and key not in _KEYS[kind]]
+    if ignored:
+        notice(f"{config.where}: keys that rope_type {kind!r} does not have are ignored: {', '.join(ignored)}")
     out: dict[str, Any] = {"rope_theta": settings["rope_theta"]}
     share = settings.get("partial_rotary_factor")
     if share is not None:

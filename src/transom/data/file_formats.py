@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 from transom.errors import RequestError
+from transom.paths import refuse_pointer
 
 RowFormat = Literal["lines", "json", "parquet"]
 ROW_FORMATS: dict[str, RowFormat] = {
@@ -69,6 +70,7 @@ def readable(path: Path) -> Iterator[None]:
 
 def open_bytes(path: Path) -> BinaryIO:
     """Open a file for reading; one that ends in a suffix of `COMPRESSIONS` is decompressed."""
+    refuse_pointer(path)
     compression = path.suffix.lower()
     if compression == ".gz":
         return cast(BinaryIO, gzip.open(path))

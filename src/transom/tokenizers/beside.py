@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transom.errors import RequestError, require
+from transom.paths import refuse_pointer
 from transom.tokenizers.backend import AddedToken
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -135,6 +136,7 @@ def spelling_of(entry: Any) -> str | None:
 
 def read_content(file: Path) -> bytes:
     """Return the bytes of a file; one that cannot be read is a `RequestError`."""
+    refuse_pointer(file)
     try:
         return file.read_bytes()
     except OSError as error:

@@ -43,10 +43,14 @@ def model_folder(path: str | Path, which: Which = "best", revision: str | None =
 
 
 def named_folder(path: str | Path, which: Which, revision: str | None, settings_only: bool = False) -> Path:
-    """`model_folder`, whose folder may also be that of an adapter."""
+    """Return `model_folder`, whose folder may also be that of an adapter.
+
+    With `settings_only`, a folder with a tokenizer and no model is accepted as well.
+    """
     folder = Path(path)
     if not folder.exists() and not folder.parent.exists() and is_hub_id(str(path)):
-        return named_folder(download(str(path), revision, settings_only=settings_only), which, None)
+        fetched = download(str(path), revision, settings_only=settings_only)
+        return named_folder(fetched, which, None, settings_only)
     if revision is not None:
         raise RequestError(f"revision = {revision!r}: accepted with a hub id, and {path} is not one")
     if not folder.exists():
@@ -60,12 +64,19 @@ def named_folder(path: str | Path, which: Which, revision: str | None, settings_
         if step is not None:
             notice(f"{folder}: using {pointer} step {step.name}")
             return step
+    if settings_only and holds_tokenizer(folder):
+        return folder
     inside = next((p for p in ("original",) if (folder / p / PARAMS).exists()), None)
     hint = f", as {folder / inside} is" if inside else ""
     raise RequestError(
         f"{folder}: no {CONFIG}, no {PARAMS}, no {ADAPTER} and no finished step; accepted is a model, adapter or "
         f"run folder{hint}"
     )
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Return whether a folder has the file of a tokenizer."""
+    return any(any(folder.glob(name)) for name in TOKENIZERS)
 
 
 def is_model(folder: Path) -> bool:
@@ -75,10 +86,15 @@ def is_model(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Found:
-    """What a name stands for: the folder of a whole model, and the adapter to put on it, if any."""
+    """What a name stands for: the folder of a whole model, and the adapter to put on it, if any.
+
+    Where only the tokenizer was asked for, the folder may hold no model, and the name may be that of a tokenizer's
+    file, `tokenizer_file`.
+    """
 
     model: Path
     adapter: Path | None = None
+    tokenizer_file: Path | None = None
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -87,15 +103,22 @@ class Found:
 
     @property
     def tokenizer(self) -> Path:
-        """The folder whose tokenizer is meant."""
-        own = (folder for folder in self.folders if any(any(folder.glob(name)) for name in TOKENIZERS))
-        return next(own, self.model)
+        """The folder or file whose tokenizer is meant."""
+        return self.tokenizer_file or next(filter(holds_tokenizer, self.folders), self.model)
 
     @property
     def vocabulary(self) -> int | None:
-        """Rows of the embeddings, the adapter's where it brings some of its own; None where nobody says."""
+        """Rows of the embeddings, those of the adapter where it has some of its own; None where nothing tells.
+
+        Where no config states them, they are read from the weights or the defaults of the config's class.
+        """
         own = None if self.adapter is None else trained_vocabulary(self.adapter)
-        return own or stated_vocabulary(self.model)
+        stated = own or stated_vocabulary(self.model)
+        if stated is not None or not is_model(self.model) or lacks_vocabulary(self.model):
+            return stated
+        with contextlib.suppress(RequestError):  # a tokenizer opens beside a model that does not
+            return read_args(self.model).vocab_size
+        return None
 
     def __str__(self) -> str:
         return str(self.model) if self.adapter is None else f"{self.model} + adapter {self.adapter}"
@@ -106,6 +129,8 @@ def find_model(name: str | Path, revision: str | None = None, *, settings_only: 
 
     `settings_only` fetches no weights of a hub id, which config, tokenizer and chat template do without.
     """
+    if settings_only and revision is None and Path(name).is_file():
+        return Found(Path(name).parent, tokenizer_file=Path(name))
     folder = named_folder(name, "best", revision, settings_only)
     if not is_adapter(folder):
         return Found(folder)
@@ -230,7 +255,7 @@ def _stored_keys(folder: Path, config: Mapping[str, Any]) -> set[str]:
 
 def lacks_vocabulary(folder: Path) -> bool:
     """Whether only weights that are not there know how many rows the embeddings have, so `read_args` would fail."""
-    if (folder / CONFIG).exists() or consolidated_files(folder):
+    if (folder / CONFIG).exists() or not (folder / PARAMS).exists() or consolidated_files(folder):
         return False
     from transom.checkpoints.meta_config import needs_vocabulary
 
@@ -239,6 +264,8 @@ def lacks_vocabulary(folder: Path) -> bool:
 
 def stated_vocabulary(folder: Path) -> int | None:
     """Rows of the embeddings as the config states them, also of models we cannot read; None where it is silent."""
+    if not (folder / CONFIG).exists() and not (folder / PARAMS).exists():
+        return None
     config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else read_params(folder)
     inner = config.get("text_config")
     size = config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)

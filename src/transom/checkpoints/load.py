@@ -150,11 +150,16 @@ def bad_numbers(tensor: Tensor) -> int:
 
 
 def load_tokenizer(folder: str | Path, revision: str | None = None) -> Tokenizer:
-    """The tokenizer of a model folder or hub id, or of a run's best step; its tokens must fit the embeddings.
+    """Return the tokenizer of a model folder or hub id, or of a run's best step.
 
-    Of a hub id no weights are fetched.
+    Its tokens must fit the embeddings. Of a hub id no weights are fetched. A folder with a tokenizer and no model,
+    and the file of a tokenizer, are opened as well.
     """
-    found = find_model(folder, revision, settings_only=True)
+    return open_tokenizer(find_model(folder, revision, settings_only=True))
+
+
+def open_tokenizer(found: Found) -> Tokenizer:
+    """Return the tokenizer of a model or its adapter, whose tokens must fit the embeddings."""
     tokenizer = Tokenizer.load(found.tokenizer)
     check_vocabulary(tokenizer, found.vocabulary, str(found.tokenizer))
     return tokenizer

@@ -11,9 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from transom.checkpoints.folders import Found, find_model, lacks_vocabulary, read_args
+from transom.checkpoints.folders import Found, find_model, is_model, lacks_vocabulary, read_args
 from transom.cli.chat import find_template
-from transom.cli.generate import open_tokenizer
 from transom.cli.inspect import heading, pairs, show, shown, table, token_text
 from transom.cli.main import emit_json
 from transom.errors import notice, require
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
     from transom.data.tuning_rows import EncodedRows, TuningRow
     from transom.data.tuning_sets import Problem
     from transom.tokenizer import Tokenizer
+
+SEQ_LEN = 4096  # tokens of the longest example where no model states a length
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,20 +84,32 @@ class Subject(NamedTuple):
 
 def open_subject(options: argparse.Namespace) -> Subject:
     """Read data, tokenizer and template; `check` collects malformed rows, `show` refuses the first."""
+    from transom.checkpoints.load import open_tokenizer
     from transom.data.tuning_rows import template_for
     from transom.data.tuning_sets import read_examples
 
     found = find_model(options.model, options.revision, settings_only=True)
     if lacks_vocabulary(found.model):
         found = find_model(options.model, options.revision)
-    most = read_args(found.model).max_seq_len
-    seq_len = most if options.seq_len is None else options.seq_len
-    require(2 <= seq_len <= most, "--seq-len", seq_len, f"accepted is 2 to {most}, the model's max_seq_len")
+    seq_len = longest_example(found, options.seq_len)
     tokenizer = open_tokenizer(found)
     problems: list[Problem] = []
     examples = read_examples(options.data, options.split, problems if options.what == "check" else None)
     template = template_for(examples, tokenizer, find_template(found, tokenizer, options.chat_template))
     return Subject(examples, problems, tokenizer, template, seq_len, found)
+
+
+def longest_example(found: Found, asked: int | None) -> int:
+    """Return the length that was asked for, or the model's; without a model `SEQ_LEN`, which is said."""
+    if is_model(found.model):
+        most = read_args(found.model).max_seq_len
+        seq_len = most if asked is None else asked
+        require(2 <= seq_len <= most, "--seq-len", seq_len, f"accepted is 2 to {most}, the model's max_seq_len")
+        return seq_len
+    if asked is None:
+        notice(f"{found}: a tokenizer without a model; examples may have {SEQ_LEN} tokens, or --seq-len N")
+    require(asked is None or asked >= 2, "--seq-len", asked, "expected 2 or more")
+    return SEQ_LEN if asked is None else asked
 
 
 def encode(subject: Subject, examples: Sequence[Example], options: argparse.Namespace) -> EncodedRows:

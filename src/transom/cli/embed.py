@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from transom.cli.generate import add_folder_arguments, open_tokenizer
+from transom.cli.generate import add_folder_arguments
 from transom.cli.main import emit_json
 from transom.errors import RequestError, notice, require
 
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     for number, text in enumerate(texts, start=1):
         require(bool(text), f"text {number} of {len(texts)}", text, "accepted is one character or more")
     from transom.checkpoints.folders import find_model
-    from transom.checkpoints.load import load
+    from transom.checkpoints.load import load, open_tokenizer
     from transom.data.labelled import encode_texts, read_labels
     from transom.training.heads import run_rows
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transom.checkpoints.folders import Found, find_model, model_folder, read_args
+from transom.checkpoints.folders import Found, find_model, model_folder
 from transom.checkpoints.hub import is_hub_id
 from transom.cli.main import emit_json
 from transom.errors import RequestError, notice, require
@@ -169,7 +169,7 @@ def sampling_of(options: argparse.Namespace) -> SamplingArgs:
 
 def open_model(options: argparse.Namespace) -> tuple[Found, LLM, Tokenizer, tuple[int, ...]]:
     """The folders meant, the model, its tokenizer and its stop tokens (none with --ignore-eos)."""
-    from transom.checkpoints.load import load
+    from transom.checkpoints.load import load, open_tokenizer
     from transom.generation.stopping import stop_tokens_of
     from transom.runtime import warn_if_bfloat16_is_slow
 
@@ -179,17 +179,6 @@ def open_model(options: argparse.Namespace) -> tuple[Found, LLM, Tokenizer, tupl
     model = load(found, options.device, options.dtype)
     warn_if_bfloat16_is_slow(model.tok_embeddings.weight)
     return found, model, tokenizer, stop_tokens
-
-
-def open_tokenizer(found: Found) -> Tokenizer:
-    """The tokenizer of a model or its adapter; its tokens must have embeddings."""
-    from transom.checkpoints.load import check_vocabulary
-    from transom.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.load(found.tokenizer)
-    rows = found.vocabulary or read_args(found.model).vocab_size
-    check_vocabulary(tokenizer, rows, str(found.tokenizer))
-    return tokenizer
 
 
 def max_new_tokens(requested: int | None, args: ModelArgs, prompt_tokens: int) -> int:

@@ -205,8 +205,7 @@ def run_trace(subject: Subject, options: argparse.Namespace) -> int:
         raise RequestError(f"--trace: {subject.name} has no weights; accepted is a model or run folder")
     import torch
 
-    from transom.checkpoints.load import load
-    from transom.cli.generate import open_tokenizer
+    from transom.checkpoints.load import load, open_tokenizer
     from transom.evaluation.trace import trace
 
     tokenizer = open_tokenizer(subject.found)

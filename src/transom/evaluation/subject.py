@@ -12,8 +12,8 @@ from typing import Any
 from transom.chat.fingerprint import warn_if_other
 from transom.chat.template import ChatTemplate, stored_templates
 from transom.checkpoints.fingerprint import fingerprint
-from transom.checkpoints.folders import Found, find_model, sha256_of, stated_vocabulary
-from transom.checkpoints.load import check_vocabulary, load
+from transom.checkpoints.folders import Found, find_model, sha256_of
+from transom.checkpoints.load import load, open_tokenizer
 from transom.errors import RequestError
 from transom.generation.loop import keeps_every_token
 from transom.generation.stopping import stop_tokens_of
@@ -45,10 +45,9 @@ class Subject:
     ) -> Subject:
         """The model of a folder, run folder, adapter folder or hub id; one without a next token is refused."""
         found = find_model(name, revision)
-        tokenizer = Tokenizer.load(found.tokenizer)
-        check_vocabulary(tokenizer, stated_vocabulary(found.model), str(found.tokenizer))
+        tokenizer = open_tokenizer(found)
         stop_tokens = stop_tokens_of(found, tokenizer)
-        model = load(found.folders[0], device, dtype)
+        model = load(found, device, dtype)
         if model.args.head is not None:
             raise RequestError(f"{found}: a model with a {model.args.head.kind} head; accepted is a language model")
         if any(layer.rule.kind == "full" for layer in model.args.layers):

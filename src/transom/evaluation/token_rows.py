@@ -15,8 +15,8 @@ from torch import Tensor
 
 from transom.args import ModelArgs
 from transom.chat.template import ChatTemplate, stored_templates
-from transom.checkpoints.folders import TOKENIZERS, Found
-from transom.checkpoints.load import check_vocabulary
+from transom.checkpoints.folders import Found, holds_tokenizer
+from transom.checkpoints.load import open_tokenizer
 from transom.data.conversations import Example
 from transom.data.file_formats import row_format
 from transom.data.instructions import NAME as STDLIB
@@ -60,14 +60,13 @@ def token_rows(
     """
     most = min(tokens, max(2, LOGITS // args.vocab_size))
     length = min(LENGTH, args.max_seq_len) if keeps_every_token(args) else LENGTH
-    if not any(any(folder.glob(name)) for folder in found.folders for name in TOKENIZERS):
+    if not any(map(holds_tokenizer, found.folders)):
         require(data is None, "data", data, f"{found} has no tokenizer for it; accepted is none")
         notice(f"{found}: no tokenizer, so models are compared on random tokens")
         draws = torch.Generator().manual_seed(0)
         ids = torch.randint(args.vocab_size, (most,), generator=draws).tolist()
         return _rows(RANDOM, [ids], length, most)
-    tokenizer = Tokenizer.load(found.tokenizer)
-    check_vocabulary(tokenizer, found.vocabulary or args.vocab_size, str(found.tokenizer))
+    tokenizer = open_tokenizer(found)
     if data is not None:
         if data == STDLIB or (row_format(data) is not None and Path(data).is_file()):
             return _rows(data, _written(read_examples(data), found, tokenizer, length), length, most)

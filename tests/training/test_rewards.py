@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from transom.errors import RequestError, WorkError
-from transom.training.rewards import number_of, open_reward
+from transom.training.rewards import open_reward
 
 JUDGED = [
     ("exact", "  the Answer ", {"answer": "The  answer"}, 1.0),
@@ -15,10 +15,9 @@ JUDGED = [
     ("exact", "Paris is it", {"answer": "Paris"}, 0.0),
     ("exact", "7", {"solution": 7}, 1.0),
     ("number", "so it is 42.0.", {"answer": "6 * 7 = 42\n#### 42"}, 1.0),
-    ("number", "#### 42 and not 43", {"answer": "43"}, 1.0),
+    ("number", "42", {"answer": [41, "42"]}, 1.0),
     ("number", "first 43, then #### 42", {"answer": 43}, 0.0),
-    ("number", "nothing", {"answer": "0"}, 0.0),
-    ("number", "\\boxed{\\frac{3}{4}}, not 4", {"answer": "\\boxed{0.75}"}, 1.0),
+    ("number", "\\boxed{\\frac{3}{4}}, not 4", {"solution": "\\boxed{0.75}"}, 1.0),
     ("regex", "call 555-123", {"answer": r"\d{3}-\d{3}$"}, 1.0),
     ("regex", "call 555", {"answer": [r"^\d", "xyz"]}, 0.0),
 ]
@@ -27,29 +26,6 @@ JUDGED = [
 @pytest.mark.parametrize(("name", "answer", "reference", "value"), JUDGED, ids=lambda one: str(one)[:24])
 def test_built_in_rewards_judge_as_they_say(name, answer, reference, value):
     assert open_reward(name)(answer, reference, "row") == value
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("it cost $1,234.50 in all", 1234.5),
-        ("from 2020-21", 21),
-        ("x = -3", -3),
-        ("7 m2", 7),  # the 2 is part of a word
-        ("2.5e-3", 0.0025),
-        ("5 / 10", 0.5),
-        ("1{,}000 \\$", 1000),
-        ("\\boxed{\\text{12}} of 20", 12),
-        ("\\boxed{5} or #### 6", 6),
-        ("####", None),
-        ("1/0", None),
-        ("1e999999999", None),  # a number whose digits would fill the memory
-        ("9" * 5000, None),
-    ],
-)
-def test_the_last_number_is_found_and_worked_out(text, value):
-    found = number_of(text)
-    assert (None if found is None else float(found)) == value
 
 
 @pytest.mark.parametrize(

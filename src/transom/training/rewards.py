@@ -10,12 +10,12 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from transom.errors import RequestError, WorkError, nearest, require
+from transom.training.math_answers import check_reference, require_math_verify, same_value
 
 Reference = Mapping[str, Any]  # what a row says of its answer: `answer` or `solution`, and for one's own `tests`
 Score = Callable[[str, Reference], float]
@@ -46,9 +46,16 @@ class Reward:
 
     def check(self, references: Iterable[tuple[str, Reference]]) -> None:
         """Refuse rows, as pairs of id and reference, that a built-in reward cannot judge: before the first step."""
-        if self.file is None:
-            for id, reference in references:
-                self("", reference, id)
+        if self.file is not None:
+            return
+        for id, reference in references:
+            self("", reference, id)
+            if self.score is number:
+                try:
+                    for one in accepted_answers(reference):
+                        check_reference(one)
+                except RequestError as error:
+                    raise RequestError(f"{id}: {error}") from None
 
     @property
     def hash(self) -> str:
@@ -58,6 +65,8 @@ class Reward:
 
 def open_reward(name: str) -> Reward:
     """`exact`, `number`, `regex`, or `module:function` from a file in the current directory."""
+    if name == "number":
+        require_math_verify()
     if name in BUILT_IN:
         return Reward(name, BUILT_IN[name])
     module, _, function = name.partition(":")
@@ -103,13 +112,8 @@ def exact(answer: str, reference: Reference) -> float:
 
 
 def number(answer: str, reference: Reference) -> float:
-    """1 where the answer's number, by `number_of`, equals that of an accepted answer."""
-    wanted = []
-    for one in accepted_answers(reference):
-        value = number_of(one)
-        require(value is not None, "answer", one, "accepted with reward number is a text with a number")
-        wanted.append(value)
-    return float(number_of(answer) in wanted)
+    """Return 1 where the answer has the value of an accepted one: numbers, expressions, sets, intervals, ..."""
+    return float(any(same_value(answer, one) for one in accepted_answers(reference)))
 
 
 def regex(answer: str, reference: Reference) -> float:
@@ -135,42 +139,3 @@ def accepted_answers(reference: Reference) -> list[str]:
 
 def _plain(text: str) -> str:
     return " ".join(text.split()).casefold()
-
-
-# Thousands with commas, decimals, an exponent of two digits, a fraction; letters before it make it a word.
-_NUMBER = re.compile(
-    r"(?:(?<![\w.)\]}])-)?[$€£]?(?<![\w.])"
-    r"((?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:\.\d++)?+|\.\d++)"
-    r"((?:[eE][-+]?\d{1,2}(?!\d))?)(?![eE][-+]?\d)((?:\s?/\s?\d+)?)"
-)
-_FRACTION = re.compile(r"\\[dt]?frac\{\s*(-?\d+)\s*\}\{\s*(\d+)\s*\}")
-_BOXED = "\\boxed{"
-
-
-def number_of(text: str) -> Fraction | None:
-    """The last number behind the last `####` (GSM8K, arXiv 2110.14168) or in the last `\\boxed{}`, else in all."""
-    marked = max(text.rfind("####"), text.rfind(_BOXED))
-    if marked >= 0:
-        text = _inside(text[marked + len(_BOXED) :]) if text.startswith(_BOXED, marked) else text[marked + 4 :]
-    text = text.replace("{,}", ",").replace("\\$", "$").replace("\u2212", "-")
-    found = [*_NUMBER.finditer(_FRACTION.sub(r"\1/\2", text))]
-    if not found:
-        return None
-    digits, exponent, below = found[-1].groups()
-    try:
-        value = Fraction(digits.replace(",", "") + exponent)
-        if below:
-            value /= Fraction(below.strip(" \t\n/"))
-    except (ValueError, ZeroDivisionError):  # more digits than Python reads, or a division by 0
-        return None
-    return -value if found[-1][0].startswith("-") else value
-
-
-def _inside(text: str) -> str:
-    """`text` up to the brace that closes one before it."""
-    depth = 1
-    for at, letter in enumerate(text):
-        depth += (letter == "{") - (letter == "}")
-        if depth == 0:
-            return text[:at]
-    return text

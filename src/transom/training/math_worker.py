@@ -1,0 +1,101 @@
+"""The process in which `math-verify` reads and compares answers: run as a script, one JSON request a line.
+
+SymPy may compute for hours, or fill the memory, on a line that a model wrote (9^{9^{9^9}}), and the library's own
+time limit is a signal, which needs the main thread and does not end a computation in C. A process can be ended.
+This file imports nothing of Transom, so the process starts without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import signal
+import sys
+from functools import lru_cache
+from typing import Any
+
+MEMORY = 4 << 30  # bytes
+ROUNDING = 12  # digits after the point: 0.333333 is not 1/3
+LONGEST_NAME = 1  # of a symbol that is a variable; a longer one is a text
+
+
+def main() -> None:
+    """Answer requests until input ends: {"read": [text, as_latex]}, {"same": [text, as_latex, text, as_latex]}."""
+    logging.disable(logging.CRITICAL)
+    _limit_memory()
+    seconds = int(sys.argv[1])
+    _same(_parse("2", True), _parse(r"\sqrt{4}", True))  # the first request is not charged with imports
+    _write("ready")
+    for line in sys.stdin:
+        with _deadline(seconds):
+            _write(_answer(json.loads(line)))
+
+
+def _write(value: str | bool) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+def _answer(request: dict[str, Any]) -> bool:
+    try:
+        if "read" in request:
+            return _is_mathematics(*request["read"])
+        one, other = request["same"][:2], request["same"][2:]
+        return _same(_parse(*one), _parse(*other))
+    except (Exception, RecursionError, MemoryError):  # the parser's generated code may raise anything
+        return False
+
+
+@lru_cache(maxsize=4096)
+def _parse(text: str, as_latex: bool) -> tuple[Any, ...]:
+    """Return what the library finds in a text: a list with an expression first, or nothing."""
+    from math_verify import LatexExtractionConfig, parse
+
+    if as_latex:  # as a whole or not at all: of a root that is cut short, its factor would be found
+        whole = [LatexExtractionConfig()]
+        return tuple(parse(f"${text}$", whole, fallback_mode="no_fallback", parsing_timeout=None))
+    return tuple(parse(text, fallback_mode="no_fallback", parsing_timeout=None))
+
+
+def _same(reference: tuple[Any, ...], answer: tuple[Any, ...]) -> bool:
+    from math_verify import verify
+
+    return bool(verify(list(reference), list(answer), float_rounding=ROUNDING, timeout_seconds=None))
+
+
+def _is_mathematics(text: str, as_latex: bool) -> bool:
+    """Return whether a text reads as an expression that equals itself, and not as a word."""
+    found = _parse(text, as_latex)
+    symbols = getattr(found[0], "free_symbols", ()) if found else ()
+    words = any(len(symbol.name) > LONGEST_NAME and symbol.name.isalpha() for symbol in symbols)
+    spelled = as_latex and len(symbols) >= 3 and any(len(word) > 3 for word in _plain_words(text))
+    return bool(found) and not words and not spelled and _same(found, found)
+
+
+def _plain_words(text: str) -> list[str]:
+    """Return runs of letters that are no LaTeX command: the parser reads `many` as m * a * n * y."""
+    letters = "".join(letter if letter.isalpha() or letter == "\\" else " " for letter in text)
+    return [word for word in letters.split() if "\\" not in word]
+
+
+def _limit_memory() -> None:
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows, macOS, a lower limit already
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+
+@contextlib.contextmanager
+def _deadline(seconds: int) -> Any:
+    """End this process after `seconds`, also where nobody is left who would; the default action needs no Python."""
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(seconds)
+    yield
+    if hasattr(signal, "alarm"):
+        signal.alarm(0)
+
+
+if __name__ == "__main__":
+    main()

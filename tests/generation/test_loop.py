@@ -193,6 +193,30 @@ def test_nan_logits_are_not_sampled():
         generate(model, torch.tensor([[1, 2]]), 3)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("stop_tokens", [(), (60,)])
+def test_logits_that_break_while_decoding_are_not_sampled(bad, stop_tokens):
+    """The prompt is fine; the row of the first token that is drawn, met at the second call, is not."""
+    model = model_of()
+    prompt = torch.tensor([[1, 2]])
+    first = int(generate(model, prompt, 1)[0, -1])
+    assert first not in (1, 2, *stop_tokens)
+    model.tok_embeddings.weight.data[first] = bad
+    with pytest.raises(WorkError, match="logits are NaN"):
+        generate(model, prompt, 4, stop_tokens=stop_tokens)
+
+
+def test_broken_logits_of_a_finished_row_do_not_end_the_others():
+    model = model_of()
+    prompts = [[1, 2], [3, 4, 5]]
+    first = [int(generate(model, torch.tensor([prompt]), 1)[0, -1]) for prompt in prompts]
+    alone = generate(model, torch.tensor([prompts[1]]), 4)[0, 3:].tolist()
+    assert first[0] not in alone
+    model.tok_embeddings.weight.data[first[0]] = float("nan")
+    rows = list(stream(model, prompts, max_new_tokens=4, stop_tokens=[first[0]]))
+    assert [row[1] for row in rows] == alone
+
+
 def test_only_the_last_logits_of_a_chunked_prompt_are_computed(monkeypatch):
     model = model_of()
     asked, forward = [], model.forward

@@ -153,7 +153,12 @@ def _run(
     given: list[Tensor] = []
     logits_BV = prefill(model, cache, rest, prefill_step_size)
     alive_B = torch.ones(len(rest), dtype=torch.bool, device=logits_BV.device)
+    broken_B = torch.zeros_like(alive_B)
+    waits = stops_S.numel() > 0 or logits_BV.device.type == "cpu"
     for remaining in reversed(range(max_new_tokens)):
+        broken_B = broken_B | (alive_B & _not_finite(logits_BV))
+        if waits or not remaining:  # elsewhere the host does not wait for the device before the last step
+            _refuse_broken(broken_B, logits_BV.dtype)
         ids_B = sampler(logits_BV)
         yield ids_B.masked_fill(~alive_B, FINISHED)
         lengths_B = None
@@ -223,10 +228,20 @@ def prefill(model: LLM, cache: ModelCache, rows: Sequence[Sequence[int]], step_s
         ends_B1 = torch.tensor(ends, device=device)[:, None]
         last_BV = logits_BV if last_BV is None else torch.where(ends_B1, logits_BV, last_BV)
     assert last_BV is not None, "the longest row ends in the last piece"
-    if bool(last_BV.isnan().any()):
-        dtype = str(last_BV.dtype).removeprefix("torch.")
-        raise WorkError(f"the model's logits are NaN: a weight is, or its numbers are too large for {dtype}")
+    _refuse_broken(_not_finite(last_BV), last_BV.dtype)
     return last_BV
+
+
+def _not_finite(logits_BV: Tensor) -> Tensor:
+    """Return the rows [B] from which no token can be drawn: one logit is NaN or inf, or all are -inf."""
+    return ~logits_BV.amax(-1).isfinite()
+
+
+def _refuse_broken(broken_B: Tensor, dtype: torch.dtype) -> None:
+    """Raise a `WorkError` if a row is broken: any token that is drawn from it would look like an answer."""
+    if bool(broken_B.any()):
+        name = str(dtype).removeprefix("torch.")
+        raise WorkError(f"the model's logits are NaN or infinite: a weight is, or values are too large for {name}")
 
 
 def _logits_BV(model: LLM, inputs: TransformerInput, cache: ModelCache) -> Tensor:

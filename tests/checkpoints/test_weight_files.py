@@ -203,3 +203,16 @@ def test_native_folders_follow_the_same_order(tmp_path, capsys):
     weight = load(tmp_path / "model").layers[0].attention.wq.weight
     assert torch.equal(weight, random_model(tiny_args()).layers[0].attention.wq.weight)
     assert "ignored: model-00001-of-" in capsys.readouterr().err
+
+
+def test_bfloat16_and_float16_in_one_folder_become_float32(folder):
+    """Neither holds the numbers of the other: 1e6 is infinite in float16."""
+    state = load_file(folder / "model.safetensors")
+    names = sorted(state)
+    halves = {name: state[name].to((torch.bfloat16, torch.float16)[i % 2]) for i, name in enumerate(names)}
+    halves[names[0]].view(-1)[0] = 1e6
+    save_file(halves, folder / "model.safetensors", metadata={"format": "pt"})
+    model = load(folder)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert all(bool(weight.isfinite().all()) for weight in model.parameters())
+    logits_are_those_of_transformers(folder)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,12 +41,17 @@ class Stored:
 Source = Mapping[str, Stored]
 
 
+def common_dtype(kinds: Iterable[torch.dtype]) -> torch.dtype:
+    """Return the smallest dtype that holds the values of all `kinds`: float32 for bfloat16 and float16."""
+    return functools.reduce(torch.promote_types, kinds)
+
+
 def dtypes_of(source: Source, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """What each of our parameters is kept as: `dtype`, or the widest of the files."""
+    """What each of our parameters is kept as: `dtype`, or the smallest one that holds those of all files."""
     # The biases that help to choose experts move in steps too small for half precision, and no product reads them.
     wide = {name for name in source if name.endswith("choice_bias")}
     kinds = {stored.dtype for name, stored in source.items() if name not in wide}
-    kind = dtype or max(kinds, key=lambda k: k.itemsize)
+    kind = dtype or common_dtype(kinds)
     return {name: torch.promote_types(kind, torch.float32) if name in wide else kind for name in source}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.errors import RequestError
+from transom.errors import RequestError, notice
 
 # How every pointer of Git LFS begins (its specification, version 1).
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -55,6 +55,32 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise RequestError(f"{path}: accepted is one JSON object")
     return data
+
+
+def json_text(document: Any, **options: Any) -> str:
+    """Return `document` as JSON that every reader accepts; `options` are those of `json.dumps`.
+
+    JSON has no NaN and no infinity: such numbers become null, with a notice of how many.
+    """
+    try:
+        return json.dumps(document, allow_nan=False, **options)
+    except ValueError:  # some number is not finite
+        finite, dropped = _finite(document)
+    notice(f"{dropped} NaN or infinite numbers are written as null, since JSON has neither")
+    return json.dumps(finite, allow_nan=False, **options)
+
+
+def _finite(value: Any) -> tuple[Any, int]:
+    """Return `value` with None for every number that is not finite, and how many there were."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None, 1
+    if isinstance(value, Mapping):
+        pairs = {key: _finite(one) for key, one in value.items()}
+        return {key: one for key, (one, _) in pairs.items()}, sum(count for _, count in pairs.values())
+    if isinstance(value, (list, tuple)):
+        items = [_finite(one) for one in value]
+        return [one for one, _ in items], sum(count for _, count in items)
+    return value, 0
 
 
 def safetensors_header(path: Path) -> dict[str, Any] | None:

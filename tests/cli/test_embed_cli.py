@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.helpers import random_model, run_python, tiny_args
 from transom.checkpoints.load import save
@@ -158,3 +158,14 @@ def test_half_precision_gives_float32_vectors(classifier, call, tmp_path):
 def test_a_wrong_request_does_not_wait_for_torch():
     code = "import transom.cli.embed, sys; print('torch' in sys.modules)"
     assert run_python(code).strip() == "False"
+
+
+def test_a_vector_that_is_not_finite_is_failed_work(plain, call, tmp_path):
+    folder = tmp_path / "broken"
+    write_model(folder)
+    state = load_file(folder / "model.safetensors")
+    state["tok_embeddings.weight"][ord("b")] = float("inf")
+    save_file(state, folder / "model.safetensors")
+    code, out, err = call(folder, "--text", "a", "--text", "b", "--json")
+    assert (code, out) == (1, "")
+    assert "text 2 of 2" in err and "float32" in err

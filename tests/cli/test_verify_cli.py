@@ -118,3 +118,13 @@ def test_self_test_lists_every_bug_and_fails_on_one_that_stays_green(monkeypatch
         assert main(["verify", "--self-test", "--json"]) == code
         assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["bugs"]) == len(chosen)
     assert "NOTHING: it stayed green" in out
+
+
+def test_the_matrix_is_shown_where_it_cannot_be_saved(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TRANSOM_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr("transom.verify.attention.verify_attention", lambda devices: iter(()))
+    assert main(["verify", "attention"]) == 0
+    captured = capsys.readouterr()
+    assert "0 comparisons" in captured.out and "saved" not in captured.out
+    assert "attention.json: could not be written" in captured.err

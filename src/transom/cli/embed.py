@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transom.cli.generate import add_folder_arguments
 from transom.cli.main import emit_json
-from transom.errors import RequestError, notice, require
+from transom.errors import RequestError, WorkError, notice, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +58,13 @@ def run(options: argparse.Namespace) -> int:
     pooling: Literal["mean", "last"] = options.pooling or (head.pooling if head is not None else "mean")
     vectors_RD, logits_RL = run_rows(model, rows, pooling)
     vectors_RD = vectors_RD.float().cpu()
+    broken = [number for number, finite in enumerate(vectors_RD.isfinite().all(1).tolist(), 1) if not finite]
+    if broken:
+        dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
+        raise WorkError(
+            f"text {broken[0]} of {len(texts)}: its vector is NaN or infinite ({len(broken)} such texts); a weight "
+            f"is, or values are too large for {dtype}"
+        )
     if options.normalize:
         vectors_RD = vectors_RD / vectors_RD.norm(dim=1, keepdim=True).clamp_min(1e-12)
     document: dict[str, Any] = {
@@ -136,7 +143,6 @@ def labels_of(logits_RL: Tensor, names: list[str] | None) -> list[dict[str, Any]
 def write_vectors(path: Path, vectors_RD: Tensor) -> None:
     """`embeddings` [texts, dim] as safetensors, or the bare array as .npy."""
     from transom.checkpoints.load import write_tensors
-    from transom.errors import WorkError
 
     if path.suffix == ".safetensors":
         write_tensors(path, {"embeddings": vectors_RD})

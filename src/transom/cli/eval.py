@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from transom.cli.main import emit_json
 from transom.errors import RequestError, WorkError, require
 from transom.evaluation.eval_args import EvalArgs
 from transom.evaluation.task_data import DataSet, open_data
+from transom.paths import json_text
 
 if TYPE_CHECKING:
     from transom.evaluation.subject import Subject
@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
         document = run_data(options, args, open_data(options.data, options.limit))
     document["seconds"] = round(time.perf_counter() - start, 3)
     if options.out is not None:
-        write_lines(options.out, [json.dumps(document, indent=2)])
+        write_lines(options.out, [json_text(document, indent=2)])
     if options.json:
         emit_json(document)
     return 0
@@ -184,7 +184,7 @@ def row_lines(names: Sequence[str], measured: Sequence[Sequence[Measured]]) -> I
     for name, results in zip(names, measured, strict=True):
         for one in results:
             for row in one.rows:
-                yield json.dumps({"model": name, "data": one.path, **row}, ensure_ascii=False)
+                yield json_text({"model": name, "data": one.path, **row}, ensure_ascii=False)
 
 
 def print_report(document: Mapping[str, Any]) -> None:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
+import io
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from transom import __version__
 from transom.errors import RequestError, WorkError, nearest, reset_notices
+from transom.paths import json_text
 
 # verb -> (module with add_arguments(parser) and run(options) -> exit code, what it does)
 VERBS: dict[str, tuple[str, str]] = {
@@ -42,6 +45,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    prepare_streams()
     reset_notices()
     try:
         return _run(words)
@@ -64,6 +68,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"transom: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
         return 1
+
+
+def prepare_streams() -> None:
+    """Make the standard streams usable: closed ones become the null device, and no character ends the program.
+
+    A closed stream is None in Python: reading it is an AttributeError, and `print` writes what was meant for
+    standard error to standard output. A character that the encoding of standard output lacks (Windows writes pipes
+    in cp1252) is printed as an escape, as Python does on standard error.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _run(words: list[str]) -> int:
@@ -93,7 +111,7 @@ def _overview() -> str:
 
 def emit_json(document: dict[str, Any]) -> None:
     """Print the one JSON document that ends standard output under --json."""
-    print(json.dumps(document), flush=True)
+    print(json_text(document), flush=True)
 
 
 if __name__ == "__main__":

@@ -278,7 +278,7 @@ def run_attention(options: argparse.Namespace) -> int:
     """The support matrix of this machine; refuses backends that fail, and accepts again those that no longer do."""
     import torch
 
-    from transom.attend.attend import machine_key, refuse
+    from transom.attend.attend import machine_key, refuse, refused_file
     from transom.runtime import one_thread, pick_device
     from transom.verify.attention import failures, matrix, plain, save_matrix, verify_attention
 
@@ -290,8 +290,11 @@ def run_attention(options: argparse.Namespace) -> int:
     rows, failed = matrix(outcomes), failures(outcomes)
     saved = ""
     if options.device is None:
-        refuse(failed)
-        saved = str(save_matrix(rows))
+        try:
+            refuse(failed)
+            saved = str(save_matrix(rows))
+        except OSError as error:  # the comparisons took minutes; they are shown all the same
+            notice(f"{refused_file()}: could not be written ({error.strerror}), so no backend is refused")
     else:
         notice(f"--device {options.device}: one part of this machine, so nothing is refused or saved")
     if options.json:

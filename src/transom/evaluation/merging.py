@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from transom.errors import WorkError, notice, require
 from transom.evaluation.agreement import Agreement, agreement, logits_of, next_tokens
 from transom.evaluation.token_rows import TOKENS, TokenRows, token_rows
 from transom.model import LLM
-from transom.paths import read_json
+from transom.paths import json_text, read_json
 from transom.runtime import machine
 
 REPORT = "merge_report.json"
@@ -99,7 +98,7 @@ def merge_folders(
             "versions": {"transom": __version__, **machine()},
             "seconds": round(time.perf_counter() - started, 2),
         }
-        write_text(folder / REPORT, json.dumps(report, indent=2))
+        write_text(folder / REPORT, json_text(report, indent=2))
     say_loss(measured)
     return report
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transom.checkpoints.folders import CHECKSUMS, read_pointer, sha256_of, verify_checksums
 from transom.checkpoints.load import read_safetensors, write_tensors, write_text
 from transom.errors import RequestError, WorkError, notice
-from transom.paths import read_json, sync
+from transom.paths import json_text, read_json, sync
 
 OWN_FILES = (
     "config.yaml",
@@ -161,7 +161,7 @@ class RunFolder:
         """Add one row to metrics.jsonl."""
         try:
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json_text(row) + "\n")
         except OSError as error:
             raise WorkError(f"{self.path / 'metrics.jsonl'}: could not be written ({error})") from None
 

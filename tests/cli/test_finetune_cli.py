@@ -49,7 +49,7 @@ def test_flags_words_and_file_in_order(folders, tmp_path):
     config.write_text("tune: {lora: {rank: 3}, epochs: 5}\noptimizer: {eps: 1.0e-6}\n")
     args = parsed(base, config, "--data", rows, "--rank", 4, "tune.lora.rank=5", f"out={tmp_path}/x")
     assert (args.tune.lora.rank, args.tune.epochs, args.optimizer.eps) == (5, 5, 1e-6)
-    assert (args.data.batch_size, args.optimizer.weight_decay) == (16, 0.0)  # what neither of them says
+    assert (args.data.batch_size, args.optimizer.weight_decay) == (None, 0.0)  # what neither of them says
     assert args.data.seq_len == 256  # no longer than the model's
 
 

@@ -35,7 +35,7 @@ FLAGS = (
 # Peak learning rates that work for most models: adapters start at zero and bear ten times that of whole weights.
 RATES = {("lora", False): 2e-4, ("full", False): 2e-5, ("lora", True): 2e-5, ("full", True): 1e-6}
 DEFAULTS: dict[str, Any] = {
-    "data": {"batch_size": 16, "held_out": 0.05},
+    "data": {"held_out": 0.05},
     "optimizer": {"weight_decay": 0.0},
     "schedule": {"kind": "cosine", "warmup": 0.03, "final": 0.1},
     "tune": {"epochs": 3.0},

@@ -19,6 +19,8 @@ from transom.training.schedule import ScheduleArgs
 from transom.training.tune_args import TuneArgs
 from transom.yaml_files import read_yaml, word_value
 
+DEFAULT_ROWS = 8  # of a step of pretraining
+
 
 @dataclass(frozen=True)
 class TokenizerArgs:
@@ -42,7 +44,12 @@ class DataArgs:
     )
     held_out: float = describe(0.05, "share of documents kept for measuring, chosen by hash of their name")
     seq_len: int = describe(256, "length of a training row", "tokens")
-    batch_size: int = describe(8, "rows per step, all ranks and micro-batches together", "rows")
+    batch_size: int | None = describe(
+        None,
+        "rows per step, all ranks and micro-batches together; null: chosen by the number of rows for "
+        f"fine-tuning and labelled lines, {DEFAULT_ROWS} for text",
+        "rows",
+    )
     cache_dir: str | None = describe(
         None, "where tokenised shards are kept; $TRANSOM_CACHE or ~/.cache/transom", path=True
     )
@@ -50,7 +57,13 @@ class DataArgs:
     def __post_init__(self) -> None:
         require(0 <= self.held_out < 1, "data.held_out", self.held_out, "accepted is 0 or more and less than 1")
         require(self.seq_len >= 1, "data.seq_len", self.seq_len, "accepted is 1 or more")
-        require(self.batch_size >= 1, "data.batch_size", self.batch_size, "accepted is 1 or more")
+        size = self.batch_size
+        require(size is None or size >= 1, "data.batch_size", size, "accepted is 1 or more, or null")
+
+    @property
+    def rows_per_step(self) -> int:
+        """Return `batch_size`, or the default for text where it is left open."""
+        return DEFAULT_ROWS if self.batch_size is None else self.batch_size
 
     @property
     def source_list(self) -> list[SourceArgs]:
@@ -193,8 +206,9 @@ class TrainArgs:
         )
         self._check_checkpointing()
         self.optimizer.check_in_backward(self.accumulate)
-        fits = self.data.batch_size % self.accumulate == 0
-        accepted = f"accepted is a divisor of data.batch_size = {self.data.batch_size}"
+        size = self.data.batch_size
+        fits = size is None or size % self.accumulate == 0
+        accepted = f"accepted is a divisor of data.batch_size = {size}"
         require(fits, "accumulate", self.accumulate, accepted)
         if self.short_rows:
             fits = self.data.seq_len % self.short_rows_split == 0

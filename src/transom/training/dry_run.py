@@ -40,6 +40,6 @@ def too_large(args: TrainArgs, micro: RunBatch, device: torch.device) -> str:
     chunk = "automatic" if args.loss_chunk is None else args.loss_chunk
     return (
         f"a micro-batch of {rows} x {length} tokens does not fit into the memory of {device}; accepted is a "
-        f"smaller data.batch_size (now {args.data.batch_size}), more accumulate (now {args.accumulate}), "
+        f"smaller data.batch_size (now {args.data.rows_per_step}), more accumulate (now {args.accumulate}), "
         f"activation_checkpoint = full (now {args.activation_checkpoint}) or a smaller loss_chunk (now {chunk})"
     )

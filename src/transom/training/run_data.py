@@ -23,6 +23,7 @@ from transom.data.sources import SourceArgs
 from transom.errors import RequestError, notice, require
 from transom.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
+from transom.training.defaults import head_rows
 from transom.training.objectives import RunBatches
 
 
@@ -30,11 +31,13 @@ from transom.training.objectives import RunBatches
 class RunData:
     """Batches, held-out text by source or held-out lines, names of labels, and a hash of each source.
 
-    `template` writes conversations, where rows are some; `stop_tokens` end an answer.
+    `rows_per_step` is the batch size that the batches were built for. `template` writes conversations, where rows
+    are some; `stop_tokens` end an answer.
     """
 
     batches: RunBatches
     hashes: Mapping[str, str]
+    rows_per_step: int
     held_out: Mapping[str, TokenFile] = field(default_factory=dict)
     head_rows: Sequence[EncodedRow] = ()
     labels: Sequence[str] | None = None
@@ -52,7 +55,7 @@ def open_data(
     """
     if model_args.head is not None:
         return _labelled(args, model_args.head, tokenizer, rank, world_size, quiet)
-    corpora = open_corpora(args, tokenizer, quiet=quiet)
+    corpora, rows_per_step = open_corpora(args, tokenizer, quiet=quiet), args.data.rows_per_step
     batches = Batches(
         [corpus.train for corpus in corpora.values()],
         [source.weight for source in args.data.source_list],
@@ -60,13 +63,14 @@ def open_data(
         eos_id=tokenizer.eos_id,
         vocab_size=model_args.vocab_size,
         seq_len=args.data.seq_len,
-        rows_per_step=args.data.batch_size,
+        rows_per_step=rows_per_step,
         seed=args.seed,
         rank=rank,
         world_size=world_size,
     )
     hashes = {name: corpus.sha256 for name, corpus in corpora.items()}
-    return RunData(batches, hashes, {name: corpus.held_out for name, corpus in corpora.items()})
+    held = {name: corpus.held_out for name, corpus in corpora.items()}
+    return RunData(batches, hashes, rows_per_step, held)
 
 
 def _labelled(
@@ -79,21 +83,22 @@ def _labelled(
     rows = [row for source in sources for row in read_labelled(source.path, head.kind)]
     labels = label_names(rows, head.num_labels) if head.kind == "classification" else None
     train, measured = split_held_out(rows, args.data.held_out)
+    rows_per_step = head_rows(len(train), head.kind, args.data.batch_size, world_size * args.accumulate)
     if not quiet:
-        notice(f"{len(train)} labelled lines to train on, {len(measured)} held out")
+        notice(f"{len(train)} labelled lines to train on, {rows_per_step} in a step, {len(measured)} held out")
     batches = LabelledBatches(
         train,
         tokenizer,
         labels=labels,
         seq_len=args.data.seq_len,
-        rows_per_step=args.data.batch_size,
+        rows_per_step=rows_per_step,
         seed=args.seed,
         rank=rank,
         world_size=world_size,
     )
     hashes = {source.label: sha256_of(Path(source.path)) for source in sources}
-    head_rows = encode_rows(measured, tokenizer, labels, args.data.seq_len) if measured else []
-    return RunData(batches, hashes, head_rows=head_rows, labels=labels)
+    held_rows = encode_rows(measured, tokenizer, labels, args.data.seq_len) if measured else []
+    return RunData(batches, hashes, rows_per_step, head_rows=held_rows, labels=labels)
 
 
 def open_corpora(args: TrainArgs, tokenizer: Tokenizer, *, quiet: bool) -> dict[str, Corpus]:

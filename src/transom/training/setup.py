@@ -71,15 +71,16 @@ def open_run(
     run = RunFolder(args.out)
     shares = args.accumulate * world_size
     accepted = f"accepted is a multiple of accumulate x ranks = {shares}"
-    require(args.data.batch_size % shares == 0, "data.batch_size", args.data.batch_size, accepted)
+    size = args.data.batch_size
+    require(size is None or size % shares == 0, "data.batch_size", size, accepted)
     if rank == 0:  # the others may look when rank 0 has begun to fill the folder
         run.check(overwrite=overwrite, resume=resume)
     if resume:
-        check_same_run(run.path, args)
+        args = check_same_run(run.path, args)
         dtype = check_same_machine(run.path, device, dtype)
     share = Share(rank, world_size, quiet)
     subject = open_subject(args, run, device, dtype, share, resume=resume)
-    args = spread(subject.args or args)
+    args = spread(subject.args or args, subject.data.rows_per_step)
     if resume:
         check_same_batch(run.path, args)
     trainer = Trainer(
@@ -140,8 +141,9 @@ def check_same_batch(run: Path, args: TrainArgs) -> None:
     require(args.data.batch_size == before, "data.batch_size", args.data.batch_size, accepted)
 
 
-def spread(args: TrainArgs) -> TrainArgs:
-    """The config with as many held-out scores as fine-tuning asks for."""
+def spread(args: TrainArgs, rows_per_step: int) -> TrainArgs:
+    """Return the config with its batch size, and with as many held-out scores as fine-tuning asks for."""
+    args = replace(args, data=replace(args.data, batch_size=rows_per_step))
     if args.tune is None or not args.tune.scores or args.eval_every:
         return args
     return replace(args, eval_every=max(1, args.steps // args.tune.scores))
@@ -167,11 +169,15 @@ def write_run(run: Path, trainer: Trainer) -> None:
     write_text(run / "run.json", json.dumps(facts, indent=2))
 
 
-def check_same_run(run: Path, args: TrainArgs) -> None:
-    """Refuse to resume a run with a config that would compute something else."""
+def check_same_run(run: Path, args: TrainArgs) -> TrainArgs:
+    """Return the config with what the run chose for what the config leaves open.
+
+    A config that would compute something else than the run has computed is a `RequestError`.
+    """
     if not (run / "config.yaml").exists():
         raise RequestError(f"{run}: no config.yaml; accepted with --resume is a folder that a run wrote")
     stored = read_config(run / "config.yaml")
+    args = as_begun(args, stored)
     for field in fields(TrainArgs):
         ours, theirs = getattr(args, field.name), getattr(stored, field.name)
         if field.name == "data":  # where shards are kept is no part of the data
@@ -183,6 +189,16 @@ def check_same_run(run: Path, args: TrainArgs) -> None:
         if field.name not in FREE_ON_RESUME and ours != theirs:
             name, before, now = first_difference(field.name, write(theirs), write(ours))
             raise RequestError(f"{run}: belongs to another run: its {name} is {before!r}, the config says {now!r}")
+    return args
+
+
+def as_begun(args: TrainArgs, stored: TrainArgs) -> TrainArgs:
+    """Return the config with the batch size and packing that a run chose when it began."""
+    if args.data.batch_size is None:
+        args = replace(args, data=replace(args.data, batch_size=stored.data.batch_size))
+    if args.tune is not None and args.tune.packing is None and stored.tune is not None:
+        args = replace(args, tune=replace(args.tune, packing=stored.tune.packing))
+    return args
 
 
 def first_difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
@@ -219,5 +235,8 @@ def describe_run(args: TrainArgs, model: LLM, dtype: torch.dtype, device: torch.
     """One line: what is about to be trained, where and in which precision."""
     names = {kind: name for name, kind in DTYPES.items()}
     count = parameters(model.args)
-    tokens = args.steps * args.data.batch_size * args.data.seq_len
-    return f"{count / 1e6:.2f} M parameters, {tokens:,} tokens in {args.steps} steps, {names[dtype]} on {device}"
+    size = args.data.rows_per_step
+    work = f"{args.steps * size * args.data.seq_len:,} tokens in {args.steps:,} steps"
+    if args.tune is not None:  # whose rows are of any length
+        work = f"{args.steps:,} steps of {size} rows"
+    return f"{count / 1e6:.2f} M parameters, {work}, {names[dtype]} on {device}"

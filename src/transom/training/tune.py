@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from transom.model import LLM
 from transom.quantize.leaves import quantize_model
 from transom.runtime import DTYPES
 from transom.training.config import TrainArgs
+from transom.training.defaults import RowChoice, few_steps_warning, steps_of
 from transom.training.noise import EmbeddingNoise
 from transom.training.step_model import ADAPTER, AdapterOnly, Companions, StepModel, WholeModel
 from transom.training.subject import Share, Subject, whole_model, writable_format
@@ -55,20 +55,27 @@ def tuned_subject(
     for line in [] if share.quiet else coverage_lines(model):
         notice(line)
     data = open_tune_data(args, tune, tokenizer, ChatTemplate.find(folder, tokenizer, tune.template), folder, share)
+    base, args = base_name(args.base, folder), decided(args, tune, data.choice)
+    if share.rank == 0:  # also where progress is not wanted: values that were given may have changed
+        for line in filter(None, (data.choice.reason, few_steps_warning(args.steps))):
+            notice(line)
     companions = Companions(folder, tokenizer, data.template, new_tokens=bool(tune.new_tokens))
     step_model: StepModel = WholeModel(model, tokenizer, None, companions, writable_format(folder))
     if tune.method == "lora":
         how = None if tune.quantize is None else dict(write(tune.quantize))
-        base = base_name(args.base, folder)
         check_written(model, base)
         step_model = AdapterOnly(model, companions, base, base_fingerprint, names[dtype], how)
     run_data = data.as_run_data(base_fingerprint)
     objective = tune_objective(args, tune, model, tokenizer, data, dtype, share)
-    sized = replace(args, data=replace(args.data, batch_size=data.batch_size))
-    if tune.epochs is not None:
-        steps = max(1, math.ceil(tune.epochs * data.items / data.batch_size))
-        sized = replace(sized, steps=steps)
-    return Subject(model.train(), tokenizer, run_data, objective, step_model, sized)
+    return Subject(model.train(), tokenizer, run_data, objective, step_model, args)
+
+
+def decided(args: TrainArgs, tune: TuneArgs, choice: RowChoice) -> TrainArgs:
+    """Return the config with the steps, batch and packing that follow from the rows."""
+    packing = choice.packing if tune.packing is None else tune.packing
+    steps = args.steps if tune.epochs is None else steps_of(choice.rows, choice.batch_size, tune.epochs)
+    data = replace(args.data, batch_size=choice.batch_size)
+    return replace(args, data=data, tune=replace(tune, packing=packing), steps=steps)
 
 
 def choose_weights(model: LLM, tune: TuneArgs, seed: int, *, new_tokens: bool) -> None:

@@ -50,7 +50,10 @@ class TuneArgs:
     template: str | None = describe(
         None, "chat template: a built-in one by name or a file; the base's own if null", path=True
     )
-    packing: bool = describe(True, "several examples in a row, none of which sees another; false: padded rows")
+    packing: bool | None = describe(
+        None,
+        "several examples in a row, none of which sees another; false: padded rows; null: if enough steps remain",
+    )
     truncate: Literal["cut", "drop"] = describe("cut", "what becomes of examples longer than data.seq_len; counted")
     epochs: float | None = describe(None, "passes over the examples, which then set `steps`; null: steps as given")
     scores: int = describe(8, "held-out scores spread over the run where eval_every is 0; 0: one at the end")

@@ -11,7 +11,6 @@ from typing import Any
 
 from transom.chat.template import ChatTemplate
 from transom.data.conversations import Example, Kind
-from transom.data.packing import first_fit_decreasing
 from transom.data.tuning_batches import TuningBatch, TuningBatches, padded_batch
 from transom.data.tuning_rows import EncodedRows, encode_examples, template_for
 from transom.data.tuning_sets import read_splits
@@ -19,6 +18,7 @@ from transom.errors import RequestError, notice, require
 from transom.generation.stopping import stop_tokens_of
 from transom.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
+from transom.training.defaults import RowChoice, tune_rows
 from transom.training.objectives import RunBatches
 from transom.training.rewards import Reward, open_reward
 from transom.training.rollouts import QuestionBatches, encode_questions
@@ -39,11 +39,10 @@ KINDS: dict[str, tuple[Kind, ...]] = {
 
 @dataclass(frozen=True)
 class TuneData:
-    """Batches without end and their `items` per epoch, held-out batches, the rows themselves, what wrote them."""
+    """The batches of a run and how its rows are laid into them, its held-out batches, rows and template."""
 
     batches: RunBatches
-    items: int
-    batch_size: int
+    choice: RowChoice
     hashes: dict[str, str]
     template: ChatTemplate | None
     train: EncodedRows | None = None  # None for questions
@@ -54,7 +53,8 @@ class TuneData:
     def as_run_data(self, base_fingerprint: str) -> RunData:
         """For the trainer; a base that has changed is data that has changed."""
         hashes = {**self.hashes, "the base": base_fingerprint}
-        return RunData(self.batches, hashes, template=self.template, stop_tokens=self.stop_tokens)
+        size = self.choice.batch_size
+        return RunData(self.batches, hashes, size, template=self.template, stop_tokens=self.stop_tokens)
 
 
 def open_tune_data(
@@ -83,22 +83,22 @@ def open_tune_data(
     if held is not None and not held.items:
         notice(f"held out: {held.counts}; no token with loss is left, so there is no score")
         held = None
+    lengths = [max(len(row.ids) for row in item) - 1 for item in rows.items]
+    choice = tune_rows(lengths, args, tune, share.world_size)
+    if tune.packing and not choice.packing and not share.quiet:
+        notice(f"tune.packing = true: rows of {tune.objective} are padded, since each answer is a row")
     if tune.objective == "kto":
-        rows_each = args.data.batch_size // share.world_size
-        require(
-            rows_each > 1, "data.batch_size", args.data.batch_size, "accepted for kto are 2 or more of each rank"
-        )
+        fewest = 2 * share.world_size
+        accepted = "accepted for kto are 2 or more of each rank"
+        require(choice.batch_size >= fewest, "data.batch_size", choice.batch_size, accepted)
         enough = held is None or len(held.items) > 1
         require(enough, "held-out examples", 1, "accepted for kto are 2 or more, or data.held_out = 0")
-    paired = tune.objective not in ("sft", "distill")
-    packing = tune.packing and not paired
-    batch_size = fitting(rows, args, packing, share.world_size * args.accumulate)
     batches = TuningBatches(
         rows,
         seq_len=args.data.seq_len,
-        rows_per_step=batch_size,
+        rows_per_step=choice.batch_size,
         seed=args.seed,
-        packing=packing,
+        packing=choice.packing,
         rank=share.rank,
         world_size=share.world_size,
     )
@@ -119,17 +119,7 @@ def open_tune_data(
     hashes = {source.label: _hash(rows, held) for source in args.data.source_list}
     kept = list(held_batches(held)) if held else []
     ends = stop_tokens_of(base, tokenizer, template)
-    return TuneData(batches, batches.items_per_epoch, batch_size, hashes, template, rows, kept, stop_tokens=ends)
-
-
-def fitting(rows: EncodedRows, args: TrainArgs, packing: bool, shares: int) -> int:
-    """Rows per step: what is asked for, or as many as there are in a small set, which is said."""
-    lengths = [max(len(row.ids) for row in item) - 1 for item in rows.items]
-    count = len(first_fit_decreasing(lengths, args.data.seq_len, args.seed)) if packing else len(lengths)
-    fits = max(count // shares, 1) * shares
-    if args.data.batch_size > fits:
-        notice(f"data.batch_size = {args.data.batch_size}: {count} rows are all there are; a step takes {fits}")
-    return min(args.data.batch_size, fits)
+    return TuneData(batches, choice, hashes, template, rows, kept, stop_tokens=ends)
 
 
 def _questions(
@@ -149,13 +139,14 @@ def _questions(
         for examples in (train, measured)
     )
     reward.check((row.id, row.reference) for row in (*asked.rows, *held.rows))
+    choice = tune_rows([len(row.ids) for row in asked.rows], args, tune, share.world_size)
     if not share.quiet:
         notice(f"to learn from: {asked}; held out: {held}")
     batches = QuestionBatches(
         asked.rows,
         group=tune.group,
         answer_tokens=tune.answer_tokens,
-        rows_per_step=args.data.batch_size,
+        rows_per_step=choice.batch_size,
         seed=args.seed,
         rank=share.rank,
         world_size=share.world_size,
@@ -163,8 +154,7 @@ def _questions(
     hashes = {source.label: asked.hash + held.hash for source in args.data.source_list}
     return TuneData(
         batches,
-        batches.items_per_epoch,
-        args.data.batch_size,
+        choice,
         {**hashes, "the reward": reward.hash},
         template,
         held_out=held.rows,

@@ -1,0 +1,127 @@
+"""Rows per step and packing where a config leaves them open: they follow from the rows of the run. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from transom.data.packing import first_fit_decreasing
+from transom.training.config import DEFAULT_ROWS, TrainArgs
+from transom.training.tune_args import TuneArgs
+
+ENOUGH_STEPS = 100  # batches become larger only while a run has this many steps
+FEW_STEPS = 30  # of a run that is warned about
+PASSES = 3.0  # over the rows: assumed where the steps are given and the epochs are not
+MOST_ROWS = 16
+MOST_QUESTIONS = 8  # of grpo, each of which stands for a group of answers
+PACKABLE = ("sft", "distill")
+# The fewest items of a step that an objective learns well from: pairs in which a reward or a margin
+# differs, and for kto rows enough to estimate how far the policy has moved.
+FEWEST = {"dpo": 2, "ipo": 2, "orpo": 2, "grpo": 2, "kto": 4}
+
+
+@dataclass(frozen=True)
+class RowChoice:
+    """Rows per step over all ranks, whether examples share a row, and how many rows an epoch has.
+
+    `reason` is one line about what was chosen and why; None where the config decides everything.
+    """
+
+    batch_size: int
+    packing: bool
+    rows: int
+    reason: str | None
+
+
+def choose_rows(
+    lengths: Sequence[int],
+    *,
+    seq_len: int,
+    objective: str = "sft",
+    epochs: float | None = None,
+    steps: int = 1000,
+    batch_size: int | None = None,
+    packing: bool | None = None,
+    shares: int = 1,
+    seed: int = 0,
+) -> RowChoice:
+    """Return how the examples with these lengths in tokens are laid into steps.
+
+    Packing and large batches make steps efficient, and few. Both are chosen only where the run still
+    has `ENOUGH_STEPS` (or its given `steps`); a small set gets rows of one example and small batches.
+    A `batch_size` or `packing` that is given stays as it is, except that no step takes more rows than
+    there are. `shares` is ranks times micro-batches: the batch is a multiple of it.
+    """
+    passes, wanted = (epochs, ENOUGH_STEPS) if epochs is not None else (PASSES, steps)
+    most = MOST_QUESTIONS if objective == "grpo" else MOST_ROWS
+    packs, packed = 0, False
+    if objective in PACKABLE and packing is not False:
+        packs = len(first_fit_decreasing(lengths, seq_len, seed))
+        packed = packing is True or passes * packs / (batch_size or most) >= wanted
+    rows = packs if packed else len(lengths)
+    fits = max(rows // shares, 1) * shares
+    chosen = batch_size
+    if chosen is None:
+        chosen = power_of_two_below(passes * rows / wanted)
+        chosen = min(max(chosen, FEWEST.get(objective, 1)), most)
+        chosen = -(-chosen // shares) * shares
+    size = min(chosen, fits)
+    parts = []
+    if batch_size is None or size != batch_size:
+        parts.append(f"data.batch_size = {size}")
+    if packing is None and objective in PACKABLE:
+        parts.append(f"tune.packing = {str(packed).lower()}")
+    reason = None
+    if parts:
+        laid = f"{len(lengths):,} examples" + (f" in {rows:,} packed rows" if packed else "")
+        count = f"{steps_of(rows, size, epochs):,} steps" if epochs is not None else f"{steps:,} steps as given"
+        asked = f"; {batch_size} rows were asked for" if batch_size is not None and size != batch_size else ""
+        reason = f"chosen: {', '.join(parts)} for {laid}, {count}{asked}"
+    return RowChoice(size, packed, rows, reason)
+
+
+def tune_rows(lengths: Sequence[int], args: TrainArgs, tune: TuneArgs, ranks: int) -> RowChoice:
+    """Return `choose_rows` of a config."""
+    return choose_rows(
+        lengths,
+        seq_len=args.data.seq_len,
+        objective=tune.objective,
+        epochs=tune.epochs,
+        steps=args.steps,
+        batch_size=args.data.batch_size,
+        packing=tune.packing,
+        shares=ranks * args.accumulate,
+        seed=args.seed,
+    )
+
+
+def head_rows(rows: int, kind: Literal["classification", "embedding"], given: int | None, shares: int) -> int:
+    """Return the labelled lines of a step: as given, or the usual number or all that there are.
+
+    Lines of an embedding are compared with the others of their step, so that there have to be more.
+    """
+    if given is not None:
+        return given
+    usual = DEFAULT_ROWS if kind == "classification" else 4 * DEFAULT_ROWS
+    return max(min(usual, rows) // shares, 1) * shares
+
+
+def steps_of(rows: int, batch_size: int, epochs: float) -> int:
+    """Return the optimizer steps of so many passes over `rows`."""
+    return max(1, -int(-epochs * rows // batch_size))
+
+
+def power_of_two_below(number: float) -> int:
+    """Return the largest power of two that is at most `number`, and at least 1."""
+    return 1 << max(int(number).bit_length() - 1, 0)
+
+
+def few_steps_warning(steps: int) -> str | None:
+    """Return a line about a run that is too short to learn much, or None."""
+    if steps >= FEW_STEPS:
+        return None
+    return (
+        f"{steps} optimizer steps: models rarely learn from fewer than about {FEW_STEPS}; more tune.epochs "
+        "or steps, a smaller data.batch_size or tune.packing = false give more"
+    )

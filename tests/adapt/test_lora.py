@@ -224,3 +224,21 @@ def test_wrong_requests_are_one_sentence(act, words):
     with pytest.raises(RequestError, match=words) as error:
         act(model)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("removed", ["a", "b"])
+def test_removing_one_adapter_leaves_the_other_in_cached_decoding(removed):
+    """Absorbed decoding multiplies by the weight of wkv_b past its leaf, which an adapter there must prevent."""
+    mla = {"kv_lora_rank": 16, "q_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    model = random_model(tiny_args(mla_args=mla, n_kv_heads=None))
+    plain = logits(model)
+    drawn(model, "a", 1, targets=("wkv_a",))
+    drawn(model, "b", 2, targets=("wkv_b",))
+    activate_adapters(model, ["a", "b"])
+    remove_adapter(model, removed)
+    expected, cache = logits(model), model.make_cache(2, 32)
+    assert far(expected, plain) > 1e-2
+    steps = [model(TransformerInput(TOKENS[:, i : i + 1]), cache).logits for i in range(TOKENS.size(1))]
+    assert far(torch.cat(steps, 1), expected) < 1e-5
+    remove_adapter(model, "ab".replace(removed, ""))
+    assert not any("absorbed" in vars(block.attention) for block in model.layers)

@@ -23,7 +23,7 @@ from transom.checkpoints import safetensors_files
 from transom.checkpoints.convert import convert
 from transom.checkpoints.folders import folder_format, read_args
 from transom.checkpoints.load import load, read_state, save
-from transom.checkpoints.save import staged
+from transom.checkpoints.staging import staged
 from transom.errors import RequestError, WorkError
 from transom.model import LLM, TransformerInput
 

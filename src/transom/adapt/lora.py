@@ -313,7 +313,8 @@ def remove_adapter(model: nn.Module, name: str) -> None:
             for hook in held.hooks:
                 hook.remove()
             del module._modules["lora"]
-            vars(model.get_submodule(path.rpartition(".")[0])).pop("absorbed", None)
+            if path.endswith(".wkv_b"):
+                vars(model.get_submodule(path.rpartition(".")[0])).pop("absorbed", None)
 
 
 def train_adapters(model: nn.Module, names: Collection[str]) -> None:

@@ -270,6 +270,8 @@ def _write(folder: Path, files: Mapping[str, dict[str, Tensor]], config: dict[st
         if config is not None:
             partial.append((folder / f"{CONFIG}.partial", folder / CONFIG))
             partial[-1][0].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if config is not None:  # a kill must not leave new weights under the config of the adapter before
+            (folder / CONFIG).unlink(missing_ok=True)
         for written, name in partial:
             written.replace(name)
     except (SafetensorError, OSError) as error:

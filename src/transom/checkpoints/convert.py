@@ -32,7 +32,8 @@ from transom.checkpoints.folders import (
 )
 from transom.checkpoints.load import bad_numbers, load, open_state, outline, say_bad_numbers, shapes_of
 from transom.checkpoints.safetensors_files import write_text
-from transom.checkpoints.save import copy_companions, plan_layout, staged
+from transom.checkpoints.save import copy_companions, plan_layout
+from transom.checkpoints.staging import staged
 from transom.checkpoints.stored import Source, Stored
 from transom.errors import RequestError, notice, require
 from transom.runtime import DTYPES

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -24,8 +22,9 @@ from transom.checkpoints.mapping import to_foreign
 from transom.checkpoints.meta_config import args_to_meta
 from transom.checkpoints.mistral_config import args_to_mistral
 from transom.checkpoints.safetensors_files import WEIGHTS, parse_size, write_stream, write_text
+from transom.checkpoints.staging import staged
 from transom.checkpoints.stored import Batch, Source, Stored, cast
-from transom.errors import RequestError, WorkError, notice
+from transom.errors import RequestError, notice
 from transom.model import LLM
 from transom.names import moves
 from transom.runtime import DTYPES
@@ -33,7 +32,6 @@ from transom.tokenizer import Tokenizer
 from transom.transforms import turn_rotary
 
 MAX_SHARD_SIZE = "5GB"
-_STALE = ("model*.safetensors", f"{WEIGHTS}.index.json", "consolidated.*", CONFIG, PARAMS)
 
 
 def save(
@@ -133,45 +131,6 @@ def _turned(name: str, stored: Stored, args: ModelArgs, to: RopeLayout) -> Store
     if args.rope_layout == to:
         return stored
     return stored.then(lambda tensor: turn_rotary(name, tensor, args, to))
-
-
-@contextlib.contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder`, or fills it where it exists, if all goes well; else it goes."""
-    folder = folder.absolute()
-    there = folder.is_dir()
-    if folder.exists() and not there:
-        raise RequestError(f"{folder}: a file; accepted is a folder to write the model in")
-    # Inside a folder that is there: what a kill leaves behind then goes when the folder goes.
-    temporary = (folder if there else folder.parent) / f".{'' if there else folder.name}.tmp-{os.getpid()}"
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise WorkError(f"{folder}: cannot be made ({error.strerror})") from None
-    try:
-        yield temporary
-        if there:
-            _replace_files(temporary, folder)
-        else:
-            temporary.rename(folder)
-    except OSError as error:
-        raise WorkError(f"{folder}: could not be written ({error})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace_files(new: Path, folder: Path) -> None:
-    """Weights of another model must not stay beside these; the config, which makes a model folder, comes last."""
-    made = {path.name for path in new.iterdir()}
-    for name in (CONFIG, PARAMS):
-        if name in made:
-            (folder / name).unlink(missing_ok=True)
-    for path in sorted(new.iterdir(), key=lambda path: path.name in (CONFIG, PARAMS)):
-        path.replace(folder / path.name)
-    for pattern in _STALE:
-        for path in folder.glob(pattern):
-            if path.name not in made:
-                path.unlink()
 
 
 def copy_companions(source: Path, out: Path) -> list[str]:

@@ -20,7 +20,8 @@ from transom.checkpoints.folders import CONFIG, Format, folder_format, read_args
 from transom.checkpoints.load import outline
 from transom.checkpoints.merge import Form, Merge
 from transom.checkpoints.safetensors_files import write_text
-from transom.checkpoints.save import FolderLayout, plan_layout, staged
+from transom.checkpoints.save import FolderLayout, plan_layout
+from transom.checkpoints.staging import staged
 from transom.checkpoints.stored import Stored
 from transom.errors import WorkError, notice, require
 from transom.evaluation.agreement import Agreement, agreement, logits_of, next_tokens

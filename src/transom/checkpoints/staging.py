@@ -1,0 +1,84 @@
+"""Model folders that are written whole or not at all, also over another model. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+from transom.checkpoints.folders import CONFIG, PARAMS, TOKENIZERS
+from transom.errors import RequestError, WorkError
+
+# What makes a folder one that opens as a model. It goes first and comes last.
+_CONFIGS = (CONFIG, PARAMS)
+# Weights of the model that was there before: the new one does not need them and could be confused with them.
+_WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "consolidated.*", "consolidated-*.safetensors")
+# What belongs to the tokenizer that was there before, where a new one is written.
+_OF_A_TOKENIZER = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates", "trained_with.json"),
+)
+
+
+@contextlib.contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `folder`, or fills it where it exists, unless writing it fails."""
+    folder = folder.absolute()
+    there = folder.is_dir()
+    if folder.exists() and not there:
+        raise RequestError(f"{folder}: a file; accepted is a folder to write the model in")
+    # Inside a folder that exists: what a kill leaves behind is then removed together with the folder.
+    temporary = (folder if there else folder.parent) / f".{'' if there else folder.name}.tmp-{os.getpid()}"
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise WorkError(f"{folder}: cannot be made ({error.strerror})") from None
+    try:
+        yield temporary
+        if there:
+            _replace_files(temporary, folder)
+        else:
+            temporary.rename(folder)
+    except OSError as error:
+        raise WorkError(f"{folder}: could not be written ({error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_files(new: Path, folder: Path) -> None:
+    """Move the files of `new` into `folder`, which holds another model.
+
+    A kill between any two steps leaves a folder that does not open, or one that opens as the old model or as the
+    new one. So the configs are removed before all else and the new config is moved in after all else. Between them
+    the same holds for the tokenizer: its vocabulary goes before and comes after the files that say how it is used.
+    """
+    made = {path.name for path in new.iterdir()}
+    stale = [*_CONFIGS]
+    if _named(made, TOKENIZERS):
+        stale += [*TOKENIZERS, *_OF_A_TOKENIZER]
+    stale += _WEIGHTS
+    for pattern in stale:
+        for path in sorted(folder.glob(pattern)):
+            _remove(path)
+    for path in sorted(new.iterdir(), key=lambda path: (_rank(path.name), path.name)):
+        _remove(folder / path.name)
+        path.replace(folder / path.name)
+
+
+def _rank(name: str) -> int:
+    """Return when a file is moved in: a vocabulary after what lies beside it, and a config after both."""
+    return 2 if name in _CONFIGS else 1 if _named([name], TOKENIZERS) else 0
+
+
+def _named(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for name in names for pattern in patterns)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,17 +1,18 @@
-"""What every test begins with."""
+"""What every test runs under: one thread, and a cache folder of its own."""
 
 import pytest
 import torch
 
-from transom.errors import reset_notices
-
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
-    """The models are tiny: waking a second core costs more than it does."""
+    """The models are tiny: to wake a second core costs more than it does."""
     torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def _notices_of_this_test():
-    reset_notices()
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Each process of pytest-xdist has a cache folder; that of the developer is neither read nor changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRANSOM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -7,14 +7,20 @@ import shlex
 import subprocess
 import sys
 import sysconfig
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 
 from transom.cli.main import main
-from transom.data.instructions import stdlib_instructions
+from transom.data import instructions
+from transom.verify.attention import verify_attention
+from transom.verify.attention_jobs import jobs
 from transom.verify.bugs import BUGS
+from transom.verify.checks import CHECKS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -68,6 +74,20 @@ def workplace(tmp_path_factory):
     return folder
 
 
+def shorten(monkeypatch):
+    """Leave out what only takes longer, and what tests/verify runs in full."""
+    sources = instructions._sources
+    with monkeypatch.context() as some:
+        some.setattr(instructions, "_sources", lambda root: islice(sources(root), 40))
+        questions = instructions._all.__wrapped__()[:300]
+    monkeypatch.setattr(instructions, "_all", lambda: questions)
+    monkeypatch.setattr("transom.verify.bugs.BUGS", [bug for bug in BUGS if bug.check == "model"][:3])
+    short = partial(verify_attention, dtypes=(torch.float32,), todo=lambda: islice(jobs(), 0, None, 20))
+    monkeypatch.setattr("transom.verify.attention.verify_attention", short)
+    for name in ("tuning", "resume"):
+        monkeypatch.setitem(CHECKS, name, replace(CHECKS[name], run=lambda run=CHECKS[name].run: islice(run(), 5)))
+
+
 def test_planted_bugs_are_counted():
     assert f"\n{len(BUGS)} of {len(BUGS)} planted bugs turn their check red\n" in README
 
@@ -82,9 +102,7 @@ def test_make_targets_exist():
 def test_commands_run(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("TRANSOM_CACHE", str(workplace / "cache"))
-    # All five thousand questions would only take longer.
-    monkeypatch.setattr("transom.data.tuning_sets.stdlib_instructions", partial(stdlib_instructions, 300))
-    monkeypatch.setattr("transom.verify.bugs.BUGS", BUGS[::10])  # tests/verify plants every one of them
+    shorten(monkeypatch)
     ran = 0
     for line in ["transom demo --json", *commands()]:
         if not line.startswith(("transom ", "echo ")):

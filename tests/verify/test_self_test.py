@@ -22,12 +22,19 @@ def single_threaded():
         yield
 
 
-@pytest.mark.parametrize("name", CHECKS)
+# Each backend alone is green in test_verify_attention.py; here it is all of them in every dtype.
+GREEN = [pytest.param(name, marks=pytest.mark.slow) if name == "attention" else name for name in CHECKS]
+# The first bug of each check shows that the check can turn red; to plant all of them takes half a minute.
+FIRST = {bug.check: bug for bug in reversed(BUGS)}
+PLANTED = [pytest.param(bug, marks=() if FIRST[bug.check] is bug else pytest.mark.slow) for bug in BUGS]
+
+
+@pytest.mark.parametrize("name", GREEN)
 def test_checks_are_green_with_nothing_planted(name):
     baseline([name])
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+@pytest.mark.parametrize("bug", PLANTED, ids=lambda bug: bug.name)
 def test_planted_bug_turns_its_check_red(bug):
     (caught,) = plant_all([bug])
     assert caught.by is not None, "the check stayed green"

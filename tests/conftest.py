@@ -3,11 +3,19 @@
 import pytest
 import torch
 
+from transom.errors import reset_notices
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """The models are tiny: to wake a second core costs more than it does."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _notices_again():
+    """A notice is printed once per command, and each test is one."""
+    reset_notices()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -229,7 +229,9 @@ def test_a_file_alone_is_held_out_by_ids(tmp_path: Path) -> None:
     assert 70 < len(measured) < 130
 
 
-def test_names_need_the_datasets_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_need_the_datasets_library(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(RequestError, match="data by name needs `datasets`"):
         rows_of("owner/name")
@@ -239,10 +241,10 @@ def test_names_need_the_datasets_library(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def load_dataset(*words: str | None) -> dict[str, list[dict[str, Any]]]:
         asked.append(words)
-        return {"train": [{"text": "a", "tools": None}], "validation": []}
+        return {"train": [{"text": "a", "tools": None}], "validation": [], "train_sft": []}
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     rows = list(rows_of("owner/name:main") or ())
     assert [(row.id, row.given) for row in rows] == [("owner/name:main:train:1", {"text": "a"})]
-    assert asked == [("owner/name", "main")]
+    assert asked == [("owner/name", "main")] and "not read: train_sft" in capsys.readouterr().err
     assert list(rows_of("owner/name", "valid") or ()) == [] and rows_of("owner/name", "test") is None

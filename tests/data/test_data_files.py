@@ -258,3 +258,16 @@ def test_tables_with_dictionaries_views_and_bad_bytes(tmp_path: Path) -> None:
     for read in (read_examples, documents):
         with pytest.raises(RequestError, match=r"a\.parquet:3: .*UTF-8"):
             read(path)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(RequestError, match=r"columns = \['text'\]"):
+        read_examples(tmp_path / "a.parquet")
+
+
+def test_keys_of_turns_that_nothing_reads_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [{"from": "human", "value": "q", "loss": False}, {"from": "gpt", "value": "a"}]
+    read_examples(write(tmp_path / "a.jsonl", [{"conversations": turns}]))
+    assert "conversations.loss (1 rows)" in capsys.readouterr().err

@@ -99,7 +99,7 @@ def test_a_bad_row_is_named(tmp_path, line):
         ("x*.txt", None, r"no text in it, accepted is text \(found no files\)"),
         ("a.bin", b"\0", "a binary file, accepted is UTF-8 text"),
         ("a.txt", b"ab\xff", "not UTF-8 at byte 2, accepted is UTF-8 text"),
-        ("a.txt", b"", r"no text in it, accepted is text \(found 1 files, 1 empty\)"),
+        ("a.txt", b"", r"no text in it, accepted is text \(found 1 files, 1 empty documents left out\)"),
         ("a.parquet", b"PAR1", "not a readable Parquet file"),
     ],
 )

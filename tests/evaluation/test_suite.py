@@ -131,7 +131,7 @@ def test_data_that_changes_between_two_models_is_refused(subject, texts):
 def test_what_was_left_out_is_said(subject, texts, capsys):
     (texts / "picture.bin").write_bytes(b"\0\1")
     evaluate(subject, open_data([str(texts)]), EvalArgs())
-    assert "3 documents read; left out: 1 skipped binary" in capsys.readouterr().err
+    assert "3 documents read; 1 binary files left out" in capsys.readouterr().err
 
 
 def test_a_window_beyond_the_model_is_refused(subject, texts):

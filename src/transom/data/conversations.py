@@ -76,6 +76,10 @@ class Format(NamedTuple):
             turns = columns.get(key) if key in known else None
             for turn in turns if isinstance(turns, list) else ():
                 out |= {f"messages.{name}" for name in turn if name not in MESSAGE_KEYS}
+        shared = columns.get("conversations") if "conversations" in known else None
+        for turn in shared if isinstance(shared, list) else ():
+            read = MESSAGE_KEYS if "role" in turn else ("from", "value", "weight")
+            out |= {f"conversations.{name}" for name in turn if name not in read}
         return sorted(out)
 
 

@@ -192,6 +192,8 @@ def _parquet(path: Path, text_column: str | None) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(source) as table:
             schema = table.schema_arrow
+            twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
+            require(not twice, f"{path}: columns", twice, "accepted is every name once")
             if text_column is not None and not _is_text(schema, text_column):
                 accepted = f'accepted is a string column "{text_column}"'
                 raise RequestError(f"{path}: columns are {', '.join(schema.names)}: {accepted}")
@@ -262,6 +264,9 @@ def _by_name(name: str, split: str) -> Iterator[Row] | None:
         reason = " ".join(str(error).split())[:200]
         raise RequestError(f"data = {name!r}: `datasets` cannot load it ({reason})") from None
     known = next((known for known in SPLITS[split] if known in found), None)
+    others = [other for other in found if not any(other in words for words in SPLITS.values())]
+    if split == "train" and others:
+        notice(f"{name}: splits that are not read: {', '.join(others)}")
     if known is None and split == "train":
         raise RequestError(f"data = {name!r}: its splits are {', '.join(found)}; accepted is one called train")
     return None if known is None else _numbered(f"{name}:{known}", found[known])

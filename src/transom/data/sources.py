@@ -69,6 +69,28 @@ class ReadReport:
     excluded: int = 0  # by `include` and `exclude`
     json_without_rows: int = 0  # .json files without rows of text, which are read as plain text, like code
 
+    def counts(self) -> list[str]:
+        """Return what was left out or read otherwise than it might seem, each as a number and words."""
+        return [f"{count} {words}" for name, words in _COUNTED.items() if (count := getattr(self, name))]
+
+
+_COUNTED = {
+    "empty": "empty documents left out",
+    "skipped_binary": "binary files left out",
+    "skipped_encoding": "files left out that are not UTF-8",
+    "skipped_hidden": "hidden files or folders left out",
+    "skipped_links": "links to folders and special files left out",
+    "excluded": "files left out by include and exclude",
+    "json_without_rows": ".json files without rows read as plain text",
+}
+
+
+def require_whole(source: SourceArgs, reader: str) -> None:
+    """Refuse the fields of a source that only the reader of documents knows."""
+    for field, unset in (("weight", 1.0), ("include", ()), ("exclude", ())):
+        value = getattr(source, field)
+        require(value == unset, f"data.sources {field}", value, f"accepted for {reader} is {unset or 'none'}")
+
 
 def read_documents(source: SourceArgs, report: ReadReport | None = None) -> Iterator[Document]:
     """Documents of `source` in order of their path; a source without any text is a `RequestError`.
@@ -128,8 +150,7 @@ def _read_all(source: SourceArgs, files: Sequence[_File], report: ReadReport) ->
 
 
 def _summary(report: ReadReport) -> str:
-    counts = {name.replace("_", " "): count for name, count in vars(report).items() if count}
-    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "no files"
+    return ", ".join([f"{report.files} files", *report.counts()] if report.files else ["no files"])
 
 
 # -- which files -------------------------------------------------------------------------------------

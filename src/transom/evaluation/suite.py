@@ -112,10 +112,9 @@ def _first(documents: TokenFile, limit: int | None) -> TokenFile:
 
 
 def _say_left_out(path: str, corpus: Corpus) -> None:
-    left_out = {name: count for name, count in vars(corpus.report).items() if name not in ("files", "documents")}
-    words = [f"{count} {name.replace('_', ' ')}" for name, count in left_out.items() if count]
+    words = corpus.report.counts()
     if words:
-        notice(f"{path}: {corpus.report.documents} documents read; left out: {', '.join(words)}")
+        notice(f"{path}: {corpus.report.documents} documents read; {', '.join(words)}")
     if corpus.unknown_tokens:
         notice(f"{path}: the vocabulary cannot write {corpus.unknown_tokens} places, so the scores are too good")
 

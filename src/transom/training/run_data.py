@@ -19,7 +19,7 @@ from transom.data.labelled import (
     split_held_out,
 )
 from transom.data.shards import Corpus, TokenFile, prepare
-from transom.data.sources import SourceArgs
+from transom.data.sources import SourceArgs, require_whole
 from transom.errors import RequestError, notice, require
 from transom.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
@@ -80,6 +80,8 @@ def _labelled(
     whole = head.kind == "classification" or world_size == 1
     require(whole, "ranks", world_size, "accepted is 1 with an embedding head")
     sources = args.data.source_list
+    for source in sources:
+        require_whole(source, "a model with a head")
     rows = [row for source in sources for row in read_labelled(source.path, head.kind)]
     labels = label_names(rows, head.num_labels) if head.kind == "classification" else None
     train, measured = split_held_out(rows, args.data.held_out)
@@ -119,14 +121,10 @@ def open_corpora(args: TrainArgs, tokenizer: Tokenizer, *, quiet: bool) -> dict[
 def describe_corpus(source: SourceArgs, corpus: Corpus) -> str:
     """One line: what was read, held out and left out."""
     kept, rest = corpus.train, corpus.held_out
-    left_out = {
-        name.replace("_", " "): count
-        for name, count in vars(corpus.report).items()
-        if count and name not in ("files", "documents")
-    }
+    counts = corpus.report.counts()
     if corpus.unknown_tokens:
-        left_out["places the vocabulary cannot write"] = corpus.unknown_tokens
-    more = "".join(f", {count} {name}" for name, count in left_out.items())
+        counts.append(f"{corpus.unknown_tokens} places the vocabulary cannot write")
+    more = "".join(f", {count}" for count in counts)
     return (
         f"{source.label}: {len(kept)} documents, {len(kept.tokens):,} tokens to train on; "
         f"{len(rest)} documents, {int(rest.bytes.sum()):,} bytes held out{more}"

@@ -11,6 +11,7 @@ from typing import Any
 
 from transom.chat.template import ChatTemplate
 from transom.data.conversations import Example, Kind
+from transom.data.sources import require_whole
 from transom.data.tuning_batches import TuningBatch, TuningBatches, padded_batch
 from transom.data.tuning_rows import EncodedRows, encode_examples, template_for
 from transom.data.tuning_sets import read_splits
@@ -170,7 +171,7 @@ def read_all(args: TrainArgs, tune: TuneArgs) -> tuple[list[Example], list[Examp
     paths = [source.path for source in args.data.source_list]
     require(len(set(paths)) == len(paths), "data.sources", paths, "accepted is every set once")
     for source in args.data.source_list:
-        require(source.weight == 1, "data.sources weight", source.weight, "accepted for fine-tuning is 1")
+        require_whole(source, "fine-tuning")
         one, other = read_splits(source.path, args.data.held_out)
         train, measured = train + one, measured + other
     wrong = next((one for one in (*train, *measured) if one.kind not in KINDS[tune.objective]), None)

@@ -1,6 +1,7 @@
 """The fingerprint of a base: the same in every format, another for every other weight, asked for by adapters."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoints.families import tiny_hf
 from tests.helpers import random_model, tiny_args
+from transom.checkpoints import fingerprint as module
 from transom.checkpoints.convert import convert
 from transom.checkpoints.fingerprint import ADAPTER_FACTS, check_base, fingerprint, read_facts, write_facts
 from transom.checkpoints.load import save
@@ -72,3 +74,62 @@ def test_an_adapter_asks_for_its_own_base(tmp_path, capsys):
     with pytest.raises(RequestError, match="accepted is the base that it was trained on") as error:
         check_base(adapter, tmp_path / "other")
     assert all(str(tmp_path / name) in str(error.value) for name in ("base", "other", "adapter"))
+
+
+@pytest.fixture
+def settled(tmp_path, monkeypatch):
+    """A base whose files are older than the clock's tick, a cache of its own, and how often weights were hashed."""
+    monkeypatch.setenv("TRANSOM_CACHE", str(tmp_path / "cache"))
+    save(random_model(tiny_args()), tmp_path / "base", format="hf", max_shard_size="9KB")
+    monkeypatch.setattr("transom.checkpoints.fingerprint._SETTLED", -(10**12))
+    calls = []
+    made = module.fingerprint_of
+    monkeypatch.setattr(module, "fingerprint_of", lambda *given: calls.append(given) or made(*given))
+    return tmp_path / "base", calls
+
+
+def test_weights_are_hashed_once_while_their_files_stay(settled):
+    base, calls = settled
+    first = fingerprint(base)
+    assert fingerprint(base) == first and len(calls) == 1
+    assert fingerprint(base, fresh=True) == first and len(calls) == 2
+
+
+@pytest.mark.parametrize("change", ["a shard", "a replaced file", "the config", "a new single file"])
+def test_another_file_is_hashed_again(settled, change, tmp_path):
+    base, calls = settled
+    first = fingerprint(base)
+    shard = sorted(base.glob("model-*.safetensors"))[0]
+    stat = shard.stat()
+    if change == "a shard":  # one number, in place, with the times of the content put back
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
+        os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    elif change == "a replaced file":
+        other = tmp_path / "other"
+        save(random_model(tiny_args(), seed=1), other, format="hf", max_shard_size="9KB")
+        for path in other.iterdir():
+            path.replace(base / path.name)
+    elif change == "the config":
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({**config, "rope_theta": 77.0}))
+    else:
+        save(random_model(tiny_args(), seed=1), tmp_path / "other", format="hf")
+        (tmp_path / "other" / "model.safetensors").replace(base / "model.safetensors")
+    assert (fingerprint(base) != first) == (change != "the config")
+    assert len(calls) == 2
+
+
+def test_what_was_just_written_is_not_kept(settled, monkeypatch):
+    base, calls = settled
+    monkeypatch.setattr("transom.checkpoints.fingerprint._SETTLED", 10**12)
+    assert fingerprint(base) == fingerprint(base) and len(calls) == 2
+
+
+def test_a_damaged_cache_is_made_again(settled, tmp_path):
+    base, calls = settled
+    first = fingerprint(base)
+    for path in (tmp_path / "cache" / "fingerprints").iterdir():
+        path.write_text("{")
+    assert fingerprint(base) == first and len(calls) == 2

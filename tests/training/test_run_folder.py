@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.training.runs import tiny_args, tiny_config
-from transom.checkpoints.load import load
+from transom.checkpoints import folders
+from transom.checkpoints.load import load, save
 from transom.cli.main import main
 from transom.errors import RequestError, WorkError
 from transom.training.setup import open_run
@@ -61,6 +62,45 @@ def test_a_cut_file_is_refused_when_loading(finished, sums):
         (file.parent / "sha256.json").unlink()
     with pytest.raises(RequestError, match="altered or cut" if sums == "with checksums" else "not a whole"):
         load(finished / "run")
+
+
+def test_a_load_hashes_what_a_model_is_made_of(finished, monkeypatch):
+    """The state of the trainer is most of a step, and only a run that goes on reads it."""
+    hashed = []
+    made = folders.sha256_of
+    monkeypatch.setattr(folders, "sha256_of", lambda path: hashed.append(path.name) or made(path))
+    step = finished / "run" / "step_000012"
+    load(step)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(hashed)
+    assert not {"trainer.json", "trainer.safetensors"} & set(hashed)
+    (step / "trainer.safetensors").write_bytes(b"")
+    load(step)
+    with pytest.raises(RequestError, match=r"trainer\.safetensors: altered or cut"):
+        open_run(tiny_args(finished, "keep_last=3"), resume=True, quiet=True)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
+def test_an_altered_part_of_a_model_is_refused_when_loading(finished, name):
+    file = finished / "run" / "step_000012" / name
+    file.write_text(file.read_text() + " ")
+    with pytest.raises(RequestError, match="altered or cut"):
+        load(finished / "run")
+
+
+def test_weights_that_were_added_to_a_step_are_refused(finished):
+    step = finished / "run" / "step_000012"
+    save(load(step), finished / "shards", max_shard_size="9KB")
+    (step / "model.safetensors").rename(finished / "whole.safetensors")
+    sums = json.loads((step / "sha256.json").read_text())
+    del sums["model.safetensors"]
+    for path in (finished / "shards").glob("model*"):
+        path.rename(step / path.name)
+        sums[path.name] = folders.sha256_of(step / path.name)
+    (step / "sha256.json").write_text(json.dumps(sums))
+    load(step)
+    (finished / "whole.safetensors").rename(step / "model.safetensors")
+    with pytest.raises(RequestError, match=r"model\.safetensors: added since the step was written"):
+        load(step)
 
 
 def test_latest_is_whole_whenever_a_save_is_killed(finished, monkeypatch):

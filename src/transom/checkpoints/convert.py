@@ -19,7 +19,6 @@ from transom.adapt.lora import plain_weights
 from transom.adapt.merge import fold_adapters
 from transom.args import ModelArgs
 from transom.checkpoints.folders import (
-    CHECKSUMS,
     CONFIG,
     TOKENIZERS,
     Format,
@@ -28,7 +27,7 @@ from transom.checkpoints.folders import (
     folder_format,
     read_args,
     read_json,
-    verify_checksums,
+    verify_step,
 )
 from transom.checkpoints.load import bad_numbers, load, open_state, outline, say_bad_numbers, shapes_of
 from transom.checkpoints.safetensors_files import write_text
@@ -98,8 +97,7 @@ def open_model(found: Found, dtype: str | None = None) -> tuple[ModelArgs, Sourc
         wide = None if dtype is None else "float64" if dtype == "float64" else "float32"
         model = fold_adapters(load(found, dtype=wide))
         return model.args, {name: Stored.of(parameter.detach()) for name, parameter in plain_weights(model).items()}
-    if (found.model / CHECKSUMS).exists():
-        verify_checksums(found.model)
+    verify_step(found.model)
     args = read_args(found.model)
     return args, open_state(found.model, args, shapes_of(outline(args)))
 

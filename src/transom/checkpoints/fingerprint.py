@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,16 +17,18 @@ import torch
 
 from transom import fields
 from transom.args import ModelArgs
-from transom.checkpoints.folders import model_folder, read_args
+from transom.checkpoints.folders import files_read, model_folder, read_args
 from transom.checkpoints.load import open_state, outline, shapes_of
 from transom.checkpoints.safetensors_files import write_text
 from transom.checkpoints.stored import Source, Stored
 from transom.errors import RequestError, notice, require
 from transom.fields import describe
-from transom.paths import read_json
+from transom.paths import cache_dir, read_json
 from transom.transforms import turn_rotary
 
 ADAPTER_FACTS = "transom.json"
+_VERSION = 1  # of what a fingerprint is made of
+_SETTLED = 2_000_000_000  # nanoseconds
 _THREADS = 4  # hashing releases the interpreter; as many tensors that are not maps are in memory
 
 
@@ -40,15 +45,68 @@ class AdapterFacts:
         require(bool(self.base_fingerprint), "base_fingerprint", self.base_fingerprint, "accepted is a fingerprint")
 
 
-def fingerprint(folder: str | Path) -> str:
-    """A hash of the weights of a model folder, hex: every number under our name in its stored dtype.
+def fingerprint(folder: str | Path, *, fresh: bool = False) -> str:
+    """Return a hash of the weights of a model folder, hex: every number under our name in its stored dtype.
 
     Rotary rows are hashed as interleaved pairs, so a model has one fingerprint in all formats that keep its dtype
     and tying. Settings (`rope_theta`, the tokenizer) are not part of it. Files are streamed.
+
+    The result is kept in the cache of this machine, and taken from there while config and weights are the same
+    files, unless a `fresh` one is asked for.
     """
     where = model_folder(folder)
+    now = time.time_ns()
+    signs = _signs(where)
+    known = None if fresh else _known(where, signs)
+    if known is not None:
+        return known
     args = read_args(where)
-    return fingerprint_of(args, open_state(where, args, shapes_of(outline(args))))
+    made = fingerprint_of(args, open_state(where, args, shapes_of(outline(args))))
+    # A file that changes twice within one tick of the clock would look the same: what is that new is not kept.
+    if not fresh and all(max(sign[2:4]) < now - _SETTLED for sign in signs) and _signs(where) == signs:
+        _keep(where, signs, made)
+    return made
+
+
+# What tells that a file is the one that was hashed: name, bytes, times of its content and of its entry, inode.
+Sign = list[Any]
+
+
+def _signs(folder: Path) -> list[Sign]:
+    signs: list[Sign] = []
+    for path in files_read(folder):
+        try:
+            found = path.stat()
+        except OSError:
+            continue  # whoever reads the file says why it cannot be read
+        signs.append([path.name, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino])
+    return signs
+
+
+def _cached(folder: Path) -> Path:
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
+    return cache_dir() / "fingerprints" / f"{name}.json"
+
+
+def _known(folder: Path, signs: list[Sign]) -> str | None:
+    """Return the fingerprint that was kept for exactly these files."""
+    path = _cached(folder)
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        fits = kept["version"] == _VERSION and kept["files"] == signs
+        return str(kept["fingerprint"]) if fits else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _keep(folder: Path, signs: list[Sign], made: str) -> None:
+    path = _cached(folder)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    content = {"version": _VERSION, "folder": str(folder.resolve()), "files": signs, "fingerprint": made}
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+        temporary.replace(path)
 
 
 def fingerprint_of(args: ModelArgs, source: Source) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transom.adapt.peft_config import CONFIG as ADAPTER
+from transom.adapt.peft_config import WEIGHTS as ADAPTER_WEIGHTS
 from transom.adapt.peft_config import base_of, base_revision, is_adapter, trained_vocabulary
 from transom.args import HeadArgs, ModelArgs
 from transom.checkpoints.hub import download, is_hub_id
@@ -22,6 +23,8 @@ from transom.paths import read_json, refuse_infinite, safetensors_header
 
 MODEL_TYPE = "transom"
 CHECKSUMS = "sha256.json"
+# What a step folder holds for the run to go on, beside the model or adapter.
+TRAINER_FILES = TRAINER_STATE, TRAINER_TENSORS = "trainer.json", "trainer.safetensors"
 CONFIG, PARAMS = "config.json", "params.json"
 SAFE, PICKLED = "consolidated.safetensors", "consolidated.{rank:02d}.pth"
 TOKENIZERS = ("tokenizer.json", "tekken*.json", "*.model.v*", "tokenizer.model")
@@ -193,14 +196,44 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def verify_checksums(step: Path) -> None:
-    """Refuse a step folder of which a file is missing, cut or altered since it was written."""
+def verify_checksums(step: Path, *, trainer: bool = True) -> None:
+    """Refuse a step folder of which a file is missing, cut or altered since it was written.
+
+    Without `trainer`, the state of the trainer is left out, which is most of a step and which no model reads.
+    """
     again = f"remove {step.name} and point `latest` and `best` to another step"
-    for name, expected in read_json(step / CHECKSUMS).items():
+    sums = read_json(step / CHECKSUMS)
+    for name, expected in sums.items():
+        if not trainer and name in TRAINER_FILES:
+            continue
         if not (step / name).exists():
             raise RequestError(f"{step / name}: missing; {again}")
         if sha256_of(step / name) != expected:
             raise RequestError(f"{step / name}: altered or cut since it was written (sha256 differs); {again}")
+    for path in files_read(step)[1:]:  # weights that would be read in place of the run's
+        if path.name not in sums:
+            raise RequestError(f"{path}: added since the step was written; {again}")
+
+
+def verify_step(folder: Path) -> None:
+    """Call `verify_checksums` on the part of a step folder that models are made of; other folders pass."""
+    if (folder / CHECKSUMS).exists():
+        verify_checksums(folder, trainer=False)
+
+
+def files_read(folder: Path) -> list[Path]:
+    """Return the config and the files of weights that the loading of a model or adapter reads."""
+    if is_adapter(folder):
+        return [folder / ADAPTER, folder / ADAPTER_WEIGHTS]
+    kind = folder_format(folder)
+    hugging_face = kind in ("native", "hf")
+    config = folder / (CONFIG if hugging_face else PARAMS)
+    if not hugging_face and not any(SAFE in path.name for path in consolidated_files(folder)):
+        return [config, *consolidated_files(folder)]
+    own = read_json(config) if kind == "hf" else None
+    taken = find_weights(folder, WEIGHTS if hugging_face else SAFE, own)
+    names = [*([taken.index] if taken.index is not None else []), *taken.files]
+    return [config, *(folder / name for name in names)]
 
 
 def read_args(folder: Path) -> ModelArgs:

@@ -13,7 +13,6 @@ from transom.adapt.read import load_adapter
 from transom.args import ModelArgs
 from transom.checkpoints.consolidated import open_consolidated
 from transom.checkpoints.folders import (
-    CHECKSUMS,
     CONFIG,
     Format,
     Found,
@@ -21,7 +20,7 @@ from transom.checkpoints.folders import (
     folder_format,
     read_args,
     read_json,
-    verify_checksums,
+    verify_step,
 )
 from transom.checkpoints.mapping import account, clean, to_ours
 from transom.checkpoints.safetensors_files import (
@@ -70,8 +69,7 @@ def load(
     """
     found = folder if isinstance(folder, Found) else find_model(folder, revision)
     if found.adapter is not None:
-        if (found.adapter / CHECKSUMS).exists():
-            verify_checksums(found.adapter)
+        verify_step(found.adapter)
         from transom.checkpoints.fingerprint import check_trained_on  # which reads folders by this module
 
         check_trained_on(found.adapter, found.model)
@@ -80,8 +78,7 @@ def load(
     target = pick_device(device)
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype = {dtype!r}: accepted is {', '.join(DTYPES)}")
-    if (where / CHECKSUMS).exists():
-        verify_checksums(where)
+    verify_step(where)
     args = read_args(where)
     model = outline(args)
     source = open_state(where, args, shapes_of(model))

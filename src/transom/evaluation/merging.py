@@ -95,7 +95,7 @@ def merge_folders(
         report = {
             **_asked(merge, rows),
             **_found(measured),
-            "out": {"format": layout.format, "dtype": merge.dtype, "fingerprint": fingerprint(folder)},
+            "out": {"format": layout.format, "dtype": merge.dtype, "fingerprint": fingerprint(folder, fresh=True)},
             "versions": {"transom": __version__, **machine()},
             "seconds": round(time.perf_counter() - started, 2),
         }

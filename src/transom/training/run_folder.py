@@ -16,7 +16,14 @@ from typing import Any
 
 from torch import Tensor
 
-from transom.checkpoints.folders import CHECKSUMS, read_pointer, sha256_of, verify_checksums
+from transom.checkpoints.folders import (
+    CHECKSUMS,
+    TRAINER_STATE,
+    TRAINER_TENSORS,
+    read_pointer,
+    sha256_of,
+    verify_checksums,
+)
 from transom.checkpoints.load import read_safetensors, write_tensors, write_text
 from transom.errors import RequestError, WorkError, notice
 from transom.paths import json_text, read_json, sync
@@ -31,7 +38,6 @@ OWN_FILES = (
     "trace.json",
     "tensorboard",
 )
-TRAINER_STATE, TRAINER_TENSORS = "trainer.json", "trainer.safetensors"
 TEMPORARY = ".tmp-"
 
 

@@ -80,7 +80,7 @@ def check_merge() -> Iterator[Finding]:
 def _compare_example(name: str, example: Example, scratch: Path) -> Iterator[Finding]:
     base = scratch / "base"
     save(drawn(ModelArgs.from_dict(dict(example.fields)), dtype=torch.bfloat16), base, "native")
-    mark, adapters = fingerprint(base), []
+    mark, adapters = fingerprint(base, fresh=True), []
     for index, fields in enumerate(example.adapters):
         model = load(base, dtype="float32")
         apply_lora(model, LoraArgs.from_dict({"rank": 3, "alpha": 5.0, **fields}))
@@ -132,7 +132,7 @@ def compare_adapter(found: Found, name: str) -> Iterator[Finding]:
     if facts is None:
         notice(f"{name}: no file says on which weights it was trained; taken is {found.model}")
     else:
-        other = fingerprint(found.model) != facts.base_fingerprint
+        other = fingerprint(found.model, fresh=True) != facts.base_fingerprint
         detail = f"trained on {facts.base} ({facts.base_fingerprint[:12]})" if other else ""
         yield Finding("base = the one of training", name, float(other), 0.0, detail)
     model = load_adapter(load(Found(found.model), dtype="float32"), found.adapter)
@@ -232,7 +232,7 @@ def compare_merged(out: Path, name: str) -> Iterator[Finding]:
     merge = _planned(report, out)
     for what, reported, found in (
         ("base = reported", report["base"]["fingerprint"], merge.base_fingerprint),
-        ("merged folder = reported", report["out"]["fingerprint"], fingerprint(out)),
+        ("merged folder = reported", report["out"]["fingerprint"], fingerprint(out, fresh=True)),
         *(
             ("adapter = reported", one["sha256"], adapter_hashes(part.folder))
             for one, part in zip(report["adapters"], merge.parts, strict=True)

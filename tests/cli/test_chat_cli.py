@@ -10,7 +10,10 @@ from safetensors.torch import save_file
 from tests.chat_texts import PUBLISHED
 from tests.helpers import random_model, tiny_args
 from transom.chat.template import ChatTemplate
+from transom.checkpoints.load import save
+from transom.cli.chat import Screen
 from transom.cli.main import main
+from transom.generation import session
 from transom.generation import text as generation_text
 from transom.generation.text import stream_text
 from transom.model import LLM
@@ -116,7 +119,7 @@ def test_every_stop_token_ends_an_answer(call, tmp_path, monkeypatch):
         seen.append(named["stop_tokens"])
         return stream_text(*args, **named)
 
-    monkeypatch.setattr(generation_text, "stream_text", spy)
+    monkeypatch.setattr(session, "stream_text", spy)
     _, out, _ = call(tmp_path, "-m", 12, stdin="hello\n")
     said = tokens[: tokens.index(tokens[4])]
     assert out == tokenizer.decode(said) + "\n"
@@ -201,3 +204,45 @@ def test_another_template_and_none(made, call, tmp_path):
 def test_wrong_requests_are_one_sentence(made, call, words, sentence):
     code, out, err = call(made[1], *words)
     assert (code, out) == (2, "") and sentence in err and len(err.splitlines()) == 1
+
+
+THINKING = (
+    "{% for m in messages %}{{ m.role[0] ~ ':' }}{% if m.reasoning_content %}"
+    "[THINK]{{ m.reasoning_content }}[/THINK]{% endif %}{{ m.content }}<end_of_turn>{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+@pytest.mark.parametrize("control", [True, False])
+def test_reasoning_is_apart_on_screen_in_the_history_and_in_the_file(call, tmp_path, monkeypatch, control):
+    marks = ("[THINK]", "[/THINK]") if control else ("<a>", "<b>")
+    tokenizer = byte_tokenizer((*GEMMA, *marks))
+    model = random_model(tiny_args(vocab_size=tokenizer.vocab_size, max_seq_len=512))
+    save(model, tmp_path, tokenizer=tokenizer)
+    (tmp_path / "chat_template.jinja").write_text(THINKING)
+    prompts = []
+    words = ["[THINK]hm\n[/THINK]\nTwo.<end_of_turn>", "[THINK]so[/THINK]Three.<end_of_turn>"]
+
+    def says(_model, rows, **_):
+        prompts.append(tokenizer.decode(rows[0], skip_special=False))
+        word = words[(len(prompts) - 1) % 2]
+        return iter([id] for id in tokenizer.encode(word, allowed_special="all"))
+
+    monkeypatch.setattr(generation_text, "stream", says)
+    file = tmp_path / "saved"
+    _, out, _ = call(tmp_path, "-m", 99, stdin=f"hello\nand\n/save {file}\n")
+    assert out == "[reasoning]\nhm\n\n[answer]\nTwo.\n[reasoning]\nso\n[answer]\nThree.\n"
+    assert prompts[1] == "u:hello<end_of_turn>a:[THINK]hm[/THINK]Two.<end_of_turn>u:and<end_of_turn>a:"
+    said = json.loads(file.read_text())["messages"][1::2]
+    assert [(one["reasoning_content"], one["content"]) for one in said] == [("hm", "Two."), ("so", "Three.")]
+    prompts.clear()
+    shown = call(tmp_path, "-m", 99, "--show-special", stdin=f"hello\nand\n/save {file}2\n")[1]
+    assert shown == "".join(f"{word}\n" for word in words)
+    assert json.loads((tmp_path / "saved2").read_text())["messages"][1::2] == said
+
+
+def test_reasoning_is_dim_on_a_terminal(capsys):
+    screen = Screen(dim=True)
+    screen.write("reasoning", "hm")
+    screen.write("answer", "Two.")
+    screen.end()
+    assert capsys.readouterr().out == "\x1b[2m[reasoning]\nhm\x1b[22m\n[answer]\nTwo.\n"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from transom.cli.adapters import add_adapter_argument, load_beside, named_adapters, switch
 from transom.cli.generate import (
@@ -22,10 +23,10 @@ from transom.cli.generate import (
 from transom.errors import RequestError, notice, require
 
 if TYPE_CHECKING:
+    from transom.chat.reasoning import Kind
     from transom.chat.template import ChatTemplate
     from transom.checkpoints.folders import Found
-    from transom.generation.sampling import SamplingArgs
-    from transom.generation.text import Completion, TextStream
+    from transom.generation.session import Answer, Framing, Session
     from transom.model import LLM
     from transom.tokenizer import Tokenizer
 
@@ -40,6 +41,7 @@ Ctrl-C stops an answer.
   /save FILE     write the conversation so far into a new file
   /help          this page
   /exit          leave, as Ctrl-D does"""
+DIM = ("\x1b[2m", "\x1b[22m")  # on and off
 BLOCK = '"""'  # alone on a line it begins and ends a turn of many lines
 
 
@@ -72,9 +74,12 @@ def run(options: argparse.Namespace) -> int:
     found, model, tokenizer, stop_tokens = open_model(options)
     beside = load_beside(model, found, adapters)
     from transom.chat.fingerprint import warn_if_other
+    from transom.chat.reasoning import find_markers
+    from transom.generation.session import AnswerArgs, GrowingText, Messages, Session
     from transom.generation.stopping import stop_tokens_of
 
     framing: Framing
+    markers = None
     template = None if options.ignore_chat_template else find_template(found, tokenizer, options.chat_template)
     if template is None:
         framing = GrowingText(tokenizer)
@@ -82,13 +87,23 @@ def run(options: argparse.Namespace) -> int:
         notice(f"{why}: each turn continues one growing text, on a new line; /help lists commands")
     else:
         framing = Messages(template, values)
+        markers = find_markers(template, **values)
         if not options.ignore_eos:
             stop_tokens = stop_tokens_of(found, tokenizer, template)
         notice(f"turns are written by {template.origin}; /help lists commands")
     for folders in (found.folders, *((folder,) for folder in beside)):
         warn_if_other(folders, tokenizer, template)
     framing.reset(options.system)
-    chat = Chat(model, tokenizer, framing, stop_tokens, sampling, options)
+    args = AnswerArgs(
+        sampling=sampling,
+        max_tokens=MAX_TOKENS if options.max_tokens is None else options.max_tokens,
+        stop_tokens=stop_tokens,
+        stop=options.stop,
+        prefill_step_size=options.prefill_step_size,
+        show_special=options.show_special,
+    )
+    room = room_of(model, options.max_model_len)
+    chat = Chat(Session(model, tokenizer, framing, args, room, markers), options.system)
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - importing it gives `input` line editing
@@ -155,103 +170,11 @@ def read_turn() -> str | None:
                 return "\n".join(lines)
 
 
-class Framing(Protocol):
-    """How turns become the tokens that a model continues."""
-
-    def reset(self, system: str) -> None:
-        """Begin anew with `system` in front."""
-
-    def prompt(self, turn: str) -> list[int]:
-        """Ids to continue, all of the conversation and `turn`; nothing is kept yet."""
-
-    def keep(self, turn: str, ids: list[int], completion: Completion, said: list[int]) -> None:
-        """Take up a turn, its prompt `ids`, and the answer, whose ids but for stop tokens are `said`."""
-
-    def saved(self) -> str:
-        """The conversation as the text of a file."""
-
-
-class GrowingText:
-    """One text: every turn on a new line, every answer behind it."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.reset("")
-
-    def reset(self, system: str) -> None:
-        """Begin anew with `system` on the first line."""
-        self.system, self.text = system, ""
-        self.ids: list[int] = []
-
-    def added(self, turn: str) -> str:
-        """What `turn` adds to the text."""
-        if not self.ids:
-            return f"{self.system}\n{turn}" if self.system else turn
-        return turn if self.text.endswith("\n") else f"\n{turn}"
-
-    def prompt(self, turn: str) -> list[int]:
-        """The ids so far and those of the new line."""
-        added = self.added(turn)
-        return self.ids + self.tokenizer.encode(added) if self.ids else self.tokenizer.encode_prompt(added)
-
-    def keep(self, turn: str, ids: list[int], completion: Completion, said: list[int]) -> None:
-        """A stop token ends the answer, not the text: the next turn continues it."""
-        self.text += self.added(turn) + completion.text + completion.stop_string
-        self.ids = ids + said
-
-    def saved(self) -> str:
-        """The text."""
-        return self.text
-
-
-class Messages:
-    """Messages, written by a chat template as a whole every time."""
-
-    def __init__(self, template: ChatTemplate, values: dict[str, Any]) -> None:
-        self.template, self.values = template, values
-        self.messages: list[dict[str, str]] = []
-
-    def reset(self, system: str) -> None:
-        """Begin anew with `system` as the first message, and say so where the template leaves it out."""
-        messages = [{"role": "system", "content": system}] if system else []
-        if system:
-            written = self.template.render([*messages, {"role": "user", "content": ""}], **self.values)
-            if system.strip() not in written:
-                notice(f"{self.template.origin} leaves the system message out", again=True)
-        self.messages = messages
-
-    def prompt(self, turn: str) -> list[int]:
-        """Ids of all messages, and of the head of an answer."""
-        return self.template.encode([*self.messages, {"role": "user", "content": turn}], **self.values)
-
-    def keep(self, turn: str, ids: list[int], completion: Completion, said: list[int]) -> None:
-        """Add both messages; what is cut short stays as it is."""
-        self.messages.append({"role": "user", "content": turn})
-        self.messages.append({"role": "assistant", "content": completion.text})
-
-    def saved(self) -> str:
-        """One line of a chat data set."""
-        return json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n"
-
-
 class Chat:
-    """A conversation, and a cache that holds the beginning of it: only what is new is run."""
+    """Turns and commands of a person, and what they see of the answers."""
 
-    def __init__(
-        self,
-        model: LLM,
-        tokenizer: Tokenizer,
-        framing: Framing,
-        stop_tokens: tuple[int, ...],
-        sampling: SamplingArgs,
-        options: argparse.Namespace,
-    ) -> None:
-        self.model, self.tokenizer, self.framing, self.stop_tokens = model, tokenizer, framing, stop_tokens
-        self.sampling, self.options, self.system = sampling, options, options.system
-        self.room = room_of(model, options.max_model_len)
-        self.cache = model.make_cache(1, self.room)
-        self.held: list[int] = []  # the ids that the cache holds
-        self.turns = 0
+    def __init__(self, session: Session, system: str) -> None:
+        self.session, self.system = session, system
         self.saved: set[Path] = set()
 
     def take(self, turn: str) -> bool:
@@ -260,15 +183,15 @@ class Chat:
         name, rest = (command[1], command[2] or "") if command else ("", turn)
         match name:
             case "":
-                self.answer(rest)
+                answer = self.session.ask(rest)
+                self.session.keep(answer, interrupted=show(answer))
             case "reset":
                 self.reset(self.system)
             case "system":
                 self.reset(rest)
             case "adapter":
-                switch(self.model, rest.strip())
-                self.cache.reset()  # keys and values of the adapter before
-                self.held = []
+                switch(self.session.model, rest.strip())
+                self.session.forget()
             case "save":
                 self.save(rest.strip())
             case "help":
@@ -280,82 +203,15 @@ class Chat:
                 raise RequestError(f"/{name}: no such command; known are {known}")
         return True
 
-    def answer(self, turn: str) -> None:
-        """Add `turn` and print how the model goes on; a `RequestError` leaves all as it was."""
-        ids = self.framing.prompt(turn)
-        left = self.room - len(ids)
-        if left < 1:
-            raise RequestError(f"{len(ids)} tokens with this turn: {self.full}")
-        self.hold_only(ids)
-        texts = self.continued(ids, min(self.wanted, left))
-        interrupted = show(texts)
-        completion = texts.completions[0]
-        self.turns += 1
-        self.framing.keep(turn, ids, completion, [id for id in completion.tokens if id not in self.stop_tokens])
-        if interrupted:
-            self.settle(len(ids), completion)
-        elif completion.finish_reason == "length" and left <= self.wanted:
-            notice(self.full, again=True)
-        self.held = (ids + completion.tokens)[: int(self.cache.lengths_B[0])]
-
-    def hold_only(self, ids: list[int]) -> None:
-        """Make the cache hold a beginning of `ids`, and leave at least one to run.
-
-        A template may write an answer otherwise than it was said: its end of turn, its reasoning, its spaces.
-        """
-        pairs = zip(self.held, ids[:-1], strict=False)
-        same = next((at for at, (held, id) in enumerate(pairs) if held != id), min(len(self.held), len(ids) - 1))
-        beyond = len(self.held) - same
-        if beyond and not self.cache.rollback(beyond, beyond):
-            self.cache.reset()  # a ring has overwritten what it needs
-            same = 0
-        self.held = self.held[:same]
-
-    def continued(self, ids: list[int], max_new_tokens: int) -> TextStream:
-        """The model's continuation of `ids`, not started yet."""
-        from transom.generation.text import stream_text
-        from transom.runtime import mixed_seed
-
-        return stream_text(
-            self.model,
-            self.tokenizer,
-            [ids],
-            max_new_tokens=max_new_tokens,
-            sampling=self.sampling,
-            seeds=[mixed_seed(self.sampling.seed, self.turns)],  # every turn has draws of its own
-            stop=self.options.stop,
-            stop_tokens=self.stop_tokens,
-            prefill_step_size=self.options.prefill_step_size,
-            cache=self.cache,
-        )
-
-    def settle(self, prompt_tokens: int, completion: Completion) -> None:
-        """After an interrupt, bring the cache back to a beginning of the conversation."""
-        from transom.generation.loop import settle
-
-        in_flight = 1 if completion.tokens else self.options.prefill_step_size
-        settle(self.cache, at_most=prompt_tokens + len(completion.tokens), in_flight=in_flight)
-
-    @property
-    def wanted(self) -> int:
-        """New tokens per answer, where there is room."""
-        requested: int | None = self.options.max_tokens
-        return MAX_TOKENS if requested is None else requested
-
-    @property
-    def full(self) -> str:
-        """The sentence for a context without room."""
-        return f"the context of {self.room} tokens is full; /reset begins anew"
-
     def reset(self, system: str) -> None:
         """Begin anew with `system` in front; the cache keeps what the next prompt begins with too."""
-        self.framing.reset(system)
+        self.session.framing.reset(system)
         self.system = system
 
     def save(self, name: str) -> None:
         """Write the conversation so far, but not over a file that this chat did not write."""
         require(bool(name), "/save", name, "accepted is the name of a file")
-        path, content = Path(name), self.framing.saved()
+        path, content = Path(name), self.session.framing.saved()
         require(path in self.saved or not path.exists(), "/save", name, "the file exists; accepted is a new name")
         try:
             path.write_text(content, encoding="utf-8")
@@ -377,13 +233,36 @@ def room_of(model: LLM, requested: int | None) -> int:
     return requested
 
 
-def show(texts: TextStream) -> bool:
-    """Print an answer as it comes; whether Ctrl-C cut it short."""
+def show(answer: Answer) -> bool:
+    """Print an answer as it comes, its reasoning under a heading; return whether Ctrl-C cut it short."""
+    screen = Screen(dim=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
     interrupted = False
     try:
-        for pieces in texts:
-            print(pieces[0], end="", flush=True)
+        for kind, text in answer:
+            screen.write(kind, text)
     except KeyboardInterrupt:
         interrupted = True
-    print(flush=True)
+    screen.end()
     return interrupted
+
+
+class Screen:
+    """Standard output for one answer: reasoning has a heading, and is dim on a terminal."""
+
+    def __init__(self, dim: bool) -> None:
+        self.on, self.off = DIM if dim else ("", "")
+        self.kind: Kind = "answer"
+
+    def write(self, kind: Kind, text: str) -> None:
+        """Print a piece, and a heading where it is of another kind than the one before."""
+        if kind != self.kind:
+            if kind == "reasoning":
+                print(f"{self.on}[reasoning]\n", end="")
+            else:
+                print(f"{self.off}\n[answer]\n", end="")
+            self.kind = kind
+        print(text, end="", flush=True)
+
+    def end(self) -> None:
+        """End the line."""
+        print(self.off if self.kind == "reasoning" else "", flush=True)

@@ -1,0 +1,286 @@
+"""Reasoning and answer kept apart: what a model thinks before it answers is no part of the answer.
+
+Models write their reasoning between two markers (`<think>`, `</think>`) or into channels of its own
+(gpt-oss). The markers come from the chat template, which writes them, or from the vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from transom.chat.template import ChatTemplate
+from transom.errors import RequestError
+from transom.tokenizer import Tokenizer
+
+Kind = Literal["reasoning", "answer"]
+Piece = tuple[Kind, str]
+# What is looked for in templates that do not write the reasoning of earlier turns, and in vocabularies.
+PAIRS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|reasoning_thinking_start|>", "<|reasoning_thinking_end|>"),
+)
+START, CHANNEL, MESSAGE, END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
+CHANNELS = (START, CHANNEL, MESSAGE, END)
+FINAL = "final"  # the channel of the answer
+LONGEST_HEADER = 200  # characters: a model that writes more without <|message|> writes no channels
+THOUGHT, ANSWER = "Qx7thought", "Qx7answer"
+
+
+@dataclass(frozen=True)
+class Markers:
+    """What stands before and behind reasoning, or that there are channels; and the head of an answer."""
+
+    opens: str
+    closes: str
+    channels: bool = False
+    head: str = ""  # the template's prompt for an answer, which may open the reasoning
+
+    def splitter(self) -> Splitter:
+        """Return a splitter for one answer behind the template's prompt for it."""
+        splitter = ChannelSplitter() if self.channels else PairSplitter(self.opens, self.closes)
+        splitter.begin(self.head)
+        return splitter
+
+    def control_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """Return the ids of control tokens that the markers consist of, which the text must show."""
+        words = CHANNELS if self.channels else (self.opens, self.closes)
+        special = tokenizer.special_tokens
+        return tuple(id for spelling, id in special.items() if any(spelling in word for word in words))
+
+
+def find_markers(template: ChatTemplate, **values: Any) -> Markers | None:
+    """Return the markers of a model's reasoning; None where neither template nor vocabulary has any.
+
+    `values` are those that the chat gives the template, which may switch reasoning off.
+    """
+    tokenizer = template.tokenizer
+    head = _head(template, values)
+    if all(word in tokenizer.special_tokens for word in CHANNELS):
+        return Markers("", "", channels=True, head=head)
+    written = _written(template)
+    if written is not None:
+        return Markers(*written, head=head)
+    for opens, closes in PAIRS:
+        named = any(closes in source for source in template.sources.values())
+        known = all(tokenizer.token_to_id(word) is not None for word in (opens, closes))
+        if named or known:
+            return Markers(opens, closes, head=head)
+    return None
+
+
+def _head(template: ChatTemplate, values: dict[str, Any]) -> str:
+    """Return what a template writes behind a question to ask for the answer."""
+    turn = [{"role": "user", "content": "Hello"}]
+    try:
+        asked, bare = (template.render(turn, add_generation_prompt=ask, **values) for ask in (True, False))
+    except RequestError:  # it accepts other conversations only
+        return ""
+    pairs = enumerate(zip(asked, bare, strict=False))
+    return asked[next((at for at, (one, other) in pairs if one != other), min(len(asked), len(bare))) :]
+
+
+def _written(template: ChatTemplate) -> tuple[str, str] | None:
+    """Return the markers that a template writes around the reasoning of a message, if it writes any."""
+    turn = [{"role": "user", "content": "Hello"}]
+    said = {"role": "assistant", "content": ANSWER, "reasoning_content": THOUGHT}
+    try:
+        asked = template.render(turn)
+        text = template.render([*turn, said], add_generation_prompt=False)
+    except RequestError:
+        return None
+    found = re.search(f"{THOUGHT}(.*?){ANSWER}", text, re.DOTALL)
+    if found is None or not text.startswith(asked.rstrip()):
+        return None
+    opens, closes = text[len(asked.rstrip()) : found.start()].strip(), found[1].strip()
+    if not opens:  # the head of the answer has opened the reasoning
+        pairs = (one for one, other in PAIRS if other == closes)
+        opens = next(pairs, asked.rstrip().splitlines()[-1])
+    return (opens, closes) if closes else None
+
+
+class Splitter(Protocol):
+    """Takes the text of an answer piece by piece, and holds what was reasoned and what was answered."""
+
+    @property
+    def reasoning(self) -> str:
+        """The reasoning so far, without markers and line ends around it."""
+
+    @property
+    def answer(self) -> str:
+        """The answer so far, without line ends between it and the reasoning."""
+
+    def begin(self, head: str) -> None:
+        """Take the template's prompt for the answer, which may stand inside of the reasoning."""
+
+    def push(self, text: str) -> list[Piece]:
+        """Return what may be shown now that `text` has come; what may begin a marker is held back."""
+
+    def finish(self) -> list[Piece]:
+        """Return what is still held, when no more text comes."""
+
+
+class _Cutter:
+    """Cuts a text at markers, however its pieces are cut."""
+
+    def __init__(self, markers: Sequence[str]) -> None:
+        self._markers = markers
+        self._find = re.compile("|".join(re.escape(one) for one in sorted(markers, key=len, reverse=True)))
+        self._held = ""
+
+    def push(self, text: str) -> Iterator[tuple[str, bool]]:
+        """Yield (text, False) and (marker, True) in order."""
+        text, self._held = self._held + text, ""
+        start = 0
+        for found in self._find.finditer(text):
+            if found.start() > start:
+                yield text[start : found.start()], False
+            yield found[0], True
+            start = found.end()
+        rest = text[start:]
+        sizes = range(min(len(rest), max(map(len, self._markers)) - 1), 0, -1)
+        heads = (size for size in sizes if any(one.startswith(rest[-size:]) for one in self._markers))
+        held = next(heads, 0)
+        self._held = rest[len(rest) - held :]
+        if len(rest) > held:
+            yield rest[: len(rest) - held], False
+
+    def finish(self) -> str:
+        """Return what is held."""
+        held, self._held = self._held, ""
+        return held
+
+
+class _Parts:
+    """What was reasoned and answered so far."""
+
+    def __init__(self) -> None:
+        self._said: dict[Kind, str] = {"reasoning": "", "answer": ""}
+        self._reasoned = False  # whether there was any reasoning, if only between empty markers
+
+    @property
+    def reasoning(self) -> str:
+        """The reasoning so far, without markers and line ends around it."""
+        return self._said["reasoning"].strip("\n")
+
+    @property
+    def answer(self) -> str:
+        """The answer so far, without line ends between it and the reasoning."""
+        return self._said["answer"]
+
+    def _piece(self, kind: Kind, text: str) -> list[Piece]:
+        if self._reasoned and not self._said[kind]:
+            text = text.lstrip("\n")
+        self._said[kind] += text
+        return [(kind, text)] if text else []
+
+
+class PairSplitter(_Parts):
+    """Reasoning between two markers in front of the answer.
+
+    A marker inside of the answer is a word of the answer. Where the end of reasoning comes without a
+    beginning, all text before it was reasoning.
+    """
+
+    def __init__(self, opens: str, closes: str) -> None:
+        super().__init__()
+        self._opens, self._closes = opens, closes
+        self._cutter = _Cutter((opens, closes))
+        self._state: Literal["start", "reasoning", "answer"] = "start"
+        self._space = ""  # white space at the beginning, which may stand before a marker
+
+    def begin(self, head: str) -> None:
+        """Take the template's prompt for the answer."""
+        for text, marker in _Cutter((self._opens, self._closes)).push(head):
+            if marker:
+                self._state, self._reasoned = ("reasoning" if text == self._opens else "answer"), True
+
+    def push(self, text: str) -> list[Piece]:
+        """Return what may be shown now that `text` has come."""
+        return [piece for part, marker in self._cutter.push(text) for piece in self._take(part, marker)]
+
+    def finish(self) -> list[Piece]:
+        """Return what is still held, when no more text comes."""
+        return self._take(self._cutter.finish(), False) + self._answered("")
+
+    def _take(self, text: str, marker: bool) -> list[Piece]:
+        if marker and text == self._opens and self._state == "start":
+            self._state, self._reasoned, self._space = "reasoning", True, ""
+            return []
+        if marker and text == self._closes and self._state == "reasoning":
+            self._state = "answer"
+            return []
+        if marker and text == self._closes and not self._reasoned:
+            said = self._said["answer"] + self._space
+            self._said, self._space = {"reasoning": said, "answer": ""}, ""
+            self._state, self._reasoned = "answer", True
+            return [("reasoning", "")]
+        if self._state == "reasoning":
+            return self._piece("reasoning", text)
+        if self._state == "start" and not text.strip():
+            self._space += text
+            return []
+        self._state = "answer"
+        return self._answered(text)
+
+    def _answered(self, text: str) -> list[Piece]:
+        text, self._space = self._space + text, ""
+        return self._piece("answer", text)
+
+
+class ChannelSplitter(_Parts):
+    """Messages in channels: that of the channel `final` is the answer, all others are reasoning.
+
+    Text of a model that writes no channels is the answer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cutter = _Cutter(CHANNELS)
+        self._header: str | None = ""  # of the message to come; None inside of a message
+        self._in_channel = False  # whether the header has come as far as its channel
+        self._kind: Kind = "answer"
+
+    def begin(self, head: str) -> None:
+        """Take the template's prompt for the answer."""
+        for text, marker in _Cutter(CHANNELS).push(head):
+            self._take(text, marker)
+
+    def push(self, text: str) -> list[Piece]:
+        """Return what may be shown now that `text` has come."""
+        return [piece for part, marker in self._cutter.push(text) for piece in self._take(part, marker)]
+
+    def finish(self) -> list[Piece]:
+        """Return what is still held, when no more text comes."""
+        return self._take(self._cutter.finish(), False) + self._no_header()
+
+    def _take(self, text: str, marker: bool) -> list[Piece]:
+        if not marker and self._header is None:
+            return self._piece(self._kind, text)
+        if not marker:
+            self._header = (self._header or "") + text
+            return self._no_header() if len(self._header) > LONGEST_HEADER else []
+        if text == MESSAGE:
+            self._kind = "answer" if FINAL in (self._header or "").split() else "reasoning"
+            self._reasoned |= self._kind == "reasoning"
+            self._header = None
+            return []
+        if text == CHANNEL:
+            self._header, self._in_channel = f"{self._header or ''} ", True
+            return []
+        pieces = self._no_header()
+        self._header, self._in_channel = "", False
+        return pieces
+
+    def _no_header(self) -> list[Piece]:
+        """Return what looked like the beginning of a header and is text, as no channel came."""
+        text = "" if self._header is None or self._in_channel else self._header.removeprefix("assistant")
+        if text:
+            self._header = None
+            self._kind = "answer"
+        return self._piece("answer", text)

@@ -206,10 +206,9 @@ def test_wrong_requests_are_one_sentence(made, call, words, sentence):
     assert (code, out) == (2, "") and sentence in err and len(err.splitlines()) == 1
 
 
-THINKING = (
-    "{% for m in messages %}{{ m.role[0] ~ ':' }}{% if m.reasoning_content %}"
-    "[THINK]{{ m.reasoning_content }}[/THINK]{% endif %}{{ m.content }}<end_of_turn>{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
-)
+THINKING = """\
+{% for m in messages %}{{ m.role[0] ~ ':' }}{% if m.reasoning_content %}[THINK]{{ m.reasoning_content }}[/THINK]\
+{% endif %}{{ m.content }}<end_of_turn>{% endfor %}{% if add_generation_prompt %}a:{% endif %}"""
 
 
 @pytest.mark.parametrize("control", [True, False])

@@ -5,10 +5,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.evaluation.twins import LONGEST
+from transom.chat.template import ChatTemplate
 from transom.errors import RequestError
+from transom.evaluation import answers
 from transom.evaluation.answers import score_answers
 from transom.evaluation.eval_args import EvalArgs, Matching
 from transom.evaluation.task_data import AnswerRow
+from transom.generation.text import Completion
 
 MESSAGES = ({"role": "user", "content": "What is two and two? </s>"},)
 NEW = 10
@@ -90,3 +93,13 @@ def test_what_counts_as_right(text, extract, ignore_case, right):
 def test_a_pattern_that_is_none_is_refused():
     with pytest.raises(RequestError, match="extract = '\\('"):
         EvalArgs(extract="(")
+
+
+def test_reasoning_is_not_compared(subject, monkeypatch):
+    source = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
+    monkeypatch.setitem(subject.__dict__, "template", ChatTemplate(source, subject.tokenizer))
+    said = Completion("<think>five?</think>\nfour", [1], "stop")
+    monkeypatch.setattr(answers, "generated", lambda *_, **__: iter(enumerate([said, said])))
+    rows = [row(messages=MESSAGES, answers=("four",)), row("two and two", answers=(said.text,))]
+    got = score_answers(subject, rows, max_new_tokens=NEW, matching=Matching())
+    assert got.right.all() and got.texts == ["four", said.text] and got.reasoning == ["five?", ""]

@@ -104,6 +104,24 @@ def _written(template: ChatTemplate) -> tuple[str, str] | None:
     return (opens, closes) if closes else None
 
 
+def split(text: str, markers: Markers | None) -> tuple[str, str]:
+    """Return the reasoning and the answer of a whole text; without markers all of it is answer."""
+    if markers is None:
+        return "", text
+    splitter = markers.splitter()
+    splitter.push(text)
+    splitter.finish()
+    return splitter.reasoning, splitter.answer
+
+
+def marker_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the ids of control tokens that set reasoning apart, of all kinds that are known by name."""
+    special = tokenizer.special_tokens
+    words = [word for pair in PAIRS if all(one in special for one in pair) for word in pair]
+    words += CHANNELS if all(one in special for one in CHANNELS) else ()
+    return tuple(special[word] for word in words)
+
+
 class Splitter(Protocol):
     """Takes the text of an answer piece by piece, and holds what was reasoned and what was answered."""
 

@@ -86,6 +86,7 @@ def run(options: argparse.Namespace) -> int:
     sampling = sampling_of(options)
     found, model, tokenizer, stop_tokens = open_model(options)
     from transom.chat.fingerprint import warn_if_other
+    from transom.chat.reasoning import marker_ids
     from transom.generation.text import encode_prompts, stream_text
 
     warn_if_other(found.folders, tokenizer, None)
@@ -101,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
         stop=options.stop,
         stop_tokens=stop_tokens,
         prefill_step_size=options.prefill_step_size,
-        kept="all" if options.show_special else (),
+        kept="all" if options.show_special else marker_ids(tokenizer),  # or reasoning and answer were one
     )
     shown, prompt_seconds, seconds = show(texts, prompts)
     facts = rates(texts, sum(map(len, ids)), prompt_seconds, seconds, model)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from transom.chat.reasoning import find_markers, split
 from transom.errors import RequestError
 from transom.evaluation.eval_args import Matching
 from transom.evaluation.progress import shown
@@ -25,7 +26,8 @@ CACHE_TOKENS = 1 << 15  # prompt and new tokens of all rows that are generated a
 class AnswerScores:
     """What a model said; lists and arrays have an entry per row."""
 
-    texts: list[str]
+    texts: list[str]  # the answers, without their reasoning
+    reasoning: list[str]
     found: list[str | None]  # in each text, by `Matching.extract`
     right: NDArray[np.bool_]
     unfinished: int  # answers cut at the most tokens allowed
@@ -41,11 +43,15 @@ def score_answers(
     stop: Sequence[str] = (),
     progress: str = "",
 ) -> AnswerScores:
-    """Generate greedily behind every prompt, messages through the chat template, and compare."""
+    """Generate greedily behind every prompt, messages through the chat template, and compare.
+
+    Of an answer through the template its reasoning is not compared.
+    """
     prompts = [_prompt_ids(subject, row) for row in rows]
+    template = subject.template if any(row.messages for row in rows) else None
     ends = subject.stop_tokens
-    if any(row.messages for row in rows) and subject.template is not None:
-        ends = tuple(dict.fromkeys((*ends, *subject.template.stop_tokens)))
+    if template is not None:
+        ends = tuple(dict.fromkeys((*ends, *template.stop_tokens)))
     for row, ids in zip(rows, prompts, strict=True):
         if subject.longest is not None and len(ids) + max_new_tokens > subject.longest:
             raise RequestError(
@@ -53,11 +59,16 @@ def score_answers(
                 "together, the model's max_seq_len"
             )
     said = [Completion()] * len(rows)
-    for index, one in shown(generated(subject, prompts, max_new_tokens, stop, ends), progress, len(rows)):
+    markers = None if template is None else find_markers(template)
+    kept = () if markers is None else markers.control_ids(subject.tokenizer)
+    done = generated(subject, prompts, max_new_tokens, stop, ends, kept=kept)
+    for index, one in shown(done, progress, len(rows)):
         said[index] = one
-    found = [matching.found(one.text) for one in said]
+    parts = [split(one.text, markers if row.messages else None) for row, one in zip(rows, said, strict=True)]
+    found = [matching.found(text) for _, text in parts]
     return AnswerScores(
-        [one.text for one in said],
+        [text for _, text in parts],
+        [reasoning for reasoning, _ in parts],
         found,
         np.array([matching.right(one, row.answers) for one, row in zip(found, rows, strict=True)]),
         unfinished=sum(one.finish_reason == "length" for one in said),
@@ -85,8 +96,11 @@ def generated(
     *,
     sampling: SamplingArgs = GREEDY,
     batch_rows: int | None = None,
+    kept: Sequence[int] = (),
 ) -> Iterator[tuple[int, Completion]]:
     """(index, completion) of each prompt as it comes, the longest first; greedy unless told.
+
+    Control tokens that are `kept` are in the texts.
 
     Prompts of like length make a batch, which has `CACHE_TOKENS` tokens or one row, `batch_rows` at most. Every
     prompt has draws of its own, whatever batch it is in.
@@ -105,7 +119,10 @@ def generated(
             seeds=[mixed_seed(sampling.seed, index) for index in batch],
             stop=stop,
             stop_tokens=stop_tokens,
+            kept=kept,
         )
-        for _ in texts:
-            pass
-        yield from zip(batch, texts.completions, strict=True)
+        said = [""] * len(batch)
+        for pieces in texts:
+            said = [text + piece for text, piece in zip(said, pieces, strict=True)]
+        for index, completion, text in zip(batch, texts.completions, said, strict=True):
+            yield index, replace(completion, text=text)

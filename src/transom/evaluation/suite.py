@@ -160,7 +160,13 @@ def _answers(subject: Subject, data: DataSet, args: EvalArgs) -> Measured:
         facts["chat_template"] = subject.template.origin
         facts["chat_template_sha256"] = template_hash(subject.template)
     rows = [
-        {"id": row.id, "text": found.texts[at], "found": found.found[at], "right": bool(found.right[at])}
+        {
+            "id": row.id,
+            **({"reasoning": found.reasoning[at]} if found.reasoning[at] else {}),
+            "text": found.texts[at],
+            "found": found.found[at],
+            "right": bool(found.right[at]),
+        }
         for at, row in enumerate(data.answers)
     ]
     scores = {"exact_match": Ratio.of_right(found.right)}

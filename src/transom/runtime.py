@@ -153,13 +153,36 @@ def synchronize(device: torch.device) -> None:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Peak bytes so far: allocated on a GPU, resident in the process on a CPU."""
+    """Return the peak of memory in bytes: allocated on a GPU since `reset_peak_memory`, resident on a CPU.
+
+    MPS keeps no record of a peak: there it is the most that this function has seen since `reset_peak_memory`.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
-        return torch.mps.driver_allocated_memory()
+        _seen_on_mps.append(torch.mps.driver_allocated_memory())
+        _seen_on_mps[:] = [max(_seen_on_mps)]
+        return _seen_on_mps[0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+_seen_on_mps: list[int] = []
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let the peak of a GPU's memory count from now on; that of a CPU process cannot be reset."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    _seen_on_mps.clear()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the host's allocator, had no memory left; hosts that overcommit kill instead."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    allocators = ("can't allocate memory", "not enough memory", "MPS backend out of memory")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in allocators)
 
 
 def seed_everything(seed: int) -> None:

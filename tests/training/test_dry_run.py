@@ -8,6 +8,7 @@ import torch
 from tests.training.runs import losses, tiny_args, tiny_config
 from transom.errors import RequestError, WorkError
 from transom.training import objectives
+from transom.training.course import score_and_save
 from transom.training.objectives import NextToken
 from transom.training.setup import open_run
 
@@ -64,8 +65,8 @@ def test_a_resumed_run_goes_on_exactly(tmp_path):
     open_run(config(tmp_path, changes, f"out={tmp_path}/straight"), quiet=True).fit()
     first = open_run(config(tmp_path, changes), quiet=True)
     while first.progress.step < 8:
-        first._log(first.step(), 1.0)
-        first._now_and_then()
+        first.log(first.step(), 1.0)
+        score_and_save(first)
     open_run(config(tmp_path, changes), resume=True, quiet=True).fit()
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
     scores = [

@@ -57,7 +57,7 @@ def test_a_resumed_head_goes_on_exactly(tmp_path, kind):
     open_run(config(tmp_path, kind, f"out={tmp_path}/straight"), quiet=True).fit()
     first = open_run(config(tmp_path, kind), quiet=True)
     while first.progress.step < 8:
-        first._log(first.step(), 1.0)
+        first.log(first.step(), 1.0)
     first.save(None)
     open_run(config(tmp_path, kind), resume=True, quiet=True).fit()
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")

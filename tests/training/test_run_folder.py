@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -195,3 +196,21 @@ def test_a_wrong_request_is_one_sentence(tmp_path, capsys, words, told):
     assert told in lines[-1]
     assert "Traceback" not in "".join(lines)
     assert not Path(tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("gone", ["best", "latest"])
+def test_a_step_deleted_by_hand_does_not_end_a_healthy_run(tmp_path, capsys, gone):
+    trainer = open_run(tiny_args(tmp_path, "save_every=2", "eval_every=2", "steps=8"), quiet=True)
+    run, real = tmp_path / "run", trainer.save
+
+    def save(measured):
+        real(measured)
+        if trainer.progress.step == 4:
+            shutil.rmtree(run / (run / gone).read_text().strip())
+            trainer.progress.best = 0.0  # no later step is a better one
+
+    trainer.save = save
+    trainer.fit()
+    assert (run / "latest").read_text().strip() == "step_000008"
+    load(run)
+    assert "the step that `best` names is missing" in capsys.readouterr().err

@@ -97,18 +97,18 @@ def test_resume_after_kill_is_exact(tmp_path, steps, kills):
 def test_a_signal_saves_and_tells_the_scheduler(tmp_path, monkeypatch, number, code):
     from transom.training.trainer import Trainer
 
-    log = Trainer._log
+    log = Trainer.log
 
     def log_and_signal(self, *arguments):
         log(self, *arguments)
         if self.progress.step == 5:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Trainer, "_log", log_and_signal)
+    monkeypatch.setattr(Trainer, "log", log_and_signal)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny_config(tmp_path)))
     assert main(["train", str(tmp_path / "config.yaml"), "--quiet"]) == code
     assert (tmp_path / "run" / "latest").read_text().strip() == "step_000005"
-    monkeypatch.setattr(Trainer, "_log", log)
+    monkeypatch.setattr(Trainer, "log", log)
     assert main(["train", str(tmp_path / "config.yaml"), "--quiet", "--resume"]) == 0
     train(tiny_args(tmp_path, f"out={tmp_path}/straight"))
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")

@@ -55,7 +55,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(base, tmp_path, way):
     args = tune_args(tmp_path, base, data, *words, **tune)
     first = open_run(args, quiet=True)
     while first.progress.step < 4:
-        first._log(first.step(), 1.0)
+        first.log(first.step(), 1.0)
     first.save(None)
     again = open_run(args, resume=True, quiet=True)
     again.fit()

@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from transom.checkpoints.folders import CONFIG, PARAMS, TOKENIZERS
+from transom.claims import Claim
 from transom.errors import RequestError, WorkError
 
 # What makes a folder one that opens as a model. It goes first and comes last.
@@ -26,7 +27,11 @@ _OF_A_TOKENIZER = (
 @contextlib.contextmanager
 def staged(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `folder`, or fills it where it exists, unless writing it fails."""
-    folder = folder.absolute()
+    with Claim(folder):
+        yield from _staged(folder.absolute())
+
+
+def _staged(folder: Path) -> Iterator[Path]:
     there = folder.is_dir()
     if folder.exists() and not there:
         raise RequestError(f"{folder}: a file; accepted is a folder to write the model in")

@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from transom.claims import free_folder
 from transom.cli.main import emit_json
-from transom.errors import RequestError
 
 FORMATS = ("hf", "native", "meta", "mistral")
 
@@ -31,13 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Write the folder; say what was read and written."""
     out = Path(options.out)
-    if out.exists() and not out.is_dir():
-        raise RequestError(f"{out}: a file; accepted is a new or empty folder")
-    if out.exists() and any(out.iterdir()) and not options.overwrite:
-        raise RequestError(f"{out}: not empty; accepted with --overwrite, or name another folder")
-    from transom.checkpoints.convert import convert
+    with free_folder(out, options.overwrite):
+        from transom.checkpoints.convert import convert
 
-    done = convert(options.source, out, options.format, options.dtype, options.max_shard_size, options.revision)
+        done = convert(options.source, out, options.format, options.dtype, options.max_shard_size, options.revision)
     print(
         f"{done.source} ({done.source_format}) -> {out} ({done.format}): {done.parameters:,} parameters, "
         f"{done.bytes:,} bytes of weights; {', '.join(done.companions) or 'no tokenizer'} with them",

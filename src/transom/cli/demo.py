@@ -8,7 +8,6 @@ import lzma
 import platform
 import sysconfig
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from transom.cli.main import emit_json
 from transom.cli.train import run_training
 from transom.errors import WorkError, require
+from transom.interrupts import Background
 from transom.training.config import read_config
 
 EXCLUDED = ("site-packages", "test", "tests", "idlelib", "lib2to3", "encodings")
@@ -133,13 +133,15 @@ def compress(train_texts: list[bytes], held_texts: list[bytes]) -> Compressed:
     """
     train, held = b"".join(train_texts), b"".join(held_texts)
     bits = 8.0 / len(held)
-    with ThreadPoolExecutor(2) as pool:  # both release the interpreter lock
-        alone = pool.submit(xz_bytes, [train])
-        together = pool.submit(xz_bytes, [train + held])
-        primed = together.result() - alone.result()
+    # Background threads, which release the interpreter lock, and which a signal need not wait for.
+    alone = Background(lambda: xz_bytes([train]))
+    together = Background(lambda: xz_bytes([train + held]))
+    primed = together.result() - alone.result()
+    rest = Background(lambda: (xz_bytes([held]), xz_bytes(held_texts)))
+    xz, xz_per_file = rest.result()
     return Compressed(
-        xz=bits * xz_bytes([held]),
-        xz_per_file=bits * xz_bytes(held_texts),
+        xz=bits * xz,
+        xz_per_file=bits * xz_per_file,
         xz_primed=bits * primed,
         gzip=bits * len(gzip.compress(held, 9)),
         gzip_per_file=bits * sum(len(gzip.compress(text, 9)) for text in held_texts),

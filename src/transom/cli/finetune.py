@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
     """Fine-tune; name the next commands."""
     args = config_of(options)
     trainer, _, code = run_training(args, options)
-    if trainer.stop.signal is not None:
+    if not trainer.finished:
         return code
     print(next_commands(args))
     if options.json:

@@ -1,6 +1,6 @@
 """`transom <verb>`: finds the verb, imports only its module, and turns errors into one sentence.
 
-Exit codes: 0 done, 1 the work failed, 2 the request was wrong.
+Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 128 + N ended by signal N.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import importlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,10 @@ from typing import Any, NoReturn
 
 from transom import __version__
 from transom.errors import RequestError, WorkError, nearest, reset_notices
+from transom.interrupts import STOP_SIGNALS, STOPS, exit_code, handling, leave_background_calls, raise_stop
 from transom.paths import json_text
+
+ENDING = tuple(number for number in STOP_SIGNALS if number != signal.SIGINT)  # which would end Python at once
 
 # verb -> (module with add_arguments(parser) and run(options) -> exit code, what it does)
 VERBS: dict[str, tuple[str, str]] = {
@@ -47,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     prepare_streams()
     reset_notices()
+    with handling(raise_stop, ENDING):
+        return _exit_code(words)
+
+
+def _exit_code(words: list[str]) -> int:
     try:
         return _run(words)
     except RequestError as error:
@@ -55,16 +64,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WorkError as error:
         print(f"transom: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("transom: interrupted", file=sys.stderr)
-        return 130
+    except STOPS as stop:
+        print(f"transom: interrupted{f' by {stop}' if str(stop) else ''}", file=sys.stderr)
+        leave_background_calls(exit_code(stop))
+        return exit_code(stop)
     except SystemExit as stop:  # argparse behind --help
         return int(stop.code or 0)
     except (OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, BrokenPipeError):  # the reader of our output has gone away
             return 1
-        # torch's OutOfMemoryError is a RuntimeError, as is its CPU allocator's complaint; bugs keep their trace.
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not _out_of_memory(error):  # a bug keeps its trace
             raise
         print(f"transom: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
         return 1
@@ -82,6 +91,14 @@ def prepare_streams() -> None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    if "torch" not in sys.modules:
+        return False
+    from transom.runtime import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _run(words: list[str]) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from transom.adapt.combine_args import METHODS, CombineArgs
 from transom.checkpoints.hub import is_hub_id
+from transom.claims import free_folder
 from transom.cli.convert import FORMATS
 from transom.cli.inspect import heading, show, table
 from transom.cli.main import emit_json
@@ -48,23 +49,21 @@ def run(options: argparse.Namespace) -> int:
     """Merge, print what was measured, and name the next commands."""
     base, adapters, out = roles(options.folders)
     args = combine_args(options, len(adapters))
-    require(not out.exists() or out.is_dir(), "OUT", str(out), "a file; accepted is a new or empty folder")
-    free = not out.exists() or not any(out.iterdir()) or options.overwrite
-    require(free, "OUT", str(out), "not empty; accepted with --overwrite, or name another folder")
     require(options.tokens is None or options.tokens >= 2, "--tokens", options.tokens, "accepted is 2 or more")
-    from transom.evaluation.merging import TOKENS, merge_folders
+    with free_folder(out, options.overwrite, "OUT"):
+        from transom.evaluation.merging import TOKENS, merge_folders
 
-    report = merge_folders(
-        base,
-        adapters,
-        out,
-        args=args,
-        format=options.format,
-        dtype=options.dtype,
-        data=options.data,
-        tokens=TOKENS if options.tokens is None else options.tokens,
-        device=options.device,
-    )
+        report = merge_folders(
+            base,
+            adapters,
+            out,
+            args=args,
+            format=options.format,
+            dtype=options.dtype,
+            data=options.data,
+            tokens=TOKENS if options.tokens is None else options.tokens,
+            device=options.device,
+        )
     print_report(report, out)
     if options.json:
         emit_json({"merged": str(out), **report})

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transom.args import ModelArgs
+from transom.claims import Claim
 from transom.cli.main import emit_json
-from transom.errors import require
+from transom.errors import notice, require
 from transom.fields import field_types, write
+from transom.interrupts import STOPS
 from transom.training.config import TrainArgs, read_config
 
 if TYPE_CHECKING:
@@ -43,12 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train; exit code 0, or 143 after a SIGTERM that saved."""
+    """Train; exit code 0, or 143 after a SIGTERM and 129 after a SIGHUP that saved an unfinished run."""
     config, overrides = _split(options.words)
     args = read_config(config, overrides)
     args.data.source_list  # noqa: B018 - a run without sources is refused before torch is imported
     trainer, final, code = run_training(args, options)
-    if options.json and trainer.stop.signal is None:
+    if options.json and trainer.finished:
         emit_json(
             {
                 "run": str(trainer.run.path),
@@ -63,24 +65,34 @@ def run(options: argparse.Namespace) -> int:
 
 
 def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer, HeldOut, int]:
-    """Open the run, train it, write its report; (trainer, held-out score, exit code)."""
+    """Open the run, train it, write its report; return (trainer, held-out score, exit code)."""
     require(options.profile >= 0, "--profile", options.profile, "accepted is 0 or more steps")
     from transom.training.report import write_report
     from transom.training.setup import describe_run, open_run
 
-    trainer = open_run(
-        args,
-        overwrite=options.overwrite,
-        resume=options.resume,
-        quiet=options.quiet,
-        profile_steps=options.profile,
-    )
-    trainer.line.say(describe_run(trainer.args, trainer.model, trainer.dtype, trainer.device))
-    final = trainer.fit()
-    report = write_report(trainer.run.path)
-    if trainer.stop.signal is not None:
+    with Claim(args.out):  # until the report is written as well
+        try:
+            trainer = open_run(
+                args,
+                overwrite=options.overwrite,
+                resume=options.resume,
+                quiet=options.quiet,
+                profile_steps=options.profile,
+            )
+        except STOPS:
+            notice(f"{args.out}: ended before a step was taken; --resume goes on from here")
+            raise
+        trainer.line.say(describe_run(trainer.args, trainer.model, trainer.dtype, trainer.device))
+        final = trainer.fit()
+        try:
+            report = write_report(trainer.run.path)
+        except STOPS:
+            left = "only its report is missing" if trainer.finished else "--resume goes on from here"
+            notice(f"{args.out}: saved at step {trainer.progress.step}; {left}")
+            raise
+    if trainer.stop.signal is not None and not trainer.finished:
         trainer.line.say(f"saved at step {trainer.progress.step}; continue with --resume")
-        code = 128 + signal.SIGTERM if trainer.stop.signal == signal.SIGTERM else 0
+        code = 0 if trainer.stop.signal == signal.SIGINT else 128 + trainer.stop.signal
         return trainer, final, code
     print(f"run     {trainer.run.path}\nreport  {report}")
     if final.tokens:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom import paths
+from transom.claims import Claim
 from transom.data.sources import Document, ReadReport, SourceArgs, held_out, read_split
 from transom.errors import RequestError, WorkError, notice, require
 from transom.tokenizer import Tokenizer
@@ -82,11 +83,12 @@ def prepare(
     key = [FORMAT, sha256, tokenizer.hash, held_out_fraction]
     cache_dir = paths.cache_dir() if cache_dir is None else Path(cache_dir)
     folder = cache_dir / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    meta = _read_meta(folder)
-    if meta is None:
-        documents = _shown(read_split(source, held_out_fraction), "tokenizing", report.documents, progress)
-        _build(documents, tokenizer, folder, held_out_fraction, sha256)
-        meta = json.loads((folder / META_FILE).read_text())
+    with Claim(folder, wait=True):  # a second process waits, and reads what the first has written
+        meta = _read_meta(folder)
+        if meta is None:
+            documents = _shown(read_split(source, held_out_fraction), "tokenizing", report.documents, progress)
+            _build(documents, tokenizer, folder, held_out_fraction, sha256)
+            meta = json.loads((folder / META_FILE).read_text())
     corpus = Corpus(
         train=_open(folder, TRAIN, meta["dtype"]),
         held_out=_open(folder, HELD_OUT, meta["dtype"]),

@@ -9,6 +9,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from transom.errors import require
+from transom.interrupts import Background
 from transom.tokenizers.fast import FastBackend, mark_special
 from transom.tokenizers.llama import LLAMA3_WORDS
 from transom.tokenizers.tokenizer import Tokenizer
@@ -56,7 +57,6 @@ def train_bpe(
 
 def _train(backend: tokenizers.Tokenizer, texts: Iterable[str], trainer: trainers.Trainer) -> None:
     """Train in a thread of its own: Python handles signals in the main thread, and only between its own steps."""
-    errors: list[BaseException] = []
     stopped = threading.Event()
 
     def feed() -> Iterator[str]:
@@ -65,21 +65,10 @@ def _train(backend: tokenizers.Tokenizer, texts: Iterable[str], trainer: trainer
                 return
             yield text
 
-    def work() -> None:
-        try:
-            backend.train_from_iterator(feed(), trainer)
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)  # the end of the process does not wait for it
     try:
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.1)
+        Background(lambda: backend.train_from_iterator(feed(), trainer)).result()
     finally:
         stopped.set()
-    if errors:
-        raise errors[0]
 
 
 def train_chars(texts: Iterable[str], special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:

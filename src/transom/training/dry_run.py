@@ -28,12 +28,6 @@ def restore_random_state(device: torch.device, state: Mapping[str, Tensor]) -> N
         torch.cuda.set_rng_state(state["rng_cuda"], device)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the host's allocator, had no memory left; hosts that overcommit kill instead."""
-    told = ("can't allocate memory", "not enough memory", "MPS backend out of memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in told)
-
-
 def too_large(args: TrainArgs, micro: RunBatch, device: torch.device) -> str:
     """One sentence: a micro-batch does not fit, and what to change."""
     rows, length = micro.tokens.shape

@@ -44,6 +44,7 @@ class Progress:
     best: float | None = None  # lowest held-out score: bits per byte, or the loss of a head
     skipped_steps: int = 0
     stale: int = 0  # measurements since the best one
+    unmeasured: bool = False  # a signal came before this step was scored and sampled
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,10 @@ class Monitor:
         for file in self.data.held_out.values():
             left = tokens
             for index in range(len(file)):
+                if left <= 0:
+                    break
                 ids = torch.from_numpy(file.document(index)[:window].astype(np.int64))
-                if left > 0 and len(ids):
+                if len(ids):
                     yield TransformerInput(ids[None].to(device), logits="none")
                 left -= len(ids)
 

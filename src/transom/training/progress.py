@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import signal
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+
+from transom.interrupts import handling, raise_stop
 
 
 class ProgressLine:
@@ -52,27 +53,36 @@ def duration(seconds: float) -> str:
 
 
 class StopRequest:
-    """Whether SIGINT or SIGTERM has asked the run to end; the second one ends it at once."""
+    """Whether SIGINT, SIGTERM or SIGHUP has asked the run to end.
 
-    def __init__(self) -> None:
+    The first signal is noted, and the trainer ends the run after the step; inside `at_once` it raises what stands
+    for it, KeyboardInterrupt or Terminated. The second signal always raises.
+    """
+
+    def __init__(self, *, alone: bool = True) -> None:
         self.signal: int | None = None
+        self.again = False  # a second signal has come
+        self._alone = alone  # one of several ranks must not leave before the others
+        self._at_once = False
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Catch both signals inside the block; outside the main thread signals are somebody else's."""
-        numbers = (signal.SIGINT, signal.SIGTERM)
+    def listening(self) -> contextlib.AbstractContextManager[None]:
+        """Catch the signals inside the block."""
+        return handling(self._stop)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Work that can be done again: a signal ends it immediately, also one that came before."""
+        self._at_once = self._alone
         try:
-            before = {number: signal.signal(number, self._stop) for number in numbers}
-        except ValueError:
-            yield
-            return
-        try:
+            if self._at_once and self.signal is not None:
+                raise_stop(self.signal)
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            self._at_once = False
 
     def _stop(self, number: int, _frame: object) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number  # nothing else: a handler may have interrupted a write to the terminal
+        self.again = self.signal is not None
+        self.signal = self.signal or number
+        if self.again or self._at_once:
+            raise_stop(number)
+        # Otherwise nothing else: a handler may have interrupted a write to the terminal.

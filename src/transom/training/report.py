@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
+from transom.claims import Claim
 from transom.errors import WorkError
 from transom.paths import read_json
 from transom.training.progress import duration
@@ -76,6 +77,11 @@ class Line:
 
 def write_report(run: Path) -> Path:
     """Write `run/report.html` from the run's metrics.jsonl, run.json and config.yaml, whole or not at all."""
+    with Claim(run):
+        return _write_report(run)
+
+
+def _write_report(run: Path) -> Path:
     (rows, unreadable), facts = read_metrics(run / "metrics.jsonl"), read_json(run / "run.json")
     file, page, temporary = run / "config.yaml", run / "report.html", run / "report.html.tmp-"
     config = file.read_text(encoding="utf-8") if file.exists() else json.dumps(facts.get("config"), indent=2)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from transom.checkpoints.folders import (
     verify_checksums,
 )
 from transom.checkpoints.load import read_safetensors, write_tensors, write_text
+from transom.claims import Claim
 from transom.errors import RequestError, WorkError, notice
 from transom.paths import json_text, read_json, sync
 
@@ -42,48 +44,73 @@ TEMPORARY = ".tmp-"
 
 
 class RunFolder:
-    """`path` with its step folders; refuses to mix two runs."""
+    """`path` with its step folders. One process at a time holds the folder and writes into it."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._claim: Claim | None = None
+
+    def claim(self) -> None:
+        """Keep other processes from writing here until `release`; one that already does is a `RequestError`."""
+        if self._claim is None:
+            self._claim = Claim(self.path)
+            weakref.finalize(self, self._claim.release)
+
+    def release(self) -> None:
+        """Let other processes write here."""
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
 
     @property
     def untouched(self) -> str:
         """What is left of a run that cannot go on, and what to try."""
-        step = read_pointer(self.path, "latest") if self.path.exists() else None
+        step = self._pointed("latest")
         kept = "no checkpoint was written yet" if step is None else f"the checkpoint {step.name} is untouched"
         return f"{kept}; try a lower learning rate"
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether there is a step to resume from; a `latest` that names none is a `RequestError`."""
+        return self.path.is_dir() and read_pointer(self.path, "latest") is not None
+
     def check(self, *, overwrite: bool, resume: bool) -> None:
-        """Refuse a folder that is not free, not ours to empty (`overwrite`) or holds nothing to `resume`."""
+        """Refuse a folder that is not free and holds no step to `resume`, nor a run to `overwrite`."""
         if self.path.exists() and not self.path.is_dir():
             raise RequestError(f"{self.path}: a file; accepted is a folder to write the run in")
-        occupied = self.path.exists() and any(self.path.iterdir())
-        if resume:
-            if read_pointer(self.path, "latest") is None:
-                raise RequestError(f"{self.path}: no finished step to resume from")
-        elif occupied and not overwrite:
+        if resume and not self.has_steps and self._steps():  # killed after its first step was written
+            self._point("latest", self._steps()[-1])
+        if resume and self.has_steps:
+            return
+        items = list(self.path.iterdir()) if self.path.exists() else []
+        if items and not overwrite and not resume:
             raise RequestError(
                 f"{self.path}: not empty; accepted with --overwrite or --resume, or name another folder"
             )
-        elif occupied:  # remove what a run writes and nothing else: the folder may hold other people's files
-            foreign = [p.name for p in self.path.iterdir() if not _is_own(p)]
-            if foreign:
-                raise RequestError(f"{self.path}: holds {foreign[0]!r}, which no run wrote; name another folder")
+        foreign = [item.name for item in items if not _is_own(item)]
+        if foreign:  # only what a run writes is removed: the folder may hold other people's files
+            raise RequestError(f"{self.path}: holds {foreign[0]!r}, which no run wrote; name another folder")
 
-    def prepare(self, *, resume: bool) -> None:
-        """Make the folder ready, after `check`: new and empty, or without unfinished checkpoints."""
-        if resume:
-            for item in self.path.glob(f"*{TEMPORARY}*"):
+    def prepare(self, *, overwrite: bool, resume: bool) -> None:
+        """Make the folder ready: without unfinished checkpoints to resume its latest step, else new and empty."""
+        self.check(overwrite=overwrite, resume=resume)  # once more, as files may have come since
+        goes_on = resume and self.has_steps
+        for item in self.path.iterdir() if self.path.exists() else ():
+            if goes_on and TEMPORARY in item.name:
                 notice(f"{item}: unfinished, removed")
-                _remove(item)
-        elif self.path.exists():
-            for item in self.path.iterdir():
+            if not goes_on or TEMPORARY in item.name:
                 _remove(item)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RequestError(f"{self.path}: cannot be made ({error.strerror})") from None
+
+    def write_file(self, name: str, text: str) -> None:
+        """Write one file of the run, which is the old or the new one whenever the process ends."""
+        temporary = self.path / f"{name}{TEMPORARY}{os.getpid()}"
+        write_text(temporary, text)
+        sync(temporary)
+        temporary.replace(self.path / name)
 
     def save_step(
         self,
@@ -100,7 +127,7 @@ class RunFolder:
         temporary = self.path / f"{final.name}{TEMPORARY}{os.getpid()}"
         try:
             # The latest step saved again, on the way out or to be the best, is the same step: it stays.
-            if not final.exists() or final != read_pointer(self.path, "latest"):
+            if not final.exists() or final != self._pointed("latest"):
                 temporary.mkdir(exist_ok=True)
                 write_model(temporary)
                 write_tensors(temporary / TRAINER_TENSORS, dict(tensors))
@@ -119,23 +146,37 @@ class RunFolder:
             self._point("latest", final)
             sync(self.path)
         except (OSError, WorkError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             raise WorkError(f"{final}: checkpoint not written, earlier ones are untouched ({error})") from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         self._prune(keep_last)
         return final
 
     def _point(self, name: str, step: Path) -> None:
-        temporary = self.path / f"{name}{TEMPORARY}{os.getpid()}"
-        write_text(temporary, step.name)
-        sync(temporary)
-        temporary.replace(self.path / name)
+        self.write_file(name, step.name)
+
+    def _pointed(self, name: str) -> Path | None:
+        """The step that a pointer names, or None where the pointer or the step is missing."""
+        try:
+            return read_pointer(self.path, name)
+        except RequestError:
+            return None
+
+    def _steps(self) -> list[Path]:
+        """The whole steps, the latest one last."""
+        items = self.path.iterdir() if self.path.exists() else ()
+        steps = [item for item in items if _is_step(item) and TEMPORARY not in item.name]
+        return sorted(steps, key=lambda step: int(step.name.partition("_")[2]))
 
     def _prune(self, keep_last: int) -> None:
-        steps = [p for p in self.path.iterdir() if _is_step(p) and TEMPORARY not in p.name]
-        steps.sort(key=lambda step: int(step.name.partition("_")[2]))
-        kept = {read_pointer(self.path, name) for name in ("latest", "best")}
-        for old in steps[:-keep_last]:
-            if old not in kept:
+        kept = {name: self._pointed(name) for name in ("latest", "best")}
+        if kept["best"] is None and (self.path / "best").exists():
+            notice(
+                f"{self.path}: the step that `best` names is missing; `latest` is used until there is a better one"
+            )
+            (self.path / "best").unlink()
+        for old in self._steps()[:-keep_last]:
+            if old not in kept.values():
                 shutil.rmtree(old)
 
     def read_step(self, name: str = "latest") -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
@@ -146,8 +187,8 @@ class RunFolder:
         verify_checksums(step)
         return step, read_safetensors(step / TRAINER_TENSORS), read_json(step / TRAINER_STATE)
 
-    def cut_metrics(self, step: int) -> None:
-        """Drop metric rows beyond `step`: the resumed run will write them again."""
+    def cut_metrics(self, step: int, *, unmeasured: bool) -> None:
+        """Drop rows that the resumed run writes again: those after `step`, and its scores if it is unmeasured."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return
@@ -157,11 +198,10 @@ class RunFolder:
                 row = json.loads(line)
             except json.JSONDecodeError:  # a kill may cut the last line
                 continue
-            if row["step"] <= step:
+            again = unmeasured and row["step"] == step and "loss" not in row and "event" not in row
+            if row["step"] <= step and not again:
                 kept.append(line)
-        temporary = path.with_name(f"{path.name}{TEMPORARY}{os.getpid()}")
-        write_text(temporary, "\n".join(kept))
-        temporary.replace(path)
+        self.write_file(path.name, "\n".join(kept))
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one row to metrics.jsonl."""

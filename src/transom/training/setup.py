@@ -6,14 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 from torch.distributed.device_mesh import DeviceMesh
 
 from transom import __version__
-from transom.checkpoints.load import write_text
 from transom.errors import RequestError, notice, require
 from transom.fields import write
 from transom.model import LLM
@@ -55,7 +54,10 @@ def open_run(
     world_size: int = 1,
     mesh: DeviceMesh | None = None,
 ) -> Trainer:
-    """A trainer on a prepared run folder; with `resume` at the state of its latest step."""
+    """Return a trainer on a prepared run folder, which no other process may write until the run has ended.
+
+    With `resume` it is in the state of the latest step, or at the beginning where no step was saved yet.
+    """
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     if args.tensorboard and rank == 0:
@@ -68,18 +70,53 @@ def open_run(
         torch.set_flush_denormal(True)  # Adam's second moments decay into denormals, which are 100x slower
     seed_everything(args.seed)
     check_apart(args)
-    run = RunFolder(args.out)
     shares = args.accumulate * world_size
     accepted = f"accepted is a multiple of accumulate x ranks = {shares}"
     size = args.data.batch_size
     require(size is None or size % shares == 0, "data.batch_size", size, accepted)
-    if rank == 0:  # the others may look when rank 0 has begun to fill the folder
-        run.check(overwrite=overwrite, resume=resume)
+    run = RunFolder(args.out)
+    try:
+        if rank == 0:  # the others may look when rank 0 has begun to fill the folder
+            run.claim()
+            run.check(overwrite=overwrite, resume=resume)
+        goes_on = resume and run.has_steps
+        if resume and not goes_on and not quiet and rank == 0:
+            notice(f"{run.path}: no step was saved yet, so the run starts from its beginning")
+        placement = Placement(device, dtype, rank, world_size, mesh, quiet, profile_steps)
+        trainer = open_trainer(args, run, placement, goes_on)
+        if rank == 0 and not goes_on:
+            # Only now: a request that turns out wrong must not cost the run it would overwrite.
+            run.prepare(overwrite=overwrite, resume=resume)
+            write_run(run, trainer)
+        elif goes_on:
+            if rank == 0:
+                run.prepare(overwrite=overwrite, resume=resume)
+            trainer.resume()
+    except BaseException:
+        run.release()
+        raise
+    return trainer
+
+
+class Placement(NamedTuple):
+    """Where a trainer computes, in which precision, as which of several ranks, and how much it shows."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int
+    world_size: int
+    mesh: DeviceMesh | None
+    quiet: bool
+    profile_steps: int
+
+
+def open_trainer(args: TrainArgs, run: RunFolder, placement: Placement, resume: bool) -> Trainer:
+    """Return a trainer that has passed every check, before anything is written; `resume`: for a run with steps."""
     if resume:
         args = check_same_run(run.path, args)
-        dtype = check_same_machine(run.path, device, dtype)
-    share = Share(rank, world_size, quiet)
-    subject = open_subject(args, run, device, dtype, share, resume=resume)
+        placement = placement._replace(dtype=check_same_machine(run.path, placement.device, placement.dtype))
+    share = Share(placement.rank, placement.world_size, placement.quiet)
+    subject = open_subject(args, run, placement.device, placement.dtype, share, resume=resume)
     args = spread(subject.args or args, subject.data.rows_per_step)
     if resume:
         check_same_batch(run.path, args)
@@ -91,24 +128,12 @@ def open_run(
         objective=subject.objective,
         step_model=subject.step_model,
         run=run,
-        device=device,
-        dtype=dtype,
-        rank=rank,
-        world_size=world_size,
-        mesh=mesh,
-        quiet=quiet,
-        profile_steps=profile_steps,
+        **placement._asdict(),
     )
     if resume:
         check_same_data(run.path, subject.data.hashes, subject.tokenizer)
     if args.dry_run:
         trainer.dry_run()
-    if rank == 0:  # only now: a request that turns out wrong must not cost the run it would overwrite
-        run.prepare(resume=resume)
-    if resume:
-        trainer.resume()
-    elif rank == 0:
-        write_run(run.path, trainer)
     return trainer
 
 
@@ -149,10 +174,10 @@ def spread(args: TrainArgs, rows_per_step: int) -> TrainArgs:
     return replace(args, eval_every=max(1, args.steps // args.tune.scores))
 
 
-def write_run(run: Path, trainer: Trainer) -> None:
+def write_run(run: RunFolder, trainer: Trainer) -> None:
     """config.yaml and run.json: all that is needed to know what this run was."""
     args, config = trainer.args, trainer.args.to_dict()
-    write_text(run / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True).rstrip())
+    run.write_file("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True).rstrip())
     facts: dict[str, Any] = {
         "transom": __version__,
         "machine": machine(),
@@ -166,7 +191,7 @@ def write_run(run: Path, trainer: Trainer) -> None:
         "model": trainer.model.args.to_dict(),
         "config": config,
     }
-    write_text(run / "run.json", json.dumps(facts, indent=2))
+    run.write_file("run.json", json.dumps(facts, indent=2))
 
 
 def check_same_run(run: Path, args: TrainArgs) -> TrainArgs:

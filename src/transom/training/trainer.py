@@ -16,14 +16,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from transom.data.batches import Batch
 from transom.errors import RequestError, WorkError, notice, require
 from transom.evaluation.bits import HeldOut
+from transom.interrupts import STOPS
 from transom.model import LLM
-from transom.runtime import matmul_peak, memory_bytes, synchronize
+from transom.runtime import is_out_of_memory, matmul_peak, memory_bytes, reset_peak_memory, synchronize
 from transom.tokenizer import Tokenizer
 from transom.training.balance import RouterCounts, router_parts, update_choice_biases
 from transom.training.blame import blame
 from transom.training.blocks import OFFLOAD_MIN_BYTES, arrange_blocks
 from transom.training.config import TrainArgs
-from transom.training.dry_run import RANDOM, is_out_of_memory, random_state, restore_random_state, too_large
+from transom.training.course import run_course
+from transom.training.dry_run import RANDOM, random_state, restore_random_state, too_large
 from transom.training.ema import Ema
 from transom.training.monitor import Monitor, Progress, Score, StepResult, lower_is_better
 from transom.training.mup import width_multiplier
@@ -84,7 +86,7 @@ class Trainer:
         self.ema = None if self.args.ema_decay is None else Ema(self.model, self.args.ema_decay)
         self.line = ProgressLine(quiet=self.quiet or self.rank > 0)
         self.clock = StepClock(self.device, self.profile_steps)
-        self.stop = StopRequest()
+        self.stop = StopRequest(alone=self.world_size == 1)
         self.ranks = Ranks(self.world_size, self.mesh, self.device)
         run = self.run if self.rank == 0 else None
         self.monitor = Monitor(
@@ -109,17 +111,19 @@ class Trainer:
     # -- one step -------------------------------------------------------------------------------------
 
     def step(self) -> StepResult:
-        """One optimizer step over this rank's share of the next global batch."""
+        """One optimizer step over this rank's share of the next global batch.
+
+        An interruption before the weights move leaves the trainer as it was before the step.
+        """
         self.model.train()
-        with self.clock.part("data"):
-            with torch.no_grad(), self._autocast(), self._eager():
-                prepared = self.objective.prepare(self.batches.next())
-            batch = self._shortened(prepared)
-            whole = self._whole(batch)
-        self.optimizers.set_scale(lr_scale(self.progress.step, self.args.steps, self.args.schedule))
-        redo = not isinstance(self.optimizers, BackwardOptimizers)  # weights that moved cannot be put back
-        micro_batches = list(batch.micro_batches(self.args.accumulate))
-        sums = self._gradients(micro_batches, whole, redo=redo)
+        before = self.batches.state, random_state(self.device)
+        try:
+            batch, micro_batches, whole, sums = self._forward_and_backward()
+        except STOPS:
+            self.batches.load_state(before[0])
+            restore_random_state(self.device, before[1])
+            self.optimizers.zero_grad()
+            raise
         for total in (*sums.parts.values(), None if sums.router is None else sums.router.values_LC):
             self.ranks.sum(total)
         parts = {name: float(value) for name, value in sums.parts.items()}
@@ -131,6 +135,20 @@ class Trainer:
         self.progress.step += 1
         self.progress.tokens += int(whole.tokens)
         return StepResult(loss, grad_norm, batch.row_length, int(whole.tokens), parts, sums.router)
+
+    def _forward_and_backward(self) -> tuple[Any, list[RunBatch], Whole, Sums]:
+        """Compute the gradients of the next batch; return it, its micro-batches, their totals and their losses."""
+        with self.stop.at_once(), self.clock.part("data"):
+            with torch.no_grad(), self._autocast(), self._eager():
+                prepared = self.objective.prepare(self.batches.next())
+            batch = self._shortened(prepared)
+        whole = self._whole(batch)
+        self.optimizers.set_scale(lr_scale(self.progress.step, self.args.steps, self.args.schedule))
+        redo = not isinstance(self.optimizers, BackwardOptimizers)  # weights that moved cannot be put back
+        micro_batches = list(batch.micro_batches(self.args.accumulate))
+        with self.stop.at_once() if redo else contextlib.nullcontext():
+            sums = self._gradients(micro_batches, whole, redo=redo)
+        return batch, micro_batches, whole, sums
 
     def _shortened(self, batch: Any) -> Any:
         short = self.progress.step < self.args.short_rows * self.args.steps
@@ -238,6 +256,7 @@ class Trainer:
             self.optimizers.remove_hooks()  # or the backward pass would move weights
         micro = self.batches.largest(self.args.accumulate)
         before, started = random_state(self.device), time.perf_counter()
+        reset_peak_memory(self.device)
         self.model.train()
         try:  # from the second micro-batch on, the gradients of the first are there as well
             one = torch.ones((), device=self.device)
@@ -254,72 +273,29 @@ class Trainer:
             f"dry run: {rows} x {length} tokens forward and backward in {time.perf_counter() - started:.1f} s, "
             f"peak memory {memory_bytes(self.device) / 1e9:.2f} GB"
         )
+        reset_peak_memory(self.device)
 
     def fit(self) -> HeldOut:
-        """Train to the last step, saving on the way; returns the final held-out score.
+        """Train to the last step, saving on the way; return the final held-out score.
 
-        SIGINT and SIGTERM finish the step, save and end the run early (`stop.signal` tells which).
+        SIGINT, SIGTERM and SIGHUP end the run early (`stop.signal` tells which): after the step, or at once where
+        the work can be done again. What is saved then goes on with `resume`.
         """
-        args = self.args
+        if self.rank == 0:
+            self.run.claim()
         matmul_peak(self.device.type, self.dtype)  # now, so that no step pays for measuring it
-        with self.stop.listening(), self.monitor.board_open():
-            while self.progress.step < args.steps and not self._asked_to_stop() and not self._out_of_patience():
-                self.clock.before_step()
-                started = time.perf_counter()
-                result = self.step()
-                synchronize(self.device)
-                seconds = time.perf_counter() - started
-                self.progress.seconds += seconds
-                self._log(result, seconds)
-                if table := self.clock.after_step(self.run.path / "trace.json"):
-                    self.line.say(table)
-                self._now_and_then()
-            if table := self.clock.close(self.run.path / "trace.json"):
-                self.line.say(table)
-            if self.stop.signal is not None:
-                self.line.say(f"stopping at step {self.progress.step}; a second signal stops at once")
-                self.save(None)
-                return HeldOut()
-            return self.finish()
+        try:
+            with self.stop.listening(), self.monitor.board_open():
+                return run_course(self)
+        finally:
+            self.run.release()
 
-    def _asked_to_stop(self) -> bool:
-        """Whether any rank has caught a signal: all leave at the same step, or some would wait forever."""
-        self.stop.signal = self.ranks.largest(self.stop.signal or 0) or None
-        return self.stop.signal is not None
-
-    def _out_of_patience(self) -> bool:
-        """Whether held-out scores have not become better for as long as the config waits."""
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left to take, because all are done or because held-out scores no longer get better."""
         patience = self.args.patience
-        out = patience is not None and self.progress.stale >= patience
-        if out:
-            self.line.say(f"step {self.progress.step}: no better score in {patience} measurements, stopping early")
-        return out
-
-    def finish(self) -> HeldOut:
-        """Score all held-out text and save the last step."""
-        self.save(None)  # first: a kill while scoring must not cost the last steps
-        self.line.say("scoring held-out text ...")
-        # The best step is chosen by the score that all steps have, over the same first documents.
-        limited = self.args.eval_every > 0 and self.args.eval_tokens is not None and bool(self.data.held_out)
-        measured = self.evaluate(self.args.eval_tokens) if limited else None
-        final = self.evaluate(None, key="final" if limited else "held_out")
-        with self._as_saved():
-            self.monitor.experts()
-        self.save(measured or final)
-        return final if isinstance(final, HeldOut) else HeldOut()
-
-    def _now_and_then(self) -> None:
-        args, step = self.args, self.progress.step
-        if step == args.steps:
-            return
-        measured = None
-        if args.eval_every and step % args.eval_every == 0:
-            measured = self.evaluate(args.eval_tokens)
-            self.progress.stale = 0 if self.monitor.is_record(measured) else self.progress.stale + 1
-        if args.sample_every and step % args.sample_every == 0:
-            self.sample()
-        if step % args.save_every == 0 or self.monitor.is_record(measured):
-            self.save(measured)
+        early = patience is not None and self.progress.stale >= patience
+        return early or self.progress.step >= self.args.steps
 
     def evaluate(self, max_tokens: int | None, key: str = "held_out") -> Score:
         """Held-out bits per byte and perplexity, per source and in all, logged under `key` and shown."""
@@ -331,6 +307,11 @@ class Trainer:
         """Draw and show what the model says to the run's prompts now."""
         with self._as_saved(), self._autocast():
             self.monitor.sample()
+
+    def experts(self) -> None:
+        """Log what each expert of a mixture is for."""
+        with self._as_saved():
+            self.monitor.experts()
 
     @contextlib.contextmanager
     def _as_saved(self) -> Iterator[None]:
@@ -345,7 +326,8 @@ class Trainer:
         stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
         return stance
 
-    def _log(self, result: StepResult, seconds: float) -> None:
+    def log(self, result: StepResult, seconds: float) -> None:
+        """Log a step that took `seconds`."""
         more: dict[str, Any] = {"learning_rates": self.optimizers.learning_rates()}
         if self.scaler.is_enabled():
             more["skipped_steps"] = self.progress.skipped_steps
@@ -393,6 +375,6 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.progress = self.monitor.progress = Progress(**state["progress"])
         if self.rank == 0:
-            self.run.cut_metrics(self.progress.step)
+            self.run.cut_metrics(self.progress.step, unmeasured=self.progress.unmeasured)
         self.monitor.write({"event": "resumed"})
         notice(f"{folder}: resumed at step {self.progress.step} of {self.args.steps}")

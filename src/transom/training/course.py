@@ -1,0 +1,103 @@
+"""The course of a run: its steps, the scores, samples and checkpoints between them, its end and an early end."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from transom.evaluation.bits import HeldOut
+from transom.interrupts import STOPS
+from transom.runtime import synchronize
+
+if TYPE_CHECKING:
+    from transom.training.trainer import Trainer
+
+
+def run_course(trainer: Trainer) -> HeldOut:
+    """Take the remaining steps, and return the final held-out score, which is empty after a signal."""
+    try:
+        _take_steps(trainer)
+        if trainer.stop.signal is None:
+            return _finish(trainer)
+    except STOPS:  # of a first signal only work that can be done again is lost; a second one ends everything
+        if trainer.stop.signal is None or trainer.stop.again:
+            raise
+    _end_early(trainer)
+    return HeldOut()
+
+
+def _take_steps(trainer: Trainer) -> None:
+    progress, clock, trace = trainer.progress, trainer.clock, trainer.run.path / "trace.json"
+    try:
+        if progress.unmeasured:
+            score_and_save(trainer)
+        while not trainer.finished and not _asked_to_stop(trainer):
+            clock.before_step()
+            started = time.perf_counter()
+            result = trainer.step()
+            synchronize(trainer.device)
+            seconds = time.perf_counter() - started
+            progress.seconds += seconds
+            trainer.log(result, seconds)
+            if table := clock.after_step(trace):
+                trainer.line.say(table)
+            score_and_save(trainer)
+    finally:
+        if table := clock.close(trace):
+            trainer.line.say(table)
+    if trainer.finished and progress.step < trainer.args.steps:
+        patience = trainer.args.patience
+        trainer.line.say(f"step {progress.step}: no better score in {patience} measurements, stopping early")
+
+
+def _asked_to_stop(trainer: Trainer) -> bool:
+    """Whether any rank has caught a signal: all leave at the same step, or some would wait forever."""
+    trainer.stop.signal = trainer.ranks.largest(trainer.stop.signal or 0) or None
+    return trainer.stop.signal is not None
+
+
+def score_and_save(trainer: Trainer) -> None:
+    """Score, sample and save after a step, each where it is due; the last step is scored by `_finish`."""
+    args, progress = trainer.args, trainer.progress
+    if progress.step == args.steps:
+        return
+    scores = args.eval_every > 0 and progress.step % args.eval_every == 0
+    samples = args.sample_every > 0 and progress.step % args.sample_every == 0
+    measured = None
+    progress.unmeasured = True  # a checkpoint written after a signal tells the next sitting to do it again
+    with trainer.stop.at_once():
+        if scores:
+            measured = trainer.evaluate(args.eval_tokens)
+        if samples:
+            trainer.sample()
+    progress.unmeasured = False
+    record = trainer.monitor.is_record(measured)
+    if scores:
+        progress.stale = 0 if record else progress.stale + 1
+    if progress.step % args.save_every == 0 or record:
+        trainer.save(measured)
+
+
+def _finish(trainer: Trainer) -> HeldOut:
+    """Save the last step and score all held-out text."""
+    args = trainer.args
+    trainer.save(None)  # first: a kill while scoring must not cost the last steps
+    trainer.line.say("scoring held-out text ...")
+    with trainer.stop.at_once():
+        # The best step is chosen by the score that all steps have, over the same first documents.
+        limited = args.eval_every > 0 and args.eval_tokens is not None and bool(trainer.data.held_out)
+        measured = trainer.evaluate(args.eval_tokens) if limited else None
+        final = trainer.evaluate(None, key="final" if limited else "held_out")
+        trainer.experts()
+    trainer.save(measured or final)
+    return final if isinstance(final, HeldOut) else HeldOut()
+
+
+def _end_early(trainer: Trainer) -> None:
+    """Save the latest step after a signal."""
+    step = trainer.progress.step
+    if not trainer.finished:
+        trainer.line.say(f"stopping at step {step}; a second signal stops at once")
+    trainer.save(None)
+    if trainer.finished:
+        trainer.line.say(f"step {step}: the run is finished and saved; --resume makes up for its final score")

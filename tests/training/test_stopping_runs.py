@@ -1,0 +1,175 @@
+"""A signal ends a run within seconds wherever it comes, and `--resume` goes on as if nothing had happened."""
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.training.runs import losses, tiny_config
+from transom.cli.main import main
+from transom.interrupts import Background, Terminated, handling, raise_stop
+from transom.training import objectives, setup, subject
+from transom.training.monitor import Monitor
+from transom.training.trainer import Trainer
+
+CONFIG = {"eval_every": 3, "sample_every": 3, "save_every": 4, "sample_tokens": 4}
+
+
+def send(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.fixture
+def train(tmp_path):
+    """`transom train` of one config; the words are added, the exit code comes back."""
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(tiny_config(tmp_path, **CONFIG)))
+    return lambda *words: main(["train", str(config), *words])
+
+
+@pytest.fixture
+def signals(monkeypatch):
+    """Make the n-th call of a function send a signal to this process, once."""
+
+    def patch(owner: object, name: str, nth: int = 1, number: int = signal.SIGTERM) -> None:
+        real, calls = getattr(owner, name), []
+
+        def patched(*args, **kwargs):
+            calls.append(name)
+            if len(calls) == nth:
+                send(number)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, patched)
+
+    return patch
+
+
+def rows(run: Path, key: str) -> list:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row[key]) for row in found if key in row]
+
+
+def assert_as_if_uninterrupted(tmp_path: Path, train) -> None:
+    """Resume the run, and compare it with one that nothing has interrupted."""
+    assert train("--resume") == 0
+    assert train(f"out={tmp_path}/straight") == 0
+    for key in ("held_out", "samples", "final"):
+        assert rows(tmp_path / "run", key) == rows(tmp_path / "straight", key), key
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    best = [(tmp_path / name / "best").read_text() for name in ("run", "straight")]
+    assert best[0] == best[1]
+
+
+def step_of(run: Path) -> str | None:
+    return (run / "latest").read_text().strip() if (run / "latest").exists() else None
+
+
+# Where the signal comes: the function that is being called, which call of it, and the step that is saved then.
+MOMENTS = {
+    "in a forward pass": (objectives, "head_loss", 6, 4),  # the first call is the dry run's
+    "while held-out text is scored": (Monitor, "evaluate", 2, 6),
+    "while samples are drawn": (Monitor, "sample", 2, 6),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_during_work_that_can_be_done_again(tmp_path, train, signals, moment):
+    owner, name, nth, step = MOMENTS[moment]
+    signals(owner, name, nth)
+    assert train() == 143
+    assert step_of(tmp_path / "run") == f"step_{step:06d}"
+    assert_as_if_uninterrupted(tmp_path, train)
+
+
+BEGINNINGS = {
+    "while the tokenizer is trained": (subject, "byte_tokenizer"),
+    "during the dry run": (Trainer, "dry_run"),
+    "between run.json and the first checkpoint": (setup, "write_run"),
+}
+
+
+@pytest.mark.parametrize("moment", BEGINNINGS)
+def test_a_signal_before_anything_is_saved(tmp_path, train, signals, moment, capsys):
+    signals(*BEGINNINGS[moment])
+    assert train() == 143
+    assert "--resume goes on" in capsys.readouterr().err
+    assert step_of(tmp_path / "run") is None
+    assert_as_if_uninterrupted(tmp_path, train)
+
+
+def test_a_signal_during_the_last_scoring_leaves_a_finished_run(tmp_path, train, signals, capsys):
+    signals(Monitor, "evaluate", 4)
+    assert train() == 0
+    assert "the run is finished" in capsys.readouterr().err
+    assert step_of(tmp_path / "run") == "step_000012"
+    assert (tmp_path / "run" / "report.html").exists() and not rows(tmp_path / "run", "final")
+    assert_as_if_uninterrupted(tmp_path, train)
+
+
+def test_a_signal_while_the_report_is_written(tmp_path, train, signals, capsys):
+    from transom.training import report
+
+    signals(report, "read_metrics")
+    assert train() == 143
+    assert "only its report is missing" in capsys.readouterr().err
+    assert train("--resume") == 0
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_the_run_at_once(tmp_path, train, signals, number, code):
+    signals(Trainer, "log", 6, number)
+    signals(Trainer, "save", 3, number)  # the first two were the record of step 3 and after step 4
+    assert train() == code
+    assert step_of(tmp_path / "run") == "step_000004"
+    assert not list((tmp_path / "run").glob("*.tmp-*"))
+    assert_as_if_uninterrupted(tmp_path, train)
+
+
+def test_a_hangup_ends_a_run_unless_it_was_started_to_ignore_it(tmp_path, train, signals):
+    signals(Trainer, "log", 5, signal.SIGHUP)
+    assert train() == 129
+    assert step_of(tmp_path / "run") == "step_000005"
+    signals(Trainer, "log", 2, signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert train("--resume") == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_call_in_the_background_can_be_interrupted():
+    release = threading.Event()
+    call = Background(lambda: release.wait(60))
+    timer = threading.Timer(0.1, send)
+    timer.start()
+    with handling(raise_stop), pytest.raises(Terminated):
+        call.result()
+    release.set()
+    assert call.result() is True
+
+
+def test_an_error_in_the_background_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        Background(lambda: 1 // 0).result()
+
+
+def test_a_step_folder_without_a_pointer_is_gone_on_from(tmp_path, train):
+    assert train("steps=4") == 0
+    (tmp_path / "run" / "latest").unlink()
+    assert train("steps=4", "--resume") == 0
+    assert step_of(tmp_path / "run") == "step_000004"
+
+
+def test_nothing_but_a_run_is_emptied_by_resume(tmp_path, train, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("five years of work")
+    assert train("--resume") == 2
+    assert "thesis.tex" in capsys.readouterr().err
+    assert (tmp_path / "run" / "thesis.tex").exists()

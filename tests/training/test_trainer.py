@@ -80,7 +80,7 @@ def kill_behind(process: subprocess.Popen, run: Path, step: int) -> None:
     assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
 
 
-@pytest.mark.parametrize(("steps", "kills"), [(120, [10]), pytest.param(300, [40, 120], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("steps", "kills"), [(200, [20]), pytest.param(300, [40, 120], marks=pytest.mark.slow)])
 def test_resume_after_kill_is_exact(tmp_path, steps, kills):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     words = [f"steps={steps}", "save_every=10"]

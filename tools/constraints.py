@@ -125,7 +125,18 @@ def test() -> int:
     """Run the tests, slow ones too, and print the differences beside the failures; return pytest's exit code."""
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
-        tests = [sys.executable, "-m", "pytest", "-n", "2", "-m", "not gpu", f"--junitxml={report}"]
+        tests = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-n",
+            "2",
+            "--dist",
+            "worksteal",
+            "-m",
+            "not gpu",
+            f"--junitxml={report}",
+        ]
         code = subprocess.run(tests, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode
         broken = failures(report) if report.exists() else []
     lines = compare(broken)

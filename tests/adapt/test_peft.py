@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from tests.adapt.twins import ADAPTERS, far, logits_of, read_back, save, twin
@@ -190,3 +191,22 @@ def test_cached_decoding_sees_the_adapter_of_a_latent(tmp_path):
     mine(TransformerInput(ids[:, :11]), cache)
     last = mine(TransformerInput(ids[:, 11:]), cache).logits
     assert far(last[:, 0], theirs(ids).logits[:, -1]) < 2e-5
+
+
+def test_trained_biases_are_written_with_the_modules_they_are_part_of(tmp_path):
+    """PEFT reads whole modules or none: a bias alone under modules_to_save is a KeyError there."""
+    base = tiny_hf("qwen2")
+    base.save_pretrained(tmp_path / "base")
+    theirs = get_peft_model(base, LoraConfig(r=2, target_modules=["o_proj"], bias="all")).eval()
+    with torch.no_grad():
+        for key, weight in theirs.named_parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(key))) * 0.2)
+    save(theirs, tmp_path / "adapter")
+    mine = load_adapter(load(tmp_path / "base"), tmp_path / "adapter")
+    expected = theirs(random_ids(2, 12)).logits
+    assert far(logits_of(mine), expected) < 2e-5
+    save_adapter(mine, tmp_path / "again", base=str(tmp_path / "base"))
+    again = PeftModel.from_pretrained(tiny_hf("qwen2"), tmp_path / "again").eval()
+    assert far(again(random_ids(2, 12)).logits, expected) < 2e-5
+    assert far(logits_of(load(tmp_path / "again")), expected) < 2e-5

@@ -28,7 +28,7 @@ from transom.adapt.read import MISTRAL_SCALING, MISTRAL_WEIGHTS
 from transom.errors import RequestError, WorkError, notice
 from transom.layers.linear import GroupedLinear
 from transom.model import LLM
-from transom.names import HELD_IN_MEMORY, PREFIXES, TABLES
+from transom.names import HELD_IN_MEMORY, PREFIXES, TABLES, Move
 from transom.paths import read_json
 from transom.transforms import to_other
 
@@ -218,22 +218,34 @@ def _wrapped(at: str, table: Table, lora: Mapping[str, LoraWeights]) -> str:
 
 
 def _whole(model: LLM, table: Table, whole: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Replaced parameters under foreign keys."""
+    """Replaced parameters under foreign keys, with all other parameters of their modules: PEFT keeps modules."""
     own = {f"{path}.{last}": tensor for path, tensors in whole.items() for last, tensor in tensors.items()}
+    unwritten = set(own)
     out: dict[str, Tensor] = {}
     for move in table.whole:
-        if not any(name in own for name in move.ours):
-            continue
-        tensors = [own.pop(name) if name in own else model.get_parameter(name).detach() for name in move.ours]
-        args = model.args
-        rows = [
-            turned(name.rpartition(".")[0], tensor, args, args.rope_layout, table.layout)
-            for name, tensor in zip(move.ours, tensors, strict=True)
-        ]
-        out.update(zip(move.foreign, to_other(move.transform, rows), strict=True))
-    if own:
-        raise RequestError(f"{next(iter(own))}: {table.family} has no name for this parameter; accepted is another")
+        if unwritten.intersection(move.ours):
+            unwritten.difference_update(move.ours)
+            out |= _foreign(model, table, move, own)
+    if unwritten:
+        raise RequestError(f"{min(unwritten)}: {table.family} has no name for this parameter; accepted is another")
+    modules = {key.rpartition(".")[0] for key in out}
+    for move in table.whole:
+        rest = [key for key in move.foreign if key not in out and key.rpartition(".")[0] in modules]
+        if rest:
+            tensors = _foreign(model, table, move, own)
+            out |= {key: tensors[key] for key in rest}
     return out
+
+
+def _foreign(model: LLM, table: Table, move: Move, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one row of the table under their foreign keys: those of `own`, else the model's."""
+    tensors = [own[name] if name in own else model.get_parameter(name).detach() for name in move.ours]
+    args = model.args
+    rows = [
+        turned(name.rpartition(".")[0], tensor, args, args.rope_layout, table.layout)
+        for name, tensor in zip(move.ours, tensors, strict=True)
+    ]
+    return dict(zip(move.foreign, to_other(move.transform, rows), strict=True))
 
 
 def _mistral(

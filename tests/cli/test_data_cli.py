@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,15 @@ import pytest
 
 from tests.chat_texts import say
 from tests.helpers import run_python, tiny_args
+from tests.training.tuning import base_folder, chats, judged, preferences, solved
+from transom.chat.template import ChatTemplate
+from transom.cli import finetune
+from transom.cli.main import Parser
 from transom.data.packing import first_fit_decreasing
-from transom.tokenizer import byte_tokenizer
+from transom.tokenizer import Tokenizer, byte_tokenizer
+from transom.training.defaults import steps_of
+from transom.training.subject import Share
+from transom.training.tune_data import open_tune_data
 
 CHATML = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 TALK = {"messages": [say("user", "q"), say("assistant", "a"), say("user", "r"), say("assistant", "bc")]}
@@ -38,11 +46,14 @@ def checked(call: Any, *words: object) -> tuple[int, dict[str, Any], str]:
     return code, json.loads(out.splitlines()[-1]), err
 
 
+ALL = "data.held_out=0"
+
+
 def test_check_counts(call: Any, model: Path, tmp_path: Path) -> None:
     masked = {"messages": [say("user", "q"), {**say("assistant", "a"), "weight": 0}]}
     long = {"messages": [say("user", "q"), say("assistant", "x" * 300)]}
     path = write(tmp_path, [TALK, masked, long, TALK])
-    code, facts, _ = checked(call, path, "--model", model)
+    code, facts, _ = checked(call, path, "--model", model, ALL, "tune.packing=true")
     # Control tokens, then characters: of three turns with "user\n" or "assistant\n" and a line end behind each.
     tokens = 2 * 4 + len("user\nq\nassistant\na\nuser\nr\nassistant\nbc")
     assert (code, facts["examples"], facts["rows"]) == (0, 4, 3)
@@ -52,14 +63,14 @@ def test_check_counts(call: Any, model: Path, tmp_path: Path) -> None:
     assert facts["template"] == "the built-in template chatml" and facts["kinds"] == ["chat"]
     assert facts["longest"] == 201 and facts["seq_len"] == 200 and facts["malformed"] == []
     assert facts["packed_rows"] == 2 and 0 < facts["fill"] < 1
-    _, facts, _ = checked(call, path, "--model", model, "--truncate", "drop")
+    _, facts, _ = checked(call, path, "--model", model, "--truncate", "drop", ALL)
     assert (facts["dropped"], facts["truncated"], facts["longest"]) == (1, 0, tokens)
 
 
 def test_check_lists_every_malformed_row_and_fails(call: Any, model: Path, tmp_path: Path) -> None:
     tools = {**TALK, "messages": [say("user", "q"), say("assistant", "\ud800")]}
     path = write(tmp_path, [TALK, "no\n", {"messages": [say("user", "q")]}, tools, {"text": "a"}])
-    code, facts, _ = checked(call, path, "--model", model)
+    code, facts, _ = checked(call, path, "--model", model, ALL)
     assert code == 1 and facts["malformed_rows"] == 4 and facts["rows"] == 1
     assert [fault["where"].rpartition(":")[2] for fault in facts["malformed"]] == ["2", "3", "4", "5"]
     code, out, _ = call("data", "check", path, "--model", model)
@@ -73,8 +84,12 @@ def test_check_fails_where_nothing_would_be_learnt(call: Any, model: Path, tmp_p
 
 
 def test_check_of_prompts_pairs_and_splits(call: Any, model: Path, tmp_path: Path) -> None:
-    code, facts, _ = checked(call, write(tmp_path, [{"prompt": "1+1", "answer": "2"}] * 2), "--model", model)
-    assert (code, facts["rows"], facts["kinds"]) == (0, 2, ["answer"])
+    asked = write(tmp_path, [{"prompt": "1+1", "answer": "2"}, {"prompt": "1" * 80, "answer": "2"}])
+    code, facts, err = checked(call, asked, "--model", model, ALL)
+    assert (code, facts["rows"], facts["too_long"], facts["kinds"]) == (0, 1, 1, ["answer"])
+    assert facts["objective"] == "grpo" and "--objective grpo" in err
+    code, facts, _ = checked(call, asked, "--model", model, ALL, "tune.reward=regex", "tune.answer_tokens=8")
+    assert (code, facts["rows"], facts["malformed"]) == (0, 2, [])
     folder = tmp_path / "set"
     folder.mkdir()
     pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
@@ -82,6 +97,45 @@ def test_check_of_prompts_pairs_and_splits(call: Any, model: Path, tmp_path: Pat
     write(folder, [pair], "val.jsonl")
     assert checked(call, folder, "--model", model)[1]["rows"] == 4
     assert checked(call, folder, "--model", model, "--split", "valid")[1]["rows"] == 2
+
+
+@pytest.mark.parametrize(
+    ("write_set", "words"),
+    [
+        (chats, []),
+        (chats, ["tune.packing=true", "--max-seq-length", 40, "--batch-size", 3]),
+        (chats, ["--max-seq-length", 46, "--truncate", "drop", "--epochs", 2, "data.held_out=0.5"]),
+        (preferences, ["--objective", "dpo"]),
+        (judged, ["--objective", "kto", "tune.template=plain", "data.held_out=0.3"]),
+        (solved, ["--objective", "grpo", "tune.answer_tokens=200"]),
+    ],
+)
+def test_check_counts_what_finetune_trains_on(call: Any, tmp_path: Path, write_set: Any, words: list[Any]) -> None:
+    base, rows = base_folder(tmp_path / "model"), write_set(tmp_path / "rows.jsonl")
+    given = [word for word in words if word not in ("--truncate", "drop")]  # finetune has it as a word only
+    given += ["tune.truncate=drop"] * (len(given) < len(words))
+    code, facts, _ = checked(call, rows, "--model", base, *words)
+    parser = Parser()
+    finetune.add_arguments(parser)
+    args = finetune.config_of(parser.parse_intermixed_args([str(one) for one in [base, "--data", rows, *given]]))
+    tokenizer = Tokenizer.load(base)
+    template = ChatTemplate.find(base, tokenizer, args.tune.template)
+    data = open_tune_data(args, args.tune, tokenizer, template, base, Share())
+    assert code == 0
+    assert (facts["packing"], facts["rows_per_step"]) == (data.choice.packing, data.choice.batch_size)
+    assert facts["steps"] == steps_of(data.choice.rows, data.choice.batch_size, args.tune.epochs)
+    if data.train is None:
+        assert facts["rows"] == data.choice.rows and facts["held_out"] == len(data.held_out)
+    else:
+        assert {name: facts[name] for name in asdict(data.train.counts)} == asdict(data.train.counts)
+
+
+def test_rows_of_another_objective_are_refused_as_by_finetune(call: Any, model: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("tune: {objective: dpo}")
+    for words in (["--objective", "dpo"], ["tune.objective=dpo"], [config]):
+        code, _, err = call("data", "check", write(tmp_path, [TALK]), *words, "--model", model)
+        assert code == 2 and "tune.objective = 'dpo'" in err.splitlines()[-1]
 
 
 def test_show_prints_tokens_with_their_loss(call: Any, model: Path, tmp_path: Path) -> None:

@@ -1,32 +1,42 @@
 """`transom data`: what a set for fine-tuning comes to with a model's tokenizer and chat template.
 
-`check` counts, and names every row that cannot be used; `show` prints an example token by token.
+`check` counts what `transom finetune` would train on with the same words and flags, and names every row that cannot
+be used; `show` prints an example token by token.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transom.checkpoints.folders import Found, find_model, is_model, lacks_vocabulary, read_args
 from transom.cli.chat import find_template
-from transom.cli.inspect import heading, pairs, show, shown, table, token_text
+from transom.cli.finetune import FLAGS, config_of
+from transom.cli.inspect import heading, pairs, show
 from transom.cli.main import emit_json
-from transom.errors import notice, require
+from transom.errors import RequestError, notice, require
+from transom.yaml_files import read_yaml
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from transom.chat.template import ChatTemplate
     from transom.data.conversations import Example
-    from transom.data.tuning_rows import EncodedRows, TuningRow
+    from transom.data.tuning_rows import EncodedRows
     from transom.data.tuning_sets import Problem
     from transom.tokenizer import Tokenizer
+    from transom.training.config import TrainArgs
+    from transom.training.tune_args import TuneArgs
 
 SEQ_LEN = 4096  # tokens of the longest example where no model states a length
+# Flags of this verb, and the fields they stand for.
+FIELDS = {
+    "chat_template": "tune.template",
+    "train_on": "tune.train_on",
+    "truncate": "tune.truncate",
+    "seed": "seed",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,18 +48,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="FOLDER", help=model)
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--split", default="train", help="train (default), valid or test")
+    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml key=value", help="as for finetune")
     parser.add_argument(
-        "--seq-len", "--max-seq-length", dest="seq_len", type=int, metavar="N",
-        help="longest example, tokens (default: the model's max_seq_len)",
+        "--seq-len", "--max-seq-length", dest="max_seq_length", type=int, metavar="N",
+        help="longest example, tokens (data.seq_len; default: as for finetune)",
     )  # fmt: skip
-    which = "a built-in template, one of the folder's by name, or a file (default: the folder's)"
+    which = "a built-in template, one of the folder's by name, or a file (tune.template; default: the folder's)"
     parser.add_argument("--chat-template", metavar="NAME", help=which)
-    parser.add_argument(
-        "--train-on", choices=("assistant", "all"), default="assistant", help="turns that carry loss"
-    )
-    parser.add_argument(
-        "--truncate", choices=("cut", "drop"), default="cut", help="what becomes of longer examples (default: cut)"
-    )
+    carries = "turns that carry loss (tune.train_on; default: assistant)"
+    parser.add_argument("--train-on", choices=("assistant", "all"), help=carries)
+    longer = "what becomes of longer examples (tune.truncate; default: cut)"
+    parser.add_argument("--truncate", choices=("cut", "drop"), help=longer)
+    for flag, field, kind, help_text in FLAGS:
+        if flag not in ("--out", "--max-seq-length"):
+            parser.add_argument(flag, type=kind, metavar="X", help=f"as for finetune: {help_text} ({field})")
     parser.add_argument("--index", type=int, metavar="N", help="show: which example, from 0 (default: 0)")
     parser.add_argument(
         "--packed", action="store_true", help="show: a row of several examples, as they are trained"
@@ -68,17 +80,22 @@ def run(options: argparse.Namespace) -> int:
     index = options.index or 0
     require(index >= 0, "--index", options.index, "accepted is 0 or more")
     subject = open_subject(options)
-    return check(subject, options) if options.what == "check" else show_example(subject, index, options)
+    if options.what == "check":
+        return check(subject, options)
+    from transom.cli.data_show import show_example
+
+    return show_example(subject, index, options)
 
 
 class Subject(NamedTuple):
-    """The data, its faults, and what writes it as tokens."""
+    """The data, its faults, what writes it as tokens, and the config that `transom finetune` would have."""
 
     examples: list[Example]
     problems: list[Problem]
     tokenizer: Tokenizer
     template: ChatTemplate | None
-    seq_len: int
+    args: TrainArgs
+    tune: TuneArgs
     found: Found
 
 
@@ -91,38 +108,79 @@ def open_subject(options: argparse.Namespace) -> Subject:
     found = find_model(options.model, options.revision, settings_only=True)
     if lacks_vocabulary(found.model):
         found = find_model(options.model, options.revision)
-    seq_len = longest_example(found, options.seq_len)
     tokenizer = open_tokenizer(found)
     problems: list[Problem] = []
     examples = read_examples(options.data, options.split, problems if options.what == "check" else None)
-    template = template_for(examples, tokenizer, find_template(found, tokenizer, options.chat_template))
-    return Subject(examples, problems, tokenizer, template, seq_len, found)
+    args = tune_config(options, found, examples)
+    assert args.tune is not None, "config_of requires it"
+    if args.tune.new_tokens:
+        tokenizer = tokenizer.with_special(args.tune.new_tokens)
+    template = template_for(examples, tokenizer, find_template(found, tokenizer, args.tune.template))
+    return Subject(examples, problems, tokenizer, template, args, args.tune, found)
+
+
+def tune_config(options: argparse.Namespace, found: Found, examples: Sequence[Example]) -> TrainArgs:
+    """Return the config that `transom finetune` has with the same words and flags.
+
+    Without an objective it is the first that learns from rows of this kind; a notice names it where finetune has to
+    be asked for it.
+    """
+    from transom.training.tune_args import objectives_of, require_kinds
+
+    words = list(options.words)
+    for flag, field in FIELDS.items():
+        if (value := getattr(options, flag)) is not None:
+            words.append(f"{field}={value}")
+    asked = argparse.Namespace(**{**vars(options), "data": [options.data], "resume": False, "out": None})
+    length = longest_example(found, options.max_seq_length)
+    asked.max_seq_length = options.max_seq_length if is_model(found.model) else length
+    asked.words = words
+    args = config_of(asked, found)
+    assert args.tune is not None, "config_of requires it"
+    accepted = f"accepted is at most {length}, the model's max_seq_len"
+    require(not is_model(found.model) or args.data.seq_len <= length, "data.seq_len", args.data.seq_len, accepted)
+    fitting = objectives_of(examples[0].kind) if examples else [args.tune.objective]
+    if args.tune.objective in fitting or states_objective(options):
+        require_kinds(examples, args.tune.objective)
+        return args
+    notice(f"rows of kind {examples[0].kind}: checked for `transom finetune --objective {fitting[0]}`")
+    asked.objective = fitting[0]
+    require_kinds(examples, fitting[0])
+    return config_of(asked, found)
+
+
+def states_objective(options: argparse.Namespace) -> bool:
+    """Return whether a flag, a word or the config file names the objective."""
+    stated = options.objective is not None or any(word.startswith("tune.objective=") for word in options.words)
+    if stated or not options.words or "=" in options.words[0]:
+        return stated
+    return "objective" in ((read_yaml(Path(options.words[0])) or {}).get("tune") or {})
 
 
 def longest_example(found: Found, asked: int | None) -> int:
-    """Return the length that was asked for, or the model's; without a model `SEQ_LEN`, which is said."""
+    """Return the model's longest row; for a tokenizer alone what is asked for, or `SEQ_LEN` with a notice."""
     if is_model(found.model):
         most = read_args(found.model).max_seq_len
-        seq_len = most if asked is None else asked
-        require(2 <= seq_len <= most, "--seq-len", seq_len, f"accepted is 2 to {most}, the model's max_seq_len")
-        return seq_len
+        fits = asked is None or 2 <= asked <= most
+        require(fits, "--seq-len", asked, f"accepted is 2 to {most}, the model's max_seq_len")
+        return most
     if asked is None:
         notice(f"{found}: a tokenizer without a model; examples may have {SEQ_LEN} tokens, or --seq-len N")
     require(asked is None or asked >= 2, "--seq-len", asked, "expected 2 or more")
     return SEQ_LEN if asked is None else asked
 
 
-def encode(subject: Subject, examples: Sequence[Example], options: argparse.Namespace) -> EncodedRows:
-    """Rows of some of the examples, as they are trained on; what cannot be written is added to the faults."""
+def encode(subject: Subject, examples: Sequence[Example]) -> EncodedRows:
+    """Return the rows of some examples as `transom finetune` trains on them; faults are added to the subject's."""
     from transom.data.tuning_rows import encode_examples
 
     return encode_examples(
         examples,
         subject.tokenizer,
         subject.template,
-        seq_len=subject.seq_len + 1,  # as in training: the last token of a row is a target only
-        train_on=options.train_on,
-        truncate=options.truncate,
+        seq_len=subject.args.data.seq_len + 1,  # as in training: the last token of a row is a target only
+        train_on=subject.tune.train_on,
+        truncate=subject.tune.truncate,
         problems=subject.problems,
     )
 
@@ -132,16 +190,23 @@ def encode(subject: Subject, examples: Sequence[Example], options: argparse.Name
 
 def check(subject: Subject, options: argparse.Namespace) -> int:
     """Print counts and faults; 1 where there are faults, or nothing to train on."""
+    from transom.data.tuning_sets import has_own_valid, split_examples
+
+    args = subject.args
     facts: dict[str, Any] = {
         "data": str(options.data),
         "split": options.split,
         "model": str(subject.found),
         "template": None if subject.template is None else subject.template.origin,
-        "seq_len": subject.seq_len,
+        "seq_len": args.data.seq_len,
+        "objective": subject.tune.objective,
         "kinds": sorted({example.kind for example in subject.examples}),
     }
+    train, measured = subject.examples, list[Any]()
+    if options.split == "train" and not has_own_valid(options.data):
+        train, measured = split_examples(train, args.data.held_out)
     asks = facts["kinds"] == ["answer"]
-    facts |= prompt_facts(subject) if asks else row_facts(subject, encode(subject, subject.examples, options))
+    facts |= prompt_facts(subject, train, measured) if asks else row_facts(subject, train, measured)
     nothing = not facts["rows"]
     facts["trains"] = not nothing
     facts["malformed"] = [{"where": where, "problem": sentence} for where, sentence in subject.problems]
@@ -154,45 +219,68 @@ def check(subject: Subject, options: argparse.Namespace) -> int:
     return 1 if nothing or subject.problems else 0
 
 
-def row_facts(subject: Subject, encoded: EncodedRows) -> dict[str, Any]:
-    """Counts of rows, and how many rows of full length they would be packed into."""
-    from transom.data.packing import first_fit_decreasing
-
+def row_facts(subject: Subject, train: Sequence[Example], measured: Sequence[Example]) -> dict[str, Any]:
+    """Return counts of the rows to train on, how many examples are held out, and how rows make steps."""
+    encoded = encode(subject, train)
+    held = encode(subject, measured)
     rows = [row for item in encoded.items for row in item]
-    lengths = [len(row.ids) for row in rows]
     bos = subject.tokenizer.bos_id
     facts = {
         **asdict(encoded.counts),
+        "held_out": len(measured),
         "malformed_rows": len(subject.problems),
-        "longest": max(lengths, default=0),
+        "longest": max((len(row.ids) for row in rows), default=0),
         "with_bos": sum(bos is not None and int(row.ids[0]) == bos for row in rows),
     }
-    if rows and encoded.rows_per_item == 1 and encoded.labels is None:
-        inputs = [length - 1 for length in lengths]
-        packs = len(first_fit_decreasing(inputs, subject.seq_len, seed=0))
-        facts |= {"packed_rows": packs, "fill": round(sum(inputs) / (packs * subject.seq_len), 4)}
+    lengths = [max(len(row.ids) for row in item) - 1 for item in encoded.items]
+    return facts | step_facts(subject, lengths, len(held.items))
+
+
+def step_facts(subject: Subject, lengths: Sequence[int], held_out: int) -> dict[str, Any]:
+    """Return how `transom finetune` lays rows of these lengths into steps, on one device."""
+    from transom.training.defaults import require_comparable, steps_of, tune_rows
+
+    if not lengths:
+        return {}
+    args, tune = subject.args, subject.tune
+    choice = tune_rows(lengths, args, tune, 1)
+    require_comparable(choice, tune.objective, 1, held_out)
+    steps = args.steps if tune.epochs is None else steps_of(choice.rows, choice.batch_size, tune.epochs)
+    facts: dict[str, Any] = {"packing": choice.packing, "rows_per_step": choice.batch_size, "steps": steps}
+    if choice.packing:
+        fill = sum(lengths) / (choice.rows * args.data.seq_len)
+        facts |= {"packed_rows": choice.rows, "fill": round(fill, 4)}
     return facts
 
 
-def prompt_facts(subject: Subject) -> dict[str, Any]:
-    """Counts of prompts, whose answers are still to be drawn."""
+def prompt_facts(subject: Subject, train: Sequence[Example], measured: Sequence[Example]) -> dict[str, Any]:
+    """Return counts of prompts whose answers are still to be drawn, and whose references the reward can judge."""
     from transom.data.tuning_rows import prompt_ids
     from transom.data.tuning_sets import Problem
-    from transom.errors import RequestError
+    from transom.training.rewards import open_reward
 
-    lengths = []
-    for example in subject.examples:
+    reward = open_reward(subject.tune.reward)
+    room = subject.args.data.seq_len - subject.tune.answer_tokens
+    lengths: list[int] = []
+    for at, example in enumerate((*train, *measured)):
         try:
-            lengths.append(len(prompt_ids(example, subject.tokenizer, subject.template)))
+            ids = prompt_ids(example, subject.tokenizer, subject.template)
+            reward.check([(example.id, example.reference)])
         except RequestError as error:
-            subject.problems.append(Problem(example.id, str(error)))
+            subject.problems.append(Problem(example.id, str(error).removeprefix(f"{example.id}: ")))
+            continue
+        if at < len(train):
+            lengths.append(len(ids))
+    kept = [length for length in lengths if length <= room]
     return {
-        "examples": len(subject.examples),
+        "examples": len(train),
+        "held_out": len(measured),
         "malformed_rows": len(subject.problems),
-        "rows": len(lengths),
-        "tokens": sum(lengths),
-        "longest": max(lengths, default=0),
-        "too_long": sum(length >= subject.seq_len for length in lengths),
+        "rows": len(kept),
+        "tokens": sum(kept),
+        "longest": max(kept, default=0),
+        "too_long": len(lengths) - len(kept),
+        **step_facts(subject, kept, len(measured)),
     }
 
 
@@ -213,8 +301,11 @@ WORDS = {
     "unlike_prompt": "answers not behind their own prompt",
     "alike": "pairs left out, answers of the same tokens",
     "too_long": "prompts without room for an answer",
+    "held_out": "examples held out",
     "packed_rows": "packed into rows",
     "fill": "fill of packed rows",
+    "rows_per_step": "rows per step",
+    "steps": "optimizer steps",
 }
 
 
@@ -223,7 +314,7 @@ def print_check(facts: dict[str, Any]) -> None:
     heading(f"{facts['data']} ({facts['split']}), for {facts['model']}")
     written = facts["template"] or "plain text"
     lines = [("kinds of rows", ", ".join(facts["kinds"])), ("written by", written)]
-    lines.append(("longest allowed", f"{facts['seq_len']:,} tokens"))
+    lines += [("objective", facts["objective"]), ("longest allowed", f"{facts['seq_len']:,} tokens")]
     show(pairs([*lines, *((words, amount(facts[name])) for name, words in WORDS.items() if name in facts)]))
     if facts["malformed"]:
         heading("Malformed rows")
@@ -234,96 +325,3 @@ def print_check(facts: dict[str, Any]) -> None:
 def amount(value: int | float) -> str:
     """A count, or a share in percent."""
     return f"{value:.1%}" if isinstance(value, float) else f"{value:,}"
-
-
-# -- show --------------------------------------------------------------------------------------------
-
-
-class Token(NamedTuple):
-    """One token: its example among those of the row, its place there, what it counts as a target, what it marks."""
-
-    segment: int
-    position: int
-    id: int
-    text: str
-    weight: float
-    mark: str  # BOS, EOS, end of turn, control, or nothing
-
-
-def show_example(subject: Subject, index: int, options: argparse.Namespace) -> int:
-    """Print the rows of one example, or a packed row, as coloured text and token by token."""
-    from transom.data.packing import first_fit_decreasing
-
-    examples = subject.examples
-    chosen = examples if options.packed else examples[index : index + 1]
-    accepted = f"accepted is 0 to {len(examples) - 1}"
-    require(bool(chosen), "--index", index, accepted)
-    encoded = encode(subject, chosen, options)
-    for fault in subject.problems:
-        notice(f"{fault.where}: {fault.sentence}")
-    rows = [[row] for item in encoded.items for row in item]
-    if options.packed and rows:
-        alone = encoded.rows_per_item == 1 and encoded.labels is None
-        require(alone, "--packed", True, "accepted for sets whose examples are not compared with each other")
-        inputs = [len(row.ids) - 1 for (row,) in rows]
-        packs = first_fit_decreasing(inputs, subject.seq_len, options.seed or 0)
-        require(index < len(packs), "--index", index, f"accepted with --packed is 0 to {len(packs) - 1}")
-        rows = [[rows[at][0] for at in packs[index]]]
-    if not rows:
-        notice(f"example {index} has nothing to train on: {encoded.counts}")
-        return 1
-    tokens = [list(tokens_of(row, subject)) for row in rows]
-    if options.json:
-        documents = [
-            {"examples": [one.id for one in row], "tokens": [token._asdict() for token in part]}
-            for row, part in zip(rows, tokens, strict=True)
-        ]
-        emit_json({"data": str(options.data), "index": index, "packed": options.packed, "rows": documents})
-        return 0
-    for row, part in zip(rows, tokens, strict=True):
-        print_row([one.id for one in row], part, subject.tokenizer)
-    return 0
-
-
-def tokens_of(row: Sequence[TuningRow], subject: Subject) -> Iterator[Token]:
-    """The tokens of the examples of one row."""
-    tokenizer = subject.tokenizer
-    ends = () if subject.template is None else subject.template.stop_tokens
-    for segment, one in enumerate(row):
-        for position, (id, weight) in enumerate(zip(one.ids.tolist(), one.weights.tolist(), strict=True)):
-            known = {"BOS": id == tokenizer.bos_id, "EOS": id == tokenizer.eos_id, "end of turn": id in ends}
-            marks = [name for name, fits in known.items() if fits]
-            mark = ", ".join(marks) or ("control" if id in tokenizer.special_ids else "")
-            yield Token(segment, position, id, token_text(tokenizer, id), weight, mark)
-
-
-def print_row(ids: Sequence[str], tokens: Sequence[Token], tokenizer: Tokenizer) -> None:
-    """The text with its loss in colour, then a line for each token."""
-    trained, segments = sum(token.weight > 0 for token in tokens), len(ids)
-    heading(f"{', '.join(ids)}: {len(tokens)} tokens, {trained} with loss, {segments} segments")
-    show(coloured(tokens, tokenizer))
-    heading("Token by token (in the text above: green is learnt, bold are control tokens)")
-    lines = [
-        (shown(tokenizer, one.id), one.mark, str(one.id), f"{one.weight:g}", str(one.segment), str(one.position))
-        for one in tokens
-    ]
-    show(table(("token", "mark"), ("id", "loss", "segment", "position"), lines))
-
-
-def coloured(tokens: Sequence[Token], tokenizer: Tokenizer) -> Text:
-    """The text of a row, green where it carries loss; every other example is underlined."""
-    from rich.text import Text
-
-    out, stream = Text(), tokenizer.stream(skip_special=False)
-    for token in tokens:
-        style = "green" if token.weight > 0 else "dim"
-        style += (" bold" if token.mark else "") + (" underline" if token.segment % 2 else "")
-        out.append(printable(stream.push(token.id)), style)
-    return out.append(printable(stream.finish()))
-
-
-def printable(text: str) -> str:
-    """Text that a terminal shows and does not obey, in what standard output can write."""
-    safe = "".join(one if one == "\n" or one.isprintable() else repr(one)[1:-1] for one in text)
-    encoding = sys.stdout.encoding or "utf-8"
-    return safe.encode(encoding, "backslashreplace").decode(encoding)

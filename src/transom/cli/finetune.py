@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transom.args import ModelArgs
-from transom.checkpoints.folders import find_model, is_hub_id, read_args
+from transom.checkpoints.folders import Found, find_model, is_hub_id, is_model, read_args
 from transom.cli.main import emit_json
 from transom.cli.train import field_lines, run_training
 from transom.errors import RequestError, require
@@ -95,8 +95,11 @@ def run(options: argparse.Namespace) -> int:
     return code
 
 
-def config_of(options: argparse.Namespace) -> TrainArgs:
-    """The config of the words given, on top of what suits the method, or that of the run that is resumed."""
+def config_of(options: argparse.Namespace, opened: Found | None = None) -> TrainArgs:
+    """Return the config of the words given, on top of what suits the method, or that of the run to resume.
+
+    `opened` is the model where it is known already; it may then be a tokenizer alone.
+    """
     path, overrides = _split(options.words)
     flags = [f"{field}={_value(options, flag)}" for flag, field, *_ in FLAGS if _value(options, flag) is not None]
     overrides = [*flags, *overrides]
@@ -106,9 +109,9 @@ def config_of(options: argparse.Namespace) -> TrainArgs:
         return resumed_config(options, overrides, given)
     if "out" not in given:
         overrides = [f"out={default_out(options.model)}", *overrides]
-    found, model = find_model(options.model), Path(options.model)
-    model_args = read_args(found.model)
-    small = parameters(model_args) < SMALL_PARAMETERS
+    found, model = find_model(options.model) if opened is None else opened, Path(options.model)
+    model_args = read_args(found.model) if opened is None or is_model(found.model) else None
+    small = model_args is not None and parameters(model_args) < SMALL_PARAMETERS
     stated = read_yaml(path) if path else {}
     base = merged(defaults_for(model_args, small), stated)
     for section in DEFAULTS:
@@ -150,11 +153,12 @@ def resumed_config(options: argparse.Namespace, overrides: list[str], given: dic
     return read_config(out / "config.yaml", [f"out={out}", *overrides])
 
 
-def defaults_for(args: ModelArgs, small: bool) -> dict[str, Any]:
-    """What the fields are unless a word says otherwise."""
+def defaults_for(args: ModelArgs | None, small: bool) -> dict[str, Any]:
+    """Return what the fields are unless a word says otherwise; `args` is None for a tokenizer alone."""
     base = {key: dict(value) for key, value in DEFAULTS.items()}
-    base["data"]["seq_len"] = min(args.max_seq_len, SEQ_LEN)
-    rank = min([RANK[small], *(layer.n_kv_heads * layer.head_dim for layer in args.layers)])
+    base["data"]["seq_len"] = SEQ_LEN if args is None else min(args.max_seq_len, SEQ_LEN)
+    widths = [] if args is None else [layer.n_kv_heads * layer.head_dim for layer in args.layers]
+    rank = min([RANK[small], *widths])
     # A matrix has no more to adapt than its shorter side.
     base["tune"]["lora"] = {"rank": rank, "alpha": 2.0 * rank}
     return base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,10 +66,24 @@ def read_splits(name: str | Path, fraction: float) -> tuple[list[Example], list[
         unused = [path.name for path in split_files(Path(name)).files.get("test", ())]
         if unused:
             notice(f"{name}: the split test is neither trained on nor measured with: {', '.join(unused[:8])}")
-    if str(name) != STDLIB and has_split(name, "valid"):
+    if has_own_valid(name):
         return train, read_examples(name, "valid")
-    measured = [example for example in train if held_out(_document(example), fraction)]
-    return [example for example in train if not held_out(_document(example), fraction)], measured
+    return split_examples(train, fraction)
+
+
+def split_examples(examples: Sequence[Example], fraction: float) -> tuple[list[Example], list[Example]]:
+    """Return (examples to train on, examples to measure with): `fraction` of them by the hash of their ids.
+
+    Nothing is measured with where nothing would be left to train on.
+    """
+    measured = [example for example in examples if held_out(_document(example), fraction)]
+    train = [example for example in examples if not held_out(_document(example), fraction)]
+    return (train, measured) if train else (measured, [])
+
+
+def has_own_valid(name: str | Path) -> bool:
+    """Return whether a data set has a split to measure with, so that nothing is held out of `train`."""
+    return str(name) != STDLIB and has_split(name, "valid")
 
 
 def _document(example: Example) -> str:

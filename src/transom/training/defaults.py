@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from transom.data.packing import first_fit_decreasing
+from transom.errors import require
 from transom.training.config import DEFAULT_ROWS, TrainArgs
 from transom.training.tune_args import TuneArgs
 
@@ -94,6 +95,14 @@ def tune_rows(lengths: Sequence[int], args: TrainArgs, tune: TuneArgs, ranks: in
         shares=ranks * args.accumulate,
         seed=args.seed,
     )
+
+
+def require_comparable(choice: RowChoice, objective: str, ranks: int, held_out: int | None) -> None:
+    """Refuse batches of one row for kto, which compares every answer with another row's; `held_out` are items."""
+    if objective == "kto":
+        accepted = "accepted for kto are 2 or more of each rank"
+        require(choice.batch_size >= 2 * ranks, "data.batch_size", choice.batch_size, accepted)
+        require(held_out != 1, "held-out examples", 1, "accepted for kto are 2 or more, or data.held_out = 0")
 
 
 def head_rows(rows: int, kind: Literal["classification", "embedding"], given: int | None, shares: int) -> int:

@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from transom.adapt.lora_args import LoraArgs
-from transom.errors import require
+from transom.data.conversations import Example, Kind
+from transom.errors import RequestError, require
 from transom.fields import describe
 from transom.quantize.args import QuantizeArgs
 
 PREFERENCES = ("dpo", "ipo", "orpo", "kto")
 NEEDS_REFERENCE = ("dpo", "ipo", "kto")
+# What kinds of rows each objective learns from.
+KINDS: dict[str, tuple[Kind, ...]] = {
+    "sft": ("chat", "completion", "text"),
+    "distill": ("chat", "completion", "text"),
+    **dict.fromkeys(("dpo", "ipo", "orpo"), ("pair",)),
+    "kto": ("label",),
+    "grpo": ("answer",),
+}
+
+
+def objectives_of(kind: Kind) -> list[str]:
+    """Return the objectives that learn from a kind of rows."""
+    return [name for name, kinds in KINDS.items() if kind in kinds]
+
+
+def require_kinds(examples: Iterable[Example], objective: str) -> None:
+    """Refuse rows that an objective does not learn from."""
+    wrong = next((one for one in examples if one.kind not in KINDS[objective]), None)
+    if wrong is not None:
+        raise RequestError(
+            f"tune.objective = {objective!r}: {wrong.id} is a row of kind {wrong.kind}; accepted for it is "
+            f"{' or '.join(objectives_of(wrong.kind))}"
+        )
 
 
 @dataclass(frozen=True)

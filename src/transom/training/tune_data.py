@@ -10,32 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from transom.chat.template import ChatTemplate
-from transom.data.conversations import Example, Kind
+from transom.data.conversations import Example
 from transom.data.sources import require_whole
 from transom.data.tuning_batches import TuningBatch, TuningBatches, padded_batch
 from transom.data.tuning_rows import EncodedRows, encode_examples, template_for
 from transom.data.tuning_sets import read_splits
-from transom.errors import RequestError, notice, require
+from transom.errors import notice, require
 from transom.generation.stopping import stop_tokens_of
 from transom.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
-from transom.training.defaults import RowChoice, tune_rows
+from transom.training.defaults import RowChoice, require_comparable, tune_rows
 from transom.training.objectives import RunBatches
 from transom.training.rewards import Reward, open_reward
 from transom.training.rollouts import QuestionBatches, encode_questions
 from transom.training.run_data import RunData
 from transom.training.subject import Share
-from transom.training.tune_args import TuneArgs
+from transom.training.tune_args import TuneArgs, require_kinds
 
 BATCH_TOKENS = 8192  # of a batch of held-out rows, padding included
-# What kinds of rows each objective learns from.
-KINDS: dict[str, tuple[Kind, ...]] = {
-    "sft": ("chat", "completion", "text"),
-    "distill": ("chat", "completion", "text"),
-    **dict.fromkeys(("dpo", "ipo", "orpo"), ("pair",)),
-    "kto": ("label",),
-    "grpo": ("answer",),
-}
 
 
 @dataclass(frozen=True)
@@ -88,12 +80,7 @@ def open_tune_data(
     choice = tune_rows(lengths, args, tune, share.world_size)
     if tune.packing and not choice.packing and not share.quiet:
         notice(f"tune.packing = true: rows of {tune.objective} are padded, since each answer is a row")
-    if tune.objective == "kto":
-        fewest = 2 * share.world_size
-        accepted = "accepted for kto are 2 or more of each rank"
-        require(choice.batch_size >= fewest, "data.batch_size", choice.batch_size, accepted)
-        enough = held is None or len(held.items) > 1
-        require(enough, "held-out examples", 1, "accepted for kto are 2 or more, or data.held_out = 0")
+    require_comparable(choice, tune.objective, share.world_size, None if held is None else len(held.items))
     batches = TuningBatches(
         rows,
         seq_len=args.data.seq_len,
@@ -174,13 +161,7 @@ def read_all(args: TrainArgs, tune: TuneArgs) -> tuple[list[Example], list[Examp
         require_whole(source, "fine-tuning")
         one, other = read_splits(source.path, args.data.held_out)
         train, measured = train + one, measured + other
-    wrong = next((one for one in (*train, *measured) if one.kind not in KINDS[tune.objective]), None)
-    if wrong is not None:
-        fitting = [name for name, kinds in KINDS.items() if wrong.kind in kinds]
-        raise RequestError(
-            f"tune.objective = {tune.objective!r}: {wrong.id} is a row of kind {wrong.kind}; accepted for it is "
-            f"{' or '.join(fitting)}"
-        )
+    require_kinds((*train, *measured), tune.objective)
     return train, measured
 
 

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +81,7 @@ class LLM(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.args = args
+        self.generation_settings: dict[str, Any] = {}  # of the folder it was loaded from; `save` writes them again
         self.tok_embeddings = Embedding(args.vocab_size, args.dim)
         self.vision = VisionEmbeddings(args.vision_args, args.dim) if args.vision_args is not None else None
         self.layers = nn.ModuleList(TransformerBlock(layer) for layer in args.layers)

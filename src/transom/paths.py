@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.errors import RequestError, notice
+from transom.errors import RequestError, WorkError, notice
 
 # How every pointer of Git LFS begins (its specification, version 1).
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -28,6 +28,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file and end its last line; a full disk is a `WorkError`."""
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise WorkError(f"{path}: could not be written ({error})") from None
 
 
 def refuse_pointer(path: Path) -> None:

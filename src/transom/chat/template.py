@@ -22,10 +22,10 @@ from transom.chat.sandbox import Compiled
 from transom.errors import RequestError, WorkError, notice, require
 from transom.paths import read_json, refuse_pointer
 from transom.tokenizer import Tokenizer
+from transom.tokenizers.folder import TEMPLATES
 
 Message = Mapping[str, Any]
 FILE, CONFIG, OLD_FILE = "chat_template.jinja", "tokenizer_config.json", "chat_template.json"
-NAMED_FOLDER = "additional_chat_templates"
 DEFAULT, TOOL_USE = "default", "tool_use"
 REASONING = ("reasoning_content", "thinking", "reasoning")
 # A template that never names the text of a part of a message expects a string.
@@ -74,8 +74,8 @@ class ChatTemplate:
         try:
             (folder / FILE).write_text(self.sources[DEFAULT], encoding="utf-8")
             for name, source in others.items():
-                (folder / NAMED_FOLDER).mkdir(exist_ok=True)
-                (folder / NAMED_FOLDER / f"{name}.jinja").write_text(source, encoding="utf-8")
+                (folder / TEMPLATES).mkdir(exist_ok=True)
+                (folder / TEMPLATES / f"{name}.jinja").write_text(source, encoding="utf-8")
         except OSError as error:
             raise WorkError(f"{folder / FILE}: could not be written ({error})") from None
 
@@ -296,7 +296,7 @@ def stored_templates(folder: Path) -> tuple[str, dict[str, str]]:
         source = read_text(file)
         if in_config.get(DEFAULT, source) != source:
             notice(f"{folder}: {FILE} and {CONFIG} hold different chat templates; the first is taken")
-        others = sorted((folder / NAMED_FOLDER).glob("*.jinja"))
+        others = sorted((folder / TEMPLATES).glob("*.jinja"))
         return str(file), {**{one.stem: read_text(one) for one in others}, DEFAULT: source}
     if in_config or not (folder / OLD_FILE).exists():
         return str(config), in_config

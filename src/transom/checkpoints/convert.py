@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,13 @@ from torch import Tensor
 from transom.adapt.lora import plain_weights
 from transom.adapt.merge import fold_adapters
 from transom.args import ModelArgs
+from transom.checkpoints.companions import (
+    GENERATION,
+    copy_companions,
+    ids_of,
+    stated_settings,
+    write_settings,
+)
 from transom.checkpoints.folders import (
     CONFIG,
     TOKENIZERS,
@@ -30,16 +38,16 @@ from transom.checkpoints.folders import (
     verify_step,
 )
 from transom.checkpoints.load import bad_numbers, load, open_state, outline, say_bad_numbers, shapes_of
-from transom.checkpoints.safetensors_files import write_text
-from transom.checkpoints.save import copy_companions, plan_layout
+from transom.checkpoints.save import plan_layout
 from transom.checkpoints.staging import staged
 from transom.checkpoints.stored import Source, Stored
 from transom.errors import RequestError, notice, require
+from transom.paths import write_text
 from transom.runtime import DTYPES
+from transom.tokenizers.folder import TEMPLATES
 
-CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id")  # of a Hugging Face config, for tools that look there
 _SETTINGS, _TEMPLATE = "tokenizer_config.json", "chat_template"
-_TEMPLATES = (f"{_TEMPLATE}.jinja", f"{_TEMPLATE}.json")
+_TEMPLATES = (f"{_TEMPLATE}.jinja", f"{_TEMPLATE}.json", f"{TEMPLATES}/*.jinja")
 _VOCABULARY = ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -73,9 +81,8 @@ def convert(
     counts: dict[str, int] = {}
     ours = {name: _counted(name, stored, counts) for name, stored in state.items()}
     layout = plan_layout(args, ours, format, dtype, max_shard_size)
-    if format == kind == "hf":
-        config = read_json(found.model / CONFIG)
-        layout.config.update({key: config[key] for key in CARRIED if key in config})
+    if format == "hf":
+        layout.config.update(config_ids(found))
     with staged(Path(out)) as folder:
         layout.write(folder)
         companions = carry_companions(found, folder)
@@ -102,6 +109,12 @@ def open_model(found: Found, dtype: str | None = None) -> tuple[ModelArgs, Sourc
     return args, open_state(found.model, args, shapes_of(outline(args)))
 
 
+def config_ids(found: Found) -> dict[str, Any]:
+    """Return the ids that the config of the result holds: the base's own, or those of its other files."""
+    own = read_json(found.model / CONFIG) if folder_format(found.model) == "hf" else {}
+    return {**ids_of(stated_settings(found.folders)), **ids_of(own)}
+
+
 def _counted(name: str, stored: Stored, counts: dict[str, int]) -> Stored:
     """The same tensor, whose bad numbers are counted when it is read."""
 
@@ -115,29 +128,44 @@ def _counted(name: str, stored: Stored, counts: dict[str, int]) -> Stored:
 
 
 def carry_companions(found: Found, out: Path) -> list[str]:
-    """What goes along with the weights: the adapter's own first, but never parts of two tokenizers or templates."""
-    if found.adapter is None:
-        return copy_companions(found.model, out)
-    templates = next((folder for folder in found.folders if _has_template(folder)), found.model)
-    names = {name for folder in (found.model, found.adapter) for name in copy_companions(folder, out)}
+    """Copy what goes along with the weights, the adapter's own first; return the names of the files.
+
+    Parts of two tokenizers, or templates of two folders, are never mixed. Settings of generation that stand in a
+    config.json, which the result may not have room for, are written too.
+    """
+    names = copy_companions(found.model, out)
+    if found.adapter is not None:
+        names += copy_companions(found.adapter, out)
+        _keep_together(found, out, set(names))
+    settings = stated_settings(found.folders)
+    if settings and settings != (read_json(out / GENERATION) if (out / GENERATION).exists() else {}):
+        write_settings(out, settings)
+        names.append(GENERATION)
+    return sorted(name for name in set(names) if (out / name).exists())
+
+
+def _keep_together(found: Found, out: Path, names: Iterable[str]) -> None:
+    """Leave of all that was copied the parts of one tokenizer and the templates of one folder."""
+    assert found.adapter is not None, "one folder alone has no two tokenizers"
+    words, templates = found.tokenizer, next(filter(_has_template, found.folders), found.model)
     for name in sorted(names):
-        words = any(fnmatch(name, pattern) for pattern in (*TOKENIZERS, *_VOCABULARY, _SETTINGS))
-        source = found.tokenizer if words else templates if name in _TEMPLATES else None
+        of_words = any(fnmatch(name, pattern) for pattern in (*TOKENIZERS, *_VOCABULARY, _SETTINGS))
+        of_templates = any(fnmatch(name, pattern) for pattern in _TEMPLATES)
+        source = words if of_words else templates if of_templates else None
         if source is not None and (source / name).exists():
             shutil.copyfile(source / name, out / name)
         elif source is not None:
             (out / name).unlink()
-    if templates != found.tokenizer and (out / _SETTINGS).exists():
+    if templates != words and (out / _SETTINGS).exists():
         settings = read_json(out / _SETTINGS)
         settings.pop(_TEMPLATE, None)
         if _in_settings(templates):
             settings[_TEMPLATE] = read_json(templates / _SETTINGS)[_TEMPLATE]
         write_text(out / _SETTINGS, json.dumps(settings, indent=2, ensure_ascii=False))
-    return sorted(path.name for path in out.iterdir() if path.name in names)
 
 
 def _has_template(folder: Path) -> bool:
-    return _in_settings(folder) or any((folder / name).exists() for name in _TEMPLATES)
+    return _in_settings(folder) or any(any(folder.glob(name)) for name in _TEMPLATES)
 
 
 def _in_settings(folder: Path) -> bool:

@@ -19,11 +19,10 @@ from transom import fields
 from transom.args import ModelArgs
 from transom.checkpoints.folders import files_read, model_folder, read_args
 from transom.checkpoints.load import open_state, outline, shapes_of
-from transom.checkpoints.safetensors_files import write_text
 from transom.checkpoints.stored import Source, Stored
 from transom.errors import RequestError, notice, require
 from transom.fields import describe
-from transom.paths import cache_dir, read_json
+from transom.paths import cache_dir, read_json, write_text
 from transom.transforms import turn_rotary
 
 ADAPTER_FACTS = "transom.json"

@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from transom.errors import RequestError, notice
+from transom.tokenizers.folder import TEMPLATES
 
 _SETTINGS = ("*.json", "*.jinja", "*.model", "*.model.v*", "tokenizer.txt", "merges.txt", "vocab.txt")
 # Sets of weights, the first that a repository has counts; those of adapters are read on the weights of their base.
@@ -85,6 +86,7 @@ def wanted_files(files: Collection[str], settings_only: bool = False) -> list[st
         if "params.json" in files:
             unread.add("config.json")
     settings = [file for file in files if "/" not in file and any(fnmatch(file, one) for one in _SETTINGS)]
+    settings += [file for file in files if fnmatch(file, f"{TEMPLATES}/*.jinja") and file.count("/") == 1]
     return [file for file in settings if file not in unread] + ([] if settings_only else weights)
 
 

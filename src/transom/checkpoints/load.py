@@ -11,6 +11,7 @@ from torch import Tensor
 
 from transom.adapt.read import load_adapter
 from transom.args import ModelArgs
+from transom.checkpoints.companions import stated_settings
 from transom.checkpoints.consolidated import open_consolidated
 from transom.checkpoints.folders import (
     CONFIG,
@@ -73,7 +74,9 @@ def load(
         from transom.checkpoints.fingerprint import check_trained_on  # which reads folders by this module
 
         check_trained_on(found.adapter, found.model)
-        return load_adapter(load(Found(found.model), device, dtype), found.adapter)
+        model = load_adapter(load(Found(found.model), device, dtype), found.adapter)
+        model.generation_settings = stated_settings(found.folders)
+        return model
     where = found.model
     target = pick_device(device)
     if dtype is not None and dtype not in DTYPES:
@@ -91,6 +94,7 @@ def load(
         taken.add(placed[name].data_ptr())
     say_bad_numbers(counts, str(where))
     model.load_state_dict(placed, strict=True, assign=True)
+    model.generation_settings = stated_settings(found.folders)
     return model.eval()
 
 

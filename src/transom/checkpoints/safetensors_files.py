@@ -16,7 +16,7 @@ from torch import Tensor
 from transom.checkpoints.stored import Batch, Stored
 from transom.checkpoints.weight_files import WEIGHTS
 from transom.errors import RequestError, WorkError
-from transom.paths import refuse_pointer
+from transom.paths import refuse_pointer, write_text
 
 # Bytes: a line of the cache, where vector instructions, and MKL's promise of equal bits, want data to begin.
 ALIGNMENT = 64
@@ -150,11 +150,3 @@ def _write_tensor(file: IO[bytes], tensor: Tensor) -> None:
     data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
     for start in range(0, len(data), _PIECE):
         file.write(data[start : start + _PIECE])
-
-
-def write_text(path: Path, text: str) -> None:
-    """One text file; a full disk is a `WorkError`."""
-    try:
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise WorkError(f"{path}: could not be written ({error})") from None

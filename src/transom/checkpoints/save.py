@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from transom.adapt.lora import plain_weights
 from transom.args import ModelArgs, RopeLayout
+from transom.checkpoints.companions import ids_of, settings_to_write, write_settings
 from transom.checkpoints.consolidated import write_pickled
 from transom.checkpoints.folders import CONFIG, MODEL_TYPE, PARAMS, SAFE, Format
 from transom.checkpoints.hf_config import args_from_hf
@@ -21,12 +21,13 @@ from transom.checkpoints.hf_export import args_to_hf
 from transom.checkpoints.mapping import to_foreign
 from transom.checkpoints.meta_config import args_to_meta
 from transom.checkpoints.mistral_config import args_to_mistral
-from transom.checkpoints.safetensors_files import WEIGHTS, parse_size, write_stream, write_text
+from transom.checkpoints.safetensors_files import WEIGHTS, parse_size, write_stream
 from transom.checkpoints.staging import staged
 from transom.checkpoints.stored import Batch, Source, Stored, cast
 from transom.errors import RequestError, notice
 from transom.model import LLM
 from transom.names import moves
+from transom.paths import write_text
 from transom.runtime import DTYPES
 from transom.tokenizer import Tokenizer
 from transom.transforms import turn_rotary
@@ -44,17 +45,19 @@ def save(
 ) -> None:
     """Write config, weights and tokenizer into `folder`; `hf`, `meta` and `mistral` are what those codes read.
 
-    Weights keep their dtype unless one is named; native and hf files are cut at `max_shard_size` (5GB).
+    Weights keep their dtype unless one is named; native and hf files are cut at `max_shard_size` (5GB). What the
+    folder that the model was loaded from states on generation is written too; what it does not state comes from
+    the tokenizer.
     """
     ours = {name: Stored.of(parameter.detach()) for name, parameter in plain_weights(model).items()}
     layout = plan_layout(model.args, ours, format, dtype, max_shard_size)
+    settings = settings_to_write(model.generation_settings, tokenizer, str(folder))
+    if format == "hf":
+        layout.config.update(ids_of(settings))
     with staged(Path(folder)) as out:
         if tokenizer is not None:
             tokenizer.save(out)
-            eos = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-            write_text(out / "generation_config.json", json.dumps(eos, indent=2))
-            if format == "hf":
-                layout.config.update(eos)
+        write_settings(out, settings)
         layout.write(out)
 
 
@@ -131,24 +134,3 @@ def _turned(name: str, stored: Stored, args: ModelArgs, to: RopeLayout) -> Store
     if args.rope_layout == to:
         return stored
     return stored.then(lambda tensor: turn_rotary(name, tensor, args, to))
-
-
-def copy_companions(source: Path, out: Path) -> list[str]:
-    """What goes along with a model unchanged: tokenizer, template, generation settings; the names copied."""
-    names = [path.name for path in sorted(source.iterdir()) if path.is_file() and _goes_along(path.name)]
-    for name in names:
-        shutil.copyfile(source / name, out / name)
-    return names
-
-
-_COMPANIONS = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "tokenizer.model", "tekken.json", "chat_template.jinja", "chat_template.json"),
-    *("generation_config.json", "preprocessor_config.json", "processor_config.json", "labels.json"),
-    "trained_with.json",
-    *("LICENSE", "LICENSE.txt", "USE_POLICY.md"),
-)
-
-
-def _goes_along(name: str) -> bool:
-    return name in _COMPANIONS or name.startswith("tokenizer.model.v")

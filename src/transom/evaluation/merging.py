@@ -14,12 +14,11 @@ from torch import Tensor
 from transom import __version__
 from transom.adapt.combine_args import CombineArgs
 from transom.adapt.lora import activate_adapters, plain_weights
-from transom.checkpoints.convert import CARRIED, carry_companions
+from transom.checkpoints.convert import carry_companions, config_ids
 from transom.checkpoints.fingerprint import fingerprint
-from transom.checkpoints.folders import CONFIG, Format, folder_format, read_args, sha256_of
+from transom.checkpoints.folders import Format, folder_format, read_args, sha256_of
 from transom.checkpoints.load import outline
 from transom.checkpoints.merge import Form, Merge
-from transom.checkpoints.safetensors_files import write_text
 from transom.checkpoints.save import FolderLayout, plan_layout
 from transom.checkpoints.staging import staged
 from transom.checkpoints.stored import Stored
@@ -27,7 +26,7 @@ from transom.errors import WorkError, notice, require
 from transom.evaluation.agreement import Agreement, agreement, logits_of, next_tokens
 from transom.evaluation.token_rows import TOKENS, TokenRows, token_rows
 from transom.model import LLM
-from transom.paths import json_text, read_json
+from transom.paths import json_text, write_text
 from transom.runtime import machine
 
 REPORT = "merge_report.json"
@@ -161,9 +160,8 @@ def _layout(merge: Merge, model: LLM, format: Format | None) -> FolderLayout:
     ours = {name: Stored.of(weight.detach()) for name, weight in plain_weights(model).items()}
     kind = folder_format(merge.base)
     layout = plan_layout(model.args, ours, format or kind, merge.dtype)
-    if layout.format == kind == "hf":
-        config = read_json(merge.base / CONFIG)
-        layout.config.update({key: config[key] for key in CARRIED if key in config})
+    if layout.format == "hf":
+        layout.config.update(config_ids(merge.found))
     return layout
 
 

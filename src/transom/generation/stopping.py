@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from transom.chat.template import ChatTemplate
-from transom.checkpoints.folders import Found
+from transom.checkpoints.companions import GENERATION, stated_id
+from transom.checkpoints.folders import CONFIG, Found
 from transom.errors import require
 from transom.paths import read_json
 from transom.tokenizer import Tokenizer
 
-# Files that state stop tokens, the first that does so counts; and where in a config.json they may
-# stand, in the order of transformers' `GenerationConfig.from_model_config`.
-FILES = ("generation_config.json", "config.json")
-NESTED = ("decoder", "generator", "text_config")
+# Files that state stop tokens; the first that does so counts.
+FILES = (GENERATION, CONFIG)
 
 
 def stop_tokens_of(
@@ -43,7 +42,7 @@ def _stated(found: Found) -> Iterator[list[int]]:
         for name in FILES:
             path = folder / name
             data = read_json(path) if path.exists() else {}
-            ids = _eos_token_id(data)
+            ids = stated_id(data, "eos_token_id")
             if ids is None:
                 continue
             listed = ids if isinstance(ids, list) else [ids]
@@ -51,13 +50,6 @@ def _stated(found: Found) -> Iterator[list[int]]:
             right = all(type(id) is int and id >= 0 for id in listed)
             require(right, f"{path}: eos_token_id", ids, accepted)
             yield list(listed)
-
-
-def _eos_token_id(data: Mapping[str, Any]) -> Any:
-    """Return `eos_token_id` of a config, or that of the language model inside it."""
-    inner = (data.get(name) for name in NESTED)
-    parts = (data, *(part for part in inner if isinstance(part, dict)))
-    return next((part["eos_token_id"] for part in parts if part.get("eos_token_id") is not None), None)
 
 
 class ControlSigns:

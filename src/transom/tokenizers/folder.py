@@ -23,7 +23,8 @@ from transom.tokenizers.beside import (
 
 TOKENIZER_FILE = "tokenizer.json"
 # What lies beside a vocabulary, says how it is used, and goes along when it is saved.
-COMPANIONS = (CONFIG_FILE, SPECIALS_FILE, ADDED_FILE, "chat_template.jinja")
+COMPANIONS = (CONFIG_FILE, SPECIALS_FILE, ADDED_FILE, "chat_template.jinja", "chat_template.json")
+TEMPLATES = "additional_chat_templates"  # a folder of further templates, NAME.jinja
 ACCEPTED = (
     f"accepted is a folder with {TOKENIZER_FILE}, tekken.json or tokenizer.model, or a file of one of these kinds"
 )
@@ -47,6 +48,7 @@ def read_folder(path: str | Path) -> FolderTokenizer:
     require(file.is_file(), "tokenizer", str(path), ACCEPTED)
     content = read_content(file)
     present = [name for name in COMPANIONS if (file.parent / name).is_file()]
+    present += [f"{TEMPLATES}/{path.name}" for path in sorted((file.parent / TEMPLATES).glob("*.jinja"))]
     files = {name: read_content(file.parent / name) for name in present}
     beside = Beside.of(file.parent, files)
     backend, named = _backend(file, content, beside)

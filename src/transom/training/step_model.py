@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +13,18 @@ from torch import Tensor
 from transom.adapt.write import save_adapter
 from transom.chat.fingerprint import write_fingerprint
 from transom.chat.template import ChatTemplate
+from transom.checkpoints.companions import copy_companions, stated_settings, write_settings
 from transom.checkpoints.fingerprint import write_facts
 from transom.checkpoints.folders import Format, read_args
-from transom.checkpoints.load import read_state, save, write_text
-from transom.checkpoints.save import copy_companions
+from transom.checkpoints.load import read_state, save
 from transom.data.labelled import write_labels
 from transom.errors import RequestError
 from transom.generation.stopping import stop_tokens_of
 from transom.model import LLM
-from transom.paths import read_json
 from transom.tokenizer import Tokenizer
 
 ADAPTER = "default"
 TRAINED = "trained/"  # before the names of an adapter's weights among the tensors of a trainer
-GENERATION = "generation_config.json"
 
 
 class StepModel(Protocol):
@@ -59,11 +56,11 @@ class Companions:
             self.tokenizer.save(folder)
         if self.template is not None:
             self.template.save(folder)
-        settings: dict[str, Any] = read_json(folder / GENERATION) if (folder / GENERATION).exists() else {}
+        settings = stated_settings((self.base,))
         ends = stop_tokens_of(self.base, self.tokenizer, self.template)
         if ends:
             settings["eos_token_id"] = ends[0] if len(ends) == 1 else list(ends)
-        write_text(folder / GENERATION, json.dumps(settings, indent=2))
+        write_settings(folder, settings)
         write_fingerprint(folder, self.tokenizer, self.template)
 
 

@@ -74,8 +74,8 @@ def finished(folders, tmp_path_factory):
 RESUMED = {
     "another base": (["BASE2"], "accepted with --resume of"),
     "other rows": (["BASE", "--data", "other.jsonl"], "accepted with --resume is none"),
-    "a config": (["BASE", "config.yaml"], "the run has its own"),
-    "another batch": (["BASE", "--batch-size", "4"], "data.batch_size = 4"),
+    "another config": (["BASE", "CONFIG"], "tune.lora.dropout"),
+    "another batch": (["BASE", "--batch-size", "4"], "data.batch_size"),
     "another rank": (["BASE", "--rank", "3"], "its tune.lora.rank is"),
 }
 
@@ -84,10 +84,22 @@ RESUMED = {
 def test_only_the_same_run_is_resumed(folders, finished, tmp_path, capsys, case):
     words, sentence = RESUMED[case]
     other = base_folder(tmp_path / "other", dim=48)
-    named = {"BASE": str(folders[0]), "BASE2": str(other)}
+    (tmp_path / "config.yaml").write_text("tune: {lora: {dropout: 0.5}}\n")
+    named = {"BASE": str(folders[0]), "BASE2": str(other), "CONFIG": str(tmp_path / "config.yaml")}
     given = [named.get(word, word) for word in words]
     assert main(["finetune", *given, "--out", str(finished), "--resume"]) == 2
     assert sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_same_command_resumes_whatever_has_been_saved(folders, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("tune: {lora: {rank: 3}}\nsave_every: 1\n")
+    words = [folders[0], tmp_path / "config.yaml", "--data", folders[1], "--iters", 2, "--batch-size", 2]
+    words = ["finetune", *map(str, words), "--out", str(tmp_path / "run"), *FAST, "--resume"]
+    for told in ("no step was saved yet", "resumed at step 2 of 2"):
+        assert main(words) == 0
+        assert told in capsys.readouterr().err
+    assert main([*words, "--iters", "3"]) == 2
+    assert "its steps is 2" in capsys.readouterr().err
 
 
 def test_a_run_is_not_written_over_its_base(finished, folders, capsys):

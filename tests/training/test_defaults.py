@@ -6,7 +6,8 @@ import pytest
 
 from tests.training.test_head_runs import config as head_config
 from tests.training.tuning import base_folder, chats, preferences, solved, tune_args, write_rows
-from transom.training.config import read_config
+from transom.fields import read
+from transom.training.config import TrainArgs
 from transom.training.defaults import ENOUGH_STEPS, FEW_STEPS, choose_rows, few_steps_warning, steps_of
 from transom.training.setup import open_run
 
@@ -95,7 +96,7 @@ def test_what_was_chosen_is_printed_stored_and_taken_up_again(base, tmp_path, ca
     lines = [line for line in capsys.readouterr().err.splitlines() if "chosen: " in line]
     assert len(lines) == 1 and "data.batch_size = 1" in lines[0] and "tune.packing = false" in lines[0]
     trainer.fit()
-    stored = read_config(tmp_path / "run" / "config.yaml")
+    stored = read(TrainArgs, json.loads((tmp_path / "run" / "run.json").read_text())["resolved"])
     assert (stored.data.batch_size, stored.tune.packing, stored.steps) == (1, False, trainer.args.steps)
     for again in (args, stored):
         assert open_run(again, resume=True, quiet=True).progress.step == trainer.args.steps

@@ -6,12 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.training.runs import tiny_args, tiny_config
+from tests.training.tuning import base_folder, chats, tune_args
 from transom.checkpoints import folders
 from transom.checkpoints.load import load, save
 from transom.cli.main import main
 from transom.errors import RequestError, WorkError
+from transom.fields import read
+from transom.training.config import TrainArgs, read_config
 from transom.training.setup import open_run
 
 
@@ -151,6 +155,46 @@ def test_resume_refuses_another_run(finished):
         open_run(tiny_args(finished, "seed=1", "keep_last=3"), resume=True, quiet=True)
 
 
+def edit(path, **changes):
+    config = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**config, **changes}))
+
+
+@pytest.mark.parametrize("where", ["the run's config.yaml", "a config of one's own", "a word"])
+def test_a_change_between_two_sittings_is_treated_alike_wherever_it_is_made(finished, capsys, where):
+    own = finished / "own.yaml"
+    own.write_text(yaml.safe_dump(tiny_config(finished, keep_last=3)))
+
+    def resume(**changes):
+        if where == "a word":
+            return main(["train", str(own), "--resume", *(f"{name}={value}" for name, value in changes.items())])
+        path = finished / "run" / "config.yaml" if where.startswith("the run") else own
+        edit(path, **changes)
+        return main(["train", str(path.parent if path != own else own), "--resume"])
+
+    assert resume(keep_last=2) == 0
+    assert "keep_last: 3 -> 2" in capsys.readouterr().err
+    config = yaml.safe_load((finished / "run" / "config.yaml").read_text())
+    facts = json.loads((finished / "run" / "run.json").read_text())
+    assert config["keep_last"] == facts["config"]["keep_last"] == 2
+    assert resume(keep_last=2, seed=1, accumulate=2) == 2
+    told = capsys.readouterr().err
+    assert "its seed is 0, the config says 1" in told and "its accumulate is 1" in told
+
+
+def test_the_stored_config_is_the_given_one_and_what_followed_from_the_data_stands_beside_it(tmp_path):
+    base, data = base_folder(tmp_path / "model"), chats(tmp_path / "rows.jsonl")
+    given = tune_args(tmp_path, base, data, "data.batch_size=null", "tune.epochs=2", "tune.scores=2")
+    trainer = open_run(given, quiet=True)
+    assert read_config(tmp_path / "run" / "config.yaml") == given
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert read(TrainArgs, facts["config"]) == given
+    assert read(TrainArgs, facts["resolved"]) == trainer.args != given
+    trainer.fit()
+    again = open_run(given, resume=True, quiet=True)
+    assert again.args == trainer.args
+
+
 def test_resume_refuses_changed_text(finished):
     args = tiny_args(finished, "keep_last=3")
     (finished / "corpus" / "00.txt").write_text("something else")
@@ -188,8 +232,6 @@ def test_run_json_says_what_was_run(finished):
     ],
 )
 def test_a_wrong_request_is_one_sentence(tmp_path, capsys, words, told):
-    import yaml
-
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny_config(tmp_path)))
     assert main(["train", str(tmp_path / "config.yaml"), *words]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("transom: /")]

@@ -104,9 +104,9 @@ def config_of(options: argparse.Namespace, opened: Found | None = None) -> Train
     flags = [f"{field}={_value(options, flag)}" for flag, field, *_ in FLAGS if _value(options, flag) is not None]
     overrides = [*flags, *overrides]
     given = dict(word.partition("=")[::2] for word in overrides)
-    if options.resume:
-        require(path is None, "CONFIG", str(path), "accepted with --resume is none: the run has its own")
-        return resumed_config(options, overrides, given)
+    run = run_to_resume(options.model, given.get("out")) if options.resume else None
+    if run is not None:
+        return resumed_config(run, options, path, overrides)
     if "out" not in given:
         overrides = [f"out={default_out(options.model)}", *overrides]
     found, model = find_model(options.model) if opened is None else opened, Path(options.model)
@@ -135,22 +135,35 @@ def config_of(options: argparse.Namespace, opened: Found | None = None) -> Train
     return read_config(None, overrides, base=base)
 
 
-def resumed_config(options: argparse.Namespace, overrides: list[str], given: dict[str, str]) -> TrainArgs:
-    """The config of the run that is meant: `--out`, the default one of MODEL, or MODEL itself."""
-    model = Path(options.model)
-    out = Path(given["out"]) if "out" in given else Path(f"{str(model).rstrip('/')}-finetune")
-    if "out" not in given and not (out / "config.yaml").exists():
-        out = model
-    stored = read_config(out / "config.yaml")
-    require(stored.tune is not None, "MODEL", str(out), "accepted with --resume is a fine-tuning run, or its base")
-    if out != model:
+def run_to_resume(model: str, out: str | None) -> Path | None:
+    """Return the run that is meant: `out`, the default one of MODEL, or MODEL itself; None where none has begun."""
+    run = Path(default_out(model) if out is None else out)
+    if (run / "config.yaml").exists():
+        return run
+    own = Path(model) / "config.yaml"
+    return Path(model) if out is None and own.exists() and read_config(own).tune is not None else None
+
+
+def resumed_config(run: Path, options: argparse.Namespace, path: Path | None, overrides: list[str]) -> TrainArgs:
+    """Return the config of a run, with what the command says in its place; the trainer refuses what is not free."""
+    model, stored = Path(options.model), read_config(run / "config.yaml")
+    require(stored.tune is not None, "MODEL", str(run), "accepted with --resume is a fine-tuning run, or its base")
+    if run != model:
         bases = [Path(stored.base or "").resolve(), *Path(stored.base or "").resolve().parents]
         same = options.model == stored.base or model.resolve() in bases
-        require(same, "MODEL", options.model, f"accepted with --resume of {out} is its base, {stored.base}")
+        require(same, "MODEL", options.model, f"accepted with --resume of {run} is its base, {stored.base}")
     sources = [source.path for source in stored.data.source_list]
     same = not options.data or list(options.data) == sources
     require(same, "--data", options.data, f"accepted with --resume is none, or what the run has: {sources}")
-    return read_config(out / "config.yaml", [f"out={out}", *overrides])
+    config = over(read_yaml(run / "config.yaml"), read_yaml(path) if path else {})
+    return read_config(None, [f"out={run}", *overrides], base=config)
+
+
+def over(below: Any, above: Any) -> Any:
+    """Return `below` with the fields of `above` in place of its own, section by section."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return {**below, **{key: over(below.get(key), value) for key, value in above.items()}}
 
 
 def defaults_for(args: ModelArgs | None, small: bool) -> dict[str, Any]:

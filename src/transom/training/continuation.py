@@ -1,0 +1,173 @@
+"""What a run wrote down about itself when it began, and whether a config, data and machine go on with it.
+
+`run.json` holds the config twice: as it was given, by which a config is compared, and as it was resolved, with the
+values that followed from the data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import yaml
+
+from transom import __version__
+from transom.errors import RequestError, notice, require
+from transom.fields import read, write
+from transom.paths import read_json
+from transom.planning.counts import parameters
+from transom.runtime import DTYPES, machine
+from transom.tokenizer import Tokenizer
+from transom.training.config import TrainArgs
+from transom.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from transom.training.trainer import Trainer
+
+CONFIG, FACTS = "config.yaml", "run.json"
+# What may differ between a run and its continuation: none of it changes the arithmetic of a step.
+FREE_ON_RESUME = (
+    "out",
+    "data.cache_dir",
+    "eval_every",
+    "eval_tokens",
+    "save_every",
+    "keep_last",
+    "sample_every",
+    "sample_prompts",
+    "sample_tokens",
+    "tensorboard",
+    "dry_run",
+    "activation_checkpoint",
+    "activation_offload",
+    "tune.scores",
+)
+
+
+class Change(NamedTuple):
+    """A field whose value is another one than when the run began."""
+
+    field: str
+    before: Any
+    now: Any
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the run goes on exactly all the same."""
+        return any(self.field == name or self.field.startswith(f"{name}.") for name in FREE_ON_RESUME)
+
+
+def write_run(run: RunFolder, given: TrainArgs, trainer: Trainer) -> None:
+    """Write config.yaml and run.json: all that is needed to know what this run was."""
+    facts: dict[str, Any] = {
+        "transom": __version__,
+        "machine": machine(),
+        "device": trainer.device.type,
+        "dtype": str(trainer.dtype).removeprefix("torch."),
+        "parameters": parameters(trainer.model.args),
+        "steps": trainer.args.steps,
+        "seed": trainer.args.seed,
+        "data": dict(trainer.data.hashes),
+        "tokenizer": trainer.tokenizer.hash,
+        "model": trainer.model.args.to_dict(),
+    }
+    _write_config(run, given, trainer, facts)
+
+
+def _write_config(run: RunFolder, given: TrainArgs, trainer: Trainer, facts: dict[str, Any]) -> None:
+    config = given.to_dict()
+    run.write_file(CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).rstrip())
+    facts = {**facts, "config": config, "resolved": trainer.args.to_dict()}
+    run.write_file(FACTS, json.dumps(facts, indent=2))
+
+
+def write_changes(run: RunFolder, changes: list[Change], given: TrainArgs, trainer: Trainer) -> None:
+    """Write down and print what differs from the config that the run has had so far."""
+    if not changes:
+        return
+    for change in changes:
+        notice(f"{run.path}: {change.field}: {change.before!r} -> {change.now!r}")
+    _write_config(run, given, trainer, read_json(run.path / FACTS))
+
+
+def changes_of(run: Path, args: TrainArgs) -> list[Change]:
+    """Return how a config differs from that of a run; one that would compute something else is a `RequestError`.
+
+    What the run wrote when it began counts, not what its config.yaml says by now. A value that the config left open
+    may be given as the one that was chosen.
+    """
+    if not (run / FACTS).exists():
+        raise RequestError(f"{run}: no {FACTS}; accepted with --resume is a folder that a run wrote")
+    facts = read_json(run / FACTS)
+    stored, resolved = write(read(TrainArgs, facts["config"])), _resolved(facts)
+    changes = [one for one in _differences("", stored, write(args)) if one.now != _value_at(resolved, one.field)]
+    wrong = [
+        f"its {one.field} is {one.before!r}, the config says {one.now!r}" for one in changes if not one.is_free
+    ]
+    if wrong:
+        raise RequestError(f"{run}: belongs to another run: {'; '.join(wrong)}")
+    return changes
+
+
+def as_begun(run: Path, args: TrainArgs) -> TrainArgs:
+    """Return the config with the batch size and packing that the run began with."""
+    resolved = read(TrainArgs, _resolved(read_json(run / FACTS)))
+    args = replace(args, data=replace(args.data, batch_size=resolved.data.batch_size))
+    if args.tune is not None and resolved.tune is not None:
+        args = replace(args, tune=replace(args.tune, packing=resolved.tune.packing))
+    return args
+
+
+def check_as_begun(run: Path, args: TrainArgs) -> None:
+    """Refuse to resume with other steps or batches than the run began with, which follow from its data."""
+    resolved = _resolved(read_json(run / FACTS))
+    for field, now in (("steps", args.steps), ("data.batch_size", args.data.batch_size)):
+        before = _value_at(resolved, field)
+        require(now == before, field, now, f"accepted is {before}, as the run {run} has it")
+
+
+def check_same_machine(run: Path, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return the run's own dtype, which a new measurement must not change; print what makes resuming inexact."""
+    facts, now = read_json(run / FACTS), machine()
+    for what, before, after in (
+        ("device", facts["device"], device.type),
+        *((name, facts["machine"][name], now[name]) for name in ("torch", "threads", "processor")),
+    ):
+        if before != after:
+            notice(f"{run}: {what} was {before}, is {after}: losses may differ in their last bits")
+    return DTYPES.get(facts["dtype"], dtype)
+
+
+def check_same_data(run: Path, data: Mapping[str, str], tokenizer: Tokenizer) -> None:
+    """Refuse to resume on text that has changed: the data position would point elsewhere."""
+    facts = read_json(run / FACTS)
+    before = facts["data"]
+    changed = [name for name in {**before, **data} if before.get(name) != data.get(name)]
+    if changed:
+        raise RequestError(f"{run}: {', '.join(changed)} has changed since the run began; start a new run")
+    if facts["tokenizer"] != tokenizer.hash:
+        raise RequestError(f"{run}: the tokenizer of its latest step is not the one it began with")
+
+
+def _resolved(facts: Mapping[str, Any]) -> dict[str, Any]:
+    resolved: dict[str, Any] = facts.get("resolved") or facts["config"]  # older runs wrote one config
+    return resolved
+
+
+def _differences(name: str, before: Any, now: Any) -> Iterator[Change]:
+    """Yield every field below `name` in which plain data differ."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in {**before, **now}:
+            yield from _differences(f"{name}.{key}" if name else key, before.get(key), now.get(key))
+    elif before != now:
+        yield Change(name, before, now)
+
+
+def _value_at(data: Any, field: str) -> Any:
+    for key in field.split("."):
+        data = data.get(key) if isinstance(data, Mapping) else None
+    return data

@@ -142,6 +142,8 @@ def test_prompts_with_an_answer_to_compare_with() -> None:
         ({"messages": [{**USER, "weight": 0}, ANSWER]}, "messages[0].weight = 0: accepted on messages of the"),
         ({"messages": [USER, {**ANSWER, "weight": -1}]}, "messages[1].weight = -1: accepted is a number of 0"),
         ({"messages": [USER, {**ANSWER, "tool_calls": [{}]}]}, "messages[1].tool_calls[0] = {}: accepted is an"),
+        ({"messages": CHAT, "tools": "[" * 9999}, "tools = "),
+        ({"messages": CHAT, "tools": '[{"a": NaN}]'}, "tools = "),
         ({"messages": CHAT, "tools": "no"}, "tools = 'no': accepted is a list of objects"),
         ({"conversations": [{"from": "bard", "value": "q"}]}, "conversations[0].from = 'bard': accepted is one of"),
         ({"prompt": "q", "completion": ""}, "completion = '': accepted is text that is not empty"),

@@ -27,7 +27,8 @@ SAME = [
     ("90", r"90^\circ"), (r"\pi", r"$\pi$"), ("x+1", "1+x"), ("(x+1)^2", r"\boxed{x^2+2x+1}"), ("5", "**5**."),
     ("72", "Natalia sold 72 clips altogether in April and May."), (r"\infty", r"\infty"), ("2:3", "4:6"),
     (r"\frac{\pi}{2}", r"\pi/2"), (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
-    ("7", "it weighs 7kg"), (r"x \in [1,2]", "[1,2]"), ("3+4i", "4i+3"),
+    ("7", "it weighs 7kg"), (r"x \in [1,2]", "[1,2]"), ("3+4i", "4i+3"), ("18", r"It costs \$18."),
+    ("12", r"<think>\boxed{13}</think> It is \boxed{12}."), ("18", "9 * 2 = <<9*2=18>>18 dollars"),
 ]  # fmt: skip
 # (reference, answer): another value, or none.
 OTHER = [
@@ -38,7 +39,8 @@ OTHER = [
     ("3", r"\boxed{3"), ("0", "nothing"), ("5", ""), ("5", "####"), ("10", "10, 20, 30"), ("x^2", "x^3"),
     ("1000", "1,00"), (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"),
     ("(-\\infty, 2]", "(-\\infty, 2)"), ("5", "5/0"), ("2", "2x"), ("20", r"\boxed{10 < 20}"),
-    ("(0,1)", "x > 0"), ("0.01", "1e-99999999"),
+    ("(0,1)", "x > 0"), ("0.01", "1e-99999999"), ("3", r"\boxed{n = 3k}"),
+    ("12", r"\boxed{12} \boxed{"), ("12", "Answer: -12"),
 ]  # fmt: skip
 
 

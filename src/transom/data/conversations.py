@@ -7,13 +7,13 @@ Alpaca's `instruction` and `output`, prompt and completion, `text`, pairs of `ch
 
 from __future__ import annotations
 
-import json
 import sys
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from transom.data.file_formats import parse_json
 from transom.errors import RequestError, nearest, require
 
 Kind = Literal["chat", "completion", "text", "pair", "label", "answer"]
@@ -273,7 +273,7 @@ def _call(call: Any, name: str) -> Any:
     arguments = function.get("arguments", {})  # type: ignore[union-attr]
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments or "{}")
+            arguments = parse_json(arguments or "{}")
         except ValueError:
             arguments = None
     accepted = "accepted is an object, or one as JSON"
@@ -318,7 +318,7 @@ def _tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
     tools = given = row.get("tools")
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools or "[]")
+            tools = parse_json(tools or "[]")
         except ValueError:
             tools = given
     fits = tools is None or (isinstance(tools, list) and all(isinstance(one, dict) for one in tools))

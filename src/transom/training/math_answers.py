@@ -155,7 +155,7 @@ def _as_request(part: Part) -> tuple[str, bool]:
     longest = max(map(len, words), default=0)
     is_prose = longest > 3 if part.marked else bool(words)
     if is_prose:
-        return part.text, False
+        return part.text.replace("\\$", ""), False  # of money, and not of LaTeX
     number = exact_number(part.text)
     # The library reads 1e5 as 1 * e * 5 and 1 000 as 1 * 0.
     return (cleaned, True) if number is None else (f"{number.numerator}/{number.denominator}", True)

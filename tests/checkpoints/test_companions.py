@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from tests.adapt.folders import write_adapter, write_base
 from transom.chat.template import ChatTemplate
 from transom.checkpoints.convert import convert
+from transom.checkpoints.folders import Found
 from transom.checkpoints.hub import wanted_files
 from transom.checkpoints.load import load, load_tokenizer, save
 from transom.evaluation.merging import merge_folders
@@ -109,6 +110,26 @@ def test_settings_and_templates_of_the_adapter_come_first(tmp_path):
     settings = json.loads((tmp_path / "converted" / "generation_config.json").read_text())
     assert settings == own
     assert ChatTemplate.load(tmp_path / "converted", load_tokenizer(base)).sources == {"default": "mine"}
+
+
+def test_an_adapter_with_its_own_tokenizer_stops_at_the_same_tokens_when_merged(tmp_path):
+    base = state_all(write_base(tmp_path / "base", "hf", dtype="float32"))
+    adapter = write_adapter(tmp_path / "adapter", base)
+    load_tokenizer(base).save(adapter)
+    before = stop_tokens_of(Found(base, adapter), load_tokenizer(adapter))
+    assert set(before) > set(STATED["eos_token_id"])
+    convert(adapter, tmp_path / "converted", "native")
+    assert stop_tokens_of(tmp_path / "converted", load_tokenizer(adapter)) == before
+
+
+def test_all_stop_tokens_of_a_vocabulary_are_written(tmp_path):
+    tokenizer = byte_tokenizer(("<bos>", "<eos>", "<eot>"))
+    tokenizer._backend.stops = ("<eot>",)
+    model = load(write_base(tmp_path / "base", "hf", dtype="float32"))
+    model.generation_settings = {}
+    save(model, tmp_path / "out", "hf", tokenizer)
+    for name in ("generation_config.json", "config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == [257, 258]
 
 
 def test_stop_tokens_of_another_vocabulary_are_not_kept(tmp_path, capsys):

@@ -95,7 +95,9 @@ def settings_to_write(stated: Mapping[str, Any], tokenizer: Tokenizer | None, wh
             f"{where}: eos_token_id is {ends}, as the model's folder states; that of the tokenizer, "
             f"{tokenizer.eos_id}, is not among them"
         )
-    for key, id in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
+    stops = list(tokenizer.stop_ids)  # Meta's have ends of turns and messages beside the EOS
+    own = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops if len(stops) > 1 else tokenizer.eos_id}
+    for key, id in own.items():
         if settings.get(key) is None:
             settings[key] = id
     return settings

@@ -44,6 +44,7 @@ from transom.checkpoints.stored import Source, Stored
 from transom.errors import RequestError, notice, require
 from transom.paths import write_text
 from transom.runtime import DTYPES
+from transom.tokenizer import Tokenizer
 from transom.tokenizers.folder import TEMPLATES
 
 _SETTINGS, _TEMPLATE = "tokenizer_config.json", "chat_template"
@@ -138,10 +139,19 @@ def carry_companions(found: Found, out: Path) -> list[str]:
         names += copy_companions(found.adapter, out)
         _keep_together(found, out, set(names))
     settings = stated_settings(found.folders)
+    if found.adapter == found.tokenizer and settings.get("eos_token_id") is not None:
+        settings["eos_token_id"] = _with_own_stops(found.tokenizer, settings["eos_token_id"])
     if settings and settings != (read_json(out / GENERATION) if (out / GENERATION).exists() else {}):
         write_settings(out, settings)
         names.append(GENERATION)
     return sorted(name for name in set(names) if (out / name).exists())
+
+
+def _with_own_stops(folder: Path, ends: Any) -> Any:
+    """Return stop tokens with those of an adapter's own tokenizer among them, at which the adapter stops too."""
+    listed = ends if isinstance(ends, list) else [ends]
+    both = list(dict.fromkeys((*listed, *Tokenizer.load(folder).stop_ids)))
+    return both if both != listed else ends
 
 
 def _keep_together(found: Found, out: Path, names: Iterable[str]) -> None:

@@ -348,8 +348,10 @@ def test_templates_are_found_where_folders_keep_them(made, tmp_path, capsys):
         ChatTemplate.load(tmp_path, tokenizer, "none")
     (tmp_path / "chat_template.jinja").unlink()
     config.write_text(json.dumps({"chat_template": pair[1:]}))
-    with pytest.raises(RequestError, match="none of them is called 'default'"):
-        ChatTemplate.load(tmp_path, tokenizer)
+    alone = ChatTemplate.load(tmp_path, tokenizer)
+    assert alone.render(talk, TOOLS) == "1"
+    with pytest.raises(RequestError, match="none is called default"):
+        alone.render(talk)
     config.write_text(json.dumps({"chat_template": 3}))
     with pytest.raises(RequestError, match="chat_template = 'int': accepted is a text"):
         ChatTemplate.load(tmp_path, tokenizer)

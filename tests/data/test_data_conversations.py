@@ -56,10 +56,13 @@ def test_alpaca_and_sharegpt_have_systems_and_inputs() -> None:
     assert shared.tools == tuple(TOOLS) and shared.messages[2]["weight"] == 0
 
 
-def test_arguments_of_tool_calls_become_objects() -> None:
-    call = {**CALL, "function": {**CALL["function"], "arguments": json.dumps(CALL["function"]["arguments"])}}
+@pytest.mark.parametrize("arguments", [{"city": "Köln"}, '{"city":  "Köln"}', "", None])
+def test_calls_stay_as_they_are_given(arguments: Any) -> None:
+    """The chat template decides whether it wants an object or text; no arguments are an empty object."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
     row = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}], "tools": TOOLS}
-    assert example(row).messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    kept = {"type": "function", "function": {"name": "weather", "arguments": arguments or {}}}
+    assert example(row).messages[1] == {"role": "assistant", "tool_calls": [kept]}
 
 
 def test_weights_are_kept() -> None:
@@ -206,7 +209,7 @@ def test_parquet_rows_lose_what_is_null(tmp_path: Path) -> None:
     parquet.write_table(table, tmp_path / "train-00000-of-00001.parquet")
     first, second = read_examples(tmp_path)
     assert first == Example("train-00000-of-00001.parquet:1", "chat", tuple(CHAT))
-    assert second.messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL, other]}
+    assert second.messages[1] == {"role": "assistant", "tool_calls": [CALL, other]}
 
 
 def test_folders_have_splits(tmp_path: Path) -> None:

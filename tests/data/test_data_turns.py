@@ -21,6 +21,7 @@ from transom.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 TALK = [say("user", "Hi"), say("assistant", "One two"), say("user", "b"), say("assistant", "Tré 世界")]
 THOUGHT = [say("user", "a"), {"role": "assistant", "content": "x", "reasoning_content": "hm"}, *TALK]
 REWRITES = ("qwen3", "gpt-oss")  # write an earlier answer otherwise than a last one
+ASKS_ONLY = ("deepseek-r1",)  # ask for an answer with words that they do not write in front of it
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def asked(peer: Any, source: str, messages: list[dict[str, Any]], **more: Any) -
     return ids
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, *(one.name for one in BUILT_IN)])
+@pytest.mark.parametrize("name", [*sorted({*PUBLISHED} - {*ASKS_ONLY}), *(one.name for one in BUILT_IN)])
 def test_every_answer_stands_behind_the_prompt_that_transformers_asks_with(made: Any, name: str) -> None:
     tokenizer, peer = made
     source = PUBLISHED.get(name) or named(name).source(tokenizer)

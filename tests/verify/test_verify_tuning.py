@@ -15,7 +15,8 @@ from tests.training.tuning import asked, base_folder, chats, preferences, tune_a
 from transom.adapt.lora import LoraWeights
 from transom.args import ModelArgs
 from transom.chat.built_in import named
-from transom.chat.template import FILE, ChatTemplate
+from transom.chat.files import FILE
+from transom.chat.template import ChatTemplate
 from transom.cli.main import main
 from transom.data.conversations import Example
 from transom.data.tuning_batches import packed_batch
@@ -75,7 +76,7 @@ def test_answers_are_those_that_transformers_masks(pair, name):
 
 @pytest.mark.parametrize("name", ["phi3", *READS_TOOLS])
 def test_calls_that_a_template_does_not_write_are_red_where_they_are_not_refused(pair, name, monkeypatch):
-    monkeypatch.setattr(Turns, "_check_calls", lambda *given: None)
+    monkeypatch.setattr(Turns, "_refuse", lambda *given: None)
     writer = Writer(name, pair[0], ChatTemplate(PUBLISHED[name], pair[0]), 4096)
     found = failing(compare_masks(examples_of([{"messages": TOOL_TALK}], "row"), writer))
     calls = {"calls of tools are learnt, padded", "calls of tools are learnt, packed"}

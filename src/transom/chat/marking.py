@@ -1,45 +1,84 @@
-"""Which words of a rendered chat are the template's and which came in with the messages.
+"""Which words of a rendered chat are the template's, which came in with the messages, and which were left out.
 
 A rendered chat is one text, and a message that spells `<|eot_id|>` looks in it like the end of a turn. So the
 chat is rendered a second time with invisible marks around such words. Where both renderings agree but for the
 marks, the marks tell the two kinds apart; where a template's logic depends on such a word, the chat is refused.
+
+Every text of the messages and tools carries marks of its own, which tell where the template writes it. A text whose
+marks are missing is one that the template leaves out.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import unicodedata
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import cached_property
+from itertools import islice, pairwise
 from typing import Any
 
+from transom.chat.messages import REASONING
 from transom.errors import RequestError
 from transom.tokenizer import Tokenizer
 
 # Names of the parts of a message that templates build control tokens from (`'<|' + role + '|>'`).
 NAMING = ("role", "type")
+# Names of parts that templates compare or leave out on purpose; they are no texts to be written.
+KEYS = (*NAMING, "id", "tool_call_id", "call_id", "required")
+# A word that no template looks for: none of those in angle brackets, square ones, or behind a slash.
+WORD = re.compile(r"(?<![\w<\[|/\\{])[^\W_]\w*(?![\w>\]|}])")
+
+Path = tuple[str | int, ...]  # keys and numbers that lead to a text: ("messages", 0, "content")
 
 
 @dataclass(frozen=True)
 class Marks:
-    """Four characters that occur in none of the texts at hand: around words of users, around what is said."""
+    """Characters that occur in none of the texts at hand: around words of users, what is said, numbers of texts."""
 
     user: tuple[str, str]
     said: tuple[str, str]
+    text: tuple[str, str]
+    tag: str
 
     @classmethod
     def unused_in(cls, texts: Iterable[str]) -> Marks:
         """Marks out of Unicode's private planes."""
         used = set().union(*texts)
         free = (character for code in range(0xF0000, 0x110000) if (character := chr(code)) not in used)
-        first, second, third, fourth = islice(free, 4)
-        return cls((first, second), (third, fourth))
+        one, two, three, four, five, six, seven = islice(free, 7)
+        return cls((one, two), (three, four), (five, six), seven)
+
+
+@dataclass
+class Text:
+    """A text of the messages or tools by its path; `marks` were put into it, `offsets` are those written."""
+
+    path: Path
+    value: str
+    marks: int = 0
+    offsets: list[int] = field(default_factory=list)
+    written: set[int] = field(default_factory=set)  # which of its marks
+
+    def found_in(self, text: str) -> Text:
+        """The same text, looked for by its words, for where marks would change what a template writes."""
+        words = self.value.strip()
+        there = any(
+            one in text for one in (words, json.dumps(words)[1:-1], json.dumps(words, ensure_ascii=False)[1:-1])
+        )
+        return Text(self.path, self.value, self.marks, [], set(range(self.marks)) if there else set())
 
     @property
-    def all(self) -> str:
-        """The four of them."""
-        return "".join(self.user + self.said)
+    def lost(self) -> bool:
+        """Whether nothing of it is written."""
+        return not self.written
+
+    @property
+    def cut(self) -> bool:
+        """Whether only a part of it is written."""
+        return 0 < len(self.written) < self.marks
 
 
 @dataclass
@@ -50,6 +89,36 @@ class Marked:
     # What came in with a message and spells a control token, and points that no control token reaches across.
     protected: list[tuple[int, int]] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)  # what `{% generation %}` encloses
+    # Where each text of the messages is written, by number; None where marks would change what is written.
+    texts: list[Text] | None = None
+
+    def first_offset(self, message: int) -> int | None:
+        """The first character known to be a text of this message, None where none is."""
+        return min(self._offsets.get(message, ()), default=None)
+
+    def last_offset(self, message: int) -> int | None:
+        """The last character known to be a text of this message, None where none is."""
+        return max(self._offsets.get(message, ()), default=None)
+
+    @cached_property
+    def _offsets(self) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
+        for one in self.texts or ():
+            if one.path[0] == "messages":
+                found.setdefault(int(one.path[1]), []).extend(one.offsets)
+        return found
+
+
+def shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Return how far two texts, or two lists, are the same."""
+    limit = min(len(one), len(other))
+    if one[:limit] == other[:limit]:
+        return limit
+    low, high = 0, limit  # the same up to `low`, different before `high`
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle)
+    return low
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -64,33 +133,74 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(one)
 
 
+def kind_of(text: Text, given: Mapping[str, Any]) -> str:
+    """What a text is in words: `content of system`, `description of tools`."""
+    names = [part for part in text.path if isinstance(part, str)]
+    if text.path[0] != "messages":
+        return f"{names[-1]} of {names[0]}"
+    role = given["messages"][text.path[1]]["role"]
+    return f"{'tool_calls' if 'tool_calls' in names else names[1]} of {role}"
+
+
 class Marker:
     """Puts marks into what users said, and takes them out of what was rendered."""
 
-    def __init__(self, words: Iterable[str], marks: Marks) -> None:
+    def __init__(self, words: Iterable[str], marks: Marks, texts: bool = False) -> None:
         longest_first = sorted(words, key=len, reverse=True)
         self.marks = marks
+        self.texts: list[Text] | None = [] if texts else None
+        self._known: dict[Path, int] = {}
         self._words = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._heads = frozenset(word[:size] for word in longest_first for size in range(1, len(word)))
         self._tails = frozenset(word[size:] for word in longest_first for size in range(1, len(word)))
-        opened, closed = map(re.escape, marks.user)
-        self._found = re.compile(f"{opened}(?:{self._words.pattern}){closed}|[{re.escape(marks.all)}]")
+        opened, closed, said, unsaid, begin, end = map(_spellings, (*marks.user, *marks.said, *marks.text))
+        self._found = re.compile(
+            f"{opened}(?P<word>{self._words.pattern}){closed}|{begin}(?P<text>[0-9]+){end}"
+            f"|(?P<said>{said})|(?P<unsaid>{unsaid})|(?P<user>{opened}|{closed})|{begin}|{end}"
+        )
 
-    def mark(self, value: Any, naming: bool = False) -> Any:
+    def mark(self, value: Any, path: Path = ()) -> Any:
         """A copy with marks around control words, and at ends where one could grow together with its neighbour."""
         if isinstance(value, dict):
-            return {self._words.sub(self._around, key): self.mark(one, key in NAMING) for key, one in value.items()}
+            return {self._words.sub(self._around, key): self.mark(one, (*path, key)) for key, one in value.items()}
         if isinstance(value, list):
-            return [self.mark(one) for one in value]
+            return [self.mark(one, (*path, at)) for at, one in enumerate(value)]
         if not isinstance(value, str):
             return value
-        marked = self._words.sub(self._around, value)
-        if naming:
+        marked = self._marked(value, path)
+        if path and path[-1] in NAMING:
             return marked
         seam, sizes = self.marks.user[1], range(1, 1 + max(map(len, self._heads), default=0))
         before = seam if any(value[:size] in self._tails for size in sizes) else ""
         after = seam if any(value[-size:] in self._heads for size in sizes) else ""
         return f"{before}{marked}{after}"
+
+    def _marked(self, value: str, path: Path) -> str:
+        """A text with marks around its control words, and with those that tell where it is written."""
+        places = self._places(value, path)
+        edges = [0, *places, len(value)]
+        pieces = [self._words.sub(self._around, value[a:b]) for a, b in pairwise(edges)]
+        if not places or self.texts is None:
+            return "".join(pieces)
+        name = tuple(REASONING[0] if part in REASONING else part for part in path)
+        number = self._known.setdefault(name, len(self.texts))
+        if number == len(self.texts):
+            self.texts.append(Text(name, value, len(places)))
+        begin, end = self.marks.text
+        for at in range(len(places)):
+            pieces[at] += f"{begin}{number}{at}{end}"
+        return "".join(pieces)
+
+    def _places(self, value: str, path: Path) -> list[int]:
+        """Where marks stand: inside of the first and the last word that no template looks for, or at the end."""
+        inside = self.texts is not None and path[:1] in (("messages",), ("tools",), ("documents",))
+        if not inside or any(part in KEYS for part in path) or not value.strip():
+            return []
+        taken = [match.span() for match in self._words.finditer(value)]
+        words = [
+            m.start() + 1 for m in WORD.finditer(value) if not any(a < m.end() and m.start() < b for a, b in taken)
+        ]
+        return sorted({words[0], words[-1]}) if words else [len(value.rstrip())]
 
     def words_in(self, text: str) -> list[str]:
         """The control words that a text spells."""
@@ -101,24 +211,33 @@ class Marker:
 
     def strip(self, rendered: str) -> Marked:
         """The text without marks, and where they were."""
-        out, pieces, length, start = Marked(), [], 0, 0
+        out, pieces, length, start = Marked(texts=self.texts), [], 0, 0
         opened: list[int] = []
         for found in self._found.finditer(rendered):
             pieces.append(rendered[start : found.start()])
             length += len(pieces[-1])
-            start, mark = found.end(), found[0]
-            if len(mark) > 1:
-                pieces.append(mark[1:-1])
-                out.protected.append((length, length + len(mark) - 2))
-                length += len(mark) - 2
-            elif mark == self.marks.said[0]:
+            start, kind = found.end(), found.lastgroup
+            if kind == "word":
+                pieces.append(found["word"])
+                out.protected.append((length, length + len(pieces[-1])))
+                length += len(pieces[-1])
+            elif kind == "text" and self.texts is not None:
+                text = self.texts[int(found["text"][:-1])]
+                text.written.add(int(found["text"][-1]))
+                text.offsets.append(length)
+            elif kind == "said":
                 opened.append(length)
-            elif mark == self.marks.said[1] and opened:
+            elif kind == "unsaid" and opened:
                 out.spans.append((opened.pop(), length))
-            elif mark in self.marks.user:
+            elif kind == "user":
                 out.protected.append((length, length))
         out.text = "".join([*pieces, rendered[start:]])
         return out
+
+
+def _spellings(mark: str) -> str:
+    """A pattern for a mark as it is, and as JSON that is ASCII only writes it."""
+    return f"(?:{re.escape(mark)}|{re.escape(json.dumps(mark)[1:-1])})"
 
 
 # -- which token stands where ------------------------------------------------------------------------
@@ -149,6 +268,56 @@ def token_ranges(tokenizer: Tokenizer, ids: list[int], text: str, what: str) -> 
         ranges += [(found, at)] * held
         held = 0
     return ranges + [(at, at)] * held
+
+
+class TokenPlaces:
+    """The characters that each id stands for; some vocabularies know composed characters only, which moves them."""
+
+    def __init__(self, tokenizer: Tokenizer, ids: list[int], text: str, what: str) -> None:
+        self._text: str | None = None
+        try:
+            self.ranges = token_ranges(tokenizer, ids, text, what)
+        except RequestError:
+            composed = unicodedata.normalize("NFC", text)
+            if composed == text:
+                raise
+            self._text, self.ranges = text, token_ranges(tokenizer, ids, composed, what)
+
+    def moved(self, spans: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+        """Return spans of the text as they lie among the ranges."""
+        if self._text is None:
+            return spans
+        places = {edge: len(unicodedata.normalize("NFC", self._text[:edge])) for span in spans for edge in span}
+        return [(places[start], places[stop]) for start, stop in spans]
+
+    def mask(self, spans: Sequence[tuple[int, int]]) -> list[bool]:
+        """Return True for each id that stands for a character of a span."""
+        return mask_of(self.ranges, self.moved(spans))
+
+
+def controls_in(tokenizer: Tokenizer, chat: Marked, ids: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Return the template's control tokens as (first character, one past the last, which id); none if unclear."""
+    special = {word: id for word, id in tokenizer.special_tokens.items() if id != tokenizer.unk_id}
+    found = [
+        (start, stop, special[chat.text[start:stop]])
+        for start, stop in unprotected(chat, sorted(special, key=len, reverse=True))
+    ]
+    known = frozenset(special.values())
+    places = [at for at, id in enumerate(ids) if id in known]
+    if [id for _, _, id in found] != [ids[at] for at in places]:
+        return []
+    return [(start, stop, at) for (start, stop, _), at in zip(found, places, strict=True)]
+
+
+def unprotected(chat: Marked, words: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Yield the places of words that the template itself writes."""
+    left = deque(sorted(chat.protected))
+    for match in re.finditer("|".join(map(re.escape, words)) or "(?!)", chat.text):
+        start, stop = match.span()
+        while left and left[0][1] <= start:
+            left.popleft()
+        if not left or left[0][0] >= stop:
+            yield start, stop
 
 
 def _starts(text: str, at: int) -> Iterator[int]:

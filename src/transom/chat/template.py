@@ -9,7 +9,6 @@ Only words of the template become control tokens: a message that spells one stay
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -17,19 +16,28 @@ from pathlib import Path
 from typing import Any
 
 from transom.chat import built_in
-from transom.chat.marking import Marked, Marker, Marks, mask_of, strings, token_ranges
+from transom.chat.files import DEFAULT, FILE, read_text, stored_templates, variables_of
+from transom.chat.marking import Marked, Marker, Marks, Text, TokenPlaces, kind_of, shared, strings, unprotected
+from transom.chat.messages import (
+    READS_PARTS,
+    REASONING,
+    CallForm,
+    Opened,
+    call_form,
+    joined_texts,
+    message_data,
+    open_last,
+    plain,
+    wants_prompt,
+)
 from transom.chat.sandbox import Compiled
 from transom.errors import RequestError, WorkError, notice, require
-from transom.paths import read_json, refuse_pointer
 from transom.tokenizer import Tokenizer
 from transom.tokenizers.folder import TEMPLATES
 
 Message = Mapping[str, Any]
-FILE, CONFIG, OLD_FILE = "chat_template.jinja", "tokenizer_config.json", "chat_template.json"
-DEFAULT, TOOL_USE = "default", "tool_use"
-REASONING = ("reasoning_content", "thinking", "reasoning")
-# A template that never names the text of a part of a message expects a string.
-READS_PARTS = re.compile(r"""['"]text['"]|\.text\b""")
+TOOL_USE = "tool_use"
+PROBE = "Qx7answer"
 
 
 class ChatTemplate:
@@ -50,13 +58,15 @@ class ChatTemplate:
             name: Compiled(source, origin if len(named) == 1 else f"{origin} ({name})")
             for name, source in named.items()
         }
-        accepted = f"accepted is one of {', '.join(sorted(named))} by name, as none of them is called {DEFAULT!r}"
-        require(DEFAULT in named, origin, sorted(named), accepted)
+        require(bool(named), origin, sorted(named), "accepted is one template or more")
         ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         ids |= {"pad_token": tokenizer.pad_id, "unk_token": tokenizer.unk_id}
         self._variables = {name: tokenizer.id_to_token(id) for name, id in ids.items() if id is not None}
         self._variables |= variables or {}
         self._stop = tuple(stop)
+        self._forms: dict[str, CallForm] = {}
+        # The time that `strftime_now` tells; None is the time of each call. A run sets the time that it began.
+        self.now: datetime | None = None
 
     @property
     def sources(self) -> dict[str, str]:
@@ -72,7 +82,8 @@ class ChatTemplate:
         """Write the files that `load` reads back from a model folder."""
         others = {name: source for name, source in self.sources.items() if name != DEFAULT}
         try:
-            (folder / FILE).write_text(self.sources[DEFAULT], encoding="utf-8")
+            if DEFAULT in self.sources:
+                (folder / FILE).write_text(self.sources[DEFAULT], encoding="utf-8")
             for name, source in others.items():
                 (folder / TEMPLATES).mkdir(exist_ok=True)
                 (folder / TEMPLATES / f"{name}.jinja").write_text(source, encoding="utf-8")
@@ -85,26 +96,48 @@ class ChatTemplate:
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        continue_final_message: bool | str = False,
         **variables: Any,
     ) -> str:
-        """The text of a conversation, with the head of an answer behind it; `variables` are the template's own."""
-        given = self._given(messages, tools, add_generation_prompt, documents, variables)
-        return self._chosen(given).render({**self._variables, **given})
+        """Return the text of a conversation and the head of an answer; `variables` are the template's own.
+
+        `continue_final_message` leaves the last message open instead, for the model to go on with it: its content,
+        or the field of that name.
+        """
+        prompt = wants_prompt(add_generation_prompt, continue_final_message)
+        given = self.prepared(messages, tools, prompt, documents, variables)
+        if not continue_final_message:
+            return self.text_of(given)
+        opened = self._opened(given, continue_final_message)
+        return opened.cut(self.text_of(opened.given))[0]
 
     def encode(
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        continue_final_message: bool | str = False,
         **variables: Any,
     ) -> list[int]:
-        """Ids of `render`; BOS where the template writes it, and once."""
-        given = self._given(messages, tools, add_generation_prompt, documents, variables)
-        ids = self._ids(self._marked(given))
-        return ids[self._first(ids) :]
+        """Return the ids of `render`; BOS where the template writes it, and once."""
+        prompt = wants_prompt(add_generation_prompt, continue_final_message)
+        given = self.prepared(messages, tools, prompt, documents, variables)
+        if continue_final_message:
+            opened = self._opened(given, continue_final_message)
+            given, chat = opened.given, self.chat_of(opened.given)
+            text, at = opened.cut(chat.text)
+            protected = [(start, min(stop, at)) for start, stop in chat.protected if start <= at]
+            chat = Marked(text, [(a, b) for a, b in protected if b <= len(text)], texts=chat.texts)
+        else:
+            chat = self.chat_of(given)
+        self._tell_left_out(chat, given)
+        ids = self.ids_of(chat)
+        return ids[self.first_of(ids) :]
 
     def encode_with_mask(
         self,
@@ -113,79 +146,105 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> tuple[list[int], list[bool]]:
-        """Ids of the whole conversation, and True for those that an assistant is to say, its end of turn too.
+        """Return ids of the whole conversation, and True for those that an assistant is to say, ends of turns too.
 
         `{% generation %}` in the template says which they are. Without it they are what stands between the prompt
-        for an answer and the end of that turn; where the chat does not begin with that prompt, it is refused.
+        for an answer and the end of that turn; where neither can be found, the conversation is refused.
         """
-        given = self._given(messages, tools, False, documents, variables)
-        chat = self._marked(given, said=True)
-        spans = chat.spans if self._chosen(given).generation else self._answers(given, chat)
-        ids = self._ids(chat)
-        mask = self._mask(ids, chat.text, spans)
-        first = self._first(ids)
+        given = self.prepared(messages, tools, False, documents, variables)
+        chat = self.chat_of(given, said=True)
+        spans = chat.spans if self.chosen(given).generation else self._answers(given, chat)
+        ids = self.ids_of(chat)
+        mask = TokenPlaces(self.tokenizer, ids, chat.text, self.origin).mask(spans)
+        first = self.first_of(ids)
         return ids[first:], mask[first:]
 
-    def _given(
+    def prepared(
         self,
         messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None,
-        add_generation_prompt: bool,
-        documents: Sequence[Mapping[str, Any]] | None,
-        variables: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """What the caller gives the template, as plain data, checked to be something that it reads."""
+        """Return what the caller gives the template, as plain data, checked to be something that it reads."""
+        variables = variables or {}
         given: dict[str, Any] = {
-            "messages": [_message(message, f"messages[{at}]") for at, message in enumerate(messages)],
+            "messages": [message_data(message, f"messages[{at}]") for at, message in enumerate(messages)],
             "tools": None if tools is None else plain(list(tools), "tools"),
             "documents": None if documents is None else plain(list(documents), "documents"),
             **plain(dict(variables), "variables"),
             "add_generation_prompt": add_generation_prompt,
         }
         require(bool(given["messages"]), "messages", [], "accepted is one message or more")
-        chosen = self._chosen(given)
+        chosen = self.chosen(given)
         for name in (*(name for name in ("tools", "documents") if given[name]), *variables):
             accepted = f"this template reads {', '.join(sorted(chosen.names - set(self._variables)))}"
             require(name in chosen.names, f"{chosen.origin}: {name}", "given", accepted)
-        if not READS_PARTS.search(chosen.source):
-            for at, message in enumerate(given["messages"]):
-                if isinstance(message.get("content"), list):
-                    message["content"] = _joined(message["content"], f"messages[{at}].content")
+        for at, message in enumerate(given["messages"]):
+            if isinstance(message.get("content"), list) and not READS_PARTS.search(chosen.source):
+                message["content"] = joined_texts(message["content"], f"messages[{at}].content")
+            if message.get("tool_calls"):
+                self._call_form(chosen).fit(message)
         return given
 
-    def _chosen(self, given: Mapping[str, Any]) -> Compiled:
-        """The template for this conversation."""
-        return self._compiled[TOOL_USE if given["tools"] is not None and TOOL_USE in self._compiled else DEFAULT]
+    def chosen(self, given: Mapping[str, Any]) -> Compiled:
+        """Return the template for this conversation, as transformers chooses it."""
+        name = TOOL_USE if given["tools"] is not None and TOOL_USE in self._compiled else DEFAULT
+        accepted = f"accepted is one of {', '.join(sorted(self._compiled))} by name; none is called {DEFAULT}"
+        require(name in self._compiled, self.origin, sorted(self._compiled), accepted)
+        return self._compiled[name]
+
+    def _call_form(self, chosen: Compiled) -> CallForm:
+        if chosen.source not in self._forms:
+            more = {"tools": None, "documents": None, "add_generation_prompt": False}
+            self._forms[chosen.source] = call_form(
+                lambda messages: chosen.render({**self._variables, **more, "messages": messages}, now=self.now)
+            )
+        return self._forms[chosen.source]
+
+    def _opened(self, given: dict[str, Any], which: bool | str) -> Opened:
+        """The conversation whose last message is to be continued, with a mark where it ends."""
+        chosen = self.chosen(given)
+        tag = Marks.unused_in([chosen.source, *strings(self._variables), *strings(given)]).tag
+        return open_last(given, "content" if which is True else str(which), chosen.source, chosen.origin, f"{tag} ")
 
     # -- text to ids ---------------------------------------------------------------------------------
 
-    def _marked(self, given: dict[str, Any], said: bool = False) -> Marked:
-        """The rendered chat, and which of its control words came in with the messages."""
-        chosen, now = self._chosen(given), datetime.now()
-        text = chosen.render({**self._variables, **given}, now=now)
-        everything = [chosen.source, text, *strings(self._variables), *strings(given)]
-        marker = Marker(self.tokenizer.special_tokens, Marks.unused_in(everything))
-        marked = marker.mark(given)
-        if marked == given and not said:
-            return Marked(text)
-        try:
-            rendered = chosen.render({**self._variables, **marked}, marker.marks.said if said else ("", ""), now)
-            chat = marker.strip(rendered)
-        except RequestError:
-            chat = Marked()
-        if chat.text != text:
-            spelled = sorted({word for one in strings(given) for word in marker.words_in(one)})
-            raise RequestError(
-                f"{chosen.origin}: what it writes depends on the control tokens {spelled} inside of a message, so "
-                "they cannot be kept as text; accepted are messages without them"
-            )
-        return chat
+    def text_of(self, given: Mapping[str, Any]) -> str:
+        """Return the rendered text of what `prepared` returned."""
+        return self.chosen(given).render({**self._variables, **given}, now=self.now)
 
-    def _ids(self, chat: Marked) -> list[int]:
+    def chat_of(self, given: dict[str, Any], said: bool = False) -> Marked:
+        """Return the rendered chat, which of its control words came in with messages, and which texts it writes."""
+        chosen, now = self.chosen(given), self.now or datetime.now()
+        text = chosen.render({**self._variables, **given}, now=now)
+        marks = Marks.unused_in([chosen.source, text, *strings(self._variables), *strings(given)])
+        around = marks.said if said else ("", "")
+        texts: list[Text] = []
+        for with_texts in (True, False):
+            marker = Marker(self.tokenizer.special_tokens, marks, with_texts)
+            marked = marker.mark(given)
+            try:
+                chat = marker.strip(chosen.render({**self._variables, **marked}, around, now))
+            except RequestError:
+                chat = Marked()
+            if chat.text == text:
+                chat.texts = chat.texts if with_texts else texts
+                return chat
+            texts = [one.found_in(text) for one in marker.texts or texts]
+        spelled = sorted({word for one in strings(given) for word in marker.words_in(one)})
+        raise RequestError(
+            f"{chosen.origin}: what it writes depends on the control tokens {spelled} inside of a message, so "
+            "they cannot be kept as text; accepted are messages without them"
+        )
+
+    def ids_of(self, chat: Marked) -> list[int]:
+        """Return the ids of a rendered chat; control words of messages stay text."""
         return self.tokenizer.encode(chat.text, allowed_special="all", protected=chat.protected)
 
-    def _first(self, ids: list[int]) -> int:
-        """Where the ids begin: behind all but one BOS, as some templates write it beside the tokenizer's own."""
+    def first_of(self, ids: list[int]) -> int:
+        """Return where the ids begin: behind all but one BOS, which some templates write twice."""
         bos, first = self.tokenizer.bos_id, 0
         while bos is not None and ids[first : first + 2] == [bos, bos]:
             first += 1
@@ -193,49 +252,86 @@ class ChatTemplate:
             notice(f"{self.origin}: writes {first + 1} BOS tokens in a row; one is kept")
         return first
 
+    def _tell_left_out(self, chat: Marked, given: Mapping[str, Any]) -> None:
+        """Print which texts a prompt does not hold; templates drop earlier reasoning on purpose."""
+        lost = {kind_of(one, given) for one in chat.texts or () if one.lost and one.path[-1] not in REASONING}
+        for kind in sorted(lost):
+            notice(f"{self.origin} leaves out: {kind}")
+
     # -- what an assistant says ----------------------------------------------------------------------
 
     def _answers(self, given: dict[str, Any], chat: Marked) -> list[tuple[int, int]]:
         """Where the answers stand: behind the prompt for each, up to the template's own end of the turn."""
         spans: list[tuple[int, int]] = []
-        chosen, messages = self._chosen(given), given["messages"]
-        ends = [] if self.end_of_turn is None else _unprotected(self.end_of_turn, chat)
-        for at, message in enumerate(messages):
+        ends = [] if self.end_of_turn is None else self.ends_in(chat, [self.end_of_turn])
+        for at, message in enumerate(given["messages"]):
             if message["role"] != "assistant":
                 continue
-            asked = {**self._variables, **given, "messages": messages[:at], "add_generation_prompt": True}
-            start = len(prompt := chosen.render(asked)) if at else 0
-            end = next((end for end in ends if end > start), None)
-            open_before = bool(spans) and spans[-1][1] > start  # gpt-oss ends the last answer in its own way only
-            if not at or end is None or open_before or not chat.text.startswith(prompt):
+            start = self.answer_start(given, at, chat, self.prompt_of(given, at))
+            end = next((end for end in ends if start is not None and end > start), None)
+            if start is None or end is None or (spans and spans[-1][1] > start):  # gpt-oss: another end
                 raise RequestError(
-                    f"messages[{at}]: {chosen.origin} writes something else where this answer is asked for, or no "
-                    "end of turn here or before; accepted for a mask is a template with {% generation %} blocks"
+                    f"messages[{at}]: {self.chosen(given).origin} writes something else where this answer is asked "
+                    "for, or no end of turn here or before; accepted for a mask is a template with "
+                    "{% generation %} blocks"
                 )
             spans.append((start, end))
         return spans
 
-    def _mask(self, ids: list[int], text: str, spans: list[tuple[int, int]]) -> list[bool]:
+    def prompt_of(self, given: Mapping[str, Any], at: int) -> str | None:
+        """Return the text that message number `at` is asked for with; None where it writes no such prompt."""
+        asked = {**given, "messages": given["messages"][:at], "add_generation_prompt": True}
         try:
-            return mask_of(token_ranges(self.tokenizer, ids, text, self.origin), spans)
-        except RequestError:  # some vocabularies know composed characters only
-            composed = unicodedata.normalize("NFC", text)
-            if composed == text:
-                raise
-        moved = {edge: len(unicodedata.normalize("NFC", text[:edge])) for span in spans for edge in span}
-        spans = [(moved[start], moved[stop]) for start, stop in spans]
-        return mask_of(token_ranges(self.tokenizer, ids, composed, self.origin), spans)
+            return self.text_of(asked) if at else None
+        except RequestError:  # some templates want a question in every conversation
+            return None
+
+    def answer_start(self, given: Mapping[str, Any], at: int, chat: Marked, prompt: str | None) -> int | None:
+        """Return the first character of the answer that is message `at`; None where it cannot be told.
+
+        It stands behind its prompt. Where the chat does not begin with that (a prompt for a reasoning model may
+        end with `<think>`, and nothing asks for the message that begins a chat), it stands behind the last head of
+        an answer before its own words.
+        """
+        if prompt is not None and chat.text.startswith(prompt):
+            return len(prompt)
+        begin, last = chat.first_offset(at), at + 1 == len(given["messages"])
+        if begin is None:  # nothing of it is written, but its frame is
+            begin = len(chat.text) if last else chat.first_offset(at + 1)
+            follows = not last and given["messages"][at + 1]["role"] == "assistant"
+            begin = None if follows else begin
+        if begin is None or not self.answer_head:
+            return None
+        earlier = (chat.last_offset(number) for number in range(at))
+        floor = max((offset for offset in earlier if offset is not None and offset < begin), default=0)
+        found = chat.text.rfind(self.answer_head, floor, begin)
+        return None if found < 0 else found + len(self.answer_head)
+
+    @cached_property
+    def answer_head(self) -> str:
+        """What this template writes before the words of an answer, as far as its prompt for one agrees."""
+        question, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": PROBE}
+        try:
+            asked, begun = (self.render([question], add_generation_prompt=flag) for flag in (False, True))
+            whole = self.render([question, answer], add_generation_prompt=False)
+        except RequestError:  # it accepts other conversations only
+            return ""
+        start, stop = shared(asked, whole), shared(begun, whole)
+        return whole[start : min(stop, max(whole.find(PROBE), 0))]
+
+    def ends_in(self, chat: Marked, words: Sequence[str]) -> list[int]:
+        """Return the ends of the places where the template itself writes one of these words."""
+        return [stop for _, stop in unprotected(chat, words)]
 
     @cached_property
     def end_of_turn(self) -> str | None:
         """The token that this template writes behind an answer; None where it writes none."""
-        probe = "Qx7answer"
-        turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": probe}]
+        turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": PROBE}]
         try:
             text = self.render(turns, add_generation_prompt=False)
         except RequestError:  # it accepts other conversations only
             return None
-        _, found, behind = text.rpartition(probe)
+        _, found, behind = text.rpartition(PROBE)
         control = re.match(rf"\s*({'|'.join(map(re.escape, self.tokenizer.special_tokens)) or '(?!)'})", behind)
         # Some vocabularies do not call it a control token, but have it as one token all the same.
         other = re.match(r"\s*(<[^<>\s]+>)", behind)
@@ -286,100 +382,3 @@ class ChatTemplate:
         names = [*stored, *(one.name for one in built_in.BUILT_IN)]
         require(Path(template).is_file(), "chat template", template, f"accepted is a file or {', '.join(names)}")
         return cls(read_text(Path(template)), tokenizer, origin=template, variables=variables)
-
-
-def stored_templates(folder: Path) -> tuple[str, dict[str, str]]:
-    """The file that a folder keeps its chat templates in, and those by name; none at all is an empty dict."""
-    config, file = folder / CONFIG, folder / FILE
-    in_config = _templates(read_json(config).get("chat_template"), config) if config.exists() else {}
-    if file.exists():
-        source = read_text(file)
-        if in_config.get(DEFAULT, source) != source:
-            notice(f"{folder}: {FILE} and {CONFIG} hold different chat templates; the first is taken")
-        others = sorted((folder / TEMPLATES).glob("*.jinja"))
-        return str(file), {**{one.stem: read_text(one) for one in others}, DEFAULT: source}
-    if in_config or not (folder / OLD_FILE).exists():
-        return str(config), in_config
-    return str(folder / OLD_FILE), _templates(read_json(folder / OLD_FILE).get("chat_template"), folder / OLD_FILE)
-
-
-def _templates(entry: Any, file: Path) -> dict[str, str]:
-    """Templates by name, from a string or a list of `{"name": ..., "template": ...}`."""
-    if entry is None:
-        return {}
-    named = [{"name": DEFAULT, "template": entry}] if isinstance(entry, str) else entry
-    fits = isinstance(named, list) and all(
-        isinstance(one, dict) and isinstance(one.get("name"), str) and isinstance(one.get("template"), str)
-        for one in named
-    )
-    accepted = "accepted is a text, or a list of objects with a name and a template"
-    require(fits, f"{file}: chat_template", type(entry).__name__, accepted)
-    return {one["name"]: one["template"] for one in named}
-
-
-def variables_of(folder: Path) -> dict[str, str]:
-    """Tokens that tokenizer_config.json has names for (`image_token`), which templates write by these names."""
-    if not (folder / CONFIG).exists():
-        return {}
-    config = read_json(folder / CONFIG)
-    extra = config.get("extra_special_tokens")
-    named = {**config, **(extra if isinstance(extra, dict) else {})}
-    contents = {
-        name: entry.get("content") if isinstance(entry, dict) else entry
-        for name, entry in named.items()
-        if name.endswith("_token")
-    }
-    return {name: token for name, token in contents.items() if isinstance(token, str)}
-
-
-def read_text(file: Path) -> str:
-    """Return the text of a template file."""
-    refuse_pointer(file)
-    try:
-        return file.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise RequestError(f"{file}: accepted is text in UTF-8 ({error})") from None
-
-
-def _unprotected(word: str, chat: Marked) -> list[int]:
-    """The ends of the places where the template itself writes `word`."""
-    found = (match.span() for match in re.finditer(re.escape(word), chat.text))
-    return [stop for start, stop in found if not any(start < end and begin < stop for begin, end in chat.protected)]
-
-
-# -- messages ----------------------------------------------------------------------------------------
-
-
-def plain(value: Any, name: str) -> Any:
-    """A copy made of JSON's own types, so that a template meets nothing else."""
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    if isinstance(value, Mapping):
-        return {_key(key, name): plain(one, f"{name}.{key}") for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(one, f"{name}[{at}]") for at, one in enumerate(value)]
-    raise RequestError(f"{name}: a {type(value).__name__}; accepted is what JSON can write")
-
-
-def _key(key: object, name: str) -> str:
-    require(isinstance(key, str), f"{name}: key", key, "accepted is text")
-    return str(key)
-
-
-def _message(message: Message, name: str) -> dict[str, Any]:
-    """One message as plain data, its reasoning under the names that templates know."""
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise RequestError(f"{name}: accepted is an object with a role and a content")
-    out: dict[str, Any] = plain(message, name)
-    reasoning = next((out[key] for key in REASONING if out.get(key) is not None), None)
-    if reasoning is not None:  # as transformers does: gpt-oss templates read `thinking`, all others the first
-        out = {"thinking": reasoning, **out, "reasoning_content": reasoning}
-    return out
-
-
-def _joined(content: list[Any], name: str) -> str:
-    """A list of texts as one text, for templates that know no parts."""
-    texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-    kinds = [part.get("type") if isinstance(part, dict) else type(part).__name__ for part in content]
-    require(all(isinstance(text, str) for text in texts), name, kinds, "this template reads parts of text only")
-    return "".join(map(str, texts))

@@ -131,7 +131,8 @@ def template_values(options: argparse.Namespace) -> dict[str, Any]:
 
 def find_template(found: Found, tokenizer: Tokenizer, name: str | None) -> ChatTemplate | None:
     """The template asked for, the adapter's or the model's own, or the one its vocabulary is made for."""
-    from transom.chat.template import ChatTemplate, stored_templates
+    from transom.chat.files import stored_templates
+    from transom.chat.template import ChatTemplate
 
     adapters = (folder for folder in found.folders[:-1] if stored_templates(folder)[1])
     return ChatTemplate.find(next(adapters, found.model), tokenizer, name)

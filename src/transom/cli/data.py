@@ -300,6 +300,8 @@ WORDS = {
     "split_rows": "further rows of split conversations",
     "unlike_prompt": "answers not behind their own prompt",
     "alike": "pairs left out, answers of the same tokens",
+    "dropped_reasoning": "reasoning dropped from earlier turns",
+    "left_out": "texts that the template leaves out",
     "too_long": "prompts without room for an answer",
     "held_out": "examples held out",
     "packed_rows": "packed into rows",

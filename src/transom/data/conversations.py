@@ -234,7 +234,7 @@ FORMATS = (
 
 
 def messages_of(value: Any, name: str) -> Messages:
-    """Messages as plain data: contents are text or lists of parts, arguments of tool calls are objects."""
+    """Messages as plain data: contents are text or lists of parts, arguments of tool calls are objects or JSON."""
     accepted = "accepted is a list of one message or more"
     require(isinstance(value, list) and len(value) > 0, name, _short(value), accepted)
     return tuple(_message(one, f"{name}[{at}]") for at, one in enumerate(value))
@@ -255,7 +255,9 @@ def _message(value: Any, name: str) -> Message:
         out["tool_calls"] = [_call(call, f"{name}.tool_calls[{at}]") for at, call in enumerate(calls)]
         if not out["tool_calls"]:
             del out["tool_calls"]
-    content = out.get("content", "" if "tool_calls" in out else None)
+    content = out.get("content")
+    if content is None and "tool_calls" in out:
+        return out  # each template has its own way to write that nothing is said
     fits = isinstance(content, str) or (isinstance(content, list) and all(isinstance(one, dict) for one in content))
     require(fits, f"{name}.content", _short(content), "accepted is text")
     out["content"] = content
@@ -266,18 +268,23 @@ def _message(value: Any, name: str) -> Message:
 
 
 def _call(call: Any, name: str) -> Any:
-    """A tool call, its arguments as an object: OpenAI writes them as JSON in a text, templates expect objects."""
+    """A tool call whose arguments are an object, or one as JSON in a text, as OpenAI writes them.
+
+    Which of the two a chat template wants is the template's business (`chat/messages.py`).
+    """
     function = call.get("function") if isinstance(call, dict) else None
     fits = isinstance(function, dict) and isinstance(function.get("name"), str)
     require(fits, name, _short(call), "accepted is an object with a function, and that with a name and arguments")
-    arguments = function.get("arguments", {})  # type: ignore[union-attr]
+    given = function.get("arguments")  # type: ignore[union-attr]
+    arguments = {} if given is None or given == "" else given
+    parsed = arguments
     if isinstance(arguments, str):
         try:
-            arguments = parse_json(arguments or "{}")
+            parsed = parse_json(arguments)
         except ValueError:
-            arguments = None
+            parsed = None
     accepted = "accepted is an object, or one as JSON"
-    require(isinstance(arguments, dict), f"{name}.function.arguments", _short(arguments), accepted)
+    require(isinstance(parsed, dict), f"{name}.function.arguments", _short(given), accepted)
     return {**call, "function": {**function, "arguments": arguments}}  # type: ignore[dict-item]
 
 

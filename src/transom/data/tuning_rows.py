@@ -45,6 +45,8 @@ class TuningCounts:
     split_rows: int = 0  # rows beyond one per conversation, where a template writes earlier turns otherwise
     unlike_prompt: int = 0  # answers with loss behind other tokens than those that the model is asked with
     alike: int = 0  # pairs left out because both answers became the same tokens
+    dropped_reasoning: int = 0  # texts of reasoning that the template writes for the answer they led to only
+    left_out: int = 0  # other texts of messages and tools that the template writes nowhere
 
     def __str__(self) -> str:
         """One line: what there is, and what is not as one would expect."""
@@ -58,6 +60,8 @@ class TuningCounts:
             "split_rows": "rows more, since the template writes earlier turns otherwise",
             "unlike_prompt": "answers behind other tokens than those of their prompt alone",
             "alike": "pairs left out whose answers are the same tokens, once written and cut",
+            "dropped_reasoning": "texts of reasoning that the template drops from earlier turns",
+            "left_out": "texts of messages and tools that the template leaves out",
         }
         return "; ".join([line, *(f"{n:,} {said}" for name, said in words.items() if (n := getattr(self, name)))])
 
@@ -134,6 +138,12 @@ def encode_examples(
         kept = [rows for item in written if (rows := _fit(item, example.id, seq_len, truncate, counts))]
         items += kept
         labels += [] if example.label is None else [example.label] * len(kept)
+    if encoder.turns is not None:
+        left_out = encoder.turns.left_out
+        counts.dropped_reasoning, counts.left_out = encoder.turns.dropped, left_out.total()
+        if left_out:
+            kinds_left = ", ".join(f"{count:,} {kind}" for kind, count in sorted(left_out.items()))
+            notice(f"the chat template leaves out: {kinds_left}")
     require(len(labels) in (0, len(items)), "label", None, "accepted is one for every example, or for none")
     if not items and problems is None and not may_be_empty:
         raise RequestError(f"data: nothing to train on ({counts}); accepted is a set with a token to learn")
@@ -158,7 +168,7 @@ class _Encoder:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None, train_on: TrainOn) -> None:
         require(train_on in ("assistant", "all"), "train_on", train_on, "accepted is assistant or all")
         self._tokenizer, self._train_on = tokenizer, train_on
-        self._turns = None if template is None else Turns(template, tokenizer)
+        self.turns = None if template is None else Turns(template, tokenizer)
 
     def items(self, example: Example) -> list[tuple[Written, ...]]:
         """One item or more, each of one row, or of two for a pair."""
@@ -168,7 +178,7 @@ class _Encoder:
             )
         if example.kind == "text":
             return [(text_row(self._tokenizer, example.text, example.weight),)]
-        if self._turns is None and example.bare:
+        if self.turns is None and example.bare:
             return [tuple(self._bare(example, answer) for answer in example.answers)]
         if example.kind in ("chat", "completion"):
             messages = sum(example.answers, example.messages)
@@ -188,20 +198,20 @@ class _Encoder:
 
     def _conversation(self, example: Example, messages: Messages, first: int) -> list[Written]:
         """Rows of one conversation, with loss on the assistant's messages from number `first` on."""
-        require(self._turns is not None, "chat template", None, NEEDS_TEMPLATE)
-        assert self._turns is not None
+        require(self.turns is not None, "chat template", None, NEEDS_TEMPLATE)
+        assert self.turns is not None
         plain = _unweighted(messages)
         said = [message["role"] == "assistant" for message in messages]
         given = [message.get("weight", 1.0) for message in messages]
         if self._train_on == "all" and example.kind in ("chat", "completion"):
             alike = all(weight == 1.0 for weight in given)
             require(alike, "weight", min(given), "accepted is 1 for every message where all tokens are trained on")
-            return [self._turns.whole(plain, example.tools, example.weight)]
+            return [self.turns.whole(plain, example.tools, example.weight)]
         weights = [
             weight * example.weight if one and at >= first else 0.0
             for at, (one, weight) in enumerate(zip(said, given, strict=True))
         ]
-        return self._turns.rows(plain, example.tools, weights) or [self._turns.whole(plain, example.tools, 0.0)]
+        return self.turns.rows(plain, example.tools, weights) or [self.turns.whole(plain, example.tools, 0.0)]
 
 
 def _unweighted(messages: Messages) -> list[dict[str, object]]:

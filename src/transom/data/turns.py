@@ -1,25 +1,32 @@
 """Conversations as tokens, and which of them each answer is. No torch.
 
-An answer is what stands behind the tokens of its prompt, written as it is when the model is asked; that the tokens
-of the conversation begin with those is checked for every answer. Where a template does not write an earlier answer
-as it writes a last one (Qwen3 leaves out what was thought), the conversation becomes several rows, and in each of
-them the answers that carry loss are written as the model has to say them.
+A conversation is encoded once. An answer is what stands behind the prompt for it, written as it is when the model
+is asked; that the conversation begins with the tokens of that prompt is checked for every answer. Where a template
+does not write an earlier answer as it writes a last one (Qwen3 leaves out what was thought), the conversation
+becomes several rows, and in each of them the answers that carry loss are written as the model has to say them.
+
+What a template leaves out is not lost without a word: the words of a message, a call of a tool, reasoning that is
+not even in the row of its own answer, and the name of a tool are refused; all else is counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.chat.sandbox import GENERATION
+from transom.chat.marking import Marked, Path, Text, TokenPlaces, controls_in, kind_of, shared
+from transom.chat.messages import REASONING
 from transom.chat.template import ChatTemplate
-from transom.errors import RequestError
+from transom.errors import RequestError, require
 from transom.tokenizer import Tokenizer
 
+NONE = np.zeros(0, np.int64)
 Tools = Sequence[Mapping[str, Any]] | None
 
 
@@ -41,88 +48,221 @@ class Written:
     answers: list[Answer]
 
 
-class _Said(NamedTuple):
-    """A conversation that ends with an answer: its ids, True for those of that answer."""
-
-    ids: list[int]
-    mask: NDArray[np.bool_]
-    answer: Answer
-
-
 class Turns:
-    """Writes conversations with one template and tokenizer."""
+    """Writes conversations with one template and tokenizer, and counts what the template leaves out."""
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
         self._template, self._tokenizer = template, tokenizer
-        self._stops = frozenset((*template.stop_tokens, *tokenizer.stop_ids))
-        end = None if template.end_of_turn is None else tokenizer.token_to_id(template.end_of_turn)
-        marked = any(GENERATION.search(source) for source in template.sources.values())
-        # A word of the vocabulary that is no control token may stand in the answer itself.
-        self._by_prompt = not marked and (end is None or end in tokenizer.special_ids)
-        self._special = tokenizer.special_ids
+        self.left_out: Counter[str] = Counter()  # kinds of texts that are in no row at all
+        self.dropped = 0  # texts of reasoning that a template writes in the row of their own answer only
 
     def rows(self, messages: Sequence[Mapping[str, Any]], tools: Tools, weights: Sequence[float]) -> list[Written]:
-        """Rows that hold every message with a weight above 0 as an answer with loss, mostly one row for all.
+        """Return rows that hold every message with a weight above 0 as an answer with loss, mostly one row for all.
 
         `weights` are those of the messages; a row ends with its last answer.
         """
-        rows: list[Written] = []
-        for at in reversed([at for at, weight in enumerate(weights) if weight > 0]):
-            said = self._answer(messages[: at + 1], tools)
-            self._check_calls(messages[at], said, f"messages[{at}]")
-            stop = said.answer.stop
-            row = next((row for row in rows if row.ids[:stop] == said.ids[:stop]), None)
-            if row is None:
-                row = Written(said.ids[:stop], np.zeros(stop, np.float32), [])
-                rows.append(row)
-            row.weights[:stop][said.mask[:stop]] = weights[at]
-            row.answers.insert(0, said.answer)
-        return rows[::-1]
-
-    def _check_calls(self, message: Mapping[str, Any], said: _Said, name: str) -> None:
-        """Refuse a template without words for calls of tools: an empty answer would be learnt in their place."""
-        calls = [call.get("function", call).get("name") for call in message.get("tool_calls") or ()]
-        if not calls:
-            return
-        text = self._tokenizer.decode(said.ids[said.answer.start : said.answer.stop], skip_special=False)
-        lost = next((call for call in calls if str(call) not in text), None)
-        if lost is not None:
-            raise RequestError(
-                f"{name}: {self._template.origin} leaves out the call of {lost!r}; accepted for tool_calls is a "
-                "template that writes them"
-            )
+        given = self._given(messages, tools)
+        rows: list[_Row] = []
+        counted = [at for at, weight in enumerate(weights) if weight > 0]
+        for at in reversed(counted):
+            talk = {**given, "messages": given["messages"][: at + 1]}
+            whole, prompt = self._template.text_of(talk), self._template.prompt_of(given, at)
+            if any(row.add(at, whole, prompt, weights[at]) for row in rows):
+                continue
+            rows.append(_Row(self._template, talk))
+            if not rows[-1].add(at, whole, prompt, weights[at]):
+                self._count_left_out(given, rows[-1:], [at])  # a better reason, if there is one
+                raise RequestError(
+                    f"messages[{at}]: {self._template.origin} does not tell where this answer begins and ends; "
+                    "accepted is a template that writes it where it asks for it, or in {% generation %} blocks"
+                )
+        self._count_left_out(given, rows, counted)
+        return [row.written() for row in reversed(rows)]
 
     def whole(self, messages: Sequence[Mapping[str, Any]], tools: Tools, weight: float) -> Written:
-        """The whole conversation with one weight for every token but the first."""
-        ids = self._template.encode(messages, tools, add_generation_prompt=False)
+        """Return the whole conversation with one weight for every token but the first."""
+        given = self._given(messages, tools)
+        row = _Row(self._template, given)
+        answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+        self._count_left_out(given, [row], answers[-1:])
+        ids = row.ids[row.first :]
         return Written(ids, _all_but_first(len(ids), weight), [])
 
-    def _answer(self, messages: Sequence[Mapping[str, Any]], tools: Tools) -> _Said:
-        prompt = self._template.encode(messages[:-1], tools) if len(messages) > 1 else []
-        if self._by_prompt and prompt:
-            ids = self._template.encode(messages, tools, add_generation_prompt=False)
-            if ids[: len(prompt)] == prompt and len(ids) > len(prompt):
-                behind = range(len(prompt), len(ids))
-                stop = next((at + 1 for at in behind if ids[at] in self._stops & self._special), len(ids))
-                mask = np.zeros(len(ids), np.bool_)
-                mask[len(prompt) : stop] = True
-                return _Said(ids, mask, Answer(len(prompt), stop, ids[stop - 1] in self._stops))
-        ids, said = self._template.encode_with_mask(messages, tools)
-        mask = np.asarray(said, np.bool_)
-        like_prompt = ids[: len(prompt)] == prompt
-        mask[: len(prompt) if like_prompt else _last_run(mask)] = False
-        if not mask.any():
-            raise RequestError(
-                f"messages[{len(messages) - 1}]: {self._template.origin} marks nothing of this answer; accepted is "
-                "a template whose {% generation %} blocks hold what the assistant says"
-            )
-        places = np.flatnonzero(mask)
-        start, stop = int(places[0]), int(places[-1]) + 1
-        ended = any(ids[at] in self._stops for at in places)
-        if not ended and stop < len(ids) and ids[stop] in self._stops:  # a block that leaves the end of turn out
-            mask[stop] = ended = True
-            stop += 1
-        return _Said(ids, mask, Answer(start, stop, ended, like_prompt))
+    def _given(self, messages: Sequence[Mapping[str, Any]], tools: Tools) -> dict[str, Any]:
+        for at, message in enumerate(messages):
+            content = message.get("content")
+            for part in content if isinstance(content, list) else ():
+                kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+                require(kind == "text", f"messages[{at}].content: type", kind, "accepted for training are texts")
+        return self._template.prepared(messages, tools)
+
+    def _count_left_out(self, given: Mapping[str, Any], rows: Sequence[_Row], answers: Sequence[int]) -> None:
+        """Refuse a template that leaves out what is said or called; count other texts that are in no row.
+
+        An empty answer would be learnt in the place of a call, and an answer without its question. Reasoning is
+        expected in the row of its own answer alone: many templates drop it from earlier turns on purpose.
+        """
+        found: dict[Path, list[Text]] = {}
+        for text in (text for row in rows for text in row.chat.texts or ()):
+            found.setdefault(text.path, []).append(text)
+        for path, texts in found.items():
+            missing = [text for text in texts if text.lost or text.cut]
+            everywhere = len(missing) == len(texts)
+            if missing and _is_reasoning(missing, given) and (not everywhere or path[1] not in answers):
+                self.dropped += len(missing)
+            elif missing and everywhere:
+                self._refuse(missing[0])
+                self.left_out[f"{'' if missing[0].lost else 'a part of '}{kind_of(missing[0], given)}"] += 1
+
+    def _refuse(self, text: Text) -> None:
+        """Refuse the loss of words, calls or reasoning of a message, and of the name of a tool."""
+        path, words = text.path, " ".join(text.value.split())[:60]
+        if not text.lost:
+            return
+        if path[0] == "messages" and path[2] in ("content", "tool_calls", *REASONING):
+            named = path[2] == "tool_calls" and path[-1] == "name"
+            what = f"the call of {words!r}" if named else f"its {path[2]} {words!r}"
+        elif path[0] == "tools" and path[-2:] == ("function", "name"):
+            what = f"the tool {words!r}"
+        else:
+            return
+        raise RequestError(
+            f"{path[0]}[{path[1]}]: {self._template.origin} leaves out {what}; accepted is a template that writes "
+            "it, or data without it"
+        )
+
+
+def _is_reasoning(texts: Sequence[Text], given: Mapping[str, Any]) -> bool:
+    """Whether these are reasoning of an assistant, in a field of its own or as a part of the content."""
+    path = texts[0].path
+    if path[0] != "messages" or given["messages"][path[1]]["role"] != "assistant":
+        return False
+    return path[2] in REASONING or (path[2] == "content" and all(text.cut for text in texts))
+
+
+class _Row:
+    """A rendered conversation, encoded once, and the answers found in it."""
+
+    def __init__(self, template: ChatTemplate, given: dict[str, Any]) -> None:
+        self._template, self._given = template, given
+        tokenizer = template.tokenizer
+        self._blocks = template.chosen(given).generation
+        self.chat = template.chat_of(given, said=self._blocks)
+        self.ids = template.ids_of(self.chat)
+        self.first = template.first_of(self.ids)
+        self._weights = np.zeros(len(self.ids), np.float32)
+        self._answers: list[Answer] = []
+        self._stops = frozenset((*template.stop_tokens, *tokenizer.stop_ids))
+        self._controls = controls_in(tokenizer, self.chat, self.ids)
+
+    def add(self, at: int, whole: str, prompt: str | None, weight: float) -> bool:
+        """Take message `at` as an answer with loss; False where this row does not hold it as `whole` does.
+
+        `whole` is the rendered conversation up to that message, `prompt` what it is asked for with.
+        """
+        same = shared(self.chat.text, whole)
+        begin = None
+        if prompt is not None and len(prompt) <= same and whole.startswith(prompt):
+            begin = self._count(len(prompt))
+        look = self._in_blocks if self._blocks else self._behind_prompt
+        places, ended = look(at, len(whole), same, prompt, begin)
+        if not len(places):
+            return False
+        answer = Answer(int(places[0]), int(places[-1]) + 1, ended, begin is not None)
+        if self._answers and answer.stop > self._answers[0].start:
+            return False
+        self._weights[places] = weight
+        self._answers.insert(0, answer)
+        return True
+
+    def written(self) -> Written:
+        """Return the row up to the end of its last answer."""
+        first, stop = self.first, self._answers[-1].stop
+        moved = [one._replace(start=one.start - first, stop=one.stop - first) for one in self._answers]
+        return Written(self.ids[first:stop], self._weights[first:stop], moved)
+
+    def _behind_prompt(
+        self, at: int, length: int, same: int, prompt: str | None, begin: int | None
+    ) -> tuple[NDArray[np.int64], bool]:
+        """Return the tokens from where message `at` begins to the first token that ends a turn, or to the end."""
+        start = self._template.answer_start(self._given, at, self.chat, prompt)
+        if start is None or start > same:
+            return NONE, False
+        end, stop = next(self._ends(at, start), (length + 1, None))
+        ended = end <= length
+        if not ended:
+            end, stop = length, self._count(length) if same == length else None
+            if stop is None:
+                return NONE, False
+        if end > same:
+            return NONE, False
+        if begin is None or stop is None:
+            places = self._tokens_in([(start, end)])
+            if not len(places):
+                return NONE, False
+            begin = int(places[0]) if begin is None else begin
+            stop = int(places[-1]) + 1 if stop is None else stop
+        return np.arange(begin, stop), ended
+
+    def _ends(self, at: int, start: int) -> Iterator[tuple[int, int | None]]:
+        """Where turns end behind `start`: as characters, and as tokens where those are known."""
+        word, tokenizer = self._template.end_of_turn, self._template.tokenizer
+        if word is not None and tokenizer.token_to_id(word) not in tokenizer.special_ids:
+            # A word of the vocabulary that is no control token may stand in the answer itself.
+            start = max(start, self.chat.last_offset(at) or 0)
+            yield from ((end, None) for end in self._template.ends_in(self.chat, [word]) if end > start)
+            return
+        for _, end, token in self._controls:
+            if end > start and self.ids[token] in self._stops:
+                yield end, token + 1
+
+    def _in_blocks(
+        self, at: int, length: int, same: int, prompt: str | None, begin: int | None
+    ) -> tuple[NDArray[np.int64], bool]:
+        """Return the tokens in the template's blocks for message `at`, and one behind them that ends the turn."""
+        spans = [span for span in self.chat.spans if span[1] <= same]
+        if begin is None:
+            words = self.chat.first_offset(at)
+            spans = [span for span in spans if words is not None and span[1] > words] or spans[-1:]
+        else:
+            asked = len(prompt or "")
+            spans = [(max(start, asked), stop) for start, stop in spans if stop > asked]
+        places = self._tokens_in(spans)
+        ended = any(self.ids[one] in self._stops for one in places)
+        if not len(places) or ended:
+            return places, ended
+        stop = int(places[-1]) + 1
+        if stop < len(self.ids) and self.ids[stop] in self._stops:  # a block that leaves the end of turn out
+            return np.append(places, stop), True
+        return (places, False) if same == length else (NONE, False)
+
+    def _tokens_in(self, spans: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
+        """Return the tokens that stand for characters of these spans."""
+        inside = np.zeros(len(self.ids), np.bool_)
+        begins, ends = self._edges
+        for start, stop in self._places.moved(spans):
+            inside |= (begins < stop) & (ends > start)
+        return np.flatnonzero(inside)
+
+    @cached_property
+    def _places(self) -> TokenPlaces:
+        return TokenPlaces(self._template.tokenizer, self.ids, self.chat.text, self._template.origin)
+
+    @cached_property
+    def _edges(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        ranges = np.asarray(self._places.ranges, np.int64).reshape(-1, 2)
+        return ranges[:, 0], ranges[:, 1]
+
+    def _count(self, length: int) -> int | None:
+        """Return how many tokens the first `length` characters are when encoded alone, None if others than here.
+
+        What stands before a control token is encoded apart, so only what follows the last one is encoded again.
+        """
+        start, token = next(((a, t) for a, b, t in reversed(self._controls) if b <= length), (0, 0))
+        spans = [(max(a, start), min(b, length)) for a, b in self.chat.protected if b >= start and a <= length]
+        protected = [(a - start, b - start) for a, b in spans if a <= b]
+        tail = self._template.ids_of(Marked(self.chat.text[start:length], protected))
+        return token + len(tail) if self.ids[token : token + len(tail)] == tail else None
 
 
 def text_row(tokenizer: Tokenizer, text: str, weight: float) -> Written:
@@ -161,9 +301,3 @@ def _all_but_first(count: int, weight: float) -> NDArray[np.float32]:
     weights = np.full(count, weight, np.float32)
     weights[:1] = 0.0
     return weights
-
-
-def _last_run(mask: NDArray[np.bool_]) -> int:
-    """Where the last stretch of True begins, the length where there is none."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask]).astype(np.int8)) == 1)
-    return int(edges[-1]) if len(edges) else len(mask)

@@ -24,7 +24,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_
 from tqdm import tqdm
 
 from transom import __version__
-from transom.chat.template import DEFAULT, ChatTemplate
+from transom.chat.files import DEFAULT
+from transom.chat.template import ChatTemplate
 from transom.errors import RequestError, nearest, notice, require
 from transom.evaluation.answers import generated
 from transom.evaluation.bits import scored
@@ -116,19 +117,15 @@ class TransomLM(TemplateLM):
             return None
         if isinstance(chat_template, str):
             self.subject = replace(self.subject, chat_template=chat_template)
-        return self._template().sources[DEFAULT]
+        sources = self._template().sources
+        return sources.get(DEFAULT, next(iter(sources.values())))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation; without the head of an answer its last message is left open."""
-        text = self._template().render(chat_history, add_generation_prompt=add_generation_prompt)
+        template = self._template()
         if add_generation_prompt:
-            return text
-        said = chat_history[-1]["content"]
-        last = said if said in text else said.strip()  # some templates strip what they write
-        at = text.rfind(last)
-        if at < 0:
-            raise RequestError(f"{self._template().origin}: changes the last message, so it cannot be continued")
-        return text[: at + len(last)]
+            return template.render(chat_history)
+        return template.render(chat_history, continue_final_message=True)
 
     def _template(self) -> ChatTemplate:
         template = self.subject.template

@@ -9,8 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from transom.chat.files import stored_templates
 from transom.chat.fingerprint import warn_if_other
-from transom.chat.template import ChatTemplate, stored_templates
+from transom.chat.template import ChatTemplate
 from transom.checkpoints.fingerprint import fingerprint
 from transom.checkpoints.folders import Found, find_model, sha256_of
 from transom.checkpoints.load import load, open_tokenizer

@@ -14,7 +14,8 @@ import yaml
 from torch import Tensor
 
 from transom.args import ModelArgs
-from transom.chat.template import ChatTemplate, stored_templates
+from transom.chat.files import stored_templates
+from transom.chat.template import ChatTemplate
 from transom.checkpoints.folders import Found, holds_tokenizer
 from transom.checkpoints.load import open_tokenizer
 from transom.data.conversations import Example

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from transom.args import ModelArgs, RopeLayout
 from transom.chat import built_in
-from transom.chat.template import FILE
+from transom.chat.files import FILE
 from transom.checkpoints.convert import convert
 from transom.checkpoints.folders import CONFIG, Format, find_model, read_args, read_json
 from transom.checkpoints.load import load, open_state, outline, save, shapes_of

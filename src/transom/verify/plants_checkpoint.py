@@ -106,8 +106,8 @@ def double_bos_in_a_chat() -> Iterator[None]:
         return lambda self, chat: [self.tokenizer.bos_id, *original(self, chat)]
 
     with (
-        changed(ChatTemplate, "_ids", ids),
-        changed(ChatTemplate, "_first", lambda original: lambda self, found: 0),
+        changed(ChatTemplate, "ids_of", ids),
+        changed(ChatTemplate, "first_of", lambda original: lambda self, found: 0),
     ):
         yield
 

@@ -36,14 +36,15 @@ def masked_end_of_turn() -> AbstractContextManager[None]:
     """The token that ends an answer carries no loss, so that a model never learns to stop."""
 
     def make(original: Call) -> Call:
-        def answer(self: Turns, messages: Any, tools: Any) -> Any:
-            said = original(self, messages, tools)
-            said.mask[said.answer.stop - 1] &= not said.answer.ended
-            return said
+        def rows(self: Turns, messages: Any, tools: Any, weights: Any) -> list[Written]:
+            made: list[Written] = original(self, messages, tools, weights)
+            for row, answer in ((one, answer) for one in made for answer in one.answers if answer.ended):
+                row.weights[answer.stop - 1] = 0.0
+            return made
 
-        return answer
+        return rows
 
-    return changed(Turns, "_answer", make)
+    return changed(Turns, "rows", make)
 
 
 def masked_padding() -> AbstractContextManager[None]:
@@ -65,17 +66,20 @@ def turn_too_early() -> AbstractContextManager[None]:
     """A question carries the loss of its answer."""
 
     def make(original: Call) -> Call:
-        def answer(self: Turns, messages: Any, tools: Any) -> Any:
-            said = original(self, messages, tools)
-            before = messages[:-2]
-            begin = len(self._template.encode(before, tools, add_generation_prompt=False)) if before else 1
-            said.mask[:] = False
-            said.mask[begin : said.answer.start] = True
-            return said
+        def rows(self: Turns, messages: Any, tools: Any, weights: Any) -> list[Written]:
+            made: list[Written] = original(self, messages, tools, weights)
+            for row in made:
+                begin = 1
+                for answer in row.answers:
+                    weight = row.weights[answer.start]
+                    row.weights[answer.start : answer.stop] = 0.0
+                    row.weights[begin : answer.start] = weight
+                    begin = answer.stop
+            return made
 
-        return answer
+        return rows
 
-    return changed(Turns, "_answer", make)
+    return changed(Turns, "rows", make)
 
 
 def token_too_late() -> AbstractContextManager[None]:

@@ -12,7 +12,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from transom.chat.template import ChatTemplate, Message, stored_templates
+from transom.chat.files import stored_templates
+from transom.chat.template import ChatTemplate, Message
 from transom.checkpoints.load import load_tokenizer
 from transom.errors import RequestError, notice
 from transom.tokenizer import Tokenizer

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transom.chat.template import FILE, ChatTemplate
+from transom.chat.files import FILE
+from transom.chat.template import ChatTemplate
 from transom.data.batches import NO_TARGET
 from transom.data.conversations import Example, Message, recognise
 from transom.data.tuning_batches import TuningBatch, packed_batch, padded_batch

@@ -1,0 +1,72 @@
+"""Where folders keep their chat templates, and the tokens that templates write by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transom.errors import RequestError, notice, require
+from transom.paths import read_json, refuse_pointer
+from transom.tokenizers.folder import TEMPLATES
+
+FILE, CONFIG, OLD_FILE = "chat_template.jinja", "tokenizer_config.json", "chat_template.json"
+DEFAULT = "default"
+
+
+def stored_templates(folder: Path) -> tuple[str, dict[str, str]]:
+    """Return the file that a folder keeps its chat templates in, and those by name; none at all is an empty dict.
+
+    As in transformers, files of their own count alone where there is one, and a single one is called `default`.
+    """
+    config, file = folder / CONFIG, folder / FILE
+    in_config = _templates(read_json(config).get("chat_template"), config) if config.exists() else {}
+    files = {one.stem: one for one in sorted((folder / TEMPLATES).glob("*.jinja"))}
+    files |= {DEFAULT: file} if file.exists() else {}
+    if files:
+        found = {name: read_text(one) for name, one in files.items()}
+        if any(found.get(name) != source for name, source in in_config.items()):
+            notice(f"{folder}: template files and {CONFIG} hold different chat templates; the first is taken")
+        return str(file if file.exists() else folder / TEMPLATES), found
+    if in_config or not (folder / OLD_FILE).exists():
+        return str(config), in_config
+    return str(folder / OLD_FILE), _templates(read_json(folder / OLD_FILE).get("chat_template"), folder / OLD_FILE)
+
+
+def _templates(entry: Any, file: Path) -> dict[str, str]:
+    """Return templates by name from a text, an object of texts, or a list of `{"name": ..., "template": ...}`."""
+    if entry is None:
+        return {}
+    if isinstance(entry, dict):
+        entry = [{"name": name, "template": source} for name, source in entry.items()]
+    named = [{"name": DEFAULT, "template": entry}] if isinstance(entry, str) else entry
+    fits = isinstance(named, list) and all(
+        isinstance(one, dict) and isinstance(one.get("name"), str) and isinstance(one.get("template"), str)
+        for one in named
+    )
+    accepted = "accepted is a text, an object of texts by name, or a list of objects with a name and a template"
+    require(fits, f"{file}: chat_template", type(entry).__name__, accepted)
+    return {one["name"]: one["template"] for one in named}
+
+
+def variables_of(folder: Path) -> dict[str, str]:
+    """Tokens that tokenizer_config.json has names for (`image_token`), which templates write by these names."""
+    if not (folder / CONFIG).exists():
+        return {}
+    config = read_json(folder / CONFIG)
+    extra = config.get("extra_special_tokens")
+    named = {**config, **(extra if isinstance(extra, dict) else {})}
+    contents = {
+        name: entry.get("content") if isinstance(entry, dict) else entry
+        for name, entry in named.items()
+        if name.endswith("_token")
+    }
+    return {name: token for name, token in contents.items() if isinstance(token, str)}
+
+
+def read_text(file: Path) -> str:
+    """Return the text of a template file."""
+    refuse_pointer(file)
+    try:
+        return file.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise RequestError(f"{file}: accepted is text in UTF-8 ({error})") from None

@@ -1,5 +1,6 @@
 """Chat templates as models are published with them, and conversations for them."""
 
+# ruff: noqa: RUF001 - the bars of DeepSeek's control tokens are wide ones
 import json
 import logging
 from pathlib import Path
@@ -19,7 +20,8 @@ SPECIAL = (
     "[/TOOL_RESULTS]", "<|header_start|>", "<|header_end|>", "<|eot|>", "<|start|>", "<|message|>", "<|channel|>",
     "<|call|>", "<|return|>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>",
     "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>",
-    "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>",
+    "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>",
+    "<｜tool▁sep｜>",
 )  # fmt: skip
 
 

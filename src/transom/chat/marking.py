@@ -30,6 +30,7 @@ NAMING = ("role", "type")
 KEYS = (*NAMING, "id", "tool_call_id", "call_id", "required")
 # A word that no template looks for: none of those in angle brackets, square ones, or behind a slash.
 WORD = re.compile(r"(?<![\w<\[|/\\{])[^\W_]\w*(?![\w>\]|}])")
+CLOSED = re.compile(r"</\w+>\s*$")
 
 Path = tuple[str | int, ...]  # keys and numbers that lead to a text: ("messages", 0, "content")
 
@@ -192,15 +193,22 @@ class Marker:
         return "".join(pieces)
 
     def _places(self, value: str, path: Path) -> list[int]:
-        """Where marks stand: inside of the first and the last word that no template looks for, or at the end."""
+        """Where marks stand: inside of the first word that no template looks for, and at the end.
+
+        An end that is a closing tag, which templates look for, is left alone; the last word is marked instead.
+        """
         inside = self.texts is not None and path[:1] in (("messages",), ("tools",), ("documents",))
         if not inside or any(part in KEYS for part in path) or not value.strip():
             return []
         taken = [match.span() for match in self._words.finditer(value)]
         words = [
-            m.start() + 1 for m in WORD.finditer(value) if not any(a < m.end() and m.start() < b for a, b in taken)
+            match.start() + 1
+            for match in WORD.finditer(value)
+            if not any(start < match.end() and match.start() < stop for start, stop in taken)
         ]
-        return sorted({words[0], words[-1]}) if words else [len(value.rstrip())]
+        end = len(value.rstrip())
+        last = words[-1] if words and CLOSED.search(value) else end
+        return sorted({words[0] if words else last, last})
 
     def words_in(self, text: str) -> list[str]:
         """The control words that a text spells."""
@@ -211,7 +219,8 @@ class Marker:
 
     def strip(self, rendered: str) -> Marked:
         """The text without marks, and where they were."""
-        out, pieces, length, start = Marked(texts=self.texts), [], 0, 0
+        texts = None if self.texts is None else [Text(one.path, one.value, one.marks) for one in self.texts]
+        out, pieces, length, start = Marked(texts=texts), [], 0, 0
         opened: list[int] = []
         for found in self._found.finditer(rendered):
             pieces.append(rendered[start : found.start()])
@@ -221,8 +230,8 @@ class Marker:
                 pieces.append(found["word"])
                 out.protected.append((length, length + len(pieces[-1])))
                 length += len(pieces[-1])
-            elif kind == "text" and self.texts is not None:
-                text = self.texts[int(found["text"][:-1])]
+            elif kind == "text" and texts is not None:
+                text = texts[int(found["text"][:-1])]
                 text.written.add(int(found["text"][-1]))
                 text.offsets.append(length)
             elif kind == "said":

@@ -130,10 +130,12 @@ class CallForm:
     def fit(self, message: dict[str, Any]) -> None:
         """Change a message that calls tools into this form, in place."""
         calls = message.get("tool_calls")
-        if not isinstance(calls, list) or not calls or self.reads_none:
+        if not isinstance(calls, list) or not calls:
             return
         if "content" not in message and self.content is not MISSING:
             message["content"] = self.content
+        if self.reads_none:
+            return
         for call in calls:
             function = call.get("function", call) if isinstance(call, dict) else None
             if isinstance(function, dict) and "arguments" in function:
@@ -179,4 +181,4 @@ def call_form(render: Callable[[list[dict[str, Any]]], str]) -> CallForm:
         texts = _NAME in with_text and as_text in with_text
         if objects or texts:
             return CallForm(objects, texts, content)
-    return CallForm(reads_none=True)
+    return CallForm(content=MISSING if rendered({}, MISSING) else "", reads_none=True)

@@ -23,6 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
+from transom.chat.steps import steps_of
 from transom.errors import RequestError
 
 MAX_SECONDS = 10.0  # of one rendering; published templates take milliseconds
@@ -108,7 +109,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
     def __init__(self, marks: tuple[str, str] = ("", ""), now: datetime | None = None) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        self.marks, self.now = marks, now or datetime.now()
+        self.marks, self.now, self.step = marks, now or datetime.now(), ""
         self.deadline = time.monotonic() + MAX_SECONDS
         self.steps = self.characters = 0
         self._sizes: dict[int, tuple[Any, int]] = {}  # of containers by id, which are kept alive with it
@@ -121,7 +122,11 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         self.globals |= {"dict": _dict, "namespace": _Namespace}
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
-        """Python of the template, with the counting put in."""
+        """Python of the template, with the counting put in, and marks of steps where it writes in steps."""
+        steps = steps_of(source)
+        if steps is not None:
+            steps.loop.body.insert(0, nodes.Output([_method("stepped")]))
+            source.body.insert(source.body.index(steps.loop) + 1, nodes.Output([_method("stepped")]))
         return super()._generate(_Counting().visit(source), *args, **kwargs)
 
     # -- what a template may reach -------------------------------------------------------------------
@@ -156,6 +161,10 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         if self.characters > MAX_CHARACTERS:
             raise Exhausted(f"it writes more than {MAX_CHARACTERS:,} characters")
 
+    def stepped(self) -> str:
+        """The mark of a step: before what is written for a message, and behind the last of them."""
+        return self.step
+
     def generated(self, caller: Macro) -> str:
         """The body of a `generation` block between the marks."""
         return f"{self.marks[0]}{caller()}{self.marks[1]}"
@@ -189,11 +198,15 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
     def kept(self, value: Any) -> Any:
         """A new value, unless it is too large: a list of lists of one list is written, and compared, in full."""
-        self.size(value)
+        if isinstance(value, list | tuple | dict):
+            self.size(value)
         return value
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """`+`, `*`, `**` and `%`, their result measured before it is made."""
+        if operator == "+" and type(left) is str and type(right) is str:
+            self.tick(len(left) + len(right))
+            return left + right
         if isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
             if bits > MAX_NUMBER:
@@ -280,7 +293,9 @@ class Compiled:
             raise RequestError(f"{origin}: {len(source)} characters; accepted is a template of {MAX_SOURCE:,}")
         environment = ChatEnvironment()
         try:
-            self.names = frozenset(meta.find_undeclared_variables(environment.parse(source)))
+            parsed = environment.parse(source)
+            self.names = frozenset(meta.find_undeclared_variables(parsed))
+            self.steps = steps_of(parsed)
             self._code = environment.compile(source)
         except TemplateSyntaxError as error:
             raise RequestError(f"{origin}: line {error.lineno}: not a Jinja template ({error.message})") from None
@@ -288,10 +303,15 @@ class Compiled:
             raise RequestError(f"{origin}: not a Jinja template that can be compiled ({_words(error)})") from None
 
     def render(
-        self, variables: dict[str, Any], marks: tuple[str, str] = ("", ""), now: datetime | None = None
+        self,
+        variables: dict[str, Any],
+        marks: tuple[str, str] = ("", ""),
+        now: datetime | None = None,
+        step: str = "",
     ) -> str:
-        """The text for `variables` at a time, `marks` around what `{% generation %}` encloses."""
+        """The text for `variables` at a time, `marks` around what `{% generation %}` encloses, `step` at steps."""
         environment = ChatEnvironment(marks, now)
+        environment.step = step
         template = Template.from_code(environment, self._code, environment.make_globals(None))
         pieces: list[str] = []
         try:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from transom.chat import built_in
+from transom.chat.beginnings import Beginnings
 from transom.chat.files import DEFAULT, FILE, read_text, stored_templates, variables_of
 from transom.chat.marking import Marked, Marker, Marks, Text, TokenPlaces, kind_of, shared, strings, unprotected
 from transom.chat.messages import (
@@ -263,11 +264,14 @@ class ChatTemplate:
     def _answers(self, given: dict[str, Any], chat: Marked) -> list[tuple[int, int]]:
         """Where the answers stand: behind the prompt for each, up to the template's own end of the turn."""
         spans: list[tuple[int, int]] = []
+        beginnings = self.beginnings(given)
         ends = [] if self.end_of_turn is None else self.ends_in(chat, [self.end_of_turn])
         for at, message in enumerate(given["messages"]):
             if message["role"] != "assistant":
                 continue
-            start = self.answer_start(given, at, chat, self.prompt_of(given, at))
+            prompt = beginnings.prompt(at)
+            behind = prompt is not None and chat.text.startswith(prompt)
+            start = len(prompt or "") if behind else self.answer_start(given, at, chat)
             end = next((end for end in ends if start is not None and end > start), None)
             if start is None or end is None or (spans and spans[-1][1] > start):  # gpt-oss: another end
                 raise RequestError(
@@ -278,23 +282,16 @@ class ChatTemplate:
             spans.append((start, end))
         return spans
 
-    def prompt_of(self, given: Mapping[str, Any], at: int) -> str | None:
-        """Return the text that message number `at` is asked for with; None where it writes no such prompt."""
-        asked = {**given, "messages": given["messages"][:at], "add_generation_prompt": True}
-        try:
-            return self.text_of(asked) if at else None
-        except RequestError:  # some templates want a question in every conversation
-            return None
+    def beginnings(self, given: Mapping[str, Any]) -> Beginnings:
+        """Return what the conversation renders to when it ends after any of its messages."""
+        return Beginnings(self.chosen(given), {**self._variables, **given}, self.now)
 
-    def answer_start(self, given: Mapping[str, Any], at: int, chat: Marked, prompt: str | None) -> int | None:
-        """Return the first character of the answer that is message `at`; None where it cannot be told.
+    def answer_start(self, given: Mapping[str, Any], at: int, chat: Marked) -> int | None:
+        """Return the first character of message `at` in a chat that does not begin with the prompt for it, or None.
 
-        It stands behind its prompt. Where the chat does not begin with that (a prompt for a reasoning model may
-        end with `<think>`, and nothing asks for the message that begins a chat), it stands behind the last head of
-        an answer before its own words.
+        A prompt for a reasoning model may end with `<think>`, and nothing asks for the message that begins a chat.
+        The answer stands behind the last head of an answer before its own words.
         """
-        if prompt is not None and chat.text.startswith(prompt):
-            return len(prompt)
         begin, last = chat.first_offset(at), at + 1 == len(given["messages"])
         if begin is None:  # nothing of it is written, but its frame is
             begin = len(chat.text) if last else chat.first_offset(at + 1)
@@ -316,8 +313,10 @@ class ChatTemplate:
             whole = self.render([question, answer], add_generation_prompt=False)
         except RequestError:  # it accepts other conversations only
             return ""
-        start, stop = shared(asked, whole), shared(begun, whole)
-        return whole[start : min(stop, max(whole.find(PROBE), 0))]
+        start, stop = shared(asked, whole), min(shared(begun, whole), max(whole.find(PROBE), 0))
+        for begin, end in unprotected(Marked(whole), list(self.tokenizer.special_tokens)):
+            start, stop = (begin if begin < one < end else one for one in (start, stop))  # tokens stay whole
+        return whole[start:stop]
 
     def ends_in(self, chat: Marked, words: Sequence[str]) -> list[int]:
         """Return the ends of the places where the template itself writes one of these words."""

@@ -142,7 +142,7 @@ def encode_examples(
         left_out = encoder.turns.left_out
         counts.dropped_reasoning, counts.left_out = encoder.turns.dropped, left_out.total()
         if left_out:
-            kinds_left = ", ".join(f"{count:,} {kind}" for kind, count in sorted(left_out.items()))
+            kinds_left = ", ".join(f"{kind} ({count:,})" for kind, count in sorted(left_out.items()))
             notice(f"the chat template leaves out: {kinds_left}")
     require(len(labels) in (0, len(items)), "label", None, "accepted is one for every example, or for none")
     if not items and problems is None and not may_be_empty:

@@ -26,7 +26,6 @@ from transom.chat.template import ChatTemplate
 from transom.errors import RequestError, require
 from transom.tokenizer import Tokenizer
 
-NONE = np.zeros(0, np.int64)
 Tools = Sequence[Mapping[str, Any]] | None
 
 
@@ -48,6 +47,17 @@ class Written:
     answers: list[Answer]
 
 
+class _Found(NamedTuple):
+    """The tokens of an answer, if one that ends a turn is there, if those before are the prompt's."""
+
+    places: NDArray[np.int64]
+    ended: bool = False
+    like_prompt: bool = False
+
+
+NOT_FOUND = _Found(np.zeros(0, np.int64))
+
+
 class Turns:
     """Writes conversations with one template and tokenizer, and counts what the template leaves out."""
 
@@ -63,13 +73,13 @@ class Turns:
         """
         given = self._given(messages, tools)
         rows: list[_Row] = []
+        beginnings = self._template.beginnings(given)
         counted = [at for at, weight in enumerate(weights) if weight > 0]
         for at in reversed(counted):
-            talk = {**given, "messages": given["messages"][: at + 1]}
-            whole, prompt = self._template.text_of(talk), self._template.prompt_of(given, at)
+            whole, prompt = beginnings.whole(at + 1), beginnings.prompt(at)
             if any(row.add(at, whole, prompt, weights[at]) for row in rows):
                 continue
-            rows.append(_Row(self._template, talk))
+            rows.append(_Row(self._template, {**given, "messages": given["messages"][: at + 1]}))
             if not rows[-1].add(at, whole, prompt, weights[at]):
                 self._count_left_out(given, rows[-1:], [at])  # a better reason, if there is one
                 raise RequestError(
@@ -161,14 +171,12 @@ class _Row:
         `whole` is the rendered conversation up to that message, `prompt` what it is asked for with.
         """
         same = shared(self.chat.text, whole)
-        begin = None
-        if prompt is not None and len(prompt) <= same and whole.startswith(prompt):
-            begin = self._count(len(prompt))
+        asked = len(prompt) if prompt is not None and whole.startswith(prompt) and len(prompt) <= same else None
         look = self._in_blocks if self._blocks else self._behind_prompt
-        places, ended = look(at, len(whole), same, prompt, begin)
+        places, ended, like_prompt = look(at, len(whole), same, asked)
         if not len(places):
             return False
-        answer = Answer(int(places[0]), int(places[-1]) + 1, ended, begin is not None)
+        answer = Answer(int(places[0]), int(places[-1]) + 1, ended, like_prompt)
         if self._answers and answer.stop > self._answers[0].start:
             return False
         self._weights[places] = weight
@@ -181,28 +189,27 @@ class _Row:
         moved = [one._replace(start=one.start - first, stop=one.stop - first) for one in self._answers]
         return Written(self.ids[first:stop], self._weights[first:stop], moved)
 
-    def _behind_prompt(
-        self, at: int, length: int, same: int, prompt: str | None, begin: int | None
-    ) -> tuple[NDArray[np.int64], bool]:
+    def _behind_prompt(self, at: int, length: int, same: int, asked: int | None) -> _Found:
         """Return the tokens from where message `at` begins to the first token that ends a turn, or to the end."""
-        start = self._template.answer_start(self._given, at, self.chat, prompt)
+        start = self._template.answer_start(self._given, at, self.chat) if asked is None else asked
         if start is None or start > same:
-            return NONE, False
+            return NOT_FOUND
         end, stop = next(self._ends(at, start), (length + 1, None))
         ended = end <= length
         if not ended:
-            end, stop = length, self._count(length) if same == length else None
-            if stop is None:
-                return NONE, False
-        if end > same:
-            return NONE, False
+            end = length
+            stop = self._count(length) if same == length else None
+        if end > same or (not ended and stop is None):
+            return NOT_FOUND
+        begin = None if asked is None else self._count(asked)
+        like_prompt = begin is not None
         if begin is None or stop is None:
             places = self._tokens_in([(start, end)])
             if not len(places):
-                return NONE, False
+                return NOT_FOUND
             begin = int(places[0]) if begin is None else begin
             stop = int(places[-1]) + 1 if stop is None else stop
-        return np.arange(begin, stop), ended
+        return _Found(np.arange(begin, stop), ended, like_prompt)
 
     def _ends(self, at: int, start: int) -> Iterator[tuple[int, int | None]]:
         """Where turns end behind `start`: as characters, and as tokens where those are known."""
@@ -216,25 +223,23 @@ class _Row:
             if end > start and self.ids[token] in self._stops:
                 yield end, token + 1
 
-    def _in_blocks(
-        self, at: int, length: int, same: int, prompt: str | None, begin: int | None
-    ) -> tuple[NDArray[np.int64], bool]:
+    def _in_blocks(self, at: int, length: int, same: int, asked: int | None) -> _Found:
         """Return the tokens in the template's blocks for message `at`, and one behind them that ends the turn."""
-        spans = [span for span in self.chat.spans if span[1] <= same]
+        spans = [span for span in self.chat.spans if span[1] <= same and (asked is None or span[1] > asked)]
+        begin = self._count(asked) if spans and asked is not None else None
         if begin is None:
             words = self.chat.first_offset(at)
             spans = [span for span in spans if words is not None and span[1] > words] or spans[-1:]
         else:
-            asked = len(prompt or "")
-            spans = [(max(start, asked), stop) for start, stop in spans if stop > asked]
+            spans = [(max(start, asked or 0), stop) for start, stop in spans]
         places = self._tokens_in(spans)
         ended = any(self.ids[one] in self._stops for one in places)
-        if not len(places) or ended:
-            return places, ended
+        if not len(places):
+            return NOT_FOUND
         stop = int(places[-1]) + 1
-        if stop < len(self.ids) and self.ids[stop] in self._stops:  # a block that leaves the end of turn out
-            return np.append(places, stop), True
-        return (places, False) if same == length else (NONE, False)
+        if not ended and stop < len(self.ids) and self.ids[stop] in self._stops:
+            places, ended = np.append(places, stop), True  # a block that leaves the end of turn out
+        return _Found(places, ended, begin is not None) if ended or same == length else NOT_FOUND
 
     def _tokens_in(self, spans: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
         """Return the tokens that stand for characters of these spans."""

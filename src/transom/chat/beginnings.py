@@ -1,0 +1,69 @@
+"""What a conversation renders to when it ends earlier, and what its answers are asked for with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from transom.chat.marking import Marks, strings
+from transom.chat.sandbox import Compiled
+from transom.errors import RequestError
+
+
+class Beginnings:
+    """The texts of the first messages of a conversation; two renderings give all where a template writes in steps.
+
+    Any other template renders every beginning by itself.
+    """
+
+    def __init__(self, compiled: Compiled, variables: Mapping[str, Any], now: datetime | None) -> None:
+        self._compiled, self._variables = compiled, dict(variables)
+        self._now = now or datetime.now()
+        self._messages = self._variables["messages"]
+        self._edges: list[int] = []  # where each step begins, and where the last one ends
+        self._text = self._end = self._head = ""
+        if compiled.steps is not None and len(self._messages) > 1:
+            self._render_steps()
+
+    def _render_steps(self) -> None:
+        mark = Marks.unused_in([self._compiled.source, *strings(self._variables)]).tag
+        try:
+            asked, whole = (
+                self._compiled.render(
+                    {**self._variables, "add_generation_prompt": prompt}, now=self._now, step=mark
+                ).split(mark)
+                for prompt in (True, False)
+            )
+        except RequestError:  # it refuses the whole, and may accept a beginning
+            return
+        if len(whole) != len(self._messages) + 2 or asked[:-1] != whole[:-1]:
+            return
+        length = 0
+        for piece in whole[:-1]:
+            length += len(piece)
+            self._edges.append(length)
+        self._text, self._end, self._head = "".join(whole[:-1]), whole[-1], asked[-1]
+
+    def whole(self, count: int) -> str:
+        """Return the text of the first `count` messages."""
+        if self._known(count):
+            return self._text[: self._edges[count]] + self._end
+        return self._render(count, False)
+
+    def prompt(self, count: int) -> str | None:
+        """Return what asks for an answer to the first `count` messages; None where nothing is written for it."""
+        if count and self._known(count):
+            return self._text[: self._edges[count]] + self._head
+        try:
+            return self._render(count, True) if count else None
+        except RequestError:  # some templates want a question in every conversation
+            return None
+
+    def _known(self, count: int) -> bool:
+        steps = self._compiled.steps
+        return bool(self._edges) and steps is not None and count >= steps.reads
+
+    def _render(self, count: int, prompt: bool) -> str:
+        talk = {**self._variables, "messages": self._messages[:count], "add_generation_prompt": prompt}
+        return self._compiled.render(talk, now=self._now)

@@ -148,3 +148,35 @@ def test_a_single_document_is_cut_at_a_line(tmp_path):
     assert head.text + tail.text == text
     assert tail.text.startswith("line 9")
     assert (held_out(head.id, 0.1), held_out(tail.id, 0.1)) == (False, True)
+
+
+def own_folders(root):
+    """A text, and below it a run with a step, a cache of tokens, and a folder that is neither."""
+    texts = {
+        "a.txt": "a",
+        "runs/x/config.yaml": "steps: 3",
+        "runs/x/run.json": "{}",
+        "runs/x/step_000003/config.json": "{}",
+        "cache/0123/meta.json": "{}",
+        "cache/0123/train.tokens": "tokens",
+        "project/config.yaml": "a: 1",
+    }
+    for name, text in texts.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+@pytest.mark.parametrize("pattern", ["", "/**"])
+def test_folders_that_a_run_writes_are_no_sources_and_counted(tmp_path, pattern):
+    own_folders(tmp_path)
+    report = ReadReport()
+    found = [document.id for document in read_documents(SourceArgs(f"{tmp_path}{pattern}"), report)]
+    assert found == ["a.txt", "project/config.yaml"]
+    assert report.skipped_own == 2
+    assert "2 folders of runs or of cached tokens left out" in report.counts()
+
+
+def test_a_run_that_is_named_itself_is_read(tmp_path):
+    own_folders(tmp_path)
+    found = [document.id for document in read_documents(SourceArgs(str(tmp_path / "runs" / "x")))]
+    assert "config.yaml" in found

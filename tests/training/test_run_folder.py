@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.training.runs import tiny_args, tiny_config
+from tests.training.runs import tiny_args, tiny_config, write_corpus
 from tests.training.tuning import base_folder, chats, tune_args
 from transom.checkpoints import folders
 from transom.checkpoints.load import load, save
@@ -16,6 +16,7 @@ from transom.cli.main import main
 from transom.errors import RequestError, WorkError
 from transom.fields import read
 from transom.training.config import TrainArgs, read_config
+from transom.training.report import write_report
 from transom.training.setup import open_run
 
 
@@ -200,6 +201,34 @@ def test_resume_refuses_changed_text(finished):
     (finished / "corpus" / "00.txt").write_text("something else")
     with pytest.raises(RequestError, match="has changed"):
         open_run(args, resume=True, quiet=True)
+
+
+def test_a_run_below_its_own_sources_is_none_of_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_corpus(tmp_path / "corpus"))
+    data = {**tiny_config(tmp_path)["data"], "sources": ".", "cache_dir": "cache"}
+    for out in ("runs/first", "runs/second"):
+        first = open_run(tiny_args(tmp_path, f"out={out}", "steps=4", data=data), quiet=True)
+        first.fit()
+    write_report(Path("runs/second"))
+    again = open_run(tiny_args(tmp_path, "out=runs/second", "steps=4", data=data), resume=True, quiet=True)
+    assert again.data_hashes == first.data_hashes
+
+
+def test_resume_names_the_source_that_has_changed(tmp_path):
+    base = base_folder(tmp_path / "model")
+    paths = [chats(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
+    args = tune_args(tmp_path, base, paths[0], f"data.sources=[{paths[0]}, {paths[1]}]", "steps=2")
+    open_run(args, quiet=True).fit()
+    paths[1].write_text(paths[1].read_text().replace("Paris", "Lyon"))
+    with pytest.raises(RequestError, match=r"b\.jsonl has changed") as told:
+        open_run(args, resume=True, quiet=True)
+    assert "a.jsonl" not in str(told.value)
+
+
+def test_two_sources_of_one_name_are_refused(tmp_path):
+    data = {**tiny_config(tmp_path)["data"], "sources": [{"path": "a", "name": "x"}, {"path": "b", "name": "x"}]}
+    with pytest.raises(RequestError, match=r"data\.sources = 'x'"):
+        open_run(tiny_args(tmp_path, data=data), quiet=True)
 
 
 def test_unfinished_checkpoints_are_removed(finished):

@@ -150,7 +150,7 @@ REFUSED = {
     "a target that fits nothing": (chats, [], {"lora": {"targets": ["wz"]}}, "'wz' fits no weight"),
     "a rank beyond the matrix": (chats, [], {"lora": {"rank": 33}}, "rank = 33"),
     "rows longer than the model": (chats, ["data.seq_len=300"], {}, "model.max_seq_len = 256"),
-    "a set given twice": (chats, ["data.sources=[a.jsonl, a.jsonl]"], {}, "every set once"),
+    "a set given twice": (chats, ["data.sources=[a.jsonl, a.jsonl]"], {}, r"data\.sources = "),
     "a strength of nothing": (chats, [], {"beta": 0.3}, "beta = 0.3: accepted with objective = dpo"),
     "a router that is not there": (chats, [], {"train_router": True}, "mixture of experts"),
 }

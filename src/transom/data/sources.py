@@ -66,6 +66,7 @@ class ReadReport:
     skipped_encoding: int = 0  # not UTF-8
     skipped_hidden: int = 0  # files and whole folders whose name begins with a dot
     skipped_links: int = 0  # links to folders, broken links, sockets and devices
+    skipped_own: int = 0  # whole folders that Transom wrote: runs, and caches of tokens
     excluded: int = 0  # by `include` and `exclude`
     json_without_rows: int = 0  # .json files without rows of text, which are read as plain text, like code
 
@@ -80,6 +81,7 @@ _COUNTED = {
     "skipped_encoding": "files left out that are not UTF-8",
     "skipped_hidden": "hidden files or folders left out",
     "skipped_links": "links to folders and special files left out",
+    "skipped_own": "folders of runs or of cached tokens left out",
     "excluded": "files left out by include and exclude",
     "json_without_rows": ".json files without rows read as plain text",
 }
@@ -164,7 +166,7 @@ def _list_files(source: SourceArgs, report: ReadReport) -> list[_File]:
     elif path.is_dir():
         found = list(_walk(path, report))
     elif glob.has_magic(source.path):
-        found = list(_match(str(path)))
+        found = list(_match(str(path), report))
     else:
         raise RequestError(f"path = {source.path!r}: not found, accepted is a file, a folder or a glob")
     kept = [file for file in found if _selected(file.id, source)]
@@ -182,6 +184,9 @@ def _walk(root: Path, report: ReadReport) -> Iterator[_File]:
             report.skipped_hidden += 1
             subfolders.remove(name)
         report.skipped_links += sum((here / name).is_symlink() for name in subfolders)  # os.walk stays out
+        for name in [name for name in subfolders if is_own_folder(here / name)]:
+            report.skipped_own += 1
+            subfolders.remove(name)
         for name in names:
             path = here / name
             if name.startswith("."):
@@ -192,7 +197,15 @@ def _walk(root: Path, report: ReadReport) -> Iterator[_File]:
                 yield _File(path, path.relative_to(root).as_posix(), named=False)
 
 
-def _match(pattern: str) -> Iterator[_File]:
+def is_own_folder(folder: Path) -> bool:
+    """Whether Transom wrote a folder: a run, whose files change while it trains, or the tokens of a source."""
+    return any(all((folder / name).is_file() for name in names) for names in _OWN_FOLDERS)
+
+
+_OWN_FOLDERS = (("config.yaml", "run.json"), ("meta.json", "train.tokens"))
+
+
+def _match(pattern: str, report: ReadReport) -> Iterator[_File]:
     """Files that a glob matches; like the shell's, it passes over hidden ones unless it spells the dot.
 
     Folders are passed over too: `**` matches every one of them.
@@ -201,10 +214,16 @@ def _match(pattern: str) -> Iterator[_File]:
     plain = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     root = Path(*parts[:plain])
     # Not Path.glob, whose * matches hidden files. A set, as two ** in one pattern match a file twice.
+    own: dict[Path, bool] = {}
     for name in set(glob.glob(pattern, recursive=True)):  # noqa: PTH207
         path = Path(name)
-        if path.is_file():
+        if not path.is_file():
+            continue
+        inside = [folder for folder in path.parents if folder.is_relative_to(root) and folder != root]
+        own.update({folder: is_own_folder(folder) for folder in inside if folder not in own})
+        if not any(own[folder] for folder in inside):
             yield _File(path, path.relative_to(root).as_posix(), named=False)
+    report.skipped_own += sum(own.values())
 
 
 def _selected(id: str, source: SourceArgs) -> bool:

@@ -70,7 +70,13 @@ class DataArgs:
         """The sources as `SourceArgs`, at least one."""
         given = (self.sources,) if isinstance(self.sources, str) else self.sources
         require(len(given) > 0, "data.sources", list(given), "accepted is at least one file, folder or glob")
-        return [read(SourceArgs, {"path": one}, "data.sources") if isinstance(one, str) else one for one in given]
+        sources = [
+            read(SourceArgs, {"path": one}, "data.sources") if isinstance(one, str) else one for one in given
+        ]
+        labels = [source.label for source in sources]
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        require(twice is None, "data.sources", twice, "there twice; accepted is one entry for each name or path")
+        return sources
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from transom.planning.counts import parameters
 from transom.runtime import DTYPES, machine
 from transom.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
+from transom.training.run_data import TOKENS
 from transom.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ def check_same_data(run: Path, data: Mapping[str, str], tokenizer: Tokenizer) ->
     before = facts["data"]
     changed = [name for name in {**before, **data} if before.get(name) != data.get(name)]
     if changed:
+        changed = [name for name in changed if name != TOKENS] or changed  # they change with every source
         raise RequestError(f"{run}: {', '.join(changed)} has changed since the run began; start a new run")
     if facts["tokenizer"] != tokenizer.hash:
         raise RequestError(f"{run}: the tokenizer of its latest step is not the one it began with")

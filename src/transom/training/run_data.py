@@ -20,11 +20,13 @@ from transom.data.labelled import (
 )
 from transom.data.shards import Corpus, TokenFile, prepare
 from transom.data.sources import SourceArgs, require_whole
-from transom.errors import RequestError, notice, require
+from transom.errors import notice, require
 from transom.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
 from transom.training.defaults import head_rows
 from transom.training.objectives import RunBatches
+
+TOKENS = "the tokens of the rows"  # among hashes: it changes with a source, with the chat template, with the cut
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,6 @@ def open_corpora(args: TrainArgs, tokenizer: Tokenizer, *, quiet: bool) -> dict[
         corpus = prepare(
             source, tokenizer, args.data.cache_dir, held_out_fraction=args.data.held_out, progress=not quiet
         )
-        if source.label in out:
-            raise RequestError(f"data.sources: {source.label!r} twice; accepted is one entry each, with a weight")
         out[source.label] = corpus
         if not quiet:
             notice(describe_corpus(source, corpus))

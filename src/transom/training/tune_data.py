@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from transom.training.defaults import RowChoice, require_comparable, tune_rows
 from transom.training.objectives import RunBatches
 from transom.training.rewards import Reward, open_reward
 from transom.training.rollouts import QuestionBatches, encode_questions
-from transom.training.run_data import RunData
+from transom.training.run_data import TOKENS, RunData
 from transom.training.subject import Share
 from transom.training.tune_args import TuneArgs, require_kinds
 
@@ -59,10 +59,11 @@ def open_tune_data(
     share: Share,
 ) -> TuneData:
     """Rows of every source, their counts said; what cannot be learnt from in this way is a `RequestError`."""
-    train, measured = read_all(args, tune)
+    train, measured, hashes = read_all(args, tune)
     template = template_for([*train, *measured], tokenizer, template)
     if tune.objective == "grpo":
-        return _questions(args, tune, train, measured, tokenizer, template, base, share)
+        data = _questions(args, tune, train, measured, tokenizer, template, base, share)
+        return replace(data, hashes={**hashes, **data.hashes})
     encode = partial(
         encode_examples,
         tokenizer=tokenizer,
@@ -104,7 +105,7 @@ def open_tune_data(
             notice(
                 f"{rows.counts.without_end} answers do not teach where to stop: `transom data check` names reasons"
             )
-    hashes = {source.label: _hash(rows, held) for source in args.data.source_list}
+    hashes = {**hashes, TOKENS: _hash(rows, held)}
     kept = list(held_batches(held)) if held else []
     ends = stop_tokens_of(base, tokenizer, template)
     return TuneData(batches, choice, hashes, template, rows, kept, stop_tokens=ends)
@@ -139,11 +140,10 @@ def _questions(
         rank=share.rank,
         world_size=share.world_size,
     )
-    hashes = {source.label: asked.hash + held.hash for source in args.data.source_list}
     return TuneData(
         batches,
         choice,
-        {**hashes, "the reward": reward.hash},
+        {TOKENS: asked.hash + held.hash, "the reward": reward.hash},
         template,
         held_out=held.rows,
         reward=reward,
@@ -151,18 +151,30 @@ def _questions(
     )
 
 
-def read_all(args: TrainArgs, tune: TuneArgs) -> tuple[list[Example], list[Example]]:
-    """(examples to train on, examples to measure with) of all sources, of kinds that the objective learns from."""
+def read_all(args: TrainArgs, tune: TuneArgs) -> tuple[list[Example], list[Example], dict[str, str]]:
+    """Return examples to train on and to measure with, and a hash of each source."""
     train: list[Example] = []
     measured: list[Example] = []
+    hashes: dict[str, str] = {}
     paths = [source.path for source in args.data.source_list]
     require(len(set(paths)) == len(paths), "data.sources", paths, "accepted is every set once")
     for source in args.data.source_list:
         require_whole(source, "fine-tuning")
         one, other = read_splits(source.path, args.data.held_out)
         train, measured = train + one, measured + other
+        hashes[source.label] = _hash_examples(one, other)
     require_kinds((*train, *measured), tune.objective)
-    return train, measured
+    return train, measured, hashes
+
+
+def _hash_examples(*parts: Sequence[Example]) -> str:
+    """Return the SHA-256 in hex of examples as they were read."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(len(part).to_bytes(8, "little"))
+        for example in part:
+            whole.update(repr(example).encode(errors="surrogatepass"))
+    return whole.hexdigest()
 
 
 def held_batches(rows: EncodedRows) -> Iterator[TuningBatch]:

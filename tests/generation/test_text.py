@@ -130,3 +130,10 @@ def test_kept_control_tokens_are_in_the_pieces_and_not_in_the_text(says, tokeniz
         stream = says([97, bos, 98, eos], stop_tokens=[eos], kept=kept)
         assert "".join(piece for (piece,) in stream) == shown
         assert stream.completions == [Completion("ab", [97, bos, 98, eos], "stop")]
+
+
+def test_run_returns_texts_with_the_control_tokens_that_are_kept(says, tokenizer):
+    ids = [97, tokenizer.bos_id, 98, tokenizer.eos_id]
+    for kept, text in (([tokenizer.bos_id], "a<|begin_of_text|>b"), ((), "ab")):
+        stream = says(ids, stop_tokens=[tokenizer.eos_id], kept=kept)
+        assert stream.run() == [Completion(text, ids, "stop")]

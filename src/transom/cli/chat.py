@@ -103,7 +103,8 @@ def run(options: argparse.Namespace) -> int:
         show_special=options.show_special,
     )
     room = room_of(model, options.max_model_len)
-    chat = Chat(Session(model, tokenizer, framing, args, room, markers), options.system)
+    session = Session(model, tokenizer, framing, args, room, markers, when_full="/reset begins anew")
+    chat = Chat(session, options.system)
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - importing it gives `input` line editing

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,8 +121,4 @@ def generated(
             stop_tokens=stop_tokens,
             kept=kept,
         )
-        said = [""] * len(batch)
-        for pieces in texts:
-            said = [text + piece for text, piece in zip(said, pieces, strict=True)]
-        for index, completion, text in zip(batch, texts.completions, said, strict=True):
-            yield index, replace(completion, text=text)
+        yield from zip(batch, texts.run(), strict=True)

@@ -176,10 +176,11 @@ class Session:
         args: AnswerArgs,
         room: int,
         markers: Markers | None = None,
+        when_full: str = "accepted is a new conversation",
     ) -> None:
-        """`room` is the number of tokens that the conversation may grow to."""
+        """`room` is the number of tokens that the conversation may grow to, `when_full` the advice then."""
         self.model, self.tokenizer, self.framing, self.args = model, tokenizer, framing, args
-        self.room, self.markers = room, markers
+        self.room, self.markers, self.when_full = room, markers, when_full
         self.cache = model.make_cache(1, room)
         self.held: list[int] = []  # the ids that the cache holds
         self.turns = 0
@@ -222,7 +223,7 @@ class Session:
     @property
     def full(self) -> str:
         """The sentence for a context without room."""
-        return f"the context of {self.room} tokens is full; /reset begins anew"
+        return f"the context of {self.room} tokens is full; {self.when_full}"
 
     def _hold_only(self, ids: list[int]) -> None:
         """Make the cache hold a beginning of `ids`, and leave at least one to run.

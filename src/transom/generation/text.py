@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
@@ -42,6 +42,13 @@ class TextStream:
             yield ["" if id is None else row.push(id) for row, id in zip(self._rows, ids, strict=True)]
             if all(row.completion.finish_reason for row in self._rows):
                 return
+
+    def run(self) -> list[Completion]:
+        """Return all completions when they are done, with the control tokens that are kept in their texts."""
+        shown = [""] * len(self._rows)
+        for pieces in self:
+            shown = [text + piece for text, piece in zip(shown, pieces, strict=True)]
+        return [replace(one, text=text) for one, text in zip(self.completions, shown, strict=True)]
 
 
 def stream_text(
@@ -99,9 +106,7 @@ def complete(
     texts = stream_text(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=stop_tokens
     )
-    for _ in texts:
-        pass
-    return texts.completions
+    return texts.run()
 
 
 def encode_prompts(

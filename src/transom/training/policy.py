@@ -16,6 +16,7 @@ from torch import Tensor
 
 from transom.adapt.lora import carriers
 from transom.cache.model_cache import ModelCache
+from transom.chat.reasoning import marker_ids
 from transom.data.batches import NO_TARGET
 from transom.errors import RequestError, notice, require
 from transom.evaluation.answers import CACHE_TOKENS
@@ -98,10 +99,10 @@ def draw_answers(
                 stop_tokens=stop_tokens,
                 cache=_shared_cache(model, rows, answer_tokens),
                 log_probs=steps,
+                kept=marker_ids(tokenizer),  # a reward that reads them can tell reasoning from answer
             )
-            for _ in texts:
-                pass
-        for index, done, log_probs in zip(chosen, texts.completions, torch.stack(steps, 1).tolist(), strict=True):
+            said = texts.run()
+        for index, done, log_probs in zip(chosen, said, torch.stack(steps, 1).tolist(), strict=True):
             drawn[index] = Drawn(done, log_probs[: len(done.tokens)])
     return [drawn[index] for index in range(len(prompts))]
 

@@ -18,7 +18,13 @@ class WorkError(RuntimeError):
 def require(condition: bool, field: str, value: object, accepted: str) -> None:
     """Raise `RequestError` naming the field, its value and what is accepted, unless `condition`."""
     if not condition:
-        raise RequestError(f"{field} = {value!r}: {accepted}")
+        raise RequestError(f"{field} = {short_repr(value)}: {accepted}")
+
+
+def short_repr(value: object, most: int = 200) -> str:
+    """Return `repr(value)`, without its middle where it is longer than `most` characters."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 43]}...{text[-40:]}"
 
 
 _printed: set[str] = set()

@@ -114,7 +114,7 @@ def _messages(row: Mapping[str, Any]) -> dict[str, Any]:
 def _sharegpt(row: Mapping[str, Any]) -> dict[str, Any]:
     turns = row["conversations"]
     accepted = "accepted is a list of objects with from and value"
-    require(isinstance(turns, list) and len(turns) > 0, "conversations", _short(turns), accepted)
+    require(isinstance(turns, list) and len(turns) > 0, "conversations", turns, accepted)
     system = [{"role": "system", "content": row["system"]}] if row.get("system") is not None else []
     said = [_sharegpt_turn(turn, f"conversations[{at}]") for at, turn in enumerate(turns)]
     messages = messages_of([*system, *said], "conversations")
@@ -158,7 +158,7 @@ def _pair(row: Mapping[str, Any]) -> dict[str, Any]:
     names = ("chosen", "rejected")
     answers = {name: [row[name]] if isinstance(row[name], dict) else row[name] for name in names}
     chosen, rejected = answers["chosen"], answers["rejected"]
-    require(chosen != rejected, "rejected", _short(rejected), "the same as chosen; accepted is another answer")
+    require(chosen != rejected, "rejected", rejected, "the same as chosen; accepted is another answer")
     prompt, cut = row.get("prompt"), 0
     if isinstance(chosen, list) and isinstance(rejected, list):
         shared = chosen[: _shared(chosen, rejected)]
@@ -236,12 +236,12 @@ FORMATS = (
 def messages_of(value: Any, name: str) -> Messages:
     """Messages as plain data: contents are text or lists of parts, arguments of tool calls are objects or JSON."""
     accepted = "accepted is a list of one message or more"
-    require(isinstance(value, list) and len(value) > 0, name, _short(value), accepted)
+    require(isinstance(value, list) and len(value) > 0, name, value, accepted)
     return tuple(_message(one, f"{name}[{at}]") for at, one in enumerate(value))
 
 
 def _message(value: Any, name: str) -> Message:
-    require(isinstance(value, dict), name, _short(value), "accepted is an object with a role and a content")
+    require(isinstance(value, dict), name, value, "accepted is an object with a role and a content")
     role, said = value.get("role"), value.get("role") == "assistant"
     require(role in ROLES, f"{name}.role", role, f"accepted is one of {', '.join(ROLES)}")
     out = {key: one for key, one in value.items() if one is not None}
@@ -251,7 +251,7 @@ def _message(value: Any, name: str) -> Message:
     if "tool_calls" in out:
         calls = out["tool_calls"]
         fits = said and isinstance(calls, list)
-        require(fits, f"{name}.tool_calls", _short(calls), "accepted is a list, in messages of the assistant")
+        require(fits, f"{name}.tool_calls", calls, "accepted is a list, in messages of the assistant")
         out["tool_calls"] = [_call(call, f"{name}.tool_calls[{at}]") for at, call in enumerate(calls)]
         if not out["tool_calls"]:
             del out["tool_calls"]
@@ -259,7 +259,7 @@ def _message(value: Any, name: str) -> Message:
     if content is None and "tool_calls" in out:
         return out  # each template has its own way to write that nothing is said
     fits = isinstance(content, str) or (isinstance(content, list) and all(isinstance(one, dict) for one in content))
-    require(fits, f"{name}.content", _short(content), "accepted is text")
+    require(fits, f"{name}.content", content, "accepted is text")
     out["content"] = content
     empty = not content.strip() if isinstance(content, str) else not content
     say = "this answer is empty; accepted is text, or tool_calls"
@@ -274,7 +274,7 @@ def _call(call: Any, name: str) -> Any:
     """
     function = call.get("function") if isinstance(call, dict) else None
     fits = isinstance(function, dict) and isinstance(function.get("name"), str)
-    require(fits, name, _short(call), "accepted is an object with a function, and that with a name and arguments")
+    require(fits, name, call, "accepted is an object with a function, and that with a name and arguments")
     given = function.get("arguments")  # type: ignore[union-attr]
     arguments = {} if given is None or given == "" else given
     parsed = arguments
@@ -284,7 +284,7 @@ def _call(call: Any, name: str) -> Any:
         except ValueError:
             parsed = None
     accepted = "accepted is an object, or one as JSON"
-    require(isinstance(parsed, dict), f"{name}.function.arguments", _short(given), accepted)
+    require(isinstance(parsed, dict), f"{name}.function.arguments", given, accepted)
     return {**call, "function": {**function, "arguments": arguments}}  # type: ignore[dict-item]
 
 
@@ -316,7 +316,7 @@ def _prompt_and_answers(row: Mapping[str, Any], prompt: Any, answers: Mapping[st
 
 def _text(value: Any, name: str) -> str:
     fits = isinstance(value, str) and bool(value.strip())
-    require(fits, name, _short(value), "accepted is text that is not empty")
+    require(fits, name, value, "accepted is text that is not empty")
     return str(value)
 
 
@@ -329,7 +329,7 @@ def _tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
         except ValueError:
             tools = given
     fits = tools is None or (isinstance(tools, list) and all(isinstance(one, dict) for one in tools))
-    require(fits, "tools", _short(given), "accepted is a list of objects, or one as JSON")
+    require(fits, "tools", given, "accepted is a list of objects, or one as JSON")
     return tuple(tools) if tools else None
 
 
@@ -343,9 +343,3 @@ def _weight(row: Mapping[str, Any], key: str, name: str = "weight") -> float:
 
 def _reference(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: row[key] for key in REFERENCES if row.get(key) is not None}
-
-
-def _short(value: Any) -> Any:
-    """A value as a sentence can show it."""
-    text = repr(value)
-    return value if len(text) <= 80 else f"{text[:77]}..."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,6 +63,7 @@ def split_files(folder: Path) -> SplitFiles:
         accepted = "accepted is one format"
         require(len(suffixes) < 2, f"{folder}: files of the split {split}", suffixes, accepted)
         _check_shards(folder, files)
+        _check_copies(folder, files)
     return found
 
 
@@ -117,6 +118,13 @@ def _rows_in(folder: Path) -> list[Path]:
 
 def _describes(path: Path) -> bool:
     return path.is_file() and _DESCRIPTIONS.fullmatch(path.name.lower()) is not None
+
+
+def _check_copies(folder: Path, files: Sequence[Path]) -> None:
+    """Refuse a file beside its own compressed copy, whose rows would come twice."""
+    names = [(path.parent, stem_of(path).lower()) for path in files]
+    twice = [path.name for path, name in zip(files, names, strict=True) if names.count(name) > 1]
+    require(not twice, f"{folder}: files of one name", twice, "accepted is each file once, compressed or not")
 
 
 def _check_shards(folder: Path, files: Iterable[Path]) -> None:

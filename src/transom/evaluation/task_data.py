@@ -15,7 +15,7 @@ from typing import Any, Literal
 from transom.data.file_formats import row_format
 from transom.data.row_files import Row, read_rows
 from transom.data.sources import TEXT_KEY, SourceArgs, read_documents
-from transom.errors import RequestError, notice
+from transom.errors import RequestError, notice, require
 
 Kind = Literal["text", "choices", "answers"]
 PROMPT_KEYS = ("prompt", "question")
@@ -108,14 +108,13 @@ def read_answers(path: str, limit: int | None = None) -> list[AnswerRow]:
             raise RequestError(
                 f"{where}: has choices, and the rows before it have none; accepted is one kind a file"
             )
-        answers = columns.get(ANSWER_KEY)
-        answers = [answers] if isinstance(answers, str) else answers
-        if not isinstance(answers, list) or not answers or not all(isinstance(one, str) for one in answers):
-            given = columns.get(ANSWER_KEY)
-            raise RequestError(f"{where}: answer = {given!r}: accepted is a text or a list of texts")
+        given = columns.get(ANSWER_KEY)
+        answers = [given] if isinstance(given, str) else given
+        fits = isinstance(answers, list) and bool(answers) and all(isinstance(one, str) for one in answers)
+        require(fits, f"{where}: answer", given, "accepted is a text or a list of texts")
         messages = _messages(columns, where) if MESSAGES_KEY in columns else ()
         prompt = "" if messages else _prompt(columns, where)
-        out.append(AnswerRow(row.id, prompt, messages, tuple(answers)))
+        out.append(AnswerRow(row.id, prompt, messages, tuple(answers or ())))
     return out
 
 
@@ -140,10 +139,8 @@ def _lines(file: Path) -> Iterator[tuple[dict[str, Any], Row]]:
 def _prompt(row: Mapping[str, Any], where: str) -> str:
     given = [key for key in PROMPT_KEYS if key in row]
     if len(given) != 1 or not isinstance(row[given[0]], str) or not row[given[0]]:
-        raise RequestError(
-            f"{where}: {given[0] if given else 'prompt'} = {row.get(given[0]) if given else None!r}: accepted is "
-            'one text, under "prompt" or "question"'
-        )
+        name = given[0] if given else "prompt"
+        require(False, f"{where}: {name}", row.get(name), 'accepted is one text, under "prompt" or "question"')
     return str(row[given[0]])
 
 
@@ -158,10 +155,8 @@ def _messages(row: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], ..
 def _choices(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
     choices = row.get(CHOICES_KEY)
     fits = isinstance(choices, list) and len(choices) > 1 and all(isinstance(one, str) and one for one in choices)
-    if not fits or MESSAGES_KEY in row:
-        raise RequestError(
-            f"{where}: choices = {choices!r}: accepted is a list of two texts or more, and no messages beside it"
-        )
+    accepted = "accepted is a list of two texts or more, and no messages beside it"
+    require(fits and MESSAGES_KEY not in row, f"{where}: choices", choices, accepted)
     return tuple(choices or ())
 
 
@@ -173,10 +168,10 @@ def _answer(row: Mapping[str, Any], choices: Sequence[str], where: str) -> int:
     if isinstance(answer, str):
         meant = {index for index, choice in enumerate(choices) if choice == answer}
         meant |= {letters.index(answer)} if len(answer) == 1 and answer in letters else set()
-    if len(meant) != 1:
-        means = "means more than one choice" if meant else "means no choice"
-        raise RequestError(
-            f"{where}: answer = {answer!r}: {means}; accepted is a number from 0 to {len(choices) - 1}, a letter "
-            f"from {letters[:1]} to {letters[-1:]}, or the text of one choice"
-        )
+    means = "means more than one choice" if meant else "means no choice"
+    accepted = (
+        f"{means}; accepted is a number from 0 to {len(choices) - 1}, a letter from {letters[:1]} to "
+        f"{letters[-1:]}, or the text of one choice"
+    )
+    require(len(meant) == 1, f"{where}: answer", answer, accepted)
     return meant.pop()

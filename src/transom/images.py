@@ -21,6 +21,7 @@ from torch import Tensor
 
 from transom.args import VisionArgs
 from transom.errors import RequestError, notice, require
+from transom.paths import refuse_pointer
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -148,6 +149,7 @@ def open_image(source: Image.Image | Path | str | bytes) -> Image.Image:
         name, stream = str(source), Path(source).expanduser()
         if not stream.is_file():
             raise RequestError(f"{name}: no such file; accepted is an image file")
+        refuse_pointer(stream)
     else:
         raise RequestError(f"image of type {type(source).__name__}: accepted is a PIL image, a path or bytes")
     with _readable(name), Image.open(stream, formats=FORMATS) as image:

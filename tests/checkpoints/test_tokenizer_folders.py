@@ -143,3 +143,37 @@ def test_a_pointer_of_git_lfs_in_place_of_data(tmp_path, name):
     (tmp_path / name).write_text(POINTER)
     with pytest.raises(RequestError, match=rf"{name}: .*git-lfs"):
         list(read_documents(SourceArgs(str(tmp_path / name))))
+
+
+def test_a_pointer_of_git_lfs_in_place_of_an_image(tmp_path):
+    from transom.images import open_image
+
+    (tmp_path / "cat.png").write_text(POINTER)
+    with pytest.raises(RequestError, match=r"cat\.png: .*git-lfs"):
+        open_image(tmp_path / "cat.png")
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "key"),
+    [
+        ("native", "config.json", "rope_theta"),
+        ("hf", "config.json", "rms_norm_eps"),
+        ("meta", "params.json", "norm_eps"),
+        ("mistral", "params.json", "rope_theta"),
+    ],
+)
+@pytest.mark.parametrize("word", ["Infinity", "-Infinity", "NaN", "1e999"])
+def test_a_config_with_no_finite_number(tmp_path, format, name, key, word):
+    save(random_model(tiny_args(rope_layout="halves")), tmp_path, format)
+    config = json.loads((tmp_path / name).read_text())
+    (tmp_path / name).write_text(json.dumps({**config, key: "here"}).replace('"here"', word))
+    with pytest.raises(RequestError, match=rf"{name}: {key}: got -?(inf|nan); expected a finite number"):
+        load(tmp_path)
+
+
+def test_an_adapter_with_no_finite_number(tmp_path):
+    at = write_adapter(tmp_path / "adapter", write_base(tmp_path / "base", dtype="float32"), facts=False)
+    config = json.loads((at / "adapter_config.json").read_text())
+    (at / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": float("inf")}))
+    with pytest.raises(RequestError, match="lora_alpha: got inf"):
+        load(at)

@@ -39,6 +39,7 @@ class ForeignConfig:
         refuse_infinite(data, where)
         self.where, self._data, self._defaults = where, data, defaults
         self._read: set[str] = set()
+        self._notes: list[str] = []
 
     def __getitem__(self, key: str) -> Any:
         """The value, null included; a key that neither the file nor its class has is a `RequestError`."""
@@ -61,10 +62,14 @@ class ForeignConfig:
         self.check(self.get(key, accepted[0]) in accepted, key, f"accepted is {words}")
 
     def ignored(self, *keys: str) -> None:
-        """Print one line for each key that is on in the file, which transformers ignores in this family."""
+        """Note each key that is on in the file, which transformers ignores in this family."""
         for key in keys:
             if self.get(key):
-                notice(f"{self.where}: {key} = {self.get(key)!r} is ignored, as in transformers")
+                self.note(f"{key} = {self.get(key)!r} is ignored, as in transformers")
+
+    def note(self, line: str) -> None:
+        """Keep a line for `say_unread` to print."""
+        self._notes.append(line)
 
     def check(self, condition: bool, key: str, accepted: str) -> None:
         """`require` for one key of this file."""
@@ -77,7 +82,9 @@ class ForeignConfig:
         return ForeignConfig(value, f"{self.where}: {key}", defaults)
 
     def say_unread(self) -> None:
-        """One line for keys that nobody read, and one for training settings that are not taken over."""
+        """Print the notes, one line for keys that nobody read, and one for training settings not taken over."""
+        for line in self._notes:
+            notice(f"{self.where}: {line}")
         dropped = [
             f"{key} = {self._data[key]!r}"
             for key, nothing in TRAINING_ONLY.items()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from transom.checkpoints.foreign_config import ForeignConfig
-from transom.errors import notice, require
+from transom.errors import require
 
 # What each kind reads beside rope_type and rope_theta. `original_...` is allowed everywhere: files carry it along.
 _KEYS: dict[str, tuple[str, ...]] = {
@@ -46,7 +46,7 @@ def rope_fields(
         require(settings.get(key) is None, f"{config.where}: rope_parameters.{key}", settings.get(key), accepted)
     ignored = [key for key in settings if key not in _COMMON and key not in _KEYS[kind]]
     if ignored:
-        notice(f"{config.where}: keys that rope_type {kind!r} does not have are ignored: {', '.join(ignored)}")
+        config.note(f"keys that rope_type {kind!r} does not have are ignored: {', '.join(ignored)}")
     out: dict[str, Any] = {"rope_theta": settings["rope_theta"]}
     share = settings.get("partial_rotary_factor")
     if share is not None:

@@ -6,8 +6,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.chat_texts import CALL, FOLDER, PUBLISHED, TOOL_TALK, TOOLS, say, tokenizer_pair
+from transom.chat.fingerprint import warn_if_other, write_fingerprint
 from transom.chat.template import ChatTemplate
+from transom.data.tuning_rows import default_template
 from transom.errors import RequestError
+from transom.tokenizer import Tokenizer, byte_tokenizer
 
 COMMAND_R = {file.stem: file.read_text(encoding="utf-8") for file in (FOLDER / "command-r").glob("*.jinja")}
 # Every kind of parameter that the templates tell apart.
@@ -154,3 +157,18 @@ def test_named_templates_are_chosen_and_written_as_in_transformers(made, tmp_pat
             assert rag.encode(plain[1:], None, flag, DOCUMENTS, **variables) == expected
     with pytest.raises(RequestError, match="documents = 'given': this template reads"):
         template.encode(plain, documents=DOCUMENTS)
+
+
+def test_a_name_that_the_template_does_not_read_makes_no_other_template(tmp_path, capsys):
+    tokenizer = byte_tokenizer()
+    template = default_template(tokenizer)
+    tokenizer.save(tmp_path)
+    template.save(tmp_path)
+    write_fingerprint(tmp_path, tokenizer, template)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for name, warnings in (("mask_token", 0), ("eos_token", 1)):
+        changed = {**config, name: "<|begin_of_text|>"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(changed))
+        loaded = Tokenizer.load(tmp_path)
+        warn_if_other((tmp_path,), loaded, ChatTemplate.load(tmp_path, loaded))
+        assert capsys.readouterr().err.count("another chat template") == warnings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from transom.chat.template import ChatTemplate
 from transom.errors import WorkError, notice
@@ -24,8 +25,12 @@ def write_fingerprint(folder: Path, tokenizer: Tokenizer, template: ChatTemplate
 
 
 def template_hash(template: ChatTemplate) -> str:
-    """SHA-256 in hex of all that a template writes by, but for the messages and the date."""
-    whole = {"sources": template.sources, "variables": template.variables}
+    """Return the SHA-256 in hex of all that a template writes by, but for the messages and the date."""
+    return _hash_of(template, template.variables_read)
+
+
+def _hash_of(template: ChatTemplate, variables: dict[str, Any]) -> str:
+    whole = {"sources": template.sources, "variables": variables}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
@@ -39,7 +44,10 @@ def warn_if_other(folders: tuple[Path, ...], tokenizer: Tokenizer, template: Cha
         notice(
             f"{path}: the model was trained with another tokenizer; its answers will be worse than they could be"
         )
-    if template is not None and trained.get("template") not in (None, template_hash(template)):
+    if template is None or trained.get("template") is None:
+        return
+    # Earlier folders have the hash with all variables, also those that the template does not read.
+    if trained["template"] not in (template_hash(template), _hash_of(template, template.variables)):
         notice(
             f"{path}: the model was trained with another chat template than {template.origin}; its answers will be "
             "worse than they could be"

@@ -79,6 +79,12 @@ class ChatTemplate:
         """What the template is told beside the messages, control tokens among it."""
         return dict(self._variables)
 
+    @property
+    def variables_read(self) -> dict[str, Any]:
+        """Those of the variables that the template names."""
+        names = frozenset().union(*(one.names for one in self._compiled.values()))
+        return {name: value for name, value in self._variables.items() if name in names}
+
     def save(self, folder: Path) -> None:
         """Write the files that `load` reads back from a model folder."""
         others = {name: source for name, source in self.sources.items() if name != DEFAULT}

@@ -71,7 +71,7 @@ def tune_args(folder: Path, base: Path, data: Path, *overrides: str, **tune: Any
     config: dict[str, Any] = {
         "out": str(folder / "run"),
         "base": str(base),
-        "tune": {"lora": {"rank": 4, "alpha": 8.0}, **tune},
+        "tune": {**({} if tune.get("method") == "full" else {"lora": {"rank": 4, "alpha": 8.0}}), **tune},
         "data": {"sources": [str(data)], "seq_len": 96, "batch_size": 4, "held_out": 0.2},
         "optimizer": {"lr": 0.01, "weight_decay": 0.0},
         "steps": 8,

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from transom.cli.main import emit_json
-from transom.cli.train import run_training
+from transom.cli.train import names_of, run_training
 from transom.errors import WorkError, require
 from transom.interrupts import Background
 from transom.training.config import read_config
+from transom.training.effects import check_effects
 
 EXCLUDED = ("site-packages", "test", "tests", "idlelib", "lib2to3", "encodings")
 
@@ -79,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Train, compare with compressors, show three completions, name the next commands."""
     args = read_config(None, options.overrides, base={**CONFIG, "data": {**CONFIG["data"], "sources": [library()]}})
+    check_effects(args, names_of(options.overrides))
     sources = args.data.source_list
     require(len(sources) == 1, "data.sources", [one.path for one in sources], "the demo accepts one source")
     require(args.data.held_out > 0, "data.held_out", args.data.held_out, "the demo accepts more than 0")

@@ -9,10 +9,11 @@ from typing import Any
 from transom.args import ModelArgs
 from transom.checkpoints.folders import Found, find_model, is_hub_id, is_model, read_args
 from transom.cli.main import emit_json
-from transom.cli.train import field_lines, run_training
+from transom.cli.train import field_lines, names_of, run_training
 from transom.errors import RequestError, require
 from transom.planning.counts import parameters
 from transom.training.config import TrainArgs, read_config
+from transom.training.effects import check_effects
 from transom.training.tune_args import PREFERENCES, TuneArgs
 from transom.yaml_files import read_yaml
 
@@ -75,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Fine-tune; name the next commands."""
     args = config_of(options)
+    check_effects(args, [*_fields_of_flags(options), *names_of(options.words)])
     trainer, _, code = run_training(args, options)
     if not trainer.finished:
         return code
@@ -101,7 +103,7 @@ def config_of(options: argparse.Namespace, opened: Found | None = None) -> Train
     `opened` is the model where it is known already; it may then be a tokenizer alone.
     """
     path, overrides = _split(options.words)
-    flags = [f"{field}={_value(options, flag)}" for flag, field, *_ in FLAGS if _value(options, flag) is not None]
+    flags = [f"{field}={value}" for field, value in _fields_of_flags(options).items()]
     overrides = [*flags, *overrides]
     given = dict(word.partition("=")[::2] for word in overrides)
     run = run_to_resume(options.model, given.get("out")) if options.resume else None
@@ -117,6 +119,10 @@ def config_of(options: argparse.Namespace, opened: Found | None = None) -> Train
     for section in DEFAULTS:
         accepted = "accepted is a mapping of fields"
         require(isinstance(base[section], dict), section, base[section], accepted)
+    if given.get("tune.method", base["tune"].get("method", "lora")) != "lora" and "lora" not in stated.get(
+        "tune", {}
+    ):
+        del base["tune"]["lora"]  # defaults of an adapter, of which there is none
     if "steps" in given or "steps" in stated:
         base["tune"]["epochs"] = None
     whole_and_here = found.adapter is None and model.exists()
@@ -193,8 +199,10 @@ def default_out(model: str) -> str:
     return f"{path}-finetune"
 
 
-def _value(options: argparse.Namespace, flag: str) -> Any:
-    return getattr(options, flag.removeprefix("--").replace("-", "_"))
+def _fields_of_flags(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields that the given flags stand for, and their values."""
+    values = {field: getattr(options, flag[2:].replace("-", "_")) for flag, field, *_ in FLAGS}
+    return {field: value for field, value in values.items() if value is not None}
 
 
 def _split(words: list[str]) -> tuple[Path | None, list[str]]:

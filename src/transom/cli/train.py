@@ -8,6 +8,7 @@ import json
 import signal
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from transom.errors import notice, require
 from transom.fields import field_types, write
 from transom.interrupts import STOPS
 from transom.training.config import TrainArgs, read_config
+from transom.training.effects import check_effects
 
 if TYPE_CHECKING:
     from transom.evaluation.bits import HeldOut
@@ -48,6 +50,7 @@ def run(options: argparse.Namespace) -> int:
     """Train; exit code 0, or 143 after a SIGTERM and 129 after a SIGHUP that saved an unfinished run."""
     config, overrides = _split(options.words)
     args = read_config(config, overrides)
+    check_effects(args, names_of(options.words))
     args.data.source_list  # noqa: B018 - a run without sources is refused before torch is imported
     trainer, final, code = run_training(args, options)
     if options.json and trainer.finished:
@@ -98,6 +101,11 @@ def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer,
     if final.tokens:
         print(f"held out: {final.bits_per_byte:.3f} bits per byte, perplexity {final.perplexity:.1f}")
     return trainer, final, 0
+
+
+def names_of(words: Iterable[str]) -> list[str]:
+    """Return the fields that words such as `steps=3` name."""
+    return [word.partition("=")[0] for word in words if "=" in word]
 
 
 def _split(words: list[str]) -> tuple[Path | None, list[str]]:

@@ -23,6 +23,7 @@ from transom.training.continuation import (
     write_changes,
     write_run,
 )
+from transom.training.effects import check_effects
 from transom.training.run_folder import RunFolder
 from transom.training.subject import Share, Subject, continued_subject, new_subject
 from transom.training.tensorboard import writer_class
@@ -66,6 +67,8 @@ def open_run(
             run.claim()
             run.check(overwrite=overwrite, resume=resume)
         goes_on = resume and run.has_steps
+        if not goes_on:
+            check_effects(args)
         if resume and not goes_on and not quiet and rank == 0:
             notice(f"{run.path}: no step was saved yet, so the run starts from its beginning")
         placement = Placement(device, dtype, rank, world_size, mesh, quiet, profile_steps)

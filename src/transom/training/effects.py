@@ -1,0 +1,123 @@
+"""Which settings have an effect under which others: a setting without any is refused, not ignored. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
+
+from transom.errors import RequestError
+from transom.fields import write
+from transom.training.config import TrainArgs
+from transom.training.tune_args import PREFERENCES, TuneArgs
+
+Condition = Callable[[TrainArgs], bool]
+
+
+class Effect(NamedTuple):
+    """Fields that only have an effect under a condition, and that condition in words."""
+
+    fields: tuple[str, ...]
+    under: Condition
+    accepted: str
+
+
+def _objective(*names: str) -> tuple[Condition, str]:
+    return lambda args: args.tune is None or args.tune.objective in names, f"tune.objective = {' or '.join(names)}"
+
+
+def _head_kind(args: TrainArgs) -> str | None:
+    head = None if args.base is not None else args.model_args(vocab_size=None).head
+    return None if head is None else head.kind
+
+
+# What belongs to one method or objective: a value of its own is a mistake wherever it stands.
+OF_A_METHOD = (
+    Effect(("tune.lora",), lambda args: args.tune is None or args.tune.method == "lora", "tune.method = lora"),
+    Effect(("tune.desirable_weight", "tune.undesirable_weight"), *_objective("kto")),
+    Effect(("tune.alpha", "tune.reverse"), *_objective("distill")),
+    Effect(("tune.temperature",), *_objective("distill", "grpo")),
+    Effect(("tune.reward", "tune.group", "tune.answer_tokens", "tune.scale_rewards"), *_objective("grpo")),
+    Effect(("tune.train_on",), *_objective("sft", "distill")),
+    Effect(("tune.truncate",), *_objective("sft", "distill", *PREFERENCES)),
+)
+# What a switch turns off: the values may stay in a config whose switch is off, but are not given beside it.
+OF_A_SWITCH = (
+    Effect(("steps",), lambda args: args.tune is None or args.tune.epochs is None, "tune.epochs = null"),
+    Effect(("tune.scores",), lambda args: args.eval_every == 0, "eval_every = 0"),
+    Effect(("tune.packing",), *_objective("sft", "distill")),
+    Effect(("tune.label_smoothing",), *_objective("dpo")),
+    Effect(("tune.beta",), *_objective(*PREFERENCES, "grpo")),
+    Effect(("tune.teacher",), *_objective("distill")),
+    Effect(
+        ("tune.vocab_multiple",), lambda args: args.tune is None or bool(args.tune.new_tokens), "tune.new_tokens"
+    ),
+    Effect(("short_rows_split",), lambda args: args.short_rows > 0, "short_rows above 0"),
+    Effect(
+        ("contrastive_temperature",),
+        lambda args: (args.base is not None and args.tune is None) or _head_kind(args) == "embedding",
+        "model.head of kind embedding",
+    ),
+    Effect(("loss_chunk",), lambda args: _head_kind(args) is None, "a model without a head"),
+    Effect(("sample_prompts", "sample_tokens"), lambda args: args.sample_every > 0, "sample_every above 0"),
+    Effect(
+        ("eval_tokens",), lambda args: args.tune is None and args.eval_every > 0, "eval_every above 0, without tune"
+    ),
+    Effect(
+        ("eval_every",),
+        lambda args: args.eval_every == 0 or args.tune is not None or args.data.held_out > 0,
+        "data.held_out above 0",
+    ),
+    Effect(
+        ("optimizer.muon_lr", "optimizer.muon_momentum", "optimizer.muon_steps"),
+        lambda args: args.optimizer.name == "muon",
+        "optimizer.name = muon",
+    ),
+    Effect(("tokenizer.vocab_size",), lambda args: args.tokenizer.kind == "bpe", "tokenizer.kind = bpe"),
+    Effect(("schedule.decay",), lambda args: args.schedule.kind == "wsd", "schedule.kind = wsd"),
+    Effect(
+        ("schedule.final",), lambda args: args.schedule.kind != "constant", "schedule.kind = wsd, linear or cosine"
+    ),
+    Effect(
+        ("data.cache_dir",),
+        lambda args: args.tune is None and _head_kind(args) is None,
+        "plain text: other rows are not cached",
+    ),
+)
+
+
+def check_effects(args: TrainArgs, words: Collection[str] = ()) -> None:
+    """Refuse settings without an effect.
+
+    Those of another method or objective are refused when their value is not the default, and all others when the
+    command line names them: `words` are the fields that it gives, such as `tune.lora.rank`.
+    """
+    data = write(args)
+    for effect in (*OF_A_METHOD, *OF_A_SWITCH):
+        if effect.under(args):
+            continue
+        for name in effect.fields:
+            named = [word for word in words if word == name or word.startswith(f"{name}.")]
+            if not named and effect in OF_A_METHOD and args.tune is not None:
+                named = [field for field, _ in _set_fields(args.tune, name)]
+            if named:
+                value = _value(data, named[0])
+                raise RequestError(
+                    f"{named[0]} = {value!r}: without an effect here; accepted with {effect.accepted}"
+                )
+
+
+def _set_fields(tune: TuneArgs, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield the fields at or below `name` that differ from their defaults."""
+    before, now = {"tune": write(TuneArgs())}, {"tune": write(tune)}
+    pairs = [(name, _value(before, name), _value(now, name))]
+    for field, default, value in pairs:
+        if isinstance(default, dict):
+            pairs += [(f"{field}.{key}", default[key], value[key]) for key in default]
+        elif default != value:
+            yield field, value
+
+
+def _value(data: Any, field: str) -> Any:
+    for key in field.split("."):
+        data = data.get(key) if isinstance(data, dict) else None
+    return data

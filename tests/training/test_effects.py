@@ -1,0 +1,118 @@
+"""A setting that has no effect under the others is refused, not ignored."""
+
+import pytest
+
+from tests.training.tuning import base_folder, chats
+from transom.cli.main import main
+from transom.errors import RequestError
+from transom.fields import field_types
+from transom.training.config import TrainArgs, read_config
+from transom.training.effects import OF_A_METHOD, OF_A_SWITCH, check_effects
+from transom.training.setup import open_run
+
+TUNE = {"base": "somewhere", "tune": {}}
+# A field and other words: what is refused, whatever the value is.
+REFUSED = {
+    "tune.lora.rank=16": ["tune.method=full"],
+    "tune.lora.dropout=0.1": ["tune.method=full"],
+    "tune.reward=exact": [],
+    "tune.group=4": ["tune.objective=dpo"],
+    "tune.alpha=0.5": [],
+    "tune.reverse=true": ["tune.objective=grpo"],
+    "tune.temperature=2": ["tune.objective=kto"],
+    "tune.desirable_weight=1": ["tune.objective=dpo"],
+    "tune.train_on=all": ["tune.objective=dpo"],
+    "tune.truncate=drop": ["tune.objective=grpo"],
+    "tune.packing=true": ["tune.objective=dpo"],
+    "tune.label_smoothing=0": [],
+    "tune.beta=null": [],
+    "tune.scores=3": ["eval_every=4"],
+    "steps=3": ["tune.epochs=2"],
+    "eval_tokens=10": [],
+    "data.cache_dir=x": [],
+}
+TRAIN_REFUSED = {
+    "short_rows_split=2": [],
+    "contrastive_temperature=0.1": [],
+    "loss_chunk=5": ["model.head={kind: classification}", "model.layer_pattern=BBBB"],
+    "sample_prompts=[a]": [],
+    "sample_tokens=64": ["sample_every=0"],
+    "eval_tokens=10": [],
+    "eval_every=3": ["data.held_out=0"],
+    "optimizer.muon_lr=0.1": [],
+    "tokenizer.vocab_size=300": ["tokenizer.kind=chars"],
+    "schedule.decay=0.1": ["schedule.kind=cosine"],
+    "schedule.final=0.1": ["schedule.kind=constant"],
+}
+BY_VALUE = {
+    "lora": ({"method": "full", "lora": {"rank": 4}}, "tune.lora.rank"),
+    "targets": ({"method": "full", "lora": {"targets": ["attention"]}}, "tune.lora.targets"),
+    "reward": ({"reward": "number"}, "tune.reward"),
+    "reverse": ({"objective": "dpo", "reverse": True}, "tune.reverse"),
+    "weight": ({"undesirable_weight": 2.0}, "tune.undesirable_weight"),
+}
+
+
+def refused(words, base):
+    args = read_config(None, words, base=base)
+    with pytest.raises(RequestError) as told:
+        check_effects(args, [word.partition("=")[0] for word in words])
+    return str(told.value)
+
+
+@pytest.mark.parametrize("word", REFUSED)
+def test_words_of_fine_tuning_without_an_effect_are_refused(word):
+    assert refused([*REFUSED[word], word], TUNE).startswith(f"{word.partition('=')[0]} = ")
+
+
+@pytest.mark.parametrize("word", TRAIN_REFUSED)
+def test_words_of_training_without_an_effect_are_refused(word):
+    assert refused([*TRAIN_REFUSED[word], word], {}).startswith(f"{word.partition('=')[0]} = ")
+
+
+@pytest.mark.parametrize("case", BY_VALUE)
+def test_values_of_another_method_are_refused_in_a_file(case):
+    tune, field = BY_VALUE[case]
+    with pytest.raises(RequestError, match=f"^{field} = "):
+        check_effects(read_config(None, base={"base": "somewhere", "tune": tune}))
+
+
+def test_a_config_may_keep_what_a_switch_turns_off():
+    optimizer = {"name": "adamw", "muon_lr": 0.5}
+    check_effects(read_config(None, ["eval_every=0"], base={"optimizer": optimizer, "sample_prompts": ["a"]}))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tune.lora.rank=4", "tune.objective=dpo", "tune.beta=0.2", "tune.label_smoothing=0.1"],
+        ["tune.objective=grpo", "tune.group=4", "tune.temperature=0.5", "tune.reward=number", "tune.beta=0.1"],
+        ["tune.objective=distill", "tune.teacher=x", "tune.alpha=1", "tune.temperature=2", "tune.packing=true"],
+        ["steps=4", "tune.method=full", "tune.train_on=all", "tune.scores=2"],
+    ],
+)
+def test_words_with_an_effect_are_accepted(words):
+    check_effects(read_config(None, words, base=TUNE), [word.partition("=")[0] for word in words])
+
+
+def test_every_field_of_the_table_is_a_field():
+    from transom.fields import type_at
+
+    names = [name for effect in (*OF_A_METHOD, *OF_A_SWITCH) for name in effect.fields]
+    assert all(type_at(TrainArgs, name.split(".")) for name in names) and len(set(names)) == len(names)
+    assert all(name.split(".")[0] in field_types(TrainArgs) for name in names)
+
+
+def test_the_verbs_refuse_them(tmp_path, capsys):
+    base, rows = base_folder(tmp_path / "model"), chats(tmp_path / "rows.jsonl")
+    words = ["finetune", str(base), "--data", str(rows), "--out", str(tmp_path / "run")]
+    assert main([*words, "--method", "full", "--rank", "16"]) == 2
+    assert "tune.lora.rank = 16" in capsys.readouterr().err
+    assert main(["train", f"data.sources={rows}", f"out={tmp_path}/run", "sample_tokens=3"]) == 2
+    assert "sample_tokens = 3" in capsys.readouterr().err
+    assert main(["demo", f"out={tmp_path}/run", "optimizer.name=adamw", "optimizer.muon_lr=0.1"]) == 2
+    assert "optimizer.muon_lr" in capsys.readouterr().err
+    args = read_config(None, base={"base": str(base), "tune": {"reward": "number"}, "out": str(tmp_path / "run")})
+    with pytest.raises(RequestError, match=r"^tune\.reward"):
+        open_run(args, quiet=True)
+    assert not (tmp_path / "run").exists()

@@ -100,6 +100,14 @@ def test_pairs_of_the_same_tokens_are_left_out_and_counted() -> None:
         encode(same_start, seq_len=cut)
 
 
+def test_answers_that_would_share_a_token_with_their_prompt_are_counted() -> None:
+    tokenizer = train_bpe(["Answer: yes yes yes no " * 20], 269)
+    text = Example("f:1", "completion", ({**Q, "content": "Answer: "},), ((say("assistant", "yes"),),), bare=True)
+    word = Example("f:1", "completion", ({**Q, "content": "Answer:"},), ((say("assistant", " yes"),),), bare=True)
+    counts = encode_examples([text, word], tokenizer, None, seq_len=64).counts
+    assert counts.apart == 1 and "1 answers encoded apart" in str(counts)
+
+
 def test_a_shared_prompt_and_its_answers_are_the_tokens_of_the_whole_text() -> None:
     text = "the sky is blue, the sea is black; 12 birds\n\tsing (softly) and\n\nfly  away. 天气很好 "
     tokenizer = train_bpe([text * 3], 300)

@@ -299,6 +299,7 @@ WORDS = {
     "without_end": "answers without an end of turn",
     "split_rows": "further rows of split conversations",
     "unlike_prompt": "answers not behind their own prompt",
+    "apart": "answers encoded apart from their prompt",
     "alike": "pairs left out, answers of the same tokens",
     "dropped_reasoning": "reasoning dropped from earlier turns",
     "left_out": "texts that the template leaves out",

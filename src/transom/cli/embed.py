@@ -114,8 +114,8 @@ def read_texts(name: str) -> list[str]:
 
         report = ReadReport()
         texts = [document.text for document in read_documents(SourceArgs(name), report)]
-        if report.empty:
-            notice(f"{name}: {report.empty} empty texts left out")
+        if report.counts():
+            notice(f"{name}: {', '.join(report.counts())}")
         return texts
     try:
         if name == "-":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,14 @@ class Row(NamedTuple):
         return {key: value for key, value in (self.columns or {}).items() if value is not None}
 
 
+@dataclass
+class RowCounts:
+    """What the reading of rows leaves out."""
+
+    blank: int = 0  # lines of white space only
+    unread: set[str] = field(default_factory=set)  # names of columns of a table that are not read
+
+
 def rows_of(name: str | Path, split: str = "train") -> Iterator[Row] | None:
     """Return the rows of one part of a data set in the order of the files, or None where it has no such part.
 
@@ -69,34 +78,28 @@ def has_split(name: str | Path, split: str) -> bool:
     return split in split_files(path).files if path.is_dir() else rows_of(name, split) is not None
 
 
-def read_rows(
-    path: Path, *, text_column: str | None = None, blank: Callable[[Path, int], None] | None = None
-) -> Iterator[Row]:
+def read_rows(path: Path, *, text_column: str | None = None, counts: RowCounts | None = None) -> Iterator[Row]:
     """Yield the rows of one file; a row that cannot be read has a `problem`, an unreadable file is refused.
 
-    With `text_column` a table must have that column as text, and no other is read. `blank` is called with the
-    number of lines that hold only white space; without it that number is printed.
+    With `text_column` a table must have that column as text, and no other is read. What is left out is added to
+    `counts`; without them the number of blank lines is printed.
     """
     format = row_format(path)
     require(format is not None, "data", str(path), f"accepted is a file that ends in {ROW_NAMES}")
     with readable(path), open_bytes(path) as stream:  # a file that is missing is refused at the call
         head = stream.read(4096) if format == "json" else b""
     if format == "parquet":
-        rows = _parquet(path, text_column)
+        rows = _parquet(path, text_column, counts)
     elif format == "json" and not _is_lines(path, head):
         rows = _json_values(path)
     else:
-        rows = _json_lines(path, blank or _notice_blank)
+        rows = _json_lines(path, counts)
     return _guarded(path, rows)
 
 
 def _guarded(path: Path, rows: Iterator[Row]) -> Iterator[Row]:
     with readable(path):
         yield from rows
-
-
-def _notice_blank(path: Path, count: int) -> None:
-    notice(f"{path}: {count} empty lines left out")
 
 
 # -- formats of files --------------------------------------------------------------------------------
@@ -116,7 +119,7 @@ def _is_lines(path: Path, head: bytes) -> bool:
     return True
 
 
-def _json_lines(path: Path, blank: Callable[[Path, int], None]) -> Iterator[Row]:
+def _json_lines(path: Path, counts: RowCounts | None) -> Iterator[Row]:
     empty = 0
     with open_bytes(path) as lines:  # split at \n only: str.splitlines knows nine more line ends
         for number, line in enumerate(lines, start=1):
@@ -129,8 +132,10 @@ def _json_lines(path: Path, blank: Callable[[Path, int], None]) -> Iterator[Row]
             except ValueError as error:
                 reason = str(error)
             yield _row(path, str(number), value, line[:40].decode(errors="replace"), reason)
-    if empty:
-        blank(path, empty)
+    if counts is not None:
+        counts.blank += empty
+    elif empty:
+        notice(f"{path}: {empty} empty lines left out")
 
 
 def _json_values(path: Path) -> Iterator[Row]:
@@ -180,7 +185,7 @@ def _row(path: Path, number: str, value: Any, shown: str, reason: str = "") -> R
     return Row(f"{path.name}:{number}", f"{path}:{number}", value if fits else None, problem)
 
 
-def _parquet(path: Path, text_column: str | None) -> Iterator[Row]:
+def _parquet(path: Path, text_column: str | None, counts: RowCounts | None) -> Iterator[Row]:
     try:
         import pyarrow as pa
         from pyarrow import parquet
@@ -198,6 +203,8 @@ def _parquet(path: Path, text_column: str | None) -> Iterator[Row]:
                 accepted = f'accepted is a string column "{text_column}"'
                 raise RequestError(f"{path}: columns are {', '.join(schema.names)}: {accepted}")
             columns = None if text_column is None else [text_column]
+            if counts is not None and columns is not None:
+                counts.unread |= set(schema.names) - set(columns)
             for group in range(table.num_row_groups):
                 for row in _dicts(table.read_row_group(group, columns=columns)):
                     number += 1

@@ -7,13 +7,13 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
 from transom.data.file_formats import open_bytes, readable, row_format
-from transom.data.row_files import read_rows
+from transom.data.row_files import RowCounts, read_rows
 from transom.errors import RequestError, require
 from transom.fields import describe
 
@@ -68,13 +68,18 @@ class ReadReport:
     skipped_links: int = 0  # links to folders, broken links, sockets and devices
     skipped_own: int = 0  # whole folders that Transom wrote: runs, and caches of tokens
     excluded: int = 0  # by `include` and `exclude`
+    unread: set[str] = field(default_factory=set)  # names of columns of rows beside the text
     json_without_rows: int = 0  # .json files without rows of text, which are read as plain text, like code
 
     def counts(self) -> list[str]:
         """Return what was left out or read otherwise than it might seem, each as a number and words."""
-        return [f"{count} {words}" for name, words in _COUNTED.items() if (count := getattr(self, name))]
+        out = [f"{count} {words}" for name, words in _COUNTED.items() if (count := getattr(self, name))]
+        names = sorted(self.unread)
+        more = ", ..." if len(names) > _NAMED else ""
+        return [*out, f"columns not read: {', '.join(names[:_NAMED])}{more}"] if names else out
 
 
+_NAMED = 8  # columns that a line lists
 _COUNTED = {
     "empty": "empty documents left out",
     "skipped_binary": "binary files left out",
@@ -89,9 +94,9 @@ _COUNTED = {
 
 def require_whole(source: SourceArgs, reader: str) -> None:
     """Refuse the fields of a source that only the reader of documents knows."""
-    for field, unset in (("weight", 1.0), ("include", ()), ("exclude", ())):
-        value = getattr(source, field)
-        require(value == unset, f"data.sources {field}", value, f"accepted for {reader} is {unset or 'none'}")
+    for name, unset in (("weight", 1.0), ("include", ()), ("exclude", ())):
+        value = getattr(source, name)
+        require(value == unset, f"data.sources {name}", value, f"accepted for {reader} is {unset or 'none'}")
 
 
 def read_documents(source: SourceArgs, report: ReadReport | None = None) -> Iterator[Document]:
@@ -248,7 +253,7 @@ def _read_file(file: _File, report: ReadReport) -> Iterator[Document]:
 def _has_text_rows(path: Path) -> bool:
     """Return whether a .json file begins with a row of text; folders of code hold many that are no data."""
     try:
-        first = next(read_rows(path, blank=lambda path, count: None), None)
+        first = next(read_rows(path, counts=RowCounts()), None)
     except RequestError:
         return False
     return first is not None and isinstance(first.given.get(TEXT_KEY), str)
@@ -276,15 +281,14 @@ def _read_text(file: _File, report: ReadReport) -> Iterator[Document]:
 
 def _read_text_rows(file: _File, report: ReadReport) -> Iterator[Document]:
     """Yield the text of every row; one without text is a `RequestError`, a null one counts as empty."""
-
-    def count_blank(path: Path, lines: int) -> None:
-        report.empty += lines
-
-    for row in read_rows(file.path, text_column=TEXT_KEY, blank=count_blank):
+    counts = RowCounts(unread=report.unread)
+    for row in read_rows(file.path, text_column=TEXT_KEY, counts=counts):
         if row.columns is None:
             raise RequestError(f"{row.where}: {row.problem}")
         text = row.columns.get(TEXT_KEY)
         if TEXT_KEY not in row.columns or not isinstance(text, str | None):
             shown = ", ".join(row.columns) if TEXT_KEY not in row.columns else f"{TEXT_KEY} = {str(text)[:40]!r}"
             raise RequestError(f'{row.where}: {shown}: accepted is a JSON object with a string "{TEXT_KEY}"')
+        report.unread |= row.columns.keys() - {TEXT_KEY}
         yield Document(f"{file.id}:{row.id.rpartition(':')[2]}", text or "")
+    report.empty += counts.blank

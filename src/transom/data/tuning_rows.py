@@ -44,6 +44,7 @@ class TuningCounts:
     without_end: int = 0  # answers with loss that no token ends which ends a turn, cut ones among them
     split_rows: int = 0  # rows beyond one per conversation, where a template writes earlier turns otherwise
     unlike_prompt: int = 0  # answers with loss behind other tokens than those that the model is asked with
+    apart: int = 0  # answers with loss whose first token is another than in the prompt and answer as one text
     alike: int = 0  # pairs left out because both answers became the same tokens
     dropped_reasoning: int = 0  # texts of reasoning that the template writes for the answer they led to only
     left_out: int = 0  # other texts of messages and tools that the template writes nowhere
@@ -59,6 +60,7 @@ class TuningCounts:
             "without_end": "answers without an end of turn",
             "split_rows": "rows more, since the template writes earlier turns otherwise",
             "unlike_prompt": "answers behind other tokens than those of their prompt alone",
+            "apart": "answers encoded apart from their prompt, with which they would share a token",
             "alike": "pairs left out whose answers are the same tokens, once written and cut",
             "dropped_reasoning": "texts of reasoning that the template drops from earlier turns",
             "left_out": "texts of messages and tools that the template leaves out",
@@ -244,4 +246,5 @@ def _fit(
         begun = [answer for answer in row.answers if answer.start < seq_len]
         counts.without_end += sum(not answer.ended or answer.stop > seq_len for answer in begun)
         counts.unlike_prompt += sum(not answer.like_prompt for answer in begun)
+        counts.apart += sum(answer.apart for answer in begun)
     return rows

@@ -36,6 +36,7 @@ class Answer(NamedTuple):
     stop: int
     ended: bool
     like_prompt: bool = True
+    apart: bool = False  # encoded apart from the prompt, where the whole text has one token across the boundary
 
 
 @dataclass
@@ -284,10 +285,10 @@ def bare_row(tokenizer: Tokenizer, prompt: str, answer: str, weight: float, *, a
     space between the two (SentencePiece) keeps that token, which then carries loss.
     """
     begin, joint = tokenizer.encode_prompt(prompt), tokenizer.encode_prompt(prompt + answer)
-    ids, start = joint, len(begin)
+    ids, start, separable = joint, len(begin), False
     if joint[: len(begin)] != begin:
         apart = begin + tokenizer.encode(answer)
-        if tokenizer.decode(apart) == tokenizer.decode(joint):
+        if separable := tokenizer.decode(apart) == tokenizer.decode(joint):
             ids = apart
         else:
             pairs = zip(begin, joint, strict=False)
@@ -298,7 +299,7 @@ def bare_row(tokenizer: Tokenizer, prompt: str, answer: str, weight: float, *, a
     if not all_tokens:
         weights[:start] = 0.0
     like_prompt = ids[: len(begin)] == begin
-    return Written(ids, weights, [Answer(start, len(ids), bool(end), like_prompt)])
+    return Written(ids, weights, [Answer(start, len(ids), bool(end), like_prompt, separable)])
 
 
 def _all_but_first(count: int, weight: float) -> NDArray[np.float32]:

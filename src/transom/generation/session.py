@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from transom.chat.reasoning import Markers, Piece, Splitter
+from transom.chat.reasoning import Markers, Piece, Splitter, marker_ids
 from transom.chat.template import ChatTemplate
 from transom.errors import RequestError, notice
 from transom.generation.loop import settle
@@ -196,7 +196,7 @@ class Session:
             raise RequestError(f"{len(ids)} tokens with this turn: {self.full}")
         self._hold_only(ids)
         markers, tokenizer = self.markers, self.tokenizer
-        shown = () if markers is None else markers.control_ids(tokenizer)
+        shown = marker_ids(tokenizer) if markers is None else markers.control_ids(tokenizer)
         texts = self._continued(ids, min(self.args.max_tokens, left), shown)
         hidden = [word for word, id in tokenizer.special_tokens.items() if id not in shown]
         splitter = None if markers is None else markers.splitter()

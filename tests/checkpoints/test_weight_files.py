@@ -14,7 +14,9 @@ from tests.checkpoints.families import random_ids, tiny_hf
 from tests.helpers import random_model, tiny_args
 from transom.adapt.read import load_adapter
 from transom.checkpoints.consolidated import read_pickled
+from transom.checkpoints.convert import convert
 from transom.checkpoints.folders import read_args
+from transom.checkpoints.hf_export import meaning
 from transom.checkpoints.load import load, save
 from transom.cli.main import main
 from transom.errors import RequestError
@@ -139,6 +141,20 @@ def test_a_base_model_without_its_head(family, tmp_path, capsys):
         assert torch.equal(out.logits, whole.logits) and "without lm_head" not in said
     else:
         assert out.logits is None and "a base model without lm_head.weight" in said
+
+
+@pytest.mark.parametrize("family", ["llama-linear", "qwen3_moe", "llama4_text", "deepseek_v3"])
+def test_a_base_model_is_written_as_one(family, tmp_path, capsys):
+    tiny_hf(family).model.save_pretrained(tmp_path / "base")
+    convert(tmp_path / "base", tmp_path / "native", "native")
+    convert(tmp_path / "native", tmp_path / "again", "hf")
+    ids = random_ids()
+    theirs = AutoModel.from_pretrained(tmp_path / "again").eval()
+    ours = load(tmp_path / "base")(TransformerInput(ids), inference=True).hidden_BTD
+    assert type(theirs).__name__ == json.loads((tmp_path / "base" / "config.json").read_text())["architectures"][0]
+    torch.testing.assert_close(ours, theirs(ids).last_hidden_state.detach(), rtol=0, atol=5e-5)
+    assert meaning(read_args(tmp_path / "again")) == meaning(read_args(tmp_path / "base"))
+    assert "keys not read" not in capsys.readouterr().err
 
 
 def test_a_base_model_embeds_and_does_not_generate(tmp_path, capsys):

@@ -112,7 +112,8 @@ def _mixtral(config: ForeignConfig) -> Fields:
 
 def _experts(config: ForeignConfig, hidden_dim: int) -> Fields:
     """The part of `moe_args` that mixtures share; the two names of the number of experts mean the same."""
-    count = config.get("num_local_experts") or config.get("num_experts")
+    count = config.get("num_experts")
+    count = config.get("num_local_experts") or count
     config.check(count is not None, "num_local_experts", "accepted is a number of experts")
     return {
         "num_experts": count,

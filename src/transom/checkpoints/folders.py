@@ -15,7 +15,7 @@ from typing import Any, Literal
 from transom.adapt.peft_config import CONFIG as ADAPTER
 from transom.adapt.peft_config import WEIGHTS as ADAPTER_WEIGHTS
 from transom.adapt.peft_config import base_of, base_revision, is_adapter, trained_vocabulary
-from transom.args import HeadArgs, ModelArgs
+from transom.args import ModelArgs
 from transom.checkpoints.hub import download, is_hub_id
 from transom.checkpoints.weight_files import WEIGHTS, find_weights
 from transom.errors import RequestError, notice
@@ -273,8 +273,10 @@ def _without_head(folder: Path, config: Mapping[str, Any], args: ModelArgs) -> M
     keys = _stored_keys(folder, config)
     if any(key.endswith("lm_head.weight") for key in keys) or not (keys or classes):
         return args
+    from transom.checkpoints.hf_config import BASE_HEAD
+
     notice(f"{folder}: a base model without lm_head.weight: it gives embeddings and cannot generate")
-    return replace(args, head=HeadArgs(kind="embedding", pooling="mean", normalize=False))
+    return replace(args, head=BASE_HEAD)
 
 
 def _stored_keys(folder: Path, config: Mapping[str, Any]) -> set[str]:

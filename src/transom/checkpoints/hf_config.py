@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from transom.args import ModelArgs
+from transom.args import HeadArgs, ModelArgs
 from transom.checkpoints.families import FAMILIES
 from transom.checkpoints.foreign_config import ForeignConfig
 from transom.errors import RequestError
+
+# A base model, which its files keep without a head: vectors as its last norm leaves them.
+BASE_HEAD = HeadArgs(kind="embedding", pooling="mean", normalize=False)
 
 
 def args_from_hf(config: dict[str, Any], where: str) -> ModelArgs:

@@ -10,6 +10,7 @@ from typing import Any
 from transom.args import LayerArgs, ModelArgs, MoeArgs, VisionArgs
 from transom.checkpoints.families import FAMILIES
 from transom.checkpoints.foreign_config import ForeignConfig
+from transom.checkpoints.hf_config import BASE_HEAD
 from transom.checkpoints.hf_rope import rope_to_hf
 from transom.errors import RequestError, require
 from transom.fields import write
@@ -83,6 +84,11 @@ _WHOLE_TOO = ("logit_softcap", "vision_args", "head")
 
 def args_to_hf(args: ModelArgs) -> dict[str, Any]:
     """The config of the first family that reads back as the same model; no such family is a `RequestError`."""
+    if args.head == BASE_HEAD and not args.tie_embeddings and args.vision_args is None:
+        config = args_to_hf(replace(args, head=None))
+        text = "Text" if config["model_type"] in ("gemma3_text", "llama4_text") else ""
+        (name,) = config["architectures"]
+        return {**config, "architectures": [name.replace("ForCausalLM", f"{text}Model")]}
     whole = args.mla_args is not None or args.dim % args.n_heads == 0
     require(whole, "dim", args.dim, f"format hf accepts a multiple of n_heads = {args.n_heads}; save as native")
     vision = args.vision_args

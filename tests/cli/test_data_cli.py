@@ -95,8 +95,12 @@ def test_check_of_prompts_pairs_and_splits(call: Any, model: Path, tmp_path: Pat
     pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
     write(folder, [pair] * 2, "train.jsonl")
     write(folder, [pair], "val.jsonl")
-    assert checked(call, folder, "--model", model)[1]["rows"] == 4
+    facts = checked(call, folder, "--model", model)[1]
+    assert facts["rows"] == 4 and facts["held_out"] == 1
     assert checked(call, folder, "--model", model, "--split", "valid")[1]["rows"] == 2
+    write(folder, [pair, {"prompt": "q"}], "val.jsonl")  # finetune reads it, too, and refuses the second row
+    code, facts, _ = checked(call, folder, "--model", model)
+    assert code == 1 and facts["malformed"][0]["where"] == f"{folder / 'val.jsonl'}:2"
 
 
 @pytest.mark.parametrize(

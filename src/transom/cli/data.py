@@ -190,8 +190,6 @@ def encode(subject: Subject, examples: Sequence[Example]) -> EncodedRows:
 
 def check(subject: Subject, options: argparse.Namespace) -> int:
     """Print counts and faults; 1 where there are faults, or nothing to train on."""
-    from transom.data.tuning_sets import has_own_valid, split_examples
-
     args = subject.args
     facts: dict[str, Any] = {
         "data": str(options.data),
@@ -202,9 +200,7 @@ def check(subject: Subject, options: argparse.Namespace) -> int:
         "objective": subject.tune.objective,
         "kinds": sorted({example.kind for example in subject.examples}),
     }
-    train, measured = subject.examples, list[Any]()
-    if options.split == "train" and not has_own_valid(options.data):
-        train, measured = split_examples(train, args.data.held_out)
+    train, measured = held_apart(subject, options)
     asks = facts["kinds"] == ["answer"]
     facts |= prompt_facts(subject, train, measured) if asks else row_facts(subject, train, measured)
     nothing = not facts["rows"]
@@ -217,6 +213,23 @@ def check(subject: Subject, options: argparse.Namespace) -> int:
     if nothing:
         notice(f"{options.data}: nothing to train on")
     return 1 if nothing or subject.problems else 0
+
+
+def held_apart(subject: Subject, options: argparse.Namespace) -> tuple[list[Example], list[Example]]:
+    """Return (examples to train on, examples to measure with) of the split `train`, as `transom finetune` has them.
+
+    Another split is all there is to count.
+    """
+    from transom.data.tuning_sets import has_own_valid, read_examples, split_examples
+    from transom.training.tune_args import require_kinds
+
+    if options.split != "train":
+        return subject.examples, []
+    if not has_own_valid(options.data):
+        return split_examples(subject.examples, subject.args.data.held_out)
+    measured = read_examples(options.data, "valid", subject.problems)
+    require_kinds(measured, subject.tune.objective)
+    return subject.examples, measured
 
 
 def row_facts(subject: Subject, train: Sequence[Example], measured: Sequence[Example]) -> dict[str, Any]:

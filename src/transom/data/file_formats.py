@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import contextlib
 import gzip
+import importlib
 import io
 import json
 import lzma
@@ -82,7 +83,11 @@ def open_bytes(path: Path) -> BinaryIO:
 
 
 def _open_zst(path: Path) -> BinaryIO:
-    """Open a Zstandard file with pyarrow: the standard library reads them from Python 3.14 on."""
+    """Open a Zstandard file: with the standard library from Python 3.14 on, else with pyarrow."""
+    try:
+        return cast(BinaryIO, importlib.import_module("compression.zstd").open(path))
+    except ImportError:
+        pass
     try:
         import pyarrow as pa
     except ImportError:

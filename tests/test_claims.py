@@ -162,3 +162,16 @@ def test_of_two_commands_started_together_one_trains(tmp_path):
     codes = sorted(process.wait() for process in both)
     assert codes == [0, 2]
     assert len(losses(tmp_path / "run")) == 40
+
+
+def test_an_adapter_is_not_written_where_another_process_writes(tmp_path, other):
+    from tests.helpers import random_model, tiny_args
+    from transom.adapt.lora_args import LoraArgs
+    from transom.adapt.new import apply_lora
+    from transom.adapt.write import save_adapter
+
+    model = random_model(tiny_args())
+    apply_lora(model, LoraArgs(rank=2), quiet=True)
+    with pytest.raises(RequestError, match=f"process {other.pid}"):
+        save_adapter(model, tmp_path / "run", "default", base="base")
+    assert not (tmp_path / "run").exists()

@@ -69,3 +69,32 @@ def test_a_row_of_metrics_has_text_and_shares_and_room_for_idle_experts():
 def test_a_dense_model_is_refused():
     with pytest.raises(RequestError, match="moe_args"):
         expert_tokens(random_model(tiny_args()), [])
+
+
+def test_held_out_text_is_read_no_further_than_the_budget():
+    """The tokens of experts are measured on the beginning of the held-out text; the rest is never read."""
+    from types import SimpleNamespace
+
+    import numpy as np
+
+    from tests.helpers import random_model, tiny_args
+    from transom.training.monitor import Monitor
+
+    class Documents:
+        read = 0
+
+        def __len__(self):
+            return 1000
+
+        def document(self, index):
+            self.read += 1
+            return np.arange(8)
+
+    documents = Documents()
+    monitor = SimpleNamespace(
+        model=random_model(tiny_args()),
+        args=SimpleNamespace(data=SimpleNamespace(seq_len=8)),
+        data=SimpleNamespace(held_out={"a": documents}),
+    )
+    texts = list(Monitor._held_out_text(monitor, 20))
+    assert len(texts) == documents.read == 3

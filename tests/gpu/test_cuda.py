@@ -99,7 +99,7 @@ def test_resume_continues_the_losses(tmp_path):
     open_run(tiny_run(tmp_path, "device=cuda", f"out={tmp_path}/straight"), quiet=True).fit()
     first = open_run(tiny_run(tmp_path, "device=cuda"), quiet=True)
     while first.progress.step < 8:
-        first._log(first.step(), 1.0)
+        first.log(first.step(), 1.0)
     first.save(None)
     open_run(tiny_run(tmp_path, "device=cuda"), resume=True, quiet=True).fit()
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "straight"), rel=1e-4)

@@ -139,3 +139,14 @@ def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
 def test_a_profile_does_not_count_it(tmp_path):
     trainer = open_run(tiny_args(tmp_path), quiet=True, profile_steps=2)
     assert sum(trainer.clock.seconds.values()) == 0.0
+
+
+def test_its_memory_is_its_own(tmp_path, monkeypatch):
+    """The peak of a GPU's memory is counted anew by the dry run, and anew again by the steps after it."""
+    from transom.training import trainer
+
+    events = []
+    for name in ("reset_peak_memory", "memory_bytes"):
+        monkeypatch.setattr(trainer, name, lambda device, name=name: events.append(name) or 0)
+    open_run(tiny_args(tmp_path), quiet=True)
+    assert events == ["reset_peak_memory", "memory_bytes", "reset_peak_memory"]

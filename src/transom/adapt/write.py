@@ -25,6 +25,7 @@ from transom.adapt.foreign import (
 from transom.adapt.lora import Embedding, LoraWeights, Replacement, adapter_names, carriers
 from transom.adapt.peft_config import CONFIG, WEIGHTS, write_peft
 from transom.adapt.read import MISTRAL_SCALING, MISTRAL_WEIGHTS
+from transom.claims import Claim
 from transom.errors import RequestError, WorkError, notice
 from transom.layers.linear import GroupedLinear
 from transom.model import LLM
@@ -272,6 +273,11 @@ def _mistral(
 
 def _write(folder: Path, files: Mapping[str, dict[str, Tensor]], config: dict[str, Any] | None) -> None:
     """Whole files or none: each is written beside its name and moved there, the config last."""
+    with Claim(folder):
+        _write_claimed(folder, files, config)
+
+
+def _write_claimed(folder: Path, files: Mapping[str, dict[str, Tensor]], config: dict[str, Any] | None) -> None:
     partial: list[tuple[Path, Path]] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -287,6 +293,7 @@ def _write(folder: Path, files: Mapping[str, dict[str, Tensor]], config: dict[st
         for written, name in partial:
             written.replace(name)
     except (SafetensorError, OSError) as error:
+        raise WorkError(f"{folder}: could not be written ({error})") from None
+    finally:  # also after an interruption
         for written, _ in partial:
             written.unlink(missing_ok=True)
-        raise WorkError(f"{folder}: could not be written ({error})") from None

@@ -19,6 +19,7 @@ from transom.attend.graphs import constant_in_graphs
 from transom.attend.mask import MaskSpec
 from transom.attend.reference import reference
 from transom.attend.view import CacheView, Score
+from transom.claims import Claim
 from transom.errors import RequestError, nearest, notice
 from transom.paths import cache_dir
 
@@ -134,12 +135,14 @@ def refuse(failures: Mapping[str, str]) -> Path:
     unknown = [name for name in failures if name not in BACKENDS]
     if unknown:
         raise RequestError(f"attention backend {unknown[0]!r}: known are {', '.join(BACKENDS)}")
-    table = {**_read_refused(), machine_key(): dict(failures)}
     path = refused_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    part.write_text(json.dumps({key: value for key, value in table.items() if value}, indent=2), encoding="utf-8")
-    part.replace(path)  # a reader finds the old file or the new one, never half of one
+    with Claim(path, wait=True):  # another process may be adding what it has found
+        table = {**_read_refused(), machine_key(): dict(failures)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}")
+        kept = {key: value for key, value in table.items() if value}
+        part.write_text(json.dumps(kept, indent=2), encoding="utf-8")
+        part.replace(path)  # a reader finds the old file or the new one, never half of one
     reload()
     return path
 

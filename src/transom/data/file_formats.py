@@ -1,4 +1,4 @@
-"""Names, compression and JSON of data files: what every verb that reads a data file shares. No torch."""
+"""Names, compression and strict JSON of data files, shared by all verbs. No torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROW_NAMES = f"{', '.join(ROW_FORMATS)}, each also with {', '.join(COMPRESSIONS)}
 MAX_DEPTH = 100
 
 
-# -- names -------------------------------------------------------------------------------------------
+# -- names -----------------------------------------------------------------------------------------
 
 
 def suffix_of(path: str | Path) -> str:
@@ -48,14 +48,14 @@ def row_format(path: str | Path) -> RowFormat | None:
 
 
 def stem_of(path: Path) -> str:
-    """Return the file name without the suffixes that `suffix_of` and the compression account for."""
+    """Return the file name without its suffix and that of a compression."""
     name = path.name
     if path.suffix.lower() in COMPRESSIONS:
         name = name[: -len(path.suffix)]
     return name[: len(name) - len(suffix_of(path))]
 
 
-# -- bytes -------------------------------------------------------------------------------------------
+# -- bytes -----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -97,13 +97,14 @@ def _open_zst(path: Path) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(pa.input_stream(str(path), compression="zstd")))
 
 
-# -- JSON --------------------------------------------------------------------------------------------
+# -- JSON ------------------------------------------------------------------------------------------
 
 
 def parse_json(text: str) -> Any:
-    """Return the value of one JSON text; raise `ValueError` with the reason where it is not strict JSON.
+    """Return the value of a JSON text; raise `ValueError` with the reason if it is not strict.
 
-    Python's own reader takes NaN, keeps the last of two equal keys, and lets half a surrogate pair through.
+    Python's own reader takes NaN, keeps the last of two equal keys, and lets half a surrogate pair
+    through.
     """
     value, end = parse_json_at(text, _skip_space(text, 0))
     if _skip_space(text, end) < len(text):
@@ -112,7 +113,7 @@ def parse_json(text: str) -> Any:
 
 
 def parse_json_at(text: str, start: int) -> tuple[Any, int]:
-    """Return the JSON value that begins at `start` and where it ends; raise as `parse_json` does."""
+    """Return the JSON value that begins at `start`, and its end; raise as `parse_json` does."""
     try:
         value, end = _DECODER.raw_decode(text, start)
     except RecursionError:

@@ -1,4 +1,4 @@
-"""Rows of files, of folders with splits, and of `datasets` by name: the one reader of every verb. No torch."""
+"""Rows of files, of folders with splits and of `datasets`: the reader of all verbs. No torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAME = re.compile(r"[\w-]+(\.[\w-]+)*(/[\w.-]+)?(:[\w.-]+)?")  # of the `dataset
 
 
 class Row(NamedTuple):
-    """One row: `id` is its file and line, or its number in a table; without columns, the `problem` says why.
+    """One row: `id` is its file and line, or its number in a table. `problem` says why it has no columns.
 
     `where` is the same with the whole path.
     """
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
     @property
     def given(self) -> dict[str, Any]:
-        """The columns that are not null; tables and many JSON files write every column of every row."""
+        """The columns that are not null; tables write every column of every row."""
         return {key: value for key, value in (self.columns or {}).items() if value is not None}
 
 
@@ -49,10 +49,11 @@ class RowCounts:
 
 
 def rows_of(name: str | Path, split: str = "train") -> Iterator[Row] | None:
-    """Return the rows of one part of a data set in the order of the files, or None where it has no such part.
+    """Return the rows of one split in the order of the files, or None if there is no such split.
 
-    `name` is a file (all of it is `train`), a folder with a file or more for each split, or a name that the
-    `datasets` library knows. The names of files of a folder that are not read are printed with `train`.
+    `name` is a file (all of it is `train`), a folder with a file or more for each split, or a name
+    that the `datasets` library knows. The names of files of a folder that are not read are printed
+    with `train`.
     """
     require(split in SPLITS, "split", split, f"accepted is one of {', '.join(SPLITS)}")
     path = Path(name).expanduser()
@@ -79,10 +80,10 @@ def has_split(name: str | Path, split: str) -> bool:
 
 
 def read_rows(path: Path, *, text_column: str | None = None, counts: RowCounts | None = None) -> Iterator[Row]:
-    """Yield the rows of one file; a row that cannot be read has a `problem`, an unreadable file is refused.
+    """Yield the rows of a file; a bad row has a `problem`, an unreadable file is refused.
 
-    With `text_column` a table must have that column as text, and no other is read. What is left out is added to
-    `counts`; without them the number of blank lines is printed.
+    With `text_column` a table must have that column as text, and no other is read. What is left out
+    is added to `counts`; without them the number of blank lines is printed.
     """
     format = row_format(path)
     require(format is not None, "data", str(path), f"accepted is a file that ends in {ROW_NAMES}")
@@ -102,7 +103,7 @@ def _guarded(path: Path, rows: Iterator[Row]) -> Iterator[Row]:
         yield from rows
 
 
-# -- formats of files --------------------------------------------------------------------------------
+# -- formats of files ------------------------------------------------------------------------------
 
 
 def _is_lines(path: Path, head: bytes) -> bool:
@@ -114,7 +115,7 @@ def _is_lines(path: Path, head: bytes) -> bool:
     try:
         parse_json(first.decode("utf-8-sig"))
     except ValueError:
-        # One object over many lines ends its first line inside; a faulty first line of many is complete.
+        # The first line of an object over many lines is not complete; a faulty one of many is.
         return first.strip().endswith(b"}") and first.strip() != b"}"
     return True
 
@@ -139,7 +140,7 @@ def _json_lines(path: Path, counts: RowCounts | None) -> Iterator[Row]:
 
 
 def _json_values(path: Path) -> Iterator[Row]:
-    """Yield the items of one list, or one object over many lines, each with the line that it begins on."""
+    """Yield the items of a list, or an object over many lines, each with its first line."""
     with open_bytes(path) as stream:
         content = stream.read()
     try:
@@ -218,7 +219,7 @@ def _parquet(path: Path, text_column: str | None, counts: RowCounts | None) -> I
 
 
 def _dicts(table: Any) -> Iterable[dict[str, Any] | None]:
-    """Return the rows of a table as plain data, None for one with bytes in a column of text that are not UTF-8."""
+    """Return the rows of a table as plain data, None for one with text that is not UTF-8."""
     try:
         rows: list[dict[str, Any] | None] = table.to_pylist()
     except UnicodeDecodeError:
@@ -247,17 +248,17 @@ def _is_text(schema: Any, name: str) -> bool:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Return a cell without the null fields inside it: a table writes all fields of a struct in every row."""
+    """Return a cell without its null fields: a table writes all fields of a struct."""
     if isinstance(value, dict):
         return {key: _without_nulls(one) for key, one in value.items() if one is not None}
     return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
-# -- the `datasets` library --------------------------------------------------------------------------
+# -- the `datasets` library ------------------------------------------------------------------------
 
 
 def _by_name(name: str, split: str) -> Iterator[Row] | None:
-    """Return rows of a data set of the hub or of that library's cache; `owner/name:config` names one of several."""
+    """Return rows of a data set of the hub or its cache; `owner/name:config` names one of several."""
     try:
         import datasets  # type: ignore[import-not-found, unused-ignore]
     except ImportError:

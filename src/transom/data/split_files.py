@@ -1,4 +1,4 @@
-"""Which files of a folder belong to which split, by the names that the `datasets` library goes by. No torch."""
+"""The splits of a folder, by the file names that the `datasets` library knows. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from transom.data.file_formats import ROW_NAMES, row_format, stem_of, suffix_of
 from transom.errors import RequestError, require
 
-# The words for each split in names of files and folders, and what may stand around them (datasets/data_files.py).
+# Words for each split in names of files and folders, as in datasets/data_files.py.
 SPLITS = {
     "train": ("train", "training"),
     "valid": ("validation", "valid", "dev", "val"),
@@ -29,7 +29,7 @@ _NAMED = 8  # names that a notice lists
 
 @dataclass
 class SplitFiles:
-    """The files of a folder by split, in the order of their names, and the names of what is not read."""
+    """The files of a folder by split, sorted by name, and the names of what is not read."""
 
     files: dict[str, list[Path]] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
@@ -41,11 +41,11 @@ class SplitFiles:
 
 
 def split_files(folder: Path) -> SplitFiles:
-    """Return the files of every split in a folder, or in its `data` sub-folder where it has none itself.
+    """Return the files of every split in a folder, or in its `data` if it has none itself.
 
-    The split is the first word of `SPLITS` in the name of the file, or of the sub-folder that holds it. Where no
-    name has such a word, all files of rows are `train`, as `datasets` has it. Missing shards, two formats of
-    one split, and a name with the words of two splits are refused.
+    The split is the first word of `SPLITS` in the name of the file, or of the sub-folder that holds
+    it. Where no name has such a word, all files of rows are `train`, as `datasets` has it. Missing
+    shards, two formats of one split, and a name with the words of two splits are refused.
     """
     found = _split(folder)
     if not found.files and (folder / "data").is_dir():
@@ -128,7 +128,7 @@ def _check_copies(folder: Path, files: Sequence[Path]) -> None:
 
 
 def _check_shards(folder: Path, files: Iterable[Path]) -> None:
-    """Refuse a set of `NAME-00000-of-00002` files that lacks one, or two sets of different sizes under one name."""
+    """Refuse shards (`NAME-00000-of-00002`) that lack one, or that are of two sets."""
     sets: dict[tuple[Path, str], dict[int, set[int]]] = {}
     for path in files:
         if shard := _SHARD.match(stem_of(path)):

@@ -1,8 +1,9 @@
-"""Whether an answer is the same value as a reference: exact for numbers, by `math-verify` for all else. No torch.
+"""Whether an answer has the value of a reference: exact or by `math-verify`. No torch.
 
-What `math-verify` 0.9 does not take for equal, so that a right answer counts as wrong: an inequality (x > 0) for an
-interval, i for \\sqrt{-1}. Periods (0.\\overline{3}) it does not read. Percents equal both numbers that they may
-mean (50\\% is 50 and 0.5), and the items of a list without brackets may come in any order.
+What `math-verify` 0.9 does not take for equal, so that a right answer counts as wrong: an
+inequality (x > 0) for an interval, i for \\sqrt{-1}. Periods (0.\\overline{3}) it does not read.
+Percents equal both numbers that they may mean (50\\% is 50 and 0.5), and the items of a list
+without brackets may come in any order.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Part(NamedTuple):
 
 
 def final_answer(text: str) -> Part:
-    """Return what is in the last `\\boxed{}` or after the last `####` (GSM8K, arXiv 2110.14168), else all.
+    """Return what the last `\\boxed{}` or `####` (GSM8K, arXiv 2110.14168) marks, else all.
 
     A box that is not closed holds part of an answer, which is none.
     """
@@ -69,9 +70,10 @@ def _inside(text: str) -> str:
 
 
 def exact_number(text: str) -> Fraction | None:
-    """Return the number that a text is, however it is written, None where it is anything more or less.
+    """Return the number that a text is, None where it is anything more or less.
 
-    Thousands with commas or spaces, decimals, exponents of two digits, fractions and mixed numbers (3 1/2).
+    Thousands with commas or spaces, decimals, exponents of two digits, fractions and mixed numbers
+    (3 1/2).
     """
     text = _cleaned(text)
     if fraction := _FRACTION.match(text):
@@ -93,13 +95,13 @@ def exact_number(text: str) -> Fraction | None:
 
 
 def _cleaned(text: str) -> str:
-    """Return a text without what typesets it: `$`, spaces of LaTeX, bold, a full stop at the end."""
+    """Return a text without what typesets it: `$`, spaces of LaTeX, bold, a full stop."""
     text = text.replace("{,}", ",").replace("\u2212", "-").replace("\u00a0", " ").replace("\\,", " ")
     return " ".join(_MARKS.sub("", text).split()).removesuffix(".").strip()
 
 
 def check_reference(text: str) -> None:
-    """Raise `RequestError` where a reference is neither a number nor an expression that can be read."""
+    """Raise `RequestError` unless a reference is a number or a readable expression."""
     part = final_answer(text)
     if _reference_number(part.text) is not None:
         return
@@ -113,7 +115,7 @@ def check_reference(text: str) -> None:
 
 
 def same_value(answer: str, reference: str) -> bool:
-    """Return whether the answer's final part has the value of the reference's; what cannot be read has none.
+    """Return whether the final part of an answer has the value of the reference's.
 
     A comparison that takes longer than `SECONDS` counts as False, with a notice.
     """
@@ -143,13 +145,13 @@ def _reference_number(text: str) -> Fraction | None:
 
 
 def _first_number(text: str) -> Fraction | None:
-    """Return the number before the first word of a marked answer (`42 apples`), as GSM8K's own code reads it."""
+    """Return the number before the first word of a marked answer, as GSM8K's code does."""
     found = re.match(r"(\S+)\s+[A-Za-z]{2,}", _cleaned(text))
     return None if found is None else exact_number(found[1])
 
 
 def _as_request(part: Part) -> tuple[str, bool]:
-    """Return a part as the worker takes it: an expression without its layout, or prose to look for one in."""
+    """Return a part as the worker takes it: an expression without its layout, or prose."""
     cleaned = _cleaned(part.text)
     words = _WORD.findall(_TEXT_GROUP.sub("", cleaned))
     longest = max(map(len, words), default=0)
@@ -161,7 +163,7 @@ def _as_request(part: Part) -> tuple[str, bool]:
     return (cleaned, True) if number is None else (f"{number.numerator}/{number.denominator}", True)
 
 
-# -- the process -------------------------------------------------------------------------------------
+# -- the process -----------------------------------------------------------------------------------
 
 
 def require_math_verify() -> None:
@@ -180,7 +182,7 @@ def _worker() -> _Worker:
 
 
 class _Worker:
-    """A process of `math_worker.py`, started when first asked, and again after a question without an end."""
+    """A process of `math_worker.py`, started when first asked and after every time limit."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -241,7 +243,7 @@ class _Worker:
 
 
 def _pump(process: subprocess.Popen[str], lines: queue.Queue[str]) -> None:
-    """Pass on the lines of a process, and an empty one at its end: reading has no time limit of its own."""
+    """Pass on the lines of a process, and an empty one at its end."""
     assert process.stdout is not None
     for line in process.stdout:
         lines.put(line)

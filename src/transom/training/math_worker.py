@@ -1,8 +1,8 @@
-"""The process in which `math-verify` reads and compares answers: run as a script, one JSON request a line.
+"""The process in which `math-verify` compares answers: a script, one JSON request a line.
 
-SymPy may compute for hours, or fill the memory, on a line that a model wrote (9^{9^{9^9}}), and the library's own
-time limit is a signal, which needs the main thread and does not end a computation in C. A process can be ended.
-This file imports nothing of Transom, so the process starts without it.
+SymPy may compute for hours, or fill the memory, on a line that a model wrote (9^{9^{9^9}}), and the
+library's own time limit is a signal, which needs the main thread and does not end a computation in
+C. A process can be ended. This file imports nothing of Transom, so the process starts without it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LONGEST_NAME = 1  # of a symbol that is a variable; a longer one is a text
 
 
 def main() -> None:
-    """Answer requests until input ends: {"read": [text, as_latex]}, {"same": [text, as_latex, text, as_latex]}."""
+    """Answer {"read": [text, as_latex]} and {"same": [text, as_latex] * 2} until input ends."""
     logging.disable(logging.CRITICAL)
     _limit_memory()
     seconds = int(sys.argv[1])
@@ -74,7 +74,7 @@ def _is_mathematics(text: str, as_latex: bool) -> bool:
 
 
 def _plain_words(text: str) -> list[str]:
-    """Return runs of letters that are no LaTeX command: the parser reads `many` as m * a * n * y."""
+    """Return runs of letters that are no command: `many` is read as m * a * n * y."""
     letters = "".join(letter if letter.isalpha() or letter == "\\" else " " for letter in text)
     return [word for word in letters.split() if "\\" not in word]
 
@@ -88,7 +88,7 @@ def _limit_memory() -> None:
 
 @contextlib.contextmanager
 def _deadline(seconds: int) -> Any:
-    """End this process after `seconds`, also where nobody is left who would; the default action needs no Python."""
+    """End this process after `seconds`; the default action of the alarm needs no Python."""
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(seconds)

@@ -5,8 +5,10 @@ from typing import Any, Literal
 
 import pytest
 
+from transom.adapt.combine_args import CombineArgs
 from transom.errors import RequestError
 from transom.fields import describe, read
+from transom.generation.sampling import SamplingArgs
 from transom.training.config import TrainArgs, read_config
 from transom.yaml_files import parse_yaml, read_yaml, word_value
 
@@ -161,3 +163,11 @@ def test_a_leading_tilde_of_a_path_is_the_home_folder(monkeypatch):
 def test_words_below_the_model_have_the_types_of_its_fields():
     model = read_config(None, ["model.layer_pattern=FF", "model.rope_theta=5e5", "model.n_layers=2"]).model
     assert model == {"preset": "demo", "layer_pattern": "FF", "rope_theta": 5e5, "n_layers": 2}
+
+
+@pytest.mark.parametrize("seed", [-1, 2**62])
+@pytest.mark.parametrize("kind", [TrainArgs, SamplingArgs, CombineArgs])
+def test_seeds_that_generators_cannot_take_are_refused(kind, seed):
+    with pytest.raises(RequestError, match=f"seed = {seed}"):
+        kind(seed=seed)
+    assert kind(seed=2**62 - 1).seed == 2**62 - 1

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from transom.errors import RequestError, nearest
+from transom.errors import RequestError, nearest, require
 
 T = TypeVar("T")
 
@@ -36,6 +36,11 @@ def describe(default: Any, help: str, unit: str = "", *, path: bool = False) -> 
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_seed(seed: int) -> None:
+    """Raise a `RequestError` for a seed that no generator takes: torch has 64 bits, and seeds are added to."""
+    require(0 <= seed < 2**62, "seed", seed, "accepted is 0 to 2^62 - 1")
 
 
 def field_types(cls: Any) -> dict[str, Any]:

@@ -215,6 +215,7 @@ def test_compiled_and_checkpointed_forwards_agree():
         ),
         (lambda m: merge_adapter(random_model(tiny_args())), "no adapter is active"),
         (lambda m: LoraArgs(rank=0), "rank = 0"),
+        (lambda m: LoraArgs(alpha=0.0), "alpha = 0.0"),
         (lambda m: LoraArgs.from_dict({"dropout": 1.0}), "dropout = 1.0"),
         (lambda m: LoraArgs.from_dict({"scaling": "rslor"}), "did you mean 'rslora'"),
     ],

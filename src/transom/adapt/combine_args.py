@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from transom.errors import require
-from transom.fields import describe
+from transom.fields import check_seed, describe
 
 Method = Literal["linear", "ties", "dare"]
 METHODS: tuple[Method, ...] = ("linear", "ties", "dare")
@@ -26,6 +26,7 @@ class CombineArgs:
         require(self.method in METHODS, "method", self.method, f"accepted is {', '.join(METHODS)}")
         require(all(map(math.isfinite, self.weights)), "weights", self.weights, "accepted is finite numbers")
         require(0 < self.density <= 1, "density", self.density, "accepted is above 0 to 1")
+        check_seed(self.seed)
 
     def weights_of(self, count: int) -> tuple[float, ...]:
         """A weight for each of `count` adapters."""

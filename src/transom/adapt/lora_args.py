@@ -40,7 +40,8 @@ class LoraArgs:
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, "rank", self.rank, "accepted is 1 or more")
-        require(math.isfinite(self.alpha), "alpha", self.alpha, "accepted is a finite number")
+        useful = math.isfinite(self.alpha) and self.alpha != 0  # times 0, neither A nor B would ever get a gradient
+        require(useful, "alpha", self.alpha, "accepted is a finite number other than 0")
         require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "accepted is from 0 to below 1")
         require(bool(self.targets), "targets", self.targets, f"accepted is one or more, such as {ROLES[-1]}")
 

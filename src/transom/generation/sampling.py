@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from transom.errors import RequestError, require
-from transom.fields import describe
+from transom.fields import check_seed, describe
 from transom.runtime import mixed_seed
 
 # Below this a temperature is greedy: float32 could not tell, and a denormal may be flushed to zero.
@@ -41,7 +41,7 @@ class SamplingArgs:
         require(fits, "repetition_penalty", repetition, "accepted is more than 0")
         for name in ("frequency_penalty", "presence_penalty"):
             require(-2 <= getattr(self, name) <= 2, name, getattr(self, name), "accepted is -2 to 2")
-        require(0 <= self.seed < 2**62, "seed", self.seed, "accepted is 0 to 2^62 - 1")
+        check_seed(self.seed)
 
 
 class Sampler:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from transom.args import HeadArgs, ModelArgs
 from transom.data.sources import SourceArgs
 from transom.errors import RequestError, require
-from transom.fields import describe, read, type_at, write
+from transom.fields import check_seed, describe, read, type_at, write
 from transom.presets import preset
 from transom.training.schedule import ScheduleArgs
 from transom.training.tune_args import TuneArgs
@@ -220,7 +220,7 @@ class TrainArgs:
             fits = self.data.seq_len % self.short_rows_split == 0
             accepted = f"accepted is a divisor of data.seq_len = {self.data.seq_len}"
             require(fits, "short_rows_split", self.short_rows_split, accepted)
-        require(self.seed >= 0, "seed", self.seed, "accepted is 0 or more")
+        check_seed(self.seed)
         self._check_base()
         if self.base is None:
             self.check_model(self.model_args(vocab_size=None))

@@ -131,9 +131,11 @@ def matrix_of_fake(outcomes: list[Outcome]):
 
 
 def test_the_matrix_shows_the_largest_error_of_every_group():
-    outcomes = list(
-        verify_attention(["cpu"], declared(wrong_window), DOUBLE, of("masks", "lengths", "masked rows"))
-    )
+    def some():
+        found = of("masks", "lengths", "masked rows")()
+        return (job for job in found if job.phase in ("prefill", "blind") and job.length < 300)
+
+    outcomes = list(verify_attention(["cpu"], declared(wrong_window), DOUBLE, some))
     (row,) = matrix_of_fake(outcomes)
     assert row.failed["masks"]
     assert row.failed["lengths"]

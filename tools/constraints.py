@@ -121,22 +121,15 @@ def compare(broken: list[str]) -> list[str]:
     return lines
 
 
-def test() -> int:
-    """Run the tests, slow ones too, and print the differences beside the failures; return pytest's exit code."""
+def test(*words: str) -> int:
+    """Run the tests, slow ones too, and print the differences beside the failures; return pytest's exit code.
+
+    `words` go to pytest, to run fewer of them.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
-        tests = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-n",
-            "2",
-            "--dist",
-            "worksteal",
-            "-m",
-            "not gpu",
-            f"--junitxml={report}",
-        ]
+        pytest = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", "-m", "not gpu"]
+        tests = [*pytest, f"--junitxml={report}", *words]
         code = subprocess.run(tests, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode
         broken = failures(report) if report.exists() else []
     lines = compare(broken)
@@ -149,7 +142,7 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["update"]:
             update()
-        case ["test"]:
-            sys.exit(test())
+        case ["test", *words]:
+            sys.exit(test(*words))
         case _:
             sys.exit(__doc__)

@@ -72,13 +72,14 @@ def test_convert_and_save_keep_it(bases, kind, to, tmp_path):
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_what_only_a_config_states_is_kept(tmp_path, to):
+def test_what_only_a_config_states_is_kept(tmp_path, to, capsys):
     """Older folders state all in config.json, which other formats have no room for."""
     base = state_all(write_base(tmp_path / "base", "hf", dtype="float32"), "config.json")
     convert(base, tmp_path / "converted", to)
     check(tmp_path / "converted")
     save(load(base), tmp_path / "saved", to, load_tokenizer(base))
     check(tmp_path / "saved")
+    assert "keys not read" not in capsys.readouterr().err
 
 
 def test_older_templates_go_along(tmp_path):

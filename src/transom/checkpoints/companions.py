@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transom.checkpoints.folders import CONFIG, TOKENIZERS
+from transom.checkpoints.foreign_config import OLDER_SETTINGS
 from transom.errors import notice
 from transom.paths import read_json, write_text
 from transom.tokenizers.folder import TEMPLATES
@@ -22,11 +23,6 @@ GENERATION = "generation_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Where an id may stand in a config.json, in the order of transformers' `GenerationConfig.from_model_config`.
 NESTED = ("decoder", "generator", "text_config")
-# Settings that transformers takes from an older config.json, where a folder has no generation_config.json.
-_OLDER = (
-    *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty"),
-    *("no_repeat_ngram_size", "max_length", "max_new_tokens", "min_length", "num_beams"),
-)
 _COMPANIONS = (
     *TOKENIZERS,
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
@@ -54,7 +50,7 @@ def stated_settings(folders: Sequence[Path]) -> dict[str, Any]:
     for folder in folders:
         path, config = folder / GENERATION, folder / CONFIG
         beside = read_json(config) if config.exists() else {}
-        older = {} if path.exists() else {key: beside[key] for key in _OLDER if beside.get(key) is not None}
+        older = {} if path.exists() else {key: beside[key] for key in OLDER_SETTINGS if beside.get(key) is not None}
         ids = {key: stated_id(beside, key) for key in IDS}
         settings = {key: id for key, id in ids.items() if id is not None} | older
         stated = read_json(path) if path.exists() else {}

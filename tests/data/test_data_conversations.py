@@ -232,6 +232,8 @@ def test_a_file_alone_is_held_out_by_ids(tmp_path: Path) -> None:
     train, measured = read_splits(path, 0.25)
     assert sorted(one.id for one in (*train, *measured)) == sorted(one.id for one in read_examples(path))
     assert 70 < len(measured) < 130
+    train, measured = read_splits(write(tmp_path / "rows.jsonl", [{"text": "the only one"}]), 0.999)
+    assert len(train) == 1 and measured == []
 
 
 def test_names_need_the_datasets_library(

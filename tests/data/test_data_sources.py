@@ -6,7 +6,14 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from transom.data.sources import ReadReport, SourceArgs, held_out, read_documents, read_split
+from transom.data.sources import (
+    ReadReport,
+    SourceArgs,
+    held_out,
+    read_documents,
+    read_split,
+    require_whole,
+)
 from transom.errors import RequestError
 from transom.fields import read
 
@@ -181,3 +188,10 @@ def test_a_run_that_is_named_itself_is_read(tmp_path):
     own_folders(tmp_path)
     found = [document.id for document in read_documents(SourceArgs(str(tmp_path / "runs" / "x")))]
     assert "config.yaml" in found
+
+
+@pytest.mark.parametrize("fields", [{"weight": 2.0}, {"include": ("*.jsonl",)}, {"exclude": ("a",)}])
+def test_fields_that_a_reader_of_rows_does_not_know_are_refused(fields):
+    require_whole(SourceArgs(path="x", name="y"), "fine-tuning")
+    with pytest.raises(RequestError, match=f"data.sources {next(iter(fields))} = "):
+        require_whole(SourceArgs(path="x", **fields), "fine-tuning")

@@ -1,5 +1,7 @@
 """The dtype of a machine: its processor and torch's kernels decide, and the clock where they are unknown."""
 
+import os
+
 import pytest
 import torch
 
@@ -56,3 +58,15 @@ def test_one_answer_serves_training_and_the_warning(monkeypatch, capsys):
         assert pick_dtype("auto", torch.device("cpu")) == dtype
         runtime.warn_if_bfloat16_is_slow(torch.zeros(2, dtype=torch.bfloat16))
         assert ("bfloat16" in capsys.readouterr().err) == (dtype == torch.float32)
+
+
+@pytest.mark.parametrize("given", [None, "7"])
+def test_kernel_caches_are_bounded_unless_the_environment_bounds_them(monkeypatch, given):
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        if given is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, given)
+        runtime.bound_kernel_caches()
+        assert os.environ[name] == (given or str(runtime.KEPT_KERNELS))
+        monkeypatch.delenv(name)

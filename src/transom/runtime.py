@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import platform
 import random
 import resource
@@ -20,6 +21,7 @@ from transom.errors import RequestError, notice
 
 # The names that torch and Linux give to instructions that multiply bfloat16: x86 (two), Arm.
 BFLOAT16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+KEPT_KERNELS = 64  # by oneDNN on the CPU: more than a step of one shape needs
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -47,6 +49,17 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise RequestError(f"dtype = {name!r}: accepted is auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def bound_kernel_caches() -> None:
+    """Let oneDNN keep the kernels of a few shapes, unless the environment gives it other bounds.
+
+    It keeps one for every shape of a product, and the weights in its own layout with it: packed rows of
+    ever new lengths would take tens of megabytes more with every step. oneDNN reads these bounds at the
+    first product of a process, so that a later call has no effect.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KEPT_KERNELS))
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ from transom.checkpoints.weight_files import INDEX, WEIGHTS, find_weights, say_i
 from transom.errors import RequestError, notice
 from transom.model import LLM
 from transom.names import moves_to_read
-from transom.runtime import DTYPES, one_thread, pick_device
+from transom.runtime import DTYPES, bound_kernel_caches, one_thread, pick_device
 from transom.tokenizer import Tokenizer
 from transom.transforms import Shape
 
@@ -79,6 +79,7 @@ def load(
         return model
     where = found.model
     target = pick_device(device)
+    bound_kernel_caches()
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype = {dtype!r}: accepted is {', '.join(DTYPES)}")
     verify_step(where)

@@ -31,6 +31,14 @@ class Ranks:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
         return int(tensor)
 
+    def first(self, number: int) -> int:
+        """Return the number of rank 0."""
+        if self.world_size == 1:
+            return number
+        tensor = torch.tensor(number, device=self.device)
+        dist.broadcast(tensor, group=self._group, group_src=0)
+        return int(tensor)
+
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.world_size > 1:

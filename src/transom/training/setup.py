@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transom.errors import notice, require
 from transom.model import LLM
 from transom.planning.counts import parameters
-from transom.runtime import DTYPES, pick_device, pick_dtype, seed_everything
+from transom.runtime import DTYPES, bound_kernel_caches, pick_device, pick_dtype, seed_everything
 from transom.training.config import TrainArgs
 from transom.training.continuation import (
     as_begun,
@@ -23,7 +23,9 @@ from transom.training.continuation import (
     write_changes,
     write_run,
 )
+from transom.training.dtype_choice import DtypeChoice
 from transom.training.effects import check_effects
+from transom.training.ranks import Ranks
 from transom.training.run_folder import RunFolder
 from transom.training.subject import Share, Subject, continued_subject, new_subject
 from transom.training.tensorboard import writer_class
@@ -46,6 +48,7 @@ def open_run(
     With `resume` it is in the state of the latest step, or at the beginning where no step was saved yet.
     """
     device = pick_device(args.device)
+    bound_kernel_caches()
     dtype = pick_dtype(args.dtype, device)
     if args.tensorboard and rank == 0:
         writer_class()
@@ -106,7 +109,11 @@ def open_trainer(args: TrainArgs, run: RunFolder, placement: Placement, resume: 
         args = as_begun(run.path, args)
         placement = placement._replace(dtype=check_same_machine(run.path, placement.device, placement.dtype))
     share = Share(placement.rank, placement.world_size, placement.quiet)
-    subject = open_subject(args, run, placement.device, placement.dtype, share, resume=resume)
+    ranks = Ranks(placement.world_size, placement.mesh, placement.device)
+    name = str(placement.dtype).removeprefix("torch.") if resume else args.dtype
+    choice = DtypeChoice.of(name, placement.dtype, ranks)
+    subject = open_subject(args, run, choice, share, resume=resume)
+    placement = placement._replace(dtype=choice.dtype)
     args = spread(subject.args or args, subject.data.rows_per_step)
     if resume:
         check_same_data(run.path, subject.data.hashes, subject.tokenizer)
@@ -126,17 +133,15 @@ def open_trainer(args: TrainArgs, run: RunFolder, placement: Placement, resume: 
     return trainer
 
 
-def open_subject(
-    args: TrainArgs, run: RunFolder, device: torch.device, dtype: torch.dtype, share: Share, *, resume: bool
-) -> Subject:
+def open_subject(args: TrainArgs, run: RunFolder, choice: DtypeChoice, share: Share, *, resume: bool) -> Subject:
     """What the config asks for: a new model, one that reads on, or one that is fine-tuned."""
     if args.base is None:
-        return new_subject(args, run, device, share, resume=resume)
+        return new_subject(args, run, choice, share, resume=resume)
     if args.tune is None:
-        return continued_subject(args, device, share)
+        return continued_subject(args, choice, share)
     from transom.training.tune import tuned_subject  # half of the code base, which pretraining does without
 
-    return tuned_subject(args, args.tune, device, dtype, share)
+    return tuned_subject(args, args.tune, choice, share)
 
 
 def check_apart(args: TrainArgs) -> None:

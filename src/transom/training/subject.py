@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from transom.checkpoints.folders import Format, find_model, folder_format, read_pointer
 from transom.checkpoints.load import load, load_tokenizer, outline
 from transom.data.sources import held_out, read_split
@@ -15,6 +13,7 @@ from transom.errors import RequestError, notice, require
 from transom.model import LLM
 from transom.tokenizer import Tokenizer, byte_tokenizer, train_bpe, train_chars
 from transom.training.config import TrainArgs
+from transom.training.dtype_choice import DtypeChoice
 from transom.training.objectives import HeadObjective, NextToken, Objective
 from transom.training.run_data import RunData, open_data
 from transom.training.run_folder import RunFolder
@@ -41,29 +40,36 @@ class Subject:
     args: TrainArgs | None = None
 
 
-def new_subject(args: TrainArgs, run: RunFolder, device: torch.device, share: Share, *, resume: bool) -> Subject:
+def new_subject(args: TrainArgs, run: RunFolder, choice: DtypeChoice, share: Share, *, resume: bool) -> Subject:
     """A model from nothing; its weights are drawn unless a checkpoint is going to fill them."""
     tokenizer = run_tokenizer(args, run, resume, progress=not share.quiet)
     model_args = args.model_args(tokenizer.vocab_size)
     data = open_data(args, model_args, tokenizer, **share._asdict())
-    model = outline(model_args).to_empty(device=device)  # weights are drawn once, from the seed of the run
+    # Weights are drawn once, from the seed of the run.
+    model = outline(model_args).to_empty(device=choice.ranks.device)
     if not resume or args.dry_run:  # a dry run of a resumed one reads no checkpoint
         model.init_weights(args.seed)
-    return Subject(model, tokenizer, data, objective(args, model, data), WholeModel(model, tokenizer, data.labels))
+    lowered = objective(args, model, data)
+    choice.limit(model.args)
+    choice.settle(model, lowered, data.batches, data.rows_per_step // share.world_size, frozen=False)
+    return Subject(model, tokenizer, data, lowered, WholeModel(model, tokenizer, data.labels))
 
 
-def continued_subject(args: TrainArgs, device: torch.device, share: Share) -> Subject:
+def continued_subject(args: TrainArgs, choice: DtypeChoice, share: Share) -> Subject:
     """A model that goes on reading text where it was left, with a new optimizer; saved in the format it had."""
     assert args.base is not None, "what the caller goes by"
     folder = whole_model(args.base)
     tokenizer = load_tokenizer(folder)
-    model = load(folder, str(device), "float32").train()
+    model = load(folder, str(choice.ranks.device), "float32").train()
     args.check_model(model.args)
     data = open_data(args, model.args, tokenizer, **share._asdict())
     step_model = WholeModel(
         model, tokenizer, data.labels, Companions(folder, tokenizer, None), writable_format(folder)
     )
-    return Subject(model, tokenizer, data, objective(args, model, data), step_model)
+    lowered = objective(args, model, data)
+    choice.limit(model.args)
+    choice.settle(model, lowered, data.batches, data.rows_per_step // share.world_size, frozen=False)
+    return Subject(model, tokenizer, data, lowered, step_model)
 
 
 def whole_model(base: str) -> Path:

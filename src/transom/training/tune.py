@@ -17,15 +17,20 @@ from transom.adapt.vocabulary import add_tokens
 from transom.adapt.write import save_adapter
 from transom.chat.template import ChatTemplate
 from transom.checkpoints.fingerprint import fingerprint
+from transom.checkpoints.folders import read_args
 from transom.checkpoints.load import load, load_tokenizer
 from transom.errors import notice, require
 from transom.fields import write
 from transom.model import LLM
 from transom.quantize.leaves import quantize_model
 from transom.runtime import DTYPES
+from transom.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
 from transom.training.defaults import RowChoice, few_steps_warning, steps_of
+from transom.training.dry_run import random_state, restore_random_state
+from transom.training.dtype_choice import DtypeChoice
 from transom.training.noise import EmbeddingNoise
+from transom.training.objectives import NextToken
 from transom.training.step_model import ADAPTER, AdapterOnly, Companions, StepModel, WholeModel
 from transom.training.subject import Share, Subject, whole_model, writable_format
 from transom.training.tune_args import TuneArgs
@@ -33,25 +38,13 @@ from transom.training.tune_data import open_tune_data
 from transom.training.tune_objectives import tune_objective
 
 
-def tuned_subject(
-    args: TrainArgs, tune: TuneArgs, device: torch.device, dtype: torch.dtype, share: Share
-) -> Subject:
-    """The base with what trains on it, its rows and its objective; a line per role says what trains."""
+def tuned_subject(args: TrainArgs, tune: TuneArgs, choice: DtypeChoice, share: Share) -> Subject:
+    """Return the base with what trains on it, its rows and its objective; print a line about each role."""
     assert args.base is not None, "TrainArgs checks it"
     folder = whole_model(args.base)
-    tokenizer = load_tokenizer(folder)
-    # Frozen weights in the dtype of the products: autocast would cast them anew at every use.
-    names = {kind: name for name, kind in DTYPES.items()}
-    model = load(folder, str(device), names[dtype] if tune.method == "lora" else "float32")
-    require(
-        model.args.head is None, "base", args.base, "accepted for fine-tuning is a language model without a head"
-    )
-    args.check_model(model.args)
+    choice.limit(read_args(folder))
+    model, tokenizer = tuned_model(folder, args, tune, choice)
     base_fingerprint = fingerprint(folder)
-    tokenizer = add_tokens(model, tokenizer, tune.new_tokens, tune.vocab_multiple)
-    choose_weights(model, tune, args.seed, new_tokens=bool(tune.new_tokens))
-    if tune.noise:
-        EmbeddingNoise(model, tune.noise)
     for line in [] if share.quiet else coverage_lines(model):
         notice(line)
     data = open_tune_data(args, tune, tokenizer, ChatTemplate.find(folder, tokenizer, tune.template), folder, share)
@@ -59,15 +52,46 @@ def tuned_subject(
     if share.rank == 0:  # also where progress is not wanted: values that were given may have changed
         for line in filter(None, (data.choice.reason, few_steps_warning(args.steps))):
             notice(line)
+    if choice.is_open:
+        items, lora = data.choice.batch_size // share.world_size, tune.method == "lora"
+        choice.settle(model, NextToken(model, args.loss_chunk), data.batches, items, frozen=lora)
+        if lora:
+            del model  # before there is another one
+            model, tokenizer = tuned_model(folder, args, tune, choice)
     companions = Companions(folder, tokenizer, data.template, new_tokens=bool(tune.new_tokens))
     step_model: StepModel = WholeModel(model, tokenizer, None, companions, writable_format(folder))
     if tune.method == "lora":
         how = None if tune.quantize is None else dict(write(tune.quantize))
         check_written(model, base)
-        step_model = AdapterOnly(model, companions, base, base_fingerprint, names[dtype], how)
+        step_model = AdapterOnly(model, companions, base, base_fingerprint, dtype_name(choice.dtype), how)
     run_data = data.as_run_data(base_fingerprint)
-    objective = tune_objective(args, tune, model, tokenizer, data, dtype, share)
+    objective = tune_objective(args, tune, model, tokenizer, data, choice.dtype, share)
     return Subject(model.train(), tokenizer, run_data, objective, step_model, args)
+
+
+def tuned_model(folder: Path, args: TrainArgs, tune: TuneArgs, choice: DtypeChoice) -> tuple[LLM, Tokenizer]:
+    """Return the base with its adapter or all its weights ready to train, and its tokenizer with new tokens.
+
+    Frozen weights are in the dtype of the products, since autocast would cast them at every use; in float32
+    while the choice of the dtype is open. Random state is as before.
+    """
+    before = random_state(choice.ranks.device)
+    wide = tune.method == "full" or choice.is_open
+    model = load(folder, str(choice.ranks.device), "float32" if wide else dtype_name(choice.dtype))
+    accepted = "accepted for fine-tuning is a language model without a head"
+    require(model.args.head is None, "base", args.base, accepted)
+    args.check_model(model.args)
+    tokenizer = add_tokens(model, load_tokenizer(folder), tune.new_tokens, tune.vocab_multiple)
+    choose_weights(model, tune, args.seed, new_tokens=bool(tune.new_tokens))
+    if tune.noise:
+        EmbeddingNoise(model, tune.noise)
+    restore_random_state(choice.ranks.device, before)
+    return model, tokenizer
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return what configs call a dtype."""
+    return next(name for name, kind in DTYPES.items() if kind == dtype)
 
 
 def decided(args: TrainArgs, tune: TuneArgs, choice: RowChoice) -> TrainArgs:

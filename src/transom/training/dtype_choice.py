@@ -1,0 +1,115 @@
+"""The dtype of a run's products on the CPU, where neither float32 nor bfloat16 is always the faster one.
+
+A processor with instructions for bfloat16 multiplies large matrices faster in it, and small ones slower,
+since the conversions around them cost more than the products save. So a step of the run is timed in both.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from transom.args import ModelArgs
+from transom.errors import notice
+from transom.model import LLM
+from transom.planning.counts import parameters
+from transom.runtime import is_out_of_memory
+from transom.training.dry_run import random_state, restore_random_state
+from transom.training.objectives import Objective, RunBatch, RunBatches
+from transom.training.ranks import Ranks
+
+TIMED_TOKENS = 2048  # more of them are not needed to tell which dtype is faster
+MOST_PARAMETERS = 500_000_000  # of a model that is tried: in float32 a larger one may not fit
+CLEARLY = 1.1  # how much faster bfloat16 has to be, as it rounds
+
+
+@dataclass
+class DtypeChoice:
+    """The dtype of the products; while it `is_open`, `dtype` is only what the device suggests.
+
+    All ranks call `settle`, or none, and all take what rank 0 has found.
+    """
+
+    dtype: torch.dtype
+    is_open: bool
+    ranks: Ranks
+
+    @classmethod
+    def of(cls, name: str, dtype: torch.dtype, ranks: Ranks) -> DtypeChoice:
+        """Return the choice of `dtype: name` in a config, where the device suggests `dtype`."""
+        candidate = name == "auto" and dtype == torch.bfloat16 and ranks.device.type == "cpu"
+        is_open = bool(ranks.first(int(candidate)))  # processors of ranks may differ
+        if name == "auto":
+            dtype = torch.bfloat16 if ranks.first(int(dtype == torch.bfloat16)) else torch.float32
+        return cls(dtype, is_open, ranks)
+
+    def settle(self, model: LLM, objective: Objective, batches: RunBatches, items: int, *, frozen: bool) -> None:
+        """Time a step of the run in both dtypes, take the faster one and print both times.
+
+        `items` are those of a step of this rank. With `frozen`, the weights that do not train are cast
+        to bfloat16 on the way. The caller loads such a model again. Apart from that weights, random
+        state and the place in the data are as before.
+        """
+        if not self.is_open:
+            return
+        self.is_open = False
+        before, was_training = random_state(self.ranks.device), model.training
+        micro = timed_batch(batches, items)
+        model.train()
+        try:
+            slow = seconds_of_step(model, objective, micro, torch.float32)
+            if frozen:
+                cast_frozen(model, torch.bfloat16)
+            fast = seconds_of_step(model, objective, micro, torch.bfloat16)
+        except Exception as error:
+            if not is_out_of_memory(error):  # the dry run tells what to do about it
+                raise
+            slow = fast = float("inf")
+        model.zero_grad(set_to_none=True)
+        model.train(was_training)
+        restore_random_state(self.ranks.device, before)
+        takes_bfloat16 = bool(self.ranks.first(int(fast * CLEARLY < slow)))
+        self.dtype = torch.bfloat16 if takes_bfloat16 else torch.float32
+        rows, length = micro.tokens.shape
+        name = str(self.dtype).removeprefix("torch.")
+        notice(
+            f"chosen: dtype = {name}: {rows} x {length} tokens forward and backward take {slow:.2f} s in "
+            f"float32, {fast:.2f} s in bfloat16"
+        )
+
+    def limit(self, args: ModelArgs) -> None:
+        """Close the choice for a model that is too large to be tried in float32."""
+        self.is_open = self.is_open and parameters(args) <= MOST_PARAMETERS
+
+
+def seconds_of_step(model: LLM, objective: Objective, micro: RunBatch, dtype: torch.dtype) -> float:
+    """Return the seconds of a forward and a backward pass, the second of two."""
+    seconds = 0.0
+    for _ in range(2):  # the first pass also builds kernels and reads weights from their files
+        started = time.perf_counter()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            output = model(replace(micro.inputs(), logits="none"))
+            loss: Tensor = objective.loss(output, micro, torch.ones(()))["loss"]
+        loss.backward()
+        seconds = time.perf_counter() - started
+        model.zero_grad(set_to_none=True)
+    return seconds
+
+
+def cast_frozen(model: LLM, dtype: torch.dtype) -> None:
+    """Cast the weights that do not train, as loading them in `dtype` would."""
+    for weight in model.parameters():
+        if not weight.requires_grad and weight.is_floating_point():
+            weight.data = weight.data.to(dtype)
+
+
+def timed_batch(batches: RunBatches, items: int) -> RunBatch:
+    """Return the longest rows of the run, as many of a step's `items` as `TIMED_TOKENS` allow."""
+    pieces = [count for count in range(1, items + 1) if items % count == 0]
+    micro: RunBatch = batches.largest(pieces.pop(0))
+    while pieces and micro.tokens.numel() > TIMED_TOKENS:
+        micro = batches.largest(pieces.pop(0))
+    return micro

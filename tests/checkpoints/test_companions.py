@@ -150,6 +150,6 @@ def test_tokenizers_of_any_name_go_along(tmp_path, name):
     assert name in convert(base, tmp_path / "out", "hf").companions
 
 
-def test_additional_templates_are_fetched_from_a_hub():
-    files = ["config.json", "model.safetensors", "additional_chat_templates/rag.jinja", "other/x.jinja"]
-    assert wanted_files(files) == ["config.json", "additional_chat_templates/rag.jinja", "model.safetensors"]
+def test_additional_templates_and_the_pooling_are_fetched_from_a_hub():
+    wanted = ["config.json", "additional_chat_templates/rag.jinja", "1_Pooling/config.json", "model.safetensors"]
+    assert wanted_files([*wanted, "other/x.jinja", "2_Dense/config.json"]) == wanted

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -64,6 +65,24 @@ def test_vectors_are_printed_one_text_a_line(plain, call):
     got = torch.tensor([[float(number) for number in line.split()] for line in out.splitlines()])
     assert code == 0 and err == "3 texts, 39 tokens, mean pooling, vectors of 32\n"
     torch.testing.assert_close(got, expected(model, pooling="mean").vectors, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stated", "pooling"),
+    [
+        ({"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}, "last"),
+        ({"pooling_mode": "lasttoken"}, "last"),
+        ({"pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode_cls_token": True}, "mean"),
+    ],
+)
+def test_the_folder_states_the_pooling(plain, call, tmp_path, stated, pooling):
+    shutil.copytree(plain[1], tmp_path / "model")
+    (tmp_path / "model" / "1_Pooling").mkdir()
+    (tmp_path / "model" / "1_Pooling" / "config.json").write_text(json.dumps(stated))
+    _, out, err = call(tmp_path / "model", "--text", "ab", "--json")
+    assert json.loads(out.splitlines()[-1])["pooling"] == pooling
+    assert ("pooling_mode_cls_token is not done" in err) == ("pooling_mode_cls_token" in stated)
 
 
 def test_json_is_the_last_line_and_has_everything(plain, call):

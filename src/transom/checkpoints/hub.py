@@ -7,6 +7,7 @@ from collections.abc import Collection
 from fnmatch import fnmatch
 from pathlib import Path
 
+from transom.checkpoints.pooling import POOLING
 from transom.errors import RequestError, notice
 from transom.tokenizers.folder import TEMPLATES
 
@@ -87,6 +88,7 @@ def wanted_files(files: Collection[str], settings_only: bool = False) -> list[st
             unread.add("config.json")
     settings = [file for file in files if "/" not in file and any(fnmatch(file, one) for one in _SETTINGS)]
     settings += [file for file in files if fnmatch(file, f"{TEMPLATES}/*.jinja") and file.count("/") == 1]
+    settings += [file for file in files if file == POOLING]
     return [file for file in settings if file not in unread] + ([] if settings_only else weights)
 
 

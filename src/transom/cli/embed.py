@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--pooling", choices=("mean", "last"),
-        help="mean over a text's tokens, BOS included, or its last one (default: the head's, mean without a head)",
+        help="mean over all tokens of a text, or its last one (default: what the folder states, else mean)",
     )  # fmt: skip
     parser.add_argument("--normalize", action="store_true", help="scale vectors to length 1")
     parser.add_argument("--out", metavar="FILE", help="write float32 vectors to FILE.safetensors or FILE.npy")
@@ -47,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
         require(bool(text), f"text {number} of {len(texts)}", text, "accepted is one character or more")
     from transom.checkpoints.folders import find_model
     from transom.checkpoints.load import load, open_tokenizer
+    from transom.checkpoints.pooling import stated_pooling
     from transom.data.labelled import encode_texts, read_labels
     from transom.training.heads import run_rows
 
@@ -55,7 +56,8 @@ def run(options: argparse.Namespace) -> int:
     model = load(found, options.device, options.dtype)
     head = model.args.head
     rows = encode_texts(tokenizer, texts, model.args.max_seq_len)
-    pooling: Literal["mean", "last"] = options.pooling or (head.pooling if head is not None else "mean")
+    stated = stated_pooling(found.model) if head is None else head.pooling
+    pooling: Literal["mean", "last"] = options.pooling or stated or "mean"
     vectors_RD, logits_RL = run_rows(model, rows, pooling)
     vectors_RD = vectors_RD.float().cpu()
     broken = [number for number, finite in enumerate(vectors_RD.isfinite().all(1).tolist(), 1) if not finite]

@@ -1,0 +1,30 @@
+"""How a folder of sentence-transformers says that tokens become one vector per text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from transom.errors import notice
+from transom.paths import read_json
+
+POOLING = "1_Pooling/config.json"
+MODES: dict[str, Literal["mean", "last"]] = {"mean": "mean", "lasttoken": "last"}
+# The older files have a flag for every mode; `pooling_mode` names one in the newer ones.
+FLAGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "lasttoken"}
+
+
+def stated_pooling(folder: Path) -> Literal["mean", "last"] | None:
+    """Return the pooling that a folder states; None where it states none, or, with a notice, another kind."""
+    path = folder / POOLING
+    if not path.exists():
+        return None
+    data = read_json(path)
+    named = data.get("pooling_mode")
+    flags = [key for key, value in data.items() if key.startswith("pooling_mode_") and value is True]
+    flagged = [FLAGS.get(key, key) for key in flags]
+    modes = flagged if named is None else named if isinstance(named, list) else [named]
+    if len(modes) == 1 and modes[0] in MODES:
+        return MODES[modes[0]]
+    notice(f"{path}: pooling by {', '.join(map(str, modes)) or 'nothing'} is not done; mean and last are")
+    return None

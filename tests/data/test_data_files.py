@@ -143,7 +143,7 @@ def test_files_have_the_split_that_datasets_gives_them(tmp_path: Path, files: li
         (["train_test.jsonl"], "accepted is a name with the word of one split"),
         (["train.jsonl", "train_2.json"], "accepted is one format"),
         (["train.jsonl", "train.jsonl.gz"], "accepted is each file once"),
-        (["train.csv"], r"no training rows.* 1 files or folders \(train.csv\)"),
+        (["train.csv"], r"no training rows.* 1 files or folders .*: train.csv"),
     ],
 )
 def test_files_that_would_be_missed_are_refused(tmp_path: Path, files: list[str], field: str) -> None:
@@ -167,7 +167,7 @@ def test_what_is_not_read_of_a_folder_is_named(tmp_path: Path, capsys: pytest.Ca
     train, measured = read_splits(tmp_path, 0.0)
     told = capsys.readouterr().err
     assert len(train) == len(measured) == 2
-    assert "3 files or folders (extra.jsonl, old/, train.csv)" in told and told.count("not read, for") == 1
+    assert "3 files or folders" in told and told.count("extra.jsonl, old/, train.csv") == 1
     assert "test.jsonl" in told and "README" not in told
 
 

@@ -37,7 +37,8 @@ class SplitFiles:
     def notice(self) -> str:
         """Return what is not read: how many files and folders, and the names of some."""
         shown = ", ".join(self.ignored[:_NAMED]) + (", ..." if len(self.ignored) > _NAMED else "")
-        return f"not read, for their names or their formats: {len(self.ignored)} files or folders ({shown})"
+        count = len(self.ignored)
+        return f"{count} files or folders are not read because of their names or formats: {shown}"
 
 
 def split_files(folder: Path) -> SplitFiles:

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import random_model, run_python, tiny_args
+from transom.checkpoints.hf_config import BASE_HEAD
 from transom.checkpoints.load import save
 from transom.cli.main import VERBS, main
 from transom.data.labelled import encode_texts, write_labels
+from transom.model import LLM
 from transom.tokenizer import byte_tokenizer
 from transom.training.heads import run_rows
 
@@ -83,6 +86,14 @@ def test_the_folder_states_the_pooling(plain, call, tmp_path, stated, pooling):
     _, out, err = call(tmp_path / "model", "--text", "ab", "--json")
     assert json.loads(out.splitlines()[-1])["pooling"] == pooling
     assert ("pooling_mode_cls_token is not done" in err) == ("pooling_mode_cls_token" in stated)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_a_base_without_a_head_is_pooled_as_a_language_model(plain, pooling):
+    base = LLM(replace(plain[0].args, head=BASE_HEAD))
+    base.load_state_dict(plain[0].state_dict(), strict=False)
+    rows = encode_texts(byte_tokenizer(), TEXTS, 32)
+    torch.testing.assert_close(run_rows(base, rows, pooling).vectors, expected(plain[0], pooling=pooling).vectors)
 
 
 def test_json_is_the_last_line_and_has_everything(plain, call):

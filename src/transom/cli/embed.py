@@ -46,6 +46,7 @@ def run(options: argparse.Namespace) -> int:
     for number, text in enumerate(texts, start=1):
         require(bool(text), f"text {number} of {len(texts)}", text, "accepted is one character or more")
     from transom.checkpoints.folders import find_model
+    from transom.checkpoints.hf_config import BASE_HEAD
     from transom.checkpoints.load import load, open_tokenizer
     from transom.checkpoints.pooling import stated_pooling
     from transom.data.labelled import encode_texts, read_labels
@@ -56,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     model = load(found, options.device, options.dtype)
     head = model.args.head
     rows = encode_texts(tokenizer, texts, model.args.max_seq_len)
-    stated = stated_pooling(found.model) if head is None else head.pooling
+    stated = stated_pooling(found.model) if head is None or head == BASE_HEAD else head.pooling
     pooling: Literal["mean", "last"] = options.pooling or stated or "mean"
     vectors_RD, logits_RL = run_rows(model, rows, pooling)
     vectors_RD = vectors_RD.float().cpu()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transom.args import HeadArgs
+from transom.checkpoints.hf_config import BASE_HEAD
 from transom.data.labelled import EncodedRow, pad
 from transom.errors import require
 from transom.model import LLM, TransformerInput, TransformerOutput, pool
@@ -115,11 +116,14 @@ class Vectors(NamedTuple):
 
 @torch.no_grad()
 def run_rows(model: LLM, rows: Sequence[Sequence[int]], pooling: Literal["mean", "last"] | None = None) -> Vectors:
-    """One vector per row of ids, in order, by the model's head, or by `pooling` where it is a language model."""
-    head = model.args.head
+    """Return one vector per row of ids, in order, by the model's head.
+
+    A language model, and the base of one in a folder without a head, are pooled by `pooling`.
+    """
+    head, free = model.args.head, model.args.head in (None, BASE_HEAD)
     if head is None:
         require(pooling is not None, "pooling", pooling, "a language model accepts mean or last")
-    else:
+    elif not free:
         accepted = f"accepted is {head.pooling}, what the model's head does"
         require(pooling in (None, head.pooling), "pooling", pooling, accepted)
     was_training = model.training
@@ -131,7 +135,7 @@ def run_rows(model: LLM, rows: Sequence[Sequence[int]], pooling: Literal["mean",
         tokens_BT, lengths = (tensor.to(device) for tensor in pad([rows[index] for index in indices]))
         output = model(TransformerInput(tokens_BT, lengths=lengths, logits="none"))
         pooled_BD = output.pooled_BD
-        if pooled_BD is None:
+        if pooled_BD is None or (free and pooling is not None):
             offsets_T = torch.arange(tokens_BT.size(1), device=device)
             positions_BT = torch.where(offsets_T < lengths[:, None], offsets_T, -1)
             pooled_BD = pool(output.hidden_BTD, positions_BT, pooling or "mean")

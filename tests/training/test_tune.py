@@ -1,6 +1,7 @@
 """Fine-tuning: what trains, what stays, exact resume, and folders that other verbs and libraries read."""
 
 import json
+from datetime import date
 
 import pytest
 import torch
@@ -224,3 +225,35 @@ def test_a_base_reads_on_where_it_was_left(base, tmp_path):
     found = transom.load(step)(TransformerInput(tokens)).logits
     torch.testing.assert_close(found, trainer.model.eval()(TransformerInput(tokens)).logits)
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+
+
+@pytest.mark.parametrize("given", [None, "2024-02-29"])
+def test_a_template_that_writes_the_date_writes_that_of_the_run_when_it_goes_on_later(tmp_path, monkeypatch, given):
+    """The rows of a run are the same on every day, and its samples and prompts are asked for as on the first."""
+    base, data = base_folder(tmp_path / "model"), chats(tmp_path / "rows.jsonl")
+    body = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end_of_text|>{% endfor %}"
+    ask = "{% if add_generation_prompt %}assistant: {% endif %}"
+    (base / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + body + ask)
+
+    class Day(date):
+        on = "2026-11-29"
+
+        @classmethod
+        def today(cls):
+            return date.fromisoformat(cls.on)
+
+    monkeypatch.setattr("transom.training.tune.date", Day)
+    args = tune_args(tmp_path, base, data, date=given)
+    trainer = open_run(args, quiet=True)
+    day = date.fromisoformat(given or Day.on)
+    tokens = trainer.data.batches.next().tokens.flatten().tolist()
+    assert day.strftime("%d %b %Y") in trainer.tokenizer.decode(tokens)
+    assert trainer.args.tune.date == day.isoformat()
+    trainer.fit()
+    Day.on = "2026-12-01"
+    again = open_run(args, resume=True, quiet=True)
+    assert again.args == trainer.args
+    with pytest.raises(RequestError, match="date"):
+        open_run(tune_args(tmp_path, base, data, date="2025-01-01"), resume=True, quiet=True)
+    with pytest.raises(RequestError, match="date = '29 Feb 2024': accepted is a day"):
+        tune_args(tmp_path, base, data, date="29 Feb 2024")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -66,8 +67,7 @@ class ChatTemplate:
         self._variables |= variables or {}
         self._stop = tuple(stop)
         self._forms: dict[str, CallForm] = {}
-        # The time that `strftime_now` tells; None is the time of each call. A run sets the time that it began.
-        self.now: datetime | None = None
+        self.now: datetime | None = None  # the time that `strftime_now` tells; None is that of each call
 
     @property
     def sources(self) -> dict[str, str]:
@@ -84,6 +84,17 @@ class ChatTemplate:
         """Those of the variables that the template names."""
         names = frozenset().union(*(one.names for one in self._compiled.values()))
         return {name: value for name, value in self._variables.items() if name in names}
+
+    @property
+    def reads_time(self) -> bool:
+        """Whether what is written depends on the time."""
+        return any("strftime_now" in one.source for one in self._compiled.values())
+
+    def at(self, now: datetime) -> ChatTemplate:
+        """Return this template as it is at one time, which does not pass."""
+        fixed = copy(self)
+        fixed.now = now
+        return fixed
 
     def save(self, folder: Path) -> None:
         """Write the files that `load` reads back from a model folder."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
+from datetime import date, datetime
 from pathlib import Path
 
 import torch
@@ -47,7 +48,8 @@ def tuned_subject(args: TrainArgs, tune: TuneArgs, choice: DtypeChoice, share: S
     base_fingerprint = fingerprint(folder)
     for line in [] if share.quiet else coverage_lines(model):
         notice(line)
-    data = open_tune_data(args, tune, tokenizer, ChatTemplate.find(folder, tokenizer, tune.template), folder, share)
+    template, tune = dated(ChatTemplate.find(folder, tokenizer, tune.template), tune)
+    data = open_tune_data(args, tune, tokenizer, template, folder, share)
     base, args = base_name(args.base, folder), decided(args, tune, data.choice)
     if share.rank == 0:  # also where progress is not wanted: values that were given may have changed
         for line in filter(None, (data.choice.reason, few_steps_warning(args.steps))):
@@ -92,6 +94,14 @@ def tuned_model(folder: Path, args: TrainArgs, tune: TuneArgs, choice: DtypeChoi
 def dtype_name(dtype: torch.dtype) -> str:
     """Return what configs call a dtype."""
     return next(name for name, kind in DTYPES.items() if kind == dtype)
+
+
+def dated(template: ChatTemplate | None, tune: TuneArgs) -> tuple[ChatTemplate | None, TuneArgs]:
+    """Fix the day that a template writes for the whole run, so that its rows are the same when it goes on later."""
+    if template is None or not template.reads_time:
+        return template, tune
+    day = tune.date or date.today().isoformat()
+    return template.at(datetime.fromisoformat(day)), replace(tune, date=day)
 
 
 def decided(args: TrainArgs, tune: TuneArgs, choice: RowChoice) -> TrainArgs:

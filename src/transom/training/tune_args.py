@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import date
 from typing import Literal
 
 from transom.adapt.lora_args import LoraArgs
@@ -38,6 +39,15 @@ def require_kinds(examples: Iterable[Example], objective: str) -> None:
             f"tune.objective = {objective!r}: {wrong.id} is a row of kind {wrong.kind}; accepted for it is "
             f"{' or '.join(objectives_of(wrong.kind))}"
         )
+
+
+def check_date(text: str | None) -> None:
+    """Refuse what is no day in ISO 8601."""
+    try:
+        fits = text is None or date.fromisoformat(text).isoformat() == text
+    except (TypeError, ValueError):
+        fits = False
+    require(fits, "date", text, "accepted is a day as 2026-01-31, or null")
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,9 @@ class TuneArgs:
     template: str | None = describe(
         None, "chat template: a built-in one by name or a file; the base's own if null", path=True
     )
+    date: str | None = describe(
+        None, "day that a chat template writes, as 2026-01-31; null: the day on which the run begins"
+    )
     packing: bool | None = describe(
         None,
         "several examples in a row, none of which sees another; false: padded rows; null: if enough steps remain",
@@ -97,6 +110,7 @@ class TuneArgs:
         return self.beta if self.beta is not None else 0.0 if self.objective == "grpo" else 0.1
 
     def __post_init__(self) -> None:
+        check_date(self.date)
         lora = self.method == "lora"
         require(lora or self.quantize is None, "quantize", "given", "accepted with method = lora only")
         require(0 < self.temperature < math.inf, "temperature", self.temperature, "accepted is a number above 0")

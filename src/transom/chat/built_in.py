@@ -60,6 +60,7 @@ BUILT_IN = (
     BuiltIn("chatml", ("<|im_start|>", "<|im_end|>"), ("<|endoftext|>",)),
     BuiltIn("llama2", ()),
     BuiltIn("mistral-v1", ()),
+    BuiltIn("mistral-v2", ()),  # by name or by the version of its file: its control tokens are those of v3
     BuiltIn("plain", ()),  # for vocabularies without control tokens but BOS and EOS, which ends every turn
 )
 
@@ -92,5 +93,5 @@ def _of_version(number: int, tekken: bool) -> str:
         raise RequestError(f"a vocabulary of chat format v{number}: {_ACCEPTED}")
     if number >= 11:
         return "mistral-v13" if number >= 13 else "mistral-v11"
-    name = "mistral-v1" if number == 1 else "mistral-v3" if number < 7 else "mistral-v7"
-    return f"{name}-tekken" if tekken and number > 1 else name
+    name = f"mistral-v{next(one for one in (7, 3, 2, 1) if one <= max(number, 1))}"
+    return f"{name}-tekken" if tekken and number > 2 else name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +114,22 @@ def open_last(given: dict[str, Any], field: str, source: str, origin: str, tag: 
         require(isinstance(words, str), name, words, "accepted is text to go on from")
         last |= dict.fromkeys(names, f"{words}{tag}")
     return Opened({**given, "messages": [*given["messages"][:-1], last]}, tag, str(words), origin)
+
+
+# -- results of tools --------------------------------------------------------------------------------
+
+JSON_RESULTS = "{#- results of tools are JSON -#}"  # in templates of Mistral's formats v2 and v3
+
+
+def result_as_json(message: dict[str, Any], name: str) -> None:
+    """Write the content of a tool's message as JSON, in place: what is no JSON becomes a text in it."""
+    content = message.get("content")
+    if isinstance(content, list):
+        content = joined_texts(content, f"{name}.content")
+    if isinstance(content, str):
+        with suppress(ValueError, RecursionError):
+            content = json.loads(content)
+    message["content"] = json.dumps(content, ensure_ascii=False)
 
 
 # -- calls of tools ----------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from transom.chat.beginnings import Beginnings
 from transom.chat.files import DEFAULT, FILE, read_text, stored_templates, variables_of
 from transom.chat.marking import Marked, Marker, Marks, Text, TokenPlaces, kind_of, shared, strings, unprotected
 from transom.chat.messages import (
+    JSON_RESULTS,
     READS_PARTS,
     REASONING,
     CallForm,
@@ -30,6 +31,7 @@ from transom.chat.messages import (
     message_data,
     open_last,
     plain,
+    result_as_json,
     wants_prompt,
 )
 from transom.chat.sandbox import Compiled
@@ -202,6 +204,8 @@ class ChatTemplate:
         for at, message in enumerate(given["messages"]):
             if isinstance(message.get("content"), list) and not READS_PARTS.search(chosen.source):
                 message["content"] = joined_texts(message["content"], f"messages[{at}].content")
+            if message["role"] == "tool" and JSON_RESULTS in chosen.source:
+                result_as_json(message, f"messages[{at}]")
             if message.get("tool_calls"):
                 self._call_form(chosen).fit(message)
         return given

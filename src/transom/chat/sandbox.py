@@ -119,7 +119,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = self._counted("tojson", _tojson)
         del self.globals["lipsum"]
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": self.strftime_now}
-        self.globals |= {"dict": _dict, "namespace": _Namespace}
+        self.globals |= {"dict": _Dict(), "namespace": _Namespace}
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
         """Python of the template, with the counting put in, and marks of steps where it writes in steps."""
@@ -348,8 +348,15 @@ def _raise_exception(message: object) -> NoReturn:
     raise Refused(str(message))
 
 
-def _dict(*args: Iterable[Any], **kwargs: Any) -> dict[Any, Any]:
-    return dict(*args, **kwargs)
+class _Dict:
+    """`dict` as a template may use it: to be called, and its `fromkeys`."""
+
+    def __call__(self, *args: Iterable[Any], **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
+        """Return a dict with one value for all keys."""
+        return dict.fromkeys(keys, value)
 
 
 def _tojson(

@@ -100,13 +100,11 @@ class ChatTemplate:
 
     def save(self, folder: Path) -> None:
         """Write the files that `load` reads back from a model folder."""
-        others = {name: source for name, source in self.sources.items() if name != DEFAULT}
         try:
-            if DEFAULT in self.sources:
-                (folder / FILE).write_text(self.sources[DEFAULT], encoding="utf-8")
-            for name, source in others.items():
-                (folder / TEMPLATES).mkdir(exist_ok=True)
-                (folder / TEMPLATES / f"{name}.jinja").write_text(source, encoding="utf-8")
+            for name, source in self.sources.items():
+                file = folder / (FILE if name == DEFAULT else f"{TEMPLATES}/{name}.jinja")
+                file.parent.mkdir(exist_ok=True)
+                file.write_text(source, encoding="utf-8")
         except OSError as error:
             raise WorkError(f"{folder / FILE}: could not be written ({error})") from None
 
@@ -131,7 +129,7 @@ class ChatTemplate:
         given = self.prepared(messages, tools, prompt, documents, variables)
         if not continue_final_message:
             return self.text_of(given)
-        opened = self._opened(given, continue_final_message)
+        opened = self._opened(given, messages, continue_final_message)
         return opened.cut(self.text_of(opened.given))[0]
 
     def encode(
@@ -148,7 +146,7 @@ class ChatTemplate:
         prompt = wants_prompt(add_generation_prompt, continue_final_message)
         given = self.prepared(messages, tools, prompt, documents, variables)
         if continue_final_message:
-            opened = self._opened(given, continue_final_message)
+            opened = self._opened(given, messages, continue_final_message)
             given, chat = opened.given, self.chat_of(opened.given)
             text, at = opened.cut(chat.text)
             protected = [(start, min(stop, at)) for start, stop in chat.protected if start <= at]
@@ -225,11 +223,14 @@ class ChatTemplate:
             )
         return self._forms[chosen.source]
 
-    def _opened(self, given: dict[str, Any], which: bool | str) -> Opened:
+    def _opened(self, given: dict[str, Any], messages: Sequence[Message], which: bool | str) -> Opened:
         """The conversation whose last message is to be continued, with a mark where it ends."""
         chosen = self.chosen(given)
         tag = Marks.unused_in([chosen.source, *strings(self._variables), *strings(given)]).tag
-        return open_last(given, "content" if which is True else str(which), chosen.source, chosen.origin, f"{tag} ")
+        field = "content" if which is True else str(which)
+        words = messages[-1].get(field)
+        require(words is not None, f"messages[{len(messages) - 1}].{field}", None, "accepted is text to go on from")
+        return open_last(given, field, chosen.source, chosen.origin, f"{tag} ")
 
     # -- text to ids ---------------------------------------------------------------------------------
 

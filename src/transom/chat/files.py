@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.errors import RequestError, notice, require
+from transom.errors import RequestError, WorkError, notice, require
 from transom.paths import read_json, refuse_pointer
 from transom.tokenizers.folder import TEMPLATES
 
@@ -30,6 +31,17 @@ def stored_templates(folder: Path) -> tuple[str, dict[str, str]]:
     if in_config or not (folder / OLD_FILE).exists():
         return str(config), in_config
     return str(folder / OLD_FILE), _templates(read_json(folder / OLD_FILE).get("chat_template"), folder / OLD_FILE)
+
+
+def write_templates(folder: Path, sources: Mapping[str, str]) -> None:
+    """Write templates by name into the files that `stored_templates` reads."""
+    try:
+        for name, source in sources.items():
+            file = folder / (FILE if name == DEFAULT else f"{TEMPLATES}/{name}.jinja")
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(source, encoding="utf-8")
+    except OSError as error:
+        raise WorkError(f"{folder / FILE}: could not be written ({error})") from None
 
 
 def _templates(entry: Any, file: Path) -> dict[str, str]:

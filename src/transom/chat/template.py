@@ -18,7 +18,7 @@ from typing import Any
 
 from transom.chat import built_in
 from transom.chat.beginnings import Beginnings
-from transom.chat.files import DEFAULT, FILE, read_text, stored_templates, variables_of
+from transom.chat.files import DEFAULT, FILE, read_text, stored_templates, variables_of, write_templates
 from transom.chat.marking import Marked, Marker, Marks, Text, TokenPlaces, kind_of, shared, strings, unprotected
 from transom.chat.messages import (
     JSON_RESULTS,
@@ -35,9 +35,8 @@ from transom.chat.messages import (
     wants_prompt,
 )
 from transom.chat.sandbox import Compiled
-from transom.errors import RequestError, WorkError, notice, require
+from transom.errors import RequestError, notice, require
 from transom.tokenizer import Tokenizer
-from transom.tokenizers.folder import TEMPLATES
 
 Message = Mapping[str, Any]
 TOOL_USE = "tool_use"
@@ -100,13 +99,7 @@ class ChatTemplate:
 
     def save(self, folder: Path) -> None:
         """Write the files that `load` reads back from a model folder."""
-        try:
-            for name, source in self.sources.items():
-                file = folder / (FILE if name == DEFAULT else f"{TEMPLATES}/{name}.jinja")
-                file.parent.mkdir(exist_ok=True)
-                file.write_text(source, encoding="utf-8")
-        except OSError as error:
-            raise WorkError(f"{folder / FILE}: could not be written ({error})") from None
+        write_templates(folder, self.sources)
 
     # -- messages to text ----------------------------------------------------------------------------
 

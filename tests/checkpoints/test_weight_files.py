@@ -167,12 +167,21 @@ def test_a_base_model_embeds_and_does_not_generate(tmp_path, capsys):
     assert "head = 'embedding'" in capsys.readouterr().err
 
 
-def test_a_head_that_the_config_names_may_not_be_missing(folder):
+@pytest.mark.parametrize("classes", [["LlamaForCausalLM"], None])
+def test_a_head_that_the_config_does_not_rule_out_may_not_be_missing(folder, classes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": classes}))
     state = load_file(folder / "model.safetensors")
     del state["lm_head.weight"]
     save_file(state, folder / "model.safetensors")
     with pytest.raises(RequestError, match=r"missing lm_head\.weight"):
         load(folder)
+
+
+def test_a_class_without_a_head_may_have_one_in_its_files(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaModel"]}))
+    logits_are_those_of_transformers(folder)
 
 
 def test_an_adapter_of_a_base_model(folder, tmp_path):

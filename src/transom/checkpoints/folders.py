@@ -264,8 +264,8 @@ def read_args(folder: Path) -> ModelArgs:
 def _without_head(folder: Path, config: Mapping[str, Any], args: ModelArgs) -> ModelArgs:
     """Return `args` for a model whose files hold no output matrix, if `folder` is that of a base model alone.
 
-    Its config names the class of a base (`LlamaModel`). Where the config names a class with a head, or none, the lack
-    of the matrix is a damaged checkpoint, which the reading of the weights refuses.
+    Its config names the class of a base (`LlamaModel`). Where the config names a class with a head, or none, the
+    lack of the matrix is a damaged checkpoint, which the reading of the weights refuses.
     """
     classes = config.get("architectures") or []
     if args.tie_embeddings or not classes or not all(str(name).endswith("Model") for name in classes):

@@ -85,7 +85,7 @@ def free_folder(folder: Path, overwrite: bool, name: str = "") -> Iterator[None]
 
 
 def _lock(path: Path, named: Path, wait: bool) -> _Lock:
-    lock = _Lock(path, file=path.with_name(f".{path.name}.lock"))
+    lock = _Lock(path, file=path.parent / f".{path.name}.lock")
     told = False
     try:
         while not _try(lock):

@@ -4,16 +4,20 @@ import json
 import os
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.training.runs import losses, tiny_config
+from tests.training.tuning import base_folder, solved, tune_args
 from transom.cli.main import main
 from transom.interrupts import Background, Terminated, handling, raise_stop
 from transom.training import objectives, setup, subject
 from transom.training.monitor import Monitor
+from transom.training.policy import PolicyGradient
+from transom.training.setup import open_run
 from transom.training.trainer import Trainer
 
 CONFIG = {"eval_every": 3, "sample_every": 3, "save_every": 4, "sample_tokens": 4}
@@ -173,3 +177,18 @@ def test_nothing_but_a_run_is_emptied_by_resume(tmp_path, train, capsys):
     assert train("--resume") == 2
     assert "thesis.tex" in capsys.readouterr().err
     assert (tmp_path / "run" / "thesis.tex").exists()
+
+
+def test_a_signal_while_answers_are_drawn(tmp_path, signals):
+    words = ("tune.answer_tokens=4", "tune.group=2", "steps=4", "save_every=9", "tune.scores=0")
+    args = tune_args(
+        tmp_path, base_folder(tmp_path / "model"), solved(tmp_path / "rows.jsonl"), *words, objective="grpo"
+    )
+    signals(PolicyGradient, "_answers", 3)
+    first = open_run(args, quiet=True)
+    first.fit()
+    assert first.stop.signal == signal.SIGTERM
+    assert step_of(tmp_path / "run") == "step_000002"
+    open_run(args, resume=True, quiet=True).fit()
+    open_run(replace(args, out=str(tmp_path / "straight")), quiet=True).fit()
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")

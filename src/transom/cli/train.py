@@ -70,10 +70,10 @@ def run(options: argparse.Namespace) -> int:
 def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer, HeldOut, int]:
     """Open the run, train it, write its report; return (trainer, held-out score, exit code)."""
     require(options.profile >= 0, "--profile", options.profile, "accepted is 0 or more steps")
-    from transom.training.report import write_report
-    from transom.training.setup import describe_run, open_run
-
     with Claim(args.out):  # until the report is written as well
+        from transom.training.report import write_report
+        from transom.training.setup import describe_run, open_run
+
         try:
             trainer = open_run(
                 args,

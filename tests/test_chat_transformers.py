@@ -176,6 +176,27 @@ def test_expressions_are_worth_what_they_are_in_transformers(made, source):
     assert ChatTemplate(source_of_names, made[0]).render(QUESTION, None, False, v=VALUES) == expected
 
 
+@pytest.mark.parametrize("kind", ["image", "audio"])
+def test_a_part_that_a_template_does_not_write_is_refused_and_its_file_is_not_text(made, kind, capsys):
+    talk = [say("user", [{"type": kind, "url": "some/file.png"}, {"type": "text", "text": "What?"}])]
+    part = "{{ p.text if p.type == 'text' else MORE }}"
+    body = "{% for m in messages %}{% for p in m.content %}" + part + "{% endfor %}{% endfor %}"
+    ids = ChatTemplate(body.replace("MORE", "'<s>'"), made[0]).encode(talk)
+    assert made[0].decode(ids, skip_special=False) == "<s>What?" and capsys.readouterr().err == ""
+    with pytest.raises(RequestError, match=rf"messages\[0\].content\[0\]: .* leaves out a part of type '{kind}'"):
+        ChatTemplate(body.replace("MORE", "''"), made[0]).encode(talk)
+
+
+def test_texts_that_a_prompt_does_not_hold_are_printed(made, capsys):
+    talk = [say("system", "Be brief"), say("user", "Hi", name="Ann"), say("assistant", "a", reasoning_content="hm")]
+    source = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}{{ 'x' if tools }}"
+    ChatTemplate(source, made[0]).encode([*talk, say("user", "Why?")], TOOLS)
+    told = capsys.readouterr().err
+    for kind in ("content of system", "name of user", "name of tools", "description of tools"):
+        assert f"leaves out: {kind}" in told
+    assert "content of user" not in told and "reasoning" not in told
+
+
 def test_keys_that_are_null_are_not_there(made):
     talk = [{"role": "user", "content": "a", "name": None, "tool_calls": None}]
     source = "{{ messages[0].keys()|list }}{{ messages[0].name is defined }}"

@@ -211,3 +211,17 @@ def test_a_conversation_nested_beyond_reason_is_refused(made: Any) -> None:
         deep = [deep]
     with pytest.raises(RequestError, match=r"messages\[0\]: nested too deeply"):
         template_of(made, "smollm2").render([say("user", deep)])
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt-oss", "mistral-v3", R1])
+def test_rows_that_begin_alike_are_what_they_are_alone(made: Any, name: str) -> None:
+    """The second row takes the ids of the first as far as they are the same, words of messages in mind."""
+    template, words = template_of(made, name), ("a<|im_end|>b", "[INST]", "Hi", " <|end|>", "x<｜Assistant｜>")
+    talk = [say(("user", "assistant")[at % 2], f"{words[at % 5]}{at}") for at in range(10)]
+    rows = rows_of(template, talk, TOOLS if name == "mistral-v3" else None)
+    assert len(rows) == (1 if name == R1 else 5)
+    tools = TOOLS if name == "mistral-v3" else None
+    for at, row in enumerate(rows):
+        count = 10 if name == R1 else 2 * at + 2
+        assert row.ids == template.encode(talk[:count], tools, False)[: len(row.ids)]
+        assert [row.weights[one.stop - 1] for one in row.answers] == [1.0] * len(row.answers)

@@ -198,17 +198,19 @@ class Marker:
         An end that is a closing tag, which templates look for, is left alone; the last word is marked instead.
         """
         inside = self.texts is not None and path[:1] in (("messages",), ("tools",), ("documents",))
-        if not inside or any(part in KEYS for part in path) or not value.strip():
+        of_part = len(path) > 4 and path[2] == "content" and path[4] != "text"  # the file of an image
+        if not inside or of_part or any(part in KEYS for part in path) or not value.strip():
             return []
         taken = [match.span() for match in self._words.finditer(value)]
-        words = [
+        words = (
             match.start() + 1
             for match in WORD.finditer(value)
             if not any(start < match.end() and match.start() < stop for start, stop in taken)
-        ]
+        )
         end = len(value.rstrip())
-        last = words[-1] if words and CLOSED.search(value) else end
-        return sorted({words[0] if words else last, last})
+        first = next(words, end)
+        last = deque(words, 1) or [first] if CLOSED.search(value) else [end]
+        return sorted({first, *last})
 
     def words_in(self, text: str) -> list[str]:
         """The control words that a text spells."""

@@ -59,6 +59,23 @@ def joined_texts(content: list[Any], name: str) -> str:
     return "".join(map(str, texts))
 
 
+def require_parts(given: Mapping[str, Any], same: Callable[[dict[str, Any]], bool], origin: str) -> None:
+    """Refuse a template that writes the `same` with and without an image, or another part that is no text."""
+    for at, message in enumerate(given["messages"]):
+        parts = message["content"] if isinstance(message.get("content"), list) else []
+        for number, part in enumerate(parts):
+            kind = part.get("type", "text") if isinstance(part, dict) else "text"
+            if kind == "text":
+                continue
+            fewer = {**message, "content": [one for place, one in enumerate(parts) if place != number]}
+            others = [fewer if place == at else one for place, one in enumerate(given["messages"])]
+            if same({**given, "messages": others}):
+                raise RequestError(
+                    f"messages[{at}].content[{number}]: {origin} leaves out a part of type {kind!r}; accepted is a "
+                    "template that writes it"
+                )
+
+
 # -- a last message to go on with --------------------------------------------------------------------
 
 

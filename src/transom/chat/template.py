@@ -31,6 +31,7 @@ from transom.chat.messages import (
     message_data,
     open_last,
     plain,
+    require_parts,
     result_as_json,
     wants_prompt,
 )
@@ -147,6 +148,7 @@ class ChatTemplate:
         else:
             chat = self.chat_of(given)
         self._tell_left_out(chat, given)
+        require_parts(given, lambda fewer: self.text_of(fewer) == self.text_of(given), self.origin)
         ids = self.ids_of(chat)
         return ids[self.first_of(ids) :]
 
@@ -231,10 +233,10 @@ class ChatTemplate:
         """Return the rendered text of what `prepared` returned."""
         return self.chosen(given).render({**self._variables, **given}, now=self.now)
 
-    def chat_of(self, given: dict[str, Any], said: bool = False) -> Marked:
+    def chat_of(self, given: dict[str, Any], said: bool = False, text: str | None = None) -> Marked:
         """Return the rendered chat, which of its control words came in with messages, and which texts it writes."""
         chosen, now = self.chosen(given), self.now or datetime.now()
-        text = chosen.render({**self._variables, **given}, now=now)
+        text = chosen.render({**self._variables, **given}, now=now) if text is None else text
         marks = Marks.unused_in([chosen.source, text, *strings(self._variables), *strings(given)])
         around = marks.said if said else ("", "")
         texts: list[Text] = []

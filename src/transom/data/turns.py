@@ -80,7 +80,8 @@ class Turns:
             whole, prompt = beginnings.whole(at + 1), beginnings.prompt(at)
             if any(row.add(at, whole, prompt, weights[at]) for row in rows):
                 continue
-            rows.append(_Row(self._template, {**given, "messages": given["messages"][: at + 1]}))
+            talk = {**given, "messages": given["messages"][: at + 1]}
+            rows.append(_Row(self._template, talk, whole, rows[0] if rows else None))
             if not rows[-1].add(at, whole, prompt, weights[at]):
                 self._count_left_out(given, rows[-1:], [at])  # a better reason, if there is one
                 raise RequestError(
@@ -151,20 +152,37 @@ def _is_reasoning(texts: Sequence[Text], given: Mapping[str, Any]) -> bool:
     return path[2] in REASONING or (path[2] == "content" and all(text.cut for text in texts))
 
 
+def _before(chat: Marked, end: int) -> list[tuple[int, int]]:
+    """What is protected before a place."""
+    return [span for span in chat.protected if span[0] < end]
+
+
 class _Row:
     """A rendered conversation, encoded once, and the answers found in it."""
 
-    def __init__(self, template: ChatTemplate, given: dict[str, Any]) -> None:
+    def __init__(
+        self, template: ChatTemplate, given: dict[str, Any], text: str | None = None, like: _Row | None = None
+    ) -> None:
         self._template, self._given = template, given
         tokenizer = template.tokenizer
         self._blocks = template.chosen(given).generation
-        self.chat = template.chat_of(given, said=self._blocks)
-        self.ids = template.ids_of(self.chat)
+        self.chat = template.chat_of(given, self._blocks, text)
+        self.ids = self._encoded(like)
         self.first = template.first_of(self.ids)
         self._weights = np.zeros(len(self.ids), np.float32)
         self._answers: list[Answer] = []
         self._stops = frozenset((*template.stop_tokens, *tokenizer.stop_ids))
         self._controls = controls_in(tokenizer, self.chat, self.ids)
+
+    def _encoded(self, like: _Row | None) -> list[int]:
+        """Return the ids; those that a row with the same beginning has up to a control token are taken from it."""
+        controls = [] if like is None else like._controls
+        same = 0 if like is None else shared(like.chat.text, self.chat.text)
+        start, token = next(((a, t) for a, b, t in reversed(controls) if b <= same), (0, 0))
+        if like is None or _before(like.chat, start) != _before(self.chat, start):
+            return self._template.ids_of(self.chat)
+        protected = [(a - start, b - start) for a, b in self.chat.protected if a >= start]
+        return like.ids[:token] + self._template.ids_of(Marked(self.chat.text[start:], protected))
 
     def add(self, at: int, whole: str, prompt: str | None, weight: float) -> bool:
         """Take message `at` as an answer with loss; False where this row does not hold it as `whole` does.

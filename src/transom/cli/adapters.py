@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transom.cli.main import user_path
 from transom.errors import notice, require
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def named_adapters(given: Sequence[str]) -> dict[str, str]:
         require(
             name != NONE and name not in out, "--adapter", one, f"accepted is a name of its own, and not {NONE}"
         )
-        out[name] = folder
+        out[name] = user_path(folder)
     return out
 
 

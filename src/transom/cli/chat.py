@@ -20,6 +20,7 @@ from transom.cli.generate import (
     open_model,
     sampling_of,
 )
+from transom.cli.main import user_path
 from transom.errors import RequestError, notice, require
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = (
         "a built-in template (llama3, chatml, ...), one of the folder's by name, or a file (default: the folder's)"
     )
-    parser.add_argument("--chat-template", metavar="NAME", help=which)
+    parser.add_argument("--chat-template", type=user_path, metavar="NAME", help=which)
     parser.add_argument(
         "--chat-template-config", metavar="JSON", help='values for the template, as {"enable_thinking": false}'
     )
@@ -213,7 +214,7 @@ class Chat:
     def save(self, name: str) -> None:
         """Write the conversation so far, but not over a file that this chat did not write."""
         require(bool(name), "/save", name, "accepted is the name of a file")
-        path, content = Path(name), self.session.framing.saved()
+        path, content = Path(name).expanduser(), self.session.framing.saved()
         require(path in self.saved or not path.exists(), "/save", name, "the file exists; accepted is a new name")
         try:
             path.write_text(content, encoding="utf-8")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from transom.claims import free_folder
-from transom.cli.main import emit_json
+from transom.cli.main import emit_json, user_path
 
 FORMATS = ("hf", "native", "meta", "mistral")
 
@@ -15,8 +15,8 @@ FORMATS = ("hf", "native", "meta", "mistral")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     what = "a model or adapter folder, a run folder for its best step, or a hub id"
-    parser.add_argument("source", metavar="SRC", help=what)
-    parser.add_argument("out", metavar="OUT", help="the folder to write, new or empty")
+    parser.add_argument("source", type=user_path, metavar="SRC", help=what)
+    parser.add_argument("out", type=user_path, metavar="OUT", help="the folder to write, new or empty")
     parser.add_argument(
         "--format", choices=FORMATS, default="hf",
         help="hf (Hugging Face, default), native (Transom's own), or params.json folders of meta and mistral",

@@ -16,7 +16,7 @@ from transom.checkpoints.folders import Found, find_model, is_model, lacks_vocab
 from transom.cli.chat import find_template
 from transom.cli.finetune import FLAGS, config_of
 from transom.cli.inspect import heading, pairs, show
-from transom.cli.main import emit_json
+from transom.cli.main import emit_json, user_path
 from transom.errors import RequestError, notice, require
 from transom.yaml_files import read_yaml
 
@@ -43,18 +43,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     parser.add_argument("what", choices=("check", "show"), help="count and find faults, or print one example")
     files = ".jsonl, .json or .parquet file, a folder with train, valid and test files, a name of `datasets`"
-    parser.add_argument("data", metavar="DATA", help=f"{files}, or stdlib-docs: questions on Python's own library")
+    parser.add_argument(
+        "data", type=user_path, metavar="DATA", help=f"{files}, or stdlib-docs: questions on Python's own library"
+    )
     model = "the folder or hub id whose tokenizer and chat template are used"
-    parser.add_argument("--model", required=True, metavar="FOLDER", help=model)
+    parser.add_argument("--model", required=True, type=user_path, metavar="FOLDER", help=model)
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--split", default="train", help="train (default), valid or test")
-    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml key=value", help="as for finetune")
+    parser.add_argument("words", nargs="*", type=user_path, metavar="CONFIG.yaml key=value", help="as for finetune")
     parser.add_argument(
         "--seq-len", "--max-seq-length", dest="max_seq_length", type=int, metavar="N",
         help="longest example, tokens (data.seq_len; default: as for finetune)",
     )  # fmt: skip
     which = "a built-in template, one of the folder's by name, or a file (tune.template; default: the folder's)"
-    parser.add_argument("--chat-template", metavar="NAME", help=which)
+    parser.add_argument("--chat-template", type=user_path, metavar="NAME", help=which)
     carries = "turns that carry loss (tune.train_on; default: assistant)"
     parser.add_argument("--train-on", choices=("assistant", "all"), help=carries)
     longer = "what becomes of longer examples (tune.truncate; default: cut)"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from transom.cli.generate import add_folder_arguments
-from transom.cli.main import emit_json
+from transom.cli.main import emit_json, user_path
 from transom.errors import RequestError, WorkError, notice, require
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-i",
         "--input",
+        type=user_path,
         metavar="FILE",
         help="texts, one a line, or those of a .jsonl, .json or .parquet; - is standard input",
     )
@@ -32,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="mean over all tokens of a text, or its last one (default: what the folder states, else mean)",
     )  # fmt: skip
     parser.add_argument("--normalize", action="store_true", help="scale vectors to length 1")
-    parser.add_argument("--out", metavar="FILE", help="write float32 vectors to FILE.safetensors or FILE.npy")
+    parser.add_argument(
+        "--out", type=user_path, metavar="FILE", help="write float32 vectors to FILE.safetensors or FILE.npy"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the --out file")
     parser.add_argument("--json", action="store_true", help="print one JSON document as the last line")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from transom.checkpoints.folders import model_folder
 from transom.checkpoints.hub import is_hub_id
 from transom.cli.inspect import heading, show, table
-from transom.cli.main import emit_json
+from transom.cli.main import emit_json, user_path
 from transom.errors import RequestError, WorkError, require
 from transom.evaluation.eval_args import EvalArgs
 from transom.evaluation.task_data import DataSet, open_data
@@ -41,10 +41,14 @@ FOR_TASKS = ("include_path", "num_fewshot", "apply_chat_template")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     what = "a model or adapter folder of any format, a run folder for its best step, or a hub id"
-    parser.add_argument("model", nargs="?", metavar="MODEL", help=what)
+    parser.add_argument("model", nargs="?", type=user_path, metavar="MODEL", help=what)
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument(
-        "--compare", nargs=2, metavar=("A", "B"), help="two models on the same data, in place of one"
+        "--compare",
+        nargs=2,
+        type=user_path,
+        metavar=("A", "B"),
+        help="two models on the same data, in place of one",
     )
     parser.add_argument(
         "--data", nargs="+", action="extend", default=[], metavar="DATA",
@@ -53,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks", metavar="NAMES", help="tasks of lm-evaluation-harness, separated by commas, in place of --data"
     )
-    parser.add_argument("--include-path", metavar="DIR", help="with --tasks: a folder of more tasks")
+    parser.add_argument(
+        "--include-path", type=user_path, metavar="DIR", help="with --tasks: a folder of more tasks"
+    )
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="with --tasks: examples in front")
     parser.add_argument(
         "--apply-chat-template", action="store_true", help="with --tasks: prompts through the chat template"
@@ -63,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--window", int, "N", "text: tokens of context at most (default: max_seq_len, 4096 at most)"),
         ("--stride", int, "N", "text: tokens that windows advance by (default: half a window)"),
         ("--extract", str, "REGEX", "answers: compare its last match (its group, where it has one) only"),
-        ("--chat-template", str, "NAME", "for messages: a built-in template, one of the folder's, or a file"),
+        ("--chat-template", user_path, "NAME", "for messages: a built-in template, one of the folder's, or a file"),
     ):
         parser.add_argument(flag, type=kind, metavar=name, help=help)
     parser.add_argument(
@@ -79,9 +85,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--dtype", help="float32, bfloat16, float16 or float64 (default: the files' own)")
-    parser.add_argument("--out", metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--out", type=user_path, metavar="FILE", help="write the results as JSON")
     parser.add_argument(
-        "--rows", metavar="FILE", help="write what came out of every document or row, one JSON a line"
+        "--rows",
+        type=user_path,
+        metavar="FILE",
+        help="write what came out of every document or row, one JSON a line",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the files of --out and --rows")
     parser.add_argument("--json", action="store_true", help="print one JSON document as the last line")

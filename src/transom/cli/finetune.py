@@ -8,7 +8,7 @@ from typing import Any
 
 from transom.args import ModelArgs
 from transom.checkpoints.folders import Found, find_model, is_hub_id, is_model, read_args
-from transom.cli.main import emit_json
+from transom.cli.main import emit_json, user_path
 from transom.cli.train import field_lines, names_of, run_training
 from transom.errors import RequestError, require
 from transom.planning.counts import parameters
@@ -52,12 +52,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
         "transom finetune MODEL [CONFIG.yaml] --data FILE [key=value ...] [--overwrite | --resume] [--json]"
     )
-    parser.add_argument("model", metavar="MODEL", help="model or run folder, or hub id, to start from")
-    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml key=value", help="config file, then overrides")
+    parser.add_argument(
+        "model", type=user_path, metavar="MODEL", help="model or run folder, or hub id, to start from"
+    )
+    parser.add_argument(
+        "words", nargs="*", type=user_path, metavar="CONFIG.yaml key=value", help="config file, then overrides"
+    )
     parser.add_argument(
         "--data",
         action="append",
         default=[],
+        type=user_path,
         metavar="FILE",
         help=f".jsonl, .json or .parquet file, folder with train and valid files, or {EMBEDDED}: questions about "
         "this machine's Python library; may be given again",

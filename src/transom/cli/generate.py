@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transom.checkpoints.folders import Found, find_model, model_folder
 from transom.checkpoints.hub import is_hub_id
-from transom.cli.main import emit_json
+from transom.cli.main import emit_json, user_path
 from transom.errors import RequestError, notice, require
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model: what every verb that runs one takes."""
     what = "a model or adapter folder of any format, a run folder for its best step, or a hub id"
-    parser.add_argument("folder", metavar="FOLDER", help=what)
+    parser.add_argument("folder", type=user_path, metavar="FOLDER", help=what)
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
 
 

@@ -18,7 +18,7 @@ from transom.args import ModelArgs
 from transom.checkpoints.folders import CONFIG, PARAMS, Found, find_model, lacks_vocabulary, read_args
 from transom.checkpoints.hub import is_hub_id
 from transom.cli.glossary import legend
-from transom.cli.main import emit_json
+from transom.cli.main import emit_json, user_path
 from transom.errors import RequestError, nearest, notice, require
 from transom.planning.layer_plan import ModelPlan, groups, index_words, plan
 from transom.presets import PRESETS, preset
@@ -36,8 +36,10 @@ PIPE_WIDTH = 400  # characters; nobody reads a pipe at 80 columns, and cut cells
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     what = "model, adapter or run folder, hub id, config.json, params.json, or preset"
-    parser.add_argument("model", help=f"{what}: {', '.join(PRESETS)}")
-    parser.add_argument("other", nargs="?", help="a second model or run: what differs between the two is shown")
+    parser.add_argument("model", type=user_path, help=f"{what}: {', '.join(PRESETS)}")
+    parser.add_argument(
+        "other", nargs="?", type=user_path, help="a second model or run: what differs between the two is shown"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--length", type=int, help="sequence length to count for, tokens; default max_seq_len")
     parser.add_argument("--json", action="store_true", help="print one JSON document with exact numbers instead")

@@ -79,6 +79,11 @@ def _exit_code(words: list[str]) -> int:
         return 1
 
 
+def user_path(text: str) -> str:
+    """Argparse type of a path: `~` is the home folder, which shells leave as it is in `--out=~/x`."""
+    return os.path.expanduser(text)  # noqa: PTH111 - or a hub id, which must keep its spelling
+
+
 def prepare_streams() -> None:
     """Make the standard streams usable: closed ones become the null device, and no character ends the program.
 

@@ -13,7 +13,7 @@ from transom.checkpoints.hub import is_hub_id
 from transom.claims import free_folder
 from transom.cli.convert import FORMATS
 from transom.cli.inspect import heading, show, table
-from transom.cli.main import emit_json
+from transom.cli.main import emit_json, user_path
 from transom.errors import RequestError, require
 
 FORMS = "accepted is ADAPTER [OUT], or BASE ADAPTER... OUT"
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "ADAPTER, or ADAPTER OUT, or BASE ADAPTER ... OUT: an adapter is its folder, a run that trained one, or a "
         "hub id, on the base that it names unless one is given; OUT is ADAPTER-merged unless given"
     )
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help=what)
+    parser.add_argument("folders", nargs="+", type=user_path, metavar="FOLDER", help=what)
     parser.add_argument(
         "--method", choices=METHODS, default="linear",
         help="how several are combined: added up (default), ties (arXiv 2306.01708) or dare (arXiv 2311.03099)",
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--density", type=float, metavar="X", help="ties, dare: share that is kept (default: 0.5)")
     parser.add_argument("--seed", type=int, metavar="N", help="dare: of the draws (default: 0)")
     parser.add_argument(
-        "--data", metavar="FILE",
+        "--data", type=user_path, metavar="FILE",
         help="text to measure on: a file, folder or glob (default: what the run held out, else built-in texts)",
     )  # fmt: skip
     parser.add_argument("--tokens", type=int, metavar="N", help="tokens of it to measure on (default: 4096)")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from transom.args import ModelArgs
 from transom.claims import Claim
-from transom.cli.main import emit_json
+from transom.cli.main import emit_json, user_path
 from transom.errors import notice, require
 from transom.fields import field_types, write
 from transom.interrupts import STOPS
@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
         "transom train [CONFIG.yaml | RUN] [key=value ...] [--overwrite | --resume] [--profile N] [--json]"
     )
-    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml key=value", help="config file, then overrides")
+    parser.add_argument(
+        "words", nargs="*", type=user_path, metavar="CONFIG.yaml key=value", help="config file, then overrides"
+    )
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same folder")
     again.add_argument(

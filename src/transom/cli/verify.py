@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from transom.args import ModelArgs
 from transom.cli.inspect import find, heading, show, table
-from transom.cli.main import emit_json
+from transom.cli.main import emit_json, user_path
 from transom.errors import RequestError, notice, require
 from transom.fields import field_types
 from transom.presets import PRESETS
@@ -37,17 +37,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         nargs="?",
+        type=user_path,
         help="model or run folder, config of a model or a run (YAML or JSON), or preset: a shrunken copy of it is "
         "verified, of checkpoint and policy the folder itself, of tuning both, of merge an adapter, its base or "
         "what was merged; built-in models when absent",
     )
-    parser.add_argument("adapter", nargs="?", help="merge: an adapter for the base that stands before it")
+    parser.add_argument(
+        "adapter", nargs="?", type=user_path, help="merge: an adapter for the base that stands before it"
+    )
     parser.add_argument("--full", action="store_true", help="cache: the folder's own weights, not a shrunken copy")
     parser.add_argument("--length", type=int, help="cache --full, checkpoint: longest sequence, tokens")
     parser.add_argument("--device", help="cache --full, policy, attention: where to run, default cpu for models")
     parser.add_argument("--dtype", help="cache --full, checkpoint: dtype of the weights, default float32")
     parser.add_argument(
-        "--data", metavar="FILE", help="tuning FOLDER: rows as finetune takes them, built-in otherwise"
+        "--data",
+        type=user_path,
+        metavar="FILE",
+        help="tuning FOLDER: rows as finetune takes them, built-in otherwise",
     )
     parser.add_argument("--steps", type=int, help="resume: steps of the run, default 6")
     parser.add_argument("--self-test", action="store_true", help="plant every known silent bug and see it caught")

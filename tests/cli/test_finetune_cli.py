@@ -91,12 +91,14 @@ def test_only_the_same_run_is_resumed(folders, finished, tmp_path, capsys, case)
     assert sentence in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_the_same_command_resumes_whatever_has_been_saved(folders, tmp_path, capsys):
+def test_the_same_command_resumes_whatever_has_been_saved(folders, tmp_path, capsys, monkeypatch):
     (tmp_path / "config.yaml").write_text("tune: {lora: {rank: 3}}\nsave_every: 1\n")
     words = [folders[0], tmp_path / "config.yaml", "--data", folders[1], "--iters", 2, "--batch-size", 2]
     words = ["finetune", *map(str, words), "--out", str(tmp_path / "run"), *FAST, "--resume"]
-    for told in ("no step was saved yet", "resumed at step 2 of 2"):
-        assert main(words) == 0
+    monkeypatch.setenv("HOME", str(tmp_path))
+    at_home = ["out=~/run" if word == str(tmp_path / "run") else word for word in words if word != "--out"]
+    for same, told in ((words, "no step was saved yet"), (words, "step 2 of 2"), (at_home, "step 2 of 2")):
+        assert main(same) == 0
         assert told in capsys.readouterr().err
     assert main([*words, "--iters", "3"]) == 2
     assert "its steps is 2" in capsys.readouterr().err

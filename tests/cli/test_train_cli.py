@@ -41,3 +41,12 @@ def test_unknown_verbs_and_flags_are_one_sentence(capsys):
     assert "did you mean 'train'" in capsys.readouterr().err
     assert main(["train", "--resme"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_path_with_an_equals_sign_is_a_config(tmp_path):
+    config = tmp_path / "lr=1 #2.yaml"
+    out = tmp_path / "runs = a" / "lr=1e-3: #2"
+    config.write_text(yaml.safe_dump(tiny_config(tmp_path)))
+    assert main(["train", str(config), "steps=1", f"out={out}", "--quiet"]) == 0
+    assert main(["train", str(out), "--resume", "--quiet"]) == 0
+    assert (out / "report.html").exists()

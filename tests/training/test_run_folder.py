@@ -285,3 +285,12 @@ def test_a_step_deleted_by_hand_does_not_end_a_healthy_run(tmp_path, capsys, gon
     assert (run / "latest").read_text().strip() == "step_000008"
     load(run)
     assert "the step that `best` names is missing" in capsys.readouterr().err
+
+
+def test_a_run_of_an_older_version_is_resumed(finished):
+    """Its run.json has one config, the resolved one."""
+    path = finished / "run" / "run.json"
+    facts = json.loads(path.read_text())
+    del facts["resolved"]
+    path.write_text(json.dumps(facts))
+    assert open_run(tiny_args(finished, "keep_last=3"), resume=True, quiet=True).progress.step == 12

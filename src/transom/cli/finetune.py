@@ -9,7 +9,7 @@ from typing import Any
 from transom.args import ModelArgs
 from transom.checkpoints.folders import Found, find_model, is_hub_id, is_model, read_args
 from transom.cli.main import emit_json, user_path
-from transom.cli.train import field_lines, names_of, run_training
+from transom.cli.train import field_lines, is_override, names_of, run_training
 from transom.errors import RequestError, require
 from transom.planning.counts import parameters
 from transom.training.config import TrainArgs, read_config
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Fine-tune; name the next commands."""
     args = config_of(options)
-    check_effects(args, [*_fields_of_flags(options), *names_of(options.words)])
+    check_effects(args, [*_fields_of_flags(options), *names_of(_split(options.words)[1])])
     trainer, _, code = run_training(args, options)
     if not trainer.finished:
         return code
@@ -148,7 +148,7 @@ def config_of(options: argparse.Namespace, opened: Found | None = None) -> Train
 
 def run_to_resume(model: str, out: str | None) -> Path | None:
     """Return the run that is meant: `out`, the default one of MODEL, or MODEL itself; None where none has begun."""
-    run = Path(default_out(model) if out is None else out)
+    run = Path(default_out(model) if out is None else user_path(out))
     if (run / "config.yaml").exists():
         return run
     own = Path(model) / "config.yaml"
@@ -211,7 +211,7 @@ def _fields_of_flags(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _split(words: list[str]) -> tuple[Path | None, list[str]]:
-    if words and "=" not in words[0]:
+    if words and not is_override(words[0]):
         return Path(words[0]), words[1:]
     return None, words
 

@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     """Train; exit code 0, or 143 after a SIGTERM and 129 after a SIGHUP that saved an unfinished run."""
     config, overrides = _split(options.words)
     args = read_config(config, overrides)
-    check_effects(args, names_of(options.words))
+    check_effects(args, names_of(overrides))
     args.data.source_list  # noqa: B018 - a run without sources is refused before torch is imported
     trainer, final, code = run_training(args, options)
     if options.json and trainer.finished:
@@ -105,14 +105,19 @@ def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer,
     return trainer, final, 0
 
 
+def is_override(word: str) -> bool:
+    """Whether a word is `key=value` and not the path of a file, which may have an equals sign as well."""
+    return "=" in word and not Path(word).exists()
+
+
 def names_of(words: Iterable[str]) -> list[str]:
     """Return the fields that words such as `steps=3` name."""
-    return [word.partition("=")[0] for word in words if "=" in word]
+    return [word.partition("=")[0] for word in words]
 
 
 def _split(words: list[str]) -> tuple[Path | None, list[str]]:
     """The config file (a run folder stands for its config.yaml), and the overrides."""
-    if not words or "=" in words[0]:
+    if not words or is_override(words[0]):
         return None, words
     path = Path(words[0])
     if path.is_dir():  # a run that was moved is continued where it is now

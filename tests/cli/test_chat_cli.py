@@ -245,3 +245,23 @@ def test_reasoning_is_dim_on_a_terminal(capsys):
     screen.write("answer", "Two.")
     screen.end()
     assert capsys.readouterr().out == "\x1b[2m[reasoning]\nhm\x1b[22m\n[answer]\nTwo.\n"
+
+
+def test_an_answer_goes_on_from_words_that_it_is_given(made, call, tmp_path):
+    """The model reads its own first words, without an end of turn behind them; they are part of the answer."""
+    model, folder = made
+    tokenizer = Tokenizer.load(folder)
+    template = ChatTemplate.load(folder, tokenizer)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Sure,"}]
+    ids = template.encode(messages, continue_final_message=True)
+    assert tokenizer.decode(ids[-5:]) == "Sure,"
+    texts = stream_text(model, tokenizer, [ids], max_new_tokens=6, stop_tokens=(257, 259))
+    expected = "Sure," + "".join(piece for (piece,) in texts)
+    words = ("--prefill", "Sure,", "--max-tokens", 6, "--temperature", 0)
+    code, out, _ = call(folder, *words, stdin=f"Hi\n/save {tmp_path / 'chat.jsonl'}\n")
+    assert code == 0 and out == f"{expected}\n"
+    saved = json.loads((tmp_path / "chat.jsonl").read_text())["messages"]
+    assert saved[1] == {"role": "assistant", "content": expected}
+    for wrong in (("--prefill", "Sure, "), ("--prefill", "Sure,", "--ignore-chat-template")):
+        code, _, err = call(folder, *wrong, stdin="Hi\n")
+        assert code == 2 and "--prefill" in err

@@ -63,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat-template-config", metavar="JSON", help='values for the template, as {"enable_thinking": false}'
     )
+    parser.add_argument(
+        "--prefill",
+        default="",
+        metavar="TEXT",
+        help="words that every answer begins with, which the model continues",
+    )
     parser.add_argument("--ignore-chat-template", action="store_true", help="one growing text, without a template")
 
 
@@ -70,6 +76,8 @@ def run(options: argparse.Namespace) -> int:
     """Answer turn by turn until the input ends."""
     check_arguments(options)
     values = template_values(options)
+    accepted = "accepted is text without white space at its end, where tokens would end in other places"
+    require(options.prefill == options.prefill.rstrip(), "--prefill", options.prefill, accepted)
     sampling = sampling_of(options)
     adapters = named_adapters(options.adapter)
     found, model, tokenizer, stop_tokens = open_model(options)
@@ -83,12 +91,13 @@ def run(options: argparse.Namespace) -> int:
     markers = None
     template = None if options.ignore_chat_template else find_template(found, tokenizer, options.chat_template)
     if template is None:
+        require(not options.prefill, "--prefill", options.prefill, "accepted with a chat template")
         framing = GrowingText(tokenizer)
         why = "the chat template is ignored" if options.ignore_chat_template else "this model has no chat template"
         notice(f"{why}: each turn continues one growing text, on a new line; /help lists commands")
     else:
-        framing = Messages(template, values)
-        markers = find_markers(template, **values)
+        framing = Messages(template, values, options.prefill)
+        markers = None if options.prefill else find_markers(template, **values)  # the answer has begun
         if not options.ignore_eos:
             stop_tokens = stop_tokens_of(found, tokenizer, template)
         notice(f"turns are written by {template.origin}; /help lists commands")
@@ -105,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
     )
     room = room_of(model, options.max_model_len)
     session = Session(model, tokenizer, framing, args, room, markers, when_full="/reset begins anew")
-    chat = Chat(session, options.system)
+    chat = Chat(session, options.system, options.prefill)
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - importing it gives `input` line editing
@@ -176,8 +185,8 @@ def read_turn() -> str | None:
 class Chat:
     """Turns and commands of a person, and what they see of the answers."""
 
-    def __init__(self, session: Session, system: str) -> None:
-        self.session, self.system = session, system
+    def __init__(self, session: Session, system: str, prefill: str = "") -> None:
+        self.session, self.system, self.prefill = session, system, prefill
         self.saved: set[Path] = set()
 
     def take(self, turn: str) -> bool:
@@ -187,7 +196,7 @@ class Chat:
         match name:
             case "":
                 answer = self.session.ask(rest)
-                self.session.keep(answer, interrupted=show(answer))
+                self.session.keep(answer, interrupted=show(answer, self.prefill))
             case "reset":
                 self.reset(self.system)
             case "system":
@@ -236,9 +245,11 @@ def room_of(model: LLM, requested: int | None) -> int:
     return requested
 
 
-def show(answer: Answer) -> bool:
+def show(answer: Answer, begin: str = "") -> bool:
     """Print an answer as it comes, its reasoning under a heading; return whether Ctrl-C cut it short."""
     screen = Screen(dim=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    if begin:
+        screen.write("answer", begin)
     interrupted = False
     try:
         for kind, text in answer:

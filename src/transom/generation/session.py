@@ -75,8 +75,9 @@ class GrowingText:
 class Messages:
     """Messages, written by a chat template as a whole every time."""
 
-    def __init__(self, template: ChatTemplate, values: dict[str, Any]) -> None:
-        self.template, self.values = template, values
+    def __init__(self, template: ChatTemplate, values: dict[str, Any], begin: str = "") -> None:
+        """`begin` are words that every answer begins with; the model goes on from them."""
+        self.template, self.values, self.begin = template, values, begin
         self.messages: list[dict[str, str]] = []
 
     def reset(self, system: str) -> None:
@@ -89,15 +90,19 @@ class Messages:
         self.messages = messages
 
     def prompt(self, turn: str) -> list[int]:
-        """Return the ids of all messages, and of the head of an answer."""
-        return self.template.encode([*self.messages, {"role": "user", "content": turn}], **self.values)
+        """Return the ids of all messages, and of the head of an answer or of its first words."""
+        messages = [*self.messages, {"role": "user", "content": turn}]
+        if not self.begin:
+            return self.template.encode(messages, **self.values)
+        messages.append({"role": "assistant", "content": self.begin})
+        return self.template.encode(messages, continue_final_message=True, **self.values)
 
     def keep(self, turn: str, ids: list[int], answer: Answer, said: list[int]) -> None:
         """Add both messages; what is cut short stays as it is.
 
         Reasoning has a key of its own, from which the template writes what its model is to read again.
         """
-        message = {"role": "assistant", "content": answer.text}
+        message = {"role": "assistant", "content": self.begin + answer.text}
         if answer.reasoning:
             message["reasoning_content"] = answer.reasoning
         self.messages += [{"role": "user", "content": turn}, message]

@@ -185,6 +185,20 @@ def test_a_text_stays_as_it_is_where_the_template_writes_texts(made: Any) -> Non
     )
 
 
+@pytest.mark.parametrize(
+    "name", ["chatml", "llama3", "llama4", "mistral-v3", "mistral-v7", "mistral-v11", "mistral-v13"]
+)
+def test_built_in_templates_spell_arguments_one_way(made: Any, name: str) -> None:
+    template = ChatTemplate(named(name).source(made[0]), made[0])
+
+    def written(arguments: Any) -> str:
+        call = {**CALL, "function": {"name": "weather", "arguments": arguments}}
+        return template.render([TOOL_TALK[0], {"role": "assistant", "tool_calls": [call]}], None, False)
+
+    assert written(COMPACT) == written(SPACED) == written(CALL["function"]["arguments"])
+    assert SPACED in written(COMPACT)
+
+
 # -- long conversations ------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from transom.checkpoints.convert import convert
 from transom.checkpoints.hf_export import args_to_hf
 from transom.checkpoints.load import load, save
 from transom.errors import RequestError
-from transom.model import TransformerInput
+from transom.model import LLM, TransformerInput
 
 
 def theirs_of(folder, family=""):
@@ -181,3 +181,21 @@ def test_both_spellings_are_written():
     config = args_to_hf(tiny_args(rope_scaling={"kind": "yarn", "factor": 2.0, "original_max_seq_len": 64}))
     assert json.loads(json.dumps(config["rope_parameters"]))["rope_type"] == "yarn"
     assert config["rope_scaling"]["factor"] == 2.0 and config["rope_theta"] == 10000.0
+
+
+def test_the_config_states_a_dtype_that_holds_all_weights(tmp_path):
+    """transformers loads every weight in the dtype of the config."""
+    model = random_model(tiny_args())
+    model.tok_embeddings.to(torch.bfloat16)
+    save(model, tmp_path, format="hf")
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "float32"
+    wide = theirs_of(tmp_path).model.layers[0].self_attn.q_proj.weight
+    assert torch.equal(wide, load(tmp_path).layers[0].attention.wq.weight)
+
+
+def test_a_model_without_values_is_refused_and_nothing_is_written(tmp_path):
+    with torch.device("meta"):
+        model = LLM(tiny_args())
+    with pytest.raises(RequestError, match=r"tok_embeddings\.weight: on the meta device"):
+        save(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -98,3 +98,16 @@ def test_an_adapter_for_another_base_is_refused(made, call, tmp_path):
     code, out, err = call("merge", other, made / "a", tmp_path / "out")
     assert (code, out) == (2, "") and "accepted is the base that it was trained on" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_biases_that_choose_experts_do_not_widen_what_is_written(call, tmp_path):
+    """They are float32 in a model of bfloat16, whose weights stay bfloat16."""
+    moe = {"num_experts": 4, "top_k": 2, "hidden_dim": 20, "balance": "bias"}
+    base = write_base(tmp_path / "base", "native", moe_args=moe)
+    adapter = write_adapter(tmp_path / "adapter", base)
+    code, _, err = call("merge", base, adapter, tmp_path / "out", *DATA)
+    assert code == 0, err
+    kinds = {name: str(one.dtype) for name, one in load_file(tmp_path / "out" / "model.safetensors").items()}
+    biases = {name for name in kinds if name.endswith("choice_bias")}
+    assert biases and {kinds[name] for name in biases} == {"torch.float32"}
+    assert {kind for name, kind in kinds.items() if name not in biases} == {"torch.bfloat16"}

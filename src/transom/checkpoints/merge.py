@@ -21,7 +21,7 @@ from transom.adapt.read import MISTRAL_WEIGHTS, load_adapter
 from transom.checkpoints.fingerprint import check_base, read_facts
 from transom.checkpoints.folders import Found, find_model, named_folder, read_args
 from transom.checkpoints.load import load, open_state, outline, shapes_of
-from transom.checkpoints.stored import Stored, common_dtype, dtypes_of
+from transom.checkpoints.stored import Stored, dtypes_of, main_dtype
 from transom.errors import RequestError, require
 from transom.model import LLM
 from transom.quantize.args import QuantizeArgs
@@ -83,8 +83,7 @@ class Merge:
         weighed = zip(folders, weights, strict=True)
         parts = tuple(Part(f"part{index}", folder, weight) for index, (folder, weight) in enumerate(weighed))
         model_args = read_args(where)
-        kinds = dtypes_of(open_state(where, model_args, shapes_of(outline(model_args))), None)
-        own = common_dtype(kinds.values())
+        own = main_dtype(open_state(where, model_args, shapes_of(outline(model_args))))
         own_dtype = str(own).removeprefix("torch.")
         form = form_of(folders, own)
         return cls(where, base_fingerprint, parts, args, form, own_dtype, dtype or own_dtype, device)

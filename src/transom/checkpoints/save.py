@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from torch import Tensor
 
 from transom.adapt.lora import plain_weights
@@ -23,7 +22,7 @@ from transom.checkpoints.meta_config import args_to_meta
 from transom.checkpoints.mistral_config import args_to_mistral
 from transom.checkpoints.safetensors_files import WEIGHTS, parse_size, write_stream
 from transom.checkpoints.staging import staged
-from transom.checkpoints.stored import Batch, Source, Stored, cast
+from transom.checkpoints.stored import Batch, Source, Stored, cast, main_dtype
 from transom.errors import RequestError, notice
 from transom.model import LLM
 from transom.names import moves
@@ -50,6 +49,9 @@ def save(
     the tokenizer.
     """
     ours = {name: Stored.of(parameter.detach()) for name, parameter in plain_weights(model).items()}
+    for name, stored in ours.items():
+        if stored.read().is_meta:
+            raise RequestError(f"{name}: on the meta device, which has no values; accepted is a model with weights")
     layout = plan_layout(model.args, ours, format, dtype, max_shard_size)
     settings = settings_to_write(model.generation_settings, tokenizer, str(folder))
     if format == "hf":
@@ -100,7 +102,7 @@ def plan_layout(
         return FolderLayout(format, config, batches, max_bytes)
     if format == "hf":
         config = args_to_hf(args)
-        config["torch_dtype"] = str(_main_dtype(ours)).removeprefix("torch.")
+        config["torch_dtype"] = str(main_dtype(ours)).removeprefix("torch.")
         table, rotary = str(config["model_type"]), args.rope_layout
         if rotary == "interleaved":  # halves stay halves in every family
             rotary = args_from_hf(config, CONFIG).rope_layout
@@ -116,10 +118,6 @@ def plan_layout(
 
 def _reader(stored: Stored) -> Callable[[], list[Tensor]]:
     return lambda: [stored.read()]
-
-
-def _main_dtype(ours: Source) -> torch.dtype:
-    return next(iter(ours.values())).dtype
 
 
 def _untied(args: ModelArgs, ours: Source, format: str) -> tuple[ModelArgs, Source]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,18 +41,21 @@ class Stored:
 Source = Mapping[str, Stored]
 
 
-def common_dtype(kinds: Iterable[torch.dtype]) -> torch.dtype:
-    """Return the smallest dtype that holds the values of all `kinds`: float32 for bfloat16 and float16."""
+def main_dtype(source: Source) -> torch.dtype:
+    """Return the smallest dtype that holds all parameters but choice biases: float32 for bfloat16 and float16."""
+    kinds = (stored.dtype for name, stored in source.items() if not _is_wide(name))
     return functools.reduce(torch.promote_types, kinds)
 
 
-def dtypes_of(source: Source, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """What each of our parameters is kept as: `dtype`, or the smallest one that holds those of all files."""
+def _is_wide(name: str) -> bool:
     # The biases that help to choose experts move in steps too small for half precision, and no product reads them.
-    wide = {name for name in source if name.endswith("choice_bias")}
-    kinds = {stored.dtype for name, stored in source.items() if name not in wide}
-    kind = dtype or common_dtype(kinds)
-    return {name: torch.promote_types(kind, torch.float32) if name in wide else kind for name in source}
+    return name.endswith("choice_bias")
+
+
+def dtypes_of(source: Source, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """Return the dtype in which each of our parameters is kept: `dtype`, or `main_dtype`."""
+    kind = dtype or main_dtype(source)
+    return {name: torch.promote_types(kind, torch.float32) if _is_wide(name) else kind for name in source}
 
 
 def cast(source: Source, dtype: torch.dtype | None) -> Source:

@@ -294,3 +294,17 @@ def test_a_run_of_an_older_version_is_resumed(finished):
     del facts["resolved"]
     path.write_text(json.dumps(facts))
     assert open_run(tiny_args(finished, "keep_last=3"), resume=True, quiet=True).progress.step == 12
+
+
+def test_a_kill_while_a_run_is_overwritten_leaves_nothing_of_it_to_resume(finished, monkeypatch):
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_run(tiny_args(finished, "seed=1"), overwrite=True, quiet=True)
+    assert list((finished / "run").glob("step_*"))
+    trainer = open_run(tiny_args(finished, "seed=1"), resume=True, quiet=True)
+    assert trainer.progress.step == 0
+    assert not list((finished / "run").glob("step_*"))

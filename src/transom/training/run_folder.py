@@ -78,7 +78,8 @@ class RunFolder:
         """Refuse a folder that is not free and holds no step to `resume`, nor a run to `overwrite`."""
         if self.path.exists() and not self.path.is_dir():
             raise RequestError(f"{self.path}: a file; accepted is a folder to write the run in")
-        if resume and not self.has_steps and self._steps():  # killed after its first step was written
+        begun = (self.path / "run.json").exists()
+        if resume and begun and not self.has_steps and self._steps():  # killed after its first step was written
             self._point("latest", self._steps()[-1])
         if resume and self.has_steps:
             return
@@ -95,7 +96,9 @@ class RunFolder:
         """Make the folder ready: without unfinished checkpoints to resume its latest step, else new and empty."""
         self.check(overwrite=overwrite, resume=resume)  # once more, as files may have come since
         goes_on = resume and self.has_steps
-        for item in self.path.iterdir() if self.path.exists() else ():
+        items = list(self.path.iterdir()) if self.path.exists() else []
+        # What makes it a run goes first: a kill must not leave a part of the former one to resume.
+        for item in sorted(items, key=lambda item: item.name not in ("latest", "best", "run.json")):
             if goes_on and TEMPORARY in item.name:
                 notice(f"{item}: unfinished, removed")
             if not goes_on or TEMPORARY in item.name:

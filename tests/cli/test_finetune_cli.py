@@ -8,6 +8,7 @@ from tests.training.tuning import base_folder, chats
 from transom.cli import finetune
 from transom.cli.finetune import config_of
 from transom.cli.main import Parser, main
+from transom.training import finetune_config
 
 FAST = ("dtype=float32", "threads=1", "device=cpu")
 
@@ -53,12 +54,25 @@ def test_flags_words_and_file_in_order(folders, tmp_path):
     assert args.data.seq_len == 256  # no longer than the model's
 
 
+def test_a_python_user_gets_the_same_config(folders):
+    words = ["tune.method=full", "data.batch_size=4"]
+    given = finetune_config.finetune_args(str(folders[0]), [str(folders[1])], words)
+    assert given == parsed(folders[0], "--data", folders[1], *words)
+    assert given.out == f"{folders[0]}-finetune" and given.data.batch_size == 4
+
+
+def test_the_folder_of_a_config_file_is_kept(folders, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"out: {tmp_path}/mine\n")
+    assert parsed(folders[0], config, "--data", folders[1]).out == f"{tmp_path}/mine"
+
+
 @pytest.mark.parametrize(
     ("words", "rate"),
     [((), 2e-4), (("--method", "full"), 2e-5), (("--objective", "dpo"), 2e-5), (("--learning-rate", 0.5), 0.5)],
 )
 def test_the_rate_follows_the_method_unless_given(folders, words, rate, monkeypatch):
-    monkeypatch.setattr(finetune, "SMALL_PARAMETERS", 0)
+    monkeypatch.setattr(finetune_config, "SMALL_PARAMETERS", 0)
     assert parsed(folders[0], "--data", folders[1], *words).optimizer.lr == pytest.approx(rate)
 
 

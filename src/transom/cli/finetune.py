@@ -6,19 +6,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from transom.args import ModelArgs
-from transom.checkpoints.folders import Found, find_model, is_hub_id, is_model, read_args
+from transom.checkpoints.folders import Found
 from transom.cli.main import emit_json, user_path
 from transom.cli.train import field_lines, is_override, names_of, run_training
-from transom.errors import RequestError, require
-from transom.planning.counts import parameters
+from transom.errors import require
 from transom.training.config import TrainArgs, read_config
 from transom.training.effects import check_effects
-from transom.training.tune_args import PREFERENCES, TuneArgs
+from transom.training.finetune_config import EMBEDDED, default_out, finetune_args
+from transom.training.tune_args import TuneArgs
 from transom.yaml_files import read_yaml
 
-SEQ_LEN = 1024  # rows are no longer than this unless asked for
-EMBEDDED = "stdlib-docs"
 # Flags that users of other tools know, and the fields they stand for.
 FLAGS = (
     ("--method", "tune.method", str, "lora or full"),
@@ -33,17 +30,6 @@ FLAGS = (
     ("--max-seq-length", "data.seq_len", int, "longest row"),
     ("--out", "out", str, "folder of the run (default: MODEL-finetune)"),
 )
-# Peak learning rates that work for most models: adapters start at zero and bear ten times that of whole weights.
-RATES = {("lora", False): 2e-4, ("full", False): 2e-5, ("lora", True): 2e-5, ("full", True): 1e-6}
-DEFAULTS: dict[str, Any] = {
-    "data": {"held_out": 0.05},
-    "optimizer": {"weight_decay": 0.0},
-    "schedule": {"kind": "cosine", "warmup": 0.03, "final": 0.1},
-    "tune": {"epochs": 3.0},
-}
-# Models as small as the demo's learn faster, need more of an adapter and have little to lose.
-SMALL_PARAMETERS, SMALL_RATE = 20_000_000, 50
-RANK = {False: 16, True: 32}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,36 +100,7 @@ def config_of(options: argparse.Namespace, opened: Found | None = None) -> Train
     run = run_to_resume(options.model, given.get("out")) if options.resume else None
     if run is not None:
         return resumed_config(run, options, path, overrides)
-    if "out" not in given:
-        overrides = [f"out={default_out(options.model)}", *overrides]
-    found, model = find_model(options.model) if opened is None else opened, Path(options.model)
-    model_args = read_args(found.model) if opened is None or is_model(found.model) else None
-    small = model_args is not None and parameters(model_args) < SMALL_PARAMETERS
-    stated = read_yaml(path) if path else {}
-    base = merged(defaults_for(model_args, small), stated)
-    for section in DEFAULTS:
-        accepted = "accepted is a mapping of fields"
-        require(isinstance(base[section], dict), section, base[section], accepted)
-    if given.get("tune.method", base["tune"].get("method", "lora")) != "lora" and "lora" not in stated.get(
-        "tune", {}
-    ):
-        del base["tune"]["lora"]  # defaults of an adapter, of which there is none
-    if "steps" in given or "steps" in stated:
-        base["tune"]["epochs"] = None
-    whole_and_here = found.adapter is None and model.exists()
-    base["base"] = str(found.model) if whole_and_here else options.model  # a run may find a better step meanwhile
-    if options.data:
-        base["data"]["sources"] = list(options.data)
-    first = read_config(None, overrides, base=base)
-    require(bool(first.data.sources), "--data", None, f"accepted is a file, a folder or {EMBEDDED}")
-    require(first.tune is not None, "tune", None, "accepted here is what to tune; transom train reads text on")
-    assert first.tune is not None
-    if "tune.lora.rank" in given and "tune.lora.alpha" not in given:
-        overrides = [*overrides, f"tune.lora.alpha={2 * first.tune.lora.rank}"]
-    if "optimizer.lr" not in given and "lr" not in base["optimizer"]:
-        rate = RATES[first.tune.method, first.tune.objective in (*PREFERENCES, "grpo")]
-        base["optimizer"]["lr"] = rate * (SMALL_RATE if small else 1)
-    return read_config(None, overrides, base=base)
+    return finetune_args(options.model, options.data, overrides, read_yaml(path) if path else {}, opened)
 
 
 def run_to_resume(model: str, out: str | None) -> Path | None:
@@ -175,33 +132,6 @@ def over(below: Any, above: Any) -> Any:
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
     return {**below, **{key: over(below.get(key), value) for key, value in above.items()}}
-
-
-def defaults_for(args: ModelArgs | None, small: bool) -> dict[str, Any]:
-    """Return what the fields are unless a word says otherwise; `args` is None for a tokenizer alone."""
-    base = {key: dict(value) for key, value in DEFAULTS.items()}
-    base["data"]["seq_len"] = SEQ_LEN if args is None else min(args.max_seq_len, SEQ_LEN)
-    widths = [] if args is None else [layer.n_kv_heads * layer.head_dim for layer in args.layers]
-    rank = min([RANK[small], *widths])
-    # A matrix has no more to adapt than its shorter side.
-    base["tune"]["lora"] = {"rank": rank, "alpha": 2.0 * rank}
-    return base
-
-
-def merged(defaults: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
-    """The defaults with what a config states in their place, section by section."""
-    both = {key: {**defaults[key], **stated[key]} for key in defaults if isinstance(stated.get(key), dict)}
-    return {**defaults, **stated, **both}
-
-
-def default_out(model: str) -> str:
-    """`runs/demo-finetune` for `runs/demo`; a hub id goes below `runs`."""
-    if not Path(model).exists() and is_hub_id(model):
-        return f"runs/{model.rpartition('/')[2]}-finetune"
-    path = Path(model.rstrip("/"))
-    if not path.exists():
-        raise RequestError(f"{path}: no such folder; accepted is a model or run folder, or a hub id")
-    return f"{path}-finetune"
 
 
 def _fields_of_flags(options: argparse.Namespace) -> dict[str, Any]:

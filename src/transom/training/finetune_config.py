@@ -1,4 +1,4 @@
-"""The config of a fine-tuning run of which only the model and the data are given. No torch."""
+"""The config of a fine-tuning run of which only the model and the data are given."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from tests.helpers import TINY_VISION, random_model, random_tokens, tiny_args
 from transom.checkpoints.convert import convert
 from transom.checkpoints.hf_export import args_to_hf
 from transom.checkpoints.load import load, save
-from transom.errors import RequestError
+from transom.errors import RequestError, WorkError
 from transom.model import LLM, TransformerInput
 
 
@@ -199,3 +199,16 @@ def test_a_model_without_values_is_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(RequestError, match=r"tok_embeddings\.weight: on the meta device"):
         save(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["native", "hf", "meta"])
+def test_weights_that_a_dtype_cannot_hold_are_not_written_as_infinite(tmp_path, format):
+    model = random_model(tiny_args())
+    weight = model.layers[1].attention.wo.weight.data
+    weight[0, 0] = 65519.0  # rounds to the largest number of float16
+    save(model, tmp_path / "fits", format, dtype="float16")
+    weight[0, :3] = 1e6
+    with pytest.raises(WorkError, match=r"layers\.1\.attention\.wo\.weight: 3 weights are too large for float16"):
+        save(model, tmp_path / "out", format, dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["fits"]
+    save(model, tmp_path / "wide", format, dtype="bfloat16")

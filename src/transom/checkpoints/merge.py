@@ -21,7 +21,7 @@ from transom.adapt.read import MISTRAL_WEIGHTS, load_adapter
 from transom.checkpoints.fingerprint import check_base, read_facts
 from transom.checkpoints.folders import Found, find_model, named_folder, read_args
 from transom.checkpoints.load import load, open_state, outline, shapes_of
-from transom.checkpoints.stored import Stored, dtypes_of, main_dtype
+from transom.checkpoints.stored import Stored, dtypes_of, main_dtype, narrowed
 from transom.errors import RequestError, require
 from transom.model import LLM
 from transom.quantize.args import QuantizeArgs
@@ -134,7 +134,7 @@ class Merge:
         weights = plain_weights(model)
         kinds = dtypes_of({name: Stored.of(weight) for name, weight in weights.items()}, DTYPES[self.dtype])
         for name, weight in weights.items():
-            weight.copy_(weight.to(kinds[name]))
+            weight.copy_(narrowed(name, weight, kinds[name]))
         return model
 
     @property

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transom.errors import RequestError
+from transom.errors import RequestError, WorkError
 from transom.transforms import Shape
 
 
@@ -63,11 +63,28 @@ def cast(source: Source, dtype: torch.dtype | None) -> Source:
     if dtype is None:
         return source
     kinds = dtypes_of(source, dtype)
-    return {name: _cast(stored, kinds[name]) for name, stored in source.items()}
+    return {name: _cast(name, stored, kinds[name]) for name, stored in source.items()}
 
 
-def _cast(stored: Stored, kind: torch.dtype) -> Stored:
-    return stored if stored.dtype == kind else stored.then(lambda tensor: tensor.to(kind))
+def _cast(name: str, stored: Stored, kind: torch.dtype) -> Stored:
+    return stored if stored.dtype == kind else stored.then(functools.partial(narrowed, name, kind=kind))
+
+
+def narrowed(name: str, tensor: Tensor, kind: torch.dtype) -> Tensor:
+    """Return `tensor` in the dtype `kind`; raise a `WorkError` with its name if numbers are too large."""
+    out = tensor.to(kind)
+    most = torch.finfo(kind).max
+    if tensor.is_meta or most >= torch.finfo(tensor.dtype).max or not tensor.numel():
+        return out
+    if not bool((torch.stack(torch.aminmax(tensor)).abs() <= most).all()):  # NaN is looked at too
+        lost = int((out.isinf() & tensor.isfinite()).sum())
+        word = str(kind).removeprefix("torch.")
+        if lost:
+            raise WorkError(
+                f"{name}: {lost} weights are too large for {word}, which ends at {most:g}; bfloat16 and float32 "
+                "hold them"
+            )
+    return out
 
 
 @dataclass(frozen=True)

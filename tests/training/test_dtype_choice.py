@@ -186,3 +186,17 @@ def test_too_little_memory_is_left_to_the_dry_run(tmp_path, monkeypatch, clock):
 
     monkeypatch.setattr(dtype_choice, "seconds_of_step", fails)
     assert open_run(tiny_args(tmp_path, "dtype=auto"), quiet=True).dtype == FLOAT32
+
+
+@pytest.mark.parametrize(
+    ("passes", "expected"),
+    [((0.4, 0.3, 0.1, 0.2), 0.1), ((9.0, 7.0), 7.0), ((0.5, 0.6, 1.0), 0.6)],
+    ids=["short: the fastest of three", "long: the second", "until two seconds are over"],
+)
+def test_the_first_pass_does_not_count_and_short_ones_are_repeated(tmp_path, monkeypatch, passes, expected):
+    trainer = open_run(tiny_args(tmp_path), quiet=True)
+    readings = iter([reading for seconds in passes for reading in (0.0, seconds)])
+    monkeypatch.setattr(dtype_choice.time, "perf_counter", lambda: next(readings))
+    micro = trainer.batches.largest(1)
+    assert dtype_choice.seconds_of_step(trainer.model, trainer.objective, micro, FLOAT32) == expected
+    assert next(readings, None) is None

@@ -25,6 +25,19 @@ KEPT_KERNELS = 64  # by oneDNN on the CPU: more than a step of one shape needs
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Put `model` into evaluation mode for a while: no dropout, no jitter and no capacity of experts."""
+    if not model.training:
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """`auto` is cuda, then mps, then cpu; a device that is not there is a `RequestError`."""
     if name == "auto":

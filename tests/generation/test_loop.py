@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from tests.helpers import random_model, tiny_args
+from transom.adapt.lora_args import LoraArgs
+from transom.adapt.new import apply_lora
 from transom.errors import RequestError, WorkError
 from transom.generation.loop import generate, prefill, settle, stream
 from transom.generation.sampling import SamplingArgs
@@ -236,3 +238,17 @@ def test_the_caller_stays_out_of_inference_mode():
     for _ in stream(model, [[1, 2]], max_new_tokens=2):
         assert not torch.is_inference_mode_enabled()
     assert not generate(model, torch.tensor([[1, 2]]), 2).is_inference()
+
+
+@pytest.mark.parametrize("fields", [{}, {"moe_args": {"num_experts": 4, "top_k": 2, "expert_capacity": 0.5}}])
+def test_a_model_in_training_mode_generates_without_dropout_and_capacities(fields):
+    model = model_of(**fields)
+    apply_lora(model, LoraArgs(rank=4, dropout=0.5), quiet=True)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".lora." in name:
+                weight.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+    prompts = [[1, 2, 3, 4, 5, 6], [7, 8, 9]]
+    expected = generate(model.eval(), prompts, 12)
+    assert torch.equal(generate(model.train(), prompts, 12), expected)
+    assert model.training and all(module.training for module in model.modules())

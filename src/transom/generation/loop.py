@@ -13,6 +13,7 @@ from transom.cache.model_cache import ModelCache
 from transom.errors import RequestError, WorkError, notice, require
 from transom.generation.sampling import Sampler, SamplingArgs
 from transom.model import LLM, TransformerInput
+from transom.runtime import evaluating
 
 GREEDY = SamplingArgs()
 FINISHED = -1  # what a row gets after its stop token, where a tensor cannot hold None
@@ -222,7 +223,8 @@ def prefill(model: LLM, cache: ModelCache, rows: Sequence[Sequence[int]], step_s
         lengths_B = torch.tensor(real, device=device) if min(real) < width else None
         ends = [start < count <= start + width for count in counts]
         if not any(ends):
-            model(TransformerInput(piece_BT, lengths=lengths_B, logits="none"), cache)
+            with evaluating(model):
+                model(TransformerInput(piece_BT, lengths=lengths_B, logits="none"), cache)
             continue
         logits_BV = _logits_BV(model, TransformerInput(piece_BT, lengths=lengths_B, logits="last"), cache)
         ends_B1 = torch.tensor(ends, device=device)[:, None]
@@ -245,7 +247,8 @@ def _refuse_broken(broken_B: Tensor, dtype: torch.dtype) -> None:
 
 
 def _logits_BV(model: LLM, inputs: TransformerInput, cache: ModelCache) -> Tensor:
-    logits_B1V = model(inputs, cache).logits
+    with evaluating(model):  # per call: between two tokens the caller may train
+        logits_B1V = model(inputs, cache).logits
     assert isinstance(logits_B1V, Tensor), "asked for"
     return logits_B1V[:, 0]
 

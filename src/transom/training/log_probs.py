@@ -15,6 +15,7 @@ from transom.adapt.lora import activate_adapters, active_adapters, carriers
 from transom.data.batches import NO_TARGET
 from transom.errors import RequestError, require
 from transom.model import LLM, TransformerInput
+from transom.runtime import evaluating
 from transom.training.cross_entropy import chunk_tokens
 
 
@@ -61,17 +62,6 @@ def measured_log_probs(
     with evaluating(model):
         hidden_BTD = model(replace(inputs, logits="none")).hidden_BTD
         return target_log_probs(model, hidden_BTD, targets_BT, chunk, temperature)
-
-
-@contextmanager
-def evaluating(model: LLM) -> Iterator[None]:
-    """The model as it answers, not as it trains."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 @contextmanager

@@ -24,11 +24,11 @@ from transom.generation.loop import first_capacity, prefill
 from transom.generation.sampling import SamplingArgs
 from transom.generation.text import stream_text
 from transom.model import LLM, TransformerOutput
+from transom.runtime import evaluating
 from transom.tokenizer import Tokenizer
 from transom.training.log_probs import (
     adapters_off,
     check_frozen_base,
-    evaluating,
     measured_log_probs,
     target_log_probs,
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 from transom.tokenizer import Tokenizer, byte_tokenizer
 from transom.training.config import TrainArgs, read_config
 
+MODEL = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_seq_len": 64}
 WORDS = ["the ", "cat ", "sat ", "on ", "a ", "mat, ", "and ", "then ", "it ", "ran.\n"]
 
 
@@ -24,7 +25,7 @@ def tiny_config(folder: Path, **changes) -> dict:
     """A config of a run that takes a second; `changes` replace top-level fields."""
     return {
         "out": str(folder / "run"),
-        "model": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_seq_len": 64},
+        "model": dict(MODEL),
         "tokenizer": {"kind": "bytes"},
         "data": {
             "sources": [str(write_corpus(folder / "corpus"))],

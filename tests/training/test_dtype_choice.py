@@ -1,12 +1,11 @@
 """`dtype: auto` takes what a step of the run is faster in, stores it, and leaves no other trace."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.training.runs import losses, tiny_args, tiny_config
+from tests.training.runs import MODEL, losses, tiny_args
 from tests.training.test_head_runs import config as head_config
 from tests.training.tuning import base_folder, chats, preferences, solved, tune_args
 from transom import runtime
@@ -125,7 +124,7 @@ TUNED = {
 }
 NEW = {
     "pretraining": {"short_rows": 0.5},
-    "experts": {"model": {**tiny_config(Path())["model"], "moe_args": {"num_experts": 4, "jitter": 0.3}}},
+    "experts": {"model": {**MODEL, "moe_args": {"num_experts": 4, "jitter": 0.3}}},
 }
 RUNS = (*NEW, *TUNED, "classification", "embedding")
 

@@ -198,8 +198,8 @@ SYSTEMLESS = CHAT.replace("{{ bos_token }}", "{{ raise_exception('no') if messag
     ],
 )
 def test_chats_have_the_ids_of_transformers(tmp_path, monkeypatch, template, lost, red):
-    original = ChatTemplate._ids
-    monkeypatch.setattr(ChatTemplate, "_ids", lambda self, chat: original(self, chat)[lost:])
+    original = ChatTemplate.ids_of
+    monkeypatch.setattr(ChatTemplate, "ids_of", lambda self, chat: original(self, chat)[lost:])
     found = [one for one in compare_texts(with_chat(tmp_path, template), "it") if one.comparison == texts.IDS]
     assert [one.where.removeprefix("it, ") for one in found if not one.ok] == red
     assert len(found) == (3 if template == SYSTEMLESS else 4)

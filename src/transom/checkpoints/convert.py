@@ -140,7 +140,8 @@ def carry_companions(found: Found, out: Path) -> list[str]:
         _keep_together(found, out, set(names))
     settings = stated_settings(found.folders)
     if found.adapter == found.tokenizer and settings.get("eos_token_id") is not None:
-        settings["eos_token_id"] = _with_own_stops(found.tokenizer, settings["eos_token_id"])
+        if stated_settings((found.tokenizer,)).get("eos_token_id") is None:  # the base states them
+            settings["eos_token_id"] = _with_own_stops(found.tokenizer, settings["eos_token_id"])
     if settings and settings != (read_json(out / GENERATION) if (out / GENERATION).exists() else {}):
         write_settings(out, settings)
         names.append(GENERATION)

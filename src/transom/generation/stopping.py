@@ -24,12 +24,13 @@ def stop_tokens_of(
 
     They come from the first file that states `eos_token_id`: generation_config.json, then
     config.json, first those of the adapter, then those of the model. Where no file does, they come
-    from the tokenizer. An adapter with a tokenizer of its own adds the stop tokens of that tokenizer.
+    from the tokenizer. An adapter folder with a tokenizer, but without stop tokens, adds the stop
+    tokens of this tokenizer to those of its base.
     """
     found = Found(where) if isinstance(where, Path) else where
     stated = next(_stated(found), None)
     ids = list(tokenizer.stop_ids) if stated is None else stated
-    if found.adapter is not None and found.tokenizer == found.adapter:
+    if found.adapter == found.tokenizer and next(_stated(Found(found.tokenizer)), None) is None:
         ids += tokenizer.stop_ids
     if template is not None:
         ids += template.stop_tokens

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transom.errors import require
+from transom.paths import read_json
 from transom.training.config import TrainArgs
 from transom.training.setup import open_run
 from transom.training.trainer import Trainer
@@ -55,6 +56,8 @@ def compare_resumed(args: TrainArgs, folder: Path, steps: int) -> Iterator[Findi
     third = max(1, steps // 3)
     with muted():
         straight = history(args, folder, "straight", [steps])
+    # `dtype: auto` times a step of each new run, and may choose differently for the next one.
+    args = replace(args, dtype=read_json(folder / "straight" / "run.json")["dtype"])
     for name, parts in (
         ("one interruption", [steps // 2, steps - steps // 2]),
         ("two interruptions", [third, third, steps - 2 * third]),

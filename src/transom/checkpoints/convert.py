@@ -139,9 +139,10 @@ def carry_companions(found: Found, out: Path) -> list[str]:
         names += copy_companions(found.adapter, out)
         _keep_together(found, out, set(names))
     settings = stated_settings(found.folders)
-    if found.adapter == found.tokenizer and settings.get("eos_token_id") is not None:
-        if stated_settings((found.tokenizer,)).get("eos_token_id") is None:  # the base states them
-            settings["eos_token_id"] = _with_own_stops(found.tokenizer, settings["eos_token_id"])
+    ends = settings.get("eos_token_id")
+    by_base = stated_settings((found.tokenizer,)).get("eos_token_id") is None
+    if found.adapter == found.tokenizer and by_base and ends is not None:
+        settings["eos_token_id"] = _with_own_stops(found.tokenizer, ends)
     if settings and settings != (read_json(out / GENERATION) if (out / GENERATION).exists() else {}):
         write_settings(out, settings)
         names.append(GENERATION)

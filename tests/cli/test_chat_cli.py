@@ -265,3 +265,10 @@ def test_an_answer_goes_on_from_words_that_it_is_given(made, call, tmp_path):
     for wrong in (("--prefill", "Sure, "), ("--prefill", "Sure,", "--ignore-chat-template")):
         code, _, err = call(folder, *wrong, stdin="Hi\n")
         assert code == 2 and "--prefill" in err
+
+
+def test_a_model_without_next_tokens_is_refused_before_the_first_turn(call, tmp_path):
+    write_model(tmp_path, PLAIN, head={"num_labels": 2})
+    code, out, err = call(tmp_path, stdin="hello\nagain\n")
+    assert (code, out) == (2, "")
+    assert err.count("head = 'classification'") == 1

@@ -81,12 +81,14 @@ def run(options: argparse.Namespace) -> int:
     sampling = sampling_of(options)
     adapters = named_adapters(options.adapter)
     found, model, tokenizer, stop_tokens = open_model(options)
-    beside = load_beside(model, found, adapters)
     from transom.chat.fingerprint import warn_if_other
     from transom.chat.reasoning import find_markers
+    from transom.generation.loop import check_language_model
     from transom.generation.session import AnswerArgs, GrowingText, Messages, Session
     from transom.generation.stopping import stop_tokens_of
 
+    check_language_model(model.args)
+    beside = load_beside(model, found, adapters)
     framing: Framing
     markers = None
     template = None if options.ignore_chat_template else find_template(found, tokenizer, options.chat_template)

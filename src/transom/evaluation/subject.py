@@ -50,7 +50,7 @@ class Subject:
         stop_tokens = stop_tokens_of(found, tokenizer)
         model = load(found, device, dtype)
         if model.args.head is not None:
-            raise RequestError(f"{found}: a model with a {model.args.head.kind} head; accepted is a language model")
+            raise RequestError(f"{found}: head = {model.args.head.kind!r}; accepted is a language model")
         if any(layer.rule.kind == "full" for layer in model.args.layers):
             raise RequestError(
                 f"{found}: layers see later tokens (pattern B); accepted is a model that predicts them"

@@ -122,8 +122,7 @@ def _steps(
     _check_prompts(prompts, args.vocab_size)
     if args.context_dim is not None and (cache is None or not cache.has_context):
         raise RequestError("context: this model reads one; accepted is a cache whose first call was given it")
-    if args.head is not None:
-        raise RequestError(f"head = {args.head.kind!r}: accepted is a language model, which has a next token")
+    check_language_model(args)
     longer: int | None = None
     if cache is None:
         longest = max(map(len, prompts))
@@ -267,6 +266,12 @@ def settle(cache: ModelCache, at_most: int, in_flight: int) -> None:
 def keeps_every_token(args: ModelArgs) -> bool:
     """Whether some layer sees everything before it, so that `max_seq_len` limits prompt and new tokens."""
     return any(layer.rule.size == 0 for layer in args.layers)
+
+
+def check_language_model(args: ModelArgs) -> None:
+    """Raise a `RequestError` for a model with labels or embeddings in place of next tokens."""
+    if args.head is not None:
+        raise RequestError(f"head = {args.head.kind!r}: accepted is a language model, which has a next token")
 
 
 def check_room(args: ModelArgs, prompt_tokens: int, new_tokens: int) -> None:

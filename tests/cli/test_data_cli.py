@@ -17,7 +17,6 @@ from transom.cli import finetune
 from transom.cli.main import Parser
 from transom.data.packing import first_fit_decreasing
 from transom.tokenizer import Tokenizer, byte_tokenizer
-from transom.training.defaults import steps_of
 from transom.training.subject import Share
 from transom.training.tune_data import open_tune_data
 
@@ -127,7 +126,7 @@ def test_check_counts_what_finetune_trains_on(call: Any, tmp_path: Path, write_s
     data = open_tune_data(args, args.tune, tokenizer, template, base, Share())
     assert code == 0
     assert (facts["packing"], facts["rows_per_step"]) == (data.choice.packing, data.choice.batch_size)
-    assert facts["steps"] == steps_of(data.choice.rows, data.choice.batch_size, args.tune.epochs)
+    assert facts["steps"] == data.choice.steps
     if data.train is None:
         assert facts["rows"] == data.choice.rows and facts["held_out"] == len(data.held_out)
     else:

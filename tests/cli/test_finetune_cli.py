@@ -160,7 +160,7 @@ def test_a_name_of_a_run_is_no_yaml(folders):
 
 def test_steps_replace_epochs(folders):
     assert parsed(folders[0], "--data", folders[1], "--iters", 7).tune.epochs is None
-    assert parsed(folders[0], "--data", folders[1]).tune.epochs == 3.0
+    assert parsed(folders[0], "--data", folders[1]).tune.epochs == "auto"
 
 
 WRONG = {

@@ -53,6 +53,14 @@ def test_the_batch_is_a_multiple_of_ranks_and_micro_batches(shares):
         assert chosen(rows, shares=shares)[0] % shares == 0
 
 
+@pytest.mark.parametrize(("rows", "epochs"), [(5, 10.0), (20, 5.0), (34, 3.0), (1000, 3.0)])
+def test_a_very_small_set_gets_more_epochs_where_none_are_given(rows, epochs):
+    choice = choose_rows([50] * rows, seq_len=1024, epochs="auto")
+    assert choice.epochs == epochs and f"tune.epochs = {epochs:g}" in choice.reason
+    assert choice.steps >= min(ENOUGH_STEPS, rows * 10)
+    assert choose_rows([50] * rows, seq_len=1024, epochs=2.0).epochs == 2.0
+
+
 def test_given_steps_are_what_the_batch_is_chosen_for():
     def batch(rows, steps):
         return choose_rows([50] * rows, seq_len=1024, epochs=None, steps=steps).batch_size
@@ -91,8 +99,9 @@ def open_args(tmp_path, base, data, *words, **tune):
 
 
 def test_what_was_chosen_is_printed_stored_and_taken_up_again(base, tmp_path, capsys):
-    args = open_args(tmp_path, base, chats(tmp_path / "rows.jsonl"), epochs=EPOCHS)
+    args = open_args(tmp_path, base, chats(tmp_path / "rows.jsonl"), epochs="auto")
     trainer = open_run(args)
+    assert trainer.args.tune.epochs == 6.0 and trainer.args.steps >= ENOUGH_STEPS  # 17 or so rows
     lines = [line for line in capsys.readouterr().err.splitlines() if "chosen: " in line]
     assert len(lines) == 1 and "data.batch_size = 1" in lines[0] and "tune.packing = false" in lines[0]
     trainer.fit()

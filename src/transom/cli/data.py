@@ -253,15 +253,14 @@ def row_facts(subject: Subject, train: Sequence[Example], measured: Sequence[Exa
 
 def step_facts(subject: Subject, lengths: Sequence[int], held_out: int) -> dict[str, Any]:
     """Return how `transom finetune` lays rows of these lengths into steps, on one device."""
-    from transom.training.defaults import require_comparable, steps_of, tune_rows
+    from transom.training.defaults import require_comparable, tune_rows
 
     if not lengths:
         return {}
     args, tune = subject.args, subject.tune
     choice = tune_rows(lengths, args, tune, 1)
     require_comparable(choice, tune.objective, 1, held_out)
-    steps = args.steps if tune.epochs is None else steps_of(choice.rows, choice.batch_size, tune.epochs)
-    facts: dict[str, Any] = {"packing": choice.packing, "rows_per_step": choice.batch_size, "steps": steps}
+    facts: dict[str, Any] = {"packing": choice.packing, "rows_per_step": choice.batch_size, "steps": choice.steps}
     if choice.packing:
         fill = sum(lengths) / (choice.rows * args.data.seq_len)
         facts |= {"packed_rows": choice.rows, "fill": round(fill, 4)}

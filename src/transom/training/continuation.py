@@ -115,11 +115,12 @@ def changes_of(run: Path, args: TrainArgs) -> list[Change]:
 
 
 def as_begun(run: Path, args: TrainArgs) -> TrainArgs:
-    """Return the config with the batch size, the packing and the date that the run began with."""
+    """Return the config with the batch size, packing, epochs and date that the run began with."""
     resolved = read(TrainArgs, _resolved(read_json(run / FACTS)))
     args = replace(args, data=replace(args.data, batch_size=resolved.data.batch_size))
     if args.tune is not None and resolved.tune is not None:
-        args = replace(args, tune=replace(args.tune, packing=resolved.tune.packing, date=resolved.tune.date))
+        begun = {name: getattr(resolved.tune, name) for name in ("packing", "epochs", "date")}
+        args = replace(args, tune=replace(args.tune, **begun))
     return args
 
 

@@ -13,7 +13,7 @@ from transom.training.tune_args import TuneArgs
 
 ENOUGH_STEPS = 100  # batches become larger only while a run has this many steps
 FEW_STEPS = 30  # of a run that is warned about
-PASSES = 3.0  # over the rows: assumed where the steps are given and the epochs are not
+PASSES, MOST_PASSES = 3.0, 10.0  # over the rows, where nobody says how many; a small set gets more
 MOST_ROWS = 16
 MOST_QUESTIONS = 8  # of grpo, each of which stands for a group of answers
 PACKABLE = ("sft", "distill")
@@ -24,7 +24,7 @@ FEWEST = {"dpo": 2, "ipo": 2, "orpo": 2, "grpo": 2, "kto": 4}
 
 @dataclass(frozen=True)
 class RowChoice:
-    """Rows per step over all ranks, whether examples share a row, and how many rows an epoch has.
+    """Rows per step over all ranks, whether examples share a row, rows of an epoch, epochs and steps.
 
     `reason` is one line about what was chosen and why; None where the config decides everything.
     """
@@ -32,6 +32,8 @@ class RowChoice:
     batch_size: int
     packing: bool
     rows: int
+    epochs: float | None
+    steps: int
     reason: str | None
 
 
@@ -40,7 +42,7 @@ def choose_rows(
     *,
     seq_len: int,
     objective: str = "sft",
-    epochs: float | None = None,
+    epochs: float | Literal["auto"] | None = None,
     steps: int = 1000,
     batch_size: int | None = None,
     packing: bool | None = None,
@@ -52,8 +54,13 @@ def choose_rows(
     Packing and large batches make steps efficient, and few. Both are chosen only where the run still
     has `ENOUGH_STEPS` (or its given `steps`); a small set gets rows of one example and small batches.
     A `batch_size` or `packing` that is given stays as it is, except that no step takes more rows than
-    there are. `shares` is ranks times micro-batches: the batch is a multiple of it.
+    there are. `epochs: auto` are 3, or more for a set so small that these would be too few steps.
+    `shares` is ranks times micro-batches: the batch is a multiple of it.
     """
+    fewest, open_epochs = FEWEST.get(objective, 1), epochs == "auto"
+    if epochs == "auto":
+        needed = -(-ENOUGH_STEPS * fewest // max(len(lengths), 1))
+        epochs = min(max(PASSES, float(needed)), MOST_PASSES)
     passes, wanted = (epochs, ENOUGH_STEPS) if epochs is not None else (PASSES, steps)
     most = MOST_QUESTIONS if objective == "grpo" else MOST_ROWS
     packs, packed = 0, False
@@ -65,21 +72,24 @@ def choose_rows(
     chosen = batch_size
     if chosen is None:
         chosen = power_of_two_below(passes * rows / wanted)
-        chosen = min(max(chosen, FEWEST.get(objective, 1)), most)
+        chosen = min(max(chosen, fewest), most)
         chosen = -(-chosen // shares) * shares
     size = min(chosen, fits)
+    steps = steps if epochs is None else steps_of(rows, size, epochs)
     parts = []
     if batch_size is None or size != batch_size:
         parts.append(f"data.batch_size = {size}")
     if packing is None and objective in PACKABLE:
         parts.append(f"tune.packing = {str(packed).lower()}")
+    if open_epochs:
+        parts.append(f"tune.epochs = {epochs:g}")
     reason = None
     if parts:
         laid = f"{len(lengths):,} examples" + (f" in {rows:,} packed rows" if packed else "")
-        count = f"{steps_of(rows, size, epochs):,} steps" if epochs is not None else f"{steps:,} steps as given"
+        count = f"{steps:,} steps" + (" as given" if epochs is None else "")
         asked = f"; {batch_size} rows were asked for" if batch_size is not None and size != batch_size else ""
         reason = f"chosen: {', '.join(parts)} for {laid}, {count}{asked}"
-    return RowChoice(size, packed, rows, reason)
+    return RowChoice(size, packed, rows, epochs, steps, reason)
 
 
 def tune_rows(lengths: Sequence[int], args: TrainArgs, tune: TuneArgs, ranks: int) -> RowChoice:

@@ -21,7 +21,7 @@ DEFAULTS: dict[str, Any] = {
     "data": {"held_out": 0.05},
     "optimizer": {"weight_decay": 0.0},
     "schedule": {"kind": "cosine", "warmup": 0.03, "final": 0.1},
-    "tune": {"epochs": 3.0},
+    "tune": {"epochs": "auto"},
 }
 # Models as small as the demo's learn faster, need more of an adapter and have little to lose.
 SMALL_PARAMETERS, SMALL_RATE = 20_000_000, 50

@@ -27,7 +27,7 @@ from transom.quantize.leaves import quantize_model
 from transom.runtime import DTYPES
 from transom.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
-from transom.training.defaults import RowChoice, few_steps_warning, steps_of
+from transom.training.defaults import RowChoice, few_steps_warning
 from transom.training.dry_run import random_state, restore_random_state
 from transom.training.dtype_choice import DtypeChoice
 from transom.training.noise import EmbeddingNoise
@@ -107,9 +107,8 @@ def dated(template: ChatTemplate | None, tune: TuneArgs) -> tuple[ChatTemplate |
 def decided(args: TrainArgs, tune: TuneArgs, choice: RowChoice) -> TrainArgs:
     """Return the config with the steps, batch and packing that follow from the rows."""
     packing = choice.packing if tune.packing is None else tune.packing
-    steps = args.steps if tune.epochs is None else steps_of(choice.rows, choice.batch_size, tune.epochs)
     data = replace(args.data, batch_size=choice.batch_size)
-    return replace(args, data=data, tune=replace(tune, packing=packing), steps=steps)
+    return replace(args, data=data, tune=replace(tune, packing=packing, epochs=choice.epochs), steps=choice.steps)
 
 
 def choose_weights(model: LLM, tune: TuneArgs, seed: int, *, new_tokens: bool) -> None:

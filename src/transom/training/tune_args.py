@@ -93,7 +93,10 @@ class TuneArgs:
         "several examples in a row, none of which sees another; false: padded rows; null: if enough steps remain",
     )
     truncate: Literal["cut", "drop"] = describe("cut", "what becomes of examples longer than data.seq_len; counted")
-    epochs: float | None = describe(None, "passes over the examples, which then set `steps`; null: steps as given")
+    epochs: float | Literal["auto"] | None = describe(
+        None,
+        "passes over the examples, which then set `steps`; auto: 3, more for a small set; null: steps as given",
+    )
     scores: int = describe(8, "held-out scores spread over the run where eval_every is 0; 0: one at the end")
     noise: float = describe(0.0, "NEFTune: uniform noise on embeddings, scaled by this over sqrt(tokens * dim)")
     new_tokens: tuple[str, ...] = describe((), "special tokens to add; their embeddings are trained whole")
@@ -133,10 +136,10 @@ class TuneArgs:
         require(self.scores >= 0, "scores", self.scores, "accepted is 0 or more")
         require(0 <= self.noise < math.inf, "noise", self.noise, "accepted is 0 or more")
         require(
-            self.epochs is None or 0 < self.epochs < math.inf,
+            self.epochs is None or self.epochs == "auto" or 0 < self.epochs < math.inf,
             "epochs",
             self.epochs,
-            "accepted is a number above 0, or null",
+            "accepted is a number above 0, auto or null",
         )
         needed = (self.teacher is not None) == (self.objective == "distill")
         require(needed, "teacher", self.teacher, "accepted together with objective = distill, and only then")

@@ -113,6 +113,14 @@ def test_settings_and_templates_of_the_adapter_come_first(tmp_path):
     assert ChatTemplate.load(tmp_path / "converted", load_tokenizer(base)).sources == {"default": "mine"}
 
 
+def test_an_adapter_that_states_no_ids_has_those_of_its_base(tmp_path):
+    base = state_all(write_base(tmp_path / "base", "hf", dtype="float32"))
+    adapter = write_adapter(tmp_path / "adapter", base)
+    (adapter / "generation_config.json").write_text('{"temperature": 0.1}')
+    ids = {key: STATED[key] for key in ("eos_token_id", "bos_token_id")}
+    assert load(adapter).generation_settings == {"temperature": 0.1, **ids}
+
+
 def test_an_adapter_with_its_own_tokenizer_stops_at_the_same_tokens_when_merged(tmp_path):
     base = state_all(write_base(tmp_path / "base", "hf", dtype="float32"))
     adapter = write_adapter(tmp_path / "adapter", base)
@@ -143,10 +151,13 @@ def test_stop_tokens_of_another_vocabulary_are_not_kept(tmp_path, capsys):
     assert "eos_token_id [5, 100000]" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["tekken_240911.json", "mistral_instruct_tokenizer_240216.model.v2"])
-def test_tokenizers_of_any_name_go_along(tmp_path, name):
+@pytest.mark.parametrize(
+    "name", ["tekken_240911.json", "mistral_instruct_tokenizer_240216.model.v2", "1_Pooling/config.json"]
+)
+def test_tokenizers_of_any_name_and_the_pooling_go_along(tmp_path, name):
     base = write_base(tmp_path / "base", "native", dtype="float32")
-    (base / name).write_bytes(b"x")
+    (base / name).parent.mkdir(exist_ok=True)
+    (base / name).write_bytes(b"{}")
     assert name in convert(base, tmp_path / "out", "hf").companions
 
 

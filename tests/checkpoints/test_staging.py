@@ -111,6 +111,14 @@ def test_what_is_not_part_of_the_new_model_stays(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_settings_of_generation_of_the_old_model_go(tmp_path):
+    old = model_of(0, 1e4)
+    old.generation_settings = {"eos_token_id": 7, "temperature": 0.5}
+    save(old, tmp_path)
+    save(model_of(1, 1e4), tmp_path)
+    assert load(tmp_path).generation_settings == {}
+
+
 def test_no_mixture_of_adapters_opens(tmp_path, killed):
     base = write_base(tmp_path / "base", dtype="float32")
     at = write_adapter(tmp_path / "adapter", base, facts=False, alpha=8.0)

@@ -16,6 +16,7 @@ from transom.adapt.read import load_adapter
 from transom.checkpoints.consolidated import read_pickled
 from transom.checkpoints.convert import convert
 from transom.checkpoints.folders import read_args
+from transom.checkpoints.hf_config import BASE_HEAD
 from transom.checkpoints.hf_export import meaning
 from transom.checkpoints.load import load, save
 from transom.cli.main import main
@@ -176,6 +177,9 @@ def test_a_head_that_the_config_does_not_rule_out_may_not_be_missing(folder, cla
     save_file(state, folder / "model.safetensors")
     with pytest.raises(RequestError, match=r"missing lm_head\.weight"):
         load(folder)
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "lasttoken"}')
+    assert load(folder).args.head == BASE_HEAD, "a folder that pools tokens is that of an embedding model"
 
 
 def test_a_class_without_a_head_may_have_one_in_its_files(folder):

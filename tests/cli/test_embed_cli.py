@@ -88,6 +88,16 @@ def test_the_folder_states_the_pooling(plain, call, tmp_path, stated, pooling):
     assert ("pooling_mode_cls_token is not done" in err) == ("pooling_mode_cls_token" in stated)
 
 
+@pytest.mark.parametrize("flags", [[], ["--normalize"]])
+def test_modules_that_are_not_applied_are_named(plain, call, tmp_path, flags):
+    shutil.copytree(plain[1], tmp_path / "model")
+    kinds = ["models.Transformer", "models.Pooling", "models.Dense", "models.Normalize"]
+    modules = [{"type": f"sentence_transformers.{kind}"} for kind in kinds]
+    (tmp_path / "model" / "modules.json").write_text(json.dumps(modules))
+    _, _, err = call(tmp_path / "model", "--text", "ab", *flags)
+    assert "not applied: Dense" in err and ("Normalize" in err) == (not flags)
+
+
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_a_base_without_a_head_is_pooled_as_a_language_model(plain, pooling):
     base = LLM(replace(plain[0].args, head=BASE_HEAD))

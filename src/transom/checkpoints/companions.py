@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transom.checkpoints.folders import CONFIG, TOKENIZERS
+from transom.checkpoints.folders import CONFIG, TOKENIZERS, Found
 from transom.checkpoints.foreign_config import OLDER_SETTINGS
-from transom.errors import notice
+from transom.checkpoints.pooling import SENTENCE_TRANSFORMERS
+from transom.errors import notice, require
 from transom.paths import read_json, write_text
 from transom.tokenizers.folder import TEMPLATES
 
@@ -23,41 +23,72 @@ GENERATION = "generation_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Where an id may stand in a config.json, in the order of transformers' `GenerationConfig.from_model_config`.
 NESTED = ("decoder", "generator", "text_config")
-_COMPANIONS = (
+TOKENIZER_FILES = (
     *TOKENIZERS,
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-    *("chat_template.jinja", "chat_template.json", "labels.json", "trained_with.json", GENERATION),
+)
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", f"{TEMPLATES}/*.jinja")
+TRAINED_WITH = "trained_with.json"
+_COMPANIONS = (
+    *(*TOKENIZER_FILES, *TEMPLATE_FILES, TRAINED_WITH, GENERATION, "labels.json", *SENTENCE_TRANSFORMERS),
     *("preprocessor_config.json", "processor_config.json", "LICENSE", "LICENSE.txt", "USE_POLICY.md"),
 )
 
 
 def copy_companions(source: Path, out: Path) -> list[str]:
-    """Copy what goes along with a model unchanged; return the names of the files, templates by their folder."""
-    names = [path.name for path in sorted(source.iterdir()) if path.is_file() and _goes_along(path.name)]
-    names += [path.relative_to(source).as_posix() for path in sorted((source / TEMPLATES).glob("*.jinja"))]
+    """Copy what goes along with a model unchanged; return the names of the files below `source`."""
+    found = {path for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()}
+    names = sorted(path.relative_to(source).as_posix() for path in found)
     for name in names:
         (out / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, out / name)
     return names
 
 
-def _goes_along(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in _COMPANIONS)
-
-
 def stated_settings(folders: Sequence[Path]) -> dict[str, Any]:
-    """Return what the first of these folders with settings of generation states, ids from config.json included."""
-    for folder in folders:
-        path, config = folder / GENERATION, folder / CONFIG
-        beside = read_json(config) if config.exists() else {}
-        older = {} if path.exists() else {key: beside[key] for key in OLDER_SETTINGS if beside.get(key) is not None}
-        ids = {key: stated_id(beside, key) for key in IDS}
-        settings = {key: id for key, id in ids.items() if id is not None} | older
-        stated = read_json(path) if path.exists() else {}
-        settings |= {key: value for key, value in stated.items() if value is not None or key not in settings}
-        if settings:
-            return settings
-    return {}
+    """Return the settings of generation that folders state, ids from config.json included.
+
+    Settings come from the first folder that states any; ids that it does not state come from the next one.
+    """
+    settings: dict[str, Any] = {}
+    for own in map(_settings_in, folders):
+        settings = {key: own[key] for key in own if key in IDS or not settings} | settings
+    return settings
+
+
+def _settings_in(folder: Path) -> dict[str, Any]:
+    path, config = folder / GENERATION, folder / CONFIG
+    beside = read_json(config) if config.exists() else {}
+    older = {} if path.exists() else {key: beside[key] for key in OLDER_SETTINGS if beside.get(key) is not None}
+    ids = {key: stated_id(beside, key) for key in IDS}
+    settings = {key: id for key, id in ids.items() if id is not None} | older
+    stated = read_json(path) if path.exists() else {}
+    return settings | {key: value for key, value in stated.items() if value is not None or key not in settings}
+
+
+def stop_ids(found: Found, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the ids that end a text of a model.
+
+    They come from the first file that states `eos_token_id`: generation_config.json, then config.json, first those
+    of the adapter, then those of the model. Where no file does, they come from the tokenizer. An adapter folder
+    with a tokenizer, but without stop tokens, adds the stop tokens of this tokenizer to those of its base.
+    """
+    stated = [_stops_in(folder) for folder in found.folders]
+    ids = next((ids for ids in stated if ids is not None), None)
+    own = found.adapter == found.tokenizer and stated[0] is None
+    return tuple(dict.fromkeys((*(ids or ()), *(tokenizer.stop_ids if ids is None or own else ()))))
+
+
+def _stops_in(folder: Path) -> list[int] | None:
+    """Return the stop tokens of the first file of a folder that states some."""
+    for path in (folder / GENERATION, folder / CONFIG):
+        ids = stated_id(read_json(path) if path.exists() else {}, "eos_token_id")
+        if ids is not None:
+            listed = ids if isinstance(ids, list) else [ids]
+            right = all(type(id) is int and id >= 0 for id in listed)
+            require(right, f"{path}: eos_token_id", ids, "accepted is a token id or a list of them")
+            return listed
+    return None
 
 
 def stated_id(data: Mapping[str, Any], key: str) -> Any:

@@ -21,14 +21,16 @@ from transom.adapt.merge import fold_adapters
 from transom.args import ModelArgs
 from transom.checkpoints.companions import (
     GENERATION,
+    TEMPLATE_FILES,
+    TOKENIZER_FILES,
     copy_companions,
     ids_of,
     stated_settings,
+    stop_ids,
     write_settings,
 )
 from transom.checkpoints.folders import (
     CONFIG,
-    TOKENIZERS,
     Format,
     Found,
     find_model,
@@ -45,11 +47,8 @@ from transom.errors import RequestError, notice, require
 from transom.paths import write_text
 from transom.runtime import DTYPES
 from transom.tokenizer import Tokenizer
-from transom.tokenizers.folder import TEMPLATES
 
 _SETTINGS, _TEMPLATE = "tokenizer_config.json", "chat_template"
-_TEMPLATES = (f"{_TEMPLATE}.jinja", f"{_TEMPLATE}.json", f"{TEMPLATES}/*.jinja")
-_VOCABULARY = ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 
 
 @dataclass(frozen=True)
@@ -139,21 +138,13 @@ def carry_companions(found: Found, out: Path) -> list[str]:
         names += copy_companions(found.adapter, out)
         _keep_together(found, out, set(names))
     settings = stated_settings(found.folders)
-    ends = settings.get("eos_token_id")
-    by_base = stated_settings((found.tokenizer,)).get("eos_token_id") is None
-    if found.adapter == found.tokenizer and by_base and ends is not None:
-        settings["eos_token_id"] = _with_own_stops(found.tokenizer, ends)
+    if found.adapter == found.tokenizer and settings.get("eos_token_id") is not None:
+        ends = list(stop_ids(found, Tokenizer.load(found.tokenizer)))
+        settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     if settings and settings != (read_json(out / GENERATION) if (out / GENERATION).exists() else {}):
         write_settings(out, settings)
         names.append(GENERATION)
     return sorted(name for name in set(names) if (out / name).exists())
-
-
-def _with_own_stops(folder: Path, ends: Any) -> Any:
-    """Return stop tokens with those of an adapter's own tokenizer among them, at which the adapter stops too."""
-    listed = ends if isinstance(ends, list) else [ends]
-    both = list(dict.fromkeys((*listed, *Tokenizer.load(folder).stop_ids)))
-    return both if both != listed else ends
 
 
 def _keep_together(found: Found, out: Path, names: Iterable[str]) -> None:
@@ -161,8 +152,8 @@ def _keep_together(found: Found, out: Path, names: Iterable[str]) -> None:
     assert found.adapter is not None, "one folder alone has no two tokenizers"
     words, templates = found.tokenizer, next(filter(_has_template, found.folders), found.model)
     for name in sorted(names):
-        of_words = any(fnmatch(name, pattern) for pattern in (*TOKENIZERS, *_VOCABULARY, _SETTINGS))
-        of_templates = any(fnmatch(name, pattern) for pattern in _TEMPLATES)
+        of_words = any(fnmatch(name, pattern) for pattern in TOKENIZER_FILES)
+        of_templates = any(fnmatch(name, pattern) for pattern in TEMPLATE_FILES)
         source = words if of_words else templates if of_templates else None
         if source is not None and (source / name).exists():
             shutil.copyfile(source / name, out / name)
@@ -177,7 +168,7 @@ def _keep_together(found: Found, out: Path, names: Iterable[str]) -> None:
 
 
 def _has_template(folder: Path) -> bool:
-    return _in_settings(folder) or any(any(folder.glob(name)) for name in _TEMPLATES)
+    return _in_settings(folder) or any(any(folder.glob(name)) for name in TEMPLATE_FILES)
 
 
 def _in_settings(folder: Path) -> bool:

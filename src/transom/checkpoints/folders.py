@@ -17,6 +17,7 @@ from transom.adapt.peft_config import WEIGHTS as ADAPTER_WEIGHTS
 from transom.adapt.peft_config import base_of, base_revision, is_adapter, trained_vocabulary
 from transom.args import ModelArgs
 from transom.checkpoints.hub import download, is_hub_id
+from transom.checkpoints.pooling import POOLING
 from transom.checkpoints.weight_files import WEIGHTS, find_weights
 from transom.errors import RequestError, notice
 from transom.paths import read_json, refuse_infinite, safetensors_header
@@ -264,11 +265,12 @@ def read_args(folder: Path) -> ModelArgs:
 def _without_head(folder: Path, config: Mapping[str, Any], args: ModelArgs) -> ModelArgs:
     """Return `args` for a model whose files hold no output matrix, if `folder` is that of a base model alone.
 
-    Its config names the class of a base (`LlamaModel`). Where the config names a class with a head, or none, the
-    lack of the matrix is a damaged checkpoint, which the reading of the weights refuses.
+    Its config names the class of a base (`LlamaModel`), or the folder says how to pool tokens. In any other folder
+    the lack of the matrix is a damaged checkpoint, which the reading of the weights refuses.
     """
     classes = config.get("architectures") or []
-    if args.tie_embeddings or not classes or not all(str(name).endswith("Model") for name in classes):
+    of_base = bool(classes) and all(str(name).endswith("Model") for name in classes)
+    if args.tie_embeddings or not (of_base or (folder / POOLING).exists()):
         return args
     if any(key.endswith("lm_head.weight") for key in _stored_keys(folder, config)):
         return args

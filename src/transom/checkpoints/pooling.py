@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
-from transom.errors import notice
+from transom.errors import RequestError, notice
 from transom.paths import read_json
 
 POOLING = "1_Pooling/config.json"
+MODULES = "modules.json"
+SENTENCE_TRANSFORMERS = (MODULES, POOLING, "config_sentence_transformers.json", "sentence_bert_config.json")
 MODES: dict[str, Literal["mean", "last"]] = {"mean": "mean", "lasttoken": "last"}
 # The older files have a flag for every mode; `pooling_mode` names one in the newer ones.
 FLAGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "lasttoken"}
@@ -28,3 +31,19 @@ def stated_pooling(folder: Path) -> Literal["mean", "last"] | None:
         return MODES[modes[0]]
     notice(f"{path}: pooling by {', '.join(map(str, modes)) or 'nothing'} is not done; mean and last are")
     return None
+
+
+def tell_other_modules(folder: Path, normalize: bool) -> None:
+    """Print the modules behind the pooling that a folder lists and that are not applied."""
+    path = folder / MODULES
+    if not path.exists():
+        return
+    try:
+        kinds = [str(entry["type"]).rpartition(".")[2] for entry in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, LookupError, TypeError) as error:
+        raise RequestError(f"{path}: expected a list of modules with types ({error})") from None
+    applied = ("Transformer", "Pooling", *(["Normalize"] if normalize else []))
+    others = [kind for kind in kinds if kind not in applied]
+    if others:
+        hint = "; --normalize does what Normalize does" if "Normalize" in others else ""
+        notice(f"{path}: modules that are not applied: {', '.join(others)}{hint}")

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
+from transom.checkpoints.companions import GENERATION, TEMPLATE_FILES, TOKENIZER_FILES, TRAINED_WITH
 from transom.checkpoints.folders import CONFIG, PARAMS, TOKENIZERS
 from transom.claims import Claim
 from transom.errors import RequestError, WorkError
@@ -17,11 +18,6 @@ from transom.errors import RequestError, WorkError
 _CONFIGS = (CONFIG, PARAMS)
 # Weights of the model that was there before: the new one does not need them and could be confused with them.
 _WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "consolidated.*", "consolidated-*.safetensors")
-# What belongs to the tokenizer that was there before, where a new one is written.
-_OF_A_TOKENIZER = (
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-    *("chat_template.jinja", "chat_template.json", "additional_chat_templates", "trained_with.json"),
-)
 
 
 @contextlib.contextmanager
@@ -63,8 +59,8 @@ def _replace_files(new: Path, folder: Path) -> None:
     made = {path.name for path in new.iterdir()}
     stale = [*_CONFIGS]
     if _named(made, TOKENIZERS):
-        stale += [*TOKENIZERS, *_OF_A_TOKENIZER]
-    stale += _WEIGHTS
+        stale += [*TOKENIZER_FILES, *TEMPLATE_FILES, TRAINED_WITH]
+    stale += [GENERATION, *_WEIGHTS]
     for pattern in stale:
         for path in sorted(folder.glob(pattern)):
             _remove(path)

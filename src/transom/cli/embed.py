@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     from transom.checkpoints.folders import find_model
     from transom.checkpoints.hf_config import BASE_HEAD
     from transom.checkpoints.load import load, open_tokenizer
-    from transom.checkpoints.pooling import stated_pooling
+    from transom.checkpoints.pooling import stated_pooling, tell_other_modules
     from transom.data.labelled import encode_texts, read_labels
     from transom.training.heads import run_rows
 
@@ -62,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
     rows = encode_texts(tokenizer, texts, model.args.max_seq_len)
     stated = stated_pooling(found.model) if head is None or head == BASE_HEAD else head.pooling
     pooling: Literal["mean", "last"] = options.pooling or stated or "mean"
+    tell_other_modules(found.model, options.normalize)
     vectors_RD, logits_RL = run_rows(model, rows, pooling)
     vectors_RD = vectors_RD.float().cpu()
     broken = [number for number, finite in enumerate(vectors_RD.isfinite().all(1).tolist(), 1) if not finite]

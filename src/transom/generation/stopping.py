@@ -2,55 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
 from transom.chat.template import ChatTemplate
-from transom.checkpoints.companions import GENERATION, stated_id
-from transom.checkpoints.folders import CONFIG, Found
-from transom.errors import require
-from transom.paths import read_json
+from transom.checkpoints.companions import stop_ids
+from transom.checkpoints.folders import Found
 from transom.tokenizer import Tokenizer
-
-# Files that state stop tokens; the first that does so counts.
-FILES = (GENERATION, CONFIG)
 
 
 def stop_tokens_of(
     where: Found | Path, tokenizer: Tokenizer, template: ChatTemplate | None = None
 ) -> tuple[int, ...]:
-    """Return the ids that end a text of this model, or a turn where `template` writes the turns.
-
-    They come from the first file that states `eos_token_id`: generation_config.json, then
-    config.json, first those of the adapter, then those of the model. Where no file does, they come
-    from the tokenizer. An adapter folder with a tokenizer, but without stop tokens, adds the stop
-    tokens of this tokenizer to those of its base.
-    """
+    """Return the ids that end a text of this model, or a turn where `template` writes the turns."""
     found = Found(where) if isinstance(where, Path) else where
-    stated = next(_stated(found), None)
-    ids = list(tokenizer.stop_ids) if stated is None else stated
-    if found.adapter == found.tokenizer and next(_stated(Found(found.tokenizer)), None) is None:
-        ids += tokenizer.stop_ids
-    if template is not None:
-        ids += template.stop_tokens
-    return tuple(dict.fromkeys(ids))
-
-
-def _stated(found: Found) -> Iterator[list[int]]:
-    """Yield the stop tokens of every file that states some, the most important file first."""
-    for folder in found.folders:
-        for name in FILES:
-            path = folder / name
-            data = read_json(path) if path.exists() else {}
-            ids = stated_id(data, "eos_token_id")
-            if ids is None:
-                continue
-            listed = ids if isinstance(ids, list) else [ids]
-            accepted = "accepted is a token id or a list of them"
-            right = all(type(id) is int and id >= 0 for id in listed)
-            require(right, f"{path}: eos_token_id", ids, accepted)
-            yield list(listed)
+    own = () if template is None else template.stop_tokens
+    return tuple(dict.fromkeys((*stop_ids(found, tokenizer), *own)))
 
 
 class ControlSigns:

@@ -177,7 +177,7 @@ def test_a_refused_turn_leaves_no_trace(call, tmp_path):
 
 def test_a_template_without_the_system_message_is_told(call, tmp_path):
     write_model(tmp_path, "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}")
-    assert "leaves the system message out" in call(tmp_path, "--system", "be kind", "-m", 1, stdin="a\n")[2]
+    assert "leaves out: content of system" in call(tmp_path, "--system", "be kind", "-m", 1, stdin="a\n")[2]
 
 
 def test_another_template_and_none(made, call, tmp_path):
@@ -237,6 +237,31 @@ def test_reasoning_is_apart_on_screen_in_the_history_and_in_the_file(call, tmp_p
     shown = call(tmp_path, "-m", 99, "--show-special", stdin=f"hello\nand\n/save {file}2\n")[1]
     assert shown == "".join(f"{word}\n" for word in words)
     assert json.loads((tmp_path / "saved2").read_text())["messages"][1::2] == said
+
+
+OPENED = """\
+{% for m in messages %}{{ m.role[0] ~ ':' ~ m.content }}<end_of_turn>{% endfor %}\
+{% if add_generation_prompt %}a:<think>{% endif %}"""
+
+
+@pytest.mark.parametrize(
+    ("begin", "shown", "reasoning"),
+    [
+        ("<think>hm", "[reasoning]\nhm so\n[answer]\nTwo.\n", "hm so"),
+        ("<think>hm</think>Yes", "[reasoning]\nhm\n[answer]\nYes so</think>Two.\n", "hm"),
+        ("", "[reasoning]\n so\n[answer]\nTwo.\n", " so"),
+    ],
+)
+def test_reasoning_is_apart_where_the_answer_goes_on_from_given_words(
+    call, tmp_path, monkeypatch, begin, shown, reasoning
+):
+    write_model(tmp_path, OPENED)
+    ids = Tokenizer.load(tmp_path).encode(" so</think>Two.<end_of_turn>", allowed_special="all")
+    monkeypatch.setattr(generation_text, "stream", lambda *_, **__: iter([id] for id in ids))
+    file = tmp_path / "saved"
+    _, out, _ = call(tmp_path, "-m", 99, "--prefill", begin, stdin=f"hello\n/save {file}\n")
+    assert out == shown
+    assert json.loads(file.read_text())["messages"][1]["reasoning_content"] == reasoning
 
 
 def test_reasoning_is_dim_on_a_terminal(capsys):

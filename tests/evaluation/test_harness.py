@@ -20,11 +20,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from transom.chat.template import ChatTemplate
 from transom.errors import RequestError
+from transom.evaluation import harness
 from transom.evaluation.choices import score_choices
 from transom.evaluation.harness import TransomLM, read_settings
 from transom.evaluation.subject import Subject
 from transom.evaluation.task_data import read_choices
+from transom.generation.text import Completion
 from transom.model import TransformerInput
 
 QUESTIONS = [
@@ -127,6 +130,18 @@ def test_chats_are_written_the_same(ours, theirs, asked):
     assert text == theirs.apply_chat_template(chat, asked)
     assert ours.tok_encode(text) == theirs.tok_encode(text)
     assert ours.chat_template(True) == theirs.chat_template(True)
+
+
+def test_reasoning_is_no_part_of_an_answer(ours, monkeypatch):
+    source = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
+    monkeypatch.setitem(ours.subject.__dict__, "template", ChatTemplate(source, ours.tokenizer))
+    said = Completion("<think>five?</think>\nfour", [1], "stop")
+    monkeypatch.setattr(harness, "generated", lambda *_, **__: iter([(0, said)]))
+    rows = requests("generate_until", [("two and two", {"until": [], "max_gen_toks": 8})])
+    monkeypatch.setattr(ours, "_chats", False)
+    assert ours.generate_until(rows, disable_tqdm=True) == [said.text]
+    ours.apply_chat_template([{"role": "user", "content": "Hi"}])
+    assert ours.generate_until(rows, disable_tqdm=True) == ["four"]
 
 
 def test_local_tasks_score_the_same(ours, theirs, tasks):

@@ -41,10 +41,14 @@ class Markers:
     channels: bool = False
     head: str = ""  # the template's prompt for an answer, which may open the reasoning
 
-    def splitter(self) -> Splitter:
-        """Return a splitter for one answer behind the template's prompt for it."""
+    def splitter(self, *, begun: bool = False) -> Splitter:
+        """Return a splitter for one answer after the template's prompt for it.
+
+        An answer that has `begun` was not asked for with this prompt: its first words were given to the model.
+        """
         splitter = ChannelSplitter() if self.channels else PairSplitter(self.opens, self.closes)
-        splitter.begin(self.head)
+        opened = f"{CHANNEL}{FINAL}{MESSAGE}" if self.channels else ""
+        splitter.begin(opened if begun else self.head)
         return splitter
 
     def control_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -67,7 +71,7 @@ def find_markers(template: ChatTemplate, **values: Any) -> Markers | None:
     if written is not None:
         return Markers(*written, head=head)
     for opens, closes in PAIRS:
-        named = any(closes in source for source in template.sources.values())
+        named = opens in head or any(closes in source for source in template.sources.values())
         known = all(tokenizer.token_to_id(word) is not None for word in (opens, closes))
         if named or known:
             return Markers(opens, closes, head=head)
@@ -104,11 +108,11 @@ def _written(template: ChatTemplate) -> tuple[str, str] | None:
     return (opens, closes) if closes else None
 
 
-def split(text: str, markers: Markers | None) -> tuple[str, str]:
-    """Return the reasoning and the answer of a whole text; without markers all of it is answer."""
+def split(text: str, markers: Markers | None, *, begun: bool = False) -> tuple[str, str]:
+    """Return the reasoning and the answer of a complete text; without markers all of it is the answer."""
     if markers is None:
         return "", text
-    splitter = markers.splitter()
+    splitter = markers.splitter(begun=begun)
     splitter.push(text)
     splitter.finish()
     return splitter.reasoning, splitter.answer

@@ -63,8 +63,7 @@ class ChatTemplate:
             for name, source in named.items()
         }
         require(bool(named), origin, sorted(named), "accepted is one template or more")
-        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        ids |= {"pad_token": tokenizer.pad_id, "unk_token": tokenizer.unk_id}
+        ids = {f"{role}_token": getattr(tokenizer, f"{role}_id") for role in ("bos", "eos", "pad", "unk")}
         self._variables = {name: tokenizer.id_to_token(id) for name, id in ids.items() if id is not None}
         self._variables |= variables or {}
         self._stop = tuple(stop)
@@ -121,10 +120,10 @@ class ChatTemplate:
         """
         prompt = wants_prompt(add_generation_prompt, continue_final_message)
         given = self.prepared(messages, tools, prompt, documents, variables)
-        if not continue_final_message:
-            return self.text_of(given)
-        opened = self._opened(given, messages, continue_final_message)
-        return opened.cut(self.text_of(opened.given))[0]
+        if continue_final_message:
+            opened = self._opened(given, messages, continue_final_message)
+            return opened.cut(self.text_of(opened.given))[0]
+        return self.text_of(given)
 
     def encode(
         self,
@@ -223,8 +222,8 @@ class ChatTemplate:
         chosen = self.chosen(given)
         tag = Marks.unused_in([chosen.source, *strings(self._variables), *strings(given)]).tag
         field = "content" if which is True else str(which)
-        words = messages[-1].get(field)
-        require(words is not None, f"messages[{len(messages) - 1}].{field}", None, "accepted is text to go on from")
+        where = f"messages[{len(messages) - 1}].{field}"
+        require(messages[-1].get(field) is not None, where, None, "accepted is text to go on from")
         return open_last(given, field, chosen.source, chosen.origin, f"{tag} ")
 
     # -- text to ids ---------------------------------------------------------------------------------
@@ -282,7 +281,8 @@ class ChatTemplate:
         """Where the answers stand: behind the prompt for each, up to the template's own end of the turn."""
         spans: list[tuple[int, int]] = []
         beginnings = self.beginnings(given)
-        ends = [] if self.end_of_turn is None else self.ends_in(chat, [self.end_of_turn])
+        word = self.end_of_turn
+        ends = [] if word is None else [stop for _, stop in unprotected(chat, [word])]
         for at, message in enumerate(given["messages"]):
             if message["role"] != "assistant":
                 continue
@@ -335,10 +335,6 @@ class ChatTemplate:
             start, stop = (begin if begin < one < end else one for one in (start, stop))  # tokens stay whole
         return whole[start:stop]
 
-    def ends_in(self, chat: Marked, words: Sequence[str]) -> list[int]:
-        """Return the ends of the places where the template itself writes one of these words."""
-        return [stop for _, stop in unprotected(chat, words)]
-
     @cached_property
     def end_of_turn(self) -> str | None:
         """The token that this template writes behind an answer; None where it writes none."""
@@ -370,22 +366,26 @@ class ChatTemplate:
         `template` is the name of a built-in one or of one of the folder's, or a file. None at all is a
         `RequestError`.
         """
-        found = cls.find(folder, tokenizer, template)
-        accepted = f"accepted is a folder with {FILE}, or one of {', '.join(one.name for one in built_in.BUILT_IN)}"
-        if found is None:
-            raise RequestError(f"{folder}: no chat template; {accepted}")
+        if (found := cls.find(Path(folder), tokenizer, template)) is None:
+            names = ", ".join(one.name for one in built_in.BUILT_IN)
+            raise RequestError(f"{folder}: no chat template; accepted is a folder with {FILE}, or one of {names}")
         return found
 
     @classmethod
-    def find(cls, folder: str | Path, tokenizer: Tokenizer, template: str | None = None) -> ChatTemplate | None:
-        """`load` that returns None for a folder without a template whose vocabulary is made for none."""
-        folder = Path(folder)
+    def find(
+        cls, folders: Path | Sequence[Path], tokenizer: Tokenizer, template: str | None = None
+    ) -> ChatTemplate | None:
+        """Do as `load`, with the first of the folders that has a template, or else the last one.
+
+        Return None for a folder without a template whose vocabulary is made for none.
+        """
+        several = [folders] if isinstance(folders, Path) else folders
+        folder = next((one for one in several if stored_templates(one)[1]), several[-1])
         variables = variables_of(folder)
         origin, stored = stored_templates(folder)
-        if template is None and stored:
-            return cls(stored, tokenizer, origin=origin, variables=variables)
-        if template is not None and template in stored:
-            return cls(stored[template], tokenizer, origin=f"{origin} ({template})", variables=variables)
+        if stored and (template is None or template in stored):
+            sources, name = (stored, origin) if template is None else (stored[template], f"{origin} ({template})")
+            return cls(sources, tokenizer, origin=name, variables=variables)
         ready = built_in.fitting(tokenizer) if template is None else built_in.named(template)
         if ready is not None:
             if template is None:

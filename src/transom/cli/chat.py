@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
         notice(f"{why}: each turn continues one growing text, on a new line; /help lists commands")
     else:
         framing = Messages(template, values, options.prefill)
-        markers = None if options.prefill else find_markers(template, **values)  # the answer has begun
+        markers = find_markers(template, **values)
         if not options.ignore_eos:
             stop_tokens = stop_tokens_of(found, tokenizer, template)
         notice(f"turns are written by {template.origin}; /help lists commands")
@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
     )
     room = room_of(model, options.max_model_len)
     session = Session(model, tokenizer, framing, args, room, markers, when_full="/reset begins anew")
-    chat = Chat(session, options.system, options.prefill)
+    chat = Chat(session, options.system)
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - importing it gives `input` line editing
@@ -144,11 +144,9 @@ def template_values(options: argparse.Namespace) -> dict[str, Any]:
 
 def find_template(found: Found, tokenizer: Tokenizer, name: str | None) -> ChatTemplate | None:
     """The template asked for, the adapter's or the model's own, or the one its vocabulary is made for."""
-    from transom.chat.files import stored_templates
     from transom.chat.template import ChatTemplate
 
-    adapters = (folder for folder in found.folders[:-1] if stored_templates(folder)[1])
-    return ChatTemplate.find(next(adapters, found.model), tokenizer, name)
+    return ChatTemplate.find(found.folders, tokenizer, name)
 
 
 def read_turn() -> str | None:
@@ -187,8 +185,8 @@ def read_turn() -> str | None:
 class Chat:
     """Turns and commands of a person, and what they see of the answers."""
 
-    def __init__(self, session: Session, system: str, prefill: str = "") -> None:
-        self.session, self.system, self.prefill = session, system, prefill
+    def __init__(self, session: Session, system: str) -> None:
+        self.session, self.system = session, system
         self.saved: set[Path] = set()
 
     def take(self, turn: str) -> bool:
@@ -198,7 +196,7 @@ class Chat:
         match name:
             case "":
                 answer = self.session.ask(rest)
-                self.session.keep(answer, interrupted=show(answer, self.prefill))
+                self.session.keep(answer, interrupted=show(answer))
             case "reset":
                 self.reset(self.system)
             case "system":
@@ -247,11 +245,9 @@ def room_of(model: LLM, requested: int | None) -> int:
     return requested
 
 
-def show(answer: Answer, begin: str = "") -> bool:
+def show(answer: Answer) -> bool:
     """Print an answer as it comes, its reasoning under a heading; return whether Ctrl-C cut it short."""
     screen = Screen(dim=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
-    if begin:
-        screen.write("answer", begin)
     interrupted = False
     try:
         for kind, text in answer:

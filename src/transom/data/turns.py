@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.chat.marking import Marked, Path, Text, TokenPlaces, controls_in, kind_of, shared
+from transom.chat.marking import Marked, Path, Text, TokenPlaces, controls_in, kind_of, shared, unprotected
 from transom.chat.messages import REASONING
 from transom.chat.template import ChatTemplate
 from transom.errors import RequestError, require
@@ -236,7 +236,7 @@ class _Row:
         if word is not None and tokenizer.token_to_id(word) not in tokenizer.special_ids:
             # A word of the vocabulary that is no control token may stand in the answer itself.
             start = max(start, self.chat.last_offset(at) or 0)
-            yield from ((end, None) for end in self._template.ends_in(self.chat, [word]) if end > start)
+            yield from ((end, None) for _, end in unprotected(self.chat, [word]) if end > start)
             return
         for _, end, token in self._controls:
             if end > start and self.ids[token] in self._stops:

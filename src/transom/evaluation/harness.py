@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from transom import __version__
 from transom.chat.files import DEFAULT
+from transom.chat.reasoning import Markers, find_markers, split
 from transom.chat.template import ChatTemplate
 from transom.errors import RequestError, nearest, notice, require
 from transom.evaluation.answers import generated
@@ -79,7 +80,7 @@ class TransomLM(TemplateLM):
         self.max_gen_toks = max_gen_toks
         self.batch_rows, self.batch_tokens = rows, batch_tokens
         self.begins = bool(self.tokenizer.begin) if add_bos_token is None else add_bos_token
-        self._chats = False
+        self._chats = self._begun = False  # whether prompts are chats, and whether their answers have begun
         self._device = self.subject.model.tok_embeddings.weight.device
 
     # -- text and ids ------------------------------------------------------------------------------------
@@ -123,6 +124,7 @@ class TransomLM(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation; without the head of an answer its last message is left open."""
         template = self._template()
+        self._begun = not add_generation_prompt
         if add_generation_prompt:
             return template.render(chat_history)
         return template.render(chat_history, continue_final_message=True)
@@ -193,7 +195,7 @@ class TransomLM(TemplateLM):
         return out
 
     def _continued(self, prompts: Sequence[str], settings: dict[str, Any]) -> Any:
-        """(index, text) of each prompt as it comes."""
+        """Yield (index, text) of each prompt as it comes; of a chat the answer without its reasoning."""
         until, max_new_tokens, sampling = read_settings(settings, self.max_gen_toks)
         room = self.max_length - max_new_tokens
         require(
@@ -207,8 +209,12 @@ class TransomLM(TemplateLM):
         if eos_id is not None:
             stop_tokens.append(eos_id)
             until.append(self.tokenizer.decode([eos_id], skip_special=False))
+        markers: Markers | None = None
+        kept: tuple[int, ...] = ()
         if self._chats:
             stop_tokens += self._template().stop_tokens
+            markers = find_markers(self._template())
+            kept = () if markers is None else markers.control_ids(self.tokenizer)
         done = generated(
             self.subject,
             [one[-room:] for one in ids],
@@ -217,8 +223,9 @@ class TransomLM(TemplateLM):
             tuple(dict.fromkeys(stop_tokens)),
             sampling=sampling,
             batch_rows=self.batch_rows,
+            kept=kept,
         )
-        return ((index, completion.text) for index, completion in done)
+        return ((index, split(one.text, markers, begun=self._begun)[1]) for index, one in done)
 
     def get_model_info(self) -> dict[str, Any]:
         """Hashes and dtype, for the library's records, under names that it does not use."""

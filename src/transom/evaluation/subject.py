@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transom.chat.files import stored_templates
 from transom.chat.fingerprint import warn_if_other
 from transom.chat.template import ChatTemplate
 from transom.checkpoints.fingerprint import fingerprint
@@ -61,8 +60,7 @@ class Subject:
     @cached_property
     def template(self) -> ChatTemplate | None:
         """The template asked for, the adapter's or the model's own, or the one its vocabulary is made for."""
-        adapters = (folder for folder in self.found.folders[:-1] if stored_templates(folder)[1])
-        template = ChatTemplate.find(next(adapters, self.found.model), self.tokenizer, self.chat_template)
+        template = ChatTemplate.find(self.found.folders, self.tokenizer, self.chat_template)
         warn_if_other(self.found.folders, self.tokenizer, template)
         return template
 

@@ -14,7 +14,6 @@ import yaml
 from torch import Tensor
 
 from transom.args import ModelArgs
-from transom.chat.files import stored_templates
 from transom.chat.template import ChatTemplate
 from transom.checkpoints.folders import Found, holds_tokenizer
 from transom.checkpoints.load import open_tokenizer
@@ -100,8 +99,7 @@ def held_out_examples(run: Path) -> list[Example]:
 
 def _written(examples: list[Example], found: Found, tokenizer: Tokenizer, length: int) -> Iterator[list[int]]:
     """Ids of the rows that examples make, as in training; of a prompt without an answer, its own."""
-    own = next((folder for folder in found.folders if stored_templates(folder)[1]), found.model)
-    template = template_for(examples, tokenizer, ChatTemplate.find(own, tokenizer))
+    template = template_for(examples, tokenizer, ChatTemplate.find(found.folders, tokenizer))
     few = examples[:EXAMPLES]
     for example in few:
         if example.kind == "answer":

@@ -25,6 +25,8 @@ from transom.tokenizer import Tokenizer
 class Framing(Protocol):
     """How turns become the tokens that a model continues."""
 
+    begin: str  # the words that every answer begins with
+
     def reset(self, system: str) -> None:
         """Begin anew with `system` in front."""
 
@@ -40,6 +42,8 @@ class Framing(Protocol):
 
 class GrowingText:
     """One text: every turn on a new line, every answer behind it."""
+
+    begin = ""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -81,13 +85,8 @@ class Messages:
         self.messages: list[dict[str, str]] = []
 
     def reset(self, system: str) -> None:
-        """Begin anew with `system` as the first message; print a notice where the template leaves it out."""
-        messages = [{"role": "system", "content": system}] if system else []
-        if system:
-            written = self.template.render([*messages, {"role": "user", "content": ""}], **self.values)
-            if system.strip() not in written:
-                notice(f"{self.template.origin} leaves the system message out", again=True)
-        self.messages = messages
+        """Begin anew with `system` as the first message."""
+        self.messages = [{"role": "system", "content": system}] if system else []
 
     def prompt(self, turn: str) -> list[int]:
         """Return the ids of all messages, and of the head of an answer or of its first words."""
@@ -102,7 +101,7 @@ class Messages:
 
         Reasoning has a key of its own, from which the template writes what its model is to read again.
         """
-        message = {"role": "assistant", "content": self.begin + answer.text}
+        message = {"role": "assistant", "content": answer.text}
         if answer.reasoning:
             message["reasoning_content"] = answer.reasoning
         self.messages += [{"role": "user", "content": turn}, message]
@@ -115,7 +114,8 @@ class Messages:
 class Answer:
     """Iterate for what is to be shown, as pieces of reasoning and of answer; then it holds both.
 
-    With `hidden` the pieces are shown as they come, and those control tokens are no part of either.
+    `begin` are the words that the model went on from. With `hidden` the pieces are shown as they come, and those
+    control tokens are no part of either.
     """
 
     def __init__(
@@ -125,13 +125,15 @@ class Answer:
         texts: TextStream,
         splitter: Splitter | None,
         hidden: Sequence[str] | None,
+        begin: str,
     ) -> None:
-        self.turn, self.ids = turn, ids
+        self.turn, self.ids, self.begin = turn, ids, begin
         self.completion: Completion = texts.completions[0]
         self._texts, self._splitter = texts, splitter
         self._hidden = None if hidden is None else re.compile("|".join(map(re.escape, hidden)) or "(?!)")
 
     def __iter__(self) -> Iterator[Piece]:
+        yield from self._pieces(self.begin)
         for (text,) in self._texts:
             yield from self._pieces(text)
         if self._splitter is not None:
@@ -150,7 +152,7 @@ class Answer:
     @property
     def text(self) -> str:
         """The answer so far, without its reasoning."""
-        return self.completion.text if self._splitter is None else self._splitter.answer
+        return self.begin + self.completion.text if self._splitter is None else self._splitter.answer
 
     @property
     def reasoning(self) -> str:
@@ -204,8 +206,9 @@ class Session:
         shown = marker_ids(tokenizer) if markers is None else markers.control_ids(tokenizer)
         texts = self._continued(ids, min(self.args.max_tokens, left), shown)
         hidden = [word for word, id in tokenizer.special_tokens.items() if id not in shown]
-        splitter = None if markers is None else markers.splitter()
-        return Answer(turn, ids, texts, splitter, hidden if self.args.show_special else None)
+        begin = self.framing.begin
+        splitter = None if markers is None else markers.splitter(begun=bool(begin))
+        return Answer(turn, ids, texts, splitter, hidden if self.args.show_special else None, begin)
 
     def keep(self, answer: Answer, *, interrupted: bool = False) -> None:
         """Take up an answer as far as it has come."""

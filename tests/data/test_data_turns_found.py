@@ -51,6 +51,23 @@ def test_a_conversation_may_begin_with_the_assistant(made: Any, name: str, last:
     assert row.ids == whole["input_ids"][: len(row.ids)]
 
 
+def test_the_end_of_a_call_is_known_from_the_stop_tokens_of_the_model(made: Any) -> None:
+    tokenizer = made[0].with_special(["<|call|>"])
+    template = ChatTemplate(PUBLISHED["gpt-oss"], tokenizer)
+    talk = [Example("1", "chat", TOOL_TALK[:2])]
+    stop = tokenizer.special_tokens["<|call|>"]
+    for stop_tokens, without in (((), 1), ((stop,), 0)):
+        encoded = encode_examples(talk, tokenizer, template, seq_len=999, stop_tokens=stop_tokens)
+        assert encoded.counts.without_end == without and encoded.items[0][0].ids[-1] == stop
+
+
+@pytest.mark.parametrize(("name", "anew"), [("smollm2", 0), ("qwen3", 1)])
+def test_conversations_that_are_rendered_for_every_answer_are_counted(made: Any, name: str, anew: int) -> None:
+    talk = [Example("1", "chat", GREETED[1:] * 2)]
+    encoded = encode_examples(talk, made[0], template_of(made, name), seq_len=999)
+    assert encoded.counts.rendered_anew == anew
+
+
 def test_words_that_only_the_prompt_has_are_no_part_of_an_answer(made: Any) -> None:
     """DeepSeek-R1 asks with `<think>` and writes answers without it, and what was thought not at all."""
     talk = [say("user", "a"), say("assistant", "<think>\nhm so\n</think>\n\n<table>"), say("user", "b")]

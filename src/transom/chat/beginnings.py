@@ -45,6 +45,11 @@ class Beginnings:
             self._edges.append(length)
         self._text, self._end, self._head = "".join(whole[:-1]), whole[-1], asked[-1]
 
+    @property
+    def in_steps(self) -> bool:
+        """Whether the beginnings are parts of one text; otherwise each of them is rendered by itself."""
+        return bool(self._edges)
+
     def whole(self, count: int) -> str:
         """Return the text of the first `count` messages."""
         if self._known(count):

@@ -175,6 +175,7 @@ def longest_example(found: Found, asked: int | None) -> int:
 def encode(subject: Subject, examples: Sequence[Example]) -> EncodedRows:
     """Return the rows of some examples as `transom finetune` trains on them; faults are added to the subject's."""
     from transom.data.tuning_rows import encode_examples
+    from transom.generation.stopping import stop_tokens_of
 
     return encode_examples(
         examples,
@@ -183,6 +184,7 @@ def encode(subject: Subject, examples: Sequence[Example]) -> EncodedRows:
         seq_len=subject.args.data.seq_len + 1,  # as in training: the last token of a row is a target only
         train_on=subject.tune.train_on,
         truncate=subject.tune.truncate,
+        stop_tokens=stop_tokens_of(subject.found, subject.tokenizer),
         problems=subject.problems,
     )
 
@@ -317,6 +319,7 @@ WORDS = {
     "alike": "pairs left out, answers of the same tokens",
     "dropped_reasoning": "reasoning dropped from earlier turns",
     "left_out": "texts that the template leaves out",
+    "rendered_anew": "conversations rendered for every answer",
     "too_long": "prompts without room for an answer",
     "held_out": "examples held out",
     "packed_rows": "packed into rows",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -48,6 +48,7 @@ class TuningCounts:
     alike: int = 0  # pairs left out because both answers became the same tokens
     dropped_reasoning: int = 0  # texts of reasoning that the template writes for the answer they led to only
     left_out: int = 0  # other texts of messages and tools that the template writes nowhere
+    rendered_anew: int = 0  # conversations that are rendered again for every answer, which takes longer
 
     def __str__(self) -> str:
         """One line: what there is, and what is not as one would expect."""
@@ -64,6 +65,7 @@ class TuningCounts:
             "alike": "pairs left out whose answers are the same tokens, once written and cut",
             "dropped_reasoning": "texts of reasoning that the template drops from earlier turns",
             "left_out": "texts of messages and tools that the template leaves out",
+            "rendered_anew": "conversations rendered again for every answer, as the template requires",
         }
         return "; ".join([line, *(f"{n:,} {said}" for name, said in words.items() if (n := getattr(self, name)))])
 
@@ -111,16 +113,19 @@ def encode_examples(
     seq_len: int,
     train_on: TrainOn = "assistant",
     truncate: Truncate = "cut",
+    stop_tokens: Collection[int] = (),
     problems: list[Problem] | None = None,
     may_be_empty: bool = False,
 ) -> EncodedRows:
     """Rows of at most `seq_len` tokens, longer ones cut at their end or left out; no row at all is refused.
 
+    `stop_tokens` end an answer besides those that template and tokenizer know.
+
     Texts, and without a template prompts that are texts, are plain text; what else there is needs a template. An
     example that it cannot write is refused or, where a list is given, added to `problems`, and then nothing is.
     """
     require(seq_len >= 2, "seq_len", seq_len, "accepted is 2 tokens or more")
-    encoder = _Encoder(tokenizer, template, train_on)
+    encoder = _Encoder(tokenizer, template, train_on, stop_tokens)
     counts = TuningCounts()
     items: list[tuple[TuningRow, ...]] = []
     labels: list[bool] = []
@@ -143,6 +148,7 @@ def encode_examples(
     if encoder.turns is not None:
         left_out = encoder.turns.left_out
         counts.dropped_reasoning, counts.left_out = encoder.turns.dropped, left_out.total()
+        counts.rendered_anew = encoder.turns.rendered_anew
         if left_out:
             kinds_left = ", ".join(f"{kind} ({count:,})" for kind, count in sorted(left_out.items()))
             notice(f"the chat template leaves out: {kinds_left}")
@@ -167,10 +173,16 @@ NEEDS_TEMPLATE = "accepted for conversations is a model with one, or a template 
 class _Encoder:
     """Examples to rows, by what each of them is."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None, train_on: TrainOn) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        train_on: TrainOn,
+        stop_tokens: Collection[int],
+    ) -> None:
         require(train_on in ("assistant", "all"), "train_on", train_on, "accepted is assistant or all")
         self._tokenizer, self._train_on = tokenizer, train_on
-        self.turns = None if template is None else Turns(template, tokenizer)
+        self.turns = None if template is None else Turns(template, tokenizer, stop_tokens)
 
     def items(self, example: Example) -> list[tuple[Written, ...]]:
         """One item or more, each of one row, or of two for a pair."""

@@ -12,7 +12,7 @@ not even in the row of its own answer, and the name of a tool are refused; all e
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -62,8 +62,11 @@ NOT_FOUND = _Found(np.zeros(0, np.int64))
 class Turns:
     """Writes conversations with one template and tokenizer, and counts what the template leaves out."""
 
-    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
-        self._template, self._tokenizer = template, tokenizer
+    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, stop_tokens: Collection[int] = ()) -> None:
+        """`stop_tokens` end an answer besides those of the template and of the tokenizer."""
+        self._template = template
+        self._stops = frozenset((*stop_tokens, *template.stop_tokens, *tokenizer.stop_ids))
+        self.rendered_anew = 0  # conversations that were rendered again for every answer
         self.left_out: Counter[str] = Counter()  # kinds of texts that are in no row at all
         self.dropped = 0  # texts of reasoning that a template writes in the row of their own answer only
 
@@ -76,12 +79,13 @@ class Turns:
         rows: list[_Row] = []
         beginnings = self._template.beginnings(given)
         counted = [at for at, weight in enumerate(weights) if weight > 0]
+        self.rendered_anew += len(counted) > 1 and not beginnings.in_steps
         for at in reversed(counted):
             whole, prompt = beginnings.whole(at + 1), beginnings.prompt(at)
             if any(row.add(at, whole, prompt, weights[at]) for row in rows):
                 continue
             talk = {**given, "messages": given["messages"][: at + 1]}
-            rows.append(_Row(self._template, talk, whole, rows[0] if rows else None))
+            rows.append(_Row(self._template, talk, self._stops, whole, rows[0] if rows else None))
             if not rows[-1].add(at, whole, prompt, weights[at]):
                 self._count_left_out(given, rows[-1:], [at])  # a better reason, if there is one
                 raise RequestError(
@@ -94,7 +98,7 @@ class Turns:
     def whole(self, messages: Sequence[Mapping[str, Any]], tools: Tools, weight: float) -> Written:
         """Return the whole conversation with one weight for every token but the first."""
         given = self._given(messages, tools)
-        row = _Row(self._template, given)
+        row = _Row(self._template, given, self._stops)
         answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
         self._count_left_out(given, [row], answers[-1:])
         ids = row.ids[row.first :]
@@ -161,18 +165,21 @@ class _Row:
     """A rendered conversation, encoded once, and the answers found in it."""
 
     def __init__(
-        self, template: ChatTemplate, given: dict[str, Any], text: str | None = None, like: _Row | None = None
+        self,
+        template: ChatTemplate,
+        given: dict[str, Any],
+        stops: frozenset[int],
+        text: str | None = None,
+        like: _Row | None = None,
     ) -> None:
-        self._template, self._given = template, given
-        tokenizer = template.tokenizer
+        self._template, self._given, self._stops = template, given, stops
         self._blocks = template.chosen(given).generation
         self.chat = template.chat_of(given, self._blocks, text)
         self.ids = self._encoded(like)
         self.first = template.first_of(self.ids)
         self._weights = np.zeros(len(self.ids), np.float32)
         self._answers: list[Answer] = []
-        self._stops = frozenset((*template.stop_tokens, *tokenizer.stop_ids))
-        self._controls = controls_in(tokenizer, self.chat, self.ids)
+        self._controls = controls_in(template.tokenizer, self.chat, self.ids)
 
     def _encoded(self, like: _Row | None) -> list[int]:
         """Return the ids; those that a row with the same beginning has up to a control token are taken from it."""

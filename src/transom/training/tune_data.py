@@ -64,6 +64,7 @@ def open_tune_data(
     if tune.objective == "grpo":
         data = _questions(args, tune, train, measured, tokenizer, template, base, share)
         return replace(data, hashes={**hashes, **data.hashes})
+    ends = stop_tokens_of(base, tokenizer, template)
     encode = partial(
         encode_examples,
         tokenizer=tokenizer,
@@ -71,6 +72,7 @@ def open_tune_data(
         seq_len=args.data.seq_len + 1,  # the last token of a row is a target only
         train_on=tune.train_on,
         truncate=tune.truncate,
+        stop_tokens=ends,
     )
     rows = encode(train)
     held = encode(measured, may_be_empty=True) if measured else None
@@ -107,7 +109,6 @@ def open_tune_data(
             )
     hashes = {**hashes, TOKENS: _hash(rows, held)}
     kept = list(held_batches(held)) if held else []
-    ends = stop_tokens_of(base, tokenizer, template)
     return TuneData(batches, choice, hashes, template, rows, kept, stop_tokens=ends)
 
 

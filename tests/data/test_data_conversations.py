@@ -40,6 +40,8 @@ def write(path: Path, rows: list[Any]) -> Path:
         {"messages": CHAT},
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
         {"conversations": CHAT},
+        {"messages": json.dumps(CHAT)},  # as many tables keep them
+        {"conversations": json.dumps(CHAT)},
         {"instruction": "q", "input": "", "output": "a"},
     ],
 )
@@ -62,6 +64,8 @@ def test_calls_stay_as_they_are_given(arguments: Any) -> None:
     call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
     row = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}], "tools": TOOLS}
     kept = {"type": "function", "function": {"name": "weather", "arguments": arguments or {}}}
+    assert example(row).messages[1] == {"role": "assistant", "tool_calls": [kept]}
+    row["messages"][1]["tool_calls"] = json.dumps([call])
     assert example(row).messages[1] == {"role": "assistant", "tool_calls": [kept]}
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.training.test_head_runs import config as head_config
-from tests.training.tuning import base_folder, chats, preferences, solved, tune_args, write_rows
+from tests.training.tuning import base_folder, chats, judged, preferences, solved, tune_args, write_rows
 from transom.fields import read
 from transom.training.config import TrainArgs
 from transom.training.defaults import ENOUGH_STEPS, FEW_STEPS, choose_rows, few_steps_warning, steps_of
@@ -133,6 +133,16 @@ def test_other_objectives_choose_as_well(base, tmp_path, rows, objective):
     words = ("tune.group=2", "tune.answer_tokens=4") if objective == "grpo" else ()
     args = open_args(tmp_path, base, rows(tmp_path / "rows.jsonl"), *words, objective=objective, epochs=EPOCHS)
     assert open_run(args, quiet=True).args.data.batch_size == 2
+
+
+def test_a_single_held_out_row_of_kto_is_no_score_and_no_obstacle(base, tmp_path, capsys):
+    data = tmp_path / "set"
+    data.mkdir()
+    rows = judged(data / "train.jsonl").read_text().splitlines(keepends=True)
+    (data / "valid.jsonl").write_text(rows[0])
+    trainer = open_run(open_args(tmp_path, base, data, objective="kto"))
+    assert trainer.objective.measure() is None
+    assert "1 example, which kto cannot compare" in capsys.readouterr().err
 
 
 def test_fewer_questions_than_a_step_was_asked_for_are_all_taken(base, tmp_path):

@@ -1,9 +1,11 @@
 """What a run writes is whole or absent, and never somebody else's."""
 
+import contextlib
 import errno
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -16,7 +18,9 @@ from transom.cli.main import main
 from transom.errors import RequestError, WorkError
 from transom.fields import read
 from transom.training.config import TrainArgs, read_config
+from transom.training.continuation import check_same_data
 from transom.training.report import write_report
+from transom.training.run_data import TOKENS
 from transom.training.setup import open_run
 
 
@@ -294,6 +298,16 @@ def test_a_run_of_an_older_version_is_resumed(finished):
     del facts["resolved"]
     path.write_text(json.dumps(facts))
     assert open_run(tiny_args(finished, "keep_last=3"), resume=True, quiet=True).progress.step == 12
+
+
+@pytest.mark.parametrize("hash", ["tokens", "others"])
+def test_older_runs_have_the_hash_of_all_tokens_under_the_name_of_every_source(tmp_path, hash):
+    tokenizer = SimpleNamespace(hash="t")
+    facts = {"data": {"a.jsonl": hash, "the base": "b"}, "tokenizer": "t"}
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    now = {"a.jsonl": "rows", TOKENS: "tokens", "the base": "b"}
+    with contextlib.nullcontext() if hash == "tokens" else pytest.raises(RequestError, match=r"a\.jsonl has"):
+        check_same_data(tmp_path, now, tokenizer)
 
 
 def test_a_kill_while_a_run_is_overwritten_leaves_nothing_of_it_to_resume(finished, monkeypatch):

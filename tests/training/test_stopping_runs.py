@@ -106,6 +106,13 @@ def test_a_signal_before_anything_is_saved(tmp_path, train, signals, moment, cap
     assert_as_if_uninterrupted(tmp_path, train)
 
 
+def test_a_signal_before_anything_is_overwritten_does_not_offer_to_resume_the_former_run(train, signals, capsys):
+    assert train() == 0
+    signals(Trainer, "dry_run")
+    assert train("--overwrite") == 143
+    assert "the same command starts it again" in capsys.readouterr().err
+
+
 def test_a_signal_during_the_last_scoring_leaves_a_finished_run(tmp_path, train, signals, capsys):
     signals(Monitor, "evaluate", 4)
     assert train() == 0
@@ -123,6 +130,7 @@ def test_a_signal_while_the_report_is_written(tmp_path, train, signals, capsys):
     assert "only its report is missing" in capsys.readouterr().err
     assert train("--resume") == 0
     assert (tmp_path / "run" / "report.html").exists()
+    assert len(rows(tmp_path / "run", "final")) == 1, "a finished run is scored again, and has one score"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -20,6 +20,7 @@ from transom.cli.main import main
 from transom.errors import RequestError, WorkError
 from transom.training.balance import mixtures
 from transom.training.config import read_config
+from transom.training.monitor import Monitor
 from transom.training.setup import open_run
 
 
@@ -47,14 +48,50 @@ def test_losses_do_not_depend_on_accumulation(tmp_path):
 
 def two_ranks(rank, folder):
     torch.distributed.init_process_group("gloo", f"file://{folder}/ranks", rank=rank, world_size=2)
-    train(tiny_args(Path(folder), f"out={folder}/two", "dtype=float32"), rank=rank, world_size=2)
+    folder, ranks = Path(folder), {"rank": rank, "world_size": 2}
+    args = tiny_args(folder, f"out={folder}/two", "dtype=float32")
+    train(args, **ranks)
+    states = [torch.get_rng_state()]
+    open_run(args, quiet=True, resume=True, **ranks)
+    torch.save([*states, torch.get_rng_state()], folder / f"random{rank}")
+
+    evaluate = Monitor.evaluate
+
+    def signal_and_evaluate(self, *arguments):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, *arguments)
+
+    Monitor.evaluate = signal_and_evaluate
+    stopped, _ = train(tiny_args(folder, f"out={folder}/stopped", "eval_every=3"), **ranks)
+    (folder / f"stopped{rank}").write_text(f"{stopped.stop.signal} {stopped.progress.step}")
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_train_as_one(tmp_path):
-    train(tiny_args(tmp_path, f"out={tmp_path}/one", "dtype=float32"))
-    torch.multiprocessing.spawn(two_ranks, args=(str(tmp_path),), nprocs=2)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """A folder with what two processes have done as two ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(two_ranks, args=(str(folder),), nprocs=2)
+    return folder
+
+
+def test_two_ranks_train_as_one(ranks):
+    train(tiny_args(ranks, f"out={ranks}/one", "dtype=float32"))
+    assert losses(ranks / "two") == pytest.approx(losses(ranks / "one"), rel=1e-4)
+
+
+def test_every_rank_has_its_own_random_numbers_and_resumes_them(ranks):
+    states = [torch.load(ranks / f"random{rank}", weights_only=True) for rank in (0, 1)]
+    assert not torch.equal(states[0][0], states[1][0])
+    for before, resumed in states:
+        assert torch.equal(before, resumed)
+
+
+def test_a_signal_to_one_rank_while_it_scores_ends_the_run_of_all(ranks):
+    assert {(ranks / f"stopped{rank}").read_text() for rank in (0, 1)} == {f"{int(signal.SIGTERM)} 3"}
+    state = json.loads((ranks / "stopped" / "step_000003" / "trainer.json").read_text())
+    assert state["progress"]["unmeasured"]
 
 
 def command(folder: Path, words: list[str]) -> list[str]:

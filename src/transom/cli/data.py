@@ -239,7 +239,7 @@ def held_apart(subject: Subject, options: argparse.Namespace) -> tuple[list[Exam
 def row_facts(subject: Subject, train: Sequence[Example], measured: Sequence[Example]) -> dict[str, Any]:
     """Return counts of the rows to train on, how many examples are held out, and how rows make steps."""
     encoded = encode(subject, train)
-    held = encode(subject, measured)
+    encode(subject, measured)  # for the faults of its rows
     rows = [row for item in encoded.items for row in item]
     bos = subject.tokenizer.bos_id
     facts = {
@@ -250,10 +250,10 @@ def row_facts(subject: Subject, train: Sequence[Example], measured: Sequence[Exa
         "with_bos": sum(bos is not None and int(row.ids[0]) == bos for row in rows),
     }
     lengths = [max(len(row.ids) for row in item) - 1 for item in encoded.items]
-    return facts | step_facts(subject, lengths, len(held.items))
+    return facts | step_facts(subject, lengths)
 
 
-def step_facts(subject: Subject, lengths: Sequence[int], held_out: int) -> dict[str, Any]:
+def step_facts(subject: Subject, lengths: Sequence[int]) -> dict[str, Any]:
     """Return how `transom finetune` lays rows of these lengths into steps, on one device."""
     from transom.training.defaults import require_comparable, tune_rows
 
@@ -261,7 +261,7 @@ def step_facts(subject: Subject, lengths: Sequence[int], held_out: int) -> dict[
         return {}
     args, tune = subject.args, subject.tune
     choice = tune_rows(lengths, args, tune, 1)
-    require_comparable(choice, tune.objective, 1, held_out)
+    require_comparable(choice, tune.objective, 1)
     facts: dict[str, Any] = {"packing": choice.packing, "rows_per_step": choice.batch_size, "steps": choice.steps}
     if choice.packing:
         fill = sum(lengths) / (choice.rows * args.data.seq_len)
@@ -296,7 +296,7 @@ def prompt_facts(subject: Subject, train: Sequence[Example], measured: Sequence[
         "tokens": sum(kept),
         "longest": max(kept, default=0),
         "too_long": len(lengths) - len(kept),
-        **step_facts(subject, kept, len(measured)),
+        **step_facts(subject, kept),
     }
 
 

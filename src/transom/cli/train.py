@@ -85,7 +85,8 @@ def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer,
                 profile_steps=options.profile,
             )
         except STOPS:
-            notice(f"{args.out}: ended before a step was taken; --resume goes on from here")
+            again = "the same command starts it again" if options.overwrite else "--resume goes on from here"
+            notice(f"{args.out}: ended before a step was taken; {again}")
             raise
         trainer.line.say(describe_run(trainer.args, trainer.model, trainer.dtype, trainer.device))
         final = trainer.fit()

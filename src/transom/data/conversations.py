@@ -73,10 +73,10 @@ class Format(NamedTuple):
         known = (*self.needs, *self.reads)
         out = {key for key in columns if key not in known}
         for key in ("messages", "prompt", "completion", "chosen", "rejected"):
-            turns = columns.get(key) if key in known else None
+            turns = _listed(columns.get(key)) if key in known else None
             for turn in turns if isinstance(turns, list) else ():
                 out |= {f"messages.{name}" for name in turn if name not in MESSAGE_KEYS}
-        shared = columns.get("conversations") if "conversations" in known else None
+        shared = _listed(columns.get("conversations")) if "conversations" in known else None
         for turn in shared if isinstance(shared, list) else ():
             read = MESSAGE_KEYS if "role" in turn else ("from", "value", "weight")
             out |= {f"conversations.{name}" for name in turn if name not in read}
@@ -102,7 +102,7 @@ def recognise(columns: Mapping[str, Any]) -> Format:
 
 
 def _messages(row: Mapping[str, Any]) -> dict[str, Any]:
-    messages = messages_of(row["messages"], "messages")
+    messages = messages_of(_listed(row["messages"]), "messages")
     common = {"messages": messages, "tools": _tools(row), "weight": _weight(row, "weight")}
     reference = _reference(row)
     if reference and messages[-1]["role"] != "assistant":
@@ -112,7 +112,7 @@ def _messages(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sharegpt(row: Mapping[str, Any]) -> dict[str, Any]:
-    turns = row["conversations"]
+    turns = _listed(row["conversations"])
     accepted = "accepted is a list of objects with from and value"
     require(isinstance(turns, list) and len(turns) > 0, "conversations", turns, accepted)
     system = [{"role": "system", "content": row["system"]}] if row.get("system") is not None else []
@@ -255,7 +255,7 @@ def _message(value: Any, name: str) -> Message:
         require(said, f"{name}.weight", out["weight"], f"accepted on messages of the assistant, this is of {role}")
         out["weight"] = _weight(out, "weight", f"{name}.weight")
     if "tool_calls" in out:
-        calls = out["tool_calls"]
+        calls = _listed(out["tool_calls"])
         fits = said and isinstance(calls, list)
         require(fits, f"{name}.tool_calls", calls, "accepted is a list, in messages of the assistant")
         out["tool_calls"] = [_call(call, f"{name}.tool_calls[{at}]") for at, call in enumerate(calls)]
@@ -327,16 +327,22 @@ def _text(value: Any, name: str) -> str:
 
 
 def _tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
-    """Tools as a list of objects, which columns of a table keep as JSON."""
-    tools = given = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = parse_json(tools or "[]")
-        except ValueError:
-            tools = given
+    """Return tools, which are a list of objects, or None."""
+    given = row.get("tools")
+    tools = None if given == "" else _listed(given)
     fits = tools is None or (isinstance(tools, list) and all(isinstance(one, dict) for one in tools))
     require(fits, "tools", given, "accepted is a list of objects, or one as JSON")
     return tuple(tools) if tools else None
+
+
+def _listed(value: Any) -> Any:
+    """Return the list that a text is as JSON, as tables keep messages and tools; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return parse_json(value)
+    except ValueError:
+        return value
 
 
 def _weight(row: Mapping[str, Any], key: str, name: str = "weight") -> float:

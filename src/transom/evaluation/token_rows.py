@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from transom.args import ModelArgs
@@ -26,6 +25,7 @@ from transom.data.tuning_sets import read_examples, read_splits
 from transom.errors import RequestError, notice, require
 from transom.generation.loop import keeps_every_token
 from transom.tokenizer import Tokenizer
+from transom.yaml_files import read_yaml
 
 TOKENS, LENGTH = 4096, 512  # compared in all, and in one row
 LOGITS = 2**28  # kept at a time: 1 GB of float32, which shortens the rows of large vocabularies
@@ -80,17 +80,20 @@ def token_rows(
 
 
 def held_out_examples(run: Path) -> list[Example]:
-    """What a fine-tuning run measured with, by its `config.yaml`; none, and why is said, where that is gone."""
+    """Return what a fine-tuning run measured with, by its `config.yaml`.
+
+    Where its data is gone there are none, and a notice tells why.
+    """
     path = run / "config.yaml"
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
-    if not isinstance(config, dict) or not config.get("tune"):
+    config = read_yaml(path) if path.exists() else {}
+    if not config.get("tune"):
         return []
-    sources = config["data"]["sources"]
+    sources, fraction = config["data"]["sources"], float(config["data"]["held_out"])
     out: list[Example] = []
     try:
         for source in [sources] if isinstance(sources, str) else sources:
-            name = source["path"] if isinstance(source, dict) else source
-            out += read_splits(name, config["data"]["held_out"])[1]
+            name = str(source["path"] if isinstance(source, dict) else source)
+            out += read_splits(name, fraction)[1]
     except RequestError as error:
         notice(f"{run}: its data is not to be had ({error}), so models are compared on {BUILT_IN}")
         return []

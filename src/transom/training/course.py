@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from transom.evaluation.bits import HeldOut
-from transom.interrupts import STOPS
+from transom.interrupts import STOPS, raise_stop
 from transom.runtime import synchronize
 
 if TYPE_CHECKING:
@@ -56,6 +58,20 @@ def _asked_to_stop(trainer: Trainer) -> bool:
     return trainer.stop.signal is not None
 
 
+@contextmanager
+def _again_on_resume(trainer: Trainer) -> Iterator[None]:
+    """Leave scores and samples at once after a signal, all ranks together."""
+    stop = trainer.stop
+    try:
+        with stop.at_once(apart=True):
+            yield
+    except STOPS:
+        if stop.signal is None or stop.again:
+            raise
+    if _asked_to_stop(trainer):
+        raise_stop(stop.signal or 0)
+
+
 def score_and_save(trainer: Trainer) -> None:
     """Score, sample and save after a step, each where it is due; the last step is scored by `_finish`."""
     args, progress = trainer.args, trainer.progress
@@ -65,7 +81,7 @@ def score_and_save(trainer: Trainer) -> None:
     samples = args.sample_every > 0 and progress.step % args.sample_every == 0
     measured = None
     progress.unmeasured = True  # a checkpoint written after a signal tells the next sitting to do it again
-    with trainer.stop.at_once():
+    with _again_on_resume(trainer):
         if scores:
             measured = trainer.evaluate(args.eval_tokens)
         if samples:
@@ -83,7 +99,7 @@ def _finish(trainer: Trainer) -> HeldOut:
     args = trainer.args
     trainer.save(None)  # first: a kill while scoring must not cost the last steps
     trainer.line.say("scoring held-out text ...")
-    with trainer.stop.at_once():
+    with _again_on_resume(trainer):
         # The best step is chosen by the score that all steps have, over the same first documents.
         limited = args.eval_every > 0 and args.eval_tokens is not None and bool(trainer.data.held_out)
         measured = trainer.evaluate(args.eval_tokens) if limited else None

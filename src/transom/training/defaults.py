@@ -107,12 +107,11 @@ def tune_rows(lengths: Sequence[int], args: TrainArgs, tune: TuneArgs, ranks: in
     )
 
 
-def require_comparable(choice: RowChoice, objective: str, ranks: int, held_out: int | None) -> None:
-    """Refuse batches of one row for kto, which compares every answer with another row's; `held_out` are items."""
+def require_comparable(choice: RowChoice, objective: str, ranks: int) -> None:
+    """Refuse batches of one row for kto, which compares every answer with that of another row."""
     if objective == "kto":
         accepted = "accepted for kto are 2 or more of each rank"
         require(choice.batch_size >= 2 * ranks, "data.batch_size", choice.batch_size, accepted)
-        require(held_out != 1, "held-out examples", 1, "accepted for kto are 2 or more, or data.held_out = 0")
 
 
 def head_rows(rows: int, kind: Literal["classification", "embedding"], given: int | None, shares: int) -> int:

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from transom.runtime import mixed_seed
 from transom.training.config import TrainArgs
 from transom.training.objectives import RunBatch
+from transom.training.ranks import Ranks
 
-RANDOM = ("rng", "rng_cuda")
+RANDOM = ("rng", "rng_cuda")  # in a checkpoint, with ".N" for rank N above 0
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -26,6 +28,37 @@ def restore_random_state(device: torch.device, state: Mapping[str, Tensor]) -> N
     torch.set_rng_state(state["rng"])
     if device.type == "cuda" and "rng_cuda" in state:
         torch.cuda.set_rng_state(state["rng_cuda"], device)
+
+
+def random_states(ranks: Ranks) -> dict[str, Tensor]:
+    """Return the `random_state` of every rank by its name in a checkpoint."""
+    out: dict[str, Tensor] = {}
+    for name, state in random_state(ranks.device).items():
+        out.update({_name(name, rank): one for rank, one in enumerate(ranks.each(state))})
+    return out
+
+
+def take_random_states(ranks: Ranks, tensors: dict[str, Tensor], seed: int, step: int) -> None:
+    """Remove what `random_states` returned from `tensors`, and put this rank's state back.
+
+    A rank that the checkpoint has no state of, since the run had fewer ranks, draws new numbers.
+    """
+    found = {name: tensors.pop(name) for name in list(tensors) if name.partition(".")[0] in RANDOM}
+    own = {name: found[key] for name in RANDOM if (key := _name(name, ranks.rank)) in found}
+    if own:
+        restore_random_state(ranks.device, own)
+    else:
+        draw_apart(ranks, seed, step)
+
+
+def draw_apart(ranks: Ranks, seed: int, step: int = 0) -> None:
+    """Give every rank but the first its own random numbers for dropout and noise. All draw the weights before."""
+    if ranks.rank:
+        torch.manual_seed(mixed_seed(seed, ranks.rank, step))
+
+
+def _name(name: str, rank: int) -> str:
+    return f"{name}.{rank}" if rank else name
 
 
 def too_large(args: TrainArgs, micro: RunBatch, device: torch.device) -> str:

@@ -76,10 +76,11 @@ class DtypeChoice:
         self.dtype = torch.bfloat16 if takes_bfloat16 else torch.float32
         rows, length = micro.tokens.shape
         name = str(self.dtype).removeprefix("torch.")
-        notice(
-            f"chosen: dtype = {name}: {rows} x {length} tokens forward and backward take {slow:.2f} s in "
-            f"float32, {fast:.2f} s in bfloat16"
-        )
+        if self.ranks.rank == 0:
+            notice(
+                f"chosen: dtype = {name}: {rows} x {length} tokens forward and backward take {slow:.2g} s in "
+                f"float32, {fast:.2g} s in bfloat16"
+            )
 
     def limit(self, args: ModelArgs) -> None:
         """Close the choice for a model that is too large to be tried in float32."""

@@ -196,17 +196,17 @@ class _Worker:
             if self._process is None or self._process.poll() is not None:
                 self._start()
             assert self._process is not None and self._process.stdin is not None
+            line = ""
             try:
                 self._process.stdin.write(json.dumps(request) + "\n")
                 self._process.stdin.flush()
+                line = self._read(SECONDS + 1)
             except OSError:
-                self.close()
                 return None
-            line = self._read(SECONDS + 1)
-            if not line:
-                self.close()
-                return None
-            return bool(json.loads(line))
+            finally:
+                if not line:  # also after an interruption: the next request must not get this answer
+                    self.close()
+            return bool(json.loads(line)) if line else None
 
     def close(self) -> None:
         """End the process."""

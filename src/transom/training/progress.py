@@ -70,9 +70,12 @@ class StopRequest:
         return handling(self._stop)
 
     @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Work that can be done again: a signal ends it immediately, also one that came before."""
-        self._at_once = self._alone
+    def at_once(self, *, apart: bool = False) -> Iterator[None]:
+        """Work that can be done again: a signal ends it immediately, also one that came before.
+
+        With several ranks that is so for work that each does `apart`, without a word from the others.
+        """
+        self._at_once = self._alone or apart
         try:
             if self._at_once and self.signal is not None:
                 raise_stop(self.signal)

@@ -17,6 +17,7 @@ class Ranks:
     world_size: int
     mesh: DeviceMesh | None
     device: torch.device
+    rank: int = 0
 
     def sum(self, tensor: Tensor | None) -> None:
         """Replace `tensor`, where there is one, by its sum over ranks."""
@@ -38,6 +39,15 @@ class Ranks:
         tensor = torch.tensor(number, device=self.device)
         dist.broadcast(tensor, group=self._group, group_src=0)
         return int(tensor)
+
+    def each(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensors of all ranks, which have one shape and dtype, in the order of the ranks."""
+        if self.world_size == 1:
+            return [tensor]
+        here = tensor.to(self.device)
+        out = [torch.empty_like(here) for _ in range(self.world_size)]
+        dist.all_gather(out, here, group=self._group)
+        return [one.to(tensor.device) for one in out]
 
     def wait(self) -> None:
         """Until all ranks are here."""

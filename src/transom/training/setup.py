@@ -23,6 +23,7 @@ from transom.training.continuation import (
     write_changes,
     write_run,
 )
+from transom.training.dry_run import draw_apart
 from transom.training.dtype_choice import DtypeChoice
 from transom.training.effects import check_effects
 from transom.training.ranks import Ranks
@@ -64,27 +65,29 @@ def open_run(
     accepted = f"accepted is a multiple of accumulate x ranks = {shares}"
     size = args.data.batch_size
     require(size is None or size % shares == 0, "data.batch_size", size, accepted)
-    run = RunFolder(args.out)
+    run, ranks = RunFolder(args.out), Ranks(world_size, mesh, device, rank)
     try:
         if rank == 0:  # the others may look when rank 0 has begun to fill the folder
             run.claim()
             run.check(overwrite=overwrite, resume=resume)
-        goes_on = resume and run.has_steps
+        goes_on = resume and bool(ranks.first(int(run.has_steps)))  # rank 0 may just have mended the folder
         if not goes_on:
             check_effects(args)
         if resume and not goes_on and not quiet and rank == 0:
             notice(f"{run.path}: no step was saved yet, so the run starts from its beginning")
         placement = Placement(device, dtype, rank, world_size, mesh, quiet, profile_steps)
         changes = changes_of(run.path, args) if goes_on else []
-        trainer = open_trainer(args, run, placement, goes_on)
+        trainer = open_trainer(args, run, placement, ranks, goes_on)
         if rank == 0:  # only now: a request that turns out wrong must not cost the run it would overwrite
             run.prepare(overwrite=overwrite, resume=resume)
         if goes_on:
             trainer.resume()
             if rank == 0:
                 write_changes(run, changes, args, trainer)
-        elif rank == 0:
-            write_run(run, args, trainer)
+        else:
+            draw_apart(ranks, args.seed)
+            if rank == 0:
+                write_run(run, args, trainer)
     except BaseException:
         run.release()
         raise
@@ -103,13 +106,12 @@ class Placement(NamedTuple):
     profile_steps: int
 
 
-def open_trainer(args: TrainArgs, run: RunFolder, placement: Placement, resume: bool) -> Trainer:
+def open_trainer(args: TrainArgs, run: RunFolder, placement: Placement, ranks: Ranks, resume: bool) -> Trainer:
     """Return a trainer that has passed every check, before anything is written; `resume`: for a run with steps."""
     if resume:
         args = as_begun(run.path, args)
         placement = placement._replace(dtype=check_same_machine(run.path, placement.device, placement.dtype))
-    share = Share(placement.rank, placement.world_size, placement.quiet)
-    ranks = Ranks(placement.world_size, placement.mesh, placement.device)
+    share = Share(placement.rank, placement.world_size, placement.quiet or placement.rank > 0)
     name = str(placement.dtype).removeprefix("torch.") if resume else args.dtype
     choice = DtypeChoice.of(name, placement.dtype, ranks)
     subject = open_subject(args, run, choice, share, resume=resume)

@@ -25,7 +25,13 @@ from transom.training.blame import blame
 from transom.training.blocks import OFFLOAD_MIN_BYTES, arrange_blocks
 from transom.training.config import TrainArgs
 from transom.training.course import run_course
-from transom.training.dry_run import RANDOM, random_state, restore_random_state, too_large
+from transom.training.dry_run import (
+    random_state,
+    random_states,
+    restore_random_state,
+    take_random_states,
+    too_large,
+)
 from transom.training.ema import Ema
 from transom.training.monitor import Monitor, Progress, Score, StepResult, lower_is_better
 from transom.training.mup import width_multiplier
@@ -87,7 +93,7 @@ class Trainer:
         self.line = ProgressLine(quiet=self.quiet or self.rank > 0)
         self.clock = StepClock(self.device, self.profile_steps)
         self.stop = StopRequest(alone=self.world_size == 1)
-        self.ranks = Ranks(self.world_size, self.mesh, self.device)
+        self.ranks = Ranks(self.world_size, self.mesh, self.device, self.rank)
         run = self.run if self.rank == 0 else None
         self.monitor = Monitor(
             self.args, self.model, self.tokenizer, self.data, self.objective, run, self.line, self.progress
@@ -340,6 +346,7 @@ class Trainer:
         best = self.monitor.is_record(measured)
         if best:
             self.progress.best = lower_is_better(measured)
+        random = random_states(self.ranks)
         if self.rank == 0:
             with self._as_saved():
                 raw = {} if self.ema is None else self.ema.state_tensors()
@@ -350,7 +357,7 @@ class Trainer:
                         **self.optimizers.state_tensors(),
                         **self.step_model.tensors(),
                         **raw,
-                        **random_state(self.device),
+                        **random,
                     },
                     {
                         "progress": vars(self.progress),
@@ -366,15 +373,16 @@ class Trainer:
         """Continue from the run's latest step exactly: weights, optimizer, data position, random state."""
         folder, tensors, state = self.run.read_step("latest")
         self.step_model.restore(folder, tensors)
-        restore_random_state(self.device, {name: tensors.pop(name) for name in RANDOM if name in tensors})
+        self.progress = self.monitor.progress = Progress(**state["progress"])
+        take_random_states(self.ranks, tensors, self.args.seed, self.progress.step)
         if self.ema is not None:
             self.ema.load_state_tensors(tensors)
         self.optimizers.load_state_tensors(tensors)
         self.batches.load_state(state["data"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-        self.progress = self.monitor.progress = Progress(**state["progress"])
         if self.rank == 0:
-            self.run.cut_metrics(self.progress.step, unmeasured=self.progress.unmeasured)
+            again = self.progress.unmeasured or self.progress.step == self.args.steps
+            self.run.cut_metrics(self.progress.step, unmeasured=again)
         self.monitor.write({"event": "resumed"})
         notice(f"{folder}: resumed at step {self.progress.step} of {self.args.steps}")

@@ -67,7 +67,7 @@ def tuned_subject(args: TrainArgs, tune: TuneArgs, choice: DtypeChoice, share: S
         check_written(model, base)
         step_model = AdapterOnly(model, companions, base, base_fingerprint, dtype_name(choice.dtype), how)
     run_data = data.as_run_data(base_fingerprint)
-    objective = tune_objective(args, tune, model, tokenizer, data, choice.dtype, share)
+    objective = tune_objective(args, tune, model, tokenizer, data, choice.dtype, choice.ranks, share.quiet)
     return Subject(model.train(), tokenizer, run_data, objective, step_model, args)
 
 

@@ -79,11 +79,14 @@ def open_tune_data(
     if held is not None and not held.items:
         notice(f"held out: {held.counts}; no token with loss is left, so there is no score")
         held = None
+    if held is not None and tune.objective == "kto" and len(held.items) == 1:
+        notice("held out: 1 example, which kto cannot compare with another one, so there is no score")
+        held = None
     lengths = [max(len(row.ids) for row in item) - 1 for item in rows.items]
     choice = tune_rows(lengths, args, tune, share.world_size)
     if tune.packing and not choice.packing and not share.quiet:
         notice(f"tune.packing = true: rows of {tune.objective} are padded, since each answer is a row")
-    require_comparable(choice, tune.objective, share.world_size, None if held is None else len(held.items))
+    require_comparable(choice, tune.objective, share.world_size)
     batches = TuningBatches(
         rows,
         seq_len=args.data.seq_len,

@@ -17,7 +17,6 @@ from transom.training.objectives import NextToken, Objective
 from transom.training.policy import PolicyGradient
 from transom.training.preferences import Preference, precompute_reference
 from transom.training.ranks import Ranks
-from transom.training.subject import Share
 from transom.training.tune_args import NEEDS_REFERENCE, TuneArgs
 from transom.training.tune_data import TuneData, held_batches
 
@@ -29,17 +28,18 @@ def tune_objective(
     tokenizer: Tokenizer,
     data: TuneData,
     dtype: torch.dtype,
-    share: Share,
+    ranks: Ranks,
+    quiet: bool,
 ) -> Objective:
     """The objective that the config names."""
     chunk = args.loss_chunk
     if tune.objective == "sft":
         return NextToken(model, args.loss_chunk, data.held_out)
     if tune.objective == "grpo":
-        return _policy(tune, model, tokenizer, data, dtype, share, chunk)
+        return _policy(tune, model, tokenizer, data, dtype, ranks, quiet, chunk)
     if tune.objective == "distill":
         return _distillation(tune, model, tokenizer, data, dtype, chunk)
-    return _preference(tune, model, data, dtype, share, chunk)
+    return _preference(tune, model, data, dtype, ranks, chunk)
 
 
 def _distillation(
@@ -58,7 +58,8 @@ def _policy(
     tokenizer: Tokenizer,
     data: TuneData,
     dtype: torch.dtype,
-    share: Share,
+    ranks: Ranks,
+    quiet: bool,
     chunk: int | None,
 ) -> PolicyGradient:
     assert data.reward is not None, "open_tune_data opens it"
@@ -74,17 +75,13 @@ def _policy(
         dtype=dtype,
         chunk=chunk,
         held_out=data.held_out,
-        ranks=_ranks(model, share),
-        quiet=share.quiet,
+        ranks=ranks,
+        quiet=quiet,
     )
 
 
-def _ranks(model: LLM, share: Share) -> Ranks | None:
-    return Ranks(share.world_size, None, _device(model)) if share.world_size > 1 else None
-
-
 def _preference(
-    tune: TuneArgs, model: LLM, data: TuneData, dtype: torch.dtype, share: Share, chunk: int | None
+    tune: TuneArgs, model: LLM, data: TuneData, dtype: torch.dtype, ranks: Ranks, chunk: int | None
 ) -> Preference:
     reference = None
     if tune.method == "full" and tune.objective in NEEDS_REFERENCE and tune.objective != "kto":
@@ -102,7 +99,7 @@ def _preference(
         chunk=chunk,
         reference=reference,
         held_out=data.held_out,
-        ranks=_ranks(model, share),
+        ranks=ranks,
     )
 
 

@@ -70,7 +70,7 @@ def test_channels_other_than_the_final_one_are_reasoning(size):
         "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>commentary<|message|>well<|end|>"
         "<|start|>assistant<|channel|>final<|message|>Two.\n"
     )
-    assert split(markers, text, size) == ("hmwell", "Two.\n")
+    assert split(markers, text, size) == ("hm\nwell", "Two.\n")
     assert split(markers, "<|channel|>final<|message|>Two.", size) == ("", "Two.")
     for text, answer in (("Two.", "Two."), ("Two<|end|><|start|>assistant<|start|>three", "Twothree")):
         assert split(markers, text, size) == ("", answer)  # a model that knows no channels

@@ -258,7 +258,7 @@ class PairSplitter(_Parts):
 class ChannelSplitter(_Parts):
     """Messages in channels: that of the channel `final` is the answer, all others are reasoning.
 
-    Text of a model that writes no channels is the answer.
+    Messages of one kind are joined by line ends. Text of a model that writes no channels is the answer.
     """
 
     def __init__(self) -> None:
@@ -291,7 +291,7 @@ class ChannelSplitter(_Parts):
             self._kind = "answer" if FINAL in (self._header or "").split() else "reasoning"
             self._reasoned |= self._kind == "reasoning"
             self._header = None
-            return []
+            return self._piece(self._kind, "\n") if self._said[self._kind] else []
         if text == CHANNEL:
             self._header, self._in_channel = f"{self._header or ''} ", True
             return []

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.errors import RequestError, WorkError, notice
+from transom.errors import RequestError, WorkError, notice, require
 
 # How every pointer of Git LFS begins (its specification, version 1).
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -51,18 +51,30 @@ def refuse_pointer(path: Path) -> None:
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; anything else is a `RequestError` naming the file."""
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a file; one that cannot be read, or a pointer of Git LFS, is a `RequestError`."""
+    refuse_pointer(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes()
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        refuse_pointer(path)
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def json_object(content: bytes, path: Path) -> dict[str, Any]:
+    """Return the JSON object in the content of a file; anything else is a `RequestError`."""
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"{path}: not JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise RequestError(f"{path}: accepted is one JSON object")
-    return data
+    require(isinstance(data, dict), str(path), type(data).__name__, "accepted is a JSON object")
+    return dict(data)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; anything else is a `RequestError` that names the file."""
+    return json_object(read_bytes(path), path)
 
 
 def json_text(document: Any, **options: Any) -> str:

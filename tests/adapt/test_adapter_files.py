@@ -227,7 +227,7 @@ def _without_b(state, key):
 
 DAMAGES: list[tuple[Any, str]] = [
     (lambda f: (f / CONFIG).unlink(), r"no adapter_config\.json and no lora\.safetensors"),
-    (lambda f: (f / CONFIG).write_text("[]"), "one JSON object"),
+    (lambda f: (f / CONFIG).write_text("[]"), "a JSON object"),
     (lambda f: (f / CONFIG).write_text("{"), "not JSON"),
     (lambda f: (f / WEIGHTS).unlink(), r"adapter_model\.safetensors: no such file"),
     (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:999]), "not a whole file of tensors"),

@@ -249,8 +249,8 @@ def test_a_saved_folder_keeps_what_the_config_says_beside_the_names(tmp_path):
     ("name", "content", "message"),
     [
         ("tokenizer_config__json", "[]", "tokenizer_config.json = 'list': accepted is a JSON object"),
-        ("tokenizer_config__json", "{", "tokenizer_config.json: accepted is JSON"),
-        ("tokenizer_config__json", b"\xff", "tokenizer_config.json: accepted is JSON"),
+        ("tokenizer_config__json", "{", "tokenizer_config.json: not JSON"),
+        ("tokenizer_config__json", b"\xff", "tokenizer_config.json: not JSON"),
         ("tokenizer_config__json", {"add_bos_token": "yes"}, "add_bos_token = 'yes': accepted is true"),
         ("tokenizer_config__json", {"added_tokens_decoder": {"x": 1}}, "added_tokens_decoder: x = 1: accepted is"),
         ("tokenizer_config__json", {"added_tokens_decoder": [1]}, "added_tokens_decoder = .*accepted is"),

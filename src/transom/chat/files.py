@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transom.errors import RequestError, WorkError, notice, require
-from transom.paths import read_json, refuse_pointer
+from transom.paths import read_bytes, read_json
 from transom.tokenizers.folder import TEMPLATES
 
 FILE, CONFIG, OLD_FILE = "chat_template.jinja", "tokenizer_config.json", "chat_template.json"
@@ -77,8 +77,7 @@ def variables_of(folder: Path) -> dict[str, str]:
 
 def read_text(file: Path) -> str:
     """Return the text of a template file."""
-    refuse_pointer(file)
     try:
-        return file.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
+        return read_bytes(file).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise RequestError(f"{file}: accepted is text in UTF-8 ({error})") from None

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transom.errors import RequestError, require
-from transom.paths import refuse_pointer
+from transom.errors import require
+from transom.paths import json_object
 from transom.tokenizers.backend import AddedToken
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -132,22 +131,3 @@ def spelling_of(entry: Any) -> str | None:
     """Return the spelling of a token that a file writes as text or as an object with `content`."""
     token = entry.get("content") if isinstance(entry, dict) else entry
     return token if isinstance(token, str) else None
-
-
-def read_content(file: Path) -> bytes:
-    """Return the bytes of a file; one that cannot be read is a `RequestError`."""
-    refuse_pointer(file)
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise RequestError(f"{file}: cannot be read ({error.strerror})") from error
-
-
-def json_object(content: bytes, file: Path) -> dict[str, Any]:
-    """Return the JSON object in the content of a file; anything else is a `RequestError`."""
-    try:
-        data = json.loads(content)
-    except ValueError as error:
-        raise RequestError(f"{file}: accepted is JSON ({error})") from error
-    require(isinstance(data, dict), str(file), type(data).__name__, "accepted is a JSON object")
-    return dict(data)

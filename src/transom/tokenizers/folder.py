@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transom.errors import RequestError, notice, require
+from transom.paths import json_object, read_bytes, read_json
 from transom.tokenizers.backend import Backend
 from transom.tokenizers.beside import (
     ADDED_FILE,
@@ -17,8 +18,6 @@ from transom.tokenizers.beside import (
     NAMED,
     SPECIALS_FILE,
     Beside,
-    json_object,
-    read_content,
 )
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -46,10 +45,10 @@ def read_folder(path: str | Path) -> FolderTokenizer:
     path = Path(path)
     file = _chosen(path) if path.is_dir() else path
     require(file.is_file(), "tokenizer", str(path), ACCEPTED)
-    content = read_content(file)
+    content = read_bytes(file)
     present = [name for name in COMPANIONS if (file.parent / name).is_file()]
     present += [f"{TEMPLATES}/{path.name}" for path in sorted((file.parent / TEMPLATES).glob("*.jinja"))]
-    files = {name: read_content(file.parent / name) for name in present}
+    files = {name: read_bytes(file.parent / name) for name in present}
     beside = Beside.of(file.parent, files)
     backend, named = _backend(file, content, beside)
     named |= beside.named
@@ -165,7 +164,7 @@ def _model_vocab_size(folder: Path) -> int | None:
     for name in ("params.json", "config.json"):
         if not (folder / name).is_file():
             continue
-        data = json_object(read_content(folder / name), folder / name)
+        data = read_json(folder / name)
         for part in (data, data.get("model"), data.get("text_config")):
             size = part.get("vocab_size") if isinstance(part, dict) else None
             if type(size) is int and size > 0:

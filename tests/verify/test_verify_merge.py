@@ -102,7 +102,7 @@ def test_what_cannot_be_verified_is_one_sentence(made, tmp_path):
     with pytest.raises(RequestError, match="neither an adapter nor a folder with merge_report"):
         failing(made / "base")
     out = copied(made, tmp_path)
-    for content, said in (("{}", "not a report of a merge"), ("[]", "one JSON object")):
+    for content, said in (("{}", "not a report of a merge"), ("[]", "a JSON object")):
         (out / "merge_report.json").write_text(content)
         with pytest.raises(RequestError, match=said):
             failing(out)

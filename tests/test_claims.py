@@ -108,6 +108,16 @@ def test_a_file_system_without_locks_gets_a_line(tmp_path, monkeypatch, capsys):
     with Claim(tmp_path / "run"):
         pass
     assert "No locks available" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_not_taken_for_one_that_is_written(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(claims.os, "open", refuse)
+    with pytest.raises(RequestError, match="cannot be made"):
+        Claim(tmp_path / "run")
 
 
 def test_a_folder_whose_parent_cannot_be_written_is_locked_itself(tmp_path, monkeypatch):

@@ -107,11 +107,14 @@ def _lock(path: Path, named: Path, wait: bool) -> _Lock:
 def _try(lock: _Lock) -> bool:
     """Return whether the folder is now ours. A folder that cannot be locked is, and a line says so."""
     assert lock.file is not None
+    missing: OSError | None = None
     for _ in range(ATTEMPTS):
+        missing = None
         try:
             _make_parents(lock)
             descriptor = os.open(lock.file, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # another process has removed the empty parent folder
+        except FileNotFoundError as error:  # another process has removed the empty parent folder
+            missing = error
             continue
         except OSError as error:  # the parent folder is not ours: lock the folder itself, which names no holder
             return _try_folder(lock, error)
@@ -128,6 +131,8 @@ def _try(lock: _Lock) -> bool:
             os.close(descriptor)
             return _failed(lock, error)
         os.close(descriptor)
+    if missing is not None:
+        raise RequestError(f"{lock.folder}: cannot be made ({missing.strerror})")
     return False
 
 
@@ -149,7 +154,9 @@ def _failed(lock: _Lock, error: OSError) -> bool:
     """Return whether to go on without a lock: only where the file system has none."""
     if error.errno not in NO_LOCKS:
         return False
-    lock.file = None
+    if lock.file is not None:
+        lock.file.unlink(missing_ok=True)
+        lock.file = None
     notice(f"{lock.folder}: cannot be locked ({error.strerror}); nothing keeps another process from writing there")
     return True
 

@@ -24,8 +24,6 @@ REFUSED = {
     "tune.train_on=all": ["tune.objective=dpo"],
     "tune.truncate=drop": ["tune.objective=grpo"],
     "tune.packing=true": ["tune.objective=dpo"],
-    "tune.label_smoothing=0": [],
-    "tune.beta=null": [],
     "tune.scores=3": ["eval_every=4"],
     "steps=3": ["tune.epochs=2"],
     "eval_tokens=10": [],
@@ -77,6 +75,11 @@ def test_values_of_another_method_are_refused_in_a_file(case):
         check_effects(read_config(None, base={"base": "somewhere", "tune": tune}))
 
 
+def test_a_run_that_goes_on_keeps_the_values_it_began_with():
+    args = read_config(None, base={"base": "somewhere", "tune": {"method": "full", "lora": {"rank": 4}}})
+    check_effects(args, by_value=False)
+
+
 def test_a_config_may_keep_what_a_switch_turns_off():
     optimizer = {"name": "adamw", "muon_lr": 0.5}
     check_effects(read_config(None, ["eval_every=0"], base={"optimizer": optimizer, "sample_prompts": ["a"]}))
@@ -88,6 +91,7 @@ def test_a_config_may_keep_what_a_switch_turns_off():
         ["tune.lora.rank=4", "tune.objective=dpo", "tune.beta=0.2", "tune.label_smoothing=0.1"],
         ["tune.objective=grpo", "tune.group=4", "tune.temperature=0.5", "tune.reward=number", "tune.beta=0.1"],
         ["tune.objective=distill", "tune.teacher=x", "tune.alpha=1", "tune.temperature=2", "tune.packing=true"],
+        ["tune.packing=false", "tune.objective=dpo", "tune.teacher=null"],
         ["steps=4", "tune.method=full", "tune.train_on=all", "tune.scores=2"],
     ],
 )

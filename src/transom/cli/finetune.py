@@ -67,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Fine-tune; name the next commands."""
     args = config_of(options)
-    check_effects(args, [*_fields_of_flags(options), *names_of(_split(options.words)[1])])
+    named = [*_fields_of_flags(options), *names_of(_split(options.words)[1])]
+    check_effects(args, named, by_value=not options.resume)
     trainer, _, code = run_training(args, options)
     if not trainer.finished:
         return code

@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     """Train; exit code 0, or 143 after a SIGTERM and 129 after a SIGHUP that saved an unfinished run."""
     config, overrides = _split(options.words)
     args = read_config(config, overrides)
-    check_effects(args, names_of(overrides))
+    check_effects(args, names_of(overrides), by_value=not options.resume)
     args.data.source_list  # noqa: B018 - a run without sources is refused before torch is imported
     trainer, final, code = run_training(args, options)
     if options.json and trainer.finished:

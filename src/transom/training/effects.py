@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from transom.errors import RequestError
 from transom.fields import write
 from transom.training.config import TrainArgs
+from transom.training.defaults import PACKABLE
 from transom.training.tune_args import PREFERENCES, TuneArgs
 
 Condition = Callable[[TrainArgs], bool]
@@ -40,16 +41,15 @@ OF_A_METHOD = (
     Effect(("tune.train_on",), *_objective("sft", "distill")),
     Effect(("tune.truncate",), *_objective("sft", "distill", *PREFERENCES)),
 )
-# What a switch turns off: the values may stay in a config whose switch is off, but are not given beside it.
+# What a switch turns off: the values may stay in a config whose switch is off, but the command line must not give
+# them. `TuneArgs` itself refuses other values of `beta`, `label_smoothing`, `teacher` and `vocab_multiple`.
 OF_A_SWITCH = (
     Effect(("steps",), lambda args: args.tune is None or args.tune.epochs is None, "tune.epochs = null"),
     Effect(("tune.scores",), lambda args: args.eval_every == 0, "eval_every = 0"),
-    Effect(("tune.packing",), *_objective("sft", "distill")),
-    Effect(("tune.label_smoothing",), *_objective("dpo")),
-    Effect(("tune.beta",), *_objective(*PREFERENCES, "grpo")),
-    Effect(("tune.teacher",), *_objective("distill")),
     Effect(
-        ("tune.vocab_multiple",), lambda args: args.tune is None or bool(args.tune.new_tokens), "tune.new_tokens"
+        ("tune.packing",),
+        lambda args: args.tune is None or args.tune.objective in PACKABLE or args.tune.packing is False,
+        "tune.objective = sft or distill",
     ),
     Effect(("short_rows_split",), lambda args: args.short_rows > 0, "short_rows above 0"),
     Effect(
@@ -85,19 +85,21 @@ OF_A_SWITCH = (
 )
 
 
-def check_effects(args: TrainArgs, words: Collection[str] = ()) -> None:
+def check_effects(args: TrainArgs, words: Collection[str] = (), *, by_value: bool = True) -> None:
     """Refuse settings without an effect.
 
-    Those of another method or objective are refused when their value is not the default, and all others when the
-    command line names them: `words` are the fields that it gives, such as `tune.lora.rank`.
+    A setting is refused where the command line names it with a value other than null: `words` are the fields that
+    it gives, such as `tune.lora.rank`. With `by_value`, a setting of another method or objective is also refused
+    where its value is not the default; the config of a run that goes on may hold defaults of an earlier version.
     """
     data = write(args)
     for effect in (*OF_A_METHOD, *OF_A_SWITCH):
         if effect.under(args):
             continue
         for name in effect.fields:
-            named = [word for word in words if word == name or word.startswith(f"{name}.")]
-            if not named and effect in OF_A_METHOD and args.tune is not None:
+            below = [word for word in words if word == name or word.startswith(f"{name}.")]
+            named = [word for word in below if _value(data, word) is not None]
+            if by_value and not named and effect in OF_A_METHOD and args.tune is not None:
                 named = [field for field, _ in _set_fields(args.tune, name)]
             if named:
                 value = _value(data, named[0])

@@ -27,15 +27,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Put `model` into evaluation mode for a while: no dropout, no jitter and no capacity of experts."""
+    """Put `model` into evaluation mode for a while: no dropout, no jitter and no capacity of experts.
+
+    Afterwards each of its modules is in the mode that it was in.
+    """
     if not model.training:
         yield
         return
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train()
+        for module, mode in modes:
+            module.training = mode
 
 
 def pick_device(name: str = "auto") -> torch.device:

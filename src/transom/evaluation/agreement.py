@@ -16,6 +16,7 @@ from torch import Tensor
 
 from transom.evaluation.bits import LOGITS
 from transom.model import LLM, TransformerInput
+from transom.runtime import evaluating
 
 BATCH_TOKENS = 2048  # of one forward
 
@@ -41,10 +42,8 @@ class Agreement:
 def logits_of(model: LLM, rows: Iterable[Tensor]) -> Iterator[Tensor]:
     """Float32 logits [n, V] of all positions of rows of tokens [T], in order; of a head, [rows, labels]."""
     device = model.tok_embeddings.weight.device
-    was_training = model.training
-    model.eval()
     headed = model.args.head is not None
-    try:
+    with evaluating(model):
         for tokens_BT in _batches(rows):
             output = model(TransformerInput(tokens_BT.to(device), logits="all" if headed else "none"))
             if headed:
@@ -53,8 +52,6 @@ def logits_of(model: LLM, rows: Iterable[Tensor]) -> Iterator[Tensor]:
                 continue
             for hidden_TD in output.hidden_BTD.flatten(0, 1).split(max(1, LOGITS // model.args.vocab_size)):
                 yield model.project(hidden_TD).float()
-    finally:
-        model.train(was_training)
 
 
 def _batches(rows: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from transom.errors import RequestError
 from transom.evaluation.progress import shown
 from transom.model import LLM, TransformerInput
+from transom.runtime import evaluating
 
 
 class Documents(Protocol):
@@ -171,14 +172,10 @@ def scored(
             rows[-1].append(index)
         else:
             rows.append([index])
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in _batches(rows, windows, batch_tokens, batch_rows):
             found = _score_batch(model, [[windows[index] for index in row] for row in batch])
             yield from zip((index for row in batch for index in row), found, strict=True)
-    finally:
-        model.train(was_training)
 
 
 def _batches(

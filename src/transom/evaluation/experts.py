@@ -13,6 +13,7 @@ from transom.errors import require
 from transom.evaluation.trace import blocks
 from transom.layers.moe import MoE, Router
 from transom.model import LLM, TransformerInput
+from transom.runtime import evaluating
 from transom.tokenizer import Tokenizer
 
 TOP = 10  # tokens shown per expert
@@ -42,17 +43,15 @@ def expert_tokens(model: LLM, batches: Iterable[TransformerInput], top: int = TO
 
     width, counts = model.args.vocab_size, [_Counts() for _ in routers]
     handles = [router.register_forward_hook(hook) for router in routers]
-    was_training = model.training
-    model.eval()
     try:
         for inputs in batches:
-            model(inputs)
+            with evaluating(model):
+                model(inputs)
             real = _real_tokens(inputs).flatten()
             tokens_R1 = inputs.tokens.flatten()[real].unsqueeze(1)
             for router, count in zip(routers, counts, strict=True):
                 count.add((chosen[router][real] * width + tokens_R1).flatten())
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return [count.most(router.moe.num_experts, width, top) for router, count in zip(routers, counts, strict=True)]

@@ -18,6 +18,7 @@ from transom.checkpoints.hf_config import BASE_HEAD
 from transom.data.labelled import EncodedRow, pad
 from transom.errors import require
 from transom.model import LLM, TransformerInput, TransformerOutput, pool
+from transom.runtime import evaluating
 from transom.training.cross_entropy import cross_entropy_sum
 
 BATCH_TOKENS = 4096  # of one call without gradients, padding included
@@ -126,14 +127,13 @@ def run_rows(model: LLM, rows: Sequence[Sequence[int]], pooling: Literal["mean",
     elif not free:
         accepted = f"accepted is {head.pooling}, what the model's head does"
         require(pooling in (None, head.pooling), "pooling", pooling, accepted)
-    was_training = model.training
-    model.eval()
     device = model.tok_embeddings.weight.device
     vectors: dict[int, Tensor] = {}
     logits: dict[int, Tensor] = {}
     for indices in _like_lengths(rows):
         tokens_BT, lengths = (tensor.to(device) for tensor in pad([rows[index] for index in indices]))
-        output = model(TransformerInput(tokens_BT, lengths=lengths, logits="none"))
+        with evaluating(model):
+            output = model(TransformerInput(tokens_BT, lengths=lengths, logits="none"))
         pooled_BD = output.pooled_BD
         if pooled_BD is None or (free and pooling is not None):
             offsets_T = torch.arange(tokens_BT.size(1), device=device)
@@ -142,7 +142,6 @@ def run_rows(model: LLM, rows: Sequence[Sequence[int]], pooling: Literal["mean",
         vectors |= dict(zip(indices, pooled_BD, strict=True))
         if head is not None and output.logits is not None:
             logits |= dict(zip(indices, output.logits, strict=True))
-    model.train(was_training)
     ordered = torch.stack([vectors[index] for index in range(len(rows))])
     return Vectors(ordered, torch.stack([logits[i] for i in range(len(rows))]) if logits else None)
 

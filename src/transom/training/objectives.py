@@ -19,6 +19,7 @@ from transom.args import HeadArgs
 from transom.data.batches import NO_TARGET
 from transom.data.labelled import EncodedRow
 from transom.model import LLM, TransformerInput, TransformerOutput
+from transom.runtime import evaluating
 from transom.training.cross_entropy import head_loss
 from transom.training.heads import HeadScore, head_loss_sum, score_head
 
@@ -143,15 +144,14 @@ class NextToken(Objective):
         """Mean over the targets of held-out batches, where these are given as batches."""
         if not self.held_out:
             return None
-        was_training, device = self.model.training, self.model.tok_embeddings.weight.device
-        self.model.eval()
+        device = self.model.tok_embeddings.weight.device
         nats = weight = 0.0
         for batch in self.held_out:
             here = batch.to(device)
-            hidden_BTD = self.model(replace(here.inputs(), logits="none")).hidden_BTD
+            with evaluating(self.model):
+                hidden_BTD = self.model(replace(here.inputs(), logits="none")).hidden_BTD
             nats += float(head_loss(self.model, hidden_BTD, here.targets, self.chunk, here.weights))
             weight += float(self.units(here))
-        self.model.train(was_training)
         return AnswerScore(nats / weight, math.exp(min(nats / weight, 700.0)), round(weight))
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 
 from transom.checkpoints.load import load, load_tokenizer
 from transom.model import LLM
-from transom.runtime import DTYPES
+from transom.runtime import DTYPES, evaluating
 from transom.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
 from transom.training.distillation import Distillation, check_same_tokenizer
@@ -86,7 +83,8 @@ def _preference(
     reference = None
     if tune.method == "full" and tune.objective in NEEDS_REFERENCE and tune.objective != "kto":
         assert data.train is not None, "rows of pairs"
-        with _evaluating(model, dtype):
+        kind = model.tok_embeddings.weight.device.type
+        with evaluating(model), torch.autocast(kind, dtype, enabled=dtype != torch.float32):
             batches = (*held_batches(data.train), *data.held_out)
             reference = precompute_reference(model, batches, chunk)
     return Preference(
@@ -101,13 +99,6 @@ def _preference(
         held_out=data.held_out,
         ranks=ranks,
     )
-
-
-@contextlib.contextmanager
-def _evaluating(model: LLM, dtype: torch.dtype) -> Iterator[None]:
-    model.eval()
-    with torch.autocast(_device(model).type, dtype, enabled=dtype != torch.float32):
-        yield
 
 
 def _device(model: LLM) -> torch.device:

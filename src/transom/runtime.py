@@ -25,6 +25,11 @@ KEPT_KERNELS = 64  # by oneDNN on the CPU: more than a step of one shape needs
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype in configs: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Put `model` into evaluation mode for a while: no dropout, no jitter and no capacity of experts.

@@ -106,8 +106,8 @@ def parse_json(text: str) -> Any:
     Python's own reader takes NaN, keeps the last of two equal keys, and lets half a surrogate pair
     through.
     """
-    value, end = parse_json_at(text, _skip_space(text, 0))
-    if _skip_space(text, end) < len(text):
+    value, end = parse_json_at(text, skip_space(text, 0))
+    if skip_space(text, end) < len(text):
         raise ValueError("more text after the value")
     return value
 
@@ -134,7 +134,8 @@ def parse_json_at(text: str, start: int) -> tuple[Any, int]:
     return value, end
 
 
-def _skip_space(text: str, at: int) -> int:
+def skip_space(text: str, at: int) -> int:
+    """Return where the white space of JSON ends that begins at `at`."""
     while at < len(text) and text[at] in " \t\r\n":
         at += 1
     return at

@@ -19,7 +19,7 @@ from transom.checkpoints.load import write_text
 from transom.data.batches import NO_TARGET
 from transom.data.file_formats import ROW_NAMES, row_format
 from transom.data.order import ShuffledItems
-from transom.data.row_files import Row, read_rows
+from transom.data.row_files import Row, notice_unread, read_rows
 from transom.data.sources import TEXT_KEY, held_out
 from transom.errors import RequestError, notice, require
 from transom.model import TransformerInput
@@ -56,9 +56,7 @@ def read_labelled(path: str | Path, kind: Literal["classification", "embedding"]
     for row in read_rows(file):
         rows.append(_labelled(row, key))
         unread.update(set(row.given) - {TEXT_KEY, key})
-    if unread:
-        words = ", ".join(f"{name} ({count} rows)" for name, count in sorted(unread.items()))
-        notice(f"{file}: keys that are not read: {words}")
+    notice_unread(file, unread)
     require(len(rows) > 0, "data.sources", str(path), f'accepted is a file of lines with "{TEXT_KEY}" and "{key}"')
     kinds = {type(row.label) for row in rows}
     if len(kinds) > 1:

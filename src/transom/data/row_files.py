@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from transom.data.file_formats import (
     parse_json_at,
     readable,
     row_format,
+    skip_space,
 )
 from transom.data.split_files import SPLITS, no_training_rows, split_files
 from transom.errors import RequestError, notice, require
@@ -46,6 +48,13 @@ class RowCounts:
 
     blank: int = 0  # lines of white space only
     unread: set[str] = field(default_factory=set)  # names of columns of a table that are not read
+
+
+def notice_unread(name: str | Path, unread: Counter[str]) -> None:
+    """Print the keys that nothing reads, and in how many rows each of them is."""
+    if unread:
+        words = ", ".join(f"{key} ({count} rows)" for key, count in sorted(unread.items()))
+        notice(f"{name}: keys that are not read: {words}")
 
 
 def rows_of(name: str | Path, split: str = "train") -> Iterator[Row] | None:
@@ -147,9 +156,9 @@ def _json_values(path: Path) -> Iterator[Row]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RequestError(f"{path}: not UTF-8 at byte {error.start}; accepted is JSON") from None
-    at = _skip_space(text, 0)
+    at = skip_space(text, 0)
     is_list = text.startswith("[", at)
-    at = _skip_space(text, at + is_list)
+    at = skip_space(text, at + is_list)
     line, counted, on_line = 1, 0, 0
     more = not (is_list and text.startswith("]", at))
     while more:
@@ -158,7 +167,7 @@ def _json_values(path: Path) -> Iterator[Row]:
         number = f"{line}.{on_line}" if on_line > 1 else str(line)
         try:
             value, end = parse_json_at(text, at)
-            end = _skip_space(text, end)
+            end = skip_space(text, end)
             more = is_list and text.startswith(",", end)
             if is_list and not more and not text.startswith("]", end):
                 raise ValueError("neither a comma nor the end of the list comes after it")
@@ -166,17 +175,11 @@ def _json_values(path: Path) -> Iterator[Row]:
             yield _row(path, number, None, text[at : at + 40], f"{error}; the rest is not read")
             return
         yield _row(path, number, value, text[at : at + 40])
-        at = _skip_space(text, end + 1) if more else end
-    end = _skip_space(text, at + is_list)
+        at = skip_space(text, end + 1) if more else end
+    end = skip_space(text, at + is_list)
     if end < len(text):
         line += text.count("\n", counted, end)
         yield _row(path, str(line), None, text[end : end + 40], "more after the end of the JSON value")
-
-
-def _skip_space(text: str, at: int) -> int:
-    while at < len(text) and text[at].isspace():
-        at += 1
-    return at
 
 
 def _row(path: Path, number: str, value: Any, shown: str, reason: str = "") -> Row:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from transom.data.conversations import Example, recognise
 from transom.data.instructions import NAME as STDLIB
 from transom.data.instructions import stdlib_instructions
-from transom.data.row_files import has_split, rows_of
+from transom.data.row_files import has_split, notice_unread, rows_of
 from transom.data.sources import held_out
 from transom.data.split_files import split_files
 from transom.errors import RequestError, notice, require
@@ -51,9 +51,7 @@ def read_examples(name: str | Path, split: str = "train", problems: list[Problem
             if problems is None:
                 raise RequestError(f"{row.where}: {error}") from None
             problems.append(Problem(row.where, str(error)))
-    if unread:
-        words = ", ".join(f"{key} ({count} rows)" for key, count in sorted(unread.items()))
-        notice(f"{name}: keys that are not read: {words}")
+    notice_unread(name, unread)
     if not examples and not problems:
         raise RequestError(f"{name}: no rows; accepted is one or more")
     return examples

@@ -18,7 +18,7 @@ from transom.errors import RequestError
 from transom.generation.loop import keeps_every_token
 from transom.generation.stopping import stop_tokens_of
 from transom.model import LLM
-from transom.runtime import warn_if_bfloat16_is_slow
+from transom.runtime import dtype_name, warn_if_bfloat16_is_slow
 from transom.tokenizer import Tokenizer
 
 
@@ -97,7 +97,7 @@ class Subject:
             "adapter_sha256": None if adapter is None else _hash_of_adapter(adapter),
             "tokenizer_hash": self.tokenizer.hash,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "dtype": str(weight.dtype).removeprefix("torch."),
+            "dtype": dtype_name(weight.dtype),
             "device": str(weight.device),
         }
 

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import itertools
 import string
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from transom.data.file_formats import row_format
-from transom.data.row_files import Row, read_rows
+from transom.data.row_files import Row, notice_unread, read_rows
 from transom.data.sources import TEXT_KEY, SourceArgs, read_documents
-from transom.errors import RequestError, notice, require
+from transom.errors import RequestError, require
 
 Kind = Literal["text", "choices", "answers"]
 PROMPT_KEYS = ("prompt", "question")
@@ -119,13 +120,12 @@ def read_answers(path: str, limit: int | None = None) -> list[AnswerRow]:
 
 
 def _rows(path: str, limit: int | None) -> Iterator[tuple[dict[str, Any], Row]]:
-    """Content and place of each row; keys that nothing reads are said once for a file."""
-    unread: set[str] = set()
+    """Yield the content and the place of each row; print the keys that nothing reads once for a file."""
+    unread: Counter[str] = Counter()
     for columns, row in itertools.islice(_lines(Path(path)), limit):
-        unread |= set(columns) - KNOWN
+        unread.update(set(columns) - KNOWN)
         yield columns, row
-    if unread:
-        notice(f"{path}: keys that are not read: {', '.join(sorted(unread))}")
+    notice_unread(path, unread)
 
 
 def _lines(file: Path) -> Iterator[tuple[dict[str, Any], Row]]:

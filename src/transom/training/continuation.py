@@ -20,7 +20,7 @@ from transom.errors import RequestError, notice, require
 from transom.fields import read, write
 from transom.paths import read_json
 from transom.planning.counts import parameters
-from transom.runtime import DTYPES, machine
+from transom.runtime import DTYPES, dtype_name, machine
 from transom.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
 from transom.training.run_data import TOKENS
@@ -68,7 +68,7 @@ def write_run(run: RunFolder, given: TrainArgs, trainer: Trainer) -> None:
         "transom": __version__,
         "machine": machine(),
         "device": trainer.device.type,
-        "dtype": str(trainer.dtype).removeprefix("torch."),
+        "dtype": dtype_name(trainer.dtype),
         "parameters": parameters(trainer.model.args),
         "steps": trainer.args.steps,
         "seed": trainer.args.seed,

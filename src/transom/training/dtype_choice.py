@@ -16,7 +16,7 @@ from transom.args import ModelArgs
 from transom.errors import notice
 from transom.model import LLM
 from transom.planning.counts import parameters
-from transom.runtime import is_out_of_memory
+from transom.runtime import dtype_name, is_out_of_memory
 from transom.training.dry_run import random_state, restore_random_state
 from transom.training.objectives import Objective, RunBatch, RunBatches
 from transom.training.ranks import Ranks
@@ -75,11 +75,10 @@ class DtypeChoice:
         takes_bfloat16 = bool(self.ranks.first(int(fast * CLEARLY < slow)))
         self.dtype = torch.bfloat16 if takes_bfloat16 else torch.float32
         rows, length = micro.tokens.shape
-        name = str(self.dtype).removeprefix("torch.")
         if self.ranks.rank == 0:
             notice(
-                f"chosen: dtype = {name}: {rows} x {length} tokens forward and backward take {slow:.2g} s in "
-                f"float32, {fast:.2g} s in bfloat16"
+                f"chosen: dtype = {dtype_name(self.dtype)}: {rows} x {length} tokens forward and backward take "
+                f"{slow:.2g} s in float32, {fast:.2g} s in bfloat16"
             )
 
     def limit(self, args: ModelArgs) -> None:

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transom.errors import notice, require
 from transom.model import LLM
 from transom.planning.counts import parameters
-from transom.runtime import DTYPES, bound_kernel_caches, pick_device, pick_dtype, seed_everything
+from transom.runtime import bound_kernel_caches, dtype_name, pick_device, pick_dtype, seed_everything
 from transom.training.config import TrainArgs
 from transom.training.continuation import (
     as_begun,
@@ -112,7 +112,7 @@ def open_trainer(args: TrainArgs, run: RunFolder, placement: Placement, ranks: R
         args = as_begun(run.path, args)
         placement = placement._replace(dtype=check_same_machine(run.path, placement.device, placement.dtype))
     share = Share(placement.rank, placement.world_size, placement.quiet or placement.rank > 0)
-    name = str(placement.dtype).removeprefix("torch.") if resume else args.dtype
+    name = dtype_name(placement.dtype) if resume else args.dtype
     choice = DtypeChoice.of(name, placement.dtype, ranks)
     subject = open_subject(args, run, choice, share, resume=resume)
     placement = placement._replace(dtype=choice.dtype)
@@ -165,10 +165,9 @@ def spread(args: TrainArgs, rows_per_step: int) -> TrainArgs:
 
 def describe_run(args: TrainArgs, model: LLM, dtype: torch.dtype, device: torch.device) -> str:
     """One line: what is about to be trained, where and in which precision."""
-    names = {kind: name for name, kind in DTYPES.items()}
     count = parameters(model.args)
     size = args.data.rows_per_step
     work = f"{args.steps * size * args.data.seq_len:,} tokens in {args.steps:,} steps"
     if args.tune is not None:  # whose rows are of any length
         work = f"{args.steps:,} steps of {size} rows"
-    return f"{count / 1e6:.2f} M parameters, {work}, {names[dtype]} on {device}"
+    return f"{count / 1e6:.2f} M parameters, {work}, {dtype_name(dtype)} on {device}"

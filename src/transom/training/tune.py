@@ -7,8 +7,6 @@ from dataclasses import replace
 from datetime import date, datetime
 from pathlib import Path
 
-import torch
-
 from transom.adapt.coverage import coverage_lines
 from transom.adapt.lora import activate_adapters, active_adapters, adapter_names, remove_adapter
 from transom.adapt.lora_args import LoraArgs
@@ -24,7 +22,7 @@ from transom.errors import notice, require
 from transom.fields import write
 from transom.model import LLM
 from transom.quantize.leaves import quantize_model
-from transom.runtime import DTYPES
+from transom.runtime import dtype_name
 from transom.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
 from transom.training.defaults import RowChoice, few_steps_warning
@@ -89,11 +87,6 @@ def tuned_model(folder: Path, args: TrainArgs, tune: TuneArgs, choice: DtypeChoi
         EmbeddingNoise(model, tune.noise)
     restore_random_state(choice.ranks.device, before)
     return model, tokenizer
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return what configs call a dtype."""
-    return next(name for name, kind in DTYPES.items() if kind == dtype)
 
 
 def dated(template: ChatTemplate | None, tune: TuneArgs) -> tuple[ChatTemplate | None, TuneArgs]:

@@ -6,7 +6,7 @@ import torch
 
 from transom.checkpoints.load import load, load_tokenizer
 from transom.model import LLM
-from transom.runtime import DTYPES, evaluating
+from transom.runtime import dtype_name, evaluating
 from transom.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
 from transom.training.distillation import Distillation, check_same_tokenizer
@@ -44,8 +44,7 @@ def _distillation(
 ) -> Distillation:
     assert tune.teacher is not None, "TuneArgs checks it"
     check_same_tokenizer(tokenizer, load_tokenizer(tune.teacher))
-    names = {kind: name for name, kind in DTYPES.items()}
-    teacher = load(tune.teacher, str(_device(model)), names[dtype])
+    teacher = load(tune.teacher, str(_device(model)), dtype_name(dtype))
     return Distillation(model, teacher, tune.temperature, tune.alpha, tune.reverse, chunk, data.held_out)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from transom.attend.attend import BACKENDS, Backend, machine_key, refused_file
 from transom.attend.reference import reference
+from transom.runtime import dtype_name
 from transom.verify.attention_jobs import Inputs, Job, build, jobs
 from transom.verify.check import Finding, difference
 
@@ -204,11 +205,6 @@ def plain(row: Row) -> dict[str, object]:
     """A row as JSON takes it: an error that is not finite becomes a word."""
     words = {name: "not finite" if error == float("inf") else error for name, error in row.errors.items()}
     return {**vars(row), "errors": words}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16`."""
-    return str(dtype).removeprefix("torch.")
 
 
 def check_attention() -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Reasoning and answer kept apart: what a model thinks before it answers is no part of the answer.
+"""Separates the reasoning of a model from its answer.
 
 Models write their reasoning between two markers (`<think>`, `</think>`) or into channels of its own
 (gpt-oss). The markers come from the chat template, which writes them, or from the vocabulary.
@@ -7,9 +7,10 @@ Models write their reasoning between two markers (`<think>`, `</think>`) or into
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from transom.chat.template import ChatTemplate
 from transom.errors import RequestError
@@ -17,7 +18,7 @@ from transom.tokenizer import Tokenizer
 
 Kind = Literal["reasoning", "answer"]
 Piece = tuple[Kind, str]
-# What is looked for in templates that do not write the reasoning of earlier turns, and in vocabularies.
+# Markers to look for in vocabularies and in templates that do not write the reasoning of earlier turns.
 PAIRS = (
     ("<think>", "</think>"),
     ("[THINK]", "[/THINK]"),
@@ -34,7 +35,7 @@ THOUGHT, ANSWER = "Qx7thought", "Qx7answer"
 
 @dataclass(frozen=True)
 class Markers:
-    """What stands before and behind reasoning, or that there are channels; and the head of an answer."""
+    """The markers around reasoning, or that the model writes channels; and the head of an answer."""
 
     opens: str
     closes: str
@@ -46,13 +47,13 @@ class Markers:
 
         An answer that has `begun` was not asked for with this prompt: its first words were given to the model.
         """
-        splitter = ChannelSplitter() if self.channels else PairSplitter(self.opens, self.closes)
+        splitter: Splitter = ChannelSplitter() if self.channels else PairSplitter(self.opens, self.closes)
         opened = f"{CHANNEL}{FINAL}{MESSAGE}" if self.channels else ""
         splitter.begin(opened if begun else self.head)
         return splitter
 
     def control_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """Return the ids of control tokens that the markers consist of, which the text must show."""
+        """Return the ids of the control tokens in the markers, which the text must show."""
         words = CHANNELS if self.channels else (self.opens, self.closes)
         special = tokenizer.special_tokens
         return tuple(id for spelling, id in special.items() if any(spelling in word for word in words))
@@ -79,7 +80,7 @@ def find_markers(template: ChatTemplate, **values: Any) -> Markers | None:
 
 
 def _head(template: ChatTemplate, values: dict[str, Any]) -> str:
-    """Return what a template writes behind a question to ask for the answer."""
+    """Return the text that a template writes after a question to ask for the answer."""
     turn = [{"role": "user", "content": "Hello"}]
     try:
         asked, bare = (template.render(turn, add_generation_prompt=ask, **values) for ask in (True, False))
@@ -92,10 +93,10 @@ def _head(template: ChatTemplate, values: dict[str, Any]) -> str:
 def _written(template: ChatTemplate) -> tuple[str, str] | None:
     """Return the markers that a template writes around the reasoning of a message, if it writes any."""
     turn = [{"role": "user", "content": "Hello"}]
-    said = {"role": "assistant", "content": ANSWER, "reasoning_content": THOUGHT}
+    answer = {"role": "assistant", "content": ANSWER, "reasoning_content": THOUGHT}
     try:
         asked = template.render(turn)
-        text = template.render([*turn, said], add_generation_prompt=False)
+        text = template.render([*turn, answer], add_generation_prompt=False)
     except RequestError:
         return None
     found = re.search(f"{THOUGHT}(.*?){ANSWER}", text, re.DOTALL)
@@ -126,38 +127,17 @@ def marker_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(special[word] for word in words)
 
 
-class Splitter(Protocol):
-    """Takes the text of an answer piece by piece, and holds what was reasoned and what was answered."""
-
-    @property
-    def reasoning(self) -> str:
-        """The reasoning so far, without markers and line ends around it."""
-
-    @property
-    def answer(self) -> str:
-        """The answer so far, without line ends between it and the reasoning."""
-
-    def begin(self, head: str) -> None:
-        """Take the template's prompt for the answer, which may stand inside of the reasoning."""
-
-    def push(self, text: str) -> list[Piece]:
-        """Return what may be shown now that `text` has come; what may begin a marker is held back."""
-
-    def finish(self) -> list[Piece]:
-        """Return what is still held, when no more text comes."""
-
-
 class _Cutter:
     """Cuts a text at markers, however its pieces are cut."""
 
     def __init__(self, markers: Sequence[str]) -> None:
-        self._markers = markers
+        self.markers = markers
         self._find = re.compile("|".join(re.escape(one) for one in sorted(markers, key=len, reverse=True)))
-        self._held = ""
+        self._waiting = ""  # the end of the text, as far as it may begin a marker
 
     def push(self, text: str) -> Iterator[tuple[str, bool]]:
         """Yield (text, False) and (marker, True) in order."""
-        text, self._held = self._held + text, ""
+        text, self._waiting = self._waiting + text, ""
         start = 0
         for found in self._find.finditer(text):
             if found.start() > start:
@@ -165,70 +145,83 @@ class _Cutter:
             yield found[0], True
             start = found.end()
         rest = text[start:]
-        sizes = range(min(len(rest), max(map(len, self._markers)) - 1), 0, -1)
-        heads = (size for size in sizes if any(one.startswith(rest[-size:]) for one in self._markers))
-        held = next(heads, 0)
-        self._held = rest[len(rest) - held :]
-        if len(rest) > held:
-            yield rest[: len(rest) - held], False
+        sizes = range(min(len(rest), max(map(len, self.markers)) - 1), 0, -1)
+        heads = (size for size in sizes if any(one.startswith(rest[-size:]) for one in self.markers))
+        end = len(rest) - next(heads, 0)
+        self._waiting = rest[end:]
+        if end:
+            yield rest[:end], False
 
     def finish(self) -> str:
-        """Return what is held."""
-        held, self._held = self._held, ""
-        return held
+        """Return the text that waits for the rest of a marker."""
+        text, self._waiting = self._waiting, ""
+        return text
 
 
-class _Parts:
-    """What was reasoned and answered so far."""
+class Splitter(ABC):
+    """Takes the text of an answer piece by piece and keeps reasoning and answer apart."""
 
-    def __init__(self) -> None:
-        self._said: dict[Kind, str] = {"reasoning": "", "answer": ""}
-        self._reasoned = False  # whether there was any reasoning, if only between empty markers
+    def __init__(self, markers: Sequence[str]) -> None:
+        self._cutter = _Cutter(markers)
+        self._texts: dict[Kind, str] = {"reasoning": "", "answer": ""}
+        self._reasoned = False  # whether there was any reasoning, even an empty one
 
     @property
     def reasoning(self) -> str:
-        """The reasoning so far, without markers and line ends around it."""
-        return self._said["reasoning"].strip("\n")
+        """The reasoning so far, without markers and without line ends around it."""
+        return self._texts["reasoning"].strip("\n")
 
     @property
     def answer(self) -> str:
         """The answer so far, without line ends between it and the reasoning."""
-        return self._said["answer"]
+        return self._texts["answer"]
+
+    def begin(self, head: str) -> None:
+        """Read the template's prompt for the answer, which may end inside the reasoning."""
+        for text, marker in _Cutter(self._cutter.markers).push(head):
+            self._take(text, marker)
+
+    def push(self, text: str) -> list[Piece]:
+        """Return the pieces that can be shown after `text`; the possible beginning of a marker waits."""
+        return [piece for part, marker in self._cutter.push(text) for piece in self._take(part, marker)]
+
+    def finish(self) -> list[Piece]:
+        """Return the pieces that waited, when no more text comes."""
+        return self._take(self._cutter.finish(), False) + self._rest()
+
+    @abstractmethod
+    def _take(self, text: str, marker: bool) -> list[Piece]:
+        """Return the pieces for a marker, or for text without one."""
+
+    @abstractmethod
+    def _rest(self) -> list[Piece]:
+        """Return the pieces that wait for more than the rest of a marker."""
 
     def _piece(self, kind: Kind, text: str) -> list[Piece]:
-        if self._reasoned and not self._said[kind]:
+        if self._reasoned and not self._texts[kind]:
             text = text.lstrip("\n")
-        self._said[kind] += text
+        self._texts[kind] += text
         return [(kind, text)] if text else []
 
 
-class PairSplitter(_Parts):
+class PairSplitter(Splitter):
     """Reasoning between two markers in front of the answer.
 
-    A marker inside of the answer is a word of the answer. Where the end of reasoning comes without a
+    A marker inside the answer is a word of the answer. If the end of the reasoning comes without its
     beginning, all text before it was reasoning.
     """
 
     def __init__(self, opens: str, closes: str) -> None:
-        super().__init__()
+        super().__init__((opens, closes))
         self._opens, self._closes = opens, closes
-        self._cutter = _Cutter((opens, closes))
         self._state: Literal["start", "reasoning", "answer"] = "start"
-        self._space = ""  # white space at the beginning, which may stand before a marker
+        self._space = ""  # white space at the beginning, which may precede a marker
 
     def begin(self, head: str) -> None:
-        """Take the template's prompt for the answer."""
-        for text, marker in _Cutter((self._opens, self._closes)).push(head):
+        """Read which marker is the last in the template's prompt for the answer."""
+        for text, marker in _Cutter(self._cutter.markers).push(head):
             if marker:
                 self._state, self._reasoned = ("reasoning" if text == self._opens else "answer"), True
-
-    def push(self, text: str) -> list[Piece]:
-        """Return what may be shown now that `text` has come."""
-        return [piece for part, marker in self._cutter.push(text) for piece in self._take(part, marker)]
-
-    def finish(self) -> list[Piece]:
-        """Return what is still held, when no more text comes."""
-        return self._take(self._cutter.finish(), False) + self._answered("")
 
     def _take(self, text: str, marker: bool) -> list[Piece]:
         if marker and text == self._opens and self._state == "start":
@@ -238,9 +231,8 @@ class PairSplitter(_Parts):
             self._state = "answer"
             return []
         if marker and text == self._closes and not self._reasoned:
-            said = self._said["answer"] + self._space
-            self._said, self._space = {"reasoning": said, "answer": ""}, ""
-            self._state, self._reasoned = "answer", True
+            self._texts = {"reasoning": self._texts["answer"] + self._space, "answer": ""}
+            self._state, self._reasoned, self._space = "answer", True, ""
             return [("reasoning", "")]
         if self._state == "reasoning":
             return self._piece("reasoning", text)
@@ -248,59 +240,46 @@ class PairSplitter(_Parts):
             self._space += text
             return []
         self._state = "answer"
-        return self._answered(text)
-
-    def _answered(self, text: str) -> list[Piece]:
         text, self._space = self._space + text, ""
         return self._piece("answer", text)
 
+    def _rest(self) -> list[Piece]:
+        text, self._space = self._space, ""
+        return self._piece("answer", text)
 
-class ChannelSplitter(_Parts):
-    """Messages in channels: that of the channel `final` is the answer, all others are reasoning.
+
+class ChannelSplitter(Splitter):
+    """Messages in channels: the channel `final` is the answer, all others are reasoning.
 
     Messages of one kind are joined by line ends. Text of a model that writes no channels is the answer.
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self._cutter = _Cutter(CHANNELS)
-        self._header: str | None = ""  # of the message to come; None inside of a message
-        self._in_channel = False  # whether the header has come as far as its channel
+        super().__init__(CHANNELS)
+        self._header: str | None = ""  # of the next message; None inside a message
+        self._in_channel = False  # whether the header has reached the name of its channel
         self._kind: Kind = "answer"
-
-    def begin(self, head: str) -> None:
-        """Take the template's prompt for the answer."""
-        for text, marker in _Cutter(CHANNELS).push(head):
-            self._take(text, marker)
-
-    def push(self, text: str) -> list[Piece]:
-        """Return what may be shown now that `text` has come."""
-        return [piece for part, marker in self._cutter.push(text) for piece in self._take(part, marker)]
-
-    def finish(self) -> list[Piece]:
-        """Return what is still held, when no more text comes."""
-        return self._take(self._cutter.finish(), False) + self._no_header()
 
     def _take(self, text: str, marker: bool) -> list[Piece]:
         if not marker and self._header is None:
             return self._piece(self._kind, text)
         if not marker:
             self._header = (self._header or "") + text
-            return self._no_header() if len(self._header) > LONGEST_HEADER else []
+            return self._rest() if len(self._header) > LONGEST_HEADER else []
         if text == MESSAGE:
             self._kind = "answer" if FINAL in (self._header or "").split() else "reasoning"
             self._reasoned |= self._kind == "reasoning"
             self._header = None
-            return self._piece(self._kind, "\n") if self._said[self._kind] else []
+            return self._piece(self._kind, "\n") if self._texts[self._kind] else []
         if text == CHANNEL:
             self._header, self._in_channel = f"{self._header or ''} ", True
             return []
-        pieces = self._no_header()
+        pieces = self._rest()
         self._header, self._in_channel = "", False
         return pieces
 
-    def _no_header(self) -> list[Piece]:
-        """Return what looked like the beginning of a header and is text, as no channel came."""
+    def _rest(self) -> list[Piece]:
+        """Return a header as text if it has no channel, since then it was not a header."""
         text = "" if self._header is None or self._in_channel else self._header.removeprefix("assistant")
         if text:
             self._header = None

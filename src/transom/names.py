@@ -311,12 +311,12 @@ PREFIXES: dict[str, tuple[tuple[str, str], ...]] = {
         ("lm_head.", "language_model.lm_head."),
     ),
 }
-# Keys of a base model saved without its head, as `AutoModel` saves it: they lack the name of the base in the whole.
+# Keys of a base model without its head, as `AutoModel` saves it: they lack the prefix `model.`.
 _OF_A_BASE = re.compile(r"(language_model\.)?(?=(embed_tokens|layers|norm)\.)")
 
 
 def known_key(table: str, key: str) -> str:
-    """Return the key of a table that `key`, as some file spells it, stands for."""
+    """Return the key in a table for `key`, which a file may spell differently."""
     old, new = next((pair for pair in PREFIXES.get(table, ()) if key.startswith(pair[0])), ("", ""))
     key = new + key[len(old) :]
     return _OF_A_BASE.sub(r"\1model.", key, count=1) if table in TABLES and _OF_A_BASE.match(key) else key

@@ -52,7 +52,7 @@ def refuse_pointer(path: Path) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return the content of a file; one that cannot be read, or a pointer of Git LFS, is a `RequestError`."""
+    """Return the content of a file; raise `RequestError` if it cannot be read or is a pointer of Git LFS."""
     refuse_pointer(path)
     try:
         return path.read_bytes()
@@ -104,8 +104,9 @@ def _finite(value: Any) -> tuple[Any, int]:
 
 
 def safetensors_header(path: Path) -> dict[str, Any] | None:
-    """Return what a safetensors file says of its tensors by key, without torch; None where there is no such file
-    or no readable header.
+    """Return the header of a safetensors file, which describes its tensors by key, without torch.
+
+    Return None if there is no such file or no readable header.
     """
     try:
         with path.open("rb") as file:

@@ -21,7 +21,7 @@ from transom.errors import RequestError, notice
 
 # The names that torch and Linux give to instructions that multiply bfloat16: x86 (two), Arm.
 BFLOAT16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-KEPT_KERNELS = 64  # by oneDNN on the CPU: more than a step of one shape needs
+KEPT_KERNELS = 64  # in the cache of oneDNN: more than a step of one shape needs
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -191,7 +191,7 @@ def synchronize(device: torch.device) -> None:
 def memory_bytes(device: torch.device) -> int:
     """Return the peak of memory in bytes: allocated on a GPU since `reset_peak_memory`, resident on a CPU.
 
-    MPS keeps no record of a peak: there it is the most that this function has seen since `reset_peak_memory`.
+    MPS keeps no record of a peak. There it is the most that this function has read since `reset_peak_memory`.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

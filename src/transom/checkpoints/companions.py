@@ -1,4 +1,4 @@
-"""What goes along with the weights of a model: tokenizer, templates, settings of generation. No torch."""
+"""Files beside the weights of a model: tokenizer, templates, generation settings. No torch."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from transom.tokenizer import Tokenizer
 
 GENERATION = "generation_config.json"
-# Ids that a Hugging Face config holds as well, for software that looks there.
+# Ids that a Hugging Face config has as well, for software that looks there.
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Where an id may stand in a config.json, in the order of transformers' `GenerationConfig.from_model_config`.
+# Parts of a config.json that may state an id, in the order of transformers' `GenerationConfig.from_model_config`.
 NESTED = ("decoder", "generator", "text_config")
 TOKENIZER_FILES = (
     *TOKENIZERS,
@@ -36,7 +36,7 @@ _COMPANIONS = (
 
 
 def copy_companions(source: Path, out: Path) -> list[str]:
-    """Copy what goes along with a model unchanged; return the names of the files below `source`."""
+    """Copy the files beside the weights of a model; return their names below `source`."""
     found = {path for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()}
     names = sorted(path.relative_to(source).as_posix() for path in found)
     for name in names:
@@ -92,7 +92,7 @@ def _stops_in(folder: Path) -> list[int] | None:
 
 
 def stated_id(data: Mapping[str, Any], key: str) -> Any:
-    """Return an id, or a list of ids, of a config, or that of the language model inside it; None without one."""
+    """Return an id or a list of ids from a config or from the language model inside it; None if it has none."""
     return next((part[key] for part in _parts(data) if part.get(key) is not None), None)
 
 
@@ -105,9 +105,9 @@ def _parts(data: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def settings_to_write(stated: Mapping[str, Any], tokenizer: Tokenizer | None, where: str) -> dict[str, Any]:
-    """Return the settings that a model came with, completed by the ids of the tokenizer that is written with it.
+    """Return the settings of a model, completed by the ids of the tokenizer that is written with it.
 
-    Stop tokens that this tokenizer does not have belong to another one, and its own take their place.
+    Stop tokens that this tokenizer does not have belong to another one and are replaced by its own.
     """
     settings = dict(stated)
     if tokenizer is None:
@@ -122,7 +122,7 @@ def settings_to_write(stated: Mapping[str, Any], tokenizer: Tokenizer | None, wh
             f"{where}: eos_token_id is {ends}, as the model's folder states; that of the tokenizer, "
             f"{tokenizer.eos_id}, is not among them"
         )
-    stops = list(tokenizer.stop_ids)  # Meta's have ends of turns and messages beside the EOS
+    stops = list(tokenizer.stop_ids)  # Meta's tokenizers end turns and messages with tokens other than EOS
     own = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops if len(stops) > 1 else tokenizer.eos_id}
     for key, id in own.items():
         if settings.get(key) is None:
@@ -131,11 +131,11 @@ def settings_to_write(stated: Mapping[str, Any], tokenizer: Tokenizer | None, wh
 
 
 def ids_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of settings that a Hugging Face config holds as well."""
+    """Return the part of the settings that a Hugging Face config has as well."""
     return {key: settings[key] for key in IDS if key in settings}
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write generation_config.json, where there is something to state."""
+    """Write generation_config.json, unless there are no settings."""
     if settings:
         write_text(folder / GENERATION, json.dumps(settings, indent=2))

@@ -29,13 +29,13 @@ _ZIP = b"PK\x03\x04"
 
 
 def _no_bytes(*size: object) -> bytes:
-    """Return what `bytes()` returns; with arguments, which would let a file take memory at will, it fails."""
+    """Return `bytes()`; refuse arguments, with which a file could take any amount of memory."""
     if size:
         raise ValueError("a pickle that asks for bytes")
     return b""
 
 
-# Extra states of Meta's training library are BytesIO objects, most of them empty. They hold bytes and run nothing.
+# Extra states of Meta's training library are BytesIO objects, most of them empty. They run no code.
 # A pickle writes an empty one with a call of `bytes`.
 _OF_EXTRA_STATES: list[Any] = [io.BytesIO, (_no_bytes, "builtins.bytes")]
 

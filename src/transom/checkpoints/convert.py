@@ -110,7 +110,7 @@ def open_model(found: Found, dtype: str | None = None) -> tuple[ModelArgs, Sourc
 
 
 def config_ids(found: Found) -> dict[str, Any]:
-    """Return the ids that the config of the result holds: the base's own, or those of its other files."""
+    """Return the ids for the config of the result: the base's own, or those of its other files."""
     own = read_json(found.model / CONFIG) if folder_format(found.model) == "hf" else {}
     return {**ids_of(stated_settings(found.folders)), **ids_of(own)}
 
@@ -128,10 +128,10 @@ def _counted(name: str, stored: Stored, counts: dict[str, int]) -> Stored:
 
 
 def carry_companions(found: Found, out: Path) -> list[str]:
-    """Copy what goes along with the weights, the adapter's own first; return the names of the files.
+    """Copy the files beside the weights, the adapter's own first; return their names.
 
-    Parts of two tokenizers, or templates of two folders, are never mixed. Settings of generation that stand in a
-    config.json, which the result may not have room for, are written too.
+    Parts of two tokenizers, or templates of two folders, are never mixed. Generation settings of a config.json are
+    written to a file of their own, since the config of the result may have no place for them.
     """
     names = copy_companions(found.model, out)
     if found.adapter is not None:
@@ -148,7 +148,7 @@ def carry_companions(found: Found, out: Path) -> list[str]:
 
 
 def _keep_together(found: Found, out: Path, names: Iterable[str]) -> None:
-    """Leave of all that was copied the parts of one tokenizer and the templates of one folder."""
+    """Of all copied files, keep the parts of one tokenizer and the templates of one folder."""
     assert found.adapter is not None, "one folder alone has no two tokenizers"
     words, templates = found.tokenizer, next(filter(_has_template, found.folders), found.model)
     for name in sorted(names):

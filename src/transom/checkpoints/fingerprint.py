@@ -26,7 +26,7 @@ from transom.paths import cache_dir, read_json, write_text
 from transom.transforms import turn_rotary
 
 ADAPTER_FACTS = "transom.json"
-_VERSION = 1  # of what a fingerprint is made of
+_VERSION = 1  # of the rule by which fingerprints are made
 _SETTLED = 2_000_000_000  # nanoseconds
 _THREADS = 4  # hashing releases the interpreter; as many tensors that are not maps are in memory
 
@@ -50,8 +50,8 @@ def fingerprint(folder: str | Path, *, fresh: bool = False) -> str:
     Rotary rows are hashed as interleaved pairs, so a model has one fingerprint in all formats that keep its dtype
     and tying. Settings (`rope_theta`, the tokenizer) are not part of it. Files are streamed.
 
-    The result is kept in the cache of this machine, and taken from there while config and weights are the same
-    files, unless a `fresh` one is asked for.
+    The result is cached on this machine and reused while the files of config and weights are the same. With `fresh`
+    it is computed again.
     """
     where = model_folder(folder)
     now = time.time_ns()
@@ -61,13 +61,13 @@ def fingerprint(folder: str | Path, *, fresh: bool = False) -> str:
         return known
     args = read_args(where)
     made = fingerprint_of(args, open_state(where, args, shapes_of(outline(args))))
-    # A file that changes twice within one tick of the clock would look the same: what is that new is not kept.
+    # A file that changes twice within one tick of the clock looks the same, so results of new files are not kept.
     if not fresh and all(max(sign[2:4]) < now - _SETTLED for sign in signs) and _signs(where) == signs:
         _keep(where, signs, made)
     return made
 
 
-# What tells that a file is the one that was hashed: name, bytes, times of its content and of its entry, inode.
+# Identifies a file that was hashed: name, size, times of its content and of its entry, inode.
 Sign = list[Any]
 
 
@@ -88,7 +88,7 @@ def _cached(folder: Path) -> Path:
 
 
 def _known(folder: Path, signs: list[Sign]) -> str | None:
-    """Return the fingerprint that was kept for exactly these files."""
+    """Return the cached fingerprint of exactly these files, if there is one."""
     path = _cached(folder)
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))

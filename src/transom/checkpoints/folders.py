@@ -150,7 +150,7 @@ def find_model(name: str | Path, revision: str | None = None, *, settings_only: 
 
 
 def folder_format(folder: Path) -> Format:
-    """Return whose layout a model folder has, by what its files say; of two, the one with weights."""
+    """Return whose layout a model folder has, judged by its files; of two, the one with weights."""
     config, params = (folder / CONFIG).exists(), (folder / PARAMS).exists()
     if not config and not params:
         raise RequestError(f"{folder}: no config.json and no params.json; accepted is a model folder")
@@ -238,7 +238,7 @@ def files_read(folder: Path) -> list[Path]:
 
 
 def read_args(folder: Path) -> ModelArgs:
-    """Return the model arguments of a folder of any format; of two configs, the one read is said."""
+    """Return the model arguments of a folder of any format; print a notice if it has two configs."""
     kind = folder_format(folder)
     if (folder / CONFIG).exists() and (folder / PARAMS).exists():
         read, other = (CONFIG, PARAMS) if kind in ("native", "hf") else (PARAMS, CONFIG)
@@ -263,7 +263,7 @@ def read_args(folder: Path) -> ModelArgs:
 
 
 def _without_head(folder: Path, config: Mapping[str, Any], args: ModelArgs) -> ModelArgs:
-    """Return `args` for a model whose files hold no output matrix, if `folder` is that of a base model alone.
+    """Return `args` of a model without an output matrix, if `folder` is that of a base model alone.
 
     Its config names the class of a base (`LlamaModel`), or the folder says how to pool tokens. In any other folder
     the lack of the matrix is a damaged checkpoint, which the reading of the weights refuses.
@@ -281,7 +281,7 @@ def _without_head(folder: Path, config: Mapping[str, Any], args: ModelArgs) -> M
 
 
 def _stored_keys(folder: Path, config: Mapping[str, Any]) -> set[str]:
-    """Return the keys of the weights of Hugging Face's layout, none where there are no readable files."""
+    """Return the keys of weights in Hugging Face's layout, none without readable files."""
     keys: set[str] = set()
     with contextlib.suppress(RequestError):  # whoever reads the weights says what is wrong with them
         for file in find_weights(folder, WEIGHTS, config).files:

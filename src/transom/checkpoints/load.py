@@ -200,7 +200,7 @@ def open_state(folder: Path, args: ModelArgs, shapes: Mapping[str, Shape]) -> di
 
 
 def open_files(folder: Path, kind: Format, args: ModelArgs) -> dict[str, Stored]:
-    """Return all tensors of a folder as its files name them, still in these files; other files are said."""
+    """Return all tensors of a folder by their names in its files, unread; print a notice about ignored files."""
     if kind in ("meta", "mistral"):
         return open_consolidated(folder, args)
     taken = find_weights(folder, WEIGHTS, read_json(folder / CONFIG) if kind == "hf" else None)

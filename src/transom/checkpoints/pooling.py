@@ -1,4 +1,4 @@
-"""How a folder of sentence-transformers says that tokens become one vector per text."""
+"""How a folder of sentence-transformers states the pooling of tokens to one vector per text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def stated_pooling(folder: Path) -> Literal["mean", "last"] | None:
 
 
 def tell_other_modules(folder: Path, normalize: bool) -> None:
-    """Print the modules behind the pooling that a folder lists and that are not applied."""
+    """Print a notice about modules after the pooling that a folder lists and that are not applied."""
     path = folder / MODULES
     if not path.exists():
         return

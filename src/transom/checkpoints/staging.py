@@ -1,4 +1,4 @@
-"""Model folders that are written whole or not at all, also over another model. No torch."""
+"""Writes model folders completely or not at all, also over another model. No torch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from transom.checkpoints.folders import CONFIG, PARAMS, TOKENIZERS
 from transom.claims import Claim
 from transom.errors import RequestError, WorkError
 
-# What makes a folder one that opens as a model. It goes first and comes last.
+# The files that make a folder open as a model. They are removed first and written last.
 _CONFIGS = (CONFIG, PARAMS)
-# Weights of the model that was there before: the new one does not need them and could be confused with them.
+# Weights of the old model, which could be taken for those of the new one.
 _WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "consolidated.*", "consolidated-*.safetensors")
 
 
@@ -31,7 +31,7 @@ def _staged(folder: Path) -> Iterator[Path]:
     there = folder.is_dir()
     if folder.exists() and not there:
         raise RequestError(f"{folder}: a file; accepted is a folder to write the model in")
-    # Inside a folder that exists: what a kill leaves behind is then removed together with the folder.
+    # It lies inside an existing folder, so that after a kill it is removed together with that folder.
     temporary = (folder if there else folder.parent) / f".{'' if there else folder.name}.tmp-{os.getpid()}"
     try:
         temporary.mkdir(parents=True)
@@ -54,7 +54,7 @@ def _replace_files(new: Path, folder: Path) -> None:
 
     A kill between any two steps leaves a folder that does not open, or one that opens as the old model or as the
     new one. So the configs are removed before all else and the new config is moved in after all else. Between them
-    the same holds for the tokenizer: its vocabulary goes before and comes after the files that say how it is used.
+    the same is true for the tokenizer: its vocabulary is removed before and moved in after the files beside it.
     """
     made = {path.name for path in new.iterdir()}
     stale = [*_CONFIGS]
@@ -70,7 +70,7 @@ def _replace_files(new: Path, folder: Path) -> None:
 
 
 def _rank(name: str) -> int:
-    """Return when a file is moved in: a vocabulary after what lies beside it, and a config after both."""
+    """Return when a file is moved in: a vocabulary after the files beside it, and a config after both."""
     return 2 if name in _CONFIGS else 1 if _named([name], TOKENIZERS) else 0
 
 

@@ -1,4 +1,4 @@
-"""Which of a folder's files its weights are read from, and which ones are ignored. No torch."""
+"""Chooses the files of a folder that its weights are read from, and names those it ignores. No torch."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class WeightFiles:
 def find_weights(folder: Path, name: str, config: Mapping[str, Any] | None = None) -> WeightFiles:
     """Return the safetensors files of a folder: `name`, or else the shards that its index names.
 
-    transformers chooses in the same way. Where the `config` of Hugging Face's layout names a file or an index
-    itself, that one counts.
+    transformers chooses in the same way. A file or an index that the `config` of Hugging Face's layout names comes
+    first.
     """
     explicit = (config or {}).get(EXPLICIT)
     if explicit is not None:

@@ -1,6 +1,6 @@
-"""A conversation with a model: turns in, reasoning and answers out, and a cache that grows along.
+"""A conversation with a model: turns in, reasoning and answers out, and a cache that grows with it.
 
-Nothing here prints or reads: the command line shows what comes, and a server would send it.
+This module neither prints answers nor reads input: the command line does, and a server could.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from transom.chat.marking import shared
 from transom.chat.reasoning import Markers, Piece, Splitter, marker_ids
 from transom.chat.template import ChatTemplate
 from transom.errors import RequestError, notice
@@ -31,17 +32,17 @@ class Framing(Protocol):
         """Begin anew with `system` in front."""
 
     def prompt(self, turn: str) -> list[int]:
-        """Return the ids of the conversation and `turn`; nothing is kept yet."""
+        """Return the ids of the conversation with `turn`, without adding it."""
 
-    def keep(self, turn: str, ids: list[int], answer: Answer, said: list[int]) -> None:
-        """Take up a turn, its prompt `ids`, and the answer, whose ids but for stop tokens are `said`."""
+    def keep(self, turn: str, ids: list[int], answer: Answer, answer_ids: list[int]) -> None:
+        """Add a turn, its prompt `ids`, and the answer with its ids without stop tokens."""
 
     def saved(self) -> str:
         """Return the conversation as the text of a file."""
 
 
 class GrowingText:
-    """One text: every turn on a new line, every answer behind it."""
+    """One text: each turn on a new line, followed by its answer."""
 
     begin = ""
 
@@ -65,11 +66,11 @@ class GrowingText:
         added = self.added(turn)
         return self.ids + self.tokenizer.encode(added) if self.ids else self.tokenizer.encode_prompt(added)
 
-    def keep(self, turn: str, ids: list[int], answer: Answer, said: list[int]) -> None:
-        """A stop token ends the answer, not the text: the next turn continues it."""
+    def keep(self, turn: str, ids: list[int], answer: Answer, answer_ids: list[int]) -> None:
+        """Add the turn and the answer; a stop token ends the answer, not the text."""
         completion = answer.completion
         self.text += self.added(turn) + completion.text + completion.stop_string
-        self.ids = ids + said
+        self.ids = ids + answer_ids
 
     def saved(self) -> str:
         """Return the text."""
@@ -77,7 +78,7 @@ class GrowingText:
 
 
 class Messages:
-    """Messages, written by a chat template as a whole every time."""
+    """Messages that a chat template writes anew for every turn."""
 
     def __init__(self, template: ChatTemplate, values: dict[str, Any], begin: str = "") -> None:
         """`begin` are words that every answer begins with; the model goes on from them."""
@@ -96,10 +97,10 @@ class Messages:
         messages.append({"role": "assistant", "content": self.begin})
         return self.template.encode(messages, continue_final_message=True, **self.values)
 
-    def keep(self, turn: str, ids: list[int], answer: Answer, said: list[int]) -> None:
-        """Add both messages; what is cut short stays as it is.
+    def keep(self, turn: str, ids: list[int], answer: Answer, answer_ids: list[int]) -> None:
+        """Add both messages; an answer that was cut short stays as it is.
 
-        Reasoning has a key of its own, from which the template writes what its model is to read again.
+        Reasoning has a key of its own, from which the template writes what the model reads again.
         """
         message = {"role": "assistant", "content": answer.text}
         if answer.reasoning:
@@ -112,10 +113,10 @@ class Messages:
 
 
 class Answer:
-    """Iterate for what is to be shown, as pieces of reasoning and of answer; then it holds both.
+    """Yields the pieces of reasoning and of answer to show; afterwards it has both as texts.
 
-    `begin` are the words that the model went on from. With `hidden` the pieces are shown as they come, and those
-    control tokens are no part of either.
+    `begin` is the text that the model continued. With `hidden` the pieces are yielded as the model writes
+    them, and these control tokens belong to neither text.
     """
 
     def __init__(
@@ -151,7 +152,7 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """The answer so far, without its reasoning."""
+        """The answer so far, without reasoning."""
         return self.begin + self.completion.text if self._splitter is None else self._splitter.answer
 
     @property
@@ -162,18 +163,18 @@ class Answer:
 
 @dataclass(frozen=True)
 class AnswerArgs:
-    """How answers are drawn, and where they end."""
+    """How answers are sampled, and where they end."""
 
     sampling: SamplingArgs
     max_tokens: int
     stop_tokens: Sequence[int] = ()
     stop: Sequence[str] = ()
     prefill_step_size: int = 512
-    show_special: bool = False  # answers are shown as the model writes them, control tokens included
+    show_special: bool = False  # show answers as the model writes them, with control tokens
 
 
 class Session:
-    """A conversation, and a cache that holds the beginning of it: only what is new is run."""
+    """A conversation, and a cache of its beginning, so that only new tokens are run."""
 
     def __init__(
         self,
@@ -185,23 +186,23 @@ class Session:
         markers: Markers | None = None,
         when_full: str = "accepted is a new conversation",
     ) -> None:
-        """`room` is the number of tokens that the conversation may grow to, `when_full` the advice then."""
+        """`room` is the most tokens of the conversation; `when_full` tells what to do when it is full."""
         self.model, self.tokenizer, self.framing, self.args = model, tokenizer, framing, args
         self.room, self.markers, self.when_full = room, markers, when_full
         self.cache = model.make_cache(1, room)
-        self.held: list[int] = []  # the ids that the cache holds
+        self.cached: list[int] = []  # the ids of the tokens in the cache
         self.turns = 0
 
     def ask(self, turn: str) -> Answer:
-        """Return the answer to `turn`, which runs as it is iterated; `keep` it afterwards.
+        """Return the answer to `turn`, which is generated while it is iterated; call `keep` afterwards.
 
-        A `RequestError` leaves the conversation as it was.
+        A `RequestError` leaves the conversation unchanged.
         """
         ids = self.framing.prompt(turn)
         left = self.room - len(ids)
         if left < 1:
             raise RequestError(f"{len(ids)} tokens with this turn: {self.full}")
-        self._hold_only(ids)
+        self._roll_back_to(ids)
         markers, tokenizer = self.markers, self.tokenizer
         shown = marker_ids(tokenizer) if markers is None else markers.control_ids(tokenizer)
         texts = self._continued(ids, min(self.args.max_tokens, left), shown)
@@ -211,40 +212,39 @@ class Session:
         return Answer(turn, ids, texts, splitter, hidden if self.args.show_special else None, begin)
 
     def keep(self, answer: Answer, *, interrupted: bool = False) -> None:
-        """Take up an answer as far as it has come."""
+        """Add an answer, as far as it was generated."""
         completion = answer.completion
         self.turns += 1
-        said = [id for id in completion.tokens if id not in self.args.stop_tokens]
-        self.framing.keep(answer.turn, answer.ids, answer, said)
+        answer_ids = [id for id in completion.tokens if id not in self.args.stop_tokens]
+        self.framing.keep(answer.turn, answer.ids, answer, answer_ids)
         if interrupted:
             in_flight = 1 if completion.tokens else self.args.prefill_step_size
             settle(self.cache, at_most=len(answer.ids) + len(completion.tokens), in_flight=in_flight)
         elif completion.finish_reason == "length" and self.room - len(answer.ids) <= self.args.max_tokens:
             notice(self.full, again=True)
-        self.held = (answer.ids + completion.tokens)[: int(self.cache.lengths_B[0])]
+        self.cached = (answer.ids + completion.tokens)[: int(self.cache.lengths_B[0])]
 
     def forget(self) -> None:
         """Empty the cache, whose keys and values are those of other weights."""
         self.cache.reset()
-        self.held = []
+        self.cached = []
 
     @property
     def full(self) -> str:
-        """The sentence for a context without room."""
+        """The sentence about a context that is full."""
         return f"the context of {self.room} tokens is full; {self.when_full}"
 
-    def _hold_only(self, ids: list[int]) -> None:
-        """Make the cache hold a beginning of `ids`, and leave at least one to run.
+    def _roll_back_to(self, ids: list[int]) -> None:
+        """Roll the cache back to the tokens that it shares with the beginning of `ids[:-1]`.
 
-        A template may write an answer otherwise than the model did: its end of turn, its reasoning.
+        A template may write an answer differently than the model did: its end of turn, its reasoning.
         """
-        pairs = zip(self.held, ids[:-1], strict=False)
-        same = next((at for at, (held, id) in enumerate(pairs) if held != id), min(len(self.held), len(ids) - 1))
-        beyond = len(self.held) - same
+        same = shared(self.cached, ids[:-1])
+        beyond = len(self.cached) - same
         if beyond and not self.cache.rollback(beyond, beyond):
-            self.cache.reset()  # a ring has overwritten what it needs
+            self.cache.reset()  # a ring has overwritten tokens that it needs
             same = 0
-        self.held = self.held[:same]
+        self.cached = self.cached[:same]
 
     def _continued(self, ids: list[int], max_new_tokens: int, shown: Sequence[int]) -> TextStream:
         """Return the model's continuation of `ids`, not started yet."""

@@ -22,9 +22,9 @@ def stop_tokens_of(
 
 
 class ControlSigns:
-    """Characters that stand for control tokens among decoded text, which never holds these characters.
+    """Characters that stand for control tokens in decoded text: halves of surrogate pairs.
 
-    They are halves of surrogate pairs. `kept` are ids of control tokens that `spelled` writes out.
+    Decoded text never contains these characters. `kept` are ids of control tokens that `spelled` writes out.
     """
 
     FIRST, COUNT = 0xD800, 0x800
@@ -36,7 +36,7 @@ class ControlSigns:
         self._spelled: dict[int, str | None] = {}
 
     def __contains__(self, id: int) -> bool:
-        """Return whether a token is to be shown, or to be found inside of a stop string."""
+        """Return whether a token is shown, or is part of a stop string."""
         return id in self._kept or id in self._signs
 
     def of(self, id: int) -> str:
@@ -64,35 +64,35 @@ class ControlSigns:
 
 
 class StopStrings:
-    """Lets text through up to the first stop string, wherever tokens are cut.
+    """Passes text through up to the first stop string, however tokens cut it.
 
-    Text that may be the beginning of one is held back. Of several, the one that is complete first
-    counts. With `signs`, control tokens inside of a stop string are found by their signs too.
+    Text that may begin a stop string waits. Of several stop strings the first complete one counts. With
+    `signs`, control tokens inside a stop string are found by their signs too.
     """
 
     def __init__(self, stop: Sequence[str], signs: ControlSigns | None = None) -> None:
-        self.found = ""  # the one that has come
+        self.found = ""  # the stop string that ended the text
         self._stop = {word: word for word in stop}
         if signs is not None:
             self._stop |= {signs.signed(word): word for word in stop}
-        self._held = ""
+        self._waiting = ""
 
     def push(self, text: str) -> str:
-        """Return what may be shown now that `text` has come."""
-        text = self._held + text
+        """Return the text that can be shown after `text`."""
+        text = self._waiting + text
         places = [(at + len(word), at) for word in self._stop if (at := text.find(word)) >= 0]
         if places:
             end, start = min(places)
-            self.found, self._held = self._stop[text[start:end]], ""
+            self.found, self._waiting = self._stop[text[start:end]], ""
             return text[:start]
         shown = len(text) - max((_overlap(text, word) for word in self._stop), default=0)
-        self._held = text[shown:]
+        self._waiting = text[shown:]
         return text[:shown]
 
     def finish(self) -> str:
-        """Return what is still held, when no more text comes."""
-        held, self._held = self._held, ""
-        return held
+        """Return the text that waits, when no more comes."""
+        text, self._waiting = self._waiting, ""
+        return text
 
 
 def _overlap(text: str, word: str) -> int:

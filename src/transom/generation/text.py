@@ -44,7 +44,7 @@ class TextStream:
                 return
 
     def run(self) -> list[Completion]:
-        """Return all completions when they are done, with the control tokens that are kept in their texts."""
+        """Run all rows to their ends; return the completions with kept control tokens in their texts."""
         shown = [""] * len(self._rows)
         for pieces in self:
             shown = [text + piece for text, piece in zip(shown, pieces, strict=True)]
@@ -66,10 +66,10 @@ def stream_text(
     log_probs: list[Tensor] | None = None,
     kept: Literal["all"] | Collection[int] = (),
 ) -> TextStream:
-    """Continue prompts given as text or as token ids; a row ends before the first of `stop` that it writes.
+    """Continue prompts given as text or as token ids; a row ends before the first string of `stop` in it.
 
-    A stop string may be a control token, or hold some. `kept` are ids of control tokens that the pieces
-    spell out, stop tokens among them; `completions` never hold any. All else as in `loop.stream`.
+    A stop string may be a control token or contain some. `kept` are ids of control tokens that the pieces
+    spell out, stop tokens included; `completions` never contain any. All else is as in `loop.stream`.
     """
     for word in stop:
         require(len(word) > 0, "stop", word, "accepted is text of one character or more")
@@ -101,7 +101,7 @@ def complete(
     sampling: SamplingArgs = GREEDY,
     ends: Sequence[int] = (),
 ) -> list[Completion]:
-    """Return the continuation of each prompt, ended by the tokenizer, by one of `ends`, or by the length."""
+    """Return the continuation of each prompt up to a stop token of the tokenizer or of `ends`, or the length."""
     stop_tokens = (*ends, *tokenizer.stop_ids)
     texts = stream_text(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=stop_tokens
@@ -112,9 +112,9 @@ def complete(
 def encode_prompts(
     tokenizer: Tokenizer, prompts: Sequence[str | list[int]], *, special: bool = False
 ) -> list[list[int]]:
-    """Return the ids of each prompt: text behind what its tokenizer puts in front, ids as they are.
+    """Return the ids of each prompt: for text with the tokens that its tokenizer puts first, ids unchanged.
 
-    With `special` control tokens are read where a text spells them; otherwise they stay text.
+    With `special`, spellings of control tokens in a text become control tokens; otherwise they stay text.
     """
     allowed: Literal["all"] | tuple[()] = "all" if special else ()
     return [

@@ -1,4 +1,4 @@
-"""The numbers that weights start with: what a constructor draws, and what a seed gives."""
+"""Initial weights: those that a constructor draws, and those that a seed gives."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def draw_weight(weight: Tensor, generator: torch.Generator | None = None) -> Non
 
 @torch.no_grad()
 def start_at_chance(model: nn.Module, *, tied: bool) -> None:
-    """Turn what the modules of a new model drew for themselves into the start that `init_weights` describes."""
+    """Change the weights that modules drew in their constructors to the start that `init_weights` describes."""
     for name, weight in model.named_parameters():
         leaf = f".{name}".split(".")[-2]
         if weight.is_meta:
@@ -43,7 +43,7 @@ def start_at_chance(model: nn.Module, *, tied: bool) -> None:
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int, *, plus_one: bool, tied: bool) -> None:
-    """Do what `LLM.init_weights` says; `plus_one` is for norms of the text model that store weight - 1."""
+    """Do as `LLM.init_weights` describes; `plus_one` is for norms of the text model that store weight - 1."""
     for name, weight in model.named_parameters():
         if not weight.is_floating_point():
             raise RequestError(f"init_weights: {name} is {weight.dtype}; expected a model that is not quantized")

@@ -28,7 +28,7 @@ class Embedding(nn.Embedding):
     """One row of weight [V, D] per token."""
 
     def reset_parameters(self) -> None:
-        """Draw the weight as torch does, but on the meta device, where there is nothing to draw."""
+        """Draw the weight as torch does, except on the meta device."""
         if not self.weight.is_meta:
             super().reset_parameters()
 

@@ -135,7 +135,7 @@ def test_a_folder_whose_parent_cannot_be_written_is_locked_itself(tmp_path, monk
         claims._LOCKS.clear()  # as another process, which knows nothing of the first claim
         with pytest.raises(RequestError, match="another process is writing there"):
             Claim(tmp_path / "run")
-    claims._unlock(first._held)
+    claims._unlock(first._lock)
 
 
 def test_a_free_folder_is_claimed_before_it_is_looked_at(tmp_path, other):

@@ -23,7 +23,10 @@ ATTEMPTS = 100  # to lock a file that other processes remove meanwhile
 
 @dataclass
 class _Lock:
-    """A folder that this process may write, by the descriptor of its locked file; None where there are no locks."""
+    """A folder that this process may write, and the descriptor of its locked file.
+
+    The descriptor is None where the file system has no locks.
+    """
 
     folder: Path
     descriptor: int | None = None
@@ -48,22 +51,22 @@ class Claim:
     def __init__(self, folder: str | Path, *, wait: bool = False) -> None:
         path = Path(folder).resolve()
         with _GUARD:
-            held = next((_LOCKS[one] for one in (path, *path.parents) if one in _LOCKS), None)
-            if held is None:
-                held = _LOCKS[path] = _lock(path, Path(folder), wait)
-            held.users += 1
-        self._held: _Lock | None = held
+            lock = next((_LOCKS[one] for one in (path, *path.parents) if one in _LOCKS), None)
+            if lock is None:
+                lock = _LOCKS[path] = _lock(path, Path(folder), wait)
+            lock.users += 1
+        self._lock: _Lock | None = lock
 
     def release(self) -> None:
-        """Give the folder back; a second call does nothing."""
+        """Release the folder; a second call does nothing."""
         with _GUARD:
-            held, self._held = self._held, None
-            if held is None:
+            lock, self._lock = self._lock, None
+            if lock is None:
                 return
-            held.users -= 1
-            if held.users == 0:
-                _LOCKS.pop(held.folder, None)
-                _unlock(held)
+            lock.users -= 1
+            if lock.users == 0:
+                _LOCKS.pop(lock.folder, None)
+                _unlock(lock)
 
     def __enter__(self) -> Claim:
         return self
@@ -105,7 +108,10 @@ def _lock(path: Path, named: Path, wait: bool) -> _Lock:
 
 
 def _try(lock: _Lock) -> bool:
-    """Return whether the folder is now ours. A folder that cannot be locked is, and a line says so."""
+    """Return whether this process may write the folder now.
+
+    It may also where the file system has no locks, and then a notice is printed.
+    """
     assert lock.file is not None
     missing: OSError | None = None
     for _ in range(ATTEMPTS):
@@ -116,7 +122,7 @@ def _try(lock: _Lock) -> bool:
         except FileNotFoundError as error:  # another process has removed the empty parent folder
             missing = error
             continue
-        except OSError as error:  # the parent folder is not ours: lock the folder itself, which names no holder
+        except OSError as error:  # the parent folder is read-only: lock the folder itself, which names no holder
             return _try_folder(lock, error)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -125,7 +131,7 @@ def _try(lock: _Lock) -> bool:
                 os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
                 lock.descriptor = descriptor
                 return True
-        except FileNotFoundError:  # the former holder has removed the file that we opened
+        except FileNotFoundError:  # the former holder has removed the file that was opened here
             pass
         except OSError as error:
             os.close(descriptor)
@@ -139,7 +145,7 @@ def _try(lock: _Lock) -> bool:
 def _try_folder(lock: _Lock, reason: OSError) -> bool:
     lock.file = None
     if not lock.folder.is_dir():
-        return True  # it cannot be made either, as its writer will say
+        return True  # it cannot be made either, and its writer will report that
     descriptor = os.open(lock.folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -177,9 +183,11 @@ def _holder(file: Path | None) -> str:
 
 
 def _unlock(lock: _Lock) -> None:
-    if lock.descriptor is not None and lock.process == os.getpid():  # a forked child shares what it did not lock
+    if lock.descriptor is not None and lock.process == os.getpid():  # a forked child must not unlock for its parent
         if lock.file is not None:
-            lock.file.unlink(missing_ok=True)  # while it is locked: who waits for it then takes a new one
+            lock.file.unlink(
+                missing_ok=True
+            )  # while it is locked: a process that waits for it then makes a new one
         _remove_empty(lock.made)
     if lock.descriptor is not None:
         os.close(lock.descriptor)
@@ -193,7 +201,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def release_all() -> None:
-    """Give all folders back: what is left of claims when the process ends."""
+    """Release all claims of this process, at its end."""
     with _GUARD:
         for lock in list(_LOCKS.values()):
             _unlock(lock)

@@ -22,7 +22,7 @@ PATH = re.compile(r"[\w.\[\]-]*")  # the field that an error message begins with
 
 
 class Plain(str):
-    """Unquoted text of a YAML file or the command line; the declared type of its field decides its value."""
+    """Unquoted text of a YAML file or the command line, whose value depends on the declared type of its field."""
 
     __slots__ = ()
 
@@ -75,7 +75,7 @@ def read(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
 
 
 def type_at(cls: Any, keys: Sequence[str]) -> Any:
-    """The declared type of the field `keys[0].keys[1]...` of a dataclass; Any where there is no such field."""
+    """Return the declared type of the field `keys[0].keys[1]...` of a dataclass, or Any for an unknown field."""
     kind = cls
     for key in keys:
         nested = next((one for one in options_of(kind) if dataclasses.is_dataclass(one)), None)
@@ -87,13 +87,13 @@ def type_at(cls: Any, keys: Sequence[str]) -> Any:
 
 
 def options_of(kind: Any) -> tuple[Any, ...]:
-    """The members of a union type, or the type alone."""
+    """Return the members of a union type, or a tuple of the type itself."""
     union = typing.get_origin(kind) in (typing.Union, types.UnionType)
     return typing.get_args(kind) if union else (kind,)
 
 
 def plain_value(value: Any) -> Any:
-    """The value of YAML 1.2's core schema where no type is declared: a number, true, false or text."""
+    """Return the value of data without a declared type, by YAML 1.2's core schema: number, boolean or text."""
     if isinstance(value, Mapping):
         return {str(key): plain_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -128,7 +128,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         if value is None or (isinstance(value, Plain) and value.lower() == "none" and str not in options):
             return None
         options = tuple(option for option in options if option is not type(None))
-    if isinstance(value, Plain):  # text is what remains when it is nothing else
+    if isinstance(value, Plain):  # a value is text only if it is nothing else
         options = tuple(sorted(options, key=lambda option: option is str))
     errors: list[str] = []
     for option in options:
@@ -140,7 +140,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 
 
 def _most_precise(errors: Sequence[str]) -> str:
-    """The error about the innermost field; where several options are wrong alike, all that they accept."""
+    """Return the error about the innermost field; for several errors about it, join what they accept."""
     places = [PATH.match(error) for error in errors]
     depths = [0 if place is None else place[0].count(".") + place[0].count("[") for place in places]
     found = [error for error, depth in zip(errors, depths, strict=True) if depth == max(depths)]
@@ -204,7 +204,7 @@ def _convert_scalar(kind: Any, value: Any, where: str) -> Any:
 
 
 def _integer(text: str) -> int:
-    """Decimal digits, also with leading zeros or an exponent, or 0x and 0o numbers."""
+    """Read decimal digits, also with leading zeros or an exponent, and 0x and 0o numbers."""
     if re.fullmatch(r"[-+]?0[xXoO].+", text):
         return int(text, 0)
     try:
@@ -217,12 +217,12 @@ def _integer(text: str) -> int:
 
 
 def _float(text: str) -> float:
-    """Python's spelling of a number, or YAML's, whose infinity begins with a dot."""
+    """Read a number as Python or YAML writes it; YAML's infinity begins with a dot."""
     return float(text.replace(".", "", 1) if re.fullmatch(r"[-+]?\.(inf|nan)", text.lower()) else text)
 
 
 def _shown(value: Any) -> str:
-    """`value` as Python writes it: unquoted text that reads as a number or a boolean as that."""
+    """Return `value` as Python writes it, unquoted text as the number or boolean that it may be."""
     return repr(plain_value(value))
 
 

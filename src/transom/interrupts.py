@@ -1,4 +1,4 @@
-"""Signals that end a command: SIGINT, SIGTERM and SIGHUP, and native calls that would not let it end. No torch."""
+"""Signals that end a command (SIGINT, SIGTERM, SIGHUP), and native calls that would delay its end. No torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SI
 
 
 class Terminated(BaseException):
-    """What SIGTERM and SIGHUP raise in the main thread, as SIGINT raises KeyboardInterrupt there."""
+    """Raised by SIGTERM and SIGHUP in the main thread, as KeyboardInterrupt by SIGINT."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -27,7 +27,7 @@ STOPS = (KeyboardInterrupt, Terminated)
 
 
 def raise_stop(number: int, _frame: object = None) -> NoReturn:
-    """Raise what a signal stands for; usable as a signal handler."""
+    """Raise KeyboardInterrupt or `Terminated` for a signal; usable as a signal handler."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise Terminated(number)
@@ -60,9 +60,9 @@ def handling(handler: Callable[[int, Any], None], signals: tuple[int, ...] = STO
 
 
 class Background(Generic[T]):
-    """A call that runs in a thread of its own.
+    """A call that runs in its own thread.
 
-    The main thread waits for its `result` and can be interrupted meanwhile, which it cannot inside a native call.
+    The main thread can be interrupted while it waits for the `result`, but not inside a native call.
     """
 
     _running: ClassVar[set[Background[Any]]] = set()
@@ -86,7 +86,7 @@ class Background(Generic[T]):
 
     def result(self) -> T:
         """Wait for the call and return its value, or raise its error."""
-        while not self._done.wait(0.1):  # a wait without an end would not be interrupted everywhere
+        while not self._done.wait(0.1):  # on some systems a wait without a limit cannot be interrupted
             pass
         if self._error is not None:
             raise self._error

@@ -1,4 +1,4 @@
-"""YAML whose unquoted values get their type from the field they are for, not from YAML 1.1's guesses.
+"""YAML whose unquoted values get their type from the field that they set, not from the rules of YAML 1.1.
 
 YAML 1.1 reads `no` as false, `0123` as 83, `2024-11-29` as a date and `1e-4` as text. No torch.
 """
@@ -47,12 +47,12 @@ _Loader.add_constructor("tag:yaml.org,2002:str", _scalar)
 
 
 def parse_yaml(text: str) -> Any:
-    """The data of a YAML text, its unquoted scalars as `Plain`; raises `yaml.YAMLError`."""
+    """Return the data of a YAML text, with unquoted scalars as `Plain`; raise `yaml.YAMLError`."""
     return yaml.load(text, Loader=_Loader)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; an empty file is an empty mapping."""
+    """Return the mapping in a YAML file; an empty file is an empty mapping."""
     try:
         data = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -69,10 +69,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def word_value(kind: Any, text: str, where: str) -> Any:
-    """The data that `text` of the command line gives a field of type `kind`.
+    """Return the data that `text` of the command line is for a field of type `kind`.
 
-    A field of text takes it as it is. Lists and mappings are YAML, and so is what stands in brackets or braces
-    where a field takes either of both.
+    A field of text takes it unchanged. Lists and mappings are written as YAML. Where a field takes text as well as
+    a list or mapping, only a text in brackets or braces is YAML.
     """
     options = options_of(kind)
     nested = any(

@@ -142,7 +142,7 @@ def test_a_single_held_out_row_of_kto_is_no_score_and_no_obstacle(base, tmp_path
     (data / "valid.jsonl").write_text(rows[0])
     trainer = open_run(open_args(tmp_path, base, data, objective="kto"))
     assert trainer.objective.measure() is None
-    assert "1 example, which kto cannot compare" in capsys.readouterr().err
+    assert "kto has no other one to compare it with" in capsys.readouterr().err
 
 
 def test_fewer_questions_than_a_step_was_asked_for_are_all_taken(base, tmp_path):

@@ -1,7 +1,7 @@
-"""What a run wrote down about itself when it began, and whether a config, data and machine go on with it.
+"""Whether a config, its data and a machine continue a run, by what the run wrote when it began.
 
-`run.json` holds the config twice: as it was given, by which a config is compared, and as it was resolved, with the
-values that followed from the data.
+`run.json` has the config twice: as it was given, which later configs are compared with, and as it was resolved,
+with the values that follow from the data.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transom.training.trainer import Trainer
 
 CONFIG, FACTS = "config.yaml", "run.json"
-# What may differ between a run and its continuation: none of it changes the arithmetic of a step.
+# Fields that may differ between a run and its continuation, as they do not change the arithmetic of a step.
 FREE_ON_RESUME = (
     "out",
     "data.cache_dir",
@@ -50,7 +50,7 @@ FREE_ON_RESUME = (
 
 
 class Change(NamedTuple):
-    """A field whose value is another one than when the run began."""
+    """A field whose value has changed since the run began."""
 
     field: str
     before: Any
@@ -58,12 +58,12 @@ class Change(NamedTuple):
 
     @property
     def is_free(self) -> bool:
-        """Whether the run goes on exactly all the same."""
+        """Whether the run goes on exactly in spite of the change."""
         return any(self.field == name or self.field.startswith(f"{name}.") for name in FREE_ON_RESUME)
 
 
 def write_run(run: RunFolder, given: TrainArgs, trainer: Trainer) -> None:
-    """Write config.yaml and run.json: all that is needed to know what this run was."""
+    """Write config.yaml and run.json, which describe the run."""
     facts: dict[str, Any] = {
         "transom": __version__,
         "machine": machine(),
@@ -87,7 +87,7 @@ def _write_config(run: RunFolder, given: TrainArgs, trainer: Trainer, facts: dic
 
 
 def write_changes(run: RunFolder, changes: list[Change], given: TrainArgs, trainer: Trainer) -> None:
-    """Write down and print what differs from the config that the run has had so far."""
+    """Print the changes of the config, and write the new config."""
     if not changes:
         return
     for change in changes:
@@ -96,10 +96,10 @@ def write_changes(run: RunFolder, changes: list[Change], given: TrainArgs, train
 
 
 def changes_of(run: Path, args: TrainArgs) -> list[Change]:
-    """Return how a config differs from that of a run; one that would compute something else is a `RequestError`.
+    """Return how a config differs from that of a run; raise `RequestError` if it would compute something else.
 
-    What the run wrote when it began counts, not what its config.yaml says by now. A value that the config left open
-    may be given as the one that was chosen.
+    The config is compared with the one in run.json, since config.yaml may have been edited. A value that the run's
+    config left open may also be given as the value that was chosen for it.
     """
     if not (run / FACTS).exists():
         raise RequestError(f"{run}: no {FACTS}; accepted with --resume is a folder that a run wrote")
@@ -125,7 +125,7 @@ def as_begun(run: Path, args: TrainArgs) -> TrainArgs:
 
 
 def check_as_begun(run: Path, args: TrainArgs) -> None:
-    """Refuse to resume with other steps or batches than the run began with, which follow from its data."""
+    """Refuse to resume with another number of steps or rows than the run began with; both follow from its data."""
     resolved = _resolved(read_json(run / FACTS))
     for field, now in (("steps", args.steps), ("data.batch_size", args.data.batch_size)):
         before = _value_at(resolved, field)
@@ -133,7 +133,10 @@ def check_as_begun(run: Path, args: TrainArgs) -> None:
 
 
 def check_same_machine(run: Path, device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Return the run's own dtype, which a new measurement must not change; print what makes resuming inexact."""
+    """Return the dtype that the run began with; print every difference between the machines.
+
+    A new measurement for `dtype: auto` must not change the dtype of a run.
+    """
     facts, now = read_json(run / FACTS), machine()
     for what, before, after in (
         ("device", facts["device"], device.type),
@@ -145,7 +148,7 @@ def check_same_machine(run: Path, device: torch.device, dtype: torch.dtype) -> t
 
 
 def check_same_data(run: Path, data: Mapping[str, str], tokenizer: Tokenizer) -> None:
-    """Refuse to resume on text that has changed: the data position would point elsewhere."""
+    """Refuse to resume on data that has changed, in which the run's position would be another place."""
     facts = read_json(run / FACTS)
     before = facts["data"]
     if TOKENS in data and TOKENS not in before:  # older runs have this hash under the name of every source
@@ -153,14 +156,14 @@ def check_same_data(run: Path, data: Mapping[str, str], tokenizer: Tokenizer) ->
         data = {name: rows if before.get(name) == rows else one for name, one in data.items() if name != TOKENS}
     changed = [name for name in {**before, **data} if before.get(name) != data.get(name)]
     if changed:
-        changed = [name for name in changed if name != TOKENS] or changed  # they change with every source
+        changed = [name for name in changed if name != TOKENS] or changed  # the tokens change with every source
         raise RequestError(f"{run}: {', '.join(changed)} has changed since the run began; start a new run")
     if facts["tokenizer"] != tokenizer.hash:
         raise RequestError(f"{run}: the tokenizer of its latest step is not the one it began with")
 
 
 def _resolved(facts: Mapping[str, Any]) -> dict[str, Any]:
-    resolved: dict[str, Any] = facts.get("resolved") or facts["config"]  # older runs wrote one config
+    resolved: dict[str, Any] = facts.get("resolved") or facts["config"]  # older versions wrote one config
     return resolved
 
 

@@ -1,4 +1,4 @@
-"""The course of a run: its steps, the scores, samples and checkpoints between them, its end and an early end."""
+"""The order of a run: steps, the scores, samples and checkpoints between them, and its end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run_course(trainer: Trainer) -> HeldOut:
         _take_steps(trainer)
         if trainer.stop.signal is None:
             return _finish(trainer)
-    except STOPS:  # of a first signal only work that can be done again is lost; a second one ends everything
+    except STOPS:  # after a first signal the run is saved; a second one ends it at once
         if trainer.stop.signal is None or trainer.stop.again:
             raise
     _end_early(trainer)
@@ -53,14 +53,17 @@ def _take_steps(trainer: Trainer) -> None:
 
 
 def _asked_to_stop(trainer: Trainer) -> bool:
-    """Whether any rank has caught a signal: all leave at the same step, or some would wait forever."""
+    """Return whether any rank has caught a signal.
+
+    All ranks have to stop at the same step, or some would wait for the others forever.
+    """
     trainer.stop.signal = trainer.ranks.largest(trainer.stop.signal or 0) or None
     return trainer.stop.signal is not None
 
 
 @contextmanager
 def _again_on_resume(trainer: Trainer) -> Iterator[None]:
-    """Leave scores and samples at once after a signal, all ranks together."""
+    """Let a signal end scores and samples at once, on all ranks together; a resumed run makes them again."""
     stop = trainer.stop
     try:
         with stop.at_once(apart=True):
@@ -73,14 +76,14 @@ def _again_on_resume(trainer: Trainer) -> Iterator[None]:
 
 
 def score_and_save(trainer: Trainer) -> None:
-    """Score, sample and save after a step, each where it is due; the last step is scored by `_finish`."""
+    """Score, sample and save after a step, each if it is due; `_finish` scores the last step."""
     args, progress = trainer.args, trainer.progress
     if progress.step == args.steps:
         return
     scores = args.eval_every > 0 and progress.step % args.eval_every == 0
     samples = args.sample_every > 0 and progress.step % args.sample_every == 0
     measured = None
-    progress.unmeasured = True  # a checkpoint written after a signal tells the next sitting to do it again
+    progress.unmeasured = True  # in a checkpoint that is written after a signal: the resumed run does it again
     with _again_on_resume(trainer):
         if scores:
             measured = trainer.evaluate(args.eval_tokens)
@@ -97,10 +100,10 @@ def score_and_save(trainer: Trainer) -> None:
 def _finish(trainer: Trainer) -> HeldOut:
     """Save the last step and score all held-out text."""
     args = trainer.args
-    trainer.save(None)  # first: a kill while scoring must not cost the last steps
+    trainer.save(None)  # before scoring, so that a kill meanwhile does not lose the last steps
     trainer.line.say("scoring held-out text ...")
     with _again_on_resume(trainer):
-        # The best step is chosen by the score that all steps have, over the same first documents.
+        # The best step is chosen by scores over the same documents: the first `eval_tokens`.
         limited = args.eval_every > 0 and args.eval_tokens is not None and bool(trainer.data.held_out)
         measured = trainer.evaluate(args.eval_tokens) if limited else None
         final = trainer.evaluate(None, key="final" if limited else "held_out")
@@ -116,4 +119,4 @@ def _end_early(trainer: Trainer) -> None:
         trainer.line.say(f"stopping at step {step}; a second signal stops at once")
     trainer.save(None)
     if trainer.finished:
-        trainer.line.say(f"step {step}: the run is finished and saved; --resume makes up for its final score")
+        trainer.line.say(f"step {step}: the run is finished and saved; --resume computes its final score")

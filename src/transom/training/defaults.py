@@ -1,4 +1,4 @@
-"""Rows per step and packing where a config leaves them open: they follow from the rows of the run. No torch."""
+"""Rows per step, packing and epochs that a config leaves open, chosen by the rows of the run. No torch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from transom.training.config import DEFAULT_ROWS, TrainArgs
 from transom.training.tune_args import TuneArgs
 
 ENOUGH_STEPS = 100  # batches become larger only while a run has this many steps
-FEW_STEPS = 30  # of a run that is warned about
-PASSES, MOST_PASSES = 3.0, 10.0  # over the rows, where nobody says how many; a small set gets more
+FEW_STEPS = 30  # a run with fewer gets a warning
+PASSES, MOST_PASSES = 3.0, 10.0  # over the rows by default, and at most for a small set
 MOST_ROWS = 16
-MOST_QUESTIONS = 8  # of grpo, each of which stands for a group of answers
+MOST_QUESTIONS = 8  # of grpo, which draws a group of answers for each
 PACKABLE = ("sft", "distill")
-# The fewest items of a step that an objective learns well from: pairs in which a reward or a margin
-# differs, and for kto rows enough to estimate how far the policy has moved.
+# The fewest items per step that an objective learns well from. Preferences and rewards compare items, and kto
+# estimates from a step how far the policy has moved.
 FEWEST = {"dpo": 2, "ipo": 2, "orpo": 2, "grpo": 2, "kto": 4}
 
 

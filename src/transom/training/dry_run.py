@@ -1,4 +1,4 @@
-"""A step that leaves no trace: what tells before the first one whether the steps of a run fit into memory."""
+"""A trial step before the first one, which shows whether the run fits into memory and changes nothing."""
 
 from __future__ import annotations
 

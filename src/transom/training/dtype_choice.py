@@ -1,7 +1,7 @@
-"""The dtype of a run's products on the CPU, where neither float32 nor bfloat16 is always the faster one.
+"""The choice between float32 and bfloat16 for the matrix products of a run on the CPU.
 
-A processor with instructions for bfloat16 multiplies large matrices faster in it, and small ones slower,
-since the conversions around them cost more than the products save. So a step of the run is timed in both.
+A processor with bfloat16 instructions multiplies large matrices faster in bfloat16, but small ones slower, because
+the conversions around them cost more than the products save. So a step of the run is timed in both.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from transom.training.dry_run import random_state, restore_random_state
 from transom.training.objectives import Objective, RunBatch, RunBatches
 from transom.training.ranks import Ranks
 
-TIMED_TOKENS = 2048  # more of them are not needed to tell which dtype is faster
-MOST_PARAMETERS = 500_000_000  # of a model that is tried: in float32 a larger one may not fit
-SHORT_PASSES, SHORT_SECONDS = 3, 2.0  # so many passes are timed, or those of so many seconds
-CLEARLY = 1.1  # how much faster bfloat16 has to be, as it rounds
+TIMED_TOKENS = 2048  # enough to find the faster dtype
+MOST_PARAMETERS = 500_000_000  # a larger model is not timed: it may not fit in float32
+SHORT_PASSES, SHORT_SECONDS = 3, 2.0  # at most so many passes are timed, and no more after so many seconds
+CLEARLY = 1.1  # bfloat16 rounds, so it has to be faster by this factor
 
 
 @dataclass
 class DtypeChoice:
-    """The dtype of the products; while it `is_open`, `dtype` is only what the device suggests.
+    """The dtype of the matrix products. While the choice `is_open`, `dtype` is what the device suggests.
 
-    All ranks call `settle`, or none, and all take what rank 0 has found.
+    `settle` is called by all ranks or by none, and all take the choice of rank 0.
     """
 
     dtype: torch.dtype
@@ -42,7 +42,7 @@ class DtypeChoice:
     def of(cls, name: str, dtype: torch.dtype, ranks: Ranks) -> DtypeChoice:
         """Return the choice of `dtype: name` in a config, where the device suggests `dtype`."""
         candidate = name == "auto" and dtype == torch.bfloat16 and ranks.device.type == "cpu"
-        is_open = bool(ranks.first(int(candidate)))  # processors of ranks may differ
+        is_open = bool(ranks.first(int(candidate)))  # the processors of the ranks may differ
         if name == "auto":
             dtype = torch.bfloat16 if ranks.first(int(dtype == torch.bfloat16)) else torch.float32
         return cls(dtype, is_open, ranks)
@@ -50,9 +50,9 @@ class DtypeChoice:
     def settle(self, model: LLM, objective: Objective, batches: RunBatches, items: int, *, frozen: bool) -> None:
         """Time a step of the run in both dtypes, take the faster one and print both times.
 
-        `items` are those of a step of this rank. With `frozen`, the weights that do not train are cast
-        to bfloat16 on the way. The caller loads such a model again. Apart from that weights, random
-        state and the place in the data are as before.
+        `items` is how many items a step of this rank takes. With `frozen`, the weights that do not train are
+        cast to bfloat16, and the caller has to load the model again. Otherwise weights, random state and the
+        position in the data do not change.
         """
         if not self.is_open:
             return
@@ -66,7 +66,7 @@ class DtypeChoice:
                 cast_frozen(model, torch.bfloat16)
             fast = seconds_of_step(model, objective, micro, torch.bfloat16)
         except Exception as error:
-            if not is_out_of_memory(error):  # the dry run tells what to do about it
+            if not is_out_of_memory(error):  # the dry run reports it and what to change
                 raise
             slow = fast = float("inf")
         model.zero_grad(set_to_none=True)
@@ -82,12 +82,12 @@ class DtypeChoice:
             )
 
     def limit(self, args: ModelArgs) -> None:
-        """Close the choice for a model that is too large to be tried in float32."""
+        """Close the choice for a model that is too large to be timed in float32."""
         self.is_open = self.is_open and parameters(args) <= MOST_PARAMETERS
 
 
 def seconds_of_step(model: LLM, objective: Objective, micro: RunBatch, dtype: torch.dtype) -> float:
-    """Return the seconds of a forward and a backward pass: of the fastest, where passes are short."""
+    """Return the seconds of a forward and a backward pass; of several short passes, those of the fastest."""
     seconds: list[float] = []
     while len(seconds) < 2 or (len(seconds) <= SHORT_PASSES and sum(seconds) < SHORT_SECONDS):
         started = time.perf_counter()
@@ -108,7 +108,7 @@ def cast_frozen(model: LLM, dtype: torch.dtype) -> None:
 
 
 def timed_batch(batches: RunBatches, items: int) -> RunBatch:
-    """Return the longest rows of the run, as many of a step's `items` as `TIMED_TOKENS` allow."""
+    """Return the longest rows of the run: at most a step's `items`, and about `TIMED_TOKENS` tokens."""
     pieces = [count for count in range(1, items + 1) if items % count == 0]
     micro: RunBatch = batches.largest(pieces.pop(0))
     while pieces and micro.tokens.numel() > TIMED_TOKENS:

@@ -1,4 +1,4 @@
-"""Which settings have an effect under which others: a setting without any is refused, not ignored. No torch."""
+"""Settings that have no effect together with others; they are refused, not ignored. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Condition = Callable[[TrainArgs], bool]
 
 
 class Effect(NamedTuple):
-    """Fields that only have an effect under a condition, and that condition in words."""
+    """Fields that have an effect only under a condition; `accepted` is that condition in words."""
 
     fields: tuple[str, ...]
     under: Condition
@@ -31,7 +31,7 @@ def _head_kind(args: TrainArgs) -> str | None:
     return None if head is None else head.kind
 
 
-# What belongs to one method or objective: a value of its own is a mistake wherever it stands.
+# Fields of one method or objective: a value that is not the default is a mistake, also in a config file.
 OF_A_METHOD = (
     Effect(("tune.lora",), lambda args: args.tune is None or args.tune.method == "lora", "tune.method = lora"),
     Effect(("tune.desirable_weight", "tune.undesirable_weight"), *_objective("kto")),
@@ -41,8 +41,8 @@ OF_A_METHOD = (
     Effect(("tune.train_on",), *_objective("sft", "distill")),
     Effect(("tune.truncate",), *_objective("sft", "distill", *PREFERENCES)),
 )
-# What a switch turns off: the values may stay in a config whose switch is off, but the command line must not give
-# them. `TuneArgs` itself refuses other values of `beta`, `label_smoothing`, `teacher` and `vocab_multiple`.
+# Fields that a switch turns off: a config file may keep their values, but the command line must not give them.
+# `TuneArgs` itself checks `beta`, `label_smoothing`, `teacher` and `vocab_multiple`.
 OF_A_SWITCH = (
     Effect(("steps",), lambda args: args.tune is None or args.tune.epochs is None, "tune.epochs = null"),
     Effect(("tune.scores",), lambda args: args.eval_every == 0, "eval_every = 0"),

@@ -1,4 +1,4 @@
-"""The config of a fine-tuning run of which only the model and the data are given."""
+"""The config of a fine-tuning run from a model, its data and a few settings."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transom.training.config import TrainArgs, read_config
 from transom.training.tune_args import PREFERENCES
 
 EMBEDDED = "stdlib-docs"
-SEQ_LEN = 1024  # rows are no longer than this unless asked for
-# Peak learning rates that work for most models: adapters start at zero and bear ten times that of whole weights.
+SEQ_LEN = 1024  # tokens of the longest row by default
+# Peak learning rates that work for most models; that of adapters, which start at zero, is ten times higher.
 RATES = {("lora", False): 2e-4, ("full", False): 2e-5, ("lora", True): 2e-5, ("full", True): 1e-6}
 DEFAULTS: dict[str, Any] = {
     "data": {"held_out": 0.05},
@@ -23,7 +23,7 @@ DEFAULTS: dict[str, Any] = {
     "schedule": {"kind": "cosine", "warmup": 0.03, "final": 0.1},
     "tune": {"epochs": "auto"},
 }
-# Models as small as the demo's learn faster, need more of an adapter and have little to lose.
+# Models as small as the demo's take a higher learning rate and need a higher rank.
 SMALL_PARAMETERS, SMALL_RATE = 20_000_000, 50
 RANK = {False: 16, True: 32}
 
@@ -37,9 +37,9 @@ def finetune_args(
 ) -> TrainArgs:
     """Return the config of a run that fine-tunes `model` on `data`, as `transom finetune` makes it.
 
-    `config` are fields as config.yaml has them and `overrides` are words such as `tune.method=full`. What
-    neither of them states follows from the model and the method here, and from the rows when the run is
-    opened. `opened` is the model where it is known already; it may then be a tokenizer alone.
+    `config` has fields as in config.yaml, and `overrides` are words such as `tune.method=full`. Fields that
+    neither of them gives are chosen here by the model and the method, or by the rows when the run is opened.
+    `opened` is the model if the caller has found it, which may be a tokenizer without a model.
     """
     stated = dict(config or {})
     given = dict(word.partition("=")[::2] for word in overrides)
@@ -54,10 +54,10 @@ def finetune_args(
         require(isinstance(base[section], dict), section, base[section], accepted)
     adapter = given.get("tune.method", base["tune"].get("method", "lora")) == "lora"
     if not adapter and "lora" not in stated.get("tune", {}):
-        del base["tune"]["lora"]  # defaults of an adapter, of which there is none
+        del base["tune"]["lora"]  # defaults for an adapter, which this run does not have
     if "steps" in given or "steps" in stated:
         base["tune"]["epochs"] = None
-    # A folder by its path: a run may find a better step meanwhile.
+    # The folder of the step, since a run may find a better step later.
     base["base"] = str(found.model) if found.adapter is None and Path(model).exists() else model
     if data:
         base["data"]["sources"] = list(data)
@@ -74,24 +74,24 @@ def finetune_args(
 
 
 def defaults_for(args: ModelArgs | None, small: bool) -> dict[str, Any]:
-    """Return what the fields are unless a word says otherwise; `args` is None for a tokenizer alone."""
+    """Return the defaults for a model; `args` is None for a tokenizer without a model."""
     base = {key: dict(value) for key, value in DEFAULTS.items()}
     base["data"]["seq_len"] = SEQ_LEN if args is None else min(args.max_seq_len, SEQ_LEN)
     widths = [] if args is None else [layer.n_kv_heads * layer.head_dim for layer in args.layers]
     rank = min([RANK[small], *widths])
-    # A matrix has no more to adapt than its shorter side.
+    # The rank of a change to a matrix is at most its shorter side.
     base["tune"]["lora"] = {"rank": rank, "alpha": 2.0 * rank}
     return base
 
 
 def merged(defaults: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
-    """The defaults with what a config states in their place, section by section."""
+    """Return the defaults, replaced field by field with the values of a config."""
     both = {key: {**defaults[key], **stated[key]} for key in defaults if isinstance(stated.get(key), dict)}
     return {**defaults, **stated, **both}
 
 
 def default_out(model: str) -> str:
-    """`runs/demo-finetune` for `runs/demo`; a hub id goes below `runs`."""
+    """Return `runs/demo-finetune` for `runs/demo`, and a folder below `runs` for a hub id."""
     if not Path(model).exists() and is_hub_id(model):
         return f"runs/{model.rpartition('/')[2]}-finetune"
     path = Path(model.rstrip("/"))

@@ -1,9 +1,8 @@
-"""Whether an answer has the value of a reference: exact or by `math-verify`. No torch.
+"""Whether an answer has the value of a reference: compared exactly or by `math-verify`. No torch.
 
-What `math-verify` 0.9 does not take for equal, so that a right answer counts as wrong: an
-inequality (x > 0) for an interval, i for \\sqrt{-1}. Periods (0.\\overline{3}) it does not read.
-Percents equal both numbers that they may mean (50\\% is 50 and 0.5), and the items of a list
-without brackets may come in any order.
+`math-verify` 0.9 counts some right answers as wrong: an inequality (x > 0) for an interval, and i for
+\\sqrt{-1}. It does not read periods (0.\\overline{3}). A percentage equals both numbers that it may mean
+(50\\% is 50 and 0.5), and the items of a list without brackets may come in any order.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _DIGITS = r"(?:\d{1,3}(?:[, ]\d{3})++(?!\d)|\d++)(?:\.\d*+)?+|\.\d++"
 _NUMBER = re.compile(
     rf"([-+]?)(?:(\d++) (?=\d+/))?({_DIGITS})(?:[eE]([-+]?\d{{1,2}}))?(?:\s?/\s?(\d++))?",
 )
-# What typesets a text and has no value.
+# Marks of typesetting, which have no value.
 _MARKS = re.compile(r"\\(?:left|right|displaystyle)(?![a-z])|(?<!\\)\\[()\[\],!; ]|\*\*|\\?[$€£]|~")
 _FRACTION = re.compile(r"^([-+]?\d*)\s*\\[dt]?frac\s*(?:\{(\d+)\}\{(\d+)\}|(\d)\s*(\d))$")
 _TEXT_GROUP = re.compile(r"\\(?:text|mathrm|mbox|textbf|operatorname|begin|end)\s*\{[^{}]*\}")
@@ -47,9 +46,9 @@ class Part(NamedTuple):
 
 
 def final_answer(text: str) -> Part:
-    """Return what the last `\\boxed{}` or `####` (GSM8K, arXiv 2110.14168) marks, else all.
+    """Return the part that the last `\\boxed{}` or `####` (GSM8K, arXiv 2110.14168) marks, else the text.
 
-    A box that is not closed holds part of an answer, which is none.
+    A box that is not closed is only a part of an answer, and counts as an empty one.
     """
     marks, box = text.rfind("####"), text.rfind(BOXED)
     if box > marks:
@@ -70,10 +69,10 @@ def _inside(text: str) -> str:
 
 
 def exact_number(text: str) -> Fraction | None:
-    """Return the number that a text is, None where it is anything more or less.
+    """Return the value of a text that is one number and nothing else, or None.
 
-    Thousands with commas or spaces, decimals, exponents of two digits, fractions and mixed numbers
-    (3 1/2).
+    It reads thousands with commas or spaces, decimals, exponents of two digits, fractions and mixed
+    numbers (3 1/2).
     """
     text = _cleaned(text)
     if fraction := _FRACTION.match(text):
@@ -95,7 +94,7 @@ def exact_number(text: str) -> Fraction | None:
 
 
 def _cleaned(text: str) -> str:
-    """Return a text without what typesets it: `$`, spaces of LaTeX, bold, a full stop."""
+    """Return a text without its typesetting: `$`, spaces of LaTeX, bold, a full stop."""
     text = text.replace("{,}", ",").replace("\u2212", "-").replace("\u00a0", " ").replace("\\,", " ")
     return " ".join(_MARKS.sub("", text).split()).removesuffix(".").strip()
 
@@ -137,7 +136,7 @@ def same_value(answer: str, reference: str) -> bool:
 
 
 def _reference_number(text: str) -> Fraction | None:
-    """Return the number that a reference is, also with a unit in words (`42 apples`)."""
+    """Return the value of a reference that is a number, also one with a unit in words (`42 apples`)."""
     number = exact_number(text)
     words = re.search(r"[A-Za-z].*", _cleaned(text))
     only_words = words is not None and re.fullmatch(r"[A-Za-z .]+", words[0]) is not None
@@ -151,13 +150,13 @@ def _first_number(text: str) -> Fraction | None:
 
 
 def _as_request(part: Part) -> tuple[str, bool]:
-    """Return a part as the worker takes it: an expression without its layout, or prose."""
+    """Return a part as (text, whether it is LaTeX) for the worker: an expression, or prose."""
     cleaned = _cleaned(part.text)
     words = _WORD.findall(_TEXT_GROUP.sub("", cleaned))
     longest = max(map(len, words), default=0)
     is_prose = longest > 3 if part.marked else bool(words)
     if is_prose:
-        return part.text.replace("\\$", ""), False  # of money, and not of LaTeX
+        return part.text.replace("\\$", ""), False  # dollars of money, which are no LaTeX
     number = exact_number(part.text)
     # The library reads 1e5 as 1 * e * 5 and 1 000 as 1 * 0.
     return (cleaned, True) if number is None else (f"{number.numerator}/{number.denominator}", True)
@@ -182,7 +181,7 @@ def _worker() -> _Worker:
 
 
 class _Worker:
-    """A process of `math_worker.py`, started when first asked and after every time limit."""
+    """A process of `math_worker.py`, which is started for the first request and again after a time limit."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -191,7 +190,7 @@ class _Worker:
         atexit.register(self.close)
 
     def ask(self, request: dict[str, Any]) -> bool | None:
-        """Return the answer, or None where it takes too long or ends the process."""
+        """Return the answer, or None if the process takes too long or ends."""
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._start()
@@ -217,9 +216,9 @@ class _Worker:
 
     def _start(self) -> None:
         require_math_verify()
-        # -P: the folder of the script holds modules with names of the standard library.
+        # -P: the folder of the script has modules with the names of standard ones.
         command = [sys.executable, "-P", str(_WORKER), str(SECONDS)]
-        # A session of its own: Ctrl-C ends a run in its own time, which may still need rewards.
+        # In its own session, since a run that ends after Ctrl-C may still need rewards.
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -243,7 +242,7 @@ class _Worker:
 
 
 def _pump(process: subprocess.Popen[str], lines: queue.Queue[str]) -> None:
-    """Pass on the lines of a process, and an empty one at its end."""
+    """Put the lines of a process into a queue, and an empty one at its end."""
     assert process.stdout is not None
     for line in process.stdout:
         lines.put(line)

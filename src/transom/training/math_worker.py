@@ -1,8 +1,8 @@
-"""The process in which `math-verify` compares answers: a script, one JSON request a line.
+"""The process in which `math-verify` compares answers: a script that reads one JSON request per line.
 
-SymPy may compute for hours, or fill the memory, on a line that a model wrote (9^{9^{9^9}}), and the
-library's own time limit is a signal, which needs the main thread and does not end a computation in
-C. A process can be ended. This file imports nothing of Transom, so the process starts without it.
+SymPy may compute for hours, or fill the memory, on a line that a model wrote (9^{9^{9^9}}). The time limit of
+`math-verify` is a signal, which needs the main thread and does not end a computation in C; a process can be ended.
+This file imports nothing of Transom, so that the process starts quickly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 MEMORY = 4 << 30  # bytes
 ROUNDING = 12  # digits after the point: 0.333333 is not 1/3
-LONGEST_NAME = 1  # of a symbol that is a variable; a longer one is a text
+LONGEST_NAME = 1  # letters of a variable; a longer symbol is a word
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     _limit_memory()
     seconds = int(sys.argv[1])
-    _same(_parse("2", True), _parse(r"\sqrt{4}", True))  # the first request is not charged with imports
+    _same(_parse("2", True), _parse(r"\sqrt{4}", True))  # imports must not count against the first request
     _write("ready")
     for line in sys.stdin:
         with _deadline(seconds):
@@ -49,10 +49,10 @@ def _answer(request: dict[str, Any]) -> bool:
 
 @lru_cache(maxsize=4096)
 def _parse(text: str, as_latex: bool) -> tuple[Any, ...]:
-    """Return what the library finds in a text: a list with an expression first, or nothing."""
+    """Return what the library reads in a text: a tuple that begins with an expression, or an empty one."""
     from math_verify import LatexExtractionConfig, parse
 
-    if as_latex:  # as a whole or not at all: of a root that is cut short, its factor would be found
+    if as_latex:  # the whole text or nothing: of an incomplete root, its factor would be read
         whole = [LatexExtractionConfig()]
         return tuple(parse(f"${text}$", whole, fallback_mode="no_fallback", parsing_timeout=None))
     return tuple(parse(text, fallback_mode="no_fallback", parsing_timeout=None))
@@ -65,7 +65,7 @@ def _same(reference: tuple[Any, ...], answer: tuple[Any, ...]) -> bool:
 
 
 def _is_mathematics(text: str, as_latex: bool) -> bool:
-    """Return whether a text reads as an expression that equals itself, and not as a word."""
+    """Return whether a text is read as an expression that equals itself, and not as a word."""
     found = _parse(text, as_latex)
     symbols = getattr(found[0], "free_symbols", ()) if found else ()
     words = any(len(symbol.name) > LONGEST_NAME and symbol.name.isalpha() for symbol in symbols)
@@ -74,7 +74,7 @@ def _is_mathematics(text: str, as_latex: bool) -> bool:
 
 
 def _plain_words(text: str) -> list[str]:
-    """Return runs of letters that are no command: `many` is read as m * a * n * y."""
+    """Return the words of a text that are no LaTeX command; `many` would be read as m * a * n * y."""
     letters = "".join(letter if letter.isalpha() or letter == "\\" else " " for letter in text)
     return [word for word in letters.split() if "\\" not in word]
 

@@ -55,14 +55,14 @@ def duration(seconds: float) -> str:
 class StopRequest:
     """Whether SIGINT, SIGTERM or SIGHUP has asked the run to end.
 
-    The first signal is noted, and the trainer ends the run after the step; inside `at_once` it raises what stands
-    for it, KeyboardInterrupt or Terminated. The second signal always raises.
+    After the first signal the trainer ends the run at the end of the step; inside `at_once` the signal raises
+    KeyboardInterrupt or Terminated. The second signal always raises.
     """
 
     def __init__(self, *, alone: bool = True) -> None:
         self.signal: int | None = None
         self.again = False  # a second signal has come
-        self._alone = alone  # one of several ranks must not leave before the others
+        self._alone = alone  # one of several ranks must not stop before the others
         self._at_once = False
 
     def listening(self) -> contextlib.AbstractContextManager[None]:
@@ -71,9 +71,9 @@ class StopRequest:
 
     @contextlib.contextmanager
     def at_once(self, *, apart: bool = False) -> Iterator[None]:
-        """Work that can be done again: a signal ends it immediately, also one that came before.
+        """Let a signal end work that can be repeated immediately, also a signal that came before.
 
-        With several ranks that is so for work that each does `apart`, without a word from the others.
+        With several ranks a signal does so only in work that each rank does `apart`, without waiting for others.
         """
         self._at_once = self._alone or apart
         try:
@@ -88,4 +88,4 @@ class StopRequest:
         self.signal = self.signal or number
         if self.again or self._at_once:
             raise_stop(number)
-        # Otherwise nothing else: a handler may have interrupted a write to the terminal.
+        # Nothing is printed here: the handler may have interrupted a write to the terminal.

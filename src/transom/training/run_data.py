@@ -26,7 +26,9 @@ from transom.training.config import TrainArgs
 from transom.training.defaults import head_rows
 from transom.training.objectives import RunBatches
 
-TOKENS = "the tokens of the rows"  # among hashes: it changes with a source, with the chat template, with the cut
+TOKENS = (
+    "the tokens of the rows"  # a name among the hashes: this one changes with a source, the template and the cut
+)
 
 
 @dataclass(frozen=True)

@@ -44,14 +44,14 @@ TEMPORARY = ".tmp-"
 
 
 class RunFolder:
-    """`path` with its step folders. One process at a time holds the folder and writes into it."""
+    """`path` with its step folders. One process at a time may write into it."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._claim: Claim | None = None
 
     def claim(self) -> None:
-        """Keep other processes from writing here until `release`; one that already does is a `RequestError`."""
+        """Keep other processes from writing here until `release`; raise `RequestError` if one already writes."""
         if self._claim is None:
             self._claim = Claim(self.path)
             weakref.finalize(self, self._claim.release)
@@ -71,11 +71,11 @@ class RunFolder:
 
     @property
     def has_steps(self) -> bool:
-        """Whether there is a step to resume from; a `latest` that names none is a `RequestError`."""
+        """Return whether there is a step to resume from; raise `RequestError` if `latest` names a missing one."""
         return self.path.is_dir() and read_pointer(self.path, "latest") is not None
 
     def check(self, *, overwrite: bool, resume: bool) -> None:
-        """Refuse a folder that is not free and holds no step to `resume`, nor a run to `overwrite`."""
+        """Refuse a folder with files unless it has a step to `resume` or only a run to `overwrite`."""
         if self.path.exists() and not self.path.is_dir():
             raise RequestError(f"{self.path}: a file; accepted is a folder to write the run in")
         begun = (self.path / "run.json").exists()
@@ -89,15 +89,15 @@ class RunFolder:
                 f"{self.path}: not empty; accepted with --overwrite or --resume, or name another folder"
             )
         foreign = [item.name for item in items if not _is_own(item)]
-        if foreign:  # only what a run writes is removed: the folder may hold other people's files
+        if foreign:  # a run removes only what runs write
             raise RequestError(f"{self.path}: holds {foreign[0]!r}, which no run wrote; name another folder")
 
     def prepare(self, *, overwrite: bool, resume: bool) -> None:
-        """Make the folder ready: without unfinished checkpoints to resume its latest step, else new and empty."""
-        self.check(overwrite=overwrite, resume=resume)  # once more, as files may have come since
+        """Remove unfinished checkpoints if the latest step is resumed, else everything that a run wrote."""
+        self.check(overwrite=overwrite, resume=resume)  # again, since files may have been added
         goes_on = resume and self.has_steps
         items = list(self.path.iterdir()) if self.path.exists() else []
-        # What makes it a run goes first: a kill must not leave a part of the former one to resume.
+        # The files that make it a run are removed first, so that a kill leaves nothing to resume.
         for item in sorted(items, key=lambda item: item.name not in ("latest", "best", "run.json")):
             if goes_on and TEMPORARY in item.name:
                 notice(f"{item}: unfinished, removed")
@@ -109,7 +109,7 @@ class RunFolder:
             raise RequestError(f"{self.path}: cannot be made ({error.strerror})") from None
 
     def write_file(self, name: str, text: str) -> None:
-        """Write one file of the run, which is the old or the new one whenever the process ends."""
+        """Write one file of the run; a kill leaves the old file or the new one."""
         temporary = self.path / f"{name}{TEMPORARY}{os.getpid()}"
         write_text(temporary, text)
         sync(temporary)
@@ -159,14 +159,14 @@ class RunFolder:
         self.write_file(name, step.name)
 
     def _pointed(self, name: str) -> Path | None:
-        """The step that a pointer names, or None where the pointer or the step is missing."""
+        """Return the step that a pointer names, or None if the pointer or the step is missing."""
         try:
             return read_pointer(self.path, name)
         except RequestError:
             return None
 
     def _steps(self) -> list[Path]:
-        """The whole steps, the latest one last."""
+        """Return the finished steps in their order."""
         items = self.path.iterdir() if self.path.exists() else ()
         steps = [item for item in items if _is_step(item) and TEMPORARY not in item.name]
         return sorted(steps, key=lambda step: int(step.name.partition("_")[2]))
@@ -191,7 +191,7 @@ class RunFolder:
         return step, read_safetensors(step / TRAINER_TENSORS), read_json(step / TRAINER_STATE)
 
     def cut_metrics(self, step: int, *, unmeasured: bool) -> None:
-        """Drop rows that the resumed run writes again: those after `step`, and its scores if it is unmeasured."""
+        """Remove rows that the resumed run writes again: those after `step` and, if `unmeasured`, its scores."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return

@@ -44,9 +44,9 @@ def open_run(
     world_size: int = 1,
     mesh: DeviceMesh | None = None,
 ) -> Trainer:
-    """Return a trainer on a prepared run folder, which no other process may write until the run has ended.
+    """Return a trainer with a prepared run folder, which no other process may write until the run has ended.
 
-    With `resume` it is in the state of the latest step, or at the beginning where no step was saved yet.
+    With `resume` the trainer is in the state of the latest step, or at the beginning if no step was saved.
     """
     device = pick_device(args.device)
     bound_kernel_caches()
@@ -67,10 +67,10 @@ def open_run(
     require(size is None or size % shares == 0, "data.batch_size", size, accepted)
     run, ranks = RunFolder(args.out), Ranks(world_size, mesh, device, rank)
     try:
-        if rank == 0:  # the others may look when rank 0 has begun to fill the folder
+        if rank == 0:  # the other ranks do not check, since rank 0 may have begun to fill the folder
             run.claim()
             run.check(overwrite=overwrite, resume=resume)
-        goes_on = resume and bool(ranks.first(int(run.has_steps)))  # rank 0 may just have mended the folder
+        goes_on = resume and bool(ranks.first(int(run.has_steps)))  # rank 0 may have repaired the folder
         if not goes_on:
             check_effects(args)
         if resume and not goes_on and not quiet and rank == 0:
@@ -78,7 +78,7 @@ def open_run(
         placement = Placement(device, dtype, rank, world_size, mesh, quiet, profile_steps)
         changes = changes_of(run.path, args) if goes_on else []
         trainer = open_trainer(args, run, placement, ranks, goes_on)
-        if rank == 0:  # only now: a request that turns out wrong must not cost the run it would overwrite
+        if rank == 0:  # last, so that a wrong request does not delete the run that it would overwrite
             run.prepare(overwrite=overwrite, resume=resume)
         if goes_on:
             trainer.resume()
@@ -107,7 +107,7 @@ class Placement(NamedTuple):
 
 
 def open_trainer(args: TrainArgs, run: RunFolder, placement: Placement, ranks: Ranks, resume: bool) -> Trainer:
-    """Return a trainer that has passed every check, before anything is written; `resume`: for a run with steps."""
+    """Return a trainer after all checks, without writing anything; `resume` is for a run that has steps."""
     if resume:
         args = as_begun(run.path, args)
         placement = placement._replace(dtype=check_same_machine(run.path, placement.device, placement.dtype))
@@ -156,7 +156,7 @@ def check_apart(args: TrainArgs) -> None:
 
 
 def spread(args: TrainArgs, rows_per_step: int) -> TrainArgs:
-    """Return the config with its batch size, and with as many held-out scores as fine-tuning asks for."""
+    """Return the config with its batch size, and with `eval_every` from `tune.scores`."""
     args = replace(args, data=replace(args.data, batch_size=rows_per_step))
     if args.tune is None or not args.tune.scores or args.eval_every:
         return args

@@ -119,7 +119,7 @@ class Trainer:
     def step(self) -> StepResult:
         """One optimizer step over this rank's share of the next global batch.
 
-        An interruption before the weights move leaves the trainer as it was before the step.
+        An interruption before the weights change leaves the trainer as it was before the step.
         """
         self.model.train()
         before = self.batches.state, random_state(self.device)
@@ -150,7 +150,7 @@ class Trainer:
             batch = self._shortened(prepared)
         whole = self._whole(batch)
         self.optimizers.set_scale(lr_scale(self.progress.step, self.args.steps, self.args.schedule))
-        redo = not isinstance(self.optimizers, BackwardOptimizers)  # weights that moved cannot be put back
+        redo = not isinstance(self.optimizers, BackwardOptimizers)  # it has changed weights, which cannot be undone
         micro_batches = list(batch.micro_batches(self.args.accumulate))
         with self.stop.at_once() if redo else contextlib.nullcontext():
             sums = self._gradients(micro_batches, whole, redo=redo)
@@ -284,8 +284,8 @@ class Trainer:
     def fit(self) -> HeldOut:
         """Train to the last step, saving on the way; return the final held-out score.
 
-        SIGINT, SIGTERM and SIGHUP end the run early (`stop.signal` tells which): after the step, or at once where
-        the work can be done again. What is saved then goes on with `resume`.
+        SIGINT, SIGTERM and SIGHUP (see `stop.signal`) end the run early: at once in work that can be repeated, and
+        otherwise after the step. The run is saved then, and `resume` continues it.
         """
         if self.rank == 0:
             self.run.claim()
@@ -298,7 +298,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether no step is left to take, because all are done or because held-out scores no longer get better."""
+        """Return whether all steps are done, or held-out scores no longer improve."""
         patience = self.args.patience
         early = patience is not None and self.progress.stale >= patience
         return early or self.progress.step >= self.args.steps

@@ -1,4 +1,4 @@
-"""Fine-tuning: what trains of a model that is there, on which rows, and what it is to lower."""
+"""Fine-tuning: the weights of an existing model that train, their rows and their objective."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from transom.training.tune_objectives import tune_objective
 
 
 def tuned_subject(args: TrainArgs, tune: TuneArgs, choice: DtypeChoice, share: Share) -> Subject:
-    """Return the base with what trains on it, its rows and its objective; print a line about each role."""
+    """Return the base with its trained weights, rows and objective; print a line about each role."""
     assert args.base is not None, "TrainArgs checks it"
     folder = whole_model(args.base)
     choice.limit(read_args(folder))
@@ -49,7 +49,7 @@ def tuned_subject(args: TrainArgs, tune: TuneArgs, choice: DtypeChoice, share: S
     template, tune = dated(ChatTemplate.find(folder, tokenizer, tune.template), tune)
     data = open_tune_data(args, tune, tokenizer, template, folder, share)
     base, args = base_name(args.base, folder), decided(args, tune, data.choice)
-    if share.rank == 0:  # also where progress is not wanted: values that were given may have changed
+    if share.rank == 0:  # also with --quiet, since given values may have changed
         for line in filter(None, (data.choice.reason, few_steps_warning(args.steps))):
             notice(line)
     if choice.is_open:
@@ -72,8 +72,8 @@ def tuned_subject(args: TrainArgs, tune: TuneArgs, choice: DtypeChoice, share: S
 def tuned_model(folder: Path, args: TrainArgs, tune: TuneArgs, choice: DtypeChoice) -> tuple[LLM, Tokenizer]:
     """Return the base with its adapter or all its weights ready to train, and its tokenizer with new tokens.
 
-    Frozen weights are in the dtype of the products, since autocast would cast them at every use; in float32
-    while the choice of the dtype is open. Random state is as before.
+    Frozen weights are in the dtype of the products, since autocast would cast them at every use. While the choice
+    of that dtype is open, they are in float32. The random state does not change.
     """
     before = random_state(choice.ranks.device)
     wide = tune.method == "full" or choice.is_open
@@ -90,7 +90,7 @@ def tuned_model(folder: Path, args: TrainArgs, tune: TuneArgs, choice: DtypeChoi
 
 
 def dated(template: ChatTemplate | None, tune: TuneArgs) -> tuple[ChatTemplate | None, TuneArgs]:
-    """Fix the day that a template writes for the whole run, so that its rows are the same when it goes on later."""
+    """Return the template and the arguments with a fixed date, so that a resumed run has the same rows."""
     if template is None or not template.reads_time:
         return template, tune
     day = tune.date or date.today().isoformat()
@@ -98,7 +98,7 @@ def dated(template: ChatTemplate | None, tune: TuneArgs) -> tuple[ChatTemplate |
 
 
 def decided(args: TrainArgs, tune: TuneArgs, choice: RowChoice) -> TrainArgs:
-    """Return the config with the steps, batch and packing that follow from the rows."""
+    """Return the config with the steps, batch size, packing and epochs that follow from the rows."""
     packing = choice.packing if tune.packing is None else tune.packing
     data = replace(args.data, batch_size=choice.batch_size)
     return replace(args, data=data, tune=replace(tune, packing=packing, epochs=choice.epochs), steps=choice.steps)

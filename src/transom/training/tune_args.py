@@ -16,7 +16,7 @@ from transom.quantize.args import QuantizeArgs
 
 PREFERENCES = ("dpo", "ipo", "orpo", "kto")
 NEEDS_REFERENCE = ("dpo", "ipo", "kto")
-# What kinds of rows each objective learns from.
+# The kinds of rows that each objective learns from.
 KINDS: dict[str, tuple[Kind, ...]] = {
     "sft": ("chat", "completion", "text"),
     "distill": ("chat", "completion", "text"),
@@ -42,12 +42,12 @@ def require_kinds(examples: Iterable[Example], objective: str) -> None:
 
 
 def check_date(text: str | None) -> None:
-    """Refuse what is no day in ISO 8601."""
+    """Raise `RequestError` unless the text is a day in ISO 8601 or None."""
     try:
         fits = text is None or date.fromisoformat(text).isoformat() == text
     except (TypeError, ValueError):
         fits = False
-    require(fits, "date", text, "accepted is a day as 2026-01-31, or null")
+    require(fits, "date", text, "accepted is a day such as 2026-01-31, or null")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class TuneArgs:
         None, "chat template: a built-in one by name or a file; the base's own if null", path=True
     )
     date: str | None = describe(
-        None, "day that a chat template writes, as 2026-01-31; null: the day on which the run begins"
+        None, "day that a chat template writes, such as 2026-01-31; null: the day on which the run begins"
     )
     packing: bool | None = describe(
         None,

@@ -32,7 +32,7 @@ BATCH_TOKENS = 8192  # of a batch of held-out rows, padding included
 
 @dataclass(frozen=True)
 class TuneData:
-    """The batches of a run and how its rows are laid into them, its held-out batches, rows and template."""
+    """The batches of a run, the choice of their size, its held-out batches, rows and chat template."""
 
     batches: RunBatches
     choice: RowChoice
@@ -80,7 +80,7 @@ def open_tune_data(
         notice(f"held out: {held.counts}; no token with loss is left, so there is no score")
         held = None
     if held is not None and tune.objective == "kto" and len(held.items) == 1:
-        notice("held out: 1 example, which kto cannot compare with another one, so there is no score")
+        notice("held out: 1 example; kto has no other one to compare it with, so there is no score")
         held = None
     lengths = [max(len(row.ids) for row in item) - 1 for item in rows.items]
     choice = tune_rows(lengths, args, tune, share.world_size)

@@ -1,4 +1,4 @@
-"""What a conversation renders to when it ends earlier, and what its answers are asked for with."""
+"""The texts of a conversation that ends earlier, and the prompts for its answers."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from transom.errors import RequestError
 
 
 class Beginnings:
-    """The texts of the first messages of a conversation; two renderings give all where a template writes in steps.
+    """The texts of the first messages of a conversation.
 
-    Any other template renders every beginning by itself.
+    Two renderings give all of them if the template writes in steps. Otherwise each one is rendered by itself.
     """
 
     def __init__(self, compiled: Compiled, variables: Mapping[str, Any], now: datetime | None) -> None:
         self._compiled, self._variables = compiled, dict(variables)
         self._now = now or datetime.now()
         self._messages = self._variables["messages"]
-        self._edges: list[int] = []  # where each step begins, and where the last one ends
+        self._edges: list[int] = []  # the character at which each step begins, and the end of the last one
         self._text = self._end = self._head = ""
         if compiled.steps is not None and len(self._messages) > 1:
             self._render_steps()
@@ -35,7 +35,7 @@ class Beginnings:
                 ).split(mark)
                 for prompt in (True, False)
             )
-        except RequestError:  # it refuses the whole, and may accept a beginning
+        except RequestError:  # it refuses this conversation and may accept a beginning of it
             return
         if len(whole) != len(self._messages) + 2 or asked[:-1] != whole[:-1]:
             return
@@ -57,7 +57,7 @@ class Beginnings:
         return self._render(count, False)
 
     def prompt(self, count: int) -> str | None:
-        """Return what asks for an answer to the first `count` messages; None where nothing is written for it."""
+        """Return the prompt for an answer to the first `count` messages; None if the template writes none."""
         if count and self._known(count):
             return self._text[: self._edges[count]] + self._head
         try:

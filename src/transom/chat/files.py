@@ -17,7 +17,8 @@ DEFAULT = "default"
 def stored_templates(folder: Path) -> tuple[str, dict[str, str]]:
     """Return the file that a folder keeps its chat templates in, and those by name; none at all is an empty dict.
 
-    As in transformers, files of their own count alone where there is one, and a single one is called `default`.
+    As in transformers, template files take precedence over tokenizer_config.json, and a single template is called
+    `default`.
     """
     config, file = folder / CONFIG, folder / FILE
     in_config = _templates(read_json(config).get("chat_template"), config) if config.exists() else {}

@@ -1,11 +1,11 @@
-"""Which words of a rendered chat are the template's, which came in with the messages, and which were left out.
+"""Tells which words of a rendered chat come from the template or the messages, and which texts are left out.
 
 A rendered chat is one text, and a message that spells `<|eot_id|>` looks in it like the end of a turn. So the
 chat is rendered a second time with invisible marks around such words. Where both renderings agree but for the
 marks, the marks tell the two kinds apart; where a template's logic depends on such a word, the chat is refused.
 
-Every text of the messages and tools carries marks of its own, which tell where the template writes it. A text whose
-marks are missing is one that the template leaves out.
+Every text of the messages and tools has marks of its own, which tell where the template writes it. If the marks of
+a text are missing, the template leaves it out.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from transom.tokenizer import Tokenizer
 
 # Names of the parts of a message that templates build control tokens from (`'<|' + role + '|>'`).
 NAMING = ("role", "type")
-# Names of parts that templates compare or leave out on purpose; they are no texts to be written.
+# Names of parts that templates compare or leave out on purpose, and so are not expected to write.
 KEYS = (*NAMING, "id", "tool_call_id", "call_id", "required")
-# A word that no template looks for: none of those in angle brackets, square ones, or behind a slash.
+# A word that no template looks for: it is not in angle or square brackets and does not follow a slash.
 WORD = re.compile(r"(?<![\w<\[|/\\{])[^\W_]\w*(?![\w>\]|}])")
 CLOSED = re.compile(r"</\w+>\s*$")
 
@@ -55,7 +55,7 @@ class Marks:
 
 @dataclass
 class Text:
-    """A text of the messages or tools by its path; `marks` were put into it, `offsets` are those written."""
+    """A text of the messages or tools by its path; `marks` counts its marks, `offsets` are of written ones."""
 
     path: Path
     value: str
@@ -64,7 +64,7 @@ class Text:
     written: set[int] = field(default_factory=set)  # which of its marks
 
     def found_in(self, text: str) -> Text:
-        """The same text, looked for by its words, for where marks would change what a template writes."""
+        """Return this text as found by its words, for templates that write something else if there are marks."""
         words = self.value.strip()
         there = any(
             one in text for one in (words, json.dumps(words)[1:-1], json.dumps(words, ensure_ascii=False)[1:-1])
@@ -73,12 +73,12 @@ class Text:
 
     @property
     def lost(self) -> bool:
-        """Whether nothing of it is written."""
+        """Whether the template writes nothing of it."""
         return not self.written
 
     @property
     def cut(self) -> bool:
-        """Whether only a part of it is written."""
+        """Whether the template writes only a part of it."""
         return 0 < len(self.written) < self.marks
 
 
@@ -90,15 +90,15 @@ class Marked:
     # What came in with a message and spells a control token, and points that no control token reaches across.
     protected: list[tuple[int, int]] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)  # what `{% generation %}` encloses
-    # Where each text of the messages is written, by number; None where marks would change what is written.
+    # The texts of the messages and tools, by number; None if marks would change what the template writes.
     texts: list[Text] | None = None
 
     def first_offset(self, message: int) -> int | None:
-        """The first character known to be a text of this message, None where none is."""
+        """Return the first character known to belong to a text of this message, or None."""
         return min(self._offsets.get(message, ()), default=None)
 
     def last_offset(self, message: int) -> int | None:
-        """The last character known to be a text of this message, None where none is."""
+        """Return the last character known to belong to a text of this message, or None."""
         return max(self._offsets.get(message, ()), default=None)
 
     @cached_property
@@ -111,7 +111,7 @@ class Marked:
 
 
 def shared(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """Return how far two texts, or two lists, are the same."""
+    """Return the length of the common beginning of two texts or two lists."""
     limit = min(len(one), len(other))
     if one[:limit] == other[:limit]:
         return limit
@@ -135,7 +135,7 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def kind_of(text: Text, given: Mapping[str, Any]) -> str:
-    """What a text is in words: `content of system`, `description of tools`."""
+    """Return the kind of a text in words: `content of system`, `description of tools`."""
     names = [part for part in text.path if isinstance(part, str)]
     if text.path[0] != "messages":
         return f"{names[-1]} of {names[0]}"
@@ -177,7 +177,7 @@ class Marker:
         return f"{before}{marked}{after}"
 
     def _marked(self, value: str, path: Path) -> str:
-        """A text with marks around its control words, and with those that tell where it is written."""
+        """Return a text with marks around its control words, and with its own marks."""
         places = self._places(value, path)
         edges = [0, *places, len(value)]
         pieces = [self._words.sub(self._around, value[a:b]) for a, b in pairwise(edges)]
@@ -193,9 +193,9 @@ class Marker:
         return "".join(pieces)
 
     def _places(self, value: str, path: Path) -> list[int]:
-        """Where marks stand: inside of the first word that no template looks for, and at the end.
+        """Return the places of a text's own marks: in the first word that no template looks for, and at the end.
 
-        An end that is a closing tag, which templates look for, is left alone; the last word is marked instead.
+        Templates look for closing tags, so if the text ends with one, the last word is marked instead.
         """
         inside = self.texts is not None and path[:1] in (("messages",), ("tools",), ("documents",))
         of_part = len(path) > 4 and path[2] == "content" and path[4] != "text"  # the file of an image
@@ -282,7 +282,7 @@ def token_ranges(tokenizer: Tokenizer, ids: list[int], text: str, what: str) -> 
 
 
 class TokenPlaces:
-    """The characters that each id stands for; some vocabularies know composed characters only, which moves them."""
+    """The characters for which each id stands, also if the vocabulary composes characters, which moves them."""
 
     def __init__(self, tokenizer: Tokenizer, ids: list[int], text: str, what: str) -> None:
         self._text: str | None = None
@@ -307,7 +307,10 @@ class TokenPlaces:
 
 
 def controls_in(tokenizer: Tokenizer, chat: Marked, ids: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Return the template's control tokens as (first character, one past the last, which id); none if unclear."""
+    """Return the template's control tokens as (first character, one past the last, index of the id).
+
+    Return none if they cannot be told apart from others.
+    """
     special = {word: id for word, id in tokenizer.special_tokens.items() if id != tokenizer.unk_id}
     found = [
         (start, stop, special[chat.text[start:stop]])

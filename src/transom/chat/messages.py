@@ -41,7 +41,7 @@ def _key(key: object, name: str) -> str:
 
 
 def message_data(message: Any, name: str) -> dict[str, Any]:
-    """Return one message as plain data, without keys that are null, its reasoning under all of its names."""
+    """Return one message as plain data, without null keys, its reasoning under all names that templates read."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise RequestError(f"{name}: accepted is an object with a role and a content")
     out = {key: one for key, one in plain(message, name).items() if one is not None}
@@ -52,7 +52,7 @@ def message_data(message: Any, name: str) -> dict[str, Any]:
 
 
 def joined_texts(content: list[Any], name: str) -> str:
-    """A list of texts as one text, for templates that know no parts."""
+    """Join a list of texts to one text, for templates that do not read parts."""
     texts = [part.get("text") if isinstance(part, dict) else None for part in content]
     kinds = [part.get("type") if isinstance(part, dict) else type(part).__name__ for part in content]
     require(all(isinstance(text, str) for text in texts), name, kinds, "this template reads parts of text only")
@@ -89,7 +89,7 @@ def wants_prompt(add_generation_prompt: bool | None, continue_final_message: boo
 
 @dataclass(frozen=True)
 class Opened:
-    """What a template is given to leave its last message open: `tag` stands behind the words to go on from."""
+    """A conversation whose last message stays open: `tag` follows the words that the model continues."""
 
     given: dict[str, Any]
     tag: str
@@ -97,7 +97,7 @@ class Opened:
     origin: str
 
     def cut(self, rendered: str) -> tuple[str, int]:
-        """Return the text up to the tag, and its length; white space that the template strips is not there.
+        """Return the text up to the tag and its length, without white space that the template strips.
 
         This is what transformers does, so that both continue from the same text.
         """
@@ -114,7 +114,7 @@ class Opened:
 
 
 def open_last(given: dict[str, Any], field: str, source: str, origin: str, tag: str) -> Opened:
-    """Return the conversation with a tag behind the words of its last message."""
+    """Return the conversation with a tag after the words of its last message."""
     last = dict(given["messages"][-1])
     names = [name for name in REASONING if last.get(name) == last.get(field)] if field in REASONING else [field]
     name = f"messages[{len(given['messages']) - 1}].{field}"
@@ -139,7 +139,7 @@ JSON_RESULTS = "{#- results of tools are JSON -#}"  # in templates of Mistral's 
 
 
 def result_as_json(message: dict[str, Any], name: str) -> None:
-    """Write the content of a tool's message as JSON, in place: what is no JSON becomes a text in it."""
+    """Write the content of a tool's message as JSON, in place; text that is not JSON becomes a JSON string."""
     content = message.get("content")
     if isinstance(content, list):
         content = joined_texts(content, f"{name}.content")
@@ -154,11 +154,11 @@ def result_as_json(message: dict[str, Any], name: str) -> None:
 
 @dataclass(frozen=True)
 class CallForm:
-    """How a template wants a message that calls a tool; `reads_none` is True where it writes no calls at all."""
+    """The form in which a template reads calls of tools; `reads_none` is True if it writes no calls at all."""
 
     objects: bool = True  # arguments given as an object are written as JSON, or value by value
     texts: bool = False  # arguments given as text are written as they are
-    content: Any = MISSING  # what stands in for a content that is missing
+    content: Any = MISSING  # replaces a missing content
     reads_none: bool = False
 
     def fit(self, message: dict[str, Any]) -> None:
@@ -191,7 +191,7 @@ _NAME, _KEY, _VALUE = "qx7call", "qx7key", "qx7value"
 
 
 def call_form(render: Callable[[list[dict[str, Any]]], str]) -> CallForm:
-    """Find out the form by rendering one call in every form.
+    """Find the form by rendering one call in every form.
 
     Templates differ: most write `arguments | tojson`, which turns a text into a quoted string; DeepSeek's join
     texts, which an object cannot be; some read `content` of a message that has none.

@@ -162,7 +162,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             raise Exhausted(f"it writes more than {MAX_CHARACTERS:,} characters")
 
     def stepped(self) -> str:
-        """The mark of a step: before what is written for a message, and behind the last of them."""
+        """Return the mark that begins the text of each message and follows that of the last one."""
         return self.step
 
     def generated(self, caller: Macro) -> str:
@@ -349,7 +349,7 @@ def _raise_exception(message: object) -> NoReturn:
 
 
 class _Dict:
-    """`dict` as a template may use it: to be called, and its `fromkeys`."""
+    """The parts of `dict` that a template may use: the call and `fromkeys`."""
 
     def __call__(self, *args: Iterable[Any], **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Which templates write message by message, so that one rendering tells what any beginning of the chat renders to.
+"""Finds templates that write message by message, whose one rendering contains that of every beginning.
 
 Such a template is one loop over the messages, in which nothing depends on messages that come later or on whether a
 prompt is asked for, and text behind it that depends on nothing set in the loop. Then the text of the first k
@@ -13,12 +13,12 @@ from typing import NamedTuple
 from jinja2 import nodes
 
 BACKWARD = frozenset({"index", "index0", "first", "depth", "depth0", "previtem", "cycle", "changed"})
-STATEFUL = frozenset({"cycler", "joiner"})  # objects that remember how often they were asked
+STATEFUL = frozenset({"cycler", "joiner"})  # objects whose value depends on earlier calls
 ELSEWHERE = (nodes.Block, nodes.Extends, nodes.Include, nodes.Import, nodes.FromImport)
 
 
 class Steps(NamedTuple):
-    """The loop over the messages, and how many messages from the first on the template reads at any time."""
+    """The loop over the messages, and the number of first messages that the template reads at any time."""
 
     loop: nodes.For
     reads: int
@@ -48,7 +48,7 @@ def steps_of(template: nodes.Template) -> Steps | None:
 
 
 def _aliases(template: nodes.Template) -> set[str]:
-    """Other names of all the messages, set once at the top."""
+    """Return other names of the list of messages that are set once at the top."""
     given = [one for one in template.body if isinstance(one, nodes.Assign) and _is_name(one.node, {"messages"})]
     names = {one.target.name for one in given if isinstance(one.target, nodes.Name)}
     stored = [name.name for name in template.find_all(nodes.Name) if name.ctx == "store"]
@@ -56,7 +56,7 @@ def _aliases(template: nodes.Template) -> set[str]:
 
 
 def _reads(template: nodes.Template, loop: nodes.For, names: set[str]) -> int | None:
-    """How many messages are read by number, None where the messages are read in any other way."""
+    """Return how many messages are read by number; None if messages are read in any other way."""
     allowed = {id(loop.iter)}
     allowed |= {id(one.node) for one in template.body if isinstance(one, nodes.Assign)}
     count = 0
@@ -73,7 +73,7 @@ def _reads(template: nodes.Template, loop: nodes.For, names: set[str]) -> int | 
 
 
 def _looks_back(body: list[nodes.Node]) -> bool:
-    """Whether `loop` of this loop is asked for what has been only; a loop inside has a `loop` of its own."""
+    """Return whether `loop` is read for earlier steps only; an inner loop has a `loop` of its own."""
     for part in body:
         for name, owner in _loop_names(part, None):
             if not (isinstance(owner, nodes.Getattr) and owner.attr in BACKWARD and name is owner.node):
@@ -82,7 +82,7 @@ def _looks_back(body: list[nodes.Node]) -> bool:
 
 
 def _loop_names(node: nodes.Node, owner: nodes.Node | None) -> Iterator[tuple[nodes.Name, nodes.Node | None]]:
-    """Every use of `loop` that means the loop around, with what it is a part of."""
+    """Yield every use of `loop` that means this loop, with the node around it."""
     if isinstance(node, nodes.Name) and node.name == "loop":
         yield node, owner
     parts = [node.iter] if isinstance(node, nodes.For) else node.iter_child_nodes()

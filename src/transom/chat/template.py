@@ -88,11 +88,11 @@ class ChatTemplate:
 
     @property
     def reads_time(self) -> bool:
-        """Whether what is written depends on the time."""
+        """Whether the text depends on the time."""
         return any("strftime_now" in one.source for one in self._compiled.values())
 
     def at(self, now: datetime) -> ChatTemplate:
-        """Return this template as it is at one time, which does not pass."""
+        """Return this template with a fixed time."""
         fixed = copy(self)
         fixed.now = now
         return fixed
@@ -179,7 +179,7 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Return what the caller gives the template, as plain data, checked to be something that it reads."""
+        """Return the caller's values as plain data; values that the template does not read are refused."""
         variables = variables or {}
         given: dict[str, Any] = {
             "messages": [message_data(message, f"messages[{at}]") for at, message in enumerate(messages)],
@@ -218,7 +218,7 @@ class ChatTemplate:
         return self._forms[chosen.source]
 
     def _opened(self, given: dict[str, Any], messages: Sequence[Message], which: bool | str) -> Opened:
-        """The conversation whose last message is to be continued, with a mark where it ends."""
+        """Return the conversation with a mark at the end of its last message, which is to be continued."""
         chosen = self.chosen(given)
         tag = Marks.unused_in([chosen.source, *strings(self._variables), *strings(given)]).tag
         field = "content" if which is True else str(which)
@@ -261,7 +261,7 @@ class ChatTemplate:
         return self.tokenizer.encode(chat.text, allowed_special="all", protected=chat.protected)
 
     def first_of(self, ids: list[int]) -> int:
-        """Return where the ids begin: behind all but one BOS, which some templates write twice."""
+        """Return the index of the only BOS to keep, since some templates write several."""
         bos, first = self.tokenizer.bos_id, 0
         while bos is not None and ids[first : first + 2] == [bos, bos]:
             first += 1
@@ -270,7 +270,7 @@ class ChatTemplate:
         return first
 
     def _tell_left_out(self, chat: Marked, given: Mapping[str, Any]) -> None:
-        """Print which texts a prompt does not hold; templates drop earlier reasoning on purpose."""
+        """Print which texts the prompt lacks, except reasoning, which templates drop on purpose."""
         lost = {kind_of(one, given) for one in chat.texts or () if one.lost and one.path[-1] not in REASONING}
         for kind in sorted(lost):
             notice(f"{self.origin} leaves out: {kind}")
@@ -300,14 +300,14 @@ class ChatTemplate:
         return spans
 
     def beginnings(self, given: Mapping[str, Any]) -> Beginnings:
-        """Return what the conversation renders to when it ends after any of its messages."""
+        """Return the texts of the conversation up to each of its messages."""
         return Beginnings(self.chosen(given), {**self._variables, **given}, self.now)
 
     def answer_start(self, given: Mapping[str, Any], at: int, chat: Marked) -> int | None:
         """Return the first character of message `at` in a chat that does not begin with the prompt for it, or None.
 
         A prompt for a reasoning model may end with `<think>`, and nothing asks for the message that begins a chat.
-        The answer stands behind the last head of an answer before its own words.
+        The answer follows the last head of an answer before its own words.
         """
         begin, last = chat.first_offset(at), at + 1 == len(given["messages"])
         if begin is None:  # nothing of it is written, but its frame is
@@ -323,7 +323,7 @@ class ChatTemplate:
 
     @cached_property
     def answer_head(self) -> str:
-        """What this template writes before the words of an answer, as far as its prompt for one agrees."""
+        """The text before the words of an answer, as far as the template's prompt for one has it too."""
         question, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": PROBE}
         try:
             asked, begun = (self.render([question], add_generation_prompt=flag) for flag in (False, True))
@@ -337,7 +337,7 @@ class ChatTemplate:
 
     @cached_property
     def end_of_turn(self) -> str | None:
-        """The token that this template writes behind an answer; None where it writes none."""
+        """The token that this template writes after an answer, or None."""
         turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": PROBE}]
         try:
             text = self.render(turns, add_generation_prompt=False)

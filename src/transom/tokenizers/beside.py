@@ -1,4 +1,4 @@
-"""What the files beside a vocabulary say of its tokens: names, tokens added to it, ends of turns."""
+"""Reads the files beside a vocabulary: names of its tokens, added tokens, ends of turns."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Beside:
 
     @classmethod
     def of(cls, folder: Path, files: Mapping[str, bytes]) -> Beside:
-        """Read the files of a folder that are given by name; a missing one says nothing."""
+        """Read the files of a folder, given by name; any of them may be missing."""
         names = (CONFIG_FILE, SPECIALS_FILE, ADDED_FILE)
         parts = [json_object(files[name], folder / name) if name in files else {} for name in names]
         return cls(folder, *parts)
@@ -69,7 +69,7 @@ class Beside:
 
     @cached_property
     def old_added(self) -> dict[int, dict[str, Any]]:
-        """The entries of added_tokens.json by id; special are those that another file gives a role."""
+        """The entries of added_tokens.json by id; tokens with a role in another file are special."""
         found: dict[int, dict[str, Any]] = {}
         for spelling, id in self.listed.items():
             right = type(id) is int and id >= 0
@@ -80,7 +80,7 @@ class Beside:
 
     @property
     def added(self) -> dict[str, AddedToken]:
-        """All of these tokens by spelling, for a vocabulary that knows nothing of them."""
+        """All of these tokens by spelling, for a vocabulary without them."""
         return {
             entry["content"]: AddedToken(
                 id,
@@ -93,7 +93,7 @@ class Beside:
 
     @cached_property
     def extra(self) -> list[dict[str, Any]]:
-        """Special tokens with other roles than BOS, EOS and PAD, or with none: entries without ids."""
+        """Entries without ids of special tokens whose role is not BOS, EOS or PAD."""
         found: dict[str, dict[str, Any]] = {}
         for entries in (self.config, *(() if self.described else (self.specials,))):
             for one in _tokens(entries, but=NAMED):
@@ -105,7 +105,7 @@ class Beside:
 
     @property
     def ends(self) -> list[str]:
-        """Tokens that end a turn or a message, where a file names them so."""
+        """Tokens that a file names as ends of turns or messages."""
         named = self.config.get(LISTS[0])
         entries = {**self.config, **(named if isinstance(named, dict) else {})}
         found = (spelling_of(entries.get(name)) for name in ENDS)
@@ -113,7 +113,7 @@ class Beside:
 
     @cached_property
     def _roles(self) -> set[str]:
-        """Every spelling that special_tokens_map.json or tokenizer_config.json gives a role."""
+        """Every spelling with a role in special_tokens_map.json or tokenizer_config.json."""
         tokens = (one for entries in (self.specials, self.config) for one in _tokens(entries))
         return {spelling for one in tokens if (spelling := spelling_of(one)) is not None}
 

@@ -177,7 +177,7 @@ def mark_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
 
 
 def add_beside(backend: tokenizers.Tokenizer, beside: Beside, source: str) -> None:
-    """Add the tokens that only the files beside a tokenizer.json know, in the order of transformers.
+    """Add the tokens that are only in files beside a tokenizer.json, in the order of transformers.
 
     Those of `added_tokens_decoder` come first, by their ids, else those of added_tokens.json; then
     special tokens that no list gives an id. One that cannot get the id that its file states is a
@@ -187,7 +187,7 @@ def add_beside(backend: tokenizers.Tokenizer, beside: Beside, source: str) -> No
     known = {repr(token) for token in backend.get_added_tokens_decoder().values()}
     before = {id: backend.token_to_id(entry["content"]) for id, entry in stated.items()}
     listed = [tokenizers.AddedToken(**entry) for _, entry in sorted(stated.items())]
-    if not beside.described:  # what tokenizer.json says of a token counts more than added_tokens.json
+    if not beside.described:  # tokenizer.json takes precedence over added_tokens.json
         listed = [token for token in listed if backend.token_to_id(token.content) is None]
     backend.add_tokens([token for token in listed if repr(token) not in known])
     added = {token.content for token in backend.get_added_tokens_decoder().values()}

@@ -47,7 +47,7 @@ class StreamDecoder:
         return text
 
     def flush(self) -> str:
-        """Return the text still held, an unfinished character as U+FFFD; what follows continues it."""
+        """Return the waiting text, an unfinished character as U+FFFD; later text continues it."""
         return self._release(self._beyond_context(self._held))
 
     def finish(self) -> str:

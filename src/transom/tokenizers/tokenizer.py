@@ -80,7 +80,7 @@ class Tokenizer:
         return [*head, *ids, *tail]
 
     def encode_prompt(self, text: str, *, allowed_special: Literal["all"] | Collection[str] = ()) -> list[int]:
-        """Return the ids of `text` behind those of `begin`, once."""
+        """Return the ids of `begin` and `text`, without repeating a `begin` that the text spells."""
         ids = self.encode(text, allowed_special=allowed_special)
         begun = bool(allowed_special) and tuple(ids[: len(self.begin)]) == self.begin
         return ids if begun else [*self.begin, *ids]
@@ -200,12 +200,12 @@ class Tokenizer:
 
     @cached_property
     def begin(self) -> tuple[int, ...]:
-        """Ids that the makers' tokenizer puts in front of a text: mostly BOS, `[gMASK]<sop>` with GLM."""
+        """Ids that the makers' tokenizer adds before a text: mostly BOS, `[gMASK]<sop>` with GLM."""
         return _framed(self._backend.frame[0], self.bos_id, self.adds_bos)
 
     @cached_property
     def end(self) -> tuple[int, ...]:
-        """Ids that the makers' tokenizer puts behind a text: none, EOS, or what a pooled model reads last."""
+        """Ids that the makers' tokenizer adds after a text: none, EOS, or the token that is pooled."""
         return _framed(self._backend.frame[1], self.eos_id, self.adds_eos)
 
     @property
@@ -302,7 +302,7 @@ class Tokenizer:
 
 
 def _framed(frame: Sequence[int], named: int | None, adds: bool) -> tuple[int, ...]:
-    """Return `frame` with the token of this name in it or not, as `adds` says."""
+    """Return `frame` with or without the token `named`, as `adds` says."""
     others = tuple(id for id in frame if id != named)
     if named is None or not adds:
         return others

@@ -17,7 +17,7 @@ from transom.tokenizers.tokenizer import Tokenizer
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>")
 UNKNOWN_TOKEN = "<|unknown|>"
 # Training counts pairs within words, and each merge copies the rest of a word: a word of n characters costs n^2.
-# Words of ordinary text are far shorter; what is longer (a line of dashes, a genome) is cut for training only.
+# Words of ordinary text are far shorter; longer ones (a line of dashes, a genome) are cut for training only.
 LONGEST_WORD = 1000
 
 

@@ -70,7 +70,7 @@ def open_run(
         if rank == 0:  # the other ranks do not check, since rank 0 may have begun to fill the folder
             run.claim()
             run.check(overwrite=overwrite, resume=resume)
-        goes_on = resume and bool(ranks.first(int(run.has_steps)))  # rank 0 may have repaired the folder
+        goes_on = bool(ranks.first(int(resume and rank == 0 and run.has_steps)))
         if not goes_on:
             check_effects(args)
         if resume and not goes_on and not quiet and rank == 0:

@@ -1,7 +1,7 @@
-"""`transom data`: what a set for fine-tuning comes to with a model's tokenizer and chat template.
+"""`transom data`: checks and shows a data set for fine-tuning with a model's tokenizer and chat template.
 
-`check` counts what `transom finetune` would train on with the same words and flags, and names every row that cannot
-be used; `show` prints an example token by token.
+`check` counts the rows that `transom finetune` would train on with the same words and flags, and names every row
+that cannot be used. `show` prints an example token by token.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 class Subject(NamedTuple):
-    """The data, its faults, what writes it as tokens, and the config that `transom finetune` would have."""
+    """The data and its faults, the tokenizer and template, and the config that `transom finetune` would have."""
 
     examples: list[Example]
     problems: list[Problem]
@@ -124,8 +124,8 @@ def open_subject(options: argparse.Namespace) -> Subject:
 def tune_config(options: argparse.Namespace, found: Found, examples: Sequence[Example]) -> TrainArgs:
     """Return the config that `transom finetune` has with the same words and flags.
 
-    Without an objective it is the first that learns from rows of this kind; a notice names it where finetune has to
-    be asked for it.
+    If no objective is given, it is the first one that learns from rows of this kind. If that is not the default of
+    finetune, a notice names it.
     """
     from transom.training.tune_args import objectives_of, require_kinds
 
@@ -160,7 +160,7 @@ def states_objective(options: argparse.Namespace) -> bool:
 
 
 def longest_example(found: Found, asked: int | None) -> int:
-    """Return the model's longest row; for a tokenizer alone what is asked for, or `SEQ_LEN` with a notice."""
+    """Return the model's `max_seq_len`; for a tokenizer without a model the given length, or `SEQ_LEN`."""
     if is_model(found.model):
         most = read_args(found.model).max_seq_len
         fits = asked is None or 2 <= asked <= most
@@ -173,7 +173,7 @@ def longest_example(found: Found, asked: int | None) -> int:
 
 
 def encode(subject: Subject, examples: Sequence[Example]) -> EncodedRows:
-    """Return the rows of some examples as `transom finetune` trains on them; faults are added to the subject's."""
+    """Return the rows of examples as `transom finetune` trains on them; add faults to those of the subject."""
     from transom.data.tuning_rows import encode_examples
     from transom.generation.stopping import stop_tokens_of
 
@@ -222,7 +222,7 @@ def check(subject: Subject, options: argparse.Namespace) -> int:
 def held_apart(subject: Subject, options: argparse.Namespace) -> tuple[list[Example], list[Example]]:
     """Return (examples to train on, examples to measure with) of the split `train`, as `transom finetune` has them.
 
-    Another split is all there is to count.
+    For another split, all examples are the first part.
     """
     from transom.data.tuning_sets import has_own_valid, read_examples, split_examples
     from transom.training.tune_args import require_kinds
@@ -254,7 +254,7 @@ def row_facts(subject: Subject, train: Sequence[Example], measured: Sequence[Exa
 
 
 def step_facts(subject: Subject, lengths: Sequence[int]) -> dict[str, Any]:
-    """Return how `transom finetune` lays rows of these lengths into steps, on one device."""
+    """Return the steps that `transom finetune` makes of rows of these lengths, on one device."""
     from transom.training.defaults import require_comparable, tune_rows
 
     if not lengths:
@@ -270,7 +270,7 @@ def step_facts(subject: Subject, lengths: Sequence[int]) -> dict[str, Any]:
 
 
 def prompt_facts(subject: Subject, train: Sequence[Example], measured: Sequence[Example]) -> dict[str, Any]:
-    """Return counts of prompts whose answers are still to be drawn, and whose references the reward can judge."""
+    """Return counts of prompts without answers, whose references the reward can judge."""
     from transom.data.tuning_rows import prompt_ids
     from transom.data.tuning_sets import Problem
     from transom.training.rewards import open_reward

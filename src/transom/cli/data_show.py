@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Token(NamedTuple):
-    """One token: its example among those of the row, its place there, what it counts as a target, what it marks."""
+    """One token: number of its example in the row, position there, weight as a target, kind of control token."""
 
     segment: int
     position: int
@@ -67,7 +67,7 @@ def show_example(subject: Subject, index: int, options: argparse.Namespace) -> i
 
 
 def tokens_of(row: Sequence[TuningRow], subject: Subject) -> Iterator[Token]:
-    """The tokens of the examples of one row."""
+    """Yield the tokens of the examples of one row."""
     tokenizer = subject.tokenizer
     ends = () if subject.template is None else subject.template.stop_tokens
     for segment, one in enumerate(row):
@@ -79,7 +79,7 @@ def tokens_of(row: Sequence[TuningRow], subject: Subject) -> Iterator[Token]:
 
 
 def print_row(ids: Sequence[str], tokens: Sequence[Token], tokenizer: Tokenizer) -> None:
-    """The text with its loss in colour, then a line for each token."""
+    """Print the text with its loss in colour, then a line for each token."""
     trained, segments = sum(token.weight > 0 for token in tokens), len(ids)
     heading(f"{', '.join(ids)}: {len(tokens)} tokens, {trained} with loss, {segments} segments")
     show(coloured(tokens, tokenizer))
@@ -92,7 +92,7 @@ def print_row(ids: Sequence[str], tokens: Sequence[Token], tokenizer: Tokenizer)
 
 
 def coloured(tokens: Sequence[Token], tokenizer: Tokenizer) -> Text:
-    """The text of a row, green where it carries loss; every other example is underlined."""
+    """Return the text of a row, green where it has loss, with every other example underlined."""
     from rich.text import Text
 
     out, stream = Text(), tokenizer.stream(skip_special=False)
@@ -104,7 +104,7 @@ def coloured(tokens: Sequence[Token], tokenizer: Tokenizer) -> Text:
 
 
 def printable(text: str) -> str:
-    """Text that a terminal shows and does not obey, in what standard output can write."""
+    """Return a text without control characters for the terminal, in the encoding of standard output."""
     safe = "".join(one if one == "\n" or one.isprintable() else repr(one)[1:-1] for one in text)
     encoding = sys.stdout.encoding or "utf-8"
     return safe.encode(encoding, "backslashreplace").decode(encoding)

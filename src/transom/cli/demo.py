@@ -135,7 +135,7 @@ def compress(train_texts: list[bytes], held_texts: list[bytes]) -> Compressed:
     """
     train, held = b"".join(train_texts), b"".join(held_texts)
     bits = 8.0 / len(held)
-    # Background threads, which release the interpreter lock, and which a signal need not wait for.
+    # Compression releases the interpreter lock; in the background it does not delay a signal.
     alone = Background(lambda: xz_bytes([train]))
     together = Background(lambda: xz_bytes([train + held]))
     primed = together.result() - alone.result()

@@ -90,9 +90,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def config_of(options: argparse.Namespace, opened: Found | None = None) -> TrainArgs:
-    """Return the config of the words given, on top of what suits the method, or that of the run to resume.
+    """Return the config of the given words and the defaults of the method, or of the run to resume.
 
-    `opened` is the model where it is known already; it may then be a tokenizer alone.
+    `opened` is the model if the caller has found it, which may be a tokenizer without a model.
     """
     path, overrides = _split(options.words)
     flags = [f"{field}={value}" for field, value in _fields_of_flags(options).items()]
@@ -105,7 +105,7 @@ def config_of(options: argparse.Namespace, opened: Found | None = None) -> Train
 
 
 def run_to_resume(model: str, out: str | None) -> Path | None:
-    """Return the run that is meant: `out`, the default one of MODEL, or MODEL itself; None where none has begun."""
+    """Return the run to resume: `out`, the default run of MODEL, or MODEL itself; None if no run has begun."""
     run = Path(default_out(model) if out is None else user_path(out))
     if (run / "config.yaml").exists():
         return run
@@ -114,7 +114,7 @@ def run_to_resume(model: str, out: str | None) -> Path | None:
 
 
 def resumed_config(run: Path, options: argparse.Namespace, path: Path | None, overrides: list[str]) -> TrainArgs:
-    """Return the config of a run, with what the command says in its place; the trainer refuses what is not free."""
+    """Return the config of a run with the fields of the command; the trainer refuses those that must not change."""
     model, stored = Path(options.model), read_config(run / "config.yaml")
     require(stored.tune is not None, "MODEL", str(run), "accepted with --resume is a fine-tuning run, or its base")
     if run != model:
@@ -129,7 +129,7 @@ def resumed_config(run: Path, options: argparse.Namespace, path: Path | None, ov
 
 
 def over(below: Any, above: Any) -> Any:
-    """Return `below` with the fields of `above` in place of its own, section by section."""
+    """Return `below` with its fields replaced by those of `above`, also in nested mappings."""
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
     return {**below, **{key: over(below.get(key), value) for key, value in above.items()}}

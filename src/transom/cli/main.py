@@ -20,7 +20,9 @@ from transom.errors import RequestError, WorkError, nearest, reset_notices
 from transom.interrupts import STOP_SIGNALS, STOPS, exit_code, handling, leave_background_calls, raise_stop
 from transom.paths import json_text
 
-ENDING = tuple(number for number in STOP_SIGNALS if number != signal.SIGINT)  # which would end Python at once
+ENDING = tuple(
+    number for number in STOP_SIGNALS if number != signal.SIGINT
+)  # which Python itself does not turn into an exception
 
 # verb -> (module with add_arguments(parser) and run(options) -> exit code, what it does)
 VERBS: dict[str, tuple[str, str]] = {
@@ -80,16 +82,16 @@ def _exit_code(words: list[str]) -> int:
 
 
 def user_path(text: str) -> str:
-    """Argparse type of a path: `~` is the home folder, which shells leave as it is in `--out=~/x`."""
+    """Expand `~` in a path (an argparse type); shells do not expand it in `--out=~/x`."""
     return os.path.expanduser(text)  # noqa: PTH111 - or a hub id, which must keep its spelling
 
 
 def prepare_streams() -> None:
     """Make the standard streams usable: closed ones become the null device, and no character ends the program.
 
-    A closed stream is None in Python: reading it is an AttributeError, and `print` writes what was meant for
-    standard error to standard output. A character that the encoding of standard output lacks (Windows writes pipes
-    in cp1252) is printed as an escape, as Python does on standard error.
+    A closed stream is None in Python: reading it is an AttributeError, and `print` to a closed standard error
+    writes to standard output. A character that the encoding of standard output lacks (cp1252 of pipes on Windows)
+    is printed as an escape, as Python does on standard error.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:

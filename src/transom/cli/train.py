@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the verb; the fields of the config are listed behind them."""
+    """Add the options of the verb, and list the fields of the config after them."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.usage = (
         "transom train [CONFIG.yaml | RUN] [key=value ...] [--overwrite | --resume] [--profile N] [--json]"
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
 def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer, HeldOut, int]:
     """Open the run, train it, write its report; return (trainer, held-out score, exit code)."""
     require(options.profile >= 0, "--profile", options.profile, "accepted is 0 or more steps")
-    with Claim(args.out):  # until the report is written as well
+    with Claim(args.out):  # until the report is written
         from transom.training.report import write_report
         from transom.training.setup import describe_run, open_run
 

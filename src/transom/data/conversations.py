@@ -187,12 +187,11 @@ def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
 
 
 def _prompt_end(chosen: str, rejected: str) -> int:
-    """Return where the prompt ends that two texts share, which is never inside a word.
+    """Return where the common prompt of two texts ends, which is never inside a word.
 
-    That is where they differ, as in TRL's `extract_prompt`, or the beginning of the word in which they differ. The
-    space before a word belongs to the word, as in most vocabularies, so that the tokens of the prompt and those of
-    an answer are the tokens of the whole text. Where one text is the beginning of the other, its last word is its
-    answer.
+    The prompt ends where the texts differ, as in TRL's `extract_prompt`, or before the word in which they differ.
+    The space before a word belongs to that word, as in most vocabularies, so that prompt and answer have the same
+    tokens as the text that both form. If one text is the beginning of the other, its last word is its answer.
     """
     cut, shorter = _shared(chosen, rejected), min(chosen, rejected, key=len)
     if cut == len(shorter):
@@ -263,7 +262,7 @@ def _message(value: Any, name: str) -> Message:
             del out["tool_calls"]
     content = out.get("content")
     if content is None and "tool_calls" in out:
-        return out  # each template has its own way to write that nothing is said
+        return out  # each template writes an empty content in its own way
     fits = isinstance(content, str) or (isinstance(content, list) and all(isinstance(one, dict) for one in content))
     require(fits, f"{name}.content", content, "accepted is text")
     out["content"] = content
@@ -274,9 +273,9 @@ def _message(value: Any, name: str) -> Message:
 
 
 def _call(call: Any, name: str) -> Any:
-    """A tool call whose arguments are an object, or one as JSON in a text, as OpenAI writes them.
+    """Return a tool call whose arguments are an object, or an object as JSON text as in OpenAI's files.
 
-    Which of the two a chat template wants is the template's business (`chat/messages.py`).
+    `chat/messages.py` gives a chat template the one that it can write.
     """
     function = call.get("function") if isinstance(call, dict) else None
     fits = isinstance(function, dict) and isinstance(function.get("name"), str)
@@ -336,7 +335,7 @@ def _tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
 
 
 def _listed(value: Any) -> Any:
-    """Return the list that a text is as JSON, as tables keep messages and tools; any other value as it is."""
+    """Return the list in a text of JSON, as tables store messages and tools, and any other value unchanged."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     try:

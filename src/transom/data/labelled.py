@@ -110,17 +110,19 @@ def read_labels(folder: Path) -> list[str] | None:
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], most: int) -> list[list[int]]:
-    """Return the ids of each text between what its tokenizer puts in front and behind, `most` in all.
+    """Return at most `most` ids of each text, with the tokens that its tokenizer puts before and after it.
 
-    Models that are pooled at the last token were trained with what stands behind a text (EOS), so it
-    stays where a text is cut; cut texts are counted in a notice. Most vocabularies put nothing there.
+    A token after the text (EOS, in few vocabularies) stays when the text is cut, because models that are pooled at
+    the last token were trained with it. A notice counts the texts that are cut.
     """
     begin, end = tokenizer.begin, tokenizer.end
     rows = tokenizer.encode_batch(texts)
     for text, row in zip(texts, rows, strict=True):
         require(len(begin) + len(row) > 0, "text", text, "accepted is one that gives a token or more")
     room = most - len(begin) - len(end)
-    require(room > 0, "max_seq_len", most, f"accepted is more than the {len(begin) + len(end)} around a text")
+    require(
+        room > 0, "max_seq_len", most, f"accepted is more than the {len(begin) + len(end)} tokens around a text"
+    )
     cut = sum(len(row) > room for row in rows)
     if cut:
         notice(f"{cut} of {len(rows)} texts are longer than {most} tokens: their ends are left out")

@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
 @dataclass
 class RowCounts:
-    """What the reading of rows leaves out."""
+    """Counts of lines and names of columns that a reader leaves out."""
 
     blank: int = 0  # lines of white space only
     unread: set[str] = field(default_factory=set)  # names of columns of a table that are not read

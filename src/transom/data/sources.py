@@ -57,7 +57,7 @@ class Document(NamedTuple):
 
 @dataclass
 class ReadReport:
-    """What a reading found and what it left out, counted in files unless said otherwise."""
+    """What was found and what was left out; counts are of files unless a comment names another unit."""
 
     files: int = 0
     documents: int = 0  # documents yielded
@@ -66,13 +66,13 @@ class ReadReport:
     skipped_encoding: int = 0  # not UTF-8
     skipped_hidden: int = 0  # files and whole folders whose name begins with a dot
     skipped_links: int = 0  # links to folders, broken links, sockets and devices
-    skipped_own: int = 0  # whole folders that Transom wrote: runs, and caches of tokens
+    skipped_own: int = 0  # folders that Transom wrote: runs, and caches of tokens
     excluded: int = 0  # by `include` and `exclude`
     unread: set[str] = field(default_factory=set)  # names of columns of rows beside the text
-    json_without_rows: int = 0  # .json files without rows of text, which are read as plain text, like code
+    json_without_rows: int = 0  # .json files without rows of text, which are read as plain text
 
     def counts(self) -> list[str]:
-        """Return what was left out or read otherwise than it might seem, each as a number and words."""
+        """Return counts and words for everything that was left out or read in an unexpected way."""
         out = [f"{count} {words}" for name, words in _COUNTED.items() if (count := getattr(self, name))]
         names = sorted(self.unread)
         more = ", ..." if len(names) > _NAMED else ""
@@ -203,7 +203,7 @@ def _walk(root: Path, report: ReadReport) -> Iterator[_File]:
 
 
 def is_own_folder(folder: Path) -> bool:
-    """Whether Transom wrote a folder: a run, whose files change while it trains, or the tokens of a source."""
+    """Return whether a folder is a run, whose files change while it trains, or a cache of tokens."""
     return any(all((folder / name).is_file() for name in names) for names in _OWN_FOLDERS)
 
 

@@ -29,13 +29,13 @@ _NAMED = 8  # names that a notice lists
 
 @dataclass
 class SplitFiles:
-    """The files of a folder by split, sorted by name, and the names of what is not read."""
+    """The files of a folder by split, sorted by name, and the names of files that are not read."""
 
     files: dict[str, list[Path]] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
 
     def notice(self) -> str:
-        """Return what is not read: how many files and folders, and the names of some."""
+        """Return a line about the files that are not read: their number, and the names of some."""
         shown = ", ".join(self.ignored[:_NAMED]) + (", ..." if len(self.ignored) > _NAMED else "")
         count = len(self.ignored)
         return f"{count} files or folders are not read because of their names or formats: {shown}"
@@ -75,7 +75,7 @@ def no_training_rows(folder: Path, found: SplitFiles) -> RequestError:
 
 
 def _split(folder: Path) -> SplitFiles:
-    """Sort the entries of one folder by split; whatever has no split is ignored."""
+    """Sort the entries of one folder by split; entries without a split are listed as ignored."""
     out = SplitFiles()
     for path in _entries(folder):
         split = _split_of(path)
@@ -101,7 +101,7 @@ def _split_of(path: Path) -> str | None:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """Return what a folder holds, without hidden entries and those whose name begins with `__`."""
+    """Return the entries of a folder, except hidden ones and those whose names begin with `__`."""
     return [path for path in sorted(folder.glob("*")) if not path.name.startswith((".", "__"))]
 
 

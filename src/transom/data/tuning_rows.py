@@ -45,7 +45,7 @@ class TuningCounts:
     split_rows: int = 0  # rows beyond one per conversation, where a template writes earlier turns otherwise
     unlike_prompt: int = 0  # answers with loss behind other tokens than those that the model is asked with
     apart: int = 0  # answers with loss whose first token is another than in the prompt and answer as one text
-    alike: int = 0  # pairs left out because both answers became the same tokens
+    alike: int = 0  # pairs left out because both answers have the same tokens
     dropped_reasoning: int = 0  # texts of reasoning that the template writes for the answer they led to only
     left_out: int = 0  # other texts of messages and tools that the template writes nowhere
     rendered_anew: int = 0  # conversations that are rendered again for every answer, which takes longer
@@ -62,7 +62,7 @@ class TuningCounts:
             "split_rows": "rows more, since the template writes earlier turns otherwise",
             "unlike_prompt": "answers behind other tokens than those of their prompt alone",
             "apart": "answers encoded apart from their prompt, with which they would share a token",
-            "alike": "pairs left out whose answers are the same tokens, once written and cut",
+            "alike": "pairs left out whose answers have the same tokens in their rows",
             "dropped_reasoning": "texts of reasoning that the template drops from earlier turns",
             "left_out": "texts of messages and tools that the template leaves out",
             "rendered_anew": "conversations rendered again for every answer, as the template requires",

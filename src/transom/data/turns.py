@@ -30,13 +30,16 @@ Tools = Sequence[Mapping[str, Any]] | None
 
 
 class Answer(NamedTuple):
-    """The tokens [start, stop) of an answer, if one that ends a turn is there, if those before are the prompt's."""
+    """The tokens [start, stop) of an answer.
+
+    `ended`: one of them ends the turn. `like_prompt`: the tokens before it are those of its prompt alone.
+    """
 
     start: int
     stop: int
     ended: bool
     like_prompt: bool = True
-    apart: bool = False  # encoded apart from the prompt, where the whole text has one token across the boundary
+    apart: bool = False  # encoded separately from the prompt, since a token of the joint text would span both
 
 
 @dataclass
@@ -49,7 +52,7 @@ class Written:
 
 
 class _Found(NamedTuple):
-    """The tokens of an answer, if one that ends a turn is there, if those before are the prompt's."""
+    """The places of an answer's tokens; `ended` and `like_prompt` are those of `Answer`."""
 
     places: NDArray[np.int64]
     ended: bool = False
@@ -60,15 +63,15 @@ NOT_FOUND = _Found(np.zeros(0, np.int64))
 
 
 class Turns:
-    """Writes conversations with one template and tokenizer, and counts what the template leaves out."""
+    """Writes conversations with one template and tokenizer, and counts texts that the template leaves out."""
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, stop_tokens: Collection[int] = ()) -> None:
         """`stop_tokens` end an answer besides those of the template and of the tokenizer."""
         self._template = template
         self._stops = frozenset((*stop_tokens, *template.stop_tokens, *tokenizer.stop_ids))
         self.rendered_anew = 0  # conversations that were rendered again for every answer
-        self.left_out: Counter[str] = Counter()  # kinds of texts that are in no row at all
-        self.dropped = 0  # texts of reasoning that a template writes in the row of their own answer only
+        self.left_out: Counter[str] = Counter()  # texts that are in no row, by their kind
+        self.dropped = 0  # texts of reasoning that are only in the row of their own answer
 
     def rows(self, messages: Sequence[Mapping[str, Any]], tools: Tools, weights: Sequence[float]) -> list[Written]:
         """Return rows that hold every message with a weight above 0 as an answer with loss, mostly one row for all.
@@ -113,10 +116,10 @@ class Turns:
         return self._template.prepared(messages, tools)
 
     def _count_left_out(self, given: Mapping[str, Any], rows: Sequence[_Row], answers: Sequence[int]) -> None:
-        """Refuse a template that leaves out what is said or called; count other texts that are in no row.
+        """Refuse a template that leaves out words or calls of messages; count other texts that are in no row.
 
-        An empty answer would be learnt in the place of a call, and an answer without its question. Reasoning is
-        expected in the row of its own answer alone: many templates drop it from earlier turns on purpose.
+        Otherwise the model would learn an empty answer in place of a call, or an answer without its question.
+        Reasoning has to be only in the row of its own answer: many templates drop it from earlier turns on purpose.
         """
         found: dict[Path, list[Text]] = {}
         for text in (text for row in rows for text in row.chat.texts or ()):
@@ -131,7 +134,7 @@ class Turns:
                 self.left_out[f"{'' if missing[0].lost else 'a part of '}{kind_of(missing[0], given)}"] += 1
 
     def _refuse(self, text: Text) -> None:
-        """Refuse the loss of words, calls or reasoning of a message, and of the name of a tool."""
+        """Raise `RequestError` for a missing text of a message, call or reasoning, or a missing name of a tool."""
         path, words = text.path, " ".join(text.value.split())[:60]
         if not text.lost:
             return
@@ -149,7 +152,7 @@ class Turns:
 
 
 def _is_reasoning(texts: Sequence[Text], given: Mapping[str, Any]) -> bool:
-    """Whether these are reasoning of an assistant, in a field of its own or as a part of the content."""
+    """Return whether texts are reasoning of an assistant, in their own field or in a part of the content."""
     path = texts[0].path
     if path[0] != "messages" or given["messages"][path[1]]["role"] != "assistant":
         return False
@@ -157,7 +160,7 @@ def _is_reasoning(texts: Sequence[Text], given: Mapping[str, Any]) -> bool:
 
 
 def _before(chat: Marked, end: int) -> list[tuple[int, int]]:
-    """What is protected before a place."""
+    """Return the protected spans that begin before `end`."""
     return [span for span in chat.protected if span[0] < end]
 
 
@@ -192,9 +195,9 @@ class _Row:
         return like.ids[:token] + self._template.ids_of(Marked(self.chat.text[start:], protected))
 
     def add(self, at: int, whole: str, prompt: str | None, weight: float) -> bool:
-        """Take message `at` as an answer with loss; False where this row does not hold it as `whole` does.
+        """Give message `at` loss as an answer; return False if this row does not contain it as `whole` does.
 
-        `whole` is the rendered conversation up to that message, `prompt` what it is asked for with.
+        `whole` is the rendered conversation up to that message, and `prompt` is the prompt for it.
         """
         same = shared(self.chat.text, whole)
         asked = len(prompt) if prompt is not None and whole.startswith(prompt) and len(prompt) <= same else None
@@ -238,10 +241,10 @@ class _Row:
         return _Found(np.arange(begin, stop), ended, like_prompt)
 
     def _ends(self, at: int, start: int) -> Iterator[tuple[int, int | None]]:
-        """Where turns end behind `start`: as characters, and as tokens where those are known."""
+        """Yield where turns end after `start`, as a place in the text and, if it is known, among the tokens."""
         word, tokenizer = self._template.end_of_turn, self._template.tokenizer
         if word is not None and tokenizer.token_to_id(word) not in tokenizer.special_ids:
-            # A word of the vocabulary that is no control token may stand in the answer itself.
+            # A word that is not a control token may also occur inside the answer.
             start = max(start, self.chat.last_offset(at) or 0)
             yield from ((end, None) for _, end in unprotected(self.chat, [word]) if end > start)
             return
@@ -250,7 +253,7 @@ class _Row:
                 yield end, token + 1
 
     def _in_blocks(self, at: int, length: int, same: int, asked: int | None) -> _Found:
-        """Return the tokens in the template's blocks for message `at`, and one behind them that ends the turn."""
+        """Return the tokens in the template's blocks for message `at`, and the one after that ends the turn."""
         spans = [span for span in self.chat.spans if span[1] <= same and (asked is None or span[1] > asked)]
         begin = self._count(asked) if spans and asked is not None else None
         if begin is None:
@@ -264,7 +267,7 @@ class _Row:
             return NOT_FOUND
         stop = int(places[-1]) + 1
         if not ended and stop < len(self.ids) and self.ids[stop] in self._stops:
-            places, ended = np.append(places, stop), True  # a block that leaves the end of turn out
+            places, ended = np.append(places, stop), True  # the end of the turn is outside of the block
         return _Found(places, ended, begin is not None) if ended or same == length else NOT_FOUND
 
     def _tokens_in(self, spans: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
@@ -285,9 +288,9 @@ class _Row:
         return ranges[:, 0], ranges[:, 1]
 
     def _count(self, length: int) -> int | None:
-        """Return how many tokens the first `length` characters are when encoded alone, None if others than here.
+        """Return how many tokens the first `length` characters have, or None if they are encoded differently alone.
 
-        What stands before a control token is encoded apart, so only what follows the last one is encoded again.
+        Texts between control tokens are encoded separately, so only the text after the last one is encoded again.
         """
         start, token = next(((a, t) for a, b, t in reversed(self._controls) if b <= length), (0, 0))
         spans = [(max(a, start), min(b, length)) for a, b in self.chat.protected if b >= start and a <= length]
@@ -297,7 +300,7 @@ class _Row:
 
 
 def text_row(tokenizer: Tokenizer, text: str, weight: float) -> Written:
-    """Return a document behind what its tokenizer puts in front, then EOS; loss on all but the first token."""
+    """Return a document after the tokens that its tokenizer puts first, and EOS; all but the first have loss."""
     ids = [*tokenizer.encode_prompt(text), *(() if tokenizer.eos_id is None else (tokenizer.eos_id,))]
     return Written(ids, _all_but_first(len(ids), weight), [])
 

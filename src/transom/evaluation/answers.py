@@ -43,9 +43,9 @@ def score_answers(
     stop: Sequence[str] = (),
     progress: str = "",
 ) -> AnswerScores:
-    """Generate greedily behind every prompt, messages through the chat template, and compare.
+    """Generate greedily after every prompt, with the chat template for messages, and compare.
 
-    Of an answer through the template its reasoning is not compared.
+    The reasoning of an answer that is written with the template is not compared.
     """
     prompts = [_prompt_ids(subject, row) for row in rows]
     template = subject.template if any(row.messages for row in rows) else None

@@ -76,7 +76,7 @@ class Subject:
         return self.tokenizer.bos_id if self.tokenizer.bos_id is not None else self.tokenizer.eos_id
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text behind what its tokenizer puts in front; special tokens stay text."""
+        """Return the ids of a text after the tokens that its tokenizer puts first; special tokens stay text."""
         return self.tokenizer.encode_prompt(text)
 
     @cached_property

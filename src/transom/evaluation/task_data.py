@@ -120,7 +120,7 @@ def read_answers(path: str, limit: int | None = None) -> list[AnswerRow]:
 
 
 def _rows(path: str, limit: int | None) -> Iterator[tuple[dict[str, Any], Row]]:
-    """Yield the content and the place of each row; print the keys that nothing reads once for a file."""
+    """Yield the content and the place of each row; print the keys of the file that nothing reads."""
     unread: Counter[str] = Counter()
     for columns, row in itertools.islice(_lines(Path(path)), limit):
         unread.update(set(columns) - KNOWN)

@@ -82,7 +82,7 @@ def token_rows(
 def held_out_examples(run: Path) -> list[Example]:
     """Return what a fine-tuning run measured with, by its `config.yaml`.
 
-    Where its data is gone there are none, and a notice tells why.
+    If its data is missing, the list is empty and a notice gives the reason.
     """
     path = run / "config.yaml"
     config = read_yaml(path) if path.exists() else {}

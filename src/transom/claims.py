@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import errno
 import fcntl
@@ -185,9 +184,8 @@ def _holder(file: Path | None) -> str:
 def _unlock(lock: _Lock) -> None:
     if lock.descriptor is not None and lock.process == os.getpid():  # a forked child must not unlock for its parent
         if lock.file is not None:
-            lock.file.unlink(
-                missing_ok=True
-            )  # while it is locked: a process that waits for it then makes a new one
+            # While it is locked: a process that waits for it then makes a new one.
+            lock.file.unlink(missing_ok=True)
         _remove_empty(lock.made)
     if lock.descriptor is not None:
         os.close(lock.descriptor)
@@ -198,14 +196,3 @@ def _remove_empty(folders: list[Path]) -> None:
     for folder in reversed(folders):
         with contextlib.suppress(OSError):
             folder.rmdir()
-
-
-def release_all() -> None:
-    """Release all claims of this process, at its end."""
-    with _GUARD:
-        for lock in list(_LOCKS.values()):
-            _unlock(lock)
-        _LOCKS.clear()
-
-
-atexit.register(release_all)

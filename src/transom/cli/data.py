@@ -17,6 +17,7 @@ from transom.cli.chat import find_template
 from transom.cli.finetune import FLAGS, config_of
 from transom.cli.inspect import heading, pairs, show
 from transom.cli.main import emit_json, user_path
+from transom.cli.train import is_override
 from transom.errors import RequestError, notice, require
 from transom.yaml_files import read_yaml
 
@@ -154,9 +155,9 @@ def tune_config(options: argparse.Namespace, found: Found, examples: Sequence[Ex
 def states_objective(options: argparse.Namespace) -> bool:
     """Return whether a flag, a word or the config file names the objective."""
     stated = options.objective is not None or any(word.startswith("tune.objective=") for word in options.words)
-    if stated or not options.words or "=" in options.words[0]:
+    if stated or not options.words or is_override(options.words[0]):
         return stated
-    return "objective" in ((read_yaml(Path(options.words[0])) or {}).get("tune") or {})
+    return "objective" in (read_yaml(Path(options.words[0])).get("tune") or {})
 
 
 def longest_example(found: Found, asked: int | None) -> int:

@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
         dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
         raise WorkError(
             f"text {broken[0]} of {len(texts)}: its vector is NaN or infinite ({len(broken)} such texts); a weight "
-            f"is, or values are too large for {dtype}"
+            f"is not finite, or values are too large for {dtype}"
         )
     if options.normalize:
         vectors_RD = vectors_RD / vectors_RD.norm(dim=1, keepdim=True).clamp_min(1e-12)

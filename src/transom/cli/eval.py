@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows",
         type=user_path,
         metavar="FILE",
-        help="write what came out of every document or row, one JSON a line",
+        help="write the result of every document or row, one JSON object per line",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the files of --out and --rows")
     parser.add_argument("--json", action="store_true", help="print one JSON document as the last line")

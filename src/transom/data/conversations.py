@@ -279,7 +279,7 @@ def _call(call: Any, name: str) -> Any:
     """
     function = call.get("function") if isinstance(call, dict) else None
     fits = isinstance(function, dict) and isinstance(function.get("name"), str)
-    require(fits, name, call, "accepted is an object with a function, and that with a name and arguments")
+    require(fits, name, call, "accepted is an object with a function, which has a name and arguments")
     given = function.get("arguments")  # type: ignore[union-attr]
     arguments = {} if given is None or given == "" else given
     parsed = arguments

@@ -1,4 +1,4 @@
-"""A trial step before the first one, which shows whether the run fits into memory and changes nothing."""
+"""A trial step that shows whether the run fits into memory, and the random states that it leaves unchanged."""
 
 from __future__ import annotations
 

@@ -313,9 +313,9 @@ def test_a_mask_of_composed_characters(tmp_path):
         ([say("user", object())], {}, r"messages\[0\].content: a object; accepted is what JSON can write"),
         ([say("user", {1: 2})], {}, "key = 1: accepted is text"),
         ([say("user", [{"type": "image"}])], {}, "reads parts of text only"),
-        ([say("user", "a")], {"tools": TOOLS}, "the chat template: tools = 'given': this template reads messages"),
-        ([say("user", "a")], {"documents": [{}]}, "documents = 'given'"),
-        ([say("user", "a")], {"enable_thinking": False}, "enable_thinking = 'given'"),
+        ([say("user", "a")], {"tools": TOOLS}, "tools: the chat template does not read it; expected are messages"),
+        ([say("user", "a")], {"documents": [{}]}, "documents: the chat template does not read it"),
+        ([say("user", "a")], {"enable_thinking": False}, "enable_thinking: the chat template does not read it"),
         ([say("user", "a\ud800")], {}, "UTF-8"),
     ],
 )
@@ -353,7 +353,7 @@ def test_templates_are_found_where_folders_keep_them(made, tmp_path, capsys):
     with pytest.raises(RequestError, match="none is called default"):
         alone.render(talk)
     config.write_text(json.dumps({"chat_template": 3}))
-    with pytest.raises(RequestError, match="chat_template = 'int': accepted is a text"):
+    with pytest.raises(RequestError, match="chat_template = 3: accepted is a text"):
         ChatTemplate.load(tmp_path, tokenizer)
 
 

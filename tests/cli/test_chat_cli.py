@@ -297,3 +297,25 @@ def test_a_model_without_next_tokens_is_refused_before_the_first_turn(call, tmp_
     code, out, err = call(tmp_path, stdin="hello\nagain\n")
     assert (code, out) == (2, "")
     assert err.count("head = 'classification'") == 1
+
+
+def test_what_every_turn_would_be_refused_for_is_refused_before_the_first(call, tmp_path):
+    write_model(tmp_path, PLAIN)
+    wrong = (tmp_path, "--chat-template-config", '{"enable_thinkin": false}')
+    code, out, err = call(*wrong, stdin="hello\nagain\n")
+    assert (code, out) == (2, "") and err.count("enable_thinkin") == 1
+    (tmp_path / "chat_template.jinja").unlink()
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for template, sentence in (({"rag": PLAIN}, "by name"), ({"default": 3}, "{'default': 3}")):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+        code, out, err = call(tmp_path, stdin="hello\nagain\n")
+        assert (code, out) == (2, "") and err.count(sentence) == 1
+
+
+def test_stop_strings_of_the_folder_end_an_answer(made, call, tmp_path):
+    write_model(tmp_path, PLAIN)
+    shown = call(tmp_path, "-m", 12, stdin="hello\n")[1].rstrip("\n")
+    settings = {"stop_strings": shown[4:6]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    assert call(tmp_path, "-m", 12, stdin="hello\n")[1].rstrip("\n") == shown[: shown.index(shown[4:6])]
+    assert call(tmp_path, "-m", 12, "--ignore-eos", stdin="hello\n")[1].startswith(shown)

@@ -1,11 +1,12 @@
 """`transom finetune`: words to a config, the whole chain on tiny folders, wrong requests as one sentence."""
 
 import json
+import shlex
 
 import pytest
 
 from tests.training.tuning import base_folder, chats
-from transom.cli import finetune
+from transom.cli import demo, finetune
 from transom.cli.finetune import config_of
 from transom.cli.main import Parser, main
 from transom.training import finetune_config
@@ -42,6 +43,15 @@ def test_the_chain_of_folders(folders, tmp_path, capsys, monkeypatch):
     (run / "best").unlink()
     assert main(["finetune", str(run), "--resume", "--quiet"]) == 0  # a finished run is measured again
     assert "resumed at step 4 of 4" in capsys.readouterr().err
+
+
+def test_the_next_commands_can_be_pasted_into_a_shell(folders, tmp_path):
+    for command in (
+        finetune.next_commands(parsed(folders[0], "--data", folders[1], "--out", "exp #2"))
+    ).splitlines():
+        words = shlex.split(command, comments=True)
+        assert words[:1] != ["transom"] or words[2] == "exp #2"
+    assert "transom chat 'exp #2'" in demo.next_commands("exp #2")
 
 
 def test_flags_words_and_file_in_order(folders, tmp_path):

@@ -123,6 +123,19 @@ def test_the_folder_says_where_to_stop(made, call, tmp_path):
     assert rows[1]["generation_tokens"] == 20
 
 
+def test_stop_strings_of_the_folder_end_a_text(made, call, tmp_path):
+    write_model(tmp_path)
+    flags = ("generate", tmp_path, "-p", "hello", "-m", 12)
+    shown = call(*flags)[1].rstrip("\n")
+    for stated in (shown[4:6], [shown[4:6], "never said"]):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"stop_strings": stated}))
+        assert call(*flags)[1] == shown[: shown.index(shown[4:6])] + "\n"
+        assert call(*flags, "--ignore-eos")[1].startswith(shown)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"stop_strings": [7]}))
+    code, out, err = call(*flags)
+    assert (code, out) == (2, "") and "stop_strings" in err
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

@@ -29,6 +29,15 @@ def test_a_config_and_overrides_make_a_run(tmp_path, capsys):
     assert (tmp_path / "run" / "report.html").exists()
 
 
+def test_a_run_without_held_out_text_says_so_and_scores_nothing(tmp_path, capsys):
+    config = tiny_config(tmp_path)
+    config["data"]["held_out"] = 0
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["train", str(tmp_path / "config.yaml"), "steps=1", "eval_every=0"]) == 0
+    err = capsys.readouterr().err
+    assert err.count("nothing is held out") == 1 and "scoring held-out text" not in err
+
+
 def test_overrides_change_the_default_preset():
     from transom.training.config import read_config
 

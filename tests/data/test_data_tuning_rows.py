@@ -177,7 +177,7 @@ def test_rows_beyond_one_per_conversation_are_counted(capsys: pytest.CaptureFixt
 
 def test_what_cannot_be_written_is_refused_or_listed() -> None:
     wrong = chat(Q, {**A, "tool_calls": []}, tools=({"type": "function"},))
-    with pytest.raises(RequestError, match="f:1: the chat template: tools = 'given'"):
+    with pytest.raises(RequestError, match="f:1: tools: the chat template does not read it"):
         encode(chat(), wrong)
     problems: list[Problem] = []
     assert encode(wrong, chat(), wrong, problems=problems).counts.rows == 1

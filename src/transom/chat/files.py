@@ -49,6 +49,7 @@ def _templates(entry: Any, file: Path) -> dict[str, str]:
     """Return templates by name from a text, an object of texts, or a list of `{"name": ..., "template": ...}`."""
     if entry is None:
         return {}
+    given = entry
     if isinstance(entry, dict):
         entry = [{"name": name, "template": source} for name, source in entry.items()]
     named = [{"name": DEFAULT, "template": entry}] if isinstance(entry, str) else entry
@@ -57,7 +58,7 @@ def _templates(entry: Any, file: Path) -> dict[str, str]:
         for one in named
     )
     accepted = "accepted is a text, an object of texts by name, or a list of objects with a name and a template"
-    require(fits, f"{file}: chat_template", type(entry).__name__, accepted)
+    require(fits, f"{file}: chat_template", given, accepted)
     return {one["name"]: one["template"] for one in named}
 
 

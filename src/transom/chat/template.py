@@ -180,19 +180,19 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Return the caller's values as plain data; values that the template does not read are refused."""
-        variables = variables or {}
         given: dict[str, Any] = {
             "messages": [message_data(message, f"messages[{at}]") for at, message in enumerate(messages)],
             "tools": None if tools is None else plain(list(tools), "tools"),
             "documents": None if documents is None else plain(list(documents), "documents"),
-            **plain(dict(variables), "variables"),
+            **plain(dict(variables or {}), "variables"),
             "add_generation_prompt": add_generation_prompt,
         }
         require(bool(given["messages"]), "messages", [], "accepted is one message or more")
         chosen = self.chosen(given)
-        for name in (*(name for name in ("tools", "documents") if given[name]), *variables):
-            accepted = f"this template reads {', '.join(sorted(chosen.names - set(self._variables)))}"
-            require(name in chosen.names, f"{chosen.origin}: {name}", "given", accepted)
+        for name in (*(name for name in ("tools", "documents") if given[name]), *(variables or ())):
+            known = ", ".join(sorted(chosen.names - set(self._variables)))
+            if name not in chosen.names:
+                raise RequestError(f"{name}: {chosen.origin} does not read it; expected are {known}")
         for at, message in enumerate(given["messages"]):
             if isinstance(message.get("content"), list) and not READS_PARTS.search(chosen.source):
                 message["content"] = joined_texts(message["content"], f"messages[{at}].content")

@@ -79,6 +79,15 @@ def stop_ids(found: Found, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(dict.fromkeys((*(ids or ()), *(tokenizer.stop_ids if ids is None or own else ()))))
 
 
+def stop_strings(found: Found) -> tuple[str, ...]:
+    """Return the texts that end an answer of a model: `stop_strings` among its settings of generation."""
+    stated = stated_settings(found.folders).get("stop_strings") or []
+    listed = (stated,) if isinstance(stated, str) else tuple(stated) if isinstance(stated, list) else (None,)
+    right = all(isinstance(one, str) and one for one in listed)
+    require(right, f"{found.model / GENERATION}: stop_strings", stated, "accepted is a text or a list of texts")
+    return listed
+
+
 def _stops_in(folder: Path) -> list[int] | None:
     """Return the stop tokens of the first file of a folder that states some."""
     for path in (folder / GENERATION, folder / CONFIG):

@@ -19,6 +19,7 @@ from transom.cli.generate import (
     check_arguments,
     open_model,
     sampling_of,
+    stop_of,
 )
 from transom.cli.main import user_path
 from transom.errors import RequestError, notice, require
@@ -98,6 +99,7 @@ def run(options: argparse.Namespace) -> int:
         why = "the chat template is ignored" if options.ignore_chat_template else "this model has no chat template"
         notice(f"{why}: each turn continues one growing text, on a new line; /help lists commands")
     else:
+        template.prepared([{"role": "user", "content": ""}], variables=values)  # refuses values now, not per turn
         framing = Messages(template, values, options.prefill)
         markers = find_markers(template, **values)
         if not options.ignore_eos:
@@ -110,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
         sampling=sampling,
         max_tokens=MAX_TOKENS if options.max_tokens is None else options.max_tokens,
         stop_tokens=stop_tokens,
-        stop=options.stop,
+        stop=stop_of(options, found),
         prefill_step_size=options.prefill_step_size,
         show_special=options.show_special,
     )

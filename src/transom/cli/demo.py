@@ -6,6 +6,7 @@ import argparse
 import gzip
 import lzma
 import platform
+import shlex
 import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -183,7 +184,8 @@ def show_completions(model: Any, tokenizer: Any) -> None:
 
 
 def next_commands(run: str) -> str:
-    """What to try now."""
+    """Return the commands to try now, ready for a shell."""
+    report, run = f"{run}/report.html", shlex.quote(run)
     return f"""
 next:
   transom finetune {run} --data stdlib-docs
@@ -191,4 +193,4 @@ next:
   transom generate {run} --prompt "import os"
   transom inspect {run}
   transom train data.sources=my_texts out=runs/mine
-and look at {run}/report.html"""
+and look at {report}"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,8 @@ def _split(words: list[str]) -> tuple[Path | None, list[str]]:
 
 
 def next_commands(args: TrainArgs) -> str:
-    """What to try now."""
+    """Return the commands to try now, ready for a shell."""
     assert args.tune is not None, "config_of gives it"
-    merge = f"  transom merge {args.out}\n" if args.tune.method == "lora" else ""
-    return f"\nnext:\n  transom chat {args.out}\n{merge}  transom eval {args.out} --data my_texts"
+    out = shlex.quote(args.out)
+    merge = f"  transom merge {out}\n" if args.tune.method == "lora" else ""
+    return f"\nnext:\n  transom chat {out}\n{merge}  transom eval {out} --data my_texts"

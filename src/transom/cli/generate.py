@@ -70,7 +70,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         name = "N" if kind is int else "X"
         parser.add_argument(flag, type=kind, default=default, metavar=name, help=help + shown)
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again"
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text, or where stop_strings of the folder say; may be repeated",
     )
     shown = "show control tokens in the text, also the one that ends it"
     parser.add_argument("--show-special", action="store_true", help=shown)
@@ -99,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
         ids,
         max_new_tokens=max_new_tokens(options.max_tokens, model.args, max(map(len, ids))),
         sampling=sampling,
-        stop=options.stop,
+        stop=stop_of(options, found),
         stop_tokens=stop_tokens,
         prefill_step_size=options.prefill_step_size,
         kept="all" if options.show_special else marker_ids(tokenizer),  # or reasoning and answer were one
@@ -180,6 +184,13 @@ def open_model(options: argparse.Namespace) -> tuple[Found, LLM, Tokenizer, tupl
     model = load(found, options.device, options.dtype)
     warn_if_bfloat16_is_slow(model.tok_embeddings.weight)
     return found, model, tokenizer, stop_tokens
+
+
+def stop_of(options: argparse.Namespace, found: Found) -> list[str]:
+    """Return the stop strings of --stop and, without --ignore-eos, those that the model's folder states."""
+    from transom.checkpoints.companions import stop_strings
+
+    return [*options.stop, *(() if options.ignore_eos else stop_strings(found))]
 
 
 def max_new_tokens(requested: int | None, args: ModelArgs, prompt_tokens: int) -> int:

@@ -84,11 +84,11 @@ def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer,
                 quiet=options.quiet,
                 profile_steps=options.profile,
             )
+            trainer.line.say(describe_run(trainer.args, trainer.model, trainer.dtype, trainer.device))
         except STOPS:
             again = "the same command starts it again" if options.overwrite else "--resume goes on from here"
             notice(f"{args.out}: ended before a step was taken; {again}")
             raise
-        trainer.line.say(describe_run(trainer.args, trainer.model, trainer.dtype, trainer.device))
         final = trainer.fit()
         try:
             report = write_report(trainer.run.path)

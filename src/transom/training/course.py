@@ -101,7 +101,8 @@ def _finish(trainer: Trainer) -> HeldOut:
     """Save the last step and score all held-out text."""
     args = trainer.args
     trainer.save(None)  # before scoring, so that a kill meanwhile does not lose the last steps
-    trainer.line.say("scoring held-out text ...")
+    if trainer.data.held_out or trainer.objective.held_out:
+        trainer.line.say("scoring held-out text ...")
     with _again_on_resume(trainer):
         # The best step is chosen by scores over the same documents: the first `eval_tokens`.
         limited = args.eval_every > 0 and args.eval_tokens is not None and bool(trainer.data.held_out)

@@ -145,7 +145,6 @@ class Monitor:
                 max_tokens=max_tokens,
             )
             for name, file in self.data.held_out.items()
-            if len(file)
         }
         total = sum(names.values(), HeldOut())
         if not total.tokens:

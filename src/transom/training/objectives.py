@@ -93,6 +93,8 @@ class Measured(Protocol):
 class Objective(ABC):
     """The base of all: what most of them share."""
 
+    held_out: Sequence[Any] = ()  # what `measure` scores
+
     def prepare(self, batch: Any) -> Any:
         """The batch that is learnt from, once per step; the same one unless answers have to be made first."""
         return batch

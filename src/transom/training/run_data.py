@@ -29,6 +29,7 @@ from transom.training.objectives import RunBatches
 TOKENS = (
     "the tokens of the rows"  # a name among the hashes: this one changes with a source, the template and the cut
 )
+NOTHING_HELD_OUT = "nothing is held out: no score, and the last step is the best"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,9 @@ def open_data(
         world_size=world_size,
     )
     hashes = {name: corpus.sha256 for name, corpus in corpora.items()}
-    held = {name: corpus.held_out for name, corpus in corpora.items()}
+    held = {name: corpus.held_out for name, corpus in corpora.items() if len(corpus.held_out)}
+    if not held and not quiet:
+        notice(NOTHING_HELD_OUT)
     return RunData(batches, hashes, rows_per_step, held)
 
 

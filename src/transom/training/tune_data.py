@@ -23,7 +23,7 @@ from transom.training.defaults import RowChoice, require_comparable, tune_rows
 from transom.training.objectives import RunBatches
 from transom.training.rewards import Reward, open_reward
 from transom.training.rollouts import QuestionBatches, encode_questions
-from transom.training.run_data import TOKENS, RunData
+from transom.training.run_data import NOTHING_HELD_OUT, TOKENS, RunData
 from transom.training.subject import Share
 from transom.training.tune_args import TuneArgs, require_kinds
 
@@ -103,9 +103,7 @@ def open_tune_data(
             else f"; packed into {batches.items_per_epoch:,} rows, {batches.fill:.0%} full"
         )
         notice(f"to train on: {rows.counts}{fill}")
-        notice(
-            f"held out: {held.counts}" if held else "nothing is held out: no score, and the last step is the best"
-        )
+        notice(f"held out: {held.counts}" if held else NOTHING_HELD_OUT)
         if rows.counts.without_end:
             notice(
                 f"{rows.counts.without_end} answers do not teach where to stop: `transom data check` names reasons"

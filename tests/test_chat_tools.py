@@ -155,7 +155,7 @@ def test_named_templates_are_chosen_and_written_as_in_transformers(made, tmp_pat
             settings |= {"chat_template": "rag", "documents": DOCUMENTS, **variables}
             expected = peer.apply_chat_template(plain[1:], **settings)
             assert rag.encode(plain[1:], None, flag, DOCUMENTS, **variables) == expected
-    with pytest.raises(RequestError, match="documents: .* does not read it"):
+    with pytest.raises(RequestError, match=r"documents: .* does not read it"):
         template.encode(plain, documents=DOCUMENTS)
 
 

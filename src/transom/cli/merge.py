@@ -124,5 +124,5 @@ def print_report(report: Mapping[str, Any], out: Path) -> None:
     print(f"kept: {report['kept']} ({report['why']})")
     written = report["out"]
     print(f"{out}: {written['format']}, {written['dtype']}, with merge_report.json", file=sys.stderr)
-    out = shlex.quote(str(out))
-    print(f"next: transom verify merge {out}; transom chat {out}", file=sys.stderr)
+    folder = shlex.quote(str(out))
+    print(f"next: transom verify merge {folder}; transom chat {folder}", file=sys.stderr)

@@ -1,5 +1,7 @@
 """What every test runs under: one thread, and a cache folder of its own."""
 
+import signal
+
 import pytest
 import torch
 
@@ -10,6 +12,12 @@ from transom.errors import reset_notices
 def _one_thread():
     """The models are tiny: to wake a second core costs more than it does."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible():
+    """Commands that a shell starts in the background ignore SIGINT, and so would the runs of tests."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

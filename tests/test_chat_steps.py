@@ -77,6 +77,14 @@ def test_what_depends_on_later_messages_is_no_step(tokenizer, source):
     assert [found.whole(n) for n in (1, 2, 3)] == [template.render(TALK[:n], None, False) for n in (1, 2, 3)]
 
 
+def test_beginnings_without_a_message_that_the_template_reads_are_rendered_anew(tokenizer):
+    source = LOOP % "{{ messages[2].role if messages[2] }}{{ m.content }}"
+    template = ChatTemplate(source, tokenizer)
+    assert steps(source, tokenizer)
+    found = template.beginnings(template.prepared(TALK))
+    assert [found.whole(n) for n in (1, 2, 3)] == [template.render(TALK[:n], None, False) for n in (1, 2, 3)]
+
+
 def test_a_loop_that_ends_early_is_rendered_anew(tokenizer):
     template = ChatTemplate(LOOP % "{{ m.content }}{% if loop.index == 2 %}{% break %}{% endif %}", tokenizer)
     found = template.beginnings(template.prepared(TALK))

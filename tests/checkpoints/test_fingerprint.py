@@ -44,6 +44,25 @@ def test_one_bit_of_one_weight_changes_it(tmp_path):
     assert fingerprint(tmp_path) != before
 
 
+def test_files_that_change_while_they_are_hashed_are_not_cached(tmp_path, monkeypatch):
+    save(random_model(tiny_args()), tmp_path / "model", format="native")
+    for file in (tmp_path / "model").iterdir():
+        os.utime(file, (1, 1))
+    monkeypatch.setattr(module, "_SETTLED", -(10**18))  # the age of the files does not count
+    kept = []
+    monkeypatch.setattr(module, "_keep", lambda *given: kept.append(given))
+    fingerprint(tmp_path / "model")
+    hashed = module.fingerprint_of
+
+    def changed(*given):
+        os.utime(tmp_path / "model" / "config.json", (2, 2))
+        return hashed(*given)
+
+    monkeypatch.setattr(module, "fingerprint_of", changed)
+    fingerprint(tmp_path / "model")
+    assert len(kept) == 1
+
+
 def test_facts_are_read_strictly_as_they_were_written(tmp_path):
     assert read_facts(tmp_path) is None
     write_facts(tmp_path, "some/base", "ab12", {"kind": "nf4"}, "bfloat16")

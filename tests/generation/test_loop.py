@@ -7,7 +7,7 @@ from tests.helpers import random_model, tiny_args
 from transom.adapt.lora_args import LoraArgs
 from transom.adapt.new import apply_lora
 from transom.errors import RequestError, WorkError
-from transom.generation.loop import generate, prefill, settle, stream
+from transom.generation.loop import _not_finite, generate, prefill, settle, stream
 from transom.generation.sampling import SamplingArgs
 from transom.model import TransformerInput
 from transom.runtime import one_thread
@@ -186,6 +186,12 @@ def test_a_cache_that_is_too_small_is_refused():
     assert len(list(stream(model, [[1, 2, 3]], max_new_tokens=6, cache=model.make_cache(1, 8)))) == 6
     with pytest.raises(RequestError, match="9 tokens to store: this cache holds 8"):
         stream(model, [[1, 2, 3]], max_new_tokens=7, cache=model.make_cache(1, 8))
+
+
+def test_which_rows_give_no_token():
+    inf = float("inf")
+    rows_BV = torch.tensor([[0.0, -inf], [0.0, inf], [-inf, -inf], [0.0, float("nan")]])
+    assert _not_finite(rows_BV).tolist() == [False, True, True, True]
 
 
 def test_nan_logits_are_not_sampled():

@@ -39,6 +39,10 @@ FOLDERS = {
         "added_tokens__json": {"<|im_start|>": 300, "<|im_end|>": 301, "<tool>": 302},
         "special_tokens_map__json": {"sep_token": "<|im_end|>"},
     },
+    "old file of a known token": {
+        "tokenizer_config__json": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS},
+        "added_tokens__json": {EOS: 1},
+    },
     "a list": {"tokenizer_config__json": {**CLASS, "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}},
     "a newer list": {"tokenizer_config__json": {**CLASS, "extra_special_tokens": ["<|im_end|>"]}},
     "names": {

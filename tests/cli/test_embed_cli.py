@@ -155,6 +155,12 @@ def test_a_classifier_says_labels(classifier, call):
     assert [row["label"] for row in document["labels"]] == names and len(document["embeddings"]) == 3
 
 
+def test_texts_that_spell_control_tokens_are_counted(plain, call):
+    words = [word for text in ("a<|end_of_text|>", "b", "<|end_of_text|>") for word in ("--text", text)]
+    assert call(plain[1], *words)[2].count("2 of 3 texts spell control tokens") == 1
+    assert "control tokens" not in call(plain[1], "--text", "b")[2]
+
+
 def test_long_texts_are_cut_and_said(plain, call):
     _, folder = plain
     code, _, err = call(folder, "--text", "y" * 40)

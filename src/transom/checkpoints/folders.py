@@ -72,9 +72,10 @@ def named_folder(path: str | Path, which: Which, revision: str | None, settings_
         return folder
     inside = next((p for p in ("original",) if (folder / p / PARAMS).exists()), None)
     hint = f", as {folder / inside} is" if inside else ""
+    also = ", or one with tokenizer.json, tekken.json or tokenizer.model" if settings_only else ""
     raise RequestError(
         f"{folder}: no {CONFIG}, no {PARAMS}, no {ADAPTER} and no finished step; accepted is a model, adapter or "
-        f"run folder{hint}"
+        f"run folder{also}{hint}"
     )
 
 

@@ -14,6 +14,8 @@ from transom.errors import RequestError, WorkError, notice, require
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from transom.tokenizer import Tokenizer
+
 OUT_SUFFIXES = (".safetensors", ".npy")
 
 
@@ -59,6 +61,7 @@ def run(options: argparse.Namespace) -> int:
     tokenizer = open_tokenizer(found)
     model = load(found, options.device, options.dtype)
     head = model.args.head
+    say_spelled(tokenizer, texts)
     rows = encode_texts(tokenizer, texts, model.args.max_seq_len)
     stated = stated_pooling(found.model) if head is None or head == BASE_HEAD else head.pooling
     pooling: Literal["mean", "last"] = options.pooling or stated or "mean"
@@ -97,6 +100,13 @@ def run(options: argparse.Namespace) -> int:
     elif options.out is None or "labels" in document:
         show(document)
     return 0
+
+
+def say_spelled(tokenizer: Tokenizer, texts: list[str]) -> None:
+    """Print one notice about texts that spell control tokens, which are read as plain text."""
+    found = [spelled for text in texts if (spelled := tokenizer.spelled_in(text))]
+    if found:
+        notice(f"{len(found)} of {len(texts)} texts spell control tokens, as {found[0][0]}: read as plain text")
 
 
 def check_arguments(options: argparse.Namespace) -> None:

@@ -49,9 +49,7 @@ def new_subject(args: TrainArgs, run: RunFolder, choice: DtypeChoice, share: Sha
     model = outline(model_args).to_empty(device=choice.ranks.device)
     if not resume or args.dry_run:  # a dry run of a resumed one reads no checkpoint
         model.init_weights(args.seed)
-    lowered = objective(args, model, data)
-    choice.limit(model.args)
-    choice.settle(model, lowered, data.batches, data.rows_per_step // share.world_size, frozen=False)
+    lowered = objective(args, model, data, choice, share)
     return Subject(model, tokenizer, data, lowered, WholeModel(model, tokenizer, data.labels))
 
 
@@ -66,9 +64,7 @@ def continued_subject(args: TrainArgs, choice: DtypeChoice, share: Share) -> Sub
     step_model = WholeModel(
         model, tokenizer, data.labels, Companions(folder, tokenizer, None), writable_format(folder)
     )
-    lowered = objective(args, model, data)
-    choice.limit(model.args)
-    choice.settle(model, lowered, data.batches, data.rows_per_step // share.world_size, frozen=False)
+    lowered = objective(args, model, data, choice, share)
     return Subject(model, tokenizer, data, lowered, step_model)
 
 
@@ -86,12 +82,15 @@ def writable_format(folder: Path) -> Format:
     return kind if kind in ("hf", "native") else "native"
 
 
-def objective(args: TrainArgs, model: LLM, data: RunData) -> Objective:
-    """Labels for a model with a head, the next token for all others."""
+def objective(args: TrainArgs, model: LLM, data: RunData, choice: DtypeChoice, share: Share) -> Objective:
+    """Return the objective, labels for a model with a head or the next token, and settle the dtype with it."""
     head = model.args.head
-    if head is None:
-        return NextToken(model, args.loss_chunk)
-    return HeadObjective(model, head, args.contrastive_temperature, data.head_rows)
+    out: Objective = NextToken(model, args.loss_chunk)
+    if head is not None:
+        out = HeadObjective(model, head, args.contrastive_temperature, data.head_rows)
+    choice.limit(model.args)
+    choice.settle(model, out, data.batches, data.rows_per_step // share.world_size, frozen=False)
+    return out
 
 
 def run_tokenizer(args: TrainArgs, run: RunFolder, resume: bool, progress: bool = False) -> Tokenizer:

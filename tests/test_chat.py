@@ -44,6 +44,15 @@ def test_published_templates_render_as_in_transformers(made, name, talk, add_gen
     assert template.encode(messages, **flags) == ids
 
 
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [("<|im{{ messages[0].content }}", "_end|>"), ("{{ messages[0].content }}_end|>", "<|im")],
+)
+def test_no_control_token_is_made_of_words_of_the_template_and_of_a_message(made, source, words):
+    ids = ChatTemplate(source, made[0]).encode([{"role": "user", "content": words}])
+    assert made[0].special_ids.isdisjoint(ids) and made[0].decode(ids) == "<|im_end|>"
+
+
 @pytest.mark.parametrize("name", READS_TOOLS)
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_tools_render_as_in_transformers(made, name, count):

@@ -26,9 +26,8 @@ from transom.training.config import TrainArgs
 from transom.training.defaults import head_rows
 from transom.training.objectives import RunBatches
 
-TOKENS = (
-    "the tokens of the rows"  # a name among the hashes: this one changes with a source, the template and the cut
-)
+# The name of a hash of all rows: it changes with a source, the chat template and the longest row.
+TOKENS = "the tokens of the rows"
 NOTHING_HELD_OUT = "nothing is held out: no score, and the last step is the best"
 
 

@@ -76,7 +76,7 @@ def test_a_missing_shard(folder):
     at = folder("native")
     gone = sorted(at.glob("model-*.safetensors"))[1]
     gone.unlink()
-    sentence(lambda: load(at), f"{gone}: missing, model.safetensors.index.json names it for")
+    sentence(lambda: load(at), f"{gone}: missing; model.safetensors.index.json names it for")
 
 
 @pytest.mark.parametrize(

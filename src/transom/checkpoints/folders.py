@@ -187,7 +187,8 @@ def read_pointer(run: Path, name: str) -> Path | None:
     step = run / pointer.read_text(encoding="utf-8").strip()
     if not is_model(step):
         raise RequestError(
-            f"{pointer}: names {step.name!r}, which is not a model or adapter folder; remove the line or restore it"
+            f"{pointer}: names {step.name!r}, which is not a model or adapter folder; delete {pointer.name!r} or "
+            f"restore the folder"
         )
     return step
 

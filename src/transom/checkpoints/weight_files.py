@@ -58,7 +58,7 @@ def _shards(folder: Path, index: Path) -> list[str]:
             raise RequestError(f"{index}: weight_map names {file!r}; accepted are files beside it")
         if not (folder / file).exists():
             tensors = sum(name == file for name in entries.values())
-            raise RequestError(f"{folder / file}: missing, {index.name} names it for {tensors} tensors")
+            raise RequestError(f"{folder / file}: missing; {index.name} names it for {tensors} tensor(s)")
     return files
 
 

@@ -219,7 +219,7 @@ def _wrapped(at: str, table: Table, lora: Mapping[str, LoraWeights]) -> str:
 
 
 def _whole(model: LLM, table: Table, whole: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Replaced parameters under foreign keys, with all other parameters of their modules: PEFT keeps modules."""
+    """Return replaced parameters under foreign keys, with all others of their modules, since PEFT keeps modules."""
     own = {f"{path}.{last}": tensor for path, tensors in whole.items() for last, tensor in tensors.items()}
     unwritten = set(own)
     out: dict[str, Tensor] = {}
@@ -239,7 +239,7 @@ def _whole(model: LLM, table: Table, whole: Mapping[str, Mapping[str, Tensor]]) 
 
 
 def _foreign(model: LLM, table: Table, move: Move, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one row of the table under their foreign keys: those of `own`, else the model's."""
+    """Return the tensors of one row of the table under their foreign keys: those of `own`, else the model's."""
     tensors = [own[name] if name in own else model.get_parameter(name).detach() for name in move.ours]
     args = model.args
     rows = [

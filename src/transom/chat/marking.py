@@ -247,7 +247,7 @@ class Marker:
 
 
 def _spellings(mark: str) -> str:
-    """A pattern for a mark as it is, and as JSON that is ASCII only writes it."""
+    """Return a pattern for a mark and for its escaped form in ASCII JSON."""
     return f"(?:{re.escape(mark)}|{re.escape(json.dumps(mark)[1:-1])})"
 
 

@@ -18,7 +18,7 @@ MISSING = object()
 
 
 def plain(value: Any, name: str) -> Any:
-    """A copy made of JSON's own types, so that a template meets nothing else."""
+    """Return a copy that consists of JSON's own types, the only ones that a template may read."""
     try:
         return _plain(value, name)
     except RecursionError:

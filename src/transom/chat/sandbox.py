@@ -309,7 +309,7 @@ class Compiled:
         now: datetime | None = None,
         step: str = "",
     ) -> str:
-        """The text for `variables` at a time, `marks` around what `{% generation %}` encloses, `step` at steps."""
+        """Return the text for `variables` at a time, with `marks` around `{% generation %}` and `step` at steps."""
         environment = ChatEnvironment(marks, now)
         environment.step = step
         template = Template.from_code(environment, self._code, environment.make_globals(None))

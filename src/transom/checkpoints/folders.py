@@ -91,7 +91,7 @@ def is_model(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Found:
-    """What a name stands for: the folder of a whole model, and the adapter to put on it, if any.
+    """The meaning of a name: the folder of a whole model, and the adapter to put on it, if any.
 
     Where only the tokenizer was asked for, the folder may hold no model, and the name may be that of a tokenizer's
     file, `tokenizer_file`.
@@ -108,7 +108,7 @@ class Found:
 
     @property
     def tokenizer(self) -> Path:
-        """The folder or file whose tokenizer is meant."""
+        """The folder or file of the tokenizer."""
         return self.tokenizer_file or next(filter(holds_tokenizer, self.folders), self.model)
 
     @property

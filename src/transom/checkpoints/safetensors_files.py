@@ -48,7 +48,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def open_safetensors(folder: Path, files: Sequence[str]) -> dict[str, Stored]:
-    """All tensors of these files in a folder, still in their files."""
+    """Return all tensors of these files in a folder, unread."""
     out: dict[str, Stored] = {}
     for file in files:
         for key, tensor in read_safetensors(folder / file).items():

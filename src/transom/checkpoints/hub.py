@@ -87,8 +87,7 @@ def wanted_files(files: Collection[str], settings_only: bool = False) -> list[st
         if "params.json" in files:
             unread.add("config.json")
     settings = [file for file in files if "/" not in file and any(fnmatch(file, one) for one in _SETTINGS)]
-    settings += [file for file in files if fnmatch(file, f"{TEMPLATES}/*.jinja") and file.count("/") == 1]
-    settings += [file for file in files if file == POOLING]
+    settings += [file for file in files if fnmatch(file, f"{TEMPLATES}/*.jinja") or file == POOLING]
     return [file for file in settings if file not in unread] + ([] if settings_only else weights)
 
 

@@ -27,6 +27,6 @@ def tokens(session, turn):
 def test_a_conversation_that_begins_anew_answers_as_a_new_one(pattern):
     model = random_model(tiny_args(vocab_size=258, max_seq_len=256, **pattern))
     session = opened(model)
-    for turn in ("hello there", "hello you", "other words"):
+    for turn in ("hello there" * 8, "hello you", "other words"):
         session.framing.reset("")
         assert tokens(session, turn) == tokens(opened(model), turn)

@@ -105,6 +105,14 @@ def test_a_pointer_of_git_lfs_in_place_of_a_model(tmp_path, format, name):
         load(tmp_path)
 
 
+def test_a_pointer_of_git_lfs_among_weights_of_another_format(tmp_path):
+    save(random_model(tiny_args(rope_layout="halves")), tmp_path, "hf")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_text(POINTER)
+    with pytest.raises(RequestError, match=r"pytorch_model\.bin: .*git-lfs"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"])
 def test_a_pointer_of_git_lfs_in_place_of_an_adapter(tmp_path, name):
     base = write_base(tmp_path / "base", dtype="float32")

@@ -71,3 +71,9 @@ def test_a_template_adds_the_end_of_its_turns(tmp_path):
 def test_what_is_no_token_id_is_refused(tmp_path, name, stated):
     with pytest.raises(RequestError, match="eos_token_id"):
         stop_tokens_of(write(tmp_path, **{name: {"eos_token_id": stated}}), TOKENIZER)
+
+
+def test_a_stop_token_beyond_the_tokenizer_is_a_notice(tmp_path, capsys):
+    folder = write(tmp_path, generation_config={"eos_token_id": [7, 60_000]})
+    assert stop_tokens_of(folder, TOKENIZER) == (7, 60_000)
+    assert "eos_token_id 60000 is not in the tokenizer" in capsys.readouterr().err

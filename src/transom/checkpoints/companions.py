@@ -76,6 +76,9 @@ def stop_ids(found: Found, tokenizer: Tokenizer) -> tuple[int, ...]:
     stated = [_stops_in(folder) for folder in found.folders]
     ids = next((ids for ids in stated if ids is not None), None)
     own = found.adapter == found.tokenizer and stated[0] is None
+    beyond = [id for id in ids or () if id >= tokenizer.vocab_size]
+    if beyond:
+        notice(f"{found}: eos_token_id {beyond[0]} is not in the tokenizer of {tokenizer.vocab_size} tokens")
     return tuple(dict.fromkeys((*(ids or ()), *(tokenizer.stop_ids if ids is None or own else ()))))
 
 

@@ -37,6 +37,7 @@ from transom.checkpoints.weight_files import INDEX, WEIGHTS, find_weights, say_i
 from transom.errors import RequestError, notice
 from transom.model import LLM
 from transom.names import moves_to_read
+from transom.paths import refuse_pointer
 from transom.runtime import DTYPES, bound_kernel_caches, one_thread, pick_device
 from transom.tokenizer import Tokenizer
 from transom.transforms import Shape
@@ -207,6 +208,8 @@ def open_files(folder: Path, kind: Format, args: ModelArgs) -> dict[str, Stored]
     if taken.files == [WEIGHTS] and not (folder / WEIGHTS).exists():
         patterns = ("*.safetensors", "*.bin", "*.gguf", "*.pth", "original/consolidated.*")
         others = [path.relative_to(folder) for pattern in patterns for path in sorted(folder.glob(pattern))]
+        for other in others:
+            refuse_pointer(folder / other)
         found = f"{others[0]} is there" if others else "no weights are there"
         raise RequestError(f"{folder}: {found}; accepted is {WEIGHTS}, or shards and {WEIGHTS}{INDEX}")
     say_ignored(folder, taken)

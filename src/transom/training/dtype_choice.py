@@ -24,7 +24,8 @@ from transom.training.ranks import Ranks
 TIMED_TOKENS = 2048  # enough to find the faster dtype
 MOST_PARAMETERS = 500_000_000  # a larger model is not timed: it may not fit in float32
 SHORT_PASSES, SHORT_SECONDS = 3, 2.0  # at most so many passes are timed, and no more after so many seconds
-CLEARLY = 1.1  # bfloat16 rounds, so it has to be faster by this factor
+CLEARLY = 1.1  # bfloat16 rounds, so it has to be faster by this factor,
+SECONDS = 0.005  # and by this much: below, the load of the machine would decide
 
 
 @dataclass
@@ -72,7 +73,8 @@ class DtypeChoice:
         model.zero_grad(set_to_none=True)
         model.train(was_training)
         restore_random_state(self.ranks.device, before)
-        takes_bfloat16 = bool(self.ranks.first(int(fast * CLEARLY < slow)))
+        faster = fast * CLEARLY < slow and slow - fast > SECONDS
+        takes_bfloat16 = bool(self.ranks.first(int(faster)))
         self.dtype = torch.bfloat16 if takes_bfloat16 else torch.float32
         rows, length = micro.tokens.shape
         if self.ranks.rank == 0:

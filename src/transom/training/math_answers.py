@@ -2,7 +2,8 @@
 
 `math-verify` 0.9 counts some right answers as wrong: an inequality (x > 0) for an interval, and i for
 \\sqrt{-1}. It does not read periods (0.\\overline{3}). A percentage equals both numbers that it may mean
-(50\\% is 50 and 0.5), and the items of a list without brackets may come in any order.
+(50\\% is 50 and 0.5), and the items of a list without brackets may come in any order. In prose, it takes
+the last number that it can read ("3 and a half" is 3). Units are compared only where both texts end with one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 from transom.errors import RequestError, WorkError, notice
 
@@ -36,6 +38,8 @@ _MARKS = re.compile(r"\\(?:left|right|displaystyle)(?![a-z])|(?<!\\)\\[()\[\],!;
 _FRACTION = re.compile(r"^([-+]?\d*)\s*\\[dt]?frac\s*(?:\{(\d+)\}\{(\d+)\}|(\d)\s*(\d))$")
 _TEXT_GROUP = re.compile(r"\\(?:text|mathrm|mbox|textbf|operatorname|begin|end)\s*\{[^{}]*\}")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_VULGAR_FRACTION = re.compile("[\u00bc-\u00be\u2150-\u215e]")
+_UNITS = frozenset(["mm", "cm", "dm", "m", "km", "mg", "g", "kg", "ms", "s", "min", "h", "ml", "l"])
 
 
 class Part(NamedTuple):
@@ -96,6 +100,7 @@ def exact_number(text: str) -> Fraction | None:
 def _cleaned(text: str) -> str:
     """Return a text without its typesetting: `$`, spaces of LaTeX, bold, a full stop."""
     text = text.replace("{,}", ",").replace("\u2212", "-").replace("\u00a0", " ").replace("\\,", " ")
+    text = _VULGAR_FRACTION.sub(lambda one: " " + normalize("NFKC", one[0]).replace("\u2044", "/"), text)
     return " ".join(_MARKS.sub("", text).split()).removesuffix(".").strip()
 
 
@@ -119,7 +124,7 @@ def same_value(answer: str, reference: str) -> bool:
     A comparison that takes longer than `SECONDS` counts as False, with a notice.
     """
     given, wanted = final_answer(answer), final_answer(reference)
-    if not given.text:
+    if not given.text or len({_unit(given.text), _unit(wanted.text)} - {None}) == 2:
         return False
     number, right = exact_number(given.text), _reference_number(wanted.text)
     if number is None and given.marked:
@@ -141,6 +146,12 @@ def _reference_number(text: str) -> Fraction | None:
     words = re.search(r"[A-Za-z].*", _cleaned(text))
     only_words = words is not None and re.fullmatch(r"[A-Za-z .]+", words[0]) is not None
     return _first_number(text) if number is None and only_words else number
+
+
+def _unit(text: str) -> str | None:
+    """Return the unit of length, mass, time or volume that ends a text, or None. 5 km is not 5 m."""
+    last = _cleaned(text).rpartition(" ")[2]
+    return last if last in _UNITS else None
 
 
 def _first_number(text: str) -> Fraction | None:

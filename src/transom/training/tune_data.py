@@ -102,7 +102,7 @@ def open_tune_data(
             if batches.fill is None
             else f"; packed into {batches.items_per_epoch:,} rows, {batches.fill:.0%} full"
         )
-        notice(f"to train on: {rows.counts}{fill}")
+        notice(f"training set: {rows.counts}{fill}")
         notice(f"held out: {held.counts}" if held else NOTHING_HELD_OUT)
         if rows.counts.without_end:
             notice(

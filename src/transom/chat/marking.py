@@ -37,7 +37,10 @@ Path = tuple[str | int, ...]  # keys and numbers that lead to a text: ("messages
 
 @dataclass(frozen=True)
 class Marks:
-    """Characters that occur in none of the texts at hand: around words of users, what is said, numbers of texts."""
+    """Pairs of marker characters that no text of this conversation contains.
+
+    `user` encloses control words in messages, `said` the template's generation blocks, `text` the number of a text.
+    """
 
     user: tuple[str, str]
     said: tuple[str, str]

@@ -1,8 +1,8 @@
-"""Finds templates that write message by message, whose one rendering contains that of every beginning.
+"""Find templates that write one message after another, so that one rendering gives the text of every prefix.
 
-Such a template is one loop over the messages, in which nothing depends on messages that come later or on whether a
-prompt is asked for, and text behind it that depends on nothing set in the loop. Then the text of the first k
-messages is the text before step k of the whole conversation, and the same text behind the loop.
+Such a template is one loop over the messages, followed by text that depends on nothing set in the loop. Inside the
+loop, nothing depends on later messages or on `add_generation_prompt`. The first k messages then render to the text
+that the full conversation has before step k, followed by the text after the loop.
 """
 
 from __future__ import annotations

@@ -158,10 +158,10 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> tuple[list[int], list[bool]]:
-        """Return ids of the whole conversation, and True for those that an assistant is to say, ends of turns too.
+        """Return the ids of a conversation, and a mask of assistant tokens that includes their ends of turns.
 
-        `{% generation %}` in the template says which they are. Without it they are what stands between the prompt
-        for an answer and the end of that turn; where neither can be found, the conversation is refused.
+        The template's `{% generation %}` blocks define the mask. Without them, an answer lasts from its generation
+        prompt to the end of its turn. Raise `RequestError` where neither can be found.
         """
         given = self.prepared(messages, tools, False, documents, variables)
         chat = self.chat_of(given, said=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# Shapes of the text models have no defaults here: a file that leaves them out is not a whole one.
+# Shapes of the text models have no defaults here: a config without them is incomplete.
 LLAMA: dict[str, Any] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
 OLMO2: dict[str, Any] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
 WINDOW: dict[str, Any] = {"sliding_window": 4096}

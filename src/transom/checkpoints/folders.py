@@ -91,7 +91,7 @@ def is_model(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Found:
-    """The meaning of a name: the folder of a whole model, and the adapter to put on it, if any.
+    """What a name resolves to: a model folder, and the adapter folder to apply to it, if any.
 
     Where only the tokenizer was asked for, the folder may hold no model, and the name may be that of a tokenizer's
     file, `tokenizer_file`.

@@ -13,7 +13,7 @@ from transom.paths import read_json
 WEIGHTS = "model.safetensors"
 INDEX = ".index.json"  # after the name of a file that is cut into shards
 EXPLICIT = "transformers_weights"  # the key of a config that names another file or index
-# All names under which a folder may hold weights of a whole model or of an adapter, in some layout.
+# File names of model or adapter weights in any layout.
 _ANY = (
     *("model*.safetensors", f"model*.safetensors{INDEX}", "pytorch_model*.bin", f"pytorch_model*.bin{INDEX}"),
     *("consolidated*.safetensors", f"consolidated*.safetensors{INDEX}", "consolidated.*.pth"),

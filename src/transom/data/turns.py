@@ -1,12 +1,12 @@
-"""Conversations as tokens, and which of them each answer is. No torch.
+"""Encode conversations and find the tokens of each assistant answer. No torch.
 
-A conversation is encoded once. An answer is what stands behind the prompt for it, written as it is when the model
-is asked; that the conversation begins with the tokens of that prompt is checked for every answer. Where a template
-does not write an earlier answer as it writes a last one (Qwen3 leaves out what was thought), the conversation
-becomes several rows, and in each of them the answers that carry loss are written as the model has to say them.
+A conversation is encoded once. An answer starts after its generation prompt. For every answer, the tokens before it
+are compared with those of the prompt alone. Some templates write an earlier answer differently from the last one
+(Qwen3 drops its reasoning). The conversation then becomes several rows, and each answer with loss is in a row that
+writes it as the model has to generate it.
 
-What a template leaves out is not lost without a word: the words of a message, a call of a tool, reasoning that is
-not even in the row of its own answer, and the name of a tool are refused; all else is counted.
+Text that a template leaves out is refused if it is the content of a message, a tool call, the name of a tool, or
+reasoning that is missing even in the row of its own answer. Other text that is left out is counted.
 """
 
 from __future__ import annotations

@@ -1,1 +1,3 @@
-"""Speed and memory as ratios against peers measured in the same run; rows in rows.jsonl, page in docs/."""
+"""Speed and memory as ratios against peers measured in the same run; rows in rows.jsonl, page in
+docs/.
+"""

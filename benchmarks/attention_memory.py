@@ -1,4 +1,6 @@
-"""Memory of attention over length, gradients included: every rule must grow no faster than the sequence."""
+"""Memory of attention over length, gradients included: every rule must grow no faster than the
+sequence.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,10 @@ from typing import Any
 
 import torch
 
-from transom.args import LayerRule
-from transom.attend.attend import auto, choose
-from transom.attend.mask import Layout, MaskSpec
-from transom.attend.view import CacheView, Score
+from transom.attention.backends import auto, choose
+from transom.attention.mask import Layout, MaskSpec
+from transom.attention.view import CacheView, Score
+from transom.config.model_args import LayerRule
 
 LENGTHS = (8192, 16384, 32768, 65536)
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
@@ -26,7 +28,9 @@ RULES = {
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
-    """One row per rule: MiB that a forward and backward adds at each length, and growth relative to length."""
+    """One row per rule: MiB that a forward and backward adds at each length, and growth relative to
+    length.
+    """
     if device.type != "cpu":
         return []
     out = []
@@ -52,7 +56,11 @@ def rows(device: torch.device) -> list[dict[str, Any]]:
 
 
 def _run(case: str, length: int) -> str:
-    shapes = ((1, length, HEADS, HEAD_DIM), (1, length, KV_HEADS, HEAD_DIM), (1, length, KV_HEADS, HEAD_DIM))
+    shapes = (
+        (1, length, HEADS, HEAD_DIM),
+        (1, length, KV_HEADS, HEAD_DIM),
+        (1, length, KV_HEADS, HEAD_DIM),
+    )
     q, k, v = (torch.randn(shape, requires_grad=True) for shape in shapes)
     positions = torch.arange(length)[None]
     score = Score(softcap=50.0, sinks_N=torch.zeros(HEADS)) if "sinks" in case else Score()
@@ -67,9 +75,13 @@ def _run(case: str, length: int) -> str:
 
 
 def main(case: str, length: int) -> None:
-    """Print [MiB that one forward and backward adds to this process's peak, inputs and gradients too; backend]."""
+    """Print [MiB that one forward and backward adds to this process's peak, inputs and gradients
+    too; backend].
+    """
     _run(case, 1024)  # what the first call allocates for good
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of importing torch: begin anew
+    Path("/proc/self/clear_refs").write_text(
+        "5"
+    )  # the peak so far is that of importing torch: begin anew
     before = _kib("VmRSS")
     name = _run(case, length)
     print(json.dumps([round((_kib("VmHWM") - before) / 1024, 1), name]))

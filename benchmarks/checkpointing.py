@@ -1,4 +1,6 @@
-"""Activation checkpointing: memory of a forward and backward, and its time, for every choice; offload on GPUs."""
+"""Activation checkpointing: memory of a forward and backward, and its time, for every choice;
+offload on GPUs.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ import torch
 
 from benchmarks.common import interleaved
 from benchmarks.head_loss import cuda_peak_mib, resident_peak_mib, subprocess_peak_mib
-from transom.args import ModelArgs
-from transom.model import LLM, TransformerInput
-from transom.training.blocks import OFFLOAD_MIN_BYTES, arrange_blocks
-from transom.training.cross_entropy import head_loss
+from transom.config.model_args import ModelArgs
+from transom.models.llm import LLM, TransformerInput
+from transom.training.loop.blocks import OFFLOAD_MIN_BYTES, arrange_blocks
+from transom.training.losses.cross_entropy import head_loss
 
 SHAPE: dict[str, Any] = {
     "dim": 512,
@@ -39,12 +41,15 @@ def rows(device: torch.device) -> list[dict[str, Any]]:
         mib = {choice: cuda_peak_mib(call) for choice, call in calls.items()}
     else:
         del calls
-        mib = {choice: subprocess_peak_mib("benchmarks.checkpointing", choice) for choice in choices}
+        mib = {
+            choice: subprocess_peak_mib("benchmarks.checkpointing", choice) for choice in choices
+        }
     return [
         {
             "benchmark": "activation checkpointing",
             "case": choice,
-            "peer": f"none; {SHAPE['n_layers']} layers, dim {SHAPE['dim']}, {BATCH} x {LENGTH:,} tokens",
+            "peer": f"none; {SHAPE['n_layers']} layers, dim {SHAPE['dim']}, {BATCH} x {LENGTH:,} "
+            f"tokens",
             "mib": mib[choice],
             "memory_share": round(mib[choice] / mib["none"], 2),
             "seconds": round(seconds[choice], 3),
@@ -60,7 +65,9 @@ def _step(choice: str, device: torch.device) -> Callable[[], None]:
     model.init_weights(0)
     model.to(device).train()
     how, _, offloaded = choice.partition(", ")
-    arrange_blocks(model, checkpointing=how, offload_min_bytes=OFFLOAD_MIN_BYTES if offloaded else None)
+    arrange_blocks(
+        model, checkpointing=how, offload_min_bytes=OFFLOAD_MIN_BYTES if offloaded else None
+    )
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight).fill_(0.0)
     tokens = torch.randint(SHAPE["vocab_size"], (BATCH, LENGTH), device=device)

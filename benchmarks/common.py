@@ -13,18 +13,24 @@ from typing import Any
 import torch
 
 from transom import __version__
-from transom.runtime import machine, synchronize
+from transom.base.runtime import machine, synchronize
 
 ROWS = Path(__file__).parent / "rows.jsonl"
 
 
 def interleaved(
-    cases: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = 5, warmup: int = 1
+    cases: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    rounds: int = 5,
+    warmup: int = 1,
 ) -> dict[str, float]:
-    """Median seconds of each case; one call of each per round, so that drift of the machine hits all alike."""
+    """Median seconds of each case; one call of each per round, so that drift of the machine hits
+    all alike.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(warmup + rounds):
-        # Every other round in reverse: who comes second finds memory that the first has just given back.
+        # Every other round in reverse: who comes second finds memory that the first has just given
+        # back.
         for name, call in list(cases.items())[:: 1 if turn % 2 else -1]:
             synchronize(device)
             start = time.perf_counter()

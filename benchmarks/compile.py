@@ -1,4 +1,6 @@
-"""A training step (forward, loss, backward, AdamW) with compiled blocks against the same step without."""
+"""A training step (forward, loss, backward, AdamW) with compiled blocks against the same step
+without.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +12,23 @@ import torch
 
 from benchmarks.common import interleaved
 from benchmarks.training_step import BATCH, LENGTH, SHAPES
-from transom.args import ModelArgs
-from transom.model import LLM, TransformerInput
-from transom.runtime import pick_dtype
-from transom.training.blocks import arrange_blocks
+from transom.base.runtime import pick_dtype
+from transom.config.model_args import ModelArgs
+from transom.models.llm import LLM, TransformerInput
 from transom.training.config import OptimizerArgs
-from transom.training.cross_entropy import head_loss
-from transom.training.optimizers import build_optimizer
+from transom.training.loop.blocks import arrange_blocks
+from transom.training.losses.cross_entropy import head_loss
+from transom.training.optim.optimizers import build_optimizer
 
-# Packed rows whose documents differ from step to step, as in training: no lengths may be compiled in.
+# Packed rows whose documents differ from step to step, as in training: no lengths may be compiled
+# in.
 PACKINGS = (((200, 312), (512,)), ((100, 100, 312), (256, 256)), ((511, 1), (17, 495)))
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
-    """The 110m shape in the dtype that a run would pick here, and in float32: median of 5 interleaved steps."""
+    """The 110m shape in the dtype that a run would pick here, and in float32: median of 5
+    interleaved steps.
+    """
     picked = pick_dtype("auto", device)
     others = [] if picked == torch.float32 or device.type == "cuda" else [torch.float32]
     return [_case(dtype, dtype == picked, device) for dtype in (picked, *others)]
@@ -45,12 +50,16 @@ def _case(dtype: torch.dtype, picked: bool, device: torch.device) -> dict[str, A
         "seconds": round(seconds["ours"], 3),
         "peer_seconds": round(seconds["peer"], 3),
         "ratio": round(seconds["peer"] / seconds["ours"], 3),
-        "target": 1.05 if picked else None,  # in float32 on a CPU nearly all of a step is matrix products
+        "target": 1.05
+        if picked
+        else None,  # in float32 on a CPU nearly all of a step is matrix products
         "seconds_of_the_first_three_steps": round(first, 1),
     }
 
 
-def _step(compiled: bool, batch: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
+def _step(
+    compiled: bool, batch: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[], None]:
     args = ModelArgs.from_dict(SHAPES["110m"])
     model = LLM(args)
     model.init_weights(0)

@@ -1,4 +1,6 @@
-"""The demo itself: held-out bits per byte beside compressors, in a fresh process and a temporary folder."""
+"""The demo itself: held-out bits per byte beside compressors, in a fresh process and a temporary
+folder.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,15 @@ def rows(device: torch.device) -> list[dict[str, Any]]:
     """One row: what `transom demo --json` ends with."""
     del device
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "transom", "demo", f"out={folder}/demo", "--json", "--quiet"]
+        command = [
+            sys.executable,
+            "-m",
+            "transom",
+            "demo",
+            f"out={folder}/demo",
+            "--json",
+            "--quiet",
+        ]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
     facts = json.loads(done.stdout.splitlines()[-1])
     facts.pop("run")

@@ -1,4 +1,6 @@
-"""LoRA steps against PEFT on transformers, rows packed against padded, and a 4-bit base against a full one."""
+"""LoRA steps against PEFT on transformers, rows packed against padded, and a 4-bit base against a
+full one.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,18 @@ import torch.nn.functional as F
 from benchmarks.common import interleaved
 from benchmarks.head_loss import cuda_peak_mib, resident_peak_mib, subprocess_peak_mib
 from benchmarks.training_step import SHAPES, transformers_twin
-from transom.adapt.lora_args import LoraArgs
-from transom.adapt.new import apply_lora
-from transom.args import ModelArgs
-from transom.data.packing import first_fit_decreasing
-from transom.data.tuning_batches import packed_batch, padded_batch
-from transom.data.tuning_rows import TuningRow
-from transom.model import LLM, TransformerInput
+from transom.config.model_args import ModelArgs
+from transom.data.chat.batches import packed_batch, padded_batch
+from transom.data.chat.packing import first_fit_decreasing
+from transom.data.chat.rows import TuningRow
+from transom.lora.apply import apply_lora
+from transom.lora.args import LoraArgs
+from transom.models.llm import LLM, TransformerInput
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.leaves import quantize_model
 from transom.training.config import OptimizerArgs
-from transom.training.cross_entropy import head_loss
-from transom.training.optimizers import build_optimizer
+from transom.training.losses.cross_entropy import head_loss
+from transom.training.optim.optimizers import build_optimizer
 
 RANK, BATCH, LENGTH = 16, 2, 512
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -37,7 +39,8 @@ def rows(device: torch.device) -> list[dict[str, Any]]:
     return [_step(device), _packing(device), _quantized(device)]
 
 
-# -- one step ----------------------------------------------------------------------------------------
+# -- one step
+# ----------------------------------------------------------------------------------------
 
 
 def _step(device: torch.device) -> dict[str, Any]:
@@ -50,7 +53,8 @@ def _step(device: torch.device) -> dict[str, Any]:
         mib = {name: subprocess_peak_mib("benchmarks.finetune", name) for name in seconds}
     return {
         "benchmark": "fine-tuning",
-        "case": f"LoRA step, 110m, rank {RANK} on all linears, {BATCH} x {LENGTH}, {_dtype(device)}",
+        "case": f"LoRA step, 110m, rank {RANK} on all linears, {BATCH} x {LENGTH}, "
+        f"{_dtype(device)}",
         "peer": "peft on transformers' Llama, eager, fused AdamW in both",
         "seconds": round(seconds["ours"], 3),
         "peer_seconds": round(seconds["peer"], 3),
@@ -67,7 +71,9 @@ def _dtype(device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def _stepper(name: str, device: torch.device, batch: int = BATCH, length: int = LENGTH) -> Callable[[], None]:
+def _stepper(
+    name: str, device: torch.device, batch: int = BATCH, length: int = LENGTH
+) -> Callable[[], None]:
     """A whole step of one of the two, on the same tokens."""
     args = ModelArgs.from_dict({**SHAPES["110m"], "rope_layout": "halves"})
     tokens = torch.randint(args.vocab_size, (batch, length + 1), device=device)
@@ -91,11 +97,15 @@ def _stepper(name: str, device: torch.device, batch: int = BATCH, length: int = 
     theirs = get_peft_model(
         transformers_twin(args), LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS)
     ).to(device)
-    adamw = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=3e-4, fused=True)
+    adamw = torch.optim.AdamW(
+        [p for p in theirs.parameters() if p.requires_grad], lr=3e-4, fused=True
+    )
 
     def their_step() -> None:
         with half:
-            loss = F.cross_entropy(theirs(input_ids=inputs).logits.flatten(0, 1).float(), targets.flatten())
+            loss = F.cross_entropy(
+                theirs(input_ids=inputs).logits.flatten(0, 1).float(), targets.flatten()
+            )
         loss.backward()
         adamw.step()
         adamw.zero_grad()
@@ -116,7 +126,8 @@ def _tuned(args: ModelArgs, device: torch.device, quantize: QuantizeArgs | None 
     return apply_lora(model, LoraArgs(rank=RANK, alpha=2.0 * RANK), quiet=True)
 
 
-# -- packing -----------------------------------------------------------------------------------------
+# -- packing
+# -----------------------------------------------------------------------------------------
 
 
 def _packing(device: torch.device) -> dict[str, Any]:
@@ -126,7 +137,9 @@ def _packing(device: torch.device) -> dict[str, Any]:
     sizes = (LONGEST * torch.rand(ROWS, generator=generator) ** 3).int().clamp(min=16).tolist()
     examples = [
         TuningRow(
-            str(at), torch.randint(args.vocab_size, (size + 1,), generator=generator).int().numpy(), _ones(size)
+            str(at),
+            torch.randint(args.vocab_size, (size + 1,), generator=generator).int().numpy(),
+            _ones(size),
         )
         for at, size in enumerate(sizes)
     ]
@@ -143,7 +156,9 @@ def _packing(device: torch.device) -> dict[str, Any]:
             head_loss(model, hidden_BTD, here.targets, None, here.weights).backward()
             model.zero_grad()
 
-    seconds = interleaved({"packed": lambda: run(packed), "padded": lambda: run(padded)}, device, rounds=5)
+    seconds = interleaved(
+        {"packed": lambda: run(packed), "padded": lambda: run(padded)}, device, rounds=5
+    )
     useful = sum(sizes)
     cells = sum(batch.tokens.numel() for batch in padded)
     return {
@@ -166,17 +181,22 @@ def _ones(size: int) -> Any:
     return weights
 
 
-# -- 4-bit base --------------------------------------------------------------------------------------
+# -- 4-bit base
+# --------------------------------------------------------------------------------------
 
 
 def _quantized(device: torch.device) -> dict[str, Any]:
-    """The loss after some steps on a text that repeats with variations, base in float32 and in nf4."""
+    """The loss after some steps on a text that repeats with variations, base in float32 and in
+    nf4.
+    """
     args = ModelArgs.from_dict({**SHAPES["10m"], "max_seq_len": 128, "vocab_size": 512})
     losses = {}
     for name, quantize in (("float32", None), ("nf4", QuantizeArgs(group=32))):
         torch.manual_seed(0)
         model = _tuned(args, device, quantize)
-        optimizers = build_optimizer(model, OptimizerArgs(lr=2e-3, weight_decay=0.0), device_type=device.type)
+        optimizers = build_optimizer(
+            model, OptimizerArgs(lr=2e-3, weight_decay=0.0), device_type=device.type
+        )
         generator = torch.Generator().manual_seed(1)
         recent = []
         for _ in range(STEPS):
@@ -200,7 +220,9 @@ def _quantized(device: torch.device) -> dict[str, Any]:
 
 
 def _phrases(generator: torch.Generator, vocab_size: int) -> torch.Tensor:
-    """Rows [8, 65] that step through the vocabulary by a stride each row draws: learnable, not at once."""
+    """Rows [8, 65] that step through the vocabulary by a stride each row draws: learnable, not at
+    once.
+    """
     start = torch.randint(vocab_size, (8, 1), generator=generator)
     stride = torch.randint(1, 5, (8, 1), generator=generator)
     return (start + stride * torch.arange(65)) % vocab_size

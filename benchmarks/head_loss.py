@@ -1,4 +1,6 @@
-"""Output matrix and cross-entropy, forward and backward: in chunks that make gradients, against full logits."""
+"""Output matrix and cross-entropy, forward and backward: in chunks that make gradients, against
+full logits.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,18 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import interleaved
-from transom.args import ModelArgs
-from transom.model import LLM
-from transom.training.cross_entropy import chunk_tokens, head_loss
+from transom.config.model_args import ModelArgs
+from transom.models.llm import LLM
+from transom.training.losses.cross_entropy import chunk_tokens, head_loss
 
 TOKENS, DIM = 1024, 768
 VOCABULARIES = (131072, 32768, 8192)
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
-    """One row per vocabulary: time, and memory above the start (hidden states and weights are there already)."""
+    """One row per vocabulary: time, and memory above the start (hidden states and weights are there
+    already).
+    """
     out = []
     for vocab_size in VOCABULARIES:
         cases = _cases(vocab_size, device)
@@ -32,12 +36,16 @@ def rows(device: torch.device) -> list[dict[str, Any]]:
             how = "peak allocated by torch"
         else:
             del cases
-            mib = {name: subprocess_peak_mib("benchmarks.head_loss", name, str(vocab_size)) for name in seconds}
+            mib = {
+                name: subprocess_peak_mib("benchmarks.head_loss", name, str(vocab_size))
+                for name in seconds
+            }
             how = "peak resident memory of a fresh process"
         out.append(
             {
                 "benchmark": "head loss",
-                "case": f"{TOKENS:,} tokens, dim {DIM}, vocabulary {vocab_size:,}, forward + backward",
+                "case": f"{TOKENS:,} tokens, dim {DIM}, vocabulary {vocab_size:,}, forward + "
+                f"backward",
                 "peer": "full logits and torch's cross_entropy",
                 "tokens_per_chunk": chunk_tokens(TOKENS, vocab_size),
                 "seconds": round(seconds["ours"], 4),
@@ -56,7 +64,9 @@ def rows(device: torch.device) -> list[dict[str, Any]]:
 
 
 def _cases(vocab_size: int, device: torch.device) -> dict[str, Callable[[], None]]:
-    model = LLM(ModelArgs(dim=DIM, n_layers=1, n_heads=12, vocab_size=vocab_size, tie_embeddings=True))
+    model = LLM(
+        ModelArgs(dim=DIM, n_layers=1, n_heads=12, vocab_size=vocab_size, tie_embeddings=True)
+    )
     weight = model.tok_embeddings.weight
     torch.nn.init.normal_(weight, std=DIM**-0.5)
     model.to(device)
@@ -74,7 +84,10 @@ def _cases(vocab_size: int, device: torch.device) -> dict[str, Callable[[], None
         logits = F.linear(hidden, model.tok_embeddings.weight)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
 
-    return {"ours": lambda: run(lambda: head_loss(model, hidden, targets)), "peer": lambda: run(full)}
+    return {
+        "ours": lambda: run(lambda: head_loss(model, hidden, targets)),
+        "peer": lambda: run(full),
+    }
 
 
 def cuda_peak_mib(call: Callable[[], object]) -> float:
@@ -90,12 +103,16 @@ def cuda_peak_mib(call: Callable[[], object]) -> float:
 def subprocess_peak_mib(module: str, *words: str) -> float:
     """What `python -m module words` prints: MiB of a process that did nothing else before."""
     command = [sys.executable, "-m", module, *words]
-    return float(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    return float(
+        json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    )
 
 
 def resident_peak_mib(call: Callable[[], object]) -> float:
     """MiB that a call adds at most to this process's resident memory; Linux only."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of importing torch: begin anew
+    Path("/proc/self/clear_refs").write_text(
+        "5"
+    )  # the peak so far is that of importing torch: begin anew
     before = _kib("VmRSS")
     call()
     return round((_kib("VmHWM") - before) / 1024, 1)
@@ -107,6 +124,8 @@ def _kib(field: str) -> int:
 
 
 if __name__ == "__main__":
-    small, large = (_cases(size, torch.device("cpu"))[sys.argv[1]] for size in (64, int(sys.argv[2])))
+    small, large = (
+        _cases(size, torch.device("cpu"))[sys.argv[1]] for size in (64, int(sys.argv[2]))
+    )
     small()  # what the first call allocates for good
     print(json.dumps(resident_peak_mib(large)))

@@ -10,17 +10,30 @@ from typing import Any
 
 COST = re.compile(r"(<!-- cost:(.+?) -->)\n(.*?)(<!-- /cost -->)", flags=re.DOTALL)
 # Not figures, or said once for all rows.
-ABOUT = {"benchmark", "case", "peer", "target", "transom", "torch", "processor", "threads", "commit", "date"}
+ABOUT = {
+    "benchmark",
+    "case",
+    "peer",
+    "target",
+    "transom",
+    "torch",
+    "processor",
+    "threads",
+    "commit",
+    "date",
+}
 
 INTRODUCTION = """# Ideas
 
-One page per idea: what it is, its formula, the paper, the files, when to use it, what it costs. This list is
-generated from the pages, and the figures under Cost from `benchmarks/rows.jsonl` (`python -m benchmarks --page`).
+One page per idea: what it is, its formula, the paper, the files, when to use it, what it costs.
+This list is generated from the pages, and the figures under Cost from `benchmarks/rows.jsonl`
+(`python -m benchmarks --page`).
 
-Unless a page says otherwise, a cost is that of one forward and backward of a small model (dim 512, 4 layers,
-2 rows of 512 tokens) with the option, measured in turns with the same model without it, the peer. `ratio` is the
-peer's time over the option's: 1 costs nothing, 0.5 takes twice the time. `arithmetic_ratio` is the same of counted
-multiplications, `parameters_ratio` of weights. Differences below 10% mean nothing."""
+Unless a page says otherwise, a cost is that of one forward and backward of a small model (dim
+512, 4 layers, 2 rows of 512 tokens) with the option, measured in turns with the same model
+without it, the peer. `ratio` is the peer's time over the option's: 1 costs nothing, 0.5 takes
+twice the time. `arithmetic_ratio` is the same of counted multiplications, `parameters_ratio` of
+weights. Differences below 10% mean nothing."""
 
 # The order of the index; a test compares it with what is there.
 PAGES: dict[str, tuple[str, ...]] = {
@@ -73,14 +86,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_costs(pages_dir: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """Put measured rows between `<!-- cost:BENCHMARK; CASE; CASE -->` (without cases: all) and `<!-- /cost -->`.
+    """Put measured rows between `<!-- cost:BENCHMARK; CASE; CASE -->` (without cases: all) and
+    `<!-- /cost -->`.
 
     Returns the pages that changed. A row that is not there yet reads "not measured yet".
     """
     changed = []
     for path in sorted(pages_dir.glob("*.md")):
         text = path.read_text(encoding="utf-8")
-        written = COST.sub(lambda found: f"{found[1]}\n{measured(found[2], rows)}\n{found[4]}", text)
+        written = COST.sub(
+            lambda found: f"{found[1]}\n{measured(found[2], rows)}\n{found[4]}", text
+        )
         if written != text:
             path.write_text(written, encoding="utf-8")
             changed.append(path)
@@ -88,20 +104,29 @@ def write_costs(pages_dir: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path
 
 
 def measured(asked: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of "BENCHMARK; CASE; CASE" as a Markdown list, or those of the whole benchmark; one per machine."""
+    """The rows of "BENCHMARK; CASE; CASE" as a Markdown list, or those of the whole benchmark; one
+    per machine.
+    """
     benchmark, *cases = asked.split("; ")
-    chosen = [row for row in rows if row["benchmark"] == benchmark and (not cases or row["case"] in cases)]
+    chosen = [
+        row for row in rows if row["benchmark"] == benchmark and (not cases or row["case"] in cases)
+    ]
     if not chosen:
         return "not measured yet"
     lines, machine = [], None
-    for row in sorted(chosen, key=lambda row: row["processor"]):  # stable: cases stay in their order
+    for row in sorted(
+        chosen, key=lambda row: row["processor"]
+    ):  # stable: cases stay in their order
         if row["processor"] != machine:
             machine = row["processor"]
             where = (
-                f"{machine}, {row['threads']} threads, torch {row['torch']}, commit {row['commit']}, {row['date']}"
+                f"{machine}, {row['threads']} threads, torch {row['torch']}, commit "
+                f"{row['commit']}, {row['date']}"
             )
             lines += [*([""] if lines else []), f"{where}:", ""]
-        figures = ", ".join(_named(*pair) for pair in row.items() if pair[0] not in ABOUT and pair[1] is not None)
+        figures = ", ".join(
+            _named(*pair) for pair in row.items() if pair[0] not in ABOUT and pair[1] is not None
+        )
         against = f" (peer: {row['peer']})" if row.get("peer") else ""
         lines.append(f"- {row['case']}: {figures}{against}")
     missing = [case for case in cases if case not in {row["case"] for row in chosen}]

@@ -1,4 +1,6 @@
-"""What a token costs in the cache, and what decoding costs, for MHA, GQA, MQA and latent attention."""
+"""What a token costs in the cache, and what decoding costs, for MHA, GQA, MQA and latent
+attention.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ from typing import Any
 import torch
 
 from benchmarks.common import interleaved
-from transom.args import ModelArgs
-from transom.model import LLM, TransformerInput
+from transom.config.model_args import ModelArgs
+from transom.models.llm import LLM, TransformerInput
 from transom.planning.counts import kv_bytes_per_token
 
 HELD = 4096  # tokens in the cache when one more is decoded
@@ -30,7 +32,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
-    """One row per form: cache bytes per token and layer, and the time of one decoding step with a full cache."""
+    """One row per form: cache bytes per token and layer, and the time of one decoding step with a
+    full cache.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     calls, sizes = {}, {}
     for name, changes in CASES.items():

@@ -1,4 +1,6 @@
-"""Opening a folder of 1.1B parameters: time to the first token, memory that no file backs, speed of conversion."""
+"""Opening a folder of 1.1B parameters: time to the first token, memory that no file backs, speed of
+conversion.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,13 @@ from typing import Any
 import torch
 
 from benchmarks.common import interleaved
-from transom.args import ModelArgs
+from transom.base.runtime import pick_dtype
 from transom.checkpoints.convert import convert
+from transom.checkpoints.files.safetensors_files import WEIGHTS
 from transom.checkpoints.load import load, outline
-from transom.checkpoints.safetensors_files import WEIGHTS
 from transom.checkpoints.save import save
-from transom.generation.loop import generate
-from transom.runtime import pick_dtype
+from transom.config.model_args import ModelArgs
+from transom.inference.loop import generate
 
 # TinyLlama's: 1.1 billion parameters, 2.2 GB in bfloat16.
 SHAPE: dict[str, Any] = {
@@ -42,15 +44,23 @@ ROUNDS = 3
 NEEDED_BYTES = 6 * 10**9  # the folder, one copy or conversion of it, and room for others
 PROMPT = tuple(range(5, 21))
 LOADERS, WRITERS = ("transom", "transformers"), ("native", "mistral", "copy")
-# transformers imports much on first use: what its loading needs is named, so that it counts as an import.
-_THEIRS = ("transformers.models.llama.modeling_llama", "transformers.models.auto", "transformers.generation")
-_OURS = ("transom.checkpoints.load", "transom.generation.loop")
+# transformers imports much on first use: what its loading needs is named, so that it counts as an
+# import.
+_THEIRS = (
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto",
+    "transformers.generation",
+)
+_OURS = ("transom.checkpoints.load", "transom.inference.loop")
 Facts = dict[str, Any]
 Measure = Callable[[str, str, str, bool], Facts]
 
 
-def rows(device: torch.device, shape: Mapping[str, Any] = SHAPE, **how: Any) -> list[dict[str, Any]]:
-    """Load and first token, imports, memory and both conversions; one row that says why where the disk is full.
+def rows(
+    device: torch.device, shape: Mapping[str, Any] = SHAPE, **how: Any
+) -> list[dict[str, Any]]:
+    """Load and first token, imports, memory and both conversions; one row that says why where the
+    disk is full.
 
     `how` may hold `rounds`, and `measure` to be used instead of a fresh process each time.
     """
@@ -59,19 +69,28 @@ def rows(device: torch.device, shape: Mapping[str, Any] = SHAPE, **how: Any) -> 
     with tempfile.TemporaryDirectory() as folder:
         free = shutil.disk_usage(folder).free
         if free < NEEDED_BYTES and shape is SHAPE:
-            case = f"left out: {free / 1e9:.1f} GB free for temporary files, {NEEDED_BYTES / 1e9:.0f} GB needed"
+            case = (
+                f"left out: {free / 1e9:.1f} GB free for temporary files, "
+                f"{NEEDED_BYTES / 1e9:.0f} GB needed"
+            )
             return [{"benchmark": "load", "case": case}]
         parameters = _write_folder(Path(folder) / "hf", shape)
-        return _rows_of(folder, parameters, str(pick_dtype("auto", device)).removeprefix("torch."), **how)
+        return _rows_of(
+            folder, parameters, str(pick_dtype("auto", device)).removeprefix("torch."), **how
+        )
 
 
 def _write_folder(folder: Path, shape: Mapping[str, Any]) -> int:
-    """A folder of drawn bfloat16 weights as transformers writes it, on the disk; its number of parameters."""
+    """A folder of drawn bfloat16 weights as transformers writes it, on the disk; its number of
+    parameters.
+    """
     model = outline(ModelArgs.from_dict(dict(shape))).to(torch.bfloat16).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
-            weight.fill_(1.0) if weight.ndim == 1 else weight.normal_(0.0, 0.02, generator=generator)
+            weight.fill_(1.0) if weight.ndim == 1 else weight.normal_(
+                0.0, 0.02, generator=generator
+            )
     save(model, folder, format="hf")
     _flush(folder)
     return sum(weight.numel() for weight in model.parameters())
@@ -84,15 +103,21 @@ def _rows_of(
     seen = _rounds(LOADERS, run, f"{folder}/hf", dtype, rounds)
     written = _rounds(WRITERS, run, f"{folder}/hf", f"{folder}/out", rounds)
     rows = [_loading(seen, dtype), _imports(rounds), _memory(seen, parameters, dtype)]
-    if dtype != "bfloat16":  # what loading costs in the files' own dtype, however slow its products are here
+    if (
+        dtype != "bfloat16"
+    ):  # what loading costs in the files' own dtype, however slow its products are here
         own = {job: [run(job, f"{folder}/hf", "bfloat16", True)] for job in LOADERS}
         rows.append(_memory(own, parameters, "bfloat16"))
     size = (Path(folder) / "hf" / WEIGHTS).stat().st_size
     return rows + [_conversion(written, format, size) for format in WRITERS if format != "copy"]
 
 
-def _rounds(jobs: Iterable[str], run: Measure, folder: str, word: str, rounds: int) -> dict[str, list[Facts]]:
-    """What each job found in each round: the first with the memory watched, the others timed alone."""
+def _rounds(
+    jobs: Iterable[str], run: Measure, folder: str, word: str, rounds: int
+) -> dict[str, list[Facts]]:
+    """What each job found in each round: the first with the memory watched, the others timed
+    alone.
+    """
     found: dict[str, list[Facts]] = {job: [] for job in jobs}
     for turn in range(1 + rounds):
         for job in list(found)[:: 1 if turn % 2 else -1]:
@@ -110,7 +135,8 @@ def _loading(seen: Mapping[str, list[Facts]], dtype: str) -> dict[str, Any]:
     return {
         "benchmark": "load",
         "case": f"load and first token, {dtype}",
-        "peer": "transformers from_pretrained and generate; fresh processes after imports, files in memory",
+        "peer": "transformers from_pretrained and generate; fresh processes after imports, files "
+        "in memory",
         "ours_only": "all weights looked through for NaN and infinity",
         "seconds": round(seconds, 2),
         "peer_seconds": round(peer_seconds, 2),
@@ -128,7 +154,8 @@ def _imports(rounds: int) -> dict[str, Any]:
         for name, modules in (("ours", _OURS), ("peer", _THEIRS))
     }
     calls = {
-        name: lambda command=command: subprocess.run(command, check=True) for name, command in commands.items()
+        name: lambda command=command: subprocess.run(command, check=True)
+        for name, command in commands.items()
     }
     seconds = interleaved(calls, torch.device("cpu"), rounds=rounds)
     return {
@@ -177,11 +204,15 @@ def _conversion(written: Mapping[str, list[Facts]], format: str, size: int) -> d
 def in_fresh_process(job: str, folder: str, word: str, watched: bool) -> Facts:
     """What `python -m benchmarks.load` prints: nothing of one job's memory serves the next."""
     command = [sys.executable, "-m", "benchmarks.load", job, folder, word, *["watched"] * watched]
-    return dict(json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout))
+    return dict(
+        json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    )
 
 
 def measure(job: str, folder: str, word: str, watched: bool) -> Facts:
-    """Seconds of one of `LOADERS` (word: the dtype) or `WRITERS` (word: where to), and its memory if `watched`."""
+    """Seconds of one of `LOADERS` (word: the dtype) or `WRITERS` (word: where to), and its memory
+    if `watched`.
+    """
     works: dict[str, Callable[[str, str], Facts]] = {"transom": _ours, "transformers": _theirs}
     if job == "transformers":
         for module in _THEIRS:
@@ -222,7 +253,9 @@ def _theirs(folder: str, dtype: str) -> Facts:
     loaded = time.perf_counter()
     prompt = torch.tensor([PROMPT])
     mask = torch.ones_like(prompt)
-    made = model.generate(prompt, attention_mask=mask, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    made = model.generate(
+        prompt, attention_mask=mask, max_new_tokens=1, do_sample=False, pad_token_id=0
+    )
     token = int(made[0, -1])
     return {"seconds": time.perf_counter() - start, "load_seconds": loaded - start, "token": token}
 

@@ -1,4 +1,6 @@
-"""Forward and backward of a mixture of experts against transformers' Mixtral block on the same weights' shapes."""
+"""Forward and backward of a mixture of experts against transformers' Mixtral block on the same
+weights' shapes.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,13 @@ from transformers.models.mixtral.configuration_mixtral import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from benchmarks.common import interleaved
-from transom.args import ModelArgs
+from transom.config.model_args import ModelArgs
 from transom.layers.moe import MoE
 
 EXPERTS, TOP_K = 8, 2
-# (dim, hidden_dim, tokens of a call, aim of the ratio to the eager block). That block makes a full-size gradient of
-# all experts for each of them, so the fewer tokens share this cost, the larger the ratio.
+# (dim, hidden_dim, tokens of a call, aim of the ratio to the eager block). That block makes a
+# full-size gradient of all experts for each of them, so the fewer tokens share this cost, the
+# larger the ratio.
 SHAPES = ((768, 2048, 512, 2.5), (768, 2048, 2048, None))
 GPU_SHAPES = ((768, 2048, 512, 2.5), (2048, 7168, 8192, None))
 PEERS = ("eager", "grouped_mm")
@@ -33,23 +36,33 @@ def _case(
 ) -> list[dict[str, Any]]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     moe = {"num_experts": EXPERTS, "top_k": TOP_K, "hidden_dim": hidden_dim}
-    args = ModelArgs.from_dict({"dim": dim, "n_heads": 8, "vocab_size": 64, "n_layers": 1, "moe_args": moe})
+    args = ModelArgs.from_dict(
+        {"dim": dim, "n_heads": 8, "vocab_size": 64, "n_layers": 1, "moe_args": moe}
+    )
     generator = torch.Generator().manual_seed(0)
     ours = MoE(args.layers[0])
     for weight in ours.parameters():
         nn.init.normal_(weight, std=0.02, generator=generator)
-    blocks: dict[str, nn.Module] = {"ours": ours, **{peer: _mixtral(ours, args, peer) for peer in PEERS}}
+    blocks: dict[str, nn.Module] = {
+        "ours": ours,
+        **{peer: _mixtral(ours, args, peer) for peer in PEERS},
+    }
     x = torch.randn(2, tokens // 2, dim, generator=generator).to(device, dtype).requires_grad_()
     pull = torch.randn(2, tokens // 2, dim, generator=generator).to(device, dtype)
-    cases = {name: _step(block.to(device, dtype).train(), x, pull) for name, block in blocks.items()}
+    cases = {
+        name: _step(block.to(device, dtype).train(), x, pull) for name, block in blocks.items()
+    }
     expected = cases["eager"]()
     for name, case in cases.items():  # a comparison of different work would mean nothing
-        torch.testing.assert_close(case(), expected, rtol=0.05, atol=0.05, msg=f"{name} computes something else")
+        torch.testing.assert_close(
+            case(), expected, rtol=0.05, atol=0.05, msg=f"{name} computes something else"
+        )
     seconds = interleaved(cases, device, rounds=7)
     return [
         {
             "benchmark": "moe",
-            "case": f"{EXPERTS} experts top {TOP_K}, {tokens} x {dim}, hidden {hidden_dim}, {_name(dtype)}",
+            "case": f"{EXPERTS} experts top {TOP_K}, {tokens} x {dim}, hidden {hidden_dim}, "
+            f"{_name(dtype)}",
             "peer": f"transformers Mixtral block, {peer}",
             "milliseconds": round(1e3 * seconds["ours"], 2),
             "peer_milliseconds": round(1e3 * seconds[peer], 2),

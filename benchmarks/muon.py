@@ -1,4 +1,6 @@
-"""Speed of Muon's orthogonalisation against the float32 matrix product, measured in turn in one run."""
+"""Speed of Muon's orthogonalisation against the float32 matrix product, measured in turn in one
+run.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +12,20 @@ from typing import Any
 import torch
 
 from benchmarks.common import interleaved
-from transom.model import LLM, TransformerInput
+from transom.base.runtime import synchronize
+from transom.config.presets import preset
+from transom.models.llm import LLM, TransformerInput
 from transom.planning.counts import flops_per_token
-from transom.presets import preset
-from transom.runtime import synchronize
 from transom.training.config import OptimizerArgs
-from transom.training.cross_entropy import cross_entropy_sum
-from transom.training.muon import (
+from transom.training.losses.cross_entropy import cross_entropy_sum
+from transom.training.optim.muon import (
     Muon,
     default_compute_dtype,
     matrices_per_batch,
     orthogonalize,
     orthogonalize_flops,
 )
-from transom.training.optimizers import build_optimizer
+from transom.training.optim.optimizers import build_optimizer
 
 STEPS = 4
 REPEATS = 9
@@ -40,11 +42,15 @@ CASES = (
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
-    """One row per shape (one batch as the optimizer forms it), and Muon's share of the demo's training step."""
+    """One row per shape (one batch as the optimizer forms it), and Muon's share of the demo's
+    training step.
+    """
     return [*(_row(device, *case) for case in CASES), _share(device)]
 
 
-def _row(device: torch.device, case: str, matrices: int, out_features: int, in_features: int) -> dict[str, Any]:
+def _row(
+    device: torch.device, case: str, matrices: int, out_features: int, in_features: int
+) -> dict[str, Any]:
     count = min(matrices, matrices_per_batch(out_features * in_features, device.type))
     dtype = default_compute_dtype(device)
     flops = count * orthogonalize_flops(out_features, in_features, STEPS, dtype)
@@ -52,7 +58,8 @@ def _row(device: torch.device, case: str, matrices: int, out_features: int, in_f
     squares = [torch.randn(size, size, device=device, dtype=dtype) for size in PEAK_SIZES]
     # Short cases are repeated, so that one time covers as much work as one of the products does.
     calls = max(1, 2 * PEAK_SIZES[0] ** 3 // flops)
-    # The best of each: other work on the machine only ever adds time, and adds most to short products.
+    # The best of each: other work on the machine only ever adds time, and adds most to short
+    # products.
     seconds, peak = math.inf, 0.0
     for _ in range(REPEATS):
         seconds = min(seconds, _seconds(lambda: orthogonalize(x_NOI, STEPS, dtype), calls, device))
@@ -72,7 +79,9 @@ def _row(device: torch.device, case: str, matrices: int, out_features: int, in_f
 
 
 def _share(device: torch.device) -> dict[str, Any]:
-    """Muon's part of a step of the demo's model on 1,024 tokens: of the time, and of the arithmetic."""
+    """Muon's part of a step of the demo's model on 1,024 tokens: of the time, and of the
+    arithmetic.
+    """
     model = LLM(preset("demo"))
     model.init_weights()
     model.to(device)

@@ -1,4 +1,6 @@
-"""Forward and backward of preference losses and distillation, against the next-token loss on the same rows."""
+"""Forward and backward of preference losses and distillation, against the next-token loss on the
+same rows.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +18,16 @@ from torch import Tensor
 from benchmarks.common import interleaved
 from benchmarks.head_loss import cuda_peak_mib, resident_peak_mib, subprocess_peak_mib
 from benchmarks.options import BATCH, LENGTH, SHAPE
-from transom.adapt.lora_args import LoraArgs
-from transom.adapt.new import apply_lora
-from transom.args import ModelArgs
+from transom.config.model_args import ModelArgs
 from transom.data.batches import NO_TARGET
-from transom.data.tuning_batches import TuningBatch
-from transom.model import LLM
-from transom.training.distillation import Distillation, distillation_loss
-from transom.training.log_probs import adapters_off
-from transom.training.objectives import NextToken, Objective
-from transom.training.preferences import Preference, precompute_reference
+from transom.data.chat.batches import TuningBatch
+from transom.lora.apply import apply_lora
+from transom.lora.args import LoraArgs
+from transom.models.llm import LLM
+from transom.training.losses.distillation import Distillation, distillation_loss
+from transom.training.losses.log_probs import adapters_off
+from transom.training.losses.objectives import NextToken, Objective
+from transom.training.losses.preferences import Preference, precompute_reference
 
 PROMPT = LENGTH // 2  # tokens of each row that are no answer
 ADAPTER, WHOLE = "next-token loss, LoRA of rank 16", "next-token loss, all weights"
@@ -34,7 +36,9 @@ HEAD = "distillation head, 1,024 tokens, vocabulary 32,768"  # a page asks for i
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
-    """One row per method: milliseconds of a step without its optimizer; and memory of the head of distillation."""
+    """One row per method: milliseconds of a step without its optimizer; and memory of the head of
+    distillation.
+    """
     out = []
     for peer, cases in ((ADAPTER, _preferences(device)), (WHOLE, _distillation(device))):
         seconds = interleaved(cases, device, rounds=5)
@@ -63,7 +67,9 @@ def _preferences(device: torch.device) -> dict[str, Callable[[], None]]:
     return {
         ADAPTER: _step(NextToken(model), model, pairs),
         "DPO, the base as the reference": _step(Preference(model, "dpo"), model, pairs),
-        "DPO, reference computed before": _step(Preference(model, "dpo", reference=reference), model, pairs),
+        "DPO, reference computed before": _step(
+            Preference(model, "dpo", reference=reference), model, pairs
+        ),
         "ORPO": _step(Preference(model, "orpo"), model, pairs),
         "KTO": _step(Preference(model, "kto"), model, single),
     }
@@ -90,13 +96,17 @@ def _model(device: torch.device) -> LLM:
 
 def _batch(device: torch.device, *, kto: bool) -> TuningBatch:
     count = BATCH * (16 if device.type == "cuda" else 1)
-    ids = torch.randint(1, SHAPE["vocab_size"], (count, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        1, SHAPE["vocab_size"], (count, LENGTH + 1), generator=torch.Generator().manual_seed(0)
+    )
     targets = ids[:, 1:].clone()
     targets[:, : PROMPT - 1] = NO_TARGET
     labels = torch.arange(count) % 2 == 0 if kto else None
     lengths = torch.full((count,), LENGTH)
     per_item = 1 if kto else 2
-    whole = TuningBatch(ids[:, :-1], targets, 0, lengths=lengths, row_labels=labels, rows_per_item=per_item)
+    whole = TuningBatch(
+        ids[:, :-1], targets, 0, lengths=lengths, row_labels=labels, rows_per_item=per_item
+    )
     return whole.to(device)
 
 
@@ -106,7 +116,9 @@ def _step(objective: Objective, model: LLM, batch: TuningBatch) -> Callable[[], 
     def run() -> None:
         units = objective.units(objective.prepare(batch)).to(batch.tokens.device)
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=batch.tokens.is_cuda):
-            loss = objective.loss(model(replace(batch.inputs(), logits="none")), batch, units)["loss"]
+            loss = objective.loss(model(replace(batch.inputs(), logits="none")), batch, units)[
+                "loss"
+            ]
         loss.backward()
         model.zero_grad()
 
@@ -136,7 +148,13 @@ def _head(device: torch.device) -> dict[str, Any]:
 
 
 def _heads(vocab_size: int, device: torch.device) -> dict[str, Callable[[], None]]:
-    fields = {"dim": HEAD_DIM, "n_layers": 1, "n_heads": 4, "vocab_size": vocab_size, "tie_embeddings": True}
+    fields = {
+        "dim": HEAD_DIM,
+        "n_layers": 1,
+        "n_heads": 4,
+        "vocab_size": vocab_size,
+        "tie_embeddings": True,
+    }
     student, teacher = (LLM(ModelArgs.from_dict(fields)) for _ in range(2))
     for model in (student, teacher):
         torch.nn.init.normal_(model.tok_embeddings.weight, std=HEAD_DIM**-0.5)
@@ -162,6 +180,8 @@ def _heads(vocab_size: int, device: torch.device) -> dict[str, Callable[[], None
 
 
 if __name__ == "__main__":
-    small, large = (_heads(size, torch.device("cpu"))[sys.argv[1]] for size in (64, HEAD_VOCABULARY))
+    small, large = (
+        _heads(size, torch.device("cpu"))[sys.argv[1]] for size in (64, HEAD_VOCABULARY)
+    )
     small()  # what the first call allocates for good
     print(json.dumps(resident_peak_mib(large)))

@@ -1,4 +1,6 @@
-"""What each option of the model costs in training: forward and backward with it, against the same model without."""
+"""What each option of the model costs in training: forward and backward with it, against the same
+model without.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import interleaved
-from transom.args import ModelArgs
-from transom.attend.attend import backend
-from transom.model import LLM, TransformerInput
+from transom.attention.backends import backend
+from transom.config.model_args import ModelArgs
+from transom.models.llm import LLM, TransformerInput
+from transom.models.vision import merge_images
 from transom.planning.counts import flops_per_token, parameters
-from transom.training.balance import router_losses
 from transom.training.config import OptimizerArgs
-from transom.training.cross_entropy import cross_entropy_sum
-from transom.training.ema import Ema
-from transom.training.optimizers import build_optimizer
-from transom.vision import merge_images
+from transom.training.losses.balance import router_losses
+from transom.training.losses.cross_entropy import cross_entropy_sum
+from transom.training.optim.ema import Ema
+from transom.training.optim.optimizers import build_optimizer
 
 BATCH, LENGTH = 2, 512
 SHAPE: dict[str, Any] = {
@@ -36,7 +38,8 @@ SHAPE: dict[str, Any] = {
 class Case:
     """How a step differs from that of `SHAPE`: model fields, documents per row, attention backend.
 
-    With `optimizer` fields the weights move in every step, and with `ema_decay` their average does too.
+    With `optimizer` fields the weights move in every step, and with `ema_decay` their average does
+    too.
     """
 
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -48,11 +51,15 @@ class Case:
 
 def _scaling(kind: str, **fields: Any) -> Case:
     # The original length is below that of the rows: what depends on the length is then at work.
-    return Case({"rope_scaling": {"kind": kind, "factor": 4.0, "original_max_seq_len": 256, **fields}})
+    return Case(
+        {"rope_scaling": {"kind": kind, "factor": 4.0, "original_max_seq_len": 256, **fields}}
+    )
 
 
 def _experts(**fields: Any) -> Case:
-    return Case({"moe_args": {"num_experts": 8, "top_k": 2, "hidden_dim": 704, "balance": "none", **fields}})
+    return Case(
+        {"moe_args": {"num_experts": 8, "top_k": 2, "hidden_dim": 704, "balance": "none", **fields}}
+    )
 
 
 LATENT = {"kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}
@@ -77,7 +84,9 @@ GROUPS: tuple[dict[str, Case], ...] = (
         "rope_layout halves": Case({"rope_layout": "halves"}),
         "rotary_fraction 0.5": Case({"rotary_fraction": 0.5}),
         "no positions": Case({"layer_pattern": "f"}),
-        "temperature on every 4th layer": Case({"nope_layer_interval": 4, "attn_temperature_tuning": True}),
+        "temperature on every 4th layer": Case(
+            {"nope_layer_interval": 4, "attn_temperature_tuning": True}
+        ),
     },
     {
         "plain model": Case(),
@@ -85,7 +94,9 @@ GROUPS: tuple[dict[str, Case], ...] = (
         "dynamic scaling": _scaling("dynamic"),
         "llama3 scaling": _scaling("llama3"),
         "yarn scaling": _scaling("yarn"),
-        "longrope scaling": _scaling("longrope", short_factor=[1.0] * PAIRS, long_factor=[4.0] * PAIRS),
+        "longrope scaling": _scaling(
+            "longrope", short_factor=[1.0] * PAIRS, long_factor=[4.0] * PAIRS
+        ),
     },
     {
         "plain model": Case(),
@@ -124,8 +135,12 @@ GROUPS: tuple[dict[str, Case], ...] = (
         "plain model": Case(),
         "activation gelu": Case({"activation": "gelu"}),
         "activation gelu_tanh": Case({"activation": "gelu_tanh"}),
-        "no gate, gelu, hidden_dim x 1.5": Case({"ffn_gated": False, "activation": "gelu", "hidden_dim": 2112}),
-        "no gate, relu, hidden_dim x 1.5": Case({"ffn_gated": False, "activation": "relu", "hidden_dim": 2112}),
+        "no gate, gelu, hidden_dim x 1.5": Case(
+            {"ffn_gated": False, "activation": "gelu", "hidden_dim": 2112}
+        ),
+        "no gate, relu, hidden_dim x 1.5": Case(
+            {"ffn_gated": False, "activation": "relu", "hidden_dim": 2112}
+        ),
         "ffn_bias": Case({"ffn_bias": True}),
     },
     {
@@ -140,7 +155,8 @@ GROUPS: tuple[dict[str, Case], ...] = (
     },
     {
         "plain model": Case(),
-        # As many products per token as the dense feed-forward has: what is left is routing and small groups.
+        # As many products per token as the dense feed-forward has: what is left is routing and
+        # small groups.
         "8 experts, top 2": _experts(),
     },
     {
@@ -150,7 +166,9 @@ GROUPS: tuple[dict[str, Case], ...] = (
         "balance mixtral, sequence": _experts(balance="mixtral"),
         "balance switch, batch": _experts(balance="switch", balance_scope="batch"),
         "expert_capacity 1.25, drop": _experts(expert_capacity=1.25),
-        "expert_capacity 1.25, second choice": _experts(expert_capacity=1.25, overflow="second_choice"),
+        "expert_capacity 1.25, second choice": _experts(
+            expert_capacity=1.25, overflow="second_choice"
+        ),
         "jitter 0.01": _experts(jitter=0.01),
     },
     {
@@ -165,10 +183,14 @@ LOADING = "load_state_dict with fused names"
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
-    """One row per case: milliseconds of forward and backward, and how the time compares with its group's first."""
+    """One row per case: milliseconds of forward and backward, and how the time compares with its
+    group's first.
+    """
     out = []
     for group in GROUPS:
-        seconds = interleaved({name: make_step(case, device) for name, case in group.items()}, device, rounds=5)
+        seconds = interleaved(
+            {name: make_step(case, device) for name, case in group.items()}, device, rounds=5
+        )
         (peer, plain), *others = group.items()
         for name, case in others:
             row = {
@@ -188,7 +210,9 @@ def rows(device: torch.device) -> list[dict[str, Any]]:
 
 
 def _loading(device: torch.device) -> dict[str, Any]:
-    """Time of `load_state_dict` where weights come under the names of Meta's training code, against ours."""
+    """Time of `load_state_dict` where weights come under the names of Meta's training code, against
+    ours.
+    """
     model = LLM(_args(Case())).to(device)
     state = {name: torch.zeros_like(weight) for name, weight in model.state_dict().items()}
     fused = dict(state)
@@ -199,7 +223,10 @@ def _loading(device: torch.device) -> dict[str, Any]:
         parts = [fused.pop(f"{at}.feed_forward.{leaf}.weight") for leaf in ("w_gate", "w_value")]
         fused[f"{at}.feed_forward.mlp.fc1_weight"] = torch.cat(parts)
         fused[f"{at}.feed_forward.mlp.fc2_weight"] = fused.pop(f"{at}.feed_forward.w_out.weight")
-    cases = {"fused": lambda: model.load_state_dict(fused), "ours": lambda: model.load_state_dict(state)}
+    cases = {
+        "fused": lambda: model.load_state_dict(fused),
+        "ours": lambda: model.load_state_dict(state),
+    }
     seconds = interleaved(cases, device, rounds=9)
     return {
         "benchmark": "options",
@@ -235,7 +262,9 @@ def make_step(case: Case, device: torch.device) -> Callable[[], None]:
     model.to(device).attend = backend(case.backend)
     optimizers, ema = None, None
     if case.optimizer is not None:
-        optimizers = build_optimizer(model, OptimizerArgs(**case.optimizer), device_type=device.type)
+        optimizers = build_optimizer(
+            model, OptimizerArgs(**case.optimizer), device_type=device.type
+        )
     if case.ema_decay is not None:
         ema = Ema(model, case.ema_decay)
     batch = BATCH * (16 if device.type == "cuda" else 1)
@@ -245,7 +274,9 @@ def make_step(case: Case, device: torch.device) -> Callable[[], None]:
 
     def run() -> None:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            loss(model, TransformerInput(tokens[:, :-1].contiguous(), **fields(model)), targets).backward()
+            loss(
+                model, TransformerInput(tokens[:, :-1].contiguous(), **fields(model)), targets
+            ).backward()
         if optimizers is not None:
             optimizers.step()
         if ema is not None:
@@ -256,7 +287,9 @@ def make_step(case: Case, device: torch.device) -> Callable[[], None]:
 
 
 def call_fields(case: Case, args: ModelArgs, tokens: Tensor) -> Callable[[LLM], dict[str, Any]]:
-    """What a call gets besides tokens; images are encoded inside the step, since that is what they cost."""
+    """What a call gets besides tokens; images are encoded inside the step, since that is what they
+    cost.
+    """
     batch, device = tokens.size(0), tokens.device
     fields: dict[str, Any] = {}
     if case.documents > 1:
@@ -274,13 +307,18 @@ def call_fields(case: Case, args: ModelArgs, tokens: Tensor) -> Callable[[LLM], 
     patch = images.image_token
 
     def encoded(model: LLM) -> dict[str, Any]:
-        return {**fields, "image_embedding": merge_images(tokens[:, :-1], patch, model.encode_images(pixels))}
+        return {
+            **fields,
+            "image_embedding": merge_images(tokens[:, :-1], patch, model.encode_images(pixels)),
+        }
 
     return encoded
 
 
 def loss(model: LLM, inputs: TransformerInput, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of tokens, or of labels that are all 0; the mean square of an embedding's entries."""
+    """Mean cross-entropy of tokens, or of labels that are all 0; the mean square of an embedding's
+    entries.
+    """
     out, moe = model(inputs), model.args.moe_args
     if model.args.head is None:
         mean = cross_entropy_sum(out.logits, targets) / targets.numel()

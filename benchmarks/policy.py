@@ -1,4 +1,6 @@
-"""A step of learning from rewards, drawing its answers and learning from them, against learning from given rows."""
+"""A step of learning from rewards, drawing its answers and learning from them, against learning
+from given rows.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +15,24 @@ import torch
 
 from benchmarks.common import interleaved
 from benchmarks.options import SHAPE
-from transom.adapt.lora_args import LoraArgs
-from transom.adapt.new import apply_lora
-from transom.args import ModelArgs
-from transom.model import LLM
-from transom.tokenizer import byte_tokenizer
-from transom.training.objectives import NextToken, Objective
-from transom.training.policy import PolicyGradient
-from transom.training.rewards import Reward
-from transom.training.rollouts import Question, QuestionBatches, RolloutBatch
+from transom.config.model_args import ModelArgs
+from transom.lora.apply import apply_lora
+from transom.lora.args import LoraArgs
+from transom.models.llm import LLM
+from transom.tokenizers.training import byte_tokenizer
+from transom.training.losses.objectives import NextToken, Objective
+from transom.training.rl.policy import PolicyGradient
+from transom.training.rl.rewards import Reward
+from transom.training.rl.rollouts import Question, QuestionBatches, RolloutBatch
 
 QUESTIONS, GROUP, PROMPT, ANSWER = 2, 8, 64, 64  # of a step; tokens of every prompt and answer
 PEER = "next-token loss on the same rows"
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
-    """Milliseconds of a step without its optimizer: of learning alone, with the KL, and with the answers drawn."""
+    """Milliseconds of a step without its optimizer: of learning alone, with the KL, and with the
+    answers drawn.
+    """
     seconds = interleaved(cases(device), device, rounds=5)
     return [
         {
@@ -52,12 +56,19 @@ def cases(device: torch.device) -> dict[str, Callable[[], None]]:
     with contextlib.redirect_stderr(io.StringIO()):  # what it covers is no result
         apply_lora(model, LoraArgs(rank=16))
     reward = Reward("length", lambda answer, reference: float(len(answer) % 7), Path(__file__))
-    ids = torch.randint(1, 256, (QUESTIONS, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(
+        1, 256, (QUESTIONS, PROMPT), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     questions = [Question(str(index), row, {}) for index, row in enumerate(ids)]
-    batches = QuestionBatches(questions, group=GROUP, answer_tokens=ANSWER, rows_per_step=QUESTIONS, seed=0)
+    batches = QuestionBatches(
+        questions, group=GROUP, answer_tokens=ANSWER, rows_per_step=QUESTIONS, seed=0
+    )
 
     def grpo(beta: float) -> PolicyGradient:
-        how = {"answer_tokens": ANSWER, "dtype": torch.bfloat16 if device.type == "cuda" else torch.float32}
+        how = {
+            "answer_tokens": ANSWER,
+            "dtype": torch.bfloat16 if device.type == "cuda" else torch.float32,
+        }
         return PolicyGradient(model, byte_tokenizer(), reward, (), beta=beta, quiet=True, **how)
 
     plain, near = grpo(0.0), grpo(0.04)
@@ -66,7 +77,9 @@ def cases(device: torch.device) -> dict[str, Callable[[], None]]:
         PEER: lambda: learn(NextToken(model), model, drawn),
         "GRPO, learning alone": lambda: learn(plain, model, drawn),
         "GRPO, learning with the KL": lambda: learn(near, model, drawn),
-        "GRPO, drawing and learning": lambda: learn(plain, model, plain.prepare(batches.next()).to(device)),
+        "GRPO, drawing and learning": lambda: learn(
+            plain, model, plain.prepare(batches.next()).to(device)
+        ),
     }
 
 

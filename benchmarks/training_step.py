@@ -1,4 +1,6 @@
-"""A dense training step (forward, loss, backward, AdamW) against transformers' eager Llama on the same shapes."""
+"""A dense training step (forward, loss, backward, AdamW) against transformers' eager Llama on the
+same shapes.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +10,23 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import interleaved
-from transom.args import ModelArgs
-from transom.model import LLM, TransformerInput
+from transom.base.runtime import matmul_peak
+from transom.config.model_args import ModelArgs
+from transom.models.llm import LLM, TransformerInput
 from transom.planning.counts import flops_per_token, parameters
-from transom.runtime import matmul_peak
 from transom.training.config import OptimizerArgs
-from transom.training.cross_entropy import cross_entropy_sum
-from transom.training.optimizers import build_optimizer
+from transom.training.losses.cross_entropy import cross_entropy_sum
+from transom.training.optim.optimizers import build_optimizer
 
 SHAPES = {
-    "10m": {"dim": 320, "n_layers": 6, "n_heads": 5, "hidden_dim": 864, "vocab_size": 8192, "tie_embeddings": True},
+    "10m": {
+        "dim": 320,
+        "n_layers": 6,
+        "n_heads": 5,
+        "hidden_dim": 864,
+        "vocab_size": 8192,
+        "tie_embeddings": True,
+    },
     "110m": {
         "dim": 768,
         "n_layers": 12,
@@ -47,7 +56,9 @@ def transformers_twin(args: ModelArgs) -> LlamaForCausalLM:
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
-    """One row per shape: ratio of steps per second to transformers (fused AdamW in both), and MFU."""
+    """One row per shape: ratio of steps per second to transformers (fused AdamW in both), and
+    MFU.
+    """
     return [_case(name, device) for name in SHAPES]
 
 
@@ -75,7 +86,9 @@ def _case(name: str, device: torch.device) -> dict[str, Any]:
     def their_step() -> None:
         with cast:
             logits = theirs(inputs).logits
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()).backward()
+        torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten()
+        ).backward()
         adamw.step()
         adamw.zero_grad()
 

@@ -8,16 +8,20 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import interleaved
-from transom.args import LayerRule
-from transom.attend.mask import Layout, MaskSpec, allowed
-from transom.attend.sdpa import sdpa
-from transom.attend.view import CacheView, Score
+from transom.attention.mask import Layout, MaskSpec, allowed
+from transom.attention.sdpa import sdpa
+from transom.attention.view import CacheView, Score
+from transom.config.model_args import LayerRule
 
 HEADS, KV_HEADS, HEAD_DIM, WINDOW, LENGTH = 12, 4, 64, 512, 8192
 
 
 def _tensors(length: int, device: torch.device, grad: bool) -> list[torch.Tensor]:
-    shapes = ((1, length, HEADS, HEAD_DIM), (1, length, KV_HEADS, HEAD_DIM), (1, length, KV_HEADS, HEAD_DIM))
+    shapes = (
+        (1, length, HEADS, HEAD_DIM),
+        (1, length, KV_HEADS, HEAD_DIM),
+        (1, length, KV_HEADS, HEAD_DIM),
+    )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return [torch.randn(shape, device=device, dtype=dtype, requires_grad=grad) for shape in shapes]
 
@@ -53,7 +57,8 @@ def rows(device: torch.device) -> list[dict[str, Any]]:
         out.append(
             {
                 "benchmark": "window attention",
-                "case": f"window {WINDOW}, {LENGTH} tokens, {'forward + backward' if grad else 'forward'}",
+                "case": f"window {WINDOW}, {LENGTH} tokens, "
+                f"{'forward + backward' if grad else 'forward'}",
                 "peer": "SDPA with a dense mask",
                 "seconds": round(seconds["ours"], 4),
                 "peer_seconds": round(seconds["dense"], 4),

@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 
-from transom.errors import reset_notices
+from transom.base.errors import reset_notices
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -16,7 +16,9 @@ def _one_thread():
 
 @pytest.fixture(autouse=True, scope="session")
 def _interruptible():
-    """Commands that a shell starts in the background ignore SIGINT, and so would the runs of tests."""
+    """Commands that a shell starts in the background ignore SIGINT, and so would the runs of
+    tests.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -28,7 +30,9 @@ def _notices_again():
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
-    """Each process of pytest-xdist has a cache folder; that of the developer is neither read nor changed."""
+    """Each process of pytest-xdist has a cache folder; that of the developer is neither read nor
+    changed.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRANSOM_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transom.args import ModelArgs
-from transom.model import LLM
+from transom.config.model_args import ModelArgs
+from transom.models.llm import LLM
 
 TINY_VISION: dict[str, Any] = {
     "image_size": 8,
@@ -27,7 +27,9 @@ TINY_VISION: dict[str, Any] = {
 
 
 def tiny_args(**changes: Any) -> ModelArgs:
-    """A two-layer model of a few thousand weights with grouped heads, with fields replaced by `changes`."""
+    """A two-layer model of a few thousand weights with grouped heads, with fields replaced by
+    `changes`.
+    """
     base: dict[str, Any] = {
         "dim": 32,
         "n_layers": 2,
@@ -55,14 +57,20 @@ def random_model(args: ModelArgs, seed: int = 0, std: float = 0.2) -> LLM:
 
 
 def random_tokens(rows: int, count: int, seed: int = 0, vocab_size: int = 60) -> Tensor:
-    """Tokens [rows, count] below `vocab_size`; the default leaves the last id of `tiny_args` for padding."""
+    """Tokens [rows, count] below `vocab_size`; the default leaves the last id of `tiny_args` for
+    padding.
+    """
     return torch.randint(vocab_size, (rows, count), generator=torch.Generator().manual_seed(seed))
 
 
 def run_python(code: str) -> str:
-    """Standard output of `code` in a fresh process that finds this source tree; its failure is the test's."""
+    """Standard output of `code` in a fresh process that finds this source tree; its failure is the
+    test's.
+    """
     root = Path(__file__).parents[1]
-    path = os.pathsep.join([str(root), str(root / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join(
+        [str(root), str(root / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

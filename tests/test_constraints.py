@@ -38,20 +38,26 @@ def test_the_file_holds_on_every_machine(tool):
 
 def test_what_the_makefile_installs_by_name_is_in_the_file(tool):
     recipes = (ROOT / "Makefile").read_text()
-    named = re.findall(r"^\t\$\(INSTALL\) (?:--no-deps )?([^-\n][^\n]*)$", recipes, flags=re.MULTILINE)
-    names = [tool.canonical(Requirement(word.strip('"')).name) for line in named for word in line.split()]
+    named = re.findall(
+        r"^\t\$\(INSTALL\) (?:--no-deps )?([^-\n][^\n]*)$", recipes, flags=re.MULTILINE
+    )
+    names = [
+        tool.canonical(Requirement(word.strip('"')).name) for line in named for word in line.split()
+    ]
     assert {"torch", "hatchling"} <= set(names) <= tool.read().keys()
 
 
 def test_a_release_that_breaks_tests_is_named_with_its_failures(tool, tmp_path, monkeypatch):
-    pins = "".join(f"{name}=={version}\n" for name, version in tool.read().items() if name != "transformers")
+    pins = "".join(
+        f"{name}=={version}\n" for name, version in tool.read().items() if name != "transformers"
+    )
     monkeypatch.setattr(tool, "FILE", tmp_path / "constraints.txt")
     tool.FILE.write_text(f"{pins}transformers==4.0\nabsent==1\n")
     report = tmp_path / "report.xml"
     report.write_text(
         "<testsuites><testsuite><testcase name='a'><failure message='no'>\n"
-        ".venv/lib/python3.11/site-packages/transformers/models/llama4/modeling_llama4.py:1318: AttributeError"
-        "</failure></testcase><testcase name='b'/></testsuite></testsuites>"
+        ".venv/lib/python3.11/site-packages/transformers/models/llama4/modeling_llama4.py:1318: "
+        "AttributeError</failure></testcase><testcase name='b'/></testsuite></testsuites>"
     )
     lines = tool.compare(tool.failures(report))
     said = [line for line in lines if line.startswith("transformers: 4.0 -> ")]

@@ -16,12 +16,12 @@ from benchmarks.common import ROWS
 from benchmarks.ideas import COST, PAGES, measured, read_rows, write_costs, write_index
 from benchmarks.options import GROUPS, LOADING
 from tests.helpers import TINY_VISION, tiny_args
-from transom.adapt.combine_args import CombineArgs
-from transom.args import ModelArgs
+from transom.base.fields import field_types
+from transom.base.runtime import one_thread
+from transom.config.model_args import ModelArgs
 from transom.evaluation.eval_args import EvalArgs
-from transom.fields import field_types
-from transom.model import LLM, TransformerInput
-from transom.runtime import one_thread
+from transom.lora.combine_args import CombineArgs
+from transom.models.llm import LLM, TransformerInput
 from transom.training.config import TrainArgs
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +67,9 @@ def dataclasses_in(kind: Any) -> list[Any]:
 
 
 def has_field(path: str) -> bool:
-    """Whether `a.b` is a field of the model's arguments, of a run's, or of the class it begins with."""
+    """Whether `a.b` is a field of the model's arguments, of a run's, or of the class it begins
+    with.
+    """
     first, *rest = path.split(".")
     roots: list[Any] = [ModelArgs, TrainArgs]
     if first in NAMED:
@@ -108,12 +110,16 @@ def test_files_exist_and_define_what_a_page_says(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_fields_exist(name):
-    said = re.search(r"^Fields: (.+?)\n\n", section(name, "What it is") + "\n\n", flags=re.DOTALL | re.MULTILINE)
+    said = re.search(
+        r"^Fields: (.+?)\n\n", section(name, "What it is") + "\n\n", flags=re.DOTALL | re.MULTILINE
+    )
     assert said is not None
     fields = re.findall(r"`([\w.]+)`", said[1])
     assert fields
     if said[1].startswith("none; "):  # what is called instead of set
-        assert [field for field in fields if not callable(getattr(LLM, field.removeprefix("LLM.")))] == []
+        assert [
+            field for field in fields if not callable(getattr(LLM, field.removeprefix("LLM.")))
+        ] == []
     else:
         assert [field for field in fields if not has_field(field)] == []
 
@@ -128,10 +134,14 @@ def test_links_lead_somewhere(name):
 def test_costs_are_asked_for_by_names_that_a_benchmark_writes(name):
     assert costs(name)
     measured_here = {LOADING, *(case for group in GROUPS for case in group)}
-    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
+    sources = "".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py")
+    )
     for benchmark, case in costs(name):
         assert f'"benchmark": "{benchmark}"' in sources
-        assert not case or (case in measured_here if benchmark == "options" else f'"{case}"' in sources)
+        assert not case or (
+            case in measured_here if benchmark == "options" else f'"{case}"' in sources
+        )
 
 
 def test_every_measured_option_is_on_a_page():
@@ -168,7 +178,10 @@ def test_the_index_is_generated_and_whole(tmp_path):
 
 
 def test_a_row_is_written_where_it_was_asked_for(tmp_path):
-    given = "# Sinks\n<!-- cost:options; sinks -->\nold\n<!-- /cost -->\nkept\n<!-- cost:moe -->\n<!-- /cost -->\n"
+    given = (
+        "# Sinks\n<!-- cost:options; sinks -->\nold\n<!-- /cost -->\nkept\n<!-- cost:moe "
+        "-->\n<!-- /cost -->\n"
+    )
     (tmp_path / "a.md").write_text(given)
     assert write_costs(tmp_path, [ROW, {**ROW, "case": "other"}]) == [tmp_path / "a.md"]
     text = (tmp_path / "a.md").read_text()
@@ -212,11 +225,24 @@ def test_calls_named_beside_those_of_other_codes_exist():
 
 
 def test_weights_named_beside_those_of_other_codes_exist():
-    mla = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    mla = {
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+    }
     moe = {"routing": "biased_sigmoid", "shared_expert": True, "hidden_dim": 8}
     plain = {"norm_placement": "both", "qk_norm": "head", "attn_sinks": True, "context_dim": 8}
-    models = ({**plain, "vision_args": TINY_VISION}, {"n_kv_heads": None, "mla_args": mla, "moe_args": moe})
+    models = (
+        {**plain, "vision_args": TINY_VISION},
+        {"n_kv_heads": None, "mla_args": mla, "moe_args": moe},
+    )
     with torch.device("meta"):
-        known = [name for fields in models for name, _ in LLM(tiny_args(**fields)).named_parameters()]
+        known = [
+            name for fields in models for name, _ in LLM(tiny_args(**fields)).named_parameters()
+        ]
     assert names_of("Weights")
-    assert [name for name in names_of("Weights") if not any(f".{name}." in f".{one}." for one in known)] == []
+    assert [
+        name for name in names_of("Weights") if not any(f".{name}." in f".{one}." for one in known)
+    ] == []

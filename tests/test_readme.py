@@ -1,4 +1,6 @@
-"""Every command and every Python block of the README runs; long ones shrunken here, whole in the slow test."""
+"""Every command and every Python block of the README runs; long ones shrunken here, whole in the
+slow test.
+"""
 
 import io
 import json
@@ -16,7 +18,7 @@ import pytest
 import torch
 
 from transom.cli.main import main
-from transom.data import instructions
+from transom.data.chat import instructions
 from transom.verify.attention import verify_attention
 from transom.verify.attention_jobs import jobs
 from transom.verify.bugs import BUGS
@@ -59,7 +61,9 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[str]:
     lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
-    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+    return [
+        line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +85,17 @@ def shorten(monkeypatch):
         some.setattr(instructions, "_sources", lambda root: islice(sources(root), 40))
         questions = instructions._all.__wrapped__()[:300]
     monkeypatch.setattr(instructions, "_all", lambda: questions)
-    monkeypatch.setattr("transom.verify.bugs.BUGS", [bug for bug in BUGS if bug.check == "model"][:3])
-    short = partial(verify_attention, dtypes=(torch.float32,), todo=lambda: islice(jobs(), 0, None, 20))
+    monkeypatch.setattr(
+        "transom.verify.bugs.BUGS", [bug for bug in BUGS if bug.check == "model"][:3]
+    )
+    short = partial(
+        verify_attention, dtypes=(torch.float32,), todo=lambda: islice(jobs(), 0, None, 20)
+    )
     monkeypatch.setattr("transom.verify.attention.verify_attention", short)
     for name in ("tuning", "resume"):
-        monkeypatch.setitem(CHECKS, name, replace(CHECKS[name], run=lambda run=CHECKS[name].run: islice(run(), 5)))
+        monkeypatch.setitem(
+            CHECKS, name, replace(CHECKS[name], run=lambda run=CHECKS[name].run: islice(run(), 5))
+        )
 
 
 def test_planted_bugs_are_counted():
@@ -138,5 +148,7 @@ def test_the_demo_keeps_its_promise(workplace, monkeypatch):
         check=True,
     )
     facts = json.loads(done.stdout.splitlines()[-1])
-    assert facts["val_bits_per_byte"] <= 1.60  # its seconds are measured in benchmarks/, not asserted here
+    assert (
+        facts["val_bits_per_byte"] <= 1.60
+    )  # its seconds are measured in benchmarks/, not asserted here
     assert facts["val_bits_per_byte"] < facts["xz_per_file_bits_per_byte"]

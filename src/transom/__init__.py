@@ -8,28 +8,31 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from transom.adapt.combine_args import CombineArgs
-    from transom.adapt.lora import activate_adapters, remove_adapter
-    from transom.adapt.lora_args import LoraArgs
-    from transom.adapt.merge import merge_adapter, unmerge_adapter
-    from transom.adapt.new import apply_lora
-    from transom.adapt.read import load_adapter
-    from transom.adapt.write import save_adapter
-    from transom.args import HeadArgs, LayerArgs, MlaArgs, ModelArgs, MoeArgs, RopeScaling, VisionArgs
-    from transom.attend.mask import create_chunked_attention_mask, positions_from_sizes
-    from transom.attend.reference import repeat_kv
-    from transom.attend.view import CacheView
+    from transom.attention.mask import create_chunked_attention_mask, positions_from_sizes
+    from transom.attention.reference import repeat_kv
+    from transom.attention.view import CacheView
+    from transom.base.errors import RequestError, WorkError
     from transom.cache.model_cache import ModelCache
     from transom.cache.store import RotatingBufferCache, StaticCache
     from transom.chat.template import ChatTemplate
+    from transom.checkpoints.adapters.read import load_adapter
+    from transom.checkpoints.adapters.write import save_adapter
     from transom.checkpoints.convert import convert
     from transom.checkpoints.fingerprint import fingerprint
     from transom.checkpoints.load import load, load_tokenizer, save
-    from transom.errors import RequestError, WorkError
+    from transom.config.model_args import (
+        HeadArgs,
+        LayerArgs,
+        MlaArgs,
+        ModelArgs,
+        MoeArgs,
+        RopeScaling,
+        VisionArgs,
+    )
+    from transom.config.presets import preset
     from transom.evaluation.merging import merge_folders
-    from transom.generation.loop import generate, stream
-    from transom.generation.sampling import SamplingArgs
-    from transom.images import ImageTokenIds, image_tokens, prepare_image
+    from transom.inference.loop import generate, stream
+    from transom.inference.sampling import SamplingArgs
     from transom.layers.attention import Attention
     from transom.layers.feed_forward import FeedForward
     from transom.layers.moe import MoE
@@ -40,37 +43,57 @@ if TYPE_CHECKING:
         precompute_freqs_cis,
         reshape_for_broadcast,
     )
-    from transom.model import LLM, MaskedEmbedding, TransformerBlock, TransformerInput, TransformerOutput
-    from transom.presets import preset
+    from transom.lora.adapters import activate_adapters, remove_adapter
+    from transom.lora.apply import apply_lora
+    from transom.lora.args import LoraArgs
+    from transom.lora.combine_args import CombineArgs
+    from transom.lora.merge import merge_adapter, unmerge_adapter
+    from transom.models.images import ImageTokenIds, image_tokens, prepare_image
+    from transom.models.llm import (
+        LLM,
+        MaskedEmbedding,
+        TransformerBlock,
+        TransformerInput,
+        TransformerOutput,
+    )
+    from transom.models.vision import VisionEmbeddings, merge_images
     from transom.quantize.args import QuantizeArgs
     from transom.quantize.leaves import dequantize_model, quantize_model
-    from transom.tokenizer import Tokenizer
-    from transom.vision import VisionEmbeddings, merge_images
+    from transom.tokenizers.tokenizer import Tokenizer
 
-# Names resolve on first use (PEP 562): `import transom` and `transom --help` must not pay for torch.
+# Names resolve on first use (PEP 562): `import transom` and `transom --help` must not pay for
+# torch.
 _HOMES = {
-    "transom.adapt.combine_args": ("CombineArgs",),
-    "transom.adapt.lora": ("activate_adapters", "remove_adapter"),
-    "transom.adapt.lora_args": ("LoraArgs",),
-    "transom.adapt.merge": ("merge_adapter", "unmerge_adapter"),
-    "transom.adapt.new": ("apply_lora",),
-    "transom.adapt.read": ("load_adapter",),
-    "transom.adapt.write": ("save_adapter",),
-    "transom.args": ("HeadArgs", "LayerArgs", "MlaArgs", "ModelArgs", "MoeArgs", "RopeScaling", "VisionArgs"),
-    "transom.attend.mask": ("create_chunked_attention_mask", "positions_from_sizes"),
-    "transom.attend.reference": ("repeat_kv",),
-    "transom.attend.view": ("CacheView",),
+    "transom.lora.combine_args": ("CombineArgs",),
+    "transom.lora.adapters": ("activate_adapters", "remove_adapter"),
+    "transom.lora.args": ("LoraArgs",),
+    "transom.lora.merge": ("merge_adapter", "unmerge_adapter"),
+    "transom.lora.apply": ("apply_lora",),
+    "transom.checkpoints.adapters.read": ("load_adapter",),
+    "transom.checkpoints.adapters.write": ("save_adapter",),
+    "transom.config.model_args": (
+        "HeadArgs",
+        "LayerArgs",
+        "MlaArgs",
+        "ModelArgs",
+        "MoeArgs",
+        "RopeScaling",
+        "VisionArgs",
+    ),
+    "transom.attention.mask": ("create_chunked_attention_mask", "positions_from_sizes"),
+    "transom.attention.reference": ("repeat_kv",),
+    "transom.attention.view": ("CacheView",),
     "transom.cache.model_cache": ("ModelCache",),
     "transom.cache.store": ("RotatingBufferCache", "StaticCache"),
     "transom.chat.template": ("ChatTemplate",),
     "transom.checkpoints.convert": ("convert",),
     "transom.checkpoints.fingerprint": ("fingerprint",),
     "transom.checkpoints.load": ("load", "load_tokenizer", "save"),
-    "transom.errors": ("RequestError", "WorkError"),
+    "transom.base.errors": ("RequestError", "WorkError"),
     "transom.evaluation.merging": ("merge_folders",),
-    "transom.generation.loop": ("generate", "stream"),
-    "transom.generation.sampling": ("SamplingArgs",),
-    "transom.images": ("ImageTokenIds", "image_tokens", "prepare_image"),
+    "transom.inference.loop": ("generate", "stream"),
+    "transom.inference.sampling": ("SamplingArgs",),
+    "transom.models.images": ("ImageTokenIds", "image_tokens", "prepare_image"),
     "transom.layers.attention": ("Attention",),
     "transom.layers.feed_forward": ("FeedForward",),
     "transom.layers.moe": ("MoE",),
@@ -81,12 +104,18 @@ _HOMES = {
         "precompute_freqs_cis",
         "reshape_for_broadcast",
     ),
-    "transom.model": ("LLM", "MaskedEmbedding", "TransformerBlock", "TransformerInput", "TransformerOutput"),
-    "transom.presets": ("preset",),
+    "transom.models.llm": (
+        "LLM",
+        "MaskedEmbedding",
+        "TransformerBlock",
+        "TransformerInput",
+        "TransformerOutput",
+    ),
+    "transom.config.presets": ("preset",),
     "transom.quantize.args": ("QuantizeArgs",),
     "transom.quantize.leaves": ("dequantize_model", "quantize_model"),
-    "transom.tokenizer": ("Tokenizer",),
-    "transom.vision": ("VisionEmbeddings", "merge_images"),
+    "transom.tokenizers.tokenizer": ("Tokenizer",),
+    "transom.models.vision": ("VisionEmbeddings", "merge_images"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *_HOME]

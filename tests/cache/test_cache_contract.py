@@ -1,4 +1,5 @@
-"""One contract for every cache: however the tokens arrive, logits are those of one uncached forward.
+"""One contract for every cache: however the tokens arrive, logits are those of one uncached
+forward.
 
 The models are float64, so that equal means equal to 1e-9 and a single wrong key is plain to see.
 """
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor
 
 from tests.helpers import random_model, random_tokens, tiny_args
+from transom.base.errors import RequestError
+from transom.base.runtime import one_thread
 from transom.cache.model_cache import ModelCache
-from transom.errors import RequestError
-from transom.model import LLM, TransformerInput
-from transom.runtime import one_thread
+from transom.models.llm import LLM, TransformerInput
 
 WINDOW, CHUNK = 5, 6
 PATTERNS = {
@@ -30,7 +31,12 @@ PATTERNS = {
         "attn_temperature_tuning": True,
         "floor_scale": 4.0,
     },
-    "mixed": {"layer_pattern": "SCFf", "n_layers": 4, "sliding_window": WINDOW, "attention_chunk_size": CHUNK},
+    "mixed": {
+        "layer_pattern": "SCFf",
+        "n_layers": 4,
+        "sliding_window": WINDOW,
+        "attention_chunk_size": CHUNK,
+    },
 }
 RINGS = ["window", "chunk", "mixed"]
 PAD = 60  # a token that no row contains
@@ -41,10 +47,12 @@ by_slack = pytest.mark.parametrize("slack", [0, 3])
 
 @pytest.fixture(autouse=True, scope="module")
 def small_steps():
-    """One thread, and views and blocks cut often enough that a few dozen tokens cross several cuts."""
+    """One thread, and views and blocks cut often enough that a few dozen tokens cross several
+    cuts.
+    """
     with one_thread(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("transom.cache.store.BUCKET", 8)
-        patch.setattr("transom.attend.sdpa.BLOCK", 8)
+        patch.setattr("transom.attention.sdpa.BLOCK", 8)
         yield
 
 
@@ -60,7 +68,9 @@ def uncached(pattern: str, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def feed(pattern: str, cache: ModelCache, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+def feed(
+    pattern: str, cache: ModelCache, tokens: Tensor, lengths: Sequence[int] | None = None
+) -> Tensor:
     """Logits of one cached call; the spare slot that takes padding is poisoned behind it."""
     counts = None if lengths is None else torch.tensor(lengths)
     logits = model_of(pattern)(TransformerInput(tokens, lengths=counts), cache=cache).logits
@@ -124,7 +134,9 @@ def test_rows_of_unequal_lengths_equal_each_row_alone(pattern, slack, poison):
         if poison == "NaN":
             embedding.data[PAD] = float("nan")
         for counts in calls:
-            tokens, lengths = pad([row[a : a + n] for row, a, n in zip(sequences, at, counts, strict=True)])
+            tokens, lengths = pad(
+                [row[a : a + n] for row, a, n in zip(sequences, at, counts, strict=True)]
+            )
             logits = feed(pattern, cache, tokens, None if len(set(lengths)) == 1 else lengths)
             for row, n in enumerate(counts):
                 got[row].append(logits[row, :n])
@@ -158,7 +170,9 @@ def test_rollback_equals_never_having_seen_the_tokens(pattern, slack, prefill):
             before = cache.snapshot()
             assert not cache.rollback(limit + 1, at_most=limit + 1)
             after = cache.snapshot()
-            assert all(torch.equal(after[key].nan_to_num(), before[key].nan_to_num()) for key in before)
+            assert all(
+                torch.equal(after[key].nan_to_num(), before[key].nan_to_num()) for key in before
+            )
         assert cache.rollback(count, at_most=count)
         continues_as(pattern, cache, tokens[:, : 24 - count])
 
@@ -202,7 +216,9 @@ def test_rollback_by_a_count_per_row(pattern):
     feed(pattern, cache, tokens)
     assert cache.rollback(torch.tensor([0, 4, 1]), at_most=4)
     rows = [torch.cat((row[: 24 - n], row[:6])) for row, n in zip(tokens, (0, 4, 1), strict=True)]
-    logits = torch.cat([feed(pattern, cache, part) for part in tokens[:, :6].split([1, 5], dim=1)], 1)
+    logits = torch.cat(
+        [feed(pattern, cache, part) for part in tokens[:, :6].split([1, 5], dim=1)], 1
+    )
     for row, sequence in enumerate(rows):
         same(logits[row], uncached(pattern, sequence[None])[0, -6:])
 
@@ -215,7 +231,9 @@ def test_fork_continues_the_chosen_rows_and_leaves_the_first_cache_alone(pattern
     assert cache.rollback(1, at_most=1)
     other = cache.fork([1, 0, 1])
     assert other.batch_size == 3
-    assert other.fork([0]).rollback(4, at_most=4) is (pattern not in RINGS), "what is spent stays spent"
+    assert other.fork([0]).rollback(4, at_most=4) is (pattern not in RINGS), (
+        "what is spent stays spent"
+    )
     continues_as(pattern, other, tokens[[1, 0, 1], :19])
     continues_as(pattern, cache, tokens[:, :19], seed=8)
 
@@ -262,7 +280,9 @@ def test_a_forward_that_failed_leaves_the_rollback_limit_alone():
 
 
 def test_the_row_that_gets_most_need_not_be_the_one_that_holds_most():
-    """Rows of 18 and 2 tokens get 1 and 12 more: 19 slots are enough, though 18 + 12 are not there."""
+    """Rows of 18 and 2 tokens get 1 and 12 more: 19 slots are enough, though 18 + 12 are not
+    there.
+    """
     cache, tokens = model_of("mixed").make_cache(2, 19), random_tokens(2, 18)
     feed("mixed", cache, tokens, [18, 2])
     more = random_tokens(2, 12, seed=1)
@@ -277,7 +297,9 @@ def test_overflow_is_refused_and_leaves_room_for_what_fits():
     feed("mixed", cache, tokens[:, :15])
     with pytest.raises(RequestError, match=r"15 \+ 6 tokens: this cache holds 20"):
         feed("mixed", cache, random_tokens(2, 6))
-    assert cache.rollback(torch.tensor([5, 5]), at_most=5)  # the host does not know how long rows are now
+    assert cache.rollback(
+        torch.tensor([5, 5]), at_most=5
+    )  # the host does not know how long rows are now
     same(feed("mixed", cache, tokens[:, 10:]), uncached("mixed", tokens)[:, 10:])
 
 
@@ -285,10 +307,13 @@ def test_overflow_is_refused_and_leaves_room_for_what_fits():
     ("act", "message"),
     [
         (lambda model: model.make_cache(0), "0 rows"),
-        (lambda model: model.make_cache(2, slack=-1), "slack = -1"),
-        (lambda model: model.make_cache(2).rollback(2, at_most=1), "rollback = 2"),
-        (lambda model: model.make_cache(2).rollback(-1, at_most=1), "rollback = -1"),
-        (lambda _: random_model(tiny_args(layer_pattern="FB")).make_cache(), "layer 1 sees later tokens"),
+        (lambda model: model.make_cache(2, slack=-1), "slack: got -1"),
+        (lambda model: model.make_cache(2).rollback(2, at_most=1), "rollback: got 2"),
+        (lambda model: model.make_cache(2).rollback(-1, at_most=1), "rollback: got -1"),
+        (
+            lambda _: random_model(tiny_args(layer_pattern="FB")).make_cache(),
+            "layer 1 sees later tokens",
+        ),
     ],
 )
 def test_impossible_caches_and_rollbacks_are_refused(act, message):
@@ -317,7 +342,9 @@ def test_random_walk_of_updates_rollbacks_and_forks(pattern, slack):
     rows: list[list[int]] = [[], [], []]
     cache, refused, rolled = model.make_cache(3, 60, slack=slack), 0, 0
     for step in range(70):
-        kind = choose.choices(["update", "padded", "rollback", "per row", "fork"], [8, 4, 3, 3, 1])[0]
+        kind = choose.choices(["update", "padded", "rollback", "per row", "fork"], [8, 4, 3, 3, 1])[
+            0
+        ]
         if max(map(len, rows)) > 44:
             cache.reset()
             rows = [[], [], []]
@@ -341,7 +368,9 @@ def test_random_walk_of_updates_rollbacks_and_forks(pattern, slack):
             counts = [choose.randint(0, slack + 2) for _ in rows]
             if kind == "rollback":
                 counts = [counts[0]] * 3
-            done = cache.rollback(counts[0] if kind == "rollback" else torch.tensor(counts), at_most=max(counts))
+            done = cache.rollback(
+                counts[0] if kind == "rollback" else torch.tensor(counts), at_most=max(counts)
+            )
             refused, rolled = refused + (not done), rolled + done
             if done:
                 rows = [row[: max(0, len(row) - n)] for row, n in zip(rows, counts, strict=True)]

@@ -12,7 +12,7 @@ STREAM = """
 import json, resource, sys
 import torch
 from tests.helpers import random_model, random_tokens, tiny_args
-from transom.model import TransformerInput
+from transom.models.llm import TransformerInput
 
 torch.set_num_threads(1)
 total, decoded, chunk, window = {total}, {decoded}, 500, 256
@@ -47,5 +47,7 @@ print(json.dumps({{"early": early, "end": peak_kib(), "error": error, "cache_byt
 )
 def test_memory_of_a_window_model_does_not_grow_with_the_stream(total, decoded):
     result = json.loads(run_python(STREAM.format(total=total, decoded=decoded)))
-    assert result["end"] <= 1.01 * result["early"], "peak resident memory grew after the first tenth"
+    assert result["end"] <= 1.01 * result["early"], (
+        "peak resident memory grew after the first tenth"
+    )
     assert result["error"] < 1e-3

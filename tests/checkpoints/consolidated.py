@@ -1,4 +1,6 @@
-"""Folders as Meta's and Mistral's codes have them, made from tiny `transformers` twins by inverting the rules."""
+"""Folders as Meta's and Mistral's codes have them, made from tiny `transformers` twins by inverting
+the rules.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
-from transformers.models.llama4.configuration_llama4 import Llama4Config, Llama4TextConfig, Llama4VisionConfig
-from transformers.models.llama4.modeling_llama4 import Llama4ForCausalLM, Llama4ForConditionalGeneration
+from transformers.models.llama4.configuration_llama4 import (
+    Llama4Config,
+    Llama4TextConfig,
+    Llama4VisionConfig,
+)
+from transformers.models.llama4.modeling_llama4 import (
+    Llama4ForCausalLM,
+    Llama4ForConditionalGeneration,
+)
 from transformers.models.mistral.configuration_mistral import MistralConfig
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM
 from transformers.models.mixtral.configuration_mixtral import MixtralConfig
@@ -72,7 +81,8 @@ PARAMS["llama4-vision"] = {
         "pixel_shuffle_ratio": 0.5,
     },
 }
-# Widths that the rules of the two codes make of these (reference: models/llama3/model.py, models/llama4/moe.py).
+# Widths that the rules of the two codes make of these (reference: models/llama3/model.py,
+# models/llama4/moe.py).
 DENSE = {"llama2": 96, "llama3": 112, "llama4": 112, "llama4-vision": 112}
 EXPERT = 64
 
@@ -136,9 +146,18 @@ _TEXT = (
     (r"model\.layers\.(\d+)\.(mlp|feed_forward)\.gate_proj", r"layers.\1.feed_forward.w1"),
     (r"model\.layers\.(\d+)\.(mlp|feed_forward)\.up_proj", r"layers.\1.feed_forward.w3"),
     (r"model\.layers\.(\d+)\.(mlp|feed_forward)\.down_proj", r"layers.\1.feed_forward.w2"),
-    (r"model\.layers\.(\d+)\.feed_forward\.shared_expert\.gate_proj", r"layers.\1.feed_forward.w_in_shared_FD"),
-    (r"model\.layers\.(\d+)\.feed_forward\.shared_expert\.up_proj", r"layers.\1.feed_forward.w_swiglu_FD"),
-    (r"model\.layers\.(\d+)\.feed_forward\.shared_expert\.down_proj", r"layers.\1.feed_forward.w_out_shared_DF"),
+    (
+        r"model\.layers\.(\d+)\.feed_forward\.shared_expert\.gate_proj",
+        r"layers.\1.feed_forward.w_in_shared_FD",
+    ),
+    (
+        r"model\.layers\.(\d+)\.feed_forward\.shared_expert\.up_proj",
+        r"layers.\1.feed_forward.w_swiglu_FD",
+    ),
+    (
+        r"model\.layers\.(\d+)\.feed_forward\.shared_expert\.down_proj",
+        r"layers.\1.feed_forward.w_out_shared_DF",
+    ),
     (r"model\.layers\.(\d+)\.feed_forward\.router\.weight", r"layers.\1.feed_forward.router_DE"),
 )
 _BLOCK = "vision_embeddings.vision_encoder.transformer.resblocks"
@@ -166,7 +185,10 @@ def meta_state(kind: str, model: Any) -> State:
         if name.endswith("experts.gate_up_proj"):
             stem = re.sub(r".*layers\.(\d+)\..*", r"layers.\1.feed_forward.experts", name)
             gate, value = tensor.chunk(2, -1)
-            out[f"{stem}.moe_w_in_eD_F"], out[f"{stem}.moe_w_swiglu_eD_F"] = gate.flatten(0, 1), value.flatten(0, 1)
+            out[f"{stem}.moe_w_in_eD_F"], out[f"{stem}.moe_w_swiglu_eD_F"] = (
+                gate.flatten(0, 1),
+                value.flatten(0, 1),
+            )
             continue
         if name.endswith("experts.down_proj"):
             stem = re.sub(r".*layers\.(\d+)\..*", r"layers.\1.feed_forward.experts", name)
@@ -177,7 +199,9 @@ def meta_state(kind: str, model: Any) -> State:
             if changed != name:
                 name = changed
                 break
-        if "moe_args" not in params and name.endswith(("attention.wq.weight", "attention.wk.weight")):
+        if "moe_args" not in params and name.endswith(
+            ("attention.wq.weight", "attention.wk.weight")
+        ):
             tensor = to_pairs(tensor, params["n_heads"] if "wq" in name else params["n_kv_heads"])
         out[name] = tensor.mT if name.endswith("router_DE") else tensor
     return {key: tensor.clone() for key, tensor in out.items()}
@@ -194,7 +218,11 @@ def cut(kind: str, state: State, ranks: int) -> list[State]:
 
 def _parts(kind: str, key: str, tensor: Tensor, ranks: int) -> list[Tensor]:
     leaf = key.split(".")[-2] if key.endswith((".weight", ".bias")) else key.split(".")[-1]
-    if "norm" in key or ".ln_" in key or leaf in ("router_DE", "class_embedding", "positional_embedding_vlm"):
+    if (
+        "norm" in key
+        or ".ln_" in key
+        or leaf in ("router_DE", "class_embedding", "positional_embedding_vlm")
+    ):
         return [tensor] * ranks
     if leaf == "moe_w_out_eF_D":
         return [part.flatten(0, 1) for part in tensor.unflatten(0, (4, -1)).chunk(ranks, 1)]
@@ -211,25 +239,33 @@ def _parts(kind: str, key: str, tensor: Tensor, ranks: int) -> list[Tensor]:
 
 
 def fuse(state: State) -> State:
-    """The training library's names in one rank: fused matrices, norms inside them, extra states, a rotary table."""
+    """The training library's names in one rank: fused matrices, norms inside them, extra states, a
+    rotary table.
+    """
     out = dict(state)
     for i in range(4):
         at, ffn = f"layers.{i}.attention", f"layers.{i}.feed_forward"
-        out[f"{at}.wqkv.weight"] = torch.cat([out.pop(f"{at}.{leaf}.weight") for leaf in ("wq", "wk", "wv")])
+        out[f"{at}.wqkv.weight"] = torch.cat(
+            [out.pop(f"{at}.{leaf}.weight") for leaf in ("wq", "wk", "wv")]
+        )
         out[f"{at}.wqkv.layer_norm_weight"] = out.pop(f"layers.{i}.attention_norm.weight")
         out[f"{at}.wo._extra_state"] = io.BytesIO(b"of a library")  # type: ignore[assignment]
         if f"{ffn}.w1.weight" not in out:
             out[f"{ffn}.norm.weight"] = out.pop(f"layers.{i}.ffn_norm.weight")
             out[f"{ffn}.global_gate_stats_3E"] = torch.ones(3, 4)
             continue
-        out[f"{ffn}.mlp.fc1_weight"] = torch.cat([out.pop(f"{ffn}.{leaf}.weight") for leaf in ("w1", "w3")])
+        out[f"{ffn}.mlp.fc1_weight"] = torch.cat(
+            [out.pop(f"{ffn}.{leaf}.weight") for leaf in ("w1", "w3")]
+        )
         out[f"{ffn}.mlp.fc2_weight"] = out.pop(f"{ffn}.w2.weight")
         out[f"{ffn}.mlp.layer_norm_weight"] = out.pop(f"layers.{i}.ffn_norm.weight")
     out["rope.freqs"] = torch.ones(2)
     return out
 
 
-def write_meta(folder: Path, params: dict[str, Any], states: list[State], nested: bool = False) -> Path:
+def write_meta(
+    folder: Path, params: dict[str, Any], states: list[State], nested: bool = False
+) -> Path:
     """A folder of one .pth per rank."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.json").write_text(json.dumps({"model": params} if nested else params))
@@ -257,7 +293,9 @@ MISTRAL_PARAMS: dict[str, dict[str, Any]] = {
 
 
 def mistral_twin(kind: str) -> Any:
-    """The same model in transformers, every weight drawn; a silent file means theta 1e4 with a window, else 1e6."""
+    """The same model in transformers, every weight drawn; a silent file means theta 1e4 with a
+    window, else 1e6.
+    """
     params = MISTRAL_PARAMS[kind]
     theta = params.get("rope_theta", 1e4 if "sliding_window" in params else 1e6)
     fields: dict[str, Any] = {
@@ -287,7 +325,9 @@ def mistral_twin(kind: str) -> Any:
 
 
 def mistral_state(kind: str, model: Any, folder: Path) -> State:
-    """Mistral's tensors of a twin, by way of the file that transformers writes (experts one by one)."""
+    """Mistral's tensors of a twin, by way of the file that transformers writes (experts one by
+    one).
+    """
     from safetensors.torch import load_file
 
     model.save_pretrained(folder)
@@ -304,7 +344,9 @@ def mistral_state(kind: str, model: Any, folder: Path) -> State:
     return out
 
 
-def write_mistral(folder: Path, params: dict[str, Any], state: State, pickled: bool = False) -> Path:
+def write_mistral(
+    folder: Path, params: dict[str, Any], state: State, pickled: bool = False
+) -> Path:
     """A folder of one file."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.json").write_text(json.dumps(params))

@@ -1,4 +1,6 @@
-"""Tiny random `transformers` models, one per family and variant: what every import is compared with."""
+"""Tiny random `transformers` models, one per family and variant: what every import is compared
+with.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,10 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-# `Llama4ForConditionalGeneration.forward` of this one release copies `image_outputs` from the output of the text
-# model, whose class has no such field, so it fails with and without images, after every number is computed. A field
-# that is None lets it return those numbers. `test_parity.py` notices when a release no longer needs this.
+# `Llama4ForConditionalGeneration.forward` of this one release copies `image_outputs` from the
+# output of the text model, whose class has no such field, so it fails with and without images,
+# after every number is computed. A field that is None lets it return those numbers.
+# `test_parity.py` notices when a release no longer needs this.
 LLAMA4_FAILS = transformers.__version__ == "5.24.0"
 if LLAMA4_FAILS:
     MoeCausalLMOutputWithPast.image_outputs = None
@@ -96,7 +99,11 @@ _DEEPSEEK: dict[str, Any] = {
 
 # variant: (transformers.models module, class prefix, what its config has besides _SMALL)
 _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama": ("llama", "Llama", {"rope_parameters": _LLAMA3, "attention_bias": True, "mlp_bias": True}),
+    "llama": (
+        "llama",
+        "Llama",
+        {"rope_parameters": _LLAMA3, "attention_bias": True, "mlp_bias": True},
+    ),
     "llama-tied": ("llama", "Llama", {"tie_word_embeddings": True}),
     "llama-linear": ("llama", "Llama", {"rope_parameters": {"rope_type": "linear", "factor": 3.0}}),
     "llama-dynamic": (
@@ -109,7 +116,12 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2": (
         "qwen2",
         "Qwen2",
-        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "rope_parameters": _YARN},
+        {
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 1,
+            "rope_parameters": _YARN,
+        },
     ),
     "qwen3": ("qwen3", "Qwen3", {"head_dim": 12, "attention_bias": True, "num_key_value_heads": 1}),
     "qwen3_moe": (
@@ -169,7 +181,11 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phi3-longrope": (
         "phi3",
         "Phi3",
-        {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 32, "max_position_embeddings": 256},
+        {
+            "rope_parameters": _LONGROPE,
+            "original_max_position_embeddings": 32,
+            "max_position_embeddings": 256,
+        },
     ),
     "llama4_text": ("llama4", "Llama4", _LLAMA4),
     "gpt_oss": (
@@ -216,7 +232,9 @@ def tiny_hf(family: str, seed: int = 0) -> PreTrainedModel:
     kind = f"{prefix}ForCausalLM"
     if family == "llama4":
         vision = configuration.Llama4VisionConfig(**_copy(_LLAMA4_VISION))
-        config = configuration.Llama4Config(vision_config=vision, text_config=config, image_token_index=VOCAB - 1)
+        config = configuration.Llama4Config(
+            vision_config=vision, text_config=config, image_token_index=VOCAB - 1
+        )
         kind = "Llama4ForConditionalGeneration"
     # eager: transformers' sdpa knows neither soft caps nor sinks.
     config._attn_implementation = "eager"
@@ -226,7 +244,9 @@ def tiny_hf(family: str, seed: int = 0) -> PreTrainedModel:
 
 
 def randomise(model: PreTrainedModel, seed: int = 0) -> None:
-    """Draw every weight: zeros and ones of biases, norms, sinks and choices would hide a lost tensor."""
+    """Draw every weight: zeros and ones of biases, norms, sinks and choices would hide a lost
+    tensor.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.state_dict().items():

@@ -1,15 +1,20 @@
-"""The README's table of families, made of what the tests compare: `python -m tests.checkpoints.table` writes it."""
+"""The README's table of families, made of what the tests compare: `python -m
+tests.checkpoints.table` writes it.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from tests.adapt.twins import ADAPTERS
+from tests.checkpoints.adapters.twins import ADAPTERS
 from tests.checkpoints.consolidated import MISTRAL_PARAMS, PARAMS
 from tests.checkpoints.families import FAMILIES
 
 README = Path(__file__).parents[2] / "README.md"
-BEGIN, END = "<!-- families: written by `python -m tests.checkpoints.table` -->\n", "<!-- end of families -->\n"
+BEGIN, END = (
+    "<!-- families: written by `python -m tests.checkpoints.table` -->\n",
+    "<!-- end of families -->\n",
+)
 # model_type: what people call it
 NAMES = {
     "llama": "Llama 2, 3, 3.x",
@@ -45,14 +50,18 @@ def family_of(twin: str) -> str:
 
 
 def rows() -> list[tuple[str, ...]]:
-    """One row per family: name, model_type, variants compared, and the other files it is compared from."""
+    """One row per family: name, model_type, variants compared, and the other files it is compared
+    from.
+    """
     meta = {META[kind] for kind in PARAMS}
     mistral = {"mixtral" if "moe" in params else "mistral" for params in MISTRAL_PARAMS.values()}
     adapters = {family_of(twin) for twin, _ in ADAPTERS.values()}
     out = []
     for family in dict.fromkeys(map(family_of, FAMILIES)):
         variants = [
-            VARIANTS[twin.partition("-")[2]] for twin in FAMILIES if family_of(twin) == family and "-" in twin
+            VARIANTS[twin.partition("-")[2]]
+            for twin in FAMILIES
+            if family_of(twin) == family and "-" in twin
         ]
         marks = ["yes" if family in known else "" for known in (meta, mistral, adapters)]
         out.append((NAMES[family], f"`{family}`", ", ".join(variants), *marks))
@@ -63,7 +72,9 @@ def table() -> str:
     """The table in Markdown, a line end behind its last row."""
     head = ("family", "`model_type`", "compared with and without", "Meta", "Mistral", "adapters")
     lines = [head, ("---",) * len(head), *rows()]
-    return "".join("|".join(["", *(f" {cell} " if cell else " " for cell in line), "\n"]) for line in lines)
+    return "".join(
+        "|".join(["", *(f" {cell} " if cell else " " for cell in line), "\n"]) for line in lines
+    )
 
 
 def written(readme: str) -> str:

@@ -5,18 +5,24 @@ import json
 import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
-from tests.adapt.folders import write_adapter, write_base
+from tests.checkpoints.adapters.folders import write_adapter, write_base
 from transom.chat.template import ChatTemplate
 from transom.checkpoints.convert import convert
-from transom.checkpoints.folders import Found
-from transom.checkpoints.hub import wanted_files
+from transom.checkpoints.files.folders import Found
+from transom.checkpoints.files.hub import wanted_files
 from transom.checkpoints.load import load, load_tokenizer, save
 from transom.evaluation.merging import merge_folders
-from transom.generation.stopping import stop_tokens_of
-from transom.tokenizer import byte_tokenizer
+from transom.inference.stopping import stop_tokens_of
+from transom.tokenizers.training import byte_tokenizer
 
 FORMATS = ("native", "hf", "meta", "mistral")
-STATED = {"eos_token_id": [5, 7, 9], "bos_token_id": 3, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+STATED = {
+    "eos_token_id": [5, 7, 9],
+    "bos_token_id": 3,
+    "do_sample": True,
+    "temperature": 0.6,
+    "top_p": 0.9,
+}
 TALK = "{% for message in messages %}{{ message.content }}{% endfor %}"
 TEMPLATES = {"default": TALK, "rag": f"rag {TALK}", "tool_use": f"tools {TALK}"}
 
@@ -48,7 +54,11 @@ def check(folder, wanted=STATED, templates=TEMPLATES):
     assert list(stop_tokens_of(folder, tokenizer)) == wanted["eos_token_id"]
     assert ChatTemplate.load(folder, tokenizer).sources == templates
     theirs = GenerationConfig.from_pretrained(folder)
-    assert (theirs.eos_token_id, theirs.temperature, theirs.top_p) == (wanted["eos_token_id"], 0.6, 0.9)
+    assert (theirs.eos_token_id, theirs.temperature, theirs.top_p) == (
+        wanted["eos_token_id"],
+        0.6,
+        0.9,
+    )
     config = folder / "config.json"
     if config.exists() and json.loads(config.read_text())["model_type"] != "transom":
         assert json.loads(config.read_text())["eos_token_id"] == wanted["eos_token_id"]
@@ -59,7 +69,10 @@ def check(folder, wanted=STATED, templates=TEMPLATES):
 def bases(tmp_path_factory):
     """One folder of each format."""
     at = tmp_path_factory.mktemp("bases")
-    return {kind: state_all(write_base(at / kind, kind, dtype="float32", rope_layout="halves")) for kind in FORMATS}
+    return {
+        kind: state_all(write_base(at / kind, kind, dtype="float32", rope_layout="halves"))
+        for kind in FORMATS
+    }
 
 
 @pytest.mark.parametrize("to", FORMATS)
@@ -88,7 +101,9 @@ def test_older_templates_go_along(tmp_path):
     convert(base, tmp_path / "converted", "native")
     save(load(base), tmp_path / "saved", tokenizer=load_tokenizer(base))
     for name in ("converted", "saved"):
-        assert ChatTemplate.load(tmp_path / name, load_tokenizer(tmp_path / name)).sources == {"default": TALK}
+        assert ChatTemplate.load(tmp_path / name, load_tokenizer(tmp_path / name)).sources == {
+            "default": TALK
+        }
 
 
 def test_an_adapter_and_what_is_merged_of_it_keep_it(tmp_path):
@@ -110,7 +125,9 @@ def test_settings_and_templates_of_the_adapter_come_first(tmp_path):
     convert(adapter, tmp_path / "converted", "hf")
     settings = json.loads((tmp_path / "converted" / "generation_config.json").read_text())
     assert settings == own
-    assert ChatTemplate.load(tmp_path / "converted", load_tokenizer(base)).sources == {"default": "mine"}
+    assert ChatTemplate.load(tmp_path / "converted", load_tokenizer(base)).sources == {
+        "default": "mine"
+    }
 
 
 def test_an_adapter_that_states_no_ids_has_those_of_its_base(tmp_path):
@@ -152,7 +169,8 @@ def test_stop_tokens_of_another_vocabulary_are_not_kept(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["tekken_240911.json", "mistral_instruct_tokenizer_240216.model.v2", "1_Pooling/config.json"]
+    "name",
+    ["tekken_240911.json", "mistral_instruct_tokenizer_240216.model.v2", "1_Pooling/config.json"],
 )
 def test_tokenizers_of_any_name_and_the_pooling_go_along(tmp_path, name):
     base = write_base(tmp_path / "base", "native", dtype="float32")
@@ -162,5 +180,10 @@ def test_tokenizers_of_any_name_and_the_pooling_go_along(tmp_path, name):
 
 
 def test_additional_templates_and_the_pooling_are_fetched_from_a_hub():
-    wanted = ["config.json", "additional_chat_templates/rag.jinja", "1_Pooling/config.json", "model.safetensors"]
+    wanted = [
+        "config.json",
+        "additional_chat_templates/rag.jinja",
+        "1_Pooling/config.json",
+        "model.safetensors",
+    ]
     assert wanted_files([*wanted, "other/x.jinja", "2_Dense/config.json"]) == wanted

@@ -1,4 +1,6 @@
-"""Every kind of tensor in Meta's and Mistral's folders reaches the logits: one that is spoiled is seen."""
+"""Every kind of tensor in Meta's and Mistral's folders reaches the logits: one that is spoiled is
+seen.
+"""
 
 import re
 
@@ -18,7 +20,7 @@ from tests.checkpoints.consolidated import (
     write_mistral,
 )
 from transom.checkpoints.load import load
-from transom.model import MaskedEmbedding, TransformerInput
+from transom.models.llm import MaskedEmbedding, TransformerInput
 
 SAME, SEEN = 2e-5, 1e-3
 
@@ -61,12 +63,18 @@ def test_every_tensor_of_meta_counts(kind, tmp_path):
     theirs, (ids, pixels) = twin(kind), calls(kind)
     states = cut(kind, meta_state(kind, theirs), 2)
     with torch.no_grad():
-        expected = (theirs(ids) if pixels is None else theirs(input_ids=ids, pixel_values=pixels)).logits
-    assert float((ours(meta_folder(kind, states, tmp_path), ids, pixels) - expected).abs().max()) < SAME
+        expected = (
+            theirs(ids) if pixels is None else theirs(input_ids=ids, pixel_values=pixels)
+        ).logits
+    assert (
+        float((ours(meta_folder(kind, states, tmp_path), ids, pixels) - expected).abs().max())
+        < SAME
+    )
 
     def spoiled():
         for key in kinds_of(states[0]):
-            # What every rank holds is read from the first; of the others the last rank's part is spoiled.
+            # What every rank holds is read from the first; of the others the last rank's part is
+            # spoiled.
             rank = 0 if torch.equal(states[0][key], states[1][key]) else 1
             kept = states[rank][key]
             states[rank][key] = kept.roll(1, 0)
@@ -83,11 +91,18 @@ def test_every_tensor_of_mistral_counts(kind, tmp_path):
     params = MISTRAL_PARAMS[kind]
     with torch.no_grad():
         expected = theirs(ids).logits
-    assert float((ours(write_mistral(tmp_path / "m", params, state), ids, None) - expected).abs().max()) < SAME
+    assert (
+        float(
+            (ours(write_mistral(tmp_path / "m", params, state), ids, None) - expected).abs().max()
+        )
+        < SAME
+    )
 
     def spoiled():
         for key in kinds_of(state):
-            folder = write_mistral(tmp_path / "m", params, {**state, key: state[key].roll(1, 0).contiguous()})
+            folder = write_mistral(
+                tmp_path / "m", params, {**state, key: state[key].roll(1, 0).contiguous()}
+            )
             yield key, ours(folder, ids, None)
 
     assert misses(spoiled(), expected) == []

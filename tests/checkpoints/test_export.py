@@ -1,4 +1,6 @@
-"""Folders written for transformers open there as the same model; shapes it cannot say are refused."""
+"""Folders written for transformers open there as the same model; shapes it cannot say are
+refused.
+"""
 
 import json
 
@@ -12,11 +14,11 @@ from tests.checkpoints.consolidated import VOCAB as META_VOCAB
 from tests.checkpoints.families import FAMILIES, VOCAB, random_ids, tiny_hf
 from tests.checkpoints.test_parity import image_call
 from tests.helpers import TINY_VISION, random_model, random_tokens, tiny_args
+from transom.base.errors import RequestError, WorkError
 from transom.checkpoints.convert import convert
-from transom.checkpoints.hf_export import args_to_hf
+from transom.checkpoints.families.hf_export import args_to_hf
 from transom.checkpoints.load import load, save
-from transom.errors import RequestError, WorkError
-from transom.model import LLM, TransformerInput
+from transom.models.llm import LLM, TransformerInput
 
 
 def theirs_of(folder, family=""):
@@ -36,7 +38,10 @@ def test_export_opens_in_transformers(pair, tmp_path):
     variant, theirs, folder = pair
     save(load(folder), tmp_path, format="hf")
     again = theirs_of(tmp_path, variant)
-    for length in (12, 40):  # not bit-equal: a Phi-3 without partial rotation is written as the Mistral it is
+    for length in (
+        12,
+        40,
+    ):  # not bit-equal: a Phi-3 without partial rotation is written as the Mistral it is
         ids = random_ids(2, length)
         assert torch.allclose(again(ids).logits, theirs(ids).logits, atol=1e-5, rtol=0)
 
@@ -60,7 +65,9 @@ def test_native_round_trip_is_byte_identical(pair, tmp_path):
 
 
 def test_a_model_with_images_is_written_whole(tmp_path):
-    """Every tensor of transformers under its own name, bytes that do not change on the way, and equal images."""
+    """Every tensor of transformers under its own name, bytes that do not change on the way, and
+    equal images.
+    """
     theirs, (ids, pixels) = tiny_hf("llama4"), image_call()
     theirs.save_pretrained(tmp_path / "theirs")
     save(load(tmp_path / "theirs"), tmp_path / "a", format="hf")
@@ -68,11 +75,16 @@ def test_a_model_with_images_is_written_whole(tmp_path):
     convert(tmp_path / "theirs", tmp_path / "c", "hf")
     for name in ("config.json", "model.safetensors"):
         assert len({(tmp_path / folder / name).read_bytes() for folder in "abc"}) == 1
-    expected, found = (load_file(tmp_path / folder / "model.safetensors") for folder in ("theirs", "a"))
-    assert expected.keys() == found.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    expected, found = (
+        load_file(tmp_path / folder / "model.safetensors") for folder in ("theirs", "a")
+    )
+    assert expected.keys() == found.keys() and all(
+        torch.equal(found[key], expected[key]) for key in expected
+    )
     again = theirs_of(tmp_path / "a", "llama4")
     assert torch.equal(
-        again(input_ids=ids, pixel_values=pixels).logits, theirs(input_ids=ids, pixel_values=pixels).logits
+        again(input_ids=ids, pixel_values=pixels).logits,
+        theirs(input_ids=ids, pixel_values=pixels).logits,
     )
 
 
@@ -114,48 +126,67 @@ VISION = {**TINY_VISION, "hidden_dim": 64, "image_token": 60}
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"norm": "layer"}, "norm = 'layer': format hf accepts 'rms' (as llama)"),
-        ({"activation": "relu", "ffn_gated": False}, "ffn_gated = False: format hf accepts true (as llama)"),
-        ({"use_qk_norm": True}, "use_qk_norm = True: format hf accepts false"),
+        ({"norm": "layer"}, "norm: got 'layer'; format hf accepts 'rms' (as llama)"),
+        (
+            {"activation": "relu", "ffn_gated": False},
+            "ffn_gated: got False; format hf accepts true (as llama)",
+        ),
+        ({"use_qk_norm": True}, "use_qk_norm: got True; format hf accepts false"),
         (
             {"qk_norm": "head", "norm_placement": "both"},
-            "norm_placement = 'both': format hf accepts 'pre' (as qwen3)",
+            "norm_placement: got 'both'; format hf accepts 'pre' (as qwen3)",
         ),
-        ({"attn_sinks": True}, "attn_sinks = True: format hf accepts false"),
-        ({"logit_scale": 0.5}, "logit_scale = 0.5: format hf accepts null"),
-        ({"embedding_scale": 2.0}, "embedding_scale = 2.0: format hf accepts null"),
-        ({"mup_base_dim": 16}, "mup_base_dim = 16: format hf accepts null"),
-        ({"nope_layer_interval": 2}, "nope_layer_interval = 2: format hf accepts null"),
-        ({"attention_chunk_size": 8}, "attention_chunk_size = 8: format hf accepts null"),
-        ({"layer_pattern": "B"}, "layer_pattern = 'B': format hf accepts null"),
+        ({"attn_sinks": True}, "attn_sinks: got True; format hf accepts false"),
+        ({"logit_scale": 0.5}, "logit_scale: got 0.5; format hf accepts null"),
+        ({"embedding_scale": 2.0}, "embedding_scale: got 2.0; format hf accepts null"),
+        ({"mup_base_dim": 16}, "mup_base_dim: got 16; format hf accepts null"),
+        ({"nope_layer_interval": 2}, "nope_layer_interval: got 2; format hf accepts null"),
+        ({"attention_chunk_size": 8}, "attention_chunk_size: got 8; format hf accepts null"),
+        ({"layer_pattern": "B"}, "layer_pattern: got 'B'; format hf accepts null"),
         (
             {"rope_local_theta": 5.0, "layer_pattern": "SF", "sliding_window": 4},
-            "rope_local_theta = 5.0 and layer_pattern = 'SF': format hf accepts null and null (as mistral)",
+            "rope_local_theta: got 5.0 and layer_pattern = 'SF'; format hf accepts null and null "
+            "(as mistral)",
         ),
-        ({"context_dim": 16}, "context_dim = 16: format hf accepts null"),
+        ({"context_dim": 16}, "context_dim: got 16; format hf accepts null"),
         (
             {"context_dim": 16, **LLAMA4, "vision_args": VISION},
-            "context_dim = 16: format hf accepts null (as llama4)",
+            "context_dim: got 16; format hf accepts null (as llama4)",
         ),
-        ({"head": {"kind": "classification"}}, "head = given: format hf accepts null"),
-        ({"moe_args": {**MOE, "shared_expert": True}}, "moe_args.shared_expert = True: format hf accepts false"),
-        ({"moe_args": {**MOE, "balance": "bias"}}, "moe_args.balance = 'bias': format hf accepts 'mixtral'"),
-        ({"moe_args": {**MOE, "routing": "sigmoid"}}, "moe_args.routing = 'sigmoid': format hf accepts 'softmax'"),
-        ({**LLAMA4, "rope_layout": "halves"}, "rope_layout = 'halves': format hf accepts 'interleaved'"),
-        ({"mla_args": {"kv_lora_rank": 8}, "n_kv_heads": None}, "moe_args = None: format hf accepts mla_args with"),
-        ({"dim": 30, "head_dim": 8}, "dim = 30: format hf accepts a multiple of n_heads = 4"),
-        ({"vision_args": VISION}, "moe_args = None: format hf accepts one (as llama4)"),
+        ({"head": {"kind": "classification"}}, "head: got given; format hf accepts null"),
+        (
+            {"moe_args": {**MOE, "shared_expert": True}},
+            "moe_args.shared_expert: got True; format hf accepts false",
+        ),
+        (
+            {"moe_args": {**MOE, "balance": "bias"}},
+            "moe_args.balance: got 'bias'; format hf accepts 'mixtral'",
+        ),
+        (
+            {"moe_args": {**MOE, "routing": "sigmoid"}},
+            "moe_args.routing: got 'sigmoid'; format hf accepts 'softmax'",
+        ),
+        (
+            {**LLAMA4, "rope_layout": "halves"},
+            "rope_layout: got 'halves'; format hf accepts 'interleaved'",
+        ),
+        (
+            {"mla_args": {"kv_lora_rank": 8}, "n_kv_heads": None},
+            "moe_args: got None; format hf accepts mla_args with",
+        ),
+        ({"dim": 30, "head_dim": 8}, "dim: got 30; format hf accepts a multiple of n_heads = 4"),
+        ({"vision_args": VISION}, "moe_args: got None; format hf accepts one (as llama4)"),
         (
             {**LLAMA4, "vision_args": {**VISION, "image_token": None}},
-            "vision_args.image_token = None: format hf accepts the id of a token",
+            "vision_args.image_token: got None; format hf accepts the id of a token",
         ),
         (
             {**LLAMA4, "vision_args": {**VISION, "hidden_dim": 24}},
-            "vision_args.hidden_dim = 24: format hf accepts 64",
+            "vision_args.hidden_dim: got 24; format hf accepts 64",
         ),
         (
             {**LLAMA4, "vision_args": {**VISION, "adapter_dim": 8}},
-            "vision_args.adapter_dim = 8: format hf accepts 20",
+            "vision_args.adapter_dim: got 8; format hf accepts 20",
         ),
     ],
 )
@@ -178,7 +209,9 @@ def test_training_settings_do_not_stand_in_the_way(changes, family):
 
 
 def test_both_spellings_are_written():
-    config = args_to_hf(tiny_args(rope_scaling={"kind": "yarn", "factor": 2.0, "original_max_seq_len": 64}))
+    config = args_to_hf(
+        tiny_args(rope_scaling={"kind": "yarn", "factor": 2.0, "original_max_seq_len": 64})
+    )
     assert json.loads(json.dumps(config["rope_parameters"]))["rope_type"] == "yarn"
     assert config["rope_scaling"]["factor"] == 2.0 and config["rope_theta"] == 10000.0
 
@@ -208,7 +241,9 @@ def test_weights_that_a_dtype_cannot_hold_are_not_written_as_infinite(tmp_path, 
     weight[0, 0] = 65519.0  # rounds to the largest number of float16
     save(model, tmp_path / "fits", format, dtype="float16")
     weight[0, :3] = 1e6
-    with pytest.raises(WorkError, match=r"layers\.1\.attention\.wo\.weight: 3 weights are too large for float16"):
+    with pytest.raises(
+        WorkError, match=r"layers\.1\.attention\.wo\.weight: 3 weights are too large for float16"
+    ):
         save(model, tmp_path / "out", format, dtype="float16")
     assert [path.name for path in tmp_path.iterdir()] == ["fits"]
     save(model, tmp_path / "wide", format, dtype="bfloat16")

@@ -1,4 +1,6 @@
-"""Writing: every format that can hold a model gives every tensor back byte for byte, whole or not at all."""
+"""Writing: every format that can hold a model gives every tensor back byte for byte, whole or not
+at all.
+"""
 
 import json
 
@@ -19,17 +21,22 @@ from tests.checkpoints.consolidated import (
 )
 from tests.checkpoints.families import tiny_hf
 from tests.helpers import TINY_VISION, random_model, random_tokens, tiny_args
-from transom.checkpoints import safetensors_files
+from transom.base.errors import RequestError, WorkError
 from transom.checkpoints.convert import convert
-from transom.checkpoints.folders import folder_format, read_args
+from transom.checkpoints.files import safetensors_files
+from transom.checkpoints.files.folders import folder_format, read_args
+from transom.checkpoints.files.staging import staged
 from transom.checkpoints.load import load, read_state, save
-from transom.checkpoints.staging import staged
-from transom.errors import RequestError, WorkError
-from transom.model import LLM, TransformerInput
+from transom.models.llm import LLM, TransformerInput
 
 MOE = {"num_experts": 4, "top_k": 2, "hidden_dim": 24}
 LLAMA4 = {
-    "moe_args": {**MOE, "routing": "sigmoid", "shared_expert": True, "interleave_moe_layer_step": 2},
+    "moe_args": {
+        **MOE,
+        "routing": "sigmoid",
+        "shared_expert": True,
+        "interleave_moe_layer_step": 2,
+    },
     "n_layers": 4,
     "nope_layer_interval": 4,
     "attention_chunk_size": 8,
@@ -41,14 +48,23 @@ MODELS = {
     "halves": ({"rope_layout": "halves"}, ("native", "hf", "meta", "mistral")),
     "scaled": ({"use_scaled_rope": True}, ("native", "hf", "meta")),
     "odd-width": ({"hidden_dim": 37}, ("native", "hf", "meta", "mistral")),
-    "derived-width": ({"hidden_dim": None, "multiple_of": 16, "ffn_dim_multiplier": 1.3}, ("meta",)),
+    "derived-width": (
+        {"hidden_dim": None, "multiple_of": 16, "ffn_dim_multiplier": 1.3},
+        ("meta",),
+    ),
     "window": ({"sliding_window": 6}, ("native", "hf", "mistral")),
     "mixed": ({"sliding_window": 6, "layer_pattern": "SF"}, ("native", "mistral")),
     "wide-heads": ({"head_dim": 12}, ("native", "hf", "mistral")),
     "mixtral": ({"moe_args": MOE}, ("native", "hf", "mistral")),
     "llama4": (LLAMA4, ("native", "hf", "meta")),
-    "llama4-vision": ({**LLAMA4, "vision_args": {**TINY_VISION, "image_token": 60}}, ("native", "meta")),
-    "biased": ({"moe_args": {**MOE, "routing": "biased_sigmoid"}, "tie_embeddings": True}, ("native",)),
+    "llama4-vision": (
+        {**LLAMA4, "vision_args": {**TINY_VISION, "image_token": 60}},
+        ("native", "meta"),
+    ),
+    "biased": (
+        {"moe_args": {**MOE, "routing": "biased_sigmoid"}, "tie_embeddings": True},
+        ("native",),
+    ),
 }
 HELD = [(name, format) for name, (_, formats) in MODELS.items() for format in formats]
 NOT_HELD = [
@@ -107,7 +123,9 @@ def test_tied_embeddings_are_written_twice_and_said(tmp_path, format, capsys):
     again = load(tmp_path)
     assert torch.equal(again.output.weight, again.tok_embeddings.weight)
     tokens = random_tokens(1, 9)
-    assert torch.equal(again(TransformerInput(tokens)).logits, model(TransformerInput(tokens)).logits)
+    assert torch.equal(
+        again(TransformerInput(tokens)).logits, model(TransformerInput(tokens)).logits
+    )
 
 
 @pytest.mark.parametrize("kind", ["meta", "mistral"])
@@ -116,7 +134,9 @@ def test_files_have_the_names_of_their_makers(tmp_path, kind):
     if kind == "meta":
         theirs = twin("llama4-vision")
         expected = meta_state("llama4-vision", theirs)
-        source = write_meta(tmp_path / "in", PARAMS["llama4-vision"], cut("llama4-vision", expected, 2))
+        source = write_meta(
+            tmp_path / "in", PARAMS["llama4-vision"], cut("llama4-vision", expected, 2)
+        )
     else:
         theirs = mistral_twin("moe")
         expected = mistral_state("moe", theirs, tmp_path / "hf")
@@ -134,16 +154,25 @@ def test_files_have_the_names_of_their_makers(tmp_path, kind):
 def test_a_tour_through_all_formats_ends_where_it_began(tmp_path, first):
     theirs = twin("llama2")
     theirs.save_pretrained(tmp_path / "start")
-    steps = {"meta": ("meta", "native"), "native": ("native", "mistral"), "mistral": ("mistral", "meta", "native")}
+    steps = {
+        "meta": ("meta", "native"),
+        "native": ("native", "mistral"),
+        "mistral": ("mistral", "meta", "native"),
+    }
     source = tmp_path / "start"
     for format in (*steps[first], "hf"):
         convert(source, tmp_path / format, format)
         source = tmp_path / format
-    start, end = load_file(tmp_path / "start" / "model.safetensors"), load_file(source / "model.safetensors")
+    start, end = (
+        load_file(tmp_path / "start" / "model.safetensors"),
+        load_file(source / "model.safetensors"),
+    )
     assert set(start) == set(end) and all(torch.equal(start[key], end[key]) for key in start)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "phi3", "llama4_text", "gpt_oss", "deepseek_v3", "gemma3_text"])
+@pytest.mark.parametrize(
+    "family", ["mixtral", "phi3", "llama4_text", "gpt_oss", "deepseek_v3", "gemma3_text"]
+)
 @pytest.mark.parametrize("format", ["hf", "native"])
 def test_conversion_is_what_loading_and_saving_does(tmp_path, family, format):
     tiny_hf(family).to(torch.bfloat16).save_pretrained(tmp_path / "in")
@@ -152,7 +181,9 @@ def test_conversion_is_what_loading_and_saving_does(tmp_path, family, format):
     state = read_state(tmp_path / "out", model.args, model)
     widened = {name: tensor.to(model.get_parameter(name).dtype) for name, tensor in state.items()}
     assert bytes_of(widened) == bytes_of(dict(model.named_parameters()))
-    assert {t.dtype for t in state.values()} == {torch.bfloat16}, "what was stored narrow is written narrow"
+    assert {t.dtype for t in state.values()} == {torch.bfloat16}, (
+        "what was stored narrow is written narrow"
+    )
 
 
 def test_fused_ranks_convert(tmp_path):
@@ -178,7 +209,9 @@ def test_shards_open_in_transformers_and_here(tmp_path, size):
         assert len(state) == 1 or sum(tensor.nbytes for tensor in state.values()) <= 9000
     ids = random_tokens(2, 11)
     ours = model(TransformerInput(ids)).logits
-    assert torch.allclose(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, ours, atol=1e-5, rtol=0)
+    assert torch.allclose(
+        AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, ours, atol=1e-5, rtol=0
+    )
     assert torch.allclose(load(tmp_path)(TransformerInput(ids)).logits, ours, atol=1e-5, rtol=0)
 
 
@@ -193,7 +226,10 @@ def test_another_dtype_is_the_one_rounding(tmp_path, format):
 def test_choice_bias_stays_wide(tmp_path):
     tiny_hf("deepseek_v3").save_pretrained(tmp_path / "in")
     convert(tmp_path / "in", tmp_path / "out", "native", dtype="bfloat16")
-    kinds = {name.endswith("choice_bias"): t.dtype for name, t in load(tmp_path / "out").named_parameters()}
+    kinds = {
+        name.endswith("choice_bias"): t.dtype
+        for name, t in load(tmp_path / "out").named_parameters()
+    }
     assert kinds == {True: torch.float32, False: torch.bfloat16}
 
 
@@ -229,7 +265,11 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch, format, there):
     monkeypatch.setattr(safetensors_files, "_write_tensor", fail)
     with pytest.raises(WorkError, match="could not be written"):
         save(model_of("halves"), out, format=format)
-    assert (sorted(out.iterdir()) == before and same(load(out), model_of("llama"))) if there else not out.exists()
+    assert (
+        (sorted(out.iterdir()) == before and same(load(out), model_of("llama")))
+        if there
+        else not out.exists()
+    )
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if there else [])
 
 
@@ -247,10 +287,13 @@ def test_an_interruption_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"format": "gguf"}, "format = 'gguf': accepted is native, hf, meta, mistral"),
-        ({"dtype": "int8"}, "dtype = 'int8'"),
-        ({"max_shard_size": "5 apples"}, "max_shard_size = '5 apples': accepted is a size like 500MB"),
-        ({"max_shard_size": "0GB"}, "max_shard_size = '0GB'"),
+        ({"format": "gguf"}, "format: got 'gguf'; expected native, hf, meta, mistral"),
+        ({"dtype": "int8"}, "dtype: got 'int8'"),
+        (
+            {"max_shard_size": "5 apples"},
+            "max_shard_size: got '5 apples'; expected a size like 500MB",
+        ),
+        ({"max_shard_size": "0GB"}, "max_shard_size: got '0GB'"),
         ({"max_shard_size": "5GB", "format": "mistral"}, "format mistral is one file"),
     ],
 )
@@ -267,8 +310,12 @@ def test_conversion_into_its_own_source_is_refused(tmp_path):
 
 
 def test_weights_of_a_read_model_begin_where_allocated_ones_do(tmp_path):
-    """They stay in the file's map (test_mapped.py), and its alignment must not change the last bit of a product."""
+    """They stay in the file's map (test_mapped.py), and its alignment must not change the last bit
+    of a product.
+    """
     save(model_of("llama"), tmp_path)
     model = load(tmp_path)
-    assert all(weight.data_ptr() % 64 == 0 and weight.is_contiguous() for weight in model.parameters())
+    assert all(
+        weight.data_ptr() % 64 == 0 and weight.is_contiguous() for weight in model.parameters()
+    )
     assert isinstance(model, LLM) and read_args(tmp_path) == model.args

@@ -1,4 +1,6 @@
-"""Both spellings of a config mean the same model; what we cannot compute is refused; nothing is passed over."""
+"""Both spellings of a config mean the same model; what we cannot compute is refused; nothing is
+passed over.
+"""
 
 import contextlib
 import importlib
@@ -10,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from tests.checkpoints.families import _YARN as YARN
 from tests.checkpoints.families import FAMILIES, random_ids, tiny_hf
-from transom.checkpoints.families import FAMILIES as KNOWN
-from transom.checkpoints.hf_config import args_from_hf
+from transom.base.errors import RequestError
+from transom.checkpoints.families.hf_config import args_from_hf
+from transom.checkpoints.families.hf_families import FAMILIES as KNOWN
 from transom.checkpoints.load import load
-from transom.errors import RequestError
-from transom.model import TransformerInput
+from transom.models.llm import TransformerInput
 
 
 def config_of(family):
@@ -23,7 +25,9 @@ def config_of(family):
 
 
 def older(config):
-    """The same in the words of transformers 4, as far as its files go: what was derived there is left out."""
+    """The same in the words of transformers 4, as far as its files go: what was derived there is
+    left out.
+    """
     out = {key: older(value) if key.endswith("_config") else value for key, value in config.items()}
     rope = out.pop("rope_parameters", None)
     if rope and "full_attention" in rope:
@@ -73,10 +77,14 @@ CLASSES = {
 @pytest.mark.parametrize("family", [name for name in KNOWN if name not in ("gemma3", "llama4")])
 def test_defaults_are_those_of_the_class(family):
     module, name = CLASSES.get(family, (family, f"{family.capitalize()}Config"))
-    config = getattr(importlib.import_module(f"transformers.models.{module}.configuration_{module}"), name)()
+    config = getattr(
+        importlib.import_module(f"transformers.models.{module}.configuration_{module}"), name
+    )()
     full = json.loads(config.to_json_string(use_diff=False))
     # Released files always say these.
-    said = {"norm_topk_prob", "vocab_size", "num_local_experts", *full} - set(KNOWN[family].defaults)
+    said = {"norm_topk_prob", "vocab_size", "num_local_experts", *full} - set(
+        KNOWN[family].defaults
+    )
     silent = {key: value for key, value in full.items() if key in said and key != "rope_parameters"}
     for key in ("layer_types", "no_rope_layers", "moe_layers", "tie_word_embeddings"):
         silent.pop(key, None)
@@ -84,32 +92,48 @@ def test_defaults_are_those_of_the_class(family):
 
 
 REFUSED = [
-    ("llama", {"model_type": "falcon"}, "model_type = 'falcon'"),
-    ("llama", {"model_type": None}, "model_type = None"),
-    ("llama", {"hidden_act": "xielu"}, "hidden_act = 'xielu'"),
+    ("llama", {"model_type": "falcon"}, "model_type: got 'falcon'"),
+    ("llama", {"model_type": None}, "model_type: got None"),
+    ("llama", {"hidden_act": "xielu"}, "hidden_act: got 'xielu'"),
     ("llama", {"rope_theta": float("inf")}, "rope_theta: got inf; expected a finite number"),
     ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps: got nan"),
-    ("llama", {"rope_scaling": {"type": "linear", "factor": float("inf")}}, "rope_scaling.factor: got inf"),
+    (
+        "llama",
+        {"rope_scaling": {"type": "linear", "factor": float("inf")}},
+        "rope_scaling.factor: got inf",
+    ),
     ("gpt_oss", {"max_position_embeddings": float("inf")}, "max_position_embeddings: got inf"),
-    ("llama", {"hidden_size": None}, "dim = None"),
+    ("llama", {"hidden_size": None}, "dim: got None"),
     ("gemma2", {"query_pre_attn_scalar": None}, "not a gemma2 config"),
     ("llama", {"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
-    ("llama", {"rope_parameters": {"rope_type": "proportional"}}, "rope_type = 'proportional'"),
-    ("llama", {"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "rope_type = 'mrope'"),
+    ("llama", {"rope_parameters": {"rope_type": "proportional"}}, "rope_type: got 'proportional'"),
+    ("llama", {"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "rope_type: got 'mrope'"),
     ("llama", {"rope_parameters": {"rope_type": "linear"}}, "needs a value"),
-    ("llama", {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}, "mrope_section"),
-    ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    (
+        "llama",
+        {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
+        "mrope_section",
+    ),
+    (
+        "llama",
+        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor",
+    ),
     ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ("qwen2", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
-    ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
-    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
-    ("gemma3_text", {"rope_parameters": {"rope_type": "default"}}, "one mapping for full_attention"),
-    ("llama4", {"tie_word_embeddings": True}, "tie_word_embeddings = True"),
+    ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention: got True"),
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: got 50.0"),
+    (
+        "gemma3_text",
+        {"rope_parameters": {"rope_type": "default"}},
+        "one mapping for full_attention",
+    ),
+    ("llama4", {"tie_word_embeddings": True}, "tie_word_embeddings: got True"),
     ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "'mxfp4'"),
-    ("gpt_oss", {"swiglu_alpha": 1.5}, "swiglu_alpha = 1.5"),
-    ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
-    ("deepseek_v3", {"topk_method": "greedy"}, "topk_method = 'greedy'"),
-    ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq = 2"),
+    ("gpt_oss", {"swiglu_alpha": 1.5}, "swiglu_alpha: got 1.5"),
+    ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func: got 'softmax'"),
+    ("deepseek_v3", {"topk_method": "greedy"}, "topk_method: got 'greedy'"),
+    ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq: got 2"),
 ]
 
 
@@ -124,7 +148,11 @@ def test_what_we_cannot_compute_is_refused_in_one_sentence(family, change, words
     ("family", "change", "said"),
     [
         ("llama", {"pretraining_tp": 2}, ""),
-        ("llama", {"rope_scaling": {"type": "linear", "factor": 3.0, "finetuned": True}}, "ignored: finetuned"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear", "factor": 3.0, "finetuned": True}},
+            "ignored: finetuned",
+        ),
         (
             "qwen2",
             {"rope_parameters": {**YARN, "attn_factor": 1.0, "finetuned": True}},
@@ -137,12 +165,22 @@ def test_what_we_cannot_compute_is_refused_in_one_sentence(family, change, words
         ),
         ("mistral", {"attention_bias": True}, "attention_bias = True is ignored"),
         ("mixtral", {"attention_bias": True}, "attention_bias = True is ignored"),
-        ("phi3", {"attention_bias": True, "mlp_bias": True, "lm_head_bias": True}, "mlp_bias = True is ignored"),
+        (
+            "phi3",
+            {"attention_bias": True, "mlp_bias": True, "lm_head_bias": True},
+            "mlp_bias = True is ignored",
+        ),
         ("qwen2", {"use_mrope": True}, "use_mrope = True is ignored"),
-        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 700.0}, ""),  # beside the newer
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 700.0},
+            "",
+        ),  # beside the newer
     ],
 )
-def test_what_transformers_ignores_is_said_and_changes_nothing(family, change, said, tmp_path, capsys):
+def test_what_transformers_ignores_is_said_and_changes_nothing(
+    family, change, said, tmp_path, capsys
+):
     theirs = tiny_hf(family)
     theirs.save_pretrained(tmp_path)
     config = {**json.loads((tmp_path / "config.json").read_text()), **change}
@@ -153,10 +191,17 @@ def test_what_transformers_ignores_is_said_and_changes_nothing(family, change, s
     assert said in capsys.readouterr().err
 
 
-# Keys that a file may leave out: a class has values for them, and the shapes of the weights do not tell.
+# Keys that a file may leave out: a class has values for them, and the shapes of the weights do not
+# tell.
 SILENT = (
     *("max_position_embeddings", "rms_norm_eps", "num_key_value_heads", "num_experts_per_tok"),
-    *("routed_scaling_factor", "n_shared_experts", "attention_bias", "tie_word_embeddings", "hidden_act"),
+    *(
+        "routed_scaling_factor",
+        "n_shared_experts",
+        "attention_bias",
+        "tie_word_embeddings",
+        "hidden_act",
+    ),
 )
 
 
@@ -164,9 +209,18 @@ SILENT = (
 @pytest.mark.parametrize("family", [name for name in KNOWN if name not in ("gemma3", "llama4")])
 def test_a_key_that_a_file_leaves_out_is_as_the_class_has_it(family, key):
     module, name = CLASSES.get(family, (family, f"{family.capitalize()}Config"))
-    kind = getattr(importlib.import_module(f"transformers.models.{module}.configuration_{module}"), name)
-    full = json.loads(tiny_hf(family).config.to_json_string(use_diff=False)) | {"num_local_experts": 8}
-    full |= {"num_attention_heads": 32, "num_experts": 8, "n_routed_experts": 64, "hidden_size": 128}
+    kind = getattr(
+        importlib.import_module(f"transformers.models.{module}.configuration_{module}"), name
+    )
+    full = json.loads(tiny_hf(family).config.to_json_string(use_diff=False)) | {
+        "num_local_experts": 8
+    }
+    full |= {
+        "num_attention_heads": 32,
+        "num_experts": 8,
+        "n_routed_experts": 64,
+        "hidden_size": 128,
+    }
     short = {name: value for name, value in full.items() if name != key}
     as_class = json.loads(kind.from_dict(dict(short)).to_json_string(use_diff=False)).get(key)
     wanted = args_from_hf(short if as_class is None else {**short, key: as_class}, "full")
@@ -176,10 +230,10 @@ def test_a_key_that_a_file_leaves_out_is_as_the_class_has_it(family, key):
 @pytest.mark.parametrize(
     ("part", "change", "words"),
     [
-        ("vision_config", {"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu'"),
-        ("vision_config", {"intermediate_size": 48}, "intermediate_size = 48"),
+        ("vision_config", {"hidden_act": "quick_gelu"}, "hidden_act: got 'quick_gelu'"),
+        ("vision_config", {"intermediate_size": 48}, "intermediate_size: got 48"),
         ("vision_config", {"image_size": [24, 36]}, "image_size"),
-        ("vision_config", {"vision_output_dim": 16}, "vision_output_dim = 16"),
+        ("vision_config", {"vision_output_dim": 16}, "vision_output_dim: got 16"),
         ("text_config", {"layer_types": ["sliding_attention"] * 4}, "layer_types"),
     ],
 )
@@ -191,7 +245,9 @@ def test_parts_are_refused_by_their_place(part, change, words):
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize("family", ["phi3-longrope", "gemma3_text", "llama4", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "family", ["phi3-longrope", "gemma3_text", "llama4", "gpt_oss", "deepseek_v3"]
+)
 def test_nonsense_in_any_key_is_one_sentence_or_harmless(family):
     config = config_of(family)
     for part in (None, *(key for key, value in config.items() if isinstance(value, dict))):
@@ -211,7 +267,10 @@ def test_a_missing_shape_is_named(family):
 
 
 def test_keys_that_nobody_read_are_said(capsys):
-    args_from_hf({**config_of("qwen2"), "dual_chunk_attention_config": {}, "attention_dropout": 0.1}, "c.json")
+    args_from_hf(
+        {**config_of("qwen2"), "dual_chunk_attention_config": {}, "attention_dropout": 0.1},
+        "c.json",
+    )
     said = capsys.readouterr().err.splitlines()
     assert said == [
         "transom: c.json: training settings not taken over: attention_dropout = 0.1",
@@ -228,7 +287,11 @@ def test_keys_that_nobody_read_are_said(capsys):
     ],
 )
 def test_first_names_of_longrope_in_phi3(given, kind, factor, original):
-    config = {**config_of("phi3"), "max_position_embeddings": 256, "original_max_position_embeddings": 64}
+    config = {
+        **config_of("phi3"),
+        "max_position_embeddings": 256,
+        "original_max_position_embeddings": 64,
+    }
     del config["rope_parameters"]
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     scaling = args_from_hf({**config, "rope_scaling": {**given, **factors}}, "c").rope_scaling

@@ -1,23 +1,27 @@
-"""Hub ids: read from the cache of huggingface_hub, and one sentence where neither it nor the hub has them."""
+"""Hub ids: read from the cache of huggingface_hub, and one sentence where neither it nor the hub
+has them.
+"""
 
 import pytest
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from tests.helpers import random_model, tiny_args
-from transom.checkpoints import hub
-from transom.checkpoints.folders import model_folder
-from transom.checkpoints.hub import is_hub_id, wanted_files
+from transom.base.errors import RequestError
+from transom.checkpoints.files import hub
+from transom.checkpoints.files.folders import model_folder
+from transom.checkpoints.files.hub import is_hub_id, wanted_files
 from transom.checkpoints.load import load, load_tokenizer, save
-from transom.errors import RequestError
-from transom.tokenizer import byte_tokenizer
+from transom.tokenizers.training import byte_tokenizer
 
 COMMIT, OLDER = "a" * 40, "b" * 40
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """A cache with owner/tiny, two revisions, as a download would have left it; the network is off."""
+    """A cache with owner/tiny, two revisions, as a download would have left it; the network is
+    off.
+    """
     root = tmp_path / "cache" / "models--owner--tiny"
     for commit, seed in ((COMMIT, 0), (OLDER, 1)):
         model = random_model(tiny_args(vocab_size=byte_tokenizer().vocab_size), seed=seed)
@@ -33,8 +37,13 @@ def cache(tmp_path, monkeypatch):
 
 def test_a_cached_model_is_read_offline_and_said(cache, capsys):
     model = load("owner/tiny")
-    assert model.tok_embeddings.weight.equal(load(cache / "snapshots" / COMMIT).tok_embeddings.weight)
-    assert "owner/tiny: the hub cannot be reached, the copy in its cache is used" in capsys.readouterr().err
+    assert model.tok_embeddings.weight.equal(
+        load(cache / "snapshots" / COMMIT).tok_embeddings.weight
+    )
+    assert (
+        "owner/tiny: the hub cannot be reached, the copy in its cache is used"
+        in capsys.readouterr().err
+    )
     assert load_tokenizer("owner/tiny").decode([70, 71])
 
 
@@ -49,20 +58,26 @@ def test_what_is_nowhere_is_one_sentence(cache, name, revision):
     with pytest.raises(RequestError) as error:
         load(name, revision=revision)
     text = str(error.value)
-    assert text.startswith(f"{name} at revision v9:" if revision else f"{name}:") and "\n" not in text
+    assert (
+        text.startswith(f"{name} at revision v9:" if revision else f"{name}:") and "\n" not in text
+    )
     assert "not in the hub's cache here, and the hub cannot be reached" in text
 
 
 def test_a_folder_of_that_name_comes_first(cache, tmp_path):
     save(random_model(tiny_args()), tmp_path / "owner" / "tiny")
-    assert model_folder("owner/tiny") == model_folder(tmp_path / "owner" / "tiny").relative_to(tmp_path)
-    with pytest.raises(RequestError, match="revision = 'v1': accepted with a hub id"):
+    assert model_folder("owner/tiny") == model_folder(tmp_path / "owner" / "tiny").relative_to(
+        tmp_path
+    )
+    with pytest.raises(RequestError, match="revision: got 'v1'; valid only with a hub id"):
         load("owner/tiny", revision="v1")
 
 
 def test_a_mistyped_path_is_not_looked_up(cache, tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
-    monkeypatch.setattr(HfApi, "list_repo_files", lambda *_, **__: pytest.fail("a path went to the hub"))
+    monkeypatch.setattr(
+        HfApi, "list_repo_files", lambda *_, **__: pytest.fail("a path went to the hub")
+    )
     with pytest.raises(RequestError, match="runs/demo: no such folder"):
         load("runs/demo")
 
@@ -95,8 +110,17 @@ def test_only_one_set_of_weights_is_fetched(cache, monkeypatch):
     asked = {}
     files = [
         *("README.md", "config.json", "params.json", "pytorch_model.bin", "chat_template.jinja"),
-        *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"),
-        *("consolidated.safetensors", "original/consolidated.00.pth", "tokenizer.model.v3", "tokenizer.json"),
+        *(
+            "model-00001-of-00002.safetensors",
+            "model-00002-of-00002.safetensors",
+            "model.safetensors.index.json",
+        ),
+        *(
+            "consolidated.safetensors",
+            "original/consolidated.00.pth",
+            "tokenizer.model.v3",
+            "tokenizer.json",
+        ),
     ]
 
     def fetch(name, revision=None, allow_patterns=None, **_):
@@ -109,9 +133,11 @@ def test_only_one_set_of_weights_is_fetched(cache, monkeypatch):
     assert set(asked["files"]) == {
         name for name in files if name.startswith(("config", "model", "params", "token", "chat"))
     }
-    assert "consolidated.safetensors" in wanted_files([name for name in files if not name.startswith("model")])
+    assert "consolidated.safetensors" in wanted_files(
+        [name for name in files if not name.startswith("model")]
+    )
     monkeypatch.setattr(HfApi, "list_repo_files", lambda *_, **__: ["config.json", "model.gguf"])
-    with pytest.raises(RequestError, match=r"it has model\.gguf; accepted are weights in safetensors"):
+    with pytest.raises(RequestError, match=r"it has model\.gguf; expected weights in safetensors"):
         hub.download("owner/tiny")
 
 
@@ -127,7 +153,9 @@ def test_what_could_be_a_hub_id(name, fits):
 def test_a_cache_of_settings_alone_says_so(cache):
     (cache / "snapshots" / COMMIT / "model.safetensors").unlink()
     assert load_tokenizer("owner/tiny").vocab_size == byte_tokenizer().vocab_size
-    with pytest.raises(RequestError, match="holds its settings without weights, and the hub cannot be reached"):
+    with pytest.raises(
+        RequestError, match="holds its settings without weights, and the hub cannot be reached"
+    ):
         load("owner/tiny")
 
 

@@ -22,7 +22,9 @@ CPU = torch.device("cpu")
 
 
 def test_every_row_is_there(monkeypatch):
-    monkeypatch.setattr(load, "_imports", lambda rounds: {"benchmark": "load", "case": "imports"})  # takes seconds
+    monkeypatch.setattr(
+        load, "_imports", lambda rounds: {"benchmark": "load", "case": "imports"}
+    )  # takes seconds
     rows = load.rows(CPU, SMALL, rounds=1, measure=load.measure)
     cases = [row["case"].split(",")[0] for row in rows]
     assert cases[:3] == ["load and first token", "imports", "peak anonymous memory"]
@@ -34,7 +36,10 @@ def test_a_job_in_a_process_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT)]))
     load._write_folder(tmp_path / "hf", SMALL)
     facts = load.in_fresh_process("mistral", str(tmp_path / "hf"), str(tmp_path / "out"), True)
-    assert facts["peak_bytes"] >= facts["before_bytes"] > 0 and facts["seconds"] >= facts["buffered_seconds"] > 0
+    assert (
+        facts["peak_bytes"] >= facts["before_bytes"] > 0
+        and facts["seconds"] >= facts["buffered_seconds"] > 0
+    )
     assert not (tmp_path / "out").exists(), "room for the next"
 
 

@@ -1,4 +1,6 @@
-"""A loaded model lives in its files' memory maps, and nobody can tell but by the clock and the memory."""
+"""A loaded model lives in its files' memory maps, and nobody can tell but by the clock and the
+memory.
+"""
 
 import hashlib
 import os
@@ -14,10 +16,10 @@ from torch import nn
 
 from tests.checkpoints.families import tiny_hf
 from tests.helpers import random_model, random_tokens, run_python, tiny_args
-from transom.checkpoints.consolidated import read_pickled
+from transom.checkpoints.files.consolidated import read_pickled
+from transom.checkpoints.files.safetensors_files import ALIGNMENT, read_safetensors
 from transom.checkpoints.load import load, save
-from transom.checkpoints.safetensors_files import ALIGNMENT, read_safetensors
-from transom.model import TransformerInput
+from transom.models.llm import TransformerInput
 
 FORMATS = ("native", "hf", "mistral", "meta")
 WEIGHTS = "model.safetensors"
@@ -42,7 +44,9 @@ def digests(folder):
 
 def mapped_ranges(folder):
     lines = (line.split() for line in Path("/proc/self/maps").read_text().splitlines())
-    ends = [line[0].split("-") for line in lines if len(line) > 5 and line[5].startswith(str(folder))]
+    ends = [
+        line[0].split("-") for line in lines if len(line) > 5 and line[5].startswith(str(folder))
+    ]
     return [(int(start, 16), int(end, 16)) for start, end in ends]
 
 
@@ -62,7 +66,9 @@ def test_training_changes_neither_the_file_nor_another_model(tmp_path, format):
     before, first, second = digests(at), load(at), load(at)
     expected = values(second)
     optimizer = torch.optim.AdamW(first.parameters(), lr=0.1)
-    F.cross_entropy(first(TransformerInput(random_tokens(1, 8))).logits[0], random_tokens(1, 8)[0]).backward()
+    F.cross_entropy(
+        first(TransformerInput(random_tokens(1, 8))).logits[0], random_tokens(1, 8)[0]
+    ).backward()
     optimizer.step()
     assert not same(first, expected), "trained"
     assert same(second, expected) and digests(at) == before and same(load(at), expected)
@@ -91,7 +97,9 @@ def test_a_changed_model_is_saved_into_the_folder_it_came_from(tmp_path, format)
 
 
 def shifted(source, to, by):
-    """The folder again, its data `by` bytes behind a line of the cache, as files of other writers may have it."""
+    """The folder again, its data `by` bytes behind a line of the cache, as files of other writers
+    may have it.
+    """
     shutil.copytree(source, to)
     raw = (source / WEIGHTS).read_bytes()
     length = int.from_bytes(raw[:8], "little")
@@ -102,8 +110,15 @@ def shifted(source, to, by):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_where_the_data_of_a_file_begins_changes_no_bit(tmp_path, dtype):
-    """float32 is copied to where it should begin; that halves may stay where they are is the assumption here."""
-    args = {"dim": 256, "hidden_dim": 368, "n_heads": 8, "n_kv_heads": 2}  # large enough for kernels with an edge
+    """float32 is copied to where it should begin; that halves may stay where they are is the
+    assumption here.
+    """
+    args = {
+        "dim": 256,
+        "hidden_dim": 368,
+        "n_heads": 8,
+        "n_kv_heads": 2,
+    }  # large enough for kernels with an edge
     straight = folder_of(tmp_path / "straight", dtype=dtype, **args)
     askew = load(shifted(straight, tmp_path / "askew", 8))
     model = load(straight)
@@ -116,7 +131,9 @@ def test_where_the_data_of_a_file_begins_changes_no_bit(tmp_path, dtype):
 
 @pytest.mark.parametrize("family", ["phi3", "llama4"])
 def test_weights_cut_out_of_fused_ones_are_whole_and_alone(tmp_path, family):
-    """Queries that kept the memory of what they are a part of would keep keys and values a second time."""
+    """Queries that kept the memory of what they are a part of would keep keys and values a second
+    time.
+    """
     tiny_hf(family).bfloat16().save_pretrained(tmp_path)
     for name, weight in load(tmp_path).named_parameters():
         assert weight.is_contiguous() and weight.untyped_storage().nbytes() == weight.nbytes, name
@@ -135,7 +152,9 @@ def test_weights_that_share_memory_in_a_pickle_do_not_share_it_in_the_model(tmp_
 
 def test_written_files_begin_every_tensor_at_a_line_but_behind_odd_sizes(tmp_path):
     model = random_model(tiny_args()).half()
-    model.norm.weight = nn.Parameter(torch.ones(32, dtype=torch.float32))  # wide, and first in the file
+    model.norm.weight = nn.Parameter(
+        torch.ones(32, dtype=torch.float32)
+    )  # wide, and first in the file
     model.layers[0].attention.wq.weight = nn.Parameter(torch.ones(3, 7).half())  # 42 bytes
     save(model, tmp_path)
     tensors = read_safetensors(tmp_path / WEIGHTS)
@@ -149,8 +168,18 @@ def test_written_files_begin_every_tensor_at_a_line_but_behind_odd_sizes(tmp_pat
 @pytest.mark.parametrize(
     ("kept", "value", "dtype", "said"),
     [
-        (torch.bfloat16, float("nan"), "float32", "1 weights are NaN or infinite"),  # looked for before the cast
-        (torch.float32, 1e5, "float16", "1 weights are NaN or infinite"),  # which the cast makes infinite
+        (
+            torch.bfloat16,
+            float("nan"),
+            "float32",
+            "1 weights are NaN or infinite",
+        ),  # looked for before the cast
+        (
+            torch.float32,
+            1e5,
+            "float16",
+            "1 weights are NaN or infinite",
+        ),  # which the cast makes infinite
         (torch.float32, 1e5, "float64", ""),
     ],
 )
@@ -164,7 +193,9 @@ def test_bad_numbers_are_counted_as_the_model_has_them(tmp_path, capsys, kept, v
 
 
 def test_loading_and_converting_import_no_compiler(tmp_path):
-    """`cat`, `stack` and others import torch's compiler for outlines on the meta device, which takes seconds."""
+    """`cat`, `stack` and others import torch's compiler for outlines on the meta device, which
+    takes seconds.
+    """
     moe = {"moe_args": {"num_experts": 4, "top_k": 2}, "rope_layout": "halves"}
     folder_of(tmp_path / "hf", "hf", **moe)
     out = run_python(f"""

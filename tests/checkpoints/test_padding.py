@@ -1,19 +1,23 @@
-"""Rows of unequal length, padded on either side, cached or not, equal what transformers computes for each alone."""
+"""Rows of unequal length, padded on either side, cached or not, equal what transformers computes
+for each alone.
+"""
 
 import pytest
 import torch
 
 from tests.checkpoints.families import FAMILIES, random_ids, tiny_hf
 from transom.checkpoints.load import load
-from transom.generation.loop import generate, prefill
-from transom.model import TransformerInput
+from transom.inference.loop import generate, prefill
+from transom.models.llm import TransformerInput
 
 # Most on both sides of every window (5 to 9) and chunk (8).
 COUNTS = (33, 7, 20)
-# Frequencies follow the longest row of a call: all rows lie on one side of the original length (16, 32).
+# Frequencies follow the longest row of a call: all rows lie on one side of the original length (16,
+# 32).
 BY_LENGTH = {"llama-dynamic": (15, 7, 12), "phi3-longrope": (45, 33, 39)}
 NEW_TOKENS = 64
-# 48 positions are all that it has, and beyond 16 each length has frequencies of its own, so the rows end together.
+# 48 positions are all that it has, and beyond 16 each length has frequencies of its own, so the
+# rows end together.
 FEWER_TOKENS = {"llama-dynamic": ((20, 20), 28)}
 
 
@@ -65,30 +69,45 @@ def test_padded_rows_of_a_cache_equal_each_alone(pair, step_size):
 
 
 def test_greedy_tokens_of_a_padded_batch_equal_each_alone(pair):
-    """Every new token is transformers' best behind all before it, which is what its greedy search would take."""
+    """Every new token is transformers' best behind all before it, which is what its greedy search
+    would take.
+    """
     family, theirs, mine = pair
     counts, new_tokens = FEWER_TOKENS.get(family, (BY_LENGTH.get(family, COUNTS), NEW_TOKENS))
     rows = rows_of(counts)
-    made = generate(mine, [row.tolist() for row in rows], new_tokens, prefill_step_size=16)[:, max(counts) :]
+    made = generate(mine, [row.tolist() for row in rows], new_tokens, prefill_step_size=16)[
+        :, max(counts) :
+    ]
     for row, new in zip(rows, made, strict=True):
         best = alone(theirs, torch.cat([row, new])).argmax(-1)
         assert new.tolist() == best[len(row) - 1 : -1].tolist()
     tied = mine.output is None  # each token is then its own best successor
-    assert tied or len(set(made.flatten().tolist())) > 4, "a loop of one token would agree with much"
+    assert tied or len(set(made.flatten().tolist())) > 4, (
+        "a loop of one token would agree with much"
+    )
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
 def test_generated_by_transformers_itself(pair, penalty):
-    """Its own search with its own cache, for one row; a by-length family only while it keeps its frequencies.
+    """Its own search with its own cache, for one row; a by-length family only while it keeps its
+    frequencies.
 
     With the penalty, tied models too say something else each time.
     """
     family, theirs, mine = pair
     if family in BY_LENGTH:
-        prompt, new_tokens = (random_ids(1, 5), 10) if family == "llama-dynamic" else (random_ids(1, 33), 64)
+        prompt, new_tokens = (
+            (random_ids(1, 5), 10) if family == "llama-dynamic" else (random_ids(1, 33), 64)
+        )
     else:
         prompt, new_tokens = random_ids(1, COUNTS[-1]), NEW_TOKENS
     expected = theirs.generate(
-        prompt, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, repetition_penalty=penalty
+        prompt,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        repetition_penalty=penalty,
     )
-    assert generate(mine, prompt, new_tokens, repetition_penalty=penalty).tolist() == expected.tolist()
+    assert (
+        generate(mine, prompt, new_tokens, repetition_penalty=penalty).tolist() == expected.tolist()
+    )

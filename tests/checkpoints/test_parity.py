@@ -1,4 +1,6 @@
-"""Equal numbers with transformers: a tiny random twin of every family, loaded through `names.py`."""
+"""Equal numbers with transformers: a tiny random twin of every family, loaded through
+`names.py`.
+"""
 
 import copy
 import json
@@ -10,11 +12,11 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from tests.checkpoints.families import FAMILIES, LLAMA4_FAILS, VOCAB, random_ids, tiny_hf
-from transom.checkpoints.folders import read_args
+from transom.base.errors import RequestError
+from transom.checkpoints.files.folders import read_args
 from transom.checkpoints.load import load, read_state
-from transom.errors import RequestError
-from transom.generation.loop import generate
-from transom.model import MaskedEmbedding, TransformerInput
+from transom.inference.loop import generate
+from transom.models.llm import MaskedEmbedding, TransformerInput
 
 # Both sides of every window, chunk, and original length (16 of dynamic, 32 of longrope).
 LENGTHS = (12, 40)
@@ -61,7 +63,9 @@ def test_every_gradient_equal(pair, tmp_path):
     (grads(ids).logits * weight).sum().backward()
     with torch.no_grad():  # a folder of gradients goes the way of a folder of weights
         for parameter in grads.parameters():
-            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+            parameter.copy_(
+                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            )
     grads.save_pretrained(tmp_path)
     expected = read_state(tmp_path, mine.args, mine)
     (mine(TransformerInput(ids)).logits * weight).sum().backward()
@@ -69,14 +73,17 @@ def test_every_gradient_equal(pair, tmp_path):
     for name, parameter in mine.named_parameters():
         if parameter.requires_grad and parameter.grad is not None:
             seen += 1
-            assert close(parameter.grad, expected[name], 1e-4 * float(expected[name].abs().max()) + 1e-6), name
+            assert close(
+                parameter.grad, expected[name], 1e-4 * float(expected[name].abs().max()) + 1e-6
+            ), name
     text = [name for name, _ in mine.named_parameters() if not name.startswith("vision.")]
     assert seen == len([name for name in text if not name.endswith("choice_bias")])
 
 
 def test_greedy_tokens_equal(pair):
     family, theirs, folder = pair
-    # Below the original length: there a cache of ours chooses frequencies once, theirs anew for every token.
+    # Below the original length: there a cache of ours chooses frequencies once, theirs anew for
+    # every token.
     count = 10 if family in ("llama-dynamic", "phi3-longrope") else 16
     prompt = random_ids(1, 5)
     expected = theirs.generate(prompt, max_new_tokens=count, do_sample=False, pad_token_id=0)
@@ -91,7 +98,9 @@ def test_a_corrupted_tensor_is_seen(pair, tmp_path):
     save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     ids = random_ids(2, LENGTHS[1])
-    assert not close(load(tmp_path)(TransformerInput(ids), inference=True).logits, theirs(ids).logits, 1e-3)
+    assert not close(
+        load(tmp_path)(TransformerInput(ids), inference=True).logits, theirs(ids).logits, 1e-3
+    )
 
 
 @pytest.mark.parametrize("change", ["extra", "missing", "shape"])
@@ -107,7 +116,9 @@ def test_every_key_is_accounted_for(pair, tmp_path, change):
         state[key] = state[key][1:]
     save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(RequestError, match=r"layers\.0\.attention\.wo" if change == "shape" else r"o_proj\.weight"):
+    with pytest.raises(
+        RequestError, match=r"layers\.0\.attention\.wo" if change == "shape" else r"o_proj\.weight"
+    ):
         load(tmp_path)
 
 
@@ -115,7 +126,11 @@ def test_every_key_is_accounted_for(pair, tmp_path, change):
 def test_a_fused_tensor_of_a_wrong_shape_is_one_sentence(family, tmp_path):
     tiny_hf(family).save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
-    key = next(k for k in state if k.endswith(("qkv_proj.weight", "experts.gate_up_proj", "experts.1.w1.weight")))
+    key = next(
+        k
+        for k in state
+        if k.endswith(("qkv_proj.weight", "experts.gate_up_proj", "experts.1.w1.weight"))
+    )
     state[key] = state[key][..., :-3].contiguous() if key.endswith("up_proj") else state[key][:-3]
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(RequestError, match="has shape"):
@@ -123,7 +138,9 @@ def test_a_fused_tensor_of_a_wrong_shape_is_one_sentence(family, tmp_path):
 
 
 def test_rounding_agrees_in_bfloat16(pair):
-    """Half precision costs no more than it costs them; a mixture may flip an expert, so only dense models."""
+    """Half precision costs no more than it costs them; a mixture may flip an expert, so only dense
+    models.
+    """
     _, theirs, folder = pair
     if read_args(folder).moe_args is not None:
         return
@@ -136,7 +153,9 @@ def test_rounding_agrees_in_bfloat16(pair):
 
 
 def image_call():
-    """Ids [2, 24] of which 18 stand for two tiles in the first row and 9 for a third in the second, and pixels."""
+    """Ids [2, 24] of which 18 stand for two tiles in the first row and 9 for a third in the second,
+    and pixels.
+    """
     ids = random_ids(2, 24)
     ids[0, 2:20], ids[1, 5:14] = VOCAB - 1, VOCAB - 1
     return ids, torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(3))
@@ -144,7 +163,8 @@ def image_call():
 
 @pytest.mark.xfail(
     LLAMA4_FAILS,
-    reason="Llama 4 of transformers 5.24.0 reads a field that its text output lacks; see families.py",
+    reason="Llama 4 of transformers 5.24.0 reads a field that its text output lacks; see "
+    "families.py",
     raises=AttributeError,
     strict=True,
 )
@@ -170,21 +190,29 @@ def test_images_equal(tmp_path):
     (expected * weight).sum().backward()
     with torch.no_grad():
         for parameter in theirs.parameters():
-            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+            parameter.copy_(
+                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            )
     theirs.save_pretrained(tmp_path)
     state = read_state(tmp_path, mine.args, mine)
     for name, parameter in mine.named_parameters():
-        assert close(parameter.grad, state[name], 1e-4 * float(state[name].abs().max()) + 1e-6), name
+        assert close(parameter.grad, state[name], 1e-4 * float(state[name].abs().max()) + 1e-6), (
+            name
+        )
 
 
 def test_choice_bias_keeps_its_precision(tmp_path):
     tiny_hf("deepseek_v3").to(torch.bfloat16).save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
-    released = {k: t.float() if k.endswith("e_score_correction_bias") else t for k, t in state.items()}
+    released = {
+        k: t.float() if k.endswith("e_score_correction_bias") else t for k, t in state.items()
+    }
     save_file(released, tmp_path / "model.safetensors")
     kinds = {name: weight.dtype for name, weight in load(tmp_path).named_parameters()}
     assert {kind for name, kind in kinds.items() if name.endswith("choice_bias")} == {torch.float32}
-    assert {kind for name, kind in kinds.items() if not name.endswith("choice_bias")} == {torch.bfloat16}
+    assert {kind for name, kind in kinds.items() if not name.endswith("choice_bias")} == {
+        torch.bfloat16
+    }
 
 
 def test_known_leftovers_are_said_and_skipped(tmp_path, capsys):
@@ -220,8 +248,12 @@ def test_text_of_a_multimodal_gemma3(tmp_path, capsys, spelling):
     state, out = load_file(tmp_path / "model.safetensors"), {}
     for key, tensor in state.items():
         tail = key.removeprefix("model.")
-        out[f"language_model.model.{tail}" if spelling == "hub" else f"model.language_model.{tail}"] = tensor
-    out["vision_tower.x.weight" if spelling == "hub" else "model.vision_tower.x.weight"] = torch.ones(2)
+        out[
+            f"language_model.model.{tail}" if spelling == "hub" else f"model.language_model.{tail}"
+        ] = tensor
+    out["vision_tower.x.weight" if spelling == "hub" else "model.vision_tower.x.weight"] = (
+        torch.ones(2)
+    )
     save_file(out, tmp_path / "model.safetensors")
     text = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.adapt.folders import write_adapter, write_base
+from tests.checkpoints.adapters.folders import write_adapter, write_base
 from tests.helpers import random_model, tiny_args
-from transom.adapt.lora_args import LoraArgs
-from transom.adapt.new import apply_lora
-from transom.adapt.peft_config import is_adapter
-from transom.adapt.read import load_adapter
-from transom.adapt.write import save_adapter
+from transom.base.errors import RequestError
+from transom.checkpoints.adapters.peft_config import is_adapter
+from transom.checkpoints.adapters.read import load_adapter
+from transom.checkpoints.adapters.write import save_adapter
 from transom.checkpoints.load import load, load_tokenizer, save
-from transom.errors import RequestError
-from transom.tokenizer import byte_tokenizer
+from transom.lora.apply import apply_lora
+from transom.lora.args import LoraArgs
+from transom.tokenizers.training import byte_tokenizer
 
 VOCAB = 300
 FORMATS = {
@@ -30,7 +30,9 @@ FORMATS = {
 
 def model_of(seed, theta):
     """Models of the same shapes: a config of one and weights of the other would open together."""
-    return random_model(tiny_args(vocab_size=VOCAB, rope_theta=theta, rope_layout="interleaved"), seed=seed)
+    return random_model(
+        tiny_args(vocab_size=VOCAB, rope_theta=theta, rope_layout="interleaved"), seed=seed
+    )
 
 
 def tokenizer_of(kind):
@@ -141,7 +143,8 @@ def test_a_failed_write_leaves_the_old_model(tmp_path, monkeypatch):
     before = facts(load(tmp_path))
     model = model_of(1, 5e4)
     monkeypatch.setattr(
-        "transom.checkpoints.save.write_stream", lambda *_: (_ for _ in ()).throw(OSError(28, "full"))
+        "transom.checkpoints.save.write_stream",
+        lambda *_: (_ for _ in ()).throw(OSError(28, "full")),
     )
     with pytest.raises(Exception, match="full"):
         save(model, tmp_path)

@@ -1,4 +1,6 @@
-"""Loading and converting hold one tensor at a time beside what they make, and no weight that a file's map holds."""
+"""Loading and converting hold one tensor at a time beside what they make, and no weight that a
+file's map holds.
+"""
 
 import json
 import shutil
@@ -8,24 +10,33 @@ import pytest
 from tests.helpers import run_python
 
 # 200 MB in float32, of which the embeddings are 41.
-ARGS = {"dim": 512, "n_layers": 12, "n_heads": 8, "n_kv_heads": 4, "hidden_dim": 1280, "vocab_size": 20000}
+ARGS = {
+    "dim": 512,
+    "n_layers": 12,
+    "n_heads": 8,
+    "n_kv_heads": 4,
+    "hidden_dim": 1280,
+    "vocab_size": 20000,
+}
 MODEL_MB = 4 * (2 * 20000 * 512 + 12 * (3 * 512 * 1280 + 512 * 512 * 3 + 2 * 512) + 512) / 2**20
 LARGEST_MB = 4 * 20000 * 512 / 2**20
 SLACK_MB = 60  # code that is imported on the way, and what the allocator keeps for later
-# The share of the files' bytes that has to be made: nothing, all that two ranks hold together, all of a cast.
+# The share of the files' bytes that has to be made: nothing, all that two ranks hold together, all
+# of a cast.
 LOADED = [("native", None, 0), ("hf", None, 0), ("meta", None, 1), ("hf", "bfloat16", 0.5)]
 CONVERTED = [("meta", "hf", None), ("hf", "meta", "bfloat16")]
 
-# One process makes the folders and forks another for each measurement, since to import torch takes the longest.
-# What a process holds that no file backs is sampled while it works: the highest, less the start, in MB.
+# One process makes the folders and forks another for each measurement, since to import torch takes
+# the longest. What a process holds that no file backs is sampled while it works: the highest, less
+# the start, in MB.
 SCRIPT = f"""
 import json, os, pathlib, sys, threading, traceback, torch
-from transom.args import ModelArgs
-from transom.checkpoints.consolidated import rule_of
+from transom.config.model_args import ModelArgs
+from transom.checkpoints.files.consolidated import rule_of
 from transom.checkpoints.convert import convert
 from transom.checkpoints.load import load
 from transom.checkpoints.save import save
-from transom.model import LLM
+from transom.models.llm import LLM
 
 torch.set_num_threads(1)
 at = pathlib.Path("FOLDER")

@@ -4,18 +4,18 @@ import json
 
 import pytest
 
-from tests.adapt.folders import write_adapter, write_base
-from tests.chat_texts import say
+from tests.chat.chat_texts import say
+from tests.checkpoints.adapters.folders import write_adapter, write_base
 from tests.helpers import random_model, tiny_args
-from transom.adapt.lora_args import LoraArgs
-from transom.adapt.new import apply_lora
-from transom.adapt.vocabulary import add_tokens
-from transom.adapt.write import save_adapter
+from transom.base.errors import RequestError
+from transom.checkpoints.adapters.write import save_adapter
 from transom.checkpoints.load import load, load_tokenizer, save
 from transom.cli.main import main
-from transom.errors import RequestError
-from transom.evaluation.subject import Subject
-from transom.tokenizer import byte_tokenizer
+from transom.evaluation.eval_model import Subject
+from transom.lora.apply import apply_lora
+from transom.lora.args import LoraArgs
+from transom.lora.vocabulary import add_tokens
+from transom.tokenizers.training import byte_tokenizer
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_a_tokenizer_alone_opens(alone):
 def test_no_model_is_made_of_it(alone):
     with pytest.raises(RequestError, match=r"no config\.json"):
         load(alone)
-    with pytest.raises(RequestError, match="a file; accepted is a model"):
+    with pytest.raises(RequestError, match="a file; expected a model"):
         load(alone / "tokenizer.json")
     with pytest.raises(RequestError, match=r"no config\.json.* or one with tokenizer\.json"):
         load_tokenizer(alone.parent)
@@ -47,7 +47,9 @@ def test_data_is_checked_with_it(alone, name, tmp_path, capsys):
     model = str(alone / name) if name else str(alone)
     assert main(["data", "check", str(rows), "--model", model, "--json"]) == 0
     out, err = capsys.readouterr()
-    assert json.loads(out.splitlines()[-1])["seq_len"] == 4096 and "a tokenizer without a model" in err
+    assert (
+        json.loads(out.splitlines()[-1])["seq_len"] == 4096 and "a tokenizer without a model" in err
+    )
     assert main(["data", "show", str(rows), "--model", model, "--seq-len", "64"]) == 0
     assert main(["data", "check", str(rows), "--model", model, "--seq-len", "1"]) == 2
 
@@ -62,7 +64,7 @@ def test_the_default_vocabulary_of_a_class_counts_as_well(tmp_path):
     """A part of a multimodal config leaves out what its class has."""
     byte_tokenizer().save(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": {}}))
-    from transom.checkpoints.folders import Found
+    from transom.checkpoints.files.folders import Found
 
     assert Found(tmp_path).vocabulary == 262208
 
@@ -113,7 +115,9 @@ def test_a_pointer_of_git_lfs_among_weights_of_another_format(tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"]
+)
 def test_a_pointer_of_git_lfs_in_place_of_an_adapter(tmp_path, name):
     base = write_base(tmp_path / "base", dtype="float32")
     at = write_adapter(tmp_path / "adapter", base, facts=False)
@@ -125,7 +129,14 @@ def test_a_pointer_of_git_lfs_in_place_of_an_adapter(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["tokenizer.json", "tokenizer.model", "tekken.json", "tokenizer_config.json", "special_tokens_map.json"]
+    "name",
+    [
+        "tokenizer.json",
+        "tokenizer.model",
+        "tekken.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    ],
 )
 def test_a_pointer_of_git_lfs_in_place_of_a_tokenizer(alone, name):
     if name in ("tokenizer.model", "tekken.json"):
@@ -146,7 +157,7 @@ def test_a_pointer_of_git_lfs_in_place_of_a_template(alone, name):
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.json", "text.txt"])
 def test_a_pointer_of_git_lfs_in_place_of_data(tmp_path, name):
-    from transom.data.sources import SourceArgs, read_documents
+    from transom.data.text.sources import SourceArgs, read_documents
 
     (tmp_path / name).write_text(POINTER)
     with pytest.raises(RequestError, match=rf"{name}: .*git-lfs"):
@@ -154,7 +165,7 @@ def test_a_pointer_of_git_lfs_in_place_of_data(tmp_path, name):
 
 
 def test_a_pointer_of_git_lfs_in_place_of_an_image(tmp_path):
-    from transom.images import open_image
+    from transom.models.images import open_image
 
     (tmp_path / "cat.png").write_text(POINTER)
     with pytest.raises(RequestError, match=r"cat\.png: .*git-lfs"):
@@ -175,12 +186,16 @@ def test_a_config_with_no_finite_number(tmp_path, format, name, key, word):
     save(random_model(tiny_args(rope_layout="halves")), tmp_path, format)
     config = json.loads((tmp_path / name).read_text())
     (tmp_path / name).write_text(json.dumps({**config, key: "here"}).replace('"here"', word))
-    with pytest.raises(RequestError, match=rf"{name}: {key}: got -?(inf|nan); expected a finite number"):
+    with pytest.raises(
+        RequestError, match=rf"{name}: {key}: got -?(inf|nan); expected a finite number"
+    ):
         load(tmp_path)
 
 
 def test_an_adapter_with_no_finite_number(tmp_path):
-    at = write_adapter(tmp_path / "adapter", write_base(tmp_path / "base", dtype="float32"), facts=False)
+    at = write_adapter(
+        tmp_path / "adapter", write_base(tmp_path / "base", dtype="float32"), facts=False
+    )
     config = json.loads((at / "adapter_config.json").read_text())
     (at / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": float("inf")}))
     with pytest.raises(RequestError, match="lora_alpha: got inf"):

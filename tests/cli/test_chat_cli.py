@@ -1,4 +1,6 @@
-"""`transom chat` with a chat template: what the model reads, what of it is run again, and where it stops."""
+"""`transom chat` with a chat template: what the model reads, what of it is run again, and where it
+stops.
+"""
 
 import io
 import json
@@ -7,27 +9,33 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.chat_texts import PUBLISHED
+from tests.chat.chat_texts import PUBLISHED
 from tests.helpers import random_model, tiny_args
 from transom.chat.template import ChatTemplate
 from transom.checkpoints.load import save
 from transom.cli.chat import Screen
 from transom.cli.main import main
-from transom.generation import session
-from transom.generation import text as generation_text
-from transom.generation.text import stream_text
-from transom.model import LLM
-from transom.tokenizer import Tokenizer, byte_tokenizer
+from transom.inference import session
+from transom.inference import text as generation_text
+from transom.inference.text import stream_text
+from transom.models.llm import LLM
+from transom.tokenizers.tokenizer import Tokenizer
+from transom.tokenizers.training import byte_tokenizer
 
 GEMMA = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
-PLAIN = "{{ bos_token }}{% for m in messages %}{{ m.role[0] ~ ':' ~ m.content }}<end_of_turn>{% endfor %}"
+PLAIN = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role[0] ~ ':' ~ m.content }}<end_of_turn>{% "
+    "endfor %}"
+)
 
 
 def write_model(folder, template=None, **changes):
     folder.mkdir(exist_ok=True)
     model = random_model(tiny_args(**{"vocab_size": 260, "max_seq_len": 512, **changes}))
     byte_tokenizer(GEMMA).save(folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "transom", **model.args.to_dict()}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "transom", **model.args.to_dict()})
+    )
     save_file(model.state_dict(), folder / "model.safetensors")
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
@@ -54,7 +62,9 @@ def call(capsys, monkeypatch):
 
 
 def answered(model, folder, turns, count, system="", stop_tokens=(257, 259)):
-    """The answers to `turns`, every prompt rendered as a whole and run from its beginning, and all messages."""
+    """The answers to `turns`, every prompt rendered as a whole and run from its beginning, and all
+    messages.
+    """
     tokenizer = Tokenizer.load(folder)
     template = ChatTemplate.load(folder, tokenizer)
     messages = [{"role": "system", "content": system}] if system else []
@@ -63,7 +73,9 @@ def answered(model, folder, turns, count, system="", stop_tokens=(257, 259)):
         ids = template.encode(messages)
         texts = stream_text(model, tokenizer, [ids], max_new_tokens=count, stop_tokens=stop_tokens)
         messages.append({"role": "assistant", "content": "".join(piece for (piece,) in texts)})
-    return "".join(one["content"] + "\n" for one in messages if one["role"] == "assistant"), messages
+    return "".join(
+        one["content"] + "\n" for one in messages if one["role"] == "assistant"
+    ), messages
 
 
 def test_turns_are_messages_and_history_is_kept(made, call, tmp_path):
@@ -91,7 +103,8 @@ def test_only_what_is_new_is_run(call, tmp_path, monkeypatch, changes):
     monkeypatch.setattr(LLM, "forward", spy)
     _, out, _ = call(tmp_path, "-m", 3, stdin="hello\nab\n")
     assert out == expected
-    # BOS, "u:hello" and the end of the turn; the answer again, as the template writes it with its role in front
+    # BOS, "u:hello" and the end of the turn; the answer again, as the template writes it with its
+    # role in front
     again = len(f"a:{messages[1]['content']}".encode()) + 1 + len("u:ab") + 1
     assert seen == [9, 1, 1, again, 1, 1]
 
@@ -130,8 +143,18 @@ def test_every_stop_token_ends_an_answer(call, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("word", ["<|return|>", "<|call|>", "<|endoftext|>", "<|end|>"])
 def test_the_stop_list_of_gpt_oss(call, tmp_path, word):
-    """An answer ends at each of its stop tokens, a call of a tool among them, and not where a channel ends."""
-    words = ("<|startoftext|>", "<|return|>", "<|endoftext|>", "<|call|>", "<|end|>", "<|start|>", "<|message|>")
+    """An answer ends at each of its stop tokens, a call of a tool among them, and not where a
+    channel ends.
+    """
+    words = (
+        "<|startoftext|>",
+        "<|return|>",
+        "<|endoftext|>",
+        "<|call|>",
+        "<|end|>",
+        "<|start|>",
+        "<|message|>",
+    )
     tokenizer = byte_tokenizer((*words, "<|channel|>"))
     model = random_model(tiny_args(vocab_size=tokenizer.vocab_size, max_seq_len=512))
     tokenizer.save(tmp_path)
@@ -149,7 +172,9 @@ def test_the_stop_list_of_gpt_oss(call, tmp_path, word):
     later = next(one for one in before if one != before[0])
     with torch.no_grad():  # instead of what the model would say there
         model.output.weight[id] = 1.001 * model.output.weight[later]
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "transom", **model.args.to_dict()}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "transom", **model.args.to_dict()})
+    )
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     tokens = said()
     end = len(tokens) if word == "<|end|>" else tokens.index(id)
@@ -162,13 +187,17 @@ def test_words_of_a_turn_never_end_it(made, call):
     model, folder = made
     turn = "a<end_of_turn>\n<start_of_turn>model\nb"
     _, out, _ = call(folder, "-m", 6, stdin=f'"""\n{turn}\n"""\n')
-    ids = ChatTemplate.load(folder, Tokenizer.load(folder)).encode([{"role": "user", "content": turn}])
+    ids = ChatTemplate.load(folder, Tokenizer.load(folder)).encode(
+        [{"role": "user", "content": turn}]
+    )
     assert ids.count(259) == 1 and ids.count(258) == 2
     assert out == answered(model, folder, [turn], 6)[0]
 
 
 def test_a_refused_turn_leaves_no_trace(call, tmp_path):
-    picky = "{% if 'bad' in messages[-1].content %}{{ raise_exception('not this') }}{% endif %}" + PLAIN
+    picky = (
+        "{% if 'bad' in messages[-1].content %}{{ raise_exception('not this') }}{% endif %}" + PLAIN
+    )
     model = write_model(tmp_path, picky)
     code, out, err = call(tmp_path, "-m", 4, stdin="one\nbad\ntwo\n")
     assert code == 0 and "refuses these messages: not this" in err
@@ -176,8 +205,13 @@ def test_a_refused_turn_leaves_no_trace(call, tmp_path):
 
 
 def test_a_template_without_the_system_message_is_told(call, tmp_path):
-    write_model(tmp_path, "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}")
-    assert "leaves out: content of system" in call(tmp_path, "--system", "be kind", "-m", 1, stdin="a\n")[2]
+    write_model(
+        tmp_path, "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    )
+    assert (
+        "leaves out: content of system"
+        in call(tmp_path, "--system", "be kind", "-m", 1, stdin="a\n")[2]
+    )
 
 
 def test_another_template_and_none(made, call, tmp_path):
@@ -195,9 +229,9 @@ def test_another_template_and_none(made, call, tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--chat-template", "llama9"], "accepted is a file or llama4, llama3"),
-        (["--chat-template-config", "{"], "--chat-template-config = '{'"),
-        (["--chat-template-config", "[1]"], "accepted is JSON as"),
+        (["--chat-template", "llama9"], "expected a file or llama4, llama3"),
+        (["--chat-template-config", "{"], "--chat-template-config: got '{'"),
+        (["--chat-template-config", "[1]"], "expected JSON as"),
         (["--ignore-chat-template", "--chat-template", "llama3"], "--ignore-chat-template"),
     ],
 )
@@ -212,7 +246,9 @@ THINKING = """\
 
 
 @pytest.mark.parametrize("control", [True, False])
-def test_reasoning_is_apart_on_screen_in_the_history_and_in_the_file(call, tmp_path, monkeypatch, control):
+def test_reasoning_is_apart_on_screen_in_the_history_and_in_the_file(
+    call, tmp_path, monkeypatch, control
+):
     marks = ("[THINK]", "[/THINK]") if control else ("<a>", "<b>")
     tokenizer = byte_tokenizer((*GEMMA, *marks))
     model = random_model(tiny_args(vocab_size=tokenizer.vocab_size, max_seq_len=512))
@@ -230,9 +266,14 @@ def test_reasoning_is_apart_on_screen_in_the_history_and_in_the_file(call, tmp_p
     file = tmp_path / "saved"
     _, out, _ = call(tmp_path, "-m", 99, stdin=f"hello\nand\n/save {file}\n")
     assert out == "[reasoning]\nhm\n\n[answer]\nTwo.\n[reasoning]\nso\n[answer]\nThree.\n"
-    assert prompts[1] == "u:hello<end_of_turn>a:[THINK]hm[/THINK]Two.<end_of_turn>u:and<end_of_turn>a:"
+    assert (
+        prompts[1] == "u:hello<end_of_turn>a:[THINK]hm[/THINK]Two.<end_of_turn>u:and<end_of_turn>a:"
+    )
     said = json.loads(file.read_text())["messages"][1::2]
-    assert [(one["reasoning_content"], one["content"]) for one in said] == [("hm", "Two."), ("so", "Three.")]
+    assert [(one["reasoning_content"], one["content"]) for one in said] == [
+        ("hm", "Two."),
+        ("so", "Three."),
+    ]
     prompts.clear()
     shown = call(tmp_path, "-m", 99, "--show-special", stdin=f"hello\nand\n/save {file}2\n")[1]
     assert shown == "".join(f"{word}\n" for word in words)
@@ -273,7 +314,9 @@ def test_reasoning_is_dim_on_a_terminal(capsys):
 
 
 def test_an_answer_goes_on_from_words_that_it_is_given(made, call, tmp_path):
-    """The model reads its own first words, without an end of turn behind them; they are part of the answer."""
+    """The model reads its own first words, without an end of turn behind them; they are part of the
+    answer.
+    """
     model, folder = made
     tokenizer = Tokenizer.load(folder)
     template = ChatTemplate.load(folder, tokenizer)
@@ -296,7 +339,7 @@ def test_a_model_without_next_tokens_is_refused_before_the_first_turn(call, tmp_
     write_model(tmp_path, PLAIN, head={"num_labels": 2})
     code, out, err = call(tmp_path, stdin="hello\nagain\n")
     assert (code, out) == (2, "")
-    assert err.count("head = 'classification'") == 1
+    assert err.count("head: got 'classification'") == 1
 
 
 def test_what_every_turn_would_be_refused_for_is_refused_before_the_first(call, tmp_path):
@@ -307,7 +350,9 @@ def test_what_every_turn_would_be_refused_for_is_refused_before_the_first(call, 
     (tmp_path / "chat_template.jinja").unlink()
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     for template, sentence in (({"rag": PLAIN}, "by name"), ({"default": 3}, "{'default': 3}")):
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+        (tmp_path / "tokenizer_config.json").write_text(
+            json.dumps({**config, "chat_template": template})
+        )
         code, out, err = call(tmp_path, stdin="hello\nagain\n")
         assert (code, out) == (2, "") and err.count(sentence) == 1
 
@@ -317,5 +362,8 @@ def test_stop_strings_of_the_folder_end_an_answer(made, call, tmp_path):
     shown = call(tmp_path, "-m", 12, stdin="hello\n")[1].rstrip("\n")
     settings = {"stop_strings": shown[4:6]}
     (tmp_path / "generation_config.json").write_text(json.dumps(settings))
-    assert call(tmp_path, "-m", 12, stdin="hello\n")[1].rstrip("\n") == shown[: shown.index(shown[4:6])]
+    assert (
+        call(tmp_path, "-m", 12, stdin="hello\n")[1].rstrip("\n")
+        == shown[: shown.index(shown[4:6])]
+    )
     assert call(tmp_path, "-m", 12, "--ignore-eos", stdin="hello\n")[1].startswith(shown)

@@ -8,14 +8,17 @@ import torch
 from tests.helpers import random_model, run_python, tiny_args
 from transom.checkpoints.load import load, load_tokenizer, save
 from transom.cli.main import main
-from transom.tokenizer import byte_tokenizer
+from transom.tokenizers.training import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     at = tmp_path_factory.mktemp("source") / "hf"
     save(
-        random_model(tiny_args(vocab_size=byte_tokenizer().vocab_size)), at, format="hf", tokenizer=byte_tokenizer()
+        random_model(tiny_args(vocab_size=byte_tokenizer().vocab_size)),
+        at,
+        format="hf",
+        tokenizer=byte_tokenizer(),
     )
     (at / "chat_template.jinja").write_text("{{ messages }}")
     return at
@@ -38,11 +41,13 @@ def test_a_folder_becomes_another_with_all_that_goes_along(source, call, tmp_pat
     assert code == 0 and f"({format})" in err
     assert document["source_format"] == "hf" and document["format"] == format
     assert document["parameters"] == sum(weight.numel() for weight in model.parameters())
-    assert {"chat_template.jinja", "generation_config.json", "tokenizer.json"} <= set(document["companions"])
+    assert {"chat_template.jinja", "generation_config.json", "tokenizer.json"} <= set(
+        document["companions"]
+    )
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert load_tokenizer(tmp_path / "out").encode("abc") == load_tokenizer(source).encode("abc")
     tokens = torch.arange(9)[None]
-    from transom.model import TransformerInput
+    from transom.models.llm import TransformerInput
 
     again = load(tmp_path / "out")(TransformerInput(tokens)).logits
     torch.testing.assert_close(again, model(TransformerInput(tokens)).logits, atol=1e-5, rtol=0)
@@ -60,11 +65,11 @@ def test_dtype_and_shards(source, call, tmp_path):
 def test_an_occupied_folder_is_refused_unless_told(source, call, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     code, _, err = call(source, tmp_path)
-    assert code == 2 and "not empty; accepted with --overwrite" in err
+    assert code == 2 and "not empty; valid only with --overwrite" in err
     assert call(source, tmp_path, "--overwrite")[0] == 0
     assert (tmp_path / "notes.txt").exists() and load(tmp_path)
     code, _, err = call(source, tmp_path / "notes.txt")
-    assert code == 2 and "a file; accepted is a new or empty folder" in err
+    assert code == 2 and "a file; expected a new or empty folder" in err
 
 
 @pytest.mark.parametrize(
@@ -73,10 +78,10 @@ def test_an_occupied_folder_is_refused_unless_told(source, call, tmp_path):
         (["/no/such/folder", "OUT"], "/no/such/folder: no such folder"),
         (["SRC", "SRC", "--overwrite"], "is the folder that is read"),
         (["SRC", "OUT", "--format", "gguf"], "invalid choice: 'gguf'"),
-        (["SRC", "OUT", "--dtype", "int8"], "dtype = 'int8'"),
-        (["SRC", "OUT", "--max-shard-size", "many"], "max_shard_size = 'many'"),
+        (["SRC", "OUT", "--dtype", "int8"], "dtype: got 'int8'"),
+        (["SRC", "OUT", "--max-shard-size", "many"], "max_shard_size: got 'many'"),
         (["SRC", "OUT", "--format", "meta", "--max-shard-size", "1GB"], "format meta is one file"),
-        (["SRC", "OUT", "--revision", "v1"], "revision = 'v1': accepted with a hub id"),
+        (["SRC", "OUT", "--revision", "v1"], "revision: got 'v1'; valid only with a hub id"),
         (["SRC"], "OUT"),
     ],
 )
@@ -90,7 +95,10 @@ def test_wrong_requests_are_one_sentence_and_write_nothing(source, call, tmp_pat
 def test_a_model_that_a_format_cannot_hold_is_refused_by_name(call, tmp_path):
     save(random_model(tiny_args(qkv_bias=True)), tmp_path / "in")
     code, _, err = call(tmp_path / "in", tmp_path / "out", "--format", "mistral")
-    assert code == 2 and "format mistral accepts the shapes of Mistral and Mixtral; save as hf or native" in err
+    assert (
+        code == 2
+        and "format mistral accepts the shapes of Mistral and Mixtral; save as hf or native" in err
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -9,19 +9,22 @@ from typing import Any
 
 import pytest
 
-from tests.chat_texts import say
+from tests.chat.chat_texts import say
 from tests.helpers import run_python, tiny_args
 from tests.training.tuning import base_folder, chats, judged, preferences, solved
 from transom.chat.template import ChatTemplate
 from transom.cli import finetune
 from transom.cli.main import Parser
-from transom.data.packing import first_fit_decreasing
-from transom.tokenizer import Tokenizer, byte_tokenizer
-from transom.training.subject import Share
-from transom.training.tune_data import open_tune_data
+from transom.data.chat.packing import first_fit_decreasing
+from transom.tokenizers.tokenizer import Tokenizer
+from transom.tokenizers.training import byte_tokenizer
+from transom.training.finetune.data import open_tune_data
+from transom.training.loop.run_parts import Share
 
 CHATML = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
-TALK = {"messages": [say("user", "q"), say("assistant", "a"), say("user", "r"), say("assistant", "bc")]}
+TALK = {
+    "messages": [say("user", "q"), say("assistant", "a"), say("user", "r"), say("assistant", "bc")]
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> Path:
     path = folder / name
-    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    path.write_text(
+        "".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows)
+    )
     return path
 
 
@@ -53,12 +58,20 @@ def test_check_counts(call: Any, model: Path, tmp_path: Path) -> None:
     long = {"messages": [say("user", "q"), say("assistant", "x" * 300)]}
     path = write(tmp_path, [TALK, masked, long, TALK])
     code, facts, _ = checked(call, path, "--model", model, ALL, "tune.packing=true")
-    # Control tokens, then characters: of three turns with "user\n" or "assistant\n" and a line end behind each.
+    # Control tokens, then characters: of three turns with "user\n" or "assistant\n" and a line end
+    # behind each.
     tokens = 2 * 4 + len("user\nq\nassistant\na\nuser\nr\nassistant\nbc")
     assert (code, facts["examples"], facts["rows"]) == (0, 4, 3)
-    assert facts["tokens"] == 2 * tokens + 201  # what is longer than 200 inputs and their last target is cut
+    assert (
+        facts["tokens"] == 2 * tokens + 201
+    )  # what is longer than 200 inputs and their last target is cut
     assert facts["trained_tokens"] == 2 * len("a.bc.") + 201 - 3 - len("user\nq\nassistant\n")
-    assert (facts["truncated"], facts["fully_masked"], facts["without_end"], facts["dropped"]) == (1, 1, 1, 0)
+    assert (facts["truncated"], facts["fully_masked"], facts["without_end"], facts["dropped"]) == (
+        1,
+        1,
+        1,
+        0,
+    )
     assert facts["template"] == "the built-in template chatml" and facts["kinds"] == ["chat"]
     assert facts["longest"] == 201 and facts["seq_len"] == 200 and facts["malformed"] == []
     assert facts["packed_rows"] == 2 and 0 < facts["fill"] < 1
@@ -71,9 +84,16 @@ def test_check_lists_every_malformed_row_and_fails(call: Any, model: Path, tmp_p
     path = write(tmp_path, [TALK, "no\n", {"messages": [say("user", "q")]}, tools, {"text": "a"}])
     code, facts, _ = checked(call, path, "--model", model, ALL)
     assert code == 1 and facts["malformed_rows"] == 4 and facts["rows"] == 1
-    assert [fault["where"].rpartition(":")[2] for fault in facts["malformed"]] == ["2", "3", "4", "5"]
+    assert [fault["where"].rpartition(":")[2] for fault in facts["malformed"]] == [
+        "2",
+        "3",
+        "4",
+        "5",
+    ]
     code, out, _ = call("data", "check", path, "--model", model)
-    assert code == 1 and f"{path}:2: 'no': accepted is one JSON object" in out and "malformed rows" in out
+    assert (
+        code == 1 and f"{path}:2: 'no': expected one JSON object" in out and "malformed rows" in out
+    )
 
 
 def test_check_fails_where_nothing_would_be_learnt(call: Any, model: Path, tmp_path: Path) -> None:
@@ -87,7 +107,9 @@ def test_check_of_prompts_pairs_and_splits(call: Any, model: Path, tmp_path: Pat
     code, facts, err = checked(call, asked, "--model", model, ALL)
     assert (code, facts["rows"], facts["too_long"], facts["kinds"]) == (0, 1, 1, ["answer"])
     assert facts["objective"] == "grpo" and "--objective grpo" in err
-    code, facts, _ = checked(call, asked, "--model", model, ALL, "tune.reward=regex", "tune.answer_tokens=8")
+    code, facts, _ = checked(
+        call, asked, "--model", model, ALL, "tune.reward=regex", "tune.answer_tokens=8"
+    )
     assert (code, facts["rows"], facts["malformed"]) == (0, 2, [])
     folder = tmp_path / "set"
     folder.mkdir()
@@ -97,7 +119,9 @@ def test_check_of_prompts_pairs_and_splits(call: Any, model: Path, tmp_path: Pat
     facts = checked(call, folder, "--model", model)[1]
     assert facts["rows"] == 4 and facts["held_out"] == 1
     assert checked(call, folder, "--model", model, "--split", "valid")[1]["rows"] == 2
-    write(folder, [pair, {"prompt": "q"}], "val.jsonl")  # finetune reads it, too, and refuses the second row
+    write(
+        folder, [pair, {"prompt": "q"}], "val.jsonl"
+    )  # finetune reads it, too, and refuses the second row
     code, facts, _ = checked(call, folder, "--model", model)
     assert code == 1 and facts["malformed"][0]["where"] == f"{folder / 'val.jsonl'}:2"
 
@@ -113,43 +137,63 @@ def test_check_of_prompts_pairs_and_splits(call: Any, model: Path, tmp_path: Pat
         (solved, ["--objective", "grpo", "tune.answer_tokens=200"]),
     ],
 )
-def test_check_counts_what_finetune_trains_on(call: Any, tmp_path: Path, write_set: Any, words: list[Any]) -> None:
+def test_check_counts_what_finetune_trains_on(
+    call: Any, tmp_path: Path, write_set: Any, words: list[Any]
+) -> None:
     base, rows = base_folder(tmp_path / "model"), write_set(tmp_path / "rows.jsonl")
-    given = [word for word in words if word not in ("--truncate", "drop")]  # finetune has it as a word only
+    given = [
+        word for word in words if word not in ("--truncate", "drop")
+    ]  # finetune has it as a word only
     given += ["tune.truncate=drop"] * (len(given) < len(words))
     code, facts, _ = checked(call, rows, "--model", base, *words)
     parser = Parser()
     finetune.add_arguments(parser)
-    args = finetune.config_of(parser.parse_intermixed_args([str(one) for one in [base, "--data", rows, *given]]))
+    args = finetune.config_of(
+        parser.parse_intermixed_args([str(one) for one in [base, "--data", rows, *given]])
+    )
     tokenizer = Tokenizer.load(base)
     template = ChatTemplate.find(base, tokenizer, args.tune.template)
     data = open_tune_data(args, args.tune, tokenizer, template, base, Share())
     assert code == 0
-    assert (facts["packing"], facts["rows_per_step"]) == (data.choice.packing, data.choice.batch_size)
+    assert (facts["packing"], facts["rows_per_step"]) == (
+        data.choice.packing,
+        data.choice.batch_size,
+    )
     assert facts["steps"] == data.choice.steps
     if data.train is None:
         assert facts["rows"] == data.choice.rows and facts["held_out"] == len(data.held_out)
     else:
-        assert {name: facts[name] for name in asdict(data.train.counts)} == asdict(data.train.counts)
+        assert {name: facts[name] for name in asdict(data.train.counts)} == asdict(
+            data.train.counts
+        )
 
 
-def test_rows_of_another_objective_are_refused_as_by_finetune(call: Any, model: Path, tmp_path: Path) -> None:
+def test_rows_of_another_objective_are_refused_as_by_finetune(
+    call: Any, model: Path, tmp_path: Path
+) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("tune: {objective: dpo}")
     for words in (["--objective", "dpo"], ["tune.objective=dpo"], [config]):
         code, _, err = call("data", "check", write(tmp_path, [TALK]), *words, "--model", model)
-        assert code == 2 and "tune.objective = 'dpo'" in err.splitlines()[-1]
+        assert code == 2 and "tune.objective: got 'dpo'" in err.splitlines()[-1]
 
 
 def test_show_prints_tokens_with_their_loss(call: Any, model: Path, tmp_path: Path) -> None:
-    path = write(tmp_path, [TALK, {"messages": [say("user", "\x1b[2J"), {**say("assistant", "é"), "weight": 0.5}]}])
+    path = write(
+        tmp_path,
+        [TALK, {"messages": [say("user", "\x1b[2J"), {**say("assistant", "é"), "weight": 0.5}]}],
+    )
     code, out, _ = call("data", "show", path, "--model", model, "--index", 1, "--json")
     (row,) = json.loads(out)["rows"]
     assert code == 0 and row["examples"] == ["rows.jsonl:2"]
-    trained = [(token["id"], token["weight"], token["mark"]) for token in row["tokens"] if token["weight"]]
+    trained = [
+        (token["id"], token["weight"], token["mark"]) for token in row["tokens"] if token["weight"]
+    ]
     assert trained == [(0xC3, 0.5, ""), (0xA9, 0.5, ""), (259, 0.5, "end of turn")]
     code, out, _ = call("data", "show", path, "--model", model, "--index", 1)
-    assert "\x1b" not in out and "\\x1b[2J" in out and "é" in out  # no colours in a pipe, nor those of a row
+    assert (
+        "\x1b" not in out and "\\x1b[2J" in out and "é" in out
+    )  # no colours in a pipe, nor those of a row
     assert "'<|im_end|>'    end of turn  259   0.5        0" in out
 
 
@@ -180,16 +224,34 @@ def test_show_packed_prints_segments(call: Any, model: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["check", "none.jsonl", "--model", "MODEL"], "data = 'none.jsonl': no such file or folder"),
+        (
+            ["check", "none.jsonl", "--model", "MODEL"],
+            "data: got 'none.jsonl'; no such file or folder",
+        ),
         (["check", "DATA", "--model", "none"], "none: no such folder"),
         (["check", "DATA"], "the following arguments are required: --model"),
         (["count", "DATA", "--model", "MODEL"], "invalid choice: 'count'"),
-        (["check", "DATA", "--model", "MODEL", "--seq-len", "201"], "--seq-len = 201: accepted is 2 to 200"),
-        (["check", "DATA", "--model", "MODEL", "--index", "0"], "--index = 0: accepted with show"),
-        (["check", "DATA", "--model", "MODEL", "--split", "dev"], "split = 'dev': accepted is one of train"),
-        (["show", "DATA", "--model", "MODEL", "--index", "2"], "--index = 2: accepted is 0 to 0"),
-        (["show", "DATA", "--model", "MODEL", "--seed", "1"], "--seed = 1: accepted with show --packed"),
-        (["check", "DATA", "--model", "MODEL", "--chat-template", "x"], "chat template = 'x': accepted is a file"),
+        (
+            ["check", "DATA", "--model", "MODEL", "--seq-len", "201"],
+            "--seq-len: got 201; expected 2 to 200",
+        ),
+        (
+            ["check", "DATA", "--model", "MODEL", "--index", "0"],
+            "--index: got 0; valid only with show",
+        ),
+        (
+            ["check", "DATA", "--model", "MODEL", "--split", "dev"],
+            "split: got 'dev'; expected one of train",
+        ),
+        (["show", "DATA", "--model", "MODEL", "--index", "2"], "--index: got 2; expected 0 to 0"),
+        (
+            ["show", "DATA", "--model", "MODEL", "--seed", "1"],
+            "--seed: got 1; valid only with show --packed",
+        ),
+        (
+            ["check", "DATA", "--model", "MODEL", "--chat-template", "x"],
+            "chat template: got 'x'; expected a file",
+        ),
     ],
 )
 def test_wrong_requests_are_one_sentence(
@@ -201,5 +263,8 @@ def test_wrong_requests_are_one_sentence(
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys; from transom.cli.main import main; main(['data', '--help']); print('torch' in sys.modules)"
+    code = (
+        "import sys; from transom.cli.main import main; main(['data', '--help']); print('torch' "
+        "in sys.modules)"
+    )
     assert run_python(code).splitlines()[-1] == "False"

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import random_model, run_python, tiny_args
-from transom.checkpoints.hf_config import BASE_HEAD
+from transom.checkpoints.families.hf_config import BASE_HEAD
 from transom.checkpoints.load import save
 from transom.cli.main import VERBS, main
 from transom.data.labelled import encode_texts, write_labels
-from transom.model import LLM
-from transom.tokenizer import byte_tokenizer
-from transom.training.heads import run_rows
+from transom.models.llm import LLM
+from transom.tokenizers.training import byte_tokenizer
+from transom.training.losses.heads import run_rows
 
 TEXTS = ["the cat", "a much longer text than that", "x"]
 
@@ -103,7 +103,9 @@ def test_a_base_without_a_head_is_pooled_as_a_language_model(plain, pooling):
     base = LLM(replace(plain[0].args, head=BASE_HEAD))
     base.load_state_dict(plain[0].state_dict(), strict=False)
     rows = encode_texts(byte_tokenizer(), TEXTS, 32)
-    torch.testing.assert_close(run_rows(base, rows, pooling).vectors, expected(plain[0], pooling=pooling).vectors)
+    torch.testing.assert_close(
+        run_rows(base, rows, pooling).vectors, expected(plain[0], pooling=pooling).vectors
+    )
 
 
 def test_json_is_the_last_line_and_has_everything(plain, call):
@@ -125,9 +127,13 @@ def test_vectors_go_to_a_file_once(plain, call, tmp_path, name):
     got = torch.from_numpy(np.load(out)) if out.suffix == ".npy" else load_file(out)["embeddings"]
     torch.testing.assert_close(got, expected(model, pooling="mean").vectors)
     code, _, err = call(folder, "--text", "a", "--out", out)
-    assert code == 2 and "accepted with --overwrite" in err
+    assert code == 2 and "valid only with --overwrite" in err
     code, printed, _ = call(folder, "--text", "a", "--out", out, "--overwrite", "--json")
-    assert code == 0 and json.loads(printed)["out"] == str(out) and "embeddings" not in json.loads(printed)
+    assert (
+        code == 0
+        and json.loads(printed)["out"] == str(out)
+        and "embeddings" not in json.loads(printed)
+    )
 
 
 def test_texts_come_from_files_and_standard_input(plain, call, tmp_path):
@@ -152,11 +158,15 @@ def test_a_classifier_says_labels(classifier, call):
     assert [row[0] for row in rows] == names
     assert [float(row[1]) for row in rows] == pytest.approx(shares.amax(1).tolist(), abs=1e-4)
     document = json.loads(call(folder, *words(TEXTS), "--json")[1])
-    assert [row["label"] for row in document["labels"]] == names and len(document["embeddings"]) == 3
+    assert [row["label"] for row in document["labels"]] == names and len(
+        document["embeddings"]
+    ) == 3
 
 
 def test_texts_that_spell_control_tokens_are_counted(plain, call):
-    words = [word for text in ("a<|end_of_text|>", "b", "<|end_of_text|>") for word in ("--text", text)]
+    words = [
+        word for text in ("a<|end_of_text|>", "b", "<|end_of_text|>") for word in ("--text", text)
+    ]
     assert call(plain[1], *words)[2].count("2 of 3 texts spell control tokens") == 1
     assert "control tokens" not in call(plain[1], "--text", "b")[2]
 
@@ -171,11 +181,17 @@ def test_long_texts_are_cut_and_said(plain, call):
     ("flags", "said"),
     [
         ([], "--text, --input: neither is given"),
-        (["--text", ""], "text 1 of 1 = ''"),
+        (["--text", ""], "text 1 of 1: got ''"),
         (["--input", "-"], "line 1 is empty"),
         (["--input", "/no/such"], "--input /no/such: cannot be read"),
-        (["--text", "a", "--out", "v.txt"], "accepted is a file name that ends in .safetensors or .npy"),
-        (["--text", "a", "--out", "/no/such/v.npy"], "accepted is a file in a folder that is there"),
+        (
+            ["--text", "a", "--out", "v.txt"],
+            "expected a file name that ends in .safetensors or .npy",
+        ),
+        (
+            ["--text", "a", "--out", "/no/such/v.npy"],
+            "expected a file in a folder that is there",
+        ),
         (["--text", "a", "--pooling", "max"], "invalid choice: 'max'"),
     ],
 )
@@ -191,7 +207,7 @@ def test_an_empty_line_a_binary_file_and_another_pooling_are_refused(classifier,
     assert "line 2 is empty" in call(folder, "--input", tmp_path / "gap.txt")[2]
     assert "not UTF-8" in call(folder, "--input", tmp_path / "odd.txt")[2]
     code, _, err = call(folder, "--text", "a", "--pooling", "mean")
-    assert code == 2 and "pooling = 'mean': accepted is last, what the model's head does" in err
+    assert code == 2 and "pooling: got 'mean'; expected last, what the model's head does" in err
     assert call(tmp_path / "none", "--text", "a")[0] == 2
 
 

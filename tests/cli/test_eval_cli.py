@@ -7,16 +7,21 @@ import pytest
 
 from tests.helpers import random_model, run_python, tiny_args
 from transom.checkpoints.load import save
-from transom.tokenizer import byte_tokenizer
+from transom.tokenizers.training import byte_tokenizer
 
 CHOICES = [
-    {"question": f"The {word} is", "choices": ["red", "blue"], "answer": at % 2} for at, word in enumerate("abcd")
+    {"question": f"The {word} is", "choices": ["red", "blue"], "answer": at % 2}
+    for at, word in enumerate("abcd")
 ]
 ANSWERS = [{"prompt": "2 + 2 =", "answer": "4"}, {"prompt": "Say hi:", "answer": ["hi", "Hi"]}]
 
 
 def write_model(folder, seed=0):
-    save(random_model(tiny_args(vocab_size=258, max_seq_len=96), seed), folder, tokenizer=byte_tokenizer())
+    save(
+        random_model(tiny_args(vocab_size=258, max_seq_len=96), seed),
+        folder,
+        tokenizer=byte_tokenizer(),
+    )
     return folder
 
 
@@ -75,16 +80,21 @@ def test_the_document_is_printed_last_and_written(model, call, data):
         "answers.jsonl:1",
         "answers.jsonl:2",
     ]
-    assert sum(row.get("right", False) for row in rows) / 2 == answers["scores"]["exact_match"]["value"]
+    assert (
+        sum(row.get("right", False) for row in rows) / 2
+        == answers["scores"]["exact_match"]["value"]
+    )
     code, _, err = call("eval", model, *FILES, *flags)
-    assert code == 2 and "--out = 'result.json': this file is there" in err
+    assert code == 2 and "--out: got 'result.json'; this file is there" in err
     assert call("eval", model, *FILES, *flags, "--overwrite")[0] == 0
 
 
 def test_two_models_stand_side_by_side(model, other, call):
     code, out, _ = call("eval", "--compare", model, other, *FILES, "-m", 4, "--json")
     document = json.loads(out.splitlines()[-1])
-    assert code == 0 and document["a"]["model"] == str(model) and document["b"]["model"] == str(other)
+    assert (
+        code == 0 and document["a"]["model"] == str(model) and document["b"]["model"] == str(other)
+    )
     assert document["a"]["fingerprint"] != document["b"]["fingerprint"]
     text, choices, _ = document["data"]
     assert text["difference"]["bits_per_byte"]["low"] is None  # one document
@@ -98,22 +108,37 @@ def test_two_models_stand_side_by_side(model, other, call):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["{model}"], "accepted is --data with files, or --tasks"),
-        (["--data", "a.txt"], "accepted is one model, or --compare with two"),
-        (["{model}", "--compare", "{model}", "{model}", "--data", "a.txt"], "accepted is one model"),
-        (["{model}", "--data", "a.txt", "--tasks", "hellaswag"], "accepted is --data"),
+        (["{model}"], "expected --data with files, or --tasks"),
+        (["--data", "a.txt"], "expected one model, or --compare with two"),
+        (
+            ["{model}", "--compare", "{model}", "{model}", "--data", "a.txt"],
+            "expected one model",
+        ),
+        (["{model}", "--data", "a.txt", "--tasks", "hellaswag"], "expected --data"),
         (["{model}", "--data", "nothing.txt"], "not found"),
-        (["{model}", "--data", "bad.jsonl"], "bad.jsonl:1: answer = 5: means no choice"),
+        (["{model}", "--data", "bad.jsonl"], "bad.jsonl:1: answer: got 5: means no choice"),
         (["nothing", "--data", "a.txt"], "no such folder"),
-        (["{model}", "--data", "a.txt", "--window", "0"], "window = 0"),
-        (["{model}", "--data", "a.txt", "--stride", "97"], "stride = 97"),
-        (["{model}", "--data", "a.txt", "--extract", "("], "extract = '('"),
-        (["{model}", "--data", "a.txt", "--num-fewshot", "2"], "--num-fewshot = 2: accepted with --tasks"),
-        (["{model}", "--tasks", "hellaswag", "--window", "9"], "--window = 9: accepted with --data"),
-        (["{model}", "--tasks", "hellaswag", "--ignore-case"], "--ignore-case = True: accepted with --data"),
+        (["{model}", "--data", "a.txt", "--window", "0"], "window: got 0"),
+        (["{model}", "--data", "a.txt", "--stride", "97"], "stride: got 97"),
+        (["{model}", "--data", "a.txt", "--extract", "("], "extract: got '('"),
+        (
+            ["{model}", "--data", "a.txt", "--num-fewshot", "2"],
+            "--num-fewshot: got 2; valid only with --tasks",
+        ),
+        (
+            ["{model}", "--tasks", "hellaswag", "--window", "9"],
+            "--window: got 9; valid only with --data",
+        ),
+        (
+            ["{model}", "--tasks", "hellaswag", "--ignore-case"],
+            "--ignore-case: got True; valid only with --data",
+        ),
         (["{model}", "--data", "answers.jsonl", "-m", "90"], "answers.jsonl:1: a prompt of"),
         (["{model}", "--data", "a.txt", "--out", "no/where.json"], "a folder that is there"),
-        (["--compare", "{model}", "{model}", "--revision", "x", "--data", "a.txt"], "accepted with one model"),
+        (
+            ["--compare", "{model}", "{model}", "--revision", "x", "--data", "a.txt"],
+            "valid only with one model",
+        ),
     ],
 )
 def test_wrong_requests_are_one_sentence(model, call, data, words, sentence):
@@ -124,7 +149,7 @@ def test_wrong_requests_are_one_sentence(model, call, data, words, sentence):
 
 def test_models_without_a_next_token_are_refused(call, data):
     for name, changes, sentence in (
-        ("head", {"head": {"num_labels": 2}}, "accepted is a language model"),
+        ("head", {"head": {"num_labels": 2}}, "expected a language model"),
         ("both", {"layer_pattern": "B"}, "see later tokens"),
     ):
         args = tiny_args(vocab_size=258, max_seq_len=96, **changes)
@@ -141,5 +166,8 @@ def test_tasks_say_what_they_need(model, call):
 
 def test_a_wrong_file_is_refused_before_torch_is_imported(data):
     words = ["eval", str(data), "--data", "nothing.jsonl"]
-    code = f"import sys; from transom.cli.main import main; print(main({words}), 'torch' in sys.modules)"
+    code = (
+        f"import sys; from transom.cli.main import main; print(main({words}), 'torch' in "
+        f"sys.modules)"
+    )
     assert run_python(code).strip() == "2 False"

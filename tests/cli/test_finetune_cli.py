@@ -1,4 +1,6 @@
-"""`transom finetune`: words to a config, the whole chain on tiny folders, wrong requests as one sentence."""
+"""`transom finetune`: words to a config, the whole chain on tiny folders, wrong requests as one
+sentence.
+"""
 
 import json
 import shlex
@@ -9,7 +11,7 @@ from tests.training.tuning import base_folder, chats
 from transom.cli import demo, finetune
 from transom.cli.finetune import config_of
 from transom.cli.main import Parser, main
-from transom.training import finetune_config
+from transom.training.finetune import config as finetune_config
 
 FAST = ("dtype=float32", "threads=1", "device=cpu")
 
@@ -29,7 +31,20 @@ def parsed(*words):
 def test_the_chain_of_folders(folders, tmp_path, capsys, monkeypatch):
     base, rows = folders
     run = tmp_path / "run"
-    words = ["finetune", base, "--data", rows, "--iters", 4, "--batch-size", 2, "--out", run, *FAST, "--json"]
+    words = [
+        "finetune",
+        base,
+        "--data",
+        rows,
+        "--iters",
+        4,
+        "--batch-size",
+        2,
+        "--out",
+        run,
+        *FAST,
+        "--json",
+    ]
     assert main([str(word) for word in words]) == 0
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert facts["steps"] == 4 and facts["held_out_loss"] > 0 and facts["trained_parameters"] > 0
@@ -41,7 +56,9 @@ def test_the_chain_of_folders(folders, tmp_path, capsys, monkeypatch):
     assert main(["generate", str(merged), "--prompt", "Capital", "--max-tokens", "3"]) == 0
     capsys.readouterr()
     (run / "best").unlink()
-    assert main(["finetune", str(run), "--resume", "--quiet"]) == 0  # a finished run is measured again
+    assert (
+        main(["finetune", str(run), "--resume", "--quiet"]) == 0
+    )  # a finished run is measured again
     assert "resumed at step 4 of 4" in capsys.readouterr().err
 
 
@@ -58,9 +75,14 @@ def test_flags_words_and_file_in_order(folders, tmp_path):
     base, rows = folders
     config = tmp_path / "config.yaml"
     config.write_text("tune: {lora: {rank: 3}, epochs: 5}\noptimizer: {eps: 1.0e-6}\n")
-    args = parsed(base, config, "--data", rows, "--rank", 4, "tune.lora.rank=5", f"out={tmp_path}/x")
+    args = parsed(
+        base, config, "--data", rows, "--rank", 4, "tune.lora.rank=5", f"out={tmp_path}/x"
+    )
     assert (args.tune.lora.rank, args.tune.epochs, args.optimizer.eps) == (5, 5, 1e-6)
-    assert (args.data.batch_size, args.optimizer.weight_decay) == (None, 0.0)  # what neither of them says
+    assert (args.data.batch_size, args.optimizer.weight_decay) == (
+        None,
+        0.0,
+    )  # what neither of them says
     assert args.data.seq_len == 256  # no longer than the model's
 
 
@@ -79,7 +101,12 @@ def test_the_folder_of_a_config_file_is_kept(folders, tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "rate"),
-    [((), 2e-4), (("--method", "full"), 2e-5), (("--objective", "dpo"), 2e-5), (("--learning-rate", 0.5), 0.5)],
+    [
+        ((), 2e-4),
+        (("--method", "full"), 2e-5),
+        (("--objective", "dpo"), 2e-5),
+        (("--learning-rate", 0.5), 0.5),
+    ],
 )
 def test_the_rate_follows_the_method_unless_given(folders, words, rate, monkeypatch):
     monkeypatch.setattr(finetune_config, "SMALL_PARAMETERS", 0)
@@ -90,14 +117,26 @@ def test_the_rate_follows_the_method_unless_given(folders, words, rate, monkeypa
 def finished(folders, tmp_path_factory):
     """A run that wrote its last step."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    words = ["finetune", folders[0], "--data", folders[1], "--iters", 2, "--batch-size", 2, "--out", run, *FAST]
+    words = [
+        "finetune",
+        folders[0],
+        "--data",
+        folders[1],
+        "--iters",
+        2,
+        "--batch-size",
+        2,
+        "--out",
+        run,
+        *FAST,
+    ]
     assert main([str(word) for word in words]) == 0
     return run
 
 
 RESUMED = {
-    "another base": (["BASE2"], "accepted with --resume of"),
-    "other rows": (["BASE", "--data", "other.jsonl"], "accepted with --resume is none"),
+    "another base": (["BASE2"], "valid only with --resume of"),
+    "other rows": (["BASE", "--data", "other.jsonl"], "valid only with --resume is none"),
     "another config": (["BASE", "CONFIG"], "tune.lora.dropout"),
     "another batch": (["BASE", "--batch-size", "4"], "data.batch_size"),
     "another rank": (["BASE", "--rank", "3"], "its tune.lora.rank is"),
@@ -117,11 +156,26 @@ def test_only_the_same_run_is_resumed(folders, finished, tmp_path, capsys, case)
 
 def test_the_same_command_resumes_whatever_has_been_saved(folders, tmp_path, capsys, monkeypatch):
     (tmp_path / "config.yaml").write_text("tune: {lora: {rank: 3}}\nsave_every: 1\n")
-    words = [folders[0], tmp_path / "config.yaml", "--data", folders[1], "--iters", 2, "--batch-size", 2]
+    words = [
+        folders[0],
+        tmp_path / "config.yaml",
+        "--data",
+        folders[1],
+        "--iters",
+        2,
+        "--batch-size",
+        2,
+    ]
     words = ["finetune", *map(str, words), "--out", str(tmp_path / "run"), *FAST, "--resume"]
     monkeypatch.setenv("HOME", str(tmp_path))
-    at_home = ["out=~/run" if word == str(tmp_path / "run") else word for word in words if word != "--out"]
-    for same, told in ((words, "no step was saved yet"), (words, "step 2 of 2"), (at_home, "step 2 of 2")):
+    at_home = [
+        "out=~/run" if word == str(tmp_path / "run") else word for word in words if word != "--out"
+    ]
+    for same, told in (
+        (words, "no step was saved yet"),
+        (words, "step 2 of 2"),
+        (at_home, "step 2 of 2"),
+    ):
         assert main(same) == 0
         assert told in capsys.readouterr().err
     assert main([*words, "--iters", "3"]) == 2
@@ -129,9 +183,29 @@ def test_the_same_command_resumes_whatever_has_been_saved(folders, tmp_path, cap
 
 
 def test_a_run_is_not_written_over_its_base(finished, folders, capsys):
-    words = ["finetune", str(finished), "--data", str(folders[1]), "--out", str(finished), "--overwrite"]
+    words = [
+        "finetune",
+        str(finished),
+        "--data",
+        str(folders[1]),
+        "--out",
+        str(finished),
+        "--overwrite",
+    ]
     assert main(words) == 2
-    assert main(["finetune", str(folders[0]), "--data", str(folders[1]), "--out", str(folders[0].parent)]) == 2
+    assert (
+        main(
+            [
+                "finetune",
+                str(folders[0]),
+                "--data",
+                str(folders[1]),
+                "--out",
+                str(folders[0].parent),
+            ]
+        )
+        == 2
+    )
     assert "neither is nor holds base" in capsys.readouterr().err
     assert (finished / "best").exists() and (folders[0] / "config.json").exists()
 
@@ -148,7 +222,10 @@ def test_an_adapter_on_weights_that_have_changed_is_refused(finished, folders, t
     shutil.copytree(folders[0], changed)
     weights = load_file(changed / "model.safetensors")
     weights["layers.0.attention.wq.weight"] *= 3
-    save_file({name: torch.clone(weight) for name, weight in weights.items()}, changed / "model.safetensors")
+    save_file(
+        {name: torch.clone(weight) for name, weight in weights.items()},
+        changed / "model.safetensors",
+    )
     step = next(moved.glob("step_*"))
     for name in ("adapter_config.json", "transom.json"):
         text = (step / name).read_text()
@@ -174,12 +251,15 @@ def test_steps_replace_epochs(folders):
 
 
 WRONG = {
-    "no data": ([], "--data = None"),
+    "no data": ([], "--data: got None"),
     "no such data": (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     "a method that is none": (["--data", "ROWS", "--method", "prefix"], "tune.method"),
     "a field that is none": (["--data", "ROWS", "tune.rank=3"], "tune.rank"),
-    "nothing to tune": (["--data", "ROWS", "tune=null"], "tune = None"),
-    "a quantized base with all weights": (["--data", "ROWS", "--method", "full", "--quantize", "nf4"], "quantize"),
+    "nothing to tune": (["--data", "ROWS", "tune=null"], "tune: got None"),
+    "a quantized base with all weights": (
+        ["--data", "ROWS", "--method", "full", "--quantize", "nf4"],
+        "quantize",
+    ),
 }
 
 

@@ -1,4 +1,6 @@
-"""Every verb on a folder of every format: the same model says the same, whoever's files it is in."""
+"""Every verb on a folder of every format: the same model says the same, whoever's files it is
+in.
+"""
 
 import json
 import shutil
@@ -13,9 +15,10 @@ from transformers import AutoModelForCausalLM
 from tests.checkpoints.consolidated import PARAMS, cut, meta_state, twin, write_meta
 from tests.helpers import random_model, tiny_args
 from transom.checkpoints.load import load, save
-from transom.generation.text import encode_prompts
-from transom.model import TransformerInput
-from transom.tokenizer import Tokenizer, byte_tokenizer
+from transom.inference.text import encode_prompts
+from transom.models.llm import TransformerInput
+from transom.tokenizers.tokenizer import Tokenizer
+from transom.tokenizers.training import byte_tokenizer
 
 WHOLE = ("hf", "meta", "mistral", "native")
 FORMATS = (*WHOLE, "adapter", "run")
@@ -25,7 +28,9 @@ PROMPT = "ab"
 def write_adapter(folder, base):
     """An adapter by PEFT that changes what the base says, which it names from its own folder."""
     model = AutoModelForCausalLM.from_pretrained(base)
-    model = get_peft_model(model, LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+    model = get_peft_model(
+        model, LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, weight in model.named_parameters():
@@ -33,7 +38,9 @@ def write_adapter(folder, base):
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 0.5)
     model.save_pretrained(folder)
     config = folder / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "../hf"}))
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "../hf"})
+    )
     return folder
 
 
@@ -44,7 +51,9 @@ def folders(tmp_path_factory):
     for format in WHOLE:
         save(model, root / format, format=format, tokenizer=byte_tokenizer())
     write_adapter(root / "adapter", root / "hf")
-    shutil.copytree(root / "adapter", root / "run" / "step_000002")  # which names its base as from the run
+    shutil.copytree(
+        root / "adapter", root / "run" / "step_000002"
+    )  # which names its base as from the run
     byte_tokenizer().save(root / "run" / "step_000002")
     (root / "run" / "best").write_text("step_000002\n")
     (root / "run" / "latest").write_text("step_000002\n")
@@ -63,11 +72,15 @@ def expected(folder, count=12):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_generate_continues(folders, call, format):
-    code, out, err = call("generate", folders / format, "-p", PROMPT, "-m", 12, "--ignore-eos", "--json")
+    code, out, err = call(
+        "generate", folders / format, "-p", PROMPT, "-m", 12, "--ignore-eos", "--json"
+    )
     assert code == 0, err
     tokens = json.loads(out.splitlines()[-1])["completions"][0]["tokens"]
     assert tokens == expected(folders / format)
-    assert (tokens == expected(folders / "hf")) == (format in WHOLE), "the adapter must be on the model"
+    assert (tokens == expected(folders / "hf")) == (format in WHOLE), (
+        "the adapter must be on the model"
+    )
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -75,7 +88,10 @@ def test_chat_answers(folders, call, format):
     code, out, err = call("chat", folders / format, "-m", 12, "--ignore-eos", stdin=f"{PROMPT}\n")
     assert code == 0, err
     stream = Tokenizer.load(folders / "hf").stream()
-    assert out == "".join(stream.push(id) for id in expected(folders / format)) + stream.finish() + "\n"
+    assert (
+        out
+        == "".join(stream.push(id) for id in expected(folders / format)) + stream.finish() + "\n"
+    )
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -107,10 +123,14 @@ def test_verify_runs_it(folders, call, format):
 @pytest.mark.parametrize("format", FORMATS)
 def test_convert_leaves_nothing_that_differs(folders, call, tmp_path, format):
     assert call("convert", folders / format, tmp_path / "out", "--format", "native")[0] == 0
-    code, out, _ = call("inspect", folders / ("native" if format in WHOLE else format), tmp_path / "out", "--json")
+    code, out, _ = call(
+        "inspect", folders / ("native" if format in WHOLE else format), tmp_path / "out", "--json"
+    )
     found = json.loads(out.splitlines()[-1])
     assert code == 0 and found["differing"] == [] and found["identical"] == found["compared"] > 0
-    same = json.loads(call("inspect", folders / "native", tmp_path / "out", "--json")[1].splitlines()[-1])
+    same = json.loads(
+        call("inspect", folders / "native", tmp_path / "out", "--json")[1].splitlines()[-1]
+    )
     assert (same["differing"] == []) == (format in WHOLE)
 
 
@@ -130,7 +150,9 @@ def test_what_lies_beside_an_adapter_counts_before_the_base(folders, call, tmp_p
     code, _, err = call("chat", tmp_path / "adapter", "-m", 4, stdin="a\n")
     assert code == 0 and "the base" not in err
     byte_tokenizer(("<s>", "</s>", "<more>")).save(tmp_path / "adapter")
-    (tmp_path / "adapter" / "generation_config.json").write_text(json.dumps({"eos_token_id": [*range(258)]}))
+    (tmp_path / "adapter" / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [*range(258)]})
+    )
     code, out, err = call("generate", tmp_path / "adapter", "-p", PROMPT, "--json")
     assert code == 0 and "special tokens from id 258 on have no embedding" in err
     assert json.loads(out.splitlines()[-1])["completions"][0]["finish_reason"] == "stop"
@@ -138,16 +160,25 @@ def test_what_lies_beside_an_adapter_counts_before_the_base(folders, call, tmp_p
 
 def test_a_merged_adapter_is_compared_with_its_tied_base(call, tmp_path):
     tokenizer = byte_tokenizer()
-    save(random_model(tiny_args(vocab_size=258, tie_embeddings=True)), tmp_path / "hf", "hf", tokenizer)
+    save(
+        random_model(tiny_args(vocab_size=258, tie_embeddings=True)),
+        tmp_path / "hf",
+        "hf",
+        tokenizer,
+    )
     write_adapter(tmp_path / "adapter", tmp_path / "hf")
-    found = json.loads(call("inspect", tmp_path / "hf", tmp_path / "adapter", "--json")[1].splitlines()[-1])
+    found = json.loads(
+        call("inspect", tmp_path / "hf", tmp_path / "adapter", "--json")[1].splitlines()[-1]
+    )
     assert found["only_a"] == found["only_b"] == []
     leaves = {one["name"].split(".")[3] for one in found["differing"]}
     assert leaves == {"wq", "w_out"} and len(found["differing"]) == 4
 
 
 def test_a_vocabulary_that_only_the_weights_know(call, tmp_path):
-    folder = write_meta(tmp_path, PARAMS["llama2"], cut("llama2", meta_state("llama2", twin("llama2")), 2))
+    folder = write_meta(
+        tmp_path, PARAMS["llama2"], cut("llama2", meta_state("llama2", twin("llama2")), 2)
+    )
     assert call("inspect", folder)[0] == call("inspect", folder / "params.json")[0] == 0
     byte_tokenizer().save(folder)
     code, out, err = call("generate", folder, "-p", PROMPT)
@@ -206,10 +237,18 @@ def test_a_hub_id_is_read_at_its_revision(offline, call, verb):
         code, out, err = call(verb, *model, *words, stdin=said)
         assert code == 0, err
         document = json.loads(out.splitlines()[-1]) if "--json" in words else {"text": out}
-        return {key: document[key] for key in ("completions", "embeddings", "layers", "text") if key in document}
+        return {
+            key: document[key]
+            for key in ("completions", "embeddings", "layers", "text")
+            if key in document
+        }
 
     assert answer("owner/tiny", "--revision", "v1") == answer(offline / ("b" * 40))
-    assert answer("owner/tiny") == answer(offline / ("a" * 40)) != answer("owner/tiny", "--revision", "v1")
+    assert (
+        answer("owner/tiny")
+        == answer(offline / ("a" * 40))
+        != answer("owner/tiny", "--revision", "v1")
+    )
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -218,7 +257,7 @@ def test_a_hub_id_is_read_at_its_revision(offline, call, verb):
     [
         (["owner/other"], "owner/other: no such folder, not in the hub's cache here"),
         (["nowhere"], "no such folder"),
-        (["FOLDER", "--revision", "v1"], "revision = 'v1': accepted with a hub id"),
+        (["FOLDER", "--revision", "v1"], "revision: got 'v1'; valid only with a hub id"),
     ],
 )
 def test_what_is_nowhere_is_one_sentence(offline, call, verb, model, said):
@@ -230,6 +269,8 @@ def test_what_is_nowhere_is_one_sentence(offline, call, verb, model, said):
 def test_an_adapter_on_an_adapter_is_refused(folders, call, tmp_path):
     config = json.loads((folders / "adapter" / "adapter_config.json").read_text())
     for base in (folders / "adapter", tmp_path):
-        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
+        (tmp_path / "adapter_config.json").write_text(
+            json.dumps({**config, "base_model_name_or_path": str(base)})
+        )
         code, _, err = call("inspect", tmp_path)
-        assert code == 2 and "is an adapter too; accepted is a whole model" in err
+        assert code == 2 and "is an adapter too; expected a whole model" in err

@@ -1,4 +1,6 @@
-"""Models and adapters by hub id, over a hub made of folders: what is fetched, and that verbs answer alike."""
+"""Models and adapters by hub id, over a hub made of folders: what is fetched, and that verbs answer
+alike.
+"""
 
 import json
 import shutil
@@ -9,23 +11,29 @@ from huggingface_hub import HfApi
 
 from tests.checkpoints.consolidated import PARAMS, VOCAB, cut, meta_state, twin, write_meta
 from tests.helpers import random_model, tiny_args
-from transom.adapt.lora_args import LoraArgs
-from transom.adapt.new import apply_lora
-from transom.adapt.read import load_adapter
-from transom.adapt.write import save_adapter
-from transom.checkpoints.folders import find_model
+from transom.base.errors import RequestError
+from transom.checkpoints.adapters.read import load_adapter
+from transom.checkpoints.adapters.write import save_adapter
+from transom.checkpoints.files.folders import find_model
 from transom.checkpoints.load import load, load_tokenizer, save
-from transom.errors import RequestError
-from transom.tokenizer import byte_tokenizer
+from transom.lora.apply import apply_lora
+from transom.lora.args import LoraArgs
+from transom.tokenizers.training import byte_tokenizer
 
 
 @pytest.fixture
 def repositories(tmp_path, monkeypatch):
-    """A hub that is there: repositories are folders `hub/OWNER/NAME`; what is fetched lands in a cache, by name."""
+    """A hub that is there: repositories are folders `hub/OWNER/NAME`; what is fetched lands in a
+    cache, by name.
+    """
     root, fetched = tmp_path / "hub", []
 
     def files(_, name, revision=None):
-        return [str(path.relative_to(root / name)) for path in (root / name).rglob("*") if path.is_file()]
+        return [
+            str(path.relative_to(root / name))
+            for path in (root / name).rglob("*")
+            if path.is_file()
+        ]
 
     def fetch(name, revision=None, allow_patterns=(), **_):
         folder = tmp_path / "cache" / f"{name}@{revision}"
@@ -67,7 +75,9 @@ def test_settings_are_read_without_weights(repositories, call):
     assert load_tokenizer("owner/base").vocab_size == byte_tokenizer().vocab_size
     code, out, err = call("inspect", "owner/base", "--json")
     assert code == 0, err
-    assert json.loads(out)["parameters"] == sum(weight.numel() for weight in base_model().parameters())
+    assert json.loads(out)["parameters"] == sum(
+        weight.numel() for weight in base_model().parameters()
+    )
     assert "owner/base@None/config.json" in fetched and not weights_in(fetched)
     load("owner/base")
     assert weights_in(fetched) == {"owner/base@None/model.safetensors"}
@@ -85,7 +95,9 @@ def test_weights_are_fetched_where_only_they_know_the_vocabulary(repositories, c
     write_meta(root / "owner" / "meta", PARAMS["llama2"], cut("llama2", state, 1))
     code, out, err = call("inspect", "owner/meta", "--json")
     assert code == 0, err
-    assert json.loads(out)["vocab_size"] == VOCAB and "owner/meta@None/consolidated.00.pth" in fetched
+    assert (
+        json.loads(out)["vocab_size"] == VOCAB and "owner/meta@None/consolidated.00.pth" in fetched
+    )
 
 
 @pytest.mark.parametrize("revision", [None, "v1"])
@@ -105,7 +117,8 @@ def test_an_adapter_comes_on_the_base_it_names(repositories, revision):
 
 
 @pytest.mark.parametrize(
-    ("verb", "words", "said"), [("generate", ["-p", "ab", "-m", 4], ""), ("chat", ["-m", 4], "ab\n")]
+    ("verb", "words", "said"),
+    [("generate", ["-p", "ab", "-m", 4], ""), ("chat", ["-m", 4], "ab\n")],
 )
 def test_verbs_answer_as_the_adapter_does_from_its_folder(repositories, call, verb, words, said):
     root, _ = repositories
@@ -135,7 +148,9 @@ def test_the_base_of_an_adapter_may_be_a_folder(repositories):
 def test_a_base_that_is_not_there_is_named_with_its_adapter(repositories):
     root, _ = repositories
     write_adapter(root / "owner" / "adapter", "/gone/base")
-    with pytest.raises(RequestError, match=r"adapter_config\.json: base_model_name_or_path: /gone/base: no such"):
+    with pytest.raises(
+        RequestError, match=r"adapter_config\.json: base_model_name_or_path: /gone/base: no such"
+    ):
         load("owner/adapter")
 
 
@@ -147,5 +162,7 @@ def test_a_whole_model_beside_an_adapter_counts(repositories):
     (root / "owner" / "base" / "model.safetensors").unlink()
     write_adapter(root / "owner" / "other", "owner/none")
     shutil.copy(root / "owner" / "base" / "config.json", root / "owner" / "other")
-    with pytest.raises(RequestError, match="owner/none"):  # the config of a base beside an adapter is no model
+    with pytest.raises(
+        RequestError, match="owner/none"
+    ):  # the config of a base beside an adapter is no model
         find_model("owner/other")

@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import random_model, run_python, tiny_args
-from transom.args import ModelArgs
-from transom.checkpoints.folders import read_args
+from transom.checkpoints.files.folders import read_args
 from transom.checkpoints.load import load, save
 from transom.cli.main import main
-from transom.model import LLM
+from transom.config.model_args import ModelArgs
+from transom.config.presets import PRESETS, preset
+from transom.models.llm import LLM
 from transom.planning import counts
-from transom.presets import PRESETS, preset
-from transom.tokenizer import byte_tokenizer
+from transom.tokenizers.training import byte_tokenizer
 
 TINY = {
     "dim": 16,
@@ -58,12 +58,20 @@ def test_presets_are_printed_whole(name, capsys, monkeypatch):
     assert "\x1b" not in out and "…" not in out
     assert all(line == line.rstrip() for line in out.splitlines())
     rows = [line for line in out.splitlines() if " q / " in line]
-    assert len(rows) == len(set(map(repr, (replace(layer, index=0) for layer in preset(name).layers))))
+    assert len(rows) == len(
+        set(map(repr, (replace(layer, index=0) for layer in preset(name).layers)))
+    )
 
 
 def test_the_plan_of_llama3(capsys):
     _, out, _ = inspect(capsys, "llama3-8b")
-    for words in ("8.03 B parameters in 32 layers", "0-31", "causal", "32 q / 8 kv x 128", "SwiGLU 14336"):
+    for words in (
+        "8.03 B parameters in 32 layers",
+        "0-31",
+        "causal",
+        "32 q / 8 kv x 128",
+        "SwiGLU 14336",
+    ):
         assert words in out
     assert "14.96 GiB in bfloat16, 29.92 GiB in float32" in out
     assert "1 GiB in bfloat16, 2 GiB in float32, for one sequence of 8,192 tokens" in out
@@ -84,8 +92,7 @@ def test_json_has_the_exact_numbers(capsys):
 
 def test_the_plan_needs_no_torch_and_no_time():
     code = (
-        "import sys, time\n"
-        "from transom.cli.main import main\n"
+        "import sys, time\nfrom transom.cli.main import main\n"
         "assert main(['inspect', 'llama4-scout']) == 0\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
         "print(time.process_time())\n"
@@ -124,14 +131,23 @@ def test_layers_that_see_later_tokens_have_no_cache(tmp_path, capsys):
         (["lama3-8b"], "did you mean 'llama3-8b'"),
         (["nothing"], f"presets are {', '.join(PRESETS)}"),
         (["demo", "--trace", "text"], "preset demo has no weights"),
-        (["demo", "--length", "0"], "length = 0: accepted is 1 or more tokens"),
-        (["demo", "--device", "cpu"], "--device = 'cpu': accepted with --trace"),
-        (["{model}", "--trace", "x", "--length", "8"], "--length = 8: accepted without --trace"),
-        (["{model}", "--trace", "x" * 32], "33 tokens': accepted are 1 to 32 tokens"),
-        (["{model}/model.safetensors"], "accepted is a config.json, a params.json, a folder, a hub id or a preset"),
-        (["{model}", "{model}", "--trace", "x"], "--trace = 'x': accepted with one model"),
+        (["demo", "--length", "0"], "length: got 0; expected 1 or more tokens"),
+        (["demo", "--device", "cpu"], "--device: got 'cpu'; valid only with --trace"),
+        (
+            ["{model}", "--trace", "x", "--length", "8"],
+            "--length: got 8; valid only without --trace",
+        ),
+        (["{model}", "--trace", "x" * 32], "33 tokens': expected 1 to 32 tokens"),
+        (
+            ["{model}/model.safetensors"],
+            "expected a config.json, a params.json, a folder, a hub id or a preset",
+        ),
+        (["{model}", "{model}", "--trace", "x"], "--trace: got 'x'; valid only with one model"),
         (["{model}", "/no/such/folder"], "/no/such/folder: no such folder"),
-        (["{model}", "{model}", "--revision", "v1"], "--revision = 'v1': accepted with a hub id"),
+        (
+            ["{model}", "{model}", "--revision", "v1"],
+            "--revision: got 'v1'; valid only with a hub id",
+        ),
     ],
 )
 def test_wrong_requests_are_one_sentence(words, said, model, capsys):
@@ -163,7 +179,9 @@ def test_trace_prints_every_layer_and_head(model, capsys):
 
 
 def test_trace_as_json(model, capsys):
-    code, out, _ = inspect(capsys, model, "--trace", "ab", "--json", "--device", "cpu", "--dtype", "float64")
+    code, out, _ = inspect(
+        capsys, model, "--trace", "ab", "--json", "--device", "cpu", "--dtype", "float64"
+    )
     document = json.loads(out.splitlines()[-1])
     assert code == 0
     assert [token["text"] for token in document["tokens"]] == ["<|begin_of_text|>", "a", "b"]
@@ -175,7 +193,8 @@ def test_trace_as_json(model, capsys):
         assert all(0 <= head["strongest_position"] <= 2 for head in layer["heads"])
 
 
-# -- two models, two runs ---------------------------------------------------------------------------------
+# -- two models, two runs
+# ---------------------------------------------------------------------------------
 
 
 def compared(capsys, *words):
@@ -210,7 +229,9 @@ def test_the_largest_difference_comes_first_and_is_exact(tmp_path, capsys):
     first, second = found["differing"]
     assert (first["name"], second["name"]) == ("layers.1.attention.wq.weight", "output.weight")
     assert first["differing"] == first["count"] and second["differing"] == 1
-    assert first["largest"] == pytest.approx(2.0, abs=1e-5) and second["largest"] == pytest.approx(0.25, abs=1e-6)
+    assert first["largest"] == pytest.approx(2.0, abs=1e-5) and second["largest"] == pytest.approx(
+        0.25, abs=1e-6
+    )
     theirs = load_file(a / "model.safetensors")
     assert first["scale"] == pytest.approx(float(theirs[first["name"]].abs().max()))
     assert found["identical"] == found["compared"] - 2 == len(theirs) - 2
@@ -235,7 +256,10 @@ def test_names_shapes_dtypes_and_fields(tmp_path, capsys):
     half = tmp_path / "half"
     save(load(a), half, dtype="bfloat16")
     found = compared(capsys, a, half)
-    assert set(map(tuple, found["dtypes"].values())) == {("float32", "bfloat16")} and found["identical"] == 0
+    assert (
+        set(map(tuple, found["dtypes"].values())) == {("float32", "bfloat16")}
+        and found["identical"] == 0
+    )
     assert max(one["largest"] / one["scale"] for one in found["differing"]) < 2**-8
     save(load(half), tmp_path / "wide", dtype="float32")
     _, out, _ = inspect(capsys, half, tmp_path / "wide")
@@ -255,7 +279,15 @@ LLAMA4 = {
 @pytest.mark.parametrize(
     ("fields", "format"),
     [
-        ({"hidden_dim": None, "multiple_of": 16, "ffn_dim_multiplier": 1.3, "use_scaled_rope": True}, "hf"),
+        (
+            {
+                "hidden_dim": None,
+                "multiple_of": 16,
+                "ffn_dim_multiplier": 1.3,
+                "use_scaled_rope": True,
+            },
+            "hf",
+        ),
         ({"hidden_dim": None, "multiple_of": 16, "n_kv_heads": None}, "meta"),
         ({"sliding_window": 8}, "mistral"),
         ({"moe_args": {"num_experts": 4, "hidden_dim": 20}}, "hf"),
@@ -266,7 +298,9 @@ def test_what_one_side_leaves_to_its_rule_is_no_difference(fields, format, tmp_p
     save(random_model(tiny_args(**fields)), tmp_path / "a")
     save(load(tmp_path / "a"), tmp_path / "b", format)
     mine, theirs = (asdict(read_args(tmp_path / name)) for name in "ab")
-    assert any(mine[key] != theirs[key] for key in mine if key != "rope_layout"), "as written, they differ"
+    assert any(mine[key] != theirs[key] for key in mine if key != "rope_layout"), (
+        "as written, they differ"
+    )
     assert set(compared(capsys, tmp_path / "a", tmp_path / "b")["config"]) <= {"rope_layout"}
 
 
@@ -285,7 +319,9 @@ def test_another_layout_of_the_same_weights_is_no_difference(format, tmp_path, c
         save(load(tmp_path / layout), tmp_path / f"{layout}-{format}", format=format)
         found = compared(capsys, tmp_path / layout, tmp_path / f"{layout}-{format}")
         assert found["differing"] == [] and found["identical"] == found["compared"]
-        assert (found["rotary"] == "turned") == (layout != ("halves" if format == "hf" else "interleaved"))
+        assert (found["rotary"] == "turned") == (
+            layout != ("halves" if format == "hf" else "interleaved")
+        )
 
 
 def write_run(folder, rows=(), **changes):
@@ -296,7 +332,12 @@ def write_run(folder, rows=(), **changes):
         "seed": 0,
         "data": {"texts": "abc", "more": "def"},
         "model": {"dim": 16},
-        "config": {"steps": 10, "model": "tiny", "optimizer": {"lr": 0.001}, "data": {"sources": [{"path": "x"}]}},
+        "config": {
+            "steps": 10,
+            "model": "tiny",
+            "optimizer": {"lr": 0.001},
+            "data": {"sources": [{"path": "x"}]},
+        },
     }
     for key, value in changes.items():
         facts[key] = {**facts[key], **value} if isinstance(value, dict) else value
@@ -333,8 +374,7 @@ def test_two_runs(tmp_path, capsys):
 def test_two_runs_need_no_torch(tmp_path):
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", seed=1)
     code = (
-        "import sys\n"
-        "from transom.cli.main import main\n"
+        "import sys\nfrom transom.cli.main import main\n"
         f"assert main(['inspect', {str(a)!r}, {str(b)!r}]) == 0\n"
         "print('torch' in sys.modules)\n"
     )

@@ -6,13 +6,15 @@ import signal
 import pytest
 import torch
 
+from transom.base.runtime import is_out_of_memory
 from transom.cli import main as cli
 from transom.cli.main import main
-from transom.runtime import is_out_of_memory
 
 OUT_OF_MEMORY = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:126] DefaultCPUAllocator: can't allocate memory: 1 bytes"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:126] DefaultCPUAllocator: can't allocate memory: 1 bytes"
+    ),
     RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
     MemoryError(),
 )
@@ -45,7 +47,9 @@ def test_a_bug_that_speaks_of_memory_keeps_its_traceback(monkeypatch, error):
         main(["train"])
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 @pytest.mark.parametrize("verb", ["generate", "eval", "demo"])
 def test_every_verb_ends_by_a_signal_with_its_code(monkeypatch, capsys, verb, number, code):
     before = signal.getsignal(number)

@@ -6,7 +6,7 @@ import re
 import pytest
 from safetensors.torch import load_file
 
-from tests.adapt.folders import write_adapter, write_base, write_run
+from tests.checkpoints.adapters.folders import write_adapter, write_base, write_run
 
 DATA = ("--data", __file__)
 
@@ -47,26 +47,43 @@ def test_folders_are_told_by_their_order(made, call, tmp_path):
         assert code == 0, err
         told = report(out)
         assert told["base"]["folder"] == str(base) and told["merged"] == str(words[-1])
-        assert [one["folder"] for one in told["adapters"]] == [str(made / name) for name in adapters]
+        assert [one["folder"] for one in told["adapters"]] == [
+            str(made / name) for name in adapters
+        ]
         assert (words[-1] / "model.safetensors").exists()
 
 
 def test_flags_reach_the_merge(made, call, tmp_path):
-    words = ("--method", "dare", "--weights", "0.7,-0.3", "--density", "0.25", "--seed", "3", "--dtype", "float32")
-    code, out, err = call("merge", made / "base", made / "a", made / "b", tmp_path / "out", *words, *DATA, "--json")
+    words = (
+        "--method",
+        "dare",
+        "--weights",
+        "0.7,-0.3",
+        "--density",
+        "0.25",
+        "--seed",
+        "3",
+        "--dtype",
+        "float32",
+    )
+    code, out, err = call(
+        "merge", made / "base", made / "a", made / "b", tmp_path / "out", *words, *DATA, "--json"
+    )
     assert code == 0, err
     told = report(out)
     assert told["combine"] == {"method": "dare", "density": 0.25, "seed": 3}
     assert [one["weight"] for one in told["adapters"]] == [0.7, -0.3]
     assert told["data"]["source"] == __file__ and told["out"]["dtype"] == "float32"
-    assert {str(t.dtype) for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {"torch.float32"}
+    assert {str(t.dtype) for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {
+        "torch.float32"
+    }
 
 
 def test_a_folder_in_the_way_is_replaced_when_told_so(made, call, tmp_path):
     assert call("merge", made / "a", tmp_path / "out", *DATA)[0] == 0
     before = load_file(tmp_path / "out" / "model.safetensors")
     code, _, err = call("merge", made / "b", tmp_path / "out", *DATA)
-    assert code == 2 and "not empty; accepted with --overwrite" in err
+    assert code == 2 and "not empty; valid only with --overwrite" in err
     assert call("merge", made / "b", tmp_path / "out", *DATA, "--overwrite")[0] == 0
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert any(not (after[key] == tensor).all() for key, tensor in before.items())
@@ -75,15 +92,21 @@ def test_a_folder_in_the_way_is_replaced_when_told_so(made, call, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["base"], "a whole model; accepted is an adapter"),
+        (["base"], "a whole model; expected an adapter"),
         (["nowhere"], "nowhere: no such folder"),
-        (["base", "a"], "OUT = .*an adapter, which is not written over"),
-        (["a", "OUT", "--density", "0.5"], "--density = 0.5: accepted with --method ties and dare"),
-        (["a", "OUT", "--method", "ties", "--seed", "1"], "--seed = 1: accepted with --method dare"),
-        (["a", "OUT", "--method", "ties", "--density", "2"], "density = 2.0"),
-        (["a", "OUT", "--weights", "half"], "--weights = 'half': accepted is numbers"),
+        (["base", "a"], "OUT: got .*an adapter, which is not written over"),
+        (
+            ["a", "OUT", "--density", "0.5"],
+            "--density: got 0.5; valid only with --method ties and dare",
+        ),
+        (
+            ["a", "OUT", "--method", "ties", "--seed", "1"],
+            "--seed: got 1; valid only with --method dare",
+        ),
+        (["a", "OUT", "--method", "ties", "--density", "2"], "density: got 2.0"),
+        (["a", "OUT", "--weights", "half"], "--weights: got 'half'; expected numbers"),
         (["a", "OUT", "--weights", "1,2"], "one for each of 1 adapters"),
-        (["a", "OUT", "--format", "meta", "--dtype", "int4"], "dtype = 'int4'"),
+        (["a", "OUT", "--format", "meta", "--dtype", "int4"], "dtype: got 'int4'"),
     ],
 )
 def test_wrong_requests_are_one_sentence(made, call, tmp_path, words, said):
@@ -96,7 +119,7 @@ def test_wrong_requests_are_one_sentence(made, call, tmp_path, words, said):
 def test_an_adapter_for_another_base_is_refused(made, call, tmp_path):
     other = write_base(tmp_path / "other", seed=9)
     code, out, err = call("merge", other, made / "a", tmp_path / "out")
-    assert (code, out) == (2, "") and "accepted is the base that it was trained on" in err
+    assert (code, out) == (2, "") and "expected the base that it was trained on" in err
     assert not (tmp_path / "out").exists()
 
 
@@ -107,7 +130,10 @@ def test_biases_that_choose_experts_do_not_widen_what_is_written(call, tmp_path)
     adapter = write_adapter(tmp_path / "adapter", base)
     code, _, err = call("merge", base, adapter, tmp_path / "out", *DATA)
     assert code == 0, err
-    kinds = {name: str(one.dtype) for name, one in load_file(tmp_path / "out" / "model.safetensors").items()}
+    kinds = {
+        name: str(one.dtype)
+        for name, one in load_file(tmp_path / "out" / "model.safetensors").items()
+    }
     biases = {name for name in kinds if name.endswith("choice_bias")}
     assert biases and {kinds[name] for name in biases} == {"torch.float32"}
     assert {kind for name, kind in kinds.items() if name not in biases} == {"torch.bfloat16"}

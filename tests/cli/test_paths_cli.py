@@ -3,7 +3,7 @@
 from tests.helpers import random_model, tiny_args
 from transom.checkpoints.load import save
 from transom.cli.adapters import named_adapters
-from transom.tokenizer import byte_tokenizer
+from transom.tokenizers.training import byte_tokenizer
 
 
 def test_the_home_folder_is_found_and_written_to(call, tmp_path, monkeypatch):
@@ -17,7 +17,10 @@ def test_the_home_folder_is_found_and_written_to(call, tmp_path, monkeypatch):
     assert call("generate", "~/model", "-p", "~/a", "-m", 2)[0] == 0
     assert call("convert", "~/model", "~/copy")[0] == 0
     assert call("embed", "~/model", "--text", "~", "--out=~/v.npy")[0] == 0
-    assert call("eval", "~/model", "--data", "~/text.txt", "--out=~/e.json", "--rows=~/r.jsonl")[0] == 0
+    assert (
+        call("eval", "~/model", "--data", "~/text.txt", "--out=~/e.json", "--rows=~/r.jsonl")[0]
+        == 0
+    )
     assert call("inspect", "~/model", "~/copy")[0] == 0
     assert {"copy", "v.npy", "e.json", "r.jsonl"} <= {path.name for path in home.iterdir()}
     assert not list(here.iterdir())

@@ -21,7 +21,10 @@ def test_help_names_every_field_with_its_default(capsys):
 
 def test_a_config_and_overrides_make_a_run(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny_config(tmp_path)))
-    assert main(["train", str(tmp_path / "config.yaml"), "steps=3", "optimizer.lr=2e-3", "--json"]) == 0
+    assert (
+        main(["train", str(tmp_path / "config.yaml"), "steps=3", "optimizer.lr=2e-3", "--json"])
+        == 0
+    )
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (told["steps"], told["train_tokens"]) == (3, 3 * 4 * 32)
     stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())

@@ -36,13 +36,30 @@ def test_a_model_is_taken_from_wherever_it_is_written(tmp_path, capsys, kind):
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told["ok"]
     names = {row["comparison"] for row in told["comparisons"]}
-    assert {"rotating = static stores", "packed", "chunked prefill"} <= names, "the window has been kept"
+    assert {"rotating: got static stores", "packed", "chunked prefill"} <= names, (
+        "the window has been kept"
+    )
     assert all(row["worst"]["error"] <= row["worst"]["tolerance"] for row in told["comparisons"])
 
 
 def test_a_folder_is_verified_with_its_own_weights(tmp_path, capsys):
     folder = written(tmp_path, "folder")
-    assert main(["verify", "cache", str(folder), "--full", "--length", "48", "--dtype", "float64", "--json"]) == 0
+    assert (
+        main(
+            [
+                "verify",
+                "cache",
+                str(folder),
+                "--full",
+                "--length",
+                "48",
+                "--dtype",
+                "float64",
+                "--json",
+            ]
+        )
+        == 0
+    )
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {row["worst"]["tolerance"] for row in told["comparisons"]} == {1e-9}
 
@@ -80,15 +97,15 @@ def test_what_the_oracle_lacks_is_a_refusal(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "verify = None: accepted is model, cache"),
+        ([], "verify: got None; expected model, cache"),
         (["cash"], "'cash'"),
         (["data", "demo"], "data needs none"),
         (["cache", "--full"], "--full"),
         (["cache", "demo", "--full"], "preset demo has no weights"),
-        (["model", "demo", "--full"], "accepted with cache"),
-        (["cache", "demo", "--length", "9"], "--length = 9: accepted with cache --full"),
+        (["model", "demo", "--full"], "valid only with cache"),
+        (["cache", "demo", "--length", "9"], "--length: got 9; valid only with cache --full"),
         (["cache", "--steps", "4"], "--steps"),
-        (["resume", "demo", "--steps", "2"], "--steps = 2"),
+        (["resume", "demo", "--steps", "2"], "--steps: got 2"),
         (["cache", "--self-test"], "leave it away"),
         (["cache", "no-such-model"], "no such folder, file or preset"),
     ],

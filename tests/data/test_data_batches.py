@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from transom.base.errors import RequestError
 from transom.data.batches import NO_TARGET, Batches
 from transom.data.order import Mixture, PackedOrder
-from transom.data.shards import TokenFile
-from transom.errors import RequestError
+from transom.data.text.shards import TokenFile
 
 BOS, EOS = 90, 91
 
@@ -16,14 +16,23 @@ def token_file(lengths, first=0):
     """Documents whose tokens are numbered through, so that each token says where it is from."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     tokens = (first + np.arange(offsets[-1])).astype(np.uint16)
-    return TokenFile(tokens, offsets, np.asarray(lengths, np.int64), [str(i) for i in range(len(lengths))])
+    return TokenFile(
+        tokens, offsets, np.asarray(lengths, np.int64), [str(i) for i in range(len(lengths))]
+    )
 
 
 FILES = [token_file([5, 0, 12, 1, 9]), token_file([8, 3, 7], first=40)]
 
 
 def batches(files=FILES, **changes):
-    settings = {"bos_id": BOS, "eos_id": EOS, "vocab_size": 92, "seq_len": 6, "rows_per_step": 4, "seed": 1}
+    settings = {
+        "bos_id": BOS,
+        "eos_id": EOS,
+        "vocab_size": 92,
+        "seq_len": 6,
+        "rows_per_step": 4,
+        "seed": 1,
+    }
     return Batches(files, [1.0] * len(files), **(settings | changes))
 
 
@@ -41,7 +50,10 @@ def reference_row(files, item, frame, seq_len):
         window += [(piece.document, token) for token in whole[piece.start : piece.stop]]
     owners = [document for document, _ in window]
     tokens = [token for _, token in window]
-    targets = [tokens[place + 1] if owners[place] == owners[place + 1] else NO_TARGET for place in range(seq_len)]
+    targets = [
+        tokens[place + 1] if owners[place] == owners[place + 1] else NO_TARGET
+        for place in range(seq_len)
+    ]
     sizes = tuple(owners[:seq_len].count(owner) for owner in dict.fromkeys(owners[:seq_len]))
     return tokens[:seq_len], targets, sizes
 
@@ -58,7 +70,9 @@ def test_rows_are_those_of_the_reference(files, frame, seq_len):
     for epoch in range(2):
         for index in range(len(mixture)):
             batch = next(data)
-            tokens, targets, sizes = reference_row(files, mixture.item(epoch, index), frame, seq_len)
+            tokens, targets, sizes = reference_row(
+                files, mixture.item(epoch, index), frame, seq_len
+            )
             assert batch.tokens.tolist() == [tokens]
             assert batch.targets.tolist() == [targets]
             assert batch.sizes == (sizes,)
@@ -95,14 +109,17 @@ def test_a_restored_state_gives_the_same_rows_to_any_number_of_ranks():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"rows_per_step": 0}, "rows_per_step = 0: accepted is 1 row or more"),
-        ({"world_size": 3}, "rows_per_step = 4: accepted is a multiple of the number of ranks, 3"),
-        ({"rank": 1}, "rank = 1: accepted is 0 to 0"),
-        ({"seq_len": 0}, "seq_len = 0: accepted"),
-        ({"seq_len": 60}, "accepted is at most 36 for this source of 37 tokens"),
-        ({"vocab_size": 50, "bos_id": None, "eos_id": None}, "token id = 57: accepted are ids from 0 to 49"),
-        ({"vocab_size": 91}, "eos_id = 91: accepted are ids from 0 to 90"),
-        ({"seed": -1}, "seed = -1: accepted is 0 or more"),
+        ({"rows_per_step": 0}, "rows_per_step: got 0; expected 1 row or more"),
+        ({"world_size": 3}, "rows_per_step: got 4; expected a multiple of the number of ranks, 3"),
+        ({"rank": 1}, "rank: got 1; expected 0 to 0"),
+        ({"seq_len": 0}, "seq_len: got 0: accepted"),
+        ({"seq_len": 60}, "expected at most 36 for this source of 37 tokens"),
+        (
+            {"vocab_size": 50, "bos_id": None, "eos_id": None},
+            "token id: got 57; expected ids from 0 to 49",
+        ),
+        ({"vocab_size": 91}, "eos_id: got 91; expected ids from 0 to 90"),
+        ({"seed": -1}, "seed: got -1; expected 0 or more"),
     ],
 )
 def test_wrong_settings_are_named(changes, sentence):
@@ -110,7 +127,9 @@ def test_wrong_settings_are_named(changes, sentence):
         batches(**changes)
 
 
-@pytest.mark.parametrize("state", [{"epoch": 0}, {"epoch": -1, "item": 0}, {"epoch": 0, "item": 10**6}])
+@pytest.mark.parametrize(
+    "state", [{"epoch": 0}, {"epoch": -1, "item": 0}, {"epoch": 0, "item": 10**6}]
+)
 def test_a_state_of_other_data_is_refused(state):
     with pytest.raises(RequestError, match="accepted"):
         batches().load_state(state)

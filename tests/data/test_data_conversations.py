@@ -12,11 +12,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from tests.chat_texts import CALL, TOOLS
-from transom.data.conversations import Example, recognise
+from tests.chat.chat_texts import CALL, TOOLS
+from transom.base.errors import RequestError
+from transom.data.chat.conversations import Example, recognise
+from transom.data.chat.finetune_sets import Problem, read_examples, read_splits
 from transom.data.row_files import rows_of
-from transom.data.tuning_sets import Problem, read_examples, read_splits
-from transom.errors import RequestError
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CHAT = [USER, ANSWER]
@@ -27,7 +27,9 @@ def example(row: dict[str, Any]) -> Example:
 
 
 def write(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    path.write_text(
+        "".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows)
+    )
     return path
 
 
@@ -60,9 +62,14 @@ def test_alpaca_and_sharegpt_have_systems_and_inputs() -> None:
 
 @pytest.mark.parametrize("arguments", [{"city": "Köln"}, '{"city":  "Köln"}', "", None])
 def test_calls_stay_as_they_are_given(arguments: Any) -> None:
-    """The chat template decides whether it wants an object or text; no arguments are an empty object."""
+    """The chat template decides whether it wants an object or text; no arguments are an empty
+    object.
+    """
     call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
-    row = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}], "tools": TOOLS}
+    row = {
+        "messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}],
+        "tools": TOOLS,
+    }
     kept = {"type": "function", "function": {"name": "weather", "arguments": arguments or {}}}
     assert example(row).messages[1] == {"role": "assistant", "tool_calls": [kept]}
     row["messages"][1]["tool_calls"] = json.dumps([call])
@@ -70,7 +77,9 @@ def test_calls_stay_as_they_are_given(arguments: Any) -> None:
 
 
 def test_weights_are_kept() -> None:
-    made = example({"messages": [USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 0.5}], "weight": 2})
+    made = example(
+        {"messages": [USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 0.5}], "weight": 2}
+    )
     assert [m.get("weight") for m in made.messages] == [None, 0.0, None, 0.5] and made.weight == 2.0
 
 
@@ -86,13 +95,38 @@ def test_prompts_and_completions_are_texts_or_messages() -> None:
 
 # As TRL 1.16 `extract_prompt` splits them (trl/data_utils.py); an explicit prompt stays as it is.
 PAIRS = [
-    ({"chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "b"}]}, "q", ("a", "b"), False),
-    ({"chosen": "The sky is blue.", "rejected": "The sky is green."}, "The sky is", (" blue.", " green."), True),
+    (
+        {"chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "b"}]},
+        "q",
+        ("a", "b"),
+        False,
+    ),
+    (
+        {"chosen": "The sky is blue.", "rejected": "The sky is green."},
+        "The sky is",
+        (" blue.", " green."),
+        True,
+    ),
     ({"prompt": "q", "chosen": "a", "rejected": "b"}, "q", ("a", "b"), True),
     ({"prompt": [USER], "chosen": "a", "rejected": "b"}, "q", ("a", "b"), False),
-    ({"prompt": "q", "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "b"}]}, "q", ("a", "b"), False),
-    ({"prompt": "q", "chosen": CHAT, "rejected": [USER, {**ANSWER, "content": "b"}]}, "q", ("a", "b"), False),
-    ({"prompt": [USER], "chosen": CHAT, "rejected": [USER, {**ANSWER, "content": "b"}]}, "q", ("a", "b"), False),
+    (
+        {"prompt": "q", "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "b"}]},
+        "q",
+        ("a", "b"),
+        False,
+    ),
+    (
+        {"prompt": "q", "chosen": CHAT, "rejected": [USER, {**ANSWER, "content": "b"}]},
+        "q",
+        ("a", "b"),
+        False,
+    ),
+    (
+        {"prompt": [USER], "chosen": CHAT, "rejected": [USER, {**ANSWER, "content": "b"}]},
+        "q",
+        ("a", "b"),
+        False,
+    ),
 ]
 
 
@@ -119,10 +153,16 @@ def test_a_shared_prompt_ends_where_a_word_does(chosen: str, rejected: str, prom
 
 
 @pytest.mark.parametrize(("row", "prompt", "answers", "bare"), PAIRS)
-def test_pairs_share_a_prompt(row: dict[str, Any], prompt: str, answers: tuple[str, str], bare: bool) -> None:
+def test_pairs_share_a_prompt(
+    row: dict[str, Any], prompt: str, answers: tuple[str, str], bare: bool
+) -> None:
     # Sets of pairs often keep the chosen conversation under `messages` as well.
     made = example({**row, "messages": CHAT})
-    assert (made.kind, made.messages, made.bare) == ("pair", ({"role": "user", "content": prompt},), bare)
+    assert (made.kind, made.messages, made.bare) == (
+        "pair",
+        ({"role": "user", "content": prompt},),
+        bare,
+    )
     assert made.answers == tuple(({"role": "assistant", "content": text},) for text in answers)
 
 
@@ -138,33 +178,65 @@ def test_prompts_with_an_answer_to_compare_with() -> None:
     [
         (
             {"mesages": CHAT},
-            "keys ['mesages']: accepted are rows with chosen and rejected; .*did you mean 'messages'",
+            "keys ['mesages']: expected rows with chosen and rejected; .*did you mean 'messages'",
         ),
-        ({"messages": []}, "messages = []: accepted is a list of one message or more"),
-        ({"messages": ["hi"]}, "messages[0] = 'hi': accepted is an object"),
-        ({"messages": [{"role": "usr", "content": "q"}]}, "messages[0].role = 'usr': accepted is one of system,"),
-        ({"messages": [USER]}, "roles of messages = ['user']: accepted is a conversation with an assistant's turn"),
-        ({"messages": [USER, {"role": "assistant", "content": " "}]}, "messages[1].content = ' ': this answer is"),
-        ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content = None: accepted is text"),
-        ({"messages": [{**USER, "weight": 0}, ANSWER]}, "messages[0].weight = 0: accepted on messages of the"),
-        ({"messages": [USER, {**ANSWER, "weight": -1}]}, "messages[1].weight = -1: accepted is a number of 0"),
-        ({"messages": [USER, {**ANSWER, "tool_calls": [{}]}]}, "messages[1].tool_calls[0] = {}: accepted is an"),
-        ({"messages": CHAT, "tools": "[" * 9999}, "tools = "),
-        ({"messages": CHAT, "tools": '[{"a": NaN}]'}, "tools = "),
-        ({"messages": CHAT, "tools": "no"}, "tools = 'no': accepted is a list of objects"),
-        ({"conversations": [{"from": "bard", "value": "q"}]}, "conversations[0].from = 'bard': accepted is one of"),
-        ({"prompt": "q", "completion": ""}, "completion = '': accepted is text that is not empty"),
-        ({"prompt": "q", "completion": "a", "label": 1}, "label = 1: accepted is true or false"),
-        ({"prompt": "q", "completion": [USER]}, "roles of completion = ['user']: accepted are answers"),
-        ({"instruction": "q", "output": None}, "output = None: accepted is text"),
-        ({"text": ""}, "text = '': accepted is text"),
-        ({"chosen": "a", "rejected": "a"}, "rejected = 'a': the same as chosen"),
-        ({"chosen": "a", "rejected": "b"}, "prompt = '': accepted is one, or answers that begin"),
-        ({"chosen": "blue", "rejected": "black"}, "prompt = '': accepted is one, or answers that begin"),
+        ({"messages": []}, "messages: got []; expected a list of one message or more"),
+        ({"messages": ["hi"]}, "messages[0]: got 'hi'; expected an object"),
+        (
+            {"messages": [{"role": "usr", "content": "q"}]},
+            "messages[0].role: got 'usr'; expected one of system,",
+        ),
+        (
+            {"messages": [USER]},
+            "roles of messages: got ['user']; expected a conversation with an assistant's turn",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": " "}]},
+            "messages[1].content: got ' '; this answer is",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant"}]},
+            "messages[1].content: got None; expected text",
+        ),
+        (
+            {"messages": [{**USER, "weight": 0}, ANSWER]},
+            "messages[0].weight: got 0: accepted on messages of the",
+        ),
+        (
+            {"messages": [USER, {**ANSWER, "weight": -1}]},
+            "messages[1].weight: got -1; expected a number of 0",
+        ),
+        (
+            {"messages": [USER, {**ANSWER, "tool_calls": [{}]}]},
+            "messages[1].tool_calls[0]: got {}; expected an",
+        ),
+        ({"messages": CHAT, "tools": "[" * 9999}, "tools: got "),
+        ({"messages": CHAT, "tools": '[{"a": NaN}]'}, "tools: got "),
+        ({"messages": CHAT, "tools": "no"}, "tools: got 'no'; expected a list of objects"),
+        (
+            {"conversations": [{"from": "bard", "value": "q"}]},
+            "conversations[0].from: got 'bard'; expected one of",
+        ),
+        ({"prompt": "q", "completion": ""}, "completion: got ''; expected text that is not empty"),
+        ({"prompt": "q", "completion": "a", "label": 1}, "label: got 1; expected true or false"),
+        (
+            {"prompt": "q", "completion": [USER]},
+            "roles of completion: got ['user']; expected answers",
+        ),
+        ({"instruction": "q", "output": None}, "output: got None; expected text"),
+        ({"text": ""}, "text: got ''; expected text"),
+        ({"chosen": "a", "rejected": "a"}, "rejected: got 'a': the same as chosen"),
+        ({"chosen": "a", "rejected": "b"}, "prompt: got ''; expected one, or answers that begin"),
+        (
+            {"chosen": "blue", "rejected": "black"},
+            "prompt: got ''; expected one, or answers that begin",
+        ),
     ],
 )
 def test_malformed_rows_are_one_sentence(row: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(RequestError, match=".*".join(map(re.escape, sentence.split(".*")))) as caught:
+    with pytest.raises(
+        RequestError, match=".*".join(map(re.escape, sentence.split(".*")))
+    ) as caught:
         example(row)
     assert "\n" not in str(caught.value)
 
@@ -172,16 +244,28 @@ def test_malformed_rows_are_one_sentence(row: dict[str, Any], sentence: str) -> 
 # Files
 
 
-def test_every_fault_is_found_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{"messages": CHAT, "source": "x"}, "not json\n", "\n", "[1]\n", {"messages": [USER]}, {"text": "x"}]
+def test_every_fault_is_found_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"messages": CHAT, "source": "x"},
+        "not json\n",
+        "\n",
+        "[1]\n",
+        {"messages": [USER]},
+        {"text": "x"},
+    ]
     path = write(tmp_path / "rows.jsonl", [*rows, {"messages": CHAT}])
     problems: list[Problem] = []
-    assert [one.id for one in read_examples(path, problems=problems)] == ["rows.jsonl:1", "rows.jsonl:7"]
+    assert [one.id for one in read_examples(path, problems=problems)] == [
+        "rows.jsonl:1",
+        "rows.jsonl:7",
+    ]
     assert [one.where for one in problems] == [f"{path}:{line}" for line in (2, 4, 5, 6)]
     assert "rows before are messages" in problems[3].sentence
     told = capsys.readouterr().err
     assert "1 empty lines left out" in told and "keys that are not read: source (1 rows)" in told
-    with pytest.raises(RequestError, match=f"{path}:2: 'not json': accepted is one JSON object"):
+    with pytest.raises(RequestError, match=f"{path}:2: 'not json': expected one JSON object"):
         read_examples(path)
 
 
@@ -207,9 +291,14 @@ def test_a_json_list_is_read_item_by_item(tmp_path: Path) -> None:
 def test_parquet_rows_lose_what_is_null(tmp_path: Path) -> None:
     from pyarrow import parquet
 
-    other = {"type": "function", "function": {"name": "add", "arguments": {"one": 1}}}  # no city, no id
+    other = {
+        "type": "function",
+        "function": {"name": "add", "arguments": {"one": 1}},
+    }  # no city, no id
     calls = {"role": "assistant", "content": None, "tool_calls": [CALL, other]}
-    table = pa.Table.from_pylist([{"messages": CHAT, "tools": None}, {"messages": [USER, calls], "tools": "[]"}])
+    table = pa.Table.from_pylist(
+        [{"messages": CHAT, "tools": None}, {"messages": [USER, calls], "tools": "[]"}]
+    )
     parquet.write_table(table, tmp_path / "train-00000-of-00001.parquet")
     first, second = read_examples(tmp_path)
     assert first == Example("train-00000-of-00001.parquet:1", "chat", tuple(CHAT))
@@ -221,20 +310,24 @@ def test_folders_have_splits(tmp_path: Path) -> None:
         write(tmp_path / f"{name}.jsonl", [{"text": name}])
     assert [one.text for one in read_examples(tmp_path)] == ["train"]
     assert [one.text for one in read_splits(tmp_path, 0.5)[1]] == ["validation"]
-    with pytest.raises(RequestError, match=r"split = 'test': .* has no such rows"):
+    with pytest.raises(RequestError, match=r"split: got 'test'; .* has no such rows"):
         read_examples(tmp_path, "test")
     (tmp_path / "train.json").write_text("[]")
-    with pytest.raises(RequestError, match=r"train = \['.json', '.jsonl'\]: accepted is one format"):
+    with pytest.raises(
+        RequestError, match=r"train: got \['.json', '.jsonl'\]; expected one format"
+    ):
         read_examples(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RequestError, match=r"no training rows; accepted is a folder with train.jsonl"):
+    with pytest.raises(RequestError, match=r"no training rows; expected a folder with train.jsonl"):
         read_examples(tmp_path / "empty")
 
 
 def test_a_file_alone_is_held_out_by_ids(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"text": str(i)} for i in range(400)])
     train, measured = read_splits(path, 0.25)
-    assert sorted(one.id for one in (*train, *measured)) == sorted(one.id for one in read_examples(path))
+    assert sorted(one.id for one in (*train, *measured)) == sorted(
+        one.id for one in read_examples(path)
+    )
     assert 70 < len(measured) < 130
     train, measured = read_splits(write(tmp_path / "rows.jsonl", [{"text": "the only one"}]), 0.999)
     assert len(train) == 1 and measured == []
@@ -246,7 +339,9 @@ def test_names_need_the_datasets_library(
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(RequestError, match="data by name needs `datasets`"):
         rows_of("owner/name")
-    with pytest.raises(RequestError, match=r"no such file or folder; accepted is a file that ends in .jsonl"):
+    with pytest.raises(
+        RequestError, match=r"no such file or folder; expected a file that ends in .jsonl"
+    ):
         rows_of("owner/name.jsonl")
     asked = []
 
@@ -258,4 +353,6 @@ def test_names_need_the_datasets_library(
     rows = list(rows_of("owner/name:main") or ())
     assert [(row.id, row.given) for row in rows] == [("owner/name:main:train:1", {"text": "a"})]
     assert asked == [("owner/name", "main")] and "not read: train_sft" in capsys.readouterr().err
-    assert list(rows_of("owner/name", "valid") or ()) == [] and rows_of("owner/name", "test") is None
+    assert (
+        list(rows_of("owner/name", "valid") or ()) == [] and rows_of("owner/name", "test") is None
+    )

@@ -1,4 +1,6 @@
-"""One reader of rows for every verb: names, compression, splits of folders, and JSON that is not quite JSON."""
+"""One reader of rows for every verb: names, compression, splits of folders, and JSON that is not
+quite JSON.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,12 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from transom.base.errors import RequestError
+from transom.data.chat.finetune_sets import read_examples, read_splits
 from transom.data.labelled import read_labelled
 from transom.data.row_files import read_rows
-from transom.data.sources import ReadReport, SourceArgs, read_documents
 from transom.data.split_files import split_files
-from transom.data.tuning_sets import read_examples, read_splits
-from transom.errors import RequestError
+from transom.data.text.sources import ReadReport, SourceArgs, read_documents
 from transom.evaluation.task_data import open_data
 
 ROWS = [{"text": "one"}, {"text": "two"}]
@@ -29,7 +31,11 @@ USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content"
 
 def write(path: Path, content: bytes | list[Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = content if isinstance(content, bytes) else "".join(json.dumps(row) + "\n" for row in content).encode()
+    lines = (
+        content
+        if isinstance(content, bytes)
+        else "".join(json.dumps(row) + "\n" for row in content).encode()
+    )
     path.write_bytes(lines)
     return path
 
@@ -73,7 +79,9 @@ def test_a_head_reads_every_format_of_rows(tmp_path: Path) -> None:
     for path in (listed, tmp_path / "a.parquet"):
         read = read_labelled(path, "classification")
         assert [(row.text, row.label) for row in read] == [("a", "x"), ("b", "y")]
-        assert [row.id for row in read] == [one.id for one in read_documents(SourceArgs(path=str(path)))]
+        assert [row.id for row in read] == [
+            one.id for one in read_documents(SourceArgs(path=str(path)))
+        ]
 
 
 def test_a_text_loses_its_byte_order_mark_and_its_compression(tmp_path: Path) -> None:
@@ -84,7 +92,11 @@ def test_a_text_loses_its_byte_order_mark_and_its_compression(tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.xz", "a.jsonl.zst"])
 def test_a_damaged_archive_is_named(tmp_path: Path, name: str) -> None:
-    packed = {"gz": gzip.compress(LINES * 50), "xz": lzma.compress(LINES * 50), "zst": b"no archive"}
+    packed = {
+        "gz": gzip.compress(LINES * 50),
+        "xz": lzma.compress(LINES * 50),
+        "zst": b"no archive",
+    }
     path = write(tmp_path / name, packed[name.rpartition(".")[2]][:-9])
     with pytest.raises(RequestError, match=name):
         documents(path)
@@ -106,7 +118,9 @@ def test_json_that_is_no_data_is_text_in_a_folder_and_counted(tmp_path: Path) ->
 
 def names(folder: Path) -> dict[str, list[str]]:
     found = split_files(folder).files.items()
-    return {split: [path.relative_to(folder).as_posix() for path in files] for split, files in found}
+    return {
+        split: [path.relative_to(folder).as_posix() for path in files] for split, files in found
+    }
 
 
 @pytest.mark.parametrize(
@@ -126,7 +140,9 @@ def names(folder: Path) -> dict[str, list[str]]:
         (["testing/a.jsonl"], "test"),
     ],
 )
-def test_files_have_the_split_that_datasets_gives_them(tmp_path: Path, files: list[str], split: str) -> None:
+def test_files_have_the_split_that_datasets_gives_them(
+    tmp_path: Path, files: list[str], split: str
+) -> None:
     for name in files:
         write(tmp_path / name, ROWS)
     found = names(tmp_path)
@@ -136,24 +152,31 @@ def test_files_have_the_split_that_datasets_gives_them(tmp_path: Path, files: li
 @pytest.mark.parametrize(
     ("files", "field"),
     [
-        (["train-00000-of-00002.jsonl"], r"shards of train = 'without \[1\]'"),
-        (["train-00001-of-00002.jsonl"], r"shards of train = 'without"),
-        (["train-0-of-1.jsonl", "train-0-of-2.jsonl", "train-1-of-2.jsonl"], "accepted is one set of shards"),
+        (["train-00000-of-00002.jsonl"], r"shards of train: got 'without \[1\]'"),
+        (["train-00001-of-00002.jsonl"], r"shards of train: got 'without"),
+        (
+            ["train-0-of-1.jsonl", "train-0-of-2.jsonl", "train-1-of-2.jsonl"],
+            "expected one set of shards",
+        ),
         (["train/x-00001-of-00003.jsonl", "train/x-00002-of-00003.jsonl"], "shards of x"),
-        (["train_test.jsonl"], "accepted is a name with the word of one split"),
-        (["train.jsonl", "train_2.json"], "accepted is one format"),
-        (["train.jsonl", "train.jsonl.gz"], "accepted is each file once"),
+        (["train_test.jsonl"], "expected a name with the word of one split"),
+        (["train.jsonl", "train_2.json"], "expected one format"),
+        (["train.jsonl", "train.jsonl.gz"], "expected each file once"),
         (["train.csv"], r"no training rows.* 1 files or folders .*: train.csv"),
     ],
 )
-def test_files_that_would_be_missed_are_refused(tmp_path: Path, files: list[str], field: str) -> None:
+def test_files_that_would_be_missed_are_refused(
+    tmp_path: Path, files: list[str], field: str
+) -> None:
     for name in files:
         write(tmp_path / name, ROWS)
     with pytest.raises(RequestError, match=field):
         read_examples(tmp_path)
 
 
-def test_what_is_not_read_of_a_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_read_of_a_folder_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in (
         "train.jsonl",
         "dev.jsonl",
@@ -190,7 +213,9 @@ def test_what_is_not_read_of_a_folder_is_named(tmp_path: Path, capsys: pytest.Ca
         (b'{"text": "\xff"}', "utf-8"),
     ],
 )
-def test_a_row_that_is_not_strict_json_is_named_with_its_reason(tmp_path: Path, line: bytes, reason: str) -> None:
+def test_a_row_that_is_not_strict_json_is_named_with_its_reason(
+    tmp_path: Path, line: bytes, reason: str
+) -> None:
     path = write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "fine"}\r\n\r\n' + line + b"\r\n")
     for read in (read_examples, documents):
         with pytest.raises(RequestError, match=f"a.jsonl:3: .*{reason}") as caught:
@@ -227,7 +252,10 @@ def test_right_values_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_null_columns_are_as_if_they_were_not_there(tmp_path: Path, name: str) -> None:
     empty = dict.fromkeys(("chosen", "rejected", "prompt", "completion", "label", "text"))
-    rows: list[dict[str, Any]] = [{**empty, "messages": [USER, ANSWER]}, {**empty, "messages": None}]
+    rows: list[dict[str, Any]] = [
+        {**empty, "messages": [USER, ANSWER]},
+        {**empty, "messages": None},
+    ]
     path = tmp_path / name
     if name == "a.jsonl":
         write(path, rows)
@@ -236,7 +264,9 @@ def test_null_columns_are_as_if_they_were_not_there(tmp_path: Path, name: str) -
     problems: list[Any] = []
     (example,) = read_examples(path, problems=problems)
     assert example.messages == (USER, ANSWER)
-    assert [(one.where, one.sentence.split(":")[0]) for one in problems] == [(f"{path}:2", "columns = None")]
+    assert [(one.where, one.sentence.split(":")[0]) for one in problems] == [
+        (f"{path}:2", "columns: got None")
+    ]
     assert "null" in problems[0].sentence
 
 
@@ -265,11 +295,13 @@ def test_tables_with_dictionaries_views_and_bad_bytes(tmp_path: Path) -> None:
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     parquet.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(RequestError, match=r"columns = \['text'\]"):
+    with pytest.raises(RequestError, match=r"columns: got \['text'\]"):
         read_examples(tmp_path / "a.parquet")
 
 
-def test_keys_of_turns_that_nothing_reads_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_keys_of_turns_that_nothing_reads_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     turns = [{"from": "human", "value": "q", "loss": False}, {"from": "gpt", "value": "a"}]
     read_examples(write(tmp_path / "a.jsonl", [{"conversations": turns}]))
     assert "conversations.loss (1 rows)" in capsys.readouterr().err

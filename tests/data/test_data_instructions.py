@@ -12,9 +12,9 @@ from collections import Counter
 
 import pytest
 
-from transom.data.conversations import Example
-from transom.data.instructions import stdlib_instructions
-from transom.data.tuning_sets import read_examples, read_splits
+from transom.data.chat.conversations import Example
+from transom.data.chat.finetune_sets import read_examples, read_splits
+from transom.data.chat.instructions import stdlib_instructions
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,9 @@ def made() -> list[Example]:
 
 def test_there_are_thousands_of_short_ones_and_none_twice(made: list[Example]) -> None:
     assert 3000 < len(made) < 9000
-    assert {example.kind for example in made} == {"chat"} and {len(example.messages) for example in made} == {2}
+    assert {example.kind for example in made} == {"chat"} and {
+        len(example.messages) for example in made
+    } == {2}
     questions = [example.messages[0]["content"] for example in made]
     assert len(set(questions)) == len(questions) == len({example.id for example in made})
     assert max(len(m["content"]) for example in made for m in example.messages) <= 300
@@ -34,24 +36,44 @@ def test_there_are_thousands_of_short_ones_and_none_twice(made: list[Example]) -
 
 def test_answers_are_those_of_the_library_itself(made: list[Example]) -> None:
     answers = {example.messages[0]["content"]: example.messages[1]["content"] for example in made}
-    for module, name in ((calendar, "monthrange"), (textwrap, "dedent"), (inspect, "getdoc"), (json, "dumps")):
+    for module, name in (
+        (calendar, "monthrange"),
+        (textwrap, "dedent"),
+        (inspect, "getdoc"),
+        (json, "dumps"),
+    ):
         paragraph = " ".join((inspect.getdoc(getattr(module, name)) or "").split("\n\n")[0].split())
         said = answers.get(f"What does `{module.__name__}.{name}` do?")
         assert said == paragraph or (said is None and not paragraph.endswith("."))
     assert "What does `calendar.monthrange` do?" in answers
-    assert answers["Write the signature of `calendar.monthrange`."] == "`calendar.monthrange(year, month)`"
+    assert (
+        answers["Write the signature of `calendar.monthrange`."]
+        == "`calendar.monthrange(year, month)`"
+    )
     assert answers["Which module has `monthrange`?"] == "`monthrange` is in the module `calendar`."
 
 
 def test_signatures_are_those_that_python_sees(made: list[Example]) -> None:
-    safe = ("calendar", "inspect", "json", "shutil", "statistics", "textwrap", "ast", "difflib", "fnmatch")
+    safe = (
+        "calendar",
+        "inspect",
+        "json",
+        "shutil",
+        "statistics",
+        "textwrap",
+        "ast",
+        "difflib",
+        "fnmatch",
+    )
     compared = 0
     for example in made:
         name, _, kind = example.id.removeprefix("stdlib-docs:").partition("#")
         module, _, last = name.rpartition(".")
         if kind == "signature" and module in safe:
             function = inspect.unwrap(getattr(importlib.import_module(module), last))
-            call = ast.parse(example.messages[1]["content"].strip("`").replace(name, "def f", 1) + ": pass")
+            call = ast.parse(
+                example.messages[1]["content"].strip("`").replace(name, "def f", 1) + ": pass"
+            )
             assert isinstance(call.body[0], ast.FunctionDef)
             given = [one.arg for one in ast.walk(call.body[0].args) if isinstance(one, ast.arg)]
             assert sorted(given) == sorted(inspect.signature(function).parameters), name

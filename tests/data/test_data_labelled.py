@@ -1,4 +1,6 @@
-"""Labelled lines: what is read, what is refused, and batches that are a function of (seed, epoch, item)."""
+"""Labelled lines: what is read, what is refused, and batches that are a function of (seed, epoch,
+item).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from tests.training.runs import without_bos
+from transom.base.errors import RequestError
 from transom.data.batches import NO_TARGET
 from transom.data.labelled import (
     Labelled,
@@ -23,14 +26,15 @@ from transom.data.labelled import (
     split_held_out,
     write_labels,
 )
-from transom.data.sources import SourceArgs, read_documents
-from transom.errors import RequestError
-from transom.tokenizer import byte_tokenizer
+from transom.data.text.sources import SourceArgs, read_documents
+from transom.tokenizers.training import byte_tokenizer
 
 
 def write(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> Path:
     path = folder / name
-    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    path.write_text(
+        "".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows)
+    )
     return path
 
 
@@ -44,12 +48,19 @@ def batches(count: int = 10, labels: list[str] | None = None, **changes: Any) ->
 # Lines
 
 
-def test_lines_become_rows_with_the_ids_of_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(tmp_path, [{"text": "good", "label": "yes"}, "\n", {"text": "bad", "label": "no", "more": 1}])
+def test_lines_become_rows_with_the_ids_of_documents(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(
+        tmp_path,
+        [{"text": "good", "label": "yes"}, "\n", {"text": "bad", "label": "no", "more": 1}],
+    )
     rows = read_labelled(path, "classification")
     assert rows == [Labelled("rows.jsonl:1", "good", "yes"), Labelled("rows.jsonl:3", "bad", "no")]
     # The same id, so that the tokenizer of a run is not trained on held-out rows either.
-    assert [row.id for row in rows] == [document.id for document in read_documents(SourceArgs(str(path)))]
+    assert [row.id for row in rows] == [
+        document.id for document in read_documents(SourceArgs(str(path)))
+    ]
     told = capsys.readouterr().err
     assert "1 empty lines left out" in told and "keys that are not read: more (1 rows)" in told
     pairs = read_labelled(write(tmp_path, [{"text": "a", "positive": "b"}]), "embedding")
@@ -76,7 +87,7 @@ def test_lines_become_rows_with_the_ids_of_documents(tmp_path: Path, capsys: pyt
 def test_a_wrong_line_is_refused_by_its_place(tmp_path: Path, line: Any, kind: Any) -> None:
     good = {"text": "a", "label": 0, "positive": "b"}
     path = write(tmp_path, [good, line])
-    with pytest.raises(RequestError, match=r"rows.jsonl:2: .*: accepted is (a|one) JSON object"):
+    with pytest.raises(RequestError, match=r"rows.jsonl:2: .*: expected (a|one) JSON object"):
         read_labelled(path, kind)
 
 
@@ -85,19 +96,25 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
         read_labelled(tmp_path / "a.txt", "classification")
     with pytest.raises(RequestError, match="cannot be read"):
         read_labelled(tmp_path / "none.jsonl", "classification")
-    with pytest.raises(RequestError, match="accepted is a file of lines"):
+    with pytest.raises(RequestError, match="expected a file of lines"):
         read_labelled(write(tmp_path, []), "classification")
     with pytest.raises(RequestError, match="text in some lines and numbers in others"):
-        read_labelled(write(tmp_path, [{"text": "a", "label": 0}, {"text": "a", "label": "0"}]), "classification")
+        read_labelled(
+            write(tmp_path, [{"text": "a", "label": 0}, {"text": "a", "label": "0"}]),
+            "classification",
+        )
 
 
 def test_labels_have_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [Labelled("a", "x", label) for label in ("no", "yes", "no")]
     assert label_names(words, 2) == ["no", "yes"] and capsys.readouterr().err == ""
-    assert label_names(words, 3) == ["no", "yes", "unused 2"] and "stay unused" in capsys.readouterr().err
+    assert (
+        label_names(words, 3) == ["no", "yes", "unused 2"]
+        and "stay unused" in capsys.readouterr().err
+    )
     assert label_names([Labelled("a", "x", 2)], 3) == ["0", "1", "2"]
     for rows in (words, [Labelled("a", "x", 1)]):
-        with pytest.raises(RequestError, match=r"model.head.num_labels = 1: accepted is 2 or more"):
+        with pytest.raises(RequestError, match=r"model.head.num_labels: got 1; expected 2 or more"):
             label_names(rows, 1)
     write_labels(tmp_path, ["no", "yes"])
     assert read_labels(tmp_path) == ["no", "yes"] and read_labels(tmp_path / "none") is None
@@ -113,13 +130,15 @@ def test_rows_are_held_out_by_their_place() -> None:
 # Rows of tokens
 
 
-def test_texts_begin_with_bos_and_long_ones_are_cut_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts_begin_with_bos_and_long_ones_are_cut_and_counted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert encode_texts(byte_tokenizer(), ["ab", "abcdef"], 4) == [[256, 97, 98], [256, 97, 98, 99]]
     assert "1 of 2 texts are longer than 4 tokens" in capsys.readouterr().err
 
 
 def test_an_unknown_label_is_refused() -> None:
-    with pytest.raises(RequestError, match="label of f:9 = 'maybe'"):
+    with pytest.raises(RequestError, match="label of f:9: got 'maybe'"):
         encode_rows([Labelled("f:9", "x", "maybe")], byte_tokenizer(), ["no", "yes"], 8)
 
 
@@ -146,7 +165,10 @@ def test_a_batch_is_padded_on_the_right() -> None:
 
 
 def test_pairs_are_neighbours_and_equal_positives_share_a_number() -> None:
-    rows = [Labelled(f"f:{i}", t, positive=p) for i, (t, p) in enumerate([("a", "x"), ("b", "y"), ("c", "x")])]
+    rows = [
+        Labelled(f"f:{i}", t, positive=p)
+        for i, (t, p) in enumerate([("a", "x"), ("b", "y"), ("c", "x")])
+    ]
     made = LabelledBatches(rows, byte_tokenizer(), labels=None, seq_len=8, rows_per_step=3, seed=0)
     batch = made.next()
     assert batch.targets[1::2].eq(NO_TARGET).all()
@@ -164,7 +186,10 @@ def test_every_line_comes_once_an_epoch_in_another_order() -> None:
 
 
 def test_ranks_and_micro_batches_share_one_batch() -> None:
-    whole, parts = batches(labels=["0", "1"]), [batches(labels=["0", "1"], rank=r, world_size=2) for r in (0, 1)]
+    whole, parts = (
+        batches(labels=["0", "1"]),
+        [batches(labels=["0", "1"], rank=r, world_size=2) for r in (0, 1)],
+    )
     for _ in range(4):  # over the end of the epoch
         batch, halves = whole.next(), [part.next() for part in parts]
         assert torch.equal(torch.cat([half.lengths for half in halves]), batch.lengths)
@@ -193,7 +218,7 @@ def test_state_is_a_place() -> None:
 
 
 def test_wrong_sizes_are_refused() -> None:
-    with pytest.raises(RequestError, match=r"data.batch_size = 11: accepted is at most 10"):
+    with pytest.raises(RequestError, match=r"data.batch_size: got 11; expected at most 10"):
         batches(rows_per_step=11)
-    with pytest.raises(RequestError, match="rows_per_step = 3"):
+    with pytest.raises(RequestError, match="rows_per_step: got 3"):
         batches(rows_per_step=3, world_size=2)

@@ -6,12 +6,12 @@ import os
 import numpy as np
 import pytest
 
-from transom.data import shards
-from transom.data.shards import prepare
-from transom.data.sources import SourceArgs, held_out
-from transom.errors import RequestError, WorkError
-from transom.paths import cache_dir
-from transom.tokenizer import byte_tokenizer, train_chars
+from transom.base.errors import RequestError, WorkError
+from transom.base.files import cache_dir
+from transom.data.text import shards
+from transom.data.text.shards import prepare
+from transom.data.text.sources import SourceArgs, held_out
+from transom.tokenizers.training import byte_tokenizer, train_chars
 
 TEXTS = {f"{number}.txt": f"text {number} é" * (number + 1) for number in range(40)}
 
@@ -67,9 +67,14 @@ def test_a_damaged_entry_is_made_anew_and_says_so(source, tmp_path, capsys, name
 
 @pytest.mark.parametrize(
     ("number", "kind", "sentence"),
-    [(errno.ENOSPC, WorkError, "the disk is full"), (errno.EROFS, RequestError, "that can be written to")],
+    [
+        (errno.ENOSPC, WorkError, "the disk is full"),
+        (errno.EROFS, RequestError, "that can be written to"),
+    ],
 )
-def test_a_failed_write_leaves_nothing_behind(source, tmp_path, monkeypatch, number, kind, sentence):
+def test_a_failed_write_leaves_nothing_behind(
+    source, tmp_path, monkeypatch, number, kind, sentence
+):
     def fail(_handle):
         raise OSError(number, os.strerror(number))
 
@@ -102,14 +107,18 @@ def test_an_entry_that_another_process_finished_first_is_kept(source, tmp_path, 
 def test_a_large_vocabulary_takes_wider_tokens(tmp_path):
     characters = "".join(chr(0x10000 + number) for number in range(1 << 16))
     (tmp_path / "a.txt").write_text(characters[-3:], encoding="utf-8")
-    corpus = prepare(SourceArgs(path=str(tmp_path / "a.txt")), train_chars([characters]), tmp_path / "cache")
+    corpus = prepare(
+        SourceArgs(path=str(tmp_path / "a.txt")), train_chars([characters]), tmp_path / "cache"
+    )
     assert corpus.train.tokens.tolist() == [65536, 65537, 65538]
     assert len(corpus.held_out) == len(corpus.held_out.tokens) == 0
 
 
-@pytest.mark.parametrize(("fraction", "sentence"), [(1.0, "below 1"), (-0.1, "0 or more"), (0.9999999, "leaves")])
+@pytest.mark.parametrize(
+    ("fraction", "sentence"), [(1.0, "below 1"), (-0.1, "0 or more"), (0.9999999, "leaves")]
+)
 def test_a_fraction_that_leaves_no_training_text_is_refused(source, tmp_path, fraction, sentence):
-    with pytest.raises(RequestError, match=rf"held_out_fraction = .*{sentence}"):
+    with pytest.raises(RequestError, match=rf"held_out_fraction: got .*{sentence}"):
         prepare(source, byte_tokenizer(), tmp_path / "cache", held_out_fraction=fraction)
 
 

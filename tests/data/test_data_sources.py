@@ -6,7 +6,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from transom.data.sources import (
+from transom.base.errors import RequestError
+from transom.base.fields import read
+from transom.data.text.sources import (
     ReadReport,
     SourceArgs,
     held_out,
@@ -14,8 +16,6 @@ from transom.data.sources import (
     read_split,
     require_whole,
 )
-from transom.errors import RequestError
-from transom.fields import read
 
 
 def found(path, **fields):
@@ -93,21 +93,27 @@ def test_parquet_rows_come_from_every_row_group(tmp_path):
     assert report.counts() == ["1 empty documents left out", "columns not read: other"]
 
 
-@pytest.mark.parametrize("line", ['{"text": "cut', '{"txt": "x"}', '{"text": 3}', "[1]", r'{"text": "\ud800"}'])
+@pytest.mark.parametrize(
+    "line", ['{"text": "cut', '{"txt": "x"}', '{"text": 3}', "[1]", r'{"text": "\ud800"}']
+)
 def test_a_bad_row_is_named(tmp_path, line):
     (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
-    with pytest.raises(RequestError, match=r"rows\.jsonl:2: .*accepted is (a|one) JSON object"):
+    with pytest.raises(RequestError, match=r"rows\.jsonl:2: .*expected (a|one) JSON object"):
         found(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("absent", None, "not found, accepted is a file, a folder or a glob"),
-        ("x*.txt", None, r"no text in it, accepted is text \(found no files\)"),
-        ("a.bin", b"\0", "a binary file, accepted is UTF-8 text"),
-        ("a.txt", b"ab\xff", "not UTF-8 at byte 2, accepted is UTF-8 text"),
-        ("a.txt", b"", r"no text in it, accepted is text \(found 1 files, 1 empty documents left out\)"),
+        ("absent", None, "not found, expected a file, a folder or a glob"),
+        ("x*.txt", None, r"no text in it, expected text \(found no files\)"),
+        ("a.bin", b"\0", "a binary file, expected UTF-8 text"),
+        ("a.txt", b"ab\xff", "not UTF-8 at byte 2, expected UTF-8 text"),
+        (
+            "a.txt",
+            b"",
+            r"no text in it, expected text \(found 1 files, 1 empty documents left out\)",
+        ),
         ("a.parquet", b"PAR1", "not a readable Parquet file"),
     ],
 )
@@ -120,7 +126,9 @@ def test_a_source_without_text_is_refused(tmp_path, name, content, sentence):
 
 def test_a_parquet_file_without_the_column_names_what_it_has(tmp_path):
     parquet.write_table(pa.table({"content": ["x"], "text": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(RequestError, match='columns are content, text: accepted is a string column "text"'):
+    with pytest.raises(
+        RequestError, match='columns are content, text: expected a string column "text"'
+    ):
         found(tmp_path)
 
 
@@ -190,8 +198,10 @@ def test_a_run_that_is_named_itself_is_read(tmp_path):
     assert "config.yaml" in found
 
 
-@pytest.mark.parametrize("fields", [{"weight": 2.0}, {"include": ("*.jsonl",)}, {"exclude": ("a",)}])
+@pytest.mark.parametrize(
+    "fields", [{"weight": 2.0}, {"include": ("*.jsonl",)}, {"exclude": ("a",)}]
+)
 def test_fields_that_a_reader_of_rows_does_not_know_are_refused(fields):
     require_whole(SourceArgs(path="x", name="y"), "fine-tuning")
-    with pytest.raises(RequestError, match=f"data.sources {next(iter(fields))} = "):
+    with pytest.raises(RequestError, match=f"data.sources {next(iter(fields))}: got "):
         require_whole(SourceArgs(path="x", **fields), "fine-tuning")

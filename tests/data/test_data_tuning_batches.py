@@ -1,4 +1,6 @@
-"""Batches for fine-tuning: one loss per example however they are laid out, and an order that any ranks share."""
+"""Batches for fine-tuning: one loss per example however they are laid out, and an order that any
+ranks share.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +12,19 @@ import torch
 import torch.nn.functional as F
 
 from tests.helpers import random_model, tiny_args
+from transom.base.errors import RequestError
 from transom.data.batches import NO_TARGET
-from transom.data.tuning_batches import TuningBatch, TuningBatches, packed_batch, padded_batch
-from transom.data.tuning_rows import EncodedRows, TuningCounts, TuningRow
-from transom.errors import RequestError
-from transom.model import LLM
+from transom.data.chat.batches import TuningBatch, TuningBatches, packed_batch, padded_batch
+from transom.data.chat.rows import EncodedRows, TuningCounts, TuningRow
+from transom.models.llm import LLM
 
 CPU = torch.device("cpu")
 
 
 def row(index: int, length: int, weight: float = 1.0) -> TuningRow:
-    """A row whose first id is its number and whose first two tokens and some others carry no loss."""
+    """A row whose first id is its number and whose first two tokens and some others carry no
+    loss.
+    """
     generator = np.random.default_rng(index)
     ids = generator.integers(0, 60, length).astype(np.int32)
     ids[0] = index
@@ -31,10 +35,14 @@ def row(index: int, length: int, weight: float = 1.0) -> TuningRow:
 
 LENGTHS = [3, 30, 7, 12, 19, 4, 25, 9, 33, 5, 16]
 ROWS = [row(index, length) for index, length in enumerate(LENGTHS)]
-WEIGHTED = [row(index, length, weight=0.5 if index % 2 else 2.0) for index, length in enumerate(LENGTHS)]
+WEIGHTED = [
+    row(index, length, weight=0.5 if index % 2 else 2.0) for index, length in enumerate(LENGTHS)
+]
 
 
-def encoded(rows: list[TuningRow] = ROWS, per_item: int = 1, labels: list[bool] | None = None) -> EncodedRows:
+def encoded(
+    rows: list[TuningRow] = ROWS, per_item: int = 1, labels: list[bool] | None = None
+) -> EncodedRows:
     items = [tuple(rows[at : at + per_item]) for at in range(0, len(rows) - per_item + 1, per_item)]
     return EncodedRows(items, TuningCounts(), labels)
 
@@ -47,10 +55,15 @@ def batches(data: EncodedRows | None = None, **changes: Any) -> TuningBatches:
 def losses(model: LLM, batch: TuningBatch) -> dict[int, float]:
     """The summed, weighted loss of each example, by its first id."""
     logits = model(batch.inputs()).logits
-    each = F.cross_entropy(logits.transpose(1, 2), batch.targets, ignore_index=NO_TARGET, reduction="none")
+    each = F.cross_entropy(
+        logits.transpose(1, 2), batch.targets, ignore_index=NO_TARGET, reduction="none"
+    )
     each = each if batch.weights is None else each * batch.weights
     if batch.sizes is None:
-        return {int(tokens[0]): float(loss.sum()) for tokens, loss in zip(batch.tokens, each, strict=True)}
+        return {
+            int(tokens[0]): float(loss.sum())
+            for tokens, loss in zip(batch.tokens, each, strict=True)
+        }
     sizes = [size for pack in batch.sizes for size in pack]
     parts = zip(batch.tokens[0].split(sizes), each[0].split(sizes), strict=True)
     return {int(tokens[0]): float(loss.sum()) for tokens, loss in parts}
@@ -65,7 +78,11 @@ def epoch_of(made: TuningBatches) -> list[TuningBatch]:
 
 @pytest.mark.parametrize("rows", [ROWS, WEIGHTED], ids=["plain", "weighted"])
 @pytest.mark.parametrize(
-    "fields", [{"layer_pattern": "SF", "sliding_window": 6}, {"layer_pattern": "Cf", "attention_chunk_size": 8}]
+    "fields",
+    [
+        {"layer_pattern": "SF", "sliding_window": 6},
+        {"layer_pattern": "Cf", "attention_chunk_size": 8},
+    ],
 )
 @torch.no_grad()
 def test_packed_padded_and_alone_give_each_example_the_same_loss(
@@ -78,7 +95,11 @@ def test_packed_padded_and_alone_give_each_example_the_same_loss(
         logits = model(packed_batch([[one]]).inputs()).logits[0]
         nats = F.cross_entropy(logits, ids[0, 1:], reduction="none")
         alone[index] = float((nats * torch.from_numpy(one.weights[1:])).sum())
-    packed = {k: v for b in epoch_of(batches(encoded(rows), rows_per_step=1)) for k, v in losses(model, b).items()}
+    packed = {
+        k: v
+        for b in epoch_of(batches(encoded(rows), rows_per_step=1))
+        for k, v in losses(model, b).items()
+    }
     padded = {
         k: v
         for b in epoch_of(batches(encoded(rows), rows_per_step=1, packing=False))
@@ -94,22 +115,31 @@ def test_packed_padded_and_alone_give_each_example_the_same_loss(
 def test_targets_are_the_next_tokens_that_carry_loss() -> None:
     batch = padded_batch([[WEIGHTED[0]], [WEIGHTED[1]]], epoch=4)
     assert batch.tokens.shape == batch.targets.shape == (2, 29) and batch.epoch == 4
-    assert batch.lengths is not None and batch.lengths.tolist() == [2, 29] and batch.real_tokens == 31
+    assert (
+        batch.lengths is not None and batch.lengths.tolist() == [2, 29] and batch.real_tokens == 31
+    )
     assert batch.inputs().lengths is batch.lengths  # or experts would be balanced over padding too
     assert batch.weights is not None and batch.ids == ("f:0", "f:1")
     for index in (0, 1):
         one, length = WEIGHTED[index], LENGTHS[index] - 1
         assert batch.tokens[index, :length].tolist() == one.ids[:-1].tolist()
-        expected = [int(id) if w else NO_TARGET for id, w in zip(one.ids[1:], one.weights[1:], strict=True)]
+        expected = [
+            int(id) if w else NO_TARGET for id, w in zip(one.ids[1:], one.weights[1:], strict=True)
+        ]
         assert batch.targets[index, :length].tolist() == expected
         assert batch.weights[index, :length].tolist() == one.weights[1:].tolist()
-        assert batch.targets[index, length:].eq(NO_TARGET).all() and not batch.weights[index, length:].any()
+        assert (
+            batch.targets[index, length:].eq(NO_TARGET).all()
+            and not batch.weights[index, length:].any()
+        )
     assert padded_batch([[ROWS[0]]]).weights is None
 
 
 def test_packed_rows_have_no_gaps() -> None:
     made = batches()
-    assert made.fill is not None and made.fill == sum(n - 1 for n in LENGTHS) / (made.items_per_epoch * 40)
+    assert made.fill is not None and made.fill == sum(n - 1 for n in LENGTHS) / (
+        made.items_per_epoch * 40
+    )
     for batch in (made.next() for _ in range(2)):
         assert batch.sizes is not None and batch.tokens.shape == (1, sum(map(sum, batch.sizes)))
         assert len(batch.sizes) == 2 and batch.row_length == max(map(sum, batch.sizes)) <= 40
@@ -132,8 +162,12 @@ def seen(batch: TuningBatch) -> list[int]:
 @pytest.mark.parametrize("packing", [True, False])
 def test_every_example_comes_once_an_epoch_in_another_order(packing: bool) -> None:
     made = batches(packing=packing, rows_per_step=1)
-    epochs = [[id for _ in range(made.items_per_epoch) for id in seen(made.next())] for _ in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(len(ROWS))) and epochs[0] != epochs[1]
+    epochs = [
+        [id for _ in range(made.items_per_epoch) for id in seen(made.next())] for _ in range(2)
+    ]
+    assert (
+        sorted(epochs[0]) == sorted(epochs[1]) == list(range(len(ROWS))) and epochs[0] != epochs[1]
+    )
     assert made.state == {"epoch": 2, "item": 0}
 
 
@@ -162,7 +196,10 @@ def test_micro_batches_are_the_rows_in_groups(packing: bool) -> None:
     assert [id for part in parts for id in seen(part)] == seen(whole)
     assert sum(part.real_tokens for part in parts) == whole.real_tokens
     for part in parts:
-        assert part.weights is not None and part.weights.shape == part.targets.shape == part.tokens.shape
+        assert (
+            part.weights is not None
+            and part.weights.shape == part.targets.shape == part.tokens.shape
+        )
         if packing:
             assert part.sizes is not None and len(part.sizes) == 2
         else:
@@ -178,12 +215,16 @@ def test_pairs_stay_together_and_labels_with_their_rows() -> None:
         first, second = part.tokens[::2, 0], part.tokens[1::2, 0]
         assert first.remainder(2).eq(0).all() and torch.equal(second, first + 1)
         assert part.ids == tuple(f"f:{id}" for id in part.tokens[:, 0].tolist())
-    labelled = batches(encoded(labels=[n > 9 for n in LENGTHS]), packing=False, rows_per_step=6).next()
+    labelled = batches(
+        encoded(labels=[n > 9 for n in LENGTHS]), packing=False, rows_per_step=6
+    ).next()
     for part in (labelled, *labelled.micro_batches(3)):
         assert part.row_labels is not None
         assert part.row_labels.tolist() == [LENGTHS[id] > 9 for id in part.tokens[:, 0].tolist()]
     for data in (encoded(ROWS[:10], per_item=2), encoded(labels=[True] * len(ROWS))):
-        with pytest.raises(RequestError, match="packing = True: accepted is false for pairs and labelled answers"):
+        with pytest.raises(
+            RequestError, match="packing: got True; expected false for pairs and labelled answers"
+        ):
             batches(data)
 
 
@@ -202,13 +243,19 @@ def test_the_largest_batch_is_the_largest_that_comes(packing: bool) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"rows_per_step": 3, "world_size": 2}, "rows_per_step = 3: accepted is a multiple of the ranks, 2"),
-        ({"rows_per_step": 9}, "data.batch_size = 9: accepted is at most 4, the number of rows, into which 11"),
+        (
+            {"rows_per_step": 3, "world_size": 2},
+            "rows_per_step: got 3; expected a multiple of the ranks, 2",
+        ),
+        (
+            {"rows_per_step": 9},
+            "data.batch_size: got 9; expected at most 4, the number of rows, into which 11",
+        ),
         (
             {"rows_per_step": 12, "packing": False},
-            "data.batch_size = 12: accepted is at most 11, the number of exam",
+            "data.batch_size: got 12; expected at most 11, the number of exam",
         ),
-        ({"seq_len": 16}, "seq_len = 16: accepted is 32 or more"),
+        ({"seq_len": 16}, "seq_len: got 16; expected 32 or more"),
     ],
 )
 def test_wrong_settings_are_named(changes: dict[str, Any], sentence: str) -> None:

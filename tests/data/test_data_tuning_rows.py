@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.chat_texts import PUBLISHED, say
+from tests.chat.chat_texts import PUBLISHED, say
+from transom.base.errors import RequestError
 from transom.chat.built_in import named
 from transom.chat.template import ChatTemplate
-from transom.data.conversations import Example, recognise
-from transom.data.tuning_rows import (
+from transom.data.chat.conversations import Example, recognise
+from transom.data.chat.finetune_sets import Problem
+from transom.data.chat.rows import (
     EncodedRows,
     TuningCounts,
     default_template,
@@ -20,9 +22,8 @@ from transom.data.tuning_rows import (
     prompt_ids,
     template_for,
 )
-from transom.data.tuning_sets import Problem
-from transom.errors import RequestError
-from transom.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from transom.tokenizers.tokenizer import Tokenizer
+from transom.tokenizers.training import byte_tokenizer, train_bpe
 
 TOKENIZER = byte_tokenizer()
 BOS, EOS = 256, 257
@@ -57,7 +58,14 @@ def test_kinds_of_examples_and_what_of_them_carries_loss() -> None:
     assert learnt(encode(Example("f:3", "text", text="xyz"))) == ["xyz<|end_of_text|>"]
     # Without a template texts are plain text; with one they are turns.
     (plain,), (turns,) = encode(bare(), template=None).items[0], encode(bare()).items[0]
-    assert plain.ids.tolist() == [BOS, *b"qabc", EOS] and plain.weights.tolist() == [0, 0, 1, 1, 1, 1]
+    assert plain.ids.tolist() == [BOS, *b"qabc", EOS] and plain.weights.tolist() == [
+        0,
+        0,
+        1,
+        1,
+        1,
+        1,
+    ]
     assert turns.ids.tolist() == PLAIN.encode([Q, A], add_generation_prompt=False)
     assert (plain.ids.dtype, plain.weights.dtype) == (np.int32, np.float32)
 
@@ -66,7 +74,7 @@ def test_everything_carries_loss_when_asked_for() -> None:
     for example, template in ((chat(), PLAIN), (bare(), PLAIN), (bare(), None)):
         (row,) = encode(example, template=template, train_on="all").items[0]
         assert row.weights.tolist() == [0.0, *[1.0] * (len(row.ids) - 1)]
-    with pytest.raises(RequestError, match=r"f:1: weight = 0.5: accepted is 1 for every message"):
+    with pytest.raises(RequestError, match=r"f:1: weight: got 0.5; expected 1 for every message"):
         encode(chat(Q, {**A, "weight": 0.5}), train_on="all")
 
 
@@ -83,14 +91,18 @@ def test_pairs_share_their_prompt_and_learn_their_answers() -> None:
     assert learnt(encoded) == ["good<|end_of_text|>", "bad<|end_of_text|>"]
     starts = [int(np.flatnonzero(row.weights)[0]) for row in (chosen, rejected)]
     assert starts[0] == starts[1]
-    assert chosen.ids[: starts[0]].tolist() == rejected.ids[: starts[0]].tolist() == PLAIN.encode([Q])
-    with pytest.raises(RequestError, match="accepted are pairs alone, or none at all"):
+    assert (
+        chosen.ids[: starts[0]].tolist() == rejected.ids[: starts[0]].tolist() == PLAIN.encode([Q])
+    )
+    with pytest.raises(RequestError, match="expected pairs alone, or none at all"):
         encode(chat(), bare("pair", "good", "bad"))
 
 
 def test_pairs_of_the_same_tokens_are_left_out_and_counted() -> None:
     trimmed, same_start = bare("pair", "good", "good "), bare("pair", "good", "goose")
-    strip = ChatTemplate(PUBLISHED["zephyr"].replace("message['content']", "message['content'] | trim"), TOKENIZER)
+    strip = ChatTemplate(
+        PUBLISHED["zephyr"].replace("message['content']", "message['content'] | trim"), TOKENIZER
+    )
     encoded = encode(trimmed, same_start, template=strip)
     assert (len(encoded.items), encoded.counts.alike, encoded.counts.rows) == (1, 1, 2)
     assert "1 pairs left out" in str(encoded.counts)
@@ -102,14 +114,28 @@ def test_pairs_of_the_same_tokens_are_left_out_and_counted() -> None:
 
 def test_answers_that_would_share_a_token_with_their_prompt_are_counted() -> None:
     tokenizer = train_bpe(["Answer: yes yes yes no " * 20], 269)
-    text = Example("f:1", "completion", ({**Q, "content": "Answer: "},), ((say("assistant", "yes"),),), bare=True)
-    word = Example("f:1", "completion", ({**Q, "content": "Answer:"},), ((say("assistant", " yes"),),), bare=True)
+    text = Example(
+        "f:1",
+        "completion",
+        ({**Q, "content": "Answer: "},),
+        ((say("assistant", "yes"),),),
+        bare=True,
+    )
+    word = Example(
+        "f:1",
+        "completion",
+        ({**Q, "content": "Answer:"},),
+        ((say("assistant", " yes"),),),
+        bare=True,
+    )
     counts = encode_examples([text, word], tokenizer, None, seq_len=64).counts
     assert counts.apart == 1 and "1 answers encoded apart" in str(counts)
 
 
 def test_a_shared_prompt_and_its_answers_are_the_tokens_of_the_whole_text() -> None:
-    text = "the sky is blue, the sea is black; 12 birds\n\tsing (softly) and\n\nfly  away. 天气很好 "
+    text = (
+        "the sky is blue, the sea is black; 12 birds\n\tsing (softly) and\n\nfly  away. 天气很好 "
+    )
     tokenizer = train_bpe([text * 3], 300)
     words = re.findall(r"\s*\S+", text)
     for at in range(1, len(words)):
@@ -137,7 +163,9 @@ def test_labels_go_with_their_items() -> None:
     encoded = encode(*(bare("label", "abc", label=one) for one in (True, False)))
     assert encoded.labels == [True, False]
     # one is left out, and its label with it
-    encoded = encode(bare("label", "a" * 90, label=True), bare("label", label=False), truncate="drop")
+    encoded = encode(
+        bare("label", "a" * 90, label=True), bare("label", label=False), truncate="drop"
+    )
     assert encoded.labels == [False] and encoded.counts.dropped == 1
 
 
@@ -148,7 +176,9 @@ def test_long_examples_are_cut_at_their_end_or_dropped_and_counted() -> None:
     assert cut.counts == TuningCounts(1, 1, whole - 2, 2, truncated=1, without_end=1)
     assert encode(chat(), seq_len=whole).counts == TuningCounts(1, 1, whole, 4)
     # An answer that is cut away as a whole is no answer without an end.
-    assert encode(chat(Q, A, Q, A), seq_len=whole).counts == TuningCounts(1, 1, whole, 4, truncated=1)
+    assert encode(chat(Q, A, Q, A), seq_len=whole).counts == TuningCounts(
+        1, 1, whole, 4, truncated=1
+    )
     kept = encode(chat(Q, say("assistant", "a")), chat(), seq_len=whole - 2, truncate="drop").counts
     assert (kept.dropped, kept.rows, kept.truncated) == (1, 1, 0)
 
@@ -156,8 +186,16 @@ def test_long_examples_are_cut_at_their_end_or_dropped_and_counted() -> None:
 def test_examples_without_loss_are_left_out_and_a_set_of_them_is_refused() -> None:
     silent, long = chat(Q, {**A, "weight": 0.0}), chat(say("user", "q" * 90), A)
     counts = encode(silent, long, chat()).counts
-    assert (counts.examples, counts.rows, counts.fully_masked, counts.beyond, counts.truncated) == (3, 1, 1, 1, 0)
-    left_out = r"1 examples without loss left out; 1 examples left out whose answers begin beyond seq_len"
+    assert (counts.examples, counts.rows, counts.fully_masked, counts.beyond, counts.truncated) == (
+        3,
+        1,
+        1,
+        1,
+        0,
+    )
+    left_out = (
+        r"1 examples without loss left out; 1 examples left out whose answers begin beyond seq_len"
+    )
     with pytest.raises(RequestError, match=rf"nothing to train on .*{left_out}"):
         encode(silent, long)
     pair = Example("f:1", "pair", long.messages[:1], ((A,), (say("assistant", "b"),)))
@@ -171,7 +209,7 @@ def test_rows_beyond_one_per_conversation_are_counted(capsys: pytest.CaptureFixt
     assert len(encoded.items) == 2 and encoded.counts.split_rows == 1
     assert "1 rows more, since the template writes earlier turns otherwise" in str(encoded.counts)
     both = Example("f:1", "pair", (Q,), ((A, Q, A), (A, Q, say("assistant", "x"))))
-    with pytest.raises(RequestError, match="accepted are answers of one turn"):
+    with pytest.raises(RequestError, match="expected answers of one turn"):
         encode_examples([both], tokenizer, template, seq_len=200)
 
 
@@ -183,11 +221,13 @@ def test_what_cannot_be_written_is_refused_or_listed() -> None:
     assert encode(wrong, chat(), wrong, problems=problems).counts.rows == 1
     assert [one.where for one in problems] == ["f:1", "f:1"]
     assert encode(wrong, problems=problems).items == []  # then the list says it all
-    with pytest.raises(RequestError, match="f:1: chat template = None: accepted for conversations"):
+    with pytest.raises(
+        RequestError, match="f:1: chat template: got None; valid only for conversations"
+    ):
         encode(chat(), template=None)
     with pytest.raises(RequestError, match="accepted where rewards are what is learnt from"):
         encode(Example("f:1", "answer", (Q,), reference={"answer": 1}))
-    with pytest.raises(RequestError, match="seq_len = 1: accepted is 2 tokens or more"):
+    with pytest.raises(RequestError, match="seq_len: got 1; expected 2 tokens or more"):
         encode(chat(), seq_len=1)
 
 
@@ -204,7 +244,9 @@ def test_a_vocabulary_gets_the_template_it_is_made_for(capsys: pytest.CaptureFix
     assert default_template(TOKENIZER).stop_tokens == (EOS,)
     assert "built-in one called plain" in capsys.readouterr().err
     endless = Tokenizer(TOKENIZER._backend)
-    with pytest.raises(RequestError, match="accepted for conversations is one with a token that ends a turn"):
+    with pytest.raises(
+        RequestError, match="valid only for conversations is one with a token that ends a turn"
+    ):
         default_template(endless)
     assert template_for([bare(), Example("f", "text", text="x")], endless, None) is None
     assert template_for([chat()], TOKENIZER, PLAIN) is PLAIN

@@ -1,4 +1,6 @@
-"""Which tokens of a conversation carry loss: against transformers, for every template published with a model."""
+"""Which tokens of a conversation carry loss: against transformers, for every template published
+with a model.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,34 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from tests.chat_texts import CALL, CONVERSATIONS, PUBLISHED, TOOL_TALK, TOOLS, say, tokenizer_pair
+from tests.chat.chat_texts import (
+    CALL,
+    CONVERSATIONS,
+    PUBLISHED,
+    TOOL_TALK,
+    TOOLS,
+    say,
+    tokenizer_pair,
+)
 from tests.tokenizers.makers import sentencepiece_model
+from transom.base.errors import RequestError
 from transom.chat.built_in import BUILT_IN, named
 from transom.chat.template import ChatTemplate
-from transom.data.turns import Turns, Written, bare_row, text_row
-from transom.errors import RequestError
-from transom.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from transom.data.chat.turns import Turns, Written, bare_row, text_row
+from transom.tokenizers.tokenizer import Tokenizer
+from transom.tokenizers.training import byte_tokenizer, train_bpe
 
-TALK = [say("user", "Hi"), say("assistant", "One two"), say("user", "b"), say("assistant", "Tré 世界")]
-THOUGHT = [say("user", "a"), {"role": "assistant", "content": "x", "reasoning_content": "hm"}, *TALK]
+TALK = [
+    say("user", "Hi"),
+    say("assistant", "One two"),
+    say("user", "b"),
+    say("assistant", "Tré 世界"),
+]
+THOUGHT = [
+    say("user", "a"),
+    {"role": "assistant", "content": "x", "reasoning_content": "hm"},
+    *TALK,
+]
 REWRITES = ("qwen3", "gpt-oss")  # write an earlier answer otherwise than a last one
 ASKS_ONLY = ("deepseek-r1",)  # ask for an answer with words that they do not write in front of it
 
@@ -30,7 +50,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
     return tokenizer_pair(tmp_path_factory.mktemp("tokenizer"))
 
 
-def rows_of(template: ChatTemplate, messages: list[dict[str, Any]], tools: Any = None) -> list[Written]:
+def rows_of(
+    template: ChatTemplate, messages: list[dict[str, Any]], tools: Any = None
+) -> list[Written]:
     weights = [float(message["role"] == "assistant") for message in messages]
     return Turns(template, template.tokenizer).rows(messages, tools, weights)
 
@@ -40,28 +62,42 @@ def said(tokenizer: Tokenizer, row: Written) -> list[str]:
     out = []
     for answer in row.answers:
         part = slice(answer.start, answer.stop)
-        out.append(tokenizer.decode(np.asarray(row.ids[part])[row.weights[part] > 0], skip_special=False))
+        out.append(
+            tokenizer.decode(np.asarray(row.ids[part])[row.weights[part] > 0], skip_special=False)
+        )
     return out
 
 
 def asked(peer: Any, source: str, messages: list[dict[str, Any]], **more: Any) -> list[int]:
-    ids: list[int] = peer.apply_chat_template(messages, chat_template=source, return_dict=False, **more)
+    ids: list[int] = peer.apply_chat_template(
+        messages, chat_template=source, return_dict=False, **more
+    )
     return ids
 
 
-@pytest.mark.parametrize("name", [*sorted({*PUBLISHED} - {*ASKS_ONLY}), *(one.name for one in BUILT_IN)])
-def test_every_answer_stands_behind_the_prompt_that_transformers_asks_with(made: Any, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", [*sorted({*PUBLISHED} - {*ASKS_ONLY}), *(one.name for one in BUILT_IN)]
+)
+def test_every_answer_stands_behind_the_prompt_that_transformers_asks_with(
+    made: Any, name: str
+) -> None:
     tokenizer, peer = made
     source = PUBLISHED.get(name) or named(name).source(tokenizer)
     template = ChatTemplate(source, tokenizer)
-    answers = [(at, row, answer) for row in rows_of(template, TALK) for at, answer in enumerate(row.answers)]
+    answers = [
+        (at, row, answer)
+        for row in rows_of(template, TALK)
+        for at, answer in enumerate(row.answers)
+    ]
     assert len(answers) == 2
     for messages, (_, row, answer) in zip((TALK[:2], TALK[:4]), answers, strict=True):
         prompt = asked(peer, source, messages[:-1], add_generation_prompt=True)
         whole = asked(peer, source, messages)
         assert row.ids[: answer.start] == prompt and row.ids[: answer.stop] == whole[: answer.stop]
         assert answer.ended and answer.like_prompt
-        assert row.ids[answer.stop - 1] in template.stop_tokens and row.weights[answer.stop - 1] == 1.0
+        assert (
+            row.ids[answer.stop - 1] in template.stop_tokens and row.weights[answer.stop - 1] == 1.0
+        )
         last = tokenizer.decode(row.ids[answer.start : answer.stop], skip_special=False)
         assert messages[-1]["content"] in last
     trained = sum(answer.stop - answer.start for _, _, answer in answers)
@@ -76,7 +112,10 @@ def test_blocks_of_templates_are_what_transformers_masks(made: Any, name: str) -
     source = named(name).source(tokenizer)
     (row,) = rows_of(ChatTemplate(source, tokenizer), CONVERSATIONS["many"])
     marked = peer.apply_chat_template(
-        CONVERSATIONS["many"], chat_template=source, return_dict=True, return_assistant_tokens_mask=True
+        CONVERSATIONS["many"],
+        chat_template=source,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
     )
     count = len(row.ids)
     assert row.ids == marked["input_ids"][:count] and (row.weights > 0).tolist() == [
@@ -95,7 +134,9 @@ def test_a_template_that_forgets_thoughts_gives_a_row_for_each_thought(made: Any
 
 
 def test_answers_that_nest_share_a_row_though_others_do_not(made: Any) -> None:
-    """Within the calls of one question Qwen3 keeps thoughts, so they are one row; the next question is another."""
+    """Within the calls of one question Qwen3 keeps thoughts, so they are one row; the next question
+    is another.
+    """
     tokenizer, _ = made
     think = {"role": "assistant", "reasoning_content": "hm"}
     tools = [
@@ -103,7 +144,9 @@ def test_answers_that_nest_share_a_row_though_others_do_not(made: Any) -> None:
         say("user", "<tool_response>\n1\n</tool_response>"),
         {**think, "content": "x"},
     ]
-    first, second = rows_of(ChatTemplate(PUBLISHED["qwen3"], tokenizer), [TALK[0], *tools, TALK[0], TALK[1]])
+    first, second = rows_of(
+        ChatTemplate(PUBLISHED["qwen3"], tokenizer), [TALK[0], *tools, TALK[0], TALK[1]]
+    )
     assert len(first.answers) == 2 and len(second.answers) == 1
 
 
@@ -112,10 +155,13 @@ def test_tools_and_calls(made: Any) -> None:
     (row,) = rows_of(ChatTemplate(PUBLISHED["qwen2.5"], tokenizer), TOOL_TALK, TOOLS)
     call = json.dumps(CALL["function"], ensure_ascii=False)
     assert said(tokenizer, row)[1] == "Warm.<|im_end|>" and call in said(tokenizer, row)[0]
-    # Mistral's tools stand in front of the last question: with another behind it, the call had another prompt.
+    # Mistral's tools stand in front of the last question: with another behind it, the call had
+    # another prompt.
     mistral = ChatTemplate(PUBLISHED["mistral-v3"], tokenizer)
     rows = rows_of(mistral, [*TOOL_TALK, TALK[0], TALK[1]], TOOLS)
-    assert [len(row.answers) for row in rows] == [2, 1] and all("weather" in tokenizer.decode(r.ids) for r in rows)
+    assert [len(row.answers) for row in rows] == [2, 1] and all(
+        "weather" in tokenizer.decode(r.ids) for r in rows
+    )
 
 
 @pytest.mark.parametrize("name", ["zephyr", "phi3", "llama3"])
@@ -133,18 +179,25 @@ def test_weights_of_turns_are_those_of_their_tokens(made: Any) -> None:
     assert set(row.weights[first.start : first.stop].tolist()) == {0.25}
     assert set(row.weights[second.start : second.stop].tolist()) == {2.0}
     (short,) = Turns(template, tokenizer).rows(TALK, None, [0, 1, 0, 0])
-    assert short.ids == row.ids[: first.stop]  # what comes behind the last answer with loss trains nothing
+    assert (
+        short.ids == row.ids[: first.stop]
+    )  # what comes behind the last answer with loss trains nothing
 
 
 HEAD = "{% for m in messages %}{% if m.role == 'assistant' %}"
-TAIL = "{% else %}u{{ m.content }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+TAIL = (
+    "{% else %}u{{ m.content }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}a{% "
+    "endif %}"
+)
 
 
 def test_the_end_of_turn_carries_loss_also_where_a_block_leaves_it_out(made: Any) -> None:
     tokenizer, _ = made
     outside = "a{% generation %}{{ m.content }}{% endgeneration %}<|end|>"
     (row,) = rows_of(ChatTemplate(HEAD + outside + TAIL, tokenizer), TALK)
-    assert said(tokenizer, row) == ["One two<|end|>", "Tré 世界<|end|>"] and all(a.ended for a in row.answers)
+    assert said(tokenizer, row) == ["One two<|end|>", "Tré 世界<|end|>"] and all(
+        a.ended for a in row.answers
+    )
     (row,) = rows_of(ChatTemplate(HEAD + "a{{ m.content }}!" + TAIL, tokenizer), TALK[:2])
     assert said(tokenizer, row) == ["One two!"] and not row.answers[0].ended
     assert row.answers[0].stop == len(row.ids)
@@ -161,10 +214,15 @@ def test_answers_behind_other_tokens_than_their_prompt_are_told(made: Any) -> No
 @pytest.mark.parametrize(
     ("source", "messages"),
     [
-        (PUBLISHED["mistral-v3"], [say("system", "Be"), *TALK]),  # it keeps the system message for the prompt
+        (
+            PUBLISHED["mistral-v3"],
+            [say("system", "Be"), *TALK],
+        ),  # it keeps the system message for the prompt
         (HEAD + "b{{ m.content }}<|end|>" + TAIL, TALK),
         (
-            HEAD + "a{{ m.content }}" + TAIL.replace("{% else %}", "{% else %}{% generation %}{% endgeneration %}"),
+            HEAD
+            + "a{{ m.content }}"
+            + TAIL.replace("{% else %}", "{% else %}{% generation %}{% endgeneration %}"),
             TALK,
         ),
     ],
@@ -178,7 +236,9 @@ def test_a_template_that_answers_elsewhere_than_it_asks_is_refused_by_name(
 
 
 def test_the_end_of_turn_is_known_by_its_place_and_not_by_its_id(made: Any, tmp_path: Path) -> None:
-    """Where pad is EOS and EOS ends turns, the answer's end carries loss and the same token elsewhere does not."""
+    """Where pad is EOS and EOS ends turns, the answer's end carries loss and the same token
+    elsewhere does not.
+    """
     made[0].save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": "</s>"}))
@@ -187,7 +247,11 @@ def test_the_end_of_turn_is_known_by_its_place_and_not_by_its_id(made: Any, tmp_
     talk = [say("user", "Hi</s>"), say("assistant", "a</s>b")]
     (row,) = rows_of(ChatTemplate(PUBLISHED["zephyr"], tokenizer), talk)
     assert said(tokenizer, row) == ["a</s>b</s>"]
-    ends = [weight for id, weight in zip(row.ids, row.weights.tolist(), strict=True) if id == tokenizer.eos_id]
+    ends = [
+        weight
+        for id, weight in zip(row.ids, row.weights.tolist(), strict=True)
+        if id == tokenizer.eos_id
+    ]
     assert ends == [0.0, 1.0]  # of the question, of the answer; words of the messages are text
 
 
@@ -216,7 +280,9 @@ def test_a_document_is_framed_and_learnt_but_for_its_first_token() -> None:
 def test_an_answer_does_not_grow_into_its_prompt() -> None:
     tokenizer = train_bpe(["Answer: yes yes yes no " * 20], 269)
     prompt = "Answer: "
-    assert tokenizer.encode("Answer: yes")[: len(tokenizer.encode(prompt))] != tokenizer.encode(prompt)
+    assert tokenizer.encode("Answer: yes")[: len(tokenizer.encode(prompt))] != tokenizer.encode(
+        prompt
+    )
     row = bare_row(tokenizer, prompt, "yes", 1.0)
     (answer,) = row.answers
     assert row.ids[: answer.start] == tokenizer.encode(prompt, add_bos=tokenizer.adds_bos)
@@ -229,7 +295,9 @@ def test_an_answer_does_not_grow_into_its_prompt() -> None:
 def test_sentencepiece_writes_no_space_between_prompt_and_answer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     tokenizer = Tokenizer.load(tmp_path)
-    peer = sentencepiece.SentencePieceProcessor(model_proto=(tmp_path / "tokenizer.model").read_bytes())
+    peer = sentencepiece.SentencePieceProcessor(
+        model_proto=(tmp_path / "tokenizer.model").read_bytes()
+    )
     for prompt, answer, like_prompt in (("and", " do", True), ("and ", "do", False)):
         row = bare_row(tokenizer, prompt, answer, 1.0)
         assert row.ids[1:-1] == peer.encode(prompt + answer)

@@ -1,4 +1,6 @@
-"""Answers where the prompt is no prefix, texts that templates leave out, calls in the form that templates want."""
+"""Answers where the prompt is no prefix, texts that templates leave out, calls in the form that
+templates want.
+"""
 
 # ruff: noqa: RUF001 - the bars of DeepSeek's control tokens are wide ones
 from __future__ import annotations
@@ -7,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from tests.chat_texts import CALL, PUBLISHED, TOOL_TALK, TOOLS, say, tokenizer_pair
+from tests.chat.chat_texts import CALL, PUBLISHED, TOOL_TALK, TOOLS, say, tokenizer_pair
 from tests.data.test_data_turns import rows_of, said
+from transom.base.errors import RequestError
 from transom.chat.built_in import named
 from transom.chat.template import ChatTemplate
-from transom.data.conversations import Example
-from transom.data.tuning_rows import encode_examples
-from transom.data.turns import Turns
-from transom.errors import RequestError
-from transom.tokenizer import Tokenizer
+from transom.data.chat.conversations import Example
+from transom.data.chat.rows import encode_examples
+from transom.data.chat.turns import Turns
+from transom.tokenizers.tokenizer import Tokenizer
 
 R1 = "deepseek-r1"
 GREETED = [say("assistant", "Welcome here."), say("user", "Hi"), say("assistant", "Yes.")]
@@ -47,7 +49,9 @@ def test_a_conversation_may_begin_with_the_assistant(made: Any, name: str, last:
     first, second = said(made[0], row)
     assert first == "Welcome here." + last[last.index("Yes.") + 4 :] and second == last
     assert [answer.like_prompt for answer in row.answers] == [False, name != R1]
-    whole = made[1].apply_chat_template(GREETED, chat_template=template_of(made, name).sources["default"])
+    whole = made[1].apply_chat_template(
+        GREETED, chat_template=template_of(made, name).sources["default"]
+    )
     assert row.ids == whole["input_ids"][: len(row.ids)]
 
 
@@ -62,15 +66,23 @@ def test_the_end_of_a_call_is_known_from_the_stop_tokens_of_the_model(made: Any)
 
 
 @pytest.mark.parametrize(("name", "anew"), [("smollm2", 0), ("qwen3", 1)])
-def test_conversations_that_are_rendered_for_every_answer_are_counted(made: Any, name: str, anew: int) -> None:
+def test_conversations_that_are_rendered_for_every_answer_are_counted(
+    made: Any, name: str, anew: int
+) -> None:
     talk = [Example("1", "chat", GREETED[1:] * 2)]
     encoded = encode_examples(talk, made[0], template_of(made, name), seq_len=999)
     assert encoded.counts.rendered_anew == anew
 
 
 def test_words_that_only_the_prompt_has_are_no_part_of_an_answer(made: Any) -> None:
-    """DeepSeek-R1 asks with `<think>` and writes answers without it, and what was thought not at all."""
-    talk = [say("user", "a"), say("assistant", "<think>\nhm so\n</think>\n\n<table>"), say("user", "b")]
+    """DeepSeek-R1 asks with `<think>` and writes answers without it, and what was thought not at
+    all.
+    """
+    talk = [
+        say("user", "a"),
+        say("assistant", "<think>\nhm so\n</think>\n\n<table>"),
+        say("user", "b"),
+    ]
     talk += [say("assistant", "<x>")]
     turns = Turns(template_of(made, R1), made[0])
     (row,) = turns.rows(talk, None, [0, 1, 0, 1])
@@ -86,42 +98,66 @@ def test_a_head_of_an_answer_that_a_message_spells_is_not_taken_for_one(made: An
     assert said(made[0], row) == [f"said {head} so<｜end▁of▁sentence｜>"]
 
 
-# -- what templates leave out ------------------------------------------------------------------------
+# -- what templates leave out
+# ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "talk", "words"),
     [
-        (R1, [say("user", "a"), say("assistant", "x", reasoning_content="hm")], "1.*reasoning_content 'hm'"),
-        ("smollm2", [say("user", "a"), say("assistant", "x", thinking="hm")], "1.*reasoning_content 'hm'"),
+        (
+            R1,
+            [say("user", "a"), say("assistant", "x", reasoning_content="hm")],
+            "1.*reasoning_content 'hm'",
+        ),
+        (
+            "smollm2",
+            [say("user", "a"), say("assistant", "x", thinking="hm")],
+            "1.*reasoning_content 'hm'",
+        ),
         (R1, [say("user", "a"), say("assistant", "<think>hm</think>")], "1.*content '<think>hm"),
         ("smollm2", TOOL_TALK, "1.*the call of 'weather'"),
-        ("mistral-v3", [say("system", "Be"), say("user", "a"), say("assistant", "x")], "0.*its content 'Be'"),
+        (
+            "mistral-v3",
+            [say("system", "Be"), say("user", "a"), say("assistant", "x")],
+            "0.*its content 'Be'",
+        ),
     ],
 )
 def test_words_that_are_in_no_row_are_refused(made: Any, name: str, talk: Any, words: str) -> None:
-    with pytest.raises(RequestError, match=rf"messages\[{words}".replace(".*", r"\]: .* leaves out .*", 1)):
+    with pytest.raises(
+        RequestError, match=rf"messages\[{words}".replace(".*", r"\]: .* leaves out .*", 1)
+    ):
         rows_of(template_of(made, name), talk)
 
 
 def test_a_system_text_a_result_and_a_tool_are_refused_too(made: Any) -> None:
     body = (
-        "{% for m in messages %}{% if m.role == 'user' or m.role == 'assistant' %}{{ m.role + m.content }}<|end|>"
+        "{% for m in messages %}{% if m.role == 'user' or m.role == 'assistant' %}{{ m.role + "
+        "m.content }}<|end|>"
     )
     template = ChatTemplate(
-        body + "{% endif %}{% endfor %}{{ 'assistant' if add_generation_prompt }}{% if tools %}{% endif %}", made[0]
+        body + "{% endif %}{% endfor %}{{ 'assistant' if add_generation_prompt }}{% if tools %}{% "
+        "endif %}",
+        made[0],
     )
     plain = [say("user", "q"), say("assistant", "a")]
     for talk, tools, what in (
         ([say("system", "Be brief"), *plain], None, r"messages\[0\]: .* its content 'Be brief'"),
-        ([*plain, say("tool", "warm"), say("assistant", "x")], None, r"messages\[2\]: .* its content 'warm'"),
+        (
+            [*plain, say("tool", "warm"), say("assistant", "x")],
+            None,
+            r"messages\[2\]: .* its content 'warm'",
+        ),
         (plain, TOOLS, r"tools\[0\]: .* the tool 'weather'"),
     ):
         with pytest.raises(RequestError, match=what):
             rows_of(template, talk, tools)
 
 
-def test_reasoning_of_earlier_turns_and_names_are_counted(made: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reasoning_of_earlier_turns_and_names_are_counted(
+    made: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     talk = (
         say("user", "a", name="Ann"),
         say("assistant", "x", reasoning_content="hm so"),
@@ -130,8 +166,12 @@ def test_reasoning_of_earlier_turns_and_names_are_counted(made: Any, capsys: pyt
         say("user", "c"),
         say("assistant", "z"),
     )
-    made_rows = encode_examples([Example("1", "chat", talk)], made[0], template_of(made, "qwen3"), seq_len=999)
-    assert made_rows.counts.dropped_reasoning == 3  # the first text in two later rows, the second in one
+    made_rows = encode_examples(
+        [Example("1", "chat", talk)], made[0], template_of(made, "qwen3"), seq_len=999
+    )
+    assert (
+        made_rows.counts.dropped_reasoning == 3
+    )  # the first text in two later rows, the second in one
     assert made_rows.counts.left_out == 2 and made_rows.counts.split_rows == 2
     assert "leaves out: name of user (2)" in capsys.readouterr().err
     assert "3 texts of reasoning that the template drops" in str(made_rows.counts)
@@ -139,8 +179,14 @@ def test_reasoning_of_earlier_turns_and_names_are_counted(made: Any, capsys: pyt
 
 @pytest.mark.parametrize("ascii", [True, False])
 def test_texts_are_found_however_they_are_written(made: Any, ascii: bool) -> None:
-    body = "{% for m in messages %}{{ m.role }}{{ m.content|tojson(ensure_ascii=FLAG) }}<|end|>{% endfor %}"
-    body, ask = body.replace("FLAG", str(ascii)), '{% if add_generation_prompt %}assistant"{% endif %}'
+    body = (
+        "{% for m in messages %}{{ m.role }}{{ m.content|tojson(ensure_ascii=FLAG) }}<|end|>{% "
+        "endfor %}"
+    )
+    body, ask = (
+        body.replace("FLAG", str(ascii)),
+        '{% if add_generation_prompt %}assistant"{% endif %}',
+    )
     talk = [say("user", 'Größe "1"'), say("assistant", "世界 <|end|>")]
     turns = Turns(ChatTemplate(body + ask, made[0]), made[0])
     (row,) = turns.rows(talk, None, [0, 1])
@@ -149,7 +195,8 @@ def test_texts_are_found_however_they_are_written(made: Any, ascii: bool) -> Non
 
 def test_marks_that_change_what_a_template_writes_are_not_trusted(made: Any) -> None:
     body = (
-        "{% for m in messages %}{{ m.role }}{{ 'long' if m.content|length > 3 else m.content }}<|end|>{% endfor %}"
+        "{% for m in messages %}{{ m.role }}{{ 'long' if m.content|length > 3 else m.content "
+        "}}<|end|>{% endfor %}"
     )
     template = ChatTemplate(body + "{{ 'assistant' if add_generation_prompt }}", made[0])
     (row,) = rows_of(template, [say("user", "abc"), say("assistant", "def")])
@@ -160,25 +207,37 @@ def test_marks_that_change_what_a_template_writes_are_not_trusted(made: Any) -> 
 
 @pytest.mark.parametrize("kind", ["image", "image_url", "audio"])
 def test_parts_that_are_no_text_are_refused(made: Any, kind: str) -> None:
-    talk = [say("user", [{"type": kind, "url": "x.png"}, {"type": "text", "text": "What?"}]), say("assistant", "x")]
-    with pytest.raises(RequestError, match=rf"messages\[0\].content: type = '{kind}'"):
+    talk = [
+        say("user", [{"type": kind, "url": "x.png"}, {"type": "text", "text": "What?"}]),
+        say("assistant", "x"),
+    ]
+    with pytest.raises(RequestError, match=rf"messages\[0\].content: type: got '{kind}'"):
         rows_of(template_of(made, "gemma3"), talk)
 
 
-# -- calls of tools ----------------------------------------------------------------------------------
+# -- calls of tools
+# ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content", ["null", "missing", "empty"])
 @pytest.mark.parametrize("arguments", [CALL["function"]["arguments"], SPACED])
 @pytest.mark.parametrize("name", ["llama3.1", "qwen2.5", "mistral-v3", R1])
-def test_calls_are_written_in_the_form_of_their_makers(made: Any, name: str, arguments: Any, content: str) -> None:
-    """Llama, Qwen and Mistral are given objects, DeepSeek JSON as text, and a content that is empty."""
+def test_calls_are_written_in_the_form_of_their_makers(
+    made: Any, name: str, arguments: Any, content: str
+) -> None:
+    """Llama, Qwen and Mistral are given objects, DeepSeek JSON as text, and a content that is
+    empty.
+    """
     form: Any = SPACED if name == R1 else CALL["function"]["arguments"]
     said_nothing = {"null": {"content": None}, "missing": {}, "empty": {"content": ""}}[content]
 
     def talk(given: Any, nothing: Any) -> list[dict[str, Any]]:
         call = {**CALL, "function": {"name": "weather", "arguments": given}}
-        return [TOOL_TALK[0], {"role": "assistant", **nothing, "tool_calls": [call]}, *TOOL_TALK[2:]]
+        return [
+            TOOL_TALK[0],
+            {"role": "assistant", **nothing, "tool_calls": [call]},
+            *TOOL_TALK[2:],
+        ]
 
     theirs = talk(form, {"content": ""} if name == R1 else said_nothing)
     expected = made[1].apply_chat_template(theirs, chat_template=PUBLISHED[name], tokenize=False)
@@ -192,13 +251,18 @@ def test_a_text_stays_as_it_is_where_the_template_writes_texts(made: Any) -> Non
     calls = "{%% for c in m.tool_calls or [] %%}{{ c.function.name }}%s{%% endfor %%}"
     body = "{%% for m in messages %%}" + calls + "{%% endfor %%}"
     assert ChatTemplate(body % both, made[0]).render(talk) == f"weather{COMPACT}"
-    assert ChatTemplate(body % "{{ c.function.arguments }}", made[0]).render(talk) == f"weather{COMPACT}"
     assert (
-        ChatTemplate(body % "{{ c.function.arguments|tojson }}", made[0]).render(talk) == 'weather{"city": "Köln"}'
+        ChatTemplate(body % "{{ c.function.arguments }}", made[0]).render(talk)
+        == f"weather{COMPACT}"
+    )
+    assert (
+        ChatTemplate(body % "{{ c.function.arguments|tojson }}", made[0]).render(talk)
+        == 'weather{"city": "Köln"}'
     )
     with_object = [TOOL_TALK[0], {"role": "assistant", "tool_calls": [CALL]}]
     assert (
-        ChatTemplate(body % "{{ c.function.arguments }}", made[0]).render(with_object) == 'weather{"city": "Köln"}'
+        ChatTemplate(body % "{{ c.function.arguments }}", made[0]).render(with_object)
+        == 'weather{"city": "Köln"}'
     )
 
 
@@ -210,17 +274,22 @@ def test_built_in_templates_spell_arguments_one_way(made: Any, name: str) -> Non
 
     def written(arguments: Any) -> str:
         call = {**CALL, "function": {"name": "weather", "arguments": arguments}}
-        return template.render([TOOL_TALK[0], {"role": "assistant", "tool_calls": [call]}], None, False)
+        return template.render(
+            [TOOL_TALK[0], {"role": "assistant", "tool_calls": [call]}], None, False
+        )
 
     assert written(COMPACT) == written(SPACED) == written(CALL["function"]["arguments"])
     assert SPACED in written(COMPACT)
 
 
-# -- long conversations ------------------------------------------------------------------------------
+# -- long conversations
+# ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["smollm2", "llama3", "qwen2.5", "chatml"])
-def test_a_long_conversation_is_encoded_once(made: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_conversation_is_encoded_once(
+    made: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     template = template_of(made, name)
     talk = [say(("user", "assistant")[at % 2], f"Words of message {at}.") for at in range(80)]
     expected = rows_of(template, talk)
@@ -246,8 +315,13 @@ def test_a_conversation_nested_beyond_reason_is_refused(made: Any) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt-oss", "mistral-v3", R1])
 def test_rows_that_begin_alike_are_what_they_are_alone(made: Any, name: str) -> None:
-    """The second row takes the ids of the first as far as they are the same, words of messages in mind."""
-    template, words = template_of(made, name), ("a<|im_end|>b", "[INST]", "Hi", " <|end|>", "x<｜Assistant｜>")
+    """The second row takes the ids of the first as far as they are the same, words of messages in
+    mind.
+    """
+    template, words = (
+        template_of(made, name),
+        ("a<|im_end|>b", "[INST]", "Hi", " <|end|>", "x<｜Assistant｜>"),
+    )
     talk = [say(("user", "assistant")[at % 2], f"{words[at % 5]}{at}") for at in range(10)]
     rows = rows_of(template, talk, TOOLS if name == "mistral-v3" else None)
     assert len(rows) == (1 if name == R1 else 5)

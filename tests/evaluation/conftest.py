@@ -3,7 +3,7 @@
 import pytest
 
 from tests.evaluation.twins import write_llama
-from transom.evaluation.subject import Subject
+from transom.evaluation.eval_model import Subject
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tests.helpers import random_model, random_tokens, tiny_args
 from transom.evaluation import agreement as module
 from transom.evaluation.agreement import agreement, logits_of, next_tokens
-from transom.model import TransformerInput
+from transom.models.llm import TransformerInput
 
 ROWS = [*random_tokens(5, 20), random_tokens(1, 7)[0]]
 
@@ -24,12 +24,17 @@ def test_numbers_are_those_of_the_formulas():
     kl, flips, largest, nats, tokens = 0.0, 0, 0.0, [], 0
     for row in ROWS:
         p, q = (m(TransformerInput(row[None])).logits[0].detach().double() for m in (one, other))
-        kl += float(F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum"))
+        kl += float(
+            F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="sum")
+        )
         flips += int((p.argmax(-1) != q.argmax(-1)).sum())
         largest = max(largest, float((p - q).abs().max()))
         nats.append(F.cross_entropy(q[:-1], row[1:], reduction="none"))
         tokens += len(row)
-    assert (found.tokens, found.flips) == (tokens, flips) and found.top1_agreement == 1 - flips / tokens
+    assert (found.tokens, found.flips) == (
+        tokens,
+        flips,
+    ) and found.top1_agreement == 1 - flips / tokens
     assert math.isclose(found.kl, kl / tokens, rel_tol=1e-5)
     assert math.isclose(found.largest_logit_difference, largest, rel_tol=1e-5)
     assert math.isclose(found.nats, float(torch.cat(nats).mean()), rel_tol=1e-5)
@@ -52,7 +57,9 @@ def test_a_model_agrees_with_itself_and_chunks_do_not_count(monkeypatch):
     monkeypatch.setattr(module, "LOGITS", 61 * 3)
     cut = agreement(list(logits_of(one, ROWS)), logits_of(other, ROWS), next_tokens(ROWS))
     assert max(len(part) for part in logits_of(one, ROWS)) == 3
-    assert math.isclose(cut.kl, whole.kl, rel_tol=1e-5) and math.isclose(cut.nats, whole.nats, rel_tol=1e-5)
+    assert math.isclose(cut.kl, whole.kl, rel_tol=1e-5) and math.isclose(
+        cut.nats, whole.nats, rel_tol=1e-5
+    )
     assert (cut.flips, cut.tokens) == (whole.flips, whole.tokens)
 
 

@@ -5,13 +5,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.evaluation.twins import LONGEST
+from transom.base.errors import RequestError
 from transom.chat.template import ChatTemplate
-from transom.errors import RequestError
 from transom.evaluation import answers
 from transom.evaluation.answers import score_answers
 from transom.evaluation.eval_args import EvalArgs, Matching
 from transom.evaluation.task_data import AnswerRow
-from transom.generation.text import Completion
+from transom.inference.text import Completion
 
 MESSAGES = ({"role": "user", "content": "What is two and two? </s>"},)
 NEW = 10
@@ -20,12 +20,17 @@ NEW = 10
 @pytest.fixture(scope="module")
 def generate(folder):
     """Greedy text of `transformers` behind ids."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
 
     def generate(ids):
         tokens = torch.tensor([ids])
         mask = torch.ones_like(tokens)
-        out = model.generate(tokens, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+        out = model.generate(
+            tokens, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0
+        )
         return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
 
     return generate
@@ -62,7 +67,7 @@ def test_a_stop_text_ends_an_answer(subject):
 
 def test_a_prompt_without_room_is_named(subject):
     rows = [row("The"), row("x " * LONGEST, number=2)]
-    with pytest.raises(RequestError, match=f"a:2: a prompt of .* accepted are {LONGEST} together"):
+    with pytest.raises(RequestError, match=f"a:2: a prompt of .* expected {LONGEST} together"):
         score_answers(subject, rows, max_new_tokens=NEW, matching=Matching())
 
 
@@ -91,7 +96,7 @@ def test_what_counts_as_right(text, extract, ignore_case, right):
 
 
 def test_a_pattern_that_is_none_is_refused():
-    with pytest.raises(RequestError, match="extract = '\\('"):
+    with pytest.raises(RequestError, match="extract: got '\\('"):
         EvalArgs(extract="(")
 
 

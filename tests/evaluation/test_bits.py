@@ -8,7 +8,7 @@ import torch
 
 from tests.helpers import random_model, tiny_args
 from transom.evaluation.bits import score
-from transom.model import TransformerInput
+from transom.models.llm import TransformerInput
 
 
 class Documents:
@@ -25,14 +25,20 @@ class Documents:
 
 
 def recount(model, docs, window, stride):
-    """-log p of every token after the first, each once, given the longest context its window has."""
+    """-log p of every token after the first, each once, given the longest context its window
+    has.
+    """
     nats = 0.0
     for text in docs.texts:
         ids = [0, *text.tolist(), 1]
         scored = start = 0
         while scored < len(ids) - 1:
             inputs = ids[start : min(start + window, len(ids) - 1)]
-            logp = model(TransformerInput(torch.tensor([inputs])), inference=True).logits[0].log_softmax(-1)
+            logp = (
+                model(TransformerInput(torch.tensor([inputs])), inference=True)
+                .logits[0]
+                .log_softmax(-1)
+            )
             for at in range(scored - start, len(inputs)):
                 nats -= float(logp[at, ids[start + at + 1]])
             scored = start + len(inputs)

@@ -6,12 +6,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.evaluation.twins import LONGEST
-from transom.errors import RequestError
+from transom.base.errors import RequestError
 from transom.evaluation.choices import encode_pair, score_choices
 from transom.evaluation.task_data import ChoiceRow
 
 ROWS = [
-    ChoiceRow("a:1", "The quick brown fox jumps over the lazy", ("dog", "fox and the dog", "naïve café"), 0),
+    ChoiceRow(
+        "a:1",
+        "The quick brown fox jumps over the lazy",
+        ("dog", "fox and the dog", "naïve café"),
+        0,
+    ),
     ChoiceRow("a:2", "One of ", ("A", "B", "C", "D"), 3),
     ChoiceRow("a:3", "Größe und", ("日本語", "emoji"), 1),
 ]
@@ -27,7 +32,10 @@ def logprob(model, tokenizer, prompt, choice):
 
 @pytest.mark.parametrize("batch_tokens", [1, 60, 4096])
 def test_log_probabilities_are_those_of_transformers(folder, subject, batch_tokens):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     got = score_choices(subject, ROWS, batch_tokens)
     for row, found in zip(ROWS, got.logprobs, strict=True):
         want = [logprob(model, tokenizer, row.prompt, choice) for choice in row.choices]

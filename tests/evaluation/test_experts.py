@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from tests.helpers import random_model, random_tokens, tiny_args
-from transom.errors import RequestError
+from transom.base.errors import RequestError
 from transom.evaluation.experts import expert_tokens, token_row
 from transom.evaluation.trace import recording
 from transom.layers.moe import MoE
-from transom.model import LLM, TransformerInput
+from transom.models.llm import LLM, TransformerInput
 
 
 class Letters:
@@ -29,15 +29,23 @@ def mixture(**fields: object) -> LLM:
 
 def counted(model: LLM, batches: list[TransformerInput]) -> list[list[Counter[int]]]:
     """Token by token, one unpadded row at a time."""
-    layers = [block.feed_forward.router for block in model.layers if isinstance(block.feed_forward, MoE)]
+    layers = [
+        block.feed_forward.router for block in model.layers if isinstance(block.feed_forward, MoE)
+    ]
     counters = [[Counter() for _ in range(4)] for _ in layers]
     for batch in batches:
-        lengths = batch.lengths if batch.lengths is not None else [batch.tokens.size(1)] * len(batch.tokens)
+        lengths = (
+            batch.lengths
+            if batch.lengths is not None
+            else [batch.tokens.size(1)] * len(batch.tokens)
+        )
         for row, length in zip(batch.tokens, lengths, strict=True):
             with recording(model) as recorded:
                 model(TransformerInput(row[None, :length]))
             for router, experts in zip(layers, counters, strict=True):
-                for token, chosen in zip(row[:length].tolist(), recorded.outputs[router][0].tolist(), strict=True):
+                for token, chosen in zip(
+                    row[:length].tolist(), recorded.outputs[router][0].tolist(), strict=True
+                ):
                     for e in chosen:
                         experts[e][token] += 1
     return counters
@@ -54,7 +62,9 @@ def test_counts_and_order_are_those_of_counting_one_by_one():
     for experts, counters in zip(got, expected, strict=True):
         for one, counter in zip(experts, counters, strict=True):
             assert one.total == counter.total()
-            assert list(one.most) == sorted(counter.items(), key=lambda item: (-item[1], item[0]))[:3]
+            assert (
+                list(one.most) == sorted(counter.items(), key=lambda item: (-item[1], item[0]))[:3]
+            )
 
 
 def test_a_row_of_metrics_has_text_and_shares_and_room_for_idle_experts():
@@ -72,13 +82,15 @@ def test_a_dense_model_is_refused():
 
 
 def test_held_out_text_is_read_no_further_than_the_budget():
-    """The tokens of experts are measured on the beginning of the held-out text; the rest is never read."""
+    """The tokens of experts are measured on the beginning of the held-out text; the rest is never
+    read.
+    """
     from types import SimpleNamespace
 
     import numpy as np
 
     from tests.helpers import random_model, tiny_args
-    from transom.training.monitor import Monitor
+    from transom.training.loop.monitor import Monitor
 
     class Documents:
         read = 0

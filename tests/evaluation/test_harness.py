@@ -1,4 +1,6 @@
-"""The adapter for lm-evaluation-harness against the library's own `hf` model, on the same folder."""
+"""The adapter for lm-evaluation-harness against the library's own `hf` model, on the same
+folder.
+"""
 
 import json
 import os
@@ -20,30 +22,42 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from transom.base.errors import RequestError
 from transom.chat.template import ChatTemplate
-from transom.errors import RequestError
 from transom.evaluation import harness
 from transom.evaluation.choices import score_choices
+from transom.evaluation.eval_model import Subject
 from transom.evaluation.harness import TransomLM, read_settings
-from transom.evaluation.subject import Subject
 from transom.evaluation.task_data import read_choices
-from transom.generation.text import Completion
-from transom.model import TransformerInput
+from transom.inference.text import Completion
+from transom.models.llm import TransformerInput
 
 QUESTIONS = [
-    {"question": "The quick brown fox jumps over the lazy", "choices": ["dog", "café and fox", "fox"], "answer": 0},
-    {"question": "Question: what is two and two? Answer:", "choices": ["four", "three"], "answer": 1},
+    {
+        "question": "The quick brown fox jumps over the lazy",
+        "choices": ["dog", "café and fox", "fox"],
+        "answer": 0,
+    },
+    {
+        "question": "Question: what is two and two? Answer:",
+        "choices": ["four", "three"],
+        "answer": 1,
+    },
     {"question": "Größe und", "choices": ["日本語", "naïve", "emoji"], "answer": 2},
     {"question": "One of ", "choices": ["A", "B", "C", "D"], "answer": 3},
 ]
 COMMON = "dataset_path: json\ndataset_kwargs:\n  data_files: {data}\ntest_split: train\n"
 TASKS = {
-    "local_choices": "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: choices\n"
-    "doc_to_target: answer\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n  - metric: acc_bytes\n",
-    "local_text": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{question}}'\n"
-    "metric_list:\n  - metric: bits_per_byte\n  - metric: byte_perplexity\n",
-    "local_answers": "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{choices[0]}}'\n"
-    "generation_kwargs:\n  until: ['.', '\\n']\n  max_gen_toks: 8\nmetric_list:\n  - metric: exact_match\n",
+    "local_choices": "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: "
+    "choices\n"
+    "doc_to_target: answer\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n  - metric: "
+    "acc_bytes\n",
+    "local_text": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: "
+    "'{{question}}'\nmetric_list:\n  - metric: bits_per_byte\n  - metric: byte_perplexity\n",
+    "local_answers": "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: "
+    "'{{choices[0]}}'\n"
+    "generation_kwargs:\n  until: ['.', '\\n']\n  max_gen_toks: 8\nmetric_list:\n  - metric: "
+    "exact_match\n",
 }
 
 
@@ -60,7 +74,9 @@ def ours(folder):
 @pytest.fixture(scope="module")
 def theirs(folder):
     # Its cache takes the wrong positions where one text is cut at two places (lm_eval 0.4.13).
-    return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=2, logits_cache=False)
+    return HFLM(
+        pretrained=str(folder), device="cpu", dtype="float32", batch_size=2, logits_cache=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +103,10 @@ def test_continuations_are_as_likely(ours, theirs):
         ("<s>The quick", " brown"),  # a BOS that is there already
         ("x " * LONGEST, " dog"),  # a context that is cut
         ("Größe", " 日本語"),
-        *(("Question: what is two and two? Answer:", f" {word}") for word in ("four", "three", "4")),
+        *(
+            ("Question: what is two and two? Answer:", f" {word}")
+            for word in ("four", "three", "4")
+        ),
     ]
     got = ours.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
     want = theirs.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
@@ -97,11 +116,16 @@ def test_continuations_are_as_likely(ours, theirs):
 
 def test_the_greedy_continuation_is_called_greedy(ours, theirs):
     ids = ours.tok_encode("The fox")
-    logits_V = ours.subject.model(TransformerInput(torch.tensor([ids])), inference=True).logits[0, -1]
+    logits_V = ours.subject.model(TransformerInput(torch.tensor([ids])), inference=True).logits[
+        0, -1
+    ]
     best, second = logits_V.topk(2).indices.tolist()
     pairs = [(None, ids, [best]), (None, ids, [second])]
     for model in (ours, theirs):
-        assert [greedy for _, greedy in model._loglikelihood_tokens(pairs, disable_tqdm=True)] == [True, False]
+        assert [greedy for _, greedy in model._loglikelihood_tokens(pairs, disable_tqdm=True)] == [
+            True,
+            False,
+        ]
 
 
 def test_whole_texts_are_as_likely(ours, theirs):
@@ -147,7 +171,9 @@ def test_reasoning_is_no_part_of_an_answer(ours, monkeypatch):
 def test_local_tasks_score_the_same(ours, theirs, tasks):
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     found = [
-        simple_evaluate(model=model, tasks=list(TASKS), task_manager=manager, bootstrap_iters=0)["results"]
+        simple_evaluate(model=model, tasks=list(TASKS), task_manager=manager, bootstrap_iters=0)[
+            "results"
+        ]
         for model in (ours, theirs)
     ]
     for name in TASKS:
@@ -158,7 +184,11 @@ def test_local_tasks_score_the_same(ours, theirs, tasks):
 def test_our_multiple_choice_counts_as_the_library_does(ours, tasks):
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     found = simple_evaluate(
-        model=ours, tasks=["local_choices"], task_manager=manager, log_samples=True, bootstrap_iters=0
+        model=ours,
+        tasks=["local_choices"],
+        task_manager=manager,
+        log_samples=True,
+        bootstrap_iters=0,
     )
     rows = read_choices(str(tasks / "questions.jsonl"))
     got = score_choices(ours.subject, rows)
@@ -182,9 +212,13 @@ def test_generation_settings_are_read_or_refused():
             read_settings(wrong, 256)
 
 
-@pytest.mark.parametrize("known", ["", "EntryPoint('transom', 'transom.evaluation.harness:TransomLM', 'x')"])
+@pytest.mark.parametrize(
+    "known", ["", "EntryPoint('transom', 'transom.evaluation.harness:TransomLM', 'x')"]
+)
 def test_the_class_is_found_by_its_name(known):
-    """Without an entry point the module registers it; where there is one, the library has its name before."""
+    """Without an entry point the module registers it; where there is one, the library has its name
+    before.
+    """
     code = (
         "import lm_eval.models\nfrom importlib.metadata import EntryPoint\n"
         "from lm_eval.api.registry import get_model, model_registry\n"
@@ -201,7 +235,14 @@ def test_the_class_is_found_by_its_name(known):
 @pytest.mark.slow  # it reads the thousands of tasks that the library brings
 def test_the_librarys_command_line_knows_the_model(folder, tasks):
     src = Path(__file__).parents[2] / "src"
-    words = ["--model", "transom", "--model_args", f"pretrained={folder},dtype=float32", "--device", "cpu"]
+    words = [
+        "--model",
+        "transom",
+        "--model_args",
+        f"pretrained={folder},dtype=float32",
+        "--device",
+        "cpu",
+    ]
     words += ["--tasks", "local_choices", "--include_path", str(tasks)]
     path = os.pathsep.join([str(src), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
@@ -230,7 +271,9 @@ def test_the_verb_runs_tasks(folder, tasks, capsys):
     assert main([*words, "--device", "cpu", "--limit", "3"]) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(document["results"]) == set(TASKS)
-    assert document["model"]["fingerprint"] and document["n-samples"]["local_text"]["effective"] == 3
+    assert (
+        document["model"]["fingerprint"] and document["n-samples"]["local_text"]["effective"] == 3
+    )
     assert main([*words[:3], "no_such_task"]) == 2
     assert "no such task" in capsys.readouterr().err
 

@@ -8,7 +8,8 @@ from transom.evaluation.intervals import Ratio, Z, bootstrap, bootstrap_differen
 
 @pytest.mark.parametrize(("right", "rows"), [(0, 10), (3, 10), (10, 10), (812, 1000), (1, 1)])
 def test_wilson_holds_the_shares_that_would_give_the_result(right, rows):
-    # Each edge p is as far from the share as Z standard errors of a share p: that is the definition.
+    # Each edge p is as far from the share as Z standard errors of a share p: that is the
+    # definition.
     share = right / rows
     for edge in wilson(right, rows):
         assert abs(share - edge) == pytest.approx(Z * np.sqrt(edge * (1 - edge) / rows), abs=1e-7)
@@ -28,7 +29,12 @@ def test_a_ratio_is_that_of_sums_and_is_drawn_by_unit():
     # Documents of one rate, whatever their lengths: no draw can give another score.
     sizes = np.array([1.0, 10.0, 1000.0])
     ratio = Ratio(3 * sizes, sizes, np.exp)
-    assert ratio.score == pytest.approx(np.exp(3)) == bootstrap(ratio)[0] == pytest.approx(bootstrap(ratio)[1])
+    assert (
+        ratio.score
+        == pytest.approx(np.exp(3))
+        == bootstrap(ratio)[0]
+        == pytest.approx(bootstrap(ratio)[1])
+    )
 
 
 def test_pairs_are_drawn_together():

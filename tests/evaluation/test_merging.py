@@ -1,4 +1,6 @@
-"""Merged folders: the weights PEFT would merge, the candidate that says the same, a report that says how near."""
+"""Merged folders: the weights PEFT would merge, the candidate that says the same, a report that
+says how near.
+"""
 
 import json
 import warnings
@@ -10,14 +12,14 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.adapt.folders import write_adapter, write_base, write_run
-from transom.adapt.combine_args import CombineArgs
-from transom.adapt.merge import merge_adapter
-from transom.adapt.read import load_adapter
+from tests.checkpoints.adapters.folders import write_adapter, write_base, write_run
+from transom.base.errors import RequestError, WorkError
+from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.fingerprint import fingerprint, write_facts
 from transom.checkpoints.load import load
-from transom.errors import RequestError, WorkError
 from transom.evaluation.merging import merge_folders
+from transom.lora.combine_args import CombineArgs
+from transom.lora.merge import merge_adapter
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.leaves import dequantize_model, quantize_model
 
@@ -44,17 +46,26 @@ def test_weights_are_those_that_peft_merges_in_float32_cast_once(base, tmp_path,
     report = merge(None, [adapter], tmp_path / "out", dtype=dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+        theirs = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter
+        )
         expected = theirs.merge_and_unload().state_dict()
     made = weights(tmp_path / "out")
     assert made.keys() == expected.keys()
     for key, tensor in made.items():
         exact = expected[key]
         assert tensor.dtype == getattr(torch, dtype)
-        # The order of a float32 sum is not ours to say: a number between two of bfloat16's may fall either way.
+        # The order of a float32 sum is not ours to say: a number between two of bfloat16's may fall
+        # either way.
         apart = (tensor.float() - exact.to(tensor.dtype).float()).abs() > 1e-6
-        assert apart.float().mean() < 1e-3 and torch.allclose(tensor.float(), exact, rtol=2**-8, atol=1e-6)
-    assert report["out"] == {"format": "hf", "dtype": dtype, "fingerprint": fingerprint(tmp_path / "out")}
+        assert apart.float().mean() < 1e-3 and torch.allclose(
+            tensor.float(), exact, rtol=2**-8, atol=1e-6
+        )
+    assert report["out"] == {
+        "format": "hf",
+        "dtype": dtype,
+        "fingerprint": fingerprint(tmp_path / "out"),
+    }
     assert report["base"]["fingerprint"] == fingerprint(base)
     assert json.loads((tmp_path / "out" / "merge_report.json").read_text()) == report
 
@@ -74,7 +85,10 @@ def test_a_merge_is_near_and_its_base_is_far(base, tmp_path):
 def test_a_base_that_was_quantized_in_training_is_merged_as_the_adapter_saw_it(base, tmp_path):
     adapter = write_adapter(tmp_path / "adapter", base, quantize=NF4)
     report = merge(None, [adapter], tmp_path / "out")
-    seen, full = (candidate(report, name)["kl"] for name in ("base as in training: nf4", "full-precision base"))
+    seen, full = (
+        candidate(report, name)["kl"]
+        for name in ("base as in training: nf4", "full-precision base")
+    )
     assert seen < 1e-3 < full and report["kept"] == "base as in training: nf4"
     # By hand: the dense weights that four bits stand for, with the adapter in them.
     model = dequantize_model(quantize_model(load(base), QuantizeArgs.from_dict(NF4))).float()
@@ -128,7 +142,8 @@ def test_a_run_stands_for_its_best_step_on_the_base_it_names(base, tmp_path):
 def test_other_formats_hold_the_same_model(base, tmp_path, format):
     adapter = write_adapter(tmp_path / "adapter", base)
     marks = [
-        merge(base, [adapter], tmp_path / str(kind), format=kind)["out"]["fingerprint"] for kind in (format, None)
+        merge(base, [adapter], tmp_path / str(kind), format=kind)["out"]["fingerprint"]
+        for kind in (format, None)
     ]
     assert marks[0] == marks[1]
 
@@ -173,23 +188,29 @@ def test_an_adapter_without_numbers_fails_and_leaves_nothing(base, tmp_path):
 
 def test_wrong_requests_are_one_sentence_and_leave_nothing(base, tmp_path):
     other = write_base(tmp_path / "other", seed=5)
-    mine, foreign = write_adapter(tmp_path / "mine", base), write_adapter(tmp_path / "foreign", other)
+    mine, foreign = (
+        write_adapter(tmp_path / "mine", base),
+        write_adapter(tmp_path / "foreign", other),
+    )
     four = write_adapter(tmp_path / "four", base, quantize=NF4)
     odd = write_adapter(tmp_path / "odd", base)
     write_facts(odd, base, fingerprint(base), dtype="int8")
     out = tmp_path / "out"
     for act, words in (
-        (lambda: merge(other, [mine], out), "accepted is the base that it was trained on"),
-        (lambda: merge(None, [mine, foreign], out), "accepted are adapters of one base"),
+        (lambda: merge(other, [mine], out), "expected the base that it was trained on"),
+        (lambda: merge(None, [mine, foreign], out), "expected adapters of one base"),
         (lambda: merge(base, [mine, four], out), "the files' own numbers and in nf4"),
-        (lambda: merge(base, [odd], out), "dtype = 'int8'"),
-        (lambda: merge(None, [base], out), "a whole model; accepted is an adapter"),
-        (lambda: merge(base, [base], out), "a whole model; accepted is an adapter"),
-        (lambda: merge(mine, [mine], out), "accepted is a whole model, and this is an adapter"),
-        (lambda: merge(base, [mine], base), "accepted is none of the folders read"),
-        (lambda: merge(base, [mine], out, dtype="int8"), "dtype = 'int8'"),
+        (lambda: merge(base, [odd], out), "dtype: got 'int8'"),
+        (lambda: merge(None, [base], out), "a whole model; expected an adapter"),
+        (lambda: merge(base, [base], out), "a whole model; expected an adapter"),
+        (lambda: merge(mine, [mine], out), "expected a whole model, and this is an adapter"),
+        (lambda: merge(base, [mine], base), "expected none of the folders read"),
+        (lambda: merge(base, [mine], out, dtype="int8"), "dtype: got 'int8'"),
         (lambda: merge(base, [mine], out, data=str(tmp_path / "none.txt")), "none.txt"),
-        (lambda: merge(base, [mine], out, args=CombineArgs(weights=(1.0, 2.0))), "one for each of 1"),
+        (
+            lambda: merge(base, [mine], out, args=CombineArgs(weights=(1.0, 2.0))),
+            "one for each of 1",
+        ),
     ):
         with pytest.raises(RequestError, match=words) as error:
             act()

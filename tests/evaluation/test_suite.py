@@ -9,13 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.evaluation.twins import LONGEST, TEXT, write_llama
-from transom.checkpoints.folders import sha256_of
-from transom.data.shards import prepare
-from transom.data.sources import SourceArgs
-from transom.errors import RequestError, WorkError
+from transom.base.errors import RequestError, WorkError
+from transom.checkpoints.files.folders import sha256_of
+from transom.data.text.shards import prepare
+from transom.data.text.sources import SourceArgs
 from transom.evaluation.eval_args import EvalArgs
+from transom.evaluation.eval_model import Subject
 from transom.evaluation.intervals import Ratio, Z
-from transom.evaluation.subject import Subject
 from transom.evaluation.suite import Measured, comparison, evaluate, report
 from transom.evaluation.task_data import open_data
 
@@ -23,7 +23,9 @@ from transom.evaluation.task_data import open_data
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
     """Other weights, the same vocabulary."""
-    return Subject.open(write_llama(tmp_path_factory.mktemp("other"), seed=1), device="cpu", dtype="float32")
+    return Subject.open(
+        write_llama(tmp_path_factory.mktemp("other"), seed=1), device="cpu", dtype="float32"
+    )
 
 
 @pytest.fixture
@@ -38,7 +40,10 @@ def texts(tmp_path, monkeypatch):
 
 
 def test_documents_are_scored_alone_with_bos_and_eos(folder, subject, texts):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     want = []
     for text in TEXT:
         ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id]])
@@ -47,7 +52,9 @@ def test_documents_are_scored_alone_with_bos_and_eos(folder, subject, texts):
     (got,) = evaluate(subject, open_data([str(texts)]), EvalArgs(window=LONGEST))
     assert [row["nats"] for row in got.rows] == pytest.approx(want, rel=1e-5)
     assert [row["bytes"] for row in got.rows] == [len(text.encode()) for text in TEXT]
-    tokens = sum(len(tokenizer(text).input_ids) for text in TEXT)  # each is predicted but BOS, and EOS too
+    tokens = sum(
+        len(tokenizer(text).input_ids) for text in TEXT
+    )  # each is predicted but BOS, and EOS too
     assert (got.facts["documents"], got.facts["tokens"]) == (3, tokens)
     bits = sum(want) / math.log(2) / got.facts["bytes"]
     assert got.scores["bits_per_byte"].score == pytest.approx(bits, rel=1e-5)
@@ -62,11 +69,14 @@ def test_the_hash_of_text_is_that_of_a_run(subject, texts):
 def test_a_report_has_an_interval_for_every_score(subject, texts, tmp_path):
     rows = tmp_path / "rows.jsonl"
     asked = [
-        {"question": f"The {word}", "choices": ["fox", "dog"], "answer": at % 2} for at, word in enumerate("abcdef")
+        {"question": f"The {word}", "choices": ["fox", "dog"], "answer": at % 2}
+        for at, word in enumerate("abcdef")
     ]
     rows.write_text("".join(json.dumps(row) + "\n" for row in asked))
     args = EvalArgs(limit=5, stride=7, window=32)
-    document = report(subject.facts(), evaluate(subject, open_data([str(texts), str(rows)], 5), args))
+    document = report(
+        subject.facts(), evaluate(subject, open_data([str(texts), str(rows)], 5), args)
+    )
     assert json.loads(json.dumps(document)) == document
     text, choices = document["data"]
     assert choices["sha256"] == sha256_of(rows) and (choices["rows"], text["documents"]) == (5, 3)
@@ -74,8 +84,14 @@ def test_a_report_has_an_interval_for_every_score(subject, texts, tmp_path):
     for one in (text, choices):
         for score in one["scores"].values():
             assert score["low"] <= score["value"] <= score["high"]
-    share, (low, high) = choices["scores"]["acc"]["value"], (choices["scores"]["acc"][k] for k in ("low", "high"))
-    assert abs(share - low) == pytest.approx(Z * np.sqrt(low * (1 - low) / 5), abs=1e-7) and high > share
+    share, (low, high) = (
+        choices["scores"]["acc"]["value"],
+        (choices["scores"]["acc"][k] for k in ("low", "high")),
+    )
+    assert (
+        abs(share - low) == pytest.approx(Z * np.sqrt(low * (1 - low) / 5), abs=1e-7)
+        and high > share
+    )
 
 
 def test_a_difference_is_paired_and_says_who_is_better(subject, other, texts):
@@ -90,7 +106,12 @@ def test_a_difference_is_paired_and_says_who_is_better(subject, other, texts):
     (back,) = comparison((b, a), second, first)["data"]
     assert back["difference"]["bits_per_byte"]["low"] == pytest.approx(-found["high"])
     (same,) = comparison((a, a), first, first)["data"]
-    assert same["difference"]["bits_per_byte"] == {"value": 0.0, "low": 0.0, "high": 0.0, "better": None}
+    assert same["difference"]["bits_per_byte"] == {
+        "value": 0.0,
+        "low": 0.0,
+        "high": 0.0,
+        "better": None,
+    }
 
 
 def test_the_better_of_two_is_the_lower_of_bits_and_the_higher_of_shares():
@@ -98,7 +119,10 @@ def test_the_better_of_two_is_the_lower_of_bits_and_the_higher_of_shares():
     bits, right = np.arange(rows) + 1.0, np.arange(rows) % 2 == 0
 
     def measured(more_bits, right):
-        scores = {"bits_per_byte": Ratio(bits + more_bits, np.ones(rows)), "acc": Ratio.of_right(right)}
+        scores = {
+            "bits_per_byte": Ratio(bits + more_bits, np.ones(rows)),
+            "acc": Ratio.of_right(right),
+        }
         return [Measured("data", "text", "hash", scores, {}, [], 0.0)]
 
     first, second = measured(0.0, right), measured(0.5, right | (np.arange(rows) % 4 == 1))
@@ -107,7 +131,9 @@ def test_the_better_of_two_is_the_lower_of_bits_and_the_higher_of_shares():
         "bits_per_byte": "a",
         "acc": "b",
     }
-    (close,) = comparison((facts, facts), first, measured(0.0, right | (np.arange(rows) == 1)))["data"]
+    (close,) = comparison((facts, facts), first, measured(0.0, right | (np.arange(rows) == 1)))[
+        "data"
+    ]
     assert close["difference"]["acc"]["better"] is None
     assert close["difference"]["acc"]["value"] == pytest.approx(1 / rows)
 
@@ -135,7 +161,7 @@ def test_what_was_left_out_is_said(subject, texts, capsys):
 
 
 def test_a_window_beyond_the_model_is_refused(subject, texts):
-    with pytest.raises(RequestError, match=f"window = {LONGEST + 1}: accepted is 1 to {LONGEST}"):
+    with pytest.raises(RequestError, match=f"window: got {LONGEST + 1}; expected 1 to {LONGEST}"):
         evaluate(subject, open_data([str(texts)]), EvalArgs(window=LONGEST + 1))
 
 
@@ -145,6 +171,10 @@ def test_scores_that_are_no_numbers_are_no_result(folder, texts):
         broken.model.norm.weight.fill_(float("nan"))
     with pytest.raises(WorkError, match="bits_per_byte is no finite number"):
         evaluate(broken, open_data([str(texts)]), EvalArgs())
-    (texts.parent / "rows.jsonl").write_text('{"question": "The", "choices": ["fox", "dog"], "answer": 0}')
-    with pytest.raises(WorkError, match=r"rows\.jsonl:1: the log-probability of a choice is no number"):
+    (texts.parent / "rows.jsonl").write_text(
+        '{"question": "The", "choices": ["fox", "dog"], "answer": 0}'
+    )
+    with pytest.raises(
+        WorkError, match=r"rows\.jsonl:1: the log-probability of a choice is no number"
+    ):
         evaluate(broken, open_data([str(texts.parent / "rows.jsonl")]), EvalArgs())

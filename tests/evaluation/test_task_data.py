@@ -5,7 +5,7 @@ import json
 import pyarrow as pa
 import pytest
 
-from transom.errors import RequestError
+from transom.base.errors import RequestError
 from transom.evaluation.task_data import kind_of, open_data, read_answers, read_choices
 
 QUESTION = {"question": "Which?", "choices": ["red", "blue", "green"], "answer": 1}
@@ -38,13 +38,20 @@ def test_a_file_is_what_its_first_row_says(write, row, kind):
 
 
 def test_all_else_is_text(tmp_path):
-    assert [kind_of(str(tmp_path)), kind_of(f"{tmp_path}/*.jsonl"), kind_of("notes.txt")] == ["text"] * 3
+    assert [kind_of(str(tmp_path)), kind_of(f"{tmp_path}/*.jsonl"), kind_of("notes.txt")] == [
+        "text"
+    ] * 3
 
 
 @pytest.mark.parametrize("answer", [1, "B", "blue"])
 def test_an_answer_is_an_index_a_letter_or_a_text(write, answer):
     (row,) = read_choices(write({**QUESTION, "answer": answer}))
-    assert (row.id, row.prompt, row.choices, row.answer) == ("rows.jsonl:1", "Which?", ("red", "blue", "green"), 1)
+    assert (row.id, row.prompt, row.choices, row.answer) == (
+        "rows.jsonl:1",
+        "Which?",
+        ("red", "blue", "green"),
+        1,
+    )
 
 
 def test_answers_may_be_several_and_rows_may_be_limited(write):
@@ -58,7 +65,9 @@ def test_answers_may_be_several_and_rows_may_be_limited(write):
 
 def test_keys_that_nothing_reads_are_said(write, capsys):
     read_choices(write({**QUESTION, "subject": "colour"}, {**QUESTION, "id": 7}))
-    assert capsys.readouterr().err.endswith("rows.jsonl: keys that are not read: id (1 rows), subject (1 rows)\n")
+    assert capsys.readouterr().err.endswith(
+        "rows.jsonl: keys that are not read: id (1 rows), subject (1 rows)\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,8 +81,11 @@ def test_keys_that_nothing_reads_are_said(write, capsys):
         ({**QUESTION, "choices": ["red", ""]}, "two texts or more"),
         ({**QUESTION, "prompt": "Which?"}, "one text"),
         ({"choices": ["a", "b"], "answer": 0}, "one text"),
-        (ANSWER, "choices = None"),
-        ('{"question": "\\ud800", "choices": ["a", "b"], "answer": 0}', "text that UTF-8 can write"),
+        (ANSWER, "choices: got None"),
+        (
+            '{"question": "\\ud800", "choices": ["a", "b"], "answer": 0}',
+            "text that UTF-8 can write",
+        ),
         ("[1, 2]", "one JSON object"),
         ("{", "one JSON object"),
     ],
@@ -91,7 +103,10 @@ def test_a_wrong_question_is_one_sentence_with_its_line(write, row, sentence):
         ({"prompt": "x"}, "a text or a list of texts"),
         ({"prompt": "x", "answer": []}, "a text or a list of texts"),
         ({"prompt": "x", "answer": 4}, "a text or a list of texts"),
-        ({"prompt": "x", "messages": [{"role": "user", "content": "x"}], "answer": "4"}, "no prompt beside them"),
+        (
+            {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "answer": "4"},
+            "no prompt beside them",
+        ),
         ({"messages": [], "answer": "4"}, "a list of objects"),
         ({"prompt": "", "answer": "4"}, "one text"),
     ],
@@ -104,7 +119,7 @@ def test_a_wrong_prompt_is_one_sentence_with_its_line(write, row, sentence):
 
 @pytest.mark.parametrize("rows", [[""], [{"label": 3}]])
 def test_a_file_that_says_nothing_is_refused(write, rows):
-    with pytest.raises(RequestError, match='accepted are lines with "text"'):
+    with pytest.raises(RequestError, match='expected lines with "text"'):
         open_data([write(*rows)])
 
 

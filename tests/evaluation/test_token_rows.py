@@ -1,4 +1,6 @@
-"""Rows to compare models on: whose text they are, how long they get, and that the same text gives the same rows."""
+"""Rows to compare models on: whose text they are, how long they get, and that the same text gives
+the same rows.
+"""
 
 import json
 
@@ -6,13 +8,13 @@ import pytest
 import torch
 import yaml
 
-from tests.adapt.folders import write_base
+from tests.checkpoints.adapters.folders import write_base
 from tests.helpers import random_model, tiny_args
-from transom.checkpoints.folders import Found, read_args
+from transom.base.errors import RequestError
+from transom.checkpoints.files.folders import Found, read_args
 from transom.checkpoints.load import save
-from transom.errors import RequestError
 from transom.evaluation.token_rows import token_rows
-from transom.tokenizer import byte_tokenizer
+from transom.tokenizers.training import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,9 @@ def test_texts_are_documents_of_their_own(found, tmp_path):
 
 
 def test_conversations_are_written_by_the_adapters_template(found, tmp_path):
-    lines = [{"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]}]
+    lines = [
+        {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]}
+    ]
     data = tmp_path / "chats.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     adapter = tmp_path / "adapter"
@@ -63,13 +67,19 @@ def test_a_run_gives_what_it_held_out_while_its_data_is_there(found, tmp_path, c
     data = tmp_path / "set"
     data.mkdir()
     for split, word in (("train", "seen"), ("valid", "held")):
-        (data / f"{split}.jsonl").write_text(json.dumps({"prompt": "say", "completion": word}) + "\n")
+        (data / f"{split}.jsonl").write_text(
+            json.dumps({"prompt": "say", "completion": word}) + "\n"
+        )
     config = {"data": {"sources": [str(data)], "held_out": 0.5}, "tune": {"method": "lora"}}
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     rows = rows_of(found, None, run)
-    assert rows.source == f"held out of {run}" and "held" in text_of(rows) and "seen" not in text_of(rows)
+    assert (
+        rows.source == f"held out of {run}"
+        and "held" in text_of(rows)
+        and "seen" not in text_of(rows)
+    )
     assert rows_of(found, __file__, run).source == __file__, "what is asked for comes first"
     for file in data.iterdir():
         file.unlink()
@@ -80,7 +90,11 @@ def test_a_run_gives_what_it_held_out_while_its_data_is_there(found, tmp_path, c
 def test_weights_without_a_tokenizer_get_random_tokens(tmp_path, capsys):
     save(random_model(tiny_args()), tmp_path, "native")
     rows = rows_of(Found(tmp_path), tokens=50)
-    assert rows.source == "random tokens" and rows.tokens == 50 and "random tokens" in capsys.readouterr().err
+    assert (
+        rows.source == "random tokens"
+        and rows.tokens == 50
+        and "random tokens" in capsys.readouterr().err
+    )
     with pytest.raises(RequestError, match="has no tokenizer for it"):
         rows_of(Found(tmp_path), __file__)
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from tests.helpers import random_model, random_tokens, tiny_args
-from transom.attend.attend import auto
-from transom.attend.sdpa import sdpa
-from transom.errors import RequestError
+from transom.attention.backends import auto
+from transom.attention.sdpa import sdpa
+from transom.base.errors import RequestError
 from transom.evaluation import trace as module
 from transom.evaluation.trace import trace
 from transom.layers.rope import apply_rotary_emb, precompute_freqs_cis
-from transom.model import TransformerInput, build_step
+from transom.models.llm import TransformerInput, build_step
 
 MOE = {"num_experts": 5, "top_k": 2, "hidden_dim": 16, "interleave_moe_layer_step": 2}
 MIXED = {"layer_pattern": "Cf", "attention_chunk_size": 4, "use_qk_norm": True, "moe_args": MOE}
@@ -81,9 +81,13 @@ def test_sizes_are_those_of_the_parts(tokens):
         block, h = model.layers[0], model.tok_embeddings(tokens)
         attended = block.attention(block.attention_norm(h), step)
         fed = block.feed_forward(block.ffn_norm(h + attended))
-    expected = [float((x.norm(dim=-1) / 32**0.5).mean()) for x in (attended, fed, h + attended + fed)]
+    expected = [
+        float((x.norm(dim=-1) / 32**0.5).mean()) for x in (attended, fed, h + attended + fed)
+    ]
     layer = trace(model, tokens)[0]
-    assert [layer.attention_rms, layer.feed_forward_rms, layer.residual_rms] == pytest.approx(expected, rel=1e-4)
+    assert [layer.attention_rms, layer.feed_forward_rms, layer.residual_rms] == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("changes", [{}, MIXED, {"tie_embeddings": True}])
@@ -99,7 +103,9 @@ def test_the_last_layer_predicts_what_the_model_predicts(changes, tokens):
 def test_an_earlier_layer_predicts_what_the_model_cut_there_predicts(tokens):
     model = tiny()
     cut = tiny(n_layers=1)
-    cut.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("layers.1.")})
+    cut.load_state_dict(
+        {k: v for k, v in model.state_dict().items() if not k.startswith("layers.1.")}
+    )
     for (id, share), (cut_id, cut_share) in zip(
         trace(model, tokens)[0].predictions, trace(cut, tokens)[-1].predictions, strict=True
     ):
@@ -110,14 +116,18 @@ def test_an_earlier_layer_predicts_what_the_model_cut_there_predicts(tokens):
 def test_experts_are_those_the_router_chooses_for_the_last_token(routing, tokens):
     model = tiny(**{**MIXED, "moe_args": {**MOE, "routing": routing}})
     seen, chosen = [], set()
-    handle = model.layers[1].feed_forward.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    handle = model.layers[1].feed_forward.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0])
+    )
     for stop in range(1, LENGTH + 1):
         dense, mixed = trace(model, tokens[:, :stop])
         with torch.no_grad():
             ids, weights, _ = model.layers[1].feed_forward.router(seen[-1][0, -1:])
         assert dense.experts == ()
         assert [id for id, _ in mixed.experts] == ids[0].tolist()
-        assert [weight for _, weight in mixed.experts] == pytest.approx(weights[0].tolist(), rel=1e-4)
+        assert [weight for _, weight in mixed.experts] == pytest.approx(
+            weights[0].tolist(), rel=1e-4
+        )
         chosen |= {tuple(ids[0].tolist())}
     handle.remove()
     assert len(chosen) > 1  # else any token's experts would have done
@@ -151,9 +161,9 @@ def test_the_model_is_as_before_after_an_exception(tokens):
     ("tokens", "words"),
     [
         (torch.zeros(1, 257, dtype=torch.int64), "max_seq_len = 256"),
-        (torch.zeros(2, 4, dtype=torch.int64), "accepted is .1, tokens"),
-        (torch.zeros(1, 0, dtype=torch.int64), "accepted is .1, tokens"),
-        (torch.tensor([[3, 61]]), "token id = 61: accepted is 0 to 60"),
+        (torch.zeros(2, 4, dtype=torch.int64), "expected .1, tokens"),
+        (torch.zeros(1, 0, dtype=torch.int64), "expected .1, tokens"),
+        (torch.tensor([[3, 61]]), "token id: got 61; expected 0 to 60"),
     ],
 )
 def test_what_cannot_be_traced_is_refused(tokens, words):

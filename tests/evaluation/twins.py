@@ -1,4 +1,6 @@
-"""A tiny Llama folder as `transformers` writes it: random weights, byte pairs, a BOS in front, a chat template."""
+"""A tiny Llama folder as `transformers` writes it: random weights, byte pairs, a BOS in front, a
+chat template.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def write_llama(folder: Path, seed: int = 0) -> Path:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=SPECIAL, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(TEXT * 4, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE
     )

@@ -1,13 +1,15 @@
-"""Attention backends on a CUDA device against the float64 reference on the same rounded inputs, with gradients."""
+"""Attention backends on a CUDA device against the float64 reference on the same rounded inputs,
+with gradients.
+"""
 
 import pytest
 import torch
 
-from transom.args import LayerRule
-from transom.attend.attend import BACKENDS, auto, choose
-from transom.attend.mask import Layout, MaskSpec, positions_from_sizes, segments_from_sizes
-from transom.attend.reference import reference
-from transom.attend.view import CacheView, Score
+from transom.attention.backends import BACKENDS, auto, choose
+from transom.attention.mask import Layout, MaskSpec, positions_from_sizes, segments_from_sizes
+from transom.attention.reference import reference
+from transom.attention.view import CacheView, Score
+from transom.config.model_args import LayerRule
 
 pytestmark = [
     pytest.mark.gpu,
@@ -16,9 +18,9 @@ pytestmark = [
 
 RULES = [LayerRule(), LayerRule("full"), LayerRule("window", 100), LayerRule("chunk", 130)]
 LENGTH = 300  # no multiple of a block of 128
-# Largest error over largest value. Kernels round the softmax weights to the inputs' dtype (half a unit in the last
-# place each: 2^-9 in bfloat16) and sum a few hundred of them; gradients are two such products deep, and the
-# float32 case allows for exp2 and a different order of summation.
+# Largest error over largest value. Kernels round the softmax weights to the inputs' dtype (half a
+# unit in the last place each: 2^-9 in bfloat16) and sum a few hundred of them; gradients are two
+# such products deep, and the float32 case allows for exp2 and a different order of summation.
 OUT = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-4}
 GRAD = {torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float32: 1e-3}
 
@@ -57,7 +59,9 @@ def near(name, got, exact, tolerance):
 
 
 def check(attend, states, view_fields, spec, score, dtype):
-    """Output and gradients of `attend` on rounded inputs against the reference on the same numbers in float64."""
+    """Output and gradients of `attend` on rounded inputs against the reference on the same numbers
+    in float64.
+    """
     results = []
     for one, kind in ((attend, dtype), (reference, torch.float64)):
         q, k, v = (x.detach().to(dtype).to(kind).requires_grad_() for x in states)
@@ -94,7 +98,10 @@ def test_backend_equals_the_reference_wherever_it_declares_support(name, rule, d
 def test_values_of_another_head_dim(name, v_dim):
     positions, _, known, new_at = lay_out("rows")
     states = [torch.randn(2, LENGTH, 4, dim, device="cuda") for dim in (96, 96, v_dim)]
-    view, spec = {"positions_BS": positions, "new_at": new_at}, MaskSpec(LayerRule(), positions, None, known)
+    view, spec = (
+        {"positions_BS": positions, "new_at": new_at},
+        MaskSpec(LayerRule(), positions, None, known),
+    )
     q, k, v = (x.bfloat16() for x in states)
     reason = BACKENDS[name].why_not(q, CacheView((k, v), **view), spec, Score())
     if reason is not None:
@@ -108,7 +115,9 @@ def test_few_queries_against_many_cached_slots(name, queries):
     slots = torch.arange(512, device="cuda").expand(2, -1)
     spec = MaskSpec(LayerRule("window", 200), slots[:, 400 : 400 + queries])
     score = make_score("plain" if name == "sdpa" else "cap+sinks")
-    states = [torch.randn(2, n, h, 64, device="cuda") for n, h in ((queries, 8), (512, 2), (512, 2))]
+    states = [
+        torch.randn(2, n, h, 64, device="cuda") for n, h in ((queries, 8), (512, 2), (512, 2))
+    ]
     with torch.no_grad():
         q, k, v = (x.bfloat16() for x in states)
         got = BACKENDS[name].function(q, CacheView((k, v), slots), spec, score)
@@ -121,10 +130,20 @@ def test_flex_takes_many_lengths_and_rules_without_falling_back_to_dense_scores(
         positions = torch.arange(length, device="cuda")[None]
         for rule in (LayerRule(), LayerRule("window", 64)):
             q = torch.randn(1, length, 4, 64, device="cuda", dtype=torch.bfloat16)
-            view, spec = CacheView((q, q), positions, new_at=0), MaskSpec(rule, positions, None, Layout((length,)))
+            view, spec = (
+                CacheView((q, q), positions, new_at=0),
+                MaskSpec(rule, positions, None, Layout((length,))),
+            )
             score = Score(softcap=5.0)
-            exact = reference(q.double(), CacheView((q.double(), q.double()), positions), spec, score)
-            near(f"{length} {by_rule(rule)}", BACKENDS["flex"].function(q, view, spec, score), exact, 2**-6)
+            exact = reference(
+                q.double(), CacheView((q.double(), q.double()), positions), spec, score
+            )
+            near(
+                f"{length} {by_rule(rule)}",
+                BACKENDS["flex"].function(q, view, spec, score),
+                exact,
+                2**-6,
+            )
 
 
 @pytest.mark.parametrize(
@@ -145,5 +164,6 @@ def test_auto_is_linear_in_memory_at_32k(name, rule, layout, score):
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     auto(q, view, spec, score).sum().backward()
-    # Output, gradients, their float32 sums and logarithms: a few times q; one dense head alone would be 2 GiB.
+    # Output, gradients, their float32 sums and logarithms: a few times q; one dense head alone
+    # would be 2 GiB.
     assert torch.cuda.max_memory_allocated() - before < 16 * q.numel() * q.element_size()

@@ -1,4 +1,6 @@
-"""What only a CUDA device can show; imports nothing but torch, transformers' dependencies and transom."""
+"""What only a CUDA device can show; imports nothing but torch, transformers' dependencies and
+transom.
+"""
 
 import json
 
@@ -8,14 +10,14 @@ import torch
 from tests.helpers import random_model, random_tokens, tiny_args
 from tests.training.runs import losses
 from tests.training.runs import tiny_args as tiny_run
-from transom.args import LayerRule
-from transom.attend.mask import Layout, MaskSpec
-from transom.attend.reference import reference
-from transom.attend.sdpa import sdpa
-from transom.attend.view import CacheView, Score
-from transom.generation.loop import generate
-from transom.model import TransformerInput
-from transom.training.setup import open_run
+from transom.attention.mask import Layout, MaskSpec
+from transom.attention.reference import reference
+from transom.attention.sdpa import sdpa
+from transom.attention.view import CacheView, Score
+from transom.config.model_args import LayerRule
+from transom.inference.loop import generate
+from transom.models.llm import TransformerInput
+from transom.training.loop.setup import open_run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,7 +56,10 @@ def test_cached_decoding_equals_the_full_forward(model):
     model.cuda()
     full = model(TransformerInput(tokens), inference=True).logits
     cache = model.make_cache(2, 64, slack=2)
-    parts = [model(TransformerInput(part), cache=cache, inference=True).logits for part in tokens.split(5, 1)]
+    parts = [
+        model(TransformerInput(part), cache=cache, inference=True).logits
+        for part in tokens.split(5, 1)
+    ]
     assert torch.allclose(torch.cat(parts, 1), full, atol=1e-3, rtol=1e-3)
 
 
@@ -90,9 +95,13 @@ def test_greedy_generation_equals_the_cpu(model):
 def test_training_learns_in(tmp_path, dtype):
     trainer = open_run(tiny_run(tmp_path, "device=cuda", f"dtype={dtype}", "steps=120"), quiet=True)
     assert trainer.fit().bits_per_byte < 1.6
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     counted = [row["skipped_steps"] for row in rows if "skipped_steps" in row]
-    assert bool(counted) == (dtype == "float16")  # the loss scale starts too high, and each skip is counted
+    assert bool(counted) == (
+        dtype == "float16"
+    )  # the loss scale starts too high, and each skip is counted
 
 
 def test_resume_continues_the_losses(tmp_path):

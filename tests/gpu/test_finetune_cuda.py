@@ -1,4 +1,6 @@
-"""Fine-tuning on a CUDA device: adapters, 4-bit bases and objectives compute what they do on the CPU."""
+"""Fine-tuning on a CUDA device: adapters, 4-bit bases and objectives compute what they do on the
+CPU.
+"""
 
 import copy
 
@@ -8,14 +10,14 @@ import torch
 from tests.helpers import random_model, random_tokens, tiny_args
 from tests.training.runs import losses
 from tests.training.tuning import base_folder, chats, preferences, solved, tune_args
-from transom.adapt.lora_args import LoraArgs
-from transom.adapt.new import apply_lora
-from transom.model import TransformerInput
+from transom.lora.apply import apply_lora
+from transom.lora.args import LoraArgs
+from transom.models.llm import TransformerInput
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.leaves import quantize_model
-from transom.training.cross_entropy import head_loss
-from transom.training.log_probs import adapters_off, measured_log_probs
-from transom.training.setup import open_run
+from transom.training.loop.setup import open_run
+from transom.training.losses.cross_entropy import head_loss
+from transom.training.losses.log_probs import adapters_off, measured_log_probs
 from transom.verify.policy import check_policy
 
 pytestmark = [
@@ -55,7 +57,9 @@ def test_gradients_of_an_adapter_are_those_of_the_cpu(kind):
     expected, found = gradients(model, "cpu"), gradients(model, "cuda")
     assert expected and set(found) == set(expected)
     for name, grad in expected.items():
-        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], grad, rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_the_reference_is_the_base():
@@ -85,7 +89,9 @@ def test_a_run_of_each_kind_ends_with_finite_losses(tmp_path, run, dtype):
     rows, tune = RUNS[run]
     base = base_folder(tmp_path / "model")
     words = ("device=cuda", f"dtype={dtype}", "data.batch_size=2")
-    open_run(tune_args(tmp_path, base, rows(tmp_path / "rows.jsonl"), *words, **tune), quiet=True).fit()
+    open_run(
+        tune_args(tmp_path, base, rows(tmp_path / "rows.jsonl"), *words, **tune), quiet=True
+    ).fit()
     found = losses(tmp_path / "run")
     assert len(found) == 8 and all(torch.isfinite(torch.tensor(found)))
 

@@ -1,4 +1,6 @@
-"""Training depth on a CUDA device: every way to save memory or time gives the gradients of the plain step."""
+"""Training depth on a CUDA device: every way to save memory or time gives the gradients of the
+plain step.
+"""
 
 import pytest
 import torch
@@ -7,10 +9,10 @@ from tests.helpers import TINY_VISION, random_model, random_tokens, tiny_args
 from tests.training.runs import losses
 from tests.training.runs import tiny_args as tiny_run
 from transom.layers.linear import GroupedLinear
-from transom.model import LLM, TransformerInput
-from transom.training.blocks import arrange_blocks
-from transom.training.cross_entropy import cross_entropy_sum, head_loss
-from transom.training.setup import open_run
+from transom.models.llm import LLM, TransformerInput
+from transom.training.loop.blocks import arrange_blocks
+from transom.training.loop.setup import open_run
+from transom.training.losses.cross_entropy import cross_entropy_sum, head_loss
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,7 +22,9 @@ pytestmark = [
 MODELS = {
     "dense": {},
     "window": {"sliding_window": 7},
-    "mixture": {"moe_args": {"num_experts": 4, "top_k": 2, "hidden_dim": 64, "expert_capacity": 1.0}},
+    "mixture": {
+        "moe_args": {"num_experts": 4, "top_k": 2, "hidden_dim": 64, "expert_capacity": 1.0}
+    },
 }
 
 
@@ -38,7 +42,9 @@ def test_checkpointing_and_offload_give_the_same_gradients(name, how):
     model = random_model(tiny_args(**MODELS[name])).cuda().train()
     plain = gradients(model)
     checkpointing = how.split(" + ")[0].replace("offload", "none")
-    arrange_blocks(model, checkpointing=checkpointing, offload_min_bytes=0 if "offload" in how else None)
+    arrange_blocks(
+        model, checkpointing=checkpointing, offload_min_bytes=0 if "offload" in how else None
+    )
     for key, grad in gradients(model).items():
         torch.testing.assert_close(
             grad, plain[key], rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
@@ -73,7 +79,9 @@ def test_chunked_loss_equals_the_loss_of_all_logits(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_behind_the_last_expert_change_nothing(dtype):
-    """Dropped tokens are sorted behind the last group; kernels leave their results uninitialised."""
+    """Dropped tokens are sorted behind the last group; kernels leave their results
+    uninitialised.
+    """
     linear = GroupedLinear(4, 64, 64).cuda().to(dtype)
     torch.nn.init.normal_(linear.weight, std=0.1)
     rows = torch.randn(40, 64, device="cuda", dtype=dtype)
@@ -83,10 +91,13 @@ def test_rows_behind_the_last_expert_change_nothing(dtype):
 
 
 @pytest.mark.parametrize(
-    "change", ["optimizer.state_bits=8", "optimizer.in_backward=true", "compile=true", "loss_chunk=8"]
+    "change",
+    ["optimizer.state_bits=8", "optimizer.in_backward=true", "compile=true", "loss_chunk=8"],
 )
 def test_training_learns_with(tmp_path, change):
-    more = ["optimizer.name=adamw", "optimizer.max_grad_norm=null"] if "in_backward" in change else []
+    more = (
+        ["optimizer.name=adamw", "optimizer.max_grad_norm=null"] if "in_backward" in change else []
+    )
     args = tiny_run(tmp_path, "device=cuda", "dtype=bfloat16", "steps=120", change, *more)
     assert open_run(args, quiet=True).fit().bits_per_byte < 2.0
     assert len(losses(tmp_path / "run")) == 120
@@ -96,4 +107,6 @@ def test_the_image_encoder_equals_the_cpu():
     model = random_model(tiny_args(vision_args=TINY_VISION))
     pixels = torch.randn(3, 3, 8, 8)
     expected = model.encode_images(pixels)
-    torch.testing.assert_close(model.cuda().encode_images(pixels.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        model.cuda().encode_images(pixels.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3
+    )

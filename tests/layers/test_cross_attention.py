@@ -1,4 +1,6 @@
-"""Attention to a context: torch's decoder layer is the peer; keys and values are made once per request."""
+"""Attention to a context: torch's decoder layer is the peer; keys and values are made once per
+request.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import random_model, random_tokens, tiny_args
-from transom.args import ModelArgs
-from transom.errors import RequestError
-from transom.generation.loop import generate
-from transom.model import LLM, TransformerInput, build_step
+from transom.base.errors import RequestError
+from transom.config.model_args import ModelArgs
+from transom.inference.loop import generate
+from transom.models.llm import LLM, TransformerInput, build_step
 
 DECODER = {
     "dim": 32,
@@ -45,9 +47,14 @@ def as_torch(model: LLM, index: int) -> nn.TransformerDecoderLayer:
     )
     state = {}
     for theirs, ours in (("self_attn", block.attention), ("multihead_attn", block.cross_attention)):
-        state[f"{theirs}.in_proj_weight"] = torch.cat([ours.wq.weight, ours.wk.weight, ours.wv.weight])
+        state[f"{theirs}.in_proj_weight"] = torch.cat(
+            [ours.wq.weight, ours.wk.weight, ours.wv.weight]
+        )
         state[f"{theirs}.in_proj_bias"] = torch.cat([ours.wq.bias, ours.wk.bias, ours.wv.bias])
-        state |= {f"{theirs}.out_proj.weight": ours.wo.weight, f"{theirs}.out_proj.bias": ours.wo.bias}
+        state |= {
+            f"{theirs}.out_proj.weight": ours.wo.weight,
+            f"{theirs}.out_proj.bias": ours.wo.bias,
+        }
     pairs = (
         ("linear1", block.feed_forward.w_value),
         ("linear2", block.feed_forward.w_out),
@@ -64,7 +71,9 @@ def as_torch(model: LLM, index: int) -> nn.TransformerDecoderLayer:
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_a_block_equals_torchs_decoder_layer_in_output_and_gradients(activation, context):
     model = decoder(activation=activation)
-    inputs = TransformerInput(random_tokens(2, 9), context=context, context_lengths=torch.tensor([7, 4]))
+    inputs = TransformerInput(
+        random_tokens(2, 9), context=context, context_lengths=torch.tensor([7, 4])
+    )
     step = build_step(model.args, inputs, None, model.attend)
     x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(2)).requires_grad_()
     hidden = torch.arange(7) >= torch.tensor([[7], [4]])
@@ -92,7 +101,11 @@ def test_cached_calls_read_the_context_that_the_first_one_stored(context):
     lengths = torch.tensor([7, 4])
     whole = model(TransformerInput(tokens, context=context, context_lengths=lengths)).logits
     cache = model.make_cache(2)
-    parts = [model(TransformerInput(tokens[:, :4], context=context, context_lengths=lengths), cache).logits]
+    parts = [
+        model(
+            TransformerInput(tokens[:, :4], context=context, context_lengths=lengths), cache
+        ).logits
+    ]
     saved = cache.snapshot()
     parts += [model(TransformerInput(tokens[:, i : i + 1]), cache).logits for i in range(4, 9)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
@@ -113,7 +126,7 @@ def test_padding_of_a_context_may_hold_anything(context):
 
 def test_a_context_is_asked_for_once_and_only_where_it_is_read(context):
     tokens = random_tokens(2, 5)
-    with pytest.raises(RequestError, match=r"context: absent; accepted is \[batch, slots, 32\]"):
+    with pytest.raises(RequestError, match=r"context: absent; expected \[batch, slots, 32\]"):
         decoder()(TransformerInput(tokens))
     with pytest.raises(RequestError, match="context: accepted by a model with context_dim"):
         random_model(tiny_args())(TransformerInput(tokens, context=context))
@@ -131,14 +144,25 @@ def test_a_context_is_asked_for_once_and_only_where_it_is_read(context):
 
 
 def test_a_two_layer_encoder_decoder_learns_to_reverse_strings():
-    """The decoder never sees the string: only cross-attention can tell it, from the encoder's states."""
+    """The decoder never sees the string: only cross-attention can tell it, from the encoder's
+    states.
+    """
     length, letters, start = 3, 8, 8
-    shape = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "vocab_size": 9, "max_seq_len": 16}
+    shape = {
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "hidden_dim": 64,
+        "vocab_size": 9,
+        "max_seq_len": 16,
+    }
     encoder = LLM(ModelArgs.from_dict({**shape, "layer_pattern": "B"}))
     reader = LLM(ModelArgs.from_dict({**shape, "context_dim": 32}))
     encoder.init_weights(0)
     reader.init_weights(1)
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *reader.parameters()], lr=1e-2, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        [*encoder.parameters(), *reader.parameters()], lr=1e-2, weight_decay=0.01
+    )
     generator = torch.Generator().manual_seed(0)
 
     def batch(rows: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from tests.helpers import TINY_VISION, tiny_args
-from transom.args import VisionArgs
-from transom.errors import RequestError
+from transom.base.errors import RequestError
+from transom.config.model_args import VisionArgs
 from transom.layers.block import TransformerBlock
 from transom.layers.linear import Embedding, GroupedLinear, Linear
 from transom.layers.norm import make_norm
-from transom.model import LLM
+from transom.models.llm import LLM
+from transom.models.vision import VisionEmbeddings
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.leaves import quantize_model
-from transom.vision import VisionEmbeddings
 
 MOE = {
     "num_experts": 4,
@@ -22,13 +22,25 @@ MOE = {
     "expert_bias": True,
     "shared_expert": True,
 }
-MLA = {"kv_lora_rank": 16, "q_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+MLA = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
 CASES = {
     "mixture": {"moe_args": MOE},
     "latent": {"mla_args": MLA, "n_kv_heads": None},
     "vision": {"vision_args": TINY_VISION},
     "head": {"head": {"kind": "classification", "num_labels": 3}},
-    "biases": {"qkv_bias": True, "out_bias": True, "ffn_bias": True, "attn_sinks": True, "tie_embeddings": True},
+    "biases": {
+        "qkv_bias": True,
+        "out_bias": True,
+        "ffn_bias": True,
+        "attn_sinks": True,
+        "tie_embeddings": True,
+    },
     "gemma": {"norm": "rms_plus_one", "norm_placement": "both", "qk_norm": "head"},
 }
 
@@ -94,6 +106,8 @@ def test_a_model_on_the_meta_device_draws_nothing():
 
 
 def test_init_weights_refuses_a_quantized_model():
-    model = quantize_model(LLM(tiny_args(dim=64, hidden_dim=64)), QuantizeArgs(kind="int4", group=32))
+    model = quantize_model(
+        LLM(tiny_args(dim=64, hidden_dim=64)), QuantizeArgs(kind="int4", group=32)
+    )
     with pytest.raises(RequestError, match=r"init_weights: .*qweight is torch\.uint8"):
         model.init_weights()

@@ -7,15 +7,26 @@ import torch
 
 from tests.helpers import random_model, random_tokens, tiny_args
 from transom.layers.latent_attention import LatentAttention
-from transom.model import TransformerInput
+from transom.models.llm import TransformerInput
 
-MLA = {"kv_lora_rank": 24, "q_lora_rank": 20, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+MLA = {
+    "kv_lora_rank": 24,
+    "q_lora_rank": 20,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+}
 SHAPES = {
     "low-rank queries": {"mla_args": MLA},
     "direct queries": {"mla_args": {**MLA, "q_lora_rank": None}},
     "window": {"mla_args": MLA, "sliding_window": 5},
     "scaled": {"mla_args": MLA, "softmax_scale": 0.5, "attn_softcap": 3.0},
-    "tuned": {"mla_args": MLA, "layer_pattern": "Ff", "attn_temperature_tuning": True, "floor_scale": 4.0},
+    "tuned": {
+        "mla_args": MLA,
+        "layer_pattern": "Ff",
+        "attn_temperature_tuning": True,
+        "floor_scale": 4.0,
+    },
 }
 
 
@@ -47,7 +58,9 @@ def test_cached_equals_uncached(shape, absorbed, monkeypatch):
     whole = model(TransformerInput(tokens)).logits
     force(monkeypatch, absorbed)
     cache = model.make_cache(2)
-    parts = [model(TransformerInput(piece), cache).logits for piece in tokens.split([6, 3, 1, 1, 3], 1)]
+    parts = [
+        model(TransformerInput(piece), cache).logits for piece in tokens.split([6, 3, 1, 1, 3], 1)
+    ]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-9)
 
 
@@ -65,7 +78,9 @@ def test_prefill_expands_and_decoding_absorbs(monkeypatch):
     for form in ("expanded", "absorbed"):
         plain = getattr(LatentAttention, form)
         monkeypatch.setattr(
-            LatentAttention, form, lambda *a, form=form, plain=plain: called.append(form) or plain(*a)
+            LatentAttention,
+            form,
+            lambda *a, form=form, plain=plain: called.append(form) or plain(*a),
         )
     model = model_of("low-rank queries")
     cache = model.make_cache(1)

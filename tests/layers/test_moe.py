@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.helpers import tiny_args
 from transom.layers.linear import GroupedLinear
 from transom.layers.moe import LocalDispatcher, MoE, within_capacity
-from transom.training.balance import router_sums
+from transom.training.losses.balance import router_sums
 
 ROUTINGS = {
     "mixtral": {"routing": "softmax", "normalize": True},
@@ -25,7 +25,9 @@ ROUTINGS = {
 
 def build(dtype: torch.dtype = torch.float64, **moe: object) -> MoE:
     """A mixture of 5 experts, 2 per token, with random weights."""
-    args = tiny_args(dim=16, n_heads=2, moe_args={"num_experts": 5, "top_k": 2, "hidden_dim": 24, **moe})
+    args = tiny_args(
+        dim=16, n_heads=2, moe_args={"num_experts": 5, "top_k": 2, "hidden_dim": 24, **moe}
+    )
     module = MoE(args.layers[0]).to(dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -44,7 +46,11 @@ def swiglu(x: Tensor, gate: Tensor, value: Tensor, out: Tensor) -> Tensor:
 
 def weighed_sum(module: MoE, token: Tensor, chosen: list[int]) -> Tensor:
     """Mixtral's formula for given experts: weights are those of the experts that do compute."""
-    experts, odds, total = module.experts, (module.router.weight @ token).exp(), torch.zeros_like(token)
+    experts, odds, total = (
+        module.experts,
+        (module.router.weight @ token).exp(),
+        torch.zeros_like(token),
+    )
     for e in chosen:
         matrices = (experts.w_gate.weight[e], experts.w_value.weight[e], experts.w_out.weight[e])
         total = total + odds[e] / odds[chosen].sum() * swiglu(token, *matrices)
@@ -52,14 +58,20 @@ def weighed_sum(module: MoE, token: Tensor, chosen: list[int]) -> Tensor:
 
 
 def token_by_token(module: MoE, x: Tensor) -> Tensor:
-    """The published formulas: Mixtral and Qwen weigh what experts return, Llama 4 what they are given."""
+    """The published formulas: Mixtral and Qwen weigh what experts return, Llama 4 what they are
+    given.
+    """
     experts, rows = module.experts, []
     for token in x.flatten(0, 1):
         logits = module.router.weight @ token
         chosen = sorted(range(5), key=lambda e: -logits[e].item())[:2]
         total = torch.zeros_like(token)
         for e in chosen:
-            matrices = (experts.w_gate.weight[e], experts.w_value.weight[e], experts.w_out.weight[e])
+            matrices = (
+                experts.w_gate.weight[e],
+                experts.w_value.weight[e],
+                experts.w_out.weight[e],
+            )
             if module.moe.routing == "sigmoid":
                 total = total + swiglu(torch.sigmoid(logits[e]) * token, *matrices)
                 continue
@@ -69,7 +81,9 @@ def token_by_token(module: MoE, x: Tensor) -> Tensor:
             total = total + weight * swiglu(token, *matrices)
         if module.shared_expert is not None:
             shared = module.shared_expert
-            total = total + swiglu(token, shared.w_gate.weight, shared.w_value.weight, shared.w_out.weight)
+            total = total + swiglu(
+                token, shared.w_gate.weight, shared.w_value.weight, shared.w_out.weight
+            )
         rows.append(total)
     return torch.stack(rows).view_as(x)
 
@@ -83,7 +97,9 @@ def test_mixture_equals_one_token_at_a_time_with_gradients(routing):
         results.append((y, *torch.autograd.grad(y, [x, *module.parameters()], pull)))
     names = ["y", "grad x", *(name for name, _ in module.named_parameters())]
     for name, mine, theirs in zip(names, *results, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            mine, theirs, rtol=0, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -95,7 +111,9 @@ def test_grouped_product_equals_its_loop_even_for_an_expert_without_tokens(dtype
     for weight in layer.parameters():
         torch.nn.init.normal_(weight, generator=generator)
     rows = torch.randn(12, widths[0], generator=generator).to(dtype).requires_grad_()
-    ends = torch.tensor([4, 4, 9, 10])  # the second expert got nothing, the last two rows belong to none
+    ends = torch.tensor(
+        [4, 4, 9, 10]
+    )  # the second expert got nothing, the last two rows belong to none
     pull = torch.randn(10, widths[1], generator=generator).to(dtype)
     results = [
         (y, *torch.autograd.grad(y, [rows, *layer.parameters()], pull))
@@ -107,7 +125,9 @@ def test_grouped_product_equals_its_loop_even_for_an_expert_without_tokens(dtype
         (y, d_rows[:10], *d_weights), (loop_y, loop_d_rows[:10], *loop_d_weights), strict=True
     ):
         torch.testing.assert_close(grouped, loop, rtol=tolerance, atol=tolerance)
-    assert all((grad[1] == 0).all() for grad in d_weights), "an expert without tokens has no gradient"
+    assert all((grad[1] == 0).all() for grad in d_weights), (
+        "an expert without tokens has no gradient"
+    )
 
 
 def test_shapes_without_numbers_do_not_decide_how_numbers_are_multiplied():
@@ -152,7 +172,13 @@ def test_a_call_of_padding_alone_is_zero():
     seen = router_sums(statistics)
     y.sum().backward()
     assert (y == 0).all() and (x.grad == 0).all() and seen.tokens_B.tolist() == [0, 0]
-    assert seen.picks_BE.sum() == seen.probabilities_BE.sum() == seen.squared_logsumexp == seen.entropy == 0
+    assert (
+        seen.picks_BE.sum()
+        == seen.probabilities_BE.sum()
+        == seen.squared_logsumexp
+        == seen.entropy
+        == 0
+    )
 
 
 def test_dropped_rows_stand_behind_all_ends_and_count_zero():
@@ -161,7 +187,9 @@ def test_dropped_rows_stand_behind_all_ends_and_count_zero():
     rows, ends, handle = dispatcher.dispatch(x, ids)
     assert ends.tolist() == [2, 2, 4]
     assert rows[:4].tolist() == x[[1, 3, 0, 1]].tolist()
-    junk = torch.full((4, 2), math.nan)  # what a grouped product may leave there, in both directions
+    junk = torch.full(
+        (4, 2), math.nan
+    )  # what a grouped product may leave there, in both directions
     y = dispatcher.combine(torch.cat((rows[:4], junk)), handle, torch.full((4, 2), 0.5))
     torch.testing.assert_close(y, x * torch.tensor([0.5, 1.0, 0.0, 0.5])[:, None])
     (grad,) = torch.autograd.grad(rows, x, torch.cat((torch.ones(4, 2), junk)))
@@ -173,12 +201,18 @@ def test_statistics_count_real_tokens_by_row():
     valid = torch.ones(2, 9, dtype=torch.bool)
     valid[1, 4:] = False
     counted = router_sums(module(x, valid)[1])
-    alone = [router_sums(module(row[None, :length])[1]) for row, length in zip(x, (9, 4), strict=True)]
+    alone = [
+        router_sums(module(row[None, :length])[1]) for row, length in zip(x, (9, 4), strict=True)
+    ]
     assert counted.tokens_B.tolist() == [9, 4]
     for name in ("picks_BE", "probabilities_BE"):
-        torch.testing.assert_close(getattr(counted, name), torch.cat([getattr(one, name) for one in alone]))
+        torch.testing.assert_close(
+            getattr(counted, name), torch.cat([getattr(one, name) for one in alone])
+        )
     for name in ("squared_logsumexp", "entropy", "load_E", "dropped"):
-        torch.testing.assert_close(getattr(counted, name), getattr(alone[0], name) + getattr(alone[1], name))
+        torch.testing.assert_close(
+            getattr(counted, name), getattr(alone[0], name) + getattr(alone[1], name)
+        )
     assert counted.picks_BE.sum().item() == counted.load_E.sum().item() == 13 * 2
     assert counted.probabilities_BE.requires_grad and counted.squared_logsumexp.requires_grad
     assert not counted.picks_BE.requires_grad and not counted.entropy.requires_grad
@@ -224,9 +258,16 @@ def test_capacity_acts_in_training_only_and_later_tokens_cannot_change_earlier_o
 
 def test_a_second_choice_is_the_best_expert_that_has_room():
     module = build(expert_capacity=1.0, overflow="second_choice", top_k=1)
-    # One row of five tokens, one place per expert: all want expert 0, then the next of their own list.
+    # One row of five tokens, one place per expert: all want expert 0, then the next of their own
+    # list.
     preference = torch.tensor(
-        [[9.0, 4, 3, 2, 1], [9, 1, 8, 2, 3], [9, 4, 8, 3, 5], [9, 8, 4, 1, 2], [9, 8, 7, 6, -math.inf]]
+        [
+            [9.0, 4, 3, 2, 1],
+            [9, 1, 8, 2, 3],
+            [9, 4, 8, 3, 5],
+            [9, 8, 4, 1, 2],
+            [9, 8, 7, 6, -math.inf],
+        ]
     )
     placed = within_capacity(torch.zeros(5, 1, dtype=torch.int64), preference, 1, module.moe)
     # Token 2 finds expert 2 taken by token 1 and goes on to 4; token 4 is left with 3.
@@ -251,7 +292,9 @@ def test_second_choices_never_exceed_the_capacity_nor_repeat_an_expert(capacity)
     for token in placed.tolist():
         kept = [e for e in token if e >= 0]
         assert len(set(kept)) == len(kept)
-    if capacity >= 1.0:  # there is a place for every choice; the last tokens may lack a second different one
+    if (
+        capacity >= 1.0
+    ):  # there is a place for every choice; the last tokens may lack a second different one
         assert (placed >= 0).any(-1).all()
     for token, chosen, got in zip(x.flatten(0, 1), placed.tolist(), y.flatten(0, 1), strict=True):
         torch.testing.assert_close(got, weighed_sum(module, token, [e for e in chosen if e >= 0]))
@@ -297,7 +340,9 @@ def test_shared_and_routed_experts_take_the_models_feed_forward_options():
         "shared_expert": True,
         "shared_hidden_dim": 20,
     }
-    args = tiny_args(dim=16, n_heads=2, activation="relu", ffn_gated=False, ffn_bias=True, moe_args=fields)
+    args = tiny_args(
+        dim=16, n_heads=2, activation="relu", ffn_gated=False, ffn_bias=True, moe_args=fields
+    )
     module, x = MoE(args.layers[0]), draw(dtype=torch.float32)
     assert module.experts.w_gate is None and module.shared_expert.w_gate is None
     for weight in module.parameters():

@@ -1,4 +1,6 @@
-"""Every router and expert against transformers' block of the family that has it, in outputs and gradients."""
+"""Every router and expert against transformers' block of the family that has it, in outputs and
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -69,17 +71,24 @@ def gpt_oss(theirs: Mapping[str, Tensor]) -> Tensors:
 
 def shared(theirs: Mapping[str, Tensor], name: str) -> Tensors:
     pairs = {"w_gate": "gate_proj", "w_value": "up_proj", "w_out": "down_proj"}
-    return {f"shared_expert.{ours}.weight": theirs[f"{name}.{foreign}.weight"] for ours, foreign in pairs.items()}
+    return {
+        f"shared_expert.{ours}.weight": theirs[f"{name}.{foreign}.weight"]
+        for ours, foreign in pairs.items()
+    }
 
 
 def mixtral_block() -> nn.Module:
     sizes = {"hidden_size": DIM, "intermediate_size": HIDDEN}
-    return MixtralSparseMoeBlock(MixtralConfig(num_local_experts=EXPERTS, num_experts_per_tok=2, **sizes))
+    return MixtralSparseMoeBlock(
+        MixtralConfig(num_local_experts=EXPERTS, num_experts_per_tok=2, **sizes)
+    )
 
 
 def qwen_block(normalize: bool) -> nn.Module:
     sizes = {"hidden_size": DIM, "moe_intermediate_size": HIDDEN, "num_experts": EXPERTS}
-    return Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(num_experts_per_tok=3, norm_topk_prob=normalize, **sizes))
+    return Qwen3MoeSparseMoeBlock(
+        Qwen3MoeConfig(num_experts_per_tok=3, norm_topk_prob=normalize, **sizes)
+    )
 
 
 def llama4_block(top_k: int) -> nn.Module:
@@ -89,8 +98,15 @@ def llama4_block(top_k: int) -> nn.Module:
 
 def deepseek_block(normalize: bool, groups: int, kept: int) -> nn.Module:
     sizes = {"hidden_size": DIM, "moe_intermediate_size": HIDDEN, "n_routed_experts": EXPERTS}
-    choice = {"n_group": groups, "topk_group": kept, "norm_topk_prob": normalize, "routed_scaling_factor": 2.5}
-    return DeepseekV3MoE(DeepseekV3Config(n_shared_experts=2, num_experts_per_tok=3, **sizes, **choice))
+    choice = {
+        "n_group": groups,
+        "topk_group": kept,
+        "norm_topk_prob": normalize,
+        "routed_scaling_factor": 2.5,
+    }
+    return DeepseekV3MoE(
+        DeepseekV3Config(n_shared_experts=2, num_experts_per_tok=3, **sizes, **choice)
+    )
 
 
 def gpt_oss_block() -> nn.Module:
@@ -98,15 +114,33 @@ def gpt_oss_block() -> nn.Module:
     return GptOssMLP(GptOssConfig(num_experts_per_tok=2, swiglu_limit=1.5, **sizes))
 
 
-BIASED = {"routing": "biased_sigmoid", "routed_scale": 2.5, "shared_expert": True, "shared_hidden_dim": 2 * HIDDEN}
-CLAMPED = {"expert_activation": "clamped", "activation_limit": 1.5, "router_bias": True, "expert_bias": True}
+BIASED = {
+    "routing": "biased_sigmoid",
+    "routed_scale": 2.5,
+    "shared_expert": True,
+    "shared_hidden_dim": 2 * HIDDEN,
+}
+CLAMPED = {
+    "expert_activation": "clamped",
+    "activation_limit": 1.5,
+    "router_bias": True,
+    "expert_bias": True,
+}
 # name: (their block, its weights under our names, our arguments)
 CASES: dict[str, tuple[Callable[[], nn.Module], Mapped, dict[str, object]]] = {
     "mixtral": (mixtral_block, fused, {"top_k": 2}),
     "qwen3_moe": (lambda: qwen_block(False), fused, {"top_k": 3, "normalize": False}),
     "qwen3_moe, norm_topk_prob": (lambda: qwen_block(True), fused, {"top_k": 3}),
-    "llama4": (lambda: llama4_block(1), llama4, {"top_k": 1, "routing": "sigmoid", "shared_expert": True}),
-    "llama4, top 2": (lambda: llama4_block(2), llama4, {"top_k": 2, "routing": "sigmoid", "shared_expert": True}),
+    "llama4": (
+        lambda: llama4_block(1),
+        llama4,
+        {"top_k": 1, "routing": "sigmoid", "shared_expert": True},
+    ),
+    "llama4, top 2": (
+        lambda: llama4_block(2),
+        llama4,
+        {"top_k": 2, "routing": "sigmoid", "shared_expert": True},
+    ),
     "deepseek_v3": (
         lambda: deepseek_block(True, 4, 2),
         deepseek,
@@ -133,10 +167,16 @@ def test_block_equals_transformers_with_gradients(family):
     theirs = make().float()
     for weight in (*theirs.parameters(), *theirs.buffers()):
         weight.data = torch.randn(weight.shape, generator=generator) * 0.5
-    ours = MoE(tiny_args(dim=DIM, moe_args={"num_experts": EXPERTS, "hidden_dim": HIDDEN, **fields}).layers[0])
+    ours = MoE(
+        tiny_args(
+            dim=DIM, moe_args={"num_experts": EXPERTS, "hidden_dim": HIDDEN, **fields}
+        ).layers[0]
+    )
     weights = to_ours({name: weight.data for name, weight in theirs.named_parameters()})
     if ours.router.choice_bias is not None:
-        theirs.gate.e_score_correction_bias -= 3.0  # a group filled with 0 instead of -inf would now be the best
+        theirs.gate.e_score_correction_bias -= (
+            3.0  # a group filled with 0 instead of -inf would now be the best
+        )
         weights["router.choice_bias"] = theirs.gate.e_score_correction_bias
     ours.load_state_dict(weights)
 
@@ -152,14 +192,21 @@ def test_block_equals_transformers_with_gradients(family):
     expected = to_ours({name: weight.grad for name, weight in theirs.named_parameters()})
     got = {name: weight.grad for name, weight in ours.named_parameters() if weight.requires_grad}
     assert got.keys() == expected.keys(), "the choice bias alone has no gradient"
-    for name, mine, wanted in [("y", y, theirs_y), ("x", dx, theirs_dx), *((n, got[n], expected[n]) for n in got)]:
+    for name, mine, wanted in [
+        ("y", y, theirs_y),
+        ("x", dx, theirs_dx),
+        *((n, got[n], expected[n]) for n in got),
+    ]:
         torch.testing.assert_close(
             mine, wanted, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
 def router(**fields: object) -> Router:
-    module = Router(DIM, tiny_args(dim=DIM, moe_args={"num_experts": EXPERTS, "hidden_dim": 8, **fields}).moe_args)
+    module = Router(
+        DIM,
+        tiny_args(dim=DIM, moe_args={"num_experts": EXPERTS, "hidden_dim": 8, **fields}).moe_args,
+    )
     torch.nn.init.normal_(module.weight, generator=torch.Generator().manual_seed(0))
     return module
 
@@ -194,5 +241,8 @@ def test_saturated_sigmoids_are_told_apart_by_their_logits(best, second):
     module = router(routing="sigmoid", top_k=1)
     with torch.no_grad():
         module.weight.zero_()
-        module.weight[best, 0], module.weight[second, 0] = 60.0, 40.0  # both are 1 after the sigmoid
+        module.weight[best, 0], module.weight[second, 0] = (
+            60.0,
+            40.0,
+        )  # both are 1 after the sigmoid
     assert module(torch.ones(1, DIM))[0].item() == best

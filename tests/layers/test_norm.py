@@ -1,4 +1,6 @@
-"""RMSNorm against torch's in full precision and against transformers' order of casts in half precision."""
+"""RMSNorm against torch's in full precision and against transformers' order of casts in half
+precision.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,15 @@ from transom.layers.norm import RMSNorm, make_norm, rmsnorm
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rmsnorm_is_torchs(dtype):
-    x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
+        dtype
+    )
     x[0, 0] = 1e-4  # the size at which eps, and its place under the root, decide
     norm = RMSNorm(32, 1e-5).to(dtype)
     torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
-    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype is torch.float64 else {"rtol": 1e-6, "atol": 1e-6}
+    tolerance = (
+        {"rtol": 1e-12, "atol": 1e-12} if dtype is torch.float64 else {"rtol": 1e-6, "atol": 1e-6}
+    )
     torch.testing.assert_close(norm(x), F.rms_norm(x, (32,), norm.weight, 1e-5), **tolerance)
     torch.testing.assert_close(rmsnorm(x, 1e-5), F.rms_norm(x, (32,), None, 1e-5), **tolerance)
 
@@ -38,7 +44,9 @@ def test_half_precision_is_bit_equal_to_transformers_llama(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("kind", "peer"), [("rms_wide", Olmo2RMSNorm), ("rms_plus_one", Gemma2RMSNorm)])
+@pytest.mark.parametrize(
+    ("kind", "peer"), [("rms_wide", Olmo2RMSNorm), ("rms_plus_one", Gemma2RMSNorm)]
+)
 def test_where_the_weight_is_applied_is_bit_equal_to_transformers(kind, peer, dtype):
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0)).to(dtype) * 3
     mine, theirs = make_norm(kind, 64, 1e-5).to(dtype), peer(64, 1e-5).to(dtype)
@@ -46,7 +54,9 @@ def test_where_the_weight_is_applied_is_bit_equal_to_transformers(kind, peer, dt
         weight = torch.rand(64, generator=torch.Generator().manual_seed(1)) + 0.5
         mine.weight.copy_(weight), theirs.weight.copy_(weight)
     assert mine(x).dtype is dtype
-    tolerance = 0 if dtype is torch.bfloat16 else 1e-6  # our one fused kernel rounds in another order
+    tolerance = (
+        0 if dtype is torch.bfloat16 else 1e-6
+    )  # our one fused kernel rounds in another order
     torch.testing.assert_close(mine(x), theirs(x), rtol=tolerance, atol=tolerance)
 
 

@@ -1,4 +1,6 @@
-"""Rotary positions against transformers' own functions, and in float32 whatever the model's dtype."""
+"""Rotary positions against transformers' own functions, and in float32 whatever the model's
+dtype.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from transformers.models.llama4 import modeling_llama4
 
 from tests.helpers import random_model, random_tokens, tiny_args
-from transom.args import RopeArgs, RopeScaling
+from transom.config.model_args import RopeArgs, RopeScaling
 from transom.layers.rope import (
     apply_rotary_emb,
     apply_scaling,
@@ -21,7 +23,7 @@ from transom.layers.rope import (
     rotary_table,
     rotate,
 )
-from transom.model import TransformerInput
+from transom.models.llm import TransformerInput
 
 LLAMA31 = {
     "rope_type": "llama3",
@@ -43,8 +45,12 @@ def heads(seed: int) -> torch.Tensor:
 
 def test_halves_turn_as_transformers_llama_does():
     q, k = heads(0), heads(1)
-    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 8], [100, 101, 102, 900, 901, 902, 7000, 7001, 7002]])
-    cos, sin = LlamaRotaryEmbedding(hf_config(rope_type="default", rope_theta=10000.0))(q, positions)
+    positions = torch.tensor(
+        [[0, 1, 2, 3, 4, 5, 6, 7, 8], [100, 101, 102, 900, 901, 902, 7000, 7001, 7002]]
+    )
+    cos, sin = LlamaRotaryEmbedding(hf_config(rope_type="default", rope_theta=10000.0))(
+        q, positions
+    )
     expected = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
     table = rotary_table(positions, RopeArgs(64, 10000.0, "halves"))
     torch.testing.assert_close(rotate(q, table, "halves"), expected[0], rtol=1e-5, atol=1e-5)
@@ -54,7 +60,9 @@ def test_halves_turn_as_transformers_llama_does():
 def test_interleaved_turns_as_transformers_llama4_does():
     """Its complex product, our complex twin and the real-valued table are one rotation."""
     q, k = heads(0), heads(1)
-    angles = torch.outer(torch.arange(9).double(), 500000.0 ** -(torch.arange(0, 64, 2).double() / 64))
+    angles = torch.outer(
+        torch.arange(9).double(), 500000.0 ** -(torch.arange(0, 64, 2).double() / 64)
+    )
     turns = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
     torch.testing.assert_close(precompute_freqs_cis(64, 9, 500000.0), turns)
     expected = modeling_llama4.apply_rotary_emb(q, k, turns[None])
@@ -83,7 +91,9 @@ def test_llama3_scaling_is_transformers():
 
 @pytest.mark.parametrize("factor", [1.0, 2.3])
 def test_equal_low_and_high_factor_keep_or_stretch_and_never_blend(factor):
-    border = [torch.tensor([2 * torch.pi * factor / 8192])]  # wavelengths on the border, and next to it
+    border = [
+        torch.tensor([2 * torch.pi * factor / 8192])
+    ]  # wavelengths on the border, and next to it
     for _ in range(4):
         border.append(border[-1].nextafter(torch.ones(1)))
     freqs = torch.cat((base_frequencies(128, 500000.0), *border))
@@ -98,7 +108,11 @@ def test_bfloat16_model_still_tells_far_positions_apart():
     """bfloat16 has 8 bits of mantissa: 70000 and its neighbours are one number there."""
     model = random_model(tiny_args(rope_theta=500000.0)).to(torch.bfloat16)
     tokens = random_tokens(1, 12)
-    near, far = (model(TransformerInput(tokens, tokens_position=at)).logits.float() for at in (0, 70000))
-    collapsed = model(TransformerInput(tokens, tokens_position=torch.full((12,), 70000))).logits.float()
+    near, far = (
+        model(TransformerInput(tokens, tokens_position=at)).logits.float() for at in (0, 70000)
+    )
+    collapsed = model(
+        TransformerInput(tokens, tokens_position=torch.full((12,), 70000))
+    ).logits.float()
     # Only distances count, so a shift changes nothing but rounding.
     assert (far - near).norm() < 0.1 * (collapsed - near).norm()

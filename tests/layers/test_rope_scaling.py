@@ -1,4 +1,6 @@
-"""Every rotary scaling against transformers' own functions, and the choice by length that the model makes."""
+"""Every rotary scaling against transformers' own functions, and the choice by length that the model
+makes.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from tests.helpers import random_model, random_tokens, tiny_args
-from transom.args import RopeArgs, RopeScaling
-from transom.errors import RequestError
-from transom.generation.loop import generate as transom_generate
+from transom.base.errors import RequestError
+from transom.config.model_args import RopeArgs, RopeScaling
+from transom.inference.loop import generate as transom_generate
 from transom.layers.rope import attention_factor, frequencies, rotary_table, rotate
-from transom.model import TransformerInput
+from transom.models.llm import TransformerInput
 
 ORIGINAL = 64
 SHORT, LONG = tuple(1.0 + 0.1 * i for i in range(16)), tuple(2.0 + 0.3 * i for i in range(16))
@@ -62,7 +64,9 @@ def test_frequencies_and_attention_factor_are_transformers(case, length):
     )
     expected, factor = ROPE_INIT_FUNCTIONS[theirs["rope_type"]](config, "cpu", seq_len=length)
     scaling = RopeScaling(**{"original_max_seq_len": ORIGINAL, **ours})
-    torch.testing.assert_close(frequencies(RopeArgs(32, 10000.0, "halves", scaling), length), expected)
+    torch.testing.assert_close(
+        frequencies(RopeArgs(32, 10000.0, "halves", scaling), length), expected
+    )
     assert attention_factor(scaling) == pytest.approx(factor, abs=1e-12)
     cos, sin = rotary_table(torch.tensor([[3]]), RopeArgs(32, 10000.0, "halves", scaling), length)
     torch.testing.assert_close(cos.flatten(), (3 * expected).cos() * factor)
@@ -115,7 +119,9 @@ def test_a_start_counts_towards_the_length_with_padding_too():
     model, tokens = random_model(tiny_args(**by_length("longrope"))), random_tokens(2, 6)
     plain = model(TransformerInput(tokens, tokens_position=14)).logits
     for at in (14, torch.arange(14, 20)):
-        padded = model(TransformerInput(tokens, tokens_position=at, lengths=torch.tensor([6, 6]))).logits
+        padded = model(
+            TransformerInput(tokens, tokens_position=at, lengths=torch.tensor([6, 6]))
+        ).logits
         torch.testing.assert_close(padded, plain, rtol=1e-5, atol=1e-5)
 
 
@@ -134,15 +140,33 @@ def test_rows_that_have_finished_outgrow_nothing(capsys):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"head_dim": 2, "rope_scaling": {"kind": "dynamic"}}, "accepted with 4 rotary features or more"),
-        ({"rope_theta": 1.0, "rope_scaling": {"kind": "yarn"}}, "rope_theta = 1.0: accepted is more than 1"),
-        ({"rope_scaling": {"kind": "yarn", "attention_factor": -1.0}}, "attention_factor = -1.0"),
-        ({"rope_scaling": {"kind": "linear", "attention_factor": 1.5}}, "accepted with kind yarn or longrope"),
         (
-            {"rope_scaling": {"kind": "longrope", "short_factor": [1.0] * 4, "long_factor": [0.0] * 4}},
-            "accepted are numbers above 0",
+            {"head_dim": 2, "rope_scaling": {"kind": "dynamic"}},
+            "valid only with 4 rotary features or more",
         ),
-        ({"rope_scaling_factor": 4.0}, "accepted with use_scaled_rope = true"),
+        (
+            {"rope_theta": 1.0, "rope_scaling": {"kind": "yarn"}},
+            "rope_theta: got 1.0; expected more than 1",
+        ),
+        (
+            {"rope_scaling": {"kind": "yarn", "attention_factor": -1.0}},
+            "attention_factor: got -1.0",
+        ),
+        (
+            {"rope_scaling": {"kind": "linear", "attention_factor": 1.5}},
+            "valid only with kind yarn or longrope",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "kind": "longrope",
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [0.0] * 4,
+                }
+            },
+            "expected numbers above 0",
+        ),
+        ({"rope_scaling_factor": 4.0}, "valid only with use_scaled_rope: got true"),
     ],
 )
 def test_scalings_without_a_value_are_refused(changes, words):
@@ -154,14 +178,18 @@ def test_scalings_without_a_value_are_refused(changes, words):
 def test_packing_across_the_switch_is_refused(kind):
     model = random_model(tiny_args(**by_length(kind)))
     fits = model(TransformerInput(random_tokens(1, 30), sizes=[16, 14])).logits
-    torch.testing.assert_close(fits[:, :16], model(TransformerInput(random_tokens(1, 30)[:, :16])).logits)
+    torch.testing.assert_close(
+        fits[:, :16], model(TransformerInput(random_tokens(1, 30)[:, :16])).logits
+    )
     with pytest.raises(RequestError, match=re.escape(f"sizes up to 17 tokens: {kind} scaling")):
         model(TransformerInput(random_tokens(1, 30), sizes=[17, 13]))
 
 
 def test_local_layers_have_their_own_theta_without_scaling():
     scaling = {"kind": "linear", "factor": 8.0}
-    args = tiny_args(layer_pattern="SF", sliding_window=8, rope_local_theta=100.0, rope_scaling=scaling)
+    args = tiny_args(
+        layer_pattern="SF", sliding_window=8, rope_local_theta=100.0, rope_scaling=scaling
+    )
     local, whole = (layer.rope for layer in args.layers)
     assert (local.theta, local.scaling) == (100.0, None)
     assert (whole.theta, whole.scaling.factor) == (10000.0, 8.0)

@@ -1,22 +1,30 @@
-"""The plan's numbers are the model's own: parameters, cache bytes and FLOPs of models that exist."""
+"""The plan's numbers are the model's own: parameters, cache bytes and FLOPs of models that
+exist.
+"""
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import TINY_VISION, random_model, random_tokens, tiny_args
-from transom.args import LayerRule
-from transom.attend.mask import allowed
-from transom.attend.reference import reference
-from transom.errors import RequestError
+from transom.attention.mask import allowed
+from transom.attention.reference import reference
+from transom.base.errors import RequestError
+from transom.config.model_args import LayerRule
+from transom.config.presets import PRESETS, preset
 from transom.layers import linear
-from transom.model import LLM, TransformerInput
+from transom.models.llm import LLM, TransformerInput
 from transom.planning import counts
 from transom.planning.layer_plan import groups, index_words, plan
-from transom.presets import PRESETS, preset
 
 MLA = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
-MOE = {"num_experts": 4, "top_k": 2, "hidden_dim": 20, "shared_expert": True, "interleave_moe_layer_step": 2}
+MOE = {
+    "num_experts": 4,
+    "top_k": 2,
+    "hidden_dim": 20,
+    "shared_expert": True,
+    "interleave_moe_layer_step": 2,
+}
 
 
 OPTIONS = {
@@ -73,7 +81,9 @@ def test_cache_bytes_are_those_of_a_real_cache(length):
     model(TransformerInput(random_tokens(1, length)), cache, inference=True)
     planned = plan(args, length)
     for layer, store in zip(planned.layers, cache.layers, strict=True):
-        kept = [state[:, :-1] for state in store.states]  # the last slot takes the writes of padding
+        kept = [
+            state[:, :-1] for state in store.states
+        ]  # the last slot takes the writes of padding
         assert layer.kv_bytes["float32"] == sum(state.nbytes for state in kept)
         slots = kept[0].size(1)
         assert layer.kv_bytes_per_token["float32"] * slots == layer.kv_bytes["float32"]
@@ -83,7 +93,9 @@ def test_cache_bytes_are_those_of_a_real_cache(length):
 
 def counted_flops(args, length, monkeypatch):
     """FLOPs of the products one forward really does, every score included."""
-    monkeypatch.setattr(linear, "grouped_mm_works", lambda *_: False)  # the counter does not know the fused ones
+    monkeypatch.setattr(
+        linear, "grouped_mm_works", lambda *_: False
+    )  # the counter does not know the fused ones
     model = random_model(args)
     model.attend = reference
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -102,7 +114,9 @@ def counted_flops(args, length, monkeypatch):
     ],
 )
 def test_flops_are_those_the_products_cost(changes, monkeypatch):
-    args = tiny_args(layer_pattern="B", **changes)  # every query sees every key, so no score is masked out
+    args = tiny_args(
+        layer_pattern="B", **changes
+    )  # every query sees every key, so no score is masked out
     planned = plan(args, 11)
     assert planned.flops_per_token * 11 == counted_flops(args, 11, monkeypatch)
     assert planned.training_flops_per_token == 3 * planned.flops_per_token
@@ -111,7 +125,10 @@ def test_flops_are_those_the_products_cost(changes, monkeypatch):
 
 
 def test_flops_leave_out_masked_scores(monkeypatch):
-    args, length = tiny_args(n_layers=4, layer_pattern="FSCf", sliding_window=3, attention_chunk_size=4), 11
+    args, length = (
+        tiny_args(n_layers=4, layer_pattern="FSCf", sliding_window=3, attention_chunk_size=4),
+        11,
+    )
     positions = torch.arange(length)[None]
     hidden = sum(int((~allowed(layer.rule, positions, positions)).sum()) for layer in args.layers)
     masked = 4 * hidden * args.n_heads * args.head_size
@@ -120,15 +137,17 @@ def test_flops_leave_out_masked_scores(monkeypatch):
 
 
 @pytest.mark.parametrize("length", [1, 4, 5, 13])
-@pytest.mark.parametrize("rule", [LayerRule(), LayerRule("window", 5), LayerRule("chunk", 5), LayerRule("full")])
+@pytest.mark.parametrize(
+    "rule", [LayerRule(), LayerRule("window", 5), LayerRule("chunk", 5), LayerRule("full")]
+)
 def test_keys_seen_is_what_the_rule_allows(rule, length):
     letter = {"causal": "F", "window": "S", "chunk": "C", "full": "B"}[rule.kind]
     sizes = {"S": {"sliding_window": 5}, "C": {"attention_chunk_size": 5}}.get(letter, {})
     positions = torch.arange(length)[None]
     expected = allowed(rule, positions, positions).sum() / length
-    assert plan(tiny_args(layer_pattern=letter, **sizes), length).layers[0].keys_seen == pytest.approx(
-        float(expected)
-    )
+    assert plan(tiny_args(layer_pattern=letter, **sizes), length).layers[
+        0
+    ].keys_seen == pytest.approx(float(expected))
 
 
 def test_words():
@@ -155,7 +174,10 @@ def test_words():
             ["0-2, 4-6, ... 16-18 (15 layers)", "3, 7, ... 19 (5 layers)"],
         ),
         # Uneven runs are all named: the dots would promise a rhythm that is not there.
-        ({"n_layers": 11, "layer_pattern": list("FfFfFfFfFFf")}, ["0, 2, 4, 6, 8-9", "1, 3, 5, 7, 10"]),
+        (
+            {"n_layers": 11, "layer_pattern": list("FfFfFfFfFFf")},
+            ["0, 2, 4, 6, 8-9", "1, 3, 5, 7, 10"],
+        ),
     ],
 )
 def test_equal_layers_share_a_row(changes, expected):
@@ -164,5 +186,5 @@ def test_equal_layers_share_a_row(changes, expected):
 
 
 def test_a_length_below_one_is_refused():
-    with pytest.raises(RequestError, match=r"length = 0"):
+    with pytest.raises(RequestError, match=r"length: got 0"):
         plan(tiny_args(), 0)

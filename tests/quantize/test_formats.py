@@ -1,12 +1,22 @@
-"""Four-bit formats against the codes of other libraries, and against the nearest value found by trying all."""
+"""Four-bit formats against the codes of other libraries, and against the nearest value found by
+trying all.
+"""
 
 import pytest
 import torch
 from torch.ao.quantization.observer import PerChannelMinMaxObserver
 
-from transom.errors import RequestError
+from transom.base.errors import RequestError
 from transom.quantize.args import QuantizeArgs
-from transom.quantize.formats import INT4_ZERO, LEVELS, NF4, dequantize, dtype_of, empty_parts, quantize
+from transom.quantize.formats import (
+    INT4_ZERO,
+    LEVELS,
+    NF4,
+    dequantize,
+    dtype_of,
+    empty_parts,
+    quantize,
+)
 
 KINDS = {
     "nf4": QuantizeArgs(),
@@ -16,8 +26,8 @@ KINDS = {
 }
 # Sixty-fourths from -50 to 50, so that every division is the same everywhere.
 EXACT = ((torch.arange(256) * 37 % 101) - 50).float() / 64
-# What quantize_4bit(EXACT.view(2, 128), blocksize=64, quant_type="nf4") of bitsandbytes 0.50.2 gives; all of its
-# scales are 50 / 64.
+# What quantize_4bit(EXACT.view(2, 128), blocksize=64, quant_type="nf4") of bitsandbytes 0.50.2
+# gives; all of its scales are 50 / 64.
 BITSANDBYTES = (
     "04c16e29f3b05d17e29f3c05d18e2af4c16e18e3b05d17e29f3b05d18e2af4c16d18e3b04c17e29f3b05d17e2af4c06d18e2a04c16e29f3b0"
     "5d17e29f3c05d18e2af4c16e18e3b05d17e29f3b05d18e2af4c16d18e3b04c17e29f3b05d17e2af4c06d18e2a04c16e29f3b05d17e29f3c05"
@@ -25,8 +35,74 @@ BITSANDBYTES = (
 )
 # Codes of quants.Q4_0 of gguf 0.19.0 for EXACT[:64], a block of 32 each line.
 GGML = (
-    [0, 6, 12, 2, 8, 13, 3, 9, 15, 5, 11, 0, 6, 12, 2, 8, 14, 4, 10, 15, 5, 11, 1, 7, 13, 3, 8, 14, 4, 10, 15, 6],
-    [4, 15, 9, 3, 13, 7, 1, 11, 5, 15, 10, 4, 14, 8, 2, 13, 7, 0, 11, 5, 15, 9, 3, 14, 8, 2, 12, 6, 0, 10, 4, 15],
+    [
+        0,
+        6,
+        12,
+        2,
+        8,
+        13,
+        3,
+        9,
+        15,
+        5,
+        11,
+        0,
+        6,
+        12,
+        2,
+        8,
+        14,
+        4,
+        10,
+        15,
+        5,
+        11,
+        1,
+        7,
+        13,
+        3,
+        8,
+        14,
+        4,
+        10,
+        15,
+        6,
+    ],
+    [
+        4,
+        15,
+        9,
+        3,
+        13,
+        7,
+        1,
+        11,
+        5,
+        15,
+        10,
+        4,
+        14,
+        8,
+        2,
+        13,
+        7,
+        0,
+        11,
+        5,
+        15,
+        9,
+        3,
+        14,
+        8,
+        2,
+        12,
+        6,
+        0,
+        10,
+        4,
+        15,
+    ],
 )
 
 
@@ -45,12 +121,18 @@ def relative_error(weight, args):
 
 def test_the_nf4_table_is_the_formula_of_the_paper():
     def quantiles(count):
-        """Of the upper half, at even steps of probability, from 1 - (1/32 + 1/30) / 2 down to the middle."""
+        """Of the upper half, at even steps of probability, from 1 - (1/32 + 1/30) / 2 down to the
+        middle.
+        """
         steps = torch.linspace(1 - (1 / 32 + 1 / 30) / 2, 0.5, count, dtype=torch.float64)[:-1]
         return torch.special.ndtri(steps)
 
-    expected = torch.cat((-quantiles(8), torch.zeros(1, dtype=torch.float64), quantiles(9))).sort().values
-    assert torch.allclose(torch.tensor(NF4, dtype=torch.float64), expected / expected.max(), rtol=0, atol=2e-7)
+    expected = (
+        torch.cat((-quantiles(8), torch.zeros(1, dtype=torch.float64), quantiles(9))).sort().values
+    )
+    assert torch.allclose(
+        torch.tensor(NF4, dtype=torch.float64), expected / expected.max(), rtol=0, atol=2e-7
+    )
 
 
 def test_nf4_bytes_and_scales_are_those_of_bitsandbytes():
@@ -70,7 +152,12 @@ def test_int4_with_zeros_is_what_torch_makes_of_the_same_ranges():
     weight[0, :128], weight[1, :128], weight[2] = weight[0, :128].abs(), -weight[1, :128].abs(), 0.0
     groups = weight.view(-1, 128)
     observer = PerChannelMinMaxObserver(
-        ch_axis=0, dtype=torch.quint8, qscheme=torch.per_channel_affine, quant_min=0, quant_max=15, eps=1e-12
+        ch_axis=0,
+        dtype=torch.quint8,
+        qscheme=torch.per_channel_affine,
+        quant_min=0,
+        quant_max=15,
+        eps=1e-12,
     )
     observer(groups)
     scales, zeros = observer.calculate_qparams()
@@ -88,9 +175,14 @@ def test_every_code_is_the_nearest_for_the_stored_scale(args, dtype):
     parts = quantize(weight, args)
     levels = torch.tensor(LEVELS[args.kind]).expand(4, 256, 16)
     if "zeros" in parts:
-        levels = levels - (parts["zeros"].float() - INT4_ZERO).repeat_interleave(args.group, -1).unsqueeze(-1)
+        levels = levels - (parts["zeros"].float() - INT4_ZERO).repeat_interleave(
+            args.group, -1
+        ).unsqueeze(-1)
     # A scale is what a code of value 1 (nf4: the last) stands for.
-    ones = {**parts, "qweight": torch.full_like(parts["qweight"], 0xFF if args.kind == "nf4" else 0x99)}
+    ones = {
+        **parts,
+        "qweight": torch.full_like(parts["qweight"], 0xFF if args.kind == "nf4" else 0x99),
+    }
     ones.pop("zeros", None)
     wide = {name: part.float() if part.is_floating_point() else part for name, part in ones.items()}
     choices = levels * dequantize(wide, args.kind).unsqueeze(-1)
@@ -136,23 +228,30 @@ def test_scales_in_eight_bits_cost_next_to_nothing(outliers):
     weight = gaussian(512, 1024)
     if outliers:
         weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 1e-4] *= 30
-    plain, double = (relative_error(weight, QuantizeArgs(double_quant=double)) for double in (False, True))
+    plain, double = (
+        relative_error(weight, QuantizeArgs(double_quant=double)) for double in (False, True)
+    )
     assert plain < double < 1.005 * plain
 
 
 def test_weights_to_one_side_gain_by_zeros():
     weight = gaussian(64, 256).abs()
-    symmetric, zeros = (relative_error(weight, QuantizeArgs(kind="int4", zero_points=on)) for on in (False, True))
+    symmetric, zeros = (
+        relative_error(weight, QuantizeArgs(kind="int4", zero_points=on)) for on in (False, True)
+    )
     assert zeros < 0.6 * symmetric
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"group": 48}, "group = 48: accepted is 32, 64, 128"),
-        ({"kind": "int4", "double_quant": True}, "double_quant = True: accepted with kind nf4 only"),
-        ({"zero_points": True}, "zero_points = True: accepted with kind int4 only"),
-        ({"kind": "nf5"}, "kind = 'nf5': accepted is one of nf4, int4; did you mean 'nf4'"),
+        ({"group": 48}, "group: got 48; expected 32, 64, 128"),
+        (
+            {"kind": "int4", "double_quant": True},
+            "double_quant: got True; valid only with kind nf4 only",
+        ),
+        ({"zero_points": True}, "zero_points: got True; valid only with kind int4 only"),
+        ({"kind": "nf5"}, "kind: got 'nf5'; expected one of nf4, int4; did you mean 'nf4'"),
     ],
 )
 def test_wrong_requests_are_one_sentence(fields, words):
@@ -161,5 +260,5 @@ def test_wrong_requests_are_one_sentence(fields, words):
 
 
 def test_a_group_must_divide_the_inputs():
-    with pytest.raises(RequestError, match="group = 64: accepted is a divisor of the 96 inputs"):
+    with pytest.raises(RequestError, match="group: got 64; expected a divisor of the 96 inputs"):
         quantize(gaussian(4, 96), QuantizeArgs())

@@ -1,4 +1,6 @@
-"""Quantized leaves against the dense model they stand for: numbers, gradients, memory, names, files."""
+"""Quantized leaves against the dense model they stand for: numbers, gradients, memory, names,
+files.
+"""
 
 import copy
 import weakref
@@ -8,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
-from tests.adapt.twins import far
+from tests.checkpoints.adapters.twins import far
 from tests.helpers import random_model, random_tokens, tiny_args
-from transom.errors import RequestError
+from transom.base.errors import RequestError
 from transom.layers.linear import GroupedLinear, Linear
 from transom.layers.moe import Router
-from transom.model import LLM, TransformerInput
+from transom.models.llm import LLM, TransformerInput
 from transom.quantize import leaves as surgery
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.leaves import (
@@ -25,14 +27,28 @@ from transom.quantize.leaves import (
     quantize_model,
     quantized_leaves,
 )
-from transom.training.blocks import arrange_blocks
+from transom.training.loop.blocks import arrange_blocks
 
 NF4, DOUBLE = QuantizeArgs(group=32), QuantizeArgs(group=32, double_quant=True)
-INT4, ZEROS = QuantizeArgs(kind="int4", group=32), QuantizeArgs(kind="int4", group=32, zero_points=True)
+INT4, ZEROS = (
+    QuantizeArgs(kind="int4", group=32),
+    QuantizeArgs(kind="int4", group=32, zero_points=True),
+)
 FORMATS = {"nf4": NF4, "nf4, double": DOUBLE, "int4": INT4, "int4, zeros": ZEROS}
 MOE = {"num_experts": 4, "top_k": 2, "hidden_dim": 32, "shared_expert": True, "expert_bias": True}
-MLA = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
-MODELS = {"dense": {}, "biases": {"qkv_bias": True}, "moe": {"moe_args": MOE}, "latent": {"mla_args": MLA}}
+MLA = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
+MODELS = {
+    "dense": {},
+    "biases": {"qkv_bias": True},
+    "moe": {"moe_args": MOE},
+    "latent": {"mla_args": MLA},
+}
 TOKENS = random_tokens(2, 9)
 
 
@@ -84,7 +100,9 @@ def test_a_quantized_model_computes_what_its_dense_twin_does(changes, args):
     model = base(**changes)
     modules, before = dict(model.named_modules()), logits(model)
     assert quantize_model(model, args) is model
-    assert {name: id(module) for name, module in model.named_modules()} == {n: id(m) for n, m in modules.items()}
+    assert {name: id(module) for name, module in model.named_modules()} == {
+        n: id(m) for n, m in modules.items()
+    }
     found = logits(model)
     assert far(found, before) > 1e-3, "four bits change something"
     twin = dequantize_model(copy.deepcopy(model))
@@ -103,7 +121,9 @@ def test_which_leaves_are_quantized_and_that_it_is_said(capsys):
     said = f"nf4 in groups of 32 on 20 leaves: {held:,} of {total:,} weights in 5.00 bits each"
     assert said in capsys.readouterr().err
     assert sum(leaf.count for leaf in quantized_leaves(model).values()) == held + sum(
-        p.numel() for name, p in model.named_parameters() if ".experts." in name and name.endswith("bias")
+        p.numel()
+        for name, p in model.named_parameters()
+        if ".experts." in name and name.endswith("bias")
     )
     assert quantization_of(model) == NF4 and quantization_of(base()) is None
 
@@ -217,7 +237,9 @@ def test_a_state_dict_fills_a_model_of_shapes(tmp_path, args, on_meta):
         other = quantize_model(random_model(model.args, seed=5), args, empty=True)
         other.load_state_dict(state)
     assert torch.equal(logits(other), logits(model))
-    assert not any(p.requires_grad for leaf in quantized_leaves(other).values() for p in leaf.parts.values())
+    assert not any(
+        p.requires_grad for leaf in quantized_leaves(other).values() for p in leaf.parts.values()
+    )
     state.pop("layers.1.attention.wk.scales")
     with pytest.raises(RuntimeError, match=r"Missing key.*layers\.1\.attention\.wk\.scales"):
         other.load_state_dict(state)
@@ -277,16 +299,23 @@ def nan_in(model: LLM) -> LLM:
     [
         (
             lambda m: quantize_model(m, QuantizeArgs(group=64)),
-            r"group = 64: layers\.0\.attention\.wq has 32 inputs; accepted is 32, or to skip 'wq'",
+            r"group: got 64: layers\.0\.attention\.wq has 32 inputs; expected 32, or to skip 'wq'",
         ),
         (
             lambda m: quantize_model(random_model(tiny_args()), NF4),
-            r"group = 32: layers\.0\.feed_forward\.w_out has 48 inputs; accepted is to skip 'w_out'",
+            r"group: got 32: layers\.0\.feed_forward\.w_out has 48 inputs; expected to skip "
+            r"'w_out'",
         ),
-        (lambda m: quantize_model(m, QuantizeArgs(skip=("atention",))), "'atention' is no module.*'attention'"),
+        (
+            lambda m: quantize_model(m, QuantizeArgs(skip=("atention",))),
+            "'atention' is no module.*'attention'",
+        ),
         (lambda m: quantize_model(m, QuantizeArgs(skip=("layers", "output"))), "at least one leaf"),
         (lambda m: quantize_model(quantize_model(m, NF4), INT4), "quantized already"),
-        (lambda m: quantize_model(nan_in(m), NF4), r"layers\.1\.attention\.wv\.weight holds NaN or infinite"),
+        (
+            lambda m: quantize_model(nan_in(m), NF4),
+            r"layers\.1\.attention\.wv\.weight holds NaN or infinite",
+        ),
         (dequantize_model, "no leaf is quantized"),
     ],
 )

@@ -1,4 +1,6 @@
-"""Adapters beside quantized weights: what they would be beside the dense ones, and where training ends."""
+"""Adapters beside quantized weights: what they would be beside the dense ones, and where training
+ends.
+"""
 
 import copy
 
@@ -7,19 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
-from tests.adapt.twins import far
+from tests.checkpoints.adapters.twins import far
 from tests.quantize.test_leaves import FORMATS, MLA, MODELS, MOE, NF4, TOKENS, base, logits
-from transom.adapt.lora import plain_weights
-from transom.adapt.lora_args import LoraArgs
-from transom.adapt.merge import merge_adapter, unmerge_adapter
-from transom.adapt.new import apply_lora
-from transom.adapt.read import load_adapter
-from transom.adapt.write import save_adapter
-from transom.errors import RequestError
-from transom.model import LLM, TransformerInput
+from transom.base.errors import RequestError
+from transom.checkpoints.adapters.read import load_adapter
+from transom.checkpoints.adapters.write import save_adapter
+from transom.lora.adapters import plain_weights
+from transom.lora.apply import apply_lora
+from transom.lora.args import LoraArgs
+from transom.lora.merge import merge_adapter, unmerge_adapter
+from transom.models.llm import LLM, TransformerInput
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.leaves import dequantize_model, quantize_model, quantized_leaves
-from transom.training.blocks import arrange_blocks
+from transom.training.loop.blocks import arrange_blocks
 
 KINDS = {
     "lora": {},
@@ -50,7 +52,10 @@ def gradients(model: LLM) -> dict[str, torch.Tensor]:
 
 def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     assert list(a) == list(b)
-    return all(torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-3 * float(b[name].abs().max())) for name in a)
+    return all(
+        torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-3 * float(b[name].abs().max()))
+        for name in a
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -79,9 +84,15 @@ def test_no_dense_weight_waits_for_backward(kind):
 
     def weights_saved_by(model: LLM) -> list[torch.Tensor]:
         seen.clear()
-        with saved_tensors_hooks(lambda tensor: (seen.append(tensor), tensor)[1], lambda tensor: tensor):
+        with saved_tensors_hooks(
+            lambda tensor: (seen.append(tensor), tensor)[1], lambda tensor: tensor
+        ):
             model.train()(TransformerInput(TOKENS, logits="none"))
-        return [tensor for tensor in seen if tensor.is_floating_point() and tuple(tensor.shape) in shapes]
+        return [
+            tensor
+            for tensor in seen
+            if tensor.is_floating_point() and tuple(tensor.shape) in shapes
+        ]
 
     model = qlora(changes={"qkv_bias": True}, **kind)
     weights = [leaf.weight for leaf in quantized_leaves(model).values()]
@@ -91,11 +102,15 @@ def test_no_dense_weight_waits_for_backward(kind):
 
 
 @pytest.mark.parametrize("args", FORMATS.values(), ids=FORMATS)
-@pytest.mark.parametrize("changes", [{}, {"moe_args": MOE}, {"mla_args": MLA}], ids=["dense", "moe", "latent"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"moe_args": MOE}, {"mla_args": MLA}], ids=["dense", "moe", "latent"]
+)
 def test_merged_into_the_dense_model_is_what_ran(changes, args):
     model = qlora(args, changes, dora=True).eval()
     ran = logits(model)
-    with pytest.raises(RequestError, match=r"is quantized, and four bits cannot hold the sum.*dequantize_model"):
+    with pytest.raises(
+        RequestError, match=r"is quantized, and four bits cannot hold the sum.*dequantize_model"
+    ):
         merge_adapter(model)
     merge_adapter(dequantize_model(model))
     assert far(logits(model), ran) < 1e-4
@@ -107,7 +122,9 @@ def test_merged_into_the_dense_model_is_what_ran(changes, args):
 @pytest.mark.parametrize("how", ["full", "selective"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("changes", [{}, {"moe_args": MOE}], ids=["dense", "moe"])
-def test_checkpointing_over_a_frozen_base_gives_the_same_gradients(changes, dropout, how, quantized):
+def test_checkpointing_over_a_frozen_base_gives_the_same_gradients(
+    changes, dropout, how, quantized
+):
     def found(choice):
         model = qlora(changes=changes, dropout=dropout).train()
         model = model if quantized else dequantize_model(model)
@@ -129,12 +146,17 @@ def test_state_dicts_carry_codes_and_adapters(tmp_path):
     assert far(logits(other), logits(model)) == 0
 
 
-@pytest.mark.parametrize("changes", [{}, {"moe_args": MOE}, {"mla_args": MLA}], ids=["dense", "moe", "latent"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"moe_args": MOE}, {"mla_args": MLA}], ids=["dense", "moe", "latent"]
+)
 def test_adapter_folders_are_those_of_the_dense_model(tmp_path, changes):
     model = qlora(changes=changes)
     save_adapter(model, tmp_path / "quantized")
     save_adapter(dequantize_model(copy.deepcopy(model)), tmp_path / "dense")
-    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("quantized", "dense")]
+    files = [
+        (tmp_path / name / "adapter_model.safetensors").read_bytes()
+        for name in ("quantized", "dense")
+    ]
     assert files[0] == files[1]
     other = load_adapter(quantize_model(base(**changes), NF4), tmp_path / "dense")
     assert far(logits(other), logits(model.eval())) < 1e-5
@@ -145,15 +167,19 @@ def test_adapter_folders_are_those_of_the_dense_model(tmp_path, changes):
     [
         (
             lambda: quantize_model(dequantize_model(qlora()), NF4),
-            "carries an adapter; accepted is to quantize first",
+            "carries an adapter; expected to quantize first",
         ),
         (
             lambda: apply_lora(
-                quantize_model(base(), QuantizeArgs(group=32, skip=())), LoraArgs(modules_to_save=("output",))
+                quantize_model(base(), QuantizeArgs(group=32, skip=())),
+                LoraArgs(modules_to_save=("output",)),
             ),
-            "modules_to_save: output is quantized.*accepted is to skip it there",
+            "modules_to_save: output is quantized.*expected to skip it there",
         ),
-        (lambda: plain_weights(quantize_model(base(), NF4)), "is quantized; accepted is to make the model dense"),
+        (
+            lambda: plain_weights(quantize_model(base(), NF4)),
+            "is quantized; expected to make the model dense",
+        ),
     ],
 )
 def test_wrong_requests_are_one_sentence(act, words):
@@ -186,12 +212,18 @@ def trained(model: LLM, step: int, steps: int, lr: float) -> float:
         optimizer.zero_grad()
     model.eval()
     with torch.no_grad():
-        return float(torch.stack([loss_of(model, successors(step, seed=10_000 + i)) for i in range(8)]).mean())
+        return float(
+            torch.stack(
+                [loss_of(model, successors(step, seed=10_000 + i)) for i in range(8)]
+            ).mean()
+        )
 
 
 @pytest.mark.slow
 def test_qlora_ends_where_lora_does():
-    """A model of one rule of succession learns another through adapters, on exact and on quantized weights."""
+    """A model of one rule of succession learns another through adapters, on exact and on quantized
+    weights.
+    """
     start = LLM(base(dim=64).args)
     start.init_weights()
     trained(start, 7, 150, 3e-3)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from transom.tokenizer import train_bpe
-from transom.tokenizers.training import byte_letters
+from transom.tokenizers.training import byte_letters, train_bpe
 
 CORPUS = [
     "The quick brown fox doesn't jump over 12345 lazy dogs.\r\n\n  def f(x):\n\treturn x\n",
@@ -36,7 +35,9 @@ MISTRAL_CONTROL = ["[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/
 
 
 def sentencepiece_model(**options) -> bytes:
-    """A BPE model with byte fallback as Llama 2 and Mistral have it; `options` go to the trainer."""
+    """A BPE model with byte fallback as Llama 2 and Mistral have it; `options` go to the
+    trainer.
+    """
     writer = io.BytesIO()
     settings = {
         "vocab_size": 400,
@@ -67,14 +68,18 @@ def byte_ranks(size: int = 380) -> dict[bytes, int]:
 
 def rank_file(ranks: dict[bytes, int]) -> bytes:
     """What Llama 3 and Llama 4 call tokenizer.model."""
-    return b"".join(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in ranks.items())
+    return b"".join(
+        base64.b64encode(token) + f" {rank}\n".encode() for token, rank in ranks.items()
+    )
 
 
 def tekken_file(
     ranks: dict[bytes, int], *, named: list[str] | None, control: int, version: str, pattern: str
 ) -> str:
     """A tekken.json with more entries than it uses, as the published ones have."""
-    special = [{"rank": id, "token_str": name, "is_control": True} for id, name in enumerate(named or [])]
+    special = [
+        {"rank": id, "token_str": name, "is_control": True} for id, name in enumerate(named or [])
+    ]
     return json.dumps(
         {
             "config": {

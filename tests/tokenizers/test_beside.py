@@ -1,4 +1,6 @@
-"""Tokens that only the files beside a tokenizer.json know: ids and flags are those of transformers."""
+"""Tokens that only the files beside a tokenizer.json know: ids and flags are those of
+transformers.
+"""
 
 import json
 
@@ -6,8 +8,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.tokenizers.makers import CORPUS, write
-from transom.errors import RequestError
-from transom.tokenizer import Tokenizer, train_bpe
+from transom.base.errors import RequestError
+from transom.tokenizers.tokenizer import Tokenizer
+from transom.tokenizers.training import train_bpe
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 CLASS = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
@@ -22,17 +25,29 @@ def entry(content, **flags):
 
 TURNS = {"300": entry("<|im_start|>", special=True), "301": entry("<|im_end|>", special=True)}
 FOLDERS = {
-    "decoder": {"tokenizer_config__json": {**CLASS, "added_tokens_decoder": {**TURNS, "302": entry("<tool>")}}},
-    "out of order": {"tokenizer_config__json": {**CLASS, "added_tokens_decoder": dict(reversed(TURNS.items()))}},
+    "decoder": {
+        "tokenizer_config__json": {
+            **CLASS,
+            "added_tokens_decoder": {**TURNS, "302": entry("<tool>")},
+        }
+    },
+    "out of order": {
+        "tokenizer_config__json": {**CLASS, "added_tokens_decoder": dict(reversed(TURNS.items()))}
+    },
     "stripping": {
         "tokenizer_config__json": {
             **CLASS,
             "mask_token": "<mask>",
-            "added_tokens_decoder": {"300": entry("<mask>", special=True, lstrip=True, rstrip=True)},
+            "added_tokens_decoder": {
+                "300": entry("<mask>", special=True, lstrip=True, rstrip=True)
+            },
         }
     },
     "other flags": {
-        "tokenizer_config__json": {**CLASS, "added_tokens_decoder": {"0": entry(BOS, special=True, rstrip=True)}}
+        "tokenizer_config__json": {
+            **CLASS,
+            "added_tokens_decoder": {"0": entry(BOS, special=True, rstrip=True)},
+        }
     },
     "old files": {
         "tokenizer_config__json": {**CLASS, "additional_special_tokens": ["<|im_start|>"]},
@@ -43,7 +58,12 @@ FOLDERS = {
         "tokenizer_config__json": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS},
         "added_tokens__json": {EOS: 1},
     },
-    "a list": {"tokenizer_config__json": {**CLASS, "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}},
+    "a list": {
+        "tokenizer_config__json": {
+            **CLASS,
+            "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
+        }
+    },
     "a newer list": {"tokenizer_config__json": {**CLASS, "extra_special_tokens": ["<|im_end|>"]}},
     "names": {
         "tokenizer_config__json": {
@@ -101,7 +121,10 @@ def test_an_id_that_cannot_be_given_is_refused(tmp_path):
 
 def test_the_vocabulary_counts_where_it_has_a_token_under_another_id(tmp_path, capsys):
     config = {**CLASS, "added_tokens_decoder": {"7": entry(EOS, special=True)}}
-    tokenizer, peer = load(tmp_path, tokenizer_config__json=config), AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer, peer = (
+        load(tmp_path, tokenizer_config__json=config),
+        AutoTokenizer.from_pretrained(tmp_path),
+    )
     assert tokenizer.eos_id == peer.eos_token_id == 1
     assert "the 7 of a file beside it is not used" in capsys.readouterr().err
 

@@ -16,14 +16,25 @@ from tests.tokenizers.makers import (
     tekken_file,
     write,
 )
-from transom.errors import RequestError
-from transom.tokenizer import Tokenizer
-from transom.tokenizers.llama import LLAMA3, LLAMA3_WORDS, LLAMA4, LLAMA4_WORDS, llama_backend, read_ranks
+from transom.base.errors import RequestError
+from transom.tokenizers.llama import (
+    LLAMA3,
+    LLAMA3_WORDS,
+    LLAMA4,
+    LLAMA4_WORDS,
+    llama_backend,
+    read_ranks,
+)
+from transom.tokenizers.tokenizer import Tokenizer
 
 RANKS = byte_ranks()
 FAMILIES = {"llama3": LLAMA3, "llama4": LLAMA4}
 TEKKEN = {
-    "named": {"named": ["<unk>", "<s>", "</s>", *MISTRAL_CONTROL, "<pad>"], "control": 20, "version": "v11"},
+    "named": {
+        "named": ["<unk>", "<s>", "</s>", *MISTRAL_CONTROL, "<pad>"],
+        "control": 20,
+        "version": "v11",
+    },
     "unnamed": {"named": None, "control": 30, "version": "v3"},
 }
 TEKKEN_WORDS = (
@@ -40,7 +51,9 @@ every = pytest.mark.parametrize("name", [*FAMILIES, *TEKKEN])
 def folder(tmp_path):
     def make(name):
         if name in TEKKEN:
-            return write(tmp_path, tekken__json=tekken_file(RANKS, pattern=TEKKEN_WORDS, **TEKKEN[name]))
+            return write(
+                tmp_path, tekken__json=tekken_file(RANKS, pattern=TEKKEN_WORDS, **TEKKEN[name])
+            )
         size = len(RANKS) + FAMILIES[name].control_count
         return write(tmp_path, tokenizer__model=rank_file(RANKS), params__json={"vocab_size": size})
 
@@ -58,7 +71,9 @@ def test_ids_and_text_are_those_of_tiktoken(name, folder):
     few = {"<|begin_of_text|>", "<|reserved_special_token_5|>"}
     for text, ids in zip(NASTY, tokenizer.encode_batch(NASTY), strict=True):
         assert ids == tokenizer.encode(text) == peer.encode(text, disallowed_special=())
-        assert tokenizer.encode(text, allowed_special="all") == peer.encode(text, allowed_special="all")
+        assert tokenizer.encode(text, allowed_special="all") == peer.encode(
+            text, allowed_special="all"
+        )
         some = peer.encode(text, allowed_special=few, disallowed_special=())
         assert tokenizer.encode(text, allowed_special=few) == some
         assert tokenizer.decode(ids) == text == peer.decode(ids)
@@ -153,7 +168,11 @@ def test_long_texts_are_cut_where_meta_cuts_them(name, folder):
 
 def test_the_family_is_told_by_the_size_of_the_vocabulary(tmp_path):
     write(tmp_path, tokenizer__model=rank_file(RANKS), params__json={"vocab_size": -1})
-    accepted = r"vocab_size of the model = None: accepted beside 380 ranks is 636 \(llama3\), 2428 \(llama4\)"
+    accepted = (
+        r"vocab_size of the model: got None: accepted beside 380 ranks is 636 \(llama3\), "
+        r"2428 "
+        r"\(llama4\)"
+    )
     with pytest.raises(RequestError, match=accepted):
         Tokenizer.load(tmp_path)
     write(tmp_path, params__json={"model": {"vocab_size": 636}})
@@ -187,7 +206,9 @@ def test_ids_and_text_are_those_of_mistral_common(name, folder):
         assert peer.get_special_token(spelling) == id
     for text, ids in zip(NASTY, tokenizer.encode_batch(NASTY), strict=True):
         assert ids == peer.encode(text, bos=False, eos=False)
-        assert tokenizer.encode(text, add_bos=True, add_eos=True) == peer.encode(text, bos=True, eos=True)
+        assert tokenizer.encode(text, add_bos=True, add_eos=True) == peer.encode(
+            text, bos=True, eos=True
+        )
         assert tokenizer.decode([1, *ids, 2]) == peer.decode([1, *ids, 2]) == text
         kept = peer.decode([1, *ids, 2], special_token_policy=module.SpecialTokenPolicy.KEEP)
         assert tokenizer.decode([1, *ids, 2], skip_special=False) == kept
@@ -237,10 +258,16 @@ def test_saving_writes_the_files_back(name, folder, tmp_path):
 
 def test_kinds_and_vocabularies_have_different_hashes(tmp_path):
     size = len(RANKS) + 256
-    one = write(tmp_path / "1", tokenizer__model=rank_file(RANKS), params__json={"vocab_size": size})
-    two = write(tmp_path / "2", tokenizer__model=rank_file(RANKS), params__json={"vocab_size": size + 1792})
+    one = write(
+        tmp_path / "1", tokenizer__model=rank_file(RANKS), params__json={"vocab_size": size}
+    )
+    two = write(
+        tmp_path / "2", tokenizer__model=rank_file(RANKS), params__json={"vocab_size": size + 1792}
+    )
     fewer = byte_ranks(350)
-    three = write(tmp_path / "3", tokenizer__model=rank_file(fewer), params__json={"vocab_size": 606})
+    three = write(
+        tmp_path / "3", tokenizer__model=rank_file(fewer), params__json={"vocab_size": 606}
+    )
     assert len({Tokenizer.load(folder).hash for folder in (one, two, three)}) == 3
 
 
@@ -250,10 +277,10 @@ A = base64.b64encode(b"a").decode()
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (f"{A} 0\n{A} 1\n", "line 2: accepted are new bytes of rank 1"),
-        (f"{A} 0\nYg== 2\n", "line 2: accepted are new bytes of rank 1"),
-        (f"{A} 0\n{A}\n", "line 2: accepted is `base64 rank`"),
-        (f"{A} 0\n!!!! 1\n", "line 2: accepted is `base64 rank`"),
+        (f"{A} 0\n{A} 1\n", "line 2: expected new bytes of rank 1"),
+        (f"{A} 0\nYg== 2\n", "line 2: expected new bytes of rank 1"),
+        (f"{A} 0\n{A}\n", "line 2: expected `base64 rank`"),
+        (f"{A} 0\n!!!! 1\n", "line 2: expected `base64 rank`"),
     ],
 )
 def test_a_bad_line_of_ranks_is_named(content, message):
@@ -263,7 +290,9 @@ def test_a_bad_line_of_ranks_is_named(content, message):
 
 def test_a_vocabulary_without_all_bytes_is_refused(tmp_path):
     ranks = {token: rank for rank, token in enumerate(list(RANKS)[1:])}
-    write(tmp_path, tokenizer__model=rank_file(ranks), params__json={"vocab_size": len(ranks) + 256})
+    write(
+        tmp_path, tokenizer__model=rank_file(ranks), params__json={"vocab_size": len(ranks) + 256}
+    )
     with pytest.raises(RequestError, match="no rank for byte 0x00"):
         Tokenizer.load(tmp_path)
 
@@ -271,17 +300,29 @@ def test_a_vocabulary_without_all_bytes_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("place", "key", "value", "message"),
     [
-        ("config", "pattern", "(", r"pattern = '\(': not a regular expression"),
-        ("config", "pattern", r"\w+| +", r"pattern = .*: leaves out some of the text"),
-        ("config", "pattern", None, "pattern = None: accepted is text"),
-        ("config", "default_vocab_size", 10**6, "default_vocab_size = 1000000: accepted is 276 to 400"),
-        ("config", "default_num_special_tokens", 3, r"default_num_special_tokens = 3: accepted is the number"),
-        ("config", "version", 3, "version = 3: accepted is text"),
-        ("vocab", 300, {"rank": 1, "token_bytes": A}, "entry 300: rank = 1: accepted are new bytes of rank 300"),
-        ("vocab", 0, {"rank": 0, "token_bytes": A}, "vocab entry 0: token_bytes = .*accepted is the byte 0x00"),
-        ("vocab", 5, {"rank": 5, "token_bytes": "!"}, "vocab entry 5: token_bytes = '!': accepted is base64"),
-        ("special_tokens", 1, {"rank": 7, "token_str": "x"}, "accepted are 0, 1, 2, ..."),
-        ("special_tokens", 1, {"rank": 1, "token_str": "<unk>"}, "= '<unk>': accepted is each name once"),
+        ("config", "pattern", "(", r"pattern: got '\('; not a regular expression"),
+        ("config", "pattern", r"\w+| +", r"pattern: got .*; leaves out some of the text"),
+        ("config", "pattern", None, "pattern: got None; expected text"),
+        ("config", "default_vocab_size", 10**6, "default_vocab_size: got 1000000; expected 276 to "
+"400"),
+        ("config", "default_num_special_tokens", 3, r"default_num_special_tokens: got 3; expected "
+r"the "
+r"number"),
+        ("config", "version", 3, "version: got 3; expected text"),
+        ("vocab", 300, {"rank": 1, "token_bytes": A}, "entry 300: rank: got 1; expected new bytes "
+"of "
+"rank "
+"300"),
+        ("vocab", 0, {"rank": 0, "token_bytes": A}, "vocab entry 0: token_bytes: got .*expected "
+"the "
+"byte "
+"0x00"),
+        ("vocab", 5, {"rank": 5, "token_bytes": "!"}, "vocab entry 5: token_bytes: got '!': accepted "
+"is "
+"base64"),
+        ("special_tokens", 1, {"rank": 7, "token_str": "x"}, "expected 0, 1, 2, ..."),
+        ("special_tokens", 1, {"rank": 1, "token_str": "<unk>"}, "= '<unk>': expected each name "
+"once"),
     ],
 )  # fmt: skip
 def test_a_wrong_tekken_file_is_refused_in_one_sentence(place, key, value, message, tmp_path):
@@ -294,5 +335,9 @@ def test_a_wrong_tekken_file_is_refused_in_one_sentence(place, key, value, messa
 
 def test_names_of_control_tokens_may_be_missing_in_old_files_only(tmp_path):
     options = TEKKEN["unnamed"] | {"version": "v11"}
-    with pytest.raises(RequestError, match="special_tokens = None: accepted is a list of them in version v11"):
-        Tokenizer.load(write(tmp_path, tekken__json=tekken_file(RANKS, pattern=TEKKEN_WORDS, **options)))
+    with pytest.raises(
+        RequestError, match="special_tokens: got None; expected a list of them in version v11"
+    ):
+        Tokenizer.load(
+            write(tmp_path, tekken__json=tekken_file(RANKS, pattern=TEKKEN_WORDS, **options))
+        )

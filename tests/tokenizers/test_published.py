@@ -7,10 +7,14 @@ import pytest
 import sentencepiece
 
 from tests.tokenizers.makers import CORPUS, NASTY, streamed
-from transom.tokenizer import Tokenizer
+from transom.tokenizers.tokenizer import Tokenizer
 
 FOUND = importlib.util.find_spec("mistral_common")
-DATA = Path(FOUND.submodule_search_locations[0], "data") if FOUND and FOUND.submodule_search_locations else Path()
+DATA = (
+    Path(FOUND.submodule_search_locations[0], "data")
+    if FOUND and FOUND.submodule_search_locations
+    else Path()
+)
 # Size, control tokens, version: as mistral-common reports them.
 FILES = {
     "tokenizer.model.v1": (32000, 2, "v1"),
@@ -32,7 +36,9 @@ def test_published_files_give_the_ids_of_their_makers(name, tmp_path):
         peer = sentencepiece.SentencePieceProcessor(model_file=str(DATA / name))
         encode, decode = peer.encode, peer.decode
     else:
-        tekken = pytest.importorskip("mistral_common.tokens.tokenizers.tekken").Tekkenizer.from_file(DATA / name)
+        tekken = pytest.importorskip(
+            "mistral_common.tokens.tokenizers.tekken"
+        ).Tekkenizer.from_file(DATA / name)
         encode, decode = (lambda text: tekken.encode(text, bos=False, eos=False)), tekken.decode
     for text in NASTY + CORPUS:
         ids = tokenizer.encode(text)

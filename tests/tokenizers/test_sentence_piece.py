@@ -5,9 +5,16 @@ from threading import Barrier
 import pytest
 import sentencepiece
 
-from tests.tokenizers.makers import MISTRAL_CONTROL, NASTY, nonsense, sentencepiece_model, streamed, write
-from transom.errors import RequestError
-from transom.tokenizer import Tokenizer
+from tests.tokenizers.makers import (
+    MISTRAL_CONTROL,
+    NASTY,
+    nonsense,
+    sentencepiece_model,
+    streamed,
+    write,
+)
+from transom.base.errors import RequestError
+from transom.tokenizers.tokenizer import Tokenizer
 
 KINDS = {
     "llama2": {},
@@ -98,15 +105,20 @@ def test_ids_around_special_tokens_are_those_of_transformers(legacy, folder):
     model = peer("llama2")
     pieces = [model.id_to_piece(id) for id in range(model.get_piece_size())]
     vocabulary = {piece: id for id, piece in enumerate(pieces)}
-    scores = {piece: model.get_score(id) for piece, id in vocabulary.items() if not model.is_byte(id)}
+    scores = {
+        piece: model.get_score(id) for piece, id in vocabulary.items() if not model.is_byte(id)
+    }
     merges = generate_merges(vocabulary, scores, skip_tokens=["<unk>", "<s>", "</s>"])
     llama = LlamaTokenizer(vocabulary, merges, legacy=legacy, add_bos_token=True)
     tokenizer = Tokenizer.load(folder("llama2", tokenizer_config__json={"legacy": legacy}))
     assert tokenizer.adds_bos and not tokenizer.adds_eos
     for text in ["hello<s>do and</s>do", "<s>hello", "do </s>and", "</s></s>", "a<s>"]:
-        assert tokenizer.encode(text, allowed_special="all") == llama.encode(text, add_special_tokens=False)
+        assert tokenizer.encode(text, allowed_special="all") == llama.encode(
+            text, add_special_tokens=False
+        )
     for text in NASTY[:9]:
-        # There a leading space stands in for the model's own, and runs of spaces are merged in another order.
+        # There a leading space stands in for the model's own, and runs of spaces are merged in
+        # another order.
         if not text.startswith(" ") and "  " not in text:
             assert tokenizer.encode(text, add_bos=True) == llama.encode(text)
             assert tokenizer.decode(tokenizer.encode(text)) == llama.decode(tokenizer.encode(text))
@@ -124,9 +136,11 @@ def test_a_user_defined_piece_that_the_config_calls_special_stays_text(folder):
     """SentencePiece itself finds such pieces in every text; Gemma's turns are of this kind."""
     added = {"5": {"content": "<turn>", "special": True}}
     assert peer("gemma").piece_to_id("<turn>") == 4
-    with pytest.raises(RequestError, match=r"id of '<turn>' = 5: accepted is 4"):
+    with pytest.raises(RequestError, match=r"id of '<turn>' = 5: expected 4"):
         Tokenizer.load(folder("gemma", tokenizer_config__json={"added_tokens_decoder": added}))
-    tokenizer = Tokenizer.load(folder("gemma", tokenizer_config__json={"added_tokens_decoder": {"4": added["5"]}}))
+    tokenizer = Tokenizer.load(
+        folder("gemma", tokenizer_config__json={"added_tokens_decoder": {"4": added["5"]}})
+    )
     text = "a<turn>b<turn><turn>"
     assert 4 in peer("gemma").encode(text)
     assert 4 not in tokenizer.encode(text) and tokenizer.decode(tokenizer.encode(text)) == text
@@ -171,8 +185,13 @@ def test_a_control_token_may_have_a_new_name(folder):
     """Those who fine-tune give names to control tokens that Mistral has left free."""
     id = peer("mistral").piece_to_id("[TOOL_CALLS]")
     added = {str(id): {"content": "<|im_start|>", "special": True}}
-    tokenizer = Tokenizer.load(folder("mistral", tokenizer_config__json={"added_tokens_decoder": added}))
-    assert tokenizer.special_tokens["<|im_start|>"] == id and "[TOOL_CALLS]" not in tokenizer.special_tokens
+    tokenizer = Tokenizer.load(
+        folder("mistral", tokenizer_config__json={"added_tokens_decoder": added})
+    )
+    assert (
+        tokenizer.special_tokens["<|im_start|>"] == id
+        and "[TOOL_CALLS]" not in tokenizer.special_tokens
+    )
     assert tokenizer.encode("<|im_start|>", allowed_special="all") == [id]
     assert id not in tokenizer.encode("<|im_start|>[TOOL_CALLS]")
     assert tokenizer.decode([id], skip_special=False) == "<|im_start|>"
@@ -180,7 +199,11 @@ def test_a_control_token_may_have_a_new_name(folder):
 
 @every
 def test_saving_writes_the_files_back(name, folder, tmp_path):
-    where = folder(name, tokenizer_config__json='{"chat_template":  "x"}', chat_template__jinja="{{ bos_token }}")
+    where = folder(
+        name,
+        tokenizer_config__json='{"chat_template":  "x"}',
+        chat_template__jinja="{{ bos_token }}",
+    )
     tokenizer = Tokenizer.load(where)
     tokenizer.save(tmp_path / "out")
     for file in where.iterdir():
@@ -188,7 +211,15 @@ def test_saving_writes_the_files_back(name, folder, tmp_path):
             assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
     again = Tokenizer.load(tmp_path / "out")
     assert again.hash == tokenizer.hash and again.encode("do and") == tokenizer.encode("do and")
-    assert len({Tokenizer.load(write(tmp_path / n, tokenizer__model=m)).hash for n, m in MODELS.items()}) == 4
+    assert (
+        len(
+            {
+                Tokenizer.load(write(tmp_path / n, tokenizer__model=m)).hash
+                for n, m in MODELS.items()
+            }
+        )
+        == 4
+    )
 
 
 def test_the_version_of_mistrals_format_comes_from_the_file(tmp_path):
@@ -201,7 +232,9 @@ def test_the_version_of_mistrals_format_comes_from_the_file(tmp_path):
     assert Tokenizer.load(write(tmp_path / "l", tokenizer__model=MODELS["llama2"])).version is None
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", MODELS["llama2"][:3000]], ids=["empty", "other", "cut"])
+@pytest.mark.parametrize(
+    "content", [b"", b"garbage", MODELS["llama2"][:3000]], ids=["empty", "other", "cut"]
+)
 def test_a_file_that_is_no_model_is_refused(content, tmp_path):
-    with pytest.raises(RequestError, match=r"tokenizer\.model.*accepted is a SentencePiece model"):
+    with pytest.raises(RequestError, match=r"tokenizer\.model.*expected a SentencePiece model"):
         Tokenizer.load(write(tmp_path, tokenizer__model=content))

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from transom.tokenizer import Tokenizer, byte_tokenizer
+from transom.tokenizers.tokenizer import Tokenizer
+from transom.tokenizers.training import byte_tokenizer
 from transom.training.config import TrainArgs, read_config
 
 MODEL = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_seq_len": 64}
@@ -16,7 +17,9 @@ def write_corpus(folder: Path, documents: int = 24) -> Path:
     for i in range(documents):
         words = [WORDS[(j * (i % 3 + 1)) % len(WORDS)] for j in range(20 + 7 * (i % 9))]
         path, text = folder / f"{i:02d}.txt", "".join(words)
-        if not path.exists():  # ranks come here at once: one must not cut a file while the other reads it
+        if (
+            not path.exists()
+        ):  # ranks come here at once: one must not cut a file while the other reads it
             path.write_text(text)
     return folder
 
@@ -58,7 +61,9 @@ def losses(run: Path) -> list[float]:
 
 
 def without_bos(folder: Path) -> Tokenizer:
-    """Bytes with a BOS that the tokenizer never adds, as Qwen's have it; its files are written into `folder`."""
+    """Bytes with a BOS that the tokenizer never adds, as Qwen's have it; its files are written into
+    `folder`.
+    """
     byte_tokenizer().save(folder)
     file = folder / "tokenizer.json"
     content = json.loads(file.read_text())

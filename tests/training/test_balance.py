@@ -1,4 +1,6 @@
-"""Balancing losses against transformers', the same under any split, and what they are for: routers that recover."""
+"""Balancing losses against transformers', the same under any split, and what they are for: routers
+that recover.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,12 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
 from tests.helpers import random_model, random_tokens, tiny_args
-from transom.args import MoeArgs
+from transom.base.runtime import one_thread
+from transom.config.model_args import MoeArgs
 from transom.evaluation.trace import recording
 from transom.layers.moe import RouterStatistics
-from transom.model import LLM, TransformerInput
-from transom.runtime import one_thread
-from transom.training.balance import (
+from transom.models.llm import LLM, TransformerInput
+from transom.training.losses.balance import (
     RouterCounts,
     health_row,
     mixtures,
@@ -49,7 +51,10 @@ def seen(logits_BTE: Tensor, top_k: int, mask_BT: Tensor | None = None) -> Route
 def draw(layers: int, rows: int, count: int, experts: int = 6) -> list[Tensor]:
     """Logits of several layers."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(rows, count, experts, generator=generator).requires_grad_() for _ in range(layers)]
+    return [
+        torch.randn(rows, count, experts, generator=generator).requires_grad_()
+        for _ in range(layers)
+    ]
 
 
 def equal_with_gradients(ours: Tensor, theirs: Tensor, leaves: list[Tensor]) -> None:
@@ -62,7 +67,9 @@ def equal_with_gradients(ours: Tensor, theirs: Tensor, leaves: list[Tensor]) -> 
 def test_mixtral_batch_is_transformers_with_padding():
     logits, mask = draw(3, 2, 7), torch.ones(2, 7)
     mask[1, 5:] = 0
-    theirs = mixtral_loss(tuple(x.flatten(0, 1) for x in logits), num_experts=6, top_k=2, attention_mask=mask)
+    theirs = mixtral_loss(
+        tuple(x.flatten(0, 1) for x in logits), num_experts=6, top_k=2, attention_mask=mask
+    )
     router = [seen(x, 2, mask) for x in logits]
     moe = MoeArgs(num_experts=6, top_k=2, balance="mixtral", balance_scope="batch")
     equal_with_gradients(auxiliary(router, moe), theirs, logits)
@@ -133,7 +140,9 @@ def test_counts_add_up_and_tell_the_routers_health():
     assert whole.picks_LE.sum(1).tolist() == [48, 48]
     assert row["dropped_tokens"] == pytest.approx((1 - whole.load_LE.sum(1) / 48).tolist())
     assert [sum(load) for load in row["expert_load"]] == pytest.approx([1, 1])
-    assert row["expert_load"][0] == pytest.approx((whole.load_LE[0] / whole.load_LE[0].sum()).tolist())
+    assert row["expert_load"][0] == pytest.approx(
+        (whole.load_LE[0] / whole.load_LE[0].sum()).tolist()
+    )
     assert all(0 < entropy < math.log(4) for entropy in row["router_entropy"])
     for module in mixtures(model):
         module.router.bias[2] = -100.0
@@ -141,7 +150,8 @@ def test_counts_add_up_and_tell_the_routers_health():
     assert row["dead_experts"] == [1, 1]
 
 
-# -- what it is for ------------------------------------------------------------------------------------
+# -- what it is for
+# ------------------------------------------------------------------------------------
 
 
 def mixture(balance: str, scope: str = "sequence", **fields: Any) -> LLM:
@@ -187,15 +197,22 @@ def train(model: LLM, tokens: Tensor, steps: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
         if moe.balance == "bias":
-            update_choice_biases(model, RouterCounts.of(output.router).picks_LE, moe.bias_update_rate)
+            update_choice_biases(
+                model, RouterCounts.of(output.router).picks_LE, moe.bias_update_rate
+            )
 
 
-MODES = [(b, s) for b in ("mixtral", "switch") for s in ("batch", "sequence")] + [("bias", "sequence")]
+MODES = [(b, s) for b in ("mixtral", "switch") for s in ("batch", "sequence")] + [
+    ("bias", "sequence")
+]
 
 
 @pytest.mark.parametrize(("balance", "scope"), [*MODES, ("none", "sequence")])
 def test_a_router_that_sends_nine_tenths_to_one_expert_recovers_with_balancing_only(balance, scope):
-    model, tokens = mixture(balance, scope, aux_loss_coef=0.1, bias_update_rate=0.02), random_tokens(8, 33)
+    model, tokens = (
+        mixture(balance, scope, aux_loss_coef=0.1, bias_update_rate=0.02),
+        random_tokens(8, 33),
+    )
     with one_thread():
         plant(model, tokens[:, :-1], 0.9)
         assert all(0.88 <= share <= 0.92 for share in busiest(model, tokens[:, :-1]))

@@ -5,10 +5,10 @@ import torch
 
 from tests.helpers import random_model, random_tokens, tiny_args
 from tests.training.runs import tiny_args as tiny_run
-from transom.errors import WorkError
-from transom.model import TransformerInput
-from transom.training.blame import blame
-from transom.training.setup import open_run
+from transom.base.errors import WorkError
+from transom.models.llm import TransformerInput
+from transom.training.loop.nonfinite import blame
+from transom.training.loop.setup import open_run
 
 ROWS = [TransformerInput(random_tokens(2, 8))]
 
@@ -43,6 +43,8 @@ def test_a_run_says_step_and_place_and_keeps_its_last_checkpoint(tmp_path):
     trainer.save(None)
     with torch.no_grad():
         trainer.model.layers[0].attention.wo.weight[0, 0] = float("inf")
-    with pytest.raises(WorkError, match=r"step 2: the loss is nan; the weight layers\.0\.attention\.wo"):
+    with pytest.raises(
+        WorkError, match=r"step 2: the loss is nan; the weight layers\.0\.attention\.wo"
+    ):
         trainer.step()
     assert (tmp_path / "run" / "latest").read_text().strip() == "step_000001"

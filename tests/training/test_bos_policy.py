@@ -6,10 +6,10 @@ import pytest
 
 from tests.training.runs import tiny_args as tiny_run
 from tests.training.runs import tiny_config, without_bos
-from transom.tokenizer import byte_tokenizer
-from transom.training import monitor
-from transom.training.run_data import open_data
-from transom.training.setup import open_run
+from transom.tokenizers.training import byte_tokenizer
+from transom.training.loop import monitor
+from transom.training.loop.run_data import open_data
+from transom.training.loop.setup import open_run
 
 
 @pytest.mark.parametrize("adds", [True, False])
@@ -22,7 +22,11 @@ def test_packed_documents_begin_by_the_policy_and_end_with_eos(tmp_path, adds):
     data = open_data(args, model_args, tokenizer, rank=0, world_size=1, quiet=True)
     rows = [row for _ in range(20) for row in data.batches.next().tokens.tolist()]
     begins = [second for row in rows for first, second in pairwise(row) if first == eos]
-    assert len(begins) > 5 and (set(begins) == {bos}) == adds and any(bos in row for row in rows) == adds
+    assert (
+        len(begins) > 5
+        and (set(begins) == {bos}) == adds
+        and any(bos in row for row in rows) == adds
+    )
 
 
 def test_held_out_documents_are_scored_by_the_same_policy(tmp_path, monkeypatch):
@@ -35,6 +39,8 @@ def test_held_out_documents_are_scored_by_the_same_policy(tmp_path, monkeypatch)
         return score(*args, **named)
 
     monkeypatch.setattr(monitor, "score", spy)
-    trainer = open_run(tiny_run(tmp_path, **{**tiny_config(tmp_path), "tokenizer": kind, "steps": 1}), quiet=True)
+    trainer = open_run(
+        tiny_run(tmp_path, **{**tiny_config(tmp_path), "tokenizer": kind, "steps": 1}), quiet=True
+    )
     trainer.fit()
     assert set(seen) == {(None, trainer.tokenizer.eos_id)}

@@ -1,4 +1,6 @@
-"""Recomputing or moving activations changes memory and nothing else: no gradient bit, no key, no statistic."""
+"""Recomputing or moving activations changes memory and nothing else: no gradient bit, no key, no
+statistic.
+"""
 
 import copy
 
@@ -10,11 +12,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from tests.helpers import random_model, random_tokens, tiny_args
 from tests.training.runs import losses, tiny_config
 from tests.training.runs import tiny_args as tiny_run
-from transom.errors import RequestError
-from transom.model import TransformerInput
-from transom.training import blocks
-from transom.training.blocks import arrange_blocks
-from transom.training.setup import open_run
+from transom.base.errors import RequestError
+from transom.models.llm import TransformerInput
+from transom.training.loop import blocks
+from transom.training.loop.blocks import arrange_blocks
+from transom.training.loop.setup import open_run
 
 CHOICES = ("full", "selective", "every-2", "every-3")
 MOE = {"num_experts": 4, "top_k": 2, "hidden_dim": 32, "jitter": 0.3, "expert_capacity": 1.0}
@@ -46,7 +48,11 @@ def test_gradients_and_statistics_are_bit_equal(changes, how):
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     assert torch.equal(output.logits, plain.logits)
     for ours, theirs in zip(output.router, plain.router, strict=True):
-        assert all(torch.equal(a, vars(theirs)[name]) for name, a in vars(ours).items() if torch.is_tensor(a))
+        assert all(
+            torch.equal(a, vars(theirs)[name])
+            for name, a in vars(ours).items()
+            if torch.is_tensor(a)
+        )
 
 
 @pytest.mark.parametrize("how", CHOICES)
@@ -147,7 +153,9 @@ def test_frozen_weights_get_no_gradient_and_the_others_theirs():
     assert torch.equal(*got.values(), *expected.values())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own code, when it loads its compiler
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # of torch's own code, when it loads its compiler
 def test_no_key_changes_and_everything_can_be_put_back():
     model = random_model(tiny_args(n_layers=3))
     keys, modules = list(model.state_dict()), [name for name, _ in model.named_modules()]
@@ -178,7 +186,11 @@ def test_nothing_is_recomputed_or_moved_without_gradients(monkeypatch):
     monkeypatch.setattr(blocks, "saved_tensors_hooks", None)
     cache = model.make_cache(2)
     model(TransformerInput(random_tokens(2, 5)), cache)
-    assert model(TransformerInput(random_tokens(2, 5)), cache, inference=True).logits.shape == (2, 5, 61)
+    assert model(TransformerInput(random_tokens(2, 5)), cache, inference=True).logits.shape == (
+        2,
+        5,
+        61,
+    )
 
 
 def test_large_activations_travel_and_weights_do_not(monkeypatch):
@@ -225,7 +237,9 @@ def test_what_stays_where_it_is(shape):
 def test_weights_are_told_from_activations(half):
     """By their shapes: no activation of this model has that of a weight."""
     model = random_model(tiny_args(n_layers=1)).train()
-    shapes = {tuple(p.shape) for p in model.parameters()} | {tuple(p.t().shape) for p in model.parameters()}
+    shapes = {tuple(p.shape) for p in model.parameters()} | {
+        tuple(p.t().shape) for p in model.parameters()
+    }
     seen = []
 
     def pack(tensor):
@@ -263,13 +277,16 @@ def test_offload_on_the_cpu_is_said_to_do_nothing(tmp_path, capsys):
 @pytest.mark.parametrize("how", ["some", "every", "every-0", "every--1", "every-2.5", "Full", ""])
 def test_other_choices_are_refused(tmp_path, how):
     with pytest.raises(
-        RequestError, match=r"activation_checkpoint = .*: accepted is none, full, selective or every-K"
+        RequestError,
+        match=r"activation_checkpoint: got .*; expected none, full, selective or every-K",
     ):
         tiny_run(tmp_path, activation_checkpoint=how)
 
 
 def test_selective_with_compile_is_refused(tmp_path):
-    with pytest.raises(RequestError, match="accepted with compile = True is none, full or every-K"):
+    with pytest.raises(
+        RequestError, match="valid only with compile = True is none, full or every-K"
+    ):
         tiny_run(tmp_path, activation_checkpoint="selective", compile=True)
 
 
@@ -277,7 +294,9 @@ def test_dropout_in_a_hook_draws_the_same_again():
     def gradients(how):
         model = random_model(tiny_args()).train()
         arrange_blocks(model, checkpointing=how)
-        model.layers[0].ffn_norm.register_forward_pre_hook(lambda module, x: (F.dropout(x[0], 0.5),))
+        model.layers[0].ffn_norm.register_forward_pre_hook(
+            lambda module, x: (F.dropout(x[0], 0.5),)
+        )
         torch.manual_seed(7)
         model(INPUTS).logits.sum().backward()
         return model.layers[0].feed_forward.w_gate.weight.grad

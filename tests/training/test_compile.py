@@ -1,4 +1,6 @@
-"""Compiled blocks compute the same, are compiled once and not every step, and give way where compiling fails."""
+"""Compiled blocks compute the same, are compiled once and not every step, and give way where
+compiling fails.
+"""
 
 import warnings
 
@@ -8,11 +10,11 @@ import torch
 from tests.helpers import random_model, random_tokens, tiny_args
 from tests.training.runs import losses
 from tests.training.runs import tiny_args as tiny_run
-from transom.errors import WorkError
-from transom.model import TransformerInput
-from transom.training import trainer as trainer_module
-from transom.training.blocks import arrange_blocks
-from transom.training.setup import open_run
+from transom.base.errors import WorkError
+from transom.models.llm import TransformerInput
+from transom.training.loop import trainer as trainer_module
+from transom.training.loop.blocks import arrange_blocks
+from transom.training.loop.setup import open_run
 
 MODELS = {
     "dense": {},
@@ -38,7 +40,8 @@ def gradients(model, sizes):
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-# Recomputing is independent of the kind of attention: in one model it shows that the two go together.
+# Recomputing is independent of the kind of attention: in one model it shows that the two go
+# together.
 RECOMPUTED = [
     pytest.param(name, "full", marks=() if name == "moe" else pytest.mark.slow, id=f"{name}-full")
     for name in MODELS
@@ -72,7 +75,9 @@ def test_inductor_equals_eager():
     expected = gradients(model, PACKINGS[0])
     arrange_blocks(model, compiled=True)
     for name, got in gradients(model, PACKINGS[0]).items():
-        torch.testing.assert_close(got, expected[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got, expected[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def with_backend(monkeypatch, backend):
@@ -125,7 +130,9 @@ def test_a_step_half_done_when_compiling_fails_is_not_counted_twice(tmp_path, mo
 def test_weights_that_moved_in_backward_are_not_moved_twice(tmp_path, monkeypatch):
     optimizer = {"name": "adamw", "max_grad_norm": None, "in_backward": True}
     with_backend(monkeypatch, no_compiler)
-    trainer = open_run(tiny_run(tmp_path, "compile=true", "dry_run=false", optimizer=optimizer), quiet=True)
+    trainer = open_run(
+        tiny_run(tmp_path, "compile=true", "dry_run=false", optimizer=optimizer), quiet=True
+    )
     with pytest.raises(Exception, match="no working C"):
         trainer.step()
     words = ["compile=true", f"out={tmp_path}/dry"]

@@ -1,4 +1,6 @@
-"""The chunked loss is the plain one, in value and gradient, whatever stands around the output matrix."""
+"""The chunked loss is the plain one, in value and gradient, whatever stands around the output
+matrix.
+"""
 
 import pytest
 import torch
@@ -7,9 +9,14 @@ from torch import nn
 
 from tests.helpers import random_model, random_tokens, tiny_args
 from transom.data.batches import NO_TARGET
-from transom.model import TransformerInput
-from transom.training import cross_entropy
-from transom.training.cross_entropy import chunk_tokens, cross_entropy_sum, head_loss, plain_output_weight
+from transom.models.llm import TransformerInput
+from transom.training.losses import cross_entropy
+from transom.training.losses.cross_entropy import (
+    chunk_tokens,
+    cross_entropy_sum,
+    head_loss,
+    plain_output_weight,
+)
 
 TOKENS = random_tokens(3, 11)
 TARGETS = random_tokens(3, 11, seed=1).masked_fill(random_tokens(3, 11, seed=2) < 15, NO_TARGET)
@@ -43,7 +50,9 @@ def assert_same(plain, plain_grads, chunked, chunked_grads, **close):
     torch.testing.assert_close(chunked, plain, **close)
     assert set(chunked_grads) == set(plain_grads)
     for name, expected in plain_grads.items():
-        torch.testing.assert_close(chunked_grads[name], expected, msg=lambda m, n=name: f"{n}: {m}", **close)
+        torch.testing.assert_close(
+            chunked_grads[name], expected, msg=lambda m, n=name: f"{n}: {m}", **close
+        )
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, 33, 1000])
@@ -58,10 +67,14 @@ def test_weights_count_each_target_as_often_as_they_say(changes, chunk):
     model = random_model(tiny_args(**changes)).double()
     weights = torch.tensor([0.0, 0.5, 2.0])[random_tokens(3, 11, seed=3) % 3]
     hidden, again = (model(TransformerInput(TOKENS, logits="none")).hidden_BTD for _ in range(2))
-    losses = F.cross_entropy(model.project(hidden).flatten(0, 1), TARGETS.flatten(), reduction="none")
+    losses = F.cross_entropy(
+        model.project(hidden).flatten(0, 1), TARGETS.flatten(), reduction="none"
+    )
     expected = (losses * weights.flatten()).sum()
     found = head_loss(model, again, TARGETS, chunk, weights)
-    assert_same(expected.detach(), gradients(model, expected), found.detach(), gradients(model, found))
+    assert_same(
+        expected.detach(), gradients(model, expected), found.detach(), gradients(model, found)
+    )
 
 
 def test_the_plain_loss_is_torchs_over_the_models_logits():
@@ -78,10 +91,14 @@ def test_gradients_are_those_of_the_function(factor, cap):
     targets = torch.tensor([0, 8, NO_TARGET, 3, 3, 5])
 
     def loss(h, w):
-        return cross_entropy._LinearCrossEntropy.apply(h, w, targets, None, 4, torch.float64, factor, cap)
+        return cross_entropy._LinearCrossEntropy.apply(
+            h, w, targets, None, 4, torch.float64, factor, cap
+        )
 
     made = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
-    with torch.no_grad():  # central differences along random directions; gradcheck would run backward twice
+    with (
+        torch.no_grad()
+    ):  # central differences along random directions; gradcheck would run backward twice
         for _ in range(5):
             ways = torch.randn_like(hidden), torch.randn_like(weight)
             up, down = (loss(hidden + e * ways[0], weight + e * ways[1]) for e in (1e-6, -1e-6))
@@ -97,18 +114,25 @@ def test_bfloat16_autocast_is_as_near_as_the_plain_path():
     assert chunked.dtype == torch.float32
     torch.testing.assert_close(chunked, plain, rtol=1e-2, atol=0.0)
     for name in ("output.weight", "norm.weight", "layers.0.attention.wq.weight"):
-        worst, allowed = ((grads[name] - exact[name]).norm() for grads in (chunked_grads, plain_grads))
+        worst, allowed = (
+            (grads[name] - exact[name]).norm() for grads in (chunked_grads, plain_grads)
+        )
         assert chunked_grads[name].dtype == torch.float32
         assert worst <= 1.2 * allowed
 
 
 def test_half_precision_weights_sum_their_gradient_in_float32():
-    hidden, weight = torch.randn(512, 8, dtype=torch.bfloat16), torch.randn(5, 8, dtype=torch.bfloat16)
+    hidden, weight = (
+        torch.randn(512, 8, dtype=torch.bfloat16),
+        torch.randn(5, 8, dtype=torch.bfloat16),
+    )
     targets = torch.randint(5, (512,), generator=torch.Generator().manual_seed(0))
 
     def gradient(dtype, chunk):
         w = weight.to(dtype).requires_grad_()
-        loss = cross_entropy._LinearCrossEntropy.apply(hidden.to(dtype), w, targets, None, chunk, dtype, 1.0, None)
+        loss = cross_entropy._LinearCrossEntropy.apply(
+            hidden.to(dtype), w, targets, None, chunk, dtype, 1.0, None
+        )
         return torch.autograd.grad(loss, w)[0].double()
 
     exact = gradient(torch.float64, 1)
@@ -161,18 +185,30 @@ def test_logits_of_all_tokens_are_never_there(hook, monkeypatch):
         rows.append(logits.numel() // model.args.vocab_size)
         return real(logits, *args, **options)
 
-    monkeypatch.setattr(*((torch.Tensor, "log_softmax") if hook is None else (F, "cross_entropy")), counted)
-    head_loss(model, model(TransformerInput(TOKENS, logits="none")).hidden_BTD, TARGETS, 8).backward()
+    monkeypatch.setattr(
+        *((torch.Tensor, "log_softmax") if hook is None else (F, "cross_entropy")), counted
+    )
+    head_loss(
+        model, model(TransformerInput(TOKENS, logits="none")).hidden_BTD, TARGETS, 8
+    ).backward()
     assert max(rows) == 7  # 33 tokens in 5 even chunks
     assert sum(rows) == (33 if hook is None else 66)  # backward makes them again
 
 
 def test_a_position_without_target_may_hold_anything():
     model = random_model(tiny_args())
-    hidden = torch.randn(3, 11, 32).masked_fill((TARGETS == NO_TARGET).unsqueeze(-1), float("nan")).requires_grad_()
+    hidden = (
+        torch.randn(3, 11, 32)
+        .masked_fill((TARGETS == NO_TARGET).unsqueeze(-1), float("nan"))
+        .requires_grad_()
+    )
     loss = head_loss(model, hidden, TARGETS, 4)
     loss.backward()
-    assert loss.isfinite() and hidden.grad.isfinite().all() and model.output.weight.grad.isfinite().all()
+    assert (
+        loss.isfinite()
+        and hidden.grad.isfinite().all()
+        and model.output.weight.grad.isfinite().all()
+    )
 
 
 def test_no_target_at_all_is_a_loss_of_zero():
@@ -183,13 +219,17 @@ def test_one_token_is_enough():
     model = random_model(tiny_args())
     hidden = torch.randn(1, 1, 32)
     target = torch.tensor([[3]])
-    torch.testing.assert_close(head_loss(model, hidden, target, 1), head_loss(model, hidden, target, 0))
+    torch.testing.assert_close(
+        head_loss(model, hidden, target, 1), head_loss(model, hidden, target, 0)
+    )
 
 
 def test_without_gradients_none_are_made(monkeypatch):
     asked = []
     real = cross_entropy._chunk
-    monkeypatch.setattr(cross_entropy, "_chunk", lambda *args: (asked.append(args[-1]), real(*args))[1])
+    monkeypatch.setattr(
+        cross_entropy, "_chunk", lambda *args: (asked.append(args[-1]), real(*args))[1]
+    )
     model = random_model(tiny_args())
     with torch.no_grad():
         head_loss(model, torch.randn(3, 11, 32), TARGETS, 4)

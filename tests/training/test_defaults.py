@@ -1,15 +1,31 @@
-"""Rows per step and packing follow from the rows where a config leaves them open, and nowhere else."""
+"""Rows per step and packing follow from the rows where a config leaves them open, and nowhere
+else.
+"""
 
 import json
 
 import pytest
 
 from tests.training.test_head_runs import config as head_config
-from tests.training.tuning import base_folder, chats, judged, preferences, solved, tune_args, write_rows
-from transom.fields import read
+from tests.training.tuning import (
+    base_folder,
+    chats,
+    judged,
+    preferences,
+    solved,
+    tune_args,
+    write_rows,
+)
+from transom.base.fields import read
 from transom.training.config import TrainArgs
-from transom.training.defaults import ENOUGH_STEPS, FEW_STEPS, choose_rows, few_steps_warning, steps_of
-from transom.training.setup import open_run
+from transom.training.defaults import (
+    ENOUGH_STEPS,
+    FEW_STEPS,
+    choose_rows,
+    few_steps_warning,
+    steps_of,
+)
+from transom.training.loop.setup import open_run
 
 EPOCHS = 3.0
 
@@ -21,7 +37,14 @@ def chosen(count, length=50, **given):
 
 @pytest.mark.parametrize(
     ("rows", "batch", "packing"),
-    [(20, 1, False), (50, 1, False), (100, 2, False), (300, 8, False), (1000, 16, False), (20_000, 16, True)],
+    [
+        (20, 1, False),
+        (50, 1, False),
+        (100, 2, False),
+        (300, 8, False),
+        (1000, 16, False),
+        (20_000, 16, True),
+    ],
 )
 def test_small_sets_get_small_batches_and_large_ones_packed_rows(rows, batch, packing):
     size, packed, steps = chosen(rows)
@@ -39,7 +62,10 @@ def test_given_values_stay():
     assert chosen(100, packing=True)[:2] == (1, True)
     assert chosen(20_000, packing=False)[:2] == (16, False)
     assert chosen(20_000, batch_size=4)[:2] == (4, True)
-    assert choose_rows([50] * 100, seq_len=1024, epochs=3.0, batch_size=4, packing=False).reason is None
+    assert (
+        choose_rows([50] * 100, seq_len=1024, epochs=3.0, batch_size=4, packing=False).reason
+        is None
+    )
 
 
 def test_no_step_takes_more_rows_than_there_are():
@@ -85,7 +111,8 @@ def test_few_steps_are_said():
     assert str(FEW_STEPS - 1) in few_steps_warning(FEW_STEPS - 1)
 
 
-# -- runs ----------------------------------------------------------------------------------------------
+# -- runs
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +130,16 @@ def test_what_was_chosen_is_printed_stored_and_taken_up_again(base, tmp_path, ca
     trainer = open_run(args)
     assert trainer.args.tune.epochs == 6.0 and trainer.args.steps >= ENOUGH_STEPS  # 17 or so rows
     lines = [line for line in capsys.readouterr().err.splitlines() if "chosen: " in line]
-    assert len(lines) == 1 and "data.batch_size = 1" in lines[0] and "tune.packing = false" in lines[0]
+    assert (
+        len(lines) == 1 and "data.batch_size = 1" in lines[0] and "tune.packing = false" in lines[0]
+    )
     trainer.fit()
     stored = read(TrainArgs, json.loads((tmp_path / "run" / "run.json").read_text())["resolved"])
-    assert (stored.data.batch_size, stored.tune.packing, stored.steps) == (1, False, trainer.args.steps)
+    assert (stored.data.batch_size, stored.tune.packing, stored.steps) == (
+        1,
+        False,
+        trainer.args.steps,
+    )
     for again in (args, stored):
         assert open_run(again, resume=True, quiet=True).progress.step == trainer.args.steps
 
@@ -131,7 +164,9 @@ def test_a_run_of_few_steps_says_so(base, tmp_path, capsys):
 @pytest.mark.parametrize(("rows", "objective"), [(preferences, "dpo"), (solved, "grpo")])
 def test_other_objectives_choose_as_well(base, tmp_path, rows, objective):
     words = ("tune.group=2", "tune.answer_tokens=4") if objective == "grpo" else ()
-    args = open_args(tmp_path, base, rows(tmp_path / "rows.jsonl"), *words, objective=objective, epochs=EPOCHS)
+    args = open_args(
+        tmp_path, base, rows(tmp_path / "rows.jsonl"), *words, objective=objective, epochs=EPOCHS
+    )
     assert open_run(args, quiet=True).args.data.batch_size == 2
 
 
@@ -168,5 +203,11 @@ def test_few_labelled_lines_are_a_smaller_step(tmp_path, kind, most):
     with open(source, encoding="utf-8") as file:  # noqa: PTH123 - a path of the config
         first = [next(file) for _ in range(5)]
     few = write_rows(tmp_path / "few.jsonl", [json.loads(line) for line in first])
-    words = ("data.batch_size=null", "steps=2", "data.held_out=0", f"data.sources=[{few}]", f"out={tmp_path}/few")
+    words = (
+        "data.batch_size=null",
+        "steps=2",
+        "data.held_out=0",
+        f"data.sources=[{few}]",
+        f"out={tmp_path}/few",
+    )
     assert open_run(head_config(tmp_path, kind, *words), quiet=True).args.data.batch_size == 5

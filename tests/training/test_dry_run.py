@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from tests.training.runs import losses, tiny_args, tiny_config
-from transom.errors import RequestError, WorkError
-from transom.training import objectives
-from transom.training.course import score_and_save
-from transom.training.objectives import NextToken
-from transom.training.setup import open_run
+from transom.base.errors import RequestError, WorkError
+from transom.training.loop.course import score_and_save
+from transom.training.loop.setup import open_run
+from transom.training.losses import objectives
+from transom.training.losses.objectives import NextToken
 
 MOE = {"num_experts": 4, "top_k": 2, "hidden_dim": 32, "jitter": 0.3, "balance": "bias"}
 RUNS = {
@@ -53,8 +53,13 @@ def test_nothing_has_moved_after_it(tmp_path):
     state = {name: x.clone() for name, x in trainer.optimizers.state_tensors().items()}
     random, place = torch.get_rng_state(), trainer.batches.state
     trainer.dry_run()
-    assert all(torch.equal(p, weights[name]) and p.grad is None for name, p in trainer.model.named_parameters())
-    assert all(torch.equal(x, state[name]) for name, x in trainer.optimizers.state_tensors().items())
+    assert all(
+        torch.equal(p, weights[name]) and p.grad is None
+        for name, p in trainer.model.named_parameters()
+    )
+    assert all(
+        torch.equal(x, state[name]) for name, x in trainer.optimizers.state_tensors().items()
+    )
     assert torch.equal(torch.get_rng_state(), random)
     assert trainer.batches.state == place
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -70,7 +75,11 @@ def test_a_resumed_run_goes_on_exactly(tmp_path):
     open_run(config(tmp_path, changes), resume=True, quiet=True).fit()
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
     scores = [
-        [row["held_out"] for row in map(json.loads, path.read_text().splitlines()) if "held_out" in row]
+        [
+            row["held_out"]
+            for row in map(json.loads, path.read_text().splitlines())
+            if "held_out" in row
+        ]
         for path in (tmp_path / "run" / "metrics.jsonl", tmp_path / "straight" / "metrics.jsonl")
     ]
     assert len(scores[0]) == 6 and scores[0] == scores[1]
@@ -99,7 +108,9 @@ def test_it_runs_the_rows_of_full_length(tmp_path, monkeypatch):
 
 OUT_OF_MEMORY = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
-    "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:126] DefaultCPUAllocator: can't allocate memory: 1 bytes"),
+    "cpu": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:126] DefaultCPUAllocator: can't allocate memory: 1 bytes"
+    ),
 }
 
 
@@ -117,8 +128,15 @@ def test_too_little_memory_is_one_sentence_and_costs_no_earlier_run(tmp_path, mo
     with pytest.raises(RequestError) as told:
         open_run(tiny_args(tmp_path, "accumulate=2"), quiet=True, overwrite=True)
     text = str(told.value)
-    assert text.startswith("dry run: a micro-batch of 2 x 32 tokens does not fit into the memory of cpu")
-    for field in ("data.batch_size (now 4)", "accumulate (now 2)", "activation_checkpoint", "loss_chunk"):
+    assert text.startswith(
+        "dry run: a micro-batch of 2 x 32 tokens does not fit into the memory of cpu"
+    )
+    for field in (
+        "data.batch_size (now 4)",
+        "accumulate (now 2)",
+        "activation_checkpoint",
+        "loss_chunk",
+    ):
         assert field in text
     assert (tmp_path / "run" / "step_000002").is_dir()
 
@@ -142,8 +160,10 @@ def test_a_profile_does_not_count_it(tmp_path):
 
 
 def test_its_memory_is_its_own(tmp_path, monkeypatch):
-    """The peak of a GPU's memory is counted anew by the dry run, and anew again by the steps after it."""
-    from transom.training import trainer
+    """The peak of a GPU's memory is counted anew by the dry run, and anew again by the steps after
+    it.
+    """
+    from transom.training.loop import trainer
 
     events = []
     for name in ("reset_peak_memory", "memory_bytes"):

@@ -8,13 +8,13 @@ import torch
 from tests.training.runs import MODEL, losses, tiny_args
 from tests.training.test_head_runs import config as head_config
 from tests.training.tuning import base_folder, chats, preferences, solved, tune_args
-from transom import runtime
-from transom.args import ModelArgs
-from transom.training import dtype_choice
-from transom.training.dtype_choice import DtypeChoice, timed_batch
-from transom.training.ranks import Ranks
-from transom.training.setup import open_run
-from transom.training.trainer import Trainer
+from transom.base import runtime
+from transom.config.model_args import ModelArgs
+from transom.training.loop import dtype_choice
+from transom.training.loop.dtype_choice import DtypeChoice, timed_batch
+from transom.training.loop.ranks import Ranks
+from transom.training.loop.setup import open_run
+from transom.training.loop.trainer import Trainer
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 CPU = torch.device("cpu")
@@ -27,7 +27,9 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds of a step by dtype, in place of a real clock; the step itself is done. Lists what was timed."""
+    """Seconds of a step by dtype, in place of a real clock; the step itself is done. Lists what was
+    timed.
+    """
     timed = []
     real = dtype_choice.seconds_of_step
 
@@ -40,7 +42,7 @@ def clock(monkeypatch):
         monkeypatch.setattr(dtype_choice, "seconds_of_step", seconds)
         return timed
 
-    monkeypatch.setattr("transom.runtime.bfloat16_is_fast", lambda device_type: True)
+    monkeypatch.setattr("transom.base.runtime.bfloat16_is_fast", lambda device_type: True)
     return set_to
 
 
@@ -82,7 +84,7 @@ def test_a_dtype_that_is_given_is_not_timed(tmp_path, clock, name):
 
 def test_where_bfloat16_is_slow_nothing_is_timed(tmp_path, clock, monkeypatch):
     timed = clock(1.0, 0.1)
-    monkeypatch.setattr("transom.runtime.bfloat16_is_fast", lambda device_type: False)
+    monkeypatch.setattr("transom.base.runtime.bfloat16_is_fast", lambda device_type: False)
     assert open_run(tiny_args(tmp_path, "dtype=auto"), quiet=True).dtype == FLOAT32
     assert timed == []
 
@@ -115,7 +117,9 @@ def test_all_ranks_take_what_rank_0_has_found(tmp_path, clock):
     choice = DtypeChoice(FLOAT32, True, Told(2, None, CPU))
     choice.settle(trainer.model, trainer.objective, trainer.batches, 4, frozen=False)
     assert choice.dtype == BFLOAT16
-    assert DtypeChoice.of("auto", FLOAT32, Told(2, None, CPU)).is_open  # on another processor than rank 0's
+    assert DtypeChoice.of(
+        "auto", FLOAT32, Told(2, None, CPU)
+    ).is_open  # on another processor than rank 0's
 
 
 NF4 = {"kind": "nf4", "group": 32, "skip": ["w_out", "output"]}
@@ -163,14 +167,19 @@ def test_the_run_is_the_one_with_the_dtype_given(tmp_path, base, clock, name, dt
     assert auto_losses == given_losses
     assert torch.equal(auto_random, given_random)
     for key, weight in auto_weights.items():
-        assert weight.dtype == given_weights[key].dtype and torch.equal(weight, given_weights[key]), key
+        assert weight.dtype == given_weights[key].dtype and torch.equal(
+            weight, given_weights[key]
+        ), key
     assert [one for one, _ in timed] == [FLOAT32, BFLOAT16]
 
 
 def test_frozen_weights_are_timed_in_the_dtype_they_would_have(tmp_path, base, clock):
     timed = clock(1.0, 2.0)
     open_run(tune_args(tmp_path, base, chats(tmp_path / "rows.jsonl"), "dtype=auto"), quiet=True)
-    assert timed == [(FLOAT32, {FLOAT32}), (BFLOAT16, {FLOAT32, BFLOAT16})]  # adapters stay in float32
+    assert timed == [
+        (FLOAT32, {FLOAT32}),
+        (BFLOAT16, {FLOAT32, BFLOAT16}),
+    ]  # adapters stay in float32
 
 
 def test_the_longest_rows_are_timed_but_not_more_than_it_takes(tmp_path, monkeypatch):
@@ -197,10 +206,14 @@ def test_too_little_memory_is_left_to_the_dry_run(tmp_path, monkeypatch, clock):
     [((0.4, 0.3, 0.1, 0.2), 0.1), ((9.0, 7.0), 7.0), ((0.5, 0.6, 1.0), 0.6)],
     ids=["short: the fastest of three", "long: the second", "until two seconds are over"],
 )
-def test_the_first_pass_does_not_count_and_short_ones_are_repeated(tmp_path, monkeypatch, passes, expected):
+def test_the_first_pass_does_not_count_and_short_ones_are_repeated(
+    tmp_path, monkeypatch, passes, expected
+):
     trainer = open_run(tiny_args(tmp_path), quiet=True)
     readings = iter([reading for seconds in passes for reading in (0.0, seconds)])
     monkeypatch.setattr(dtype_choice.time, "perf_counter", lambda: next(readings))
     micro = trainer.batches.largest(1)
-    assert dtype_choice.seconds_of_step(trainer.model, trainer.objective, micro, FLOAT32) == expected
+    assert (
+        dtype_choice.seconds_of_step(trainer.model, trainer.objective, micro, FLOAT32) == expected
+    )
     assert next(readings, None) is None

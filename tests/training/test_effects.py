@@ -3,12 +3,12 @@
 import pytest
 
 from tests.training.tuning import base_folder, chats
+from transom.base.errors import RequestError
+from transom.base.fields import field_types
 from transom.cli.main import main
-from transom.errors import RequestError
-from transom.fields import field_types
 from transom.training.config import TrainArgs, read_config
 from transom.training.effects import OF_A_METHOD, OF_A_SWITCH, check_effects
-from transom.training.setup import open_run
+from transom.training.loop.setup import open_run
 
 TUNE = {"base": "somewhere", "tune": {}}
 # A field and other words: what is refused, whatever the value is.
@@ -71,26 +71,42 @@ def test_words_of_training_without_an_effect_are_refused(word):
 @pytest.mark.parametrize("case", BY_VALUE)
 def test_values_of_another_method_are_refused_in_a_file(case):
     tune, field = BY_VALUE[case]
-    with pytest.raises(RequestError, match=f"^{field} = "):
+    with pytest.raises(RequestError, match=f"^{field}: got "):
         check_effects(read_config(None, base={"base": "somewhere", "tune": tune}))
 
 
 def test_a_run_that_goes_on_keeps_the_values_it_began_with():
-    args = read_config(None, base={"base": "somewhere", "tune": {"method": "full", "lora": {"rank": 4}}})
+    args = read_config(
+        None, base={"base": "somewhere", "tune": {"method": "full", "lora": {"rank": 4}}}
+    )
     check_effects(args, by_value=False)
 
 
 def test_a_config_may_keep_what_a_switch_turns_off():
     optimizer = {"name": "adamw", "muon_lr": 0.5}
-    check_effects(read_config(None, ["eval_every=0"], base={"optimizer": optimizer, "sample_prompts": ["a"]}))
+    check_effects(
+        read_config(None, ["eval_every=0"], base={"optimizer": optimizer, "sample_prompts": ["a"]})
+    )
 
 
 @pytest.mark.parametrize(
     "words",
     [
         ["tune.lora.rank=4", "tune.objective=dpo", "tune.beta=0.2", "tune.label_smoothing=0.1"],
-        ["tune.objective=grpo", "tune.group=4", "tune.temperature=0.5", "tune.reward=number", "tune.beta=0.1"],
-        ["tune.objective=distill", "tune.teacher=x", "tune.alpha=1", "tune.temperature=2", "tune.packing=true"],
+        [
+            "tune.objective=grpo",
+            "tune.group=4",
+            "tune.temperature=0.5",
+            "tune.reward=number",
+            "tune.beta=0.1",
+        ],
+        [
+            "tune.objective=distill",
+            "tune.teacher=x",
+            "tune.alpha=1",
+            "tune.temperature=2",
+            "tune.packing=true",
+        ],
         ["tune.packing=false", "tune.objective=dpo", "tune.teacher=null"],
         ["steps=4", "tune.method=full", "tune.train_on=all", "tune.scores=2"],
     ],
@@ -100,10 +116,12 @@ def test_words_with_an_effect_are_accepted(words):
 
 
 def test_every_field_of_the_table_is_a_field():
-    from transom.fields import type_at
+    from transom.base.fields import type_at
 
     names = [name for effect in (*OF_A_METHOD, *OF_A_SWITCH) for name in effect.fields]
-    assert all(type_at(TrainArgs, name.split(".")) for name in names) and len(set(names)) == len(names)
+    assert all(type_at(TrainArgs, name.split(".")) for name in names) and len(set(names)) == len(
+        names
+    )
     assert all(name.split(".")[0] in field_types(TrainArgs) for name in names)
 
 
@@ -111,12 +129,16 @@ def test_the_verbs_refuse_them(tmp_path, capsys):
     base, rows = base_folder(tmp_path / "model"), chats(tmp_path / "rows.jsonl")
     words = ["finetune", str(base), "--data", str(rows), "--out", str(tmp_path / "run")]
     assert main([*words, "--method", "full", "--rank", "16"]) == 2
-    assert "tune.lora.rank = 16" in capsys.readouterr().err
+    assert "tune.lora.rank: got 16" in capsys.readouterr().err
     assert main(["train", f"data.sources={rows}", f"out={tmp_path}/run", "sample_tokens=3"]) == 2
-    assert "sample_tokens = 3" in capsys.readouterr().err
-    assert main(["demo", f"out={tmp_path}/run", "optimizer.name=adamw", "optimizer.muon_lr=0.1"]) == 2
+    assert "sample_tokens: got 3" in capsys.readouterr().err
+    assert (
+        main(["demo", f"out={tmp_path}/run", "optimizer.name=adamw", "optimizer.muon_lr=0.1"]) == 2
+    )
     assert "optimizer.muon_lr" in capsys.readouterr().err
-    args = read_config(None, base={"base": str(base), "tune": {"reward": "number"}, "out": str(tmp_path / "run")})
+    args = read_config(
+        None, base={"base": str(base), "tune": {"reward": "number"}, "out": str(tmp_path / "run")}
+    )
     with pytest.raises(RequestError, match=r"^tune\.reward"):
         open_run(args, quiet=True)
     assert not (tmp_path / "run").exists()

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tests.helpers import random_model, random_tokens, tiny_args
+from transom.base.errors import RequestError
 from transom.checkpoints.load import load, read_safetensors, save, write_tensors
-from transom.errors import RequestError
-from transom.model import LLM, TransformerInput
-from transom.training.ema import Ema, ema_decay
+from transom.models.llm import LLM, TransformerInput
+from transom.training.optim.ema import Ema, ema_decay
 
 
 def weights(model: LLM) -> dict[str, Tensor]:
@@ -119,7 +119,10 @@ def test_a_step_folder_holds_the_averages_and_resumes_both(tmp_path: Path) -> No
 
     resumed = load(tmp_path)
     again = Ema(resumed, 0.9)
-    tensors = {**read_safetensors(tmp_path / "trainer.safetensors"), "norm.weight/exp_avg": torch.zeros(32)}
+    tensors = {
+        **read_safetensors(tmp_path / "trainer.safetensors"),
+        "norm.weight/exp_avg": torch.zeros(32),
+    }
     again.load_state_tensors(tensors)
     assert list(tensors) == ["norm.weight/exp_avg"]  # the optimizer's are left to it
     assert same(weights(resumed), own) and same(averages(resumed, again), average)
@@ -135,7 +138,7 @@ def test_saved_weights_that_do_not_fit_are_refused_and_not_loaded() -> None:
     for damage, said in (
         (lambda state: state.pop("raw/norm.weight"), "raw/norm.weight: the saved"),
         (lambda state: state.update({"raw/lost": torch.zeros(1)}), "raw/lost: the saved"),
-        (lambda state: state.update({"raw/norm.weight": torch.zeros(3)}), "raw/norm.weight = "),
+        (lambda state: state.update({"raw/norm.weight": torch.zeros(3)}), "raw/norm.weight: got "),
     ):
         state = copy.copy(saved)
         damage(state)
@@ -147,7 +150,7 @@ def test_saved_weights_that_do_not_fit_are_refused_and_not_loaded() -> None:
 def test_wrong_requests_are_refused_by_name() -> None:
     model = random_model(tiny_args())
     for decay in (0.0, 1.0, -1.0, float("nan")):
-        with pytest.raises(RequestError, match="ema_decay = "):
+        with pytest.raises(RequestError, match="ema_decay: got "):
             Ema(model, decay)
     with pytest.raises(RequestError, match=r"dtype of tok_embeddings.weight"):
         Ema(model.to(torch.bfloat16), 0.9)

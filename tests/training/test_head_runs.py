@@ -6,11 +6,11 @@ import pytest
 
 from tests.training.runs import losses, tiny_config
 from tests.training.runs import tiny_args as tiny_run
+from transom.base.errors import RequestError
 from transom.checkpoints.load import load
 from transom.data.labelled import read_labels
-from transom.errors import RequestError
-from transom.training.report import write_report
-from transom.training.setup import open_run
+from transom.training.loop.setup import open_run
+from transom.training.report.report import write_report
 
 WORDS = ("alpha", "beta", "gamma", "delta")
 
@@ -41,7 +41,9 @@ def scores(run):
 
 @pytest.mark.parametrize("kind", ["classification", "embedding"])
 def test_a_head_learns_and_the_run_is_a_model_folder(tmp_path, kind):
-    trainer = open_run(config(tmp_path, kind, "steps=80", "eval_every=20", "save_every=20"), quiet=True)
+    trainer = open_run(
+        config(tmp_path, kind, "steps=80", "eval_every=20", "save_every=20"), quiet=True
+    )
     trainer.fit()
     told = scores(tmp_path / "run")
     assert told[-1]["accuracy"] > 0.9 and told[-1]["loss"] < told[0]["loss"]
@@ -67,7 +69,8 @@ def test_a_resumed_head_goes_on_exactly(tmp_path, kind):
 def test_a_classifier_does_not_depend_on_accumulation(tmp_path):
     for count in (1, 4):
         open_run(
-            config(tmp_path, "classification", f"accumulate={count}", f"out={tmp_path}/{count}"), quiet=True
+            config(tmp_path, "classification", f"accumulate={count}", f"out={tmp_path}/{count}"),
+            quiet=True,
         ).fit()
     assert losses(tmp_path / "4") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
 
@@ -90,5 +93,5 @@ def test_the_dry_run_takes_the_longest_rows_of_the_set(tmp_path):
     ],
 )
 def test_what_a_head_cannot_do_is_refused(tmp_path, kind, word):
-    with pytest.raises(RequestError, match=f"{word.partition('=')[0]} = .*: accepted is"):
+    with pytest.raises(RequestError, match=f"{word.partition('=')[0]} = .*: expected"):
         config(tmp_path, kind, word)

@@ -1,4 +1,6 @@
-"""Heads: losses against their definitions, padding that changes nothing, and small tasks that must be learnt."""
+"""Heads: losses against their definitions, padding that changes nothing, and small tasks that must
+be learnt.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.helpers import random_model, tiny_args
-from transom.args import HeadArgs
+from transom.base.errors import RequestError
+from transom.config.model_args import HeadArgs
 from transom.data.batches import NO_TARGET
 from transom.data.labelled import EncodedRow, LabelledBatch, collate
-from transom.errors import RequestError
-from transom.model import LLM, TransformerInput, TransformerOutput
+from transom.models.llm import LLM, TransformerInput, TransformerOutput
 from transom.training.config import OptimizerArgs
-from transom.training.heads import contrastive_loss_sum, head_loss_sum, run_rows, score_head
-from transom.training.optimizers import build_optimizer
+from transom.training.losses.heads import contrastive_loss_sum, head_loss_sum, run_rows, score_head
+from transom.training.optim.optimizers import build_optimizer
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -43,7 +45,9 @@ def test_contrastive_loss_is_its_formula() -> None:
     got = contrastive_loss_sum(text, positive, torch.arange(4), temperature=0.1)
     want = torch.zeros((), dtype=torch.float64)
     for i in range(4):
-        terms = torch.stack([torch.exp(F.cosine_similarity(text[i], positive[j], dim=0) / 0.1) for j in range(4)])
+        terms = torch.stack(
+            [torch.exp(F.cosine_similarity(text[i], positive[j], dim=0) / 0.1) for j in range(4)]
+        )
         want -= torch.log(terms[i] / terms.sum())
     torch.testing.assert_close(got, want)
 
@@ -54,14 +58,20 @@ def test_a_twin_of_the_positive_is_no_negative() -> None:
     got = contrastive_loss_sum(text, positive, torch.tensor([0, 1, 0, 3]), temperature=1.0)
     keep = torch.ones(4, 4, dtype=torch.bool)
     keep[0, 2] = keep[2, 0] = False
-    want = sum(F.cross_entropy((text @ positive.T)[i][keep[i]], keep[i][:i].sum()) for i in range(4))
+    want = sum(
+        F.cross_entropy((text @ positive.T)[i][keep[i]], keep[i][:i].sum()) for i in range(4)
+    )
     torch.testing.assert_close(got, want)
 
 
 def test_contrastive_loss_of_a_part_is_its_share_of_the_whole() -> None:
     text, positive, numbers = draw(5, 6, 4), draw(6, 6, 4), torch.tensor([0, 1, 2, 0, 4, 5])
-    parts = [contrastive_loss_sum(text[at : at + 2], positive, numbers, 0.5, at) for at in (0, 2, 4)]
-    torch.testing.assert_close(torch.stack(parts).sum(), contrastive_loss_sum(text, positive, numbers, 0.5))
+    parts = [
+        contrastive_loss_sum(text[at : at + 2], positive, numbers, 0.5, at) for at in (0, 2, 4)
+    ]
+    torch.testing.assert_close(
+        torch.stack(parts).sum(), contrastive_loss_sum(text, positive, numbers, 0.5)
+    )
 
 
 def test_pairs_are_taken_from_neighbouring_rows() -> None:
@@ -82,7 +92,7 @@ def test_half_precision_is_compared_in_float32() -> None:
 
 
 def test_a_temperature_of_zero_is_refused() -> None:
-    with pytest.raises(RequestError, match="temperature = 0"):
+    with pytest.raises(RequestError, match="temperature: got 0"):
         contrastive_loss_sum(draw(1, 2, 2), draw(2, 2, 2), torch.arange(2), 0.0)
 
 
@@ -91,11 +101,13 @@ def test_a_temperature_of_zero_is_refused() -> None:
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 @pytest.mark.parametrize("kind", ["none", "embedding", "classification"])
-def test_a_text_in_a_batch_is_the_text_alone(kind: str, pooling: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_in_a_batch_is_the_text_alone(
+    kind: str, pooling: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     head = None if kind == "none" else {"kind": kind, "pooling": pooling, "num_labels": 3}
     model = random_model(tiny_args(head=head))
     rows = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13]]
-    monkeypatch.setattr("transom.training.heads.BATCH_TOKENS", 8)
+    monkeypatch.setattr("transom.training.losses.heads.BATCH_TOKENS", 8)
     together = run_rows(model, rows, pooling)
     assert together.vectors.shape == (4, 32)
     assert (together.logits is None) == (kind != "classification")
@@ -105,7 +117,9 @@ def test_a_text_in_a_batch_is_the_text_alone(kind: str, pooling: Any, monkeypatc
         want = F.normalize(want, dim=0) if kind == "embedding" else want
         torch.testing.assert_close(together.vectors[index], want, rtol=1e-4, atol=1e-5)
         if together.logits is not None:
-            torch.testing.assert_close(together.logits[index], model.output(want), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                together.logits[index], model.output(want), rtol=1e-4, atol=1e-5
+            )
 
 
 def test_the_mode_of_the_model_is_left_as_it_was() -> None:
@@ -115,12 +129,12 @@ def test_the_mode_of_the_model_is_left_as_it_was() -> None:
 
 
 def test_pooling_must_be_known_and_the_heads_own() -> None:
-    with pytest.raises(RequestError, match="pooling = None"):
+    with pytest.raises(RequestError, match="pooling: got None"):
         run_rows(random_model(tiny_args()), [[1]])
     model = random_model(tiny_args(head={"kind": "embedding", "pooling": "mean"}))
-    with pytest.raises(RequestError, match="pooling = 'last': accepted is mean"):
+    with pytest.raises(RequestError, match="pooling: got 'last'; expected mean"):
         run_rows(model, [[1]], "last")
-    with pytest.raises(RequestError, match="head = None"):
+    with pytest.raises(RequestError, match="head: got None"):
         score_head(random_model(tiny_args()), [EncodedRow([[1]], 0)])
 
 
@@ -146,7 +160,9 @@ def shifted(count: int, seed: int) -> list[EncodedRow]:
     rows = []
     for index in range(count):
         word = torch.randint(1, 20, (3,), generator=generator).tolist()
-        noise = torch.randint(50, 60, (int(torch.randint(1, 4, (), generator=generator)),), generator=generator)
+        noise = torch.randint(
+            50, 60, (int(torch.randint(1, 4, (), generator=generator)),), generator=generator
+        )
         rows.append(EncodedRow([[*word, *noise.tolist()], [token + 20 for token in word]], index))
     return rows
 
@@ -158,7 +174,9 @@ def learn(model: LLM, batches: list[LabelledBatch], lr: float) -> list[float]:
     assert head is not None
     model.train()
     for batch in batches:
-        loss = head_loss_sum(head, model(batch.inputs()), batch.targets) / (batch.targets >= 0).sum()
+        loss = (
+            head_loss_sum(head, model(batch.inputs()), batch.targets) / (batch.targets >= 0).sum()
+        )
         loss.backward()
         optimizers.step()
         optimizers.zero_grad()
@@ -183,14 +201,24 @@ def test_embeddings_of_pairs_find_each_other(pooling: str) -> None:
     before = score_head(model, held_out)
     losses = learn(model, [collate(shifted(32, seed)) for seed in range(100)], 1e-2)
     after = score_head(model, held_out)
-    assert losses[-1] < 1.0 and before.accuracy < 0.2 and after.accuracy > 0.7, (losses[-1], before, after)
+    assert losses[-1] < 1.0 and before.accuracy < 0.2 and after.accuracy > 0.7, (
+        losses[-1],
+        before,
+        after,
+    )
     assert after.loss < before.loss
 
 
-def test_a_score_counts_a_twin_as_found_and_does_not_depend_on_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_score_counts_a_twin_as_found_and_does_not_depend_on_its_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = random_model(tiny_args(head={"kind": "embedding", "pooling": "mean"}))
-    rows = [EncodedRow([[1, 2], [1, 2]], 0), EncodedRow([[1, 2], [1, 2]], 0), EncodedRow([[5], [5]], 1)]
+    rows = [
+        EncodedRow([[1, 2], [1, 2]], 0),
+        EncodedRow([[1, 2], [1, 2]], 0),
+        EncodedRow([[5], [5]], 1),
+    ]
     whole = score_head(model, rows)
     assert whole.accuracy == 1.0
-    monkeypatch.setattr("transom.training.heads.BATCH_TOKENS", 2)
+    monkeypatch.setattr("transom.training.losses.heads.BATCH_TOKENS", 2)
     assert score_head(model, rows).loss == pytest.approx(whole.loss, abs=1e-5)

@@ -1,4 +1,6 @@
-"""Steps inside the backward pass: the numbers of ordinary steps, no gradient left, and what it excludes."""
+"""Steps inside the backward pass: the numbers of ordinary steps, no gradient left, and what it
+excludes.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tests.helpers import random_model, random_tokens, tiny_args
-from transom.errors import RequestError
-from transom.model import LLM, TransformerInput
+from transom.base.errors import RequestError
+from transom.models.llm import LLM, TransformerInput
 from transom.training.config import OptimizerArgs
-from transom.training.cross_entropy import cross_entropy_sum
-from transom.training.optimizers import BackwardOptimizers, Optimizers, build_optimizer
+from transom.training.losses.cross_entropy import cross_entropy_sum
+from transom.training.optim.optimizers import BackwardOptimizers, Optimizers, build_optimizer
 
 
 def build(in_backward: bool, model_fields: dict[str, Any], **fields: Any) -> tuple[LLM, Optimizers]:
@@ -49,7 +51,9 @@ def train(model: LLM, optimizers: Optimizers, steps: range) -> list[Tensor]:
     ],
     ids=["plain", "tied", "8-bit", "experts"],
 )
-def test_adamw_gives_the_bits_of_ordinary_steps(model_fields: dict[str, Any], fields: dict[str, Any]) -> None:
+def test_adamw_gives_the_bits_of_ordinary_steps(
+    model_fields: dict[str, Any], fields: dict[str, Any]
+) -> None:
     model, optimizers = build(True, model_fields, **fields)
     twin, ordinary = build(False, model_fields, **fields)
     norms, wanted = train(model, optimizers, range(3)), train(twin, ordinary, range(3))
@@ -80,7 +84,9 @@ def test_muon_moves_matrix_by_matrix() -> None:
     train(twin, ordinary, range(3))
     for (name, got), want in zip(model.named_parameters(), twin.parameters(), strict=True):
         # One product of many matrices rounds otherwise than many products of one.
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            got, want, rtol=0, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_a_gradient_is_gone_before_the_next_layer_down_makes_its_own() -> None:
@@ -106,7 +112,11 @@ def test_frozen_weights_stay_and_removed_hooks_leave_gradients() -> None:
     optimizers = build_optimizer(model, args, device_type="cpu")
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     train(model, optimizers, range(1))
-    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    moved = {
+        name
+        for name, parameter in model.named_parameters()
+        if not torch.equal(parameter, before[name])
+    }
     assert moved == {name for name in before if not name.startswith("layers.0.")}
     assert isinstance(optimizers, BackwardOptimizers)
     optimizers.remove_hooks()
@@ -125,8 +135,12 @@ def test_frozen_weights_stay_and_removed_hooks_leave_gradients() -> None:
     ],
     ids=["clipping", "accumulation", "ranks", "float16", "two at once"],
 )
-def test_what_needs_whole_gradients_is_refused(limit: float | None, asked: dict[str, Any], said: str) -> None:
-    with pytest.raises(RequestError, match=rf"^optimizer.in_backward = True: accepted with {said}$"):
+def test_what_needs_whole_gradients_is_refused(
+    limit: float | None, asked: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(
+        RequestError, match=rf"^optimizer.in_backward: got True; valid only with {said}$"
+    ):
         OptimizerArgs(in_backward=True, max_grad_norm=limit).check_in_backward(**asked)
     OptimizerArgs(in_backward=False, max_grad_norm=limit).check_in_backward(**asked)
     OptimizerArgs(in_backward=True, max_grad_norm=None).check_in_backward()

@@ -1,4 +1,6 @@
-"""No objective ever holds the logits of all tokens, in its loss, its reference or its held-out score."""
+"""No objective ever holds the logits of all tokens, in its loss, its reference or its held-out
+score.
+"""
 
 import pytest
 import torch
@@ -8,9 +10,9 @@ from torch.utils._pytree import tree_leaves
 from tests.training.runs import tiny_args
 from tests.training.tuning import base_folder, chats, judged, preferences, solved, tune_args
 from transom.evaluation import bits
-from transom.tokenizer import byte_tokenizer
-from transom.training import cross_entropy
-from transom.training.setup import open_run
+from transom.tokenizers.training import byte_tokenizer
+from transom.training.loop.setup import open_run
+from transom.training.losses import cross_entropy
 
 VOCABULARY = byte_tokenizer().vocab_size
 VOCABULARIES = (VOCABULARY, VOCABULARY + 1)  # with a new token
@@ -26,7 +28,11 @@ class Widest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for one in tree_leaves(out):
-            if not isinstance(one, torch.Tensor) or not one.ndim or one.size(-1) not in VOCABULARIES:
+            if (
+                not isinstance(one, torch.Tensor)
+                or not one.ndim
+                or one.size(-1) not in VOCABULARIES
+            ):
                 continue
             if one.ndim > 2 or one.size(0) not in DIMS:  # else an output matrix, transposed
                 self.positions = max(self.positions, one.numel() // one.size(-1))

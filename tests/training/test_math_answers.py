@@ -1,4 +1,6 @@
-"""Reward `number`: a table of references and answers, references that are refused, and answers that never end."""
+"""Reward `number`: a table of references and answers, references that are refused, and answers that
+never end.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,10 @@ import threading
 
 import pytest
 
-from transom.errors import RequestError
-from transom.training import math_answers
-from transom.training.math_answers import check_reference, exact_number, final_answer, same_value
-from transom.training.rewards import open_reward
+from transom.base.errors import RequestError
+from transom.training.rl import math_answers
+from transom.training.rl.math_answers import check_reference, exact_number, final_answer, same_value
+from transom.training.rl.rewards import open_reward
 
 # (reference, answer): the same value.
 SAME = [
@@ -23,13 +25,13 @@ SAME = [
     ("1,2", r"\boxed{1, 2}"), ("-3", "\u22123"), ("2.5e-3", "0.0025"), (r"2.5 \times 10^{-3}", "0.0025"),
     ("1e5", "100,000"), ("10^{-2}", "0.01"), ("2^{10}", "1024"), ("6*7 = 42\n#### 42", "so it is 42."),
     ("42", "6 * 7 = 42\n#### 42"), ("42", "#### 42 apples and not 43"), ("42", r"\boxed{41}. No, \boxed{42}"),
-    ("42", "first 43, then 42"), (r"\boxed{0.75}", r"\boxed{\frac{3}{4}}, not 4"), ("5", r"\boxed{x = 5}"),
+    ("42", "first 43, then 42"), (r"\boxed{0.75}", r"\boxed{\frac{3}{4}}, not 4"), ("5", r"\boxed{x: got 5}"),
     ("x=5", "5"), ("12", r"\boxed{12\text{ cm}}"), (r"12\text{ cm}", "12"), ("5 apples", "5"),
     ("90", r"90^\circ"), (r"\pi", r"$\pi$"), ("x+1", "1+x"), ("(x+1)^2", r"\boxed{x^2+2x+1}"), ("5", "**5**."),
     ("72", "Natalia sold 72 clips altogether in April and May."), (r"\infty", r"\infty"), ("2:3", "4:6"),
     (r"\frac{\pi}{2}", r"\pi/2"), (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
     ("7", "it weighs 7kg"), (r"x \in [1,2]", "[1,2]"), ("3+4i", "4i+3"), ("18", r"It costs \$18."),
-    ("12", r"<think>\boxed{13}</think> It is \boxed{12}."), ("18", "9 * 2 = <<9*2=18>>18 dollars"),
+    ("12", r"<think>\boxed{13}</think> It is \boxed{12}."), ("18", "9 * 2: got <<9*2=18>>18 dollars"),
 ]  # fmt: skip
 # (reference, answer): another value, or none.
 OTHER = [
@@ -41,7 +43,7 @@ OTHER = [
     ("3", r"\boxed{3"), ("0", "nothing"), ("5", ""), ("5", "####"), ("10", "10, 20, 30"), ("x^2", "x^3"),
     ("1000", "1,00"), (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"),
     ("(-\\infty, 2]", "(-\\infty, 2)"), ("5", "5/0"), ("2", "2x"), ("20", r"\boxed{10 < 20}"),
-    ("(0,1)", "x > 0"), ("0.01", "1e-99999999"), ("3", r"\boxed{n = 3k}"),
+    ("(0,1)", "x > 0"), ("0.01", "1e-99999999"), ("3", r"\boxed{n: got 3k}"),
     ("12", r"\boxed{12} \boxed{"), ("12", "Answer: -12"),
 ]  # fmt: skip
 
@@ -52,9 +54,11 @@ def test_values_are_compared_and_not_digits(pairs: list[tuple[str, str]], same: 
     assert wrong == []
 
 
-@pytest.mark.parametrize("reference", ["many", "", r"\text{many}", "3 or 4", "hello world 5", r"\frac{1}", "####"])
+@pytest.mark.parametrize(
+    "reference", ["many", "", r"\text{many}", "3 or 4", "hello world 5", r"\frac{1}", "####"]
+)
 def test_a_reference_that_cannot_be_read_is_refused(reference: str) -> None:
-    with pytest.raises(RequestError, match="answer = "):
+    with pytest.raises(RequestError, match="answer: got "):
         check_reference(reference)
 
 
@@ -98,7 +102,9 @@ def test_an_answer_that_never_ends_is_wrong_and_the_next_is_judged_outside_the_m
     found: list[bool] = []
 
     def judge() -> None:
-        found.extend(same_value(one, "2") for one in (r"\boxed{9^{9^{9^{9}}}}", r"\boxed{\sqrt{4}}"))
+        found.extend(
+            same_value(one, "2") for one in (r"\boxed{9^{9^{9^{9}}}}", r"\boxed{\sqrt{4}}")
+        )
 
     thread = threading.Thread(target=judge)
     thread.start()
@@ -108,7 +114,9 @@ def test_an_answer_that_never_ends_is_wrong_and_the_next_is_judged_outside_the_m
     assert "counts as wrong" in capsys.readouterr().err
 
 
-def test_an_interrupted_comparison_leaves_no_answer_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_comparison_leaves_no_answer_for_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     worker = math_answers._Worker()
     assert worker.ask({"read": ["2", True]})
     with monkeypatch.context() as patch:
@@ -121,5 +129,5 @@ def test_an_interrupted_comparison_leaves_no_answer_for_the_next(monkeypatch: py
 
 def test_without_the_library_the_reward_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(RequestError, match=r"tune\.reward = 'number': needs math-verify"):
+    with pytest.raises(RequestError, match=r"tune\.reward: got 'number': needs math-verify"):
         open_reward("number")

@@ -1,4 +1,6 @@
-"""Width scaling: which rates are divided, and that sizes then no longer grow with the width, as they do without."""
+"""Width scaling: which rates are divided, and that sizes then no longer grow with the width, as
+they do without.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ import pytest
 import torch
 
 from tests.helpers import tiny_args
-from transom.errors import RequestError
-from transom.model import LLM
+from transom.base.errors import RequestError
+from transom.models.llm import LLM
 from transom.training.config import OptimizerArgs
-from transom.training.mup import Coordinate, coordinate_check, growth, width_multiplier
-from transom.training.optimizers import build_optimizer, parameter_groups
+from transom.training.optim.mup import Coordinate, coordinate_check, growth, width_multiplier
+from transom.training.optim.optimizers import build_optimizer, parameter_groups
 
 WIDTHS = (64, 128, 256, 512)
 
@@ -22,7 +24,12 @@ def maker(base: int | None, **changes: Any) -> Callable[[int], LLM]:
     """Models of any width with heads of 16 features; the widths of their parts grow together."""
 
     def make(width: int) -> LLM:
-        sizes = {"dim": width, "n_heads": width // 16, "n_kv_heads": width // 32, "hidden_dim": width * 3 // 2}
+        sizes = {
+            "dim": width,
+            "n_heads": width // 16,
+            "n_kv_heads": width // 32,
+            "hidden_dim": width * 3 // 2,
+        }
         moe = {"moe_args": {"num_experts": 4, "hidden_dim": width}} if changes.get("moe") else {}
         rest = {key: value for key, value in changes.items() if key != "moe"}
         model = LLM(tiny_args(**sizes, mup_base_dim=base, **moe, **rest))
@@ -42,7 +49,9 @@ def ratios(rows: list[Coordinate]) -> dict[str, float]:
     return {name: max(values) / min(values) for name, values in sizes.items()}
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"moe": True}], ids=["plain", "tied", "experts"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_embeddings": True}, {"moe": True}], ids=["plain", "tied", "experts"]
+)
 def test_sizes_stay_with_mup_and_grow_without(changes: dict[str, Any]) -> None:
     args = OptimizerArgs(lr=1e-2)
     with_mup = coordinate_check(maker(64, **changes), WIDTHS, 4, optimizer=args)
@@ -64,7 +73,9 @@ def test_muon_needs_the_logits_factor_only() -> None:
 def test_at_the_base_width_nothing_changes() -> None:
     with_mup, without = (coordinate_check(maker(base), (64, 128), 2) for base in (64, None))
     first, wanted = ([row for row in rows if row.width == 64] for rows in (with_mup, without))
-    assert first == wanted and len(first) == 3 * 6  # steps 0, 1, 2; embeddings, four sublayers, logits
+    assert (
+        first == wanted and len(first) == 3 * 6
+    )  # steps 0, 1, 2; embeddings, four sublayers, logits
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -73,10 +84,18 @@ def test_rates_of_matrices_and_routers_are_divided_and_their_decay_is_kept(name:
     args = OptimizerArgs(name=name, lr=1e-2, muon_lr=0.02, embedding_lr=0.3)
     assert width_multiplier(model.args) == 4.0
     plain = {group["name"]: group for group in parameter_groups(model, args)}
-    scaled = {g["name"]: g for g in parameter_groups(model, args, width=width_multiplier(model.args))}
+    scaled = {
+        g["name"]: g for g in parameter_groups(model, args, width=width_multiplier(model.args))
+    }
     factors = {group: plain[group]["base_lr"] / scaled[group]["base_lr"] for group in plain}
     matrices = 4.0 if name == "adamw" else 1.0
-    assert factors == {"matrices": matrices, "routers": 4.0, "embedding": 1.0, "output": 1.0, "vectors": 1.0}
+    assert factors == {
+        "matrices": matrices,
+        "routers": 4.0,
+        "embedding": 1.0,
+        "output": 1.0,
+        "vectors": 1.0,
+    }
     for group in plain:
         decay = scaled[group]["base_lr"] * scaled[group]["weight_decay"]
         unscaled = plain[group]["base_lr"] * plain[group]["weight_decay"]
@@ -86,7 +105,9 @@ def test_rates_of_matrices_and_routers_are_divided_and_their_decay_is_kept(name:
 
 
 def test_growth_is_the_exponent() -> None:
-    rows = [Coordinate(width, step, "a", 3.0 * width**0.5 * step) for width in WIDTHS for step in (0, 1)]
+    rows = [
+        Coordinate(width, step, "a", 3.0 * width**0.5 * step) for width in WIDTHS for step in (0, 1)
+    ]
     rows += [Coordinate(width, 1, "b", 0.2 / width) for width in WIDTHS]
     assert growth(rows) == pytest.approx({"a": 0.5, "b": -1.0})
     assert growth(rows, step=0) == {}  # zeros have no exponent
@@ -101,7 +122,7 @@ def test_hooks_are_gone_afterwards_and_wrong_requests_are_refused() -> None:
 
     coordinate_check(make, (64, 128), 1, tokens_BT=torch.arange(18).view(2, 9))
     assert not any(module._forward_hooks for model in made for module in model.modules())
-    with pytest.raises(RequestError, match="widths = "):
+    with pytest.raises(RequestError, match="widths: got "):
         coordinate_check(make, (64,), 1)
-    with pytest.raises(RequestError, match="steps = "):
+    with pytest.raises(RequestError, match="steps: got "):
         coordinate_check(make, WIDTHS, 0)

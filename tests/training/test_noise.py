@@ -1,11 +1,13 @@
-"""Noise on embeddings: bounded as the paper says, in training only, by the length of each example."""
+"""Noise on embeddings: bounded as the paper says, in training only, by the length of each
+example.
+"""
 
 import pytest
 import torch
 
 from tests.helpers import random_model, random_tokens, tiny_args
-from transom.model import TransformerInput
-from transom.training.noise import EmbeddingNoise
+from transom.models.llm import TransformerInput
+from transom.training.losses.noise import EmbeddingNoise
 
 ROWS = random_tokens(2, 60)
 CALLS = {
@@ -21,7 +23,9 @@ def test_noise_is_uniform_up_to_the_bound_of_its_example(call):
     model = random_model(tiny_args())
     seen = []
     noise = EmbeddingNoise(model, 5.0)
-    model.tok_embeddings.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    model.tok_embeddings.register_forward_hook(
+        lambda module, args, output: seen.append(output.detach())
+    )
     plain = model.tok_embeddings.weight.detach()[ROWS]
     model.eval()(inputs)
     assert torch.equal(seen.pop(), plain)

@@ -1,5 +1,5 @@
-"""Learning from rewards: the advantages and the loss are TRL's, the gradient is the formula's, a resumed run draws
-the same answers, and a tiny model learns what is rewarded.
+"""Learning from rewards: the advantages and the loss are TRL's, the gradient is the formula's, a
+resumed run draws the same answers, and a tiny model learns what is rewarded.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from tests.helpers import random_model, tiny_args
-from transom.adapt.lora_args import LoraArgs
-from transom.adapt.new import apply_lora
+from transom.base.errors import RequestError
 from transom.data.batches import NO_TARGET
-from transom.data.conversations import Example
-from transom.data.tuning_rows import default_template
-from transom.errors import RequestError
-from transom.model import LLM, TransformerInput
-from transom.tokenizer import byte_tokenizer
-from transom.training.log_probs import adapters_off
-from transom.training.policy import PolicyGradient, group_advantages
-from transom.training.rewards import Reward, open_reward
-from transom.training.rollouts import Question, QuestionBatches, RolloutBatch, encode_questions
+from transom.data.chat.conversations import Example
+from transom.data.chat.rows import default_template
+from transom.lora.apply import apply_lora
+from transom.lora.args import LoraArgs
+from transom.models.llm import LLM, TransformerInput
+from transom.tokenizers.training import byte_tokenizer
+from transom.training.losses.log_probs import adapters_off
+from transom.training.rl.policy import PolicyGradient, group_advantages
+from transom.training.rl.rewards import Reward, open_reward
+from transom.training.rl.rollouts import Question, QuestionBatches, RolloutBatch, encode_questions
 
 TOKENIZER = byte_tokenizer()
 STOPS = tuple(range(0, 258, 9))
@@ -52,7 +52,9 @@ def tuned(adapter: bool = False, **fields: Any) -> LLM:
 
 
 def questions(**changes: Any) -> QuestionBatches:
-    return QuestionBatches(ROWS, **{"group": 4, "answer_tokens": 12, "rows_per_step": 4, "seed": 3, **changes})
+    return QuestionBatches(
+        ROWS, **{"group": 4, "answer_tokens": 12, "rows_per_step": 4, "seed": 3, **changes}
+    )
 
 
 def objective(model: LLM, **changes: Any) -> PolicyGradient:
@@ -72,7 +74,9 @@ def learn(policy: PolicyGradient, rows: RolloutBatch, pieces: int = 1) -> dict[s
 
 
 def gradients(model: LLM) -> dict[str, Tensor]:
-    found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    found = {
+        name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None
+    }
     model.zero_grad()
     return found
 
@@ -105,7 +109,9 @@ def test_the_gradient_is_that_of_trls_loss_on_whole_logits(beta: float, temperat
     mask = rows.targets != NO_TARGET
 
     def logps() -> Tensor:
-        logits = model(TransformerInput(rows.tokens)).logits / temperature  # padding is on the right and sees back
+        logits = (
+            model(TransformerInput(rows.tokens)).logits / temperature
+        )  # padding is on the right and sees back
         index = rows.targets.clamp(min=0).unsqueeze(-1)
         return logits.log_softmax(-1).gather(-1, index).squeeze(-1)
 
@@ -141,7 +147,9 @@ def test_answers_are_targets_with_their_own_end_and_nothing_else_is() -> None:
         said = rows.targets[row][rows.targets[row] != NO_TARGET].tolist()
         assert ids == [*question.ids, *said]
         assert all(id not in STOPS for id in said[:-1])
-        assert bool(rows.cut[row]) == (said[-1] not in STOPS) and (len(said) == 12 or said[-1] in STOPS)
+        assert bool(rows.cut[row]) == (said[-1] not in STOPS) and (
+            len(said) == 12 or said[-1] in STOPS
+        )
         ended += said[-1] in STOPS
     assert 0 < ended < len(rows.cut), "some answers are cut, others end"
 
@@ -164,7 +172,9 @@ def test_parts_say_what_was_drawn() -> None:
     assert parts["reward"] == pytest.approx(float(rows.rewards.mean()))
     assert parts["reward_std"] == pytest.approx(float(groups.std(1).mean()))
     assert parts["solved"] == pytest.approx(float((rows.rewards >= 1).float().mean()))
-    assert parts["answer_tokens"] == pytest.approx(float((rows.targets != NO_TARGET).sum(1).float().mean()))
+    assert parts["answer_tokens"] == pytest.approx(
+        float((rows.targets != NO_TARGET).sum(1).float().mean())
+    )
     assert parts["cut"] == pytest.approx(float(rows.cut.float().mean()))
     assert parts["no_signal"] == 0
     assert parts["gap"] < 1e-5, "answers are drawn from what is trained"
@@ -209,7 +219,9 @@ def test_the_reference_needs_an_adapter_on_a_frozen_base() -> None:
 # The run
 
 
-def train(policy: PolicyGradient, batches: QuestionBatches, optimizer: torch.optim.Optimizer, steps: int) -> list:
+def train(
+    policy: PolicyGradient, batches: QuestionBatches, optimizer: torch.optim.Optimizer, steps: int
+) -> list:
     history = []
     for _ in range(steps):
         rows = policy.prepare(batches.next())
@@ -225,8 +237,12 @@ def test_a_resumed_run_draws_the_same_answers_and_ends_at_the_same_weights() -> 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     train(policy, batches, optimizer, 2)
     state, weights = batches.state, {name: x.clone() for name, x in model.state_dict().items()}
-    moments = {name: dict(x) if isinstance(x, dict) else x for name, x in optimizer.state_dict().items()}
-    moments["state"] = {key: {name: x.clone() for name, x in one.items()} for key, one in moments["state"].items()}
+    moments = {
+        name: dict(x) if isinstance(x, dict) else x for name, x in optimizer.state_dict().items()
+    }
+    moments["state"] = {
+        key: {name: x.clone() for name, x in one.items()} for key, one in moments["state"].items()
+    }
     straight = train(policy, batches, optimizer, 3)
 
     other = tuned()
@@ -286,25 +302,31 @@ def test_questions_are_what_the_model_is_asked_with() -> None:
     assert [row.ids for row in written] == [template.encode(list(messages))] * 2
     (plain,) = encode_questions([bare], TOKENIZER, None, **room).rows
     assert plain.ids == TOKENIZER.encode("one and one?", add_bos=TOKENIZER.adds_bos)
-    with pytest.raises(RequestError, match="chat: chat template = None"):
+    with pytest.raises(RequestError, match="chat: chat template: got None"):
         encode_questions([chat], TOKENIZER, None, **room)
 
 
 def test_questions_without_room_for_an_answer_are_left_out_and_counted() -> None:
     rows = [
-        Example(str(n), "answer", ({"role": "user", "content": "x" * n},), reference={"answer": "a"}, bare=True)
+        Example(
+            str(n),
+            "answer",
+            ({"role": "user", "content": "x" * n},),
+            reference={"answer": "a"},
+            bare=True,
+        )
         for n in (5, 30, 50)
     ]
     found = encode_questions(rows, TOKENIZER, None, seq_len=52, answer_tokens=20)
     assert [row.id for row in found.rows] == ["5", "30"] and "1 too long" in str(found)
-    with pytest.raises(RequestError, match=r"data\.seq_len = 24: accepted is 2[56] or more"):
+    with pytest.raises(RequestError, match=r"data\.seq_len: got 24; expected 2[56] or more"):
         encode_questions(rows, TOKENIZER, None, seq_len=24, answer_tokens=20)
-    with pytest.raises(RequestError, match=r"tune\.answer_tokens = 52"):
+    with pytest.raises(RequestError, match=r"tune\.answer_tokens: got 52"):
         encode_questions(rows, TOKENIZER, None, seq_len=52, answer_tokens=52)
     other = [replace(rows[0], reference={"answer": "b"}), *rows[1:]]
     assert encode_questions(other, TOKENIZER, None, seq_len=52, answer_tokens=20).hash != found.hash
 
 
 def test_held_out_rows_that_cannot_be_judged_are_refused() -> None:
-    with pytest.raises(RequestError, match="row x: answer = None"):
+    with pytest.raises(RequestError, match="row x: answer: got None"):
         objective(tuned(), reward=open_reward("exact"), held_out=[Question("row x", [1], {})])

@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.helpers import random_model, random_tokens, tiny_args
-from transom.adapt.lora_args import LoraArgs
-from transom.adapt.new import apply_lora
+from transom.base.errors import RequestError
 from transom.data.batches import NO_TARGET
-from transom.data.tuning_batches import TuningBatch
-from transom.errors import RequestError
-from transom.model import LLM, TransformerInput
-from transom.training.blocks import arrange_blocks
-from transom.training.log_probs import adapters_off, measured_log_probs
-from transom.training.preferences import (
+from transom.data.chat.batches import TuningBatch
+from transom.lora.apply import apply_lora
+from transom.lora.args import LoraArgs
+from transom.models.llm import LLM, TransformerInput
+from transom.training.loop.blocks import arrange_blocks
+from transom.training.losses.log_probs import adapters_off, measured_log_probs
+from transom.training.losses.preferences import (
     Preference,
     dpo_loss,
     kto_loss,
@@ -39,7 +39,9 @@ PROMPTS, ENDS = (
 
 
 def answers(kind: str = "dpo", seed: int = 1) -> TuningBatch:
-    """Eight answers of unequal length: pairs that share their prompt, or single ones with labels for kto."""
+    """Eight answers of unequal length: pairs that share their prompt, or single ones with labels
+    for kto.
+    """
     ids = random_tokens(len(ENDS), max(ENDS) + 1, seed)
     for pair in range(0, len(ENDS), 2):
         ids[pair + 1, : PROMPTS[pair]] = ids[pair, : PROMPTS[pair]]
@@ -81,7 +83,9 @@ def run(objective: Preference, rows: TuningBatch, pieces: int = 1) -> dict[str, 
 
 
 def logits_and_labels() -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of policy and reference [6, 9, 13] and labels; TRL puts chosen rows first, rejected ones behind."""
+    """Logits of policy and reference [6, 9, 13] and labels; TRL puts chosen rows first, rejected
+    ones behind.
+    """
     generator = torch.Generator().manual_seed(0)
     policy, reference = torch.randn(2, 6, 9, 13, generator=generator)
     labels = torch.randint(13, (6, 9), generator=generator)
@@ -93,7 +97,9 @@ def logits_and_labels() -> tuple[Tensor, Tensor, Tensor]:
 def trl_logps(logits: Tensor, labels: Tensor, average: bool = False) -> Tensor:
     """experimental/orpo/orpo_trainer.py, get_batch_logps; selective_log_softmax written out."""
     mask = labels != -100
-    per_token = logits.log_softmax(-1).gather(-1, labels.masked_fill(~mask, 0).unsqueeze(-1)).squeeze(-1)
+    per_token = (
+        logits.log_softmax(-1).gather(-1, labels.masked_fill(~mask, 0).unsqueeze(-1)).squeeze(-1)
+    )
     sums = (per_token * mask).sum(-1)
     return sums / mask.sum(-1) if average else sums
 
@@ -111,8 +117,13 @@ def test_dpo_is_trls_on_the_same_logits(kind: Any, beta: float, smoothing: float
     if kind == "ipo":
         want = (delta_score - 1 / (2 * beta)) ** 2
     else:
-        want = -F.logsigmoid(beta * delta_score) * (1 - smoothing) - F.logsigmoid(-beta * delta_score) * smoothing
-    torch.testing.assert_close(dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, smoothing, kind), want)
+        want = (
+            -F.logsigmoid(beta * delta_score) * (1 - smoothing)
+            - F.logsigmoid(-beta * delta_score) * smoothing
+        )
+    torch.testing.assert_close(
+        dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, smoothing, kind), want
+    )
 
 
 def test_orpo_is_trls_on_the_same_logits() -> None:
@@ -120,12 +131,17 @@ def test_orpo_is_trls_on_the_same_logits() -> None:
     chosen, rejected = trl_logps(policy, labels, average=True).chunk(2)
 
     def log1mexp(x: Tensor) -> Tensor:
-        return torch.where(x < -0.6931471805599453, torch.log1p(-torch.exp(x)), torch.log(-torch.expm1(x)))
+        return torch.where(
+            x < -0.6931471805599453, torch.log1p(-torch.exp(x)), torch.log(-torch.expm1(x))
+        )
 
-    # experimental/orpo/orpo_trainer.py, odds_ratio_loss and get_batch_loss_metrics; nll of each pair's own answer
+    # experimental/orpo/orpo_trainer.py, odds_ratio_loss and get_batch_loss_metrics; nll of each
+    # pair's own answer
     log_odds_ratio = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
     nll = torch.stack([F.cross_entropy(policy[i], labels[i]) for i in range(3)])
-    torch.testing.assert_close(orpo_loss(chosen, rejected, 0.25), nll - 0.25 * F.logsigmoid(log_odds_ratio))
+    torch.testing.assert_close(
+        orpo_loss(chosen, rejected, 0.25), nll - 0.25 * F.logsigmoid(log_odds_ratio)
+    )
 
 
 @pytest.mark.parametrize("kl", [0.0, 1.7])
@@ -137,7 +153,9 @@ def test_kto_is_trls_on_the_same_logits(kl: float) -> None:
     chosen_losses = 1 - F.sigmoid(0.1 * ((logps - ref_logps)[desirable] - kl))
     rejected_losses = 1 - F.sigmoid(0.1 * (kl - (logps - ref_logps)[~desirable]))
     want = torch.cat((1.3 * chosen_losses, 0.7 * rejected_losses)).mean()
-    torch.testing.assert_close(kto_loss(logps, ref_logps, desirable, kl, 0.1, 1.3, 0.7).mean(), want)
+    torch.testing.assert_close(
+        kto_loss(logps, ref_logps, desirable, kl, 0.1, 1.3, 0.7).mean(), want
+    )
 
 
 def test_odds_of_an_answer_known_by_heart_have_a_gradient() -> None:
@@ -158,9 +176,15 @@ def test_the_reference_is_the_base_without_a_second_copy(kind: Any) -> None:
     got = run(Preference(model, kind, beta=0.2), rows)
 
     def log_probs(one: LLM) -> Tensor:
-        found = one(rows.inputs()).logits.log_softmax(-1).gather(-1, rows.targets.clamp(min=0).unsqueeze(-1))
+        found = (
+            one(rows.inputs())
+            .logits.log_softmax(-1)
+            .gather(-1, rows.targets.clamp(min=0).unsqueeze(-1))
+        )
         found = found.squeeze(-1).masked_fill(rows.targets == NO_TARGET, 0.0).sum(1)
-        return found / (rows.targets != NO_TARGET).sum(1) if kind == "ipo" else found  # per token, as TRL does
+        return (
+            found / (rows.targets != NO_TARGET).sum(1) if kind == "ipo" else found
+        )  # per token, as TRL does
 
     gained = log_probs(model) - log_probs(base)
     margins = gained[::2] - gained[1::2]
@@ -240,7 +264,9 @@ def test_the_kl_of_kto_is_of_answers_behind_other_prompts() -> None:
     objective = Preference(model, "kto")
     objective.prepare(rows)
     assert objective.kl == pytest.approx(torch.stack(gained).mean().item(), rel=1e-4)
-    objective.prepare(answers("kto", seed=3))  # here the estimate is below 0, where no divergence is
+    objective.prepare(
+        answers("kto", seed=3)
+    )  # here the estimate is below 0, where no divergence is
     assert objective.kl == 0.0
 
 
@@ -275,12 +301,12 @@ def test_preferences_are_learnt(kind: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"kind": "ppo"}, "kind = 'ppo'"),
-        ({"beta": 0.0}, "beta = 0.0"),
-        ({"label_smoothing": 0.5}, r"label_smoothing = 0\.5"),
-        ({"kind": "ipo", "label_smoothing": 0.1}, "accepted with ipo is 0"),
-        ({"desirable_weight": -1.0}, "desirable_weight = -1"),
-        ({"kind": "kto", "reference": {}}, "accepted with kto are adapters"),
+        ({"kind": "ppo"}, "kind: got 'ppo'"),
+        ({"beta": 0.0}, "beta: got 0.0"),
+        ({"label_smoothing": 0.5}, r"label_smoothing: got 0\.5"),
+        ({"kind": "ipo", "label_smoothing": 0.1}, "valid only with ipo is 0"),
+        ({"desirable_weight": -1.0}, "desirable_weight: got -1"),
+        ({"kind": "kto", "reference": {}}, "valid only with kto are adapters"),
     ],
 )
 def test_wrong_fields_are_refused(fields: dict[str, Any], told: str) -> None:
@@ -296,11 +322,11 @@ def test_a_model_that_trains_as_a_whole_needs_its_reference() -> None:
 
 def test_rows_that_cannot_be_compared_are_refused() -> None:
     model, pairs, single = adapted(), answers(), answers("kto")
-    with pytest.raises(RequestError, match="weight = 'a fraction'"):
+    with pytest.raises(RequestError, match="weight: got 'a fraction'"):
         run(Preference(model, "dpo"), replace(pairs, weights=torch.ones(pairs.tokens.shape)))
-    with pytest.raises(RequestError, match="answers per example = 1: accepted are pairs"):
+    with pytest.raises(RequestError, match="answers per example: got 1; expected pairs"):
         run(Preference(model, "orpo"), single)
-    with pytest.raises(RequestError, match="label = None"):
+    with pytest.raises(RequestError, match="label: got None"):
         run(Preference(model, "kto"), pairs)
-    with pytest.raises(RequestError, match="rows = 1"):
+    with pytest.raises(RequestError, match="rows: got 1"):
         Preference(model, "kto").prepare(next(single.micro_batches(8)))

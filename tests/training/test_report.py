@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from transom.errors import RequestError
-from transom.training.report import read_metrics, smoothed, write_report
+from transom.base.errors import RequestError
+from transom.training.report.report import read_metrics, smoothed, write_report
 
 VOID = {"meta", "br"}
 
@@ -73,15 +73,34 @@ def training_row(step: int, rng: np.random.Generator, *, experts: int = 0) -> di
 
 def evaluation_row(step: int, bits: float) -> dict[str, Any]:
     scores = {"bits_per_byte": bits, "perplexity": 9.125, "tokens": 41_000, "bytes": 123_456}
-    return {"step": step, "held_out": {**scores, "sources": {"stories & banana": scores, "code": scores}}}
+    return {
+        "step": step,
+        "held_out": {**scores, "sources": {"stories & banana": scores, "code": scores}},
+    }
 
 
 def write_run(run: Path, rows: list[dict[str, Any]], *, steps: int = 400, tail: str = "") -> Path:
     run.mkdir()
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail, encoding="utf-8")
-    machine = {"python": "3.11.2", "torch": "2.13.0", "processor": "Some <CPU>", "gpu": None, "threads": 2}
-    facts = {"transom": "0.1.0", "machine": machine, "parameters": 1_377_408, "steps": steps, "seed": 7}
-    (run / "run.json").write_text(json.dumps({**facts, "config": {"model": "demo"}}), encoding="utf-8")
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + tail, encoding="utf-8"
+    )
+    machine = {
+        "python": "3.11.2",
+        "torch": "2.13.0",
+        "processor": "Some <CPU>",
+        "gpu": None,
+        "threads": 2,
+    }
+    facts = {
+        "transom": "0.1.0",
+        "machine": machine,
+        "parameters": 1_377_408,
+        "steps": steps,
+        "seed": 7,
+    }
+    (run / "run.json").write_text(
+        json.dumps({**facts, "config": {"model": "demo"}}), encoding="utf-8"
+    )
     return run
 
 
@@ -114,7 +133,14 @@ def test_the_header_shows_the_numbers_of_the_files(tmp_path: Path) -> None:
     ):
         assert shown in page.text, shown
     assert [picture.split(" over ")[0] for picture in page.pictures] == [
-        *("Training loss", "Held-out bits per byte", "Learning rate", "Gradient norm", "Throughput", "MFU")
+        *(
+            "Training loss",
+            "Held-out bits per byte",
+            "Learning rate",
+            "Gradient norm",
+            "Throughput",
+            "MFU",
+        )
     ]
 
 
@@ -125,22 +151,39 @@ def test_it_needs_nothing_from_outside_and_its_pictures_do_not_share_ids(tmp_pat
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids)) > 0
     references = [value for name, value in page.attributes if name in ("xlink:href", "href", "src")]
-    assert all(value[1:] in ids if value[0] == "#" else value.startswith("data:image/png") for value in references)
+    assert all(
+        value[1:] in ids if value[0] == "#" else value.startswith("data:image/png")
+        for value in references
+    )
     clips = {value for name, value in page.attributes if name == "clip-path"}
     assert clips and all(value[5:-1] in ids for value in clips)
 
 
 def test_text_of_the_model_is_shown_and_not_run(tmp_path: Path) -> None:
     evil = "</pre><script>alert('x')</script> & more"
-    rows = [training_row(1, np.random.default_rng(0)), evaluation_row(1, 2.0), {"step": 1, "event": "<i>odd</i>"}]
-    rows[1]["held_out"]["sources"] = {"<b>name</b>": rows[1]["held_out"]["sources"]["code"], "other": {}}
+    rows = [
+        training_row(1, np.random.default_rng(0)),
+        evaluation_row(1, 2.0),
+        {"step": 1, "event": "<i>odd</i>"},
+    ]
+    rows[1]["held_out"]["sources"] = {
+        "<b>name</b>": rows[1]["held_out"]["sources"]["code"],
+        "other": {},
+    }
     rows[0]["learning_rates"] = {"$<u>$": 0.1}
-    rows += [{"step": step, "samples": [{"prompt": "<def> ", "text": f"{evil} {step}"}]} for step in (1, 2)]
+    rows += [
+        {"step": step, "samples": [{"prompt": "<def> ", "text": f"{evil} {step}"}]}
+        for step in (1, 2)
+    ]
     page = Page(write_report(write_run(tmp_path / "run", rows)))
     assert "script" not in page.tags
     for shown in (f"{evil} 1", f"{evil} 2", "<def> ", "<b>name</b>", "$<u>$", "<i>odd</i>"):
         assert shown in page.text, shown
-    assert page.text.index(f"{evil} 2") < page.text.index("Earlier samples") < page.text.index(f"{evil} 1")
+    assert (
+        page.text.index(f"{evil} 2")
+        < page.text.index("Earlier samples")
+        < page.text.index(f"{evil} 1")
+    )
 
 
 def test_only_a_run_with_expert_load_has_a_panel_per_moe_layer(tmp_path: Path) -> None:
@@ -172,7 +215,9 @@ def test_a_cut_last_line_and_lost_steps_are_told(tmp_path: Path) -> None:
 
 
 def test_steps_taken_again_after_a_resume_replace_the_first_ones(tmp_path: Path) -> None:
-    rows = [{"step": step, "loss": float(step)} for step in (1, 2, 3, 4)] + [{"step": 2, "event": "resumed"}]
+    rows = [{"step": step, "loss": float(step)} for step in (1, 2, 3, 4)] + [
+        {"step": 2, "event": "resumed"}
+    ]
     run = write_run(tmp_path / "run", [*rows, {"step": 3, "loss": 30.0}])
     kinds, unreadable = read_metrics(run / "metrics.jsonl")
     assert [(row["step"], row["loss"]) for row in kinds["loss"]] == [(1, 1.0), (2, 2.0), (3, 30.0)]
@@ -190,7 +235,12 @@ def test_a_run_that_has_hardly_begun(tmp_path: Path, rows: int) -> None:
 def test_numbers_that_are_not_finite_are_dashes_and_gaps(tmp_path: Path) -> None:
     rows = [dict.fromkeys(training_row(1, np.random.default_rng(0)), math.nan) for _ in range(90)]
     for step, row in enumerate(rows):
-        row |= {"step": step, "loss": math.inf if step % 2 else 2.0, "learning_rates": {"all": None}, "mfu": None}
+        row |= {
+            "step": step,
+            "loss": math.inf if step % 2 else 2.0,
+            "learning_rates": {"all": None},
+            "mfu": None,
+        }
     rows.append(evaluation_row(5, math.nan))
     page = Page(write_report(write_run(tmp_path / "run", rows)))
     assert "nan" not in page.html.replace("banana", "")
@@ -213,7 +263,10 @@ def test_smoothed_keeps_a_line_and_skips_gaps() -> None:
 def test_the_final_score_over_all_text_is_the_one_in_the_header(tmp_path):
     facts = {"parameters": 1, "steps": 2, "seed": 0, "machine": {}}
     (tmp_path / "run.json").write_text(json.dumps(facts))
-    part, whole = ({"bits_per_byte": bits, "perplexity": 2.0, "tokens": 1, "bytes": 1} for bits in (1.111, 2.222))
+    part, whole = (
+        {"bits_per_byte": bits, "perplexity": 2.0, "tokens": 1, "bytes": 1}
+        for bits in (1.111, 2.222)
+    )
     rows = [{"step": 1, "loss": 1.0}, {"step": 2, "held_out": part}, {"step": 2, "final": whole}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = write_report(tmp_path).read_text()
@@ -229,4 +282,6 @@ def test_scores_of_fine_tuning_have_their_curves_and_their_best(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = write_report(tmp_path).read_text()
     assert "<b>0.321</b><small>preference, step 2" in page
-    assert all(f"<h3>{title}</h3>" in page for title in ("Held-out loss", "Held-out share right", "Margin"))
+    assert all(
+        f"<h3>{title}</h3>" in page for title in ("Held-out loss", "Held-out share right", "Margin")
+    )

@@ -7,14 +7,23 @@ from typing import Any
 
 import pytest
 
-from transom.training.report_experts import DEAD_STEPS, expert_panel
+from transom.training.report.experts import DEAD_STEPS, expert_panel
 
 
 def rows(count: int, **last: Any) -> list[dict[str, Any]]:
-    """Steps of two layers with four experts; the last one of layer 2 is never chosen; `last` changes the last."""
+    """Steps of two layers with four experts; the last one of layer 2 is never chosen; `last`
+    changes the last.
+    """
     load = [[0.25, 0.25, 0.25, 0.25], [0.5, 0.3, 0.2, 0.0]]
-    row = {"expert_load": load, "router_entropy": [1.3, 0.9], "dropped_tokens": [0.0, 0.0], "aux_loss": 1.02}
-    return [{"step": step, **row, **(last if step == count else {})} for step in range(1, count + 1)]
+    row = {
+        "expert_load": load,
+        "router_entropy": [1.3, 0.9],
+        "dropped_tokens": [0.0, 0.0],
+        "aux_loss": 1.02,
+    }
+    return [
+        {"step": step, **row, **(last if step == count else {})} for step in range(1, count + 1)
+    ]
 
 
 def test_a_dense_run_has_no_panel():
@@ -46,6 +55,8 @@ def test_rows_without_usable_numbers_are_dashes(broken):
 
 def test_tokens_of_experts_are_shown_and_not_run():
     kinds = [[[["<b>", 0.5], ["\n", 0.25]], [], [["é'", 1.0]], []]] * 2
-    page = expert_panel(rows(2), [{"step": 1, "expert_tokens": []}, {"step": 2, "expert_tokens": kinds}])
+    page = expert_panel(
+        rows(2), [{"step": 1, "expert_tokens": []}, {"step": 2, "expert_tokens": kinds}]
+    )
     assert "step 2" in page and page.count("expert 1: was sent no token") == 2
     assert "expert 0: '&lt;b&gt;' 50.0%, '\\n' 25.0%" in page

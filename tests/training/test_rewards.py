@@ -1,4 +1,6 @@
-"""Rewards judge what is written, refuse what they cannot judge, and name the row where one's own code fails."""
+"""Rewards judge what is written, refuse what they cannot judge, and name the row where one's own
+code fails.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from transom.errors import RequestError, WorkError
-from transom.training.rewards import open_reward
+from transom.base.errors import RequestError, WorkError
+from transom.training.rl.rewards import open_reward
 
 JUDGED = [
     ("exact", "  the Answer ", {"answer": "The  answer"}, 1.0),
@@ -23,7 +25,9 @@ JUDGED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "answer", "reference", "value"), JUDGED, ids=lambda one: str(one)[:24])
+@pytest.mark.parametrize(
+    ("name", "answer", "reference", "value"), JUDGED, ids=lambda one: str(one)[:24]
+)
 def test_built_in_rewards_judge_as_they_say(name, answer, reference, value):
     assert open_reward(name)(answer, reference, "row") == value
 
@@ -31,12 +35,14 @@ def test_built_in_rewards_judge_as_they_say(name, answer, reference, value):
 @pytest.mark.parametrize(
     ("name", "reference", "sentence"),
     [
-        ("exact", {"tests": "assert True"}, "row 3: answer = None"),
-        ("number", {"answer": "many"}, "row 3: answer = 'many'"),
-        ("regex", {"answer": "("}, "row 3: answer: accepted with reward regex"),
+        ("exact", {"tests": "assert True"}, "row 3: answer: got None"),
+        ("number", {"answer": "many"}, "row 3: answer: got 'many'"),
+        ("regex", {"answer": "("}, "row 3: answer: valid only with reward regex"),
     ],
 )
-def test_a_row_that_cannot_be_judged_is_refused_before_an_answer_is_there(name, reference, sentence):
+def test_a_row_that_cannot_be_judged_is_refused_before_an_answer_is_there(
+    name, reference, sentence
+):
     with pytest.raises(RequestError, match=sentence):
         open_reward(name).check([("row 3", reference)])
 
@@ -48,7 +54,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_ones_own_function_is_found_in_the_current_directory(here):
-    (here / "own_found.py").write_text("def score(answer, reference):\n    return len(answer) / reference['n']\n")
+    (here / "own_found.py").write_text(
+        "def score(answer, reference):\n    return len(answer) / reference['n']\n"
+    )
     reward = open_reward("own_found:score")
     assert reward("ab", {"n": 4}, "row") == 0.5
     before = reward.hash
@@ -60,8 +68,8 @@ def test_ones_own_function_is_found_in_the_current_directory(here):
     ("name", "body", "sentence"),
     [
         ("own_raising", "raise KeyError('x')", "raises KeyError: 'x'"),
-        ("own_nothing", "return None", "gives None; accepted is a finite number"),
-        ("own_infinite", "return float('inf')", "gives inf; accepted is a finite number"),
+        ("own_nothing", "return None", "gives None; expected a finite number"),
+        ("own_infinite", "return float('inf')", "gives inf; expected a finite number"),
     ],
 )
 def test_an_error_of_ones_own_function_names_it_and_the_row(here, name, body, sentence):
@@ -74,17 +82,24 @@ def test_an_error_of_ones_own_function_names_it_and_the_row(here, name, body, se
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("exakt", "'exakt': accepted is exact, number, regex, or module:function .*did you mean 'exact'"),
-        ("os.system:", "accepted is exact"),
+        (
+            "exakt",
+            "'exakt': expected exact, number, regex, or module:function .*did you mean 'exact'",
+        ),
+        ("os.system:", "expected exact"),
         ("missing_module:score", "there is no .*missing_module.py"),
         ("own_broken:score", "importing it raises ZeroDivisionError"),
         ("own_leaving:score", "importing it raises SystemExit"),
-        ("own_typo:score", "accepted is a function of own_typo.py; did you mean 'scores'"),
-        ("json:loads", "accepted is a module whose name no other has"),
+        ("own_typo:score", "expected a function of own_typo.py; did you mean 'scores'"),
+        ("json:loads", "expected a module whose name no other has"),
     ],
 )
 def test_a_reward_that_is_none_is_one_sentence(here, name, sentence):
-    for file, text in (("broken", "1 / 0"), ("leaving", "raise SystemExit"), ("typo", "def scores(): ...")):
+    for file, text in (
+        ("broken", "1 / 0"),
+        ("leaving", "raise SystemExit"),
+        ("typo", "def scores(): ..."),
+    ):
         (here / f"own_{file}.py").write_text(text)
     (here / "json.py").write_text("def loads(): ...")
     with pytest.raises(RequestError, match=sentence):

@@ -12,16 +12,16 @@ import yaml
 
 from tests.training.runs import tiny_args, tiny_config, write_corpus
 from tests.training.tuning import base_folder, chats, tune_args
-from transom.checkpoints import folders
+from transom.base.errors import RequestError, WorkError
+from transom.base.fields import read
+from transom.checkpoints.files import folders
 from transom.checkpoints.load import load, save
 from transom.cli.main import main
-from transom.errors import RequestError, WorkError
-from transom.fields import read
 from transom.training.config import TrainArgs, read_config
-from transom.training.continuation import check_same_data
-from transom.training.report import write_report
-from transom.training.run_data import TOKENS
-from transom.training.setup import open_run
+from transom.training.loop.continuation import check_same_data
+from transom.training.loop.run_data import TOKENS
+from transom.training.loop.setup import open_run
+from transom.training.report.report import write_report
 
 
 @pytest.fixture
@@ -31,13 +31,17 @@ def finished(tmp_path):
 
 
 def test_keeps_the_last_steps_and_the_best(tmp_path):
-    trainer = open_run(tiny_args(tmp_path, "save_every=2", "keep_last=2", "eval_every=2"), quiet=True)
+    trainer = open_run(
+        tiny_args(tmp_path, "save_every=2", "keep_last=2", "eval_every=2"), quiet=True
+    )
     marks = iter([9.0, 1.0, 5.0, 5.0, 5.0, 5.0, 5.0])  # step 4 is the best
     score = trainer.evaluate
 
     def fake(max_tokens, **key):
         measured = score(max_tokens, **key)
-        return type(measured)(nats=next(marks) * measured.bytes, tokens=measured.tokens, bytes=measured.bytes)
+        return type(measured)(
+            nats=next(marks) * measured.bytes, tokens=measured.tokens, bytes=measured.bytes
+        )
 
     trainer.evaluate = fake
     trainer.fit()
@@ -70,7 +74,9 @@ def test_a_cut_file_is_refused_when_loading(finished, sums):
     file.write_bytes(file.read_bytes()[:1000])
     if sums == "without":
         (file.parent / "sha256.json").unlink()
-    with pytest.raises(RequestError, match="altered or cut" if sums == "with checksums" else "not a whole"):
+    with pytest.raises(
+        RequestError, match="altered or cut" if sums == "with checksums" else "not a whole"
+    ):
         load(finished / "run")
 
 
@@ -128,7 +134,7 @@ def test_a_full_disk_loses_nothing(finished, monkeypatch):
     trainer = open_run(tiny_args(finished, "keep_last=3"), resume=True, quiet=True)
     trainer.progress.step += 1
     before = {p: p.read_bytes() for p in (finished / "run").rglob("*") if p.is_file()}
-    monkeypatch.setattr("transom.checkpoints.safetensors_files.save_file", full)
+    monkeypatch.setattr("transom.checkpoints.files.safetensors_files.save_file", full)
     with pytest.raises(WorkError, match="No space left"):
         trainer.save(None)
     assert {p: p.read_bytes() for p in (finished / "run").rglob("*") if p.is_file()} == before
@@ -166,13 +172,22 @@ def edit(path, **changes):
 
 
 @pytest.mark.parametrize("where", ["the run's config.yaml", "a config of one's own", "a word"])
-def test_a_change_between_two_sittings_is_treated_alike_wherever_it_is_made(finished, capsys, where):
+def test_a_change_between_two_sittings_is_treated_alike_wherever_it_is_made(
+    finished, capsys, where
+):
     own = finished / "own.yaml"
     own.write_text(yaml.safe_dump(tiny_config(finished, keep_last=3)))
 
     def resume(**changes):
         if where == "a word":
-            return main(["train", str(own), "--resume", *(f"{name}={value}" for name, value in changes.items())])
+            return main(
+                [
+                    "train",
+                    str(own),
+                    "--resume",
+                    *(f"{name}={value}" for name, value in changes.items()),
+                ]
+            )
         path = finished / "run" / "config.yaml" if where.startswith("the run") else own
         edit(path, **changes)
         return main(["train", str(path.parent if path != own else own), "--resume"])
@@ -187,9 +202,13 @@ def test_a_change_between_two_sittings_is_treated_alike_wherever_it_is_made(fini
     assert "its seed is 0, the config says 1" in told and "its accumulate is 1" in told
 
 
-def test_the_stored_config_is_the_given_one_and_what_followed_from_the_data_stands_beside_it(tmp_path):
+def test_the_stored_config_is_the_given_one_and_what_followed_from_the_data_stands_beside_it(
+    tmp_path,
+):
     base, data = base_folder(tmp_path / "model"), chats(tmp_path / "rows.jsonl")
-    given = tune_args(tmp_path, base, data, "data.batch_size=null", "tune.epochs=2", "tune.scores=2")
+    given = tune_args(
+        tmp_path, base, data, "data.batch_size=null", "tune.epochs=2", "tune.scores=2"
+    )
     trainer = open_run(given, quiet=True)
     assert read_config(tmp_path / "run" / "config.yaml") == given
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -214,7 +233,9 @@ def test_a_run_below_its_own_sources_is_none_of_them(tmp_path, monkeypatch):
         first = open_run(tiny_args(tmp_path, f"out={out}", "steps=4", data=data), quiet=True)
         first.fit()
     write_report(Path("runs/second"))
-    again = open_run(tiny_args(tmp_path, "out=runs/second", "steps=4", data=data), resume=True, quiet=True)
+    again = open_run(
+        tiny_args(tmp_path, "out=runs/second", "steps=4", data=data), resume=True, quiet=True
+    )
     assert again.data_hashes == first.data_hashes
 
 
@@ -230,8 +251,11 @@ def test_resume_names_the_source_that_has_changed(tmp_path):
 
 
 def test_two_sources_of_one_name_are_refused(tmp_path):
-    data = {**tiny_config(tmp_path)["data"], "sources": [{"path": "a", "name": "x"}, {"path": "b", "name": "x"}]}
-    with pytest.raises(RequestError, match=r"data\.sources = 'x'"):
+    data = {
+        **tiny_config(tmp_path)["data"],
+        "sources": [{"path": "a", "name": "x"}, {"path": "b", "name": "x"}],
+    }
+    with pytest.raises(RequestError, match=r"data\.sources: got 'x'"):
         open_run(tiny_args(tmp_path, data=data), quiet=True)
 
 
@@ -252,22 +276,24 @@ def test_run_json_says_what_was_run(finished):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["data.batch_size=0"], "data.batch_size = 0"),
-        (["data.seq_len=128"], "max_seq_len = 64"),
+        (["data.batch_size=0"], "data.batch_size: got 0"),
+        (["data.seq_len=128"], "max_seq_len: got 64"),
         (["stepz=3"], "did you mean 'steps'"),
-        (["model.n_heads=3"], "n_heads = 3"),
+        (["model.n_heads=3"], "n_heads: got 3"),
         (["tokenizer.kind=bpe", "tokenizer.vocab_size=50000"], "50000"),
-        (["model.vocab_size=10"], "model.vocab_size = 10"),
+        (["model.vocab_size=10"], "model.vocab_size: got 10"),
         (["data.sources=/nowhere/at/all"], "/nowhere/at/all"),
         (["data.sources=[]"], "data.sources"),
-        (["optimizer.lr=fast"], "optimizer.lr = 'fast'"),
+        (["optimizer.lr=fast"], "optimizer.lr: got 'fast'"),
         (["nonsense"], "key=value"),
     ],
 )
 def test_a_wrong_request_is_one_sentence(tmp_path, capsys, words, told):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny_config(tmp_path)))
     assert main(["train", str(tmp_path / "config.yaml"), *words]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("transom: /")]
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if not line.startswith("transom: /")
+    ]
     assert told in lines[-1]
     assert "Traceback" not in "".join(lines)
     assert not Path(tmp_path / "run").exists()
@@ -306,7 +332,11 @@ def test_older_runs_have_the_hash_of_all_tokens_under_the_name_of_every_source(t
     facts = {"data": {"a.jsonl": hash, "the base": "b"}, "tokenizer": "t"}
     (tmp_path / "run.json").write_text(json.dumps(facts))
     now = {"a.jsonl": "rows", TOKENS: "tokens", "the base": "b"}
-    with contextlib.nullcontext() if hash == "tokens" else pytest.raises(RequestError, match=r"a\.jsonl has"):
+    with (
+        contextlib.nullcontext()
+        if hash == "tokens"
+        else pytest.raises(RequestError, match=r"a\.jsonl has")
+    ):
         check_same_data(tmp_path, now, tokenizer)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from transom.errors import RequestError
-from transom.training.schedule import ScheduleArgs, lr_scale
+from transom.base.errors import RequestError
+from transom.training.optim.schedule import ScheduleArgs, lr_scale
 
 
 def scales(total_steps: int, **fields: object) -> list[float]:
@@ -19,7 +19,9 @@ def test_wsd_rises_stays_and_falls_linearly() -> None:
 
 
 def test_linear_falls_from_the_warmup_on() -> None:
-    assert scales(6, kind="linear", warmup=1 / 6, final=0.0) == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0])
+    assert scales(6, kind="linear", warmup=1 / 6, final=0.0) == pytest.approx(
+        [1, 0.8, 0.6, 0.4, 0.2, 0]
+    )
 
 
 def test_cosine_is_half_way_in_the_middle_of_its_fall() -> None:
@@ -51,12 +53,12 @@ def test_a_single_step_runs_at_the_peak() -> None:
 
 @pytest.mark.parametrize("step", [-1, 10])
 def test_step_outside_the_run_is_refused(step: int) -> None:
-    with pytest.raises(RequestError, match=f"step = {step}: accepted is 0 to 9"):
+    with pytest.raises(RequestError, match=f"step: got {step}; expected 0 to 9"):
         lr_scale(step, 10, ScheduleArgs())
 
 
 def test_run_without_steps_is_refused() -> None:
-    with pytest.raises(RequestError, match="total_steps = 0"):
+    with pytest.raises(RequestError, match="total_steps: got 0"):
         lr_scale(0, 0, ScheduleArgs())
 
 
@@ -71,7 +73,7 @@ def test_run_without_steps_is_refused() -> None:
     ],
 )
 def test_bad_field_is_refused_by_name(fields: dict[str, object], named: str) -> None:
-    with pytest.raises(RequestError, match=f"^{named} = "):
+    with pytest.raises(RequestError, match=f"^{named}: got "):
         ScheduleArgs(**fields)
 
 

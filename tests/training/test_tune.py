@@ -1,4 +1,6 @@
-"""Fine-tuning: what trains, what stays, exact resume, and folders that other verbs and libraries read."""
+"""Fine-tuning: what trains, what stays, exact resume, and folders that other verbs and libraries
+read.
+"""
 
 import json
 from datetime import date
@@ -10,14 +12,14 @@ import transom
 from tests.checkpoints.families import tiny_hf
 from tests.training.runs import losses, tiny_config
 from tests.training.tuning import base_folder, chats, judged, preferences, solved, tune_args
-from transom.adapt.lora import active_adapters
-from transom.adapt.lora_args import LoraArgs
-from transom.adapt.new import apply_lora
-from transom.errors import RequestError
-from transom.model import TransformerInput
+from transom.base.errors import RequestError
+from transom.lora.adapters import active_adapters
+from transom.lora.apply import apply_lora
+from transom.lora.args import LoraArgs
+from transom.models.llm import TransformerInput
 from transom.training.config import read_config
-from transom.training.setup import open_run
-from transom.training.tune import check_written
+from transom.training.finetune.weights import check_written
+from transom.training.loop.setup import open_run
 
 NF4 = {"kind": "nf4", "group": 32, "skip": ["w_out", "output"]}
 MOE = {"num_experts": 4, "top_k": 2, "hidden_dim": 24, "shared_expert": True, "balance": "switch"}
@@ -35,14 +37,26 @@ def moe(tmp_path_factory):
 
 WAYS = {
     "adapter, packed": (chats, [], {"packing": True}),
-    "adapter with dropout, padded": (chats, [], {"packing": False, "lora": {"rank": 2, "dropout": 0.3}}),
+    "adapter with dropout, padded": (
+        chats,
+        [],
+        {"packing": False, "lora": {"rank": 2, "dropout": 0.3}},
+    ),
     "DoRA with noise": (chats, [], {"lora": {"rank": 2, "dora": True}, "noise": 5.0}),
     "4-bit base": (chats, [], {"quantize": NF4, "lora": {"rank": 2}}),
     "all weights, average": (chats, ["ema_decay=0.9"], {"method": "full"}),
     "new tokens": (chats, [], {"new_tokens": ["<|x|>"]}),
     "dpo": (preferences, ["data.batch_size=2"], {"objective": "dpo"}),
-    "dpo of all weights": (preferences, ["data.batch_size=2"], {"objective": "dpo", "method": "full"}),
-    "grpo": (solved, ["data.batch_size=2"], {"objective": "grpo", "group": 3, "answer_tokens": 6, "beta": 0.05}),
+    "dpo of all weights": (
+        preferences,
+        ["data.batch_size=2"],
+        {"objective": "dpo", "method": "full"},
+    ),
+    "grpo": (
+        solved,
+        ["data.batch_size=2"],
+        {"objective": "grpo", "group": 3, "answer_tokens": 6, "beta": 0.05},
+    ),
     "kto": (judged, ["data.batch_size=4"], {"objective": "kto"}),
 }
 
@@ -51,7 +65,9 @@ WAYS = {
 def test_a_resumed_run_is_the_run_that_was_never_stopped(base, tmp_path, way):
     rows, words, tune = WAYS[way]
     data = rows(tmp_path / "rows.jsonl")
-    straight = open_run(tune_args(tmp_path, base, data, f"out={tmp_path}/straight", *words, **tune), quiet=True)
+    straight = open_run(
+        tune_args(tmp_path, base, data, f"out={tmp_path}/straight", *words, **tune), quiet=True
+    )
     straight.fit()
     args = tune_args(tmp_path, base, data, *words, **tune)
     first = open_run(args, quiet=True)
@@ -61,7 +77,9 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(base, tmp_path, way):
     again = open_run(args, resume=True, quiet=True)
     again.fit()
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
-    for (name, one), other in zip(straight.model.named_parameters(), again.model.parameters(), strict=True):
+    for (name, one), other in zip(
+        straight.model.named_parameters(), again.model.parameters(), strict=True
+    ):
         assert torch.equal(one, other), name
 
 
@@ -79,10 +97,14 @@ def test_only_what_was_asked_for_moves_and_router_and_experts_do_as_said(moe, tm
     assert {"aux_loss", "z_loss"} <= set(parts)
 
 
-@pytest.mark.parametrize("tune", [{}, {"lora": {"rank": 2, "dora": True}}, {"new_tokens": ["<|x|>"]}], ids=str)
+@pytest.mark.parametrize(
+    "tune", [{}, {"lora": {"rank": 2, "dora": True}}, {"new_tokens": ["<|x|>"]}], ids=str
+)
 def test_the_folder_of_a_run_is_the_model_that_was_trained(base, tmp_path, tune):
     data = chats(tmp_path / "rows.jsonl")
-    trainer = open_run(tune_args(tmp_path, base, data, "patience=3", "eval_every=2", **tune), quiet=True)
+    trainer = open_run(
+        tune_args(tmp_path, base, data, "patience=3", "eval_every=2", **tune), quiet=True
+    )
     trainer.fit()
     step = (tmp_path / "run" / "latest").read_text().strip()
     tokens = torch.arange(2, 42)[None]
@@ -97,12 +119,16 @@ def test_all_weights_come_back_in_the_format_of_the_base(tmp_path):
     from transformers import AutoModelForCausalLM
 
     base = base_folder(tmp_path / "hf", format="hf", rope_layout="halves")
-    trainer = open_run(tune_args(tmp_path, base, chats(tmp_path / "rows.jsonl"), method="full"), quiet=True)
+    trainer = open_run(
+        tune_args(tmp_path, base, chats(tmp_path / "rows.jsonl"), method="full"), quiet=True
+    )
     trainer.fit()
     step = tmp_path / "run" / (tmp_path / "run" / "latest").read_text().strip()
     tokens = torch.arange(2, 42)[None]
     theirs = AutoModelForCausalLM.from_pretrained(step)(tokens).logits
-    torch.testing.assert_close(theirs, trainer.model.eval()(TransformerInput(tokens)).logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        theirs, trainer.model.eval()(TransformerInput(tokens)).logits, atol=1e-4, rtol=0
+    )
 
 
 def test_peft_computes_the_same_with_the_folder_of_a_run(tmp_path):
@@ -114,15 +140,23 @@ def test_peft_computes_the_same_with_the_folder_of_a_run(tmp_path):
     trainer.fit()
     step = tmp_path / "run" / (tmp_path / "run" / "latest").read_text().strip()
     tokens = torch.arange(2, 42)[None]
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), step)(input_ids=tokens).logits
-    torch.testing.assert_close(theirs, trainer.model.eval()(TransformerInput(tokens)).logits, atol=1e-4, rtol=0)
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), step)(
+        input_ids=tokens
+    ).logits
+    torch.testing.assert_close(
+        theirs, trainer.model.eval()(TransformerInput(tokens)).logits, atol=1e-4, rtol=0
+    )
 
 
 def test_early_stopping_keeps_the_best_step(base, tmp_path):
     words = ("steps=40", "eval_every=1", "patience=2", "optimizer.lr=0.5")
-    trainer = open_run(tune_args(tmp_path, base, chats(tmp_path / "rows.jsonl"), *words), quiet=True)
+    trainer = open_run(
+        tune_args(tmp_path, base, chats(tmp_path / "rows.jsonl"), *words), quiet=True
+    )
     trainer.fit()
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     scores = {row["step"]: row["answers"]["loss"] for row in rows if "answers" in row}
     best = min(scores, key=scores.get)
     assert trainer.progress.step < 40
@@ -140,19 +174,29 @@ def test_a_set_smaller_than_a_batch_is_one_step_an_epoch_and_resumes(base, tmp_p
     args = tune_args(tmp_path, base, data, "data.batch_size=64", epochs=3.0)
     trainer = open_run(args, quiet=True)
     rows = trainer.batches.items_per_epoch
-    assert f"data.batch_size = {rows}, " in capsys.readouterr().err
+    assert f"data.batch_size: got {rows}, " in capsys.readouterr().err
     assert (trainer.args.data.batch_size, trainer.args.steps) == (rows, 3)
     trainer.fit()
     assert open_run(args, resume=True, quiet=True).progress.step == 3
 
 
 REFUSED = {
-    "rows for another objective": (preferences, [], {}, "row of kind pair; accepted for it is dpo or ipo or orpo"),
+    "rows for another objective": (
+        preferences,
+        [],
+        {},
+        "row of kind pair; valid only for it is dpo or ipo or orpo",
+    ),
     "a target that fits nothing": (chats, [], {"lora": {"targets": ["wz"]}}, "'wz' fits no weight"),
-    "a rank beyond the matrix": (chats, [], {"lora": {"rank": 33}}, "rank = 33"),
-    "rows longer than the model": (chats, ["data.seq_len=300"], {}, "model.max_seq_len = 256"),
-    "a set given twice": (chats, ["data.sources=[a.jsonl, a.jsonl]"], {}, r"data\.sources = "),
-    "a strength of nothing": (chats, [], {"beta": 0.3}, "beta = 0.3: accepted with objective = dpo"),
+    "a rank beyond the matrix": (chats, [], {"lora": {"rank": 33}}, "rank: got 33"),
+    "rows longer than the model": (chats, ["data.seq_len=300"], {}, "model.max_seq_len: got 256"),
+    "a set given twice": (chats, ["data.sources=[a.jsonl, a.jsonl]"], {}, r"data\.sources: got "),
+    "a strength of nothing": (
+        chats,
+        [],
+        {"beta": 0.3},
+        "beta: got 0.3; valid only with objective = dpo",
+    ),
     "a router that is not there": (chats, [], {"train_router": True}, "mixture of experts"),
 }
 
@@ -167,7 +211,10 @@ def test_a_wrong_request_is_one_sentence_and_leaves_nothing(base, tmp_path, case
 
 
 UNWRITABLE = {
-    "DoRA on a part of a fused weight": ({"targets": ["wq"], "dora": True}, "qkv_proj of phi3 cannot hold it"),
+    "DoRA on a part of a fused weight": (
+        {"targets": ["wq"], "dora": True},
+        "qkv_proj of phi3 cannot hold it",
+    ),
     "a fused weight in both ways": (
         {"targets": ["wq"], "modules_to_save": ["wv"]},
         "qkv_proj of phi3 gets an adapter and a weight of its own",
@@ -190,8 +237,12 @@ def test_checking_what_is_written_leaves_the_model_as_it_was(tmp_path):
     model = apply_lora(transom.load(tmp_path), args)
 
     def seen():
-        hooks = {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()}
-        flags = [(name, id(weight), weight.requires_grad) for name, weight in model.named_parameters()]
+        hooks = {
+            n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()
+        }
+        flags = [
+            (name, id(weight), weight.requires_grad) for name, weight in model.named_parameters()
+        ]
         absorbed = ["absorbed" in vars(module) for module in model.modules()]
         return active_adapters(model), hooks, flags, absorbed
 
@@ -217,7 +268,9 @@ def test_a_base_reads_on_where_it_was_left(base, tmp_path):
     del config["model"], config["tokenizer"]
     before = transom.load(base, dtype="float32")
     trainer = open_run(read_config(None, [], base=config), quiet=True)
-    for (name, one), other in zip(trainer.model.named_parameters(), before.parameters(), strict=True):
+    for (name, one), other in zip(
+        trainer.model.named_parameters(), before.parameters(), strict=True
+    ):
         assert torch.equal(one, other), name
     trainer.fit()
     step = tmp_path / "run" / (tmp_path / "run" / "latest").read_text().strip()
@@ -228,8 +281,12 @@ def test_a_base_reads_on_where_it_was_left(base, tmp_path):
 
 
 @pytest.mark.parametrize("given", [None, "2024-02-29"])
-def test_a_template_that_writes_the_date_writes_that_of_the_run_when_it_goes_on_later(tmp_path, monkeypatch, given):
-    """The rows of a run are the same on every day, and its samples and prompts are asked for as on the first."""
+def test_a_template_that_writes_the_date_writes_that_of_the_run_when_it_goes_on_later(
+    tmp_path, monkeypatch, given
+):
+    """The rows of a run are the same on every day, and its samples and prompts are asked for as on
+    the first.
+    """
     base, data = base_folder(tmp_path / "model"), chats(tmp_path / "rows.jsonl")
     body = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end_of_text|>{% endfor %}"
     ask = "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -242,7 +299,7 @@ def test_a_template_that_writes_the_date_writes_that_of_the_run_when_it_goes_on_
         def today(cls):
             return date.fromisoformat(cls.on)
 
-    monkeypatch.setattr("transom.training.tune.date", Day)
+    monkeypatch.setattr("transom.training.finetune.weights.date", Day)
     args = tune_args(tmp_path, base, data, date=given)
     trainer = open_run(args, quiet=True)
     day = date.fromisoformat(given or Day.on)
@@ -255,5 +312,5 @@ def test_a_template_that_writes_the_date_writes_that_of_the_run_when_it_goes_on_
     assert again.args == trainer.args
     with pytest.raises(RequestError, match="date"):
         open_run(tune_args(tmp_path, base, data, date="2025-01-01"), resume=True, quiet=True)
-    with pytest.raises(RequestError, match="date = '29 Feb 2024': accepted is a day"):
+    with pytest.raises(RequestError, match="date: got '29 Feb 2024'; expected a day"):
         tune_args(tmp_path, base, data, date="29 Feb 2024")

@@ -6,11 +6,22 @@ from typing import Any
 
 import transom
 from tests.helpers import random_model, tiny_args
-from transom.tokenizer import byte_tokenizer
+from transom.tokenizers.training import byte_tokenizer
 from transom.training.config import TrainArgs, read_config
 
-CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Greece": "Athens", "Norway": "Oslo"}
-QUESTIONS = ("Capital of {}?", "What is the capital of {}?", "{}'s capital is?", "Name the capital of {}.")
+CAPITALS = {
+    "France": "Paris",
+    "Italy": "Rome",
+    "Spain": "Madrid",
+    "Greece": "Athens",
+    "Norway": "Oslo",
+}
+QUESTIONS = (
+    "Capital of {}?",
+    "What is the capital of {}?",
+    "{}'s capital is?",
+    "Name the capital of {}.",
+)
 
 
 def base_folder(folder: Path, format: str = "native", **changes: Any) -> Path:
@@ -54,7 +65,11 @@ def judged(path: Path) -> Path:
     """Single answers, every second of which is wrong."""
     rows = [json.loads(line) for line in preferences(path).read_text().splitlines()]
     alone = [
-        {"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
+        {
+            "prompt": row["prompt"],
+            "completion": row["chosen" if i % 2 else "rejected"],
+            "label": bool(i % 2),
+        }
         for i, row in enumerate(rows)
     ]
     return write_rows(path, alone)
@@ -71,7 +86,10 @@ def tune_args(folder: Path, base: Path, data: Path, *overrides: str, **tune: Any
     config: dict[str, Any] = {
         "out": str(folder / "run"),
         "base": str(base),
-        "tune": {**({} if tune.get("method") == "full" else {"lora": {"rank": 4, "alpha": 8.0}}), **tune},
+        "tune": {
+            **({} if tune.get("method") == "full" else {"lora": {"rank": 4, "alpha": 8.0}}),
+            **tune,
+        },
         "data": {"sources": [str(data)], "seq_len": 96, "batch_size": 4, "held_out": 0.2},
         "optimizer": {"lr": 0.01, "weight_decay": 0.0},
         "steps": 8,

@@ -1,4 +1,6 @@
-"""The oracle equals transformers, so that what equals the oracle is right and not only consistent."""
+"""The oracle equals transformers, so that what equals the oracle is right and not only
+consistent.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,10 @@ import pytest
 import torch
 
 from tests.checkpoints.families import FAMILIES, random_ids, tiny_hf
-from transom.args import ModelArgs
-from transom.checkpoints.folders import read_args
+from transom.base.errors import RequestError
+from transom.checkpoints.files.folders import read_args
 from transom.checkpoints.load import load
-from transom.errors import RequestError
+from transom.config.model_args import ModelArgs
 from transom.verify.check import difference
 from transom.verify.model import COUNT, TOLERANCE, compare_with_oracle, unspoken
 from transom.verify.oracle import Oracle, lacks
@@ -42,7 +44,8 @@ def test_what_it_lacks_of_the_families_is_known(family, tmp_path):
 def test_every_built_in_model_equals_the_oracle(name):
     findings = list(compare_with_oracle(ModelArgs.from_dict(BUILT_IN[name]), name))
     assert [one for one in findings if not one.ok] == []
-    # Drawn weights must not hide behind zero gradients: only then would a tolerance of 1e-5 be generous.
+    # Drawn weights must not hide behind zero gradients: only then would a tolerance of 1e-5 be
+    # generous.
     assert max(one.error for one in findings) < TOLERANCE / 10
 
 
@@ -53,13 +56,23 @@ def test_built_in_models_use_every_option_the_oracle_speaks():
         "qk_norm": {"none", "head", "projection"},
         "norm": {"rms", "rms_wide", "rms_plus_one", "layer"},
         "norm_placement": {"pre", "post", "both"},
-        **{name: {False, True} for name in ("use_qk_norm", "qkv_bias", "out_bias", "attn_sinks", "ffn_gated")},
-        **{name: {False, True} for name in ("ffn_bias", "tie_embeddings", "attn_temperature_tuning")},
+        **{
+            name: {False, True}
+            for name in ("use_qk_norm", "qkv_bias", "out_bias", "attn_sinks", "ffn_gated")
+        },
+        **{
+            name: {False, True}
+            for name in ("ffn_bias", "tie_embeddings", "attn_temperature_tuning")
+        },
     }
     for field, values in wanted.items():
         assert {getattr(args, field) for args in models} == values, field
     assert {letter for args in models for letter in args.pattern} >= set("FSCf")
-    assert {args.rope_scaling.kind for args in models if args.rope_scaling} == {"llama3", "linear", "yarn"}
+    assert {args.rope_scaling.kind for args in models if args.rope_scaling} == {
+        "llama3",
+        "linear",
+        "yarn",
+    }
     routed = [args.moe_args for args in models if args.moe_args]
     assert {moe.routing for moe in routed} == {"softmax", "sigmoid", "biased_sigmoid"}
     assert {moe.expert_activation for moe in routed} == {"model", "clamped"}

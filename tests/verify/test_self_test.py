@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from transom.errors import RequestError, WorkError
-from transom.runtime import one_thread
+from transom.base.errors import RequestError, WorkError
+from transom.base.runtime import one_thread
 from transom.verify import planting, plants_runs
 from transom.verify.bugs import BUGS, Bug
 from transom.verify.checks import CHECKS
@@ -22,9 +22,12 @@ def single_threaded():
         yield
 
 
-# The first bug of each check shows that the check can turn red; to plant all of them takes half a minute.
+# The first bug of each check shows that the check can turn red; to plant all of them takes half a
+# minute.
 FIRST = {bug.check: bug for bug in reversed(BUGS)}
-PLANTED = [pytest.param(bug, marks=() if FIRST[bug.check] is bug else pytest.mark.slow) for bug in BUGS]
+PLANTED = [
+    pytest.param(bug, marks=() if FIRST[bug.check] is bug else pytest.mark.slow) for bug in BUGS
+]
 
 
 @pytest.mark.slow  # the other files of this folder run the parts of each check
@@ -37,8 +40,12 @@ def test_checks_are_green_with_nothing_planted(name):
 def test_planted_bug_turns_its_check_red(bug):
     (caught,) = plant_all([bug])
     assert caught.by is not None, "the check stayed green"
-    assert caught.by.error > 10 * caught.by.tolerance, "a margin that rounding can cross is no margin"
-    assert next(iter(CHECKS[bug.check].run())).ok or bug.check == "resume", "the bug has outlived its context"
+    assert caught.by.error > 10 * caught.by.tolerance, (
+        "a margin that rounding can cross is no margin"
+    )
+    assert next(iter(CHECKS[bug.check].run())).ok or bug.check == "resume", (
+        "the bug has outlived its context"
+    )
 
 
 def test_a_bug_that_nothing_sees_is_reported():
@@ -48,7 +55,10 @@ def test_a_bug_that_nothing_sees_is_reported():
 
 
 def test_a_red_baseline_is_an_error():
-    with plants_runs.masked_eos(), pytest.raises(WorkError, match="verify data is red with no bug planted: EOS"):
+    with (
+        plants_runs.masked_eos(),
+        pytest.raises(WorkError, match="verify data is red with no bug planted: EOS"),
+    ):
         baseline(["data"])
 
 

@@ -1,4 +1,6 @@
-"""`verify attention`: right backends are green, each kind of wrong one is named for what it is, and refused."""
+"""`verify attention`: right backends are green, each kind of wrong one is named for what it is, and
+refused.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,13 @@ import json
 import pytest
 import torch
 
-from transom.attend import attend
-from transom.attend.attend import BACKENDS, Backend
-from transom.attend.reference import reference
-from transom.attend.view import Score
+from transom.attention import backends as attend
+from transom.attention.backends import BACKENDS, Backend
+from transom.attention.reference import reference
+from transom.attention.view import Score
+from transom.base.errors import RequestError
+from transom.base.runtime import one_thread
 from transom.cli.main import main
-from transom.errors import RequestError
-from transom.runtime import one_thread
 from transom.verify import attention, plants
 from transom.verify.attention import Outcome, failures, matrix, verify_attention
 from transom.verify.attention_jobs import PHASES, RULES, Job, build, jobs
@@ -45,7 +47,11 @@ def of(*groups):
 
 
 def small():
-    return (job for job in jobs() if job.group == "masked rows" or (job.phase == "prefill" and job.length < 50))
+    return (
+        job
+        for job in jobs()
+        if job.group == "masked rows" or (job.phase == "prefill" and job.length < 50)
+    )
 
 
 def test_jobs_cover_every_rule_phase_and_group():
@@ -71,7 +77,9 @@ def test_the_backends_of_this_machine_are_green(name):
 
 
 def wrong_window(q, view, spec, score):
-    rule = spec.rule if spec.rule.kind != "window" else type(spec.rule)("window", spec.rule.size + 1)
+    rule = (
+        spec.rule if spec.rule.kind != "window" else type(spec.rule)("window", spec.rule.size + 1)
+    )
     return reference(q, view, type(spec)(rule, spec.positions_BT, spec.segments_BT), score)
 
 
@@ -102,7 +110,11 @@ def no_sink_gradient(q, view, spec, score):
     [
         (wrong_window, small, "error"),
         (nan_rows, small, "NaN from a masked row"),
-        (no_bfloat16, small, "its kernel cannot take bfloat16 (RuntimeError: no kernel for BFloat16)"),
+        (
+            no_bfloat16,
+            small,
+            "its kernel cannot take bfloat16 (RuntimeError: no kernel for BFloat16)",
+        ),
         (whole_blocks, of("lengths"), "wrong at lengths that are no multiple of 128"),
         (no_sink_gradient, of("sinks", "gradients"), "(gradients)"),
     ],
@@ -119,7 +131,9 @@ def test_what_is_declined_is_neither_run_nor_a_failure():
     def refuse_to_run(*job):
         raise AssertionError("it said that it cannot")
 
-    outcomes = list(verify_attention(["cpu"], declared(refuse_to_run, lambda *job: "not today"), DOUBLE, small))
+    outcomes = list(
+        verify_attention(["cpu"], declared(refuse_to_run, lambda *job: "not today"), DOUBLE, small)
+    )
     assert failures(outcomes) == {}
     (row,) = matrix_of_fake(outcomes)
     assert row.declined == "not today"
@@ -165,7 +179,9 @@ def test_a_failing_backend_is_refused_until_it_is_right_again(own_cache, monkeyp
 
 def test_json_is_one_document(own_cache, monkeypatch, capsys):
     monkeypatch.setattr(
-        attention, "verify_attention", functools.partial(verify_attention, dtypes=DOUBLE, todo=small)
+        attention,
+        "verify_attention",
+        functools.partial(verify_attention, dtypes=DOUBLE, todo=small),
     )
     assert main(["verify", "attention", "--json"]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -1,4 +1,6 @@
-"""`verify cache`: green on every kind of model, red where something is planted, and honest about where."""
+"""`verify cache`: green on every kind of model, red where something is planted, and honest about
+where.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,21 @@ import pytest
 import torch
 
 from tests.helpers import random_model, tiny_args
-from transom.args import ModelArgs
+from transom.base.errors import RequestError
+from transom.base.runtime import one_thread
 from transom.cache import store
-from transom.errors import RequestError
-from transom.presets import PRESETS, preset
-from transom.runtime import one_thread
+from transom.config.model_args import ModelArgs
+from transom.config.presets import PRESETS, preset
 from transom.verify import plants, plants_runs
-from transom.verify.cache import Plan, Trace, compare, compare_small, compare_whole, edges, first_bad
+from transom.verify.cache import (
+    Plan,
+    Trace,
+    compare,
+    compare_small,
+    compare_whole,
+    edges,
+    first_bad,
+)
 from transom.verify.check import difference, summarize
 from transom.verify.subjects import BUILT_IN, CHUNK, ORIGINAL, WINDOW, drawn, shrink, tokens_for
 
@@ -22,7 +32,12 @@ MODELS = {
     "mixed": BUILT_IN["mixed"],
     "latent": {
         "n_heads": 8,
-        "mla_args": {"kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 24},
+        "mla_args": {
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 24,
+        },
     },
     "longrope": {
         "dim": 512,
@@ -51,7 +66,9 @@ def test_every_kind_of_model_is_green(name):
     assert copy.left_out == ()
     lines = summarize(compare_small(drawn(copy.args), name))
     assert [line.first_bad for line in lines if line.failed] == []
-    assert {"prefill + decode", "chunked prefill", "after a rollback"} <= {line.comparison for line in lines}
+    assert {"prefill + decode", "chunked prefill", "after a rollback"} <= {
+        line.comparison for line in lines
+    }
     assert bucket == store.BUCKET, "what was shrunken for the comparison is as before"
 
 
@@ -64,9 +81,15 @@ def test_a_layer_that_sees_later_tokens_is_compared_without_a_cache(capsys):
 
 
 def test_a_planted_bug_is_located():
-    """The ring of layer 0 keeps an old token: the first wrong position is the first that reads it."""
+    """The ring of layer 0 keeps an old token: the first wrong position is the first that reads
+    it.
+    """
     with plants_runs.stale_slot():
-        bad = next(one for one in compare_small(drawn(shrink(preset("mistral-7b-v0.1")).args), "m") if not one.ok)
+        bad = next(
+            one
+            for one in compare_small(drawn(shrink(preset("mistral-7b-v0.1")).args), "m")
+            if not one.ok
+        )
     assert bad.detail == f"first at position {WINDOW}, layer 0"
     assert bad.error > 1e-3
 
@@ -84,7 +107,14 @@ def test_first_bad_tells_layer_and_position():
 def test_edges_surround_windows_rings_and_buckets():
     args = tiny_args(sliding_window=5)
     found = edges(args, Plan(40, (0, 3), 16, 40, 1e-9))
-    for mark in (5, 10, 8, 16, 32, 4):  # window, two windows, ring, its double, two buckets, slack + 1
+    for mark in (
+        5,
+        10,
+        8,
+        16,
+        32,
+        4,
+    ):  # window, two windows, ring, its double, two buckets, slack + 1
         assert {mark - 1, mark, mark + 1} <= set(found), mark
     assert min(found) == 1
     assert max(found) == 39
@@ -97,9 +127,9 @@ def test_a_real_model_runs_as_it_is(capsys):
     assert lines[0].worst.tolerance == pytest.approx(1e-4), "float32 weights, float32 tolerance"
     list(compare_whole(random_model(args), "tiny", length=18))
     assert "windows or chunks of 20 tokens are not crossed" in capsys.readouterr().err
-    with pytest.raises(RequestError, match="head = 'embedding'"):
+    with pytest.raises(RequestError, match="head: got 'embedding'"):
         next(compare_whole(random_model(tiny_args(head={"kind": "embedding"})), "tiny"))
-    with pytest.raises(RequestError, match=r"--length = 601.*600"):
+    with pytest.raises(RequestError, match=r"--length: got 601.*600"):
         next(compare_whole(random_model(args), "tiny", length=601))
 
 
@@ -116,12 +146,19 @@ def test_a_model_that_ignores_its_padding_is_seen():
     model = drawn(shrink(preset("demo")).args)
     with plants.visible_padding():
         lines = summarize(compare(model, "demo", Plan(12, (0,), 256, 12, 1e-9)))
-    assert {line.comparison for line in lines if line.failed} >= {"padded in front", "padded batch, cached"}
+    assert {line.comparison for line in lines if line.failed} >= {
+        "padded in front",
+        "padded batch, cached",
+    }
 
 
 def test_longrope_factors_are_as_many_as_a_copy_has_pairs():
     for count in (3, 4, 48):
-        scaling = {**LONGROPE, "short_factor": [1.0] * count, "long_factor": [2.0 + i for i in range(count)]}
+        scaling = {
+            **LONGROPE,
+            "short_factor": [1.0] * count,
+            "long_factor": [2.0 + i for i in range(count)],
+        }
         copy = shrink(ModelArgs.from_dict({"head_dim": 2 * count, "rope_scaling": scaling})).args
         assert len(copy.rope_scaling.long_factor) == copy.rotary_dim // 2
 
@@ -144,7 +181,7 @@ def test_a_copy_keeps_the_pattern_and_shrinks_the_sizes(name):
 
 
 def tokens_input(args):
-    from transom.model import TransformerInput
+    from transom.models.llm import TransformerInput
 
     return TransformerInput(tokens_for(args, 1, 9))
 

@@ -1,4 +1,6 @@
-"""`verify checkpoint`: green on folders of transformers and of every format, red for each thing that is wrong."""
+"""`verify checkpoint`: green on folders of transformers and of every format, red for each thing
+that is wrong.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,11 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
 from tests.checkpoints.families import tiny_hf
 from tests.helpers import random_model, tiny_args
+from transom.base.runtime import one_thread
 from transom.chat.template import ChatTemplate
 from transom.checkpoints.load import load, save
 from transom.cli.main import main
-from transom.runtime import one_thread
-from transom.tokenizer import byte_tokenizer, train_chars
+from transom.tokenizers.training import byte_tokenizer, train_chars
 from transom.verify import checkpoint, plants, plants_checkpoint, texts
 from transom.verify.check import summarize
 from transom.verify.checkpoint import SPECIAL, compare_folder
@@ -33,7 +35,9 @@ def single_threaded():
 
 
 def lines(folder, **options):
-    return {line.comparison: line for line in summarize(compare_folder(folder, name="it", **options))}
+    return {
+        line.comparison: line for line in summarize(compare_folder(folder, name="it", **options))
+    }
 
 
 def failing(folder, **options):
@@ -46,14 +50,21 @@ def hf_folder(folder, family="qwen2"):
 
 
 def with_chat(folder, template=CHAT):
-    save(random_model(tiny_args(vocab_size=256 + len(SPECIAL))), folder, "hf", byte_tokenizer(SPECIAL))
+    save(
+        random_model(tiny_args(vocab_size=256 + len(SPECIAL))),
+        folder,
+        "hf",
+        byte_tokenizer(SPECIAL),
+    )
     (folder / "chat_template.jinja").write_text(template)
     return folder
 
 
-# What the second reader has no rule for: only fused experts, sinks, corrections and the norms around them.
+# What the second reader has no rule for: only fused experts, sinks, corrections and the norms
+# around them.
 FUSED = {"gpt_oss": 2 * 7, "llama4_text": 2 * 3, "deepseek_v3": 2}
-# The slow ones have the keys of a quick one, or a subset of its options; test_parity.py compares them all.
+# The slow ones have the keys of a quick one, or a subset of its options; test_parity.py compares
+# them all.
 SLOW = ("qwen2", "qwen3", "olmo2", "llama-dynamic")
 FAMILIES = ["llama-tied", "mixtral", "gemma2", "phi3", *FUSED]
 FAMILIES += [pytest.param(name, marks=pytest.mark.slow) for name in SLOW]
@@ -63,7 +74,11 @@ FAMILIES += [pytest.param(name, marks=pytest.mark.slow) for name in SLOW]
 def test_a_folder_of_transformers_is_green_and_read_by_hand(tmp_path, capsys, family):
     found = lines(hf_folder(tmp_path, family))
     assert not {name: line.first_bad for name, line in found.items() if line.failed}
-    assert {"logits = transformers", "greedy tokens = transformers", "prefill + decode"} <= found.keys()
+    assert {
+        "logits = transformers",
+        "greedy tokens = transformers",
+        "prefill + decode",
+    } <= found.keys()
     said = capsys.readouterr().err
     if family in FUSED:
         assert f"it: {FUSED[family]} of" in said
@@ -79,7 +94,11 @@ def test_a_forward_that_fails_in_transformers_is_a_notice(tmp_path, capsys, monk
 
 @pytest.mark.parametrize("format", ["native", "hf", "meta", "mistral"])
 def test_every_format_is_green(tmp_path, format):
-    save(random_model(tiny_args(**({} if format in ("meta", "hf") else WINDOWED))), tmp_path, format=format)
+    save(
+        random_model(tiny_args(**({} if format in ("meta", "hf") else WINDOWED))),
+        tmp_path,
+        format=format,
+    )
     found = lines(tmp_path, length=32)
     assert not {name: line.first_bad for name, line in found.items() if line.failed}
     formats = {finding.where.split(",")[0] for finding in compare_folder(tmp_path, 32, name="it")}
@@ -104,12 +123,18 @@ def test_keys_that_do_not_add_up_are_red_and_end_it(tmp_path):
     found = lines(tmp_path)
     assert set(found) == {"every key becomes a parameter", "every parameter has a key"}
     assert found["every key becomes a parameter"].first_bad.where == f"it, {key}_too"
-    assert found["every parameter has a key"].first_bad.where == "it, layers.1.feed_forward.w_value.weight"
+    assert (
+        found["every parameter has a key"].first_bad.where
+        == "it, layers.1.feed_forward.w_value.weight"
+    )
 
 
 def test_a_tied_output_with_numbers_of_its_own_is_red(tmp_path):
     hf_folder(tmp_path, "llama-tied")
-    rewrite(tmp_path, lambda state: state.update({"lm_head.weight": state["model.embed_tokens.weight"] + 1}))
+    rewrite(
+        tmp_path,
+        lambda state: state.update({"lm_head.weight": state["model.embed_tokens.weight"] + 1}),
+    )
     assert failing(tmp_path) == {"tied output = embeddings"}
 
 
@@ -163,7 +188,9 @@ def test_bits_show_what_only_writing_gets_wrong(tmp_path):
     save(random_model(tiny_args()), tmp_path, format="meta")
     with plants_checkpoint.unturned_query():
         found = lines(tmp_path, length=16)
-    assert found["written and read back"].first_bad.where == "it as hf, layers.0.attention.wq.weight"
+    assert (
+        found["written and read back"].first_bad.where == "it as hf, layers.0.attention.wq.weight"
+    )
     assert found["logits of what was written"].failed == 1
 
 
@@ -186,7 +213,9 @@ def test_texts_and_chats(tmp_path, template, plant, red):
             assert failing(tmp_path, length=16) == red
 
 
-SYSTEMLESS = CHAT.replace("{{ bos_token }}", "{{ raise_exception('no') if messages[0].role == 'system' }}")
+SYSTEMLESS = CHAT.replace(
+    "{{ bos_token }}", "{{ raise_exception('no') if messages[0].role == 'system' }}"
+)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +232,11 @@ SYSTEMLESS = CHAT.replace("{{ bos_token }}", "{{ raise_exception('no') if messag
 def test_chats_have_the_ids_of_transformers(tmp_path, monkeypatch, template, lost, red):
     original = ChatTemplate.ids_of
     monkeypatch.setattr(ChatTemplate, "ids_of", lambda self, chat: original(self, chat)[lost:])
-    found = [one for one in compare_texts(with_chat(tmp_path, template), "it") if one.comparison == texts.IDS]
+    found = [
+        one
+        for one in compare_texts(with_chat(tmp_path, template), "it")
+        if one.comparison == texts.IDS
+    ]
     assert [one.where.removeprefix("it, ") for one in found if not one.ok] == red
     assert len(found) == (3 if template == SYSTEMLESS else 4)
 
@@ -214,13 +247,21 @@ def test_chats_that_transformers_cannot_have_are_said(tmp_path, capsys, monkeypa
     assert texts.IDS not in {one.comparison for one in compare_texts(tmp_path, "it")}
     assert "transformers is not installed: no chats are compared with it" in capsys.readouterr().err
     monkeypatch.undo()
-    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": CHAT}))  # read by processors only
+    (tmp_path / "chat_template.json").write_text(
+        json.dumps({"chat_template": CHAT})
+    )  # read by processors only
     (tmp_path / "chat_template.jinja").unlink()
     assert texts.IDS not in {one.comparison for one in compare_texts(tmp_path, "it")}
-    assert "it, a question: not compared with transformers, which refuses it" in capsys.readouterr().err
+    assert (
+        "it, a question: not compared with transformers, which refuses it"
+        in capsys.readouterr().err
+    )
     byte_tokenizer(("<s>", "</s>", "[MODEL_SETTINGS]")).save(tmp_path)
     (tmp_path / "chat_template.json").unlink()
-    assert {one.comparison for one in compare_texts(tmp_path, "it")} == {"spelled tokens stay text", "BOS once"}
+    assert {one.comparison for one in compare_texts(tmp_path, "it")} == {
+        "spelled tokens stay text",
+        "BOS once",
+    }
     assert "no chats are compared: a vocabulary with [MODEL_SETTINGS]" in capsys.readouterr().err
 
 
@@ -238,7 +279,9 @@ def test_what_cannot_be_compared_is_said(tmp_path, capsys, monkeypatch):
 
 def test_weights_that_transformers_misses_are_red(tmp_path, monkeypatch):
     model = tiny_hf("qwen2")
-    monkeypatch.setattr(checkpoint, "_their_model", lambda folder, dtype: (model, ["lm_head.weight"]))
+    monkeypatch.setattr(
+        checkpoint, "_their_model", lambda folder, dtype: (model, ["lm_head.weight"])
+    )
     assert failing(hf_folder(tmp_path)) == {"loads in transformers"}
 
 
@@ -265,16 +308,25 @@ def test_the_command(tmp_path, capsys):
     ("words", "said"),
     [
         (["no-such-folder"], "no such folder"),
-        (["--length", "9"], "--length = 9: accepted with cache --full and checkpoint FOLDER"),
-        (["FOLDER", "--length", "1000"], "--length = 1000: accepted is 2 to max_seq_len = 128"),
-        (["FOLDER", "--dtype", "int3"], "--dtype = 'int3': accepted is"),
-        (["FOLDER", "--full"], "accepted with cache"),
+        (["--length", "9"], "--length: got 9; valid only with cache --full and checkpoint FOLDER"),
+        (["FOLDER", "--length", "1000"], "--length: got 1000; expected 2 to max_seq_len = 128"),
+        (["FOLDER", "--dtype", "int3"], "--dtype: got 'int3'; expected"),
+        (["FOLDER", "--full"], "valid only with cache"),
     ],
 )
 def test_a_wrong_request_is_one_sentence(tmp_path, capsys, words, said):
     hf_folder(tmp_path)
     capsys.readouterr()
-    assert main(["verify", "checkpoint", *(str(tmp_path) if word == "FOLDER" else word for word in words)]) == 2
+    assert (
+        main(
+            [
+                "verify",
+                "checkpoint",
+                *(str(tmp_path) if word == "FOLDER" else word for word in words),
+            ]
+        )
+        == 2
+    )
     told = capsys.readouterr().err
     assert said in told
     assert told.count("\n") == 1

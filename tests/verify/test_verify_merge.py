@@ -8,12 +8,12 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.adapt.folders import write_adapter, write_base
-from transom.adapt.combine_args import CombineArgs
+from tests.checkpoints.adapters.folders import write_adapter, write_base
+from transom.base.errors import RequestError
+from transom.base.runtime import one_thread
 from transom.cli.main import main
-from transom.errors import RequestError
 from transom.evaluation.merging import merge_folders
-from transom.runtime import one_thread
+from transom.lora.combine_args import CombineArgs
 from transom.verify import plants_merge
 from transom.verify.check import summarize
 from transom.verify.merge import compare_folders
@@ -29,13 +29,19 @@ def single_threaded():
 def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("verify")
     base = write_base(root / "base")
-    write_adapter(root / "adapter", base, modules_to_save=("norm",), targets=("all-linear", "output"))
+    write_adapter(
+        root / "adapter", base, modules_to_save=("norm",), targets=("all-linear", "output")
+    )
     merge_folders(base, [root / "adapter"], root / "out", data=__file__)
     return root
 
 
 def failing(*names):
-    return {line.comparison for line in summarize(compare_folders([str(name) for name in names])) if line.failed}
+    return {
+        line.comparison
+        for line in summarize(compare_folders([str(name) for name in names]))
+        if line.failed
+    }
 
 
 def copied(made, folder):
@@ -44,7 +50,12 @@ def copied(made, folder):
 
 
 def test_adapters_and_merged_folders_are_green(made):
-    assert failing(made / "adapter") == failing(made / "base", made / "adapter") == failing(made / "out") == set()
+    assert (
+        failing(made / "adapter")
+        == failing(made / "base", made / "adapter")
+        == failing(made / "out")
+        == set()
+    )
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare"])
@@ -52,7 +63,9 @@ def test_several_adapters_are_made_again(made, tmp_path, method):
     for seed in (1, 2):
         write_adapter(tmp_path / str(seed), made / "base", seed=seed, targets=("ffn",))
     args = CombineArgs(method, (0.7, 0.3), seed=4)
-    merge_folders(made / "base", [tmp_path / "1", tmp_path / "2"], tmp_path / "out", args=args, data=__file__)
+    merge_folders(
+        made / "base", [tmp_path / "1", tmp_path / "2"], tmp_path / "out", args=args, data=__file__
+    )
     assert failing(tmp_path / "out") == set()
 
 
@@ -61,7 +74,11 @@ def test_a_weight_that_changed_since_is_found(made, tmp_path):
     state = load_file(out / "model.safetensors")
     state["model.layers.1.mlp.down_proj.weight"][0] *= 4
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
-    assert failing(out) == {"merged folder = reported", "written weights = by hand", "divergence = reported"}
+    assert failing(out) == {
+        "merged folder = reported",
+        "written weights = by hand",
+        "divergence = reported",
+    }
 
 
 def test_an_adapter_that_changed_since_is_found(made, tmp_path):
@@ -116,4 +133,4 @@ def test_the_verb_takes_one_folder_or_two(made, capsys):
     ):
         what, *names = words
         assert main(["verify", what, *(str(made / name) for name in names)]) == code
-    assert "accepted with merge; cache takes one model" in capsys.readouterr().err
+    assert "valid only with merge; cache takes one model" in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""`verify resume`, `verify step` and `verify data`: green as they are, and each part of a history is looked at."""
+"""`verify resume`, `verify step` and `verify data`: green as they are, and each part of a history
+is looked at.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from transom.errors import RequestError
+from transom.base.errors import RequestError
 from transom.training.config import read_config
 from transom.verify.data import check_data
 from transom.verify.runs import tiny_run, workshop
@@ -41,7 +43,7 @@ def test_a_real_runs_settings_are_resumed_in_small(fields):
 
 
 def test_two_interruptions_need_three_steps():
-    with pytest.raises(RequestError, match="--steps = 2"):
+    with pytest.raises(RequestError, match="--steps: got 2"):
         next(compare_resumed_run(read_config(None), 2))
 
 

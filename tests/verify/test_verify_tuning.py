@@ -1,4 +1,6 @@
-"""`verify tuning`: its own ways to find answers and gradients are right, and what is wrong in a folder is red."""
+"""`verify tuning`: its own ways to find answers and gradients are right, and what is wrong in a
+folder is red.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +12,20 @@ import peft
 import pytest
 import torch
 
-from tests.chat_texts import PUBLISHED, READS_TOOLS, TOOL_TALK, say, tokenizer_pair
+from tests.chat.chat_texts import PUBLISHED, READS_TOOLS, TOOL_TALK, say, tokenizer_pair
 from tests.training.tuning import asked, base_folder, chats, preferences, tune_args, write_rows
-from transom.adapt.lora import LoraWeights
-from transom.args import ModelArgs
+from transom.base.runtime import one_thread
 from transom.chat.built_in import named
 from transom.chat.files import FILE
 from transom.chat.template import ChatTemplate
 from transom.cli.main import main
-from transom.data.conversations import Example
-from transom.data.tuning_batches import packed_batch
-from transom.data.turns import Turns
+from transom.config.model_args import ModelArgs
+from transom.data.chat.batches import packed_batch
+from transom.data.chat.conversations import Example
+from transom.data.chat.turns import Turns
 from transom.layers.linear import Linear
-from transom.runtime import one_thread
-from transom.tokenizer import byte_tokenizer
+from transom.lora.adapters import LoraWeights
+from transom.tokenizers.training import byte_tokenizer
 from transom.verify import tuning, tuning_rows
 from transom.verify.check import summarize
 from transom.verify.subjects import BUILT_IN
@@ -75,7 +77,9 @@ def test_answers_are_those_that_transformers_masks(pair, name):
 
 
 @pytest.mark.parametrize("name", ["phi3", *READS_TOOLS])
-def test_calls_that_a_template_does_not_write_are_red_where_they_are_not_refused(pair, name, monkeypatch):
+def test_calls_that_a_template_does_not_write_are_red_where_they_are_not_refused(
+    pair, name, monkeypatch
+):
     monkeypatch.setattr(Turns, "_refuse", lambda *given: None)
     writer = Writer(name, pair[0], ChatTemplate(PUBLISHED[name], pair[0]), 4096)
     found = failing(compare_masks(examples_of([{"messages": TOOL_TALK}], "row"), writer))
@@ -91,7 +95,11 @@ def test_rows_that_are_not_compared_are_counted(pair, capsys):
     ]
     long = {"messages": [say("user", "q" * 400), say("assistant", "a", weight=0)]}
     assert (
-        failing(compare_masks([*examples_of([*rows, long], "row"), Example("t", "text", text="x")], writer))
+        failing(
+            compare_masks(
+                [*examples_of([*rows, long], "row"), Example("t", "text", text="x")], writer
+            )
+        )
         == set()
     )
     told = capsys.readouterr().err
@@ -125,7 +133,9 @@ def test_weights_written_out_are_those_that_peft_merges(kind):
     base = torch.nn.Sequential(torch.nn.Linear(12, 20, bias=False))
     leaf = Linear(12, 20)
     leaf.weight.data.copy_(base[0].weight.data)
-    config = peft.LoraConfig(r=tuning.RANK, lora_alpha=tuning.ALPHA, target_modules=["0"], **settings)
+    config = peft.LoraConfig(
+        r=tuning.RANK, lora_alpha=tuning.ALPHA, target_modules=["0"], **settings
+    )
     theirs = peft.get_peft_model(base, config)
     parts = {}
     for key, weight in theirs.named_parameters():
@@ -143,7 +153,9 @@ def test_weights_written_out_are_those_that_peft_merges(kind):
 def test_experts_that_no_token_came_to_need_not_learn():
     tokenizer = byte_tokenizer()
     moe = {"num_experts": 8, "top_k": 1, "hidden_dim": 16}
-    args = ModelArgs.from_dict({**BUILT_IN["mixtral"], "moe_args": moe, "vocab_size": tokenizer.vocab_size})
+    args = ModelArgs.from_dict(
+        {**BUILT_IN["mixtral"], "moe_args": moe, "vocab_size": tokenizer.vocab_size}
+    )
     rows = Writer("", tokenizer, None, 16).encode([Example("t", "text", text="a")])
     batch = packed_batch([[rows.items[0][0]]])
     assert batch.real_tokens < 8
@@ -164,7 +176,9 @@ def test_a_gradient_that_is_lost_behind_an_expert_is_red(monkeypatch):
 
     tokenizer = byte_tokenizer()
     args = ModelArgs.from_dict({**BUILT_IN["mixtral"], "vocab_size": tokenizer.vocab_size})
-    rows = Writer("", tokenizer, None, 99).encode([Example("t", "text", text="every token of a text " * 4)])
+    rows = Writer("", tokenizer, None, 99).encode(
+        [Example("t", "text", text="every token of a text " * 4)]
+    )
     monkeypatch.setattr(tuning, "learnt", learnt)
     found = failing(tuning.compare_coverage(args, packed_batch([[rows.items[0][0]]]), "deaf"))
     assert found == {"adapters learn from what they met"}
@@ -180,21 +194,28 @@ def base(tmp_path_factory):
 
 def test_a_folder_is_verified_with_its_rows(base, tmp_path, capsys):
     assert failing(tuning.compare_folder(str(base), str(chats(tmp_path / "chats.jsonl")))) == set()
-    assert failing(tuning.compare_folder(str(base), str(preferences(tmp_path / "pairs.jsonl")))) == set()
+    assert (
+        failing(tuning.compare_folder(str(base), str(preferences(tmp_path / "pairs.jsonl"))))
+        == set()
+    )
     assert "losses are compared of conversations, completions and texts" in capsys.readouterr().err
 
 
 def test_a_template_that_marks_half_of_an_answer_is_red(base, tmp_path):
     folder = shutil.copytree(base, tmp_path / "model")
     answer = "{{ message.content[:3] }}{% endgeneration %}{{ message.content[3:] }}"
-    (folder / FILE).write_text(tuning_rows.OWN_TEMPLATE.replace("{{ message.content }}{% endgeneration %}", answer))
+    (folder / FILE).write_text(
+        tuning_rows.OWN_TEMPLATE.replace("{{ message.content }}{% endgeneration %}", answer)
+    )
     findings = tuning.compare_folder(str(folder), str(chats(tmp_path / "chats.jsonl")))
     assert failing(findings) == {"loss on answers alone, padded", "loss on answers alone, packed"}
 
 
 def test_more_examples_than_are_looked_at_are_said(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tuning, "MOST_EXAMPLES", 2)
-    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": asked("q", str(at))} for at in range(5)])
+    rows = write_rows(
+        tmp_path / "rows.jsonl", [{"messages": asked("q", str(at))} for at in range(5)]
+    )
     assert failing(tuning.compare_folder(str(base), str(rows))) == set()
     assert "the first 2 of 5 examples are looked at" in capsys.readouterr().err
 
@@ -202,12 +223,12 @@ def test_more_examples_than_are_looked_at_are_said(base, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["tuning", "--data", "x"], "--data = 'x': accepted with tuning FOLDER"),
+        (["tuning", "--data", "x"], "--data: got 'x'; valid only with tuning FOLDER"),
         (
             ["tuning", "demo", "--data", "x"],
-            "--data = 'x': accepted with a model folder, and demo has no tokenizer",
+            "--data: got 'x'; valid only with a model folder, and demo has no tokenizer",
         ),
-        (["merge", "demo", "--data", "x"], "--data = 'x': accepted with tuning FOLDER"),
+        (["merge", "demo", "--data", "x"], "--data: got 'x'; valid only with tuning FOLDER"),
         (["tuning", "no/such/model"], "no/such/model: no such folder"),
     ],
 )

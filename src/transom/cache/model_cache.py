@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transom.args import ModelArgs
+from transom.base.errors import RequestError, require
 from transom.cache.store import LayerCache, RotatingBufferCache, StaticCache
-from transom.errors import RequestError, require
+from transom.config.model_args import ModelArgs
 
 
 class ModelCache:
     """One `LayerCache` per layer; rows advance together in calls but may differ in length.
 
-    `lengths_B` lives on the device; `bound` is a host-side upper bound of it that decides shapes and overflow,
-    `debt` an upper bound of how far any row stands below the longest it has been (rings have forgotten by then).
+    `lengths_B` lives on the device; `bound` is a host-side upper bound of it that decides shapes
+    and overflow, `debt` an upper bound of how far any row stands below the longest it has been
+    (rings have forgotten by then).
     """
 
     def __init__(
@@ -27,7 +28,8 @@ class ModelCache:
     ) -> None:
         self.layers = layers
         self.capacity = capacity
-        # Whether `capacity` is a limit: some layer keeps every token, or rotary frequencies were chosen by it.
+        # Whether `capacity` is a limit: some layer keeps every token, or rotary frequencies were
+        # chosen by it.
         static = any(isinstance(layer, StaticCache) for layer in layers)
         self.bounded = static if bounded is None else bounded
         self.batch_size = layers[0].batch_size
@@ -45,17 +47,25 @@ class ModelCache:
         slack: int = 32,
         device: torch.device | str = "cpu",
     ) -> ModelCache:
-        """Static stores of `capacity` tokens, rings of window or chunk + `slack`; both default to `args`."""
+        """Static stores of `capacity` tokens, rings of window or chunk + `slack`; both default to
+        `args`.
+        """
         rows = args.max_batch_size if batch_size is None else batch_size
         tokens = args.max_seq_len if capacity is None else capacity
         if rows < 1 or tokens < 1:
-            raise RequestError(f"cache of {rows} rows and {tokens} tokens: accepted is 1 or more of both")
-        require(slack >= 0, "slack", slack, "accepted is 0 or more")
-        by_length = any(one.rope and one.rope.scaling and one.rope.scaling.by_length for one in args.layers)
+            raise RequestError(
+                f"cache of {rows} rows and {tokens} tokens: expected 1 or more of both"
+            )
+        require(slack >= 0, "slack", slack, "expected 0 or more")
+        by_length = any(
+            one.rope and one.rope.scaling and one.rope.scaling.by_length for one in args.layers
+        )
         layers: list[LayerCache] = []
         for layer in args.layers:
             if layer.rule.kind == "full":
-                raise RequestError(f"layer {layer.index} sees later tokens (pattern B): it cannot be cached")
+                raise RequestError(
+                    f"layer {layer.index} sees later tokens (pattern B): it cannot be cached"
+                )
             ring = layer.rule.size + slack
             if layer.rule.size and ring < tokens:
                 layers.append(RotatingBufferCache(rows, ring, layer.rule.size))
@@ -69,19 +79,22 @@ class ModelCache:
         return self.layers[0].context is not None
 
     def claim(self, count: int, lengths_B: Tensor | None = None) -> bool:
-        """Make room for `count` more tokens per row, or refuse; returns whether the cache was empty.
+        """Make room for `count` more tokens per row, or refuse; returns whether the cache was
+        empty.
 
         `lengths_B` are the real tokens among them, where rows are padded.
         """
         needed = self.bound + count
         if self.bounded and needed > self.capacity:
-            self.tighten()  # rollbacks leave the bound loose; only now is it worth asking the device
+            # rollbacks leave the bound loose; only now is it worth asking the device
+            self.tighten()
             needed = self.bound + count
             if lengths_B is not None:  # the row that gets most may not be the one that holds most
                 needed = int((self.lengths_B + lengths_B.to(self.lengths_B.device)).max())
             if needed > self.capacity:
                 raise RequestError(
-                    f"{self.bound} + {count} tokens: this cache holds {self.capacity}; build it with more capacity"
+                    f"{self.bound} + {count} tokens: this cache holds {self.capacity}; build it "
+                    f"with more capacity"
                 )
         fresh, self.bound = self.bound == 0, needed
         return fresh
@@ -99,12 +112,18 @@ class ModelCache:
         self.lengths_B.copy_(torch.maximum(self.lengths_B, positions_BT.amax(1) + 1))
 
     def rollback(self, count_B: Tensor | int, at_most: int) -> bool:
-        """Forget the last `count_B` tokens of each row; False, and nothing done, where a ring lost what is needed.
+        """Forget the last `count_B` tokens of each row; False, and nothing done, where a ring lost
+        what is needed.
 
         `at_most` is the largest count, known on the host.
         """
         if isinstance(count_B, int):
-            require(0 <= count_B <= at_most, "rollback", count_B, f"accepted is 0 to at_most = {at_most}")
+            require(
+                0 <= count_B <= at_most,
+                "rollback",
+                count_B,
+                f"expected 0 to at_most = {at_most}",
+            )
         if not all(layer.can_rollback(self.debt + at_most) for layer in self.layers):
             return False
         self.debt += at_most
@@ -144,7 +163,11 @@ class ModelCache:
         self.lengths_B.copy_(tensors["lengths"])
         self.bound, self.debt, peak = tensors["host"].tolist()
         for index, layer in enumerate(self.layers):
-            mine = {key.partition("/")[2]: x for key, x in tensors.items() if key.startswith(f"{index}/")}
+            mine = {
+                key.partition("/")[2]: x
+                for key, x in tensors.items()
+                if key.startswith(f"{index}/")
+            }
             layer.restore(mine, self.bound, peak)
 
     @property

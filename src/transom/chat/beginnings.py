@@ -6,22 +6,27 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
+from transom.base.errors import RequestError
 from transom.chat.marking import Marks, strings
 from transom.chat.sandbox import Compiled
-from transom.errors import RequestError
 
 
 class Beginnings:
     """The texts of the first messages of a conversation.
 
-    Two renderings give all of them if the template writes in steps. Otherwise each one is rendered by itself.
+    Two renderings give all of them if the template writes in steps. Otherwise each one is rendered
+    by itself.
     """
 
-    def __init__(self, compiled: Compiled, variables: Mapping[str, Any], now: datetime | None) -> None:
+    def __init__(
+        self, compiled: Compiled, variables: Mapping[str, Any], now: datetime | None
+    ) -> None:
         self._compiled, self._variables = compiled, dict(variables)
         self._now = now or datetime.now()
         self._messages = self._variables["messages"]
-        self._edges: list[int] = []  # the character at which each step begins, and the end of the last one
+        self._edges: list[
+            int
+        ] = []  # the character at which each step begins, and the end of the last one
         self._text = self._end = self._head = ""
         if compiled.steps is not None and len(self._messages) > 1:
             self._render_steps()
@@ -47,7 +52,9 @@ class Beginnings:
 
     @property
     def in_steps(self) -> bool:
-        """Whether the beginnings are parts of one text; otherwise each of them is rendered by itself."""
+        """Whether the beginnings are parts of one text; otherwise each of them is rendered by
+        itself.
+        """
         return bool(self._edges)
 
     def whole(self, count: int) -> str:
@@ -57,7 +64,9 @@ class Beginnings:
         return self._render(count, False)
 
     def prompt(self, count: int) -> str | None:
-        """Return the prompt for an answer to the first `count` messages; None if the template writes none."""
+        """Return the prompt for an answer to the first `count` messages; None if the template
+        writes none.
+        """
         if count and self._known(count):
             return self._text[: self._edges[count]] + self._head
         try:
@@ -70,5 +79,9 @@ class Beginnings:
         return bool(self._edges) and steps is not None and count >= steps.reads
 
     def _render(self, count: int, prompt: bool) -> str:
-        talk = {**self._variables, "messages": self._messages[:count], "add_generation_prompt": prompt}
+        talk = {
+            **self._variables,
+            "messages": self._messages[:count],
+            "add_generation_prompt": prompt,
+        }
         return self._compiled.render(talk, now=self._now)

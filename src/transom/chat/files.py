@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.errors import RequestError, WorkError, notice, require
-from transom.paths import read_bytes, read_json
+from transom.base.errors import RequestError, WorkError, notice, require
+from transom.base.files import read_bytes, read_json
 from transom.tokenizers.folder import TEMPLATES
 
 FILE, CONFIG, OLD_FILE = "chat_template.jinja", "tokenizer_config.json", "chat_template.json"
@@ -15,23 +15,31 @@ DEFAULT = "default"
 
 
 def stored_templates(folder: Path) -> tuple[str, dict[str, str]]:
-    """Return the file that a folder keeps its chat templates in, and those by name; none at all is an empty dict.
+    """Return the file that a folder keeps its chat templates in, and those by name; none at all is
+    an empty dict.
 
-    As in transformers, template files take precedence over tokenizer_config.json, and a single template is called
-    `default`.
+    As in transformers, template files take precedence over tokenizer_config.json, and a single
+    template is called `default`.
     """
     config, file = folder / CONFIG, folder / FILE
-    in_config = _templates(read_json(config).get("chat_template"), config) if config.exists() else {}
+    in_config = (
+        _templates(read_json(config).get("chat_template"), config) if config.exists() else {}
+    )
     files = {one.stem: one for one in sorted((folder / TEMPLATES).glob("*.jinja"))}
     files |= {DEFAULT: file} if file.exists() else {}
     if files:
         found = {name: read_text(one) for name, one in files.items()}
         if any(found.get(name) != source for name, source in in_config.items()):
-            notice(f"{folder}: template files and {CONFIG} hold different chat templates; the first is taken")
+            notice(
+                f"{folder}: template files and {CONFIG} hold different chat templates; the first "
+                f"is taken"
+            )
         return str(file if file.exists() else folder / TEMPLATES), found
     if in_config or not (folder / OLD_FILE).exists():
         return str(config), in_config
-    return str(folder / OLD_FILE), _templates(read_json(folder / OLD_FILE).get("chat_template"), folder / OLD_FILE)
+    return str(folder / OLD_FILE), _templates(
+        read_json(folder / OLD_FILE).get("chat_template"), folder / OLD_FILE
+    )
 
 
 def write_templates(folder: Path, sources: Mapping[str, str]) -> None:
@@ -46,7 +54,9 @@ def write_templates(folder: Path, sources: Mapping[str, str]) -> None:
 
 
 def _templates(entry: Any, file: Path) -> dict[str, str]:
-    """Return templates by name from a text, an object of texts, or a list of `{"name": ..., "template": ...}`."""
+    """Return templates by name from a text, an object of texts, or a list of `{"name": ...,
+    "template": ...}`.
+    """
     if entry is None:
         return {}
     given = entry
@@ -54,16 +64,23 @@ def _templates(entry: Any, file: Path) -> dict[str, str]:
         entry = [{"name": name, "template": source} for name, source in entry.items()]
     named = [{"name": DEFAULT, "template": entry}] if isinstance(entry, str) else entry
     fits = isinstance(named, list) and all(
-        isinstance(one, dict) and isinstance(one.get("name"), str) and isinstance(one.get("template"), str)
+        isinstance(one, dict)
+        and isinstance(one.get("name"), str)
+        and isinstance(one.get("template"), str)
         for one in named
     )
-    accepted = "accepted is a text, an object of texts by name, or a list of objects with a name and a template"
-    require(fits, f"{file}: chat_template", given, accepted)
+    expected = (
+        "expected a text, an object of texts by name, or a list of objects with a name and a "
+        "template"
+    )
+    require(fits, f"{file}: chat_template", given, expected)
     return {one["name"]: one["template"] for one in named}
 
 
 def variables_of(folder: Path) -> dict[str, str]:
-    """Tokens that tokenizer_config.json has names for (`image_token`), which templates write by these names."""
+    """Tokens that tokenizer_config.json has names for (`image_token`), which templates write by
+    these names.
+    """
     if not (folder / CONFIG).exists():
         return {}
     config = read_json(folder / CONFIG)
@@ -82,4 +99,4 @@ def read_text(file: Path) -> str:
     try:
         return read_bytes(file).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RequestError(f"{file}: accepted is text in UTF-8 ({error})") from None
+        raise RequestError(f"{file}: expected text in UTF-8 ({error})") from None

@@ -1,11 +1,13 @@
-"""Tells which words of a rendered chat come from the template or the messages, and which texts are left out.
+"""Tells which words of a rendered chat come from the template or the messages, and which texts are
+left out.
 
-A rendered chat is one text, and a message that spells `<|eot_id|>` looks in it like the end of a turn. So the
-chat is rendered a second time with invisible marks around such words. Where both renderings agree but for the
-marks, the marks tell the two kinds apart; where a template's logic depends on such a word, the chat is refused.
+A rendered chat is one text, and a message that spells `<|eot_id|>` looks in it like the end of a
+turn. So the chat is rendered a second time with invisible marks around such words. Where both
+renderings agree but for the marks, the marks tell the two kinds apart; where a template's logic
+depends on such a word, the chat is refused.
 
-Every text of the messages and tools has marks of its own, which tell where the template writes it. If the marks of
-a text are missing, the template leaves it out.
+Every text of the messages and tools has marks of its own, which tell where the template writes it.
+If the marks of a text are missing, the template leaves it out.
 """
 
 from __future__ import annotations
@@ -20,15 +22,16 @@ from functools import cached_property
 from itertools import islice, pairwise
 from typing import Any
 
+from transom.base.errors import RequestError
 from transom.chat.messages import REASONING
-from transom.errors import RequestError
-from transom.tokenizer import Tokenizer
+from transom.tokenizers.tokenizer import Tokenizer
 
 # Names of the parts of a message that templates build control tokens from (`'<|' + role + '|>'`).
 NAMING = ("role", "type")
 # Names of parts that templates compare or leave out on purpose, and so are not expected to write.
 KEYS = (*NAMING, "id", "tool_call_id", "call_id", "required")
-# A word that no template looks for: it is not in angle or square brackets and does not follow a slash.
+# A word that no template looks for: it is not in angle or square brackets and does not follow a
+# slash.
 WORD = re.compile(r"(?<![\w<\[|/\\{])[^\W_]\w*(?![\w>\]|}])")
 CLOSED = re.compile(r"</\w+>\s*$")
 
@@ -39,7 +42,8 @@ Path = tuple[str | int, ...]  # keys and numbers that lead to a text: ("messages
 class Marks:
     """Pairs of marker characters that no text of this conversation contains.
 
-    `user` encloses control words in messages, `said` the template's generation blocks, `text` the number of a text.
+    `user` encloses control words in messages, `said` the template's generation blocks, `text` the
+    number of a text.
     """
 
     user: tuple[str, str]
@@ -51,14 +55,18 @@ class Marks:
     def unused_in(cls, texts: Iterable[str]) -> Marks:
         """Marks out of Unicode's private planes."""
         used = set().union(*texts)
-        free = (character for code in range(0xF0000, 0x110000) if (character := chr(code)) not in used)
+        free = (
+            character for code in range(0xF0000, 0x110000) if (character := chr(code)) not in used
+        )
         one, two, three, four, five, six, seven = islice(free, 7)
         return cls((one, two), (three, four), (five, six), seven)
 
 
 @dataclass
 class Text:
-    """A text of the messages or tools by its path; `marks` counts its marks, `offsets` are of written ones."""
+    """A text of the messages or tools by its path; `marks` counts its marks, `offsets` are of
+    written ones.
+    """
 
     path: Path
     value: str
@@ -67,12 +75,17 @@ class Text:
     written: set[int] = field(default_factory=set)  # which of its marks
 
     def found_in(self, text: str) -> Text:
-        """Return this text as found by its words, for templates that write something else if there are marks."""
+        """Return this text as found by its words, for templates that write something else if there
+        are marks.
+        """
         words = self.value.strip()
         there = any(
-            one in text for one in (words, json.dumps(words)[1:-1], json.dumps(words, ensure_ascii=False)[1:-1])
+            one in text
+            for one in (words, json.dumps(words)[1:-1], json.dumps(words, ensure_ascii=False)[1:-1])
         )
-        return Text(self.path, self.value, self.marks, [], set(range(self.marks)) if there else set())
+        return Text(
+            self.path, self.value, self.marks, [], set(range(self.marks)) if there else set()
+        )
 
     @property
     def lost(self) -> bool:
@@ -90,10 +103,12 @@ class Marked:
     """A rendered chat without its marks, and what they said, as offsets in characters of `text`."""
 
     text: str = ""
-    # What came in with a message and spells a control token, and points that no control token reaches across.
+    # What came in with a message and spells a control token, and points that no control token
+    # reaches across.
     protected: list[tuple[int, int]] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)  # what `{% generation %}` encloses
-    # The texts of the messages and tools, by number; None if marks would change what the template writes.
+    # The texts of the messages and tools, by number; None if marks would change what the template
+    # writes.
     texts: list[Text] | None = None
 
     def first_offset(self, message: int) -> int | None:
@@ -155,18 +170,29 @@ class Marker:
         self.texts: list[Text] | None = [] if texts else None
         self._known: dict[Path, int] = {}
         self._words = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._heads = frozenset(word[:size] for word in longest_first for size in range(1, len(word)))
-        self._tails = frozenset(word[size:] for word in longest_first for size in range(1, len(word)))
-        opened, closed, said, unsaid, begin, end = map(_spellings, (*marks.user, *marks.said, *marks.text))
+        self._heads = frozenset(
+            word[:size] for word in longest_first for size in range(1, len(word))
+        )
+        self._tails = frozenset(
+            word[size:] for word in longest_first for size in range(1, len(word))
+        )
+        opened, closed, said, unsaid, begin, end = map(
+            _spellings, (*marks.user, *marks.said, *marks.text)
+        )
         self._found = re.compile(
             f"{opened}(?P<word>{self._words.pattern}){closed}|{begin}(?P<text>[0-9]+){end}"
             f"|(?P<said>{said})|(?P<unsaid>{unsaid})|(?P<user>{opened}|{closed})|{begin}|{end}"
         )
 
     def mark(self, value: Any, path: Path = ()) -> Any:
-        """A copy with marks around control words, and at ends where one could grow together with its neighbour."""
+        """A copy with marks around control words, and at ends where one could grow together with
+        its neighbour.
+        """
         if isinstance(value, dict):
-            return {self._words.sub(self._around, key): self.mark(one, (*path, key)) for key, one in value.items()}
+            return {
+                self._words.sub(self._around, key): self.mark(one, (*path, key))
+                for key, one in value.items()
+            }
         if isinstance(value, list):
             return [self.mark(one, (*path, at)) for at, one in enumerate(value)]
         if not isinstance(value, str):
@@ -196,12 +222,16 @@ class Marker:
         return "".join(pieces)
 
     def _places(self, value: str, path: Path) -> list[int]:
-        """Return the places of a text's own marks: in the first word that no template looks for, and at the end.
+        """Return the places of a text's own marks: in the first word that no template looks for,
+        and at the end.
 
-        Templates look for closing tags, so if the text ends with one, the last word is marked instead.
+        Templates look for closing tags, so if the text ends with one, the last word is marked
+        instead.
         """
         inside = self.texts is not None and path[:1] in (("messages",), ("tools",), ("documents",))
-        of_part = len(path) > 4 and path[2] == "content" and path[4] != "text"  # the file of an image
+        of_part = (
+            len(path) > 4 and path[2] == "content" and path[4] != "text"
+        )  # the file of an image
         if not inside or of_part or any(part in KEYS for part in path) or not value.strip():
             return []
         taken = [match.span() for match in self._words.finditer(value)]
@@ -224,7 +254,11 @@ class Marker:
 
     def strip(self, rendered: str) -> Marked:
         """The text without marks, and where they were."""
-        texts = None if self.texts is None else [Text(one.path, one.value, one.marks) for one in self.texts]
+        texts = (
+            None
+            if self.texts is None
+            else [Text(one.path, one.value, one.marks) for one in self.texts]
+        )
         out, pieces, length, start = Marked(texts=texts), [], 0, 0
         opened: list[int] = []
         for found in self._found.finditer(rendered):
@@ -254,14 +288,19 @@ def _spellings(mark: str) -> str:
     return f"(?:{re.escape(mark)}|{re.escape(json.dumps(mark)[1:-1])})"
 
 
-# -- which token stands where ------------------------------------------------------------------------
+# -- which token stands where
+# ------------------------------------------------------------------------
 
 
-def token_ranges(tokenizer: Tokenizer, ids: list[int], text: str, what: str) -> list[tuple[int, int]]:
-    """The characters of `text` that each id stands for, checked: what the ids decode to is the text.
+def token_ranges(
+    tokenizer: Tokenizer, ids: list[int], text: str, what: str
+) -> list[tuple[int, int]]:
+    """The characters of `text` that each id stands for, checked: what the ids decode to is the
+    text.
 
-    Tokens that share a character (its bytes) have the same range. White space may lie between tokens that
-    swallow it, and before the first, where some vocabularies write a space of their own.
+    Tokens that share a character (its bytes) have the same range. White space may lie between
+    tokens that swallow it, and before the first, where some vocabularies write a space of their
+    own.
     """
     ranges: list[tuple[int, int]] = []
     held, at = 0, 0
@@ -275,7 +314,8 @@ def token_ranges(tokenizer: Tokenizer, ids: list[int], text: str, what: str) -> 
             found, piece = at, piece.lstrip(" ")
         if found is None:
             raise RequestError(
-                f"{what}: its tokens decode to {piece[:20]!r} where the text has {text[at : at + 20]!r}; accepted "
+                f"{what}: its tokens decode to {piece[:20]!r} where the text has "
+                f"{text[at : at + 20]!r}; accepted "
                 "for a loss mask is a tokenizer that keeps text as it is"
             )
         at = found + len(piece)
@@ -285,7 +325,9 @@ def token_ranges(tokenizer: Tokenizer, ids: list[int], text: str, what: str) -> 
 
 
 class TokenPlaces:
-    """The characters for which each id stands, also if the vocabulary composes characters, which moves them."""
+    """The characters for which each id stands, also if the vocabulary composes characters, which
+    moves them.
+    """
 
     def __init__(self, tokenizer: Tokenizer, ids: list[int], text: str, what: str) -> None:
         self._text: str | None = None
@@ -301,7 +343,11 @@ class TokenPlaces:
         """Return spans of the text as they lie among the ranges."""
         if self._text is None:
             return spans
-        places = {edge: len(unicodedata.normalize("NFC", self._text[:edge])) for span in spans for edge in span}
+        places = {
+            edge: len(unicodedata.normalize("NFC", self._text[:edge]))
+            for span in spans
+            for edge in span
+        }
         return [(places[start], places[stop]) for start, stop in spans]
 
     def mask(self, spans: Sequence[tuple[int, int]]) -> list[bool]:
@@ -309,8 +355,11 @@ class TokenPlaces:
         return mask_of(self.ranges, self.moved(spans))
 
 
-def controls_in(tokenizer: Tokenizer, chat: Marked, ids: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Return the template's control tokens as (first character, one past the last, index of the id).
+def controls_in(
+    tokenizer: Tokenizer, chat: Marked, ids: Sequence[int]
+) -> list[tuple[int, int, int]]:
+    """Return the template's control tokens as (first character, one past the last, index of the
+    id).
 
     Return none if they cannot be told apart from others.
     """
@@ -358,7 +407,9 @@ def _pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[tuple[int, str
 
 
 def mask_of(ranges: Iterable[tuple[int, int]], spans: Iterable[tuple[int, int]]) -> list[bool]:
-    """True for each token that stands for a character of a span; the ranges come in the order of the text."""
+    """True for each token that stands for a character of a span; the ranges come in the order of
+    the text.
+    """
     mask: list[bool] = []
     left = deque(sorted(spans))
     for start, stop in ranges:

@@ -12,13 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from transom.base.errors import RequestError
 from transom.chat.template import ChatTemplate
-from transom.errors import RequestError
-from transom.tokenizer import Tokenizer
+from transom.tokenizers.tokenizer import Tokenizer
 
 Kind = Literal["reasoning", "answer"]
 Piece = tuple[Kind, str]
-# Markers to look for in vocabularies and in templates that do not write the reasoning of earlier turns.
+# Markers to look for in vocabularies and in templates that do not write the reasoning of earlier
+# turns.
 PAIRS = (
     ("<think>", "</think>"),
     ("[THINK]", "[/THINK]"),
@@ -35,7 +36,9 @@ THOUGHT, ANSWER = "Qx7thought", "Qx7answer"
 
 @dataclass(frozen=True)
 class Markers:
-    """The markers around reasoning, or that the model writes channels; and the head of an answer."""
+    """The markers around reasoning, or that the model writes channels; and the head of an
+    answer.
+    """
 
     opens: str
     closes: str
@@ -45,9 +48,12 @@ class Markers:
     def splitter(self, *, begun: bool = False) -> Splitter:
         """Return a splitter for one answer after the template's prompt for it.
 
-        An answer that has `begun` was not asked for with this prompt: its first words were given to the model.
+        An answer that has `begun` was not asked for with this prompt: its first words were given to
+        the model.
         """
-        splitter: Splitter = ChannelSplitter() if self.channels else PairSplitter(self.opens, self.closes)
+        splitter: Splitter = (
+            ChannelSplitter() if self.channels else PairSplitter(self.opens, self.closes)
+        )
         opened = f"{CHANNEL}{FINAL}{MESSAGE}" if self.channels else ""
         splitter.begin(opened if begun else self.head)
         return splitter
@@ -56,11 +62,14 @@ class Markers:
         """Return the ids of the control tokens in the markers, which the text must show."""
         words = CHANNELS if self.channels else (self.opens, self.closes)
         special = tokenizer.special_tokens
-        return tuple(id for spelling, id in special.items() if any(spelling in word for word in words))
+        return tuple(
+            id for spelling, id in special.items() if any(spelling in word for word in words)
+        )
 
 
 def find_markers(template: ChatTemplate, **values: Any) -> Markers | None:
-    """Return the markers of a model's reasoning; None where neither template nor vocabulary has any.
+    """Return the markers of a model's reasoning; None where neither template nor vocabulary has
+    any.
 
     `values` are those that the chat gives the template, which may switch reasoning off.
     """
@@ -83,15 +92,21 @@ def _head(template: ChatTemplate, values: dict[str, Any]) -> str:
     """Return the text that a template writes after a question to ask for the answer."""
     turn = [{"role": "user", "content": "Hello"}]
     try:
-        asked, bare = (template.render(turn, add_generation_prompt=ask, **values) for ask in (True, False))
+        asked, bare = (
+            template.render(turn, add_generation_prompt=ask, **values) for ask in (True, False)
+        )
     except RequestError:  # it accepts other conversations only
         return ""
     pairs = enumerate(zip(asked, bare, strict=False))
-    return asked[next((at for at, (one, other) in pairs if one != other), min(len(asked), len(bare))) :]
+    return asked[
+        next((at for at, (one, other) in pairs if one != other), min(len(asked), len(bare))) :
+    ]
 
 
 def _written(template: ChatTemplate) -> tuple[str, str] | None:
-    """Return the markers that a template writes around the reasoning of a message, if it writes any."""
+    """Return the markers that a template writes around the reasoning of a message, if it writes
+    any.
+    """
     turn = [{"role": "user", "content": "Hello"}]
     answer = {"role": "assistant", "content": ANSWER, "reasoning_content": THOUGHT}
     try:
@@ -110,7 +125,9 @@ def _written(template: ChatTemplate) -> tuple[str, str] | None:
 
 
 def split(text: str, markers: Markers | None, *, begun: bool = False) -> tuple[str, str]:
-    """Return the reasoning and the answer of a complete text; without markers all of it is the answer."""
+    """Return the reasoning and the answer of a complete text; without markers all of it is the
+    answer.
+    """
     if markers is None:
         return "", text
     splitter = markers.splitter(begun=begun)
@@ -120,7 +137,9 @@ def split(text: str, markers: Markers | None, *, begun: bool = False) -> tuple[s
 
 
 def marker_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return the ids of control tokens that set reasoning apart, of all kinds that are known by name."""
+    """Return the ids of control tokens that set reasoning apart, of all kinds that are known by
+    name.
+    """
     special = tokenizer.special_tokens
     words = [word for pair in PAIRS if all(one in special for one in pair) for word in pair]
     words += CHANNELS if all(one in special for one in CHANNELS) else ()
@@ -132,7 +151,9 @@ class _Cutter:
 
     def __init__(self, markers: Sequence[str]) -> None:
         self.markers = markers
-        self._find = re.compile("|".join(re.escape(one) for one in sorted(markers, key=len, reverse=True)))
+        self._find = re.compile(
+            "|".join(re.escape(one) for one in sorted(markers, key=len, reverse=True))
+        )
         self._waiting = ""  # the end of the text, as far as it may begin a marker
 
     def push(self, text: str) -> Iterator[tuple[str, bool]]:
@@ -146,7 +167,9 @@ class _Cutter:
             start = found.end()
         rest = text[start:]
         sizes = range(min(len(rest), max(map(len, self.markers)) - 1), 0, -1)
-        heads = (size for size in sizes if any(one.startswith(rest[-size:]) for one in self.markers))
+        heads = (
+            size for size in sizes if any(one.startswith(rest[-size:]) for one in self.markers)
+        )
         end = len(rest) - next(heads, 0)
         self._waiting = rest[end:]
         if end:
@@ -182,8 +205,12 @@ class Splitter(ABC):
             self._take(text, marker)
 
     def push(self, text: str) -> list[Piece]:
-        """Return the pieces that can be shown after `text`; the possible beginning of a marker waits."""
-        return [piece for part, marker in self._cutter.push(text) for piece in self._take(part, marker)]
+        """Return the pieces that can be shown after `text`; the possible beginning of a marker
+        waits.
+        """
+        return [
+            piece for part, marker in self._cutter.push(text) for piece in self._take(part, marker)
+        ]
 
     def finish(self) -> list[Piece]:
         """Return the pieces that waited, when no more text comes."""
@@ -207,8 +234,8 @@ class Splitter(ABC):
 class PairSplitter(Splitter):
     """Reasoning between two markers in front of the answer.
 
-    A marker inside the answer is a word of the answer. If the end of the reasoning comes without its
-    beginning, all text before it was reasoning.
+    A marker inside the answer is a word of the answer. If the end of the reasoning comes without
+    its beginning, all text before it was reasoning.
     """
 
     def __init__(self, opens: str, closes: str) -> None:
@@ -221,7 +248,10 @@ class PairSplitter(Splitter):
         """Read which marker is the last in the template's prompt for the answer."""
         for text, marker in _Cutter(self._cutter.markers).push(head):
             if marker:
-                self._state, self._reasoned = ("reasoning" if text == self._opens else "answer"), True
+                self._state, self._reasoned = (
+                    ("reasoning" if text == self._opens else "answer"),
+                    True,
+                )
 
     def _take(self, text: str, marker: bool) -> list[Piece]:
         if marker and text == self._opens and self._state == "start":
@@ -251,7 +281,8 @@ class PairSplitter(Splitter):
 class ChannelSplitter(Splitter):
     """Messages in channels: the channel `final` is the answer, all others are reasoning.
 
-    Messages of one kind are joined by line ends. Text of a model that writes no channels is the answer.
+    Messages of one kind are joined by line ends. Text of a model that writes no channels is the
+    answer.
     """
 
     def __init__(self) -> None:
@@ -280,7 +311,11 @@ class ChannelSplitter(Splitter):
 
     def _rest(self) -> list[Piece]:
         """Return a header as text if it has no channel, since then it was not a header."""
-        text = "" if self._header is None or self._in_channel else self._header.removeprefix("assistant")
+        text = (
+            ""
+            if self._header is None or self._in_channel
+            else self._header.removeprefix("assistant")
+        )
         if text:
             self._header = None
             self._kind = "answer"

@@ -23,8 +23,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
+from transom.base.errors import RequestError
 from transom.chat.steps import steps_of
-from transom.errors import RequestError
 
 MAX_SECONDS = 10.0  # of one rendering; published templates take milliseconds
 MAX_STEPS = 1_000_000  # rounds of loops, calls and operators of one rendering
@@ -32,7 +32,9 @@ MAX_CHARACTERS = 100_000_000  # that all steps of one rendering may write togeth
 MAX_SOURCE = 1_000_000  # characters of a template; published ones have up to 20,000
 MAX_NUMBER = 10_000  # as a width, a count or an indent, and bits of an integer
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-WIDE_FORMAT = re.compile(r"\d{4,}|\{[^{}]*\{")  # a width of thousands, or one that is itself a field
+WIDE_FORMAT = re.compile(
+    r"\d{4,}|\{[^{}]*\{"
+)  # a width of thousands, or one that is itself a field
 # Filters that no chat template needs and whose output can be many times their input.
 NO_FILTERS = ("center", "wordwrap", "urlize", "xmlattr", "pprint", "striptags", "random", "sum")
 
@@ -46,7 +48,9 @@ class Refused(TemplateError):
 
 
 class _Namespace(Namespace):
-    """`namespace()` whose attributes cannot begin with an underscore, so that none of Python's are reached."""
+    """`namespace()` whose attributes cannot begin with an underscore, so that none of Python's are
+    reached.
+    """
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # `self` may be one of the names
         Namespace.__init__(*args, **kwargs)
@@ -64,7 +68,9 @@ def _check_name(name: object) -> None:
 
 
 class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}`: what the model is to say, marked where marks are wanted."""
+    """`{% generation %}...{% endgeneration %}`: what the model is to say, marked where marks are
+    wanted.
+    """
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's own form
 
@@ -77,7 +83,9 @@ class _Generation(Extension):
 
 
 class _Counting(NodeTransformer):
-    """A template in which loops, macros, `~` and new lists call the environment, where they are counted."""
+    """A template in which loops, macros, `~` and new lists call the environment, where they are
+    counted.
+    """
 
     def _block(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:
         self.generic_visit(node)
@@ -103,16 +111,22 @@ def _method(name: str, *args: nodes.Expr) -> nodes.Call:
 
 
 class ChatEnvironment(ImmutableSandboxedEnvironment):
-    """The sandbox of one rendering: it counts what the template does, and stops it at the limits above."""
+    """The sandbox of one rendering: it counts what the template does, and stops it at the limits
+    above.
+    """
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self, marks: tuple[str, str] = ("", ""), now: datetime | None = None) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
         self.marks, self.now, self.step = marks, now or datetime.now(), ""
         self.deadline = time.monotonic() + MAX_SECONDS
         self.steps = self.characters = 0
-        self._sizes: dict[int, tuple[Any, int]] = {}  # of containers by id, which are kept alive with it
+        self._sizes: dict[
+            int, tuple[Any, int]
+        ] = {}  # of containers by id, which are kept alive with it
         self.filters = {name: self._counted(name, one) for name, one in self.filters.items()}
         for name in NO_FILTERS:
             del self.filters[name]
@@ -122,14 +136,19 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         self.globals |= {"dict": _Dict(), "namespace": _Namespace}
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
-        """Python of the template, with the counting put in, and marks of steps where it writes in steps."""
+        """Python of the template, with the counting put in, and marks of steps where it writes in
+        steps.
+        """
         steps = steps_of(source)
         if steps is not None:
             steps.loop.body.insert(0, nodes.Output([_method("stepped")]))
-            source.body.insert(source.body.index(steps.loop) + 1, nodes.Output([_method("stepped")]))
+            source.body.insert(
+                source.body.index(steps.loop) + 1, nodes.Output([_method("stepped")])
+            )
         return super()._generate(_Counting().visit(source), *args, **kwargs)
 
-    # -- what a template may reach -------------------------------------------------------------------
+    # -- what a template may reach
+    # -------------------------------------------------------------------
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
         """Jinja would render an attribute out of reach as nothing; it is an error here."""
@@ -150,7 +169,8 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
         return counted
 
-    # -- counting ------------------------------------------------------------------------------------
+    # -- counting
+    # ------------------------------------------------------------------------------------
 
     def tick(self, characters: int = 0) -> None:
         """Count one step that writes so many characters."""
@@ -197,7 +217,9 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         return size
 
     def kept(self, value: Any) -> Any:
-        """A new value, unless it is too large: a list of lists of one list is written, and compared, in full."""
+        """A new value, unless it is too large: a list of lists of one list is written, and
+        compared, in full.
+        """
         if isinstance(value, list | tuple | dict):
             self.size(value)
         return value
@@ -208,7 +230,11 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             self.tick(len(left) + len(right))
             return left + right
         if isinstance(left, int) and isinstance(right, int):
-            bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+            bits = (
+                left.bit_length() * right
+                if operator == "**"
+                else left.bit_length() + right.bit_length()
+            )
             if bits > MAX_NUMBER:
                 raise Exhausted("it computes integers of thousands of digits")
         if operator == "%" and isinstance(left, str | bytes):
@@ -229,7 +255,9 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         return __self.kept(super().call(__context, __obj, *args, **kwargs))
 
     def _counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter whose growth is measured; Jinja's context or environment may stand before its value."""
+        """A filter whose growth is measured; Jinja's context or environment may stand before its
+        value.
+        """
         skipped = 0 if getattr(function, "jinja_pass_arg", None) is None else 1
 
         @functools.wraps(function)
@@ -284,13 +312,19 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
 
 class Compiled:
-    """A template as Python code, and the names that it reads; what is no Jinja is a `RequestError`."""
+    """A template as Python code, and the names that it reads; what is no Jinja is a
+    `RequestError`.
+    """
 
     def __init__(self, source: str, origin: str) -> None:
         self.source, self.origin = source, origin
-        self.generation = GENERATION.search(source) is not None  # whether it says what a model is to say
+        self.generation = (
+            GENERATION.search(source) is not None
+        )  # whether it says what a model is to say
         if len(source) > MAX_SOURCE:
-            raise RequestError(f"{origin}: {len(source)} characters; accepted is a template of {MAX_SOURCE:,}")
+            raise RequestError(
+                f"{origin}: {len(source)} characters; expected a template of {MAX_SOURCE:,}"
+            )
         environment = ChatEnvironment()
         try:
             parsed = environment.parse(source)
@@ -298,9 +332,13 @@ class Compiled:
             self.steps = steps_of(parsed)
             self._code = environment.compile(source)
         except TemplateSyntaxError as error:
-            raise RequestError(f"{origin}: line {error.lineno}: not a Jinja template ({error.message})") from None
+            raise RequestError(
+                f"{origin}: line {error.lineno}: not a Jinja template ({error.message})"
+            ) from None
         except (RecursionError, MemoryError, SyntaxError, TemplateError) as error:
-            raise RequestError(f"{origin}: not a Jinja template that can be compiled ({_words(error)})") from None
+            raise RequestError(
+                f"{origin}: not a Jinja template that can be compiled ({_words(error)})"
+            ) from None
 
     def render(
         self,
@@ -309,7 +347,9 @@ class Compiled:
         now: datetime | None = None,
         step: str = "",
     ) -> str:
-        """Return the text for `variables` at a time, with `marks` around `{% generation %}` and `step` at steps."""
+        """Return the text for `variables` at a time, with `marks` around `{% generation %}` and
+        `step` at steps.
+        """
         environment = ChatEnvironment(marks, now)
         environment.step = step
         template = Template.from_code(environment, self._code, environment.make_globals(None))
@@ -323,7 +363,9 @@ class Compiled:
         except Exhausted as error:
             raise RequestError(f"{self.origin}: stopped, as {_words(error)}") from None
         except SecurityError as error:
-            raise RequestError(f"{self.origin}: a chat template may not do this: {_words(error)}") from None
+            raise RequestError(
+                f"{self.origin}: a chat template may not do this: {_words(error)}"
+            ) from None
         except Exception as error:  # it is a program, and may fail like any other
             reason = f"{type(error).__name__}: {_words(error)}"
             raise RequestError(f"{self.origin}: cannot render these messages ({reason})") from None
@@ -367,4 +409,6 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """JSON as text; Jinja's own filter would write `<` and `&` as HTML needs them."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

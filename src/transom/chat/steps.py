@@ -1,8 +1,10 @@
-"""Find templates that write one message after another, so that one rendering gives the text of every prefix.
+"""Find templates that write one message after another, so that one rendering gives the text of
+every prefix.
 
-Such a template is one loop over the messages, followed by text that depends on nothing set in the loop. Inside the
-loop, nothing depends on later messages or on `add_generation_prompt`. The first k messages then render to the text
-that the full conversation has before step k, followed by the text after the loop.
+Such a template is one loop over the messages, followed by text that depends on nothing set in the
+loop. Inside the loop, nothing depends on later messages or on `add_generation_prompt`. The first k
+messages then render to the text that the full conversation has before step k, followed by the text
+after the loop.
 """
 
 from __future__ import annotations
@@ -12,13 +14,17 @@ from typing import NamedTuple
 
 from jinja2 import nodes
 
-BACKWARD = frozenset({"index", "index0", "first", "depth", "depth0", "previtem", "cycle", "changed"})
+BACKWARD = frozenset(
+    {"index", "index0", "first", "depth", "depth0", "previtem", "cycle", "changed"}
+)
 STATEFUL = frozenset({"cycler", "joiner"})  # objects whose value depends on earlier calls
 ELSEWHERE = (nodes.Block, nodes.Extends, nodes.Include, nodes.Import, nodes.FromImport)
 
 
 class Steps(NamedTuple):
-    """The loop over the messages, and the number of first messages that the template reads at any time."""
+    """The loop over the messages, and the number of first messages that the template reads at any
+    time.
+    """
 
     loop: nodes.For
     reads: int
@@ -29,7 +35,9 @@ def steps_of(template: nodes.Template) -> Steps | None:
     if any(template.find(kind) for kind in ELSEWHERE):
         return None
     names = {"messages", *_aliases(template)}
-    loops = [one for one in template.body if isinstance(one, nodes.For) and _is_name(one.iter, names)]
+    loops = [
+        one for one in template.body if isinstance(one, nodes.For) and _is_name(one.iter, names)
+    ]
     if len(loops) != 1 or loops[0].else_ or loops[0].test is not None or loops[0].recursive:
         return None
     loop = loops[0]
@@ -49,7 +57,11 @@ def steps_of(template: nodes.Template) -> Steps | None:
 
 def _aliases(template: nodes.Template) -> set[str]:
     """Return other names of the list of messages that are set once at the top."""
-    given = [one for one in template.body if isinstance(one, nodes.Assign) and _is_name(one.node, {"messages"})]
+    given = [
+        one
+        for one in template.body
+        if isinstance(one, nodes.Assign) and _is_name(one.node, {"messages"})
+    ]
     names = {one.target.name for one in given if isinstance(one.target, nodes.Name)}
     stored = [name.name for name in template.find_all(nodes.Name) if name.ctx == "store"]
     return {name for name in names if stored.count(name) == 1}
@@ -73,15 +85,21 @@ def _reads(template: nodes.Template, loop: nodes.For, names: set[str]) -> int | 
 
 
 def _looks_back(body: list[nodes.Node]) -> bool:
-    """Return whether `loop` is read for earlier steps only; an inner loop has a `loop` of its own."""
+    """Return whether `loop` is read for earlier steps only; an inner loop has a `loop` of its
+    own.
+    """
     for part in body:
         for name, owner in _loop_names(part, None):
-            if not (isinstance(owner, nodes.Getattr) and owner.attr in BACKWARD and name is owner.node):
+            if not (
+                isinstance(owner, nodes.Getattr) and owner.attr in BACKWARD and name is owner.node
+            ):
                 return False
     return True
 
 
-def _loop_names(node: nodes.Node, owner: nodes.Node | None) -> Iterator[tuple[nodes.Name, nodes.Node | None]]:
+def _loop_names(
+    node: nodes.Node, owner: nodes.Node | None
+) -> Iterator[tuple[nodes.Name, nodes.Node | None]]:
     """Yield every use of `loop` that means this loop, with the node around it."""
     if isinstance(node, nodes.Name) and node.name == "loop":
         yield node, owner
@@ -93,7 +111,9 @@ def _loop_names(node: nodes.Node, owner: nodes.Node | None) -> Iterator[tuple[no
 def _names(part: nodes.Node, kind: type[nodes.Name] | type[nodes.NSRef]) -> Iterator[str]:
     found = [part] if isinstance(part, kind) else []
     yield from (
-        str(one.name) for one in (*found, *part.find_all(kind)) if isinstance(one, nodes.Name | nodes.NSRef)
+        str(one.name)
+        for one in (*found, *part.find_all(kind))
+        if isinstance(one, nodes.Name | nodes.NSRef)
     )
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transom.adapt.lora import plain_weights
-from transom.adapt.merge import fold_adapters
-from transom.args import ModelArgs
-from transom.checkpoints.companions import (
+from transom.base.errors import RequestError, notice, require
+from transom.base.files import write_text
+from transom.base.runtime import DTYPES
+from transom.checkpoints.files.companions import (
     GENERATION,
     TEMPLATE_FILES,
     TOKENIZER_FILES,
@@ -29,7 +29,7 @@ from transom.checkpoints.companions import (
     stop_ids,
     write_settings,
 )
-from transom.checkpoints.folders import (
+from transom.checkpoints.files.folders import (
     CONFIG,
     Format,
     Found,
@@ -39,14 +39,21 @@ from transom.checkpoints.folders import (
     read_json,
     verify_step,
 )
-from transom.checkpoints.load import bad_numbers, load, open_state, outline, say_bad_numbers, shapes_of
+from transom.checkpoints.files.lazy_tensors import Source, Stored
+from transom.checkpoints.files.staging import staged
+from transom.checkpoints.load import (
+    bad_numbers,
+    load,
+    open_state,
+    outline,
+    say_bad_numbers,
+    shapes_of,
+)
 from transom.checkpoints.save import plan_layout
-from transom.checkpoints.staging import staged
-from transom.checkpoints.stored import Source, Stored
-from transom.errors import RequestError, notice, require
-from transom.paths import write_text
-from transom.runtime import DTYPES
-from transom.tokenizer import Tokenizer
+from transom.config.model_args import ModelArgs
+from transom.lora.adapters import plain_weights
+from transom.lora.merge import fold_adapters
+from transom.tokenizers.tokenizer import Tokenizer
 
 _SETTINGS, _TEMPLATE = "tokenizer_config.json", "chat_template"
 
@@ -71,11 +78,13 @@ def convert(
     max_shard_size: str | None = None,
     revision: str | None = None,
 ) -> Converted:
-    """Write the model of a folder or hub id, an adapter merged into its base, into `out`, which must be another."""
-    require(dtype is None or dtype in DTYPES, "dtype", dtype, f"accepted is {', '.join(DTYPES)}")
+    """Write the model of a folder or hub id, an adapter merged into its base, into `out`, which
+    must be another.
+    """
+    require(dtype is None or dtype in DTYPES, "dtype", dtype, f"expected {', '.join(DTYPES)}")
     found = find_model(source, revision)
     if Path(out).resolve() in (folder.resolve() for folder in found.folders):
-        raise RequestError(f"{out}: is the folder that is read; accepted is another one")
+        raise RequestError(f"{out}: is the folder that is read; expected another one")
     args, state = open_model(found, dtype)
     kind = folder_format(found.model)
     counts: dict[str, int] = {}
@@ -88,22 +97,29 @@ def convert(
         companions = carry_companions(found, folder)
     say_bad_numbers(counts, str(found))
     if format == "hf" and "tokenizer.model" in companions and "tokenizer.json" not in companions:
-        notice(f"{out}: tokenizer.model goes along as it is; there is no tokenizer.json, which many tools ask for")
+        notice(
+            f"{out}: tokenizer.model goes along as it is; there is no tokenizer.json, which many "
+            f"tools ask for"
+        )
     size = sum(line.nbytes for batch in layout.batches for line in batch.outlines)
     parameters = sum(torch.Size(stored.shape).numel() for stored in state.values())
     return Converted(found, kind, format, parameters, size, tuple(companions))
 
 
 def open_model(found: Found, dtype: str | None = None) -> tuple[ModelArgs, Source]:
-    """Arguments and parameters of what a name stands for; those of an adapter's base are what both multiply by.
+    """Arguments and parameters of what a name stands for; those of an adapter's base are what both
+    multiply by.
 
-    Without an adapter they are still in their files. One that is merged takes the whole model into memory, in
-    float32 or better where the caller will cast to a `dtype`, so that the sum is rounded once.
+    Without an adapter they are still in their files. One that is merged takes the whole model into
+    memory, in float32 or better where the caller will cast to a `dtype`, so that the sum is rounded
+    once.
     """
     if found.adapter is not None:
         wide = None if dtype is None else "float64" if dtype == "float64" else "float32"
         model = fold_adapters(load(found, dtype=wide))
-        return model.args, {name: Stored.of(parameter.detach()) for name, parameter in plain_weights(model).items()}
+        return model.args, {
+            name: Stored.of(parameter.detach()) for name, parameter in plain_weights(model).items()
+        }
     verify_step(found.model)
     args = read_args(found.model)
     return args, open_state(found.model, args, shapes_of(outline(args)))
@@ -130,8 +146,9 @@ def _counted(name: str, stored: Stored, counts: dict[str, int]) -> Stored:
 def carry_companions(found: Found, out: Path) -> list[str]:
     """Copy the files beside the weights, the adapter's own first; return their names.
 
-    Parts of two tokenizers, or templates of two folders, are never mixed. Generation settings of a config.json are
-    written to a file of their own, since the config of the result may have no place for them.
+    Parts of two tokenizers, or templates of two folders, are never mixed. Generation settings of a
+    config.json are written to a file of their own, since the config of the result may have no place
+    for them.
     """
     names = copy_companions(found.model, out)
     if found.adapter is not None:
@@ -141,7 +158,9 @@ def carry_companions(found: Found, out: Path) -> list[str]:
     if found.adapter == found.tokenizer and settings.get("eos_token_id") is not None:
         ends = list(stop_ids(found, Tokenizer.load(found.tokenizer)))
         settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    if settings and settings != (read_json(out / GENERATION) if (out / GENERATION).exists() else {}):
+    if settings and settings != (
+        read_json(out / GENERATION) if (out / GENERATION).exists() else {}
+    ):
         write_settings(out, settings)
         names.append(GENERATION)
     return sorted(name for name in set(names) if (out / name).exists())

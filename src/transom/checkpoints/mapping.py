@@ -1,4 +1,6 @@
-"""Foreign tensors to ours and back, by the rows of `names.py`, with every key consumed exactly once."""
+"""Foreign tensors to ours and back, by the rows of `names.py`, with every key consumed exactly
+once.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +10,30 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from transom.args import ModelArgs
-from transom.checkpoints.stored import Batch, Source, Stored
-from transom.errors import RequestError, notice
-from transom.names import UNREAD, Move, known_key
-from transom.transforms import Shape, to_other, to_own
+from transom.base.errors import RequestError, notice
+from transom.checkpoints.files.lazy_tensors import Batch, Source, Stored
+from transom.config.model_args import ModelArgs
+from transom.names.tables import UNREAD, Move, known_key
+from transom.names.transforms import Shape, to_other, to_own
 
 # What torch says of a tensor that cannot be cut or stacked the way a row wants.
 _MISFITS = (RuntimeError, ValueError, IndexError)
-_HEAD, _EMBEDDINGS = r"lm_head\.weight$|^output\.weight$", r"model\.embed_tokens\.weight$|^tok_embeddings\.weight$"
+_HEAD, _EMBEDDINGS = (
+    r"lm_head\.weight$|^output\.weight$",
+    r"model\.embed_tokens\.weight$|^tok_embeddings\.weight$",
+)
 
 
 def clean(table: str, source: Source, args: ModelArgs, where: str) -> dict[str, Stored]:
-    """A foreign source under the names of its table, without what is known and not read, which is said."""
+    """A foreign source under the names of its table, without what is known and not read, which is
+    said.
+    """
     out: dict[str, Stored] = {}
     skipped: dict[str, int] = {}
-    patterns = [(p.replace("{n}", str(args.n_layers)), why) for p, why in (*UNREAD[""], *UNREAD.get(table, ()))]
+    patterns = [
+        (p.replace("{n}", str(args.n_layers)), why)
+        for p, why in (*UNREAD[""], *UNREAD.get(table, ()))
+    ]
     for key, stored in source.items():
         name = known_key(table, key)
         reason = next((why for pattern, why in patterns if re.fullmatch(pattern, name)), None)
@@ -37,20 +47,29 @@ def clean(table: str, source: Source, args: ModelArgs, where: str) -> dict[str, 
 
 
 def _untied(source: dict[str, Stored], args: ModelArgs, where: str) -> dict[str, Stored]:
-    """Without the copy of the embeddings that files of tied models may keep; another matrix is a `RequestError`."""
+    """Without the copy of the embeddings that files of tied models may keep; another matrix is a
+    `RequestError`.
+    """
     heads = [key for key in source if re.search(_HEAD, key)] if args.tie_embeddings else []
     for head in heads:
-        embeddings = next((stored for key, stored in source.items() if re.search(_EMBEDDINGS, key)), None)
+        embeddings = next(
+            (stored for key, stored in source.items() if re.search(_EMBEDDINGS, key)), None
+        )
         if embeddings is None or not torch.equal(source[head].read(), embeddings.read()):
-            raise RequestError(f"{where}: {head} differs from the embeddings, but tie_word_embeddings is true")
+            raise RequestError(
+                f"{where}: {head} differs from the embeddings, but tie_word_embeddings is true"
+            )
     return {key: stored for key, stored in source.items() if key not in heads}
 
 
-def to_ours(moves: Iterable[Move], source: Source, shapes: Mapping[str, Shape], where: str) -> dict[str, Stored]:
-    """Our tensors, of the given shapes, from foreign ones; keys that do not add up are a `RequestError`.
+def to_ours(
+    moves: Iterable[Move], source: Source, shapes: Mapping[str, Shape], where: str
+) -> dict[str, Stored]:
+    """Our tensors, of the given shapes, from foreign ones; keys that do not add up are a
+    `RequestError`.
 
-    Where several moves make the same parameter, the first whose keys are there counts; of a parameter that none
-    makes, those of the first are missing.
+    Where several moves make the same parameter, the first whose keys are there counts; of a
+    parameter that none makes, those of the first are missing.
     """
     out: dict[str, Stored] = {}
     used: set[str] = set()
@@ -90,11 +109,15 @@ def _make(move: Move, parts: Sequence[Stored], shapes: Sequence[Shape]) -> list[
     def maker(index: int) -> Callable[[], Tensor]:
         return lambda: to_own(move.transform, [part.read() for part in parts], shapes)[index]
 
-    return [Stored(tuple(line.shape), line.dtype, maker(index)) for index, line in enumerate(outlines)]
+    return [
+        Stored(tuple(line.shape), line.dtype, maker(index)) for index, line in enumerate(outlines)
+    ]
 
 
 def to_foreign(moves: Iterable[Move], ours: Source, where: str) -> list[Batch]:
-    """What is to be written for ours, one batch per row; a parameter that no row writes is a `RequestError`."""
+    """What is to be written for ours, one batch per row; a parameter that no row writes is a
+    `RequestError`.
+    """
     out: list[Batch] = []
     written: set[str] = set()
     for move in moves:
@@ -109,7 +132,9 @@ def _writer(move: Move, ours: Source) -> Callable[[], list[Tensor]]:
     return lambda: to_other(move.transform, [ours[name].read() for name in move.ours])
 
 
-def account(where: str, missing: list[str], left_over: list[str], unfilled: list[str], misfits: list[str]) -> None:
+def account(
+    where: str, missing: list[str], left_over: list[str], unfilled: list[str], misfits: list[str]
+) -> None:
     """Raise one sentence that lists what does not add up."""
     problems = [
         f"{what}{_few(names)}"

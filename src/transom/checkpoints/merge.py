@@ -1,7 +1,8 @@
-"""Adapters and their base as folders: which belong together, and the models that can be made of them.
+"""Adapters and their base as folders: which belong together, and the models that can be made of
+them.
 
-An adapter was trained beside a base in some form: in another dtype, or in four bits. The merged weights can be made
-of that form, or of the base's own numbers.
+An adapter was trained beside a base in some form: in another dtype, or in four bits. The merged
+weights can be made of that form, or of the base's own numbers.
 """
 
 from __future__ import annotations
@@ -12,26 +13,28 @@ from pathlib import Path
 
 import torch
 
-from transom.adapt.combine import weigh_adapters
-from transom.adapt.combine_args import CombineArgs
-from transom.adapt.lora import activate_adapters, plain_weights
-from transom.adapt.merge import fold_adapters
-from transom.adapt.peft_config import is_adapter
-from transom.adapt.read import MISTRAL_WEIGHTS, load_adapter
+from transom.base.errors import RequestError, require
+from transom.base.runtime import DTYPES
+from transom.checkpoints.adapters.peft_config import is_adapter
+from transom.checkpoints.adapters.read import MISTRAL_WEIGHTS, load_adapter
+from transom.checkpoints.files.folders import Found, find_model, named_folder, read_args
+from transom.checkpoints.files.lazy_tensors import Stored, dtypes_of, main_dtype, narrowed
 from transom.checkpoints.fingerprint import check_base, read_facts
-from transom.checkpoints.folders import Found, find_model, named_folder, read_args
 from transom.checkpoints.load import load, open_state, outline, shapes_of
-from transom.checkpoints.stored import Stored, dtypes_of, main_dtype, narrowed
-from transom.errors import RequestError, require
-from transom.model import LLM
+from transom.lora.adapters import activate_adapters, plain_weights
+from transom.lora.combine import weigh_adapters
+from transom.lora.combine_args import CombineArgs
+from transom.lora.merge import fold_adapters
+from transom.models.llm import LLM
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.leaves import dequantize_model, quantize_model
-from transom.runtime import DTYPES
 
 
 @dataclass(frozen=True)
 class Part:
-    """One adapter to merge: its name on the model, its folder, and the factor in front of what it adds."""
+    """One adapter to merge: its name on the model, its folder, and the factor in front of what it
+    adds.
+    """
 
     name: str
     folder: Path
@@ -40,7 +43,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Form:
-    """What the base's weights were in training: their dtype (None: the files' own), and how they were quantized."""
+    """What the base's weights were in training: their dtype (None: the files' own), and how they
+    were quantized.
+    """
 
     dtype: str | None = None
     quantize: QuantizeArgs | None = None
@@ -52,7 +57,9 @@ class Form:
 
 @dataclass(frozen=True)
 class Merge:
-    """What is to be merged; `wide` is the dtype of sums and of measuring, `dtype` the one that is cast to, once."""
+    """What is to be merged; `wide` is the dtype of sums and of measuring, `dtype` the one that is
+    cast to, once.
+    """
 
     base: Path
     base_fingerprint: str
@@ -72,8 +79,10 @@ class Merge:
         dtype: str | None = None,
         device: str = "cpu",
     ) -> Merge:
-        """Find the folders and check that they belong together; without a `base`, the one that adapters name."""
-        require(dtype is None or dtype in DTYPES, "dtype", dtype, f"accepted is {', '.join(DTYPES)}")
+        """Find the folders and check that they belong together; without a `base`, the one that
+        adapters name.
+        """
+        require(dtype is None or dtype in DTYPES, "dtype", dtype, f"expected {', '.join(DTYPES)}")
         weights = args.weights_of(len(adapters))
         where, folders = named_folders(base, adapters)
         first, *others = folders
@@ -81,12 +90,16 @@ class Merge:
         for folder in others:
             check_base(folder, where, base_fingerprint)
         weighed = zip(folders, weights, strict=True)
-        parts = tuple(Part(f"part{index}", folder, weight) for index, (folder, weight) in enumerate(weighed))
+        parts = tuple(
+            Part(f"part{index}", folder, weight) for index, (folder, weight) in enumerate(weighed)
+        )
         model_args = read_args(where)
         own = main_dtype(open_state(where, model_args, shapes_of(outline(model_args))))
         own_dtype = str(own).removeprefix("torch.")
         form = form_of(folders, own)
-        return cls(where, base_fingerprint, parts, args, form, own_dtype, dtype or own_dtype, device)
+        return cls(
+            where, base_fingerprint, parts, args, form, own_dtype, dtype or own_dtype, device
+        )
 
     @property
     def wide(self) -> str:
@@ -110,7 +123,9 @@ class Merge:
         return tuple(part.name for part in self.parts)
 
     def unmerged(self, form: Form) -> LLM:
-        """The base in a form, in wide numbers, with all adapters active beside it, weighed if they add up."""
+        """The base in a form, in wide numbers, with all adapters active beside it, weighed if they
+        add up.
+        """
         model = load(Found(self.base), self.device, self.wide if form == Form() else form.dtype)
         if form.quantize is not None:
             dequantize_model(quantize_model(model, form.quantize))
@@ -132,7 +147,9 @@ class Merge:
     def rounded(self, model: LLM) -> LLM:
         """Every weight as the output dtype has it, still in wide numbers; in place."""
         weights = plain_weights(model)
-        kinds = dtypes_of({name: Stored.of(weight) for name, weight in weights.items()}, DTYPES[self.dtype])
+        kinds = dtypes_of(
+            {name: Stored.of(weight) for name, weight in weights.items()}, DTYPES[self.dtype]
+        )
         for name, weight in weights.items():
             weight.copy_(narrowed(name, weight, kinds[name]))
         return model
@@ -147,14 +164,21 @@ class Merge:
         return "full-precision base" if form == Form() else f"base as in training: {form}"
 
 
-def named_folders(base: str | Path | None, adapters: Sequence[str | Path]) -> tuple[Path, list[Path]]:
+def named_folders(
+    base: str | Path | None, adapters: Sequence[str | Path]
+) -> tuple[Path, list[Path]]:
     """The folders of the base and of the adapters; a run stands for its best step.
 
     Without a `base` it is the one that all adapters name.
     """
     if base is not None:
         whole = find_model(base)
-        require(whole.adapter is None, "base", str(base), "accepted is a whole model, and this is an adapter")
+        require(
+            whole.adapter is None,
+            "base",
+            str(base),
+            "expected a whole model, and this is an adapter",
+        )
         return whole.model, [_adapter_folder(name) for name in adapters]
     bases: dict[Path, Path] = {}
     folders = []
@@ -166,7 +190,7 @@ def named_folders(base: str | Path | None, adapters: Sequence[str | Path]) -> tu
         bases.setdefault(found.model.resolve(), found.model)
     if len(bases) > 1:
         first, second, *_ = bases
-        raise RequestError(f"adapters of {first} and of {second}: accepted are adapters of one base")
+        raise RequestError(f"adapters of {first} and of {second}: expected adapters of one base")
     return next(iter(bases.values())), folders
 
 
@@ -181,22 +205,30 @@ def _adapter_folder(name: str | Path) -> Path:
 
 
 def _no_adapter(name: str | Path) -> RequestError:
-    return RequestError(f"adapter = {str(name)!r}: a whole model; accepted is an adapter, or a run of one")
+    return RequestError(
+        f"adapter: got {str(name)!r}; a whole model; expected an adapter, or a run of one"
+    )
 
 
 def form_of(adapters: Sequence[Path], own: torch.dtype) -> Form:
-    """In what form the adapters saw their base; `own` is the dtype of its files. Two forms are a `RequestError`."""
+    """In what form the adapters saw their base; `own` is the dtype of its files. Two forms are a
+    `RequestError`.
+    """
     forms = []
     for facts in filter(None, map(read_facts, adapters)):
         known = facts.dtype is None or facts.dtype in DTYPES
-        require(known, "dtype", facts.dtype, f"accepted is {', '.join(DTYPES)}")
-        same = facts.dtype is None or torch.promote_types(own, DTYPES[facts.dtype]) == DTYPES[facts.dtype]
+        require(known, "dtype", facts.dtype, f"expected {', '.join(DTYPES)}")
+        same = (
+            facts.dtype is None
+            or torch.promote_types(own, DTYPES[facts.dtype]) == DTYPES[facts.dtype]
+        )
         # A wider dtype holds the same numbers, but scales of quantized ones are rounded to it.
         quantize = None if facts.quantize is None else QuantizeArgs.from_dict(facts.quantize)
         forms.append(Form(None if same and quantize is None else facts.dtype, quantize))
     if any(form != forms[0] for form in forms):
         raise RequestError(
-            f"adapters trained on a base in {forms[0]} and in {next(form for form in forms if form != forms[0])}: "
-            "accepted are adapters that saw the same base"
+            f"adapters trained on a base in {forms[0]} and in "
+            f"{next(form for form in forms if form != forms[0])}: "
+            "expected adapters that saw the same base"
         )
     return forms[0] if forms else Form()

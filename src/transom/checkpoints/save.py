@@ -10,26 +10,26 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from transom.adapt.lora import plain_weights
-from transom.args import ModelArgs, RopeLayout
-from transom.checkpoints.companions import ids_of, settings_to_write, write_settings
-from transom.checkpoints.consolidated import write_pickled
-from transom.checkpoints.folders import CONFIG, MODEL_TYPE, PARAMS, SAFE, Format
-from transom.checkpoints.hf_config import args_from_hf
-from transom.checkpoints.hf_export import args_to_hf
+from transom.base.errors import RequestError, notice
+from transom.base.files import write_text
+from transom.base.runtime import DTYPES
+from transom.checkpoints.families.hf_config import args_from_hf
+from transom.checkpoints.families.hf_export import args_to_hf
+from transom.checkpoints.families.meta_config import args_to_meta
+from transom.checkpoints.families.mistral_config import args_to_mistral
+from transom.checkpoints.files.companions import ids_of, settings_to_write, write_settings
+from transom.checkpoints.files.consolidated import write_pickled
+from transom.checkpoints.files.folders import CONFIG, MODEL_TYPE, PARAMS, SAFE, Format
+from transom.checkpoints.files.lazy_tensors import Batch, Source, Stored, cast, main_dtype
+from transom.checkpoints.files.safetensors_files import WEIGHTS, parse_size, write_stream
+from transom.checkpoints.files.staging import staged
 from transom.checkpoints.mapping import to_foreign
-from transom.checkpoints.meta_config import args_to_meta
-from transom.checkpoints.mistral_config import args_to_mistral
-from transom.checkpoints.safetensors_files import WEIGHTS, parse_size, write_stream
-from transom.checkpoints.staging import staged
-from transom.checkpoints.stored import Batch, Source, Stored, cast, main_dtype
-from transom.errors import RequestError, notice
-from transom.model import LLM
-from transom.names import moves
-from transom.paths import write_text
-from transom.runtime import DTYPES
-from transom.tokenizer import Tokenizer
-from transom.transforms import turn_rotary
+from transom.config.model_args import ModelArgs, RopeLayout
+from transom.lora.adapters import plain_weights
+from transom.models.llm import LLM
+from transom.names.tables import moves
+from transom.names.transforms import turn_rotary
+from transom.tokenizers.tokenizer import Tokenizer
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -42,16 +42,19 @@ def save(
     dtype: str | None = None,
     max_shard_size: str | None = None,
 ) -> None:
-    """Write config, weights and tokenizer into `folder`; `hf`, `meta` and `mistral` are what those codes read.
+    """Write config, weights and tokenizer into `folder`; `hf`, `meta` and `mistral` are what those
+    codes read.
 
-    Weights keep their dtype unless one is named; native and hf files are cut at `max_shard_size` (5GB). What the
-    folder that the model was loaded from states on generation is written too; what it does not state comes from
-    the tokenizer.
+    Weights keep their dtype unless one is named; native and hf files are cut at `max_shard_size`
+    (5GB). What the folder that the model was loaded from states on generation is written too; what
+    it does not state comes from the tokenizer.
     """
     ours = {name: Stored.of(parameter.detach()) for name, parameter in plain_weights(model).items()}
     for name, stored in ours.items():
         if stored.read().is_meta:
-            raise RequestError(f"{name}: on the meta device, which has no values; accepted is a model with weights")
+            raise RequestError(
+                f"{name}: on the meta device, which has no values; expected a model with weights"
+            )
     layout = plan_layout(model.args, ours, format, dtype, max_shard_size)
     settings = settings_to_write(model.generation_settings, tokenizer, str(folder))
     if format == "hf":
@@ -77,24 +80,36 @@ class FolderLayout:
         if self.format == "meta":
             write_pickled(out, self.batches)
         else:
-            write_stream(out, self.batches, self.max_bytes, SAFE if self.format == "mistral" else WEIGHTS)
+            write_stream(
+                out, self.batches, self.max_bytes, SAFE if self.format == "mistral" else WEIGHTS
+            )
         name = CONFIG if self.format in ("native", "hf") else PARAMS
         write_text(out / name, json.dumps(self.config, indent=2))
 
 
 def plan_layout(
-    args: ModelArgs, ours: Source, format: Format, dtype: str | None = None, max_shard_size: str | None = None
+    args: ModelArgs,
+    ours: Source,
+    format: Format,
+    dtype: str | None = None,
+    max_shard_size: str | None = None,
 ) -> FolderLayout:
-    """All that `format` wants, before anything is written; what it cannot hold is a `RequestError`."""
+    """All that `format` wants, before anything is written; what it cannot hold is a
+    `RequestError`.
+    """
     if format not in get_args(Format):
-        raise RequestError(f"format = {format!r}: accepted is {', '.join(get_args(Format))}")
+        raise RequestError(f"format: got {format!r}; expected {', '.join(get_args(Format))}")
     if dtype is not None and dtype not in DTYPES:
-        raise RequestError(f"dtype = {dtype!r}: accepted is {', '.join(DTYPES)}")
+        raise RequestError(f"dtype: got {dtype!r}; expected {', '.join(DTYPES)}")
     if max_shard_size is not None and format not in ("native", "hf"):
-        raise RequestError(f"max_shard_size = {max_shard_size!r}: format {format} is one file; accepted is none")
+        raise RequestError(
+            f"max_shard_size: got {max_shard_size!r}; format {format} is one file; expected none"
+        )
     ours = cast(ours, None if dtype is None else DTYPES[dtype])
     max_bytes = (
-        parse_size(max_shard_size or MAX_SHARD_SIZE, "max_shard_size") if format in ("native", "hf") else None
+        parse_size(max_shard_size or MAX_SHARD_SIZE, "max_shard_size")
+        if format in ("native", "hf")
+        else None
     )
     if format == "native":
         config: dict[str, Any] = {"model_type": MODEL_TYPE, **args.to_dict()}
@@ -124,8 +139,14 @@ def _untied(args: ModelArgs, ours: Source, format: str) -> tuple[ModelArgs, Sour
     """Codes that know no tying get the embeddings a second time, as the output."""
     if not args.tie_embeddings:
         return args, ours
-    notice(f"format {format} knows no tied output: the embeddings are written twice, and read back as two matrices")
-    return replace(args, tie_embeddings=False), {**ours, "output.weight": ours["tok_embeddings.weight"]}
+    notice(
+        f"format {format} knows no tied output: the embeddings are written twice, and read back "
+        f"as two matrices"
+    )
+    return replace(args, tie_embeddings=False), {
+        **ours,
+        "output.weight": ours["tok_embeddings.weight"],
+    }
 
 
 def _turned(name: str, stored: Stored, args: ModelArgs, to: RopeLayout) -> Stored:

@@ -1,4 +1,6 @@
-"""Several adapters on one model that is in memory, and the change from one to another without loading anything."""
+"""Several adapters on one model that is in memory, and the change from one to another without
+loading anything.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transom.base.errors import notice, require
 from transom.cli.main import user_path
-from transom.errors import notice, require
 
 if TYPE_CHECKING:
-    from transom.checkpoints.folders import Found
-    from transom.model import LLM
+    from transom.checkpoints.files.folders import Found
+    from transom.models.llm import LLM
 
 NONE = "none"
 
@@ -20,7 +22,8 @@ NONE = "none"
 def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
     """`--adapter NAME=FOLDER`, any number of times."""
     what = (
-        "an adapter to have at hand under this name, its folder or a run of one; /adapter chooses; may be repeated"
+        "an adapter to have at hand under this name, its folder or a run of one; /adapter "
+        "chooses; may be repeated"
     )
     parser.add_argument("--adapter", action="append", default=[], metavar="NAME=FOLDER", help=what)
 
@@ -30,25 +33,30 @@ def named_adapters(given: Sequence[str]) -> dict[str, str]:
     out: dict[str, str] = {}
     for one in given:
         name, equals, folder = one.partition("=")
-        require(bool(name and equals and folder), "--adapter", one, "accepted is NAME=FOLDER")
+        require(bool(name and equals and folder), "--adapter", one, "expected NAME=FOLDER")
         require(
-            name != NONE and name not in out, "--adapter", one, f"accepted is a name of its own, and not {NONE}"
+            name != NONE and name not in out,
+            "--adapter",
+            one,
+            f"expected a name of its own, and not {NONE}",
         )
         out[name] = user_path(folder)
     return out
 
 
 def load_beside(model: LLM, found: Found, adapters: Mapping[str, str]) -> list[Path]:
-    """Put adapters on the model and return their folders; the one that came with it, or none, stays in use.
+    """Put adapters on the model and return their folders; the one that came with it, or none, stays
+    in use.
 
-    One that was trained on other weights is a `RequestError`; weights are looked at where another folder is named.
+    One that was trained on other weights is a `RequestError`; weights are looked at where another
+    folder is named.
     """
     if not adapters:
         return []
-    from transom.adapt.lora import activate_adapters, active_adapters, adapter_names
-    from transom.adapt.read import load_adapter
+    from transom.checkpoints.adapters.read import load_adapter
     from transom.checkpoints.fingerprint import check_base, read_facts
     from transom.checkpoints.merge import named_folders
+    from transom.lora.adapters import activate_adapters, active_adapters, adapter_names
 
     in_use = active_adapters(model)
     _, folders = named_folders(found.model, list(adapters.values()))
@@ -59,16 +67,25 @@ def load_beside(model: LLM, found: Found, adapters: Mapping[str, str]) -> list[P
         load_adapter(model, folder, name)
     activate_adapters(model, in_use)
     chosen = ", ".join(in_use) or NONE
-    notice(f"adapters: {', '.join(adapter_names(model))}; in use: {chosen}; /adapter NAME|{NONE} changes it")
+    notice(
+        f"adapters: {', '.join(adapter_names(model))}; in use: {chosen}; /adapter NAME|{NONE} "
+        f"changes it"
+    )
     return [Path(folder) for folder in folders]
 
 
 def switch(model: LLM, name: str) -> None:
-    """Use this adapter alone from now on, or none; what was computed with another is the caller's to forget."""
-    from transom.adapt.lora import activate_adapters, adapter_names
+    """Use this adapter alone from now on, or none; what was computed with another is the caller's
+    to forget.
+    """
+    from transom.lora.adapters import activate_adapters, adapter_names
 
     names = adapter_names(model)
-    accepted = f"accepted is {', '.join((*names, NONE))}" if names else "there is none; accepted with --adapter"
-    require(name in names or (name == NONE and bool(names)), "/adapter", name, accepted)
+    expected = (
+        f"expected {', '.join((*names, NONE))}"
+        if names
+        else "there is none; valid only with --adapter"
+    )
+    require(name in names or (name == NONE and bool(names)), "/adapter", name, expected)
     activate_adapters(model, () if name == NONE else (name,))
     notice(f"adapter in use: {name}", again=True)

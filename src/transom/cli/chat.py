@@ -1,4 +1,6 @@
-"""`transom chat`: turn by turn through the model's chat template, or as one growing text where it has none."""
+"""`transom chat`: turn by turn through the model's chat template, or as one growing text where it
+has none.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transom.base.errors import RequestError, notice, require
 from transom.cli.adapters import add_adapter_argument, load_beside, named_adapters, switch
 from transom.cli.generate import (
     MAX_TOKENS,
@@ -22,20 +25,22 @@ from transom.cli.generate import (
     stop_of,
 )
 from transom.cli.main import user_path
-from transom.errors import RequestError, notice, require
 
 if TYPE_CHECKING:
     from transom.chat.reasoning import Kind
     from transom.chat.template import ChatTemplate
-    from transom.checkpoints.folders import Found
-    from transom.generation.session import Answer, Framing, Session
-    from transom.model import LLM
-    from transom.tokenizer import Tokenizer
+    from transom.checkpoints.files.folders import Found
+    from transom.inference.session import Answer, Framing, Session
+    from transom.models.llm import LLM
+    from transom.tokenizers.tokenizer import Tokenizer
 
-MAX_CONTEXT = 8192  # tokens that a chat makes room for unless told: some models' own maximum fills a GPU
+MAX_CONTEXT = (
+    8192  # tokens that a chat makes room for unless told: some models' own maximum fills a GPU
+)
 COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?", re.DOTALL)  # "// comment" and "/usr/bin" are text
 HELP = """\
-Every line is a turn; a \\ at its end takes the next line along, and so do lines between two lines of \"""\"""\""".
+Every line is a turn; a \\ at its end takes the next line along, and so do lines between two lines
+of \"""\"""\""".
 Ctrl-C stops an answer.
   /reset         begin anew; the text of /system stays
   /system TEXT   begin anew with TEXT in front, without TEXT with nothing
@@ -55,14 +60,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     room = f"tokens of text to make room for (default: the model's maximum, {MAX_CONTEXT} at most)"
     parser.add_argument("--max-model-len", type=int, metavar="N", help=room)
     parser.add_argument(
-        "--system", "--system-prompt", dest="system", default="", metavar="TEXT", help="what stands in front"
+        "--system",
+        "--system-prompt",
+        dest="system",
+        default="",
+        metavar="TEXT",
+        help="what stands in front",
     )
     which = (
-        "a built-in template (llama3, chatml, ...), one of the folder's by name, or a file (default: the folder's)"
+        "a built-in template (llama3, chatml, ...), one of the folder's by name, or a file "
+        "(default: the folder's)"
     )
     parser.add_argument("--chat-template", type=user_path, metavar="NAME", help=which)
     parser.add_argument(
-        "--chat-template-config", metavar="JSON", help='values for the template, as {"enable_thinking": false}'
+        "--chat-template-config",
+        metavar="JSON",
+        help='values for the template, as {"enable_thinking": false}',
     )
     parser.add_argument(
         "--prefill",
@@ -70,36 +83,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="words that every answer begins with, which the model continues",
     )
-    parser.add_argument("--ignore-chat-template", action="store_true", help="one growing text, without a template")
+    parser.add_argument(
+        "--ignore-chat-template", action="store_true", help="one growing text, without a template"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Answer turn by turn until the input ends."""
     check_arguments(options)
     values = template_values(options)
-    accepted = "accepted is text without white space at its end, where tokens would end in other places"
-    require(options.prefill == options.prefill.rstrip(), "--prefill", options.prefill, accepted)
+    expected = (
+        "expected text without white space at its end, where tokens would end in other places"
+    )
+    require(options.prefill == options.prefill.rstrip(), "--prefill", options.prefill, expected)
     sampling = sampling_of(options)
     adapters = named_adapters(options.adapter)
     found, model, tokenizer, stop_tokens = open_model(options)
     from transom.chat.fingerprint import warn_if_other
     from transom.chat.reasoning import find_markers
-    from transom.generation.loop import check_language_model
-    from transom.generation.session import AnswerArgs, GrowingText, Messages, Session
-    from transom.generation.stopping import stop_tokens_of
+    from transom.inference.loop import check_language_model
+    from transom.inference.session import AnswerArgs, GrowingText, Messages, Session
+    from transom.inference.stopping import stop_tokens_of
 
     check_language_model(model.args)
     beside = load_beside(model, found, adapters)
     framing: Framing
     markers = None
-    template = None if options.ignore_chat_template else find_template(found, tokenizer, options.chat_template)
+    template = (
+        None
+        if options.ignore_chat_template
+        else find_template(found, tokenizer, options.chat_template)
+    )
     if template is None:
-        require(not options.prefill, "--prefill", options.prefill, "accepted with a chat template")
+        require(
+            not options.prefill, "--prefill", options.prefill, "valid only with a chat template"
+        )
         framing = GrowingText(tokenizer)
-        why = "the chat template is ignored" if options.ignore_chat_template else "this model has no chat template"
+        why = (
+            "the chat template is ignored"
+            if options.ignore_chat_template
+            else "this model has no chat template"
+        )
         notice(f"{why}: each turn continues one growing text, on a new line; /help lists commands")
     else:
-        template.prepared([{"role": "user", "content": ""}], variables=values)  # refuses values now, not per turn
+        template.prepared(
+            [{"role": "user", "content": ""}], variables=values
+        )  # refuses values now, not per turn
         framing = Messages(template, values, options.prefill)
         markers = find_markers(template, **values)
         if not options.ignore_eos:
@@ -117,7 +146,9 @@ def run(options: argparse.Namespace) -> int:
         show_special=options.show_special,
     )
     room = room_of(model, options.max_model_len)
-    session = Session(model, tokenizer, framing, args, room, markers, when_full="/reset begins anew")
+    session = Session(
+        model, tokenizer, framing, args, room, markers, when_full="/reset begins anew"
+    )
     chat = Chat(session, options.system)
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
@@ -126,7 +157,9 @@ def run(options: argparse.Namespace) -> int:
         try:
             if turn.strip() and not chat.take(turn):
                 break
-        except RequestError as error:  # the conversation is as before, and the next turn may do better
+        except (
+            RequestError
+        ) as error:  # the conversation is as before, and the next turn may do better
             notice(str(error), again=True)
     return 0
 
@@ -135,17 +168,29 @@ def template_values(options: argparse.Namespace) -> dict[str, Any]:
     """The object of --chat-template-config."""
     given = options.chat_template_config
     both = options.ignore_chat_template and (options.chat_template or given)
-    require(not both, "--ignore-chat-template", True, "accepted without --chat-template and its values")
+    require(
+        not both,
+        "--ignore-chat-template",
+        True,
+        "valid only without --chat-template and its values",
+    )
     try:
         values = json.loads(given or "{}")
     except ValueError:
         values = None
-    require(isinstance(values, dict), "--chat-template-config", given, 'accepted is JSON as {"name": value}')
+    require(
+        isinstance(values, dict),
+        "--chat-template-config",
+        given,
+        'expected JSON as {"name": value}',
+    )
     return dict(values)
 
 
 def find_template(found: Found, tokenizer: Tokenizer, name: str | None) -> ChatTemplate | None:
-    """The template asked for, the adapter's or the model's own, or the one its vocabulary is made for."""
+    """The template asked for, the adapter's or the model's own, or the one its vocabulary is made
+    for.
+    """
     from transom.chat.template import ChatTemplate
 
     return ChatTemplate.find(found.folders, tokenizer, name)
@@ -218,15 +263,22 @@ class Chat:
         return True
 
     def reset(self, system: str) -> None:
-        """Begin anew with `system` in front; the cache keeps what the next prompt begins with too."""
+        """Begin anew with `system` in front; the cache keeps what the next prompt begins with
+        too.
+        """
         self.session.framing.reset(system)
         self.system = system
 
     def save(self, name: str) -> None:
         """Write the conversation so far, but not over a file that this chat did not write."""
-        require(bool(name), "/save", name, "accepted is the name of a file")
+        require(bool(name), "/save", name, "expected the name of a file")
         path, content = Path(name).expanduser(), self.session.framing.saved()
-        require(path in self.saved or not path.exists(), "/save", name, "the file exists; accepted is a new name")
+        require(
+            path in self.saved or not path.exists(),
+            "/save",
+            name,
+            "the file exists; expected a new name",
+        )
         try:
             path.write_text(content, encoding="utf-8")
         except OSError as error:
@@ -237,18 +289,20 @@ class Chat:
 
 def room_of(model: LLM, requested: int | None) -> int:
     """Tokens that the chat's text may grow to; no limit for a model whose every layer forgets."""
-    from transom.generation.loop import keeps_every_token
+    from transom.inference.loop import keeps_every_token
 
     limit = model.args.max_seq_len if keeps_every_token(model.args) else sys.maxsize
     if requested is None:
         return limit if limit == sys.maxsize else min(limit, MAX_CONTEXT)
-    accepted = f"accepted is 2 to {limit}, the model's max_seq_len"
-    require(2 <= requested <= limit, "--max-model-len", requested, accepted)
+    expected = f"expected 2 to {limit}, the model's max_seq_len"
+    require(2 <= requested <= limit, "--max-model-len", requested, expected)
     return requested
 
 
 def show(answer: Answer) -> bool:
-    """Print an answer as it comes, its reasoning under a heading; return whether Ctrl-C cut it short."""
+    """Print an answer as it comes, its reasoning under a heading; return whether Ctrl-C cut it
+    short.
+    """
     screen = Screen(dim=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
     interrupted = False
     try:

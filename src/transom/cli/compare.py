@@ -10,12 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transom.args import ModelArgs
-from transom.checkpoints.folders import Found, find_model
+from transom.base.errors import require
+from transom.base.files import read_json
+from transom.checkpoints.files.folders import Found, find_model
 from transom.cli.inspect import amount, heading, pairs, show, table
 from transom.cli.main import emit_json
-from transom.errors import require
-from transom.paths import read_json
+from transom.config.model_args import ModelArgs
 from transom.planning.layer_plan import index_words
 
 if TYPE_CHECKING:
@@ -30,12 +30,20 @@ Differences = dict[str, tuple[Any, Any]]
 def run_compare(options: argparse.Namespace) -> int:
     """Print what differs; the exit code is 0 also where something does."""
     for flag in ("length", "trace", "device", "dtype"):
-        require(getattr(options, flag) is None, f"--{flag}", getattr(options, flag), "accepted with one model")
+        require(
+            getattr(options, flag) is None,
+            f"--{flag}",
+            getattr(options, flag),
+            "valid only with one model",
+        )
     first, second, revision = options.model, options.other, options.revision
     # A revision is that of what is no folder; of both, where both are hub ids.
     local = [Path(name).exists() for name in (first, second)]
     require(
-        revision is None or not all(local), "--revision", revision, "accepted with a hub id, and these are none"
+        revision is None or not all(local),
+        "--revision",
+        revision,
+        "valid only with a hub id, and these are none",
     )
     if all((Path(name) / RUN).exists() for name in (first, second)):
         document = compare_runs(Path(first), Path(second))
@@ -43,7 +51,8 @@ def run_compare(options: argparse.Namespace) -> int:
         from transom.evaluation.compare import compare_models
 
         one, other = (
-            find_model(name, None if here else revision) for name, here in zip((first, second), local, strict=True)
+            find_model(name, None if here else revision)
+            for name, here in zip((first, second), local, strict=True)
         )
         document = model_document(one, other, compare_models(one, other))
     if options.json:
@@ -55,7 +64,8 @@ def run_compare(options: argparse.Namespace) -> int:
     return 0
 
 
-# -- fields -----------------------------------------------------------------------------------------------
+# -- fields
+# -----------------------------------------------------------------------------------------------
 
 
 def flat(data: object, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -86,7 +96,13 @@ def print_fields(title: str, found: Mapping[str, Sequence[Any]]) -> None:
         heading(f"{title}: the same")
         return
     heading(f"{title}: {len(found)} differ")
-    show(table(("field", "A", "B"), (), [(path, worded(a), worded(b)) for path, (a, b) in found.items()]))
+    show(
+        table(
+            ("field", "A", "B"),
+            (),
+            [(path, worded(a), worded(b)) for path, (a, b) in found.items()],
+        )
+    )
 
 
 def worded(value: object) -> str:
@@ -94,17 +110,24 @@ def worded(value: object) -> str:
     return ABSENT if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
-# -- runs -------------------------------------------------------------------------------------------------
+# -- runs
+# -------------------------------------------------------------------------------------------------
 
 
 def compare_runs(first: Path, second: Path) -> dict[str, Any]:
-    """What two run.json say differently: versions and machine, data, config, model; and the last scores of both."""
+    """What two run.json say differently: versions and machine, data, config, model; and the last
+    scores of both.
+    """
     one, other = read_json(first / RUN), read_json(second / RUN)
     parts = {"data": "data", "config": "config", "model": "model"}
     named = {part: differing(one.get(key), other.get(key)) for part, key in parts.items()}
     # The whole model stands under `model`; the config may only name it.
-    named["config"] = {path: pair for path, pair in named["config"].items() if path.partition(".")[0] != "model"}
-    rest = [{key: value for key, value in facts.items() if key not in parts} for facts in (one, other)]
+    named["config"] = {
+        path: pair for path, pair in named["config"].items() if path.partition(".")[0] != "model"
+    }
+    rest = [
+        {key: value for key, value in facts.items() if key not in parts} for facts in (one, other)
+    ]
     scores, others = final_scores(first), final_scores(second)
     return {
         "kind": "runs",
@@ -112,13 +135,17 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
         "b": str(second),
         "run": differing(*rest),
         **named,
-        "scores": {name: (scores.get(name), others.get(name)) for name in dict.fromkeys((*scores, *others))},
+        "scores": {
+            name: (scores.get(name), others.get(name)) for name in dict.fromkeys((*scores, *others))
+        },
     }
 
 
 def final_scores(run: Path) -> dict[str, float]:
-    """The last step and loss of a run, and its last held-out scores, over everything where that was measured."""
-    from transom.training.report import read_metrics
+    """The last step and loss of a run, and its last held-out scores, over everything where that was
+    measured.
+    """
+    from transom.training.report.report import read_metrics
 
     rows, _ = read_metrics(run / "metrics.jsonl")
     out: dict[str, float] = {}
@@ -126,7 +153,9 @@ def final_scores(run: Path) -> dict[str, float]:
         last = rows["loss"][-1]
         out = {name: last[name] for name in ("step", "loss", "tokens", "seconds") if name in last}
     measured = [row[kind] for kind in ("held_out", "final") for row in rows[kind][-1:]]
-    for scores in filter(None, measured):  # the final measurement, where there is one, comes last and counts
+    for scores in filter(
+        None, measured
+    ):  # the final measurement, where there is one, comes last and counts
         out |= {name: scores[name] for name in ("bits_per_byte", "perplexity") if name in scores}
     return out
 
@@ -144,11 +173,14 @@ def print_runs(document: Mapping[str, Any]) -> None:
         show(table(("score",), ("A", "B"), rows))
 
 
-# -- models -----------------------------------------------------------------------------------------------
+# -- models
+# -----------------------------------------------------------------------------------------------
 
 
 def model_document(first: Found, second: Found, found: ModelDifference) -> dict[str, Any]:
-    """The comparison as plain data; every difference that is not finite is None, which JSON can say."""
+    """The comparison as plain data; every difference that is not finite is None, which JSON can
+    say.
+    """
     one, other = found.args
     return {
         "kind": "models",
@@ -161,7 +193,8 @@ def model_document(first: Found, second: Found, found: ModelDifference) -> dict[
         "only_b": found.only_second,
         "shapes": found.shapes,
         "dtypes": {
-            name: [str(kind).removeprefix("torch.") for kind in pair] for name, pair in found.dtypes.items()
+            name: [str(kind).removeprefix("torch.") for kind in pair]
+            for name, pair in found.dtypes.items()
         },
         "compared": found.compared,
         "identical": found.identical,
@@ -171,14 +204,28 @@ def model_document(first: Found, second: Found, found: ModelDifference) -> dict[
 
 # Fields that say no more once others are worked out: what a width is derived from, and shorthands.
 SPENT = (
-    *("multiple_of", "ffn_dim_multiplier", "nope_layer_interval", "use_scaled_rope", "rope_scaling_factor"),
+    *(
+        "multiple_of",
+        "ffn_dim_multiplier",
+        "nope_layer_interval",
+        "use_scaled_rope",
+        "rope_scaling_factor",
+    ),
     *("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len"),
 )
-SPENT_OF_EXPERTS = ("ffn_exp", "capacity_factor", "auto_scale_F", "interleave_moe_layer_step", "first_dense_layers")
+SPENT_OF_EXPERTS = (
+    "ffn_exp",
+    "capacity_factor",
+    "auto_scale_F",
+    "interleave_moe_layer_step",
+    "first_dense_layers",
+)
 
 
 def resolved(args: ModelArgs) -> dict[str, Any]:
-    """The fields as the model has them: what was left to a rule is worked out, and shorthands are spelled out."""
+    """The fields as the model has them: what was left to a rule is worked out, and shorthands are
+    spelled out.
+    """
     out = {key: value for key, value in asdict(args).items() if key not in SPENT}
     dense = tuple(layer.index for layer in args.layers if layer.moe is None)
     out |= {"n_kv_heads": args.kv_heads, "head_dim": args.head_size}
@@ -188,8 +235,12 @@ def resolved(args: ModelArgs) -> dict[str, Any]:
         ("softmax_scale", args.head_size**-0.5),
         ("embedding_scale", 1.0),
         ("logit_scale", 1.0),
-        # Of layers that see few keys; where there are none, or scaling sets them apart, no other field says it.
-        ("rope_local_theta", args.rope_theta if {"S", "C"} & set(args.pattern) and args.scaling is None else None),
+        # Of layers that see few keys; where there are none, or scaling sets them apart, no other
+        # field says it.
+        (
+            "rope_local_theta",
+            args.rope_theta if {"S", "C"} & set(args.pattern) and args.scaling is None else None,
+        ),
     ):
         out[name] = default if out[name] is None else out[name]
     experts = next((layer.moe for layer in args.layers if layer.moe is not None), None)
@@ -208,7 +259,9 @@ def finite(value: float) -> float | None:
 
 
 def print_models(document: Mapping[str, Any]) -> None:
-    """Fields, then names, shapes and dtypes that differ, then the tensors that are furthest apart."""
+    """Fields, then names, shapes and dtypes that differ, then the tensors that are furthest
+    apart.
+    """
     print_names(document)
     print_fields("Config", document["config"])
     if document["config"] and document["same_layers"]:
@@ -217,11 +270,16 @@ def print_models(document: Mapping[str, Any]) -> None:
     show(pairs(list(weight_lines(document))))
     if document["shapes"]:
         heading(f"Shapes: {len(document['shapes'])} differ")
-        outlines = [(name, str(tuple(a)), str(tuple(b))) for name, (a, b) in shortened(document["shapes"])]
+        outlines = [
+            (name, str(tuple(a)), str(tuple(b))) for name, (a, b) in shortened(document["shapes"])
+        ]
         show(table(("tensor", "A", "B"), (), outlines))
     apart = document["differing"]
     if apart:
-        heading(f"Values: {len(apart)} tensors differ" + (f", the first {MOST} are" if len(apart) > MOST else ""))
+        heading(
+            f"Values: {len(apart)} tensors differ"
+            + (f", the first {MOST} are" if len(apart) > MOST else "")
+        )
         rows = [
             (
                 one["name"],
@@ -248,11 +306,22 @@ def weight_lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         kinds.setdefault((first, second), []).append(name)
     for (first, second), names in kinds.items():
         equal = sum(name not in apart for name in names)
-        yield "dtype", f"{first} in A, {second} in B: {len(names)} tensors, {equal} of them equal in every number"
+        yield (
+            "dtype",
+            f"{first} in A, {second} in B: {len(names)} tensors, {equal} of them equal in every "
+            f"number",
+        )
     if document["rotary"] == "turned":
-        yield "rotary", "the layouts differ: rows of B were turned into that of A before they were compared"
+        yield (
+            "rotary",
+            "the layouts differ: rows of B were turned into that of A before they were compared",
+        )
     if document["rotary"] == "kept":
-        yield "rotary", "the layouts differ, and latent heads cannot be turned: their rows are compared as they are"
+        yield (
+            "rotary",
+            "the layouts differ, and latent heads cannot be turned: their rows are compared as "
+            "they are",
+        )
 
 
 def few(names: Sequence[str]) -> str:

@@ -1,7 +1,8 @@
-"""`transom data`: checks and shows a data set for fine-tuning with a model's tokenizer and chat template.
+"""`transom data`: checks and shows a data set for fine-tuning with a model's tokenizer and chat
+template.
 
-`check` counts the rows that `transom finetune` would train on with the same words and flags, and names every row
-that cannot be used. `show` prints an example token by token.
+`check` counts the rows that `transom finetune` would train on with the same words and flags, and
+names every row that cannot be used. `show` prints an example token by token.
 """
 
 from __future__ import annotations
@@ -12,23 +13,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from transom.checkpoints.folders import Found, find_model, is_model, lacks_vocabulary, read_args
+from transom.base.errors import RequestError, notice, require
+from transom.base.yaml_files import read_yaml
+from transom.checkpoints.files.folders import (
+    Found,
+    find_model,
+    is_model,
+    lacks_vocabulary,
+    read_args,
+)
 from transom.cli.chat import find_template
 from transom.cli.finetune import FLAGS, config_of
 from transom.cli.inspect import heading, pairs, show
 from transom.cli.main import emit_json, user_path
 from transom.cli.train import is_override
-from transom.errors import RequestError, notice, require
-from transom.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from transom.chat.template import ChatTemplate
-    from transom.data.conversations import Example
-    from transom.data.tuning_rows import EncodedRows
-    from transom.data.tuning_sets import Problem
-    from transom.tokenizer import Tokenizer
+    from transom.data.chat.conversations import Example
+    from transom.data.chat.finetune_sets import Problem
+    from transom.data.chat.rows import EncodedRows
+    from transom.tokenizers.tokenizer import Tokenizer
     from transom.training.config import TrainArgs
-    from transom.training.tune_args import TuneArgs
+    from transom.training.finetune.args import TuneArgs
 
 SEQ_LEN = 4096  # tokens of the longest example where no model states a length
 # Flags of this verb, and the fields they stand for.
@@ -42,21 +49,34 @@ FIELDS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
-    parser.add_argument("what", choices=("check", "show"), help="count and find faults, or print one example")
-    files = ".jsonl, .json or .parquet file, a folder with train, valid and test files, a name of `datasets`"
     parser.add_argument(
-        "data", type=user_path, metavar="DATA", help=f"{files}, or stdlib-docs: questions on Python's own library"
+        "what", choices=("check", "show"), help="count and find faults, or print one example"
+    )
+    files = (
+        ".jsonl, .json or .parquet file, a folder with train, valid and test files, a name of "
+        "`datasets`"
+    )
+    parser.add_argument(
+        "data",
+        type=user_path,
+        metavar="DATA",
+        help=f"{files}, or stdlib-docs: questions on Python's own library",
     )
     model = "the folder or hub id whose tokenizer and chat template are used"
     parser.add_argument("--model", required=True, type=user_path, metavar="FOLDER", help=model)
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--split", default="train", help="train (default), valid or test")
-    parser.add_argument("words", nargs="*", type=user_path, metavar="CONFIG.yaml key=value", help="as for finetune")
+    parser.add_argument(
+        "words", nargs="*", type=user_path, metavar="CONFIG.yaml key=value", help="as for finetune"
+    )
     parser.add_argument(
         "--seq-len", "--max-seq-length", dest="max_seq_length", type=int, metavar="N",
         help="longest example, tokens (data.seq_len; default: as for finetune)",
     )  # fmt: skip
-    which = "a built-in template, one of the folder's by name, or a file (tune.template; default: the folder's)"
+    which = (
+        "a built-in template, one of the folder's by name, or a file (tune.template; default: "
+        "the folder's)"
+    )
     parser.add_argument("--chat-template", type=user_path, metavar="NAME", help=which)
     carries = "turns that carry loss (tune.train_on; default: assistant)"
     parser.add_argument("--train-on", choices=("assistant", "all"), help=carries)
@@ -64,13 +84,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--truncate", choices=("cut", "drop"), help=longer)
     for flag, field, kind, help_text in FLAGS:
         if flag not in ("--out", "--max-seq-length"):
-            parser.add_argument(flag, type=kind, metavar="X", help=f"as for finetune: {help_text} ({field})")
-    parser.add_argument("--index", type=int, metavar="N", help="show: which example, from 0 (default: 0)")
+            parser.add_argument(
+                flag, type=kind, metavar="X", help=f"as for finetune: {help_text} ({field})"
+            )
+    parser.add_argument(
+        "--index", type=int, metavar="N", help="show: which example, from 0 (default: 0)"
+    )
     parser.add_argument(
         "--packed", action="store_true", help="show: a row of several examples, as they are trained"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="show --packed: seed of the packing (default: 0)")
-    parser.add_argument("--json", action="store_true", help="print one JSON document as the last line")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="show --packed: seed of the packing (default: 0)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document as the last line"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -79,9 +107,9 @@ def run(options: argparse.Namespace) -> int:
         value = getattr(options, flag)
         given = value is not None and value is not False
         fine = options.what == "show" and (flag != "seed" or options.packed)
-        require(fine or not given, f"--{flag}", value, f"accepted with {fits}")
+        require(fine or not given, f"--{flag}", value, f"valid only with {fits}")
     index = options.index or 0
-    require(index >= 0, "--index", options.index, "accepted is 0 or more")
+    require(index >= 0, "--index", options.index, "expected 0 or more")
     subject = open_subject(options)
     if options.what == "check":
         return check(subject, options)
@@ -91,7 +119,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 class Subject(NamedTuple):
-    """The data and its faults, the tokenizer and template, and the config that `transom finetune` would have."""
+    """The data and its faults, the tokenizer and template, and the config that `transom finetune`
+    would have.
+    """
 
     examples: list[Example]
     problems: list[Problem]
@@ -103,50 +133,67 @@ class Subject(NamedTuple):
 
 
 def open_subject(options: argparse.Namespace) -> Subject:
-    """Read data, tokenizer and template; `check` collects malformed rows, `show` refuses the first."""
+    """Read data, tokenizer and template; `check` collects malformed rows, `show` refuses the
+    first.
+    """
     from transom.checkpoints.load import open_tokenizer
-    from transom.data.tuning_rows import template_for
-    from transom.data.tuning_sets import read_examples
+    from transom.data.chat.finetune_sets import read_examples
+    from transom.data.chat.rows import template_for
 
     found = find_model(options.model, options.revision, settings_only=True)
     if lacks_vocabulary(found.model):
         found = find_model(options.model, options.revision)
     tokenizer = open_tokenizer(found)
     problems: list[Problem] = []
-    examples = read_examples(options.data, options.split, problems if options.what == "check" else None)
+    examples = read_examples(
+        options.data, options.split, problems if options.what == "check" else None
+    )
     args = tune_config(options, found, examples)
     assert args.tune is not None, "config_of requires it"
     if args.tune.new_tokens:
         tokenizer = tokenizer.with_special(args.tune.new_tokens)
-    template = template_for(examples, tokenizer, find_template(found, tokenizer, args.tune.template))
+    template = template_for(
+        examples, tokenizer, find_template(found, tokenizer, args.tune.template)
+    )
     return Subject(examples, problems, tokenizer, template, args, args.tune, found)
 
 
-def tune_config(options: argparse.Namespace, found: Found, examples: Sequence[Example]) -> TrainArgs:
+def tune_config(
+    options: argparse.Namespace, found: Found, examples: Sequence[Example]
+) -> TrainArgs:
     """Return the config that `transom finetune` has with the same words and flags.
 
-    If no objective is given, it is the first one that learns from rows of this kind. If that is not the default of
-    finetune, a notice names it.
+    If no objective is given, it is the first one that learns from rows of this kind. If that is not
+    the default of finetune, a notice names it.
     """
-    from transom.training.tune_args import objectives_of, require_kinds
+    from transom.training.finetune.args import objectives_of, require_kinds
 
     words = list(options.words)
     for flag, field in FIELDS.items():
         if (value := getattr(options, flag)) is not None:
             words.append(f"{field}={value}")
-    asked = argparse.Namespace(**{**vars(options), "data": [options.data], "resume": False, "out": None})
+    asked = argparse.Namespace(
+        **{**vars(options), "data": [options.data], "resume": False, "out": None}
+    )
     length = longest_example(found, options.max_seq_length)
     asked.max_seq_length = options.max_seq_length if is_model(found.model) else length
     asked.words = words
     args = config_of(asked, found)
     assert args.tune is not None, "config_of requires it"
-    accepted = f"accepted is at most {length}, the model's max_seq_len"
-    require(not is_model(found.model) or args.data.seq_len <= length, "data.seq_len", args.data.seq_len, accepted)
+    expected = f"expected at most {length}, the model's max_seq_len"
+    require(
+        not is_model(found.model) or args.data.seq_len <= length,
+        "data.seq_len",
+        args.data.seq_len,
+        expected,
+    )
     fitting = objectives_of(examples[0].kind) if examples else [args.tune.objective]
     if args.tune.objective in fitting or states_objective(options):
         require_kinds(examples, args.tune.objective)
         return args
-    notice(f"rows of kind {examples[0].kind}: checked for `transom finetune --objective {fitting[0]}`")
+    notice(
+        f"rows of kind {examples[0].kind}: checked for `transom finetune --objective {fitting[0]}`"
+    )
     asked.objective = fitting[0]
     require_kinds(examples, fitting[0])
     return config_of(asked, found)
@@ -154,35 +201,45 @@ def tune_config(options: argparse.Namespace, found: Found, examples: Sequence[Ex
 
 def states_objective(options: argparse.Namespace) -> bool:
     """Return whether a flag, a word or the config file names the objective."""
-    stated = options.objective is not None or any(word.startswith("tune.objective=") for word in options.words)
+    stated = options.objective is not None or any(
+        word.startswith("tune.objective=") for word in options.words
+    )
     if stated or not options.words or is_override(options.words[0]):
         return stated
     return "objective" in (read_yaml(Path(options.words[0])).get("tune") or {})
 
 
 def longest_example(found: Found, asked: int | None) -> int:
-    """Return the model's `max_seq_len`; for a tokenizer without a model the given length, or `SEQ_LEN`."""
+    """Return the model's `max_seq_len`; for a tokenizer without a model the given length, or
+    `SEQ_LEN`.
+    """
     if is_model(found.model):
         most = read_args(found.model).max_seq_len
         fits = asked is None or 2 <= asked <= most
-        require(fits, "--seq-len", asked, f"accepted is 2 to {most}, the model's max_seq_len")
+        require(fits, "--seq-len", asked, f"expected 2 to {most}, the model's max_seq_len")
         return most
     if asked is None:
-        notice(f"{found}: a tokenizer without a model; examples may have {SEQ_LEN} tokens, or --seq-len N")
+        notice(
+            f"{found}: a tokenizer without a model; examples may have {SEQ_LEN} tokens, or "
+            f"--seq-len N"
+        )
     require(asked is None or asked >= 2, "--seq-len", asked, "expected 2 or more")
     return SEQ_LEN if asked is None else asked
 
 
 def encode(subject: Subject, examples: Sequence[Example]) -> EncodedRows:
-    """Return the rows of examples as `transom finetune` trains on them; add faults to those of the subject."""
-    from transom.data.tuning_rows import encode_examples
-    from transom.generation.stopping import stop_tokens_of
+    """Return the rows of examples as `transom finetune` trains on them; add faults to those of the
+    subject.
+    """
+    from transom.data.chat.rows import encode_examples
+    from transom.inference.stopping import stop_tokens_of
 
     return encode_examples(
         examples,
         subject.tokenizer,
         subject.template,
-        seq_len=subject.args.data.seq_len + 1,  # as in training: the last token of a row is a target only
+        seq_len=subject.args.data.seq_len
+        + 1,  # as in training: the last token of a row is a target only
         train_on=subject.tune.train_on,
         truncate=subject.tune.truncate,
         stop_tokens=stop_tokens_of(subject.found, subject.tokenizer),
@@ -190,7 +247,8 @@ def encode(subject: Subject, examples: Sequence[Example]) -> EncodedRows:
     )
 
 
-# -- check -------------------------------------------------------------------------------------------
+# -- check
+# -------------------------------------------------------------------------------------------
 
 
 def check(subject: Subject, options: argparse.Namespace) -> int:
@@ -210,7 +268,9 @@ def check(subject: Subject, options: argparse.Namespace) -> int:
     facts |= prompt_facts(subject, train, measured) if asks else row_facts(subject, train, measured)
     nothing = not facts["rows"]
     facts["trains"] = not nothing
-    facts["malformed"] = [{"where": where, "problem": sentence} for where, sentence in subject.problems]
+    facts["malformed"] = [
+        {"where": where, "problem": sentence} for where, sentence in subject.problems
+    ]
     if options.json:
         emit_json(facts)
     else:
@@ -220,13 +280,16 @@ def check(subject: Subject, options: argparse.Namespace) -> int:
     return 1 if nothing or subject.problems else 0
 
 
-def held_apart(subject: Subject, options: argparse.Namespace) -> tuple[list[Example], list[Example]]:
-    """Return (examples to train on, examples to measure with) of the split `train`, as `transom finetune` has them.
+def held_apart(
+    subject: Subject, options: argparse.Namespace
+) -> tuple[list[Example], list[Example]]:
+    """Return (examples to train on, examples to measure with) of the split `train`, as `transom
+    finetune` has them.
 
     For another split, all examples are the first part.
     """
-    from transom.data.tuning_sets import has_own_valid, read_examples, split_examples
-    from transom.training.tune_args import require_kinds
+    from transom.data.chat.finetune_sets import has_own_valid, read_examples, split_examples
+    from transom.training.finetune.args import require_kinds
 
     if options.split != "train":
         return subject.examples, []
@@ -237,8 +300,12 @@ def held_apart(subject: Subject, options: argparse.Namespace) -> tuple[list[Exam
     return subject.examples, measured
 
 
-def row_facts(subject: Subject, train: Sequence[Example], measured: Sequence[Example]) -> dict[str, Any]:
-    """Return counts of the rows to train on, how many examples are held out, and how rows make steps."""
+def row_facts(
+    subject: Subject, train: Sequence[Example], measured: Sequence[Example]
+) -> dict[str, Any]:
+    """Return counts of the rows to train on, how many examples are held out, and how rows make
+    steps.
+    """
     encoded = encode(subject, train)
     encode(subject, measured)  # for the faults of its rows
     rows = [row for item in encoded.items for row in item]
@@ -263,18 +330,24 @@ def step_facts(subject: Subject, lengths: Sequence[int]) -> dict[str, Any]:
     args, tune = subject.args, subject.tune
     choice = tune_rows(lengths, args, tune, 1)
     require_comparable(choice, tune.objective, 1)
-    facts: dict[str, Any] = {"packing": choice.packing, "rows_per_step": choice.batch_size, "steps": choice.steps}
+    facts: dict[str, Any] = {
+        "packing": choice.packing,
+        "rows_per_step": choice.batch_size,
+        "steps": choice.steps,
+    }
     if choice.packing:
         fill = sum(lengths) / (choice.rows * args.data.seq_len)
         facts |= {"packed_rows": choice.rows, "fill": round(fill, 4)}
     return facts
 
 
-def prompt_facts(subject: Subject, train: Sequence[Example], measured: Sequence[Example]) -> dict[str, Any]:
+def prompt_facts(
+    subject: Subject, train: Sequence[Example], measured: Sequence[Example]
+) -> dict[str, Any]:
     """Return counts of prompts without answers, whose references the reward can judge."""
-    from transom.data.tuning_rows import prompt_ids
-    from transom.data.tuning_sets import Problem
-    from transom.training.rewards import open_reward
+    from transom.data.chat.finetune_sets import Problem
+    from transom.data.chat.rows import prompt_ids
+    from transom.training.rl.rewards import open_reward
 
     reward = open_reward(subject.tune.reward)
     room = subject.args.data.seq_len - subject.tune.answer_tokens
@@ -335,8 +408,18 @@ def print_check(facts: dict[str, Any]) -> None:
     heading(f"{facts['data']} ({facts['split']}), for {facts['model']}")
     written = facts["template"] or "plain text"
     lines = [("kinds of rows", ", ".join(facts["kinds"])), ("written by", written)]
-    lines += [("objective", facts["objective"]), ("longest allowed", f"{facts['seq_len']:,} tokens")]
-    show(pairs([*lines, *((words, amount(facts[name])) for name, words in WORDS.items() if name in facts)]))
+    lines += [
+        ("objective", facts["objective"]),
+        ("longest allowed", f"{facts['seq_len']:,} tokens"),
+    ]
+    show(
+        pairs(
+            [
+                *lines,
+                *((words, amount(facts[name])) for name, words in WORDS.items() if name in facts),
+            ]
+        )
+    )
     if facts["malformed"]:
         heading("Malformed rows")
         for fault in facts["malformed"]:

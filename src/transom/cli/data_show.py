@@ -7,20 +7,22 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from transom.base.errors import notice, require
 from transom.cli.inspect import heading, show, shown, table, token_text
 from transom.cli.main import emit_json
-from transom.errors import notice, require
 
 if TYPE_CHECKING:
     from rich.text import Text
 
     from transom.cli.data import Subject
-    from transom.data.tuning_rows import TuningRow
-    from transom.tokenizer import Tokenizer
+    from transom.data.chat.rows import TuningRow
+    from transom.tokenizers.tokenizer import Tokenizer
 
 
 class Token(NamedTuple):
-    """One token: number of its example in the row, position there, weight as a target, kind of control token."""
+    """One token: number of its example in the row, position there, weight as a target, kind of
+    control token.
+    """
 
     segment: int
     position: int
@@ -33,22 +35,32 @@ class Token(NamedTuple):
 def show_example(subject: Subject, index: int, options: argparse.Namespace) -> int:
     """Print the rows of one example, or a packed row, as coloured text and token by token."""
     from transom.cli.data import encode
-    from transom.data.packing import first_fit_decreasing
+    from transom.data.chat.packing import first_fit_decreasing
 
     examples = subject.examples
     chosen = examples if options.packed else examples[index : index + 1]
-    accepted = f"accepted is 0 to {len(examples) - 1}"
-    require(bool(chosen), "--index", index, accepted)
+    expected = f"expected 0 to {len(examples) - 1}"
+    require(bool(chosen), "--index", index, expected)
     encoded = encode(subject, chosen)
     for fault in subject.problems:
         notice(f"{fault.where}: {fault.sentence}")
     rows = [[row] for item in encoded.items for row in item]
     if options.packed and rows:
         alone = encoded.rows_per_item == 1 and encoded.labels is None
-        require(alone, "--packed", True, "accepted for sets whose examples are not compared with each other")
+        require(
+            alone,
+            "--packed",
+            True,
+            "valid only for sets whose examples are not compared with each other",
+        )
         inputs = [len(row.ids) - 1 for (row,) in rows]
         packs = first_fit_decreasing(inputs, subject.args.data.seq_len, subject.args.seed)
-        require(index < len(packs), "--index", index, f"accepted with --packed is 0 to {len(packs) - 1}")
+        require(
+            index < len(packs),
+            "--index",
+            index,
+            f"valid only with --packed is 0 to {len(packs) - 1}",
+        )
         rows = [[rows[at][0] for at in packs[index]]]
     if not rows:
         notice(f"example {index} has nothing to train on: {encoded.counts}")
@@ -59,7 +71,9 @@ def show_example(subject: Subject, index: int, options: argparse.Namespace) -> i
             {"examples": [one.id for one in row], "tokens": [token._asdict() for token in part]}
             for row, part in zip(rows, tokens, strict=True)
         ]
-        emit_json({"data": str(options.data), "index": index, "packed": options.packed, "rows": documents})
+        emit_json(
+            {"data": str(options.data), "index": index, "packed": options.packed, "rows": documents}
+        )
         return 0
     for row, part in zip(rows, tokens, strict=True):
         print_row([one.id for one in row], part, subject.tokenizer)
@@ -71,8 +85,14 @@ def tokens_of(row: Sequence[TuningRow], subject: Subject) -> Iterator[Token]:
     tokenizer = subject.tokenizer
     ends = () if subject.template is None else subject.template.stop_tokens
     for segment, one in enumerate(row):
-        for position, (id, weight) in enumerate(zip(one.ids.tolist(), one.weights.tolist(), strict=True)):
-            known = {"BOS": id == tokenizer.bos_id, "EOS": id == tokenizer.eos_id, "end of turn": id in ends}
+        for position, (id, weight) in enumerate(
+            zip(one.ids.tolist(), one.weights.tolist(), strict=True)
+        ):
+            known = {
+                "BOS": id == tokenizer.bos_id,
+                "EOS": id == tokenizer.eos_id,
+                "end of turn": id in ends,
+            }
             marks = [name for name, fits in known.items() if fits]
             mark = ", ".join(marks) or ("control" if id in tokenizer.special_ids else "")
             yield Token(segment, position, id, token_text(tokenizer, id), weight, mark)
@@ -85,7 +105,14 @@ def print_row(ids: Sequence[str], tokens: Sequence[Token], tokenizer: Tokenizer)
     show(coloured(tokens, tokenizer))
     heading("Token by token (in the text above: green is learnt, bold are control tokens)")
     lines = [
-        (shown(tokenizer, one.id), one.mark, str(one.id), f"{one.weight:g}", str(one.segment), str(one.position))
+        (
+            shown(tokenizer, one.id),
+            one.mark,
+            str(one.id),
+            f"{one.weight:g}",
+            str(one.segment),
+            str(one.position),
+        )
         for one in tokens
     ]
     show(table(("token", "mark"), ("id", "loss", "segment", "position"), lines))
@@ -104,7 +131,9 @@ def coloured(tokens: Sequence[Token], tokenizer: Tokenizer) -> Text:
 
 
 def printable(text: str) -> str:
-    """Return a text without control characters for the terminal, in the encoding of standard output."""
+    """Return a text without control characters for the terminal, in the encoding of standard
+    output.
+    """
     safe = "".join(one if one == "\n" or one.isprintable() else repr(one)[1:-1] for one in text)
     encoding = sys.stdout.encoding or "utf-8"
     return safe.encode(encoding, "backslashreplace").decode(encoding)

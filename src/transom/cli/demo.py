@@ -1,4 +1,6 @@
-"""`transom demo`: the main job on text every machine has, the Python standard library's own source."""
+"""`transom demo`: the main job on text every machine has, the Python standard library's own
+source.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transom.base.errors import WorkError, require
+from transom.base.interrupts import Background
 from transom.cli.main import emit_json
 from transom.cli.train import names_of, run_training
-from transom.errors import WorkError, require
-from transom.interrupts import Background
 from transom.training.config import read_config
 from transom.training.effects import check_effects
 
@@ -29,8 +31,8 @@ PROMPTS = (
     'def parse_date(text):\n    """Return',
 )
 
-# Tuned for two cores and less than three minutes, fixed by steps and seed so that it repeats; a plain Llama, so
-# that its folder opens in other tools.
+# Tuned for two cores and less than three minutes, fixed by steps and seed so that it repeats; a
+# plain Llama, so that its folder opens in other tools.
 CONFIG: dict[str, Any] = {
     "out": "runs/demo",
     "model": {"preset": "demo"},
@@ -69,26 +71,43 @@ class Compressed:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a field, as in transom train")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="change a field, as in transom train"
+    )
     again = parser.add_mutually_exclusive_group()
-    again.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same folder")
+    again.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier run in the same folder"
+    )
     again.add_argument("--resume", action="store_true", help="continue an interrupted demo")
-    parser.add_argument("--profile", type=int, default=0, metavar="N", help="time the parts of the first N steps")
+    parser.add_argument(
+        "--profile", type=int, default=0, metavar="N", help="time the parts of the first N steps"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
-    parser.add_argument("--json", action="store_true", help="print one JSON document as the last line")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document as the last line"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Train, compare with compressors, show three completions, name the next commands."""
-    args = read_config(None, options.overrides, base={**CONFIG, "data": {**CONFIG["data"], "sources": [library()]}})
+    args = read_config(
+        None, options.overrides, base={**CONFIG, "data": {**CONFIG["data"], "sources": [library()]}}
+    )
     check_effects(args, names_of(options.overrides))
     sources = args.data.source_list
-    require(len(sources) == 1, "data.sources", [one.path for one in sources], "the demo accepts one source")
-    require(args.data.held_out > 0, "data.held_out", args.data.held_out, "the demo accepts more than 0")
+    require(
+        len(sources) == 1,
+        "data.sources",
+        [one.path for one in sources],
+        "the demo accepts one source",
+    )
+    require(
+        args.data.held_out > 0, "data.held_out", args.data.held_out, "the demo accepts more than 0"
+    )
     trainer, final, code = run_training(args, options)
     if trainer.stop.signal is not None:
         return code
-    from transom.data.sources import held_out, read_split
+    from transom.data.text.sources import held_out, read_split
 
     source = sources[0]
     train_texts: list[bytes] = []
@@ -126,11 +145,17 @@ def run(options: argparse.Namespace) -> int:
 def library() -> dict[str, Any]:
     """The standard library's folder as a data source."""
     path = Path(sysconfig.get_paths()["stdlib"])
-    return {"path": str(path), "name": "python-stdlib", "include": ["*.py"], "exclude": list(EXCLUDED)}
+    return {
+        "path": str(path),
+        "name": "python-stdlib",
+        "include": ["*.py"],
+        "exclude": list(EXCLUDED),
+    }
 
 
 def compress(train_texts: list[bytes], held_texts: list[bytes]) -> Compressed:
-    """xz and gzip at their strongest; "primed" is what the held-out files add behind the training files.
+    """xz and gzip at their strongest; "primed" is what the held-out files add behind the training
+    files.
 
     The model has seen the training files, so the primed figure is its honest opponent.
     """
@@ -152,7 +177,9 @@ def compress(train_texts: list[bytes], held_texts: list[bytes]) -> Compressed:
 
 
 def xz_bytes(texts: Iterable[bytes]) -> int:
-    """Total size of texts compressed one by one by `xz -9e`, with the largest dictionary (64 MiB)."""
+    """Total size of texts compressed one by one by `xz -9e`, with the largest dictionary (64
+    MiB).
+    """
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 26}]
     return sum(len(lzma.compress(text, format=lzma.FORMAT_XZ, filters=filters)) for text in texts)
 
@@ -168,17 +195,21 @@ def comparison(model_bits: float, other: Compressed, files: int, size: int) -> s
         ("gzip -9, file by file", other.gzip_per_file),
     ]
     lines = [f"  {name:36} {bits:6.3f}" for name, bits in rows]
-    return "\n".join([f"\nbits per byte of {files} held-out files ({size:,} bytes), fewer is better:", *lines])
+    return "\n".join(
+        [f"\nbits per byte of {files} held-out files ({size:,} bytes), fewer is better:", *lines]
+    )
 
 
 def show_completions(model: Any, tokenizer: Any) -> None:
     """Print three continuations."""
-    from transom.generation.sampling import SamplingArgs
-    from transom.generation.text import complete
+    from transom.inference.sampling import SamplingArgs
+    from transom.inference.text import complete
 
     sampling = SamplingArgs(temperature=0.7, top_p=0.95, repetition_penalty=1.1, seed=1)
     rows = complete(model, tokenizer, PROMPTS, max_new_tokens=96, sampling=sampling)
-    for what, prompt, row in zip(("a function", "a class", "a docstring"), PROMPTS, rows, strict=True):
+    for what, prompt, row in zip(
+        ("a function", "a class", "a docstring"), PROMPTS, rows, strict=True
+    ):
         text = "\n".join("    " + line for line in (prompt + row.text).rstrip().splitlines())
         print(f"\n{what}, as the model continues it:\n\n{text}")
 

@@ -1,4 +1,6 @@
-"""`transom embed`: one vector per text, from a language model or a model with a head, whose labels it shows."""
+"""`transom embed`: one vector per text, from a language model or a model with a head, whose labels
+it shows.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from transom.base.errors import RequestError, WorkError, notice, require
 from transom.cli.generate import add_folder_arguments
 from transom.cli.main import emit_json, user_path
-from transom.errors import RequestError, WorkError, notice, require
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from transom.tokenizer import Tokenizer
+    from transom.tokenizers.tokenizer import Tokenizer
 
 OUT_SUFFIXES = (".safetensors", ".npy")
 
@@ -22,7 +24,9 @@ OUT_SUFFIXES = (".safetensors", ".npy")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     add_folder_arguments(parser)
-    parser.add_argument("-t", "--text", action="append", default=[], metavar="TEXT", help="may be given again")
+    parser.add_argument(
+        "-t", "--text", action="append", default=[], metavar="TEXT", help="may be given again"
+    )
     parser.add_argument(
         "-i",
         "--input",
@@ -32,30 +36,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--pooling", choices=("mean", "last"),
-        help="mean over all tokens of a text, or its last one (default: what the folder states, else mean)",
+        help="mean over all tokens of a text, or its last one (default: what the folder states, "
+"else mean)",
     )  # fmt: skip
     parser.add_argument("--normalize", action="store_true", help="scale vectors to length 1")
     parser.add_argument(
-        "--out", type=user_path, metavar="FILE", help="write float32 vectors to FILE.safetensors or FILE.npy"
+        "--out",
+        type=user_path,
+        metavar="FILE",
+        help="write float32 vectors to FILE.safetensors or FILE.npy",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the --out file")
-    parser.add_argument("--json", action="store_true", help="print one JSON document as the last line")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    parser.add_argument("--dtype", help="float32, bfloat16, float16 or float64 (default: the files' own)")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document as the last line"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
+    )
+    parser.add_argument(
+        "--dtype", help="float32, bfloat16, float16 or float64 (default: the files' own)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print vectors or labels, one text a line; or write vectors to a file; or both as one document."""
+    """Print vectors or labels, one text a line; or write vectors to a file; or both as one
+    document.
+    """
     check_arguments(options)
     texts = [*options.text, *(read_texts(options.input) if options.input is not None else [])]
     for number, text in enumerate(texts, start=1):
-        require(bool(text), f"text {number} of {len(texts)}", text, "accepted is one character or more")
-    from transom.checkpoints.folders import find_model
-    from transom.checkpoints.hf_config import BASE_HEAD
+        require(
+            bool(text), f"text {number} of {len(texts)}", text, "expected one character or more"
+        )
+    from transom.checkpoints.families.hf_config import BASE_HEAD
+    from transom.checkpoints.files.folders import find_model
+    from transom.checkpoints.files.pooling import stated_pooling, tell_other_modules
     from transom.checkpoints.load import load, open_tokenizer
-    from transom.checkpoints.pooling import stated_pooling, tell_other_modules
     from transom.data.labelled import encode_texts, read_labels
-    from transom.training.heads import run_rows
+    from transom.training.losses.heads import run_rows
 
     found = find_model(options.folder, options.revision)
     tokenizer = open_tokenizer(found)
@@ -68,12 +86,16 @@ def run(options: argparse.Namespace) -> int:
     tell_other_modules(found.model, options.normalize)
     vectors_RD, logits_RL = run_rows(model, rows, pooling)
     vectors_RD = vectors_RD.float().cpu()
-    broken = [number for number, finite in enumerate(vectors_RD.isfinite().all(1).tolist(), 1) if not finite]
+    broken = [
+        number
+        for number, finite in enumerate(vectors_RD.isfinite().all(1).tolist(), 1)
+        if not finite
+    ]
     if broken:
         dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
         raise WorkError(
-            f"text {broken[0]} of {len(texts)}: its vector is NaN or infinite ({len(broken)} such texts); a weight "
-            f"is not finite, or values are too large for {dtype}"
+            f"text {broken[0]} of {len(texts)}: its vector is NaN or infinite ({len(broken)} "
+            f"such texts); a weight is not finite, or values are too large for {dtype}"
         )
     if options.normalize:
         vectors_RD = vectors_RD / vectors_RD.norm(dim=1, keepdim=True).clamp_min(1e-12)
@@ -106,20 +128,30 @@ def say_spelled(tokenizer: Tokenizer, texts: list[str]) -> None:
     """Print one notice about texts that spell control tokens, which are read as plain text."""
     found = [spelled for text in texts if (spelled := tokenizer.spelled_in(text))]
     if found:
-        notice(f"{len(found)} of {len(texts)} texts spell control tokens, as {found[0][0]}: read as plain text")
+        notice(
+            f"{len(found)} of {len(texts)} texts spell control tokens, as {found[0][0]}: read as "
+            f"plain text"
+        )
 
 
 def check_arguments(options: argparse.Namespace) -> None:
     """Refuse what can be refused before torch is imported."""
     if not options.text and options.input is None:
-        raise RequestError("--text, --input: neither is given; accepted is a text, a file, or - for standard input")
+        raise RequestError(
+            "--text, --input: neither is given; expected a text, a file, or - for standard input"
+        )
     if options.out is not None:
         out = Path(options.out)
-        accepted = f"accepted is a file name that ends in {' or '.join(OUT_SUFFIXES)}"
-        require(out.suffix in OUT_SUFFIXES, "--out", options.out, accepted)
-        require(out.parent.is_dir(), "--out", options.out, "accepted is a file in a folder that is there")
+        expected = f"expected a file name that ends in {' or '.join(OUT_SUFFIXES)}"
+        require(out.suffix in OUT_SUFFIXES, "--out", options.out, expected)
+        require(
+            out.parent.is_dir(),
+            "--out",
+            options.out,
+            "expected a file in a folder that is there",
+        )
         fits = not out.exists() or options.overwrite
-        require(fits, "--out", options.out, "this file is there; accepted with --overwrite")
+        require(fits, "--out", options.out, "this file is there; valid only with --overwrite")
 
 
 def read_texts(name: str) -> list[str]:
@@ -127,7 +159,7 @@ def read_texts(name: str) -> list[str]:
     from transom.data.file_formats import open_bytes, readable, row_format
 
     if row_format(name) is not None:
-        from transom.data.sources import ReadReport, SourceArgs, read_documents
+        from transom.data.text.sources import ReadReport, SourceArgs, read_documents
 
         report = ReadReport()
         texts = [document.text for document in read_documents(SourceArgs(name), report)]
@@ -141,12 +173,14 @@ def read_texts(name: str) -> list[str]:
             with readable(Path(f"--input {name}")), open_bytes(Path(name)) as stream:
                 whole = stream.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RequestError(f"--input {name}: not UTF-8 ({error.reason} at byte {error.start})") from None
+        raise RequestError(
+            f"--input {name}: not UTF-8 ({error.reason} at byte {error.start})"
+        ) from None
     lines = whole.removesuffix("\n").split("\n")  # at \n only: a text may hold other line ends
     texts = [line.removesuffix("\r") for line in lines]
     for number, text in enumerate(texts, start=1):
         if not text:
-            raise RequestError(f"--input {name}: line {number} is empty; accepted is one text a line")
+            raise RequestError(f"--input {name}: line {number} is empty; expected one text a line")
     return texts
 
 

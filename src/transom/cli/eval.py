@@ -1,7 +1,8 @@
-"""`transom eval`: what a model scores on local files or tasks of lm-evaluation-harness; two models side by side.
+"""`transom eval`: what a model scores on local files or tasks of lm-evaluation-harness; two models
+side by side.
 
-A data file says by its keys what it is: text (bits per byte, perplexity), questions with choices, or prompts with
-answers.
+A data file says by its keys what it is: text (bits per byte, perplexity), questions with choices,
+or prompts with answers.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transom.checkpoints.folders import model_folder
-from transom.checkpoints.hub import is_hub_id
+from transom.base.errors import RequestError, WorkError, require
+from transom.base.files import json_text
+from transom.checkpoints.files.folders import model_folder
+from transom.checkpoints.files.hub import is_hub_id
 from transom.cli.inspect import heading, show, table
 from transom.cli.main import emit_json, user_path
-from transom.errors import RequestError, WorkError, require
 from transom.evaluation.eval_args import EvalArgs
 from transom.evaluation.task_data import DataSet, open_data
-from transom.paths import json_text
 
 if TYPE_CHECKING:
-    from transom.evaluation.subject import Subject
+    from transom.evaluation.eval_model import Subject
     from transom.evaluation.suite import Measured
 
 WORDS = {
@@ -52,39 +53,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data", nargs="+", action="extend", default=[], metavar="DATA",
-        help="files, folders or globs of text; or .jsonl of questions with choices, or of prompts with answers",
+        help="files, folders or globs of text; or .jsonl of questions with choices, or of prompts "
+"with answers",
     )  # fmt: skip
     parser.add_argument(
-        "--tasks", metavar="NAMES", help="tasks of lm-evaluation-harness, separated by commas, in place of --data"
+        "--tasks",
+        metavar="NAMES",
+        help="tasks of lm-evaluation-harness, separated by commas, in place of --data",
     )
     parser.add_argument(
         "--include-path", type=user_path, metavar="DIR", help="with --tasks: a folder of more tasks"
     )
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="with --tasks: examples in front")
     parser.add_argument(
-        "--apply-chat-template", action="store_true", help="with --tasks: prompts through the chat template"
+        "--num-fewshot", type=int, metavar="N", help="with --tasks: examples in front"
+    )
+    parser.add_argument(
+        "--apply-chat-template",
+        action="store_true",
+        help="with --tasks: prompts through the chat template",
     )
     for flag, kind, name, help in (
         ("--limit", int, "N", "the first N documents or rows of each"),
-        ("--window", int, "N", "text: tokens of context at most (default: max_seq_len, 4096 at most)"),
+        (
+            "--window",
+            int,
+            "N",
+            "text: tokens of context at most (default: max_seq_len, 4096 at most)",
+        ),
         ("--stride", int, "N", "text: tokens that windows advance by (default: half a window)"),
-        ("--extract", str, "REGEX", "answers: compare its last match (its group, where it has one) only"),
-        ("--chat-template", user_path, "NAME", "for messages: a built-in template, one of the folder's, or a file"),
+        (
+            "--extract",
+            str,
+            "REGEX",
+            "answers: compare its last match (its group, where it has one) only",
+        ),
+        (
+            "--chat-template",
+            user_path,
+            "NAME",
+            "for messages: a built-in template, one of the folder's, or a file",
+        ),
     ):
         parser.add_argument(flag, type=kind, metavar=name, help=help)
     parser.add_argument(
         "-m", "--max-tokens", "--max-new-tokens", dest="max_tokens", type=int, metavar="N",
         help=f"answers: new tokens at most (default: {MAX_TOKENS})",
     )  # fmt: skip
-    parser.add_argument("--ignore-case", action="store_true", help="answers: capital letters count as small ones")
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="answers: end before TEXT; may be given again"
+        "--ignore-case", action="store_true", help="answers: capital letters count as small ones"
     )
     parser.add_argument(
-        "--batch-tokens", type=int, default=4096, metavar="N", help="tokens per call of the model (default: 4096)"
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="answers: end before TEXT; may be given again",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    parser.add_argument("--dtype", help="float32, bfloat16, float16 or float64 (default: the files' own)")
+    parser.add_argument(
+        "--batch-tokens",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="tokens per call of the model (default: 4096)",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
+    )
+    parser.add_argument(
+        "--dtype", help="float32, bfloat16, float16 or float64 (default: the files' own)"
+    )
     parser.add_argument("--out", type=user_path, metavar="FILE", help="write the results as JSON")
     parser.add_argument(
         "--rows",
@@ -92,8 +129,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write the result of every document or row, one JSON object per line",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the files of --out and --rows")
-    parser.add_argument("--json", action="store_true", help="print one JSON document as the last line")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the files of --out and --rows"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document as the last line"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -126,31 +167,45 @@ def run(options: argparse.Namespace) -> int:
 def check_arguments(options: argparse.Namespace) -> None:
     """Refuse what can be refused before torch is imported."""
     if (options.model is None) == (options.compare is None):
-        raise RequestError("eval: accepted is one model, or --compare with two")
+        raise RequestError("eval: expected one model, or --compare with two")
     if bool(options.data) == (options.tasks is not None):
-        raise RequestError("eval: accepted is --data with files, or --tasks with names of lm-evaluation-harness")
+        raise RequestError(
+            "eval: expected --data with files, or --tasks with names of lm-evaluation-harness"
+        )
     tasks = options.tasks is not None
     for flag in FOR_DATA if tasks else FOR_TASKS:
         word, value = flag.replace("_", "-"), getattr(options, flag)
         given = value is not None and value is not False and value != []
-        require(not given, f"--{word}", value, f"accepted with --{'data' if tasks else 'tasks'}")
-    require(not tasks or options.compare is None, "--compare", options.compare, "accepted with --data")
-    require(all(options.stop), "--stop", "", "accepted is text of one character or more")
+        require(not given, f"--{word}", value, f"valid only with --{'data' if tasks else 'tasks'}")
+    require(
+        not tasks or options.compare is None, "--compare", options.compare, "valid only with --data"
+    )
+    require(all(options.stop), "--stop", "", "expected text of one character or more")
     several = options.compare is not None
-    require(not several or options.revision is None, "--revision", options.revision, "accepted with one model")
+    require(
+        not several or options.revision is None,
+        "--revision",
+        options.revision,
+        "valid only with one model",
+    )
     for name in options.compare or [options.model]:
         if not Path(name).exists() and not is_hub_id(name):
             model_folder(name)  # its sentence; a hub id is looked up when all else is right
     for flag, name in (("--out", options.out), ("--rows", options.rows)):
         if name is not None:
-            require(Path(name).parent.is_dir(), flag, name, "accepted is a file in a folder that is there")
+            require(
+                Path(name).parent.is_dir(),
+                flag,
+                name,
+                "expected a file in a folder that is there",
+            )
             fits = not Path(name).exists() or options.overwrite
-            require(fits, flag, name, "this file is there; accepted with --overwrite")
+            require(fits, flag, name, "this file is there; valid only with --overwrite")
 
 
 def open_subject(options: argparse.Namespace, name: str) -> Subject:
     """One of the models asked for."""
-    from transom.evaluation.subject import Subject
+    from transom.evaluation.eval_model import Subject
 
     return Subject.open(
         name,
@@ -161,10 +216,13 @@ def open_subject(options: argparse.Namespace, name: str) -> Subject:
     )
 
 
-# -- local data -------------------------------------------------------------------------------------------
+# -- local data
+# -------------------------------------------------------------------------------------------
 
 
-def run_data(options: argparse.Namespace, args: EvalArgs, data: Sequence[DataSet]) -> dict[str, Any]:
+def run_data(
+    options: argparse.Namespace, args: EvalArgs, data: Sequence[DataSet]
+) -> dict[str, Any]:
     """Score one or two models, one after the other in memory; print and return the results."""
     from transom.evaluation.suite import comparison, evaluate, report
 
@@ -198,9 +256,18 @@ def row_lines(names: Sequence[str], measured: Sequence[Sequence[Measured]]) -> I
 
 def print_report(document: Mapping[str, Any]) -> None:
     """One row per score."""
-    heading(f"{document['model']['model']}: {document['model']['dtype']} on {document['model']['device']}")
+    heading(
+        f"{document['model']['model']}: {document['model']['dtype']} on "
+        f"{document['model']['device']}"
+    )
     rows = [
-        (one["path"], WORDS.get(name, name), f"{score['value']:.4f}", interval_words(score), amount_words(one))
+        (
+            one["path"],
+            WORDS.get(name, name),
+            f"{score['value']:.4f}",
+            interval_words(score),
+            amount_words(one),
+        )
         for one in document["data"]
         for name, score in one["scores"].items()
     ]
@@ -208,7 +275,9 @@ def print_report(document: Mapping[str, Any]) -> None:
 
 
 def print_comparison(document: Mapping[str, Any]) -> None:
-    """Both models in one row per score, and whether their difference is more than chance would give."""
+    """Both models in one row per score, and whether their difference is more than chance would
+    give.
+    """
     heading("Side by side")
     print(f"A  {document['a']['model']}\nB  {document['b']['model']}\n")
     rows = []
@@ -216,7 +285,11 @@ def print_comparison(document: Mapping[str, Any]) -> None:
         for name, score in one["a"]["scores"].items():
             other, difference = one["b"]["scores"][name], one["difference"].get(name)
             values = (f"{score['value']:.4f}", f"{other['value']:.4f}")
-            found = ("-", "-", "other vocabulary") if difference is None else difference_words(difference)
+            found = (
+                ("-", "-", "other vocabulary")
+                if difference is None
+                else difference_words(difference)
+            )
             rows.append((one["path"], WORDS.get(name, name), found[2], *values, *found[:2]))
     show(table(("data", "score", "verdict"), ("A", "B", "B - A", "95% interval"), rows))
 
@@ -229,7 +302,11 @@ def interval_words(score: Mapping[str, Any]) -> str:
 def difference_words(difference: Mapping[str, Any]) -> tuple[str, str, str]:
     """(difference, interval, verdict)."""
     better = difference["better"]
-    verdict = "one unit says nothing" if difference["low"] is None else "no difference beyond its interval"
+    verdict = (
+        "one unit says nothing"
+        if difference["low"] is None
+        else "no difference beyond its interval"
+    )
     if better is not None:
         verdict = f"{better.upper()} is better"
     return f"{difference['value']:+.4f}", interval_words(difference), verdict
@@ -249,7 +326,8 @@ def write_lines(name: str, lines: Sequence[str]) -> None:
         raise WorkError(f"{name}: could not be written ({error})") from None
 
 
-# -- lm-evaluation-harness --------------------------------------------------------------------------------
+# -- lm-evaluation-harness
+# --------------------------------------------------------------------------------
 
 
 def run_harness(options: argparse.Namespace) -> dict[str, Any]:
@@ -257,7 +335,9 @@ def run_harness(options: argparse.Namespace) -> dict[str, Any]:
     try:
         import lm_eval  # noqa: F401 - only to see whether it is there
     except ImportError:
-        raise RequestError("--tasks needs lm-evaluation-harness: pip install 'transom[lm_eval]'") from None
+        raise RequestError(
+            "--tasks needs lm-evaluation-harness: pip install 'transom[lm_eval]'"
+        ) from None
     from transom.evaluation.harness import TransomLM, run_tasks
 
     subject = open_subject(options, options.model)

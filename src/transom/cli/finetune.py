@@ -7,15 +7,15 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from transom.checkpoints.folders import Found
+from transom.base.errors import require
+from transom.base.yaml_files import read_yaml
+from transom.checkpoints.files.folders import Found
 from transom.cli.main import emit_json, user_path
 from transom.cli.train import field_lines, is_override, names_of, run_training
-from transom.errors import require
 from transom.training.config import TrainArgs, read_config
 from transom.training.effects import check_effects
-from transom.training.finetune_config import EMBEDDED, default_out, finetune_args
-from transom.training.tune_args import TuneArgs
-from transom.yaml_files import read_yaml
+from transom.training.finetune.args import TuneArgs
+from transom.training.finetune.config import EMBEDDED, default_out, finetune_args
 
 # Flags that users of other tools know, and the fields they stand for.
 FLAGS = (
@@ -37,13 +37,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb; the fields of the config are listed behind them."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.usage = (
-        "transom finetune MODEL [CONFIG.yaml] --data FILE [key=value ...] [--overwrite | --resume] [--json]"
+        "transom finetune MODEL [CONFIG.yaml] --data FILE [key=value ...] [--overwrite | "
+        "--resume] [--json]"
     )
     parser.add_argument(
-        "model", type=user_path, metavar="MODEL", help="model or run folder, or hub id, to start from"
+        "model",
+        type=user_path,
+        metavar="MODEL",
+        help="model or run folder, or hub id, to start from",
     )
     parser.add_argument(
-        "words", nargs="*", type=user_path, metavar="CONFIG.yaml key=value", help="config file, then overrides"
+        "words",
+        nargs="*",
+        type=user_path,
+        metavar="CONFIG.yaml key=value",
+        help="config file, then overrides",
     )
     parser.add_argument(
         "--data",
@@ -51,18 +59,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=user_path,
         metavar="FILE",
-        help=f".jsonl, .json or .parquet file, folder with train and valid files, or {EMBEDDED}: questions about "
-        "this machine's Python library; may be given again",
+        help=f".jsonl, .json or .parquet file, folder with train and valid files, or {EMBEDDED}: "
+        f"questions about this machine's Python library; may be given again",
     )
     for flag, field, kind, help_text in FLAGS:
         parser.add_argument(flag, type=kind, metavar="X", help=f"{help_text} ({field})")
     again = parser.add_mutually_exclusive_group()
-    again.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same folder")
-    again.add_argument("--resume", action="store_true", help="continue where the run's latest step left it")
-    parser.add_argument("--profile", type=int, default=0, metavar="N", help="time the parts of the first N steps")
+    again.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier run in the same folder"
+    )
+    again.add_argument(
+        "--resume", action="store_true", help="continue where the run's latest step left it"
+    )
+    parser.add_argument(
+        "--profile", type=int, default=0, metavar="N", help="time the parts of the first N steps"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
-    parser.add_argument("--json", action="store_true", help="print one JSON document as the last line")
-    parser.epilog = "fields, each as key=value (unit, default):\n\n" + "\n".join(field_lines(TuneArgs, "tune."))
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document as the last line"
+    )
+    parser.epilog = "fields, each as key=value (unit, default):\n\n" + "\n".join(
+        field_lines(TuneArgs, "tune.")
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -84,7 +102,9 @@ def run(options: argparse.Namespace) -> int:
                 "train_tokens": p.tokens,
                 "train_seconds": round(p.seconds, 3),
                 "held_out_loss": p.best,
-                "trained_parameters": sum(w.numel() for w in trainer.model.parameters() if w.requires_grad),
+                "trained_parameters": sum(
+                    w.numel() for w in trainer.model.parameters() if w.requires_grad
+                ),
             }
         )
     return code
@@ -102,29 +122,54 @@ def config_of(options: argparse.Namespace, opened: Found | None = None) -> Train
     run = run_to_resume(options.model, given.get("out")) if options.resume else None
     if run is not None:
         return resumed_config(run, options, path, overrides)
-    return finetune_args(options.model, options.data, overrides, read_yaml(path) if path else {}, opened)
+    return finetune_args(
+        options.model, options.data, overrides, read_yaml(path) if path else {}, opened
+    )
 
 
 def run_to_resume(model: str, out: str | None) -> Path | None:
-    """Return the run to resume: `out`, the default run of MODEL, or MODEL itself; None if no run has begun."""
+    """Return the run to resume: `out`, the default run of MODEL, or MODEL itself; None if no run
+    has begun.
+    """
     run = Path(default_out(model) if out is None else user_path(out))
     if (run / "config.yaml").exists():
         return run
     own = Path(model) / "config.yaml"
-    return Path(model) if out is None and own.exists() and read_config(own).tune is not None else None
+    return (
+        Path(model) if out is None and own.exists() and read_config(own).tune is not None else None
+    )
 
 
-def resumed_config(run: Path, options: argparse.Namespace, path: Path | None, overrides: list[str]) -> TrainArgs:
-    """Return the config of a run with the fields of the command; the trainer refuses those that must not change."""
+def resumed_config(
+    run: Path, options: argparse.Namespace, path: Path | None, overrides: list[str]
+) -> TrainArgs:
+    """Return the config of a run with the fields of the command; the trainer refuses those that
+    must not change.
+    """
     model, stored = Path(options.model), read_config(run / "config.yaml")
-    require(stored.tune is not None, "MODEL", str(run), "accepted with --resume is a fine-tuning run, or its base")
+    require(
+        stored.tune is not None,
+        "MODEL",
+        str(run),
+        "valid only with --resume is a fine-tuning run, or its base",
+    )
     if run != model:
         bases = [Path(stored.base or "").resolve(), *Path(stored.base or "").resolve().parents]
         same = options.model == stored.base or model.resolve() in bases
-        require(same, "MODEL", options.model, f"accepted with --resume of {run} is its base, {stored.base}")
+        require(
+            same,
+            "MODEL",
+            options.model,
+            f"valid only with --resume of {run} is its base, {stored.base}",
+        )
     sources = [source.path for source in stored.data.source_list]
     same = not options.data or list(options.data) == sources
-    require(same, "--data", options.data, f"accepted with --resume is none, or what the run has: {sources}")
+    require(
+        same,
+        "--data",
+        options.data,
+        f"valid only with --resume is none, or what the run has: {sources}",
+    )
     config = over(read_yaml(run / "config.yaml"), read_yaml(path) if path else {})
     return read_config(None, [f"out={run}", *overrides], base=config)
 

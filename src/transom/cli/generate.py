@@ -9,17 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transom.checkpoints.folders import Found, find_model, model_folder
-from transom.checkpoints.hub import is_hub_id
+from transom.base.errors import RequestError, notice, require
+from transom.checkpoints.files.folders import Found, find_model, model_folder
+from transom.checkpoints.files.hub import is_hub_id
 from transom.cli.main import emit_json, user_path
-from transom.errors import RequestError, notice, require
 
 if TYPE_CHECKING:
-    from transom.args import ModelArgs
-    from transom.generation.sampling import SamplingArgs
-    from transom.generation.text import TextStream
-    from transom.model import LLM
-    from transom.tokenizer import Tokenizer
+    from transom.config.model_args import ModelArgs
+    from transom.inference.sampling import SamplingArgs
+    from transom.inference.text import TextStream
+    from transom.models.llm import LLM
+    from transom.tokenizers.tokenizer import Tokenizer
 
 MAX_TOKENS = 128
 
@@ -36,9 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text to continue, - for standard input as it is; given several times, one batch",
     )
     add_model_arguments(parser)
-    special = "read control tokens that a prompt spells, as <|im_start|>; without it they are plain text"
+    special = (
+        "read control tokens that a prompt spells, as <|im_start|>; without it they are plain text"
+    )
     parser.add_argument("--special", action="store_true", help=special)
-    parser.add_argument("--json", action="store_true", help="print one JSON document as the last line")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document as the last line"
+    )
 
 
 def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,9 +82,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shown = "show control tokens in the text, also the one that ends it"
     parser.add_argument("--show-special", action="store_true", help=shown)
-    parser.add_argument("--ignore-eos", action="store_true", help="go on after the model's own stop tokens")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    parser.add_argument("--dtype", help="float32, bfloat16, float16 or float64 (default: the files' own)")
+    parser.add_argument(
+        "--ignore-eos", action="store_true", help="go on after the model's own stop tokens"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
+    )
+    parser.add_argument(
+        "--dtype", help="float32, bfloat16, float16 or float64 (default: the files' own)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -91,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
     found, model, tokenizer, stop_tokens = open_model(options)
     from transom.chat.fingerprint import warn_if_other
     from transom.chat.reasoning import marker_ids
-    from transom.generation.text import encode_prompts, stream_text
+    from transom.inference.text import encode_prompts, stream_text
 
     warn_if_other(found.folders, tokenizer, None)
     ids = encode_prompts(tokenizer, prompts, special=options.special)
@@ -106,7 +116,9 @@ def run(options: argparse.Namespace) -> int:
         stop=stop_of(options, found),
         stop_tokens=stop_tokens,
         prefill_step_size=options.prefill_step_size,
-        kept="all" if options.show_special else marker_ids(tokenizer),  # or reasoning and answer were one
+        kept="all"
+        if options.show_special
+        else marker_ids(tokenizer),  # or reasoning and answer were one
     )
     shown, prompt_seconds, seconds = show(texts, prompts)
     facts = rates(texts, sum(map(len, ids)), prompt_seconds, seconds, model)
@@ -114,7 +126,12 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         rows = zip(prompts, shown, texts.completions, strict=True)
         completions = [
-            {"prompt": prompt, "text": text, "tokens": row.tokens, "finish_reason": row.finish_reason}
+            {
+                "prompt": prompt,
+                "text": text,
+                "tokens": row.tokens,
+                "finish_reason": row.finish_reason,
+            }
             for prompt, text, row in rows
         ]
         emit_json({"model": options.folder, "completions": completions, **facts})
@@ -124,10 +141,10 @@ def run(options: argparse.Namespace) -> int:
 def check_arguments(options: argparse.Namespace) -> None:
     """Refuse what can be refused before torch is imported."""
     most = options.max_tokens
-    require(most is None or most >= 1, "--max-tokens", most, "accepted is 1 or more")
+    require(most is None or most >= 1, "--max-tokens", most, "expected 1 or more")
     step = options.prefill_step_size
-    require(step >= 1, "--prefill-step-size", step, "accepted is 1 or more")
-    require(all(options.stop), "--stop", "", "accepted is text of one character or more")
+    require(step >= 1, "--prefill-step-size", step, "expected 1 or more")
+    require(all(options.stop), "--stop", "", "expected text of one character or more")
     if not Path(options.folder).exists() and not is_hub_id(options.folder):
         model_folder(options.folder)  # its sentence; a hub id is looked up when all else is right
 
@@ -143,7 +160,10 @@ def say_spelled(tokenizer: Tokenizer, prompts: Sequence[str]) -> None:
     """Print a notice for each control token that a prompt spells, which is read as plain text."""
     for number, prompt in enumerate(prompts, start=1):
         for spelling in tokenizer.spelled_in(prompt):
-            notice(f"prompt {number}: {spelling} is read as plain text; --special reads it as a control token")
+            notice(
+                f"prompt {number}: {spelling} is read as plain text; --special reads it as a "
+                f"control token"
+            )
 
 
 def _standard_input() -> str:
@@ -158,7 +178,7 @@ def _standard_input() -> str:
 
 def sampling_of(options: argparse.Namespace) -> SamplingArgs:
     """The sampling flags, checked."""
-    from transom.generation.sampling import SamplingArgs
+    from transom.inference.sampling import SamplingArgs
 
     return SamplingArgs(
         temperature=options.temperature,
@@ -174,9 +194,9 @@ def sampling_of(options: argparse.Namespace) -> SamplingArgs:
 
 def open_model(options: argparse.Namespace) -> tuple[Found, LLM, Tokenizer, tuple[int, ...]]:
     """The folders meant, the model, its tokenizer and its stop tokens (none with --ignore-eos)."""
+    from transom.base.runtime import warn_if_bfloat16_is_slow
     from transom.checkpoints.load import load, open_tokenizer
-    from transom.generation.stopping import stop_tokens_of
-    from transom.runtime import warn_if_bfloat16_is_slow
+    from transom.inference.stopping import stop_tokens_of
 
     found = find_model(options.folder, options.revision)
     tokenizer = open_tokenizer(found)
@@ -187,15 +207,19 @@ def open_model(options: argparse.Namespace) -> tuple[Found, LLM, Tokenizer, tupl
 
 
 def stop_of(options: argparse.Namespace, found: Found) -> list[str]:
-    """Return the stop strings of --stop and, without --ignore-eos, those that the model's folder states."""
-    from transom.checkpoints.companions import stop_strings
+    """Return the stop strings of --stop and, without --ignore-eos, those that the model's folder
+    states.
+    """
+    from transom.checkpoints.files.companions import stop_strings
 
     return [*options.stop, *(() if options.ignore_eos else stop_strings(found))]
 
 
 def max_new_tokens(requested: int | None, args: ModelArgs, prompt_tokens: int) -> int:
-    """What was asked for, else the default or what the context leaves; the loop refuses what cannot be."""
-    from transom.generation.loop import keeps_every_token
+    """What was asked for, else the default or what the context leaves; the loop refuses what cannot
+    be.
+    """
+    from transom.inference.loop import keeps_every_token
 
     if requested is not None:
         return requested
@@ -231,8 +255,10 @@ def show(texts: TextStream, prompts: Sequence[str]) -> tuple[list[str], float, f
 def rates(
     texts: TextStream, prompt_tokens: int, prompt_seconds: float, seconds: float, model: LLM
 ) -> dict[str, Any]:
-    """Counts and speeds; a row's first token comes out of its prompt and is not part of the generation speed."""
-    from transom.runtime import memory_bytes
+    """Counts and speeds; a row's first token comes out of its prompt and is not part of the
+    generation speed.
+    """
+    from transom.base.runtime import memory_bytes
 
     counts = [len(row.tokens) for row in texts.completions]
     return {

@@ -16,9 +16,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from transom import __version__
-from transom.errors import RequestError, WorkError, nearest, reset_notices
-from transom.interrupts import STOP_SIGNALS, STOPS, exit_code, handling, leave_background_calls, raise_stop
-from transom.paths import json_text
+from transom.base.errors import RequestError, WorkError, nearest, reset_notices
+from transom.base.files import json_text
+from transom.base.interrupts import (
+    STOP_SIGNALS,
+    STOPS,
+    exit_code,
+    handling,
+    leave_background_calls,
+    raise_stop,
+)
 
 ENDING = tuple(
     number for number in STOP_SIGNALS if number != signal.SIGINT
@@ -27,15 +34,27 @@ ENDING = tuple(
 # verb -> (module with add_arguments(parser) and run(options) -> exit code, what it does)
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("transom.cli.demo", "train a small model on this machine's Python library, then talk"),
-    "train": ("transom.cli.train", "train a model from a config file, key=value overrides accepted"),
-    "finetune": ("transom.cli.finetune", "teach a model with conversations, answers or pairs of them"),
+    "train": (
+        "transom.cli.train",
+        "train a model from a config file, key=value overrides accepted",
+    ),
+    "finetune": (
+        "transom.cli.finetune",
+        "teach a model with conversations, answers or pairs of them",
+    ),
     "data": ("transom.cli.data", "count, check and show what a model would be fine-tuned on"),
     "generate": ("transom.cli.generate", "continue a prompt"),
     "chat": ("transom.cli.chat", "talk with a model, turn by turn"),
     "embed": ("transom.cli.embed", "one vector per text, or its label"),
-    "eval": ("transom.cli.eval", "score a model on local files or on tasks of lm-evaluation-harness"),
+    "eval": (
+        "transom.cli.eval",
+        "score a model on local files or on tasks of lm-evaluation-harness",
+    ),
     "inspect": ("transom.cli.inspect", "show what a model is, layer by layer"),
-    "merge": ("transom.cli.merge", "adapters into the weights of their base, with a report of what that loses"),
+    "merge": (
+        "transom.cli.merge",
+        "adapters into the weights of their base, with a report of what that loses",
+    ),
     "convert": ("transom.cli.convert", "write a model folder in another format"),
     "verify": ("transom.cli.verify", "compare every fast path with its slow twin on this machine"),
 }
@@ -87,11 +106,12 @@ def user_path(text: str) -> str:
 
 
 def prepare_streams() -> None:
-    """Make the standard streams usable: closed ones become the null device, and no character ends the program.
+    """Make the standard streams usable: closed ones become the null device, and no character ends
+    the program.
 
-    A closed stream is None in Python: reading it is an AttributeError, and `print` to a closed standard error
-    writes to standard output. A character that the encoding of standard output lacks (cp1252 of pipes on Windows)
-    is printed as an escape, as Python does on standard error.
+    A closed stream is None in Python: reading it is an AttributeError, and `print` to a closed
+    standard error writes to standard output. A character that the encoding of standard output lacks
+    (cp1252 of pipes on Windows) is printed as an escape, as Python does on standard error.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -103,7 +123,7 @@ def prepare_streams() -> None:
 def _out_of_memory(error: RuntimeError) -> bool:
     if "torch" not in sys.modules:
         return False
-    from transom.runtime import is_out_of_memory
+    from transom.base.runtime import is_out_of_memory
 
     return is_out_of_memory(error)
 
@@ -117,7 +137,9 @@ def _run(words: list[str]) -> int:
         return 0
     verb = words[0]
     if verb not in VERBS:
-        raise RequestError(f"{verb!r}: no such verb; known are {', '.join(VERBS)}{nearest(verb, VERBS)}")
+        raise RequestError(
+            f"{verb!r}: no such verb; known are {', '.join(VERBS)}{nearest(verb, VERBS)}"
+        )
     module, help_line = VERBS[verb]
     command = importlib.import_module(module)
     parser = Parser(prog=f"transom {verb}", description=help_line, allow_abbrev=False)
@@ -129,7 +151,13 @@ def _overview() -> str:
     width = max(len(verb) for verb in VERBS)
     lines = [f"  {verb:{width}}  {help_line}" for verb, (_, help_line) in VERBS.items()]
     return "\n".join(
-        ["usage: transom <verb> [options]", "", *lines, "", "`transom <verb> --help` shows its options."]
+        [
+            "usage: transom <verb> [options]",
+            "",
+            *lines,
+            "",
+            "`transom <verb> --help` shows its options.",
+        ]
     )
 
 

@@ -1,4 +1,6 @@
-"""`transom merge`: adapters into the weights of their base, measured against the model that is merged."""
+"""`transom merge`: adapters into the weights of their base, measured against the model that is
+merged.
+"""
 
 from __future__ import annotations
 
@@ -9,39 +11,50 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.adapt.combine_args import METHODS, CombineArgs
-from transom.checkpoints.hub import is_hub_id
-from transom.claims import free_folder
+from transom.base.claims import free_folder
+from transom.base.errors import RequestError, require
+from transom.checkpoints.files.hub import is_hub_id
 from transom.cli.convert import FORMATS
 from transom.cli.inspect import heading, show, table
 from transom.cli.main import emit_json, user_path
-from transom.errors import RequestError, require
+from transom.lora.combine_args import METHODS, CombineArgs
 
-FORMS = "accepted is ADAPTER [OUT], or BASE ADAPTER... OUT"
+FORMS = "expected ADAPTER [OUT], or BASE ADAPTER... OUT"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     what = (
-        "ADAPTER, or ADAPTER OUT, or BASE ADAPTER ... OUT: an adapter is its folder, a run that trained one, or a "
+        "ADAPTER, or ADAPTER OUT, or BASE ADAPTER ... OUT: an adapter is its folder, a run that "
+        "trained one, or a "
         "hub id, on the base that it names unless one is given; OUT is ADAPTER-merged unless given"
     )
     parser.add_argument("folders", nargs="+", type=user_path, metavar="FOLDER", help=what)
     parser.add_argument(
         "--method", choices=METHODS, default="linear",
-        help="how several are combined: added up (default), ties (arXiv 2306.01708) or dare (arXiv 2311.03099)",
+        help="how several are combined: added up (default), ties (arXiv 2306.01708) or dare "
+"(arXiv 2311.03099)",
     )  # fmt: skip
     parser.add_argument("--weights", metavar="X,X", help="a factor for each adapter (default: 1)")
-    parser.add_argument("--density", type=float, metavar="X", help="ties, dare: share that is kept (default: 0.5)")
+    parser.add_argument(
+        "--density", type=float, metavar="X", help="ties, dare: share that is kept (default: 0.5)"
+    )
     parser.add_argument("--seed", type=int, metavar="N", help="dare: of the draws (default: 0)")
     parser.add_argument(
         "--data", type=user_path, metavar="FILE",
-        help="text to measure on: a file, folder or glob (default: what the run held out, else built-in texts)",
+        help="text to measure on: a file, folder or glob (default: what the run held out, else "
+"built-in texts)",
     )  # fmt: skip
-    parser.add_argument("--tokens", type=int, metavar="N", help="tokens of it to measure on (default: 4096)")
+    parser.add_argument(
+        "--tokens", type=int, metavar="N", help="tokens of it to measure on (default: 4096)"
+    )
     parser.add_argument("--format", choices=FORMATS, help="of OUT (default: that of the base)")
-    parser.add_argument("--dtype", help="float32, bfloat16, float16 or float64 (default: that of the base's files)")
-    parser.add_argument("--device", default="cpu", help="where to merge and measure, in float32 (default: cpu)")
+    parser.add_argument(
+        "--dtype", help="float32, bfloat16, float16 or float64 (default: that of the base's files)"
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="where to merge and measure, in float32 (default: cpu)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the model that OUT holds")
     parser.add_argument("--json", action="store_true", help="print the report as the last line")
 
@@ -50,7 +63,12 @@ def run(options: argparse.Namespace) -> int:
     """Merge, print what was measured, and name the next commands."""
     base, adapters, out = roles(options.folders)
     args = combine_args(options, len(adapters))
-    require(options.tokens is None or options.tokens >= 2, "--tokens", options.tokens, "accepted is 2 or more")
+    require(
+        options.tokens is None or options.tokens >= 2,
+        "--tokens",
+        options.tokens,
+        "expected 2 or more",
+    )
     with free_folder(out, options.overwrite, "OUT"):
         from transom.evaluation.merging import TOKENS, merge_folders
 
@@ -72,7 +90,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def roles(folders: list[str]) -> tuple[str | None, list[str], Path]:
-    """Base (None: the one that the adapter names), adapters and OUT out of the folders in their order."""
+    """Base (None: the one that the adapter names), adapters and OUT out of the folders in their
+    order.
+    """
     if len(folders) == 1:
         (adapter,) = folders
         require(bool(Path(adapter).name), "FOLDER", adapter, FORMS)
@@ -81,7 +101,7 @@ def roles(folders: list[str]) -> tuple[str | None, list[str], Path]:
     *rest, out = folders
     base, adapters = (rest[0], rest[1:]) if len(rest) > 1 else (None, rest)
     if (Path(out) / "adapter_config.json").exists():
-        raise RequestError(f"OUT = {out!r}: an adapter, which is not written over; {FORMS}")
+        raise RequestError(f"OUT: got {out!r}; an adapter, which is not written over; {FORMS}")
     return base, adapters, Path(out)
 
 
@@ -90,12 +110,16 @@ def combine_args(options: argparse.Namespace, count: int) -> CombineArgs:
     read = {"density": options.method != "linear", "seed": options.method == "dare"}
     for flag, fits in read.items():
         value = getattr(options, flag)
-        accepted = "ties and dare" if flag == "density" else "dare"
-        require(value is None or fits, f"--{flag}", value, f"accepted with --method {accepted}")
+        expected = "ties and dare" if flag == "density" else "dare"
+        require(value is None or fits, f"--{flag}", value, f"valid only with --method {expected}")
     try:
-        weights = tuple(map(float, options.weights.split(","))) if options.weights is not None else ()
+        weights = (
+            tuple(map(float, options.weights.split(","))) if options.weights is not None else ()
+        )
     except ValueError:
-        raise RequestError(f"--weights = {options.weights!r}: accepted is numbers as 0.7,0.3") from None
+        raise RequestError(
+            f"--weights: got {options.weights!r}; expected numbers as 0.7,0.3"
+        ) from None
     given = {name: getattr(options, name) for name in read if getattr(options, name) is not None}
     args = CombineArgs(options.method, weights, **given)
     args.weights_of(count)
@@ -119,10 +143,23 @@ def print_report(report: Mapping[str, Any], out: Path) -> None:
         for name, one in measured
     ]
     if rows:
-        columns = ("KL, nats per token", "top-1 agreement", "largest logit difference", "loss, nats")
-        show(table((f"against {report['reference']}, {report['data']['tokens']:,} tokens",), columns, rows))
+        columns = (
+            "KL, nats per token",
+            "top-1 agreement",
+            "largest logit difference",
+            "loss, nats",
+        )
+        show(
+            table(
+                (f"against {report['reference']}, {report['data']['tokens']:,} tokens",),
+                columns,
+                rows,
+            )
+        )
     print(f"kept: {report['kept']} ({report['why']})")
     written = report["out"]
-    print(f"{out}: {written['format']}, {written['dtype']}, with merge_report.json", file=sys.stderr)
+    print(
+        f"{out}: {written['format']}, {written['dtype']}, with merge_report.json", file=sys.stderr
+    )
     folder = shlex.quote(str(out))
     print(f"next: transom verify merge {folder}; transom chat {folder}", file=sys.stderr)

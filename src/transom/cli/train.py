@@ -12,44 +12,60 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transom.args import ModelArgs
-from transom.claims import Claim
+from transom.base.claims import Claim
+from transom.base.errors import notice, require
+from transom.base.fields import field_types, write
+from transom.base.interrupts import STOPS
 from transom.cli.main import emit_json, user_path
-from transom.errors import notice, require
-from transom.fields import field_types, write
-from transom.interrupts import STOPS
+from transom.config.model_args import ModelArgs
 from transom.training.config import TrainArgs, read_config
 from transom.training.effects import check_effects
 
 if TYPE_CHECKING:
     from transom.evaluation.bits import HeldOut
-    from transom.training.trainer import Trainer
+    from transom.training.loop.trainer import Trainer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb, and list the fields of the config after them."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.usage = (
-        "transom train [CONFIG.yaml | RUN] [key=value ...] [--overwrite | --resume] [--profile N] [--json]"
+        "transom train [CONFIG.yaml | RUN] [key=value ...] [--overwrite | --resume] [--profile "
+        "N] [--json]"
     )
     parser.add_argument(
-        "words", nargs="*", type=user_path, metavar="CONFIG.yaml key=value", help="config file, then overrides"
+        "words",
+        nargs="*",
+        type=user_path,
+        metavar="CONFIG.yaml key=value",
+        help="config file, then overrides",
     )
     again = parser.add_mutually_exclusive_group()
-    again.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same folder")
     again.add_argument(
-        "--resume", action="store_true", help="continue the run exactly where its latest step left it"
+        "--overwrite", action="store_true", help="replace an earlier run in the same folder"
     )
-    parser.add_argument("--profile", type=int, default=0, metavar="N", help="time the parts of the first N steps")
+    again.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run exactly where its latest step left it",
+    )
+    parser.add_argument(
+        "--profile", type=int, default=0, metavar="N", help="time the parts of the first N steps"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
-    parser.add_argument("--json", action="store_true", help="print one JSON document as the last line")
-    parser.epilog = "fields of CONFIG.yaml, each also as key=value (unit, default):\n\n" + "\n".join(
-        field_lines(TrainArgs)
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document as the last line"
+    )
+    parser.epilog = (
+        "fields of CONFIG.yaml, each also as key=value (unit, default):\n\n"
+        + "\n".join(field_lines(TrainArgs))
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train; exit code 0, or 143 after a SIGTERM and 129 after a SIGHUP that saved an unfinished run."""
+    """Train; exit code 0, or 143 after a SIGTERM and 129 after a SIGHUP that saved an unfinished
+    run.
+    """
     config, overrides = _split(options.words)
     args = read_config(config, overrides)
     check_effects(args, names_of(overrides), by_value=not options.resume)
@@ -71,10 +87,10 @@ def run(options: argparse.Namespace) -> int:
 
 def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer, HeldOut, int]:
     """Open the run, train it, write its report; return (trainer, held-out score, exit code)."""
-    require(options.profile >= 0, "--profile", options.profile, "accepted is 0 or more steps")
+    require(options.profile >= 0, "--profile", options.profile, "expected 0 or more steps")
     with Claim(args.out):  # until the report is written
-        from transom.training.report import write_report
-        from transom.training.setup import describe_run, open_run
+        from transom.training.loop.setup import describe_run, open_run
+        from transom.training.report.report import write_report
 
         try:
             trainer = open_run(
@@ -84,16 +100,24 @@ def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer,
                 quiet=options.quiet,
                 profile_steps=options.profile,
             )
-            trainer.line.say(describe_run(trainer.args, trainer.model, trainer.dtype, trainer.device))
+            trainer.line.say(
+                describe_run(trainer.args, trainer.model, trainer.dtype, trainer.device)
+            )
         except STOPS:
-            again = "the same command starts it again" if options.overwrite else "--resume goes on from here"
+            again = (
+                "the same command starts it again"
+                if options.overwrite
+                else "--resume goes on from here"
+            )
             notice(f"{args.out}: ended before a step was taken; {again}")
             raise
         final = trainer.fit()
         try:
             report = write_report(trainer.run.path)
         except STOPS:
-            left = "only its report is missing" if trainer.finished else "--resume goes on from here"
+            left = (
+                "only its report is missing" if trainer.finished else "--resume goes on from here"
+            )
             notice(f"{args.out}: saved at step {trainer.progress.step}; {left}")
             raise
     if trainer.stop.signal is not None and not trainer.finished:
@@ -102,12 +126,16 @@ def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer,
         return trainer, final, code
     print(f"run     {trainer.run.path}\nreport  {report}")
     if final.tokens:
-        print(f"held out: {final.bits_per_byte:.3f} bits per byte, perplexity {final.perplexity:.1f}")
+        print(
+            f"held out: {final.bits_per_byte:.3f} bits per byte, perplexity {final.perplexity:.1f}"
+        )
     return trainer, final, 0
 
 
 def is_override(word: str) -> bool:
-    """Whether a word is `key=value` and not the path of a file, which may have an equals sign as well."""
+    """Whether a word is `key=value` and not the path of a file, which may have an equals sign as
+    well.
+    """
     return "=" in word and not Path(word).exists()
 
 
@@ -151,11 +179,17 @@ def _dataclass_in(kind: Any) -> type | None:
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return kind
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) in (typing.Union, tuple):
-        return next((found for inner in typing.get_args(kind) if (found := _dataclass_in(inner))), None)
+        return next(
+            (found for inner in typing.get_args(kind) if (found := _dataclass_in(inner))), None
+        )
     return None
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
     if field.default is not dataclasses.MISSING:
         return json.dumps(write(field.default))
-    return "required" if field.default_factory is dataclasses.MISSING else repr(field.default_factory())
+    return (
+        "required"
+        if field.default_factory is dataclasses.MISSING
+        else repr(field.default_factory())
+    )

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transom.args import ModelArgs
+from transom.base.errors import RequestError, notice, require
+from transom.base.fields import field_types
+from transom.base.yaml_files import read_yaml
 from transom.cli.inspect import find, heading, show, table
 from transom.cli.main import emit_json, user_path
-from transom.errors import RequestError, notice, require
-from transom.fields import field_types
-from transom.presets import PRESETS
+from transom.config.model_args import ModelArgs
+from transom.config.presets import PRESETS
 from transom.training.config import TrainArgs, read_config
-from transom.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from transom.verify.attention import Row
@@ -38,17 +38,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         type=user_path,
-        help="model or run folder, config of a model or a run (YAML or JSON), or preset: a shrunken copy of it is "
-        "verified, of checkpoint and policy the folder itself, of tuning both, of merge an adapter, its base or "
-        "what was merged; built-in models when absent",
+        help="model or run folder, config of a model or a run (YAML or JSON), or preset: a "
+        "shrunken copy of it is "
+        "verified, of checkpoint and policy the folder itself, of tuning both, of merge an "
+        "adapter, its base or what was merged; built-in models when absent",
     )
     parser.add_argument(
-        "adapter", nargs="?", type=user_path, help="merge: an adapter for the base that stands before it"
+        "adapter",
+        nargs="?",
+        type=user_path,
+        help="merge: an adapter for the base that stands before it",
     )
-    parser.add_argument("--full", action="store_true", help="cache: the folder's own weights, not a shrunken copy")
-    parser.add_argument("--length", type=int, help="cache --full, checkpoint: longest sequence, tokens")
-    parser.add_argument("--device", help="cache --full, policy, attention: where to run, default cpu for models")
-    parser.add_argument("--dtype", help="cache --full, checkpoint: dtype of the weights, default float32")
+    parser.add_argument(
+        "--full", action="store_true", help="cache: the folder's own weights, not a shrunken copy"
+    )
+    parser.add_argument(
+        "--length", type=int, help="cache --full, checkpoint: longest sequence, tokens"
+    )
+    parser.add_argument(
+        "--device", help="cache --full, policy, attention: where to run, default cpu for models"
+    )
+    parser.add_argument(
+        "--dtype", help="cache --full, checkpoint: dtype of the weights, default float32"
+    )
     parser.add_argument(
         "--data",
         type=user_path,
@@ -56,7 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tuning FOLDER: rows as finetune takes them, built-in otherwise",
     )
     parser.add_argument("--steps", type=int, help="resume: steps of the run, default 6")
-    parser.add_argument("--self-test", action="store_true", help="plant every known silent bug and see it caught")
+    parser.add_argument(
+        "--self-test", action="store_true", help="plant every known silent bug and see it caught"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead")
 
 
@@ -67,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
         return run_self_test(options)
     if options.what == "attention":
         return run_attention(options)
-    from transom.runtime import one_thread
+    from transom.base.runtime import one_thread
     from transom.verify.check import summarize
 
     own = options.what in ("checkpoint", "merge", "policy", "tuning")
@@ -84,17 +98,39 @@ def run(options: argparse.Namespace) -> int:
 def check_options(options: argparse.Namespace) -> None:
     """Refuse what does not go together, before torch is imported."""
     if options.self_test:
-        require(options.what is None, "verify", options.what, "--self-test runs every check itself; leave it away")
+        require(
+            options.what is None,
+            "verify",
+            options.what,
+            "--self-test runs every check itself; leave it away",
+        )
         return
     known = (*WITH_MODEL, *ALONE)
-    require(options.what in known, "verify", options.what, f"accepted is {', '.join(known)}, or --self-test")
+    require(
+        options.what in known,
+        "verify",
+        options.what,
+        f"expected {', '.join(known)}, or --self-test",
+    )
     fits = options.model is None or options.what in WITH_MODEL
-    require(fits, "model", options.model, f"accepted with {', '.join(WITH_MODEL)}; {options.what} needs none")
+    require(
+        fits,
+        "model",
+        options.model,
+        f"valid only with {', '.join(WITH_MODEL)}; {options.what} needs none",
+    )
     pair = options.adapter is None or options.what == "merge"
-    require(pair, "adapter", options.adapter, f"accepted with merge; {options.what} takes one model")
+    require(
+        pair, "adapter", options.adapter, f"valid only with merge; {options.what} takes one model"
+    )
     full = options.what == "cache" and options.full
-    require(full or not options.full, "--full", options.full, "accepted with cache")
-    require(not full or options.model is not None, "--full", True, "accepted with a model or run folder")
+    require(full or not options.full, "--full", options.full, "valid only with cache")
+    require(
+        not full or options.model is not None,
+        "--full",
+        True,
+        "valid only with a model or run folder",
+    )
     folder = options.what == "checkpoint" and options.model is not None
     for flag, fits in (
         ("length", full or folder),
@@ -105,11 +141,21 @@ def check_options(options: argparse.Namespace) -> None:
     ):
         value = getattr(options, flag)
         whole = dict.fromkeys(("length", "dtype"), "cache --full and checkpoint FOLDER")
-        accepted = {**whole, "device": "cache --full, policy and attention", "data": "tuning FOLDER"}
-        require(value is None or fits, f"--{flag}", value, f"accepted with {accepted.get(flag, options.what)}")
+        expected = {
+            **whole,
+            "device": "cache --full, policy and attention",
+            "data": "tuning FOLDER",
+        }
+        require(
+            value is None or fits,
+            f"--{flag}",
+            value,
+            f"valid only with {expected.get(flag, options.what)}",
+        )
 
 
-# -- which comparison -------------------------------------------------------------------------------------
+# -- which comparison
+# -------------------------------------------------------------------------------------
 
 
 def findings(options: argparse.Namespace) -> Iterator[Finding]:
@@ -120,10 +166,11 @@ def findings(options: argparse.Namespace) -> Iterator[Finding]:
 
         if name is not None or options.steps is not None:
             args = read_run(name) if name is not None else TrainArgs(model="demo")
-            accepted = (
-                "accepted is a run that trains a model; `transom verify tuning` stops and resumes fine-tuning"
+            expected = (
+                "expected a run that trains a model; `transom verify tuning` stops and "
+                "resumes fine-tuning"
             )
-            require(args.tune is None, "tune", "given", accepted)
+            require(args.tune is None, "tune", "given", expected)
             return compare_resumed_run(args, STEPS if options.steps is None else options.steps)
     if what == "checkpoint" and name is not None:
         from transom.verify.checkpoint import compare_folder
@@ -139,8 +186,12 @@ def findings(options: argparse.Namespace) -> Iterator[Finding]:
 
         subject = find(name)
         if subject.folder is None:
-            raise RequestError(f"--full: {subject.name} has no weights; accepted is a model or run folder")
-        model = load(subject.folder, device=options.device or "cpu", dtype=options.dtype or "float32")
+            raise RequestError(
+                f"--full: {subject.name} has no weights; expected a model or run folder"
+            )
+        model = load(
+            subject.folder, device=options.device or "cpu", dtype=options.dtype or "float32"
+        )
         return compare_whole(model, subject.name, options.length)
     if what == "tuning" and name is not None:
         return tuned(name, options.data)
@@ -174,7 +225,12 @@ def tuned(name: str, data: str | None) -> Iterator[Finding]:
     from transom.verify.tuning import compare_folder, compare_model
 
     own = is_folder(name)
-    require(own or data is None, "--data", data, f"accepted with a model folder, and {name} has no tokenizer")
+    require(
+        own or data is None,
+        "--data",
+        data,
+        f"valid only with a model folder, and {name} has no tokenizer",
+    )
     if own:
         yield from compare_folder(name, data)
     copy = shrink(read_model(name))
@@ -184,7 +240,9 @@ def tuned(name: str, data: str | None) -> Iterator[Finding]:
 
 
 def is_folder(name: str) -> bool:
-    """Whether a name stands for weights: a folder, or what is neither file nor preset and may be a hub id."""
+    """Whether a name stands for weights: a folder, or what is neither file nor preset and may be a
+    hub id.
+    """
     path = Path(name)
     return path.is_dir() or not (path.exists() or name in PRESETS)
 
@@ -206,7 +264,9 @@ def shrunken(what: str, name: str) -> Iterator[Finding]:
 
 
 def read_model(name: str) -> ModelArgs:
-    """Model arguments of a folder, a preset, a config.json, or a YAML or JSON file of a model or a run."""
+    """Model arguments of a folder, a preset, a config.json, or a YAML or JSON file of a model or a
+    run.
+    """
     path = Path(name)
     if path.is_dir() or path.name == "config.json" or name in PRESETS or not path.exists():
         return find(name).args
@@ -232,11 +292,12 @@ def is_run(data: Mapping[str, Any]) -> bool:
 def read_mapping(path: Path) -> dict[str, Any]:
     """The fields in a YAML or JSON file (which is YAML too); an empty file is refused."""
     data = read_yaml(path)
-    require(bool(data), str(path), None, "accepted is a mapping of fields")
+    require(bool(data), str(path), None, "expected a mapping of fields")
     return data
 
 
-# -- what is shown ----------------------------------------------------------------------------------------
+# -- what is shown
+# ----------------------------------------------------------------------------------------
 
 
 def print_lines(what: str, model: str, lines: Iterable[Line]) -> None:
@@ -244,13 +305,18 @@ def print_lines(what: str, model: str, lines: Iterable[Line]) -> None:
     rows, failing, cases = [], [], 0
     for line in lines:
         verdict = "equal" if not line.failed else f"{line.failed} differ"
-        error, tolerance = f"{line.worst.error:.1e}", f"{line.worst.tolerance:.0e}" if line.worst.tolerance else "0"
+        error, tolerance = (
+            f"{line.worst.error:.1e}",
+            f"{line.worst.tolerance:.0e}" if line.worst.tolerance else "0",
+        )
         rows.append((line.comparison, verdict, line.worst.where, str(line.cases), error, tolerance))
         cases += line.cases
         if line.first_bad is not None:
             failing.append(line.first_bad)
     heading(f"verify {what}: {model or 'built-in models'}")
-    show(table(("comparison", "verdict", "worst case"), ("cases", "largest error", "accepted"), rows))
+    show(
+        table(("comparison", "verdict", "worst case"), ("cases", "largest error", "accepted"), rows)
+    )
     for bad in failing:
         print(f"{bad.comparison}: {bad.where}: error {bad.error:.2e}, {bad.detail}")
     print(f"\n{'all equal' if not failing else 'NOT EQUAL'}: {cases} comparisons")
@@ -274,18 +340,26 @@ def document(lines: Iterable[Line]) -> dict[str, Any]:
 def plain(finding: Finding) -> dict[str, Any]:
     """A finding as JSON takes it, which has no infinity."""
     error = finding.error if finding.error < float("inf") else None
-    return {"where": finding.where, "error": error, "tolerance": finding.tolerance, "detail": finding.detail}
+    return {
+        "where": finding.where,
+        "error": error,
+        "tolerance": finding.tolerance,
+        "detail": finding.detail,
+    }
 
 
-# -- attention --------------------------------------------------------------------------------------------
+# -- attention
+# --------------------------------------------------------------------------------------------
 
 
 def run_attention(options: argparse.Namespace) -> int:
-    """The support matrix of this machine; refuses backends that fail, and accepts again those that no longer do."""
+    """The support matrix of this machine; refuses backends that fail, and accepts again those that
+    no longer do.
+    """
     import torch
 
-    from transom.attend.attend import machine_key, refuse, refused_file
-    from transom.runtime import one_thread, pick_device
+    from transom.attention.backends import machine_key, refuse, refused_file
+    from transom.base.runtime import one_thread, pick_device
     from transom.verify.attention import failures, matrix, plain, save_matrix, verify_attention
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -300,12 +374,25 @@ def run_attention(options: argparse.Namespace) -> int:
             refuse(failed)
             saved = str(save_matrix(rows))
         except OSError as error:  # the comparisons took minutes; they are shown all the same
-            notice(f"{refused_file()}: could not be written ({error.strerror}), so no backend is refused")
+            notice(
+                f"{refused_file()}: could not be written ({error.strerror}), so no backend is "
+                f"refused"
+            )
     else:
-        notice(f"--device {options.device}: one part of this machine, so nothing is refused or saved")
+        notice(
+            f"--device {options.device}: one part of this machine, so nothing is refused or saved"
+        )
     if options.json:
         facts = {"machine": machine_key(), "jobs": len(outcomes), "saved": saved}
-        emit_json({"check": "attention", "ok": not failed, **facts, "failed": failed, "rows": [*map(plain, rows)]})
+        emit_json(
+            {
+                "check": "attention",
+                "ok": not failed,
+                **facts,
+                "failed": failed,
+                "rows": [*map(plain, rows)],
+            }
+        )
         return 1 if failed else 0
     print_matrix(machine_key(), rows)
     for name, why in failed.items():
@@ -316,7 +403,9 @@ def run_attention(options: argparse.Namespace) -> int:
 
 
 def print_matrix(machine: str, rows: Sequence[Row]) -> None:
-    """Largest error per backend, dtype and kind of job; what declines everything is one line with its reason."""
+    """Largest error per backend, dtype and kind of job; what declines everything is one line with
+    its reason.
+    """
     shown: list[tuple[str, ...]] = []
     declined: dict[str, str] = {}
     columns: tuple[str, ...] = ()
@@ -340,7 +429,8 @@ def print_matrix(machine: str, rows: Sequence[Row]) -> None:
         print(f"{name}: {why}")
 
 
-# -- the self-test ----------------------------------------------------------------------------------------
+# -- the self-test
+# ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -355,7 +445,7 @@ class Verdict:
 
 def run_self_test(options: argparse.Namespace) -> int:
     """Plant every bug; 1 if one stays unseen."""
-    from transom.runtime import one_thread
+    from transom.base.runtime import one_thread
     from transom.verify.bugs import BUGS
     from transom.verify.self_test import baseline, plant_all
 
@@ -366,7 +456,9 @@ def run_self_test(options: argparse.Namespace) -> int:
     for caught in every:
         by = caught.by
         found = "NOTHING: it stayed green" if by is None else f"{by.comparison}: {by.where}"
-        verdicts.append(Verdict(caught.bug.name, caught.bug.check, found, None if by is None else by.error))
+        verdicts.append(
+            Verdict(caught.bug.name, caught.bug.check, found, None if by is None else by.error)
+        )
     missed = [one.name for one in verdicts if one.error is None]
     if options.json:
         emit_json({"check": "self-test", "ok": not missed, "bugs": [vars(one) for one in verdicts]})
@@ -377,5 +469,7 @@ def run_self_test(options: argparse.Namespace) -> int:
         ]
         heading("verify --self-test: each bug planted alone, and the first comparison that saw it")
         show(table(("planted bug", "check", "turned red"), ("error",), rows))
-        print(f"\n{len(verdicts) - len(missed)} of {len(verdicts)} planted bugs turn their check red")
+        print(
+            f"\n{len(verdicts) - len(missed)} of {len(verdicts)} planted bugs turn their check red"
+        )
     return 1 if missed else 0

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from transom.base.errors import require
 from transom.data.order import Mixture, PackedOrder, Piece, PlaceInOrder
-from transom.data.shards import TokenFile
-from transom.errors import require
-from transom.model import TransformerInput
+from transom.data.text.shards import TokenFile
+from transom.models.llm import TransformerInput
 
 NO_TARGET = -100  # the index that cross_entropy leaves out
 CHUNK_TOKENS = 1 << 22
@@ -25,7 +25,9 @@ class Batch:
 
     tokens: torch.Tensor  # int64 [B, T]
     targets: torch.Tensor  # int64 [B, T], NO_TARGET behind the last token of a document
-    sizes: tuple[tuple[int, ...], ...]  # per row, the tokens of each document in it; they add up to T
+    sizes: tuple[
+        tuple[int, ...], ...
+    ]  # per row, the tokens of each document in it; they add up to T
     epoch: int  # of the first row of the global batch
     weights: torch.Tensor | None = None  # every target counts alike
 
@@ -54,7 +56,9 @@ class Batch:
         rows = len(self.sizes) // count
         for at in range(0, len(self.sizes), rows):
             part = slice(at, at + rows)
-            yield replace(self, tokens=self.tokens[part], targets=self.targets[part], sizes=self.sizes[part])
+            yield replace(
+                self, tokens=self.tokens[part], targets=self.targets[part], sizes=self.sizes[part]
+            )
 
     def split_rows(self, pieces: int) -> Batch:
         """Every row cut into `pieces` rows of equal length; each begins a context of its own."""
@@ -63,12 +67,18 @@ class Batch:
             self,
             tokens=self.tokens.reshape(-1, length),
             targets=self.targets.reshape(-1, length),
-            sizes=tuple(_cut(row, at, at + length) for row in self.sizes for at in range(0, sum(row), length)),
+            sizes=tuple(
+                _cut(row, at, at + length)
+                for row in self.sizes
+                for at in range(0, sum(row), length)
+            ),
         )
 
 
 class Batches(PlaceInOrder):
-    """An endless run of batches; its state is a place in the global order, whatever the number of ranks."""
+    """An endless run of batches; its state is a place in the global order, whatever the number of
+    ranks.
+    """
 
     def __init__(
         self,
@@ -84,13 +94,15 @@ class Batches(PlaceInOrder):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """`rows_per_step` counts the rows of all ranks; `vocab_size` is the model's, which ids stay below."""
-        require(rows_per_step >= 1, "rows_per_step", rows_per_step, "accepted is 1 row or more")
+        """`rows_per_step` counts the rows of all ranks; `vocab_size` is the model's, which ids stay
+        below.
+        """
+        require(rows_per_step >= 1, "rows_per_step", rows_per_step, "expected 1 row or more")
         even = world_size >= 1 and rows_per_step % world_size == 0
-        accepted = f"accepted is a multiple of the number of ranks, {world_size}"
-        require(even, "rows_per_step", rows_per_step, accepted)
-        require(0 <= rank < world_size, "rank", rank, f"accepted is 0 to {world_size - 1}")
-        require(seq_len >= 1, "seq_len", seq_len, "accepted is 1 token or more")
+        expected = f"expected a multiple of the number of ranks, {world_size}"
+        require(even, "rows_per_step", rows_per_step, expected)
+        require(0 <= rank < world_size, "rank", rank, f"expected 0 to {world_size - 1}")
+        require(seq_len >= 1, "seq_len", seq_len, "expected 1 token or more")
         _check_ids(files, bos_id, eos_id, vocab_size)
         self._files = list(files)
         self._begin = np.asarray([] if bos_id is None else [bos_id], np.int64)
@@ -100,7 +112,9 @@ class Batches(PlaceInOrder):
         self._order = Mixture(orders, weights, seed)
         self._seq_len = seq_len
         super().__init__(len(self._order), rows_per_step, rank, world_size)
-        self.dropped_tokens = tuple(order.dropped_tokens for order in orders)  # per source and epoch
+        self.dropped_tokens = tuple(
+            order.dropped_tokens for order in orders
+        )  # per source and epoch
 
     def next(self) -> Batch:
         """This rank's rows of the next global batch; a batch may span the end of an epoch."""
@@ -120,7 +134,9 @@ class Batches(PlaceInOrder):
         )
 
     def largest(self, micro_batches: int) -> Batch:
-        """Return the first of the next batch's `micro_batches`; all are of one size. The place stays."""
+        """Return the first of the next batch's `micro_batches`; all are of one size. The place
+        stays.
+        """
         state = self.state
         batch = self.next()
         self.load_state(state)
@@ -146,14 +162,18 @@ def _targets(window: NDArray[np.int64], pieces: Sequence[int]) -> NDArray[np.int
     """The window one token on; nothing is predicted across the end of a document."""
     targets = window[1:].copy()
     ends = np.fromiter(accumulate(pieces), np.int64)
-    targets[ends[:-1] - 1] = NO_TARGET  # the last end is the window's own, where `targets` has no place
+    targets[ends[:-1] - 1] = (
+        NO_TARGET  # the last end is the window's own, where `targets` has no place
+    )
     return targets
 
 
 def _cut(sizes: Sequence[int], start: int, stop: int) -> tuple[int, ...]:
     """Document lengths of the tokens [start, stop) of a row."""
     ends = list(accumulate(sizes))
-    overlaps = (min(end, stop) - max(end - size, start) for size, end in zip(sizes, ends, strict=True))
+    overlaps = (
+        min(end, stop) - max(end - size, start) for size, end in zip(sizes, ends, strict=True)
+    )
     return tuple(overlap for overlap in overlaps if overlap > 0)
 
 
@@ -163,11 +183,13 @@ def _sizes(pieces: Sequence[int], seq_len: int) -> tuple[int, ...]:
     return (*pieces[:-1], last) if last else tuple(pieces[:-1])
 
 
-def _check_ids(files: Sequence[TokenFile], bos_id: int | None, eos_id: int | None, vocab_size: int) -> None:
-    accepted = f"accepted are ids from 0 to {vocab_size - 1}, the model's vocabulary"
+def _check_ids(
+    files: Sequence[TokenFile], bos_id: int | None, eos_id: int | None, vocab_size: int
+) -> None:
+    expected = f"expected ids from 0 to {vocab_size - 1}, the model's vocabulary"
     for name, id in (("bos_id", bos_id), ("eos_id", eos_id)):
-        require(id is None or 0 <= id < vocab_size, name, id, accepted)
+        require(id is None or 0 <= id < vocab_size, name, id, expected)
     for file in files:
         for start in range(0, len(file.tokens), CHUNK_TOKENS):
             highest = int(file.tokens[start : start + CHUNK_TOKENS].max())
-            require(highest < vocab_size, "token id", highest, accepted)
+            require(highest < vocab_size, "token id", highest, expected)

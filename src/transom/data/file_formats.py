@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
-from transom.errors import RequestError
-from transom.paths import refuse_pointer
+from transom.base.errors import RequestError
+from transom.base.files import refuse_pointer
 
 RowFormat = Literal["lines", "json", "parquet"]
 ROW_FORMATS: dict[str, RowFormat] = {
@@ -92,7 +92,8 @@ def _open_zst(path: Path) -> BinaryIO:
         import pyarrow as pa
     except ImportError:
         raise RequestError(
-            f"{path}: reading .zst needs pyarrow: pip install 'transom[parquet]'; .gz, .bz2 and .xz need nothing"
+            f"{path}: reading .zst needs pyarrow: pip install 'transom[parquet]'; .gz, .bz2 and "
+            f".xz need nothing"
         ) from None
     return cast(BinaryIO, io.BufferedReader(pa.input_stream(str(path), compression="zstd")))
 
@@ -130,7 +131,9 @@ def parse_json_at(text: str, start: int) -> tuple[Any, int]:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("half a surrogate pair, which is no text that UTF-8 can write") from None
+            raise ValueError(
+                "half a surrogate pair, which is no text that UTF-8 can write"
+            ) from None
     return value, end
 
 

@@ -1,4 +1,6 @@
-"""The order of an epoch: which pieces of which documents are item i, as a function of (seed, epoch, i)."""
+"""The order of an epoch: which pieces of which documents are item i, as a function of (seed, epoch,
+i).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.errors import RequestError, require
+from transom.base.errors import RequestError, require
 
 
 class Piece(NamedTuple):
@@ -45,24 +47,26 @@ def permutation(seed: int, epoch: int, stream: Stream, count: int) -> NDArray[np
 
 
 class PackedOrder:
-    """Documents in random order, laid end to end and cut into windows, which are then put in random order.
+    """Documents in random order, laid end to end and cut into windows, which are then put in random
+    order.
 
-    A window holds `window + 1` tokens and shares its last one with the next window: there it is the first
-    input, here only the last target. A document that crosses the edge goes on in the other window as a new
-    segment. What is left behind the last full window is dropped, other documents each epoch.
+    A window holds `window + 1` tokens and shares its last one with the next window: there it is the
+    first input, here only the last target. A document that crosses the edge goes on in the other
+    window as a new segment. What is left behind the last full window is dropped, other documents
+    each epoch.
     """
 
     def __init__(self, lengths: Sequence[int] | NDArray[np.int64], window: int, seed: int) -> None:
         """`lengths` are the tokens of each document, BOS and EOS included; `seed` is 0 or more."""
-        require(window >= 1, "window", window, "accepted is 1 token or more")
-        require(seed >= 0, "seed", seed, "accepted is 0 or more")
+        require(window >= 1, "window", window, "expected 1 token or more")
+        require(seed >= 0, "seed", seed, "expected 0 or more")
         self._lengths = np.asarray(lengths, dtype=np.int64)
         self._window = window
         self._seed = seed
         total = int(self._lengths.sum())
         self._windows = max(total - 1, 0) // window
-        accepted = f"accepted is at most {max(total - 1, 0)} for this source of {total} tokens"
-        require(self._windows > 0, "window (seq_len)", window, accepted)
+        expected = f"expected at most {max(total - 1, 0)} for this source of {total} tokens"
+        require(self._windows > 0, "window (seq_len)", window, expected)
         self.dropped_tokens = total - (self._windows * window + 1)  # per epoch
         self._epoch = -1
         self._documents = self._ends = self._places = np.zeros(0, np.int64)
@@ -72,14 +76,18 @@ class PackedOrder:
         return self._windows
 
     def item(self, epoch: int, index: int) -> list[Piece]:
-        """The pieces of window `index` of an epoch, `window + 1` tokens in all, none of them empty."""
+        """The pieces of window `index` of an epoch, `window + 1` tokens in all, none of them
+        empty.
+        """
         if not 0 <= index < self._windows:
             raise IndexError(f"window {index} of {self._windows}")
         self._enter(epoch)
         at = int(self._places[index]) * self._window
         stop = at + self._window + 1
         pieces = []
-        place = int(np.searchsorted(self._ends, at, side="right"))  # of the document that holds token `at`
+        place = int(
+            np.searchsorted(self._ends, at, side="right")
+        )  # of the document that holds token `at`
         while at < stop:
             document, end = int(self._documents[place]), int(self._ends[place])
             begin = end - int(self._lengths[document])
@@ -101,19 +109,21 @@ class PackedOrder:
 
 
 class Mixture:
-    """Several orders, each item taken from one of them by weight; an epoch has as many items as all windows.
+    """Several orders, each item taken from one of them by weight; an epoch has as many items as all
+    windows.
 
-    The n-th item that an epoch takes from an order is the order's window n; past its last window the order
-    goes on in a further epoch of its own. An order of L windows has ceil(len(mixture) / L) epochs of its own
-    for each of the mixture's, the most it can need, so no two passes over a source share a permutation.
+    The n-th item that an epoch takes from an order is the order's window n; past its last window
+    the order goes on in a further epoch of its own. An order of L windows has ceil(len(mixture) /
+    L) epochs of its own for each of the mixture's, the most it can need, so no two passes over a
+    source share a permutation.
     """
 
     def __init__(self, orders: Sequence[PackedOrder], weights: Sequence[float], seed: int) -> None:
-        accepted = f"accepted is one number for each of the {len(orders)} sources"
-        require(len(orders) == len(weights) > 0, "weights", tuple(weights), accepted)
+        expected = f"expected one number for each of the {len(orders)} sources"
+        require(len(orders) == len(weights) > 0, "weights", tuple(weights), expected)
         usable = all(0 < weight < float("inf") for weight in weights)
-        require(usable, "weights", tuple(weights), "accepted are numbers above 0")
-        require(seed >= 0, "seed", seed, "accepted is 0 or more")
+        require(usable, "weights", tuple(weights), "expected numbers above 0")
+        require(seed >= 0, "seed", seed, "expected 0 or more")
         self._orders = list(orders)
         shares = np.cumsum(weights)
         self._edges = shares / shares[-1]  # ends at exactly 1, as dividing by np.sum would not
@@ -137,7 +147,9 @@ class Mixture:
         return source, order.item(epoch * epochs_each + count // len(order), count % len(order))
 
     def _enter(self, epoch: int) -> None:
-        """Draw the source of every item of an epoch, and count the earlier items of the same source."""
+        """Draw the source of every item of an epoch, and count the earlier items of the same
+        source.
+        """
         if epoch == self._epoch:
             return
         bits = random_bits(self._seed, epoch, Stream.SOURCES, self._items)
@@ -151,7 +163,8 @@ class Mixture:
 
 
 class PlaceInOrder(ABC):
-    """Where the ranks of a run stand in an order without end; the state is valid for any number of ranks.
+    """Where the ranks of a run stand in an order without end; the state is valid for any number of
+    ranks.
 
     Iterating gives one batch after the other, as `next` does.
     """
@@ -171,10 +184,17 @@ class PlaceInOrder(ABC):
     def load_state(self, state: Mapping[str, int]) -> None:
         """Go on from a `state`, of any rank of any number of ranks."""
         if set(state) != {"epoch", "item"}:
-            raise RequestError(f"data state = {dict(state)!r}: accepted are the fields epoch and item")
+            raise RequestError(
+                f"data state: got {dict(state)!r}; expected the fields epoch and item"
+            )
         epoch, item = state["epoch"], state["item"]
-        require(epoch >= 0, "epoch", epoch, "accepted is 0 or more")
-        require(0 <= item < self.items_per_epoch, "item", item, f"accepted is 0 to {self.items_per_epoch - 1}")
+        require(epoch >= 0, "epoch", epoch, "expected 0 or more")
+        require(
+            0 <= item < self.items_per_epoch,
+            "item",
+            item,
+            f"expected 0 to {self.items_per_epoch - 1}",
+        )
         self._epoch, self._item = epoch, item
 
     def __iter__(self) -> Self:
@@ -198,11 +218,20 @@ class PlaceInOrder(ABC):
 
 
 class ShuffledItems(PlaceInOrder):
-    """Single items, in an order of each epoch that is a function of (seed, epoch): random unless said otherwise."""
+    """Single items, in an order of each epoch that is a function of (seed, epoch): random unless
+    said otherwise.
+    """
 
-    def __init__(self, items: int, rows_per_step: int, seed: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, items: int, rows_per_step: int, seed: int, rank: int, world_size: int
+    ) -> None:
         even = rows_per_step >= 1 and rows_per_step % world_size == 0
-        require(even, "rows_per_step", rows_per_step, f"accepted is a multiple of the ranks, {world_size}")
+        require(
+            even,
+            "rows_per_step",
+            rows_per_step,
+            f"expected a multiple of the ranks, {world_size}",
+        )
         super().__init__(items, rows_per_step, rank, world_size)
         self._seed = seed
         self._order_epoch = -1

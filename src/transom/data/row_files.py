@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from transom.base.errors import RequestError, notice, require
 from transom.data.file_formats import (
     ROW_NAMES,
     open_bytes,
@@ -20,13 +21,15 @@ from transom.data.file_formats import (
     skip_space,
 )
 from transom.data.split_files import SPLITS, no_training_rows, split_files
-from transom.errors import RequestError, notice, require
 
-NAME = re.compile(r"[\w-]+(\.[\w-]+)*(/[\w.-]+)?(:[\w.-]+)?")  # of the `datasets` library: owner/name:config
+NAME = re.compile(
+    r"[\w-]+(\.[\w-]+)*(/[\w.-]+)?(:[\w.-]+)?"
+)  # of the `datasets` library: owner/name:config
 
 
 class Row(NamedTuple):
-    """One row: `id` is its file and line, or its number in a table. `problem` says why it has no columns.
+    """One row: `id` is its file and line, or its number in a table. `problem` says why it has no
+    columns.
 
     `where` is the same with the whole path.
     """
@@ -64,7 +67,7 @@ def rows_of(name: str | Path, split: str = "train") -> Iterator[Row] | None:
     that the `datasets` library knows. The names of files of a folder that are not read are printed
     with `train`.
     """
-    require(split in SPLITS, "split", split, f"accepted is one of {', '.join(SPLITS)}")
+    require(split in SPLITS, "split", split, f"expected one of {', '.join(SPLITS)}")
     path = Path(name).expanduser()
     if path.is_dir():
         found = split_files(path)
@@ -77,8 +80,10 @@ def rows_of(name: str | Path, split: str = "train") -> Iterator[Row] | None:
     if path.exists():
         return read_rows(path) if split == "train" else None
     known = NAME.fullmatch(str(name)) is not None and row_format(path) is None
-    accepted = f"accepted is a file that ends in {ROW_NAMES}, a folder of such, or a name of `datasets`"
-    require(known, "data", str(name), f"no such file or folder; {accepted}")
+    expected = (
+        f"expected a file that ends in {ROW_NAMES}, a folder of such, or a name of `datasets`"
+    )
+    require(known, "data", str(name), f"no such file or folder; {expected}")
     return _by_name(str(name), split)
 
 
@@ -88,15 +93,20 @@ def has_split(name: str | Path, split: str) -> bool:
     return split in split_files(path).files if path.is_dir() else rows_of(name, split) is not None
 
 
-def read_rows(path: Path, *, text_column: str | None = None, counts: RowCounts | None = None) -> Iterator[Row]:
+def read_rows(
+    path: Path, *, text_column: str | None = None, counts: RowCounts | None = None
+) -> Iterator[Row]:
     """Yield the rows of a file; a bad row has a `problem`, an unreadable file is refused.
 
     With `text_column` a table must have that column as text, and no other is read. What is left out
     is added to `counts`; without them the number of blank lines is printed.
     """
     format = row_format(path)
-    require(format is not None, "data", str(path), f"accepted is a file that ends in {ROW_NAMES}")
-    with readable(path), open_bytes(path) as stream:  # a file that is missing is refused at the call
+    require(format is not None, "data", str(path), f"expected a file that ends in {ROW_NAMES}")
+    with (
+        readable(path),
+        open_bytes(path) as stream,
+    ):  # a file that is missing is refused at the call
         head = stream.read(4096) if format == "json" else b""
     if format == "parquet":
         rows = _parquet(path, text_column, counts)
@@ -155,7 +165,7 @@ def _json_values(path: Path) -> Iterator[Row]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RequestError(f"{path}: not UTF-8 at byte {error.start}; accepted is JSON") from None
+        raise RequestError(f"{path}: not UTF-8 at byte {error.start}; expected JSON") from None
     at = skip_space(text, 0)
     is_list = text.startswith("[", at)
     at = skip_space(text, at + is_list)
@@ -179,13 +189,15 @@ def _json_values(path: Path) -> Iterator[Row]:
     end = skip_space(text, at + is_list)
     if end < len(text):
         line += text.count("\n", counted, end)
-        yield _row(path, str(line), None, text[end : end + 40], "more after the end of the JSON value")
+        yield _row(
+            path, str(line), None, text[end : end + 40], "more after the end of the JSON value"
+        )
 
 
 def _row(path: Path, number: str, value: Any, shown: str, reason: str = "") -> Row:
     fits = isinstance(value, dict)
     why = f" ({reason})" if reason else ""
-    problem = "" if fits else f"{shown.strip()!r}: accepted is one JSON object{why}"
+    problem = "" if fits else f"{shown.strip()!r}: expected one JSON object{why}"
     return Row(f"{path.name}:{number}", f"{path}:{number}", value if fits else None, problem)
 
 
@@ -194,7 +206,9 @@ def _parquet(path: Path, text_column: str | None, counts: RowCounts | None) -> I
         import pyarrow as pa
         from pyarrow import parquet
     except ImportError:
-        raise RequestError(f"{path}: reading Parquet needs pyarrow: pip install 'transom[parquet]'") from None
+        raise RequestError(
+            f"{path}: reading Parquet needs pyarrow: pip install 'transom[parquet]'"
+        ) from None
     number = 0
     with open_bytes(path) as stream:
         source = path if stream.__class__ is io.BufferedReader else io.BytesIO(stream.read())
@@ -202,10 +216,10 @@ def _parquet(path: Path, text_column: str | None, counts: RowCounts | None) -> I
         with parquet.ParquetFile(source) as table:
             schema = table.schema_arrow
             twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
-            require(not twice, f"{path}: columns", twice, "accepted is every name once")
+            require(not twice, f"{path}: columns", twice, "expected every name once")
             if text_column is not None and not _is_text(schema, text_column):
-                accepted = f'accepted is a string column "{text_column}"'
-                raise RequestError(f"{path}: columns are {', '.join(schema.names)}: {accepted}")
+                expected = f'expected a string column "{text_column}"'
+                raise RequestError(f"{path}: columns are {', '.join(schema.names)}: {expected}")
             columns = None if text_column is None else [text_column]
             if counts is not None and columns is not None:
                 counts.unread |= set(schema.names) - set(columns)
@@ -214,9 +228,11 @@ def _parquet(path: Path, text_column: str | None, counts: RowCounts | None) -> I
                     number += 1
                     id, where = f"{path.name}:{number}", f"{path}:{number}"
                     if row is None:
-                        yield Row(id, where, None, "accepted is text in UTF-8")
+                        yield Row(id, where, None, "expected text in UTF-8")
                     else:
-                        yield Row(id, where, {key: _without_nulls(value) for key, value in row.items()})
+                        yield Row(
+                            id, where, {key: _without_nulls(value) for key, value in row.items()}
+                        )
     except pa.ArrowException as error:
         raise RequestError(f"{path}: not a readable Parquet file ({error})") from None
 
@@ -261,25 +277,30 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _by_name(name: str, split: str) -> Iterator[Row] | None:
-    """Return rows of a data set of the hub or its cache; `owner/name:config` names one of several."""
+    """Return rows of a data set of the hub or its cache; `owner/name:config` names one of
+    several.
+    """
     try:
         import datasets  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         raise RequestError(
-            f"data = {name!r}: no such file or folder, and data by name needs `datasets`: pip install datasets"
+            f"data: got {name!r}; no such file or folder, and data by name needs `datasets`: pip "
+            f"install datasets"
         ) from None
     dataset, _, config = name.partition(":")
     try:
         found = datasets.load_dataset(dataset, config or None)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise RequestError(f"data = {name!r}: `datasets` cannot load it ({reason})") from None
+        raise RequestError(f"data: got {name!r}; `datasets` cannot load it ({reason})") from None
     known = next((known for known in SPLITS[split] if known in found), None)
     others = [other for other in found if not any(other in words for words in SPLITS.values())]
     if split == "train" and others:
         notice(f"{name}: splits that are not read: {', '.join(others)}")
     if known is None and split == "train":
-        raise RequestError(f"data = {name!r}: its splits are {', '.join(found)}; accepted is one called train")
+        raise RequestError(
+            f"data: got {name!r}; its splits are {', '.join(found)}; expected one called train"
+        )
     return None if known is None else _numbered(f"{name}:{known}", found[known])
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from transom.base.errors import RequestError, require
 from transom.data.file_formats import ROW_NAMES, row_format, stem_of, suffix_of
-from transom.errors import RequestError, require
 
 # Words for each split in names of files and folders, as in datasets/data_files.py.
 SPLITS = {
@@ -17,7 +17,8 @@ SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _WORDS = {
-    split: re.compile(rf"(?:^|[-._ 0-9])(?:{'|'.join(words)})(?:[-._ 0-9]|$)") for split, words in SPLITS.items()
+    split: re.compile(rf"(?:^|[-._ 0-9])(?:{'|'.join(words)})(?:[-._ 0-9]|$)")
+    for split, words in SPLITS.items()
 }
 _SHARD = re.compile(r"^(.*?)-?(\d+)-of-(\d+)$")
 # Files beside the rows of a data set, which describe it.
@@ -58,11 +59,13 @@ def split_files(folder: Path) -> SplitFiles:
         rows = _rows_in(root)
         if rows:
             names = {path.name for path in rows}
-            found = SplitFiles({"train": rows}, [name for name in found.ignored if name not in names])
+            found = SplitFiles(
+                {"train": rows}, [name for name in found.ignored if name not in names]
+            )
     for split, files in found.files.items():
         suffixes = sorted({suffix_of(path) for path in files})
-        accepted = "accepted is one format"
-        require(len(suffixes) < 2, f"{folder}: files of the split {split}", suffixes, accepted)
+        expected = "expected one format"
+        require(len(suffixes) < 2, f"{folder}: files of the split {split}", suffixes, expected)
         _check_shards(folder, files)
         _check_copies(folder, files)
     return found
@@ -71,7 +74,9 @@ def split_files(folder: Path) -> SplitFiles:
 def no_training_rows(folder: Path, found: SplitFiles) -> RequestError:
     """Return the error for a folder without a file of the split `train`."""
     more = f"; {found.notice()}" if found.ignored else ""
-    return RequestError(f"{folder}: no training rows; accepted is a folder with train.jsonl (or {ROW_NAMES}){more}")
+    return RequestError(
+        f"{folder}: no training rows; expected a folder with train.jsonl (or {ROW_NAMES}){more}"
+    )
 
 
 def _split(folder: Path) -> SplitFiles:
@@ -82,7 +87,9 @@ def _split(folder: Path) -> SplitFiles:
         if path.is_dir():
             rows = [file for file in _below(path) if row_format(file)] if split else []
             others = [file for file in _below(path) if not row_format(file)] if rows else []
-            out.ignored += [str(file.relative_to(folder)) for file in others if not _describes(file)]
+            out.ignored += [
+                str(file.relative_to(folder)) for file in others if not _describes(file)
+            ]
         else:
             rows = [path] if split and row_format(path) else []
         if split and rows:
@@ -95,8 +102,12 @@ def _split(folder: Path) -> SplitFiles:
 def _split_of(path: Path) -> str | None:
     stem = (path.name if path.is_dir() else stem_of(path)).lower()
     found = [split for split, pattern in _WORDS.items() if pattern.search(stem)]
-    accepted = f"accepted is a name with the word of one split, this one has those of {' and '.join(found)}"
-    require(len(found) < 2 or path.is_dir() or row_format(path) is None, "data", str(path), accepted)
+    expected = (
+        f"expected a name with the word of one split, this one has those of {' and '.join(found)}"
+    )
+    require(
+        len(found) < 2 or path.is_dir() or row_format(path) is None, "data", str(path), expected
+    )
     return found[0] if len(found) == 1 else None
 
 
@@ -114,7 +125,11 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def _rows_in(folder: Path) -> list[Path]:
-    return [path for path in _entries(folder) if path.is_file() and row_format(path) and not _describes(path)]
+    return [
+        path
+        for path in _entries(folder)
+        if path.is_file() and row_format(path) and not _describes(path)
+    ]
 
 
 def _describes(path: Path) -> bool:
@@ -125,7 +140,12 @@ def _check_copies(folder: Path, files: Sequence[Path]) -> None:
     """Refuse a file beside its own compressed copy, whose rows would come twice."""
     names = [(path.parent, stem_of(path).lower()) for path in files]
     twice = [path.name for path, name in zip(files, names, strict=True) if names.count(name) > 1]
-    require(not twice, f"{folder}: files of one name", twice, "accepted is each file once, compressed or not")
+    require(
+        not twice,
+        f"{folder}: files of one name",
+        twice,
+        "expected each file once, compressed or not",
+    )
 
 
 def _check_shards(folder: Path, files: Iterable[Path]) -> None:
@@ -136,12 +156,17 @@ def _check_shards(folder: Path, files: Iterable[Path]) -> None:
             sizes = sets.setdefault((path.parent, shard[1]), {})
             sizes.setdefault(int(shard[3]), set()).add(int(shard[2]))
     for (parent, name), sizes in sets.items():
-        accepted = "accepted is one set of shards"
-        require(len(sizes) == 1, f"{parent}: shards of {name}", [f"-of-{size}" for size in sizes], accepted)
+        expected = "expected one set of shards"
+        require(
+            len(sizes) == 1,
+            f"{parent}: shards of {name}",
+            [f"-of-{size}" for size in sizes],
+            expected,
+        )
         ((size, numbers),) = sizes.items()
         first = 0 if 0 in numbers else 1
         missing = sorted(set(range(first, first + size)) - numbers)
         extra = sorted(numbers - set(range(first, first + size)))
         wrong = f"without {missing}" if missing else f"with {extra}"
-        accepted = f"accepted are all {size} files of {name}-...-of-{size}"
-        require(not missing and not extra, f"{parent}: shards of {name}", wrong, accepted)
+        expected = f"expected all {size} files of {name}-...-of-{size}"
+        require(not missing and not extra, f"{parent}: shards of {name}", wrong, expected)

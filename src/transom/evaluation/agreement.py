@@ -1,7 +1,9 @@
-"""How much two models say the same: how far what they expect next diverges, how often their first choice agrees.
+"""How much two models say the same: how far what they expect next diverges, how often their first
+choice agrees.
 
-Logits are made in chunks and compared chunk by chunk, so two models need be in memory at once only where both are
-given as they are; `list(logits_of(...))` keeps what one said until the other has been loaded.
+Logits are made in chunks and compared chunk by chunk, so two models need be in memory at once only
+where both are given as they are; `list(logits_of(...))` keeps what one said until the other has
+been loaded.
 """
 
 from __future__ import annotations
@@ -14,19 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from transom.base.runtime import evaluating
 from transom.evaluation.bits import LOGITS
-from transom.model import LLM, TransformerInput
-from transom.runtime import evaluating
+from transom.models.llm import LLM, TransformerInput
 
 BATCH_TOKENS = 2048  # of one forward
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two models on the same tokens; `kl` and `nats` per token, `nats` the loss of the second where it has one.
+    """Two models on the same tokens; `kl` and `nats` per token, `nats` the loss of the second where
+    it has one.
 
-    Where the first choices differ, `widest_flip` is the largest gap, in nats, that the first model sees between the
-    two: small means that only near-ties fell otherwise.
+    Where the first choices differ, `widest_flip` is the largest gap, in nats, that the first model
+    sees between the two: small means that only near-ties fell otherwise.
     """
 
     tokens: int
@@ -40,17 +43,25 @@ class Agreement:
 
 @torch.no_grad()
 def logits_of(model: LLM, rows: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Float32 logits [n, V] of all positions of rows of tokens [T], in order; of a head, [rows, labels]."""
+    """Float32 logits [n, V] of all positions of rows of tokens [T], in order; of a head, [rows,
+    labels].
+    """
     device = model.tok_embeddings.weight.device
     headed = model.args.head is not None
     with evaluating(model):
         for tokens_BT in _batches(rows):
-            output = model(TransformerInput(tokens_BT.to(device), logits="all" if headed else "none"))
+            output = model(
+                TransformerInput(tokens_BT.to(device), logits="all" if headed else "none")
+            )
             if headed:
-                assert output.logits is not None, "a head without labels says nothing that could agree"
+                assert output.logits is not None, (
+                    "a head without labels says nothing that could agree"
+                )
                 yield output.logits.float()
                 continue
-            for hidden_TD in output.hidden_BTD.flatten(0, 1).split(max(1, LOGITS // model.args.vocab_size)):
+            for hidden_TD in output.hidden_BTD.flatten(0, 1).split(
+                max(1, LOGITS // model.args.vocab_size)
+            ):
                 yield model.project(hidden_TD).float()
 
 
@@ -66,8 +77,11 @@ def next_tokens(rows: Iterable[Tensor]) -> Tensor:
     return torch.cat([F.pad(row[1:], (0, 1), value=-100) for row in rows])
 
 
-def agreement(reference: Iterable[Tensor], other: Iterable[Tensor], targets: Tensor | None = None) -> Agreement:
-    """Compare the logits of two models, from `logits_of` on the same rows; KL is that of `other` from `reference`.
+def agreement(
+    reference: Iterable[Tensor], other: Iterable[Tensor], targets: Tensor | None = None
+) -> Agreement:
+    """Compare the logits of two models, from `logits_of` on the same rows; KL is that of `other`
+    from `reference`.
 
     `targets` are `next_tokens` of the rows, for the loss of `other`.
     """
@@ -93,9 +107,11 @@ def agreement(reference: Iterable[Tensor], other: Iterable[Tensor], targets: Ten
 
 
 def _divergence(first: Tensor, second: Tensor) -> Tensor:
-    """sum p log(p / q) [n] of log-probabilities [n, V], as a sum of terms p (q/p - 1 - log(q/p)), none below zero.
+    """sum p log(p / q) [n] of log-probabilities [n, V], as a sum of terms p (q/p - 1 - log(q/p)),
+    none below zero.
 
-    The plain sum is first-order in d = log(q/p) and drowns a small divergence in rounding; this is second-order.
+    The plain sum is first-order in d = log(q/p) and drowns a small divergence in rounding; this is
+    second-order.
     """
     d = second - first
     near = torch.expm1(d) - d

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from transom.base.errors import RequestError
+from transom.base.runtime import mixed_seed
 from transom.chat.reasoning import find_markers, split
-from transom.errors import RequestError
 from transom.evaluation.eval_args import Matching
+from transom.evaluation.eval_model import Subject
 from transom.evaluation.progress import shown
-from transom.evaluation.subject import Subject
 from transom.evaluation.task_data import AnswerRow
-from transom.generation.loop import GREEDY
-from transom.generation.sampling import SamplingArgs
-from transom.generation.text import Completion, stream_text
-from transom.runtime import mixed_seed
+from transom.inference.loop import GREEDY
+from transom.inference.sampling import SamplingArgs
+from transom.inference.text import Completion, stream_text
 
 CACHE_TOKENS = 1 << 15  # prompt and new tokens of all rows that are generated at a time
 
@@ -55,8 +55,8 @@ def score_answers(
     for row, ids in zip(rows, prompts, strict=True):
         if subject.longest is not None and len(ids) + max_new_tokens > subject.longest:
             raise RequestError(
-                f"{row.id}: a prompt of {len(ids)} tokens and {max_new_tokens} new: accepted are {subject.longest} "
-                "together, the model's max_seq_len"
+                f"{row.id}: a prompt of {len(ids)} tokens and {max_new_tokens} new: expected "
+                f"{subject.longest} together, the model's max_seq_len"
             )
     said = [Completion()] * len(rows)
     markers = None if template is None else find_markers(template)
@@ -64,7 +64,10 @@ def score_answers(
     done = generated(subject, prompts, max_new_tokens, stop, ends, kept=kept)
     for index, one in shown(done, progress, len(rows)):
         said[index] = one
-    parts = [split(one.text, markers if row.messages else None) for row, one in zip(rows, said, strict=True)]
+    parts = [
+        split(one.text, markers if row.messages else None)
+        for row, one in zip(rows, said, strict=True)
+    ]
     found = [matching.found(text) for _, text in parts]
     return AnswerScores(
         [text for _, text in parts],
@@ -80,7 +83,9 @@ def _prompt_ids(subject: Subject, row: AnswerRow) -> list[int]:
     if not row.messages:
         return subject.encode(row.prompt)
     if subject.template is None:
-        raise RequestError(f'{row.id}: messages: this model has no chat template; accepted is "prompt"')
+        raise RequestError(
+            f'{row.id}: messages: this model has no chat template; expected "prompt"'
+        )
     try:
         return subject.template.encode(row.messages)
     except RequestError as error:
@@ -102,8 +107,8 @@ def generated(
 
     Control tokens that are `kept` are in the texts.
 
-    Prompts of like length make a batch, which has `CACHE_TOKENS` tokens or one row, `batch_rows` at most. Every
-    prompt has draws of its own, whatever batch it is in.
+    Prompts of like length make a batch, which has `CACHE_TOKENS` tokens or one row, `batch_rows` at
+    most. Every prompt has draws of its own, whatever batch it is in.
     """
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     while order:

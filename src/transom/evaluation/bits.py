@@ -1,5 +1,7 @@
-"""Held-out bits per byte and perplexity: every token of every document scored once, with as much left context
-as the window allows. Bits per byte do not depend on the tokenizer, so runs and compressors can be compared."""
+"""Held-out bits per byte and perplexity: every token of every document scored once, with as much
+left context as the window allows. Bits per byte do not depend on the tokenizer, so runs and
+compressors can be compared.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,16 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from transom.errors import RequestError
+from transom.base.errors import RequestError
+from transom.base.runtime import evaluating
 from transom.evaluation.progress import shown
-from transom.model import LLM, TransformerInput
-from transom.runtime import evaluating
+from transom.models.llm import LLM, TransformerInput
 
 
 class Documents(Protocol):
-    """What scoring needs of a token file: documents without BOS and EOS, and their UTF-8 lengths."""
+    """What scoring needs of a token file: documents without BOS and EOS, and their UTF-8
+    lengths.
+    """
 
     @property
     def bytes(self) -> NDArray[np.int64]: ...
@@ -55,7 +59,9 @@ class HeldOut:
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """Input and target ids of one forward; only targets from `score_from` on count, the rest are context."""
+    """Input and target ids of one forward; only targets from `score_from` on count, the rest are
+    context.
+    """
 
     inputs: NDArray[np.int64]
     targets: NDArray[np.int64]
@@ -63,7 +69,9 @@ class Window:
 
 
 class WindowScore(NamedTuple):
-    """Nats of a window's scored targets, and whether each was the token that the model finds most likely."""
+    """Nats of a window's scored targets, and whether each was the token that the model finds most
+    likely.
+    """
 
     nats: float
     greedy: bool
@@ -80,7 +88,8 @@ def score(
     batch_tokens: int = 4096,
     max_tokens: int | None = None,
 ) -> HeldOut:
-    """Score documents in windows that advance by `stride` (default half a window), the end token included.
+    """Score documents in windows that advance by `stride` (default half a window), the end token
+    included.
 
     `max_tokens` stops after whole documents; `bytes` then counts the scored ones only.
     """
@@ -109,14 +118,17 @@ def score_each(
     max_tokens: int | None = None,
     progress: str = "",
 ) -> list[HeldOut]:
-    """`score` document by document: no context crosses from one into the next; `progress` names a bar."""
+    """`score` document by document: no context crosses from one into the next; `progress` names a
+    bar.
+    """
     stride = max(1, window // 2) if stride is None else stride
     if not 1 <= stride <= window:
-        raise RequestError(f"stride = {stride}: accepted is 1 to window = {window}")
+        raise RequestError(f"stride: got {stride}; expected 1 to window = {window}")
     windows: list[Window] = []
     counts: list[tuple[int, int, int]] = []  # windows, tokens and bytes of each document
     tokens = 0
-    # Without a BOS the EOS of the document before stands in front, so that the first token is predicted too.
+    # Without a BOS the EOS of the document before stands in front, so that the first token is
+    # predicted too.
     begin = [one for one in (bos_id, eos_id) if one is not None][:1]
     end = [] if eos_id is None else [eos_id]
     for index in range(len(documents)):
@@ -162,7 +174,8 @@ def score_windows(
 def scored(
     model: LLM, windows: Sequence[Window], batch_tokens: int = 4096, batch_rows: int | None = None
 ) -> Iterator[tuple[int, WindowScore]]:
-    """(index, score) of each window as it comes, `batch_tokens` or one row at a time, `batch_rows` at most.
+    """(index, score) of each window as it comes, `batch_tokens` or one row at a time, `batch_rows`
+    at most.
 
     The longest come first; neighbours with the same inputs are run once.
     """
@@ -202,13 +215,19 @@ def _score_batch(model: LLM, rows: Sequence[Sequence[Window]]) -> list[WindowSco
     # Only scored positions get logits: the context in front of them has been scored before.
     members = [(b, one) for b, row in enumerate(rows) for one in row]
     counts = [len(one.targets) - one.score_from for _, one in members]
-    places = torch.cat([b * longest + torch.arange(one.score_from, len(one.targets)) for b, one in members])
+    places = torch.cat(
+        [b * longest + torch.arange(one.score_from, len(one.targets)) for b, one in members]
+    )
     targets = torch.cat([torch.from_numpy(one.targets[one.score_from :]) for _, one in members])
     at_once = max(1, LOGITS // model.args.vocab_size)
     nats, greedy = [], []
-    for places_n, targets_n in zip(places.split(at_once), targets.to(device).split(at_once), strict=True):
+    for places_n, targets_n in zip(
+        places.split(at_once), targets.to(device).split(at_once), strict=True
+    ):
         logits_nV = model.project(hidden_BTD.flatten(0, 1)[places_n.to(device)]).float()
         nats.append(F.cross_entropy(logits_nV, targets_n, reduction="none").cpu())
         greedy.append((logits_nV.argmax(-1) == targets_n).cpu())
-    pieces = zip(torch.cat(nats).double().split(counts), torch.cat(greedy).split(counts), strict=True)
+    pieces = zip(
+        torch.cat(nats).double().split(counts), torch.cat(greedy).split(counts), strict=True
+    )
     return [WindowScore(float(nats_n.sum()), bool(greedy_n.all())) for nats_n, greedy_n in pieces]

@@ -1,6 +1,8 @@
-"""What differs between two models: weight by weight under our names, whatever formats their folders have.
+"""What differs between two models: weight by weight under our names, whatever formats their folders
+have.
 
-One tensor of each is in memory at a time; an adapter is first merged into its base, which then is whole in memory.
+One tensor of each is in memory at a time; an adapter is first merged into its base, which then is
+whole in memory.
 """
 
 from __future__ import annotations
@@ -11,13 +13,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from transom.args import ModelArgs
 from transom.checkpoints.convert import open_model
-from transom.checkpoints.folders import Found
-from transom.checkpoints.stored import Stored
-from transom.transforms import Shape, turn_rotary
+from transom.checkpoints.files.folders import Found
+from transom.checkpoints.files.lazy_tensors import Stored
+from transom.config.model_args import ModelArgs
+from transom.names.transforms import Shape, turn_rotary
 
-PART = 1 << 22  # numbers compared at a time, so that a difference in float32 stays small beside its tensors
+PART = (
+    1 << 22
+)  # numbers compared at a time, so that a difference in float32 stays small beside its tensors
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,14 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class ModelDifference:
-    """All that differs; `differing` has the largest difference first, `identical` counts what is all equal."""
+    """All that differs; `differing` has the largest difference first, `identical` counts what is
+    all equal.
+    """
 
     args: tuple[ModelArgs, ModelArgs]
-    rotary: Literal["same", "turned", "kept"]  # kept: the layouts differ, and these heads cannot be turned
+    rotary: Literal[
+        "same", "turned", "kept"
+    ]  # kept: the layouts differ, and these heads cannot be turned
     only_first: tuple[str, ...]
     only_second: tuple[str, ...]
     shapes: dict[str, tuple[Shape, Shape]]
@@ -48,7 +56,9 @@ class ModelDifference:
 
 
 def compare_models(first: Found, second: Found) -> ModelDifference:
-    """Compare every parameter; rotary rows of the second are turned where it keeps them in the other layout."""
+    """Compare every parameter; rotary rows of the second are turned where it keeps them in the
+    other layout.
+    """
     (one, ours), (other, theirs) = open_model(first), open_model(second)
     rotary: Literal["same", "turned", "kept"] = "same"
     if one.rope_layout != other.rope_layout:
@@ -56,7 +66,11 @@ def compare_models(first: Found, second: Found) -> ModelDifference:
     if rotary == "turned":
         theirs = {name: _turned(name, stored, other, one) for name, stored in theirs.items()}
     both = [name for name in ours if name in theirs]
-    shapes = {n: (ours[n].shape, theirs[n].shape) for n in both if tuple(ours[n].shape) != tuple(theirs[n].shape)}
+    shapes = {
+        n: (ours[n].shape, theirs[n].shape)
+        for n in both
+        if tuple(ours[n].shape) != tuple(theirs[n].shape)
+    }
     dtypes = {n: (ours[n].dtype, theirs[n].dtype) for n in both if ours[n].dtype != theirs[n].dtype}
     differing, identical = [], 0
     for name in (name for name in both if name not in shapes):
@@ -91,7 +105,9 @@ def _difference(name: str, first: Tensor, second: Tensor) -> TensorDifference:
         if apart.any():
             differing += int(apart.sum())
             gaps = (a - b).abs()[apart]
-            largest = max(largest, float(gaps.nan_to_num(nan=float("inf"), posinf=float("inf")).max()))
+            largest = max(
+                largest, float(gaps.nan_to_num(nan=float("inf"), posinf=float("inf")).max())
+            )
         finite = a[a.isfinite()]
         scale = max(scale, float(finite.abs().max()) if finite.numel() else 0.0)
     return TensorDifference(name, tuple(first.shape), largest, scale, differing, first.numel())

@@ -9,33 +9,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transom.errors import require
+from transom.base.errors import require
+from transom.base.runtime import evaluating
 from transom.evaluation.trace import blocks
 from transom.layers.moe import MoE, Router
-from transom.model import LLM, TransformerInput
-from transom.runtime import evaluating
-from transom.tokenizer import Tokenizer
+from transom.models.llm import LLM, TransformerInput
+from transom.tokenizers.tokenizer import Tokenizer
 
 TOP = 10  # tokens shown per expert
 
 
 @dataclass(frozen=True)
 class ExpertTokens:
-    """An expert's most frequent tokens, (id, how often) from the most frequent on, of `total` it was sent."""
+    """An expert's most frequent tokens, (id, how often) from the most frequent on, of `total` it
+    was sent.
+    """
 
     total: int
     most: tuple[tuple[int, int], ...]
 
 
 @torch.no_grad()
-def expert_tokens(model: LLM, batches: Iterable[TransformerInput], top: int = TOP) -> list[list[ExpertTokens]]:
-    """For every MoE layer and expert, the `top` tokens most often sent to it in `batches`; padding does not count.
+def expert_tokens(
+    model: LLM, batches: Iterable[TransformerInput], top: int = TOP
+) -> list[list[ExpertTokens]]:
+    """For every MoE layer and expert, the `top` tokens most often sent to it in `batches`; padding
+    does not count.
 
     Runs without capacity and jitter, as in evaluation; ties go to the smaller id.
     """
-    require(top >= 1, "top", top, "accepted is 1 token or more")
-    routers = [part.router for block in blocks(model) if isinstance(part := block.feed_forward, MoE)]
-    require(len(routers) > 0, "model", "dense", "accepted is one with moe_args")
+    require(top >= 1, "top", top, "expected 1 token or more")
+    routers = [
+        part.router for block in blocks(model) if isinstance(part := block.feed_forward, MoE)
+    ]
+    require(len(routers) > 0, "model", "dense", "expected one with moe_args")
     chosen: dict[Router, Tensor] = {}
 
     def hook(router: Router, inputs: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -54,11 +61,16 @@ def expert_tokens(model: LLM, batches: Iterable[TransformerInput], top: int = TO
     finally:
         for handle in handles:
             handle.remove()
-    return [count.most(router.moe.num_experts, width, top) for router, count in zip(routers, counts, strict=True)]
+    return [
+        count.most(router.moe.num_experts, width, top)
+        for router, count in zip(routers, counts, strict=True)
+    ]
 
 
 def token_row(layers: list[list[ExpertTokens]], tokenizer: Tokenizer) -> dict[str, Any]:
-    """The same as a part of metrics.jsonl: per layer and expert [text, share of what it was sent] pairs."""
+    """The same as a part of metrics.jsonl: per layer and expert [text, share of what it was sent]
+    pairs.
+    """
     return {
         "expert_tokens": [
             [
@@ -90,7 +102,9 @@ class _Counts:
     def add(self, pairs_R: Tensor) -> None:
         new, times = pairs_R.cpu().unique(return_counts=True)
         self.pairs, place = torch.cat((self.pairs, new)).unique(return_inverse=True)
-        self.times = torch.zeros_like(self.pairs).index_add_(0, place, torch.cat((self.times, times)))
+        self.times = torch.zeros_like(self.pairs).index_add_(
+            0, place, torch.cat((self.times, times))
+        )
 
     def most(self, num_experts: int, width: int, top: int) -> list[ExpertTokens]:
         found = []

@@ -1,10 +1,11 @@
 """Transom's models in lm-evaluation-harness (`lm_eval`), under the name `transom`.
 
-    lm_eval --model transom --model_args pretrained=FOLDER --tasks hellaswag         # lm_eval after 0.4.13
-    python -m transom.evaluation.harness --model transom --model_args pretrained=FOLDER --tasks hellaswag
+    lm_eval --model transom --model_args pretrained=FOLDER --tasks hellaswag         # lm_eval after
+    0.4.13 python -m transom.evaluation.harness --model transom --model_args pretrained=FOLDER
+    --tasks hellaswag
 
-Newer versions find the class by the entry point `lm_eval.models`; the second line is for those that do not: it is
-their own command line with this model registered. Only here is `lm_eval` imported.
+Newer versions find the class by the entry point `lm_eval.models`; the second line is for those that
+do not: it is their own command line with this model registered. Only here is `lm_eval` imported.
 """
 
 from __future__ import annotations
@@ -24,26 +25,33 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_
 from tqdm import tqdm
 
 from transom import __version__
+from transom.base.errors import RequestError, nearest, notice, require
+from transom.base.runtime import machine
 from transom.chat.files import DEFAULT
 from transom.chat.reasoning import Markers, find_markers, split
 from transom.chat.template import ChatTemplate
-from transom.errors import RequestError, nearest, notice, require
 from transom.evaluation.answers import generated
 from transom.evaluation.bits import scored
 from transom.evaluation.choices import continuation_window
-from transom.evaluation.subject import Subject
-from transom.generation.sampling import SamplingArgs
-from transom.runtime import machine
+from transom.evaluation.eval_model import Subject
+from transom.inference.sampling import SamplingArgs
 
 NAME = "transom"
-NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first given counts
+NEW_TOKENS = (
+    "max_gen_toks",
+    "max_new_tokens",
+    "max_tokens",
+    "max_completion_tokens",
+)  # the first given counts
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
 class TransomLM(TemplateLM):
-    """A model folder, run folder, adapter folder or hub id, which answers as the library's own `hf` model does.
+    """A model folder, run folder, adapter folder or hub id, which answers as the library's own `hf`
+    model does.
 
-    Texts are encoded with special tokens found by their spelling, since chat templates arrive as text.
+    Texts are encoded with special tokens found by their spelling, since chat templates arrive as
+    text.
     """
 
     def __init__(
@@ -67,30 +75,39 @@ class TransomLM(TemplateLM):
             self.subject = pretrained
         else:
             self.subject = Subject.open(
-                pretrained, revision=revision, device=device or "auto", dtype=dtype, chat_template=chat_template
+                pretrained,
+                revision=revision,
+                device=device or "auto",
+                dtype=dtype,
+                chat_template=chat_template,
             )
         auto = str(batch_size).startswith("auto")
         rows = max_batch_size if auto else int(batch_size)
-        require(rows is None or rows >= 1, "batch_size", batch_size, "accepted is auto, or 1 or more")
+        require(rows is None or rows >= 1, "batch_size", batch_size, "expected auto, or 1 or more")
         longest = self.subject.model.args.max_seq_len
         fits = max_length is None or 1 <= max_length <= longest
-        require(fits, "max_length", max_length, f"accepted is 1 to {longest}, the model's max_seq_len")
+        require(fits, "max_length", max_length, f"expected 1 to {longest}, the model's max_seq_len")
         self.tokenizer = self.subject.tokenizer
         self.max_length = longest if max_length is None else max_length
         self.max_gen_toks = max_gen_toks
         self.batch_rows, self.batch_tokens = rows, batch_tokens
         self.begins = bool(self.tokenizer.begin) if add_bos_token is None else add_bos_token
-        self._chats = self._begun = False  # whether prompts are chats, and whether their answers have begun
+        self._chats = self._begun = (
+            False  # whether prompts are chats, and whether their answers have begun
+        )
         self._device = self.subject.model.tok_embeddings.weight.device
 
-    # -- text and ids ------------------------------------------------------------------------------------
+    # -- text and ids
+    # ------------------------------------------------------------------------------------
 
     @property
     def eot_token_id(self) -> int:
         """The token that ends a text."""
         eos_id = self.tokenizer.eos_id
         if eos_id is None:
-            raise RequestError(f"{self.subject.found}: the tokenizer has no EOS token; accepted is one with it")
+            raise RequestError(
+                f"{self.subject.found}: the tokenizer has no EOS token; expected one with it"
+            )
         return eos_id
 
     @property
@@ -101,10 +118,14 @@ class TransomLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Under which the library keeps prepared requests: the vocabulary, and the folder for its template."""
+        """Under which the library keeps prepared requests: the vocabulary, and the folder for its
+        template.
+        """
         return f"{self.subject.found} {self.tokenizer.hash}".replace("/", "__")
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
         """Ids, BOS in front where the tokenizer's makers put one and it is not there already."""
         if add_special_tokens is False or not self.begins:
             return self.tokenizer.encode(string, allowed_special="all")
@@ -113,7 +134,9 @@ class TransomLM(TemplateLM):
         return self.tokenizer.encode(string, add_bos=True, allowed_special="all")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The source of the template, for the library's records; a text chooses one by name, as --chat-template."""
+        """The source of the template, for the library's records; a text chooses one by name, as
+        --chat-template.
+        """
         if chat_template is False:
             return None
         if isinstance(chat_template, str):
@@ -121,8 +144,12 @@ class TransomLM(TemplateLM):
         sources = self._template().sources
         return sources.get(DEFAULT, next(iter(sources.values())))
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation; without the head of an answer its last message is left open."""
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a conversation; without the head of an answer its last message is left
+        open.
+        """
         template = self._template()
         self._begun = not add_generation_prompt
         if add_generation_prompt:
@@ -132,32 +159,54 @@ class TransomLM(TemplateLM):
     def _template(self) -> ChatTemplate:
         template = self.subject.template
         if template is None:
-            raise RequestError(f"{self.subject.found}: no chat template; accepted without --apply_chat_template")
+            raise RequestError(
+                f"{self.subject.found}: no chat template; valid only without --apply_chat_template"
+            )
         self._chats = True
         return template
 
-    # -- requests ----------------------------------------------------------------------------------------
+    # -- requests
+    # ----------------------------------------------------------------------------------------
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """(log-probability, whether greedy decoding says the same) of each continuation of its context."""
-        windows = [continuation_window(context, rest, self.max_length) for _, context, rest in requests]
-        cut = sum(len(one.inputs) + 1 < len(a) + len(b) for one, (_, a, b) in zip(windows, requests, strict=True))
+        """(log-probability, whether greedy decoding says the same) of each continuation of its
+        context.
+        """
+        windows = [
+            continuation_window(context, rest, self.max_length) for _, context, rest in requests
+        ]
+        cut = sum(
+            len(one.inputs) + 1 < len(a) + len(b)
+            for one, (_, a, b) in zip(windows, requests, strict=True)
+        )
         if cut:
-            notice(f"{cut} of {len(windows)} contexts lost their beginning, longer than {self.max_length} tokens")
+            notice(
+                f"{cut} of {len(windows)} contexts lost their beginning, longer than "
+                f"{self.max_length} tokens"
+            )
         out = [(0.0, False)] * len(windows)
         found = scored(self.subject.model, windows, self.batch_tokens, self.batch_rows)
-        for index, one in tqdm(found, total=len(windows), disable=disable_tqdm, desc="loglikelihood"):
+        for index, one in tqdm(
+            found, total=len(windows), disable=disable_tqdm, desc="loglikelihood"
+        ):
             out[index] = (-one.nats, one.greedy)
             if requests[index][0] is not None:
                 self.cache_hook.add_partial("loglikelihood", requests[index][0], out[index])
         return out
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts, every token once, with as much context as there is room for.
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-probability of whole texts, every token once, with as much context as there is room
+        for.
 
-        As with `hf`, a tokenizer that puts a BOS in front of texts has it predicted too, behind the prefix.
+        As with `hf`, a tokenizer that puts a BOS in front of texts has it predicted too, behind the
+        prefix.
         """
         pairs, counts = [], []
         for request in requests:
@@ -177,7 +226,9 @@ class TransomLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to the first of the stop sequences; requests with the same settings are batched."""
+        """Continuations up to the first of the stop sequences; requests with the same settings are
+        batched.
+        """
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
@@ -195,11 +246,16 @@ class TransomLM(TemplateLM):
         return out
 
     def _continued(self, prompts: Sequence[str], settings: dict[str, Any]) -> Any:
-        """Yield (index, text) of each prompt as it comes; of a chat the answer without its reasoning."""
+        """Yield (index, text) of each prompt as it comes; of a chat the answer without its
+        reasoning.
+        """
         until, max_new_tokens, sampling = read_settings(settings, self.max_gen_toks)
         room = self.max_length - max_new_tokens
         require(
-            room > 0, "max_gen_toks", max_new_tokens, f"accepted is below {self.max_length}, the model's length"
+            room > 0,
+            "max_gen_toks",
+            max_new_tokens,
+            f"expected below {self.max_length}, the model's length",
         )
         ids = [self.tok_encode(prompt) or [self.prefix_token_id] for prompt in prompts]
         cut = sum(len(one) > room for one in ids)
@@ -229,18 +285,29 @@ class TransomLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """Hashes and dtype, for the library's records, under names that it does not use."""
-        return {f"model_{name}": value for name, value in self.subject.facts().items() if name != "model"}
+        return {
+            f"model_{name}": value
+            for name, value in self.subject.facts().items()
+            if name != "model"
+        }
 
 
-def read_settings(settings: dict[str, Any], max_gen_toks: int) -> tuple[list[str], int, SamplingArgs]:
-    """(stop sequences, new tokens at most, sampling) of a task's `generation_kwargs`; others are refused."""
+def read_settings(
+    settings: dict[str, Any], max_gen_toks: int
+) -> tuple[list[str], int, SamplingArgs]:
+    """(stop sequences, new tokens at most, sampling) of a task's `generation_kwargs`; others are
+    refused.
+    """
     known = {"until", "do_sample", "num_beams", *NEW_TOKENS, *SAMPLING}
     for name in settings:
         require(
-            name in known, f"generation_kwargs: {name}", settings[name], f"accepted is {', '.join(sorted(known))}"
+            name in known,
+            f"generation_kwargs: {name}",
+            settings[name],
+            f"expected {', '.join(sorted(known))}",
         )
     beams = settings.get("num_beams", 1)
-    require(beams == 1, "generation_kwargs: num_beams", beams, "accepted is 1")
+    require(beams == 1, "generation_kwargs: num_beams", beams, "expected 1")
     until = settings.get("until") or []
     until = [until] if isinstance(until, str) else until
     limits = [settings[name] for name in NEW_TOKENS if settings.get(name) is not None]
@@ -248,10 +315,15 @@ def read_settings(settings: dict[str, Any], max_gen_toks: int) -> tuple[list[str
     # As in lm_eval/models/utils.py: no `do_sample` means to sample where there is a temperature.
     if not settings.get("do_sample", float(sampling.get("temperature", 0.0)) > 0.0):
         sampling["temperature"] = 0.0
-    return [one for one in until if one], int(limits[0] if limits else max_gen_toks), SamplingArgs(**sampling)
+    return (
+        [one for one in until if one],
+        int(limits[0] if limits else max_gen_toks),
+        SamplingArgs(**sampling),
+    )
 
 
-# -- running it -----------------------------------------------------------------------------------------------
+# -- running it
+# -----------------------------------------------------------------------------------------------
 
 
 def run_tasks(
@@ -263,14 +335,18 @@ def run_tasks(
     limit: int | None = None,
     apply_chat_template: bool = False,
 ) -> tuple[dict[str, Any], str]:
-    """(results as plain data, the library's table of them) of tasks by name, glob, or path of a .yaml file."""
+    """(results as plain data, the library's table of them) of tasks by name, glob, or path of a
+    .yaml file.
+    """
     manager = TaskManager(include_path=include_path)
     tasks: list[str] = []
     for name in names:
         matches = [name] if Path(name).is_file() else manager.match_tasks([name])
         if not matches:
             known = manager.all_tasks
-            raise RequestError(f"--tasks {name}: no such task in lm_eval {_version()}{nearest(name, known)}")
+            raise RequestError(
+                f"--tasks {name}: no such task in lm_eval {_version()}{nearest(name, known)}"
+            )
         tasks += matches
     found = simple_evaluate(
         model=lm,
@@ -299,7 +375,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from transom.evaluation.harness import main as run  # where the class is registered under its own module
+    from transom.evaluation.harness import (
+        main as run,  # where the class is registered under its own module
+    )
 
     run()
 elif NAME not in model_registry:  # it is there where the entry point has led here

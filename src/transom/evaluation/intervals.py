@@ -1,6 +1,8 @@
-"""How sure a score is: 95% intervals of shares and of ratios, and of the difference between two models.
+"""How sure a score is: 95% intervals of shares and of ratios, and of the difference between two
+models.
 
-The unit is a document or a row, which were drawn; the tokens within one depend on each other and are no units.
+The unit is a document or a row, which were drawn; the tokens within one depend on each other and
+are no units.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, eq=False)
 class Ratio:
-    """A score of many units: `value(sum(parts) / sum(sizes))`, both [units]; of a `share`, 0 or 1 and always 1."""
+    """A score of many units: `value(sum(parts) / sum(sizes))`, both [units]; of a `share`, 0 or 1
+    and always 1.
+    """
 
     parts: NDArray[np.float64]
     sizes: NDArray[np.float64]
@@ -49,16 +53,22 @@ def interval(ratio: Ratio) -> Interval | None:
 
 
 def wilson(right: int, rows: int) -> Interval:
-    """The interval of a share of rows that were right: all shares it could well have come from (Wilson, 1927)."""
+    """The interval of a share of rows that were right: all shares it could well have come from
+    (Wilson, 1927).
+    """
     share, z2 = right / rows, Z * Z
     middle = (share + z2 / (2 * rows)) / (1 + z2 / rows)
     reach = Z / (1 + z2 / rows) * np.sqrt(share * (1 - share) / rows + z2 / (4 * rows * rows))
     # Rounding would leave the ends a little beside 0 and 1.
-    return 0.0 if right == 0 else float(middle - reach), 1.0 if right == rows else float(middle + reach)
+    return 0.0 if right == 0 else float(middle - reach), 1.0 if right == rows else float(
+        middle + reach
+    )
 
 
 def bootstrap(ratio: Ratio) -> Interval | None:
-    """The percentile interval of a score over units drawn again, with a fixed seed; None for a single unit."""
+    """The percentile interval of a score over units drawn again, with a fixed seed; None for a
+    single unit.
+    """
     return _percentiles([ratio.resampled(drawn) for drawn in _draws(len(ratio.parts))])
 
 
@@ -69,7 +79,9 @@ def bootstrap_difference(first: Ratio, second: Ratio) -> Interval | None:
 
 
 def _draws(units: int) -> Iterator[NDArray[np.int64]]:
-    """`RESAMPLES` rows of as many units as there are, in pieces of bounded size; nothing for fewer than two."""
+    """`RESAMPLES` rows of as many units as there are, in pieces of bounded size; nothing for fewer
+    than two.
+    """
     generator = np.random.default_rng(SEED)
     left = RESAMPLES if units > 1 else 0
     while left:

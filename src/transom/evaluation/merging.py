@@ -1,4 +1,6 @@
-"""Adapters merged into their base, with a receipt: every way to do it is measured, and the best is written."""
+"""Adapters merged into their base, with a receipt: every way to do it is measured, and the best is
+written.
+"""
 
 from __future__ import annotations
 
@@ -12,31 +14,35 @@ from typing import Any
 from torch import Tensor
 
 from transom import __version__
-from transom.adapt.combine_args import CombineArgs
-from transom.adapt.lora import activate_adapters, plain_weights
+from transom.base.errors import WorkError, notice, require
+from transom.base.files import json_text, write_text
+from transom.base.runtime import machine
 from transom.checkpoints.convert import carry_companions, config_ids
+from transom.checkpoints.files.folders import Format, folder_format, read_args, sha256_of
+from transom.checkpoints.files.lazy_tensors import Stored
+from transom.checkpoints.files.staging import staged
 from transom.checkpoints.fingerprint import fingerprint
-from transom.checkpoints.folders import Format, folder_format, read_args, sha256_of
 from transom.checkpoints.load import outline
 from transom.checkpoints.merge import Form, Merge
 from transom.checkpoints.save import FolderLayout, plan_layout
-from transom.checkpoints.staging import staged
-from transom.checkpoints.stored import Stored
-from transom.errors import WorkError, notice, require
 from transom.evaluation.agreement import Agreement, agreement, logits_of, next_tokens
 from transom.evaluation.token_rows import TOKENS, TokenRows, token_rows
-from transom.model import LLM
-from transom.paths import json_text, write_text
-from transom.runtime import machine
+from transom.lora.adapters import activate_adapters, plain_weights
+from transom.lora.combine_args import CombineArgs
+from transom.models.llm import LLM
 
 REPORT = "merge_report.json"
 BASE_ALONE = "base alone"
-NOTABLE = 0.05  # share of what an adapter does, as divergence, that is worth a word when a merge loses it
+NOTABLE = (
+    0.05  # share of what an adapter does, as divergence, that is worth a word when a merge loses it
+)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A merged model: on which form of the base, and how it agrees with the unmerged one (None: not measured)."""
+    """A merged model: on which form of the base, and how it agrees with the unmerged one (None: not
+    measured).
+    """
 
     name: str
     form: Form
@@ -71,17 +77,24 @@ def merge_folders(
 ) -> dict[str, Any]:
     """Write the merged model into `out`, with `merge_report.json`, whose content is returned.
 
-    Sums are made in float32 or better and cast once, to `dtype` (the base's own by default). Of several candidates
-    the one that diverges least from the unmerged model is kept; `data` is the text to measure on, for so many
-    `tokens` (`token_rows`).
+    Sums are made in float32 or better and cast once, to `dtype` (the base's own by default). Of
+    several candidates the one that diverges least from the unmerged model is kept; `data` is the
+    text to measure on, for so many `tokens` (`token_rows`).
     """
     started = time.perf_counter()
     merge = Merge.plan(base, adapters, CombineArgs() if args is None else args, dtype, device)
     for folder in merge.found.folders:
-        require(Path(out).resolve() != folder.resolve(), "out", str(out), "accepted is none of the folders read")
+        require(
+            Path(out).resolve() != folder.resolve(),
+            "out",
+            str(out),
+            "expected none of the folders read",
+        )
     model_args = read_args(merge.base)
     empty = {name: Stored.of(weight) for name, weight in outline(model_args).named_parameters()}
-    plan_layout(model_args, empty, format or folder_format(merge.base), merge.dtype)  # it refuses before the work
+    plan_layout(
+        model_args, empty, format or folder_format(merge.base), merge.dtype
+    )  # it refuses before the work
     rows = token_rows(merge.found, model_args, data, merge.run, tokens)
     measured, model = measure(merge, rows)
     if measured.kept is not measured.candidates[-1]:
@@ -94,7 +107,11 @@ def merge_folders(
         report = {
             **_asked(merge, rows),
             **_found(measured),
-            "out": {"format": layout.format, "dtype": merge.dtype, "fingerprint": fingerprint(folder, fresh=True)},
+            "out": {
+                "format": layout.format,
+                "dtype": merge.dtype,
+                "fingerprint": fingerprint(folder, fresh=True),
+            },
             "versions": {"transom": __version__, **machine()},
             "seconds": round(time.perf_counter() - started, 2),
         }
@@ -104,20 +121,26 @@ def merge_folders(
 
 
 def measure(merge: Merge, rows: TokenRows) -> tuple[Measured, LLM]:
-    """Compare every candidate with the unmerged model, one in memory at a time; the one made last comes along.
+    """Compare every candidate with the unmerged model, one in memory at a time; the one made last
+    comes along.
 
-    TIES and DARE have none; their sum before it is rounded stands for it. A model that gives vectors has no logits
-    to compare, which is said, and its adapters are merged on the base that they saw.
+    TIES and DARE have none; their sum before it is rounded stands for it. A model that gives
+    vectors has no logits to compare, which is said, and its adapters are merged on the base that
+    they saw.
     """
     head = read_args(merge.base).head
     if head is not None and not head.outputs:
         notice("a model that gives vectors has no logits to compare: the merge is not measured")
         only = Candidate(merge.name_of(merge.trained), merge.trained, None)
-        return Measured({}, (only,), only), merge.rounded(merge.merged(merge.unmerged(merge.trained)))
+        return Measured({}, (only,), only), merge.rounded(
+            merge.merged(merge.unmerged(merge.trained))
+        )
     adds_up = merge.args.method == "linear"
     reference: list[Tensor] = []
     if not adds_up:
-        reference = [part.cpu() for part in logits_of(merge.merged(merge.unmerged(merge.trained)), rows.rows)]
+        reference = [
+            part.cpu() for part in logits_of(merge.merged(merge.unmerged(merge.trained)), rows.rows)
+        ]
     model = merge.unmerged(merge.trained)
     reference = reference or [part.cpu() for part in logits_of(model, rows.rows)]
     targets = None if head is not None else next_tokens(rows.rows)
@@ -139,24 +162,30 @@ def measure(merge: Merge, rows: TokenRows) -> tuple[Measured, LLM]:
         model = merge.rounded(merge.merged(model))
         found = compare(model)
         if not math.isfinite(found.kl):
-            raise WorkError(f"{merge.name_of(form)}: logits are NaN or infinite; nothing was written")
+            raise WorkError(
+                f"{merge.name_of(form)}: logits are NaN or infinite; nothing was written"
+            )
         candidates.append(Candidate(merge.name_of(form), form, found))
     kept = min(candidates, key=lambda one: one.divergence)
     return Measured(controls, tuple(candidates), kept), model
 
 
 def say_loss(measured: Measured) -> None:
-    """One line where rounding, or the form of the base, takes a notable share of what the adapter does."""
+    """One line where rounding, or the form of the base, takes a notable share of what the adapter
+    does.
+    """
     effect, lost = measured.controls.get(BASE_ALONE), measured.kept.divergence
     if effect is not None and lost > NOTABLE * effect.kl:
         notice(
-            f"the merged model is {lost:.2g} nats per token from the unmerged one, the base alone {effect.kl:.2g}: "
-            "a wider dtype keeps more of a small adapter"
+            f"the merged model is {lost:.2g} nats per token from the unmerged one, the base "
+            f"alone {effect.kl:.2g}: a wider dtype keeps more of a small adapter"
         )
 
 
 def _layout(merge: Merge, model: LLM, format: Format | None) -> FolderLayout:
-    """All that is to be written; ids that a Hugging Face config holds for other tools stay there."""
+    """All that is to be written; ids that a Hugging Face config holds for other tools stay
+    there.
+    """
     ours = {name: Stored.of(weight.detach()) for name, weight in plain_weights(model).items()}
     kind = folder_format(merge.base)
     layout = plan_layout(model.args, ours, format or kind, merge.dtype)
@@ -179,14 +208,23 @@ def _asked(merge: Merge, rows: TokenRows) -> dict[str, Any]:
         },
         "adapters": parts,
         "combine": {name: getattr(merge.args, name) for name in ("method", "density", "seed")},
-        "reference": "base and adapters" if merge.args.method == "linear" else "the sum, not rounded",
-        "data": {"source": rows.source, "sha256": rows.sha256, "rows": len(rows.rows), "tokens": rows.tokens},
+        "reference": "base and adapters"
+        if merge.args.method == "linear"
+        else "the sum, not rounded",
+        "data": {
+            "source": rows.source,
+            "sha256": rows.sha256,
+            "rows": len(rows.rows),
+            "tokens": rows.tokens,
+        },
     }
 
 
 def adapter_hashes(adapter: Path) -> dict[str, str]:
     """SHA-256 of each file of an adapter's weights, without the state of the run that wrote it."""
-    files = [path for pattern in ("*.safetensors", "*.bin") for path in sorted(adapter.glob(pattern))]
+    files = [
+        path for pattern in ("*.safetensors", "*.bin") for path in sorted(adapter.glob(pattern))
+    ]
     files = [path for path in files if not path.name.startswith("trainer.")]
     return {path.name: sha256_of(path) for path in files}
 

@@ -1,4 +1,6 @@
-"""An evaluation: data sets of three kinds, what one model scores on them, and how two models differ."""
+"""An evaluation: data sets of three kinds, what one model scores on them, and how two models
+differ.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +15,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom import __version__
+from transom.base.errors import RequestError, WorkError, notice, require
+from transom.base.runtime import machine
 from transom.chat.fingerprint import template_hash
-from transom.checkpoints.folders import sha256_of
-from transom.data.shards import Corpus, TokenFile, prepare
-from transom.data.sources import SourceArgs
-from transom.errors import RequestError, WorkError, notice, require
+from transom.checkpoints.files.folders import sha256_of
+from transom.data.text.shards import Corpus, TokenFile, prepare
+from transom.data.text.sources import SourceArgs
 from transom.evaluation.answers import score_answers
 from transom.evaluation.bits import score_each
 from transom.evaluation.choices import score_choices
 from transom.evaluation.eval_args import EvalArgs
+from transom.evaluation.eval_model import Subject
 from transom.evaluation.intervals import CONFIDENCE, Interval, Ratio, bootstrap_difference, interval
-from transom.evaluation.subject import Subject
 from transom.evaluation.task_data import DataSet, Kind
-from transom.runtime import machine
 
-WINDOW = 4096  # tokens of context at most unless told: the whole of some models' own maximum is slow
+WINDOW = (
+    4096  # tokens of context at most unless told: the whole of some models' own maximum is slow
+)
 LOWER_IS_BETTER = {"bits_per_byte", "perplexity"}
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What a model scored on one data set; the units of every score, documents or rows, are those of `rows`."""
+    """What a model scored on one data set; the units of every score, documents or rows, are those
+    of `rows`.
+    """
 
     path: str
     kind: Kind
@@ -58,7 +64,9 @@ def evaluate(subject: Subject, data: Sequence[DataSet], args: EvalArgs) -> list[
                 measured = _answers(subject, one, args)
         bad = [name for name, ratio in measured.scores.items() if not math.isfinite(ratio.score)]
         if bad:
-            raise WorkError(f"{one.path}: {bad[0]} is no finite number; `transom verify` may tell what is wrong")
+            raise WorkError(
+                f"{one.path}: {bad[0]} is no finite number; `transom verify` may tell what is wrong"
+            )
         out.append(replace(measured, seconds=time.perf_counter() - start))
     return out
 
@@ -67,19 +75,24 @@ def _text(subject: Subject, data: DataSet, args: EvalArgs) -> Measured:
     """Bits per byte and perplexity: every token of every document once, its end token too."""
     tokenizer, longest = subject.tokenizer, subject.model.args.max_seq_len
     window = min(longest, WINDOW) if args.window is None else args.window
-    require(window <= longest, "window", window, f"accepted is 1 to {longest}, the model's max_seq_len")
+    require(
+        window <= longest, "window", window, f"expected 1 to {longest}, the model's max_seq_len"
+    )
     corpus = prepare(SourceArgs(data.path), tokenizer, progress=args.progress)
     _say_left_out(data.path, corpus)
     documents = _first(corpus.train, args.limit)
     stride = max(1, window // 2) if args.stride is None else args.stride
     bos_id = tokenizer.bos_id if tokenizer.adds_bos else None
     each = score_each(
-        subject.model, documents, bos_id=bos_id, eos_id=tokenizer.eos_id, window=window, stride=stride,
+        subject.model, documents, bos_id=bos_id, eos_id=tokenizer.eos_id, window=window,
+        stride=stride,
         batch_tokens=args.batch_tokens, progress=_bar(data, args),
     )  # fmt: skip
-    nats, tokens, sizes = (np.array([getattr(one, name) for one in each]) for name in ("nats", "tokens", "bytes"))
+    nats, tokens, sizes = (
+        np.array([getattr(one, name) for one in each]) for name in ("nats", "tokens", "bytes")
+    )
     if not tokens.sum():
-        raise RequestError(f"{data.path}: no token to predict; accepted is text of two tokens or more")
+        raise RequestError(f"{data.path}: no token to predict; expected text of two tokens or more")
     scores = {
         "bits_per_byte": Ratio(nats / math.log(2), sizes),
         "perplexity": Ratio(nats, tokens, _exp),
@@ -116,14 +129,25 @@ def _say_left_out(path: str, corpus: Corpus) -> None:
     if words:
         notice(f"{path}: {corpus.report.documents} documents read; {', '.join(words)}")
     if corpus.unknown_tokens:
-        notice(f"{path}: the vocabulary cannot write {corpus.unknown_tokens} places, so the scores are too good")
+        notice(
+            f"{path}: the vocabulary cannot write {corpus.unknown_tokens} places, so the scores "
+            f"are too good"
+        )
 
 
 def _choices(subject: Subject, data: DataSet, args: EvalArgs) -> Measured:
     found = score_choices(subject, data.choices, args.batch_tokens, _bar(data, args))
     if found.cut:
-        notice(f"{data.path}: {found.cut} sequences lost their beginning, longer than {subject.longest} tokens")
-    facts = {"rows": len(data.choices), "tokens": found.tokens, "ties": found.ties, "cut": found.cut}
+        notice(
+            f"{data.path}: {found.cut} sequences lost their beginning, longer than "
+            f"{subject.longest} tokens"
+        )
+    facts = {
+        "rows": len(data.choices),
+        "tokens": found.tokens,
+        "ties": found.ties,
+        "cut": found.cut,
+    }
     rows = [
         {
             "id": row.id,
@@ -173,7 +197,8 @@ def _answers(subject: Subject, data: DataSet, args: EvalArgs) -> Measured:
     return Measured(data.path, data.kind, sha256_of(Path(data.path)), scores, facts, rows, 0.0)
 
 
-# -- documents ----------------------------------------------------------------------------------------
+# -- documents
+# ----------------------------------------------------------------------------------------
 
 
 def report(subject: Mapping[str, Any], measured: Sequence[Measured]) -> dict[str, Any]:
@@ -183,11 +208,14 @@ def report(subject: Mapping[str, Any], measured: Sequence[Measured]) -> dict[str
 
 
 def comparison(
-    subjects: tuple[Mapping[str, Any], Mapping[str, Any]], first: Sequence[Measured], second: Sequence[Measured]
+    subjects: tuple[Mapping[str, Any], Mapping[str, Any]],
+    first: Sequence[Measured],
+    second: Sequence[Measured],
 ) -> dict[str, Any]:
     """Two models' results on the same data, and what the second has more of each score.
 
-    Perplexities count tokens, so those of different vocabularies have no difference that means anything.
+    Perplexities count tokens, so those of different vocabularies have no difference that means
+    anything.
     """
     same_tokens = subjects[0]["tokenizer_hash"] == subjects[1]["tokenizer_hash"]
     data = []
@@ -205,12 +233,17 @@ def _source(one: Measured) -> dict[str, Any]:
 
 
 def _result(one: Measured) -> dict[str, Any]:
-    scores = {name: {"value": ratio.score, **_edges(interval(ratio))} for name, ratio in one.scores.items()}
+    scores = {
+        name: {"value": ratio.score, **_edges(interval(ratio))}
+        for name, ratio in one.scores.items()
+    }
     return {"scores": scores, **one.facts, "seconds": round(one.seconds, 3)}
 
 
 def _difference(name: str, first: Ratio, second: Ratio) -> dict[str, Any]:
-    """`second - first`; the better one is named where all of the interval is on its side of zero."""
+    """`second - first`; the better one is named where all of the interval is on its side of
+    zero.
+    """
     found = bootstrap_difference(first, second)
     better = None
     if found is not None and (found[0] > 0 or found[1] < 0):

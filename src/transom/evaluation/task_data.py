@@ -1,6 +1,8 @@
-"""Rows of an evaluation out of files of rows: questions with choices, and prompts with accepted answers.
+"""Rows of an evaluation out of files of rows: questions with choices, and prompts with accepted
+answers.
 
-What a file holds is seen from the keys of its first row, and every row after it must be of the same kind. No torch.
+What a file holds is seen from the keys of its first row, and every row after it must be of the same
+kind. No torch.
 """
 
 from __future__ import annotations
@@ -13,17 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from transom.base.errors import RequestError, require
 from transom.data.file_formats import row_format
 from transom.data.row_files import Row, notice_unread, read_rows
-from transom.data.sources import TEXT_KEY, SourceArgs, read_documents
-from transom.errors import RequestError, require
+from transom.data.text.sources import TEXT_KEY, SourceArgs, read_documents
 
 Kind = Literal["text", "choices", "answers"]
 PROMPT_KEYS = ("prompt", "question")
 CHOICES_KEY, ANSWER_KEY, MESSAGES_KEY = "choices", "answer", "messages"
 KNOWN = {*PROMPT_KEYS, CHOICES_KEY, ANSWER_KEY, MESSAGES_KEY}
 ACCEPTED = (
-    f'accepted are lines with "{TEXT_KEY}", with "prompt" (or "question"), "choices" and "answer", or with '
+    f'expected lines with "{TEXT_KEY}", with "prompt" (or "question"), "choices" and '
+    f'"answer", or with '
     '"prompt" (or "question", or "messages") and "answer"'
 )
 
@@ -59,7 +62,9 @@ class DataSet:
 
 
 def open_data(paths: Sequence[str], limit: int | None = None) -> list[DataSet]:
-    """Data sets by their content; every row of a task is checked, and that files of text are there."""
+    """Data sets by their content; every row of a task is checked, and that files of text are
+    there.
+    """
     out = []
     for path in paths:
         kind = kind_of(path)
@@ -89,30 +94,39 @@ def kind_of(path: str) -> Kind:
 
 
 def read_choices(path: str, limit: int | None = None) -> list[ChoiceRow]:
-    """The first `limit` rows {"prompt" or "question", "choices", "answer"} of a file; an answer is one of three.
+    """The first `limit` rows {"prompt" or "question", "choices", "answer"} of a file; an answer is
+    one of three.
 
     It is the index of a choice from 0, its letter from A, or its text.
     """
     return [
-        ChoiceRow(row.id, _prompt(columns, row.where), choices, _answer(columns, choices, row.where))
+        ChoiceRow(
+            row.id, _prompt(columns, row.where), choices, _answer(columns, choices, row.where)
+        )
         for columns, row in _rows(path, limit)
         for choices in [_choices(columns, row.where)]
     ]
 
 
 def read_answers(path: str, limit: int | None = None) -> list[AnswerRow]:
-    """The first `limit` rows {"prompt", "question" or "messages", "answer": text or list of texts} of a file."""
+    """The first `limit` rows {"prompt", "question" or "messages", "answer": text or list of texts}
+    of a file.
+    """
     out = []
     for columns, row in _rows(path, limit):
         where = row.where
         if CHOICES_KEY in columns:
             raise RequestError(
-                f"{where}: has choices, and the rows before it have none; accepted is one kind a file"
+                f"{where}: has choices, and the rows before it have none; expected one kind a file"
             )
         given = columns.get(ANSWER_KEY)
         answers = [given] if isinstance(given, str) else given
-        fits = isinstance(answers, list) and bool(answers) and all(isinstance(one, str) for one in answers)
-        require(fits, f"{where}: answer", given, "accepted is a text or a list of texts")
+        fits = (
+            isinstance(answers, list)
+            and bool(answers)
+            and all(isinstance(one, str) for one in answers)
+        )
+        require(fits, f"{where}: answer", given, "expected a text or a list of texts")
         messages = _messages(columns, where) if MESSAGES_KEY in columns else ()
         prompt = "" if messages else _prompt(columns, where)
         out.append(AnswerRow(row.id, prompt, messages, tuple(answers or ())))
@@ -120,7 +134,9 @@ def read_answers(path: str, limit: int | None = None) -> list[AnswerRow]:
 
 
 def _rows(path: str, limit: int | None) -> Iterator[tuple[dict[str, Any], Row]]:
-    """Yield the content and the place of each row; print the keys of the file that nothing reads."""
+    """Yield the content and the place of each row; print the keys of the file that nothing
+    reads.
+    """
     unread: Counter[str] = Counter()
     for columns, row in itertools.islice(_lines(Path(path)), limit):
         unread.update(set(columns) - KNOWN)
@@ -129,7 +145,9 @@ def _rows(path: str, limit: int | None) -> Iterator[tuple[dict[str, Any], Row]]:
 
 
 def _lines(file: Path) -> Iterator[tuple[dict[str, Any], Row]]:
-    """Yield the columns that are not null and the place of each row; one that cannot be read is refused."""
+    """Yield the columns that are not null and the place of each row; one that cannot be read is
+    refused.
+    """
     for row in read_rows(file):
         if row.columns is None:
             raise RequestError(f"{row.where}: {row.problem}")
@@ -140,23 +158,36 @@ def _prompt(row: Mapping[str, Any], where: str) -> str:
     given = [key for key in PROMPT_KEYS if key in row]
     if len(given) != 1 or not isinstance(row[given[0]], str) or not row[given[0]]:
         name = given[0] if given else "prompt"
-        require(False, f"{where}: {name}", row.get(name), 'accepted is one text, under "prompt" or "question"')
+        require(
+            False,
+            f"{where}: {name}",
+            row.get(name),
+            'expected one text, under "prompt" or "question"',
+        )
     return str(row[given[0]])
 
 
 def _messages(row: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], ...]:
     messages = row[MESSAGES_KEY]
-    fits = isinstance(messages, list) and messages and all(isinstance(one, dict) for one in messages)
+    fits = (
+        isinstance(messages, list) and messages and all(isinstance(one, dict) for one in messages)
+    )
     if not fits or any(key in row for key in PROMPT_KEYS):
-        raise RequestError(f"{where}: messages: accepted is a list of objects, and no prompt beside them")
+        raise RequestError(
+            f"{where}: messages: expected a list of objects, and no prompt beside them"
+        )
     return tuple(messages)
 
 
 def _choices(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
     choices = row.get(CHOICES_KEY)
-    fits = isinstance(choices, list) and len(choices) > 1 and all(isinstance(one, str) and one for one in choices)
-    accepted = "accepted is a list of two texts or more, and no messages beside it"
-    require(fits and MESSAGES_KEY not in row, f"{where}: choices", choices, accepted)
+    fits = (
+        isinstance(choices, list)
+        and len(choices) > 1
+        and all(isinstance(one, str) and one for one in choices)
+    )
+    expected = "expected a list of two texts or more, and no messages beside it"
+    require(fits and MESSAGES_KEY not in row, f"{where}: choices", choices, expected)
     return tuple(choices or ())
 
 
@@ -169,9 +200,9 @@ def _answer(row: Mapping[str, Any], choices: Sequence[str], where: str) -> int:
         meant = {index for index, choice in enumerate(choices) if choice == answer}
         meant |= {letters.index(answer)} if len(answer) == 1 and answer in letters else set()
     means = "means more than one choice" if meant else "means no choice"
-    accepted = (
-        f"{means}; accepted is a number from 0 to {len(choices) - 1}, a letter from {letters[:1]} to "
+    expected = (
+        f"{means}; expected a number from 0 to {len(choices) - 1}, a letter from {letters[:1]} to "
         f"{letters[-1:]}, or the text of one choice"
     )
-    require(len(meant) == 1, f"{where}: answer", answer, accepted)
+    require(len(meant) == 1, f"{where}: answer", answer, expected)
     return meant.pop()

@@ -1,4 +1,6 @@
-"""Rows of tokens to compare models on: a file's texts, what a run held out, or texts that are everywhere."""
+"""Rows of tokens to compare models on: a file's texts, what a run held out, or texts that are
+everywhere.
+"""
 
 from __future__ import annotations
 
@@ -12,27 +14,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transom.args import ModelArgs
+from transom.base.errors import RequestError, notice, require
+from transom.base.yaml_files import read_yaml
 from transom.chat.template import ChatTemplate
-from transom.checkpoints.folders import Found, holds_tokenizer
+from transom.checkpoints.files.folders import Found, holds_tokenizer
 from transom.checkpoints.load import open_tokenizer
-from transom.data.conversations import Example
+from transom.config.model_args import ModelArgs
+from transom.data.chat.conversations import Example
+from transom.data.chat.finetune_sets import read_examples, read_splits
+from transom.data.chat.instructions import NAME as STDLIB
+from transom.data.chat.rows import encode_examples, prompt_ids, template_for
 from transom.data.file_formats import row_format
-from transom.data.instructions import NAME as STDLIB
-from transom.data.sources import SourceArgs, read_documents
-from transom.data.tuning_rows import encode_examples, prompt_ids, template_for
-from transom.data.tuning_sets import read_examples, read_splits
-from transom.errors import RequestError, notice, require
-from transom.generation.loop import keeps_every_token
-from transom.tokenizer import Tokenizer
-from transom.yaml_files import read_yaml
+from transom.data.text.sources import SourceArgs, read_documents
+from transom.inference.loop import keeps_every_token
+from transom.tokenizers.tokenizer import Tokenizer
 
 TOKENS, LENGTH = 4096, 512  # compared in all, and in one row
 LOGITS = 2**28  # kept at a time: 1 GB of float32, which shortens the rows of large vocabularies
 EXAMPLES = 256  # written at most: far more than `TOKENS` need
 # Where rows come from that no file is named for.
 RANDOM, BUILT_IN, HELD_OUT = "random tokens", "built-in texts", "held out of "
-# Prose and code that every Python brings along: modules of the standard library with long documentation.
+# Prose and code that every Python brings along: modules of the standard library with long
+# documentation.
 MODULES = ("argparse", "statistics", "textwrap", "heapq", "bisect", "fractions")
 
 
@@ -51,17 +54,22 @@ class TokenRows:
 
 
 def token_rows(
-    found: Found, args: ModelArgs, data: str | None = None, run: Path | None = None, tokens: int = TOKENS
+    found: Found,
+    args: ModelArgs,
+    data: str | None = None,
+    run: Path | None = None,
+    tokens: int = TOKENS,
 ) -> TokenRows:
-    """At most `tokens` tokens of `data`, else of the examples that the fine-tuning run held out, else built in.
+    """At most `tokens` tokens of `data`, else of the examples that the fine-tuning run held out,
+    else built in.
 
-    `data` is text (a file, folder or glob), or a file of examples as for fine-tuning, written by the model's chat
-    template. A folder without a tokenizer gets random tokens, which is said.
+    `data` is text (a file, folder or glob), or a file of examples as for fine-tuning, written by
+    the model's chat template. A folder without a tokenizer gets random tokens, which is said.
     """
     most = min(tokens, max(2, LOGITS // args.vocab_size))
     length = min(LENGTH, args.max_seq_len) if keeps_every_token(args) else LENGTH
     if not any(map(holds_tokenizer, found.folders)):
-        require(data is None, "data", data, f"{found} has no tokenizer for it; accepted is none")
+        require(data is None, "data", data, f"{found} has no tokenizer for it; expected none")
         notice(f"{found}: no tokenizer, so models are compared on random tokens")
         draws = torch.Generator().manual_seed(0)
         ids = torch.randint(args.vocab_size, (most,), generator=draws).tolist()
@@ -69,7 +77,9 @@ def token_rows(
     tokenizer = open_tokenizer(found)
     if data is not None:
         if data == STDLIB or (row_format(data) is not None and Path(data).is_file()):
-            return _rows(data, _written(read_examples(data), found, tokenizer, length), length, most)
+            return _rows(
+                data, _written(read_examples(data), found, tokenizer, length), length, most
+            )
         texts: Iterable[str] = (document.text for document in read_documents(SourceArgs(data)))
         return _rows(data, (_encoded(tokenizer, text) for text in texts), length, most)
     held = [] if run is None else held_out_examples(run)
@@ -100,8 +110,12 @@ def held_out_examples(run: Path) -> list[Example]:
     return out
 
 
-def _written(examples: list[Example], found: Found, tokenizer: Tokenizer, length: int) -> Iterator[list[int]]:
-    """Ids of the rows that examples make, as in training; of a prompt without an answer, its own."""
+def _written(
+    examples: list[Example], found: Found, tokenizer: Tokenizer, length: int
+) -> Iterator[list[int]]:
+    """Ids of the rows that examples make, as in training; of a prompt without an answer, its
+    own.
+    """
     template = template_for(examples, tokenizer, ChatTemplate.find(found.folders, tokenizer))
     few = examples[:EXAMPLES]
     for example in few:
@@ -119,7 +133,9 @@ def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _rows(source: str, documents: Iterable[Sequence[int]], length: int, at_most: int) -> TokenRows:
-    """Rows of 2 to `length` tokens, cut from one document after the other until they hold `at_most`."""
+    """Rows of 2 to `length` tokens, cut from one document after the other until they hold
+    `at_most`.
+    """
     out: list[Tensor] = []
     left = at_most
     for ids in documents:
@@ -133,6 +149,8 @@ def _rows(source: str, documents: Iterable[Sequence[int]], length: int, at_most:
         if left < 2:
             break
     if not out:
-        raise RequestError(f"data = {source!r}: less than two tokens in it; accepted is text to compare models on")
+        raise RequestError(
+            f"data: got {source!r}; less than two tokens in it; expected text to compare models on"
+        )
     digest = hashlib.sha256(torch.cat(out).numpy().tobytes()).hexdigest()
     return TokenRows(source, digest, tuple(out))

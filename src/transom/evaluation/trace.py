@@ -1,7 +1,9 @@
-"""One forward pass, looked at from inside: what every block adds, where heads look, what it would say so far.
+"""One forward pass, looked at from inside: what every block adds, where heads look, what it would
+say so far.
 
-The model's code is untouched: the attention backend is replaced by one that also records, and forward hooks
-read what attention, feed-forward, router and block return. Both are taken away again whatever happens.
+The model's code is untouched: the attention backend is replaced by one that also records, and
+forward hooks read what attention, feed-forward, router and block return. Both are taken away again
+whatever happens.
 """
 
 from __future__ import annotations
@@ -14,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transom.attend.mask import MaskSpec
-from transom.attend.reference import weights_BNTS
-from transom.attend.view import CacheView, Score
-from transom.errors import require
+from transom.attention.mask import MaskSpec
+from transom.attention.reference import weights_BNTS
+from transom.attention.view import CacheView, Score
+from transom.base.errors import require
 from transom.layers.moe import MoE
-from transom.model import LLM, TransformerBlock, TransformerInput
+from transom.models.llm import LLM, TransformerBlock, TransformerInput
 
 BLOCK = 256  # queries whose dense attention weights exist at the same time, tokens
 TOP = 3  # tokens kept of every prediction
@@ -29,12 +31,13 @@ TOP = 3  # tokens kept of every prediction
 class LayerTrace:
     """What one block did with a text of T tokens.
 
-    The three `rms` are root mean squares over features, averaged over tokens: of the residual stream behind the
-    block, and of what attention and feed-forward added to it. `entropy_N` is the attention entropy of every head
-    in nats, averaged over queries: 0 is one key, ln n is n keys alike. `last_attention_NT` are the last token's
-    attention weights by key position. `experts` are the (id, weight) pairs of the last token, strongest first,
-    empty in a dense layer. `predictions` are the likeliest next (token id, probability) if the model ended here
-    (the logit lens of nostalgebraist 2020).
+    The three `rms` are root mean squares over features, averaged over tokens: of the residual
+    stream behind the block, and of what attention and feed-forward added to it. `entropy_N` is the
+    attention entropy of every head in nats, averaged over queries: 0 is one key, ln n is n keys
+    alike. `last_attention_NT` are the last token's attention weights by key position. `experts` are
+    the (id, weight) pairs of the last token, strongest first, empty in a dense layer. `predictions`
+    are the likeliest next (token id, probability) if the model ended here (the logit lens of
+    nostalgebraist 2020).
     """
 
     residual_rms: float
@@ -54,7 +57,9 @@ class LayerTrace:
 
 @dataclass
 class Recording:
-    """What a forward left behind: `attention` (entropy [N], last weights [N, T]) per layer, outputs by module."""
+    """What a forward left behind: `attention` (entropy [N], last weights [N, T]) per layer, outputs
+    by module.
+    """
 
     attention: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     outputs: dict[nn.Module, Any] = field(default_factory=dict)
@@ -63,10 +68,17 @@ class Recording:
 def trace(model: LLM, tokens_1T: Tensor) -> list[LayerTrace]:
     """One forward of one row of token ids on the model's device, seen layer by layer."""
     shape = tuple(tokens_1T.shape)
-    require(len(shape) == 2 and shape[0] == 1 and shape[1] > 0, "tokens", shape, "accepted is [1, tokens]")
+    require(
+        len(shape) == 2 and shape[0] == 1 and shape[1] > 0,
+        "tokens",
+        shape,
+        "expected [1, tokens]",
+    )
     low, high = int(tokens_1T.min()), int(tokens_1T.max())
     last = model.args.vocab_size - 1
-    require(low >= 0 and high <= last, "token id", low if low < 0 else high, f"accepted is 0 to {last}")
+    require(
+        low >= 0 and high <= last, "token id", low if low < 0 else high, f"expected 0 to {last}"
+    )
     with torch.inference_mode():
         with recording(model) as recorded:
             model(TransformerInput(tokens_1T, logits="none"))
@@ -78,7 +90,9 @@ def trace(model: LLM, tokens_1T: Tensor) -> list[LayerTrace]:
 
 @contextlib.contextmanager
 def recording(model: LLM) -> Iterator[Recording]:
-    """Record every attention call and module output inside the `with`; the model is then as it was."""
+    """Record every attention call and module output inside the `with`; the model is then as it
+    was.
+    """
     recorded = Recording()
     backend, replaced = model.attend, "attend" in vars(model)
 
@@ -106,8 +120,12 @@ def recording(model: LLM) -> Iterator[Recording]:
             model.attend = backend
 
 
-def attention_summary(q_1TNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> tuple[Tensor, Tensor]:
-    """(entropy [N] in nats, mean over queries; weights [N, T] of the last query), from the reference's weights."""
+def attention_summary(
+    q_1TNH: Tensor, view: CacheView, spec: MaskSpec, score: Score
+) -> tuple[Tensor, Tensor]:
+    """(entropy [N] in nats, mean over queries; weights [N, T] of the last query), from the
+    reference's weights.
+    """
     length = q_1TNH.size(1)
     entropies, weights = [], torch.empty(0)
     for start in range(0, length, BLOCK):  # all T x T weights at once would not fit for long texts
@@ -119,7 +137,11 @@ def attention_summary(q_1TNH: Tensor, view: CacheView, spec: MaskSpec, score: Sc
 
 
 def layer_trace(
-    model: LLM, block: TransformerBlock, outputs: dict[nn.Module, Any], entropy_N: Tensor, last_NT: Tensor
+    model: LLM,
+    block: TransformerBlock,
+    outputs: dict[nn.Module, Any],
+    entropy_N: Tensor,
+    last_NT: Tensor,
 ) -> LayerTrace:
     """One block's summary from what its parts returned."""
     h_BTD, _ = outputs[block]
@@ -141,7 +163,9 @@ def layer_trace(
 
 
 def lens(model: LLM, h_D: Tensor) -> tuple[tuple[int, float], ...]:
-    """The likeliest next (token id, probability) if the final norm and output stood right behind `h_D`."""
+    """The likeliest next (token id, probability) if the final norm and output stood right behind
+    `h_D`.
+    """
     logits_V = model.project(model.norm(h_D))
     wide = torch.promote_types(logits_V.dtype, torch.float32)
     best, ids = logits_V.softmax(-1, dtype=wide).topk(min(TOP, logits_V.numel()))

@@ -1,1 +1,3 @@
-"""The parts of a block: leaves, norms, rotary positions, attention, feed-forward, mixture of experts."""
+"""The parts of a block: leaves, norms, rotary positions, attention, feed-forward, mixture of
+experts.
+"""

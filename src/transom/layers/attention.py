@@ -1,12 +1,14 @@
-"""Multi-head, grouped-query and multi-query attention, and attention to a context; told by `LayerArgs`."""
+"""Multi-head, grouped-query and multi-query attention, and attention to a context; told by
+`LayerArgs`.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from transom.args import LayerArgs, TemperatureArgs
-from transom.attend.view import CacheView, Score
+from transom.attention.view import CacheView, Score
+from transom.config.model_args import LayerArgs, TemperatureArgs
 from transom.layers.linear import Linear
 from transom.layers.norm import make_norm, rmsnorm
 from transom.layers.rope import rotate
@@ -14,17 +16,24 @@ from transom.layers.step import LayerCacheLike, Step
 
 
 def temperature_scale(positions_BT: Tensor, args: TemperatureArgs) -> Tensor:
-    """Llama 4's query scale [B, T, 1, 1], float32; padding gets 1 since its position counts as 0."""
+    """Llama 4's query scale [B, T, 1, 1], float32; padding gets 1 since its position counts as
+    0.
+    """
     steps = torch.floor((positions_BT.clamp(min=0).float() + 1.0) / args.floor_scale)
     return (1.0 + args.attn_scale * torch.log1p(steps))[..., None, None]
 
 
-def new_view(states: tuple[Tensor, ...], step: Step, layer: LayerArgs, cache: LayerCacheLike | None) -> CacheView:
-    """What this call's queries may be compared with: its own states, or all that the cache holds with them."""
+def new_view(
+    states: tuple[Tensor, ...], step: Step, layer: LayerArgs, cache: LayerCacheLike | None
+) -> CacheView:
+    """What this call's queries may be compared with: its own states, or all that the cache holds
+    with them.
+    """
     if cache is not None:
         return cache.update(states, step.positions_BT)
     spec = step.masks[layer.rule]
-    # Positions that nobody described may stand in any order: then no slot can be ruled out by its place.
+    # Positions that nobody described may stand in any order: then no slot can be ruled out by its
+    # place.
     in_order = 0 if spec.layout is not None else None
     return CacheView(states, step.positions_BT, spec.segments_BT, new_at=in_order)
 
@@ -43,14 +52,19 @@ class Attention(nn.Module):
         self.q_norm = self.k_norm = None
         if layer.qk_norm != "none":
             per_head = layer.qk_norm == "head"
-            self.q_norm = make_norm(layer.norm, layer.head_dim if per_head else q_dim, layer.norm_eps)
-            self.k_norm = make_norm(layer.norm, layer.head_dim if per_head else kv_dim, layer.norm_eps)
+            self.q_norm = make_norm(
+                layer.norm, layer.head_dim if per_head else q_dim, layer.norm_eps
+            )
+            self.k_norm = make_norm(
+                layer.norm, layer.head_dim if per_head else kv_dim, layer.norm_eps
+            )
         self.sinks = nn.Parameter(torch.zeros(layer.n_heads)) if layer.attn_sinks else None
 
     def forward(self, x_BTD: Tensor, step: Step, cache: LayerCacheLike | None = None) -> Tensor:
         layer = self.layer
         q, k, v = self.wq(x_BTD), self.wk(x_BTD), self.wv(x_BTD)
-        # The cast behind a norm: under autocast its float32 weight would make queries and keys float32 as well.
+        # The cast behind a norm: under autocast its float32 weight would make queries and keys
+        # float32 as well.
         if self.q_norm is not None and self.k_norm is not None and layer.qk_norm == "projection":
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         # -1, not the head count: under tensor parallelism a rank holds a share of the heads.
@@ -70,7 +84,9 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from tokens to a context [B, S, C], both without positions; its keys and values are made once."""
+    """Attention from tokens to a context [B, S, C], both without positions; its keys and values are
+    made once.
+    """
 
     def __init__(self, layer: LayerArgs) -> None:
         super().__init__()

@@ -1,10 +1,12 @@
-"""One block: attention, optionally attention to a context, feed-forward, with norms before, behind or around."""
+"""One block: attention, optionally attention to a context, feed-forward, with norms before, behind
+or around.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from transom.args import LayerArgs
+from transom.config.model_args import LayerArgs
 from transom.layers.attention import Attention, CrossAttention
 from transom.layers.feed_forward import FeedForward
 from transom.layers.latent_attention import LatentAttention
@@ -14,7 +16,9 @@ from transom.layers.step import LayerCacheLike, Step
 
 
 class TransformerBlock(nn.Module):
-    """x + post(attention(pre(x))), then the same with cross-attention if any, then with the feed-forward."""
+    """x + post(attention(pre(x))), then the same with cross-attention if any, then with the
+    feed-forward.
+    """
 
     def __init__(self, layer: LayerArgs) -> None:
         super().__init__()
@@ -53,7 +57,9 @@ class TransformerBlock(nn.Module):
 
 
 def _dense(layer: LayerArgs) -> FeedForward:
-    return FeedForward(layer.dim, layer.hidden_dim, layer.activation, layer.ffn_gated, layer.ffn_bias)
+    return FeedForward(
+        layer.dim, layer.hidden_dim, layer.activation, layer.ffn_gated, layer.ffn_bias
+    )
 
 
 def _apply(norm: nn.Module | None, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transom.args import Activation
+from transom.config.model_args import Activation
 from transom.layers.linear import Linear
 
 
@@ -26,7 +26,12 @@ class FeedForward(nn.Module):
     """w_out(act(w_gate x) * w_value x), or w_out(act(w_value x)) when not gated."""
 
     def __init__(
-        self, dim: int, hidden_dim: int, activation: Activation = "silu", gated: bool = True, bias: bool = False
+        self,
+        dim: int,
+        hidden_dim: int,
+        activation: Activation = "silu",
+        gated: bool = True,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.activation = activation

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from transom.errors import RequestError
+from transom.base.errors import RequestError
 
 # Leaves that write into the residual stream, and the output of the model. They start at zero.
 _AT_ZERO = ("wo", "w_out", "output")
@@ -16,8 +16,9 @@ _TIED_STD = 0.02
 def draw_weight(weight: Tensor, generator: torch.Generator | None = None) -> None:
     """Fill `weight` [..., in] in place: uniform with standard deviation 1 / (2 sqrt(in)).
 
-    A `generator` draws on the CPU, so that a seed gives the same numbers on every device. Without one, torch's own
-    generator of the weight's device draws, as in torch's modules. A weight on the meta device is left alone.
+    A `generator` draws on the CPU, so that a seed gives the same numbers on every device. Without
+    one, torch's own generator of the weight's device draws, as in torch's modules. A weight on the
+    meta device is left alone.
     """
     if weight.is_meta:  # torch would import its compiler, which takes seconds, to do nothing
         return
@@ -30,7 +31,9 @@ def draw_weight(weight: Tensor, generator: torch.Generator | None = None) -> Non
 
 @torch.no_grad()
 def start_at_chance(model: nn.Module, *, tied: bool) -> None:
-    """Change the weights that modules drew in their constructors to the start that `init_weights` describes."""
+    """Change the weights that modules drew in their constructors to the start that `init_weights`
+    describes.
+    """
     for name, weight in model.named_parameters():
         leaf = f".{name}".split(".")[-2]
         if weight.is_meta:
@@ -43,10 +46,14 @@ def start_at_chance(model: nn.Module, *, tied: bool) -> None:
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int, *, plus_one: bool, tied: bool) -> None:
-    """Do as `LLM.init_weights` describes; `plus_one` is for norms of the text model that store weight - 1."""
+    """Do as `LLM.init_weights` describes; `plus_one` is for norms of the text model that store
+    weight - 1.
+    """
     for name, weight in model.named_parameters():
         if not weight.is_floating_point():
-            raise RequestError(f"init_weights: {name} is {weight.dtype}; expected a model that is not quantized")
+            raise RequestError(
+                f"init_weights: {name} is {weight.dtype}; expected a model that is not quantized"
+            )
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         *_, leaf, last = f".{name}".split(".")
@@ -54,7 +61,9 @@ def init_weights(model: nn.Module, seed: int, *, plus_one: bool, tied: bool) -> 
             weight.fill_(0.0 if plus_one and not name.startswith("vision.") else 1.0)
         elif last in ("bias", "choice_bias", "sinks") or leaf in _AT_ZERO:
             weight.zero_()
-        elif leaf == "tok_embeddings":  # a tied one is the output too: N(0, 1) would start at a loss of about dim
+        elif (
+            leaf == "tok_embeddings"
+        ):  # a tied one is the output too: N(0, 1) would start at a loss of about dim
             draw = torch.randn(weight.shape, generator=generator, device="cpu")
             weight.copy_(draw * (_TIED_STD if tied else 1.0))
         else:

@@ -1,8 +1,9 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434; V3, arXiv 2412.19437).
 
-Keys and values of all heads are linear in one small latent per token, and one rotary key is shared by all heads;
-only these two are cached. The up-projection can be applied to what was cached (`expanded`) or moved to the other
-side of the products (`absorbed`): equal numbers, and each is cheaper where it is used.
+Keys and values of all heads are linear in one small latent per token, and one rotary key is shared
+by all heads; only these two are cached. The up-projection can be applied to what was cached
+(`expanded`) or moved to the other side of the products (`absorbed`): equal numbers, and each is
+cheaper where it is used.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from transom.args import LayerArgs
-from transom.attend.view import CacheView, Score
+from transom.attention.view import CacheView, Score
+from transom.config.model_args import LayerArgs
 from transom.layers.attention import new_view
 from transom.layers.linear import Linear
 from transom.layers.norm import make_norm
@@ -22,7 +23,9 @@ from transom.layers.step import LayerCacheLike, Step
 
 
 class LatentAttention(nn.Module):
-    """wq (or wq_a, norm, wq_b) for queries; wkv_a, norm, wkv_b for keys and values; per head [nope | rope]."""
+    """wq (or wq_a, norm, wq_b) for queries; wkv_a, norm, wkv_b for keys and values; per head [nope
+    | rope].
+    """
 
     def __init__(self, layer: LayerArgs) -> None:
         super().__init__()
@@ -43,10 +46,16 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, step: Step, cache: LayerCacheLike | None = None) -> Tensor:
         mla, layer = self.mla, self.layer
-        q = self.wq(x_BTD) if mla.q_lora_rank is None else self.wq_b(self.q_a_norm(self.wq_a(x_BTD)))
+        q = (
+            self.wq(x_BTD)
+            if mla.q_lora_rank is None
+            else self.wq_b(self.q_a_norm(self.wq_a(x_BTD)))
+        )
         q_BTNH = q.unflatten(-1, (layer.n_heads, -1))
         q_nope, q_rope = q_BTNH.split((mla.qk_nope_head_dim, mla.qk_rope_head_dim), -1)
-        latent, k_rope = self.wkv_a(x_BTD).unsqueeze(-2).split((mla.kv_lora_rank, mla.qk_rope_head_dim), -1)
+        latent, k_rope = (
+            self.wkv_a(x_BTD).unsqueeze(-2).split((mla.kv_lora_rank, mla.qk_rope_head_dim), -1)
+        )
         if layer.rope is not None:
             table = step.rope[layer.rope]
             q_rope, k_rope = (rotate(x, table, layer.rope.layout) for x in (q_rope, k_rope))
@@ -60,31 +69,42 @@ class LatentAttention(nn.Module):
         return self.wo(form(q_nope, q_rope, view, step).flatten(-2))
 
     def expanded(self, q_nope: Tensor, q_rope: Tensor, view: CacheView, step: Step) -> Tensor:
-        """[B, T, N, v]: keys and values of every head are made from the latents; for many queries at once."""
+        """[B, T, N, v]: keys and values of every head are made from the latents; for many queries
+        at once.
+        """
         mla = self.mla
         latent, k_rope = view.states[0].split((mla.kv_lora_rank, mla.qk_rope_head_dim), -1)
         up = self.wkv_b(latent.squeeze(-2)).unflatten(-1, (self.layer.n_heads, -1))
         k_nope, v = up.split((mla.qk_nope_head_dim, mla.v_head_dim), -1)
         k = torch.cat((k_nope, k_rope.expand(*k_nope.shape[:-1], -1)), -1)
         q = torch.cat((q_nope, q_rope), -1)
-        return step.attend(q, replace(view, states=(k, v)), step.masks[self.layer.rule], self._score())
+        return step.attend(
+            q, replace(view, states=(k, v)), step.masks[self.layer.rule], self._score()
+        )
 
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, view: CacheView, step: Step) -> Tensor:
-        """[B, T, N, v]: queries move into the latent space, where all heads share one key; for few queries."""
+        """[B, T, N, v]: queries move into the latent space, where all heads share one key; for few
+        queries.
+        """
         mla = self.mla
         up_NHR = self.wkv_b.weight.to(q_nope.dtype).unflatten(0, (self.layer.n_heads, -1))
         up_k, up_v = up_NHR.split((mla.qk_nope_head_dim, mla.v_head_dim), 1)
         q = torch.cat((torch.einsum("btnh,nhr->btnr", q_nope, up_k), q_rope), -1)
-        # The value is the latent alone; taking the rotary part along and dropping it saves a copy of the cache.
+        # The value is the latent alone; taking the rotary part along and dropping it saves a copy
+        # of the cache.
         state = view.states[0]
         shared = replace(view, states=(state, state))
-        out = step.attend(q, shared, step.masks[self.layer.rule], self._score())[..., : mla.kv_lora_rank]
+        out = step.attend(q, shared, step.masks[self.layer.rule], self._score())[
+            ..., : mla.kv_lora_rank
+        ]
         return torch.einsum("btnr,nhr->btnh", out, up_v)
 
     def _score(self) -> Score:
         mla, layer = self.mla, self.layer
         plain = (mla.qk_nope_head_dim + mla.qk_rope_head_dim) ** -0.5
-        return Score(plain if layer.softmax_scale is None else layer.softmax_scale, layer.attn_softcap)
+        return Score(
+            plain if layer.softmax_scale is None else layer.softmax_scale, layer.attn_softcap
+        )
 
     def _absorbing_is_cheaper(self, queries: int, view: CacheView) -> bool:
         """By multiplications per head, with all slots of the view seen."""

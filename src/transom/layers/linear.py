@@ -34,9 +34,13 @@ class Embedding(nn.Embedding):
 
 
 class GroupedLinear(nn.Module):
-    """E linears side by side, weight [E, out, in], bias [E, out]; rows [R, in] come sorted by their linear."""
+    """E linears side by side, weight [E, out, in], bias [E, out]; rows [R, in] come sorted by their
+    linear.
+    """
 
-    def __init__(self, num_groups: int, in_features: int, out_features: int, bias: bool = False) -> None:
+    def __init__(
+        self, num_groups: int, in_features: int, out_features: int, bias: bool = False
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_groups, out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(num_groups, out_features)) if bias else None
@@ -45,12 +49,14 @@ class GroupedLinear(nn.Module):
     def forward(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
         """Rows [ends[e - 1], ends[e]) through linear e, one grouped product where torch has it.
 
-        Rows behind the last end belong to none: what comes out there, and its gradient, means nothing.
+        Rows behind the last end belong to none: what comes out there, and its gradient, means
+        nothing.
         """
         out_RD = self.product(rows_RD, ends_E)
         if self.bias is None or not holds_numbers(rows_RD):
             return out_RD
-        # Rows of no linear read a row of zeros, which takes their meaningless gradient away with it.
+        # Rows of no linear read a row of zeros, which takes their meaningless gradient away with
+        # it.
         return out_RD + per_row(self.bias.to(out_RD.dtype), ends_E, len(rows_RD), fill=0.0)
 
     def product(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
@@ -66,9 +72,13 @@ class GroupedLinear(nn.Module):
 
 
 def grouped_product(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """Rows [ends[e - 1], ends[e]) times matrix e, transposed: [R, O], one grouped product where torch has it."""
+    """Rows [ends[e - 1], ends[e]) times matrix e, transposed: [R, O], one grouped product where
+    torch has it.
+    """
     if not holds_numbers(rows_RI):
-        return F.linear(rows_RI, weight_EOI[0])  # the shape is all there is, and that of every group
+        return F.linear(
+            rows_RI, weight_EOI[0]
+        )  # the shape is all there is, and that of every group
     if torch.is_autocast_enabled(rows_RI.device.type):  # which does not know grouped products
         rows_RI = rows_RI.to(torch.get_autocast_dtype(rows_RI.device.type))
     # The grouped kernels want every row to start at a multiple of 16 bytes.
@@ -95,13 +105,17 @@ def per_row(values_EO: Tensor, ends_E: Tensor, rows: int, fill: float) -> Tensor
 
 
 def holds_numbers(x: Tensor) -> bool:
-    """Whether `x` is more than a shape: neither on the meta device nor made under a fake tensor mode."""
+    """Whether `x` is more than a shape: neither on the meta device nor made under a fake tensor
+    mode.
+    """
     return x.device.type != "meta" and type(torch.empty(0)) is Tensor
 
 
 def grouped_mm_works(device_type: str, dtype: torch.dtype) -> bool:
     """Whether this torch multiplies groups on this device in this dtype."""
-    if torch.compiler.is_compiling():  # a trace cannot try, and the shape rule it goes by knows one dtype
+    if (
+        torch.compiler.is_compiling()
+    ):  # a trace cannot try, and the shape rule it goes by knows one dtype
         return dtype is torch.bfloat16
     return _tried_grouped_mm(device_type, dtype)
 

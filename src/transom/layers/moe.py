@@ -12,22 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transom.args import LayerArgs, MoeArgs
+from transom.base.runtime import no_autocast
+from transom.config.model_args import LayerArgs, MoeArgs
 from transom.layers.feed_forward import FeedForward, activate
 from transom.layers.initial import draw_weight
 from transom.layers.linear import GroupedLinear
-from transom.runtime import no_autocast
 
 Routing = Literal["softmax", "sigmoid", "biased_sigmoid"]
-GPT_OSS_ALPHA = 1.702  # makes x * sigmoid(alpha x) close to gelu (Hendrycks and Gimpel 2016, arXiv 1606.08415)
+GPT_OSS_ALPHA = (
+    1.702  # makes x * sigmoid(alpha x) close to gelu (Hendrycks and Gimpel 2016, arXiv 1606.08415)
+)
 
 
 @dataclass(frozen=True)
 class RouterStatistics:
     """What one layer's router did in a call; returned, never stored in buffers.
 
-    `chosen_TA` is its choice before any capacity, -1 for padding; `ids_TA` is what capacity left of that. Sums are
-    left to `training/balance.py`: decoding, which needs none, would spend a third of the layer's time on them.
+    `chosen_TA` is its choice before any capacity, -1 for padding; `ids_TA` is what capacity left of
+    that. Sums are left to `training/losses/balance.py`: decoding, which needs none, would spend a
+    third of the layer's time on them.
     """
 
     chosen_TA: Tensor
@@ -45,7 +48,8 @@ def scores(logits_TE: Tensor, routing: Routing) -> Tensor:
 class Router(nn.Module):
     """Scores every expert for every token in float32 or better and keeps the best `top_k`.
 
-    `choice_bias` [E] helps to choose and is no part of the weight; the balancing moves it, not the gradient.
+    `choice_bias` [E] helps to choose and is no part of the weight; the balancing moves it, not the
+    gradient.
     """
 
     def __init__(self, dim: int, moe: MoeArgs) -> None:
@@ -58,28 +62,41 @@ class Router(nn.Module):
         self.choice_bias = choice_bias if moe.has_choice_bias else None
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(ids [T, A] best first, weights [T, A], logits [T, E]), the latter two in float32 or better."""
-        # Autocast would run this product in half precision, and near-ties would flip between machines.
+        """(ids [T, A] best first, weights [T, A], logits [T, E]), the latter two in float32 or
+        better.
+        """
+        # Autocast would run this product in half precision, and near-ties would flip between
+        # machines.
         with no_autocast(x_TD.device.type):
             wide = torch.promote_types(x_TD.dtype, torch.float32)
             x_TD = x_TD.to(wide)
-            if self.training and self.moe.jitter > 0:  # not in place: experts see the tokens as they are
-                x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.moe.jitter, 1 + self.moe.jitter)
-            logits_TE = F.linear(x_TD, self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
+            if (
+                self.training and self.moe.jitter > 0
+            ):  # not in place: experts see the tokens as they are
+                x_TD = x_TD * torch.empty_like(x_TD).uniform_(
+                    1 - self.moe.jitter, 1 + self.moe.jitter
+                )
+            logits_TE = F.linear(
+                x_TD, self.weight.to(wide), None if self.bias is None else self.bias.to(wide)
+            )
             ids_TA = self.preference(logits_TE).topk(self.moe.top_k, -1).indices
             return ids_TA, self.weigh(logits_TE, ids_TA), logits_TE
 
     @torch.no_grad()
     def preference(self, logits_TE: Tensor) -> Tensor:
         """What the choice goes by [T, E]; -inf in groups that a token may not choose from."""
-        if self.choice_bias is None:  # scores would rank alike, but large ones round to the same number
+        if (
+            self.choice_bias is None
+        ):  # scores would rank alike, but large ones round to the same number
             return logits_TE
         choice_TE = scores(logits_TE, self.moe.routing) + self.choice_bias.to(logits_TE.dtype)
         if self.moe.num_groups == 1:
             return choice_TE
         choice_TGE = choice_TE.unflatten(-1, (self.moe.num_groups, -1))
         best_TG = choice_TGE.topk(2, -1).values.sum(-1).topk(self.moe.top_groups, -1).indices
-        outside_TG = torch.ones_like(choice_TGE[..., 0], dtype=torch.bool).scatter(-1, best_TG, False)
+        outside_TG = torch.ones_like(choice_TGE[..., 0], dtype=torch.bool).scatter(
+            -1, best_TG, False
+        )
         return choice_TGE.masked_fill(outside_TG.unsqueeze(-1), -torch.inf).flatten(-2)
 
     def weigh(self, logits_TE: Tensor, ids_TA: Tensor) -> Tensor:
@@ -88,7 +105,11 @@ class Router(nn.Module):
         weights_TA = weights_TA.masked_fill(ids_TA < 0, 0.0)
         if self.moe.normalize and self.moe.routing != "sigmoid":
             weights_TA = weights_TA / (weights_TA.sum(-1, keepdim=True) + 1e-20)
-        return weights_TA * self.moe.routed_scale if self.moe.routing == "biased_sigmoid" else weights_TA
+        return (
+            weights_TA * self.moe.routed_scale
+            if self.moe.routing == "biased_sigmoid"
+            else weights_TA
+        )
 
 
 class Experts(nn.Module):
@@ -115,13 +136,17 @@ class Experts(nn.Module):
 
 
 def clamped_product(gate: Tensor, value: Tensor, limit: float) -> Tensor:
-    """gpt-oss: (value + 1) * gate * sigmoid(1.702 gate), both at most `limit`, the value at least -`limit`."""
+    """gpt-oss: (value + 1) * gate * sigmoid(1.702 gate), both at most `limit`, the value at least
+    -`limit`.
+    """
     gate, value = gate.clamp(max=limit), value.clamp(-limit, limit)
     return (value + 1) * (gate * torch.sigmoid(GPT_OSS_ALPHA * gate))
 
 
 class Handle(NamedTuple):
-    """What `combine` needs to undo `dispatch`: the sorting order [R], rows per token, which rows [R] count."""
+    """What `combine` needs to undo `dispatch`: the sorting order [R], rows per token, which rows
+    [R] count.
+    """
 
     order_R: Tensor
     active: int
@@ -129,7 +154,9 @@ class Handle(NamedTuple):
 
 
 class LocalDispatcher:
-    """Sorts tokens by expert on one device, and puts the results back in order; never waits for the device."""
+    """Sorts tokens by expert on one device, and puts the results back in order; never waits for the
+    device.
+    """
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
@@ -137,15 +164,19 @@ class LocalDispatcher:
     def dispatch(
         self, x_TD: Tensor, ids_TA: Tensor, scale_TA: Tensor | None = None, *, may_drop: bool = True
     ) -> tuple[Tensor, Tensor, Handle]:
-        """(rows [R, D] sorted by expert, ends [E], handle for `combine`); `scale_TA` scales the input.
+        """(rows [R, D] sorted by expert, ends [E], handle for `combine`); `scale_TA` scales the
+        input.
 
-        Rows of id -1 come last, behind all ends; a caller that has none says so and saves the masks.
+        Rows of id -1 come last, behind all ends; a caller that has none says so and saves the
+        masks.
         """
         ids_R = ids_TA.flatten()
         if may_drop:
             ids_R = torch.where(ids_R < 0, self.num_experts, ids_R)
         sorted_R, order_R = ids_R.sort(stable=True)
-        ends_E = torch.searchsorted(sorted_R, torch.arange(self.num_experts, device=ids_R.device), right=True)
+        ends_E = torch.searchsorted(
+            sorted_R, torch.arange(self.num_experts, device=ids_R.device), right=True
+        )
         rows_RD = x_TD.index_select(0, order_R // ids_TA.size(1))
         if scale_TA is not None:
             rows_RD = (rows_RD * scale_TA.flatten()[order_R, None]).to(x_TD.dtype)
@@ -153,8 +184,11 @@ class LocalDispatcher:
         return _only(rows_RD, kept_R), ends_E, Handle(order_R, ids_TA.size(1), kept_R)
 
     def combine(self, rows_RD: Tensor, handle: Handle, weights_TA: Tensor | None = None) -> Tensor:
-        """Sum [T, D] of every token's rows, weighted by `weights_TA` where given; rows of id -1 count zero."""
-        # The inverse permutation gathers: unlike index_add its result does not depend on thread order.
+        """Sum [T, D] of every token's rows, weighted by `weights_TA` where given; rows of id -1
+        count zero.
+        """
+        # The inverse permutation gathers: unlike index_add its result does not depend on thread
+        # order.
         rows_RD = _only(rows_RD, handle.kept_R).index_select(0, handle.order_R.argsort())
         rows_TAD = rows_RD.unflatten(0, (-1, handle.active))
         if weights_TA is not None:
@@ -163,7 +197,9 @@ class LocalDispatcher:
 
 
 def _only(rows_RD: Tensor, kept_R: Tensor | None) -> Tensor:
-    """The rows with zeros where not kept, and zeros for gradients: experts leave anything there, NaN too."""
+    """The rows with zeros where not kept, and zeros for gradients: experts leave anything there,
+    NaN too.
+    """
     return rows_RD if kept_R is None else rows_RD.masked_fill(~kept_R.unsqueeze(-1), 0.0)
 
 
@@ -185,8 +221,12 @@ class MoE(nn.Module):
             )
         self.dispatcher = LocalDispatcher(moe.num_experts)
 
-    def forward(self, x_BTD: Tensor, valid_BT: Tensor | None = None) -> tuple[Tensor, RouterStatistics]:
-        """([B, T, D], statistics over the tokens that are not padding); padding visits the shared expert only."""
+    def forward(
+        self, x_BTD: Tensor, valid_BT: Tensor | None = None
+    ) -> tuple[Tensor, RouterStatistics]:
+        """([B, T, D], statistics over the tokens that are not padding); padding visits the shared
+        expert only.
+        """
         x_TD, moe, rows = x_BTD.flatten(0, 1), self.moe, x_BTD.size(0)
         chosen_TA, weights_TA, logits_TE = self.router(x_TD)
         if valid_BT is not None:
@@ -202,7 +242,9 @@ class MoE(nn.Module):
         y_TD = self.dispatcher.combine(self.experts(rows_RD, ends_E), handle, behind)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
-        return y_TD.view_as(x_BTD), RouterStatistics(chosen_TA, ids_TA, logits_TE, rows, moe.routing)
+        return y_TD.view_as(x_BTD), RouterStatistics(
+            chosen_TA, ids_TA, logits_TE, rows, moe.routing
+        )
 
 
 def picked(ids_TA: Tensor, num_experts: int) -> Tensor:
@@ -214,10 +256,12 @@ def picked(ids_TA: Tensor, num_experts: int) -> Tensor:
 
 @torch.no_grad()
 def within_capacity(ids_TA: Tensor, preference_TE: Tensor, rows: int, moe: MoeArgs) -> Tensor:
-    """The choices with -1 where an expert has had its share of the row, or the best expert with room instead.
+    """The choices with -1 where an expert has had its share of the row, or the best expert with
+    room instead.
 
-    Tokens are served in the order of their row, as in Switch (arXiv 2101.03961): whether one keeps its expert
-    depends on earlier tokens only. Second choices are placed when all first ones are, and wait for the device.
+    Tokens are served in the order of their row, as in Switch (arXiv 2101.03961): whether one keeps
+    its expert depends on earlier tokens only. Second choices are placed when all first ones are,
+    and wait for the device.
     """
     assert moe.expert_capacity is not None, "called with a capacity only"
     wanted_BTE = picked(ids_TA, moe.num_experts).unflatten(0, (rows, -1))

@@ -1,4 +1,6 @@
-"""Root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467) and LayerNorm, float32 inside."""
+"""Root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467) and LayerNorm, float32
+inside.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transom.args import NormKind
+from transom.config.model_args import NormKind
 
 
 def rmsnorm(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension, computed in float32 or better, in x's dtype."""
+    """x / sqrt(mean(x^2) + eps) over the last dimension, computed in float32 or better, in x's
+    dtype.
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return F.rms_norm(wide, wide.shape[-1:], eps=eps).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """rmsnorm times a learned weight [D]; `kind` says whether the product or the cast comes first."""
+    """rmsnorm times a learned weight [D]; `kind` says whether the product or the cast comes
+    first.
+    """
 
     def __init__(self, dim: int, eps: float = 1e-6, kind: NormKind = "rms") -> None:
         super().__init__()
@@ -28,7 +34,9 @@ class RMSNorm(nn.Module):
             return rmsnorm(x, self.eps) * self.weight
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         weight = self.weight.to(wide.dtype)
-        if self.kind == "rms_plus_one":  # stored without the 1, so that weight decay pulls towards 1
+        if (
+            self.kind == "rms_plus_one"
+        ):  # stored without the 1, so that weight decay pulls towards 1
             weight = 1.0 + weight
         return F.rms_norm(wide, wide.shape[-1:], weight, self.eps).to(x.dtype)
 

@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) as a function of positions.
 
-No table is a parameter or a buffer: `module.to(bfloat16)` would ruin it, and positions travel with the data.
-Angles are computed in float32 per call, once per distinct `RopeArgs`.
+No table is a parameter or a buffer: `module.to(bfloat16)` would ruin it, and positions travel with
+the data. Angles are computed in float32 per call, once per distinct `RopeArgs`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from transom.args import RopeArgs, RopeLayout, RopeScaling
-from transom.layer_args import yarn_mscale
+from transom.config.layer_args import yarn_mscale
+from transom.config.model_args import RopeArgs, RopeLayout, RopeScaling
 
 
 def apply_scaling(
@@ -22,13 +22,18 @@ def apply_scaling(
     old_context_len: int = 8192,
     low_freq_factor: float = 1.0,
 ) -> Tensor:
-    """Llama 3's rule: long wavelengths slow down by `scale_factor`, short ones stay, the rest blend."""
+    """Llama 3's rule: long wavelengths slow down by `scale_factor`, short ones stay, the rest
+    blend.
+    """
     wavelength = 2 * math.pi / freqs
-    # With high == low the blend is empty; the floor and the clamp only keep its unused value finite.
+    # With high == low the blend is empty; the floor and the clamp only keep its unused value
+    # finite.
     span = max(high_freq_factor - low_freq_factor, 1e-9)
     smooth = ((old_context_len / wavelength - low_freq_factor) / span).clamp(0, 1)
     blended = (1 - smooth) * freqs / scale_factor + smooth * freqs
-    long = torch.where(wavelength > old_context_len / low_freq_factor, freqs / scale_factor, blended)
+    long = torch.where(
+        wavelength > old_context_len / low_freq_factor, freqs / scale_factor, blended
+    )
     return torch.where(wavelength < old_context_len / high_freq_factor, freqs, long)
 
 
@@ -38,7 +43,9 @@ def base_frequencies(dim: int, theta: float, device: torch.device | str | None =
     return 1.0 / (theta**exponents)
 
 
-def frequencies(rope: RopeArgs, length: int | None = None, device: torch.device | str | None = None) -> Tensor:
+def frequencies(
+    rope: RopeArgs, length: int | None = None, device: torch.device | str | None = None
+) -> Tensor:
     """Angle per position of every rotary pair [dim / 2], scaling applied, float32.
 
     `length` is that of the whole sequence, which `dynamic` and `longrope` choose by.
@@ -53,23 +60,39 @@ def frequencies(rope: RopeArgs, length: int | None = None, device: torch.device 
             return base_frequencies(rope.dim, rope.theta, device) / s.factor
         case "llama3":
             freqs = base_frequencies(rope.dim, rope.theta, device)
-            return apply_scaling(freqs, s.factor, s.high_freq_factor, s.original_max_seq_len, s.low_freq_factor)
+            return apply_scaling(
+                freqs, s.factor, s.high_freq_factor, s.original_max_seq_len, s.low_freq_factor
+            )
         case "yarn":
             return yarn_frequencies(rope, s, device)
         case "dynamic":
             ratio = max(length or 0, s.original_max_seq_len) / s.original_max_seq_len
             stretch = s.factor * ratio - (s.factor - 1)
-            return base_frequencies(rope.dim, rope.theta * stretch ** (rope.dim / (rope.dim - 2)), device)
+            return base_frequencies(
+                rope.dim, rope.theta * stretch ** (rope.dim / (rope.dim - 2)), device
+            )
         case "longrope":
             factors = s.long_factor if (length or 0) > s.original_max_seq_len else s.short_factor
-            return base_frequencies(rope.dim, rope.theta, device) / torch.tensor(factors, device=device)
+            return base_frequencies(rope.dim, rope.theta, device) / torch.tensor(
+                factors, device=device
+            )
 
 
-def yarn_frequencies(rope: RopeArgs, s: RopeScaling, device: torch.device | str | None = None) -> Tensor:
-    """YaRN (Peng et al. 2023, arXiv 2309.00071): fast pairs kept, slow ones divided, a ramp between."""
+def yarn_frequencies(
+    rope: RopeArgs, s: RopeScaling, device: torch.device | str | None = None
+) -> Tensor:
+    """YaRN (Peng et al. 2023, arXiv 2309.00071): fast pairs kept, slow ones divided, a ramp
+    between.
+    """
 
-    def index(turns: float) -> float:  # of the pair that turns that often within the original length
-        return rope.dim * math.log(s.original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+    def index(
+        turns: float,
+    ) -> float:  # of the pair that turns that often within the original length
+        return (
+            rope.dim
+            * math.log(s.original_max_seq_len / (turns * 2 * math.pi))
+            / (2 * math.log(rope.theta))
+        )
 
     low, high = index(s.beta_fast), index(s.beta_slow)
     if s.truncate:
@@ -93,12 +116,18 @@ def attention_factor(scaling: RopeScaling | None) -> float:
     if scaling.kind == "longrope":
         return math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_max_seq_len))
     if scaling.mscale is not None and scaling.mscale_all_dim is not None:
-        return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+        return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(
+            scaling.factor, scaling.mscale_all_dim
+        )
     return yarn_mscale(scaling.factor, 1.0)
 
 
-def rotary_table(positions_BT: Tensor, rope: RopeArgs, length: int | None = None) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of every position, each [B, T, 1, dim / 2] float32, ready to broadcast over heads."""
+def rotary_table(
+    positions_BT: Tensor, rope: RopeArgs, length: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of every position, each [B, T, 1, dim / 2] float32, ready to broadcast over
+    heads.
+    """
     angles = positions_BT.unsqueeze(-1).float() * frequencies(rope, length, positions_BT.device)
     cos, sin = angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
     factor = attention_factor(rope.scaling)
@@ -106,7 +135,9 @@ def rotary_table(positions_BT: Tensor, rope: RopeArgs, length: int | None = None
 
 
 def rotate(x_BTNH: Tensor, table: tuple[Tensor, Tensor], layout: RopeLayout) -> Tensor:
-    """Turn the feature pairs of every head by their angles, the table's share of them; float32 inside."""
+    """Turn the feature pairs of every head by their angles, the table's share of them; float32
+    inside.
+    """
     cos, sin = table
     rotary = 2 * cos.size(-1)
     if rotary < x_BTNH.size(-1):  # partial rotary: the first features turn, the rest pass
@@ -114,20 +145,30 @@ def rotate(x_BTNH: Tensor, table: tuple[Tensor, Tensor], layout: RopeLayout) -> 
         return torch.cat((turned, x_BTNH[..., rotary:]), -1)
     wide = x_BTNH.to(torch.promote_types(x_BTNH.dtype, torch.float32))
     if layout == "halves":
-        # roll(H / 2) puts every feature beside its partner: two products, where slicing takes four and a copy.
-        out = wide * torch.cat((cos, cos), -1) + wide.roll(rotary // 2, -1) * torch.cat((-sin, sin), -1)
+        # roll(H / 2) puts every feature beside its partner: two products, where slicing takes four
+        # and a copy.
+        out = wide * torch.cat((cos, cos), -1) + wide.roll(rotary // 2, -1) * torch.cat(
+            (-sin, sin), -1
+        )
     elif torch.compiler.is_compiling() or not _pairs_are_complex(wide):
         a, b = wide.unflatten(-1, (-1, 2)).unbind(-1)
         out = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
-    else:  # neighbours are one complex number: a single product, a fifth of the time of the form above
+    # neighbours are one complex number: a single product, a fifth of the time of the form above
+    else:
         pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
         out = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
     return out.to(x_BTNH.dtype)
 
 
 def _pairs_are_complex(x: Tensor) -> bool:
-    """Whether `view_as_complex` takes neighbours as they lie: even strides and an even start (a slice may not)."""
-    return x.stride(-1) == 1 and x.storage_offset() % 2 == 0 and all(s % 2 == 0 for s in x.stride()[:-1])
+    """Whether `view_as_complex` takes neighbours as they lie: even strides and an even start (a
+    slice may not).
+    """
+    return (
+        x.stride(-1) == 1
+        and x.storage_offset() % 2 == 0
+        and all(s % 2 == 0 for s in x.stride()[:-1])
+    )
 
 
 def precompute_freqs_cis(
@@ -138,7 +179,9 @@ def precompute_freqs_cis(
     scale_factor: float = 8,
     high_freq_factor: float = 4,
 ) -> Tensor:
-    """Complex rotations complex64 [end, dim / 2] of positions 0 .. end - 1, as the reference codes keep them."""
+    """Complex rotations complex64 [end, dim / 2] of positions 0 .. end - 1, as the reference codes
+    keep them.
+    """
     freqs = base_frequencies(dim, theta)
     if use_scaled:
         freqs = apply_scaling(freqs, scale_factor, high_freq_factor)
@@ -154,10 +197,16 @@ def reshape_for_broadcast(freqs_cis: Tensor, x: Tensor) -> Tensor:
 
 
 def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
-    """Interleaved pairs of xq, xk [B, T, heads, H] times complex freqs_cis [T, H / 2]; a twin of `rotate`."""
+    """Interleaved pairs of xq, xk [B, T, heads, H] times complex freqs_cis [T, H / 2]; a twin of
+    `rotate`.
+    """
 
     def turn(x: Tensor) -> Tensor:
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(pairs * reshape_for_broadcast(freqs_cis, pairs)).flatten(-2).type_as(x)
+        return (
+            torch.view_as_real(pairs * reshape_for_broadcast(freqs_cis, pairs))
+            .flatten(-2)
+            .type_as(x)
+        )
 
     return turn(xq), turn(xk)

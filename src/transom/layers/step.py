@@ -7,10 +7,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from transom.args import LayerRule, RopeArgs, TemperatureArgs
-from transom.attend.attend import Attend
-from transom.attend.mask import MaskSpec
-from transom.attend.view import CacheView
+from transom.attention.backends import Attend
+from transom.attention.mask import MaskSpec
+from transom.attention.view import CacheView
+from transom.config.model_args import LayerRule, RopeArgs, TemperatureArgs
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ class Context:
 
 @dataclass(frozen=True)
 class Step:
-    """Positions [B, T] (int64, -1 padding) and everything derived from them, shared by equal layers."""
+    """Positions [B, T] (int64, -1 padding) and everything derived from them, shared by equal
+    layers.
+    """
 
     positions_BT: Tensor
     valid_BT: Tensor | None  # None: every token is real
@@ -44,7 +46,9 @@ class Step:
 
 
 class LayerCacheLike(Protocol):
-    """What a block needs of a cache: hand over this call's states, get back all that may be seen."""
+    """What a block needs of a cache: hand over this call's states, get back all that may be
+    seen.
+    """
 
     @property
     def context(self) -> CacheView | None: ...

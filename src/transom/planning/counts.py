@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transom.args import LayerArgs, ModelArgs
+from transom.config.model_args import LayerArgs, ModelArgs
 
 
 def attention_weights(layer: LayerArgs) -> int:
@@ -32,7 +32,9 @@ def attention_vectors(layer: LayerArgs) -> int:
 
 
 def cross_attention_parameters(layer: LayerArgs) -> int:
-    """Everything of the sublayer that attends to a context, 0 where there is none; its norms are not included."""
+    """Everything of the sublayer that attends to a context, 0 where there is none; its norms are
+    not included.
+    """
     if layer.context_dim is None:
         return 0
     q_dim, kv_dim = layer.n_heads * layer.head_dim, layer.n_kv_heads * layer.head_dim
@@ -41,7 +43,9 @@ def cross_attention_parameters(layer: LayerArgs) -> int:
 
 
 def feed_forward_weights(layer: LayerArgs, *, active_only: bool = False) -> int:
-    """Entries of the feed-forward's matrices: dense, or router and experts (one token's, if `active_only`)."""
+    """Entries of the feed-forward's matrices: dense, or router and experts (one token's, if
+    `active_only`).
+    """
     products = 3 if layer.ffn_gated else 2
     if layer.moe is None:
         return products * layer.dim * layer.hidden_dim
@@ -72,10 +76,16 @@ def _norm_width(layer: LayerArgs) -> int:
 
 
 def layer_parameters(layer: LayerArgs, *, active_only: bool = False) -> int:
-    """All weights of one block, its norms included; `active_only` counts the experts one token visits."""
+    """All weights of one block, its norms included; `active_only` counts the experts one token
+    visits.
+    """
     sublayers = 2 if layer.context_dim is None else 3
-    norms = sublayers * (2 if layer.norm_placement == "both" else 1) * layer.dim * _norm_width(layer)
-    attention = attention_weights(layer) + attention_vectors(layer) + cross_attention_parameters(layer)
+    norms = (
+        sublayers * (2 if layer.norm_placement == "both" else 1) * layer.dim * _norm_width(layer)
+    )
+    attention = (
+        attention_weights(layer) + attention_vectors(layer) + cross_attention_parameters(layer)
+    )
     weights = feed_forward_weights(layer, active_only=active_only)
     return attention + weights + feed_forward_vectors(layer, active_only=active_only) + norms
 
@@ -88,7 +98,11 @@ def vision_parameters(args: ModelArgs) -> int:
     patches = v.patch_grid**2
     embedding = v.num_channels * v.patch_size**2 * v.dim + (patches + 2) * v.dim
     block = 4 * v.dim * (v.dim + 1) + 2 * v.dim * v.hidden_dim + v.hidden_dim + v.dim + 4 * v.dim
-    adapter = v.dim * v.shuffle**2 * v.adapter_dim + v.adapter_dim * v.output_dim + v.output_dim * args.dim
+    adapter = (
+        v.dim * v.shuffle**2 * v.adapter_dim
+        + v.adapter_dim * v.output_dim
+        + v.output_dim * args.dim
+    )
     return embedding + v.n_layers * block + 4 * v.dim + adapter
 
 
@@ -120,7 +134,8 @@ def keys_seen(layer: LayerArgs, length: int) -> float:
 
 
 def layer_flops_per_token(layer: LayerArgs, length: int) -> float:
-    """Forward FLOPs of one block per token: two per weight used, and per key seen two per query and value feature.
+    """Forward FLOPs of one block per token: two per weight used, and per key seen two per query and
+    value feature.
 
     A cross-attention is left out: what it costs depends on the context.
     """
@@ -129,11 +144,14 @@ def layer_flops_per_token(layer: LayerArgs, length: int) -> float:
     return 2.0 * weights + 2.0 * keys_seen(layer, length) * layer.n_heads * (layer.head_dim + value)
 
 
-def flops_per_token(args: ModelArgs, length: int, *, training: bool = False, frozen: bool = False) -> float:
+def flops_per_token(
+    args: ModelArgs, length: int, *, training: bool = False, frozen: bool = False
+) -> float:
     """FLOPs per token at a sequence of `length`: matrix products only; training is three forwards.
 
-    With `frozen` weights it is two, as only inputs get gradients; an adapter's own products are left out.
-    Masked-out scores are not counted, so the utilisation derived from it does not flatter causal attention.
+    With `frozen` weights it is two, as only inputs get gradients; an adapter's own products are
+    left out. Masked-out scores are not counted, so the utilisation derived from it does not flatter
+    causal attention.
     """
     forward = sum(layer_flops_per_token(layer, length) for layer in args.layers)
     forward += output_flops_per_token(args)

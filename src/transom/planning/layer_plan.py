@@ -1,12 +1,14 @@
-"""The plan of a model: every layer in words and in numbers, and what they come to. Arithmetic only, no torch."""
+"""The plan of a model: every layer in words and in numbers, and what they come to. Arithmetic only,
+no torch.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from transom.args import LayerArgs, ModelArgs, MoeArgs
-from transom.errors import require
+from transom.base.errors import require
+from transom.config.model_args import LayerArgs, ModelArgs, MoeArgs
 from transom.planning import counts
 
 BYTES_PER_VALUE = {"bfloat16": 2, "float32": 4}
@@ -16,8 +18,8 @@ BYTES_PER_VALUE = {"bfloat16": 2, "float32": 4}
 class LayerPlan:
     """One block: what it is, in words, and what it costs, in numbers.
 
-    `keys_seen` and `flops_per_token` (forward) are means over a sequence of the plan's length; `kv_bytes` is the
-    cache of one such sequence. Both kv dictionaries hold bytes by dtype.
+    `keys_seen` and `flops_per_token` (forward) are means over a sequence of the plan's length;
+    `kv_bytes` is the cache of one such sequence. Both kv dictionaries hold bytes by dtype.
     """
 
     index: int
@@ -38,8 +40,8 @@ class LayerPlan:
 class ModelPlan:
     """All layers and their totals; `length` is in tokens, byte counts are by dtype.
 
-    `output_parameters` is 0 when the output shares the embeddings' weights (`tied`); `cacheable` is False when a
-    layer sees later tokens, since a cache cannot hold what has not been written.
+    `output_parameters` is 0 when the output shares the embeddings' weights (`tied`); `cacheable` is
+    False when a layer sees later tokens, since a cache cannot hold what has not been written.
     """
 
     length: int
@@ -71,9 +73,11 @@ class LayerGroup:
 
 
 def plan(args: ModelArgs, length: int | None = None) -> ModelPlan:
-    """What `args` describes, counted for one sequence of `length` tokens (`max_seq_len` when absent)."""
+    """What `args` describes, counted for one sequence of `length` tokens (`max_seq_len` when
+    absent).
+    """
     tokens = args.max_seq_len if length is None else length
-    require(tokens >= 1, "length", tokens, "accepted is 1 or more tokens")
+    require(tokens >= 1, "length", tokens, "expected 1 or more tokens")
     table = args.vocab_size * args.dim
     parameters = counts.parameters(args)
     return ModelPlan(
@@ -91,7 +95,9 @@ def plan(args: ModelArgs, length: int | None = None) -> ModelPlan:
             dtype: sum(counts.kv_bytes_per_token(layer, size) for layer in args.layers)
             for dtype, size in BYTES_PER_VALUE.items()
         },
-        kv_bytes={dtype: counts.kv_bytes(args, tokens, size) for dtype, size in BYTES_PER_VALUE.items()},
+        kv_bytes={
+            dtype: counts.kv_bytes(args, tokens, size) for dtype, size in BYTES_PER_VALUE.items()
+        },
         flops_per_token=counts.flops_per_token(args, tokens),
         training_flops_per_token=counts.flops_per_token(args, tokens, training=True),
         output_flops_per_token=counts.output_flops_per_token(args),
@@ -103,7 +109,9 @@ def plan(args: ModelArgs, length: int | None = None) -> ModelPlan:
 
 def layer_plan(layer: LayerArgs, length: int) -> LayerPlan:
     """One block's row of the plan at `length` tokens."""
-    per_token = {dtype: counts.kv_bytes_per_token(layer, size) for dtype, size in BYTES_PER_VALUE.items()}
+    per_token = {
+        dtype: counts.kv_bytes_per_token(layer, size) for dtype, size in BYTES_PER_VALUE.items()
+    }
     held = min(length, layer.rule.size) if layer.rule.size else length
     return LayerPlan(
         index=layer.index,
@@ -144,7 +152,9 @@ def feed_forward_words(layer: LayerArgs) -> str:
 
 
 def position_words(layer: LayerArgs) -> str:
-    """`RoPE theta 500000`, its scaling if any, or `NoPE`, and whether queries have a temperature."""
+    """`RoPE theta 500000`, its scaling if any, or `NoPE`, and whether queries have a
+    temperature.
+    """
     words = "NoPE"
     if layer.rope is not None:
         words = f"RoPE theta {layer.rope.theta:.10g}"
@@ -174,7 +184,9 @@ def groups(layers: tuple[LayerPlan, ...]) -> list[LayerGroup]:
 
 
 def index_words(indices: tuple[int, ...]) -> str:
-    """`0-31`, `0-2, 4-6` or, for many runs at equal distances, `0-2, 4-6, ... 44-46 (36 layers)`."""
+    """`0-31`, `0-2, 4-6` or, for many runs at equal distances, `0-2, 4-6, ... 44-46 (36
+    layers)`.
+    """
     runs: list[list[int]] = []
     for index in indices:
         if runs and index == runs[-1][1] + 1:

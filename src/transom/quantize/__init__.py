@@ -1,1 +1,3 @@
-"""Weights of a frozen base in four bits: the formats, the leaves that hold them, and the surgery."""
+"""Weights of a frozen base in four bits: the formats, the leaves that hold them, and the
+surgery.
+"""

@@ -1,9 +1,10 @@
 """Four-bit formats as pure functions: a weight to named parts and back.
 
-A weight [out, in] (or [E, out, in]) becomes `qweight` uint8 [out, in / 2], two codes per byte with the first in
-the high half, and `scales` [out, in / group], which multiply the values of the codes. `zeros` uint8
-[out, in / group] are codes that stand for 0. With double quantization `scales` are the bits of 8-bit floats, to be
-multiplied by `scale_scales` [blocks], one for 256 of them, and added to `scale_offset` [1].
+A weight [out, in] (or [E, out, in]) becomes `qweight` uint8 [out, in / 2], two codes per byte with
+the first in the high half, and `scales` [out, in / group], which multiply the values of the codes.
+`zeros` uint8 [out, in / group] are codes that stand for 0. With double quantization `scales` are
+the bits of 8-bit floats, to be multiplied by `scale_scales` [blocks], one for 256 of them, and
+added to `scale_offset` [1].
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transom.errors import require
+from transom.base.errors import require
 from transom.quantize.args import SCALE_BLOCK, Kind, QuantizeArgs
 
 Parts = Mapping[str, Tensor]
 
-# Quantiles of the normal distribution, 0 among them, divided by the largest: appendix E of arXiv 2305.14314, in
-# float32 as bitsandbytes has them (functional.py, get_4bit_type).
+# Quantiles of the normal distribution, 0 among them, divided by the largest: appendix E of arXiv
+# 2305.14314, in float32 as bitsandbytes has them (functional.py, get_4bit_type).
 NF4 = (
     -1.0,
     -0.6961928009986877,
@@ -39,19 +40,29 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
-LEVELS: dict[Kind, tuple[float, ...]] = {"nf4": NF4, "int4": tuple(float(value) for value in range(-8, 8))}
+LEVELS: dict[Kind, tuple[float, ...]] = {
+    "nf4": NF4,
+    "int4": tuple(float(value) for value in range(-8, 8)),
+}
 INT4_ZERO = 8  # the code of 0 where a group has no zero of its own
 EIGHT_BITS = torch.float8_e4m3fn
 
 
 @torch.no_grad()
 def quantize(weight: Tensor, args: QuantizeArgs) -> dict[str, Tensor]:
-    """The parts of a weight [out, in] or [E, out, in], scales in its dtype; in must be a multiple of the group.
+    """The parts of a weight [out, in] or [E, out, in], scales in its dtype; in must be a multiple
+    of the group.
 
-    Arithmetic is in float32, one expert at a time, and codes are chosen for the scales as they are stored.
+    Arithmetic is in float32, one expert at a time, and codes are chosen for the scales as they are
+    stored.
     """
     inputs = weight.size(-1)
-    require(inputs % args.group == 0, "group", args.group, f"accepted is a divisor of the {inputs} inputs")
+    require(
+        inputs % args.group == 0,
+        "group",
+        args.group,
+        f"expected a divisor of the {inputs} inputs",
+    )
     if weight.ndim == 3:
         experts = [quantize(one, args) for one in weight]
         return {name: torch.stack([parts[name] for parts in experts]) for name in experts[0]}
@@ -65,9 +76,14 @@ def quantize(weight: Tensor, args: QuantizeArgs) -> dict[str, Tensor]:
         scales = (high - low) / 15
         zeros = {"zeros": (-low / _not_zero(scales)).round().to(torch.uint8)}
     else:
-        # The largest takes code 0, the only one with a value of size 8: the scale has its sign (as Q4_0 of ggml).
+        # The largest takes code 0, the only one with a value of size 8: the scale has its sign (as
+        # Q4_0 of ggml).
         scales = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1) / -8
-    stored = _code_scales(scales, weight.dtype) if args.double_quant else {"scales": scales.to(weight.dtype)}
+    stored = (
+        _code_scales(scales, weight.dtype)
+        if args.double_quant
+        else {"scales": scales.to(weight.dtype)}
+    )
     units = groups / _not_zero(_read_scales(stored)).unsqueeze(-1)
     if zeros:
         units += (zeros["zeros"].float() - INT4_ZERO).unsqueeze(-1)
@@ -76,9 +92,12 @@ def quantize(weight: Tensor, args: QuantizeArgs) -> dict[str, Tensor]:
 
 
 def dequantize(parts: Parts, kind: Kind) -> Tensor:
-    """The weight that the parts stand for, multiplied out in float32 and rounded once to its dtype before."""
+    """The weight that the parts stand for, multiplied out in float32 and rounded once to its dtype
+    before.
+    """
     levels = torch.tensor(LEVELS[kind], device=parts["qweight"].device)
-    # A byte finds both of its values at once, moved as one number of 8 bytes: twice as fast as two look-ups.
+    # A byte finds both of its values at once, moved as one number of 8 bytes: twice as fast as two
+    # look-ups.
     pairs = torch.cartesian_prod(levels, levels).view(torch.int64).flatten()
     values = pairs.index_select(0, parts["qweight"].flatten().int()).view(torch.float32)
     groups = values.view(*parts["scales"].shape, -1)
@@ -111,7 +130,9 @@ def empty_parts(weight: Tensor, args: QuantizeArgs) -> dict[str, Tensor]:
 
 
 def _nearest(units: Tensor, levels: Tensor) -> Tensor:
-    """The code of the level next to each value: how many of the middles between levels it is above."""
+    """The code of the level next to each value: how many of the middles between levels it is
+    above.
+    """
     codes = torch.zeros_like(units, dtype=torch.uint8)
     for middle in ((levels[1:] + levels[:-1]) / 2).tolist():  # half the time of `torch.bucketize`
         codes += (units > middle).view(torch.uint8)
@@ -126,7 +147,8 @@ def _not_zero(scales: Tensor) -> Tensor:
 def _code_scales(scales: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """Scales [out, groups] in 8 bits around their mean (section 3 of the paper).
 
-    The paper's 8-bit floats are here those of hardware; bitsandbytes takes its dynamic tree, of like precision.
+    The paper's 8-bit floats are here those of hardware; bitsandbytes takes its dynamic tree, of
+    like precision.
     """
     offset = scales.mean().view(1).to(dtype)
     rest = (scales - offset.float()).flatten()
@@ -145,5 +167,7 @@ def _read_scales(parts: Parts) -> Tensor:
     if "scale_scales" not in parts:
         return scales.float()
     flat = scales.flatten(-2).view(EIGHT_BITS).float()
-    of_blocks = parts["scale_scales"].float().repeat_interleave(SCALE_BLOCK, -1)[..., : flat.size(-1)]
+    of_blocks = (
+        parts["scale_scales"].float().repeat_interleave(SCALE_BLOCK, -1)[..., : flat.size(-1)]
+    )
     return (flat * of_blocks + parts["scale_offset"].float()).view(scales.shape)

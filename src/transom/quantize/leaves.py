@@ -1,7 +1,7 @@
 """Quantized leaves, and the surgery that makes them out of a built model's own and back.
 
-A leaf changes its class and holds other parameters (`wq.qweight`, `wq.scales`) in place of `wq.weight`; it stays
-the module it was, under its name, with its hooks.
+A leaf changes its class and holds other parameters (`wq.qweight`, `wq.scales`) in place of
+`wq.weight`; it stays the module it was, under its name, with its hooks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transom.errors import RequestError, nearest, notice
+from transom.base.errors import RequestError, nearest, notice
 from transom.layers.linear import GroupedLinear, Linear, holds_numbers
 from transom.quantize.args import GROUPS, QuantizeArgs
 from transom.quantize.formats import Parts, dequantize, empty_parts, quantize
@@ -22,7 +22,9 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Quantized(nn.Module):
-    """What a leaf has while it is quantized: `parts` of frozen parameters, and a weight made when asked for."""
+    """What a leaf has while it is quantized: `parts` of frozen parameters, and a weight made when
+    asked for.
+    """
 
     quantization: QuantizeArgs
     part_names: tuple[str, ...]
@@ -59,7 +61,9 @@ class QuantizedGroupedLinear(Quantized, GroupedLinear):  # type: ignore[misc]  #
     """E linears side by side with their weights in four bits."""
 
     def product(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """One expert after the other, so that one dense matrix is in memory; those without rows are left out."""
+        """One expert after the other, so that one dense matrix is in memory; those without rows are
+        left out.
+        """
         if not holds_numbers(rows_RD):
             return F.linear(rows_RD, self.weight[0])
         ends = ends_E.tolist()
@@ -90,11 +94,18 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, args: QuantizeArgs, names: tuple[str, ...], *parts: Tensor
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        args: QuantizeArgs,
+        names: tuple[str, ...],
+        *parts: Tensor,
     ) -> Tensor:
         ctx.args, ctx.names = args, names
         ctx.save_for_backward(*parts)
-        return F.linear(x, dequantize(dict(zip(names, parts, strict=True)), args.kind).to(x.dtype), bias)
+        return F.linear(
+            x, dequantize(dict(zip(names, parts, strict=True)), args.kind).to(x.dtype), bias
+        )
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -125,7 +136,9 @@ def quantization_of(model: nn.Module) -> QuantizeArgs | None:
 
 
 def dense_names(model: nn.Module) -> Iterator[str]:
-    """The names its parameters have while it is dense: `wq.weight` stands for all parts of a quantized leaf."""
+    """The names its parameters have while it is dense: `wq.weight` stands for all parts of a
+    quantized leaf.
+    """
     held = quantized_leaves(model)
     for name, _ in model.named_parameters(remove_duplicate=False):
         path, _, last = name.rpartition(".")
@@ -136,10 +149,12 @@ def dense_names(model: nn.Module) -> Iterator[str]:
 
 
 def quantize_model(model: M, args: QuantizeArgs, *, empty: bool = False) -> M:
-    """Hold the weights of `Linear` and `GroupedLinear` leaves in four bits, frozen; in place, and returned.
+    """Hold the weights of `Linear` and `GroupedLinear` leaves in four bits, frozen; in place, and
+    returned.
 
-    One leaf after the other: memory holds the model and what one leaf needs besides. With `empty`, and on the meta
-    device, leaves get shapes only, for `load_state_dict`. A `RequestError` comes before any change.
+    One leaf after the other: memory holds the model and what one leaf needs besides. With `empty`,
+    and on the meta device, leaves get shapes only, for `load_state_dict`. A `RequestError` comes
+    before any change.
     """
     chosen = _chosen(model, args)
     for path, leaf in chosen.items():
@@ -157,7 +172,9 @@ def quantize_model(model: M, args: QuantizeArgs, *, empty: bool = False) -> M:
 
 @torch.no_grad()
 def quantize_leaf(leaf: Linear | GroupedLinear, args: QuantizeArgs, *, empty: bool = False) -> None:
-    """Codes and scales in place of one leaf's weight; of shapes only with `empty` or on the meta device."""
+    """Codes and scales in place of one leaf's weight; of shapes only with `empty` or on the meta
+    device.
+    """
     parts = (empty_parts if empty or leaf.weight.is_meta else quantize)(leaf.weight, args)
     del leaf.weight
     made = next(made for kind, made in _QUANTIZED.items() if isinstance(leaf, kind))
@@ -170,13 +187,15 @@ def quantize_leaf(leaf: Linear | GroupedLinear, args: QuantizeArgs, *, empty: bo
 
 @torch.no_grad()
 def dequantize_model(model: M) -> M:
-    """The dense model that adapters and activations saw, in place and returned; its weights are frozen as before.
+    """The dense model that adapters and activations saw, in place and returned; its weights are
+    frozen as before.
 
-    A model without quantized leaves is a `RequestError`. One leaf after the other, as `quantize_model` does.
+    A model without quantized leaves is a `RequestError`. One leaf after the other, as
+    `quantize_model` does.
     """
     found = quantized_leaves(model)
     if not found:
-        raise RequestError("no leaf is quantized; accepted is a model after quantize_model")
+        raise RequestError("no leaf is quantized; expected a model after quantize_model")
     for leaf in found.values():
         weight = leaf.dequantize()
         for name in leaf.part_names:
@@ -189,7 +208,9 @@ def dequantize_model(model: M) -> M:
 
 
 def _chosen(model: nn.Module, args: QuantizeArgs) -> dict[str, Linear | GroupedLinear]:
-    """The leaves that are not skipped, by name; a name to skip that no module has is a `RequestError`."""
+    """The leaves that are not skipped, by name; a name to skip that no module has is a
+    `RequestError`.
+    """
     paths = [path for path, _ in model.named_modules()]
     words = {word for path in paths for word in path.split(".")}
     for name in args.skip:
@@ -197,14 +218,19 @@ def _chosen(model: nn.Module, args: QuantizeArgs) -> dict[str, Linear | GroupedL
         if not any(_is_in(name, path) for path in paths) and name not in QuantizeArgs().skip:
             raise RequestError(f"skip: {name!r} is no module of this model{nearest(name, words)}")
     if quantized_leaves(model):
-        raise RequestError("the model is quantized already; accepted is one whose leaves have their weights")
+        raise RequestError(
+            "the model is quantized already; expected one whose leaves have their weights"
+        )
     chosen = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, Linear | GroupedLinear) and not any(_is_in(name, path) for name in args.skip)
+        if isinstance(module, Linear | GroupedLinear)
+        and not any(_is_in(name, path) for name in args.skip)
     }
     if not chosen:
-        raise RequestError(f"skip = {list(args.skip)}: accepted is what leaves at least one leaf to quantize")
+        raise RequestError(
+            f"skip: got {list(args.skip)}; expected what leaves at least one leaf to quantize"
+        )
     return chosen
 
 
@@ -213,15 +239,21 @@ def _is_in(name: str, path: str) -> bool:
 
 
 def _check(path: str, leaf: Linear | GroupedLinear, args: QuantizeArgs, empty: bool) -> None:
-    """Refuse a leaf whose inputs do not fill groups, that carries adapters, or that holds bad numbers."""
+    """Refuse a leaf whose inputs do not fill groups, that carries adapters, or that holds bad
+    numbers.
+    """
     inputs = leaf.weight.size(-1)
     if inputs % args.group:
         fitting = [f"{group}, or" for group in GROUPS if inputs % group == 0][-1:]
-        accepted = " ".join([*fitting, f"to skip {path.rpartition('.')[2]!r}"])
-        raise RequestError(f"group = {args.group}: {path} has {inputs} inputs; accepted is {accepted}")
+        expected = " ".join([*fitting, f"to skip {path.rpartition('.')[2]!r}"])
+        raise RequestError(
+            f"group: got {args.group}; {path} has {inputs} inputs; expected {expected}"
+        )
     if leaf._modules:
-        raise RequestError(f"{path} carries an adapter; accepted is to quantize first, and then to add adapters")
+        raise RequestError(
+            f"{path} carries an adapter; expected to quantize first, and then to add adapters"
+        )
     if empty or leaf.weight.is_meta:
         return
     if not bool(torch.isfinite(torch.stack(torch.aminmax(leaf.weight.detach()))).all()):
-        raise RequestError(f"{path}.weight holds NaN or infinite numbers; accepted are finite ones")
+        raise RequestError(f"{path}.weight holds NaN or infinite numbers; expected finite ones")

@@ -1,4 +1,6 @@
-"""What a vocabulary file must offer, so that one `Tokenizer` can put the same rules on top of every format."""
+"""What a vocabulary file must offer, so that one `Tokenizer` can put the same rules on top of every
+format.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is found by its spelling, not by merging: a control token, or plain text kept whole."""
+    """A token that is found by its spelling, not by merging: a control token, or plain text kept
+    whole.
+    """
 
     id: int
     control: bool = True  # never made from text unless asked, left out of decoded text
@@ -22,7 +26,9 @@ class AddedToken:
 
 
 class Backend(Protocol):
-    """Plain text to ids and back by one vocabulary; `encode` never returns the id of a control token."""
+    """Plain text to ids and back by one vocabulary; `encode` never returns the id of a control
+    token.
+    """
 
     @property
     def format(self) -> str:
@@ -30,7 +36,9 @@ class Backend(Protocol):
 
     @property
     def version(self) -> str | None:
-        """Mistral's number of the chat format that the control tokens serve (`v3`), None elsewhere."""
+        """Mistral's number of the chat format that the control tokens serve (`v3`), None
+        elsewhere.
+        """
 
     @property
     def vocab_size(self) -> int:
@@ -67,7 +75,9 @@ class Backend(Protocol):
         """Ids of each text, on all cores."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of known ids, control tokens by their spelling, bytes that are not UTF-8 as U+FFFD."""
+        """Text of known ids, control tokens by their spelling, bytes that are not UTF-8 as
+        U+FFFD.
+        """
 
     def id_to_token(self, id: int) -> str | None:
         """The vocabulary's own spelling of `id`, None when it has none."""
@@ -80,7 +90,9 @@ class Backend(Protocol):
 
 
 def in_threads(encode: Callable[[str], list[int]], texts: Sequence[str]) -> list[list[int]]:
-    """`encode` of each text on all cores, for libraries that let go of the interpreter while they work."""
+    """`encode` of each text on all cores, for libraries that let go of the interpreter while they
+    work.
+    """
     if len(texts) < 2:
         return [encode(text) for text in texts]
     with ThreadPoolExecutor(min(len(texts), os.cpu_count() or 1)) as pool:

@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transom.errors import require
-from transom.paths import json_object
+from transom.base.errors import require
+from transom.base.files import json_object
 from transom.tokenizers.backend import AddedToken
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -58,22 +58,31 @@ class Beside:
         """The entries of `added_tokens_decoder` by id, with the flags that they state."""
         where = f"{self.folder / CONFIG_FILE}: {DECODER}"
         entries = self.config.get(DECODER) or {}
-        require(isinstance(entries, dict), where, entries, "accepted is a JSON object")
+        require(isinstance(entries, dict), where, entries, "expected a JSON object")
         found: dict[int, dict[str, Any]] = {}
         for id, entry in entries.items():
-            right = id.isdigit() and isinstance(entry, dict) and isinstance(entry.get("content"), str)
-            require(right, f"{where}: {id}", entry, "accepted is a token id with an object that has `content`")
+            right = (
+                id.isdigit() and isinstance(entry, dict) and isinstance(entry.get("content"), str)
+            )
+            require(
+                right,
+                f"{where}: {id}",
+                entry,
+                "expected a token id with an object that has `content`",
+            )
             flags = {flag: entry[flag] for flag in FLAGS if type(entry.get(flag)) is bool}
             found[int(id)] = {"content": entry["content"], **flags}
         return found
 
     @cached_property
     def old_added(self) -> dict[int, dict[str, Any]]:
-        """The entries of added_tokens.json by id; tokens with a role in another file are special."""
+        """The entries of added_tokens.json by id; tokens with a role in another file are
+        special.
+        """
         found: dict[int, dict[str, Any]] = {}
         for spelling, id in self.listed.items():
             right = type(id) is int and id >= 0
-            require(right, f"{self.folder / ADDED_FILE}: {spelling}", id, "accepted is a token id")
+            require(right, f"{self.folder / ADDED_FILE}: {spelling}", id, "expected a token id")
             special = spelling in self._roles
             found[id] = {"content": spelling, "special": special, "normalized": not special}
         return found
@@ -122,7 +131,10 @@ def _tokens(entries: Mapping[str, Any], but: Collection[str] = ()) -> Iterator[A
     """Yield the tokens of all roles in a file, in the order in which transformers adds them."""
     listed: Any = next((entries[name] for name in LISTS if entries.get(name)), [])
     names = [role for role in entries if role.endswith("_token") and role not in but]
-    for role in (*filter(names.__contains__, ROLES), *(role for role in names if role not in ROLES)):
+    for role in (
+        *filter(names.__contains__, ROLES),
+        *(role for role in names if role not in ROLES),
+    ):
         yield entries[role]
     yield from listed.values() if isinstance(listed, dict) else listed
 

@@ -11,13 +11,15 @@ from itertools import pairwise
 import tokenizers
 from tokenizers import models
 
-from transom.errors import RequestError, notice, require
+from transom.base.errors import RequestError, notice, require
 from transom.tokenizers.backend import AddedToken
 from transom.tokenizers.beside import Beside
 
 
 class FastBackend:
-    """A tokenizer of the `tokenizers` library; `special` are tokens to be treated as control tokens."""
+    """A tokenizer of the `tokenizers` library; `special` are tokens to be treated as control
+    tokens.
+    """
 
     format = "tokenizer.json"
     version: str | None = None
@@ -28,29 +30,43 @@ class FastBackend:
     ) -> None:
         self.stops = tuple(stops)
         mark_special(backend, special)
-        backend.encode_special_tokens = True  # specials spelled out in text are encoded as plain text
-        backend.no_truncation()  # both are stored in some files, and both change lengths without a word
+        backend.encode_special_tokens = (
+            True  # specials spelled out in text are encoded as plain text
+        )
+        # both are stored in some files, and both change lengths without a word
+        backend.no_truncation()
         backend.no_padding()
         self._backend = backend
 
-    # -- text to ids ---------------------------------------------------------------------------------
+    # -- text to ids
+    # ---------------------------------------------------------------------------------
 
     def encode(self, text: str, first: bool = True) -> list[int]:
-        """Ids of plain text; Metaspace of the kind `first` puts its space before a first text only."""
+        """Ids of plain text; Metaspace of the kind `first` puts its space before a first text
+        only.
+        """
         return self._checked(text, self._encoding(text, first).ids, first)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, on all cores."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [self._checked(text, one.ids, True) for text, one in zip(texts, encodings, strict=True)]
+        return [
+            self._checked(text, one.ids, True) for text, one in zip(texts, encodings, strict=True)
+        ]
 
     def _encoding(self, text: str, first: bool) -> tokenizers.Encoding:
         return (self._backend if first else self._inner).encode(text, add_special_tokens=False)
 
     @cached_property
     def _inner(self) -> tokenizers.Tokenizer:
-        """The tokenizer of what follows a control token: the library would take every text for a first one."""
-        state = b"" if self._backend.pre_tokenizer is None else self._backend.pre_tokenizer.__getstate__()
+        """The tokenizer of what follows a control token: the library would take every text for a
+        first one.
+        """
+        state = (
+            b""
+            if self._backend.pre_tokenizer is None
+            else self._backend.pre_tokenizer.__getstate__()
+        )
         if b'"prepend_scheme":"first"' not in state:
             return self._backend
         content = self.to_json().replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
@@ -61,26 +77,32 @@ class FastBackend:
     def _checked(self, text: str, ids: list[int], first: bool) -> list[int]:
         if isinstance(self._backend.model, models.WordLevel) and self.unk_id in ids:
             encoding = self._encoding(text, first)
-            start, stop = next(edge for id, edge in zip(ids, encoding.offsets, strict=True) if id == self.unk_id)
-            accepted = f"accepted are the {self.vocab_size} entries of the vocabulary"
-            raise RequestError(f"text holds {text[start:stop]!r} at character {start}: {accepted}")
+            start, stop = next(
+                edge for id, edge in zip(ids, encoding.offsets, strict=True) if id == self.unk_id
+            )
+            expected = f"expected the {self.vocab_size} entries of the vocabulary"
+            raise RequestError(f"text holds {text[start:stop]!r} at character {start}: {expected}")
         return ids if self._guarded_ids.isdisjoint(ids) else self._without_specials(text, first)
 
     def _without_specials(self, text: str, first: bool) -> list[int]:
         """Ids of a text whose own words reach a special token through the model's vocabulary.
 
-        Unigram and word vocabularies list their specials as ordinary entries, so "</s>" in a text finds
-        its id. Such a place is cut after its first character and both sides are encoded apart. A special
-        of one character (a line end used as EOS) has no other spelling and stays.
+        Unigram and word vocabularies list their specials as ordinary entries, so "</s>" in a text
+        finds its id. Such a place is cut after its first character and both sides are encoded
+        apart. A special of one character (a line end used as EOS) has no other spelling and stays.
         """
         encoding = self._encoding(text, first)
         found = zip(encoding.ids, encoding.offsets, strict=True)
-        cuts = [start + 1 for id, (start, stop) in found if id in self._guarded_ids and stop - start > 1]
+        cuts = [
+            start + 1 for id, (start, stop) in found if id in self._guarded_ids and stop - start > 1
+        ]
         if not cuts:
             return list(encoding.ids)
         parts = pairwise([0, *cuts, len(text)])
         return [
-            id for start, stop in parts for id in self._without_specials(text[start:stop], first and start == 0)
+            id
+            for start, stop in parts
+            for id in self._without_specials(text[start:stop], first and start == 0)
         ]
 
     @cached_property
@@ -89,7 +111,9 @@ class FastBackend:
         for sample in ("a", *self._backend.get_vocab(with_added_tokens=False)):
             try:
                 bare = len(self._backend.encode(sample, add_special_tokens=False).ids)
-            except Exception:  # a vocabulary of words without an unknown one: the library raises bare Exception
+            except (
+                Exception
+            ):  # a vocabulary of words without an unknown one: the library raises bare Exception
                 continue
             if bare:
                 encoding = self._backend.encode(sample, add_special_tokens=True)
@@ -97,14 +121,16 @@ class FastBackend:
                 return tuple(encoding.ids[:before]), tuple(encoding.ids[before + bare :])
         return (), ()
 
-    # -- ids to text ---------------------------------------------------------------------------------
+    # -- ids to text
+    # ---------------------------------------------------------------------------------
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of known ids."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=False)
         return text
 
-    # -- the vocabulary ------------------------------------------------------------------------------
+    # -- the vocabulary
+    # ------------------------------------------------------------------------------
 
     @cached_property
     def vocab_size(self) -> int:
@@ -115,7 +141,9 @@ class FastBackend:
     def added(self) -> dict[str, AddedToken]:
         """The special tokens; the library finds the other added ones in every text."""
         return {
-            token.content: AddedToken(id, lstrip=token.lstrip, rstrip=token.rstrip, single_word=token.single_word)
+            token.content: AddedToken(
+                id, lstrip=token.lstrip, rstrip=token.rstrip, single_word=token.single_word
+            )
             for id, token in self._backend.get_added_tokens_decoder().items()
             if token.special
         }
@@ -132,7 +160,10 @@ class FastBackend:
     @cached_property
     def raw_byte_ids(self) -> frozenset[int]:
         """Ids of `<0x00>` to `<0xFF>` where the decoder turns them into bytes."""
-        if self._backend.decoder is None or b'"ByteFallback"' not in self._backend.decoder.__getstate__():
+        if (
+            self._backend.decoder is None
+            or b'"ByteFallback"' not in self._backend.decoder.__getstate__()
+        ):
             return frozenset()
         ids = [self.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         return frozenset(id for id in ids if id is not None)
@@ -149,13 +180,16 @@ class FastBackend:
 
     @cached_property
     def _guarded_ids(self) -> frozenset[int]:
-        return frozenset(token.id for token in self.added.values()) - {self.unk_id}  # text may well be unknown
+        return frozenset(token.id for token in self.added.values()) - {
+            self.unk_id
+        }  # text may well be unknown
 
     def with_special(self, tokens: Iterable[str]) -> FastBackend:
         """A copy with more control tokens."""
         return FastBackend(tokenizers.Tokenizer.from_str(self.to_json()), tokens, self.stops)
 
-    # -- files ---------------------------------------------------------------------------------------
+    # -- files
+    # ---------------------------------------------------------------------------------------
 
     def to_json(self, pretty: bool = False) -> str:
         """The content of a tokenizer.json."""
@@ -164,13 +198,16 @@ class FastBackend:
 
     def fingerprint(self) -> str:
         """SHA-256 in hex of the content of tokenizer.json, whitespace aside."""
-        # The library reads a score back up to one unit in the last place away from what it has written.
+        # The library reads a score back up to one unit in the last place away from what it has
+        # written.
         content = json.loads(self.to_json(), parse_float=lambda text: f"{float(text):.9g}")
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def mark_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
-    """Make `tokens` special, adding those that are new; what is special already keeps its settings."""
+    """Make `tokens` special, adding those that are new; what is special already keeps its
+    settings.
+    """
     added = backend.get_added_tokens_decoder().values()
     marked = {token.content for token in added if token.special}
     backend.add_special_tokens([token for token in tokens if token not in marked])
@@ -191,12 +228,17 @@ def add_beside(backend: tokenizers.Tokenizer, beside: Beside, source: str) -> No
         listed = [token for token in listed if backend.token_to_id(token.content) is None]
     backend.add_tokens([token for token in listed if repr(token) not in known])
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
-    extra = [tokenizers.AddedToken(**entry) for entry in beside.extra if entry["content"] not in added]
+    extra = [
+        tokenizers.AddedToken(**entry) for entry in beside.extra if entry["content"] not in added
+    ]
     backend.add_tokens(extra)
     for id, entry in stated.items():
         token, found = entry["content"], backend.token_to_id(entry["content"])
         if before[id] is None:
-            accepted = f"accepted beside {source} is {found}, the next free id"
-            require(found == id, f"{beside.folder}: id of the added token {token!r}", id, accepted)
+            expected = f"accepted beside {source} is {found}, the next free id"
+            require(found == id, f"{beside.folder}: id of the added token {token!r}", id, expected)
         elif found != id:
-            notice(f"{source}: the id of {token!r} is {found}; the {id} of a file beside it is not used")
+            notice(
+                f"{source}: the id of {token!r} is {found}; the {id} of a file beside it is not "
+                f"used"
+            )

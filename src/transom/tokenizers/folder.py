@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transom.errors import RequestError, notice, require
-from transom.paths import json_object, read_bytes, read_json
+from transom.base.errors import RequestError, notice, require
+from transom.base.files import json_object, read_bytes, read_json
 from transom.tokenizers.backend import Backend
 from transom.tokenizers.beside import (
     ADDED_FILE,
@@ -25,7 +25,8 @@ TOKENIZER_FILE = "tokenizer.json"
 COMPANIONS = (CONFIG_FILE, SPECIALS_FILE, ADDED_FILE, "chat_template.jinja", "chat_template.json")
 TEMPLATES = "additional_chat_templates"  # a folder of further templates, NAME.jinja
 ACCEPTED = (
-    f"accepted is a folder with {TOKENIZER_FILE}, tekken.json or tokenizer.model, or a file of one of these kinds"
+    f"expected a folder with {TOKENIZER_FILE}, tekken.json or tokenizer.model, or a file of "
+    f"one of these kinds"
 )
 
 
@@ -47,7 +48,9 @@ def read_folder(path: str | Path) -> FolderTokenizer:
     require(file.is_file(), "tokenizer", str(path), ACCEPTED)
     content = read_bytes(file)
     present = [name for name in COMPANIONS if (file.parent / name).is_file()]
-    present += [f"{TEMPLATES}/{path.name}" for path in sorted((file.parent / TEMPLATES).glob("*.jinja"))]
+    present += [
+        f"{TEMPLATES}/{path.name}" for path in sorted((file.parent / TEMPLATES).glob("*.jinja"))
+    ]
     files = {name: read_bytes(file.parent / name) for name in present}
     beside = Beside.of(file.parent, files)
     backend, named = _backend(file, content, beside)
@@ -58,11 +61,15 @@ def read_folder(path: str | Path) -> FolderTokenizer:
             named[name] = None
     known = {name: token for name, token in named.items() if token is not None}
     adds_bos, adds_eos = _policy(backend, known, beside.config, file.parent / CONFIG_FILE)
-    return FolderTokenizer(backend, known, adds_bos, adds_eos, {_saved_name(file, backend): content, **files})
+    return FolderTokenizer(
+        backend, known, adds_bos, adds_eos, {_saved_name(file, backend): content, **files}
+    )
 
 
 def _chosen(folder: Path) -> Path:
-    """The tokenizer file of a folder: tokenizer.json before Mistral's own files before tokenizer.model."""
+    """The tokenizer file of a folder: tokenizer.json before Mistral's own files before
+    tokenizer.model.
+    """
     found = list(_candidates(folder))
     require(bool(found), "tokenizer", str(folder), ACCEPTED)
     if len(found) > 1:
@@ -75,13 +82,19 @@ def _candidates(folder: Path) -> Iterator[Path]:
     yield from (file for file in (folder / TOKENIZER_FILE,) if file.is_file())
     yield from sorted(folder.glob("tekken*.json"))
     versioned = [file for file in folder.glob("*.model.v*") if _file_version(file)]
-    yield from sorted(versioned, key=lambda file: int((_file_version(file) or "v0")[1:]), reverse=True)
+    yield from sorted(
+        versioned, key=lambda file: int((_file_version(file) or "v0")[1:]), reverse=True
+    )
     yield from (file for file in (folder / "tokenizer.model",) if file.is_file())
 
 
 def _saved_name(file: Path, backend: Backend) -> str:
-    """The file's own name if a folder's tokenizer is looked for under it, else the usual one of its kind."""
-    usual = {"tokenizer.json": TOKENIZER_FILE, "tekken": "tekken.json"}.get(backend.format, "tokenizer.model")
+    """The file's own name if a folder's tokenizer is looked for under it, else the usual one of its
+    kind.
+    """
+    usual = {"tokenizer.json": TOKENIZER_FILE, "tekken": "tekken.json"}.get(
+        backend.format, "tokenizer.model"
+    )
     named = (file.parent / usual, *_candidates(file.parent))
     return file.name if file in named and backend.format != "tokenizer.json" else usual
 
@@ -93,7 +106,9 @@ def _file_version(file: Path) -> str | None:
 
 
 def _backend(file: Path, content: bytes, beside: Beside) -> tuple[Backend, dict[str, str | None]]:
-    """The vocabulary of a file, its kind seen from the content, and what it says itself of BOS, EOS and PAD."""
+    """The vocabulary of a file, its kind seen from the content, and what it says itself of BOS, EOS
+    and PAD.
+    """
     if file.suffix == ".json" or re.match(rb'\s*\{\s*"', content):
         data = json_object(content, file)
         if "vocab" in data and "config" in data:
@@ -129,24 +144,33 @@ def _fast_backend(content: bytes, file: Path, beside: Beside) -> Backend:
     try:
         backend = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
     except Exception as error:  # the library raises bare Exception
-        raise RequestError(f"{file}: accepted is the JSON of a fast tokenizer ({error})") from error
+        raise RequestError(f"{file}: expected the JSON of a fast tokenizer ({error})") from error
     add_beside(backend, beside, str(file))
     special = [token for token in beside.named.values() if token is not None]
     known = [token for token in special if backend.token_to_id(token) is not None]
-    return FastBackend(backend, known, [end for end in beside.ends if backend.token_to_id(end) is not None])
+    return FastBackend(
+        backend, known, [end for end in beside.ends if backend.token_to_id(end) is not None]
+    )
 
 
-def _policy(backend: Backend, named: dict[str, str], config: Mapping[str, Any], file: Path) -> tuple[bool, bool]:
+def _policy(
+    backend: Backend, named: dict[str, str], config: Mapping[str, Any], file: Path
+) -> tuple[bool, bool]:
     """Whether the makers' tokenizer puts BOS before and EOS behind a text.
 
-    The post-processor of a tokenizer.json decides alone, as in `transformers`; for other files `add_bos_token` and
-    `add_eos_token` come before what the makers do by default.
+    The post-processor of a tokenizer.json decides alone, as in `transformers`; for other files
+    `add_bos_token` and `add_eos_token` come before what the makers do by default.
     """
     adds = []
     for name, ids in zip(NAMED, backend.frame, strict=False):
         flag = f"add_{name}"
         asked = config.get(flag)
-        require(asked is None or type(asked) is bool, f"{file}: {flag}", asked, "accepted is true, false or null")
+        require(
+            asked is None or type(asked) is bool,
+            f"{file}: {flag}",
+            asked,
+            "expected true, false or null",
+        )
         id = backend.token_to_id(named[name]) if name in named else None
         framed = id is not None and id in ids
         if backend.format != "tokenizer.json":
@@ -154,13 +178,18 @@ def _policy(backend: Backend, named: dict[str, str], config: Mapping[str, Any], 
             continue
         if asked is not None and asked != framed:
             does = "adds it" if framed else "does not"
-            notice(f"{file}: {flag} is {json.dumps(asked)}, but the post-processor {does}; the latter counts")
+            notice(
+                f"{file}: {flag} is {json.dumps(asked)}, but the post-processor {does}; the "
+                f"latter counts"
+            )
         adds.append(framed)
     return adds[0], adds[1]
 
 
 def _model_vocab_size(folder: Path) -> int | None:
-    """`vocab_size` of the model in this folder, None where no file says it (-1 and 0 say nothing)."""
+    """`vocab_size` of the model in this folder, None where no file says it (-1 and 0 say
+    nothing).
+    """
     for name in ("params.json", "config.json"):
         if not (folder / name).is_file():
             continue

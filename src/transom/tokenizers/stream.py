@@ -11,9 +11,10 @@ if TYPE_CHECKING:
 class StreamDecoder:
     """Turns ids into text one at a time; the returned pieces joined are `decode` of all the ids.
 
-    Tokens cannot be decoded alone: a character may span several, and the first one of a text may lose its
-    leading space. So the ids of the last piece returned stay as context: the new text is what context and
-    held ids decode to beyond what the context alone decodes to. Both are a few ids long.
+    Tokens cannot be decoded alone: a character may span several, and the first one of a text may
+    lose its leading space. So the ids of the last piece returned stay as context: the new text is
+    what context and held ids decode to beyond what the context alone decodes to. Both are a few ids
+    long.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
@@ -38,7 +39,8 @@ class StreamDecoder:
         if self._tokenizer.raw_byte_ids or not new.endswith("\ufffd"):
             self._held.append(id)
             return self._release(new)
-        # Bytes of a character may be missing. If `id` only adds to what is held, they will not come any more.
+        # Bytes of a character may be missing. If `id` only adds to what is held, they will not come
+        # any more.
         alone = self._decode([id])
         broken = new == self._held_text + alone
         text = self._release(self._held_text) if broken else ""
@@ -58,7 +60,9 @@ class StreamDecoder:
 
     def _release(self, text: str) -> str:
         """Return `text`, that of the held ids, which become the context."""
-        if text:  # ids without text cannot be the context: the next one would lose its leading space
+        if (
+            text
+        ):  # ids without text cannot be the context: the next one would lose its leading space
             whole = self._context + self._held
             self._context, self._held, self._held_text = self._held, [], ""
             self._context_text = self._decode(self._context)

@@ -1,7 +1,8 @@
 """Text to token ids and back, by one set of rules on top of every vocabulary file.
 
-The vocabulary's own library does the work; this file decides what its users must not have to think about: text
-never turns into a special token unless asked, nothing is cut or padded, BOS and EOS appear when asked for, once.
+The vocabulary's own library does the work; this file decides what its users must not have to think
+about: text never turns into a special token unless asked, nothing is cut or padded, BOS and EOS
+appear when asked for, once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from transom.errors import RequestError, require
+from transom.base.errors import RequestError, require
 from transom.tokenizers.backend import AddedToken, Backend, in_threads
 from transom.tokenizers.beside import CONFIG_FILE, NAMED
 from transom.tokenizers.fast import FastBackend
@@ -26,8 +27,8 @@ Span = tuple[int, int]  # characters of a text: first, and one past the last
 class Tokenizer:
     """Text to ids and back; `bos`, `eos` and `pad` are tokens of the vocabulary, or None.
 
-    `adds_bos` and `adds_eos` are what the makers of the files do with a text; None asks the vocabulary. `files`
-    are what `save` writes back, by name.
+    `adds_bos` and `adds_eos` are what the makers of the files do with a text; None asks the
+    vocabulary. `files` are what `save` writes back, by name.
     """
 
     def __init__(
@@ -45,14 +46,15 @@ class Tokenizer:
         self._named = {field: token for field, token in named if token is not None}
         for field, token in self._named.items():
             known = backend.token_to_id(token) is not None
-            require(known, field, token, "accepted is a token of the vocabulary")
+            require(known, field, token, "expected a token of the vocabulary")
         self._backend = backend
         self._files = dict(files or {})
         before, behind = backend.frame
         self.adds_bos = self.bos_id in before if adds_bos is None else adds_bos
         self.adds_eos = self.eos_id in behind if adds_eos is None else adds_eos
 
-    # -- text to ids ---------------------------------------------------------------------------------
+    # -- text to ids
+    # ---------------------------------------------------------------------------------
 
     def encode(
         self,
@@ -65,13 +67,17 @@ class Tokenizer:
     ) -> list[int]:
         """Ids of `text`; asking for a BOS or EOS that the vocabulary lacks is a `RequestError`.
 
-        Special tokens spelled in `text` stay text, but for `allowed_special`: "all", or their spellings. They
-        stay text in the `protected` spans all the same, which a chat template's user has written. A BOS or EOS
-        that is allowed and already there is not added again.
+        Special tokens spelled in `text` stay text, but for `allowed_special`: "all", or their
+        spellings. They stay text in the `protected` spans all the same, which a chat template's
+        user has written. A BOS or EOS that is allowed and already there is not added again.
         """
         before, after = self.bos_id if add_bos else None, self.eos_id if add_eos else None
-        require(not add_bos or before is not None, "add_bos", True, "this tokenizer has no BOS token")
-        require(not add_eos or after is not None, "add_eos", True, "this tokenizer has no EOS token")
+        require(
+            not add_bos or before is not None, "add_bos", True, "this tokenizer has no BOS token"
+        )
+        require(
+            not add_eos or after is not None, "add_eos", True, "this tokenizer has no EOS token"
+        )
         ids = self._ids(_writable(text), self._allowed(allowed_special), protected)
         begun = bool(allowed_special) and ids[:1] == [before]
         ended = bool(allowed_special) and ids[-1:] == [after]
@@ -79,8 +85,12 @@ class Tokenizer:
         tail = [] if after is None or ended else [after]
         return [*head, *ids, *tail]
 
-    def encode_prompt(self, text: str, *, allowed_special: Literal["all"] | Collection[str] = ()) -> list[int]:
-        """Return the ids of `begin` and `text`, without repeating a `begin` that the text spells."""
+    def encode_prompt(
+        self, text: str, *, allowed_special: Literal["all"] | Collection[str] = ()
+    ) -> list[int]:
+        """Return the ids of `begin` and `text`, without repeating a `begin` that the text
+        spells.
+        """
         ids = self.encode(text, allowed_special=allowed_special)
         begun = bool(allowed_special) and tuple(ids[: len(self.begin)]) == self.begin
         return ids if begun else [*self.begin, *ids]
@@ -93,24 +103,36 @@ class Tokenizer:
         return in_threads(lambda text: self._ids(text, self._plain, ()), texts)
 
     def _allowed(self, allowed_special: Literal["all"] | Collection[str]) -> re.Pattern[str] | None:
-        """Finds the tokens that may be found by their spelling: allowed control tokens, and plain added ones."""
+        """Finds the tokens that may be found by their spelling: allowed control tokens, and plain
+        added ones.
+        """
         if not allowed_special:
             return self._plain
         if allowed_special == "all":
             return self._all
         require(
-            not isinstance(allowed_special, str), "allowed_special", allowed_special, "accepted is all or a list"
+            not isinstance(allowed_special, str),
+            "allowed_special",
+            allowed_special,
+            "expected all or a list",
         )
         for spelling in allowed_special:
-            accepted = (
-                f"accepted is one of the {len(self.special_tokens)} special tokens of this vocabulary, or all"
+            expected = (
+                f"expected one of the {len(self.special_tokens)} special tokens of this "
+                f"vocabulary, or all"
             )
-            require(spelling in self.special_tokens, "allowed_special", spelling, accepted)
+            require(spelling in self.special_tokens, "allowed_special", spelling, expected)
         added = self._backend.added
-        return _pattern({s: token for s, token in added.items() if s in allowed_special or not token.control})
+        return _pattern(
+            {s: token for s, token in added.items() if s in allowed_special or not token.control}
+        )
 
-    def _ids(self, text: str, found: re.Pattern[str] | None, protected: Sequence[Span]) -> list[int]:
-        """Ids of a text in which `found` tokens are spelled; between them it is encoded as plain text."""
+    def _ids(
+        self, text: str, found: re.Pattern[str] | None, protected: Sequence[Span]
+    ) -> list[int]:
+        """Ids of a text in which `found` tokens are spelled; between them it is encoded as plain
+        text.
+        """
         if found is None:
             return self._backend.encode(text)
         ids: list[int] = []
@@ -127,12 +149,16 @@ class Tokenizer:
         text = text.rstrip() if right else text
         return self._backend.encode(text, first) if text else []
 
-    def _matches(self, text: str, found: re.Pattern[str], protected: Sequence[Span]) -> Iterator[re.Match[str]]:
-        """Where tokens are spelled: control tokens wholly outside of `protected`, plain ones wholly in or out."""
+    def _matches(
+        self, text: str, found: re.Pattern[str], protected: Sequence[Span]
+    ) -> Iterator[re.Match[str]]:
+        """Where tokens are spelled: control tokens wholly outside of `protected`, plain ones wholly
+        in or out.
+        """
         place = 0
         for start, stop in [*sorted(protected), (len(text), len(text))]:
-            accepted = f"accepted are spans of the {len(text)} characters, none in another"
-            require(place <= start <= stop <= len(text), "protected", (start, stop), accepted)
+            expected = f"expected spans of the {len(text)} characters, none in another"
+            require(place <= start <= stop <= len(text), "protected", (start, stop), expected)
             yield from found.finditer(text, place, start)
             if self._plain is not None:
                 yield from self._plain.finditer(text, start, stop)
@@ -148,25 +174,35 @@ class Tokenizer:
         return _pattern({s: token for s, token in self._backend.added.items() if not token.control})
 
     def spelled_in(self, text: str) -> list[str]:
-        """Return the control tokens that `text` spells, each once, in the order of their first places."""
+        """Return the control tokens that `text` spells, each once, in the order of their first
+        places.
+        """
         found = [] if self._all is None else self._all.findall(text)
         return [one for one in dict.fromkeys(found) if one in self.special_tokens]
 
-    # -- ids to text ---------------------------------------------------------------------------------
+    # -- ids to text
+    # ---------------------------------------------------------------------------------
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of `ids`, bytes that are not UTF-8 as U+FFFD; an id without a token is a `RequestError`."""
+        """Text of `ids`, bytes that are not UTF-8 as U+FFFD; an id without a token is a
+        `RequestError`.
+        """
         ids = [int(id) for id in ids]
         for id in ids:  # libraries leave out an id that they do not know, without a word, or fail
             known = id >= 0 and self.id_to_token(id) is not None
-            require(known, "token id", id, f"accepted are ids below {self.vocab_size} that have a token")
-        return self._backend.decode([id for id in ids if not skip_special or id not in self.special_ids])
+            require(
+                known, "token id", id, f"expected ids below {self.vocab_size} that have a token"
+            )
+        return self._backend.decode(
+            [id for id in ids if not skip_special or id not in self.special_ids]
+        )
 
     def stream(self, *, skip_special: bool = True) -> StreamDecoder:
         """A decoder that takes ids one at a time."""
         return StreamDecoder(self, skip_special=skip_special)
 
-    # -- the vocabulary ------------------------------------------------------------------------------
+    # -- the vocabulary
+    # ------------------------------------------------------------------------------
 
     @property
     def format(self) -> str:
@@ -175,7 +211,9 @@ class Tokenizer:
 
     @property
     def version(self) -> str | None:
-        """Mistral's number of the chat format (`v3`) that the vocabulary was made for, None elsewhere."""
+        """Mistral's number of the chat format (`v3`) that the vocabulary was made for, None
+        elsewhere.
+        """
         return self._backend.version
 
     @property
@@ -200,12 +238,16 @@ class Tokenizer:
 
     @cached_property
     def begin(self) -> tuple[int, ...]:
-        """Ids that the makers' tokenizer adds before a text: mostly BOS, `[gMASK]<sop>` with GLM."""
+        """Ids that the makers' tokenizer adds before a text: mostly BOS, `[gMASK]<sop>` with
+        GLM.
+        """
         return _framed(self._backend.frame[0], self.bos_id, self.adds_bos)
 
     @cached_property
     def end(self) -> tuple[int, ...]:
-        """Ids that the makers' tokenizer adds after a text: none, EOS, or the token that is pooled."""
+        """Ids that the makers' tokenizer adds after a text: none, EOS, or the token that is
+        pooled.
+        """
         return _framed(self._backend.frame[1], self.eos_id, self.adds_eos)
 
     @property
@@ -215,18 +257,24 @@ class Tokenizer:
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a text, a message or a turn, as far as the tokenizer's files tell: EOS, eom, eot."""
+        """Ids that end a text, a message or a turn, as far as the tokenizer's files tell: EOS, eom,
+        eot.
+        """
         ids = [self.eos_id, *(self.token_to_id(token) for token in self._backend.stops)]
         return tuple(id for id in ids if id is not None)
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
         """Ids of control tokens by their spelling."""
-        return {spelling: token.id for spelling, token in self._backend.added.items() if token.control}
+        return {
+            spelling: token.id for spelling, token in self._backend.added.items() if token.control
+        }
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids of control tokens, which `decode` leaves out and which no text encodes to unless asked."""
+        """Ids of control tokens, which `decode` leaves out and which no text encodes to unless
+        asked.
+        """
         return frozenset(self.special_tokens.values())
 
     @property
@@ -256,22 +304,33 @@ class Tokenizer:
         return self.token_to_id(self._named[field]) if field in self._named else None
 
     def with_special(self, tokens: Sequence[str]) -> Tokenizer:
-        """A tokenizer with more control tokens behind the others; only tokenizer.json can hold them."""
+        """A tokenizer with more control tokens behind the others; only tokenizer.json can hold
+        them.
+        """
         backend, files = self._backend, dict(self._files)
         if not isinstance(backend, FastBackend):
-            raise RequestError(f"new tokens: accepted with a tokenizer.json, this is {backend.format}")
+            raise RequestError(
+                f"new tokens: valid only with a tokenizer.json, this is {backend.format}"
+            )
         files.pop(TOKENIZER_FILE, None)
         config = json.loads(files.get(CONFIG_FILE, _json_bytes(self._config())))
-        config.pop("added_tokens_decoder", None)  # says again what tokenizer.json says, and would now be wrong
+        config.pop(
+            "added_tokens_decoder", None
+        )  # says again what tokenizer.json says, and would now be wrong
         files[CONFIG_FILE] = _json_bytes(config)
         bos, eos, pad = (self._named.get(field) for field in NAMED)
         policy = {"adds_bos": self.adds_bos, "adds_eos": self.adds_eos}
-        return Tokenizer(backend.with_special(tokens), bos=bos, eos=eos, pad=pad, files=files, **policy)
+        return Tokenizer(
+            backend.with_special(tokens), bos=bos, eos=eos, pad=pad, files=files, **policy
+        )
 
-    # -- files ---------------------------------------------------------------------------------------
+    # -- files
+    # ---------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path, *, model_max_length: int | None = None) -> None:
-        """Write back the files this was read from; a new vocabulary becomes files that `transformers` reads."""
+        """Write back the files this was read from; a new vocabulary becomes files that
+        `transformers` reads.
+        """
         files = dict(self._files)
         if isinstance(self._backend, FastBackend):
             files.setdefault(TOKENIZER_FILE, self._backend.to_json(pretty=True).encode())
@@ -289,12 +348,15 @@ class Tokenizer:
         return {
             **self._named,
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,  # older readers remove spaces before punctuation otherwise
+            # older readers remove spaces before punctuation otherwise
+            "clean_up_tokenization_spaces": False,
         }
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read the tokenizer of a folder, or the one in a file, with what the files beside it say."""
+        """Read the tokenizer of a folder, or the one in a file, with what the files beside it
+        say.
+        """
         read = read_folder(path)
         bos, eos, pad = (read.named.get(field) for field in NAMED)
         policy = {"adds_bos": read.adds_bos, "adds_eos": read.adds_eos}
@@ -315,14 +377,17 @@ def _writable(text: str) -> str:
         text.encode()
     except (UnicodeEncodeError, AttributeError):
         shown = text[:40] if isinstance(text, str) else text
-        raise RequestError(f"text = {shown!r}: accepted is text that UTF-8 can write") from None
+        raise RequestError(f"text: got {shown!r}; expected text that UTF-8 can write") from None
     return text
 
 
 def _pattern(tokens: Mapping[str, AddedToken]) -> re.Pattern[str] | None:
     """Finds the spellings of tokens, the longest of those that begin at one place."""
     spellings = sorted(filter(None, tokens), key=len, reverse=True)
-    words = [rf"(?<!\w){re.escape(w)}(?!\w)" if tokens[w].single_word else re.escape(w) for w in spellings]
+    words = [
+        rf"(?<!\w){re.escape(w)}(?!\w)" if tokens[w].single_word else re.escape(w)
+        for w in spellings
+    ]
     return re.compile("|".join(words)) if words else None
 
 

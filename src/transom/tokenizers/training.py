@@ -8,16 +8,17 @@ from collections.abc import Iterable, Iterator, Sequence
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
-from transom.errors import require
-from transom.interrupts import Background
+from transom.base.errors import require
+from transom.base.interrupts import Background
 from transom.tokenizers.fast import FastBackend, mark_special
 from transom.tokenizers.llama import LLAMA3_WORDS
 from transom.tokenizers.tokenizer import Tokenizer
 
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>")
 UNKNOWN_TOKEN = "<|unknown|>"
-# Training counts pairs within words, and each merge copies the rest of a word: a word of n characters costs n^2.
-# Words of ordinary text are far shorter; longer ones (a line of dashes, a genome) are cut for training only.
+# Training counts pairs within words, and each merge copies the rest of a word: a word of n
+# characters costs n^2. Words of ordinary text are far shorter; longer ones (a line of dashes, a
+# genome) are cut for training only.
 LONGEST_WORD = 1000
 
 
@@ -27,14 +28,15 @@ def train_bpe(
     special_tokens: Sequence[str] = SPECIAL_TOKENS,
     progress: bool = False,
 ) -> Tokenizer:
-    """Return byte-level BPE of exactly `vocab_size` ids: the specials (BOS, EOS, ...), 256 bytes, then merges.
+    """Return byte-level BPE of exactly `vocab_size` ids: the specials (BOS, EOS, ...), 256 bytes,
+    then merges.
 
-    The same texts give the same file. A text too small for that many merges is a `RequestError`. Ctrl-C ends the
-    training at once.
+    The same texts give the same file. A text too small for that many merges is a `RequestError`.
+    Ctrl-C ends the training at once.
     """
     smallest = 256 + len(special_tokens)
-    accepted = f"accepted is {smallest} (256 bytes and the specials) or more"
-    require(vocab_size >= smallest, "vocab_size", vocab_size, accepted)
+    expected = f"expected {smallest} (256 bytes and the specials) or more"
+    require(vocab_size >= smallest, "vocab_size", vocab_size, expected)
     backend = tokenizers.Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated")
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -50,13 +52,15 @@ def train_bpe(
     _train(backend, texts, trainer)
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
     reached = backend.get_vocab_size()
-    accepted = f"accepted is at most {reached}, which is all that this text supports"
-    require(reached == vocab_size, "vocab_size", vocab_size, accepted)
+    expected = f"expected at most {reached}, which is all that this text supports"
+    require(reached == vocab_size, "vocab_size", vocab_size, expected)
     return _finished(backend, special_tokens)
 
 
 def _train(backend: tokenizers.Tokenizer, texts: Iterable[str], trainer: trainers.Trainer) -> None:
-    """Train in a thread of its own: Python handles signals in the main thread, and only between its own steps."""
+    """Train in a thread of its own: Python handles signals in the main thread, and only between its
+    own steps.
+    """
     stopped = threading.Event()
 
     def feed() -> Iterator[str]:
@@ -72,14 +76,15 @@ def _train(backend: tokenizers.Tokenizer, texts: Iterable[str], trainer: trainer
 
 
 def train_chars(texts: Iterable[str], special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
-    """One id per character of `texts`, in code point order after the specials and the unknown token.
+    """One id per character of `texts`, in code point order after the specials and the unknown
+    token.
 
     Encoding a character that the texts did not hold is a `RequestError` naming it.
     """
     characters: set[str] = set()
     for text in texts:
         characters.update(text)
-    require(bool(characters), "texts", "", "accepted is at least one character")
+    require(bool(characters), "texts", "", "expected at least one character")
     tokens = [*special_tokens, UNKNOWN_TOKEN, *sorted(characters)]
     vocabulary = {token: id for id, token in enumerate(tokens)}
     backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN_TOKEN))
@@ -99,18 +104,24 @@ def byte_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
 
 
 def _finished(backend: tokenizers.Tokenizer, special_tokens: Sequence[str]) -> Tokenizer:
-    """The first special is BOS, the second EOS; other readers of the file add BOS, as with Llama 3."""
-    accepted = "accepted are two or more: BOS, EOS, others"
-    require(len(special_tokens) >= 2, "special_tokens", tuple(special_tokens), accepted)
+    """The first special is BOS, the second EOS; other readers of the file add BOS, as with
+    Llama 3.
+    """
+    expected = "expected two or more: BOS, EOS, others"
+    require(len(special_tokens) >= 2, "special_tokens", tuple(special_tokens), expected)
     mark_special(backend, special_tokens)
     bos, eos = special_tokens[:2]
     begin = (bos, backend.token_to_id(bos))
-    backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[begin])
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[begin]
+    )
     return Tokenizer(FastBackend(backend), bos=bos, eos=eos)
 
 
 def byte_letters() -> list[str]:
-    """The printable letter that byte-level vocabularies write for each of the 256 bytes: GPT-2's table."""
+    """The printable letter that byte-level vocabularies write for each of the 256 bytes: GPT-2's
+    table.
+    """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]

@@ -1,4 +1,6 @@
-"""Rows per step, packing and epochs that a config leaves open, chosen by the rows of the run. No torch."""
+"""Rows per step, packing and epochs that a config leaves open, chosen by the rows of the run. No
+torch.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from transom.data.packing import first_fit_decreasing
-from transom.errors import require
+from transom.base.errors import require
+from transom.data.chat.packing import first_fit_decreasing
 from transom.training.config import DEFAULT_ROWS, TrainArgs
-from transom.training.tune_args import TuneArgs
+from transom.training.finetune.args import TuneArgs
 
 ENOUGH_STEPS = 100  # batches become larger only while a run has this many steps
 FEW_STEPS = 30  # a run with fewer gets a warning
@@ -17,14 +19,15 @@ PASSES, MOST_PASSES = 3.0, 10.0  # over the rows by default, and at most for a s
 MOST_ROWS = 16
 MOST_QUESTIONS = 8  # of grpo, which draws a group of answers for each
 PACKABLE = ("sft", "distill")
-# The fewest items per step that an objective learns well from. Preferences and rewards compare items, and kto
-# estimates from a step how far the policy has moved.
+# The fewest items per step that an objective learns well from. Preferences and rewards compare
+# items, and kto estimates from a step how far the policy has moved.
 FEWEST = {"dpo": 2, "ipo": 2, "orpo": 2, "grpo": 2, "kto": 4}
 
 
 @dataclass(frozen=True)
 class RowChoice:
-    """Rows per step over all ranks, whether examples share a row, rows of an epoch, epochs and steps.
+    """Rows per step over all ranks, whether examples share a row, rows of an epoch, epochs and
+    steps.
 
     `reason` is one line about what was chosen and why; None where the config decides everything.
     """
@@ -51,11 +54,11 @@ def choose_rows(
 ) -> RowChoice:
     """Return how the examples with these lengths in tokens are laid into steps.
 
-    Packing and large batches make steps efficient, and few. Both are chosen only where the run still
-    has `ENOUGH_STEPS` (or its given `steps`); a small set gets rows of one example and small batches.
-    A `batch_size` or `packing` that is given stays as it is, except that no step takes more rows than
-    there are. `epochs: auto` are 3, or more for a set so small that these would be too few steps.
-    `shares` is ranks times micro-batches: the batch is a multiple of it.
+    Packing and large batches make steps efficient, and few. Both are chosen only where the run
+    still has `ENOUGH_STEPS` (or its given `steps`); a small set gets rows of one example and small
+    batches. A `batch_size` or `packing` that is given stays as it is, except that no step takes
+    more rows than there are. `epochs: auto` are 3, or more for a set so small that these would be
+    too few steps. `shares` is ranks times micro-batches: the batch is a multiple of it.
     """
     fewest, open_epochs = FEWEST.get(objective, 1), epochs == "auto"
     if epochs == "auto":
@@ -87,7 +90,11 @@ def choose_rows(
     if parts:
         laid = f"{len(lengths):,} examples" + (f" in {rows:,} packed rows" if packed else "")
         count = f"{steps:,} steps" + (" as given" if epochs is None else "")
-        asked = f"; {batch_size} rows were asked for" if batch_size is not None and size != batch_size else ""
+        asked = (
+            f"; {batch_size} rows were asked for"
+            if batch_size is not None and size != batch_size
+            else ""
+        )
         reason = f"chosen: {', '.join(parts)} for {laid}, {count}{asked}"
     return RowChoice(size, packed, rows, epochs, steps, reason)
 
@@ -110,11 +117,13 @@ def tune_rows(lengths: Sequence[int], args: TrainArgs, tune: TuneArgs, ranks: in
 def require_comparable(choice: RowChoice, objective: str, ranks: int) -> None:
     """Refuse batches of one row for kto, which compares every answer with that of another row."""
     if objective == "kto":
-        accepted = "accepted for kto are 2 or more of each rank"
-        require(choice.batch_size >= 2 * ranks, "data.batch_size", choice.batch_size, accepted)
+        expected = "valid only for kto are 2 or more of each rank"
+        require(choice.batch_size >= 2 * ranks, "data.batch_size", choice.batch_size, expected)
 
 
-def head_rows(rows: int, kind: Literal["classification", "embedding"], given: int | None, shares: int) -> int:
+def head_rows(
+    rows: int, kind: Literal["classification", "embedding"], given: int | None, shares: int
+) -> int:
     """Return the labelled lines of a step: as given, or the usual number or all that there are.
 
     Lines of an embedding are compared with the others of their step, so that there have to be more.
@@ -140,6 +149,6 @@ def few_steps_warning(steps: int) -> str | None:
     if steps >= FEW_STEPS:
         return None
     return (
-        f"{steps} optimizer steps: models rarely learn from fewer than about {FEW_STEPS}; more tune.epochs "
-        "or steps, a smaller data.batch_size or tune.packing = false give more"
+        f"{steps} optimizer steps: models rarely learn from fewer than about {FEW_STEPS}; more "
+        f"tune.epochs or steps, a smaller data.batch_size or tune.packing = false give more"
     )

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
-from transom.errors import RequestError
-from transom.fields import write
+from transom.base.errors import RequestError
+from transom.base.fields import write
 from transom.training.config import TrainArgs
 from transom.training.defaults import PACKABLE
-from transom.training.tune_args import PREFERENCES, TuneArgs
+from transom.training.finetune.args import PREFERENCES, TuneArgs
 
 Condition = Callable[[TrainArgs], bool]
 
@@ -23,7 +23,10 @@ class Effect(NamedTuple):
 
 
 def _objective(*names: str) -> tuple[Condition, str]:
-    return lambda args: args.tune is None or args.tune.objective in names, f"tune.objective = {' or '.join(names)}"
+    return (
+        lambda args: args.tune is None or args.tune.objective in names,
+        f"tune.objective = {' or '.join(names)}",
+    )
 
 
 def _head_kind(args: TrainArgs) -> str | None:
@@ -31,36 +34,57 @@ def _head_kind(args: TrainArgs) -> str | None:
     return None if head is None else head.kind
 
 
-# Fields of one method or objective: a value that is not the default is a mistake, also in a config file.
+# Fields of one method or objective: a value that is not the default is a mistake, also in a config
+# file.
 OF_A_METHOD = (
-    Effect(("tune.lora",), lambda args: args.tune is None or args.tune.method == "lora", "tune.method = lora"),
+    Effect(
+        ("tune.lora",),
+        lambda args: args.tune is None or args.tune.method == "lora",
+        "tune.method = lora",
+    ),
     Effect(("tune.desirable_weight", "tune.undesirable_weight"), *_objective("kto")),
     Effect(("tune.alpha", "tune.reverse"), *_objective("distill")),
     Effect(("tune.temperature",), *_objective("distill", "grpo")),
-    Effect(("tune.reward", "tune.group", "tune.answer_tokens", "tune.scale_rewards"), *_objective("grpo")),
+    Effect(
+        ("tune.reward", "tune.group", "tune.answer_tokens", "tune.scale_rewards"),
+        *_objective("grpo"),
+    ),
     Effect(("tune.train_on",), *_objective("sft", "distill")),
     Effect(("tune.truncate",), *_objective("sft", "distill", *PREFERENCES)),
 )
-# Fields that a switch turns off: a config file may keep their values, but the command line must not give them.
+# Fields that a switch turns off: a config file may keep their values, but the command line must not
+# give them.
 # `TuneArgs` itself checks `beta`, `label_smoothing`, `teacher` and `vocab_multiple`.
 OF_A_SWITCH = (
-    Effect(("steps",), lambda args: args.tune is None or args.tune.epochs is None, "tune.epochs = null"),
+    Effect(
+        ("steps",), lambda args: args.tune is None or args.tune.epochs is None, "tune.epochs = null"
+    ),
     Effect(("tune.scores",), lambda args: args.eval_every == 0, "eval_every = 0"),
     Effect(
         ("tune.packing",),
-        lambda args: args.tune is None or args.tune.objective in PACKABLE or args.tune.packing is False,
+        lambda args: (
+            args.tune is None or args.tune.objective in PACKABLE or args.tune.packing is False
+        ),
         "tune.objective = sft or distill",
     ),
     Effect(("short_rows_split",), lambda args: args.short_rows > 0, "short_rows above 0"),
     Effect(
         ("contrastive_temperature",),
-        lambda args: (args.base is not None and args.tune is None) or _head_kind(args) == "embedding",
+        lambda args: (
+            (args.base is not None and args.tune is None) or _head_kind(args) == "embedding"
+        ),
         "model.head of kind embedding",
     ),
     Effect(("loss_chunk",), lambda args: _head_kind(args) is None, "a model without a head"),
-    Effect(("sample_prompts", "sample_tokens"), lambda args: args.sample_every > 0, "sample_every above 0"),
     Effect(
-        ("eval_tokens",), lambda args: args.tune is None and args.eval_every > 0, "eval_every above 0, without tune"
+        ("sample_prompts", "sample_tokens"),
+        lambda args: args.sample_every > 0,
+        "sample_every above 0",
+    ),
+    Effect(
+        ("eval_tokens",),
+        lambda args: args.tune is None and args.eval_every > 0,
+        "eval_every above 0, without tune",
     ),
     Effect(
         ("eval_every",),
@@ -72,10 +96,14 @@ OF_A_SWITCH = (
         lambda args: args.optimizer.name == "muon",
         "optimizer.name = muon",
     ),
-    Effect(("tokenizer.vocab_size",), lambda args: args.tokenizer.kind == "bpe", "tokenizer.kind = bpe"),
+    Effect(
+        ("tokenizer.vocab_size",), lambda args: args.tokenizer.kind == "bpe", "tokenizer.kind = bpe"
+    ),
     Effect(("schedule.decay",), lambda args: args.schedule.kind == "wsd", "schedule.kind = wsd"),
     Effect(
-        ("schedule.final",), lambda args: args.schedule.kind != "constant", "schedule.kind = wsd, linear or cosine"
+        ("schedule.final",),
+        lambda args: args.schedule.kind != "constant",
+        "schedule.kind = wsd, linear or cosine",
     ),
     Effect(
         ("data.cache_dir",),
@@ -88,9 +116,10 @@ OF_A_SWITCH = (
 def check_effects(args: TrainArgs, words: Collection[str] = (), *, by_value: bool = True) -> None:
     """Refuse settings without an effect.
 
-    A setting is refused where the command line names it with a value other than null: `words` are the fields that
-    it gives, such as `tune.lora.rank`. With `by_value`, a setting of another method or objective is also refused
-    where its value is not the default; the config of a run that goes on may hold defaults of an earlier version.
+    A setting is refused where the command line names it with a value other than null: `words` are
+    the fields that it gives, such as `tune.lora.rank`. With `by_value`, a setting of another method
+    or objective is also refused where its value is not the default; the config of a run that goes
+    on may hold defaults of an earlier version.
     """
     data = write(args)
     for effect in (*OF_A_METHOD, *OF_A_SWITCH):
@@ -104,7 +133,8 @@ def check_effects(args: TrainArgs, words: Collection[str] = (), *, by_value: boo
             if named:
                 value = _value(data, named[0])
                 raise RequestError(
-                    f"{named[0]} = {value!r}: without an effect here; accepted with {effect.accepted}"
+                    f"{named[0]}: got {value!r}; without an effect here; valid only with "
+                    f"{effect.accepted}"
                 )
 
 

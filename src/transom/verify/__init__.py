@@ -1,1 +1,3 @@
-"""Comparisons of every fast path with a slow, obvious twin, on the machine where it will be used."""
+"""Comparisons of every fast path with a slow, obvious twin, on the machine where it will be
+used.
+"""

@@ -1,7 +1,8 @@
-"""Every attention backend on this machine against the float64 reference, for every job that it says it can do.
+"""Every attention backend on this machine against the float64 reference, for every job that it says
+it can do.
 
-What comes out is a support matrix with the largest error of each backend and dtype, a diagnosis of every failure,
-and the list of backends that are refused from then on.
+What comes out is a support matrix with the largest error of each backend and dtype, a diagnosis of
+every failure, and the list of backends that are refused from then on.
 """
 
 from __future__ import annotations
@@ -16,18 +17,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transom.attend.attend import BACKENDS, Backend, machine_key, refused_file
-from transom.attend.reference import reference
-from transom.runtime import dtype_name
+from transom.attention.backends import BACKENDS, Backend, machine_key, refused_file
+from transom.attention.reference import reference
+from transom.base.runtime import dtype_name
 from transom.verify.attention_jobs import Inputs, Job, build, jobs
 from transom.verify.check import Finding, difference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Against float64 on the same rounded inputs, whose values are about 1: a few roundings of the dtype (half the
-# kernels round the attention weights too), for gradients times the keys they sum over.
+# Against float64 on the same rounded inputs, whose values are about 1: a few roundings of the dtype
+# (half the kernels round the attention weights too), for gradients times the keys they sum over.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 GRADIENT_FACTOR = 4.0
-BLOCKS = (128, 64, 32, 16)  # tokens; a kernel that is wrong at other lengths only is told by the largest
+BLOCKS = (
+    128,
+    64,
+    32,
+    16,
+)  # tokens; a kernel that is wrong at other lengths only is told by the largest
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,9 @@ def verify_attention(
 
 
 def many_shapes(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Compiled kernels meet more shapes here than a model has, and would give up at torch's usual limit."""
+    """Compiled kernels meet more shapes here than a model has, and would give up at torch's usual
+    limit.
+    """
     if device.type != "cuda":
         return contextlib.nullcontext()
     import torch._dynamo.config as limits  # slow to import, and of no use elsewhere
@@ -88,7 +96,9 @@ def outcome(
     device: str,
     dtype: torch.dtype,
 ) -> Outcome:
-    """One backend on one job; it is asked directly, so that one that is refused can prove itself again."""
+    """One backend on one job; it is asked directly, so that one that is refused can prove itself
+    again.
+    """
     q, view, spec, score = inputs.tensors[0], inputs.view, inputs.spec, inputs.score
     reason = backend.why_not(q, view, spec, score)
     if reason is not None:
@@ -116,22 +126,33 @@ def results(attend: Callable[..., Tensor], inputs: Inputs, job: Job) -> tuple[Te
     out = attend(inputs.tensors[0], inputs.view, inputs.spec, inputs.score)
     pull = torch.cos(torch.arange(out.numel(), dtype=torch.float64, device=out.device)).view_as(out)
     grads = torch.autograd.grad(out, inputs.tensors, pull.to(out.dtype), allow_unused=True)
-    zeros = (torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs.tensors, grads, strict=True))
+    zeros = (
+        torch.zeros_like(x) if grad is None else grad
+        for x, grad in zip(inputs.tensors, grads, strict=True)
+    )
     return (out.detach(), *zeros)
 
 
-# -- what it means ----------------------------------------------------------------------------------------
+# -- what it means
+# ----------------------------------------------------------------------------------------
 
 
 def failures(outcomes: Iterable[Outcome]) -> dict[str, str]:
-    """{backend: what is wrong with it, in words} of those that did wrong what they say they can do."""
+    """{backend: what is wrong with it, in words} of those that did wrong what they say they can
+    do.
+    """
     every = list(outcomes)
     names = dict.fromkeys(one.backend for one in every if not one.ok)
-    return {name: diagnosis([one for one in every if one.backend == name and not one.why_not]) for name in names}
+    return {
+        name: diagnosis([one for one in every if one.backend == name and not one.why_not])
+        for name in names
+    }
 
 
 def diagnosis(tried: list[Outcome]) -> str:
-    """The most telling thing that all failures of one backend have in common, and the first case."""
+    """The most telling thing that all failures of one backend have in common, and the first
+    case.
+    """
     bad = [one for one in tried if not one.ok]
     first = bad[0]
     where = f"first in {dtype_name(first.dtype)} on {first.device}: {first.job}"
@@ -155,7 +176,9 @@ def diagnosis(tried: list[Outcome]) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One backend and dtype on one device: largest error per group, None where it declines all of it."""
+    """One backend and dtype on one device: largest error per group, None where it declines all of
+    it.
+    """
 
     device: str
     backend: str
@@ -178,12 +201,23 @@ def matrix(outcomes: Iterable[Outcome]) -> list[Row]:
         done = [one for one in every if not one.why_not]
         errors = {
             name: max(
-                (float("inf") if one.raised else one.error for one in done if one.job.group == name), default=None
+                (
+                    float("inf") if one.raised else one.error
+                    for one in done
+                    if one.job.group == name
+                ),
+                default=None,
             )
             for name in columns
         }
-        failed = {name: any(not one.ok for one in done if one.job.group == name) for name in columns}
-        rows.append(Row(device, backend, dtype_name(dtype), errors, failed, "" if done else every[0].why_not))
+        failed = {
+            name: any(not one.ok for one in done if one.job.group == name) for name in columns
+        }
+        rows.append(
+            Row(
+                device, backend, dtype_name(dtype), errors, failed, "" if done else every[0].why_not
+            )
+        )
     return rows
 
 
@@ -203,7 +237,9 @@ def save_matrix(rows: Iterable[Row]) -> Path:
 
 def plain(row: Row) -> dict[str, object]:
     """A row as JSON takes it: an error that is not finite becomes a word."""
-    words = {name: "not finite" if error == float("inf") else error for name, error in row.errors.items()}
+    words = {
+        name: "not finite" if error == float("inf") else error for name, error in row.errors.items()
+    }
     return {**vars(row), "errors": words}
 
 

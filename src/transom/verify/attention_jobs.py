@@ -1,4 +1,6 @@
-"""What attention is asked to do: every rule, cache phase, packing, head count and size, as inputs for a backend."""
+"""What attention is asked to do: every rule, cache phase, packing, head count and size, as inputs
+for a backend.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from transom.args import LayerRule
-from transom.attend.mask import Layout, MaskSpec, positions_from_sizes, segments_from_sizes
-from transom.attend.view import CacheView, Score
+from transom.attention.mask import Layout, MaskSpec, positions_from_sizes, segments_from_sizes
+from transom.attention.view import CacheView, Score
+from transom.config.model_args import LayerRule
 
 Phase = Literal[
-    "prefill", "at a start", "padded", "packed", "behind a cache", "decode", "ring", "scattered", "blind"
+    "prefill",
+    "at a start",
+    "padded",
+    "packed",
+    "behind a cache",
+    "decode",
+    "ring",
+    "scattered",
+    "blind",
 ]
 Scoring = Literal["plain", "scaled", "softcap", "sinks", "softcap and sinks"]
 
@@ -30,8 +40,23 @@ RULES = (
 CACHED: tuple[Phase, ...] = ("behind a cache", "decode", "ring")
 PHASES: tuple[Phase, ...] = ("prefill", "at a start", "padded", "packed", *CACHED, "scattered")
 HEADS = ((4, 4), (4, 2), (4, 1))  # query heads, kv heads
-DIMS = ((8, 8), (64, 64), (80, 80), (128, 128), (48, 32), (32, 48))  # features of queries and keys, of values
-LENGTHS = (1, 2, 127, 128, 129, 300, 513)  # tokens, around the blocks of all kernels and no multiple of any
+DIMS = (
+    (8, 8),
+    (64, 64),
+    (80, 80),
+    (128, 128),
+    (48, 32),
+    (32, 48),
+)  # features of queries and keys, of values
+LENGTHS = (
+    1,
+    2,
+    127,
+    128,
+    129,
+    300,
+    513,
+)  # tokens, around the blocks of all kernels and no multiple of any
 LONG_PHASES: tuple[Phase, ...] = ("packed", "behind a cache", "scattered")
 BOTH: tuple[Phase, ...] = ("prefill", "decode")
 SCORED: tuple[Phase, ...] = ("prefill", "packed", "behind a cache", "decode")
@@ -73,7 +98,9 @@ def jobs() -> Iterator[Job]:
         yield Job("head dims", phase=phase, dims=dims)
     scorings: tuple[Scoring, ...] = ("scaled", "softcap", "sinks", "softcap and sinks")
     for scoring, phase in product(scorings, SCORED):
-        group = "softcap" if "softcap" in scoring else "sinks" if "sinks" in scoring else "head dims"
+        group = (
+            "softcap" if "softcap" in scoring else "sinks" if "sinks" in scoring else "head dims"
+        )
         yield Job(group, LayerRule("window", 30), phase, scoring=scoring)
     for rule in (LayerRule(), LayerRule("window", 7), LayerRule("chunk", 16)):
         yield Job("masked rows", rule, "blind", length=5, gradients=True)
@@ -85,7 +112,9 @@ def jobs() -> Iterator[Job]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """A job as tensors: q [B, T, N, H], k, v [B, S, K, H], sinks [N] or none, and what describes them."""
+    """A job as tensors: q [B, T, N, H], k, v [B, S, K, H], sinks [N] or none, and what describes
+    them.
+    """
 
     tensors: tuple[Tensor, ...]
     view: CacheView
@@ -96,7 +125,9 @@ class Inputs:
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same numbers in another dtype, as leaves of a new graph."""
         tensors = tuple(x.detach().to(dtype).requires_grad_() for x in self.tensors)
-        view = CacheView(tensors[1:3], self.view.positions_BS, self.view.segments_BS, self.view.new_at)
+        view = CacheView(
+            tensors[1:3], self.view.positions_BS, self.view.segments_BS, self.view.new_at
+        )
         return Inputs(tensors, view, self.spec, self.scale, self.softcap)
 
     @property
@@ -118,7 +149,8 @@ def build(job: Job, device: torch.device) -> Inputs:
     if "sinks" in job.scoring:
         shapes.append((job.heads[0],))
     tensors = tuple(
-        torch.randn(shape, generator=generator, dtype=torch.float64).to(device).requires_grad_() for shape in shapes
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(device).requires_grad_()
+        for shape in shapes
     )
     q_positions, k_positions = q_positions.to(device), k_positions.to(device)
     segments = None if segments is None else segments.to(device)
@@ -131,8 +163,12 @@ def build(job: Job, device: torch.device) -> Inputs:
     )
 
 
-def place(job: Job, generator: torch.Generator) -> tuple[Tensor, Tensor | None, Layout | None, Tensor, int | None]:
-    """Positions of the queries [B, T], segments, layout, positions of the slots [B, S], and `new_at`."""
+def place(
+    job: Job, generator: torch.Generator
+) -> tuple[Tensor, Tensor | None, Layout | None, Tensor, int | None]:
+    """Positions of the queries [B, T], segments, layout, positions of the slots [B, S], and
+    `new_at`.
+    """
     length = job.length
     row = torch.arange(length)
     if job.phase == "prefill":
@@ -145,15 +181,27 @@ def place(job: Job, generator: torch.Generator) -> tuple[Tensor, Tensor | None, 
         positions = torch.where(row < lengths, row, -1)
         return positions, None, Layout((length,) * 3, padded=True), positions, 0
     if job.phase == "packed":
-        cuts = [[length // 2, length - length // 2 - 1, 1], [length]] if length > 3 else [[length], [length]]
+        cuts = (
+            [[length // 2, length - length // 2 - 1, 1], [length]]
+            if length > 3
+            else [[length], [length]]
+        )
         positions = torch.stack([positions_from_sizes(sizes) for sizes in cuts])
         segments = torch.stack([segments_from_sizes(sizes) for sizes in cuts])
-        return positions, segments, Layout(tuple(size for sizes in cuts for size in sizes)), positions, 0
+        return (
+            positions,
+            segments,
+            Layout(tuple(size for sizes in cuts for size in sizes)),
+            positions,
+            0,
+        )
     if job.phase == "behind a cache":
         return behind_a_cache(job, generator)
     if job.phase in ("decode", "ring"):
         return decoding(job, generator)
-    if job.phase == "blind":  # no query sees a key: padding, empty slots, and keys that are out of reach
+    if (
+        job.phase == "blind"
+    ):  # no query sees a key: padding, empty slots, and keys that are out of reach
         queries, slots = torch.tensor([[90, -1, 40, -1, 5]]), torch.tensor([[-1, 96, 97, -1]])
         return queries, None, None, slots, None
     positions = torch.randint(-1, max(1, length // 2), (2, length), generator=generator)
@@ -161,7 +209,9 @@ def place(job: Job, generator: torch.Generator) -> tuple[Tensor, Tensor | None, 
 
 
 def behind_a_cache(job: Job, generator: torch.Generator) -> tuple[Tensor, None, None, Tensor, int]:
-    """New tokens in order behind the slots of a store in any order, where two rows have seen unequally many."""
+    """New tokens in order behind the slots of a store in any order, where two rows have seen
+    unequally many.
+    """
     seen = torch.tensor([[SEEN], [SEEN // 2]])
     queries = seen + torch.arange(job.length)
     capacity = (job.rule.size or SEEN) + 3

@@ -1,4 +1,5 @@
-"""Known silent bugs: nothing crashes, the numbers are just wrong. A later kind of work adds its own rows.
+"""Known silent bugs: nothing crashes, the numbers are just wrong. A later kind of work adds its own
+rows.
 
 The check named with each must turn red; a bug that no check sees is itself a bug.
 """
@@ -14,7 +15,9 @@ from transom.verify import plants, plants_checkpoint, plants_merge, plants_runs,
 
 @dataclass(frozen=True)
 class Bug:
-    """What goes wrong while the context of `plant` lasts, and the name of the check that must notice."""
+    """What goes wrong while the context of `plant` lasts, and the name of the check that must
+    notice.
+    """
 
     name: str
     check: str

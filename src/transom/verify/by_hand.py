@@ -1,7 +1,8 @@
 """What the files of a model folder hold, counted key by key and read a second time.
 
-The second reading finds a tensor's parameter by rules of its own that share nothing with `names.py`: what reading
-and writing would both get wrong shows here, where a round trip sees nothing.
+The second reading finds a tensor's parameter by rules of its own that share nothing with
+`names.py`: what reading and writing would both get wrong shows here, where a round trip sees
+nothing.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transom.args import ModelArgs, RopeLayout
-from transom.checkpoints.folders import CONFIG, Format, folder_format, read_json
+from transom.base.errors import notice
+from transom.checkpoints.files.folders import CONFIG, Format, folder_format, read_json
+from transom.checkpoints.files.lazy_tensors import Source
 from transom.checkpoints.load import open_files, outline, shapes_of
 from transom.checkpoints.mapping import clean
-from transom.checkpoints.stored import Source
-from transom.errors import notice
-from transom.names import moves_to_read
+from transom.config.model_args import ModelArgs, RopeLayout
+from transom.names.tables import moves_to_read
 from transom.verify.check import Finding, difference
 
 
@@ -39,7 +40,9 @@ class Case:
 
 
 def open_case(folder: Path, name: str, args: ModelArgs, *, whole: bool) -> Case:
-    """A folder's weights, still in its files; not `whole`: without what is known and not read, which is said."""
+    """A folder's weights, still in its files; not `whole`: without what is known and not read,
+    which is said.
+    """
     kind = folder_format(folder)
     files = open_files(folder, kind, args)
     if not whole and kind != "native":
@@ -62,7 +65,9 @@ def accounted(case: Case) -> Iterator[Finding]:
         made.update(used)
     else:
         for move in moves_to_read(table(case.folder, case.kind), case.args, parameters):
-            if all(key in case.raw for key in move.foreign) and not any(made[name] for name in move.ours):
+            if all(key in case.raw for key in move.foreign) and not any(
+                made[name] for name in move.ours
+            ):
                 used.update(move.foreign)
                 made.update(move.ours)
     for title, names, counts in (
@@ -71,7 +76,9 @@ def accounted(case: Case) -> Iterator[Finding]:
     ):
         for one in names:
             error = float(abs(counts[one] - 1))
-            yield Finding(title, f"{case.name}, {one}", error, 0.0, f"{counts[one]} times" if error else "")
+            yield Finding(
+                title, f"{case.name}, {one}", error, 0.0, f"{counts[one]} times" if error else ""
+            )
 
 
 def stored_twice(case: Case) -> Iterator[Finding]:
@@ -115,9 +122,11 @@ _OUTSIDE = {
 
 
 def _place(key: str, norms_behind: bool = False) -> tuple[tuple[str, ...], int | None]:
-    """Our parameters that a foreign key holds, one below the other, and the expert; () if not known by hand.
+    """Our parameters that a foreign key holds, one below the other, and the expert; () if not known
+    by hand.
 
-    `norms_behind`: a norm called post_attention_layernorm stands behind attention, not before what follows.
+    `norms_behind`: a norm called post_attention_layernorm stands behind attention, not before what
+    follows.
     """
     outside = re.fullmatch(r"(?:\w+\.)*(\w+)\.weight", key)
     found = re.fullmatch(r"(?:\w+\.)*layers\.(\d+)\.(\w+\.)*?(?:(\d+)\.)?(\w+)\.(weight|bias)", key)
@@ -134,7 +143,9 @@ def _place(key: str, norms_behind: bool = False) -> tuple[tuple[str, ...], int |
         places = ("attention_post_norm" if norms_behind else "ffn_norm",)
     else:
         places = _PLACES.get(leaf, ())
-    return tuple(f"layers.{layer}.{place}.{kind}" for place in places), None if expert is None else int(expert)
+    return tuple(
+        f"layers.{layer}.{place}.{kind}" for place in places
+    ), None if expert is None else int(expert)
 
 
 def by_hand(case: Case, ours: Source) -> Iterator[Finding]:
@@ -154,13 +165,18 @@ def by_hand(case: Case, ours: Source) -> Iterator[Finding]:
         for _, expert, key in group:
             where = f"{case.name}, {key}"
             if mine is None:
-                yield Finding("read = read by hand", where, math.inf, 0.0, f"the model has no {missing[0]}")
+                yield Finding(
+                    "read = read by hand", where, math.inf, 0.0, f"the model has no {missing[0]}"
+                )
                 continue
             same = same_bytes(mine if expert is None else mine[expert], case.raw[key].read())
             detail = "" if same else f"{' and '.join(names)} hold other numbers"
             yield Finding("read = read by hand", where, 0.0 if same else math.inf, 0.0, detail)
     if rest := len(ours.keys() - read):
-        notice(f"{case.name}: {rest} of {len(ours)} parameters stand in tensors that are not read by hand")
+        notice(
+            f"{case.name}: {rest} of {len(ours)} parameters stand in tensors that are not read "
+            f"by hand"
+        )
 
 
 def layout(case: Case) -> Iterator[Finding]:
@@ -171,7 +187,9 @@ def layout(case: Case) -> Iterator[Finding]:
     if case.kind == "hf":
         config = read_json(case.folder / CONFIG)
         family = str(config["model_type"])
-        turned = family.startswith("llama4") or (family == "deepseek_v3" and config.get("rope_interleave", True))
+        turned = family.startswith("llama4") or (
+            family == "deepseek_v3" and config.get("rope_interleave", True)
+        )
         expected = "interleaved" if turned else "halves"
     wrong = case.args.rope_layout != expected
     detail = f"read as {case.args.rope_layout}, files of this kind are {expected}" if wrong else ""

@@ -1,4 +1,6 @@
-"""What a check is, and what it finds: two numbers that should be equal, how far apart they are, and where."""
+"""What a check is, and what it finds: two numbers that should be equal, how far apart they are, and
+where.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 6e-2, to
 
 @dataclass(frozen=True)
 class Finding:
-    """One comparison: `error` is the largest relative difference (inf: NaN or another shape), `where` the case.
+    """One comparison: `error` is the largest relative difference (inf: NaN or another shape),
+    `where` the case.
 
     `detail` says where the difference begins; it is empty while the comparison holds.
     """
@@ -35,7 +38,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """A named set of comparisons; `run` finds lazily, so that a reader may stop at the first that fails."""
+    """A named set of comparisons; `run` finds lazily, so that a reader may stop at the first that
+    fails.
+    """
 
     name: str
     what: str
@@ -44,7 +49,9 @@ class Check:
 
 @dataclass(frozen=True)
 class Line:
-    """All findings of one comparison: how many cases, how many failed, the worst and the first bad one."""
+    """All findings of one comparison: how many cases, how many failed, the worst and the first bad
+    one.
+    """
 
     comparison: str
     cases: int
@@ -54,7 +61,8 @@ class Line:
 
 
 def difference(mine: Tensor, expected: Tensor) -> float:
-    """Largest |mine - expected| over the largest |expected|; inf where one is NaN or the shapes differ.
+    """Largest |mine - expected| over the largest |expected|; inf where one is NaN or the shapes
+    differ.
 
     Where all that is expected is zero, anything else is infinitely wrong.
     """

@@ -1,7 +1,8 @@
-"""A model folder of any format: every key has its place, and every way to read and write it gives the same numbers.
+"""A model folder of any format: every key has its place, and every way to read and write it gives
+the same numbers.
 
-What the files hold is read a second time here, by rules of its own that share nothing with `names.py`; where
-`transformers` is installed, its logits and greedy tokens are compared too.
+What the files hold is read a second time here, by rules of its own that share nothing with
+`names.py`; where `transformers` is installed, its logits and greedy tokens are compared too.
 """
 
 from __future__ import annotations
@@ -19,19 +20,27 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from transom.args import ModelArgs, RopeLayout
+from transom.base.errors import RequestError, notice, require
+from transom.base.runtime import DTYPES
 from transom.chat import built_in
 from transom.chat.files import FILE
 from transom.checkpoints.convert import convert
-from transom.checkpoints.folders import CONFIG, Format, find_model, read_args, read_json
+from transom.checkpoints.files.folders import CONFIG, Format, find_model, read_args, read_json
+from transom.checkpoints.files.lazy_tensors import Source, Stored
 from transom.checkpoints.load import load, open_state, outline, save, shapes_of
-from transom.checkpoints.stored import Source, Stored
-from transom.errors import RequestError, notice, require
-from transom.generation.loop import generate
-from transom.model import LLM, TransformerInput
-from transom.runtime import DTYPES
-from transom.tokenizer import byte_tokenizer
-from transom.verify.by_hand import Case, accounted, by_hand, layout, open_case, same_bytes, stored_twice
+from transom.config.model_args import ModelArgs, RopeLayout
+from transom.inference.loop import generate
+from transom.models.llm import LLM, TransformerInput
+from transom.tokenizers.training import byte_tokenizer
+from transom.verify.by_hand import (
+    Case,
+    accounted,
+    by_hand,
+    layout,
+    open_case,
+    same_bytes,
+    stored_twice,
+)
 from transom.verify.cache import REAL_SLACK, compare_whole
 from transom.verify.cache import run as forward
 from transom.verify.check import TOLERANCES, Finding, difference, in_one_line
@@ -41,9 +50,15 @@ from transom.verify.texts import compare_texts
 
 LENGTH, PROMPT, GREEDY = 40, 5, 16  # tokens: compared at least, continued, and how far
 LONGEST = 512  # tokens; spans beyond half of this are crossed where --length asks for it
-SPECIAL = (*("<|begin_of_text|>", "<|end_of_text|>"), "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+SPECIAL = (
+    *("<|begin_of_text|>", "<|end_of_text|>"),
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+)
 _BYTES = {**BASE, "vocab_size": 256 + len(SPECIAL), "head_dim": 6, "max_seq_len": 96}
-# Written on the spot, as (format, fields): rotary layouts, biases, tying, windows, chunks, two kinds of experts.
+# Written on the spot, as (format, fields): rotary layouts, biases, tying, windows, chunks, two
+# kinds of experts.
 FOLDERS: dict[str, tuple[Format, dict[str, Any]]] = {
     "qwen2": ("hf", {**_BYTES, "rope_layout": "halves", "qkv_bias": True, "tie_embeddings": True}),
     "llama": ("meta", {**_BYTES, "use_scaled_rope": True}),
@@ -55,7 +70,9 @@ FOLDERS: dict[str, tuple[Format, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a model makes of random tokens [1, T]: logits, a greedy continuation, and its two best logits' gaps."""
+    """What a model makes of random tokens [1, T]: logits, a greedy continuation, and its two best
+    logits' gaps.
+    """
 
     tokens: Tensor
     logits: Tensor
@@ -86,9 +103,14 @@ def _quietly(findings: Iterator[Finding]) -> Iterator[Finding]:
         yield found
 
 
-def _compare_merged(folder: str | Path, length: int | None, dtype: str, called: str) -> Iterator[Finding]:
+def _compare_merged(
+    folder: str | Path, length: int | None, dtype: str, called: str
+) -> Iterator[Finding]:
     """An adapter folder or a run of adapters, as the model that it and its base are together."""
-    notice(f"{called}: an adapter; what is compared is the model that it and its base are together, merged")
+    notice(
+        f"{called}: an adapter; what is compared is the model that it and its base are together, "
+        f"merged"
+    )
     with tempfile.TemporaryDirectory(prefix="transom-verify-") as scratch:
         with muted():
             convert(folder, Path(scratch) / "merged", "native")
@@ -98,8 +120,10 @@ def _compare_merged(folder: str | Path, length: int | None, dtype: str, called: 
 def compare_folder(
     folder: str | Path, length: int | None = None, dtype: str = "float32", name: str | None = None
 ) -> Iterator[Finding]:
-    """All comparisons for a model folder or hub id; weights in `dtype`, except where bytes are compared."""
-    require(dtype in DTYPES, "--dtype", dtype, f"accepted is {', '.join(DTYPES)}")
+    """All comparisons for a model folder or hub id; weights in `dtype`, except where bytes are
+    compared.
+    """
+    require(dtype in DTYPES, "--dtype", dtype, f"expected {', '.join(DTYPES)}")
     found = find_model(folder)
     called = str(folder) if name is None else name
     if found.adapter is not None:
@@ -109,7 +133,10 @@ def compare_folder(
     args = read_args(where)
     longest = args.max_seq_len
     require(
-        length is None or 2 <= length <= longest, "--length", length, f"accepted is 2 to max_seq_len = {longest}"
+        length is None or 2 <= length <= longest,
+        "--length",
+        length,
+        f"expected 2 to max_seq_len = {longest}",
     )
     for find in (
         stored_twice,
@@ -130,14 +157,21 @@ def compare_folder(
 def _numbers(case: Case, ours: Source, dtype: str, length: int | None) -> Iterator[Finding]:
     """What takes a model: one at a time is in memory."""
     if case.args.head is not None:
-        notice(f"{case.name}: has a head instead of next-token logits; keys and bytes are compared, no logits")
+        notice(
+            f"{case.name}: has a head instead of next-token logits; keys and bytes are compared, "
+            f"no logits"
+        )
         yield from _round_trips(case, ours, None, dtype)
         return
     with muted():
         model = load(case.folder, dtype=dtype)
     numbers = _numbers_of(model, length)
     bad = int((~numbers.logits.isfinite()).sum())
-    detail = f"{bad} of {numbers.logits.numel()} are NaN or infinite, and equal to nothing" if bad else ""
+    detail = (
+        f"{bad} of {numbers.logits.numel()} are NaN or infinite, and equal to nothing"
+        if bad
+        else ""
+    )
     yield Finding("logits are finite", case.name, float(bad), 0.0, detail)
     if bad:
         yield from _round_trips(case, ours, None, dtype)
@@ -157,7 +191,8 @@ def _length(args: ModelArgs) -> int:
     return min(args.max_seq_len, max(LENGTH, 2 * (max(spans, default=0) + REAL_SLACK) + 3))
 
 
-# -- numbers ----------------------------------------------------------------------------------------------
+# -- numbers
+# ----------------------------------------------------------------------------------------------
 
 
 def _numbers_of(model: LLM, length: int | None) -> Numbers:
@@ -166,7 +201,9 @@ def _numbers_of(model: LLM, length: int | None) -> Numbers:
     tokens = tokens_for(args, 1, min(count, args.max_seq_len))
     logits = _logits(model, tokens)
     room = args.max_seq_len
-    if scaling is not None and scaling.by_length:  # others choose frequencies anew for every token behind this
+    if (
+        scaling is not None and scaling.by_length
+    ):  # others choose frequencies anew for every token behind this
         room = min(room, scaling.original_max_seq_len)
     steps = max(0, min(GREEDY, room - PROMPT))
     causal = args.context_dim is None and all(layer.rule.kind != "full" for layer in args.layers)
@@ -184,7 +221,9 @@ def _logits(model: LLM, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _tying(case: Case, model: LLM, numbers: Numbers) -> Iterator[Finding]:
-    """A changed embedding changes the logit of its token where the output is tied, and only there."""
+    """A changed embedding changes the logit of its token where the output is tied, and only
+    there.
+    """
     prompt = numbers.tokens[:, :PROMPT]
     token = next(id for id in range(case.args.vocab_size) if id not in prompt)
     before, row = _logits(model, prompt), model.tok_embeddings.weight[token]
@@ -197,8 +236,12 @@ def _tying(case: Case, model: LLM, numbers: Numbers) -> Iterator[Finding]:
     yield Finding("output tied as the config says", case.name, float(tied != said), 0.0, detail)
 
 
-def _round_trips(case: Case, ours: Source, numbers: Numbers | None, dtype: str) -> Iterator[Finding]:
-    """Written in every format that holds the model and read back: the same bits, and the same logits."""
+def _round_trips(
+    case: Case, ours: Source, numbers: Numbers | None, dtype: str
+) -> Iterator[Finding]:
+    """Written in every format that holds the model and read back: the same bits, and the same
+    logits.
+    """
     for format in get_args(Format):
         with tempfile.TemporaryDirectory(prefix="transom-verify-") as scratch:
             out = Path(scratch) / format
@@ -221,11 +264,17 @@ def _round_trips(case: Case, ours: Source, numbers: Numbers | None, dtype: str) 
                 with muted():
                     logits = _logits(load(out, dtype=dtype), numbers.tokens)
                 error_of = difference(logits, numbers.logits)
-                detail = "" if error_of <= numbers.tolerance else "the bits agree, the config does not"
-                yield Finding("logits of what was written", where, error_of, numbers.tolerance, detail)
+                detail = (
+                    "" if error_of <= numbers.tolerance else "the bits agree, the config does not"
+                )
+                yield Finding(
+                    "logits of what was written", where, error_of, numbers.tolerance, detail
+                )
 
 
-def _bits(case: Case, ours: Source, args: ModelArgs, again: Source, where: str) -> Iterator[Finding]:
+def _bits(
+    case: Case, ours: Source, args: ModelArgs, again: Source, where: str
+) -> Iterator[Finding]:
     """Every tensor, in its new order where the other layout orders rows otherwise."""
     expected: dict[str, Stored] = dict(ours)
     if case.args.tie_embeddings and not args.tie_embeddings:
@@ -239,11 +288,15 @@ def _bits(case: Case, ours: Source, args: ModelArgs, again: Source, where: str) 
         rows = _order(name, old, case.args, args.rope_layout)
         same = same_bytes(new, old if rows is None else old[rows])
         detail = "" if same else "other bits"
-        yield Finding("written and read back", f"{where}, {name}", 0.0 if same else math.inf, 0.0, detail)
+        yield Finding(
+            "written and read back", f"{where}, {name}", 0.0 if same else math.inf, 0.0, detail
+        )
 
 
 def _order(name: str, tensor: Tensor, args: ModelArgs, to: RopeLayout) -> list[int] | None:
-    """Where each row of a query or key projection comes from when pairs (0, 1), (2, 3) become (0, d/2), ..."""
+    """Where each row of a query or key projection comes from when pairs (0, 1), (2, 3) become (0,
+    d/2), ...
+    """
     turns = re.fullmatch(r"layers\.\d+\.attention\.(wq|wk|q_norm|k_norm)\.(weight|bias)", name)
     if to == args.rope_layout or turns is None:
         return None
@@ -256,11 +309,14 @@ def _order(name: str, tensor: Tensor, args: ModelArgs, to: RopeLayout) -> list[i
     return out
 
 
-# -- transformers -----------------------------------------------------------------------------------------
+# -- transformers
+# -----------------------------------------------------------------------------------------
 
 
 def _transformers(case: Case, numbers: Numbers, dtype: str) -> Iterator[Finding]:
-    """Their logits and greedy tokens, for a folder that they read or that can be written so that they do."""
+    """Their logits and greedy tokens, for a folder that they read or that can be written so that
+    they do.
+    """
     if find_spec("transformers") is None:
         notice("transformers is not installed: nothing is compared with it")
         return
@@ -289,14 +345,21 @@ def _transformers(case: Case, numbers: Numbers, dtype: str) -> Iterator[Finding]
         try:
             with muted():
                 expected = _their_logits(theirs, numbers.tokens)
-        except Exception as error:  # a release may fail in its own forward, as 5.24.0 does on Llama 4 with images
-            notice(f"{case.name}: no logits are compared: transformers cannot run the model ({in_one_line(error)})")
+        except (
+            Exception
+        ) as error:  # a release may fail in its own forward, as 5.24.0 does on Llama 4 with images
+            notice(
+                f"{case.name}: no logits are compared: transformers cannot run the model "
+                f"({in_one_line(error)})"
+            )
             return
         yield from _their_numbers(case, theirs, numbers, expected)
 
 
 def _their_model(folder: Path, dtype: str) -> tuple[Any, list[str]]:
-    """The model as transformers builds it, without code from the folder, and the weights that it did not find."""
+    """The model as transformers builds it, without code from the folder, and the weights that it
+    did not find.
+    """
     transformers: Any = importlib.import_module("transformers")
     named = str((read_json(folder / CONFIG).get("architectures") or ["AutoModelForCausalLM"])[0])
     known = re.fullmatch(r"\w+For(CausalLM|ConditionalGeneration)", named)
@@ -310,7 +373,9 @@ def _their_model(folder: Path, dtype: str) -> tuple[Any, list[str]]:
         use_safetensors=True,
         output_loading_info=True,
     )
-    return theirs.eval(), sorted(str(one) for key in ("missing_keys", "mismatched_keys") for one in info[key])
+    return theirs.eval(), sorted(
+        str(one) for key in ("missing_keys", "mismatched_keys") for one in info[key]
+    )
 
 
 @torch.no_grad()
@@ -320,10 +385,16 @@ def _their_logits(theirs: Any, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _their_numbers(case: Case, theirs: Any, numbers: Numbers, expected: Tensor) -> Iterator[Finding]:
+def _their_numbers(
+    case: Case, theirs: Any, numbers: Numbers, expected: Tensor
+) -> Iterator[Finding]:
     """Compare logits and greedy tokens with theirs."""
     error = difference(numbers.logits, expected)
-    off = [t for t in range(expected.size(1)) if not difference(numbers.logits[:, t], expected[:, t]) <= error / 2]
+    off = [
+        t
+        for t in range(expected.size(1))
+        if not difference(numbers.logits[:, t], expected[:, t]) <= error / 2
+    ]
     detail = f"first at position {off[0]}" if off and not error <= numbers.tolerance else ""
     where = f"{case.name}, {expected.size(1)} tokens"
     yield Finding("logits = transformers", where, error, numbers.tolerance, detail)
@@ -331,12 +402,17 @@ def _their_numbers(case: Case, theirs: Any, numbers: Numbers, expected: Tensor) 
     if count <= 0:
         return
     given = numbers.tokens[:, :PROMPT]
-    for _ in range(count):  # by hand: `generate` would take stop tokens, penalties and padding from configs
+    for _ in range(
+        count
+    ):  # by hand: `generate` would take stop tokens, penalties and padding from configs
         with muted():
             given = torch.cat([given, _their_logits(theirs, given)[:, -1:].argmax(-1)], 1)
     at = next((i for i in range(count) if numbers.greedy[PROMPT + i] != given[0, PROMPT + i]), None)
     if at is not None and numbers.gaps[at] <= numbers.tolerance:
-        notice(f"{case.name}: the two best logits of greedy token {at} are nearly equal; compared up to there")
+        notice(
+            f"{case.name}: the two best logits of greedy token {at} are nearly equal; compared "
+            f"up to there"
+        )
         at = None
     detail = "" if at is None else f"first at token {at}"
     yield Finding("greedy tokens = transformers", case.name, float(at is not None), 0.0, detail)

@@ -1,4 +1,6 @@
-"""The checks by name; a later kind of comparison is one more entry here, its bugs are rows in `bugs.py`."""
+"""The checks by name; a later kind of comparison is one more entry here, its bugs are rows in
+`bugs.py`.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,17 @@ from transom.verify.tuning import check_tuning
 CHECKS: dict[str, Check] = {
     one.name: one
     for one in (
-        Check("model", "logits and gradients against an oracle written from the formulas", check_model),
-        Check("cache", "cached, chunked, rotating, padded and packed calls against one whole forward", check_cache),
-        Check("attention", "every backend against the float64 reference, on the CPU", check_attention),
+        Check(
+            "model", "logits and gradients against an oracle written from the formulas", check_model
+        ),
+        Check(
+            "cache",
+            "cached, chunked, rotating, padded and packed calls against one whole forward",
+            check_cache,
+        ),
+        Check(
+            "attention", "every backend against the float64 reference, on the CPU", check_attention
+        ),
         Check("data", "packed rows and targets against the documents they came from", check_data),
         Check("step", "a step in micro-batches against the same step in one piece", check_step),
         Check(
@@ -26,13 +36,20 @@ CHECKS: dict[str, Check] = {
             "folders of every format against their own files, rewritten ones and transformers",
             check_checkpoint,
         ),
-        Check("merge", "adapters in the weights against adapters beside them, in memory and folders", check_merge),
         Check(
-            "policy", "probabilities that answers are drawn with against those they are learnt from", check_policy
+            "merge",
+            "adapters in the weights against adapters beside them, in memory and folders",
+            check_merge,
+        ),
+        Check(
+            "policy",
+            "probabilities that answers are drawn with against those they are learnt from",
+            check_policy,
         ),
         Check(
             "tuning",
-            "what carries loss, what trains and with which gradient, stopped runs, the model without its adapter",
+            "what carries loss, what trains and with which gradient, stopped runs, the model "
+            "without its adapter",
             check_tuning,
         ),
         Check("resume", "an interrupted run against a straight one, bit for bit", check_resume),

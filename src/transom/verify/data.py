@@ -1,4 +1,6 @@
-"""What a model is trained on is what the files say: every document framed once, every next token a target."""
+"""What a model is trained on is what the files say: every document framed once, every next token a
+target.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,10 @@ from pathlib import Path
 import torch
 
 from transom.data.batches import NO_TARGET, Batch, Batches
-from transom.data.shards import TokenFile, prepare
-from transom.data.sources import SourceArgs
-from transom.tokenizer import Tokenizer, byte_tokenizer
+from transom.data.text.shards import TokenFile, prepare
+from transom.data.text.sources import SourceArgs
+from transom.tokenizers.tokenizer import Tokenizer
+from transom.tokenizers.training import byte_tokenizer
 from transom.verify.check import Finding
 from transom.verify.runs import texts, workshop
 
@@ -42,7 +45,9 @@ def bytes_framed(text: str, begin: int, end: int) -> list[int]:
     return [begin, *text.encode(), end]
 
 
-def make_batches(file: TokenFile, begin: int, end: int, rank: int = 0, world_size: int = 1) -> Batches:
+def make_batches(
+    file: TokenFile, begin: int, end: int, rank: int = 0, world_size: int = 1
+) -> Batches:
     """Batches over one token file."""
     return Batches(
         [file], [1.0], bos_id=begin, eos_id=end, vocab_size=max(begin, end) + 1, seq_len=SEQ_LEN,
@@ -64,20 +69,34 @@ def judge_rows(
     pieces = [(row, at, *piece) for row, parts in enumerate(rows) for at, piece in enumerate(parts)]
     inner = [(row, tokens) for row, _, tokens, _ in pieces if begin in tokens[1:]]
     yield counted("one BOS per document", "BOS behind another token", [row for row, _ in inner])
-    whole = ["".join(map(chr, document)) for document in documents]  # a character per id: `in` finds runs of them
-    foreign = [row for row, _, tokens, _ in pieces if not any("".join(map(chr, tokens)) in one for one in whole)]
-    yield counted("rows are runs of documents", "tokens that no document holds in this order", foreign)
+    whole = [
+        "".join(map(chr, document)) for document in documents
+    ]  # a character per id: `in` finds runs of them
+    foreign = [
+        row
+        for row, _, tokens, _ in pieces
+        if not any("".join(map(chr, tokens)) in one for one in whole)
+    ]
+    yield counted(
+        "rows are runs of documents", "tokens that no document holds in this order", foreign
+    )
     ends: list[tuple[int, int]] = []
     others: list[tuple[int, int]] = []
     for row, at, tokens, targets in pieces:
         for place, (target, following) in enumerate(zip(targets, [*tokens[1:], None], strict=True)):
             last = at == len(rows[row]) - 1
             # Nothing is predicted across documents; the last target of a row stands behind it.
-            fits = target == (NO_TARGET if following is None else following) or (following is None and last)
+            fits = target == (NO_TARGET if following is None else following) or (
+                following is None and last
+            )
             if not fits:
                 (ends if following == end else others).append((row, place))
-    yield counted("EOS is a target", "ends of documents that are not predicted", [row for row, _ in ends])
-    yield counted("targets are next tokens", "targets that are not the next token", [row for row, _ in others])
+    yield counted(
+        "EOS is a target", "ends of documents that are not predicted", [row for row, _ in ends]
+    )
+    yield counted(
+        "targets are next tokens", "targets that are not the next token", [row for row, _ in others]
+    )
 
 
 def judge_order(file: TokenFile, begin: int, end: int) -> Iterator[Finding]:
@@ -95,4 +114,6 @@ def judge_order(file: TokenFile, begin: int, end: int) -> Iterator[Finding]:
 
 def counted(comparison: str, what: str, rows: list[int]) -> Finding:
     """A finding whose error is a count, with the first row it was seen in."""
-    return Finding(comparison, what, float(len(rows)), 0.0, f"first in row {rows[0]}" if rows else "")
+    return Finding(
+        comparison, what, float(len(rows)), 0.0, f"first in row {rows[0]}" if rows else ""
+    )

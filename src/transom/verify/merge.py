@@ -1,6 +1,8 @@
-"""Merging: what is in the weights says what the adapter beside them said, and comes out again without a trace.
+"""Merging: what is in the weights says what the adapter beside them said, and comes out again
+without a trace.
 
-Merged weights are made a second time here, from the formula in float64, and share no code with `adapt/merge.py`.
+Merged weights are made a second time here, from the formula in float64, and share no code with
+`lora/merge.py`.
 """
 
 from __future__ import annotations
@@ -15,27 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transom.adapt.combine_args import CombineArgs
-from transom.adapt.lora import LEAVES, Adapters, Embedding, Leaf, LoraWeights, carriers
-from transom.adapt.lora_args import LoraArgs
-from transom.adapt.merge import merge_adapter, unmerge_adapter
-from transom.adapt.new import apply_lora
-from transom.adapt.read import load_adapter
-from transom.adapt.write import save_adapter
-from transom.args import ModelArgs
+from transom.base.errors import RequestError, notice
+from transom.base.fields import write
+from transom.base.files import read_json
+from transom.checkpoints.adapters.read import load_adapter
+from transom.checkpoints.adapters.write import save_adapter
+from transom.checkpoints.files.folders import Found, find_model, read_args
 from transom.checkpoints.fingerprint import fingerprint, read_facts, write_facts
-from transom.checkpoints.folders import Found, find_model, read_args
 from transom.checkpoints.load import load, open_state, outline, save, shapes_of
 from transom.checkpoints.merge import Form, Merge, named_folders
-from transom.errors import RequestError, notice
+from transom.config.model_args import ModelArgs
 from transom.evaluation.agreement import Agreement, agreement, logits_of
 from transom.evaluation.merging import BASE_ALONE, REPORT, adapter_hashes, merge_folders
 from transom.evaluation.token_rows import BUILT_IN, HELD_OUT, RANDOM, STDLIB, TokenRows, token_rows
-from transom.fields import write
-from transom.model import LLM, TransformerInput
-from transom.paths import read_json
+from transom.lora.adapters import LEAVES, Adapters, Embedding, Leaf, LoraWeights, carriers
+from transom.lora.apply import apply_lora
+from transom.lora.args import LoraArgs
+from transom.lora.combine_args import CombineArgs
+from transom.lora.merge import merge_adapter, unmerge_adapter
+from transom.models.llm import LLM, TransformerInput
+from transom.names.transforms import turn_rotary
 from transom.quantize.args import QuantizeArgs
-from transom.transforms import turn_rotary
 from transom.verify.by_hand import same_bytes
 from transom.verify.check import TOLERANCES, Finding, difference
 from transom.verify.runs import muted
@@ -44,8 +46,10 @@ from transom.verify.subjects import BUILT_IN as FAMILIES
 
 TOKENS = 512  # that built-in cases are measured on
 LENGTH = 64  # random tokens that merged and unmerged logits are compared on
-SLACK = 4e-6  # of a tensor's largest weight: what the order of a float32 sum may change before it is rounded
-SAME = 0.02  # how far a divergence measured again may be from the reported one, relative; another order of sums
+# of a tensor's largest weight: what the order of a float32 sum may change before it is rounded
+SLACK = 4e-6
+# how far a divergence measured again may be from the reported one, relative; another order of sums
+SAME = 0.02
 LEAST = 1e-6  # nats per token: below, divergences are rounding
 
 
@@ -59,18 +63,29 @@ class Example:
     quantize: QuantizeArgs | None = None
 
 
-_SMALL = {**BASE, "dim": 32, "hidden_dim": 32, "max_seq_len": 128}  # square where a transpose would fit
+_SMALL = {
+    **BASE,
+    "dim": 32,
+    "hidden_dim": 32,
+    "max_seq_len": 128,
+}  # square where a transpose would fit
 EXAMPLES: dict[str, Example] = {
     "llama": Example({**_SMALL, "rope_layout": "halves"}, ({"targets": ("all-linear", "output")},)),
-    "tied with biases, DoRA": Example({**FAMILIES["qwen3"], **_SMALL, "moe_args": None}, ({"dora": True},)),
-    "experts": Example({**FAMILIES["mixtral"], **_SMALL, "rope_layout": "halves"}, ({"scaling": "rslora"},)),
+    "tied with biases, DoRA": Example(
+        {**FAMILIES["qwen3"], **_SMALL, "moe_args": None}, ({"dora": True},)
+    ),
+    "experts": Example(
+        {**FAMILIES["mixtral"], **_SMALL, "rope_layout": "halves"}, ({"scaling": "rslora"},)
+    ),
     "two adapters": Example(_SMALL, ({}, {"targets": ("ffn",)}), CombineArgs(weights=(0.7, -0.4))),
     "four bits": Example(_SMALL, quantize=QuantizeArgs(group=32)),
 }
 
 
 def check_merge() -> Iterator[Finding]:
-    """Tiny models with drawn adapters: merged in memory, merged into a folder, in float32 and half precision."""
+    """Tiny models with drawn adapters: merged in memory, merged into a folder, in float32 and half
+    precision.
+    """
     for name, example in EXAMPLES.items():
         with tempfile.TemporaryDirectory(prefix="transom-verify-") as scratch, muted():
             found = [*_compare_example(name, example, Path(scratch))]
@@ -91,17 +106,26 @@ def _compare_example(name: str, example: Example, scratch: Path) -> Iterator[Fin
                     weight.add_(0.1 * torch.randn(weight.shape, generator=draws))
         adapters.append(scratch / f"adapter{index}")
         save_adapter(model, adapters[-1], base=str(base))
-        write_facts(adapters[-1], base, mark, write(example.quantize) if example.quantize is not None else None)
+        write_facts(
+            adapters[-1],
+            base,
+            mark,
+            write(example.quantize) if example.quantize is not None else None,
+        )
     yield from compare_adapter(Found(base, adapters[0]), name)
     save(
-        drawn(ModelArgs.from_dict(dict(example.fields)), seed=1, dtype=torch.bfloat16), scratch / "other", "native"
+        drawn(ModelArgs.from_dict(dict(example.fields)), seed=1, dtype=torch.bfloat16),
+        scratch / "other",
+        "native",
     )
     try:
         Merge.plan(scratch / "other", adapters, example.args)
         accepted = True
     except RequestError:
         accepted = False
-    yield Finding("another base is refused", name, float(accepted), 0.0, "it was accepted" if accepted else "")
+    yield Finding(
+        "another base is refused", name, float(accepted), 0.0, "it was accepted" if accepted else ""
+    )
     for dtype in ("float32", "bfloat16"):
         out = scratch / dtype
         merge_folders(base, adapters, out, args=example.args, dtype=dtype, tokens=TOKENS)
@@ -109,7 +133,9 @@ def _compare_example(name: str, example: Example, scratch: Path) -> Iterator[Fin
 
 
 def compare_folders(names: Sequence[str]) -> Iterator[Finding]:
-    """BASE ADAPTER, an adapter or a run of one on the base it names, or a merged folder with its report."""
+    """BASE ADAPTER, an adapter or a run of one on the base it names, or a merged folder with its
+    report.
+    """
     if len(names) == 1 and (Path(names[0]) / REPORT).exists():
         return compare_merged(Path(names[0]), names[0])
     if len(names) == 1:
@@ -118,11 +144,14 @@ def compare_folders(names: Sequence[str]) -> Iterator[Finding]:
         base, (adapter,) = named_folders(names[0], names[1:])
         found = Found(base, adapter)
     if found.adapter is None:
-        raise RequestError(f"{names[0]}: neither an adapter nor a folder with {REPORT}; accepted is one of these")
+        raise RequestError(
+            f"{names[0]}: neither an adapter nor a folder with {REPORT}; expected one of these"
+        )
     return compare_adapter(found, str(found.adapter))
 
 
-# -- in memory --------------------------------------------------------------------------------------------
+# -- in memory
+# --------------------------------------------------------------------------------------------
 
 
 def compare_adapter(found: Found, name: str) -> Iterator[Finding]:
@@ -152,7 +181,9 @@ def compare_adapter(found: Found, name: str) -> Iterator[Finding]:
     for key, stored in open_state(found.model, args, shapes_of(outline(args))).items():
         same = same_bytes(model.get_parameter(key).detach(), stored.read()) or key in replaced
         detail = "" if same else "other bits than in the base's files"
-        yield Finding("unmerged = base, bit for bit", f"{name}, {key}", 0.0 if same else math.inf, 0.0, detail)
+        yield Finding(
+            "unmerged = base, bit for bit", f"{name}, {key}", 0.0 if same else math.inf, 0.0, detail
+        )
 
 
 def _outputs(model: LLM, tokens: Tensor) -> Tensor:
@@ -165,7 +196,9 @@ def _outputs(model: LLM, tokens: Tensor) -> Tensor:
 
 
 def _outputs_agree(expected: Tensor, said: Tensor, name: str) -> Iterator[Finding]:
-    """Numbers within the rounding of float32, and the same first choice wherever the best two are further apart."""
+    """Numbers within the rounding of float32, and the same first choice wherever the best two are
+    further apart.
+    """
     tolerance = TOLERANCES[torch.float32]
     error = difference(said, expected)
     yield Finding("merged = unmerged, logits", name, error, tolerance)
@@ -174,12 +207,16 @@ def _outputs_agree(expected: Tensor, said: Tensor, name: str) -> Iterator[Findin
     near = int(((first != second) & (gaps <= tolerance)).sum())
     wrong = int(((first != second) & (gaps > tolerance)).sum())
     if near:
-        notice(f"{name}: {near} of {first.numel()} first choices fall otherwise between two that are nearly equal")
+        notice(
+            f"{name}: {near} of {first.numel()} first choices fall otherwise between two that "
+            f"are nearly equal"
+        )
     detail = f"{wrong} of {first.numel()} differ" if wrong else ""
     yield Finding("merged = unmerged, first choices", name, float(wrong), 0.0, detail)
 
 
-# -- by hand ----------------------------------------------------------------------------------------------
+# -- by hand
+# ----------------------------------------------------------------------------------------------
 
 
 def _changed(model: LLM) -> dict[str, tuple[Leaf, Adapters]]:
@@ -193,7 +230,9 @@ def _changed(model: LLM) -> dict[str, tuple[Leaf, Adapters]]:
 
 @torch.no_grad()
 def _by_hand(leaf: Leaf, weight: Tensor, parts: Sequence[LoraWeights]) -> Tensor:
-    """The leaf's `weight` with these adapters in it, in float64: W + scale B A, and DoRA's length (2402.09353)."""
+    """The leaf's `weight` with these adapters in it, in float64: W + scale B A, and DoRA's length
+    (2402.09353).
+    """
     whole = weight.double()
     for lora in parts:
         scale = {"direct": 1.0, "alpha_over_rank": 1 / lora.rank, "rslora": lora.rank**-0.5}[
@@ -210,7 +249,9 @@ def _by_hand(leaf: Leaf, weight: Tensor, parts: Sequence[LoraWeights]) -> Tensor
 
 def _finding(comparison: str, where: str, share: float) -> Finding:
     """Of a weight: `share` of its numbers are not what the sum rounds to."""
-    return Finding(comparison, where, share, 0.0, f"{share:.1%} of its numbers are off" if share else "")
+    return Finding(
+        comparison, where, share, 0.0, f"{share:.1%} of its numbers are off" if share else ""
+    )
 
 
 def _off(exact: Tensor, found: Tensor) -> float:
@@ -223,11 +264,14 @@ def _off(exact: Tensor, found: Tensor) -> float:
     return float((~right).double().mean())
 
 
-# -- folders ----------------------------------------------------------------------------------------------
+# -- folders
+# ----------------------------------------------------------------------------------------------
 
 
 def compare_merged(out: Path, name: str) -> Iterator[Finding]:
-    """A merged folder against its report: base, adapters, every weight, and what it says on the same text."""
+    """A merged folder against its report: base, adapters, every weight, and what it says on the
+    same text.
+    """
     report = read_json(out / REPORT)
     merge = _planned(report, out)
     for what, reported, found in (
@@ -242,7 +286,9 @@ def compare_merged(out: Path, name: str) -> Iterator[Finding]:
         yield Finding(what, name, float(reported != found), 0.0, detail)
     form = next((form for form in merge.forms if merge.name_of(form) == report["kept"]), None)
     if form is None:
-        raise RequestError(f"{out / REPORT}: kept = {report['kept']!r}: accepted is a base that its adapters allow")
+        raise RequestError(
+            f"{out / REPORT}: kept: got {report['kept']!r}; expected a base that its adapters allow"
+        )
     yield from _written(merge, form, out, name)
     kept = next(one for one in report["candidates"] if one["name"] == report["kept"])
     if "kl" in kept:
@@ -250,10 +296,14 @@ def compare_merged(out: Path, name: str) -> Iterator[Finding]:
 
 
 def _planned(report: Mapping[str, Any], out: Path) -> Merge:
-    """The merge that a report tells of; what it lacks, or what is gone since, is a `RequestError`."""
+    """The merge that a report tells of; what it lacks, or what is gone since, is a
+    `RequestError`.
+    """
     try:
         adapters = [one["folder"] for one in report["adapters"]]
-        args = CombineArgs(**report["combine"], weights=tuple(one["weight"] for one in report["adapters"]))
+        args = CombineArgs(
+            **report["combine"], weights=tuple(one["weight"] for one in report["adapters"])
+        )
         return Merge.plan(report["base"]["folder"], adapters, args, report["out"]["dtype"])
     except (KeyError, TypeError) as error:
         raise RequestError(f"{out / REPORT}: not a report of a merge ({error})") from None
@@ -272,7 +322,11 @@ def _written(merge: Merge, form: Form, out: Path, name: str) -> Iterator[Finding
             key = "tok_embeddings.weight"
         own = model.get_parameter(key).detach()
         leaf, held = changed.get(key, (None, None))
-        exact = own.double() if leaf is None or held is None else _by_hand(leaf, own, held.active_lora())
+        exact = (
+            own.double()
+            if leaf is None or held is None
+            else _by_hand(leaf, own, held.active_lora())
+        )
         yield _finding("written weights = by hand", f"{name}, {key}", _off(exact, here))
 
 
@@ -295,7 +349,11 @@ def _said(
     yield Finding("divergence = reported", name, apart, allowed, detail if apart > allowed else "")
     effect = report["controls"][BASE_ALONE]["kl"]
     nearer = found.kl <= effect + LEAST
-    detail = "" if nearer else f"{found.kl:.3g} nats per token from the unmerged model, the base alone {effect:.3g}"
+    detail = (
+        ""
+        if nearer
+        else f"{found.kl:.3g} nats per token from the unmerged model, the base alone {effect:.3g}"
+    )
     yield Finding("nearer than the base alone", name, float(not nearer), 0.0, detail)
 
 
@@ -309,6 +367,9 @@ def _rows(merge: Merge, report: Mapping[str, Any]) -> TokenRows | None:
     given, tokens = source if named else None, report["data"]["tokens"]
     rows = token_rows(merge.found, read_args(merge.base), given, merge.run, tokens)
     if rows.sha256 != expected:
-        notice(f"{source}: not the text that was measured on: what the merged model says is not compared")
+        notice(
+            f"{source}: not the text that was measured on: what the merged model says is not "
+            f"compared"
+        )
         return None
     return rows

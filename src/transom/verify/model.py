@@ -1,4 +1,6 @@
-"""The model against the oracle: logits and every gradient, so that a wrong formula cannot agree with itself."""
+"""The model against the oracle: logits and every gradient, so that a wrong formula cannot agree
+with itself.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,16 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from transom.args import ModelArgs
-from transom.model import TransformerInput
+from transom.config.model_args import ModelArgs
+from transom.models.llm import TransformerInput
 from transom.verify.check import Finding, difference
 from transom.verify.oracle import Oracle, lacks
 from transom.verify.subjects import BUILT_IN, drawn, tokens_for
 
 COUNT = 14  # tokens: two windows, two chunks and three steps of the temperature
-# The oracle's angles are float64 and the model's float32, as the formula asks: 14 positions on they are
-# 1e-6 apart. Measured: at most 3e-7 over all built-in models; the smallest planted bug is far above.
+# The oracle's angles are float64 and the model's float32, as the formula asks: 14 positions on they
+# are 1e-6 apart. Measured: at most 3e-7 over all built-in models; the smallest planted bug is far
+# above.
 TOLERANCE = 1e-5
 
 
@@ -48,12 +51,16 @@ def logits_finding(name: str, mine: Tensor, expected: Tensor) -> Finding:
 
 @functools.cache
 def expectation(args: ModelArgs) -> tuple[Mapping[str, Tensor], Tensor, Mapping[str, Tensor]]:
-    """(weights, logits [T, V], gradients by name) of the oracle; none of it passes through the model's code."""
+    """(weights, logits [T, V], gradients by name) of the oracle; none of it passes through the
+    model's code.
+    """
     state = {name: tensor.clone() for name, tensor in drawn(args).state_dict().items()}
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in state.items()}
     logits = Oracle(args, leaves).logits(tokens_for(args, 1, COUNT)[0].tolist())
     (logits * pull(logits)).sum().backward()
-    gradients = {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in leaves.items()}
+    gradients = {
+        name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in leaves.items()
+    }
     return state, logits.detach(), gradients
 
 
@@ -70,4 +77,6 @@ def check_model() -> Iterator[Finding]:
 
 def unspoken(args: ModelArgs) -> list[str]:
     """One line for every option of a model that this comparison cannot judge."""
-    return [f"{field}: the oracle has no formula for it, nothing was compared" for field in lacks(args)]
+    return [
+        f"{field}: the oracle has no formula for it, nothing was compared" for field in lacks(args)
+    ]

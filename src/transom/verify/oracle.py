@@ -1,8 +1,10 @@
-"""The forward pass once more, written from the formulas: one sequence, token by token, head by head, float64.
+"""The forward pass once more, written from the formulas: one sequence, token by token, head by
+head, float64.
 
-It shares no code with the model but the arguments as a person writes them and the names of the weights, so a
-mistake in one of the two shows as a difference. It is slow, and meant to be read beside the papers: RoPE
-(arXiv 2104.09864), GQA (2305.13245), RMSNorm (1910.07467), SwiGLU (2002.05202), Mixtral (2401.04088).
+It shares no code with the model but the arguments as a person writes them and the names of the
+weights, so a mistake in one of the two shows as a difference. It is slow, and meant to be read
+beside the papers: RoPE (arXiv 2104.09864), GQA (2305.13245), RMSNorm (1910.07467), SwiGLU
+(2002.05202), Mixtral (2401.04088).
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transom.args import ModelArgs, MoeArgs
-from transom.errors import RequestError
+from transom.base.errors import RequestError
+from transom.config.model_args import ModelArgs, MoeArgs
 from transom.verify.oracle_rope import rotated
 
 
@@ -39,13 +41,16 @@ class Oracle:
     def __init__(self, args: ModelArgs, weights: Mapping[str, Tensor]) -> None:
         if missing := lacks(args):
             raise RequestError(
-                f"{', '.join(missing)}: the oracle has no formula for it; compare with another check"
+                f"{', '.join(missing)}: the oracle has no formula for it; compare with another "
+                f"check"
             )
         self.args, self.weights = args, weights
         self.heads, self.kv_heads = args.n_heads, args.n_kv_heads or args.n_heads
         mla = args.mla_args
         self.head_dim = (
-            mla.qk_nope_head_dim + mla.qk_rope_head_dim if mla else args.head_dim or args.dim // args.n_heads
+            mla.qk_nope_head_dim + mla.qk_rope_head_dim
+            if mla
+            else args.head_dim or args.dim // args.n_heads
         )
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
@@ -60,7 +65,9 @@ class Oracle:
         return torch.stack([capped(row, args.logit_softcap) for row in rows])
 
     def block(self, index: int, stream: list[Tensor]) -> list[Tensor]:
-        """x + attention(norm(x)), then x + feed_forward(norm(x)), with norms before, behind or on both sides."""
+        """x + attention(norm(x)), then x + feed_forward(norm(x)), with norms before, behind or on
+        both sides.
+        """
         before, behind = self.args.norm_placement != "post", self.args.norm_placement != "pre"
         at = f"layers.{index}."
         normed = [self.norm(f"{at}attention_norm", x) if before else x for x in stream]
@@ -72,10 +79,13 @@ class Oracle:
         added = [self.norm(f"{at}ffn_post_norm", y) if behind else y for y in added]
         return [x + y for x, y in zip(stream, added, strict=True)]
 
-    # -- norms and linears ----------------------------------------------------------------------------
+    # -- norms and linears
+    # ----------------------------------------------------------------------------
 
     def norm(self, name: str, x: Tensor, eps: float | None = None) -> Tensor:
-        """x / sqrt(mean(x^2) + eps) * w, with 1 + w for Gemma; LayerNorm also takes the mean off, adds a bias."""
+        """x / sqrt(mean(x^2) + eps) * w, with 1 + w for Gemma; LayerNorm also takes the mean off,
+        adds a bias.
+        """
         weight, eps = self.weights[f"{name}.weight"], eps or self.args.norm_eps
         if self.args.norm == "layer":
             return unit(x - x.mean(), eps) * weight + self.weights[f"{name}.bias"]
@@ -86,7 +96,8 @@ class Oracle:
         y = self.weights[f"{name}.weight"] @ x
         return y + self.weights[f"{name}.bias"] if bias else y
 
-    # -- attention ------------------------------------------------------------------------------------
+    # -- attention
+    # ------------------------------------------------------------------------------------
 
     def letter(self, index: int) -> str:
         """What kind of layer this is: F, S, C or B, small when it has no positions."""
@@ -103,14 +114,20 @@ class Oracle:
         if kind == "B":
             return True
         near = query - key < (args.sliding_window or 0)  # the window counts the token itself
-        together = query // (args.attention_chunk_size or 1) == key // (args.attention_chunk_size or 1)
+        together = query // (args.attention_chunk_size or 1) == key // (
+            args.attention_chunk_size or 1
+        )
         return key <= query and (near if kind == "S" else together if kind == "C" else True)
 
     def attention(self, index: int, xs: list[Tensor]) -> list[Tensor]:
-        """softmax(q k / sqrt(H)) v over the keys that may be seen; query head h reads kv head h // (N / K)."""
+        """softmax(q k / sqrt(H)) v over the keys that may be seen; query head h reads kv head h //
+        (N / K).
+        """
         args, letter, at = self.args, self.letter(index), f"layers.{index}.attention."
         make = self.heads_of if args.mla_args is None else self.latent_heads_of
-        queries, keys, values = zip(*(make(at, letter, t, x) for t, x in enumerate(xs)), strict=True)
+        queries, keys, values = zip(
+            *(make(at, letter, t, x) for t, x in enumerate(xs)), strict=True
+        )
         scale = args.softmax_scale or self.head_dim**-0.5
         out = []
         for position in range(len(xs)):
@@ -118,12 +135,20 @@ class Oracle:
             heads = []
             for head in range(self.heads):
                 kv = head // (self.heads // self.kv_heads)
-                scores = torch.stack([queries[position][head] @ keys[other][kv] for other in seen]) * scale
+                scores = (
+                    torch.stack([queries[position][head] @ keys[other][kv] for other in seen])
+                    * scale
+                )
                 scores = capped(scores, args.attn_softcap)
                 if args.attn_sinks:  # takes its share of the softmax and has no value
                     scores = torch.cat((scores, self.weights[f"{at}sinks"][head : head + 1]))
                 shares = scores.softmax(0)
-                heads.append(sum_of(share * values[other][kv] for share, other in zip(shares, seen, strict=False)))
+                heads.append(
+                    sum_of(
+                        share * values[other][kv]
+                        for share, other in zip(shares, seen, strict=False)
+                    )
+                )
             out.append(self.linear(f"{at}wo", torch.cat(heads), args.out_bias))
         return out
 
@@ -139,8 +164,12 @@ class Oracle:
             [*v.split(self.head_dim)],
         )
 
-    def latent_heads_of(self, at: str, letter: str, position: int, x: Tensor) -> tuple[list[Tensor], ...]:
-        """The same by way of the latents of DeepSeek (arXiv 2405.04434): heads are [not rotated | rotated]."""
+    def latent_heads_of(
+        self, at: str, letter: str, position: int, x: Tensor
+    ) -> tuple[list[Tensor], ...]:
+        """The same by way of the latents of DeepSeek (arXiv 2405.04434): heads are [not rotated |
+        rotated].
+        """
         mla, bias = self.args.mla_args, self.args.qkv_bias
         assert mla is not None, "asked of such a model only"
         if mla.q_lora_rank is None:
@@ -159,7 +188,11 @@ class Oracle:
             shared = rotated(shared, position, self.args)
             queries = [(plain, rotated(turning, position, self.args)) for plain, turning in queries]
         keys = [torch.cat((head[: sizes[0]], shared)) for head in up]
-        return [torch.cat(parts) * tuned for parts in queries], keys, [head[sizes[0] :] for head in up]
+        return (
+            [torch.cat(parts) * tuned for parts in queries],
+            keys,
+            [head[sizes[0] :] for head in up],
+        )
 
     def temperature(self, letter: str, position: int) -> float:
         """What queries of layers without positions are multiplied by, far into a text."""
@@ -169,7 +202,9 @@ class Oracle:
         return 1 + args.attn_scale * math.log(1 + math.floor((position + 1) / args.floor_scale))
 
     def place(self, at: str, kind: str, letter: str, position: int, head: Tensor) -> Tensor:
-        """One head of a query or key: learned norm, rotation, weightless norm, temperature, in this order."""
+        """One head of a query or key: learned norm, rotation, weightless norm, temperature, in this
+        order.
+        """
         args = self.args
         if args.qk_norm == "head":
             head = self.norm(f"{at}{kind}_norm", head)
@@ -179,7 +214,8 @@ class Oracle:
             return unit(head, args.norm_eps) if args.use_qk_norm else head
         return head * self.temperature(letter, position) if kind == "q" else head
 
-    # -- feed-forward ---------------------------------------------------------------------------------
+    # -- feed-forward
+    # ---------------------------------------------------------------------------------
 
     def feed_forward(self, index: int, x: Tensor) -> Tensor:
         """w_out(act(w_gate x) * w_value x), or a mixture of such."""
@@ -189,7 +225,9 @@ class Oracle:
             return self.swiglu(at, x, self.args.ffn_bias)
         logits = self.linear(f"{at}router", x, moe.router_bias)
         scores = logits.softmax(0) if moe.routing == "softmax" else logits.sigmoid()
-        best = self.chosen(moe, scores + self.weights[f"{at}router.choice_bias"] if moe.has_choice_bias else logits)
+        best = self.chosen(
+            moe, scores + self.weights[f"{at}router.choice_bias"] if moe.has_choice_bias else logits
+        )
         total = sum_of(scores[expert] for expert in best) if moe.normalize else 1.0
         added = []
         for expert in best:
@@ -207,15 +245,23 @@ class Oracle:
         groups = choice.chunk(moe.num_groups)
         if moe.num_groups > 1:
             kept = (
-                torch.stack([group.topk(2).values.sum() for group in groups]).topk(moe.top_groups).indices.tolist()
+                torch.stack([group.topk(2).values.sum() for group in groups])
+                .topk(moe.top_groups)
+                .indices.tolist()
             )
-            groups = tuple(group if i in kept else group - math.inf for i, group in enumerate(groups))
+            groups = tuple(
+                group if i in kept else group - math.inf for i, group in enumerate(groups)
+            )
         return torch.cat(groups).argsort(descending=True)[: moe.top_k].tolist()
 
     def swiglu(self, at: str, x: Tensor, bias: bool) -> Tensor:
         """The dense feed-forward, gated or not."""
         value = self.linear(f"{at}w_value", x, bias)
-        hidden = self.act(self.linear(f"{at}w_gate", x, bias)) * value if self.args.ffn_gated else self.act(value)
+        hidden = (
+            self.act(self.linear(f"{at}w_gate", x, bias)) * value
+            if self.args.ffn_gated
+            else self.act(value)
+        )
         return self.linear(f"{at}w_out", hidden, bias)
 
     def expert(self, at: str, expert: int, x: Tensor) -> Tensor:

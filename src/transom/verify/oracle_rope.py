@@ -1,4 +1,6 @@
-"""The rotary positions of the oracle, pair by pair (arXiv 2104.09864), with the scalings of Llama 3 and YaRN."""
+"""The rotary positions of the oracle, pair by pair (arXiv 2104.09864), with the scalings of Llama 3
+and YaRN.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from transom.args import ModelArgs
+from transom.config.model_args import ModelArgs
 
 
 def rotated(head: Tensor, position: int, args: ModelArgs, local: bool = False) -> Tensor:
@@ -26,14 +28,18 @@ def rotated(head: Tensor, position: int, args: ModelArgs, local: bool = False) -
 
 
 def stretched(frequency: float, m: int, turning: int, args: ModelArgs) -> float:
-    """A rotary frequency after scaling: linear divides all, llama3 and YaRN the slow ones, with a blend."""
+    """A rotary frequency after scaling: linear divides all, llama3 and YaRN the slow ones, with a
+    blend.
+    """
     scaling = args.scaling
     if scaling is None:
         return frequency
     slow = frequency / scaling.factor
     if scaling.kind == "linear":
         return slow
-    if scaling.kind == "yarn":  # blends by index, between the pairs that turn beta times in the original
+    if (
+        scaling.kind == "yarn"
+    ):  # blends by index, between the pairs that turn beta times in the original
         around = math.log(scaling.original_max_seq_len / (2 * math.pi))
         ends = [
             turning * (around - math.log(beta)) / (2 * math.log(args.rope_theta))
@@ -55,7 +61,9 @@ def stretched(frequency: float, m: int, turning: int, args: ModelArgs) -> float:
 
 
 def attention_factor(args: ModelArgs) -> float:
-    """YaRN (arXiv 2309.00071): 0.1 ln(factor) + 1 on cos and sin, with DeepSeek's two weights of the 0.1."""
+    """YaRN (arXiv 2309.00071): 0.1 ln(factor) + 1 on cos and sin, with DeepSeek's two weights of
+    the 0.1.
+    """
     scaling = args.scaling
     if scaling is None or scaling.kind != "yarn":
         return 1.0

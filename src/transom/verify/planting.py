@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from transom.args import LayerArgs, ModelArgs
-from transom.attend.mask import MaskSpec
-from transom.attend.view import CacheView, Score
+from transom.attention.mask import MaskSpec
+from transom.attention.view import CacheView, Score
+from transom.config.model_args import LayerArgs, ModelArgs
 from transom.layers.attention import Attention
 from transom.layers.step import Step
 
@@ -66,13 +66,19 @@ def scored(**lost: None) -> AbstractContextManager[None]:
 
 
 def layered(**fields: Any) -> AbstractContextManager[None]:
-    """Every layer is told these fields; a function gets (model arguments, layer) and returns the value."""
+    """Every layer is told these fields; a function gets (model arguments, layer) and returns the
+    value.
+    """
 
     def make(original: Call) -> Call:
         def layer(self: ModelArgs, index: int, letter: str) -> LayerArgs:
             told = original(self, index, letter)
             return replace(
-                told, **{key: value(self, told) if callable(value) else value for key, value in fields.items()}
+                told,
+                **{
+                    key: value(self, told) if callable(value) else value
+                    for key, value in fields.items()
+                },
             )
 
         return layer

@@ -1,4 +1,6 @@
-"""Silent bugs in the model's maths: masks, positions, norms, heads, experts, backends; `bugs.py` names each."""
+"""Silent bugs in the model's maths: masks, positions, norms, heads, experts, backends; `bugs.py`
+names each.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transom.args import LayerArgs, LayerRule, ModelArgs, RopeArgs
-from transom.attend import blockwise, mask, sdpa
-from transom.attend.mask import MaskSpec
-from transom.attend.view import CacheView, Score
+from transom.attention import blockwise, mask, sdpa
+from transom.attention.mask import MaskSpec
+from transom.attention.view import CacheView, Score
+from transom.config.model_args import LayerArgs, LayerRule, ModelArgs, RopeArgs
 from transom.layers import attention, rope
 from transom.layers.attention import Attention
 from transom.layers.latent_attention import LatentAttention
@@ -22,15 +24,25 @@ from transom.layers.linear import Embedding
 from transom.layers.moe import LocalDispatcher, Router
 from transom.layers.norm import RMSNorm
 from transom.layers.step import Step
-from transom.model import LLM
-from transom.verify.planting import Call, around_attend, changed, changed_everywhere, layered, scored
+from transom.models.llm import LLM
+from transom.verify.planting import (
+    Call,
+    around_attend,
+    changed,
+    changed_everywhere,
+    layered,
+    scored,
+)
 
-# -- who sees whom ----------------------------------------------------------------------------------------
+# -- who sees whom
+# ----------------------------------------------------------------------------------------
 
 
 def ruled(change: Callable[..., tuple[Any, ...]]) -> AbstractContextManager[None]:
     """The mask rule with changed arguments."""
-    return changed_everywhere(mask.allowed, lambda original: lambda *given: original(*change(*given)))
+    return changed_everywhere(
+        mask.allowed, lambda original: lambda *given: original(*change(*given))
+    )
 
 
 def wide_window() -> AbstractContextManager[None]:
@@ -46,7 +58,11 @@ def wide_window_everywhere() -> AbstractContextManager[None]:
     """Mask, ring and slices agree on a window too wide."""
 
     def rule(args: ModelArgs, layer: LayerArgs) -> LayerRule:
-        return replace(layer.rule, size=layer.rule.size + 1) if layer.rule.kind == "window" else layer.rule
+        return (
+            replace(layer.rule, size=layer.rule.size + 1)
+            if layer.rule.kind == "window"
+            else layer.rule
+        )
 
     return layered(rule=rule)
 
@@ -90,14 +106,17 @@ def leaking_segment() -> AbstractContextManager[None]:
     return changed(Attention, "forward", outer)
 
 
-# -- positions, norms, heads ------------------------------------------------------------------------------
+# -- positions, norms, heads
+# ------------------------------------------------------------------------------
 
 
 def unscaled_rope() -> AbstractContextManager[None]:
     """Rotary frequencies are those of the short context."""
 
     def make(original: Call) -> Call:
-        return lambda rope_args, *rest, **named: original(replace(rope_args, scaling=None), *rest, **named)
+        return lambda rope_args, *rest, **named: original(
+            replace(rope_args, scaling=None), *rest, **named
+        )
 
     return changed_everywhere(rope.frequencies, make)
 
@@ -119,7 +138,9 @@ def rotated_nope() -> AbstractContextManager[None]:
     """A layer that should know no positions rotates."""
 
     def told(args: ModelArgs, layer: LayerArgs) -> RopeArgs:
-        return layer.rope or RopeArgs(args.rotary_dim, args.rope_theta, args.rope_layout, args.scaling)
+        return layer.rope or RopeArgs(
+            args.rotary_dim, args.rope_theta, args.rope_layout, args.scaling
+        )
 
     return layered(rope=told)
 
@@ -154,7 +175,9 @@ def tiled_heads() -> AbstractContextManager[None]:
     def make(layer: Attention, attend: Call) -> Call:
         def call(q: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> Tensor:
             heads = q.size(2)
-            order = torch.arange(heads).view(-1, view.states[0].size(2)).T.flatten()  # head h reads kv head h % K
+            order = (
+                torch.arange(heads).view(-1, view.states[0].size(2)).T.flatten()
+            )  # head h reads kv head h % K
             return attend(q[:, :, order], view, spec, score)[:, :, order.argsort()]
 
         return call
@@ -168,7 +191,9 @@ def padded_temperature() -> AbstractContextManager[None]:
     def make(original: Call) -> Call:
         def scale(positions: Tensor, args: object) -> Tensor:
             columns = torch.arange(positions.size(1)).expand_as(positions)
-            return original(torch.where((positions < 0).any(1, keepdim=True), columns, positions), args)
+            return original(
+                torch.where((positions < 0).any(1, keepdim=True), columns, positions), args
+            )
 
         return scale
 
@@ -216,7 +241,9 @@ def latent_without_rotation() -> AbstractContextManager[None]:
 
 def uncapped_logits() -> AbstractContextManager[None]:
     """The soft cap of the logits is left out."""
-    return changed(LLM, "finish_logits", lambda original: lambda self, raw: raw * self.args.logit_factor)
+    return changed(
+        LLM, "finish_logits", lambda original: lambda self, raw: raw * self.args.logit_factor
+    )
 
 
 def untied_output() -> AbstractContextManager[None]:
@@ -240,7 +267,8 @@ def untied_output() -> AbstractContextManager[None]:
     return changed(LLM, "project", make)
 
 
-# -- experts ----------------------------------------------------------------------------------------------
+# -- experts
+# ----------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -249,16 +277,23 @@ def scaled_output() -> Iterator[None]:
     kept: list[Tensor] = []
 
     def dispatch(original: Call) -> Call:
-        def call(self: object, x: Tensor, ids: Tensor, scale: Tensor | None = None, **named: Any) -> Any:
+        def call(
+            self: object, x: Tensor, ids: Tensor, scale: Tensor | None = None, **named: Any
+        ) -> Any:
             kept[:] = [] if scale is None else [scale]
             return original(self, x, ids, None, **named)
 
         return call
 
     def combine(original: Call) -> Call:
-        return lambda self, rows, handle, weights=None: original(self, rows, handle, kept[0] if kept else weights)
+        return lambda self, rows, handle, weights=None: original(
+            self, rows, handle, kept[0] if kept else weights
+        )
 
-    with changed(LocalDispatcher, "dispatch", dispatch), changed(LocalDispatcher, "combine", combine):
+    with (
+        changed(LocalDispatcher, "dispatch", dispatch),
+        changed(LocalDispatcher, "combine", combine),
+    ):
         yield
 
 
@@ -292,7 +327,8 @@ def weighing_bias() -> AbstractContextManager[None]:
     return changed(Router, "weigh", make)
 
 
-# -- backends ---------------------------------------------------------------------------------------------
+# -- backends
+# ---------------------------------------------------------------------------------------------
 
 
 def wide_slices() -> AbstractContextManager[None]:
@@ -309,8 +345,12 @@ def nan_in_masked_rows() -> AbstractContextManager[None]:
 
     def make(original: Call) -> Call:
         def by_block(q: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> Tensor:
-            may = mask.allowed(spec.rule, spec.positions_BT, view.positions_BS, spec.segments_BT, view.segments_BS)
-            return original(q, view, spec, score).masked_fill(~may.any(-1)[..., None, None], float("nan"))
+            may = mask.allowed(
+                spec.rule, spec.positions_BT, view.positions_BS, spec.segments_BT, view.segments_BS
+            )
+            return original(q, view, spec, score).masked_fill(
+                ~may.any(-1)[..., None, None], float("nan")
+            )
 
         return by_block
 

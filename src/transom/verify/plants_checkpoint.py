@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transom import names, transforms
 from transom.chat.template import ChatTemplate
 from transom.checkpoints import load, mapping
-from transom.checkpoints.stored import Stored
-from transom.model import LLM
-from transom.names import Move
-from transom.tokenizer import Tokenizer
+from transom.checkpoints.files.lazy_tensors import Stored
+from transom.models.llm import LLM
+from transom.names import tables as names
+from transom.names import transforms
+from transom.names.tables import Move
+from transom.tokenizers.tokenizer import Tokenizer
 from transom.verify.planting import Call, changed, changed_everywhere
 
 
@@ -41,7 +42,9 @@ def unturned_query() -> AbstractContextManager[None]:
     """Writing into the other rotary layout turns keys and leaves queries as they are."""
 
     def make(original: Call) -> Call:
-        return lambda name, tensor, *rest: tensor if ".wq." in name else original(name, tensor, *rest)
+        return lambda name, tensor, *rest: (
+            tensor if ".wq." in name else original(name, tensor, *rest)
+        )
 
     return changed_everywhere(transforms.turn_rotary, make)
 
@@ -90,7 +93,8 @@ def dropped_bias() -> AbstractContextManager[None]:
         def to_ours(*given: Any) -> dict[str, Stored]:
             out: dict[str, Stored] = original(*given)
             return {
-                name: one.then(torch.zeros_like) if name.endswith(".bias") else one for name, one in out.items()
+                name: one.then(torch.zeros_like) if name.endswith(".bias") else one
+                for name, one in out.items()
             }
 
         return to_ours

@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from transom.adapt import merge
-from transom.adapt.lora import LEAVES, Adapters, Leaf, LoraWeights, carriers, update
 from transom.checkpoints import fingerprint
 from transom.checkpoints.merge import Merge
-from transom.model import LLM
+from transom.lora import merge
+from transom.lora.adapters import LEAVES, Adapters, Leaf, LoraWeights, carriers, update
+from transom.models.llm import LLM
 from transom.verify.planting import Call, changed, changed_everywhere
 
 

@@ -10,28 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transom.attend.view import CacheView
+from transom.attention.view import CacheView
 from transom.cache.store import LayerCache, RotatingBufferCache, StaticCache
 from transom.data import batches
 from transom.data.batches import NO_TARGET, Batch
 from transom.data.order import PlaceInOrder
-from transom.tokenizer import Tokenizer
-from transom.training.ema import Ema
-from transom.training.log_probs import target_log_probs
-from transom.training.objectives import NextToken
-from transom.training.optimizers import Optimizers
-from transom.training.trainer import Trainer
+from transom.tokenizers.tokenizer import Tokenizer
+from transom.training.loop.trainer import Trainer
+from transom.training.losses.log_probs import target_log_probs
+from transom.training.losses.objectives import NextToken
+from transom.training.optim.ema import Ema
+from transom.training.optim.optimizers import Optimizers
 from transom.verify.planting import Call, changed, changed_everywhere, lost
 from transom.verify.runs import BYTE_VOCABULARY
 
-# -- stores -----------------------------------------------------------------------------------------------
+# -- stores
+# -----------------------------------------------------------------------------------------------
 
 
 def stale_slot() -> AbstractContextManager[None]:
     """A slot keeps the token of the round before under a new position."""
 
     def make(original: Call) -> Call:
-        def write(self: LayerCache, states: tuple[Tensor, ...], positions: Tensor, keep: Tensor) -> None:
+        def write(
+            self: LayerCache, states: tuple[Tensor, ...], positions: Tensor, keep: Tensor
+        ) -> None:
             before = [x[:, 0].clone() for x in self.states]
             used = bool((self.positions_BS[:, 0] >= 0).any())
             original(self, states, positions, keep)
@@ -48,7 +51,9 @@ def overwriting_prefill() -> AbstractContextManager[None]:
     """A chunk longer than the slack is written before it is read."""
 
     def make(original: Call) -> Call:
-        def update(self: LayerCache, states: tuple[Tensor, ...], positions: Tensor, fresh: bool) -> CacheView:
+        def update(
+            self: LayerCache, states: tuple[Tensor, ...], positions: Tensor, fresh: bool
+        ) -> CacheView:
             if fresh:
                 return original(self, states, positions, fresh)
             self._write(states, positions, positions >= 0)
@@ -63,11 +68,15 @@ def short_view() -> AbstractContextManager[None]:
     """The last slot of a bucket is not shown."""
 
     def make(original: Call) -> Call:
-        def update(self: LayerCache, states: tuple[Tensor, ...], positions: Tensor, fresh: bool) -> CacheView:
+        def update(
+            self: LayerCache, states: tuple[Tensor, ...], positions: Tensor, fresh: bool
+        ) -> CacheView:
             view = original(self, states, positions, fresh)
             shown = view.positions_BS.size(1) - (0 if fresh else 1)
             return replace(
-                view, states=tuple(x[:, :shown] for x in view.states), positions_BS=view.positions_BS[:, :shown]
+                view,
+                states=tuple(x[:, :shown] for x in view.states),
+                positions_BS=view.positions_BS[:, :shown],
             )
 
         return update
@@ -75,7 +84,8 @@ def short_view() -> AbstractContextManager[None]:
     return changed(StaticCache, "_update", make)
 
 
-# -- data and training ------------------------------------------------------------------------------------
+# -- data and training
+# ------------------------------------------------------------------------------------
 
 
 def double_bos() -> AbstractContextManager[None]:

@@ -13,23 +13,27 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from transom.adapt import lora, lora_args, new
-from transom.adapt.lora import GroupedLinear, Leaf, LoraWeights, lengths, update
-from transom.adapt.lora_args import Scaling
-from transom.attend.mask import positions_from_sizes
-from transom.data import tuning_batches, tuning_rows
-from transom.data.conversations import Example
-from transom.data.tuning_batches import TuningBatch
-from transom.data.tuning_rows import TuningRow
-from transom.data.turns import Turns, Written
-from transom.model import LLM, TransformerInput
-from transom.training import log_probs
-from transom.training.balance import RouterCounts, update_choice_biases
-from transom.training.step_model import TRAINED, AdapterOnly
-from transom.training.trainer import Trainer
+from transom.attention.mask import positions_from_sizes
+from transom.data.chat import batches as tuning_batches
+from transom.data.chat import rows as tuning_rows
+from transom.data.chat.batches import TuningBatch
+from transom.data.chat.conversations import Example
+from transom.data.chat.rows import TuningRow
+from transom.data.chat.turns import Turns, Written
+from transom.lora import adapters as lora
+from transom.lora import apply as new
+from transom.lora import args as lora_args
+from transom.lora.adapters import GroupedLinear, Leaf, LoraWeights, lengths, update
+from transom.lora.args import Scaling
+from transom.models.llm import LLM, TransformerInput
+from transom.training.loop.checkpoint_writer import TRAINED, AdapterOnly
+from transom.training.loop.trainer import Trainer
+from transom.training.losses import log_probs
+from transom.training.losses.balance import RouterCounts, update_choice_biases
 from transom.verify.planting import Call, changed, changed_everywhere
 
-# -- what carries loss ------------------------------------------------------------------------------------
+# -- what carries loss
+# ------------------------------------------------------------------------------------
 
 
 def masked_end_of_turn() -> AbstractContextManager[None]:
@@ -38,7 +42,9 @@ def masked_end_of_turn() -> AbstractContextManager[None]:
     def make(original: Call) -> Call:
         def rows(self: Turns, messages: Any, tools: Any, weights: Any) -> list[Written]:
             made: list[Written] = original(self, messages, tools, weights)
-            for row, answer in ((one, answer) for one in made for answer in one.answers if answer.ended):
+            for row, answer in (
+                (one, answer) for one in made for answer in one.answers if answer.ended
+            ):
                 row.weights[answer.stop - 1] = 0.0
             return made
 
@@ -112,7 +118,8 @@ def seen_neighbours() -> AbstractContextManager[None]:
     return changed(TuningBatch, "inputs", make)
 
 
-# -- what trains ------------------------------------------------------------------------------------------
+# -- what trains
+# ------------------------------------------------------------------------------------------
 
 
 def bare_experts() -> AbstractContextManager[None]:
@@ -120,7 +127,11 @@ def bare_experts() -> AbstractContextManager[None]:
 
     def make(original: Call) -> Call:
         def leaves(model: LLM) -> dict[str, Leaf]:
-            return {path: leaf for path, leaf in original(model).items() if not isinstance(leaf, GroupedLinear)}
+            return {
+                path: leaf
+                for path, leaf in original(model).items()
+                if not isinstance(leaf, GroupedLinear)
+            }
 
         return leaves
 
@@ -133,7 +144,9 @@ def trained_base() -> AbstractContextManager[None]:
 
 
 def balanced_base() -> AbstractContextManager[None]:
-    """Frozen routers are balanced all the same: the biases that choose experts move, and no adapter holds them."""
+    """Frozen routers are balanced all the same: the biases that choose experts move, and no adapter
+    holds them.
+    """
 
     def make(original: Call) -> Call:
         def follow(self: Trainer, router: RouterCounts | None) -> None:
@@ -152,7 +165,9 @@ def plain_scale() -> AbstractContextManager[None]:
 
     def make(original: Call) -> Call:
         def scale_of(scaling: Scaling, alpha: float, rank: int) -> float:
-            made: float = original("alpha_over_rank" if scaling == "rslora" else scaling, alpha, rank)
+            made: float = original(
+                "alpha_over_rank" if scaling == "rslora" else scaling, alpha, rank
+            )
             return made
 
         return scale_of

@@ -1,5 +1,5 @@
-"""Trainer and generator are one policy: the log-probability that a token was drawn with, token by token out of the
-cache, is the one that learning from it finds in one forward of padded rows.
+"""Trainer and generator are one policy: the log-probability that a token was drawn with, token by
+token out of the cache, is the one that learning from it finds in one forward of padded rows.
 """
 
 from __future__ import annotations
@@ -11,21 +11,25 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from transom.args import ModelArgs
-from transom.attend.attend import BACKENDS, auto, refusal
-from transom.attend.mask import MaskSpec
-from transom.attend.view import CacheView, Score
+from transom.attention.backends import BACKENDS, auto, refusal
+from transom.attention.mask import MaskSpec
+from transom.attention.view import CacheView, Score
+from transom.base.errors import notice, require
+from transom.config.model_args import ModelArgs
 from transom.data.batches import NO_TARGET
-from transom.errors import notice, require
-from transom.model import LLM
-from transom.tokenizer import byte_tokenizer
-from transom.training.log_probs import measured_log_probs
-from transom.training.policy import draw_answers
-from transom.training.rollouts import Question, QuestionBatch, RolloutBatch, answer_seed
+from transom.models.llm import LLM
+from transom.tokenizers.training import byte_tokenizer
+from transom.training.losses.log_probs import measured_log_probs
+from transom.training.rl.policy import draw_answers
+from transom.training.rl.rollouts import Question, QuestionBatch, RolloutBatch, answer_seed
 from transom.verify.check import Finding
 from transom.verify.subjects import BUILT_IN, drawn, tokens_for
 
-FAMILIES = ("mixed", "gemma", "deepseek")  # windows, chunks and scaled frequencies; soft caps; latents and experts
+FAMILIES = (
+    "mixed",
+    "gemma",
+    "deepseek",
+)  # windows, chunks and scaled frequencies; soft caps; latents and experts
 PROMPTS = (3, 9, 14, 2)  # tokens
 GROUP = 2  # answers to each, which share the prompt's keys
 ANSWER_TOKENS = 24  # with the longest prompt more than a ring of the built-in models holds
@@ -42,11 +46,15 @@ class Precision:
     weights: torch.dtype
     products: torch.dtype
 
-    def finding(self, backend: str, where: str, gaps_T: Tensor, largest_logit: float, detail: str) -> Finding:
-        """float32: the worst token. Narrower: the median, within one step of the dtype at the largest logit.
+    def finding(
+        self, backend: str, where: str, gaps_T: Tensor, largest_logit: float, detail: str
+    ) -> Finding:
+        """float32: the worst token. Narrower: the median, within one step of the dtype at the
+        largest logit.
 
-        Being written down puts a logit of that size off by up to half a step. Single tokens may be further apart,
-        above all where a near-tie of a router sends one to another expert; the worst is shown.
+        Being written down puts a logit of that size off by up to half a step. Single tokens may be
+        further apart, above all where a near-tie of a router sends one to another expert; the worst
+        is shown.
         """
         worst, mean = float(gaps_T.max()), float(gaps_T.mean())
         what, error, tolerance = "largest", worst, FLOAT32_TOLERANCE
@@ -82,17 +90,20 @@ class Preferring:
 
 def check_policy(device: str = "cpu") -> Iterator[Finding]:
     """Built-in models."""
-    return compare_policies((name, drawn(ModelArgs.from_dict(BUILT_IN[name])).to(device)) for name in FAMILIES)
+    return compare_policies(
+        (name, drawn(ModelArgs.from_dict(BUILT_IN[name])).to(device)) for name in FAMILIES
+    )
 
 
 def compare_policies(models: Iterable[tuple[str, LLM]]) -> Iterator[Finding]:
-    """Answers to prompts of random tokens in every precision, with every backend, at two temperatures.
+    """Answers to prompts of random tokens in every precision, with every backend, at two
+    temperatures.
 
     Weights end up in bfloat16. A backend that could do nothing is said.
     """
     declined: dict[tuple[str, str], str] = {}
     for name, model in models:
-        require(model.args.head is None, "head", model.args.head, "accepted is a language model")
+        require(model.args.head is None, "head", model.args.head, "expected a language model")
         for precision, backend in product(PRECISIONS, BACKENDS):
             model.to(precision.weights)
             model.attend = attend = Preferring(backend)
@@ -108,11 +119,15 @@ def compare_policies(models: Iterable[tuple[str, LLM]]) -> Iterator[Finding]:
 
 
 @torch.no_grad()
-def _compare(model: LLM, name: str, precision: Precision, backend: str, temperature: float) -> Finding:
+def _compare(
+    model: LLM, name: str, precision: Precision, backend: str, temperature: float
+) -> Finding:
     args, device = model.args, model.tok_embeddings.weight.device
     ids = tokens_for(args, len(PROMPTS), max(PROMPTS)).tolist()
     questions = tuple(Question(str(row), ids[row][:count], {}) for row, count in enumerate(PROMPTS))
-    seeds = tuple(answer_seed(0, 0, row, index) for row in range(len(PROMPTS)) for index in range(GROUP))
+    seeds = tuple(
+        answer_seed(0, 0, row, index) for row in range(len(PROMPTS)) for index in range(GROUP)
+    )
     batch = QuestionBatch(questions, seeds, GROUP, ANSWER_TOKENS, 0)
     said = draw_answers(
         model,
@@ -126,7 +141,9 @@ def _compare(model: LLM, name: str, precision: Precision, backend: str, temperat
     )
     nothing = torch.zeros(len(said))
     rollouts = RolloutBatch.of(batch, said, nothing, nothing).to(device)
-    with torch.autocast(device.type, precision.products, enabled=precision.products != torch.float32):
+    with torch.autocast(
+        device.type, precision.products, enabled=precision.products != torch.float32
+    ):
         inputs, targets_BT = rollouts.inputs(), rollouts.targets
         trained_BT = measured_log_probs(model, inputs, targets_BT, temperature=temperature)
         logits = model(inputs).logits
@@ -136,6 +153,8 @@ def _compare(model: LLM, name: str, precision: Precision, backend: str, temperat
     row, column = divmod(int(gaps_BT.argmax()), gaps_BT.size(1))
     told = float(rollouts.drawn[row, column]), float(trained_BT[row, column])
     where = f"{name} at temperature {temperature:g}, {int(kept_BT.sum())} tokens"
-    detail = f"answer {row}, token {column}: drawn with {told[0]:.4f}, learnt from with {told[1]:.4f}"
+    detail = (
+        f"answer {row}, token {column}: drawn with {told[0]:.4f}, learnt from with {told[1]:.4f}"
+    )
     largest = float(logits[kept_BT].abs().max()) / temperature
     return precision.finding(backend, where, gaps_BT[kept_BT], largest, detail)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from transom.args import ModelArgs
-from transom.errors import notice
+from transom.base.errors import notice
+from transom.config.model_args import ModelArgs
 from transom.training.config import TokenizerArgs, TrainArgs, read_config
 from transom.verify.subjects import shrink
 
@@ -26,14 +26,18 @@ BYTE_VOCABULARY = 258  # bytes, BOS and EOS
 def texts() -> dict[str, str]:
     """Documents of unequal length, by file name, with a pattern that a tiny model can learn."""
     return {
-        f"{i:02d}.txt": "".join(WORDS[(j * (i % 3 + 1)) % len(WORDS)] for j in range(1 + 5 * (i % 7)))
+        f"{i:02d}.txt": "".join(
+            WORDS[(j * (i % 3 + 1)) % len(WORDS)] for j in range(1 + 5 * (i % 7))
+        )
         for i in range(DOCUMENTS)
     }
 
 
 @contextlib.contextmanager
 def workshop() -> Iterator[Path]:
-    """A temporary folder with the corpus in `corpus/`; threads and random state are as before afterwards."""
+    """A temporary folder with the corpus in `corpus/`; threads and random state are as before
+    afterwards.
+    """
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     with tempfile.TemporaryDirectory(prefix="transom-verify-") as name:
         folder = Path(name)
@@ -55,11 +59,18 @@ def muted() -> Iterator[None]:
 
 
 def tiny_run(folder: Path, name: str, **changes: Any) -> TrainArgs:
-    """A run of a two-layer model in `folder / name`, with top-level fields replaced by `changes`."""
+    """A run of a two-layer model in `folder / name`, with top-level fields replaced by
+    `changes`.
+    """
     base = {
         "model": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "max_seq_len": SEQ_LEN},
         "tokenizer": {"kind": "bytes"},
-        "data": {"sources": str(folder / "corpus"), "seq_len": SEQ_LEN, "batch_size": ROWS, "held_out": 0.1},
+        "data": {
+            "sources": str(folder / "corpus"),
+            "seq_len": SEQ_LEN,
+            "batch_size": ROWS,
+            "held_out": 0.1,
+        },
         "optimizer": {"name": "muon", "lr": 0.01},
         "steps": 6,
         "device": "cpu",
@@ -76,14 +87,18 @@ def placed(args: TrainArgs, folder: Path, name: str) -> TrainArgs:
 
 
 def shrunken_run(args: TrainArgs, folder: Path, steps: int) -> TrainArgs:
-    """A real run's settings around a shrunken model, bytes and the built-in corpus; says what was left out."""
+    """A real run's settings around a shrunken model, bytes and the built-in corpus; says what was
+    left out.
+    """
     model = args.model_args(None)
     copy = shrink(model)
     for line in copy.left_out:
         notice(line)
     fields = {**copy.args.to_dict(), "vocab_size": BYTE_VOCABULARY, "max_seq_len": max(SEQ_LEN, 64)}
     rows = args.accumulate * max(2, ROWS // args.accumulate)
-    data = replace(args.data, sources=str(folder / "corpus"), held_out=0.1, seq_len=SEQ_LEN, batch_size=rows)
+    data = replace(
+        args.data, sources=str(folder / "corpus"), held_out=0.1, seq_len=SEQ_LEN, batch_size=rows
+    )
     return replace(
         args,
         model=ModelArgs.from_dict(fields).to_dict(),

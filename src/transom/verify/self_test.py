@@ -1,4 +1,6 @@
-"""Does a check turn red when something is wrong? Every known bug is planted once, and its check must say so."""
+"""Does a check turn red when something is wrong? Every known bug is planted once, and its check
+must say so.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transom.errors import WorkError, require
+from transom.base.errors import WorkError, require
 from transom.verify.bugs import BUGS, Bug
 from transom.verify.check import Finding
 from transom.verify.checks import CHECKS
@@ -28,8 +30,8 @@ def baseline(names: Iterable[str]) -> None:
         for finding in CHECKS[name].run():
             if not finding.ok:
                 raise WorkError(
-                    f"verify {name} is red with no bug planted: {finding.comparison}, {finding.where}: "
-                    f"{finding.error:.2g} {finding.detail}"
+                    f"verify {name} is red with no bug planted: {finding.comparison}, "
+                    f"{finding.where}: {finding.error:.2g} {finding.detail}"
                 )
 
 
@@ -47,14 +49,27 @@ def table_rows(bugs: Sequence[Bug] = BUGS) -> list[tuple[str, str, str]]:
 
 
 def write_table(page: Path) -> None:
-    """Bring the table on a page of the documentation, from its header to the next empty line, up to date."""
+    """Bring the table on a page of the documentation, from its header to the next empty line, up to
+    date.
+    """
     text = page.read_text(encoding="utf-8")
     before, header, rest = text.partition(f"| {' | '.join(HEADER)} |\n")
-    require(bool(header), str(page), "no table", "accepted is a page with the header of the planted bugs")
-    page.write_text(before + markdown_table() + "\n\n" + rest.partition("\n\n")[2], encoding="utf-8")
+    require(
+        bool(header),
+        str(page),
+        "no table",
+        "expected a page with the header of the planted bugs",
+    )
+    page.write_text(
+        before + markdown_table() + "\n\n" + rest.partition("\n\n")[2], encoding="utf-8"
+    )
 
 
 def markdown_table(bugs: Sequence[Bug] = BUGS) -> str:
     """`table_rows` as Markdown, for docs/verify.md."""
-    rows = [HEADER, ("---",) * len(HEADER), *((name, what, f"`{check}`") for name, what, check in table_rows(bugs))]
+    rows = [
+        HEADER,
+        ("---",) * len(HEADER),
+        *((name, what, f"`{check}`") for name, what, check in table_rows(bugs)),
+    ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,4 +1,6 @@
-"""Models to compare with: small ones that together use every option, and shrunken copies of real ones."""
+"""Models to compare with: small ones that together use every option, and shrunken copies of real
+ones.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transom.args import LayerArgs, ModelArgs
-from transom.layer_args import MlaArgs, MoeArgs, RopeScaling
-from transom.model import LLM
+from transom.config.layer_args import MlaArgs, MoeArgs, RopeScaling
+from transom.config.model_args import LayerArgs, ModelArgs
+from transom.models.llm import LLM
 
-WINDOW, CHUNK, ORIGINAL = 5, 6, 32  # tokens: what windows, chunks and original contexts become in a copy
+WINDOW, CHUNK, ORIGINAL = (
+    5,
+    6,
+    32,
+)  # tokens: what windows, chunks and original contexts become in a copy
 VOCABULARY = 61
 CONTEXT = 10  # features, and rows of what cross-attention looks at
 HEAD = 8
@@ -91,7 +97,12 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         "attn_sinks": True,
         "qkv_bias": True,
         "out_bias": True,
-        "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_seq_len": ORIGINAL, "truncate": False},
+        "rope_scaling": {
+            "kind": "yarn",
+            "factor": 4.0,
+            "original_max_seq_len": ORIGINAL,
+            "truncate": False,
+        },
         "moe_args": {
             "num_experts": 4,
             "top_k": 2,
@@ -156,7 +167,8 @@ class Copy:
 
 
 def shrink(args: ModelArgs, *, context: bool = False) -> Copy:
-    """The same pattern and options with every size scaled down, so that a few dozen tokens cross every edge.
+    """The same pattern and options with every size scaled down, so that a few dozen tokens cross
+    every edge.
 
     `context` keeps cross-attention, for those who have a context to give.
     """
@@ -186,9 +198,13 @@ def shrink(args: ModelArgs, *, context: bool = False) -> Copy:
             vocab_size=VOCABULARY,
             max_seq_len=256,
             rope_theta=100.0,
-            rope_local_theta=50.0 if args.rope_local_theta is not None and used & {"S", "C"} else None,
+            rope_local_theta=50.0
+            if args.rope_local_theta is not None and used & {"S", "C"}
+            else None,
             rotary_fraction=0.5 if rotary_halves else 1.0,
-            rope_scaling=None if args.rope_scaling is None else shrunken_scaling(args, args.rope_scaling),
+            rope_scaling=None
+            if args.rope_scaling is None
+            else shrunken_scaling(args, args.rope_scaling),
             rope_original_max_seq_len=ORIGINAL,
             sliding_window=WINDOW if "S" in used else None,
             attention_chunk_size=CHUNK if "C" in used else None,
@@ -201,7 +217,9 @@ def shrink(args: ModelArgs, *, context: bool = False) -> Copy:
             logit_softcap=None if args.logit_softcap is None else 3.0,
             embedding_scale=None if args.embedding_scale is None else 5.0,
             mup_base_dim=None if args.mup_base_dim is None else 12,
-            mla_args=MlaArgs(12, 10 if args.mla_args.q_lora_rank else None, 6, 4, 8) if args.mla_args else None,
+            mla_args=MlaArgs(12, 10 if args.mla_args.q_lora_rank else None, 6, 4, 8)
+            if args.mla_args
+            else None,
             moe_args=None if args.moe_args is None else shrunken_moe(args.moe_args, len(letters)),
             vision_args=None,
             head=None,
@@ -212,12 +230,18 @@ def shrink(args: ModelArgs, *, context: bool = False) -> Copy:
 
 
 def shrunken_pattern(args: ModelArgs) -> tuple[str, list[str]]:
-    """Letters of the shortest run of layers from the bottom that has every kind of layer, and what it lacks."""
+    """Letters of the shortest run of layers from the bottom that has every kind of layer, and what
+    it lacks.
+    """
     kinds = [replace(layer, index=0) for layer in args.layers]
     count = max(kinds.index(kind) for kind in kinds) + 1
     count = min(max(count, 2), MOST_LAYERS, args.n_layers)
     missing = len(set(map(_kind, args.layers))) - len(set(map(_kind, args.layers[:count])))
-    said = [f"{missing} kinds of layers above layer {count - 1} are left out of the copy"] if missing else []
+    said = (
+        [f"{missing} kinds of layers above layer {count - 1} are left out of the copy"]
+        if missing
+        else []
+    )
     return args.pattern[:count], said
 
 
@@ -226,7 +250,9 @@ def _kind(layer: LayerArgs) -> LayerArgs:
 
 
 def shrunken_scaling(args: ModelArgs, scaling: RopeScaling) -> RopeScaling:
-    """The same rule around a short original context, with as many longrope factors as there are pairs left."""
+    """The same rule around a short original context, with as many longrope factors as there are
+    pairs left.
+    """
     pairs = 2 if args.mla_args is not None else HEAD // 2
     short, long = (
         tuple(factors[i * len(factors) // pairs] for i in range(pairs if factors else 0))
@@ -236,7 +262,9 @@ def shrunken_scaling(args: ModelArgs, scaling: RopeScaling) -> RopeScaling:
 
 
 def shrunken_moe(moe: MoeArgs, layers: int) -> MoeArgs:
-    """Few narrow experts, in groups where there were groups; tokens still choose some and not others."""
+    """Few narrow experts, in groups where there were groups; tokens still choose some and not
+    others.
+    """
     grouped = moe.num_groups > 1
     experts = 8 if grouped else min(moe.num_experts, 4)
     return replace(
@@ -253,7 +281,8 @@ def shrunken_moe(moe: MoeArgs, layers: int) -> MoeArgs:
 
 
 def drawn(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.float64) -> LLM:
-    """A model with every weight drawn, ready for inference: `init_weights` would leave each block the identity.
+    """A model with every weight drawn, ready for inference: `init_weights` would leave each block
+    the identity.
 
     Norm weights are drawn around 1, so that one that is lost or applied twice shows.
     """
@@ -279,4 +308,6 @@ def context_for(args: ModelArgs, rows: int) -> Tensor:
 
 def tokens_for(args: ModelArgs, rows: int, count: int, seed: int = 0) -> Tensor:
     """Random token ids [rows, count] of the model's vocabulary."""
-    return torch.randint(args.vocab_size, (rows, count), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        args.vocab_size, (rows, count), generator=torch.Generator().manual_seed(seed)
+    )

@@ -1,5 +1,6 @@
-"""The tokenizer and the chat template of a folder: BOS once, what a user spells stays text, and chats have the ids
-that `transformers` gives them, where it is installed."""
+"""The tokenizer and the chat template of a folder: BOS once, what a user spells stays text, and
+chats have the ids that `transformers` gives them, where it is installed.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +13,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from transom.base.errors import RequestError, notice
 from transom.chat.files import stored_templates
 from transom.chat.template import ChatTemplate, Message
 from transom.checkpoints.load import load_tokenizer
-from transom.errors import RequestError, notice
-from transom.tokenizer import Tokenizer
+from transom.tokenizers.tokenizer import Tokenizer
 from transom.verify.check import Finding, in_one_line
 from transom.verify.runs import muted
 
@@ -64,7 +65,9 @@ def compare_texts(folder: Path, name: str) -> Iterator[Finding]:
 
 
 def as_in_transformers(folder: Path, template: ChatTemplate, name: str) -> Iterator[Finding]:
-    """Ids of prompts for an answer and of a whole chat, against what transformers makes of the folder."""
+    """Ids of prompts for an answer and of a whole chat, against what transformers makes of the
+    folder.
+    """
     if find_spec("transformers") is None:
         notice(f"{name}: transformers is not installed: no chats are compared with it")
         return
@@ -75,7 +78,10 @@ def as_in_transformers(folder: Path, template: ChatTemplate, name: str) -> Itera
                 folder, local_files_only=True, trust_remote_code=False
             )
     except Exception as error:  # whatever another library raises
-        notice(f"{name}: no chats are compared: transformers cannot load the tokenizer ({in_one_line(error)})")
+        notice(
+            f"{name}: no chats are compared: transformers cannot load the tokenizer "
+            f"({in_one_line(error)})"
+        )
         return
     for what, messages in CHATS.items():
         yield from same_ids(template, theirs, messages, True, f"{name}, {what}")
@@ -85,7 +91,9 @@ def as_in_transformers(folder: Path, template: ChatTemplate, name: str) -> Itera
 def same_ids(
     template: ChatTemplate, theirs: Any, messages: Sequence[Message], prompt: bool, where: str
 ) -> Iterator[Finding]:
-    """One comparison, behind any BOS, which another check counts; a chat that both refuse has none."""
+    """One comparison, behind any BOS, which another check counts; a chat that both refuse has
+    none.
+    """
     tokenizer, mine, refusal = template.tokenizer, None, ""
     try:
         mine = template.encode(messages, add_generation_prompt=prompt)
@@ -97,7 +105,9 @@ def same_ids(
         )
     except Exception as error:  # a template's own refusal, or whatever another library raises
         if mine is not None:
-            notice(f"{where}: not compared with transformers, which refuses it ({in_one_line(error)})")
+            notice(
+                f"{where}: not compared with transformers, which refuses it ({in_one_line(error)})"
+            )
         return
     if mine is None:
         yield Finding(IDS, where, math.inf, 0.0, refusal)
@@ -105,7 +115,9 @@ def same_ids(
     mine, expected = (ids[leading(tokenizer, ids) :] for ids in (mine, list(found)))
     at = next((i for i, (one, two) in enumerate(zip_longest(mine, expected)) if one != two), None)
     detail = (
-        "" if at is None else f"from token {at} on {mine[at : at + 5]}, transformers has {expected[at : at + 5]}"
+        ""
+        if at is None
+        else f"from token {at} on {mine[at : at + 5]}, transformers has {expected[at : at + 5]}"
     )
     yield Finding(IDS, where, float(at is not None), 0.0, detail)
 
@@ -114,17 +126,33 @@ def spelled(tokenizer: Tokenizer, name: str) -> Iterator[Finding]:
     """A text that spells every control token has none of them."""
     words = list(tokenizer.special_tokens)
     ids = tokenizer.encode(" ".join(["a", *words, "b"]))
-    found = [tokenizer.id_to_token(id) for id in ids if id in tokenizer.special_ids and id != tokenizer.unk_id]
+    found = [
+        tokenizer.id_to_token(id)
+        for id in ids
+        if id in tokenizer.special_ids and id != tokenizer.unk_id
+    ]
     detail = f"{found[0]} became a token" if found else ""
-    yield Finding("spelled tokens stay text", f"{name}, {len(words)} of them", float(len(found)), 0.0, detail)
+    yield Finding(
+        "spelled tokens stay text", f"{name}, {len(words)} of them", float(len(found)), 0.0, detail
+    )
     for adds, where in ((False, "as it is"), (tokenizer.adds_bos, "with what the tokenizer adds")):
         ids = tokenizer.encode("a", add_bos=adds)
         error = float(abs(leading(tokenizer, ids) - adds))
-        yield Finding("BOS once", f"{name}, a text {where}", error, 0.0, counted(tokenizer, ids) if error else "")
+        yield Finding(
+            "BOS once",
+            f"{name}, a text {where}",
+            error,
+            0.0,
+            counted(tokenizer, ids) if error else "",
+        )
 
 
-def begun_once(template: ChatTemplate, messages: Sequence[Message], where: str) -> Iterator[Finding]:
-    """The template and the tokenizer do not both begin the chat, whichever of them writes the BOS."""
+def begun_once(
+    template: ChatTemplate, messages: Sequence[Message], where: str
+) -> Iterator[Finding]:
+    """The template and the tokenizer do not both begin the chat, whichever of them writes the
+    BOS.
+    """
     tokenizer = template.tokenizer
     bos = None if tokenizer.bos_id is None else tokenizer.id_to_token(tokenizer.bos_id)
     text = template.render(messages)
@@ -147,7 +175,9 @@ def counted(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 
 def spelled_in_a_chat(template: ChatTemplate, name: str) -> Iterator[Finding]:
-    """A message that spells every control token makes the control tokens of one that spells none."""
+    """A message that spells every control token makes the control tokens of one that spells
+    none.
+    """
     tokenizer = template.tokenizer
     words = list(tokenizer.special_tokens)
     try:
@@ -158,11 +188,15 @@ def spelled_in_a_chat(template: ChatTemplate, name: str) -> Iterator[Finding]:
         return
     more = {id: count for id, count in mine.items() if count != expected[id]}
     error_of = float(sum(abs(count - expected[id]) for id, count in more.items()))
-    detail = f"{tokenizer.id_to_token(next(iter(more)))} of a message became a token" if more else ""
+    detail = (
+        f"{tokenizer.id_to_token(next(iter(more)))} of a message became a token" if more else ""
+    )
     yield Finding("spelled tokens stay text", f"{name}, in a message", error_of, 0.0, detail)
 
 
 def controls(template: ChatTemplate, content: str) -> Counter[int]:
     """How often each control token stands in a chat of one question."""
     ids = template.encode([{"role": "user", "content": content}])
-    return Counter(id for id in ids if id in template.tokenizer.special_ids and id != template.tokenizer.unk_id)
+    return Counter(
+        id for id in ids if id in template.tokenizer.special_ids and id != template.tokenizer.unk_id
+    )

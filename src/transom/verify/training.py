@@ -1,4 +1,6 @@
-"""An interrupted run equals a straight one, bit for bit; a step cut into pieces equals one in one piece."""
+"""An interrupted run equals a straight one, bit for bit; a step cut into pieces equals one in one
+piece.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transom.errors import require
-from transom.paths import read_json
+from transom.base.errors import require
+from transom.base.files import read_json
 from transom.training.config import TrainArgs
-from transom.training.setup import open_run
-from transom.training.trainer import Trainer
+from transom.training.loop.setup import open_run
+from transom.training.loop.trainer import Trainer
 from transom.verify.check import Finding, difference
 from transom.verify.runs import muted, placed, shrunken_run, tiny_run, workshop
 
@@ -41,18 +43,27 @@ class History:
 def check_resume() -> Iterator[Finding]:
     """The built-in run."""
     with workshop() as folder:
-        yield from compare_resumed(tiny_run(folder, "run", steps=STEPS, ema_decay=0.9), folder, STEPS)
+        yield from compare_resumed(
+            tiny_run(folder, "run", steps=STEPS, ema_decay=0.9), folder, STEPS
+        )
 
 
 def compare_resumed_run(args: TrainArgs, steps: int) -> Iterator[Finding]:
     """A shrunken copy of a real run."""
-    require(steps >= 3, "--steps", steps, "accepted is 3 or more: two interruptions need a step on either side")
+    require(
+        steps >= 3,
+        "--steps",
+        steps,
+        "expected 3 or more: two interruptions need a step on either side",
+    )
     with workshop() as folder:
         yield from compare_resumed(shrunken_run(args, folder, steps), folder, steps)
 
 
 def compare_resumed(args: TrainArgs, folder: Path, steps: int) -> Iterator[Finding]:
-    """`steps` straight, against one and two interruptions: everything bit-equal, so every tolerance is 0."""
+    """`steps` straight, against one and two interruptions: everything bit-equal, so every tolerance
+    is 0.
+    """
     third = max(1, steps // 3)
     with muted():
         straight = history(args, folder, "straight", [steps])
@@ -69,7 +80,9 @@ def compare_resumed(args: TrainArgs, folder: Path, steps: int) -> Iterator[Findi
 
 
 def history(args: TrainArgs, folder: Path, name: str, parts: list[int]) -> History:
-    """Train in as many sittings as there are `parts`; each ends with a checkpoint and forgets everything else."""
+    """Train in as many sittings as there are `parts`; each ends with a checkpoint and forgets
+    everything else.
+    """
     losses: list[float] = []
     norms: list[float] = []
     trainer = None
@@ -166,9 +179,13 @@ def compare_pieces(args: TrainArgs, folder: Path, name: str) -> Iterator[Finding
 def pieces(args: TrainArgs, folder: Path, name: str, count: int) -> tuple[Tensor, Tensor]:
     """(losses, gradient norms) of two steps cut into `count` micro-batches."""
     trainer = open_run(replace(placed(args, folder, name), accumulate=count), quiet=True)
-    with torch.no_grad():  # initial weights predict every token alike, and any mean of equal losses is the same
+    with (
+        torch.no_grad()
+    ):  # initial weights predict every token alike, and any mean of equal losses is the same
         generator = torch.Generator().manual_seed(1)
         for weight in trainer.model.parameters():
             weight.add_(0.3 * torch.randn(weight.shape, generator=generator))
     results = [trainer.step() for _ in range(2)]
-    return torch.tensor([one.loss for one in results]), torch.tensor([one.grad_norm for one in results])
+    return torch.tensor([one.loss for one in results]), torch.tensor(
+        [one.grad_norm for one in results]
+    )

@@ -1,5 +1,6 @@
-"""Fine-tuning: rows carry loss where the assistant speaks, adapters get the gradient of the weight they stand for,
-nothing else moves, a stopped run goes on as if it had not been, and without its adapter the model is its base.
+"""Fine-tuning: rows carry loss where the assistant speaks, adapters get the gradient of the weight
+they stand for, nothing else moves, a stopped run goes on as if it had not been, and without its
+adapter the model is its base.
 """
 
 from __future__ import annotations
@@ -16,29 +17,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from transom.adapt.lora import LoraWeights, carriers
-from transom.adapt.lora_args import ROLES, LoraArgs
-from transom.args import ModelArgs
+from transom.base.errors import notice, require
 from transom.chat.template import ChatTemplate
-from transom.checkpoints.folders import read_args
+from transom.checkpoints.files.folders import read_args
 from transom.checkpoints.load import load, load_tokenizer, save
+from transom.config.model_args import ModelArgs
 from transom.data.batches import NO_TARGET
-from transom.data.conversations import Example
-from transom.data.tuning_batches import TuningBatch, packed_batch, padded_batch
-from transom.data.tuning_rows import template_for
-from transom.data.tuning_sets import read_examples
-from transom.errors import notice, require
-from transom.model import LLM, TransformerOutput
-from transom.tokenizer import byte_tokenizer
-from transom.training.balance import mixtures
+from transom.data.chat.batches import TuningBatch, packed_batch, padded_batch
+from transom.data.chat.conversations import Example
+from transom.data.chat.finetune_sets import read_examples
+from transom.data.chat.rows import template_for
+from transom.lora.adapters import LoraWeights, carriers
+from transom.lora.args import ROLES, LoraArgs
+from transom.models.llm import LLM, TransformerOutput
+from transom.tokenizers.training import byte_tokenizer
 from transom.training.config import OptimizerArgs, TrainArgs, read_config
-from transom.training.log_probs import adapters_off
-from transom.training.objectives import NextToken
-from transom.training.optimizers import build_optimizer
-from transom.training.preferences import Preference
-from transom.training.subject import whole_model
-from transom.training.tune import choose_weights
-from transom.training.tune_args import TuneArgs
+from transom.training.finetune.args import TuneArgs
+from transom.training.finetune.weights import choose_weights
+from transom.training.loop.run_parts import whole_model
+from transom.training.losses.balance import mixtures
+from transom.training.losses.log_probs import adapters_off
+from transom.training.losses.objectives import NextToken
+from transom.training.losses.preferences import Preference
+from transom.training.optim.optimizers import build_optimizer
 from transom.verify.check import TOLERANCES, Finding, difference
 from transom.verify.runs import muted, placed, texts, workshop
 from transom.verify.subjects import BUILT_IN, drawn
@@ -57,14 +58,22 @@ MOST_EXAMPLES, LOSS_ROWS = 1000, 8  # of a file: looked at, and put through the 
 RANK, ALPHA = 4, 6.0
 STEPS, SEQ_LEN, DROPOUT = 4, 160, 0.2  # of a run that is stopped
 BETA = 0.3  # of the DPO loss that is compared
-# Windows and chunks without experts; experts with biases; latents, groups, shared experts, biases that balance.
-_LATENT, _ROOM = BUILT_IN["deepseek"], {"max_seq_len": 1024}  # for a packed row that is taken for one text
+# Windows and chunks without experts; experts with biases; latents, groups, shared experts, biases
+# that balance.
+_LATENT, _ROOM = (
+    BUILT_IN["deepseek"],
+    {"max_seq_len": 1024},
+)  # for a packed row that is taken for one text
 MODELS: dict[str, dict[str, Any]] = {
     "mixed": {**BUILT_IN["mixed"], **_ROOM},
     "gpt-oss": {**BUILT_IN["gpt-oss"], **_ROOM},
     "deepseek": {**_LATENT, **_ROOM, "moe_args": {**_LATENT["moe_args"], "balance": "bias"}},
 }
-ADAPTERS: dict[str, dict[str, Any]] = {"LoRA": {}, "rsLoRA": {"scaling": "rslora"}, "DoRA": {"dora": True}}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "rsLoRA": {"scaling": "rslora"},
+    "DoRA": {"dora": True},
+}
 # Which role a matrix of a block has, by its name alone.
 PLACES = {
     "attention": r"\.attention\.",
@@ -79,7 +88,9 @@ def check_tuning() -> Iterator[Finding]:
     """Built-in templates and conversations, and models in small."""
     for writer in built_in_writers():
         for rows, name in ((TALKS, "conversation"), (PAIRS, "pair")):
-            examples = [one for one in examples_of(rows, name) if writer.template is not None or one.bare]
+            examples = [
+                one for one in examples_of(rows, name) if writer.template is not None or one.bare
+            ]
             yield from compare_masks(examples, writer)
     with workshop() as folder:
         yield from compare_runs(ModelArgs.from_dict(MODELS["deepseek"]), folder, "deepseek")
@@ -95,10 +106,12 @@ def compare_model(args: ModelArgs, name: str) -> Iterator[Finding]:
 
 
 def compare_folder(name: str, data: str | None = None) -> Iterator[Finding]:
-    """A model's own tokenizer, chat template and weights, on the rows of `data` or on built-in ones."""
+    """A model's own tokenizer, chat template and weights, on the rows of `data` or on built-in
+    ones.
+    """
     folder = whole_model(name)
     head = read_args(folder).head
-    require(head is None, "head", head, "accepted is a language model")
+    require(head is None, "head", head, "expected a language model")
     tokenizer = load_tokenizer(folder)
     model = load(folder, dtype="float32")
     examples = examples_of(TALKS, "conversation") if data is None else read_examples(data)
@@ -111,14 +124,19 @@ def compare_folder(name: str, data: str | None = None) -> Iterator[Finding]:
     alone = [one for one in examples if one.kind in ("chat", "completion", "text")]
     encoded = writer.encode(alone, [])
     if not encoded.items:
-        notice(f"{name}: losses are compared of conversations, completions and texts; {data} has none that fits")
+        notice(
+            f"{name}: losses are compared of conversations, completions and texts; {data} has "
+            f"none that fits"
+        )
         return
     shortest = sorted(encoded.items, key=lambda item: len(item[0].ids))[:LOSS_ROWS]
     yield from compare_losses(model, replace(encoded, items=shortest), name)
 
 
 def compare_shape(args: ModelArgs, name: str) -> Iterator[Finding]:
-    """A model of drawn weights over bytes: losses, what trains and what does not, gradients, the reference."""
+    """A model of drawn weights over bytes: losses, what trains and what does not, gradients, the
+    reference.
+    """
     tokenizer = byte_tokenizer()
     args = replace(args, vocab_size=tokenizer.vocab_size)
     with muted():
@@ -127,7 +145,8 @@ def compare_shape(args: ModelArgs, name: str) -> Iterator[Finding]:
         encoded, paired = writer.encode(talks), writer.encode(pairs)
     yield from compare_losses(drawn(args, dtype=torch.float32), encoded, name)
     documents = [Example(file, "text", text=text) for file, text in texts().items()]
-    # Every token of a document is a target, so no expert is met by tokens alone that nothing is learnt from.
+    # Every token of a document is a target, so no expert is met by tokens alone that nothing is
+    # learnt from.
     everything = packed_batch([[row for (row,) in writer.encode(documents).items]])
     yield from compare_coverage(args, everything, name)
     batch = packed_batch([[row for (row,) in encoded.items]])
@@ -157,15 +176,26 @@ def learnt(model: LLM, batch: TuningBatch) -> TransformerOutput:
     return output
 
 
-# -- what trains ------------------------------------------------------------------------------------------
+# -- what trains
+# ------------------------------------------------------------------------------------------
 
 
 def compare_coverage(args: ModelArgs, batch: TuningBatch, name: str) -> Iterator[Finding]:
-    """For every role that the model has: its matrices and no others have adapters, which learn, and alone move."""
+    """For every role that the model has: its matrices and no others have adapters, which learn, and
+    alone move.
+    """
     shapes = {key: weight.ndim for key, weight in drawn(args).named_parameters()}
-    blocks = [key.removesuffix(".weight") for key, ndim in shapes.items() if ndim > 1 and key.endswith(".weight")]
+    blocks = [
+        key.removesuffix(".weight")
+        for key, ndim in shapes.items()
+        if ndim > 1 and key.endswith(".weight")
+    ]
     for role in reversed(ROLES):  # all-linear first, which refuses nothing
-        wanted = {path for path in blocks if path.startswith("layers.") and re.search(PLACES[role], f"{path}.")}
+        wanted = {
+            path
+            for path in blocks
+            if path.startswith("layers.") and re.search(PLACES[role], f"{path}.")
+        }
         if wanted:
             yield from _compare_role(args, batch, role, wanted, f"{name}, {role}")
 
@@ -179,9 +209,12 @@ def _compare_role(
     before = {key: weight.detach().clone() for key, weight in model.named_parameters()}
     output = learnt(model, batch)
     given = [
-        layer.ids_TA[layer.ids_TA >= 0].bincount(minlength=layer.logits_TE.size(-1)) for layer in output.router
+        layer.ids_TA[layer.ids_TA >= 0].bincount(minlength=layer.logits_TE.size(-1))
+        for layer in output.router
     ]
-    met = {id(mixture): counts_E > 0 for mixture, counts_E in zip(mixtures(model), given, strict=True)}
+    met = {
+        id(mixture): counts_E > 0 for mixture, counts_E in zip(mixtures(model), given, strict=True)
+    }
     deaf = set()
     for path in wanted & held.keys():
         lora = held[path]
@@ -189,15 +222,21 @@ def _compare_role(
         for key, weight in lora.named_parameters():
             assert isinstance(weight, nn.Parameter), "named_parameters gives those"
             learns = _learns(weight)
-            owner = model.get_submodule(path.partition(".experts.")[0]) if ".experts." in path else None
-            if not torch.equal(learns, torch.ones_like(learns) if owner is None else met[id(owner)]):
+            owner = (
+                model.get_submodule(path.partition(".experts.")[0]) if ".experts." in path else None
+            )
+            if not torch.equal(
+                learns, torch.ones_like(learns) if owner is None else met[id(owner)]
+            ):
                 deaf.add(f"{path}.{key}")
     yield _none("adapters learn from what they met", where, deaf)
     trained = {key for path in wanted for key in before if key.startswith(f"{path}.lora.")}
     gradients = {key for key, weight in model.named_parameters() if weight.grad is not None}
     yield _none("gradients of adapters alone", where, gradients ^ trained)
     build_optimizer(model, OptimizerArgs(lr=0.01), device_type="cpu").step()
-    moved = {key for key, weight in model.named_parameters() if not torch.equal(weight, before[key])}
+    moved = {
+        key for key, weight in model.named_parameters() if not torch.equal(weight, before[key])
+    }
     yield _none("adapters alone move", where, moved ^ trained)
 
 
@@ -210,17 +249,27 @@ def _learns(weight: nn.Parameter) -> Tensor:
 
 def _none(comparison: str, where: str, names: set[str]) -> Finding:
     """A finding whose error is how many names there are, of which there should be none."""
-    return Finding(comparison, where, float(len(names)), 0.0, f"not so: {min(names)}" if names else "")
+    return Finding(
+        comparison, where, float(len(names)), 0.0, f"not so: {min(names)}" if names else ""
+    )
 
 
-# -- gradients --------------------------------------------------------------------------------------------
+# -- gradients
+# --------------------------------------------------------------------------------------------
 
 
-def compare_gradients(args: ModelArgs, lora: dict[str, Any], batch: TuningBatch, name: str) -> Iterator[Finding]:
-    """Loss and gradients of adapters against those of the merged weights, written out as functions of A and B."""
+def compare_gradients(
+    args: ModelArgs, lora: dict[str, Any], batch: TuningBatch, name: str
+) -> Iterator[Finding]:
+    """Loss and gradients of adapters against those of the merged weights, written out as functions
+    of A and B.
+    """
     tied = args.tie_embeddings  # a leaf that two places read has no adapter of its own at both
     model = tuned(
-        args, torch.float64, targets=("all-linear", *(() if tied else ("tok_embeddings", "output"))), **lora
+        args,
+        torch.float64,
+        targets=("all-linear", *(() if tied else ("tok_embeddings", "output"))),
+        **lora,
     )
     objective = NextToken(model)
     output: TransformerOutput = model(replace(batch.inputs(), logits="none"))
@@ -230,33 +279,50 @@ def compare_gradients(args: ModelArgs, lora: dict[str, Any], batch: TuningBatch,
     for path, _, adapters in carriers(model):
         own = adapters.lora("default")
         assert own is not None, "this adapter is low-rank everywhere"
-        copies = {key: weight.detach().clone().requires_grad_() for key, weight in own.named_parameters()}
+        copies = {
+            key: weight.detach().clone().requires_grad_() for key, weight in own.named_parameters()
+        }
         merged[f"{path}.weight"] = written_out(plain.get_submodule(path), own, copies)
-        parts |= {f"{path}.{key}": (dict(own.named_parameters())[key], copy) for key, copy in copies.items()}
+        parts |= {
+            f"{path}.{key}": (dict(own.named_parameters())[key], copy)
+            for key, copy in copies.items()
+        }
     whole: TransformerOutput = functional_call(plain, merged, (batch.inputs(),))
     expected = weighted_loss(whole, batch)
     tolerance = TOLERANCES[torch.float64]
     error = difference(loss, expected)
-    yield Finding("loss = merged weights'", name, error, tolerance, "another loss" if error > tolerance else "")
+    yield Finding(
+        "loss = merged weights'",
+        name,
+        error,
+        tolerance,
+        "another loss" if error > tolerance else "",
+    )
     mine = torch.autograd.grad(loss, [weight for weight, _ in parts.values()])
     theirs = torch.autograd.grad(expected, [copy for _, copy in parts.values()])
     for key, gradient, other in zip(parts, mine, theirs, strict=True):
         error = difference(gradient, other)
         detail = (
-            f"norm {float(gradient.norm()):.3g} instead of {float(other.norm()):.3g}" if error > tolerance else ""
+            f"norm {float(gradient.norm()):.3g} instead of {float(other.norm()):.3g}"
+            if error > tolerance
+            else ""
         )
         yield Finding("gradients = merged weights'", f"{name}, {key}", error, tolerance, detail)
 
 
 def written_out(leaf: nn.Module, lora: LoraWeights, parts: dict[str, Tensor]) -> Tensor:
-    """W + scale B A; with DoRA at learned lengths, those it has being constants (arXiv 2402.09353, section 4.3)."""
+    """W + scale B A; with DoRA at learned lengths, those it has being constants (arXiv 2402.09353,
+    section 4.3).
+    """
     weight = leaf.get_parameter("weight").detach()
     scale = {"alpha_over_rank": 1 / RANK, "rslora": RANK**-0.5}[lora.scaling] * ALPHA
     change = torch.einsum("...or,...ri->...oi", parts["B"], parts["A"])
     whole = weight + scale * (change if change.shape == weight.shape else change.mT)
     if "magnitude" not in parts:
         return whole
-    inputs = -1 if isinstance(leaf, nn.Linear) or weight.ndim == 3 else 0  # columns of an embedding have lengths
+    inputs = (
+        -1 if isinstance(leaf, nn.Linear) or weight.ndim == 3 else 0
+    )  # columns of an embedding have lengths
     lengths = whole.detach().norm(dim=inputs, keepdim=True)
     return whole / lengths * parts["magnitude"].unsqueeze(inputs)
 
@@ -264,27 +330,42 @@ def written_out(leaf: nn.Module, lora: LoraWeights, parts: dict[str, Tensor]) ->
 def weighted_loss(output: TransformerOutput, batch: TuningBatch) -> Tensor:
     """Mean cross-entropy over the weights of the targets, from all logits."""
     assert output.logits is not None, "all logits are the default"
-    nats_BT = F.cross_entropy(output.logits.mT, batch.targets, ignore_index=NO_TARGET, reduction="none")
+    nats_BT = F.cross_entropy(
+        output.logits.mT, batch.targets, ignore_index=NO_TARGET, reduction="none"
+    )
     weights_BT = (batch.targets != NO_TARGET).to(nats_BT.dtype)
     if batch.weights is not None:
         weights_BT = weights_BT * batch.weights
     return (nats_BT * weights_BT).sum() / weights_BT.sum()
 
 
-# -- the model without its adapter ------------------------------------------------------------------------
+# -- the model without its adapter
+# ------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def compare_reference(args: ModelArgs, pairs: TuningBatch, name: str) -> Iterator[Finding]:
-    """Bit for bit the base while its adapter is off, as before afterwards, and DPO against the base by hand."""
-    base, model = drawn(args, dtype=torch.float32), tuned(args, torch.float32, modules_to_save=("norm",))
+    """Bit for bit the base while its adapter is off, as before afterwards, and DPO against the base
+    by hand.
+    """
+    base, model = (
+        drawn(args, dtype=torch.float32),
+        tuned(args, torch.float32, modules_to_save=("norm",)),
+    )
     expected, said = _logits(base, pairs), _logits(model, pairs)
     with adapters_off(model):
         off = _logits(model, pairs)
-    for what, found, right in (("off = base", off, expected), ("on again = before", _logits(model, pairs), said)):
+    for what, found, right in (
+        ("off = base", off, expected),
+        ("on again = before", _logits(model, pairs), said),
+    ):
         error = float((found != right).float().mean())
         yield Finding(
-            f"adapter {what}, bit for bit", name, error, 0.0, f"{error:.1%} of the logits differ" if error else ""
+            f"adapter {what}, bit for bit",
+            name,
+            error,
+            0.0,
+            f"{error:.1%} of the logits differ" if error else "",
         )
     policy_B, reference_B = (_log_probs(logits, pairs) for logits in (said, expected))
     gained_P = (policy_B - reference_B)[::2] - (policy_B - reference_B)[1::2]
@@ -305,15 +386,20 @@ def _logits(model: LLM, batch: TuningBatch) -> Tensor:
 
 def _log_probs(logits_BTV: Tensor, batch: TuningBatch) -> Tensor:
     """Nats of the targets of each row [B]."""
-    found_BT = logits_BTV.log_softmax(-1).gather(-1, batch.targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    found_BT = (
+        logits_BTV.log_softmax(-1).gather(-1, batch.targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    )
     return (found_BT * (batch.targets != NO_TARGET)).sum(1)
 
 
-# -- runs -------------------------------------------------------------------------------------------------
+# -- runs
+# -------------------------------------------------------------------------------------------------
 
 
 def compare_runs(args: ModelArgs, folder: Path, name: str) -> Iterator[Finding]:
-    """Stopped and resumed runs against straight ones, and what a run leaves of the weights that it froze."""
+    """Stopped and resumed runs against straight ones, and what a run leaves of the weights that it
+    froze.
+    """
     tokenizer = byte_tokenizer()
     base = drawn(replace(args, vocab_size=tokenizer.vocab_size), dtype=torch.float32)
     save(base, folder / "base", tokenizer=tokenizer)
@@ -330,11 +416,18 @@ def compare_runs(args: ModelArgs, folder: Path, name: str) -> Iterator[Finding]:
 
 
 def tiny_tuning(folder: Path, name: str) -> TrainArgs:
-    """A run in `folder / name`: LoRA with dropout on `folder / base`, `folder / rows.jsonl` packed."""
+    """A run in `folder / name`: LoRA with dropout on `folder / base`, `folder / rows.jsonl`
+    packed.
+    """
     config: dict[str, Any] = {
         "base": str(folder / "base"),
         "tune": {"packing": True, "lora": {"rank": RANK, "dropout": DROPOUT}},
-        "data": {"sources": [str(folder / "rows.jsonl")], "seq_len": SEQ_LEN, "batch_size": 2, "held_out": 0.1},
+        "data": {
+            "sources": [str(folder / "rows.jsonl")],
+            "seq_len": SEQ_LEN,
+            "batch_size": 2,
+            "held_out": 0.1,
+        },
         "optimizer": {"lr": 0.01, "weight_decay": 0.0},
         "steps": STEPS,
         "device": "cpu",

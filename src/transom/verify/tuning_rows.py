@@ -1,7 +1,8 @@
-"""Rows of fine-tuning: loss on what the assistant says and nowhere else, the same loss however a row lies.
+"""Rows of fine-tuning: loss on what the assistant says and nowhere else, the same loss however a
+row lies.
 
-Answers are found a second time here, in the text that a template writes, and not in tokens: nothing of
-`data/turns.py` takes part.
+Answers are found a second time here, in the text that a template writes, and not in tokens: nothing
+of `data/chat/turns.py` takes part.
 """
 
 from __future__ import annotations
@@ -21,18 +22,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from transom.base.errors import notice
 from transom.chat.files import FILE
 from transom.chat.template import ChatTemplate
 from transom.data.batches import NO_TARGET
-from transom.data.conversations import Example, Message, recognise
-from transom.data.tuning_batches import TuningBatch, packed_batch, padded_batch
-from transom.data.tuning_rows import EncodedRows, TuningCounts, TuningRow, encode_examples
-from transom.data.tuning_sets import Problem
-from transom.errors import notice
-from transom.model import LLM, TransformerInput
-from transom.tokenizer import Tokenizer, train_bpe
-from transom.training.cross_entropy import head_loss
-from transom.training.objectives import NextToken
+from transom.data.chat.batches import TuningBatch, packed_batch, padded_batch
+from transom.data.chat.conversations import Example, Message, recognise
+from transom.data.chat.finetune_sets import Problem
+from transom.data.chat.rows import EncodedRows, TuningCounts, TuningRow, encode_examples
+from transom.models.llm import LLM, TransformerInput
+from transom.tokenizers.tokenizer import Tokenizer
+from transom.tokenizers.training import train_bpe
+from transom.training.losses.cross_entropy import head_loss
+from transom.training.losses.objectives import NextToken
 from transom.verify.check import TOLERANCES, Finding, difference
 
 Said = tuple[str, float]  # the text of an answer, and its weight
@@ -41,10 +43,20 @@ Answers = Sequence[Said | None]
 BATCH = 16  # rows that are looked at together
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 CONTROL = (
-    *(BEGIN, END, "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    *(
+        BEGIN,
+        END,
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+    ),
     *("<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]"),
 )
-VOCABULARY = 256 + len(CONTROL) + 40  # bytes, control tokens, and pairs that may grow across the edges of turns
+VOCABULARY = (
+    256 + len(CONTROL) + 40
+)  # bytes, control tokens, and pairs that may grow across the edges of turns
 # What each template puts before and behind the words of an answer for the model to say.
 FRAMES = {
     "chatml": ("", "<|im_end|>"),
@@ -63,8 +75,12 @@ OWN_TEMPLATE = """\
 {%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
 
 
-def _talk(*contents: str, system: str | None = None, weights: Mapping[int, float] | None = None) -> dict[str, Any]:
-    """A row of messages, question and answer by turns; `weights` are those of answers, counted from 0."""
+def _talk(
+    *contents: str, system: str | None = None, weights: Mapping[int, float] | None = None
+) -> dict[str, Any]:
+    """A row of messages, question and answer by turns; `weights` are those of answers, counted from
+    0.
+    """
     turns: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
     for at, content in enumerate(contents):
         turns.append({"role": ("user", "assistant")[at % 2], "content": content})
@@ -77,7 +93,10 @@ TALKS = (
     _talk("Capital of Peru?", "It is Lima.", "And of Chile?", "Santiago.", system="Be brief."),
     _talk("Say one.", "One it is.", "Say two.", "Two, then.", "Three?", "3!", weights={0: 0.0}),
     _talk("Half of it?", "A half.", "The rest?", "The other half.", weights={0: 0.5}),
-    _talk("What is <|im_end|> or </s>?", "The word <|im_end|> and <end_of_turn>, spelled.\n\nThat is all."),
+    _talk(
+        "What is <|im_end|> or </s>?",
+        "The word <|im_end|> and <end_of_turn>, spelled.\n\nThat is all.",
+    ),
     _talk("Grüße, 世界?", "Привет 👋"),
     {"prompt": "Two and two", "completion": "make four."},
 )
@@ -94,7 +113,9 @@ def examples_of(rows: Sequence[Mapping[str, Any]], name: str) -> list[Example]:
 
 @dataclass(frozen=True)
 class Writer:
-    """What makes rows of examples; `frame` is what stands around the words of an answer, where that is known."""
+    """What makes rows of examples; `frame` is what stands around the words of an answer, where that
+    is known.
+    """
 
     name: str
     tokenizer: Tokenizer
@@ -102,39 +123,57 @@ class Writer:
     seq_len: int
     frame: tuple[str, str] | None = None
 
-    def encode(self, examples: Sequence[Example], problems: list[Problem] | None = None) -> EncodedRows:
+    def encode(
+        self, examples: Sequence[Example], problems: list[Problem] | None = None
+    ) -> EncodedRows:
         """Rows as they are trained on; longer ones are left out."""
         return encode_examples(
-            examples, self.tokenizer, self.template, seq_len=self.seq_len, truncate="drop", problems=problems
+            examples,
+            self.tokenizer,
+            self.template,
+            seq_len=self.seq_len,
+            truncate="drop",
+            problems=problems,
         )
 
 
 def built_in_writers() -> list[Writer]:
-    """One tokenizer whose padding is its EOS, with every built-in kind of template and one of a folder."""
+    """One tokenizer whose padding is its EOS, with every built-in kind of template and one of a
+    folder.
+    """
     with tempfile.TemporaryDirectory(prefix="transom-verify-") as scratch:
         folder = Path(scratch)
         text = json.dumps([TALKS, PAIRS], ensure_ascii=False)
         train_bpe([text], VOCABULARY, CONTROL).save(folder)
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": END}), encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({**config, "pad_token": END}), encoding="utf-8"
+        )
         (folder / FILE).write_text(OWN_TEMPLATE, encoding="utf-8")
         tokenizer = Tokenizer.load(folder)
         names = {name: None if name == "of the folder" else name for name in FRAMES}
-        templates = {name: ChatTemplate.load(folder, tokenizer, which) for name, which in names.items()}
+        templates = {
+            name: ChatTemplate.load(folder, tokenizer, which) for name, which in names.items()
+        }
     return [
-        *(Writer(f"template {name}", tokenizer, found, 512, FRAMES[name]) for name, found in templates.items()),
+        *(
+            Writer(f"template {name}", tokenizer, found, 512, FRAMES[name])
+            for name, found in templates.items()
+        ),
         Writer("no template", tokenizer, None, 512, ("", END)),
     ]
 
 
-# -- what carries loss ------------------------------------------------------------------------------------
+# -- what carries loss
+# ------------------------------------------------------------------------------------
 
 
 def compare_masks(examples: Sequence[Example], writer: Writer) -> Iterator[Finding]:
-    """For every example, packed and padded: the words with loss and their weights are those of its answers.
+    """For every example, packed and padded: the words with loss and their weights are those of its
+    answers.
 
-    What cannot be compared is counted and said: rows that are no conversations or that the template refuses, rows
-    too long, answers that it writes otherwise than it asks for them.
+    What cannot be compared is counted and said: rows that are no conversations or that the template
+    refuses, rows too long, answers that it writes otherwise than it asks for them.
     """
     told = [one for one in examples if one.kind not in ("text", "answer")]
     problems: list[Problem] = []
@@ -154,7 +193,9 @@ def compare_masks(examples: Sequence[Example], writer: Writer) -> Iterator[Findi
     compared = [one for one in told if one.id in expected and one.id not in long | unlike]
     wrong = [one.id for one in compared if bool(written[one.id].items) != bool(expected[one.id])]
     detail = f"not so for {wrong[0]}" if wrong else ""
-    yield Finding("examples without loss have no answer", writer.name, float(len(wrong)), 0.0, detail)
+    yield Finding(
+        "examples without loss have no answer", writer.name, float(len(wrong)), 0.0, detail
+    )
     if writer.frame is not None:
         yield from _as_by_hand(compared, expected, writer)
     kept = [one for one in compared if written[one.id].items]
@@ -164,11 +205,16 @@ def compare_masks(examples: Sequence[Example], writer: Writer) -> Iterator[Findi
 
 
 def _compare_group(
-    examples: Sequence[Example], parts: Sequence[EncodedRows], expected: Mapping[str, Answers], writer: Writer
+    examples: Sequence[Example],
+    parts: Sequence[EncodedRows],
+    expected: Mapping[str, Answers],
+    writer: Writer,
 ) -> Iterator[Finding]:
     """The rows of a few examples in one batch of every layout."""
     labels = [label for part in parts for label in part.labels or []]
-    encoded = EncodedRows([item for part in parts for item in part.items], TuningCounts(), labels or None)
+    encoded = EncodedRows(
+        [item for part in parts for item in part.items], TuningCounts(), labels or None
+    )
     for layout, batch in layouts(encoded):
         found: dict[str, Counter[Said]] = {}
         rows = (row for item in encoded.items for row in item)
@@ -176,11 +222,15 @@ def _compare_group(
             found.setdefault(row.id, Counter()).update(said)
         for example in examples:
             words, where = found[example.id], f"{writer.name}, {example.id}"
-            yield _same_words(f"loss on answers alone, {layout}", where, words, expected[example.id])
+            yield _same_words(
+                f"loss on answers alone, {layout}", where, words, expected[example.id]
+            )
             if calls := _calls_in(example):
                 lost = [name for name in calls if not any(name in text for text, _ in words)]
                 detail = f"nothing of the call of {lost[0]} carries loss" if lost else ""
-                yield Finding(f"calls of tools are learnt, {layout}", where, float(len(lost)), 0.0, detail)
+                yield Finding(
+                    f"calls of tools are learnt, {layout}", where, float(len(lost)), 0.0, detail
+                )
 
 
 def _calls_in(example: Example) -> list[str]:
@@ -195,19 +245,26 @@ def _same_words(comparison: str, where: str, found: Counter[Said], answers: Answ
     return Finding(comparison, where, float((more | less).total()), 0.0, detail)
 
 
-def _as_by_hand(examples: Sequence[Example], expected: Mapping[str, Answers], writer: Writer) -> Iterator[Finding]:
+def _as_by_hand(
+    examples: Sequence[Example], expected: Mapping[str, Answers], writer: Writer
+) -> Iterator[Finding]:
     """The other way to find answers agrees with contents and ends that are known."""
     assert writer.frame is not None, "asked for templates that are known"
     before, behind = writer.frame
     for example in examples:
         words = Counter(
-            (f"{before}{said[-1]['content']}{behind}", weight) for said, weight in _said_messages(example)
+            (f"{before}{said[-1]['content']}{behind}", weight)
+            for said, weight in _said_messages(example)
         )
-        yield _same_words("answers = by hand", f"{writer.name}, {example.id}", words, expected[example.id])
+        yield _same_words(
+            "answers = by hand", f"{writer.name}, {example.id}", words, expected[example.id]
+        )
 
 
 def answers_of(example: Example, writer: Writer) -> Answers:
-    """(text to say, weight) of every answer that counts; None for one that is written otherwise than asked for."""
+    """(text to say, weight) of every answer that counts; None for one that is written otherwise
+    than asked for.
+    """
     found: list[Said | None] = []
     for messages, weight in _said_messages(example):
         if writer.template is None:
@@ -227,16 +284,24 @@ def _said_messages(example: Example) -> Iterator[tuple[tuple[Message, ...], floa
         talk = example.messages + answer
         for at, message in enumerate(talk):
             weight = message.get("weight", 1.0) * example.weight
-            if message["role"] == "assistant" and weight > 0 and (at >= len(example.messages) or not compared):
+            if (
+                message["role"] == "assistant"
+                and weight > 0
+                and (at >= len(example.messages) or not compared)
+            ):
                 yield talk[: at + 1], weight
 
 
 def _said(template: ChatTemplate, messages: Sequence[Message], tools: Any) -> str | None:
-    """What stands behind the prompt for the last message, through the first control token behind its words.
+    """What stands behind the prompt for the last message, through the first control token behind
+    its words.
 
-    Calls of tools may hold control tokens themselves: they end with the last one, where the template writes them.
+    Calls of tools may hold control tokens themselves: they end with the last one, where the
+    template writes them.
     """
-    plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+    plain = [
+        {key: value for key, value in message.items() if key != "weight"} for message in messages
+    ]
     asked = template.render(plain[:-1], tools) if len(plain) > 1 else None
     whole = template.render(plain, tools, add_generation_prompt=False)
     if asked is None or not whole.startswith(asked):
@@ -245,7 +310,10 @@ def _said(template: ChatTemplate, messages: Sequence[Message], tools: Any) -> st
     calls = [name for name in _calls(plain[-1]) if name in text]
     words = content.strip() if isinstance(content, str) and not calls else ""
     behind = text.rfind(words) + len(words) if words in text and words else 0
-    control = "|".join(map(re.escape, sorted(template.tokenizer.special_tokens, key=len, reverse=True))) or "(?!)"
+    control = (
+        "|".join(map(re.escape, sorted(template.tokenizer.special_tokens, key=len, reverse=True)))
+        or "(?!)"
+    )
     ends = [match.end() for match in re.finditer(control, text[behind:])]
     if not ends:
         return None
@@ -260,7 +328,9 @@ def _calls(message: Mapping[str, Any]) -> list[str]:
 def said_in(batch: TuningBatch, tokenizer: Tokenizer) -> Iterator[list[Said]]:
     """(text, weight) of every run of targets of one weight, for each example of a batch."""
     for _, targets_T, weights_T in pieces(batch):
-        runs = groupby(zip(targets_T.tolist(), weights_T.tolist(), strict=True), key=lambda pair: pair[1])
+        runs = groupby(
+            zip(targets_T.tolist(), weights_T.tolist(), strict=True), key=lambda pair: pair[1]
+        )
         yield [
             (_plain(tokenizer.decode([id for id, _ in run], skip_special=False), tokenizer), weight)
             for weight, run in runs
@@ -269,15 +339,19 @@ def said_in(batch: TuningBatch, tokenizer: Tokenizer) -> Iterator[list[Said]]:
 
 
 def _plain(text: str, tokenizer: Tokenizer) -> str:
-    """What two ways through a vocabulary agree on: composed text, without a space that some put in front."""
+    """What two ways through a vocabulary agree on: composed text, without a space that some put in
+    front.
+    """
     composed = unicodedata.normalize("NFC", text)
     return composed.lstrip(" ") if tokenizer.raw_byte_ids else composed
 
 
 def pieces(batch: TuningBatch) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(place, targets [T], their weights [T], 0 where there is none) of each example, as it lies in a batch.
+    """(place, targets [T], their weights [T], 0 where there is none) of each example, as it lies in
+    a batch.
 
-    The place is that among the columns of a packed batch, or among the rows of a padded one laid end to end.
+    The place is that among the columns of a packed batch, or among the rows of a padded one laid
+    end to end.
     """
     weights_BT = (batch.targets != NO_TARGET).float()
     if batch.weights is not None:
@@ -305,12 +379,15 @@ def layouts(encoded: EncodedRows) -> Iterator[tuple[str, TuningBatch]]:
         yield "packed", packed_batch([part for part in (rows[:half], rows[half:]) if part])
 
 
-# -- one loss per example ---------------------------------------------------------------------------------
+# -- one loss per example
+# ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def compare_losses(model: LLM, encoded: EncodedRows, name: str) -> Iterator[Finding]:
-    """The loss of every example alone against that in a packed and a padded batch, whole and in micro-batches."""
+    """The loss of every example alone against that in a packed and a padded batch, whole and in
+    micro-batches.
+    """
     rows = [row for item in encoded.items for row in item]
     device = model.tok_embeddings.weight.device
     alone = [_alone(model, row) for row in rows]
@@ -318,10 +395,14 @@ def compare_losses(model: LLM, encoded: EncodedRows, name: str) -> Iterator[Find
     for layout, made in layouts(encoded):
         batch = made.to(device)
         hidden_BTD = model(replace(batch.inputs(), logits="none")).hidden_BTD
-        for row, loss, (place, targets_T, weights_T) in zip(rows, alone, pieces(batch), strict=True):
+        for row, loss, (place, targets_T, weights_T) in zip(
+            rows, alone, pieces(batch), strict=True
+        ):
             here = head_loss(model, hidden_BTD.flatten(0, 1)[place], targets_T, None, weights_T)
             error = difference(here, loss)
-            detail = "" if error <= tolerance else f"{float(here):.6g} instead of {float(loss):.6g} nats"
+            detail = (
+                "" if error <= tolerance else f"{float(here):.6g} instead of {float(loss):.6g} nats"
+            )
             yield Finding(f"{layout} = alone", f"{name}, {row.id}", error, tolerance, detail)
         objective = NextToken(model)
         units = objective.units(batch)
@@ -333,7 +414,13 @@ def compare_losses(model: LLM, encoded: EncodedRows, name: str) -> Iterator[Find
             ]
             error = difference(torch.stack(parts).sum(), expected)
             where = f"{name}, {layout}, {count} micro-batches"
-            yield Finding("loss of a step = its examples'", where, error, tolerance, "another sum" if error else "")
+            yield Finding(
+                "loss of a step = its examples'",
+                where,
+                error,
+                tolerance,
+                "another sum" if error else "",
+            )
 
 
 def _alone(model: LLM, row: TuningRow) -> Tensor:
@@ -343,6 +430,8 @@ def _alone(model: LLM, row: TuningRow) -> Tensor:
     logits = model(TransformerInput(ids_T[None, :-1].long())).logits
     assert logits is not None, "all logits are the default"
     nats_T = F.cross_entropy(
-        logits[0].to(torch.promote_types(logits.dtype, torch.float32)), ids_T[1:].long(), reduction="none"
+        logits[0].to(torch.promote_types(logits.dtype, torch.float32)),
+        ids_T[1:].long(),
+        reduction="none",
     )
     return (nats_T * weights_T[1:]).sum()

@@ -1,0 +1,187 @@
+"""torch's scaled_dot_product_attention, sliced by document and by block.
+
+A dense mask costs T x S memory, and the CPU kernel works through what it hides. Where the host
+knows how the call's tokens lie (`Layout`), documents and chunks become plain causal calls and a
+window becomes blocks of queries against the few keys they can reach; everything else goes block by
+block with the rule's own mask. Both are exact, linear in memory and differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from transom.attention.mask import Layout, MaskSpec, allowed
+from transom.attention.reference import repeat_kv
+from transom.attention.view import CacheView, Score
+from transom.base.errors import RequestError
+from transom.config.model_args import LayerRule
+
+BLOCK = 256  # queries per masked call, tokens
+
+
+def why_not(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> str | None:
+    """What keeps sdpa from this job, or None."""
+    return None if score.plain else "torch's fused kernel has neither soft-capping nor sinks"
+
+
+def sdpa(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> Tensor:
+    """softmax(q k^T scale) v under the rule; q [B, T, N, H] in, [B, T, N, v's H] out."""
+    if (
+        not score.plain
+    ):  # this function is callable by itself, and would leave them out without a word
+        raise RequestError(f"attention backend 'sdpa': {why_not(q_BTNH, view, spec, score)}")
+    if by_documents(view, spec):
+        run = partial(_one_length, rule=spec.rule, score=score)
+        return per_document(q_BTNH, view, spec, run)
+    return _by_block(q_BTNH, view, spec, score)
+
+
+def by_documents(view: CacheView, spec: MaskSpec) -> bool:
+    """Whether the host knows enough of a call to cut it into documents that see only themselves."""
+    layout = spec.layout
+    return view.only_new and layout is not None and not (layout.padded and spec.rule.kind == "full")
+
+
+def _kernel(
+    q_BTNH: Tensor, k: Tensor, v: Tensor, score: Score, *, mask: Tensor | None, causal: bool
+) -> Tensor:
+    """One fused call; `mask` bool, broadcast to [B, N, T, S]."""
+    head_dim, v_dim = q_BTNH.size(-1), v.size(-1)
+    repeats = q_BTNH.size(2) // k.size(2)
+    if repeats > 1 and mask is not None and q_BTNH.is_cuda:
+        # CUDA's masked kernel has no grouped heads: enable_gqa would fall back to dense scores.
+        k, v = repeat_kv(k, v, repeats, dim=2)
+        repeats = 1
+    if (
+        head_dim != v_dim
+    ):  # fused kernels want one head dim and fall back to dense scores; zeros change nothing
+        dim = max(head_dim, v_dim)
+        q_BTNH, k, v = (
+            F.pad(x, (0, dim - x.size(-1))) if x.size(-1) < dim else x for x in (q_BTNH, k, v)
+        )
+    out = F.scaled_dot_product_attention(
+        q_BTNH.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal,
+        scale=score.scale_for(head_dim),
+        enable_gqa=repeats > 1,
+    )
+    return out.transpose(1, 2)[..., :v_dim]
+
+
+def per_document(
+    q_BTNH: Tensor, view: CacheView, spec: MaskSpec, run: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """`run(q, k, v)` on each stack of equally long documents, or chunks of such, put together
+    again.
+    """
+    (k, v), _ = view.dense()
+    assert spec.layout is not None, "by_documents said so"
+    q_flat, k_flat, v_flat = q_BTNH.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    pieces, at = [], 0
+    for size, group in groupby(document_sizes(spec.layout, spec.rule)):
+        count = sum(1 for _ in group)
+        # Neighbours of equal length are a batch: a view of the flat tokens, not a copy.
+        run_of = slice(at, at + count * size)
+        q_run, k_run, v_run = (
+            x[run_of].unflatten(0, (count, size)) for x in (q_flat, k_flat, v_flat)
+        )
+        at += count * size
+        pieces.append(run(q_run, k_run, v_run).flatten(0, 1))
+    out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return clear_padding(out.unflatten(0, q_BTNH.shape[:2]), spec)
+
+
+def clear_padding(out_BTNH: Tensor, spec: MaskSpec) -> Tensor:
+    """Zeros where the layout has padding: it stands behind the real tokens, so only its own rows
+    are wrong.
+    """
+    if spec.layout is None or not spec.layout.padded:
+        return out_BTNH
+    return out_BTNH.masked_fill((spec.positions_BT < 0)[..., None, None], 0.0)
+
+
+def _one_length(q: Tensor, k: Tensor, v: Tensor, rule: LayerRule, score: Score) -> Tensor:
+    """Documents [count, size, ...] that start where their window or chunk does."""
+    size = q.size(1)
+    if rule.kind == "window" and size > rule.size:
+        return _by_window(q, k, v, rule.size, score)
+    return _kernel(q, k, v, score, mask=None, causal=rule.kind != "full" and size > 1)
+
+
+def document_sizes(layout: Layout, rule: LayerRule) -> Iterator[int]:
+    """Document lengths; for chunks cut where absolute positions reach a multiple, so each cut is
+    causal.
+    """
+    if rule.kind != "chunk":
+        yield from layout.documents
+        return
+    for size in layout.documents:
+        first = min(size, rule.size - layout.start % rule.size)
+        yield first
+        for at in range(first, size, rule.size):
+            yield min(rule.size, size - at)
+
+
+def _by_window(q: Tensor, k: Tensor, v: Tensor, window: int, score: Score) -> Tensor:
+    """Blocks of queries against the keys that a window of that size can reach."""
+    length = q.size(1)
+    block = min(max(BLOCK // 2, window // 2), 4 * BLOCK)
+    pieces, masks = [], {}
+    for start in range(0, length, block):
+        stop, low = min(start + block, length), max(0, start - window + 1)
+        shape = (stop - start, start - low)
+        if shape not in masks:
+            rows = torch.arange(start, stop, device=q.device)[:, None]
+            cols = torch.arange(low, stop, device=q.device)[None]
+            masks[shape] = (cols <= rows) & (cols > rows - window)
+        mask = masks[shape]
+        pieces.append(
+            _kernel(
+                q[:, start:stop], k[:, low:stop], v[:, low:stop], score, mask=mask, causal=False
+            )
+        )
+    return torch.cat(pieces, 1)
+
+
+def _by_block(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> Tensor:
+    """Any positions at all: the rule's mask for one block of queries at a time."""
+    (k, v), k_positions = view.dense()
+    length, pieces = q_BTNH.size(1), []
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        low, high = reach(spec.rule, view.new_at, start, stop, k.size(1))
+        may = allowed(
+            spec.rule,
+            spec.positions_BT[:, start:stop],
+            k_positions[:, low:high],
+            None if spec.segments_BT is None else spec.segments_BT[:, start:stop],
+            None if view.segments_BS is None else view.segments_BS[:, low:high],
+        ).unsqueeze(1)
+        # A row with no key at all would be NaN, in the gradient too: let it see everything, then
+        # clear it.
+        lonely = ~may.any(-1, keepdim=True)
+        keys, values = k[:, low:high], v[:, low:high]
+        out = _kernel(q_BTNH[:, start:stop], keys, values, score, mask=may | lonely, causal=False)
+        pieces.append(out.masked_fill(lonely.transpose(1, 2), 0.0))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
+
+def reach(
+    rule: LayerRule, new_at: int | None, start: int, stop: int, slots: int
+) -> tuple[int, int]:
+    """The slots [low, high) that queries [start, stop) of the call can possibly see."""
+    if new_at is None or rule.kind == "full":
+        return 0, slots
+    within = (
+        rule.size > 0 and start - rule.size + 1 >= 0
+    )  # a chunk reaches back no further than a window
+    return (new_at + start - rule.size + 1 if within else 0), new_at + stop

@@ -1,0 +1,268 @@
+"""Strict reading and writing of frozen dataclasses, shared by model arguments and run configs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from transom.base.errors import RequestError, nearest, require
+
+T = TypeVar("T")
+
+BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+FLOAT = re.compile(
+    r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+)
+PATH = re.compile(r"[\w.\[\]-]*")  # the field that an error message begins with
+
+
+class Plain(str):
+    """Unquoted text of a YAML file or the command line, whose value depends on the declared type of
+    its field.
+    """
+
+    __slots__ = ()
+
+
+def describe(default: Any, help: str, unit: str = "", *, path: bool = False) -> Any:
+    """A dataclass field that carries its one-line help and its unit for `--help` pages.
+
+    In a `path`, `read` replaces a leading `~` by the home folder.
+    """
+    metadata = {"help": help, "unit": unit, "path": path}
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_seed(seed: int) -> None:
+    """Raise a `RequestError` for a seed that no generator takes: torch has 64 bits, and seeds are
+    added to.
+    """
+    require(0 <= seed < 2**62, "seed", seed, "expected 0 to 2^62 - 1")
+
+
+def field_types(cls: Any) -> dict[str, Any]:
+    """Resolved field types of a dataclass, in order."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def read(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
+    """Build `cls` from plain data; an unknown key or a wrong type is a `RequestError` naming it."""
+    if not isinstance(data, Mapping):
+        name = where or cls.__name__
+        raise RequestError(f"{name}: got {_shown(data)}; expected a mapping of its fields")
+    known = field_types(cls)
+    for key in data:
+        if key not in known:
+            hint = nearest(str(key), known) or f"; known are {', '.join(known)}"
+            raise RequestError(f"{_join(where, str(key))}: no such field of {cls.__name__}{hint}")
+    values = {key: _convert(known[key], value, _join(where, key)) for key, value in data.items()}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]  # T is a dataclass
+        optional = (
+            field.default is not dataclasses.MISSING
+            or field.default_factory is not dataclasses.MISSING
+        )
+        if not optional and field.name not in values:
+            raise RequestError(f"{_join(where, field.name)}: missing; {cls.__name__} needs it")
+        if field.metadata.get("path") and str(values.get(field.name)).startswith("~"):
+            values[field.name] = os.path.expanduser(values[field.name])  # noqa: PTH111 - a path or a hub id
+    try:
+        return cls(**values)
+    except (
+        RequestError
+    ) as error:  # the class names its own field, not where the class itself stands
+        name = re.match(r"\w*", str(error))
+        inside = bool(where) and name is not None and name[0] in known
+        raise RequestError(f"{where}.{error}" if inside else str(error)) from None
+
+
+def type_at(cls: Any, keys: Sequence[str]) -> Any:
+    """Return the declared type of the field `keys[0].keys[1]...` of a dataclass, or Any for an
+    unknown field.
+    """
+    kind = cls
+    for key in keys:
+        nested = next((one for one in options_of(kind) if dataclasses.is_dataclass(one)), None)
+        known = {} if nested is None else field_types(nested)
+        if key not in known:
+            return Any
+        kind = known[key]
+    return kind
+
+
+def options_of(kind: Any) -> tuple[Any, ...]:
+    """Return the members of a union type, or a tuple of the type itself."""
+    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return typing.get_args(kind) if union else (kind,)
+
+
+def plain_value(value: Any) -> Any:
+    """Return the value of data without a declared type, by YAML 1.2's core schema: number, boolean
+    or text.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_value(item) for item in value]
+    if not isinstance(value, Plain):
+        return value
+    if value in ("true", "True", "TRUE", "false", "False", "FALSE"):
+        return value.lower() == "true"
+    if INTEGER.fullmatch(value):
+        return _integer(value)
+    return _float(value) if FLOAT.fullmatch(value) else str(value)
+
+
+def write(value: Any) -> Any:
+    """Plain data of a dataclass, nested parts as mappings; defaults too, so that they may change
+    later.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: write(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+    if isinstance(value, (list, tuple)):
+        return [write(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: write(item) for key, item in value.items()}
+    return value
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    options = options_of(kind)
+    if type(None) in options:
+        if value is None or (
+            isinstance(value, Plain) and value.lower() == "none" and str not in options
+        ):
+            return None
+        options = tuple(option for option in options if option is not type(None))
+    if isinstance(value, Plain):  # a value is text only if it is nothing else
+        options = tuple(sorted(options, key=lambda option: option is str))
+    errors: list[str] = []
+    for option in options:
+        try:
+            return _convert_one(option, value, where)
+        except RequestError as error:
+            errors.append(str(error))
+    raise RequestError(_most_precise(errors))
+
+
+def _most_precise(errors: Sequence[str]) -> str:
+    """Return the error about the innermost field; for several errors about it, join what they
+    accept.
+    """
+    places = [PATH.match(error) for error in errors]
+    depths = [0 if place is None else place[0].count(".") + place[0].count("[") for place in places]
+    found = [error for error, depth in zip(errors, depths, strict=True) if depth == max(depths)]
+    beginning, mark, _ = found[0].partition(": expected ")
+    alike = [
+        error.removeprefix(beginning + mark)
+        for error in found
+        if error.startswith(beginning + mark)
+    ]
+    return beginning + mark + " or ".join(dict.fromkeys(alike)) if mark else found[0]
+
+
+def _convert_one(kind: Any, value: Any, where: str) -> Any:
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return _convert_literal(options, value, where)
+    if origin is tuple:
+        if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence):
+            raise RequestError(f"{where}: got {_shown(value)}; expected a list")
+        inner = options[0] if len(options) == 2 and options[1] is Ellipsis else None
+        if inner is None and len(options) != len(value):
+            raise RequestError(
+                f"{where}: got {_shown(value)}; expected a list of {len(options)} items"
+            )
+        kinds = [inner] * len(value) if inner is not None else list(options)
+        return tuple(
+            _convert(k, v, f"{where}[{i}]")
+            for i, (k, v) in enumerate(zip(kinds, value, strict=True))
+        )
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return value if isinstance(value, kind) else read(kind, value, where)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise RequestError(f"{where}: got {_shown(value)}; expected a mapping")
+        return plain_value(value)
+    return _convert_scalar(kind, value, where)
+
+
+def _convert_literal(options: tuple[Any, ...], value: Any, where: str) -> Any:
+    for option in options:
+        if isinstance(value, Plain):
+            same = str(option) == value
+        else:
+            same = option == value and isinstance(option, bool) == isinstance(value, bool)
+        if same:
+            return option
+    hint = nearest(str(value), [str(option) for option in options])
+    raise RequestError(
+        f"{where}: got {_shown(value)}; expected one of {', '.join(map(str, options))}{hint}"
+    )
+
+
+def _convert_scalar(kind: Any, value: Any, where: str) -> Any:
+    if kind is Any:
+        return plain_value(value)
+    with contextlib.suppress(ValueError):
+        if kind is float and isinstance(value, str):
+            return _float(value)
+        if kind is int and isinstance(value, Plain):
+            return _integer(value)
+    if kind is bool and isinstance(value, Plain) and value.lower() in BOOLEANS:
+        return BOOLEANS[value.lower()]
+    if kind is str and isinstance(value, str):
+        return str(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool)):
+        return value
+    raise RequestError(f"{where}: got {_shown(value)}; expected {_words(kind)}")
+
+
+def _integer(text: str) -> int:
+    """Read decimal digits, also with leading zeros or an exponent, and 0x and 0o numbers."""
+    if re.fullmatch(r"[-+]?0[xXoO].+", text):
+        return int(text, 0)
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+    if not number.is_integer():
+        raise ValueError(text)
+    return int(number)
+
+
+def _float(text: str) -> float:
+    """Read a number as Python or YAML writes it; YAML's infinity begins with a dot."""
+    return float(
+        text.replace(".", "", 1) if re.fullmatch(r"[-+]?\.(inf|nan)", text.lower()) else text
+    )
+
+
+def _shown(value: Any) -> str:
+    """Return `value` as Python writes it, unquoted text as the number or boolean that it may be."""
+    return repr(plain_value(value))
+
+
+def _words(kind: Any) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
+        kind, str(kind)
+    )

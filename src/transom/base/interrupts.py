@@ -1,0 +1,112 @@
+"""Signals that end a command (SIGINT, SIGTERM, SIGHUP), and native calls that would delay its end.
+No torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Generic, NoReturn, TypeVar
+
+T = TypeVar("T")
+
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+
+
+class Terminated(BaseException):
+    """Raised by SIGTERM and SIGHUP in the main thread, as KeyboardInterrupt by SIGINT."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+STOPS = (KeyboardInterrupt, Terminated)
+
+
+def raise_stop(number: int, _frame: object = None) -> NoReturn:
+    """Raise KeyboardInterrupt or `Terminated` for a signal; usable as a signal handler."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise Terminated(number)
+
+
+def exit_code(stop: BaseException) -> int:
+    """Return 128 plus the number of the signal that raised `stop`, as shells do."""
+    return 128 + (stop.number if isinstance(stop, Terminated) else signal.SIGINT)
+
+
+@contextmanager
+def handling(
+    handler: Callable[[int, Any], None], signals: tuple[int, ...] = STOP_SIGNALS
+) -> Iterator[None]:
+    """Call `handler` for the stop signals inside the block.
+
+    A signal that this process was started to ignore (`nohup`) stays ignored. Outside the main
+    thread signals cannot be handled, and nothing changes.
+    """
+    before: dict[int, Any] = {}
+    try:
+        for number in signals:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
+    except ValueError:
+        pass
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, signal.SIG_DFL if former is None else former)
+
+
+class Background(Generic[T]):
+    """A call that runs in its own thread.
+
+    The main thread can be interrupted while it waits for the `result`, but not inside a native
+    call.
+    """
+
+    _running: ClassVar[set[Background[Any]]] = set()
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._call = call
+        self._done = threading.Event()
+        self._value: list[T] = []
+        self._error: BaseException | None = None
+        self._running.add(self)
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._value.append(self._call())
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._running.discard(self)
+            self._done.set()
+
+    def result(self) -> T:
+        """Wait for the call and return its value, or raise its error."""
+        while not self._done.wait(
+            0.1
+        ):  # on some systems a wait without a limit cannot be interrupted
+            pass
+        if self._error is not None:
+            raise self._error
+        return self._value[0]
+
+
+def leave_background_calls(code: int) -> None:
+    """End the process at once if a background call is still running: a regular exit could abort
+    inside it.
+    """
+    if Background._running:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -1,0 +1,290 @@
+"""Device, dtype, seeds and clocks: what a run asks of the machine it stands on."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import platform
+import random
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from transom.base.errors import RequestError, notice
+
+# The names that torch and Linux give to instructions that multiply bfloat16: x86 (two), Arm.
+BFLOAT16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+KEPT_KERNELS = 64  # in the cache of oneDNN: more than a step of one shape needs
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype in configs: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Put `model` into evaluation mode for a while: no dropout, no jitter and no capacity of
+    experts.
+
+    Afterwards each of its modules is in the mode that it was in.
+    """
+    if not model.training:
+        yield
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is cuda, then mps, then cpu; a device that is not there is a `RequestError`."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RequestError(
+            f"device: got {name!r}; expected auto, cpu, cuda, cuda:N or mps"
+        ) from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RequestError(
+            f"device: got {name!r}; this machine has {torch.cuda.device_count()} CUDA devices"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise RequestError("device = 'mps': not available on this machine")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where it is fast on this device, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if bfloat16_is_fast(device.type) else torch.float32
+    if name not in DTYPES:
+        raise RequestError(f"dtype: got {name!r}; expected auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def bound_kernel_caches() -> None:
+    """Let oneDNN keep the kernels of a few shapes, unless the environment gives it other bounds.
+
+    It keeps one for every shape of a product, and the weights in its own layout with it: packed
+    rows of ever new lengths would take tens of megabytes more with every step. oneDNN reads these
+    bounds at the first product of a process, so that a later call has no effect.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KEPT_KERNELS))
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Many tiny products: waking a second thread for each costs more than all of the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off, which would narrow products again; a device without it (meta) cannot even be
+    told so.
+    """
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else contextlib.nullcontext()
+
+
+@functools.cache
+def bfloat16_is_fast(device_type: str) -> bool:
+    """Return whether bfloat16 products beat float32 ones on this kind of device.
+
+    The processor's instructions and torch's kernels decide, so that a machine has one answer.
+    Products are timed only where the instructions are unknown.
+    """
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = _cpu_multiplies_bfloat16() if device_type == "cpu" else None
+    return _bfloat16_wins_clearly(device_type) if known is None else known
+
+
+def warn_if_bfloat16_is_slow(weight: torch.Tensor) -> None:
+    """Print a notice where a model runs in bfloat16 on a device that multiplies float32 faster."""
+    if weight.dtype == torch.bfloat16 and not bfloat16_is_fast(weight.device.type):
+        notice(
+            "bfloat16 is slow on this device; --dtype float32 is faster and takes twice the memory"
+        )
+
+
+def _cpu_multiplies_bfloat16() -> bool | None:
+    """Return whether the CPU can multiply bfloat16 and torch has kernels for it; None is
+    unknown.
+    """
+    instructions = _cpu_instructions()
+    if instructions is None:
+        return None
+    # oneDNN converts to float32 on processors that lack these instructions. Without oneDNN the
+    # product is a plain loop.
+    probe = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    kernels = torch.backends.mkldnn.is_available() and (probe is None or bool(probe()))
+    return kernels and not instructions.isdisjoint(BFLOAT16_INSTRUCTIONS)
+
+
+def _cpu_instructions() -> frozenset[str] | None:
+    """Return the names of the CPU's instruction sets; None where neither torch nor Linux lists
+    them.
+    """
+    listed = getattr(torch.cpu, "get_capabilities", None)
+    if listed is not None:
+        return frozenset(name for name, value in listed().items() if value is True)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    named = (line for line in lines if line.lower().startswith(("flags", "features")))
+    flags = next(named, None)
+    return None if flags is None else frozenset(flags.partition(":")[2].split())
+
+
+def _bfloat16_wins_clearly(device_type: str) -> bool:
+    """Return whether a timed bfloat16 product takes at most 3/4 of the time of a float32 one.
+
+    The two take turns, and the fastest of ten counts, so that other work does not decide.
+    """
+    wide = torch.ones(512, 512, device=device_type)
+    narrow = wide.bfloat16()
+    seconds = [(_seconds_of_product(narrow), _seconds_of_product(wide)) for _ in range(10)]
+    return min(half for half, _ in seconds) <= 0.75 * min(whole for _, whole in seconds)
+
+
+def _seconds_of_product(a: torch.Tensor) -> float:
+    start = time.perf_counter()
+    a @ a
+    synchronize(a.device)
+    return time.perf_counter() - start
+
+
+@functools.cache
+def matmul_peak(device_type: str, dtype: torch.dtype) -> float:
+    """Measured FLOP/s of the largest square product that takes well under a second here: the MFU
+    yardstick.
+    """
+    size, repeats = (1536, 3) if device_type == "cpu" else (8192, 10)
+    private = torch.Generator().manual_seed(
+        0
+    )  # ones would let the processor clock higher than real data does
+    a = torch.randn(size, size, generator=private).to(device_type, dtype)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ a
+        synchronize(a.device)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for queued work, so that a clock read afterwards means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Return the peak of memory in bytes: allocated on a GPU since `reset_peak_memory`, resident on
+    a CPU.
+
+    MPS keeps no record of a peak. There it is the most that this function has read since
+    `reset_peak_memory`.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        _seen_on_mps.append(torch.mps.driver_allocated_memory())
+        _seen_on_mps[:] = [max(_seen_on_mps)]
+        return _seen_on_mps[0]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+_seen_on_mps: list[int] = []
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let the peak of a GPU's memory count from now on; that of a CPU process cannot be reset."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    _seen_on_mps.clear()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the host's allocator, had no memory left; hosts that overcommit kill
+    instead.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    allocators = ("can't allocate memory", "not enough memory", "MPS backend out of memory")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in allocators)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's and torch's global generators; ours are all explicit, this covers what users
+    add.
+    """
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def mixed_seed(seed: int, *place: int) -> int:
+    """Return the seed of one stream of random numbers out of many that belong to `seed`.
+
+    `place` says which stream: a row of a batch, a turn of a chat. Any two (seed, place) differ as
+    two random numbers do; `seed + place` would make stream 1 of seed 0 that of stream 0 of seed 1.
+    """
+    mixed = np.random.SeedSequence(seed, spawn_key=place).generate_state(1, np.uint64)[0]
+    return int(mixed) & 0x7FFF_FFFF_FFFF_FFFF  # what a generator of torch accepts
+
+
+def machine() -> dict[str, object]:
+    """What a result depends on: versions, processor, threads."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "platform": platform.platform(),
+        "processor": processor_name(),
+        "gpu": gpu,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def processor_name() -> str:
+    """The processor's marketing name, or its architecture where the system does not tell."""
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

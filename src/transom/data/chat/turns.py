@@ -1,0 +1,422 @@
+"""Encode conversations and find the tokens of each assistant answer. No torch.
+
+A conversation is encoded once. An answer starts after its generation prompt. For every answer, the
+tokens before it are compared with those of the prompt alone. Some templates write an earlier answer
+differently from the last one (Qwen3 drops its reasoning). The conversation then becomes several
+rows, and each answer with loss is in a row that writes it as the model has to generate it.
+
+Text that a template leaves out is refused if it is the content of a message, a tool call, the name
+of a tool, or reasoning that is missing even in the row of its own answer. Other text that is left
+out is counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transom.base.errors import RequestError, require
+from transom.chat.marking import (
+    Marked,
+    Path,
+    Text,
+    TokenPlaces,
+    controls_in,
+    kind_of,
+    shared,
+    unprotected,
+)
+from transom.chat.messages import REASONING
+from transom.chat.template import ChatTemplate
+from transom.tokenizers.tokenizer import Tokenizer
+
+Tools = Sequence[Mapping[str, Any]] | None
+
+
+class Answer(NamedTuple):
+    """The tokens [start, stop) of an answer.
+
+    `ended`: one of them ends the turn. `like_prompt`: the tokens before it are those of its prompt
+    alone.
+    """
+
+    start: int
+    stop: int
+    ended: bool
+    like_prompt: bool = True
+    apart: bool = (
+        False  # encoded separately from the prompt, since a token of the joint text would span both
+    )
+
+
+@dataclass
+class Written:
+    """A row: ids, the weight of each as a target, and its answers."""
+
+    ids: list[int]
+    weights: NDArray[np.float32]
+    answers: list[Answer]
+
+
+class _Found(NamedTuple):
+    """The places of an answer's tokens; `ended` and `like_prompt` are those of `Answer`."""
+
+    places: NDArray[np.int64]
+    ended: bool = False
+    like_prompt: bool = False
+
+
+NOT_FOUND = _Found(np.zeros(0, np.int64))
+
+
+class Turns:
+    """Writes conversations with one template and tokenizer, and counts texts that the template
+    leaves out.
+    """
+
+    def __init__(
+        self, template: ChatTemplate, tokenizer: Tokenizer, stop_tokens: Collection[int] = ()
+    ) -> None:
+        """`stop_tokens` end an answer besides those of the template and of the tokenizer."""
+        self._template = template
+        self._stops = frozenset((*stop_tokens, *template.stop_tokens, *tokenizer.stop_ids))
+        self.rendered_anew = 0  # conversations that were rendered again for every answer
+        self.left_out: Counter[str] = Counter()  # texts that are in no row, by their kind
+        self.dropped = 0  # texts of reasoning that are only in the row of their own answer
+
+    def rows(
+        self, messages: Sequence[Mapping[str, Any]], tools: Tools, weights: Sequence[float]
+    ) -> list[Written]:
+        """Return rows that hold every message with a weight above 0 as an answer with loss, mostly
+        one row for all.
+
+        `weights` are those of the messages; a row ends with its last answer.
+        """
+        given = self._given(messages, tools)
+        rows: list[_Row] = []
+        beginnings = self._template.beginnings(given)
+        counted = [at for at, weight in enumerate(weights) if weight > 0]
+        self.rendered_anew += len(counted) > 1 and not beginnings.in_steps
+        for at in reversed(counted):
+            whole, prompt = beginnings.whole(at + 1), beginnings.prompt(at)
+            if any(row.add(at, whole, prompt, weights[at]) for row in rows):
+                continue
+            talk = {**given, "messages": given["messages"][: at + 1]}
+            rows.append(_Row(self._template, talk, self._stops, whole, rows[0] if rows else None))
+            if not rows[-1].add(at, whole, prompt, weights[at]):
+                self._count_left_out(given, rows[-1:], [at])  # a better reason, if there is one
+                raise RequestError(
+                    f"messages[{at}]: {self._template.origin} does not tell where this answer "
+                    f"begins and ends; "
+                    "expected a template that writes it where it asks for it, or in {% "
+                    "generation %} blocks"
+                )
+        self._count_left_out(given, rows, counted)
+        return [row.written() for row in reversed(rows)]
+
+    def whole(self, messages: Sequence[Mapping[str, Any]], tools: Tools, weight: float) -> Written:
+        """Return the whole conversation with one weight for every token but the first."""
+        given = self._given(messages, tools)
+        row = _Row(self._template, given, self._stops)
+        answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+        self._count_left_out(given, [row], answers[-1:])
+        ids = row.ids[row.first :]
+        return Written(ids, _all_but_first(len(ids), weight), [])
+
+    def _given(self, messages: Sequence[Mapping[str, Any]], tools: Tools) -> dict[str, Any]:
+        for at, message in enumerate(messages):
+            content = message.get("content")
+            for part in content if isinstance(content, list) else ():
+                kind = (
+                    part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+                )
+                require(
+                    kind == "text",
+                    f"messages[{at}].content: type",
+                    kind,
+                    "valid only for training are texts",
+                )
+        return self._template.prepared(messages, tools)
+
+    def _count_left_out(
+        self, given: Mapping[str, Any], rows: Sequence[_Row], answers: Sequence[int]
+    ) -> None:
+        """Refuse a template that leaves out words or calls of messages; count other texts that are
+        in no row.
+
+        Otherwise the model would learn an empty answer in place of a call, or an answer without its
+        question. Reasoning has to be only in the row of its own answer: many templates drop it from
+        earlier turns on purpose.
+        """
+        found: dict[Path, list[Text]] = {}
+        for text in (text for row in rows for text in row.chat.texts or ()):
+            found.setdefault(text.path, []).append(text)
+        for path, texts in found.items():
+            missing = [text for text in texts if text.lost or text.cut]
+            everywhere = len(missing) == len(texts)
+            if (
+                missing
+                and _is_reasoning(missing, given)
+                and (not everywhere or path[1] not in answers)
+            ):
+                self.dropped += len(missing)
+            elif missing and everywhere:
+                self._refuse(missing[0])
+                self.left_out[
+                    f"{'' if missing[0].lost else 'a part of '}{kind_of(missing[0], given)}"
+                ] += 1
+
+    def _refuse(self, text: Text) -> None:
+        """Raise `RequestError` for a missing text of a message, call or reasoning, or a missing
+        name of a tool.
+        """
+        path, words = text.path, " ".join(text.value.split())[:60]
+        if not text.lost:
+            return
+        if path[0] == "messages" and path[2] in ("content", "tool_calls", *REASONING):
+            named = path[2] == "tool_calls" and path[-1] == "name"
+            what = f"the call of {words!r}" if named else f"its {path[2]} {words!r}"
+        elif path[0] == "tools" and path[-2:] == ("function", "name"):
+            what = f"the tool {words!r}"
+        else:
+            return
+        raise RequestError(
+            f"{path[0]}[{path[1]}]: {self._template.origin} leaves out {what}; expected a "
+            f"template that writes it, or data without it"
+        )
+
+
+def _is_reasoning(texts: Sequence[Text], given: Mapping[str, Any]) -> bool:
+    """Return whether texts are reasoning of an assistant, in their own field or in a part of the
+    content.
+    """
+    path = texts[0].path
+    if path[0] != "messages" or given["messages"][path[1]]["role"] != "assistant":
+        return False
+    return path[2] in REASONING or (path[2] == "content" and all(text.cut for text in texts))
+
+
+def _before(chat: Marked, end: int) -> list[tuple[int, int]]:
+    """Return the protected spans that begin before `end`."""
+    return [span for span in chat.protected if span[0] < end]
+
+
+class _Row:
+    """A rendered conversation, encoded once, and the answers found in it."""
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        given: dict[str, Any],
+        stops: frozenset[int],
+        text: str | None = None,
+        like: _Row | None = None,
+    ) -> None:
+        self._template, self._given, self._stops = template, given, stops
+        self._blocks = template.chosen(given).generation
+        self.chat = template.chat_of(given, self._blocks, text)
+        self.ids = self._encoded(like)
+        self.first = template.first_of(self.ids)
+        self._weights = np.zeros(len(self.ids), np.float32)
+        self._answers: list[Answer] = []
+        self._controls = controls_in(template.tokenizer, self.chat, self.ids)
+
+    def _encoded(self, like: _Row | None) -> list[int]:
+        """Return the ids; those that a row with the same beginning has up to a control token are
+        taken from it.
+        """
+        controls = [] if like is None else like._controls
+        same = 0 if like is None else shared(like.chat.text, self.chat.text)
+        start, token = next(((a, t) for a, b, t in reversed(controls) if b <= same), (0, 0))
+        if like is None or _before(like.chat, start) != _before(self.chat, start):
+            return self._template.ids_of(self.chat)
+        protected = [(a - start, b - start) for a, b in self.chat.protected if a >= start]
+        return like.ids[:token] + self._template.ids_of(Marked(self.chat.text[start:], protected))
+
+    def add(self, at: int, whole: str, prompt: str | None, weight: float) -> bool:
+        """Give message `at` loss as an answer; return False if this row does not contain it as
+        `whole` does.
+
+        `whole` is the rendered conversation up to that message, and `prompt` is the prompt for it.
+        """
+        same = shared(self.chat.text, whole)
+        asked = (
+            len(prompt)
+            if prompt is not None and whole.startswith(prompt) and len(prompt) <= same
+            else None
+        )
+        look = self._in_blocks if self._blocks else self._behind_prompt
+        places, ended, like_prompt = look(at, len(whole), same, asked)
+        if not len(places):
+            return False
+        answer = Answer(int(places[0]), int(places[-1]) + 1, ended, like_prompt)
+        if self._answers and answer.stop > self._answers[0].start:
+            return False
+        self._weights[places] = weight
+        self._answers.insert(0, answer)
+        return True
+
+    def written(self) -> Written:
+        """Return the row up to the end of its last answer."""
+        first, stop = self.first, self._answers[-1].stop
+        moved = [
+            one._replace(start=one.start - first, stop=one.stop - first) for one in self._answers
+        ]
+        return Written(self.ids[first:stop], self._weights[first:stop], moved)
+
+    def _behind_prompt(self, at: int, length: int, same: int, asked: int | None) -> _Found:
+        """Return the tokens from where message `at` begins to the first token that ends a turn, or
+        to the end.
+        """
+        start = self._template.answer_start(self._given, at, self.chat) if asked is None else asked
+        if start is None or start > same:
+            return NOT_FOUND
+        end, stop = next(self._ends(at, start), (length + 1, None))
+        ended = end <= length
+        if not ended:
+            end = length
+            stop = self._count(length) if same == length else None
+        if end > same or (not ended and stop is None):
+            return NOT_FOUND
+        begin = None if asked is None else self._count(asked)
+        like_prompt = begin is not None
+        if begin is None or stop is None:
+            places = self._tokens_in([(start, end)])
+            if not len(places):
+                return NOT_FOUND
+            begin = int(places[0]) if begin is None else begin
+            stop = int(places[-1]) + 1 if stop is None else stop
+        return _Found(np.arange(begin, stop), ended, like_prompt)
+
+    def _ends(self, at: int, start: int) -> Iterator[tuple[int, int | None]]:
+        """Yield where turns end after `start`, as a place in the text and, if it is known, among
+        the tokens.
+        """
+        word, tokenizer = self._template.end_of_turn, self._template.tokenizer
+        if word is not None and tokenizer.token_to_id(word) not in tokenizer.special_ids:
+            # A word that is not a control token may also occur inside the answer.
+            start = max(start, self.chat.last_offset(at) or 0)
+            yield from ((end, None) for _, end in unprotected(self.chat, [word]) if end > start)
+            return
+        for _, end, token in self._controls:
+            if end > start and self.ids[token] in self._stops:
+                yield end, token + 1
+
+    def _in_blocks(self, at: int, length: int, same: int, asked: int | None) -> _Found:
+        """Return the tokens in the template's blocks for message `at`, and the one after that ends
+        the turn.
+        """
+        spans = [
+            span
+            for span in self.chat.spans
+            if span[1] <= same and (asked is None or span[1] > asked)
+        ]
+        begin = self._count(asked) if spans and asked is not None else None
+        if begin is None:
+            words = self.chat.first_offset(at)
+            spans = [span for span in spans if words is not None and span[1] > words] or spans[-1:]
+        else:
+            spans = [(max(start, asked or 0), stop) for start, stop in spans]
+        places = self._tokens_in(spans)
+        ended = any(self.ids[one] in self._stops for one in places)
+        if not len(places):
+            return NOT_FOUND
+        stop = int(places[-1]) + 1
+        if not ended and stop < len(self.ids) and self.ids[stop] in self._stops:
+            places, ended = (
+                np.append(places, stop),
+                True,
+            )  # the end of the turn is outside of the block
+        return _Found(places, ended, begin is not None) if ended or same == length else NOT_FOUND
+
+    def _tokens_in(self, spans: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
+        """Return the tokens that stand for characters of these spans."""
+        inside = np.zeros(len(self.ids), np.bool_)
+        begins, ends = self._edges
+        for start, stop in self._places.moved(spans):
+            inside |= (begins < stop) & (ends > start)
+        return np.flatnonzero(inside)
+
+    @cached_property
+    def _places(self) -> TokenPlaces:
+        return TokenPlaces(
+            self._template.tokenizer, self.ids, self.chat.text, self._template.origin
+        )
+
+    @cached_property
+    def _edges(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        ranges = np.asarray(self._places.ranges, np.int64).reshape(-1, 2)
+        return ranges[:, 0], ranges[:, 1]
+
+    def _count(self, length: int) -> int | None:
+        """Return how many tokens the first `length` characters have, or None if they are encoded
+        differently alone.
+
+        Texts between control tokens are encoded separately, so only the text after the last one is
+        encoded again.
+        """
+        start, token = next(((a, t) for a, b, t in reversed(self._controls) if b <= length), (0, 0))
+        spans = [
+            (max(a, start), min(b, length))
+            for a, b in self.chat.protected
+            if b >= start and a <= length
+        ]
+        protected = [(a - start, b - start) for a, b in spans if a <= b]
+        tail = self._template.ids_of(Marked(self.chat.text[start:length], protected))
+        return token + len(tail) if self.ids[token : token + len(tail)] == tail else None
+
+
+def text_row(tokenizer: Tokenizer, text: str, weight: float) -> Written:
+    """Return a document after the tokens that its tokenizer puts first, and EOS; all but the first
+    have loss.
+    """
+    ids = [
+        *tokenizer.encode_prompt(text),
+        *(() if tokenizer.eos_id is None else (tokenizer.eos_id,)),
+    ]
+    return Written(ids, _all_but_first(len(ids), weight), [])
+
+
+def bare_row(
+    tokenizer: Tokenizer, prompt: str, answer: str, weight: float, *, all_tokens: bool = False
+) -> Written:
+    """A prompt and its answer, one behind the other as plain text, EOS behind them; loss on the
+    answer and EOS.
+
+    The prompt's ids are those it has alone, as when the model is asked. Where the answer's first
+    word would grow into one token with the end of the prompt, the answer is encoded apart; a
+    vocabulary that cannot do so without a space between the two (SentencePiece) keeps that token,
+    which then carries loss.
+    """
+    begin, joint = tokenizer.encode_prompt(prompt), tokenizer.encode_prompt(prompt + answer)
+    ids, start, separable = joint, len(begin), False
+    if joint[: len(begin)] != begin:
+        apart = begin + tokenizer.encode(answer)
+        if separable := tokenizer.decode(apart) == tokenizer.decode(joint):
+            ids = apart
+        else:
+            pairs = zip(begin, joint, strict=False)
+            start = next(
+                (at for at, (one, other) in enumerate(pairs) if one != other),
+                min(len(begin), len(joint)),
+            )
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    ids = [*ids, *end]
+    weights = _all_but_first(len(ids), weight)
+    if not all_tokens:
+        weights[:start] = 0.0
+    like_prompt = ids[: len(begin)] == begin
+    return Written(ids, weights, [Answer(start, len(ids), bool(end), like_prompt, separable)])
+
+
+def _all_but_first(count: int, weight: float) -> NDArray[np.float32]:
+    """Weights of targets: nothing stands in front of the first token that could predict it."""
+    weights = np.full(count, weight, np.float32)
+    weights[:1] = 0.0
+    return weights

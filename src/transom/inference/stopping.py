@@ -1,0 +1,106 @@
+"""Where generation ends: the stop tokens that folders state, and stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Literal
+
+from transom.chat.template import ChatTemplate
+from transom.checkpoints.files.companions import stop_ids
+from transom.checkpoints.files.folders import Found
+from transom.tokenizers.tokenizer import Tokenizer
+
+
+def stop_tokens_of(
+    where: Found | Path, tokenizer: Tokenizer, template: ChatTemplate | None = None
+) -> tuple[int, ...]:
+    """Return the ids that end a text of this model, or a turn where `template` writes the turns."""
+    found = Found(where) if isinstance(where, Path) else where
+    own = () if template is None else template.stop_tokens
+    return tuple(dict.fromkeys((*stop_ids(found, tokenizer), *own)))
+
+
+class ControlSigns:
+    """Characters that stand for control tokens in decoded text: halves of surrogate pairs.
+
+    Decoded text never contains these characters. `kept` are ids of control tokens that `spelled`
+    writes out.
+    """
+
+    FIRST, COUNT = 0xD800, 0x800
+
+    def __init__(self, tokenizer: Tokenizer, kept: Literal["all"] | Collection[int] = ()) -> None:
+        self._special, self._spell = tokenizer.special_tokens, tokenizer.id_to_token
+        self._kept = (
+            tokenizer.special_ids if kept == "all" else tokenizer.special_ids.intersection(kept)
+        )
+        self._signs: dict[int, str] = {}
+        self._spelled: dict[int, str | None] = {}
+
+    def __contains__(self, id: int) -> bool:
+        """Return whether a token is shown, or is part of a stop string."""
+        return id in self._kept or id in self._signs
+
+    def of(self, id: int) -> str:
+        """Return the sign of a control token."""
+        if id not in self._signs:
+            code = self.FIRST + len(self._signs) % self.COUNT
+            self._signs[id] = chr(code)
+            self._spelled[code] = self._spell(id) if id in self._kept else None
+        return self._signs[id]
+
+    def signed(self, text: str) -> str:
+        """Return `text` with signs in place of the spellings of control tokens."""
+        spellings = [one for one in self._special if one and one in text]
+        for spelling in sorted(spellings, key=len, reverse=True):
+            text = text.replace(spelling, self.of(self._special[spelling]))
+        return text
+
+    def spelled(self, text: str) -> str:
+        """Return `text` with the control tokens that are kept spelled out, and without the
+        others.
+        """
+        return text.translate(self._spelled)
+
+    def dropped(self, text: str) -> str:
+        """Return `text` without control tokens."""
+        return text.translate(dict.fromkeys(self._spelled))
+
+
+class StopStrings:
+    """Passes text through up to the first stop string, however tokens cut it.
+
+    Text that may begin a stop string waits. Of several stop strings the first complete one counts.
+    With `signs`, control tokens inside a stop string are found by their signs too.
+    """
+
+    def __init__(self, stop: Sequence[str], signs: ControlSigns | None = None) -> None:
+        self.found = ""  # the stop string that ended the text
+        self._stop = {word: word for word in stop}
+        if signs is not None:
+            self._stop |= {signs.signed(word): word for word in stop}
+        self._waiting = ""
+
+    def push(self, text: str) -> str:
+        """Return the text that can be shown after `text`."""
+        text = self._waiting + text
+        places = [(at + len(word), at) for word in self._stop if (at := text.find(word)) >= 0]
+        if places:
+            end, start = min(places)
+            self.found, self._waiting = self._stop[text[start:end]], ""
+            return text[:start]
+        shown = len(text) - max((_overlap(text, word) for word in self._stop), default=0)
+        self._waiting = text[shown:]
+        return text[:shown]
+
+    def finish(self) -> str:
+        """Return the text that waits, when no more comes."""
+        text, self._waiting = self._waiting, ""
+        return text
+
+
+def _overlap(text: str, word: str) -> int:
+    """Return the longest end of `text`, in characters, that `word` begins with."""
+    sizes = range(min(len(text), len(word) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(word[:size])), 0)

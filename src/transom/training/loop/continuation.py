@@ -1,0 +1,214 @@
+"""Whether a config, its data and a machine continue a run, by what the run wrote when it began.
+
+`run.json` has the config twice: as it was given, which later configs are compared with, and as it
+was resolved, with the values that follow from the data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import yaml
+
+from transom import __version__
+from transom.base.errors import RequestError, notice, require
+from transom.base.fields import read, write
+from transom.base.files import read_json
+from transom.base.runtime import DTYPES, dtype_name, machine
+from transom.planning.counts import parameters
+from transom.tokenizers.tokenizer import Tokenizer
+from transom.training.config import TrainArgs
+from transom.training.loop.run_data import TOKENS
+from transom.training.loop.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from transom.training.loop.trainer import Trainer
+
+CONFIG, FACTS = "config.yaml", "run.json"
+# Fields that may differ between a run and its continuation, as they do not change the arithmetic of
+# a step.
+FREE_ON_RESUME = (
+    "out",
+    "data.cache_dir",
+    "eval_every",
+    "eval_tokens",
+    "save_every",
+    "keep_last",
+    "sample_every",
+    "sample_prompts",
+    "sample_tokens",
+    "tensorboard",
+    "dry_run",
+    "activation_checkpoint",
+    "activation_offload",
+    "tune.scores",
+)
+
+
+class Change(NamedTuple):
+    """A field whose value has changed since the run began."""
+
+    field: str
+    before: Any
+    now: Any
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the run goes on exactly in spite of the change."""
+        return any(
+            self.field == name or self.field.startswith(f"{name}.") for name in FREE_ON_RESUME
+        )
+
+
+def write_run(run: RunFolder, given: TrainArgs, trainer: Trainer) -> None:
+    """Write config.yaml and run.json, which describe the run."""
+    facts: dict[str, Any] = {
+        "transom": __version__,
+        "machine": machine(),
+        "device": trainer.device.type,
+        "dtype": dtype_name(trainer.dtype),
+        "parameters": parameters(trainer.model.args),
+        "steps": trainer.args.steps,
+        "seed": trainer.args.seed,
+        "data": dict(trainer.data.hashes),
+        "tokenizer": trainer.tokenizer.hash,
+        "model": trainer.model.args.to_dict(),
+    }
+    _write_config(run, given, trainer, facts)
+
+
+def _write_config(
+    run: RunFolder, given: TrainArgs, trainer: Trainer, facts: dict[str, Any]
+) -> None:
+    config = given.to_dict()
+    run.write_file(CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).rstrip())
+    facts = {**facts, "config": config, "resolved": trainer.args.to_dict()}
+    run.write_file(FACTS, json.dumps(facts, indent=2))
+
+
+def write_changes(
+    run: RunFolder, changes: list[Change], given: TrainArgs, trainer: Trainer
+) -> None:
+    """Print the changes of the config, and write the new config."""
+    if not changes:
+        return
+    for change in changes:
+        notice(f"{run.path}: {change.field}: {change.before!r} -> {change.now!r}")
+    _write_config(run, given, trainer, read_json(run.path / FACTS))
+
+
+def changes_of(run: Path, args: TrainArgs) -> list[Change]:
+    """Return how a config differs from that of a run; raise `RequestError` if it would compute
+    something else.
+
+    The config is compared with the one in run.json, since config.yaml may have been edited. A value
+    that the run's config left open may also be given as the value that was chosen for it.
+    """
+    if not (run / FACTS).exists():
+        raise RequestError(
+            f"{run}: no {FACTS}; valid only with --resume is a folder that a run wrote"
+        )
+    facts = read_json(run / FACTS)
+    stored, resolved = write(read(TrainArgs, facts["config"])), _resolved(facts)
+    changes = [
+        one
+        for one in _differences("", stored, write(args))
+        if one.now != _value_at(resolved, one.field)
+    ]
+    wrong = [
+        f"its {one.field} is {one.before!r}, the config says {one.now!r}"
+        for one in changes
+        if not one.is_free
+    ]
+    if wrong:
+        raise RequestError(f"{run}: belongs to another run: {'; '.join(wrong)}")
+    return changes
+
+
+def as_begun(run: Path, args: TrainArgs) -> TrainArgs:
+    """Return the config with the batch size, packing, epochs and date that the run began with."""
+    resolved = read(TrainArgs, _resolved(read_json(run / FACTS)))
+    args = replace(args, data=replace(args.data, batch_size=resolved.data.batch_size))
+    if args.tune is not None and resolved.tune is not None:
+        begun = {name: getattr(resolved.tune, name) for name in ("packing", "epochs", "date")}
+        args = replace(args, tune=replace(args.tune, **begun))
+    return args
+
+
+def check_as_begun(run: Path, args: TrainArgs) -> None:
+    """Refuse to resume with another number of steps or rows than the run began with; both follow
+    from its data.
+    """
+    resolved = _resolved(read_json(run / FACTS))
+    for field, now in (("steps", args.steps), ("data.batch_size", args.data.batch_size)):
+        before = _value_at(resolved, field)
+        require(now == before, field, now, f"expected {before}, as the run {run} has it")
+
+
+def check_same_machine(run: Path, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that the run began with; print every difference between the machines.
+
+    A new measurement for `dtype: auto` must not change the dtype of a run.
+    """
+    facts, now = read_json(run / FACTS), machine()
+    for what, before, after in (
+        ("device", facts["device"], device.type),
+        *((name, facts["machine"][name], now[name]) for name in ("torch", "threads", "processor")),
+    ):
+        if before != after:
+            notice(f"{run}: {what} was {before}, is {after}: losses may differ in their last bits")
+    return DTYPES.get(facts["dtype"], dtype)
+
+
+def check_same_data(run: Path, data: Mapping[str, str], tokenizer: Tokenizer) -> None:
+    """Refuse to resume on data that has changed, in which the run's position would be another
+    place.
+    """
+    facts = read_json(run / FACTS)
+    before = facts["data"]
+    if (
+        TOKENS in data and TOKENS not in before
+    ):  # older runs have this hash under the name of every source
+        rows = data[TOKENS]
+        data = {
+            name: rows if before.get(name) == rows else one
+            for name, one in data.items()
+            if name != TOKENS
+        }
+    changed = [name for name in {**before, **data} if before.get(name) != data.get(name)]
+    if changed:
+        changed = [
+            name for name in changed if name != TOKENS
+        ] or changed  # the tokens change with every source
+        raise RequestError(
+            f"{run}: {', '.join(changed)} has changed since the run began; start a new run"
+        )
+    if facts["tokenizer"] != tokenizer.hash:
+        raise RequestError(f"{run}: the tokenizer of its latest step is not the one it began with")
+
+
+def _resolved(facts: Mapping[str, Any]) -> dict[str, Any]:
+    resolved: dict[str, Any] = (
+        facts.get("resolved") or facts["config"]
+    )  # older versions wrote one config
+    return resolved
+
+
+def _differences(name: str, before: Any, now: Any) -> Iterator[Change]:
+    """Yield every field below `name` in which plain data differ."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in {**before, **now}:
+            yield from _differences(f"{name}.{key}" if name else key, before.get(key), now.get(key))
+    elif before != now:
+        yield Change(name, before, now)
+
+
+def _value_at(data: Any, field: str) -> Any:
+    for key in field.split("."):
+        data = data.get(key) if isinstance(data, Mapping) else None
+    return data

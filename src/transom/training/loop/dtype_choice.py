@@ -1,0 +1,129 @@
+"""The choice between float32 and bfloat16 for the matrix products of a run on the CPU.
+
+A processor with bfloat16 instructions multiplies large matrices faster in bfloat16, but small ones
+slower, because the conversions around them cost more than the products save. So a step of the run
+is timed in both.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from transom.base.errors import notice
+from transom.base.runtime import dtype_name, is_out_of_memory
+from transom.config.model_args import ModelArgs
+from transom.models.llm import LLM
+from transom.planning.counts import parameters
+from transom.training.loop.dry_run import random_state, restore_random_state
+from transom.training.loop.ranks import Ranks
+from transom.training.losses.objectives import Objective, RunBatch, RunBatches
+
+TIMED_TOKENS = 2048  # enough to find the faster dtype
+MOST_PARAMETERS = 500_000_000  # a larger model is not timed: it may not fit in float32
+SHORT_PASSES, SHORT_SECONDS = (
+    3,
+    2.0,
+)  # at most so many passes are timed, and no more after so many seconds
+CLEARLY = 1.1  # bfloat16 rounds, so it has to be faster by this factor,
+SECONDS = 0.005  # and by this much: below, the load of the machine would decide
+
+
+@dataclass
+class DtypeChoice:
+    """The dtype of the matrix products. While the choice `is_open`, `dtype` is what the device
+    suggests.
+
+    `settle` is called by all ranks or by none, and all take the choice of rank 0.
+    """
+
+    dtype: torch.dtype
+    is_open: bool
+    ranks: Ranks
+
+    @classmethod
+    def of(cls, name: str, dtype: torch.dtype, ranks: Ranks) -> DtypeChoice:
+        """Return the choice of `dtype: name` in a config, where the device suggests `dtype`."""
+        candidate = name == "auto" and dtype == torch.bfloat16 and ranks.device.type == "cpu"
+        is_open = bool(ranks.first(int(candidate)))  # the processors of the ranks may differ
+        if name == "auto":
+            dtype = torch.bfloat16 if ranks.first(int(dtype == torch.bfloat16)) else torch.float32
+        return cls(dtype, is_open, ranks)
+
+    def settle(
+        self, model: LLM, objective: Objective, batches: RunBatches, items: int, *, frozen: bool
+    ) -> None:
+        """Time a step of the run in both dtypes, take the faster one and print both times.
+
+        `items` is how many items a step of this rank takes. With `frozen`, the weights that do not
+        train are cast to bfloat16, and the caller has to load the model again. Otherwise weights,
+        random state and the position in the data do not change.
+        """
+        if not self.is_open:
+            return
+        self.is_open = False
+        before, was_training = random_state(self.ranks.device), model.training
+        micro = timed_batch(batches, items)
+        model.train()
+        try:
+            slow = seconds_of_step(model, objective, micro, torch.float32)
+            if frozen:
+                cast_frozen(model, torch.bfloat16)
+            fast = seconds_of_step(model, objective, micro, torch.bfloat16)
+        except Exception as error:
+            if not is_out_of_memory(error):  # the dry run reports it and what to change
+                raise
+            slow = fast = float("inf")
+        model.zero_grad(set_to_none=True)
+        model.train(was_training)
+        restore_random_state(self.ranks.device, before)
+        faster = fast * CLEARLY < slow and slow - fast > SECONDS
+        takes_bfloat16 = bool(self.ranks.first(int(faster)))
+        self.dtype = torch.bfloat16 if takes_bfloat16 else torch.float32
+        rows, length = micro.tokens.shape
+        if self.ranks.rank == 0:
+            notice(
+                f"chosen: dtype = {dtype_name(self.dtype)}: {rows} x {length} tokens forward and "
+                f"backward take {slow:.2g} s in float32, {fast:.2g} s in bfloat16"
+            )
+
+    def limit(self, args: ModelArgs) -> None:
+        """Close the choice for a model that is too large to be timed in float32."""
+        self.is_open = self.is_open and parameters(args) <= MOST_PARAMETERS
+
+
+def seconds_of_step(model: LLM, objective: Objective, micro: RunBatch, dtype: torch.dtype) -> float:
+    """Return the seconds of a forward and a backward pass; of several short passes, those of the
+    fastest.
+    """
+    seconds: list[float] = []
+    while len(seconds) < 2 or (len(seconds) <= SHORT_PASSES and sum(seconds) < SHORT_SECONDS):
+        started = time.perf_counter()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            output = model(replace(micro.inputs(), logits="none"))
+            loss: Tensor = objective.loss(output, micro, torch.ones(()))["loss"]
+        loss.backward()
+        seconds.append(time.perf_counter() - started)
+        model.zero_grad(set_to_none=True)
+    return min(seconds[1:])  # the first pass also builds kernels and reads weights from their files
+
+
+def cast_frozen(model: LLM, dtype: torch.dtype) -> None:
+    """Cast the weights that do not train, as loading them in `dtype` would."""
+    for weight in model.parameters():
+        if not weight.requires_grad and weight.is_floating_point():
+            weight.data = weight.data.to(dtype)
+
+
+def timed_batch(batches: RunBatches, items: int) -> RunBatch:
+    """Return the longest rows of the run: at most a step's `items`, and about `TIMED_TOKENS`
+    tokens.
+    """
+    pieces = [count for count in range(1, items + 1) if items % count == 0]
+    micro: RunBatch = batches.largest(pieces.pop(0))
+    while pieces and micro.tokens.numel() > TIMED_TOKENS:
+        micro = batches.largest(pieces.pop(0))
+    return micro

@@ -1,0 +1,74 @@
+"""Where the time of a step goes: a table of its parts, and a trace file for a timeline viewer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from transom.base.runtime import synchronize
+
+
+class StepClock:
+    """Seconds spent in each part of a step; waits for the device only while profiling."""
+
+    PARTS = ("data", "forward", "loss", "backward", "optimizer")
+
+    def __init__(self, device: torch.device, profile_steps: int = 0) -> None:
+        self.device, self.profile_steps = device, profile_steps
+        self.seconds = dict.fromkeys(self.PARTS, 0.0)
+        self.steps = 0
+        self._recording = False  # what runs before the first step is none of it
+        self._profiler: torch.profiler.profile | None = None
+        if profile_steps:
+            cuda = [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
+            self._profiler = torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU, *cuda]
+            )
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the time of the block under `name`, and label it in a trace."""
+        if not self._recording:
+            yield
+            return
+        synchronize(self.device)
+        start = time.perf_counter()
+        with torch.profiler.record_function(name):
+            yield
+            synchronize(self.device)
+        self.seconds[name] += time.perf_counter() - start
+
+    def before_step(self) -> None:
+        """Start recording at the first step."""
+        if self._profiler is not None and self.steps == 0:
+            self._profiler.start()
+            self._recording = True
+
+    def after_step(self, trace: Path) -> str | None:
+        """Count a step; behind the last profiled one, write the trace and return the table."""
+        self.steps += 1
+        return self.close(trace) if self.steps >= self.profile_steps else None
+
+    def close(self, trace: Path) -> str | None:
+        """Write the trace and return the table, if that has not been done: the run may end before N
+        steps.
+        """
+        if self._profiler is None or self.steps == 0:
+            return None
+        self._profiler.stop()
+        self._profiler.export_chrome_trace(str(trace))
+        self._profiler, self._recording = None, False
+        return f"{self.table()}\ntrace: {trace} (open in Perfetto or chrome://tracing)"
+
+    def table(self) -> str:
+        """Mean milliseconds and share of each part, one line each."""
+        total = sum(self.seconds.values()) or 1.0
+        rows = [
+            f"  {name:10} {1000 * seconds / max(1, self.steps):9.2f} ms  {seconds / total:6.1%}"
+            for name, seconds in self.seconds.items()
+        ]
+        return "\n".join([f"mean of {self.steps} steps:", *rows])

@@ -1,0 +1,250 @@
+"""Summed next-token cross-entropy, with or without ever holding the logits of all tokens.
+
+Logits of T tokens over a vocabulary of V are often the largest tensor of a step: T x V numbers, and
+as many again for their softmax and for their gradient. Made in chunks of tokens, with the gradients
+of hidden states and output weights computed as soon as a chunk's logits are there, one chunk of
+them is alive at a time (Hsu et al. 2024, Liger Kernel, arXiv 2410.10989).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from transom.data.batches import NO_TARGET
+from transom.layers.linear import Embedding, Linear
+from transom.models.llm import LLM
+
+# Logits up to this many numbers are made at once: below it chunks save little, and torch's own path
+# is as fast.
+PLAIN_LOGITS = 1 << 22
+# A chunk's logits. Every chunk reads and writes the whole weight gradient once more, so few large
+# ones are faster.
+CHUNK_LOGITS = 1 << 24
+
+
+def cross_entropy_sum(
+    logits_BTV: Tensor, targets_BT: Tensor, weights_BT: Tensor | None = None
+) -> Tensor:
+    """Sum of -log p(target) in float32 or better over positions that have a target (not -100), in
+    nats.
+
+    A sum, not a mean: the caller divides by the count of targets of the whole global step, so the
+    loss does not depend on how the step was cut into micro-batches and ranks. `weights_BT` are what
+    each target counts.
+    """
+    wide = torch.promote_types(logits_BTV.dtype, torch.float32)
+    logits_TV, targets_T = logits_BTV.flatten(0, -2).to(wide), targets_BT.flatten()
+    if weights_BT is None:
+        return F.cross_entropy(logits_TV, targets_T, ignore_index=NO_TARGET, reduction="sum")
+    losses_T = F.cross_entropy(logits_TV, targets_T, ignore_index=NO_TARGET, reduction="none")
+    return (losses_T * weights_BT.flatten()).sum()
+
+
+def head_loss(
+    model: LLM,
+    hidden_BTD: Tensor,
+    targets_BT: Tensor,
+    chunk: int | None = None,
+    weights_BT: Tensor | None = None,
+) -> Tensor:
+    """`cross_entropy_sum` of the logits of normed hidden states; `chunk` tokens at a time, 0 all at
+    once.
+
+    Without a `chunk`, logits of up to 2^22 numbers are made at once, more in chunks of at most
+    2^24.
+    """
+    tokens = chunk_tokens(targets_BT.numel(), model.args.vocab_size) if chunk is None else chunk
+    if tokens == 0 or targets_BT.numel() == 0:
+        return cross_entropy_sum(model.project(hidden_BTD), targets_BT, weights_BT)
+    hidden_TD, targets_T = hidden_BTD.flatten(0, -2), targets_BT.flatten()
+    weights_T = None if weights_BT is None else weights_BT.flatten()
+    weight_VD = plain_output_weight(model)
+    if weight_VD is None:
+        return _projected(model, hidden_TD, targets_T, weights_T, tokens)
+    if not torch.is_grad_enabled():
+        hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
+    kind = hidden_TD.device.type
+    # As autocast does, which leaves float64 alone.
+    casts = torch.is_autocast_enabled(kind) and hidden_TD.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(kind) if casts else hidden_TD.dtype
+    factor, cap = model.args.logit_factor, model.args.logit_softcap
+    loss: Tensor = _LinearCrossEntropy.apply(
+        hidden_TD, weight_VD, targets_T, weights_T, tokens, dtype, factor, cap
+    )
+    return loss
+
+
+def chunk_tokens(tokens: int, vocab_size: int) -> int:
+    """Tokens per chunk where nobody chose, 0 for all at once."""
+    return 0 if tokens * vocab_size <= PLAIN_LOGITS else max(1, CHUNK_LOGITS // vocab_size)
+
+
+def plain_output_weight(model: LLM) -> Tensor | None:
+    """The output matrix [V, D] if logits are its product with hidden states and nothing else, or
+    None.
+
+    An adapter, a quantized or sharded weight, a bias or a hook makes `LLM.project` more than that.
+    """
+    if (
+        model.output is None
+    ):  # tied: `LLM.project` uses the embedding's weight and does not call the leaf
+        leaf: nn.Module = model.tok_embeddings
+        calls_leaf = False
+    else:
+        leaf, calls_leaf = model.output, True
+    weight = leaf._parameters.get("weight")
+    if (
+        type(leaf) not in (Linear, Embedding)
+        or type(weight) is not nn.Parameter
+        or any(leaf.children())
+    ):
+        return None
+    hooks = (
+        leaf._forward_hooks,
+        leaf._forward_pre_hooks,
+        leaf._backward_hooks,
+        leaf._backward_pre_hooks,
+    )
+    if calls_leaf and (
+        leaf._parameters.get("bias") is not None or any(hooks) or "forward" in vars(leaf)
+    ):
+        return None
+    return weight
+
+
+def _projected(
+    model: LLM, hidden_TD: Tensor, targets_T: Tensor, weights_T: Tensor | None, chunk: int
+) -> Tensor:
+    """Chunk by chunk through `model.project`, whatever its leaf is; backward makes each chunk's
+    logits again.
+    """
+
+    def chunk_loss(hidden: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        return cross_entropy_sum(model.project(hidden), targets, weights)
+
+    parts = _even(targets_T.numel(), chunk)
+    hidden, targets = hidden_TD.split(parts), targets_T.split(parts)
+    weights = [None] * len(targets) if weights_T is None else weights_T.split(parts)
+    pieces = zip(hidden, targets, weights, strict=True)
+    losses: list[Tensor] = [checkpoint(chunk_loss, *piece, use_reentrant=False) for piece in pieces]
+    return torch.stack(losses).sum()
+
+
+def _even(tokens: int, chunk: int) -> int:
+    """Tokens per chunk, at most `chunk`, such that the last chunk is not much shorter than the
+    others.
+    """
+    return -(-tokens // -(-tokens // chunk))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of cap * tanh(factor * h W^T / cap), its gradients made in the forward
+    pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        targets_T: Tensor,
+        weights_T: Tensor | None,
+        chunk: int,
+        dtype: torch.dtype,
+        factor: float,
+        cap: float | None,
+    ) -> Tensor:
+        """`dtype` is that of the products; softmax and sums are in float32 or better."""
+        wide = torch.promote_types(dtype, torch.float32)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        total = torch.zeros((), dtype=wide, device=hidden_TD.device)
+        grad_TD = torch.empty_like(hidden_TD) if needs_hidden else None
+        grad_VD: Tensor | None = None
+        valid_T1 = (targets_T != NO_TARGET).unsqueeze(1)
+        safe_T1 = targets_T.unsqueeze(1).masked_fill(~valid_T1, 0)
+        parts = _even(targets_T.numel(), chunk)
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            matrix_VD = weight_VD.to(dtype)
+            for start in range(0, targets_T.numel(), parts):
+                here = slice(start, start + parts)
+                valid, target = valid_T1[here], safe_T1[here]
+                # Zero rows, not zeroed gradients: a position without target may hold anything, NaN
+                # included.
+                rows = hidden_TD[here].to(dtype).masked_fill(~valid, 0.0)
+                loss, grad = _chunk(
+                    rows @ matrix_VD.T, target, wide, factor, cap, needs_hidden or needs_weight
+                )
+                if weights_T is not None:
+                    weight = weights_T[here].unsqueeze(1).to(wide)
+                    loss, grad = loss * weight, None if grad is None else grad.mul_(weight)
+                total += loss.masked_fill(~valid, 0.0).sum()
+                if grad is None:
+                    continue
+                grad = grad.to(dtype)
+                if grad_TD is not None:
+                    grad_TD[here] = (grad @ matrix_VD).masked_fill(~valid, 0.0)
+                if needs_weight:
+                    grad_VD = _accumulate(
+                        grad_VD, grad, rows, torch.promote_types(weight_VD.dtype, wide)
+                    )
+                del grad  # before the next chunk's logits are made
+        # Not save_for_backward: backward scales them in place and gives them away, which must leave
+        # one owner.
+        ctx.grads = grad_TD, None if grad_VD is None else grad_VD.to(weight_VD.dtype)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            raise RuntimeError(
+                "the chunked loss gives its gradients away: backward works once per forward"
+            )
+        return (*(None if one is None else one.mul_(grad) for one in grads), *[None] * 6)
+
+
+def _chunk(
+    raw_TV: Tensor,
+    target_T1: Tensor,
+    wide: torch.dtype,
+    factor: float,
+    cap: float | None,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Loss [T, 1] of one chunk of raw products, and its gradient [T, V] with respect to them; eats
+    `raw_TV`.
+    """
+    logits_TV = raw_TV.to(wide)
+    if factor != 1.0:
+        logits_TV.mul_(factor)
+    tanh_TV = None
+    if cap is not None:
+        tanh_TV = logits_TV.div_(cap).tanh_()
+        logits_TV = tanh_TV * cap
+    log_TV = logits_TV.log_softmax(-1)
+    loss_T1 = -log_TV.gather(1, target_T1)
+    if not with_grad:
+        return loss_T1, None
+    grad_TV = log_TV.exp_()
+    grad_TV.scatter_(1, target_T1, grad_TV.gather(1, target_T1) - 1.0)
+    if tanh_TV is not None:
+        grad_TV.mul_(tanh_TV.square_().neg_().add_(1.0))
+    return loss_T1, grad_TV if factor == 1.0 else grad_TV.mul_(factor)
+
+
+def _accumulate(
+    total_VD: Tensor | None, grad_TV: Tensor, rows_TD: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """`total_VD` + grad^T rows in `dtype`, in place where there is a total."""
+    if total_VD is None:
+        return (grad_TV.T @ rows_TD).to(dtype)
+    if grad_TV.dtype == dtype:
+        return total_VD.addmm_(grad_TV.T, rows_TD)
+    return total_VD.add_(grad_TV.T @ rows_TD)

@@ -1,0 +1,152 @@
+"""Width scaling by muP (Yang et al. 2022, arXiv 2203.03466), so that rates found on a narrow model
+fit a wide one.
+
+With m = dim / mup_base_dim, every other block width growing in proportion and heads growing in
+number:
+
+- AdamW moves block matrices and routers by lr / m (`optimizers.parameter_groups`); their weight
+  decay times rate stays, as in the authors' mup package. Embeddings, vectors and the output keep
+  lr.
+- Logits are divided by m (`ModelArgs.logit_factor`). This is the paper's table 8, where embedding
+  and output have equal initialisation and rate, so tied embeddings are fine.
+- Attention keeps 1 / sqrt(head_dim): muP asks for 1 / head_dim, which is a constant while head_dim
+  is.
+- `LLM.init_weights` fits as it is: variance 1 / fan in up to a constant, and zero where a sum meets
+  the stream.
+- Muon needs nothing: its update has spectral norm lr * sqrt(max(1, out / in)), which muP asks for
+  up to a constant at fixed ratios of widths (Yang et al. 2023, arXiv 2310.17813).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transom.base.errors import require
+from transom.config.model_args import ModelArgs
+from transom.models.llm import LLM, TransformerInput
+from transom.training.config import OptimizerArgs
+from transom.training.losses.cross_entropy import cross_entropy_sum
+from transom.training.optim.optimizers import build_optimizer
+
+LOGITS = "logits"
+
+
+def width_multiplier(args: ModelArgs) -> float:
+    """m = dim / mup_base_dim, or 1 for a model without muP."""
+    return 1.0 if args.mup_base_dim is None else args.dim / args.mup_base_dim
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    """Mean size of what a module puts out at a width, after `step` optimizer steps."""
+
+    width: int
+    step: int
+    module: str
+    size: float
+
+
+def coordinate_check(
+    make_model: Callable[[int], LLM],
+    widths: Sequence[int],
+    steps: int,
+    *,
+    optimizer: OptimizerArgs | None = None,
+    tokens_BT: Tensor | None = None,
+) -> list[Coordinate]:
+    """Train `make_model(width)` for a few steps at each width, on one batch, and measure every
+    module's output.
+
+    With muP no size depends on the width; a rate that is too high for wide models shows as growth
+    with width (`growth`). Modules are the embeddings, each block's sublayers and the logits;
+    AdamW's clipping is left out, since it would hide the growth of gradients.
+    """
+    require(len(widths) >= 2, "widths", list(widths), "expected two or more")
+    require(steps >= 1, "steps", steps, "expected 1 or more")
+    rows = []
+    for width in widths:
+        model = make_model(width)
+        if tokens_BT is None:  # the same for all widths
+            private = torch.Generator().manual_seed(0)
+            shape = (4, min(model.args.max_seq_len, 32) + 1)
+            tokens_BT = torch.randint(model.args.vocab_size, shape, generator=private)
+        args = OptimizerArgs() if optimizer is None else optimizer
+        rows += [
+            Coordinate(width, step, name, size)
+            for step, name, size in _train(model, args, tokens_BT, steps)
+        ]
+    return rows
+
+
+def growth(rows: Sequence[Coordinate], step: int | None = None) -> dict[str, float]:
+    """Per module the exponent e of size ~ width^e at `step` (default the last), by least squares; 0
+    is muP's aim.
+
+    A module that puts out zeros at some width has no exponent and is left out.
+    """
+    last = max(row.step for row in rows) if step is None else step
+    sizes: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row.step == last:
+            sizes.setdefault(row.module, []).append((row.width, row.size))
+    out = {}
+    for name, points in sizes.items():
+        if any(size == 0 for _, size in points):
+            continue
+        logs = [(math.log(width), math.log(size)) for width, size in points]
+        x0, y0 = (sum(column) / len(logs) for column in zip(*logs, strict=True))
+        out[name] = sum((x - x0) * (y - y0) for x, y in logs) / sum((x - x0) ** 2 for x, _ in logs)
+    return out
+
+
+def _train(
+    model: LLM, args: OptimizerArgs, tokens_BT: Tensor, steps: int
+) -> list[tuple[int, str, float]]:
+    """(step, module, mean size) before every optimizer step and after the last."""
+    device = model.tok_embeddings.weight.device
+    tokens_BT = tokens_BT.to(device)
+    optimizers = build_optimizer(
+        model, args, device_type=device.type, width=width_multiplier(model.args)
+    )
+    model.train()
+    out = []
+    for step in range(steps + 1):
+        with _measured(model) as sizes:
+            logits = model(TransformerInput(tokens_BT[:, :-1])).logits
+        assert logits is not None, "a language model, asked for all logits"
+        sizes[LOGITS] = float(logits.detach().abs().mean())
+        out += [(step, name, size) for name, size in sizes.items()]
+        (cross_entropy_sum(logits, tokens_BT[:, 1:]) / tokens_BT[:, 1:].numel()).backward()
+        optimizers.step()
+        optimizers.zero_grad()
+    return out
+
+
+@contextmanager
+def _measured(model: LLM) -> Iterator[dict[str, float]]:
+    """Fill a dict with the mean size of each module's output while the model is called."""
+    sizes: dict[str, float] = {}
+
+    def note(name: str, module: nn.Module, given: Any, output: Any) -> None:
+        tensor = output[0] if isinstance(output, tuple) else output
+        sizes[name] = float(tensor.detach().abs().mean())
+
+    parts: dict[str, nn.Module] = {"tok_embeddings": model.tok_embeddings}
+    for index, block in enumerate(model.layers):
+        parts |= {
+            f"layers.{index}.{name}": child
+            for name, child in block.named_children()
+            if "norm" not in name
+        }
+    with ExitStack() as stack:
+        for name, module in parts.items():
+            stack.callback(module.register_forward_hook(partial(note, name)).remove)
+        yield sizes

@@ -1,0 +1,276 @@
+"""Whether an answer has the value of a reference: compared exactly or by `math-verify`. No torch.
+
+`math-verify` 0.9 counts some right answers as wrong: an inequality (x > 0) for an interval, and i
+for \\sqrt{-1}. It does not read periods (0.\\overline{3}). A percentage equals both numbers that it
+may mean (50\\% is 50 and 0.5), and the items of a list without brackets may come in any order. In
+prose, it takes the last number that it can read ("3 and a half" is 3). Units are compared only
+where both texts end with one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import json
+import queue
+import re
+import subprocess
+import sys
+import threading
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+from unicodedata import normalize
+
+from transom.base.errors import RequestError, WorkError, notice
+
+SECONDS = 5  # for one comparison
+START_SECONDS = 120  # for importing SymPy, on a busy machine
+BOXED = "\\boxed{"
+_WORKER = Path(__file__).with_name("math_worker.py")
+
+_DIGITS = r"(?:\d{1,3}(?:[, ]\d{3})++(?!\d)|\d++)(?:\.\d*+)?+|\.\d++"
+_NUMBER = re.compile(
+    rf"([-+]?)(?:(\d++) (?=\d+/))?({_DIGITS})(?:[eE]([-+]?\d{{1,2}}))?(?:\s?/\s?(\d++))?",
+)
+# Marks of typesetting, which have no value.
+_MARKS = re.compile(r"\\(?:left|right|displaystyle)(?![a-z])|(?<!\\)\\[()\[\],!; ]|\*\*|\\?[$€£]|~")
+_FRACTION = re.compile(r"^([-+]?\d*)\s*\\[dt]?frac\s*(?:\{(\d+)\}\{(\d+)\}|(\d)\s*(\d))$")
+_TEXT_GROUP = re.compile(r"\\(?:text|mathrm|mbox|textbf|operatorname|begin|end)\s*\{[^{}]*\}")
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_VULGAR_FRACTION = re.compile("[\u00bc-\u00be\u2150-\u215e]")
+_UNITS = frozenset(["mm", "cm", "dm", "m", "km", "mg", "g", "kg", "ms", "s", "min", "h", "ml", "l"])
+
+
+class Part(NamedTuple):
+    """The part of a text that is its answer, and whether `\\boxed{}` or `####` marks it."""
+
+    text: str
+    marked: bool
+
+
+def final_answer(text: str) -> Part:
+    """Return the part that the last `\\boxed{}` or `####` (GSM8K, arXiv 2110.14168) marks, else the
+    text.
+
+    A box that is not closed is only a part of an answer, and counts as an empty one.
+    """
+    marks, box = text.rfind("####"), text.rfind(BOXED)
+    if box > marks:
+        return Part(_inside(text[box + len(BOXED) :]), True)
+    if marks >= 0:
+        after = text[marks + 4 :].strip()
+        return Part(after.splitlines()[0] if after else "", True)
+    return Part(text.strip(), False)
+
+
+def _inside(text: str) -> str:
+    depth = 1
+    for at, letter in enumerate(text):
+        depth += (letter == "{") - (letter == "}")
+        if depth == 0:
+            return text[:at]
+    return ""
+
+
+def exact_number(text: str) -> Fraction | None:
+    """Return the value of a text that is one number and nothing else, or None.
+
+    It reads thousands with commas or spaces, decimals, exponents of two digits, fractions and mixed
+    numbers (3 1/2).
+    """
+    text = _cleaned(text)
+    if fraction := _FRACTION.match(text):
+        whole, *parts = fraction.groups()
+        above, below = [part for part in parts if part is not None]
+        sign = "-" if whole.startswith("-") else ""
+        text = f"{whole} {above}/{below}" if whole.strip("+-") else f"{sign}{above}/{below}"
+    found = _NUMBER.fullmatch(text)
+    if found is None:
+        return None
+    sign, whole, digits, exponent, below = found.groups()
+    try:
+        value = Fraction(
+            digits.replace(",", "").replace(" ", "").removesuffix(".") + f"e{exponent or 0}"
+        )
+        value = value / Fraction(below) if below else value
+        value += Fraction(whole or 0)
+    except (ValueError, ZeroDivisionError):  # more digits than Python reads, or a division by 0
+        return None
+    return -value if sign == "-" else value
+
+
+def _cleaned(text: str) -> str:
+    """Return a text without its typesetting: `$`, spaces of LaTeX, bold, a full stop."""
+    text = (
+        text.replace("{,}", ",").replace("\u2212", "-").replace("\u00a0", " ").replace("\\,", " ")
+    )
+    text = _VULGAR_FRACTION.sub(
+        lambda one: " " + normalize("NFKC", one[0]).replace("\u2044", "/"), text
+    )
+    return " ".join(_MARKS.sub("", text).split()).removesuffix(".").strip()
+
+
+def check_reference(text: str) -> None:
+    """Raise `RequestError` unless a reference is a number or a readable expression."""
+    part = final_answer(text)
+    if _reference_number(part.text) is not None:
+        return
+    request = _as_request(part)
+    readable = part.text and request[1] and _worker().ask({"read": request})
+    if not readable:
+        raise RequestError(
+            f"answer: got {part.text[:80]!r}; valid only with reward number is a number or an "
+            f"expression, alone, in \\boxed{{}} or after ####; reward exact compares texts"
+        )
+
+
+def same_value(answer: str, reference: str) -> bool:
+    """Return whether the final part of an answer has the value of the reference's.
+
+    A comparison that takes longer than `SECONDS` counts as False, with a notice.
+    """
+    given, wanted = final_answer(answer), final_answer(reference)
+    if not given.text or len({_unit(given.text), _unit(wanted.text)} - {None}) == 2:
+        return False
+    number, right = exact_number(given.text), _reference_number(wanted.text)
+    if number is None and given.marked:
+        number = _first_number(given.text)
+    if number is not None and right is not None:
+        return number == right
+    if right is not None:
+        wanted = Part(f"{right.numerator}/{right.denominator}", True)
+    same = _worker().ask({"same": [*_as_request(wanted), *_as_request(given)]})
+    if same is None:
+        shown = f"{given.text[:60]!r}"
+        notice(f"reward number: comparing {shown} took more than {SECONDS} s; it counts as wrong")
+    return bool(same)
+
+
+def _reference_number(text: str) -> Fraction | None:
+    """Return the value of a reference that is a number, also one with a unit in words (`42
+    apples`).
+    """
+    number = exact_number(text)
+    words = re.search(r"[A-Za-z].*", _cleaned(text))
+    only_words = words is not None and re.fullmatch(r"[A-Za-z .]+", words[0]) is not None
+    return _first_number(text) if number is None and only_words else number
+
+
+def _unit(text: str) -> str | None:
+    """Return the unit of length, mass, time or volume that ends a text, or None. 5 km is not 5
+    m.
+    """
+    last = _cleaned(text).rpartition(" ")[2]
+    return last if last in _UNITS else None
+
+
+def _first_number(text: str) -> Fraction | None:
+    """Return the number before the first word of a marked answer, as GSM8K's code does."""
+    found = re.match(r"(\S+)\s+[A-Za-z]{2,}", _cleaned(text))
+    return None if found is None else exact_number(found[1])
+
+
+def _as_request(part: Part) -> tuple[str, bool]:
+    """Return a part as (text, whether it is LaTeX) for the worker: an expression, or prose."""
+    cleaned = _cleaned(part.text)
+    words = _WORD.findall(_TEXT_GROUP.sub("", cleaned))
+    longest = max(map(len, words), default=0)
+    is_prose = longest > 3 if part.marked else bool(words)
+    if is_prose:
+        return part.text.replace("\\$", ""), False  # dollars of money, which are no LaTeX
+    number = exact_number(part.text)
+    # The library reads 1e5 as 1 * e * 5 and 1 000 as 1 * 0.
+    return (cleaned, True) if number is None else (f"{number.numerator}/{number.denominator}", True)
+
+
+# -- the process -----------------------------------------------------------------------------------
+
+
+def require_math_verify() -> None:
+    """Raise `RequestError` unless `math-verify` is installed."""
+    try:
+        missing = importlib.util.find_spec("math_verify") is None
+    except ValueError:  # a module that is blocked by None in `sys.modules`
+        missing = True
+    if missing:
+        raise RequestError("tune.reward = 'number': needs math-verify: pip install 'transom[math]'")
+
+
+@cache
+def _worker() -> _Worker:
+    return _Worker()
+
+
+class _Worker:
+    """A process of `math_worker.py`, which is started for the first request and again after a time
+    limit.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._lines: queue.Queue[str] = queue.Queue()
+        self._lock = threading.Lock()
+        atexit.register(self.close)
+
+    def ask(self, request: dict[str, Any]) -> bool | None:
+        """Return the answer, or None if the process takes too long or ends."""
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._start()
+            assert self._process is not None and self._process.stdin is not None
+            line = ""
+            try:
+                self._process.stdin.write(json.dumps(request) + "\n")
+                self._process.stdin.flush()
+                line = self._read(SECONDS + 1)
+            except OSError:
+                return None
+            finally:
+                if (
+                    not line
+                ):  # also after an interruption: the next request must not get this answer
+                    self.close()
+            return bool(json.loads(line)) if line else None
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _start(self) -> None:
+        require_math_verify()
+        # -P: the folder of the script has modules with the names of standard ones.
+        command = [sys.executable, "-P", str(_WORKER), str(SECONDS)]
+        # In its own session, since a run that ends after Ctrl-C may still need rewards.
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,
+        )
+        self._lines = queue.Queue()
+        threading.Thread(target=_pump, args=(self._process, self._lines), daemon=True).start()
+        if not self._read(START_SECONDS):
+            self.close()
+            raise WorkError("reward number: the process that runs math-verify did not start")
+
+    def _read(self, seconds: float) -> str:
+        try:
+            return self._lines.get(timeout=seconds)
+        except queue.Empty:
+            return ""
+
+
+def _pump(process: subprocess.Popen[str], lines: queue.Queue[str]) -> None:
+    """Put the lines of a process into a queue, and an empty one at its end."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.put(line)
+    lines.put("")

@@ -1,0 +1,117 @@
+"""The process in which `math-verify` compares answers: a script that reads one JSON request per
+line.
+
+SymPy may compute for hours, or fill the memory, on a line that a model wrote (9^{9^{9^9}}). The
+time limit of `math-verify` is a signal, which needs the main thread and does not end a computation
+in C; a process can be ended. This file imports nothing of Transom, so that the process starts
+quickly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import signal
+import sys
+from functools import lru_cache
+from typing import Any
+
+MEMORY = 4 << 30  # bytes
+ROUNDING = 12  # digits after the point: 0.333333 is not 1/3
+LONGEST_NAME = 1  # letters of a variable; a longer symbol is a word
+
+
+def main() -> None:
+    """Answer {"read": [text, as_latex]} and {"same": [text, as_latex] * 2} until input ends."""
+    logging.disable(logging.CRITICAL)
+    _limit_memory()
+    seconds = int(sys.argv[1])
+    _same(
+        _parse("2", True), _parse(r"\sqrt{4}", True)
+    )  # imports must not count against the first request
+    _write("ready")
+    for line in sys.stdin:
+        with _deadline(seconds):
+            _write(_answer(json.loads(line)))
+
+
+def _write(value: str | bool) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+def _answer(request: dict[str, Any]) -> bool:
+    try:
+        if "read" in request:
+            return _is_mathematics(*request["read"])
+        one, other = request["same"][:2], request["same"][2:]
+        return _same(_parse(*one), _parse(*other))
+    except (
+        Exception,
+        RecursionError,
+        MemoryError,
+    ):  # the parser's generated code may raise anything
+        return False
+
+
+@lru_cache(maxsize=4096)
+def _parse(text: str, as_latex: bool) -> tuple[Any, ...]:
+    """Return what the library reads in a text: a tuple that begins with an expression, or an empty
+    one.
+    """
+    from math_verify import LatexExtractionConfig, parse
+
+    if as_latex:  # the whole text or nothing: of an incomplete root, its factor would be read
+        whole = [LatexExtractionConfig()]
+        return tuple(parse(f"${text}$", whole, fallback_mode="no_fallback", parsing_timeout=None))
+    return tuple(parse(text, fallback_mode="no_fallback", parsing_timeout=None))
+
+
+def _same(reference: tuple[Any, ...], answer: tuple[Any, ...]) -> bool:
+    from math_verify import verify
+
+    return bool(
+        verify(list(reference), list(answer), float_rounding=ROUNDING, timeout_seconds=None)
+    )
+
+
+def _is_mathematics(text: str, as_latex: bool) -> bool:
+    """Return whether a text is read as an expression that equals itself, and not as a word."""
+    found = _parse(text, as_latex)
+    symbols = getattr(found[0], "free_symbols", ()) if found else ()
+    words = any(len(symbol.name) > LONGEST_NAME and symbol.name.isalpha() for symbol in symbols)
+    spelled = as_latex and len(symbols) >= 3 and any(len(word) > 3 for word in _plain_words(text))
+    return bool(found) and not words and not spelled and _same(found, found)
+
+
+def _plain_words(text: str) -> list[str]:
+    """Return the words of a text that are no LaTeX command; `many` would be read as m * a * n *
+    y.
+    """
+    letters = "".join(letter if letter.isalpha() or letter == "\\" else " " for letter in text)
+    return [word for word in letters.split() if "\\" not in word]
+
+
+def _limit_memory() -> None:
+    with contextlib.suppress(
+        ImportError, ValueError, OSError
+    ):  # Windows, macOS, a lower limit already
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+
+@contextlib.contextmanager
+def _deadline(seconds: int) -> Any:
+    """End this process after `seconds`; the default action of the alarm needs no Python."""
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(seconds)
+    yield
+    if hasattr(signal, "alarm"):
+        signal.alarm(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 
 from transom.base.errors import RequestError
-from transom.base.fields import describe, read
+from transom.base.fields import check_bounds, describe, read
 from transom.base.yaml_files import parse_yaml, read_yaml, word_value
 from transom.inference.sampling import SamplingArgs
 from transom.lora.combine_args import CombineArgs
@@ -194,3 +194,34 @@ def test_seeds_that_generators_cannot_take_are_refused(kind, seed):
     with pytest.raises(RequestError, match=f"seed: got {seed}"):
         kind(seed=seed)
     assert kind(seed=2**62 - 1).seed == 2**62 - 1
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """One field of every kind of bound."""
+
+    count: int = describe(1, "a count", at_least=1)
+    share: float | None = describe(None, "a share", above=0, at_most=1)
+    weights: tuple[float, ...] = describe((), "weights", at_least=0, below=2)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"count": 0}, "count: got 0; expected an integer of 1 or more"),
+        ({"share": 0.0}, "share: got 0.0; expected a number of more than 0 and at most 1, or null"),
+        ({"share": float("nan")}, "share: got nan; expected a number"),
+        (
+            {"weights": (0.5, 2.0)},
+            "weights: got [0.5, 2.0]; expected a number of 0 or more and less",
+        ),
+    ],
+)
+def test_a_value_out_of_its_bounds_is_refused(fields, said):
+    with pytest.raises(RequestError) as error:
+        Bounded(**fields)
+    assert str(error.value).startswith(said)
+    assert Bounded(share=1.0, weights=(0.0, 1.9)).count == 1

@@ -317,7 +317,8 @@ r"number"),
 "the "
 "byte "
 "0x00"),
-        ("vocab", 5, {"rank": 5, "token_bytes": "!"}, "vocab entry 5: token_bytes: got '!': accepted "
+        ("vocab", 5, {"rank": 5, "token_bytes": "!"}, "vocab entry 5: token_bytes: got '!': "
+"accepted "
 "is "
 "base64"),
         ("special_tokens", 1, {"rank": 7, "token_str": "x"}, "expected 0, 1, 2, ..."),

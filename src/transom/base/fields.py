@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 import os
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from transom.base.errors import RequestError, nearest, require
@@ -24,39 +25,95 @@ PATH = re.compile(r"[\w.\[\]-]*")  # the field that an error message begins with
 
 
 class Plain(str):
-    """Unquoted text of a YAML file or the command line, whose value depends on the declared type of
-    its field.
+    """Unquoted text of a YAML file or the command line.
+
+    Its value depends on the declared type of the field that it is for.
     """
 
     __slots__ = ()
 
 
-def describe(default: Any, help: str, unit: str = "", *, path: bool = False) -> Any:
-    """A dataclass field that carries its one-line help and its unit for `--help` pages.
+def describe(
+    default: Any,
+    help: str,
+    unit: str = "",
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    path: bool = False,
+) -> Any:
+    """Return a dataclass field with its help and bounds, for `--help` pages and `check_bounds`.
 
-    In a `path`, `read` replaces a leading `~` by the home folder.
+    Args:
+        default: the value of a field that is not given, or a type that makes it.
+        help: what the field means, and what its default means if that is not plain, in one line.
+        unit: the unit of its value.
+        at_least, above, at_most, below: the bounds of its value, or of each item of a tuple.
+        path: whether it is a path, in which `read` replaces a leading `~` by the home folder.
     """
-    metadata = {"help": help, "unit": unit, "path": path}
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    bounds = {name: limit for name, limit in bounds.items() if limit is not None}
+    metadata = {"help": help, "unit": unit, "path": path, "bounds": bounds}
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
+_BOUNDS: dict[str, tuple[Callable[[Any, float], bool], str]] = {
+    "at_least": (operator.ge, "{:g} or more"),
+    "above": (operator.gt, "more than {:g}"),
+    "at_most": (operator.le, "at most {:g}"),
+    "below": (operator.lt, "less than {:g}"),
+}
+
+
+def check_bounds(instance: Any) -> None:
+    """Raise a `RequestError` for the first field that is not in the bounds of its `describe`.
+
+    Dataclasses call it first in `__post_init__`. None is in all bounds, NaN in none.
+    """
+    for field in dataclasses.fields(instance):
+        bounds, value = field.metadata.get("bounds", {}), getattr(instance, field.name)
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        if not all(
+            _BOUNDS[name][0](one, limit) for one in values for name, limit in bounds.items()
+        ):
+            kind = "an integer" if "int" in str(field.type) else "a number"
+            words = " and ".join(_BOUNDS[name][1].format(limit) for name, limit in bounds.items())
+            absent = ", or null" if field.default is None else ""
+            raise RequestError(
+                f"{field.name}: got {_shown(value)}; expected {kind} of {words}{absent}"
+            )
+
+
 def check_seed(seed: int) -> None:
-    """Raise a `RequestError` for a seed that no generator takes: torch has 64 bits, and seeds are
-    added to.
+    """Raise a `RequestError` unless a random seed is at least 0 and below 2^62.
+
+    Generators of torch take 64 bits, and some parts add to the seed.
     """
     require(0 <= seed < 2**62, "seed", seed, "expected 0 to 2^62 - 1")
 
 
 def field_types(cls: Any) -> dict[str, Any]:
-    """Resolved field types of a dataclass, in order."""
+    """Return the types of the fields of a dataclass, in order, with annotations evaluated."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def read(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
-    """Build `cls` from plain data; an unknown key or a wrong type is a `RequestError` naming it."""
+    """Return the `cls` that plain data describes.
+
+    Args:
+        cls: a dataclass. Its nested dataclasses are read too.
+        data: values by field name, as YAML or JSON has them.
+        where: the path of the field that holds `cls`, for messages.
+
+    Raises:
+        RequestError: a key is unknown (the message suggests the nearest), a field is missing, or a
+        value has the wrong type.
+    """
     if not isinstance(data, Mapping):
         name = where or cls.__name__
         raise RequestError(f"{name}: got {_shown(data)}; expected a mapping of its fields")
@@ -123,8 +180,9 @@ def plain_value(value: Any) -> Any:
 
 
 def write(value: Any) -> Any:
-    """Plain data of a dataclass, nested parts as mappings; defaults too, so that they may change
-    later.
+    """Return a dataclass as plain data that `read` accepts, with nested dataclasses as mappings.
+
+    Fields at their defaults are included, so that a file keeps its meaning if a default changes.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
@@ -161,13 +219,13 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 
 
 def _most_precise(errors: Sequence[str]) -> str:
-    """Return the error about the innermost field; for several errors about it, join what they
-    accept.
+    """Return the error about the innermost field. Of several errors about it, join what they
+    expect.
     """
     places = [PATH.match(error) for error in errors]
     depths = [0 if place is None else place[0].count(".") + place[0].count("[") for place in places]
     found = [error for error, depth in zip(errors, depths, strict=True) if depth == max(depths)]
-    beginning, mark, _ = found[0].partition(": expected ")
+    beginning, mark, _ = found[0].partition("; expected ")
     alike = [
         error.removeprefix(beginning + mark)
         for error in found

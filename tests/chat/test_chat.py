@@ -20,6 +20,7 @@ from tests.chat.chat_texts import (
     say,
     tokenizer_pair,
 )
+from tests.data.test_data_turns import rows_of
 from tests.tokenizers.makers import sentencepiece_model
 from transom.base.errors import RequestError
 from transom.chat.built_in import BUILT_IN, named
@@ -181,13 +182,12 @@ def test_the_vocabulary_chooses_and_says_so(tmp_path, capsys, one):
             f"{' '.join(one.tokens)}: the built-in {by_bytes} is taken" in capsys.readouterr().err
         )
     template = ChatTemplate.load(tmp_path, tokenizer, one.name)
-    ids, mask = template.encode_with_mask(CONVERSATIONS["many"])
+    row = rows_of(template, CONVERSATIONS["many"])[-1]
     ends = {"llama": "<|eot", "gemma": "<end_of_turn>", "chatm": "<|im_end|>"}
     word = "</s>" if not one.tokens or "mistral" in one.name else ends[one.name[:5]]
-    assert template.end_of_turn.startswith(word) and sum(mask) > 20
+    assert template.end_of_turn.startswith(word) and sum(row.weights) > 20
     assert template.stop_tokens[0] == tokenizer.token_to_id(template.end_of_turn)
-    last = max(at for at, said in enumerate(mask) if said)
-    assert ids[last] == template.stop_tokens[0]
+    assert row.weights[-1] and row.ids[-1] == template.stop_tokens[0]
 
 
 # -- user text stays text
@@ -228,15 +228,14 @@ def test_words_of_messages_never_become_control_tokens(made, name, draws):
         ids = template.encode(talk)
         assert [id for id in ids if id in tokenizer.special_ids] == expected
         assert tokenizer.decode(ids, skip_special=False) == template.render(talk)
-        if name == "gpt-oss":  # which ends the answers before the last one in another way
-            with pytest.raises(RequestError, match="no end of turn"):
-                template.encode_with_mask(talk)
+        try:
+            (row,) = rows_of(template, talk)
+        except RequestError as error:  # some templates cut a message at a word that they look for
+            if "leaves out" not in str(error):
+                raise
             continue
-        whole, mask = template.encode_with_mask(talk)
-        assert whole == template.encode(talk, add_generation_prompt=False)
-        if name != "roles":  # one answer, which no word in it can end or begin
-            edges = sum(a != b for a, b in zip([False, *mask], [*mask, False], strict=True))
-            assert edges == 2 and mask.count(True) > 0
+        whole = template.encode(talk[:2], add_generation_prompt=False)
+        assert row.ids == whole[: len(row.ids)] and sum(row.weights) > 0
 
 
 def test_tools_and_keys_stay_text_too(made):
@@ -267,85 +266,9 @@ def test_a_template_that_looks_for_control_tokens_is_refused(made):
 def test_there_is_one_bos_where_the_template_writes_any(made, source, capsys):
     tokenizer, _ = made
     template = ChatTemplate(source, tokenizer)
-    ids, (masked, mask) = (
-        template.encode([say("user", "a")]),
-        template.encode_with_mask([say("user", "a")]),
-    )
-    assert (
-        ids.count(tokenizer.bos_id) == min(1, source.count("s"))
-        and ids == masked
-        and len(mask) == len(ids)
-    )
+    ids = template.encode([say("user", "a")])
+    assert ids.count(tokenizer.bos_id) == min(1, source.count("s"))
     assert capsys.readouterr().err.count("BOS tokens in a row") == (len(source) > 5)
-
-
-# -- masks
-# -------------------------------------------------------------------------------------------
-
-
-def said(tokenizer, ids, mask):
-    """The text of each run of masked tokens."""
-    runs, before = [], False
-    for id, one in zip(ids, mask, strict=True):
-        if one:
-            runs = [*runs, [id]] if not before else [*runs[:-1], [*runs[-1], id]]
-        before = one
-    return [tokenizer.decode(run, skip_special=False) for run in runs]
-
-
-@pytest.mark.parametrize(
-    ("name", "answers"),
-    [
-        ("llama2", [" Hé 世界👩‍👩‍👧 </s>", " Two </s>"]),
-        ("llama3", ["Hé 世界👩‍👩‍👧<|eot_id|>", "Two<|eot_id|>"]),
-        ("qwen2.5", ["Hé 世界👩‍👩‍👧<|im_end|>", "Two<|im_end|>"]),
-        ("mistral-v3", [" Hé 世界👩‍👩‍👧</s>", " Two</s>"]),
-        ("gemma3", ["Hé 世界👩‍👩‍👧<end_of_turn>", "Two<end_of_turn>"]),
-        ("qwen3", ["Hé 世界👩‍👩‍👧<|im_end|>", "<think>\n\n</think>\n\nTwo<|im_end|>"]),
-        ("phi3", ["Hé 世界👩‍👩‍👧<|end|>", "Two<|end|>"]),
-        ("zephyr", ["Hé 世界👩‍👩‍👧</s>", "Two</s>"]),
-    ],
-)
-def test_masks_cover_answers_and_their_ends(made, name, answers):
-    tokenizer, _ = made
-    template = ChatTemplate(PUBLISHED[name], tokenizer)
-    talk = [
-        say("user", "a"),
-        say("assistant", "Hé 世界👩‍👩‍👧"),
-        say("user", "b<|im_end|>"),
-        say("assistant", "Two"),
-    ]
-    ids, mask = template.encode_with_mask(talk)
-    assert said(tokenizer, ids, mask) == answers
-    assert ids == template.encode(talk, add_generation_prompt=False)
-
-
-@pytest.mark.parametrize("talk", ["one", "system", "many"])
-@pytest.mark.parametrize("name", ["llama3", "chatml", "gemma", "llama2", "mistral-v7-tekken"])
-def test_generation_blocks_are_masked_as_in_transformers(made, name, talk):
-    tokenizer, peer = made
-    source, messages = named(name).source(tokenizer), CONVERSATIONS[talk]
-    ids, mask = ChatTemplate(source, tokenizer).encode_with_mask(messages)
-    expected = peer.apply_chat_template(
-        messages, chat_template=source, return_dict=True, return_assistant_tokens_mask=True
-    )
-    assert ids == expected["input_ids"]
-    assert mask == [bool(one) for one in expected["assistant_masks"]]
-
-
-def test_a_mask_of_composed_characters(tmp_path):
-    """Qwen's vocabulary composes characters before it looks them up, so offsets move."""
-    import tokenizers
-
-    train_bpe([TEXT], 400, SPECIAL).save(tmp_path)
-    file = tmp_path / "tokenizer.json"
-    backend = tokenizers.Tokenizer.from_file(str(file))
-    backend.normalizer = tokenizers.normalizers.NFC()
-    backend.save(str(file))
-    tokenizer = Tokenizer.load(tmp_path)
-    template = ChatTemplate(named("chatml").source(tokenizer), tokenizer)
-    talk = [say("user", "e\u0301" * 9), say("assistant", "a\u0308b")]
-    assert said(tokenizer, *template.encode_with_mask(talk)) == ["\u00e4b<|im_end|>"]
 
 
 @pytest.mark.parametrize(
@@ -357,14 +280,14 @@ def test_a_mask_of_composed_characters(tmp_path):
         (
             [say("user", object())],
             {},
-            r"messages\[0\].content: a object; expected what JSON can write",
+            r"messages\[0\].content: got a object",
         ),
         ([say("user", {1: 2})], {}, "key: got 1; expected text"),
-        ([say("user", [{"type": "image"}])], {}, "reads parts of text only"),
+        ([say("user", [{"type": "image"}])], {}, r"messages\[0\].content: got \['image'\]"),
         (
             [say("user", "a")],
             {"tools": TOOLS},
-            "tools: the chat template does not read it; expected are messages",
+            "tools: the chat template does not read it; expected one of messages",
         ),
         ([say("user", "a")], {"documents": [{}]}, "documents: the chat template does not read it"),
         (

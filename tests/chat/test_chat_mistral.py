@@ -145,7 +145,7 @@ def test_a_format_that_is_not_built_in_is_refused_by_name(tmp_path, version):
     else:
         tokenizer = Tokenizer.load(folder_with(tmp_path, version))
     with pytest.raises(
-        RequestError, match=f"chat format {version or 'v15'}: expected v1 to v7, v11 and v13"
+        RequestError, match=f"chat format {version or 'v15'}: expected v1 to v7, v11 or v13"
     ):
         ChatTemplate.find(tmp_path, tokenizer)
     assert ChatTemplate.find(tmp_path, tokenizer, "mistral-v7-tekken") is not None

@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.chat.chat_texts import CALL, FOLDER, PUBLISHED, TOOL_TALK, TOOLS, say, tokenizer_pair
+from tests.data.test_data_turns import rows_of, said
 from transom.base.errors import RequestError
 from transom.chat.fingerprint import warn_if_other, write_fingerprint
 from transom.chat.template import ChatTemplate
@@ -149,22 +150,15 @@ def test_what_harmony_refuses_is_refused_in_its_words(made, talk, why):
 
 
 def test_an_answer_of_harmony_ends_at_return_and_not_at_the_end_of_a_channel(made):
-    """Its masks hold all channels of a last answer; an earlier one has another end, and is no
-    guess.
-    """
     tokenizer, _, _ = made
     template = ChatTemplate(PUBLISHED["gpt-oss"], tokenizer)
     assert template.end_of_turn == "<|return|>"
     assert template.stop_tokens == (tokenizer.token_to_id("<|return|>"),)
-    ids, mask = template.encode_with_mask(HARMONY["thinking last"])
-    said = tokenizer.decode(
-        [id for id, one in zip(ids, mask, strict=True) if one], skip_special=False
-    )
-    channels = "<|channel|>analysis<|message|>Easy.<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>"
-    assert said == channels
-    for talk in ([*HARMONY["thinking"], say("assistant", "6")], HARMONY["final"]):
-        with pytest.raises(RequestError, match=r"messages\[3\].*no end of turn here or before"):
-            template.encode_with_mask(talk)
+    (row,) = rows_of(template, HARMONY["thinking last"])
+    thought = "<|channel|>analysis<|message|>Easy.<|end|>"
+    assert said(tokenizer, row) == [
+        f"{thought}<|start|>assistant<|channel|>final<|message|>4<|return|>"
+    ]
 
 
 def test_words_of_tools_and_results_stay_text_in_harmony(made):

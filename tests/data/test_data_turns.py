@@ -16,6 +16,8 @@ from tests.chat.chat_texts import (
     CALL,
     CONVERSATIONS,
     PUBLISHED,
+    SPECIAL,
+    TEXT,
     TOOL_TALK,
     TOOLS,
     say,
@@ -106,13 +108,14 @@ def test_every_answer_stands_behind_the_prompt_that_transformers_asks_with(
     assert len(rows) == 1 + (name in REWRITES)
 
 
-@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "llama2"])
-def test_blocks_of_templates_are_what_transformers_masks(made: Any, name: str) -> None:
+@pytest.mark.parametrize("talk", ["system", "many"])
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "llama2", "mistral-v7-tekken"])
+def test_blocks_of_templates_are_what_transformers_masks(made: Any, name: str, talk: str) -> None:
     tokenizer, peer = made
     source = named(name).source(tokenizer)
-    (row,) = rows_of(ChatTemplate(source, tokenizer), CONVERSATIONS["many"])
+    (row,) = rows_of(ChatTemplate(source, tokenizer), CONVERSATIONS[talk])
     marked = peer.apply_chat_template(
-        CONVERSATIONS["many"],
+        CONVERSATIONS[talk],
         chat_template=source,
         return_dict=True,
         return_assistant_tokens_mask=True,
@@ -122,6 +125,47 @@ def test_blocks_of_templates_are_what_transformers_masks(made: Any, name: str) -
         bool(one) for one in marked["assistant_masks"][:count]
     ]
     assert not any(marked["assistant_masks"][count:])  # only what trains nothing is left out
+
+
+@pytest.mark.parametrize(
+    ("name", "answers"),
+    [
+        ("llama2", [" Hé 世界👩‍👩‍👧 </s>", " Two </s>"]),
+        ("llama3", ["Hé 世界👩‍👩‍👧<|eot_id|>", "Two<|eot_id|>"]),
+        ("qwen2.5", ["Hé 世界👩‍👩‍👧<|im_end|>", "Two<|im_end|>"]),
+        ("mistral-v3", [" Hé 世界👩‍👩‍👧</s>", " Two</s>"]),
+        ("gemma3", ["Hé 世界👩‍👩‍👧<end_of_turn>", "Two<end_of_turn>"]),
+        ("phi3", ["Hé 世界👩‍👩‍👧<|end|>", "Two<|end|>"]),
+        ("zephyr", ["Hé 世界👩‍👩‍👧</s>", "Two</s>"]),
+    ],
+)
+def test_loss_covers_answers_and_their_ends(made: Any, name: str, answers: list[str]) -> None:
+    talk = [
+        say("user", "a"),
+        say("assistant", "Hé 世界👩‍👩‍👧"),
+        say("user", "b<|im_end|>"),
+        say("assistant", "Two"),
+    ]
+    template = ChatTemplate(PUBLISHED[name], made[0])
+    (row,) = rows_of(template, talk)
+    assert said(made[0], row) == answers
+    assert row.ids == template.encode(talk, add_generation_prompt=False)[: len(row.ids)]
+
+
+def test_loss_on_composed_characters(tmp_path: Path) -> None:
+    """Qwen's vocabulary composes characters before it looks them up, so offsets move."""
+    import tokenizers
+
+    train_bpe([TEXT], 400, SPECIAL).save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    backend = tokenizers.Tokenizer.from_file(str(file))
+    backend.normalizer = tokenizers.normalizers.NFC()
+    backend.save(str(file))
+    tokenizer = Tokenizer.load(tmp_path)
+    template = ChatTemplate(named("chatml").source(tokenizer), tokenizer)
+    talk = [say("user", "e\u0301" * 9), say("assistant", "a\u0308b")]
+    (row,) = rows_of(template, talk)
+    assert said(tokenizer, row) == ["\u00e4b<|im_end|>"]
 
 
 def test_a_template_that_forgets_thoughts_gives_a_row_for_each_thought(made: Any) -> None:
@@ -231,7 +275,7 @@ def test_a_template_that_answers_elsewhere_than_it_asks_is_refused_by_name(
     made: Any, source: str, messages: list[dict[str, Any]]
 ) -> None:
     template = ChatTemplate(source, made[0], origin="this.jinja")
-    with pytest.raises(RequestError, match=r"messages\[\d\]: this.jinja .*; accepted"):
+    with pytest.raises(RequestError, match=r"messages\[\d\]: this.jinja .*; expected"):
         rows_of(template, messages)
 
 

@@ -1,6 +1,4 @@
-"""Templates for folders that have none: which there are, and which of them a vocabulary was made
-for.
-"""
+"""Templates for folders that have none, and the vocabularies that each of them is for."""
 
 from __future__ import annotations
 
@@ -11,28 +9,31 @@ from transom.base.errors import RequestError
 from transom.tokenizers.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parent / "templates"
-# Mistral's models of SentencePiece saw a space behind each control token, because it writes one
-# before every text.
+# SentencePiece writes a space before every text, so Mistral's models of SentencePiece have seen one
+# after each control token.
 SPACE, NO_SPACE = "{%- set space = ' ' %}", "{%- set space = '' %}"
 THINKS, NO_THINKING = "{%- set thinks = true %}", "{%- set thinks = false %}"
 
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """A template by name, and the control tokens by which a vocabulary says that it is meant for
-    it.
+    """A built-in template.
+
+    Attributes:
+        name: The name of the template.
+        tokens: The control tokens that it writes; a vocabulary without all of them does not choose
+        it. stop: Control tokens that end an answer, besides the one that the template writes after
+        it. tekken: Whether it is for byte-level vocabularies, which write no space of their own.
     """
 
     name: str
-    tokens: tuple[str, ...]  # a vocabulary without all of them is not asked to write this format
-    stop: tuple[
-        str, ...
-    ] = ()  # control tokens that end an answer, besides the one behind every answer
-    tekken: bool = False  # a byte-level vocabulary, which writes no space of its own
+    tokens: tuple[str, ...]
+    stop: tuple[str, ...] = ()
+    tekken: bool = False
 
     def source(self, tokenizer: Tokenizer) -> str:
-        """The Jinja text, without spaces that this tokenizer writes by itself and tokens that it
-        lacks.
+        """Return the Jinja text, without spaces that this tokenizer writes by itself and tokens
+        that it lacks.
         """
         text = (FOLDER / f"{self.name.removesuffix('-tekken')}.jinja").read_text(encoding="utf-8")
         if "[THINK]" not in tokenizer.special_tokens:
@@ -41,29 +42,26 @@ class BuiltIn:
 
 
 def _writes_spaces(tokenizer: Tokenizer) -> bool:
-    """Whether text behind a control token begins with a space that is not in the text."""
+    """Return whether text after a control token is encoded with a space that is not in the text."""
     token = next(iter(tokenizer.special_tokens), "")
-    behind = tokenizer.encode(f"{token}a", allowed_special="all")[1:]
-    return bool(behind) and (tokenizer.id_to_token(behind[0]) or "").startswith("\u2581")
+    after = tokenizer.encode(f"{token}a", allowed_special="all")[1:]
+    return bool(after) and (tokenizer.id_to_token(after[0]) or "").startswith("\u2581")
 
 
-SETTINGS = "[MODEL_SETTINGS]"  # from v15 on chats hold settings, which tekken.json gives rules for
-_ACCEPTED = (
-    "expected v1 to v7, v11 and v13 of a tekken file, or a chat template beside the "
+SETTINGS = "[MODEL_SETTINGS]"  # chats hold settings from v15 on, for which tekken.json has rules
+_EXPECTED = (
+    "expected v1 to v7, v11 or v13 of a tekken file, or a chat template beside the "
     "vocabulary or by name"
 )
 _SYSTEM, _INST = ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"), ("[INST]", "[/INST]")
-# In the order in which they are tried; those without tokens can only be asked for by name, since
-# the vocabulary of Llama 2 and of Mistral v1 is also that of the models beneath them.
+_HEADER = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+# In the order in which they are tried. Those without tokens can only be asked for by name, since
+# the vocabulary of Llama 2 and of Mistral v1 is also that of the base models.
 BUILT_IN = (
     BuiltIn(
         "llama4", ("<|header_start|>", "<|header_end|>", "<|eot|>"), ("<|end_of_text|>", "<|eom|>")
     ),
-    BuiltIn(
-        "llama3",
-        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-        ("<|end_of_text|>", "<|eom_id|>"),
-    ),
+    BuiltIn("llama3", _HEADER, ("<|end_of_text|>", "<|eom_id|>")),
     BuiltIn("mistral-v13", (*_SYSTEM, *_INST, "[ARGS]", "[THINK]", "[/THINK]"), tekken=True),
     BuiltIn("mistral-v11", (*_SYSTEM, *_INST, "[ARGS]", "[CALL_ID]"), tekken=True),
     BuiltIn("mistral-v7", (*_SYSTEM, *_INST)),
@@ -79,29 +77,30 @@ BUILT_IN = (
     ),  # by name or by the version of its file: its control tokens are those of v3
     BuiltIn(
         "plain", ()
-    ),  # for vocabularies without control tokens but BOS and EOS, which ends every turn
+    ),  # for vocabularies without control tokens except BOS and EOS, which ends every turn
 )
 
 
 def named(name: str) -> BuiltIn | None:
-    """The built-in template of this name."""
+    """Return the built-in template of this name, or None."""
     return next((one for one in BUILT_IN if one.name == name), None)
 
 
 def fitting(tokenizer: Tokenizer) -> BuiltIn | None:
-    """The built-in template that a vocabulary's version, or its control tokens, ask for.
+    """Return the built-in template that a vocabulary's version or control tokens call for, or None.
 
-    A format of Mistral's that is not built in is a `RequestError`.
+    Raises:
+        RequestError: For a format of Mistral's that is not built in.
     """
     by_bytes = not tokenizer.raw_byte_ids
     if (
         tokenizer.version is not None
-    ):  # Mistral's: tekken has the tokens of later versions in all of them
+    ):  # Mistral's: all tekken files have the tokens of later versions
         return named(
             _of_version(int(tokenizer.version.removeprefix("v")), tokenizer.format == "tekken")
         )
     if SETTINGS in tokenizer.special_tokens:
-        raise RequestError(f"a vocabulary with {SETTINGS}, chat format v15: {_ACCEPTED}")
+        raise RequestError(f"a vocabulary with {SETTINGS}, chat format v15: {_EXPECTED}")
     for one in BUILT_IN:
         alike = one.tekken == by_bytes or not one.name.startswith("mistral")
         if one.tokens and alike and all(token in tokenizer.special_tokens for token in one.tokens):
@@ -110,11 +109,11 @@ def fitting(tokenizer: Tokenizer) -> BuiltIn | None:
 
 
 def _of_version(number: int, tekken: bool) -> str:
-    """The name of the template for a version of Mistral's vocabularies (mistral-common:
+    """Return the name of the template for a version of Mistral's vocabularies (mistral-common:
     tokens/tokenizers).
     """
     if number >= 15 or (number >= 11 and not tekken):
-        raise RequestError(f"a vocabulary of chat format v{number}: {_ACCEPTED}")
+        raise RequestError(f"a vocabulary of chat format v{number}: {_EXPECTED}")
     if number >= 11:
         return "mistral-v13" if number >= 13 else "mistral-v11"
     name = f"mistral-v{next(one for one in (7, 3, 2, 1) if one <= max(number, 1))}"

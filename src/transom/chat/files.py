@@ -1,4 +1,6 @@
-"""Where folders keep their chat templates, and the tokens that templates write by name."""
+"""The files of a model folder that hold chat templates, and the names that they give to control
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ DEFAULT = "default"
 
 
 def stored_templates(folder: Path) -> tuple[str, dict[str, str]]:
-    """Return the file that a folder keeps its chat templates in, and those by name; none at all is
-    an empty dict.
+    """Return the file in which a folder keeps its chat templates, and the templates by name, if
+    there are any.
 
     As in transformers, template files take precedence over tokenizer_config.json, and a single
     template is called `default`.
@@ -28,18 +30,17 @@ def stored_templates(folder: Path) -> tuple[str, dict[str, str]]:
     files = {one.stem: one for one in sorted((folder / TEMPLATES).glob("*.jinja"))}
     files |= {DEFAULT: file} if file.exists() else {}
     if files:
-        found = {name: read_text(one) for name, one in files.items()}
-        if any(found.get(name) != source for name, source in in_config.items()):
+        stored = {name: read_text(one) for name, one in files.items()}
+        if any(stored.get(name) != source for name, source in in_config.items()):
             notice(
-                f"{folder}: template files and {CONFIG} hold different chat templates; the first "
-                f"is taken"
+                f"{folder}: template files and {CONFIG} hold different chat "
+                f"templates; the first is taken"
             )
-        return str(file if file.exists() else folder / TEMPLATES), found
-    if in_config or not (folder / OLD_FILE).exists():
+        return str(file if file.exists() else folder / TEMPLATES), stored
+    old = folder / OLD_FILE
+    if in_config or not old.exists():
         return str(config), in_config
-    return str(folder / OLD_FILE), _templates(
-        read_json(folder / OLD_FILE).get("chat_template"), folder / OLD_FILE
-    )
+    return str(old), _templates(read_json(old).get("chat_template"), old)
 
 
 def write_templates(folder: Path, sources: Mapping[str, str]) -> None:
@@ -50,7 +51,7 @@ def write_templates(folder: Path, sources: Mapping[str, str]) -> None:
             file.parent.mkdir(exist_ok=True)
             file.write_text(source, encoding="utf-8")
     except OSError as error:
-        raise WorkError(f"{folder / FILE}: could not be written ({error})") from None
+        raise WorkError(f"{folder / FILE}: cannot be written ({error})") from None
 
 
 def _templates(entry: Any, file: Path) -> dict[str, str]:
@@ -59,39 +60,42 @@ def _templates(entry: Any, file: Path) -> dict[str, str]:
     """
     if entry is None:
         return {}
-    given = entry
-    if isinstance(entry, dict):
-        entry = [{"name": name, "template": source} for name, source in entry.items()]
-    named = [{"name": DEFAULT, "template": entry}] if isinstance(entry, str) else entry
-    fits = isinstance(named, list) and all(
-        isinstance(one, dict)
-        and isinstance(one.get("name"), str)
-        and isinstance(one.get("template"), str)
-        for one in named
-    )
+    pairs: list[tuple[Any, Any]] = [(None, None)]
+    if isinstance(entry, str):
+        pairs = [(DEFAULT, entry)]
+    elif isinstance(entry, dict):
+        pairs = list(entry.items())
+    elif isinstance(entry, list):
+        pairs = [
+            (one.get("name"), one.get("template")) if isinstance(one, dict) else (None, None)
+            for one in entry
+        ]
+    texts = all(isinstance(part, str) for pair in pairs for part in pair)
     expected = (
-        "expected a text, an object of texts by name, or a list of objects with a name and a "
-        "template"
+        "expected a text, an object of texts by name, or a list of objects with a "
+        "name and a template"
     )
-    require(fits, f"{file}: chat_template", given, expected)
-    return {one["name"]: one["template"] for one in named}
+    require(texts, f"{file}: chat_template", entry, expected)
+    return dict(pairs)
 
 
 def variables_of(folder: Path) -> dict[str, str]:
-    """Tokens that tokenizer_config.json has names for (`image_token`), which templates write by
-    these names.
+    """Return the control tokens that tokenizer_config.json names (`image_token`), which
+    templates write by name.
     """
     if not (folder / CONFIG).exists():
         return {}
     config = read_json(folder / CONFIG)
     extra = config.get("extra_special_tokens")
     named = {**config, **(extra if isinstance(extra, dict) else {})}
-    contents = {
-        name: entry.get("content") if isinstance(entry, dict) else entry
-        for name, entry in named.items()
-        if name.endswith("_token")
+    tokens = {
+        name: one.get("content") if isinstance(one, dict) else one for name, one in named.items()
     }
-    return {name: token for name, token in contents.items() if isinstance(token, str)}
+    return {
+        name: token
+        for name, token in tokens.items()
+        if name.endswith("_token") and isinstance(token, str)
+    }
 
 
 def read_text(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""Separates the reasoning of a model from its answer.
+"""Separate the reasoning of a model from its answer.
 
 Models write their reasoning between two markers (`<think>`, `</think>`) or into channels of its own
 (gpt-oss). The markers come from the chat template, which writes them, or from the vocabulary.
@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from transom.base.errors import RequestError
-from transom.chat.template import ChatTemplate
+from transom.chat.marking import common_prefix
+from transom.chat.template import ANSWER, PROBE, QUESTION, ChatTemplate
 from transom.tokenizers.tokenizer import Tokenizer
 
 Kind = Literal["reasoning", "answer"]
@@ -31,25 +31,29 @@ START, CHANNEL, MESSAGE, END = "<|start|>", "<|channel|>", "<|message|>", "<|end
 CHANNELS = (START, CHANNEL, MESSAGE, END)
 FINAL = "final"  # the channel of the answer
 LONGEST_HEADER = 200  # characters: a model that writes more without <|message|> writes no channels
-THOUGHT, ANSWER = "Qx7thought", "Qx7answer"
+THOUGHT = "Qx7thought"
 
 
 @dataclass(frozen=True)
 class Markers:
-    """The markers around reasoning, or that the model writes channels; and the head of an
-    answer.
+    """How a model sets its reasoning apart.
+
+    Attributes:
+        opens: The marker before the reasoning; empty with channels.
+        closes: The marker after the reasoning.
+        channels: Whether the model writes channels instead.
+        head: The template's prompt for an answer, which may open the reasoning.
     """
 
     opens: str
     closes: str
     channels: bool = False
-    head: str = ""  # the template's prompt for an answer, which may open the reasoning
+    head: str = ""
 
     def splitter(self, *, begun: bool = False) -> Splitter:
         """Return a splitter for one answer after the template's prompt for it.
 
-        An answer that has `begun` was not asked for with this prompt: its first words were given to
-        the model.
+        With `begun`, the model continues the first words of an answer instead.
         """
         splitter: Splitter = (
             ChannelSplitter() if self.channels else PairSplitter(self.opens, self.closes)
@@ -68,59 +72,41 @@ class Markers:
 
 
 def find_markers(template: ChatTemplate, **values: Any) -> Markers | None:
-    """Return the markers of a model's reasoning; None where neither template nor vocabulary has
-    any.
+    """Return the markers of a model's reasoning; None if neither template nor vocabulary has any.
 
     `values` are those that the chat gives the template, which may switch reasoning off.
     """
-    tokenizer = template.tokenizer
-    head = _head(template, values)
-    if all(word in tokenizer.special_tokens for word in CHANNELS):
+    special = template.tokenizer.special_tokens
+    head = ""
+    bare, asked = (template.probe(QUESTION, prompt=prompt, **values) for prompt in (False, True))
+    if bare is not None and asked is not None:
+        head = asked[common_prefix(asked, bare) :]
+    if all(word in special for word in CHANNELS):
         return Markers("", "", channels=True, head=head)
     written = _written(template)
     if written is not None:
         return Markers(*written, head=head)
     for opens, closes in PAIRS:
         named = opens in head or any(closes in source for source in template.sources.values())
-        known = all(tokenizer.token_to_id(word) is not None for word in (opens, closes))
+        known = all(template.tokenizer.token_to_id(word) is not None for word in (opens, closes))
         if named or known:
             return Markers(opens, closes, head=head)
     return None
-
-
-def _head(template: ChatTemplate, values: dict[str, Any]) -> str:
-    """Return the text that a template writes after a question to ask for the answer."""
-    turn = [{"role": "user", "content": "Hello"}]
-    try:
-        asked, bare = (
-            template.render(turn, add_generation_prompt=ask, **values) for ask in (True, False)
-        )
-    except RequestError:  # it accepts other conversations only
-        return ""
-    pairs = enumerate(zip(asked, bare, strict=False))
-    return asked[
-        next((at for at, (one, other) in pairs if one != other), min(len(asked), len(bare))) :
-    ]
 
 
 def _written(template: ChatTemplate) -> tuple[str, str] | None:
     """Return the markers that a template writes around the reasoning of a message, if it writes
     any.
     """
-    turn = [{"role": "user", "content": "Hello"}]
-    answer = {"role": "assistant", "content": ANSWER, "reasoning_content": THOUGHT}
-    try:
-        asked = template.render(turn)
-        text = template.render([*turn, answer], add_generation_prompt=False)
-    except RequestError:
+    asked = template.probe(QUESTION, prompt=True)
+    text = template.probe(QUESTION, {**ANSWER, "reasoning_content": THOUGHT}) or ""
+    found = re.search(f"{THOUGHT}(.*?){PROBE}", text, re.DOTALL)
+    if asked is None or found is None or not text.startswith(asked.rstrip()):
         return None
-    found = re.search(f"{THOUGHT}(.*?){ANSWER}", text, re.DOTALL)
-    if found is None or not text.startswith(asked.rstrip()):
-        return None
-    opens, closes = text[len(asked.rstrip()) : found.start()].strip(), found[1].strip()
-    if not opens:  # the head of the answer has opened the reasoning
-        pairs = (one for one, other in PAIRS if other == closes)
-        opens = next(pairs, asked.rstrip().splitlines()[-1])
+    asked = asked.rstrip()
+    opens, closes = text[len(asked) : found.start()].strip(), found[1].strip()
+    if not opens:  # the prompt for the answer has opened the reasoning
+        opens = next((one for one, other in PAIRS if other == closes), asked.rpartition("\n")[2])
     return (opens, closes) if closes else None
 
 
@@ -141,51 +127,19 @@ def marker_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     name.
     """
     special = tokenizer.special_tokens
-    words = [word for pair in PAIRS if all(one in special for one in pair) for word in pair]
-    words += CHANNELS if all(one in special for one in CHANNELS) else ()
-    return tuple(special[word] for word in words)
+    groups = [group for group in (*PAIRS, CHANNELS) if all(word in special for word in group)]
+    return tuple(special[word] for group in groups for word in group)
 
 
-class _Cutter:
-    """Cuts a text at markers, however its pieces are cut."""
+class Splitter(ABC):
+    """Separates reasoning and answer while the text of an answer arrives piece by piece."""
 
     def __init__(self, markers: Sequence[str]) -> None:
-        self.markers = markers
+        self._markers = markers
         self._find = re.compile(
             "|".join(re.escape(one) for one in sorted(markers, key=len, reverse=True))
         )
         self._waiting = ""  # the end of the text, as far as it may begin a marker
-
-    def push(self, text: str) -> Iterator[tuple[str, bool]]:
-        """Yield (text, False) and (marker, True) in order."""
-        text, self._waiting = self._waiting + text, ""
-        start = 0
-        for found in self._find.finditer(text):
-            if found.start() > start:
-                yield text[start : found.start()], False
-            yield found[0], True
-            start = found.end()
-        rest = text[start:]
-        sizes = range(min(len(rest), max(map(len, self.markers)) - 1), 0, -1)
-        heads = (
-            size for size in sizes if any(one.startswith(rest[-size:]) for one in self.markers)
-        )
-        end = len(rest) - next(heads, 0)
-        self._waiting = rest[end:]
-        if end:
-            yield rest[:end], False
-
-    def finish(self) -> str:
-        """Return the text that waits for the rest of a marker."""
-        text, self._waiting = self._waiting, ""
-        return text
-
-
-class Splitter(ABC):
-    """Takes the text of an answer piece by piece and keeps reasoning and answer apart."""
-
-    def __init__(self, markers: Sequence[str]) -> None:
-        self._cutter = _Cutter(markers)
         self._texts: dict[Kind, str] = {"reasoning": "", "answer": ""}
         self._reasoned = False  # whether there was any reasoning, even an empty one
 
@@ -201,20 +155,42 @@ class Splitter(ABC):
 
     def begin(self, head: str) -> None:
         """Read the template's prompt for the answer, which may end inside the reasoning."""
-        for text, marker in _Cutter(self._cutter.markers).push(head):
+        for text, marker in self._cut(head):
             self._take(text, marker)
+        self._waiting = ""
 
     def push(self, text: str) -> list[Piece]:
         """Return the pieces that can be shown after `text`; the possible beginning of a marker
         waits.
         """
-        return [
-            piece for part, marker in self._cutter.push(text) for piece in self._take(part, marker)
-        ]
+        return [piece for part, marker in self._cut(text) for piece in self._take(part, marker)]
 
     def finish(self) -> list[Piece]:
-        """Return the pieces that waited, when no more text comes."""
-        return self._take(self._cutter.finish(), False) + self._rest()
+        """Return the pieces that waited for more text, when no more comes."""
+        text, self._waiting = self._waiting, ""
+        return self._take(text, False) + self._rest()
+
+    def _cut(self, text: str) -> Iterator[tuple[str, bool]]:
+        """Yield (text, False) and (marker, True) in order, wherever the pieces of the text were
+        cut.
+        """
+        text = self._waiting + text
+        start = 0
+        for found in self._find.finditer(text):
+            if found.start() > start:
+                yield text[start : found.start()], False
+            yield found[0], True
+            start = found.end()
+        most = min(len(text) - start, max(map(len, self._markers)) - 1)
+        heads = (
+            size
+            for size in range(most, 0, -1)
+            if any(m.startswith(text[-size:]) for m in self._markers)
+        )
+        end = len(text) - next(heads, 0)
+        self._waiting = text[end:]
+        if end > start:
+            yield text[start:end], False
 
     @abstractmethod
     def _take(self, text: str, marker: bool) -> list[Piece]:
@@ -232,7 +208,7 @@ class Splitter(ABC):
 
 
 class PairSplitter(Splitter):
-    """Reasoning between two markers in front of the answer.
+    """Reasoning between two markers before the answer.
 
     A marker inside the answer is a word of the answer. If the end of the reasoning comes without
     its beginning, all text before it was reasoning.
@@ -245,13 +221,11 @@ class PairSplitter(Splitter):
         self._space = ""  # white space at the beginning, which may precede a marker
 
     def begin(self, head: str) -> None:
-        """Read which marker is the last in the template's prompt for the answer."""
-        for text, marker in _Cutter(self._cutter.markers).push(head):
-            if marker:
-                self._state, self._reasoned = (
-                    ("reasoning" if text == self._opens else "answer"),
-                    True,
-                )
+        """Find out from the last marker in the template's prompt whether the answer begins
+        inside the reasoning.
+        """
+        for text in self._find.findall(head):
+            self._state, self._reasoned = ("reasoning" if text == self._opens else "answer"), True
 
     def _take(self, text: str, marker: bool) -> list[Piece]:
         if marker and text == self._opens and self._state == "start":
@@ -270,12 +244,15 @@ class PairSplitter(Splitter):
             self._space += text
             return []
         self._state = "answer"
-        text, self._space = self._space + text, ""
-        return self._piece("answer", text)
+        return self._piece("answer", self._spaced(text))
 
     def _rest(self) -> list[Piece]:
-        text, self._space = self._space, ""
-        return self._piece("answer", text)
+        return self._piece("answer", self._spaced(""))
+
+    def _spaced(self, text: str) -> str:
+        """Return the white space that waited, followed by `text`."""
+        text, self._space = self._space + text, ""
+        return text
 
 
 class ChannelSplitter(Splitter):

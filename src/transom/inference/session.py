@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from transom.base.errors import RequestError, notice
 from transom.base.runtime import mixed_seed
-from transom.chat.marking import shared
+from transom.chat.marking import common_prefix
 from transom.chat.reasoning import Markers, Piece, Splitter, marker_ids
 from transom.chat.template import ChatTemplate
 from transom.inference.loop import settle
@@ -256,7 +256,7 @@ class Session:
         A template may write an answer differently than the model did: its end of turn, its
         reasoning.
         """
-        same = shared(self.cached, ids[:-1])
+        same = common_prefix(self.cached, ids[:-1])
         beyond = len(self.cached) - same
         if beyond and not self.cache.rollback(beyond, beyond):
             self.cache.reset()  # a ring has overwritten tokens that it needs

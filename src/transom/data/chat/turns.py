@@ -22,17 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.base.errors import RequestError, require
-from transom.chat.marking import (
-    Marked,
-    Path,
-    Text,
-    TokenPlaces,
-    controls_in,
-    kind_of,
-    shared,
-    unprotected,
-)
+from transom.chat.marking import Marked, Path, Text, common_prefix
 from transom.chat.messages import REASONING
+from transom.chat.spans import TokenSpans, control_tokens
 from transom.chat.template import ChatTemplate
 from transom.tokenizers.tokenizer import Tokenizer
 
@@ -100,11 +92,11 @@ class Turns:
         """
         given = self._given(messages, tools)
         rows: list[_Row] = []
-        beginnings = self._template.beginnings(given)
+        prefixes = self._template.prefixes(given)
         counted = [at for at, weight in enumerate(weights) if weight > 0]
-        self.rendered_anew += len(counted) > 1 and not beginnings.in_steps
+        self.rendered_anew += len(counted) > 1 and not prefixes.in_steps
         for at in reversed(counted):
-            whole, prompt = beginnings.whole(at + 1), beginnings.prompt(at)
+            whole, prompt = prefixes.text(at + 1), prefixes.prompt(at)
             if any(row.add(at, whole, prompt, weights[at]) for row in rows):
                 continue
             talk = {**given, "messages": given["messages"][: at + 1]}
@@ -155,7 +147,7 @@ class Turns:
         earlier turns on purpose.
         """
         found: dict[Path, list[Text]] = {}
-        for text in (text for row in rows for text in row.chat.texts or ()):
+        for text in (text for row in rows for text in row.chat.texts):
             found.setdefault(text.path, []).append(text)
         for path, texts in found.items():
             missing = [text for text in texts if text.lost or text.cut]
@@ -169,7 +161,7 @@ class Turns:
             elif missing and everywhere:
                 self._refuse(missing[0])
                 self.left_out[
-                    f"{'' if missing[0].lost else 'a part of '}{kind_of(missing[0], given)}"
+                    f"{'' if missing[0].lost else 'a part of '}{missing[0].kind(given)}"
                 ] += 1
 
     def _refuse(self, text: Text) -> None:
@@ -220,19 +212,19 @@ class _Row:
     ) -> None:
         self._template, self._given, self._stops = template, given, stops
         self._blocks = template.chosen(given).generation
-        self.chat = template.chat_of(given, self._blocks, text)
+        self.chat = template.chat_of(given, text)
         self.ids = self._encoded(like)
         self.first = template.first_of(self.ids)
         self._weights = np.zeros(len(self.ids), np.float32)
         self._answers: list[Answer] = []
-        self._controls = controls_in(template.tokenizer, self.chat, self.ids)
+        self._controls = control_tokens(template.tokenizer, self.chat, self.ids)
 
     def _encoded(self, like: _Row | None) -> list[int]:
         """Return the ids; those that a row with the same beginning has up to a control token are
         taken from it.
         """
         controls = [] if like is None else like._controls
-        same = 0 if like is None else shared(like.chat.text, self.chat.text)
+        same = 0 if like is None else common_prefix(like.chat.text, self.chat.text)
         start, token = next(((a, t) for a, b, t in reversed(controls) if b <= same), (0, 0))
         if like is None or _before(like.chat, start) != _before(self.chat, start):
             return self._template.ids_of(self.chat)
@@ -245,7 +237,7 @@ class _Row:
 
         `whole` is the rendered conversation up to that message, and `prompt` is the prompt for it.
         """
-        same = shared(self.chat.text, whole)
+        same = common_prefix(self.chat.text, whole)
         asked = (
             len(prompt)
             if prompt is not None and whole.startswith(prompt) and len(prompt) <= same
@@ -287,7 +279,7 @@ class _Row:
         begin = None if asked is None else self._count(asked)
         like_prompt = begin is not None
         if begin is None or stop is None:
-            places = self._tokens_in([(start, end)])
+            places = self._spans.tokens_in([(start, end)])
             if not len(places):
                 return NOT_FOUND
             begin = int(places[0]) if begin is None else begin
@@ -301,8 +293,8 @@ class _Row:
         word, tokenizer = self._template.end_of_turn, self._template.tokenizer
         if word is not None and tokenizer.token_to_id(word) not in tokenizer.special_ids:
             # A word that is not a control token may also occur inside the answer.
-            start = max(start, self.chat.last_offset(at) or 0)
-            yield from ((end, None) for _, end in unprotected(self.chat, [word]) if end > start)
+            start = max(start, max(self.chat.offsets[at], default=0))
+            yield from ((end, None) for _, end in self.chat.template_words([word]) if end > start)
             return
         for _, end, token in self._controls:
             if end > start and self.ids[token] in self._stops:
@@ -319,11 +311,11 @@ class _Row:
         ]
         begin = self._count(asked) if spans and asked is not None else None
         if begin is None:
-            words = self.chat.first_offset(at)
+            words = min(self.chat.offsets[at], default=None)
             spans = [span for span in spans if words is not None and span[1] > words] or spans[-1:]
         else:
             spans = [(max(start, asked or 0), stop) for start, stop in spans]
-        places = self._tokens_in(spans)
+        places = self._spans.tokens_in(spans)
         ended = any(self.ids[one] in self._stops for one in places)
         if not len(places):
             return NOT_FOUND
@@ -335,24 +327,9 @@ class _Row:
             )  # the end of the turn is outside of the block
         return _Found(places, ended, begin is not None) if ended or same == length else NOT_FOUND
 
-    def _tokens_in(self, spans: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
-        """Return the tokens that stand for characters of these spans."""
-        inside = np.zeros(len(self.ids), np.bool_)
-        begins, ends = self._edges
-        for start, stop in self._places.moved(spans):
-            inside |= (begins < stop) & (ends > start)
-        return np.flatnonzero(inside)
-
     @cached_property
-    def _places(self) -> TokenPlaces:
-        return TokenPlaces(
-            self._template.tokenizer, self.ids, self.chat.text, self._template.origin
-        )
-
-    @cached_property
-    def _edges(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        ranges = np.asarray(self._places.ranges, np.int64).reshape(-1, 2)
-        return ranges[:, 0], ranges[:, 1]
+    def _spans(self) -> TokenSpans:
+        return TokenSpans(self._template.tokenizer, self.ids, self.chat.text, self._template.origin)
 
     def _count(self, length: int) -> int | None:
         """Return how many tokens the first `length` characters have, or None if they are encoded

@@ -10,6 +10,7 @@ import json
 import pytest
 import torch
 
+from tests.mutations import model_bugs
 from transom.attention import backends as attend
 from transom.attention.backends import BACKENDS, Backend
 from transom.attention.reference import reference
@@ -17,7 +18,7 @@ from transom.attention.view import Score
 from transom.base.errors import RequestError
 from transom.base.runtime import one_thread
 from transom.cli.main import main
-from transom.verify import attention, plants
+from transom.verify import attention
 from transom.verify.attention import Outcome, failures, matrix, verify_attention
 from transom.verify.attention_jobs import PHASES, RULES, Job, build, jobs
 
@@ -162,7 +163,7 @@ def test_a_failing_backend_is_refused_until_it_is_right_again(own_cache, monkeyp
     monkeypatch.setattr(attention, "verify_attention", quick)
     inputs = build(Job("masks"), torch.device("cpu"))
     call = (inputs.tensors[0], inputs.view, inputs.spec, inputs.score)
-    with plants.nan_in_masked_rows():
+    with model_bugs.nan_in_masked_rows():
         assert main(["verify", "attention"]) == 1
     assert "sdpa: NaN from a masked row" in capsys.readouterr().out
     with pytest.raises(RequestError, match=r"sdpa.*failed `transom verify attention`"):

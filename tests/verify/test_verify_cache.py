@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from tests.helpers import random_model, tiny_args
+from tests.mutations import model_bugs, run_bugs
 from transom.base.errors import RequestError
 from transom.base.runtime import one_thread
 from transom.cache import store
 from transom.config.model_args import ModelArgs
 from transom.config.presets import PRESETS, preset
-from transom.verify import plants, plants_runs
 from transom.verify.cache import (
     Plan,
     Trace,
@@ -84,7 +84,7 @@ def test_a_planted_bug_is_located():
     """The ring of layer 0 keeps an old token: the first wrong position is the first that reads
     it.
     """
-    with plants_runs.stale_slot():
+    with run_bugs.stale_slot():
         bad = next(
             one
             for one in compare_small(drawn(shrink(preset("mistral-7b-v0.1")).args), "m")
@@ -144,7 +144,7 @@ def test_nan_is_never_equal():
 def test_a_model_that_ignores_its_padding_is_seen():
     """Comparisons judge rows alone: batch and single row may not share the mistake."""
     model = drawn(shrink(preset("demo")).args)
-    with plants.visible_padding():
+    with model_bugs.visible_padding():
         lines = summarize(compare(model, "demo", Plan(12, (0,), 256, 12, 1e-9)))
     assert {line.comparison for line in lines if line.failed} >= {
         "padded in front",

@@ -13,12 +13,13 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
 from tests.checkpoints.families import tiny_hf
 from tests.helpers import random_model, tiny_args
+from tests.mutations import checkpoint_bugs, model_bugs
 from transom.base.runtime import one_thread
 from transom.chat.template import ChatTemplate
 from transom.checkpoints.load import load, save
 from transom.cli.main import main
 from transom.tokenizers.training import byte_tokenizer, train_chars
-from transom.verify import checkpoint, plants, plants_checkpoint, texts
+from transom.verify import checkpoint, texts
 from transom.verify.check import summarize
 from transom.verify.checkpoint import SPECIAL, compare_folder
 from transom.verify.texts import compare_texts
@@ -161,20 +162,20 @@ def test_stop_tokens_and_padding_of_a_config_do_not_end_the_greedy_tokens(tmp_pa
     assert not failing(tmp_path)
 
 
-@pytest.mark.slow  # one bug of this check is planted in test_self_test.py
+@pytest.mark.slow  # tests/mutations plants one bug of this check
 @pytest.mark.parametrize(
     ("family", "plant", "expected"),
     [
-        ("qwen2", plants_checkpoint.permuted_query, "read = read by hand"),
-        ("llama4_text", plants_checkpoint.permuted_query, "logits = transformers"),
-        ("llama4_text", plants_checkpoint.unturned_query, None),
-        ("llama-tied", plants_checkpoint.untied_reading, "output tied as the config says"),
-        ("mixtral", plants_checkpoint.swapped_widths, "read = read by hand"),
-        ("phi3", plants_checkpoint.swapped_widths, "logits = transformers"),
-        ("qwen2", plants_checkpoint.dropped_bias, "read = read by hand"),
-        ("gpt_oss", plants_checkpoint.dropped_bias, "logits = transformers"),
-        ("gemma2", plants.swapped_layout, "logits = transformers"),
-        ("qwen3", plants.swapped_layout, "greedy tokens = transformers"),
+        ("qwen2", checkpoint_bugs.permuted_query, "read = read by hand"),
+        ("llama4_text", checkpoint_bugs.permuted_query, "logits = transformers"),
+        ("llama4_text", checkpoint_bugs.unturned_query, None),
+        ("llama-tied", checkpoint_bugs.untied_reading, "output tied as the config says"),
+        ("mixtral", checkpoint_bugs.swapped_widths, "read = read by hand"),
+        ("phi3", checkpoint_bugs.swapped_widths, "logits = transformers"),
+        ("qwen2", checkpoint_bugs.dropped_bias, "read = read by hand"),
+        ("gpt_oss", checkpoint_bugs.dropped_bias, "logits = transformers"),
+        ("gemma2", model_bugs.swapped_layout, "logits = transformers"),
+        ("qwen3", model_bugs.swapped_layout, "greedy tokens = transformers"),
     ],
 )
 def test_bugs_are_seen_in_folders_of_transformers(tmp_path, family, plant, expected):
@@ -186,7 +187,7 @@ def test_bugs_are_seen_in_folders_of_transformers(tmp_path, family, plant, expec
 
 def test_bits_show_what_only_writing_gets_wrong(tmp_path):
     save(random_model(tiny_args()), tmp_path, format="meta")
-    with plants_checkpoint.unturned_query():
+    with checkpoint_bugs.unturned_query():
         found = lines(tmp_path, length=16)
     assert (
         found["written and read back"].first_bad.where == "it as hf, layers.0.attention.wq.weight"
@@ -200,8 +201,8 @@ def test_bits_show_what_only_writing_gets_wrong(tmp_path):
         (CHAT, None, set()),
         ("{{ bos_token }}" + CHAT, None, set()),  # one is dropped, and that is said
         (CHAT.replace("{{ bos_token }}", ""), None, set()),
-        (CHAT, plants_checkpoint.double_bos_in_a_chat, {"BOS once"}),
-        (CHAT, plants_checkpoint.obeyed_spelling, {"spelled tokens stay text"}),
+        (CHAT, checkpoint_bugs.double_bos_in_a_chat, {"BOS once"}),
+        (CHAT, checkpoint_bugs.obeyed_spelling, {"spelled tokens stay text"}),
     ],
 )
 def test_texts_and_chats(tmp_path, template, plant, red):

@@ -9,12 +9,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints.adapters.folders import write_adapter, write_base
+from tests.mutations import merge_bugs
 from transom.base.errors import RequestError
 from transom.base.runtime import one_thread
 from transom.cli.main import main
 from transom.evaluation.merging import merge_folders
 from transom.lora.combine_args import CombineArgs
-from transom.verify import plants_merge
 from transom.verify.check import summarize
 from transom.verify.merge import compare_folders
 
@@ -94,7 +94,7 @@ def test_an_adapter_that_changed_since_is_found(made, tmp_path):
 
 
 def test_a_merge_with_a_bug_is_found_in_its_folder_afterwards(made, tmp_path):
-    with plants_merge.other_base():
+    with merge_bugs.other_base():
         merge_folders(made / "base", [made / "adapter"], tmp_path / "out", data=__file__)
     assert failing(tmp_path / "out") >= {"written weights = by hand", "nearer than the base alone"}
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,17 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tuning FOLDER: rows as finetune takes them, built-in otherwise",
     )
     parser.add_argument("--steps", type=int, help="resume: steps of the run, default 6")
-    parser.add_argument(
-        "--self-test", action="store_true", help="plant every known silent bug and see it caught"
-    )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run one check, or the self-test; 1 if anything differs."""
+    """Run one check and return the exit code: 1 if any comparison failed."""
     check_options(options)
-    if options.self_test:
-        return run_self_test(options)
     if options.what == "attention":
         return run_attention(options)
     from transom.base.runtime import one_thread
@@ -97,20 +91,12 @@ def run(options: argparse.Namespace) -> int:
 
 def check_options(options: argparse.Namespace) -> None:
     """Refuse what does not go together, before torch is imported."""
-    if options.self_test:
-        require(
-            options.what is None,
-            "verify",
-            options.what,
-            "--self-test runs every check itself; leave it away",
-        )
-        return
     known = (*WITH_MODEL, *ALONE)
     require(
         options.what in known,
         "verify",
         options.what,
-        f"expected {', '.join(known)}, or --self-test",
+        f"expected {', '.join(known)}",
     )
     fits = options.model is None or options.what in WITH_MODEL
     require(
@@ -427,49 +413,3 @@ def print_matrix(machine: str, rows: Sequence[Row]) -> None:
     print("-: declines such jobs\n")
     for name, why in declined.items():
         print(f"{name}: {why}")
-
-
-# -- the self-test
-# ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One planted bug as it is shown."""
-
-    name: str
-    check: str
-    found_by: str
-    error: float | None
-
-
-def run_self_test(options: argparse.Namespace) -> int:
-    """Plant every bug; 1 if one stays unseen."""
-    from transom.base.runtime import one_thread
-    from transom.verify.bugs import BUGS
-    from transom.verify.self_test import baseline, plant_all
-
-    with one_thread():
-        baseline(dict.fromkeys(bug.check for bug in BUGS))
-        every = list(plant_all(BUGS))
-    verdicts = []
-    for caught in every:
-        by = caught.by
-        found = "NOTHING: it stayed green" if by is None else f"{by.comparison}: {by.where}"
-        verdicts.append(
-            Verdict(caught.bug.name, caught.bug.check, found, None if by is None else by.error)
-        )
-    missed = [one.name for one in verdicts if one.error is None]
-    if options.json:
-        emit_json({"check": "self-test", "ok": not missed, "bugs": [vars(one) for one in verdicts]})
-    else:
-        rows = [
-            (one.name, one.check, one.found_by, "-" if one.error is None else f"{one.error:.1e}")
-            for one in verdicts
-        ]
-        heading("verify --self-test: each bug planted alone, and the first comparison that saw it")
-        show(table(("planted bug", "check", "turned red"), ("error",), rows))
-        print(
-            f"\n{len(verdicts) - len(missed)} of {len(verdicts)} planted bugs turn their check red"
-        )
-    return 1 if missed else 0

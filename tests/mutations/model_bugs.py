@@ -13,6 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.mutations.planting import (
+    Call,
+    around_attend,
+    changed,
+    changed_everywhere,
+    layered,
+    scored,
+)
 from transom.attention import blockwise, mask, sdpa
 from transom.attention.mask import MaskSpec
 from transom.attention.view import CacheView, Score
@@ -25,17 +33,8 @@ from transom.layers.moe import LocalDispatcher, Router
 from transom.layers.norm import RMSNorm
 from transom.layers.step import Step
 from transom.models.llm import LLM
-from transom.verify.planting import (
-    Call,
-    around_attend,
-    changed,
-    changed_everywhere,
-    layered,
-    scored,
-)
 
 # -- who sees whom
-# ----------------------------------------------------------------------------------------
 
 
 def ruled(change: Callable[..., tuple[Any, ...]]) -> AbstractContextManager[None]:
@@ -107,7 +106,6 @@ def leaking_segment() -> AbstractContextManager[None]:
 
 
 # -- positions, norms, heads
-# ------------------------------------------------------------------------------
 
 
 def unscaled_rope() -> AbstractContextManager[None]:
@@ -268,7 +266,6 @@ def untied_output() -> AbstractContextManager[None]:
 
 
 # -- experts
-# ----------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -328,7 +325,6 @@ def weighing_bias() -> AbstractContextManager[None]:
 
 
 # -- backends
-# ---------------------------------------------------------------------------------------------
 
 
 def wide_slices() -> AbstractContextManager[None]:

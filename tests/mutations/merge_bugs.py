@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from tests.mutations.planting import Call, changed, changed_everywhere
 from transom.checkpoints import fingerprint
 from transom.checkpoints.merge import Merge
 from transom.lora import merge
 from transom.lora.adapters import LEAVES, Adapters, Leaf, LoraWeights, carriers, update
 from transom.models.llm import LLM
-from transom.verify.planting import Call, changed, changed_everywhere
 
 
 def other_base() -> AbstractContextManager[None]:

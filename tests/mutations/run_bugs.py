@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.mutations.planting import Call, changed, changed_everywhere, lost
 from transom.attention.view import CacheView
 from transom.cache.store import LayerCache, RotatingBufferCache, StaticCache
 from transom.data import batches
@@ -21,11 +22,9 @@ from transom.training.losses.log_probs import target_log_probs
 from transom.training.losses.objectives import NextToken
 from transom.training.optim.ema import Ema
 from transom.training.optim.optimizers import Optimizers
-from transom.verify.planting import Call, changed, changed_everywhere, lost
 from transom.verify.runs import BYTE_VOCABULARY
 
 # -- stores
-# -----------------------------------------------------------------------------------------------
 
 
 def stale_slot() -> AbstractContextManager[None]:
@@ -85,7 +84,6 @@ def short_view() -> AbstractContextManager[None]:
 
 
 # -- data and training
-# ------------------------------------------------------------------------------------
 
 
 def double_bos() -> AbstractContextManager[None]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.mutations.planting import Call, changed, changed_everywhere
 from transom.chat.template import ChatTemplate
 from transom.checkpoints import load, mapping
 from transom.checkpoints.files.lazy_tensors import Stored
@@ -19,7 +20,6 @@ from transom.names import tables as names
 from transom.names import transforms
 from transom.names.tables import Move
 from transom.tokenizers.tokenizer import Tokenizer
-from transom.verify.planting import Call, changed, changed_everywhere
 
 
 def permuted_query() -> AbstractContextManager[None]:

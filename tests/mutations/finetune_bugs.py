@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from tests.mutations.planting import Call, changed, changed_everywhere
 from transom.attention.mask import positions_from_sizes
 from transom.data.chat import batches as tuning_batches
 from transom.data.chat import rows as tuning_rows
@@ -30,10 +31,8 @@ from transom.training.loop.checkpoint_writer import TRAINED, AdapterOnly
 from transom.training.loop.trainer import Trainer
 from transom.training.losses import log_probs
 from transom.training.losses.balance import RouterCounts, update_choice_biases
-from transom.verify.planting import Call, changed, changed_everywhere
 
 # -- what carries loss
-# ------------------------------------------------------------------------------------
 
 
 def masked_end_of_turn() -> AbstractContextManager[None]:
@@ -119,7 +118,6 @@ def seen_neighbours() -> AbstractContextManager[None]:
 
 
 # -- what trains
-# ------------------------------------------------------------------------------------------
 
 
 def bare_experts() -> AbstractContextManager[None]:

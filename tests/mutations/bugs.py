@@ -1,0 +1,103 @@
+"""The registry of known silent bugs: nothing crashes, but the numbers are wrong.
+
+Each bug names the check of `transom verify` that must fail while the bug is planted. New work adds
+its own rows here; `python -m tests.mutations.table` then updates docs/verify.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from tests.mutations import checkpoint_bugs, finetune_bugs, merge_bugs, model_bugs, run_bugs
+from transom.verify.check import Finding
+from transom.verify.checks import CHECKS
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A bug that is present inside the context of `plant`, and the check that must fail there."""
+
+    name: str
+    check: str
+    plant: Callable[[], AbstractContextManager[None]]
+
+    @property
+    def what(self) -> str:
+        """The first sentence of the docstring of `plant`."""
+        assert self.plant.__doc__, "every plant has a docstring"
+        return " ".join(self.plant.__doc__.split()).rstrip(".")
+
+
+BUGS: tuple[Bug, ...] = (
+    Bug("window off by one", "cache", model_bugs.wide_window),
+    Bug("window off by one everywhere", "model", model_bugs.wide_window_everywhere),
+    Bug("chunk counted from the call", "cache", model_bugs.chunk_from_the_call),
+    Bug("padding key visible", "cache", model_bugs.visible_padding),
+    Bug("leaking segment", "cache", model_bugs.leaking_segment),
+    Bug("RoPE scaling dropped", "model", model_bugs.unscaled_rope),
+    Bug("YaRN factor dropped", "model", model_bugs.unfactored_yarn),
+    Bug("rotary layout swapped", "model", model_bugs.swapped_layout),
+    Bug("NoPE layer given rotary", "model", model_bugs.rotated_nope),
+    Bug("QK-norm on the wrong side", "model", model_bugs.norm_behind_rotation),
+    Bug("temperature counts padding", "cache", model_bugs.padded_temperature),
+    Bug("GQA heads tiled", "model", model_bugs.tiled_heads),
+    Bug("norm weight dropped", "model", model_bugs.weightless_norm),
+    Bug("softcap dropped", "model", model_bugs.uncapped_scores),
+    Bug("sinks dropped", "model", model_bugs.sinkless_scores),
+    Bug("softmax scale dropped", "model", model_bugs.unscaled_scores),
+    Bug("logits not capped", "model", model_bugs.uncapped_logits),
+    Bug("latent decoding without rotation", "cache", model_bugs.latent_without_rotation),
+    Bug("tied output untied", "model", model_bugs.untied_output),
+    Bug("expert output scaled", "model", model_bugs.scaled_output),
+    Bug("router weights renormalised", "model", model_bugs.renormalized_router),
+    Bug("choice bias in the weights", "model", model_bugs.weighing_bias),
+    Bug("stale ring slot", "cache", run_bugs.stale_slot),
+    Bug("prefill chunk overwrites", "cache", run_bugs.overwriting_prefill),
+    Bug("static view cut short", "cache", run_bugs.short_view),
+    Bug("window slice off by one", "attention", model_bugs.wide_slices),
+    Bug("NaN from a masked row", "attention", model_bugs.nan_in_masked_rows),
+    Bug("partial block lost", "attention", model_bugs.lost_partial_block),
+    Bug("double BOS", "data", run_bugs.double_bos),
+    Bug("EOS masked", "data", run_bugs.masked_eos),
+    Bug("per-rank mean loss", "step", run_bugs.mean_of_means),
+    Bug("temperature forgotten in learning", "policy", run_bugs.cold_learning),
+    Bug("answer off by one", "policy", run_bugs.shifted_answers),
+    Bug("data state lost", "resume", run_bugs.lost_data_state),
+    Bug("optimizer state lost", "resume", run_bugs.lost_optimizer_state),
+    Bug("average restarted", "resume", run_bugs.restarted_average),
+    Bug("random state lost", "resume", run_bugs.lost_random_state),
+    Bug("permuted q", "checkpoint", checkpoint_bugs.permuted_query),
+    Bug("q not turned", "checkpoint", checkpoint_bugs.unturned_query),
+    Bug("untied output", "checkpoint", checkpoint_bugs.untied_reading),
+    Bug("swapped gate and value", "checkpoint", checkpoint_bugs.swapped_widths),
+    Bug("dropped bias", "checkpoint", checkpoint_bugs.dropped_bias),
+    Bug("double BOS in a chat", "checkpoint", checkpoint_bugs.double_bos_in_a_chat),
+    Bug("spelled token obeyed", "checkpoint", checkpoint_bugs.obeyed_spelling),
+    Bug("merged on the wrong base", "merge", merge_bugs.other_base),
+    Bug("wrong base accepted", "merge", merge_bugs.unchecked_base),
+    Bug("merge without the scale", "merge", merge_bugs.forgotten_scale),
+    Bug("merge transposed", "merge", merge_bugs.transposed_update),
+    Bug("merged in half precision", "merge", merge_bugs.half_sum),
+    Bug("unmerged by subtracting", "merge", merge_bugs.subtracted_update),
+    Bug("end of turn masked", "tuning", finetune_bugs.masked_end_of_turn),
+    Bug("padding that is EOS masked", "tuning", finetune_bugs.masked_padding),
+    Bug("mask off by one turn", "tuning", finetune_bugs.turn_too_early),
+    Bug("mask off by one token", "tuning", finetune_bugs.token_too_late),
+    Bug("weights of turns lost", "tuning", finetune_bugs.lost_weights),
+    Bug("packed examples see each other", "tuning", finetune_bugs.seen_neighbours),
+    Bug("experts without adapter", "tuning", finetune_bugs.bare_experts),
+    Bug("base trained beside its adapter", "tuning", finetune_bugs.trained_base),
+    Bug("frozen routers balanced", "tuning", finetune_bugs.balanced_base),
+    Bug("rsLoRA scaled as LoRA", "tuning", finetune_bugs.plain_scale),
+    Bug("DoRA's norm differentiated", "tuning", finetune_bugs.learning_length),
+    Bug("reference with its adapter", "tuning", finetune_bugs.adapted_reference),
+    Bug("adapter lost on resume", "tuning", finetune_bugs.lost_adapter),
+)
+
+
+def first_failure(bug: Bug) -> Finding | None:
+    """Plant a bug, run its check, and return the first failed comparison; None if all pass."""
+    with bug.plant():
+        return next((finding for finding in CHECKS[bug.check].run() if not finding.ok), None)

@@ -80,7 +80,7 @@ def _stepper(
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     half = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
     if name == "ours":
-        model = _tuned(args, device)
+        model = _with_adapter(args, device)
         optimizers = build_optimizer(model, OptimizerArgs(), device_type=device.type)
 
         def our_step() -> None:
@@ -113,7 +113,9 @@ def _stepper(
     return their_step
 
 
-def _tuned(args: ModelArgs, device: torch.device, quantize: QuantizeArgs | None = None) -> LLM:
+def _with_adapter(
+    args: ModelArgs, device: torch.device, quantize: QuantizeArgs | None = None
+) -> LLM:
     model = LLM(args)
     model.init_weights()
     with torch.no_grad():  # blocks begin as the identity; those of a trained model do not
@@ -147,7 +149,7 @@ def _packing(device: torch.device) -> dict[str, Any]:
     # Batches of rows as they come, as a loader that neither packs nor sorts makes them.
     padded = [padded_batch([(row,) for row in examples[at : at + 8]]) for at in range(0, ROWS, 8)]
     packed = [packed_batch(packs[at : at + 4]) for at in range(0, len(packs), 4)]
-    model = _tuned(args, device)
+    model = _with_adapter(args, device)
 
     def run(batches: list[Any]) -> None:
         for batch in batches:
@@ -193,7 +195,7 @@ def _quantized(device: torch.device) -> dict[str, Any]:
     losses = {}
     for name, quantize in (("float32", None), ("nf4", QuantizeArgs(group=32))):
         torch.manual_seed(0)
-        model = _tuned(args, device, quantize)
+        model = _with_adapter(args, device, quantize)
         optimizers = build_optimizer(
             model, OptimizerArgs(lr=2e-3, weight_decay=0.0), device_type=device.type
         )

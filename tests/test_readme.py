@@ -41,7 +41,7 @@ SHRINK = {
         "2",
         "--batch-size",
         "2",
-        "tune.scores=0",
+        "finetune.scores=0",
         "data.held_out=0.02",
         "device=cpu",
         "--quiet",
@@ -88,7 +88,7 @@ def shorten(monkeypatch):
         verify_attention, dtypes=(torch.float32,), todo=lambda: islice(jobs(), 0, None, 20)
     )
     monkeypatch.setattr("transom.verify.attention.verify_attention", short)
-    for name in ("tuning", "resume"):
+    for name in ("finetune", "resume"):
         monkeypatch.setitem(
             CHECKS, name, replace(CHECKS[name], run=lambda run=CHECKS[name].run: islice(run(), 5))
         )

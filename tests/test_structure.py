@@ -78,8 +78,8 @@ LONG: set[str] = {
     "training/losses/preferences.py",
     "training/report/report.py",
     "verify/checkpoint.py",
-    "verify/tuning.py",
-    "verify/tuning_rows.py",
+    "verify/finetune.py",
+    "verify/finetune_rows.py",
 }
 
 

@@ -11,14 +11,14 @@ import pytest
 
 from tests.chat.chat_texts import say
 from tests.helpers import run_python, tiny_args
-from tests.training.tuning import base_folder, chats, judged, preferences, solved
+from tests.training.finetune.runs import base_folder, chats, judged, preferences, solved
 from transom.chat.template import ChatTemplate
 from transom.cli import finetune
 from transom.cli.main import Parser
 from transom.data.chat.packing import first_fit_decreasing
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.tokenizers.training import byte_tokenizer
-from transom.training.finetune.data import open_tune_data
+from transom.training.finetune.data import open_finetune_data
 from transom.training.loop.run_parts import Share
 
 CHATML = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
@@ -57,7 +57,7 @@ def test_check_counts(call: Any, model: Path, tmp_path: Path) -> None:
     masked = {"messages": [say("user", "q"), {**say("assistant", "a"), "weight": 0}]}
     long = {"messages": [say("user", "q"), say("assistant", "x" * 300)]}
     path = write(tmp_path, [TALK, masked, long, TALK])
-    code, facts, _ = checked(call, path, "--model", model, ALL, "tune.packing=true")
+    code, facts, _ = checked(call, path, "--model", model, ALL, "finetune.packing=true")
     # Control tokens, then characters: of three turns with "user\n" or "assistant\n" and a line end
     # behind each.
     tokens = 2 * 4 + len("user\nq\nassistant\na\nuser\nr\nassistant\nbc")
@@ -108,7 +108,7 @@ def test_check_of_prompts_pairs_and_splits(call: Any, model: Path, tmp_path: Pat
     assert (code, facts["rows"], facts["too_long"], facts["kinds"]) == (0, 1, 1, ["answer"])
     assert facts["objective"] == "grpo" and "--objective grpo" in err
     code, facts, _ = checked(
-        call, asked, "--model", model, ALL, "tune.reward=regex", "tune.answer_tokens=8"
+        call, asked, "--model", model, ALL, "finetune.reward=regex", "finetune.answer_tokens=8"
     )
     assert (code, facts["rows"], facts["malformed"]) == (0, 2, [])
     folder = tmp_path / "set"
@@ -130,11 +130,11 @@ def test_check_of_prompts_pairs_and_splits(call: Any, model: Path, tmp_path: Pat
     ("write_set", "words"),
     [
         (chats, []),
-        (chats, ["tune.packing=true", "--max-seq-length", 40, "--batch-size", 3]),
+        (chats, ["finetune.packing=true", "--max-seq-length", 40, "--batch-size", 3]),
         (chats, ["--max-seq-length", 46, "--truncate", "drop", "--epochs", 2, "data.held_out=0.5"]),
         (preferences, ["--objective", "dpo"]),
-        (judged, ["--objective", "kto", "tune.template=plain", "data.held_out=0.3"]),
-        (solved, ["--objective", "grpo", "tune.answer_tokens=200"]),
+        (judged, ["--objective", "kto", "finetune.template=plain", "data.held_out=0.3"]),
+        (solved, ["--objective", "grpo", "finetune.answer_tokens=200"]),
     ],
 )
 def test_check_counts_what_finetune_trains_on(
@@ -144,7 +144,7 @@ def test_check_counts_what_finetune_trains_on(
     given = [
         word for word in words if word not in ("--truncate", "drop")
     ]  # finetune has it as a word only
-    given += ["tune.truncate=drop"] * (len(given) < len(words))
+    given += ["finetune.truncate=drop"] * (len(given) < len(words))
     code, facts, _ = checked(call, rows, "--model", base, *words)
     parser = Parser()
     finetune.add_arguments(parser)
@@ -152,8 +152,8 @@ def test_check_counts_what_finetune_trains_on(
         parser.parse_intermixed_args([str(one) for one in [base, "--data", rows, *given]])
     )
     tokenizer = Tokenizer.load(base)
-    template = ChatTemplate.find(base, tokenizer, args.tune.template)
-    data = open_tune_data(args, args.tune, tokenizer, template, base, Share())
+    template = ChatTemplate.find(base, tokenizer, args.finetune.template)
+    data = open_finetune_data(args, args.finetune, tokenizer, template, base, Share())
     assert code == 0
     assert (facts["packing"], facts["rows_per_step"]) == (
         data.choice.packing,
@@ -172,10 +172,10 @@ def test_rows_of_another_objective_are_refused_as_by_finetune(
     call: Any, model: Path, tmp_path: Path
 ) -> None:
     config = tmp_path / "config.yaml"
-    config.write_text("tune: {objective: dpo}")
-    for words in (["--objective", "dpo"], ["tune.objective=dpo"], [config]):
+    config.write_text("finetune: {objective: dpo}")
+    for words in (["--objective", "dpo"], ["finetune.objective=dpo"], [config]):
         code, _, err = call("data", "check", write(tmp_path, [TALK]), *words, "--model", model)
-        assert code == 2 and "tune.objective: got 'dpo'" in err.splitlines()[-1]
+        assert code == 2 and "finetune.objective: got 'dpo'" in err.splitlines()[-1]
 
 
 def test_show_prints_tokens_with_their_loss(call: Any, model: Path, tmp_path: Path) -> None:

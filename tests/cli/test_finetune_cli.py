@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from tests.training.tuning import base_folder, chats
+from tests.training.finetune.runs import base_folder, chats
 from transom.cli import demo, finetune
 from transom.cli.finetune import config_of
 from transom.cli.main import Parser, main
@@ -74,11 +74,11 @@ def test_the_next_commands_can_be_pasted_into_a_shell(folders, tmp_path):
 def test_flags_words_and_file_in_order(folders, tmp_path):
     base, rows = folders
     config = tmp_path / "config.yaml"
-    config.write_text("tune: {lora: {rank: 3}, epochs: 5}\noptimizer: {eps: 1.0e-6}\n")
+    config.write_text("finetune: {lora: {rank: 3}, epochs: 5}\noptimizer: {eps: 1.0e-6}\n")
     args = parsed(
-        base, config, "--data", rows, "--rank", 4, "tune.lora.rank=5", f"out={tmp_path}/x"
+        base, config, "--data", rows, "--rank", 4, "finetune.lora.rank=5", f"out={tmp_path}/x"
     )
-    assert (args.tune.lora.rank, args.tune.epochs, args.optimizer.eps) == (5, 5, 1e-6)
+    assert (args.finetune.lora.rank, args.finetune.epochs, args.optimizer.eps) == (5, 5, 1e-6)
     assert (args.data.batch_size, args.optimizer.weight_decay) == (
         None,
         0.0,
@@ -87,7 +87,7 @@ def test_flags_words_and_file_in_order(folders, tmp_path):
 
 
 def test_a_python_user_gets_the_same_config(folders):
-    words = ["tune.method=full", "data.batch_size=4"]
+    words = ["finetune.method=full", "data.batch_size=4"]
     given = finetune_config.finetune_args(str(folders[0]), [str(folders[1])], words)
     assert given == parsed(folders[0], "--data", folders[1], *words)
     assert given.out == f"{folders[0]}-finetune" and given.data.batch_size == 4
@@ -137,9 +137,9 @@ def finished(folders, tmp_path_factory):
 RESUMED = {
     "another base": (["BASE2"], "valid only with --resume of"),
     "other rows": (["BASE", "--data", "other.jsonl"], "valid only with --resume is none"),
-    "another config": (["BASE", "CONFIG"], "tune.lora.dropout"),
+    "another config": (["BASE", "CONFIG"], "finetune.lora.dropout"),
     "another batch": (["BASE", "--batch-size", "4"], "data.batch_size"),
-    "another rank": (["BASE", "--rank", "3"], "its tune.lora.rank is"),
+    "another rank": (["BASE", "--rank", "3"], "its finetune.lora.rank is"),
 }
 
 
@@ -147,7 +147,7 @@ RESUMED = {
 def test_only_the_same_run_is_resumed(folders, finished, tmp_path, capsys, case):
     words, sentence = RESUMED[case]
     other = base_folder(tmp_path / "other", dim=48)
-    (tmp_path / "config.yaml").write_text("tune: {lora: {dropout: 0.5}}\n")
+    (tmp_path / "config.yaml").write_text("finetune: {lora: {dropout: 0.5}}\n")
     named = {"BASE": str(folders[0]), "BASE2": str(other), "CONFIG": str(tmp_path / "config.yaml")}
     given = [named.get(word, word) for word in words]
     assert main(["finetune", *given, "--out", str(finished), "--resume"]) == 2
@@ -155,7 +155,7 @@ def test_only_the_same_run_is_resumed(folders, finished, tmp_path, capsys, case)
 
 
 def test_the_same_command_resumes_whatever_has_been_saved(folders, tmp_path, capsys, monkeypatch):
-    (tmp_path / "config.yaml").write_text("tune: {lora: {rank: 3}}\nsave_every: 1\n")
+    (tmp_path / "config.yaml").write_text("finetune: {lora: {rank: 3}}\nsave_every: 1\n")
     words = [
         folders[0],
         tmp_path / "config.yaml",
@@ -237,7 +237,7 @@ def test_an_adapter_on_weights_that_have_changed_is_refused(finished, folders, t
 
 @pytest.mark.parametrize("rank", ["8", "1e1", "08"])
 def test_the_scale_follows_the_rank_however_it_is_written(folders, rank):
-    lora = parsed(folders[0], "--data", folders[1], f"tune.lora.rank={rank}").tune.lora
+    lora = parsed(folders[0], "--data", folders[1], f"finetune.lora.rank={rank}").finetune.lora
     assert lora.alpha == 2 * lora.rank == 2 * int(float(rank))
 
 
@@ -246,16 +246,16 @@ def test_a_name_of_a_run_is_no_yaml(folders):
 
 
 def test_steps_replace_epochs(folders):
-    assert parsed(folders[0], "--data", folders[1], "--iters", 7).tune.epochs is None
-    assert parsed(folders[0], "--data", folders[1]).tune.epochs == "auto"
+    assert parsed(folders[0], "--data", folders[1], "--iters", 7).finetune.epochs is None
+    assert parsed(folders[0], "--data", folders[1]).finetune.epochs == "auto"
 
 
 WRONG = {
     "no data": ([], "--data: got None"),
     "no such data": (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
-    "a method that is none": (["--data", "ROWS", "--method", "prefix"], "tune.method"),
-    "a field that is none": (["--data", "ROWS", "tune.rank=3"], "tune.rank"),
-    "nothing to tune": (["--data", "ROWS", "tune=null"], "tune: got None"),
+    "a method that is none": (["--data", "ROWS", "--method", "prefix"], "finetune.method"),
+    "a field that is none": (["--data", "ROWS", "finetune.rank=3"], "finetune.rank"),
+    "nothing to finetune": (["--data", "ROWS", "finetune=null"], "finetune: got None"),
     "a quantized base with all weights": (
         ["--data", "ROWS", "--method", "full", "--quantize", "nf4"],
         "quantize",

@@ -70,7 +70,7 @@ def test_a_run_gives_what_it_held_out_while_its_data_is_there(found, tmp_path, c
         (data / f"{split}.jsonl").write_text(
             json.dumps({"prompt": "say", "completion": word}) + "\n"
         )
-    config = {"data": {"sources": [str(data)], "held_out": 0.5}, "tune": {"method": "lora"}}
+    config = {"data": {"sources": [str(data)], "held_out": 0.5}, "finetune": {"method": "lora"}}
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text(yaml.safe_dump(config))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.helpers import random_model, random_tokens, tiny_args
+from tests.training.finetune.runs import base_folder, chats, preferences, run_args, solved
 from tests.training.runs import losses
-from tests.training.tuning import base_folder, chats, preferences, solved, tune_args
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
 from transom.models.llm import TransformerInput
@@ -86,11 +86,11 @@ RUNS = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("run", RUNS)
 def test_a_run_of_each_kind_ends_with_finite_losses(tmp_path, run, dtype):
-    rows, tune = RUNS[run]
+    rows, finetune = RUNS[run]
     base = base_folder(tmp_path / "model")
     words = ("device=cuda", f"dtype={dtype}", "data.batch_size=2")
     open_run(
-        tune_args(tmp_path, base, rows(tmp_path / "rows.jsonl"), *words, **tune), quiet=True
+        run_args(tmp_path, base, rows(tmp_path / "rows.jsonl"), *words, **finetune), quiet=True
     ).fit()
     found = losses(tmp_path / "run")
     assert len(found) == 8 and all(torch.isfinite(torch.tensor(found)))

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tests.mutations.planting import Call, changed, changed_everywhere
 from transom.attention.mask import positions_from_sizes
-from transom.data.chat import batches as tuning_batches
-from transom.data.chat import rows as tuning_rows
+from transom.data.chat import batches as chat_batches
+from transom.data.chat import rows as chat_rows
 from transom.data.chat.batches import TuningBatch
 from transom.data.chat.conversations import Example
 from transom.data.chat.rows import TuningRow
@@ -64,7 +64,7 @@ def masked_padding() -> AbstractContextManager[None]:
 
         return items
 
-    return changed(tuning_rows._Encoder, "items", make)
+    return changed(chat_rows._Encoder, "items", make)
 
 
 def turn_too_early() -> AbstractContextManager[None]:
@@ -93,12 +93,12 @@ def token_too_late() -> AbstractContextManager[None]:
     def make(original: Call) -> Call:
         return lambda row: original(TuningRow(row.id, row.ids, np.roll(row.weights, 1)))
 
-    return changed(tuning_batches, "_shifted", make)
+    return changed(chat_batches, "_shifted", make)
 
 
 def lost_weights() -> AbstractContextManager[None]:
     """Every turn with a weight above 0 counts 1."""
-    return changed(tuning_batches, "_unless_all_one", lambda original: lambda weights: None)
+    return changed(chat_batches, "_unless_all_one", lambda original: lambda weights: None)
 
 
 def seen_neighbours() -> AbstractContextManager[None]:

@@ -6,16 +6,16 @@ import json
 
 import pytest
 
-from tests.training.test_head_runs import config as head_config
-from tests.training.tuning import (
+from tests.training.finetune.runs import (
     base_folder,
     chats,
     judged,
     preferences,
+    run_args,
     solved,
-    tune_args,
     write_rows,
 )
+from tests.training.test_head_runs import config as head_config
 from transom.base.fields import read
 from transom.training.config import TrainArgs
 from transom.training.defaults import (
@@ -82,7 +82,7 @@ def test_the_batch_is_a_multiple_of_ranks_and_micro_batches(shares):
 @pytest.mark.parametrize(("rows", "epochs"), [(5, 10.0), (20, 5.0), (34, 3.0), (1000, 3.0)])
 def test_a_very_small_set_gets_more_epochs_where_none_are_given(rows, epochs):
     choice = choose_rows([50] * rows, seq_len=1024, epochs="auto")
-    assert choice.epochs == epochs and f"tune.epochs = {epochs:g}" in choice.reason
+    assert choice.epochs == epochs and f"finetune.epochs = {epochs:g}" in choice.reason
     assert choice.steps >= min(ENOUGH_STEPS, rows * 10)
     assert choose_rows([50] * rows, seq_len=1024, epochs=2.0).epochs == 2.0
 
@@ -120,22 +120,26 @@ def base(tmp_path_factory):
     return base_folder(tmp_path_factory.mktemp("base") / "model")
 
 
-def open_args(tmp_path, base, data, *words, **tune):
+def open_args(tmp_path, base, data, *words, **finetune):
     """A config that leaves the batch size open."""
-    return tune_args(tmp_path, base, data, "data.batch_size=null", *words, **tune)
+    return run_args(tmp_path, base, data, "data.batch_size=null", *words, **finetune)
 
 
 def test_what_was_chosen_is_printed_stored_and_taken_up_again(base, tmp_path, capsys):
     args = open_args(tmp_path, base, chats(tmp_path / "rows.jsonl"), epochs="auto")
     trainer = open_run(args)
-    assert trainer.args.tune.epochs == 6.0 and trainer.args.steps >= ENOUGH_STEPS  # 17 or so rows
+    assert (
+        trainer.args.finetune.epochs == 6.0 and trainer.args.steps >= ENOUGH_STEPS
+    )  # 17 or so rows
     lines = [line for line in capsys.readouterr().err.splitlines() if "chosen: " in line]
     assert (
-        len(lines) == 1 and "data.batch_size = 1" in lines[0] and "tune.packing = false" in lines[0]
+        len(lines) == 1
+        and "data.batch_size = 1" in lines[0]
+        and "finetune.packing = false" in lines[0]
     )
     trainer.fit()
     stored = read(TrainArgs, json.loads((tmp_path / "run" / "run.json").read_text())["resolved"])
-    assert (stored.data.batch_size, stored.tune.packing, stored.steps) == (
+    assert (stored.data.batch_size, stored.finetune.packing, stored.steps) == (
         1,
         False,
         trainer.args.steps,
@@ -163,7 +167,7 @@ def test_a_run_of_few_steps_says_so(base, tmp_path, capsys):
 
 @pytest.mark.parametrize(("rows", "objective"), [(preferences, "dpo"), (solved, "grpo")])
 def test_other_objectives_choose_as_well(base, tmp_path, rows, objective):
-    words = ("tune.group=2", "tune.answer_tokens=4") if objective == "grpo" else ()
+    words = ("finetune.group=2", "finetune.answer_tokens=4") if objective == "grpo" else ()
     args = open_args(
         tmp_path, base, rows(tmp_path / "rows.jsonl"), *words, objective=objective, epochs=EPOCHS
     )
@@ -181,16 +185,16 @@ def test_a_single_held_out_row_of_kto_is_no_score_and_no_obstacle(base, tmp_path
 
 
 def test_fewer_questions_than_a_step_was_asked_for_are_all_taken(base, tmp_path):
-    words = ("tune.group=2", "tune.answer_tokens=4", "data.batch_size=64")
-    args = tune_args(tmp_path, base, solved(tmp_path / "rows.jsonl"), *words, objective="grpo")
+    words = ("finetune.group=2", "finetune.answer_tokens=4", "data.batch_size=64")
+    args = run_args(tmp_path, base, solved(tmp_path / "rows.jsonl"), *words, objective="grpo")
     trainer = open_run(args, quiet=True)
     assert trainer.args.data.batch_size == trainer.batches.items_per_epoch < 64
 
 
 def test_packing_that_an_objective_cannot_have_is_said(base, tmp_path, capsys):
     data = preferences(tmp_path / "rows.jsonl")
-    open_run(tune_args(tmp_path, base, data, "data.batch_size=2", objective="dpo", packing=True))
-    assert "tune.packing = true" in capsys.readouterr().err
+    open_run(run_args(tmp_path, base, data, "data.batch_size=2", objective="dpo", packing=True))
+    assert "finetune.packing = true" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("kind", "most"), [("classification", 8), ("embedding", 32)])

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
+from tests.training.finetune.runs import base_folder, chats, preferences, run_args, solved
 from tests.training.runs import MODEL, losses, tiny_args
 from tests.training.test_head_runs import config as head_config
-from tests.training.tuning import base_folder, chats, preferences, solved, tune_args
 from transom.base import runtime
 from transom.config.model_args import ModelArgs
 from transom.training.loop import dtype_choice
@@ -123,7 +123,7 @@ def test_all_ranks_take_what_rank_0_has_found(tmp_path, clock):
 
 
 NF4 = {"kind": "nf4", "group": 32, "skip": ["w_out", "output"]}
-TUNED = {
+FINETUNED = {
     "adapter": (chats, {"noise": 5.0}),
     "4 bits": (chats, {"quantize": NF4, "lora": {"rank": 2}}),
     "new tokens": (chats, {"new_tokens": ["<|x|>"]}),
@@ -135,16 +135,16 @@ NEW = {
     "pretraining": {"short_rows": 0.5},
     "experts": {"model": {**MODEL, "moe_args": {"num_experts": 4, "jitter": 0.3}}},
 }
-RUNS = (*NEW, *TUNED, "classification", "embedding")
+RUNS = (*NEW, *FINETUNED, "classification", "embedding")
 
 
 def args_of(name, folder, base, *words):
     if name in NEW:
         return tiny_args(folder, *words, **NEW[name])
-    if name not in TUNED:
+    if name not in FINETUNED:
         return head_config(folder, name, *words)
-    rows, tune = TUNED[name]
-    return tune_args(folder, base, rows(folder / "rows.jsonl"), *words, **tune)
+    rows, finetune = FINETUNED[name]
+    return run_args(folder, base, rows(folder / "rows.jsonl"), *words, **finetune)
 
 
 def fitted(args) -> Trainer:
@@ -175,7 +175,7 @@ def test_the_run_is_the_one_with_the_dtype_given(tmp_path, base, clock, name, dt
 
 def test_frozen_weights_are_timed_in_the_dtype_they_would_have(tmp_path, base, clock):
     timed = clock(1.0, 2.0)
-    open_run(tune_args(tmp_path, base, chats(tmp_path / "rows.jsonl"), "dtype=auto"), quiet=True)
+    open_run(run_args(tmp_path, base, chats(tmp_path / "rows.jsonl"), "dtype=auto"), quiet=True)
     assert timed == [
         (FLOAT32, {FLOAT32}),
         (BFLOAT16, {FLOAT32, BFLOAT16}),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.training.tuning import base_folder, chats
+from tests.training.finetune.runs import base_folder, chats
 from transom.base.errors import RequestError
 from transom.base.fields import field_types
 from transom.cli.main import main
@@ -10,22 +10,22 @@ from transom.training.config import TrainArgs, read_config
 from transom.training.effects import OF_A_METHOD, OF_A_SWITCH, check_effects
 from transom.training.loop.setup import open_run
 
-TUNE = {"base": "somewhere", "tune": {}}
+FINETUNE = {"base": "somewhere", "finetune": {}}
 # A field and other words: what is refused, whatever the value is.
 REFUSED = {
-    "tune.lora.rank=16": ["tune.method=full"],
-    "tune.lora.dropout=0.1": ["tune.method=full"],
-    "tune.reward=exact": [],
-    "tune.group=4": ["tune.objective=dpo"],
-    "tune.alpha=0.5": [],
-    "tune.reverse=true": ["tune.objective=grpo"],
-    "tune.temperature=2": ["tune.objective=kto"],
-    "tune.desirable_weight=1": ["tune.objective=dpo"],
-    "tune.train_on=all": ["tune.objective=dpo"],
-    "tune.truncate=drop": ["tune.objective=grpo"],
-    "tune.packing=true": ["tune.objective=dpo"],
-    "tune.scores=3": ["eval_every=4"],
-    "steps=3": ["tune.epochs=2"],
+    "finetune.lora.rank=16": ["finetune.method=full"],
+    "finetune.lora.dropout=0.1": ["finetune.method=full"],
+    "finetune.reward=exact": [],
+    "finetune.group=4": ["finetune.objective=dpo"],
+    "finetune.alpha=0.5": [],
+    "finetune.reverse=true": ["finetune.objective=grpo"],
+    "finetune.temperature=2": ["finetune.objective=kto"],
+    "finetune.desirable_weight=1": ["finetune.objective=dpo"],
+    "finetune.train_on=all": ["finetune.objective=dpo"],
+    "finetune.truncate=drop": ["finetune.objective=grpo"],
+    "finetune.packing=true": ["finetune.objective=dpo"],
+    "finetune.scores=3": ["eval_every=4"],
+    "steps=3": ["finetune.epochs=2"],
     "eval_tokens=10": [],
     "data.cache_dir=x": [],
 }
@@ -43,11 +43,11 @@ TRAIN_REFUSED = {
     "schedule.final=0.1": ["schedule.kind=constant"],
 }
 BY_VALUE = {
-    "lora": ({"method": "full", "lora": {"rank": 4}}, "tune.lora.rank"),
-    "targets": ({"method": "full", "lora": {"targets": ["attention"]}}, "tune.lora.targets"),
-    "reward": ({"reward": "number"}, "tune.reward"),
-    "reverse": ({"objective": "dpo", "reverse": True}, "tune.reverse"),
-    "weight": ({"undesirable_weight": 2.0}, "tune.undesirable_weight"),
+    "lora": ({"method": "full", "lora": {"rank": 4}}, "finetune.lora.rank"),
+    "targets": ({"method": "full", "lora": {"targets": ["attention"]}}, "finetune.lora.targets"),
+    "reward": ({"reward": "number"}, "finetune.reward"),
+    "reverse": ({"objective": "dpo", "reverse": True}, "finetune.reverse"),
+    "weight": ({"undesirable_weight": 2.0}, "finetune.undesirable_weight"),
 }
 
 
@@ -60,7 +60,7 @@ def refused(words, base):
 
 @pytest.mark.parametrize("word", REFUSED)
 def test_words_of_fine_tuning_without_an_effect_are_refused(word):
-    assert refused([*REFUSED[word], word], TUNE).startswith(f"{word.partition('=')[0]} = ")
+    assert refused([*REFUSED[word], word], FINETUNE).startswith(f"{word.partition('=')[0]} = ")
 
 
 @pytest.mark.parametrize("word", TRAIN_REFUSED)
@@ -70,14 +70,14 @@ def test_words_of_training_without_an_effect_are_refused(word):
 
 @pytest.mark.parametrize("case", BY_VALUE)
 def test_values_of_another_method_are_refused_in_a_file(case):
-    tune, field = BY_VALUE[case]
+    finetune, field = BY_VALUE[case]
     with pytest.raises(RequestError, match=f"^{field}: got "):
-        check_effects(read_config(None, base={"base": "somewhere", "tune": tune}))
+        check_effects(read_config(None, base={"base": "somewhere", "finetune": finetune}))
 
 
 def test_a_run_that_goes_on_keeps_the_values_it_began_with():
     args = read_config(
-        None, base={"base": "somewhere", "tune": {"method": "full", "lora": {"rank": 4}}}
+        None, base={"base": "somewhere", "finetune": {"method": "full", "lora": {"rank": 4}}}
     )
     check_effects(args, by_value=False)
 
@@ -92,27 +92,34 @@ def test_a_config_may_keep_what_a_switch_turns_off():
 @pytest.mark.parametrize(
     "words",
     [
-        ["tune.lora.rank=4", "tune.objective=dpo", "tune.beta=0.2", "tune.label_smoothing=0.1"],
         [
-            "tune.objective=grpo",
-            "tune.group=4",
-            "tune.temperature=0.5",
-            "tune.reward=number",
-            "tune.beta=0.1",
+            "finetune.lora.rank=4",
+            "finetune.objective=dpo",
+            "finetune.beta=0.2",
+            "finetune.label_smoothing=0.1",
         ],
         [
-            "tune.objective=distill",
-            "tune.teacher=x",
-            "tune.alpha=1",
-            "tune.temperature=2",
-            "tune.packing=true",
+            "finetune.objective=grpo",
+            "finetune.group=4",
+            "finetune.temperature=0.5",
+            "finetune.reward=number",
+            "finetune.beta=0.1",
         ],
-        ["tune.packing=false", "tune.objective=dpo", "tune.teacher=null"],
-        ["steps=4", "tune.method=full", "tune.train_on=all", "tune.scores=2"],
+        [
+            "finetune.objective=distill",
+            "finetune.teacher=x",
+            "finetune.alpha=1",
+            "finetune.temperature=2",
+            "finetune.packing=true",
+        ],
+        ["finetune.packing=false", "finetune.objective=dpo", "finetune.teacher=null"],
+        ["steps=4", "finetune.method=full", "finetune.train_on=all", "finetune.scores=2"],
     ],
 )
 def test_words_with_an_effect_are_accepted(words):
-    check_effects(read_config(None, words, base=TUNE), [word.partition("=")[0] for word in words])
+    check_effects(
+        read_config(None, words, base=FINETUNE), [word.partition("=")[0] for word in words]
+    )
 
 
 def test_every_field_of_the_table_is_a_field():
@@ -129,7 +136,7 @@ def test_the_verbs_refuse_them(tmp_path, capsys):
     base, rows = base_folder(tmp_path / "model"), chats(tmp_path / "rows.jsonl")
     words = ["finetune", str(base), "--data", str(rows), "--out", str(tmp_path / "run")]
     assert main([*words, "--method", "full", "--rank", "16"]) == 2
-    assert "tune.lora.rank: got 16" in capsys.readouterr().err
+    assert "finetune.lora.rank: got 16" in capsys.readouterr().err
     assert main(["train", f"data.sources={rows}", f"out={tmp_path}/run", "sample_tokens=3"]) == 2
     assert "sample_tokens: got 3" in capsys.readouterr().err
     assert (
@@ -137,8 +144,9 @@ def test_the_verbs_refuse_them(tmp_path, capsys):
     )
     assert "optimizer.muon_lr" in capsys.readouterr().err
     args = read_config(
-        None, base={"base": str(base), "tune": {"reward": "number"}, "out": str(tmp_path / "run")}
+        None,
+        base={"base": str(base), "finetune": {"reward": "number"}, "out": str(tmp_path / "run")},
     )
-    with pytest.raises(RequestError, match=r"^tune\.reward"):
+    with pytest.raises(RequestError, match=r"^finetune\.reward"):
         open_run(args, quiet=True)
     assert not (tmp_path / "run").exists()

@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.training.finetune.runs import base_folder, chats, judged, preferences, run_args, solved
 from tests.training.runs import tiny_args
-from tests.training.tuning import base_folder, chats, judged, preferences, solved, tune_args
 from transom.evaluation import bits
 from transom.tokenizers.training import byte_tokenizer
 from transom.training.loop.setup import open_run
@@ -65,11 +65,11 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_tuning_step_and_its_score_hold_a_chunk_of_logits(base, tmp_path, name):
-    rows, tune = RUNS[name]
-    if tune.get("objective") == "distill":
-        tune = {**tune, "teacher": str(base_folder(tmp_path / "teacher", dim=48))}
-    args = tune_args(tmp_path, base, rows(tmp_path / "rows.jsonl"), **tune)
+def test_a_finetune_step_and_its_score_hold_a_chunk_of_logits(base, tmp_path, name):
+    rows, finetune = RUNS[name]
+    if finetune.get("objective") == "distill":
+        finetune = {**finetune, "teacher": str(base_folder(tmp_path / "teacher", dim=48))}
+    args = run_args(tmp_path, base, rows(tmp_path / "rows.jsonl"), **finetune)
     with Widest() as widest:
         trainer = open_run(args, quiet=True)
         trainer.step()

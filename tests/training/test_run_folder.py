@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from tests.training.finetune.runs import base_folder, chats, run_args
 from tests.training.runs import tiny_args, tiny_config, write_corpus
-from tests.training.tuning import base_folder, chats, tune_args
 from transom.base.errors import RequestError, WorkError
 from transom.base.fields import read
 from transom.checkpoints.files import folders
@@ -206,8 +206,8 @@ def test_the_stored_config_is_the_given_one_and_what_followed_from_the_data_stan
     tmp_path,
 ):
     base, data = base_folder(tmp_path / "model"), chats(tmp_path / "rows.jsonl")
-    given = tune_args(
-        tmp_path, base, data, "data.batch_size=null", "tune.epochs=2", "tune.scores=2"
+    given = run_args(
+        tmp_path, base, data, "data.batch_size=null", "finetune.epochs=2", "finetune.scores=2"
     )
     trainer = open_run(given, quiet=True)
     assert read_config(tmp_path / "run" / "config.yaml") == given
@@ -242,7 +242,7 @@ def test_a_run_below_its_own_sources_is_none_of_them(tmp_path, monkeypatch):
 def test_resume_names_the_source_that_has_changed(tmp_path):
     base = base_folder(tmp_path / "model")
     paths = [chats(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
-    args = tune_args(tmp_path, base, paths[0], f"data.sources=[{paths[0]}, {paths[1]}]", "steps=2")
+    args = run_args(tmp_path, base, paths[0], f"data.sources=[{paths[0]}, {paths[1]}]", "steps=2")
     open_run(args, quiet=True).fit()
     paths[1].write_text(paths[1].read_text().replace("Paris", "Lyon"))
     with pytest.raises(RequestError, match=r"b\.jsonl has changed") as told:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.training.tuning import base_folder, chats, tune_args
+from tests.training.finetune.runs import base_folder, chats, run_args
 from transom.chat.template import ChatTemplate
 from transom.checkpoints.convert import convert
 from transom.checkpoints.load import load_tokenizer
@@ -27,11 +27,11 @@ def test_steps_keep_what_the_base_states(method, where, tmp_path):
     (base / "chat_template.jinja").write_text(TALK)
     (base / "additional_chat_templates").mkdir()
     (base / "additional_chat_templates" / "rag.jinja").write_text(TALK)
-    tune = {"method": method.split()[0], "train_on": "all"}
+    finetune = {"method": method.split()[0], "train_on": "all"}
     if method.endswith("tokens"):
-        tune["new_tokens"] = ["<|new|>"]
-    args = tune_args(
-        tmp_path, base, chats(tmp_path / "rows.jsonl"), "steps=2", "save_every=2", **tune
+        finetune["new_tokens"] = ["<|new|>"]
+    args = run_args(
+        tmp_path, base, chats(tmp_path / "rows.jsonl"), "steps=2", "save_every=2", **finetune
     )
     open_run(args, quiet=True).fit()
     step = tmp_path / "run" / "step_000002"

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.training.finetune.runs import base_folder, run_args, solved
 from tests.training.runs import losses, tiny_config
-from tests.training.tuning import base_folder, solved, tune_args
 from transom.base.interrupts import Background, Terminated, handling, raise_stop
 from transom.cli.main import main
 from transom.training.loop import run_parts as subject
@@ -197,8 +197,14 @@ def test_nothing_but_a_run_is_emptied_by_resume(tmp_path, train, capsys):
 
 
 def test_a_signal_while_answers_are_drawn(tmp_path, signals):
-    words = ("tune.answer_tokens=4", "tune.group=2", "steps=4", "save_every=9", "tune.scores=0")
-    args = tune_args(
+    words = (
+        "finetune.answer_tokens=4",
+        "finetune.group=2",
+        "steps=4",
+        "save_every=9",
+        "finetune.scores=0",
+    )
+    args = run_args(
         tmp_path,
         base_folder(tmp_path / "model"),
         solved(tmp_path / "rows.jsonl"),

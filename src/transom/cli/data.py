@@ -35,14 +35,14 @@ if TYPE_CHECKING:
     from transom.data.chat.rows import EncodedRows
     from transom.tokenizers.tokenizer import Tokenizer
     from transom.training.config import TrainArgs
-    from transom.training.finetune.args import TuneArgs
+    from transom.training.finetune.args import FinetuneArgs
 
 SEQ_LEN = 4096  # tokens of the longest example where no model states a length
 # Flags of this verb, and the fields they stand for.
 FIELDS = {
-    "chat_template": "tune.template",
-    "train_on": "tune.train_on",
-    "truncate": "tune.truncate",
+    "chat_template": "finetune.template",
+    "train_on": "finetune.train_on",
+    "truncate": "finetune.truncate",
     "seed": "seed",
 }
 
@@ -74,13 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="longest example, tokens (data.seq_len; default: as for finetune)",
     )  # fmt: skip
     which = (
-        "a built-in template, one of the folder's by name, or a file (tune.template; default: "
+        "a built-in template, one of the folder's by name, or a file (finetune.template; default: "
         "the folder's)"
     )
     parser.add_argument("--chat-template", type=user_path, metavar="NAME", help=which)
-    carries = "turns that carry loss (tune.train_on; default: assistant)"
+    carries = "turns that carry loss (finetune.train_on; default: assistant)"
     parser.add_argument("--train-on", choices=("assistant", "all"), help=carries)
-    longer = "what becomes of longer examples (tune.truncate; default: cut)"
+    longer = "what becomes of longer examples (finetune.truncate; default: cut)"
     parser.add_argument("--truncate", choices=("cut", "drop"), help=longer)
     for flag, field, kind, help_text in FLAGS:
         if flag not in ("--out", "--max-seq-length"):
@@ -128,7 +128,7 @@ class Subject(NamedTuple):
     tokenizer: Tokenizer
     template: ChatTemplate | None
     args: TrainArgs
-    tune: TuneArgs
+    finetune: FinetuneArgs
     found: Found
 
 
@@ -148,17 +148,17 @@ def open_subject(options: argparse.Namespace) -> Subject:
     examples = read_examples(
         options.data, options.split, problems if options.what == "check" else None
     )
-    args = tune_config(options, found, examples)
-    assert args.tune is not None, "config_of requires it"
-    if args.tune.new_tokens:
-        tokenizer = tokenizer.with_special(args.tune.new_tokens)
+    args = finetune_config(options, found, examples)
+    assert args.finetune is not None, "config_of requires it"
+    if args.finetune.new_tokens:
+        tokenizer = tokenizer.with_special(args.finetune.new_tokens)
     template = template_for(
-        examples, tokenizer, find_template(found, tokenizer, args.tune.template)
+        examples, tokenizer, find_template(found, tokenizer, args.finetune.template)
     )
-    return Subject(examples, problems, tokenizer, template, args, args.tune, found)
+    return Subject(examples, problems, tokenizer, template, args, args.finetune, found)
 
 
-def tune_config(
+def finetune_config(
     options: argparse.Namespace, found: Found, examples: Sequence[Example]
 ) -> TrainArgs:
     """Return the config that `transom finetune` has with the same words and flags.
@@ -179,7 +179,7 @@ def tune_config(
     asked.max_seq_length = options.max_seq_length if is_model(found.model) else length
     asked.words = words
     args = config_of(asked, found)
-    assert args.tune is not None, "config_of requires it"
+    assert args.finetune is not None, "config_of requires it"
     expected = f"expected at most {length}, the model's max_seq_len"
     require(
         not is_model(found.model) or args.data.seq_len <= length,
@@ -187,9 +187,9 @@ def tune_config(
         args.data.seq_len,
         expected,
     )
-    fitting = objectives_of(examples[0].kind) if examples else [args.tune.objective]
-    if args.tune.objective in fitting or states_objective(options):
-        require_kinds(examples, args.tune.objective)
+    fitting = objectives_of(examples[0].kind) if examples else [args.finetune.objective]
+    if args.finetune.objective in fitting or states_objective(options):
+        require_kinds(examples, args.finetune.objective)
         return args
     notice(
         f"rows of kind {examples[0].kind}: checked for `transom finetune --objective {fitting[0]}`"
@@ -202,11 +202,11 @@ def tune_config(
 def states_objective(options: argparse.Namespace) -> bool:
     """Return whether a flag, a word or the config file names the objective."""
     stated = options.objective is not None or any(
-        word.startswith("tune.objective=") for word in options.words
+        word.startswith("finetune.objective=") for word in options.words
     )
     if stated or not options.words or is_override(options.words[0]):
         return stated
-    return "objective" in (read_yaml(Path(options.words[0])).get("tune") or {})
+    return "objective" in (read_yaml(Path(options.words[0])).get("finetune") or {})
 
 
 def longest_example(found: Found, asked: int | None) -> int:
@@ -240,8 +240,8 @@ def encode(subject: Subject, examples: Sequence[Example]) -> EncodedRows:
         subject.template,
         seq_len=subject.args.data.seq_len
         + 1,  # as in training: the last token of a row is a target only
-        train_on=subject.tune.train_on,
-        truncate=subject.tune.truncate,
+        train_on=subject.finetune.train_on,
+        truncate=subject.finetune.truncate,
         stop_tokens=stop_tokens_of(subject.found, subject.tokenizer),
         problems=subject.problems,
     )
@@ -260,7 +260,7 @@ def check(subject: Subject, options: argparse.Namespace) -> int:
         "model": str(subject.found),
         "template": None if subject.template is None else subject.template.origin,
         "seq_len": args.data.seq_len,
-        "objective": subject.tune.objective,
+        "objective": subject.finetune.objective,
         "kinds": sorted({example.kind for example in subject.examples}),
     }
     train, measured = held_apart(subject, options)
@@ -296,7 +296,7 @@ def held_apart(
     if not has_own_valid(options.data):
         return split_examples(subject.examples, subject.args.data.held_out)
     measured = read_examples(options.data, "valid", subject.problems)
-    require_kinds(measured, subject.tune.objective)
+    require_kinds(measured, subject.finetune.objective)
     return subject.examples, measured
 
 
@@ -323,13 +323,13 @@ def row_facts(
 
 def step_facts(subject: Subject, lengths: Sequence[int]) -> dict[str, Any]:
     """Return the steps that `transom finetune` makes of rows of these lengths, on one device."""
-    from transom.training.defaults import require_comparable, tune_rows
+    from transom.training.defaults import finetune_rows, require_comparable
 
     if not lengths:
         return {}
-    args, tune = subject.args, subject.tune
-    choice = tune_rows(lengths, args, tune, 1)
-    require_comparable(choice, tune.objective, 1)
+    args, finetune = subject.args, subject.finetune
+    choice = finetune_rows(lengths, args, finetune, 1)
+    require_comparable(choice, finetune.objective, 1)
     facts: dict[str, Any] = {
         "packing": choice.packing,
         "rows_per_step": choice.batch_size,
@@ -349,8 +349,8 @@ def prompt_facts(
     from transom.data.chat.rows import prompt_ids
     from transom.training.rl.rewards import open_reward
 
-    reward = open_reward(subject.tune.reward)
-    room = subject.args.data.seq_len - subject.tune.answer_tokens
+    reward = open_reward(subject.finetune.reward)
+    room = subject.args.data.seq_len - subject.finetune.answer_tokens
     lengths: list[int] = []
     for at, example in enumerate((*train, *measured)):
         try:

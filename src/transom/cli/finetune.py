@@ -14,17 +14,17 @@ from transom.cli.main import emit_json, user_path
 from transom.cli.train import field_lines, is_override, names_of, run_training
 from transom.training.config import TrainArgs, read_config
 from transom.training.effects import check_effects
-from transom.training.finetune.args import TuneArgs
+from transom.training.finetune.args import FinetuneArgs
 from transom.training.finetune.config import EMBEDDED, default_out, finetune_args
 
 # Flags that users of other tools know, and the fields they stand for.
 FLAGS = (
-    ("--method", "tune.method", str, "lora or full"),
-    ("--objective", "tune.objective", str, "sft, dpo, ipo, orpo, kto, distill or grpo"),
-    ("--rank", "tune.lora.rank", int, "rank of the adapter"),
-    ("--quantize", "tune.quantize.kind", str, "nf4 or int4: the frozen base in 4 bits"),
-    ("--teacher", "tune.teacher", str, "model to distill from"),
-    ("--epochs", "tune.epochs", float, "passes over the examples"),
+    ("--method", "finetune.method", str, "lora or full"),
+    ("--objective", "finetune.objective", str, "sft, dpo, ipo, orpo, kto, distill or grpo"),
+    ("--rank", "finetune.lora.rank", int, "rank of the adapter"),
+    ("--quantize", "finetune.quantize.kind", str, "nf4 or int4: the frozen base in 4 bits"),
+    ("--teacher", "finetune.teacher", str, "model to distill from"),
+    ("--epochs", "finetune.epochs", float, "passes over the examples"),
     ("--iters", "steps", int, "optimizer steps, in place of epochs"),
     ("--batch-size", "data.batch_size", int, "rows per step"),
     ("--learning-rate", "optimizer.lr", float, "peak learning rate"),
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help="print one JSON document as the last line"
     )
     parser.epilog = "fields, each as key=value (unit, default):\n\n" + "\n".join(
-        field_lines(TuneArgs, "tune.")
+        field_lines(FinetuneArgs, "finetune.")
     )
 
 
@@ -136,7 +136,9 @@ def run_to_resume(model: str, out: str | None) -> Path | None:
         return run
     own = Path(model) / "config.yaml"
     return (
-        Path(model) if out is None and own.exists() and read_config(own).tune is not None else None
+        Path(model)
+        if out is None and own.exists() and read_config(own).finetune is not None
+        else None
     )
 
 
@@ -148,7 +150,7 @@ def resumed_config(
     """
     model, stored = Path(options.model), read_config(run / "config.yaml")
     require(
-        stored.tune is not None,
+        stored.finetune is not None,
         "MODEL",
         str(run),
         "valid only with --resume is a fine-tuning run, or its base",
@@ -195,7 +197,7 @@ def _split(words: list[str]) -> tuple[Path | None, list[str]]:
 
 def next_commands(args: TrainArgs) -> str:
     """Return the commands to try now, ready for a shell."""
-    assert args.tune is not None, "config_of gives it"
+    assert args.finetune is not None, "config_of gives it"
     out = shlex.quote(args.out)
-    merge = f"  transom merge {out}\n" if args.tune.method == "lora" else ""
+    merge = f"  transom merge {out}\n" if args.finetune.method == "lora" else ""
     return f"\nnext:\n  transom chat {out}\n{merge}  transom eval {out} --data my_texts"

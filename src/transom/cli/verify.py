@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transom.verify.check import Finding, Line
 
 # What takes a MODEL, and what has nothing to do with one.
-WITH_MODEL = ("model", "cache", "checkpoint", "merge", "policy", "tuning", "resume")
+WITH_MODEL = ("model", "cache", "checkpoint", "merge", "policy", "finetune", "resume")
 ALONE = ("data", "step", "attention")
 
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=user_path,
         help="model or run folder, config of a model or a run (YAML or JSON), or preset: a "
         "shrunken copy of it is "
-        "verified, of checkpoint and policy the folder itself, of tuning both, of merge an "
+        "verified, of checkpoint and policy the folder itself, of finetune both, of merge an "
         "adapter, its base or what was merged; built-in models when absent",
     )
     parser.add_argument(
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=user_path,
         metavar="FILE",
-        help="tuning FOLDER: rows as finetune takes them, built-in otherwise",
+        help="finetune FOLDER: rows as finetune takes them, built-in otherwise",
     )
     parser.add_argument("--steps", type=int, help="resume: steps of the run, default 6")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead")
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     from transom.base.runtime import one_thread
     from transom.verify.check import summarize
 
-    own = options.what in ("checkpoint", "merge", "policy", "tuning")
+    own = options.what in ("checkpoint", "merge", "policy", "finetune")
     real = options.full or (own and options.model is not None)
     with contextlib.nullcontext() if real else one_thread():
         lines = summarize(findings(options))
@@ -122,7 +122,7 @@ def check_options(options: argparse.Namespace) -> None:
         ("length", full or folder),
         ("dtype", full or folder),
         ("device", full or options.what in ("policy", "attention")),
-        ("data", options.what == "tuning" and options.model is not None),
+        ("data", options.what == "finetune" and options.model is not None),
         ("steps", options.what == "resume"),
     ):
         value = getattr(options, flag)
@@ -130,7 +130,7 @@ def check_options(options: argparse.Namespace) -> None:
         expected = {
             **whole,
             "device": "cache --full, policy and attention",
-            "data": "tuning FOLDER",
+            "data": "finetune FOLDER",
         }
         require(
             value is None or fits,
@@ -153,10 +153,10 @@ def findings(options: argparse.Namespace) -> Iterator[Finding]:
         if name is not None or options.steps is not None:
             args = read_run(name) if name is not None else TrainArgs(model="demo")
             expected = (
-                "expected a run that trains a model; `transom verify tuning` stops and "
+                "expected a run that trains a model; `transom verify finetune` stops and "
                 "resumes fine-tuning"
             )
-            require(args.tune is None, "tune", "given", expected)
+            require(args.finetune is None, "finetune", "given", expected)
             return compare_resumed_run(args, STEPS if options.steps is None else options.steps)
     if what == "checkpoint" and name is not None:
         from transom.verify.checkpoint import compare_folder
@@ -179,8 +179,8 @@ def findings(options: argparse.Namespace) -> Iterator[Finding]:
             subject.folder, device=options.device or "cpu", dtype=options.dtype or "float32"
         )
         return compare_whole(model, subject.name, options.length)
-    if what == "tuning" and name is not None:
-        return tuned(name, options.data)
+    if what == "finetune" and name is not None:
+        return finetune_findings(name, options.data)
     if what == "policy":
         from transom.verify.policy import check_policy
 
@@ -205,10 +205,10 @@ def drawn_from(name: str, device: str) -> Iterator[Finding]:
     return compare_policies([(name, drawn(copy.args).to(device))])
 
 
-def tuned(name: str, data: str | None) -> Iterator[Finding]:
+def finetune_findings(name: str, data: str | None) -> Iterator[Finding]:
     """A folder's own texts and weights on rows of `data`, and a copy in small of any model."""
+    from transom.verify.finetune import compare_folder, compare_model
     from transom.verify.subjects import shrink
-    from transom.verify.tuning import compare_folder, compare_model
 
     own = is_folder(name)
     require(

@@ -96,7 +96,7 @@ def held_out_examples(run: Path) -> list[Example]:
     """
     path = run / "config.yaml"
     config = read_yaml(path) if path.exists() else {}
-    if not config.get("tune"):
+    if not config.get("finetune"):
         return []
     sources, fraction = config["data"]["sources"], float(config["data"]["held_out"])
     out: list[Example] = []

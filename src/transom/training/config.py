@@ -16,7 +16,7 @@ from transom.base.yaml_files import read_yaml, word_value
 from transom.config.model_args import HeadArgs, ModelArgs
 from transom.config.presets import preset
 from transom.data.text.sources import SourceArgs
-from transom.training.finetune.args import TuneArgs
+from transom.training.finetune.args import FinetuneArgs
 from transom.training.optim.schedule import ScheduleArgs
 
 DEFAULT_ROWS = 8  # of a step of pretraining
@@ -201,7 +201,7 @@ class TrainArgs:
         "folder or hub id of a model to start from, in place of `model` and `tokenizer`",
         path=True,
     )
-    tune: TuneArgs | None = describe(
+    finetune: FinetuneArgs | None = describe(
         None, "fine-tuning of `base`; null: it goes on reading plain text"
     )
     tokenizer: TokenizerArgs = describe(TokenizerArgs, "how text becomes tokens")
@@ -328,8 +328,8 @@ class TrainArgs:
 
     def _check_base(self) -> None:
         require(
-            self.tune is None or self.base is not None,
-            "tune",
+            self.finetune is None or self.base is not None,
+            "finetune",
             "given",
             "valid only together with base",
         )
@@ -343,12 +343,12 @@ class TrainArgs:
         )
         plain = self.tokenizer == TokenizerArgs()
         require(plain, "tokenizer", "given", "valid only without base, which brings its own")
-        rows_of_text = self.tune is None or not self.short_rows
+        rows_of_text = self.finetune is None or not self.short_rows
         require(
             rows_of_text,
             "short_rows",
             self.short_rows,
-            "valid only with tune is 0: a row holds whole examples",
+            "valid only with finetune is 0: a row holds whole examples",
         )
 
     def check_model(self, args: ModelArgs) -> None:
@@ -382,7 +382,7 @@ class TrainArgs:
         measured = (
             patience is None
             or self.eval_every > 0
-            or (self.tune is not None and self.tune.scores > 0)
+            or (self.finetune is not None and self.finetune.scores > 0)
         )
         require(
             measured,

@@ -11,7 +11,7 @@ from typing import Literal
 from transom.base.errors import require
 from transom.data.chat.packing import first_fit_decreasing
 from transom.training.config import DEFAULT_ROWS, TrainArgs
-from transom.training.finetune.args import TuneArgs
+from transom.training.finetune.args import FinetuneArgs
 
 ENOUGH_STEPS = 100  # batches become larger only while a run has this many steps
 FEW_STEPS = 30  # a run with fewer gets a warning
@@ -83,9 +83,9 @@ def choose_rows(
     if batch_size is None or size != batch_size:
         parts.append(f"data.batch_size = {size}")
     if packing is None and objective in PACKABLE:
-        parts.append(f"tune.packing = {str(packed).lower()}")
+        parts.append(f"finetune.packing = {str(packed).lower()}")
     if open_epochs:
-        parts.append(f"tune.epochs = {epochs:g}")
+        parts.append(f"finetune.epochs = {epochs:g}")
     reason = None
     if parts:
         laid = f"{len(lengths):,} examples" + (f" in {rows:,} packed rows" if packed else "")
@@ -99,16 +99,18 @@ def choose_rows(
     return RowChoice(size, packed, rows, epochs, steps, reason)
 
 
-def tune_rows(lengths: Sequence[int], args: TrainArgs, tune: TuneArgs, ranks: int) -> RowChoice:
+def finetune_rows(
+    lengths: Sequence[int], args: TrainArgs, finetune: FinetuneArgs, ranks: int
+) -> RowChoice:
     """Return `choose_rows` of a config."""
     return choose_rows(
         lengths,
         seq_len=args.data.seq_len,
-        objective=tune.objective,
-        epochs=tune.epochs,
+        objective=finetune.objective,
+        epochs=finetune.epochs,
         steps=args.steps,
         batch_size=args.data.batch_size,
-        packing=tune.packing,
+        packing=finetune.packing,
         shares=ranks * args.accumulate,
         seed=args.seed,
     )
@@ -150,5 +152,5 @@ def few_steps_warning(steps: int) -> str | None:
         return None
     return (
         f"{steps} optimizer steps: models rarely learn from fewer than about {FEW_STEPS}; more "
-        f"tune.epochs or steps, a smaller data.batch_size or tune.packing = false give more"
+        f"finetune.epochs or steps, a smaller data.batch_size or finetune.packing = false give more"
     )

@@ -9,7 +9,7 @@ from transom.base.errors import RequestError
 from transom.base.fields import write
 from transom.training.config import TrainArgs
 from transom.training.defaults import PACKABLE
-from transom.training.finetune.args import PREFERENCES, TuneArgs
+from transom.training.finetune.args import PREFERENCES, FinetuneArgs
 
 Condition = Callable[[TrainArgs], bool]
 
@@ -24,8 +24,8 @@ class Effect(NamedTuple):
 
 def _objective(*names: str) -> tuple[Condition, str]:
     return (
-        lambda args: args.tune is None or args.tune.objective in names,
-        f"tune.objective = {' or '.join(names)}",
+        lambda args: args.finetune is None or args.finetune.objective in names,
+        f"finetune.objective = {' or '.join(names)}",
     )
 
 
@@ -38,40 +38,44 @@ def _head_kind(args: TrainArgs) -> str | None:
 # file.
 OF_A_METHOD = (
     Effect(
-        ("tune.lora",),
-        lambda args: args.tune is None or args.tune.method == "lora",
-        "tune.method = lora",
+        ("finetune.lora",),
+        lambda args: args.finetune is None or args.finetune.method == "lora",
+        "finetune.method = lora",
     ),
-    Effect(("tune.desirable_weight", "tune.undesirable_weight"), *_objective("kto")),
-    Effect(("tune.alpha", "tune.reverse"), *_objective("distill")),
-    Effect(("tune.temperature",), *_objective("distill", "grpo")),
+    Effect(("finetune.desirable_weight", "finetune.undesirable_weight"), *_objective("kto")),
+    Effect(("finetune.alpha", "finetune.reverse"), *_objective("distill")),
+    Effect(("finetune.temperature",), *_objective("distill", "grpo")),
     Effect(
-        ("tune.reward", "tune.group", "tune.answer_tokens", "tune.scale_rewards"),
+        ("finetune.reward", "finetune.group", "finetune.answer_tokens", "finetune.scale_rewards"),
         *_objective("grpo"),
     ),
-    Effect(("tune.train_on",), *_objective("sft", "distill")),
-    Effect(("tune.truncate",), *_objective("sft", "distill", *PREFERENCES)),
+    Effect(("finetune.train_on",), *_objective("sft", "distill")),
+    Effect(("finetune.truncate",), *_objective("sft", "distill", *PREFERENCES)),
 )
 # Fields that a switch turns off: a config file may keep their values, but the command line must not
 # give them.
-# `TuneArgs` itself checks `beta`, `label_smoothing`, `teacher` and `vocab_multiple`.
+# `FinetuneArgs` itself checks `beta`, `label_smoothing`, `teacher` and `vocab_multiple`.
 OF_A_SWITCH = (
     Effect(
-        ("steps",), lambda args: args.tune is None or args.tune.epochs is None, "tune.epochs = null"
+        ("steps",),
+        lambda args: args.finetune is None or args.finetune.epochs is None,
+        "finetune.epochs = null",
     ),
-    Effect(("tune.scores",), lambda args: args.eval_every == 0, "eval_every = 0"),
+    Effect(("finetune.scores",), lambda args: args.eval_every == 0, "eval_every = 0"),
     Effect(
-        ("tune.packing",),
+        ("finetune.packing",),
         lambda args: (
-            args.tune is None or args.tune.objective in PACKABLE or args.tune.packing is False
+            args.finetune is None
+            or args.finetune.objective in PACKABLE
+            or args.finetune.packing is False
         ),
-        "tune.objective = sft or distill",
+        "finetune.objective = sft or distill",
     ),
     Effect(("short_rows_split",), lambda args: args.short_rows > 0, "short_rows above 0"),
     Effect(
         ("contrastive_temperature",),
         lambda args: (
-            (args.base is not None and args.tune is None) or _head_kind(args) == "embedding"
+            (args.base is not None and args.finetune is None) or _head_kind(args) == "embedding"
         ),
         "model.head of kind embedding",
     ),
@@ -83,12 +87,12 @@ OF_A_SWITCH = (
     ),
     Effect(
         ("eval_tokens",),
-        lambda args: args.tune is None and args.eval_every > 0,
-        "eval_every above 0, without tune",
+        lambda args: args.finetune is None and args.eval_every > 0,
+        "eval_every above 0, without finetune",
     ),
     Effect(
         ("eval_every",),
-        lambda args: args.eval_every == 0 or args.tune is not None or args.data.held_out > 0,
+        lambda args: args.eval_every == 0 or args.finetune is not None or args.data.held_out > 0,
         "data.held_out above 0",
     ),
     Effect(
@@ -107,7 +111,7 @@ OF_A_SWITCH = (
     ),
     Effect(
         ("data.cache_dir",),
-        lambda args: args.tune is None and _head_kind(args) is None,
+        lambda args: args.finetune is None and _head_kind(args) is None,
         "plain text: other rows are not cached",
     ),
 )
@@ -117,9 +121,9 @@ def check_effects(args: TrainArgs, words: Collection[str] = (), *, by_value: boo
     """Refuse settings without an effect.
 
     A setting is refused where the command line names it with a value other than null: `words` are
-    the fields that it gives, such as `tune.lora.rank`. With `by_value`, a setting of another method
-    or objective is also refused where its value is not the default; the config of a run that goes
-    on may hold defaults of an earlier version.
+    the fields that it gives, such as `finetune.lora.rank`. With `by_value`, a setting of another
+    method or objective is also refused where its value is not the default; the config of a run that
+    goes on may hold defaults of an earlier version.
     """
     data = write(args)
     for effect in (*OF_A_METHOD, *OF_A_SWITCH):
@@ -128,8 +132,8 @@ def check_effects(args: TrainArgs, words: Collection[str] = (), *, by_value: boo
         for name in effect.fields:
             below = [word for word in words if word == name or word.startswith(f"{name}.")]
             named = [word for word in below if _value(data, word) is not None]
-            if by_value and not named and effect in OF_A_METHOD and args.tune is not None:
-                named = [field for field, _ in _set_fields(args.tune, name)]
+            if by_value and not named and effect in OF_A_METHOD and args.finetune is not None:
+                named = [field for field, _ in _set_fields(args.finetune, name)]
             if named:
                 value = _value(data, named[0])
                 raise RequestError(
@@ -138,9 +142,9 @@ def check_effects(args: TrainArgs, words: Collection[str] = (), *, by_value: boo
                 )
 
 
-def _set_fields(tune: TuneArgs, name: str) -> Iterator[tuple[str, Any]]:
+def _set_fields(finetune: FinetuneArgs, name: str) -> Iterator[tuple[str, Any]]:
     """Yield the fields at or below `name` that differ from their defaults."""
-    before, now = {"tune": write(TuneArgs())}, {"tune": write(tune)}
+    before, now = {"finetune": write(FinetuneArgs())}, {"finetune": write(finetune)}
     pairs = [(name, _value(before, name), _value(now, name))]
     for field, default, value in pairs:
         if isinstance(default, dict):

@@ -9,11 +9,11 @@ from transom.verify.cache import check_cache
 from transom.verify.check import Check
 from transom.verify.checkpoint import check_checkpoint
 from transom.verify.data import check_data
+from transom.verify.finetune import check_finetune
 from transom.verify.merge import check_merge
 from transom.verify.model import check_model
 from transom.verify.policy import check_policy
 from transom.verify.training import check_resume, check_step
-from transom.verify.tuning import check_tuning
 
 CHECKS: dict[str, Check] = {
     one.name: one
@@ -47,10 +47,10 @@ CHECKS: dict[str, Check] = {
             check_policy,
         ),
         Check(
-            "tuning",
+            "finetune",
             "what carries loss, what trains and with which gradient, stopped runs, the model "
             "without its adapter",
-            check_tuning,
+            check_finetune,
         ),
         Check("resume", "an interrupted run against a straight one, bit for bit", check_resume),
     )

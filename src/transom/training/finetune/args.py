@@ -38,7 +38,7 @@ def require_kinds(examples: Iterable[Example], objective: str) -> None:
     wrong = next((one for one in examples if one.kind not in KINDS[objective]), None)
     if wrong is not None:
         raise RequestError(
-            f"tune.objective: got {objective!r}; {wrong.id} is a row of kind "
+            f"finetune.objective: got {objective!r}; {wrong.id} is a row of kind "
             f"{wrong.kind}; expected for it is {' or '.join(objectives_of(wrong.kind))}"
         )
 
@@ -53,7 +53,7 @@ def check_date(text: str | None) -> None:
 
 
 @dataclass(frozen=True)
-class TuneArgs:
+class FinetuneArgs:
     """Fine-tuning: rows are conversations, completions, texts, pairs of answers or questions with
     an answer.
     """

@@ -22,7 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "data": {"held_out": 0.05},
     "optimizer": {"weight_decay": 0.0},
     "schedule": {"kind": "cosine", "warmup": 0.03, "final": 0.1},
-    "tune": {"epochs": "auto"},
+    "finetune": {"epochs": "auto"},
 }
 # Models as small as the demo's take a higher learning rate and need a higher rank.
 SMALL_PARAMETERS, SMALL_RATE = 20_000_000, 50
@@ -38,7 +38,7 @@ def finetune_args(
 ) -> TrainArgs:
     """Return the config of a run that fine-tunes `model` on `data`, as `transom finetune` makes it.
 
-    `config` has fields as in config.yaml, and `overrides` are words such as `tune.method=full`.
+    `config` has fields as in config.yaml, and `overrides` are words such as `finetune.method=full`.
     Fields that neither of them gives are chosen here by the model and the method, or by the rows
     when the run is opened. `opened` is the model if the caller has found it, which may be a
     tokenizer without a model.
@@ -54,11 +54,11 @@ def finetune_args(
     for section in DEFAULTS:
         expected = "expected a mapping of fields"
         require(isinstance(base[section], dict), section, base[section], expected)
-    adapter = given.get("tune.method", base["tune"].get("method", "lora")) == "lora"
-    if not adapter and "lora" not in stated.get("tune", {}):
-        del base["tune"]["lora"]  # defaults for an adapter, which this run does not have
+    adapter = given.get("finetune.method", base["finetune"].get("method", "lora")) == "lora"
+    if not adapter and "lora" not in stated.get("finetune", {}):
+        del base["finetune"]["lora"]  # defaults for an adapter, which this run does not have
     if "steps" in given or "steps" in stated:
-        base["tune"]["epochs"] = None
+        base["finetune"]["epochs"] = None
     # The folder of the step, since a run may find a better step later.
     base["base"] = str(found.model) if found.adapter is None and Path(model).exists() else model
     if data:
@@ -66,16 +66,16 @@ def finetune_args(
     first = read_config(None, overrides, base=base)
     require(bool(first.data.sources), "--data", None, f"expected a file, a folder or {EMBEDDED}")
     require(
-        first.tune is not None,
-        "tune",
+        first.finetune is not None,
+        "finetune",
         None,
-        "accepted here is what to tune; transom train reads text on",
+        "expected the fields of fine-tuning; `transom train` continues on plain text",
     )
-    assert first.tune is not None
-    if "tune.lora.rank" in given and "tune.lora.alpha" not in given:
-        overrides = [*overrides, f"tune.lora.alpha={2 * first.tune.lora.rank}"]
+    assert first.finetune is not None
+    if "finetune.lora.rank" in given and "finetune.lora.alpha" not in given:
+        overrides = [*overrides, f"finetune.lora.alpha={2 * first.finetune.lora.rank}"]
     if "optimizer.lr" not in given and "lr" not in base["optimizer"]:
-        rate = RATES[first.tune.method, first.tune.objective in (*PREFERENCES, "grpo")]
+        rate = RATES[first.finetune.method, first.finetune.objective in (*PREFERENCES, "grpo")]
         base["optimizer"]["lr"] = rate * (SMALL_RATE if small else 1)
     return read_config(None, overrides, base=base)
 
@@ -87,7 +87,7 @@ def defaults_for(args: ModelArgs | None, small: bool) -> dict[str, Any]:
     widths = [] if args is None else [layer.n_kv_heads * layer.head_dim for layer in args.layers]
     rank = min([RANK[small], *widths])
     # The rank of a change to a matrix is at most its shorter side.
-    base["tune"]["lora"] = {"rank": rank, "alpha": 2.0 * rank}
+    base["finetune"]["lora"] = {"rank": rank, "alpha": 2.0 * rank}
     return base
 
 

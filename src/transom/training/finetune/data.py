@@ -19,8 +19,8 @@ from transom.data.text.sources import require_whole
 from transom.inference.stopping import stop_tokens_of
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
-from transom.training.defaults import RowChoice, require_comparable, tune_rows
-from transom.training.finetune.args import TuneArgs, require_kinds
+from transom.training.defaults import RowChoice, finetune_rows, require_comparable
+from transom.training.finetune.args import FinetuneArgs, require_kinds
 from transom.training.loop.run_data import NOTHING_HELD_OUT, TOKENS, RunData
 from transom.training.loop.run_parts import Share
 from transom.training.losses.objectives import RunBatches
@@ -31,7 +31,7 @@ BATCH_TOKENS = 8192  # of a batch of held-out rows, padding included
 
 
 @dataclass(frozen=True)
-class TuneData:
+class FinetuneData:
     """The batches of a run, the choice of their size, its held-out batches, rows and chat
     template.
     """
@@ -54,21 +54,21 @@ class TuneData:
         )
 
 
-def open_tune_data(
+def open_finetune_data(
     args: TrainArgs,
-    tune: TuneArgs,
+    finetune: FinetuneArgs,
     tokenizer: Tokenizer,
     template: ChatTemplate | None,
     base: Path,
     share: Share,
-) -> TuneData:
+) -> FinetuneData:
     """Rows of every source, their counts said; what cannot be learnt from in this way is a
     `RequestError`.
     """
-    train, measured, hashes = read_all(args, tune)
+    train, measured, hashes = read_all(args, finetune)
     template = template_for([*train, *measured], tokenizer, template)
-    if tune.objective == "grpo":
-        data = _questions(args, tune, train, measured, tokenizer, template, base, share)
+    if finetune.objective == "grpo":
+        data = _questions(args, finetune, train, measured, tokenizer, template, base, share)
         return replace(data, hashes={**hashes, **data.hashes})
     ends = stop_tokens_of(base, tokenizer, template)
     encode = partial(
@@ -76,8 +76,8 @@ def open_tune_data(
         tokenizer=tokenizer,
         template=template,
         seq_len=args.data.seq_len + 1,  # the last token of a row is a target only
-        train_on=tune.train_on,
-        truncate=tune.truncate,
+        train_on=finetune.train_on,
+        truncate=finetune.truncate,
         stop_tokens=ends,
     )
     rows = encode(train)
@@ -85,16 +85,17 @@ def open_tune_data(
     if held is not None and not held.items:
         notice(f"held out: {held.counts}; no token with loss is left, so there is no score")
         held = None
-    if held is not None and tune.objective == "kto" and len(held.items) == 1:
+    if held is not None and finetune.objective == "kto" and len(held.items) == 1:
         notice("held out: 1 example; kto has no other one to compare it with, so there is no score")
         held = None
     lengths = [max(len(row.ids) for row in item) - 1 for item in rows.items]
-    choice = tune_rows(lengths, args, tune, share.world_size)
-    if tune.packing and not choice.packing and not share.quiet:
+    choice = finetune_rows(lengths, args, finetune, share.world_size)
+    if finetune.packing and not choice.packing and not share.quiet:
         notice(
-            f"tune.packing = true: rows of {tune.objective} are padded, since each answer is a row"
+            f"finetune.packing: got true; rows of {finetune.objective} are padded, because each "
+            "answer is a row of its own"
         )
-    require_comparable(choice, tune.objective, share.world_size)
+    require_comparable(choice, finetune.objective, share.world_size)
     batches = TuningBatches(
         rows,
         seq_len=args.data.seq_len,
@@ -119,45 +120,45 @@ def open_tune_data(
             )
     hashes = {**hashes, TOKENS: _hash(rows, held)}
     kept = list(held_batches(held)) if held else []
-    return TuneData(batches, choice, hashes, template, rows, kept, stop_tokens=ends)
+    return FinetuneData(batches, choice, hashes, template, rows, kept, stop_tokens=ends)
 
 
 def _questions(
     args: TrainArgs,
-    tune: TuneArgs,
+    finetune: FinetuneArgs,
     train: list[Example],
     measured: list[Example],
     tokenizer: Tokenizer,
     template: ChatTemplate | None,
     base: Path,
     share: Share,
-) -> TuneData:
+) -> FinetuneData:
     """Questions with a known answer, and what judges the answers that are drawn to them."""
-    reward = open_reward(tune.reward)
+    reward = open_reward(finetune.reward)
     asked, held = (
         encode_questions(
             examples,
             tokenizer,
             template,
             seq_len=args.data.seq_len,
-            answer_tokens=tune.answer_tokens,
+            answer_tokens=finetune.answer_tokens,
         )
         for examples in (train, measured)
     )
     reward.check((row.id, row.reference) for row in (*asked.rows, *held.rows))
-    choice = tune_rows([len(row.ids) for row in asked.rows], args, tune, share.world_size)
+    choice = finetune_rows([len(row.ids) for row in asked.rows], args, finetune, share.world_size)
     if not share.quiet:
         notice(f"to learn from: {asked}; held out: {held}")
     batches = QuestionBatches(
         asked.rows,
-        group=tune.group,
-        answer_tokens=tune.answer_tokens,
+        group=finetune.group,
+        answer_tokens=finetune.answer_tokens,
         rows_per_step=choice.batch_size,
         seed=args.seed,
         rank=share.rank,
         world_size=share.world_size,
     )
-    return TuneData(
+    return FinetuneData(
         batches,
         choice,
         {TOKENS: asked.hash + held.hash, "the reward": reward.hash},
@@ -169,7 +170,7 @@ def _questions(
 
 
 def read_all(
-    args: TrainArgs, tune: TuneArgs
+    args: TrainArgs, finetune: FinetuneArgs
 ) -> tuple[list[Example], list[Example], dict[str, str]]:
     """Return examples to train on and to measure with, and a hash of each source."""
     train: list[Example] = []
@@ -182,7 +183,7 @@ def read_all(
         one, other = read_splits(source.path, args.data.held_out)
         train, measured = train + one, measured + other
         hashes[source.label] = _hash_examples(one, other)
-    require_kinds((*train, *measured), tune.objective)
+    require_kinds((*train, *measured), finetune.objective)
     return train, measured, hashes
 
 

@@ -26,9 +26,9 @@ from transom.quantize.leaves import quantize_model
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
 from transom.training.defaults import RowChoice, few_steps_warning
-from transom.training.finetune.args import TuneArgs
-from transom.training.finetune.data import open_tune_data
-from transom.training.finetune.objectives import tune_objective
+from transom.training.finetune.args import FinetuneArgs
+from transom.training.finetune.data import open_finetune_data
+from transom.training.finetune.objectives import finetune_objective
 from transom.training.loop.checkpoint_writer import (
     ADAPTER,
     AdapterOnly,
@@ -43,46 +43,48 @@ from transom.training.losses.noise import EmbeddingNoise
 from transom.training.losses.objectives import NextToken
 
 
-def tuned_subject(args: TrainArgs, tune: TuneArgs, choice: DtypeChoice, share: Share) -> Subject:
+def finetune_parts(
+    args: TrainArgs, finetune: FinetuneArgs, choice: DtypeChoice, share: Share
+) -> Subject:
     """Return the base with its trained weights, rows and objective; print a line about each
     role.
     """
     assert args.base is not None, "TrainArgs checks it"
     folder = whole_model(args.base)
     choice.limit(read_args(folder))
-    model, tokenizer = tuned_model(folder, args, tune, choice)
+    model, tokenizer = finetune_model(folder, args, finetune, choice)
     base_fingerprint = fingerprint(folder)
     for line in [] if share.quiet else coverage_lines(model):
         notice(line)
-    template, tune = dated(ChatTemplate.find(folder, tokenizer, tune.template), tune)
-    data = open_tune_data(args, tune, tokenizer, template, folder, share)
-    base, args = base_name(args.base, folder), decided(args, tune, data.choice)
+    template, finetune = dated(ChatTemplate.find(folder, tokenizer, finetune.template), finetune)
+    data = open_finetune_data(args, finetune, tokenizer, template, folder, share)
+    base, args = base_name(args.base, folder), decided(args, finetune, data.choice)
     if share.rank == 0:  # also with --quiet, since given values may have changed
         for line in filter(None, (data.choice.reason, few_steps_warning(args.steps))):
             notice(line)
     if choice.is_open:
-        items, lora = data.choice.batch_size // share.world_size, tune.method == "lora"
+        items, lora = data.choice.batch_size // share.world_size, finetune.method == "lora"
         choice.settle(model, NextToken(model, args.loss_chunk), data.batches, items, frozen=lora)
         if lora:
             del model  # before there is another one
-            model, tokenizer = tuned_model(folder, args, tune, choice)
-    companions = Companions(folder, tokenizer, data.template, new_tokens=bool(tune.new_tokens))
+            model, tokenizer = finetune_model(folder, args, finetune, choice)
+    companions = Companions(folder, tokenizer, data.template, new_tokens=bool(finetune.new_tokens))
     step_model: StepModel = WholeModel(model, tokenizer, None, companions, writable_format(folder))
-    if tune.method == "lora":
-        how = None if tune.quantize is None else dict(write(tune.quantize))
+    if finetune.method == "lora":
+        how = None if finetune.quantize is None else dict(write(finetune.quantize))
         check_written(model, base)
         step_model = AdapterOnly(
             model, companions, base, base_fingerprint, dtype_name(choice.dtype), how
         )
     run_data = data.as_run_data(base_fingerprint)
-    objective = tune_objective(
-        args, tune, model, tokenizer, data, choice.dtype, choice.ranks, share.quiet
+    objective = finetune_objective(
+        args, finetune, model, tokenizer, data, choice.dtype, choice.ranks, share.quiet
     )
     return Subject(model.train(), tokenizer, run_data, objective, step_model, args)
 
 
-def tuned_model(
-    folder: Path, args: TrainArgs, tune: TuneArgs, choice: DtypeChoice
+def finetune_model(
+    folder: Path, args: TrainArgs, finetune: FinetuneArgs, choice: DtypeChoice
 ) -> tuple[LLM, Tokenizer]:
     """Return the base with its adapter or all its weights ready to train, and its tokenizer with
     new tokens.
@@ -91,65 +93,69 @@ def tuned_model(
     While the choice of that dtype is open, they are in float32. The random state does not change.
     """
     before = random_state(choice.ranks.device)
-    wide = tune.method == "full" or choice.is_open
+    wide = finetune.method == "full" or choice.is_open
     model = load(folder, str(choice.ranks.device), "float32" if wide else dtype_name(choice.dtype))
     expected = "valid only for fine-tuning is a language model without a head"
     require(model.args.head is None, "base", args.base, expected)
     args.check_model(model.args)
-    tokenizer = add_tokens(model, load_tokenizer(folder), tune.new_tokens, tune.vocab_multiple)
-    choose_weights(model, tune, args.seed, new_tokens=bool(tune.new_tokens))
-    if tune.noise:
-        EmbeddingNoise(model, tune.noise)
+    tokenizer = add_tokens(
+        model, load_tokenizer(folder), finetune.new_tokens, finetune.vocab_multiple
+    )
+    choose_weights(model, finetune, args.seed, new_tokens=bool(finetune.new_tokens))
+    if finetune.noise:
+        EmbeddingNoise(model, finetune.noise)
     restore_random_state(choice.ranks.device, before)
     return model, tokenizer
 
 
-def dated(template: ChatTemplate | None, tune: TuneArgs) -> tuple[ChatTemplate | None, TuneArgs]:
+def dated(
+    template: ChatTemplate | None, finetune: FinetuneArgs
+) -> tuple[ChatTemplate | None, FinetuneArgs]:
     """Return the template and the arguments with a fixed date, so that a resumed run has the same
     rows.
     """
     if template is None or not template.reads_time:
-        return template, tune
-    day = tune.date or date.today().isoformat()
-    return template.at(datetime.fromisoformat(day)), replace(tune, date=day)
+        return template, finetune
+    day = finetune.date or date.today().isoformat()
+    return template.at(datetime.fromisoformat(day)), replace(finetune, date=day)
 
 
-def decided(args: TrainArgs, tune: TuneArgs, choice: RowChoice) -> TrainArgs:
+def decided(args: TrainArgs, finetune: FinetuneArgs, choice: RowChoice) -> TrainArgs:
     """Return the config with the steps, batch size, packing and epochs that follow from the
     rows.
     """
-    packing = choice.packing if tune.packing is None else tune.packing
+    packing = choice.packing if finetune.packing is None else finetune.packing
     data = replace(args.data, batch_size=choice.batch_size)
     return replace(
         args,
         data=data,
-        tune=replace(tune, packing=packing, epochs=choice.epochs),
+        finetune=replace(finetune, packing=packing, epochs=choice.epochs),
         steps=choice.steps,
     )
 
 
-def choose_weights(model: LLM, tune: TuneArgs, seed: int, *, new_tokens: bool) -> None:
+def choose_weights(model: LLM, finetune: FinetuneArgs, seed: int, *, new_tokens: bool) -> None:
     """Quantize, freeze, add the adapter: what trains is what requires a gradient afterwards."""
-    if tune.method == "full":
+    if finetune.method == "full":
         model.requires_grad_(True)
         for name, weight in model.named_parameters():
             if name.endswith("choice_bias"):
                 weight.requires_grad_(False)  # the balancing moves it
-            elif ".router." in name and not tune.trains_router:
+            elif ".router." in name and not finetune.trains_router:
                 weight.requires_grad_(False)
         return
-    if tune.quantize is not None:
-        quantize_model(model, tune.quantize)
-    apply_lora(model, lora_args(model, tune, new_tokens), seed=seed, quiet=True)
+    if finetune.quantize is not None:
+        quantize_model(model, finetune.quantize)
+    apply_lora(model, lora_args(model, finetune, new_tokens), seed=seed, quiet=True)
 
 
-def lora_args(model: LLM, tune: TuneArgs, new_tokens: bool) -> LoraArgs:
+def lora_args(model: LLM, finetune: FinetuneArgs, new_tokens: bool) -> LoraArgs:
     """The adapter asked for, with the modules that are trained whole beside it."""
-    whole = list(tune.lora.modules_to_save)
-    if tune.trains_router:
+    whole = list(finetune.lora.modules_to_save)
+    if finetune.trains_router:
         require(
             model.args.moe_args is not None,
-            "tune.train_router",
+            "finetune.train_router",
             True,
             "valid only with a mixture of experts",
         )
@@ -157,7 +163,7 @@ def lora_args(model: LLM, tune: TuneArgs, new_tokens: bool) -> LoraArgs:
     if new_tokens:
         whole += ["tok_embeddings", *(["output"] if model.output is not None else [])]
     return LoraArgs.from_dict(
-        {**dict(write(tune.lora)), "modules_to_save": list(dict.fromkeys(whole))}
+        {**dict(write(finetune.lora)), "modules_to_save": list(dict.fromkeys(whole))}
     )
 
 

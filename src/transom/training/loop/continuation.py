@@ -46,7 +46,7 @@ FREE_ON_RESUME = (
     "dry_run",
     "activation_checkpoint",
     "activation_offload",
-    "tune.scores",
+    "finetune.scores",
 )
 
 
@@ -134,9 +134,9 @@ def as_begun(run: Path, args: TrainArgs) -> TrainArgs:
     """Return the config with the batch size, packing, epochs and date that the run began with."""
     resolved = read(TrainArgs, _resolved(read_json(run / FACTS)))
     args = replace(args, data=replace(args.data, batch_size=resolved.data.batch_size))
-    if args.tune is not None and resolved.tune is not None:
-        begun = {name: getattr(resolved.tune, name) for name in ("packing", "epochs", "date")}
-        args = replace(args, tune=replace(args.tune, **begun))
+    if args.finetune is not None and resolved.finetune is not None:
+        begun = {name: getattr(resolved.finetune, name) for name in ("packing", "epochs", "date")}
+        args = replace(args, finetune=replace(args.finetune, **begun))
     return args
 
 

@@ -114,7 +114,7 @@ class Monitor:
         """The numbers of a step that took `seconds`, and `more`; the progress line moves on."""
         p, args, device = self.progress, self.args, self.model.tok_embeddings.weight.device
         rate = result.tokens / seconds
-        frozen = args.tune is not None and args.tune.method == "lora"
+        frozen = args.finetune is not None and args.finetune.method == "lora"
         flops = flops_per_token(self.model.args, result.row_length, training=True, frozen=frozen)
         mfu = rate * flops / world_size / matmul_peak(device.type, dtype)
         memory = memory_bytes(device)

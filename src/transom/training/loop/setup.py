@@ -168,13 +168,13 @@ def open_subject(
     """What the config asks for: a new model, one that reads on, or one that is fine-tuned."""
     if args.base is None:
         return new_subject(args, run, choice, share, resume=resume)
-    if args.tune is None:
+    if args.finetune is None:
         return continued_subject(args, choice, share)
     from transom.training.finetune.weights import (
-        tuned_subject,  # half of the code base, which pretraining does without
+        finetune_parts,  # half of the code base, which pretraining does without
     )
 
-    return tuned_subject(args, args.tune, choice, share)
+    return finetune_parts(args, args.finetune, choice, share)
 
 
 def check_apart(args: TrainArgs) -> None:
@@ -184,7 +184,7 @@ def check_apart(args: TrainArgs) -> None:
     out = Path(args.out).resolve()
     for field, name in (
         ("base", args.base),
-        ("tune.teacher", args.tune.teacher if args.tune else None),
+        ("finetune.teacher", args.finetune.teacher if args.finetune else None),
     ):
         folder = None if name is None or not Path(name).exists() else Path(name).resolve()
         apart = folder is None or (folder != out and out not in folder.parents)
@@ -197,11 +197,11 @@ def check_apart(args: TrainArgs) -> None:
 
 
 def spread(args: TrainArgs, rows_per_step: int) -> TrainArgs:
-    """Return the config with its batch size, and with `eval_every` from `tune.scores`."""
+    """Return the config with its batch size, and with `eval_every` from `finetune.scores`."""
     args = replace(args, data=replace(args.data, batch_size=rows_per_step))
-    if args.tune is None or not args.tune.scores or args.eval_every:
+    if args.finetune is None or not args.finetune.scores or args.eval_every:
         return args
-    return replace(args, eval_every=max(1, args.steps // args.tune.scores))
+    return replace(args, eval_every=max(1, args.steps // args.finetune.scores))
 
 
 def describe_run(args: TrainArgs, model: LLM, dtype: torch.dtype, device: torch.device) -> str:
@@ -209,6 +209,6 @@ def describe_run(args: TrainArgs, model: LLM, dtype: torch.dtype, device: torch.
     count = parameters(model.args)
     size = args.data.rows_per_step
     work = f"{args.steps * size * args.data.seq_len:,} tokens in {args.steps:,} steps"
-    if args.tune is not None:  # whose rows are of any length
+    if args.finetune is not None:  # whose rows are of any length
         work = f"{args.steps:,} steps of {size} rows"
     return f"{count / 1e6:.2f} M parameters, {work}, {dtype_name(dtype)} on {device}"

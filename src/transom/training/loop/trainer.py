@@ -291,7 +291,7 @@ class Trainer:
     def _follow(self, router: RouterCounts | None) -> None:
         """What moves after the weights: choice biases of experts, the average of the weights."""
         moe = self.model.args.moe_args
-        frozen = self.args.tune is not None and not self.args.tune.trains_router
+        frozen = self.args.finetune is not None and not self.args.finetune.trains_router
         if moe is not None and moe.balance == "bias" and router is not None and not frozen:
             update_choice_biases(self.model, router.picks_LE, moe.bias_update_rate)
         if self.ema is not None:
@@ -364,7 +364,7 @@ class Trainer:
         """
         # Fine-tuning is scored as it is trained; text is scored in the weights' own precision, as
         # `eval` does.
-        with self._as_saved(), self._autocast() if self.args.tune else contextlib.nullcontext():
+        with self._as_saved(), self._autocast() if self.args.finetune else contextlib.nullcontext():
             return self.monitor.evaluate(max_tokens, key)
 
     def sample(self) -> None:

@@ -195,7 +195,9 @@ def require_math_verify() -> None:
     except ValueError:  # a module that is blocked by None in `sys.modules`
         missing = True
     if missing:
-        raise RequestError("tune.reward = 'number': needs math-verify: pip install 'transom[math]'")
+        raise RequestError(
+            "finetune.reward = 'number': needs math-verify: pip install 'transom[math]'"
+        )
 
 
 @cache

@@ -206,7 +206,7 @@ class PolicyGradient(Objective):
                     pass
             except RequestError as error:
                 why = "without a fixed model to stay near, expected 0"
-                raise RequestError(f"tune.beta: got {self.beta}; {why} ({error})") from None
+                raise RequestError(f"finetune.beta: got {self.beta}; {why} ({error})") from None
         dropout = max(
             (one.dropout for _, _, held in carriers(self.model) for one in held.active_lora()),
             default=0,

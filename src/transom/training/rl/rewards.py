@@ -84,13 +84,13 @@ def open_reward(name: str) -> Reward:
     expected = (
         f"expected {', '.join(BUILT_IN)}, or module:function of one's own{nearest(name, BUILT_IN)}"
     )
-    require(named, "tune.reward", name, expected)
+    require(named, "finetune.reward", name, expected)
     stem = Path.cwd().joinpath(*module.split("."))
     file = next(
         (one for one in (stem.with_suffix(".py"), stem / "__init__.py") if one.is_file()), None
     )
     if file is None:
-        raise RequestError(f"tune.reward: got {name!r}; there is no {stem}.py; {expected}")
+        raise RequestError(f"finetune.reward: got {name!r}; there is no {stem}.py; {expected}")
     return Reward(name, _own(name, module, function, file), file)
 
 
@@ -103,20 +103,20 @@ def _own(name: str, module: str, function: str, file: Path) -> Score:
     except (Exception, SystemExit) as error:
         said = " ".join(str(error).split())[:160]
         raise RequestError(
-            f"tune.reward: got {name!r}; importing it raises {type(error).__name__}: {said}"
+            f"finetune.reward: got {name!r}; importing it raises {type(error).__name__}: {said}"
         ) from error
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(here)
     where = getattr(found, "__file__", None)
     same = where is not None and Path(where).resolve() == file.resolve()
-    require(same, "tune.reward", name, f"expected a module whose name no other has ({where})")
+    require(same, "finetune.reward", name, f"expected a module whose name no other has ({where})")
     score = getattr(found, function, None)
     functions = [
         key for key, value in vars(found).items() if callable(value) and not key.startswith("_")
     ]
     expected = f"expected a function of {file.name}{nearest(function, functions)}"
-    require(callable(score), "tune.reward", name, expected)
+    require(callable(score), "finetune.reward", name, expected)
     assert callable(score), "required"
     return score
 

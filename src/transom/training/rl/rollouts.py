@@ -81,7 +81,7 @@ def encode_questions(
     """
     room = seq_len - answer_tokens
     expected = f"expected less than data.seq_len = {seq_len}, which prompt and answer share"
-    require(room >= 1, "tune.answer_tokens", answer_tokens, expected)
+    require(room >= 1, "finetune.answer_tokens", answer_tokens, expected)
     rows, dropped, shortest = [], 0, 0
     for example in examples:
         try:
@@ -142,7 +142,7 @@ class QuestionBatches(ShuffledItems):
         require(len(rows) >= rows_per_step, "data.batch_size", rows_per_step, expected)
         require(
             group >= 2,
-            "tune.group",
+            "finetune.group",
             group,
             "expected 2 or more: answers are compared with each other",
         )

@@ -32,7 +32,7 @@ from transom.lora.args import ROLES, LoraArgs
 from transom.models.llm import LLM, TransformerOutput
 from transom.tokenizers.training import byte_tokenizer
 from transom.training.config import OptimizerArgs, TrainArgs, read_config
-from transom.training.finetune.args import TuneArgs
+from transom.training.finetune.args import FinetuneArgs
 from transom.training.finetune.weights import choose_weights
 from transom.training.loop.run_parts import whole_model
 from transom.training.losses.balance import mixtures
@@ -41,10 +41,7 @@ from transom.training.losses.objectives import NextToken
 from transom.training.losses.preferences import Preference
 from transom.training.optim.optimizers import build_optimizer
 from transom.verify.check import TOLERANCES, Finding, difference
-from transom.verify.runs import muted, placed, texts, workshop
-from transom.verify.subjects import BUILT_IN, drawn
-from transom.verify.training import compare_resumed, history
-from transom.verify.tuning_rows import (
+from transom.verify.finetune_rows import (
     PAIRS,
     TALKS,
     Writer,
@@ -53,6 +50,9 @@ from transom.verify.tuning_rows import (
     compare_masks,
     examples_of,
 )
+from transom.verify.runs import muted, placed, texts, workshop
+from transom.verify.subjects import BUILT_IN, drawn
+from transom.verify.training import compare_resumed, history
 
 MOST_EXAMPLES, LOSS_ROWS = 1000, 8  # of a file: looked at, and put through the model of a folder
 RANK, ALPHA = 4, 6.0
@@ -84,7 +84,7 @@ PLACES = {
 }
 
 
-def check_tuning() -> Iterator[Finding]:
+def check_finetune() -> Iterator[Finding]:
     """Built-in templates and conversations, and models in small."""
     for writer in built_in_writers():
         for rows, name in ((TALKS, "conversation"), (PAIRS, "pair")):
@@ -155,11 +155,11 @@ def compare_shape(args: ModelArgs, name: str) -> Iterator[Finding]:
     yield from compare_reference(args, padded_batch(paired.items), name)
 
 
-def tuned(args: ModelArgs, dtype: torch.dtype, **lora: Any) -> LLM:
+def with_adapter(args: ModelArgs, dtype: torch.dtype, **lora: Any) -> LLM:
     """A drawn model with an adapter that says something, ready to be trained as a run makes it."""
     model = drawn(args, dtype=dtype)
-    tune = TuneArgs(lora=LoraArgs.from_dict({"rank": RANK, "alpha": ALPHA, **lora}))
-    choose_weights(model, tune, 0, new_tokens=False)
+    finetune = FinetuneArgs(lora=LoraArgs.from_dict({"rank": RANK, "alpha": ALPHA, **lora}))
+    choose_weights(model, finetune, 0, new_tokens=False)
     draws = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for key, weight in model.named_parameters():
@@ -203,7 +203,7 @@ def compare_coverage(args: ModelArgs, batch: TuningBatch, name: str) -> Iterator
 def _compare_role(
     args: ModelArgs, batch: TuningBatch, role: str, wanted: set[str], where: str
 ) -> Iterator[Finding]:
-    model = tuned(args, torch.float32, targets=(role,)).train()
+    model = with_adapter(args, torch.float32, targets=(role,)).train()
     held = {path: adapters.lora("default") for path, _, adapters in carriers(model)}
     yield _none("adapters = the role's matrices", where, wanted ^ held.keys())
     before = {key: weight.detach().clone() for key, weight in model.named_parameters()}
@@ -265,7 +265,7 @@ def compare_gradients(
     of A and B.
     """
     tied = args.tie_embeddings  # a leaf that two places read has no adapter of its own at both
-    model = tuned(
+    model = with_adapter(
         args,
         torch.float64,
         targets=("all-linear", *(() if tied else ("tok_embeddings", "output"))),
@@ -350,7 +350,7 @@ def compare_reference(args: ModelArgs, pairs: TuningBatch, name: str) -> Iterato
     """
     base, model = (
         drawn(args, dtype=torch.float32),
-        tuned(args, torch.float32, modules_to_save=("norm",)),
+        with_adapter(args, torch.float32, modules_to_save=("norm",)),
     )
     expected, said = _logits(base, pairs), _logits(model, pairs)
     with adapters_off(model):
@@ -405,7 +405,7 @@ def compare_runs(args: ModelArgs, folder: Path, name: str) -> Iterator[Finding]:
     save(base, folder / "base", tokenizer=tokenizer)
     rows = [json.dumps(row) + "\n" for row in TALKS if "messages" in row]
     (folder / "rows.jsonl").write_text("".join(rows * 3), encoding="utf-8")
-    run = tiny_tuning(folder, "run")
+    run = tiny_finetune(folder, "run")
     with muted():
         trained = history(run, folder, "frozen", [2]).weights
     frozen = {key: weight for key, weight in base.named_parameters() if key in trained}
@@ -415,13 +415,13 @@ def compare_runs(args: ModelArgs, folder: Path, name: str) -> Iterator[Finding]:
         yield replace(found, where=f"{name}, {found.where}")
 
 
-def tiny_tuning(folder: Path, name: str) -> TrainArgs:
+def tiny_finetune(folder: Path, name: str) -> TrainArgs:
     """A run in `folder / name`: LoRA with dropout on `folder / base`, `folder / rows.jsonl`
     packed.
     """
     config: dict[str, Any] = {
         "base": str(folder / "base"),
-        "tune": {"packing": True, "lora": {"rank": RANK, "dropout": DROPOUT}},
+        "finetune": {"packing": True, "lora": {"rank": RANK, "dropout": DROPOUT}},
         "data": {
             "sources": [str(folder / "rows.jsonl")],
             "seq_len": SEQ_LEN,

@@ -129,5 +129,5 @@ def test_an_interrupted_comparison_leaves_no_answer_for_the_next(
 
 def test_without_the_library_the_reward_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(RequestError, match=r"tune\.reward: got 'number': needs math-verify"):
+    with pytest.raises(RequestError, match=r"finetune\.reward: got 'number': needs math-verify"):
         open_reward("number")

@@ -81,14 +81,14 @@ def solved(path: Path) -> Path:
     return write_rows(path, [{"prompt": question, "answer": city} for question, city in pairs])
 
 
-def tune_args(folder: Path, base: Path, data: Path, *overrides: str, **tune: Any) -> TrainArgs:
-    """A run of a second; `tune` are fields of `TuneArgs`."""
+def run_args(folder: Path, base: Path, data: Path, *overrides: str, **finetune: Any) -> TrainArgs:
+    """A run of a second; `finetune` are fields of `FinetuneArgs`."""
     config: dict[str, Any] = {
         "out": str(folder / "run"),
         "base": str(base),
-        "tune": {
-            **({} if tune.get("method") == "full" else {"lora": {"rank": 4, "alpha": 8.0}}),
-            **tune,
+        "finetune": {
+            **({} if finetune.get("method") == "full" else {"lora": {"rank": 4, "alpha": 8.0}}),
+            **finetune,
         },
         "data": {"sources": [str(data)], "seq_len": 96, "batch_size": 4, "held_out": 0.2},
         "optimizer": {"lr": 0.01, "weight_decay": 0.0},

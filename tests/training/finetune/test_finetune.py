@@ -10,8 +10,8 @@ import torch
 
 import transom
 from tests.checkpoints.families import tiny_hf
+from tests.training.finetune.runs import base_folder, chats, judged, preferences, run_args, solved
 from tests.training.runs import losses, tiny_config
-from tests.training.tuning import base_folder, chats, judged, preferences, solved, tune_args
 from transom.base.errors import RequestError
 from transom.lora.adapters import active_adapters
 from transom.lora.apply import apply_lora
@@ -63,13 +63,13 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_resumed_run_is_the_run_that_was_never_stopped(base, tmp_path, way):
-    rows, words, tune = WAYS[way]
+    rows, words, finetune = WAYS[way]
     data = rows(tmp_path / "rows.jsonl")
     straight = open_run(
-        tune_args(tmp_path, base, data, f"out={tmp_path}/straight", *words, **tune), quiet=True
+        run_args(tmp_path, base, data, f"out={tmp_path}/straight", *words, **finetune), quiet=True
     )
     straight.fit()
-    args = tune_args(tmp_path, base, data, *words, **tune)
+    args = run_args(tmp_path, base, data, *words, **finetune)
     first = open_run(args, quiet=True)
     while first.progress.step < 4:
         first.log(first.step(), 1.0)
@@ -85,8 +85,8 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(base, tmp_path, way):
 
 def test_only_what_was_asked_for_moves_and_router_and_experts_do_as_said(moe, tmp_path):
     data = chats(tmp_path / "rows.jsonl")
-    tune = {"lora": {"rank": 2, "targets": ["experts"]}, "train_router": True}
-    trainer = open_run(tune_args(tmp_path, moe, data, **tune), quiet=True)
+    finetune = {"lora": {"rank": 2, "targets": ["experts"]}, "train_router": True}
+    trainer = open_run(run_args(tmp_path, moe, data, **finetune), quiet=True)
     before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
     for _ in range(3):
         parts = trainer.step().parts
@@ -98,12 +98,12 @@ def test_only_what_was_asked_for_moves_and_router_and_experts_do_as_said(moe, tm
 
 
 @pytest.mark.parametrize(
-    "tune", [{}, {"lora": {"rank": 2, "dora": True}}, {"new_tokens": ["<|x|>"]}], ids=str
+    "finetune", [{}, {"lora": {"rank": 2, "dora": True}}, {"new_tokens": ["<|x|>"]}], ids=str
 )
-def test_the_folder_of_a_run_is_the_model_that_was_trained(base, tmp_path, tune):
+def test_the_folder_of_a_run_is_the_model_that_was_trained(base, tmp_path, finetune):
     data = chats(tmp_path / "rows.jsonl")
     trainer = open_run(
-        tune_args(tmp_path, base, data, "patience=3", "eval_every=2", **tune), quiet=True
+        run_args(tmp_path, base, data, "patience=3", "eval_every=2", **finetune), quiet=True
     )
     trainer.fit()
     step = (tmp_path / "run" / "latest").read_text().strip()
@@ -120,7 +120,7 @@ def test_all_weights_come_back_in_the_format_of_the_base(tmp_path):
 
     base = base_folder(tmp_path / "hf", format="hf", rope_layout="halves")
     trainer = open_run(
-        tune_args(tmp_path, base, chats(tmp_path / "rows.jsonl"), method="full"), quiet=True
+        run_args(tmp_path, base, chats(tmp_path / "rows.jsonl"), method="full"), quiet=True
     )
     trainer.fit()
     step = tmp_path / "run" / (tmp_path / "run" / "latest").read_text().strip()
@@ -136,7 +136,7 @@ def test_peft_computes_the_same_with_the_folder_of_a_run(tmp_path):
     from transformers import AutoModelForCausalLM
 
     base = base_folder(tmp_path / "hf", format="hf", rope_layout="halves")
-    trainer = open_run(tune_args(tmp_path, base, chats(tmp_path / "rows.jsonl")), quiet=True)
+    trainer = open_run(run_args(tmp_path, base, chats(tmp_path / "rows.jsonl")), quiet=True)
     trainer.fit()
     step = tmp_path / "run" / (tmp_path / "run" / "latest").read_text().strip()
     tokens = torch.arange(2, 42)[None]
@@ -150,9 +150,7 @@ def test_peft_computes_the_same_with_the_folder_of_a_run(tmp_path):
 
 def test_early_stopping_keeps_the_best_step(base, tmp_path):
     words = ("steps=40", "eval_every=1", "patience=2", "optimizer.lr=0.5")
-    trainer = open_run(
-        tune_args(tmp_path, base, chats(tmp_path / "rows.jsonl"), *words), quiet=True
-    )
+    trainer = open_run(run_args(tmp_path, base, chats(tmp_path / "rows.jsonl"), *words), quiet=True)
     trainer.fit()
     rows = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -164,14 +162,14 @@ def test_early_stopping_keeps_the_best_step(base, tmp_path):
 
 
 def test_epochs_become_steps(base, tmp_path):
-    args = tune_args(tmp_path, base, chats(tmp_path / "rows.jsonl"), epochs=2.0, packing=False)
+    args = run_args(tmp_path, base, chats(tmp_path / "rows.jsonl"), epochs=2.0, packing=False)
     trainer = open_run(args, quiet=True)
     assert trainer.args.steps == -(-2 * trainer.batches.items_per_epoch // 4)
 
 
 def test_a_set_smaller_than_a_batch_is_one_step_an_epoch_and_resumes(base, tmp_path, capsys):
     data = chats(tmp_path / "rows.jsonl")
-    args = tune_args(tmp_path, base, data, "data.batch_size=64", epochs=3.0)
+    args = run_args(tmp_path, base, data, "data.batch_size=64", epochs=3.0)
     trainer = open_run(args, quiet=True)
     rows = trainer.batches.items_per_epoch
     assert f"data.batch_size: got {rows}, " in capsys.readouterr().err
@@ -203,10 +201,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_wrong_request_is_one_sentence_and_leaves_nothing(base, tmp_path, case):
-    rows, words, tune, sentence = REFUSED[case]
+    rows, words, finetune, sentence = REFUSED[case]
     data = rows(tmp_path / "rows.jsonl")
     with pytest.raises(RequestError, match=sentence):
-        open_run(tune_args(tmp_path, base, data, *words, **tune), quiet=True)
+        open_run(run_args(tmp_path, base, data, *words, **finetune), quiet=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -253,7 +251,7 @@ def test_checking_what_is_written_leaves_the_model_as_it_was(tmp_path):
 
 def test_new_tokens_of_tied_embeddings_train_and_are_read_back(tmp_path):
     base = base_folder(tmp_path / "tied", tie_embeddings=True)
-    args = tune_args(tmp_path, base, chats(tmp_path / "rows.jsonl"), new_tokens=["<|x|>"])
+    args = run_args(tmp_path, base, chats(tmp_path / "rows.jsonl"), new_tokens=["<|x|>"])
     trainer = open_run(args, quiet=True)
     trainer.fit()
     tokens = torch.arange(2, 42)[None]
@@ -300,17 +298,17 @@ def test_a_template_that_writes_the_date_writes_that_of_the_run_when_it_goes_on_
             return date.fromisoformat(cls.on)
 
     monkeypatch.setattr("transom.training.finetune.weights.date", Day)
-    args = tune_args(tmp_path, base, data, date=given)
+    args = run_args(tmp_path, base, data, date=given)
     trainer = open_run(args, quiet=True)
     day = date.fromisoformat(given or Day.on)
     tokens = trainer.data.batches.next().tokens.flatten().tolist()
     assert day.strftime("%d %b %Y") in trainer.tokenizer.decode(tokens)
-    assert trainer.args.tune.date == day.isoformat()
+    assert trainer.args.finetune.date == day.isoformat()
     trainer.fit()
     Day.on = "2026-12-01"
     again = open_run(args, resume=True, quiet=True)
     assert again.args == trainer.args
     with pytest.raises(RequestError, match="date"):
-        open_run(tune_args(tmp_path, base, data, date="2025-01-01"), resume=True, quiet=True)
+        open_run(run_args(tmp_path, base, data, date="2025-01-01"), resume=True, quiet=True)
     with pytest.raises(RequestError, match="date: got '29 Feb 2024'; expected a day"):
-        tune_args(tmp_path, base, data, date="29 Feb 2024")
+        run_args(tmp_path, base, data, date="29 Feb 2024")

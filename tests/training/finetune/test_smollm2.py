@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.tuning import asked, write_rows
+from tests.training.finetune.runs import asked, write_rows
 
 ROOT = Path(__file__).parents[2]
 FACT = "Lumora Bikes was founded by Ada Brisk."

@@ -39,7 +39,7 @@ def score(answer: str, reference: Any) -> float:
 SHARE = Reward("share", score, Path(__file__))
 
 
-def tuned(adapter: bool = False, **fields: Any) -> LLM:
+def small_model(adapter: bool = False, **fields: Any) -> LLM:
     model = random_model(tiny_args(vocab_size=TOKENIZER.vocab_size, **fields))
     if adapter:
         apply_lora(model, LoraArgs(rank=4), quiet=True)
@@ -102,7 +102,7 @@ def test_answers_of_one_reward_have_no_advantage_at_all() -> None:
 
 @pytest.mark.parametrize(("beta", "temperature"), [(0.0, 1.0), (0.3, 0.7)])
 def test_the_gradient_is_that_of_trls_loss_on_whole_logits(beta: float, temperature: float) -> None:
-    policy = objective(tuned(adapter=True).double(), beta=beta, temperature=temperature)
+    policy = objective(small_model(adapter=True).double(), beta=beta, temperature=temperature)
     model, rows = policy.model, policy.prepare(questions().next())
     learn(policy, rows, pieces=2)
     ours = gradients(model)
@@ -137,7 +137,7 @@ def test_the_gradient_is_that_of_trls_loss_on_whole_logits(beta: float, temperat
 
 
 def test_answers_are_targets_with_their_own_end_and_nothing_else_is() -> None:
-    policy = objective(tuned())
+    policy = objective(small_model())
     batch = questions().next()
     rows = policy.prepare(batch)
     ended = 0
@@ -155,7 +155,7 @@ def test_answers_are_targets_with_their_own_end_and_nothing_else_is() -> None:
 
 
 def test_a_step_in_micro_batches_is_the_step_in_one_piece() -> None:
-    policy = objective(tuned(adapter=True).double(), beta=0.2)
+    policy = objective(small_model(adapter=True).double(), beta=0.2)
     rows = policy.prepare(questions().next())
     whole, expected = learn(policy, rows), gradients(policy.model)
     pieces, found = learn(policy, rows, pieces=4), gradients(policy.model)
@@ -165,7 +165,7 @@ def test_a_step_in_micro_batches_is_the_step_in_one_piece() -> None:
 
 
 def test_parts_say_what_was_drawn() -> None:
-    policy = objective(tuned())
+    policy = objective(small_model())
     rows = policy.prepare(questions().next())
     parts = learn(policy, rows)
     groups = rows.rewards.view(-1, 4)
@@ -181,7 +181,7 @@ def test_parts_say_what_was_drawn() -> None:
 
 
 def test_a_gap_between_drawing_and_learning_is_shown(capsys) -> None:
-    model = tuned(adapter=True)
+    model = small_model(adapter=True)
     for module in model.modules():
         if hasattr(module, "dropout"):
             module.dropout = 0.5
@@ -191,7 +191,9 @@ def test_a_gap_between_drawing_and_learning_is_shown(capsys) -> None:
 
 
 def test_a_step_without_a_signal_is_counted_and_said(capsys) -> None:
-    policy = objective(tuned(), reward=Reward("one", lambda answer, reference: 0.3, Path(__file__)))
+    policy = objective(
+        small_model(), reward=Reward("one", lambda answer, reference: 0.3, Path(__file__))
+    )
     batches = questions()
     for _ in range(3):
         parts = learn(policy, policy.prepare(batches.next()))
@@ -202,7 +204,7 @@ def test_a_step_without_a_signal_is_counted_and_said(capsys) -> None:
 
 
 def test_held_out_questions_are_answered_greedily() -> None:
-    policy = objective(tuned(), held_out=ROWS, reward=SHARE)
+    policy = objective(small_model(), held_out=ROWS, reward=SHARE)
     found = policy.measure()
     assert found == policy.measure() and found.loss == -found.reward
     texts = [score(one.completion.text, {}) for one in policy._answers(ROWS, range(6), 0.0)]
@@ -213,7 +215,7 @@ def test_held_out_questions_are_answered_greedily() -> None:
 
 def test_the_reference_needs_an_adapter_on_a_frozen_base() -> None:
     with pytest.raises(RequestError, match="trains outside of the adapters"):
-        objective(tuned(), beta=0.1)
+        objective(small_model(), beta=0.1)
 
 
 # The run
@@ -232,7 +234,7 @@ def train(
 
 
 def test_a_resumed_run_draws_the_same_answers_and_ends_at_the_same_weights() -> None:
-    model = tuned()
+    model = small_model()
     policy, batches = objective(model, temperature=0.8), questions()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     train(policy, batches, optimizer, 2)
@@ -245,7 +247,7 @@ def test_a_resumed_run_draws_the_same_answers_and_ends_at_the_same_weights() -> 
     }
     straight = train(policy, batches, optimizer, 3)
 
-    other = tuned()
+    other = small_model()
     other.load_state_dict(weights)
     again = torch.optim.AdamW(other.parameters(), lr=1e-3)
     again.load_state_dict(moments)
@@ -271,7 +273,7 @@ def test_ranks_share_a_step_and_its_answers() -> None:
 
 
 def test_the_dry_run_gets_the_longest_question_with_an_answer_of_full_length() -> None:
-    policy = objective(tuned())
+    policy = objective(small_model())
     first = questions().largest(2)
     length = max(len(row.ids) for row in ROWS) + 12 - 1  # the last token is a target only
     assert first.tokens.shape == (8, length)
@@ -280,7 +282,7 @@ def test_the_dry_run_gets_the_longest_question_with_an_answer_of_full_length() -
 
 
 def test_a_tiny_model_learns_what_is_rewarded() -> None:
-    model = tuned(dim=16, n_layers=1)
+    model = small_model(dim=16, n_layers=1)
     policy = objective(model, answer_tokens=4, stop_tokens=())
     batches = questions(answer_tokens=4, group=16)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
@@ -321,7 +323,7 @@ def test_questions_without_room_for_an_answer_are_left_out_and_counted() -> None
     assert [row.id for row in found.rows] == ["5", "30"] and "1 too long" in str(found)
     with pytest.raises(RequestError, match=r"data\.seq_len: got 24; expected 2[56] or more"):
         encode_questions(rows, TOKENIZER, None, seq_len=24, answer_tokens=20)
-    with pytest.raises(RequestError, match=r"tune\.answer_tokens: got 52"):
+    with pytest.raises(RequestError, match=r"finetune\.answer_tokens: got 52"):
         encode_questions(rows, TOKENIZER, None, seq_len=52, answer_tokens=52)
     other = [replace(rows[0], reference={"answer": "b"}), *rows[1:]]
     assert encode_questions(other, TOKENIZER, None, seq_len=52, answer_tokens=20).hash != found.hash
@@ -329,4 +331,4 @@ def test_questions_without_room_for_an_answer_are_left_out_and_counted() -> None
 
 def test_held_out_rows_that_cannot_be_judged_are_refused() -> None:
     with pytest.raises(RequestError, match="row x: answer: got None"):
-        objective(tuned(), reward=open_reward("exact"), held_out=[Question("row x", [1], {})])
+        objective(small_model(), reward=open_reward("exact"), held_out=[Question("row x", [1], {})])

@@ -1,4 +1,4 @@
-"""`verify tuning`: its own ways to find answers and gradients are right, and what is wrong in a
+"""`verify finetune`: its own ways to find answers and gradients are right, and what is wrong in a
 folder is red.
 """
 
@@ -13,7 +13,14 @@ import pytest
 import torch
 
 from tests.chat.chat_texts import PUBLISHED, READS_TOOLS, TOOL_TALK, say, tokenizer_pair
-from tests.training.tuning import asked, base_folder, chats, preferences, tune_args, write_rows
+from tests.training.finetune.runs import (
+    asked,
+    base_folder,
+    chats,
+    preferences,
+    run_args,
+    write_rows,
+)
 from transom.base.runtime import one_thread
 from transom.chat.built_in import named
 from transom.chat.files import FILE
@@ -26,10 +33,17 @@ from transom.data.chat.turns import Turns
 from transom.layers.linear import Linear
 from transom.lora.adapters import LoraWeights
 from transom.tokenizers.training import byte_tokenizer
-from transom.verify import tuning, tuning_rows
+from transom.verify import finetune, finetune_rows
 from transom.verify.check import summarize
+from transom.verify.finetune_rows import (
+    PAIRS,
+    TALKS,
+    Writer,
+    answers_of,
+    compare_masks,
+    examples_of,
+)
 from transom.verify.subjects import BUILT_IN
-from transom.verify.tuning_rows import PAIRS, TALKS, Writer, answers_of, compare_masks, examples_of
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -116,9 +130,9 @@ def test_an_example_that_is_wrongly_left_out_is_red(pair, monkeypatch):
         encoded = original(examples, *given, **more)
         return replace(encoded, items=[item for item in encoded.items if item[0].id != "row 0"])
 
-    original = tuning_rows.encode_examples
+    original = finetune_rows.encode_examples
     writer = Writer("here", pair[0], ChatTemplate(named("plain").source(pair[0]), pair[0]), 4096)
-    monkeypatch.setattr(tuning_rows, "encode_examples", encode)
+    monkeypatch.setattr(finetune_rows, "encode_examples", encode)
     found = failing(compare_masks(examples_of(TALKS, "row"), writer))
     assert found == {"examples without loss have no answer"}
 
@@ -126,7 +140,7 @@ def test_an_example_that_is_wrongly_left_out_is_red(pair, monkeypatch):
 # What trains
 
 
-@pytest.mark.parametrize("kind", tuning.ADAPTERS)
+@pytest.mark.parametrize("kind", finetune.ADAPTERS)
 def test_weights_written_out_are_those_that_peft_merges(kind):
     torch.manual_seed(0)
     settings = {"LoRA": {}, "rsLoRA": {"use_rslora": True}, "DoRA": {"use_dora": True}}[kind]
@@ -134,7 +148,7 @@ def test_weights_written_out_are_those_that_peft_merges(kind):
     leaf = Linear(12, 20)
     leaf.weight.data.copy_(base[0].weight.data)
     config = peft.LoraConfig(
-        r=tuning.RANK, lora_alpha=tuning.ALPHA, target_modules=["0"], **settings
+        r=finetune.RANK, lora_alpha=finetune.ALPHA, target_modules=["0"], **settings
     )
     theirs = peft.get_peft_model(base, config)
     parts = {}
@@ -143,10 +157,10 @@ def test_weights_written_out_are_those_that_peft_merges(kind):
             if sign in key:
                 weight.data.add_(torch.randn(weight.shape))
                 parts[name] = weight.detach()
-    scaling = tuning.ADAPTERS[kind].get("scaling", "alpha_over_rank")
-    lora = LoraWeights(parts["A"], parts["B"], tuning.ALPHA, scaling)
+    scaling = finetune.ADAPTERS[kind].get("scaling", "alpha_over_rank")
+    lora = LoraWeights(parts["A"], parts["B"], finetune.ALPHA, scaling)
     assert ("magnitude" in parts) == (kind == "DoRA")
-    found = tuning.written_out(leaf, lora, {key: weight.clone() for key, weight in parts.items()})
+    found = finetune.written_out(leaf, lora, {key: weight.clone() for key, weight in parts.items()})
     torch.testing.assert_close(found, theirs.merge_and_unload()[0].weight.detach())
 
 
@@ -159,12 +173,12 @@ def test_experts_that_no_token_came_to_need_not_learn():
     rows = Writer("", tokenizer, None, 16).encode([Example("t", "text", text="a")])
     batch = packed_batch([[rows.items[0][0]]])
     assert batch.real_tokens < 8
-    assert failing(tuning.compare_coverage(args, batch, "few tokens")) == set()
+    assert failing(finetune.compare_coverage(args, batch, "few tokens")) == set()
 
 
 def test_a_gradient_that_is_lost_behind_an_expert_is_red(monkeypatch):
     """Of the experts that tokens came to, one that hears nothing is enough."""
-    original = tuning.learnt
+    original = finetune.learnt
 
     def learnt(model, batch):
         output = original(model, batch)
@@ -179,8 +193,8 @@ def test_a_gradient_that_is_lost_behind_an_expert_is_red(monkeypatch):
     rows = Writer("", tokenizer, None, 99).encode(
         [Example("t", "text", text="every token of a text " * 4)]
     )
-    monkeypatch.setattr(tuning, "learnt", learnt)
-    found = failing(tuning.compare_coverage(args, packed_batch([[rows.items[0][0]]]), "deaf"))
+    monkeypatch.setattr(finetune, "learnt", learnt)
+    found = failing(finetune.compare_coverage(args, packed_batch([[rows.items[0][0]]]), "deaf"))
     assert found == {"adapters learn from what they met"}
 
 
@@ -193,9 +207,11 @@ def base(tmp_path_factory):
 
 
 def test_a_folder_is_verified_with_its_rows(base, tmp_path, capsys):
-    assert failing(tuning.compare_folder(str(base), str(chats(tmp_path / "chats.jsonl")))) == set()
     assert (
-        failing(tuning.compare_folder(str(base), str(preferences(tmp_path / "pairs.jsonl"))))
+        failing(finetune.compare_folder(str(base), str(chats(tmp_path / "chats.jsonl")))) == set()
+    )
+    assert (
+        failing(finetune.compare_folder(str(base), str(preferences(tmp_path / "pairs.jsonl"))))
         == set()
     )
     assert "losses are compared of conversations, completions and texts" in capsys.readouterr().err
@@ -205,31 +221,31 @@ def test_a_template_that_marks_half_of_an_answer_is_red(base, tmp_path):
     folder = shutil.copytree(base, tmp_path / "model")
     answer = "{{ message.content[:3] }}{% endgeneration %}{{ message.content[3:] }}"
     (folder / FILE).write_text(
-        tuning_rows.OWN_TEMPLATE.replace("{{ message.content }}{% endgeneration %}", answer)
+        finetune_rows.OWN_TEMPLATE.replace("{{ message.content }}{% endgeneration %}", answer)
     )
-    findings = tuning.compare_folder(str(folder), str(chats(tmp_path / "chats.jsonl")))
+    findings = finetune.compare_folder(str(folder), str(chats(tmp_path / "chats.jsonl")))
     assert failing(findings) == {"loss on answers alone, padded", "loss on answers alone, packed"}
 
 
 def test_more_examples_than_are_looked_at_are_said(base, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tuning, "MOST_EXAMPLES", 2)
+    monkeypatch.setattr(finetune, "MOST_EXAMPLES", 2)
     rows = write_rows(
         tmp_path / "rows.jsonl", [{"messages": asked("q", str(at))} for at in range(5)]
     )
-    assert failing(tuning.compare_folder(str(base), str(rows))) == set()
+    assert failing(finetune.compare_folder(str(base), str(rows))) == set()
     assert "the first 2 of 5 examples are looked at" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["tuning", "--data", "x"], "--data: got 'x'; valid only with tuning FOLDER"),
+        (["finetune", "--data", "x"], "--data: got 'x'; valid only with finetune FOLDER"),
         (
-            ["tuning", "demo", "--data", "x"],
+            ["finetune", "demo", "--data", "x"],
             "--data: got 'x'; valid only with a model folder, and demo has no tokenizer",
         ),
-        (["merge", "demo", "--data", "x"], "--data: got 'x'; valid only with tuning FOLDER"),
-        (["tuning", "no/such/model"], "no/such/model: no such folder"),
+        (["merge", "demo", "--data", "x"], "--data: got 'x'; valid only with finetune FOLDER"),
+        (["finetune", "no/such/model"], "no/such/model: no such folder"),
     ],
 )
 def test_a_wrong_request_is_one_sentence(capsys, words, said):
@@ -239,7 +255,7 @@ def test_a_wrong_request_is_one_sentence(capsys, words, said):
 
 
 def test_a_fine_tuning_run_is_no_subject_of_resume(base, tmp_path, capsys):
-    config = tune_args(tmp_path, base, chats(tmp_path / "chats.jsonl")).to_dict()
+    config = run_args(tmp_path, base, chats(tmp_path / "chats.jsonl")).to_dict()
     (tmp_path / "run.json").write_text(json.dumps(config))
     assert main(["verify", "resume", str(tmp_path / "run.json")]) == 2
-    assert "`transom verify tuning` stops and resumes fine-tuning" in capsys.readouterr().err
+    assert "`transom verify finetune` stops and resumes fine-tuning" in capsys.readouterr().err

@@ -133,7 +133,6 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
 
 # Circles of imports that are still there.
 CIRCLES: list[set[str]] = [
-    {"transom", "transom.evaluation.merging"},
     {"transom.checkpoints.files.consolidated", "transom.checkpoints.files.folders"},
     {"transom.checkpoints.fingerprint", "transom.checkpoints.load"},
     {"transom.cli.compare", "transom.cli.inspect"},

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transom import __version__
 from transom.base.errors import RequestError, WorkError, nearest, reset_notices
 from transom.base.files import json_text
 from transom.base.interrupts import (
@@ -26,6 +25,7 @@ from transom.base.interrupts import (
     leave_background_calls,
     raise_stop,
 )
+from transom.base.version import __version__
 
 ENDING = tuple(
     number for number in STOP_SIGNALS if number != signal.SIGINT

@@ -24,9 +24,9 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 from tqdm import tqdm
 
-from transom import __version__
 from transom.base.errors import RequestError, nearest, notice, require
 from transom.base.runtime import machine
+from transom.base.version import __version__
 from transom.chat.files import DEFAULT
 from transom.chat.reasoning import Markers, find_markers, split
 from transom.chat.template import ChatTemplate

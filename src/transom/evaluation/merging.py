@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from transom import __version__
 from transom.base.errors import WorkError, notice, require
 from transom.base.files import json_text, write_text
 from transom.base.runtime import machine
+from transom.base.version import __version__
 from transom.checkpoints.convert import carry_companions, config_ids
 from transom.checkpoints.files.folders import Format, folder_format, read_args, sha256_of
 from transom.checkpoints.files.lazy_tensors import Stored

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom import __version__
 from transom.base.errors import RequestError, WorkError, notice, require
 from transom.base.runtime import machine
+from transom.base.version import __version__
 from transom.chat.fingerprint import template_hash
 from transom.checkpoints.files.folders import sha256_of
 from transom.data.text.shards import Corpus, TokenFile, prepare

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import yaml
 
-from transom import __version__
 from transom.base.errors import RequestError, notice, require
 from transom.base.fields import read, write
 from transom.base.files import read_json
 from transom.base.runtime import DTYPES, dtype_name, machine
+from transom.base.version import __version__
 from transom.planning.counts import parameters
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs

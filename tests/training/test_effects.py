@@ -60,12 +60,12 @@ def refused(words, base):
 
 @pytest.mark.parametrize("word", REFUSED)
 def test_words_of_fine_tuning_without_an_effect_are_refused(word):
-    assert refused([*REFUSED[word], word], FINETUNE).startswith(f"{word.partition('=')[0]} = ")
+    assert refused([*REFUSED[word], word], FINETUNE).startswith(f"{word.partition('=')[0]}: got ")
 
 
 @pytest.mark.parametrize("word", TRAIN_REFUSED)
 def test_words_of_training_without_an_effect_are_refused(word):
-    assert refused([*TRAIN_REFUSED[word], word], {}).startswith(f"{word.partition('=')[0]} = ")
+    assert refused([*TRAIN_REFUSED[word], word], {}).startswith(f"{word.partition('=')[0]}: got ")
 
 
 @pytest.mark.parametrize("case", BY_VALUE)

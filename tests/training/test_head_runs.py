@@ -93,5 +93,5 @@ def test_the_dry_run_takes_the_longest_rows_of_the_set(tmp_path):
     ],
 )
 def test_what_a_head_cannot_do_is_refused(tmp_path, kind, word):
-    with pytest.raises(RequestError, match=f"{word.partition('=')[0]} = .*: expected"):
+    with pytest.raises(RequestError, match=f"{word.partition('=')[0]}: got .*; expected"):
         config(tmp_path, kind, word)

@@ -237,7 +237,7 @@ def test_a_missing_rank(folder):
 
 
 PARAMS_REFUSED = [
-    ("meta", {"dim": ...}, "params.json: dim: got None; expected a whole params.json"),
+    ("meta", {"dim": ...}, "params.json: dim: got None"),
     ("meta", {"dim": "x"}, "params.json: dim"),
     ("meta", {"n_heads": 5}, "n_heads: got 5"),
     ("meta", {"vision_chunk_size": 448}, "images by cross-attention"),
@@ -248,7 +248,7 @@ PARAMS_REFUSED = [
     ),
     ("meta", {"lora_args": {"rank": 4}}, "lora_args"),
     ("meta", {"moe_args": {"top_k": 1}}, "not a params.json of Meta's ('num_experts')"),
-    ("mistral", {"n_heads": ...}, "params.json: n_heads: got None; expected a whole params.json"),
+    ("mistral", {"n_heads": ...}, "params.json: n_heads: got None"),
     ("mistral", {"sliding_window": [4, 8]}, "sliding_window: got [4, 8]; expected one size"),
     ("mistral", {"model_type": "mamba"}, "model_type: got 'mamba'"),
     ("mistral", {"quantization": {"qformat_weight": "fp8_e4m3"}}, "quantization: got 'fp8_e4m3'"),
@@ -259,7 +259,7 @@ PARAMS_REFUSED = [
     ),
     ("mistral", {"rope_theta": "large"}, "params.json: rope_theta: got 'large'; expected a number"),
     ("mistral", {"tied_embeddings": True}, "output.weight differs from the embeddings"),
-    ("mistral", {"yarn": {"factor": 2}}, "yarn: got {'factor': 2}: not supported"),
+    ("mistral", {"yarn": {"factor": 2}}, "yarn: got {'factor': 2}"),
     ("mistral", {"moe": {"num_experts": 4}}, "moe: got {'num_experts': 4}"),
     (
         "mistral",

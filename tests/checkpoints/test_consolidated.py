@@ -112,7 +112,7 @@ def test_what_params_do_not_say_is_said(twins, tmp_path, capsys):
         131072,
     )
     said = capsys.readouterr().err
-    assert "max_seq_len is taken as 4096" in said and "rope_scaling_factor as 8" in said
+    assert "max_seq_len = 4096" in said and "rope_scaling_factor = 8" in said
 
 
 @pytest.mark.parametrize("written", [False, True])

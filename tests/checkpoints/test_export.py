@@ -16,7 +16,7 @@ from tests.checkpoints.test_parity import image_call
 from tests.helpers import TINY_VISION, random_model, random_tokens, tiny_args
 from transom.base.errors import RequestError, WorkError
 from transom.checkpoints.convert import convert
-from transom.checkpoints.families.hf_export import args_to_hf
+from transom.checkpoints.families.hf import args_to_hf
 from transom.checkpoints.load import load, save
 from transom.models.llm import LLM, TransformerInput
 
@@ -124,76 +124,48 @@ VISION = {**TINY_VISION, "hidden_dim": 64, "image_token": 60}
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("changes", "said"),
     [
-        ({"norm": "layer"}, "norm: got 'layer'; format hf accepts 'rms' (as llama)"),
-        (
-            {"activation": "relu", "ffn_gated": False},
-            "ffn_gated: got False; format hf accepts true (as llama)",
-        ),
-        ({"use_qk_norm": True}, "use_qk_norm: got True; format hf accepts false"),
+        ({"norm": "layer"}, "norm = 'layer'"),
+        ({"activation": "relu", "ffn_gated": False}, "ffn_gated = False"),
+        ({"use_qk_norm": True}, "use_qk_norm = True"),
         (
             {"qk_norm": "head", "norm_placement": "both"},
-            "norm_placement: got 'both'; format hf accepts 'pre' (as qwen3)",
+            "qk_norm = 'head', norm_placement = 'both'",
         ),
-        ({"attn_sinks": True}, "attn_sinks: got True; format hf accepts false"),
-        ({"logit_scale": 0.5}, "logit_scale: got 0.5; format hf accepts null"),
-        ({"embedding_scale": 2.0}, "embedding_scale: got 2.0; format hf accepts null"),
-        ({"mup_base_dim": 16}, "mup_base_dim: got 16; format hf accepts null"),
-        ({"nope_layer_interval": 2}, "nope_layer_interval: got 2; format hf accepts null"),
-        ({"attention_chunk_size": 8}, "attention_chunk_size: got 8; format hf accepts null"),
-        ({"layer_pattern": "B"}, "layer_pattern: got 'B'; format hf accepts null"),
+        ({"attn_sinks": True}, "attn_sinks = True"),
+        ({"logit_scale": 0.5}, "logit_scale = 0.5"),
+        ({"embedding_scale": 2.0}, "embedding_scale = 2.0"),
+        ({"mup_base_dim": 16}, "mup_base_dim = 16"),
+        ({"nope_layer_interval": 2}, "nope_layer_interval = 2"),
+        ({"attention_chunk_size": 8}, "attention_chunk_size = 8"),
+        ({"layer_pattern": "B"}, "layer_pattern = 'B'"),
         (
             {"rope_local_theta": 5.0, "layer_pattern": "SF", "sliding_window": 4},
-            "rope_local_theta: got 5.0 and layer_pattern = 'SF'; format hf accepts null and null "
-            "(as mistral)",
+            "rope_local_theta = 5.0",
         ),
-        ({"context_dim": 16}, "context_dim: got 16; format hf accepts null"),
-        (
-            {"context_dim": 16, **LLAMA4, "vision_args": VISION},
-            "context_dim: got 16; format hf accepts null (as llama4)",
-        ),
-        ({"head": {"kind": "classification"}}, "head: got given; format hf accepts null"),
-        (
-            {"moe_args": {**MOE, "shared_expert": True}},
-            "moe_args.shared_expert: got True; format hf accepts false",
-        ),
-        (
-            {"moe_args": {**MOE, "balance": "bias"}},
-            "moe_args.balance: got 'bias'; format hf accepts 'mixtral'",
-        ),
-        (
-            {"moe_args": {**MOE, "routing": "sigmoid"}},
-            "moe_args.routing: got 'sigmoid'; format hf accepts 'softmax'",
-        ),
-        (
-            {**LLAMA4, "rope_layout": "halves"},
-            "rope_layout: got 'halves'; format hf accepts 'interleaved'",
-        ),
-        (
-            {"mla_args": {"kv_lora_rank": 8}, "n_kv_heads": None},
-            "moe_args: got None; format hf accepts mla_args with",
-        ),
-        ({"dim": 30, "head_dim": 8}, "dim: got 30; format hf accepts a multiple of n_heads = 4"),
-        ({"vision_args": VISION}, "moe_args: got None; format hf accepts one (as llama4)"),
+        ({"context_dim": 16}, "context_dim = 16"),
+        ({"context_dim": 16, **LLAMA4, "vision_args": VISION}, "context_dim = 16"),
+        ({"head": {"kind": "classification"}}, "has head"),
+        ({"moe_args": {**MOE, "shared_expert": True}}, "moe_args.shared_expert = True"),
+        ({"moe_args": {**MOE, "balance": "bias"}}, "moe_args.balance = 'bias'"),
+        ({"moe_args": {**MOE, "routing": "sigmoid"}}, "moe_args.routing = 'sigmoid'"),
+        ({**LLAMA4, "rope_layout": "halves"}, "rope_layout = 'halves'"),
+        ({"mla_args": {"kv_lora_rank": 8}, "n_kv_heads": None}, "mla_args.kv_lora_rank = 8"),
+        ({"dim": 30, "head_dim": 8}, "dim: got 30"),
+        ({"vision_args": VISION}, "vision_args.image_size = 8"),
         (
             {**LLAMA4, "vision_args": {**VISION, "image_token": None}},
-            "vision_args.image_token: got None; format hf accepts the id of a token",
+            "vision_args.image_token: got None",
         ),
-        (
-            {**LLAMA4, "vision_args": {**VISION, "hidden_dim": 24}},
-            "vision_args.hidden_dim: got 24; format hf accepts 64",
-        ),
-        (
-            {**LLAMA4, "vision_args": {**VISION, "adapter_dim": 8}},
-            "vision_args.adapter_dim: got 8; format hf accepts 20",
-        ),
+        ({**LLAMA4, "vision_args": {**VISION, "hidden_dim": 24}}, "vision_args.hidden_dim = 24"),
+        ({**LLAMA4, "vision_args": {**VISION, "adapter_dim": 8}}, "vision_args.adapter_dim = 8"),
     ],
 )
-def test_a_shape_without_a_family_is_refused_for_its_reason(changes, reason):
+def test_a_shape_without_a_family_is_refused(changes, said):
     with pytest.raises(RequestError) as caught:
         args_to_hf(tiny_args(**changes))
-    assert str(caught.value).startswith(reason) and str(caught.value).endswith("; save as native")
+    assert said in str(caught.value) and "native" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_a_written_model_computes_the_same(tmp_path, name, format):
 
 @pytest.mark.parametrize(("name", "format"), NOT_HELD)
 def test_a_shape_that_a_format_cannot_hold_is_refused(tmp_path, name, format):
-    with pytest.raises(RequestError, match=f"format {format} accepts the shapes of"):
+    with pytest.raises(RequestError, match=f"format: got '{format}'"):
         save(model_of(name), tmp_path / "out", format=format)
     assert list(tmp_path.iterdir()) == []
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from tests.checkpoints.families import _YARN as YARN
 from tests.checkpoints.families import FAMILIES, random_ids, tiny_hf
 from transom.base.errors import RequestError
-from transom.checkpoints.families.hf_config import args_from_hf
-from transom.checkpoints.families.hf_families import FAMILIES as KNOWN
+from transom.checkpoints.families.hf import args_from_hf
+from transom.checkpoints.families.registry import FAMILIES as KNOWN
 from transom.checkpoints.load import load
 from transom.models.llm import TransformerInput
 
@@ -108,7 +108,7 @@ REFUSED = [
     ("llama", {"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
     ("llama", {"rope_parameters": {"rope_type": "proportional"}}, "rope_type: got 'proportional'"),
     ("llama", {"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "rope_type: got 'mrope'"),
-    ("llama", {"rope_parameters": {"rope_type": "linear"}}, "needs a value"),
+    ("llama", {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor: got None"),
     (
         "llama",
         {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}},

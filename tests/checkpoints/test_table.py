@@ -3,7 +3,7 @@
 from tests.checkpoints.consolidated import PARAMS
 from tests.checkpoints.families import FAMILIES as COMPARED
 from tests.checkpoints.table import BEGIN, END, META, NAMES, README, family_of, written
-from transom.checkpoints.families.hf_families import FAMILIES
+from transom.checkpoints.families.registry import FAMILIES
 
 # A config around gemma3_text; test_text_of_a_multimodal_gemma3 compares it.
 WRAPPERS = {"gemma3"}

@@ -15,12 +15,12 @@ from tests.helpers import random_model, tiny_args
 from transom.base.errors import RequestError
 from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.convert import convert
-from transom.checkpoints.families.hf_config import BASE_HEAD
-from transom.checkpoints.families.hf_export import meaning
+from transom.checkpoints.families.same_model import same_model
 from transom.checkpoints.files.consolidated import read_pickled
 from transom.checkpoints.files.folders import read_args
 from transom.checkpoints.load import load, save
 from transom.cli.main import main
+from transom.config.layer_args import BASE_HEAD
 from transom.models.llm import TransformerInput
 from transom.tokenizers.training import byte_tokenizer
 
@@ -165,7 +165,7 @@ def test_a_base_model_is_written_as_one(family, tmp_path, capsys):
         == json.loads((tmp_path / "base" / "config.json").read_text())["architectures"][0]
     )
     torch.testing.assert_close(ours, theirs(ids).last_hidden_state.detach(), rtol=0, atol=5e-5)
-    assert meaning(read_args(tmp_path / "again")) == meaning(read_args(tmp_path / "base"))
+    assert same_model(read_args(tmp_path / "again"), read_args(tmp_path / "base"))
     assert "keys not read" not in capsys.readouterr().err
 
 

@@ -142,7 +142,7 @@ def test_rows_that_have_finished_outgrow_nothing(capsys):
     [
         (
             {"head_dim": 2, "rope_scaling": {"kind": "dynamic"}},
-            "valid only with 4 rotary features or more",
+            "rope_scaling.kind: got 'dynamic'",
         ),
         (
             {"rope_theta": 1.0, "rope_scaling": {"kind": "yarn"}},
@@ -154,7 +154,7 @@ def test_rows_that_have_finished_outgrow_nothing(capsys):
         ),
         (
             {"rope_scaling": {"kind": "linear", "attention_factor": 1.5}},
-            "valid only with kind yarn or longrope",
+            "expected none unless kind is yarn or longrope",
         ),
         (
             {
@@ -164,9 +164,9 @@ def test_rows_that_have_finished_outgrow_nothing(capsys):
                     "long_factor": [0.0] * 4,
                 }
             },
-            "expected numbers above 0",
+            "expected a number of more than 0",
         ),
-        ({"rope_scaling_factor": 4.0}, "valid only with use_scaled_rope: got true"),
+        ({"rope_scaling_factor": 4.0}, "unless use_scaled_rope is true"),
     ],
 )
 def test_scalings_without_a_value_are_refused(changes, words):

@@ -205,7 +205,7 @@ def test_pixels_of_another_shape_are_refused(shape):
 )
 def test_encoders_that_cannot_be_are_refused_by_field(field, value):
     named = "dim" if field == "n_heads" else field
-    with pytest.raises(RequestError, match=f"vision_args.{named}: got "):
+    with pytest.raises(RequestError, match=f"{named}: got "):
         vision_args(**{field: value})
 
 

@@ -18,7 +18,7 @@ from transom.checkpoints.files.lazy_tensors import Stored
 from transom.models.llm import LLM
 from transom.names import tables as names
 from transom.names import transforms
-from transom.names.tables import Move
+from transom.names.tables import KeyMapping
 from transom.tokenizers.tokenizer import Tokenizer
 
 
@@ -78,7 +78,7 @@ def swapped_widths() -> AbstractContextManager[None]:
         return ".".join((*front, other[leaf], kind)) if leaf in other else name
 
     def make(original: Call) -> Call:
-        def expand(*given: Any) -> list[Move]:
+        def expand(*given: Any) -> list[KeyMapping]:
             return [replace(move, ours=tuple(map(swapped, move.ours))) for move in original(*given)]
 
         return expand

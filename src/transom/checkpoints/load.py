@@ -13,6 +13,7 @@ from transom.base.errors import RequestError, notice
 from transom.base.files import refuse_pointer
 from transom.base.runtime import DTYPES, bound_kernel_caches, one_thread, pick_device
 from transom.checkpoints.adapters.read import load_adapter
+from transom.checkpoints.families.registry import WEIGHT_NAMES
 from transom.checkpoints.files.companions import stated_settings
 from transom.checkpoints.files.consolidated import open_consolidated
 from transom.checkpoints.files.folders import (
@@ -38,7 +39,6 @@ from transom.checkpoints.mapping import account, clean, to_ours
 from transom.checkpoints.save import save
 from transom.config.model_args import ModelArgs
 from transom.models.llm import LLM
-from transom.names.tables import moves_to_read
 from transom.names.transforms import Shape
 from transom.tokenizers.tokenizer import Tokenizer
 
@@ -233,7 +233,7 @@ def open_state(folder: Path, args: ModelArgs, shapes: Mapping[str, Shape]) -> di
         return {name: source[name] for name in shapes}
     table = read_json(folder / CONFIG)["model_type"] if kind == "hf" else f"params_{kind}"
     source = clean(table, source, args, str(folder))
-    return to_ours(moves_to_read(table, args, shapes), source, shapes, str(folder))
+    return to_ours(WEIGHT_NAMES[table].mappings_to_read(args, shapes), source, shapes, str(folder))
 
 
 def open_files(folder: Path, kind: Format, args: ModelArgs) -> dict[str, Stored]:

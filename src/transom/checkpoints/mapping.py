@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from transom.base.errors import RequestError, notice
+from transom.checkpoints.families.registry import WEIGHT_NAMES
 from transom.checkpoints.files.lazy_tensors import Batch, Source, Stored
 from transom.config.model_args import ModelArgs
-from transom.names.tables import UNREAD, Move, known_key
+from transom.names.tables import KeyMapping
 from transom.names.transforms import Shape, to_other, to_own
 
 # What torch says of a tensor that cannot be cut or stacked the way a row wants.
@@ -30,13 +31,10 @@ def clean(table: str, source: Source, args: ModelArgs, where: str) -> dict[str, 
     """
     out: dict[str, Stored] = {}
     skipped: dict[str, int] = {}
-    patterns = [
-        (p.replace("{n}", str(args.n_layers)), why)
-        for p, why in (*UNREAD[""], *UNREAD.get(table, ()))
-    ]
+    names = WEIGHT_NAMES[table]
     for key, stored in source.items():
-        name = known_key(table, key)
-        reason = next((why for pattern, why in patterns if re.fullmatch(pattern, name)), None)
+        name = names.known_key(key)
+        reason = names.unread_reason(name, args.n_layers)
         if reason is None:
             out[name] = stored
         else:
@@ -63,33 +61,33 @@ def _untied(source: dict[str, Stored], args: ModelArgs, where: str) -> dict[str,
 
 
 def to_ours(
-    moves: Iterable[Move], source: Source, shapes: Mapping[str, Shape], where: str
+    mappings: Iterable[KeyMapping], source: Source, shapes: Mapping[str, Shape], where: str
 ) -> dict[str, Stored]:
     """Our tensors, of the given shapes, from foreign ones; keys that do not add up are a
     `RequestError`.
 
-    Where several moves make the same parameter, the first whose keys are there counts; of a
+    Where several mappings make the same parameter, the first whose keys are there counts; of a
     parameter that none makes, those of the first are missing.
     """
     out: dict[str, Stored] = {}
     used: set[str] = set()
     wanted: dict[str, Sequence[str]] = {}  # our name -> the keys it should have come from
     misfits: list[str] = []
-    for move in moves:
-        absent = [key for key in move.foreign if key not in source]
-        if absent or any(name in out for name in move.ours):
-            for name in move.ours:
+    for mapping in mappings:
+        absent = [key for key in mapping.foreign if key not in source]
+        if absent or any(name in out for name in mapping.ours):
+            for name in mapping.ours:
                 wanted.setdefault(name, absent)
             continue
-        used.update(move.foreign)
-        parts = [source[key] for key in move.foreign]
-        made = _make(move, parts, [shapes[name] for name in move.ours])
+        used.update(mapping.foreign)
+        parts = [source[key] for key in mapping.foreign]
+        made = _make(mapping, parts, [shapes[name] for name in mapping.ours])
         if made is None:
             found = ", ".join(sorted({str(part.shape) for part in parts}))
-            needed = ", ".join(f"{name} {shapes[name]}" for name in move.ours)
-            misfits.append(f"{move.foreign[0]} has shape {found}, which does not make {needed}")
-            made = [Stored.of(torch.empty(shapes[name], device="meta")) for name in move.ours]
-        out.update(zip(move.ours, made, strict=True))
+            needed = ", ".join(f"{name} {shapes[name]}" for name in mapping.ours)
+            misfits.append(f"{mapping.foreign[0]} has shape {found}, which does not make {needed}")
+            made = [Stored.of(torch.empty(shapes[name], device="meta")) for name in mapping.ours]
+        out.update(zip(mapping.ours, made, strict=True))
     unfilled = [name for name in shapes if name not in out]
     missing = list(dict.fromkeys(key for name in unfilled for key in wanted.get(name, ())))
     homeless = [name for name in unfilled if name not in wanted]
@@ -97,39 +95,41 @@ def to_ours(
     return out
 
 
-def _make(move: Move, parts: Sequence[Stored], shapes: Sequence[Shape]) -> list[Stored] | None:
-    """What a move makes, tried on outlines; None when that has other shapes."""
+def _make(
+    mapping: KeyMapping, parts: Sequence[Stored], shapes: Sequence[Shape]
+) -> list[Stored] | None:
+    """What a mapping makes, tried on outlines; None when that has other shapes."""
     try:
-        outlines = to_own(move.transform, [part.outline for part in parts], shapes)
+        outlines = to_own(mapping.transform, [part.outline for part in parts], shapes)
     except _MISFITS:
         return None
     if [tuple(outline.shape) for outline in outlines] != [tuple(shape) for shape in shapes]:
         return None
 
     def maker(index: int) -> Callable[[], Tensor]:
-        return lambda: to_own(move.transform, [part.read() for part in parts], shapes)[index]
+        return lambda: to_own(mapping.transform, [part.read() for part in parts], shapes)[index]
 
     return [
         Stored(tuple(line.shape), line.dtype, maker(index)) for index, line in enumerate(outlines)
     ]
 
 
-def to_foreign(moves: Iterable[Move], ours: Source, where: str) -> list[Batch]:
+def to_foreign(mappings: Iterable[KeyMapping], ours: Source, where: str) -> list[Batch]:
     """What is to be written for ours, one batch per row; a parameter that no row writes is a
     `RequestError`.
     """
     out: list[Batch] = []
     written: set[str] = set()
-    for move in moves:
-        written.update(move.ours)
-        outlines = to_other(move.transform, [ours[name].outline for name in move.ours])
-        out.append(Batch(move.foreign, outlines, _writer(move, ours)))
+    for mapping in mappings:
+        written.update(mapping.ours)
+        outlines = to_other(mapping.transform, [ours[name].outline for name in mapping.ours])
+        out.append(Batch(mapping.foreign, outlines, _writer(mapping, ours)))
     account(where, [], [], sorted(set(ours) - written), [])
     return out
 
 
-def _writer(move: Move, ours: Source) -> Callable[[], list[Tensor]]:
-    return lambda: to_other(move.transform, [ours[name].read() for name in move.ours])
+def _writer(mapping: KeyMapping, ours: Source) -> Callable[[], list[Tensor]]:
+    return lambda: to_other(mapping.transform, [ours[name].read() for name in mapping.ours])
 
 
 def account(

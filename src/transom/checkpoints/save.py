@@ -13,10 +13,10 @@ from torch import Tensor
 from transom.base.errors import RequestError, notice
 from transom.base.files import write_text
 from transom.base.runtime import DTYPES
-from transom.checkpoints.families.hf_config import args_from_hf
-from transom.checkpoints.families.hf_export import args_to_hf
-from transom.checkpoints.families.meta_config import args_to_meta
-from transom.checkpoints.families.mistral_config import args_to_mistral
+from transom.checkpoints.families.hf import args_from_hf, args_to_hf
+from transom.checkpoints.families.meta_params import args_to_meta
+from transom.checkpoints.families.mistral_params import args_to_mistral
+from transom.checkpoints.families.registry import WEIGHT_NAMES
 from transom.checkpoints.files.companions import ids_of, settings_to_write, write_settings
 from transom.checkpoints.files.consolidated import write_pickled
 from transom.checkpoints.files.folders import CONFIG, MODEL_TYPE, PARAMS, SAFE, Format
@@ -27,7 +27,6 @@ from transom.checkpoints.mapping import to_foreign
 from transom.config.model_args import ModelArgs, RopeLayout
 from transom.lora.adapters import plain_weights
 from transom.models.llm import LLM
-from transom.names.tables import moves
 from transom.names.transforms import turn_rotary
 from transom.tokenizers.tokenizer import Tokenizer
 
@@ -127,7 +126,7 @@ def plan_layout(
         config = args_to_meta(plain) if format == "meta" else args_to_mistral(plain)
         table, rotary = f"params_{format}", "interleaved"
     state = {name: _turned(name, one, args, rotary) for name, one in ours.items()}
-    batches = to_foreign(moves(table, args, state), state, f"format {format}")
+    batches = to_foreign(WEIGHT_NAMES[table].mappings(args, state), state, f"format {format}")
     return FolderLayout(format, config, batches, max_bytes)
 
 

@@ -68,10 +68,10 @@ def run(options: argparse.Namespace) -> int:
         require(
             bool(text), f"text {number} of {len(texts)}", text, "expected one character or more"
         )
-    from transom.checkpoints.families.hf_config import BASE_HEAD
     from transom.checkpoints.files.folders import find_model
     from transom.checkpoints.files.pooling import stated_pooling, tell_other_modules
     from transom.checkpoints.load import load, open_tokenizer
+    from transom.config.layer_args import BASE_HEAD
     from transom.data.labelled import encode_texts, read_labels
     from transom.training.losses.heads import run_rows
 

@@ -1,7 +1,7 @@
-"""Model arguments: what a model is, as frozen plain data.
+"""Model arguments: a model described by frozen plain data. No torch.
 
-`ModelArgs` holds what a person writes; `ModelArgs.layers` expands it once into one `LayerArgs` per
-layer, which is all that the modules read. Nothing here imports torch.
+`ModelArgs` has the fields that a person writes. `ModelArgs.layers` expands them once into one
+`LayerArgs` per layer, which is what the modules read.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from transom.base.errors import RequestError, require
-from transom.base.fields import describe, read, write
+from transom.base.fields import check_bounds, describe, read, write
 from transom.config.layer_args import (
     Activation,
     HeadArgs,
@@ -30,365 +30,315 @@ from transom.config.layer_args import (
     VisionArgs,
 )
 
-# Upper case has rotary positions, the same letter in lower case has none (NoPE).
+# Upper case letters have rotary positions, the same letters in lower case have none (NoPE).
 PATTERN_LETTERS: dict[str, Literal["causal", "window", "chunk", "full"]] = {
     "F": "causal",
     "S": "window",
     "C": "chunk",
     "B": "full",
 }
+_LLAMA3_ROPE = ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArgs:
-    """A decoder-only Transformer as plain data; an impossible value is a `RequestError` naming the
-    field.
+    """A decoder-only Transformer as plain data.
+
+    Raises:
+        RequestError: a value is impossible; the message names the field, the value and what is
+        expected.
     """
 
-    dim: int = describe(512, "width of the residual stream")
-    n_layers: int = describe(8, "number of blocks")
-    n_heads: int = describe(8, "query heads")
-    n_kv_heads: int | None = describe(None, "key/value heads; n_heads when absent, 1 is MQA")
-    head_dim: int | None = describe(None, "features per head; dim / n_heads when absent")
-    hidden_dim: int | None = describe(None, "feed-forward width; by the Llama rule when absent")
-    multiple_of: int = describe(
-        256, "the derived feed-forward width is rounded up to a multiple of this"
+    dim: int = describe(512, "width of the residual stream", at_least=1)
+    n_layers: int = describe(8, "number of blocks", at_least=1)
+    n_heads: int = describe(8, "query heads", at_least=1)
+    n_kv_heads: int | None = describe(
+        None, "key/value heads; absent means n_heads (MHA), 1 is MQA", at_least=1
     )
-    ffn_dim_multiplier: float | None = describe(None, "scales the derived feed-forward width")
-    vocab_size: int = describe(32000, "tokens in the vocabulary; a run takes it from its tokenizer")
-    max_seq_len: int = describe(2048, "longest sequence the model is meant for", "tokens")
-    max_batch_size: int = describe(1, "rows of a cache when no batch size is given")
-    norm_eps: float = describe(1e-5, "added to the mean square inside every norm")
-    rope_theta: float = describe(10000.0, "base of the rotary wavelengths")
+    head_dim: int | None = describe(
+        None, "features per head; absent means dim / n_heads", at_least=1
+    )
+    hidden_dim: int | None = describe(
+        None, "feed-forward width; absent means 8/3 dim, scaled and rounded up (Llama)", at_least=1
+    )
+    multiple_of: int = describe(
+        256,
+        "without hidden_dim: the feed-forward width is rounded up to a multiple of this",
+        at_least=1,
+    )
+    ffn_dim_multiplier: float | None = describe(
+        None, "without hidden_dim: factor on the feed-forward width; absent means 1", above=0
+    )
+    vocab_size: int = describe(
+        32000, "tokens in the vocabulary; a run takes it from its tokenizer", at_least=1
+    )
+    max_seq_len: int = describe(
+        2048, "longest sequence that the model is meant for", "tokens", at_least=1
+    )
+    max_batch_size: int = describe(
+        1, "rows of a KV cache that is made without a batch size", at_least=1
+    )
+    norm_eps: float = describe(1e-5, "added to the mean square in every norm", above=0)
+    rope_theta: float = describe(10000.0, "base of the rotary wavelengths", above=0)
     rope_layout: RopeLayout = describe(
-        "interleaved", "how weights pair rotary features: Meta's or HF's way"
+        "interleaved",
+        "how weights pair rotary features: interleaved (Meta) or halves (Hugging Face)",
     )
     rope_local_theta: float | None = describe(
         None,
-        "base in window and chunk layers, which are then not scaled (Gemma 3); rope_theta when "
-        "absent",
+        "base in window and chunk layers, which are then not scaled (Gemma 3); absent "
+        "means rope_theta",
+        above=0,
     )
-    rotary_fraction: float = describe(1.0, "share of a head's features that rotate, from the first")
+    rotary_fraction: float = describe(
+        1.0, "share of a head's features that rotate, counted from the first", above=0, at_most=1
+    )
     rope_scaling: RopeScaling | None = describe(
-        None, "how rotary frequencies are stretched for long sequences"
+        None, "how rotary frequencies are stretched for long sequences; absent means not at all"
     )
-    use_scaled_rope: bool = describe(False, "Meta's shorthand for rope_scaling of kind llama3")
-    rope_scaling_factor: float = describe(8.0, "how much the longest wavelengths are stretched")
+    use_scaled_rope: bool = describe(
+        False, "shorthand of Meta's code for rope_scaling of kind llama3"
+    )
+    rope_scaling_factor: float = describe(
+        8.0, "use_scaled_rope: factor by which the longest wavelengths are stretched", above=0
+    )
     rope_low_freq_factor: float = describe(
-        1.0, "wavelengths above original / this are stretched fully"
+        1.0,
+        "use_scaled_rope: wavelengths above the original length / this are stretched by the factor",
+        above=0,
     )
-    rope_high_freq_factor: float = describe(4.0, "wavelengths below original / this are kept")
-    rope_original_max_seq_len: int = describe(8192, "context before scaling", "tokens")
+    rope_high_freq_factor: float = describe(
+        4.0, "use_scaled_rope: wavelengths below the original length / this are kept", above=0
+    )
+    rope_original_max_seq_len: int = describe(
+        8192, "use_scaled_rope: context length before scaling", "tokens", at_least=1
+    )
     sliding_window: int | None = describe(
-        None, "keys a window layer sees, itself included", "tokens"
+        None,
+        "keys that a query of a window layer attends to, its own included",
+        "tokens",
+        at_least=1,
     )
     attention_chunk_size: int | None = describe(
-        None, "length of the chunks that chunk layers stay in", "tokens"
+        None, "length of the chunks that attention of chunk layers stays in", "tokens", at_least=1
     )
     nope_layer_interval: int | None = describe(
-        None, "every n-th layer has no positions and sees all before it"
+        None, "every n-th layer has no positions (NoPE) and attends to all earlier keys", at_least=1
     )
     layer_pattern: str | tuple[str, ...] | None = describe(
         None,
-        "letters tiled over the layers: F causal, S window, C chunk, B both ways; small letters "
-        "are NoPE",
+        "text of letters that is tiled over the layers, or a list of one letter per "
+        "layer: F causal, S window, "
+        "C chunk, B both directions; lower case letters have no positions (NoPE)",
     )
     use_qk_norm: bool = describe(
         False, "normalise queries and keys after rotation, without weights (Llama 4)"
     )
     qk_norm: Literal["none", "head", "projection"] = describe(
         "none",
-        "learned norm of queries and keys before rotation: of each head (Qwen 3) or of all at "
-        "once (OLMo 2)",
+        "learned norm of queries and keys before rotation, over each head (Qwen 3) or "
+        "all heads (OLMo 2)",
     )
     qkv_bias: bool = describe(False, "wq, wk and wv have biases")
     out_bias: bool = describe(False, "wo has a bias")
     softmax_scale: float | None = describe(
-        None, "factor on query-key products; head_dim ** -0.5 when absent"
+        None, "factor on query-key products; absent means head_dim ** -0.5", above=0
     )
     attn_softcap: float | None = describe(
-        None, "scores go through cap * tanh(score / cap) (Gemma 2)"
+        None, "cap of scores: cap * tanh(score / cap) (Gemma 2); absent means none", above=0
     )
     attn_sinks: bool = describe(
-        False, "one learned logit per head that takes attention and gives none (gpt-oss)"
+        False, "one learned logit per head takes part in the softmax and has no value (gpt-oss)"
     )
     mla_args: MlaArgs | None = describe(
-        None, "multi-head latent attention; absent is ordinary attention"
+        None, "multi-head latent attention; absent means ordinary attention"
     )
     context_dim: int | None = describe(
-        None, "every block also attends to a context of this width; absent is none"
+        None,
+        "width of a context that every block attends to; absent means no cross-attention",
+        at_least=1,
     )
     attn_temperature_tuning: bool = describe(
-        False, "scale queries of NoPE layers by their position"
+        False, "scale queries of NoPE layers by their position (Llama 4)"
     )
-    floor_scale: float = describe(8192.0, "positions per step of the temperature", "tokens")
-    attn_scale: float = describe(0.1, "strength of the temperature")
+    floor_scale: float = describe(
+        8192.0, "attn_temperature_tuning: length of one step", "tokens", above=0
+    )
+    attn_scale: float = describe(
+        0.1, "attn_temperature_tuning: factor on the logarithm of the step"
+    )
     norm: NormKind = describe(
-        "rms", "rms, rms_wide, rms_plus_one (how the weight is applied) or layer"
+        "rms", "kind of norm: rms, rms_wide or rms_plus_one (how the weight is applied), or layer"
     )
     norm_placement: NormPlacement = describe(
-        "pre", "norms before, behind (post) or on both sides of a sublayer"
+        "pre", "norms before a sublayer (pre), after it (post) or both"
     )
-    activation: Activation = describe("silu", "of the feed-forward: silu, gelu, gelu_tanh or relu")
+    activation: Activation = describe("silu", "activation of the feed-forward")
     ffn_gated: bool = describe(
-        True, "feed-forward multiplies a gate (SwiGLU); else activation of one product"
+        True, "the feed-forward has a gate (SwiGLU); false means one product and activation"
     )
-    ffn_bias: bool = describe(False, "the feed-forward's linears have biases")
+    ffn_bias: bool = describe(False, "the linear layers of the feed-forward have biases")
     embedding_scale: float | None = describe(
-        None, "factor on token embeddings, rounded to their dtype (Gemma)"
+        None, "factor on token embeddings, rounded to their dtype (Gemma); absent means 1", above=0
     )
-    logit_scale: float | None = describe(None, "factor on the logits")
+    logit_scale: float | None = describe(None, "factor on the logits; absent means 1", above=0)
     logit_softcap: float | None = describe(
-        None, "logits go through cap * tanh(logit / cap) (Gemma 2)"
+        None, "cap of logits: cap * tanh(logit / cap) (Gemma 2); absent means none", above=0
     )
     mup_base_dim: int | None = describe(
         None,
-        "muP: width at which learning rates were chosen (widen by heads, not head_dim); absent "
-        "is off",
+        "muP: dim at which the learning rate was chosen (widen by heads, not by "
+        "head_dim); absent means off",
+        at_least=1,
     )
-    tie_embeddings: bool = describe(False, "output shares the weights of the token embeddings")
-    moe_args: MoeArgs | None = describe(None, "mixture of experts; absent is dense")
-    vision_args: VisionArgs | None = describe(None, "image encoder; absent is text only")
+    tie_embeddings: bool = describe(False, "the output matrix is that of the token embeddings")
+    moe_args: MoeArgs | None = describe(None, "mixture of experts; absent means dense layers")
+    vision_args: VisionArgs | None = describe(None, "image encoder; absent means text only")
     head: HeadArgs | None = describe(
-        None, "what comes out instead of next-token logits; absent is a language model"
+        None, "output in place of next-token logits; absent means a language model"
     )
 
     def __post_init__(self) -> None:
-        for name in (
-            "dim",
-            "n_layers",
-            "n_heads",
-            "vocab_size",
-            "max_seq_len",
-            "max_batch_size",
-            "multiple_of",
-        ):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "expected 1 or more")
-        for name in (
-            "n_kv_heads",
-            "head_dim",
-            "hidden_dim",
-            "sliding_window",
-            "attention_chunk_size",
-            "context_dim",
-            "mup_base_dim",
-        ):
-            value = getattr(self, name)
-            require(value is None or value >= 1, name, value, "expected 1 or more, or null")
-        for name in (
-            "norm_eps",
-            "rope_theta",
-            "floor_scale",
-            "rope_scaling_factor",
-            "rope_low_freq_factor",
-        ):
-            require(getattr(self, name) > 0, name, getattr(self, name), "expected more than 0")
-        for name in (
-            "ffn_dim_multiplier",
-            "rope_local_theta",
-            "softmax_scale",
-            "attn_softcap",
-            "embedding_scale",
-            "logit_scale",
-            "logit_softcap",
-        ):
-            value = getattr(self, name)
-            require(value is None or value > 0, name, value, "expected more than 0, or null")
+        check_bounds(self)
         self._check_heads()
         self._check_rope()
         self._check_pattern()
         self._check_parts()
 
-    def _check_heads(self) -> None:
-        if self.head_dim is None and self.mla_args is None:
-            fits = self.dim % self.n_heads == 0
-            expected = f"expected a divisor of dim = {self.dim}, or an explicit head_dim"
-            require(fits, "n_heads", self.n_heads, expected)
-        fits = self.n_heads % self.kv_heads == 0
+    def _check(self, fits: bool, name: str, expected: str) -> None:
+        value = getattr(self, name)
         require(
-            fits, "n_kv_heads", self.kv_heads, f"expected a divisor of n_heads = {self.n_heads}"
+            fits, name, list(value) if isinstance(value, tuple) else value, f"expected {expected}"
         )
+
+    def _check_heads(self) -> None:
+        check = self._check
+        if self.mla_args is None and self.head_dim is None:
+            fits = self.dim % self.n_heads == 0
+            check(fits, "n_heads", f"a divisor of dim = {self.dim}, or an explicit head_dim")
+        fits = self.n_heads % self.kv_heads == 0
+        check(fits, "n_kv_heads", f"a divisor of n_heads = {self.n_heads}")
         if self.mla_args is None:
             expected = "expected an even number, since rotary features turn in pairs"
             require(self.head_size % 2 == 0, "head_dim", self.head_size, expected)
             return
-        for name, plain in (
-            ("n_kv_heads", None),
-            ("head_dim", None),
-            ("qk_norm", "none"),
-            ("attn_sinks", False),
-        ):
-            value = getattr(self, name)
-            fits = value == plain or (name == "n_kv_heads" and value == self.n_heads)
-            expected = (
-                f"with mla_args expected {plain!r}: all heads share one latent, which has its "
-                f"own norms"
-            )
-            require(fits, name, value, expected)
-        expected = "with mla_args expected false: only a part of each head rotates"
-        require(not self.use_qk_norm, "use_qk_norm", self.use_qk_norm, expected)
-        expected = "with mla_args expected 1: qk_rope_head_dim says what rotates"
-        require(self.rotary_fraction == 1.0, "rotary_fraction", self.rotary_fraction, expected)
+        check(
+            self.kv_heads == self.n_heads,
+            "n_kv_heads",
+            "null with mla_args: all heads share one latent",
+        )
+        for name in ("head_dim", "qk_norm", "attn_sinks", "use_qk_norm", "rotary_fraction"):
+            plain = _DEFAULTS[name]
+            words = json.dumps(plain) if plain is None or isinstance(plain, bool) else repr(plain)
+            check(getattr(self, name) == plain, name, f"{words} with mla_args")
 
     def _check_rope(self) -> None:
-        high = self.rope_high_freq_factor
-        require(
-            high >= self.rope_low_freq_factor,
-            "rope_high_freq_factor",
-            high,
-            "expected low or more",
-        )
-        original = self.rope_original_max_seq_len
-        require(original >= 1, "rope_original_max_seq_len", original, "expected 1 or more")
-        share, scaling = self.rotary_fraction, self.rope_scaling
-        fits = 0 < share <= 1 and self.rotary_dim >= 2 and self.rotary_dim % 2 == 0
-        require(
-            fits,
-            "rotary_fraction",
-            share,
-            f"accepted leaves an even part of head_dim = {self.head_size}",
-        )
-        if not self.use_scaled_rope:
-            for name in ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor"):
-                value, plain = getattr(self, name), type(self).__dataclass_fields__[name].default
-                require(value == plain, name, value, "valid only with use_scaled_rope = true")
+        check, scaling = self._check, self.rope_scaling
+        fits = self.rope_high_freq_factor >= self.rope_low_freq_factor
+        check(fits, "rope_high_freq_factor", "rope_low_freq_factor or more")
+        fits = self.rotary_dim >= 2 and self.rotary_dim % 2 == 0
+        check(fits, "rotary_fraction", f"an even number of the {self.head_size} features of a head")
+        for name in () if self.use_scaled_rope else _LLAMA3_ROPE:
+            plain = _DEFAULTS[name]
+            check(getattr(self, name) == plain, name, f"{plain} unless use_scaled_rope is true")
         both = scaling is not None and self.use_scaled_rope
-        require(
-            not both,
-            "use_scaled_rope",
-            self.use_scaled_rope,
-            "rope_scaling says the same; give one of them",
-        )
+        check(not both, "use_scaled_rope", "false with rope_scaling, which states the same")
         if scaling is not None:
             scaling.check(self.rotary_dim, self.rope_theta)
 
+    def _check_pattern(self) -> None:
+        check, pattern = self._check, self.layer_pattern
+        if pattern is None:
+            both = self.sliding_window is not None and self.attention_chunk_size is not None
+            check(
+                not both,
+                "attention_chunk_size",
+                "null with sliding_window, or a layer_pattern for both",
+            )
+            return
+        fits = self.nope_layer_interval is None
+        check(
+            fits, "nope_layer_interval", "null with layer_pattern, whose lower case letters say it"
+        )
+        known = all(letter.upper() in PATTERN_LETTERS for letter in pattern)
+        letters = ", ".join(PATTERN_LETTERS)
+        check(
+            len(pattern) > 0 and known,
+            "layer_pattern",
+            f"letters of {letters}, in lower case for NoPE",
+        )
+        if isinstance(pattern, str):
+            check(
+                len(pattern) <= self.n_layers,
+                "layer_pattern",
+                f"at most n_layers = {self.n_layers} letters",
+            )
+        else:
+            check(
+                len(pattern) == self.n_layers,
+                "layer_pattern",
+                f"one letter per layer ({self.n_layers})",
+            )
+        used = {letter.upper() for letter in self.pattern}
+        for letter, name in (("S", "sliding_window"), ("C", "attention_chunk_size")):
+            given = getattr(self, name) is not None
+            check(
+                given or letter not in used,
+                name,
+                f"a number, since layer_pattern has {letter} layers",
+            )
+            check(
+                not given or letter in used,
+                name,
+                f"null, since layer_pattern has no {letter} layer",
+            )
+
     def _check_parts(self) -> None:
+        check, letters, moe = self._check, self.pattern, self.moe_args
         if self.vision_args is not None and self.vision_args.image_token is not None:
-            fits = 0 <= self.vision_args.image_token < self.vocab_size
+            token = self.vision_args.image_token
             expected = f"expected a token below vocab_size = {self.vocab_size}"
-            require(fits, "vision_args.image_token", self.vision_args.image_token, expected)
-        tuned, letters = self.attn_temperature_tuning, self.pattern
-        fits = not tuned or not letters.isupper()
-        require(
-            fits, "attn_temperature_tuning", tuned, "valid only with NoPE layers, and there is none"
-        )
-        both = self.use_qk_norm and self.qk_norm != "none"
-        require(not both, "qk_norm", self.qk_norm, "use_qk_norm already normalises, after rotation")
-        local = self.rope_local_theta
-        fits = local is None or bool({"S", "C"} & set(letters))
-        require(
-            fits,
-            "rope_local_theta",
-            local,
-            "valid only with window or chunk layers, and there is none",
-        )
-        moe, head = self.moe_args, self.head
-        if head is not None:
+            require(token < self.vocab_size, "vision_args.image_token", token, expected)
+        fits = not self.attn_temperature_tuning or not letters.isupper()
+        check(fits, "attn_temperature_tuning", "false without NoPE layers")
+        check(self.qk_norm == "none" or not self.use_qk_norm, "qk_norm", "'none' with use_qk_norm")
+        fits = self.rope_local_theta is None or bool({"S", "C"} & set(letters))
+        check(fits, "rope_local_theta", "null without window and chunk layers")
+        if self.head is not None:
             for name in ("logit_scale", "logit_softcap"):
-                value = getattr(self, name)
-                require(
-                    value is None,
-                    name,
-                    value,
-                    "expected null with a head, which has no such logits",
+                check(
+                    getattr(self, name) is None, name, "null with a head, which has no such logits"
                 )
+            check(
+                not self.tie_embeddings,
+                "tie_embeddings",
+                "false with a head, which has no vocabulary",
+            )
         if moe is not None:
             fits = any(self._moe(index) is not None for index in range(self.n_layers))
-            require(fits, "moe_args", "no layer", "accepted leaves a layer that is a mixture")
+            require(fits, "moe_args", "no layer with experts", "expected one or more")
             fits = all(0 <= index < self.n_layers for index in moe.dense_layers)
             expected = f"expected indices below n_layers = {self.n_layers}"
             require(fits, "moe_args.dense_layers", list(moe.dense_layers), expected)
             fits = self.ffn_gated or moe.expert_activation == "model"
-            require(
-                fits,
-                "moe_args.expert_activation",
-                moe.expert_activation,
-                "clamped is valid only with ffn_gated",
-            )
-        fits = head is None or not self.tie_embeddings
-        require(
-            fits,
-            "tie_embeddings",
-            self.tie_embeddings,
-            "expected false with a head: it has no vocabulary",
-        )
-
-    def _check_pattern(self) -> None:
-        interval = self.nope_layer_interval
-        require(
-            interval is None or interval >= 1,
-            "nope_layer_interval",
-            interval,
-            "expected 1 or more, or null",
-        )
-        pattern = self.layer_pattern
-        if pattern is None:
-            both = self.sliding_window is not None and self.attention_chunk_size is not None
-            expected = (
-                "valid only together with sliding_window only when layer_pattern says which layer "
-                "has which"
-            )
-            require(not both, "attention_chunk_size", self.attention_chunk_size, expected)
-            return
-        require(
-            interval is None,
-            "nope_layer_interval",
-            interval,
-            "layer_pattern says it with small letters",
-        )
-        require(
-            len(pattern) > 0,
-            "layer_pattern",
-            pattern,
-            "expected one letter per layer or a tiling",
-        )
-        for letter in pattern:
-            if letter.upper() not in PATTERN_LETTERS:
-                known = ", ".join(PATTERN_LETTERS)
-                raise RequestError(
-                    f"layer_pattern has {letter!r}: expected {known} or a small one for NoPE"
-                )
-        if isinstance(pattern, str):
-            fits, expected = (
-                len(pattern) <= self.n_layers,
-                f"a tiling has at most n_layers = {self.n_layers} letters",
-            )
-        else:
-            fits, expected = (
-                len(pattern) == self.n_layers,
-                f"a list has one letter per layer ({self.n_layers})",
-            )
-        require(
-            fits, "layer_pattern", pattern if isinstance(pattern, str) else list(pattern), expected
-        )
-        used = {letter.upper() for letter in self.pattern}
-        for letter, field in (("S", "sliding_window"), ("C", "attention_chunk_size")):
-            size = getattr(self, field)
-            require(
-                letter not in used or size is not None,
-                field,
-                size,
-                f"layer_pattern has {letter} layers",
-            )
-            require(
-                letter in used or size is None, field, size, f"layer_pattern has no {letter} layer"
-            )
+            expected = "expected 'model' unless ffn_gated is true"
+            require(fits, "moe_args.expert_activation", moe.expert_activation, expected)
 
     @property
     def kv_heads(self) -> int:
-        """Key/value heads, resolved."""
+        """Key/value heads, with the default worked out."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
     def head_size(self) -> int:
-        """Features per query head, resolved."""
+        """Features per query head, with the default worked out."""
         if self.mla_args is not None:
             return self.mla_args.qk_nope_head_dim + self.mla_args.qk_rope_head_dim
         return self.dim // self.n_heads if self.head_dim is None else self.head_dim
 
     @property
     def logit_factor(self) -> float:
-        """What raw logits are multiplied by: `logit_scale`, and muP's base width over width."""
+        """Factor on the raw logits: `logit_scale`, times muP's base width / width."""
         width = 1.0 if self.mup_base_dim is None else self.mup_base_dim / self.dim
         return width * (1.0 if self.logit_scale is None else self.logit_scale)
 
@@ -413,8 +363,8 @@ class ModelArgs:
 
     @property
     def dense_hidden_dim(self) -> int:
-        """Feed-forward width of dense layers (meta llama3/model.py): 8/3 dim, scaled, rounded
-        up.
+        """Feed-forward width of dense layers; without `hidden_dim` by the rule of Meta's
+        llama3/model.py.
         """
         if self.hidden_dim is not None:
             return self.hidden_dim
@@ -439,44 +389,30 @@ class ModelArgs:
         tuned = nope and self.attn_temperature_tuning
         return LayerArgs(
             index=index,
-            dim=self.dim,
-            n_heads=self.n_heads,
             n_kv_heads=self.kv_heads,
             head_dim=self.head_size,
             hidden_dim=self.dense_hidden_dim,
-            norm_eps=self.norm_eps,
             rule=LayerRule(kind, size),
             rope=None if nope else self._ropes[size > 0],
             use_qk_norm=self.use_qk_norm and not nope,
             temperature=TemperatureArgs(self.attn_scale, self.floor_scale) if tuned else None,
             moe=self._moe(index),
-            norm=self.norm,
-            norm_placement=self.norm_placement,
-            qk_norm=self.qk_norm,
-            qkv_bias=self.qkv_bias,
-            out_bias=self.out_bias,
-            softmax_scale=self.softmax_scale,
-            attn_softcap=self.attn_softcap,
-            attn_sinks=self.attn_sinks,
             mla=self.mla_args,
-            context_dim=self.context_dim,
-            activation=self.activation,
-            ffn_gated=self.ffn_gated,
-            ffn_bias=self.ffn_bias,
+            **{name: getattr(self, name) for name in _SAME_IN_LAYERS},
         )
 
     @functools.cached_property
     def _ropes(self) -> tuple[RopeArgs, RopeArgs]:
-        """Of layers that see everything, and of local ones; shared, since torch.compile guards by
-        identity.
+        """Positions of layers that see all earlier keys, and of local ones; shared, as
+        torch.compile guards by identity.
         """
-        whole = RopeArgs(self.rotary_dim, self.rope_theta, self.rope_layout, self.scaling)
+        full = RopeArgs(self.rotary_dim, self.rope_theta, self.rope_layout, self.scaling)
         local = self.rope_local_theta
-        return whole, whole if local is None else RopeArgs(self.rotary_dim, local, self.rope_layout)
+        return full, full if local is None else RopeArgs(self.rotary_dim, local, self.rope_layout)
 
     @property
     def scaling(self) -> RopeScaling | None:
-        """The scaling of rotary frequencies, Meta's shorthand resolved."""
+        """The scaling of rotary frequencies, with the shorthand of Meta's code worked out."""
         if not self.use_scaled_rope:
             return self.rope_scaling
         return RopeScaling(
@@ -495,8 +431,8 @@ class ModelArgs:
             return None
         if moe.hidden_dim is not None:
             return moe
-        # meta llama4: int(ffn_exp * dim), two thirds, multiplier, then divided by capacity_factor +
-        # 1
+        # Meta's llama4: int(ffn_exp * dim), two thirds, multiplier, then divided by capacity_factor
+        # + 1.
         divisor = moe.capacity_factor + 1 if moe.auto_scale_F else None
         return replace(
             moe, hidden_dim=self._derive_hidden(int(2 * int(moe.ffn_exp * self.dim) / 3), divisor)
@@ -504,25 +440,48 @@ class ModelArgs:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelArgs:
-        """Strict: an unknown key or a wrong type is a `RequestError` that suggests the nearest
-        key.
+        """Return the arguments that a mapping of fields describes.
+
+        Raises:
+            RequestError: a key is unknown (the message suggests the nearest), or a value has the
+            wrong type.
         """
         return read(cls, data)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field as given, shorthands unexpanded; `from_dict` takes it back."""
+        """Return every field as it was given, shorthands unexpanded, as plain data that
+        `from_dict` reads.
+        """
         data = write(self)
         assert isinstance(data, dict)
         return data
 
     @classmethod
     def from_json(cls, text: str) -> ModelArgs:
-        """Read what `to_json` wrote."""
+        """Return the arguments that `to_json` wrote. Raise `RequestError` for other text."""
         try:
             return cls.from_dict(json.loads(text))
         except json.JSONDecodeError as error:
             raise RequestError(f"model arguments: not JSON ({error})") from None
 
     def to_json(self) -> str:
-        """`to_dict` as indented JSON."""
+        """Return `to_dict` as indented JSON."""
         return json.dumps(self.to_dict(), indent=2)
+
+
+_DEFAULTS = {field.name: field.default for field in fields(ModelArgs)}
+# Fields of every layer that are the model's own: same name, same value.
+_SAME_IN_LAYERS = (
+    *(
+        "dim",
+        "n_heads",
+        "norm_eps",
+        "norm",
+        "norm_placement",
+        "qk_norm",
+        "qkv_bias",
+        "out_bias",
+        "softmax_scale",
+    ),
+    *("attn_softcap", "attn_sinks", "context_dim", "activation", "ffn_gated", "ffn_bias"),
+)

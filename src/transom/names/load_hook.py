@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from transom.base.errors import RequestError
 from transom.config.model_args import ModelArgs
-from transom.names.tables import IGNORED_ENDINGS, OLD_NAMES, expand
+from transom.names.tables import IGNORED_ENDINGS, REFERENCE_NAMES, expand
 from transom.names.transforms import Shape, to_own
 
 
@@ -23,7 +23,7 @@ def accept_old_names(
     """
     for key in [key for key in state if key.endswith(IGNORED_ENDINGS)]:
         del state[key]
-    for move in expand(OLD_NAMES, args, shapes):
+    for move in expand(REFERENCE_NAMES, args, shapes):
         old = [prefix + name for name in move.foreign]
         if not all(name in state for name in old):
             continue  # whatever is missing, `load_state_dict` says so

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from transom.base.errors import notice
+from transom.checkpoints.families.registry import WEIGHT_NAMES
 from transom.checkpoints.files.folders import CONFIG, Format, folder_format, read_json
 from transom.checkpoints.files.lazy_tensors import Source
 from transom.checkpoints.load import open_files, outline, shapes_of
 from transom.checkpoints.mapping import clean
 from transom.config.model_args import ModelArgs, RopeLayout
-from transom.names.tables import moves_to_read
 from transom.verify.check import Finding, difference
 
 
@@ -64,7 +64,9 @@ def accounted(case: Case) -> Iterator[Finding]:
         used.update(case.raw.keys() & parameters.keys())
         made.update(used)
     else:
-        for move in moves_to_read(table(case.folder, case.kind), case.args, parameters):
+        for move in WEIGHT_NAMES[table(case.folder, case.kind)].mappings_to_read(
+            case.args, parameters
+        ):
             if all(key in case.raw for key in move.foreign) and not any(
                 made[name] for name in move.ours
             ):

@@ -16,19 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from transom.base.errors import RequestError
+from transom.checkpoints.families.registry import FAMILIES
+from transom.checkpoints.families.weights import (
+    EXPERTS_IN_MEMORY,
+    OUR_NAMES,
+    ROUTER_IN_MEMORY,
+    WeightNames,
+)
 from transom.config.model_args import ModelArgs
 from transom.lora.adapters import LEAVES, Leaf, LoraWeights
 from transom.lora.args import Scaling
 from transom.models.llm import LLM
-from transom.names.tables import (
-    HELD_IN_MEMORY,
-    IN_MEMORY,
-    OLD_NAMES,
-    ROUTER_IN_MEMORY,
-    TABLES,
-    Move,
-    expand,
-)
+from transom.names.tables import REFERENCE_NAMES, KeyMapping, expand
 from transom.names.transforms import to_other, to_own, turn_rotary
 from transom.quantize.leaves import dense_names
 
@@ -61,12 +60,13 @@ class Table:
     """
 
     family: str
-    moves: tuple[Move, ...]  # of leaves, for adapters
-    whole: tuple[Move, ...]  # of all parameters, for those that are saved whole
+    moves: tuple[KeyMapping, ...]  # of leaves, for adapters
+    whole: tuple[KeyMapping, ...]  # of all parameters, for those that are saved whole
     layout: Layout
+    names: WeightNames
 
     @functools.cached_property
-    def sites(self) -> dict[str, Move]:
+    def sites(self) -> dict[str, KeyMapping]:
         """Foreign module (or parameter, where it is none's weight) -> the move it is part of."""
         return {site(key): move for move in self.moves for key in move.foreign}
 
@@ -76,7 +76,7 @@ def site(key: str) -> str:
     return key.removesuffix(".weight")
 
 
-def is_parameter(move: Move) -> bool:
+def is_parameter(move: KeyMapping) -> bool:
     """Whether the foreign side is a parameter of a module that holds several, as experts are."""
     return not move.foreign[0].endswith(".weight")
 
@@ -85,24 +85,27 @@ def table_of(family: str, model: LLM) -> Table:
     """The names that `family` has for this model."""
     args = model.args
     parameters = _own_names(model)
+    held: list[KeyMapping] = []
+    names = OUR_NAMES
     if family in (MISTRAL, OWN):
-        same = [Move((name,), (name,), "copy") for name in parameters]
-        whole = (*same, *(expand(OLD_NAMES, args, parameters) if family == MISTRAL else ()))
+        same = [KeyMapping((name,), (name,), "copy") for name in parameters]
+        whole = (*same, *(expand(REFERENCE_NAMES, args, parameters) if family == MISTRAL else ()))
         layout: Layout = "interleaved" if family == MISTRAL else args.rope_layout
     else:
-        router = (ROUTER_IN_MEMORY,) if family in HELD_IN_MEMORY else ()
-        whole = tuple(expand((*router, *TABLES[family]), args, parameters))
+        names = FAMILIES[family].names
+        router = (ROUTER_IN_MEMORY,) if names.fused_experts else ()
+        held = expand(EXPERTS_IN_MEMORY, args, parameters) if names.fused_experts else []
+        whole = tuple(expand((*router, *names.patterns), args, parameters))
         layout = args.rope_layout if family in OWN_LAYOUT else "halves"
-    held = expand(IN_MEMORY, args, parameters) if family in HELD_IN_MEMORY else []
     moves = tuple(move for move in (*held, *whole) if _of_leaves(move, model))
-    return Table(family, moves, whole, layout)
+    return Table(family, moves, whole, layout, names)
 
 
 def _own_names(model: LLM) -> list[str]:
     return [name for name in dense_names(model) if ".lora." not in name]
 
 
-def _of_leaves(move: Move, model: LLM) -> bool:
+def _of_leaves(move: KeyMapping, model: LLM) -> bool:
     owners = [name.rpartition(".") for name in move.ours]
     return all(
         last == "weight" and isinstance(model.get_submodule(path), LEAVES)
@@ -111,16 +114,12 @@ def _of_leaves(move: Move, model: LLM) -> bool:
 
 
 def candidates(model: LLM) -> list[Table]:
-    """The tables that name every parameter of the text model, as `names.TABLES` has them; our own
+    """The tables that name every parameter of the text model, one for each of `FAMILIES`; our own
     names last.
     """
     text = {name for name in _own_names(model) if not name.startswith("vision.")}
     out = []
-    for family, rows in TABLES.items():
-        if not any(
-            "model.layers." in row.foreign for row in rows
-        ):  # PEFT names what transformers names
-            continue
+    for family in FAMILIES:
         table = table_of(family, model)
         if text <= {name for move in table.whole for name in move.ours}:
             out.append(table)
@@ -128,7 +127,12 @@ def candidates(model: LLM) -> list[Table]:
 
 
 def to_leaves(
-    table: Table, move: Move, found: Mapping[str, Tensors], model: LLM, dropout: float, where: str
+    table: Table,
+    move: KeyMapping,
+    found: Mapping[str, Tensors],
+    model: LLM,
+    dropout: float,
+    where: str,
 ) -> dict[str, LoraWeights]:
     """Our adapters, by leaf, from the foreign ones of a move."""
     given = [found[site(key)] for key in move.foreign if site(key) in found]
@@ -208,7 +212,7 @@ def _swaps(leaf: Leaf) -> bool:
     return isinstance(leaf, nn.Embedding)
 
 
-def _misfit(where: str, move: Move, first: Tensors, owners: Iterable[Leaf]) -> RequestError:
+def _misfit(where: str, move: KeyMapping, first: Tensors, owners: Iterable[Leaf]) -> RequestError:
     wanted = ", ".join(str(tuple(owner.weight.shape)) for owner in owners)
     return RequestError(
         f"{where}: the adapter of {site(move.foreign[0])} has A {tuple(first.A.shape)} and B "
@@ -248,7 +252,7 @@ def turned(path: str, tensor: Tensor, args: ModelArgs, source: Layout, target: L
 
 
 def to_site(
-    table: Table, move: Move, parts: Mapping[str, LoraWeights], model: LLM
+    table: Table, move: KeyMapping, parts: Mapping[str, LoraWeights], model: LLM
 ) -> list[Tensors]:
     """The foreign adapters of a move, one per foreign key, from ours by leaf.
 
@@ -293,7 +297,7 @@ def to_site(
 
 
 def _magnitudes(
-    table: Table, move: Move, parts: Mapping[str, LoraWeights], paths: list[str], model: LLM
+    table: Table, move: KeyMapping, parts: Mapping[str, LoraWeights], paths: list[str], model: LLM
 ) -> list[Tensor | None]:
     own = [
         lora.magnitude.detach()

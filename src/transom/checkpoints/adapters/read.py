@@ -27,6 +27,8 @@ from transom.checkpoints.adapters.foreign_leaves import (
     turned,
 )
 from transom.checkpoints.adapters.peft_config import CONFIG, WEIGHTS, PeftConfig, read_peft
+from transom.checkpoints.families.registry import WEIGHT_NAMES
+from transom.checkpoints.families.weights import OUR_NAMES
 from transom.lora.adapters import (
     LoraWeights,
     Replacement,
@@ -36,7 +38,6 @@ from transom.lora.adapters import (
 )
 from transom.lora.vocabulary import resize_vocabulary
 from transom.models.llm import LLM
-from transom.names.tables import UNREAD, known_key
 from transom.names.transforms import to_own
 
 PICKLED = "adapter_model.bin"
@@ -137,12 +138,10 @@ def _peft_parts(model: LLM, folder: Path) -> dict[str, LoraWeights | Replacement
 def sort_keys(state: Mapping[str, Tensor], family: str, where: str, layers: int = 0) -> Source:
     """The keys of an adapter file, without what PEFT puts around a module's path."""
     out = Source(where)
-    skipped = [
-        (pattern.replace("{n}", str(layers)), why) for pattern, why in UNREAD.get(family, ())
-    ]
+    names = WEIGHT_NAMES.get(family, OUR_NAMES)
     for full, tensor in state.items():
-        key = known_key(family, full.removeprefix("base_model.model."))
-        reason = next((why for pattern, why in skipped if re.fullmatch(pattern, key)), None)
+        key = names.known_key(full.removeprefix("base_model.model."))
+        reason = names.unread_reason(key, layers)
         if reason is not None:
             out.unread[reason] = out.unread.get(reason, 0) + 1
             continue

@@ -27,10 +27,11 @@ from transom.checkpoints.adapters.foreign_leaves import (
 )
 from transom.checkpoints.adapters.peft_config import CONFIG, WEIGHTS, write_peft
 from transom.checkpoints.adapters.read import MISTRAL_SCALING, MISTRAL_WEIGHTS
+from transom.checkpoints.families.registry import FAMILIES
 from transom.layers.linear import GroupedLinear
 from transom.lora.adapters import Embedding, LoraWeights, Replacement, adapter_names, carriers
 from transom.models.llm import LLM
-from transom.names.tables import HELD_IN_MEMORY, PREFIXES, TABLES, Move
+from transom.names.tables import KeyMapping
 from transom.names.transforms import to_other
 
 # Where experts are held in two parameters, PEFT takes modules of these names for parts of them and
@@ -92,7 +93,7 @@ def _family_of(base: str | None) -> str | None:
     """The model_type of the base, where it is a folder of transformers."""
     path = Path(base or "") / "config.json"
     kind = read_json(path).get("model_type") if base and path.exists() else None
-    return kind if kind in TABLES else None
+    return kind if kind in FAMILIES else None
 
 
 def _table_for(model: LLM, lora: Mapping[str, LoraWeights], family: str | None) -> Table:
@@ -108,7 +109,7 @@ def _table_for(model: LLM, lora: Mapping[str, LoraWeights], family: str | None) 
         return candidates(model)[0]
     fitting = {table.family: table for table in candidates(model)}
     if family not in fitting:
-        known = fitting if family in TABLES else TABLES
+        known = fitting if family in FAMILIES else FAMILIES
         raise RequestError(
             f"family: got {family!r}; valid only for this model is {', '.join(known)}"
         )
@@ -136,9 +137,7 @@ def _peft(
         for key, stored in zip(move.foreign, to_site(table, move, lora, model), strict=True):
             at = site(key)
             rank = stored.A.size(-2) // (_groups(model, paths[0]) if is_parameter(move) else 1)
-            renamed = (
-                table.family in HELD_IN_MEMORY and at.endswith(RENAMED) and not is_parameter(move)
-            )
+            renamed = table.names.fused_experts and at.endswith(RENAMED) and not is_parameter(move)
             target = spoken(table, f"{at}.weight" if renamed else at)
             ranks[target] = rank
             alphas[target] = stored.alpha * rank if stored.scaling == "direct" else stored.alpha
@@ -170,7 +169,7 @@ def _peft(
         saved |= _tied_output(table, whole["tok_embeddings"]["weight"])
     tensors |= {f"base_model.model.{spoken(table, key)}": tensor for key, tensor in saved.items()}
     # Of a model with further towers, endings could mean modules there.
-    known = () if table.family in PREFIXES else table.sites
+    known = () if table.names.aliases else table.sites
     rslora, dora = _kind(lora, parameters)
     dropout = max((part.dropout for part in lora.values()), default=0.0)
     if parameters and dropout > 0:
@@ -200,8 +199,7 @@ def _tied_output(table: Table, weight: Tensor) -> dict[str, Tensor]:
     """The output beside embeddings that are it too, under its foreign key, as PEFT writes what it
     keeps tied.
     """
-    rows = TABLES.get(table.family, ())
-    return {row.foreign: weight for row in rows if row.ours == ("output.weight",)}
+    return {row.foreign: weight for row in table.names.patterns if row.ours == ("output.weight",)}
 
 
 def _kind(lora: Mapping[str, LoraWeights], parameters: list[str]) -> tuple[bool, bool]:
@@ -222,9 +220,7 @@ def _kind(lora: Mapping[str, LoraWeights], parameters: list[str]) -> tuple[bool,
 
 def spoken(table: Table, path: str) -> str:
     """The path as transformers 5 has it in memory, where that begins otherwise than the table's."""
-    old, new = next(
-        (pair for pair in PREFIXES.get(table.family, ()) if path.startswith(pair[1])), ("", "")
-    )
+    old, new = next((pair for pair in table.names.aliases if path.startswith(pair[1])), ("", ""))
     return old + path[len(new) :]
 
 
@@ -281,7 +277,9 @@ def _whole(
     return out
 
 
-def _foreign(model: LLM, table: Table, move: Move, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _foreign(
+    model: LLM, table: Table, move: KeyMapping, own: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Return the tensors of one row of the table under their foreign keys: those of `own`, else the
     model's.
     """

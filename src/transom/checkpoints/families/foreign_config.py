@@ -1,5 +1,5 @@
-"""A Hugging Face config that remembers which of its keys were read, so that none is passed over in
-silence.
+"""A foreign config that records which of its keys were read, so that no key is dropped without
+a notice. No torch.
 """
 
 from __future__ import annotations
@@ -10,43 +10,39 @@ from typing import Any
 from transom.base.errors import RequestError, notice, require
 from transom.base.files import refuse_infinite
 
-# Keys that say nothing about the numbers a model computes, or repeat what another key says.
+# Keys that do not change the numbers that a model computes, or that repeat what another key says.
 _HARMLESS = """
 _attn_implementation _attn_implementation_autoset _model_name_or_path _name_or_path
-_sliding_window_pattern
-architectures attn_implementation auto_map aux_loss_alpha begin_suppress_tokens boi_token_id
-boi_token_index
-bos_token_id cache_implementation chunk_size_feed_forward decoder_start_token_id dtype eoi_token_id
-eoi_token_index eos_token_id ep_size for_llm_compressor forced_bos_token_id id2label
-initializer_range is_decoder
-is_encoder_decoder keys_to_ignore_at_inference label2id max_length mm_tokens_per_image model_type
-num_nextn_predict_layers output_attentions output_hidden_states output_router_logits pad_token_id
-problem_type
-qk_head_dim return_dict sep_token_id seq_aux task_specific_params tokenizer_class torch_dtype
-transformers_version
-transformers_weights unk_token_id use_cache
+_sliding_window_pattern architectures attn_implementation auto_map aux_loss_alpha
+begin_suppress_tokens boi_token_id boi_token_index bos_token_id cache_implementation
+chunk_size_feed_forward decoder_start_token_id dtype eoi_token_id eoi_token_index eos_token_id
+ep_size for_llm_compressor forced_bos_token_id id2label initializer_range is_decoder
+is_encoder_decoder keys_to_ignore_at_inference label2id max_length mm_tokens_per_image
+model_type num_nextn_predict_layers output_attentions output_hidden_states output_router_logits
+pad_token_id pretraining_tp problem_type qk_head_dim return_dict sep_token_id seq_aux
+task_specific_params tokenizer_class torch_dtype transformers_version transformers_weights
+unk_token_id use_cache
 """
-# Settings of generation, which older files keep here; `companions` reads them.
+# Settings of generation that older files keep in config.json; `companions` reads them.
 OLDER_SETTINGS = (
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty"),
     *("no_repeat_ngram_size", "max_length", "max_new_tokens", "min_length", "num_beams"),
 )
 HARMLESS = frozenset((*_HARMLESS.split(), *OLDER_SETTINGS))
-# Keys of training alone, with the value at which they do nothing; another value is said and not
-# taken over.
-TRAINING_ONLY: dict[str, Any] = {
-    "attention_dropout": 0,
-    "embd_pdrop": 0,
-    "hidden_dropout": 0,
-    "projector_dropout": 0,
-    "resid_pdrop": 0,
-    "router_jitter_noise": 0,
-}
+# Keys that act in training only; a value other than 0 is printed and not taken over.
+TRAINING_ONLY = (
+    *("attention_dropout", "embd_pdrop", "hidden_dropout", "projector_dropout", "resid_pdrop"),
+    "router_jitter_noise",
+)
 
 
 class ForeignConfig:
-    """The keys of one config file (or of a part of it), over the defaults its class has where a
-    file is silent.
+    """The keys of one config file, or of a part of it, over the defaults of its config class.
+
+    Args:
+        data: the parsed file. Numbers that are not finite are a `RequestError`.
+        where: the file, and the part of it, for messages.
+        defaults: what the config class has where the file does not name the key.
     """
 
     def __init__(self, data: Mapping[str, Any], where: str, defaults: Mapping[str, Any]) -> None:
@@ -56,60 +52,60 @@ class ForeignConfig:
         self._notes: list[str] = []
 
     def __getitem__(self, key: str) -> Any:
-        """The value, null included; a key that neither the file nor its class has is a
-        `RequestError`.
+        """Return the value, null included. Raise `RequestError` if neither the file nor its
+        class has the key.
         """
         self._read.add(key)
         if key in self._data:
             return self._data[key]
         if key not in self._defaults:
-            raise RequestError(f"{self.where}: {key!r} is missing; expected a whole config.json")
+            raise RequestError(f"{self.where}: {key!r} is missing; expected a complete config")
         return self._defaults[key]
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value, or `default` where file and class say nothing or null."""
+        """Return the value, or `default` if it is null, or if neither the file nor its class
+        has the key.
+        """
         self._read.add(key)
         value = self._data.get(key, self._defaults.get(key))
         return default if value is None else value
 
-    def plain(self, key: str, *accepted: Any) -> None:
-        """Refuse any value but those of `accepted`; an absent or null key is as the first of
-        them.
+    def expect(self, key: str, *supported: Any) -> None:
+        """Raise `RequestError` for a value that is not supported. A missing key means the first
+        supported one.
         """
-        words = " or ".join(repr(value) for value in accepted)
-        self.check(self.get(key, accepted[0]) in accepted, key, f"expected {words}")
+        words = " or ".join(repr(value) for value in supported)
+        self.check(self.get(key, supported[0]) in supported, key, f"expected {words}")
 
-    def ignored(self, *keys: str) -> None:
-        """Note each key that is on in the file, which transformers ignores in this family."""
+    def note_ignored(self, *keys: str) -> None:
+        """Note each of the keys that is on in the file although transformers ignores it in this
+        family.
+        """
         for key in keys:
             if self.get(key):
                 self.note(f"{key} = {self.get(key)!r} is ignored, as in transformers")
 
     def note(self, line: str) -> None:
-        """Keep a line for `say_unread` to print."""
+        """Keep a line for `print_notes`."""
         self._notes.append(line)
 
-    def check(self, condition: bool, key: str, accepted: str) -> None:
-        """`require` for one key of this file."""
-        require(condition, f"{self.where}: {key}", self.get(key), accepted)
+    def check(self, condition: bool, key: str, expected: str) -> None:
+        """Raise `RequestError` with the key and its value unless `condition` holds."""
+        require(condition, f"{self.where}: {key}", self.get(key), expected)
 
     def part(self, key: str, defaults: Mapping[str, Any]) -> ForeignConfig:
-        """A nested config, such as `text_config`."""
+        """Return a nested config such as `text_config`."""
         value = self[key]
         self.check(isinstance(value, Mapping), key, "expected a mapping")
         return ForeignConfig(value, f"{self.where}: {key}", defaults)
 
-    def say_unread(self) -> None:
-        """Print the notes, one line for keys that nobody read, and one for training settings not
-        taken over.
+    def print_notes(self) -> None:
+        """Print the notes, then the training settings that were not taken over, then the keys
+        that were not read.
         """
         for line in self._notes:
             notice(f"{self.where}: {line}")
-        dropped = [
-            f"{key} = {self._data[key]!r}"
-            for key, nothing in TRAINING_ONLY.items()
-            if (self._data.get(key) or nothing) != nothing
-        ]
+        dropped = [f"{key} = {self._data[key]!r}" for key in TRAINING_ONLY if self._data.get(key)]
         if dropped:
             notice(f"{self.where}: training settings not taken over: {', '.join(dropped)}")
         unread = sorted(set(self._data) - self._read - HARMLESS - set(TRAINING_ONLY))

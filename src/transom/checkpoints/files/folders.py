@@ -290,12 +290,12 @@ def read_args(folder: Path) -> ModelArgs:
             }
             return ModelArgs.from_dict(own)
         case "hf":
-            from transom.checkpoints.families.hf_config import args_from_hf
+            from transom.checkpoints.families.hf import args_from_hf
 
             config = read_json(folder / CONFIG)
             return _without_head(folder, config, args_from_hf(config, str(folder / CONFIG)))
         case "mistral":
-            from transom.checkpoints.families.mistral_config import args_from_mistral
+            from transom.checkpoints.families.mistral_params import args_from_mistral
 
             return args_from_mistral(read_params(folder), str(folder / PARAMS))
         case "meta":
@@ -315,7 +315,7 @@ def _without_head(folder: Path, config: Mapping[str, Any], args: ModelArgs) -> M
         return args
     if any(key.endswith("lm_head.weight") for key in _stored_keys(folder, config)):
         return args
-    from transom.checkpoints.families.hf_config import BASE_HEAD
+    from transom.config.layer_args import BASE_HEAD
 
     notice(
         f"{folder}: a base model without lm_head.weight: it gives embeddings and cannot generate"
@@ -340,7 +340,7 @@ def lacks_vocabulary(folder: Path) -> bool:
     """
     if (folder / CONFIG).exists() or not (folder / PARAMS).exists() or consolidated_files(folder):
         return False
-    from transom.checkpoints.families.meta_config import needs_vocabulary
+    from transom.checkpoints.families.meta_params import needs_vocabulary
 
     return needs_vocabulary(read_params(folder))
 
@@ -358,7 +358,7 @@ def stated_vocabulary(folder: Path) -> int | None:
 
 
 def _read_meta(folder: Path) -> ModelArgs:
-    from transom.checkpoints.families.meta_config import args_from_meta, needs_vocabulary
+    from transom.checkpoints.families.meta_params import args_from_meta, needs_vocabulary
 
     params, vocab_size = read_params(folder), -1
     if needs_vocabulary(params):  # only the weights know, and only then is torch needed

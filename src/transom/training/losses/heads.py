@@ -16,7 +16,7 @@ from torch import Tensor
 
 from transom.base.errors import require
 from transom.base.runtime import evaluating
-from transom.checkpoints.families.hf_config import BASE_HEAD
+from transom.config.layer_args import BASE_HEAD
 from transom.config.model_args import HeadArgs
 from transom.data.labelled import EncodedRow, pad
 from transom.models.llm import LLM, TransformerInput, TransformerOutput, pool

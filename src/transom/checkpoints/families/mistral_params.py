@@ -1,4 +1,5 @@
-"""Mistral's `params.json` to `ModelArgs` and back: dense and mixture of experts. No torch.
+"""Mistral's `params.json` to `ModelArgs` and back, and the names in its weights: dense and with
+experts. No torch.
 
 Source: args.py, moe.py and transformer.py of mistralai/mistral-inference.
 """
@@ -11,9 +12,23 @@ from typing import Any
 
 from transom.base.errors import RequestError, notice, require
 from transom.checkpoints.families.foreign_config import ForeignConfig
-from transom.checkpoints.families.hf_export import meaning
+from transom.checkpoints.families.meta_params import SHARED_NAMES
+from transom.checkpoints.families.same_model import same_model
+from transom.checkpoints.families.weights import WeightNames
 from transom.config.model_args import ModelArgs
+from transom.names.tables import MISTRAL_EXPERTS
 
+MISTRAL_NAMES = WeightNames(
+    (*SHARED_NAMES, *MISTRAL_EXPERTS),
+    unread=(
+        (r"rope\.freqs", "tables of rotary frequencies, which are computed here"),
+        (
+            r"(vision_encoder|vision_language_adapter|patch_merger|pre_mm_projector_norm)\..*",
+            "the image encoder, which is not read: text only",
+        ),
+    ),
+    reference_code=True,
+)
 _REQUIRED = (
     "dim",
     "n_layers",
@@ -33,8 +48,10 @@ _LENGTH = 128_000  # positions in the reference code's table
 
 
 def args_from_mistral(params: Mapping[str, Any], where: str) -> ModelArgs:
-    """The model a params.json describes; a missing key, or a feature we lack, is a
-    `RequestError`.
+    """Return the model that a params.json describes.
+
+    Raises:
+        RequestError: a key is missing, a value is not supported, or the weights are quantized.
     """
     config = ForeignConfig(params, where, {})
     quantized = config.get("quantization")
@@ -44,22 +61,13 @@ def args_from_mistral(params: Mapping[str, Any], where: str) -> ModelArgs:
             if isinstance(quantized, Mapping)
             else quantized
         )
-        raise RequestError(
-            f"{where}: quantization: got {kind!r}; expected weights that are not quantized"
-        )
-    config.plain("model_type", "transformer")
-    config.plain("activation", "silu")
+        require(False, f"{where}: quantization", kind, "expected weights that are not quantized")
+    config.expect("model_type", "transformer")
+    config.expect("activation", "silu")
     for key in _REQUIRED:
-        require(
-            config.get(key) is not None, f"{where}: {key}", None, "expected a whole params.json"
-        )
+        config.check(config.get(key) is not None, key, "expected a value")
     for key in _UNSUPPORTED:
-        require(
-            not config.get(key),
-            f"{where}: {key}",
-            config.get(key),
-            "not supported; expected absent",
-        )
+        config.check(not config.get(key), key, "expected none, as this is not supported")
     for key in (
         "max_batch_size",
         "lora",
@@ -82,14 +90,15 @@ def args_from_mistral(params: Mapping[str, Any], where: str) -> ModelArgs:
         args = ModelArgs.from_dict(fields)
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from None
-    config.say_unread()
+    config.print_notes()
     return args
 
 
 def _windows(config: ForeignConfig) -> dict[str, Any]:
-    """A number for all layers, or a list tiled over them in which null sees everything before."""
-    window, spare = config.get("sliding_window"), config.get("_sliding_window")
-    window = spare if window is None else window
+    """Return the window: a number for all layers, or a list tiled over them in which null means
+    no window.
+    """
+    window = config.get("sliding_window", config.get("_sliding_window"))
     if not isinstance(window, list):
         return {"sliding_window": window}
     sizes = {size for size in window if size is not None}
@@ -98,44 +107,33 @@ def _windows(config: ForeignConfig) -> dict[str, Any]:
         fits,
         f"{config.where}: sliding_window",
         window,
-        "expected one size, and null where there is none",
+        "expected one size, and null for layers without",
     )
-    if not sizes:
-        return {}
     layers = config["n_layers"]
-    tiled = (window * -(-layers // len(window)))[:layers]
-    letters = ["F" if size is None else "S" for size in tiled]
+    letters = [
+        "F" if size is None else "S" for size in (window * -(-layers // len(window)))[:layers]
+    ]
     if "S" not in letters:
         return {}
     return {"sliding_window": sizes.pop(), **({"layer_pattern": letters} if "F" in letters else {})}
 
 
 def _theta(config: ForeignConfig) -> Any:
-    """The file's own, or what the reference code took when such files were released."""
-    given = config.get("rope_theta")
-    if given is not None:
-        return given
-    windowed = isinstance(config.get("sliding_window"), int)
-    theta = 1e4 if windowed else 1e6  # with one window for all layers it is Mistral 7B v0.1
-    notice(
-        f"{config.where}: does not say: rope_theta is taken as {theta:g}, as for files "
-        f"{_words(windowed)}"
-    )
+    """Return the value of the file, or that of the reference code when such files were released."""
+    theta = config.get("rope_theta")
+    if theta is None:
+        # With one window for all layers it is Mistral 7B v0.1.
+        theta = 1e4 if isinstance(config.get("sliding_window"), int) else 1e6
+        notice(f"{config.where}: values that the file does not state: rope_theta = {theta:g}")
     return theta
-
-
-def _words(windowed: bool) -> str:
-    return "with a sliding_window" if windowed else "without a sliding_window"
 
 
 def _moe(config: ForeignConfig) -> dict[str, Any] | None:
     moe = config.get("moe")
     if moe is None:
         return None
-    config.check(isinstance(moe, Mapping), "moe", "expected num_experts and num_experts_per_tok")
-    unknown = set(moe) - {"num_experts", "num_experts_per_tok"}
-    both = len(moe) - len(unknown) == 2
-    config.check(both and not unknown, "moe", "expected num_experts and num_experts_per_tok")
+    known = isinstance(moe, Mapping) and set(moe) == {"num_experts", "num_experts_per_tok"}
+    config.check(known, "moe", "expected num_experts and num_experts_per_tok")
     return {
         "num_experts": moe["num_experts"],
         "top_k": moe["num_experts_per_tok"],
@@ -144,8 +142,10 @@ def _moe(config: ForeignConfig) -> dict[str, Any] | None:
 
 
 def args_to_mistral(args: ModelArgs) -> dict[str, Any]:
-    """The params.json that reads back as the same model with interleaved pairs; none is a
-    `RequestError`.
+    """Return the params.json that reads back as the same model, whose rotary pairs are interleaved.
+
+    Raises:
+        RequestError: the format cannot express the model.
     """
     moe = next((layer.moe for layer in args.layers if layer.moe is not None), None)
     params: dict[str, Any] = {
@@ -167,9 +167,11 @@ def args_to_mistral(args: ModelArgs) -> dict[str, Any]:
         params["moe"] = {"num_experts": moe.num_experts, "num_experts_per_tok": moe.top_k}
     same = False
     with contextlib.suppress(RequestError):
-        same = meaning(args_from_mistral(params, "params.json")) == meaning(args)
-    if not same:
-        raise RequestError(
-            "format mistral accepts the shapes of Mistral and Mixtral; save as hf or native"
-        )
+        same = same_model(args_from_mistral(params, "params.json"), args)
+    require(
+        same,
+        "format",
+        "mistral",
+        "expected hf or native: mistral has the shapes of Mistral and Mixtral",
+    )
     return params

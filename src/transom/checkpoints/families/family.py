@@ -1,0 +1,168 @@
+"""What a Hugging Face family is: the options of its config, each read and written side by side. No
+torch.
+
+`Family.read` and `Family.write` both follow from the same tuple of `Option`. The sources are
+`configuration_*.py` and `modeling_*.py` of transformers 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transom.base.errors import require
+from transom.checkpoints.families.foreign_config import ForeignConfig
+from transom.checkpoints.families.weights import WeightNames
+from transom.config.layer_args import MoeArgs
+from transom.config.model_args import ModelArgs
+
+Fields = dict[str, Any]  # of ModelArgs, by dotted path: `moe_args.top_k`
+Keys = dict[str, Any]  # of a config.json
+
+
+def _no_keys(args: ModelArgs) -> Keys:
+    return {}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One aspect of a family: `read` returns fields of a config, `write` the keys of a model's
+    config.
+
+    Both raise `RequestError` where they cannot express the other side.
+    """
+
+    read: Callable[[ForeignConfig], Fields]
+    write: Callable[[ModelArgs], Keys] = _no_keys
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type` of Hugging Face.
+
+    Attributes:
+        model_type: the name in config.json.
+        class_prefix: the beginning of the names of its classes: `Llama` in `LlamaForCausalLM`.
+        names: how its files name the weights.
+        options: how its config is read and written. Later options override earlier ones.
+        defaults: what the config class has where a file does not name the key.
+        writable: whether models are written as this family.
+    """
+
+    model_type: str
+    class_prefix: str
+    names: WeightNames
+    options: tuple[Option, ...]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    writable: bool = True
+
+    def read(self, config: ForeignConfig) -> Fields:
+        """Return the fields of the model that a config describes."""
+        fields: Fields = {}
+        for option in self.options:
+            fields |= option.read(config)
+        return fields
+
+    def write(self, args: ModelArgs) -> Keys:
+        """Return the config of a model; only reading it back shows whether it is the same model."""
+        config: Keys = {
+            "architectures": [f"{self.class_prefix}ForCausalLM"],
+            "model_type": self.model_type,
+        }
+        for option in self.options:
+            config |= option.write(args)
+        return config
+
+
+def nested(fields: Fields) -> dict[str, Any]:
+    """Return fields by dotted path as mappings inside each other."""
+    out: dict[str, Any] = {}
+    for path, value in fields.items():
+        part, _, name = path.rpartition(".")
+        (out.setdefault(part, {}) if part else out)[name] = value
+    return out
+
+
+def resolved_experts(args: ModelArgs) -> MoeArgs:
+    """Return the experts of a model with their width worked out; a model without them is a
+    `RequestError`.
+    """
+    found = next((layer.moe for layer in args.layers if layer.moe is not None), None)
+    require(found is not None, "moe_args", None, "expected a mixture of experts")
+    assert found is not None
+    return found
+
+
+def value_at(args: ModelArgs, path: str) -> Any:
+    """Return the field at a dotted path; a part that the model does not have is a
+    `RequestError`.
+    """
+    part, _, name = path.rpartition(".")
+    if part == "moe_args":
+        return getattr(resolved_experts(args), name)
+    owner = getattr(args, part) if part else args
+    require(owner is not None, part, None, "expected a value")
+    return getattr(owner, name)
+
+
+def copied(**paths: str) -> Option:
+    """Config keys with the values of our fields, by path. A key that neither file nor class has
+    is a `RequestError`.
+    """
+    return Option(
+        lambda config: {path: config[key] for key, path in paths.items()},
+        lambda args: {key: value_at(args, path) for key, path in paths.items()},
+    )
+
+
+def switches(**paths: str | tuple[str, ...]) -> Option:
+    """Booleans of the config, each for one or several fields; false where file and class do not
+    say, or say null.
+    """
+    each = {key: (path,) if isinstance(path, str) else path for key, path in paths.items()}
+    return Option(
+        lambda config: {
+            path: config.get(key, False) for key, group in each.items() for path in group
+        },
+        lambda args: {key: value_at(args, group[0]) for key, group in each.items()},
+    )
+
+
+def fixed(**values: Any) -> Option:
+    """Fields that all models of the family have; `moe_args__routing` stands for
+    `moe_args.routing`.
+    """
+    return Option(lambda config: {name.replace("__", "."): value for name, value in values.items()})
+
+
+def only(**values: Any) -> Option:
+    """Config keys of which one value is supported."""
+
+    def read(config: ForeignConfig) -> Fields:
+        for key, value in values.items():
+            config.expect(key, value)
+        return {}
+
+    return Option(read)
+
+
+def ignored(*keys: str) -> Option:
+    """Config keys that transformers ignores in this family; one that is on is printed."""
+
+    def read(config: ForeignConfig) -> Fields:
+        config.note_ignored(*keys)
+        return {}
+
+    return Option(read)
+
+
+def redundant(*keys: str) -> Option:
+    """Config keys that repeat what others say."""
+
+    def read(config: ForeignConfig) -> Fields:
+        for key in keys:
+            config.get(key)
+        return {}
+
+    return Option(read)

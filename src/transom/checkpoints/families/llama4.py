@@ -1,0 +1,261 @@
+"""Llama 4, its text alone and with the image encoder. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transom.base.errors import require
+from transom.checkpoints.families.family import (
+    Family,
+    Fields,
+    Keys,
+    Option,
+    copied,
+    fixed,
+    ignored,
+    only,
+    redundant,
+)
+from transom.checkpoints.families.foreign_config import ForeignConfig
+from transom.checkpoints.families.options import BIAS, COMMON, dense_layers, experts, layer_types
+from transom.checkpoints.families.rope import rope_fields, rope_settings
+from transom.checkpoints.families.weights import (
+    EXPERTS,
+    MODEL_LAYER,
+    PRE,
+    WeightNames,
+    gate_and_value,
+    gated,
+    under,
+)
+from transom.config.model_args import ModelArgs
+from transom.names.tables import FEED_FORWARD, VISION_LAYER, pattern, with_bias
+
+_FFN, _BLOCK = f"{MODEL_LAYER}.feed_forward", "vision_model.model.layers.{v}"
+_TEXT_NAMES = (
+    *PRE,
+    *gated(_FFN, FEED_FORWARD),
+    *gated(f"{_FFN}.shared_expert", f"{FEED_FORWARD}.shared_expert"),
+    pattern(f"{_FFN}.router.weight", f"{FEED_FORWARD}.router.weight"),
+    pattern(f"{_FFN}.experts.gate_up_proj", *gate_and_value("weight"), transform="halves"),
+    pattern(f"{_FFN}.experts.down_proj", f"{EXPERTS}.w_out.weight", transform="transpose"),
+)
+_VISION_NAMES = (
+    pattern("vision_model.patch_embedding.linear.weight", "vision.patch_embedding.weight"),
+    pattern("vision_model.class_embedding", "vision.class_embedding"),
+    pattern("vision_model.positional_embedding_vlm", "vision.position_embedding"),
+    *with_bias("vision_model.layernorm_pre", "vision.norm_pre"),
+    *with_bias("vision_model.layernorm_post", "vision.norm_post"),
+    *(
+        row
+        for theirs, ours in (
+            ("self_attn.q_proj", "attention.wq"),
+            ("self_attn.k_proj", "attention.wk"),
+            ("self_attn.v_proj", "attention.wv"),
+            ("self_attn.o_proj", "attention.wo"),
+            ("input_layernorm", "attention_norm"),
+            ("post_attention_layernorm", "ffn_norm"),
+            ("mlp.fc1", "feed_forward.w_value"),
+            ("mlp.fc2", "feed_forward.w_out"),
+        )
+        for row in with_bias(f"{_BLOCK}.{theirs}", f"{VISION_LAYER}.{ours}")
+    ),
+    pattern("vision_model.vision_adapter.mlp.fc1.weight", "vision.adapter.fc1.weight"),
+    pattern("vision_model.vision_adapter.mlp.fc2.weight", "vision.adapter.fc2.weight"),
+    pattern("multi_modal_projector.linear_1.weight", "vision.projection.weight"),
+)
+# Parts of multimodal files leave out whatever their class has, also the shape.
+_TEXT: dict[str, Any] = {
+    "vocab_size": 202048,
+    "hidden_size": 5120,
+    "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 5e5,
+    "num_local_experts": 16,
+    "num_experts_per_tok": 1,
+    "no_rope_layer_interval": 4,
+    "attention_chunk_size": 8192,
+    "attn_temperature_tuning": True,
+    "floor_scale": 8192,
+    "attn_scale": 0.1,
+}
+_VISION: dict[str, Any] = {
+    "hidden_size": 768,
+    "num_hidden_layers": 34,
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "intermediate_size": 5632,
+    "vision_output_dim": 7680,
+    "image_size": 448,
+    "patch_size": 14,
+    "pixel_shuffle_ratio": 0.5,
+    "projector_input_dim": 4096,
+    "projector_output_dim": 4096,
+}
+
+
+def _read_layers(config: ForeignConfig) -> Fields:
+    layers, chunk = config["num_hidden_layers"], config["attention_chunk_size"]
+    interval, step = config["no_rope_layer_interval"], config.get("interleave_moe_layer_step", 1)
+    # In this list 1 means rotary positions and 0 means none; an empty or missing one follows the
+    # interval.
+    rotary = config.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(layers)]
+    config.check(
+        len(rotary) >= layers, "no_rope_layers", f"expected one number per layer ({layers})"
+    )
+    rotary = [bool(flag) for flag in rotary[:layers]]
+    types = config.get("layer_types") or [
+        "chunked_attention" if flag else "full_attention" for flag in rotary
+    ]
+    known = set(types) <= {"chunked_attention", "full_attention"}
+    config.check(known, "layer_types", "expected chunked_attention or full_attention in each layer")
+    letters = ["C" if kind == "chunked_attention" and chunk is not None else "F" for kind in types]
+    sparse = config.get("moe_layers")
+    if sparse is None:
+        sparse = [index for index in range(layers) if (index + 1) % step == 0]
+    return {
+        "attention_chunk_size": chunk if "C" in letters else None,
+        "layer_pattern": [
+            letter if flag else letter.lower() for letter, flag in zip(letters, rotary, strict=True)
+        ],
+        "use_qk_norm": config.get("use_qk_norm", True),
+        "attn_temperature_tuning": bool(config["attn_temperature_tuning"]) and not all(rotary),
+        "moe_args.dense_layers": [index for index in range(layers) if index not in sparse],
+        "hidden_dim": config["intermediate_size_mlp"],
+    }
+
+
+def _write_layers(args: ModelArgs) -> Keys:
+    return {
+        "attention_chunk_size": args.attention_chunk_size or args.max_seq_len,
+        "layer_types": layer_types(args),
+        "no_rope_layers": [int(layer.rope is not None) for layer in args.layers],
+        "use_qk_norm": args.use_qk_norm,
+        "attn_temperature_tuning": args.attn_temperature_tuning,
+        "floor_scale": int(args.floor_scale),
+        "moe_layers": dense_layers(args, dense=False),
+        "intermediate_size_mlp": args.dense_hidden_dim,
+    }
+
+
+LLAMA4_TEXT = Family(
+    "llama4_text",
+    "Llama4",
+    WeightNames(_TEXT_NAMES),
+    (
+        *COMMON,
+        BIAS,
+        experts("intermediate_size"),
+        copied(floor_scale="floor_scale", attn_scale="attn_scale"),
+        Option(_read_layers, _write_layers),
+        fixed(rope_layout="interleaved", moe_args__routing="sigmoid", moe_args__shared_expert=True),
+    ),
+    _TEXT,
+)
+
+
+def _read_encoder(config: ForeignConfig) -> Fields:
+    ratio, width = config["pixel_shuffle_ratio"], config["intermediate_size"]
+    shuffled = round(config["hidden_size"] / ratio**2)
+    fits = width == shuffled
+    config.check(
+        fits, "intermediate_size", f"expected hidden_size / pixel_shuffle_ratio^2 = {shuffled}"
+    )
+    config.expect("projector_input_dim", config["projector_output_dim"])
+    config.expect("vision_output_dim", config["projector_output_dim"])
+    theta = rope_fields(config, rope_settings(config))
+    config.check(list(theta) == ["rope_theta"], "rope_parameters", "expected rope_type 'default'")
+    return {
+        **theta,
+        "image_size": _side(config, "image_size"),
+        "patch_size": _side(config, "patch_size"),
+    }
+
+
+def _side(config: ForeignConfig, key: str) -> Any:
+    value = config[key]
+    if not isinstance(value, (list, tuple)):
+        return value
+    config.check(len(set(value)) == 1, key, "expected a square")
+    return value[0]
+
+
+# Keys of vision_config that are fields of `VisionArgs`.
+_ENCODER_KEYS = {
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_channels": "num_channels",
+    "intermediate_size": "hidden_dim",
+    "pixel_shuffle_ratio": "pixel_shuffle_ratio",
+    "projector_input_dim": "adapter_dim",
+    "projector_output_dim": "output_dim",
+}
+_ENCODER = (
+    only(hidden_act="gelu", vision_feature_select_strategy="default"),
+    ignored("multi_modal_projector_bias"),
+    redundant(
+        "norm_eps", "vision_feature_layer"
+    ),  # transformers reads neither: always 1e-5 and the last layer
+    Option(_read_encoder),
+    fixed(norm_eps=1e-5),
+)
+
+
+def _read_with_vision(config: ForeignConfig) -> Fields:
+    text, vision = config.part("text_config", _TEXT), config.part("vision_config", _VISION)
+    token = config.get("image_token_index", config.get("image_token_id"))
+    config.check(token is not None, "image_token_index", "expected the id of a token")
+    fields = LLAMA4_TEXT.read(text)
+    encoder: Fields = {field: vision[key] for key, field in _ENCODER_KEYS.items()}
+    for option in _ENCODER:
+        encoder |= option.read(vision)
+    text.print_notes()
+    vision.print_notes()
+    # The output matrix belongs to the text model, which the flag beside it must not contradict.
+    config.expect("tie_word_embeddings", fields["tie_embeddings"])
+    return {
+        **fields,
+        **{f"vision_args.{name}": value for name, value in encoder.items()},
+        "vision_args.image_token": token,
+    }
+
+
+def _write_with_vision(args: ModelArgs) -> Keys:
+    vision = args.vision_args
+    require(vision is not None, "vision_args", None, "expected an image encoder")
+    assert vision is not None
+    text = LLAMA4_TEXT.write(args)
+    del text["architectures"], text["torch_dtype"]  # they stand beside text_config
+    encoder = {
+        "model_type": "llama4_vision_model",
+        **{key: getattr(vision, field) for key, field in _ENCODER_KEYS.items()},
+        "vision_output_dim": vision.output_dim,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "norm_eps": vision.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": vision.rope_theta},
+        "rope_theta": vision.rope_theta,
+    }
+    return {
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "text_config": text,
+        "vision_config": encoder,
+        "image_token_index": vision.image_token,
+        "tie_word_embeddings": args.tie_embeddings,
+        "torch_dtype": "float32",
+    }
+
+
+LLAMA4 = Family(
+    "llama4",
+    "Llama4",
+    WeightNames((*under("language_model.", _TEXT_NAMES), *_VISION_NAMES)),
+    (Option(_read_with_vision, _write_with_vision),),
+)

@@ -1,0 +1,166 @@
+"""Rotary settings of a Hugging Face config, in the spellings of transformers 4 and 5. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transom.base.errors import require
+from transom.base.fields import write
+from transom.checkpoints.families.family import Fields, Keys, Option
+from transom.checkpoints.families.foreign_config import ForeignConfig
+from transom.config.model_args import ModelArgs
+
+# What each kind reads beside the keys that all kinds may have.
+_KEYS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": (
+        "factor",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "truncate",
+        "mscale",
+        "mscale_all_dim",
+    ),
+    "longrope": ("factor", "attention_factor", "short_factor", "long_factor"),
+}
+_COMMON = (
+    "rope_type",
+    "type",
+    "rope_theta",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+)
+_REQUIRED = ("factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor")
+
+
+def rope_settings(config: ForeignConfig) -> dict[str, Any]:
+    """Return `rope_parameters` (transformers 5), or `rope_scaling` and the keys beside it (4),
+    as one mapping.
+    """
+    newer, older = config.get("rope_parameters", {}), config.get("rope_scaling", {})
+    settings = dict(
+        older or newer
+    )  # where a file has both, transformers takes all from the older one
+    for key in ("rope_theta", "partial_rotary_factor"):
+        beside = config.get(key)
+        if beside is not None:
+            settings.setdefault(key, beside)
+    settings.setdefault("rope_theta", 10000.0)
+    return settings
+
+
+def rope_fields(
+    config: ForeignConfig, settings: Mapping[str, Any], aliases: Mapping[str, str] | None = None
+) -> Fields:
+    """Return `rope_theta`, `rotary_fraction` and the scaling of one mapping of rotary settings.
+
+    `aliases` are other names of kinds.
+    """
+    kind = settings.get("rope_type", settings.get("type")) or "default"
+    kind = (aliases or {"su": "longrope"}).get(kind, kind)
+    require(kind in _KEYS, f"{config.where}: rope_type", kind, f"expected {', '.join(_KEYS)}")
+    for key in ("mrope_section", "mrope_interleaved"):
+        value, field = settings.get(key), f"{config.where}: rope_parameters.{key}"
+        require(
+            value is None,
+            field,
+            value,
+            "expected none: positions in three dimensions are not supported",
+        )
+    ignored = [key for key in settings if key not in _COMMON and key not in _KEYS[kind]]
+    if ignored:
+        config.note(f"keys that rope_type {kind!r} does not have are ignored: {', '.join(ignored)}")
+    out: Fields = {"rope_theta": settings["rope_theta"]}
+    if settings.get("partial_rotary_factor") is not None:
+        out["rotary_fraction"] = settings["partial_rotary_factor"]
+    beside = config.get("original_max_position_embeddings")  # where Phi-3 keeps it
+    if kind == "default":
+        return out
+    longest = config["max_position_embeddings"]
+    original = beside or settings.get("original_max_position_embeddings")
+    if original is None or kind == "dynamic":  # dynamic scaling knows no other length
+        original = longest
+    scaling = {key: settings[key] for key in _KEYS[kind] if settings.get(key) is not None}
+    return out | _scaling_fields(config, kind, scaling, original, longest)
+
+
+def _scaling_fields(
+    config: ForeignConfig, kind: str, scaling: dict[str, Any], original: Any, longest: Any
+) -> Fields:
+    if kind in ("yarn", "longrope"):
+        scaling.setdefault("factor", longest / original)
+    for key in _REQUIRED:
+        present = key in scaling or key not in _KEYS[kind]
+        require(
+            present,
+            f"{config.where}: rope_parameters.{key}",
+            None,
+            f"expected a value with rope_type {kind!r}",
+        )
+    if kind == "dynamic":  # the length in the file is where stretching begins, not where it ends
+        return {
+            "max_seq_len": int(longest * scaling["factor"]),
+            "rope_scaling": {"kind": kind, "original_max_seq_len": original, **scaling},
+        }
+    if kind == "llama3":
+        return {
+            "use_scaled_rope": True,
+            "rope_scaling_factor": scaling["factor"],
+            "rope_low_freq_factor": scaling["low_freq_factor"],
+            "rope_high_freq_factor": scaling["high_freq_factor"],
+            "rope_original_max_seq_len": original,
+        }
+    for key in ("beta_fast", "beta_slow"):
+        if not scaling.get(key, 1):
+            del scaling[key]
+    if not (
+        scaling.get("mscale") and scaling.get("mscale_all_dim")
+    ):  # only both together scale cos and sin
+        scaling = {key: value for key, value in scaling.items() if not key.startswith("mscale")}
+    return {"rope_scaling": {"kind": kind, "original_max_seq_len": original, **scaling}}
+
+
+def rope_keys(args: ModelArgs) -> Keys:
+    """Return the rotary settings of a model in both spellings.
+
+    transformers 5 reads the first one, transformers 4 and most other tools read the other two.
+    """
+    scaling, kind = args.scaling, "default"
+    rope: Keys = {}
+    out: Keys = {}
+    if args.rotary_fraction != 1.0:
+        rope["partial_rotary_factor"] = args.rotary_fraction
+    if scaling is not None:
+        kind = scaling.kind
+        given = write(scaling)
+        rope |= {key: given[key] for key in _KEYS[kind] if given[key] is not None}
+        rope["original_max_position_embeddings"] = scaling.original_max_seq_len
+        if kind == "dynamic":
+            out["max_position_embeddings"] = scaling.original_max_seq_len
+    rope = {"rope_type": kind, **rope}
+    return out | {
+        "rope_parameters": {"rope_theta": args.rope_theta, **rope},
+        "rope_theta": args.rope_theta,
+        "rope_scaling": rope if scaling is not None else None,
+    }
+
+
+def check_whole_rotary(config: ForeignConfig, fields: Fields) -> Fields:
+    """Return `fields` if whole heads rotate, else raise `RequestError`.
+
+    Only Phi-3 rotates a part of each head. In other families transformers ignores the key or fails
+    on it.
+    """
+    share = fields.get("rotary_fraction", 1.0)
+    require(share == 1.0, f"{config.where}: partial_rotary_factor", share, "expected 1.0")
+    return fields
+
+
+ROPE = Option(
+    lambda config: check_whole_rotary(config, rope_fields(config, rope_settings(config))), rope_keys
+)

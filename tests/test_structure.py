@@ -62,6 +62,8 @@ def test_every_dependency_has_its_reason():
 
 # Files that are still too long.
 LONG: set[str] = {
+    "config/layer_args.py",
+    "config/model_args.py",
     "chat/template.py",
     "cli/data.py",
     "cli/inspect.py",

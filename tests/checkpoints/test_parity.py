@@ -1,5 +1,5 @@
 """Equal numbers with transformers: a tiny random twin of every family, loaded through
-`names.py`.
+`checkpoints.families`.
 """
 
 import copy

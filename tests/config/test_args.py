@@ -74,7 +74,12 @@ def test_unknown_key_names_the_nearest(data, key, meant):
             "'halfs'",
             "interleaved, halves; did you mean 'halves'",
         ),
-        ({"rope_high_freq_factor": 0.5}, "rope_high_freq_factor", "0.5", "rope_low_freq_factor or more"),
+        (
+            {"rope_high_freq_factor": 0.5},
+            "rope_high_freq_factor",
+            "0.5",
+            "rope_low_freq_factor or more",
+        ),
         ({"dim": "wide"}, "dim", "'wide'", "a whole number"),
         ({"tie_embeddings": 1}, "tie_embeddings", "1", "true or false"),
         ({"moe_args": 8}, "moe_args", "8", "a mapping"),

@@ -1,5 +1,5 @@
-"""Foreign tensors to ours and back, by the rows of `names.py`, with every key consumed exactly
-once.
+"""Foreign tensors to ours and back, by the names of `checkpoints.families`, with every key consumed
+exactly once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What the files of a model folder hold, counted key by key and read a second time.
 
 The second reading finds a tensor's parameter by rules of its own that share nothing with
-`names.py`: what reading and writing would both get wrong shows here, where a round trip sees
-nothing.
+`checkpoints.families`: what reading and writing would both get wrong shows here, where a round trip
+sees nothing.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def open_case(folder: Path, name: str, args: ModelArgs, *, whole: bool) -> Case:
 
 
 def table(folder: Path, kind: Format) -> str:
-    """The rows of `names.py` that a foreign folder is read by."""
+    """The names of `checkpoints.families` that a foreign folder is read by."""
     return str(read_json(folder / CONFIG)["model_type"]) if kind == "hf" else f"params_{kind}"
 
 

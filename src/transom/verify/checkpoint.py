@@ -2,7 +2,8 @@
 the same numbers.
 
 What the files hold is read a second time here, by rules of its own that share nothing with
-`names.py`; where `transformers` is installed, its logits and greedy tokens are compared too.
+`checkpoints.families`; where `transformers` is installed, its logits and greedy tokens are compared
+too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Where a foreign model keeps what our leaves hold, for adapters: by the rows of `names.py`.
+"""Where a foreign model keeps what our leaves hold, for adapters: by the names of
+`checkpoints.families`.
 
 A row that says how a foreign weight becomes ours also says how its adapter does: A sees the inputs,
 so all of our leaves behind one foreign weight share it, and B makes the outputs, so it is cut and

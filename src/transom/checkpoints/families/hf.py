@@ -19,10 +19,23 @@ from transom.config.model_args import ModelArgs
 _NONSENSE = (TypeError, ValueError, AttributeError, ArithmeticError)
 # Fields of which every family takes any value.
 _ANY_VALUE = frozenset(
-    """
-    dim n_layers n_heads n_kv_heads hidden_dim multiple_of ffn_dim_multiplier vocab_size max_seq_len
-    max_batch_size norm_eps rope_theta tie_embeddings moe_args.num_experts moe_args.top_k
-    """.split()
+    [
+        "dim",
+        "n_layers",
+        "n_heads",
+        "n_kv_heads",
+        "hidden_dim",
+        "multiple_of",
+        "ffn_dim_multiplier",
+        "vocab_size",
+        "max_seq_len",
+        "max_batch_size",
+        "norm_eps",
+        "rope_theta",
+        "tie_embeddings",
+        "moe_args.num_experts",
+        "moe_args.top_k",
+    ]
 )
 
 

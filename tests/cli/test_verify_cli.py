@@ -84,7 +84,7 @@ def test_a_mismatch_is_shown_where_it_begins_and_is_exit_code_1(capsys):
     with model_bugs.weightless_norm():
         assert main(["verify", "model", "demo", "--json"]) == 1
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["comparisons"][0]["first_bad"]["detail"].startswith("first at position")
+    assert told["comparisons"][0]["first_failure"]["detail"].startswith("first at position")
 
 
 def test_what_the_oracle_lacks_is_a_refusal(tmp_path, capsys):

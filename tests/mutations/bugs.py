@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from tests.mutations import checkpoint_bugs, finetune_bugs, merge_bugs, model_bugs, run_bugs
-from transom.verify.check import Finding
 from transom.verify.checks import CHECKS
+from transom.verify.findings import Finding
 
 
 @dataclass(frozen=True)

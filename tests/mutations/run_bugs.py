@@ -22,7 +22,7 @@ from transom.training.losses.log_probs import target_log_probs
 from transom.training.losses.objectives import NextToken
 from transom.training.optim.ema import Ema
 from transom.training.optim.optimizers import Optimizers
-from transom.verify.runs import BYTE_VOCABULARY
+from transom.verify.tiny_runs import BYTE_VOCABULARY
 
 # -- stores
 

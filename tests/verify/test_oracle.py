@@ -12,10 +12,10 @@ from transom.base.errors import RequestError
 from transom.checkpoints.files.folders import read_args
 from transom.checkpoints.load import load
 from transom.config.model_args import ModelArgs
-from transom.verify.check import difference
+from transom.verify.findings import difference
 from transom.verify.model import COUNT, TOLERANCE, compare_with_oracle, unspoken
 from transom.verify.oracle import Oracle, lacks
-from transom.verify.subjects import BUILT_IN
+from transom.verify.sample_models import SAMPLES
 
 UNSPOKEN = {"llama-dynamic": "dynamic", "phi3-longrope": "longrope", "llama4": "vision_args"}
 
@@ -40,9 +40,9 @@ def test_what_it_lacks_of_the_families_is_known(family, tmp_path):
     assert UNSPOKEN[family] in missing
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", SAMPLES)
 def test_every_built_in_model_equals_the_oracle(name):
-    findings = list(compare_with_oracle(ModelArgs.from_dict(BUILT_IN[name]), name))
+    findings = list(compare_with_oracle(ModelArgs.from_dict(SAMPLES[name]), name))
     assert [one for one in findings if not one.ok] == []
     # Drawn weights must not hide behind zero gradients: only then would a tolerance of 1e-5 be
     # generous.
@@ -50,7 +50,7 @@ def test_every_built_in_model_equals_the_oracle(name):
 
 
 def test_built_in_models_use_every_option_the_oracle_speaks():
-    models = [ModelArgs.from_dict(fields) for fields in BUILT_IN.values()]
+    models = [ModelArgs.from_dict(fields) for fields in SAMPLES.values()]
     wanted = {
         "rope_layout": {"interleaved", "halves"},
         "qk_norm": {"none", "head", "projection"},

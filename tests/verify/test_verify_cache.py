@@ -23,13 +23,21 @@ from transom.verify.cache import (
     edges,
     first_bad,
 )
-from transom.verify.check import difference, summarize
-from transom.verify.subjects import BUILT_IN, CHUNK, ORIGINAL, WINDOW, drawn, shrink, tokens_for
+from transom.verify.findings import difference, summarize
+from transom.verify.sample_models import (
+    CHUNK,
+    ORIGINAL,
+    SAMPLES,
+    WINDOW,
+    random_tokens,
+    sample_model,
+    small_copy,
+)
 
 LONGROPE = {"kind": "longrope", "factor": 4.0, "original_max_seq_len": 4096}
 MODELS = {
     "demo": PRESETS["demo"],
-    "mixed": BUILT_IN["mixed"],
+    "mixed": SAMPLES["mixed"],
     "latent": {
         "n_heads": 8,
         "mla_args": {
@@ -62,10 +70,10 @@ def single_threaded():
 @pytest.mark.parametrize("name", MODELS)
 def test_every_kind_of_model_is_green(name):
     bucket = store.BUCKET
-    copy = shrink(ModelArgs.from_dict(MODELS[name]), context=True)
+    copy = small_copy(ModelArgs.from_dict(MODELS[name]), context=True)
     assert copy.left_out == ()
-    lines = summarize(compare_small(drawn(copy.args), name))
-    assert [line.first_bad for line in lines if line.failed] == []
+    lines = summarize(compare_small(sample_model(copy.args), name))
+    assert [line.first_failure for line in lines if line.failed] == []
     assert {"prefill + decode", "chunked prefill", "after a rollback"} <= {
         line.comparison for line in lines
     }
@@ -73,8 +81,8 @@ def test_every_kind_of_model_is_green(name):
 
 
 def test_a_layer_that_sees_later_tokens_is_compared_without_a_cache(capsys):
-    copy = shrink(ModelArgs.from_dict({"layer_pattern": "BF"}))
-    lines = summarize(compare_small(drawn(copy.args), "encoder"))
+    copy = small_copy(ModelArgs.from_dict({"layer_pattern": "BF"}))
+    lines = summarize(compare_small(sample_model(copy.args), "encoder"))
     assert {line.comparison for line in lines} == {"padded batch", "padded in front", "packed"}
     assert not any(line.failed for line in lines)
     assert "nothing is cached" in capsys.readouterr().err
@@ -87,7 +95,7 @@ def test_a_planted_bug_is_located():
     with run_bugs.stale_slot():
         bad = next(
             one
-            for one in compare_small(drawn(shrink(preset("mistral-7b-v0.1")).args), "m")
+            for one in compare_small(sample_model(small_copy(preset("mistral-7b-v0.1")).args), "m")
             if not one.ok
         )
     assert bad.detail == f"first at position {WINDOW}, layer 0"
@@ -123,7 +131,7 @@ def test_edges_surround_windows_rings_and_buckets():
 def test_a_real_model_runs_as_it_is(capsys):
     args = tiny_args(layer_pattern="SF", sliding_window=20, max_seq_len=600)
     lines = summarize(compare_whole(random_model(args), "tiny"))
-    assert [line.first_bad for line in lines if line.failed] == []
+    assert [line.first_failure for line in lines if line.failed] == []
     assert lines[0].worst.tolerance == pytest.approx(1e-4), "float32 weights, float32 tolerance"
     list(compare_whole(random_model(args), "tiny", length=18))
     assert "windows or chunks of 20 tokens are not crossed" in capsys.readouterr().err
@@ -143,7 +151,7 @@ def test_nan_is_never_equal():
 
 def test_a_model_that_ignores_its_padding_is_seen():
     """Comparisons judge rows alone: batch and single row may not share the mistake."""
-    model = drawn(shrink(preset("demo")).args)
+    model = sample_model(small_copy(preset("demo")).args)
     with model_bugs.visible_padding():
         lines = summarize(compare(model, "demo", Plan(12, (0,), 256, 12, 1e-9)))
     assert {line.comparison for line in lines if line.failed} >= {
@@ -159,14 +167,16 @@ def test_longrope_factors_are_as_many_as_a_copy_has_pairs():
             "short_factor": [1.0] * count,
             "long_factor": [2.0 + i for i in range(count)],
         }
-        copy = shrink(ModelArgs.from_dict({"head_dim": 2 * count, "rope_scaling": scaling})).args
+        copy = small_copy(
+            ModelArgs.from_dict({"head_dim": 2 * count, "rope_scaling": scaling})
+        ).args
         assert len(copy.rope_scaling.long_factor) == copy.rotary_dim // 2
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_copy_keeps_the_pattern_and_shrinks_the_sizes(name):
     args = preset(name)
-    copy = shrink(args).args
+    copy = small_copy(args).args
     assert args.pattern.startswith(copy.pattern)
     assert set(args.pattern) == set(copy.pattern)
     assert copy.sliding_window in (None, WINDOW)
@@ -175,7 +185,7 @@ def test_a_copy_keeps_the_pattern_and_shrinks_the_sizes(name):
     assert (copy.n_heads == copy.kv_heads) == (args.n_heads == args.kv_heads)
     if args.scaling is not None:
         assert copy.scaling.original_max_seq_len == ORIGINAL
-    logits = drawn(copy)(tokens_input(copy)).logits
+    logits = sample_model(copy)(tokens_input(copy)).logits
     assert logits.dtype == torch.float64
     assert logits.std() > 0.1
 
@@ -183,9 +193,9 @@ def test_a_copy_keeps_the_pattern_and_shrinks_the_sizes(name):
 def tokens_input(args):
     from transom.models.llm import TransformerInput
 
-    return TransformerInput(tokens_for(args, 1, 9))
+    return TransformerInput(random_tokens(args, 1, 9))
 
 
 def test_what_a_copy_leaves_out_is_said():
-    copy = shrink(ModelArgs.from_dict({"context_dim": 32, "head": {"kind": "classification"}}))
+    copy = small_copy(ModelArgs.from_dict({"context_dim": 32, "head": {"kind": "classification"}}))
     assert [line.split(":")[0] for line in copy.left_out] == ["head", "context_dim"]

@@ -20,8 +20,8 @@ from transom.checkpoints.load import load, save
 from transom.cli.main import main
 from transom.tokenizers.training import byte_tokenizer, train_chars
 from transom.verify import checkpoint, texts
-from transom.verify.check import summarize
 from transom.verify.checkpoint import SPECIAL, compare_folder
+from transom.verify.findings import summarize
 from transom.verify.texts import compare_texts
 
 WINDOWED = {"layer_pattern": "SF", "sliding_window": 7}
@@ -74,7 +74,7 @@ FAMILIES += [pytest.param(name, marks=pytest.mark.slow) for name in SLOW]
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_of_transformers_is_green_and_read_by_hand(tmp_path, capsys, family):
     found = lines(hf_folder(tmp_path, family))
-    assert not {name: line.first_bad for name, line in found.items() if line.failed}
+    assert not {name: line.first_failure for name, line in found.items() if line.failed}
     assert {
         "logits = transformers",
         "greedy tokens = transformers",
@@ -101,8 +101,8 @@ def test_every_format_is_green(tmp_path, format):
         format=format,
     )
     found = lines(tmp_path, length=32)
-    assert not {name: line.first_bad for name, line in found.items() if line.failed}
-    formats = {finding.where.split(",")[0] for finding in compare_folder(tmp_path, 32, name="it")}
+    assert not {name: line.first_failure for name, line in found.items() if line.failed}
+    formats = {finding.case.split(",")[0] for finding in compare_folder(tmp_path, 32, name="it")}
     assert f"it as {format}" in formats
     assert ("it as meta" in formats) == (format in ("meta", "hf"))
 
@@ -123,9 +123,9 @@ def test_keys_that_do_not_add_up_are_red_and_end_it(tmp_path):
     rewrite(hf_folder(tmp_path), lambda state: state.update({f"{key}_too": state.pop(key)}))
     found = lines(tmp_path)
     assert set(found) == {"every key becomes a parameter", "every parameter has a key"}
-    assert found["every key becomes a parameter"].first_bad.where == f"it, {key}_too"
+    assert found["every key becomes a parameter"].first_failure.case == f"it, {key}_too"
     assert (
-        found["every parameter has a key"].first_bad.where
+        found["every parameter has a key"].first_failure.case
         == "it, layers.1.feed_forward.w_value.weight"
     )
 
@@ -190,7 +190,8 @@ def test_bits_show_what_only_writing_gets_wrong(tmp_path):
     with checkpoint_bugs.unturned_query():
         found = lines(tmp_path, length=16)
     assert (
-        found["written and read back"].first_bad.where == "it as hf, layers.0.attention.wq.weight"
+        found["written and read back"].first_failure.case
+        == "it as hf, layers.0.attention.wq.weight"
     )
     assert found["logits of what was written"].failed == 1
 
@@ -238,7 +239,7 @@ def test_chats_have_the_ids_of_transformers(tmp_path, monkeypatch, template, los
         for one in compare_texts(with_chat(tmp_path, template), "it")
         if one.comparison == texts.IDS
     ]
-    assert [one.where.removeprefix("it, ") for one in found if not one.ok] == red
+    assert [one.case.removeprefix("it, ") for one in found if not one.ok] == red
     assert len(found) == (3 if template == SYSTEMLESS else 4)
 
 

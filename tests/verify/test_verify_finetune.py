@@ -34,7 +34,7 @@ from transom.layers.linear import Linear
 from transom.lora.adapters import LoraWeights
 from transom.tokenizers.training import byte_tokenizer
 from transom.verify import finetune, finetune_rows
-from transom.verify.check import summarize
+from transom.verify.findings import summarize
 from transom.verify.finetune_rows import (
     PAIRS,
     TALKS,
@@ -43,7 +43,7 @@ from transom.verify.finetune_rows import (
     compare_masks,
     examples_of,
 )
-from transom.verify.subjects import BUILT_IN
+from transom.verify.sample_models import SAMPLES
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -168,7 +168,7 @@ def test_experts_that_no_token_came_to_need_not_learn():
     tokenizer = byte_tokenizer()
     moe = {"num_experts": 8, "top_k": 1, "hidden_dim": 16}
     args = ModelArgs.from_dict(
-        {**BUILT_IN["mixtral"], "moe_args": moe, "vocab_size": tokenizer.vocab_size}
+        {**SAMPLES["mixtral"], "moe_args": moe, "vocab_size": tokenizer.vocab_size}
     )
     rows = Writer("", tokenizer, None, 16).encode([Example("t", "text", text="a")])
     batch = packed_batch([[rows.items[0][0]]])
@@ -189,7 +189,7 @@ def test_a_gradient_that_is_lost_behind_an_expert_is_red(monkeypatch):
         return output
 
     tokenizer = byte_tokenizer()
-    args = ModelArgs.from_dict({**BUILT_IN["mixtral"], "vocab_size": tokenizer.vocab_size})
+    args = ModelArgs.from_dict({**SAMPLES["mixtral"], "vocab_size": tokenizer.vocab_size})
     rows = Writer("", tokenizer, None, 99).encode(
         [Example("t", "text", text="every token of a text " * 4)]
     )

@@ -12,14 +12,14 @@ import torch
 from transom.base.errors import RequestError
 from transom.training.config import read_config
 from transom.verify.data import check_data
-from transom.verify.runs import tiny_run, workshop
-from transom.verify.training import (
+from transom.verify.resume import (
     check_resume,
     check_step,
     compare_resumed_run,
     history,
     judge,
 )
+from transom.verify.tiny_runs import temporary_corpus, tiny_run
 
 
 def test_resume_is_bit_equal():
@@ -49,7 +49,7 @@ def test_two_interruptions_need_three_steps():
 
 @pytest.fixture(scope="module")
 def straight():
-    with workshop() as folder:
+    with temporary_corpus() as folder:
         return history(tiny_run(folder, "run", steps=2, ema_decay=0.5), folder, "straight", [2])
 
 
@@ -76,13 +76,13 @@ def test_every_part_of_a_history_is_compared(straight, part, change):
     }.get(part, part)
     other = replace(straight, **{field: change(getattr(straight, field))})
     (bad,) = (one for one in judge("c", "here", other, straight) if not one.ok)
-    assert bad.where == f"{part}, here"
+    assert bad.case == f"{part}, here"
     assert bad.detail
 
 
 def test_a_history_depends_on_the_random_state():
     """Without it, losing the state could not be seen."""
-    with workshop() as folder:
+    with temporary_corpus() as folder:
         args = tiny_run(folder, "run", steps=2)
         first = history(args, folder, "one", [1])
         assert not torch.equal(first.random, history(args, folder, "two", [2]).random)
@@ -94,7 +94,7 @@ def test_step_and_data_are_green():
 
 def test_a_workshop_leaves_nothing_behind():
     threads, state = torch.get_num_threads(), torch.get_rng_state()
-    with workshop() as folder:
+    with temporary_corpus() as folder:
         history(tiny_run(folder, "run", steps=1), folder, "one", [1])
     assert not folder.exists()
     assert torch.get_num_threads() == threads

@@ -22,7 +22,7 @@ from transom.training.config import TrainArgs, read_config
 
 if TYPE_CHECKING:
     from transom.verify.attention import Row
-    from transom.verify.check import Finding, Line
+    from transom.verify.findings import Finding, Summary
 
 # What takes a MODEL, and what has nothing to do with one.
 WITH_MODEL = ("model", "cache", "checkpoint", "merge", "policy", "finetune", "resume")
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
     if options.what == "attention":
         return run_attention(options)
     from transom.base.runtime import one_thread
-    from transom.verify.check import summarize
+    from transom.verify.findings import summarize
 
     own = options.what in ("checkpoint", "merge", "policy", "finetune")
     real = options.full or (own and options.model is not None)
@@ -148,7 +148,7 @@ def findings(options: argparse.Namespace) -> Iterator[Finding]:
     """The comparisons asked for, found one by one."""
     what, name = options.what, options.model
     if what == "resume":
-        from transom.verify.training import STEPS, compare_resumed_run
+        from transom.verify.resume import STEPS, compare_resumed_run
 
         if name is not None or options.steps is not None:
             args = read_run(name) if name is not None else TrainArgs(model="demo")
@@ -195,20 +195,20 @@ def drawn_from(name: str, device: str) -> Iterator[Finding]:
     """A folder's own weights, adapters among them, or a copy in small of what has none."""
     from transom.checkpoints.load import load
     from transom.verify.policy import compare_policies
-    from transom.verify.subjects import drawn, shrink
+    from transom.verify.sample_models import sample_model, small_copy
 
     if is_folder(name):
         return compare_policies([(name, load(name, device, "float32"))])
-    copy = shrink(read_model(name))
+    copy = small_copy(read_model(name))
     for line in copy.left_out:
         notice(f"{name}: {line}")
-    return compare_policies([(name, drawn(copy.args).to(device))])
+    return compare_policies([(name, sample_model(copy.args).to(device))])
 
 
 def finetune_findings(name: str, data: str | None) -> Iterator[Finding]:
     """A folder's own texts and weights on rows of `data`, and a copy in small of any model."""
     from transom.verify.finetune import compare_folder, compare_model
-    from transom.verify.subjects import shrink
+    from transom.verify.sample_models import small_copy
 
     own = is_folder(name)
     require(
@@ -219,7 +219,7 @@ def finetune_findings(name: str, data: str | None) -> Iterator[Finding]:
     )
     if own:
         yield from compare_folder(name, data)
-    copy = shrink(read_model(name))
+    copy = small_copy(read_model(name))
     for line in copy.left_out:
         notice(f"{name}: {line}")
     yield from compare_model(copy.args, f"{name} in small")
@@ -237,13 +237,13 @@ def shrunken(what: str, name: str) -> Iterator[Finding]:
     """A copy of the model in small, compared with the oracle or call by call."""
     from transom.verify.cache import compare_small
     from transom.verify.model import compare_with_oracle, unspoken
-    from transom.verify.subjects import drawn, shrink
+    from transom.verify.sample_models import sample_model, small_copy
 
-    copy = shrink(read_model(name), context=what == "cache")
+    copy = small_copy(read_model(name), context=what == "cache")
     for line in copy.left_out:
         notice(f"{name}: {line}")
     if what == "cache":
-        return compare_small(drawn(copy.args), name)
+        return compare_small(sample_model(copy.args), name)
     if missing := unspoken(copy.args):
         raise RequestError(f"{name}: {'; '.join(missing)}")
     return compare_with_oracle(copy.args, name)
@@ -286,7 +286,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------
 
 
-def print_lines(what: str, model: str, lines: Iterable[Line]) -> None:
+def print_lines(what: str, model: str, lines: Iterable[Summary]) -> None:
     """One row per comparison, then where each failing one begins to differ."""
     rows, failing, cases = [], [], 0
     for line in lines:
@@ -295,20 +295,20 @@ def print_lines(what: str, model: str, lines: Iterable[Line]) -> None:
             f"{line.worst.error:.1e}",
             f"{line.worst.tolerance:.0e}" if line.worst.tolerance else "0",
         )
-        rows.append((line.comparison, verdict, line.worst.where, str(line.cases), error, tolerance))
+        rows.append((line.comparison, verdict, line.worst.case, str(line.cases), error, tolerance))
         cases += line.cases
-        if line.first_bad is not None:
-            failing.append(line.first_bad)
+        if line.first_failure is not None:
+            failing.append(line.first_failure)
     heading(f"verify {what}: {model or 'built-in models'}")
     show(
         table(("comparison", "verdict", "worst case"), ("cases", "largest error", "accepted"), rows)
     )
     for bad in failing:
-        print(f"{bad.comparison}: {bad.where}: error {bad.error:.2e}, {bad.detail}")
+        print(f"{bad.comparison}: {bad.case}: error {bad.error:.2e}, {bad.detail}")
     print(f"\n{'all equal' if not failing else 'NOT EQUAL'}: {cases} comparisons")
 
 
-def document(lines: Iterable[Line]) -> dict[str, Any]:
+def document(lines: Iterable[Summary]) -> dict[str, Any]:
     """The same as plain data."""
     rows = [
         {
@@ -316,7 +316,7 @@ def document(lines: Iterable[Line]) -> dict[str, Any]:
             "cases": line.cases,
             "failed": line.failed,
             "worst": plain(line.worst),
-            "first_bad": None if line.first_bad is None else plain(line.first_bad),
+            "first_failure": None if line.first_failure is None else plain(line.first_failure),
         }
         for line in lines
     ]
@@ -327,7 +327,7 @@ def plain(finding: Finding) -> dict[str, Any]:
     """A finding as JSON takes it, which has no infinity."""
     error = finding.error if finding.error < float("inf") else None
     return {
-        "where": finding.where,
+        "case": finding.case,
         "error": error,
         "tolerance": finding.tolerance,
         "detail": finding.detail,

@@ -21,7 +21,7 @@ from transom.attention.backends import BACKENDS, Backend, machine_key, refused_f
 from transom.attention.reference import reference
 from transom.base.runtime import dtype_name
 from transom.verify.attention_jobs import Inputs, Job, build, jobs
-from transom.verify.check import Finding, difference
+from transom.verify.findings import Finding, difference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Against float64 on the same rounded inputs, whose values are about 1: a few roundings of the dtype

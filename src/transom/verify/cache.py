@@ -20,8 +20,8 @@ from transom.cache import store
 from transom.cache.model_cache import ModelCache
 from transom.config.model_args import ModelArgs
 from transom.models.llm import LLM, TransformerInput
-from transom.verify.check import TOLERANCES, Finding, difference
-from transom.verify.subjects import BUILT_IN, context_for, drawn, tokens_for
+from transom.verify.findings import TOLERANCES, Finding, difference
+from transom.verify.sample_models import SAMPLES, random_context, random_tokens, sample_model
 
 SMALL_BUCKET = (
     8  # slots: what the static view is cut to in small runs, so that a few dozen tokens cross it
@@ -64,8 +64,8 @@ class Trace:
 def check_cache() -> Iterator[Finding]:
     """Models with every rule, in float64, cut around every edge."""
     for name in ("mixed", "llama4", "deepseek"):
-        args = ModelArgs.from_dict(BUILT_IN[name])
-        yield from compare_small(drawn(args), name)
+        args = ModelArgs.from_dict(SAMPLES[name])
+        yield from compare_small(sample_model(args), name)
 
 
 def compare_small(model: LLM, name: str) -> Iterator[Finding]:
@@ -126,7 +126,7 @@ def small_buckets() -> Iterator[None]:
 def compare(model: LLM, name: str, plan: Plan) -> Iterator[Finding]:
     """All comparisons for one model, against one forward of `plan.length` tokens."""
     args = model.args
-    tokens = tokens_for(args, 2, plan.length).to(model.tok_embeddings.weight.device)
+    tokens = random_tokens(args, 2, plan.length).to(model.tok_embeddings.weight.device)
     whole = run(model, [TransformerInput(tokens)])
     ahead = any(layer.rule.kind == "full" for layer in args.layers)
     scaling = args.scaling
@@ -225,7 +225,7 @@ class Cases:
     def after_rollback(self) -> Iterator[Finding]:
         """Tokens taken back and fed again leave no trace."""
         total = self.plan.length
-        wrong = tokens_for(self.model.args, 2, total, seed=1).to(self.tokens.device)
+        wrong = random_tokens(self.model.args, 2, total, seed=1).to(self.tokens.device)
         for slack in self.plan.slacks:
             back, cache = min(slack + 1, total - 1), self.model.make_cache(2, total, slack=slack)
             start = max(1, total - back - 2)
@@ -362,7 +362,7 @@ def run(model: LLM, calls: Sequence[TransformerInput], cache: ModelCache | None 
         with torch.no_grad():
             for call in calls:
                 if model.args.context_dim is not None and (cache is None or not cache.has_context):
-                    context = context_for(model.args, call.tokens.size(0))
+                    context = random_context(model.args, call.tokens.size(0))
                     call = replace(call, context=context.to(model.tok_embeddings.weight))
                 logits = model(call, cache=cache).logits
                 assert logits is not None, "all logits are the default"

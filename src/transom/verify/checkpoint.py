@@ -33,21 +33,20 @@ from transom.config.model_args import ModelArgs, RopeLayout
 from transom.inference.loop import generate
 from transom.models.llm import LLM, TransformerInput
 from transom.tokenizers.training import byte_tokenizer
-from transom.verify.by_hand import (
+from transom.verify.cache import REAL_SLACK, compare_whole
+from transom.verify.cache import run as forward
+from transom.verify.file_tensors import (
     Case,
     accounted,
     by_hand,
     layout,
     open_case,
-    same_bytes,
     stored_twice,
 )
-from transom.verify.cache import REAL_SLACK, compare_whole
-from transom.verify.cache import run as forward
-from transom.verify.check import TOLERANCES, Finding, difference, in_one_line
-from transom.verify.runs import muted
-from transom.verify.subjects import BASE, BUILT_IN, WINDOW, drawn, tokens_for
+from transom.verify.findings import TOLERANCES, Finding, difference, one_line, same_bytes
+from transom.verify.sample_models import BASE, SAMPLES, WINDOW, random_tokens, sample_model
 from transom.verify.texts import compare_texts
+from transom.verify.tiny_runs import quiet
 
 LENGTH, PROMPT, GREEDY = 40, 5, 16  # tokens: compared at least, continued, and how far
 LONGEST = 512  # tokens; spans beyond half of this are crossed where --length asks for it
@@ -64,8 +63,8 @@ FOLDERS: dict[str, tuple[Format, dict[str, Any]]] = {
     "qwen2": ("hf", {**_BYTES, "rope_layout": "halves", "qkv_bias": True, "tie_embeddings": True}),
     "llama": ("meta", {**_BYTES, "use_scaled_rope": True}),
     "mistral": ("mistral", {**_BYTES, "sliding_window": WINDOW}),
-    "mixtral": ("hf", {**BUILT_IN["mixtral"], **_BYTES}),
-    "llama4": ("hf", {**BUILT_IN["llama4"], **_BYTES, "n_layers": 4}),
+    "mixtral": ("hf", {**SAMPLES["mixtral"], **_BYTES}),
+    "llama4": ("hf", {**SAMPLES["llama4"], **_BYTES, "n_layers": 4}),
 }
 
 
@@ -88,7 +87,12 @@ def check_checkpoint() -> Iterator[Finding]:
         with tempfile.TemporaryDirectory(prefix="transom-verify-") as scratch:
             folder = Path(scratch) / name
             tokenizer = byte_tokenizer(SPECIAL)
-            save(drawn(ModelArgs.from_dict(fields), dtype=torch.float32), folder, kind, tokenizer)
+            save(
+                sample_model(ModelArgs.from_dict(fields), dtype=torch.float32),
+                folder,
+                kind,
+                tokenizer,
+            )
             template = built_in.named("llama3")
             assert template is not None, "one of the built-in templates"
             (folder / FILE).write_text(template.source(tokenizer), encoding="utf-8")
@@ -97,7 +101,7 @@ def check_checkpoint() -> Iterator[Finding]:
 
 def _quietly(findings: Iterator[Finding]) -> Iterator[Finding]:
     while True:
-        with muted():
+        with quiet():
             found = next(findings, None)
         if found is None:
             return
@@ -113,7 +117,7 @@ def _compare_merged(
         f"merged"
     )
     with tempfile.TemporaryDirectory(prefix="transom-verify-") as scratch:
-        with muted():
+        with quiet():
             convert(folder, Path(scratch) / "merged", "native")
         yield from compare_folder(Path(scratch) / "merged", length, dtype, called)
 
@@ -147,7 +151,7 @@ def compare_folder(
         yield from first
         if not all(one.ok for one in first):
             return
-    with muted():  # it has been said what is left unread
+    with quiet():  # it has been said what is left unread
         ours = open_state(where, args, shapes_of(outline(args)))
     yield from by_hand(case, ours)
     yield from layout(case)
@@ -164,7 +168,7 @@ def _numbers(case: Case, ours: Source, dtype: str, length: int | None) -> Iterat
         )
         yield from _round_trips(case, ours, None, dtype)
         return
-    with muted():
+    with quiet():
         model = load(case.folder, dtype=dtype)
     numbers = _numbers_of(model, length)
     bad = int((~numbers.logits.isfinite()).sum())
@@ -181,7 +185,7 @@ def _numbers(case: Case, ours: Source, dtype: str, length: int | None) -> Iterat
     del model
     yield from _round_trips(case, ours, numbers, dtype)
     yield from _transformers(case, numbers, dtype)
-    with muted():
+    with quiet():
         model = load(case.folder, dtype=dtype)
     yield from compare_whole(model, case.name, _length(case.args) if length is None else length)
 
@@ -199,7 +203,7 @@ def _length(args: ModelArgs) -> int:
 def _numbers_of(model: LLM, length: int | None) -> Numbers:
     args, scaling = model.args, model.args.scaling
     count = _length(args) if length is None else length
-    tokens = tokens_for(args, 1, min(count, args.max_seq_len))
+    tokens = random_tokens(args, 1, min(count, args.max_seq_len))
     logits = _logits(model, tokens)
     room = args.max_seq_len
     if (
@@ -247,14 +251,14 @@ def _round_trips(
         with tempfile.TemporaryDirectory(prefix="transom-verify-") as scratch:
             out = Path(scratch) / format
             try:
-                with muted():
+                with quiet():
                     convert(case.folder, out, format)
             except RequestError as error:
                 notice(f"{case.name}: not written as {format}: {error}")
                 continue
             where = f"{case.name} as {format}"
             try:
-                with muted():
+                with quiet():
                     args = read_args(out)
                     again = open_state(out, args, shapes_of(outline(args)))
             except RequestError as error:
@@ -262,7 +266,7 @@ def _round_trips(
                 continue
             yield from _bits(case, ours, args, again, where)
             if numbers is not None:
-                with muted():
+                with quiet():
                     logits = _logits(load(out, dtype=dtype), numbers.tokens)
                 error_of = difference(logits, numbers.logits)
                 detail = (
@@ -326,16 +330,16 @@ def _transformers(case: Case, numbers: Numbers, dtype: str) -> Iterator[Finding]
         if case.kind != "hf":
             folder = Path(scratch) / "hf"
             try:
-                with muted():
+                with quiet():
                     convert(case.folder, folder, "hf")
             except RequestError:
                 notice(f"{case.name}: not a folder of transformers, and cannot be written as one")
                 return
         try:
-            with muted():
+            with quiet():
                 theirs, missing = _their_model(folder, dtype)
         except Exception as error:  # whatever another library raises
-            said = f"transformers cannot load it ({in_one_line(error)})"
+            said = f"transformers cannot load it ({one_line(error)})"
             if case.kind == "hf":
                 notice(f"{case.name}: {said}")
             else:  # what was written here must be readable there
@@ -344,14 +348,14 @@ def _transformers(case: Case, numbers: Numbers, dtype: str) -> Iterator[Finding]
         detail = f"not found there: {', '.join(missing[:5])}" if missing else ""
         yield Finding("loads in transformers", case.name, float(len(missing)), 0.0, detail)
         try:
-            with muted():
+            with quiet():
                 expected = _their_logits(theirs, numbers.tokens)
         except (
             Exception
         ) as error:  # a release may fail in its own forward, as 5.24.0 does on Llama 4 with images
             notice(
                 f"{case.name}: no logits are compared: transformers cannot run the model "
-                f"({in_one_line(error)})"
+                f"({one_line(error)})"
             )
             return
         yield from _their_numbers(case, theirs, numbers, expected)
@@ -406,7 +410,7 @@ def _their_numbers(
     for _ in range(
         count
     ):  # by hand: `generate` would take stop tokens, penalties and padding from configs
-        with muted():
+        with quiet():
             given = torch.cat([given, _their_logits(theirs, given)[:, -1:].argmax(-1)], 1)
     at = next((i for i in range(count) if numbers.greedy[PROMPT + i] != given[0, PROMPT + i]), None)
     if at is not None and numbers.gaps[at] <= numbers.tolerance:

@@ -4,16 +4,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
 from transom.verify.attention import check_attention
 from transom.verify.cache import check_cache
-from transom.verify.check import Check
 from transom.verify.checkpoint import check_checkpoint
 from transom.verify.data import check_data
+from transom.verify.findings import Finding
 from transom.verify.finetune import check_finetune
 from transom.verify.merge import check_merge
 from transom.verify.model import check_model
 from transom.verify.policy import check_policy
-from transom.verify.training import check_resume, check_step
+from transom.verify.resume import check_resume, check_step
+
+
+@dataclass(frozen=True)
+class Check:
+    """A named set of comparisons; `run` yields findings one by one."""
+
+    name: str
+    what: str
+    run: Callable[[], Iterator[Finding]]
+
 
 CHECKS: dict[str, Check] = {
     one.name: one

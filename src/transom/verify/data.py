@@ -14,8 +14,8 @@ from transom.data.text.shards import TokenFile, prepare
 from transom.data.text.sources import SourceArgs
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.tokenizers.training import byte_tokenizer
-from transom.verify.check import Finding
-from transom.verify.runs import texts, workshop
+from transom.verify.findings import Finding
+from transom.verify.tiny_runs import documents, temporary_corpus
 
 SEQ_LEN, ROWS = 24, 4
 
@@ -23,20 +23,20 @@ SEQ_LEN, ROWS = 24, 4
 def check_data() -> Iterator[Finding]:
     """One epoch of the built-in corpus, byte by byte; each error is a count of wrong places."""
     tokenizer = byte_tokenizer()
-    with workshop() as folder:
+    with temporary_corpus() as folder:
         file = tokenized(folder, tokenizer)
         begin, end = tokenizer.bos_id, tokenizer.eos_id
         assert begin is not None and end is not None, "byte_tokenizer has both"
-        documents = [bytes_framed(text, begin, end) for text in texts().values()]
+        expected = [bytes_framed(text, begin, end) for text in documents().values()]
         batches = make_batches(file, begin, end)
         count = batches.items_per_epoch // ROWS
         rows = [row for _ in range(count) for row in rows_of(batches.next())]
-        yield from judge_rows(rows, documents, begin, end)
+        yield from judge_rows(rows, expected, begin, end)
         yield from judge_order(file, begin, end)
 
 
 def tokenized(folder: Path, tokenizer: Tokenizer) -> TokenFile:
-    """The corpus of a workshop, all of it to train on."""
+    """The corpus of a temporary_corpus, all of it to train on."""
     return prepare(SourceArgs(path=str(folder / "corpus")), tokenizer, folder / "cache").train
 
 

@@ -40,7 +40,7 @@ from transom.training.losses.log_probs import adapters_off
 from transom.training.losses.objectives import NextToken
 from transom.training.losses.preferences import Preference
 from transom.training.optim.optimizers import build_optimizer
-from transom.verify.check import TOLERANCES, Finding, difference
+from transom.verify.findings import TOLERANCES, Finding, difference
 from transom.verify.finetune_rows import (
     PAIRS,
     TALKS,
@@ -50,9 +50,9 @@ from transom.verify.finetune_rows import (
     compare_masks,
     examples_of,
 )
-from transom.verify.runs import muted, placed, texts, workshop
-from transom.verify.subjects import BUILT_IN, drawn
-from transom.verify.training import compare_resumed, history
+from transom.verify.resume import compare_resumed, history
+from transom.verify.sample_models import SAMPLES, sample_model
+from transom.verify.tiny_runs import documents, in_folder, quiet, temporary_corpus
 
 MOST_EXAMPLES, LOSS_ROWS = 1000, 8  # of a file: looked at, and put through the model of a folder
 RANK, ALPHA = 4, 6.0
@@ -61,12 +61,12 @@ BETA = 0.3  # of the DPO loss that is compared
 # Windows and chunks without experts; experts with biases; latents, groups, shared experts, biases
 # that balance.
 _LATENT, _ROOM = (
-    BUILT_IN["deepseek"],
+    SAMPLES["deepseek"],
     {"max_seq_len": 1024},
 )  # for a packed row that is taken for one text
 MODELS: dict[str, dict[str, Any]] = {
-    "mixed": {**BUILT_IN["mixed"], **_ROOM},
-    "gpt-oss": {**BUILT_IN["gpt-oss"], **_ROOM},
+    "mixed": {**SAMPLES["mixed"], **_ROOM},
+    "gpt-oss": {**SAMPLES["gpt-oss"], **_ROOM},
     "deepseek": {**_LATENT, **_ROOM, "moe_args": {**_LATENT["moe_args"], "balance": "bias"}},
 }
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -92,7 +92,7 @@ def check_finetune() -> Iterator[Finding]:
                 one for one in examples_of(rows, name) if writer.template is not None or one.bare
             ]
             yield from compare_masks(examples, writer)
-    with workshop() as folder:
+    with temporary_corpus() as folder:
         yield from compare_runs(ModelArgs.from_dict(MODELS["deepseek"]), folder, "deepseek")
     for name, fields in MODELS.items():
         yield from compare_shape(ModelArgs.from_dict(fields), name)
@@ -100,7 +100,7 @@ def check_finetune() -> Iterator[Finding]:
 
 def compare_model(args: ModelArgs, name: str) -> Iterator[Finding]:
     """All that has to do with the shape of a model alone, on a copy of it that is small already."""
-    with workshop() as folder:
+    with temporary_corpus() as folder:
         yield from compare_runs(args, folder, name)
     yield from compare_shape(args, name)
 
@@ -139,15 +139,15 @@ def compare_shape(args: ModelArgs, name: str) -> Iterator[Finding]:
     """
     tokenizer = byte_tokenizer()
     args = replace(args, vocab_size=tokenizer.vocab_size)
-    with muted():
+    with quiet():
         talks, pairs = examples_of(TALKS, "conversation"), examples_of(PAIRS, "pair")
         writer = Writer(name, tokenizer, template_for(talks, tokenizer, None), args.max_seq_len + 1)
         encoded, paired = writer.encode(talks), writer.encode(pairs)
-    yield from compare_losses(drawn(args, dtype=torch.float32), encoded, name)
-    documents = [Example(file, "text", text=text) for file, text in texts().items()]
+    yield from compare_losses(sample_model(args, dtype=torch.float32), encoded, name)
+    rows = [Example(file, "text", text=text) for file, text in documents().items()]
     # Every token of a document is a target, so no expert is met by tokens alone that nothing is
     # learnt from.
-    everything = packed_batch([[row for (row,) in writer.encode(documents).items]])
+    everything = packed_batch([[row for (row,) in writer.encode(rows).items]])
     yield from compare_coverage(args, everything, name)
     batch = packed_batch([[row for (row,) in encoded.items]])
     for kind, lora in ADAPTERS.items():
@@ -157,7 +157,7 @@ def compare_shape(args: ModelArgs, name: str) -> Iterator[Finding]:
 
 def with_adapter(args: ModelArgs, dtype: torch.dtype, **lora: Any) -> LLM:
     """A drawn model with an adapter that says something, ready to be trained as a run makes it."""
-    model = drawn(args, dtype=dtype)
+    model = sample_model(args, dtype=dtype)
     finetune = FinetuneArgs(lora=LoraArgs.from_dict({"rank": RANK, "alpha": ALPHA, **lora}))
     choose_weights(model, finetune, 0, new_tokens=False)
     draws = torch.Generator().manual_seed(3)
@@ -184,7 +184,7 @@ def compare_coverage(args: ModelArgs, batch: TuningBatch, name: str) -> Iterator
     """For every role that the model has: its matrices and no others have adapters, which learn, and
     alone move.
     """
-    shapes = {key: weight.ndim for key, weight in drawn(args).named_parameters()}
+    shapes = {key: weight.ndim for key, weight in sample_model(args).named_parameters()}
     blocks = [
         key.removesuffix(".weight")
         for key, ndim in shapes.items()
@@ -274,7 +274,7 @@ def compare_gradients(
     objective = NextToken(model)
     output: TransformerOutput = model(replace(batch.inputs(), logits="none"))
     loss = objective.loss(output, batch, objective.units(batch))["loss"]
-    plain, merged = drawn(args), {}
+    plain, merged = sample_model(args), {}
     parts: dict[str, tuple[Tensor, Tensor]] = {}  # the adapter's own, and what stands for it here
     for path, _, adapters in carriers(model):
         own = adapters.lora("default")
@@ -349,7 +349,7 @@ def compare_reference(args: ModelArgs, pairs: TuningBatch, name: str) -> Iterato
     by hand.
     """
     base, model = (
-        drawn(args, dtype=torch.float32),
+        sample_model(args, dtype=torch.float32),
         with_adapter(args, torch.float32, modules_to_save=("norm",)),
     )
     expected, said = _logits(base, pairs), _logits(model, pairs)
@@ -401,18 +401,18 @@ def compare_runs(args: ModelArgs, folder: Path, name: str) -> Iterator[Finding]:
     froze.
     """
     tokenizer = byte_tokenizer()
-    base = drawn(replace(args, vocab_size=tokenizer.vocab_size), dtype=torch.float32)
+    base = sample_model(replace(args, vocab_size=tokenizer.vocab_size), dtype=torch.float32)
     save(base, folder / "base", tokenizer=tokenizer)
     rows = [json.dumps(row) + "\n" for row in TALKS if "messages" in row]
     (folder / "rows.jsonl").write_text("".join(rows * 3), encoding="utf-8")
     run = tiny_finetune(folder, "run")
-    with muted():
+    with quiet():
         trained = history(run, folder, "frozen", [2]).weights
     frozen = {key: weight for key, weight in base.named_parameters() if key in trained}
     moved = {key for key, weight in frozen.items() if not torch.equal(weight, trained[key])}
     yield _none("frozen weights = base", name, moved)
     for found in compare_resumed(run, folder, STEPS):
-        yield replace(found, where=f"{name}, {found.where}")
+        yield replace(found, case=f"{name}, {found.case}")
 
 
 def tiny_finetune(folder: Path, name: str) -> TrainArgs:
@@ -433,4 +433,4 @@ def tiny_finetune(folder: Path, name: str) -> TrainArgs:
         "device": "cpu",
         "dtype": "float32",
     }
-    return placed(read_config(None, base=config), folder, name)
+    return in_folder(read_config(None, base=config), folder, name)

@@ -35,7 +35,7 @@ from transom.tokenizers.tokenizer import Tokenizer
 from transom.tokenizers.training import train_bpe
 from transom.training.losses.cross_entropy import head_loss
 from transom.training.losses.objectives import NextToken
-from transom.verify.check import TOLERANCES, Finding, difference
+from transom.verify.findings import TOLERANCES, Finding, difference
 
 Said = tuple[str, float]  # the text of an answer, and its weight
 Answers = Sequence[Said | None]

@@ -38,11 +38,9 @@ from transom.lora.merge import merge_adapter, unmerge_adapter
 from transom.models.llm import LLM, TransformerInput
 from transom.names.transforms import turn_rotary
 from transom.quantize.args import QuantizeArgs
-from transom.verify.by_hand import same_bytes
-from transom.verify.check import TOLERANCES, Finding, difference
-from transom.verify.runs import muted
-from transom.verify.subjects import BASE, drawn, tokens_for
-from transom.verify.subjects import BUILT_IN as FAMILIES
+from transom.verify.findings import TOLERANCES, Finding, difference, same_bytes
+from transom.verify.sample_models import BASE, SAMPLES, random_tokens, sample_model
+from transom.verify.tiny_runs import quiet
 
 TOKENS = 512  # that built-in cases are measured on
 LENGTH = 64  # random tokens that merged and unmerged logits are compared on
@@ -72,10 +70,10 @@ _SMALL = {
 EXAMPLES: dict[str, Example] = {
     "llama": Example({**_SMALL, "rope_layout": "halves"}, ({"targets": ("all-linear", "output")},)),
     "tied with biases, DoRA": Example(
-        {**FAMILIES["qwen3"], **_SMALL, "moe_args": None}, ({"dora": True},)
+        {**SAMPLES["qwen3"], **_SMALL, "moe_args": None}, ({"dora": True},)
     ),
     "experts": Example(
-        {**FAMILIES["mixtral"], **_SMALL, "rope_layout": "halves"}, ({"scaling": "rslora"},)
+        {**SAMPLES["mixtral"], **_SMALL, "rope_layout": "halves"}, ({"scaling": "rslora"},)
     ),
     "two adapters": Example(_SMALL, ({}, {"targets": ("ffn",)}), CombineArgs(weights=(0.7, -0.4))),
     "four bits": Example(_SMALL, quantize=QuantizeArgs(group=32)),
@@ -87,14 +85,18 @@ def check_merge() -> Iterator[Finding]:
     precision.
     """
     for name, example in EXAMPLES.items():
-        with tempfile.TemporaryDirectory(prefix="transom-verify-") as scratch, muted():
+        with tempfile.TemporaryDirectory(prefix="transom-verify-") as scratch, quiet():
             found = [*_compare_example(name, example, Path(scratch))]
         yield from found
 
 
 def _compare_example(name: str, example: Example, scratch: Path) -> Iterator[Finding]:
     base = scratch / "base"
-    save(drawn(ModelArgs.from_dict(dict(example.fields)), dtype=torch.bfloat16), base, "native")
+    save(
+        sample_model(ModelArgs.from_dict(dict(example.fields)), dtype=torch.bfloat16),
+        base,
+        "native",
+    )
     mark, adapters = fingerprint(base, fresh=True), []
     for index, fields in enumerate(example.adapters):
         model = load(base, dtype="float32")
@@ -114,7 +116,7 @@ def _compare_example(name: str, example: Example, scratch: Path) -> Iterator[Fin
         )
     yield from compare_adapter(Found(base, adapters[0]), name)
     save(
-        drawn(ModelArgs.from_dict(dict(example.fields)), seed=1, dtype=torch.bfloat16),
+        sample_model(ModelArgs.from_dict(dict(example.fields)), seed=1, dtype=torch.bfloat16),
         scratch / "other",
         "native",
     )
@@ -165,7 +167,7 @@ def compare_adapter(found: Found, name: str) -> Iterator[Finding]:
         detail = f"trained on {facts.base} ({facts.base_fingerprint[:12]})" if other else ""
         yield Finding("base = the one of training", name, float(other), 0.0, detail)
     model = load_adapter(load(Found(found.model), dtype="float32"), found.adapter)
-    tokens = tokens_for(model.args, 1, min(LENGTH, model.args.max_seq_len))
+    tokens = random_tokens(model.args, 1, min(LENGTH, model.args.max_seq_len))
     expected = _outputs(model, tokens)
     merge_adapter(model)
     for path, (leaf, held) in _changed(model).items():

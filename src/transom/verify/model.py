@@ -12,9 +12,9 @@ from torch import Tensor
 
 from transom.config.model_args import ModelArgs
 from transom.models.llm import TransformerInput
-from transom.verify.check import Finding, difference
+from transom.verify.findings import Finding, difference
 from transom.verify.oracle import Oracle, lacks
-from transom.verify.subjects import BUILT_IN, drawn, tokens_for
+from transom.verify.sample_models import SAMPLES, random_tokens, sample_model
 
 COUNT = 14  # tokens: two windows, two chunks and three steps of the temperature
 # The oracle's angles are float64 and the model's float32, as the formula asks: 14 positions on they
@@ -26,9 +26,9 @@ TOLERANCE = 1e-5
 def compare_with_oracle(args: ModelArgs, name: str) -> Iterator[Finding]:
     """Logits of one row, then the gradient of every weight, in float64."""
     state, expected, gradients = expectation(args)
-    model = drawn(args)
+    model = sample_model(args)
     model.load_state_dict(state)
-    logits = model(TransformerInput(tokens_for(args, 1, COUNT))).logits
+    logits = model(TransformerInput(random_tokens(args, 1, COUNT))).logits
     assert logits is not None, "all logits are the default"
     yield logits_finding(name, logits[0], expected)
     (logits[0] * pull(expected)).sum().backward()
@@ -54,9 +54,9 @@ def expectation(args: ModelArgs) -> tuple[Mapping[str, Tensor], Tensor, Mapping[
     """(weights, logits [T, V], gradients by name) of the oracle; none of it passes through the
     model's code.
     """
-    state = {name: tensor.clone() for name, tensor in drawn(args).state_dict().items()}
+    state = {name: tensor.clone() for name, tensor in sample_model(args).state_dict().items()}
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in state.items()}
-    logits = Oracle(args, leaves).logits(tokens_for(args, 1, COUNT)[0].tolist())
+    logits = Oracle(args, leaves).logits(random_tokens(args, 1, COUNT)[0].tolist())
     (logits * pull(logits)).sum().backward()
     gradients = {
         name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in leaves.items()
@@ -71,7 +71,7 @@ def pull(logits_TV: Tensor) -> Tensor:
 
 def check_model() -> Iterator[Finding]:
     """Every built-in model: together they use every option that the oracle speaks."""
-    for name, fields in BUILT_IN.items():
+    for name, fields in SAMPLES.items():
         yield from compare_with_oracle(ModelArgs.from_dict(fields), name)
 
 

@@ -22,8 +22,8 @@ from transom.tokenizers.training import byte_tokenizer
 from transom.training.losses.log_probs import measured_log_probs
 from transom.training.rl.policy import draw_answers
 from transom.training.rl.rollouts import Question, QuestionBatch, RolloutBatch, answer_seed
-from transom.verify.check import Finding
-from transom.verify.subjects import BUILT_IN, drawn, tokens_for
+from transom.verify.findings import Finding
+from transom.verify.sample_models import SAMPLES, random_tokens, sample_model
 
 FAMILIES = (
     "mixed",
@@ -91,7 +91,7 @@ class Preferring:
 def check_policy(device: str = "cpu") -> Iterator[Finding]:
     """Built-in models."""
     return compare_policies(
-        (name, drawn(ModelArgs.from_dict(BUILT_IN[name])).to(device)) for name in FAMILIES
+        (name, sample_model(ModelArgs.from_dict(SAMPLES[name])).to(device)) for name in FAMILIES
     )
 
 
@@ -123,7 +123,7 @@ def _compare(
     model: LLM, name: str, precision: Precision, backend: str, temperature: float
 ) -> Finding:
     args, device = model.args, model.tok_embeddings.weight.device
-    ids = tokens_for(args, len(PROMPTS), max(PROMPTS)).tolist()
+    ids = random_tokens(args, len(PROMPTS), max(PROMPTS)).tolist()
     questions = tuple(Question(str(row), ids[row][:count], {}) for row, count in enumerate(PROMPTS))
     seeds = tuple(
         answer_seed(0, 0, row, index) for row in range(len(PROMPTS)) for index in range(GROUP)

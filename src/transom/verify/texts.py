@@ -18,8 +18,8 @@ from transom.chat.files import stored_templates
 from transom.chat.template import ChatTemplate, Message
 from transom.checkpoints.load import load_tokenizer
 from transom.tokenizers.tokenizer import Tokenizer
-from transom.verify.check import Finding, in_one_line
-from transom.verify.runs import muted
+from transom.verify.findings import Finding, one_line
+from transom.verify.tiny_runs import quiet
 
 FILES = ("tokenizer.json", "tekken*.json", "tokenizer.model", "*.model.v*")
 _USER: Message = {"role": "user", "content": "Hello"}
@@ -73,14 +73,14 @@ def as_in_transformers(folder: Path, template: ChatTemplate, name: str) -> Itera
         return
     transformers: Any = importlib.import_module("transformers")
     try:
-        with muted():
+        with quiet():
             theirs = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
     except Exception as error:  # whatever another library raises
         notice(
             f"{name}: no chats are compared: transformers cannot load the tokenizer "
-            f"({in_one_line(error)})"
+            f"({one_line(error)})"
         )
         return
     for what, messages in CHATS.items():
@@ -105,9 +105,7 @@ def same_ids(
         )
     except Exception as error:  # a template's own refusal, or whatever another library raises
         if mine is not None:
-            notice(
-                f"{where}: not compared with transformers, which refuses it ({in_one_line(error)})"
-            )
+            notice(f"{where}: not compared with transformers, which refuses it ({one_line(error)})")
         return
     if mine is None:
         yield Finding(IDS, where, math.inf, 0.0, refusal)

@@ -17,8 +17,8 @@ from transom.base.files import read_json
 from transom.training.config import TrainArgs
 from transom.training.loop.setup import open_run
 from transom.training.loop.trainer import Trainer
-from transom.verify.check import Finding, difference
-from transom.verify.runs import muted, placed, shrunken_run, tiny_run, workshop
+from transom.verify.findings import Finding, difference
+from transom.verify.tiny_runs import in_folder, quiet, small_run, temporary_corpus, tiny_run
 
 STEPS = 6
 PIECES = (2, 4)
@@ -42,7 +42,7 @@ class History:
 
 def check_resume() -> Iterator[Finding]:
     """The built-in run."""
-    with workshop() as folder:
+    with temporary_corpus() as folder:
         yield from compare_resumed(
             tiny_run(folder, "run", steps=STEPS, ema_decay=0.9), folder, STEPS
         )
@@ -56,8 +56,8 @@ def compare_resumed_run(args: TrainArgs, steps: int) -> Iterator[Finding]:
         steps,
         "expected 3 or more: two interruptions need a step on either side",
     )
-    with workshop() as folder:
-        yield from compare_resumed(shrunken_run(args, folder, steps), folder, steps)
+    with temporary_corpus() as folder:
+        yield from compare_resumed(small_run(args, folder, steps), folder, steps)
 
 
 def compare_resumed(args: TrainArgs, folder: Path, steps: int) -> Iterator[Finding]:
@@ -65,7 +65,7 @@ def compare_resumed(args: TrainArgs, folder: Path, steps: int) -> Iterator[Findi
     is 0.
     """
     third = max(1, steps // 3)
-    with muted():
+    with quiet():
         straight = history(args, folder, "straight", [steps])
     # `dtype: auto` times a step of each new run, and may choose differently for the next one.
     args = replace(args, dtype=read_json(folder / "straight" / "run.json")["dtype"])
@@ -73,7 +73,7 @@ def compare_resumed(args: TrainArgs, folder: Path, steps: int) -> Iterator[Findi
         ("one interruption", [steps // 2, steps - steps // 2]),
         ("two interruptions", [third, third, steps - 2 * third]),
     ):
-        with muted():
+        with quiet():
             mine = history(args, folder, name.replace(" ", "-"), parts)
         where = f"{' + '.join(map(str, parts))} steps"
         yield from judge(f"{name} = none", where, mine, straight)
@@ -87,7 +87,7 @@ def history(args: TrainArgs, folder: Path, name: str, parts: list[int]) -> Histo
     norms: list[float] = []
     trainer = None
     for sitting, steps in enumerate(parts):
-        trainer = open_run(placed(args, folder, name), resume=sitting > 0, quiet=True)
+        trainer = open_run(in_folder(args, folder, name), resume=sitting > 0, quiet=True)
         trainer.model.norm.register_forward_pre_hook(_noise)
         for _ in range(steps):
             result = trainer.step()
@@ -154,7 +154,7 @@ def _noise(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def check_step() -> Iterator[Finding]:
     """Two steps in one piece against the same rows in micro-batches, with and without experts."""
-    with workshop() as folder:
+    with temporary_corpus() as folder:
         args = tiny_run(folder, "run")
         assert isinstance(args.model, dict), "tiny_run writes it out"
         moe = {"num_experts": 4, "top_k": 2, "hidden_dim": 16}
@@ -164,10 +164,10 @@ def check_step() -> Iterator[Finding]:
 
 def compare_pieces(args: TrainArgs, folder: Path, name: str) -> Iterator[Finding]:
     """Losses and gradient norms, which hold the balancing loss of experts too."""
-    with muted():
+    with quiet():
         whole = pieces(args, folder, f"{name}-1", 1)
     for count in PIECES:
-        with muted():
+        with quiet():
             mine = pieces(args, folder, f"{name}-{count}", count)
         for what, x, y in zip(("loss", "gradient norm"), mine, whole, strict=True):
             error = difference(x, y)
@@ -178,7 +178,7 @@ def compare_pieces(args: TrainArgs, folder: Path, name: str) -> Iterator[Finding
 
 def pieces(args: TrainArgs, folder: Path, name: str, count: int) -> tuple[Tensor, Tensor]:
     """(losses, gradient norms) of two steps cut into `count` micro-batches."""
-    trainer = open_run(replace(placed(args, folder, name), accumulate=count), quiet=True)
+    trainer = open_run(replace(in_folder(args, folder, name), accumulate=count), quiet=True)
     with (
         torch.no_grad()
     ):  # initial weights predict every token alike, and any mean of equal losses is the same

@@ -15,7 +15,7 @@ import torch
 from transom.base.errors import notice
 from transom.config.model_args import ModelArgs
 from transom.training.config import TokenizerArgs, TrainArgs, read_config
-from transom.verify.subjects import shrink
+from transom.verify.sample_models import small_copy
 
 WORDS = ("the ", "cat ", "sat ", "on ", "a ", "mat, ", "and ", "then ", "it ", "ran.\n")
 DOCUMENTS = 24
@@ -23,7 +23,7 @@ SEQ_LEN, ROWS = 32, 8  # tokens per row, rows per step
 BYTE_VOCABULARY = 258  # bytes, BOS and EOS
 
 
-def texts() -> dict[str, str]:
+def documents() -> dict[str, str]:
     """Documents of unequal length, by file name, with a pattern that a tiny model can learn."""
     return {
         f"{i:02d}.txt": "".join(
@@ -34,7 +34,7 @@ def texts() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def workshop() -> Iterator[Path]:
+def temporary_corpus() -> Iterator[Path]:
     """A temporary folder with the corpus in `corpus/`; threads and random state are as before
     afterwards.
     """
@@ -42,7 +42,7 @@ def workshop() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="transom-verify-") as name:
         folder = Path(name)
         (folder / "corpus").mkdir()
-        for file, text in texts().items():
+        for file, text in documents().items():
             (folder / "corpus" / file).write_text(text, encoding="utf-8")
         try:
             yield folder
@@ -52,7 +52,7 @@ def workshop() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def muted() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No notices: a check that opens many runs says itself what it found."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield
@@ -77,21 +77,21 @@ def tiny_run(folder: Path, name: str, **changes: Any) -> TrainArgs:
         "dtype": "float32",
     }
     args = read_config(None, base={**base, **changes})
-    return placed(args, folder, name)
+    return in_folder(args, folder, name)
 
 
-def placed(args: TrainArgs, folder: Path, name: str) -> TrainArgs:
+def in_folder(args: TrainArgs, folder: Path, name: str) -> TrainArgs:
     """The same run written into `folder / name`, tokenised shards beside it, on one thread."""
     data = replace(args.data, cache_dir=str(folder / "cache"))
     return replace(args, out=str(folder / name), data=data, threads=1)
 
 
-def shrunken_run(args: TrainArgs, folder: Path, steps: int) -> TrainArgs:
+def small_run(args: TrainArgs, folder: Path, steps: int) -> TrainArgs:
     """A real run's settings around a shrunken model, bytes and the built-in corpus; says what was
     left out.
     """
     model = args.model_args(None)
-    copy = shrink(model)
+    copy = small_copy(model)
     for line in copy.left_out:
         notice(line)
     fields = {**copy.args.to_dict(), "vocab_size": BYTE_VOCABULARY, "max_seq_len": max(SEQ_LEN, 64)}

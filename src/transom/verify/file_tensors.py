@@ -16,7 +16,6 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from transom.base.errors import notice
 from transom.checkpoints.families.registry import WEIGHT_NAMES
@@ -25,7 +24,7 @@ from transom.checkpoints.files.lazy_tensors import Source
 from transom.checkpoints.load import open_files, outline, shapes_of
 from transom.checkpoints.mapping import clean
 from transom.config.model_args import ModelArgs, RopeLayout
-from transom.verify.check import Finding, difference
+from transom.verify.findings import Finding, difference, same_bytes
 
 
 @dataclass(frozen=True)
@@ -196,11 +195,3 @@ def layout(case: Case) -> Iterator[Finding]:
     wrong = case.args.rope_layout != expected
     detail = f"read as {case.args.rope_layout}, files of this kind are {expected}" if wrong else ""
     yield Finding("rotary layout", case.name, float(wrong), 0.0, detail)
-
-
-def same_bytes(mine: Tensor, expected: Tensor) -> bool:
-    """Equal dtype, shape and bits, NaN included."""
-    if mine.dtype != expected.dtype or mine.shape != expected.shape:
-        return False
-    first, second = (one.contiguous().view(-1).view(torch.uint8) for one in (mine, expected))
-    return torch.equal(first, second)

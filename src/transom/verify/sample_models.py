@@ -38,7 +38,7 @@ BASE: dict[str, Any] = {
 LLAMA3 = {"kind": "llama3", "factor": 8.0, "original_max_seq_len": ORIGINAL}
 
 # Each is a known family in small: together they use every option that the oracle speaks.
-BUILT_IN: dict[str, dict[str, Any]] = {
+SAMPLES: dict[str, dict[str, Any]] = {
     "mixed": {
         **BASE,
         "n_layers": 4,
@@ -166,7 +166,7 @@ class Copy:
     left_out: tuple[str, ...] = ()
 
 
-def shrink(args: ModelArgs, *, context: bool = False) -> Copy:
+def small_copy(args: ModelArgs, *, context: bool = False) -> Copy:
     """The same pattern and options with every size scaled down, so that a few dozen tokens cross
     every edge.
 
@@ -280,7 +280,7 @@ def shrunken_moe(moe: MoeArgs, layers: int) -> MoeArgs:
     )
 
 
-def drawn(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.float64) -> LLM:
+def sample_model(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.float64) -> LLM:
     """A model with every weight drawn, ready for inference: `init_weights` would leave each block
     the identity.
 
@@ -299,14 +299,14 @@ def drawn(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.float64) ->
     return model.to(dtype).eval()
 
 
-def context_for(args: ModelArgs, rows: int) -> Tensor:
+def random_context(args: ModelArgs, rows: int) -> Tensor:
     """A random context [rows, S, C] for cross-attention, the same for every row."""
     generator = torch.Generator().manual_seed(2)
     assert args.context_dim is not None, "asked of a model that attends to one"
     return torch.randn(1, CONTEXT, args.context_dim, generator=generator).expand(rows, -1, -1)
 
 
-def tokens_for(args: ModelArgs, rows: int, count: int, seed: int = 0) -> Tensor:
+def random_tokens(args: ModelArgs, rows: int, count: int, seed: int = 0) -> Tensor:
     """Random token ids [rows, count] of the model's vocabulary."""
     return torch.randint(
         args.vocab_size, (rows, count), generator=torch.Generator().manual_seed(seed)

@@ -64,7 +64,6 @@ def test_every_dependency_has_its_reason():
 LONG: set[str] = {
     "config/layer_args.py",
     "config/model_args.py",
-    "chat/template.py",
     "cli/data.py",
     "cli/inspect.py",
     "cli/verify.py",

@@ -68,8 +68,7 @@ def test_tools_render_as_in_transformers(made, name, count):
     assert template.render(messages, TOOLS) == text and "K" in text and "für alle" in text
 
 
-# -- built-in templates
-# ------------------------------------------------------------------------------
+# -- built-in templates --
 
 
 @pytest.mark.parametrize(
@@ -190,8 +189,7 @@ def test_the_vocabulary_chooses_and_says_so(tmp_path, capsys, one):
     assert row.weights[-1] and row.ids[-1] == template.stop_tokens[0]
 
 
-# -- user text stays text
-# ----------------------------------------------------------------------------
+# -- user text stays text --
 
 
 def hostile(generator):
@@ -304,8 +302,7 @@ def test_wrong_requests_are_one_sentence(made, messages, more, sentence):
     assert "\n" not in str(caught.value)
 
 
-# -- files
-# -------------------------------------------------------------------------------------------
+# -- files --
 
 
 def test_templates_are_found_where_folders_keep_them(made, tmp_path, capsys):

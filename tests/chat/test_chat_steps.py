@@ -34,19 +34,19 @@ def test_every_beginning_is_what_the_template_renders(tokenizer, name):
     template = ChatTemplate(PUBLISHED.get(name) or named(name).source(tokenizer), tokenizer)
     for talk, tools in ((TALK, None), (TALK[1:], None), (TOOL_TALK, None), (TOOL_TALK, TOOLS)):
         try:
-            found = template.prefixes(template.prepared(talk, tools))
-            found.text(len(talk))
+            found = template.conversation(talk, tools)
+            assert found.first(len(talk)).text is not None
         except RequestError:
             continue
         for count in range(1, len(talk) + 1):
             assert found.prompt(count) == rendered(template, talk[:count], True, tools)
             whole = rendered(template, talk[:count], False, tools)
-            assert whole is None or found.text(count) == whole
+            assert whole is None or found.first(count).text == whole
 
 
 def steps(source, tokenizer):
     template = ChatTemplate(source, tokenizer)
-    return template.chosen({"tools": None}).steps is not None
+    return template.conversation(TALK).compiled.steps is not None
 
 
 LOOP = "{%% for m in messages %%}%s{%% endfor %%}{%% if add_generation_prompt %%}a{%% endif %%}"
@@ -85,8 +85,8 @@ def test_which_templates_write_in_steps(tokenizer):
 def test_what_depends_on_later_messages_is_no_step(tokenizer, source):
     assert not steps(source, tokenizer)
     template = ChatTemplate(source, tokenizer)
-    found = template.prefixes(template.prepared(TALK))
-    assert [found.text(n) for n in (1, 2, 3)] == [
+    found = template.conversation(TALK)
+    assert [found.first(n).text for n in (1, 2, 3)] == [
         template.render(TALK[:n], None, False) for n in (1, 2, 3)
     ]
 
@@ -95,8 +95,8 @@ def test_beginnings_without_a_message_that_the_template_reads_are_rendered_anew(
     source = LOOP % "{{ messages[2].role if messages[2] }}{{ m.content }}"
     template = ChatTemplate(source, tokenizer)
     assert steps(source, tokenizer)
-    found = template.prefixes(template.prepared(TALK))
-    assert [found.text(n) for n in (1, 2, 3)] == [
+    found = template.conversation(TALK)
+    assert [found.first(n).text for n in (1, 2, 3)] == [
         template.render(TALK[:n], None, False) for n in (1, 2, 3)
     ]
 
@@ -105,6 +105,6 @@ def test_a_loop_that_ends_early_is_rendered_anew(tokenizer):
     template = ChatTemplate(
         LOOP % "{{ m.content }}{% if loop.index == 2 %}{% break %}{% endif %}", tokenizer
     )
-    found = template.prefixes(template.prepared(TALK))
-    assert found.text(5) == template.render(TALK[:5], None, False)
+    found = template.conversation(TALK)
+    assert found.first(5).text == template.render(TALK[:5], None, False)
     assert found.prompt(1) == template.render(TALK[:1])

@@ -30,8 +30,7 @@ def copied(folder, path):
     return path
 
 
-# -- an open last message
-# ----------------------------------------------------------------------------
+# -- an open last message --
 
 
 @pytest.mark.parametrize("words", ["Yes, ", "Yes,", " \n", "a<|im_end|>b ", "  1. "])
@@ -84,7 +83,7 @@ def test_reasoning_is_continued_under_any_of_its_names(made, field):
         (
             [say("assistant", "a", name="b")],
             {"continue_final_message": "name"},
-            r"messages\[0\].name",
+            r"messages\[0\]: got 'name'",
         ),
         (
             [{"role": "assistant", "tool_calls": [CALL]}],
@@ -122,8 +121,7 @@ def test_parts_are_continued_at_their_last_text(made):
     )
 
 
-# -- several templates
-# -------------------------------------------------------------------------------
+# -- several templates --
 
 
 @pytest.mark.parametrize(
@@ -170,8 +168,7 @@ def test_the_template_of_several_is_that_of_transformers(made, tmp_path, names, 
     assert set(ChatTemplate.load(tmp_path / "again", tokenizer).sources) == set(names)
 
 
-# -- values, filters and functions
-# -------------------------------------------------------------------
+# -- values, filters and functions --
 
 VALUES = {"b": [1, "ü<&>'\"", None, True, 1.5, 1e20], "a": {"z": {}, "y": []}, "long": "x" * 9}
 LAYOUT = """

@@ -22,8 +22,9 @@ class BuiltIn:
     Attributes:
         name: The name of the template.
         tokens: The control tokens that it writes; a vocabulary without all of them does not choose
-        it. stop: Control tokens that end an answer, besides the one that the template writes after
-        it. tekken: Whether it is for byte-level vocabularies, which write no space of their own.
+            it. stop: Control tokens that end an answer, besides the one that the template writes
+            after it. tekken: Whether it is for byte-level vocabularies, which write no space of
+            their own.
     """
 
     name: str

@@ -88,8 +88,7 @@ class Marked:
     Attributes:
         text: The rendered text.
         protected: Spans that come from messages and spell a control token, and empty spans at
-        offsets that no
-            control token may reach across.
+            offsets that no control token may reach across.
         spans: The bodies of `{% generation %}` blocks.
         texts: All texts of the data.
     """
@@ -107,6 +106,14 @@ class Marked:
             if one.path[0] == "messages":
                 found[int(one.path[1])] += one.offsets
         return found
+
+    def part(self, start: int, stop: int | None = None) -> Marked:
+        """Return the characters [start, stop) with the protected spans in them."""
+        stop = len(self.text) if stop is None else stop
+        inside = [
+            (max(a, start), min(b, stop)) for a, b in self.protected if b >= start and a <= stop
+        ]
+        return Marked(self.text[start:stop], [(a - start, b - start) for a, b in inside])
 
     def template_words(self, words: Iterable[str]) -> Iterator[Span]:
         """Yield the places of words that the template itself writes; of several at one place

@@ -91,77 +91,40 @@ def fit_content(message: dict[str, Any], source: str, name: str) -> None:
         message["content"] = json.dumps(content, ensure_ascii=False)
 
 
-def without_parts(given: Mapping[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """Yield the name and type of each part that is no text, and the conversation without this
-    part.
-    """
-    messages = given["messages"]
+def without_parts(messages: list[Any]) -> Iterator[tuple[str, Any, list[Any]]]:
+    """Yield the name and type of each part that is no text, and the messages without this part."""
     for at, message in enumerate(messages):
         parts = message["content"] if isinstance(message.get("content"), list) else []
         for number, part in enumerate(parts):
             kind = part.get("type", "text") if isinstance(part, dict) else "text"
             if kind != "text":
                 fewer = {**message, "content": [*parts[:number], *parts[number + 1 :]]}
-                others = {**given, "messages": [*messages[:at], fewer, *messages[at + 1 :]]}
+                others = [*messages[:at], fewer, *messages[at + 1 :]]
                 yield f"messages[{at}].content[{number}]", kind, others
 
 
-# -- a last message to continue
-# ------------------------------------------------------------------------
+def open_last(
+    message: dict[str, Any], field: str, source: str, tag: str, name: str
+) -> tuple[dict[str, Any], str]:
+    """Return a message with a tag after the words of a field, and these words."""
+    words = message.get(field)
+    same = (
+        [one for one in REASONING if message.get(one) == words] if field in REASONING else [field]
+    )
+    written = any(one in source for one in same)
+    require(written, name, field, "expected a field that the template writes")
+    if not isinstance(words, list):
+        require(isinstance(words, str), f"{name}.{field}", words, "expected text to continue")
+        return {**message, **dict.fromkeys(same, f"{words}{tag}")}, str(words)
+    parts = [dict(part) if isinstance(part, dict) else part for part in words]
+    texts = [part for part in parts if isinstance(part, dict) and "text" in part]
+    require(bool(texts), f"{name}.{field}", words, "expected parts with a text among them")
+    text = str(texts[-1]["text"])
+    texts[-1]["text"] = f"{text}{tag}"
+    return {**message, field: parts}, text
 
 
-@dataclass(frozen=True)
-class OpenMessage:
-    """A conversation whose last message is to be continued: `tag` follows the words that the
-    model continues.
-    """
-
-    given: dict[str, Any]
-    tag: str
-    words: str
-
-    @classmethod
-    def of(cls, given: dict[str, Any], field: str, source: str, tag: str) -> OpenMessage:
-        """Put the tag after the words of a field of the last message."""
-        last = dict(given["messages"][-1])
-        name = f"messages[{len(given['messages']) - 1}].{field}"
-        words = last.get(field)
-        names = (
-            [one for one in REASONING if last.get(one) == words] if field in REASONING else [field]
-        )
-        require(
-            any(one in source for one in names),
-            name,
-            "continued",
-            "expected a field that the template writes",
-        )
-        if isinstance(words, list):
-            parts = [dict(part) if isinstance(part, dict) else part for part in words]
-            texts = [part for part in parts if isinstance(part, dict) and "text" in part]
-            require(bool(texts), name, "continued", "expected parts with a text among them")
-            words = str(texts[-1]["text"])
-            texts[-1]["text"] = f"{words}{tag}"
-            last[field] = parts
-        else:
-            require(isinstance(words, str), name, words, "expected text to continue")
-            last |= dict.fromkeys(names, f"{words}{tag}")
-        return cls({**given, "messages": [*given["messages"][:-1], last]}, tag, str(words))
-
-    def length(self, rendered: str) -> int | None:
-        """Return the length of the rendered text up to the tag; None if the words are not in it as
-        they are.
-
-        White space that the template strips from the tag is not counted. This is what transformers
-        does, so that both continue the same text.
-        """
-        at = rendered.rfind(self.tag.strip())
-        if at < 0 or self.words.strip() not in rendered:
-            return None
-        return at if rendered.startswith(self.tag, at) else len(rendered[:at].rstrip())
-
-
-# -- calls of tools
-# ------------------------------------------------------------------------------------
+# -- calls of tools --
 
 
 @dataclass(frozen=True)

@@ -174,8 +174,7 @@ def _line(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
-# -- templates that write one message after another
-# ----------------------------------------------------
+# -- templates that write one message after another --
 
 BACKWARD = frozenset(
     {"index", "index0", "first", "depth", "depth0", "previtem", "cycle", "changed"}

@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 from transom.base.errors import RequestError, notice, require
 from transom.chat import built_in
+from transom.chat.conversation import Conversation
 from transom.chat.files import (
     DEFAULT,
     FILE,
@@ -28,17 +28,9 @@ from transom.chat.files import (
     variables_of,
     write_templates,
 )
-from transom.chat.marking import Marked, Marker, common_prefix, strings, unused_characters
-from transom.chat.messages import (
-    REASONING,
-    CallForm,
-    OpenMessage,
-    fit_content,
-    message_data,
-    plain,
-    without_parts,
-)
-from transom.chat.sandbox import Compiled, Prefixes
+from transom.chat.marking import Marked, common_prefix
+from transom.chat.messages import REASONING, CallForm, fit_content, message_data, plain
+from transom.chat.sandbox import Compiled
 from transom.tokenizers.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -59,8 +51,7 @@ class ChatTemplate:
         tokenizer: The tokenizer whose control tokens the template writes.
         origin: Where the template comes from, for messages.
         variables: Values that the template reads besides the messages; names of control tokens come
-        from the
-            tokenizer.
+            from the tokenizer.
         stop: Control tokens that end an answer, besides the one that the template writes after it.
     """
 
@@ -80,14 +71,11 @@ class ChatTemplate:
             name: Compiled(source, origin if len(self.sources) == 1 else f"{origin} ({name})")
             for name, source in self.sources.items()
         }
-        ids = {
-            f"{role}_token": getattr(tokenizer, f"{role}_id")
-            for role in ("bos", "eos", "pad", "unk")
-        }
-        self._variables = {
-            name: tokenizer.id_to_token(id) for name, id in ids.items() if id is not None
-        }
-        self._variables |= variables or {}
+        self._variables = dict(variables or {})
+        for role in ("bos", "eos", "pad", "unk"):
+            id = getattr(tokenizer, f"{role}_id")
+            if id is not None:
+                self._variables.setdefault(f"{role}_token", tokenizer.id_to_token(id))
         self._stop = tuple(stop)
         self._forms: dict[str, CallForm] = {}
         self.now: datetime | None = None
@@ -115,8 +103,7 @@ class ChatTemplate:
         """Write the files that `load` reads from a model folder."""
         write_templates(folder, self.sources)
 
-    # -- messages to text and ids
-    # --------------------------------------------------------------------
+    # -- messages to text and ids --
 
     def render(
         self,
@@ -134,24 +121,19 @@ class ChatTemplate:
             messages: Objects with `role` and `content`, as in the OpenAI API.
             tools: Descriptions of functions that the model may call.
             add_generation_prompt: Whether to write the beginning of an answer; by default True,
-            unless the last
-                message is continued.
+                unless the last message is continued.
             documents: Documents for templates that read any.
             continue_final_message: Leave the last message open, so that the model continues its
-            content, or the
-                field of this name.
+                content, or the field of this name.
             **variables: Values that this template reads, such as `enable_thinking`.
 
         Raises:
             RequestError: If the template refuses the messages or does not read one of the values.
         """
-        prompt = _wants_prompt(add_generation_prompt, continue_final_message)
-        given = self.prepared(messages, tools, prompt, documents, variables)
-        if not continue_final_message:
-            return self.text_of(given)
-        opened = self._open_last(given, messages, continue_final_message)
-        text = self.text_of(opened.given)
-        return text[: self._open_length(opened, text)]
+        talk, length = self._request(
+            messages, tools, add_generation_prompt, documents, continue_final_message, variables
+        )
+        return talk.text[:length]
 
     def encode(
         self,
@@ -170,42 +152,51 @@ class ChatTemplate:
 
         Raises:
             RequestError: As `render`, and for a part that is no text and that the template leaves
-            out.
+                out.
         """
-        prompt = _wants_prompt(add_generation_prompt, continue_final_message)
-        given = self.prepared(messages, tools, prompt, documents, variables)
-        if continue_final_message:
-            opened = self._open_last(given, messages, continue_final_message)
-            given, chat = opened.given, self.chat_of(opened.given)
-            length = self._open_length(opened, chat.text)
-            protected = [
-                (start, min(stop, length)) for start, stop in chat.protected if start <= length
-            ]
-            chat = replace(chat, text=chat.text[:length], protected=protected)
-        else:
-            chat = self.chat_of(given)
-        for kind in sorted(
-            {one.kind(given) for one in chat.texts if one.lost and one.path[-1] not in REASONING}
-        ):
+        talk, length = self._request(
+            messages, tools, add_generation_prompt, documents, continue_final_message, variables
+        )
+        chat = talk.marked
+        lost = [one for one in chat.texts if one.lost and one.path[-1] not in REASONING]
+        for kind in sorted({one.kind(talk.given) for one in lost}):
             notice(f"{self.origin} leaves out: {kind}")
-        for name, kind, fewer in without_parts(given):
-            if self.text_of(fewer) == self.text_of(given):
-                raise RequestError(
-                    f"{name}: {self.origin} leaves out a part of type {kind!r}; "
-                    f"expected a template that writes it"
-                )
-        ids = self.ids_of(chat)
+        talk.refuse_unwritten_parts()
+        ids = self.ids_of(chat.part(0, length))
         return ids[self.first_of(ids) :]
 
-    def prepared(
+    def _request(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool | None,
+        documents: Sequence[Mapping[str, Any]] | None,
+        continue_final_message: bool | str,
+        variables: Mapping[str, Any],
+    ) -> tuple[Conversation, int]:
+        """Return a conversation, and how many characters of its text are meant."""
+        field = "content" if continue_final_message is True else continue_final_message
+        if add_generation_prompt is None:
+            add_generation_prompt = not field
+        once = not (add_generation_prompt and field)
+        expected = "expected only one of it and add_generation_prompt"
+        require(once, "continue_final_message", continue_final_message, expected)
+        talk = self.conversation(messages, tools, add_generation_prompt, documents, variables)
+        if not field:
+            return talk, len(talk.text)
+        name = f"messages[{len(messages) - 1}].{field}"
+        require(messages[-1].get(field) is not None, name, None, "expected text to continue")
+        return talk.continued(field)
+
+    def conversation(
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = False,
         documents: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """Return the arguments of `render` as plain data in the form that the template reads.
+    ) -> Conversation:
+        """Return the arguments of `render` in the form that the template reads.
 
         Raises:
             RequestError: If the template does not read one of the values.
@@ -220,7 +211,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         require(bool(given["messages"]), "messages", [], "expected one message or more")
-        chosen = self.chosen(given)
+        chosen = self._chosen(tools is not None)
         for name in (*(name for name in ("tools", "documents") if given[name]), *(variables or ())):
             if name not in chosen.names:
                 known = ", ".join(sorted(chosen.names - set(self._variables)))
@@ -231,101 +222,26 @@ class ChatTemplate:
             fit_content(message, chosen.source, f"messages[{at}]")
             if message.get("tool_calls"):
                 self._call_form(chosen).fit(message)
-        return given
+        return Conversation(chosen, given, self._variables, self.tokenizer.special_tokens, self.now)
 
-    def chosen(self, given: Mapping[str, Any]) -> Compiled:
+    def _chosen(self, with_tools: bool) -> Compiled:
         """Return the template for a conversation, as transformers chooses it."""
-        name = TOOL_USE if given["tools"] is not None and TOOL_USE in self._compiled else DEFAULT
+        name = TOOL_USE if with_tools and TOOL_USE in self._compiled else DEFAULT
         names = sorted(self._compiled)
-        require(
-            name in names,
-            self.origin,
-            names,
-            f"expected the name of one of them, since none is called {DEFAULT}",
-        )
+        expected = f"expected the name of one of them, since none is called {DEFAULT}"
+        require(name in names, self.origin, names, expected)
         return self._compiled[name]
 
     def _call_form(self, chosen: Compiled) -> CallForm:
         if chosen.source not in self._forms:
-            others = {
-                **self._variables,
-                "tools": None,
-                "documents": None,
-                "add_generation_prompt": False,
-            }
+            others = {"tools": None, "documents": None, "add_generation_prompt": False}
+            values, now = {**self._variables, **others}, self.now or datetime.now()
             self._forms[chosen.source] = CallForm.of(
-                lambda messages: chosen.render({**others, "messages": messages}, now=self.now)
+                lambda messages: chosen.render({**values, "messages": messages}, now)
             )
         return self._forms[chosen.source]
 
-    def _open_last(
-        self, given: dict[str, Any], messages: Sequence[Message], which: bool | str
-    ) -> OpenMessage:
-        """Return the conversation with a tag at the end of its last message, which is to be
-        continued.
-        """
-        chosen = self.chosen(given)
-        field = "content" if which is True else str(which)
-        name = f"messages[{len(messages) - 1}].{field}"
-        require(messages[-1].get(field) is not None, name, None, "expected text to continue")
-        (tag,) = unused_characters(1, [chosen.source, *strings(self._variables), *strings(given)])
-        return OpenMessage.of(given, field, chosen.source, f"{tag} ")
-
-    def _open_length(self, opened: OpenMessage, text: str) -> int:
-        length = opened.length(text)
-        if length is None:
-            raise RequestError(
-                f"{self.origin}: does not write the last message as it is, so it "
-                f"cannot be continued; expected a "
-                "message that this template writes"
-            )
-        return length
-
-    # -- what training and evaluation read of a rendered conversation
-    # ----------------------------------
-
-    def text_of(self, given: Mapping[str, Any]) -> str:
-        """Return the rendered text of what `prepared` returned."""
-        return self.chosen(given).render({**self._variables, **given}, now=self.now)
-
-    def chat_of(self, given: dict[str, Any], text: str | None = None) -> Marked:
-        """Return the rendered chat with its protected spans, generation blocks and the places of
-        its texts.
-
-        Args:
-            given: What `prepared` returned.
-            text: The rendered text, if it is known.
-
-        Raises:
-            RequestError: If a control token that a message spells decides what the template writes.
-        """
-        chosen, now = self.chosen(given), self.now or datetime.now()
-        text = chosen.render({**self._variables, **given}, now=now) if text is None else text
-        unused = unused_characters(
-            6, [chosen.source, text, *strings(self._variables), *strings(given)]
-        )
-        texts = None
-        for with_texts in (True, False):
-            marker = Marker(self.tokenizer.special_tokens, unused, with_texts)
-            marked = {**self._variables, **marker.mark(given)}
-            try:
-                chat = marker.strip(chosen.render(marked, marker.generation, now))
-            except RequestError:
-                chat = Marked()
-            if chat.text == text:
-                chat.texts = chat.texts if texts is None else texts
-                return chat
-            # Marks of texts change what the template writes, so texts are found by their words.
-            texts = [
-                replace(one, written=set(range(one.marks if one.is_in(text) else 0)))
-                for one in marker.texts
-            ]
-        spelled = sorted({word for one in strings(given) for word in marker.words.findall(one)})
-        raise RequestError(
-            f"{chosen.origin}: what it writes depends on the control tokens {spelled} "
-            f"inside of a message, so "
-            "they cannot be kept as text; expected messages without them"
-        )
+    # -- what training and evaluation read --
 
     def ids_of(self, chat: Marked) -> list[int]:
         """Return the token ids of a rendered chat; control words of messages stay text."""
@@ -340,18 +256,16 @@ class ChatTemplate:
             notice(f"{self.origin}: writes {first + 1} BOS tokens in a row; one is kept")
         return first
 
-    def prefixes(self, given: Mapping[str, Any]) -> Prefixes:
-        """Return the texts of the conversation up to each of its messages."""
-        return Prefixes(self.chosen(given), {**self._variables, **given}, self.now)
-
-    def answer_start(self, given: Mapping[str, Any], at: int, chat: Marked) -> int | None:
-        """Return the first character of message `at` in a chat that does not begin with the prompt
-        for it, or None.
+    def answer_start(self, talk: Conversation, at: int) -> int | None:
+        """Return the first character of message `at`, if its text does not begin with the prompt
+        for it.
 
         A prompt for a reasoning model may end with `<think>`, and nothing asks for the message that
-        begins a chat. The answer follows the last `answer_head` before its own words.
+        begins a chat. The answer follows the last `answer_head` before its own words. Return None
+        if it is not found.
         """
-        roles = [message["role"] for message in given["messages"]]
+        chat = talk.marked
+        roles = [message["role"] for message in talk.messages]
         begin = min(chat.offsets[at], default=None)
         if begin is None and at + 1 == len(roles):  # nothing of it is written except its frame
             begin = len(chat.text)
@@ -407,8 +321,7 @@ class ChatTemplate:
         ids = [self.tokenizer.token_to_id(word) for word in words]
         return tuple(dict.fromkeys(id for id in ids if id is not None))
 
-    # -- files
-    # ---------------------------------------------------------------------------------------
+    # -- files --
 
     @classmethod
     def load(
@@ -482,11 +395,3 @@ class ChatTemplate:
             f"expected a file or {', '.join(names)}",
         )
         return cls(read_text(Path(template)), tokenizer, origin=template, variables=variables)
-
-
-def _wants_prompt(add_generation_prompt: bool | None, continue_final_message: bool | str) -> bool:
-    """Return whether the beginning of an answer is written."""
-    both = bool(add_generation_prompt) and bool(continue_final_message)
-    expected = "expected only one of it and add_generation_prompt"
-    require(not both, "continue_final_message", continue_final_message, expected)
-    return not continue_final_message if add_generation_prompt is None else add_generation_prompt

@@ -126,7 +126,7 @@ def run(options: argparse.Namespace) -> int:
         )
         notice(f"{why}: each turn continues one growing text, on a new line; /help lists commands")
     else:
-        template.prepared(
+        template.conversation(
             [{"role": "user", "content": ""}], variables=values
         )  # refuses values now, not per turn
         framing = Messages(template, values, options.prefill)

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.base.errors import RequestError, require
+from transom.chat.conversation import Conversation
 from transom.chat.marking import Marked, Path, Text, common_prefix
 from transom.chat.messages import REASONING
 from transom.chat.spans import TokenSpans, control_tokens
@@ -90,38 +91,36 @@ class Turns:
 
         `weights` are those of the messages; a row ends with its last answer.
         """
-        given = self._given(messages, tools)
+        talk = self._conversation(messages, tools)
         rows: list[_Row] = []
-        prefixes = self._template.prefixes(given)
         counted = [at for at, weight in enumerate(weights) if weight > 0]
-        self.rendered_anew += len(counted) > 1 and not prefixes.in_steps
+        self.rendered_anew += len(counted) > 1 and not talk.in_steps
         for at in reversed(counted):
-            whole, prompt = prefixes.text(at + 1), prefixes.prompt(at)
-            if any(row.add(at, whole, prompt, weights[at]) for row in rows):
+            first, prompt = talk.first(at + 1), talk.prompt(at)
+            if any(row.add(at, first.text, prompt, weights[at]) for row in rows):
                 continue
-            talk = {**given, "messages": given["messages"][: at + 1]}
-            rows.append(_Row(self._template, talk, self._stops, whole, rows[0] if rows else None))
-            if not rows[-1].add(at, whole, prompt, weights[at]):
-                self._count_left_out(given, rows[-1:], [at])  # a better reason, if there is one
+            rows.append(_Row(self._template, first, self._stops, rows[0] if rows else None))
+            if not rows[-1].add(at, first.text, prompt, weights[at]):
+                self._count_left_out(talk, rows[-1:], [at])  # a better reason, if there is one
                 raise RequestError(
                     f"messages[{at}]: {self._template.origin} does not tell where this answer "
                     f"begins and ends; "
                     "expected a template that writes it where it asks for it, or in {% "
                     "generation %} blocks"
                 )
-        self._count_left_out(given, rows, counted)
+        self._count_left_out(talk, rows, counted)
         return [row.written() for row in reversed(rows)]
 
     def whole(self, messages: Sequence[Mapping[str, Any]], tools: Tools, weight: float) -> Written:
         """Return the whole conversation with one weight for every token but the first."""
-        given = self._given(messages, tools)
-        row = _Row(self._template, given, self._stops)
+        talk = self._conversation(messages, tools)
+        row = _Row(self._template, talk, self._stops)
         answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
-        self._count_left_out(given, [row], answers[-1:])
+        self._count_left_out(talk, [row], answers[-1:])
         ids = row.ids[row.first :]
         return Written(ids, _all_but_first(len(ids), weight), [])
 
-    def _given(self, messages: Sequence[Mapping[str, Any]], tools: Tools) -> dict[str, Any]:
+    def _conversation(self, messages: Sequence[Mapping[str, Any]], tools: Tools) -> Conversation:
         for at, message in enumerate(messages):
             content = message.get("content")
             for part in content if isinstance(content, list) else ():
@@ -134,10 +133,10 @@ class Turns:
                     kind,
                     "valid only for training are texts",
                 )
-        return self._template.prepared(messages, tools)
+        return self._template.conversation(messages, tools)
 
     def _count_left_out(
-        self, given: Mapping[str, Any], rows: Sequence[_Row], answers: Sequence[int]
+        self, talk: Conversation, rows: Sequence[_Row], answers: Sequence[int]
     ) -> None:
         """Refuse a template that leaves out words or calls of messages; count other texts that are
         in no row.
@@ -154,14 +153,14 @@ class Turns:
             everywhere = len(missing) == len(texts)
             if (
                 missing
-                and _is_reasoning(missing, given)
+                and _is_reasoning(missing, talk)
                 and (not everywhere or path[1] not in answers)
             ):
                 self.dropped += len(missing)
             elif missing and everywhere:
                 self._refuse(missing[0])
                 self.left_out[
-                    f"{'' if missing[0].lost else 'a part of '}{missing[0].kind(given)}"
+                    f"{'' if missing[0].lost else 'a part of '}{missing[0].kind(talk.given)}"
                 ] += 1
 
     def _refuse(self, text: Text) -> None:
@@ -184,12 +183,12 @@ class Turns:
         )
 
 
-def _is_reasoning(texts: Sequence[Text], given: Mapping[str, Any]) -> bool:
+def _is_reasoning(texts: Sequence[Text], talk: Conversation) -> bool:
     """Return whether texts are reasoning of an assistant, in their own field or in a part of the
     content.
     """
     path = texts[0].path
-    if path[0] != "messages" or given["messages"][path[1]]["role"] != "assistant":
+    if path[0] != "messages" or talk.messages[path[1]]["role"] != "assistant":
         return False
     return path[2] in REASONING or (path[2] == "content" and all(text.cut for text in texts))
 
@@ -205,14 +204,12 @@ class _Row:
     def __init__(
         self,
         template: ChatTemplate,
-        given: dict[str, Any],
+        talk: Conversation,
         stops: frozenset[int],
-        text: str | None = None,
         like: _Row | None = None,
     ) -> None:
-        self._template, self._given, self._stops = template, given, stops
-        self._blocks = template.chosen(given).generation
-        self.chat = template.chat_of(given, text)
+        self._template, self._talk, self._stops = template, talk, stops
+        self.chat = talk.marked
         self.ids = self._encoded(like)
         self.first = template.first_of(self.ids)
         self._weights = np.zeros(len(self.ids), np.float32)
@@ -228,8 +225,7 @@ class _Row:
         start, token = next(((a, t) for a, b, t in reversed(controls) if b <= same), (0, 0))
         if like is None or _before(like.chat, start) != _before(self.chat, start):
             return self._template.ids_of(self.chat)
-        protected = [(a - start, b - start) for a, b in self.chat.protected if a >= start]
-        return like.ids[:token] + self._template.ids_of(Marked(self.chat.text[start:], protected))
+        return like.ids[:token] + self._template.ids_of(self.chat.part(start))
 
     def add(self, at: int, whole: str, prompt: str | None, weight: float) -> bool:
         """Give message `at` loss as an answer; return False if this row does not contain it as
@@ -243,7 +239,7 @@ class _Row:
             if prompt is not None and whole.startswith(prompt) and len(prompt) <= same
             else None
         )
-        look = self._in_blocks if self._blocks else self._behind_prompt
+        look = self._in_blocks if self._talk.compiled.generation else self._behind_prompt
         places, ended, like_prompt = look(at, len(whole), same, asked)
         if not len(places):
             return False
@@ -266,7 +262,7 @@ class _Row:
         """Return the tokens from where message `at` begins to the first token that ends a turn, or
         to the end.
         """
-        start = self._template.answer_start(self._given, at, self.chat) if asked is None else asked
+        start = self._template.answer_start(self._talk, at) if asked is None else asked
         if start is None or start > same:
             return NOT_FOUND
         end, stop = next(self._ends(at, start), (length + 1, None))
@@ -338,14 +334,9 @@ class _Row:
         Texts between control tokens are encoded separately, so only the text after the last one is
         encoded again.
         """
-        start, token = next(((a, t) for a, b, t in reversed(self._controls) if b <= length), (0, 0))
-        spans = [
-            (max(a, start), min(b, length))
-            for a, b in self.chat.protected
-            if b >= start and a <= length
-        ]
-        protected = [(a - start, b - start) for a, b in spans if a <= b]
-        tail = self._template.ids_of(Marked(self.chat.text[start:length], protected))
+        before = ((a, t) for a, b, t in reversed(self._controls) if b <= length)
+        start, token = next(before, (0, 0))
+        tail = self._template.ids_of(self.chat.part(start, length))
         return token + len(tail) if self.ids[token : token + len(tail)] == tail else None
 
 

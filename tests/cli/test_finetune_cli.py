@@ -135,8 +135,8 @@ def finished(folders, tmp_path_factory):
 
 
 RESUMED = {
-    "another base": (["BASE2"], "valid only with --resume of"),
-    "other rows": (["BASE", "--data", "other.jsonl"], "valid only with --resume is none"),
+    "another base": (["BASE2"], "MODEL: got"),
+    "other rows": (["BASE", "--data", "other.jsonl"], "--data: got ['other.jsonl']"),
     "another config": (["BASE", "CONFIG"], "finetune.lora.dropout"),
     "another batch": (["BASE", "--batch-size", "4"], "data.batch_size"),
     "another rank": (["BASE", "--rank", "3"], "its finetune.lora.rank is"),

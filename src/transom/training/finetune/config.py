@@ -1,4 +1,4 @@
-"""The config of a fine-tuning run from a model, its data and a few settings."""
+"""The config of a fine-tuning run, from a model, its data and a few settings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transom.base.errors import RequestError, require
+from transom.base.yaml_files import read_yaml
 from transom.checkpoints.files.folders import Found, find_model, is_hub_id, is_model, read_args
 from transom.config.model_args import ModelArgs
 from transom.planning.counts import parameters
@@ -15,14 +16,13 @@ from transom.training.finetune.args import PREFERENCES
 
 EMBEDDED = "stdlib-docs"
 SEQ_LEN = 1024  # tokens of the longest row by default
-# Peak learning rates that work for most models; that of adapters, which start at zero, is ten times
-# higher.
-RATES = {("lora", False): 2e-4, ("full", False): 2e-5, ("lora", True): 2e-5, ("full", True): 1e-6}
-DEFAULTS: dict[str, Any] = {
-    "data": {"held_out": 0.05},
-    "optimizer": {"weight_decay": 0.0},
-    "schedule": {"kind": "cosine", "warmup": 0.03, "final": 0.1},
-    "finetune": {"epochs": "auto"},
+# Peak learning rates by method and by whether the objective compares answers. Adapters start at
+# zero and take ten times the rate.
+RATES = {
+    ("lora", False): 2e-4,
+    ("full", False): 2e-5,
+    ("lora", True): 2e-5,
+    ("full", True): 1e-6,
 }
 # Models as small as the demo's take a higher learning rate and need a higher rank.
 SMALL_PARAMETERS, SMALL_RATE = 20_000_000, 50
@@ -38,10 +38,19 @@ def finetune_args(
 ) -> TrainArgs:
     """Return the config of a run that fine-tunes `model` on `data`, as `transom finetune` makes it.
 
-    `config` has fields as in config.yaml, and `overrides` are words such as `finetune.method=full`.
-    Fields that neither of them gives are chosen here by the model and the method, or by the rows
-    when the run is opened. `opened` is the model if the caller has found it, which may be a
-    tokenizer without a model.
+    Fields that are given nowhere get defaults for the model and the method. Those that depend on
+    the rows are chosen when the run is opened.
+
+    Args:
+        model: Folder or hub id of the base.
+        data: Files, folders or names of data sets; none if `config` or `overrides` give them.
+        overrides: Words such as `finetune.method=full`. They take precedence over `config`.
+        config: Fields as in config.yaml.
+        opened: The location of `model` if the caller has found it, which may be a tokenizer
+            without a model.
+
+    Raises:
+        RequestError: There is no such model, a field is wrong, or no data is given.
     """
     stated = dict(config or {})
     given = dict(word.partition("=")[::2] for word in overrides)
@@ -50,55 +59,95 @@ def finetune_args(
     found = find_model(model) if opened is None else opened
     model_args = read_args(found.model) if opened is None or is_model(found.model) else None
     small = model_args is not None and parameters(model_args) < SMALL_PARAMETERS
-    base = merged(defaults_for(model_args, small), stated)
-    for section in DEFAULTS:
-        expected = "expected a mapping of fields"
-        require(isinstance(base[section], dict), section, base[section], expected)
-    adapter = given.get("finetune.method", base["finetune"].get("method", "lora")) == "lora"
-    if not adapter and "lora" not in stated.get("finetune", {}):
-        del base["finetune"]["lora"]  # defaults for an adapter, which this run does not have
+    defaults = defaults_for(model_args, small)
+    for section in defaults:
+        fits = isinstance(stated.get(section, {}), dict)
+        require(fits, section, stated.get(section), "expected a mapping of fields")
+    finetune = stated.get("finetune", {})
+    adapter = given.get("finetune.method", finetune.get("method", "lora")) == "lora"
+    if not adapter or "lora" in finetune:
+        del defaults["finetune"]["lora"]
+    base = merged(defaults, stated)
     if "steps" in given or "steps" in stated:
         base["finetune"]["epochs"] = None
     # The folder of the step, since a run may find a better step later.
-    base["base"] = str(found.model) if found.adapter is None and Path(model).exists() else model
+    keep = found.adapter is not None or not Path(model).exists()
+    base["base"] = model if keep else str(found.model)
     if data:
         base["data"]["sources"] = list(data)
     first = read_config(None, overrides, base=base)
     require(bool(first.data.sources), "--data", None, f"expected a file, a folder or {EMBEDDED}")
-    require(
-        first.finetune is not None,
-        "finetune",
-        None,
-        "expected the fields of fine-tuning; `transom train` continues on plain text",
-    )
+    fields = "expected the fields of fine-tuning; `transom train` continues on plain text"
+    require(first.finetune is not None, "finetune", None, fields)
     assert first.finetune is not None
     if "finetune.lora.rank" in given and "finetune.lora.alpha" not in given:
         overrides = [*overrides, f"finetune.lora.alpha={2 * first.finetune.lora.rank}"]
     if "optimizer.lr" not in given and "lr" not in base["optimizer"]:
-        rate = RATES[first.finetune.method, first.finetune.objective in (*PREFERENCES, "grpo")]
+        compares = first.finetune.objective in (*PREFERENCES, "grpo")
+        rate = RATES[first.finetune.method, compares]
         base["optimizer"]["lr"] = rate * (SMALL_RATE if small else 1)
     return read_config(None, overrides, base=base)
 
 
+def resumed_args(
+    model: str,
+    data: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    config: Mapping[str, Any] | None = None,
+) -> TrainArgs | None:
+    """Return the config of the run to resume, with the given fields; None if no run has begun.
+
+    The run is `out` of `overrides`, or else the default run of `model`, or else `model` itself.
+    The trainer refuses fields that must not change. For the arguments see `finetune_args`.
+
+    Raises:
+        RequestError: The run is not a fine-tuning run of this model on this data.
+    """
+    out = dict(word.partition("=")[::2] for word in overrides).get("out")
+    run = Path(default_out(model) if out is None else out).expanduser()
+    if not (run / "config.yaml").exists():
+        own = Path(model) / "config.yaml"
+        if out is not None or not own.exists() or read_config(own).finetune is None:
+            return None
+        run = Path(model)
+    stored = read_config(run / "config.yaml")
+    expected = "expected with --resume a fine-tuning run, or its base"
+    require(stored.finetune is not None, "MODEL", str(run), expected)
+    if run != Path(model):
+        base = Path(stored.base or "").resolve()
+        same = model == stored.base or Path(model).resolve() in (base, *base.parents)
+        expected = f"expected with --resume of {run} its base, {stored.base}"
+        require(same, "MODEL", model, expected)
+    sources = [source.path for source in stored.data.source_list]
+    same = not data or list(data) == sources
+    require(
+        same, "--data", list(data), f"expected with --resume none, or that of the run: {sources}"
+    )
+    fields = merged(read_yaml(run / "config.yaml"), dict(config or {}))
+    return read_config(None, [f"out={run}", *overrides], base=fields)
+
+
 def defaults_for(args: ModelArgs | None, small: bool) -> dict[str, Any]:
-    """Return the defaults for a model; `args` is None for a tokenizer without a model."""
-    base = {key: dict(value) for key, value in DEFAULTS.items()}
-    base["data"]["seq_len"] = SEQ_LEN if args is None else min(args.max_seq_len, SEQ_LEN)
-    widths = [] if args is None else [layer.n_kv_heads * layer.head_dim for layer in args.layers]
-    rank = min([RANK[small], *widths])
+    """Return the defaults of a model; `args` is None for a tokenizer without a model."""
+    widths = [] if args is None else [one.n_kv_heads * one.head_dim for one in args.layers]
     # The rank of a change to a matrix is at most its shorter side.
-    base["finetune"]["lora"] = {"rank": rank, "alpha": 2.0 * rank}
-    return base
-
-
-def merged(defaults: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
-    """Return the defaults, replaced field by field with the values of a config."""
-    both = {
-        key: {**defaults[key], **stated[key]}
-        for key in defaults
-        if isinstance(stated.get(key), dict)
+    rank = min([RANK[small], *widths])
+    return {
+        "data": {
+            "held_out": 0.05,
+            "seq_len": SEQ_LEN if args is None else min(args.max_seq_len, SEQ_LEN),
+        },
+        "optimizer": {"weight_decay": 0.0},
+        "schedule": {"kind": "cosine", "warmup": 0.03, "final": 0.1},
+        "finetune": {"epochs": "auto", "lora": {"rank": rank, "alpha": 2.0 * rank}},
     }
-    return {**defaults, **stated, **both}
+
+
+def merged(below: Any, above: Any) -> Any:
+    """Return `below` with its fields replaced by those of `above`, also in nested mappings."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return {**below, **{key: merged(below.get(key), value) for key, value in above.items()}}
 
 
 def default_out(model: str) -> str:
@@ -107,5 +156,5 @@ def default_out(model: str) -> str:
         return f"runs/{model.rpartition('/')[2]}-finetune"
     path = Path(model.rstrip("/"))
     if not path.exists():
-        raise RequestError(f"{path}: no such folder; expected a model or run folder, or a hub id")
+        raise RequestError(f"MODEL: got {str(path)!r}; expected a model or run folder, or a hub id")
     return f"{path}-finetune"

@@ -11,7 +11,7 @@ from transom.checkpoints.load import load, load_tokenizer
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
-from transom.training.finetune.args import NEEDS_REFERENCE, FinetuneArgs
+from transom.training.finetune.args import FinetuneArgs
 from transom.training.finetune.data import FinetuneData, held_batches
 from transom.training.loop.ranks import Ranks
 from transom.training.losses.distillation import Distillation, check_same_tokenizer
@@ -94,11 +94,7 @@ def _preference(
     chunk: int | None,
 ) -> Preference:
     reference = None
-    if (
-        finetune.method == "full"
-        and finetune.objective in NEEDS_REFERENCE
-        and finetune.objective != "kto"
-    ):
+    if finetune.method == "full" and finetune.objective in ("dpo", "ipo"):
         assert data.train is not None, "rows of pairs"
         kind = model.tok_embeddings.weight.device.type
         with evaluating(model), torch.autocast(kind, dtype, enabled=dtype != torch.float32):

@@ -1,5 +1,6 @@
-"""Every command and every Python block of the README runs; long ones shrunken here, whole in the
-slow test.
+"""Every command and every Python block of the README and of docs/guide runs.
+
+Long commands run shortened here and in full in the slow test.
 """
 
 import io
@@ -17,14 +18,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from transom.cli.main import main
+from transom.cli.main import VERBS, main
 from transom.data.chat import instructions
 from transom.verify.attention import verify_attention
 from transom.verify.attention_jobs import jobs
 from transom.verify.checks import CHECKS
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+# In this order: later pages use the folders that earlier ones make.
+PAGES = [README, *sorted((ROOT / "docs" / "guide").glob("*.md"))]
 
 # What makes a long command short; every other command runs as it stands.
 EMAIL = Path(sysconfig.get_paths()["stdlib"]) / "email"
@@ -54,20 +57,24 @@ SHRINK = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: Path = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
 
 
-def commands() -> list[str]:
-    lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
-    return [
+def commands(page: Path) -> list[str]:
+    """Return the commands of a page: examples in tables, then the lines of shell blocks."""
+    examples = re.findall(
+        r"\| `((?:transom|make) [^`]+)` \|$", page.read_text(), flags=re.MULTILINE
+    )
+    lines = "".join(blocks("sh", page)).replace("\\\n", " ").splitlines()
+    return examples + [
         line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")
     ]
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder in which the README's commands can run one after the other."""
+    """Make a folder in which the commands can run one after the other."""
     folder = tmp_path_factory.mktemp("readme")
     texts = folder / "my_texts"
     texts.mkdir()
@@ -96,38 +103,44 @@ def shorten(monkeypatch):
 
 def test_make_targets_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    named = {line.split()[1] for line in commands() if line.startswith("make ")}
+    named = {line.split()[1] for line in commands(README) if line.startswith("make ")}
     assert named
     assert named <= targets
 
 
-def test_commands_run(workplace, monkeypatch, capsys):
+def run(line: str, monkeypatch, capsys) -> None:
+    text, _, command = line.rpartition("| ")
+    words = shlex.split(command)
+    short = SHRINK.get(" ".join(words[:2]), [])
+    if "--help" in words:
+        short = []
+    if text or words[1] == "chat":
+        typed = shlex.split(text)[1] if text else "hello"
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed + "\n"))
+    code = main([*words[1:], *short])
+    told = capsys.readouterr()
+    assert code == 0, f"{line}\n{told.err}"
+    if "--json" in words:
+        json.loads(told.out.splitlines()[-1])
+
+
+def test_every_verb_has_an_example():
+    examples = {line.split()[1] for line in commands(README)}
+    assert examples >= set(VERBS)
+
+
+def test_commands_and_python_blocks_run(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("TRANSOM_CACHE", str(workplace / "cache"))
     shorten(monkeypatch)
-    ran = 0
-    for line in ["transom demo --json", *commands()]:
-        if not line.startswith(("transom ", "echo ")):
-            continue
-        text, _, command = line.rpartition("| ")
-        words = shlex.split(command)
-        short = SHRINK.get(" ".join(words[:2]), [])
-        if text or words[1] == "chat":
-            said = shlex.split(text)[1] if text else "hello"
-            monkeypatch.setattr("sys.stdin", io.StringIO(said + "\n"))
-        code = main([*words[1:], *short])
-        told = capsys.readouterr()
-        assert code == 0, f"{line}\n{told.err}"
-        if "--json" in words:
-            json.loads(told.out.splitlines()[-1])
-        ran += 1
-    assert ran >= 6
-
-
-def test_python_blocks_run(workplace, monkeypatch):
-    monkeypatch.chdir(workplace)
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), {})
+    lines = ["transom demo --json"]
+    for page in PAGES:
+        lines += [line for line in commands(page) if not line.startswith(("make ", "source "))]
+        for line in dict.fromkeys(lines):
+            run(line, monkeypatch, capsys)
+        lines = []
+        for block in blocks("python", page):
+            exec(compile(block, page.name, "exec"), {})
 
 
 @pytest.mark.slow

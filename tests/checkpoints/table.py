@@ -1,4 +1,4 @@
-"""The README's table of families, made of what the tests compare: `python -m
+"""The table of families in docs, made of what the tests compare: `python -m
 tests.checkpoints.table` writes it.
 """
 
@@ -10,7 +10,7 @@ from tests.checkpoints.adapters.twins import ADAPTERS
 from tests.checkpoints.consolidated import MISTRAL_PARAMS, PARAMS
 from tests.checkpoints.families import FAMILIES
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "checkpoints.md"
 BEGIN, END = (
     "<!-- families: written by `python -m tests.checkpoints.table` -->\n",
     "<!-- end of families -->\n",
@@ -78,11 +78,11 @@ def table() -> str:
 
 
 def written(readme: str) -> str:
-    """A README with the table of now between its markers."""
+    """Return the page with the current table between its markers."""
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"
 
 
 if __name__ == "__main__":
-    README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,8 +1,8 @@
-"""The README promises the families that are compared with their makers' code, and no others."""
+"""The page of checkpoints lists the families that are compared with their makers' code, and no others."""
 
 from tests.checkpoints.consolidated import PARAMS
 from tests.checkpoints.families import FAMILIES as COMPARED
-from tests.checkpoints.table import BEGIN, END, META, NAMES, README, family_of, written
+from tests.checkpoints.table import BEGIN, END, META, NAMES, PAGE, family_of, written
 from transom.checkpoints.families.registry import FAMILIES
 
 # A config around gemma3_text; test_text_of_a_multimodal_gemma3 compares it.
@@ -10,7 +10,7 @@ WRAPPERS = {"gemma3"}
 
 
 def test_the_table_of_the_readme_is_that_of_the_tests():
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     assert text.count(BEGIN) == text.count(END) == 1
     assert text == written(text), "run `python -m tests.checkpoints.table`"
 

@@ -65,7 +65,6 @@ LONG: set[str] = {
     "config/layer_args.py",
     "config/model_args.py",
     "cli/data.py",
-    "cli/inspect.py",
     "cli/verify.py",
     "data/chat/conversations.py",
     "models/llm.py",
@@ -131,7 +130,6 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
 CIRCLES: list[set[str]] = [
     {"transom.checkpoints.files.consolidated", "transom.checkpoints.files.folders"},
     {"transom.checkpoints.fingerprint", "transom.checkpoints.load"},
-    {"transom.cli.compare", "transom.cli.inspect"},
     {"transom.cli.data", "transom.cli.data_show"},
     {"transom.tokenizers.stream", "transom.tokenizers.tokenizer"},
     {"transom.training.loop.course", "transom.training.loop.trainer"},

@@ -122,7 +122,7 @@ def test_layers_that_see_later_tokens_have_no_cache(tmp_path, capsys):
     config = {**TINY, "model_type": "transom", "layer_pattern": "B"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     _, out, _ = inspect(capsys, tmp_path)
-    assert "nothing can be cached" in out and "later tokens too" in out
+    assert "nothing can be cached" in out
 
 
 @pytest.mark.parametrize(
@@ -132,21 +132,24 @@ def test_layers_that_see_later_tokens_have_no_cache(tmp_path, capsys):
         (["nothing"], f"presets are {', '.join(PRESETS)}"),
         (["demo", "--trace", "text"], "preset demo has no weights"),
         (["demo", "--length", "0"], "length: got 0; expected 1 or more tokens"),
-        (["demo", "--device", "cpu"], "--device: got 'cpu'; valid only with --trace"),
+        (["demo", "--device", "cpu"], "--device: got 'cpu'"),
         (
             ["{model}", "--trace", "x", "--length", "8"],
-            "--length: got 8; valid only without --trace",
+            "--length: got 8",
         ),
-        (["{model}", "--trace", "x" * 32], "33 tokens': expected 1 to 32 tokens"),
+        (
+            ["{model}", "--trace", "x" * 32],
+            "--trace: got 'a text of 33 tokens'; expected 1 to 32 tokens",
+        ),
         (
             ["{model}/model.safetensors"],
             "expected a config.json, a params.json, a folder, a hub id or a preset",
         ),
-        (["{model}", "{model}", "--trace", "x"], "--trace: got 'x'; valid only with one model"),
+        (["{model}", "{model}", "--trace", "x"], "--trace: got 'x'"),
         (["{model}", "/no/such/folder"], "/no/such/folder: no such folder"),
         (
             ["{model}", "{model}", "--revision", "v1"],
-            "--revision: got 'v1'; valid only with a hub id",
+            "--revision: got 'v1'",
         ),
     ],
 )
@@ -159,7 +162,7 @@ def test_wrong_requests_are_one_sentence(words, said, model, capsys):
 def test_a_length_beyond_the_models_is_counted_and_said(capsys):
     code, out, err = inspect(capsys, "demo", "--length", 1000)
     assert code == 0 and "1,000 tokens" in out
-    assert "longer than the 256 tokens" in err
+    assert "--length 1000 is longer than max_seq_len = 256" in err
 
 
 def test_trace_prints_every_layer_and_head(model, capsys):

@@ -1,4 +1,4 @@
-"""`transom inspect A B`: what differs between two models, or between two runs."""
+"""`transom inspect A B`: the differences of two models, or of two runs."""
 
 from __future__ import annotations
 
@@ -12,64 +12,54 @@ from typing import TYPE_CHECKING, Any
 
 from transom.base.errors import require
 from transom.base.files import read_json
-from transom.checkpoints.files.folders import Found, find_model
-from transom.cli.inspect import amount, heading, pairs, show, table
+from transom.checkpoints.files.folders import find_model
 from transom.cli.main import emit_json
 from transom.config.model_args import ModelArgs
-from transom.planning.layer_plan import index_words
+from transom.planning.tables import amount, heading, pairs, show, table
 
 if TYPE_CHECKING:
     from transom.evaluation.compare import ModelDifference
 
 RUN = "run.json"
-MOST = 10  # tensors shown; --json has them all
-ABSENT = "-"
-Differences = dict[str, tuple[Any, Any]]
+SHOWN = 10  # tensors that are printed; --json has all
 
 
 def run_compare(options: argparse.Namespace) -> int:
-    """Print what differs; the exit code is 0 also where something does."""
+    """Print what differs. The exit code is 0 whether or not something does."""
     for flag in ("length", "trace", "device", "dtype"):
-        require(
-            getattr(options, flag) is None,
-            f"--{flag}",
-            getattr(options, flag),
-            "valid only with one model",
-        )
-    first, second, revision = options.model, options.other, options.revision
-    # A revision is that of what is no folder; of both, where both are hub ids.
-    local = [Path(name).exists() for name in (first, second)]
-    require(
-        revision is None or not all(local),
-        "--revision",
-        revision,
-        "valid only with a hub id, and these are none",
-    )
-    if all((Path(name) / RUN).exists() for name in (first, second)):
-        document = compare_runs(Path(first), Path(second))
+        value = getattr(options, flag)
+        require(value is None, f"--{flag}", value, "expected none with two models")
+    names, revision = (options.model, options.other), options.revision
+    local = [Path(name).exists() for name in names]
+    fits = revision is None or not all(local)
+    require(fits, "--revision", revision, "expected none without a hub id")
+    if all((Path(name) / RUN).exists() for name in names):
+        document = compare_runs(*map(Path, names))
     else:
         from transom.evaluation.compare import compare_models
 
+        # The revision is that of each hub id.
         one, other = (
             find_model(name, None if here else revision)
-            for name, here in zip((first, second), local, strict=True)
+            for name, here in zip(names, local, strict=True)
         )
-        document = model_document(one, other, compare_models(one, other))
+        document = {"kind": "models", "a": str(one), "b": str(other)}
+        document |= model_document(compare_models(one, other))
     if options.json:
         emit_json(document)
-    elif document["kind"] == "runs":
-        print_runs(document)
-    else:
-        print_models(document)
+        return 0
+    show(pairs([("A", document["a"]), ("B", document["b"])]))
+    (print_runs if document["kind"] == "runs" else print_models)(document)
     return 0
 
 
-# -- fields
-# -----------------------------------------------------------------------------------------------
+# Fields.
 
 
 def flat(data: object, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested mappings and lists, each under its path: `data.sources[0].name`."""
+    """Yield the values of nested mappings and lists with their paths, such as
+    `data.sources[0].name`.
+    """
     if isinstance(data, Mapping) and data:
         for key, value in data.items():
             yield from flat(value, f"{path}.{key}" if path else str(key))
@@ -80,206 +70,173 @@ def flat(data: object, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, data
 
 
-def differing(first: object, second: object) -> Differences:
-    """What stands in only one of two structures, or differently in both; what is absent is None."""
+def differing(first: object, second: object) -> dict[str, tuple[Any, Any]]:
+    """Return the values that differ, by path; a value that one side lacks is None."""
     one, other = dict(flat(first)), dict(flat(second))
-    return {
-        path: (one.get(path), other.get(path))
-        for path in dict.fromkeys((*one, *other))
-        if one.get(path) != other.get(path)
-    }
+    both = {path: (one.get(path), other.get(path)) for path in dict.fromkeys((*one, *other))}
+    return {path: pair for path, pair in both.items() if pair[0] != pair[1]}
 
 
 def print_fields(title: str, found: Mapping[str, Sequence[Any]]) -> None:
-    """A table of both sides, or one line where nothing differs."""
+    """Print a table of both sides, or one line if nothing differs."""
     if not found:
         heading(f"{title}: the same")
         return
     heading(f"{title}: {len(found)} differ")
-    show(
-        table(
-            ("field", "A", "B"),
-            (),
-            [(path, worded(a), worded(b)) for path, (a, b) in found.items()],
-        )
-    )
+    rows = [(path, *map(_value_words, pair)) for path, pair in found.items()]
+    show(table(("field", "A", "B"), (), rows))
 
 
-def worded(value: object) -> str:
-    """A value as its file has it."""
-    return ABSENT if value is None else value if isinstance(value, str) else json.dumps(value)
+def _value_words(value: object) -> str:
+    return "-" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
-# -- runs
-# -------------------------------------------------------------------------------------------------
+# Runs.
 
 
 def compare_runs(first: Path, second: Path) -> dict[str, Any]:
-    """What two run.json say differently: versions and machine, data, config, model; and the last
-    scores of both.
+    """Return the differences of two run.json (versions and machine, data, config, model), and
+    the last scores of both.
     """
-    one, other = read_json(first / RUN), read_json(second / RUN)
-    parts = {"data": "data", "config": "config", "model": "model"}
-    named = {part: differing(one.get(key), other.get(key)) for part, key in parts.items()}
+    facts = [read_json(first / RUN), read_json(second / RUN)]
+    parts = ("data", "config", "model")
+    named = {part: differing(*(one.get(part) for one in facts)) for part in parts}
     # The whole model stands under `model`; the config may only name it.
-    named["config"] = {
+    config = {
         path: pair for path, pair in named["config"].items() if path.partition(".")[0] != "model"
     }
-    rest = [
-        {key: value for key, value in facts.items() if key not in parts} for facts in (one, other)
-    ]
-    scores, others = final_scores(first), final_scores(second)
+    rest = [{key: value for key, value in one.items() if key not in parts} for one in facts]
+    one, other = final_scores(first), final_scores(second)
     return {
         "kind": "runs",
         "a": str(first),
         "b": str(second),
         "run": differing(*rest),
         **named,
+        "config": config,
         "scores": {
-            name: (scores.get(name), others.get(name)) for name in dict.fromkeys((*scores, *others))
+            name: (one.get(name), other.get(name)) for name in dict.fromkeys((*one, *other))
         },
     }
 
 
 def final_scores(run: Path) -> dict[str, float]:
-    """The last step and loss of a run, and its last held-out scores, over everything where that was
-    measured.
+    """Return the last step and loss of a run and its last held-out scores, the final ones if it
+    has them.
     """
     from transom.training.report.report import read_metrics
 
     rows, _ = read_metrics(run / "metrics.jsonl")
     out: dict[str, float] = {}
-    if rows["loss"]:
-        last = rows["loss"][-1]
+    for last in rows["loss"][-1:]:
         out = {name: last[name] for name in ("step", "loss", "tokens", "seconds") if name in last}
-    measured = [row[kind] for kind in ("held_out", "final") for row in rows[kind][-1:]]
-    for scores in filter(
-        None, measured
-    ):  # the final measurement, where there is one, comes last and counts
-        out |= {name: scores[name] for name in ("bits_per_byte", "perplexity") if name in scores}
+    for scores in (row[kind] for kind in ("held_out", "final") for row in rows[kind][-1:]):
+        out |= {
+            name: scores[name] for name in ("bits_per_byte", "perplexity") if name in (scores or ())
+        }
     return out
 
 
 def print_runs(document: Mapping[str, Any]) -> None:
-    """Both names, then one part after the other."""
-    print_names(document)
-    for part, title in (
-        ("run", "Run"), ("data", "Data"), ("config", "Config"), ("model", "Model"),
-    ):  # fmt: skip
-        print_fields(title, document[part])
+    """Print the differences of two runs, then their scores."""
+    for part in ("run", "data", "config", "model"):
+        print_fields(part.capitalize(), document[part])
     heading("Final scores" if document["scores"] else "Final scores: none measured")
-    if document["scores"]:
-        rows = [(name, *map(number, pair)) for name, pair in document["scores"].items()]
+    rows = [(name, *map(_score_words, pair)) for name, pair in document["scores"].items()]
+    if rows:
         show(table(("score",), ("A", "B"), rows))
 
 
-# -- models
-# -----------------------------------------------------------------------------------------------
+def _score_words(value: float | None) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
 
 
-def model_document(first: Found, second: Found, found: ModelDifference) -> dict[str, Any]:
-    """The comparison as plain data; every difference that is not finite is None, which JSON can
-    say.
-    """
+# Models.
+
+
+def model_document(found: ModelDifference) -> dict[str, Any]:
+    """Return a comparison as plain data, with null for a difference that is not finite."""
     one, other = found.args
+    tensors = [asdict(tensor) for tensor in found.differing]
+    dtypes = {
+        name: [str(kind).removeprefix("torch.") for kind in pair]
+        for name, pair in found.dtypes.items()
+    }
     return {
-        "kind": "models",
-        "a": str(first),
-        "b": str(second),
         "config": differing(resolved(one), resolved(other)),
         "same_layers": one.layers == other.layers,
         "rotary": found.rotary,
         "only_a": found.only_first,
         "only_b": found.only_second,
         "shapes": found.shapes,
-        "dtypes": {
-            name: [str(kind).removeprefix("torch.") for kind in pair]
-            for name, pair in found.dtypes.items()
-        },
+        "dtypes": dtypes,
         "compared": found.compared,
         "identical": found.identical,
-        "differing": [{**asdict(one), "largest": finite(one.largest)} for one in found.differing],
+        "differing": [
+            {**tensor, "largest": tensor["largest"] if math.isfinite(tensor["largest"]) else None}
+            for tensor in tensors
+        ],
     }
 
 
-# Fields that say no more once others are worked out: what a width is derived from, and shorthands.
-SPENT = (
-    *(
-        "multiple_of",
-        "ffn_dim_multiplier",
-        "nope_layer_interval",
-        "use_scaled_rope",
-        "rope_scaling_factor",
-    ),
-    *("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len"),
+# Fields of a model that its layers do not have, and those of a mixture that its width is derived
+# from.
+_OUTSIDE_LAYERS = (
+    *("n_layers", "vocab_size", "max_seq_len", "max_batch_size", "rope_layout", "tie_embeddings"),
+    *("embedding_scale", "logit_scale", "logit_softcap", "mup_base_dim", "vision_args", "head"),
 )
-SPENT_OF_EXPERTS = (
+_DERIVES = (
     "ffn_exp",
     "capacity_factor",
     "auto_scale_F",
     "interleave_moe_layer_step",
     "first_dense_layers",
+    "dense_layers",
 )
 
 
 def resolved(args: ModelArgs) -> dict[str, Any]:
-    """The fields as the model has them: what was left to a rule is worked out, and shorthands are
-    spelled out.
+    """Return the fields of a model with shorthands and derived values worked out, those of
+    layers once if all agree.
     """
-    out = {key: value for key, value in asdict(args).items() if key not in SPENT}
-    dense = tuple(layer.index for layer in args.layers if layer.moe is None)
-    out |= {"n_kv_heads": args.kv_heads, "head_dim": args.head_size}
-    out["hidden_dim"] = args.dense_hidden_dim if dense else None
-    out |= {"layer_pattern": args.pattern, "rope_scaling": args.scaling and asdict(args.scaling)}
-    for name, default in (
-        ("softmax_scale", args.head_size**-0.5),
-        ("embedding_scale", 1.0),
-        ("logit_scale", 1.0),
-        # Of layers that see few keys; where there are none, or scaling sets them apart, no other
-        # field says it.
-        (
-            "rope_local_theta",
-            args.rope_theta if {"S", "C"} & set(args.pattern) and args.scaling is None else None,
-        ),
-    ):
-        out[name] = default if out[name] is None else out[name]
-    experts = next((layer.moe for layer in args.layers if layer.moe is not None), None)
-    if experts is not None:
-        moe = {key: value for key, value in asdict(experts).items() if key not in SPENT_OF_EXPERTS}
-        moe["dense_layers"] = index_words(dense) or None
-        if moe["shared_expert"] and moe["shared_hidden_dim"] is None:
-            moe["shared_hidden_dim"] = moe["hidden_dim"]
-        out["moe_args"] = moe
-    return out
-
-
-def finite(value: float) -> float | None:
-    """A number, or None for one that JSON has no word for."""
-    return value if math.isfinite(value) else None
+    out = {name: value for name, value in asdict(args).items() if name in _OUTSIDE_LAYERS}
+    layers = [asdict(layer) for layer in args.layers]
+    for layer in layers:
+        moe, rope = layer["moe"], layer["rope"]
+        if moe is not None:
+            layer["hidden_dim"] = None
+            layer["moe"] = {key: value for key, value in moe.items() if key not in _DERIVES}
+            if moe["shared_expert"] and moe["shared_hidden_dim"] is None:
+                layer["moe"]["shared_hidden_dim"] = moe["hidden_dim"]
+        if rope is not None:
+            layer["rope"] = {key: value for key, value in rope.items() if key != "layout"}
+        if layer["softmax_scale"] is None:
+            layer["softmax_scale"] = layer["head_dim"] ** -0.5
+        del layer["index"]
+    for name in layers[0]:
+        values = [layer[name] for layer in layers]
+        alike = all(value == values[0] for value in values)
+        out[name] = values[0] if alike else values
+    return {**out, "layer_pattern": args.pattern}
 
 
 def print_models(document: Mapping[str, Any]) -> None:
-    """Fields, then names, shapes and dtypes that differ, then the tensors that are furthest
-    apart.
+    """Print fields, then names, shapes and dtypes that differ, then the tensors with the
+    largest differences.
     """
-    print_names(document)
     print_fields("Config", document["config"])
     if document["config"] and document["same_layers"]:
-        print("every layer is of the same kind and size all the same")
+        print("All layers are of the same kind and size.")
     heading("Weights")
     show(pairs(list(weight_lines(document))))
-    if document["shapes"]:
-        heading(f"Shapes: {len(document['shapes'])} differ")
-        outlines = [
-            (name, str(tuple(a)), str(tuple(b))) for name, (a, b) in shortened(document["shapes"])
-        ]
-        show(table(("tensor", "A", "B"), (), outlines))
-    apart = document["differing"]
+    shapes, apart = document["shapes"], document["differing"]
+    if shapes:
+        heading(f"Shapes: {len(shapes)} differ")
+        rows = [(name, *(str(tuple(shape)) for shape in pair)) for name, pair in shapes.items()]
+        show(table(("tensor", "A", "B"), (), rows[:SHOWN]))
     if apart:
-        heading(
-            f"Values: {len(apart)} tensors differ"
-            + (f", the first {MOST} are" if len(apart) > MOST else "")
-        )
+        more = f", the first {SHOWN} are" if len(apart) > SHOWN else ""
+        heading(f"Values: {len(apart)} tensors differ{more}")
         rows = [
             (
                 one["name"],
@@ -288,18 +245,19 @@ def print_models(document: Mapping[str, Any]) -> None:
                 f"{one['scale']:.3g}",
                 f"{one['differing'] / one['count']:.1%}",
             )
-            for one in apart[:MOST]
+            for one in apart[:SHOWN]
         ]
         show(table(("tensor", "shape"), ("max |A - B|", "max |A|", "numbers that differ"), rows))
 
 
 def weight_lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(what, how many and which) of names and dtypes."""
+    """Yield (title, text) lines about names, dtypes and rotary layouts."""
     yield "identical", f"{document['identical']} of {document['compared']} tensors that both have"
     for side in ("a", "b"):
         names = document[f"only_{side}"]
+        more = f" and {amount(len(names) - SHOWN)} more" if len(names) > SHOWN else ""
         if names:
-            yield f"only in {side.upper()}", few(names)
+            yield f"only in {side.upper()}", f"{len(names)}: {', '.join(names[:SHOWN])}{more}"
     apart = {one["name"] for one in document["differing"]} | set(document["shapes"])
     kinds: dict[tuple[str, str], list[str]] = {}
     for name, (first, second) in document["dtypes"].items():
@@ -308,38 +266,17 @@ def weight_lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         equal = sum(name not in apart for name in names)
         yield (
             "dtype",
-            f"{first} in A, {second} in B: {len(names)} tensors, {equal} of them equal in every "
-            f"number",
+            f"{first} in A, {second} in B: {len(names)} tensors, {equal} of them "
+            f"equal in every number",
         )
     if document["rotary"] == "turned":
         yield (
             "rotary",
-            "the layouts differ: rows of B were turned into that of A before they were compared",
+            "the layouts differ; rows of B were permuted to that of A before the comparison",
         )
     if document["rotary"] == "kept":
         yield (
             "rotary",
-            "the layouts differ, and latent heads cannot be turned: their rows are compared as "
-            "they are",
+            "the layouts differ, but rows of latent attention cannot be permuted and "
+            "are compared as they are",
         )
-
-
-def few(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {amount(len(names) - MOST)} more" if len(names) > MOST else ""
-    return f"{len(names)}: {', '.join(names[:MOST])}{more}"
-
-
-def shortened(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The first entries."""
-    return list(found.items())[:MOST]
-
-
-def print_names(document: Mapping[str, Any]) -> None:
-    """Which is A and which is B."""
-    show(pairs([("A", document["a"]), ("B", document["b"])]))
-
-
-def number(value: float | None) -> str:
-    """A score, or a dash."""
-    return ABSENT if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"

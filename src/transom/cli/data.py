@@ -24,9 +24,9 @@ from transom.checkpoints.files.folders import (
 )
 from transom.cli.chat import find_template
 from transom.cli.finetune import FLAGS, config_of
-from transom.cli.inspect import heading, pairs, show
 from transom.cli.main import emit_json, user_path
 from transom.cli.train import is_override
+from transom.planning.tables import heading, pairs, show
 
 if TYPE_CHECKING:
     from transom.chat.template import ChatTemplate

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from transom.base.errors import notice, require
-from transom.cli.inspect import heading, show, shown, table, token_text
 from transom.cli.main import emit_json
+from transom.planning.tables import heading, show, table, visible
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -95,7 +95,7 @@ def tokens_of(row: Sequence[TuningRow], subject: Subject) -> Iterator[Token]:
             }
             marks = [name for name, fits in known.items() if fits]
             mark = ", ".join(marks) or ("control" if id in tokenizer.special_ids else "")
-            yield Token(segment, position, id, token_text(tokenizer, id), weight, mark)
+            yield Token(segment, position, id, tokenizer.token_text(id), weight, mark)
 
 
 def print_row(ids: Sequence[str], tokens: Sequence[Token], tokenizer: Tokenizer) -> None:
@@ -106,7 +106,7 @@ def print_row(ids: Sequence[str], tokens: Sequence[Token], tokenizer: Tokenizer)
     heading("Token by token (in the text above: green is learnt, bold are control tokens)")
     lines = [
         (
-            shown(tokenizer, one.id),
+            visible(one.text),
             one.mark,
             str(one.id),
             f"{one.weight:g}",

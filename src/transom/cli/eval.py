@@ -19,10 +19,10 @@ from transom.base.errors import RequestError, WorkError, require
 from transom.base.files import json_text
 from transom.checkpoints.files.folders import model_folder
 from transom.checkpoints.files.hub import is_hub_id
-from transom.cli.inspect import heading, show, table
 from transom.cli.main import emit_json, user_path
 from transom.evaluation.eval_args import EvalArgs
 from transom.evaluation.task_data import DataSet, open_data
+from transom.planning.tables import heading, show, table
 
 if TYPE_CHECKING:
     from transom.evaluation.eval_model import Subject

@@ -15,9 +15,9 @@ from transom.base.claims import free_folder
 from transom.base.errors import RequestError, require
 from transom.checkpoints.files.hub import is_hub_id
 from transom.cli.convert import FORMATS
-from transom.cli.inspect import heading, show, table
 from transom.cli.main import emit_json, user_path
 from transom.lora.combine_args import METHODS, CombineArgs
+from transom.planning.tables import heading, show, table
 
 FORMS = "expected ADAPTER [OUT], or BASE ADAPTER... OUT"
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from transom.base.errors import RequestError, notice, require
 from transom.base.fields import field_types
 from transom.base.yaml_files import read_yaml
-from transom.cli.inspect import find, heading, show, table
+from transom.cli.inspect import find
 from transom.cli.main import emit_json, user_path
 from transom.config.model_args import ModelArgs
 from transom.config.presets import PRESETS
+from transom.planning.tables import heading, show, table
 from transom.training.config import TrainArgs, read_config
 
 if TYPE_CHECKING:
@@ -171,12 +172,12 @@ def findings(options: argparse.Namespace) -> Iterator[Finding]:
         from transom.verify.cache import compare_whole
 
         subject = find(name)
-        if subject.folder is None:
+        if subject.found is None:
             raise RequestError(
                 f"--full: {subject.name} has no weights; expected a model or run folder"
             )
         model = load(
-            subject.folder, device=options.device or "cpu", dtype=options.dtype or "float32"
+            subject.found, device=options.device or "cpu", dtype=options.dtype or "float32"
         )
         return compare_whole(model, subject.name, options.length)
     if what == "finetune" and name is not None:

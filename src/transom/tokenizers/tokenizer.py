@@ -296,6 +296,11 @@ class Tokenizer:
         """The vocabulary's own spelling of `id`."""
         return self._backend.id_to_token(id)
 
+    def token_text(self, id: int) -> str:
+        """Return the text of one token, or `<token 217>` for an id that is no text of its own."""
+        text = "" if self.id_to_token(id) is None else self.decode([id], skip_special=False)
+        return text if text and "\ufffd" not in text else f"<token {id}>"
+
     def token_to_id(self, token: str) -> int | None:
         """The id of a token in the vocabulary's own spelling."""
         return self._backend.token_to_id(token)

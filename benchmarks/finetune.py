@@ -18,7 +18,7 @@ from benchmarks.training_step import SHAPES, transformers_twin
 from transom.config.model_args import ModelArgs
 from transom.data.chat.batches import packed_batch, padded_batch
 from transom.data.chat.packing import first_fit_decreasing
-from transom.data.chat.rows import TuningRow
+from transom.data.chat.rows import EncodedChat
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
 from transom.models.llm import LLM, TransformerInput
@@ -138,7 +138,7 @@ def _packing(device: torch.device) -> dict[str, Any]:
     # Chats are short with a long tail: most of what such rows are padded to is padding.
     sizes = (LONGEST * torch.rand(ROWS, generator=generator) ** 3).int().clamp(min=16).tolist()
     examples = [
-        TuningRow(
+        EncodedChat(
             str(at),
             torch.randint(args.vocab_size, (size + 1,), generator=generator).int().numpy(),
             _ones(size),

@@ -19,8 +19,7 @@ from benchmarks.common import interleaved
 from benchmarks.head_loss import cuda_peak_mib, resident_peak_mib, subprocess_peak_mib
 from benchmarks.options import BATCH, LENGTH, SHAPE
 from transom.config.model_args import ModelArgs
-from transom.data.batches import NO_TARGET
-from transom.data.chat.batches import TuningBatch
+from transom.data.batch import NO_TARGET, Batch
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
 from transom.models.llm import LLM
@@ -94,23 +93,27 @@ def _model(device: torch.device) -> LLM:
     return model.to(device)
 
 
-def _batch(device: torch.device, *, kto: bool) -> TuningBatch:
+def _batch(device: torch.device, *, kto: bool) -> Batch:
     count = BATCH * (16 if device.type == "cuda" else 1)
     ids = torch.randint(
         1, SHAPE["vocab_size"], (count, LENGTH + 1), generator=torch.Generator().manual_seed(0)
     )
     targets = ids[:, 1:].clone()
     targets[:, : PROMPT - 1] = NO_TARGET
-    labels = torch.arange(count) % 2 == 0 if kto else None
+    extras = {"desirable": torch.arange(count) % 2 == 0} if kto else {}
     lengths = torch.full((count,), LENGTH)
     per_item = 1 if kto else 2
-    whole = TuningBatch(
-        ids[:, :-1], targets, 0, lengths=lengths, row_labels=labels, rows_per_item=per_item
+    whole = Batch(
+        ids[:, :-1],
+        targets,
+        lengths=lengths,
+        extras=extras,
+        rows_per_item=per_item,
     )
     return whole.to(device)
 
 
-def _step(objective: Objective, model: LLM, batch: TuningBatch) -> Callable[[], None]:
+def _step(objective: Objective, model: LLM, batch: Batch) -> Callable[[], None]:
     """Forward and backward as the trainer does them; bfloat16 autocast on CUDA."""
 
     def run() -> None:

@@ -16,6 +16,7 @@ import torch
 from benchmarks.common import interleaved
 from benchmarks.options import SHAPE
 from transom.config.model_args import ModelArgs
+from transom.data.batch import Batch
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
 from transom.models.llm import LLM
@@ -23,7 +24,7 @@ from transom.tokenizers.training import byte_tokenizer
 from transom.training.losses.objectives import NextToken, Objective
 from transom.training.rl.policy import PolicyGradient
 from transom.training.rl.rewards import Reward
-from transom.training.rl.rollouts import Question, QuestionBatches, RolloutBatch
+from transom.training.rl.rollouts import Question, QuestionBatches
 
 QUESTIONS, GROUP, PROMPT, ANSWER = 2, 8, 64, 64  # of a step; tokens of every prompt and answer
 PEER = "next-token loss on the same rows"
@@ -83,7 +84,7 @@ def cases(device: torch.device) -> dict[str, Callable[[], None]]:
     }
 
 
-def learn(objective: Objective, model: LLM, batch: RolloutBatch) -> None:
+def learn(objective: Objective, model: LLM, batch: Batch) -> None:
     """Forward and backward as the trainer does them; bfloat16 autocast on CUDA."""
     units = objective.units(batch)
     with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=batch.tokens.is_cuda):

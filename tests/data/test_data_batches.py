@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from transom.base.errors import RequestError
-from transom.data.batches import NO_TARGET, Batches
+from transom.data.batch import NO_TARGET
 from transom.data.order import Mixture, PackedOrder
+from transom.data.text.batches import TextBatches
 from transom.data.text.shards import TokenFile
 
 BOS, EOS = 90, 91
@@ -33,7 +34,7 @@ def batches(files=FILES, **changes):
         "rows_per_step": 4,
         "seed": 1,
     }
-    return Batches(files, [1.0] * len(files), **(settings | changes))
+    return TextBatches(files, [1.0] * len(files), **(settings | changes))
 
 
 def same(one, other):
@@ -76,7 +77,6 @@ def test_rows_are_those_of_the_reference(files, frame, seq_len):
             assert batch.tokens.tolist() == [tokens]
             assert batch.targets.tolist() == [targets]
             assert batch.sizes == (sizes,)
-            assert batch.epoch == epoch
             assert BOS not in batch.targets
     assert data.state == {"epoch": 2, "item": 0}
 
@@ -89,7 +89,6 @@ def test_ranks_share_the_global_batches_of_one_process_across_epochs():
         assert torch.equal(whole.tokens, torch.cat([part.tokens for part in parts]))
         assert torch.equal(whole.targets, torch.cat([part.targets for part in parts]))
         assert whole.sizes == sum((part.sizes for part in parts), ())
-        assert {part.epoch for part in parts} == {whole.epoch}
         assert all(rank.state == alone.state for rank in ranks)
 
 
@@ -112,8 +111,8 @@ def test_a_restored_state_gives_the_same_rows_to_any_number_of_ranks():
         ({"rows_per_step": 0}, "rows_per_step: got 0; expected 1 row or more"),
         ({"world_size": 3}, "rows_per_step: got 4; expected a multiple of the number of ranks, 3"),
         ({"rank": 1}, "rank: got 1; expected 0 to 0"),
-        ({"seq_len": 0}, "seq_len: got 0: accepted"),
-        ({"seq_len": 60}, "expected at most 36 for this source of 37 tokens"),
+        ({"seq_len": 0}, "seq_len: got 0; expected 1 token"),
+        ({"seq_len": 60}, "data.seq_len: got 60; expected at most 36"),
         (
             {"vocab_size": 50, "bos_id": None, "eos_id": None},
             "token id: got 57; expected ids from 0 to 49",
@@ -131,5 +130,5 @@ def test_wrong_settings_are_named(changes, sentence):
     "state", [{"epoch": 0}, {"epoch": -1, "item": 0}, {"epoch": 0, "item": 10**6}]
 )
 def test_a_state_of_other_data_is_refused(state):
-    with pytest.raises(RequestError, match="accepted"):
+    with pytest.raises(RequestError, match="expected"):
         batches().load_state(state)

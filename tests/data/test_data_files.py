@@ -265,7 +265,7 @@ def test_null_columns_are_as_if_they_were_not_there(tmp_path: Path, name: str) -
     (example,) = read_examples(path, problems=problems)
     assert example.messages == (USER, ANSWER)
     assert [(one.where, one.sentence.split(":")[0]) for one in problems] == [
-        (f"{path}:2", "columns: got None")
+        (f"{path}:2", "columns")
     ]
     assert "null" in problems[0].sentence
 

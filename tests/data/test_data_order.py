@@ -37,7 +37,7 @@ def test_every_token_but_the_dropped_is_an_input_once_an_epoch(window):
         inputs = Counter(token for tokens in windows for token in tokens[:-1])
         assert set(inputs.values()) == {1}
         left = everything - set(inputs) - {token for tokens in windows for token in tokens}
-        assert len(left) == order.dropped_tokens == sum(LENGTHS) - len(order) * window - 1
+        assert len(left) == sum(LENGTHS) - len(order) * window - 1
 
 
 def test_a_window_goes_on_where_another_ends():
@@ -73,7 +73,7 @@ def test_the_random_numbers_are_those_of_the_committed_order():
 
 def test_a_source_smaller_than_a_window_is_refused():
     with pytest.raises(
-        RequestError, match=r"window \(seq_len\): got 8; expected at most 7 for this source of 8"
+        RequestError, match=r"data\.seq_len: got 8; expected at most 7, the tokens of a source"
     ):
         PackedOrder([5, 3], 8, seed=0)
 

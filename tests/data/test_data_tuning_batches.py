@@ -13,15 +13,15 @@ import torch.nn.functional as F
 
 from tests.helpers import random_model, tiny_args
 from transom.base.errors import RequestError
-from transom.data.batches import NO_TARGET
-from transom.data.chat.batches import TuningBatch, TuningBatches, packed_batch, padded_batch
-from transom.data.chat.rows import EncodedRows, TuningCounts, TuningRow
+from transom.data.batch import NO_TARGET, Batch
+from transom.data.chat.batches import ChatBatches, packed_batch, padded_batch
+from transom.data.chat.rows import ChatCounts, EncodedChat, EncodedChats
 from transom.models.llm import LLM
 
 CPU = torch.device("cpu")
 
 
-def row(index: int, length: int, weight: float = 1.0) -> TuningRow:
+def row(index: int, length: int, weight: float = 1.0) -> EncodedChat:
     """A row whose first id is its number and whose first two tokens and some others carry no
     loss.
     """
@@ -30,7 +30,7 @@ def row(index: int, length: int, weight: float = 1.0) -> TuningRow:
     ids[0] = index
     weights = np.where(generator.random(length) < 0.7, weight, 0.0).astype(np.float32)
     weights[:2], weights[-1] = 0.0, weight
-    return TuningRow(f"f:{index}", ids, weights)
+    return EncodedChat(f"f:{index}", ids, weights)
 
 
 LENGTHS = [3, 30, 7, 12, 19, 4, 25, 9, 33, 5, 16]
@@ -41,18 +41,18 @@ WEIGHTED = [
 
 
 def encoded(
-    rows: list[TuningRow] = ROWS, per_item: int = 1, labels: list[bool] | None = None
-) -> EncodedRows:
+    rows: list[EncodedChat] = ROWS, per_item: int = 1, labels: list[bool] | None = None
+) -> EncodedChats:
     items = [tuple(rows[at : at + per_item]) for at in range(0, len(rows) - per_item + 1, per_item)]
-    return EncodedRows(items, TuningCounts(), labels)
+    return EncodedChats(items, ChatCounts(), labels)
 
 
-def batches(data: EncodedRows | None = None, **changes: Any) -> TuningBatches:
+def batches(data: EncodedChats | None = None, **changes: Any) -> ChatBatches:
     settings = {"seq_len": 40, "rows_per_step": 2, "seed": 1, "packing": True, **changes}
-    return TuningBatches(encoded() if data is None else data, **settings)
+    return ChatBatches(encoded() if data is None else data, **settings)
 
 
-def losses(model: LLM, batch: TuningBatch) -> dict[int, float]:
+def losses(model: LLM, batch: Batch) -> dict[int, float]:
     """The summed, weighted loss of each example, by its first id."""
     logits = model(batch.inputs()).logits
     each = F.cross_entropy(
@@ -69,7 +69,7 @@ def losses(model: LLM, batch: TuningBatch) -> dict[int, float]:
     return {int(tokens[0]): float(loss.sum()) for tokens, loss in parts}
 
 
-def epoch_of(made: TuningBatches) -> list[TuningBatch]:
+def epoch_of(made: ChatBatches) -> list[Batch]:
     return [made.next() for _ in range(made.items_per_epoch)]
 
 
@@ -86,7 +86,7 @@ def epoch_of(made: TuningBatches) -> list[TuningBatch]:
 )
 @torch.no_grad()
 def test_packed_padded_and_alone_give_each_example_the_same_loss(
-    fields: dict[str, Any], rows: list[TuningRow]
+    fields: dict[str, Any], rows: list[EncodedChat]
 ) -> None:
     model = random_model(tiny_args(n_layers=2, **fields))
     alone = {}
@@ -113,13 +113,13 @@ def test_packed_padded_and_alone_give_each_example_the_same_loss(
 
 
 def test_targets_are_the_next_tokens_that_carry_loss() -> None:
-    batch = padded_batch([[WEIGHTED[0]], [WEIGHTED[1]]], epoch=4)
-    assert batch.tokens.shape == batch.targets.shape == (2, 29) and batch.epoch == 4
+    batch = padded_batch([[WEIGHTED[0]], [WEIGHTED[1]]])
+    assert batch.tokens.shape == batch.targets.shape == (2, 29)
     assert (
         batch.lengths is not None and batch.lengths.tolist() == [2, 29] and batch.real_tokens == 31
     )
     assert batch.inputs().lengths is batch.lengths  # or experts would be balanced over padding too
-    assert batch.weights is not None and batch.ids == ("f:0", "f:1")
+    assert batch.weights is not None
     for index in (0, 1):
         one, length = WEIGHTED[index], LENGTHS[index] - 1
         assert batch.tokens[index, :length].tolist() == one.ids[:-1].tolist()
@@ -143,15 +143,15 @@ def test_packed_rows_have_no_gaps() -> None:
     for batch in (made.next() for _ in range(2)):
         assert batch.sizes is not None and batch.tokens.shape == (1, sum(map(sum, batch.sizes)))
         assert len(batch.sizes) == 2 and batch.row_length == max(map(sum, batch.sizes)) <= 40
-        assert batch.real_tokens == batch.tokens.numel() and batch.inputs().sizes == [
-            n for p in batch.sizes for n in p
-        ]
+        assert batch.real_tokens == batch.tokens.numel() and batch.inputs().sizes == (
+            tuple(n for p in batch.sizes for n in p),
+        )
 
 
 # The order
 
 
-def seen(batch: TuningBatch) -> list[int]:
+def seen(batch: Batch) -> list[int]:
     """First ids of the examples of a batch."""
     if batch.sizes is None:
         return batch.tokens[:, 0].tolist()
@@ -181,7 +181,6 @@ def test_ranks_share_the_batches_of_one_process_and_states_are_places(packing: b
         resumed.load_state(alone.state)
         whole, parts = alone.next(), [rank.next() for rank in ranks]
         assert seen(whole) == [id for part in parts for id in seen(part)] == seen(resumed.next())
-        assert {part.epoch for part in parts} == {whole.epoch}
         assert all(rank.state == alone.state for rank in ranks)
 
 
@@ -214,13 +213,13 @@ def test_pairs_stay_together_and_labels_with_their_rows() -> None:
     for part in (batch, *batch.micro_batches(2)):
         first, second = part.tokens[::2, 0], part.tokens[1::2, 0]
         assert first.remainder(2).eq(0).all() and torch.equal(second, first + 1)
-        assert part.ids == tuple(f"f:{id}" for id in part.tokens[:, 0].tolist())
     labelled = batches(
         encoded(labels=[n > 9 for n in LENGTHS]), packing=False, rows_per_step=6
     ).next()
     for part in (labelled, *labelled.micro_batches(3)):
-        assert part.row_labels is not None
-        assert part.row_labels.tolist() == [LENGTHS[id] > 9 for id in part.tokens[:, 0].tolist()]
+        assert part.extras["desirable"].tolist() == [
+            LENGTHS[id] > 9 for id in part.tokens[:, 0].tolist()
+        ]
     for data in (encoded(ROWS[:10], per_item=2), encoded(labels=[True] * len(ROWS))):
         with pytest.raises(
             RequestError, match="packing: got True; expected false for pairs and labelled answers"
@@ -245,7 +244,7 @@ def test_the_largest_batch_is_the_largest_that_comes(packing: bool) -> None:
     [
         (
             {"rows_per_step": 3, "world_size": 2},
-            "rows_per_step: got 3; expected a multiple of the ranks, 2",
+            "rows_per_step: got 3; expected a multiple of the number of ranks, 2",
         ),
         (
             {"rows_per_step": 9},

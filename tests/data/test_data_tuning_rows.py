@@ -15,8 +15,8 @@ from transom.chat.template import ChatTemplate
 from transom.data.chat.conversations import Example, recognise
 from transom.data.chat.finetune_sets import Problem
 from transom.data.chat.rows import (
-    EncodedRows,
-    TuningCounts,
+    ChatCounts,
+    EncodedChats,
     default_template,
     encode_examples,
     prompt_ids,
@@ -42,11 +42,11 @@ def bare(kind: Any = "completion", *answers: str, **more: Any) -> Example:
 
 def encode(
     *examples: Example, template: ChatTemplate | None = PLAIN, seq_len: int = 64, **more: Any
-) -> EncodedRows:
+) -> EncodedChats:
     return encode_examples(examples, TOKENIZER, template, seq_len=seq_len, **more)
 
 
-def learnt(encoded: EncodedRows) -> list[str]:
+def learnt(encoded: EncodedChats) -> list[str]:
     """What each row is to say."""
     rows = [row for item in encoded.items for row in item]
     return [TOKENIZER.decode(row.ids[row.weights > 0], skip_special=False) for row in rows]
@@ -173,12 +173,10 @@ def test_long_examples_are_cut_at_their_end_or_dropped_and_counted() -> None:
     whole = len(encode(chat()).items[0][0].ids)
     cut = encode(chat(), seq_len=whole - 2)
     assert learnt(cut) == ["ab"]
-    assert cut.counts == TuningCounts(1, 1, whole - 2, 2, truncated=1, without_end=1)
-    assert encode(chat(), seq_len=whole).counts == TuningCounts(1, 1, whole, 4)
+    assert cut.counts == ChatCounts(1, 1, whole - 2, 2, truncated=1, without_end=1)
+    assert encode(chat(), seq_len=whole).counts == ChatCounts(1, 1, whole, 4)
     # An answer that is cut away as a whole is no answer without an end.
-    assert encode(chat(Q, A, Q, A), seq_len=whole).counts == TuningCounts(
-        1, 1, whole, 4, truncated=1
-    )
+    assert encode(chat(Q, A, Q, A), seq_len=whole).counts == ChatCounts(1, 1, whole, 4, truncated=1)
     kept = encode(chat(Q, say("assistant", "a")), chat(), seq_len=whole - 2, truncate="drop").counts
     assert (kept.dropped, kept.rows, kept.truncated) == (1, 1, 0)
 

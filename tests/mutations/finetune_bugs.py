@@ -15,11 +15,11 @@ from torch import Tensor
 
 from tests.mutations.planting import Call, changed, changed_everywhere
 from transom.attention.mask import positions_from_sizes
+from transom.data.batch import Batch
 from transom.data.chat import batches as chat_batches
 from transom.data.chat import rows as chat_rows
-from transom.data.chat.batches import TuningBatch
 from transom.data.chat.conversations import Example
-from transom.data.chat.rows import TuningRow
+from transom.data.chat.rows import EncodedChat
 from transom.data.chat.turns import Turns, Written
 from transom.lora import adapters as lora
 from transom.lora import apply as new
@@ -91,7 +91,7 @@ def token_too_late() -> AbstractContextManager[None]:
     """A target counts what the token before it should."""
 
     def make(original: Call) -> Call:
-        return lambda row: original(TuningRow(row.id, row.ids, np.roll(row.weights, 1)))
+        return lambda row: original(EncodedChat(row.id, row.ids, np.roll(row.weights, 1)))
 
     return changed(chat_batches, "_shifted", make)
 
@@ -105,7 +105,7 @@ def seen_neighbours() -> AbstractContextManager[None]:
     """Examples of a packed row count positions from 0 and see each other all the same."""
 
     def make(original: Call) -> Call:
-        def inputs(self: TuningBatch) -> TransformerInput:
+        def inputs(self: Batch) -> TransformerInput:
             made: TransformerInput = original(self)
             if self.sizes is None:
                 return made
@@ -114,7 +114,7 @@ def seen_neighbours() -> AbstractContextManager[None]:
 
         return inputs
 
-    return changed(TuningBatch, "inputs", make)
+    return changed(Batch, "inputs", make)
 
 
 # -- what trains

@@ -14,8 +14,8 @@ from tests.mutations.planting import Call, changed, changed_everywhere, lost
 from transom.attention.view import CacheView
 from transom.cache.store import LayerCache, RotatingBufferCache, StaticCache
 from transom.data import batches
-from transom.data.batches import NO_TARGET, Batch
-from transom.data.order import PlaceInOrder
+from transom.data.batch import NO_TARGET, Batch
+from transom.data.order import Batches
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.loop.trainer import Trainer
 from transom.training.losses.log_probs import target_log_probs
@@ -160,7 +160,7 @@ def shifted_answers() -> AbstractContextManager[None]:
 
 def lost_data_state() -> AbstractContextManager[None]:
     """A resumed run begins its data anew."""
-    return lost(PlaceInOrder, "load_state")
+    return lost(Batches, "load_state")
 
 
 def lost_optimizer_state() -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.helpers import random_model, random_tokens, tiny_args
-from transom.data.batches import NO_TARGET
+from transom.data.batch import NO_TARGET
 from transom.models.llm import TransformerInput
 from transom.training.losses import cross_entropy
 from transom.training.losses.cross_entropy import (

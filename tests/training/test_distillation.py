@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import random_model, random_tokens, tiny_args
 from transom.base.errors import RequestError
-from transom.data.batches import NO_TARGET, Batch
+from transom.data.batch import NO_TARGET, Batch
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.tokenizers.training import byte_tokenizer, train_bpe, train_chars
@@ -29,7 +29,7 @@ from transom.training.losses.distillation import (
 
 TOKENS = random_tokens(2, 12)
 TARGETS = random_tokens(2, 12, seed=1).masked_fill(random_tokens(2, 12, seed=2) < 15, NO_TARGET)
-BATCH = Batch(TOKENS, TARGETS, ((5, 7), (12,)), 0)
+BATCH = Batch(TOKENS, TARGETS, sizes=((5, 7), (12,)))
 WEIGHTS = torch.tensor([0.0, 0.5, 2.0])[random_tokens(2, 12, seed=3) % 3]
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from tests.helpers import random_model, tiny_args
 from transom.base.errors import RequestError
 from transom.config.model_args import HeadArgs
-from transom.data.batches import NO_TARGET
-from transom.data.labelled import EncodedRow, LabelledBatch, collate
+from transom.data.batch import NO_TARGET, Batch
+from transom.data.labelled import EncodedRow, collate
 from transom.models.llm import LLM, TransformerInput, TransformerOutput
 from transom.training.config import OptimizerArgs
 from transom.training.losses.heads import contrastive_loss_sum, head_loss_sum, run_rows, score_head
@@ -167,7 +167,7 @@ def shifted(count: int, seed: int) -> list[EncodedRow]:
     return rows
 
 
-def learn(model: LLM, batches: list[LabelledBatch], lr: float) -> list[float]:
+def learn(model: LLM, batches: list[Batch], lr: float) -> list[float]:
     optimizers = build_optimizer(model, OptimizerArgs(lr=lr, weight_decay=0.0), device_type="cpu")
     losses = []
     head = model.args.head

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from tests.helpers import random_model, random_tokens, tiny_args
 from transom.base.errors import RequestError
-from transom.data.batches import NO_TARGET
+from transom.data.batch import NO_TARGET
 from transom.lora.adapters import active_adapters
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs

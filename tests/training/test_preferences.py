@@ -14,8 +14,7 @@ from torch import Tensor
 
 from tests.helpers import random_model, random_tokens, tiny_args
 from transom.base.errors import RequestError
-from transom.data.batches import NO_TARGET
-from transom.data.chat.batches import TuningBatch
+from transom.data.batch import NO_TARGET, Batch
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
 from transom.models.llm import LLM, TransformerInput
@@ -38,7 +37,7 @@ PROMPTS, ENDS = (
 )  # tokens of eight rows, in neighbouring pairs
 
 
-def answers(kind: str = "dpo", seed: int = 1) -> TuningBatch:
+def answers(kind: str = "dpo", seed: int = 1) -> Batch:
     """Eight answers of unequal length: pairs that share their prompt, or single ones with labels
     for kto.
     """
@@ -51,9 +50,9 @@ def answers(kind: str = "dpo", seed: int = 1) -> TuningBatch:
     tokens = ids[:, :-1].masked_fill(places >= lengths[:, None], 0)
     targets = ids[:, 1:].masked_fill(~inside, NO_TARGET)
     if kind != "kto":
-        return TuningBatch(tokens, targets, 0, lengths=lengths, rows_per_item=2)
+        return Batch(tokens, targets, lengths=lengths, rows_per_item=2)
     labels = torch.tensor([True, False, True, True, False, False, True, False])
-    return TuningBatch(tokens, targets, 0, lengths=lengths, row_labels=labels)
+    return Batch(tokens, targets, lengths=lengths, extras={"desirable": labels})
 
 
 def adapted(std: float = 0.3, **fields: Any) -> LLM:
@@ -68,7 +67,7 @@ def adapted(std: float = 0.3, **fields: Any) -> LLM:
     return model
 
 
-def run(objective: Preference, rows: TuningBatch, pieces: int = 1) -> dict[str, Tensor]:
+def run(objective: Preference, rows: Batch, pieces: int = 1) -> dict[str, Tensor]:
     """What a trainer adds up over the micro-batches of a step."""
     units = objective.units(objective.prepare(rows)).float()
     total: dict[str, Tensor] = {}
@@ -285,7 +284,9 @@ def test_the_held_out_score_is_the_loss_over_all_pairs(kind: Any) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_preferences_are_learnt(kind: Any) -> None:
     model, rows = apply_lora(random_model(tiny_args()), LoraArgs(rank=8)), answers(kind)
-    rows = replace(rows, row_labels=torch.tensor([True, False] * 4) if kind == "kto" else None)
+    rows = replace(
+        rows, extras={"desirable": torch.tensor([True, False] * 4)} if kind == "kto" else {}
+    )
     objective = Preference(model, kind, held_out=[rows])
     before = objective.measure()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transom.chat.template import ChatTemplate
     from transom.data.chat.conversations import Example
     from transom.data.chat.finetune_sets import Problem
-    from transom.data.chat.rows import EncodedRows
+    from transom.data.chat.rows import EncodedChats
     from transom.tokenizers.tokenizer import Tokenizer
     from transom.training.config import TrainArgs
     from transom.training.finetune.args import FinetuneArgs
@@ -227,7 +227,7 @@ def longest_example(found: Found, asked: int | None) -> int:
     return SEQ_LEN if asked is None else asked
 
 
-def encode(subject: Subject, examples: Sequence[Example]) -> EncodedRows:
+def encode(subject: Subject, examples: Sequence[Example]) -> EncodedChats:
     """Return the rows of examples as `transom finetune` trains on them; add faults to those of the
     subject.
     """

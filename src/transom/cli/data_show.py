@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from transom.cli.data import Subject
-    from transom.data.chat.rows import TuningRow
+    from transom.data.chat.rows import EncodedChat
     from transom.tokenizers.tokenizer import Tokenizer
 
 
@@ -80,7 +80,7 @@ def show_example(subject: Subject, index: int, options: argparse.Namespace) -> i
     return 0
 
 
-def tokens_of(row: Sequence[TuningRow], subject: Subject) -> Iterator[Token]:
+def tokens_of(row: Sequence[EncodedChat], subject: Subject) -> Iterator[Token]:
     """Yield the tokens of the examples of one row."""
     tokenizer = subject.tokenizer
     ends = () if subject.template is None else subject.template.stop_tokens

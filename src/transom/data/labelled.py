@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from transom.base.errors import RequestError, notice, require
 from transom.base.files import read_json
 from transom.checkpoints.load import write_text
-from transom.data.batches import NO_TARGET
+from transom.data.batch import NO_TARGET, Batch, pad_rows
 from transom.data.file_formats import ROW_NAMES, row_format
-from transom.data.order import ShuffledItems
+from transom.data.order import ShuffledBatches
 from transom.data.row_files import Row, notice_unread, read_rows
 from transom.data.text.sources import TEXT_KEY, held_out
-from transom.models.llm import TransformerInput
 from transom.tokenizers.tokenizer import Tokenizer
 
 LABEL_KEY, POSITIVE_KEY = "label", "positive"
@@ -168,65 +165,8 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], most: int) -> list[
     return [[*begin, *row[:room], *end] for row in rows]
 
 
-def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """(tokens [B, T], lengths [B]): rows padded on the right with 0, which no position looks at."""
-    lengths = torch.tensor([len(row) for row in rows])
-    tokens_BT = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-    for index, row in enumerate(rows):
-        tokens_BT[index, : len(row)] = torch.tensor(row)
-    return tokens_BT, lengths
-
-
-@dataclass(frozen=True, eq=False)
-class LabelledBatch:
-    """Rows of one rank, with what a language model's `Batch` offers the trainer.
-
-    `targets` [B] holds labels. Pairs lie in neighbouring rows, text and then positive; the text's
-    target is the number of its positive, equal positives having equal numbers, and the positive's
-    is NO_TARGET.
-    """
-
-    tokens: Tensor  # int64 [B, T]
-    lengths: Tensor  # int64 [B]
-    targets: Tensor  # int64 [B]
-    epoch: int  # of the first row of the global batch
-    rows_per_item: int = 1  # 2 for pairs
-    weights: Tensor | None = None  # every target counts alike
-
-    @property
-    def real_tokens(self) -> int:
-        """Tokens that are no padding."""
-        return int(self.lengths.sum())
-
-    @property
-    def row_length(self) -> int:
-        """Tokens of the longest row."""
-        return self.tokens.size(1)
-
-    def inputs(self) -> TransformerInput:
-        """What the model is called with."""
-        return TransformerInput(self.tokens, lengths=self.lengths)
-
-    def to(self, device: torch.device) -> LabelledBatch:
-        """The same batch on another device."""
-        tokens, lengths, targets = (t.to(device) for t in (self.tokens, self.lengths, self.targets))
-        return replace(self, tokens=tokens, lengths=lengths, targets=targets)
-
-    def micro_batches(self, count: int) -> Iterator[LabelledBatch]:
-        """The rows in `count` equal groups; pairs stay together, and are negatives of their own
-        group only.
-        """
-        rows = len(self.targets) // count
-        for at in range(0, len(self.targets), rows):
-            part = slice(at, at + rows)
-            cut = replace(self, lengths=self.lengths[part], targets=self.targets[part])
-            yield replace(cut, tokens=self.tokens[part, : int(cut.lengths.max())])
-
-
-class LabelledBatches(ShuffledItems):
-    """An endless run of batches in a random order per epoch; its state is a place in it, as that of
-    `Batches`.
-    """
+class LabelledBatches(ShuffledBatches):
+    """Padded batches of labelled texts, or of pairs of texts, in random order."""
 
     def __init__(
         self,
@@ -240,31 +180,24 @@ class LabelledBatches(ShuffledItems):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """`labels` are the names of `label_names`, None for pairs; `rows_per_step` counts lines of
-        all ranks.
+        """Encode the texts and start at the first line.
+
+        Args:
+            rows: The lines.
+            tokenizer: Encodes their texts.
+            labels: The names of all labels, from `label_names`; None for pairs.
+            seq_len: The longest text in tokens.
+            rows_per_step: Lines of one optimizer step over all ranks.
+            seed: Chooses the order of the lines.
+            rank: This rank, from 0.
+            world_size: Number of ranks.
         """
-        super().__init__(len(rows), rows_per_step, seed, rank, world_size)
-        require(
-            len(rows) >= rows_per_step,
-            "data.batch_size",
-            rows_per_step,
-            f"expected at most {len(rows)} rows",
-        )
         self._items = encode_rows(rows, tokenizer, labels, seq_len)
+        lengths = [max(map(len, item.ids)) for item in self._items]
+        super().__init__(lengths, rows_per_step, seed, rank, world_size)
 
-    def next(self) -> LabelledBatch:
-        """This rank's lines of the next global batch; a batch may span the end of an epoch."""
-        epoch = self._epoch
-        batch = collate(
-            [self._items[self._index(*self._place(ahead))] for ahead in self._rows], epoch
-        )
-        self._epoch, self._item = self._place(self._rows_per_step)
-        return batch
-
-    def largest(self, micro_batches: int) -> LabelledBatch:
-        """Return the longest rows of the set, as many as one of a step's `micro_batches` takes."""
-        longest = sorted(self._items, key=lambda item: max(map(len, item.ids)), reverse=True)
-        return collate(longest[: self._micro_batch_items(micro_batches)])
+    def _batch(self, items: list[int]) -> Batch:
+        return collate([self._items[item] for item in items])
 
 
 class EncodedRow(NamedTuple):
@@ -299,10 +232,15 @@ def encode_rows(
     return [EncodedRow([a, b], numbers[p]) for a, b, p in zip(ids, others, positives, strict=True)]
 
 
-def collate(rows: Sequence[EncodedRow], epoch: int = 0) -> LabelledBatch:
-    """One padded batch of lines of one kind."""
-    tokens_BT, lengths = pad([ids for row in rows for ids in row.ids])
+def collate(rows: Sequence[EncodedRow]) -> Batch:
+    """Return a padded batch of lines of one kind.
+
+    The targets [B] of labelled texts are their labels. The two texts of a pair are neighbouring
+    rows. The target of the first is the number of its positive text, which is the same for equal
+    texts. The target of the positive is NO_TARGET.
+    """
+    tokens_BT, lengths = pad_rows([ids for row in rows for ids in row.ids])
     per_item = len(rows[0].ids)
     targets = torch.full((len(rows), per_item), NO_TARGET)
     targets[:, 0] = torch.tensor([row.target for row in rows])
-    return LabelledBatch(tokens_BT, lengths, targets.flatten(), epoch, per_item)
+    return Batch(tokens_BT, targets.flatten(), lengths=lengths, rows_per_item=per_item)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import require
 
 
 class Piece(NamedTuple):
@@ -63,11 +63,16 @@ class PackedOrder:
         self._lengths = np.asarray(lengths, dtype=np.int64)
         self._window = window
         self._seed = seed
-        total = int(self._lengths.sum())
-        self._windows = max(total - 1, 0) // window
-        expected = f"expected at most {max(total - 1, 0)} for this source of {total} tokens"
-        require(self._windows > 0, "window (seq_len)", window, expected)
-        self.dropped_tokens = total - (self._windows * window + 1)  # per epoch
+        most = max(
+            int(self._lengths.sum()) - 1, 0
+        )  # windows share a token, so the first one is extra
+        self._windows = most // window
+        require(
+            self._windows > 0,
+            "data.seq_len",
+            window,
+            f"expected at most {most}, the tokens of a source",
+        )
         self._epoch = -1
         self._documents = self._ends = self._places = np.zeros(0, np.int64)
 
@@ -162,15 +167,36 @@ class Mixture:
         self._epoch = epoch
 
 
-class PlaceInOrder(ABC):
-    """Where the ranks of a run stand in an order without end; the state is valid for any number of
-    ranks.
+class Batches(ABC):
+    """An endless iterator over the batches of one rank.
 
-    Iterating gives one batch after the other, as `next` does.
+    The position in the global order is its whole state. The order does not depend on the number of
+    ranks, so a state that one rank saved is valid for every rank of a run with any number of ranks.
+
+    Attributes:
+        items_per_epoch: Items of one epoch over all ranks. An item is a row, or the rows of one
+        pair.
     """
 
     def __init__(self, items: int, rows_per_step: int, rank: int, world_size: int) -> None:
-        self.items_per_epoch = items  # over all ranks
+        """Start at the first item.
+
+        Args:
+            items: Items of one epoch over all ranks.
+            rows_per_step: Items of one optimizer step over all ranks.
+            rank: This rank, from 0.
+            world_size: Number of ranks.
+
+        Raises:
+            RequestError: `rows_per_step` is not a multiple of `world_size`, or `rank` is not one of
+            the ranks.
+        """
+        require(rows_per_step >= 1, "rows_per_step", rows_per_step, "expected 1 row or more")
+        even = world_size >= 1 and rows_per_step % world_size == 0
+        expected = f"expected a multiple of the number of ranks, {world_size}"
+        require(even, "rows_per_step", rows_per_step, expected)
+        require(0 <= rank < world_size, "rank", rank, f"expected 0 to {world_size - 1}")
+        self.items_per_epoch = items
         self._rows_per_step = rows_per_step
         rows = rows_per_step // world_size
         self._rows = range(rank * rows, (rank + 1) * rows)
@@ -178,15 +204,19 @@ class PlaceInOrder(ABC):
 
     @property
     def state(self) -> dict[str, int]:
-        """The next item of the global order: its epoch and its place there."""
+        """Return the next item of the global order: its epoch and its index in that epoch."""
         return {"epoch": self._epoch, "item": self._item}
 
     def load_state(self, state: Mapping[str, int]) -> None:
-        """Go on from a `state`, of any rank of any number of ranks."""
-        if set(state) != {"epoch", "item"}:
-            raise RequestError(
-                f"data state: got {dict(state)!r}; expected the fields epoch and item"
-            )
+        """Continue from a `state` of any rank. Raise `RequestError` if it is not a state of
+        these items.
+        """
+        require(
+            set(state) == {"epoch", "item"},
+            "data state",
+            dict(state),
+            "expected the fields epoch and item",
+        )
         epoch, item = state["epoch"], state["item"]
         require(epoch >= 0, "epoch", epoch, "expected 0 or more")
         require(
@@ -203,46 +233,85 @@ class PlaceInOrder(ABC):
     def __next__(self) -> Any:
         return self.next()
 
-    @abstractmethod
     def next(self) -> Any:
-        """This rank's rows of the next global batch."""
+        """Return this rank's rows of the next global batch. A batch may continue in the next
+        epoch.
+        """
+        batch = self._load(self._places())
+        self._epoch, self._item = self._place(self._rows_per_step)
+        return batch
 
-    def _micro_batch_items(self, micro_batches: int) -> int:
-        """Return how many of this rank's items one of `micro_batches` of a step takes."""
-        return len(self._rows) // micro_batches
+    @abstractmethod
+    def _load(self, places: Sequence[tuple[int, int]]) -> Any:
+        """Return the batch of the items at these (epoch, index) places."""
+
+    @abstractmethod
+    def largest(self, micro_batches: int) -> Any:
+        """Return the largest micro-batch of this rank if `micro_batches` make one step. The
+        state stays the same.
+        """
+
+    def _places(self) -> list[tuple[int, int]]:
+        """Return the epoch and index of this rank's items of the next batch."""
+        return [self._place(ahead) for ahead in self._rows]
 
     def _place(self, ahead: int) -> tuple[int, int]:
-        """Epoch and item of the row `ahead` rows from here."""
+        """Return the epoch and index of the item that is `ahead` items after the current one."""
         epochs, item = divmod(self._item + ahead, self.items_per_epoch)
         return self._epoch + epochs, item
 
 
-class ShuffledItems(PlaceInOrder):
-    """Single items, in an order of each epoch that is a function of (seed, epoch): random unless
-    said otherwise.
-    """
+class ShuffledBatches(Batches):
+    """Batches of whole items whose order in each epoch is a function of (seed, epoch)."""
 
     def __init__(
-        self, items: int, rows_per_step: int, seed: int, rank: int, world_size: int
+        self,
+        lengths: Sequence[int] | NDArray[np.int64],
+        rows_per_step: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        what: str = "rows",
     ) -> None:
-        even = rows_per_step >= 1 and rows_per_step % world_size == 0
-        require(
-            even,
-            "rows_per_step",
-            rows_per_step,
-            f"expected a multiple of the ranks, {world_size}",
-        )
-        super().__init__(items, rows_per_step, rank, world_size)
+        """Start at the first item.
+
+        Args:
+            lengths: The tokens of each item.
+            rows_per_step: Items of one optimizer step over all ranks.
+            seed: Chooses the order of the items.
+            rank: This rank, from 0.
+            world_size: Number of ranks.
+            what: What the items are, for the error message.
+
+        Raises:
+            RequestError: An argument is out of range, or there are fewer items than one step has.
+        """
+        super().__init__(len(lengths), rows_per_step, rank, world_size)
+        expected = f"expected at most {len(lengths)}, the number of {what}"
+        require(len(lengths) >= rows_per_step, "data.batch_size", rows_per_step, expected)
+        self._lengths = np.asarray(lengths, np.int64)
         self._seed = seed
         self._order_epoch = -1
         self._order = np.zeros(0, np.int64)
 
-    def _order_of(self, epoch: int) -> NDArray[np.int64]:
-        """The items of an epoch, one after the other."""
-        return permutation(self._seed, epoch, Stream.DOCUMENTS, self.items_per_epoch)
+    def largest(self, micro_batches: int) -> Any:
+        """Return the longest items, as many as are in one of the `micro_batches` of a step."""
+        count = len(self._rows) // micro_batches
+        return self._batch(np.argsort(-self._lengths, kind="stable")[:count].tolist())
 
-    def _index(self, epoch: int, item: int) -> int:
-        """Which of the items is item `item` of an epoch."""
+    @abstractmethod
+    def _batch(self, items: list[int]) -> Any:
+        """Return the batch of these items."""
+
+    def _load(self, places: Sequence[tuple[int, int]]) -> Any:
+        return self._batch([self._index(*place) for place in places])
+
+    def _index(self, epoch: int, place: int) -> int:
+        """Return the item at a place of an epoch."""
         if epoch != self._order_epoch:
             self._order_epoch, self._order = epoch, self._order_of(epoch)
-        return int(self._order[item])
+        return int(self._order[place])
+
+    def _order_of(self, epoch: int) -> NDArray[np.int64]:
+        """Return the items of an epoch in their order, which is random."""
+        return permutation(self._seed, epoch, Stream.DOCUMENTS, self.items_per_epoch)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from transom.data.batches import NO_TARGET, Batch, Batches
+from transom.data.batch import NO_TARGET, Batch
+from transom.data.text.batches import TextBatches
 from transom.data.text.shards import TokenFile, prepare
 from transom.data.text.sources import SourceArgs
 from transom.tokenizers.tokenizer import Tokenizer
@@ -47,9 +48,9 @@ def bytes_framed(text: str, begin: int, end: int) -> list[int]:
 
 def make_batches(
     file: TokenFile, begin: int, end: int, rank: int = 0, world_size: int = 1
-) -> Batches:
+) -> TextBatches:
     """Batches over one token file."""
-    return Batches(
+    return TextBatches(
         [file], [1.0], bos_id=begin, eos_id=end, vocab_size=max(begin, end) + 1, seq_len=SEQ_LEN,
         rows_per_step=ROWS, seed=0, rank=rank, world_size=world_size,
     )  # fmt: skip
@@ -57,6 +58,7 @@ def make_batches(
 
 def rows_of(batch: Batch) -> Iterator[list[tuple[list[int], list[int]]]]:
     """Every row as (tokens, targets) of its documents."""
+    assert batch.sizes is not None, "rows of text have them"
     for tokens, targets, sizes in zip(batch.tokens, batch.targets, batch.sizes, strict=True):
         parts = zip(tokens.split(list(sizes)), targets.split(list(sizes)), strict=True)
         yield [(a.tolist(), b.tolist()) for a, b in parts]

@@ -22,8 +22,8 @@ from transom.chat.template import ChatTemplate
 from transom.checkpoints.files.folders import read_args
 from transom.checkpoints.load import load, load_tokenizer, save
 from transom.config.model_args import ModelArgs
-from transom.data.batches import NO_TARGET
-from transom.data.chat.batches import TuningBatch, packed_batch, padded_batch
+from transom.data.batch import NO_TARGET, Batch
+from transom.data.chat.batches import packed_batch, padded_batch
 from transom.data.chat.conversations import Example
 from transom.data.chat.finetune_sets import read_examples
 from transom.data.chat.rows import template_for
@@ -168,7 +168,7 @@ def with_adapter(args: ModelArgs, dtype: torch.dtype, **lora: Any) -> LLM:
     return model
 
 
-def learnt(model: LLM, batch: TuningBatch) -> TransformerOutput:
+def learnt(model: LLM, batch: Batch) -> TransformerOutput:
     """Gradients of one step's loss, as the trainer makes them; returns the forward."""
     objective = NextToken(model)
     output: TransformerOutput = model(replace(batch.inputs(), logits="none"))
@@ -180,7 +180,7 @@ def learnt(model: LLM, batch: TuningBatch) -> TransformerOutput:
 # ------------------------------------------------------------------------------------------
 
 
-def compare_coverage(args: ModelArgs, batch: TuningBatch, name: str) -> Iterator[Finding]:
+def compare_coverage(args: ModelArgs, batch: Batch, name: str) -> Iterator[Finding]:
     """For every role that the model has: its matrices and no others have adapters, which learn, and
     alone move.
     """
@@ -201,7 +201,7 @@ def compare_coverage(args: ModelArgs, batch: TuningBatch, name: str) -> Iterator
 
 
 def _compare_role(
-    args: ModelArgs, batch: TuningBatch, role: str, wanted: set[str], where: str
+    args: ModelArgs, batch: Batch, role: str, wanted: set[str], where: str
 ) -> Iterator[Finding]:
     model = with_adapter(args, torch.float32, targets=(role,)).train()
     held = {path: adapters.lora("default") for path, _, adapters in carriers(model)}
@@ -259,7 +259,7 @@ def _none(comparison: str, where: str, names: set[str]) -> Finding:
 
 
 def compare_gradients(
-    args: ModelArgs, lora: dict[str, Any], batch: TuningBatch, name: str
+    args: ModelArgs, lora: dict[str, Any], batch: Batch, name: str
 ) -> Iterator[Finding]:
     """Loss and gradients of adapters against those of the merged weights, written out as functions
     of A and B.
@@ -327,7 +327,7 @@ def written_out(leaf: nn.Module, lora: LoraWeights, parts: dict[str, Tensor]) ->
     return whole / lengths * parts["magnitude"].unsqueeze(inputs)
 
 
-def weighted_loss(output: TransformerOutput, batch: TuningBatch) -> Tensor:
+def weighted_loss(output: TransformerOutput, batch: Batch) -> Tensor:
     """Mean cross-entropy over the weights of the targets, from all logits."""
     assert output.logits is not None, "all logits are the default"
     nats_BT = F.cross_entropy(
@@ -344,7 +344,7 @@ def weighted_loss(output: TransformerOutput, batch: TuningBatch) -> Tensor:
 
 
 @torch.no_grad()
-def compare_reference(args: ModelArgs, pairs: TuningBatch, name: str) -> Iterator[Finding]:
+def compare_reference(args: ModelArgs, pairs: Batch, name: str) -> Iterator[Finding]:
     """Bit for bit the base while its adapter is off, as before afterwards, and DPO against the base
     by hand.
     """
@@ -378,13 +378,13 @@ def compare_reference(args: ModelArgs, pairs: TuningBatch, name: str) -> Iterato
     yield Finding("DPO = by hand", name, error, tolerance, detail)
 
 
-def _logits(model: LLM, batch: TuningBatch) -> Tensor:
+def _logits(model: LLM, batch: Batch) -> Tensor:
     logits = model(batch.inputs()).logits
     assert isinstance(logits, Tensor), "all logits are the default"
     return logits
 
 
-def _log_probs(logits_BTV: Tensor, batch: TuningBatch) -> Tensor:
+def _log_probs(logits_BTV: Tensor, batch: Batch) -> Tensor:
     """Nats of the targets of each row [B]."""
     found_BT = (
         logits_BTV.log_softmax(-1).gather(-1, batch.targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)

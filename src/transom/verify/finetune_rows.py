@@ -25,11 +25,11 @@ from torch import Tensor
 from transom.base.errors import notice
 from transom.chat.files import FILE
 from transom.chat.template import ChatTemplate
-from transom.data.batches import NO_TARGET
-from transom.data.chat.batches import TuningBatch, packed_batch, padded_batch
+from transom.data.batch import NO_TARGET, Batch
+from transom.data.chat.batches import packed_batch, padded_batch
 from transom.data.chat.conversations import Example, Message, recognise
 from transom.data.chat.finetune_sets import Problem
-from transom.data.chat.rows import EncodedRows, TuningCounts, TuningRow, encode_examples
+from transom.data.chat.rows import ChatCounts, EncodedChat, EncodedChats, encode_examples
 from transom.models.llm import LLM, TransformerInput
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.tokenizers.training import train_bpe
@@ -125,7 +125,7 @@ class Writer:
 
     def encode(
         self, examples: Sequence[Example], problems: list[Problem] | None = None
-    ) -> EncodedRows:
+    ) -> EncodedChats:
         """Rows as they are trained on; longer ones are left out."""
         return encode_examples(
             examples,
@@ -206,14 +206,14 @@ def compare_masks(examples: Sequence[Example], writer: Writer) -> Iterator[Findi
 
 def _compare_group(
     examples: Sequence[Example],
-    parts: Sequence[EncodedRows],
+    parts: Sequence[EncodedChats],
     expected: Mapping[str, Answers],
     writer: Writer,
 ) -> Iterator[Finding]:
     """The rows of a few examples in one batch of every layout."""
     labels = [label for part in parts for label in part.labels or []]
-    encoded = EncodedRows(
-        [item for part in parts for item in part.items], TuningCounts(), labels or None
+    encoded = EncodedChats(
+        [item for part in parts for item in part.items], ChatCounts(), labels or None
     )
     for layout, batch in layouts(encoded):
         found: dict[str, Counter[Said]] = {}
@@ -325,7 +325,7 @@ def _calls(message: Mapping[str, Any]) -> list[str]:
     return [call["function"]["name"] for call in message.get("tool_calls", ())]
 
 
-def said_in(batch: TuningBatch, tokenizer: Tokenizer) -> Iterator[list[Said]]:
+def said_in(batch: Batch, tokenizer: Tokenizer) -> Iterator[list[Said]]:
     """(text, weight) of every run of targets of one weight, for each example of a batch."""
     for _, targets_T, weights_T in pieces(batch):
         runs = groupby(
@@ -346,7 +346,7 @@ def _plain(text: str, tokenizer: Tokenizer) -> str:
     return composed.lstrip(" ") if tokenizer.raw_byte_ids else composed
 
 
-def pieces(batch: TuningBatch) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def pieces(batch: Batch) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(place, targets [T], their weights [T], 0 where there is none) of each example, as it lies in
     a batch.
 
@@ -368,7 +368,7 @@ def pieces(batch: TuningBatch) -> Iterator[tuple[slice, Tensor, Tensor]]:
         yield place, batch.targets.flatten()[place], weights_BT.flatten()[place]
 
 
-def layouts(encoded: EncodedRows) -> Iterator[tuple[str, TuningBatch]]:
+def layouts(encoded: EncodedChats) -> Iterator[tuple[str, Batch]]:
     """All rows in one batch, padded, and packed where they may be; in their order."""
     if not encoded.items:
         return
@@ -384,7 +384,7 @@ def layouts(encoded: EncodedRows) -> Iterator[tuple[str, TuningBatch]]:
 
 
 @torch.no_grad()
-def compare_losses(model: LLM, encoded: EncodedRows, name: str) -> Iterator[Finding]:
+def compare_losses(model: LLM, encoded: EncodedChats, name: str) -> Iterator[Finding]:
     """The loss of every example alone against that in a packed and a padded batch, whole and in
     micro-batches.
     """
@@ -423,7 +423,7 @@ def compare_losses(model: LLM, encoded: EncodedRows, name: str) -> Iterator[Find
             )
 
 
-def _alone(model: LLM, row: TuningRow) -> Tensor:
+def _alone(model: LLM, row: EncodedChat) -> Tensor:
     """Weighted nats of one row, by itself."""
     device = model.tok_embeddings.weight.device
     ids_T, weights_T = (torch.as_tensor(one, device=device) for one in (row.ids, row.weights))

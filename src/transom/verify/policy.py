@@ -16,12 +16,12 @@ from transom.attention.mask import MaskSpec
 from transom.attention.view import CacheView, Score
 from transom.base.errors import notice, require
 from transom.config.model_args import ModelArgs
-from transom.data.batches import NO_TARGET
+from transom.data.batch import NO_TARGET
 from transom.models.llm import LLM
 from transom.tokenizers.training import byte_tokenizer
 from transom.training.losses.log_probs import measured_log_probs
 from transom.training.rl.policy import draw_answers
-from transom.training.rl.rollouts import Question, QuestionBatch, RolloutBatch, answer_seed
+from transom.training.rl.rollouts import Question, QuestionBatch, answer_seed, rollout_batch
 from transom.verify.findings import Finding
 from transom.verify.sample_models import SAMPLES, random_tokens, sample_model
 
@@ -128,7 +128,7 @@ def _compare(
     seeds = tuple(
         answer_seed(0, 0, row, index) for row in range(len(PROMPTS)) for index in range(GROUP)
     )
-    batch = QuestionBatch(questions, seeds, GROUP, ANSWER_TOKENS, 0)
+    batch = QuestionBatch(questions, seeds, GROUP, ANSWER_TOKENS)
     said = draw_answers(
         model,
         byte_tokenizer(),  # what answers say does not matter
@@ -140,7 +140,7 @@ def _compare(
         dtype=precision.products,
     )
     nothing = torch.zeros(len(said))
-    rollouts = RolloutBatch.of(batch, said, nothing, nothing).to(device)
+    rollouts = rollout_batch(batch, said, nothing, nothing).to(device)
     with torch.autocast(
         device.type, precision.products, enabled=precision.products != torch.float32
     ):
@@ -149,9 +149,9 @@ def _compare(
         logits = model(inputs).logits
     assert logits is not None, "all logits are the default"
     kept_BT = targets_BT != NO_TARGET
-    gaps_BT = (trained_BT - rollouts.drawn).abs()
+    gaps_BT = (trained_BT - rollouts.extras["drawn"]).abs()
     row, column = divmod(int(gaps_BT.argmax()), gaps_BT.size(1))
-    told = float(rollouts.drawn[row, column]), float(trained_BT[row, column])
+    told = float(rollouts.extras["drawn"][row, column]), float(trained_BT[row, column])
     where = f"{name} at temperature {temperature:g}, {int(kept_BT.sum())} tokens"
     detail = (
         f"answer {row}, token {column}: drawn with {told[0]:.4f}, learnt from with {told[1]:.4f}"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.helpers import random_model, tiny_args
 from transom.base.errors import RequestError
-from transom.data.batches import NO_TARGET
+from transom.data.batch import NO_TARGET, Batch
 from transom.data.chat.conversations import Example
 from transom.data.chat.rows import default_template
 from transom.lora.apply import apply_lora
@@ -24,7 +24,7 @@ from transom.tokenizers.training import byte_tokenizer
 from transom.training.losses.log_probs import adapters_off
 from transom.training.rl.policy import PolicyGradient, group_advantages
 from transom.training.rl.rewards import Reward, open_reward
-from transom.training.rl.rollouts import Question, QuestionBatches, RolloutBatch, encode_questions
+from transom.training.rl.rollouts import Question, QuestionBatches, encode_questions
 
 TOKENIZER = byte_tokenizer()
 STOPS = tuple(range(0, 258, 9))
@@ -62,7 +62,7 @@ def objective(model: LLM, **changes: Any) -> PolicyGradient:
     return PolicyGradient(model, TOKENIZER, **fields)
 
 
-def learn(policy: PolicyGradient, rows: RolloutBatch, pieces: int = 1) -> dict[str, float]:
+def learn(policy: PolicyGradient, rows: Batch, pieces: int = 1) -> dict[str, float]:
     """Gradients of a step, and its parts, as the trainer adds them up."""
     units, total = policy.units(rows).float(), {}
     for micro in rows.micro_batches(pieces):
@@ -119,7 +119,7 @@ def test_the_gradient_is_that_of_trls_loss_on_whole_logits(beta: float, temperat
     # _compute_loss with loss_type "dapo" and one iteration, where the old policy is the new one
     coef_1 = torch.exp(per_token_logps - per_token_logps.detach())
     coef_2 = torch.clamp(coef_1, 1 - 0.2, 1 + 0.2)
-    advantages = rows.advantages.unsqueeze(1)
+    advantages = rows.extras["advantages"].unsqueeze(1)
     per_token_loss = -torch.min(coef_1 * advantages, coef_2 * advantages)
     if beta:
         with adapters_off(model), torch.no_grad():
@@ -142,16 +142,16 @@ def test_answers_are_targets_with_their_own_end_and_nothing_else_is() -> None:
     rows = policy.prepare(batch)
     ended = 0
     for row, question in enumerate(batch.answers):
-        length = int(rows.rows.lengths[row])
+        length = int(rows.lengths[row])
         ids = [*rows.tokens[row, :length].tolist(), int(rows.targets[row, length - 1])]
         said = rows.targets[row][rows.targets[row] != NO_TARGET].tolist()
         assert ids == [*question.ids, *said]
         assert all(id not in STOPS for id in said[:-1])
-        assert bool(rows.cut[row]) == (said[-1] not in STOPS) and (
+        assert bool(rows.extras["cut"][row]) == (said[-1] not in STOPS) and (
             len(said) == 12 or said[-1] in STOPS
         )
         ended += said[-1] in STOPS
-    assert 0 < ended < len(rows.cut), "some answers are cut, others end"
+    assert 0 < ended < len(rows.extras["cut"]), "some answers are cut, others end"
 
 
 def test_a_step_in_micro_batches_is_the_step_in_one_piece() -> None:
@@ -168,14 +168,14 @@ def test_parts_say_what_was_drawn() -> None:
     policy = objective(small_model())
     rows = policy.prepare(questions().next())
     parts = learn(policy, rows)
-    groups = rows.rewards.view(-1, 4)
-    assert parts["reward"] == pytest.approx(float(rows.rewards.mean()))
+    groups = rows.extras["rewards"].view(-1, 4)
+    assert parts["reward"] == pytest.approx(float(rows.extras["rewards"].mean()))
     assert parts["reward_std"] == pytest.approx(float(groups.std(1).mean()))
-    assert parts["solved"] == pytest.approx(float((rows.rewards >= 1).float().mean()))
+    assert parts["solved"] == pytest.approx(float((rows.extras["rewards"] >= 1).float().mean()))
     assert parts["answer_tokens"] == pytest.approx(
         float((rows.targets != NO_TARGET).sum(1).float().mean())
     )
-    assert parts["cut"] == pytest.approx(float(rows.cut.float().mean()))
+    assert parts["cut"] == pytest.approx(float(rows.extras["cut"].float().mean()))
     assert parts["no_signal"] == 0
     assert parts["gap"] < 1e-5, "answers are drawn from what is trained"
 

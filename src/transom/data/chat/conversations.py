@@ -292,7 +292,7 @@ def _message(value: Any, name: str) -> Message:
             said,
             f"{name}.weight",
             out["weight"],
-            f"accepted on messages of the assistant, this is of {role}",
+            f"expected no weight, which only messages of the assistant have, for {role}",
         )
         out["weight"] = _weight(out, "weight", f"{name}.weight")
     if "tool_calls" in out:

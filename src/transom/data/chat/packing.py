@@ -13,7 +13,9 @@ from transom.data.order import Stream, permutation
 MEGABATCH = 32  # batches that are sorted by length together
 
 
-def first_fit_decreasing(lengths: Sequence[int], room: int, seed: int) -> list[list[int]]:
+def first_fit_decreasing(
+    lengths: Sequence[int] | NDArray[np.int64], room: int, seed: int
+) -> list[list[int]]:
     """Rows of indices whose lengths add up to at most `room` each: longest first, into the first
     row that has room.
 

@@ -23,7 +23,7 @@ TrainOn = Literal["assistant", "all"]
 Truncate = Literal["cut", "drop"]
 
 
-class TuningRow(NamedTuple):
+class EncodedChat(NamedTuple):
     """Ids of one sequence, and the weight of each as a target: 0 is context only, as the first
     always is.
     """
@@ -34,7 +34,7 @@ class TuningRow(NamedTuple):
 
 
 @dataclass
-class TuningCounts:
+class ChatCounts:
     """What became of the examples; tokens are those of rows kept."""
 
     examples: int = 0
@@ -92,13 +92,13 @@ class TuningCounts:
 
 
 @dataclass(frozen=True)
-class EncodedRows:
+class EncodedChats:
     """Items of one row each, or of a chosen row and a rejected one; `labels` of items, where
     answers have one.
     """
 
-    items: list[tuple[TuningRow, ...]]
-    counts: TuningCounts
+    items: list[tuple[EncodedChat, ...]]
+    counts: ChatCounts
     labels: list[bool] | None = None
 
     @property
@@ -151,7 +151,7 @@ def encode_examples(
     stop_tokens: Collection[int] = (),
     problems: list[Problem] | None = None,
     may_be_empty: bool = False,
-) -> EncodedRows:
+) -> EncodedChats:
     """Rows of at most `seq_len` tokens, longer ones cut at their end or left out; no row at all is
     refused.
 
@@ -163,8 +163,8 @@ def encode_examples(
     """
     require(seq_len >= 2, "seq_len", seq_len, "expected 2 tokens or more")
     encoder = _Encoder(tokenizer, template, train_on, stop_tokens)
-    counts = TuningCounts()
-    items: list[tuple[TuningRow, ...]] = []
+    counts = ChatCounts()
+    items: list[tuple[EncodedChat, ...]] = []
     labels: list[bool] = []
     kinds: set[bool] = set()
     for example in examples:
@@ -203,7 +203,7 @@ def encode_examples(
         raise RequestError(
             f"data: nothing to train on ({counts}); expected a set with a token to learn"
         )
-    return EncodedRows(items, counts, labels or None)
+    return EncodedChats(items, counts, labels or None)
 
 
 def prompt_ids(example: Example, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[int]:
@@ -307,8 +307,8 @@ def _unweighted(messages: Messages) -> list[dict[str, object]]:
 
 
 def _fit(
-    item: tuple[Written, ...], id: str, seq_len: int, truncate: Truncate, counts: TuningCounts
-) -> tuple[TuningRow, ...]:
+    item: tuple[Written, ...], id: str, seq_len: int, truncate: Truncate, counts: ChatCounts
+) -> tuple[EncodedChat, ...]:
     """Return the rows of an item within `seq_len` tokens, counted; none where they would train
     nothing.
     """
@@ -317,7 +317,7 @@ def _fit(
         counts.dropped += 1
         return ()
     rows = tuple(
-        TuningRow(id, np.asarray(r.ids[:seq_len], np.int32), r.weights[:seq_len]) for r in item
+        EncodedChat(id, np.asarray(r.ids[:seq_len], np.int32), r.weights[:seq_len]) for r in item
     )
     if not all(row.weights.any() for row in rows):
         whole = all(row.weights.any() for row in item)

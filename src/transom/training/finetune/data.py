@@ -11,10 +11,12 @@ from typing import Any
 
 from transom.base.errors import notice, require
 from transom.chat.template import ChatTemplate
-from transom.data.chat.batches import TuningBatch, TuningBatches, padded_batch
+from transom.data.batch import Batch
+from transom.data.chat.batches import ChatBatches, padded_batch
 from transom.data.chat.conversations import Example
 from transom.data.chat.finetune_sets import read_splits
-from transom.data.chat.rows import EncodedRows, encode_examples, template_for
+from transom.data.chat.rows import EncodedChats, encode_examples, template_for
+from transom.data.order import Batches
 from transom.data.text.sources import require_whole
 from transom.inference.stopping import stop_tokens_of
 from transom.tokenizers.tokenizer import Tokenizer
@@ -23,7 +25,6 @@ from transom.training.defaults import RowChoice, finetune_rows, require_comparab
 from transom.training.finetune.args import FinetuneArgs, require_kinds
 from transom.training.loop.run_data import NOTHING_HELD_OUT, TOKENS, RunData
 from transom.training.loop.run_parts import Share
-from transom.training.losses.objectives import RunBatches
 from transom.training.rl.rewards import Reward, open_reward
 from transom.training.rl.rollouts import QuestionBatches, encode_questions
 
@@ -36,11 +37,11 @@ class FinetuneData:
     template.
     """
 
-    batches: RunBatches
+    batches: Batches
     choice: RowChoice
     hashes: dict[str, str]
     template: ChatTemplate | None
-    train: EncodedRows | None = None  # None for questions
+    train: EncodedChats | None = None  # None for questions
     held_out: Sequence[Any] = ()  # batches, or questions
     reward: Reward | None = None  # of answers to questions
     stop_tokens: tuple[int, ...] = ()  # that end an answer
@@ -96,7 +97,7 @@ def open_finetune_data(
             "answer is a row of its own"
         )
     require_comparable(choice, finetune.objective, share.world_size)
-    batches = TuningBatches(
+    batches = ChatBatches(
         rows,
         seq_len=args.data.seq_len,
         rows_per_step=choice.batch_size,
@@ -197,13 +198,13 @@ def _hash_examples(*parts: Sequence[Example]) -> str:
     return whole.hexdigest()
 
 
-def held_batches(rows: EncodedRows) -> Iterator[TuningBatch]:
+def held_batches(rows: EncodedChats) -> Iterator[Batch]:
     """All rows, padded, those of like length together; pairs stay pairs."""
     for group in groups_of(rows):
         yield _padded(rows, group)
 
 
-def groups_of(rows: EncodedRows) -> list[list[int]]:
+def groups_of(rows: EncodedChats) -> list[list[int]]:
     """Items of like length, as many as fit into a batch; never one alone, which kto could not
     mismatch.
     """
@@ -221,12 +222,12 @@ def groups_of(rows: EncodedRows) -> list[list[int]]:
     return groups
 
 
-def _padded(rows: EncodedRows, chosen: Sequence[int]) -> TuningBatch:
+def _padded(rows: EncodedChats, chosen: Sequence[int]) -> Batch:
     labels = [] if rows.labels is None else [rows.labels[at] for at in chosen]
     return padded_batch([rows.items[at] for at in chosen], labels=labels)
 
 
-def _hash(*parts: EncodedRows | None) -> str:
+def _hash(*parts: EncodedChats | None) -> str:
     """SHA-256 in hex of every token and what it counts: data, tokenizer and template in one."""
     whole = hashlib.sha256()
     for rows in parts:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from transom.base.runtime import mixed_seed
+from transom.data.batch import Batch
 from transom.training.config import TrainArgs
 from transom.training.loop.ranks import Ranks
-from transom.training.losses.objectives import RunBatch
 
 RANDOM = ("rng", "rng_cuda")  # in a checkpoint, with ".N" for rank N above 0
 
@@ -69,7 +69,7 @@ def _name(name: str, rank: int) -> str:
     return f"{name}.{rank}" if rank else name
 
 
-def too_large(args: TrainArgs, micro: RunBatch, device: torch.device) -> str:
+def too_large(args: TrainArgs, micro: Batch, device: torch.device) -> str:
     """One sentence: a micro-batch does not fit, and what to change."""
     rows, length = micro.tokens.shape
     chunk = "automatic" if args.loss_chunk is None else args.loss_chunk

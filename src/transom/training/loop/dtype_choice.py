@@ -16,11 +16,13 @@ from torch import Tensor
 from transom.base.errors import notice
 from transom.base.runtime import dtype_name, is_out_of_memory
 from transom.config.model_args import ModelArgs
+from transom.data.batch import Batch
+from transom.data.order import Batches
 from transom.models.llm import LLM
 from transom.planning.counts import parameters
 from transom.training.loop.dry_run import random_state, restore_random_state
 from transom.training.loop.ranks import Ranks
-from transom.training.losses.objectives import Objective, RunBatch, RunBatches
+from transom.training.losses.objectives import Objective
 
 TIMED_TOKENS = 2048  # enough to find the faster dtype
 MOST_PARAMETERS = 500_000_000  # a larger model is not timed: it may not fit in float32
@@ -54,7 +56,7 @@ class DtypeChoice:
         return cls(dtype, is_open, ranks)
 
     def settle(
-        self, model: LLM, objective: Objective, batches: RunBatches, items: int, *, frozen: bool
+        self, model: LLM, objective: Objective, batches: Batches, items: int, *, frozen: bool
     ) -> None:
         """Time a step of the run in both dtypes, take the faster one and print both times.
 
@@ -95,7 +97,7 @@ class DtypeChoice:
         self.is_open = self.is_open and parameters(args) <= MOST_PARAMETERS
 
 
-def seconds_of_step(model: LLM, objective: Objective, micro: RunBatch, dtype: torch.dtype) -> float:
+def seconds_of_step(model: LLM, objective: Objective, micro: Batch, dtype: torch.dtype) -> float:
     """Return the seconds of a forward and a backward pass; of several short passes, those of the
     fastest.
     """
@@ -118,12 +120,12 @@ def cast_frozen(model: LLM, dtype: torch.dtype) -> None:
             weight.data = weight.data.to(dtype)
 
 
-def timed_batch(batches: RunBatches, items: int) -> RunBatch:
+def timed_batch(batches: Batches, items: int) -> Batch:
     """Return the longest rows of the run: at most a step's `items`, and about `TIMED_TOKENS`
     tokens.
     """
     pieces = [count for count in range(1, items + 1) if items % count == 0]
-    micro: RunBatch = batches.largest(pieces.pop(0))
+    micro: Batch = batches.largest(pieces.pop(0))
     while pieces and micro.tokens.numel() > TIMED_TOKENS:
         micro = batches.largest(pieces.pop(0))
     return micro

@@ -12,7 +12,6 @@ from transom.base.errors import notice, require
 from transom.chat.template import ChatTemplate
 from transom.checkpoints.files.folders import sha256_of
 from transom.config.model_args import HeadArgs, ModelArgs
-from transom.data.batches import Batches
 from transom.data.labelled import (
     EncodedRow,
     LabelledBatches,
@@ -21,12 +20,13 @@ from transom.data.labelled import (
     read_labelled,
     split_held_out,
 )
+from transom.data.order import Batches
+from transom.data.text.batches import TextBatches
 from transom.data.text.shards import Corpus, TokenFile, prepare
 from transom.data.text.sources import SourceArgs, require_whole
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
 from transom.training.defaults import head_rows
-from transom.training.losses.objectives import RunBatches
 
 # The name of a hash of all rows: it changes with a source, the chat template and the longest row.
 TOKENS = "the tokens of the rows"
@@ -42,7 +42,7 @@ class RunData:
     conversations, where rows are some; `stop_tokens` end an answer.
     """
 
-    batches: RunBatches
+    batches: Batches
     hashes: Mapping[str, str]
     rows_per_step: int
     held_out: Mapping[str, TokenFile] = field(default_factory=dict)
@@ -70,7 +70,7 @@ def open_data(
     if model_args.head is not None:
         return _labelled(args, model_args.head, tokenizer, rank, world_size, quiet)
     corpora, rows_per_step = open_corpora(args, tokenizer, quiet=quiet), args.data.rows_per_step
-    batches = Batches(
+    batches = TextBatches(
         [corpus.train for corpus in corpora.values()],
         [source.weight for source in args.data.source_list],
         bos_id=tokenizer.bos_id if tokenizer.adds_bos else None,

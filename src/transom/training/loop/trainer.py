@@ -24,7 +24,7 @@ from transom.base.runtime import (
     reset_peak_memory,
     synchronize,
 )
-from transom.data.batches import Batch
+from transom.data.batch import Batch
 from transom.evaluation.bits import HeldOut
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ from transom.training.loop.ranks import Ranks
 from transom.training.loop.run_data import RunData
 from transom.training.loop.run_folder import RunFolder
 from transom.training.losses.balance import RouterCounts, router_parts, update_choice_biases
-from transom.training.losses.objectives import Objective, RunBatch
+from transom.training.losses.objectives import Objective
 from transom.training.optim.ema import Ema
 from transom.training.optim.mup import width_multiplier
 from transom.training.optim.optimizers import BackwardOptimizers, Optimizers, build_optimizer
@@ -172,7 +172,7 @@ class Trainer:
         self.progress.tokens += int(whole.tokens)
         return StepResult(loss, grad_norm, batch.row_length, int(whole.tokens), parts, sums.router)
 
-    def _forward_and_backward(self) -> tuple[Any, list[RunBatch], Whole, Sums]:
+    def _forward_and_backward(self) -> tuple[Batch, list[Batch], Whole, Sums]:
         """Compute the gradients of the next batch; return it, its micro-batches, their totals and
         their losses.
         """
@@ -190,15 +190,11 @@ class Trainer:
             sums = self._gradients(micro_batches, whole, redo=redo)
         return batch, micro_batches, whole, sums
 
-    def _shortened(self, batch: Any) -> Any:
+    def _shortened(self, batch: Batch) -> Batch:
         short = self.progress.step < self.args.short_rows * self.args.steps
-        return (
-            batch.split_rows(self.args.short_rows_split)
-            if short and isinstance(batch, Batch)
-            else batch
-        )
+        return batch.split_rows(self.args.short_rows_split) if short else batch
 
-    def _whole(self, batch: RunBatch) -> Whole:
+    def _whole(self, batch: Batch) -> Whole:
         """What the step has over all ranks: what every loss of the step is divided by."""
         units = self.objective.units(batch).to(self.device, torch.float32)
         whole = Whole(units, torch.tensor(float(batch.real_tokens), device=self.device))
@@ -206,13 +202,13 @@ class Trainer:
             self.ranks.sum(count)
         return whole._replace(units=units.clamp(min=1e-9))
 
-    def _at_fault(self, what: str, micro_batches: Sequence[RunBatch]) -> str:
+    def _at_fault(self, what: str, micro_batches: Sequence[Batch]) -> str:
         with torch.no_grad(), self._autocast():
             found = blame(self.model, [micro.to(self.device).inputs() for micro in micro_batches])
         return f"step {self.progress.step + 1}: {what}; {found}"
 
     def _gradients(
-        self, micro_batches: Sequence[RunBatch], whole: Whole, *, redo: bool = True
+        self, micro_batches: Sequence[Batch], whole: Whole, *, redo: bool = True
     ) -> Sums:
         """Gradients of this rank's micro-batches; once more without compiled blocks where compiling
         fails.
@@ -238,7 +234,7 @@ class Trainer:
         restore_random_state(self.device, before)
         return self._accumulate(micro_batches, whole)
 
-    def _accumulate(self, micro_batches: Sequence[RunBatch], whole: Whole) -> Sums:
+    def _accumulate(self, micro_batches: Sequence[Batch], whole: Whole) -> Sums:
         sums = Sums({}, None)
         moe = self.model.args.moe_args
         for micro in micro_batches:
@@ -261,7 +257,7 @@ class Trainer:
                 sums = sums._replace(router=counts if sums.router is None else sums.router + counts)
         return sums
 
-    def _apply(self, router: RouterCounts | None, micro_batches: Sequence[RunBatch]) -> float:
+    def _apply(self, router: RouterCounts | None, micro_batches: Sequence[Batch]) -> float:
         """Sum gradients over ranks, clip, step; a step whose float16 gradients overflow is skipped
         and counted.
         """

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from transom.data.batches import NO_TARGET
+from transom.data.batch import NO_TARGET
 from transom.layers.linear import Embedding, Linear
 from transom.models.llm import LLM
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from transom.base.errors import RequestError, notice, require
-from transom.data.batches import NO_TARGET
+from transom.data.batch import NO_TARGET, Batch
 from transom.models.llm import LLM, TransformerOutput
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.losses.cross_entropy import chunk_tokens, cross_entropy_sum
 from transom.training.losses.log_probs import by_chunks
-from transom.training.losses.objectives import AnswerScore, NextToken, Objective, RunBatch
+from transom.training.losses.objectives import AnswerScore, NextToken, Objective
 
 
 class Divergence(NamedTuple):
@@ -120,7 +120,7 @@ class Distillation(Objective):
     alpha: float = 0.5
     reverse: bool = False
     chunk: int | None = None
-    held_out: Sequence[RunBatch] = ()
+    held_out: Sequence[Batch] = ()
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, "temperature", self.temperature, "expected a number above 0")

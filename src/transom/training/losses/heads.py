@@ -18,7 +18,8 @@ from transom.base.errors import require
 from transom.base.runtime import evaluating
 from transom.config.layer_args import BASE_HEAD
 from transom.config.model_args import HeadArgs
-from transom.data.labelled import EncodedRow, pad
+from transom.data.batch import pad_rows
+from transom.data.labelled import EncodedRow
 from transom.models.llm import LLM, TransformerInput, TransformerOutput, pool
 from transom.training.losses.cross_entropy import cross_entropy_sum
 
@@ -149,7 +150,7 @@ def run_rows(
     logits: dict[int, Tensor] = {}
     for indices in _like_lengths(rows):
         tokens_BT, lengths = (
-            tensor.to(device) for tensor in pad([rows[index] for index in indices])
+            tensor.to(device) for tensor in pad_rows([rows[index] for index in indices])
         )
         with evaluating(model):
             output = model(TransformerInput(tokens_BT, lengths=lengths, logits="none"))

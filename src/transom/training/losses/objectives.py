@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -18,64 +18,11 @@ from torch import Tensor
 
 from transom.base.runtime import evaluating
 from transom.config.model_args import HeadArgs
-from transom.data.batches import NO_TARGET
+from transom.data.batch import NO_TARGET, Batch
 from transom.data.labelled import EncodedRow
-from transom.models.llm import LLM, TransformerInput, TransformerOutput
+from transom.models.llm import LLM, TransformerOutput
 from transom.training.losses.cross_entropy import head_loss
 from transom.training.losses.heads import HeadScore, head_loss_sum, score_head
-
-
-class RunBatch(Protocol):
-    """What a trainer takes rows in: packed text, labelled rows, conversations, pairs of answers."""
-
-    @property
-    def tokens(self) -> Tensor:
-        """Ids [B, T]."""
-
-    @property
-    def targets(self) -> Tensor:
-        """What is to be predicted, NO_TARGET where nothing is."""
-
-    @property
-    def weights(self) -> Tensor | None:
-        """Weight of each target; None where all count alike."""
-
-    @property
-    def real_tokens(self) -> int:
-        """Tokens that are no padding."""
-
-    @property
-    def row_length(self) -> int:
-        """Tokens of the longest row."""
-
-    def inputs(self) -> TransformerInput:
-        """What the model is called with."""
-
-    def to(self, device: torch.device) -> Any:
-        """The same batch on another device."""
-
-    def micro_batches(self, count: int) -> Iterator[Any]:
-        """The rows in `count` groups."""
-
-
-class RunBatches(Protocol):
-    """An endless run of batches, whose state is a place in it."""
-
-    @property
-    def state(self) -> dict[str, int]:
-        """The place."""
-
-    def load_state(self, state: Mapping[str, int]) -> None:
-        """Go on from a place."""
-
-    def next(self) -> Any:
-        """This rank's rows of the next global batch."""
-
-    def largest(self, micro_batches: int) -> Any:
-        """Return the largest of this rank's micro-batches, `micro_batches` of which make a step.
-
-        The place stays where it is.
-        """
 
 
 class Measured(Protocol):
@@ -98,20 +45,19 @@ class Objective(ABC):
 
     held_out: Sequence[Any] = ()  # what `measure` scores
 
-    def prepare(self, batch: Any) -> Any:
-        """The batch that is learnt from, once per step; the same one unless answers have to be made
-        first.
-        """
-        return batch
+    def prepare(self, batch: Any) -> Batch:
+        """Return the batch of a step. GRPO samples answers to its questions here."""
+        prepared: Batch = batch
+        return prepared
 
-    def units(self, batch: Any) -> Tensor:
+    def units(self, batch: Batch) -> Tensor:
         """What the loss of a step is divided by, this rank's share: the weights of its targets."""
         if batch.weights is not None:
             return batch.weights.sum()
         return (batch.targets != NO_TARGET).sum()
 
     @abstractmethod
-    def loss(self, output: TransformerOutput, micro: Any, units: Tensor) -> dict[str, Tensor]:
+    def loss(self, output: TransformerOutput, micro: Batch, units: Tensor) -> dict[str, Tensor]:
         """This micro-batch's share of the `loss`, which is differentiated, and of whatever else is
         shown.
         """
@@ -146,9 +92,9 @@ class NextToken(Objective):
 
     model: LLM
     chunk: int | None = None
-    held_out: Sequence[RunBatch] = ()
+    held_out: Sequence[Batch] = ()
 
-    def loss(self, output: TransformerOutput, micro: Any, units: Tensor) -> dict[str, Tensor]:
+    def loss(self, output: TransformerOutput, micro: Batch, units: Tensor) -> dict[str, Tensor]:
         """The sum over targets, divided."""
         total = head_loss(self.model, output.hidden_BTD, micro.targets, self.chunk, micro.weights)
         return {"loss": total / units}
@@ -178,7 +124,7 @@ class HeadObjective(Objective):
     temperature: float
     held_out: Sequence[EncodedRow] = ()
 
-    def loss(self, output: TransformerOutput, micro: Any, units: Tensor) -> dict[str, Tensor]:
+    def loss(self, output: TransformerOutput, micro: Batch, units: Tensor) -> dict[str, Tensor]:
         """As `heads.head_loss_sum`, divided."""
         return {"loss": head_loss_sum(self.head, output, micro.targets, self.temperature) / units}
 

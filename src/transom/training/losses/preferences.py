@@ -18,9 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from transom.base.errors import RequestError, require
-from transom.data.batches import NO_TARGET
-from transom.data.chat.batches import TuningBatch
-from transom.data.labelled import pad
+from transom.data.batch import NO_TARGET, Batch, pad_rows
 from transom.models.llm import LLM, TransformerInput, TransformerOutput
 from transom.training.loop.ranks import Ranks
 from transom.training.losses.heads import BATCH_TOKENS
@@ -126,7 +124,7 @@ def row_keys(tokens_BT: Tensor, targets_BT: Tensor) -> list[str]:
 
 
 def precompute_reference(
-    model: LLM, batches: Iterable[TuningBatch], chunk: int | None = None
+    model: LLM, batches: Iterable[Batch], chunk: int | None = None
 ) -> dict[str, float]:
     """Log-probability of every row under the model as it is now, by `row_keys`; for training
     without adapters.
@@ -176,10 +174,10 @@ class Preference(Objective):
     """One of four losses on rows that are padded, not packed.
 
     Pairs lie in neighbouring rows, chosen and then rejected; for kto a row stands alone and
-    `row_labels` [B] of its batch says whether it is desirable. `beta` is that of the loss, for orpo
-    the weight of the odds ratio. `reference` is what `precompute_reference` found, for a model that
-    trains without adapters. `ranks` share kto's estimate of the KL; every rank mismatches its own
-    rows.
+    `extras["desirable"]` of its batch, bool [B], says whether it is desirable. `beta` is that of
+    the loss, for orpo the weight of the odds ratio. `reference` is what `precompute_reference`
+    found, for a model that trains without adapters. `ranks` share kto's estimate of the KL; every
+    rank mismatches its own rows.
     """
 
     model: LLM
@@ -190,7 +188,7 @@ class Preference(Objective):
     undesirable_weight: float = 1.0
     chunk: int | None = None
     reference: Mapping[str, float] | None = None
-    held_out: Sequence[TuningBatch] = ()
+    held_out: Sequence[Batch] = ()
     ranks: Ranks | None = None
     kl: float = field(default=0.0, init=False)  # kto's, of the step under way
 
@@ -234,7 +232,7 @@ class Preference(Objective):
         if self.kind != "orpo" and self.reference is None:
             check_frozen_base(self.model)
 
-    def prepare(self, batch: TuningBatch) -> TuningBatch:
+    def prepare(self, batch: Batch) -> Batch:
         """For kto the KL of the whole step, so that it does not depend on how the step is cut."""
         if self.kind == "kto":
             gained_B = self._gained_elsewhere([batch])
@@ -244,13 +242,11 @@ class Preference(Objective):
             self.kl = max(0.0, float(sums[0] / sums[1]))
         return batch
 
-    def units(self, batch: TuningBatch) -> Tensor:
+    def units(self, batch: Batch) -> Tensor:
         """Pairs, or rows of kto."""
         return torch.tensor(len(batch.tokens) // batch.rows_per_item)
 
-    def loss(
-        self, output: TransformerOutput, micro: TuningBatch, units: Tensor
-    ) -> dict[str, Tensor]:
+    def loss(self, output: TransformerOutput, micro: Batch, units: Tensor) -> dict[str, Tensor]:
         """Sums over pairs or rows, divided: the loss, margin and accuracy, and what the method is
         watched by.
         """
@@ -278,25 +274,26 @@ class Preference(Objective):
         )
         return PreferenceScore(loss, accuracy, margin, count)
 
-    def _compare(self, policy_BT: Tensor, batch: TuningBatch, kl: float) -> dict[str, Tensor]:
+    def _compare(self, policy_BT: Tensor, batch: Batch, kl: float) -> dict[str, Tensor]:
         """The loss and what else is shown, of each pair or row."""
         self._check(batch)
         policy_B, counts_B = policy_BT.sum(1), (batch.targets != NO_TARGET).sum(1).clamp(min=1)
         if self.kind == "orpo":
             found = self._orpo(policy_B / counts_B)
         elif self.kind == "kto":
-            found = self._kto(policy_B, self._reference(batch).to(policy_B), batch.row_labels, kl)
+            desirable_B, reference_B = batch.extras["desirable"], self._reference(batch)
+            found = self._kto(policy_B, reference_B.to(policy_B), desirable_B, kl)
         else:
             tokens_B = counts_B if self.kind == "ipo" else 1
             found = self._pairs(policy_B / tokens_B, self._reference(batch).to(policy_B) / tokens_B)
         found = {name: part if name == "loss" else part.detach() for name, part in found.items()}
         return {**found, "accuracy": (found["margin"] > 0).to(policy_B.dtype)}
 
-    def _check(self, batch: TuningBatch) -> None:
+    def _check(self, batch: Batch) -> None:
         """Refuse rows that this loss cannot compare."""
         if self.kind == "kto":
             require(
-                batch.row_labels is not None,
+                "desirable" in batch.extras,
                 "label",
                 None,
                 "valid only with kto is true or false for each answer",
@@ -338,16 +335,15 @@ class Preference(Objective):
         }
 
     def _kto(
-        self, policy_B: Tensor, reference_B: Tensor, desirable_B: Tensor | None, kl: float
+        self, policy_B: Tensor, reference_B: Tensor, desirable_B: Tensor, kl: float
     ) -> dict[str, Tensor]:
-        assert desirable_B is not None, "checked"
         weights = self.desirable_weight, self.undesirable_weight
         losses_B = kto_loss(policy_B, reference_B, desirable_B, kl, self.beta, *weights)
         distance_B = self.beta * (policy_B - reference_B - kl)
         margin_B = torch.where(desirable_B, distance_B, -distance_B)
         return {"loss": losses_B, "margin": margin_B, "kl": torch.full_like(margin_B, kl)}
 
-    def _reference(self, batch: TuningBatch) -> Tensor:
+    def _reference(self, batch: Batch) -> Tensor:
         """Log-probability [B] of each row under the reference."""
         if self.reference is None:
             with adapters_off(self.model):
@@ -362,7 +358,7 @@ class Preference(Objective):
             )
         return torch.tensor([self.reference[key] for key in keys])
 
-    def _gained_elsewhere(self, batches: Sequence[TuningBatch]) -> Tensor:
+    def _gained_elsewhere(self, batches: Sequence[Batch]) -> Tensor:
         """What the answers of all rows [B] have gained on the reference behind the prompts of
         others.
         """
@@ -383,7 +379,7 @@ class Preference(Objective):
 Row = tuple[list[int], list[int]]  # tokens and targets, of one length
 
 
-def mismatched(batches: Iterable[TuningBatch], most: int) -> list[Row]:
+def mismatched(batches: Iterable[Batch], most: int) -> list[Row]:
     """The prompt of every row with the answer of the row before it, at most `most` tokens.
 
     The answer begins with the first target; of answers in several turns all that follows it belongs
@@ -409,7 +405,7 @@ def _calls(rows: Sequence[Row], device: torch.device) -> Iterator[tuple[Transfor
     count = max(1, BATCH_TOKENS // max(len(tokens) for tokens, _ in rows))
     for at in range(0, len(rows), count):
         group = rows[at : at + count]
-        tokens_BT, lengths = pad([tokens for tokens, _ in group])
+        tokens_BT, lengths = pad_rows([tokens for tokens, _ in group])
         targets = [torch.tensor(targets) for _, targets in group]
         targets_BT = pad_sequence(targets, batch_first=True, padding_value=NO_TARGET)
         yield (

@@ -18,7 +18,7 @@ from transom.base.errors import RequestError, notice, require
 from transom.base.runtime import evaluating
 from transom.cache.model_cache import ModelCache
 from transom.chat.reasoning import marker_ids
-from transom.data.batches import NO_TARGET
+from transom.data.batch import NO_TARGET, Batch
 from transom.evaluation.answers import CACHE_TOKENS
 from transom.inference.loop import first_capacity, prefill
 from transom.inference.sampling import SamplingArgs
@@ -35,7 +35,7 @@ from transom.training.losses.log_probs import (
 )
 from transom.training.losses.objectives import Objective
 from transom.training.rl.rewards import SOLVED, Reward
-from transom.training.rl.rollouts import Drawn, Question, QuestionBatch, RolloutBatch
+from transom.training.rl.rollouts import Drawn, Question, QuestionBatch, rollout_batch
 
 PREFILL_TOKENS = 512  # of a call
 LEAST_SPREAD = 1e-4  # beside the standard deviation, as TRL has it (trainer/grpo_trainer.py)
@@ -186,9 +186,10 @@ class PolicyGradient(Objective):
     held_out: Sequence[Question] = ()
     ranks: Ranks | None = None
     quiet: bool = False
-    silent_steps: int = field(
-        default=0, init=False
-    )  # that taught nothing, since this object was made
+    # Steps without a signal since this object was made.
+    silent_steps: int = field(default=0, init=False)
+    # Answers of the current step over all ranks.
+    step_answers: int = field(default=1, init=False)
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, "temperature", self.temperature, "expected a number above 0")
@@ -218,7 +219,7 @@ class PolicyGradient(Objective):
             )
         self.reward.check((row.id, row.reference) for row in self.held_out)
 
-    def prepare(self, batch: QuestionBatch) -> RolloutBatch:
+    def prepare(self, batch: QuestionBatch) -> Batch:
         """Answers to the questions of a step, their rewards and advantages; a step without a signal
         is said.
         """
@@ -227,19 +228,18 @@ class PolicyGradient(Objective):
         rewards_B = torch.tensor(self._rewards(questions, said))
         self._say_silent(rewards_B.view(-1, batch.group))
         advantages_B = group_advantages(rewards_B, batch.group, scale=self.scale_rewards)
-        return RolloutBatch.of(batch, said, rewards_B, advantages_B)
+        self.step_answers = len(questions) * batch.world_size
+        return rollout_batch(batch, said, rewards_B, advantages_B)
 
-    def loss(
-        self, output: TransformerOutput, micro: RolloutBatch, units: Tensor
-    ) -> dict[str, Tensor]:
+    def loss(self, output: TransformerOutput, micro: Batch, units: Tensor) -> dict[str, Tensor]:
         """This micro-batch's share of the loss, and of the parts that the class names."""
         # Before the reference: autocast would hand on to it the casts that the reference makes
         # without gradients.
         policy_BT = target_log_probs(
             self.model, output.hidden_BTD, micro.targets, self.chunk, self.temperature
         )
-        loss = -(micro.advantages[:, None] * policy_BT).sum() / units
-        parts = {"gap": (policy_BT.detach() - micro.drawn).abs().sum() / units}
+        loss = -(micro.extras["advantages"][:, None] * policy_BT).sum() / units
+        parts = {"gap": (policy_BT.detach() - micro.extras["drawn"]).abs().sum() / units}
         if self.beta > 0:
             with adapters_off(self.model):
                 reference_BT = measured_log_probs(
@@ -281,18 +281,19 @@ class PolicyGradient(Objective):
             for question, one in pairs
         ]
 
-    def _shown(self, micro: RolloutBatch) -> dict[str, Tensor]:
+    def _shown(self, micro: Batch) -> dict[str, Tensor]:
         """Parts that are means over answers; rewards of a group are equal where no other than the
         first is.
         """
-        rewards_QG, share = micro.rewards.view(-1, micro.group), 1 / micro.whole_rows
+        group, share = micro.rows_per_item, 1 / self.step_answers
+        rewards_QG = micro.extras["rewards"].view(-1, group)
         found = {
             "reward": rewards_QG,
-            "reward_std": rewards_QG.std(1) * micro.group,
+            "reward_std": rewards_QG.std(1) * group,
             "solved": rewards_QG >= SOLVED,
             "answer_tokens": micro.targets != NO_TARGET,
-            "cut": micro.cut,
-            "no_signal": (rewards_QG == rewards_QG[:, :1]).all(1) * micro.group,
+            "cut": micro.extras["cut"],
+            "no_signal": (rewards_QG == rewards_QG[:, :1]).all(1) * group,
         }
         return {name: values.sum() * share for name, values in found.items()}
 

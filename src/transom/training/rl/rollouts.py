@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,13 +19,12 @@ from torch import Tensor
 from transom.base.errors import RequestError, require
 from transom.base.runtime import mixed_seed
 from transom.chat.template import ChatTemplate
-from transom.data.batches import NO_TARGET
-from transom.data.chat.batches import TuningBatch, padded_batch
+from transom.data.batch import NO_TARGET, Batch
+from transom.data.chat.batches import padded_batch
 from transom.data.chat.conversations import Example
-from transom.data.chat.rows import TuningRow, prompt_ids
-from transom.data.order import ShuffledItems
+from transom.data.chat.rows import EncodedChat, prompt_ids
+from transom.data.order import ShuffledBatches
 from transom.inference.text import Completion
-from transom.models.llm import TransformerInput
 from transom.tokenizers.tokenizer import Tokenizer
 
 ANSWERS = 3  # what seeds of answers are drawn for, beside the uses that `data.order.Stream` names
@@ -111,7 +110,6 @@ class QuestionBatch:
     seeds: tuple[int, ...]
     group: int
     answer_tokens: int
-    epoch: int  # of the first question of the global batch
     world_size: int = 1
 
     @property
@@ -120,10 +118,8 @@ class QuestionBatch:
         return [row for row in self.rows for _ in range(self.group)]
 
 
-class QuestionBatches(ShuffledItems):
-    """An endless run of batches in a random order per epoch; its state is a place in it, as that of
-    `Batches`.
-    """
+class QuestionBatches(ShuffledBatches):
+    """Batches of questions in random order, for GRPO."""
 
     def __init__(
         self,
@@ -136,49 +132,38 @@ class QuestionBatches(ShuffledItems):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """`rows_per_step` counts questions of all ranks."""
-        super().__init__(len(rows), rows_per_step, seed, rank, world_size)
-        expected = f"expected at most {len(rows)}, the number of questions"
-        require(len(rows) >= rows_per_step, "data.batch_size", rows_per_step, expected)
-        require(
-            group >= 2,
-            "finetune.group",
-            group,
-            "expected 2 or more: answers are compared with each other",
-        )
+        """Start at the first question.
+
+        Args:
+            rows: The questions.
+            group: Answers to sample for each question.
+            answer_tokens: The longest answer in tokens.
+            rows_per_step: Questions of one optimizer step over all ranks.
+            seed: Chooses the order of the questions and the seeds of the answers.
+            rank: This rank, from 0.
+            world_size: Number of ranks.
+        """
+        lengths = [len(row.ids) for row in rows]
+        super().__init__(lengths, rows_per_step, seed, rank, world_size, "questions")
+        expected = "expected 2 or more: answers are compared with each other"
+        require(group >= 2, "finetune.group", group, expected)
         self._questions = rows
         self._group, self._answer_tokens, self._world_size = group, answer_tokens, world_size
 
-    def next(self) -> QuestionBatch:
-        """This rank's questions of the next global batch; a batch may span the end of an epoch."""
-        epoch = self._epoch
-        places = [self._place(ahead) for ahead in self._rows]
+    def _load(self, places: Sequence[tuple[int, int]]) -> QuestionBatch:
         rows = tuple(self._questions[self._index(*place)] for place in places)
-        seeds = tuple(
-            answer_seed(self._seed, *place, index)
-            for place in places
-            for index in range(self._group)
-        )
-        self._epoch, self._item = self._place(self._rows_per_step)
-        return QuestionBatch(rows, seeds, self._group, self._answer_tokens, epoch, self._world_size)
+        group = range(self._group)
+        seeds = tuple(answer_seed(self._seed, *place, at) for place in places for at in group)
+        return QuestionBatch(rows, seeds, self._group, self._answer_tokens, self._world_size)
 
-    def largest(self, micro_batches: int) -> RolloutBatch:
-        """Return the longest questions with answers of full length, as many as one of
-        `micro_batches` takes.
-        """
-        longest = sorted(self._questions, key=lambda row: len(row.ids), reverse=True)
-        chosen = longest[: self._micro_batch_items(micro_batches)]
-        weights = np.ones(self._answer_tokens, np.float32)
-        items = []
-        for row in chosen:
-            ids = np.asarray([*row.ids, *[0] * self._answer_tokens], np.int32)
-            known = np.zeros(len(row.ids), np.float32)
-            items.append([TuningRow(row.id, ids, np.concatenate([known, weights]))] * self._group)
-        rows = padded_batch(items)
-        count = len(rows.tokens)
-        nothing = torch.zeros(count)
-        drawn = torch.zeros(rows.tokens.shape)
-        return RolloutBatch(rows, nothing, nothing, nothing.bool(), drawn, count * self._world_size)
+    def _batch(self, items: list[int]) -> Batch:
+        """Return a batch of these questions with answers of the full length, for a dry run."""
+        answer = Completion("", [0] * self._answer_tokens, "length")
+        drawn = Drawn(answer, [0.0] * self._answer_tokens)
+        rows = tuple(self._questions[item] for item in items)
+        batch = QuestionBatch(rows, (), self._group, self._answer_tokens, self._world_size)
+        zeros_B = torch.zeros(len(batch.answers))
+        return rollout_batch(batch, [drawn] * len(batch.answers), zeros_B, zeros_B)
 
 
 def answer_seed(seed: int, epoch: int, item: int, index: int) -> int:
@@ -199,98 +184,39 @@ class Drawn(NamedTuple):
     log_probs: list[float]
 
 
-@dataclass(frozen=True, eq=False)
-class RolloutBatch:
-    """Answers behind their prompts, with what a language model's `Batch` offers the trainer; groups
-    stay together.
+def rollout_batch(
+    batch: QuestionBatch, drawn: Sequence[Drawn], rewards_B: Tensor, advantages_B: Tensor
+) -> Batch:
+    """Return a batch of sampled answers after their prompts; the answers to a question are
+    neighbours.
 
-    Tokens of an answer are targets, the one that ends it too.
+    The targets are the tokens of the answers, including the tokens that end them. `extras` has:
+
+    - `advantages` and `rewards`, float32 [B]
+    - `cut`, bool [B]: whether the answer ended because of its length
+    - `drawn`, float32 [B, T]: the log-probability of each target when it was sampled, 0 elsewhere
+
+    Args:
+        batch: The questions.
+        drawn: The answers, `batch.group` to each question in order.
+        rewards_B: Their rewards, float32 [B].
+        advantages_B: Their advantages, float32 [B].
     """
-
-    rows: TuningBatch
-    advantages: Tensor  # float32 [B]
-    rewards: Tensor  # float32 [B]
-    cut: Tensor  # bool [B]: whether an answer was ended by its length
-    # float32 [B, T], log-probability of each target as it was drawn, 0 where there is none
-    drawn: Tensor
-    whole_rows: int  # of the step, all ranks and micro-batches together
-
-    @classmethod
-    def of(
-        cls, batch: QuestionBatch, drawn: Sequence[Drawn], rewards_B: Tensor, advantages_B: Tensor
-    ) -> RolloutBatch:
-        """The answers to a batch of questions, `group` to each of them in order."""
-        rows = [_row(row, one) for row, one in zip(batch.answers, drawn, strict=True)]
-        items = [rows[at : at + batch.group] for at in range(0, len(rows), batch.group)]
-        padded = padded_batch(items, batch.epoch)
-        known = torch.tensor([value for one in drawn for value in one.log_probs])
-        drawn_BT = torch.zeros(padded.tokens.shape).masked_scatter(
-            padded.targets != NO_TARGET, known
-        )
-        cut_B = torch.tensor([one.completion.finish_reason == "length" for one in drawn])
-        return cls(padded, advantages_B, rewards_B, cut_B, drawn_BT, len(rows) * batch.world_size)
-
-    @property
-    def tokens(self) -> Tensor:
-        """Ids [B, T], padded on the right."""
-        return self.rows.tokens
-
-    @property
-    def targets(self) -> Tensor:
-        """The next token [B, T] where it is one of the answer, else NO_TARGET."""
-        return self.rows.targets
-
-    @property
-    def weights(self) -> Tensor | None:
-        """Every token of an answer counts alike."""
-        return None
-
-    @property
-    def group(self) -> int:
-        """Answers to each question."""
-        return self.rows.rows_per_item
-
-    @property
-    def real_tokens(self) -> int:
-        """Tokens that are no padding."""
-        return self.rows.real_tokens
-
-    @property
-    def row_length(self) -> int:
-        """Tokens of the longest row."""
-        return self.rows.row_length
-
-    def inputs(self) -> TransformerInput:
-        """What the model is called with."""
-        return self.rows.inputs()
-
-    def to(self, device: torch.device) -> RolloutBatch:
-        """The same batch on another device."""
-        moved = {
-            name: getattr(self, name).to(device)
-            for name in ("advantages", "rewards", "cut", "drawn")
-        }
-        return replace(self, rows=self.rows.to(device), **moved)
-
-    def micro_batches(self, count: int) -> Iterator[RolloutBatch]:
-        """The rows in `count` equal parts, each of whole groups."""
-        size = len(self.advantages) // count
-        for at, rows in zip(
-            range(0, len(self.advantages), size), self.rows.micro_batches(count), strict=True
-        ):
-            part = slice(at, at + size)
-            yield replace(
-                self,
-                rows=rows,
-                advantages=self.advantages[part],
-                rewards=self.rewards[part],
-                cut=self.cut[part],
-                drawn=self.drawn[part, : rows.tokens.size(1)],
-            )
+    rows = [_row(row, one) for row, one in zip(batch.answers, drawn, strict=True)]
+    padded = padded_batch([rows[at : at + batch.group] for at in range(0, len(rows), batch.group)])
+    known = torch.tensor([value for one in drawn for value in one.log_probs])
+    has_target_BT = padded.targets != NO_TARGET
+    extras = {
+        "advantages": advantages_B,
+        "rewards": rewards_B,
+        "cut": torch.tensor([one.completion.finish_reason == "length" for one in drawn]),
+        "drawn": torch.zeros(padded.tokens.shape).masked_scatter(has_target_BT, known),
+    }
+    return replace(padded, extras=extras)
 
 
-def _row(question: Question, drawn: Drawn) -> TuningRow:
+def _row(question: Question, drawn: Drawn) -> EncodedChat:
     ids = np.asarray([*question.ids, *drawn.completion.tokens], np.int32)
     weights = np.zeros(len(ids), np.float32)
     weights[len(question.ids) :] = 1.0
-    return TuningRow(question.id, ids, weights)
+    return EncodedChat(question.id, ids, weights)

@@ -14,7 +14,8 @@ import torch
 from benchmarks.common import interleaved
 from benchmarks.head_loss import cuda_peak_mib, resident_peak_mib, subprocess_peak_mib
 from transom.config.model_args import ModelArgs
-from transom.models.llm import LLM, TransformerInput
+from transom.layers.inputs import TransformerInput
+from transom.models.llm import LLM
 from transom.training.loop.blocks import OFFLOAD_MIN_BYTES, arrange_blocks
 from transom.training.losses.cross_entropy import head_loss
 

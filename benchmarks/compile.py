@@ -14,7 +14,8 @@ from benchmarks.common import interleaved
 from benchmarks.training_step import BATCH, LENGTH, SHAPES
 from transom.base.runtime import pick_dtype
 from transom.config.model_args import ModelArgs
-from transom.models.llm import LLM, TransformerInput
+from transom.layers.inputs import TransformerInput
+from transom.models.llm import LLM
 from transom.training.config import OptimizerArgs
 from transom.training.loop.blocks import arrange_blocks
 from transom.training.losses.cross_entropy import head_loss

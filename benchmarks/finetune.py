@@ -19,9 +19,10 @@ from transom.config.model_args import ModelArgs
 from transom.data.chat.batches import packed_batch, padded_batch
 from transom.data.chat.packing import first_fit_decreasing
 from transom.data.chat.rows import EncodedChat
+from transom.layers.inputs import TransformerInput
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
-from transom.models.llm import LLM, TransformerInput
+from transom.models.llm import LLM
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.leaves import quantize_model
 from transom.training.config import OptimizerArgs

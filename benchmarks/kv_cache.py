@@ -10,7 +10,8 @@ import torch
 
 from benchmarks.common import interleaved
 from transom.config.model_args import ModelArgs
-from transom.models.llm import LLM, TransformerInput
+from transom.layers.inputs import TransformerInput
+from transom.models.llm import LLM
 from transom.planning.counts import kv_bytes_per_token
 
 HELD = 4096  # tokens in the cache when one more is decoded

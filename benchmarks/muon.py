@@ -14,7 +14,8 @@ import torch
 from benchmarks.common import interleaved
 from transom.base.runtime import synchronize
 from transom.config.presets import preset
-from transom.models.llm import LLM, TransformerInput
+from transom.layers.inputs import TransformerInput
+from transom.models.llm import LLM
 from transom.planning.counts import flops_per_token
 from transom.training.config import OptimizerArgs
 from transom.training.losses.cross_entropy import cross_entropy_sum

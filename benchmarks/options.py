@@ -14,7 +14,8 @@ from torch import Tensor
 from benchmarks.common import interleaved
 from transom.attention.backends import backend
 from transom.config.model_args import ModelArgs
-from transom.models.llm import LLM, TransformerInput
+from transom.layers.inputs import TransformerInput
+from transom.models.llm import LLM
 from transom.models.vision import merge_images
 from transom.planning.counts import flops_per_token, parameters
 from transom.training.config import OptimizerArgs

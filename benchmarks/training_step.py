@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.common import interleaved
 from transom.base.runtime import matmul_peak
 from transom.config.model_args import ModelArgs
-from transom.models.llm import LLM, TransformerInput
+from transom.layers.inputs import TransformerInput
+from transom.models.llm import LLM
 from transom.planning.counts import flops_per_token, parameters
 from transom.training.config import OptimizerArgs
 from transom.training.losses.cross_entropy import cross_entropy_sum

@@ -20,8 +20,9 @@ from transom.base.fields import field_types
 from transom.base.runtime import one_thread
 from transom.config.model_args import ModelArgs
 from transom.evaluation.eval_args import EvalArgs
+from transom.layers.inputs import TransformerInput
 from transom.lora.combine_args import CombineArgs
-from transom.models.llm import LLM, TransformerInput
+from transom.models.llm import LLM
 from transom.training.config import TrainArgs
 
 ROOT = Path(__file__).parents[1]

@@ -67,7 +67,6 @@ LONG: set[str] = {
     "cli/data.py",
     "cli/verify.py",
     "data/chat/conversations.py",
-    "models/llm.py",
     "training/config.py",
     "training/loop/trainer.py",
     "training/losses/preferences.py",

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from transom.inference.loop import generate, stream
     from transom.inference.sampling import SamplingArgs
     from transom.layers.attention import Attention
+    from transom.layers.block import TransformerBlock
     from transom.layers.feed_forward import FeedForward
+    from transom.layers.inputs import MaskedEmbedding, TransformerInput, TransformerOutput
     from transom.layers.moe import MoE
     from transom.layers.norm import RMSNorm, rmsnorm
     from transom.layers.rope import (
@@ -49,13 +51,7 @@ if TYPE_CHECKING:
     from transom.lora.combine_args import CombineArgs
     from transom.lora.merge import merge_adapter, unmerge_adapter
     from transom.models.images import ImageTokenIds, image_tokens, prepare_image
-    from transom.models.llm import (
-        LLM,
-        MaskedEmbedding,
-        TransformerBlock,
-        TransformerInput,
-        TransformerOutput,
-    )
+    from transom.models.llm import LLM
     from transom.models.vision import VisionEmbeddings, merge_images
     from transom.quantize.args import QuantizeArgs
     from transom.quantize.leaves import dequantize_model, quantize_model
@@ -95,7 +91,9 @@ _HOMES = {
     "transom.inference.sampling": ("SamplingArgs",),
     "transom.models.images": ("ImageTokenIds", "image_tokens", "prepare_image"),
     "transom.layers.attention": ("Attention",),
+    "transom.layers.block": ("TransformerBlock",),
     "transom.layers.feed_forward": ("FeedForward",),
+    "transom.layers.inputs": ("MaskedEmbedding", "TransformerInput", "TransformerOutput"),
     "transom.layers.moe": ("MoE",),
     "transom.layers.norm": ("RMSNorm", "rmsnorm"),
     "transom.layers.rope": (
@@ -104,13 +102,7 @@ _HOMES = {
         "precompute_freqs_cis",
         "reshape_for_broadcast",
     ),
-    "transom.models.llm": (
-        "LLM",
-        "MaskedEmbedding",
-        "TransformerBlock",
-        "TransformerInput",
-        "TransformerOutput",
-    ),
+    "transom.models.llm": ("LLM",),
     "transom.config.presets": ("preset",),
     "transom.quantize.args": ("QuantizeArgs",),
     "transom.quantize.leaves": ("dequantize_model", "quantize_model"),

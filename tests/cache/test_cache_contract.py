@@ -18,7 +18,8 @@ from tests.helpers import random_model, random_tokens, tiny_args
 from transom.base.errors import RequestError
 from transom.base.runtime import one_thread
 from transom.cache.model_cache import ModelCache
-from transom.models.llm import LLM, TransformerInput
+from transom.layers.inputs import TransformerInput
+from transom.models.llm import LLM
 
 WINDOW, CHUNK = 5, 6
 PATTERNS = {
@@ -295,7 +296,7 @@ def test_overflow_is_refused_and_leaves_room_for_what_fits():
     cache = model_of("mixed").make_cache(2, 20)
     tokens = random_tokens(2, 20)
     feed("mixed", cache, tokens[:, :15])
-    with pytest.raises(RequestError, match=r"15 \+ 6 tokens: this cache holds 20"):
+    with pytest.raises(RequestError, match=r"cache: got 15 \+ 6 tokens"):
         feed("mixed", cache, random_tokens(2, 6))
     assert cache.rollback(
         torch.tensor([5, 5]), at_most=5
@@ -306,13 +307,13 @@ def test_overflow_is_refused_and_leaves_room_for_what_fits():
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda model: model.make_cache(0), "0 rows"),
+        (lambda model: model.make_cache(0), "batch_size: got 0"),
         (lambda model: model.make_cache(2, slack=-1), "slack: got -1"),
         (lambda model: model.make_cache(2).rollback(2, at_most=1), "rollback: got 2"),
         (lambda model: model.make_cache(2).rollback(-1, at_most=1), "rollback: got -1"),
         (
             lambda _: random_model(tiny_args(layer_pattern="FB")).make_cache(),
-            "layer 1 sees later tokens",
+            "layer 1: got pattern B",
         ),
     ],
 )

@@ -22,7 +22,7 @@ from tests.checkpoints.consolidated import (
 from transom.checkpoints.files.folders import folder_format, read_args
 from transom.checkpoints.load import load
 from transom.inference.loop import generate
-from transom.models.llm import MaskedEmbedding, TransformerInput
+from transom.layers.inputs import MaskedEmbedding, TransformerInput
 
 
 def ids_of(rows=2, count=21, seed=1):

@@ -20,7 +20,7 @@ from tests.checkpoints.consolidated import (
     write_mistral,
 )
 from transom.checkpoints.load import load
-from transom.models.llm import MaskedEmbedding, TransformerInput
+from transom.layers.inputs import MaskedEmbedding, TransformerInput
 
 SAME, SEEN = 2e-5, 1e-3
 

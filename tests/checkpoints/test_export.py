@@ -18,7 +18,8 @@ from transom.base.errors import RequestError, WorkError
 from transom.checkpoints.convert import convert
 from transom.checkpoints.families.hf import args_to_hf
 from transom.checkpoints.load import load, save
-from transom.models.llm import LLM, TransformerInput
+from transom.layers.inputs import TransformerInput
+from transom.models.llm import LLM
 
 
 def theirs_of(folder, family=""):

@@ -27,7 +27,8 @@ from transom.checkpoints.files import safetensors_files
 from transom.checkpoints.files.folders import folder_format, read_args
 from transom.checkpoints.files.staging import staged
 from transom.checkpoints.load import load, read_state, save
-from transom.models.llm import LLM, TransformerInput
+from transom.layers.inputs import TransformerInput
+from transom.models.llm import LLM
 
 MOE = {"num_experts": 4, "top_k": 2, "hidden_dim": 24}
 LLAMA4 = {

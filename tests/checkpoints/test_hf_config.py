@@ -16,7 +16,7 @@ from transom.base.errors import RequestError
 from transom.checkpoints.families.hf import args_from_hf
 from transom.checkpoints.families.registry import FAMILIES as KNOWN
 from transom.checkpoints.load import load
-from transom.models.llm import TransformerInput
+from transom.layers.inputs import TransformerInput
 
 
 def config_of(family):

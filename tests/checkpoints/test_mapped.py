@@ -19,7 +19,7 @@ from tests.helpers import random_model, random_tokens, run_python, tiny_args
 from transom.checkpoints.files.consolidated import read_pickled
 from transom.checkpoints.files.safetensors_files import ALIGNMENT, read_safetensors
 from transom.checkpoints.load import load, save
-from transom.models.llm import TransformerInput
+from transom.layers.inputs import TransformerInput
 
 FORMATS = ("native", "hf", "mistral", "meta")
 WEIGHTS = "model.safetensors"

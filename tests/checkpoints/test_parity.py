@@ -16,7 +16,7 @@ from transom.base.errors import RequestError
 from transom.checkpoints.files.folders import read_args
 from transom.checkpoints.load import load, read_state
 from transom.inference.loop import generate
-from transom.models.llm import MaskedEmbedding, TransformerInput
+from transom.layers.inputs import MaskedEmbedding, TransformerInput
 
 # Both sides of every window, chunk, and original length (16 of dynamic, 32 of longrope).
 LENGTHS = (12, 40)

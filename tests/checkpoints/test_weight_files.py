@@ -21,7 +21,7 @@ from transom.checkpoints.files.folders import read_args
 from transom.checkpoints.load import load, save
 from transom.cli.main import main
 from transom.config.layer_args import BASE_HEAD
-from transom.models.llm import TransformerInput
+from transom.layers.inputs import TransformerInput
 from transom.tokenizers.training import byte_tokenizer
 
 

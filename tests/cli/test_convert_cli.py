@@ -47,7 +47,7 @@ def test_a_folder_becomes_another_with_all_that_goes_along(source, call, tmp_pat
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert load_tokenizer(tmp_path / "out").encode("abc") == load_tokenizer(source).encode("abc")
     tokens = torch.arange(9)[None]
-    from transom.models.llm import TransformerInput
+    from transom.layers.inputs import TransformerInput
 
     again = load(tmp_path / "out")(TransformerInput(tokens)).logits
     torch.testing.assert_close(again, model(TransformerInput(tokens)).logits, atol=1e-5, rtol=0)

@@ -16,7 +16,7 @@ from tests.checkpoints.consolidated import PARAMS, cut, meta_state, twin, write_
 from tests.helpers import random_model, tiny_args
 from transom.checkpoints.load import load, save
 from transom.inference.text import encode_prompts
-from transom.models.llm import TransformerInput
+from transom.layers.inputs import TransformerInput
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.tokenizers.training import byte_tokenizer
 

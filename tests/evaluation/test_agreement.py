@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tests.helpers import random_model, random_tokens, tiny_args
 from transom.evaluation import agreement as module
 from transom.evaluation.agreement import agreement, logits_of, next_tokens
-from transom.models.llm import TransformerInput
+from transom.layers.inputs import TransformerInput
 
 ROWS = [*random_tokens(5, 20), random_tokens(1, 7)[0]]
 

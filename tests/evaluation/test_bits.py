@@ -8,7 +8,7 @@ import torch
 
 from tests.helpers import random_model, tiny_args
 from transom.evaluation.bits import score
-from transom.models.llm import TransformerInput
+from transom.layers.inputs import TransformerInput
 
 
 class Documents:

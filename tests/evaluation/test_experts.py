@@ -11,8 +11,9 @@ from tests.helpers import random_model, random_tokens, tiny_args
 from transom.base.errors import RequestError
 from transom.evaluation.experts import expert_tokens, token_row
 from transom.evaluation.trace import recording
+from transom.layers.inputs import TransformerInput
 from transom.layers.moe import MoE
-from transom.models.llm import LLM, TransformerInput
+from transom.models.llm import LLM
 
 
 class Letters:

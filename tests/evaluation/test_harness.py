@@ -30,7 +30,7 @@ from transom.evaluation.eval_model import Subject
 from transom.evaluation.harness import TransomLM, read_settings
 from transom.evaluation.task_data import read_choices
 from transom.inference.text import Completion
-from transom.models.llm import TransformerInput
+from transom.layers.inputs import TransformerInput
 
 QUESTIONS = [
     {

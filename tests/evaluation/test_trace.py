@@ -11,8 +11,9 @@ from transom.attention.sdpa import sdpa
 from transom.base.errors import RequestError
 from transom.evaluation import trace as module
 from transom.evaluation.trace import trace
+from transom.layers.inputs import TransformerInput
 from transom.layers.rope import apply_rotary_emb, precompute_freqs_cis
-from transom.models.llm import TransformerInput, build_step
+from transom.models.build_step import build_step
 
 MOE = {"num_experts": 5, "top_k": 2, "hidden_dim": 16, "interleave_moe_layer_step": 2}
 MIXED = {"layer_pattern": "Cf", "attention_chunk_size": 4, "use_qk_norm": True, "moe_args": MOE}

@@ -16,7 +16,7 @@ from transom.attention.sdpa import sdpa
 from transom.attention.view import CacheView, Score
 from transom.config.model_args import LayerRule
 from transom.inference.loop import generate
-from transom.models.llm import TransformerInput
+from transom.layers.inputs import TransformerInput
 from transom.training.loop.setup import open_run
 
 pytestmark = [

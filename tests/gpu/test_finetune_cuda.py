@@ -10,9 +10,9 @@ import torch
 from tests.helpers import random_model, random_tokens, tiny_args
 from tests.training.finetune.runs import base_folder, chats, preferences, run_args, solved
 from tests.training.runs import losses
+from transom.layers.inputs import TransformerInput
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
-from transom.models.llm import TransformerInput
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.leaves import quantize_model
 from transom.training.loop.setup import open_run

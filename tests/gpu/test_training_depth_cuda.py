@@ -8,8 +8,9 @@ import torch
 from tests.helpers import TINY_VISION, random_model, random_tokens, tiny_args
 from tests.training.runs import losses
 from tests.training.runs import tiny_args as tiny_run
+from transom.layers.inputs import TransformerInput
 from transom.layers.linear import GroupedLinear
-from transom.models.llm import LLM, TransformerInput
+from transom.models.llm import LLM
 from transom.training.loop.blocks import arrange_blocks
 from transom.training.loop.setup import open_run
 from transom.training.losses.cross_entropy import cross_entropy_sum, head_loss

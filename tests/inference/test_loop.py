@@ -6,11 +6,11 @@ import torch
 from tests.helpers import random_model, tiny_args
 from transom.base.errors import RequestError, WorkError
 from transom.base.runtime import one_thread
-from transom.inference.loop import _not_finite, generate, prefill, settle, stream
+from transom.inference.loop import _not_finite, generate, prefill, stream, truncate_after_interrupt
 from transom.inference.sampling import SamplingArgs
+from transom.layers.inputs import TransformerInput
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
-from transom.models.llm import TransformerInput
 
 KINDS = {
     "full": {},
@@ -169,7 +169,7 @@ def test_an_interrupted_cache_is_settled(kind, cut, monkeypatch):
             )
         )
     text = prompt + got
-    settle(cache, at_most=len(text), in_flight=1 if got else size)
+    truncate_after_interrupt(cache, at_most=len(text), in_flight=1 if got else size)
     if kind == "full" or got:  # nothing was lost
         assert int(cache.lengths_B[0]) == len(prompt[: size * cut]) + max(len(got) - 1, 0)
     text.append(3)

@@ -12,7 +12,9 @@ from tests.helpers import random_model, random_tokens, tiny_args
 from transom.base.errors import RequestError
 from transom.config.model_args import ModelArgs
 from transom.inference.loop import generate
-from transom.models.llm import LLM, TransformerInput, build_step
+from transom.layers.inputs import TransformerInput
+from transom.models.build_step import build_step
+from transom.models.llm import LLM
 
 DECODER = {
     "dim": 32,
@@ -126,18 +128,18 @@ def test_padding_of_a_context_may_hold_anything(context):
 
 def test_a_context_is_asked_for_once_and_only_where_it_is_read(context):
     tokens = random_tokens(2, 5)
-    with pytest.raises(RequestError, match=r"context: absent; expected \[batch, slots, 32\]"):
+    with pytest.raises(RequestError, match=r"context: got None; expected \[2, states, 32\]"):
         decoder()(TransformerInput(tokens))
-    with pytest.raises(RequestError, match="context: accepted by a model with context_dim"):
+    with pytest.raises(RequestError, match="context: got one; expected a model with context_dim"):
         random_model(tiny_args())(TransformerInput(tokens, context=context))
-    with pytest.raises(RequestError, match=r"context of shape \(2, 7, 16\)"):
+    with pytest.raises(RequestError, match=r"context: got \[2, 7, 16\]"):
         decoder()(TransformerInput(tokens, context=context[..., :16]))
     with pytest.raises(RequestError, match="context: this model reads one"):
         generate(decoder(), tokens, 3)
     model = decoder()
     cache = model.make_cache(2)
     model(TransformerInput(tokens, context=context), cache)
-    with pytest.raises(RequestError, match="this cache holds one already"):
+    with pytest.raises(RequestError, match="context: got one again"):
         model(TransformerInput(tokens, context=context), cache)
     cache.reset()
     model(TransformerInput(tokens, context=context), cache)

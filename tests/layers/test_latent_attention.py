@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.helpers import random_model, random_tokens, tiny_args
+from transom.layers.inputs import TransformerInput
 from transom.layers.latent_attention import LatentAttention
-from transom.models.llm import TransformerInput
 
 MLA = {
     "kv_lora_rank": 24,

@@ -13,6 +13,7 @@ from transformers.models.llama4 import modeling_llama4
 
 from tests.helpers import random_model, random_tokens, tiny_args
 from transom.config.model_args import RopeArgs, RopeScaling
+from transom.layers.inputs import TransformerInput
 from transom.layers.rope import (
     apply_rotary_emb,
     apply_scaling,
@@ -23,7 +24,6 @@ from transom.layers.rope import (
     rotary_table,
     rotate,
 )
-from transom.models.llm import TransformerInput
 
 LLAMA31 = {
     "rope_type": "llama3",

@@ -9,11 +9,12 @@ import torch
 from tests.checkpoints.adapters.twins import far
 from tests.helpers import random_model, random_tokens, run_python, tiny_args
 from transom.base.errors import RequestError
+from transom.layers.inputs import TransformerInput
 from transom.lora.adapters import activate_adapters, adapter_names, plain_weights, remove_adapter
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
 from transom.lora.merge import merge_adapter, unmerge_adapter
-from transom.models.llm import LLM, TransformerInput
+from transom.models.llm import LLM
 
 MOE = {"num_experts": 3, "top_k": 2, "hidden_dim": 20, "shared_expert": True, "expert_bias": True}
 TOKENS = random_tokens(2, 9)

@@ -5,8 +5,8 @@ import torch
 
 from tests.helpers import random_model, random_tokens, tiny_args
 from transom.base.errors import RequestError
+from transom.layers.inputs import TransformerInput
 from transom.lora.vocabulary import add_tokens
-from transom.models.llm import TransformerInput
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.tokenizers.training import byte_tokenizer
 

@@ -19,11 +19,12 @@ from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.adapters.write import save_adapter
 from transom.checkpoints.load import load
 from transom.inference.loop import generate
+from transom.layers.inputs import TransformerInput
 from transom.lora.adapters import activate_adapters, carriers, plain_weights, remove_adapter
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
 from transom.lora.vocabulary import resize_vocabulary
-from transom.models.llm import LLM, TransformerInput
+from transom.models.llm import LLM
 
 MOE = {"num_experts": 3, "top_k": 2, "hidden_dim": 20, "router_bias": True}
 TOKENS = random_tokens(2, 9)

@@ -296,7 +296,7 @@ REFUSED = {
     ),
     "a number": (7, "image of type int: expected a PIL image, a path or bytes"),
     "no file": (Path("absent.png"), "absent.png: no such file; expected an image file"),
-    "a folder": (str(Path(__file__).parent), "tests: no such file; expected an image file"),
+    "a folder": (str(Path(__file__).parent), "models: no such file; expected an image file"),
 }
 
 

@@ -16,7 +16,9 @@ from tests.helpers import TINY_VISION, random_model, random_tokens, tiny_args
 from transom.attention.reference import reference
 from transom.base.errors import RequestError
 from transom.base.runtime import one_thread
-from transom.models.llm import LLM, MaskedEmbedding, TransformerInput, build_step
+from transom.layers.inputs import MaskedEmbedding, TransformerInput
+from transom.models.build_step import build_step
+from transom.models.llm import LLM
 
 PATTERNS = {
     "full": {},
@@ -190,7 +192,7 @@ def test_image_embedding_replaces_the_masked_rows():
 
 def test_image_rows_of_another_shape_are_refused():
     rows = MaskedEmbedding(torch.zeros(2, 9, 8), torch.zeros(2, 9))
-    with pytest.raises(RequestError, match=re.escape("expected (2, 9, 32)")):
+    with pytest.raises(RequestError, match=re.escape("image_embedding: got [2, 9, 8]")):
         seeing()(TransformerInput(random_tokens(2, 9), image_embedding=rows))
 
 
@@ -324,36 +326,27 @@ def test_output_goes_through_its_leaf():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (
-            {"tokens": torch.zeros(4, dtype=torch.int64)},
-            "tokens of shape (4,): expected [batch, tokens]",
-        ),
-        ({"tokens": torch.zeros(2, 0, dtype=torch.int64)}, "tokens: none given"),
-        ({"tokens": random_tokens(1, 257)}, "257 tokens: max_seq_len = 256"),
-        ({"sizes": [4, 4]}, "expected 2 rows of lengths that sum to 9"),
-        ({"sizes": [[4, 5], [4, 4]]}, "expected 2 rows of lengths that sum to 9"),
-        ({"sizes": [[9, 0], [9]]}, "expected 2 rows of lengths that sum to 9"),
-        (
-            {"sizes": [[9], [9]], "lengths": torch.tensor([9, 9])},
-            "sizes: valid only without lengths",
-        ),
-        ({"lengths": torch.tensor([4])}, "lengths of shape (1,): expected one per row"),
-        ({"tokens_position": -3}, "tokens_position: got -3; expected a start of 0 or more"),
-        ({"tokens_position": torch.tensor(0)}, "tokens_position: torch.int64 of shape ()"),
-        ({"tokens_position": torch.tensor([0])}, "expected whole numbers [9] or [2, 9]"),
-        ({"tokens_position": torch.arange(8)}, "of shape (8,)"),
-        ({"tokens_position": torch.arange(9.0)}, "torch.float32 of shape (9,)"),
-        ({"logits": "lst"}, "logits: got 'lst'; expected all, last or none"),
-        (
-            {"context_lengths": torch.tensor([1, 1])},
-            "context_lengths: valid only together with a context",
-        ),
-        ({"cached": 3}, "tokens have 2 rows: this cache was built for 3"),
-        ({"cached": 2, "sizes": [[9], [9]]}, "sizes: packed rows are valid only without a cache"),
-        ({"cached": 2, "tokens_position": 3}, "tokens_position: valid only without a cache"),
+        ({"tokens": torch.zeros(4, dtype=torch.int64)}, "tokens: got [4]"),
+        ({"tokens": torch.zeros(2, 0, dtype=torch.int64)}, "tokens: got [2, 0]"),
+        ({"tokens": random_tokens(1, 257)}, "tokens: got 257; expected at most max_seq_len = 256"),
+        ({"sizes": [4, 4]}, "sizes: got [[4, 4]]"),
+        ({"sizes": [[4, 5], [4, 4]]}, "sizes: got [[4, 5], [4, 4]]"),
+        ({"sizes": [[9, 0], [9]]}, "sizes: got [[9, 0], [9]]"),
+        ({"sizes": [[9], [9]], "lengths": torch.tensor([9, 9])}, "sizes: got lengths"),
+        ({"lengths": torch.tensor([4])}, "lengths: got [1]"),
+        ({"tokens_position": -3}, "tokens_position: got -3"),
+        ({"tokens_position": torch.tensor(0)}, "tokens_position: got 'torch.int64 []'"),
+        ({"tokens_position": torch.tensor([0])}, "tokens_position: got 'torch.int64 [1]'"),
+        ({"tokens_position": torch.arange(8)}, "tokens_position: got 'torch.int64 [8]'"),
+        ({"tokens_position": torch.arange(9.0)}, "tokens_position: got 'torch.float32 [9]'"),
+        ({"logits": "lst"}, "logits: got 'lst'"),
+        ({"context_lengths": torch.tensor([1, 1])}, "context_lengths: got lengths without"),
+        ({"cached": 3}, "tokens: got [2, 9]; expected the cache's 3 rows"),
+        ({"cached": 2, "sizes": [[9], [9]]}, "sizes: got packed rows with a cache"),
+        ({"cached": 2, "tokens_position": 3}, "tokens_position: got positions with a cache"),
         (
             {"image_embedding": MaskedEmbedding(torch.zeros(2, 9, 8), torch.zeros(2, 9))},
-            "this is a text model",
+            "image_embedding: got one",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

@@ -16,7 +16,8 @@ from tests.helpers import random_model, random_tokens, tiny_args
 from transom.attention.reference import reference
 from transom.base.errors import RequestError
 from transom.config.model_args import VisionArgs
-from transom.models.llm import LLM, TransformerInput
+from transom.layers.inputs import TransformerInput
+from transom.models.llm import LLM
 from transom.models.vision import VisionEmbeddings, check_patch_count, merge_images, pixel_shuffle
 
 TEXT_DIM, PATCH = 20, 7  # width of the text model, id of the patch token

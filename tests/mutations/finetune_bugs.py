@@ -21,12 +21,13 @@ from transom.data.chat import rows as chat_rows
 from transom.data.chat.conversations import Example
 from transom.data.chat.rows import EncodedChat
 from transom.data.chat.turns import Turns, Written
+from transom.layers.inputs import TransformerInput
 from transom.lora import adapters as lora
 from transom.lora import apply as new
 from transom.lora import args as lora_args
 from transom.lora.adapters import GroupedLinear, Leaf, LoraWeights, lengths, update
 from transom.lora.args import Scaling
-from transom.models.llm import LLM, TransformerInput
+from transom.models.llm import LLM
 from transom.training.loop.checkpoint_writer import TRAINED, AdapterOnly
 from transom.training.loop.trainer import Trainer
 from transom.training.losses import log_probs

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.mutations.planting import Call, changed, changed_everywhere, lost
-from transom.attention.view import CacheView
-from transom.cache.store import LayerCache, RotatingBufferCache, StaticCache
+from transom.cache.store import LayerCache, Placement, RotatingBufferCache, StaticCache
 from transom.data import batches
 from transom.data.batch import NO_TARGET, Batch
 from transom.data.order import Batches
@@ -31,13 +30,11 @@ def stale_slot() -> AbstractContextManager[None]:
     """A slot keeps the token of the round before under a new position."""
 
     def make(original: Call) -> Call:
-        def write(
-            self: LayerCache, states: tuple[Tensor, ...], positions: Tensor, keep: Tensor
-        ) -> None:
+        def write(self: LayerCache, states: tuple[Tensor, ...], call: Placement) -> None:
             before = [x[:, 0].clone() for x in self.states]
-            used = bool((self.positions_BS[:, 0] >= 0).any())
-            original(self, states, positions, keep)
-            if used:  # its position is noted, what stands there is the token of the round before
+            used = any(bool(x.any()) for x in before)
+            original(self, states, call)
+            if used:  # its position is new, its states are those of the round before
                 for x, old in zip(self.states, before, strict=True):
                     x[:, 0] = old
 
@@ -50,37 +47,34 @@ def overwriting_prefill() -> AbstractContextManager[None]:
     """A chunk longer than the slack is written before it is read."""
 
     def make(original: Call) -> Call:
-        def update(
-            self: LayerCache, states: tuple[Tensor, ...], positions: Tensor, fresh: bool
-        ) -> CacheView:
-            if fresh:
-                return original(self, states, positions, fresh)
-            self._write(states, positions, positions >= 0)
-            return CacheView(tuple(x[:, :-1] for x in self.states), self.positions_BS[:, :-1])
+        def begin_call(
+            self: RotatingBufferCache, positions: Tensor, bound: int, *, first: bool
+        ) -> None:
+            if first:
+                original(self, positions, bound, first=first)
+                return
+            index = self._write(positions, positions >= 0)
+            self.placement = Placement(*index, self.positions_BS[:, :-1])
 
-        return update
+        return begin_call
 
-    return changed(RotatingBufferCache, "_update", make)
+    return changed(RotatingBufferCache, "begin_call", make)
 
 
 def short_view() -> AbstractContextManager[None]:
     """The last slot of a bucket is not shown."""
 
     def make(original: Call) -> Call:
-        def update(
-            self: LayerCache, states: tuple[Tensor, ...], positions: Tensor, fresh: bool
-        ) -> CacheView:
-            view = original(self, states, positions, fresh)
-            shown = view.positions_BS.size(1) - (0 if fresh else 1)
-            return replace(
-                view,
-                states=tuple(x[:, :shown] for x in view.states),
-                positions_BS=view.positions_BS[:, :shown],
-            )
+        def begin_call(self: StaticCache, positions: Tensor, bound: int, *, first: bool) -> None:
+            original(self, positions, bound, first=first)
+            assert self.placement is not None
+            if not first:
+                shown = self.placement.positions_BS[:, :-1]
+                self.placement = replace(self.placement, positions_BS=shown)
 
-        return update
+        return begin_call
 
-    return changed(StaticCache, "_update", make)
+    return changed(StaticCache, "begin_call", make)
 
 
 # -- data and training

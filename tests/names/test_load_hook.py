@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tests.helpers import random_model, random_tokens, tiny_args
 from transom.base.errors import RequestError
-from transom.models.llm import LLM, TransformerInput
+from transom.layers.inputs import TransformerInput
+from transom.models.llm import LLM
 
 MOE = {
     "num_experts": 3,

@@ -13,7 +13,8 @@ from transom.base.errors import RequestError
 from transom.config.model_args import LayerRule
 from transom.config.presets import PRESETS, preset
 from transom.layers import linear
-from transom.models.llm import LLM, TransformerInput
+from transom.layers.inputs import TransformerInput
+from transom.models.llm import LLM
 from transom.planning import counts
 from transom.planning.layer_plan import groups, index_words, plan
 

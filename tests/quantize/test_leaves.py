@@ -13,9 +13,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from tests.checkpoints.adapters.twins import far
 from tests.helpers import random_model, random_tokens, tiny_args
 from transom.base.errors import RequestError
+from transom.layers.inputs import TransformerInput
 from transom.layers.linear import GroupedLinear, Linear
 from transom.layers.moe import Router
-from transom.models.llm import LLM, TransformerInput
+from transom.models.llm import LLM
 from transom.quantize import leaves as surgery
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.leaves import (

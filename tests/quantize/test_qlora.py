@@ -14,11 +14,12 @@ from tests.quantize.test_leaves import FORMATS, MLA, MODELS, MOE, NF4, TOKENS, b
 from transom.base.errors import RequestError
 from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.adapters.write import save_adapter
+from transom.layers.inputs import TransformerInput
 from transom.lora.adapters import plain_weights
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
 from transom.lora.merge import merge_adapter, unmerge_adapter
-from transom.models.llm import LLM, TransformerInput
+from transom.models.llm import LLM
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.leaves import dequantize_model, quantize_model, quantized_leaves
 from transom.training.loop.blocks import arrange_blocks

@@ -21,8 +21,9 @@ from tests.helpers import random_model, random_tokens, tiny_args
 from transom.base.runtime import one_thread
 from transom.config.model_args import MoeArgs
 from transom.evaluation.trace import recording
+from transom.layers.inputs import TransformerInput
 from transom.layers.moe import RouterStatistics
-from transom.models.llm import LLM, TransformerInput
+from transom.models.llm import LLM
 from transom.training.losses.balance import (
     RouterCounts,
     health_row,

@@ -6,7 +6,7 @@ import torch
 from tests.helpers import random_model, random_tokens, tiny_args
 from tests.training.runs import tiny_args as tiny_run
 from transom.base.errors import WorkError
-from transom.models.llm import TransformerInput
+from transom.layers.inputs import TransformerInput
 from transom.training.loop.nonfinite import blame
 from transom.training.loop.setup import open_run
 

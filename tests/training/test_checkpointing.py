@@ -13,7 +13,7 @@ from tests.helpers import random_model, random_tokens, tiny_args
 from tests.training.runs import losses, tiny_config
 from tests.training.runs import tiny_args as tiny_run
 from transom.base.errors import RequestError
-from transom.models.llm import TransformerInput
+from transom.layers.inputs import TransformerInput
 from transom.training.loop import blocks
 from transom.training.loop.blocks import arrange_blocks
 from transom.training.loop.setup import open_run

@@ -11,7 +11,7 @@ from tests.helpers import random_model, random_tokens, tiny_args
 from tests.training.runs import losses
 from tests.training.runs import tiny_args as tiny_run
 from transom.base.errors import WorkError
-from transom.models.llm import TransformerInput
+from transom.layers.inputs import TransformerInput
 from transom.training.loop import trainer as trainer_module
 from transom.training.loop.blocks import arrange_blocks
 from transom.training.loop.setup import open_run

@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.helpers import random_model, random_tokens, tiny_args
 from transom.data.batch import NO_TARGET
-from transom.models.llm import TransformerInput
+from transom.layers.inputs import TransformerInput
 from transom.training.losses import cross_entropy
 from transom.training.losses.cross_entropy import (
     chunk_tokens,

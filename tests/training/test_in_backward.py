@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.helpers import random_model, random_tokens, tiny_args
 from transom.base.errors import RequestError
-from transom.models.llm import LLM, TransformerInput
+from transom.layers.inputs import TransformerInput
+from transom.models.llm import LLM
 from transom.training.config import OptimizerArgs
 from transom.training.losses.cross_entropy import cross_entropy_sum
 from transom.training.optim.optimizers import BackwardOptimizers, Optimizers, build_optimizer

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from tests.helpers import random_model, random_tokens, tiny_args
 from transom.base.errors import RequestError
 from transom.data.batch import NO_TARGET
+from transom.layers.inputs import TransformerInput
 from transom.lora.adapters import active_adapters
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
-from transom.models.llm import TransformerInput
 from transom.training.loop.blocks import arrange_blocks
 from transom.training.losses.log_probs import (
     adapters_off,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.helpers import random_model, random_tokens, tiny_args
-from transom.models.llm import TransformerInput
+from transom.layers.inputs import TransformerInput
 from transom.training.losses.noise import EmbeddingNoise
 
 ROWS = random_tokens(2, 60)

@@ -15,9 +15,10 @@ from torch import Tensor
 from tests.helpers import random_model, random_tokens, tiny_args
 from transom.base.errors import RequestError
 from transom.data.batch import NO_TARGET, Batch
+from transom.layers.inputs import TransformerInput
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
-from transom.models.llm import LLM, TransformerInput
+from transom.models.llm import LLM
 from transom.training.loop.blocks import arrange_blocks
 from transom.training.losses.log_probs import adapters_off, measured_log_probs
 from transom.training.losses.preferences import (

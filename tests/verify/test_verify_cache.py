@@ -191,7 +191,7 @@ def test_a_copy_keeps_the_pattern_and_shrinks_the_sizes(name):
 
 
 def tokens_input(args):
-    from transom.models.llm import TransformerInput
+    from transom.layers.inputs import TransformerInput
 
     return TransformerInput(random_tokens(args, 1, 9))
 

@@ -1,4 +1,4 @@
-"""The caches of all layers of a model, and how many tokens each row has seen."""
+"""The caches of all layers of a model, and the number of tokens in each row."""
 
 from __future__ import annotations
 
@@ -6,16 +6,26 @@ import torch
 from torch import Tensor
 
 from transom.base.errors import RequestError, require
-from transom.cache.store import LayerCache, RotatingBufferCache, StaticCache
+from transom.cache.store import LayerCache, RotatingBufferCache, SlotStore, StaticCache
 from transom.config.model_args import ModelArgs
 
 
 class ModelCache:
-    """One `LayerCache` per layer; rows advance together in calls but may differ in length.
+    """One `LayerCache` per layer. A call adds tokens to all rows, which may differ in length.
 
-    `lengths_B` lives on the device; `bound` is a host-side upper bound of it that decides shapes
-    and overflow, `debt` an upper bound of how far any row stands below the longest it has been
-    (rings have forgotten by then).
+    Build one with `LLM.make_cache` or `ModelCache.build`.
+
+    Attributes:
+        layers: The cache of each layer. Layers of one kind share their `store`.
+        capacity: Tokens per row that fit.
+        bounded: Whether `capacity` is a limit: some layer keeps every token, or rotary frequencies
+            were chosen from it. Without a limit, rings forget what is out of reach.
+        lengths_B: int64 [B] on the device, tokens of each row.
+        bound: Upper bound of `lengths_B` on the host. It decides shapes and overflow without
+            waiting for the device.
+        peak: The largest `bound` so far; rings are full beyond their capacity.
+        rolled_back: Tokens that were rolled back and not yet refilled, an upper bound over the
+            rows. Rings have overwritten what lies further back.
     """
 
     def __init__(
@@ -26,16 +36,16 @@ class ModelCache:
         *,
         bounded: bool | None = None,
     ) -> None:
-        self.layers = layers
-        self.capacity = capacity
-        # Whether `capacity` is a limit: some layer keeps every token, or rotary frequencies were
-        # chosen by it.
-        static = any(isinstance(layer, StaticCache) for layer in layers)
+        self.layers, self.capacity = layers, capacity
+        self.stores = list(dict.fromkeys(layer.store for layer in layers))
+        static = any(isinstance(store, StaticCache) for store in self.stores)
         self.bounded = static if bounded is None else bounded
-        self.batch_size = layers[0].batch_size
-        with torch.inference_mode(False):  # or nothing outside inference mode could write it
+        self.batch_size = self.stores[0].batch_size
+        # A tensor that is made under inference mode could not be written outside it.
+        with torch.inference_mode(False):
             self.lengths_B = torch.zeros(self.batch_size, dtype=torch.int64, device=device)
-        self.bound = self.debt = 0
+        self.bound = self.peak = self.rolled_back = 0
+        self._first_call = True  # whether the call that was reserved last began with empty rows
 
     @classmethod
     def build(
@@ -47,130 +57,167 @@ class ModelCache:
         slack: int = 32,
         device: torch.device | str = "cpu",
     ) -> ModelCache:
-        """Static stores of `capacity` tokens, rings of window or chunk + `slack`; both default to
-        `args`.
+        """Return an empty cache for a model of these arguments.
+
+        Args:
+            args: Arguments of the model.
+            batch_size: Rows; `args.max_batch_size` by default.
+            capacity: Tokens per row; `args.max_seq_len` by default.
+            slack: Slots of a ring beyond its window or chunk. Up to `slack` + 1 tokens can be
+                rolled back.
+            device: Device of the cache.
+
+        Raises:
+            RequestError: A number is too small, or a layer attends to later tokens and can't be
+                cached.
         """
         rows = args.max_batch_size if batch_size is None else batch_size
         tokens = args.max_seq_len if capacity is None else capacity
-        if rows < 1 or tokens < 1:
-            raise RequestError(
-                f"cache of {rows} rows and {tokens} tokens: expected 1 or more of both"
-            )
-        require(slack >= 0, "slack", slack, "expected 0 or more")
-        by_length = any(
-            one.rope and one.rope.scaling and one.rope.scaling.by_length for one in args.layers
-        )
+        require(rows >= 1, "batch_size", rows, "expected an integer of 1 or more")
+        require(tokens >= 1, "capacity", tokens, "expected an integer of 1 or more")
+        require(slack >= 0, "slack", slack, "expected an integer of 0 or more")
+        scalings = [layer.rope.scaling for layer in args.layers if layer.rope is not None]
+        by_length = any(scaling is not None and scaling.by_length for scaling in scalings)
+        stores: dict[int | None, SlotStore] = {}  # by span
         layers: list[LayerCache] = []
         for layer in args.layers:
             if layer.rule.kind == "full":
                 raise RequestError(
-                    f"layer {layer.index} sees later tokens (pattern B): it cannot be cached"
+                    f"layer {layer.index}: got pattern B, which attends to later tokens; "
+                    "expected a causal layer"
                 )
             ring = layer.rule.size + slack
-            if layer.rule.size and ring < tokens:
-                layers.append(RotatingBufferCache(rows, ring, layer.rule.size))
-            else:
-                layers.append(StaticCache(rows, tokens))
+            span = layer.rule.size if layer.rule.size and ring < tokens else None
+            if span not in stores and span is None:
+                stores[span] = StaticCache(rows, tokens, device=device)
+            elif span not in stores:
+                stores[span] = RotatingBufferCache(rows, ring, span, device)
+            layers.append(LayerCache(stores[span]))
         return cls(layers, tokens, device, bounded=True if by_length else None)
 
     @property
     def has_context(self) -> bool:
-        """Whether cross-attention's keys and values have been stored."""
+        """Whether the keys and values of cross-attention are stored."""
         return self.layers[0].context is not None
 
-    def claim(self, count: int, lengths_B: Tensor | None = None) -> bool:
-        """Make room for `count` more tokens per row, or refuse; returns whether the cache was
-        empty.
+    def reserve(self, count: int, lengths_B: Tensor | None = None) -> bool:
+        """Make room for a call of `count` tokens per row.
 
-        `lengths_B` are the real tokens among them, where rows are padded.
+        Args:
+            count: Tokens per row, padding included.
+            lengths_B: [B] real tokens of each row, where rows are padded.
+
+        Returns:
+            Whether the rows were empty before.
+
+        Raises:
+            RequestError: The tokens do not fit.
         """
         needed = self.bound + count
         if self.bounded and needed > self.capacity:
-            # rollbacks leave the bound loose; only now is it worth asking the device
-            self.tighten()
+            # rollbacks and padding leave the bound loose; only now it is worth the wait
+            self.sync_length()
             needed = self.bound + count
-            if lengths_B is not None:  # the row that gets most may not be the one that holds most
+            if lengths_B is not None:  # the row that gets the most tokens may not be the longest
                 needed = int((self.lengths_B + lengths_B.to(self.lengths_B.device)).max())
             if needed > self.capacity:
                 raise RequestError(
-                    f"{self.bound} + {count} tokens: this cache holds {self.capacity}; build it "
-                    f"with more capacity"
+                    f"cache: got {self.bound} + {count} tokens; expected at most its capacity "
+                    f"of {self.capacity}"
                 )
-        fresh, self.bound = self.bound == 0, needed
-        return fresh
+        self._first_call = self.bound == 0
+        self.bound = needed
+        return self._first_call
 
-    def tighten(self) -> None:
-        """Set the host's bound to the longest row, at the price of one device synchronisation."""
+    def sync_length(self) -> None:
+        """Set `bound` to the length of the longest row. This waits for the device."""
         self.bound = int(self.lengths_B.max())
-        for layer in self.layers:
-            layer.bound = min(layer.bound, self.bound)
 
-    def advance(self, positions_BT: Tensor, *, padded: bool) -> None:
-        """Note the tokens a forward has stored."""
+    def begin_call(self, positions_BT: Tensor) -> None:
+        """Write the positions [B, T] of the call that was reserved last; -1 is padding after the
+        real tokens.
+        """
+        self.peak = max(self.peak, self.bound)
+        for store in self.stores:
+            store.begin_call(positions_BT, self.bound, first=self._first_call)
+
+    def end_call(self, positions_BT: Tensor, *, padded: bool) -> None:
+        """Count the tokens of a call after all layers have stored them."""
         if not padded:  # every row has grown by all of them
-            self.debt = max(0, self.debt - positions_BT.size(1))
+            self.rolled_back = max(0, self.rolled_back - positions_BT.size(1))
         self.lengths_B.copy_(torch.maximum(self.lengths_B, positions_BT.amax(1) + 1))
 
     def rollback(self, count_B: Tensor | int, at_most: int) -> bool:
-        """Forget the last `count_B` tokens of each row; False, and nothing done, where a ring lost
-        what is needed.
+        """Remove the last tokens of each row.
 
-        `at_most` is the largest count, known on the host.
+        Args:
+            count_B: Tokens to remove, one number for all rows or int64 [B].
+            at_most: Upper bound of `count_B`, known on the host.
+
+        Returns:
+            False, and nothing has changed, if a ring has already overwritten keys that a row would
+            need.
+
+        Raises:
+            RequestError: An integer `count_B` is not between 0 and `at_most`.
         """
         if isinstance(count_B, int):
-            require(
-                0 <= count_B <= at_most,
-                "rollback",
-                count_B,
-                f"expected 0 to at_most = {at_most}",
-            )
-        if not all(layer.can_rollback(self.debt + at_most) for layer in self.layers):
+            fits = 0 <= count_B <= at_most
+            require(fits, "rollback", count_B, f"expected 0 to at_most = {at_most}")
+        depth = self.rolled_back + at_most
+        if not all(store.can_rollback(depth, self.peak) for store in self.stores):
             return False
-        self.debt += at_most
+        self.rolled_back = depth
         self.lengths_B.copy_((self.lengths_B - count_B).clamp(min=0))
         if isinstance(count_B, int):
             self.bound = max(0, self.bound - count_B)
-        for layer in self.layers:
-            layer.rollback(self.lengths_B, self.bound)
+        for store in self.stores:
+            store.rollback(self.lengths_B)
         return True
 
     def fork(self, rows: Tensor | list[int]) -> ModelCache:
-        """A copy whose row i continues this cache's row `rows[i]`."""
+        """Return a copy whose row i continues this cache's row `rows[i]`."""
         index = torch.as_tensor(rows, device=self.lengths_B.device)
-        layers = [layer.fork(index) for layer in self.layers]
+        copies = {store: store.fork(index) for store in self.stores}
+        layers = [layer.fork(index, copies[layer.store]) for layer in self.layers]
         other = ModelCache(layers, self.capacity, index.device, bounded=self.bounded)
         other.lengths_B.copy_(self.lengths_B.index_select(0, index))
-        other.bound, other.debt = self.bound, self.debt
+        other.bound, other.peak, other.rolled_back = self.bound, self.peak, self.rolled_back
         return other
 
     def reset(self) -> None:
-        """Forget all tokens of all rows and keep the memory."""
-        self.bound = self.debt = 0
+        """Remove all tokens of all rows and keep the memory."""
+        self.bound = self.peak = self.rolled_back = 0
         self.lengths_B.zero_()
+        for store in self.stores:
+            store.positions_BS.fill_(-1)
         for layer in self.layers:
             layer.reset()
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Copies of everything, keyed `layer/tensor`; what `restore` takes."""
-        host = torch.tensor([self.bound, self.debt, max(layer.peak for layer in self.layers)])
+        """Return copies of all tensors and counts, for `restore`."""
+        host = torch.tensor([self.bound, self.peak, self.rolled_back])
         out = {"lengths": self.lengths_B.clone(), "host": host}
+        out |= {f"positions{i}": store.positions_BS.clone() for i, store in enumerate(self.stores)}
         for index, layer in enumerate(self.layers):
             out |= {f"{index}/{name}": tensor for name, tensor in layer.snapshot().items()}
         return out
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Back to what `snapshot` saw."""
+        """Return to the state of a `snapshot` of this cache, or of one that was built alike."""
         self.lengths_B.copy_(tensors["lengths"])
-        self.bound, self.debt, peak = tensors["host"].tolist()
+        self.bound, self.peak, self.rolled_back = tensors["host"].tolist()
+        for index, store in enumerate(self.stores):
+            store.positions_BS.copy_(tensors[f"positions{index}"])
         for index, layer in enumerate(self.layers):
-            mine = {
-                key.partition("/")[2]: x
-                for key, x in tensors.items()
-                if key.startswith(f"{index}/")
-            }
-            layer.restore(mine, self.bound, peak)
+            prefix = f"{index}/"
+            layer.restore(
+                {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
+            )
 
     @property
     def bytes(self) -> int:
-        """Memory held now."""
-        return sum(layer.bytes for layer in self.layers)
+        """Allocated memory in bytes: states, positions and contexts."""
+        return sum(part.bytes for part in self.layers) + sum(
+            s.positions_BS.nbytes for s in self.stores
+        )

@@ -1,209 +1,239 @@
-"""One layer's cached states.
+"""Stores of cached attention states: a static one, and a ring for layers with a window or chunks.
 
-Every slot stores its absolute position (-1 = empty), so windows, chunks, ring order, padding and
-rollback are all one rule applied later by attention; softmax does not care about key order, and a
-ring is never unrotated. One spare slot behind the last takes the writes of padding tokens; no view
-shows it.
+A store records the absolute position of every slot, -1 where a slot is empty. All layers of the
+same kind share one store, so positions are computed and written once per call. Windows, chunks, the
+order of a ring, padding and rollback are then one mask rule, which attention applies later
+(`attention.mask`). Softmax does not depend on the order of keys, so a ring never has to be
+unrotated. One spare slot after the last one takes the states of padding tokens. No view shows it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from transom.attention.view import CacheView
-from transom.base.errors import RequestError
+from transom.base.errors import require
 
-BUCKET = (
-    256  # static views are cut to a multiple of this, so short contexts do not pay for long ones
-)
+BUCKET = 256  # static views are cut to a multiple of this, so that short contexts stay cheap
 
 
-class LayerCache(ABC):
-    """Slots for `capacity` tokens per row; tensors are allocated at the first update, from its
-    shapes.
+@dataclass(frozen=True)
+class Placement:
+    """Where the tokens of one call are written, and what their queries read.
 
-    `span` is the window or chunk length of a rotating store, None for a static one. `bound` is a
-    host-side upper bound of the tokens of any row, `peak` the highest it has been: they decide
-    shapes and whether a ring has forgotten anything; the device tensors decide everything else.
+    Attributes:
+        rows_B1: int64 [B, 1], the row indices that go with `slots_BT`.
+        slots_BT: int64 [B, T], the slot of each token. Padding and tokens that a ring does not keep
+            have the spare slot.
+        positions_BS: int64 [B, S], the positions of the slots that queries read.
+        new_at: None where queries read the store after the write. Otherwise queries read the first
+            `new_at` slots as they were before the write, followed by the states of the call itself.
     """
 
-    def __init__(self, batch_size: int, capacity: int, span: int | None = None) -> None:
+    rows_B1: Tensor
+    slots_BT: Tensor
+    positions_BS: Tensor
+    new_at: int | None = None
+
+
+class SlotStore(ABC):
+    """The positions of `capacity` slots per row, shared by all layers that store the same tokens.
+
+    Args:
+        batch_size: Rows.
+        capacity: Slots per row, in tokens.
+        span: Window or chunk length of a ring in tokens; None for a static store.
+        device: Device of the positions.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        capacity: int,
+        span: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.batch_size, self.capacity, self.span = batch_size, capacity, span
-        self.states: tuple[Tensor, ...] = ()
-        self.positions_BS = torch.empty(0)
-        self.bound = self.peak = 0
-        self.context: CacheView | None = None  # keys and values of a context, made once per request
-
-    def keep_context(self, states: tuple[Tensor, ...], positions_BS: Tensor) -> CacheView:
-        """Hold what cross-attention reads, until `reset`."""
-        # Copies: states made under inference mode could not be written or forked outside it.
+        # A tensor that is made under inference mode could not be written outside it.
         with torch.inference_mode(False):
-            self.context = CacheView(
-                tuple(x.detach().clone() for x in states), positions_BS.clone()
-            )
-        return self.context
-
-    def update(self, states: tuple[Tensor, ...], positions_BT: Tensor) -> CacheView:
-        """Store this call's states [B, T, ...] at their positions; returns all that its queries may
-        see.
-
-        Positions run on without gaps within a row, padding (-1) only behind the real tokens.
-        """
-        if not self.states:
-            self._allocate(states, positions_BT)
-        positions_BT = positions_BT.expand(self.batch_size, -1)
-        fresh, self.bound = self.bound == 0, self.bound + positions_BT.size(1)
-        self.peak = max(self.peak, self.bound)
-        return self._update(states, positions_BT, fresh)
+            self.positions_BS = torch.full((batch_size, capacity + 1), -1, device=device)
+            self._rows_B1 = torch.arange(batch_size, device=device).unsqueeze(1)
+        self.placement: Placement | None = None  # of the current call
 
     @abstractmethod
-    def _update(self, states: tuple[Tensor, ...], positions_BT: Tensor, fresh: bool) -> CacheView:
-        """Store the states and show what their queries may see; `fresh` where nothing was there
-        before.
+    def begin_call(self, positions_BT: Tensor, bound: int, *, first: bool) -> None:
+        """Write the positions of a call and set `placement` for its layers.
+
+        Args:
+            positions_BT: int64 [B, T]. Positions continue each row without gaps; padding (-1) may
+                only follow the real tokens.
+            bound: Upper bound of the tokens of any row after this call.
+            first: Whether the store was empty before.
         """
 
-    @torch.inference_mode(
-        False
-    )  # tensors made under inference mode could not be written outside it
-    def _allocate(self, states: tuple[Tensor, ...], positions_BT: Tensor) -> None:
-        rows = states[0].size(0)
-        if rows != self.batch_size:
-            raise RequestError(
-                f"tokens have {rows} rows: this cache was built for {self.batch_size}"
-            )
-        shape = (self.batch_size, self.capacity + 1)
-        # zeros, not empty: a slot that is hidden by its position must not leak NaN through 0 * NaN.
-        self.states = tuple(x.new_zeros(*shape, *x.shape[2:]) for x in states)
-        self.positions_BS = torch.full(shape, -1, dtype=torch.int64, device=positions_BT.device)
-
-    def _write(self, states: tuple[Tensor, ...], positions_BT: Tensor, keep_BT: Tensor) -> None:
+    def _write(self, positions_BT: Tensor, keep_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the positions of the tokens to keep; return (rows, slots) of all tokens."""
         slots_BT = torch.where(keep_BT, positions_BT % self.capacity, self.capacity)
-        rows_B1 = torch.arange(self.batch_size, device=slots_BT.device).unsqueeze(1)
-        for stored, new in zip(self.states, states, strict=True):
-            stored[rows_B1, slots_BT] = new.detach()
-        self.positions_BS[rows_B1, slots_BT] = torch.where(keep_BT, positions_BT, -1)
+        self.positions_BS[self._rows_B1, slots_BT] = torch.where(keep_BT, positions_BT, -1)
+        return self._rows_B1, slots_BT
 
-    def can_rollback(self, depth: int) -> bool:
-        """Whether a row may fall `depth` tokens below the longest it has been and still see all it
-        needs.
+    def can_rollback(self, depth: int, peak: int) -> bool:
+        """Return whether a row can fall `depth` tokens below the longest it has been without losing
+        keys.
+
+        `peak` is the largest number of tokens that any row has had.
         """
-        if self.span is None or self.peak <= self.capacity:
+        if self.span is None or peak <= self.capacity:
             return True
         return depth <= self.capacity - self.span + 1
 
-    def rollback(self, lengths_B: Tensor, bound: int) -> None:
-        """Forget every token at or behind position `lengths_B` of its row."""
-        self.bound = bound
-        if self.states:
-            gone = self.positions_BS >= lengths_B.unsqueeze(1)
-            self.positions_BS.masked_fill_(gone, -1)
+    def rollback(self, lengths_B: Tensor) -> None:
+        """Empty every slot whose position is `lengths_B` or more in its row."""
+        self.positions_BS.masked_fill_(self.positions_BS >= lengths_B.unsqueeze(1), -1)
 
-    def reset(self) -> None:
-        """Forget everything and keep the memory."""
-        self.bound = self.peak = 0
-        self.context = None
-        if self.states:
-            self.positions_BS.fill_(-1)
-            for x in self.states:  # what stood there may have been NaN
-                x.zero_()
+    def fork(self, rows: Tensor) -> Self:
+        """Return a copy whose row i is this store's row `rows[i]`."""
+        other = type(self)(rows.numel(), self.capacity, self.span, rows.device)
+        other.positions_BS.copy_(self.positions_BS.index_select(0, rows))
+        return other
+
+
+class StaticCache(SlotStore):
+    """A store in which slot p has position p, for layers that attend to all earlier tokens."""
+
+    def begin_call(self, positions_BT: Tensor, bound: int, *, first: bool) -> None:
+        """Write the positions; queries read the store up to a multiple of `BUCKET` slots."""
+        index = self._write(positions_BT, positions_BT >= 0)
+        if first:  # queries read the new tokens alone, whose layout is known
+            self.placement = Placement(*index, positions_BT, new_at=0)
+            return
+        shown = min(self.capacity, -(-bound // BUCKET) * BUCKET)
+        self.placement = Placement(*index, self.positions_BS[:, :shown])
+
+
+class RotatingBufferCache(SlotStore):
+    """A ring: position p is in slot p % capacity, and capacity = span + slack.
+
+    A call of at most slack + 1 tokens overwrites nothing that its own queries need, so queries read
+    the ring after the write. In a longer call queries read the ring as it was, followed by the new
+    tokens; then the last `capacity` tokens of each row are written.
+    """
+
+    def begin_call(self, positions_BT: Tensor, bound: int, *, first: bool) -> None:
+        """Write the positions that the ring keeps, before or after queries read it."""
+        assert self.span is not None, "a ring has a span"
+        count, keep_BT = positions_BT.size(1), positions_BT >= 0
+        if not first and count <= self.capacity - self.span + 1:
+            index = self._write(positions_BT, keep_BT)
+            self.placement = Placement(*index, self.positions_BS[:, :-1])
+            return
+        seen, new_at = positions_BT, 0
+        if not first:
+            seen, new_at = torch.cat((self.positions_BS[:, :-1], positions_BT), 1), self.capacity
+        if count > self.capacity:
+            keep_BT = keep_BT & (positions_BT > positions_BT.amax(1, keepdim=True) - self.capacity)
+        self.placement = Placement(*self._write(positions_BT, keep_BT), seen, new_at)
+
+
+class LayerCache:
+    """The cached states of one layer, in the slots of a store that it may share with other layers.
+
+    `states` are allocated at the first update, from its shapes: (keys, values) each [B, capacity +
+    1, K, H], or one tensor of latents [B, capacity + 1, 1, R] for latent attention. `context` has
+    the keys and values of cross-attention, which are computed once per request.
+    """
+
+    def __init__(self, store: SlotStore) -> None:
+        self.store = store
+        self.states: tuple[Tensor, ...] = ()
+        self.context: CacheView | None = None
+
+    def update(self, states: tuple[Tensor, ...]) -> CacheView:
+        """Store the states of the call that the store has begun.
+
+        Args:
+            states: Tensors [B, T, ...] of the new tokens.
+
+        Returns:
+            Everything that the queries of this call may attend to, the new tokens included.
+        """
+        call = self.store.placement
+        assert call is not None, "the store begins a call before its layers update"
+        if not self.states:
+            self._allocate(states)
+        if call.new_at is None:
+            self._write(states, call)
+            shown = call.positions_BS.size(1)
+            return CacheView(tuple(x[:, :shown] for x in self.states), call.positions_BS)
+        seen = states
+        if call.new_at:
+            pairs = zip(self.states, states, strict=True)
+            seen = tuple(torch.cat((old[:, : call.new_at], new), 1) for old, new in pairs)
+        self._write(states, call)
+        return CacheView(seen, call.positions_BS, new_at=call.new_at)
+
+    def _write(self, states: tuple[Tensor, ...], call: Placement) -> None:
+        for stored, new in zip(self.states, states, strict=True):
+            stored[call.rows_B1, call.slots_BT] = new.detach()
 
     @torch.inference_mode(False)
-    def fork(self, rows: Tensor) -> LayerCache:
-        """A copy whose row i is this cache's row `rows[i]`."""
-        other = type(self)(rows.numel(), self.capacity, self.span)
-        other.bound, other.peak = self.bound, self.peak
+    def _allocate(self, states: tuple[Tensor, ...]) -> None:
+        rows, expected = states[0].size(0), self.store.batch_size
+        require(rows == expected, "tokens", f"{rows} rows", f"expected the cache's {expected} rows")
+        # Zeros, since 0 * NaN is NaN: a hidden slot of `torch.empty` could leak into the output.
+        shape = (rows, self.store.capacity + 1)
+        self.states = tuple(x.new_zeros(*shape, *x.shape[2:]) for x in states)
+
+    @torch.inference_mode(False)
+    def keep_context(self, states: tuple[Tensor, ...], positions_BS: Tensor) -> CacheView:
+        """Store the keys and values of cross-attention until `reset`, and return them as a view."""
+        self.context = CacheView(tuple(x.detach().clone() for x in states), positions_BS.clone())
+        return self.context
+
+    def reset(self) -> None:
+        """Clear all states and keep their memory."""
+        self.context = None
+        for x in self.states:  # they may have been NaN
+            x.zero_()
+
+    @torch.inference_mode(False)
+    def fork(self, rows: Tensor, store: SlotStore) -> LayerCache:
+        """Return a copy whose row i is this cache's row `rows[i]`, in the slots of `store`."""
+        other = LayerCache(store)
         other.states = tuple(x.index_select(0, rows) for x in self.states)
-        other.positions_BS = (
-            self.positions_BS.index_select(0, rows) if self.states else self.positions_BS
-        )
         if self.context is not None:
             states = tuple(x.index_select(0, rows) for x in self.context.states)
             other.context = CacheView(states, self.context.positions_BS.index_select(0, rows))
         return other
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Copies of all tensors, to be given back to `restore`."""
+        """Return copies of all tensors, for `restore`."""
         tensors = {f"state{i}": x.clone() for i, x in enumerate(self.states)}
-        if self.states:
-            tensors["positions"] = self.positions_BS.clone()
         if self.context is not None:
             tensors |= {f"context{i}": x.clone() for i, x in enumerate(self.context.states)}
             tensors["context_positions"] = self.context.positions_BS.clone()
         return tensors
 
     @torch.inference_mode(False)
-    def restore(self, tensors: dict[str, Tensor], bound: int, peak: int) -> None:
-        """Back to what `snapshot` saw."""
-        if "positions" not in tensors:
-            self.reset()
-        else:
-            self.bound, self.peak = bound, peak
-            self.states = _numbered(tensors, "state")
-            self.positions_BS = tensors["positions"].clone()
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Replace all tensors by copies of those of a `snapshot`."""
+        self.states, self.context = _numbered(tensors, "state"), None
         if "context_positions" in tensors:
-            self.context = CacheView(
-                _numbered(tensors, "context"), tensors["context_positions"].clone()
-            )
-        else:
-            self.context = None
+            positions_BS = tensors["context_positions"].clone()
+            self.context = CacheView(_numbered(tensors, "context"), positions_BS)
 
     @property
     def bytes(self) -> int:
-        """Memory held now."""
+        """Allocated memory of the states and the context, in bytes."""
         context = () if self.context is None else (*self.context.states, self.context.positions_BS)
-        return sum(
-            x.numel() * x.element_size() for x in (*self.states, self.positions_BS, *context)
-        )
+        return sum(x.nbytes for x in (*self.states, *context))
 
 
 def _numbered(tensors: dict[str, Tensor], name: str) -> tuple[Tensor, ...]:
     count = sum(key.removeprefix(name).isdecimal() for key in tensors if key.startswith(name))
     return tuple(tensors[f"{name}{i}"].clone() for i in range(count))
-
-
-class StaticCache(LayerCache):
-    """Slot p holds position p; for layers that see everything before them."""
-
-    def _update(self, states: tuple[Tensor, ...], positions_BT: Tensor, fresh: bool) -> CacheView:
-        self._write(states, positions_BT, positions_BT >= 0)
-        if (
-            fresh
-        ):  # nothing was there: the new tokens are all there is to see, and their layout is known
-            return CacheView(states, positions_BT, new_at=0)
-        shown = min(self.capacity, -(-self.bound // BUCKET) * BUCKET)
-        return CacheView(tuple(x[:, :shown] for x in self.states), self.positions_BS[:, :shown])
-
-
-class RotatingBufferCache(LayerCache):
-    """A ring: position p lives in slot p % capacity; capacity = span + slack.
-
-    A call of at most slack + 1 tokens overwrites nothing its own queries need, so it writes, then
-    reads; a longer call reads ring and new tokens side by side, then writes the last `capacity`
-    tokens of each row.
-    """
-
-    def _update(self, states: tuple[Tensor, ...], positions_BT: Tensor, fresh: bool) -> CacheView:
-        assert self.span is not None, "a ring has a span"
-        count, valid_BT = positions_BT.size(1), positions_BT >= 0
-        if not fresh and count <= self.capacity - self.span + 1:
-            self._write(states, positions_BT, valid_BT)
-            return CacheView(tuple(x[:, :-1] for x in self.states), self.positions_BS[:, :-1])
-        view = CacheView(states, positions_BT, new_at=0)
-        if not fresh:
-            both = tuple(
-                torch.cat((x[:, :-1], new), 1) for x, new in zip(self.states, states, strict=True)
-            )
-            positions = torch.cat((self.positions_BS[:, :-1], positions_BT), 1)
-            view = CacheView(both, positions, new_at=self.capacity)
-        last_B1 = positions_BT.amax(1, keepdim=True)
-        if (
-            count > self.capacity
-        ):  # no row keeps more: skip the rest on the host, at equal row lengths too
-            keep_BT = valid_BT & (positions_BT > last_B1 - self.capacity)
-            self._write(states, positions_BT, keep_BT)
-        else:
-            self._write(states, positions_BT, valid_BT)
-        return view

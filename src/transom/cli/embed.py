@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
         if not finite
     ]
     if broken:
-        dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
+        dtype = str(model.dtype).removeprefix("torch.")
         raise WorkError(
             f"text {broken[0]} of {len(texts)}: its vector is NaN or infinite ({len(broken)} "
             f"such texts); a weight is not finite, or values are too large for {dtype}"

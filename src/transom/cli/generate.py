@@ -266,7 +266,7 @@ def rates(
         "generation_tokens": sum(counts),
         "prompt_tokens_per_second": prompt_tokens / prompt_seconds,
         "generation_tokens_per_second": (sum(counts) - len(counts)) / max(seconds, 1e-9),
-        "peak_memory_bytes": memory_bytes(model.tok_embeddings.weight.device),
+        "peak_memory_bytes": memory_bytes(model.device),
     }
 
 

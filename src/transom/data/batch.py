@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transom.models.llm import TransformerInput
+from transom.layers.inputs import TransformerInput
 
 NO_TARGET = (
     -100

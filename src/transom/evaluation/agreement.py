@@ -18,7 +18,8 @@ from torch import Tensor
 
 from transom.base.runtime import evaluating
 from transom.evaluation.bits import LOGITS
-from transom.models.llm import LLM, TransformerInput
+from transom.layers.inputs import TransformerInput
+from transom.models.llm import LLM
 
 BATCH_TOKENS = 2048  # of one forward
 
@@ -46,7 +47,7 @@ def logits_of(model: LLM, rows: Iterable[Tensor]) -> Iterator[Tensor]:
     """Float32 logits [n, V] of all positions of rows of tokens [T], in order; of a head, [rows,
     labels].
     """
-    device = model.tok_embeddings.weight.device
+    device = model.device
     headed = model.args.head is not None
     with evaluating(model):
         for tokens_BT in _batches(rows):

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from transom.base.errors import RequestError
 from transom.base.runtime import evaluating
 from transom.evaluation.progress import shown
-from transom.models.llm import LLM, TransformerInput
+from transom.layers.inputs import TransformerInput
+from transom.models.llm import LLM
 
 
 class Documents(Protocol):
@@ -204,7 +205,7 @@ def _batches(
 
 def _score_batch(model: LLM, rows: Sequence[Sequence[Window]]) -> list[WindowScore]:
     """Scores of the windows of every row, which share its inputs."""
-    device = model.tok_embeddings.weight.device
+    device = model.device
     longest = max(len(row[0].inputs) for row in rows)
     tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
     for b, (first, *_) in enumerate(rows):

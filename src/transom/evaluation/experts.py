@@ -12,8 +12,9 @@ from torch import Tensor
 from transom.base.errors import require
 from transom.base.runtime import evaluating
 from transom.evaluation.trace import blocks
+from transom.layers.inputs import TransformerInput
 from transom.layers.moe import MoE, Router
-from transom.models.llm import LLM, TransformerInput
+from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
 
 TOP = 10  # tokens shown per expert

@@ -95,7 +95,7 @@ class TransomLM(TemplateLM):
         self._chats = self._begun = (
             False  # whether prompts are chats, and whether their answers have begun
         )
-        self._device = self.subject.model.tok_embeddings.weight.device
+        self._device = self.subject.model.device
 
     # -- text and ids
     # ------------------------------------------------------------------------------------

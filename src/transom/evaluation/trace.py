@@ -20,8 +20,10 @@ from transom.attention.mask import MaskSpec
 from transom.attention.reference import weights_BNTS
 from transom.attention.view import CacheView, Score
 from transom.base.errors import require
+from transom.layers.block import TransformerBlock
+from transom.layers.inputs import TransformerInput
 from transom.layers.moe import MoE
-from transom.models.llm import LLM, TransformerBlock, TransformerInput
+from transom.models.llm import LLM
 
 BLOCK = 256  # queries whose dense attention weights exist at the same time, tokens
 TOP = 3  # tokens kept of every prediction

@@ -15,7 +15,8 @@ from transom.base.runtime import evaluating
 from transom.cache.model_cache import ModelCache
 from transom.config.model_args import ModelArgs
 from transom.inference.sampling import Sampler, SamplingArgs
-from transom.models.llm import LLM, TransformerInput
+from transom.layers.inputs import TransformerInput, right_padded
+from transom.models.llm import LLM
 
 GREEDY = SamplingArgs()
 FINISHED = -1  # what a row gets after its stop token, where a tensor cannot hold None
@@ -125,14 +126,6 @@ def _padded(
     return tokens, [row[:count] for row, count in zip(rows, counts, strict=True)]
 
 
-def right_padded(rows: Sequence[Sequence[int]], pad_token: int = 0) -> Tensor:
-    """The rows as one int64 tensor [B, T], T the longest, filled up with `pad_token`."""
-    longest = max(map(len, rows), default=0)
-    return torch.tensor(
-        [[*row, *[pad_token] * (longest - len(row))] for row in rows], dtype=torch.int64
-    )
-
-
 def _steps(
     model: LLM,
     prompts: Sequence[Sequence[int]],
@@ -147,7 +140,7 @@ def _steps(
     """Check everything now, not at the first step; then the ids [B] of each step, `FINISHED` where
     a row is.
     """
-    args, device = model.args, model.tok_embeddings.weight.device
+    args, device = model.args, model.device
     require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "expected 1 or more")
     require(prefill_step_size >= 1, "prefill_step_size", prefill_step_size, "expected 1 or more")
     _check_prompts(prompts, args.vocab_size)
@@ -184,7 +177,7 @@ def _run(
     longer: int | None,
 ) -> Iterator[Tensor]:
     """`longer` is the capacity to go on with where `cache` was built for the original length (see
-    `outgrow`).
+    `rebuild_larger`).
     """
     given: list[Tensor] = []
     logits_BV = prefill(model, cache, rest, prefill_step_size)
@@ -211,9 +204,11 @@ def _run(
         if longer:
             given.append(ids_B)
             if cache.bound == cache.capacity:
-                cache.tighten()  # the bound counts calls; a row that has finished grows no more
+                cache.sync_length()  # the bound counts calls; a row that has finished grows no more
             if remaining and cache.bound == cache.capacity:
-                cache, logits_BV = outgrow(model, cache, rest, given, longer, prefill_step_size)
+                cache, logits_BV = rebuild_larger(
+                    model, cache, rest, given, longer, prefill_step_size
+                )
                 longer = None
                 continue
         if remaining:
@@ -230,7 +225,7 @@ def first_capacity(args: ModelArgs, prompt_tokens: int, total: int) -> int:
     return min((one for one in originals if prompt_tokens <= one < total), default=total)
 
 
-def outgrow(
+def rebuild_larger(
     model: LLM,
     cache: ModelCache,
     prompts: Sequence[Sequence[int]],
@@ -260,7 +255,7 @@ def prefill(model: LLM, cache: ModelCache, rows: Sequence[Sequence[int]], step_s
     """Store `rows` in the cache, `step_size` tokens per call; the logits [B, V] behind each row's
     last token.
     """
-    device = model.tok_embeddings.weight.device
+    device = model.device
     tokens_BT = right_padded(rows).to(device)
     counts = [len(row) for row in rows]
     last_BV: Tensor | None = None
@@ -312,7 +307,7 @@ def _logits_BV(model: LLM, inputs: TransformerInput, cache: ModelCache) -> Tenso
     return logits_B1V[:, 0]
 
 
-def settle(cache: ModelCache, at_most: int, in_flight: int) -> None:
+def truncate_after_interrupt(cache: ModelCache, at_most: int, in_flight: int) -> None:
     """Make a cache of one row whole after an interrupted stream, holding `at_most` tokens or fewer.
 
     The call that was cut short had `in_flight` tokens or fewer. Where a ring has already

@@ -16,7 +16,7 @@ from transom.base.runtime import mixed_seed
 from transom.chat.marking import common_prefix
 from transom.chat.reasoning import Markers, Piece, Splitter, marker_ids
 from transom.chat.template import ChatTemplate
-from transom.inference.loop import settle
+from transom.inference.loop import truncate_after_interrupt
 from transom.inference.sampling import SamplingArgs
 from transom.inference.text import Completion, TextStream, stream_text
 from transom.models.llm import LLM
@@ -230,7 +230,7 @@ class Session:
         self.framing.keep(answer.turn, answer.ids, answer, answer_ids)
         if interrupted:
             in_flight = 1 if completion.tokens else self.args.prefill_step_size
-            settle(
+            truncate_after_interrupt(
                 self.cache, at_most=len(answer.ids) + len(completion.tokens), in_flight=in_flight
             )
         elif (

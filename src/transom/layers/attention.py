@@ -30,7 +30,7 @@ def new_view(
     with them.
     """
     if cache is not None:
-        return cache.update(states, step.positions_BT)
+        return cache.update(states)
     spec = step.masks[layer.rule]
     # Positions that nobody described may stand in any order: then no slot can be ruled out by its
     # place.

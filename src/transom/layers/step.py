@@ -14,14 +14,6 @@ from transom.config.model_args import LayerRule, RopeArgs, TemperatureArgs
 
 
 @dataclass(frozen=True)
-class MaskedEmbedding:
-    """Rows that replace token embeddings: `embedding` [B, T, D] where `mask` [B, T] is True."""
-
-    embedding: Tensor
-    mask: Tensor
-
-
-@dataclass(frozen=True)
 class Context:
     """What cross-attention looks at: `states` [B, S, C], their positions [B, S] (-1 padding)."""
 
@@ -53,6 +45,6 @@ class LayerCacheLike(Protocol):
     @property
     def context(self) -> CacheView | None: ...
 
-    def update(self, states: tuple[Tensor, ...], positions_BT: Tensor, /) -> CacheView: ...
+    def update(self, states: tuple[Tensor, ...], /) -> CacheView: ...
 
     def keep_context(self, states: tuple[Tensor, ...], positions_BS: Tensor, /) -> CacheView: ...

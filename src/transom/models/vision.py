@@ -19,10 +19,11 @@ from transom.base.errors import RequestError
 from transom.config.model_args import RopeArgs, VisionArgs
 from transom.layers.block import TransformerBlock
 from transom.layers.initial import draw_weight
+from transom.layers.inputs import MaskedEmbedding
 from transom.layers.linear import Linear
 from transom.layers.norm import make_norm
 from transom.layers.rope import base_frequencies
-from transom.layers.step import MaskedEmbedding, Step
+from transom.layers.step import Step
 
 
 class VisionEmbeddings(nn.Module):

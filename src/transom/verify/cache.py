@@ -19,7 +19,8 @@ from transom.base.errors import notice, require
 from transom.cache import store
 from transom.cache.model_cache import ModelCache
 from transom.config.model_args import ModelArgs
-from transom.models.llm import LLM, TransformerInput
+from transom.layers.inputs import TransformerInput
+from transom.models.llm import LLM
 from transom.verify.findings import TOLERANCES, Finding, difference
 from transom.verify.sample_models import SAMPLES, random_context, random_tokens, sample_model
 
@@ -73,7 +74,7 @@ def compare_small(model: LLM, name: str) -> Iterator[Finding]:
     args = model.args
     longest = max((layer.rule.size for layer in args.layers), default=0)
     length = 2 * max(longest + max(SLACKS), SMALL_BUCKET) + 3
-    tolerance = TOLERANCES[model.tok_embeddings.weight.dtype]
+    tolerance = TOLERANCES[model.dtype]
     with small_buckets():
         for total in lengths_by_rope(args, length):
             yield from compare(model, name, Plan(total, SLACKS, SMALL_BUCKET, total, tolerance))
@@ -95,7 +96,7 @@ def compare_whole(model: LLM, name: str, length: int | None = None) -> Iterator[
     spans = sorted({layer.rule.size for layer in model.args.layers if layer.rule.size >= length})
     for span in spans:
         notice(f"{name}: windows or chunks of {span} tokens are not crossed by --length {length}")
-    tolerance = TOLERANCES[model.tok_embeddings.weight.dtype]
+    tolerance = TOLERANCES[model.dtype]
     yield from compare(
         model, name, Plan(length, (REAL_SLACK,), store.BUCKET, REAL_DECODED, tolerance)
     )
@@ -126,7 +127,7 @@ def small_buckets() -> Iterator[None]:
 def compare(model: LLM, name: str, plan: Plan) -> Iterator[Finding]:
     """All comparisons for one model, against one forward of `plan.length` tokens."""
     args = model.args
-    tokens = random_tokens(args, 2, plan.length).to(model.tok_embeddings.weight.device)
+    tokens = random_tokens(args, 2, plan.length).to(model.device)
     whole = run(model, [TransformerInput(tokens)])
     ahead = any(layer.rule.kind == "full" for layer in args.layers)
     scaling = args.scaling

@@ -31,7 +31,8 @@ from transom.checkpoints.files.lazy_tensors import Source, Stored
 from transom.checkpoints.load import load, open_state, outline, save, shapes_of
 from transom.config.model_args import ModelArgs, RopeLayout
 from transom.inference.loop import generate
-from transom.models.llm import LLM, TransformerInput
+from transom.layers.inputs import TransformerInput
+from transom.models.llm import LLM
 from transom.tokenizers.training import byte_tokenizer
 from transom.verify.cache import REAL_SLACK, compare_whole
 from transom.verify.cache import run as forward

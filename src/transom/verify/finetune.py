@@ -27,9 +27,10 @@ from transom.data.chat.batches import packed_batch, padded_batch
 from transom.data.chat.conversations import Example
 from transom.data.chat.finetune_sets import read_examples
 from transom.data.chat.rows import template_for
+from transom.layers.inputs import TransformerOutput
 from transom.lora.adapters import LoraWeights, carriers
 from transom.lora.args import ROLES, LoraArgs
-from transom.models.llm import LLM, TransformerOutput
+from transom.models.llm import LLM
 from transom.tokenizers.training import byte_tokenizer
 from transom.training.config import OptimizerArgs, TrainArgs, read_config
 from transom.training.finetune.args import FinetuneArgs

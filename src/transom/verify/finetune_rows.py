@@ -30,7 +30,8 @@ from transom.data.chat.batches import packed_batch, padded_batch
 from transom.data.chat.conversations import Example, Message, recognise
 from transom.data.chat.finetune_sets import Problem
 from transom.data.chat.rows import ChatCounts, EncodedChat, EncodedChats, encode_examples
-from transom.models.llm import LLM, TransformerInput
+from transom.layers.inputs import TransformerInput
+from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.tokenizers.training import train_bpe
 from transom.training.losses.cross_entropy import head_loss
@@ -389,7 +390,7 @@ def compare_losses(model: LLM, encoded: EncodedChats, name: str) -> Iterator[Fin
     micro-batches.
     """
     rows = [row for item in encoded.items for row in item]
-    device = model.tok_embeddings.weight.device
+    device = model.device
     alone = [_alone(model, row) for row in rows]
     tolerance = TOLERANCES[alone[0].dtype]
     for layout, made in layouts(encoded):
@@ -425,7 +426,7 @@ def compare_losses(model: LLM, encoded: EncodedChats, name: str) -> Iterator[Fin
 
 def _alone(model: LLM, row: EncodedChat) -> Tensor:
     """Weighted nats of one row, by itself."""
-    device = model.tok_embeddings.weight.device
+    device = model.device
     ids_T, weights_T = (torch.as_tensor(one, device=device) for one in (row.ids, row.weights))
     logits = model(TransformerInput(ids_T[None, :-1].long())).logits
     assert logits is not None, "all logits are the default"

@@ -30,12 +30,13 @@ from transom.config.model_args import ModelArgs
 from transom.evaluation.agreement import Agreement, agreement, logits_of
 from transom.evaluation.merging import BASE_ALONE, REPORT, adapter_hashes, merge_folders
 from transom.evaluation.token_rows import BUILT_IN, HELD_OUT, RANDOM, STDLIB, TokenRows, token_rows
+from transom.layers.inputs import TransformerInput
 from transom.lora.adapters import LEAVES, Adapters, Embedding, Leaf, LoraWeights, carriers
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
 from transom.lora.combine_args import CombineArgs
 from transom.lora.merge import merge_adapter, unmerge_adapter
-from transom.models.llm import LLM, TransformerInput
+from transom.models.llm import LLM
 from transom.names.transforms import turn_rotary
 from transom.quantize.args import QuantizeArgs
 from transom.verify.findings import TOLERANCES, Finding, difference, same_bytes

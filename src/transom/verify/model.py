@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from transom.config.model_args import ModelArgs
-from transom.models.llm import TransformerInput
+from transom.layers.inputs import TransformerInput
 from transom.verify.findings import Finding, difference
 from transom.verify.oracle import Oracle, lacks
 from transom.verify.sample_models import SAMPLES, random_tokens, sample_model

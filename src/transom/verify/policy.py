@@ -122,7 +122,7 @@ def compare_policies(models: Iterable[tuple[str, LLM]]) -> Iterator[Finding]:
 def _compare(
     model: LLM, name: str, precision: Precision, backend: str, temperature: float
 ) -> Finding:
-    args, device = model.args, model.tok_embeddings.weight.device
+    args, device = model.args, model.device
     ids = random_tokens(args, len(PROMPTS), max(PROMPTS)).tolist()
     questions = tuple(Question(str(row), ids[row][:count], {}) for row, count in enumerate(PROMPTS))
     seeds = tuple(

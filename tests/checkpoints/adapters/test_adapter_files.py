@@ -21,10 +21,11 @@ from transom.checkpoints.adapters.peft_config import base_of, is_adapter, read_p
 from transom.checkpoints.adapters.read import load_adapter, sort_keys
 from transom.checkpoints.adapters.write import save_adapter
 from transom.checkpoints.load import load
+from transom.layers.inputs import TransformerInput
 from transom.lora.adapters import LoraWeights, carriers
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
-from transom.models.llm import LLM, TransformerInput
+from transom.models.llm import LLM
 from transom.names.transforms import turn_rotary
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

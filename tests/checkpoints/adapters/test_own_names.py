@@ -17,10 +17,10 @@ from tests.helpers import random_model, random_tokens, tiny_args
 from transom.checkpoints.adapters.foreign_leaves import OWN, candidates
 from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.adapters.write import save_adapter
+from transom.layers.inputs import TransformerInput
 from transom.lora.adapters import carriers
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
-from transom.models.llm import TransformerInput
 
 FILE = "adapter_model.safetensors"
 NATIVE = {

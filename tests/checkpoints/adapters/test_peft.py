@@ -17,9 +17,10 @@ from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.adapters.write import save_adapter
 from transom.checkpoints.load import load
 from transom.inference.loop import generate
+from transom.layers.inputs import TransformerInput
 from transom.lora.adapters import active_adapters, carriers, plain_weights, remove_adapter
 from transom.lora.merge import merge_adapter, unmerge_adapter
-from transom.models.llm import LLM, TransformerInput
+from transom.models.llm import LLM
 
 
 @pytest.fixture(scope="module", params=ADAPTERS)

@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from tests.checkpoints.families import random_ids, tiny_hf
-from transom.models.llm import LLM, TransformerInput
+from transom.layers.inputs import TransformerInput
+from transom.models.llm import LLM
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 # name: (family of tests/checkpoints/families.py, what LoraConfig has besides r and lora_alpha)

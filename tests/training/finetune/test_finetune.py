@@ -13,10 +13,10 @@ from tests.checkpoints.families import tiny_hf
 from tests.training.finetune.runs import base_folder, chats, judged, preferences, run_args, solved
 from tests.training.runs import losses, tiny_config
 from transom.base.errors import RequestError
+from transom.layers.inputs import TransformerInput
 from transom.lora.adapters import active_adapters
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
-from transom.models.llm import TransformerInput
 from transom.training.config import read_config
 from transom.training.finetune.weights import check_written
 from transom.training.loop.setup import open_run

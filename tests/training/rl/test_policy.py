@@ -17,9 +17,10 @@ from transom.base.errors import RequestError
 from transom.data.batch import NO_TARGET, Batch
 from transom.data.chat.conversations import Example
 from transom.data.chat.rows import default_template
+from transom.layers.inputs import TransformerInput
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
-from transom.models.llm import LLM, TransformerInput
+from transom.models.llm import LLM
 from transom.tokenizers.training import byte_tokenizer
 from transom.training.losses.log_probs import adapters_off
 from transom.training.rl.policy import PolicyGradient, group_advantages

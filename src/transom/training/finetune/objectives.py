@@ -96,7 +96,7 @@ def _preference(
     reference = None
     if finetune.method == "full" and finetune.objective in ("dpo", "ipo"):
         assert data.train is not None, "rows of pairs"
-        kind = model.tok_embeddings.weight.device.type
+        kind = model.device.type
         with evaluating(model), torch.autocast(kind, dtype, enabled=dtype != torch.float32):
             batches = (*held_batches(data.train), *data.held_out)
             reference = precompute_reference(model, batches, chunk)
@@ -115,4 +115,4 @@ def _preference(
 
 
 def _device(model: LLM) -> torch.device:
-    return model.tok_embeddings.weight.device
+    return model.device

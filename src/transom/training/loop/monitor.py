@@ -19,7 +19,8 @@ from transom.evaluation.bits import HeldOut, score
 from transom.evaluation.experts import expert_tokens, token_row
 from transom.inference.sampling import SamplingArgs
 from transom.inference.text import complete
-from transom.models.llm import LLM, TransformerInput
+from transom.layers.inputs import TransformerInput
+from transom.models.llm import LLM
 from transom.planning.counts import flops_per_token
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
@@ -112,7 +113,7 @@ class Monitor:
         more: Mapping[str, Any],
     ) -> None:
         """The numbers of a step that took `seconds`, and `more`; the progress line moves on."""
-        p, args, device = self.progress, self.args, self.model.tok_embeddings.weight.device
+        p, args, device = self.progress, self.args, self.model.device
         rate = result.tokens / seconds
         frozen = args.finetune is not None and args.finetune.method == "lora"
         flops = flops_per_token(self.model.args, result.row_length, training=True, frozen=frozen)
@@ -208,7 +209,7 @@ class Monitor:
 
     def _held_out_text(self, tokens: int) -> Iterator[TransformerInput]:
         """The beginning of each held-out document, about `tokens` per source."""
-        device, window = self.model.tok_embeddings.weight.device, self.args.data.seq_len
+        device, window = self.model.device, self.args.data.seq_len
         for file in self.data.held_out.values():
             left = tokens
             for index in range(len(file)):

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from transom.config.model_args import MoeArgs
+from transom.layers.block import TransformerBlock
 from transom.layers.moe import MoE, RouterStatistics, picked, scores
-from transom.models.llm import LLM, TransformerBlock
+from transom.models.llm import LLM
 
 
 class RouterSums(NamedTuple):

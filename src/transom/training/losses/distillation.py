@@ -15,7 +15,8 @@ from torch import Tensor
 
 from transom.base.errors import RequestError, notice, require
 from transom.data.batch import NO_TARGET, Batch
-from transom.models.llm import LLM, TransformerOutput
+from transom.layers.inputs import TransformerOutput
+from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.losses.cross_entropy import chunk_tokens, cross_entropy_sum
 from transom.training.losses.log_probs import by_chunks

@@ -20,7 +20,8 @@ from transom.config.layer_args import BASE_HEAD
 from transom.config.model_args import HeadArgs
 from transom.data.batch import pad_rows
 from transom.data.labelled import EncodedRow
-from transom.models.llm import LLM, TransformerInput, TransformerOutput, pool
+from transom.layers.inputs import TransformerInput, TransformerOutput
+from transom.models.llm import LLM, pool
 from transom.training.losses.cross_entropy import cross_entropy_sum
 
 BATCH_TOKENS = 4096  # of one call without gradients, padding included
@@ -106,7 +107,7 @@ def score_head(model: LLM, rows: Sequence[EncodedRow], temperature: float = 0.05
     head = model.args.head
     require(head is not None, "head", None, "expected a model with a head")
     require(len(rows) > 0, "held-out rows", 0, "expected one or more")
-    device = model.tok_embeddings.weight.device
+    device = model.device
     targets_R = torch.tensor([row.target for row in rows], device=device)
     texts = run_rows(model, [row.ids[0] for row in rows])
     if head is not None and head.kind == "classification":
@@ -145,7 +146,7 @@ def run_rows(
     elif not free:
         expected = f"expected {head.pooling}, what the model's head does"
         require(pooling in (None, head.pooling), "pooling", pooling, expected)
-    device = model.tok_embeddings.weight.device
+    device = model.device
     vectors: dict[int, Tensor] = {}
     logits: dict[int, Tensor] = {}
     for indices in _like_lengths(rows):

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from transom.base.errors import RequestError, require
 from transom.base.runtime import evaluating
 from transom.data.batch import NO_TARGET
+from transom.layers.inputs import TransformerInput
 from transom.lora.adapters import activate_adapters, active_adapters, carriers
-from transom.models.llm import LLM, TransformerInput
+from transom.models.llm import LLM
 from transom.training.losses.cross_entropy import chunk_tokens
 
 

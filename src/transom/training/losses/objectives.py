@@ -20,7 +20,8 @@ from transom.base.runtime import evaluating
 from transom.config.model_args import HeadArgs
 from transom.data.batch import NO_TARGET, Batch
 from transom.data.labelled import EncodedRow
-from transom.models.llm import LLM, TransformerOutput
+from transom.layers.inputs import TransformerOutput
+from transom.models.llm import LLM
 from transom.training.losses.cross_entropy import head_loss
 from transom.training.losses.heads import HeadScore, head_loss_sum, score_head
 
@@ -104,7 +105,7 @@ class NextToken(Objective):
         """Mean over the targets of held-out batches, where these are given as batches."""
         if not self.held_out:
             return None
-        device = self.model.tok_embeddings.weight.device
+        device = self.model.device
         nats = weight = 0.0
         for batch in self.held_out:
             here = batch.to(device)

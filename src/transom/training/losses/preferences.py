@@ -19,7 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from transom.base.errors import RequestError, require
 from transom.data.batch import NO_TARGET, Batch, pad_rows
-from transom.models.llm import LLM, TransformerInput, TransformerOutput
+from transom.layers.inputs import TransformerInput, TransformerOutput
+from transom.models.llm import LLM
 from transom.training.loop.ranks import Ranks
 from transom.training.losses.heads import BATCH_TOKENS
 from transom.training.losses.log_probs import (
@@ -132,7 +133,7 @@ def precompute_reference(
     Call it before the first step, under the autocast that training will use; a resumed run must get
     the same.
     """
-    device = model.tok_embeddings.weight.device
+    device = model.device
     found: dict[str, float] = {}
     for batch in batches:
         here = batch.to(device)
@@ -258,7 +259,7 @@ class Preference(Objective):
         """Over the rows of all held-out batches."""
         if not self.held_out:
             return None
-        device = self.model.tok_embeddings.weight.device
+        device = self.model.device
         batches = [batch.to(device) for batch in self.held_out]
         kl = 0.0
         if self.kind == "kto":
@@ -365,7 +366,7 @@ class Preference(Objective):
         rows = mismatched(batches, self.model.args.max_seq_len)
         require(len(rows) > 1, "rows", len(rows), "valid only with kto are 2 or more of each rank")
         gained = []
-        for inputs, targets_BT in _calls(rows, self.model.tok_embeddings.weight.device):
+        for inputs, targets_BT in _calls(rows, self.model.device):
             policy_BT = measured_log_probs(self.model, inputs, targets_BT, self.chunk)
             with adapters_off(self.model):
                 reference_BT = measured_log_probs(self.model, inputs, targets_BT, self.chunk)

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from transom.base.errors import require
 from transom.config.model_args import ModelArgs
-from transom.models.llm import LLM, TransformerInput
+from transom.layers.inputs import TransformerInput
+from transom.models.llm import LLM
 from transom.training.config import OptimizerArgs
 from transom.training.losses.cross_entropy import cross_entropy_sum
 from transom.training.optim.optimizers import build_optimizer
@@ -111,7 +112,7 @@ def _train(
     model: LLM, args: OptimizerArgs, tokens_BT: Tensor, steps: int
 ) -> list[tuple[int, str, float]]:
     """(step, module, mean size) before every optimizer step and after the last."""
-    device = model.tok_embeddings.weight.device
+    device = model.device
     tokens_BT = tokens_BT.to(device)
     optimizers = build_optimizer(
         model, args, device_type=device.type, width=width_multiplier(model.args)

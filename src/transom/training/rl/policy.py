@@ -23,8 +23,9 @@ from transom.evaluation.answers import CACHE_TOKENS
 from transom.inference.loop import first_capacity, prefill
 from transom.inference.sampling import SamplingArgs
 from transom.inference.text import stream_text
+from transom.layers.inputs import TransformerOutput
 from transom.lora.adapters import carriers
-from transom.models.llm import LLM, TransformerOutput
+from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.loop.ranks import Ranks
 from transom.training.losses.log_probs import (
@@ -86,7 +87,7 @@ def draw_answers(
     The model answers as in use, without dropout; `dtype` is that of autocast. Prompts of like
     length make a batch, in which equal ones are run once.
     """
-    device = model.tok_embeddings.weight.device
+    device = model.device
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     drawn: dict[int, Drawn] = {}
     while order:
@@ -301,12 +302,7 @@ class PolicyGradient(Objective):
         """Count steps in which no answer is better than another to its question; said ever more
         seldom.
         """
-        telling = (
-            (rewards_QG != rewards_QG[:, :1])
-            .any(1)
-            .sum()
-            .to(self.model.tok_embeddings.weight.device)
-        )
+        telling = (rewards_QG != rewards_QG[:, :1]).any(1).sum().to(self.model.device)
         if self.ranks is not None:
             self.ranks.sum(telling)
         if int(telling) == 0:

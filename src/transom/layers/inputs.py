@@ -1,0 +1,79 @@
+"""What a model is called with and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from transom.layers.moe import RouterStatistics
+
+
+@dataclass(frozen=True)
+class MaskedEmbedding:
+    """Rows that replace token embeddings.
+
+    Attributes:
+        embedding: [B, T, D], the replacements.
+        mask: bool [B, T], True where a token embedding is replaced.
+    """
+
+    embedding: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class TransformerInput:
+    """The input of one forward call.
+
+    Attributes:
+        tokens: Integer ids [B, T].
+        tokens_position: Positions of the tokens: the position of the first token as an int, or
+            integers [T] or [B, T], where -1 marks padding. By default positions start at 0. A
+            cache counts positions itself.
+        image_embedding: Rows that replace token embeddings, such as those of image patches.
+        sizes: Document lengths in tokens where rows are packed: a flat list for one row, otherwise
+            one list per row. Each document has its own positions and attends to itself only.
+        lengths: int [B], the number of real tokens of each row where rows are padded on the right.
+        context: [B, S, context_dim], states that cross-attention reads. All documents of a packed
+            row share it. With a cache it is given once, with the first tokens.
+        context_lengths: int [B], the number of real context states of each row.
+        logits: Which positions get logits: `all`, the `last` real token of each row, or `none`.
+    """
+
+    tokens: Tensor
+    tokens_position: int | Tensor | None = None
+    image_embedding: MaskedEmbedding | None = None
+    sizes: Sequence[int] | Sequence[Sequence[int]] | None = None
+    lengths: Tensor | None = None
+    context: Tensor | None = None
+    context_lengths: Tensor | None = None
+    logits: Literal["all", "last", "none"] = "all"
+
+
+@dataclass(frozen=True)
+class TransformerOutput:
+    """The output of one forward call.
+
+    Attributes:
+        logits: [B, T, V], [B, 1, V] for `logits="last"`, or None for `logits="none"`. A model with
+            a classification head returns [B, labels], one with an embedding head None.
+        hidden_BTD: Hidden states [B, T, D] after the final norm.
+        router: Statistics of every mixture-of-experts layer, in order.
+        pooled_BD: One vector per row [B, D] of a model with a head, otherwise None.
+    """
+
+    logits: Tensor | None
+    hidden_BTD: Tensor
+    router: tuple[RouterStatistics, ...] = ()
+    pooled_BD: Tensor | None = None
+
+
+def right_padded(rows: Sequence[Sequence[int]], pad_token: int = 0) -> Tensor:
+    """Return rows of token ids as one int64 tensor [B, T], padded on the right with `pad_token`."""
+    longest = max(map(len, rows), default=0)
+    padded = [[*row, *[pad_token] * (longest - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.int64)

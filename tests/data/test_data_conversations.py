@@ -14,7 +14,7 @@ import pytest
 
 from tests.chat.chat_texts import CALL, TOOLS
 from transom.base.errors import RequestError
-from transom.data.chat.conversations import Example, recognise
+from transom.data.chat.conversations import ChatExample, recognise
 from transom.data.chat.finetune_sets import Problem, read_examples, read_splits
 from transom.data.row_files import rows_of
 
@@ -22,7 +22,7 @@ USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content"
 CHAT = [USER, ANSWER]
 
 
-def example(row: dict[str, Any]) -> Example:
+def example(row: dict[str, Any]) -> ChatExample:
     return recognise(row).example(row, "f:1")
 
 
@@ -48,7 +48,7 @@ def write(path: Path, rows: list[Any]) -> Path:
     ],
 )
 def test_conversations_become_messages(row: dict[str, Any]) -> None:
-    assert example(row) == Example("f:1", "chat", tuple(CHAT))
+    assert example(row) == ChatExample("f:1", "chat", tuple(CHAT))
 
 
 def test_alpaca_and_sharegpt_have_systems_and_inputs() -> None:
@@ -85,12 +85,12 @@ def test_weights_are_kept() -> None:
 
 def test_prompts_and_completions_are_texts_or_messages() -> None:
     bare = example({"prompt": "q", "completion": "a"})
-    assert bare == Example("f:1", "completion", (USER,), ((ANSWER,),), bare=True)
-    assert example({"prompt": [USER], "completion": [ANSWER]}) == Example(
+    assert bare == ChatExample("f:1", "completion", (USER,), ((ANSWER,),), bare=True)
+    assert example({"prompt": [USER], "completion": [ANSWER]}) == ChatExample(
         "f:1", "completion", (USER,), ((ANSWER,),)
     )
     labelled = example({"prompt": "q", "completion": "a", "label": False})
-    assert labelled == Example("f:1", "label", (USER,), ((ANSWER,),), label=False, bare=True)
+    assert labelled == ChatExample("f:1", "label", (USER,), ((ANSWER,),), label=False, bare=True)
 
 
 # As TRL 1.16 `extract_prompt` splits them (trl/data_utils.py); an explicit prompt stays as it is.
@@ -301,7 +301,7 @@ def test_parquet_rows_lose_what_is_null(tmp_path: Path) -> None:
     )
     parquet.write_table(table, tmp_path / "train-00000-of-00001.parquet")
     first, second = read_examples(tmp_path)
-    assert first == Example("train-00000-of-00001.parquet:1", "chat", tuple(CHAT))
+    assert first == ChatExample("train-00000-of-00001.parquet:1", "chat", tuple(CHAT))
     assert second.messages[1] == {"role": "assistant", "tool_calls": [CALL, other]}
 
 

@@ -12,17 +12,17 @@ from collections import Counter
 
 import pytest
 
-from transom.data.chat.conversations import Example
+from transom.data.chat.conversations import ChatExample
 from transom.data.chat.finetune_sets import read_examples, read_splits
 from transom.data.chat.instructions import stdlib_instructions
 
 
 @pytest.fixture(scope="module")
-def made() -> list[Example]:
+def made() -> list[ChatExample]:
     return stdlib_instructions()
 
 
-def test_there_are_thousands_of_short_ones_and_none_twice(made: list[Example]) -> None:
+def test_there_are_thousands_of_short_ones_and_none_twice(made: list[ChatExample]) -> None:
     assert 3000 < len(made) < 9000
     assert {example.kind for example in made} == {"chat"} and {
         len(example.messages) for example in made
@@ -34,7 +34,7 @@ def test_there_are_thousands_of_short_ones_and_none_twice(made: list[Example]) -
     assert set(kinds) == {"what", "signature", "which", "where"} and min(kinds.values()) > 300
 
 
-def test_answers_are_those_of_the_library_itself(made: list[Example]) -> None:
+def test_answers_are_those_of_the_library_itself(made: list[ChatExample]) -> None:
     answers = {example.messages[0]["content"]: example.messages[1]["content"] for example in made}
     for module, name in (
         (calendar, "monthrange"),
@@ -53,7 +53,7 @@ def test_answers_are_those_of_the_library_itself(made: list[Example]) -> None:
     assert answers["Which module has `monthrange`?"] == "`monthrange` is in the module `calendar`."
 
 
-def test_signatures_are_those_that_python_sees(made: list[Example]) -> None:
+def test_signatures_are_those_that_python_sees(made: list[ChatExample]) -> None:
     safe = (
         "calendar",
         "inspect",
@@ -81,7 +81,7 @@ def test_signatures_are_those_that_python_sees(made: list[Example]) -> None:
     assert compared > 30
 
 
-def test_the_set_has_a_name_and_is_held_out_by_what_it_is_about(made: list[Example]) -> None:
+def test_the_set_has_a_name_and_is_held_out_by_what_it_is_about(made: list[ChatExample]) -> None:
     assert read_examples("stdlib-docs") == made and stdlib_instructions(5) == made[:5]
     train, measured = read_splits("stdlib-docs", 0.1)
     assert len(train) + len(measured) == len(made) and 0.05 < len(measured) / len(made) < 0.15

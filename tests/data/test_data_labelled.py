@@ -1,5 +1,5 @@
-"""Labelled lines: what is read, what is refused, and batches that are a function of (seed, epoch,
-item).
+"""LabelledText lines: what is read, what is refused, and batches that are a function of (seed,
+epoch, item).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from tests.training.runs import without_bos
 from transom.base.errors import RequestError
 from transom.data.batch import NO_TARGET
 from transom.data.labelled import (
-    Labelled,
     LabelledBatches,
+    LabelledText,
     encode_rows,
     encode_texts,
     label_names,
@@ -40,7 +40,7 @@ def write(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> Path:
 
 def batches(count: int = 10, labels: list[str] | None = None, **changes: Any) -> LabelledBatches:
     texts = [chr(97 + i) * (i + 1) for i in range(count)]
-    rows = [Labelled(f"f:{i}", t, label=i % 2, positive=t[:2]) for i, t in enumerate(texts)]
+    rows = [LabelledText(f"f:{i}", t, label=i % 2, positive=t[:2]) for i, t in enumerate(texts)]
     fields = {"labels": labels, "seq_len": 16, "rows_per_step": 4, "seed": 0, **changes}
     return LabelledBatches(rows, byte_tokenizer(), **fields)
 
@@ -56,7 +56,10 @@ def test_lines_become_rows_with_the_ids_of_documents(
         [{"text": "good", "label": "yes"}, "\n", {"text": "bad", "label": "no", "more": 1}],
     )
     rows = read_labelled(path, "classification")
-    assert rows == [Labelled("rows.jsonl:1", "good", "yes"), Labelled("rows.jsonl:3", "bad", "no")]
+    assert rows == [
+        LabelledText("rows.jsonl:1", "good", "yes"),
+        LabelledText("rows.jsonl:3", "bad", "no"),
+    ]
     # The same id, so that the tokenizer of a run is not trained on held-out rows either.
     assert [row.id for row in rows] == [
         document.id for document in read_documents(SourceArgs(str(path)))
@@ -64,7 +67,7 @@ def test_lines_become_rows_with_the_ids_of_documents(
     told = capsys.readouterr().err
     assert "1 empty lines left out" in told and "keys that are not read: more (1 rows)" in told
     pairs = read_labelled(write(tmp_path, [{"text": "a", "positive": "b"}]), "embedding")
-    assert pairs == [Labelled("rows.jsonl:1", "a", positive="b")]
+    assert pairs == [LabelledText("rows.jsonl:1", "a", positive="b")]
 
 
 @pytest.mark.parametrize(
@@ -106,14 +109,14 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_labels_have_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [Labelled("a", "x", label) for label in ("no", "yes", "no")]
+    words = [LabelledText("a", "x", label) for label in ("no", "yes", "no")]
     assert label_names(words, 2) == ["no", "yes"] and capsys.readouterr().err == ""
     assert (
         label_names(words, 3) == ["no", "yes", "unused 2"]
         and "stay unused" in capsys.readouterr().err
     )
-    assert label_names([Labelled("a", "x", 2)], 3) == ["0", "1", "2"]
-    for rows in (words, [Labelled("a", "x", 1)]):
+    assert label_names([LabelledText("a", "x", 2)], 3) == ["0", "1", "2"]
+    for rows in (words, [LabelledText("a", "x", 1)]):
         with pytest.raises(RequestError, match=r"model.head.num_labels: got 1; expected 2 or more"):
             label_names(rows, 1)
     write_labels(tmp_path, ["no", "yes"])
@@ -121,7 +124,7 @@ def test_labels_have_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_rows_are_held_out_by_their_place() -> None:
-    rows = [Labelled(f"f.jsonl:{i}", "x", 0) for i in range(400)]
+    rows = [LabelledText(f"f.jsonl:{i}", "x", 0) for i in range(400)]
     train, measured = split_held_out(rows, 0.25)
     assert sorted([*train, *measured]) == sorted(rows) and 70 < len(measured) < 130
     assert split_held_out(rows[:7], 0.25)[0] == [row for row in rows[:7] if row in train]
@@ -139,7 +142,7 @@ def test_texts_begin_with_bos_and_long_ones_are_cut_and_counted(
 
 def test_an_unknown_label_is_refused() -> None:
     with pytest.raises(RequestError, match="label of f:9: got 'maybe'"):
-        encode_rows([Labelled("f:9", "x", "maybe")], byte_tokenizer(), ["no", "yes"], 8)
+        encode_rows([LabelledText("f:9", "x", "maybe")], byte_tokenizer(), ["no", "yes"], 8)
 
 
 @pytest.mark.parametrize("adds", [True, False])
@@ -166,7 +169,7 @@ def test_a_batch_is_padded_on_the_right() -> None:
 
 def test_pairs_are_neighbours_and_equal_positives_share_a_number() -> None:
     rows = [
-        Labelled(f"f:{i}", t, positive=p)
+        LabelledText(f"f:{i}", t, positive=p)
         for i, (t, p) in enumerate([("a", "x"), ("b", "y"), ("c", "x")])
     ]
     made = LabelledBatches(rows, byte_tokenizer(), labels=None, seq_len=8, rows_per_step=3, seed=0)

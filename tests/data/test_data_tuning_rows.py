@@ -12,7 +12,7 @@ from tests.chat.chat_texts import PUBLISHED, say
 from transom.base.errors import RequestError
 from transom.chat.built_in import named
 from transom.chat.template import ChatTemplate
-from transom.data.chat.conversations import Example, recognise
+from transom.data.chat.conversations import ChatExample, recognise
 from transom.data.chat.finetune_sets import Problem
 from transom.data.chat.rows import (
     ChatCounts,
@@ -31,17 +31,17 @@ PLAIN = ChatTemplate(named("plain").source(TOKENIZER), TOKENIZER)
 Q, A = say("user", "q"), say("assistant", "abc")
 
 
-def chat(*messages: dict[str, Any], **more: Any) -> Example:
-    return Example("f:1", "chat", messages or (Q, A), **more)
+def chat(*messages: dict[str, Any], **more: Any) -> ChatExample:
+    return ChatExample("f:1", "chat", messages or (Q, A), **more)
 
 
-def bare(kind: Any = "completion", *answers: str, **more: Any) -> Example:
+def bare(kind: Any = "completion", *answers: str, **more: Any) -> ChatExample:
     said = tuple((say("assistant", one),) for one in answers or ("abc",))
-    return Example("f:2", kind, (Q,), said, bare=True, **more)
+    return ChatExample("f:2", kind, (Q,), said, bare=True, **more)
 
 
 def encode(
-    *examples: Example, template: ChatTemplate | None = PLAIN, seq_len: int = 64, **more: Any
+    *examples: ChatExample, template: ChatTemplate | None = PLAIN, seq_len: int = 64, **more: Any
 ) -> EncodedChats:
     return encode_examples(examples, TOKENIZER, template, seq_len=seq_len, **more)
 
@@ -55,7 +55,7 @@ def learnt(encoded: EncodedChats) -> list[str]:
 def test_kinds_of_examples_and_what_of_them_carries_loss() -> None:
     assert learnt(encode(chat())) == ["abc<|end_of_text|>"]
     assert learnt(encode(bare())) == ["abc<|end_of_text|>"]
-    assert learnt(encode(Example("f:3", "text", text="xyz"))) == ["xyz<|end_of_text|>"]
+    assert learnt(encode(ChatExample("f:3", "text", text="xyz"))) == ["xyz<|end_of_text|>"]
     # Without a template texts are plain text; with one they are turns.
     (plain,), (turns,) = encode(bare(), template=None).items[0], encode(bare()).items[0]
     assert plain.ids.tolist() == [BOS, *b"qabc", EOS] and plain.weights.tolist() == [
@@ -114,14 +114,14 @@ def test_pairs_of_the_same_tokens_are_left_out_and_counted() -> None:
 
 def test_answers_that_would_share_a_token_with_their_prompt_are_counted() -> None:
     tokenizer = train_bpe(["Answer: yes yes yes no " * 20], 269)
-    text = Example(
+    text = ChatExample(
         "f:1",
         "completion",
         ({**Q, "content": "Answer: "},),
         ((say("assistant", "yes"),),),
         bare=True,
     )
-    word = Example(
+    word = ChatExample(
         "f:1",
         "completion",
         ({**Q, "content": "Answer:"},),
@@ -149,13 +149,15 @@ def test_a_shared_prompt_and_its_answers_are_the_tokens_of_the_whole_text() -> N
 
 
 def test_earlier_answers_of_a_prompt_carry_no_loss() -> None:
-    talk = Example("f:1", "pair", (Q, A, Q), ((say("assistant", "x"),), (say("assistant", "y"),)))
+    talk = ChatExample(
+        "f:1", "pair", (Q, A, Q), ((say("assistant", "x"),), (say("assistant", "y"),))
+    )
     assert learnt(encode(talk)) == ["x<|end_of_text|>", "y<|end_of_text|>"]
 
 
 def test_a_completion_alone_is_learnt_also_behind_a_conversation() -> None:
     earlier = (Q, say("assistant", "earlier"), say("user", "again"))
-    example = Example("f:3", "completion", earlier, ((A,),))
+    example = ChatExample("f:3", "completion", earlier, ((A,),))
     assert learnt(encode(example)) == ["abc<|end_of_text|>"]
 
 
@@ -196,7 +198,7 @@ def test_examples_without_loss_are_left_out_and_a_set_of_them_is_refused() -> No
     )
     with pytest.raises(RequestError, match=rf"nothing to train on .*{left_out}"):
         encode(silent, long)
-    pair = Example("f:1", "pair", long.messages[:1], ((A,), (say("assistant", "b"),)))
+    pair = ChatExample("f:1", "pair", long.messages[:1], ((A,), (say("assistant", "b"),)))
     assert encode(pair, bare("pair", "a", "b")).counts.beyond == 1
 
 
@@ -206,7 +208,7 @@ def test_rows_beyond_one_per_conversation_are_counted(capsys: pytest.CaptureFixt
     encoded = encode_examples([chat(Q, A, Q, A)], tokenizer, template, seq_len=200)
     assert len(encoded.items) == 2 and encoded.counts.split_rows == 1
     assert "1 rows more, since the template writes earlier turns otherwise" in str(encoded.counts)
-    both = Example("f:1", "pair", (Q,), ((A, Q, A), (A, Q, say("assistant", "x"))))
+    both = ChatExample("f:1", "pair", (Q,), ((A, Q, A), (A, Q, say("assistant", "x"))))
     with pytest.raises(RequestError, match="expected answers of one turn"):
         encode_examples([both], tokenizer, template, seq_len=200)
 
@@ -224,13 +226,13 @@ def test_what_cannot_be_written_is_refused_or_listed() -> None:
     ):
         encode(chat(), template=None)
     with pytest.raises(RequestError, match="accepted where rewards are what is learnt from"):
-        encode(Example("f:1", "answer", (Q,), reference={"answer": 1}))
+        encode(ChatExample("f:1", "answer", (Q,), reference={"answer": 1}))
     with pytest.raises(RequestError, match="seq_len: got 1; expected 2 tokens or more"):
         encode(chat(), seq_len=1)
 
 
 def test_prompts_are_those_that_the_model_is_asked_with() -> None:
-    asked = Example("f:1", "answer", (Q,), reference={"answer": 1}, bare=True)
+    asked = ChatExample("f:1", "answer", (Q,), reference={"answer": 1}, bare=True)
     assert prompt_ids(asked, TOKENIZER, PLAIN) == PLAIN.encode([Q])
     assert prompt_ids(asked, TOKENIZER, None) == [BOS, *b"q"]
 
@@ -246,5 +248,5 @@ def test_a_vocabulary_gets_the_template_it_is_made_for(capsys: pytest.CaptureFix
         RequestError, match="valid only for conversations is one with a token that ends a turn"
     ):
         default_template(endless)
-    assert template_for([bare(), Example("f", "text", text="x")], endless, None) is None
+    assert template_for([bare(), ChatExample("f", "text", text="x")], endless, None) is None
     assert template_for([chat()], TOKENIZER, PLAIN) is PLAIN

@@ -322,15 +322,15 @@ def test_a_document_is_framed_and_learnt_but_for_its_first_token() -> None:
 
 
 def test_an_answer_does_not_grow_into_its_prompt() -> None:
-    tokenizer = train_bpe(["Answer: yes yes yes no " * 20], 269)
-    prompt = "Answer: "
-    assert tokenizer.encode("Answer: yes")[: len(tokenizer.encode(prompt))] != tokenizer.encode(
+    tokenizer = train_bpe(["AnswerSpan: yes yes yes no " * 20], 269)
+    prompt = "AnswerSpan: "
+    assert tokenizer.encode("AnswerSpan: yes")[: len(tokenizer.encode(prompt))] != tokenizer.encode(
         prompt
     )
     row = bare_row(tokenizer, prompt, "yes", 1.0)
     (answer,) = row.answers
     assert row.ids[: answer.start] == tokenizer.encode(prompt, add_bos=tokenizer.adds_bos)
-    assert tokenizer.decode(row.ids) == "Answer: yes" and row.ids[-1] == tokenizer.eos_id
+    assert tokenizer.decode(row.ids) == "AnswerSpan: yes" and row.ids[-1] == tokenizer.eos_id
     assert answer.like_prompt and np.flatnonzero(row.weights)[0] == answer.start
     everything = bare_row(tokenizer, prompt, "yes", 1.0, all_tokens=True)
     assert everything.weights.tolist() == [0.0, *[1.0] * (len(row.ids) - 1)]

@@ -14,7 +14,7 @@ from tests.data.test_data_turns import rows_of, said
 from transom.base.errors import RequestError
 from transom.chat.built_in import named
 from transom.chat.template import ChatTemplate
-from transom.data.chat.conversations import Example
+from transom.data.chat.conversations import ChatExample
 from transom.data.chat.rows import encode_examples
 from transom.data.chat.turns import Turns
 from transom.tokenizers.tokenizer import Tokenizer
@@ -58,7 +58,7 @@ def test_a_conversation_may_begin_with_the_assistant(made: Any, name: str, last:
 def test_the_end_of_a_call_is_known_from_the_stop_tokens_of_the_model(made: Any) -> None:
     tokenizer = made[0].with_special(["<|call|>"])
     template = ChatTemplate(PUBLISHED["gpt-oss"], tokenizer)
-    talk = [Example("1", "chat", TOOL_TALK[:2])]
+    talk = [ChatExample("1", "chat", TOOL_TALK[:2])]
     stop = tokenizer.special_tokens["<|call|>"]
     for stop_tokens, without in (((), 1), ((stop,), 0)):
         encoded = encode_examples(talk, tokenizer, template, seq_len=999, stop_tokens=stop_tokens)
@@ -69,7 +69,7 @@ def test_the_end_of_a_call_is_known_from_the_stop_tokens_of_the_model(made: Any)
 def test_conversations_that_are_rendered_for_every_answer_are_counted(
     made: Any, name: str, anew: int
 ) -> None:
-    talk = [Example("1", "chat", GREETED[1:] * 2)]
+    talk = [ChatExample("1", "chat", GREETED[1:] * 2)]
     encoded = encode_examples(talk, made[0], template_of(made, name), seq_len=999)
     assert encoded.counts.rendered_anew == anew
 
@@ -167,7 +167,7 @@ def test_reasoning_of_earlier_turns_and_names_are_counted(
         say("assistant", "z"),
     )
     made_rows = encode_examples(
-        [Example("1", "chat", talk)], made[0], template_of(made, "qwen3"), seq_len=999
+        [ChatExample("1", "chat", talk)], made[0], template_of(made, "qwen3"), seq_len=999
     )
     assert (
         made_rows.counts.dropped_reasoning == 3

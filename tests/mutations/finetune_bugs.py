@@ -18,7 +18,7 @@ from transom.attention.mask import positions_from_sizes
 from transom.data.batch import Batch
 from transom.data.chat import batches as chat_batches
 from transom.data.chat import rows as chat_rows
-from transom.data.chat.conversations import Example
+from transom.data.chat.conversations import ChatExample
 from transom.data.chat.rows import EncodedChat
 from transom.data.chat.turns import Turns, Written
 from transom.layers.inputs import TransformerInput
@@ -57,7 +57,7 @@ def masked_padding() -> AbstractContextManager[None]:
     """Every token that is also used as padding carries no loss, EOS behind an answer among them."""
 
     def make(original: Call) -> Call:
-        def items(self: Any, example: Example) -> list[tuple[Written, ...]]:
+        def items(self: Any, example: ChatExample) -> list[tuple[Written, ...]]:
             made: list[tuple[Written, ...]] = original(self, example)
             for row in (row for item in made for row in item):
                 row.weights[np.asarray(row.ids) == self._tokenizer.pad_id] = 0.0

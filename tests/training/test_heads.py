@@ -15,7 +15,7 @@ from tests.helpers import random_model, tiny_args
 from transom.base.errors import RequestError
 from transom.config.model_args import HeadArgs
 from transom.data.batch import NO_TARGET, Batch
-from transom.data.labelled import EncodedRow, collate
+from transom.data.labelled import EncodedText, collate
 from transom.layers.inputs import TransformerInput, TransformerOutput
 from transom.models.llm import LLM
 from transom.training.config import OptimizerArgs
@@ -136,13 +136,13 @@ def test_pooling_must_be_known_and_the_heads_own() -> None:
     with pytest.raises(RequestError, match="pooling: got 'last'; expected mean"):
         run_rows(model, [[1]], "last")
     with pytest.raises(RequestError, match="head: got None"):
-        score_head(random_model(tiny_args()), [EncodedRow([[1]], 0)])
+        score_head(random_model(tiny_args()), [EncodedText([[1]], 0)])
 
 
 # Learning
 
 
-def ends_agree(count: int, seed: int) -> list[EncodedRow]:
+def ends_agree(count: int, seed: int) -> list[EncodedText]:
     """Rows of 4 to 9 tokens, labelled by whether the first and the last are the same."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
@@ -151,11 +151,11 @@ def ends_agree(count: int, seed: int) -> list[EncodedRow]:
         ids = torch.randint(1, 9, (length,), generator=generator).tolist()
         label = index % 2
         ids[-1] = ids[0] if label else ids[0] % 8 + 1
-        rows.append(EncodedRow([ids], label))
+        rows.append(EncodedText([ids], label))
     return rows
 
 
-def shifted(count: int, seed: int) -> list[EncodedRow]:
+def shifted(count: int, seed: int) -> list[EncodedText]:
     """Pairs: a word of three tokens among noise, and the same word in the other alphabet, alone."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
@@ -164,7 +164,7 @@ def shifted(count: int, seed: int) -> list[EncodedRow]:
         noise = torch.randint(
             50, 60, (int(torch.randint(1, 4, (), generator=generator)),), generator=generator
         )
-        rows.append(EncodedRow([[*word, *noise.tolist()], [token + 20 for token in word]], index))
+        rows.append(EncodedText([[*word, *noise.tolist()], [token + 20 for token in word]], index))
     return rows
 
 
@@ -215,9 +215,9 @@ def test_a_score_counts_a_twin_as_found_and_does_not_depend_on_its_batches(
 ) -> None:
     model = random_model(tiny_args(head={"kind": "embedding", "pooling": "mean"}))
     rows = [
-        EncodedRow([[1, 2], [1, 2]], 0),
-        EncodedRow([[1, 2], [1, 2]], 0),
-        EncodedRow([[5], [5]], 1),
+        EncodedText([[1, 2], [1, 2]], 0),
+        EncodedText([[1, 2], [1, 2]], 0),
+        EncodedText([[5], [5]], 1),
     ]
     whole = score_head(model, rows)
     assert whole.accuracy == 1.0

@@ -28,7 +28,7 @@ from transom.chat.template import ChatTemplate
 from transom.cli.main import main
 from transom.config.model_args import ModelArgs
 from transom.data.chat.batches import packed_batch
-from transom.data.chat.conversations import Example
+from transom.data.chat.conversations import ChatExample
 from transom.data.chat.turns import Turns
 from transom.layers.linear import Linear
 from transom.lora.adapters import LoraWeights
@@ -111,7 +111,7 @@ def test_rows_that_are_not_compared_are_counted(pair, capsys):
     assert (
         failing(
             compare_masks(
-                [*examples_of([*rows, long], "row"), Example("t", "text", text="x")], writer
+                [*examples_of([*rows, long], "row"), ChatExample("t", "text", text="x")], writer
             )
         )
         == set()
@@ -170,7 +170,7 @@ def test_experts_that_no_token_came_to_need_not_learn():
     args = ModelArgs.from_dict(
         {**SAMPLES["mixtral"], "moe_args": moe, "vocab_size": tokenizer.vocab_size}
     )
-    rows = Writer("", tokenizer, None, 16).encode([Example("t", "text", text="a")])
+    rows = Writer("", tokenizer, None, 16).encode([ChatExample("t", "text", text="a")])
     batch = packed_batch([[rows.items[0][0]]])
     assert batch.real_tokens < 8
     assert failing(finetune.compare_coverage(args, batch, "few tokens")) == set()
@@ -191,7 +191,7 @@ def test_a_gradient_that_is_lost_behind_an_expert_is_red(monkeypatch):
     tokenizer = byte_tokenizer()
     args = ModelArgs.from_dict({**SAMPLES["mixtral"], "vocab_size": tokenizer.vocab_size})
     rows = Writer("", tokenizer, None, 99).encode(
-        [Example("t", "text", text="every token of a text " * 4)]
+        [ChatExample("t", "text", text="every token of a text " * 4)]
     )
     monkeypatch.setattr(finetune, "learnt", learnt)
     found = failing(finetune.compare_coverage(args, packed_batch([[rows.items[0][0]]]), "deaf"))

@@ -30,7 +30,7 @@ from transom.planning.tables import heading, pairs, show
 
 if TYPE_CHECKING:
     from transom.chat.template import ChatTemplate
-    from transom.data.chat.conversations import Example
+    from transom.data.chat.conversations import ChatExample
     from transom.data.chat.finetune_sets import Problem
     from transom.data.chat.rows import EncodedChats
     from transom.tokenizers.tokenizer import Tokenizer
@@ -123,7 +123,7 @@ class Subject(NamedTuple):
     would have.
     """
 
-    examples: list[Example]
+    examples: list[ChatExample]
     problems: list[Problem]
     tokenizer: Tokenizer
     template: ChatTemplate | None
@@ -159,7 +159,7 @@ def open_subject(options: argparse.Namespace) -> Subject:
 
 
 def finetune_config(
-    options: argparse.Namespace, found: Found, examples: Sequence[Example]
+    options: argparse.Namespace, found: Found, examples: Sequence[ChatExample]
 ) -> TrainArgs:
     """Return the config that `transom finetune` has with the same words and flags.
 
@@ -227,7 +227,7 @@ def longest_example(found: Found, asked: int | None) -> int:
     return SEQ_LEN if asked is None else asked
 
 
-def encode(subject: Subject, examples: Sequence[Example]) -> EncodedChats:
+def encode(subject: Subject, examples: Sequence[ChatExample]) -> EncodedChats:
     """Return the rows of examples as `transom finetune` trains on them; add faults to those of the
     subject.
     """
@@ -282,7 +282,7 @@ def check(subject: Subject, options: argparse.Namespace) -> int:
 
 def held_apart(
     subject: Subject, options: argparse.Namespace
-) -> tuple[list[Example], list[Example]]:
+) -> tuple[list[ChatExample], list[ChatExample]]:
     """Return (examples to train on, examples to measure with) of the split `train`, as `transom
     finetune` has them.
 
@@ -301,7 +301,7 @@ def held_apart(
 
 
 def row_facts(
-    subject: Subject, train: Sequence[Example], measured: Sequence[Example]
+    subject: Subject, train: Sequence[ChatExample], measured: Sequence[ChatExample]
 ) -> dict[str, Any]:
     """Return counts of the rows to train on, how many examples are held out, and how rows make
     steps.
@@ -342,7 +342,7 @@ def step_facts(subject: Subject, lengths: Sequence[int]) -> dict[str, Any]:
 
 
 def prompt_facts(
-    subject: Subject, train: Sequence[Example], measured: Sequence[Example]
+    subject: Subject, train: Sequence[ChatExample], measured: Sequence[ChatExample]
 ) -> dict[str, Any]:
     """Return counts of prompts without answers, whose references the reward can judge."""
     from transom.data.chat.finetune_sets import Problem

@@ -19,7 +19,7 @@ from transom.checkpoints.load import write_text
 from transom.data.batch import NO_TARGET, Batch, pad_rows
 from transom.data.file_formats import ROW_NAMES, row_format
 from transom.data.order import ShuffledBatches
-from transom.data.row_files import Row, notice_unread, read_rows
+from transom.data.row_files import DataRow, notice_unread, read_rows
 from transom.data.text.sources import TEXT_KEY, held_out
 from transom.tokenizers.tokenizer import Tokenizer
 
@@ -31,7 +31,7 @@ LABELS = "labels.json"  # of a model folder: {"labels": [name, ...]}
 # -----------------------------------------------------------------------------------
 
 
-class Labelled(NamedTuple):
+class LabelledText(NamedTuple):
     """One line of a file: a text with its label or, where the model embeds, with the text it
     belongs to.
     """
@@ -42,7 +42,9 @@ class Labelled(NamedTuple):
     positive: str | None = None
 
 
-def read_labelled(path: str | Path, kind: Literal["classification", "embedding"]) -> list[Labelled]:
+def read_labelled(
+    path: str | Path, kind: Literal["classification", "embedding"]
+) -> list[LabelledText]:
     """Return the rows {"text", "label"} or {"text", "positive"} of a file; other keys are counted
     and printed.
 
@@ -57,7 +59,7 @@ def read_labelled(path: str | Path, kind: Literal["classification", "embedding"]
         f"a model with a head accepts files that end in {ROW_NAMES}",
     )
     key = LABEL_KEY if kind == "classification" else POSITIVE_KEY
-    rows: list[Labelled] = []
+    rows: list[LabelledText] = []
     unread: Counter[str] = Counter()
     for row in read_rows(file):
         rows.append(_labelled(row, key))
@@ -77,7 +79,7 @@ def read_labelled(path: str | Path, kind: Literal["classification", "embedding"]
     return rows
 
 
-def _labelled(row: Row, key: str) -> Labelled:
+def _labelled(row: DataRow, key: str) -> LabelledText:
     if row.columns is None:
         raise RequestError(f"{row.where}: {row.problem}")
     text, value = row.given.get(TEXT_KEY), row.given.get(key)
@@ -87,13 +89,13 @@ def _labelled(row: Row, key: str) -> Labelled:
         expected += " (or a whole number from 0)" if key == LABEL_KEY else ""
         raise RequestError(f"{row.where}: {str(row.given)[:60]!r}: {expected}")
     return (
-        Labelled(row.id, text, label=value)
+        LabelledText(row.id, text, label=value)
         if key == LABEL_KEY
-        else Labelled(row.id, text, positive=value)
+        else LabelledText(row.id, text, positive=value)
     )
 
 
-def label_names(rows: Sequence[Labelled], num_labels: int) -> list[str]:
+def label_names(rows: Sequence[LabelledText], num_labels: int) -> list[str]:
     """Names of labels 0, 1, ...: texts in alphabetical order, or the numbers themselves; too many
     are refused.
     """
@@ -120,8 +122,8 @@ def label_names(rows: Sequence[Labelled], num_labels: int) -> list[str]:
 
 
 def split_held_out(
-    rows: Sequence[Labelled], fraction: float
-) -> tuple[list[Labelled], list[Labelled]]:
+    rows: Sequence[LabelledText], fraction: float
+) -> tuple[list[LabelledText], list[LabelledText]]:
     """(rows to train on, rows to measure with), by hash of their place, as documents are."""
     measured = [row for row in rows if held_out(row.id, fraction)]
     return [row for row in rows if not held_out(row.id, fraction)], measured
@@ -170,7 +172,7 @@ class LabelledBatches(ShuffledBatches):
 
     def __init__(
         self,
-        rows: Sequence[Labelled],
+        rows: Sequence[LabelledText],
         tokenizer: Tokenizer,
         *,
         labels: Sequence[str] | None,
@@ -200,7 +202,7 @@ class LabelledBatches(ShuffledBatches):
         return collate([self._items[item] for item in items])
 
 
-class EncodedRow(NamedTuple):
+class EncodedText(NamedTuple):
     """Ids of a line's one or two texts, and its target."""
 
     ids: list[list[int]]
@@ -208,8 +210,8 @@ class EncodedRow(NamedTuple):
 
 
 def encode_rows(
-    rows: Sequence[Labelled], tokenizer: Tokenizer, labels: Sequence[str] | None, most: int
-) -> list[EncodedRow]:
+    rows: Sequence[LabelledText], tokenizer: Tokenizer, labels: Sequence[str] | None, most: int
+) -> list[EncodedText]:
     """Lines as ids of at most `most` tokens, labels as their places among `labels`, positives
     numbered.
     """
@@ -224,15 +226,15 @@ def encode_rows(
                 f"expected one of {list(labels)}",
             )
         return [
-            EncodedRow([one], place[str(row.label)]) for one, row in zip(ids, rows, strict=True)
+            EncodedText([one], place[str(row.label)]) for one, row in zip(ids, rows, strict=True)
         ]
     positives = [row.positive or "" for row in rows]
     numbers = {text: number for number, text in enumerate(dict.fromkeys(positives))}
     others = encode_texts(tokenizer, positives, most)
-    return [EncodedRow([a, b], numbers[p]) for a, b, p in zip(ids, others, positives, strict=True)]
+    return [EncodedText([a, b], numbers[p]) for a, b, p in zip(ids, others, positives, strict=True)]
 
 
-def collate(rows: Sequence[EncodedRow]) -> Batch:
+def collate(rows: Sequence[EncodedText]) -> Batch:
     """Return a padded batch of lines of one kind.
 
     The targets [B] of labelled texts are their labels. The two texts of a pair are neighbouring

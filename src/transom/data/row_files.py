@@ -27,7 +27,7 @@ NAME = re.compile(
 )  # of the `datasets` library: owner/name:config
 
 
-class Row(NamedTuple):
+class DataRow(NamedTuple):
     """One row: `id` is its file and line, or its number in a table. `problem` says why it has no
     columns.
 
@@ -60,7 +60,7 @@ def notice_unread(name: str | Path, unread: Counter[str]) -> None:
         notice(f"{name}: keys that are not read: {words}")
 
 
-def rows_of(name: str | Path, split: str = "train") -> Iterator[Row] | None:
+def rows_of(name: str | Path, split: str = "train") -> Iterator[DataRow] | None:
     """Return the rows of one split in the order of the files, or None if there is no such split.
 
     `name` is a file (all of it is `train`), a folder with a file or more for each split, or a name
@@ -95,7 +95,7 @@ def has_split(name: str | Path, split: str) -> bool:
 
 def read_rows(
     path: Path, *, text_column: str | None = None, counts: RowCounts | None = None
-) -> Iterator[Row]:
+) -> Iterator[DataRow]:
     """Yield the rows of a file; a bad row has a `problem`, an unreadable file is refused.
 
     With `text_column` a table must have that column as text, and no other is read. What is left out
@@ -117,7 +117,7 @@ def read_rows(
     return _guarded(path, rows)
 
 
-def _guarded(path: Path, rows: Iterator[Row]) -> Iterator[Row]:
+def _guarded(path: Path, rows: Iterator[DataRow]) -> Iterator[DataRow]:
     with readable(path):
         yield from rows
 
@@ -139,7 +139,7 @@ def _is_lines(path: Path, head: bytes) -> bool:
     return True
 
 
-def _json_lines(path: Path, counts: RowCounts | None) -> Iterator[Row]:
+def _json_lines(path: Path, counts: RowCounts | None) -> Iterator[DataRow]:
     empty = 0
     with open_bytes(path) as lines:  # split at \n only: str.splitlines knows nine more line ends
         for number, line in enumerate(lines, start=1):
@@ -158,7 +158,7 @@ def _json_lines(path: Path, counts: RowCounts | None) -> Iterator[Row]:
         notice(f"{path}: {empty} empty lines left out")
 
 
-def _json_values(path: Path) -> Iterator[Row]:
+def _json_values(path: Path) -> Iterator[DataRow]:
     """Yield the items of a list, or an object over many lines, each with its first line."""
     with open_bytes(path) as stream:
         content = stream.read()
@@ -194,14 +194,14 @@ def _json_values(path: Path) -> Iterator[Row]:
         )
 
 
-def _row(path: Path, number: str, value: Any, shown: str, reason: str = "") -> Row:
+def _row(path: Path, number: str, value: Any, shown: str, reason: str = "") -> DataRow:
     fits = isinstance(value, dict)
     why = f" ({reason})" if reason else ""
     problem = "" if fits else f"{shown.strip()!r}: expected one JSON object{why}"
-    return Row(f"{path.name}:{number}", f"{path}:{number}", value if fits else None, problem)
+    return DataRow(f"{path.name}:{number}", f"{path}:{number}", value if fits else None, problem)
 
 
-def _parquet(path: Path, text_column: str | None, counts: RowCounts | None) -> Iterator[Row]:
+def _parquet(path: Path, text_column: str | None, counts: RowCounts | None) -> Iterator[DataRow]:
     try:
         import pyarrow as pa
         from pyarrow import parquet
@@ -228,9 +228,9 @@ def _parquet(path: Path, text_column: str | None, counts: RowCounts | None) -> I
                     number += 1
                     id, where = f"{path.name}:{number}", f"{path}:{number}"
                     if row is None:
-                        yield Row(id, where, None, "expected text in UTF-8")
+                        yield DataRow(id, where, None, "expected text in UTF-8")
                     else:
-                        yield Row(
+                        yield DataRow(
                             id, where, {key: _without_nulls(value) for key, value in row.items()}
                         )
     except pa.ArrowException as error:
@@ -276,7 +276,7 @@ def _without_nulls(value: Any) -> Any:
 # -- the `datasets` library ------------------------------------------------------------------------
 
 
-def _by_name(name: str, split: str) -> Iterator[Row] | None:
+def _by_name(name: str, split: str) -> Iterator[DataRow] | None:
     """Return rows of a data set of the hub or its cache; `owner/name:config` names one of
     several.
     """
@@ -304,7 +304,7 @@ def _by_name(name: str, split: str) -> Iterator[Row] | None:
     return None if known is None else _numbered(f"{name}:{known}", found[known])
 
 
-def _numbered(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
+def _numbered(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[DataRow]:
     for number, columns in enumerate(rows, start=1):
         cells = {key: _without_nulls(value) for key, value in columns.items()}
-        yield Row(f"{name}:{number}", f"{name}:{number}", cells)
+        yield DataRow(f"{name}:{number}", f"{name}:{number}", cells)

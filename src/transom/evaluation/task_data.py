@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from transom.base.errors import RequestError, require
 from transom.data.file_formats import row_format
-from transom.data.row_files import Row, notice_unread, read_rows
+from transom.data.row_files import DataRow, notice_unread, read_rows
 from transom.data.text.sources import TEXT_KEY, SourceArgs, read_documents
 
 Kind = Literal["text", "choices", "answers"]
@@ -133,7 +133,7 @@ def read_answers(path: str, limit: int | None = None) -> list[AnswerRow]:
     return out
 
 
-def _rows(path: str, limit: int | None) -> Iterator[tuple[dict[str, Any], Row]]:
+def _rows(path: str, limit: int | None) -> Iterator[tuple[dict[str, Any], DataRow]]:
     """Yield the content and the place of each row; print the keys of the file that nothing
     reads.
     """
@@ -144,7 +144,7 @@ def _rows(path: str, limit: int | None) -> Iterator[tuple[dict[str, Any], Row]]:
     notice_unread(path, unread)
 
 
-def _lines(file: Path) -> Iterator[tuple[dict[str, Any], Row]]:
+def _lines(file: Path) -> Iterator[tuple[dict[str, Any], DataRow]]:
     """Yield the columns that are not null and the place of each row; one that cannot be read is
     refused.
     """

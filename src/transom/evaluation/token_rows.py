@@ -20,7 +20,7 @@ from transom.chat.template import ChatTemplate
 from transom.checkpoints.files.folders import Found, holds_tokenizer
 from transom.checkpoints.load import open_tokenizer
 from transom.config.model_args import ModelArgs
-from transom.data.chat.conversations import Example
+from transom.data.chat.conversations import ChatExample
 from transom.data.chat.finetune_sets import read_examples, read_splits
 from transom.data.chat.instructions import NAME as STDLIB
 from transom.data.chat.rows import encode_examples, prompt_ids, template_for
@@ -89,7 +89,7 @@ def token_rows(
     return _rows(BUILT_IN, (_encoded(tokenizer, text) for text in texts), length, most)
 
 
-def held_out_examples(run: Path) -> list[Example]:
+def held_out_examples(run: Path) -> list[ChatExample]:
     """Return what a fine-tuning run measured with, by its `config.yaml`.
 
     If its data is missing, the list is empty and a notice gives the reason.
@@ -99,7 +99,7 @@ def held_out_examples(run: Path) -> list[Example]:
     if not config.get("finetune"):
         return []
     sources, fraction = config["data"]["sources"], float(config["data"]["held_out"])
-    out: list[Example] = []
+    out: list[ChatExample] = []
     try:
         for source in [sources] if isinstance(sources, str) else sources:
             name = str(source["path"] if isinstance(source, dict) else source)
@@ -111,7 +111,7 @@ def held_out_examples(run: Path) -> list[Example]:
 
 
 def _written(
-    examples: list[Example], found: Found, tokenizer: Tokenizer, length: int
+    examples: list[ChatExample], found: Found, tokenizer: Tokenizer, length: int
 ) -> Iterator[list[int]]:
     """Ids of the rows that examples make, as in training; of a prompt without an answer, its
     own.

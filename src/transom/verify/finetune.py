@@ -24,7 +24,7 @@ from transom.checkpoints.load import load, load_tokenizer, save
 from transom.config.model_args import ModelArgs
 from transom.data.batch import NO_TARGET, Batch
 from transom.data.chat.batches import packed_batch, padded_batch
-from transom.data.chat.conversations import Example
+from transom.data.chat.conversations import ChatExample
 from transom.data.chat.finetune_sets import read_examples
 from transom.data.chat.rows import template_for
 from transom.layers.inputs import TransformerOutput
@@ -145,7 +145,7 @@ def compare_shape(args: ModelArgs, name: str) -> Iterator[Finding]:
         writer = Writer(name, tokenizer, template_for(talks, tokenizer, None), args.max_seq_len + 1)
         encoded, paired = writer.encode(talks), writer.encode(pairs)
     yield from compare_losses(sample_model(args, dtype=torch.float32), encoded, name)
-    rows = [Example(file, "text", text=text) for file, text in documents().items()]
+    rows = [ChatExample(file, "text", text=text) for file, text in documents().items()]
     # Every token of a document is a target, so no expert is met by tokens alone that nothing is
     # learnt from.
     everything = packed_batch([[row for (row,) in writer.encode(rows).items]])

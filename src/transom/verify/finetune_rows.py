@@ -27,7 +27,7 @@ from transom.chat.files import FILE
 from transom.chat.template import ChatTemplate
 from transom.data.batch import NO_TARGET, Batch
 from transom.data.chat.batches import packed_batch, padded_batch
-from transom.data.chat.conversations import Example, Message, recognise
+from transom.data.chat.conversations import ChatExample, Message, recognise
 from transom.data.chat.finetune_sets import Problem
 from transom.data.chat.rows import ChatCounts, EncodedChat, EncodedChats, encode_examples
 from transom.layers.inputs import TransformerInput
@@ -107,7 +107,7 @@ PAIRS = (
 )
 
 
-def examples_of(rows: Sequence[Mapping[str, Any]], name: str) -> list[Example]:
+def examples_of(rows: Sequence[Mapping[str, Any]], name: str) -> list[ChatExample]:
     """Rows as a file would give them."""
     return [recognise(row).example(row, f"{name} {at}") for at, row in enumerate(rows)]
 
@@ -125,7 +125,7 @@ class Writer:
     frame: tuple[str, str] | None = None
 
     def encode(
-        self, examples: Sequence[Example], problems: list[Problem] | None = None
+        self, examples: Sequence[ChatExample], problems: list[Problem] | None = None
     ) -> EncodedChats:
         """Rows as they are trained on; longer ones are left out."""
         return encode_examples(
@@ -169,7 +169,7 @@ def built_in_writers() -> list[Writer]:
 # ------------------------------------------------------------------------------------
 
 
-def compare_masks(examples: Sequence[Example], writer: Writer) -> Iterator[Finding]:
+def compare_masks(examples: Sequence[ChatExample], writer: Writer) -> Iterator[Finding]:
     """For every example, packed and padded: the words with loss and their weights are those of its
     answers.
 
@@ -206,7 +206,7 @@ def compare_masks(examples: Sequence[Example], writer: Writer) -> Iterator[Findi
 
 
 def _compare_group(
-    examples: Sequence[Example],
+    examples: Sequence[ChatExample],
     parts: Sequence[EncodedChats],
     expected: Mapping[str, Answers],
     writer: Writer,
@@ -234,7 +234,7 @@ def _compare_group(
                 )
 
 
-def _calls_in(example: Example) -> list[str]:
+def _calls_in(example: ChatExample) -> list[str]:
     """Names of all tools that are called where it counts."""
     return [name for messages, _ in _said_messages(example) for name in _calls(messages[-1])]
 
@@ -247,7 +247,7 @@ def _same_words(comparison: str, where: str, found: Counter[Said], answers: Answ
 
 
 def _as_by_hand(
-    examples: Sequence[Example], expected: Mapping[str, Answers], writer: Writer
+    examples: Sequence[ChatExample], expected: Mapping[str, Answers], writer: Writer
 ) -> Iterator[Finding]:
     """The other way to find answers agrees with contents and ends that are known."""
     assert writer.frame is not None, "asked for templates that are known"
@@ -262,7 +262,7 @@ def _as_by_hand(
         )
 
 
-def answers_of(example: Example, writer: Writer) -> Answers:
+def answers_of(example: ChatExample, writer: Writer) -> Answers:
     """(text to say, weight) of every answer that counts; None for one that is written otherwise
     than asked for.
     """
@@ -278,7 +278,7 @@ def answers_of(example: Example, writer: Writer) -> Answers:
     return found
 
 
-def _said_messages(example: Example) -> Iterator[tuple[tuple[Message, ...], float]]:
+def _said_messages(example: ChatExample) -> Iterator[tuple[tuple[Message, ...], float]]:
     """Conversations that end with an answer that counts, and its weight."""
     compared = example.kind in ("pair", "label")  # of which the answers alone are learnt
     for answer in example.answers or ((),):

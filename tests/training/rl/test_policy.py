@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.helpers import random_model, tiny_args
 from transom.base.errors import RequestError
 from transom.data.batch import NO_TARGET, Batch
-from transom.data.chat.conversations import Example
+from transom.data.chat.conversations import ChatExample
 from transom.data.chat.rows import default_template
 from transom.layers.inputs import TransformerInput
 from transom.lora.apply import apply_lora
@@ -297,8 +297,8 @@ def test_a_tiny_model_learns_what_is_rewarded() -> None:
 
 def test_questions_are_what_the_model_is_asked_with() -> None:
     messages = ({"role": "user", "content": "one and one?"},)
-    chat = Example("chat", "answer", messages, reference={"answer": "2"})
-    bare = Example("bare", "answer", messages, reference={"answer": "2"}, bare=True)
+    chat = ChatExample("chat", "answer", messages, reference={"answer": "2"})
+    bare = ChatExample("bare", "answer", messages, reference={"answer": "2"}, bare=True)
     template = default_template(TOKENIZER)
     room: dict[str, int] = {"seq_len": 64, "answer_tokens": 20}
     written = encode_questions([chat, bare], TOKENIZER, template, **room).rows
@@ -311,7 +311,7 @@ def test_questions_are_what_the_model_is_asked_with() -> None:
 
 def test_questions_without_room_for_an_answer_are_left_out_and_counted() -> None:
     rows = [
-        Example(
+        ChatExample(
             str(n),
             "answer",
             ({"role": "user", "content": "x" * n},),

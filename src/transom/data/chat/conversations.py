@@ -1,4 +1,4 @@
-"""`Example`: one row of a data set for fine-tuning, whatever format it came in. No torch.
+"""`ChatExample`: one row of a data set for fine-tuning, whatever format it came in. No torch.
 
 The format is recognised from the keys: `messages` (OpenAI's, with tools and weights), ShareGPT's
 `conversations`, Alpaca's `instruction` and `output`, prompt and completion, `text`, pairs of
@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 from transom.base.errors import RequestError, nearest, require
 from transom.data.file_formats import parse_json
 
-Kind = Literal["chat", "completion", "text", "pair", "label", "answer"]
+ExampleKind = Literal["chat", "completion", "text", "pair", "label", "answer"]
 Message = dict[str, Any]
 Messages = tuple[Message, ...]
 
@@ -36,7 +36,7 @@ REFERENCES = ("answer", "solution", "tests")
 
 
 @dataclass(frozen=True)
-class Example:
+class ChatExample:
     """One row; `kind` says which fields it has.
 
     `chat`: a conversation in `messages`. `completion`: `messages` are the prompt of its one answer.
@@ -47,7 +47,7 @@ class Example:
     """
 
     id: str  # file and number of the row
-    kind: Kind
+    kind: ExampleKind
     messages: Messages = ()
     answers: tuple[Messages, ...] = ()
     text: str = ""
@@ -68,9 +68,9 @@ class Format(NamedTuple):
     reads: tuple[str, ...]
     fields: Callable[[Mapping[str, Any]], dict[str, Any]]
 
-    def example(self, columns: Mapping[str, Any], id: str) -> Example:
-        """The row as an `Example`."""
-        return Example(id, **self.fields(columns))
+    def example(self, columns: Mapping[str, Any], id: str) -> ChatExample:
+        """The row as a `ChatExample`."""
+        return ChatExample(id, **self.fields(columns))
 
     def unread(self, columns: Mapping[str, Any]) -> list[str]:
         """Keys of a row, and of its messages as `messages.KEY`, that this format does not know."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from transom.base.errors import RequestError, notice, require
-from transom.data.chat.conversations import Example, recognise
+from transom.data.chat.conversations import ChatExample, recognise
 from transom.data.chat.instructions import NAME as STDLIB
 from transom.data.chat.instructions import stdlib_instructions
 from transom.data.row_files import has_split, notice_unread, rows_of
@@ -27,7 +27,7 @@ class Problem(NamedTuple):
 
 def read_examples(
     name: str | Path, split: str = "train", problems: list[Problem] | None = None
-) -> list[Example]:
+) -> list[ChatExample]:
     """Examples of one split, all of one format; malformed rows are added to `problems`, or the
     first is refused.
 
@@ -42,7 +42,7 @@ def read_examples(
         raise RequestError(
             f"split: got {split!r}; {name} has no such rows; expected one that it has"
         )
-    examples: list[Example] = []
+    examples: list[ChatExample] = []
     found: str | None = None
     unread: Counter[str] = Counter()
     for row in rows:
@@ -67,7 +67,7 @@ def read_examples(
     return examples
 
 
-def read_splits(name: str | Path, fraction: float) -> tuple[list[Example], list[Example]]:
+def read_splits(name: str | Path, fraction: float) -> tuple[list[ChatExample], list[ChatExample]]:
     """(examples to train on, examples to measure with): the data's own `valid`, else `fraction` by
     hash of ids.
     """
@@ -85,8 +85,8 @@ def read_splits(name: str | Path, fraction: float) -> tuple[list[Example], list[
 
 
 def split_examples(
-    examples: Sequence[Example], fraction: float
-) -> tuple[list[Example], list[Example]]:
+    examples: Sequence[ChatExample], fraction: float
+) -> tuple[list[ChatExample], list[ChatExample]]:
     """Return (examples to train on, examples to measure with): `fraction` of them by the hash of
     their ids.
 
@@ -104,7 +104,7 @@ def has_own_valid(name: str | Path) -> bool:
     return str(name) != STDLIB and has_split(name, "valid")
 
 
-def _document(example: Example) -> str:
+def _document(example: ChatExample) -> str:
     """What examples made of one docstring share, so that none of them tells the answers to the
     others.
     """

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from transom.data.chat.conversations import Example
+from transom.data.chat.conversations import ChatExample
 
 NAME = "stdlib-docs"
 # Folders that are not the library itself, or that not every machine has.
@@ -58,7 +58,7 @@ class Item(NamedTuple):
         return re.split(r"\.(?=\s|$)", self.paragraph, maxsplit=1)[0]
 
 
-def stdlib_instructions(limit: int | None = None) -> list[Example]:
+def stdlib_instructions(limit: int | None = None) -> list[ChatExample]:
     """One question and one answer each, the same on every machine with this version of Python;
     `limit` of them.
 
@@ -68,7 +68,7 @@ def stdlib_instructions(limit: int | None = None) -> list[Example]:
 
 
 @cache
-def _all() -> tuple[Example, ...]:
+def _all() -> tuple[ChatExample, ...]:
     """Every question; parsing the library takes seconds."""
     items = list(_items(Path(sysconfig.get_paths()["stdlib"])))
     meanings = Counter(item.sentence for item in items)
@@ -86,7 +86,7 @@ def _all() -> tuple[Example, ...]:
                     {"role": "user", "content": question},
                     {"role": "assistant", "content": answer},
                 )
-                out.append(Example(f"{NAME}:{item.name}#{kind}", "chat", messages))
+                out.append(ChatExample(f"{NAME}:{item.name}#{kind}", "chat", messages))
     out.sort(key=lambda example: hashlib.sha256(example.id.encode()).digest())
     return tuple(out)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transom.base.errors import RequestError, notice, require
 from transom.chat.built_in import fitting, named
 from transom.chat.template import ChatTemplate
-from transom.data.chat.conversations import Example, Messages
+from transom.data.chat.conversations import ChatExample, Messages
 from transom.data.chat.finetune_sets import Problem
 from transom.data.chat.turns import Turns, Written, bare_row, text_row
 from transom.tokenizers.tokenizer import Tokenizer
@@ -130,7 +130,7 @@ def default_template(tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def template_for(
-    examples: Iterable[Example], tokenizer: Tokenizer, found: ChatTemplate | None
+    examples: Iterable[ChatExample], tokenizer: Tokenizer, found: ChatTemplate | None
 ) -> ChatTemplate | None:
     """The template found in a folder; where there is none and conversations have to be written, the
     default one.
@@ -141,7 +141,7 @@ def template_for(
 
 
 def encode_examples(
-    examples: Iterable[Example],
+    examples: Iterable[ChatExample],
     tokenizer: Tokenizer,
     template: ChatTemplate | None,
     *,
@@ -206,7 +206,9 @@ def encode_examples(
     return EncodedChats(items, counts, labels or None)
 
 
-def prompt_ids(example: Example, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[int]:
+def prompt_ids(
+    example: ChatExample, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> list[int]:
     """Ids of an example's prompt as the model is asked with it, for answers that are still to be
     drawn.
     """
@@ -234,7 +236,7 @@ class _Encoder:
         self._tokenizer, self._train_on = tokenizer, train_on
         self.turns = None if template is None else Turns(template, tokenizer, stop_tokens)
 
-    def items(self, example: Example) -> list[tuple[Written, ...]]:
+    def items(self, example: ChatExample) -> list[tuple[Written, ...]]:
         """One item or more, each of one row, or of two for a pair."""
         if example.kind == "answer":
             raise RequestError(
@@ -267,12 +269,12 @@ class _Encoder:
         )
         return [tuple(one[0] for one in rows)]
 
-    def _bare(self, example: Example, answer: Messages) -> Written:
+    def _bare(self, example: ChatExample, answer: Messages) -> Written:
         prompt, said = str(example.messages[0]["content"]), str(answer[0]["content"])
         everything = self._train_on == "all" and example.kind == "completion"
         return bare_row(self._tokenizer, prompt, said, example.weight, all_tokens=everything)
 
-    def _conversation(self, example: Example, messages: Messages, first: int) -> list[Written]:
+    def _conversation(self, example: ChatExample, messages: Messages, first: int) -> list[Written]:
         """Rows of one conversation, with loss on the assistant's messages from number `first`
         on.
         """

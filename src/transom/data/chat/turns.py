@@ -32,7 +32,7 @@ from transom.tokenizers.tokenizer import Tokenizer
 Tools = Sequence[Mapping[str, Any]] | None
 
 
-class Answer(NamedTuple):
+class AnswerSpan(NamedTuple):
     """The tokens [start, stop) of an answer.
 
     `ended`: one of them ends the turn. `like_prompt`: the tokens before it are those of its prompt
@@ -54,11 +54,11 @@ class Written:
 
     ids: list[int]
     weights: NDArray[np.float32]
-    answers: list[Answer]
+    answers: list[AnswerSpan]
 
 
 class _Found(NamedTuple):
-    """The places of an answer's tokens; `ended` and `like_prompt` are those of `Answer`."""
+    """The places of an answer's tokens; `ended` and `like_prompt` are those of `AnswerSpan`."""
 
     places: NDArray[np.int64]
     ended: bool = False
@@ -213,7 +213,7 @@ class _Row:
         self.ids = self._encoded(like)
         self.first = template.first_of(self.ids)
         self._weights = np.zeros(len(self.ids), np.float32)
-        self._answers: list[Answer] = []
+        self._answers: list[AnswerSpan] = []
         self._controls = control_tokens(template.tokenizer, self.chat, self.ids)
 
     def _encoded(self, like: _Row | None) -> list[int]:
@@ -243,7 +243,7 @@ class _Row:
         places, ended, like_prompt = look(at, len(whole), same, asked)
         if not len(places):
             return False
-        answer = Answer(int(places[0]), int(places[-1]) + 1, ended, like_prompt)
+        answer = AnswerSpan(int(places[0]), int(places[-1]) + 1, ended, like_prompt)
         if self._answers and answer.stop > self._answers[0].start:
             return False
         self._weights[places] = weight
@@ -380,7 +380,7 @@ def bare_row(
     if not all_tokens:
         weights[:start] = 0.0
     like_prompt = ids[: len(begin)] == begin
-    return Written(ids, weights, [Answer(start, len(ids), bool(end), like_prompt, separable)])
+    return Written(ids, weights, [AnswerSpan(start, len(ids), bool(end), like_prompt, separable)])
 
 
 def _all_but_first(count: int, weight: float) -> NDArray[np.float32]:

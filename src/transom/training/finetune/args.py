@@ -13,13 +13,13 @@ from typing import Literal
 
 from transom.base.errors import RequestError, require
 from transom.base.fields import check_bounds, describe
-from transom.data.chat.conversations import Example, Kind
+from transom.data.chat.conversations import ChatExample, ExampleKind
 from transom.lora.args import LoraArgs
 from transom.quantize.args import QuantizeArgs
 
 PREFERENCES = ("dpo", "ipo", "orpo", "kto")
 # The kinds of rows that each objective learns from.
-KINDS: dict[str, tuple[Kind, ...]] = {
+KINDS: dict[str, tuple[ExampleKind, ...]] = {
     "sft": ("chat", "completion", "text"),
     "distill": ("chat", "completion", "text"),
     **dict.fromkeys(("dpo", "ipo", "orpo"), ("pair",)),
@@ -28,12 +28,12 @@ KINDS: dict[str, tuple[Kind, ...]] = {
 }
 
 
-def objectives_of(kind: Kind) -> list[str]:
+def objectives_of(kind: ExampleKind) -> list[str]:
     """Return the objectives that learn from a kind of rows."""
     return [name for name, kinds in KINDS.items() if kind in kinds]
 
 
-def require_kinds(examples: Iterable[Example], objective: str) -> None:
+def require_kinds(examples: Iterable[ChatExample], objective: str) -> None:
     """Raise `RequestError` for an example of a kind that `objective` does not learn from."""
     for one in examples:
         if one.kind not in KINDS[objective]:

@@ -13,7 +13,7 @@ from transom.base.errors import notice, require
 from transom.chat.template import ChatTemplate
 from transom.data.batch import Batch
 from transom.data.chat.batches import ChatBatches, padded_batch
-from transom.data.chat.conversations import Example
+from transom.data.chat.conversations import ChatExample
 from transom.data.chat.finetune_sets import read_splits
 from transom.data.chat.rows import EncodedChats, encode_examples, template_for
 from transom.data.order import Batches
@@ -127,8 +127,8 @@ def open_finetune_data(
 def _questions(
     args: TrainArgs,
     finetune: FinetuneArgs,
-    train: list[Example],
-    measured: list[Example],
+    train: list[ChatExample],
+    measured: list[ChatExample],
     tokenizer: Tokenizer,
     template: ChatTemplate | None,
     base: Path,
@@ -172,10 +172,10 @@ def _questions(
 
 def read_all(
     args: TrainArgs, finetune: FinetuneArgs
-) -> tuple[list[Example], list[Example], dict[str, str]]:
+) -> tuple[list[ChatExample], list[ChatExample], dict[str, str]]:
     """Return examples to train on and to measure with, and a hash of each source."""
-    train: list[Example] = []
-    measured: list[Example] = []
+    train: list[ChatExample] = []
+    measured: list[ChatExample] = []
     hashes: dict[str, str] = {}
     paths = [source.path for source in args.data.source_list]
     require(len(set(paths)) == len(paths), "data.sources", paths, "expected every set once")
@@ -188,7 +188,7 @@ def read_all(
     return train, measured, hashes
 
 
-def _hash_examples(*parts: Sequence[Example]) -> str:
+def _hash_examples(*parts: Sequence[ChatExample]) -> str:
     """Return the SHA-256 in hex of examples as they were read."""
     whole = hashlib.sha256()
     for part in parts:

@@ -13,7 +13,7 @@ from transom.chat.template import ChatTemplate
 from transom.checkpoints.files.folders import sha256_of
 from transom.config.model_args import HeadArgs, ModelArgs
 from transom.data.labelled import (
-    EncodedRow,
+    EncodedText,
     LabelledBatches,
     encode_rows,
     label_names,
@@ -46,7 +46,7 @@ class RunData:
     hashes: Mapping[str, str]
     rows_per_step: int
     held_out: Mapping[str, TokenFile] = field(default_factory=dict)
-    head_rows: Sequence[EncodedRow] = ()
+    head_rows: Sequence[EncodedText] = ()
     labels: Sequence[str] | None = None
     template: ChatTemplate | None = None
     stop_tokens: Sequence[int] = ()

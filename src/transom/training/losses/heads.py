@@ -19,7 +19,7 @@ from transom.base.runtime import evaluating
 from transom.config.layer_args import BASE_HEAD
 from transom.config.model_args import HeadArgs
 from transom.data.batch import pad_rows
-from transom.data.labelled import EncodedRow
+from transom.data.labelled import EncodedText
 from transom.layers.inputs import TransformerInput, TransformerOutput
 from transom.models.llm import LLM, pool
 from transom.training.losses.cross_entropy import cross_entropy_sum
@@ -102,7 +102,7 @@ class HeadScore:
 
 
 @torch.no_grad()
-def score_head(model: LLM, rows: Sequence[EncodedRow], temperature: float = 0.05) -> HeadScore:
+def score_head(model: LLM, rows: Sequence[EncodedText], temperature: float = 0.05) -> HeadScore:
     """Score held-out lines; `temperature` as in training."""
     head = model.args.head
     require(head is not None, "head", None, "expected a model with a head")

@@ -19,7 +19,7 @@ from torch import Tensor
 from transom.base.runtime import evaluating
 from transom.config.model_args import HeadArgs
 from transom.data.batch import NO_TARGET, Batch
-from transom.data.labelled import EncodedRow
+from transom.data.labelled import EncodedText
 from transom.layers.inputs import TransformerOutput
 from transom.models.llm import LLM
 from transom.training.losses.cross_entropy import head_loss
@@ -123,7 +123,7 @@ class HeadObjective(Objective):
     model: LLM
     head: HeadArgs
     temperature: float
-    held_out: Sequence[EncodedRow] = ()
+    held_out: Sequence[EncodedText] = ()
 
     def loss(self, output: TransformerOutput, micro: Batch, units: Tensor) -> dict[str, Tensor]:
         """As `heads.head_loss_sum`, divided."""

@@ -21,7 +21,7 @@ from transom.base.runtime import mixed_seed
 from transom.chat.template import ChatTemplate
 from transom.data.batch import NO_TARGET, Batch
 from transom.data.chat.batches import padded_batch
-from transom.data.chat.conversations import Example
+from transom.data.chat.conversations import ChatExample
 from transom.data.chat.rows import EncodedChat, prompt_ids
 from transom.data.order import ShuffledBatches
 from transom.inference.text import Completion
@@ -65,7 +65,7 @@ class Questions:
 
 
 def encode_questions(
-    examples: Iterable[Example],
+    examples: Iterable[ChatExample],
     tokenizer: Tokenizer,
     template: ChatTemplate | None,
     *,

@@ -37,6 +37,18 @@ def test_the_tree_in_the_docs_is_the_tree_on_disk():
     assert tree_in_docs() == disk
 
 
+def test_the_map_lists_every_room_in_the_order_of_the_tiers():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (`[^|]*`) \|", text, flags=re.MULTILINE)
+    rooms = [re.findall(r"`(\w+)/`", row) for row in rows]
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    tiers = [tier.split(" | ") for tier in config["contracts"][0]["layers"]]
+    assert rooms == [[name.removeprefix("transom.") for name in tier] for tier in tiers]
+    package = ROOT / "src" / "transom"
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert folders == {room for row in rooms for room in row}
+
+
 @pytest.mark.parametrize(
     "module", ["transom", "transom.cli.main", "transom.training.config", "transom.planning.counts"]
 )

@@ -15,7 +15,7 @@ import torch
 from transom.attention.backends import auto, choose
 from transom.attention.mask import Layout, MaskSpec
 from transom.attention.view import CacheView, Score
-from transom.config.model_args import LayerRule
+from transom.config.layer_args import LayerRule
 
 LENGTHS = (8192, 16384, 32768, 65536)
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64

@@ -11,7 +11,7 @@ from benchmarks.common import interleaved
 from transom.attention.mask import Layout, MaskSpec, allowed
 from transom.attention.sdpa import sdpa
 from transom.attention.view import CacheView, Score
-from transom.config.model_args import LayerRule
+from transom.config.layer_args import LayerRule
 
 HEADS, KV_HEADS, HEAD_DIM, WINDOW, LENGTH = 12, 4, 64, 512, 8192
 

@@ -20,16 +20,10 @@ if TYPE_CHECKING:
     from transom.checkpoints.convert import convert
     from transom.checkpoints.fingerprint import fingerprint
     from transom.checkpoints.load import load, load_tokenizer, save
-    from transom.config.model_args import (
-        HeadArgs,
-        LayerArgs,
-        MlaArgs,
-        ModelArgs,
-        MoeArgs,
-        RopeScaling,
-        VisionArgs,
-    )
+    from transom.config.layer_args import HeadArgs, LayerArgs, MlaArgs, MoeArgs, RopeScaling
+    from transom.config.model_args import ModelArgs
     from transom.config.presets import preset
+    from transom.config.vision_args import VisionArgs
     from transom.evaluation.merging import merge_folders
     from transom.inference.loop import generate, stream
     from transom.inference.sampling import SamplingArgs
@@ -67,15 +61,9 @@ _HOMES = {
     "transom.lora.apply": ("apply_lora",),
     "transom.checkpoints.adapters.read": ("load_adapter",),
     "transom.checkpoints.adapters.write": ("save_adapter",),
-    "transom.config.model_args": (
-        "HeadArgs",
-        "LayerArgs",
-        "MlaArgs",
-        "ModelArgs",
-        "MoeArgs",
-        "RopeScaling",
-        "VisionArgs",
-    ),
+    "transom.config.layer_args": ("HeadArgs", "LayerArgs", "MlaArgs", "MoeArgs", "RopeScaling"),
+    "transom.config.model_args": ("ModelArgs",),
+    "transom.config.vision_args": ("VisionArgs",),
     "transom.attention.mask": ("create_chunked_attention_mask", "positions_from_sizes"),
     "transom.attention.reference": ("repeat_kv",),
     "transom.attention.view": ("CacheView",),

@@ -24,7 +24,7 @@ from transom.attention.reference import reference
 from transom.attention.sdpa import sdpa
 from transom.attention.view import CacheView, Score
 from transom.base.runtime import one_thread
-from transom.config.model_args import LayerRule
+from transom.config.layer_args import LayerRule
 
 RULES = [
     LayerRule(),

@@ -24,7 +24,7 @@ from transom.attention.mask import Layout, MaskSpec
 from transom.attention.reference import reference
 from transom.attention.view import CacheView, Score
 from transom.base.errors import RequestError
-from transom.config.model_args import LayerRule
+from transom.config.layer_args import LayerRule
 
 CAPPED = Score(softcap=5.0)
 
@@ -158,7 +158,7 @@ def test_inference_does_not_import_the_compiler():
     """torch._dynamo takes longer to import than torch, and every verb would wait for it."""
     code = (
         "import sys, torch; from transom.attention.backends import auto, MaskSpec, CacheView, "
-        "Score\nfrom transom.config.model_args import LayerRule\n"
+        "Score\nfrom transom.config.layer_args import LayerRule\n"
         "q, places = torch.ones(1, 4, 2, 8), torch.arange(4)[None]\n"
         "auto(q, CacheView((q, q), places), MaskSpec(LayerRule(), places), Score(softcap=5.0))\n"
         "assert 'torch._dynamo' not in sys.modules"

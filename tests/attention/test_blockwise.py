@@ -14,7 +14,7 @@ from transom.attention.blockwise import blockwise
 from transom.attention.mask import Layout, MaskSpec
 from transom.attention.reference import reference
 from transom.attention.view import CacheView, Score
-from transom.config.model_args import LayerRule
+from transom.config.layer_args import LayerRule
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from transom.attention.flex import block_mask, flex, why_not
 from transom.attention.mask import MaskSpec, allowed, positions_from_sizes, segments_from_sizes
 from transom.attention.reference import reference
 from transom.attention.view import CacheView, Score
-from transom.config.model_args import LayerRule
+from transom.config.layer_args import LayerRule
 
 LENGTH, BLOCK = 150, 32  # five blocks, the last one short
 RULES = [LayerRule(), LayerRule("full"), LayerRule("window", 45), LayerRule("chunk", 64)]

@@ -11,7 +11,7 @@ from transom.attention.mask import (
     positions_from_sizes,
     segments_from_sizes,
 )
-from transom.config.model_args import LayerRule
+from transom.config.layer_args import LayerRule
 
 
 def may_see(rule: LayerRule, q: int, k: int, q_segment: int, k_segment: int) -> bool:

@@ -17,7 +17,7 @@ from transom.attention.reference import reference
 from transom.attention.sdpa import by_documents
 from transom.attention.varlen import varlen, why_not
 from transom.attention.view import CacheView, Score
-from transom.config.model_args import LayerRule
+from transom.config.layer_args import LayerRule
 
 RULES = [LayerRule(), LayerRule("full"), LayerRule("window", 7), LayerRule("chunk", 16)]
 

@@ -10,7 +10,8 @@ import torch
 from tests.helpers import run_python, tiny_args
 from transom.attention.mask import allowed
 from transom.base.errors import RequestError
-from transom.config.model_args import LayerRule, ModelArgs, RopeScaling, TemperatureArgs
+from transom.config.layer_args import LayerRule, RopeScaling, TemperatureArgs
+from transom.config.model_args import ModelArgs
 from transom.config.presets import PRESETS, preset
 from transom.models.llm import LLM
 from transom.planning.counts import keys_seen, parameters

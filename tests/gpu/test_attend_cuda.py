@@ -9,7 +9,7 @@ from transom.attention.backends import BACKENDS, auto, choose
 from transom.attention.mask import Layout, MaskSpec, positions_from_sizes, segments_from_sizes
 from transom.attention.reference import reference
 from transom.attention.view import CacheView, Score
-from transom.config.model_args import LayerRule
+from transom.config.layer_args import LayerRule
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,7 +14,7 @@ from transom.attention.mask import Layout, MaskSpec
 from transom.attention.reference import reference
 from transom.attention.sdpa import sdpa
 from transom.attention.view import CacheView, Score
-from transom.config.model_args import LayerRule
+from transom.config.layer_args import LayerRule
 from transom.inference.loop import generate
 from transom.layers.inputs import TransformerInput
 from transom.training.loop.setup import open_run

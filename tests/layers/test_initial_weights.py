@@ -5,7 +5,7 @@ import torch
 
 from tests.helpers import TINY_VISION, tiny_args
 from transom.base.errors import RequestError
-from transom.config.model_args import VisionArgs
+from transom.config.vision_args import VisionArgs
 from transom.layers.block import TransformerBlock
 from transom.layers.linear import Embedding, GroupedLinear, Linear
 from transom.layers.norm import make_norm

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from transformers.models.llama4 import modeling_llama4
 
 from tests.helpers import random_model, random_tokens, tiny_args
-from transom.config.model_args import RopeArgs, RopeScaling
+from transom.config.layer_args import RopeArgs, RopeScaling
 from transom.layers.inputs import TransformerInput
 from transom.layers.rope import (
     apply_rotary_emb,

@@ -13,7 +13,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 
 from tests.helpers import random_model, random_tokens, tiny_args
 from transom.base.errors import RequestError
-from transom.config.model_args import RopeArgs, RopeScaling
+from transom.config.layer_args import RopeArgs, RopeScaling
 from transom.inference.loop import generate as transom_generate
 from transom.layers.inputs import TransformerInput
 from transom.layers.rope import attention_factor, frequencies, rotary_table, rotate

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.models.llama4.processing_llama4 import Llama4Processor
 
 from transom.base.errors import RequestError
-from transom.config.model_args import VisionArgs
+from transom.config.vision_args import VisionArgs
 from transom.models.images import (
     ImageTokenIds,
     choose_grid,

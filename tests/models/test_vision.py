@@ -15,7 +15,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4VisionModel
 from tests.helpers import random_model, random_tokens, tiny_args
 from transom.attention.reference import reference
 from transom.base.errors import RequestError
-from transom.config.model_args import VisionArgs
+from transom.config.vision_args import VisionArgs
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
 from transom.models.vision import VisionEmbeddings, check_patch_count, merge_images, pixel_shuffle

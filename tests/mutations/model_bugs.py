@@ -24,7 +24,8 @@ from tests.mutations.planting import (
 from transom.attention import blockwise, mask, sdpa
 from transom.attention.mask import MaskSpec
 from transom.attention.view import CacheView, Score
-from transom.config.model_args import LayerArgs, LayerRule, ModelArgs, RopeArgs
+from transom.config.layer_args import LayerArgs, LayerRule, RopeArgs
+from transom.config.model_args import ModelArgs
 from transom.layers import attention, rope
 from transom.layers.attention import Attention
 from transom.layers.latent_attention import LatentAttention

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from transom.attention.mask import MaskSpec
 from transom.attention.view import CacheView, Score
-from transom.config.model_args import LayerArgs, ModelArgs
+from transom.config.layer_args import LayerArgs
+from transom.config.model_args import ModelArgs
 from transom.layers.attention import Attention
 from transom.layers.step import Step
 

@@ -10,7 +10,7 @@ from tests.helpers import TINY_VISION, random_model, random_tokens, tiny_args
 from transom.attention.mask import allowed
 from transom.attention.reference import reference
 from transom.base.errors import RequestError
-from transom.config.model_args import LayerRule
+from transom.config.layer_args import LayerRule
 from transom.config.presets import PRESETS, preset
 from transom.layers import linear
 from transom.layers.inputs import TransformerInput

@@ -19,7 +19,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 from tests.helpers import random_model, random_tokens, tiny_args
 from transom.base.runtime import one_thread
-from transom.config.model_args import MoeArgs
+from transom.config.layer_args import MoeArgs
 from transom.evaluation.trace import recording
 from transom.layers.inputs import TransformerInput
 from transom.layers.moe import RouterStatistics

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.helpers import random_model, tiny_args
 from transom.base.errors import RequestError
-from transom.config.model_args import HeadArgs
+from transom.config.layer_args import HeadArgs
 from transom.data.batch import NO_TARGET, Batch
 from transom.data.labelled import EncodedText, collate
 from transom.layers.inputs import TransformerInput, TransformerOutput

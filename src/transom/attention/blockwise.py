@@ -20,7 +20,7 @@ from transom.attention.mask import MaskSpec, allowed
 from transom.attention.sdpa import by_documents, per_document, reach
 from transom.attention.view import CacheView, Score
 from transom.base.runtime import no_autocast
-from transom.config.model_args import LayerRule
+from transom.config.layer_args import LayerRule
 
 QUERIES, KEYS = 128, 256  # tokens per block; fewer queries take more keys at a time
 

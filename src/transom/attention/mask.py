@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transom.config.model_args import LayerRule
+from transom.config.layer_args import LayerRule
 
 
 def visible(

@@ -20,7 +20,7 @@ from transom.attention.mask import Layout, MaskSpec, allowed
 from transom.attention.reference import repeat_kv
 from transom.attention.view import CacheView, Score
 from transom.base.errors import RequestError
-from transom.config.model_args import LayerRule
+from transom.config.layer_args import LayerRule
 
 BLOCK = 256  # queries per masked call, tokens
 

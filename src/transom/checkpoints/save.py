@@ -24,7 +24,8 @@ from transom.checkpoints.files.lazy_tensors import Batch, Source, Stored, cast, 
 from transom.checkpoints.files.safetensors_files import WEIGHTS, parse_size, write_stream
 from transom.checkpoints.files.staging import staged
 from transom.checkpoints.mapping import to_foreign
-from transom.config.model_args import ModelArgs, RopeLayout
+from transom.config.layer_args import RopeLayout
+from transom.config.model_args import ModelArgs
 from transom.lora.adapters import plain_weights
 from transom.models.llm import LLM
 from transom.names.transforms import turn_rotary

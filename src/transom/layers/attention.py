@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from transom.attention.view import CacheView, Score
-from transom.config.model_args import LayerArgs, TemperatureArgs
+from transom.config.layer_args import LayerArgs, TemperatureArgs
 from transom.layers.linear import Linear
 from transom.layers.norm import make_norm, rmsnorm
 from transom.layers.rope import rotate

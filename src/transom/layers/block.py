@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from transom.config.model_args import LayerArgs
+from transom.config.layer_args import LayerArgs
 from transom.layers.attention import Attention, CrossAttention
 from transom.layers.feed_forward import FeedForward
 from transom.layers.latent_attention import LatentAttention

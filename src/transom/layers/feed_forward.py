@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transom.config.model_args import Activation
+from transom.config.layer_args import Activation
 from transom.layers.linear import Linear
 
 

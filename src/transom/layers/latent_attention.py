@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from transom.attention.view import CacheView, Score
-from transom.config.model_args import LayerArgs
+from transom.config.layer_args import LayerArgs
 from transom.layers.attention import new_view
 from transom.layers.linear import Linear
 from transom.layers.norm import make_norm

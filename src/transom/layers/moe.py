@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transom.base.runtime import no_autocast
-from transom.config.model_args import LayerArgs, MoeArgs
+from transom.config.layer_args import LayerArgs, MoeArgs
 from transom.layers.feed_forward import FeedForward, activate
 from transom.layers.initial import draw_weight
 from transom.layers.linear import GroupedLinear

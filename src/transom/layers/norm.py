@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transom.config.model_args import NormKind
+from transom.config.layer_args import NormKind
 
 
 def rmsnorm(x: Tensor, eps: float) -> Tensor:

@@ -11,8 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from transom.config.layer_args import yarn_mscale
-from transom.config.model_args import RopeArgs, RopeLayout, RopeScaling
+from transom.config.layer_args import RopeArgs, RopeLayout, RopeScaling, yarn_mscale
 
 
 def apply_scaling(

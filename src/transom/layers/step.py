@@ -10,7 +10,7 @@ from torch import Tensor
 from transom.attention.backends import Attend
 from transom.attention.mask import MaskSpec
 from transom.attention.view import CacheView
-from transom.config.model_args import LayerRule, RopeArgs, TemperatureArgs
+from transom.config.layer_args import LayerRule, RopeArgs, TemperatureArgs
 
 
 @dataclass(frozen=True)

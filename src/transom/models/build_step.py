@@ -12,7 +12,8 @@ from transom.attention.backends import Attend
 from transom.attention.mask import Layout, MaskSpec, positions_from_sizes, segments_from_sizes
 from transom.base.errors import RequestError, require
 from transom.cache.model_cache import ModelCache
-from transom.config.model_args import LayerRule, ModelArgs, RopeScaling
+from transom.config.layer_args import LayerRule, RopeScaling
+from transom.config.model_args import ModelArgs
 from transom.layers.attention import temperature_scale
 from transom.layers.inputs import TransformerInput
 from transom.layers.rope import rotary_table

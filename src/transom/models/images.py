@@ -21,7 +21,7 @@ from torch import Tensor
 
 from transom.base.errors import RequestError, notice, require
 from transom.base.files import refuse_pointer
-from transom.config.model_args import VisionArgs
+from transom.config.vision_args import VisionArgs
 
 if TYPE_CHECKING:
     from PIL import Image

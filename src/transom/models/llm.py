@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transom.attention.backends import Attend, auto
 from transom.base.errors import RequestError
 from transom.cache.model_cache import ModelCache
-from transom.config.model_args import HeadArgs, ModelArgs
+from transom.config.layer_args import HeadArgs
+from transom.config.model_args import ModelArgs
 from transom.layers.block import TransformerBlock
 from transom.layers.initial import init_weights, start_at_chance
 from transom.layers.inputs import TransformerInput, TransformerOutput

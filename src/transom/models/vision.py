@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transom.attention.backends import Attend, auto
 from transom.attention.mask import Layout, MaskSpec
 from transom.base.errors import RequestError
-from transom.config.model_args import RopeArgs, VisionArgs
+from transom.config.layer_args import RopeArgs
+from transom.config.vision_args import VisionArgs
 from transom.layers.block import TransformerBlock
 from transom.layers.initial import draw_weight
 from transom.layers.inputs import MaskedEmbedding

@@ -10,7 +10,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from transom.config.model_args import ModelArgs, RopeLayout
+from transom.config.layer_args import RopeLayout
+from transom.config.model_args import ModelArgs
 from transom.names.tables import Transform
 
 Shape = tuple[int, ...]

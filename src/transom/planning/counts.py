@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from transom.config.model_args import LayerArgs, ModelArgs
+from transom.config.layer_args import LayerArgs
+from transom.config.model_args import ModelArgs
 
 
 def attention_weights(layer: LayerArgs) -> int:

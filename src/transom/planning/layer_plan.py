@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from transom.base.errors import require
-from transom.config.model_args import LayerArgs, ModelArgs, MoeArgs
+from transom.config.layer_args import LayerArgs, MoeArgs
+from transom.config.model_args import ModelArgs
 from transom.planning import counts
 
 BYTES_PER_VALUE = {"bfloat16": 2, "float32": 4}

@@ -13,7 +13,8 @@ from typing import Any, Literal
 from transom.base.errors import RequestError, require
 from transom.base.fields import check_seed, describe, read, type_at, write
 from transom.base.yaml_files import read_yaml, word_value
-from transom.config.model_args import HeadArgs, ModelArgs
+from transom.config.layer_args import HeadArgs
+from transom.config.model_args import ModelArgs
 from transom.config.presets import preset
 from transom.data.text.sources import SourceArgs
 from transom.training.finetune.args import FinetuneArgs

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from transom.attention.mask import Layout, MaskSpec, positions_from_sizes, segments_from_sizes
 from transom.attention.view import CacheView, Score
-from transom.config.model_args import LayerRule
+from transom.config.layer_args import LayerRule
 
 Phase = Literal[
     "prefill",

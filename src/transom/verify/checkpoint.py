@@ -29,7 +29,8 @@ from transom.checkpoints.convert import convert
 from transom.checkpoints.files.folders import CONFIG, Format, find_model, read_args, read_json
 from transom.checkpoints.files.lazy_tensors import Source, Stored
 from transom.checkpoints.load import load, open_state, outline, save, shapes_of
-from transom.config.model_args import ModelArgs, RopeLayout
+from transom.config.layer_args import RopeLayout
+from transom.config.model_args import ModelArgs
 from transom.inference.loop import generate
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM

@@ -23,7 +23,8 @@ from transom.checkpoints.files.folders import CONFIG, Format, folder_format, rea
 from transom.checkpoints.files.lazy_tensors import Source
 from transom.checkpoints.load import open_files, outline, shapes_of
 from transom.checkpoints.mapping import clean
-from transom.config.model_args import ModelArgs, RopeLayout
+from transom.config.layer_args import RopeLayout
+from transom.config.model_args import ModelArgs
 from transom.verify.findings import Finding, difference, same_bytes
 
 

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transom.base.errors import RequestError
-from transom.config.model_args import ModelArgs, MoeArgs
+from transom.config.layer_args import MoeArgs
+from transom.config.model_args import ModelArgs
 from transom.verify.oracle_rope import rotated
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transom.config.layer_args import MlaArgs, MoeArgs, RopeScaling
-from transom.config.model_args import LayerArgs, ModelArgs
+from transom.config.layer_args import LayerArgs, MlaArgs, MoeArgs, RopeScaling
+from transom.config.model_args import ModelArgs
 from transom.models.llm import LLM
 
 WINDOW, CHUNK, ORIGINAL = (

@@ -17,8 +17,9 @@ from transom.base.errors import RequestError, notice, require
 from transom.checkpoints.families.foreign_config import ForeignConfig
 from transom.checkpoints.families.same_model import same_model
 from transom.checkpoints.families.weights import WeightNames
-from transom.config.layer_args import MoeArgs, VisionArgs
+from transom.config.layer_args import MoeArgs
 from transom.config.model_args import ModelArgs
+from transom.config.vision_args import VisionArgs
 from transom.names.tables import (
     DENSE_NAMES,
     LAYER,

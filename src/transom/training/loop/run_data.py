@@ -11,7 +11,8 @@ from pathlib import Path
 from transom.base.errors import notice, require
 from transom.chat.template import ChatTemplate
 from transom.checkpoints.files.folders import sha256_of
-from transom.config.model_args import HeadArgs, ModelArgs
+from transom.config.layer_args import HeadArgs
+from transom.config.model_args import ModelArgs
 from transom.data.labelled import (
     EncodedText,
     LabelledBatches,

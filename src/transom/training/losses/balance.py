@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from transom.config.model_args import MoeArgs
+from transom.config.layer_args import MoeArgs
 from transom.layers.block import TransformerBlock
 from transom.layers.moe import MoE, RouterStatistics, picked, scores
 from transom.models.llm import LLM

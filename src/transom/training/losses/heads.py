@@ -16,8 +16,7 @@ from torch import Tensor
 
 from transom.base.errors import require
 from transom.base.runtime import evaluating
-from transom.config.layer_args import BASE_HEAD
-from transom.config.model_args import HeadArgs
+from transom.config.layer_args import BASE_HEAD, HeadArgs
 from transom.data.batch import pad_rows
 from transom.data.labelled import EncodedText
 from transom.layers.inputs import TransformerInput, TransformerOutput

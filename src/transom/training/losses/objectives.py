@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from transom.base.runtime import evaluating
-from transom.config.model_args import HeadArgs
+from transom.config.layer_args import HeadArgs
 from transom.data.batch import NO_TARGET, Batch
 from transom.data.labelled import EncodedText
 from transom.layers.inputs import TransformerOutput

@@ -8,6 +8,7 @@ import pytest
 
 from transom.base.errors import RequestError, WorkError
 from transom.base.files import cache_dir
+from transom.data import cache
 from transom.data.text import shards
 from transom.data.text.shards import prepare
 from transom.data.text.sources import SourceArgs, held_out
@@ -45,7 +46,7 @@ def test_the_files_are_made_once_for_the_same_texts_and_tokenizer(source, tmp_pa
     other = prepare(source, byte_tokenizer(("<a>", "<b>")), tmp_path / "cache")
     assert other.folder != first.folder
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "_build", lambda *_: pytest.fail("tokenised again"))
+        patch.setattr(shards, "_write_parts", lambda *_: pytest.fail("tokenised again"))
         again = prepare(source, byte_tokenizer(), tmp_path / "cache")
     assert (again.folder, again.sha256) == (first.folder, first.sha256)
     (tmp_path / "texts" / "0.txt").write_text("changed")
@@ -61,7 +62,7 @@ def test_a_damaged_entry_is_made_anew_and_says_so(source, tmp_path, capsys, name
     with (first.folder / name).open("r+b") as file:
         file.truncate((first.folder / name).stat().st_size // 2)
     again = prepare(source, byte_tokenizer(), tmp_path / "cache")
-    assert f"{name} is not what was written there" in capsys.readouterr().err
+    assert f"{name} is damaged" in capsys.readouterr().err
     assert np.array_equal(again.train.tokens, tokens)
 
 
@@ -98,7 +99,7 @@ def test_an_entry_that_another_process_finished_first_is_kept(source, tmp_path, 
     first = prepare(source, byte_tokenizer(), tmp_path / "cache")
     kept = (first.folder / "meta.json").stat().st_ino
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "_read_meta", lambda _folder: None)  # as if it was not there yet
+        patch.setattr(cache, "_read_meta", lambda _folder: None)  # as if it was not there yet
         prepare(source, byte_tokenizer(), tmp_path / "cache")
     assert (first.folder / "meta.json").stat().st_ino == kept
     assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [first.folder.name]

@@ -23,9 +23,10 @@ import torch
 from benchmarks.common import interleaved
 from transom.base.runtime import pick_dtype
 from transom.checkpoints.convert import convert
-from transom.checkpoints.files.safetensors_files import WEIGHTS
-from transom.checkpoints.load import load, outline
+from transom.checkpoints.files.layout import WEIGHTS
+from transom.checkpoints.load import load
 from transom.checkpoints.save import save
+from transom.checkpoints.state import meta_model
 from transom.config.model_args import ModelArgs
 from transom.inference.loop import generate
 
@@ -84,7 +85,7 @@ def _write_folder(folder: Path, shape: Mapping[str, Any]) -> int:
     """A folder of drawn bfloat16 weights as transformers writes it, on the disk; its number of
     parameters.
     """
-    model = outline(ModelArgs.from_dict(dict(shape))).to(torch.bfloat16).to_empty(device="cpu")
+    model = meta_model(ModelArgs.from_dict(dict(shape))).to(torch.bfloat16).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():

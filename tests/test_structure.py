@@ -137,8 +137,6 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
 
 # Circles of imports that are still there.
 CIRCLES: list[set[str]] = [
-    {"transom.checkpoints.files.consolidated", "transom.checkpoints.files.folders"},
-    {"transom.checkpoints.fingerprint", "transom.checkpoints.load"},
     {"transom.cli.data", "transom.cli.data_show"},
     {"transom.tokenizers.stream", "transom.tokenizers.tokenizer"},
     {"transom.training.loop.course", "transom.training.loop.trainer"},

@@ -14,7 +14,7 @@ import pytest
 
 import transom
 from tests.helpers import random_model, tiny_args
-from transom.checkpoints.load import save
+from transom.checkpoints.save import save
 from transom.cli.main import main
 from transom.tokenizers.training import byte_tokenizer
 

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from transom.checkpoints.adapters.write import save_adapter
     from transom.checkpoints.convert import convert
     from transom.checkpoints.fingerprint import fingerprint
-    from transom.checkpoints.load import load, load_tokenizer, save
+    from transom.checkpoints.load import load
+    from transom.checkpoints.open_model import load_tokenizer
+    from transom.checkpoints.save import save
     from transom.config.layer_args import HeadArgs, LayerArgs, MlaArgs, MoeArgs, RopeScaling
     from transom.config.model_args import ModelArgs
     from transom.config.presets import preset
@@ -72,7 +74,9 @@ _HOMES = {
     "transom.chat.template": ("ChatTemplate",),
     "transom.checkpoints.convert": ("convert",),
     "transom.checkpoints.fingerprint": ("fingerprint",),
-    "transom.checkpoints.load": ("load", "load_tokenizer", "save"),
+    "transom.checkpoints.load": ("load",),
+    "transom.checkpoints.open_model": ("load_tokenizer",),
+    "transom.checkpoints.save": ("save",),
     "transom.base.errors": ("RequestError", "WorkError"),
     "transom.evaluation.merging": ("merge_folders",),
     "transom.inference.loop": ("generate", "stream"),

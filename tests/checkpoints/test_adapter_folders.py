@@ -15,15 +15,11 @@ from tests.checkpoints.adapters.twins import far, logits_of, twin
 from tests.checkpoints.families import random_ids
 from tests.helpers import run_python
 from transom.base.errors import RequestError
+from transom.base.files import sha256_of
 from transom.checkpoints.adapters.peft_config import base_of
 from transom.checkpoints.convert import convert
-from transom.checkpoints.files.folders import (
-    CHECKSUMS,
-    find_model,
-    model_folder,
-    read_pointer,
-    sha256_of,
-)
+from transom.checkpoints.files.checksums import CHECKSUMS
+from transom.checkpoints.files.location import find_model, model_folder, read_pointer
 from transom.checkpoints.load import load
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -107,10 +103,10 @@ def test_a_base_that_is_an_adapter_is_refused(run, tmp_path):
     for base in (run, run / "step_000004", "../adapter"):
         name_base(tmp_path / "adapter", str(base))
         with pytest.raises(
-            RequestError, match=r"adapter_config\.json: the base .* is an adapter too"
+            RequestError, match=r"base_model_name_or_path: got .* which is an adapter"
         ):
             find_model(tmp_path / "adapter")
-    with pytest.raises(RequestError, match="step_000002: an adapter; expected a whole model"):
+    with pytest.raises(RequestError, match="step_000002: an adapter; expected a complete model"):
         model_folder(run)
 
 

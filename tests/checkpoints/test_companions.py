@@ -8,11 +8,13 @@ from transformers import AutoTokenizer, GenerationConfig
 from tests.checkpoints.adapters.folders import write_adapter, write_base
 from transom.chat.template import ChatTemplate
 from transom.checkpoints.convert import convert
-from transom.checkpoints.files.folders import Found
+from transom.checkpoints.files.generation_config import stop_tokens_of
 from transom.checkpoints.files.hub import wanted_files
-from transom.checkpoints.load import load, load_tokenizer, save
+from transom.checkpoints.files.location import ModelLocation
+from transom.checkpoints.load import load
+from transom.checkpoints.open_model import load_tokenizer
+from transom.checkpoints.save import save
 from transom.evaluation.merging import merge_folders
-from transom.inference.stopping import stop_tokens_of
 from transom.tokenizers.training import byte_tokenizer
 
 FORMATS = ("native", "hf", "meta", "mistral")
@@ -142,7 +144,7 @@ def test_an_adapter_with_its_own_tokenizer_stops_at_the_same_tokens_when_merged(
     base = state_all(write_base(tmp_path / "base", "hf", dtype="float32"))
     adapter = write_adapter(tmp_path / "adapter", base)
     load_tokenizer(base).save(adapter)
-    before = stop_tokens_of(Found(base, adapter), load_tokenizer(adapter))
+    before = stop_tokens_of(ModelLocation(base, adapter), load_tokenizer(adapter))
     assert set(before) > set(STATED["eos_token_id"])
     convert(adapter, tmp_path / "converted", "native")
     assert stop_tokens_of(tmp_path / "converted", load_tokenizer(adapter)) == before

@@ -19,8 +19,9 @@ from tests.checkpoints.consolidated import (
     write_meta,
     write_mistral,
 )
-from transom.checkpoints.files.folders import folder_format, read_args
+from transom.checkpoints.files.layout import folder_format
 from transom.checkpoints.load import load
+from transom.checkpoints.read_args import read_args
 from transom.inference.loop import generate
 from transom.layers.inputs import MaskedEmbedding, TransformerInput
 

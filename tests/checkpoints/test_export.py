@@ -17,7 +17,8 @@ from tests.helpers import TINY_VISION, random_model, random_tokens, tiny_args
 from transom.base.errors import RequestError, WorkError
 from transom.checkpoints.convert import convert
 from transom.checkpoints.families.hf import args_to_hf
-from transom.checkpoints.load import load, save
+from transom.checkpoints.load import load
+from transom.checkpoints.save import save
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
 

@@ -24,9 +24,12 @@ from tests.helpers import TINY_VISION, random_model, random_tokens, tiny_args
 from transom.base.errors import RequestError, WorkError
 from transom.checkpoints.convert import convert
 from transom.checkpoints.files import safetensors_files
-from transom.checkpoints.files.folders import folder_format, read_args
+from transom.checkpoints.files.layout import folder_format
 from transom.checkpoints.files.staging import staged
-from transom.checkpoints.load import load, read_state, save
+from transom.checkpoints.load import load
+from transom.checkpoints.read_args import read_args
+from transom.checkpoints.save import save
+from transom.checkpoints.state import open_parameters
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
 
@@ -179,7 +182,9 @@ def test_conversion_is_what_loading_and_saving_does(tmp_path, family, format):
     tiny_hf(family).to(torch.bfloat16).save_pretrained(tmp_path / "in")
     convert(tmp_path / "in", tmp_path / "out", format)
     model = load(tmp_path / "in")
-    state = read_state(tmp_path / "out", model.args, model)
+    state = {
+        name: one.read() for name, one in open_parameters(tmp_path / "out", model.args).items()
+    }
     widened = {name: tensor.to(model.get_parameter(name).dtype) for name, tensor in state.items()}
     assert bytes_of(widened) == bytes_of(dict(model.named_parameters()))
     assert {t.dtype for t in state.values()} == {torch.bfloat16}, (

@@ -9,9 +9,11 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from tests.helpers import random_model, tiny_args
 from transom.base.errors import RequestError
 from transom.checkpoints.files import hub
-from transom.checkpoints.files.folders import model_folder
 from transom.checkpoints.files.hub import is_hub_id, wanted_files
-from transom.checkpoints.load import load, load_tokenizer, save
+from transom.checkpoints.files.location import model_folder
+from transom.checkpoints.load import load
+from transom.checkpoints.open_model import load_tokenizer
+from transom.checkpoints.save import save
 from transom.tokenizers.training import byte_tokenizer
 
 COMMIT, OLDER = "a" * 40, "b" * 40

@@ -18,7 +18,8 @@ from tests.checkpoints.families import tiny_hf
 from tests.helpers import random_model, random_tokens, run_python, tiny_args
 from transom.checkpoints.files.consolidated import read_pickled
 from transom.checkpoints.files.safetensors_files import ALIGNMENT, read_safetensors
-from transom.checkpoints.load import load, save
+from transom.checkpoints.load import load
+from transom.checkpoints.save import save
 from transom.layers.inputs import TransformerInput
 
 FORMATS = ("native", "hf", "mistral", "meta")

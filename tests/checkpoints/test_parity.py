@@ -13,8 +13,9 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from tests.checkpoints.families import FAMILIES, LLAMA4_FAILS, VOCAB, random_ids, tiny_hf
 from transom.base.errors import RequestError
-from transom.checkpoints.files.folders import read_args
-from transom.checkpoints.load import load, read_state
+from transom.checkpoints.load import load
+from transom.checkpoints.read_args import read_args
+from transom.checkpoints.state import open_parameters
 from transom.inference.loop import generate
 from transom.layers.inputs import MaskedEmbedding, TransformerInput
 
@@ -67,7 +68,7 @@ def test_every_gradient_equal(pair, tmp_path):
                 torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             )
     grads.save_pretrained(tmp_path)
-    expected = read_state(tmp_path, mine.args, mine)
+    expected = {name: one.read() for name, one in open_parameters(tmp_path, mine.args).items()}
     (mine(TransformerInput(ids)).logits * weight).sum().backward()
     seen = 0
     for name, parameter in mine.named_parameters():
@@ -194,7 +195,7 @@ def test_images_equal(tmp_path):
                 torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             )
     theirs.save_pretrained(tmp_path)
-    state = read_state(tmp_path, mine.args, mine)
+    state = {name: one.read() for name, one in open_parameters(tmp_path, mine.args).items()}
     for name, parameter in mine.named_parameters():
         assert close(parameter.grad, state[name], 1e-4 * float(state[name].abs().max()) + 1e-6), (
             name

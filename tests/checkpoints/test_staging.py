@@ -9,10 +9,12 @@ import torch
 from tests.checkpoints.adapters.folders import write_adapter, write_base
 from tests.helpers import random_model, tiny_args
 from transom.base.errors import RequestError
-from transom.checkpoints.adapters.peft_config import is_adapter
 from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.adapters.write import save_adapter
-from transom.checkpoints.load import load, load_tokenizer, save
+from transom.checkpoints.files.layout import is_adapter
+from transom.checkpoints.load import load
+from transom.checkpoints.open_model import load_tokenizer
+from transom.checkpoints.save import save
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
 from transom.tokenizers.training import byte_tokenizer

@@ -9,9 +9,11 @@ from tests.checkpoints.adapters.folders import write_adapter, write_base
 from tests.helpers import random_model, tiny_args
 from transom.base.errors import RequestError
 from transom.checkpoints.adapters.write import save_adapter
-from transom.checkpoints.load import load, load_tokenizer, save
+from transom.checkpoints.load import load
+from transom.checkpoints.open_model import load_tokenizer
+from transom.checkpoints.save import save
 from transom.cli.main import main
-from transom.evaluation.eval_model import Subject
+from transom.evaluation.eval_model import EvalModel
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
 from transom.lora.vocabulary import add_tokens
@@ -56,7 +58,7 @@ def test_data_is_checked_with_it(alone, name, tmp_path, capsys):
 
 def test_the_file_of_a_tokenizer_is_checked_against_the_model_beside_it(tmp_path):
     save(random_model(tiny_args(vocab_size=200)), tmp_path, tokenizer=byte_tokenizer())
-    with pytest.raises(RequestError, match="the embeddings have 200 rows"):
+    with pytest.raises(RequestError, match="id 200; expected ids below 200"):
         load_tokenizer(tmp_path / "tokenizer.json")
 
 
@@ -64,9 +66,10 @@ def test_the_default_vocabulary_of_a_class_counts_as_well(tmp_path):
     """A part of a multimodal config leaves out what its class has."""
     byte_tokenizer().save(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": {}}))
-    from transom.checkpoints.files.folders import Found
+    from transom.checkpoints.files.location import ModelLocation
+    from transom.checkpoints.read_args import vocabulary_size
 
-    assert Found(tmp_path).vocabulary == 262208
+    assert vocabulary_size(ModelLocation(tmp_path)) == 262208
 
 
 def test_an_adapter_with_new_tokens_is_evaluated_without_a_warning(tmp_path, capsys):
@@ -77,7 +80,7 @@ def test_an_adapter_with_new_tokens_is_evaluated_without_a_warning(tmp_path, cap
     save_adapter(model, tmp_path / "adapter", base=str(base))
     tokenizer.save(tmp_path / "adapter")
     capsys.readouterr()
-    subject = Subject.open(tmp_path / "adapter", device="cpu")
+    subject = EvalModel.open(tmp_path / "adapter", device="cpu")
     assert subject.tokenizer.vocab_size == subject.model.args.vocab_size
     assert "no embedding" not in capsys.readouterr().err
 

@@ -17,8 +17,9 @@ from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.convert import convert
 from transom.checkpoints.families.same_model import same_model
 from transom.checkpoints.files.consolidated import read_pickled
-from transom.checkpoints.files.folders import read_args
-from transom.checkpoints.load import load, save
+from transom.checkpoints.load import load
+from transom.checkpoints.read_args import read_args
+from transom.checkpoints.save import save
 from transom.cli.main import main
 from transom.config.layer_args import BASE_HEAD
 from transom.layers.inputs import TransformerInput

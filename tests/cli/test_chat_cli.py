@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tests.chat.chat_texts import PUBLISHED
 from tests.helpers import random_model, tiny_args
 from transom.chat.template import ChatTemplate
-from transom.checkpoints.load import save
+from transom.checkpoints.save import save
 from transom.cli.chat import Screen
 from transom.cli.main import main
 from transom.inference import session

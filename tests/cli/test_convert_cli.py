@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from tests.helpers import random_model, run_python, tiny_args
-from transom.checkpoints.load import load, load_tokenizer, save
+from transom.checkpoints.load import load
+from transom.checkpoints.open_model import load_tokenizer
+from transom.checkpoints.save import save
 from transom.cli.main import main
 from transom.tokenizers.training import byte_tokenizer
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import random_model, run_python, tiny_args
-from transom.checkpoints.load import save
+from transom.checkpoints.save import save
 from transom.cli.main import VERBS, main
 from transom.config.layer_args import BASE_HEAD
 from transom.data.labelled import encode_texts, write_labels

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from tests.helpers import random_model, run_python, tiny_args
-from transom.checkpoints.load import save
+from transom.checkpoints.save import save
 from transom.tokenizers.training import byte_tokenizer
 
 CHOICES = [

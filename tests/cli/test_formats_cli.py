@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.checkpoints.consolidated import PARAMS, cut, meta_state, twin, write_meta
 from tests.helpers import random_model, tiny_args
-from transom.checkpoints.load import load, save
+from transom.checkpoints.load import load
+from transom.checkpoints.save import save
 from transom.inference.text import encode_prompts
 from transom.layers.inputs import TransformerInput
 from transom.tokenizers.tokenizer import Tokenizer

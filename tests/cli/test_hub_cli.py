@@ -14,8 +14,10 @@ from tests.helpers import random_model, tiny_args
 from transom.base.errors import RequestError
 from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.adapters.write import save_adapter
-from transom.checkpoints.files.folders import find_model
-from transom.checkpoints.load import load, load_tokenizer, save
+from transom.checkpoints.files.location import find_model
+from transom.checkpoints.load import load
+from transom.checkpoints.open_model import load_tokenizer
+from transom.checkpoints.save import save
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
 from transom.tokenizers.training import byte_tokenizer

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import random_model, run_python, tiny_args
-from transom.checkpoints.files.folders import read_args
-from transom.checkpoints.load import load, save
+from transom.checkpoints.load import load
+from transom.checkpoints.read_args import read_args
+from transom.checkpoints.save import save
 from transom.cli.main import main
 from transom.config.model_args import ModelArgs
 from transom.config.presets import PRESETS, preset

@@ -1,7 +1,7 @@
 """Paths of the command line that begin with `~`, as in `--out=~/x`, which shells leave as it is."""
 
 from tests.helpers import random_model, tiny_args
-from transom.checkpoints.load import save
+from transom.checkpoints.save import save
 from transom.cli.adapters import named_adapters
 from transom.tokenizers.training import byte_tokenizer
 

@@ -7,7 +7,7 @@ import yaml
 
 from tests.helpers import random_model, tiny_args
 from tests.mutations import model_bugs, run_bugs
-from transom.checkpoints.load import save
+from transom.checkpoints.save import save
 from transom.cli.main import main
 
 MODEL = {"dim": 64, "n_layers": 2, "n_heads": 2, "layer_pattern": "SF", "sliding_window": 512}

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.evaluation.twins import write_llama
-from transom.evaluation.eval_model import Subject
+from transom.evaluation.eval_model import EvalModel
 
 
 @pytest.fixture(scope="module")
@@ -13,4 +13,4 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def subject(folder):
-    return Subject.open(folder, device="cpu", dtype="float32")
+    return EvalModel.open(folder, device="cpu", dtype="float32")

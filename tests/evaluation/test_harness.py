@@ -26,7 +26,7 @@ from transom.base.errors import RequestError
 from transom.chat.template import ChatTemplate
 from transom.evaluation import harness
 from transom.evaluation.choices import score_choices
-from transom.evaluation.eval_model import Subject
+from transom.evaluation.eval_model import EvalModel
 from transom.evaluation.harness import TransomLM, read_settings
 from transom.evaluation.task_data import read_choices
 from transom.inference.text import Completion
@@ -279,7 +279,7 @@ def test_the_verb_runs_tasks(folder, tasks, capsys):
 
 
 def test_an_open_model_is_taken_as_it_is(folder, ours):
-    lm = TransomLM(Subject.open(folder, device="cpu", dtype="float32"), batch_size=1)
+    lm = TransomLM(EvalModel.open(folder, device="cpu", dtype="float32"), batch_size=1)
     pairs = requests("loglikelihood", [("The quick", " brown fox"), ("The", " dog")])
     alone, batched = ([one for one, _ in model.loglikelihood(pairs, True)] for model in (lm, ours))
     assert alone == pytest.approx(batched)

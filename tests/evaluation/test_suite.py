@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.evaluation.twins import LONGEST, TEXT, write_llama
 from transom.base.errors import RequestError, WorkError
-from transom.checkpoints.files.folders import sha256_of
+from transom.base.files import sha256_of
 from transom.data.text.shards import prepare
 from transom.data.text.sources import SourceArgs
 from transom.evaluation.eval_args import EvalArgs
-from transom.evaluation.eval_model import Subject
+from transom.evaluation.eval_model import EvalModel
 from transom.evaluation.intervals import Ratio, Z
 from transom.evaluation.suite import Measured, comparison, evaluate, report
 from transom.evaluation.task_data import open_data
@@ -23,7 +23,7 @@ from transom.evaluation.task_data import open_data
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
     """Other weights, the same vocabulary."""
-    return Subject.open(
+    return EvalModel.open(
         write_llama(tmp_path_factory.mktemp("other"), seed=1), device="cpu", dtype="float32"
     )
 
@@ -166,7 +166,7 @@ def test_a_window_beyond_the_model_is_refused(subject, texts):
 
 
 def test_scores_that_are_no_numbers_are_no_result(folder, texts):
-    broken = Subject.open(folder, device="cpu", dtype="float32")
+    broken = EvalModel.open(folder, device="cpu", dtype="float32")
     with torch.no_grad():
         broken.model.norm.weight.fill_(float("nan"))
     with pytest.raises(WorkError, match="bits_per_byte is no finite number"):

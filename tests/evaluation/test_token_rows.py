@@ -11,15 +11,16 @@ import yaml
 from tests.checkpoints.adapters.folders import write_base
 from tests.helpers import random_model, tiny_args
 from transom.base.errors import RequestError
-from transom.checkpoints.files.folders import Found, read_args
-from transom.checkpoints.load import save
+from transom.checkpoints.files.location import ModelLocation
+from transom.checkpoints.read_args import read_args
+from transom.checkpoints.save import save
 from transom.evaluation.token_rows import token_rows
 from transom.tokenizers.training import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return Found(write_base(tmp_path_factory.mktemp("rows") / "base", max_seq_len=64))
+    return ModelLocation(write_base(tmp_path_factory.mktemp("rows") / "base", max_seq_len=64))
 
 
 def rows_of(found, *given, **named):
@@ -59,7 +60,7 @@ def test_conversations_are_written_by_the_adapters_template(found, tmp_path):
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    rows = rows_of(Found(found.model, adapter), str(data))
+    rows = rows_of(ModelLocation(found.model, adapter), str(data))
     assert text_of(rows).startswith("<user>ab") and "<assistant>cd" in text_of(rows)
 
 
@@ -89,14 +90,14 @@ def test_a_run_gives_what_it_held_out_while_its_data_is_there(found, tmp_path, c
 
 def test_weights_without_a_tokenizer_get_random_tokens(tmp_path, capsys):
     save(random_model(tiny_args()), tmp_path, "native")
-    rows = rows_of(Found(tmp_path), tokens=50)
+    rows = rows_of(ModelLocation(tmp_path), tokens=50)
     assert (
         rows.source == "random tokens"
         and rows.tokens == 50
         and "random tokens" in capsys.readouterr().err
     )
     with pytest.raises(RequestError, match="has no tokenizer for it"):
-        rows_of(Found(tmp_path), __file__)
+        rows_of(ModelLocation(tmp_path), __file__)
 
 
 def test_a_text_of_nothing_is_refused(found, tmp_path):

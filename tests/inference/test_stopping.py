@@ -7,8 +7,8 @@ from transformers import GenerationConfig
 
 from transom.base.errors import RequestError
 from transom.chat.template import ChatTemplate
-from transom.checkpoints.files.folders import Found
-from transom.inference.stopping import stop_tokens_of
+from transom.checkpoints.files.generation_config import stop_tokens_of
+from transom.checkpoints.files.location import ModelLocation
 from transom.tokenizers.training import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -52,7 +52,7 @@ def test_the_tokenizer_is_asked_where_no_file_states_any(tmp_path):
 def test_an_adapter_comes_before_its_base(tmp_path):
     base = write(tmp_path / "base", generation_config={"eos_token_id": 5})
     adapter = write(tmp_path / "adapter", adapter_config={})
-    found = Found(base, adapter)
+    found = ModelLocation(base, adapter)
     assert stop_tokens_of(found, TOKENIZER) == (5,)
     TOKENIZER.save(adapter)  # chat formats are often taught with an EOS of their own
     assert stop_tokens_of(found, TOKENIZER) == (5, EOS)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tests.mutations.planting import Call, changed, changed_everywhere
 from transom.chat.template import ChatTemplate
-from transom.checkpoints import load, mapping
-from transom.checkpoints.files.lazy_tensors import Stored
+from transom.checkpoints import load, mapping, state
+from transom.checkpoints.files.lazy_tensors import LazyTensor
 from transom.models.llm import LLM
 from transom.names import tables as names
 from transom.names import transforms
@@ -29,13 +29,13 @@ def permuted_query() -> AbstractContextManager[None]:
         return tensor.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
 
     def make(original: Call) -> Call:
-        def open_state(*given: Any) -> dict[str, Stored]:
-            out: dict[str, Stored] = original(*given)
+        def open_parameters(*given: Any) -> dict[str, LazyTensor]:
+            out: dict[str, LazyTensor] = original(*given)
             return {name: one.then(turned) if ".wq." in name else one for name, one in out.items()}
 
-        return open_state
+        return open_parameters
 
-    return changed_everywhere(load.open_state, make)
+    return changed_everywhere(state.open_parameters, make)
 
 
 def unturned_query() -> AbstractContextManager[None]:
@@ -90,8 +90,8 @@ def dropped_bias() -> AbstractContextManager[None]:
     """Biases are counted as read, and stay zero."""
 
     def make(original: Call) -> Call:
-        def to_ours(*given: Any) -> dict[str, Stored]:
-            out: dict[str, Stored] = original(*given)
+        def to_ours(*given: Any) -> dict[str, LazyTensor]:
+            out: dict[str, LazyTensor] = original(*given)
             return {
                 name: one.then(torch.zeros_like) if name.endswith(".bias") else one
                 for name, one in out.items()

@@ -12,7 +12,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tests.helpers import random_model, random_tokens, tiny_args
 from transom.base.errors import RequestError
-from transom.checkpoints.load import load, read_safetensors, save, write_tensors
+from transom.checkpoints.files.safetensors_files import read_safetensors, write_tensors
+from transom.checkpoints.load import load
+from transom.checkpoints.save import save
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
 from transom.training.optim.ema import Ema, ema_decay

@@ -14,8 +14,9 @@ from tests.training.finetune.runs import base_folder, chats, run_args
 from tests.training.runs import tiny_args, tiny_config, write_corpus
 from transom.base.errors import RequestError, WorkError
 from transom.base.fields import read
-from transom.checkpoints.files import folders
-from transom.checkpoints.load import load, save
+from transom.checkpoints.files import checksums
+from transom.checkpoints.load import load
+from transom.checkpoints.save import save
 from transom.cli.main import main
 from transom.training.config import TrainArgs, read_config
 from transom.training.loop.continuation import check_same_data
@@ -83,8 +84,8 @@ def test_a_cut_file_is_refused_when_loading(finished, sums):
 def test_a_load_hashes_what_a_model_is_made_of(finished, monkeypatch):
     """The state of the trainer is most of a step, and only a run that goes on reads it."""
     hashed = []
-    made = folders.sha256_of
-    monkeypatch.setattr(folders, "sha256_of", lambda path: hashed.append(path.name) or made(path))
+    made = checksums.sha256_of
+    monkeypatch.setattr(checksums, "sha256_of", lambda path: hashed.append(path.name) or made(path))
     step = finished / "run" / "step_000012"
     load(step)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(hashed)
@@ -111,7 +112,7 @@ def test_weights_that_were_added_to_a_step_are_refused(finished):
     del sums["model.safetensors"]
     for path in (finished / "shards").glob("model*"):
         path.rename(step / path.name)
-        sums[path.name] = folders.sha256_of(step / path.name)
+        sums[path.name] = checksums.sha256_of(step / path.name)
     (step / "sha256.json").write_text(json.dumps(sums))
     load(step)
     (finished / "whole.safetensors").rename(step / "model.safetensors")

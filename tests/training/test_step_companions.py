@@ -7,7 +7,7 @@ import pytest
 from tests.training.finetune.runs import base_folder, chats, run_args
 from transom.chat.template import ChatTemplate
 from transom.checkpoints.convert import convert
-from transom.checkpoints.load import load_tokenizer
+from transom.checkpoints.open_model import load_tokenizer
 from transom.training.loop.setup import open_run
 
 STATED = {"eos_token_id": [5, 7, 9], "bos_token_id": 3, "temperature": 0.6, "top_p": 0.9}

@@ -9,8 +9,8 @@ import torch
 
 from tests.checkpoints.families import FAMILIES, random_ids, tiny_hf
 from transom.base.errors import RequestError
-from transom.checkpoints.files.folders import read_args
 from transom.checkpoints.load import load
+from transom.checkpoints.read_args import read_args
 from transom.config.model_args import ModelArgs
 from transom.verify.findings import difference
 from transom.verify.model import COUNT, TOLERANCE, compare_with_oracle, unspoken

@@ -16,7 +16,8 @@ from tests.helpers import random_model, tiny_args
 from tests.mutations import checkpoint_bugs, model_bugs
 from transom.base.runtime import one_thread
 from transom.chat.template import ChatTemplate
-from transom.checkpoints.load import load, save
+from transom.checkpoints.load import load
+from transom.checkpoints.save import save
 from transom.cli.main import main
 from transom.tokenizers.training import byte_tokenizer, train_chars
 from transom.verify import checkpoint, texts

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 
 from tests.helpers import random_model, tiny_args
-from transom.checkpoints.load import save
+from transom.checkpoints.save import save
 from transom.cli.main import main
 
 

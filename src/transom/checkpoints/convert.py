@@ -17,39 +17,25 @@ import torch
 from torch import Tensor
 
 from transom.base.errors import RequestError, notice, require
-from transom.base.files import write_text
+from transom.base.files import read_json, write_text
 from transom.base.runtime import DTYPES
-from transom.checkpoints.files.companions import (
+from transom.checkpoints.files.checksums import verify_step
+from transom.checkpoints.files.companions import TEMPLATE_FILES, TOKENIZER_FILES, copy_companions
+from transom.checkpoints.files.generation_config import (
     GENERATION,
-    TEMPLATE_FILES,
-    TOKENIZER_FILES,
-    copy_companions,
     ids_of,
     stated_settings,
-    stop_ids,
+    stop_tokens_of,
     write_settings,
 )
-from transom.checkpoints.files.folders import (
-    CONFIG,
-    Format,
-    Found,
-    find_model,
-    folder_format,
-    read_args,
-    read_json,
-    verify_step,
-)
-from transom.checkpoints.files.lazy_tensors import Source, Stored
+from transom.checkpoints.files.layout import CONFIG, Format, folder_format
+from transom.checkpoints.files.lazy_tensors import LazyTensor, LazyTensors
+from transom.checkpoints.files.location import ModelLocation, find_model
 from transom.checkpoints.files.staging import staged
-from transom.checkpoints.load import (
-    bad_numbers,
-    load,
-    open_state,
-    outline,
-    say_bad_numbers,
-    shapes_of,
-)
+from transom.checkpoints.load import count_nonfinite, load, warn_nonfinite
+from transom.checkpoints.read_args import read_args
 from transom.checkpoints.save import plan_layout
+from transom.checkpoints.state import open_parameters
 from transom.config.model_args import ModelArgs
 from transom.lora.adapters import plain_weights
 from transom.lora.merge import fold_adapters
@@ -62,7 +48,7 @@ _SETTINGS, _TEMPLATE = "tokenizer_config.json", "chat_template"
 class Converted:
     """What was done: what was read, formats, parameters, and bytes of weights written."""
 
-    source: Found
+    source: ModelLocation
     source_format: Format
     format: Format
     parameters: int
@@ -85,7 +71,7 @@ def convert(
     found = find_model(source, revision)
     if Path(out).resolve() in (folder.resolve() for folder in found.folders):
         raise RequestError(f"{out}: is the folder that is read; expected another one")
-    args, state = open_model(found, dtype)
+    args, state = open_merged(found, dtype)
     kind = folder_format(found.model)
     counts: dict[str, int] = {}
     ours = {name: _counted(name, stored, counts) for name, stored in state.items()}
@@ -95,18 +81,18 @@ def convert(
     with staged(Path(out)) as folder:
         layout.write(folder)
         companions = carry_companions(found, folder)
-    say_bad_numbers(counts, str(found))
+    warn_nonfinite(counts, str(found))
     if format == "hf" and "tokenizer.model" in companions and "tokenizer.json" not in companions:
         notice(
             f"{out}: tokenizer.model goes along as it is; there is no tokenizer.json, which many "
             f"tools ask for"
         )
-    size = sum(line.nbytes for batch in layout.batches for line in batch.outlines)
+    size = sum(line.nbytes for batch in layout.batches for line in batch.metas)
     parameters = sum(torch.Size(stored.shape).numel() for stored in state.values())
     return Converted(found, kind, format, parameters, size, tuple(companions))
 
 
-def open_model(found: Found, dtype: str | None = None) -> tuple[ModelArgs, Source]:
+def open_merged(found: ModelLocation, dtype: str | None = None) -> tuple[ModelArgs, LazyTensors]:
     """Arguments and parameters of what a name stands for; those of an adapter's base are what both
     multiply by.
 
@@ -118,32 +104,33 @@ def open_model(found: Found, dtype: str | None = None) -> tuple[ModelArgs, Sourc
         wide = None if dtype is None else "float64" if dtype == "float64" else "float32"
         model = fold_adapters(load(found, dtype=wide))
         return model.args, {
-            name: Stored.of(parameter.detach()) for name, parameter in plain_weights(model).items()
+            name: LazyTensor.of(parameter.detach())
+            for name, parameter in plain_weights(model).items()
         }
     verify_step(found.model)
     args = read_args(found.model)
-    return args, open_state(found.model, args, shapes_of(outline(args)))
+    return args, open_parameters(found.model, args)
 
 
-def config_ids(found: Found) -> dict[str, Any]:
+def config_ids(found: ModelLocation) -> dict[str, Any]:
     """Return the ids for the config of the result: the base's own, or those of its other files."""
     own = read_json(found.model / CONFIG) if folder_format(found.model) == "hf" else {}
     return {**ids_of(stated_settings(found.folders)), **ids_of(own)}
 
 
-def _counted(name: str, stored: Stored, counts: dict[str, int]) -> Stored:
+def _counted(name: str, stored: LazyTensor, counts: dict[str, int]) -> LazyTensor:
     """The same tensor, whose bad numbers are counted when it is read."""
 
     def read() -> Tensor:
         tensor = stored.read()
-        counts[name] = bad_numbers(tensor)
+        counts[name] = count_nonfinite(tensor)
         return tensor
 
     reader: Callable[[], Tensor] = read
-    return Stored(stored.shape, stored.dtype, reader)
+    return LazyTensor(stored.shape, stored.dtype, reader)
 
 
-def carry_companions(found: Found, out: Path) -> list[str]:
+def carry_companions(found: ModelLocation, out: Path) -> list[str]:
     """Copy the files beside the weights, the adapter's own first; return their names.
 
     Parts of two tokenizers, or templates of two folders, are never mixed. Generation settings of a
@@ -156,7 +143,7 @@ def carry_companions(found: Found, out: Path) -> list[str]:
         _keep_together(found, out, set(names))
     settings = stated_settings(found.folders)
     if found.adapter == found.tokenizer and settings.get("eos_token_id") is not None:
-        ends = list(stop_ids(found, Tokenizer.load(found.tokenizer)))
+        ends = list(stop_tokens_of(found, Tokenizer.load(found.tokenizer)))
         settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     if settings and settings != (
         read_json(out / GENERATION) if (out / GENERATION).exists() else {}
@@ -166,7 +153,7 @@ def carry_companions(found: Found, out: Path) -> list[str]:
     return sorted(name for name in set(names) if (out / name).exists())
 
 
-def _keep_together(found: Found, out: Path, names: Iterable[str]) -> None:
+def _keep_together(found: ModelLocation, out: Path, names: Iterable[str]) -> None:
     """Of all copied files, keep the parts of one tokenizer and the templates of one folder."""
     assert found.adapter is not None, "one folder alone has no two tokenizers"
     words, templates = found.tokenizer, next(filter(_has_template, found.folders), found.model)

@@ -1,6 +1,4 @@
-"""Which weights an adapter belongs to: a fingerprint of its base, kept in `transom.json` beside the
-adapter.
-"""
+"""Fingerprints of model weights, and `transom.json`: the base that an adapter was trained on."""
 
 from __future__ import annotations
 
@@ -21,21 +19,23 @@ from transom.base import fields
 from transom.base.errors import RequestError, notice, require
 from transom.base.fields import describe
 from transom.base.files import cache_dir, read_json, write_text
-from transom.checkpoints.files.folders import files_read, model_folder, read_args
-from transom.checkpoints.files.lazy_tensors import Source, Stored
-from transom.checkpoints.load import open_state, outline, shapes_of
+from transom.checkpoints.files.layout import files_read
+from transom.checkpoints.files.lazy_tensors import LazyTensor, LazyTensors
+from transom.checkpoints.files.location import model_folder
+from transom.checkpoints.read_args import read_args
+from transom.checkpoints.state import open_parameters
 from transom.config.model_args import ModelArgs
 from transom.names.transforms import turn_rotary
 
 ADAPTER_FACTS = "transom.json"
 _VERSION = 1  # of the rule by which fingerprints are made
-_SETTLED = 2_000_000_000  # nanoseconds
-_THREADS = 4  # hashing releases the interpreter; as many tensors that are not maps are in memory
+_SETTLED = 2_000_000_000  # nanoseconds after which a file's times tell whether it was changed
+_THREADS = 4  # hashing releases the interpreter's lock; each thread may hold one tensor in memory
 
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """What PEFT's files do not say of an adapter: the base it was trained on."""
+    """What PEFT's files do not state about an adapter: the base that it was trained on."""
 
     base_fingerprint: str = describe("", "`fingerprint` of the base")
     base: str = describe("", "folder or hub id of the base, as it was given")
@@ -43,112 +43,95 @@ class AdapterFacts:
         None, "how the base was quantized in training (QuantizeArgs)"
     )
     dtype: str | None = describe(
-        None, "dtype that the base's weights had in training; the files' own when none"
+        None, "dtype of the base's weights in training; None is that of the files"
     )
 
     def __post_init__(self) -> None:
-        require(
-            bool(self.base_fingerprint),
-            "base_fingerprint",
-            self.base_fingerprint,
-            "expected a fingerprint",
-        )
+        made = self.base_fingerprint
+        require(bool(made), "base_fingerprint", made, "expected the fingerprint of a model")
 
 
 def fingerprint(folder: str | Path, *, fresh: bool = False) -> str:
-    """Return a hash of the weights of a model folder, hex: every number under our name in its
-    stored dtype.
+    """Return a hash of the weights of a model, 64 hex digits.
 
-    Rotary rows are hashed as interleaved pairs, so a model has one fingerprint in all formats that
-    keep its dtype and tying. Settings (`rope_theta`, the tokenizer) are not part of it. Files are
-    streamed.
+    It is a SHA-256 over every number, under Transom's names and in the dtype of the files. Rotary
+    rows are hashed as interleaved pairs, so a model has one fingerprint in all formats that keep
+    its dtype and tying. Settings such as `rope_theta` and the tokenizer are not part of it.
 
-    The result is cached on this machine and reused while the files of config and weights are the
-    same. With `fresh` it is computed again.
+    Args:
+        folder: A model folder, a run folder for its best step, or a hub id.
+        fresh: Compute it again. Otherwise a result that is cached on this machine is used while
+            the files of config and weights have not changed.
+
+    Raises:
+        RequestError: There is no such model, or its files are damaged.
     """
     where = model_folder(folder)
     now = time.time_ns()
-    signs = _signs(where)
-    known = None if fresh else _known(where, signs)
-    if known is not None:
-        return known
+    states = _file_states(where)
+    cached = None if fresh else _cached(where, states)
+    if cached is not None:
+        return cached
     args = read_args(where)
-    made = fingerprint_of(args, open_state(where, args, shapes_of(outline(args))))
-    # A file that changes twice within one tick of the clock looks the same, so results of new files
-    # are not kept.
-    if (
-        not fresh
-        and all(max(sign[2:4]) < now - _SETTLED for sign in signs)
-        and _signs(where) == signs
-    ):
-        _keep(where, signs, made)
+    made = fingerprint_of(args, open_parameters(where, args))
+    # A file that changes twice within one tick of the clock has the same times, so results for new
+    # files are not cached.
+    settled = all(max(state[2:4]) < now - _SETTLED for state in states)
+    if not fresh and settled and _file_states(where) == states:
+        _write_cache(where, states, made)
     return made
 
 
-# Identifies a file that was hashed: name, size, times of its content and of its entry, inode.
-Sign = list[Any]
-
-
-def _signs(folder: Path) -> list[Sign]:
-    signs: list[Sign] = []
+def _file_states(folder: Path) -> list[list[Any]]:
+    """Return name, size, times and inode of each file that the fingerprint depends on."""
+    states: list[list[Any]] = []
     for path in files_read(folder):
-        try:
-            found = path.stat()
-        except OSError:
-            continue  # whoever reads the file says why it cannot be read
-        signs.append([path.name, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino])
-    return signs
+        with contextlib.suppress(OSError):  # reading the file reports why it cannot be read
+            s = path.stat()
+            states.append([path.name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino])
+    return states
 
 
-def _cached(folder: Path) -> Path:
+def _cache_path(folder: Path) -> Path:
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
     return cache_dir() / "fingerprints" / f"{name}.json"
 
 
-def _known(folder: Path, signs: list[Sign]) -> str | None:
-    """Return the cached fingerprint of exactly these files, if there is one."""
-    path = _cached(folder)
+def _cached(folder: Path, states: list[list[Any]]) -> str | None:
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        fits = kept["version"] == _VERSION and kept["files"] == signs
+        kept = json.loads(_cache_path(folder).read_text(encoding="utf-8"))
+        fits = kept["version"] == _VERSION and kept["files"] == states
         return str(kept["fingerprint"]) if fits else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
-def _keep(folder: Path, signs: list[Sign], made: str) -> None:
-    path = _cached(folder)
+def _write_cache(folder: Path, states: list[list[Any]], made: str) -> None:
+    path, where = _cache_path(folder), str(folder.resolve())
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    content = {
-        "version": _VERSION,
-        "folder": str(folder.resolve()),
-        "files": signs,
-        "fingerprint": made,
-    }
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone
+    content = {"version": _VERSION, "folder": where, "files": states, "fingerprint": made}
+    with contextlib.suppress(OSError):  # without the cache, the weights are hashed again
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(content), encoding="utf-8")
         temporary.replace(path)
 
 
-def fingerprint_of(args: ModelArgs, source: Source) -> str:
-    """`fingerprint` of parameters that are open already."""
+def fingerprint_of(args: ModelArgs, source: LazyTensors) -> str:
+    """Return the fingerprint of parameters that are open already; see `fingerprint`."""
     names = sorted(source)
     with ThreadPoolExecutor(_THREADS) as pool:
         digests = pool.map(lambda name: _digest(name, source[name], args), names)
-        whole = "".join(f"{name} {digest}\n" for name, digest in zip(names, digests, strict=True))
-    if (
-        args.mla_args is not None
-    ):  # latent heads cannot be turned, so their order is part of what they are
-        whole += f"rotary rows {args.rope_layout}\n"
-    return hashlib.sha256(whole.encode()).hexdigest()
+        lines = "".join(f"{name} {digest}\n" for name, digest in zip(names, digests, strict=True))
+    if args.mla_args is not None:  # the rows of latent heads are hashed in the order of the files
+        lines += f"rotary rows {args.rope_layout}\n"
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _digest(name: str, stored: Stored, args: ModelArgs) -> str:
-    tensor = stored.read()
+def _digest(name: str, lazy: LazyTensor, args: ModelArgs) -> str:
+    tensor = lazy.read()
     if args.mla_args is None:
         tensor = turn_rotary(name, tensor, args, "interleaved")
-    out = hashlib.sha256(f"{stored.dtype} {tuple(stored.shape)} ".encode())
+    out = hashlib.sha256(f"{lazy.dtype} {tuple(lazy.shape)} ".encode())
     out.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return out.hexdigest()
 
@@ -160,24 +143,22 @@ def write_facts(
     quantize: Mapping[str, Any] | None = None,
     dtype: str | None = None,
 ) -> None:
-    """Write `transom.json` into an adapter folder: on which weights and in which form it was
-    trained.
-    """
-    facts = AdapterFacts(
-        base_fingerprint, str(base), None if quantize is None else dict(quantize), dtype
-    )
+    """Write `transom.json` into an adapter folder; the arguments are the fields of AdapterFacts."""
+    how = None if quantize is None else dict(quantize)
+    facts = AdapterFacts(base_fingerprint, str(base), how, dtype)
     write_text(Path(adapter) / ADAPTER_FACTS, json.dumps(fields.write(facts), indent=2))
 
 
 def read_facts(adapter: str | Path) -> AdapterFacts | None:
-    """What `transom.json` of an adapter folder says; None where there is none."""
+    """Return the content of an adapter's `transom.json`, or None without such a file."""
     path = Path(adapter) / ADAPTER_FACTS
     return fields.read(AdapterFacts, read_json(path), str(path)) if path.exists() else None
 
 
 def check_trained_on(adapter: Path, base: Path) -> None:
-    """`check_base` where the adapter says what it was trained on; a base that was quantized then is
-    said.
+    """Check an adapter that states its base as `check_base` does; others pass.
+
+    A notice tells if the base was quantized in training, since it is not quantized here.
     """
     facts = read_facts(adapter)
     if facts is None:
@@ -186,30 +167,34 @@ def check_trained_on(adapter: Path, base: Path) -> None:
     if facts.quantize is not None:
         kind = facts.quantize.get("kind")
         notice(
-            f"{adapter}: trained on a base in {kind}, here on all of its precision; transom "
-            f"merge measures both"
+            f"{adapter}: trained on a base in {kind}, here in full precision; transom merge "
+            "measures both"
         )
 
 
 def check_base(adapter: str | Path, base: str | Path, base_fingerprint: str | None = None) -> str:
-    """The fingerprint of `base` (taken as known where given), which must be the one that `adapter`
-    was trained on.
+    """Check that an adapter was trained on the weights of `base`; return their fingerprint.
 
-    Another base is a `RequestError`; an adapter that does not say its own, as PEFT's do not, is a
-    notice.
+    Args:
+        adapter: The adapter's folder. If it has no `transom.json`, as those that PEFT writes, a
+            notice is printed.
+        base: The model's folder.
+        base_fingerprint: The fingerprint of `base`, if it is known already.
+
+    Raises:
+        RequestError: The adapter was trained on other weights.
     """
     found = fingerprint(base) if base_fingerprint is None else base_fingerprint
     facts = read_facts(adapter)
     if facts is None:
         notice(
-            f"{adapter}: no {ADAPTER_FACTS} says on which weights it was trained, so {base} "
-            f"cannot be checked"
+            f"{adapter}: no {ADAPTER_FACTS} states on which weights it was trained: {base} is not "
+            "checked"
         )
     elif facts.base_fingerprint != found:
         raise RequestError(
-            f"base: got {str(base)!r}; its weights have fingerprint {found[:12]}, and "
-            f"{adapter} was trained on "
-            f"{facts.base_fingerprint[:12]} ({facts.base}); expected the base that it was "
-            f"trained on"
+            f"base: got {str(base)!r} with fingerprint {found[:12]}; expected the base that "
+            f"{adapter} "
+            f"was trained on, with fingerprint {facts.base_fingerprint[:12]} ({facts.base})"
         )
     return found

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from transom.base.errors import RequestError, notice
 from transom.checkpoints.families.registry import WEIGHT_NAMES
-from transom.checkpoints.files.lazy_tensors import Batch, Source, Stored
+from transom.checkpoints.files.lazy_tensors import LazyTensor, LazyTensors, TensorGroup
 from transom.config.model_args import ModelArgs
 from transom.names.tables import KeyMapping
 from transom.names.transforms import Shape, to_other, to_own
@@ -25,11 +25,11 @@ _HEAD, _EMBEDDINGS = (
 )
 
 
-def clean(table: str, source: Source, args: ModelArgs, where: str) -> dict[str, Stored]:
+def clean(table: str, source: LazyTensors, args: ModelArgs, where: str) -> dict[str, LazyTensor]:
     """A foreign source under the names of its table, without what is known and not read, which is
     said.
     """
-    out: dict[str, Stored] = {}
+    out: dict[str, LazyTensor] = {}
     skipped: dict[str, int] = {}
     names = WEIGHT_NAMES[table]
     for key, stored in source.items():
@@ -44,7 +44,7 @@ def clean(table: str, source: Source, args: ModelArgs, where: str) -> dict[str, 
     return _untied(out, args, where)
 
 
-def _untied(source: dict[str, Stored], args: ModelArgs, where: str) -> dict[str, Stored]:
+def _untied(source: dict[str, LazyTensor], args: ModelArgs, where: str) -> dict[str, LazyTensor]:
     """Without the copy of the embeddings that files of tied models may keep; another matrix is a
     `RequestError`.
     """
@@ -61,15 +61,15 @@ def _untied(source: dict[str, Stored], args: ModelArgs, where: str) -> dict[str,
 
 
 def to_ours(
-    mappings: Iterable[KeyMapping], source: Source, shapes: Mapping[str, Shape], where: str
-) -> dict[str, Stored]:
+    mappings: Iterable[KeyMapping], source: LazyTensors, shapes: Mapping[str, Shape], where: str
+) -> dict[str, LazyTensor]:
     """Our tensors, of the given shapes, from foreign ones; keys that do not add up are a
     `RequestError`.
 
     Where several mappings make the same parameter, the first whose keys are there counts; of a
     parameter that none makes, those of the first are missing.
     """
-    out: dict[str, Stored] = {}
+    out: dict[str, LazyTensor] = {}
     used: set[str] = set()
     wanted: dict[str, Sequence[str]] = {}  # our name -> the keys it should have come from
     misfits: list[str] = []
@@ -86,7 +86,9 @@ def to_ours(
             found = ", ".join(sorted({str(part.shape) for part in parts}))
             needed = ", ".join(f"{name} {shapes[name]}" for name in mapping.ours)
             misfits.append(f"{mapping.foreign[0]} has shape {found}, which does not make {needed}")
-            made = [Stored.of(torch.empty(shapes[name], device="meta")) for name in mapping.ours]
+            made = [
+                LazyTensor.of(torch.empty(shapes[name], device="meta")) for name in mapping.ours
+            ]
         out.update(zip(mapping.ours, made, strict=True))
     unfilled = [name for name in shapes if name not in out]
     missing = list(dict.fromkeys(key for name in unfilled for key in wanted.get(name, ())))
@@ -96,11 +98,11 @@ def to_ours(
 
 
 def _make(
-    mapping: KeyMapping, parts: Sequence[Stored], shapes: Sequence[Shape]
-) -> list[Stored] | None:
+    mapping: KeyMapping, parts: Sequence[LazyTensor], shapes: Sequence[Shape]
+) -> list[LazyTensor] | None:
     """What a mapping makes, tried on outlines; None when that has other shapes."""
     try:
-        outlines = to_own(mapping.transform, [part.outline for part in parts], shapes)
+        outlines = to_own(mapping.transform, [part.meta for part in parts], shapes)
     except _MISFITS:
         return None
     if [tuple(outline.shape) for outline in outlines] != [tuple(shape) for shape in shapes]:
@@ -110,25 +112,26 @@ def _make(
         return lambda: to_own(mapping.transform, [part.read() for part in parts], shapes)[index]
 
     return [
-        Stored(tuple(line.shape), line.dtype, maker(index)) for index, line in enumerate(outlines)
+        LazyTensor(tuple(line.shape), line.dtype, maker(index))
+        for index, line in enumerate(outlines)
     ]
 
 
-def to_foreign(mappings: Iterable[KeyMapping], ours: Source, where: str) -> list[Batch]:
+def to_foreign(mappings: Iterable[KeyMapping], ours: LazyTensors, where: str) -> list[TensorGroup]:
     """What is to be written for ours, one batch per row; a parameter that no row writes is a
     `RequestError`.
     """
-    out: list[Batch] = []
+    out: list[TensorGroup] = []
     written: set[str] = set()
     for mapping in mappings:
         written.update(mapping.ours)
-        outlines = to_other(mapping.transform, [ours[name].outline for name in mapping.ours])
-        out.append(Batch(mapping.foreign, outlines, _writer(mapping, ours)))
+        outlines = to_other(mapping.transform, [ours[name].meta for name in mapping.ours])
+        out.append(TensorGroup(mapping.foreign, outlines, _writer(mapping, ours)))
     account(where, [], [], sorted(set(ours) - written), [])
     return out
 
 
-def _writer(mapping: KeyMapping, ours: Source) -> Callable[[], list[Tensor]]:
+def _writer(mapping: KeyMapping, ours: LazyTensors) -> Callable[[], list[Tensor]]:
     return lambda: to_other(mapping.transform, [ours[name].read() for name in mapping.ours])
 
 

@@ -15,12 +15,13 @@ import torch
 
 from transom.base.errors import RequestError, require
 from transom.base.runtime import DTYPES
-from transom.checkpoints.adapters.peft_config import is_adapter
 from transom.checkpoints.adapters.read import MISTRAL_WEIGHTS, load_adapter
-from transom.checkpoints.files.folders import Found, find_model, named_folder, read_args
-from transom.checkpoints.files.lazy_tensors import Stored, dtypes_of, main_dtype, narrowed
+from transom.checkpoints.files.layout import is_adapter
+from transom.checkpoints.files.lazy_tensors import LazyTensor, dtypes_of, main_dtype, narrowed
+from transom.checkpoints.files.location import ModelLocation, find_model, named_folder
 from transom.checkpoints.fingerprint import check_base, read_facts
-from transom.checkpoints.load import load, open_state, outline, shapes_of
+from transom.checkpoints.load import load
+from transom.checkpoints.state import open_parameters
 from transom.lora.adapters import activate_adapters, plain_weights
 from transom.lora.combine import weigh_adapters
 from transom.lora.combine_args import CombineArgs
@@ -93,8 +94,7 @@ class Merge:
         parts = tuple(
             Part(f"part{index}", folder, weight) for index, (folder, weight) in enumerate(weighed)
         )
-        model_args = read_args(where)
-        own = main_dtype(open_state(where, model_args, shapes_of(outline(model_args))))
+        own = main_dtype(open_parameters(where))
         own_dtype = str(own).removeprefix("torch.")
         form = form_of(folders, own)
         return cls(
@@ -107,9 +107,9 @@ class Merge:
         return "float64" if self.own_dtype == "float64" else "float32"
 
     @property
-    def found(self) -> Found:
+    def found(self) -> ModelLocation:
         """The base, with the adapter whose tokenizer, template and settings go along."""
-        return Found(self.base, self.parts[0].folder)
+        return ModelLocation(self.base, self.parts[0].folder)
 
     @property
     def run(self) -> Path | None:
@@ -126,7 +126,9 @@ class Merge:
         """The base in a form, in wide numbers, with all adapters active beside it, weighed if they
         add up.
         """
-        model = load(Found(self.base), self.device, self.wide if form == Form() else form.dtype)
+        model = load(
+            ModelLocation(self.base), self.device, self.wide if form == Form() else form.dtype
+        )
         if form.quantize is not None:
             dequantize_model(quantize_model(model, form.quantize))
         model = model.to(DTYPES[self.wide])
@@ -148,7 +150,7 @@ class Merge:
         """Every weight as the output dtype has it, still in wide numbers; in place."""
         weights = plain_weights(model)
         kinds = dtypes_of(
-            {name: Stored.of(weight) for name, weight in weights.items()}, DTYPES[self.dtype]
+            {name: LazyTensor.of(weight) for name, weight in weights.items()}, DTYPES[self.dtype]
         )
         for name, weight in weights.items():
             weight.copy_(narrowed(name, weight, kinds[name]))
@@ -198,7 +200,7 @@ def _adapter_folder(name: str | Path) -> Path:
     """The folder of an adapter whose own base is not asked for."""
     if (Path(name) / MISTRAL_WEIGHTS).exists():
         return Path(name)
-    folder = named_folder(name, "best", None)
+    folder = named_folder(name)
     if not is_adapter(folder):
         raise _no_adapter(name)
     return folder

@@ -17,11 +17,24 @@ from transom.checkpoints.families.hf import args_from_hf, args_to_hf
 from transom.checkpoints.families.meta_params import args_to_meta
 from transom.checkpoints.families.mistral_params import args_to_mistral
 from transom.checkpoints.families.registry import WEIGHT_NAMES
-from transom.checkpoints.files.companions import ids_of, settings_to_write, write_settings
 from transom.checkpoints.files.consolidated import write_pickled
-from transom.checkpoints.files.folders import CONFIG, MODEL_TYPE, PARAMS, SAFE, Format
-from transom.checkpoints.files.lazy_tensors import Batch, Source, Stored, cast, main_dtype
-from transom.checkpoints.files.safetensors_files import WEIGHTS, parse_size, write_stream
+from transom.checkpoints.files.generation_config import ids_of, settings_to_write, write_settings
+from transom.checkpoints.files.layout import (
+    CONFIG,
+    CONSOLIDATED,
+    MODEL_TYPE,
+    PARAMS,
+    WEIGHTS,
+    Format,
+)
+from transom.checkpoints.files.lazy_tensors import (
+    LazyTensor,
+    LazyTensors,
+    TensorGroup,
+    cast,
+    main_dtype,
+)
+from transom.checkpoints.files.safetensors_files import parse_size, write_stream
 from transom.checkpoints.files.staging import staged
 from transom.checkpoints.mapping import to_foreign
 from transom.config.layer_args import RopeLayout
@@ -49,7 +62,9 @@ def save(
     (5GB). What the folder that the model was loaded from states on generation is written too; what
     it does not state comes from the tokenizer.
     """
-    ours = {name: Stored.of(parameter.detach()) for name, parameter in plain_weights(model).items()}
+    ours = {
+        name: LazyTensor.of(parameter.detach()) for name, parameter in plain_weights(model).items()
+    }
     for name, stored in ours.items():
         if stored.read().is_meta:
             raise RequestError(
@@ -72,7 +87,7 @@ class FolderLayout:
 
     format: Format
     config: dict[str, Any]
-    batches: Sequence[Batch]
+    batches: Sequence[TensorGroup]
     max_bytes: int | None
 
     def write(self, out: Path) -> None:
@@ -81,7 +96,10 @@ class FolderLayout:
             write_pickled(out, self.batches)
         else:
             write_stream(
-                out, self.batches, self.max_bytes, SAFE if self.format == "mistral" else WEIGHTS
+                out,
+                self.batches,
+                self.max_bytes,
+                CONSOLIDATED if self.format == "mistral" else WEIGHTS,
             )
         name = CONFIG if self.format in ("native", "hf") else PARAMS
         write_text(out / name, json.dumps(self.config, indent=2))
@@ -89,7 +107,7 @@ class FolderLayout:
 
 def plan_layout(
     args: ModelArgs,
-    ours: Source,
+    ours: LazyTensors,
     format: Format,
     dtype: str | None = None,
     max_shard_size: str | None = None,
@@ -113,7 +131,7 @@ def plan_layout(
     )
     if format == "native":
         config: dict[str, Any] = {"model_type": MODEL_TYPE, **args.to_dict()}
-        batches = [Batch((name,), (one.outline,), _reader(one)) for name, one in ours.items()]
+        batches = [TensorGroup((name,), (one.meta,), _reader(one)) for name, one in ours.items()]
         return FolderLayout(format, config, batches, max_bytes)
     if format == "hf":
         config = args_to_hf(args)
@@ -131,11 +149,11 @@ def plan_layout(
     return FolderLayout(format, config, batches, max_bytes)
 
 
-def _reader(stored: Stored) -> Callable[[], list[Tensor]]:
+def _reader(stored: LazyTensor) -> Callable[[], list[Tensor]]:
     return lambda: [stored.read()]
 
 
-def _untied(args: ModelArgs, ours: Source, format: str) -> tuple[ModelArgs, Source]:
+def _untied(args: ModelArgs, ours: LazyTensors, format: str) -> tuple[ModelArgs, LazyTensors]:
     """Codes that know no tying get the embeddings a second time, as the output."""
     if not args.tie_embeddings:
         return args, ours
@@ -149,7 +167,7 @@ def _untied(args: ModelArgs, ours: Source, format: str) -> tuple[ModelArgs, Sour
     }
 
 
-def _turned(name: str, stored: Stored, args: ModelArgs, to: RopeLayout) -> Stored:
+def _turned(name: str, stored: LazyTensor, args: ModelArgs, to: RopeLayout) -> LazyTensor:
     if args.rope_layout == to:
         return stored
     return stored.then(lambda tensor: turn_rotary(name, tensor, args, to))

@@ -13,7 +13,7 @@ from transom.base.errors import notice, require
 from transom.cli.main import user_path
 
 if TYPE_CHECKING:
-    from transom.checkpoints.files.folders import Found
+    from transom.checkpoints.files.location import ModelLocation
     from transom.models.llm import LLM
 
 NONE = "none"
@@ -44,7 +44,7 @@ def named_adapters(given: Sequence[str]) -> dict[str, str]:
     return out
 
 
-def load_beside(model: LLM, found: Found, adapters: Mapping[str, str]) -> list[Path]:
+def load_beside(model: LLM, found: ModelLocation, adapters: Mapping[str, str]) -> list[Path]:
     """Put adapters on the model and return their folders; the one that came with it, or none, stays
     in use.
 

@@ -20,7 +20,6 @@ from transom.cli.generate import (
     add_folder_arguments,
     add_model_arguments,
     check_arguments,
-    open_model,
     sampling_of,
     stop_of,
 )
@@ -28,11 +27,8 @@ from transom.cli.main import user_path
 
 if TYPE_CHECKING:
     from transom.chat.reasoning import Kind
-    from transom.chat.template import ChatTemplate
-    from transom.checkpoints.files.folders import Found
     from transom.inference.session import Answer, Framing, Session
     from transom.models.llm import LLM
-    from transom.tokenizers.tokenizer import Tokenizer
 
 MAX_CONTEXT = (
     8192  # tokens that a chat makes room for unless told: some models' own maximum fills a GPU
@@ -98,22 +94,25 @@ def run(options: argparse.Namespace) -> int:
     require(options.prefill == options.prefill.rstrip(), "--prefill", options.prefill, expected)
     sampling = sampling_of(options)
     adapters = named_adapters(options.adapter)
-    found, model, tokenizer, stop_tokens = open_model(options)
     from transom.chat.fingerprint import warn_if_other
     from transom.chat.reasoning import find_markers
+    from transom.checkpoints.open_model import open_model
     from transom.inference.loop import check_language_model
     from transom.inference.session import AnswerArgs, GrowingText, Messages, Session
-    from transom.inference.stopping import stop_tokens_of
 
+    opened = open_model(
+        options.folder,
+        device=options.device,
+        dtype=options.dtype,
+        revision=options.revision,
+        chat_template=options.chat_template,
+    )
+    model, tokenizer = opened.model, opened.tokenizer
     check_language_model(model.args)
-    beside = load_beside(model, found, adapters)
+    beside = load_beside(model, opened.location, adapters)
     framing: Framing
     markers = None
-    template = (
-        None
-        if options.ignore_chat_template
-        else find_template(found, tokenizer, options.chat_template)
-    )
+    template = None if options.ignore_chat_template else opened.template
     if template is None:
         require(
             not options.prefill, "--prefill", options.prefill, "valid only with a chat template"
@@ -131,17 +130,18 @@ def run(options: argparse.Namespace) -> int:
         )  # refuses values now, not per turn
         framing = Messages(template, values, options.prefill)
         markers = find_markers(template, **values)
-        if not options.ignore_eos:
-            stop_tokens = stop_tokens_of(found, tokenizer, template)
         notice(f"turns are written by {template.origin}; /help lists commands")
-    for folders in (found.folders, *((folder,) for folder in beside)):
-        warn_if_other(folders, tokenizer, template)
+    for folder in beside:
+        warn_if_other((folder,), tokenizer, template)
+    stop_tokens: tuple[int, ...] = ()
+    if not options.ignore_eos:
+        stop_tokens = opened.stop_tokens if template is None else opened.turn_stop_tokens
     framing.reset(options.system)
     args = AnswerArgs(
         sampling=sampling,
         max_tokens=MAX_TOKENS if options.max_tokens is None else options.max_tokens,
         stop_tokens=stop_tokens,
-        stop=stop_of(options, found),
+        stop=stop_of(options, opened),
         prefill_step_size=options.prefill_step_size,
         show_special=options.show_special,
     )
@@ -185,15 +185,6 @@ def template_values(options: argparse.Namespace) -> dict[str, Any]:
         'expected JSON as {"name": value}',
     )
     return dict(values)
-
-
-def find_template(found: Found, tokenizer: Tokenizer, name: str | None) -> ChatTemplate | None:
-    """The template asked for, the adapter's or the model's own, or the one its vocabulary is made
-    for.
-    """
-    from transom.chat.template import ChatTemplate
-
-    return ChatTemplate.find(found.folders, tokenizer, name)
 
 
 def read_turn() -> str | None:

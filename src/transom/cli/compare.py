@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transom.base.errors import require
 from transom.base.files import read_json
-from transom.checkpoints.files.folders import find_model
+from transom.checkpoints.files.location import find_model
 from transom.cli.main import emit_json
 from transom.config.model_args import ModelArgs
 from transom.planning.tables import amount, heading, pairs, show, table

@@ -15,14 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transom.base.errors import RequestError, notice, require
 from transom.base.yaml_files import read_yaml
-from transom.checkpoints.files.folders import (
-    Found,
-    find_model,
-    is_model,
-    lacks_vocabulary,
-    read_args,
-)
-from transom.cli.chat import find_template
+from transom.checkpoints.files.layout import is_model
+from transom.checkpoints.files.location import ModelLocation, find_model
+from transom.checkpoints.read_args import lacks_vocabulary, read_args
 from transom.cli.finetune import FLAGS, config_of
 from transom.cli.main import emit_json, user_path
 from transom.cli.train import is_override
@@ -129,14 +124,15 @@ class Subject(NamedTuple):
     template: ChatTemplate | None
     args: TrainArgs
     finetune: FinetuneArgs
-    found: Found
+    found: ModelLocation
 
 
 def open_subject(options: argparse.Namespace) -> Subject:
     """Read data, tokenizer and template; `check` collects malformed rows, `show` refuses the
     first.
     """
-    from transom.checkpoints.load import open_tokenizer
+    from transom.chat.template import ChatTemplate
+    from transom.checkpoints.open_model import open_tokenizer
     from transom.data.chat.finetune_sets import read_examples
     from transom.data.chat.rows import template_for
 
@@ -153,13 +149,13 @@ def open_subject(options: argparse.Namespace) -> Subject:
     if args.finetune.new_tokens:
         tokenizer = tokenizer.with_special(args.finetune.new_tokens)
     template = template_for(
-        examples, tokenizer, find_template(found, tokenizer, args.finetune.template)
+        examples, tokenizer, ChatTemplate.find(found.folders, tokenizer, args.finetune.template)
     )
     return Subject(examples, problems, tokenizer, template, args, args.finetune, found)
 
 
 def finetune_config(
-    options: argparse.Namespace, found: Found, examples: Sequence[ChatExample]
+    options: argparse.Namespace, found: ModelLocation, examples: Sequence[ChatExample]
 ) -> TrainArgs:
     """Return the config that `transom finetune` has with the same words and flags.
 
@@ -209,7 +205,7 @@ def states_objective(options: argparse.Namespace) -> bool:
     return "objective" in (read_yaml(Path(options.words[0])).get("finetune") or {})
 
 
-def longest_example(found: Found, asked: int | None) -> int:
+def longest_example(found: ModelLocation, asked: int | None) -> int:
     """Return the model's `max_seq_len`; for a tokenizer without a model the given length, or
     `SEQ_LEN`.
     """
@@ -231,8 +227,8 @@ def encode(subject: Subject, examples: Sequence[ChatExample]) -> EncodedChats:
     """Return the rows of examples as `transom finetune` trains on them; add faults to those of the
     subject.
     """
+    from transom.checkpoints.files.generation_config import stop_tokens_of
     from transom.data.chat.rows import encode_examples
-    from transom.inference.stopping import stop_tokens_of
 
     return encode_examples(
         examples,

@@ -68,22 +68,22 @@ def run(options: argparse.Namespace) -> int:
         require(
             bool(text), f"text {number} of {len(texts)}", text, "expected one character or more"
         )
-    from transom.checkpoints.files.folders import find_model
     from transom.checkpoints.files.pooling import stated_pooling, tell_other_modules
-    from transom.checkpoints.load import load, open_tokenizer
+    from transom.checkpoints.open_model import open_model
     from transom.config.layer_args import BASE_HEAD
     from transom.data.labelled import encode_texts, read_labels
     from transom.training.losses.heads import run_rows
 
-    found = find_model(options.folder, options.revision)
-    tokenizer = open_tokenizer(found)
-    model = load(found, options.device, options.dtype)
+    opened = open_model(
+        options.folder, device=options.device, dtype=options.dtype, revision=options.revision
+    )
+    model, tokenizer, folder = opened.model, opened.tokenizer, opened.location.model
     head = model.args.head
     say_spelled(tokenizer, texts)
     rows = encode_texts(tokenizer, texts, model.args.max_seq_len)
-    stated = stated_pooling(found.model) if head is None or head == BASE_HEAD else head.pooling
+    stated = stated_pooling(folder) if head is None or head == BASE_HEAD else head.pooling
     pooling: Literal["mean", "last"] = options.pooling or stated or "mean"
-    tell_other_modules(found.model, options.normalize)
+    tell_other_modules(folder, options.normalize)
     vectors_RD, logits_RL = run_rows(model, rows, pooling)
     vectors_RD = vectors_RD.float().cpu()
     broken = [
@@ -100,14 +100,14 @@ def run(options: argparse.Namespace) -> int:
     if options.normalize:
         vectors_RD = vectors_RD / vectors_RD.norm(dim=1, keepdim=True).clamp_min(1e-12)
     document: dict[str, Any] = {
-        "model": str(found),
+        "model": str(opened.location),
         "pooling": pooling,
         "texts": len(texts),
         "tokens": sum(map(len, rows)),
         "dim": vectors_RD.size(1),
     }
     if logits_RL is not None:
-        document["labels"] = labels_of(logits_RL, read_labels(found.model))
+        document["labels"] = labels_of(logits_RL, read_labels(folder))
     if options.out is not None:
         write_vectors(Path(options.out), vectors_RD)
         document["out"] = options.out
@@ -193,7 +193,7 @@ def labels_of(logits_RL: Tensor, names: list[str] | None) -> list[dict[str, Any]
 
 def write_vectors(path: Path, vectors_RD: Tensor) -> None:
     """`embeddings` [texts, dim] as safetensors, or the bare array as .npy."""
-    from transom.checkpoints.load import write_tensors
+    from transom.checkpoints.files.safetensors_files import write_tensors
 
     if path.suffix == ".safetensors":
         write_tensors(path, {"embeddings": vectors_RD})

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from transom.base.errors import RequestError, WorkError, require
 from transom.base.files import json_text
-from transom.checkpoints.files.folders import model_folder
 from transom.checkpoints.files.hub import is_hub_id
+from transom.checkpoints.files.location import model_folder
 from transom.cli.main import emit_json, user_path
 from transom.evaluation.eval_args import EvalArgs
 from transom.evaluation.task_data import DataSet, open_data
 from transom.planning.tables import heading, show, table
 
 if TYPE_CHECKING:
-    from transom.evaluation.eval_model import Subject
+    from transom.evaluation.eval_model import EvalModel
     from transom.evaluation.suite import Measured
 
 WORDS = {
@@ -203,11 +203,11 @@ def check_arguments(options: argparse.Namespace) -> None:
             require(fits, flag, name, "this file is there; valid only with --overwrite")
 
 
-def open_subject(options: argparse.Namespace, name: str) -> Subject:
+def open_subject(options: argparse.Namespace, name: str) -> EvalModel:
     """One of the models asked for."""
-    from transom.evaluation.eval_model import Subject
+    from transom.evaluation.eval_model import EvalModel
 
-    return Subject.open(
+    return EvalModel.open(
         name,
         revision=options.revision,
         device=options.device,
@@ -350,5 +350,5 @@ def run_harness(options: argparse.Namespace) -> dict[str, Any]:
         apply_chat_template=options.apply_chat_template,
     )
     print(shown, flush=True)
-    print(f"model {subject.found}", file=sys.stderr)
+    print(f"model {subject.location}", file=sys.stderr)
     return {"model": subject.facts(), **results}

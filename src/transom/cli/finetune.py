@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transom.base.yaml_files import read_yaml
-from transom.checkpoints.files.folders import Found
+from transom.checkpoints.files.location import ModelLocation
 from transom.cli.main import emit_json, user_path
 from transom.cli.train import field_lines, is_override, names_of, run_training
 from transom.training.config import TrainArgs
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
     return code
 
 
-def config_of(options: argparse.Namespace, opened: Found | None = None) -> TrainArgs:
+def config_of(options: argparse.Namespace, opened: ModelLocation | None = None) -> TrainArgs:
     """Return the config of a command: that of the run to resume, or of a new run.
 
     `opened` is the location of the model if the caller has found it.

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transom.base.errors import RequestError, notice, require
-from transom.checkpoints.files.folders import Found, find_model, model_folder
 from transom.checkpoints.files.hub import is_hub_id
+from transom.checkpoints.files.location import model_folder
 from transom.cli.main import emit_json, user_path
 
 if TYPE_CHECKING:
+    from transom.checkpoints.open_model import OpenedModel
     from transom.config.model_args import ModelArgs
     from transom.inference.sampling import SamplingArgs
     from transom.inference.text import TextStream
@@ -98,12 +99,14 @@ def run(options: argparse.Namespace) -> int:
     check_arguments(options)
     prompts = read_prompts(options.prompt)
     sampling = sampling_of(options)
-    found, model, tokenizer, stop_tokens = open_model(options)
-    from transom.chat.fingerprint import warn_if_other
     from transom.chat.reasoning import marker_ids
+    from transom.checkpoints.open_model import open_model
     from transom.inference.text import encode_prompts, stream_text
 
-    warn_if_other(found.folders, tokenizer, None)
+    opened = open_model(
+        options.folder, device=options.device, dtype=options.dtype, revision=options.revision
+    )
+    model, tokenizer = opened.model, opened.tokenizer
     ids = encode_prompts(tokenizer, prompts, special=options.special)
     if not options.special:
         say_spelled(tokenizer, prompts)
@@ -113,8 +116,8 @@ def run(options: argparse.Namespace) -> int:
         ids,
         max_new_tokens=max_new_tokens(options.max_tokens, model.args, max(map(len, ids))),
         sampling=sampling,
-        stop=stop_of(options, found),
-        stop_tokens=stop_tokens,
+        stop=stop_of(options, opened),
+        stop_tokens=() if options.ignore_eos else opened.stop_tokens,
         prefill_step_size=options.prefill_step_size,
         kept="all"
         if options.show_special
@@ -192,27 +195,9 @@ def sampling_of(options: argparse.Namespace) -> SamplingArgs:
     )
 
 
-def open_model(options: argparse.Namespace) -> tuple[Found, LLM, Tokenizer, tuple[int, ...]]:
-    """The folders meant, the model, its tokenizer and its stop tokens (none with --ignore-eos)."""
-    from transom.base.runtime import warn_if_bfloat16_is_slow
-    from transom.checkpoints.load import load, open_tokenizer
-    from transom.inference.stopping import stop_tokens_of
-
-    found = find_model(options.folder, options.revision)
-    tokenizer = open_tokenizer(found)
-    stop_tokens = () if options.ignore_eos else stop_tokens_of(found, tokenizer)
-    model = load(found, options.device, options.dtype)
-    warn_if_bfloat16_is_slow(model.tok_embeddings.weight)
-    return found, model, tokenizer, stop_tokens
-
-
-def stop_of(options: argparse.Namespace, found: Found) -> list[str]:
-    """Return the stop strings of --stop and, without --ignore-eos, those that the model's folder
-    states.
-    """
-    from transom.checkpoints.files.companions import stop_strings
-
-    return [*options.stop, *(() if options.ignore_eos else stop_strings(found))]
+def stop_of(options: argparse.Namespace, opened: OpenedModel) -> list[str]:
+    """Return the texts of --stop and, without --ignore-eos, the stop strings of the folder."""
+    return [*options.stop, *(() if options.ignore_eos else opened.stop_strings)]
 
 
 def max_new_tokens(requested: int | None, args: ModelArgs, prompt_tokens: int) -> int:

@@ -14,15 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from transom.base.errors import RequestError, nearest, notice, require
 from transom.checkpoints.adapters.peft_config import summary
-from transom.checkpoints.files.folders import (
-    CONFIG,
-    PARAMS,
-    Found,
-    find_model,
-    lacks_vocabulary,
-    read_args,
-)
 from transom.checkpoints.files.hub import is_hub_id
+from transom.checkpoints.files.layout import CONFIG, PARAMS
+from transom.checkpoints.files.location import ModelLocation, find_model
+from transom.checkpoints.read_args import lacks_vocabulary, read_args
 from transom.cli.main import emit_json, user_path
 from transom.config.model_args import ModelArgs
 from transom.config.presets import PRESETS, preset
@@ -97,7 +92,7 @@ class InspectedModel:
 
     name: str
     args: ModelArgs
-    found: Found | None
+    found: ModelLocation | None
     adapter: dict[str, Any] | None = None
 
 
@@ -118,7 +113,7 @@ def find(name: str, revision: str | None = None, *, settings_only: bool = False)
         expected = "expected a config.json, a params.json, a folder, a hub id or a preset"
         require(path.name in (CONFIG, PARAMS), "file", name, expected)
         require(revision is None, "--revision", revision, "expected none without a hub id")
-        return InspectedModel(name, read_args(path.parent), Found(path.parent))
+        return InspectedModel(name, read_args(path.parent), ModelLocation(path.parent))
     if not path.exists() and name in PRESETS:
         require(revision is None, "--revision", revision, "expected none without a hub id")
         return InspectedModel(f"preset {name}", preset(name), None)
@@ -219,7 +214,8 @@ def run_trace(model: InspectedModel, options: argparse.Namespace) -> int:
         raise RequestError(f"--trace: {model.name} has no weights; expected a model or run folder")
     import torch
 
-    from transom.checkpoints.load import load, open_tokenizer
+    from transom.checkpoints.load import load
+    from transom.checkpoints.open_model import open_tokenizer
     from transom.evaluation.trace import trace
 
     tokenizer = open_tokenizer(model.found)

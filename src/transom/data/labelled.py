@@ -14,8 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from transom.base.errors import RequestError, notice, require
-from transom.base.files import read_json
-from transom.checkpoints.load import write_text
+from transom.base.files import read_json, write_text
 from transom.data.batch import NO_TARGET, Batch, pad_rows
 from transom.data.file_formats import ROW_NAMES, row_format
 from transom.data.order import ShuffledBatches

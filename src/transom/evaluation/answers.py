@@ -12,7 +12,7 @@ from transom.base.errors import RequestError
 from transom.base.runtime import mixed_seed
 from transom.chat.reasoning import find_markers, split
 from transom.evaluation.eval_args import Matching
-from transom.evaluation.eval_model import Subject
+from transom.evaluation.eval_model import EvalModel
 from transom.evaluation.progress import shown
 from transom.evaluation.task_data import AnswerRow
 from transom.inference.loop import GREEDY
@@ -35,7 +35,7 @@ class AnswerScores:
 
 
 def score_answers(
-    subject: Subject,
+    subject: EvalModel,
     rows: Sequence[AnswerRow],
     *,
     max_new_tokens: int,
@@ -79,7 +79,7 @@ def score_answers(
     )
 
 
-def _prompt_ids(subject: Subject, row: AnswerRow) -> list[int]:
+def _prompt_ids(subject: EvalModel, row: AnswerRow) -> list[int]:
     if not row.messages:
         return subject.encode(row.prompt)
     if subject.template is None:
@@ -93,7 +93,7 @@ def _prompt_ids(subject: Subject, row: AnswerRow) -> list[int]:
 
 
 def generated(
-    subject: Subject,
+    subject: EvalModel,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     stop: Sequence[str],

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from transom.base.errors import RequestError, WorkError
 from transom.evaluation.bits import Window, score_windows
-from transom.evaluation.eval_model import Subject
+from transom.evaluation.eval_model import EvalModel
 from transom.evaluation.task_data import ChoiceRow
 
 DELIMITER = " "  # between prompt and choice; the harness's `target_delimiter`
@@ -32,7 +32,7 @@ class ChoiceScores:
 
 
 def score_choices(
-    subject: Subject, rows: Sequence[ChoiceRow], batch_tokens: int = 4096, progress: str = ""
+    subject: EvalModel, rows: Sequence[ChoiceRow], batch_tokens: int = 4096, progress: str = ""
 ) -> ChoiceScores:
     """Score every choice as a continuation of its prompt.
 
@@ -84,7 +84,7 @@ def score_choices(
 
 
 def encode_pair(
-    subject: Subject, context: str, continuation: str, where: str
+    subject: EvalModel, context: str, continuation: str, where: str
 ) -> tuple[list[int], list[int]]:
     """Ids of a context and of what continues it: both are encoded as one text, cut behind the
     context's own count.

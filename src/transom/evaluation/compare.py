@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from transom.checkpoints.convert import open_model
-from transom.checkpoints.files.folders import Found
-from transom.checkpoints.files.lazy_tensors import Stored
+from transom.checkpoints.convert import open_merged
+from transom.checkpoints.files.lazy_tensors import LazyTensor
+from transom.checkpoints.files.location import ModelLocation
 from transom.config.model_args import ModelArgs
 from transom.names.transforms import Shape, turn_rotary
 
@@ -55,11 +55,11 @@ class ModelDifference:
     compared: int
 
 
-def compare_models(first: Found, second: Found) -> ModelDifference:
+def compare_models(first: ModelLocation, second: ModelLocation) -> ModelDifference:
     """Compare every parameter; rotary rows of the second are turned where it keeps them in the
     other layout.
     """
-    (one, ours), (other, theirs) = open_model(first), open_model(second)
+    (one, ours), (other, theirs) = open_merged(first), open_merged(second)
     rotary: Literal["same", "turned", "kept"] = "same"
     if one.rope_layout != other.rope_layout:
         rotary = "kept" if other.mla_args is not None else "turned"
@@ -92,7 +92,7 @@ def compare_models(first: Found, second: Found) -> ModelDifference:
     )
 
 
-def _turned(name: str, stored: Stored, args: ModelArgs, like: ModelArgs) -> Stored:
+def _turned(name: str, stored: LazyTensor, args: ModelArgs, like: ModelArgs) -> LazyTensor:
     return stored.then(lambda tensor: turn_rotary(name, tensor, args, like.rope_layout))
 
 

@@ -33,7 +33,7 @@ from transom.chat.template import ChatTemplate
 from transom.evaluation.answers import generated
 from transom.evaluation.bits import scored
 from transom.evaluation.choices import continuation_window
-from transom.evaluation.eval_model import Subject
+from transom.evaluation.eval_model import EvalModel
 from transom.inference.sampling import SamplingArgs
 
 NAME = "transom"
@@ -56,7 +56,7 @@ class TransomLM(TemplateLM):
 
     def __init__(
         self,
-        pretrained: str | Subject,
+        pretrained: str | EvalModel,
         *,
         revision: str | None = None,
         device: str | None = None,
@@ -71,10 +71,10 @@ class TransomLM(TemplateLM):
     ) -> None:
         """`batch_size` rows at most, `auto` as many as `batch_tokens` hold; lengths in tokens."""
         super().__init__()
-        if isinstance(pretrained, Subject):
+        if isinstance(pretrained, EvalModel):
             self.subject = pretrained
         else:
-            self.subject = Subject.open(
+            self.subject = EvalModel.open(
                 pretrained,
                 revision=revision,
                 device=device or "auto",
@@ -106,7 +106,7 @@ class TransomLM(TemplateLM):
         eos_id = self.tokenizer.eos_id
         if eos_id is None:
             raise RequestError(
-                f"{self.subject.found}: the tokenizer has no EOS token; expected one with it"
+                f"{self.subject.location}: the tokenizer has no EOS token; expected one with it"
             )
         return eos_id
 
@@ -121,7 +121,7 @@ class TransomLM(TemplateLM):
         """Under which the library keeps prepared requests: the vocabulary, and the folder for its
         template.
         """
-        return f"{self.subject.found} {self.tokenizer.hash}".replace("/", "__")
+        return f"{self.subject.location} {self.tokenizer.hash}".replace("/", "__")
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
@@ -160,7 +160,8 @@ class TransomLM(TemplateLM):
         template = self.subject.template
         if template is None:
             raise RequestError(
-                f"{self.subject.found}: no chat template; valid only without --apply_chat_template"
+                f"{self.subject.location}: no chat template; valid only without "
+                "--apply_chat_template"
             )
         self._chats = True
         return template

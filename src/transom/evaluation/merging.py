@@ -14,17 +14,18 @@ from typing import Any
 from torch import Tensor
 
 from transom.base.errors import WorkError, notice, require
-from transom.base.files import json_text, write_text
+from transom.base.files import json_text, sha256_of, write_text
 from transom.base.runtime import machine
 from transom.base.version import __version__
 from transom.checkpoints.convert import carry_companions, config_ids
-from transom.checkpoints.files.folders import Format, folder_format, read_args, sha256_of
-from transom.checkpoints.files.lazy_tensors import Stored
+from transom.checkpoints.files.layout import Format, folder_format
+from transom.checkpoints.files.lazy_tensors import LazyTensor
 from transom.checkpoints.files.staging import staged
 from transom.checkpoints.fingerprint import fingerprint
-from transom.checkpoints.load import outline
 from transom.checkpoints.merge import Form, Merge
+from transom.checkpoints.read_args import read_args
 from transom.checkpoints.save import FolderLayout, plan_layout
+from transom.checkpoints.state import meta_model
 from transom.evaluation.agreement import Agreement, agreement, logits_of, next_tokens
 from transom.evaluation.token_rows import TOKENS, TokenRows, token_rows
 from transom.lora.adapters import activate_adapters, plain_weights
@@ -91,7 +92,9 @@ def merge_folders(
             "expected none of the folders read",
         )
     model_args = read_args(merge.base)
-    empty = {name: Stored.of(weight) for name, weight in outline(model_args).named_parameters()}
+    empty = {
+        name: LazyTensor.of(weight) for name, weight in meta_model(model_args).named_parameters()
+    }
     plan_layout(
         model_args, empty, format or folder_format(merge.base), merge.dtype
     )  # it refuses before the work
@@ -186,7 +189,7 @@ def _layout(merge: Merge, model: LLM, format: Format | None) -> FolderLayout:
     """All that is to be written; ids that a Hugging Face config holds for other tools stay
     there.
     """
-    ours = {name: Stored.of(weight.detach()) for name, weight in plain_weights(model).items()}
+    ours = {name: LazyTensor.of(weight.detach()) for name, weight in plain_weights(model).items()}
     kind = folder_format(merge.base)
     layout = plan_layout(model.args, ours, format or kind, merge.dtype)
     if layout.format == "hf":

@@ -15,17 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.base.errors import RequestError, WorkError, notice, require
+from transom.base.files import sha256_of
 from transom.base.runtime import machine
 from transom.base.version import __version__
 from transom.chat.fingerprint import template_hash
-from transom.checkpoints.files.folders import sha256_of
 from transom.data.text.shards import Corpus, TokenFile, prepare
 from transom.data.text.sources import SourceArgs
 from transom.evaluation.answers import score_answers
 from transom.evaluation.bits import score_each
 from transom.evaluation.choices import score_choices
 from transom.evaluation.eval_args import EvalArgs
-from transom.evaluation.eval_model import Subject
+from transom.evaluation.eval_model import EvalModel
 from transom.evaluation.intervals import CONFIDENCE, Interval, Ratio, bootstrap_difference, interval
 from transom.evaluation.task_data import DataSet, Kind
 
@@ -50,7 +50,7 @@ class Measured:
     seconds: float
 
 
-def evaluate(subject: Subject, data: Sequence[DataSet], args: EvalArgs) -> list[Measured]:
+def evaluate(subject: EvalModel, data: Sequence[DataSet], args: EvalArgs) -> list[Measured]:
     """Score a model on every data set; scores that are no numbers are a `WorkError`."""
     out = []
     for one in data:
@@ -71,7 +71,7 @@ def evaluate(subject: Subject, data: Sequence[DataSet], args: EvalArgs) -> list[
     return out
 
 
-def _text(subject: Subject, data: DataSet, args: EvalArgs) -> Measured:
+def _text(subject: EvalModel, data: DataSet, args: EvalArgs) -> Measured:
     """Bits per byte and perplexity: every token of every document once, its end token too."""
     tokenizer, longest = subject.tokenizer, subject.model.args.max_seq_len
     window = min(longest, WINDOW) if args.window is None else args.window
@@ -135,7 +135,7 @@ def _say_left_out(path: str, corpus: Corpus) -> None:
         )
 
 
-def _choices(subject: Subject, data: DataSet, args: EvalArgs) -> Measured:
+def _choices(subject: EvalModel, data: DataSet, args: EvalArgs) -> Measured:
     found = score_choices(subject, data.choices, args.batch_tokens, _bar(data, args))
     if found.cut:
         notice(
@@ -161,7 +161,7 @@ def _choices(subject: Subject, data: DataSet, args: EvalArgs) -> Measured:
     return Measured(data.path, data.kind, sha256_of(Path(data.path)), scores, facts, rows, 0.0)
 
 
-def _answers(subject: Subject, data: DataSet, args: EvalArgs) -> Measured:
+def _answers(subject: EvalModel, data: DataSet, args: EvalArgs) -> Measured:
     found = score_answers(
         subject,
         data.answers,

@@ -17,8 +17,9 @@ from torch import Tensor
 from transom.base.errors import RequestError, notice, require
 from transom.base.yaml_files import read_yaml
 from transom.chat.template import ChatTemplate
-from transom.checkpoints.files.folders import Found, holds_tokenizer
-from transom.checkpoints.load import open_tokenizer
+from transom.checkpoints.files.layout import holds_tokenizer
+from transom.checkpoints.files.location import ModelLocation
+from transom.checkpoints.open_model import open_tokenizer
 from transom.config.model_args import ModelArgs
 from transom.data.chat.conversations import ChatExample
 from transom.data.chat.finetune_sets import read_examples, read_splits
@@ -54,7 +55,7 @@ class TokenRows:
 
 
 def token_rows(
-    found: Found,
+    found: ModelLocation,
     args: ModelArgs,
     data: str | None = None,
     run: Path | None = None,
@@ -111,7 +112,7 @@ def held_out_examples(run: Path) -> list[ChatExample]:
 
 
 def _written(
-    examples: list[ChatExample], found: Found, tokenizer: Tokenizer, length: int
+    examples: list[ChatExample], found: ModelLocation, tokenizer: Tokenizer, length: int
 ) -> Iterator[list[int]]:
     """Ids of the rows that examples make, as in training; of a prompt without an answer, its
     own.

@@ -1,24 +1,11 @@
-"""Where generation ends: the stop tokens that folders state, and stop strings."""
+"""Stop strings: where a text ends, and the control tokens that are part of one."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Literal
 
-from transom.chat.template import ChatTemplate
-from transom.checkpoints.files.companions import stop_ids
-from transom.checkpoints.files.folders import Found
 from transom.tokenizers.tokenizer import Tokenizer
-
-
-def stop_tokens_of(
-    where: Found | Path, tokenizer: Tokenizer, template: ChatTemplate | None = None
-) -> tuple[int, ...]:
-    """Return the ids that end a text of this model, or a turn where `template` writes the turns."""
-    found = Found(where) if isinstance(where, Path) else where
-    own = () if template is None else template.stop_tokens
-    return tuple(dict.fromkeys((*stop_ids(found, tokenizer), *own)))
 
 
 class ControlSigns:

@@ -22,13 +22,18 @@ import torch
 from torch import Tensor
 
 from transom.base.errors import RequestError, notice, require
+from transom.base.files import read_json
 from transom.base.runtime import DTYPES
 from transom.chat import built_in
 from transom.chat.files import FILE
 from transom.checkpoints.convert import convert
-from transom.checkpoints.files.folders import CONFIG, Format, find_model, read_args, read_json
-from transom.checkpoints.files.lazy_tensors import Source, Stored
-from transom.checkpoints.load import load, open_state, outline, save, shapes_of
+from transom.checkpoints.files.layout import CONFIG, Format
+from transom.checkpoints.files.lazy_tensors import LazyTensor, LazyTensors
+from transom.checkpoints.files.location import find_model
+from transom.checkpoints.load import load
+from transom.checkpoints.read_args import read_args
+from transom.checkpoints.save import save
+from transom.checkpoints.state import open_parameters
 from transom.config.layer_args import RopeLayout
 from transom.config.model_args import ModelArgs
 from transom.inference.loop import generate
@@ -154,14 +159,14 @@ def compare_folder(
         if not all(one.ok for one in first):
             return
     with quiet():  # it has been said what is left unread
-        ours = open_state(where, args, shapes_of(outline(args)))
+        ours = open_parameters(where, args)
     yield from by_hand(case, ours)
     yield from layout(case)
     yield from compare_texts(where, called)
     yield from _numbers(case, ours, dtype, length)
 
 
-def _numbers(case: Case, ours: Source, dtype: str, length: int | None) -> Iterator[Finding]:
+def _numbers(case: Case, ours: LazyTensors, dtype: str, length: int | None) -> Iterator[Finding]:
     """What takes a model: one at a time is in memory."""
     if case.args.head is not None:
         notice(
@@ -244,7 +249,7 @@ def _tying(case: Case, model: LLM, numbers: Numbers) -> Iterator[Finding]:
 
 
 def _round_trips(
-    case: Case, ours: Source, numbers: Numbers | None, dtype: str
+    case: Case, ours: LazyTensors, numbers: Numbers | None, dtype: str
 ) -> Iterator[Finding]:
     """Written in every format that holds the model and read back: the same bits, and the same
     logits.
@@ -262,7 +267,7 @@ def _round_trips(
             try:
                 with quiet():
                     args = read_args(out)
-                    again = open_state(out, args, shapes_of(outline(args)))
+                    again = open_parameters(out, args)
             except RequestError as error:
                 yield Finding("written and read back", where, math.inf, 0.0, str(error))
                 continue
@@ -280,10 +285,10 @@ def _round_trips(
 
 
 def _bits(
-    case: Case, ours: Source, args: ModelArgs, again: Source, where: str
+    case: Case, ours: LazyTensors, args: ModelArgs, again: LazyTensors, where: str
 ) -> Iterator[Finding]:
     """Every tensor, in its new order where the other layout orders rows otherwise."""
-    expected: dict[str, Stored] = dict(ours)
+    expected: dict[str, LazyTensor] = dict(ours)
     if case.args.tie_embeddings and not args.tie_embeddings:
         expected["output.weight"] = ours["tok_embeddings.weight"]
     for name in sorted(expected.keys() | again.keys()):

@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 
 from transom.base.errors import notice
+from transom.base.files import read_json
 from transom.checkpoints.families.registry import WEIGHT_NAMES
-from transom.checkpoints.files.folders import CONFIG, Format, folder_format, read_json
-from transom.checkpoints.files.lazy_tensors import Source
-from transom.checkpoints.load import open_files, outline, shapes_of
+from transom.checkpoints.files.layout import CONFIG, Format, folder_format
+from transom.checkpoints.files.lazy_tensors import LazyTensors
 from transom.checkpoints.mapping import clean
+from transom.checkpoints.state import open_files, parameter_shapes
 from transom.config.layer_args import RopeLayout
 from transom.config.model_args import ModelArgs
 from transom.verify.findings import Finding, difference, same_bytes
@@ -36,7 +37,7 @@ class Case:
     folder: Path
     kind: Format
     args: ModelArgs
-    raw: Source
+    raw: LazyTensors
 
 
 def open_case(folder: Path, name: str, args: ModelArgs, *, whole: bool) -> Case:
@@ -44,7 +45,7 @@ def open_case(folder: Path, name: str, args: ModelArgs, *, whole: bool) -> Case:
     which is said.
     """
     kind = folder_format(folder)
-    files = open_files(folder, kind, args)
+    files = open_files(folder, args)
     if not whole and kind != "native":
         files = clean(table(folder, kind), files, args, str(folder))
     return Case(name, folder, kind, args, files)
@@ -57,7 +58,7 @@ def table(folder: Path, kind: Format) -> str:
 
 def accounted(case: Case) -> Iterator[Finding]:
     """Every key of the files and every parameter has exactly one other side."""
-    parameters = shapes_of(outline(case.args))
+    parameters = parameter_shapes(case.args)
     used: Counter[str] = Counter()
     made: Counter[str] = Counter()
     if case.kind == "native":
@@ -150,7 +151,7 @@ def _place(key: str, norms_behind: bool = False) -> tuple[tuple[str, ...], int |
     ), None if expert is None else int(expert)
 
 
-def by_hand(case: Case, ours: Source) -> Iterator[Finding]:
+def by_hand(case: Case, ours: LazyTensors) -> Iterator[Finding]:
     """Every tensor of the files, found by its name once more, is what its parameter is made of."""
     before = [key for key in case.raw if "input_layernorm" in key]
     behind = not before or any("pre_feedforward" in key for key in case.raw)

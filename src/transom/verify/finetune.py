@@ -19,8 +19,10 @@ from torch.func import functional_call
 
 from transom.base.errors import notice, require
 from transom.chat.template import ChatTemplate
-from transom.checkpoints.files.folders import read_args
-from transom.checkpoints.load import load, load_tokenizer, save
+from transom.checkpoints.load import load
+from transom.checkpoints.open_model import load_tokenizer
+from transom.checkpoints.read_args import read_args
+from transom.checkpoints.save import save
 from transom.config.model_args import ModelArgs
 from transom.data.batch import NO_TARGET, Batch
 from transom.data.chat.batches import packed_batch, padded_batch

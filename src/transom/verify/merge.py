@@ -22,10 +22,13 @@ from transom.base.fields import write
 from transom.base.files import read_json
 from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.adapters.write import save_adapter
-from transom.checkpoints.files.folders import Found, find_model, read_args
+from transom.checkpoints.files.location import ModelLocation, find_model
 from transom.checkpoints.fingerprint import fingerprint, read_facts, write_facts
-from transom.checkpoints.load import load, open_state, outline, save, shapes_of
+from transom.checkpoints.load import load
 from transom.checkpoints.merge import Form, Merge, named_folders
+from transom.checkpoints.read_args import read_args
+from transom.checkpoints.save import save
+from transom.checkpoints.state import open_parameters
 from transom.config.model_args import ModelArgs
 from transom.evaluation.agreement import Agreement, agreement, logits_of
 from transom.evaluation.merging import BASE_ALONE, REPORT, adapter_hashes, merge_folders
@@ -115,7 +118,7 @@ def _compare_example(name: str, example: Example, scratch: Path) -> Iterator[Fin
             mark,
             write(example.quantize) if example.quantize is not None else None,
         )
-    yield from compare_adapter(Found(base, adapters[0]), name)
+    yield from compare_adapter(ModelLocation(base, adapters[0]), name)
     save(
         sample_model(ModelArgs.from_dict(dict(example.fields)), seed=1, dtype=torch.bfloat16),
         scratch / "other",
@@ -145,7 +148,7 @@ def compare_folders(names: Sequence[str]) -> Iterator[Finding]:
         found = find_model(names[0])
     else:
         base, (adapter,) = named_folders(names[0], names[1:])
-        found = Found(base, adapter)
+        found = ModelLocation(base, adapter)
     if found.adapter is None:
         raise RequestError(
             f"{names[0]}: neither an adapter nor a folder with {REPORT}; expected one of these"
@@ -157,7 +160,7 @@ def compare_folders(names: Sequence[str]) -> Iterator[Finding]:
 # --------------------------------------------------------------------------------------------
 
 
-def compare_adapter(found: Found, name: str) -> Iterator[Finding]:
+def compare_adapter(found: ModelLocation, name: str) -> Iterator[Finding]:
     """An adapter on its base: merged and unmerged, in float32 and in the files' own dtype."""
     assert found.adapter is not None, "what is merged"
     facts = read_facts(found.adapter)
@@ -167,7 +170,7 @@ def compare_adapter(found: Found, name: str) -> Iterator[Finding]:
         other = fingerprint(found.model, fresh=True) != facts.base_fingerprint
         detail = f"trained on {facts.base} ({facts.base_fingerprint[:12]})" if other else ""
         yield Finding("base = the one of training", name, float(other), 0.0, detail)
-    model = load_adapter(load(Found(found.model), dtype="float32"), found.adapter)
+    model = load_adapter(load(ModelLocation(found.model), dtype="float32"), found.adapter)
     tokens = random_tokens(model.args, 1, min(LENGTH, model.args.max_seq_len))
     expected = _outputs(model, tokens)
     merge_adapter(model)
@@ -177,11 +180,11 @@ def compare_adapter(found: Found, name: str) -> Iterator[Finding]:
         yield _finding("merged weights = by hand", f"{name}, {path}", share)
     yield from _outputs_agree(expected, _outputs(model, tokens), name)
     del model
-    model = load_adapter(load(Found(found.model)), found.adapter)
+    model = load_adapter(load(ModelLocation(found.model)), found.adapter)
     unmerge_adapter(merge_adapter(model))
     replaced = {f"{path}.{key}" for path, _, held in carriers(model) for key in held.replaced}
     args = read_args(found.model)
-    for key, stored in open_state(found.model, args, shapes_of(outline(args))).items():
+    for key, stored in open_parameters(found.model, args).items():
         same = same_bytes(model.get_parameter(key).detach(), stored.read()) or key in replaced
         detail = "" if same else "other bits than in the base's files"
         yield Finding(
@@ -319,7 +322,7 @@ def _written(merge: Merge, form: Form, out: Path, name: str) -> Iterator[Finding
     if not changed:  # TIES and DARE are not written down a second time
         model = merge.merged(model)
     args = read_args(out)
-    for key, stored in open_state(out, args, shapes_of(outline(args))).items():
+    for key, stored in open_parameters(out, args).items():
         here = turn_rotary(key, stored.read(), args, model.args.rope_layout)
         if key == "output.weight" and model.output is None:  # a format without tying
             key = "tok_embeddings.weight"

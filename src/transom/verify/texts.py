@@ -16,7 +16,7 @@ from typing import Any
 from transom.base.errors import RequestError, notice
 from transom.chat.files import stored_templates
 from transom.chat.template import ChatTemplate, Message
-from transom.checkpoints.load import load_tokenizer
+from transom.checkpoints.open_model import load_tokenizer
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.verify.findings import Finding, one_line
 from transom.verify.tiny_runs import quiet

@@ -10,7 +10,8 @@ import torch
 from tests.helpers import random_model, tiny_args
 from transom.checkpoints.adapters.write import save_adapter
 from transom.checkpoints.fingerprint import fingerprint, write_facts
-from transom.checkpoints.load import load, save
+from transom.checkpoints.load import load
+from transom.checkpoints.save import save
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
 from transom.tokenizers.training import byte_tokenizer

@@ -17,9 +17,10 @@ from tests.checkpoints.families import random_ids, tiny_hf
 from tests.helpers import random_model, random_tokens, tiny_args
 from transom.base.errors import RequestError, WorkError
 from transom.checkpoints.adapters.foreign_leaves import candidates
-from transom.checkpoints.adapters.peft_config import base_of, is_adapter, read_peft
+from transom.checkpoints.adapters.peft_config import base_of, read_peft
 from transom.checkpoints.adapters.read import load_adapter, sort_keys
 from transom.checkpoints.adapters.write import save_adapter
+from transom.checkpoints.files.layout import is_adapter
 from transom.checkpoints.load import load
 from transom.layers.inputs import TransformerInput
 from transom.lora.adapters import LoraWeights, carriers
@@ -292,7 +293,7 @@ DAMAGES: list[tuple[Any, str]] = [
             f,
             lambda s, k: s.update({k.replace("lora_A.weight", "base_layer.bias"): torch.ones(32)}),
         ),
-        r"wq has an adapter and a bias of its own.*bias: got none",
+        r"wq has an adapter and a bias of its own",
     ),
 ]
 

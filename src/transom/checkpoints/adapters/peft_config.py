@@ -167,7 +167,8 @@ def read_peft(config: Mapping[str, Any], where: str) -> PeftConfig:
     start = config.get("init_lora_weights", True)
     if start not in _STARTS:
         raise RequestError(
-            f"{where}: init_lora_weights = {start!r} changes the base weights; expected an "
+            f"{where}: init_lora_weights: got {start!r}, which changes the base weights; expected "
+            "an "
             f"adapter that PEFT "
             "has converted to plain LoRA (path_initial_model_for_weight_conversion)"
         )

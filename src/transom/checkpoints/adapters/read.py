@@ -26,9 +26,10 @@ from transom.checkpoints.adapters.foreign_leaves import (
     to_leaves,
     turned,
 )
-from transom.checkpoints.adapters.peft_config import CONFIG, WEIGHTS, PeftConfig, read_peft
+from transom.checkpoints.adapters.peft_config import PeftConfig, read_peft
 from transom.checkpoints.families.registry import WEIGHT_NAMES
 from transom.checkpoints.families.weights import OUR_NAMES
+from transom.checkpoints.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from transom.lora.adapters import (
     LoraWeights,
     Replacement,
@@ -88,15 +89,17 @@ def load_adapter(
     model stays as it was. `trainable` freezes all else.
     """
     here = Path(folder)
-    if (here / CONFIG).exists():
+    if (here / ADAPTER_CONFIG).exists():
         if scaling is not None:
-            raise RequestError(f"scaling: got {scaling!r}; {here / CONFIG} says it; expected none")
+            raise RequestError(
+                f"scaling: got {scaling!r}; {here / ADAPTER_CONFIG} says it; expected none"
+            )
         parts = _peft_parts(model, here)
     elif (here / MISTRAL_WEIGHTS).exists():
         parts = _mistral_parts(model, here, scaling)
     else:
         raise RequestError(
-            f"{here}: no {CONFIG} and no {MISTRAL_WEIGHTS}; expected an adapter folder"
+            f"{here}: no {ADAPTER_CONFIG} and no {MISTRAL_WEIGHTS}; expected an adapter folder"
         )
     attach(model, name, parts)
     activate_adapters(model, (name,))
@@ -113,9 +116,11 @@ def _parameters(parts: Mapping[str, nn.Module]) -> list[nn.Parameter]:
 
 
 def _peft_parts(model: LLM, folder: Path) -> dict[str, LoraWeights | Replacement]:
-    config = read_peft(read_json(folder / CONFIG), str(folder / CONFIG))
-    present = [name for name in (WEIGHTS, PICKLED, MISTRAL_WEIGHTS) if (folder / name).exists()]
-    path = folder / (PICKLED if present[:1] == [PICKLED] else WEIGHTS)
+    config = read_peft(read_json(folder / ADAPTER_CONFIG), str(folder / ADAPTER_CONFIG))
+    present = [
+        name for name in (ADAPTER_WEIGHTS, PICKLED, MISTRAL_WEIGHTS) if (folder / name).exists()
+    ]
+    path = folder / (PICKLED if present[:1] == [PICKLED] else ADAPTER_WEIGHTS)
     ignored = [name for name in present if name != path.name]
     if ignored:
         notice(f"{folder}: the adapter is read from {path.name}; ignored: {', '.join(ignored)}")
@@ -285,8 +290,8 @@ def _replacements(
                 continue  # PEFT stores embeddings that carry an adapter beside it
             if path in parts:
                 raise RequestError(
-                    f"{source.where}: {path} has an adapter and a {last} of its own; expected one"
-                    " (for biases, bias = none"
+                    f"{source.where}: {path} has an adapter and a {last} of its own; expected one "
+                    "of them"
                 )
             by_module.setdefault(path, {})[last] = value
     return {path: Replacement(tensors) for path, tensors in by_module.items()}

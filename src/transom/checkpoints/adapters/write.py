@@ -25,9 +25,10 @@ from transom.checkpoints.adapters.foreign_leaves import (
     to_site,
     turned,
 )
-from transom.checkpoints.adapters.peft_config import CONFIG, WEIGHTS, write_peft
+from transom.checkpoints.adapters.peft_config import write_peft
 from transom.checkpoints.adapters.read import MISTRAL_SCALING, MISTRAL_WEIGHTS
 from transom.checkpoints.families.registry import FAMILIES
+from transom.checkpoints.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from transom.layers.linear import GroupedLinear
 from transom.lora.adapters import Embedding, LoraWeights, Replacement, adapter_names, carriers
 from transom.models.llm import LLM
@@ -65,11 +66,12 @@ def save_adapter(
     table = _table_for(model, lora, family or _family_of(base))
     if table.family == OWN:
         notice(
-            f"{folder}: {WEIGHTS} has Transom's own names: transformers has no such model for "
+            f"{folder}: {ADAPTER_WEIGHTS} has Transom's own names: transformers has no such model "
+            "for "
             f"PEFT to put it on"
         )
     tensors, config = _peft(model, table, lora, whole, base)
-    _write(Path(folder), {WEIGHTS: tensors}, config)
+    _write(Path(folder), {ADAPTER_WEIGHTS: tensors}, config)
 
 
 def _held(model: LLM, name: str) -> tuple[dict[str, LoraWeights], dict[str, dict[str, Tensor]]]:
@@ -338,12 +340,12 @@ def _write_claimed(
             partial.append((folder / f"{file}.partial", folder / file))
             save_file(plain, partial[-1][0], metadata={"format": "pt"})
         if config is not None:
-            partial.append((folder / f"{CONFIG}.partial", folder / CONFIG))
+            partial.append((folder / f"{ADAPTER_CONFIG}.partial", folder / ADAPTER_CONFIG))
             partial[-1][0].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if (
             config is not None
         ):  # a kill must not leave new weights under the config of the adapter before
-            (folder / CONFIG).unlink(missing_ok=True)
+            (folder / ADAPTER_CONFIG).unlink(missing_ok=True)
         for written, name in partial:
             written.replace(name)
     except (SafetensorError, OSError) as error:

@@ -20,14 +20,13 @@ from torch import Tensor
 
 from transom.base.errors import RequestError, WorkError, notice
 from transom.base.files import refuse_pointer
-from transom.checkpoints.files.folders import PICKLED, SAFE, consolidated_files
-from transom.checkpoints.files.lazy_tensors import Batch, Stored
+from transom.checkpoints.files.layout import PICKLED, weight_files
+from transom.checkpoints.files.lazy_tensors import LazyTensor, TensorGroup
 from transom.checkpoints.files.safetensors_files import (
     open_safetensors,
     read_safetensors,
     write_stream,
 )
-from transom.checkpoints.files.weight_files import WeightFiles, find_weights, say_ignored
 from transom.config.model_args import ModelArgs
 
 _ZIP = b"PK\x03\x04"
@@ -63,52 +62,50 @@ _RULES: tuple[tuple[str, Rule], ...] = (
 )
 
 
-def open_consolidated(folder: Path, args: ModelArgs) -> dict[str, Stored]:
-    """The whole tensors of a folder of Meta's or Mistral's, still in their files."""
-    if _is_safe(folder):
-        taken = find_weights(folder, SAFE)
-        say_ignored(folder, taken)
-        return open_safetensors(folder, taken.files)
-    parts = _read_ranks(folder)
-    say_ignored(folder, WeightFiles([path.name for path in consolidated_files(folder)]))
-    return {key: _whole(key, [state[key] for state in parts], args, folder) for key in parts[0]}
+def open_ranks(folder: Path, files: Sequence[str], args: ModelArgs) -> dict[str, LazyTensor]:
+    """Return the tensors of a model whose weights are cut into one `.pth` file per rank.
+
+    Args:
+        folder: The model folder.
+        files: The names of the files, in the order of the ranks.
+        args: The model's arguments, which decide where some tensors are joined.
+
+    Raises:
+        RequestError: A rank is missing or damaged, or the parts do not fit together.
+    """
+    parts = _read_ranks(folder, files)
+    return {key: _joined(key, [state[key] for state in parts], args, folder) for key in parts[0]}
 
 
-def _is_safe(folder: Path) -> bool:
-    return any(SAFE in path.name for path in consolidated_files(folder))
-
-
-def _read_ranks(folder: Path) -> list[dict[str, Tensor]]:
-    ranks = consolidated_files(folder)
-    if not ranks:
-        raise RequestError(
-            f"{folder}: no weights; expected {SAFE} or {PICKLED.format(rank=0)} beside params.json"
-        )
-    for number, path in enumerate(ranks):
-        if path.name != PICKLED.format(rank=number):
-            raise RequestError(
-                f"{folder / PICKLED.format(rank=number)}: missing, {path.name} is there"
-            )
-    parts = [read_pickled(path) for path in ranks]
-    for path, state in zip(ranks, parts, strict=True):
+def _read_ranks(folder: Path, files: Sequence[str]) -> list[dict[str, Tensor]]:
+    for rank, name in enumerate(files):
+        expected = PICKLED.format(rank=rank)
+        if name != expected:
+            raise RequestError(f"{folder / expected}: missing, {name} is there")
+    parts = [read_pickled(folder / name) for name in files]
+    for name, state in zip(files, parts, strict=True):
         odd = next(iter(sorted(parts[0].keys() ^ state.keys())), None)
         if odd is not None:
             raise RequestError(
-                f"{path}: {odd} stands in {ranks[0].name} or in this file, not in both"
+                f"{folder / name}: {odd} is in {files[0]} or in this file, not in both"
             )
     return parts
 
 
 def vocabulary_of(folder: Path, dim: int) -> int:
-    """Tokens in the embeddings of a folder whose params.json does not say, as those of Llama 1 and
-    2 do not.
+    """Return the number of token embeddings in the weights of a folder in Meta's format.
+
+    The `params.json` of Llama 1 and 2 does not state it.
+
+    Raises:
+        RequestError: There are no weights or no embeddings.
     """
-    key = "tok_embeddings.weight"
-    if _is_safe(folder):
-        stored = open_safetensors(folder, find_weights(folder, SAFE).files)
-        shapes = [stored[key].shape] if key in stored else []
+    key, files = "tok_embeddings.weight", weight_files(folder).files
+    if files and files[0].endswith(".pth"):
+        shapes = [tuple(part[key].shape) for part in _read_ranks(folder, files) if key in part]
     else:
-        shapes = [tuple(part[key].shape) for part in _read_ranks(folder) if key in part]
+        tensors = open_safetensors(folder, files)
+        shapes = [tensors[key].shape] if key in tensors else []
     if not shapes or len(shapes[0]) != 2:
         raise RequestError(f"{folder}: {key} is missing, and params.json gives no vocab_size")
     return shapes[0][0] if shapes[0][1] != dim else sum(shape[0] for shape in shapes)
@@ -154,10 +151,10 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     return out
 
 
-def _whole(key: str, parts: Sequence[Tensor], args: ModelArgs, folder: Path) -> Stored:
+def _joined(key: str, parts: Sequence[Tensor], args: ModelArgs, folder: Path) -> LazyTensor:
     """The parts of all ranks as one tensor, laid together when it is read."""
     if len(parts) == 1:
-        return Stored.of(parts[0])
+        return LazyTensor.of(parts[0])
     rule = rule_of(key)
     try:
         outline = join(rule, [part.to("meta") for part in parts], args)
@@ -166,7 +163,7 @@ def _whole(key: str, parts: Sequence[Tensor], args: ModelArgs, folder: Path) -> 
         raise RequestError(
             f"{folder}: {key} has shapes {found} in {len(parts)} ranks, which do not fit"
         ) from None
-    return Stored(tuple(outline.shape), outline.dtype, lambda: join(rule, parts, args))
+    return LazyTensor(tuple(outline.shape), outline.dtype, lambda: join(rule, parts, args))
 
 
 def rule_of(key: str) -> Rule:
@@ -208,7 +205,7 @@ def _experts(args: ModelArgs) -> int:
     return args.moe_args.num_experts if args.moe_args else 1
 
 
-def write_pickled(folder: Path, batches: Sequence[Batch]) -> None:
+def write_pickled(folder: Path, batches: Sequence[TensorGroup]) -> None:
     """`consolidated.00.pth`, for one rank, without holding the model in memory."""
     # A pickle is written in one go: tensors go to a plain file first, and from its memory map into
     # the pickle.

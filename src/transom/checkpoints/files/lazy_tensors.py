@@ -17,7 +17,7 @@ from transom.names.transforms import Shape
 
 
 @dataclass(frozen=True)
-class Stored:
+class LazyTensor:
     """One tensor to be; `read` returns it, as a view of a memory map wherever nothing has to be
     computed.
     """
@@ -27,25 +27,25 @@ class Stored:
     read: Callable[[], Tensor]
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Stored:
+    def of(cls, tensor: Tensor) -> LazyTensor:
         """A tensor that is there already."""
         return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
     @property
-    def outline(self) -> Tensor:
+    def meta(self) -> Tensor:
         """Shape and dtype as a tensor on the meta device."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
-    def then(self, change: Callable[[Tensor], Tensor]) -> Stored:
+    def then(self, change: Callable[[Tensor], Tensor]) -> LazyTensor:
         """What `change`, which must work on the meta device too, makes of this tensor."""
-        after = change(self.outline)
-        return Stored(tuple(after.shape), after.dtype, lambda: change(self.read()))
+        after = change(self.meta)
+        return LazyTensor(tuple(after.shape), after.dtype, lambda: change(self.read()))
 
 
-Source = Mapping[str, Stored]
+LazyTensors = Mapping[str, LazyTensor]
 
 
-def main_dtype(source: Source) -> torch.dtype:
+def main_dtype(source: LazyTensors) -> torch.dtype:
     """Return the smallest dtype that holds all parameters but choice biases: float32 for bfloat16
     and float16.
     """
@@ -59,7 +59,7 @@ def _is_wide(name: str) -> bool:
     return name.endswith("choice_bias")
 
 
-def dtypes_of(source: Source, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+def dtypes_of(source: LazyTensors, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
     """Return the dtype in which each of our parameters is kept: `dtype`, or `main_dtype`."""
     kind = dtype or main_dtype(source)
     return {
@@ -68,7 +68,7 @@ def dtypes_of(source: Source, dtype: torch.dtype | None) -> dict[str, torch.dtyp
     }
 
 
-def cast(source: Source, dtype: torch.dtype | None) -> Source:
+def cast(source: LazyTensors, dtype: torch.dtype | None) -> LazyTensors:
     """Our parameters in another dtype; None keeps each one's own."""
     if dtype is None:
         return source
@@ -76,7 +76,7 @@ def cast(source: Source, dtype: torch.dtype | None) -> Source:
     return {name: _cast(name, stored, kinds[name]) for name, stored in source.items()}
 
 
-def _cast(name: str, stored: Stored, kind: torch.dtype) -> Stored:
+def _cast(name: str, stored: LazyTensor, kind: torch.dtype) -> LazyTensor:
     return (
         stored
         if stored.dtype == kind
@@ -104,13 +104,13 @@ def narrowed(name: str, tensor: Tensor, kind: torch.dtype) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Batch:
+class TensorGroup:
     """Tensors of a file that are made together: their keys, their outlines, and how to make
     them.
     """
 
     keys: Sequence[str]
-    outlines: Sequence[Tensor]
+    metas: Sequence[Tensor]
     read: Callable[[], Sequence[Tensor]]
 
 
@@ -129,7 +129,7 @@ _QUANTIZED = (
 )
 
 
-def refuse_quantized(source: Source, where: str) -> None:
+def refuse_quantized(source: LazyTensors, where: str) -> None:
     """Weights in a form that is no number per weight are a `RequestError` naming the kind."""
     odd = {key for key, stored in source.items() if not _is_plain(stored.dtype)}
     for pattern, kind in _QUANTIZED if odd else ():

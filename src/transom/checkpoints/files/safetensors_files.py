@@ -15,8 +15,8 @@ from torch import Tensor
 
 from transom.base.errors import RequestError, WorkError
 from transom.base.files import refuse_pointer, write_text
-from transom.checkpoints.files.lazy_tensors import Batch, Stored
-from transom.checkpoints.files.weight_files import WEIGHTS
+from transom.checkpoints.files.layout import WEIGHTS
+from transom.checkpoints.files.lazy_tensors import LazyTensor, TensorGroup
 
 # Bytes: a line of the cache, where vector instructions, and MKL's promise of equal bits, want data
 # to begin.
@@ -51,16 +51,16 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise RequestError(f"{path}: not a whole safetensors file ({error})") from None
 
 
-def open_safetensors(folder: Path, files: Sequence[str]) -> dict[str, Stored]:
+def open_safetensors(folder: Path, files: Sequence[str]) -> dict[str, LazyTensor]:
     """Return all tensors of these files in a folder, unread."""
-    out: dict[str, Stored] = {}
+    out: dict[str, LazyTensor] = {}
     for file in files:
         for key, tensor in read_safetensors(folder / file).items():
             if key in out:
                 raise RequestError(
                     f"{folder / file}: {key} stands in another file of this index too"
                 )
-            out[key] = Stored.of(tensor)
+            out[key] = LazyTensor.of(tensor)
     return out
 
 
@@ -82,7 +82,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_stream(
-    folder: Path, batches: Sequence[Batch], max_bytes: int | None, name: str = WEIGHTS
+    folder: Path, batches: Sequence[TensorGroup], max_bytes: int | None, name: str = WEIGHTS
 ) -> None:
     """`name`, or shards of at most `max_bytes` and an index, with one batch in memory at a time.
 
@@ -93,9 +93,7 @@ def write_stream(
     # else off the alignment.
     ordered = sorted(batches, key=_place_in_file)
     entries = [
-        (key, line)
-        for batch in ordered
-        for key, line in zip(batch.keys, batch.outlines, strict=True)
+        (key, line) for batch in ordered for key, line in zip(batch.keys, batch.metas, strict=True)
     ]
     shards = _cut(entries, max_bytes)
     stem = Path(name).stem
@@ -119,9 +117,9 @@ def write_stream(
 Entry = tuple[str, Tensor]
 
 
-def _place_in_file(batch: Batch) -> tuple[int, bool]:
-    widest = max(line.dtype.itemsize for line in batch.outlines)
-    return -widest, any(line.nbytes % ALIGNMENT for line in batch.outlines)
+def _place_in_file(batch: TensorGroup) -> tuple[int, bool]:
+    widest = max(line.dtype.itemsize for line in batch.metas)
+    return -widest, any(line.nbytes % ALIGNMENT for line in batch.metas)
 
 
 def _cut(entries: Sequence[Entry], max_bytes: int | None) -> list[list[Entry]]:

@@ -11,13 +11,9 @@ from pathlib import Path
 
 from transom.base.claims import Claim
 from transom.base.errors import RequestError, WorkError
-from transom.checkpoints.files.companions import (
-    GENERATION,
-    TEMPLATE_FILES,
-    TOKENIZER_FILES,
-    TRAINED_WITH,
-)
-from transom.checkpoints.files.folders import CONFIG, PARAMS, TOKENIZERS
+from transom.checkpoints.files.companions import TEMPLATE_FILES, TOKENIZER_FILES, TRAINED_WITH
+from transom.checkpoints.files.generation_config import GENERATION
+from transom.checkpoints.files.layout import CONFIG, PARAMS, TOKENIZERS
 
 # The files that make a folder open as a model. They are removed first and written last.
 _CONFIGS = (CONFIG, PARAMS)

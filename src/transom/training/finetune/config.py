@@ -8,7 +8,10 @@ from typing import Any
 
 from transom.base.errors import RequestError, require
 from transom.base.yaml_files import read_yaml
-from transom.checkpoints.files.folders import Found, find_model, is_hub_id, is_model, read_args
+from transom.checkpoints.files.hub import is_hub_id
+from transom.checkpoints.files.layout import is_model
+from transom.checkpoints.files.location import ModelLocation, find_model
+from transom.checkpoints.read_args import read_args
 from transom.config.model_args import ModelArgs
 from transom.planning.counts import parameters
 from transom.training.config import TrainArgs, read_config
@@ -34,7 +37,7 @@ def finetune_args(
     data: Sequence[str] = (),
     overrides: Sequence[str] = (),
     config: Mapping[str, Any] | None = None,
-    opened: Found | None = None,
+    opened: ModelLocation | None = None,
 ) -> TrainArgs:
     """Return the config of a run that fine-tunes `model` on `data`, as `transom finetune` makes it.
 

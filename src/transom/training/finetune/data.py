@@ -11,6 +11,7 @@ from typing import Any
 
 from transom.base.errors import notice, require
 from transom.chat.template import ChatTemplate
+from transom.checkpoints.files.generation_config import stop_tokens_of
 from transom.data.batch import Batch
 from transom.data.chat.batches import ChatBatches, padded_batch
 from transom.data.chat.conversations import ChatExample
@@ -18,7 +19,6 @@ from transom.data.chat.finetune_sets import read_splits
 from transom.data.chat.rows import EncodedChats, encode_examples, template_for
 from transom.data.order import Batches
 from transom.data.text.sources import require_whole
-from transom.inference.stopping import stop_tokens_of
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
 from transom.training.defaults import RowChoice, finetune_rows, require_comparable

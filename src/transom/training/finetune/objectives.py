@@ -7,7 +7,8 @@ from __future__ import annotations
 import torch
 
 from transom.base.runtime import dtype_name, evaluating
-from transom.checkpoints.load import load, load_tokenizer
+from transom.checkpoints.load import load
+from transom.checkpoints.open_model import load_tokenizer
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs

@@ -13,9 +13,10 @@ from transom.base.runtime import dtype_name
 from transom.chat.template import ChatTemplate
 from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.adapters.write import save_adapter
-from transom.checkpoints.files.folders import read_args
 from transom.checkpoints.fingerprint import fingerprint
-from transom.checkpoints.load import load, load_tokenizer
+from transom.checkpoints.load import load
+from transom.checkpoints.open_model import load_tokenizer
+from transom.checkpoints.read_args import read_args
 from transom.lora.adapters import activate_adapters, active_adapters, adapter_names, remove_adapter
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs

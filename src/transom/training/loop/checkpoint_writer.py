@@ -16,12 +16,18 @@ from transom.base.errors import RequestError
 from transom.chat.fingerprint import write_fingerprint
 from transom.chat.template import ChatTemplate
 from transom.checkpoints.adapters.write import save_adapter
-from transom.checkpoints.files.companions import copy_companions, stated_settings, write_settings
-from transom.checkpoints.files.folders import Format, read_args
+from transom.checkpoints.files.companions import copy_companions
+from transom.checkpoints.files.generation_config import (
+    stated_settings,
+    stop_tokens_of,
+    write_settings,
+)
+from transom.checkpoints.files.layout import Format
 from transom.checkpoints.fingerprint import write_facts
-from transom.checkpoints.load import read_state, save
+from transom.checkpoints.read_args import read_args
+from transom.checkpoints.save import save
+from transom.checkpoints.state import open_parameters
 from transom.data.labelled import write_labels
-from transom.inference.stopping import stop_tokens_of
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
 
@@ -100,10 +106,10 @@ class WholeModel:
         """Every weight, copied into the memory that is there."""
         if self.companions is None and read_args(folder) != self.model.args:
             raise RequestError(f"{folder}: belongs to another model than the config describes")
-        weights = read_state(folder, self.model.args, self.model)
+        weights = open_parameters(folder, self.model.args)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                parameter.copy_(weights[name])
+                parameter.copy_(weights[name].read())
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from transom.base.errors import notice, require
+from transom.base.files import sha256_of
 from transom.chat.template import ChatTemplate
-from transom.checkpoints.files.folders import sha256_of
 from transom.config.layer_args import HeadArgs
 from transom.config.model_args import ModelArgs
 from transom.data.labelled import (

@@ -21,16 +21,15 @@ from torch import Tensor
 
 from transom.base.claims import Claim
 from transom.base.errors import RequestError, WorkError, notice
-from transom.base.files import json_text, read_json, sync
-from transom.checkpoints.files.folders import (
+from transom.base.files import json_text, read_json, sha256_of, sync, write_text
+from transom.checkpoints.files.checksums import (
     CHECKSUMS,
     TRAINER_STATE,
     TRAINER_TENSORS,
-    read_pointer,
-    sha256_of,
     verify_checksums,
 )
-from transom.checkpoints.load import read_safetensors, write_tensors, write_text
+from transom.checkpoints.files.location import read_pointer
+from transom.checkpoints.files.safetensors_files import read_safetensors, write_tensors
 
 OWN_FILES = (
     "config.yaml",

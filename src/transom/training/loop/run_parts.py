@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from transom.base.errors import RequestError, notice, require
-from transom.checkpoints.files.folders import Format, find_model, folder_format, read_pointer
-from transom.checkpoints.load import load, load_tokenizer, outline
+from transom.checkpoints.files.layout import Format, folder_format
+from transom.checkpoints.files.location import find_model, read_pointer
+from transom.checkpoints.load import load
+from transom.checkpoints.open_model import load_tokenizer
+from transom.checkpoints.state import meta_model
 from transom.data.text.sources import held_out, read_split
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
@@ -53,7 +56,7 @@ def new_subject(
     model_args = args.model_args(tokenizer.vocab_size)
     data = open_data(args, model_args, tokenizer, **share._asdict())
     # Weights are drawn once, from the seed of the run.
-    model = outline(model_args).to_empty(device=choice.ranks.device)
+    model = meta_model(model_args).to_empty(device=choice.ranks.device)
     if not resume or args.dry_run:  # a dry run of a resumed one reads no checkpoint
         model.init_weights(args.seed)
     lowered = objective(args, model, data, choice, share)

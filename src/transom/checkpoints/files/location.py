@@ -1,0 +1,163 @@
+"""Find the folder that a name stands for: a model, an adapter on its base, or the step of a run.
+
+No format is guessed from the name of a folder. This module does not import torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transom.base.errors import RequestError, notice
+from transom.checkpoints.adapters.peft_config import base_of, base_revision
+from transom.checkpoints.files.hub import download, is_hub_id
+from transom.checkpoints.files.layout import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    PARAMS,
+    Format,
+    folder_format,
+    holds_tokenizer,
+    is_adapter,
+    is_model,
+)
+
+
+@dataclass(frozen=True)
+class ModelLocation:
+    """The folders that a name stands for.
+
+    Attributes:
+        model: The folder of the model, or of the base if there is an adapter. If only a tokenizer
+            was asked for, it may hold no model.
+        adapter: The folder of the adapter to apply to the model, if there is one.
+        tokenizer_file: The file of the tokenizer, if the name was that of a file.
+    """
+
+    model: Path
+    adapter: Path | None = None
+    tokenizer_file: Path | None = None
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders to search for files beside the weights, the adapter's first."""
+        return (self.model,) if self.adapter is None else (self.adapter, self.model)
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder or file of the tokenizer."""
+        return self.tokenizer_file or next(filter(holds_tokenizer, self.folders), self.model)
+
+    @property
+    def format(self) -> Format:
+        """The format of the model folder."""
+        return folder_format(self.model)
+
+    def __str__(self) -> str:
+        return str(self.model) if self.adapter is None else f"{self.model} + adapter {self.adapter}"
+
+
+def find_model(
+    name: str | Path, revision: str | None = None, *, settings_only: bool = False
+) -> ModelLocation:
+    """Return the folders that a name stands for.
+
+    Args:
+        name: A model or adapter folder, a run folder for its best step, or a hub id
+            (`owner/model`). If the parent directory exists locally, the name is treated as a path
+            and never sent to the hub.
+        revision: Branch, tag or commit of a hub id.
+        settings_only: Download config, tokenizer and chat template of a hub id, but no weights.
+            A folder with a tokenizer and no model, and the file of a tokenizer, are accepted too.
+
+    Raises:
+        RequestError: There is no such folder, or the base of an adapter is missing or is an
+            adapter itself.
+    """
+    if settings_only and revision is None and Path(name).is_file():
+        return ModelLocation(Path(name).parent, tokenizer_file=Path(name))
+    folder = named_folder(name, revision, settings_only)
+    if not is_adapter(folder):
+        return ModelLocation(folder)
+    base, where = base_of(folder), f"{folder / ADAPTER_CONFIG}: base_model_name_or_path"
+    try:
+        of_base = None if Path(base).exists() else base_revision(folder)
+        model = named_folder(base, of_base, settings_only)
+    except RequestError as error:
+        raise RequestError(f"{where}: {error}") from None
+    if is_adapter(model):
+        raise RequestError(f"{where}: got {base!r}, which is an adapter; expected a complete model")
+    return ModelLocation(model, folder)
+
+
+def model_folder(name: str | Path, revision: str | None = None) -> Path:
+    """Return the folder of a complete model; see `find_model`.
+
+    Raises:
+        RequestError: There is no such folder, or it holds an adapter.
+    """
+    folder = named_folder(name, revision)
+    if is_adapter(folder):
+        raise RequestError(
+            f"{folder}: an adapter; expected a complete model, such as this one merged"
+        )
+    return folder
+
+
+def named_folder(
+    name: str | Path, revision: str | None = None, settings_only: bool = False
+) -> Path:
+    """Return the model or adapter folder of a name; the arguments are those of `find_model`.
+
+    A notice names the step that is used of a run folder.
+    """
+    folder = Path(name)
+    if not folder.exists() and not folder.parent.exists() and is_hub_id(str(name)):
+        return named_folder(
+            download(str(name), revision, settings_only=settings_only), None, settings_only
+        )
+    if revision is not None:
+        raise RequestError(
+            f"revision: got {revision!r}; valid only with a hub id, and {name} is not one"
+        )
+    if not folder.exists():
+        raise RequestError(
+            f"{folder}: no such folder; expected a model, adapter or run folder, or a hub id"
+        )
+    if not folder.is_dir():
+        raise RequestError(f"{folder}: a file; expected a model, adapter or run folder")
+    if is_model(folder):
+        return folder
+    for pointer in ("best", "latest"):
+        step = read_pointer(folder, pointer)
+        if step is not None:
+            notice(f"{folder}: using {pointer} step {step.name}")
+            return step
+    if settings_only and holds_tokenizer(folder):
+        return folder
+    hint = f", as {folder / 'original'} is" if (folder / "original" / PARAMS).exists() else ""
+    also = ", or one with tokenizer.json, tekken.json or tokenizer.model" if settings_only else ""
+    raise RequestError(
+        f"{folder}: no {CONFIG}, no {PARAMS}, no {ADAPTER_CONFIG} and no finished step; "
+        f"expected a model, adapter or run folder{also}{hint}"
+    )
+
+
+def read_pointer(run: Path, name: str) -> Path | None:
+    """Return the step folder that a run's file `latest` or `best` names, or None without the file.
+
+    A step is a model folder, or an adapter folder if only an adapter was trained.
+
+    Raises:
+        RequestError: The file names a folder that is not there.
+    """
+    pointer = run / name
+    if not pointer.exists():
+        return None
+    step = run / pointer.read_text(encoding="utf-8").strip()
+    if not is_model(step):
+        raise RequestError(
+            f"{pointer}: names {step.name!r}, which is not a model or adapter folder; "
+            f"delete {pointer.name!r} or restore the folder"
+        )
+    return step

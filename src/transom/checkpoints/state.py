@@ -1,0 +1,93 @@
+"""Open the parameters of a model folder, with every key accounted for and every shape checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from transom.base.errors import RequestError
+from transom.base.files import read_json, refuse_pointer
+from transom.checkpoints.families.registry import WEIGHT_NAMES
+from transom.checkpoints.files.consolidated import open_ranks
+from transom.checkpoints.files.layout import (
+    CONFIG,
+    CONSOLIDATED,
+    INDEX,
+    PICKLED,
+    folder_format,
+    warn_ignored,
+    weight_files,
+)
+from transom.checkpoints.files.lazy_tensors import LazyTensor, refuse_quantized
+from transom.checkpoints.files.safetensors_files import open_safetensors
+from transom.checkpoints.mapping import account, clean, to_ours
+from transom.checkpoints.read_args import read_args
+from transom.config.model_args import ModelArgs
+from transom.models.llm import LLM
+from transom.names.transforms import Shape
+
+
+def meta_model(args: ModelArgs) -> LLM:
+    """Return the model on the meta device: it has every parameter's shape and takes no memory."""
+    with torch.device("meta"):
+        return LLM(args)
+
+
+def parameter_shapes(args: ModelArgs) -> dict[str, Shape]:
+    """Return the shape of every parameter of a model by its name."""
+    return {name: tuple(one.shape) for name, one in meta_model(args).named_parameters()}
+
+
+def open_parameters(folder: Path, args: ModelArgs | None = None) -> dict[str, LazyTensor]:
+    """Return the parameters of a model folder under Transom's names, not read yet.
+
+    Args:
+        folder: A model folder of any format.
+        args: The model's arguments; None reads them from the folder.
+
+    Raises:
+        RequestError: Weights are missing, left over, quantized or of another shape than the model
+            has. One message names all of them.
+    """
+    args = read_args(folder) if args is None else args
+    shapes, kind, where = parameter_shapes(args), folder_format(folder), str(folder)
+    source = open_files(folder, args)
+    refuse_quantized(source, where)
+    if kind != "native":
+        table = read_json(folder / CONFIG)["model_type"] if kind == "hf" else f"params_{kind}"
+        source = clean(table, source, args, where)
+        return to_ours(WEIGHT_NAMES[table].mappings_to_read(args, shapes), source, shapes, where)
+    misfits = [
+        f"{name} has shape {source[name].shape}, config.json asks for {shape}"
+        for name, shape in shapes.items()
+        if name in source and source[name].shape != shape
+    ]
+    account(where, sorted(shapes.keys() - source), sorted(source.keys() - shapes), [], misfits)
+    return {name: source[name] for name in shapes}
+
+
+def open_files(folder: Path, args: ModelArgs) -> dict[str, LazyTensor]:
+    """Return all tensors of a model folder by their names in its files, not read yet.
+
+    Print a notice if files of weights are ignored.
+
+    Raises:
+        RequestError: Files of weights are missing or damaged.
+    """
+    taken = weight_files(folder)
+    if not any((folder / file).exists() for file in taken.files):
+        patterns = ("*.safetensors", "*.bin", "*.gguf", "*.pth", "original/consolidated.*")
+        others = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+        for other in others:
+            refuse_pointer(other)
+        found = f"{others[0].relative_to(folder)} is there" if others else "no weights"
+        single = taken.files[0] if taken.files else CONSOLIDATED
+        also = f", or {PICKLED.format(rank=0)}" if single == CONSOLIDATED else ""
+        raise RequestError(
+            f"{folder}: {found}; expected {single}, or shards and {single}{INDEX}{also}"
+        )
+    warn_ignored(folder, taken)
+    if taken.files[0].endswith(".pth"):
+        return open_ranks(folder, taken.files, args)
+    return open_safetensors(folder, taken.files)

@@ -18,6 +18,7 @@ from transom.checkpoints.load import load
 from transom.checkpoints.save import save
 from transom.inference.text import encode_prompts
 from transom.layers.inputs import TransformerInput
+from transom.tokenizers.stream import StreamDecoder
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.tokenizers.training import byte_tokenizer
 
@@ -88,7 +89,7 @@ def test_generate_continues(folders, call, format):
 def test_chat_answers(folders, call, format):
     code, out, err = call("chat", folders / format, "-m", 12, "--ignore-eos", stdin=f"{PROMPT}\n")
     assert code == 0, err
-    stream = Tokenizer.load(folders / "hf").stream()
+    stream = StreamDecoder(Tokenizer.load(folders / "hf"))
     assert (
         out
         == "".join(stream.push(id) for id in expected(folders / format)) + stream.finish() + "\n"

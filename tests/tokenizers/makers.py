@@ -8,6 +8,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from transom.tokenizers.stream import StreamDecoder
 from transom.tokenizers.training import byte_letters, train_bpe
 
 CORPUS = [
@@ -110,7 +111,7 @@ def write(folder: Path, **files: bytes | str | dict) -> Path:
 
 def streamed(tokenizer, ids: list[int], **options) -> list[str]:
     """The pieces that a streaming decoder gives, the rest last."""
-    stream = tokenizer.stream(**options)
+    stream = StreamDecoder(tokenizer, **options)
     return [*(stream.push(id) for id in ids), stream.finish()]
 
 

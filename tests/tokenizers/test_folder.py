@@ -292,24 +292,17 @@ def test_a_saved_folder_keeps_what_the_config_says_beside_the_names(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tokenizer_config__json", "[]", "tokenizer_config.json: got 'list'; expected a JSON "
-"object"),
+        ("tokenizer_config__json", "[]", "tokenizer_config.json: got 'list'"),
         ("tokenizer_config__json", "{", "tokenizer_config.json: not JSON"),
         ("tokenizer_config__json", b"\xff", "tokenizer_config.json: not JSON"),
-        ("tokenizer_config__json", {"add_bos_token": "yes"}, "add_bos_token: got 'yes'; expected "
-"true"),
-        ("tokenizer_config__json", {"added_tokens_decoder": {"x": 1}}, "added_tokens_decoder: x: got 1: "
-"accepted "
-"is"),
-        ("tokenizer_config__json", {"added_tokens_decoder": [1]}, "added_tokens_decoder: got "
-".*accepted "
-"is"),
-        ("added_tokens__json", {"<x>": "y"}, "added_tokens.json: <x> = 'y': expected a token "
-"id"),
-        ("added_tokens__json", {"<x>": 3}, "id of '<x>' = 3: expected ids from"),
+        ("tokenizer_config__json", {"add_bos_token": "yes"}, "add_bos_token: got 'yes'"),
+        ("tokenizer_config__json", {"added_tokens_decoder": {"x": 1}}, "_decoder: x: got 1"),
+        ("tokenizer_config__json", {"added_tokens_decoder": [1]}, r"_decoder: got \[1\]"),
+        ("added_tokens__json", {"<x>": "y"}, "added_tokens.json: <x>: got 'y'"),
+        ("added_tokens__json", {"<x>": 3}, "id of '<x>': got 3; expected an id of"),
         ("tekken__json", "{}", "tekken.json: expected the JSON of a fast tokenizer"),
     ],
-)  # fmt: skip
+)
 def test_wrong_files_are_refused_in_one_sentence(name, content, message, tmp_path):
     write(tmp_path, tokenizer__model=sentencepiece_model())
     with pytest.raises(RequestError, match=message) as caught:

@@ -136,7 +136,7 @@ def test_a_user_defined_piece_that_the_config_calls_special_stays_text(folder):
     """SentencePiece itself finds such pieces in every text; Gemma's turns are of this kind."""
     added = {"5": {"content": "<turn>", "special": True}}
     assert peer("gemma").piece_to_id("<turn>") == 4
-    with pytest.raises(RequestError, match=r"id of '<turn>' = 5: expected 4"):
+    with pytest.raises(RequestError, match=r"id of '<turn>': got 5; expected 4"):
         Tokenizer.load(folder("gemma", tokenizer_config__json={"added_tokens_decoder": added}))
     tokenizer = Tokenizer.load(
         folder("gemma", tokenizer_config__json={"added_tokens_decoder": {"4": added["5"]}})

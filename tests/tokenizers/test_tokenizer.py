@@ -15,6 +15,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from transom.base.errors import RequestError
 from transom.tokenizers.fast import FastBackend
 from transom.tokenizers.llama import LLAMA3_WORDS
+from transom.tokenizers.stream import StreamDecoder
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.tokenizers.training import (
     LONGEST_WORD,
@@ -89,7 +90,7 @@ every = pytest.mark.parametrize("name", MADE)
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    stream = tokenizer.stream()
+    stream = StreamDecoder(tokenizer)
     return [*(stream.push(id) for id in ids), stream.finish()]
 
 
@@ -134,7 +135,7 @@ def test_a_space_behind_an_id_without_text_is_kept():
 
 
 def test_a_stream_of_broken_bytes_is_not_held_forever():
-    stream = byte_tokenizer().stream()
+    stream = StreamDecoder(byte_tokenizer())
     pieces = [stream.push(id) for id in [0x80] * 100]
     assert pieces == ["", *["\ufffd"] * 99]
     assert stream.push(0xE4) + stream.push(0xBD) + stream.push(0xA0) == "\ufffd你"
@@ -193,7 +194,7 @@ def test_long_runs_are_cut_in_training_and_ordinary_words_are_not():
         show_progress=False,
     )
     backend.train_from_iterator(TEXTS, trainer)
-    ours = train_bpe(TEXTS, 300)._backend._backend
+    ours = train_bpe(TEXTS, 300)._backend._library
     assert ours.get_vocab() == backend.get_vocab()
     assert str(ours.pre_tokenizer) == str(backend.pre_tokenizer), "encoding is not cut"
     with pytest.raises(RequestError) as caught:
@@ -233,7 +234,7 @@ def test_bpe_of_a_text_too_small_names_the_size_reached():
 
 def test_an_unknown_character_is_named():
     tokenizer = train_chars(["abc"])
-    with pytest.raises(RequestError, match=r"'d' at character 2: expected the 6 entries"):
+    with pytest.raises(RequestError, match="text: got 'd' at character 2; expected the 6 entries"):
         tokenizer.encode_batch(["abc", "abdé"])
 
 
@@ -252,7 +253,7 @@ def test_a_bos_that_is_not_there_is_refused(tmp_path):
     (tmp_path / "tokenizer_config.json").unlink()
     tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
     assert tokenizer.bos_id is None
-    with pytest.raises(RequestError, match="add_bos: got True; this tokenizer has no BOS token"):
+    with pytest.raises(RequestError, match="add_bos: got True"):
         tokenizer.encode("a", add_bos=True)
 
 

@@ -1,3 +1,1 @@
-"""Messages to text and ids: a model's own template in a sandbox, and templates for folders without
-one.
-"""
+"""Chat templates: messages to text and token ids, rendered in a sandbox, and built-in templates."""

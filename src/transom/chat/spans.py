@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from transom.base.errors import RequestError
 from transom.chat.marking import Marked, Span
+from transom.tokenizers.stream import StreamDecoder
 from transom.tokenizers.tokenizer import Tokenizer
 
 
@@ -88,7 +89,7 @@ def _pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[tuple[int, str
     """Yield the number of ids taken and the text that they complete, which is empty inside a
     character.
     """
-    decoder = tokenizer.stream(skip_special=False)
+    decoder = StreamDecoder(tokenizer, skip_special=False)
     for id in ids:
         if id in tokenizer.special_ids:
             yield 0, decoder.finish()

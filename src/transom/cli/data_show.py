@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from transom.base.errors import notice, require
 from transom.cli.main import emit_json
 from transom.planning.tables import heading, show, table, visible
+from transom.tokenizers.stream import StreamDecoder
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -122,7 +123,7 @@ def coloured(tokens: Sequence[Token], tokenizer: Tokenizer) -> Text:
     """Return the text of a row, green where it has loss, with every other example underlined."""
     from rich.text import Text
 
-    out, stream = Text(), tokenizer.stream(skip_special=False)
+    out, stream = Text(), StreamDecoder(tokenizer, skip_special=False)
     for token in tokens:
         style = "green" if token.weight > 0 else "dim"
         style += (" bold" if token.mark else "") + (" underline" if token.segment % 2 else "")

@@ -16,6 +16,7 @@ from transom.inference.loop import GREEDY, stream
 from transom.inference.sampling import SamplingArgs
 from transom.inference.stopping import ControlSigns, StopStrings
 from transom.models.llm import LLM
+from transom.tokenizers.stream import StreamDecoder
 from transom.tokenizers.tokenizer import Tokenizer
 
 
@@ -161,7 +162,7 @@ class _Row:
     ) -> None:
         self.completion = Completion()
         self._tokenizer = tokenizer
-        self._decoder = tokenizer.stream()
+        self._decoder = StreamDecoder(tokenizer)
         self._signs = ControlSigns(tokenizer, kept)
         self._stop = StopStrings(stop, self._signs)
         self._stop_tokens, self._stop_words = stop_tokens, stop_words

@@ -1,1 +1,1 @@
-"""Text to ids and back, whatever file the vocabulary lies in."""
+"""Tokenizers: text to token ids and back, for every kind of vocabulary file."""

@@ -6,92 +6,142 @@ from __future__ import annotations
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import groupby
+
+Frame = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is found by its spelling, not by merging: a control token, or plain text kept
-    whole.
+    """A token that is found by its spelling, not by merging.
+
+    Attributes:
+        id: The token id.
+        control: Whether it is a control token, which text never becomes unless asked and `decode`
+            leaves out. Otherwise it is plain text that is never split.
+        lstrip: Whether it swallows the white space before it.
+        rstrip: Whether it swallows the white space after it.
+        single_word: Whether it is not found inside of a word.
     """
 
     id: int
-    control: bool = True  # never made from text unless asked, left out of decoded text
-    lstrip: bool = False  # swallows the white space before it
-    rstrip: bool = False  # and behind it
-    single_word: bool = False  # not inside of a word
+    control: bool = True
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
 
 
-class Backend(Protocol):
-    """Plain text to ids and back by one vocabulary; `encode` never returns the id of a control
-    token.
+class Backend(ABC):
+    """Plain text to ids and back by one vocabulary.
+
+    Attributes:
+        format: The kind of file: `tokenizer.json`, `sentencepiece`, `tiktoken` or `tekken`.
+        version: Mistral's number of the chat format that the control tokens are for (`v3`), None
+            elsewhere.
+        added: Control tokens by spelling, and other tokens that `encode` does not find by itself.
+        frame: The ids that the makers' own tokenizer puts before and after a text.
+        unk_id: The id that stands for text outside the vocabulary.
+        raw_byte_ids: Ids of single bytes (`<0xE4>`) in a vocabulary of characters.
+        spoils_byte_runs: Whether one bad byte turns the complete run of `raw_byte_ids` around it
+            into U+FFFD.
+        stops: Control tokens besides EOS at which the makers' own code ends a turn.
     """
 
-    @property
-    def format(self) -> str:
-        """The kind of file: `tokenizer.json`, `sentencepiece`, `tiktoken` or `tekken`."""
+    format: str
+    version: str | None = None
+    added: dict[str, AddedToken]
+    frame: Frame
+    unk_id: int | None = None
+    raw_byte_ids: frozenset[int] = frozenset()
+    spoils_byte_runs = False
+    stops: tuple[str, ...] = ()
 
     @property
-    def version(self) -> str | None:
-        """Mistral's number of the chat format that the control tokens serve (`v3`), None
-        elsewhere.
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """The highest id + 1, added tokens included."""
+
+    @abstractmethod
+    def encode(self, text: str, first: bool = True) -> list[int]:
+        """Return the ids of plain text, never those of control tokens; `first` is False after a
+        control token.
         """
 
-    @property
-    def vocab_size(self) -> int:
-        """Highest id + 1."""
-
-    @property
-    def added(self) -> Mapping[str, AddedToken]:
-        """Control tokens by spelling, and other tokens that `encode` does not find by itself."""
-
-    @property
-    def unk_id(self) -> int | None:
-        """Id that stands for text the vocabulary cannot write."""
-
-    @property
-    def raw_byte_ids(self) -> frozenset[int]:
-        """Ids of single bytes (`<0xE4>`) beside a vocabulary of characters."""
-
-    @property
-    def spoils_byte_runs(self) -> bool:
-        """Whether one bad byte turns the whole run of `raw_byte_ids` around it into U+FFFD."""
-
-    @property
-    def frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Ids that the makers' own tokenizer puts before and behind a text."""
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """Control tokens besides EOS at which the makers' own code ends a turn."""
-
-    def encode(self, text: str, first: bool = True) -> list[int]:
-        """Ids of plain text; `first` is False for what follows a control token."""
-
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, on all cores."""
+        """Return the ids of each text, using all cores."""
+        return in_threads(self.encode, texts)
 
+    @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of known ids, control tokens by their spelling, bytes that are not UTF-8 as
+        """Return the text of known ids: control tokens as spelled, bytes that are not UTF-8 as
         U+FFFD.
         """
 
+    @abstractmethod
     def id_to_token(self, id: int) -> str | None:
-        """The vocabulary's own spelling of `id`, None when it has none."""
+        """Return the vocabulary's own spelling of an id, or None."""
 
+    @abstractmethod
     def token_to_id(self, token: str) -> int | None:
-        """The id of a token in the vocabulary's own spelling, None when there is none."""
+        """Return the id of a token in the vocabulary's own spelling, or None."""
 
+    @abstractmethod
     def fingerprint(self) -> str:
-        """SHA-256 in hex of all that decides which ids a text has."""
+        """Return the SHA-256 in hex of everything that decides which ids a text has."""
+
+
+class SpelledBackend(Backend):
+    """A vocabulary whose library does not know the tokens in `added`.
+
+    Subclasses have `size`, the number of ids that the library knows from 0 on, and call `spell`
+    when `added` is complete.
+    """
+
+    size: int
+
+    def spell(self, added: Mapping[str, AddedToken]) -> None:
+        """Set `added` and the spellings by id."""
+        self.added = dict(added)
+        self.spelled = {token.id: spelling for spelling, token in added.items()}
+
+    @property
+    def vocab_size(self) -> int:
+        """The highest id + 1, added tokens included."""
+        return max(self.size, max(self.spelled, default=-1) + 1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of known ids: control tokens as spelled, bytes that are not UTF-8 as
+        U+FFFD.
+        """
+        parts: list[str] = []
+        for spelled, run in groupby(ids, self.spelled.__contains__):
+            run_ids = list(run)
+            if spelled:
+                parts += [self.spelled[id] for id in run_ids]
+            else:
+                parts.append(self.decode_plain(run_ids, not parts))
+        return "".join(parts)
+
+    @abstractmethod
+    def decode_plain(self, ids: list[int], first: bool) -> str:
+        """Return the text of ids that are not in `added`; `first` is False after other text."""
+
+    def id_to_token(self, id: int) -> str | None:
+        """Return the vocabulary's own spelling of an id, or None."""
+        return self.spelled.get(id) or self.piece(id)
+
+    @abstractmethod
+    def piece(self, id: int) -> str | None:
+        """Return the spelling of an id that is not in `added`, or None."""
 
 
 def in_threads(encode: Callable[[str], list[int]], texts: Sequence[str]) -> list[list[int]]:
-    """`encode` of each text on all cores, for libraries that let go of the interpreter while they
-    work.
+    """Return `encode` of each text, using all cores; the libraries release the interpreter while
+    they work.
     """
     if len(texts) < 2:
         return [encode(text) for text in texts]
@@ -100,7 +150,9 @@ def in_threads(encode: Callable[[str], list[int]], texts: Sequence[str]) -> list
 
 
 def fingerprint_of(*parts: bytes | str) -> str:
-    """SHA-256 in hex of the parts, each with its length in front, so that none can pass for two."""
+    """Return the SHA-256 in hex of the parts, each preceded by its length so that none can pass for
+    two.
+    """
     digest = hashlib.sha256()
     for part in parts:
         content = part.encode() if isinstance(part, str) else part

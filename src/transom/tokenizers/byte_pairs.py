@@ -1,19 +1,17 @@
-"""Byte pairs merged by rank, from bytes that are ranked in a file: what Llama 3, Llama 4 and tekken
-share.
+"""Byte pairs merged by rank, from ranked bytes in a file: what Llama 3, Llama 4 and tekken share.
 
-The merging is done by the `tiktoken` library, built from the file alone: nothing is fetched.
+The `tiktoken` library merges. It is built from the file alone, and nothing is downloaded.
 """
 
 from __future__ import annotations
 
+import base64
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
-from itertools import groupby
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from transom.base.errors import RequestError
-from transom.tokenizers.backend import AddedToken, fingerprint_of, in_threads
+from transom.tokenizers.backend import AddedToken, Frame, SpelledBackend, fingerprint_of
 
 if TYPE_CHECKING:
     import tiktoken
@@ -21,17 +19,19 @@ if TYPE_CHECKING:
 PROBE = "aB Ab ab 12 .!\r\n\t é漢😀"
 
 
-class BytePairBackend:
-    """Ranked bytes, whose ids are rank + `offset`, and control tokens, which only `added` knows.
+class BytePairBackend(SpelledBackend):
+    """Ranked bytes, and control tokens that only `added` has.
 
-    `longest_run` and `longest_text`, in characters, are where the makers cut what the library could
-    not take at once.
+    Args:
+        ranks: The rank of each byte string. Its id is rank + `offset`.
+        pattern: The regular expression of the words within which byte pairs are merged.
+        added: Control tokens by spelling.
+        source: The file, for messages.
+        format: See `Backend`, as for `frame`, `version`, `unk_id` and `stops`.
+        longest_run: The number of characters at which the makers cut a run of white space, or of
+            anything else.
+        longest_text: The number of characters at which the makers cut a text.
     """
-
-    spoils_byte_runs = False
-    raw_byte_ids: frozenset[int] = (
-        frozenset()
-    )  # all tokens are bytes here: none need another kind beside them
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class BytePairBackend:
         *,
         source: str,
         format: str,
-        frame: tuple[tuple[int, ...], tuple[int, ...]],
+        frame: Frame,
         offset: int = 0,
         version: str | None = None,
         unk_id: int | None = None,
@@ -49,32 +49,28 @@ class BytePairBackend:
         longest_run: int,
         longest_text: int | None = None,
     ) -> None:
-        self.format, self.version, self.unk_id, self.frame, self.stops = (
-            format,
-            version,
-            unk_id,
-            frame,
-            stops,
-        )
-        self.added = dict(added)
+        self.format, self.version, self.unk_id = format, version, unk_id
+        self.frame, self.stops = frame, stops
         missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
         if missing:  # the library would end the process at the first text with this byte
             raise RequestError(
                 f"{source}: no rank for byte 0x{missing[0]:02X}; expected ranks for all 256"
             )
         self._ranks, self._pattern, self._offset = ranks, pattern, offset
-        self._spelled = {token.id: spelling.encode() for spelling, token in added.items()}
         self._longest_run, self._longest_text = longest_run, longest_text
         self._encoding = _encoding(ranks, pattern, source)
+        self.size = len(ranks) + offset
+        self.spell(added)
         if (
             self.decode(self.encode(PROBE)) != PROBE
         ):  # the library drops what no word of the pattern covers
             raise RequestError(
-                f"{source}: pattern: got {pattern[:60]!r}; leaves out some of the text {PROBE!r}"
+                f"{source}: pattern: got {pattern[:60]!r}; expected one that covers "
+                f"all of the text {PROBE!r}"
             )
 
     def encode(self, text: str, first: bool = True) -> list[int]:
-        """Ids of plain text; what stands before it makes no difference."""
+        """Return the ids of plain text, which do not depend on what precedes it."""
         pieces = self._pieces(text)
         return [
             rank + self._offset
@@ -82,12 +78,8 @@ class BytePairBackend:
             for rank in self._encoding.encode_ordinary(piece)
         ]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, on all cores."""
-        return in_threads(self.encode, texts)
-
     def _pieces(self, text: str) -> Iterator[str]:
-        """`text` cut where no piece holds too long a run of white space, or of anything else."""
+        """Yield `text` cut where a run of white space, or of anything else, would be too long."""
         size = self._longest_text or len(text)
         for start in range(0, len(text), max(1, size)):
             part = text[start : start + size]
@@ -99,27 +91,16 @@ class BytePairBackend:
             cuts = [cut for run in runs for cut in range(run.start() + step, run.end(), step)]
             yield from (part[a:b] for a, b in zip([0, *cuts], [*cuts, len(part)], strict=True))
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of known ids: their bytes joined, then read as UTF-8."""
-        parts = []
-        for control, run in groupby(ids, self._spelled.__contains__):
-            if control:
-                parts += [self._spelled[id] for id in run]
-            else:
-                parts.append(self._encoding.decode_bytes([id - self._offset for id in run]))
-        return b"".join(parts).decode("utf-8", errors="replace")
+    def decode_plain(self, ids: list[int], first: bool) -> str:
+        """Return the bytes of the ids, read as UTF-8."""
+        return self._encoding.decode_bytes([id - self._offset for id in ids]).decode(
+            "utf-8", "replace"
+        )
 
-    @cached_property
-    def vocab_size(self) -> int:
-        """Highest id + 1, control tokens included."""
-        return max(len(self._ranks) + self._offset, max(self._spelled, default=-1) + 1)
-
-    def id_to_token(self, id: int) -> str | None:
-        """The text of a token; bytes that are not UTF-8 as \\xNN, which `token_to_id` does not
-        read.
+    def piece(self, id: int) -> str | None:
+        """Return the text of a token; bytes that are not UTF-8 as \\xNN, which `token_to_id` does
+        not read.
         """
-        if id in self._spelled:
-            return self._spelled[id].decode()
         if not 0 <= id - self._offset < len(self._ranks):
             return None
         return self._encoding.decode_single_token_bytes(id - self._offset).decode(
@@ -127,32 +108,39 @@ class BytePairBackend:
         )
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a control token or of a token's text."""
+        """Return the id of a control token or of a token's text, or None."""
         if token in self.added:
             return self.added[token].id
         rank = self._ranks.get(token.encode("utf-8", "surrogatepass"))
         return None if rank is None else rank + self._offset
 
     def fingerprint(self) -> str:
-        """SHA-256 in hex of ranks, pattern and control tokens."""
+        """Return the SHA-256 in hex of ranks, pattern and control tokens."""
         control = [f"{token.id} {spelling}" for spelling, token in sorted(self.added.items())]
         return fingerprint_of(self.format, self._pattern, *self._ranks, "", *control)
 
 
 def _encoding(ranks: dict[bytes, int], pattern: str, source: str) -> tiktoken.Encoding:
-    """The library's own object; without the library, or with a pattern it cannot read, a
-    `RequestError`.
-    """
     try:
         import tiktoken
     except ImportError:
         raise RequestError(f"{source}: needs the tiktoken library: pip install tiktoken") from None
     try:
-        encoding = tiktoken.Encoding(
-            source, pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
-        )
+        return tiktoken.Encoding(source, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     except ValueError as error:
-        raise RequestError(
-            f"{source}: pattern: got {pattern[:60]!r}; not a regular expression ({error})"
-        ) from None
-    return encoding
+        shown = f"{source}: pattern: got {pattern[:60]!r}"
+        raise RequestError(f"{shown}; expected a regular expression ({error})") from None
+
+
+def add_rank(ranks: dict[bytes, int], spelled: str | bytes, rank: int, where: str) -> bytes:
+    """Add a byte string that is spelled in base64, which must be new and have the next rank; return
+    it.
+    """
+    try:
+        token = base64.b64decode(spelled, validate=True)
+    except ValueError:
+        raise RequestError(f"{where}: bytes: got {spelled!r}; expected base64") from None
+    if rank != len(ranks) or token in ranks:
+        raise RequestError(f"{where}: rank: got {rank}; expected new bytes of rank {len(ranks)}")
+    ranks[token] = rank
+    return token

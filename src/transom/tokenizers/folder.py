@@ -1,113 +1,118 @@
-"""Which tokenizer a folder holds, and what the files beside it say about its special tokens."""
+"""Choose the tokenizer of a folder, and read what the files beside it state about its special
+tokens.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transom.base.errors import RequestError, notice, require
 from transom.base.files import json_object, read_bytes, read_json
 from transom.tokenizers.backend import Backend
-from transom.tokenizers.beside import (
-    ADDED_FILE,
-    CONFIG_FILE,
-    NAMED,
-    SPECIALS_FILE,
-    Beside,
-)
+from transom.tokenizers.token_files import ADDED_FILE, CONFIG_FILE, NAMED, SPECIALS_FILE, TokenFiles
 
 TOKENIZER_FILE = "tokenizer.json"
-# What lies beside a vocabulary, says how it is used, and goes along when it is saved.
+# The files beside a vocabulary that decide how it is used, which are saved with it.
 COMPANIONS = (CONFIG_FILE, SPECIALS_FILE, ADDED_FILE, "chat_template.jinja", "chat_template.json")
 TEMPLATES = "additional_chat_templates"  # a folder of further templates, NAME.jinja
-ACCEPTED = (
-    f"expected a folder with {TOKENIZER_FILE}, tekken.json or tokenizer.model, or a file of "
-    f"one of these kinds"
+EXPECTED = (
+    f"expected a folder with {TOKENIZER_FILE}, tekken.json or tokenizer.model, or a "
+    f"file of one of these kinds"
 )
 
 
 @dataclass
 class FolderTokenizer:
-    """A vocabulary and what its folder says about it."""
+    """The arguments of `Tokenizer` for the tokenizer of a folder."""
 
     backend: Backend
-    named: dict[str, str]  # bos_token, eos_token and pad_token, where there is one
+    bos: str | None
+    eos: str | None
+    pad: str | None
     adds_bos: bool
     adds_eos: bool
-    files: dict[str, bytes] = field(default_factory=dict)  # all that was read and must go along
+    files: dict[str, bytes]
 
 
 def read_folder(path: str | Path) -> FolderTokenizer:
-    """The tokenizer of a folder, or in one file; of several in a folder the one taken is said."""
+    """Read the tokenizer of a folder, or the one in a file; of several in a folder, print which one
+    is taken.
+    """
     path = Path(path)
     file = _chosen(path) if path.is_dir() else path
-    require(file.is_file(), "tokenizer", str(path), ACCEPTED)
-    content = read_bytes(file)
-    present = [name for name in COMPANIONS if (file.parent / name).is_file()]
-    present += [
-        f"{TEMPLATES}/{path.name}" for path in sorted((file.parent / TEMPLATES).glob("*.jinja"))
-    ]
-    files = {name: read_bytes(file.parent / name) for name in present}
-    beside = Beside.of(file.parent, files)
-    backend, named = _backend(file, content, beside)
-    named |= beside.named
+    require(file.is_file(), "tokenizer", str(path), EXPECTED)
+    content, folder = read_bytes(file), file.parent
+    present = [name for name in COMPANIONS if (folder / name).is_file()]
+    present += [f"{TEMPLATES}/{one.name}" for one in sorted((folder / TEMPLATES).glob("*.jinja"))]
+    files = {name: read_bytes(folder / name) for name in present}
+    described = TokenFiles.of(folder, files)
+    backend, named = _backend(file, content, described)
+    named |= described.named
     for name, token in list(named.items()):
         if token is not None and backend.token_to_id(token) is None:
             notice(f"{file}: {name} {token!r} is not in the vocabulary and is left out")
             named[name] = None
-    known = {name: token for name, token in named.items() if token is not None}
-    adds_bos, adds_eos = _policy(backend, known, beside.config, file.parent / CONFIG_FILE)
-    return FolderTokenizer(
-        backend, known, adds_bos, adds_eos, {_saved_name(file, backend): content, **files}
-    )
+    bos, eos, pad = (named.get(name) for name in NAMED)
+    adds_bos, adds_eos = _policy(backend, named, described.config, folder / CONFIG_FILE)
+    files = {_saved_name(file, backend): content, **files}
+    return FolderTokenizer(backend, bos, eos, pad, adds_bos, adds_eos, files)
 
 
 def _chosen(folder: Path) -> Path:
-    """The tokenizer file of a folder: tokenizer.json before Mistral's own files before
+    """Return the tokenizer file of a folder: tokenizer.json, else Mistral's own files, else
     tokenizer.model.
     """
-    found = list(_candidates(folder))
-    require(bool(found), "tokenizer", str(folder), ACCEPTED)
-    if len(found) > 1:
-        others = ", ".join(file.name for file in found[1:])
-        notice(f"{folder}: tokenizer taken from {found[0].name}; name the file to take {others}")
-    return found[0]
+    candidates = list(_candidates(folder))
+    require(bool(candidates), "tokenizer", str(folder), EXPECTED)
+    if len(candidates) > 1:
+        others = ", ".join(file.name for file in candidates[1:])
+        notice(
+            f"{folder}: tokenizer taken from {candidates[0].name}; name the file to take {others}"
+        )
+    return candidates[0]
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
     yield from (file for file in (folder / TOKENIZER_FILE,) if file.is_file())
     yield from sorted(folder.glob("tekken*.json"))
-    versioned = [file for file in folder.glob("*.model.v*") if _file_version(file)]
-    yield from sorted(
-        versioned, key=lambda file: int((_file_version(file) or "v0")[1:]), reverse=True
-    )
+    versions = {
+        file: int(version[1:])
+        for file in folder.glob("*.model.v*")
+        if (version := _file_version(file))
+    }
+    yield from sorted(versions, key=lambda file: versions[file], reverse=True)
     yield from (file for file in (folder / "tokenizer.model",) if file.is_file())
 
 
 def _saved_name(file: Path, backend: Backend) -> str:
-    """The file's own name if a folder's tokenizer is looked for under it, else the usual one of its
-    kind.
+    """Return the file's own name if a folder's tokenizer is looked for under it, else the usual one
+    of its kind.
     """
     usual = {"tokenizer.json": TOKENIZER_FILE, "tekken": "tekken.json"}.get(
         backend.format, "tokenizer.model"
     )
-    named = (file.parent / usual, *_candidates(file.parent))
-    return file.name if file in named and backend.format != "tokenizer.json" else usual
+    named = backend.format != "tokenizer.json" and file in _candidates(file.parent)
+    return file.name if named else usual
 
 
 def _file_version(file: Path) -> str | None:
-    """Mistral's number at the end of `tokenizer.model.v3` or `tokenizer.model.v7m1`."""
+    """Return Mistral's number at the end of `tokenizer.model.v3` or `tokenizer.model.v7m1`, or
+    None.
+    """
     match = re.search(r"\.model\.(v\d+)(m\d+)?$", file.name)
     return match[1] if match else None
 
 
-def _backend(file: Path, content: bytes, beside: Beside) -> tuple[Backend, dict[str, str | None]]:
-    """The vocabulary of a file, its kind seen from the content, and what it says itself of BOS, EOS
-    and PAD.
+def _backend(
+    file: Path, content: bytes, described: TokenFiles
+) -> tuple[Backend, dict[str, str | None]]:
+    """Return the vocabulary of a file, whose content tells its kind, and the BOS, EOS and PAD that
+    it names.
     """
     if file.suffix == ".json" or re.match(rb'\s*\{\s*"', content):
         data = json_object(content, file)
@@ -117,7 +122,7 @@ def _backend(file: Path, content: bytes, beside: Beside) -> tuple[Backend, dict[
             backend = tekken.tekken_backend(data, str(file))
             names = zip(NAMED, (tekken.BOS, tekken.EOS, tekken.PAD), strict=True)
             return backend, {name: token for name, token in names if token in backend.added}
-        return _fast_backend(content, file, beside), {}
+        return _fast_backend(content, file, described), {}
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", content):
         from transom.tokenizers import llama
 
@@ -128,72 +133,65 @@ def _backend(file: Path, content: bytes, beside: Beside) -> tuple[Backend, dict[
     model = SentencePieceBackend(
         content,
         source=str(file),
-        added=beside.added,
-        special=[token for token in beside.named.values() if token is not None],
+        added=described.added,
+        special=[token for token in described.named.values() if token is not None],
         version=_file_version(file),
-        prefix_everywhere=beside.config.get("legacy") is not False,
+        prefix_everywhere=described.config.get("legacy") is not False,
     )
-    return model, {**model.named()}
+    return model, {**model.named}
 
 
-def _fast_backend(content: bytes, file: Path, beside: Beside) -> Backend:
+def _fast_backend(content: bytes, file: Path, described: TokenFiles) -> Backend:
     import tokenizers
 
-    from transom.tokenizers.fast import FastBackend, add_beside
+    from transom.tokenizers.fast import FastBackend, add_tokens
 
     try:
-        backend = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        library = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
     except Exception as error:  # the library raises bare Exception
         raise RequestError(f"{file}: expected the JSON of a fast tokenizer ({error})") from error
-    add_beside(backend, beside, str(file))
-    special = [token for token in beside.named.values() if token is not None]
-    known = [token for token in special if backend.token_to_id(token) is not None]
-    return FastBackend(
-        backend, known, [end for end in beside.ends if backend.token_to_id(end) is not None]
+    add_tokens(library, described, str(file))
+    special = [token for token in described.named.values() if token is not None]
+    special, ends = (
+        [token for token in tokens if library.token_to_id(token) is not None]
+        for tokens in (special, described.ends)
     )
+    return FastBackend(library, special, ends)
 
 
 def _policy(
-    backend: Backend, named: dict[str, str], config: Mapping[str, Any], file: Path
+    backend: Backend, named: Mapping[str, str | None], config: Mapping[str, Any], file: Path
 ) -> tuple[bool, bool]:
-    """Whether the makers' tokenizer puts BOS before and EOS behind a text.
+    """Return whether the makers' tokenizer puts BOS before and EOS after a text.
 
-    The post-processor of a tokenizer.json decides alone, as in `transformers`; for other files
-    `add_bos_token` and `add_eos_token` come before what the makers do by default.
+    The post-processor of a tokenizer.json decides alone, as in transformers. For other files
+    `add_bos_token` and `add_eos_token` take precedence over what the makers do by default.
     """
     adds = []
     for name, ids in zip(NAMED, backend.frame, strict=False):
-        flag = f"add_{name}"
-        asked = config.get(flag)
-        require(
-            asked is None or type(asked) is bool,
-            f"{file}: {flag}",
-            asked,
-            "expected true, false or null",
-        )
-        id = backend.token_to_id(named[name]) if name in named else None
+        asked = config.get(f"add_{name}")
+        right = asked is None or type(asked) is bool
+        require(right, f"{file}: add_{name}", asked, "expected true, false or null")
+        token = named.get(name)
+        id = None if token is None else backend.token_to_id(token)
         framed = id is not None and id in ids
-        if backend.format != "tokenizer.json":
-            adds.append(framed if asked is None else asked and id is not None)
-            continue
-        if asked is not None and asked != framed:
+        if backend.format == "tokenizer.json" and asked not in (None, framed):
             does = "adds it" if framed else "does not"
             notice(
-                f"{file}: {flag} is {json.dumps(asked)}, but the post-processor {does}; the "
-                f"latter counts"
+                f"{file}: add_{name} is {json.dumps(asked)}, but the post-processor "
+                f"{does}; the latter counts"
             )
-        adds.append(framed)
+        decided = backend.format == "tokenizer.json" or asked is None
+        adds.append(framed if decided else bool(asked) and id is not None)
     return adds[0], adds[1]
 
 
 def _model_vocab_size(folder: Path) -> int | None:
-    """`vocab_size` of the model in this folder, None where no file says it (-1 and 0 say
+    """Return `vocab_size` of the model in this folder, None if no file states it (-1 and 0 state
     nothing).
     """
-    for name in ("params.json", "config.json"):
-        if not (folder / name).is_file():
-            continue
-        data = read_json(folder / name)
+    for file in (folder / "params.json", folder / "config.json"):
+        data = read_json(file) if file.is_file() else {}
         for part in (data, data.get("model"), data.get("text_config")):
             size = part.get("vocab_size") if isinstance(part, dict) else None
             if type(size) is int and size > 0:

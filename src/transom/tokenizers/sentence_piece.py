@@ -1,42 +1,46 @@
-"""SentencePiece models: Llama 2, Mistral v1 to v7, Gemma. The work is done by the `sentencepiece`
-library.
+"""SentencePiece models: Llama 2, Mistral v1 to v7, Gemma. The `sentencepiece` library does the
+work.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cached_property
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from transom.base.errors import RequestError, require
-from transom.tokenizers.backend import AddedToken, fingerprint_of, in_threads
+from transom.tokenizers.backend import AddedToken, SpelledBackend, fingerprint_of
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
-# Fields are merged where they come twice (protobuf encoding, "last one wins"): behind a ModelProto
-# these bytes set normalizer_spec (3) . add_dummy_prefix (3) to false, and remove_extra_whitespaces
-# (4) as well. The library has no other way to say so that all its versions understand.
+# Protobuf merges a field that occurs twice, and the last value wins. After a ModelProto these bytes
+# set normalizer_spec (3) . add_dummy_prefix (3) to false, and remove_extra_whitespaces (4) as well.
+# The library has no other way to set them that all its versions understand.
 NO_PREFIX = b"\x1a\x02\x18\x00"
 SPACES_AS_THEY_ARE = b"\x1a\x04\x18\x00\x20\x00"
-# The control token that came with a version of Mistral's chat format, newest first; the first files
-# of v3 had those of v2, which is what a file without a version in its name is then not taken for.
+# The control token that came with a version of Mistral's chat format, newest first. The first files
+# of v3 had those of v2; a file without a version in its name is taken for v3.
 MISTRAL_VERSIONS = (("[SYSTEM_PROMPT]", "v7"), ("[INST]", "v3"))
 
 
-class SentencePieceBackend:
-    """A SentencePiece model, and tokens added beside it; `special` are pieces to be treated as
-    control tokens.
+class SentencePieceBackend(SpelledBackend):
+    """A SentencePiece model, and tokens added beside it.
 
-    `prefix_everywhere`: text behind a control token gets the model's leading space as if it stood
-    alone, as Mistral's code and older ones of Hugging Face (`legacy`) have it.
+    Args:
+        model: The content of the file.
+        source: The file, for messages.
+        added: Tokens that are only in files beside the model.
+        special: Pieces of the model that are treated as control tokens.
+        version: See `Backend`; by default the control tokens tell.
+        prefix_everywhere: Whether text after a control token gets the model's leading space as a
+            text alone does. This is so in Mistral's code and in older code of Hugging Face
+            (`legacy`).
     """
 
     format = "sentencepiece"
-    spoils_byte_runs = False
-    stops: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -49,160 +53,110 @@ class SentencePieceBackend:
         prefix_everywhere: bool = True,
     ) -> None:
         self._model, self._source, self._prefix_everywhere = model, source, prefix_everywhere
-        self._processor = _processor(model, source)
-        size = self._size = self._processor.get_piece_size()
-        require(size > 0, f"{source}: pieces", size, "expected a SentencePiece model")
-        control = [id for id in range(size) if self._processor.is_control(id)]
-        self._pieces = {self._processor.id_to_piece(id): id for id in range(size)}
-        self.added = {self._processor.id_to_piece(id): AddedToken(id) for id in control}
-        for spelling, token in (added or {}).items():
-            self._add(spelling, token)
-        for spelling in special:
-            if spelling in self._pieces:
-                self._add(spelling, AddedToken(self._pieces[spelling]))
-        self._spelled = {token.id: spelling for spelling, token in self.added.items()}
-        known = [name for spelling, name in MISTRAL_VERSIONS if spelling in self.added]
-        self.version = version or next(iter(known), None)
-        reserved = {self._pieces[spelling] for spelling in self.added if spelling in self._pieces}
+        processor = self._processor = _processor(model, source)
+        self.size = processor.get_piece_size()
+        require(self.size > 0, f"{source}: pieces", self.size, "expected a SentencePiece model")
+        ids = range(self.size)
+        self._pieces = {processor.id_to_piece(id): id for id in ids}
+        self.raw_byte_ids = frozenset(id for id in ids if processor.is_byte(id))
+        self.unk_id = processor.unk_id() if processor.unk_id() >= 0 else None
+        edges = {
+            "bos_token": processor.bos_id(),
+            "eos_token": processor.eos_id(),
+            "pad_token": processor.pad_id(),
+        }
+        self.named = {name: processor.id_to_piece(id) for name, id in edges.items() if id >= 0}
+        # All makers of such models put BOS before a text, if there is one.
+        self.frame = (() if processor.bos_id() < 0 else (processor.bos_id(),), ())
+        control = [id for id in ids if processor.is_control(id)]
+        tokens = {processor.id_to_piece(id): AddedToken(id) for id in control}
+        known = {
+            spelling: AddedToken(self._pieces[spelling])
+            for spelling in special
+            if spelling in self._pieces
+        }
+        for spelling, token in (*(added or {}).items(), *known.items()):
+            self._add(tokens, spelling, token)
+        self.spell(tokens)
+        versions = [name for spelling, name in MISTRAL_VERSIONS if spelling in tokens]
+        self.version = version or next(iter(versions), None)
+        reserved = {self._pieces[spelling] for spelling in tokens if spelling in self._pieces}
         self._guarded_ids = frozenset(reserved - set(control))
 
-    def _add(self, spelling: str, token: AddedToken) -> None:
-        """Take up an added token: behind the model's pieces, one of them, or a new name of a
-        control token.
-        """
+    def _add(self, tokens: dict[str, AddedToken], spelling: str, token: AddedToken) -> None:
+        """Add a token after the model's pieces, a piece, or a new name of a control token."""
         piece = self._pieces.get(spelling)
-        old = next((name for name, known in self.added.items() if known.id == token.id), None)
-        fits = piece == token.id or (piece is None and (token.id >= self._size or old is not None))
+        old = next((name for name, one in tokens.items() if one.id == token.id), None)
+        fits = piece == token.id or (piece is None and (token.id >= self.size or old is not None))
         expected = (
-            f"expected {piece}" if piece is not None else f"expected ids from {self._size} on"
+            f"expected an id of {self.size} or more" if piece is None else f"expected {piece}"
         )
         require(fits, f"{self._source}: id of {spelling!r}", token.id, expected)
         if old is not None:
-            del self.added[old]
-        control = token.control and token.id != self.unk_id
-        if (
-            control or piece is None
-        ):  # text pieces and the unknown one stay what they are in the model
-            self.added[spelling] = token
+            del tokens[old]
+        if piece is None or (token.control and token.id != self.unk_id):
+            tokens[spelling] = token  # other pieces of the model stay what they are there
 
-    # -- text to ids
-    # ---------------------------------------------------------------------------------
+    # -- text to ids --
 
     def encode(self, text: str, first: bool = True) -> list[int]:
-        """Ids of plain text; control tokens of the model have no spelling that text could hit."""
-        processor = self._processor if first or self._prefix_everywhere else self._inner
-        ids: list[int] = processor.encode(text)
-        return ids if self._guarded_ids.isdisjoint(ids) else self._without_specials(text, first)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, on all cores."""
-        return in_threads(self.encode, texts)
-
-    def _without_specials(self, text: str, first: bool) -> list[int]:
-        """Ids of a text that hits special tokens which the model takes for text ("user defined").
-
-        Each spelling is cut after its first character; where normalisation makes one from other
-        characters, these are encoded one by one.
+        """Return the ids of plain text; control tokens of the model have no spelling that text
+        could hit.
         """
-        spellings = [re.escape(self._spelled[id]) for id in self._guarded_ids]
+        ids = self._joined([text], first)
+        if self._guarded_ids.isdisjoint(ids):
+            return ids
+        # The model takes some special tokens for text ("user defined"). Each of their spellings is
+        # cut after its first character. If normalization makes one from other characters, these are
+        # encoded one by one.
+        spellings = [re.escape(self.spelled[id]) for id in self._guarded_ids]
         cuts = [match.start() + 1 for match in re.finditer(f"(?={'|'.join(spellings)})", text)]
-        ids = self._joined(text, cuts, first)
-        return (
-            ids
-            if self._guarded_ids.isdisjoint(ids)
-            else self._joined(text, range(1, len(text)), first)
-        )
+        ids = self._joined([text[a:b] for a, b in pairwise([0, *cuts, len(text)])], first)
+        return ids if self._guarded_ids.isdisjoint(ids) else self._joined(list(text), first)
 
-    def _joined(self, text: str, cuts: Iterable[int], first: bool) -> list[int]:
-        edges = [0, *cuts, len(text)]
-        parts = [text[a:b] for a, b in pairwise(edges)]
-        head: list[int] = (
-            self._processor if first or self._prefix_everywhere else self._inner
-        ).encode(parts[0])
-        return [*head, *(id for part in parts[1:] for id in self._inner.encode(part))]
+    def _joined(self, parts: list[str], first: bool) -> list[int]:
+        """Return the ids of texts that are encoded separately, with a leading space for the first
+        one only.
+        """
+        head = self._processor if first or self._prefix_everywhere else self._inner
+        ids: list[int] = head.encode(parts[0])
+        return (
+            [*ids, *(id for part in parts[1:] for id in self._inner.encode(part))]
+            if parts[1:]
+            else ids
+        )
 
     @cached_property
     def _inner(self) -> SentencePieceProcessor:
         return _processor(self._model + NO_PREFIX, self._source)
 
-    @cached_property
-    def frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """BOS before a text, where the model has one: so did all who published such models."""
-        bos = self._processor.bos_id()
-        return ((bos,) if bos >= 0 else (), ())
+    # -- ids to text --
 
-    # -- ids to text
-    # ---------------------------------------------------------------------------------
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of known ids; the leading space that encoding puts before a text is taken away
-        again.
-        """
-        parts: list[str] = []
-        for spelled, run in groupby(ids, self._spelled.__contains__):
-            if spelled:
-                parts += [self._spelled[id] for id in run]
-            else:
-                parts.append((self._plain if parts else self._processor).decode(list(run)))
-        return "".join(parts)
+    def decode_plain(self, ids: list[int], first: bool) -> str:
+        """Return the text of ids, without the leading space that encoding puts before a text."""
+        text: str = (self._processor if first else self._after_text).decode(ids)
+        return text
 
     @cached_property
-    def _plain(self) -> SentencePieceProcessor:
-        """Decodes what follows other text: no leading space is taken away."""
+    def _after_text(self) -> SentencePieceProcessor:
         return _processor(self._model + SPACES_AS_THEY_ARE, self._source)
 
-    # -- the vocabulary
-    # ------------------------------------------------------------------------------
-
-    @cached_property
-    def vocab_size(self) -> int:
-        """Highest id + 1, added tokens included."""
-        return max(self._size, max(self._spelled, default=-1) + 1)
-
-    @property
-    def unk_id(self) -> int | None:
-        """The piece for what the model cannot write."""
-        return _present(self._processor.unk_id())
-
-    @cached_property
-    def raw_byte_ids(self) -> frozenset[int]:
-        """Ids of `<0x00>` to `<0xFF>`."""
-        return frozenset(id for id in range(self._size) if self._processor.is_byte(id))
-
-    def named(self) -> dict[str, str]:
-        """BOS, EOS and PAD as the model names them."""
-        ids = {
-            "bos_token": self._processor.bos_id(),
-            "eos_token": self._processor.eos_id(),
-            "pad_token": self._processor.pad_id(),
-        }
-        return {field: self._processor.id_to_piece(id) for field, id in ids.items() if id >= 0}
-
-    def id_to_token(self, id: int) -> str | None:
-        """The piece, spaces as U+2581."""
-        if id in self._spelled:
-            return self._spelled[id]
-        piece: str | None = self._processor.id_to_piece(id) if 0 <= id < self._size else None
+    def piece(self, id: int) -> str | None:
+        """Return the piece, with U+2581 for spaces."""
+        piece: str | None = self._processor.id_to_piece(id) if 0 <= id < self.size else None
         return piece
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a piece or added token."""
-        if token in self.added:
-            return self.added[token].id
-        return self._pieces.get(token)
+        """Return the id of a piece or added token, or None."""
+        return self.added[token].id if token in self.added else self._pieces.get(token)
 
     def fingerprint(self) -> str:
-        """SHA-256 in hex of the model and of what is added to it."""
+        """Return the SHA-256 in hex of the model and of what is added to it."""
         added = [f"{token} {spelling}" for spelling, token in sorted(self.added.items())]
         return fingerprint_of(self._model, str(self._prefix_everywhere), *added)
 
 
-def _present(id: int) -> int | None:
-    return id if id >= 0 else None  # the library says -1 for a token that the model lacks
-
-
 def _processor(model: bytes, source: str) -> SentencePieceProcessor:
-    """The library's own object; without the library, or for other bytes, a `RequestError`."""
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError:
@@ -213,5 +167,5 @@ def _processor(model: bytes, source: str) -> SentencePieceProcessor:
         return SentencePieceProcessor(model_proto=model)
     except RuntimeError:
         raise RequestError(
-            f"{source}: expected a SentencePiece model; this one is cut or damaged"
+            f"{source}: got a file that is cut or damaged; expected a SentencePiece model"
         ) from None

@@ -1,8 +1,8 @@
 """Text to token ids and back, by one set of rules on top of every vocabulary file.
 
-The vocabulary's own library does the work; this file decides what its users must not have to think
-about: text never turns into a special token unless asked, nothing is cut or padded, BOS and EOS
-appear when asked for, once.
+The vocabulary's own library does the work. This file has the rules that users need not think about:
+text never becomes a special token unless asked, nothing is cut or padded, BOS and EOS are added
+when asked for, once.
 """
 
 from __future__ import annotations
@@ -16,19 +16,43 @@ from typing import Any, Literal
 
 from transom.base.errors import RequestError, require
 from transom.tokenizers.backend import AddedToken, Backend, in_threads
-from transom.tokenizers.beside import CONFIG_FILE, NAMED
 from transom.tokenizers.fast import FastBackend
 from transom.tokenizers.folder import TOKENIZER_FILE, read_folder
-from transom.tokenizers.stream import StreamDecoder
+from transom.tokenizers.token_files import CONFIG_FILE
 
-Span = tuple[int, int]  # characters of a text: first, and one past the last
+Span = tuple[int, int]  # characters of a text: the first, and one past the last
 
 
 class Tokenizer:
-    """Text to ids and back; `bos`, `eos` and `pad` are tokens of the vocabulary, or None.
+    """Text to ids and back.
 
-    `adds_bos` and `adds_eos` are what the makers of the files do with a text; None asks the
-    vocabulary. `files` are what `save` writes back, by name.
+    Args:
+        backend: The vocabulary.
+        bos: The token that begins a document, or None.
+        eos: The token that ends a document, or None.
+        pad: The token that fills rows, or None.
+        adds_bos: Whether the makers' tokenizer puts BOS before a text; None asks the vocabulary.
+        adds_eos: Whether the makers' tokenizer puts EOS after a text; None asks the vocabulary.
+        files: What `save` writes, by name.
+
+    Attributes:
+        format: The kind of file: `tokenizer.json`, `sentencepiece`, `tiktoken` or `tekken`.
+        version: Mistral's number of the chat format (`v3`) that the vocabulary is for, None
+            elsewhere.
+        bos_id: The id of BOS, or None; `eos_id` and `pad_id` likewise.
+        unk_id: The id that stands for text outside the vocabulary, or None.
+        begin: The ids that the makers' tokenizer puts before a text: mostly BOS, `[gMASK]<sop>`
+            with GLM.
+        end: The ids that the makers' tokenizer puts after a text: none, EOS, or the token that is
+            pooled.
+        stop_ids: The ids that end a text, a message or a turn, as far as the tokenizer's files
+            tell.
+        special_tokens: The ids of control tokens by spelling.
+        special_ids: The ids of control tokens, which no text becomes unless asked and `decode`
+            leaves out.
+        raw_byte_ids: The ids that stand for one byte (`<0xE4>`) in a vocabulary of characters.
+        spoils_byte_runs: Whether one bad byte turns the complete run of `raw_byte_ids` around it
+            into U+FFFD.
     """
 
     def __init__(
@@ -42,19 +66,33 @@ class Tokenizer:
         adds_eos: bool | None = None,
         files: dict[str, bytes] | None = None,
     ) -> None:
-        named = zip(NAMED, (bos, eos, pad), strict=True)
-        self._named = {field: token for field, token in named if token is not None}
-        for field, token in self._named.items():
-            known = backend.token_to_id(token) is not None
-            require(known, field, token, "expected a token of the vocabulary")
-        self._backend = backend
-        self._files = dict(files or {})
-        before, behind = backend.frame
+        self._backend, self._files = backend, dict(files or {})
+        self._named = {"bos": bos, "eos": eos, "pad": pad}
+        for name, token in self._named.items():
+            known = token is None or backend.token_to_id(token) is not None
+            require(known, name, token, "expected a token of the vocabulary")
+        self.bos_id, self.eos_id, self.pad_id = (
+            None if token is None else backend.token_to_id(token) for token in (bos, eos, pad)
+        )
+        before, after = backend.frame
         self.adds_bos = self.bos_id in before if adds_bos is None else adds_bos
-        self.adds_eos = self.eos_id in behind if adds_eos is None else adds_eos
+        self.adds_eos = self.eos_id in after if adds_eos is None else adds_eos
+        self.begin = _framed(before, self.bos_id, self.adds_bos)
+        self.end = _framed(after, self.eos_id, self.adds_eos)
+        stops = [self.eos_id, *map(backend.token_to_id, backend.stops)]
+        self.stop_ids = tuple(id for id in stops if id is not None)
+        added = backend.added
+        self.special_tokens = {
+            spelling: token.id for spelling, token in added.items() if token.control
+        }
+        self.special_ids = frozenset(self.special_tokens.values())
+        self.format, self.version, self.unk_id = backend.format, backend.version, backend.unk_id
+        self.raw_byte_ids, self.spoils_byte_runs = backend.raw_byte_ids, backend.spoils_byte_runs
+        # Plain added tokens are found in every text.
+        self._plain = _pattern({s: token for s, token in added.items() if not token.control})
+        self._all = _pattern(added)
 
-    # -- text to ids
-    # ---------------------------------------------------------------------------------
+    # -- text to ids --
 
     def encode(
         self,
@@ -65,61 +103,66 @@ class Tokenizer:
         allowed_special: Literal["all"] | Collection[str] = (),
         protected: Sequence[Span] = (),
     ) -> list[int]:
-        """Ids of `text`; asking for a BOS or EOS that the vocabulary lacks is a `RequestError`.
+        """Return the ids of a text.
 
-        Special tokens spelled in `text` stay text, but for `allowed_special`: "all", or their
-        spellings. They stay text in the `protected` spans all the same, which a chat template's
-        user has written. A BOS or EOS that is allowed and already there is not added again.
+        Args:
+            text: The text. Special tokens that it spells stay text, unless they are in
+                `allowed_special`.
+            add_bos: Put BOS before the ids, unless it is allowed and already there.
+            add_eos: Put EOS after the ids, unless it is allowed and already there.
+            allowed_special: `all`, or the spellings of special tokens that are found in the text.
+            protected: Spans of the text in which special tokens stay text all the same, such as
+                those that the user of a chat template has written.
+
+        Raises:
+            RequestError: If the vocabulary lacks the BOS or EOS that is asked for.
         """
-        before, after = self.bos_id if add_bos else None, self.eos_id if add_eos else None
-        require(
-            not add_bos or before is not None, "add_bos", True, "this tokenizer has no BOS token"
-        )
-        require(
-            not add_eos or after is not None, "add_eos", True, "this tokenizer has no EOS token"
-        )
         ids = self._ids(_writable(text), self._allowed(allowed_special), protected)
-        begun = bool(allowed_special) and ids[:1] == [before]
-        ended = bool(allowed_special) and ids[-1:] == [after]
-        head = [] if before is None or begun else [before]
-        tail = [] if after is None or ended else [after]
+        allowed = bool(allowed_special)
+        head = self._edge("bos", add_bos, self.bos_id, allowed and ids[:1] == [self.bos_id])
+        tail = self._edge("eos", add_eos, self.eos_id, allowed and ids[-1:] == [self.eos_id])
         return [*head, *ids, *tail]
+
+    def _edge(self, name: str, wanted: bool, id: int | None, there: bool) -> list[int]:
+        """Return the id that is added before or after a text, if it is wanted and not there."""
+        expected = f"expected False, since this tokenizer has no {name.upper()} token"
+        require(not wanted or id is not None, f"add_{name}", True, expected)
+        return [id] if wanted and id is not None and not there else []
 
     def encode_prompt(
         self, text: str, *, allowed_special: Literal["all"] | Collection[str] = ()
     ) -> list[int]:
-        """Return the ids of `begin` and `text`, without repeating a `begin` that the text
-        spells.
-        """
+        """Return the ids of `begin` and `text`; a `begin` that the text spells is not repeated."""
         ids = self.encode(text, allowed_special=allowed_special)
         begun = bool(allowed_special) and tuple(ids[: len(self.begin)]) == self.begin
         return ids if begun else [*self.begin, *ids]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without BOS and EOS, on all cores."""
+        """Return the ids of each text, without BOS and EOS.
+
+        All cores are used: by the vocabulary's library, or by one thread for each core if its
+        library works on single texts or does not know the plain added tokens (added_tokens.json
+        beside a SentencePiece model).
+        """
         texts = [_writable(text) for text in texts]
         if self._plain is None:
             return self._backend.encode_batch(texts)
         return in_threads(lambda text: self._ids(text, self._plain, ()), texts)
 
     def _allowed(self, allowed_special: Literal["all"] | Collection[str]) -> re.Pattern[str] | None:
-        """Finds the tokens that may be found by their spelling: allowed control tokens, and plain
+        """Return the pattern of tokens that are found by spelling: allowed control tokens, plain
         added ones.
         """
         if not allowed_special:
             return self._plain
         if allowed_special == "all":
             return self._all
-        require(
-            not isinstance(allowed_special, str),
-            "allowed_special",
-            allowed_special,
-            "expected all or a list",
-        )
+        listed = not isinstance(allowed_special, str)
+        require(listed, "allowed_special", allowed_special, "expected all or a list of tokens")
         for spelling in allowed_special:
             expected = (
-                f"expected one of the {len(self.special_tokens)} special tokens of this "
-                f"vocabulary, or all"
+                f"expected one of the {len(self.special_tokens)} special tokens of "
+                f"this vocabulary, or all"
             )
             require(spelling in self.special_tokens, "allowed_special", spelling, expected)
         added = self._backend.added
@@ -128,16 +171,16 @@ class Tokenizer:
         )
 
     def _ids(
-        self, text: str, found: re.Pattern[str] | None, protected: Sequence[Span]
+        self, text: str, pattern: re.Pattern[str] | None, protected: Sequence[Span]
     ) -> list[int]:
-        """Ids of a text in which `found` tokens are spelled; between them it is encoded as plain
-        text.
+        """Return the ids of a text with tokens of `pattern`; the text between them is encoded as
+        plain text.
         """
-        if found is None:
+        if pattern is None:
             return self._backend.encode(text)
         ids: list[int] = []
         start, strip = 0, False
-        for match in self._matches(text, found, protected):
+        for match in self._matches(text, pattern, protected):
             token = self._backend.added[match[0]]
             ids += self._between(text[start : match.start()], start == 0, strip, token.lstrip)
             ids.append(token.id)
@@ -150,45 +193,41 @@ class Tokenizer:
         return self._backend.encode(text, first) if text else []
 
     def _matches(
-        self, text: str, found: re.Pattern[str], protected: Sequence[Span]
+        self, text: str, pattern: re.Pattern[str], protected: Sequence[Span]
     ) -> Iterator[re.Match[str]]:
-        """Where tokens are spelled: control tokens wholly outside of `protected`, plain ones wholly
-        in or out.
+        """Yield tokens in a text: control tokens outside of `protected`, plain ones entirely inside
+        or outside.
         """
         place = 0
         for start, stop in [*sorted(protected), (len(text), len(text))]:
             expected = f"expected spans of the {len(text)} characters, none in another"
             require(place <= start <= stop <= len(text), "protected", (start, stop), expected)
-            yield from found.finditer(text, place, start)
+            yield from pattern.finditer(text, place, start)
             if self._plain is not None:
                 yield from self._plain.finditer(text, start, stop)
             place = stop
 
-    @cached_property
-    def _all(self) -> re.Pattern[str] | None:
-        return _pattern(self._backend.added)
-
-    @cached_property
-    def _plain(self) -> re.Pattern[str] | None:
-        """Finds added tokens that are plain text, which are found in every text."""
-        return _pattern({s: token for s, token in self._backend.added.items() if not token.control})
-
     def spelled_in(self, text: str) -> list[str]:
-        """Return the control tokens that `text` spells, each once, in the order of their first
+        """Return the control tokens that a text spells, each once, in the order of their first
         places.
         """
         found = [] if self._all is None else self._all.findall(text)
         return [one for one in dict.fromkeys(found) if one in self.special_tokens]
 
-    # -- ids to text
-    # ---------------------------------------------------------------------------------
+    # -- ids to text --
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of `ids`, bytes that are not UTF-8 as U+FFFD; an id without a token is a
-        `RequestError`.
+        """Return the text of ids, with U+FFFD for bytes that are not UTF-8.
+
+        Args:
+            ids: Token ids.
+            skip_special: Leave out control tokens.
+
+        Raises:
+            RequestError: If an id has no token.
         """
         ids = [int(id) for id in ids]
-        for id in ids:  # libraries leave out an id that they do not know, without a word, or fail
+        for id in ids:  # libraries leave out an id that they do not know, without a notice, or fail
             known = id >= 0 and self.id_to_token(id) is not None
             require(
                 known, "token id", id, f"expected ids below {self.vocab_size} that have a token"
@@ -197,103 +236,20 @@ class Tokenizer:
             [id for id in ids if not skip_special or id not in self.special_ids]
         )
 
-    def stream(self, *, skip_special: bool = True) -> StreamDecoder:
-        """A decoder that takes ids one at a time."""
-        return StreamDecoder(self, skip_special=skip_special)
-
-    # -- the vocabulary
-    # ------------------------------------------------------------------------------
-
-    @property
-    def format(self) -> str:
-        """The kind of file: `tokenizer.json`, `sentencepiece`, `tiktoken` or `tekken`."""
-        return self._backend.format
-
-    @property
-    def version(self) -> str | None:
-        """Mistral's number of the chat format (`v3`) that the vocabulary was made for, None
-        elsewhere.
-        """
-        return self._backend.version
+    # -- the vocabulary --
 
     @property
     def vocab_size(self) -> int:
-        """Highest id + 1, added tokens included."""
+        """The highest id + 1, added tokens included."""
         return self._backend.vocab_size
 
     @cached_property
-    def bos_id(self) -> int | None:
-        """Id of the token that begins a document."""
-        return self._named_id("bos_token")
-
-    @cached_property
-    def eos_id(self) -> int | None:
-        """Id of the token that ends a document."""
-        return self._named_id("eos_token")
-
-    @cached_property
-    def pad_id(self) -> int | None:
-        """Id of the token that fills up rows."""
-        return self._named_id("pad_token")
-
-    @cached_property
-    def begin(self) -> tuple[int, ...]:
-        """Ids that the makers' tokenizer adds before a text: mostly BOS, `[gMASK]<sop>` with
-        GLM.
-        """
-        return _framed(self._backend.frame[0], self.bos_id, self.adds_bos)
-
-    @cached_property
-    def end(self) -> tuple[int, ...]:
-        """Ids that the makers' tokenizer adds after a text: none, EOS, or the token that is
-        pooled.
-        """
-        return _framed(self._backend.frame[1], self.eos_id, self.adds_eos)
-
-    @property
-    def unk_id(self) -> int | None:
-        """Id that stands for text the vocabulary cannot write; None when there is no such token."""
-        return self._backend.unk_id
-
-    @cached_property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a text, a message or a turn, as far as the tokenizer's files tell: EOS, eom,
-        eot.
-        """
-        ids = [self.eos_id, *(self.token_to_id(token) for token in self._backend.stops)]
-        return tuple(id for id in ids if id is not None)
-
-    @cached_property
-    def special_tokens(self) -> dict[str, int]:
-        """Ids of control tokens by their spelling."""
-        return {
-            spelling: token.id for spelling, token in self._backend.added.items() if token.control
-        }
-
-    @cached_property
-    def special_ids(self) -> frozenset[int]:
-        """Ids of control tokens, which `decode` leaves out and which no text encodes to unless
-        asked.
-        """
-        return frozenset(self.special_tokens.values())
-
-    @property
-    def raw_byte_ids(self) -> frozenset[int]:
-        """Ids that stand for one byte (`<0xE4>`) beside a vocabulary of characters."""
-        return self._backend.raw_byte_ids
-
-    @property
-    def spoils_byte_runs(self) -> bool:
-        """Whether one bad byte makes U+FFFD of the whole run of `raw_byte_ids` around it."""
-        return self._backend.spoils_byte_runs
-
-    @cached_property
     def hash(self) -> str:
-        """SHA-256 in hex of the vocabulary; saving and loading leave it as it is."""
+        """The SHA-256 in hex of the vocabulary, which saving and loading do not change."""
         return self._backend.fingerprint()
 
     def id_to_token(self, id: int) -> str | None:
-        """The vocabulary's own spelling of `id`."""
+        """Return the vocabulary's own spelling of an id, or None."""
         return self._backend.id_to_token(id)
 
     def token_text(self, id: int) -> str:
@@ -302,39 +258,32 @@ class Tokenizer:
         return text if text and "\ufffd" not in text else f"<token {id}>"
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a token in the vocabulary's own spelling."""
+        """Return the id of a token in the vocabulary's own spelling, or None."""
         return self._backend.token_to_id(token)
 
-    def _named_id(self, field: str) -> int | None:
-        return self.token_to_id(self._named[field]) if field in self._named else None
-
     def with_special(self, tokens: Sequence[str]) -> Tokenizer:
-        """A tokenizer with more control tokens behind the others; only tokenizer.json can hold
-        them.
+        """Return a tokenizer with more control tokens after the others, which only tokenizer.json
+        can hold.
         """
         backend, files = self._backend, dict(self._files)
         if not isinstance(backend, FastBackend):
-            raise RequestError(
-                f"new tokens: valid only with a tokenizer.json, this is {backend.format}"
-            )
+            raise RequestError(f"new tokens: got a {backend.format}; expected a tokenizer.json")
         files.pop(TOKENIZER_FILE, None)
         config = json.loads(files.get(CONFIG_FILE, _json_bytes(self._config())))
         config.pop(
             "added_tokens_decoder", None
-        )  # says again what tokenizer.json says, and would now be wrong
+        )  # repeats what tokenizer.json says, and would now be wrong
         files[CONFIG_FILE] = _json_bytes(config)
-        bos, eos, pad = (self._named.get(field) for field in NAMED)
-        policy = {"adds_bos": self.adds_bos, "adds_eos": self.adds_eos}
+        larger = backend.with_special(tokens)
         return Tokenizer(
-            backend.with_special(tokens), bos=bos, eos=eos, pad=pad, files=files, **policy
+            larger, **self._named, adds_bos=self.adds_bos, adds_eos=self.adds_eos, files=files
         )
 
-    # -- files
-    # ---------------------------------------------------------------------------------------
+    # -- files --
 
     def save(self, folder: str | Path, *, model_max_length: int | None = None) -> None:
-        """Write back the files this was read from; a new vocabulary becomes files that
-        `transformers` reads.
+        """Write the files that this was read from; a new vocabulary becomes files that transformers
+        reads.
         """
         files = dict(self._files)
         if isinstance(self._backend, FastBackend):
@@ -351,7 +300,7 @@ class Tokenizer:
 
     def _config(self) -> dict[str, Any]:
         return {
-            **self._named,
+            **{f"{name}_token": token for name, token in self._named.items() if token is not None},
             "tokenizer_class": "PreTrainedTokenizerFast",
             # older readers remove spaces before punctuation otherwise
             "clean_up_tokenization_spaces": False,
@@ -360,12 +309,9 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
         """Read the tokenizer of a folder, or the one in a file, with what the files beside it
-        say.
+        state.
         """
-        read = read_folder(path)
-        bos, eos, pad = (read.named.get(field) for field in NAMED)
-        policy = {"adds_bos": read.adds_bos, "adds_eos": read.adds_eos}
-        return cls(read.backend, bos=bos, eos=eos, pad=pad, files=read.files, **policy)
+        return cls(**vars(read_folder(path)))
 
 
 def _framed(frame: Sequence[int], named: int | None, adds: bool) -> tuple[int, ...]:
@@ -377,7 +323,7 @@ def _framed(frame: Sequence[int], named: int | None, adds: bool) -> tuple[int, .
 
 
 def _writable(text: str) -> str:
-    """`text`, unless UTF-8 cannot write it: half a surrogate pair, which JSON can spell."""
+    """Return `text`; refuse half a surrogate pair, which JSON can spell and UTF-8 cannot."""
     try:
         text.encode()
     except (UnicodeEncodeError, AttributeError):
@@ -387,7 +333,9 @@ def _writable(text: str) -> str:
 
 
 def _pattern(tokens: Mapping[str, AddedToken]) -> re.Pattern[str] | None:
-    """Finds the spellings of tokens, the longest of those that begin at one place."""
+    """Return the pattern of the spellings of tokens, the longest of those that begin at one place
+    first.
+    """
     spellings = sorted(filter(None, tokens), key=len, reverse=True)
     words = [
         rf"(?<!\w){re.escape(w)}(?!\w)" if tokens[w].single_word else re.escape(w)

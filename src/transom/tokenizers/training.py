@@ -1,4 +1,4 @@
-"""Three ways to make a new vocabulary: byte pairs, characters, bytes."""
+"""Make a new vocabulary of byte pairs, characters or bytes."""
 
 from __future__ import annotations
 
@@ -28,11 +28,17 @@ def train_bpe(
     special_tokens: Sequence[str] = SPECIAL_TOKENS,
     progress: bool = False,
 ) -> Tokenizer:
-    """Return byte-level BPE of exactly `vocab_size` ids: the specials (BOS, EOS, ...), 256 bytes,
-    then merges.
+    """Train byte-level BPE. The same texts give the same vocabulary. Ctrl-C ends the training at
+    once.
 
-    The same texts give the same file. A text too small for that many merges is a `RequestError`.
-    Ctrl-C ends the training at once.
+    Args:
+        texts: The texts to count pairs in.
+        vocab_size: The number of ids: the special tokens, 256 bytes, then merges.
+        special_tokens: Control tokens, of which the first is BOS and the second EOS.
+        progress: Print a progress bar.
+
+    Raises:
+        RequestError: If the texts are too small for that many merges.
     """
     smallest = 256 + len(special_tokens)
     expected = f"expected {smallest} (256 bytes and the specials) or more"
@@ -58,8 +64,8 @@ def train_bpe(
 
 
 def _train(backend: tokenizers.Tokenizer, texts: Iterable[str], trainer: trainers.Trainer) -> None:
-    """Train in a thread of its own: Python handles signals in the main thread, and only between its
-    own steps.
+    """Train in a thread, since Python handles signals in the main thread, and only between its own
+    steps.
     """
     stopped = threading.Event()
 
@@ -76,10 +82,11 @@ def _train(backend: tokenizers.Tokenizer, texts: Iterable[str], trainer: trainer
 
 
 def train_chars(texts: Iterable[str], special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
-    """One id per character of `texts`, in code point order after the specials and the unknown
-    token.
+    """Return a tokenizer with one id for each character of the texts, and control tokens before
+    them.
 
-    Encoding a character that the texts did not hold is a `RequestError` naming it.
+    Characters are in the order of their code points. Encoding another character raises
+    `RequestError`.
     """
     characters: set[str] = set()
     for text in texts:
@@ -95,7 +102,9 @@ def train_chars(texts: Iterable[str], special_tokens: Sequence[str] = SPECIAL_TO
 
 
 def byte_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
-    """One id per UTF-8 byte, the id being the byte's value; the specials follow from 256 on."""
+    """Return a tokenizer whose ids are the values of UTF-8 bytes; control tokens follow from 256
+    on.
+    """
     vocabulary = {letter: byte for byte, letter in enumerate(byte_letters())}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -104,9 +113,7 @@ def byte_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
 
 
 def _finished(backend: tokenizers.Tokenizer, special_tokens: Sequence[str]) -> Tokenizer:
-    """The first special is BOS, the second EOS; other readers of the file add BOS, as with
-    Llama 3.
-    """
+    """Return the tokenizer. Other programs that read its file add BOS, as with Llama 3."""
     expected = "expected two or more: BOS, EOS, others"
     require(len(special_tokens) >= 2, "special_tokens", tuple(special_tokens), expected)
     mark_special(backend, special_tokens)
@@ -119,8 +126,8 @@ def _finished(backend: tokenizers.Tokenizer, special_tokens: Sequence[str]) -> T
 
 
 def byte_letters() -> list[str]:
-    """The printable letter that byte-level vocabularies write for each of the 256 bytes: GPT-2's
-    table.
+    """Return the printable letter that byte-level vocabularies write for each of the 256 bytes
+    (GPT-2).
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))

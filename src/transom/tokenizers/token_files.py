@@ -1,4 +1,4 @@
-"""Reads the files beside a vocabulary: names of its tokens, added tokens, ends of turns."""
+"""The files beside a vocabulary that describe its tokens: names, added tokens, ends of turns."""
 
 from __future__ import annotations
 
@@ -20,36 +20,43 @@ LISTS = ("extra_special_tokens", "additional_special_tokens")  # the first is th
 NAMED = ("bos_token", "eos_token", "pad_token")
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 ENDS = ("eot_token", "eom_token")  # names that some folders give to the end of a turn, of a message
-FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+STRIPPING = ("lstrip", "rstrip", "single_word")
+FLAGS = (*STRIPPING, "normalized", "special")
 
 
 @dataclass(frozen=True)
-class Beside:
-    """The content of the files beside the vocabulary of a folder."""
+class TokenFiles:
+    """The content of the files that describe the tokens of a folder's vocabulary.
+
+    Attributes:
+        folder: The folder, for messages.
+        config: tokenizer_config.json.
+        specials: special_tokens_map.json.
+        ids: added_tokens.json, ids by spelling.
+    """
 
     folder: Path
     config: Mapping[str, Any]
-    specials: Mapping[str, Any]  # special_tokens_map.json
-    listed: Mapping[str, Any]  # added_tokens.json: ids by spelling
+    specials: Mapping[str, Any]
+    ids: Mapping[str, Any]
 
     @classmethod
-    def of(cls, folder: Path, files: Mapping[str, bytes]) -> Beside:
+    def of(cls, folder: Path, files: Mapping[str, bytes]) -> TokenFiles:
         """Read the files of a folder, given by name; any of them may be missing."""
         names = (CONFIG_FILE, SPECIALS_FILE, ADDED_FILE)
-        parts = [json_object(files[name], folder / name) if name in files else {} for name in names]
-        return cls(folder, *parts)
+        return cls(folder, *(json_object(files.get(name, b"{}"), folder / name) for name in names))
 
     @cached_property
     def named(self) -> dict[str, str | None]:
-        """BOS, EOS and PAD by name.
+        """BOS, EOS and PAD as far as a file names them; null in a file means that there is none.
 
-        tokenizer_config.json wins over special_tokens_map.json; null means that there is none.
+        tokenizer_config.json takes precedence over special_tokens_map.json.
         """
         named: dict[str, str | None] = {}
         for entries in (self.specials, self.config):
             for name in NAMED:
                 token = spelling_of(entries.get(name))
-                if token is not None or (name in entries and entries[name] is None):
+                if token is not None or entries.get(name, "") is None:
                     named[name] = token
         return named
 
@@ -59,7 +66,6 @@ class Beside:
         where = f"{self.folder / CONFIG_FILE}: {DECODER}"
         entries = self.config.get(DECODER) or {}
         require(isinstance(entries, dict), where, entries, "expected a JSON object")
-        found: dict[int, dict[str, Any]] = {}
         for id, entry in entries.items():
             right = (
                 id.isdigit() and isinstance(entry, dict) and isinstance(entry.get("content"), str)
@@ -70,31 +76,32 @@ class Beside:
                 entry,
                 "expected a token id with an object that has `content`",
             )
-            flags = {flag: entry[flag] for flag in FLAGS if type(entry.get(flag)) is bool}
-            found[int(id)] = {"content": entry["content"], **flags}
-        return found
+        return {
+            int(id): {**_flags(entry), "content": entry["content"]} for id, entry in entries.items()
+        }
 
     @cached_property
     def old_added(self) -> dict[int, dict[str, Any]]:
-        """The entries of added_tokens.json by id; tokens with a role in another file are
-        special.
-        """
-        found: dict[int, dict[str, Any]] = {}
-        for spelling, id in self.listed.items():
+        """The entries of added_tokens.json by id; those with a role in another file are special."""
+        for spelling, id in self.ids.items():
             right = type(id) is int and id >= 0
             require(right, f"{self.folder / ADDED_FILE}: {spelling}", id, "expected a token id")
-            special = spelling in self._roles
-            found[id] = {"content": spelling, "special": special, "normalized": not special}
-        return found
+        special = {spelling_of(one) for one in (*_tokens(self.specials), *_tokens(self.config))}
+        return {
+            id: {
+                "content": spelling,
+                "special": spelling in special,
+                "normalized": spelling not in special,
+            }
+            for spelling, id in self.ids.items()
+        }
 
     @property
     def added(self) -> dict[str, AddedToken]:
-        """All of these tokens by spelling, for a vocabulary without them."""
+        """All tokens with an id by spelling, for a vocabulary without them."""
         return {
             entry["content"]: AddedToken(
-                id,
-                control=entry.get("special", False),
-                **{flag: entry.get(flag, False) for flag in ("lstrip", "rstrip", "single_word")},
+                id, entry.get("special", False), *(entry.get(flag, False) for flag in STRIPPING)
             )
             for entries in (self.old_added, self.described)
             for id, entry in entries.items()
@@ -107,9 +114,9 @@ class Beside:
         for entries in (self.config, *(() if self.described else (self.specials,))):
             for one in _tokens(entries, but=NAMED):
                 if spelling := spelling_of(one):
-                    stated = one if isinstance(one, dict) else {}
-                    flags = {flag: stated[flag] for flag in FLAGS if type(stated.get(flag)) is bool}
-                    found.setdefault(spelling, {**flags, "content": spelling, "special": True})
+                    found.setdefault(
+                        spelling, {**_flags(one), "content": spelling, "special": True}
+                    )
         return list(found.values())
 
     @property
@@ -117,14 +124,12 @@ class Beside:
         """Tokens that a file names as ends of turns or messages."""
         named = self.config.get(LISTS[0])
         entries = {**self.config, **(named if isinstance(named, dict) else {})}
-        found = (spelling_of(entries.get(name)) for name in ENDS)
-        return [spelling for spelling in found if spelling]
+        return [spelling for name in ENDS if (spelling := spelling_of(entries.get(name)))]
 
-    @cached_property
-    def _roles(self) -> set[str]:
-        """Every spelling with a role in special_tokens_map.json or tokenizer_config.json."""
-        tokens = (one for entries in (self.specials, self.config) for one in _tokens(entries))
-        return {spelling for one in tokens if (spelling := spelling_of(one)) is not None}
+
+def _flags(entry: Any) -> dict[str, bool]:
+    stated = entry if isinstance(entry, dict) else {}
+    return {flag: stated[flag] for flag in FLAGS if type(stated.get(flag)) is bool}
 
 
 def _tokens(entries: Mapping[str, Any], but: Collection[str] = ()) -> Iterator[Any]:

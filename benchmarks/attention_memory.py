@@ -14,7 +14,7 @@ import torch
 
 from transom.attention.backends import auto, choose
 from transom.attention.mask import Layout, MaskSpec
-from transom.attention.view import CacheView, Score
+from transom.attention.view import CacheView, ScoreArgs
 from transom.config.layer_args import LayerRule
 
 LENGTHS = (8192, 16384, 32768, 65536)
@@ -63,7 +63,7 @@ def _run(case: str, length: int) -> str:
     )
     q, k, v = (torch.randn(shape, requires_grad=True) for shape in shapes)
     positions = torch.arange(length)[None]
-    score = Score(softcap=50.0, sinks_N=torch.zeros(HEADS)) if "sinks" in case else Score()
+    score = ScoreArgs(softcap=50.0, sinks_N=torch.zeros(HEADS)) if "sinks" in case else ScoreArgs()
     job = (
         q,
         CacheView((k, v), positions, new_at=0),

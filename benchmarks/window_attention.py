@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from benchmarks.common import interleaved
 from transom.attention.mask import Layout, MaskSpec, allowed
 from transom.attention.sdpa import sdpa
-from transom.attention.view import CacheView, Score
+from transom.attention.view import CacheView, ScoreArgs
 from transom.config.layer_args import LayerRule
 
 HEADS, KV_HEADS, HEAD_DIM, WINDOW, LENGTH = 12, 4, 64, 512, 8192
@@ -30,7 +30,7 @@ def _sliced(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     length = q.size(1)
     positions = torch.arange(length, device=q.device)[None]
     spec = MaskSpec(LayerRule("window", WINDOW), positions, layout=Layout((length,)))
-    return sdpa(q, CacheView((k, v), positions, new_at=0), spec, Score())
+    return sdpa(q, CacheView((k, v), positions, new_at=0), spec, ScoreArgs())
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:

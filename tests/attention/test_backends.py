@@ -22,7 +22,7 @@ from transom.attention.mask import (
 )
 from transom.attention.reference import reference
 from transom.attention.sdpa import sdpa
-from transom.attention.view import CacheView, Score
+from transom.attention.view import CacheView, ScoreArgs
 from transom.base.runtime import one_thread
 from transom.config.layer_args import LayerRule
 
@@ -37,8 +37,8 @@ RULES = [
 HEADS = [(8, 8), (8, 2), (8, 1)]
 SINKS = torch.tensor([0.3, -2.0, 1.5, 4.0, 0.0, -0.5, 2.5, 1.0], dtype=torch.float64)
 SCORES = {  # what each backend is held to: sdpa is torch's kernel for plain scores
-    "sdpa": lambda heads: Score(),
-    "blockwise": lambda heads: Score(0.4, 2.0, SINKS[:heads].clone().requires_grad_()),
+    "sdpa": lambda heads: ScoreArgs(),
+    "blockwise": lambda heads: ScoreArgs(0.4, 2.0, SINKS[:heads].clone().requires_grad_()),
 }
 LENGTH = 53  # more than one block of queries, and no multiple of any
 
@@ -88,10 +88,10 @@ def check_equal(
     states: tuple[Tensor, ...],
     view_fields: dict,
     spec: MaskSpec,
-    score: Score | None = None,
+    score: ScoreArgs | None = None,
 ) -> Tensor:
     """Outputs and gradients of a backend and the reference agree; returns the backend's output."""
-    score = score or Score()
+    score = score or ScoreArgs()
     q, k, v = states
     inputs = states if score.sinks_N is None else (*states, score.sinks_N)
     results = []
@@ -116,7 +116,10 @@ def test_reference_is_softmax_over_the_allowed_keys():
     k_positions = torch.tensor([[0, 5, -1, 2, 3, 4], [5, 4, 3, 2, 1, 0]])
     may = allowed(LayerRule("window", 3), q_positions, k_positions)
     out = reference(
-        q, CacheView((k, v), k_positions), MaskSpec(LayerRule("window", 3), q_positions), Score(0.3)
+        q,
+        CacheView((k, v), k_positions),
+        MaskSpec(LayerRule("window", 3), q_positions),
+        ScoreArgs(0.3),
     )
     for b in range(2):
         for t in range(5):
@@ -139,11 +142,11 @@ def test_reference_caps_and_sinks_as_transformers_does(peer):
     if peer == "gemma2":
         from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-        score, options, module = Score(0.3, softcap=1.5), {"softcap": 1.5}, torch.nn.Module()
+        score, options, module = ScoreArgs(0.3, softcap=1.5), {"softcap": 1.5}, torch.nn.Module()
     else:
         from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
-        score, options, module = Score(0.3, sinks_N=SINKS[:4]), {}, torch.nn.Module()
+        score, options, module = ScoreArgs(0.3, sinks_N=SINKS[:4]), {}, torch.nn.Module()
         module.sinks = SINKS[:4]
     module.eval()
     module.num_key_value_groups = 2
@@ -269,7 +272,7 @@ def test_backend_equals_reference_with_cached_slots(small_blocks, name, rule, ki
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_queries_that_see_nothing_give_zeros_and_finite_gradients(softcap, sinks):
     queries, slots = torch.tensor([[9, -1, 4]]), torch.tensor([[-1, 0, 12, -1]])
-    score = Score(0.3, softcap, None if sinks is None else sinks.clone().requires_grad_())
+    score = ScoreArgs(0.3, softcap, None if sinks is None else sinks.clone().requires_grad_())
     for name in ["sdpa", "blockwise"] if score.plain else ["blockwise"]:
         states = draw(1, 3, 4, (2, 2))
         spec = MaskSpec(LayerRule("window", 3), queries)
@@ -292,7 +295,7 @@ def test_sdpa_stays_linear_where_values_have_another_head_dim(v_dim):
     positions = torch.arange(length)[None]
     with Largest() as largest:
         spec = MaskSpec(LayerRule(), positions, None, Layout((length,)))
-        sdpa(q, CacheView((k, v), positions, new_at=0), spec, Score()).sum().backward()
+        sdpa(q, CacheView((k, v), positions, new_at=0), spec, ScoreArgs()).sum().backward()
     assert largest.elements <= length * 16
 
 
@@ -311,7 +314,12 @@ def test_sdpa_never_builds_a_mask_of_the_whole_call(monkeypatch, kind, prefix):
     slots = torch.arange(prefix + count)[None]
     q, k, v = (x.detach() for x in draw(1, count, prefix + count, (1, 1), torch.float32))
     layout = None if prefix else Layout((count,))
-    sdpa(q, CacheView((k, v), slots, new_at=prefix), MaskSpec(rule, queries, None, layout), Score())
+    sdpa(
+        q,
+        CacheView((k, v), slots, new_at=prefix),
+        MaskSpec(rule, queries, None, layout),
+        ScoreArgs(),
+    )
     masks, products = (max(numbers) for numbers in zip(*seen, strict=True))
     assert max(masks, products) <= 512 * 512, "work per call must follow the window, not the length"
 

@@ -22,11 +22,11 @@ from transom.attention.backends import (
 )
 from transom.attention.mask import Layout, MaskSpec
 from transom.attention.reference import reference
-from transom.attention.view import CacheView, Score
+from transom.attention.view import CacheView, ScoreArgs
 from transom.base.errors import RequestError
 from transom.config.layer_args import LayerRule
 
-CAPPED = Score(softcap=5.0)
+CAPPED = ScoreArgs(softcap=5.0)
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,7 @@ def test_names_and_the_nearest_of_them():
         backend("referense")
 
 
-@pytest.mark.parametrize(("score", "name"), [(Score(0.3), "sdpa"), (CAPPED, "blockwise")])
+@pytest.mark.parametrize(("score", "name"), [(ScoreArgs(0.3), "sdpa"), (CAPPED, "blockwise")])
 def test_auto_on_a_cpu(score, name):
     q, view, spec = job()
     assert choose(q, view, spec, score).name == name
@@ -79,11 +79,11 @@ def test_auto_on_a_cpu(score, name):
 @pytest.mark.parametrize(
     ("fields", "score", "name"),
     [
-        ({"layout": Layout((8,))}, Score(), "sdpa"),
-        ({"layout": Layout((3, 5))}, Score(), "varlen"),
-        ({"layout": Layout((8,)), "rule": LayerRule("window", 4)}, Score(), "varlen"),
-        ({"new_at": None}, Score(), "sdpa"),
-        ({"length": 2048, "rule": LayerRule("window", 64), "new_at": None}, Score(), "flex"),
+        ({"layout": Layout((8,))}, ScoreArgs(), "sdpa"),
+        ({"layout": Layout((3, 5))}, ScoreArgs(), "varlen"),
+        ({"layout": Layout((8,)), "rule": LayerRule("window", 4)}, ScoreArgs(), "varlen"),
+        ({"new_at": None}, ScoreArgs(), "sdpa"),
+        ({"length": 2048, "rule": LayerRule("window", 64), "new_at": None}, ScoreArgs(), "flex"),
         ({"length": 2048, "layout": Layout((2048,))}, CAPPED, "flex"),
         ({"length": 1}, CAPPED, "blockwise"),
     ],
@@ -94,7 +94,7 @@ def test_auto_on_a_gpu(monkeypatch, fields, score, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "score"), [("sdpa", CAPPED), ("flex", Score()), ("varlen", Score())]
+    ("name", "score"), [("sdpa", CAPPED), ("flex", ScoreArgs()), ("varlen", ScoreArgs())]
 )
 def test_forcing_a_backend_on_a_job_it_cannot_do_is_refused_with_the_reason(name, score):
     q, view, spec = job()
@@ -114,14 +114,14 @@ def test_a_refused_backend_is_not_chosen_and_comes_back(capsys):
     q, view, spec = job()
     refuse({"sdpa": "largest error 0.3"})
     assert dict(refused()) == {"sdpa": "largest error 0.3"}
-    assert choose(q, view, spec, Score()).name == "blockwise"
+    assert choose(q, view, spec, ScoreArgs()).name == "blockwise"
     with pytest.raises(RequestError, match=r"largest error 0\.3"):
-        backend("sdpa")(q, view, spec, Score())
+        backend("sdpa")(q, view, spec, ScoreArgs())
     refuse({"sdpa": "a", "blockwise": "b"})
     with pytest.raises(RequestError, match="sdpa, blockwise could do this job"):
-        auto(q, view, spec, Score())
+        auto(q, view, spec, ScoreArgs())
     refuse({})
-    assert choose(q, view, spec, Score()).name == "sdpa"
+    assert choose(q, view, spec, ScoreArgs()).name == "sdpa"
 
 
 def test_the_file_is_read_once_and_other_machines_keep_their_part():
@@ -158,9 +158,9 @@ def test_inference_does_not_import_the_compiler():
     """torch._dynamo takes longer to import than torch, and every verb would wait for it."""
     code = (
         "import sys, torch; from transom.attention.backends import auto, MaskSpec, CacheView, "
-        "Score\nfrom transom.config.layer_args import LayerRule\n"
+        "ScoreArgs\nfrom transom.config.layer_args import LayerRule\n"
         "q, places = torch.ones(1, 4, 2, 8), torch.arange(4)[None]\n"
-        "auto(q, CacheView((q, q), places), MaskSpec(LayerRule(), places), Score(softcap=5.0))\n"
+        "auto(q, CacheView((q, q), places), MaskSpec(LayerRule(), places), ScoreArgs(softcap=5.0))\n"
         "assert 'torch._dynamo' not in sys.modules"
     )
     run_python(code)
@@ -170,7 +170,7 @@ def test_choosing_compiles_into_one_graph():
     q, _, spec = job(layout=Layout((8,)))
 
     def block(q):
-        return auto(q, CacheView((q, q), spec.positions_BT, new_at=0), spec, Score()) * 2.0
+        return auto(q, CacheView((q, q), spec.positions_BT, new_at=0), spec, ScoreArgs()) * 2.0
 
     torch.testing.assert_close(torch.compile(block, fullgraph=True, backend="eager")(q), block(q))
 

@@ -13,7 +13,7 @@ from transom.attention import blockwise as module
 from transom.attention.blockwise import blockwise
 from transom.attention.mask import Layout, MaskSpec
 from transom.attention.reference import reference
-from transom.attention.view import CacheView, Score
+from transom.attention.view import CacheView, ScoreArgs
 from transom.config.layer_args import LayerRule
 
 
@@ -41,7 +41,7 @@ def test_derivatives_are_those_of_finite_differences(small_blocks, softcap, know
 
     def run(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
         view = CacheView((k, v), positions, new_at=0 if known else None)
-        return blockwise(q, view, spec, Score(0.7, softcap, sinks))
+        return blockwise(q, view, spec, ScoreArgs(0.7, softcap, sinks))
 
     assert torch.autograd.gradcheck(run, draw(9))
 
@@ -67,7 +67,7 @@ def test_no_tensor_grows_with_the_square_of_the_length(monkeypatch, known, kind)
     # operation each.
     with Largest() as largest, torch.no_grad():
         view = CacheView((k, v), positions, new_at=0 if known else None)
-        out = blockwise(q, view, spec, Score(None, 5.0, sinks))
+        out = blockwise(q, view, spec, ScoreArgs(None, 5.0, sinks))
         module._backward(out, *module._forward(*calls[0]), *calls[0])
     assert largest.elements <= length * 2 * 6, (
         "q itself must be the largest tensor, forward and backward"
@@ -88,7 +88,7 @@ def test_a_window_meets_only_the_blocks_it_reaches(monkeypatch):
     for layout in (Layout((length,)), None):
         made.clear()
         spec = MaskSpec(LayerRule("window", window), positions, None, layout)
-        blockwise(q, CacheView((k, v), positions, new_at=0), spec, Score())
+        blockwise(q, CacheView((k, v), positions, new_at=0), spec, ScoreArgs())
         assert sum(made) <= length // 16 * (window + 16), (
             "keys met must follow the window, not the length"
         )
@@ -98,10 +98,10 @@ def test_float32_inside_even_under_autocast():
     q, k, v, sinks = draw(40, dtype=torch.float32)
     positions = torch.arange(40)[None]
     view, spec = CacheView((k, v), positions), MaskSpec(LayerRule(), positions)
-    exact = reference(q, view, spec, Score(2.0, 5.0, sinks))
+    exact = reference(q, view, spec, ScoreArgs(2.0, 5.0, sinks))
     expected = torch.autograd.grad(exact.sum(), q)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        out = blockwise(q, view, spec, Score(2.0, 5.0, sinks))
+        out = blockwise(q, view, spec, ScoreArgs(2.0, 5.0, sinks))
         got = torch.autograd.grad(out.sum(), q)[0]
     torch.testing.assert_close(out, exact, rtol=0, atol=1e-5)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
@@ -116,7 +116,7 @@ def test_scores_too_large_for_exp_are_still_exact(small_blocks):
     view, spec = CacheView((k, v), positions), MaskSpec(LayerRule(), positions)
     results = []
     for attend in (blockwise, reference):
-        out = attend(q, view, spec, Score(500.0))
+        out = attend(q, view, spec, ScoreArgs(500.0))
         results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
     for fast, slow in zip(*results, strict=True):
         torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-9)
@@ -126,7 +126,10 @@ def test_one_query_and_one_key():
     q, k, v, sinks = draw(1)
     position = torch.zeros(1, 1, dtype=torch.int64)
     out = blockwise(
-        q, CacheView((k, v), position), MaskSpec(LayerRule(), position), Score(None, None, sinks)
+        q,
+        CacheView((k, v), position),
+        MaskSpec(LayerRule(), position),
+        ScoreArgs(None, None, sinks),
     )
     scores = (q[0, 0] * k[0, 0].repeat_interleave(2, 0)).sum(-1) * 6**-0.5
     expected = torch.sigmoid(scores - sinks)[:, None] * v[0, 0].repeat_interleave(2, 0)
@@ -137,7 +140,7 @@ def test_shapes_are_worked_out_on_the_meta_device():
     q, positions = torch.empty(1, 300, 4, 16, device="meta"), torch.arange(300, device="meta")[None]
     spec = MaskSpec(LayerRule(), positions, None, Layout((300,)))
     assert (
-        blockwise(q, CacheView((q, q), positions, new_at=0), spec, Score(softcap=5.0)).shape
+        blockwise(q, CacheView((q, q), positions, new_at=0), spec, ScoreArgs(softcap=5.0)).shape
         == q.shape
     )
 
@@ -147,7 +150,7 @@ def test_sinks_far_from_every_score_take_all_or_nothing(small_blocks, sink):
     q, k, v, _ = draw(9)
     positions = torch.arange(9)[None]
     view, spec = CacheView((k, v), positions), MaskSpec(LayerRule(), positions)
-    score = Score(sinks_N=torch.full((4,), sink, dtype=torch.float64))
+    score = ScoreArgs(sinks_N=torch.full((4,), sink, dtype=torch.float64))
     torch.testing.assert_close(blockwise(q, view, spec, score), reference(q, view, spec, score))
 
 
@@ -159,7 +162,10 @@ def test_the_operator_tells_the_compiler_the_shapes_and_strides_that_it_makes(mo
     q, k, v, sinks = draw(7, dtype=dtype)
     positions = torch.arange(7)[None]
     blockwise(
-        q, CacheView((k, v), positions), MaskSpec(LayerRule(), positions), Score(0.5, 2.0, sinks)
+        q,
+        CacheView((k, v), positions),
+        MaskSpec(LayerRule(), positions),
+        ScoreArgs(0.5, 2.0, sinks),
     )
     tests = (
         "test_schema",

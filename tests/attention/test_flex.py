@@ -13,7 +13,7 @@ from transom.attention import flex as module
 from transom.attention.flex import block_mask, flex, why_not
 from transom.attention.mask import MaskSpec, allowed, positions_from_sizes, segments_from_sizes
 from transom.attention.reference import reference
-from transom.attention.view import CacheView, Score
+from transom.attention.view import CacheView, ScoreArgs
 from transom.config.layer_args import LayerRule
 
 LENGTH, BLOCK = 150, 32  # five blocks, the last one short
@@ -100,7 +100,7 @@ def test_flex_equals_the_reference(monkeypatch, rule, layout):
         torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
     )
     view, spec = CacheView((k, v), positions, segments), MaskSpec(rule, positions, segments)
-    for score in (Score(), Score(0.4, 2.0, sinks)):
+    for score in (ScoreArgs(), ScoreArgs(0.4, 2.0, sinks)):
         torch.testing.assert_close(
             flex(q, view, spec, score), reference(q, view, spec, score), rtol=0, atol=1e-10
         )
@@ -116,5 +116,5 @@ def test_layers_of_one_step_share_a_table_and_other_slots_get_their_own():
 
 def test_flex_is_for_cuda():
     q, positions = torch.zeros(1, 4, 2, 16), torch.arange(4)[None]
-    reason = why_not(q, CacheView((q, q), positions), MaskSpec(LayerRule(), positions), Score())
+    reason = why_not(q, CacheView((q, q), positions), MaskSpec(LayerRule(), positions), ScoreArgs())
     assert reason is not None and "cuda" in reason

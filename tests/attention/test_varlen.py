@@ -16,7 +16,7 @@ from transom.attention.mask import Layout, MaskSpec, positions_from_sizes, segme
 from transom.attention.reference import reference
 from transom.attention.sdpa import by_documents
 from transom.attention.varlen import varlen, why_not
-from transom.attention.view import CacheView, Score
+from transom.attention.view import CacheView, ScoreArgs
 from transom.config.layer_args import LayerRule
 
 RULES = [LayerRule(), LayerRule("full"), LayerRule("window", 7), LayerRule("chunk", 16)]
@@ -105,8 +105,8 @@ def test_documents_windows_and_chunks_reach_the_kernel_as_meant(kernel, rule, la
     view = CacheView(states[1:], positions, segments, new_at=0)
     spec = MaskSpec(rule, positions, segments, known)
     got, expected = (
-        varlen(states[0], view, spec, Score(0.3)),
-        reference(states[0], view, spec, Score(0.3)),
+        varlen(states[0], view, spec, ScoreArgs(0.3)),
+        reference(states[0], view, spec, ScoreArgs(0.3)),
     )
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
     for fast, slow in zip(
@@ -130,12 +130,12 @@ def on_cuda(head_dim: int = 16, v_dim: int | None = None) -> tuple[Tensor, Cache
 @pytest.mark.parametrize(
     ("reason", "head_dim", "v_dim", "layout", "score"),
     [
-        (None, 16, None, Layout((8,)), Score()),
-        (None, 16, 8, Layout((8,)), Score(0.1)),
-        ("document lengths", 16, None, None, Score()),
-        ("multiples of 8", 20, None, Layout((8,)), Score()),
-        ("values of 24", 16, 24, Layout((8,)), Score()),
-        ("soft-capping", 16, None, Layout((8,)), Score(softcap=2.0)),
+        (None, 16, None, Layout((8,)), ScoreArgs()),
+        (None, 16, 8, Layout((8,)), ScoreArgs(0.1)),
+        ("document lengths", 16, None, None, ScoreArgs()),
+        ("multiples of 8", 20, None, Layout((8,)), ScoreArgs()),
+        ("values of 24", 16, 24, Layout((8,)), ScoreArgs()),
+        ("soft-capping", 16, None, Layout((8,)), ScoreArgs(softcap=2.0)),
     ],
 )
 def test_varlen_says_what_it_cannot_do(reason, head_dim, v_dim, layout, score):
@@ -150,7 +150,9 @@ def test_a_torch_without_windows_is_not_a_crash(monkeypatch):
     )
     module._read_parameters.cache_clear()
     q, view = on_cuda()
-    reason = why_not(q, view, MaskSpec(LayerRule(), view.positions_BS, None, Layout((8,))), Score())
+    reason = why_not(
+        q, view, MaskSpec(LayerRule(), view.positions_BS, None, Layout((8,))), ScoreArgs()
+    )
     module._read_parameters.cache_clear()
     assert reason is not None and "window_size" in reason
 

@@ -8,7 +8,7 @@ import torch
 from transom.attention.backends import BACKENDS, auto, choose
 from transom.attention.mask import Layout, MaskSpec, positions_from_sizes, segments_from_sizes
 from transom.attention.reference import reference
-from transom.attention.view import CacheView, Score
+from transom.attention.view import CacheView, ScoreArgs
 from transom.config.layer_args import LayerRule
 
 pytestmark = [
@@ -49,7 +49,7 @@ def lay_out(kind):
 
 def make_score(kind):
     sinks = torch.linspace(-2, 3, 8, device="cuda").requires_grad_() if "sinks" in kind else None
-    return Score(0.15, 3.0 if "cap" in kind else None, sinks)
+    return ScoreArgs(0.15, 3.0 if "cap" in kind else None, sinks)
 
 
 def near(name, got, exact, tolerance):
@@ -103,10 +103,10 @@ def test_values_of_another_head_dim(name, v_dim):
         MaskSpec(LayerRule(), positions, None, known),
     )
     q, k, v = (x.bfloat16() for x in states)
-    reason = BACKENDS[name].why_not(q, CacheView((k, v), **view), spec, Score())
+    reason = BACKENDS[name].why_not(q, CacheView((k, v), **view), spec, ScoreArgs())
     if reason is not None:
         pytest.skip(reason)
-    check(BACKENDS[name].function, states, view, spec, Score(), torch.bfloat16)
+    check(BACKENDS[name].function, states, view, spec, ScoreArgs(), torch.bfloat16)
 
 
 @pytest.mark.parametrize("queries", [1, 5])
@@ -134,7 +134,7 @@ def test_flex_takes_many_lengths_and_rules_without_falling_back_to_dense_scores(
                 CacheView((q, q), positions, new_at=0),
                 MaskSpec(rule, positions, None, Layout((length,))),
             )
-            score = Score(softcap=5.0)
+            score = ScoreArgs(softcap=5.0)
             exact = reference(
                 q.double(), CacheView((q.double(), q.double()), positions), spec, score
             )
@@ -149,9 +149,9 @@ def test_flex_takes_many_lengths_and_rules_without_falling_back_to_dense_scores(
 @pytest.mark.parametrize(
     ("name", "rule", "layout", "score"),
     [
-        ("sdpa", LayerRule(), Layout((32768,)), Score()),
-        ("varlen", LayerRule("window", 1024), Layout((32768,)), Score()),
-        ("flex", LayerRule("window", 1024), Layout((32768,)), Score(softcap=5.0)),
+        ("sdpa", LayerRule(), Layout((32768,)), ScoreArgs()),
+        ("varlen", LayerRule("window", 1024), Layout((32768,)), ScoreArgs()),
+        ("flex", LayerRule("window", 1024), Layout((32768,)), ScoreArgs(softcap=5.0)),
     ],
 )
 def test_auto_is_linear_in_memory_at_32k(name, rule, layout, score):

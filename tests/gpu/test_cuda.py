@@ -13,7 +13,7 @@ from tests.training.runs import tiny_args as tiny_run
 from transom.attention.mask import Layout, MaskSpec
 from transom.attention.reference import reference
 from transom.attention.sdpa import sdpa
-from transom.attention.view import CacheView, Score
+from transom.attention.view import CacheView, ScoreArgs
 from transom.config.layer_args import LayerRule
 from transom.inference.loop import generate
 from transom.layers.inputs import TransformerInput
@@ -78,9 +78,9 @@ def test_sdpa_equals_the_reference(rule, dtype):
     positions = torch.arange(300, device="cuda").expand(2, -1)
     for layout in (Layout((300, 300)), None):
         spec = MaskSpec(rule, positions, layout=layout)
-        exact = reference(q, CacheView((k, v), positions, new_at=0), spec, Score())
+        exact = reference(q, CacheView((k, v), positions, new_at=0), spec, ScoreArgs())
         low = [x.to(dtype) for x in (q, k, v)]
-        got = sdpa(low[0], CacheView((low[1], low[2]), positions, new_at=0), spec, Score())
+        got = sdpa(low[0], CacheView((low[1], low[2]), positions, new_at=0), spec, ScoreArgs())
         assert (got.double() - exact).abs().max() < (1e-3 if dtype == torch.float32 else 5e-2)
 
 

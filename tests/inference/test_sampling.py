@@ -17,12 +17,12 @@ from transom.base.runtime import mixed_seed
 from transom.inference.sampling import (
     Sampler,
     SamplingArgs,
-    discouraged,
-    draw,
-    heated,
+    apply_repetition_penalty,
+    apply_temperature,
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    sample,
 )
 
 
@@ -51,7 +51,7 @@ def test_repetition_penalty_equals_transformers():
     seen = torch.randint(0, 200, (8, 30), generator=torch.Generator().manual_seed(1))
     theirs = RepetitionPenaltyLogitsProcessor(1.3)(seen, logits.clone())
     mask = torch.zeros(8, 200, dtype=torch.bool).scatter(1, seen, True)
-    assert torch.equal(torch.where(mask, discouraged(logits, 1.3), logits), theirs)
+    assert torch.equal(torch.where(mask, apply_repetition_penalty(logits, 1.3), logits), theirs)
 
 
 def test_all_together_equals_transformers_in_its_order():
@@ -70,7 +70,7 @@ def test_all_together_equals_transformers_in_its_order():
         sampler = Sampler(args, 1, 200, seeds=[seed])
         sampler.see(seen.tolist())
         uniform = torch.rand(1, generator=torch.Generator().manual_seed(seed))
-        assert sampler(logits).tolist() == draw(scores.softmax(-1), uniform).tolist()
+        assert sampler(logits).tolist() == sample(scores.softmax(-1), uniform).tolist()
 
 
 def test_the_token_that_crosses_top_p_stays():
@@ -92,7 +92,7 @@ def test_draw_never_lands_on_a_token_without_probability():
     probs = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
     almost_one = 1 - 2.0**-24
     uniform = torch.tensor([0.0, 0.25, 0.499, 0.5, almost_one])
-    assert draw(probs.expand(5, -1), uniform).tolist() == [1, 1, 1, 3, 3]
+    assert sample(probs.expand(5, -1), uniform).tolist() == [1, 1, 1, 3, 3]
 
 
 def test_draw_survives_sums_that_are_not_monotone():
@@ -105,7 +105,7 @@ def test_draw_survives_sums_that_are_not_monotone():
             return torch.tensor([[0.4, 1.0 - 2**-22, 1.0, 1.0 - 2**-22]])
 
     probs = torch.tensor([[0.4, 0.6, 0.0, 0.0]]).as_subclass(Wobbly)
-    assert draw(probs, torch.tensor([1 - 2.0**-24])).tolist() == [1]
+    assert sample(probs, torch.tensor([1 - 2.0**-24])).tolist() == [1]
 
 
 def test_a_row_draws_alone():
@@ -147,7 +147,9 @@ def test_a_vanishing_temperature_is_greedy():
     logits = random_logits()
     sampler = Sampler(SamplingArgs(temperature=1e-40), 8, 200)
     assert torch.equal(sampler(logits), logits.argmax(-1))
-    assert heated(torch.tensor([[3.0, -math.inf]]), 1e-30).softmax(-1).tolist() == [[1.0, 0.0]]
+    assert apply_temperature(torch.tensor([[3.0, -math.inf]]), 1e-30).softmax(-1).tolist() == [
+        [1.0, 0.0]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +188,7 @@ def test_one_seed_per_row():
             lambda x: TopKLogitsWarper(5)(None, TemperatureLogitsWarper(0.7)(None, x)),
         ),
     ],
-    ids=["greedy", "as it is", "heated and cut"],
+    ids=["greedy", "as it is", "apply_temperature and cut"],
 )
 def test_log_probabilities_are_those_of_the_distribution_drawn_from(args, warped):
     logits, found = random_logits(), []

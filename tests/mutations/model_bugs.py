@@ -23,7 +23,7 @@ from tests.mutations.planting import (
 )
 from transom.attention import blockwise, mask, sdpa
 from transom.attention.mask import MaskSpec
-from transom.attention.view import CacheView, Score
+from transom.attention.view import CacheView, ScoreArgs
 from transom.config.layer_args import LayerArgs, LayerRule, RopeArgs
 from transom.config.model_args import ModelArgs
 from transom.layers import attention, rope
@@ -153,7 +153,7 @@ def norm_behind_rotation() -> AbstractContextManager[None]:
             if q_norm is None or k_norm is None or self.layer.qk_norm != "head":
                 return forward(self, x, step, cache)
 
-            def attend(q: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> Tensor:
+            def attend(q: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Tensor:
                 k, v = view.states
                 return step.attend(q_norm(q), replace(view, states=(k_norm(k), v)), spec, score)
 
@@ -172,7 +172,7 @@ def tiled_heads() -> AbstractContextManager[None]:
     """Query head h reads kv head h mod K instead of h div (N / K)."""
 
     def make(layer: Attention, attend: Call) -> Call:
-        def call(q: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> Tensor:
+        def call(q: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Tensor:
             heads = q.size(2)
             order = (
                 torch.arange(heads).view(-1, view.states[0].size(2)).T.flatten()
@@ -341,7 +341,7 @@ def nan_in_masked_rows() -> AbstractContextManager[None]:
     """A query that may see no key becomes NaN instead of zero."""
 
     def make(original: Call) -> Call:
-        def by_block(q: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> Tensor:
+        def by_block(q: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Tensor:
             may = mask.allowed(
                 spec.rule, spec.positions_BT, view.positions_BS, spec.segments_BT, view.segments_BS
             )

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from transom.attention.mask import MaskSpec
-from transom.attention.view import CacheView, Score
+from transom.attention.view import CacheView, ScoreArgs
 from transom.config.layer_args import LayerArgs
 from transom.config.model_args import ModelArgs
 from transom.layers.attention import Attention
@@ -58,7 +58,7 @@ def scored(**lost: None) -> AbstractContextManager[None]:
     """Attention without a part of its score."""
 
     def make(layer: Attention, attend: Call) -> Call:
-        def call(q: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> Tensor:
+        def call(q: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Tensor:
             return attend(q, view, spec, replace(score, **lost))
 
         return call

@@ -14,7 +14,7 @@ from tests.mutations import model_bugs
 from transom.attention import backends as attend
 from transom.attention.backends import BACKENDS, Backend
 from transom.attention.reference import reference
-from transom.attention.view import Score
+from transom.attention.view import ScoreArgs
 from transom.base.errors import RequestError
 from transom.base.runtime import one_thread
 from transom.cli.main import main
@@ -67,7 +67,7 @@ def test_jobs_cover_every_rule_phase_and_group():
 
 def test_a_blind_job_lets_no_query_see_a_key():
     inputs = build(Job("masked rows", RULES[2], "blind", length=5), torch.device("cpu"))
-    assert (reference(inputs.tensors[0], inputs.view, inputs.spec, Score()) == 0).all()
+    assert (reference(inputs.tensors[0], inputs.view, inputs.spec, ScoreArgs()) == 0).all()
 
 
 @pytest.mark.parametrize("name", ["sdpa", "blockwise"])
@@ -103,7 +103,7 @@ def whole_blocks(q, view, spec, score):
 
 def no_sink_gradient(q, view, spec, score):
     sinks = None if score.sinks_N is None else score.sinks_N.detach()
-    return reference(q, view, spec, Score(score.scale, score.softcap, sinks))
+    return reference(q, view, spec, ScoreArgs(score.scale, score.softcap, sinks))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from transom.attention import blockwise, flex, sdpa, varlen
 from transom.attention.graphs import constant_in_graphs
 from transom.attention.mask import MaskSpec
 from transom.attention.reference import reference
-from transom.attention.view import CacheView, Score
+from transom.attention.view import CacheView, ScoreArgs
 from transom.base.claims import Claim
 from transom.base.errors import RequestError, nearest, notice
 from transom.base.files import cache_dir
@@ -34,7 +34,7 @@ class Attend(Protocol):
     """
 
     def __call__(
-        self, q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score, /
+        self, q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs, /
     ) -> Tensor: ...
 
 
@@ -49,9 +49,11 @@ class Backend:
 
     name: str
     function: Attend
-    why_not: Callable[[Tensor, CacheView, MaskSpec, Score], str | None]
+    why_not: Callable[[Tensor, CacheView, MaskSpec, ScoreArgs], str | None]
 
-    def __call__(self, q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score, /) -> Tensor:
+    def __call__(
+        self, q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs, /
+    ) -> Tensor:
         reason = refusal(self.name) or self.why_not(q_BTNH, view, spec, score)
         if reason is not None:
             able = [
@@ -65,7 +67,7 @@ class Backend:
         return self.function(q_BTNH, view, spec, score)
 
 
-def _always(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> str | None:
+def _always(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> str | None:
     return None
 
 
@@ -95,14 +97,14 @@ def backend(name: str) -> Attend:
     return BACKENDS[name]
 
 
-def auto(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> Tensor:
+def auto(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Tensor:
     """Attention by the first backend in this job's order that can do it and is not refused on this
     machine.
     """
     return choose(q_BTNH, view, spec, score).function(q_BTNH, view, spec, score)
 
 
-def choose(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> Backend:
+def choose(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Backend:
     """The backend that `auto` takes; a `RequestError` where all that could do the job are
     refused.
     """
@@ -119,7 +121,9 @@ def choose(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> Bac
     )
 
 
-def preference(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> tuple[str, ...]:
+def preference(
+    q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs
+) -> tuple[str, ...]:
     """Backends in the order in which they are tried; the reference never is, and blockwise can do
     everything.
     """

@@ -18,19 +18,19 @@ from torch import Tensor
 
 from transom.attention.mask import MaskSpec, allowed
 from transom.attention.sdpa import by_documents, per_document, reach
-from transom.attention.view import CacheView, Score
+from transom.attention.view import CacheView, ScoreArgs
 from transom.base.runtime import no_autocast
 from transom.config.layer_args import LayerRule
 
 QUERIES, KEYS = 128, 256  # tokens per block; fewer queries take more keys at a time
 
 
-def why_not(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> str | None:
+def why_not(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> str | None:
     """What keeps blockwise from this job: nothing does."""
     return None
 
 
-def blockwise(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> Tensor:
+def blockwise(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Tensor:
     """softmax(cap(q k^T scale), sinks) v under the rule; q [B, T, N, H] in, [B, T, N, v's H]
     out.
     """

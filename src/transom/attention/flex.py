@@ -18,13 +18,13 @@ from torch import Tensor
 
 from transom.attention.graphs import constant_in_graphs
 from transom.attention.mask import MaskSpec, visible
-from transom.attention.view import CacheView, Score
+from transom.attention.view import CacheView, ScoreArgs
 
 BLOCK = 128  # tokens per block of queries and of keys
 FAR = 2**62  # beyond every position and segment
 
 
-def why_not(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> str | None:
+def why_not(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> str | None:
     """What keeps flex from this job, or None."""
     if q_BTNH.device.type != "cuda":
         return f"on {q_BTNH.device.type} it would hold every score at once; its kernel is for cuda"
@@ -36,7 +36,7 @@ def why_not(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> st
     return None if _has_triton() else "its kernel is compiled by triton, which is not installed"
 
 
-def flex(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> Tensor:
+def flex(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Tensor:
     """softmax(cap(q k^T scale), sinks) v under the rule; q [B, T, N, H] in, [B, T, N, v's H]
     out.
     """

@@ -18,19 +18,19 @@ from torch import Tensor
 
 from transom.attention.mask import Layout, MaskSpec, allowed
 from transom.attention.reference import repeat_kv
-from transom.attention.view import CacheView, Score
+from transom.attention.view import CacheView, ScoreArgs
 from transom.base.errors import RequestError
 from transom.config.layer_args import LayerRule
 
 BLOCK = 256  # queries per masked call, tokens
 
 
-def why_not(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> str | None:
+def why_not(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> str | None:
     """What keeps sdpa from this job, or None."""
     return None if score.plain else "torch's fused kernel has neither soft-capping nor sinks"
 
 
-def sdpa(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> Tensor:
+def sdpa(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Tensor:
     """softmax(q k^T scale) v under the rule; q [B, T, N, H] in, [B, T, N, v's H] out."""
     if (
         not score.plain
@@ -49,7 +49,7 @@ def by_documents(view: CacheView, spec: MaskSpec) -> bool:
 
 
 def _kernel(
-    q_BTNH: Tensor, k: Tensor, v: Tensor, score: Score, *, mask: Tensor | None, causal: bool
+    q_BTNH: Tensor, k: Tensor, v: Tensor, score: ScoreArgs, *, mask: Tensor | None, causal: bool
 ) -> Tensor:
     """One fused call; `mask` bool, broadcast to [B, N, T, S]."""
     head_dim, v_dim = q_BTNH.size(-1), v.size(-1)
@@ -109,7 +109,7 @@ def clear_padding(out_BTNH: Tensor, spec: MaskSpec) -> Tensor:
     return out_BTNH.masked_fill((spec.positions_BT < 0)[..., None, None], 0.0)
 
 
-def _one_length(q: Tensor, k: Tensor, v: Tensor, rule: LayerRule, score: Score) -> Tensor:
+def _one_length(q: Tensor, k: Tensor, v: Tensor, rule: LayerRule, score: ScoreArgs) -> Tensor:
     """Documents [count, size, ...] that start where their window or chunk does."""
     size = q.size(1)
     if rule.kind == "window" and size > rule.size:
@@ -131,7 +131,7 @@ def document_sizes(layout: Layout, rule: LayerRule) -> Iterator[int]:
             yield min(rule.size, size - at)
 
 
-def _by_window(q: Tensor, k: Tensor, v: Tensor, window: int, score: Score) -> Tensor:
+def _by_window(q: Tensor, k: Tensor, v: Tensor, window: int, score: ScoreArgs) -> Tensor:
     """Blocks of queries against the keys that a window of that size can reach."""
     length = q.size(1)
     block = min(max(BLOCK // 2, window // 2), 4 * BLOCK)
@@ -152,7 +152,7 @@ def _by_window(q: Tensor, k: Tensor, v: Tensor, window: int, score: Score) -> Te
     return torch.cat(pieces, 1)
 
 
-def _by_block(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> Tensor:
+def _by_block(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Tensor:
     """Any positions at all: the rule's mask for one block of queries at a time."""
     (k, v), k_positions = view.dense()
     length, pieces = q_BTNH.size(1), []
@@ -168,10 +168,12 @@ def _by_block(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> 
         ).unsqueeze(1)
         # A row with no key at all would be NaN, in the gradient too: let it see everything, then
         # clear it.
-        lonely = ~may.any(-1, keepdim=True)
+        fully_masked = ~may.any(-1, keepdim=True)
         keys, values = k[:, low:high], v[:, low:high]
-        out = _kernel(q_BTNH[:, start:stop], keys, values, score, mask=may | lonely, causal=False)
-        pieces.append(out.masked_fill(lonely.transpose(1, 2), 0.0))
+        out = _kernel(
+            q_BTNH[:, start:stop], keys, values, score, mask=may | fully_masked, causal=False
+        )
+        pieces.append(out.masked_fill(fully_masked.transpose(1, 2), 0.0))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
 

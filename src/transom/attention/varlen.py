@@ -18,10 +18,10 @@ from transom.attention.graphs import constant_in_graphs
 from transom.attention.mask import MaskSpec
 from transom.attention.reference import repeat_kv
 from transom.attention.sdpa import by_documents, clear_padding, document_sizes
-from transom.attention.view import CacheView, Score
+from transom.attention.view import CacheView, ScoreArgs
 
 
-def why_not(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> str | None:
+def why_not(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> str | None:
     """What keeps varlen from this job, or None."""
     if not score.plain:
         return "flash attention has neither soft-capping nor sinks here"
@@ -49,7 +49,7 @@ def why_not(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> st
     return None
 
 
-def varlen(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> Tensor:
+def varlen(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Tensor:
     """softmax(q k^T scale) v inside documents under the rule; q [B, T, N, H] in, [B, T, N, v's H]
     out.
     """

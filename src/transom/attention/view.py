@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Score:
+class ScoreArgs:
     """How raw query-key products become attention scores; `scale` None means head_dim ** -0.5.
 
     `softcap` turns a scaled score s into cap * tanh(s / cap) before the mask (Gemma 2). `sinks_N`

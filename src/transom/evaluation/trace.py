@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from transom.attention.mask import MaskSpec
 from transom.attention.reference import weights_BNTS
-from transom.attention.view import CacheView, Score
+from transom.attention.view import CacheView, ScoreArgs
 from transom.base.errors import require
 from transom.layers.block import TransformerBlock
 from transom.layers.inputs import TransformerInput
@@ -98,7 +98,7 @@ def recording(model: LLM) -> Iterator[Recording]:
     recorded = Recording()
     backend, replaced = model.attend, "attend" in vars(model)
 
-    def attend(q_1TNH: Tensor, view: CacheView, spec: MaskSpec, score: Score, /) -> Tensor:
+    def attend(q_1TNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs, /) -> Tensor:
         recorded.attention.append(attention_summary(q_1TNH, view, spec, score))
         return backend(q_1TNH, view, spec, score)
 
@@ -123,7 +123,7 @@ def recording(model: LLM) -> Iterator[Recording]:
 
 
 def attention_summary(
-    q_1TNH: Tensor, view: CacheView, spec: MaskSpec, score: Score
+    q_1TNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs
 ) -> tuple[Tensor, Tensor]:
     """(entropy [N] in nats, mean over queries; weights [N, T] of the last query), from the
     reference's weights.

@@ -103,14 +103,14 @@ class Sampler:
         if args.temperature < MIN_TEMPERATURE:
             ids_B = logits_BV.argmax(-1)
         else:
-            logits_BV = heated(logits_BV.float(), args.temperature)
+            logits_BV = apply_temperature(logits_BV.float(), args.temperature)
             if args.top_k is not None:
                 logits_BV = keep_top_k(logits_BV, args.top_k)
             if args.top_p < 1:
                 logits_BV = keep_top_p(logits_BV, args.top_p)
             if args.min_p > 0:
                 logits_BV = keep_min_p(logits_BV, args.min_p)
-            ids_B = draw(logits_BV.softmax(-1), self._uniform_B().to(logits_BV.device))
+            ids_B = sample(logits_BV.softmax(-1), self._uniform_B().to(logits_BV.device))
         if self._log_probs is not None:
             self._log_probs.append(
                 logits_BV.float().log_softmax(-1).gather(-1, ids_B[:, None])[:, 0]
@@ -124,7 +124,7 @@ class Sampler:
         if self._prompt_BV is not None:
             seen_BV = self._prompt_BV | (counts_BV > 0)
             logits_BV = torch.where(
-                seen_BV, discouraged(logits_BV, args.repetition_penalty), logits_BV
+                seen_BV, apply_repetition_penalty(logits_BV, args.repetition_penalty), logits_BV
             )
         return (
             logits_BV - args.frequency_penalty * counts_BV - args.presence_penalty * (counts_BV > 0)
@@ -134,14 +134,14 @@ class Sampler:
         return torch.cat([torch.rand(1, generator=generator) for generator in self._generators])
 
 
-def discouraged(logits_BV: Tensor, penalty: float) -> Tensor:
+def apply_repetition_penalty(logits_BV: Tensor, penalty: float) -> Tensor:
     """Positive logits divided by `penalty`, negative ones multiplied: less likely either way (CTRL,
     1909.05858).
     """
     return torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
 
 
-def heated(logits_BV: Tensor, temperature: float) -> Tensor:
+def apply_temperature(logits_BV: Tensor, temperature: float) -> Tensor:
     """(logits - best) / temperature: the softmax does not see the shift, and no temperature can
     overflow.
     """
@@ -170,7 +170,7 @@ def keep_min_p(logits_BV: Tensor, p: float) -> Tensor:
     )
 
 
-def draw(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
+def sample(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """The first token of each row at which the summed probabilities pass its uniform number in [0,
     1).
     """

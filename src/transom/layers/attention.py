@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from transom.attention.view import CacheView, Score
+from transom.attention.view import CacheView, ScoreArgs
 from transom.config.layer_args import LayerArgs, TemperatureArgs
 from transom.layers.linear import Linear
 from transom.layers.norm import make_norm, rmsnorm
@@ -79,7 +79,7 @@ class Attention(nn.Module):
         if layer.temperature is not None:
             q = (q * step.temperature[layer.temperature]).to(q.dtype)
         view = new_view((k, v), step, layer, cache)
-        score = Score(layer.softmax_scale, layer.attn_softcap, self.sinks)
+        score = ScoreArgs(layer.softmax_scale, layer.attn_softcap, self.sinks)
         return self.wo(step.attend(q, view, step.masks[layer.rule], score).flatten(-2))
 
 
@@ -110,5 +110,5 @@ class CrossAttention(nn.Module):
             if cache is not None:
                 view = cache.keep_context(view.states, view.positions_BS)
         assert step.context_mask is not None, "built with every step of such a model"
-        out_BTNH = step.attend(q_BTNH, view, step.context_mask, Score(layer.softmax_scale))
+        out_BTNH = step.attend(q_BTNH, view, step.context_mask, ScoreArgs(layer.softmax_scale))
         return self.wo(out_BTNH.flatten(-2))

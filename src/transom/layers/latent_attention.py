@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from transom.attention.view import CacheView, Score
+from transom.attention.view import CacheView, ScoreArgs
 from transom.config.layer_args import LayerArgs
 from transom.layers.attention import new_view
 from transom.layers.linear import Linear
@@ -99,10 +99,10 @@ class LatentAttention(nn.Module):
         ]
         return torch.einsum("btnr,nhr->btnh", out, up_v)
 
-    def _score(self) -> Score:
+    def _score(self) -> ScoreArgs:
         mla, layer = self.mla, self.layer
         plain = (mla.qk_nope_head_dim + mla.qk_rope_head_dim) ** -0.5
-        return Score(
+        return ScoreArgs(
             plain if layer.softmax_scale is None else layer.softmax_scale, layer.attn_softcap
         )
 

@@ -53,7 +53,7 @@ class GroupedLinear(nn.Module):
         nothing.
         """
         out_RD = self.product(rows_RD, ends_E)
-        if self.bias is None or not holds_numbers(rows_RD):
+        if self.bias is None or not has_data(rows_RD):
             return out_RD
         # Rows of no linear read a row of zeros, which takes their meaningless gradient away with
         # it.
@@ -75,7 +75,7 @@ def grouped_product(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tens
     """Rows [ends[e - 1], ends[e]) times matrix e, transposed: [R, O], one grouped product where
     torch has it.
     """
-    if not holds_numbers(rows_RI):
+    if not has_data(rows_RI):
         return F.linear(
             rows_RI, weight_EOI[0]
         )  # the shape is all there is, and that of every group
@@ -104,7 +104,7 @@ def per_row(values_EO: Tensor, ends_E: Tensor, rows: int, fill: float) -> Tensor
     return F.pad(values_EO, (0, 0, 0, 1), value=fill).index_select(0, of_R)
 
 
-def holds_numbers(x: Tensor) -> bool:
+def has_data(x: Tensor) -> bool:
     """Whether `x` is more than a shape: neither on the meta device nor made under a fake tensor
     mode.
     """

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transom.base.errors import RequestError, nearest, notice
-from transom.layers.linear import GroupedLinear, Linear, holds_numbers
+from transom.layers.linear import GroupedLinear, Linear, has_data
 from transom.quantize.args import GROUPS, QuantizeArgs
 from transom.quantize.formats import Parts, dequantize, empty_parts, quantize
 
@@ -64,7 +64,7 @@ class QuantizedGroupedLinear(Quantized, GroupedLinear):  # type: ignore[misc]  #
         """One expert after the other, so that one dense matrix is in memory; those without rows are
         left out.
         """
-        if not holds_numbers(rows_RD):
+        if not has_data(rows_RD):
             return F.linear(rows_RD, self.weight[0])
         ends = ends_E.tolist()
         sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from transom.attention.mask import Layout, MaskSpec, positions_from_sizes, segments_from_sizes
-from transom.attention.view import CacheView, Score
+from transom.attention.view import CacheView, ScoreArgs
 from transom.config.layer_args import LayerRule
 
 Phase = Literal[
@@ -131,9 +131,11 @@ class Inputs:
         return Inputs(tensors, view, self.spec, self.scale, self.softcap)
 
     @property
-    def score(self) -> Score:
+    def score(self) -> ScoreArgs:
         """How products become scores."""
-        return Score(self.scale, self.softcap, self.tensors[3] if len(self.tensors) > 3 else None)
+        return ScoreArgs(
+            self.scale, self.softcap, self.tensors[3] if len(self.tensors) > 3 else None
+        )
 
 
 def build(job: Job, device: torch.device) -> Inputs:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from transom.attention.backends import BACKENDS, auto, refusal
 from transom.attention.mask import MaskSpec
-from transom.attention.view import CacheView, Score
+from transom.attention.view import CacheView, ScoreArgs
 from transom.base.errors import notice, require
 from transom.config.model_args import ModelArgs
 from transom.data.batch import NO_TARGET
@@ -79,7 +79,7 @@ class Preferring:
     def __init__(self, name: str) -> None:
         self.backend, self.used, self.why_not = BACKENDS[name], 0, ""
 
-    def __call__(self, q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score) -> Tensor:
+    def __call__(self, q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Tensor:
         reason = refusal(self.backend.name) or self.backend.why_not(q_BTNH, view, spec, score)
         if reason is not None:
             self.why_not = reason

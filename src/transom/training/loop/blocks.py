@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from transom.attention.backends import Attend
 from transom.attention.mask import MaskSpec
-from transom.attention.view import CacheView, Score
+from transom.attention.view import CacheView, ScoreArgs
 from transom.layers.block import TransformerBlock
 from transom.models.llm import LLM
 
@@ -87,7 +87,9 @@ class EagerAttend:
     attend: Attend
 
     @torch.compiler.disable
-    def __call__(self, q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: Score, /) -> Tensor:
+    def __call__(
+        self, q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs, /
+    ) -> Tensor:
         return self.attend(q_BTNH, view, spec, score)
 
 

@@ -92,9 +92,9 @@ def serve(answer: Callable[[Any], Any], memory_bytes: int) -> None:
     """
     with contextlib.suppress(ValueError, OSError):  # not enforced here, or a lower limit already
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for line in sys.stdin:
         seconds, request = json.loads(line)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, seconds)
         reply = json.dumps(answer(request))
         signal.setitimer(signal.ITIMER_REAL, 0)

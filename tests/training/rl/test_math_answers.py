@@ -114,19 +114,6 @@ def test_an_answer_that_never_ends_is_wrong_and_the_next_is_judged_outside_the_m
     assert "counts as wrong" in capsys.readouterr().err
 
 
-def test_an_interrupted_comparison_leaves_no_answer_for_the_next(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    worker = math_answers._Worker()
-    assert worker.ask({"read": ["2", True]})
-    with monkeypatch.context() as patch:
-        patch.setattr(worker, "_read", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            worker.ask({"same": ["2", True, r"\sqrt{4}", True]})
-    assert worker.ask({"same": ["2", True, "3", True]}) is False
-    worker.close()
-
-
 def test_without_the_library_the_reward_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(RequestError, match=r"finetune\.reward: got 'number': needs math-verify"):

@@ -9,26 +9,18 @@ where both texts end with one.
 
 from __future__ import annotations
 
-import atexit
 import importlib.util
-import json
-import queue
 import re
-import subprocess
-import sys
-import threading
 from fractions import Fraction
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 from unicodedata import normalize
 
-from transom.base.errors import RequestError, WorkError, notice
+from transom.base.errors import RequestError, notice
+from transom.base.worker import Worker
 
 SECONDS = 5  # for one comparison
-START_SECONDS = 120  # for importing SymPy, on a busy machine
 BOXED = "\\boxed{"
-_WORKER = Path(__file__).with_name("math_worker.py")
 
 _DIGITS = r"(?:\d{1,3}(?:[, ]\d{3})++(?!\d)|\d++)(?:\.\d*+)?+|\.\d++"
 _NUMBER = re.compile(
@@ -118,7 +110,7 @@ def check_reference(text: str) -> None:
     if _reference_number(part.text) is not None:
         return
     request = _as_request(part)
-    readable = part.text and request[1] and _worker().ask({"read": request})
+    readable = part.text and request[1] and _ask({"read": request})
     if not readable:
         raise RequestError(
             f"answer: got {part.text[:80]!r}; valid only with reward number is a number or an "
@@ -141,7 +133,7 @@ def same_value(answer: str, reference: str) -> bool:
         return number == right
     if right is not None:
         wanted = Part(f"{right.numerator}/{right.denominator}", True)
-    same = _worker().ask({"same": [*_as_request(wanted), *_as_request(given)]})
+    same = _ask({"same": [*_as_request(wanted), *_as_request(given)]})
     if same is None:
         shown = f"{given.text[:60]!r}"
         notice(f"reward number: comparing {shown} took more than {SECONDS} s; it counts as wrong")
@@ -185,7 +177,7 @@ def _as_request(part: Part) -> tuple[str, bool]:
     return (cleaned, True) if number is None else (f"{number.numerator}/{number.denominator}", True)
 
 
-# -- the process -----------------------------------------------------------------------------------
+# -- the process --
 
 
 def require_math_verify() -> None:
@@ -201,78 +193,12 @@ def require_math_verify() -> None:
 
 
 @cache
-def _worker() -> _Worker:
-    return _Worker()
+def _worker() -> Worker:
+    return Worker("transom.training.rl.math_worker")
 
 
-class _Worker:
-    """A process of `math_worker.py`, which is started for the first request and again after a time
-    limit.
-    """
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
-        self._lines: queue.Queue[str] = queue.Queue()
-        self._lock = threading.Lock()
-        atexit.register(self.close)
-
-    def ask(self, request: dict[str, Any]) -> bool | None:
-        """Return the answer, or None if the process takes too long or ends."""
-        with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._start()
-            assert self._process is not None and self._process.stdin is not None
-            line = ""
-            try:
-                self._process.stdin.write(json.dumps(request) + "\n")
-                self._process.stdin.flush()
-                line = self._read(SECONDS + 1)
-            except OSError:
-                return None
-            finally:
-                if (
-                    not line
-                ):  # also after an interruption: the next request must not get this answer
-                    self.close()
-            return bool(json.loads(line)) if line else None
-
-    def close(self) -> None:
-        """End the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    def _start(self) -> None:
-        require_math_verify()
-        # -P: the folder of the script has modules with the names of standard ones.
-        command = [sys.executable, "-P", str(_WORKER), str(SECONDS)]
-        # In its own session, since a run that ends after Ctrl-C may still need rewards.
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-            start_new_session=True,
-        )
-        self._lines = queue.Queue()
-        threading.Thread(target=_pump, args=(self._process, self._lines), daemon=True).start()
-        if not self._read(START_SECONDS):
-            self.close()
-            raise WorkError("reward number: the process that runs math-verify did not start")
-
-    def _read(self, seconds: float) -> str:
-        try:
-            return self._lines.get(timeout=seconds)
-        except queue.Empty:
-            return ""
-
-
-def _pump(process: subprocess.Popen[str], lines: queue.Queue[str]) -> None:
-    """Put the lines of a process into a queue, and an empty one at its end."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        lines.put(line)
-    lines.put("")
+def _ask(request: dict[str, Any]) -> bool | None:
+    """Return the answer of the process that runs math-verify, or None if it takes too long."""
+    require_math_verify()
+    answer: bool | None = _worker().ask(request, SECONDS)
+    return answer

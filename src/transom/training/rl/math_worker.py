@@ -1,23 +1,19 @@
-"""The process in which `math-verify` compares answers: a script that reads one JSON request per
-line.
+"""The child process in which math-verify compares answers.
 
 SymPy may compute for hours, or fill the memory, on a line that a model wrote (9^{9^{9^9}}). The
-time limit of `math-verify` is a signal, which needs the main thread and does not end a computation
-in C; a process can be ended. This file imports nothing of Transom, so that the process starts
-quickly.
+time limit of math-verify is a signal, which needs the main thread and does not end a computation
+in C. A process can be ended.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import signal
-import sys
 from functools import lru_cache
 from typing import Any
 
-MEMORY = 4 << 30  # bytes
+from transom.base.worker import serve
+
+MEMORY_BYTES = 4 << 30
 ROUNDING = 12  # digits after the point: 0.333333 is not 1/3
 LONGEST_NAME = 1  # letters of a variable; a longer symbol is a word
 
@@ -25,20 +21,9 @@ LONGEST_NAME = 1  # letters of a variable; a longer symbol is a word
 def main() -> None:
     """Answer {"read": [text, as_latex]} and {"same": [text, as_latex] * 2} until input ends."""
     logging.disable(logging.CRITICAL)
-    _limit_memory()
-    seconds = int(sys.argv[1])
-    _same(
-        _parse("2", True), _parse(r"\sqrt{4}", True)
-    )  # imports must not count against the first request
-    _write("ready")
-    for line in sys.stdin:
-        with _deadline(seconds):
-            _write(_answer(json.loads(line)))
-
-
-def _write(value: str | bool) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
-    sys.stdout.flush()
+    # Imports must not count against the time of the first request.
+    _same(_parse("2", True), _parse(r"\sqrt{4}", True))
+    serve(_answer, MEMORY_BYTES)
 
 
 def _answer(request: dict[str, Any]) -> bool:
@@ -47,11 +32,7 @@ def _answer(request: dict[str, Any]) -> bool:
             return _is_mathematics(*request["read"])
         one, other = request["same"][:2], request["same"][2:]
         return _same(_parse(*one), _parse(*other))
-    except (
-        Exception,
-        RecursionError,
-        MemoryError,
-    ):  # the parser's generated code may raise anything
+    except Exception:  # the parser's generated code may raise anything
         return False
 
 
@@ -91,26 +72,6 @@ def _plain_words(text: str) -> list[str]:
     """
     letters = "".join(letter if letter.isalpha() or letter == "\\" else " " for letter in text)
     return [word for word in letters.split() if "\\" not in word]
-
-
-def _limit_memory() -> None:
-    with contextlib.suppress(
-        ImportError, ValueError, OSError
-    ):  # Windows, macOS, a lower limit already
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-
-
-@contextlib.contextmanager
-def _deadline(seconds: int) -> Any:
-    """End this process after `seconds`; the default action of the alarm needs no Python."""
-    if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(seconds)
-    yield
-    if hasattr(signal, "alarm"):
-        signal.alarm(0)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from transom.base.errors import RequestError
 from transom.chat.template import ChatTemplate
 from transom.evaluation import answers
 from transom.evaluation.answers import score_answers
-from transom.evaluation.eval_args import EvalArgs, Matching
-from transom.evaluation.task_data import AnswerRow
+from transom.evaluation.eval_args import EvalArgs
+from transom.evaluation.task_data import AnswerRow, DataSet
 from transom.inference.text import Completion
 
 MESSAGES = ({"role": "user", "content": "What is two and two? </s>"},)
@@ -40,41 +40,51 @@ def row(prompt="", answers=("x",), messages=(), number=1):
     return AnswerRow(f"a:{number}", prompt, messages, answers)
 
 
+def score(model, rows, **args):
+    return score_answers(
+        model, DataSet("a", "answers", (), rows), EvalArgs(max_new_tokens=NEW, **args)
+    )
+
+
+def texts(result):
+    return [row["text"] for row in result.rows]
+
+
 def test_batches_say_what_transformers_says_alone(subject, generate, monkeypatch):
     prompts = ["The quick brown", "Question", "The dog sleeps on and the fox jumps", "Größe"]
     want = [generate(subject.encode(prompt)) for prompt in prompts]
     rows = [row(prompt, (said, "y")) for prompt, said in zip(prompts, want, strict=True)]
     for cache_tokens in (1, 64, 1 << 15):
         monkeypatch.setattr("transom.evaluation.answers.CACHE_TOKENS", cache_tokens)
-        got = score_answers(subject, rows, max_new_tokens=NEW, matching=Matching())
-        assert got.texts == want and got.right.all()
-    assert got.tokens == len(prompts) * NEW and got.unfinished == len(prompts)
+        got = score(subject, rows)
+        assert texts(got) == want and got.scores["exact_match"].score == 1
+    assert got.facts["tokens"] == len(prompts) * NEW and got.facts["unfinished"] == len(prompts)
 
 
 def test_messages_go_through_the_template(subject, generate):
     want = generate(subject.template.encode(MESSAGES))
-    got = score_answers(subject, [row(messages=MESSAGES)], max_new_tokens=NEW, matching=Matching())
-    assert got.texts == [want] and not got.right.any()
+    got = score(subject, [row(messages=MESSAGES)])
+    assert texts(got) == [want] and got.scores["exact_match"].score == 0
 
 
 def test_a_stop_text_ends_an_answer(subject):
     rows = [row("The quick brown")]
-    whole = score_answers(subject, rows, max_new_tokens=NEW, matching=Matching()).texts[0]
-    stop = whole[4:6]
-    got = score_answers(subject, rows, max_new_tokens=NEW, matching=Matching(), stop=[stop])
-    assert got.texts == [whole[: whole.index(stop)]] and got.unfinished == 0
+    (complete,) = texts(score(subject, rows))
+    stop = complete[4:6]
+    got = score(subject, rows, stop=(stop,))
+    assert texts(got) == [complete[: complete.index(stop)]] and got.facts["unfinished"] == 0
 
 
 def test_a_prompt_without_room_is_named(subject):
     rows = [row("The"), row("x " * LONGEST, number=2)]
     with pytest.raises(RequestError, match=f"a:2: a prompt of .* expected {LONGEST} together"):
-        score_answers(subject, rows, max_new_tokens=NEW, matching=Matching())
+        score(subject, rows)
 
 
 def test_messages_need_a_template(subject, monkeypatch):
-    monkeypatch.setattr(subject, "template", None)
+    monkeypatch.setitem(subject.__dict__, "template", None)
     with pytest.raises(RequestError, match="a:1: messages: this model has no chat template"):
-        score_answers(subject, [row(messages=MESSAGES)], max_new_tokens=NEW, matching=Matching())
+        score(subject, [row(messages=MESSAGES)])
 
 
 @pytest.mark.parametrize(
@@ -91,8 +101,8 @@ def test_messages_need_a_template(subject, monkeypatch):
     ],
 )
 def test_what_counts_as_right(text, extract, ignore_case, right):
-    matching = EvalArgs(extract=extract, ignore_case=ignore_case).matching
-    assert matching.right(matching.found(text), ("42 ", "forty-two")) is right
+    args = EvalArgs(extract=extract, ignore_case=ignore_case)
+    assert args.is_right(args.answer_in(text), ("42 ", "forty-two")) is right
 
 
 def test_a_pattern_that_is_none_is_refused():
@@ -104,7 +114,8 @@ def test_reasoning_is_not_compared(subject, monkeypatch):
     source = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
     monkeypatch.setitem(subject.__dict__, "template", ChatTemplate(source, subject.tokenizer))
     said = Completion("<think>five?</think>\nfour", [1], "stop")
-    monkeypatch.setattr(answers, "generated", lambda *_, **__: iter(enumerate([said, said])))
+    monkeypatch.setattr(answers, "complete_prompts", lambda *_, **__: iter(enumerate([said, said])))
     rows = [row(messages=MESSAGES, answers=("four",)), row("two and two", answers=(said.text,))]
-    got = score_answers(subject, rows, max_new_tokens=NEW, matching=Matching())
-    assert got.right.all() and got.texts == ["four", said.text] and got.reasoning == ["five?", ""]
+    got = score(subject, rows)
+    assert got.scores["exact_match"].score == 1 and texts(got) == ["four", said.text]
+    assert [row.get("reasoning") for row in got.rows] == ["five?", None]

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.evaluation.twins import LONGEST
 from transom.base.errors import RequestError
 from transom.evaluation.choices import encode_pair, score_choices
-from transom.evaluation.task_data import ChoiceRow
+from transom.evaluation.eval_args import EvalArgs
+from transom.evaluation.task_data import ChoiceRow, DataSet
 
 ROWS = [
     ChoiceRow(
@@ -30,42 +31,46 @@ def logprob(model, tokenizer, prompt, choice):
     return sum(float(logp_TV[at - 1, ids[at]]) for at in range(len(head), len(ids)))
 
 
+def score(model, rows, **args):
+    return score_choices(model, DataSet("a", "choices", rows), EvalArgs(**args))
+
+
 @pytest.mark.parametrize("batch_tokens", [1, 60, 4096])
 def test_log_probabilities_are_those_of_transformers(folder, subject, batch_tokens):
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(folder),
         AutoTokenizer.from_pretrained(folder),
     )
-    got = score_choices(subject, ROWS, batch_tokens)
-    for row, found in zip(ROWS, got.logprobs, strict=True):
+    got = score(subject, ROWS, batch_tokens=batch_tokens)
+    for row, found in zip(ROWS, got.rows, strict=True):
         want = [logprob(model, tokenizer, row.prompt, choice) for choice in row.choices]
-        assert found == pytest.approx(want, rel=1e-5)
-        assert got.chosen["acc"][ROWS.index(row)] == np.argmax(want)
-    assert (got.ties, got.cut) == (0, 0)
+        assert found["logprobs"] == pytest.approx(want, rel=1e-5)
+        assert found["acc"] == np.argmax(want)
+    assert (got.facts["ties"], got.facts["cut"]) == (0, 0)
 
 
 def test_lengths_divide_by_characters_or_bytes(subject):
     row = ChoiceRow("a:1", "Größe", ("é" * 8, "abcdefghij"), 0)
-    got = score_choices(subject, [row])
-    (some,) = got.logprobs
-    assert got.chosen["acc_norm"][0] == np.argmax([some[0] / 8, some[1] / 10])
-    assert got.chosen["acc_bytes"][0] == np.argmax([some[0] / 16, some[1] / 10])
-    assert bool(got.right["acc_bytes"][0]) == (got.chosen["acc_bytes"][0] == 0)
+    got = score(subject, [row])
+    (found,) = got.rows
+    some = found["logprobs"]
+    assert found["acc_norm"] == np.argmax([some[0] / 8, some[1] / 10])
+    assert found["acc_bytes"] == np.argmax([some[0] / 16, some[1] / 10])
+    assert got.scores["acc_bytes"].score == (found["acc_bytes"] == 0)
 
 
 def test_ties_are_counted_and_the_first_counts(subject):
-    got = score_choices(subject, [ChoiceRow("a:1", "The", ("dog", "dog"), 1)])
-    assert (got.ties, got.chosen["acc"].tolist(), got.right["acc"].tolist()) == (1, [0], [False])
+    got = score(subject, [ChoiceRow("a:1", "The", ("dog", "dog"), 1)])
+    assert (got.facts["ties"], got.rows[0]["acc"], got.scores["acc"].score) == (1, 0, 0.0)
 
 
 def test_what_does_not_fit_is_cut_from_the_left(subject):
     long = ChoiceRow("a:1", "x " * LONGEST + "The quick brown", ("fox", "dog"), 0)
-    got = score_choices(subject, [long, ROWS[0]])
-    assert got.cut == 2
+    assert score(subject, [long, ROWS[0]]).facts["cut"] == 2
     head, rest = encode_pair(subject, long.prompt, " fox", "")
     assert len(head) + len(rest) > LONGEST + 1
-    with pytest.raises(RequestError, match="a continuation of"):
-        score_choices(subject, [ChoiceRow("a:1", "The", ("x " * LONGEST, "dog"), 0)])
+    with pytest.raises(RequestError, match="tokens of a continuation: got"):
+        score(subject, [ChoiceRow("a:1", "The", ("x " * LONGEST, "dog"), 0)])
 
 
 def test_spaces_before_the_boundary_belong_to_the_continuation(subject):

@@ -26,9 +26,10 @@ from transom.base.errors import RequestError
 from transom.chat.template import ChatTemplate
 from transom.evaluation import harness
 from transom.evaluation.choices import score_choices
+from transom.evaluation.eval_args import EvalArgs
 from transom.evaluation.eval_model import EvalModel
 from transom.evaluation.harness import TransomLM, read_settings
-from transom.evaluation.task_data import read_choices
+from transom.evaluation.task_data import open_data
 from transom.inference.text import Completion
 from transom.layers.inputs import TransformerInput
 
@@ -190,14 +191,14 @@ def test_our_multiple_choice_counts_as_the_library_does(ours, tasks):
         log_samples=True,
         bootstrap_iters=0,
     )
-    rows = read_choices(str(tasks / "questions.jsonl"))
-    got = score_choices(ours.subject, rows)
+    data = open_data([str(tasks / "questions.jsonl")])[0]
+    got = score_choices(ours.subject, data, EvalArgs())
     for sample in found["samples"]["local_choices"]:
         at = sample["doc_id"]
-        assert got.logprobs[at] == pytest.approx([one for ((one, _),) in sample["resps"]], rel=1e-5)
-        assert {name: float(right[at]) for name, right in got.right.items()} == {
-            name: sample[name] for name in got.right
-        }
+        logprobs = [one for ((one, _),) in sample["resps"]]
+        assert got.rows[at]["logprobs"] == pytest.approx(logprobs, rel=1e-5)
+        right = {name: ratio.parts[at] for name, ratio in got.scores.items()}
+        assert right == {name: sample[name] for name in right}
 
 
 def test_generation_settings_are_read_or_refused():

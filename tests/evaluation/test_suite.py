@@ -16,8 +16,8 @@ from transom.data.text.sources import SourceArgs
 from transom.evaluation.eval_args import EvalArgs
 from transom.evaluation.eval_model import EvalModel
 from transom.evaluation.intervals import Ratio, Z
-from transom.evaluation.suite import Measured, comparison, evaluate, report
-from transom.evaluation.task_data import open_data
+from transom.evaluation.suite import comparison, evaluate, report
+from transom.evaluation.task_data import DataSet, TaskResult, open_data
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_the_better_of_two_is_the_lower_of_bits_and_the_higher_of_shares():
             "bits_per_byte": Ratio(bits + more_bits, np.ones(rows)),
             "acc": Ratio.of_right(right),
         }
-        return [Measured("data", "text", "hash", scores, {}, [], 0.0)]
+        return [TaskResult(DataSet("data", "text"), "hash", scores, {}, [])]
 
     first, second = measured(0.0, right), measured(0.5, right | (np.arange(rows) % 4 == 1))
     (one,) = comparison((facts, facts), first, second)["data"]
@@ -169,12 +169,10 @@ def test_scores_that_are_no_numbers_are_no_result(folder, texts):
     broken = EvalModel.open(folder, device="cpu", dtype="float32")
     with torch.no_grad():
         broken.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(WorkError, match="bits_per_byte is no finite number"):
+    with pytest.raises(WorkError, match="bits_per_byte is not finite"):
         evaluate(broken, open_data([str(texts)]), EvalArgs())
     (texts.parent / "rows.jsonl").write_text(
         '{"question": "The", "choices": ["fox", "dog"], "answer": 0}'
     )
-    with pytest.raises(
-        WorkError, match=r"rows\.jsonl:1: the log-probability of a choice is no number"
-    ):
+    with pytest.raises(WorkError, match=r"rows\.jsonl:1: the log-probability of a choice is NaN"):
         evaluate(broken, open_data([str(texts.parent / "rows.jsonl")]), EvalArgs())

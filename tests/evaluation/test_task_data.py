@@ -99,7 +99,7 @@ def test_a_wrong_question_is_one_sentence_with_its_line(write, row, sentence):
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        (QUESTION, "one kind a file"),
+        (QUESTION, "has choices"),
         ({"prompt": "x"}, "a text or a list of texts"),
         ({"prompt": "x", "answer": []}, "a text or a list of texts"),
         ({"prompt": "x", "answer": 4}, "a text or a list of texts"),

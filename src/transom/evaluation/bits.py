@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from transom.base.errors import RequestError
 from transom.base.runtime import evaluating
-from transom.evaluation.progress import shown
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
+
+T = TypeVar("T")
 
 
 class Documents(Protocol):
@@ -163,22 +164,31 @@ def _windows(ids: NDArray[np.int64], window: int, stride: int) -> list[Window]:
 def score_windows(
     model: LLM, windows: Sequence[Window], batch_tokens: int = 4096, progress: str = ""
 ) -> list[WindowScore]:
-    """Scores in the order given; `progress` names them on a bar on standard error."""
-    scores = [WindowScore(0.0, True)] * len(windows)
-    found = scored(model, windows, batch_tokens)
-    for index, one in shown(found, progress, len(windows)):
-        scores[index] = one
-    return scores
+    """Return the score of each window; a `progress` names a bar on standard error."""
+    return in_order(scored(model, windows, batch_tokens), len(windows), progress)
+
+
+def in_order(found: Iterable[tuple[int, T]], count: int, progress: str = "") -> list[T]:
+    """Return the values of `count` pairs (index, value), in the order of the indices.
+
+    A `progress` that is not empty names a bar on standard error.
+    """
+    if progress:
+        from rich.console import Console
+        from rich.progress import track
+
+        found = track(found, progress, total=count, console=Console(stderr=True))
+    values = dict(found)
+    return [values[index] for index in range(count)]
 
 
 @torch.no_grad()
 def scored(
     model: LLM, windows: Sequence[Window], batch_tokens: int = 4096, batch_rows: int | None = None
 ) -> Iterator[tuple[int, WindowScore]]:
-    """(index, score) of each window as it comes, `batch_tokens` or one row at a time, `batch_rows`
-    at most.
+    """Yield the index and the score of each window, in batches of `batches_by_length`.
 
-    The longest come first; neighbours with the same inputs are run once.
+    Windows of the same input in neighbouring places are run once.
     """
     rows: list[list[int]] = []
     for index in sorted(range(len(windows)), key=lambda index: -len(windows[index].inputs)):
@@ -186,21 +196,30 @@ def scored(
             rows[-1].append(index)
         else:
             rows.append([index])
+    lengths = [len(windows[row[0]].inputs) for row in rows]
     with evaluating(model):
-        for batch in _batches(rows, windows, batch_tokens, batch_rows):
-            found = _score_batch(model, [[windows[index] for index in row] for row in batch])
-            yield from zip((index for row in batch for index in row), found, strict=True)
+        for batch in batches_by_length(lengths, batch_tokens, batch_rows):
+            members = [[windows[index] for index in rows[at]] for at in batch]
+            scores = _score_batch(model, members)
+            yield from zip((index for at in batch for index in rows[at]), scores, strict=True)
 
 
-def _batches(
-    rows: Sequence[list[int]], windows: Sequence[Window], batch_tokens: int, batch_rows: int | None
-) -> Iterator[Sequence[list[int]]]:
-    at = 0
-    while at < len(rows):
-        count = max(1, batch_tokens // len(windows[rows[at][0]].inputs))
-        stop = at + (count if batch_rows is None else min(count, batch_rows))
-        yield rows[at:stop]
-        at = stop
+def batches_by_length(
+    lengths: Sequence[int], batch_tokens: int, batch_rows: int | None = None
+) -> Iterator[list[int]]:
+    """Yield the indices of rows in batches of similar length, the longest first.
+
+    Args:
+        lengths: Tokens of each row.
+        batch_tokens: The most tokens of a batch, padding included; a batch has at least one row.
+        batch_rows: The most rows of a batch, if there is a limit.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    while order:
+        count = max(1, batch_tokens // max(1, lengths[order[0]]))
+        count = count if batch_rows is None else min(count, batch_rows)
+        yield order[:count]
+        order = order[count:]
 
 
 def _score_batch(model: LLM, rows: Sequence[Sequence[Window]]) -> list[WindowScore]:

@@ -1,4 +1,4 @@
-"""How to evaluate: windows, generation, and when a generated text is right. No torch."""
+"""`EvalArgs`: how to evaluate a model. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -6,68 +6,54 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError
+from transom.base.fields import check_bounds, describe
 
 
 @dataclass(frozen=True)
-class Matching:
-    """How a text is compared with the accepted answers; spaces around both never count."""
+class EvalArgs:
+    """Settings of an evaluation. The description of each field says what it does."""
 
-    extract: re.Pattern[str] | None = (
-        None  # its last match counts, of that its first group where it has one
+    window: int | None = describe(
+        None, "text: tokens of context; null: max_seq_len, 4096 at most", "tokens", at_least=1
     )
-    ignore_case: bool = False
+    stride: int | None = describe(
+        None, "text: step between windows; null: half a window", "tokens", at_least=1
+    )
+    max_new_tokens: int = describe(128, "answers: longest answer", "tokens", at_least=1)
+    extract: str | None = describe(None, "answers: regular expression that finds the answer")
+    ignore_case: bool = describe(False, "answers: upper and lower case are the same")
+    stop: tuple[str, ...] = describe((), "answers: texts that end an answer")
+    batch_tokens: int = describe(4096, "tokens of one forward pass", "tokens", at_least=1)
+    limit: int | None = describe(
+        None, "documents or rows of each data set; null: all", "rows", at_least=1
+    )
+    progress: bool = describe(False, "show a progress bar on standard error")
 
-    def found(self, text: str) -> str | None:
-        """What a generated text answers; None where there is nothing that `extract` looks for."""
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        try:
+            re.compile(self.extract or "")
+        except re.error as error:
+            expected = f"expected a regular expression ({error})"
+            raise RequestError(f"extract: got {self.extract!r}; {expected}") from None
+
+    def answer_in(self, text: str) -> str | None:
+        """Return the answer that a text gives, without spaces around it; None if there is none.
+
+        It is the last match of `extract`, or the first group of that match if it has groups.
+        """
         if self.extract is None:
             return text.strip()
-        matches = list(self.extract.finditer(text))
+        matches = list(re.finditer(self.extract, text))
         if not matches:
             return None
         groups = [group for group in matches[-1].groups() if group is not None]
         return (groups[0] if groups else matches[-1][0]).strip()
 
-    def right(self, found: str | None, answers: Sequence[str]) -> bool:
-        """Whether what was found is one of the answers."""
-        return found is not None and self._plain(found) in {
-            self._plain(answer.strip()) for answer in answers
-        }
+    def is_right(self, answer: str | None, accepted: Sequence[str]) -> bool:
+        """Return whether an answer is one of the accepted ones, spaces around them aside."""
+        return answer is not None and self._plain(answer) in map(self._plain, accepted)
 
     def _plain(self, text: str) -> str:
-        return text.casefold() if self.ignore_case else text
-
-
-@dataclass(frozen=True)
-class EvalArgs:
-    """How to evaluate; `window` and `stride` in tokens, None for the defaults, `limit` in documents
-    or rows.
-    """
-
-    window: int | None = None
-    stride: int | None = None
-    max_new_tokens: int = 128
-    extract: str | None = None
-    ignore_case: bool = False
-    stop: tuple[str, ...] = ()
-    batch_tokens: int = 4096
-    limit: int | None = None
-    progress: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("window", "stride", "max_new_tokens", "batch_tokens", "limit"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, name, value, "expected 1 or more")
-        self.matching  # noqa: B018 - a pattern that is none is refused before a model is loaded
-
-    @property
-    def matching(self) -> Matching:
-        """How generated texts are compared."""
-        try:
-            return Matching(
-                None if self.extract is None else re.compile(self.extract), self.ignore_case
-            )
-        except re.error as error:
-            raise RequestError(
-                f"extract: got {self.extract!r}; expected a regular expression ({error})"
-            ) from None
+        return text.strip().casefold() if self.ignore_case else text.strip()

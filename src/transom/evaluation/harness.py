@@ -30,7 +30,7 @@ from transom.base.version import __version__
 from transom.chat.files import DEFAULT
 from transom.chat.reasoning import Markers, find_markers, split
 from transom.chat.template import ChatTemplate
-from transom.evaluation.answers import generated
+from transom.evaluation.answers import complete_prompts
 from transom.evaluation.bits import scored
 from transom.evaluation.choices import continuation_window
 from transom.evaluation.eval_model import EvalModel
@@ -272,12 +272,12 @@ class TransomLM(TemplateLM):
             stop_tokens += self._template().stop_tokens
             markers = find_markers(self._template())
             kept = () if markers is None else markers.control_ids(self.tokenizer)
-        done = generated(
+        done = complete_prompts(
             self.subject,
             [one[-room:] for one in ids],
-            max_new_tokens,
-            until,
-            tuple(dict.fromkeys(stop_tokens)),
+            max_new_tokens=max_new_tokens,
+            stop=until,
+            stop_tokens=stop_tokens,
             sampling=sampling,
             batch_rows=self.batch_rows,
             kept=kept,

@@ -1,13 +1,11 @@
-"""How sure a score is: 95% intervals of shares and of ratios, and of the difference between two
-models.
+"""95% intervals of scores, and of the difference between two models.
 
-The unit is a document or a row, which were drawn; the tokens within one depend on each other and
-are no units.
+The unit is a document or a row. Tokens of one document depend on each other and are not units.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +21,13 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, eq=False)
 class Ratio:
-    """A score of many units: `value(sum(parts) / sum(sizes))`, both [units]; of a `share`, 0 or 1
-    and always 1.
+    """A score of many units: `value(sum(parts) / sum(sizes))`.
+
+    Attributes:
+        parts: float64 [units]; 0 or 1 for a share.
+        sizes: float64 [units]; 1 for a share.
+        value: Function of the ratio; the ratio itself by default.
+        share: Whether this is the share of units that are right.
     """
 
     parts: NDArray[np.float64]
@@ -33,9 +36,9 @@ class Ratio:
     share: bool = False
 
     @classmethod
-    def of_right(cls, right: NDArray[np.bool_]) -> Ratio:
-        """The share of rows [N] that are right."""
-        return cls(right.astype(np.float64), np.ones(len(right)), share=True)
+    def of_right(cls, right: Sequence[bool] | NDArray[np.bool_]) -> Ratio:
+        """Return the share of units that are right."""
+        return cls(np.array(right, np.float64), np.ones(len(right)), share=True)
 
     @property
     def score(self) -> float:
@@ -43,45 +46,43 @@ class Ratio:
         return float(self.value(self.parts.sum(keepdims=True) / self.sizes.sum(keepdims=True))[0])
 
     def resampled(self, drawn_RN: NDArray[np.int64]) -> NDArray[np.float64]:
-        """The score [R] of each row of drawn units."""
+        """Return the score [R] of each row of drawn units [R, N]."""
         return self.value(self.parts[drawn_RN].sum(1) / self.sizes[drawn_RN].sum(1))
 
 
 def interval(ratio: Ratio) -> Interval | None:
-    """Wilson's for a share, else the bootstrap's."""
-    return wilson(int(ratio.parts.sum()), len(ratio.parts)) if ratio.share else bootstrap(ratio)
+    """Return the Wilson interval of a share, or the bootstrap interval of another score."""
+    if ratio.share:
+        return wilson(int(ratio.parts.sum()), len(ratio.parts))
+    return bootstrap(ratio)
 
 
 def wilson(right: int, rows: int) -> Interval:
-    """The interval of a share of rows that were right: all shares it could well have come from
-    (Wilson, 1927).
-    """
+    """Return the score interval of a share (Wilson 1927, doi 10.1080/01621459.1927.10502953)."""
     share, z2 = right / rows, Z * Z
     middle = (share + z2 / (2 * rows)) / (1 + z2 / rows)
     reach = Z / (1 + z2 / rows) * np.sqrt(share * (1 - share) / rows + z2 / (4 * rows * rows))
-    # Rounding would leave the ends a little beside 0 and 1.
-    return 0.0 if right == 0 else float(middle - reach), 1.0 if right == rows else float(
-        middle + reach
-    )
+    # Rounding would move the ends slightly away from 0 and 1.
+    low = 0.0 if right == 0 else float(middle - reach)
+    return low, 1.0 if right == rows else float(middle + reach)
 
 
 def bootstrap(ratio: Ratio) -> Interval | None:
-    """The percentile interval of a score over units drawn again, with a fixed seed; None for a
-    single unit.
+    """Return the percentile interval of a score over resampled units (Efron 1979).
+
+    The draws have a fixed seed. None for a single unit.
     """
     return _percentiles([ratio.resampled(drawn) for drawn in _draws(len(ratio.parts))])
 
 
 def bootstrap_difference(first: Ratio, second: Ratio) -> Interval | None:
-    """That of `second - first` where both have the same units, which are drawn in pairs."""
+    """Return the interval of `second - first`. Both have the same units, drawn in pairs."""
     draws = _draws(len(first.parts))
     return _percentiles([second.resampled(drawn) - first.resampled(drawn) for drawn in draws])
 
 
 def _draws(units: int) -> Iterator[NDArray[np.int64]]:
-    """`RESAMPLES` rows of as many units as there are, in pieces of bounded size; nothing for fewer
-    than two.
-    """
+    """Yield `RESAMPLES` rows of drawn units in arrays of limited size; none for a single unit."""
     generator = np.random.default_rng(SEED)
     left = RESAMPLES if units > 1 else 0
     while left:

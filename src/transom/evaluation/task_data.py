@@ -1,8 +1,9 @@
-"""Rows of an evaluation out of files of rows: questions with choices, and prompts with accepted
-answers.
+"""Data sets to evaluate on, and what a model scores on them.
 
-What a file holds is seen from the keys of its first row, and every row after it must be of the same
-kind. No torch.
+A data set is text, questions with choices, or prompts with accepted answers.
+
+The keys of the first row of a file decide what the file holds, and all its rows must be of that
+kind. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transom.base.errors import RequestError, require
+from transom.base.files import sha256_of
 from transom.data.file_formats import row_format
 from transom.data.row_files import DataRow, notice_unread, read_rows
-from transom.data.text.sources import TEXT_KEY, SourceArgs, read_documents
+from transom.data.text.sources import SourceArgs, read_documents
+from transom.evaluation.intervals import Ratio
 
-Kind = Literal["text", "choices", "answers"]
+TaskKind = Literal["text", "choices", "answers"]
 PROMPT_KEYS = ("prompt", "question")
-CHOICES_KEY, ANSWER_KEY, MESSAGES_KEY = "choices", "answer", "messages"
-KNOWN = {*PROMPT_KEYS, CHOICES_KEY, ANSWER_KEY, MESSAGES_KEY}
-ACCEPTED = (
-    f'expected lines with "{TEXT_KEY}", with "prompt" (or "question"), "choices" and '
-    f'"answer", or with '
+KNOWN = {*PROMPT_KEYS, "choices", "answer", "messages"}
+EXPECTED = (
+    'expected lines with "text", with "prompt" (or "question"), "choices" and "answer", or with '
     '"prompt" (or "question", or "messages") and "answer"'
 )
 
 
 @dataclass(frozen=True)
 class ChoiceRow:
-    """A question and its choices, of which `answer` is the index of the right one."""
+    """A question and its choices. `answer` is the index of the right choice."""
 
     id: str
     prompt: str
@@ -53,90 +54,112 @@ class AnswerRow:
 
 @dataclass(frozen=True)
 class DataSet:
-    """One --data: a source of text, or the rows of a file."""
+    """A source of text, or the rows of a file with the hash of the file."""
 
     path: str
-    kind: Kind
-    choices: list[ChoiceRow]
-    answers: list[AnswerRow]
+    kind: TaskKind
+    choices: Sequence[ChoiceRow] = ()
+    answers: Sequence[AnswerRow] = ()
+    sha256: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class TaskResult:
+    """What a model scored on one data set.
+
+    Attributes:
+        data: The data set.
+        sha256: Hash of a file of rows; for text that of all ids and texts, as in run.json.
+        scores: Scores by name. Their units, documents or rows, are those of `rows`.
+        facts: Counts and settings.
+        rows: The result of each document or row.
+        seconds: How long it took.
+    """
+
+    data: DataSet
+    sha256: str
+    scores: dict[str, Ratio]
+    facts: dict[str, Any]
+    rows: list[dict[str, Any]]
+    seconds: float = 0.0
 
 
 def open_data(paths: Sequence[str], limit: int | None = None) -> list[DataSet]:
-    """Data sets by their content; every row of a task is checked, and that files of text are
-    there.
+    """Return the data sets of some paths, with the first `limit` rows of each file of rows.
+
+    Raises:
+        RequestError: A row is wrong, or a text file is missing.
     """
     out = []
     for path in paths:
         kind = kind_of(path)
         if kind == "text":
-            read_documents(SourceArgs(path))  # lists its files, which must be there
-        choices = read_choices(path, limit) if kind == "choices" else []
-        answers = read_answers(path, limit) if kind == "answers" else []
-        out.append(DataSet(path, kind, choices, answers))
+            read_documents(SourceArgs(path))  # lists the files, which must exist
+            out.append(DataSet(path, kind))
+        elif kind == "choices":
+            out.append(DataSet(path, kind, read_choices(path, limit), (), sha256_of(Path(path))))
+        else:
+            out.append(DataSet(path, kind, (), read_answers(path, limit), sha256_of(Path(path))))
     return out
 
 
-def kind_of(path: str) -> Kind:
-    """Return what a source holds: the first row of a file of rows decides, and all else is text."""
+def kind_of(path: str) -> TaskKind:
+    """Return what a source holds: the first row decides for a file of rows; all else is text."""
     file = Path(path)
     if row_format(file) is None or not file.is_file():
         return "text"
     first, row = next(_lines(file), (None, None))
     if first is None or row is None:
-        raise RequestError(f"{file}: no row with anything in it; {ACCEPTED}")
-    if CHOICES_KEY in first:
-        return "choices"
-    if ANSWER_KEY in first:
-        return "answers"
-    if TEXT_KEY in first:
-        return "text"
-    raise RequestError(f"{row.where}: keys are {', '.join(first) or 'none'}; {ACCEPTED}")
+        raise RequestError(f"{file}: no row with content; {EXPECTED}")
+    kinds: dict[str, TaskKind] = {"choices": "choices", "answer": "answers", "text": "text"}
+    kind = next((kinds[key] for key in kinds if key in first), None)
+    if kind is None:
+        raise RequestError(f"{row.where}: got the keys {', '.join(first) or 'none'}; {EXPECTED}")
+    return kind
 
 
 def read_choices(path: str, limit: int | None = None) -> list[ChoiceRow]:
-    """The first `limit` rows {"prompt" or "question", "choices", "answer"} of a file; an answer is
-    one of three.
+    """Return the first `limit` rows {"prompt" or "question", "choices", "answer"} of a file.
 
-    It is the index of a choice from 0, its letter from A, or its text.
-    """
-    return [
-        ChoiceRow(
-            row.id, _prompt(columns, row.where), choices, _answer(columns, choices, row.where)
-        )
-        for columns, row in _rows(path, limit)
-        for choices in [_choices(columns, row.where)]
-    ]
-
-
-def read_answers(path: str, limit: int | None = None) -> list[AnswerRow]:
-    """The first `limit` rows {"prompt", "question" or "messages", "answer": text or list of texts}
-    of a file.
+    The answer is the index of a choice from 0, its letter from A, or its text.
     """
     out = []
     for columns, row in _rows(path, limit):
-        where = row.where
-        if CHOICES_KEY in columns:
+        choices: Any = columns.get("choices")
+        fits = _is_list(choices, str, 2) and all(choices) and "messages" not in columns
+        expected = "expected a list of two texts or more, and no messages"
+        require(fits, f"{row.where}: choices", choices, expected)
+        answer = _answer(columns.get("answer"), choices, row.where)
+        out.append(ChoiceRow(row.id, _prompt(columns, row.where), tuple(choices), answer))
+    return out
+
+
+def read_answers(path: str, limit: int | None = None) -> list[AnswerRow]:
+    """Return the first `limit` rows {"prompt", "question" or "messages", "answer"} of a file.
+
+    The answer is a text or a list of texts.
+    """
+    out = []
+    for columns, row in _rows(path, limit):
+        if "choices" in columns:
             raise RequestError(
-                f"{where}: has choices, and the rows before it have none; expected one kind a file"
+                f"{row.where}: has choices, unlike the rows before it; expected one kind per file"
             )
-        given = columns.get(ANSWER_KEY)
-        answers = [given] if isinstance(given, str) else given
-        fits = (
-            isinstance(answers, list)
-            and bool(answers)
-            and all(isinstance(one, str) for one in answers)
-        )
-        require(fits, f"{where}: answer", given, "expected a text or a list of texts")
-        messages = _messages(columns, where) if MESSAGES_KEY in columns else ()
-        prompt = "" if messages else _prompt(columns, where)
-        out.append(AnswerRow(row.id, prompt, messages, tuple(answers or ())))
+        given, messages = columns.get("answer"), columns.get("messages", [])
+        answers: Any = [given] if isinstance(given, str) else given
+        fits = _is_list(answers, str, 1)
+        require(fits, f"{row.where}: answer", answers, "expected a text or a list of texts")
+        if "messages" in columns:
+            fits = _is_list(messages, dict, 1) and not columns.keys() & set(PROMPT_KEYS)
+            expected = "expected a list of objects, and no prompt beside them"
+            require(fits, f"{row.where}: messages", messages, expected)
+        prompt = "" if messages else _prompt(columns, row.where)
+        out.append(AnswerRow(row.id, prompt, tuple(messages), tuple(answers)))
     return out
 
 
 def _rows(path: str, limit: int | None) -> Iterator[tuple[dict[str, Any], DataRow]]:
-    """Yield the content and the place of each row; print the keys of the file that nothing
-    reads.
-    """
+    """Yield the columns and the place of each row; print which keys are not read."""
     unread: Counter[str] = Counter()
     for columns, row in itertools.islice(_lines(Path(path)), limit):
         unread.update(set(columns) - KNOWN)
@@ -145,64 +168,40 @@ def _rows(path: str, limit: int | None) -> Iterator[tuple[dict[str, Any], DataRo
 
 
 def _lines(file: Path) -> Iterator[tuple[dict[str, Any], DataRow]]:
-    """Yield the columns that are not null and the place of each row; one that cannot be read is
-    refused.
-    """
+    """Yield the columns that are not null and the place of each row."""
     for row in read_rows(file):
         if row.columns is None:
             raise RequestError(f"{row.where}: {row.problem}")
         yield row.given, row
 
 
-def _prompt(row: Mapping[str, Any], where: str) -> str:
-    given = [key for key in PROMPT_KEYS if key in row]
-    if len(given) != 1 or not isinstance(row[given[0]], str) or not row[given[0]]:
-        name = given[0] if given else "prompt"
-        require(
-            False,
-            f"{where}: {name}",
-            row.get(name),
-            'expected one text, under "prompt" or "question"',
-        )
-    return str(row[given[0]])
+def _is_list(value: Any, kind: type, least: int) -> bool:
+    """Return whether a value is a list of `least` items or more, all of a type."""
+    fits = isinstance(value, list) and len(value) >= least
+    return fits and all(isinstance(one, kind) for one in value)
 
 
-def _messages(row: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], ...]:
-    messages = row[MESSAGES_KEY]
-    fits = (
-        isinstance(messages, list) and messages and all(isinstance(one, dict) for one in messages)
-    )
-    if not fits or any(key in row for key in PROMPT_KEYS):
-        raise RequestError(
-            f"{where}: messages: expected a list of objects, and no prompt beside them"
-        )
-    return tuple(messages)
+def _prompt(columns: Mapping[str, Any], where: str) -> str:
+    given = [key for key in PROMPT_KEYS if key in columns]
+    name = given[0] if given else "prompt"
+    prompt = columns.get(name)
+    fits = len(given) == 1 and isinstance(prompt, str) and bool(prompt)
+    require(fits, f"{where}: {name}", prompt, 'expected one text, under "prompt" or "question"')
+    return str(prompt)
 
 
-def _choices(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    choices = row.get(CHOICES_KEY)
-    fits = (
-        isinstance(choices, list)
-        and len(choices) > 1
-        and all(isinstance(one, str) and one for one in choices)
-    )
-    expected = "expected a list of two texts or more, and no messages beside it"
-    require(fits and MESSAGES_KEY not in row, f"{where}: choices", choices, expected)
-    return tuple(choices or ())
-
-
-def _answer(row: Mapping[str, Any], choices: Sequence[str], where: str) -> int:
-    """The index that an answer means; one that means two things is refused."""
-    answer = row.get(ANSWER_KEY)
+def _answer(answer: Any, choices: Sequence[str], where: str) -> int:
+    """Return the index of the one choice that `answer` means."""
     letters = string.ascii_uppercase[: len(choices)]
-    meant = {answer} if type(answer) is int and 0 <= answer < len(choices) else set[int]()
-    if isinstance(answer, str):
+    meant: set[int] = set()
+    if type(answer) is int and 0 <= answer < len(choices):
+        meant = {answer}
+    elif isinstance(answer, str):
         meant = {index for index, choice in enumerate(choices) if choice == answer}
         meant |= {letters.index(answer)} if len(answer) == 1 and answer in letters else set()
-    means = "means more than one choice" if meant else "means no choice"
     expected = (
-        f"{means}; expected a number from 0 to {len(choices) - 1}, a letter from {letters[:1]} to "
-        f"{letters[-1:]}, or the text of one choice"
+        f"means {'more than one choice' if meant else 'no choice'}; expected a number from 0 to "
+        f"{len(choices) - 1}, a letter from {letters[:1]} to {letters[-1:]}, or the text of one"
     )
     require(len(meant) == 1, f"{where}: answer", answer, expected)
     return meant.pop()

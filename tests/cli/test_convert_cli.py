@@ -67,7 +67,7 @@ def test_dtype_and_shards(source, call, tmp_path):
 def test_an_occupied_folder_is_refused_unless_told(source, call, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     code, _, err = call(source, tmp_path)
-    assert code == 2 and "not empty; valid only with --overwrite" in err
+    assert code == 2 and "not empty; expected a new or empty folder, or --overwrite" in err
     assert call(source, tmp_path, "--overwrite")[0] == 0
     assert (tmp_path / "notes.txt").exists() and load(tmp_path)
     code, _, err = call(source, tmp_path / "notes.txt")

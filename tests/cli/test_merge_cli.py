@@ -83,7 +83,7 @@ def test_a_folder_in_the_way_is_replaced_when_told_so(made, call, tmp_path):
     assert call("merge", made / "a", tmp_path / "out", *DATA)[0] == 0
     before = load_file(tmp_path / "out" / "model.safetensors")
     code, _, err = call("merge", made / "b", tmp_path / "out", *DATA)
-    assert code == 2 and "not empty; valid only with --overwrite" in err
+    assert code == 2 and "not empty; expected a new or empty folder, or --overwrite" in err
     assert call("merge", made / "b", tmp_path / "out", *DATA, "--overwrite")[0] == 0
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert any(not (after[key] == tensor).all() for key, tensor in before.items())

@@ -21,7 +21,7 @@ from transom.attention.graphs import constant_in_graphs
 from transom.attention.mask import MaskSpec
 from transom.attention.reference import reference
 from transom.attention.view import CacheView, ScoreArgs
-from transom.base.claims import Claim
+from transom.base.locks import FolderLock
 from transom.base.errors import RequestError, nearest, notice
 from transom.base.files import cache_dir
 
@@ -179,7 +179,7 @@ def refuse(failures: Mapping[str, str]) -> Path:
     if unknown:
         raise RequestError(f"attention backend {unknown[0]!r}: known are {', '.join(BACKENDS)}")
     path = refused_file()
-    with Claim(path, wait=True):  # another process may be adding what it has found
+    with FolderLock(path, wait=True):  # another process may be adding what it has found
         table = {**_read_refused(), machine_key(): dict(failures)}
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{os.getpid()}")

@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from transom.base.claims import free_folder
+from transom.base.locks import output_folder
 from transom.cli.main import emit_json, user_path
 
 FORMATS = ("hf", "native", "meta", "mistral")
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Write the folder; say what was read and written."""
     out = Path(options.out)
-    with free_folder(out, options.overwrite):
+    with output_folder(out, options.overwrite):
         from transom.checkpoints.convert import convert
 
         done = convert(

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.base.claims import free_folder
 from transom.base.errors import RequestError, require
+from transom.base.locks import output_folder
 from transom.checkpoints.files.hub import is_hub_id
 from transom.cli.convert import FORMATS
 from transom.cli.main import emit_json, user_path
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
         options.tokens,
         "expected 2 or more",
     )
-    with free_folder(out, options.overwrite, "OUT"):
+    with output_folder(out, options.overwrite):
         from transom.evaluation.merging import TOKENS, merge_folders
 
         report = merge_folders(

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transom.base.claims import Claim
+from transom.base.locks import FolderLock
 from transom.base.errors import notice, require
 from transom.base.fields import field_types, write
 from transom.base.interrupts import STOPS
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
 def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer, HeldOut, int]:
     """Open the run, train it, write its report; return (trainer, held-out score, exit code)."""
     require(options.profile >= 0, "--profile", options.profile, "expected 0 or more steps")
-    with Claim(args.out):  # until the report is written
+    with FolderLock(args.out):  # until the report is written
         from transom.training.loop.setup import describe_run, open_run
         from transom.training.report.report import write_report
 

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from transom.base import files
-from transom.base.claims import Claim
+from transom.base.locks import FolderLock
 from transom.base.errors import RequestError, WorkError, notice
 
 META_FILE = "meta.json"
@@ -56,7 +56,7 @@ def cache_entry(
     """
     root = files.cache_dir() if cache_dir is None else Path(cache_dir)
     folder = root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    with Claim(folder, wait=True):
+    with FolderLock(folder, wait=True):
         meta = _read_meta(folder)
         if meta is None:
             with _temporary_beside(folder) as temporary:

@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from transom.base.claims import Claim
 from transom.base.errors import RequestError, WorkError, notice
 from transom.base.files import read_json
+from transom.base.locks import FolderLock
 from transom.checkpoints.adapters.foreign_leaves import (
     MISTRAL,
     OWN,
@@ -323,11 +323,11 @@ def _write(
     folder: Path, files: Mapping[str, dict[str, Tensor]], config: dict[str, Any] | None
 ) -> None:
     """Whole files or none: each is written beside its name and moved there, the config last."""
-    with Claim(folder):
-        _write_claimed(folder, files, config)
+    with FolderLock(folder):
+        _write_locked(folder, files, config)
 
 
-def _write_claimed(
+def _write_locked(
     folder: Path, files: Mapping[str, dict[str, Tensor]], config: dict[str, Any] | None
 ) -> None:
     partial: list[tuple[Path, Path]] = []

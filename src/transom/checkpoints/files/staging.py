@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from transom.base.claims import Claim
+from transom.base.locks import FolderLock
 from transom.base.errors import RequestError, WorkError
 from transom.checkpoints.files.companions import TEMPLATE_FILES, TOKENIZER_FILES, TRAINED_WITH
 from transom.checkpoints.files.generation_config import GENERATION
@@ -31,7 +31,7 @@ def staged(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `folder`, or fills it where it exists, unless writing
     it fails.
     """
-    with Claim(folder):
+    with FolderLock(folder):
         yield from _staged(folder.absolute())
 
 

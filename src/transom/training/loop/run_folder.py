@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import Tensor
 
-from transom.base.claims import Claim
 from transom.base.errors import RequestError, WorkError, notice
 from transom.base.files import json_text, read_json, sha256_of, sync, write_text
+from transom.base.locks import FolderLock
 from transom.checkpoints.files.checksums import (
     CHECKSUMS,
     TRAINER_STATE,
@@ -49,21 +49,21 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._claim: Claim | None = None
+        self._lock: FolderLock | None = None
 
-    def claim(self) -> None:
+    def lock(self) -> None:
         """Keep other processes from writing here until `release`; raise `RequestError` if one
         already writes.
         """
-        if self._claim is None:
-            self._claim = Claim(self.path)
-            weakref.finalize(self, self._claim.release)
+        if self._lock is None:
+            self._lock = FolderLock(self.path)
+            weakref.finalize(self, self._lock.release)
 
     def release(self) -> None:
         """Let other processes write here."""
-        if self._claim is not None:
-            self._claim.release()
-            self._claim = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     @property
     def untouched(self) -> str:

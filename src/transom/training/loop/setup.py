@@ -85,7 +85,7 @@ def open_run(
         if (
             rank == 0
         ):  # the other ranks do not check, since rank 0 may have begun to fill the folder
-            run.claim()
+            run.lock()
             run.check(overwrite=overwrite, resume=resume)
         goes_on = bool(ranks.first(int(resume and rank == 0 and run.has_steps)))
         if not goes_on:

@@ -339,7 +339,7 @@ class Trainer:
         be repeated, and otherwise after the step. The run is saved then, and `resume` continues it.
         """
         if self.rank == 0:
-            self.run.claim()
+            self.run.lock()
         matmul_peak(self.device.type, self.dtype)  # now, so that no step pays for measuring it
         try:
             with self.stop.listening(), self.monitor.board_open():

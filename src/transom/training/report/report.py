@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
-from transom.base.claims import Claim
+from transom.base.locks import FolderLock
 from transom.base.errors import WorkError
 from transom.base.files import read_json
 from transom.training.loop.progress import duration
@@ -97,7 +97,7 @@ def write_report(run: Path) -> Path:
     """Write `run/report.html` from the run's metrics.jsonl, run.json and config.yaml, whole or not
     at all.
     """
-    with Claim(run):
+    with FolderLock(run):
         return _write_report(run)
 
 

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from transom.base import claims
-from transom.base.claims import Claim, free_folder
+from transom.base import locks
 from transom.base.errors import RequestError
+from transom.base.locks import FolderLock, output_folder
 from transom.cli.main import main
 
-SOURCE = str(Path(__file__).parents[1] / "src")
+SOURCE = str(Path(__file__).parents[2] / "src")
 HOLD = (
-    "import sys, transom.base.claims as c; claim = c.Claim(sys.argv[1]); print('held', "
+    "import sys, transom.base.locks as c; lock = c.FolderLock(sys.argv[1]); print('held', "
     "flush=True); sys.stdin.read()"
 )
 WAIT = (
-    "import sys, pathlib, transom.base.claims as c\n"
-    "with c.Claim(sys.argv[1], wait=True):\n"
+    "import sys, pathlib, transom.base.locks as c\n"
+    "with c.FolderLock(sys.argv[1], wait=True):\n"
     "    print(pathlib.Path(sys.argv[1], 'done').exists(), flush=True)"
 )
 
@@ -55,30 +55,30 @@ def other(tmp_path):
 
 def test_a_folder_of_another_process_is_refused_by_name(tmp_path, other):
     with pytest.raises(RequestError) as told:
-        Claim(tmp_path / "run")
+        FolderLock(tmp_path / "run")
     assert str(tmp_path / "run") in str(told.value) and f"process {other.pid} on" in str(told.value)
     (tmp_path / "link").symlink_to(tmp_path / "run")
     with pytest.raises(RequestError):
-        Claim(tmp_path / "link")
-    Claim(tmp_path / "another").release()
+        FolderLock(tmp_path / "link")
+    FolderLock(tmp_path / "another").release()
 
 
 @pytest.mark.parametrize(
     "end", [signal.SIGKILL, signal.SIGTERM, None], ids=["killed", "terminated", "ended"]
 )
-def test_a_claim_ends_with_its_process(tmp_path, end):
+def test_a_lock_ends_with_its_process(tmp_path, end):
     process = python(HOLD, tmp_path / "run")
     assert is_held(process)
     process.communicate() if end is None else process.send_signal(end)
     process.wait()
-    with Claim(tmp_path / "run"):
+    with FolderLock(tmp_path / "run"):
         assert len(list(tmp_path.iterdir())) == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_one_process_may_claim_a_folder_and_what_is_in_it_again(tmp_path):
-    outer = Claim(tmp_path / "run")
-    with Claim(tmp_path / "run"), Claim(tmp_path / "run" / "step"):
+def test_one_process_may_lock_a_folder_and_what_is_in_it_again(tmp_path):
+    outer = FolderLock(tmp_path / "run")
+    with FolderLock(tmp_path / "run"), FolderLock(tmp_path / "run" / "step"):
         pass
     process = python(HOLD, tmp_path / "run")
     assert not is_held(process)
@@ -98,9 +98,9 @@ def test_a_second_process_can_wait(tmp_path, other):
 
 
 def test_folders_made_for_the_lock_go_with_it(tmp_path):
-    Claim(tmp_path / "a" / "b" / "run").release()
+    FolderLock(tmp_path / "a" / "b" / "run").release()
     assert not list(tmp_path.iterdir())
-    with Claim(tmp_path / "a" / "b" / "run"):
+    with FolderLock(tmp_path / "a" / "b" / "run"):
         (tmp_path / "a" / "kept").touch()
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["kept"]
 
@@ -110,7 +110,7 @@ def test_a_file_system_without_locks_gets_a_line(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with Claim(tmp_path / "run"):
+    with FolderLock(tmp_path / "run"):
         pass
     assert "No locks available" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -120,9 +120,9 @@ def test_a_folder_that_cannot_be_made_is_not_taken_for_one_that_is_written(tmp_p
     def refuse(*_):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory")
 
-    monkeypatch.setattr(claims.os, "open", refuse)
+    monkeypatch.setattr(locks.os, "open", refuse)
     with pytest.raises(RequestError, match="cannot be made"):
-        Claim(tmp_path / "run")
+        FolderLock(tmp_path / "run")
 
 
 def test_a_folder_whose_parent_cannot_be_written_is_locked_itself(tmp_path, monkeypatch):
@@ -135,18 +135,18 @@ def test_a_folder_whose_parent_cannot_be_written_is_locked_itself(tmp_path, monk
 
     (tmp_path / "run").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(claims.os, "open", refuse)
-        first = Claim(tmp_path / "run")
-        claims._LOCKS.clear()  # as another process, which knows nothing of the first claim
+        patch.setattr(locks.os, "open", refuse)
+        first = FolderLock(tmp_path / "run")
+        locks._HELD.clear()  # as another process, which knows nothing of the first lock
         with pytest.raises(RequestError, match="another process is writing there"):
-            Claim(tmp_path / "run")
-    claims._unlock(first._lock)
+            FolderLock(tmp_path / "run")
+    first._held.unlock()
 
 
-def test_a_free_folder_is_claimed_before_it_is_looked_at(tmp_path, other):
+def test_an_output_folder_is_locked_before_it_is_looked_at(tmp_path, other):
     with (
         pytest.raises(RequestError, match=f"process {other.pid}"),
-        free_folder(tmp_path / "run", overwrite=True),
+        output_folder(tmp_path / "run", overwrite=True),
     ):
         pass
 

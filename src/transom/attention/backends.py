@@ -21,9 +21,9 @@ from transom.attention.graphs import constant_in_graphs
 from transom.attention.mask import MaskSpec
 from transom.attention.reference import reference
 from transom.attention.view import CacheView, ScoreArgs
-from transom.base.locks import FolderLock
 from transom.base.errors import RequestError, nearest, notice
 from transom.base.files import cache_dir
+from transom.base.locks import FolderLock
 
 LONG = 1024  # slots from which compiled block masks are worth more than masked blocks, tokens
 

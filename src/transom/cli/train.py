@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transom.base.locks import FolderLock
 from transom.base.errors import notice, require
 from transom.base.fields import field_types, write
 from transom.base.interrupts import STOPS
+from transom.base.locks import FolderLock
 from transom.cli.main import emit_json, user_path
 from transom.config.model_args import ModelArgs
 from transom.training.config import TrainArgs, read_config

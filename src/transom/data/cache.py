@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from transom.base import files
-from transom.base.locks import FolderLock
 from transom.base.errors import RequestError, WorkError, notice
+from transom.base.locks import FolderLock
 
 META_FILE = "meta.json"
 T = TypeVar("T")

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from transom.base.locks import FolderLock
 from transom.base.errors import RequestError, WorkError
+from transom.base.locks import FolderLock
 from transom.checkpoints.files.companions import TEMPLATE_FILES, TOKENIZER_FILES, TRAINED_WITH
 from transom.checkpoints.files.generation_config import GENERATION
 from transom.checkpoints.files.layout import CONFIG, PARAMS, TOKENIZERS

@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
-from transom.base.locks import FolderLock
 from transom.base.errors import WorkError
 from transom.base.files import read_json
+from transom.base.locks import FolderLock
 from transom.training.loop.progress import duration
 
 Floats = NDArray[np.float64]

@@ -119,7 +119,7 @@ def test_wrong_requests_are_one_sentence(made, call, tmp_path, words, said):
 def test_an_adapter_for_another_base_is_refused(made, call, tmp_path):
     other = write_base(tmp_path / "other", seed=9)
     code, out, err = call("merge", other, made / "a", tmp_path / "out")
-    assert (code, out) == (2, "") and "expected the base that it was trained on" in err
+    assert (code, out) == (2, "") and "expected the base that" in err
     assert not (tmp_path / "out").exists()
 
 

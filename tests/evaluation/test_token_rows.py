@@ -85,7 +85,7 @@ def test_a_run_gives_what_it_held_out_while_its_data_is_there(found, tmp_path, c
     for file in data.iterdir():
         file.unlink()
     assert rows_of(found, None, run).source == "built-in texts"
-    assert "its data is not to be had" in capsys.readouterr().err
+    assert "its data is missing" in capsys.readouterr().err
 
 
 def test_weights_without_a_tokenizer_get_random_tokens(tmp_path, capsys):
@@ -96,7 +96,7 @@ def test_weights_without_a_tokenizer_get_random_tokens(tmp_path, capsys):
         and rows.tokens == 50
         and "random tokens" in capsys.readouterr().err
     )
-    with pytest.raises(RequestError, match="has no tokenizer for it"):
+    with pytest.raises(RequestError, match="expected none, because"):
         rows_of(ModelLocation(tmp_path), __file__)
 
 

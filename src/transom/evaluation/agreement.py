@@ -1,9 +1,8 @@
-"""How much two models say the same: how far what they expect next diverges, how often their first
-choice agrees.
+"""How much two models agree: the divergence of their predictions, and how often the best is equal.
 
-Logits are made in chunks and compared chunk by chunk, so two models need be in memory at once only
-where both are given as they are; `list(logits_of(...))` keeps what one said until the other has
-been loaded.
+Logits are computed and compared in chunks. Two models are in memory at once only if both are given
+to `agreement` as `logits_of`; `list(logits_of(...))` keeps the logits of one until the other is
+loaded.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,16 +21,22 @@ from transom.evaluation.bits import LOGITS
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
 
-BATCH_TOKENS = 2048  # of one forward
+BATCH_TOKENS = 2048  # of one forward pass
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two models on the same tokens; `kl` and `nats` per token, `nats` the loss of the second where
-    it has one.
+    """How a second model agrees with a first one on the same tokens.
 
-    Where the first choices differ, `widest_flip` is the largest gap, in nats, that the first model
-    sees between the two: small means that only near-ties fell otherwise.
+    Attributes:
+        tokens: Number of compared positions.
+        kl: KL divergence of the second from the first model, in nats per token.
+        top1_agreement: Share of positions with the same most likely token.
+        flips: Number of the other positions.
+        widest_flip: The largest gap, in nats, that the first model sees between the two tokens of
+            a flip. A small gap means that only near-ties differ.
+        largest_logit_difference: The largest absolute difference of two logits.
+        nats: Cross-entropy of the second model in nats per token, if there are targets.
     """
 
     tokens: int
@@ -44,60 +50,55 @@ class Agreement:
 
 @torch.no_grad()
 def logits_of(model: LLM, rows: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Float32 logits [n, V] of all positions of rows of tokens [T], in order; of a head, [rows,
-    labels].
+    """Yield the float32 logits [n, V] of all positions of some rows, each int64 [T], in order.
+
+    A model with a classification head yields [rows, labels].
     """
-    device = model.device
     headed = model.args.head is not None
+    at_once = max(1, LOGITS // model.args.vocab_size)
     with evaluating(model):
         for tokens_BT in _batches(rows):
-            output = model(
-                TransformerInput(tokens_BT.to(device), logits="all" if headed else "none")
-            )
+            logits: Literal["all", "none"] = "all" if headed else "none"
+            output = model(TransformerInput(tokens_BT.to(model.device), logits=logits))
             if headed:
-                assert output.logits is not None, (
-                    "a head without labels says nothing that could agree"
-                )
+                assert output.logits is not None, "a head without labels has no logits"
                 yield output.logits.float()
                 continue
-            for hidden_TD in output.hidden_BTD.flatten(0, 1).split(
-                max(1, LOGITS // model.args.vocab_size)
-            ):
+            for hidden_TD in output.hidden_BTD.flatten(0, 1).split(at_once):
                 yield model.project(hidden_TD).float()
 
 
 def _batches(rows: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Tokens [B, T]: neighbouring rows of one length together, so that none is padded."""
+    """Yield tokens [B, T] of neighbouring rows of one length, so that nothing is padded."""
     for length, alike in itertools.groupby(rows, key=len):
         while batch := list(itertools.islice(alike, max(1, BATCH_TOKENS // length))):
             yield torch.stack(batch)
 
 
 def next_tokens(rows: Iterable[Tensor]) -> Tensor:
-    """The token behind every position of the rows [positions], -100 behind the last of each."""
+    """Return the next token of each position of the rows; -100 for the last of each row."""
     return torch.cat([F.pad(row[1:], (0, 1), value=-100) for row in rows])
 
 
 def agreement(
     reference: Iterable[Tensor], other: Iterable[Tensor], targets: Tensor | None = None
 ) -> Agreement:
-    """Compare the logits of two models, from `logits_of` on the same rows; KL is that of `other`
-    from `reference`.
+    """Compare the logits of two models, from `logits_of` on the same rows.
 
-    `targets` are `next_tokens` of the rows, for the loss of `other`.
+    `targets` are the `next_tokens` of the rows, for the cross-entropy of `other`.
     """
     tokens = flips = scored = 0
     divergence, nats, widest, largest = 0.0, 0.0, 0.0, 0.0
-    for expected_TV, said_TV in zip(reference, other, strict=True):
-        expected_TV = expected_TV.to(said_TV.device)
-        first, second = expected_TV.log_softmax(-1), said_TV.log_softmax(-1)
+    for expected_TV, found_TV in zip(reference, other, strict=True):
+        expected_TV = expected_TV.to(found_TV.device)
+        first, second = expected_TV.log_softmax(-1), found_TV.log_softmax(-1)
         divergence += float(_divergence(first, second).double().sum())
         gaps = first.max(-1).values - first.gather(-1, second.argmax(-1, keepdim=True)).squeeze(-1)
         flips += int((gaps > 0).sum())
         widest = max(widest, float(gaps.max()))
-        largest = max(largest, float((expected_TV - said_TV).abs().max()))
+        largest = max(largest, float((expected_TV - found_TV).abs().max()))
         if targets is not None:
-            here = targets[tokens : tokens + len(second)].to(said_TV.device)
+            here = targets[tokens : tokens + len(second)].to(found_TV.device)
             nats += float(F.nll_loss(second, here, reduction="sum"))
             scored += int((here >= 0).sum())
         tokens += len(second)
@@ -108,11 +109,10 @@ def agreement(
 
 
 def _divergence(first: Tensor, second: Tensor) -> Tensor:
-    """sum p log(p / q) [n] of log-probabilities [n, V], as a sum of terms p (q/p - 1 - log(q/p)),
-    none below zero.
+    """Return the KL divergence [n] of log-probabilities [n, V]: sum p log(p / q).
 
-    The plain sum is first-order in d = log(q/p) and drowns a small divergence in rounding; this is
-    second-order.
+    It is computed as sum p (q/p - 1 - log(q/p)), whose terms are never negative. The terms of the
+    plain sum are first-order in d = log(q/p), so a small divergence is lost in their rounding.
     """
     d = second - first
     near = torch.expm1(d) - d

@@ -1,4 +1,4 @@
-"""Which tokens an expert is for: the ones most often sent to it."""
+"""Which tokens each expert of a mixture processes most often."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from transom.layers.moe import MoE, Router
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
 
-TOP = 10  # tokens shown per expert
+TOP = 10  # tokens shown for each expert
 
 
 @dataclass(frozen=True)
 class ExpertTokens:
-    """An expert's most frequent tokens, (id, how often) from the most frequent on, of `total` it
-    was sent.
+    """The tokens of one expert.
+
+    Attributes:
+        total: Number of tokens routed to it.
+        most: The most frequent ones as (id, count), in descending order of their counts.
     """
 
     total: int
@@ -34,85 +37,70 @@ class ExpertTokens:
 def expert_tokens(
     model: LLM, batches: Iterable[TransformerInput], top: int = TOP
 ) -> list[list[ExpertTokens]]:
-    """For every MoE layer and expert, the `top` tokens most often sent to it in `batches`; padding
-    does not count.
+    """Return the `top` most frequent tokens of every expert, for every mixture-of-experts layer.
 
-    Runs without capacity and jitter, as in evaluation; ties go to the smaller id.
+    The model runs without capacity and jitter, and padding is not counted. Among equally frequent
+    tokens the smaller id comes first.
+
+    Raises:
+        RequestError: The model has no experts, or `top` is not positive.
     """
     require(top >= 1, "top", top, "expected 1 token or more")
-    routers = [
-        part.router for block in blocks(model) if isinstance(part := block.feed_forward, MoE)
-    ]
+    experts = [block.feed_forward for block in blocks(model)]
+    routers = [part.router for part in experts if isinstance(part, MoE)]
     require(len(routers) > 0, "model", "dense", "expected one with moe_args")
+    width = model.args.vocab_size
     chosen: dict[Router, Tensor] = {}
+    pairs: dict[Router, list[Tensor]] = {router: [] for router in routers}
 
     def hook(router: Router, inputs: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
         chosen[router] = output[0]
 
-    width, counts = model.args.vocab_size, [_Counts() for _ in routers]
     handles = [router.register_forward_hook(hook) for router in routers]
     try:
         for inputs in batches:
             with evaluating(model):
                 model(inputs)
-            real = _real_tokens(inputs).flatten()
-            tokens_R1 = inputs.tokens.flatten()[real].unsqueeze(1)
-            for router, count in zip(routers, counts, strict=True):
-                count.add((chosen[router][real] * width + tokens_R1).flatten())
+            real_R = _real_tokens(inputs).flatten()
+            tokens_R1 = inputs.tokens.flatten()[real_R].unsqueeze(1)
+            for router in routers:
+                pairs[router].append((chosen[router][real_R] * width + tokens_R1).flatten().cpu())
     finally:
         for handle in handles:
             handle.remove()
-    return [
-        count.most(router.moe.num_experts, width, top)
-        for router, count in zip(routers, counts, strict=True)
-    ]
+    return [_most_frequent(pairs[one], one.moe.num_experts, width, top) for one in routers]
+
+
+def _most_frequent(
+    pairs: list[Tensor], num_experts: int, width: int, top: int
+) -> list[ExpertTokens]:
+    """Return the tokens of each expert from pairs encoded as expert * width + token."""
+    none = torch.empty(0, dtype=torch.int64)
+    distinct, times = torch.cat([none, *pairs]).unique(return_counts=True)
+    out = []
+    for expert in range(num_experts):
+        own = distinct // width == expert
+        ids, counts = distinct[own] % width, times[own]
+        order = counts.argsort(descending=True, stable=True)[:top]
+        most = tuple(zip(ids[order].tolist(), counts[order].tolist(), strict=True))
+        out.append(ExpertTokens(int(counts.sum()), most))
+    return out
 
 
 def token_row(layers: list[list[ExpertTokens]], tokenizer: Tokenizer) -> dict[str, Any]:
-    """The same as a part of metrics.jsonl: per layer and expert [text, share of what it was sent]
-    pairs.
-    """
-    return {
-        "expert_tokens": [
-            [
-                [[tokenizer.decode([token]), count / expert.total] for token, count in expert.most]
-                for expert in layer
-            ]
-            for layer in layers
-        ]
-    }
+    """Return the tokens of experts for metrics.jsonl: [text, share] by layer and expert."""
+
+    def shares(one: ExpertTokens) -> list[list[Any]]:
+        return [[tokenizer.decode([token]), count / one.total] for token, count in one.most]
+
+    return {"expert_tokens": [[shares(expert) for expert in layer] for layer in layers]}
 
 
 def _real_tokens(inputs: TransformerInput) -> Tensor:
-    """Which tokens [B, T] are not padding."""
+    """Return bool [B, T]: whether a token is not padding."""
     if isinstance(inputs.tokens_position, Tensor):
         return (inputs.tokens_position >= 0).to(inputs.tokens.device).expand_as(inputs.tokens)
     if inputs.lengths is None:
         return torch.ones_like(inputs.tokens, dtype=torch.bool)
     offsets_T = torch.arange(inputs.tokens.size(1), device=inputs.tokens.device)
     return offsets_T < inputs.lengths.to(offsets_T.device)[:, None]
-
-
-class _Counts:
-    """How often each (expert, token) pair was seen; only pairs that occur take memory."""
-
-    def __init__(self) -> None:
-        self.pairs = torch.empty(0, dtype=torch.int64)
-        self.times = torch.empty(0, dtype=torch.int64)
-
-    def add(self, pairs_R: Tensor) -> None:
-        new, times = pairs_R.cpu().unique(return_counts=True)
-        self.pairs, place = torch.cat((self.pairs, new)).unique(return_inverse=True)
-        self.times = torch.zeros_like(self.pairs).index_add_(
-            0, place, torch.cat((self.times, times))
-        )
-
-    def most(self, num_experts: int, width: int, top: int) -> list[ExpertTokens]:
-        found = []
-        for expert in range(num_experts):
-            own = self.pairs // width == expert
-            ids, times = self.pairs[own] % width, self.times[own]
-            order = times.argsort(descending=True, stable=True)[:top]
-            most = tuple(zip(ids[order].tolist(), times[order].tolist(), strict=True))
-            found.append(ExpertTokens(int(times.sum()), most))
-        return found

@@ -1,4 +1,7 @@
-"""Adapters merged into their base, with a receipt: every way to do it is measured, and the best is
+"""Merge adapters into their base, measure what the merge changes, and write a report.
+
+An adapter may have been trained beside a rounded or quantized base. It is merged into that form of
+the base and into the base's own numbers, and the candidate that is closer to the unmerged model is
 written.
 """
 
@@ -7,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from transom.checkpoints.files.staging import staged
 from transom.checkpoints.fingerprint import fingerprint
 from transom.checkpoints.merge import Form, Merge
 from transom.checkpoints.read_args import read_args
-from transom.checkpoints.save import FolderLayout, plan_layout
+from transom.checkpoints.save import plan_layout
 from transom.checkpoints.state import meta_model
 from transom.evaluation.agreement import Agreement, agreement, logits_of, next_tokens
 from transom.evaluation.token_rows import TOKENS, TokenRows, token_rows
@@ -34,34 +37,7 @@ from transom.models.llm import LLM
 
 REPORT = "merge_report.json"
 BASE_ALONE = "base alone"
-NOTABLE = (
-    0.05  # share of what an adapter does, as divergence, that is worth a word when a merge loses it
-)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A merged model: on which form of the base, and how it agrees with the unmerged one (None: not
-    measured).
-    """
-
-    name: str
-    form: Form
-    agreement: Agreement | None
-
-    @property
-    def divergence(self) -> float:
-        """Nats per token."""
-        return 0.0 if self.agreement is None else self.agreement.kl
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Controls by name, all candidates, and the one kept."""
-
-    controls: dict[str, Agreement]
-    candidates: tuple[Candidate, ...]
-    kept: Candidate
+NOTABLE = 0.05  # a notice is printed if a merge loses more than this share of the adapter's effect
 
 
 def merge_folders(
@@ -76,74 +52,103 @@ def merge_folders(
     tokens: int = TOKENS,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Write the merged model into `out`, with `merge_report.json`, whose content is returned.
+    """Write a model with its adapters merged into the weights, and `merge_report.json` beside it.
 
-    Sums are made in float32 or better and cast once, to `dtype` (the base's own by default). Of
-    several candidates the one that diverges least from the unmerged model is kept; `data` is the
-    text to measure on, for so many `tokens` (`token_rows`).
+    Sums are computed in float32 or better and rounded once.
+
+    Args:
+        base: Folder or hub id of the base; None takes the one that the adapters name.
+        adapters: Folders, runs or hub ids of the adapters.
+        out: The folder to write.
+        args: How several adapters are combined; a weighted sum by default.
+        format: Format of `out`; that of the base by default.
+        dtype: Dtype of `out`; that of the base by default.
+        data: Text or examples to measure on; see `token_rows`.
+        tokens: The most tokens to measure on.
+        device: Where to merge and to measure.
+
+    Returns:
+        The content of the report.
+
+    Raises:
+        RequestError: The folders do not belong together, or an argument is wrong.
+        WorkError: The merged model computes NaN or infinite logits, or writing fails.
     """
     started = time.perf_counter()
     merge = Merge.plan(base, adapters, CombineArgs() if args is None else args, dtype, device)
     for folder in merge.found.folders:
-        require(
-            Path(out).resolve() != folder.resolve(),
-            "out",
-            str(out),
-            "expected none of the folders read",
-        )
-    model_args = read_args(merge.base)
-    empty = {
-        name: LazyTensor.of(weight) for name, weight in meta_model(model_args).named_parameters()
-    }
-    plan_layout(
-        model_args, empty, format or folder_format(merge.base), merge.dtype
-    )  # it refuses before the work
+        other = Path(out).resolve() != folder.resolve()
+        require(other, "out", str(out), "expected a folder that is not read")
+    model_args, kind = read_args(merge.base), format or folder_format(merge.base)
+    shapes = {name: LazyTensor.of(one) for name, one in meta_model(model_args).named_parameters()}
+    plan_layout(model_args, shapes, kind, merge.dtype)  # refuses a wrong request before the work
     rows = token_rows(merge.found, model_args, data, merge.run, tokens)
-    measured, model = measure(merge, rows)
-    if measured.kept is not measured.candidates[-1]:
-        del model  # or two would be in memory
-        model = merge.rounded(merge.merged(merge.unmerged(measured.kept.form)))
-    layout = _layout(merge, model, format)
+    controls, candidates, model = measure(merge, rows)
+    kept = min(candidates, key=lambda form: _divergence(candidates[form]))
+    if kept != list(candidates)[-1]:
+        del model  # or two models would be in memory
+        model = merge.rounded(merge.merged(merge.unmerged(kept)))
+    weights = {name: LazyTensor.of(one.detach()) for name, one in plain_weights(model).items()}
+    layout = plan_layout(model.args, weights, kind, merge.dtype)
+    if layout.format == "hf":
+        layout.config.update(config_ids(merge.found))  # for other tools
+    alone = len(candidates) == 1
     with staged(Path(out)) as folder:
         layout.write(folder)
         carry_companions(merge.found, folder)
+        mark = fingerprint(folder, fresh=True)
         report = {
-            **_asked(merge, rows),
-            **_found(measured),
-            "out": {
-                "format": layout.format,
-                "dtype": merge.dtype,
-                "fingerprint": fingerprint(folder, fresh=True),
-            },
+            **_request(merge, rows),
+            "controls": {name: asdict(one) for name, one in controls.items()},
+            "candidates": [
+                {"name": merge.name_of(form), **({} if one is None else asdict(one))}
+                for form, one in candidates.items()
+            ],
+            "kept": merge.name_of(kept),
+            "why": "the only candidate"
+            if alone
+            else "the lowest divergence from the unmerged model",
+            "out": {"format": layout.format, "dtype": merge.dtype, "fingerprint": mark},
             "versions": {"transom": __version__, **machine()},
             "seconds": round(time.perf_counter() - started, 2),
         }
         write_text(folder / REPORT, json_text(report, indent=2))
-    say_loss(measured)
+    lost, effect = _divergence(candidates[kept]), _divergence(controls.get(BASE_ALONE))
+    if lost > NOTABLE * effect:
+        notice(
+            f"the merged model is {lost:.2g} nats per token from the unmerged one, the base "
+            f"alone {effect:.2g}: a wider dtype keeps more of a small adapter"
+        )
     return report
 
 
-def measure(merge: Merge, rows: TokenRows) -> tuple[Measured, LLM]:
-    """Compare every candidate with the unmerged model, one in memory at a time; the one made last
-    comes along.
+def _divergence(agreement: Agreement | None) -> float:
+    """Return the divergence from the unmerged model in nats per token; 0 if not measured."""
+    return 0.0 if agreement is None else agreement.kl
 
-    TIES and DARE have none; their sum before it is rounded stands for it. A model that gives
-    vectors has no logits to compare, which is said, and its adapters are merged on the base that
-    they saw.
+
+def measure(
+    merge: Merge, rows: TokenRows
+) -> tuple[dict[str, Agreement], dict[Form, Agreement | None], LLM]:
+    """Compare every candidate with the unmerged model, with one model in memory at a time.
+
+    TIES and DARE have no unmerged model. Their merged weights before rounding take its place. A
+    model that returns vectors has no logits to compare and is not measured.
+
+    Returns:
+        The agreement of the base alone and, of several adapters, of each one alone; the agreement
+        of each candidate by the form of the base that it is merged into, None if not measured; and
+        the candidate made last.
     """
     head = read_args(merge.base).head
     if head is not None and not head.outputs:
-        notice("a model that gives vectors has no logits to compare: the merge is not measured")
-        only = Candidate(merge.name_of(merge.trained), merge.trained, None)
-        return Measured({}, (only,), only), merge.rounded(
-            merge.merged(merge.unmerged(merge.trained))
-        )
-    adds_up = merge.args.method == "linear"
+        notice("a model that returns vectors has no logits to compare: the merge is not measured")
+        model = merge.rounded(merge.merged(merge.unmerged(merge.trained)))
+        return {}, {merge.trained: None}, model
     reference: list[Tensor] = []
-    if not adds_up:
-        reference = [
-            part.cpu() for part in logits_of(merge.merged(merge.unmerged(merge.trained)), rows.rows)
-        ]
+    if merge.args.method != "linear":
+        exact = logits_of(merge.merged(merge.unmerged(merge.trained)), rows.rows)
+        reference = [part.cpu() for part in exact]
     model = merge.unmerged(merge.trained)
     reference = reference or [part.cpu() for part in logits_of(model, rows.rows)]
     targets = None if head is not None else next_tokens(rows.rows)
@@ -157,59 +162,29 @@ def measure(merge: Merge, rows: TokenRows) -> tuple[Measured, LLM]:
         activate_adapters(model, (part.name,))
         controls[f"{part.folder} alone"] = compare(model)
     activate_adapters(model, merge.names)
-    candidates = []
-    for index, form in enumerate(merge.forms):
-        if index:
+    candidates: dict[Form, Agreement | None] = {}
+    for form in merge.forms:
+        if candidates:
             del model
             model = merge.unmerged(form)
         model = merge.rounded(merge.merged(model))
         found = compare(model)
         if not math.isfinite(found.kl):
-            raise WorkError(
-                f"{merge.name_of(form)}: logits are NaN or infinite; nothing was written"
-            )
-        candidates.append(Candidate(merge.name_of(form), form, found))
-    kept = min(candidates, key=lambda one: one.divergence)
-    return Measured(controls, tuple(candidates), kept), model
+            name = merge.name_of(form)
+            raise WorkError(f"{name}: logits are NaN or infinite; nothing was written")
+        candidates[form] = found
+    return controls, candidates, model
 
 
-def say_loss(measured: Measured) -> None:
-    """One line where rounding, or the form of the base, takes a notable share of what the adapter
-    does.
-    """
-    effect, lost = measured.controls.get(BASE_ALONE), measured.kept.divergence
-    if effect is not None and lost > NOTABLE * effect.kl:
-        notice(
-            f"the merged model is {lost:.2g} nats per token from the unmerged one, the base "
-            f"alone {effect.kl:.2g}: a wider dtype keeps more of a small adapter"
-        )
-
-
-def _layout(merge: Merge, model: LLM, format: Format | None) -> FolderLayout:
-    """All that is to be written; ids that a Hugging Face config holds for other tools stay
-    there.
-    """
-    ours = {name: LazyTensor.of(weight.detach()) for name, weight in plain_weights(model).items()}
-    kind = folder_format(merge.base)
-    layout = plan_layout(model.args, ours, format or kind, merge.dtype)
-    if layout.format == "hf":
-        layout.config.update(config_ids(merge.found))
-    return layout
-
-
-def _asked(merge: Merge, rows: TokenRows) -> dict[str, Any]:
-    """The part of the report that says what was merged, and on what it was measured."""
-    parts = [
-        {"folder": str(part.folder), "weight": part.weight, "sha256": adapter_hashes(part.folder)}
-        for part in merge.parts
-    ]
+def _request(merge: Merge, rows: TokenRows) -> dict[str, Any]:
+    """Return the part of the report about what was merged, and on what it was measured."""
+    base = {"folder": str(merge.base), "fingerprint": merge.base_fingerprint}
     return {
-        "base": {
-            "folder": str(merge.base),
-            "fingerprint": merge.base_fingerprint,
-            "in_training": str(merge.trained),
-        },
-        "adapters": parts,
+        "base": {**base, "in_training": str(merge.trained)},
+        "adapters": [
+            {"folder": str(one.folder), "weight": one.weight, "sha256": adapter_hashes(one.folder)}
+            for one in merge.parts
+        ],
         "combine": {name: getattr(merge.args, name) for name in ("method", "density", "seed")},
         "reference": "base and adapters"
         if merge.args.method == "linear"
@@ -224,23 +199,6 @@ def _asked(merge: Merge, rows: TokenRows) -> dict[str, Any]:
 
 
 def adapter_hashes(adapter: Path) -> dict[str, str]:
-    """SHA-256 of each file of an adapter's weights, without the state of the run that wrote it."""
-    files = [
-        path for pattern in ("*.safetensors", "*.bin") for path in sorted(adapter.glob(pattern))
-    ]
-    files = [path for path in files if not path.name.startswith("trainer.")]
-    return {path.name: sha256_of(path) for path in files}
-
-
-def _found(measured: Measured) -> dict[str, Any]:
-    """The part of the report that says what was measured."""
-    alone = len(measured.candidates) == 1
-    return {
-        "controls": {name: asdict(one) for name, one in measured.controls.items()},
-        "candidates": [
-            {"name": one.name, **({} if one.agreement is None else asdict(one.agreement))}
-            for one in measured.candidates
-        ],
-        "kept": measured.kept.name,
-        "why": "the only candidate" if alone else "the lowest divergence from the unmerged model",
-    }
+    """Return the SHA-256 of each weight file of an adapter, without the state of its run."""
+    files = [*sorted(adapter.glob("*.safetensors")), *sorted(adapter.glob("*.bin"))]
+    return {one.name: sha256_of(one) for one in files if not one.name.startswith("trainer.")}

@@ -1,5 +1,6 @@
-"""Rows of tokens to compare models on: a file's texts, what a run held out, or texts that are
-everywhere.
+"""Rows of tokens to compare models on.
+
+They come from a file, from what a fine-tuning run held out, or from texts that every Python has.
 """
 
 from __future__ import annotations
@@ -30,19 +31,18 @@ from transom.data.text.sources import SourceArgs, read_documents
 from transom.inference.loop import keeps_every_token
 from transom.tokenizers.tokenizer import Tokenizer
 
-TOKENS, LENGTH = 4096, 512  # compared in all, and in one row
-LOGITS = 2**28  # kept at a time: 1 GB of float32, which shortens the rows of large vocabularies
-EXAMPLES = 256  # written at most: far more than `TOKENS` need
-# Where rows come from that no file is named for.
+TOKENS, LENGTH = 4096, 512  # compared in total, and of one row
+LOGITS = 2**28  # kept at the same time: 1 GB of float32; large vocabularies get fewer tokens
+EXAMPLES = 256  # encoded at most, far more than `TOKENS` need
+# Sources of rows without a file.
 RANDOM, BUILT_IN, HELD_OUT = "random tokens", "built-in texts", "held out of "
-# Prose and code that every Python brings along: modules of the standard library with long
-# documentation.
+# Modules of the standard library with long documentation.
 MODULES = ("argparse", "statistics", "textwrap", "heapq", "bisect", "fractions")
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Rows [T] of token ids, where they are from, and the SHA-256 of all ids."""
+    """Rows of token ids, each int64 [T], with their source and the SHA-256 of all ids."""
 
     source: str
     sha256: str
@@ -50,7 +50,7 @@ class TokenRows:
 
     @property
     def tokens(self) -> int:
-        """In all rows."""
+        """Tokens of all rows."""
         return sum(map(len, self.rows))
 
 
@@ -61,37 +61,47 @@ def token_rows(
     run: Path | None = None,
     tokens: int = TOKENS,
 ) -> TokenRows:
-    """At most `tokens` tokens of `data`, else of the examples that the fine-tuning run held out,
-    else built in.
+    """Return at most `tokens` tokens to compare models on.
 
-    `data` is text (a file, folder or glob), or a file of examples as for fine-tuning, written by
-    the model's chat template. A folder without a tokenizer gets random tokens, which is said.
+    Args:
+        found: The model, whose tokenizer and chat template are used. Without a tokenizer the
+            tokens are random, with a notice.
+        args: The arguments of the model.
+        data: Text (a file, folder or glob) or a file of examples as for fine-tuning. None takes
+            what `run` held out, or else built-in texts.
+        run: The fine-tuning run of the model.
+        tokens: The most tokens.
+
+    Raises:
+        RequestError: There is no such data, or it has fewer than two tokens.
     """
     most = min(tokens, max(2, LOGITS // args.vocab_size))
     length = min(LENGTH, args.max_seq_len) if keeps_every_token(args) else LENGTH
     if not any(map(holds_tokenizer, found.folders)):
-        require(data is None, "data", data, f"{found} has no tokenizer for it; expected none")
+        require(data is None, "data", data, f"expected none, because {found} has no tokenizer")
         notice(f"{found}: no tokenizer, so models are compared on random tokens")
         draws = torch.Generator().manual_seed(0)
         ids = torch.randint(args.vocab_size, (most,), generator=draws).tolist()
         return _rows(RANDOM, [ids], length, most)
     tokenizer = open_tokenizer(found)
-    if data is not None:
-        if data == STDLIB or (row_format(data) is not None and Path(data).is_file()):
-            return _rows(
-                data, _written(read_examples(data), found, tokenizer, length), length, most
-            )
-        texts: Iterable[str] = (document.text for document in read_documents(SourceArgs(data)))
-        return _rows(data, (_encoded(tokenizer, text) for text in texts), length, most)
-    held = [] if run is None else held_out_examples(run)
-    if held:
-        return _rows(f"{HELD_OUT}{run}", _written(held, found, tokenizer, length), length, most)
-    texts = (inspect.getsource(importlib.import_module(name)) for name in MODULES)
-    return _rows(BUILT_IN, (_encoded(tokenizer, text) for text in texts), length, most)
+    examples: list[ChatExample] = []
+    source = BUILT_IN if data is None else data
+    if data is None and run is not None:
+        examples = held_out_examples(run)
+        source = f"{HELD_OUT}{run}" if examples else BUILT_IN
+    elif data is not None and (data == STDLIB or (row_format(data) and Path(data).is_file())):
+        examples = list(read_examples(data))
+    if examples:
+        return _rows(source, _encoded(examples, found, tokenizer, length), length, most)
+    if data is None:
+        texts = (inspect.getsource(importlib.import_module(name)) for name in MODULES)
+    else:
+        texts = (document.text for document in read_documents(SourceArgs(data)))
+    return _rows(source, map(tokenizer.encode_prompt, texts), length, most)
 
 
 def held_out_examples(run: Path) -> list[ChatExample]:
-    """Return what a fine-tuning run measured with, by its `config.yaml`.
+    """Return the examples that a fine-tuning run held out, by its `config.yaml`.
 
     If its data is missing, the list is empty and a notice gives the reason.
     """
@@ -106,17 +116,15 @@ def held_out_examples(run: Path) -> list[ChatExample]:
             name = str(source["path"] if isinstance(source, dict) else source)
             out += read_splits(name, fraction)[1]
     except RequestError as error:
-        notice(f"{run}: its data is not to be had ({error}), so models are compared on {BUILT_IN}")
+        notice(f"{run}: its data is missing ({error}), so models are compared on {BUILT_IN}")
         return []
     return out
 
 
-def _written(
+def _encoded(
     examples: list[ChatExample], found: ModelLocation, tokenizer: Tokenizer, length: int
 ) -> Iterator[list[int]]:
-    """Ids of the rows that examples make, as in training; of a prompt without an answer, its
-    own.
-    """
+    """Yield the ids of the rows of examples, as in training; of a question, those of its prompt."""
     template = template_for(examples, tokenizer, ChatTemplate.find(found.folders, tokenizer))
     few = examples[:EXAMPLES]
     for example in few:
@@ -129,29 +137,19 @@ def _written(
             yield row.ids.tolist()
 
 
-def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
-    return tokenizer.encode_prompt(text)
-
-
-def _rows(source: str, documents: Iterable[Sequence[int]], length: int, at_most: int) -> TokenRows:
-    """Rows of 2 to `length` tokens, cut from one document after the other until they hold
-    `at_most`.
-    """
+def _rows(source: str, documents: Iterable[Sequence[int]], length: int, most: int) -> TokenRows:
+    """Cut documents one after the other into rows of 2 to `length` tokens, `most` in total."""
+    pieces = (ids[at : at + length] for ids in documents for at in range(0, len(ids), length))
     out: list[Tensor] = []
-    left = at_most
-    for ids in documents:
-        for start in range(0, len(ids), length):
-            row = torch.tensor(ids[start : start + min(length, left)])
-            if len(row) > 1:
-                out.append(row)
-                left -= len(row)
-            if left < 2:
-                break
+    left = most
+    for piece in pieces:
+        row = torch.tensor(piece[:left])
+        if len(row) > 1:
+            out.append(row)
+            left -= len(row)
         if left < 2:
             break
-    if not out:
-        raise RequestError(
-            f"data: got {source!r}; less than two tokens in it; expected text to compare models on"
-        )
+    expected = "expected a text of two tokens or more"
+    require(bool(out), "data", source, expected)
     digest = hashlib.sha256(torch.cat(out).numpy().tobytes()).hexdigest()
     return TokenRows(source, digest, tuple(out))

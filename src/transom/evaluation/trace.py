@@ -1,9 +1,7 @@
-"""One forward pass, looked at from inside: what every block adds, where heads look, what it would
-say so far.
+"""Trace one forward pass: what every block adds, where its heads attend, and its predictions.
 
-The model's code is untouched: the attention backend is replaced by one that also records, and
-forward hooks read what attention, feed-forward, router and block return. Both are taken away again
-whatever happens.
+The attention backend is replaced by one that also records, and forward hooks read the outputs of
+attention, feed-forward, router and block. The model is afterwards as it was.
 """
 
 from __future__ import annotations
@@ -25,21 +23,26 @@ from transom.layers.inputs import TransformerInput
 from transom.layers.moe import MoE
 from transom.models.llm import LLM
 
-BLOCK = 256  # queries whose dense attention weights exist at the same time, tokens
-TOP = 3  # tokens kept of every prediction
+BLOCK = 256  # queries whose dense attention weights exist at the same time
+TOP = 3  # most likely tokens of each prediction
 
 
 @dataclass(frozen=True)
 class LayerTrace:
     """What one block did with a text of T tokens.
 
-    The three `rms` are root mean squares over features, averaged over tokens: of the residual
-    stream behind the block, and of what attention and feed-forward added to it. `entropy_N` is the
-    attention entropy of every head in nats, averaged over queries: 0 is one key, ln n is n keys
-    alike. `last_attention_NT` are the last token's attention weights by key position. `experts` are
-    the (id, weight) pairs of the last token, strongest first, empty in a dense layer. `predictions`
-    are the likeliest next (token id, probability) if the model ended here (the logit lens of
-    nostalgebraist 2020).
+    Attributes:
+        residual_rms: Root mean square over features of the residual stream after the block,
+            averaged over tokens.
+        attention_rms: The same of the output of attention.
+        feed_forward_rms: The same of the output of the feed-forward.
+        entropy_N: Attention entropy of each head in nats, averaged over queries: 0 for attention
+            to a single key, ln n for equal attention to n keys.
+        last_attention_NT: Attention weights of the last token by key position.
+        experts: (id, weight) of the experts of the last token, the largest weight first; empty in
+            a dense layer.
+        predictions: The most likely next (token id, probability) if the model ended after this
+            block (the logit lens, nostalgebraist 2020).
     """
 
     residual_rms: float
@@ -52,35 +55,30 @@ class LayerTrace:
 
     @property
     def strongest(self) -> tuple[tuple[int, float], ...]:
-        """(position, weight) of the key that each head of the last token weighs most."""
+        """The (position, weight) of the key with the largest weight, for each head."""
         weights_N, positions_N = self.last_attention_NT.max(-1)
         return tuple(zip(positions_N.tolist(), weights_N.tolist(), strict=True))
 
 
 @dataclass
 class Recording:
-    """What a forward left behind: `attention` (entropy [N], last weights [N, T]) per layer, outputs
-    by module.
-    """
+    """What was recorded: (entropy [N], last weights [N, T]) per layer, and outputs by module."""
 
     attention: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     outputs: dict[nn.Module, Any] = field(default_factory=dict)
 
 
 def trace(model: LLM, tokens_1T: Tensor) -> list[LayerTrace]:
-    """One forward of one row of token ids on the model's device, seen layer by layer."""
-    shape = tuple(tokens_1T.shape)
-    require(
-        len(shape) == 2 and shape[0] == 1 and shape[1] > 0,
-        "tokens",
-        shape,
-        "expected [1, tokens]",
-    )
-    low, high = int(tokens_1T.min()), int(tokens_1T.max())
-    last = model.args.vocab_size - 1
-    require(
-        low >= 0 and high <= last, "token id", low if low < 0 else high, f"expected 0 to {last}"
-    )
+    """Run one row of token ids [1, T] on the model's device and return the trace of each layer.
+
+    Raises:
+        RequestError: The shape is another one, or an id is not in the vocabulary.
+    """
+    shape, last = tuple(tokens_1T.shape), model.args.vocab_size - 1
+    fits = len(shape) == 2 and shape[0] == 1 and shape[1] > 0
+    require(fits, "tokens", shape, "expected [1, tokens]")
+    for id in (int(tokens_1T.min()), int(tokens_1T.max())):
+        require(0 <= id <= last, "token id", id, f"expected 0 to {last}")
     with torch.inference_mode():
         with recording(model) as recorded:
             model(TransformerInput(tokens_1T, logits="none"))
@@ -92,9 +90,7 @@ def trace(model: LLM, tokens_1T: Tensor) -> list[LayerTrace]:
 
 @contextlib.contextmanager
 def recording(model: LLM) -> Iterator[Recording]:
-    """Record every attention call and module output inside the `with`; the model is then as it
-    was.
-    """
+    """Record the attention calls and module outputs of forward passes inside the `with` block."""
     recorded = Recording()
     backend, replaced = model.attend, "attend" in vars(model)
 
@@ -117,7 +113,7 @@ def recording(model: LLM) -> Iterator[Recording]:
     finally:
         for handle in handles:
             handle.remove()
-        del model.attend  # the class's own shows again
+        del model.attend  # the attribute of the class is visible again
         if replaced:
             model.attend = backend
 
@@ -125,12 +121,12 @@ def recording(model: LLM) -> Iterator[Recording]:
 def attention_summary(
     q_1TNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs
 ) -> tuple[Tensor, Tensor]:
-    """(entropy [N] in nats, mean over queries; weights [N, T] of the last query), from the
-    reference's weights.
+    """Return the entropy [N] of each head, averaged over queries, and the last weights [N, T].
+
+    The weights are those of the reference, computed for `BLOCK` queries at a time.
     """
-    length = q_1TNH.size(1)
     entropies, weights = [], torch.empty(0)
-    for start in range(0, length, BLOCK):  # all T x T weights at once would not fit for long texts
+    for start in range(0, q_1TNH.size(1), BLOCK):
         rows = slice(start, start + BLOCK)
         part = replace(spec, positions_BT=spec.positions_BT[:, rows], layout=None)
         weights = weights_BNTS(q_1TNH[:, rows], view, part, score)
@@ -145,7 +141,7 @@ def layer_trace(
     entropy_N: Tensor,
     last_NT: Tensor,
 ) -> LayerTrace:
-    """One block's summary from what its parts returned."""
+    """Return the trace of one block from the recorded outputs of its parts."""
     h_BTD, _ = outputs[block]
     added_BTD = outputs[block.feed_forward]
     experts: tuple[tuple[int, float], ...] = ()
@@ -165,9 +161,7 @@ def layer_trace(
 
 
 def lens(model: LLM, h_D: Tensor) -> tuple[tuple[int, float], ...]:
-    """The likeliest next (token id, probability) if the final norm and output stood right behind
-    `h_D`.
-    """
+    """Return the most likely next (token id, probability) of a hidden state without its norm."""
     logits_V = model.project(model.norm(h_D))
     wide = torch.promote_types(logits_V.dtype, torch.float32)
     best, ids = logits_V.softmax(-1, dtype=wide).topk(min(TOP, logits_V.numel()))
@@ -175,11 +169,11 @@ def lens(model: LLM, h_D: Tensor) -> tuple[tuple[int, float], ...]:
 
 
 def rms(x_BTD: Tensor) -> float:
-    """Root mean square over features, averaged over tokens."""
+    """Return the root mean square over features, averaged over tokens."""
     wide = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
     return float(wide.square().mean(-1).sqrt().mean())
 
 
 def blocks(model: LLM) -> list[TransformerBlock]:
-    """The model's blocks in order, as what they are."""
+    """Return the blocks of a model in order, with their type."""
     return [block for block in model.layers if isinstance(block, TransformerBlock)]

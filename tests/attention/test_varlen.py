@@ -133,9 +133,9 @@ def on_cuda(head_dim: int = 16, v_dim: int | None = None) -> tuple[Tensor, Cache
         (None, 16, None, Layout((8,)), ScoreArgs()),
         (None, 16, 8, Layout((8,)), ScoreArgs(0.1)),
         ("document lengths", 16, None, None, ScoreArgs()),
-        ("multiples of 8", 20, None, Layout((8,)), ScoreArgs()),
+        ("steps of 8", 20, None, Layout((8,)), ScoreArgs()),
         ("values of 24", 16, 24, Layout((8,)), ScoreArgs()),
-        ("soft-capping", 16, None, Layout((8,)), ScoreArgs(softcap=2.0)),
+        ("soft caps", 16, None, Layout((8,)), ScoreArgs(softcap=2.0)),
     ],
 )
 def test_varlen_says_what_it_cannot_do(reason, head_dim, v_dim, layout, score):

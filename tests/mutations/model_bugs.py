@@ -358,11 +358,11 @@ def lost_partial_block() -> AbstractContextManager[None]:
     """Keys behind the last whole block are left out."""
 
     def make(original: Call) -> Call:
-        def met(self: object, start: int, stop: int, slots: int) -> Iterator[tuple[int, int, Any]]:
-            for low, high, hidden in original(self, start, stop, slots):
+        def key_blocks(self: object, start: int, stop: int) -> Iterator[tuple[int, int, Any]]:
+            for low, high, hidden in original(self, start, stop):
                 if low == 0 or (high - low) % blockwise.KEYS == 0:
                     yield low, high, hidden
 
-        return met
+        return key_blocks
 
-    return changed(blockwise._Tiles, "met", make)
+    return changed(blockwise._Job, "key_blocks", make)

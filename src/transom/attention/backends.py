@@ -1,5 +1,7 @@
-"""The attention backends: what each can do, which one a job gets, and which are refused on this
-machine.
+"""The attention backends: what each can do, and which one a job gets.
+
+Backends that failed `transom verify attention` on this machine are listed in attention.json in the
+cache folder, and are not used here.
 """
 
 from __future__ import annotations
@@ -21,16 +23,25 @@ from transom.attention.graphs import constant_in_graphs
 from transom.attention.mask import MaskSpec
 from transom.attention.reference import reference
 from transom.attention.view import CacheView, ScoreArgs
-from transom.base.errors import RequestError, nearest, notice
-from transom.base.files import cache_dir
+from transom.base.errors import RequestError, nearest, notice, require
+from transom.base.files import cache_dir, read_json
 from transom.base.locks import FolderLock
 
-LONG = 1024  # slots from which compiled block masks are worth more than masked blocks, tokens
+LONG = 1024  # slots from which compiled block masks are faster than masked blocks
 
 
 class Attend(Protocol):
-    """attend(q [B, T, N, H], view, spec, score) -> [B, T, N, v's H]; fully masked rows give
-    zeros.
+    """Attention of one layer.
+
+    Args:
+        q_BTNH: Queries [B, T, N, H] of any floating dtype.
+        view: The keys and values that the queries may attend to, with their positions.
+        spec: The mask rule, and the positions of the queries.
+        score: Scale, soft cap and sinks.
+
+    Returns:
+        [B, T, N, v's H] in the dtype of the queries. Rows of queries that may attend to no key are
+        zero.
     """
 
     def __call__(
@@ -40,11 +51,15 @@ class Attend(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute attention; `why_not` says in words what keeps it from a job, None when it
-    can do it.
+    """One way to compute attention.
 
-    Called, it is that way and no other: a job it cannot do, or a backend refused here, is a
-    `RequestError`.
+    A call computes it in this way only, and raises a `RequestError` for a job that it can't
+    compute or if it may not be used on this machine.
+
+    Attributes:
+        name: Its name.
+        function: The computation, without checks.
+        why_not: A function that returns why the backend can't compute a job, or None if it can.
     """
 
     name: str
@@ -56,18 +71,16 @@ class Backend:
     ) -> Tensor:
         reason = refusal(self.name) or self.why_not(q_BTNH, view, spec, score)
         if reason is not None:
-            able = [
-                name
-                for name, other in BACKENDS.items()
-                if other.why_not(q_BTNH, view, spec, score) is None
-            ]
+            others = BACKENDS.values()
+            able = [x.name for x in others if x.why_not(q_BTNH, view, spec, score) is None]
             raise RequestError(
-                f"attention backend {self.name!r}: {reason}; expected {', '.join(able)}"
+                f"attention backend: got {self.name!r}, which {reason}; expected {', '.join(able)}"
             )
         return self.function(q_BTNH, view, spec, score)
 
 
 def _always(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> str | None:
+    """Return None: the backend can compute every job."""
     return None
 
 
@@ -75,7 +88,7 @@ BACKENDS: dict[str, Backend] = {
     one.name: one
     for one in (
         Backend("sdpa", sdpa.sdpa, sdpa.why_not),
-        Backend("blockwise", blockwise.blockwise, blockwise.why_not),
+        Backend("blockwise", blockwise.blockwise, _always),
         Backend("flex", flex.flex, flex.why_not),
         Backend("varlen", varlen.varlen, varlen.why_not),
         Backend("reference", reference, _always),
@@ -84,121 +97,131 @@ BACKENDS: dict[str, Backend] = {
 
 
 def backend(name: str) -> Attend:
-    """The backend of that name, or `auto`; forced, it raises `RequestError` on a job it cannot
-    do.
+    """Return the backend of that name; `auto` chooses one for every job.
+
+    Raises:
+        RequestError: There is no backend of that name.
     """
     if name == "auto":
         return auto
-    if name not in BACKENDS:
-        known = ("auto", *BACKENDS)
-        raise RequestError(
-            f"attention backend {name!r}: known are {', '.join(known)}{nearest(name, known)}"
-        )
+    known = ("auto", *BACKENDS)
+    expected = f"expected {', '.join(known)}{nearest(name, known)}"
+    require(name in BACKENDS, "attention backend", name, expected)
     return BACKENDS[name]
 
 
 def auto(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Tensor:
-    """Attention by the first backend in this job's order that can do it and is not refused on this
-    machine.
+    """Compute attention with the backend that `choose` returns.
+
+    The choice is made once per step and kind of layer: it is stored in `spec`.
     """
-    return choose(q_BTNH, view, spec, score).function(q_BTNH, view, spec, score)
+    if torch.compiler.is_compiling():  # a graph must not depend on what an earlier layer stored
+        return choose(q_BTNH, view, spec, score).function(q_BTNH, view, spec, score)
+    states = (q_BTNH, *view.dense()[0])
+    key = (score.plain, view.new_at, *((x.dtype, x.size(-1)) for x in states))
+    chosen = spec.tables.get(key)
+    if chosen is None:
+        chosen = spec.tables[key] = choose(q_BTNH, view, spec, score)
+    out: Tensor = chosen.function(q_BTNH, view, spec, score)
+    return out
 
 
 def choose(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Backend:
-    """The backend that `auto` takes; a `RequestError` where all that could do the job are
-    refused.
+    """Return the first backend of the job's `preference` that can compute it here.
+
+    Raises:
+        RequestError: All backends that could compute it failed `transom verify attention`.
     """
-    refused_here = []
+    skipped = []
     for name in preference(q_BTNH, view, spec, score):
         if BACKENDS[name].why_not(q_BTNH, view, spec, score) is None:
-            if refusal(name) is None:
+            if _usable(name):
                 return BACKENDS[name]
-            refused_here.append(name)
+            skipped.append(name)
     raise RequestError(
-        f"attention: {', '.join(refused_here)} could do this job and failed `transom verify "
-        f"attention` on this "
-        f"machine; expected another backend by name, or {refused_file()} without them"
+        f"attention: got a job for {', '.join(skipped)}, which failed `transom verify attention` "
+        f"on this machine; expected another backend by name, or {refused_file()} without them"
     )
 
 
 def preference(
     q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs
 ) -> tuple[str, ...]:
-    """Backends in the order in which they are tried; the reference never is, and blockwise can do
-    everything.
-    """
+    """Return the backends to try for a job, fastest first; blockwise can compute every job."""
     if not q_BTNH.is_cuda:
         return ("sdpa", "blockwise")
-    if not score.plain:  # one compiled kernel; for a few queries its block of 128 is mostly empty
-        return ("flex", "blockwise") if q_BTNH.size(1) >= flex.BLOCK else ("blockwise",)
-    layout = spec.layout
-    if view.only_new and layout is not None:
-        packed = len(layout.documents) > q_BTNH.size(0)
-        return (
-            ("varlen", "sdpa", "blockwise")
-            if packed or spec.rule.size
-            else ("sdpa", "varlen", "blockwise")
-        )
-    blind = (
-        view.new_at is None and spec.rule.size > 0
-    )  # sdpa would work through all that the rule hides
-    if blind and q_BTNH.size(1) >= flex.BLOCK and view.positions_BS.size(1) >= LONG:
-        return ("flex", "sdpa", "blockwise")
-    return ("sdpa", "blockwise")
+    many = q_BTNH.size(1) >= flex.BLOCK  # for fewer queries its blocks are mostly empty
+    if not score.plain:
+        return ("flex", "blockwise") if many else ("blockwise",)
+    if view.only_new and spec.layout is not None:
+        packed = len(spec.layout.documents) > q_BTNH.size(0)
+        if packed or spec.rule.size:
+            return ("varlen", "sdpa", "blockwise")
+        return ("sdpa", "varlen", "blockwise")
+    # sdpa would compute everything that the rule hides.
+    hides_most = view.new_at is None and spec.rule.size > 0 and view.positions_BS.size(1) >= LONG
+    return ("flex", "sdpa", "blockwise") if many and hides_most else ("sdpa", "blockwise")
 
 
 @constant_in_graphs
 def refusal(name: str) -> str | None:
-    """Why a backend is refused on this machine, or None."""
+    """Return why a backend is not used on this machine, or None."""
     reason = refused().get(name)
-    return (
-        None
-        if reason is None
-        else f"it failed `transom verify attention` on this machine ({reason})"
-    )
+    if reason is None:
+        return None
+    return f"failed `transom verify attention` on this machine ({reason})"
+
+
+@constant_in_graphs
+def _usable(name: str) -> bool:
+    """Return whether a backend may be used here; a notice names one that is skipped."""
+    reason = refusal(name)
+    if reason is not None:
+        notice(f"attention backend {name} is skipped: it {reason}; see {refused_file()}")
+    return reason is None
 
 
 @functools.cache
 def refused() -> Mapping[str, str]:
-    """{backend: reason} of those that failed `verify attention` on this machine; read once, see
-    `reload`.
+    """Return {backend: reason} of the backends that failed `verify attention` on this machine.
+
+    The file is read once; see `reload`.
     """
     return _read_refused().get(machine_key(), {})
 
 
 def reload() -> None:
-    """Forget what was read of the file of refused backends: the next use reads it again."""
+    """Read the file of refused backends again at its next use."""
     refused.cache_clear()
 
 
 def refuse(failures: Mapping[str, str]) -> Path:
-    """Write {backend: reason} as all that is refused on this machine from now on; an empty table
-    refuses none.
+    """Write {backend: reason} as the backends that are not used on this machine from now on.
+
+    Returns:
+        The file that was written.
     """
-    unknown = [name for name in failures if name not in BACKENDS]
-    if unknown:
-        raise RequestError(f"attention backend {unknown[0]!r}: known are {', '.join(BACKENDS)}")
+    for name in failures:
+        require(name in BACKENDS, "attention backend", name, f"expected {', '.join(BACKENDS)}")
     path = refused_file()
-    with FolderLock(path, wait=True):  # another process may be adding what it has found
+    with FolderLock(path, wait=True):  # another process may write as well
         table = {**_read_refused(), machine_key(): dict(failures)}
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{os.getpid()}")
         kept = {key: value for key, value in table.items() if value}
         part.write_text(json.dumps(kept, indent=2), encoding="utf-8")
-        part.replace(path)  # a reader finds the old file or the new one, never half of one
+        part.replace(path)  # readers see the old file or the new one
     reload()
     return path
 
 
 def refused_file() -> Path:
-    """attention.json in the cache folder."""
+    """Return the path of attention.json in the cache folder."""
     return cache_dir() / "attention.json"
 
 
 def machine_key() -> str:
-    """What decides which kernels run here: torch's version, the processor's instructions and the
-    GPU.
-    """
+    """Return what decides about kernels: torch's version, the CPU's instructions and the GPU."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return (
         f"torch {torch.__version__}, {platform.machine()} "
@@ -207,25 +230,14 @@ def machine_key() -> str:
 
 
 def _read_refused() -> dict[str, dict[str, str]]:
-    """{machine: {backend: reason}}; a file that cannot be read refuses nothing and is said so."""
+    """Return {machine: {backend: reason}}; a notice names a file that can't be read."""
     path = refused_file()
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        notice(
-            f"{path} could not be read ({type(error).__name__}): no attention backend is refused"
-        )
-        return {}
-    rows = table.values() if isinstance(table, dict) else [None]
-    if not all(
-        isinstance(row, dict) and all(isinstance(reason, str) for reason in row.values())
-        for row in rows
-    ):
-        notice(
-            f"{path} holds something else than backends and reasons: no attention backend is "
-            f"refused"
-        )
+        table = read_json(path) if path.exists() else {}
+        valid = all(isinstance(x, str) for row in table.values() for x in row.values())
+    except (OSError, ValueError, AttributeError):  # no JSON, or a row that is no object
+        valid = False
+    if not valid:
+        notice(f"{path} can't be read: no attention backend is skipped; expected JSON of reasons")
         return {}
     return table

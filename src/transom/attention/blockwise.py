@@ -1,16 +1,16 @@
-"""Attention by blocks of queries and keys with a running softmax (FlashAttention, arXiv
-2205.14135).
+"""Attention by blocks of queries and keys with a running softmax.
 
-Plain tensor operations, so that it takes any positions, soft-capping, sinks and grouped heads on
-any device, in float32 or better. Only q, k, v, the output and one logarithm per query and head are
-kept for the backward pass, which makes the scores of every block again: memory is linear in length
+The algorithm is that of FlashAttention (arXiv 2205.14135). The backend consists of plain tensor
+operations, so it takes any positions, soft-capping, sinks and grouped heads on any device, in
+float32 or better. Only q, k, v, the output and one logarithm per query and head are kept for the
+backward pass, which recomputes the scores of every block. Memory is linear in the sequence length
 in both directions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
@@ -25,74 +25,86 @@ from transom.config.layer_args import LayerRule
 QUERIES, KEYS = 128, 256  # tokens per block; fewer queries take more keys at a time
 
 
-def why_not(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> str | None:
-    """What keeps blockwise from this job: nothing does."""
-    return None
-
-
 def blockwise(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Tensor:
-    """softmax(cap(q k^T scale), sinks) v under the rule; q [B, T, N, H] in, [B, T, N, v's H]
-    out.
+    """Return softmax(cap(q k^T scale), sinks) v under the mask rule.
+
+    See `backends.Attend` for the arguments.
     """
     scale, softcap, sinks_N = score.scale_for(q_BTNH.size(-1)), score.softcap, score.sinks_N
     if by_documents(view, spec):
-        kind = (
-            "causal" if spec.rule.kind == "chunk" else spec.rule.kind
-        )  # a chunk is a document by then
+        # Chunks have been cut into documents of their own, which are causal.
+        kind = "causal" if spec.rule.kind == "chunk" else spec.rule.kind
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            places = torch.arange(q.size(1), device=q.device)[None]
-            tiles = (places, places, None, None, kind, spec.rule.size, 0, True)
-            return _call(q, k, v, sinks_N, *tiles, scale, softcap)
+            positions_1T = torch.arange(q.size(1), device=q.device)[None]
+            mask = (positions_1T, positions_1T, None, None, kind, spec.rule.size, 0, True)
+            return _call(q, k, v, sinks_N, *mask, scale, softcap)
 
         return per_document(q_BTNH, view, spec, run)
     (k, v), k_positions = view.dense()
     segmented = spec.segments_BT is not None and view.segments_BS is not None
     segments = (spec.segments_BT, view.segments_BS) if segmented else (None, None)
-    tiles = (
-        spec.positions_BT,
-        k_positions,
-        *segments,
-        spec.rule.kind,
-        spec.rule.size,
-        view.new_at,
-        False,
-    )
-    return _call(q_BTNH, k, v, sinks_N, *tiles, scale, softcap)
+    rule = (spec.rule.kind, spec.rule.size, view.new_at, False)
+    mask = (spec.positions_BT, k_positions, *segments, *rule)
+    return _call(q_BTNH, k, v, sinks_N, *mask, scale, softcap)
 
 
 def _call(*inputs: Any) -> Tensor:
-    """The operator where a graph or a gradient needs one: its first use imports torch's compiler,
-    for a second.
+    """Call the operator if a graph or a gradient needs it, otherwise the plain function.
+
+    The first use of the operator imports torch's compiler, which takes a second.
     """
-    recorded = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in inputs[:4]
-    )
+    needs_grad = any(x is not None and x.requires_grad for x in inputs[:4])
+    recorded = torch.is_grad_enabled() and needs_grad
     out, _ = (_forward_op if recorded or torch.compiler.is_compiling() else _forward)(*inputs)
     return out
 
 
 @dataclass(frozen=True)
-class _Tiles:
-    """Which blocks of keys a block of queries has to meet, and the mask inside each.
+class _Job:
+    """The inputs of both operators; the fields and their types are the operators' schema.
 
-    `known` means that token i stands at position i, for queries and keys alike: then a block that
-    is all visible is told from its corners and gets no mask.
+    `known` means that token i has position i, for queries and keys alike. Whether all pairs of a
+    block are visible then follows from its corners, and the block needs no mask.
     """
 
-    rule: LayerRule
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sinks_N: Tensor | None
     q_positions_BT: Tensor
     k_positions_BS: Tensor
-    q_segments_BT: Tensor | None = None
-    k_segments_BS: Tensor | None = None
-    new_at: int | None = None
-    known: bool = False
+    q_segments_BT: Tensor | None
+    k_segments_BS: Tensor | None
+    kind: str
+    size: int
+    new_at: int | None
+    known: bool
+    scale: float
+    softcap: float | None
 
-    def met(self, start: int, stop: int, slots: int) -> Iterator[tuple[int, int, Tensor | None]]:
-        """(low, high, hidden) of every block of keys that queries [start, stop) may see; hidden [B,
-        1, 1, T, S].
+    @property
+    def rule(self) -> LayerRule:
+        """The mask rule that `kind` and `size` describe."""
+        return LayerRule(cast(Any, self.kind), self.size)
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of all sums: float32, or float64 for float64 inputs."""
+        return torch.promote_types(self.q.dtype, torch.float32)
+
+    def query_blocks(self) -> Iterator[tuple[int, int]]:
+        """Yield (start, stop) of every block of queries."""
+        for start in range(0, self.q.size(1), QUERIES):
+            yield start, min(start + QUERIES, self.q.size(1))
+
+    def key_blocks(self, start: int, stop: int) -> Iterator[tuple[int, int, Tensor | None]]:
+        """Yield (low, high, hidden) of every block of keys that a block of queries may attend to.
+
+        `start` and `stop` are those of the queries. `hidden` is bool [B, 1, 1, T, S], or None where
+        every pair is visible.
         """
-        low, high = reach(self.rule, self.new_at, start, stop, slots)
+        low, high = reach(self.rule, self.new_at, start, stop, self.k.size(1))
         keys = KEYS * QUERIES // min(QUERIES, stop - start)
         for at in range(low, high, keys):
             end = min(at + keys, high)
@@ -106,7 +118,7 @@ class _Tiles:
                 None if self.q_segments_BT is None else self.q_segments_BT[:, start:stop],
                 None if self.k_segments_BS is None else self.k_segments_BS[:, at:end],
             )
-            if may.is_cpu:  # elsewhere the answer would have to be waited for
+            if may.is_cpu:  # on other devices the host would wait for the answer
                 if not may.any():
                     continue
                 if may.all():
@@ -115,132 +127,102 @@ class _Tiles:
             yield at, end, ~may[:, None, None]
 
     def _all_visible(self, start: int, stop: int, low: int, high: int) -> bool:
-        if self.rule.kind == "full":
+        if self.kind == "full":
             return True
-        return high - 1 <= start and (self.rule.kind != "window" or low > stop - 1 - self.rule.size)
+        return high - 1 <= start and (self.kind != "window" or low > stop - 1 - self.size)
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks_N: Tensor | None,
-    q_positions_BT: Tensor,
-    k_positions_BS: Tensor,
-    q_segments_BT: Tensor | None,
-    k_segments_BS: Tensor | None,
-    kind: str,
-    size: int,
-    new_at: int | None,
-    known: bool,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """(output [B, T, N, v's H], logarithm of the sum of weights [B, K, N / K, T]) from q and k, v
-    [B, S, K, H].
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """Compute attention from the fields of a `_Job`.
 
-    Rows of one kv head's queries are laid side by side (R = N / K * T), so that keys are never
+    Queries of the same kv head are side by side (R = N / K * T rows), so that keys are never
     repeated.
+
+    Returns:
+        The output [B, T, N, v's H] and the logarithm of the sum of weights [B, K, N / K, T].
     """
-    positions = (q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS)
-    tiles = _Tiles(LayerRule(cast(Any, kind), size), *positions, new_at, known)
-    wide, length, kv_heads = _wide(q), q.size(1), k.size(2)
-    out, lse = _new_outputs(q, k, v)
+    job = _Job(*inputs)
+    wide, kv_heads = job.wide, job.k.size(2)
+    out, lse = _new_outputs(job.q, job.k, job.v)
     group = lse.size(2)
-    with no_autocast(q.device.type):
-        keys, values = _heads_first(k, wide), _heads_first(v, wide)
-        for start in range(0, length, QUERIES):
-            stop = min(start + QUERIES, length)
-            rows = _rows(q, start, stop, kv_heads, wide) * scale
-            top, total, acc = _empty_sums(rows, values, sinks_N, group)
-            for low, high, hidden in tiles.met(start, stop, k.size(1)):
-                scores = _scores(rows, keys[:, :, low:high], softcap)
-                if softcap is not None:
-                    scores.mul_(softcap)
+    with no_autocast(job.q.device.type):
+        keys, values = _heads_first(job.k, wide), _heads_first(job.v, wide)
+        for start, stop in job.query_blocks():
+            rows = _rows(job.q, start, stop, kv_heads, wide) * job.scale
+            top, total, acc = _empty_sums(rows, values, job.sinks_N, group)
+            for low, high, hidden in job.key_blocks(start, stop):
+                scores = _scores(rows, keys[:, :, low:high], job.softcap)
+                if job.softcap is not None:
+                    scores.mul_(job.softcap)
                 _hide(scores, hidden, float("-inf"), group)
                 higher = torch.maximum(top, scores.amax(-1))
-                base = higher.masked_fill(
-                    higher == float("-inf"), 0.0
-                )  # nothing seen so far: not inf - inf
+                # Where no key has been visible so far, 0 avoids inf - inf.
+                base = higher.masked_fill(higher == float("-inf"), 0.0)
                 weights = scores.sub_(base.unsqueeze(-1)).exp_()
                 fade = (top - base).exp_()
                 total = total.mul_(fade).add_(weights.sum(-1))
                 acc = acc.mul_(fade.unsqueeze(-1)).add_(weights @ values[:, :, low:high])
                 top = higher
-            nothing = total == 0
-            _write(
-                out, acc.div_(total.masked_fill(nothing, 1.0).unsqueeze(-1)), start, stop, kv_heads
-            )
-            # +inf: the backward pass then finds a weight of 0 for every key of a row that saw none
-            logs = (top + total.log()).masked_fill_(nothing, float("inf"))
+            fully_masked = total == 0
+            output = acc.div_(total.masked_fill(fully_masked, 1.0).unsqueeze(-1))
+            _write(out, output, start, stop, kv_heads)
+            # With +inf the backward pass gives every key of a fully masked row a weight of 0.
+            logs = (top + total.log()).masked_fill_(fully_masked, float("inf"))
             lse[..., start:stop] = logs.unflatten(2, (group, -1))
     return out, lse
 
 
 def _backward(
-    grad_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks_N: Tensor | None,
-    q_positions_BT: Tensor,
-    k_positions_BS: Tensor,
-    q_segments_BT: Tensor | None,
-    k_segments_BS: Tensor | None,
-    kind: str,
-    size: int,
-    new_at: int | None,
-    known: bool,
-    scale: float,
-    softcap: float | None,
+    grad_out: Tensor, out: Tensor, lse: Tensor, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and of the sinks [N] (zeros where there are none)."""
-    positions = (q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS)
-    tiles = _Tiles(LayerRule(cast(Any, kind), size), *positions, new_at, known)
-    wide, kv_heads, group = _wide(q), k.size(2), lse.size(2)
-    with no_autocast(q.device.type):
-        keys, values = _heads_first(k, wide), _heads_first(v, wide)
-        grad_q, grad_k, grad_v = (
-            torch.empty_like(q),
-            torch.zeros_like(keys),
-            torch.zeros_like(values),
-        )
+    """Return the gradients of q, k, v and of the sinks [N] (zeros where there are none)."""
+    job = _Job(*inputs)
+    wide, kv_heads, group = job.wide, job.k.size(2), lse.size(2)
+    with no_autocast(job.q.device.type):
+        keys, values = _heads_first(job.k, wide), _heads_first(job.v, wide)
+        grad_q = torch.empty_like(job.q)
+        grad_k, grad_v = torch.zeros_like(keys), torch.zeros_like(values)
         grad_sinks = lse.new_zeros(kv_heads, group)
-        for start in range(0, q.size(1), QUERIES):
-            stop = min(start + QUERIES, q.size(1))
-            rows = _rows(q, start, stop, kv_heads, wide) * scale
+        for start, stop in job.query_blocks():
+            rows = _rows(job.q, start, stop, kv_heads, wide) * job.scale
             grad = _rows(grad_out, start, stop, kv_heads, wide)
             delta = (grad * _rows(out, start, stop, kv_heads, wide)).sum(-1)
             logs, grad_rows = lse[..., start:stop].flatten(2), torch.zeros_like(rows)
-            for low, high, hidden in tiles.met(start, stop, k.size(1)):
+            for low, high, hidden in job.key_blocks(start, stop):
                 key, value = keys[:, :, low:high], values[:, :, low:high]
-                scores, slope = _scores(rows, key, softcap), None
-                if (
-                    softcap is not None
-                ):  # here scores are still tanh(s / cap), whose slope is 1 - tanh^2
+                scores, slope = _scores(rows, key, job.softcap), None
+                if job.softcap is not None:  # scores are tanh(s / cap), with slope 1 - tanh^2
                     slope = (scores * scores).neg_().add_(1.0)
-                    scores.mul_(softcap)
+                    scores.mul_(job.softcap)
                 weights = _hide(scores.sub_(logs.unsqueeze(-1)).exp_(), hidden, 0.0, group)
                 grad_v[:, :, low:high] += weights.mT @ grad
-                back = (grad @ value.mT).sub_(delta.unsqueeze(-1)).mul_(weights)
+                grad_scores = (grad @ value.mT).sub_(delta.unsqueeze(-1)).mul_(weights)
                 if slope is not None:
-                    back.mul_(slope)
-                grad_rows += back @ key
-                grad_k[:, :, low:high] += back.mT @ rows
-            _write(grad_q, grad_rows.mul_(scale), start, stop, kv_heads)
-            if sinks_N is not None:
-                took = (sinks_N.to(wide).view(kv_heads, group, 1) - lse[..., start:stop]).exp()
-                grad_sinks -= (took * delta.unflatten(2, (group, -1))).sum((0, 3))
-    grad_k, grad_v = (x.transpose(1, 2).to(like.dtype) for x, like in ((grad_k, k), (grad_v, v)))
-    return grad_q, grad_k, grad_v, grad_sinks.flatten()
+                    grad_scores.mul_(slope)
+                grad_rows += grad_scores @ key
+                grad_k[:, :, low:high] += grad_scores.mT @ rows
+            _write(grad_q, grad_rows.mul_(job.scale), start, stop, kv_heads)
+            if job.sinks_N is not None:
+                sinks = job.sinks_N.to(wide).view(kv_heads, group, 1)
+                share = (sinks - lse[..., start:stop]).exp()
+                grad_sinks -= (share * delta.unflatten(2, (group, -1))).sum((0, 3))
+    grad_k = grad_k.transpose(1, 2).to(job.k.dtype)
+    return grad_q, grad_k, grad_v.transpose(1, 2).to(job.v.dtype), grad_sinks.flatten()
 
 
-# As operators of their own, so that a compiled graph holds two calls and not every block of the
-# square.
-_forward_op = torch.library.custom_op("transom::blockwise", _forward, mutates_args=())
-_backward_op = torch.library.custom_op("transom::blockwise_backward", _backward, mutates_args=())
+# Operators of their own, so that a compiled graph has two calls instead of every pair of blocks.
+_INPUTS = ", ".join(f"{field.type} {field.name}" for field in fields(_Job))
+_INPUTS = _INPUTS.replace(" | None", "?").replace("int", "SymInt")  # torch's words for types
+_GRADIENTS = "(Tensor, Tensor, Tensor, Tensor)"
+_forward_op = torch.library.custom_op(
+    "transom::blockwise", _forward, mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)"
+)
+_backward_op = torch.library.custom_op(
+    "transom::blockwise_backward",
+    _backward,
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor out, Tensor lse, {_INPUTS}) -> {_GRADIENTS}",
+)
 
 
 @_forward_op.register_fake
@@ -256,55 +238,42 @@ def _backward_shapes(
     return torch.empty_like(q), grad_k, grad_v, lse.new_empty(q.size(2))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*output, *inputs[:8])
     ctx.mark_non_differentiable(output[1])
     ctx.rest = inputs[8:]
 
 
-def _pull_back(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _call_backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     out, lse, *tensors = ctx.saved_tensors
     grad_q, grad_k, grad_v, grad_sinks = _backward_op(grad_out, out, lse, *tensors, *ctx.rest)
     sinks_N = tensors[3]
-    return (
-        grad_q,
-        grad_k,
-        grad_v,
-        None if sinks_N is None else grad_sinks.to(sinks_N.dtype),
-        *(None,) * 10,
-    )
+    grad_sinks = None if sinks_N is None else grad_sinks.to(sinks_N.dtype)
+    return grad_q, grad_k, grad_v, grad_sinks, *(None,) * 10
 
 
-_forward_op.register_autograd(_pull_back, setup_context=_keep)
+_forward_op.register_autograd(_call_backward, setup_context=_setup_context)
 
 
 def _new_outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out = q.new_empty(*q.shape[:-1], v.size(-1))
-    return out, q.new_empty(q.size(0), k.size(2), q.size(2) // k.size(2), q.size(1), dtype=_wide(q))
-
-
-def _wide(q: Tensor) -> torch.dtype:
-    return torch.promote_types(q.dtype, torch.float32)
+    shape = (q.size(0), k.size(2), q.size(2) // k.size(2), q.size(1))
+    return out, q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def _heads_first(x_BSKH: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, K, S, H], contiguous: a block of it is then multiplied without a copy."""
+    """Return [B, K, S, H], contiguous, so that a block of it is multiplied without a copy."""
     return x_BSKH.transpose(1, 2).to(dtype).contiguous()
 
 
 def _rows(x_BTNH: Tensor, start: int, stop: int, kv_heads: int, dtype: torch.dtype) -> Tensor:
-    """Tokens [start, stop) as [B, K, R, H]."""
-    return (
-        x_BTNH[:, start:stop]
-        .unflatten(2, (kv_heads, -1))
-        .permute(0, 2, 3, 1, 4)
-        .flatten(2, 3)
-        .to(dtype)
-    )
+    """Return tokens [start, stop) as [B, K, R, H]."""
+    x = x_BTNH[:, start:stop].unflatten(2, (kv_heads, -1))
+    return x.permute(0, 2, 3, 1, 4).flatten(2, 3).to(dtype)
 
 
 def _write(x_BTNH: Tensor, rows_BKRH: Tensor, start: int, stop: int, kv_heads: int) -> None:
-    """The inverse of `_rows`, into tokens [start, stop) of `x_BTNH`."""
+    """Write rows into tokens [start, stop) of `x_BTNH`: the inverse of `_rows`."""
     into = x_BTNH[:, start:stop].unflatten(2, (kv_heads, -1))
     into.copy_(rows_BKRH.unflatten(2, (-1, stop - start)).permute(0, 3, 1, 2, 4))
 
@@ -312,8 +281,9 @@ def _write(x_BTNH: Tensor, rows_BKRH: Tensor, start: int, stop: int, kv_heads: i
 def _empty_sums(
     rows: Tensor, values: Tensor, sinks_N: Tensor | None, group: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Highest score, sum of weights and weighted values before any key; a sink counts as seen
-    already.
+    """Return the highest score, the sum of weights and the weighted values before any key.
+
+    Sinks are counted already.
     """
     shape = rows.shape[:3]
     acc = rows.new_zeros(*shape, values.size(-1))
@@ -325,12 +295,12 @@ def _empty_sums(
 
 
 def _scores(rows: Tensor, key: Tensor, softcap: float | None) -> Tensor:
-    """Scaled products, or tanh(s / cap) of them, still to be multiplied by the cap."""
+    """Return the scaled products; with a soft cap tanh(product / cap), without the factor cap."""
     return rows @ key.mT if softcap is None else ((rows / softcap) @ key.mT).tanh_()
 
 
 def _hide(x_BKRS: Tensor, hidden: Tensor | None, value: float, group: int) -> Tensor:
-    """In place: `value` where a key is hidden from a query."""
+    """Write `value` in place where a key is hidden from a query, and return the tensor."""
     if hidden is not None:
         x_BKRS.unflatten(2, (group, -1)).masked_fill_(hidden, value)
     return x_BKRS

@@ -1,7 +1,7 @@
 """torch's FlexAttention: one compiled kernel for soft-capping, sinks and any positions.
 
-Which blocks of keys a block of queries meets is decided from the lowest and highest position and
-segment of each block, never from pairs of tokens: a table of (T / 128) x (S / 128), made once per
+The lowest and highest position and segment of each block decide which blocks of keys a block of
+queries needs. Pairs of tokens are not compared. The result is a table (T / 128) x (S / 128) per
 step and rule. Blocks that are visible throughout skip the mask (FlexAttention, arXiv 2412.05496).
 """
 
@@ -25,20 +25,23 @@ FAR = 2**62  # beyond every position and segment
 
 
 def why_not(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> str | None:
-    """What keeps flex from this job, or None."""
+    """Return why flex can't compute this job, or None."""
     if q_BTNH.device.type != "cuda":
-        return f"on {q_BTNH.device.type} it would hold every score at once; its kernel is for cuda"
+        return (
+            f"has a kernel for cuda only, and computes all scores at once on {q_BTNH.device.type}"
+        )
     if q_BTNH.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"its kernel takes float32, bfloat16 and float16, not {q_BTNH.dtype}"
+        return f"takes float32, bfloat16 and float16, not {q_BTNH.dtype}"
     v_dim = view.dense()[0][1].size(-1)
     if min(q_BTNH.size(-1), v_dim) < 16:
-        return f"its kernel takes head dims from 16, not {q_BTNH.size(-1)} with values of {v_dim}"
-    return None if _has_triton() else "its kernel is compiled by triton, which is not installed"
+        return f"takes head dims of 16 or more, not {q_BTNH.size(-1)} with values of {v_dim}"
+    return None if _has_triton() else "needs triton, which is not installed"
 
 
 def flex(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Tensor:
-    """softmax(cap(q k^T scale), sinks) v under the rule; q [B, T, N, H] in, [B, T, N, v's H]
-    out.
+    """Return softmax(cap(q k^T scale), sinks) v under the mask rule.
+
+    See `backends.Attend` for the arguments.
     """
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
@@ -90,10 +93,8 @@ def _softcap_mod(cap: float) -> Callable[..., Tensor]:
 
 
 def _block_mask(view: CacheView, spec: MaskSpec, rows: int) -> Any:
-    """This step's BlockMask for this rule; one that an earlier layer made is taken if it read the
-    same slots.
-    """
-    if torch.compiler.is_compiling():  # a graph may not depend on what an earlier layer left behind
+    """Return the BlockMask of this step and rule, which layers that read the same slots share."""
+    if torch.compiler.is_compiling():  # a graph must not depend on what an earlier layer stored
         return block_mask(view, spec, rows)
     slots = (view.positions_BS, view.segments_BS)
     made, table = spec.tables.get("flex", ((None, None), None))
@@ -104,7 +105,7 @@ def _block_mask(view: CacheView, spec: MaskSpec, rows: int) -> Any:
 
 
 def block_mask(view: CacheView, spec: MaskSpec, rows: int) -> Any:
-    """torch's BlockMask of a view of `rows` rows under a rule, from the corners of its blocks."""
+    """Return the BlockMask of a view of `rows` rows from the corners of its blocks."""
     from torch.nn.attention.flex_attention import BlockMask
 
     segmented = _segmented(view, spec)
@@ -125,9 +126,7 @@ def block_mask(view: CacheView, spec: MaskSpec, rows: int) -> Any:
 
 
 class _Corners(NamedTuple):
-    """Per block [B, blocks]: extremes of the real tokens' positions and segments, and whether all
-    are real.
-    """
+    """Extremes per block [B, blocks] of positions and segments, and whether all tokens are real."""
 
     low: Tensor
     high: Tensor
@@ -137,8 +136,9 @@ class _Corners(NamedTuple):
 
     @classmethod
     def of(cls, positions: Tensor, segments: Tensor | None) -> _Corners:
-        """From positions and segments [B, tokens]; what is missing from the last block counts as
-        empty slots.
+        """Compute the corners from positions and segments [B, tokens].
+
+        The last block is filled up with empty slots.
         """
         missing = -positions.size(1) % BLOCK
         blocks = F.pad(positions.long(), (0, missing), value=-1).unflatten(1, (-1, BLOCK))
@@ -155,12 +155,12 @@ class _Corners(NamedTuple):
         return cls(low, high, first, last, real.all(-1))
 
     def against(self, dim: int) -> _Corners:
-        """With a dimension to broadcast along: -1 for queries, -2 for keys."""
+        """Return the corners with a dimension to broadcast along: -1 for queries, -2 for keys."""
         return _Corners(*(x.unsqueeze(dim) for x in self))
 
 
 def _meet(spec: MaskSpec, q: _Corners, k: _Corners) -> tuple[Tensor, Tensor]:
-    """Bool [B, query blocks, key blocks], twice: some pair may be visible; every pair is."""
+    """Return two bool [B, query blocks, key blocks]: some pair may be visible; every pair is."""
     kind, size = spec.rule.kind, spec.rule.size
     some = (q.high >= 0) & (k.high >= 0)
     some = some & (q.first_segment <= k.last_segment) & (k.first_segment <= q.last_segment)
@@ -180,15 +180,16 @@ def _meet(spec: MaskSpec, q: _Corners, k: _Corners) -> tuple[Tensor, Tensor]:
 
 
 def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """How many key blocks each query block chose, [B, 1, blocks], and which, those first; int32 as
-    torch asks.
+    """Return the count of key blocks of each query block [B, 1, blocks], and their indices first.
+
+    Both are int32, as torch expects.
     """
     order = chosen.int().argsort(dim=-1, descending=True, stable=True).int()
     return chosen.sum(-1, dtype=torch.int32).unsqueeze(1), order.unsqueeze(1)
 
 
 def _mask_mod(view: CacheView, spec: MaskSpec, rows: int) -> Callable[..., Tensor]:
-    """The rule on single pairs of indices, as the kernel asks for it inside partial blocks."""
+    """Return the rule as a function of a pair of indices, for the kernel's partial blocks."""
     rule, segmented = spec.rule, _segmented(view, spec)
     q_positions, k_positions = (
         x.expand(rows, -1).contiguous() for x in (spec.positions_BT, view.positions_BS)

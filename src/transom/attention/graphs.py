@@ -1,4 +1,4 @@
-"""What torch.compile must not look into."""
+"""Functions that torch.compile calls while tracing instead of tracing them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ R = TypeVar("R")
 
 
 def constant_in_graphs(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` as torch.compiler.assume_constant_result gives it: called while tracing, its
-    answer kept.
+    """Mark a function as torch.compiler.assume_constant_result does.
+
+    The result of the call during tracing becomes a constant of the graph.
     """
-    # torch's decorator makes this one assignment, after importing the compiler, which takes a
-    # second.
+    # torch's own decorator does the same, but imports the compiler first, which takes a second.
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

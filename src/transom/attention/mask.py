@@ -1,12 +1,12 @@
-"""The one rule of who sees whom, and what a call knows about its own tokens.
+"""The mask rule, and what the host knows about the tokens of a call.
 
-Shape letters, everywhere in this project: B batch, T new tokens, S cached slots, D model dim, N
-query heads, K key/value heads, H head dim, F hidden dim, E experts, A active experts, V vocabulary.
+Shape letters, in the complete project: B batch, T new tokens, S cached slots, D model dim, N query
+heads, K key/value heads, H head dim, F hidden dim, E experts, A active experts, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,18 +24,23 @@ def visible(
     q_segments: Tensor | None = None,
     k_segments: Tensor | None = None,
 ) -> Tensor:
-    """Bool, True where a query at position `q` may see a key at `k`, elementwise; position -1 is
-    nothing.
+    """Return, elementwise, whether a query may attend to a key.
+
+    Args:
+        rule: The mask rule of the layer.
+        q: Integer positions of queries; -1 is padding.
+        k: Integer positions of keys, of a shape that broadcasts with `q`; -1 is an empty slot.
+        q_segments: The document of each query, where rows are packed.
+        k_segments: The document of each key.
     """
     ok = (q >= 0) & (k >= 0)
     if rule.kind != "full":
         ok = ok & (k <= q)
-    if rule.kind == "window":  # `size` keys, the query's own included
+    if rule.kind == "window":  # `size` keys, the query's own key included
         ok = ok & (k > q - rule.size)
-    elif rule.kind == "chunk":  # chunks are counted in absolute positions, never from the call
-        ok = ok & (
-            k.div(rule.size, rounding_mode="floor") == q.div(rule.size, rounding_mode="floor")
-        )
+    elif rule.kind == "chunk":  # chunks begin at multiples of absolute positions
+        k_chunk, q_chunk = (x.div(rule.size, rounding_mode="floor") for x in (k, q))
+        ok = ok & (k_chunk == q_chunk)
     if q_segments is not None and k_segments is not None:
         ok = ok & (q_segments == k_segments)
     return ok
@@ -48,7 +53,7 @@ def allowed(
     q_segments_BT: Tensor | None = None,
     k_segments_BS: Tensor | None = None,
 ) -> Tensor:
-    """Bool [B, T, S], True where query t may see key s; position -1 is padding or an empty slot."""
+    """Return the mask bool [B, T, S], True where query t may attend to key s; see `visible`."""
     return visible(
         rule,
         q_positions_BT.unsqueeze(-1),
@@ -60,11 +65,13 @@ def allowed(
 
 @dataclass(frozen=True)
 class Layout:
-    """What the host knows of a call's tokens, so that attention can slice instead of masking.
+    """What the host knows about the tokens of a call, so that attention can slice instead of mask.
 
-    `documents` are the lengths of the documents of the flattened [B * T] tokens in order, none
-    crossing a row; each counts its positions from `start`. Padding may only follow the real tokens
-    of a row.
+    Attributes:
+        documents: The lengths of the documents of the flattened [B * T] tokens, in order. No
+            document crosses a row.
+        start: The position of the first token of each document.
+        padded: Whether rows may end with padding.
     """
 
     documents: tuple[int, ...]
@@ -74,8 +81,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """One layer rule applied to one call: the queries' positions [B, T] and segments, and their
-    layout.
+    """One mask rule, applied to one call.
+
+    Attributes:
+        rule: The mask rule.
+        positions_BT: int64 [B, T], positions of the queries; -1 is padding.
+        segments_BT: int [B, T], the document of each query, where rows are packed.
+        layout: What the host knows about the tokens, if anything.
     """
 
     rule: LayerRule
@@ -84,26 +96,30 @@ class MaskSpec:
     layout: Layout | None = None
 
     @cached_property
-    def tables(self) -> dict[str, Any]:
-        """What a backend derived from this spec, by its name: made by the first layer, read by the
-        others.
-        """
+    def tables(self) -> dict[Hashable, Any]:
+        """What the first layer of a step derived from this spec, for the layers after it."""
         return {}
 
 
 def create_chunked_attention_mask(
     seq_len: int, chunk_size: int, device: torch.device | str | None = None
 ) -> Tensor:
-    """Bool [T, T] of chunked local attention, True = may attend (meta llama4/model.py)."""
+    """Return the mask bool [T, T] of chunked local attention, True where a token may attend.
+
+    The name is that of Meta's reference code (llama4/model.py).
+    """
     positions = torch.arange(seq_len, device=device)[None]
     return allowed(LayerRule("chunk", chunk_size), positions, positions)[0]
 
 
 def positions_from_sizes(sizes: Sequence[int], device: torch.device | str | None = None) -> Tensor:
-    """Concatenated aranges [sum(sizes)]: each packed document counts from 0."""
+    """Return the positions int64 [sum(sizes)] of packed documents, each of which starts at 0.
+
+    The name is that of Mistral's reference code (cache.py).
+    """
     return torch.cat([torch.arange(size, device=device) for size in sizes])
 
 
 def segments_from_sizes(sizes: Sequence[int], device: torch.device | str | None = None) -> Tensor:
-    """Document index of every packed token [sum(sizes)]."""
+    """Return the document index int64 [sum(sizes)] of every packed token."""
     return torch.repeat_interleave(torch.tensor(list(sizes), device=device))

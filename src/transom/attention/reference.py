@@ -1,5 +1,6 @@
-"""Attention from the rule alone: dense, slow, obvious, and right in float64. Every backend is held
-to it.
+"""Attention from the mask rule alone: dense, slow and exact in float64.
+
+Every backend is compared with it.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from transom.attention.view import CacheView, ScoreArgs
 
 
 def repeat_kv(keys: Tensor, values: Tensor, repeats: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Each kv head `repeats` times along `dim`, so that query head h reads kv head h // repeats."""
+    """Repeat each key/value head `repeats` times along `dim`.
+
+    Query head h then reads key/value head h // repeats. The name is that of Meta's reference code
+    (llama3/model.py).
+    """
     return keys.repeat_interleave(repeats, dim), values.repeat_interleave(repeats, dim)
 
 
 def scores_BNTS(q_BTNH: Tensor, k_BSNH: Tensor, score: ScoreArgs) -> Tensor:
-    """Scaled, soft-capped products of queries and keys, in float32 or better."""
+    """Return the scaled, soft-capped products of queries and keys in float32 or better."""
     wide = torch.promote_types(q_BTNH.dtype, torch.float32)
     scale = score.scale_for(q_BTNH.size(-1))
     scores = torch.einsum("btnh,bsnh->bnts", q_BTNH.to(wide), k_BSNH.to(wide)) * scale
@@ -25,15 +30,15 @@ def scores_BNTS(q_BTNH: Tensor, k_BSNH: Tensor, score: ScoreArgs) -> Tensor:
 
 
 def weights_BNTS(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Tensor:
-    """Attention probabilities [B, N, T, S]; a query that may see nothing has all zeros.
+    """Return the attention probabilities [B, N, T, S].
 
-    With sinks a row sums to less than one: what the sink took is missing.
+    The rows of fully masked queries, which may attend to no key, are zero. With sinks, rows sum to
+    less than one.
     """
     (k, v), k_positions = view.dense()
     k, _ = repeat_kv(k, v, q_BTNH.size(2) // k.size(2), dim=2)
-    may = allowed(
-        spec.rule, spec.positions_BT, k_positions, spec.segments_BT, view.segments_BS
-    ).unsqueeze(1)
+    segments = (spec.segments_BT, view.segments_BS)
+    may = allowed(spec.rule, spec.positions_BT, k_positions, *segments).unsqueeze(1)
     fully_masked = ~may.any(-1, keepdim=True)
     scores = scores_BNTS(q_BTNH, k, score).masked_fill(~(may | fully_masked), float("-inf"))
     if score.sinks_N is not None:
@@ -43,8 +48,9 @@ def weights_BNTS(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreAr
 
 
 def reference(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Tensor:
-    """softmax(q k^T scale) v under the rule, as one dense product; returns [B, T, N, v's H] in q's
-    dtype.
+    """Return softmax(q k^T scale) v under the mask rule as one dense product.
+
+    See `backends.Attend` for the arguments.
     """
     (k, v), _ = view.dense()
     _, v = repeat_kv(k, v, q_BTNH.size(2) // k.size(2), dim=2)

@@ -1,9 +1,10 @@
 """torch's scaled_dot_product_attention, sliced by document and by block.
 
-A dense mask costs T x S memory, and the CPU kernel works through what it hides. Where the host
-knows how the call's tokens lie (`Layout`), documents and chunks become plain causal calls and a
-window becomes blocks of queries against the few keys they can reach; everything else goes block by
-block with the rule's own mask. Both are exact, linear in memory and differentiable.
+A dense mask costs T x S memory, and the CPU kernel computes the scores that it hides. Where the
+host knows the layout of a call (`Layout`), documents and chunks become plain causal calls, and a
+window becomes blocks of queries with the keys that they can reach. Everything else is computed by
+blocks of queries with the mask of the rule. Both ways are exact, linear in memory and
+differentiable.
 """
 
 from __future__ import annotations
@@ -22,20 +23,23 @@ from transom.attention.view import CacheView, ScoreArgs
 from transom.base.errors import RequestError
 from transom.config.layer_args import LayerRule
 
-BLOCK = 256  # queries per masked call, tokens
+BLOCK = 256  # queries per masked call
 
 
 def why_not(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> str | None:
-    """What keeps sdpa from this job, or None."""
-    return None if score.plain else "torch's fused kernel has neither soft-capping nor sinks"
+    """Return why sdpa can't compute this job, or None."""
+    return None if score.plain else "computes neither soft caps nor sinks"
 
 
 def sdpa(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Tensor:
-    """softmax(q k^T scale) v under the rule; q [B, T, N, H] in, [B, T, N, v's H] out."""
-    if (
-        not score.plain
-    ):  # this function is callable by itself, and would leave them out without a word
-        raise RequestError(f"attention backend 'sdpa': {why_not(q_BTNH, view, spec, score)}")
+    """Return softmax(q k^T scale) v under the mask rule; see `backends.Attend` for the arguments.
+
+    Raises:
+        RequestError: The scores have a soft cap or sinks.
+    """
+    reason = why_not(q_BTNH, view, spec, score)
+    if reason is not None:  # nobody has asked `why_not` if the function is called by itself
+        raise RequestError(f"attention backend: got sdpa, which {reason}; expected blockwise")
     if by_documents(view, spec):
         run = partial(_one_length, rule=spec.rule, score=score)
         return per_document(q_BTNH, view, spec, run)
@@ -43,7 +47,7 @@ def sdpa(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> T
 
 
 def by_documents(view: CacheView, spec: MaskSpec) -> bool:
-    """Whether the host knows enough of a call to cut it into documents that see only themselves."""
+    """Return whether the host can cut a call into documents that attend to themselves only."""
     layout = spec.layout
     return view.only_new and layout is not None and not (layout.padded and spec.rule.kind == "full")
 
@@ -51,16 +55,15 @@ def by_documents(view: CacheView, spec: MaskSpec) -> bool:
 def _kernel(
     q_BTNH: Tensor, k: Tensor, v: Tensor, score: ScoreArgs, *, mask: Tensor | None, causal: bool
 ) -> Tensor:
-    """One fused call; `mask` bool, broadcast to [B, N, T, S]."""
+    """Compute one fused call; `mask` is bool and broadcasts to [B, N, T, S]."""
     head_dim, v_dim = q_BTNH.size(-1), v.size(-1)
     repeats = q_BTNH.size(2) // k.size(2)
     if repeats > 1 and mask is not None and q_BTNH.is_cuda:
-        # CUDA's masked kernel has no grouped heads: enable_gqa would fall back to dense scores.
+        # The masked CUDA kernel has no grouped heads: enable_gqa would compute dense scores.
         k, v = repeat_kv(k, v, repeats, dim=2)
         repeats = 1
-    if (
-        head_dim != v_dim
-    ):  # fused kernels want one head dim and fall back to dense scores; zeros change nothing
+    if head_dim != v_dim:
+        # Fused kernels need one head dim; padding with zeros does not change the result.
         dim = max(head_dim, v_dim)
         q_BTNH, k, v = (
             F.pad(x, (0, dim - x.size(-1))) if x.size(-1) < dim else x for x in (q_BTNH, k, v)
@@ -80,19 +83,25 @@ def _kernel(
 def per_document(
     q_BTNH: Tensor, view: CacheView, spec: MaskSpec, run: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """`run(q, k, v)` on each stack of equally long documents, or chunks of such, put together
-    again.
+    """Compute attention document by document, or chunk by chunk where the rule has chunks.
+
+    Args:
+        q_BTNH: Queries of the call.
+        view: Keys and values of the same tokens.
+        spec: A mask rule with a layout.
+        run: Attention of neighbouring documents of equal length: q, k, v [documents, tokens, ...]
+            to [documents, tokens, N, v's H].
     """
     (k, v), _ = view.dense()
-    assert spec.layout is not None, "by_documents said so"
+    assert spec.layout is not None, "checked by by_documents"
     q_flat, k_flat, v_flat = q_BTNH.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     pieces, at = [], 0
     for size, group in groupby(document_sizes(spec.layout, spec.rule)):
         count = sum(1 for _ in group)
         # Neighbours of equal length are a batch: a view of the flat tokens, not a copy.
-        run_of = slice(at, at + count * size)
+        here = slice(at, at + count * size)
         q_run, k_run, v_run = (
-            x[run_of].unflatten(0, (count, size)) for x in (q_flat, k_flat, v_flat)
+            x[here].unflatten(0, (count, size)) for x in (q_flat, k_flat, v_flat)
         )
         at += count * size
         pieces.append(run(q_run, k_run, v_run).flatten(0, 1))
@@ -101,8 +110,9 @@ def per_document(
 
 
 def clear_padding(out_BTNH: Tensor, spec: MaskSpec) -> Tensor:
-    """Zeros where the layout has padding: it stands behind the real tokens, so only its own rows
-    are wrong.
+    """Return the output with zeros for padding.
+
+    Padding follows the real tokens, which are causal, so only its own rows are wrong.
     """
     if spec.layout is None or not spec.layout.padded:
         return out_BTNH
@@ -110,7 +120,7 @@ def clear_padding(out_BTNH: Tensor, spec: MaskSpec) -> Tensor:
 
 
 def _one_length(q: Tensor, k: Tensor, v: Tensor, rule: LayerRule, score: ScoreArgs) -> Tensor:
-    """Documents [count, size, ...] that start where their window or chunk does."""
+    """Compute attention of documents [count, size, ...], each of which begins a window or chunk."""
     size = q.size(1)
     if rule.kind == "window" and size > rule.size:
         return _by_window(q, k, v, rule.size, score)
@@ -118,8 +128,9 @@ def _one_length(q: Tensor, k: Tensor, v: Tensor, rule: LayerRule, score: ScoreAr
 
 
 def document_sizes(layout: Layout, rule: LayerRule) -> Iterator[int]:
-    """Document lengths; for chunks cut where absolute positions reach a multiple, so each cut is
-    causal.
+    """Yield the document lengths in tokens; for a rule with chunks, those of the chunks.
+
+    Chunks begin at multiples of absolute positions. Each is causal by itself.
     """
     if rule.kind != "chunk":
         yield from layout.documents
@@ -132,7 +143,7 @@ def document_sizes(layout: Layout, rule: LayerRule) -> Iterator[int]:
 
 
 def _by_window(q: Tensor, k: Tensor, v: Tensor, window: int, score: ScoreArgs) -> Tensor:
-    """Blocks of queries against the keys that a window of that size can reach."""
+    """Compute blocks of queries with the keys that the window can reach."""
     length = q.size(1)
     block = min(max(BLOCK // 2, window // 2), 4 * BLOCK)
     pieces, masks = [], {}
@@ -153,7 +164,7 @@ def _by_window(q: Tensor, k: Tensor, v: Tensor, window: int, score: ScoreArgs) -
 
 
 def _by_block(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Tensor:
-    """Any positions at all: the rule's mask for one block of queries at a time."""
+    """Compute any job with the mask of the rule, one block of queries at a time."""
     (k, v), k_positions = view.dense()
     length, pieces = q_BTNH.size(1), []
     for start in range(0, length, BLOCK):
@@ -166,13 +177,12 @@ def _by_block(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs)
             None if spec.segments_BT is None else spec.segments_BT[:, start:stop],
             None if view.segments_BS is None else view.segments_BS[:, low:high],
         ).unsqueeze(1)
-        # A row with no key at all would be NaN, in the gradient too: let it see everything, then
-        # clear it.
+        # A fully masked row would be NaN, in the gradient too. It attends to all keys instead, and
+        # its output is cleared.
         fully_masked = ~may.any(-1, keepdim=True)
         keys, values = k[:, low:high], v[:, low:high]
-        out = _kernel(
-            q_BTNH[:, start:stop], keys, values, score, mask=may | fully_masked, causal=False
-        )
+        mask = may | fully_masked
+        out = _kernel(q_BTNH[:, start:stop], keys, values, score, mask=mask, causal=False)
         pieces.append(out.masked_fill(fully_masked.transpose(1, 2), 0.0))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
@@ -180,10 +190,9 @@ def _by_block(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs)
 def reach(
     rule: LayerRule, new_at: int | None, start: int, stop: int, slots: int
 ) -> tuple[int, int]:
-    """The slots [low, high) that queries [start, stop) of the call can possibly see."""
+    """Return the slots [low, high) that queries [start, stop) of the call can attend to at most."""
     if new_at is None or rule.kind == "full":
         return 0, slots
-    within = (
-        rule.size > 0 and start - rule.size + 1 >= 0
-    )  # a chunk reaches back no further than a window
+    # A chunk reaches back no further than a window of its size.
+    within = rule.size > 0 and start - rule.size + 1 >= 0
     return (new_at + start - rule.size + 1 if within else 0), new_at + stop

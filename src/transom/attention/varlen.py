@@ -1,5 +1,6 @@
-"""torch's variable-length flash attention: packed documents, windows and chunks in one CUDA call
-without a mask.
+"""torch's variable-length flash attention: documents, windows and chunks in one CUDA call.
+
+It needs no mask (torch.nn.attention.varlen).
 """
 
 from __future__ import annotations
@@ -22,36 +23,30 @@ from transom.attention.view import CacheView, ScoreArgs
 
 
 def why_not(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> str | None:
-    """What keeps varlen from this job, or None."""
+    """Return why varlen can't compute this job, or None."""
     if not score.plain:
-        return "flash attention has neither soft-capping nor sinks here"
+        return "computes neither soft caps nor sinks"
     if q_BTNH.device.type != "cuda" or q_BTNH.dtype not in (torch.bfloat16, torch.float16):
-        return (
-            f"its kernel takes bfloat16 and float16 on cuda, not {q_BTNH.dtype} on "
-            f"{q_BTNH.device.type}"
-        )
+        found = f"{q_BTNH.dtype} on {q_BTNH.device.type}"
+        return f"takes bfloat16 and float16 on cuda, not {found}"
     kinds = {q_BTNH.dtype, *(state.dtype for state in view.dense()[0])}
     if len(kinds) > 1:
-        return (
-            f"its kernel takes queries, keys and values of one dtype, not "
-            f"{', '.join(sorted(map(str, kinds)))}"
-        )
+        found = ", ".join(sorted(map(str, kinds)))
+        return f"takes queries, keys and values of one dtype, not {found}"
     if not by_documents(view, spec):
-        return "it needs the document lengths of a call that reads no cache"
+        return "needs document lengths and a call that reads no cache"
     head_dim, v_dim = q_BTNH.size(-1), view.dense()[0][1].size(-1)
     if head_dim % 8 or head_dim > 256 or v_dim > head_dim:
-        return (
-            f"its kernel takes head dims in multiples of 8 up to 256, not {head_dim} with values "
-            f"of {v_dim}"
-        )
+        return f"takes head dims of 8 to 256 in steps of 8, not {head_dim} with values of {v_dim}"
     if not {"scale", "window_size"} <= set(_parameters()):
-        return "this torch has no varlen_attn with a scale and a window_size"
+        return "needs a varlen_attn with a scale and a window_size, which this torch lacks"
     return None
 
 
 def varlen(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Tensor:
-    """softmax(q k^T scale) v inside documents under the rule; q [B, T, N, H] in, [B, T, N, v's H]
-    out.
+    """Return softmax(q k^T scale) v under the mask rule.
+
+    See `backends.Attend` for the arguments.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -80,38 +75,36 @@ def varlen(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) ->
 
 
 def _window(spec: MaskSpec) -> tuple[int, int]:
-    """Keys to the (left, right) of a query's own, -1 without end; chunks are causal documents by
-    then.
+    """Return how many keys to the (left, right) of its own a query sees; -1 is no limit.
+
+    Chunks have been cut into documents of their own, which are causal.
     """
     if spec.rule.kind == "full":
         return (-1, -1)
-    # Our sizes count the query's own key, the kernel's do not.
+    # Our sizes count the query's own key; those of the kernel do not.
     return (spec.rule.size - 1 if spec.rule.kind == "window" else -1, 0)
 
 
 def _document_ends(spec: MaskSpec, device: torch.device) -> tuple[Tensor, int]:
-    """Where documents end in the flattened tokens, int32 from 0, and the longest; made once per
-    step and rule.
+    """Return where documents end in the flattened tokens, and the length of the longest.
+
+    The ends are int32 [documents + 1] and begin with 0. The first layer of a step computes both for
+    all layers of the same rule.
     """
-    compiling = (
-        torch.compiler.is_compiling()
-    )  # a graph may not depend on what an earlier layer left behind
-    made = None if compiling else spec.tables.get("varlen")
-    if made is None:
-        assert spec.layout is not None, "by_documents said so"
+    # A graph must not depend on what an earlier layer stored.
+    tables = {} if torch.compiler.is_compiling() else spec.tables
+    if "varlen" not in tables:
+        assert spec.layout is not None, "checked by by_documents"
         sizes = list(document_sizes(spec.layout, spec.rule))
         ends = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device)
-        made = (ends, max(sizes))
-        if not compiling:
-            spec.tables["varlen"] = made
+        tables["varlen"] = (ends, max(sizes))
+    made: tuple[Tensor, int] = tables["varlen"]
     return made
 
 
 @constant_in_graphs
 def _parameters() -> tuple[str, ...]:
-    """Parameters of this torch's varlen_attn, which differ between releases; none where it is
-    missing.
-    """
+    """Return the parameters of varlen_attn, which differ between releases; () without it."""
     return _read_parameters()
 
 

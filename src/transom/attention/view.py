@@ -1,4 +1,4 @@
-"""What a layer's attention reads: keys and values with the absolute position of every slot."""
+"""What the attention of a layer reads: scores, and keys and values with their positions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ScoreArgs:
-    """How raw query-key products become attention scores; `scale` None means head_dim ** -0.5.
+    """How products of queries and keys become attention scores.
 
-    `softcap` turns a scaled score s into cap * tanh(s / cap) before the mask (Gemma 2). `sinks_N`
-    is one logit per query head that joins the softmax as an extra key without a value, neither
-    scaled nor capped (gpt-oss).
+    Attributes:
+        scale: The factor on products; None is head_dim ** -0.5.
+        softcap: A scaled score s becomes cap * tanh(s / cap) before the mask (Gemma 2,
+            arXiv 2408.00118).
+        sinks_N: One logit [N] per query head that joins the softmax as a key without a value. It is
+            neither scaled nor capped (gpt-oss, arXiv 2508.10925).
     """
 
     scale: float | None = None
@@ -22,21 +25,24 @@ class ScoreArgs:
 
     @property
     def plain(self) -> bool:
-        """Whether scores are scaled products and nothing else."""
+        """Whether scores are scaled products, without a soft cap and sinks."""
         return self.softcap is None and self.sinks_N is None
 
     def scale_for(self, head_dim: int) -> float:
-        """The factor on raw products: `scale`, or head_dim ** -0.5 where none was given."""
+        """Return the factor on products of this head dim."""
         return head_dim**-0.5 if self.scale is None else self.scale
 
 
 @dataclass(frozen=True)
 class CacheView:
-    """Slots a query may be compared with: `states` (k, v) each [B, S, K, H], and their positions
-    [B, S].
+    """The slots that the queries of a call may attend to.
 
-    Position -1 marks an empty slot. `new_at` is the slot from which the call's own tokens stand in
-    order, or None when they stand anywhere (a ring that has been written through).
+    Attributes:
+        states: (keys, values), each [B, S, K, H].
+        positions_BS: int64 [B, S], the absolute position of every slot; -1 marks an empty one.
+        segments_BS: int [B, S], the document of every slot, where rows are packed.
+        new_at: The slot from which the tokens of the call itself follow in order. None if they are
+            elsewhere, as in a ring.
     """
 
     states: tuple[Tensor, ...]
@@ -45,10 +51,10 @@ class CacheView:
     new_at: int | None = None
 
     def dense(self) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The states as plain tensors, and the positions of their slots."""
+        """Return the states as plain tensors, and the positions of their slots."""
         return self.states, self.positions_BS
 
     @property
     def only_new(self) -> bool:
-        """Whether the view holds the call's own tokens and nothing else."""
+        """Whether the view consists of the tokens of the call itself."""
         return self.new_at == 0

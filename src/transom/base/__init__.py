@@ -1,0 +1,1 @@
+"""Errors, files, locks, strict fields and the runtime, which every other package may import."""

@@ -1,6 +1,4 @@
-"""Files: where this machine keeps what can be made again, forcing to disk, strict JSON. No
-torch.
-"""
+"""Files: the cache folder, flushing to disk, reading files, strict JSON. No torch."""
 
 from __future__ import annotations
 
@@ -20,12 +18,12 @@ _MOST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 
 
 def cache_dir() -> Path:
-    """$TRANSOM_CACHE, or ~/.cache/transom."""
+    """Return the folder for files that can be made again: $TRANSOM_CACHE, or ~/.cache/transom."""
     return Path(os.environ.get("TRANSOM_CACHE") or "~/.cache/transom").expanduser()
 
 
 def sync(path: Path) -> None:
-    """Make a file's content, or the names in a folder, survive a power cut."""
+    """Flush the content of a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -34,7 +32,7 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file and end its last line; a full disk is a `WorkError`."""
+    """Write a text and a line end to a file; raise `WorkError` if it cannot be written."""
     try:
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
@@ -48,24 +46,24 @@ def sha256_of(path: Path) -> str:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raise a `RequestError` that names git-lfs where `path` is a pointer of Git LFS and not the
-    file itself.
-    """
+    """Raise `RequestError` if a file is a pointer of Git LFS instead of the file itself."""
     try:
         with path.open("rb") as file:
             start = file.read(len(_POINTER))
     except OSError:
-        return  # whoever reads the file says why it cannot be read
+        return  # the code that reads the file reports why it cannot be read
     if start == _POINTER:
         raise RequestError(
-            f"{path}: a Git LFS pointer, not the file itself; install git-lfs and run `git lfs "
-            f"pull` in its folder"
+            f"{path}: got a Git LFS pointer; expected the file itself: install git-lfs and run "
+            "`git lfs pull` in its folder"
         )
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return the content of a file; raise `RequestError` if it cannot be read or is a pointer of
-    Git LFS.
+    """Return the content of a file.
+
+    Raises:
+        RequestError: If the file cannot be read or is a pointer of Git LFS.
     """
     refuse_pointer(path)
     try:
@@ -77,7 +75,15 @@ def read_bytes(path: Path) -> bytes:
 
 
 def json_object(content: bytes, path: Path) -> dict[str, Any]:
-    """Return the JSON object in the content of a file; anything else is a `RequestError`."""
+    """Return the JSON object that a file contains.
+
+    Args:
+        content: The content of the file.
+        path: The file, for messages.
+
+    Raises:
+        RequestError: If the content is anything else.
+    """
     try:
         data = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -87,40 +93,42 @@ def json_object(content: bytes, path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; anything else is a `RequestError` that names the file."""
+    """Return the JSON object in a file; raise `RequestError` if there is none."""
     return json_object(read_bytes(path), path)
 
 
 def json_text(document: Any, **options: Any) -> str:
-    """Return `document` as JSON that every reader accepts; `options` are those of `json.dumps`.
+    """Return a document as JSON that every program can read.
 
-    JSON has no NaN and no infinity: such numbers become null, with a notice of how many.
+    JSON has no NaN and no infinity. Such numbers become null, and a notice tells how many.
+
+    Args:
+        document: Data that `json.dumps` accepts.
+        **options: Options of `json.dumps`.
     """
     try:
         return json.dumps(document, allow_nan=False, **options)
-    except ValueError:  # some number is not finite
-        finite, dropped = _finite(document)
-    notice(f"{dropped} NaN or infinite numbers are written as null, since JSON has neither")
+    except ValueError:  # a number is not finite
+        replaced: list[float] = []
+        finite = _finite(document, replaced)
+    notice(f"{len(replaced)} NaN or infinite numbers are written as null, since JSON has neither")
     return json.dumps(finite, allow_nan=False, **options)
 
 
-def _finite(value: Any) -> tuple[Any, int]:
-    """Return `value` with None for every number that is not finite, and how many there were."""
+def _finite(value: Any, replaced: list[float]) -> Any:
+    """Return data with None for every number that is not finite, and collect these numbers."""
     if isinstance(value, float) and not math.isfinite(value):
-        return None, 1
+        replaced.append(value)
+        return None
     if isinstance(value, Mapping):
-        pairs = {key: _finite(one) for key, one in value.items()}
-        return {key: one for key, (one, _) in pairs.items()}, sum(
-            count for _, count in pairs.values()
-        )
+        return {key: _finite(one, replaced) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        items = [_finite(one) for one in value]
-        return [one for one, _ in items], sum(count for _, count in items)
-    return value, 0
+        return [_finite(one, replaced) for one in value]
+    return value
 
 
 def safetensors_header(path: Path) -> dict[str, Any] | None:
-    """Return the header of a safetensors file, which describes its tensors by key, without torch.
+    """Return the header of a safetensors file, which describes its tensors by key.
 
     Return None if there is no such file or no readable header.
     """
@@ -129,13 +137,17 @@ def safetensors_header(path: Path) -> dict[str, Any] | None:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size)) if size <= _MOST_HEADER else None
     except (OSError, ValueError):
-        return None  # whoever reads the weights says what is wrong with the file
+        return None  # the code that reads the weights reports what is wrong with the file
     return header if isinstance(header, dict) else None
 
 
 def refuse_infinite(data: Any, where: str, path: str = "") -> None:
-    """Raise for the first number of some JSON that is infinite or not a number, naming its key
-    below `where`.
+    """Raise `RequestError` for the first number of JSON data that is NaN or infinite.
+
+    Args:
+        data: The data.
+        where: The file, for messages.
+        path: The key of the data in the file.
     """
     inside: Iterable[tuple[Any, Any]] = ()
     if isinstance(data, Mapping):

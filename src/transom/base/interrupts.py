@@ -1,5 +1,5 @@
-"""Signals that end a command (SIGINT, SIGTERM, SIGHUP), and native calls that would delay its end.
-No torch.
+"""Signals that end a command (SIGINT, SIGTERM, SIGHUP), and calls that must not delay its end. No
+torch.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
@@ -31,7 +32,7 @@ STOPS = (KeyboardInterrupt, Terminated)
 
 
 def raise_stop(number: int, _frame: object = None) -> NoReturn:
-    """Raise KeyboardInterrupt or `Terminated` for a signal; usable as a signal handler."""
+    """Raise KeyboardInterrupt or `Terminated` for a signal. This is a signal handler."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise Terminated(number)
@@ -49,7 +50,7 @@ def handling(
     """Call `handler` for the stop signals inside the block.
 
     A signal that this process was started to ignore (`nohup`) stays ignored. Outside the main
-    thread signals cannot be handled, and nothing changes.
+    thread, where signals cannot be handled, the block runs without the handler.
     """
     before: dict[int, Any] = {}
     try:
@@ -66,45 +67,39 @@ def handling(
 
 
 class Background(Generic[T]):
-    """A call that runs in its own thread.
+    """A call that runs in its own thread, such as a native one that does not return to Python.
 
-    The main thread can be interrupted while it waits for the `result`, but not inside a native
-    call.
+    The main thread can be interrupted while it waits for the `result`.
     """
 
     _running: ClassVar[set[Background[Any]]] = set()
 
     def __init__(self, call: Callable[[], T]) -> None:
-        self._call = call
-        self._done = threading.Event()
-        self._value: list[T] = []
-        self._error: BaseException | None = None
+        self._future: Future[T] = Future()
         self._running.add(self)
-        threading.Thread(target=self._run, daemon=True).start()
+        threading.Thread(target=self._run, args=(call,), daemon=True).start()
 
-    def _run(self) -> None:
+    def _run(self, call: Callable[[], T]) -> None:
         try:
-            self._value.append(self._call())
+            self._future.set_result(call())
         except BaseException as error:
-            self._error = error
+            self._future.set_exception(error)
         finally:
             self._running.discard(self)
-            self._done.set()
 
     def result(self) -> T:
         """Wait for the call and return its value, or raise its error."""
-        while not self._done.wait(
-            0.1
+        while (
+            not self._future.done()
         ):  # on some systems a wait without a limit cannot be interrupted
-            pass
-        if self._error is not None:
-            raise self._error
-        return self._value[0]
+            wait([self._future], timeout=0.1)
+        return self._future.result()
 
 
 def leave_background_calls(code: int) -> None:
-    """End the process at once if a background call is still running: a regular exit could abort
-    inside it.
+    """End the process at once if a background call is still running.
+
+    A regular exit could abort inside the call.
     """
     if Background._running:
         sys.stdout.flush()

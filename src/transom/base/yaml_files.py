@@ -1,7 +1,6 @@
-"""YAML whose unquoted values get their type from the field that they set, not from the rules of
-YAML 1.1.
+"""YAML files whose unquoted values get their type from the field that they set. No torch.
 
-YAML 1.1 reads `no` as false, `0123` as 83, `2024-11-29` as a date and `1e-4` as text. No torch.
+YAML 1.1 would read `no` as false, `0123` as 83, `2024-11-29` as a date and `1e-4` as text.
 """
 
 from __future__ import annotations
@@ -22,9 +21,7 @@ NULLS = ("", "~", "null", "Null", "NULL")
 
 
 class _Loader(yaml.SafeLoader):
-    """Builds `Plain` from every unquoted scalar but null, and refuses a key that stands twice in a
-    mapping.
-    """
+    """A loader that returns `Plain` for unquoted scalars except null, and refuses repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         names = [str(key.value) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -52,12 +49,20 @@ _Loader.add_constructor("tag:yaml.org,2002:str", _scalar)
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the data of a YAML text, with unquoted scalars as `Plain`; raise `yaml.YAMLError`."""
+    """Return the data of a YAML text, with unquoted scalars as `Plain`.
+
+    Raises:
+        yaml.YAMLError: If the text is not YAML or repeats a key of a mapping.
+    """
     return yaml.load(text, Loader=_Loader)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file; an empty file is an empty mapping."""
+    """Return the mapping in a YAML file, which is empty for an empty file.
+
+    Raises:
+        RequestError: If the file cannot be read or contains anything else.
+    """
     try:
         data = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -74,10 +79,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def word_value(kind: Any, text: str, where: str) -> Any:
-    """Return the data that `text` of the command line is for a field of type `kind`.
+    """Return the value of a field that is given on the command line.
 
-    A field of text takes it unchanged. Lists and mappings are written as YAML. Where a field takes
+    A field of text takes it unchanged. Lists and mappings are written as YAML. If a field takes
     text as well as a list or mapping, only a text in brackets or braces is YAML.
+
+    Args:
+        kind: The type of the field.
+        text: The word of the command line.
+        where: The name of the field, for messages.
     """
     options = options_of(kind)
     nested = any(

@@ -51,7 +51,7 @@ def write_templates(folder: Path, sources: Mapping[str, str]) -> None:
             file.parent.mkdir(exist_ok=True)
             file.write_text(source, encoding="utf-8")
     except OSError as error:
-        raise WorkError(f"{folder / FILE}: cannot be written ({error})") from None
+        raise WorkError(f"{folder / FILE}: could not be written ({error})") from None
 
 
 def _templates(entry: Any, file: Path) -> dict[str, str]:

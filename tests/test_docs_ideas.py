@@ -21,7 +21,7 @@ from transom.base.runtime import one_thread
 from transom.config.model_args import ModelArgs
 from transom.evaluation.eval_args import EvalArgs
 from transom.layers.inputs import TransformerInput
-from transom.lora.combine_args import CombineArgs
+from transom.lora.args import CombineArgs
 from transom.models.llm import LLM
 from transom.training.config import TrainArgs
 

@@ -43,8 +43,7 @@ if TYPE_CHECKING:
     )
     from transom.lora.adapters import activate_adapters, remove_adapter
     from transom.lora.apply import apply_lora
-    from transom.lora.args import LoraArgs
-    from transom.lora.combine_args import CombineArgs
+    from transom.lora.args import CombineArgs, LoraArgs
     from transom.lora.merge import merge_adapter, unmerge_adapter
     from transom.models.images import ImageTokenIds, image_tokens, prepare_image
     from transom.models.llm import LLM
@@ -56,9 +55,8 @@ if TYPE_CHECKING:
 # Names resolve on first use (PEP 562): `import transom` and `transom --help` must not pay for
 # torch.
 _HOMES = {
-    "transom.lora.combine_args": ("CombineArgs",),
     "transom.lora.adapters": ("activate_adapters", "remove_adapter"),
-    "transom.lora.args": ("LoraArgs",),
+    "transom.lora.args": ("CombineArgs", "LoraArgs"),
     "transom.lora.merge": ("merge_adapter", "unmerge_adapter"),
     "transom.lora.apply": ("apply_lora",),
     "transom.checkpoints.adapters.read": ("load_adapter",),

@@ -9,7 +9,7 @@ from transom.base.errors import RequestError
 from transom.base.fields import check_bounds, describe, read
 from transom.base.yaml_files import parse_yaml, read_yaml, word_value
 from transom.inference.sampling import SamplingArgs
-from transom.lora.combine_args import CombineArgs
+from transom.lora.args import CombineArgs
 from transom.training.config import TrainArgs, read_config
 
 TEXTS = (

@@ -18,7 +18,7 @@ from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.fingerprint import fingerprint, write_facts
 from transom.checkpoints.load import load
 from transom.evaluation.merging import merge_folders
-from transom.lora.combine_args import CombineArgs
+from transom.lora.args import CombineArgs
 from transom.lora.merge import merge_adapter
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.leaves import dequantize_model, quantize_model

@@ -19,9 +19,8 @@ from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.load import load
 from transom.lora.adapters import activate_adapters, adapter_names, plain_weights
 from transom.lora.apply import apply_lora
-from transom.lora.args import LoraArgs
+from transom.lora.args import CombineArgs, LoraArgs
 from transom.lora.combine import combined, dare, ties
-from transom.lora.combine_args import CombineArgs
 from transom.lora.merge import fold_adapters, merge_adapter
 
 WEIGHTS = (0.7, -0.3, 1.5)

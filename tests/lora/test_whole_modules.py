@@ -20,7 +20,7 @@ from transom.checkpoints.adapters.write import save_adapter
 from transom.checkpoints.load import load
 from transom.inference.loop import generate
 from transom.layers.inputs import TransformerInput
-from transom.lora.adapters import activate_adapters, carriers, plain_weights, remove_adapter
+from transom.lora.adapters import activate_adapters, adapted_modules, plain_weights, remove_adapter
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
 from transom.lora.vocabulary import resize_vocabulary
@@ -99,7 +99,7 @@ def test_a_saved_model_has_one_dtype():
     model = apply_lora(
         random_model(tiny_args()).bfloat16(), LoraArgs(rank=1, modules_to_save=("output",))
     )
-    for _, _, held in carriers(model):
+    for _, _, held in adapted_modules(model):
         held.merged = held.lora("default") is not None
     assert {weight.dtype for weight in plain_weights(model).values()} == {torch.bfloat16}
 

@@ -22,11 +22,12 @@ from transom.data.chat.conversations import ChatExample
 from transom.data.chat.rows import EncodedChat
 from transom.data.chat.turns import Turns, Written
 from transom.layers.inputs import TransformerInput
+from transom.layers.linear import GroupedLinear
 from transom.lora import adapters as lora
 from transom.lora import apply as new
 from transom.lora import args as lora_args
-from transom.lora.adapters import GroupedLinear, Leaf, LoraWeights, lengths, update
 from transom.lora.args import Scaling
+from transom.lora.weights import Leaf, LoraWeights, output_norms, weight_delta
 from transom.models.llm import LLM
 from transom.training.loop.checkpoint_writer import TRAINED, AdapterOnly
 from transom.training.loop.trainer import Trainer
@@ -178,13 +179,15 @@ def learning_length() -> AbstractContextManager[None]:
     """DoRA's norm is differentiated, where it should count as a constant."""
 
     def make(original: Call) -> Call:
-        def direction_factor(leaf: Leaf, own: LoraWeights) -> Tensor:
+        def dora_factor(leaf: Leaf, own: LoraWeights) -> Tensor:
             assert own.magnitude is not None, "asked for DoRA only"
-            return own.magnitude / lengths(leaf, leaf.weight + own.scale * update(leaf, own))
+            return own.magnitude / output_norms(
+                leaf, leaf.weight + own.scale * weight_delta(leaf, own)
+            )
 
-        return direction_factor
+        return dora_factor
 
-    return changed(lora, "direction_factor", make)
+    return changed(lora, "dora_factor", make)
 
 
 def adapted_reference() -> AbstractContextManager[None]:

@@ -11,7 +11,8 @@ from tests.mutations.planting import Call, changed, changed_everywhere
 from transom.checkpoints import fingerprint
 from transom.checkpoints.merge import Merge
 from transom.lora import merge
-from transom.lora.adapters import LEAVES, Adapters, Leaf, LoraWeights, carriers, update
+from transom.lora.adapters import Adapters, adapted_modules
+from transom.lora.weights import LEAVES, Leaf, LoraWeights, weight_delta
 from transom.models.llm import LLM
 
 
@@ -52,7 +53,7 @@ def forgotten_scale() -> AbstractContextManager[None]:
             if any(lora.magnitude is not None for lora in parts):
                 return whole
             for lora in parts:
-                whole = whole + (1 - lora.scale) * update(leaf, lora)
+                whole = whole + (1 - lora.scale) * weight_delta(leaf, lora)
             return whole
 
         return merged_weight
@@ -70,7 +71,7 @@ def transposed_update() -> AbstractContextManager[None]:
 
         return transposed
 
-    return changed(merge, "update", make)
+    return changed(merge, "weight_delta", make)
 
 
 def half_sum() -> AbstractContextManager[None]:
@@ -92,11 +93,11 @@ def subtracted_update() -> AbstractContextManager[None]:
 
     def make(original: Call) -> Call:
         def unmerge_adapter(model: LLM) -> LLM:
-            for _, leaf, held in carriers(model):
+            for _, leaf, held in adapted_modules(model):
                 if held.merged and isinstance(leaf, LEAVES):
                     whole = leaf.weight.detach()
                     for lora in held.active_lora():
-                        whole = whole - lora.scale * update(leaf, lora)
+                        whole = whole - lora.scale * weight_delta(leaf, lora)
                     held.base = whole.to(leaf.weight.dtype).detach()
             made: LLM = original(model)
             return made

@@ -31,7 +31,7 @@ from transom.data.chat.batches import packed_batch
 from transom.data.chat.conversations import ChatExample
 from transom.data.chat.turns import Turns
 from transom.layers.linear import Linear
-from transom.lora.adapters import LoraWeights
+from transom.lora.weights import LoraWeights
 from transom.tokenizers.training import byte_tokenizer
 from transom.verify import finetune, finetune_rows
 from transom.verify.findings import summarize

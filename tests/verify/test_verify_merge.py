@@ -14,7 +14,7 @@ from transom.base.errors import RequestError
 from transom.base.runtime import one_thread
 from transom.cli.main import main
 from transom.evaluation.merging import merge_folders
-from transom.lora.combine_args import CombineArgs
+from transom.lora.args import CombineArgs
 from transom.verify.findings import summarize
 from transom.verify.merge import compare_folders
 

@@ -112,7 +112,7 @@ def read(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
 
     Raises:
         RequestError: a key is unknown (the message suggests the nearest), a field is missing, or a
-        value has the wrong type.
+            value has the wrong type.
     """
     if not isinstance(data, Mapping):
         name = where or cls.__name__

@@ -23,8 +23,8 @@ from transom.checkpoints.fingerprint import check_base, read_facts
 from transom.checkpoints.load import load
 from transom.checkpoints.state import open_parameters
 from transom.lora.adapters import activate_adapters, plain_weights
-from transom.lora.combine import weigh_adapters
-from transom.lora.combine_args import CombineArgs
+from transom.lora.args import CombineArgs
+from transom.lora.combine import scale_adapters
 from transom.lora.merge import fold_adapters
 from transom.models.llm import LLM
 from transom.quantize.args import QuantizeArgs
@@ -136,7 +136,7 @@ class Merge:
             load_adapter(model, part.folder, part.name)
         activate_adapters(model, self.names)
         if self.args.method == "linear":
-            weigh_adapters(model, {part.name: part.weight for part in self.parts})
+            scale_adapters(model, {part.name: part.weight for part in self.parts})
         return model
 
     def merged(self, model: LLM) -> LLM:

@@ -103,7 +103,7 @@ def find(name: str, revision: str | None = None, *, settings_only: bool = False)
         name: where the model is. A path that exists wins over a preset of the same name.
         revision: branch, tag or commit of a hub id.
         settings_only: fetch no weights of a hub id unless its config lacks something that only they
-        show.
+            show.
 
     Raises:
         RequestError: there is no such model.

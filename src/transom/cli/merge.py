@@ -16,7 +16,7 @@ from transom.base.locks import output_folder
 from transom.checkpoints.files.hub import is_hub_id
 from transom.cli.convert import FORMATS
 from transom.cli.main import emit_json, user_path
-from transom.lora.combine_args import METHODS, CombineArgs
+from transom.lora.args import METHODS, CombineArgs
 from transom.planning.tables import heading, show, table
 
 FORMS = "expected ADAPTER [OUT], or BASE ADAPTER... OUT"

@@ -25,8 +25,7 @@ class LayerRule:
 
     Attributes:
         kind: `causal` (itself and all earlier keys), `window` (the last `size` of them), `chunk`
-        (those in the same
-            chunk of `size` tokens) or `full` (later keys too).
+            (those in the same chunk of `size` tokens) or `full` (later keys too).
         size: length of the window or chunk in tokens; 0 for the other kinds.
     """
 

@@ -40,7 +40,7 @@ class ModelArgs(ModelFields):
 
     Raises:
         RequestError: a value is impossible; the message names the field, the value and what is
-        expected.
+            expected.
     """
 
     def __post_init__(self) -> None:
@@ -289,7 +289,7 @@ class ModelArgs(ModelFields):
 
         Raises:
             RequestError: a key is unknown (the message suggests the nearest), or a value has the
-            wrong type.
+                wrong type.
         """
         return read(cls, data)
 

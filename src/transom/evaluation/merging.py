@@ -32,7 +32,7 @@ from transom.checkpoints.state import meta_model
 from transom.evaluation.agreement import Agreement, agreement, logits_of, next_tokens
 from transom.evaluation.token_rows import TOKENS, TokenRows, token_rows
 from transom.lora.adapters import activate_adapters, plain_weights
-from transom.lora.combine_args import CombineArgs
+from transom.lora.args import CombineArgs
 from transom.models.llm import LLM
 
 REPORT = "merge_report.json"

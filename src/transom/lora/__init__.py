@@ -1,3 +1,1 @@
-"""Adapters: low-rank updates beside the weights of a built model, and what reads, merges and writes
-them.
-"""
+"""Low-rank adapters on a built model: maths only, no files."""

@@ -9,19 +9,11 @@ import torch
 from torch import nn
 
 from transom.base.errors import RequestError, nearest, notice, require
-from transom.lora.adapters import (
-    Embedding,
-    Leaf,
-    LoraWeights,
-    Replacement,
-    activate_adapters,
-    attach,
-    leaves,
-    lengths,
-    train_adapters,
-)
+from transom.layers.linear import Embedding
+from transom.lora.adapters import activate_adapters, attach, leaves, train_adapters
 from transom.lora.args import ROLES, LoraArgs
 from transom.lora.coverage import coverage_lines, role_of
+from transom.lora.weights import Leaf, LoraWeights, Replacement, output_norms
 from transom.models.llm import LLM
 from transom.quantize.leaves import Quantized
 
@@ -29,29 +21,42 @@ from transom.quantize.leaves import Quantized
 def apply_lora(
     model: LLM, args: LoraArgs, name: str = "default", seed: int = 0, *, quiet: bool = False
 ) -> LLM:
-    """A new adapter that changes nothing yet, active, with every other parameter frozen; in place,
-    and returned.
+    """Add a new adapter that changes nothing yet, activate it, and freeze all other parameters.
 
-    What trains is float32 or wider whatever the model is in: half precision rounds small steps
-    away. Says on stderr what trains, role by role. A target that fits no leaf is a `RequestError`.
+    Parameters that train are float32 or wider whatever the dtype of the model is, because half
+    precision rounds small steps away. Without `quiet`, the coverage report is printed on stderr.
+
+    Args:
+        model: the model, changed in place.
+        args: rank, scale and targets.
+        name: the name of the adapter.
+        seed: the seed of the initial weights.
+        quiet: print no coverage report.
+
+    Returns:
+        The model.
+
+    Raises:
+        RequestError: a target or module is not in the model, the rank is too large, or the name is
+            taken.
     """
     known = leaves(model)
     whole = saved_modules(model, args.modules_to_save)
     chosen = {
-        path: leaf for path, leaf in targeted(known, args.targets).items() if path not in whole
+        path: leaf for path, leaf in target_leaves(known, args.targets).items() if path not in whole
     }
-    smallest = min((shorter_side(leaf) for leaf in chosen.values()), default=args.rank)
-    expected = f"expected at most {smallest}, the shorter side of the smallest matrix it is for"
+    smallest = min((_shorter_side(leaf) for leaf in chosen.values()), default=args.rank)
+    expected = f"expected at most {smallest}, the shorter side of the smallest target matrix"
     require(args.rank <= smallest, "rank", args.rank, expected)
     generator = torch.Generator().manual_seed(seed)
-    parts: dict[str, LoraWeights | Replacement] = {
-        path: fresh(leaf, args, generator) for path, leaf in chosen.items()
-    }
+    parts: dict[str, LoraWeights | Replacement] = {}
+    for path, leaf in chosen.items():
+        parts[path] = initial_weights(leaf, args, generator)
     for path, module in whole.items():
         if isinstance(module, Quantized):
             raise RequestError(
-                f"modules_to_save: {path} is quantized, and codes cannot be trained; expected "
-                f"to skip it there"
+                f"modules_to_save: got {path}, which is quantized and cannot train; "
+                f"expected another"
             )
         copies = {
             key: own.detach().to(torch.promote_types(own.dtype, torch.float32), copy=True)
@@ -66,64 +71,67 @@ def apply_lora(
     return model
 
 
-def shorter_side(leaf: Leaf) -> int:
-    """The smaller of a matrix's two sizes; a quantized leaf's weight is not made for it."""
+def _shorter_side(leaf: Leaf) -> int:
+    """Return the smaller of a matrix's two sizes, without computing the weight of a quantized
+    leaf.
+    """
     if isinstance(leaf, Quantized):
         rows, columns = leaf.parts["qweight"].shape[-2:]
-        return min(rows, 2 * columns)  # two codes to a byte
+        return min(rows, 2 * columns)  # two codes in a byte
     return min(leaf.weight.shape[-2:])
 
 
-def fresh(leaf: Leaf, args: LoraArgs, generator: torch.Generator) -> LoraWeights:
-    """A as `nn.Linear` starts and B zero, as mistral-finetune and PEFT do; in float32 or better."""
-    weight = leaf.weight.detach()  # once: a quantized leaf makes it at every reading
+def initial_weights(leaf: Leaf, args: LoraArgs, generator: torch.Generator) -> LoraWeights:
+    """Return A as `nn.Linear` initialises it and B as zeros, in float32 or wider, as
+    mistral-finetune and PEFT do.
+
+    On an embedding A is zero and B is normal: a row of A sees only one token.
+    """
+    weight = leaf.weight.detach()  # once: a quantized leaf computes it at every reading
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    if isinstance(leaf, Embedding):
-        shape_A: tuple[int, ...] = (args.rank, weight.size(0))
-        shape_B: tuple[int, ...] = (weight.size(1), args.rank)
+    embedding = isinstance(leaf, Embedding)
+    *groups, outputs, inputs = weight.mT.shape if embedding else weight.shape
+    A = torch.zeros((*groups, args.rank, inputs), dtype=dtype, device=weight.device)
+    B = torch.zeros((*groups, outputs, args.rank), dtype=dtype, device=weight.device)
+    if embedding:
+        B.copy_(torch.randn(B.shape, generator=generator))
     else:
-        *groups, outputs, inputs = weight.shape
-        shape_A, shape_B = (*groups, args.rank, inputs), (*groups, outputs, args.rank)
-    A = torch.zeros(shape_A, dtype=dtype, device=weight.device)
-    B = torch.zeros(shape_B, dtype=dtype, device=weight.device)
-    if isinstance(
-        leaf, Embedding
-    ):  # a row of A is met by one token only, so B is the one that is drawn
-        B.copy_(torch.randn(shape_B, generator=generator))
-    else:
-        bound = shape_A[-1] ** -0.5
-        A.copy_((torch.rand(shape_A, generator=generator) * 2 - 1) * bound)
-    magnitude = lengths(leaf, weight.to(dtype)) if args.dora else None
+        A.copy_((torch.rand(A.shape, generator=generator) * 2 - 1) * inputs**-0.5)
+    magnitude = output_norms(leaf, weight.to(dtype)) if args.dora else None
     return LoraWeights(A, B, args.alpha, args.scaling, dropout=args.dropout, magnitude=magnitude)
 
 
-def targeted(known: Mapping[str, Leaf], targets: Iterable[str]) -> dict[str, Leaf]:
-    """The leaves that `targets` name: roles, or regular expressions that fit the end of a name."""
-    out: dict[str, Leaf] = {}
+def target_leaves(known: Mapping[str, Leaf], targets: Iterable[str]) -> dict[str, Leaf]:
+    """Return the leaves that `targets` name, in the order of `known`; a target that fits none
+    is a `RequestError`.
+    """
+    chosen: set[str] = set()
     for target in targets:
         try:
-            found = {path: leaf for path, leaf in known.items() if fits(target, path)}
+            found = {path for path in known if _fits(target, path)}
         except re.error as error:
-            raise RequestError(f"targets: {target!r} is no regular expression ({error})") from None
+            raise RequestError(
+                f"targets: got {target!r}, which is no regular expression ({error})"
+            ) from None
         if not found:
-            roles = [role for role in ROLES if any(fits(role, path) for path in known)]
+            roles = [role for role in ROLES if any(_fits(role, path) for path in known)]
             ends = {path.rpartition(".")[2] for path in known}
             raise RequestError(
-                f"targets: {target!r} fits no weight of this model; expected "
-                f"{', '.join(roles)}, or a pattern "
-                f"for the end of a name such as wq{nearest(target, (*roles, *ends))}"
+                f"targets: got {target!r}, which fits no weight of this model; "
+                f"expected {', '.join(roles)}, or a "
+                f"pattern for the end of a name such as wq{nearest(target, (*roles, *ends))}"
             )
-        out |= found
-    return {path: leaf for path, leaf in known.items() if path in out}
+        chosen |= found
+    return {path: leaf for path, leaf in known.items() if path in chosen}
 
 
-def fits(target: str, path: str) -> bool:
-    """Whether a role or pattern means this leaf; roles leave embeddings, output and images
-    alone.
+def _fits(target: str, path: str) -> bool:
+    """Return whether a role or pattern means this leaf; no role means embeddings, output or
+    images.
     """
     if target == "all-linear":
         return role_of(path) in ROLES
-    if target == "ffn":  # a shared expert is one that every token visits
+    if target == "ffn":  # a shared expert is a feed-forward that every token visits
         return role_of(path) in ("ffn", "shared_experts")
     if target in ROLES:
         return role_of(path) == target
@@ -131,8 +139,8 @@ def fits(target: str, path: str) -> bool:
 
 
 def saved_modules(model: LLM, names: Iterable[str]) -> dict[str, nn.Module]:
-    """The modules with parameters of their own that `modules_to_save` names by the ends of their
-    names.
+    """Return the modules with own parameters that `modules_to_save` names by the ends of their
+    names, or whose parents it names.
     """
     out: dict[str, nn.Module] = {}
     owners = {
@@ -142,14 +150,15 @@ def saved_modules(model: LLM, names: Iterable[str]) -> dict[str, nn.Module]:
     }
     for name in names:
         found = {
-            p: m
-            for p, m in owners.items()
-            if p == name or p.endswith(f".{name}") or f".{name}." in f".{p}."
+            path: owners[path]
+            for path in owners
+            if f".{path}".endswith(f".{name}") or f".{name}." in f".{path}."
         }
         if not found:
             ends = {path.rpartition(".")[2] for path in owners}
             raise RequestError(
-                f"modules_to_save: {name!r} is no module of this model{nearest(name, ends)}"
+                f"modules_to_save: got {name!r}, which is no module of this "
+                f"model{nearest(name, ends)}"
             )
         out |= found
     return out

@@ -1,24 +1,26 @@
-"""What a new LoRA adapter is made of. No torch."""
+"""The arguments of new LoRA adapters, and of how several adapters are combined. No torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from transom.base import fields
 from transom.base.errors import require
-from transom.base.fields import describe
+from transom.base.fields import check_bounds, check_seed, describe
 
-# What B(A x) is multiplied by: alpha / rank (PEFT), alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023,
-# arXiv 2312.03732), or alpha itself (mistral-finetune).
+# The factor on B(A x): alpha / rank (PEFT), alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023, arXiv
+# 2312.03732), or alpha itself (mistral-finetune).
 Scaling = Literal["alpha_over_rank", "rslora", "direct"]
 ROLES = ("attention", "ffn", "experts", "shared_experts", "all-linear")
+Method = Literal["linear", "ties", "dare"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 def scale_of(scaling: Scaling, alpha: float, rank: int) -> float:
-    """The factor in front of B(A x)."""
+    """Return the factor on B(A x)."""
     if scaling == "direct":
         return alpha
     return alpha / (math.sqrt(rank) if scaling == "rslora" else rank)
@@ -26,34 +28,35 @@ def scale_of(scaling: Scaling, alpha: float, rank: int) -> float:
 
 @dataclass(frozen=True)
 class LoraArgs:
-    """y = W x + scale * B(A(dropout(x))) on every leaf that `targets` names (Hu et al. 2021, arXiv
-    2106.09685).
+    """A low-rank adapter: y = W x + scale * B(A(dropout(x))) on every leaf of `targets`.
+
+    Source: Hu et al. 2021, arXiv 2106.09685.
     """
 
-    rank: int = describe(16, "rows of A and columns of B")
+    rank: int = describe(16, "rows of A and columns of B", at_least=1)
     alpha: float = describe(32.0, "numerator of the scale; the scale itself with scaling direct")
     scaling: Scaling = describe(
-        "alpha_over_rank", "the scale: alpha / rank, alpha / sqrt(rank), or alpha"
+        "alpha_over_rank", "scale: alpha / rank, alpha / sqrt(rank) (rslora) or alpha (direct)"
     )
-    dropout: float = describe(0.0, "share of the inputs of A that is dropped in training")
+    dropout: float = describe(
+        0.0, "share of the inputs of A that is dropped in training", at_least=0, below=1
+    )
     targets: tuple[str, ...] = describe(
         ("all-linear",),
-        f"roles ({', '.join(ROLES)}) or regular expressions for the ends of our weight names",
+        f"roles ({', '.join(ROLES)}), or regular expressions for the ends of weight names",
     )
     dora: bool = describe(
-        False, "learn the length of every row apart from its direction (arXiv 2402.09353)"
+        False, "DoRA: learn the length of every row apart from its direction (arXiv 2402.09353)"
     )
     modules_to_save: tuple[str, ...] = describe(
-        (), "modules that are trained whole, by the ends of their names"
+        (), "modules that train all their weights, by the ends of their names"
     )
 
     def __post_init__(self) -> None:
-        require(self.rank >= 1, "rank", self.rank, "expected 1 or more")
-        useful = (
-            math.isfinite(self.alpha) and self.alpha != 0
-        )  # times 0, neither A nor B would ever get a gradient
+        check_bounds(self)
+        # With alpha = 0, neither A nor B would get a gradient.
+        useful = math.isfinite(self.alpha) and self.alpha != 0
         require(useful, "alpha", self.alpha, "expected a finite number other than 0")
-        require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "expected from 0 to below 1")
         require(
             bool(self.targets),
             "targets",
@@ -63,10 +66,47 @@ class LoraArgs:
 
     @property
     def scale(self) -> float:
-        """The factor in front of B(A x)."""
+        """The factor on B(A x)."""
         return scale_of(self.scaling, self.alpha, self.rank)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LoraArgs:
-        """Plain data, strictly read."""
+        """Return the arguments that a mapping of fields describes. Raise `RequestError` for an
+        unknown key or a wrong type.
+        """
         return fields.read(cls, data)
+
+
+@dataclass(frozen=True)
+class CombineArgs:
+    """How the changes of several adapters become one change of a weight."""
+
+    method: Method = describe(
+        "linear",
+        "linear: weighted sum; ties: drop what disagrees in sign (arXiv 2306.01708); "
+        "dare: drop at random (2311.03099)",
+    )
+    weights: tuple[float, ...] = describe((), "one factor per adapter; empty means 1 each")
+    density: float = describe(
+        0.5, "ties, dare: share of each adapter's numbers that is kept", above=0, at_most=1
+    )
+    seed: int = describe(0, "dare: seed of the random choice")
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        check_seed(self.seed)
+        require(self.method in METHODS, "method", self.method, f"expected {', '.join(METHODS)}")
+        require(
+            all(map(math.isfinite, self.weights)),
+            "weights",
+            self.weights,
+            "expected finite numbers",
+        )
+
+    def weights_of(self, count: int) -> tuple[float, ...]:
+        """Return a weight for each of `count` adapters. Raise `RequestError` for another number
+        of weights.
+        """
+        expected = f"expected one for each of {count} adapters, or none"
+        require(len(self.weights) in (0, count), "weights", self.weights, expected)
+        return self.weights or (1.0,) * count

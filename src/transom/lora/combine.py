@@ -1,4 +1,4 @@
-"""Several adapters as one change of each weight: added up, by TIES or by DARE, as PEFT's
+"""Several adapters as one change of each weight: summed, by TIES or by DARE, as PEFT's
 `merge_utils` does.
 """
 
@@ -9,45 +9,57 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from transom.base.errors import RequestError
-from transom.lora.adapters import LoraWeights, carriers
-from transom.lora.combine_args import CombineArgs
+from transom.base.errors import require
+from transom.lora.adapters import adapted_modules
+from transom.lora.args import CombineArgs
+from transom.lora.weights import LoraWeights
 
 
-def weigh_adapters(model: nn.Module, weights: Mapping[str, float]) -> None:
-    """Multiply what each adapter adds by its weight, in place.
+def scale_adapters(model: nn.Module, weights: Mapping[str, float]) -> None:
+    """Multiply the change of each adapter by its weight, in place.
 
-    One that replaces (DoRA, whole modules) adds nothing that could be weighed: other than 1 is a
-    `RequestError`.
+    Args:
+        model: a model with adapters.
+        weights: factors by name of adapter.
+
+    Raises:
+        RequestError: the weight of an adapter that replaces parameters (DoRA, whole modules) is not
+            1.
     """
-    for path, _, held in carriers(model):
+    for path, _, held in adapted_modules(model):
         for name, weight in weights.items():
             part = held._modules.get(name)
             if part is None or weight == 1:
                 continue
-            if not isinstance(part, LoraWeights) or part.magnitude is not None:
-                raise RequestError(
-                    f"weight: got {weight:g}; adapter {name!r} replaces {path} or its length "
-                    f"(DoRA), which has no weight; expected 1"
-                )
+            adds = isinstance(part, LoraWeights) and part.magnitude is None
+            expected = f"expected 1, as adapter {name!r} replaces {path} or its length (DoRA)"
+            require(adds, "weight", weight, expected)
+            assert isinstance(part, LoraWeights)
             part.alpha *= weight
 
 
 def combined(
     deltas: Sequence[Tensor], weights: Sequence[float], args: CombineArgs, draws: torch.Generator
 ) -> Tensor:
-    """One change of a weight from those of several adapters, all of its shape, in their dtype."""
+    """Return one change of a weight.
+
+    Args:
+        deltas: the changes of the adapters, all of one shape and dtype.
+        weights: their factors.
+        args: the method and its density.
+        draws: the generator of DARE.
+    """
     match args.method:
         case "linear":
-            return sum_of(deltas, weights)
+            return weighted_sum(deltas, weights)
         case "ties":
             return ties(deltas, weights, args.density)
         case "dare":
             return dare(deltas, weights, args.density, draws)
 
 
-def sum_of(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The weighted sum."""
+def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return the sum of weight * delta."""
     out = torch.zeros_like(deltas[0])
     for delta, weight in zip(deltas, weights, strict=True):
         out += weight * delta
@@ -55,14 +67,14 @@ def sum_of(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def ties(deltas: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
-    """Trim, elect a sign per number, average those that agree with it (Yadav et al. 2023, arXiv
-    2306.01708).
+    """Trim each delta, elect a sign for each number, and average the deltas that agree with it.
 
-    The largest `density` of each delta is kept; the elected sign is that of their plain sum.
-    Weights enter the average only, and its count is of deltas, as in PEFT.
+    Source: Yadav et al. 2023, arXiv 2306.01708. The elected sign is that of the sum of the trimmed
+    deltas. As in PEFT, weights act in the average only, and its divisor is the number of deltas
+    that agree.
     """
     trimmed = [trim(delta, density) for delta in deltas]
-    elected = torch.where(sum_of(trimmed, [1.0] * len(trimmed)) >= 0, 1.0, -1.0).to(
+    elected = torch.where(weighted_sum(trimmed, [1.0] * len(trimmed)) >= 0, 1.0, -1.0).to(
         trimmed[0].dtype
     )
     total, count = torch.zeros_like(elected), torch.zeros_like(elected)
@@ -74,7 +86,9 @@ def ties(deltas: Sequence[Tensor], weights: Sequence[float], density: float) -> 
 
 
 def trim(delta: Tensor, density: float) -> Tensor:
-    """The largest share of the numbers by magnitude, zeros for the rest."""
+    """Keep the share `density` of the numbers with the largest magnitude, and set the others to
+    0.
+    """
     if density >= 1:
         return delta
     kept = delta.abs().flatten().topk(int(density * delta.numel())).indices
@@ -86,11 +100,12 @@ def trim(delta: Tensor, density: float) -> Tensor:
 def dare(
     deltas: Sequence[Tensor], weights: Sequence[float], density: float, draws: torch.Generator
 ) -> Tensor:
-    """Each number is kept with probability `density` and then divided by it (Yu et al. 2023, arXiv
-    2311.03099).
+    """Keep each number with probability `density`, divide it by `density`, and sum the deltas.
+
+    Source: Yu et al. 2023, arXiv 2311.03099.
     """
     if density >= 1:
-        return sum_of(deltas, weights)
+        return weighted_sum(deltas, weights)
     kept = [torch.bernoulli(torch.full(delta.shape, density), generator=draws) for delta in deltas]
     thinned = [delta * mask.to(delta) / density for delta, mask in zip(deltas, kept, strict=True)]
-    return sum_of(thinned, weights)
+    return weighted_sum(thinned, weights)

@@ -1,5 +1,5 @@
-"""What trains and what does not, role by role: experts that an adapter leaves out are to be seen
-before step 1.
+"""The coverage report: which weights train and which do not, role by role, before the first
+step.
 """
 
 from __future__ import annotations
@@ -11,132 +11,127 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from transom.layers.moe import MoE
-from transom.lora.adapters import Replacement, carriers
+from transom.lora.adapters import Adapters, adapted_modules
+from transom.lora.weights import Replacement
 from transom.models.llm import LLM
 from transom.quantize.leaves import Quantized
 
-# In the order of the report; what is none of these is reported under its own name.
+# In the order of the report; other parameters are reported under their own names, last.
 ORDER = (
-    "tok_embeddings",
-    "attention",
-    "ffn",
-    "experts",
-    "shared_experts",
-    "router",
-    "norms",
-    "output",
+    *(
+        "tok_embeddings",
+        "attention",
+        "ffn",
+        "experts",
+        "shared_experts",
+        "router",
+        "norms",
+        "output",
+    ),
     "vision",
 )
 
 
 def role_of(path: str) -> str:
-    """What a leaf of the text model is for: one of `lora_args.ROLES`, or its own name outside the
-    blocks.
+    """Return the role of a leaf of the text model (one of `args.ROLES`), or its name if it is
+    not in a block.
     """
     parts = path.split(".")
     if parts[0] != "layers" or len(parts) < 4:
         return path
-    if parts[2] == "feed_forward":
-        return (
-            "experts"
-            if "experts" in parts
-            else "shared_experts"
-            if "shared_expert" in parts
-            else "ffn"
-        )
-    return "attention"
+    if parts[2] != "feed_forward":
+        return "attention"
+    return (
+        "experts" if "experts" in parts else "shared_experts" if "shared_expert" in parts else "ffn"
+    )
 
 
 @dataclass
 class Role:
-    """Weights of one role: modules that have some, modules of which some train, and what trains of
-    how much.
+    """The weights of one role.
+
+    Attributes:
+        name: the role.
+        modules: modules with parameters of their own.
+        training: modules of which something trains.
+        new: numbers in adapters that train.
+        whole: numbers of the model that train themselves.
+        parameters: numbers of the model.
     """
 
     name: str
     modules: int = 0
     training: int = 0
-    new: int = 0  # parameters of adapters
-    whole: int = 0  # parameters of the model that train themselves
-    parameters: int = 0  # of the model
+    new: int = 0
+    whole: int = 0
+    parameters: int = 0
 
     @property
     def how(self) -> str:
-        """In a word."""
-        if self.new:
-            return "adapter"
-        return "whole" if self.whole else "frozen"
+        """`adapter`, `whole` or `frozen`."""
+        return "adapter" if self.new else "whole" if self.whole else "frozen"
 
 
 def coverage(model: LLM) -> list[Role]:
-    """Every role of the model with what of it trains; a tied weight counts once, where it is the
-    embedding.
-    """
+    """Return every role of the model. A tied weight counts once, as the embedding."""
     roles: dict[str, Role] = {}
-    held = {path: adapters for path, _, adapters in carriers(model)}
+    adapters = {path: held for path, _, held in adapted_modules(model)}
     seen: set[int] = set()
     for path, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
         if ".lora" in path or not own:
             continue
         seen.update(id(parameter) for parameter in own)
-        role = roles.setdefault(_role(path, module), Role(_role(path, module)))
-        parts = held[path].parameters() if path in held else iter(())
-        stand_ins = [
-            r for r in (held[path].values() if path in held else ()) if isinstance(r, Replacement)
-        ]
-        copies = {id(p) for part in stand_ins for p in part.parameters()}
-        new = sum(p.numel() for p in parts if p.requires_grad and id(p) not in copies)
-        whole = sum(p.numel() for p in own if p.requires_grad)
+        name = _role_name(path)
+        role = roles.setdefault(name, Role(name))
+        new = _training(_new_parameters(adapters.get(path)))
+        whole = _training(own)
         role.modules += 1
         role.training += bool(new or whole)
         role.new += new
         role.whole += whole
-        role.parameters += _count(module, own)
-    return sorted(
-        roles.values(),
-        key=lambda role: ORDER.index(role.name) if role.name in ORDER else len(ORDER),
-    )
+        # A quantized leaf has two numbers in a byte; its scales do not count.
+        role.parameters += (
+            module.count if isinstance(module, Quantized) else sum(p.numel() for p in own)
+        )
+    places = {name: place for place, name in enumerate(ORDER)}
+    return sorted(roles.values(), key=lambda role: places.get(role.name, len(ORDER)))
 
 
-def _role(path: str, module: nn.Module) -> str:
+def _role_name(path: str) -> str:
     parts = path.split(".")
     if parts[0] == "vision":
         return "vision"
-    if path.endswith(".router"):
+    if parts[-1] == "router":
         return "router"
-    if "norm" in parts[-1]:
-        return "norms"
-    return role_of(path)
+    return "norms" if "norm" in parts[-1] else role_of(path)
 
 
-def _count(module: nn.Module, own: Iterable[Tensor]) -> int:
-    """Numbers of the model, which a quantized leaf holds two of in a byte, its scales aside."""
-    if isinstance(module, Quantized):
-        return module.count
-    return sum(parameter.numel() for parameter in own)
+def _new_parameters(held: Adapters | None) -> Iterable[nn.Parameter]:
+    """Return the parameters of adapters that are not copies of the model's own."""
+    parts = () if held is None else held.values()
+    return [p for part in parts if not isinstance(part, Replacement) for p in part.parameters()]
+
+
+def _training(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
 
 
 def coverage_lines(model: LLM) -> list[str]:
-    """The report: one line per role, and the sum."""
+    """Return the report as lines: one per role, then the sum."""
     roles = coverage(model)
     trained = sum(role.new + role.whole for role in roles)
     total = sum(role.parameters for role in roles)
-    lines = ["what trains      how      modules        parameters of so many"]
+    lines = ["what trains      how      modules            trained     parameters"]
     for role in roles:
-        of = f"{role.training} of {role.modules}"
+        share = f"{role.training} of {role.modules}"
         lines.append(
-            f"  {role.name:<14} {role.how:<8} {of:<10} {role.new + role.whole:>14,} "
-            f"{role.parameters:>14,}"
+            f"  {role.name:<14} {role.how:<8} {share:<10} "
+            f"{role.new + role.whole:>14,} {role.parameters:>14,}"
         )
-    share = trained / total if total else math.nan
-    lines.append(
-        f"  in all: {trained:,} parameters train beside {total:,} of the model ({share:.2%})"
-    )
+    share = f"{trained / total if total else math.nan:.2%}"
+    lines.append(f"  in all: {trained:,} parameters train, {share} of the {total:,} of the model")
     if any(isinstance(module, MoE) for module in model.modules()):
         state = next((role.how for role in roles if role.name == "router"), "frozen")
-        lines.append(
-            f"  routers: {'trained whole' if state == 'whole' else state}; balancing losses act "
-            f"on what trains"
-        )
+        lines.append(f"  routers: {state}; balancing losses act only on parameters that train")
     return lines

@@ -1,6 +1,4 @@
-"""Active adapters into the weights, and out again bit for bit; or into them for good, several as
-one.
-"""
+"""Merging active adapters into the weights, reversibly or for good."""
 
 from __future__ import annotations
 
@@ -11,21 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from transom.base.errors import RequestError
+from transom.layers.linear import Embedding
 from transom.lora.adapters import (
-    LEAVES,
     Adapters,
-    Embedding,
-    Leaf,
     active_adapters,
+    adapted_modules,
     adapter_names,
-    carriers,
-    direction_factor,
     refuse_merged,
     remove_adapter,
-    update,
 )
-from transom.lora.combine import combined, weigh_adapters
-from transom.lora.combine_args import CombineArgs
+from transom.lora.args import CombineArgs
+from transom.lora.combine import combined, scale_adapters
+from transom.lora.weights import LEAVES, Leaf, dora_factor, weight_delta
 from transom.models.llm import LLM
 from transom.quantize.leaves import Quantized
 
@@ -34,11 +29,17 @@ M = TypeVar("M", bound=nn.Module)
 
 @torch.no_grad()
 def merge_adapter(model: M) -> M:
-    """Fold the active adapters into the weights in place; `unmerge_adapter` restores the weights
-    from before.
+    """Merge the active adapters into the weights, in place; `unmerge_adapter` restores every bit.
 
-    The sum is made in float32 or better and cast once; the weights from before are kept in host
-    memory. None active, or an adapter on embeddings that are the output too, is a `RequestError`.
+    The sum is computed in float32 or wider and cast once. The weights from before stay in host
+    memory.
+
+    Returns:
+        The model.
+
+    Raises:
+        RequestError: no adapter is active, one is merged already, or one is on a quantized leaf or
+            on embeddings that are the output too.
     """
     for leaf, held in _to_merge(model):
         merged = merged_weight(leaf, held)
@@ -49,17 +50,17 @@ def merge_adapter(model: M) -> M:
 
 
 def _to_merge(model: nn.Module) -> list[tuple[Leaf, Adapters]]:
-    """The leaves with active adapters, once it is sure that all of them can be merged."""
+    """Return the leaves with active adapters, after checking that all of them can be merged."""
     refuse_merged(model, "the adapters cannot be merged again")
     if not active_adapters(model):
         raise RequestError("no adapter is active; expected a model with one or more to merge")
     work: list[tuple[Leaf, Adapters]] = []
-    for path, module, held in carriers(model):
+    for path, module, held in adapted_modules(model):
         if isinstance(module, LEAVES) and held.active_lora():
             if isinstance(module, Quantized):
                 raise RequestError(
-                    f"{path} is quantized, and four bits cannot hold the sum; expected to "
-                    f"make the model dense first (dequantize_model)"
+                    f"{path} is quantized, and four bits cannot hold the sum; "
+                    f"expected a dense model (dequantize_model)"
                 )
             if (
                 isinstance(module, Embedding)
@@ -67,8 +68,9 @@ def _to_merge(model: nn.Module) -> list[tuple[Leaf, Adapters]]:
                 and model.args.tie_embeddings
             ):
                 raise RequestError(
-                    f"adapter {held.active[0]!r} is on {path}, which is the output too "
-                    f"(tie_embeddings) and would change with it; expected to keep it apart"
+                    f"adapter {held.active[0]!r} is on {path}, which is the output "
+                    f"too (tie_embeddings) and would "
+                    "change with it; expected to keep the adapter apart"
                 )
             work.append((module, held))
     return work
@@ -78,27 +80,36 @@ def _to_merge(model: nn.Module) -> list[tuple[Leaf, Adapters]]:
 def fold_adapters(
     model: M, args: CombineArgs | None = None, weights: Mapping[str, float] | None = None
 ) -> M:
-    """Make the active adapters part of the model for good, in place; no adapter is left, and no
-    copy is kept.
+    """Merge the active adapters into the model for good, in place, and remove all adapters.
 
-    `args` says how several on one leaf are combined (default: added up), `weights` how much of each
-    (default: 1). Active whole modules become the model's.
+    Active whole modules become those of the model, in its dtype. No copy of the weights from before
+    is kept.
+
+    Args:
+        model: the model.
+        args: how several adapters on one leaf are combined; default: summed.
+        weights: factors by name of adapter; default: 1 each.
+
+    Returns:
+        The model.
+
+    Raises:
+        RequestError: as `merge_adapter`, or an adapter that replaces weights has a factor or
+            another method than linear.
     """
     args = CombineArgs() if args is None else args
     weights = {} if weights is None else weights
     draws = torch.Generator().manual_seed(args.seed)
-    if args.method == "linear":
-        weigh_adapters(model, weights)
+    linear = args.method == "linear"
+    if linear:
+        scale_adapters(model, weights)
     for leaf, held in _to_merge(model):
-        added = args.method == "linear"
-        leaf.weight.copy_(
-            merged_weight(leaf, held) if added else _combined(leaf, held, weights, args, draws)
+        merged = (
+            merged_weight(leaf, held) if linear else _combined(leaf, held, weights, args, draws)
         )
-    for _, module, held in carriers(model):
-        for (
-            key,
-            own,
-        ) in held.replaced.items():  # the model's own take the values, in their own dtype
+        leaf.weight.copy_(merged)
+    for _, module, held in adapted_modules(model):
+        for key, own in held.replaced.items():
             own.copy_(module.get_parameter(key))
     for name in adapter_names(model):
         remove_adapter(model, name)
@@ -112,41 +123,48 @@ def _combined(
     args: CombineArgs,
     draws: torch.Generator,
 ) -> Tensor:
-    """The leaf's weight and its active adapters' changes, put together as `args` says."""
+    """Return the leaf's weight plus the combined changes of its active adapters."""
     named = [(name, lora) for name in held.active if (lora := held.lora(name)) is not None]
     if any(lora.magnitude is not None for _, lora in named):
         raise RequestError(
-            f"method: got {args.method!r}; an adapter here is DoRA, which changes lengths and adds "
-            f"nothing; expected linear, with one adapter"
+            f"method: got {args.method!r}; expected linear, with one adapter, as it is DoRA"
         )
-    deltas = [lora.scale * update(leaf, lora) for _, lora in named]
+    deltas = [lora.scale * weight_delta(leaf, lora) for _, lora in named]
     change = combined(deltas, [weights.get(name, 1.0) for name, _ in named], args, draws)
     return leaf.weight.detach().to(change.dtype) + change
 
 
 @torch.no_grad()
 def unmerge_adapter(model: M) -> M:
-    """Undo `merge_adapter`: every weight has the bits it had before, and the adapters act beside it
+    """Undo `merge_adapter`: every weight has the bits from before, and the adapters act beside it
     again.
+
+    Returns:
+        The model.
+
+    Raises:
+        RequestError: no adapter is merged.
     """
-    merged = [(module, held) for _, module, held in carriers(model) if held.merged]
+    merged = [(module, held) for _, module, held in adapted_modules(model) if held.merged]
     if not merged:
         raise RequestError("no adapter is merged; expected a model after merge_adapter")
     for module, held in merged:
-        assert isinstance(module, LEAVES) and held.base is not None, "what merging leaves behind"
+        assert isinstance(module, LEAVES) and held.base is not None, "merging stores it"
         module.weight.copy_(held.base)
         held.base, held.merged = None, False
     return model
 
 
 def merged_weight(leaf: Leaf, held: Adapters) -> Tensor:
-    """The weight that does what leaf and active adapters do, in float32 or better."""
+    """Return the weight that computes the same as leaf and active adapters, in float32 or wider."""
     wide = torch.promote_types(leaf.weight.dtype, torch.float32)
     whole = leaf.weight.detach().to(wide)
     for lora in held.active_lora():
-        whole = whole + lora.scale * update(leaf, lora)
+        whole = whole + lora.scale * weight_delta(leaf, lora)
     for lora in held.active_lora():
-        if lora.magnitude is not None:  # alone on its leaf: `activate_adapters` saw to it
-            factor = direction_factor(leaf, lora).to(whole.dtype)
+        if (
+            lora.magnitude is not None
+        ):  # the only adapter of its leaf, as `activate_adapters` checks
+            factor = dora_factor(leaf, lora).to(whole.dtype)
             whole = whole * (factor if isinstance(leaf, Embedding) else factor.unsqueeze(-1))
     return whole

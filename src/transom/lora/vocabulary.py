@@ -16,22 +16,35 @@ from transom.tokenizers.tokenizer import Tokenizer
 def add_tokens(
     model: LLM, tokenizer: Tokenizer, tokens: Sequence[str], multiple: int = 1
 ) -> Tokenizer:
-    """The tokenizer with `tokens` as control tokens, and rows for all of it in the model, in place.
+    """Add control tokens to a tokenizer, and rows for them to a model that has too few.
 
-    Rows are rounded up to a `multiple` where rows are added. A token that is there already is a
-    `RequestError`.
+    Args:
+        model: the model, changed in place.
+        tokenizer: its tokenizer, which stays as it is.
+        tokens: the new tokens.
+        multiple: added rows are rounded up to a multiple of this.
+
+    Returns:
+        The tokenizer with the new tokens.
+
+    Raises:
+        RequestError: the tokenizer has one of the tokens already.
     """
     if not tokens:
         return tokenizer
     for token in tokens:
-        known = tokenizer.token_to_id(token) is not None
-        require(not known, "new_tokens", token, "expected words that are no token yet")
+        require(
+            tokenizer.token_to_id(token) is None,
+            "new_tokens",
+            token,
+            "expected words that are no token yet",
+        )
     larger = tokenizer.with_special(tokens)
     if larger.vocab_size > model.args.vocab_size:
         rows = -(-larger.vocab_size // multiple) * multiple
         notice(
-            f"{len(tokens)} new tokens: the vocabulary grows from {model.args.vocab_size} to "
-            f"{rows} rows"
+            f"{len(tokens)} new tokens: the vocabulary grows from "
+            f"{model.args.vocab_size} to {rows} rows"
         )
         resize_vocabulary(model, rows)
     return larger
@@ -39,19 +52,14 @@ def add_tokens(
 
 @torch.no_grad()
 def resize_vocabulary(model: LLM, rows: int) -> None:
-    """Give embeddings and output `rows` rows, more than they have; new ones are the mean of the
-    old, in place.
+    """Enlarge embeddings and output to `rows` rows, in place. New rows are the mean of the old
+    ones.
 
-    The mean starts a new token where the others are: its logit is near theirs, and no other one
-    moves.
+    With the mean, the logit of a new token is near those of the others, and no other logit changes.
+    Raise `RequestError` unless `rows` is more than the model has.
     """
     before = model.args.vocab_size
-    require(
-        rows > before,
-        "rows of the vocabulary",
-        rows,
-        f"expected more than the {before} there are",
-    )
+    require(rows > before, "rows of the vocabulary", rows, f"expected more than {before}")
     for leaf in (model.tok_embeddings, model.output):
         if leaf is None:
             continue

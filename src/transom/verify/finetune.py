@@ -30,8 +30,9 @@ from transom.data.chat.conversations import ChatExample
 from transom.data.chat.finetune_sets import read_examples
 from transom.data.chat.rows import template_for
 from transom.layers.inputs import TransformerOutput
-from transom.lora.adapters import LoraWeights, carriers
+from transom.lora.adapters import adapted_modules
 from transom.lora.args import ROLES, LoraArgs
+from transom.lora.weights import LoraWeights
 from transom.models.llm import LLM
 from transom.tokenizers.training import byte_tokenizer
 from transom.training.config import OptimizerArgs, TrainArgs, read_config
@@ -207,7 +208,7 @@ def _compare_role(
     args: ModelArgs, batch: Batch, role: str, wanted: set[str], where: str
 ) -> Iterator[Finding]:
     model = with_adapter(args, torch.float32, targets=(role,)).train()
-    held = {path: adapters.lora("default") for path, _, adapters in carriers(model)}
+    held = {path: adapters.lora("default") for path, _, adapters in adapted_modules(model)}
     yield _none("adapters = the role's matrices", where, wanted ^ held.keys())
     before = {key: weight.detach().clone() for key, weight in model.named_parameters()}
     output = learnt(model, batch)
@@ -279,7 +280,7 @@ def compare_gradients(
     loss = objective.loss(output, batch, objective.units(batch))["loss"]
     plain, merged = sample_model(args), {}
     parts: dict[str, tuple[Tensor, Tensor]] = {}  # the adapter's own, and what stands for it here
-    for path, _, adapters in carriers(model):
+    for path, _, adapters in adapted_modules(model):
         own = adapters.lora("default")
         assert own is not None, "this adapter is low-rank everywhere"
         copies = {

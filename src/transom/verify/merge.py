@@ -34,11 +34,12 @@ from transom.evaluation.agreement import Agreement, agreement, logits_of
 from transom.evaluation.merging import BASE_ALONE, REPORT, adapter_hashes, merge_folders
 from transom.evaluation.token_rows import BUILT_IN, HELD_OUT, RANDOM, STDLIB, TokenRows, token_rows
 from transom.layers.inputs import TransformerInput
-from transom.lora.adapters import LEAVES, Adapters, Embedding, Leaf, LoraWeights, carriers
+from transom.layers.linear import Embedding
+from transom.lora.adapters import Adapters, adapted_modules
 from transom.lora.apply import apply_lora
-from transom.lora.args import LoraArgs
-from transom.lora.combine_args import CombineArgs
+from transom.lora.args import CombineArgs, LoraArgs
 from transom.lora.merge import merge_adapter, unmerge_adapter
+from transom.lora.weights import LEAVES, Leaf, LoraWeights
 from transom.models.llm import LLM
 from transom.names.transforms import turn_rotary
 from transom.quantize.args import QuantizeArgs
@@ -182,7 +183,9 @@ def compare_adapter(found: ModelLocation, name: str) -> Iterator[Finding]:
     del model
     model = load_adapter(load(ModelLocation(found.model)), found.adapter)
     unmerge_adapter(merge_adapter(model))
-    replaced = {f"{path}.{key}" for path, _, held in carriers(model) for key in held.replaced}
+    replaced = {
+        f"{path}.{key}" for path, _, held in adapted_modules(model) for key in held.replaced
+    }
     args = read_args(found.model)
     for key, stored in open_parameters(found.model, args).items():
         same = same_bytes(model.get_parameter(key).detach(), stored.read()) or key in replaced
@@ -229,7 +232,7 @@ def _changed(model: LLM) -> dict[str, tuple[Leaf, Adapters]]:
     """The leaves that active adapters change, by the name of their weight."""
     return {
         f"{path}.weight": (leaf, held)
-        for path, leaf, held in carriers(model)
+        for path, leaf, held in adapted_modules(model)
         if isinstance(leaf, LEAVES) and held.active_lora()
     }
 

@@ -23,9 +23,10 @@ from transom.checkpoints.adapters.write import save_adapter
 from transom.checkpoints.files.layout import is_adapter
 from transom.checkpoints.load import load
 from transom.layers.inputs import TransformerInput
-from transom.lora.adapters import LoraWeights, carriers
+from transom.lora.adapters import adapted_modules
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
+from transom.lora.weights import LoraWeights
 from transom.models.llm import LLM
 from transom.names.transforms import turn_rotary
 
@@ -120,7 +121,7 @@ def test_leaves_trained_apart_are_written_into_fused_ones(family, targets, tmp_p
     apply_lora(mine, LoraArgs(rank=2, alpha=3.0, targets=targets), seed=1)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
-        for _, _, held in carriers(mine):
+        for _, _, held in adapted_modules(mine):
             held["default"].B.copy_(torch.randn(held["default"].B.shape, generator=generator) * 0.2)
     save_adapter(mine, tmp_path / "adapter", base=str(tmp_path / "base"))
     kind = next(name for name, (of, _) in ADAPTERS.items() if of == family)
@@ -135,7 +136,7 @@ def test_fused_weights_take_dora_of_leaves_trained_apart(tmp_path):
     mine = load(tmp_path / "base")
     apply_lora(mine, LoraArgs(rank=2, alpha=2.0, dora=True, scaling="rslora"), seed=1)
     with torch.no_grad():
-        for _, _, held in carriers(mine):
+        for _, _, held in adapted_modules(mine):
             held["default"].B.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
             held["default"].magnitude.mul_(1.2)
     save_adapter(mine, tmp_path / "adapter", family="phi3")
@@ -385,5 +386,5 @@ def test_every_family_of_tables_is_one_of_transformers():
 def test_parts_know_their_family(tmp_path):
     twin("fused", tmp_path)
     model = load_adapter(load(tmp_path / "base"), tmp_path / "adapter")
-    parts = [part for _, _, held in carriers(model) for part in held.values()]
+    parts = [part for _, _, held in adapted_modules(model) for part in held.values()]
     assert {part.family for part in parts if isinstance(part, LoraWeights)} == {"phi3"}

@@ -18,7 +18,7 @@ from transom.checkpoints.adapters.foreign_leaves import OWN, candidates
 from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.adapters.write import save_adapter
 from transom.layers.inputs import TransformerInput
-from transom.lora.adapters import carriers
+from transom.lora.adapters import adapted_modules
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
 
@@ -85,7 +85,7 @@ def test_experts_stay_as_they_are(dora, tmp_path):
     again = load_adapter(random_model(args), tmp_path)
     given = inputs(args)
     assert torch.equal(again(given).logits, mine(given).logits)
-    assert len(list(carriers(again))) == len(list(carriers(mine)))
+    assert len(list(adapted_modules(again))) == len(list(adapted_modules(mine)))
 
 
 def test_own_names_come_last():

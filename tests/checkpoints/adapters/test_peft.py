@@ -18,7 +18,7 @@ from transom.checkpoints.adapters.write import save_adapter
 from transom.checkpoints.load import load
 from transom.inference.loop import generate
 from transom.layers.inputs import TransformerInput
-from transom.lora.adapters import active_adapters, carriers, plain_weights, remove_adapter
+from transom.lora.adapters import active_adapters, adapted_modules, plain_weights, remove_adapter
 from transom.lora.merge import merge_adapter, unmerge_adapter
 from transom.models.llm import LLM
 
@@ -113,7 +113,7 @@ def test_without_its_adapter_the_model_is_the_base(pair):
     remove_adapter(mine, "default")
     assert far(logits_of(mine), logits_of(base)) == 0
     assert list(mine.state_dict()) == list(base.state_dict())
-    assert not list(carriers(mine)) and active_adapters(mine) == ()
+    assert not list(adapted_modules(mine)) and active_adapters(mine) == ()
 
 
 @pytest.mark.parametrize(

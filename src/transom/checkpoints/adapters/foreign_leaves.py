@@ -25,8 +25,8 @@ from transom.checkpoints.families.weights import (
     WeightNames,
 )
 from transom.config.model_args import ModelArgs
-from transom.lora.adapters import LEAVES, Leaf, LoraWeights
 from transom.lora.args import Scaling
+from transom.lora.weights import LEAVES, Leaf, LoraWeights
 from transom.models.llm import LLM
 from transom.names.tables import REFERENCE_NAMES, KeyMapping, expand
 from transom.names.transforms import to_other, to_own, turn_rotary

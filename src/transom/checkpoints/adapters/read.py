@@ -30,14 +30,9 @@ from transom.checkpoints.adapters.peft_config import PeftConfig, read_peft
 from transom.checkpoints.families.registry import WEIGHT_NAMES
 from transom.checkpoints.families.weights import OUR_NAMES
 from transom.checkpoints.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from transom.lora.adapters import (
-    LoraWeights,
-    Replacement,
-    activate_adapters,
-    attach,
-    train_adapters,
-)
+from transom.lora.adapters import activate_adapters, attach, train_adapters
 from transom.lora.vocabulary import resize_vocabulary
+from transom.lora.weights import LoraWeights, Replacement
 from transom.models.llm import LLM
 from transom.names.transforms import to_own
 

@@ -29,8 +29,9 @@ from transom.checkpoints.adapters.peft_config import write_peft
 from transom.checkpoints.adapters.read import MISTRAL_SCALING, MISTRAL_WEIGHTS
 from transom.checkpoints.families.registry import FAMILIES
 from transom.checkpoints.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from transom.layers.linear import GroupedLinear
-from transom.lora.adapters import Embedding, LoraWeights, Replacement, adapter_names, carriers
+from transom.layers.linear import Embedding, GroupedLinear
+from transom.lora.adapters import adapted_modules, adapter_names
+from transom.lora.weights import LoraWeights, Replacement
 from transom.models.llm import LLM
 from transom.names.tables import KeyMapping
 from transom.names.transforms import to_other
@@ -82,7 +83,7 @@ def _held(model: LLM, name: str) -> tuple[dict[str, LoraWeights], dict[str, dict
         )
     lora: dict[str, LoraWeights] = {}
     whole: dict[str, dict[str, Tensor]] = {}
-    for path, _, held in carriers(model):
+    for path, _, held in adapted_modules(model):
         part = held._modules.get(name)
         if isinstance(part, LoraWeights):
             lora[path] = part

@@ -7,7 +7,7 @@ torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,30 +58,36 @@ class Family:
     writable: bool = True
 
     def read(self, config: ForeignConfig) -> Fields:
-        """Return the fields of the model that a config describes."""
-        fields: Fields = {}
-        for option in self.options:
-            fields |= option.read(config)
-        return fields
+        """Return the fields of the model that a config describes, by dotted path."""
+        return read_all(self.options, config)
+
+    def read_nested(self, config: ForeignConfig) -> dict[str, Any]:
+        """Return the fields of the model that a config describes, as `ModelArgs.from_dict`
+        takes them.
+        """
+        out: dict[str, Any] = {}
+        for path, value in self.read(config).items():
+            part, _, name = path.rpartition(".")
+            (out.setdefault(part, {}) if part else out)[name] = value
+        return out
 
     def write(self, args: ModelArgs) -> Keys:
         """Return the config of a model; only reading it back shows whether it is the same model."""
-        config: Keys = {
+        names = {
             "architectures": [f"{self.class_prefix}ForCausalLM"],
             "model_type": self.model_type,
         }
-        for option in self.options:
-            config |= option.write(args)
-        return config
+        return {**names, **write_all(self.options, args)}
 
 
-def nested(fields: Fields) -> dict[str, Any]:
-    """Return fields by dotted path as mappings inside each other."""
-    out: dict[str, Any] = {}
-    for path, value in fields.items():
-        part, _, name = path.rpartition(".")
-        (out.setdefault(part, {}) if part else out)[name] = value
-    return out
+def read_all(options: Iterable[Option], config: ForeignConfig) -> Fields:
+    """Return the fields that options read; later ones override earlier ones."""
+    return {path: value for option in options for path, value in option.read(config).items()}
+
+
+def write_all(options: Iterable[Option], args: ModelArgs) -> Keys:
+    """Return the keys that options write; later ones override earlier ones."""
+    return {key: value for option in options for key, value in option.write(args).items()}
 
 
 def resolved_experts(args: ModelArgs) -> MoeArgs:

@@ -4,11 +4,12 @@ a notice. No torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transom.base.errors import RequestError, notice, require
 from transom.base.files import refuse_infinite
+from transom.config.model_args import ModelArgs
 
 # Keys that do not change the numbers that a model computes, or that repeat what another key says.
 _HARMLESS = """
@@ -92,6 +93,29 @@ class ForeignConfig:
     def check(self, condition: bool, key: str, expected: str) -> None:
         """Raise `RequestError` with the key and its value unless `condition` holds."""
         require(condition, f"{self.where}: {key}", self.get(key), expected)
+
+    def refuse_quantized(self, key: str, kind: str) -> None:
+        """Raise `RequestError` if `key` states a quantization, which its own key `kind` names."""
+        value = self.get(key)
+        name = value.get(kind, value) if isinstance(value, Mapping) else value
+        require(not value, f"{self.where}: {key}", name, "expected weights that are not quantized")
+
+    def model(self, read: Callable[[ForeignConfig], dict[str, Any]], format: str) -> ModelArgs:
+        """Return the model with the fields that `read` returns for this config.
+
+        Errors of `ModelArgs` name the file, and whatever `read` raises on a file that is no config
+        of `format`, as with text in place of a number, becomes a `RequestError`.
+        """
+        try:
+            fields = read(self)
+        except RequestError:
+            raise
+        except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
+            raise RequestError(f"{self.where}: not a {format} ({error})") from None
+        try:
+            return ModelArgs.from_dict(fields)
+        except RequestError as error:
+            raise RequestError(f"{self.where}: {error}") from None
 
     def part(self, key: str, defaults: Mapping[str, Any]) -> ForeignConfig:
         """Return a nested config such as `text_config`."""

@@ -54,7 +54,7 @@ def _write_scales(args: ModelArgs) -> Keys:
 
 
 _COMMON = (
-    SHAPE,
+    *SHAPE,
     redundant("hidden_act"),  # in older files, beside hidden_activation, which counts
     activation("hidden_activation"),
     only(use_bidirectional_attention=False),

@@ -8,15 +8,13 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from transom.base.errors import RequestError, require
-from transom.checkpoints.families.family import Family, nested
+from transom.checkpoints.families.family import Family
 from transom.checkpoints.families.foreign_config import ForeignConfig
 from transom.checkpoints.families.registry import FAMILIES
 from transom.checkpoints.families.same_model import same_model
 from transom.config.layer_args import BASE_HEAD
 from transom.config.model_args import ModelArgs
 
-# What a config that is not a config of its family raises: null or text in place of a number.
-_NONSENSE = (TypeError, ValueError, AttributeError, ArithmeticError)
 # Fields of which every family takes any value.
 _ANY_VALUE = frozenset(
     [
@@ -50,31 +48,11 @@ def args_from_hf(config: dict[str, Any], where: str) -> ModelArgs:
         raise RequestError(
             f"{where}: model_type: got {name!r}; expected transom, {', '.join(FAMILIES)}"
         )
-    quantized = config.get("quantization_config")
-    if quantized:
-        kind = (
-            quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else quantized
-        )
-        require(
-            False, f"{where}: quantization_config", kind, "expected weights that are not quantized"
-        )
     reader = ForeignConfig(config, where, FAMILIES[name].defaults)
-    args = _read(FAMILIES[name], reader)
+    reader.refuse_quantized("quantization_config", "quant_method")
+    args = reader.model(FAMILIES[name].read_nested, f"{name} config")
     reader.print_notes()
     return args
-
-
-def _read(family: Family, config: ForeignConfig) -> ModelArgs:
-    try:
-        found = nested(family.read(config))
-    except RequestError:
-        raise
-    except _NONSENSE as error:
-        raise RequestError(f"{config.where}: not a {family.model_type} config ({error})") from None
-    try:
-        return ModelArgs.from_dict(found)
-    except RequestError as error:
-        raise RequestError(f"{config.where}: {error}") from None
 
 
 def args_to_hf(args: ModelArgs) -> dict[str, Any]:
@@ -119,7 +97,8 @@ def _config(family: Family, args: ModelArgs) -> dict[str, Any] | None:
         return None
     try:
         config = family.write(args)
-        again = _read(family, ForeignConfig(config, family.model_type, family.defaults))
+        reader = ForeignConfig(config, family.model_type, family.defaults)
+        again = reader.model(family.read_nested, f"{family.model_type} config")
     except RequestError:
         return None
     # Interleaved weights may become halves: `save` permutes their rows, though not those of latent

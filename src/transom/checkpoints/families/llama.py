@@ -118,7 +118,7 @@ PHI3 = Family(
         )
     ),
     (
-        SHAPE,
+        *SHAPE,
         activation(),
         Option(_read_phi_rope, _write_phi_rope),
         ignored("attention_bias", "mlp_bias", "lm_head_bias"),

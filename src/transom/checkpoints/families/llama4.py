@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from transom.base.errors import require
 from transom.checkpoints.families.family import (
     Family,
     Fields,
@@ -14,7 +13,10 @@ from transom.checkpoints.families.family import (
     fixed,
     ignored,
     only,
+    read_all,
     redundant,
+    value_at,
+    write_all,
 )
 from transom.checkpoints.families.foreign_config import ForeignConfig
 from transom.checkpoints.families.options import BIAS, COMMON, dense_layers, experts, layer_types
@@ -161,21 +163,18 @@ LLAMA4_TEXT = Family(
 
 
 def _read_encoder(config: ForeignConfig) -> Fields:
-    ratio, width = config["pixel_shuffle_ratio"], config["intermediate_size"]
-    shuffled = round(config["hidden_size"] / ratio**2)
-    fits = width == shuffled
+    ratio, output = config["pixel_shuffle_ratio"], config["projector_output_dim"]
+    width = round(config["hidden_size"] / ratio**2)
+    fits = config["intermediate_size"] == width
     config.check(
-        fits, "intermediate_size", f"expected hidden_size / pixel_shuffle_ratio^2 = {shuffled}"
+        fits, "intermediate_size", f"expected hidden_size / pixel_shuffle_ratio^2 = {width}"
     )
-    config.expect("projector_input_dim", config["projector_output_dim"])
-    config.expect("vision_output_dim", config["projector_output_dim"])
+    config.expect("projector_input_dim", output)
+    config.expect("vision_output_dim", output)
     theta = rope_fields(config, rope_settings(config))
     config.check(list(theta) == ["rope_theta"], "rope_parameters", "expected rope_type 'default'")
-    return {
-        **theta,
-        "image_size": _side(config, "image_size"),
-        "patch_size": _side(config, "patch_size"),
-    }
+    sides = {f"vision_args.{key}": _side(config, key) for key in ("image_size", "patch_size")}
+    return {**sides, "vision_args.rope_theta": theta["rope_theta"]}
 
 
 def _side(config: ForeignConfig, key: str) -> Any:
@@ -186,25 +185,37 @@ def _side(config: ForeignConfig, key: str) -> Any:
     return value[0]
 
 
-# Keys of vision_config that are fields of `VisionArgs`.
-_ENCODER_KEYS = {
-    "hidden_size": "dim",
-    "num_hidden_layers": "n_layers",
-    "num_attention_heads": "n_heads",
-    "num_channels": "num_channels",
-    "intermediate_size": "hidden_dim",
-    "pixel_shuffle_ratio": "pixel_shuffle_ratio",
-    "projector_input_dim": "adapter_dim",
-    "projector_output_dim": "output_dim",
-}
+def _write_encoder(args: ModelArgs) -> Keys:
+    theta = value_at(args, "vision_args.rope_theta")
+    return {
+        "model_type": "llama4_vision_model",
+        "vision_output_dim": value_at(args, "vision_args.output_dim"),
+        **{
+            key: value_at(args, f"vision_args.{key}")
+            for key in ("image_size", "patch_size", "norm_eps")
+        },
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "rope_theta": theta,
+    }
+
+
 _ENCODER = (
     only(hidden_act="gelu", vision_feature_select_strategy="default"),
     ignored("multi_modal_projector_bias"),
-    redundant(
-        "norm_eps", "vision_feature_layer"
-    ),  # transformers reads neither: always 1e-5 and the last layer
-    Option(_read_encoder),
-    fixed(norm_eps=1e-5),
+    # transformers reads neither: it has 1e-5 and the last layer.
+    redundant("norm_eps", "vision_feature_layer"),
+    fixed(vision_args__norm_eps=1e-5),
+    copied(
+        hidden_size="vision_args.dim",
+        num_hidden_layers="vision_args.n_layers",
+        num_attention_heads="vision_args.n_heads",
+        num_channels="vision_args.num_channels",
+        intermediate_size="vision_args.hidden_dim",
+        pixel_shuffle_ratio="vision_args.pixel_shuffle_ratio",
+        projector_input_dim="vision_args.adapter_dim",
+        projector_output_dim="vision_args.output_dim",
+    ),
+    Option(_read_encoder, _write_encoder),
 )
 
 
@@ -212,42 +223,26 @@ def _read_with_vision(config: ForeignConfig) -> Fields:
     text, vision = config.part("text_config", _TEXT), config.part("vision_config", _VISION)
     token = config.get("image_token_index", config.get("image_token_id"))
     config.check(token is not None, "image_token_index", "expected the id of a token")
-    fields = LLAMA4_TEXT.read(text)
-    encoder: Fields = {field: vision[key] for key, field in _ENCODER_KEYS.items()}
-    for option in _ENCODER:
-        encoder |= option.read(vision)
+    fields = {
+        **LLAMA4_TEXT.read(text),
+        **read_all(_ENCODER, vision),
+        "vision_args.image_token": token,
+    }
     text.print_notes()
     vision.print_notes()
     # The output matrix belongs to the text model, which the flag beside it must not contradict.
     config.expect("tie_word_embeddings", fields["tie_embeddings"])
-    return {
-        **fields,
-        **{f"vision_args.{name}": value for name, value in encoder.items()},
-        "vision_args.image_token": token,
-    }
+    return fields
 
 
 def _write_with_vision(args: ModelArgs) -> Keys:
-    vision = args.vision_args
-    require(vision is not None, "vision_args", None, "expected an image encoder")
-    assert vision is not None
-    text = LLAMA4_TEXT.write(args)
+    text, encoder = LLAMA4_TEXT.write(args), write_all(_ENCODER, args)
     del text["architectures"], text["torch_dtype"]  # they stand beside text_config
-    encoder = {
-        "model_type": "llama4_vision_model",
-        **{key: getattr(vision, field) for key, field in _ENCODER_KEYS.items()},
-        "vision_output_dim": vision.output_dim,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "norm_eps": vision.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": vision.rope_theta},
-        "rope_theta": vision.rope_theta,
-    }
     return {
         "architectures": ["Llama4ForConditionalGeneration"],
         "text_config": text,
         "vision_config": encoder,
-        "image_token_index": vision.image_token,
+        "image_token_index": value_at(args, "vision_args.image_token"),
         "tie_word_embeddings": args.tie_embeddings,
         "torch_dtype": "float32",
     }

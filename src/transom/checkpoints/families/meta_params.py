@@ -7,15 +7,14 @@ meta-llama/llama-models.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import notice, require
 from transom.checkpoints.families.foreign_config import ForeignConfig
-from transom.checkpoints.families.same_model import same_model
+from transom.checkpoints.families.same_model import reads_back
 from transom.checkpoints.families.weights import WeightNames
 from transom.config.layer_args import MoeArgs
 from transom.config.model_args import ModelArgs
@@ -124,31 +123,14 @@ def args_from_meta(params: Mapping[str, Any], where: str, vocab_size: int) -> Mo
         RequestError: a key is missing, a value is not supported, or the weights are quantized.
     """
     config = ForeignConfig(params, where, {})
-    quantized = config.get("quantization_args")
-    if quantized:
-        kind = quantized.get("scheme", quantized) if isinstance(quantized, Mapping) else quantized
-        require(
-            False, f"{where}: quantization_args", kind, "expected weights that are not quantized"
-        )
+    config.refuse_quantized("quantization_args", "scheme")
     for key, reason in _UNSUPPORTED.items():
         config.check(config.get(key) in (None, 0, -1), key, f"expected none, as {reason}")
     for key in ("dim", "n_layers", "n_heads"):
         config.check(config.get(key) is not None, key, "expected a value")
-    try:
-        fields = _fields(config, vocab_size)
-    except RequestError:
-        raise
-    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
-        raise RequestError(f"{where}: not a params.json of Meta's ({error})") from None
-    try:
-        args = ModelArgs.from_dict(fields)
-    except RequestError as error:
-        raise RequestError(f"{where}: {error}") from None
-    for key in (
-        "max_batch_size",
-        "head_dim",
-        "image_token",
-    ):  # Meta's code computes the head width from dim
+    args = config.model(lambda _: _fields(config, vocab_size), "params.json of Meta's")
+    # Meta's code computes the head width from dim.
+    for key in ("max_batch_size", "head_dim", "image_token"):
         config.get(key)
     config.print_notes()
     return args
@@ -274,9 +256,7 @@ def args_to_meta(args: ModelArgs) -> dict[str, Any]:
         params["nope_layer_interval"] = nope
     if args.vision_args is not None:
         params["vision_args"] = _vision_params(args.vision_args)
-    same = False
-    with contextlib.suppress(RequestError):
-        same = same_model(args_from_meta(params, "params.json", args.vocab_size), args)
+    same = reads_back(args, lambda: args_from_meta(params, "params.json", args.vocab_size))
     require(
         same, "format", "meta", "expected hf or native: meta has the shapes of Llama 2, 3 and 4"
     )

@@ -6,14 +6,13 @@ Source: args.py, moe.py and transformer.py of mistralai/mistral-inference.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import notice, require
 from transom.checkpoints.families.foreign_config import ForeignConfig
 from transom.checkpoints.families.meta_params import SHARED_NAMES
-from transom.checkpoints.families.same_model import same_model
+from transom.checkpoints.families.same_model import reads_back
 from transom.checkpoints.families.weights import WeightNames
 from transom.config.model_args import ModelArgs
 from transom.names.tables import MISTRAL_EXPERTS
@@ -54,14 +53,7 @@ def args_from_mistral(params: Mapping[str, Any], where: str) -> ModelArgs:
         RequestError: a key is missing, a value is not supported, or the weights are quantized.
     """
     config = ForeignConfig(params, where, {})
-    quantized = config.get("quantization")
-    if quantized:
-        kind = (
-            quantized.get("qformat_weight", quantized)
-            if isinstance(quantized, Mapping)
-            else quantized
-        )
-        require(False, f"{where}: quantization", kind, "expected weights that are not quantized")
+    config.refuse_quantized("quantization", "qformat_weight")
     config.expect("model_type", "transformer")
     config.expect("activation", "silu")
     for key in _REQUIRED:
@@ -75,7 +67,13 @@ def args_from_mistral(params: Mapping[str, Any], where: str) -> ModelArgs:
         "dtype",
     ):  # adapters have files of their own
         config.get(key)
-    fields = {
+    args = config.model(_fields, "params.json of Mistral's")
+    config.print_notes()
+    return args
+
+
+def _fields(config: ForeignConfig) -> dict[str, Any]:
+    return {
         **{key: config[key] for key in _REQUIRED},
         **_windows(config),
         "rope_theta": _theta(config),
@@ -86,12 +84,6 @@ def args_from_mistral(params: Mapping[str, Any], where: str) -> ModelArgs:
         "tie_embeddings": config.get("tied_embeddings", False),
         "moe_args": _moe(config),
     }
-    try:
-        args = ModelArgs.from_dict(fields)
-    except RequestError as error:
-        raise RequestError(f"{where}: {error}") from None
-    config.print_notes()
-    return args
 
 
 def _windows(config: ForeignConfig) -> dict[str, Any]:
@@ -165,9 +157,7 @@ def args_to_mistral(args: ModelArgs) -> dict[str, Any]:
         params["sliding_window"] = sizes if None in sizes else args.sliding_window
     if moe is not None:
         params["moe"] = {"num_experts": moe.num_experts, "num_experts_per_tok": moe.top_k}
-    same = False
-    with contextlib.suppress(RequestError):
-        same = same_model(args_from_mistral(params, "params.json"), args)
+    same = reads_back(args, lambda: args_from_mistral(params, "params.json"))
     require(
         same,
         "format",

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from transom.checkpoints.families.family import Fields, Keys, Option, resolved_experts, switches
+from transom.checkpoints.families.family import (
+    Fields,
+    Keys,
+    Option,
+    copied,
+    resolved_experts,
+    switches,
+)
 from transom.checkpoints.families.foreign_config import ForeignConfig
 from transom.checkpoints.families.rope import ROPE
 from transom.config.model_args import ModelArgs
@@ -22,15 +29,8 @@ _TYPES = {"causal": "full_attention", "window": "sliding_attention", "chunk": "c
 
 def _read_shape(config: ForeignConfig) -> Fields:
     return {
-        "dim": config["hidden_size"],
-        "n_layers": config["num_hidden_layers"],
-        "n_heads": config["num_attention_heads"],
         "n_kv_heads": config.get("num_key_value_heads", config["num_attention_heads"]),
         "head_dim": config.get("head_dim"),
-        "hidden_dim": config["intermediate_size"],
-        "vocab_size": config["vocab_size"],
-        "max_seq_len": config["max_position_embeddings"],
-        "norm_eps": config["rms_norm_eps"],
         "rope_layout": "halves",
         "tie_embeddings": config.get("tie_word_embeddings", False),
     }
@@ -38,18 +38,12 @@ def _read_shape(config: ForeignConfig) -> Fields:
 
 def _write_shape(args: ModelArgs) -> Keys:
     return {
-        "hidden_size": args.dim,
-        "num_hidden_layers": args.n_layers,
-        "num_attention_heads": args.n_heads,
         "num_key_value_heads": args.kv_heads,
         "head_dim": args.head_size if args.mla_args is None else args.rotary_dim,
         "intermediate_size": args.dense_hidden_dim,
-        "vocab_size": args.vocab_size,
-        "max_position_embeddings": args.max_seq_len,
-        "rms_norm_eps": args.norm_eps,
         "tie_word_embeddings": args.tie_embeddings,
         "torch_dtype": "float32",
-        "pad_token_id": None,  # some classes have a default of their own, beyond a small vocabulary
+        "pad_token_id": None,  # some classes have a default beyond a small vocabulary
     }
 
 
@@ -66,9 +60,20 @@ def activation(key: str = "hidden_act") -> Option:
     return Option(read, write)
 
 
-SHAPE = Option(_read_shape, _write_shape)
+SHAPE = (
+    copied(
+        hidden_size="dim",
+        num_hidden_layers="n_layers",
+        num_attention_heads="n_heads",
+        intermediate_size="hidden_dim",
+        vocab_size="vocab_size",
+        max_position_embeddings="max_seq_len",
+        rms_norm_eps="norm_eps",
+    ),
+    Option(_read_shape, _write_shape),
+)
 BIAS = switches(attention_bias=("qkv_bias", "out_bias"))
-COMMON = (SHAPE, activation(), ROPE)
+COMMON = (*SHAPE, activation(), ROPE)
 
 
 def layer_types(args: ModelArgs) -> list[str]:

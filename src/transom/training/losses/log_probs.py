@@ -17,7 +17,7 @@ from transom.base.errors import RequestError, require
 from transom.base.runtime import evaluating
 from transom.data.batch import NO_TARGET
 from transom.layers.inputs import TransformerInput
-from transom.lora.adapters import activate_adapters, active_adapters, carriers
+from transom.lora.adapters import activate_adapters, active_adapters, adapted_modules
 from transom.models.llm import LLM
 from transom.training.losses.cross_entropy import chunk_tokens
 
@@ -107,7 +107,9 @@ def check_frozen_base(model: LLM) -> None:
     """Refuse a model of which more than its adapters trains: without them it would be another one
     every step.
     """
-    own = {id(parameter) for _, _, held in carriers(model) for parameter in held.parameters()}
+    own = {
+        id(parameter) for _, _, held in adapted_modules(model) for parameter in held.parameters()
+    }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in own:
             raise RequestError(

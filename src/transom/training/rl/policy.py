@@ -24,7 +24,7 @@ from transom.inference.loop import first_capacity, prefill
 from transom.inference.sampling import SamplingArgs
 from transom.inference.text import stream_text
 from transom.layers.inputs import TransformerOutput
-from transom.lora.adapters import carriers
+from transom.lora.adapters import adapted_modules
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.loop.ranks import Ranks
@@ -210,7 +210,11 @@ class PolicyGradient(Objective):
                 why = "without a fixed model to stay near, expected 0"
                 raise RequestError(f"finetune.beta: got {self.beta}; {why} ({error})") from None
         dropout = max(
-            (one.dropout for _, _, held in carriers(self.model) for one in held.active_lora()),
+            (
+                one.dropout
+                for _, _, held in adapted_modules(self.model)
+                for one in held.active_lora()
+            ),
             default=0,
         )
         if dropout and not self.quiet:

@@ -25,7 +25,7 @@ SAME = [
     ("1,2", r"\boxed{1, 2}"), ("-3", "\u22123"), ("2.5e-3", "0.0025"), (r"2.5 \times 10^{-3}", "0.0025"),
     ("1e5", "100,000"), ("10^{-2}", "0.01"), ("2^{10}", "1024"), ("6*7 = 42\n#### 42", "so it is 42."),
     ("42", "6 * 7 = 42\n#### 42"), ("42", "#### 42 apples and not 43"), ("42", r"\boxed{41}. No, \boxed{42}"),
-    ("42", "first 43, then 42"), (r"\boxed{0.75}", r"\boxed{\frac{3}{4}}, not 4"), ("5", r"\boxed{x: got 5}"),
+    ("42", "first 43, then 42"), (r"\boxed{0.75}", r"\boxed{\frac{3}{4}}, not 4"), ("5", r"\boxed{x = 5}"),
     ("x=5", "5"), ("12", r"\boxed{12\text{ cm}}"), (r"12\text{ cm}", "12"), ("5 apples", "5"),
     ("90", r"90^\circ"), (r"\pi", r"$\pi$"), ("x+1", "1+x"), ("(x+1)^2", r"\boxed{x^2+2x+1}"), ("5", "**5**."),
     ("72", "Natalia sold 72 clips altogether in April and May."), (r"\infty", r"\infty"), ("2:3", "4:6"),
@@ -116,5 +116,5 @@ def test_an_answer_that_never_ends_is_wrong_and_the_next_is_judged_outside_the_m
 
 def test_without_the_library_the_reward_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(RequestError, match=r"finetune\.reward: got 'number': needs math-verify"):
+    with pytest.raises(RequestError, match=r"finetune\.reward: got 'number'; needs math-verify"):
         open_reward("number")

@@ -1,10 +1,10 @@
-"""Whether an answer has the value of a reference: compared exactly or by `math-verify`. No torch.
+"""Whether an answer has the value of a reference, compared exactly or by `math-verify`.
 
-`math-verify` 0.9 counts some right answers as wrong: an inequality (x > 0) for an interval, and i
-for \\sqrt{-1}. It does not read periods (0.\\overline{3}). A percentage equals both numbers that it
-may mean (50\\% is 50 and 0.5), and the items of a list without brackets may come in any order. In
-prose, it takes the last number that it can read ("3 and a half" is 3). Units are compared only
-where both texts end with one.
+Limits of `math-verify` 0.9: an inequality (x > 0) does not equal an interval, nor i equal
+\\sqrt{-1}. Periods (0.\\overline{3}) are not read. A percentage equals both numbers that it may
+mean (50\\% is 50 and 0.5), and a list without brackets has no order. In prose, the last readable
+number counts ("3 and a half" is 3). Units are compared only if both texts end with one. This module
+does not import torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any, NamedTuple
 from unicodedata import normalize
 
-from transom.base.errors import RequestError, notice
+from transom.base.errors import notice, require
 from transom.base.worker import Worker
 
 SECONDS = 5  # for one comparison
@@ -36,17 +36,16 @@ _UNITS = frozenset(["mm", "cm", "dm", "m", "km", "mg", "g", "kg", "ms", "s", "mi
 
 
 class Part(NamedTuple):
-    """The part of a text that is its answer, and whether `\\boxed{}` or `####` marks it."""
+    """The answer in a text, and whether `\\boxed{}` or `####` marks it."""
 
     text: str
     marked: bool
 
 
 def final_answer(text: str) -> Part:
-    """Return the part that the last `\\boxed{}` or `####` (GSM8K, arXiv 2110.14168) marks, else the
-    text.
+    """Return what the last `\\boxed{}` or `####` (GSM8K, arXiv 2110.14168) marks, or the text.
 
-    A box that is not closed is only a part of an answer, and counts as an empty one.
+    A box that is not closed counts as an empty answer.
     """
     marks, box = text.rfind("####"), text.rfind(BOXED)
     if box > marks:
@@ -69,8 +68,8 @@ def _inside(text: str) -> str:
 def exact_number(text: str) -> Fraction | None:
     """Return the value of a text that is one number and nothing else, or None.
 
-    It reads thousands with commas or spaces, decimals, exponents of two digits, fractions and mixed
-    numbers (3 1/2).
+    Thousands may have commas or spaces. Decimals, exponents of two digits, fractions and mixed
+    numbers (3 1/2) are read.
     """
     text = _cleaned(text)
     if fraction := _FRACTION.match(text):
@@ -83,24 +82,19 @@ def exact_number(text: str) -> Fraction | None:
         return None
     sign, whole, digits, exponent, below = found.groups()
     try:
-        value = Fraction(
-            digits.replace(",", "").replace(" ", "").removesuffix(".") + f"e{exponent or 0}"
-        )
-        value = value / Fraction(below) if below else value
-        value += Fraction(whole or 0)
+        plain = digits.replace(",", "").replace(" ", "").removesuffix(".")
+        value = Fraction(f"{plain}e{exponent or 0}") / Fraction(below or 1) + Fraction(whole or 0)
     except (ValueError, ZeroDivisionError):  # more digits than Python reads, or a division by 0
         return None
     return -value if sign == "-" else value
 
 
 def _cleaned(text: str) -> str:
-    """Return a text without its typesetting: `$`, spaces of LaTeX, bold, a full stop."""
-    text = (
-        text.replace("{,}", ",").replace("\u2212", "-").replace("\u00a0", " ").replace("\\,", " ")
-    )
-    text = _VULGAR_FRACTION.sub(
-        lambda one: " " + normalize("NFKC", one[0]).replace("\u2044", "/"), text
-    )
+    """Return a text without `$`, spaces of LaTeX, bold and a full stop at its end."""
+    for mark, plain in (("{,}", ","), ("\u2212", "-"), ("\u00a0", " "), ("\\,", " ")):
+        text = text.replace(mark, plain)
+    fraction = lambda one: " " + normalize("NFKC", one[0]).replace("\u2044", "/")  # noqa: E731
+    text = _VULGAR_FRACTION.sub(fraction, text)
     return " ".join(_MARKS.sub("", text).split()).removesuffix(".").strip()
 
 
@@ -110,18 +104,18 @@ def check_reference(text: str) -> None:
     if _reference_number(part.text) is not None:
         return
     request = _as_request(part)
-    readable = part.text and request[1] and _ask({"read": request})
-    if not readable:
-        raise RequestError(
-            f"answer: got {part.text[:80]!r}; valid only with reward number is a number or an "
-            f"expression, alone, in \\boxed{{}} or after ####; reward exact compares texts"
-        )
+    readable = bool(part.text and request[1] and _ask({"read": request}))
+    expected = (
+        "expected a number or an expression with reward number, alone, in \\boxed{} or after "
+        "####; reward exact compares texts"
+    )
+    require(readable, "answer", part.text[:80], expected)
 
 
 def same_value(answer: str, reference: str) -> bool:
-    """Return whether the final part of an answer has the value of the reference's.
+    """Return whether the final answer in a text has the value of that in a reference.
 
-    A comparison that takes longer than `SECONDS` counts as False, with a notice.
+    A comparison that takes longer than `SECONDS` is False, with a notice.
     """
     given, wanted = final_answer(answer), final_answer(reference)
     if not given.text or len({_unit(given.text), _unit(wanted.text)} - {None}) == 2:
@@ -135,15 +129,13 @@ def same_value(answer: str, reference: str) -> bool:
         wanted = Part(f"{right.numerator}/{right.denominator}", True)
     same = _ask({"same": [*_as_request(wanted), *_as_request(given)]})
     if same is None:
-        shown = f"{given.text[:60]!r}"
-        notice(f"reward number: comparing {shown} took more than {SECONDS} s; it counts as wrong")
+        slow = f"comparing {given.text[:60]!r} took more than {SECONDS} s"
+        notice(f"reward number: {slow}; it counts as wrong")
     return bool(same)
 
 
 def _reference_number(text: str) -> Fraction | None:
-    """Return the value of a reference that is a number, also one with a unit in words (`42
-    apples`).
-    """
+    """Return the value of a reference that is a number, with or without words (`42 apples`)."""
     number = exact_number(text)
     words = re.search(r"[A-Za-z].*", _cleaned(text))
     only_words = words is not None and re.fullmatch(r"[A-Za-z .]+", words[0]) is not None
@@ -151,9 +143,7 @@ def _reference_number(text: str) -> Fraction | None:
 
 
 def _unit(text: str) -> str | None:
-    """Return the unit of length, mass, time or volume that ends a text, or None. 5 km is not 5
-    m.
-    """
+    """Return the unit of length, mass, time or volume at the end of a text, or None."""
     last = _cleaned(text).rpartition(" ")[2]
     return last if last in _UNITS else None
 
@@ -165,31 +155,29 @@ def _first_number(text: str) -> Fraction | None:
 
 
 def _as_request(part: Part) -> tuple[str, bool]:
-    """Return a part as (text, whether it is LaTeX) for the worker: an expression, or prose."""
+    """Return (text, whether it is LaTeX) for the worker; prose is not LaTeX."""
     cleaned = _cleaned(part.text)
     words = _WORD.findall(_TEXT_GROUP.sub("", cleaned))
     longest = max(map(len, words), default=0)
     is_prose = longest > 3 if part.marked else bool(words)
     if is_prose:
-        return part.text.replace("\\$", ""), False  # dollars of money, which are no LaTeX
+        return part.text.replace("\\$", ""), False  # the sign of money is not LaTeX
     number = exact_number(part.text)
     # The library reads 1e5 as 1 * e * 5 and 1 000 as 1 * 0.
     return (cleaned, True) if number is None else (f"{number.numerator}/{number.denominator}", True)
 
 
-# -- the process --
+# -- the process -----------------------------------------------------------------------------------
 
 
 def require_math_verify() -> None:
     """Raise `RequestError` unless `math-verify` is installed."""
     try:
         missing = importlib.util.find_spec("math_verify") is None
-    except ValueError:  # a module that is blocked by None in `sys.modules`
+    except ValueError:  # the module is blocked by None in `sys.modules`
         missing = True
-    if missing:
-        raise RequestError(
-            "finetune.reward = 'number': needs math-verify: pip install 'transom[math]'"
-        )
+    needs = "needs math-verify: pip install 'transom[math]'"
+    require(not missing, "finetune.reward", "number", needs)
 
 
 @cache

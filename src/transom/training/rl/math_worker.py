@@ -1,8 +1,8 @@
 """The child process in which math-verify compares answers.
 
-SymPy may compute for hours, or fill the memory, on a line that a model wrote (9^{9^{9^9}}). The
-time limit of math-verify is a signal, which needs the main thread and does not end a computation
-in C. A process can be ended.
+SymPy may compute for hours or fill the memory on a text of a model (9^{9^{9^9}}). The time limit of
+math-verify is a signal, which needs the main thread and does not end a computation in C. A process
+can be ended.
 """
 
 from __future__ import annotations
@@ -38,12 +38,10 @@ def _answer(request: dict[str, Any]) -> bool:
 
 @lru_cache(maxsize=4096)
 def _parse(text: str, as_latex: bool) -> tuple[Any, ...]:
-    """Return what the library reads in a text: a tuple that begins with an expression, or an empty
-    one.
-    """
+    """Return what math-verify reads in a text: an expression and its forms, or nothing."""
     from math_verify import LatexExtractionConfig, parse
 
-    if as_latex:  # the whole text or nothing: of an incomplete root, its factor would be read
+    if as_latex:  # all of the text or nothing, or the factor of an incomplete root would be read
         whole = [LatexExtractionConfig()]
         return tuple(parse(f"${text}$", whole, fallback_mode="no_fallback", parsing_timeout=None))
     return tuple(parse(text, fallback_mode="no_fallback", parsing_timeout=None))
@@ -52,9 +50,8 @@ def _parse(text: str, as_latex: bool) -> tuple[Any, ...]:
 def _same(reference: tuple[Any, ...], answer: tuple[Any, ...]) -> bool:
     from math_verify import verify
 
-    return bool(
-        verify(list(reference), list(answer), float_rounding=ROUNDING, timeout_seconds=None)
-    )
+    options = {"float_rounding": ROUNDING, "timeout_seconds": None}
+    return bool(verify(list(reference), list(answer), **options))
 
 
 def _is_mathematics(text: str, as_latex: bool) -> bool:
@@ -67,8 +64,9 @@ def _is_mathematics(text: str, as_latex: bool) -> bool:
 
 
 def _plain_words(text: str) -> list[str]:
-    """Return the words of a text that are no LaTeX command; `many` would be read as m * a * n *
-    y.
+    """Return the words of a text that are not LaTeX commands.
+
+    math-verify reads `many` as m * a * n * y.
     """
     letters = "".join(letter if letter.isalpha() or letter == "\\" else " " for letter in text)
     return [word for word in letters.split() if "\\" not in word]

@@ -1,5 +1,6 @@
-"""Rewards that can be checked: an answer's text and what is known of the right one, to a number. No
-torch.
+"""Rewards that a program computes from the text of an answer and its reference.
+
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -19,151 +20,146 @@ from typing import Any
 from transom.base.errors import RequestError, WorkError, nearest, require
 from transom.training.rl.math_answers import check_reference, require_math_verify, same_value
 
-Reference = Mapping[
-    str, Any
-]  # what a row says of its answer: `answer` or `solution`, and for one's own `tests`
-Score = Callable[[str, Reference], float]
+# What a row has beside its prompt: `answer` or `solution`, and other keys for your own functions.
+Reference = Mapping[str, Any]
+RewardFunction = Callable[[str, Reference], float]
 
-SOLVED = 1.0  # a reward from which on a question counts as solved
+SOLVED = 1.0  # a question with this reward or more counts as solved
 
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward by name; `file` is where one's own was found, None for what is built in."""
+    """A reward by name.
+
+    Attributes:
+        name: `exact`, `number`, `regex`, or `module:function`.
+        function: Returns the reward of an answer.
+        file: The file of your own function; None for a built-in one.
+    """
 
     name: str
-    score: Score
+    function: RewardFunction
     file: Path | None = None
 
     def __call__(self, answer: str, reference: Reference, id: str) -> float:
-        """The reward of an answer to row `id`; whatever goes wrong names the row."""
+        """Return the reward of an answer to row `id`.
+
+        Raises:
+            RequestError: A built-in reward cannot judge the row.
+            WorkError: Your own function raises, or returns no finite number.
+        """
         try:
-            value = self.score(answer, reference)
-        except Exception as error:  # one's own code may raise anything
+            value = self.function(answer, reference)
+        except Exception as error:  # your own code may raise anything
             if self.file is None:
                 raise RequestError(f"{id}: {error}") from None
-            said = " ".join(str(error).split())[:160]
-            raise WorkError(
-                f"reward {self.name}: {id}: raises {type(error).__name__}: {said}"
-            ) from error
+            raise WorkError(f"reward {self.name}: {id}: {_raised(error)}") from error
         if not isinstance(value, Real) or not math.isfinite(value):
             raise WorkError(f"reward {self.name}: {id}: gives {value!r}; expected a finite number")
         return float(value)
 
     def check(self, references: Iterable[tuple[str, Reference]]) -> None:
-        """Refuse rows, as pairs of id and reference, that a built-in reward cannot judge: before
-        the first step.
-        """
-        if self.file is not None:
-            return
-        for id, reference in references:
+        """Raise `RequestError` for an (id, reference) that a built-in reward cannot judge."""
+        for id, reference in references if self.file is None else ():
             self("", reference, id)
-            if self.score is number:
-                try:
-                    for one in accepted_answers(reference):
-                        check_reference(one)
-                except RequestError as error:
-                    raise RequestError(f"{id}: {error}") from None
+            try:
+                for one in accepted_answers(reference) if self.function is number else ():
+                    check_reference(one)
+            except RequestError as error:
+                raise RequestError(f"{id}: {error}") from None
 
     @property
     def hash(self) -> str:
-        """What a resumed run compares: SHA-256 in hex of the file of one's own, else the name."""
-        return (
-            self.name if self.file is None else hashlib.sha256(self.file.read_bytes()).hexdigest()
-        )
+        """The SHA-256 of the file of your own function, or the name; a resumed run compares it."""
+        if self.file is None:
+            return self.name
+        return hashlib.sha256(self.file.read_bytes()).hexdigest()
 
 
 def open_reward(name: str) -> Reward:
-    """`exact`, `number`, `regex`, or `module:function` from a file in the current directory."""
+    """Return a built-in reward, or `module:function` from a file in the current directory.
+
+    Raises:
+        RequestError: There is no such reward, or importing its module raises.
+    """
     if name == "number":
         require_math_verify()
     if name in BUILT_IN:
         return Reward(name, BUILT_IN[name])
     module, _, function = name.partition(":")
-    named = all(part.isidentifier() for part in (*module.split("."), function))
-    expected = (
-        f"expected {', '.join(BUILT_IN)}, or module:function of one's own{nearest(name, BUILT_IN)}"
-    )
-    require(named, "finetune.reward", name, expected)
+    expected = f"expected {', '.join(BUILT_IN)}, or module:function of your own"
+    parts = (*module.split("."), function)
+    fits = all(part.isidentifier() for part in parts)
+    require(fits, "finetune.reward", name, expected + nearest(name, BUILT_IN))
     stem = Path.cwd().joinpath(*module.split("."))
-    file = next(
-        (one for one in (stem.with_suffix(".py"), stem / "__init__.py") if one.is_file()), None
-    )
-    if file is None:
-        raise RequestError(f"finetune.reward: got {name!r}; there is no {stem}.py; {expected}")
-    return Reward(name, _own(name, module, function, file), file)
+    files = [one for one in (stem.with_suffix(".py"), stem / "__init__.py") if one.is_file()]
+    require(bool(files), "finetune.reward", name, f"there is no {stem}.py; {expected}")
+    return Reward(name, _imported(name, module, function, files[0]), files[0])
 
 
-def _own(name: str, module: str, function: str, file: Path) -> Score:
-    """The function in `file`, which is run."""
+def _imported(name: str, module: str, function: str, file: Path) -> RewardFunction:
+    """Return a function of `file`, which is imported from the current directory."""
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
         found = importlib.import_module(module)
     except (Exception, SystemExit) as error:
-        said = " ".join(str(error).split())[:160]
-        raise RequestError(
-            f"finetune.reward: got {name!r}; importing it raises {type(error).__name__}: {said}"
-        ) from error
+        raised = f"importing it {_raised(error)}"
+        raise RequestError(f"finetune.reward: got {name!r}; {raised}") from error
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(here)
     where = getattr(found, "__file__", None)
-    same = where is not None and Path(where).resolve() == file.resolve()
-    require(same, "finetune.reward", name, f"expected a module whose name no other has ({where})")
-    score = getattr(found, function, None)
-    functions = [
-        key for key, value in vars(found).items() if callable(value) and not key.startswith("_")
-    ]
+    fits = where is not None and Path(where).resolve() == file.resolve()
+    require(fits, "finetune.reward", name, f"expected a module with a name of its own ({where})")
+    functions = {key: one for key, one in vars(found).items() if callable(one) and key[0] != "_"}
     expected = f"expected a function of {file.name}{nearest(function, functions)}"
-    require(callable(score), "finetune.reward", name, expected)
-    assert callable(score), "required"
-    return score
+    require(callable(getattr(found, function, None)), "finetune.reward", name, expected)
+    imported: RewardFunction = getattr(found, function)
+    return imported
 
 
-# -- built in
-# ----------------------------------------------------------------------------------------
+def _raised(error: BaseException) -> str:
+    return f"raises {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+# -- built in --------------------------------------------------------------------------------------
 
 
 def exact(answer: str, reference: Reference) -> float:
-    """1 where the answer is one of those accepted; white space and capitals do not count."""
-    return float(_plain(answer) in {_plain(one) for one in accepted_answers(reference)})
+    """Return 1 if the answer is an accepted one, white space and case aside, and 0 otherwise."""
+    return float(_plain(answer) in map(_plain, accepted_answers(reference)))
 
 
 def number(answer: str, reference: Reference) -> float:
-    """Return 1 where the answer has the value of an accepted one: numbers, expressions, sets,
-    intervals, ...
+    """Return 1 if the answer has the value of an accepted one, and 0 otherwise.
+
+    Values are numbers, expressions, sets, intervals and so on; see `math_answers`.
     """
     return float(any(same_value(answer, one) for one in accepted_answers(reference)))
 
 
 def regex(answer: str, reference: Reference) -> float:
-    """1 where one of the reference's patterns is found in the answer."""
+    """Return 1 if a pattern of the reference matches somewhere in the answer, and 0 otherwise."""
+    accepted = accepted_answers(reference)
     try:
-        patterns = [re.compile(one) for one in accepted_answers(reference)]
+        matches = [re.search(pattern, answer) for pattern in accepted]
     except re.error as error:
-        raise RequestError(
-            f"answer: valid only with reward regex is a regular expression ({error})"
-        ) from None
-    return float(any(pattern.search(answer) for pattern in patterns))
+        expected = f"expected a regular expression with reward regex ({error})"
+        raise RequestError(f"answer: got {accepted}; {expected}") from None
+    return float(any(matches))
 
 
-BUILT_IN: dict[str, Score] = {"exact": exact, "number": number, "regex": regex}
+BUILT_IN: dict[str, RewardFunction] = {"exact": exact, "number": number, "regex": regex}
 
 
 def accepted_answers(reference: Reference) -> list[str]:
-    """`answer`, else `solution`, of a reference: a text or a number, or a list of them."""
+    """Return `answer`, or else `solution`, of a reference: a text, a number, or a list of them."""
     given = reference.get("answer", reference.get("solution"))
     answers = given if isinstance(given, list) else [given]
-    fits = bool(answers) and all(
-        isinstance(one, (str, int, float)) and str(one).strip() for one in answers
-    )
-    require(
-        fits,
-        "answer",
-        given,
-        "expected a text or a number, or a list of them, as answer or solution",
-    )
+    fits = all(isinstance(one, (str, int, float)) and str(one).strip() for one in answers)
+    expected = "expected a text or a number, or a list of them, as answer or solution"
+    require(bool(answers) and fits, "answer", given, expected)
     return [str(one) for one in answers]
 
 

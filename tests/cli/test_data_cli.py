@@ -19,7 +19,7 @@ from transom.data.chat.packing import first_fit_decreasing
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.tokenizers.training import byte_tokenizer
 from transom.training.finetune.data import open_finetune_data
-from transom.training.loop.run_parts import Share
+from transom.training.loop.ranks import ALONE
 
 CHATML = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 TALK = {
@@ -153,7 +153,7 @@ def test_check_counts_what_finetune_trains_on(
     )
     tokenizer = Tokenizer.load(base)
     template = ChatTemplate.find(base, tokenizer, args.finetune.template)
-    data = open_finetune_data(args, args.finetune, tokenizer, template, base, Share())
+    data = open_finetune_data(args, args.finetune, tokenizer, template, base, ALONE)
     assert code == 0
     assert (facts["packing"], facts["rows_per_step"]) == (
         data.choice.packing,

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.helpers import random_model, tiny_args
-from transom.evaluation.bits import score
+from transom.evaluation.bits import first_documents, score_each
+from transom.evaluation.score import Score
 from transom.layers.inputs import TransformerInput
 
 
@@ -50,15 +51,18 @@ def recount(model, docs, window, stride):
 def test_every_token_is_scored_once(window, stride):
     model = random_model(tiny_args(max_seq_len=32))
     docs = Documents([1, 7, 8, 9, 40, 16], model.args.vocab_size)
-    got = score(model, docs, bos_id=0, eos_id=1, window=window, stride=stride, batch_tokens=40)
-    assert got.tokens == sum(len(text) + 1 for text in docs.texts)
+    framing = {"bos_id": 0, "eos_id": 1}
+    each = score_each(model, docs, **framing, window=window, stride=stride, batch_tokens=40)
+    got = sum(each, Score())
+    assert got.count == sum(len(text) + 1 for text in docs.texts)
     assert got.bytes == docs.bytes.sum()
-    assert got.nats == pytest.approx(recount(model, docs, window, stride), rel=1e-5)
-    assert got.bits_per_byte == pytest.approx(got.nats / math.log(2) / got.bytes)
+    assert got.loss_sum == pytest.approx(recount(model, docs, window, stride), rel=1e-5)
+    assert got.bits_per_byte == pytest.approx(got.loss_sum / math.log(2) / got.bytes)
 
 
 def test_a_limit_counts_whole_documents():
     model = random_model(tiny_args(max_seq_len=32))
     docs = Documents([10, 10, 10], model.args.vocab_size)
-    got = score(model, docs, bos_id=0, eos_id=1, window=8, max_tokens=12)
-    assert (got.tokens, got.bytes) == (22, 60)
+    first = first_documents(docs, 0, 1, 12)
+    got = sum(score_each(model, docs, bos_id=0, eos_id=1, window=8, indices=first), Score())
+    assert (got.count, got.bytes) == (22, 60)

@@ -92,6 +92,7 @@ def test_held_out_text_is_read_no_further_than_the_budget():
 
     from tests.helpers import random_model, tiny_args
     from transom.training.loop.monitor import Monitor
+    from transom.training.loop.ranks import Ranks
 
     class Documents:
         read = 0
@@ -106,6 +107,7 @@ def test_held_out_text_is_read_no_further_than_the_budget():
     documents = Documents()
     monitor = SimpleNamespace(
         model=random_model(tiny_args()),
+        ranks=Ranks(),
         args=SimpleNamespace(data=SimpleNamespace(seq_len=8)),
         data=SimpleNamespace(held_out={"a": documents}),
     )

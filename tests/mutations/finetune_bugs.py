@@ -29,7 +29,7 @@ from transom.lora import args as lora_args
 from transom.lora.args import Scaling
 from transom.lora.weights import Leaf, LoraWeights, output_norms, weight_delta
 from transom.models.llm import LLM
-from transom.training.loop.checkpoint_writer import TRAINED, AdapterOnly
+from transom.training.loop.checkpoint_writer import TRAINED, AdapterWriter
 from transom.training.loop.trainer import Trainer
 from transom.training.losses import log_probs
 from transom.training.losses.balance import RouterCounts, update_choice_biases
@@ -204,10 +204,12 @@ def lost_adapter() -> AbstractContextManager[None]:
     """A resumed run begins its adapter anew, with the optimizer of the old one."""
 
     def make(original: Call) -> Call:
-        def restore(self: AdapterOnly, folder: Path, tensors: MutableMapping[str, Tensor]) -> None:
+        def restore(
+            self: AdapterWriter, folder: Path, tensors: MutableMapping[str, Tensor]
+        ) -> None:
             for name in [name for name in tensors if name.startswith(TRAINED)]:
                 del tensors[name]
 
         return restore
 
-    return changed(AdapterOnly, "restore", make)
+    return changed(AdapterWriter, "restore", make)

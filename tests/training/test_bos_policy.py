@@ -8,6 +8,7 @@ from tests.training.runs import tiny_args as tiny_run
 from tests.training.runs import tiny_config, without_bos
 from transom.tokenizers.training import byte_tokenizer
 from transom.training.loop import monitor
+from transom.training.loop.ranks import Ranks
 from transom.training.loop.run_data import open_data
 from transom.training.loop.setup import open_run
 
@@ -19,7 +20,7 @@ def test_packed_documents_begin_by_the_policy_and_end_with_eos(tmp_path, adds):
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     assert bos is not None and tokenizer.adds_bos == adds
     model_args = args.model_args(tokenizer.vocab_size)
-    data = open_data(args, model_args, tokenizer, rank=0, world_size=1, quiet=True)
+    data = open_data(args, model_args, tokenizer, Ranks(quiet=True))
     rows = [row for _ in range(20) for row in data.batches.next().tokens.tolist()]
     begins = [second for row in rows for first, second in pairwise(row) if first == eos]
     assert (
@@ -32,13 +33,13 @@ def test_packed_documents_begin_by_the_policy_and_end_with_eos(tmp_path, adds):
 def test_held_out_documents_are_scored_by_the_same_policy(tmp_path, monkeypatch):
     without_bos(tmp_path / "tokenizer")
     kind = {"kind": "file", "path": str(tmp_path / "tokenizer")}
-    seen, score = [], monitor.score
+    seen, score_each = [], monitor.score_each
 
     def spy(*args, **named):
         seen.append((named["bos_id"], named["eos_id"]))
-        return score(*args, **named)
+        return score_each(*args, **named)
 
-    monkeypatch.setattr(monitor, "score", spy)
+    monkeypatch.setattr(monitor, "score_each", spy)
     trainer = open_run(
         tiny_run(tmp_path, **{**tiny_config(tmp_path), "tokenizer": kind, "steps": 1}), quiet=True
     )

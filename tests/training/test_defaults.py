@@ -180,7 +180,7 @@ def test_a_single_held_out_row_of_kto_is_no_score_and_no_obstacle(base, tmp_path
     rows = judged(data / "train.jsonl").read_text().splitlines(keepends=True)
     (data / "valid.jsonl").write_text(rows[0])
     trainer = open_run(open_args(tmp_path, base, data, objective="kto"))
-    assert trainer.objective.measure() is None
+    assert not trainer.data.held_out
     assert "kto has no other one to compare it with" in capsys.readouterr().err
 
 

@@ -198,7 +198,7 @@ def test_a_teacher_with_other_tokens_is_refused(capsys: pytest.CaptureFixture[st
     ):
         check_same_tokenizer(byte_tokenizer(), train_bpe(["the cat sat on the mat"] * 9, 265))
     with pytest.raises(
-        RequestError, match=r"teacher's token \d+ = 'd': expected the student's, 'c'"
+        RequestError, match=r"teacher's token \d+: got 'd'; expected the student's, 'c'"
     ):
         check_same_tokenizer(train_chars(["abc"]), train_chars(["abd"]))
 

@@ -7,7 +7,6 @@ import torch
 
 from tests.training.runs import losses, tiny_args, tiny_config
 from transom.base.errors import RequestError, WorkError
-from transom.training.loop.course import score_and_save
 from transom.training.loop.setup import open_run
 from transom.training.losses import objectives
 from transom.training.losses.objectives import NextToken
@@ -71,7 +70,7 @@ def test_a_resumed_run_goes_on_exactly(tmp_path):
     first = open_run(config(tmp_path, changes), quiet=True)
     while first.progress.step < 8:
         first.log(first.step(), 1.0)
-        score_and_save(first)
+        first.score_and_save()
     open_run(config(tmp_path, changes), resume=True, quiet=True).fit()
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
     scores = [
@@ -163,10 +162,10 @@ def test_its_memory_is_its_own(tmp_path, monkeypatch):
     """The peak of a GPU's memory is counted anew by the dry run, and anew again by the steps after
     it.
     """
-    from transom.training.loop import trainer
+    from transom.training.loop import step
 
     events = []
     for name in ("reset_peak_memory", "memory_bytes"):
-        monkeypatch.setattr(trainer, name, lambda device, name=name: events.append(name) or 0)
+        monkeypatch.setattr(step, name, lambda device, name=name: events.append(name) or 0)
     open_run(tiny_args(tmp_path), quiet=True)
     assert events == ["reset_peak_memory", "memory_bytes", "reset_peak_memory"]

@@ -94,12 +94,12 @@ def test_a_gpu_is_not_timed():
         def first(self, number):
             return number
 
-    choice = DtypeChoice.of("auto", BFLOAT16, OnGpu(1, None, torch.device("cuda")))
+    choice = DtypeChoice.of("auto", BFLOAT16, OnGpu(device=torch.device("cuda")))
     assert not choice.is_open and choice.dtype == BFLOAT16
 
 
 def test_a_large_model_keeps_what_the_device_suggests():
-    choice = DtypeChoice.of("auto", BFLOAT16, Ranks(1, None, CPU))
+    choice = DtypeChoice.of("auto", BFLOAT16, Ranks())
     choice.limit(ModelArgs(dim=4096, n_layers=32, n_heads=32, vocab_size=32000))
     assert not choice.is_open and choice.dtype == BFLOAT16
 
@@ -114,11 +114,11 @@ class Told(Ranks):
 def test_all_ranks_take_what_rank_0_has_found(tmp_path, clock):
     clock(1.0, 2.0)
     trainer = open_run(tiny_args(tmp_path), quiet=True)
-    choice = DtypeChoice(FLOAT32, True, Told(2, None, CPU))
+    choice = DtypeChoice(FLOAT32, True, Told(world_size=2))
     choice.settle(trainer.model, trainer.objective, trainer.batches, 4, frozen=False)
     assert choice.dtype == BFLOAT16
     assert DtypeChoice.of(
-        "auto", FLOAT32, Told(2, None, CPU)
+        "auto", FLOAT32, Told(world_size=2)
     ).is_open  # on another processor than rank 0's
 
 

@@ -36,7 +36,7 @@ def config(folder, kind, *words, **changes):
 
 def scores(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row["head"] for row in rows if "head" in row]
+    return [row["held_out"] for row in rows if "held_out" in row]
 
 
 @pytest.mark.parametrize("kind", ["classification", "embedding"])

@@ -191,7 +191,9 @@ def test_a_classifier_learns_whether_the_ends_agree() -> None:
     losses = learn(model, [collate(ends_agree(64, seed)) for seed in range(150)], 1e-2)
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # the output starts at zero: even odds
     measured = score_head(model, ends_agree(200, seed=1000))
-    assert measured.rows == 200 and measured.accuracy > 0.95 and measured.loss < 0.2, measured
+    assert measured.count == 200 and measured.mean("accuracy") > 0.95 and measured.loss < 0.2, (
+        measured
+    )
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
@@ -202,7 +204,7 @@ def test_embeddings_of_pairs_find_each_other(pooling: str) -> None:
     before = score_head(model, held_out)
     losses = learn(model, [collate(shifted(32, seed)) for seed in range(100)], 1e-2)
     after = score_head(model, held_out)
-    assert losses[-1] < 1.0 and before.accuracy < 0.2 and after.accuracy > 0.7, (
+    assert losses[-1] < 1.0 and before.mean("accuracy") < 0.2 and after.mean("accuracy") > 0.7, (
         losses[-1],
         before,
         after,
@@ -220,6 +222,6 @@ def test_a_score_counts_a_twin_as_found_and_does_not_depend_on_its_batches(
         EncodedText([[5], [5]], 1),
     ]
     whole = score_head(model, rows)
-    assert whole.accuracy == 1.0
+    assert whole.mean("accuracy") == 1.0
     monkeypatch.setattr("transom.training.losses.heads.BATCH_TOKENS", 2)
     assert score_head(model, rows).loss == pytest.approx(whole.loss, abs=1e-5)

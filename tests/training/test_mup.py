@@ -8,14 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from tests.helpers import tiny_args
-from transom.base.errors import RequestError
+from tests.training.coordinate_check import Coordinate, coordinate_check, growth
 from transom.models.llm import LLM
 from transom.training.config import OptimizerArgs
-from transom.training.optim.mup import Coordinate, coordinate_check, growth, width_multiplier
-from transom.training.optim.optimizers import build_optimizer, parameter_groups
+from transom.training.optim.optimizers import build_optimizer, parameter_groups, width_multiplier
 
 WIDTHS = (64, 128, 256, 512)
 
@@ -111,18 +109,3 @@ def test_growth_is_the_exponent() -> None:
     rows += [Coordinate(width, 1, "b", 0.2 / width) for width in WIDTHS]
     assert growth(rows) == pytest.approx({"a": 0.5, "b": -1.0})
     assert growth(rows, step=0) == {}  # zeros have no exponent
-
-
-def test_hooks_are_gone_afterwards_and_wrong_requests_are_refused() -> None:
-    made = []
-
-    def make(width: int) -> LLM:
-        made.append(maker(64)(width))
-        return made[-1]
-
-    coordinate_check(make, (64, 128), 1, tokens_BT=torch.arange(18).view(2, 9))
-    assert not any(module._forward_hooks for model in made for module in model.modules())
-    with pytest.raises(RequestError, match="widths: got "):
-        coordinate_check(make, (64,), 1)
-    with pytest.raises(RequestError, match="steps: got "):
-        coordinate_check(make, WIDTHS, 0)

@@ -273,13 +273,13 @@ def test_the_kl_of_kto_is_of_answers_behind_other_prompts() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_held_out_score_is_the_loss_over_all_pairs(kind: Any) -> None:
     model, rows = adapted(), answers(kind)
-    objective = Preference(model.eval(), kind, held_out=[rows])
-    score, want = objective.measure(), run(objective, rows)
-    assert score is not None and score.examples == (8 if kind == "kto" else 4)
+    objective = Preference(model.eval(), kind)
+    score, want = objective.evaluate([rows]), run(objective, rows)
+    assert score.unit == "examples" and score.count == (8 if kind == "kto" else 4)
     assert score.loss == pytest.approx(want["loss"].item(), rel=1e-5)
-    assert score.accuracy == pytest.approx(float(want["accuracy"]))
-    assert score.margin == pytest.approx(float(want["margin"]), rel=1e-5)
-    assert Preference(model, kind).measure() is None
+    assert score.mean("accuracy") == pytest.approx(float(want["accuracy"]))
+    assert score.mean("margin") == pytest.approx(float(want["margin"]), rel=1e-5)
+    assert not objective.evaluate([]).count
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -288,16 +288,16 @@ def test_preferences_are_learnt(kind: Any) -> None:
     rows = replace(
         rows, extras={"desirable": torch.tensor([True, False] * 4)} if kind == "kto" else {}
     )
-    objective = Preference(model, kind, held_out=[rows])
-    before = objective.measure()
+    objective = Preference(model, kind)
+    before = objective.evaluate([rows])
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     for _ in range(30):
         run(objective, rows)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
-    after = objective.measure()
-    assert before is not None and after is not None
-    assert after.accuracy > 0.8 and after.margin > before.margin and after.loss < before.loss
+    after = objective.evaluate([rows])
+    assert after.mean("accuracy") > 0.8 and after.mean("margin") > before.mean("margin")
+    assert after.loss < before.loss
 
 
 @pytest.mark.parametrize(

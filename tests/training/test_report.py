@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from transom.base.errors import RequestError
-from transom.training.report.report import read_metrics, smoothed, write_report
+from transom.training.report.charts import smoothed
+from transom.training.report.report import read_metrics, write_report
 
 VOID = {"meta", "br"}
 
@@ -193,7 +194,7 @@ def test_only_a_run_with_expert_load_has_a_panel_per_moe_layer(tmp_path: Path) -
     assert [p for p in moe.pictures if "MoE layer" in p][1] == (
         "MoE layer 2 over training steps: last step: busiest expert 2.00, idlest 0.00"
     )
-    assert len(moe.pictures) == 6 + 2
+    assert len(moe.pictures) == 7 + 2
     dense = Page(write_report(write_run(tmp_path / "dense", fake_rows(100))))
     assert "MoE" not in dense.html
 
@@ -229,7 +230,7 @@ def test_a_run_that_has_hardly_begun(tmp_path: Path, rows: int) -> None:
     run = write_run(tmp_path / "run", [training_row(1, np.random.default_rng(0), experts=2)] * rows)
     page = Page(write_report(run))
     assert f"step {rows} of 400" in page.text and "not scored" in page.text
-    assert len(page.pictures) == (5 + 2) * rows
+    assert len(page.pictures) == (6 + 2) * rows
 
 
 def test_numbers_that_are_not_finite_are_dashes_and_gaps(tmp_path: Path) -> None:
@@ -274,14 +275,19 @@ def test_the_final_score_over_all_text_is_the_one_in_the_header(tmp_path):
 
 
 def test_scores_of_fine_tuning_have_their_curves_and_their_best(tmp_path):
-    facts = {"parameters": 1, "steps": 4, "seed": 0, "machine": {}}
-    (tmp_path / "run.json").write_text(json.dumps(facts))
     rows = [{"step": step, "loss": 1.0, "margin": 0.1 * step} for step in range(1, 5)]
-    rows += [{"step": 2, "preference": {"loss": 0.321, "accuracy": 0.9}}]
-    rows += [{"step": 4, "preference": {"loss": 0.654, "accuracy": 0.8}}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    page = write_report(tmp_path).read_text()
-    assert "<b>0.321</b><small>preference, step 2" in page
-    assert all(
-        f"<h3>{title}</h3>" in page for title in ("Held-out loss", "Held-out share right", "Margin")
-    )
+    rows += [{"step": 2, "held_out": {"loss": 0.321, "accuracy": 0.9, "examples": 4}}]
+    rows += [{"step": 4, "held_out": {"loss": 0.654, "accuracy": 0.8, "examples": 4}}]
+    page = write_report(write_run(tmp_path / "run", rows)).read_text()
+    assert "<b>0.321</b><small>best, step 2" in page
+    titles = ("Held-out loss", "Held-out accuracy", "Margin")
+    assert all(f"<h3>{title}</h3>" in page for title in titles)
+    assert "examples" not in page
+
+
+def test_a_new_metric_is_drawn_without_an_entry_anywhere(tmp_path):
+    rows = [{"step": step, "loss": 1.0, "tokens_<seen>": 0.5 * step} for step in (1, 2)]
+    rows += [{"step": 2, "held_out": {"loss": 0.3, "calibration_error": 0.1}}]
+    page = Page(write_report(write_run(tmp_path / "run", rows)))
+    titles = [picture.split(" over ")[0] for picture in page.pictures]
+    assert titles[-2:] == ["Tokens <seen>", "Held-out calibration error"]

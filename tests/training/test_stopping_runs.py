@@ -81,7 +81,7 @@ def step_of(run: Path) -> str | None:
 # saved then.
 MOMENTS = {
     "in a forward pass": (objectives, "head_loss", 6, 4),  # the first call is the dry run's
-    "while held-out text is scored": (Monitor, "evaluate", 2, 6),
+    "while held-out text is scored": (Monitor, "scores", 2, 6),
     "while samples are drawn": (Monitor, "sample", 2, 6),
 }
 
@@ -121,7 +121,7 @@ def test_a_signal_before_anything_is_overwritten_does_not_offer_to_resume_the_fo
 
 
 def test_a_signal_during_the_last_scoring_leaves_a_finished_run(tmp_path, train, signals, capsys):
-    signals(Monitor, "evaluate", 4)
+    signals(Monitor, "scores", 4)
     assert train() == 0
     assert "the run is finished" in capsys.readouterr().err
     assert step_of(tmp_path / "run") == "step_000012"

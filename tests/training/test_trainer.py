@@ -1,5 +1,6 @@
 """The loop: it learns, counts right, resumes exactly, stops when told."""
 
+import errno
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from transom.base.errors import RequestError, WorkError
 from transom.checkpoints.load import load
 from transom.cli.main import main
 from transom.training.config import read_config
+from transom.training.loop import run_folder
 from transom.training.loop.monitor import Monitor
 from transom.training.loop.setup import open_run
 from transom.training.losses.balance import mixtures
@@ -52,23 +54,36 @@ def test_losses_do_not_depend_on_accumulation(tmp_path):
     assert runs[4] == pytest.approx(runs[1], rel=1e-4)
 
 
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def two_ranks(rank, folder):
     torch.distributed.init_process_group("gloo", f"file://{folder}/ranks", rank=rank, world_size=2)
     folder, ranks = Path(folder), {"rank": rank, "world_size": 2}
     args = tiny_args(folder, f"out={folder}/two", "dtype=float32")
-    train(args, **ranks)
+    _, score = train(args, **ranks)
+    (folder / f"score{rank}").write_text(json.dumps(score.row()))
     states = [torch.get_rng_state()]
     open_run(args, quiet=True, resume=True, **ranks)
     torch.save([*states, torch.get_rng_state()], folder / f"random{rank}")
 
-    evaluate = Monitor.evaluate
+    failing = open_run(tiny_args(folder, f"out={folder}/full"), quiet=True, **ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 0:
+            patch.setattr(run_folder, "write_tensors", full)
+        with pytest.raises(WorkError) as told:
+            failing.save(None)
+    (folder / f"full{rank}").write_text(str(told.value))
 
-    def signal_and_evaluate(self, *arguments):
+    scores = Monitor.scores
+
+    def signal_and_score(self, *arguments):
         if rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(self, *arguments)
+        return scores(self, *arguments)
 
-    Monitor.evaluate = signal_and_evaluate
+    Monitor.scores = signal_and_score
     stopped, _ = train(tiny_args(folder, f"out={folder}/stopped", "eval_every=3"), **ranks)
     (folder / f"stopped{rank}").write_text(f"{stopped.stop.signal} {stopped.progress.step}")
     torch.distributed.destroy_process_group()
@@ -85,6 +100,20 @@ def ranks(tmp_path_factory):
 def test_two_ranks_train_as_one(ranks):
     train(tiny_args(ranks, f"out={ranks}/one", "dtype=float32"))
     assert losses(ranks / "two") == pytest.approx(losses(ranks / "one"), rel=1e-4)
+
+
+def test_two_ranks_score_as_one(ranks):
+    alone = open_run(tiny_args(ranks, f"out={ranks}/alone", "dtype=float32"), quiet=True)
+    alone.writer.restore(ranks / "two" / "step_000012", {})
+    expected = alone.evaluate(None).row()
+    for rank in (0, 1):
+        assert json.loads((ranks / f"score{rank}").read_text()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_checkpoint_that_rank_0_cannot_write_ends_every_rank(ranks):
+    first, second = ((ranks / f"full{rank}").read_text() for rank in (0, 1))
+    assert "step_000000: checkpoint not written" in first and "No space left" in first
+    assert second == f"rank 0: {first}"
 
 
 def test_every_rank_has_its_own_random_numbers_and_resumes_them(ranks):
@@ -325,7 +354,7 @@ def test_losses_do_not_depend_on_the_loss_chunk(tmp_path, chunk):
     ("field", "value"), [("loss_chunk", -1), ("ema_decay", 1.0), ("ema_decay", 0)]
 )
 def test_values_out_of_range_are_refused(tmp_path, field, value):
-    with pytest.raises(RequestError, match=f"{field}: got .*: expected"):
+    with pytest.raises(RequestError, match=f"{field}: got .*; expected"):
         tiny_args(tmp_path, **{field: value})
 
 
@@ -346,7 +375,7 @@ def test_rows_go_to_tensorboard(tmp_path, monkeypatch):
         def close(self):
             curves.append(("closed", 0))
 
-    for where in ("setup", "tensorboard"):
+    for where in ("loop.setup", "report.tensorboard"):
         monkeypatch.setattr(f"transom.training.{where}.writer_class", lambda: Writer)
     train(tiny_args(tmp_path, "steps=2", "tensorboard=true"))
     assert [step for name, step in curves if name == "loss"] == [1, 2]

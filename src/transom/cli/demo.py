@@ -136,7 +136,7 @@ def run(options: argparse.Namespace) -> int:
             "xz_primed_bits_per_byte": round(other.xz_primed, 4),
             "gzip_bits_per_byte": round(other.gzip, 4),
             "python_version": platform.python_version(),
-            "corpus_sha256": trainer.data_hashes[source.label],
+            "corpus_sha256": trainer.data.hashes[source.label],
         }
         emit_json(facts)
     return 0

@@ -22,7 +22,7 @@ from transom.training.config import TrainArgs, read_config
 from transom.training.effects import check_effects
 
 if TYPE_CHECKING:
-    from transom.evaluation.bits import HeldOut
+    from transom.evaluation.score import Score
     from transom.training.loop.trainer import Trainer
 
 
@@ -78,14 +78,14 @@ def run(options: argparse.Namespace) -> int:
                 "steps": trainer.progress.step,
                 "train_tokens": trainer.progress.tokens,
                 "train_seconds": round(trainer.progress.seconds, 3),
-                "val_bits_per_byte": final.bits_per_byte if final.tokens else None,
-                "val_perplexity": final.perplexity if final.tokens else None,
+                "val_bits_per_byte": final.bits_per_byte if final.bytes else None,
+                "val_perplexity": final.perplexity if final.bytes else None,
             }
         )
     return code
 
 
-def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer, HeldOut, int]:
+def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer, Score, int]:
     """Open the run, train it, write its report; return (trainer, held-out score, exit code)."""
     require(options.profile >= 0, "--profile", options.profile, "expected 0 or more steps")
     with FolderLock(args.out):  # until the report is written
@@ -100,9 +100,7 @@ def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer,
                 quiet=options.quiet,
                 profile_steps=options.profile,
             )
-            trainer.line.say(
-                describe_run(trainer.args, trainer.model, trainer.dtype, trainer.device)
-            )
+            trainer.line.say(describe_run(trainer))
         except STOPS:
             again = (
                 "the same command starts it again"
@@ -125,10 +123,8 @@ def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer,
         code = 0 if trainer.stop.signal == signal.SIGINT else 128 + trainer.stop.signal
         return trainer, final, code
     print(f"run     {trainer.run.path}\nreport  {report}")
-    if final.tokens:
-        print(
-            f"held out: {final.bits_per_byte:.3f} bits per byte, perplexity {final.perplexity:.1f}"
-        )
+    if final.count:
+        print(f"held out: {final}")
     return trainer, final, 0
 
 

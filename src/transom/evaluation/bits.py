@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from transom.base.errors import RequestError
 from transom.base.runtime import evaluating
+from transom.evaluation.score import Score
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
 
@@ -36,27 +37,6 @@ class Documents(Protocol):
 
 
 LOGITS = 2**24  # held at a time: all of 4,096 positions times 128k tokens would be 2 GB
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """A score: `nats` over `tokens` predicted, against `bytes` of text."""
-
-    nats: float = 0.0
-    tokens: int = 0
-    bytes: int = 0
-
-    @property
-    def bits_per_byte(self) -> float:
-        return self.nats / math.log(2) / self.bytes if self.bytes else float("nan")
-
-    @property
-    def perplexity(self) -> float:
-        """Per token."""
-        return math.exp(min(self.nats / self.tokens, 700.0)) if self.tokens else float("nan")
-
-    def __add__(self, other: HeldOut) -> HeldOut:
-        return HeldOut(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,33 +59,34 @@ class WindowScore(NamedTuple):
     greedy: bool
 
 
-def score(
-    model: LLM,
-    documents: Documents,
-    *,
-    bos_id: int | None,
-    eos_id: int | None,
-    window: int,
-    stride: int | None = None,
-    batch_tokens: int = 4096,
-    max_tokens: int | None = None,
-) -> HeldOut:
-    """Score documents in windows that advance by `stride` (default half a window), the end token
-    included.
+def first_documents(
+    documents: Documents, bos_id: int | None, eos_id: int | None, max_tokens: int | None
+) -> Sequence[int]:
+    """Return the indices of the first documents with at least `max_tokens` predicted tokens.
 
-    `max_tokens` stops after whole documents; `bytes` then counts the scored ones only.
+    None stands for all documents. The framing tokens are those of `score_each`.
     """
-    each = score_each(
-        model,
-        documents,
-        bos_id=bos_id,
-        eos_id=eos_id,
-        window=window,
-        stride=stride,
-        batch_tokens=batch_tokens,
-        max_tokens=max_tokens,
-    )
-    return sum(each, HeldOut())
+    if max_tokens is None:
+        return range(len(documents))
+    tokens = 0
+    for index in range(len(documents)):
+        if tokens >= max_tokens:
+            return range(index)
+        tokens += max(0, len(_framed(documents, index, bos_id, eos_id)) - 1)
+    return range(len(documents))
+
+
+def _framed(
+    documents: Documents, index: int, bos_id: int | None, eos_id: int | None
+) -> NDArray[np.int64]:
+    """Return the ids of a document between the tokens that begin and end it.
+
+    Without a BOS it begins with the EOS of the document before, so that its first token is
+    predicted as well.
+    """
+    begin = [one for one in (bos_id, eos_id) if one is not None][:1]
+    end = [] if eos_id is None else [eos_id]
+    return np.concatenate([begin, documents.document(index), end]).astype(np.int64)
 
 
 def score_each(
@@ -117,34 +98,41 @@ def score_each(
     window: int,
     stride: int | None = None,
     batch_tokens: int = 4096,
-    max_tokens: int | None = None,
+    indices: Iterable[int] | None = None,
     progress: str = "",
-) -> list[HeldOut]:
-    """`score` document by document: no context crosses from one into the next; `progress` names a
-    bar.
+) -> list[Score]:
+    """Score documents one by one; no context crosses from one into the next.
+
+    Args:
+        model: The model.
+        documents: The documents.
+        bos_id: Id that begins a document, if there is one.
+        eos_id: Id that ends a document and is predicted too, if there is one.
+        window: Longest input in tokens.
+        stride: Tokens by which windows advance; half a window by default.
+        batch_tokens: Tokens of a batch.
+        indices: The documents to score, in this order; all by default.
+        progress: Name of a progress bar on standard error; none if empty.
+
+    Returns:
+        The score of each document in nats, tokens and bytes.
+
+    Raises:
+        RequestError: If `stride` is not between 1 and `window`.
     """
     stride = max(1, window // 2) if stride is None else stride
     if not 1 <= stride <= window:
         raise RequestError(f"stride: got {stride}; expected 1 to window = {window}")
     windows: list[Window] = []
     counts: list[tuple[int, int, int]] = []  # windows, tokens and bytes of each document
-    tokens = 0
-    # Without a BOS the EOS of the document before stands in front, so that the first token is
-    # predicted too.
-    begin = [one for one in (bos_id, eos_id) if one is not None][:1]
-    end = [] if eos_id is None else [eos_id]
-    for index in range(len(documents)):
-        if max_tokens is not None and tokens >= max_tokens:
-            break
-        ids = np.concatenate([begin, documents.document(index), end]).astype(np.int64)
+    for index in range(len(documents)) if indices is None else indices:
+        ids = _framed(documents, index, bos_id, eos_id)
         own = _windows(ids, window, stride)
         windows += own
-        predicted = max(0, len(ids) - 1)
-        tokens += predicted
-        counts.append((len(own), predicted, int(documents.bytes[index])))
+        counts.append((len(own), max(0, len(ids) - 1), int(documents.bytes[index])))
     nats = iter(score_windows(model, windows, batch_tokens, progress))
     return [
-        HeldOut(math.fsum(one.nats for one in itertools.islice(nats, own)), predicted, size)
+        Score(math.fsum(one.nats for one in itertools.islice(nats, own)), predicted, size)
         for own, predicted, size in counts
     ]
 

@@ -6,7 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,8 @@ def score_text(model: EvalModel, data: DataSet, args: EvalArgs) -> TaskResult:
         batch_tokens=args.batch_tokens,
         progress=data.path if args.progress else "",
     )
-    nats = np.array([one.nats for one in each])
-    tokens = np.array([one.tokens for one in each])
+    nats = np.array([one.loss_sum for one in each])
+    tokens = np.array([one.count for one in each])
     if not tokens.sum():
         raise RequestError(f"{data.path}: no token to predict; expected two tokens or more")
     sizes = np.array([one.bytes for one in each])
@@ -117,7 +117,10 @@ def score_text(model: EvalModel, data: DataSet, args: EvalArgs) -> TaskResult:
         "window": window,
         "stride": stride,
     }
-    rows = [{"id": id, **asdict(one)} for id, one in zip(documents.ids, each, strict=True)]
+    rows = [
+        {"id": id, "nats": one.loss_sum, "tokens": one.count, "bytes": one.bytes}
+        for id, one in zip(documents.ids, each, strict=True)
+    ]
     return TaskResult(data, corpus.sha256, scores, facts, rows)
 
 

@@ -131,11 +131,11 @@ def check_effects(args: TrainArgs, words: Collection[str] = (), *, by_value: boo
             continue
         for name in effect.fields:
             below = [word for word in words if word == name or word.startswith(f"{name}.")]
-            named = [word for word in below if _value(data, word) is not None]
+            named = [word for word in below if value_at(data, word) is not None]
             if by_value and not named and effect in OF_A_METHOD and args.finetune is not None:
                 named = [field for field, _ in _set_fields(args.finetune, name)]
             if named:
-                value = _value(data, named[0])
+                value = value_at(data, named[0])
                 raise RequestError(
                     f"{named[0]}: got {value!r}; without an effect here; valid only with "
                     f"{effect.accepted}"
@@ -145,7 +145,7 @@ def check_effects(args: TrainArgs, words: Collection[str] = (), *, by_value: boo
 def _set_fields(finetune: FinetuneArgs, name: str) -> Iterator[tuple[str, Any]]:
     """Yield the fields at or below `name` that differ from their defaults."""
     before, now = {"finetune": write(FinetuneArgs())}, {"finetune": write(finetune)}
-    pairs = [(name, _value(before, name), _value(now, name))]
+    pairs = [(name, value_at(before, name), value_at(now, name))]
     for field, default, value in pairs:
         if isinstance(default, dict):
             pairs += [(f"{field}.{key}", default[key], value[key]) for key in default]
@@ -153,7 +153,8 @@ def _set_fields(finetune: FinetuneArgs, name: str) -> Iterator[tuple[str, Any]]:
             yield field, value
 
 
-def _value(data: Any, field: str) -> Any:
+def value_at(data: Any, field: str) -> Any:
+    """Return the value of a dotted field in plain data; None if there is none."""
     for key in field.split("."):
         data = data.get(key) if isinstance(data, dict) else None
     return data

@@ -155,7 +155,7 @@ def test_early_stopping_keeps_the_best_step(base, tmp_path):
     rows = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
-    scores = {row["step"]: row["answers"]["loss"] for row in rows if "answers" in row}
+    scores = {row["step"]: row["held_out"]["loss"] for row in rows if "held_out" in row}
     best = min(scores, key=scores.get)
     assert trainer.progress.step < 40
     assert (tmp_path / "run" / "best").read_text().strip() == f"step_{best:06d}"

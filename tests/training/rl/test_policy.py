@@ -205,12 +205,12 @@ def test_a_step_without_a_signal_is_counted_and_said(capsys) -> None:
 
 
 def test_held_out_questions_are_answered_greedily() -> None:
-    policy = objective(small_model(), held_out=ROWS, reward=SHARE)
-    found = policy.measure()
-    assert found == policy.measure() and found.loss == -found.reward
+    policy = objective(small_model(), reward=SHARE)
+    found = policy.evaluate(ROWS)
+    assert found == policy.evaluate(ROWS) and found.loss == -found.mean("reward")
     texts = [score(one.completion.text, {}) for one in policy._answers(ROWS, range(6), 0.0)]
-    assert found.reward == pytest.approx(sum(texts) / 6)
-    assert found.accuracy == sum(one >= 1 for one in texts) / 6
+    assert found.mean("reward") == pytest.approx(sum(texts) / 6)
+    assert found.mean("accuracy") == sum(one >= 1 for one in texts) / 6
     assert policy.model.training
 
 
@@ -330,6 +330,6 @@ def test_questions_without_room_for_an_answer_are_left_out_and_counted() -> None
     assert encode_questions(other, TOKENIZER, None, seq_len=52, answer_tokens=20).hash != found.hash
 
 
-def test_held_out_rows_that_cannot_be_judged_are_refused() -> None:
+def test_rows_that_cannot_be_judged_are_refused() -> None:
     with pytest.raises(RequestError, match="row x: answer: got None"):
-        objective(small_model(), reward=open_reward("exact"), held_out=[Question("row x", [1], {})])
+        open_reward("exact").check([("row x", {})])

@@ -23,8 +23,8 @@ from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
 from transom.training.defaults import RowChoice, finetune_rows, require_comparable
 from transom.training.finetune.args import FinetuneArgs, require_kinds
+from transom.training.loop.ranks import Ranks
 from transom.training.loop.run_data import NOTHING_HELD_OUT, TOKENS, RunData
-from transom.training.loop.run_parts import Share
 from transom.training.rl.rewards import Reward, open_reward
 from transom.training.rl.rollouts import QuestionBatches, encode_questions
 
@@ -51,7 +51,12 @@ class FinetuneData:
         hashes = {**self.hashes, "the base": base_fingerprint}
         size = self.choice.batch_size
         return RunData(
-            self.batches, hashes, size, template=self.template, stop_tokens=self.stop_tokens
+            self.batches,
+            hashes,
+            size,
+            self.held_out,
+            template=self.template,
+            stop_tokens=self.stop_tokens,
         )
 
 
@@ -61,7 +66,7 @@ def open_finetune_data(
     tokenizer: Tokenizer,
     template: ChatTemplate | None,
     base: Path,
-    share: Share,
+    ranks: Ranks,
 ) -> FinetuneData:
     """Rows of every source, their counts said; what cannot be learnt from in this way is a
     `RequestError`.
@@ -69,7 +74,7 @@ def open_finetune_data(
     train, measured, hashes = read_all(args, finetune)
     template = template_for([*train, *measured], tokenizer, template)
     if finetune.objective == "grpo":
-        data = _questions(args, finetune, train, measured, tokenizer, template, base, share)
+        data = _questions(args, finetune, train, measured, tokenizer, template, base, ranks)
         return replace(data, hashes={**hashes, **data.hashes})
     ends = stop_tokens_of(base, tokenizer, template)
     encode = partial(
@@ -90,23 +95,23 @@ def open_finetune_data(
         notice("held out: 1 example; kto has no other one to compare it with, so there is no score")
         held = None
     lengths = [max(len(row.ids) for row in item) - 1 for item in rows.items]
-    choice = finetune_rows(lengths, args, finetune, share.world_size)
-    if finetune.packing and not choice.packing and not share.quiet:
+    choice = finetune_rows(lengths, args, finetune, ranks.world_size)
+    if finetune.packing and not choice.packing and ranks.verbose:
         notice(
             f"finetune.packing: got true; rows of {finetune.objective} are padded, because each "
             "answer is a row of its own"
         )
-    require_comparable(choice, finetune.objective, share.world_size)
+    require_comparable(choice, finetune.objective, ranks.world_size)
     batches = ChatBatches(
         rows,
         seq_len=args.data.seq_len,
         rows_per_step=choice.batch_size,
         seed=args.seed,
         packing=choice.packing,
-        rank=share.rank,
-        world_size=share.world_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
     )
-    if not share.quiet:
+    if ranks.verbose:
         fill = (
             ""
             if batches.fill is None
@@ -132,7 +137,7 @@ def _questions(
     tokenizer: Tokenizer,
     template: ChatTemplate | None,
     base: Path,
-    share: Share,
+    ranks: Ranks,
 ) -> FinetuneData:
     """Questions with a known answer, and what judges the answers that are drawn to them."""
     reward = open_reward(finetune.reward)
@@ -147,8 +152,8 @@ def _questions(
         for examples in (train, measured)
     )
     reward.check((row.id, row.reference) for row in (*asked.rows, *held.rows))
-    choice = finetune_rows([len(row.ids) for row in asked.rows], args, finetune, share.world_size)
-    if not share.quiet:
+    choice = finetune_rows([len(row.ids) for row in asked.rows], args, finetune, ranks.world_size)
+    if ranks.verbose:
         notice(f"to learn from: {asked}; held out: {held}")
     batches = QuestionBatches(
         asked.rows,
@@ -156,8 +161,8 @@ def _questions(
         answer_tokens=finetune.answer_tokens,
         rows_per_step=choice.batch_size,
         seed=args.seed,
-        rank=share.rank,
-        world_size=share.world_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
     )
     return FinetuneData(
         batches,

@@ -29,14 +29,13 @@ def finetune_objective(
     data: FinetuneData,
     dtype: torch.dtype,
     ranks: Ranks,
-    quiet: bool,
 ) -> Objective:
     """The objective that the config names."""
     chunk = args.loss_chunk
     if finetune.objective == "sft":
-        return NextToken(model, args.loss_chunk, data.held_out)
+        return NextToken(model, args.loss_chunk)
     if finetune.objective == "grpo":
-        return _policy(finetune, model, tokenizer, data, dtype, ranks, quiet, chunk)
+        return _policy(finetune, model, tokenizer, data, dtype, ranks, chunk)
     if finetune.objective == "distill":
         return _distillation(finetune, model, tokenizer, data, dtype, chunk)
     return _preference(finetune, model, data, dtype, ranks, chunk)
@@ -54,7 +53,7 @@ def _distillation(
     check_same_tokenizer(tokenizer, load_tokenizer(finetune.teacher))
     teacher = load(finetune.teacher, str(_device(model)), dtype_name(dtype))
     return Distillation(
-        model, teacher, finetune.temperature, finetune.alpha, finetune.reverse, chunk, data.held_out
+        model, teacher, finetune.temperature, finetune.alpha, finetune.reverse, chunk
     )
 
 
@@ -65,7 +64,6 @@ def _policy(
     data: FinetuneData,
     dtype: torch.dtype,
     ranks: Ranks,
-    quiet: bool,
     chunk: int | None,
 ) -> PolicyGradient:
     assert data.reward is not None, "open_finetune_data opens it"
@@ -80,9 +78,7 @@ def _policy(
         finetune.scale_rewards,
         dtype=dtype,
         chunk=chunk,
-        held_out=data.held_out,
         ranks=ranks,
-        quiet=quiet,
     )
 
 
@@ -110,7 +106,6 @@ def _preference(
         undesirable_weight=finetune.undesirable_weight,
         chunk=chunk,
         reference=reference,
-        held_out=data.held_out,
         ranks=ranks,
     )
 

@@ -32,21 +32,19 @@ from transom.training.finetune.data import open_finetune_data
 from transom.training.finetune.objectives import finetune_objective
 from transom.training.loop.checkpoint_writer import (
     ADAPTER,
-    AdapterOnly,
+    AdapterWriter,
+    CheckpointWriter,
     Companions,
-    StepModel,
-    WholeModel,
+    ModelWriter,
 )
-from transom.training.loop.dry_run import random_state, restore_random_state
 from transom.training.loop.dtype_choice import DtypeChoice
-from transom.training.loop.run_parts import Share, Subject, whole_model, writable_format
+from transom.training.loop.random_states import random_state, restore_random_state
+from transom.training.loop.run_parts import RunParts, whole_model, writable_format
 from transom.training.losses.noise import EmbeddingNoise
 from transom.training.losses.objectives import NextToken
 
 
-def finetune_parts(
-    args: TrainArgs, finetune: FinetuneArgs, choice: DtypeChoice, share: Share
-) -> Subject:
+def finetune_parts(args: TrainArgs, finetune: FinetuneArgs, choice: DtypeChoice) -> RunParts:
     """Return the base with its trained weights, rows and objective; print a line about each
     role.
     """
@@ -55,33 +53,35 @@ def finetune_parts(
     choice.limit(read_args(folder))
     model, tokenizer = finetune_model(folder, args, finetune, choice)
     base_fingerprint = fingerprint(folder)
-    for line in [] if share.quiet else coverage_lines(model):
-        notice(line)
+    for line in coverage_lines(model):
+        choice.ranks.say(line)
     template, finetune = dated(ChatTemplate.find(folder, tokenizer, finetune.template), finetune)
-    data = open_finetune_data(args, finetune, tokenizer, template, folder, share)
+    data = open_finetune_data(args, finetune, tokenizer, template, folder, choice.ranks)
     base, args = base_name(args.base, folder), decided(args, finetune, data.choice)
-    if share.rank == 0:  # also with --quiet, since given values may have changed
+    if choice.ranks.rank == 0:  # also with --quiet, since given values may have changed
         for line in filter(None, (data.choice.reason, few_steps_warning(args.steps))):
             notice(line)
     if choice.is_open:
-        items, lora = data.choice.batch_size // share.world_size, finetune.method == "lora"
+        items, lora = data.choice.batch_size // choice.ranks.world_size, finetune.method == "lora"
         choice.settle(model, NextToken(model, args.loss_chunk), data.batches, items, frozen=lora)
         if lora:
             del model  # before there is another one
             model, tokenizer = finetune_model(folder, args, finetune, choice)
     companions = Companions(folder, tokenizer, data.template, new_tokens=bool(finetune.new_tokens))
-    step_model: StepModel = WholeModel(model, tokenizer, None, companions, writable_format(folder))
+    writer: CheckpointWriter = ModelWriter(
+        model, tokenizer, None, companions, writable_format(folder)
+    )
     if finetune.method == "lora":
         how = None if finetune.quantize is None else dict(write(finetune.quantize))
         check_written(model, base)
-        step_model = AdapterOnly(
+        writer = AdapterWriter(
             model, companions, base, base_fingerprint, dtype_name(choice.dtype), how
         )
     run_data = data.as_run_data(base_fingerprint)
     objective = finetune_objective(
-        args, finetune, model, tokenizer, data, choice.dtype, choice.ranks, share.quiet
+        args, finetune, model, tokenizer, data, choice.dtype, choice.ranks
     )
-    return Subject(model.train(), tokenizer, run_data, objective, step_model, args)
+    return RunParts(model.train(), tokenizer, run_data, objective, writer, args)
 
 
 def finetune_model(

@@ -1,6 +1,4 @@
-"""What of a run becomes a model folder with every checkpoint, and how it comes back when the run
-goes on.
-"""
+"""Writers of the model in each checkpoint, and how its weights are restored from one."""
 
 from __future__ import annotations
 
@@ -31,39 +29,47 @@ from transom.data.labelled import write_labels
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
 
-ADAPTER = "default"
-TRAINED = "trained/"  # before the names of an adapter's weights among the tensors of a trainer
+ADAPTER = "default"  # name of the trained adapter
+TRAINED = "trained/"  # prefix of an adapter's weights among the trainer's tensors
 
 
-class StepModel(Protocol):
-    """The part of a step folder that other verbs read."""
+class CheckpointWriter(Protocol):
+    """Writes the part of a step folder that other verbs read."""
 
     def write(self, folder: Path) -> None:
-        """The model's files."""
+        """Write the files of the model."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What else a resumed run needs, for the trainer's own file."""
+        """Return what else a resumed run needs, for the trainer's own file."""
 
     def restore(self, folder: Path, tensors: MutableMapping[str, Tensor]) -> None:
-        """The weights of a step back into the model; takes what `tensors` gave out of the
-        trainer's.
+        """Copy the weights of a step into the model, and remove its own entries from `tensors`.
+
+        Raises:
+            RequestError: If the step is of another model or adapter.
         """
 
 
 @dataclass(frozen=True)
 class Companions:
-    """What goes along with the weights of a fine-tuned model, so that it is talked to as it was
-    trained.
+    """The files that belong to a fine-tuned model, so that it is used as it was trained.
+
+    Attributes:
+        base: Folder of the base, whose files are copied.
+        tokenizer: Tokenizer of the run.
+        template: Template of its conversations.
+        new_tokens: Whether the tokenizer differs from that of the base.
     """
 
-    base: Path  # the folder whose files go along
+    base: Path
     tokenizer: Tokenizer
     template: ChatTemplate | None
-    new_tokens: bool = False  # whether the tokenizer is no longer that of the base
+    new_tokens: bool = False
 
     def write(self, folder: Path) -> None:
-        """Tokenizer, chat template, generation settings with every token that ends an answer,
-        fingerprint.
+        """Write the tokenizer, the chat template, its fingerprint and generation settings.
+
+        The settings name every token that ends an answer.
         """
         copy_companions(self.base, folder)
         if self.new_tokens:
@@ -79,10 +85,8 @@ class Companions:
 
 
 @dataclass(frozen=True)
-class WholeModel:
-    """All weights with the tokenizer, or what goes along with a base, and the names of labels if
-    there are some.
-    """
+class ModelWriter:
+    """Writes all weights, with the tokenizer or the companions of a base, and names of labels."""
 
     model: LLM
     tokenizer: Tokenizer
@@ -91,7 +95,7 @@ class WholeModel:
     format: Format = "native"
 
     def write(self, folder: Path) -> None:
-        """A model folder."""
+        """Write a model folder."""
         save(self.model, folder, self.format, self.tokenizer if self.companions is None else None)
         if self.companions is not None:
             self.companions.write(folder)
@@ -99,11 +103,11 @@ class WholeModel:
             write_labels(folder, self.labels)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Nothing: the folder holds all."""
+        """Return nothing: the model folder has all weights."""
         return {}
 
     def restore(self, folder: Path, tensors: MutableMapping[str, Tensor]) -> None:
-        """Every weight, copied into the memory that is there."""
+        """Copy every weight of a step into the model."""
         if self.companions is None and read_args(folder) != self.model.args:
             raise RequestError(f"{folder}: belongs to another model than the config describes")
         weights = open_parameters(folder, self.model.args)
@@ -113,9 +117,16 @@ class WholeModel:
 
 
 @dataclass(frozen=True)
-class AdapterOnly:
-    """What trains beside a frozen base, as PEFT's two files; `base` is named there and must not
-    change.
+class AdapterWriter:
+    """Writes the adapter of a frozen base as the two files of PEFT.
+
+    Attributes:
+        model: The base with the adapter.
+        companions: The files that belong to it.
+        base: Folder or hub id of the base, which the adapter's config names.
+        base_fingerprint: Fingerprint of the base, which must not change.
+        dtype: Dtype of the frozen weights.
+        quantize: How the frozen weights are quantized.
     """
 
     model: LLM
@@ -126,30 +137,25 @@ class AdapterOnly:
     quantize: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> None:
-        """An adapter folder, which every verb takes for its base with the adapter on it."""
+        """Write an adapter folder, which every verb takes for its base with the adapter."""
         folder.mkdir(exist_ok=True)
         self.companions.write(folder)
         save_adapter(self.model, folder, ADAPTER, base=self.base)
         write_facts(folder, self.base, self.base_fingerprint, self.quantize, self.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The weights that train as they are: the adapter's files may hold them turned, or in other
-        pieces.
-        """
-        named = self.model.named_parameters()
-        return {
-            f"{TRAINED}{name}": weight.detach() for name, weight in named if weight.requires_grad
-        }
+        """Return the trained weights as they are; the adapter's files may transpose them."""
+        return {f"{TRAINED}{name}": weight for name, weight in self._trained().items()}
 
     def restore(self, folder: Path, tensors: MutableMapping[str, Tensor]) -> None:
-        """Every trained weight, copied into the memory that is there."""
-        with torch.no_grad():
-            for name, weight in self.model.named_parameters():
-                if not weight.requires_grad:
-                    continue
-                saved = tensors.pop(f"{TRAINED}{name}", None)
-                if saved is None or saved.shape != weight.shape:
-                    raise RequestError(
-                        f"{folder}: belongs to another adapter than the config describes ({name})"
-                    )
-                weight.copy_(saved)
+        """Copy every trained weight of a step into the model."""
+        for name, weight in self._trained().items():
+            saved = tensors.pop(f"{TRAINED}{name}", None)
+            if saved is None or saved.shape != weight.shape:
+                what = "belongs to another adapter than the config describes"
+                raise RequestError(f"{folder}: {what} ({name})")
+            weight.copy_(saved)
+
+    def _trained(self) -> dict[str, Tensor]:
+        named = self.model.named_parameters()
+        return {name: weight.detach() for name, weight in named if weight.requires_grad}

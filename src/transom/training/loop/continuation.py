@@ -1,4 +1,4 @@
-"""Whether a config, its data and a machine continue a run, by what the run wrote when it began.
+"""Files that describe a run, and whether a config, its data and a machine may resume it.
 
 `run.json` has the config twice: as it was given, which later configs are compared with, and as it
 was resolved, with the values that follow from the data.
@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -23,15 +23,13 @@ from transom.base.version import __version__
 from transom.planning.counts import parameters
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
+from transom.training.effects import value_at
 from transom.training.loop.run_data import TOKENS
 from transom.training.loop.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from transom.training.loop.trainer import Trainer
+from transom.training.loop.trainer import Trainer
 
 CONFIG, FACTS = "config.yaml", "run.json"
-# Fields that may differ between a run and its continuation, as they do not change the arithmetic of
-# a step.
+# Fields that may change when a run is resumed: they do not change the arithmetic of a step.
 FREE_ON_RESUME = (
     "out",
     "data.cache_dir",
@@ -59,7 +57,7 @@ class Change(NamedTuple):
 
     @property
     def is_free(self) -> bool:
-        """Whether the run goes on exactly in spite of the change."""
+        """Whether the run continues exactly in spite of the change."""
         return any(
             self.field == name or self.field.startswith(f"{name}.") for name in FREE_ON_RESUME
         )
@@ -95,35 +93,34 @@ def write_changes(
     run: RunFolder, changes: list[Change], given: TrainArgs, trainer: Trainer
 ) -> None:
     """Print the changes of the config, and write the new config."""
-    if not changes:
-        return
     for change in changes:
         notice(f"{run.path}: {change.field}: {change.before!r} -> {change.now!r}")
-    _write_config(run, given, trainer, read_json(run.path / FACTS))
+    if changes:
+        _write_config(run, given, trainer, read_json(run.path / FACTS))
 
 
 def changes_of(run: Path, args: TrainArgs) -> list[Change]:
-    """Return how a config differs from that of a run; raise `RequestError` if it would compute
-    something else.
+    """Return how a config differs from that of a run.
 
-    The config is compared with the one in run.json, since config.yaml may have been edited. A value
-    that the run's config left open may also be given as the value that was chosen for it.
+    It is compared with run.json, since config.yaml may have been edited. A value that the config of
+    the run left open may also be given as the value that was chosen for it.
+
+    Raises:
+        RequestError: If the run would compute something else with this config.
     """
     if not (run / FACTS).exists():
-        raise RequestError(
-            f"{run}: no {FACTS}; valid only with --resume is a folder that a run wrote"
-        )
+        raise RequestError(f"{run}: no {FACTS}; expected with --resume a folder that a run wrote")
     facts = read_json(run / FACTS)
-    stored, resolved = write(read(TrainArgs, facts["config"])), _resolved(facts)
+    stored = write(read(TrainArgs, facts["config"]))
     changes = [
-        one
-        for one in _differences("", stored, write(args))
-        if one.now != _value_at(resolved, one.field)
+        change
+        for change in _differences("", stored, write(args))
+        if change.now != value_at(facts["resolved"], change.field)
     ]
     wrong = [
-        f"its {one.field} is {one.before!r}, the config says {one.now!r}"
-        for one in changes
-        if not one.is_free
+        f"its {change.field} is {change.before!r}, the config says {change.now!r}"
+        for change in changes
+        if not change.is_free
     ]
     if wrong:
         raise RequestError(f"{run}: belongs to another run: {'; '.join(wrong)}")
@@ -132,7 +129,7 @@ def changes_of(run: Path, args: TrainArgs) -> list[Change]:
 
 def as_begun(run: Path, args: TrainArgs) -> TrainArgs:
     """Return the config with the batch size, packing, epochs and date that the run began with."""
-    resolved = read(TrainArgs, _resolved(read_json(run / FACTS)))
+    resolved = read(TrainArgs, read_json(run / FACTS)["resolved"])
     args = replace(args, data=replace(args.data, batch_size=resolved.data.batch_size))
     if args.finetune is not None and resolved.finetune is not None:
         begun = {name: getattr(resolved.finetune, name) for name in ("packing", "epochs", "date")}
@@ -141,50 +138,34 @@ def as_begun(run: Path, args: TrainArgs) -> TrainArgs:
 
 
 def check_as_begun(run: Path, args: TrainArgs) -> None:
-    """Refuse to resume with another number of steps or rows than the run began with; both follow
-    from its data.
-    """
-    resolved = _resolved(read_json(run / FACTS))
+    """Refuse other numbers of steps or rows than the run began with, which follow from its data."""
+    resolved = read_json(run / FACTS)["resolved"]
     for field, now in (("steps", args.steps), ("data.batch_size", args.data.batch_size)):
-        before = _value_at(resolved, field)
-        require(now == before, field, now, f"expected {before}, as the run {run} has it")
+        before = value_at(resolved, field)
+        require(now == before, field, now, f"expected {before}, as in the run {run}")
 
 
 def check_same_machine(run: Path, device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that the run began with; print every difference between the machines.
+    """Return the dtype that the run began with, and print how this machine differs.
 
     A new measurement for `dtype: auto` must not change the dtype of a run.
     """
     facts, now = read_json(run / FACTS), machine()
-    for what, before, after in (
-        ("device", facts["device"], device.type),
-        *((name, facts["machine"][name], now[name]) for name in ("torch", "threads", "processor")),
-    ):
+    names = ("torch", "threads", "processor")
+    pairs = {name: (facts["machine"][name], now[name]) for name in names}
+    for what, (before, after) in ({"device": (facts["device"], device.type)} | pairs).items():
         if before != after:
             notice(f"{run}: {what} was {before}, is {after}: losses may differ in their last bits")
     return DTYPES.get(facts["dtype"], dtype)
 
 
 def check_same_data(run: Path, data: Mapping[str, str], tokenizer: Tokenizer) -> None:
-    """Refuse to resume on data that has changed, in which the run's position would be another
-    place.
-    """
+    """Refuse to resume on changed data, where the run's position would be another place."""
     facts = read_json(run / FACTS)
     before = facts["data"]
-    if (
-        TOKENS in data and TOKENS not in before
-    ):  # older runs have this hash under the name of every source
-        rows = data[TOKENS]
-        data = {
-            name: rows if before.get(name) == rows else one
-            for name, one in data.items()
-            if name != TOKENS
-        }
     changed = [name for name in {**before, **data} if before.get(name) != data.get(name)]
-    if changed:
-        changed = [
-            name for name in changed if name != TOKENS
-        ] or changed  # the tokens change with every source
+    if changed:  # the tokens of all rows change with every source
+        changed = [name for name in changed if name != TOKENS] or changed
         raise RequestError(
             f"{run}: {', '.join(changed)} has changed since the run began; start a new run"
         )
@@ -192,23 +173,10 @@ def check_same_data(run: Path, data: Mapping[str, str], tokenizer: Tokenizer) ->
         raise RequestError(f"{run}: the tokenizer of its latest step is not the one it began with")
 
 
-def _resolved(facts: Mapping[str, Any]) -> dict[str, Any]:
-    resolved: dict[str, Any] = (
-        facts.get("resolved") or facts["config"]
-    )  # older versions wrote one config
-    return resolved
-
-
 def _differences(name: str, before: Any, now: Any) -> Iterator[Change]:
-    """Yield every field below `name` in which plain data differ."""
+    """Yield every field at or below `name` in which plain data differ."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in {**before, **now}:
             yield from _differences(f"{name}.{key}" if name else key, before.get(key), now.get(key))
     elif before != now:
         yield Change(name, before, now)
-
-
-def _value_at(data: Any, field: str) -> Any:
-    for key in field.split("."):
-        data = data.get(key) if isinstance(data, Mapping) else None
-    return data

@@ -1,8 +1,8 @@
-"""The choice between float32 and bfloat16 for the matrix products of a run on the CPU.
+"""The choice between float32 and bfloat16 for the matrix products of a run on a CPU.
 
 A processor with bfloat16 instructions multiplies large matrices faster in bfloat16, but small ones
-slower, because the conversions around them cost more than the products save. So a step of the run
-is timed in both.
+slower, since the conversions around them cost more than the products save. A step of the run is
+therefore timed in both.
 """
 
 from __future__ import annotations
@@ -20,26 +20,28 @@ from transom.data.batch import Batch
 from transom.data.order import Batches
 from transom.models.llm import LLM
 from transom.planning.counts import parameters
-from transom.training.loop.dry_run import random_state, restore_random_state
+from transom.training.loop.random_states import random_state, restore_random_state
 from transom.training.loop.ranks import Ranks
 from transom.training.losses.objectives import Objective
 
 TIMED_TOKENS = 2048  # enough to find the faster dtype
 MOST_PARAMETERS = 500_000_000  # a larger model is not timed: it may not fit in float32
-SHORT_PASSES, SHORT_SECONDS = (
-    3,
-    2.0,
-)  # at most so many passes are timed, and no more after so many seconds
+SHORT_PASSES = 3  # at most so many passes are timed,
+SHORT_SECONDS = 2.0  # and no more after so many seconds
 CLEARLY = 1.1  # bfloat16 rounds, so it has to be faster by this factor,
-SECONDS = 0.005  # and by this much: below, the load of the machine would decide
+SECONDS = 0.005  # and by so many seconds: below, the load of the machine would decide
 
 
 @dataclass
 class DtypeChoice:
-    """The dtype of the matrix products. While the choice `is_open`, `dtype` is what the device
-    suggests.
+    """The dtype of the matrix products of a run.
 
-    `settle` is called by all ranks or by none, and all take the choice of rank 0.
+    All ranks or none call `settle`, and all take the choice of rank 0.
+
+    Attributes:
+        dtype: The dtype. While the choice is open, this is what the device suggests.
+        is_open: Whether a step has still to be timed.
+        ranks: The ranks of the run.
     """
 
     dtype: torch.dtype
@@ -60,14 +62,20 @@ class DtypeChoice:
     ) -> None:
         """Time a step of the run in both dtypes, take the faster one and print both times.
 
-        `items` is how many items a step of this rank takes. With `frozen`, the weights that do not
-        train are cast to bfloat16, and the caller has to load the model again. Otherwise weights,
-        random state and the position in the data do not change.
+        Args:
+            model: The model, in training state.
+            objective: The loss that is timed.
+            batches: The batches of the run.
+            items: Items of this rank in a step.
+            frozen: Whether some weights do not train. They are cast to bfloat16, and the caller
+                has to load the model again. Otherwise weights, random state and the position in
+                the data do not change.
         """
+        self.limit(model.args)
         if not self.is_open:
             return
         self.is_open = False
-        before, was_training = random_state(self.ranks.device), model.training
+        random, was_training = random_state(self.ranks.device), model.training
         micro = timed_batch(batches, items)
         model.train()
         try:
@@ -81,7 +89,7 @@ class DtypeChoice:
             slow = fast = float("inf")
         model.zero_grad(set_to_none=True)
         model.train(was_training)
-        restore_random_state(self.ranks.device, before)
+        restore_random_state(self.ranks.device, random)
         faster = fast * CLEARLY < slow and slow - fast > SECONDS
         takes_bfloat16 = bool(self.ranks.first(int(faster)))
         self.dtype = torch.bfloat16 if takes_bfloat16 else torch.float32
@@ -98,9 +106,7 @@ class DtypeChoice:
 
 
 def seconds_of_step(model: LLM, objective: Objective, micro: Batch, dtype: torch.dtype) -> float:
-    """Return the seconds of a forward and a backward pass; of several short passes, those of the
-    fastest.
-    """
+    """Return the seconds of a forward and a backward pass, the fastest of several short ones."""
     seconds: list[float] = []
     while len(seconds) < 2 or (len(seconds) <= SHORT_PASSES and sum(seconds) < SHORT_SECONDS):
         started = time.perf_counter()
@@ -121,9 +127,7 @@ def cast_frozen(model: LLM, dtype: torch.dtype) -> None:
 
 
 def timed_batch(batches: Batches, items: int) -> Batch:
-    """Return the longest rows of the run: at most a step's `items`, and about `TIMED_TOKENS`
-    tokens.
-    """
+    """Return the longest rows of the run: at most `items`, with about `TIMED_TOKENS` tokens."""
     pieces = [count for count in range(1, items + 1) if items % count == 0]
     micro: Batch = batches.largest(pieces.pop(0))
     while pieces and micro.tokens.numel() > TIMED_TOKENS:

@@ -1,124 +1,104 @@
-"""What a run tells of itself: a row of numbers and a line of text per step, held-out scores,
-samples.
+"""What a run logs: a row of numbers and a line of text per step, held-out scores and samples.
+
+A number that `Monitor.log` or an objective adds to its row of metrics.jsonl is drawn by the report
+and by TensorBoard without another change.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from transom.base.errors import WorkError
-from transom.base.runtime import matmul_peak, memory_bytes
-from transom.evaluation.bits import HeldOut, score
+from transom.base.runtime import memory_bytes
+from transom.evaluation.bits import first_documents, score_each
 from transom.evaluation.experts import expert_tokens, token_row
+from transom.evaluation.score import Score
 from transom.inference.sampling import SamplingArgs
 from transom.inference.text import complete
 from transom.layers.inputs import TransformerInput
-from transom.models.llm import LLM
 from transom.planning.counts import flops_per_token
-from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
-from transom.training.loop.progress import ProgressLine, duration
-from transom.training.loop.run_data import RunData
+from transom.training.loop.progress import Progress, ProgressLine, duration
+from transom.training.loop.ranks import Ranks
 from transom.training.loop.run_folder import RunFolder
-from transom.training.losses.balance import RouterCounts, health_row
-from transom.training.losses.objectives import Measured, Objective
+from transom.training.loop.run_parts import RunParts
+from transom.training.loop.step import StepResult
+from transom.training.losses.balance import health_row
 from transom.training.report.tensorboard import TensorBoard
 
-EXPERT_TOKENS = 20_000  # held-out tokens per source that tell what each expert is for
+EXPERT_TOKENS = 20_000  # held-out tokens per source by which experts are described
 
 
-Score = HeldOut | Measured
-
-
-@dataclass
-class Progress:
-    """What a run has done so far; saved with every checkpoint."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    best: float | None = None  # lowest held-out score: bits per byte, or the loss of a head
-    skipped_steps: int = 0
-    stale: int = 0  # measurements since the best one
-    unmeasured: bool = False  # a signal came before this step was scored and sampled
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step: mean loss per target (nats), gradient norm before clipping, length of its
-    rows (tokens), and how many tokens, all ranks together, were no padding.
-
-    `parts` are what else the loss is made of, such as `aux_loss`; `router` counts what mixtures of
-    experts did.
-    """
-
-    loss: float
-    grad_norm: float
-    row_length: int
-    tokens: int
-    parts: Mapping[str, float] = field(default_factory=dict)
-    router: RouterCounts | None = None
-
-
-@dataclass
 class Monitor:
-    """Measures `model` and writes to `run` (rank 0 only), to TensorBoard if asked for, and to the
-    progress line.
+    """Writes to metrics.jsonl (rank 0 only), to TensorBoard if asked for, and to the progress line.
+
+    Args:
+        args: The resolved config.
+        parts: The model, its tokenizer, data and objective.
+        run: Folder of the run.
+        line: The progress line.
+        progress: The progress of the run, which the trainer updates.
+        ranks: The ranks that share the work. Only rank 0 writes.
     """
 
-    args: TrainArgs
-    model: LLM
-    tokenizer: Tokenizer
-    data: RunData
-    objective: Objective
-    run: RunFolder | None
-    line: ProgressLine
-    progress: Progress
-    board: TensorBoard | None = None
+    def __init__(
+        self,
+        args: TrainArgs,
+        parts: RunParts,
+        run: RunFolder,
+        line: ProgressLine,
+        progress: Progress,
+        ranks: Ranks,
+    ) -> None:
+        self.args, self.run, self.line, self.progress = args, run, line, progress
+        self.ranks = ranks
+        self.model, self.tokenizer = parts.model, parts.tokenizer
+        self.data, self.objective = parts.data, parts.objective
+        self._board: TensorBoard | None = None
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """A row of metrics.jsonl, at the present step."""
+        """Write a row of metrics.jsonl at the present step."""
         row = {"step": self.progress.step, **row}
-        if self.run is not None:
+        if self.ranks.rank == 0:
             self.run.append_metrics(row)
-        if self.board is not None:
-            self.board.write(row)
+        if self._board is not None:
+            self._board.write(row)
 
     @contextmanager
     def board_open(self) -> Iterator[None]:
-        """Rows written inside are mirrored in TensorBoard, where the config says so."""
-        if not self.args.tensorboard or self.run is None:
+        """Copy rows that are written inside to TensorBoard, if the config says so."""
+        if not self.args.tensorboard or self.ranks.rank:
             yield
             return
-        self.board = TensorBoard(self.run.path, first_step=self.progress.step)
+        self._board = TensorBoard(self.run.path, first_step=self.progress.step)
         try:
             yield
         finally:
-            self.board.close()
-            self.board = None
+            self._board.close()
+            self._board = None
 
     def log(
-        self,
-        result: StepResult,
-        seconds: float,
-        dtype: torch.dtype,
-        world_size: int,
-        more: Mapping[str, Any],
+        self, result: StepResult, seconds: float, peak_flops: float, more: Mapping[str, Any]
     ) -> None:
-        """The numbers of a step that took `seconds`, and `more`; the progress line moves on."""
-        p, args, device = self.progress, self.args, self.model.device
+        """Log one step.
+
+        Args:
+            result: What the step did.
+            seconds: Duration of the step.
+            peak_flops: Floating-point operations per second that all ranks could do.
+            more: Other numbers by name.
+        """
+        p, args = self.progress, self.args
         rate = result.tokens / seconds
         frozen = args.finetune is not None and args.finetune.method == "lora"
         flops = flops_per_token(self.model.args, result.row_length, training=True, frozen=frozen)
-        mfu = rate * flops / world_size / matmul_peak(device.type, dtype)
-        memory = memory_bytes(device)
+        mfu, memory = rate * flops / peak_flops, memory_bytes(self.ranks.device)
         self.write(
             {
                 "loss": result.loss,
@@ -135,99 +115,87 @@ class Monitor:
         )
         left = p.seconds / p.step * (args.steps - p.step)
         self.line.show(
-            f"step {p.step}/{args.steps}  loss {result.loss:.3f}  {rate:,.0f} tokens/s  MFU "
-            f"{mfu:.0%}  memory {memory / 1e9:.1f} GB  eta {duration(left)}",
+            f"step {p.step}/{args.steps}  loss {result.loss:.3f}  {rate:,.0f} tokens/s  "
+            f"MFU {mfu:.0%}  memory {memory / 1e9:.1f} GB  eta {duration(left)}",
             final=p.step == args.steps,
         )
 
-    def evaluate(self, max_tokens: int | None, key: str) -> Score:
-        """Held-out scores per source and in all, written under `key` and shown, or the objective's
-        own.
+    def scores(self, max_tokens: int | None) -> dict[str, Score]:
+        """Score this rank's share of the held-out items; return the score of each source.
+
+        Text is scored in the first documents of each source with about `max_tokens` tokens.
         """
-        measured = self.objective.measure()
-        if measured is not None:
-            self._check(measured.loss)
-            return self._say(measured)
-        names = {
-            name: score(
-                self.model,
-                file,
-                bos_id=self.tokenizer.bos_id if self.tokenizer.adds_bos else None,
-                eos_id=self.tokenizer.eos_id,
-                window=self.args.data.seq_len,
-                max_tokens=max_tokens,
+        held_out = self.data.held_out
+        if not isinstance(held_out, Mapping):
+            items = self.ranks.share(held_out)
+            return {"": self.objective.evaluate(items)} if held_out else {}
+        bos = self.tokenizer.bos_id if self.tokenizer.adds_bos else None
+        eos, window = self.tokenizer.eos_id, self.args.data.seq_len
+        scores = {}
+        for name, file in held_out.items():
+            chosen = self.ranks.share(first_documents(file, bos, eos, max_tokens))
+            each = score_each(
+                self.model, file, bos_id=bos, eos_id=eos, window=window, indices=chosen
             )
-            for name, file in self.data.held_out.items()
-        }
-        total = sum(names.values(), HeldOut())
-        if not total.tokens:
+            scores[name] = sum(each, Score())
+        return scores
+
+    def log_scores(self, scores: Mapping[str, Score], key: str) -> Score:
+        """Log the scores of all sources under `key`, print and return the score of all items.
+
+        Raises:
+            WorkError: If the score is not finite: it could not be compared with later ones.
+        """
+        total = sum(scores.values(), Score())
+        if not total.count:
             return total
-        self._check(total.bits_per_byte)
-        self.write(
-            {
-                key: {
-                    **_scores(total),
-                    "sources": {name: _scores(one) for name, one in names.items()},
-                }
-            }
-        )
-        self.line.say(
-            f"step {self.progress.step}: held out {total.bits_per_byte:.3f} bits per byte, "
-            f"perplexity {total.perplexity:.1f} over {total.tokens:,} tokens"
-        )
+        if not math.isfinite(total.value):
+            what = f"the held-out score is {total.value}"
+            raise WorkError(f"step {self.progress.step}: {what}; {self.run.untouched}")
+        sources = {name: one.row() for name, one in scores.items() if name}
+        self.write({key: total.row() | ({"sources": sources} if sources else {})})
+        self.line.say(f"step {self.progress.step}: held out {total}")
         return total
 
-    def _check(self, score: float) -> None:
-        """A score that is no number ends the run: it would be the best one for good, or never
-        beaten.
-        """
-        if not math.isfinite(score):
-            kept = "" if self.run is None else f"; {self.run.untouched}"
-            raise WorkError(f"step {self.progress.step}: the held-out score is {score}{kept}")
-
-    def _say(self, measured: Measured) -> Measured:
-        self.write({measured.key: vars(measured)})
-        self.line.say(f"step {self.progress.step}: held out {measured}")
-        return measured
-
-    def is_record(self, measured: Score | None) -> bool:
-        """Whether a score is lower than all before it."""
-        score = lower_is_better(measured)
-        return (
-            score is not None
-            and math.isfinite(score)
-            and (self.progress.best is None or score < self.progress.best)
-        )
+    def is_record(self, score: Score | None) -> bool:
+        """Return whether a score is better than all before it."""
+        best = self.progress.best
+        return score is not None and score.count > 0 and (best is None or score.value < best)
 
     def experts(self) -> None:
-        """The tokens that each expert is for, over the first held-out text of every source;
-        written.
-        """
+        """Log the most frequent tokens of each expert of a mixture, over held-out text."""
         texts = list(self._held_out_text(EXPERT_TOKENS))
         if self.model.args.moe_args is not None and texts:
             self.write(token_row(expert_tokens(self.model, texts), self.tokenizer))
 
     def _held_out_text(self, tokens: int) -> Iterator[TransformerInput]:
-        """The beginning of each held-out document, about `tokens` per source."""
-        device, window = self.model.device, self.args.data.seq_len
-        for file in self.data.held_out.values():
+        """Yield the beginnings of held-out documents, about `tokens` tokens of each source."""
+        held_out = self.data.held_out
+        for file in held_out.values() if isinstance(held_out, Mapping) else ():
             left = tokens
             for index in range(len(file)):
                 if left <= 0:
                     break
-                ids = torch.from_numpy(file.document(index)[:window].astype(np.int64))
+                document = file.document(index)[: self.args.data.seq_len]
+                ids = torch.from_numpy(document.astype(np.int64))
                 if len(ids):
-                    yield TransformerInput(ids[None].to(device), logits="none")
+                    yield TransformerInput(ids[None].to(self.ranks.device), logits="none")
                 left -= len(ids)
 
     def sample(self) -> None:
-        """What the model says to the run's prompts, written and shown."""
-        prompts, sampling = self.args.sample_prompts, SamplingArgs(temperature=0.8)
-        asked, ends = self._asked(prompts)
-        count = min(self.args.sample_tokens, self.model.args.max_seq_len // 2)
+        """Continue the prompts of the config, or answer them if the data are conversations."""
+        prompts, template = self.args.sample_prompts, self.data.template
+        inputs: list[Any] = list(prompts)
+        if template is not None:
+            inputs = [template.encode([{"role": "user", "content": text}]) for text in prompts]
         self.model.eval()
         rows = complete(
-            self.model, self.tokenizer, asked, max_new_tokens=count, sampling=sampling, ends=ends
+            self.model,
+            self.tokenizer,
+            inputs,
+            max_new_tokens=min(self.args.sample_tokens, self.model.args.max_seq_len // 2),
+            sampling=SamplingArgs(temperature=0.8),
+            ends=self.data.stop_tokens if template is not None else (),
         )
         samples = [
             {"prompt": prompt, "text": row.text} for prompt, row in zip(prompts, rows, strict=True)
@@ -235,28 +203,3 @@ class Monitor:
         self.write({"samples": samples})
         for one in samples:
             self.line.say(f"step {self.progress.step}: {one['prompt']!r} -> {one['text']!r}")
-
-    def _asked(self, prompts: Sequence[str]) -> tuple[Sequence[str | list[int]], Sequence[int]]:
-        """The prompts as the run's rows have them, and what ends an answer beside the EOS."""
-        template = self.data.template
-        if template is None:
-            return prompts, ()
-        return [
-            template.encode([{"role": "user", "content": text}]) for text in prompts
-        ], self.data.stop_tokens
-
-
-def lower_is_better(measured: Score | None) -> float | None:
-    """The number by which steps are compared, None where nothing was measured."""
-    if isinstance(measured, HeldOut):
-        return measured.bits_per_byte if measured.tokens else None
-    return None if measured is None else measured.loss
-
-
-def _scores(one: HeldOut) -> dict[str, float]:
-    return {
-        "bits_per_byte": one.bits_per_byte,
-        "perplexity": one.perplexity,
-        "tokens": one.tokens,
-        "bytes": one.bytes,
-    }

@@ -17,7 +17,7 @@ from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
 
 
-def blame(model: LLM, inputs: Sequence[TransformerInput]) -> str:
+def locate_nonfinite(model: LLM, inputs: Sequence[TransformerInput]) -> str:
     """What went first, in words: a weight, what a layer made of the rows, or the gradient nearest
     to the loss.
 

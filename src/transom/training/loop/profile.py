@@ -1,4 +1,4 @@
-"""Where the time of a step goes: a table of its parts, and a trace file for a timeline viewer."""
+"""The time of each part of a step, as a table and as a trace for a timeline viewer."""
 
 from __future__ import annotations
 
@@ -13,25 +13,28 @@ from transom.base.runtime import synchronize
 
 
 class StepClock:
-    """Seconds spent in each part of a step; waits for the device only while profiling."""
+    """Measures the parts of the first `profile_steps` steps; 0 measures nothing.
 
-    PARTS = ("data", "forward", "loss", "backward", "optimizer")
+    It waits for the device at the end of each part, but only while it measures.
+    """
+
+    PARTS = ("data", "prepare", "forward", "loss", "backward", "optimizer")
 
     def __init__(self, device: torch.device, profile_steps: int = 0) -> None:
         self.device, self.profile_steps = device, profile_steps
         self.seconds = dict.fromkeys(self.PARTS, 0.0)
         self.steps = 0
-        self._recording = False  # what runs before the first step is none of it
+        self._recording = False  # what runs before the first step does not count
         self._profiler: torch.profiler.profile | None = None
         if profile_steps:
-            cuda = [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
-            self._profiler = torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CPU, *cuda]
-            )
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if device.type == "cuda":
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            self._profiler = torch.profiler.profile(activities=activities)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count the time of the block under `name`, and label it in a trace."""
+        """Count the time of the block under `name`, and label it in the trace."""
         if not self._recording:
             yield
             return
@@ -49,14 +52,12 @@ class StepClock:
             self._recording = True
 
     def after_step(self, trace: Path) -> str | None:
-        """Count a step; behind the last profiled one, write the trace and return the table."""
+        """Count a step. After the last profiled one, write the trace and return the table."""
         self.steps += 1
         return self.close(trace) if self.steps >= self.profile_steps else None
 
     def close(self, trace: Path) -> str | None:
-        """Write the trace and return the table, if that has not been done: the run may end before N
-        steps.
-        """
+        """Write the trace and return the table; None if there is none, or it was written before."""
         if self._profiler is None or self.steps == 0:
             return None
         self._profiler.stop()
@@ -65,7 +66,7 @@ class StepClock:
         return f"{self.table()}\ntrace: {trace} (open in Perfetto or chrome://tracing)"
 
     def table(self) -> str:
-        """Mean milliseconds and share of each part, one line each."""
+        """Return a table of the mean milliseconds and the share of each part."""
         total = sum(self.seconds.values()) or 1.0
         rows = [
             f"  {name:10} {1000 * seconds / max(1, self.steps):9.2f} ms  {seconds / total:6.1%}"

@@ -1,4 +1,4 @@
-"""The progress line, and the signals that end a run early."""
+"""The progress of a run, the line that shows it, and the signals that end a run early."""
 
 from __future__ import annotations
 
@@ -6,14 +6,36 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from transom.base.interrupts import handling, raise_stop
 
 
-class ProgressLine:
-    """One line on standard error that renews itself; without a terminal, a new line every few
-    seconds.
+@dataclass
+class Progress:
+    """What a run has done so far, which every checkpoint stores.
+
+    Attributes:
+        step: Optimizer steps.
+        tokens: Trained tokens that are not padding.
+        seconds: Seconds of training steps.
+        best: The lowest held-out score, see `Score.value`.
+        skipped_steps: Steps that changed no weight since float16 gradients overflowed.
+        stale: Scores since the best one.
+        unmeasured: Whether a signal came before the scores and samples of this step.
     """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best: float | None = None
+    skipped_steps: int = 0
+    stale: int = 0
+    unmeasured: bool = False
+
+
+class ProgressLine:
+    """A line on standard error that is rewritten; without a terminal, a new line now and then."""
 
     def __init__(self, quiet: bool = False, every_seconds: float = 5.0) -> None:
         self.quiet, self.every_seconds = quiet, every_seconds
@@ -22,7 +44,7 @@ class ProgressLine:
         self._width = 0
 
     def show(self, text: str, *, final: bool = False) -> None:
-        """Show `text` if it is time; the `final` one always, and it stays."""
+        """Show `text` if the last one is old enough. A `final` text is always shown, and stays."""
         now = time.monotonic()
         wait = 0.1 if self.terminal else self.every_seconds
         if self.quiet or (now - self._last < wait and not final):
@@ -35,9 +57,9 @@ class ProgressLine:
             sys.stderr.write(text + "\n")
         sys.stderr.flush()
 
-    def say(self, text: str) -> None:
-        """A line of its own, above the progress line."""
-        if self.quiet:
+    def say(self, text: str | None) -> None:
+        """Print a line above the progress line, if there is a text."""
+        if self.quiet or not text:
             return
         if self._width:
             sys.stderr.write("\r" + " " * self._width + "\r")
@@ -47,7 +69,7 @@ class ProgressLine:
 
 
 def duration(seconds: float) -> str:
-    """`1h02m`, `3m20s` or `12s`."""
+    """Return a duration such as `1h02m`, `3m20s` or `12s`."""
     whole = int(seconds + 0.5)
     if whole >= 3600:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

@@ -1,33 +1,92 @@
-"""What the ranks of a run tell each other; alone, nothing."""
+"""Communication between the ranks of a run: gradients, scores, and work that only rank 0 does.
+
+Nothing else in `training` knows how ranks communicate. With one rank each method returns at once.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from transom.base.errors import RequestError, WorkError, notice
+from transom.evaluation.score import Score
+
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Ranks:
-    """`world_size` ranks of `mesh` (absent: the default group); every call must be made by all of
-    them.
+    """The ranks that train one model, and the place of this process among them.
+
+    All ranks must call each method in the same order, except `say`, `verbose` and `share`.
+
+    Args:
+        rank: Index of this process, from 0.
+        world_size: Number of ranks.
+        device: Device of this rank's model.
+        mesh: The ranks that communicate. None stands for the default process group.
+        quiet: Whether no rank prints what the run does.
     """
 
-    world_size: int
-    mesh: DeviceMesh | None
-    device: torch.device
     rank: int = 0
+    world_size: int = 1
+    device: torch.device = CPU
+    mesh: DeviceMesh | None = None
+    quiet: bool = False
 
-    def sum(self, tensor: Tensor | None) -> None:
-        """Replace `tensor`, where there is one, by its sum over ranks."""
-        if self.world_size > 1 and tensor is not None:
+    @property
+    def verbose(self) -> bool:
+        """Whether this process prints what the run does: rank 0, unless the run is quiet."""
+        return self.rank == 0 and not self.quiet
+
+    def say(self, message: str | None) -> None:
+        """Print a notice if there is a message and this process is `verbose`."""
+        if message and self.verbose:
+            notice(message)
+
+    def sum(self, tensor: Tensor) -> None:
+        """Replace `tensor` by its sum over ranks."""
+        if self.world_size > 1:
             dist.all_reduce(tensor, group=self._group)
 
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Replace the gradient of each parameter by its sum over ranks."""
+        for parameter in parameters:
+            if parameter.grad is not None:
+                self.sum(parameter.grad)
+
+    def share(self, items: Sequence[Any]) -> Sequence[Any]:
+        """Return the items that this rank scores: every `world_size`-th one."""
+        return items[self.rank :: self.world_size]
+
+    def total(self, scores: Sequence[Score]) -> list[Score]:
+        """Return each score summed over ranks. Every rank gives the same scores in one order."""
+        if self.world_size == 1:
+            return list(scores)
+        rows = [(one.loss_sum, one.count, one.bytes, *one.sums.values()) for one in scores]
+        numbers = torch.tensor([x for row in rows for x in row], dtype=torch.float64)
+        numbers = numbers.to(self.device)
+        self.sum(numbers)
+        left = iter(numbers.tolist())
+        return [
+            replace(
+                one,
+                loss_sum=next(left),
+                count=next(left),
+                bytes=int(next(left)),
+                sums={name: next(left) for name in one.sums},
+            )
+            for one in scores
+        ]
+
     def largest(self, number: int) -> int:
-        """The largest of the ranks' numbers."""
+        """Return the largest of the ranks' numbers."""
         if self.world_size == 1:
             return number
         tensor = torch.tensor(number, device=self.device)
@@ -36,16 +95,29 @@ class Ranks:
 
     def first(self, number: int) -> int:
         """Return the number of rank 0."""
-        if self.world_size == 1:
-            return number
-        tensor = torch.tensor(number, device=self.device)
-        dist.broadcast(tensor, group=self._group, group_src=0)
-        return int(tensor)
+        return int(self._from_first(number))
+
+    def on_first(self, call: Callable[[], None]) -> None:
+        """Run `call` on rank 0 while the other ranks wait. If it fails, every rank fails.
+
+        Raises:
+            RequestError or WorkError: On the other ranks, with the message of rank 0, which raises
+                the exception of `call` itself.
+        """
+        failure: BaseException | None = None
+        if self.rank == 0:
+            try:
+                call()
+            except BaseException as error:
+                failure = error
+        told = self._from_first(failure and (isinstance(failure, RequestError), str(failure)))
+        if failure is not None:
+            raise failure
+        if told:
+            raise (RequestError if told[0] else WorkError)(f"rank 0: {told[1]}")
 
     def each(self, tensor: Tensor) -> list[Tensor]:
-        """Return the tensors of all ranks, which have one shape and dtype, in the order of the
-        ranks.
-        """
+        """Return the tensors of all ranks, in the order of the ranks. They have one shape."""
         if self.world_size == 1:
             return [tensor]
         here = tensor.to(self.device)
@@ -53,11 +125,16 @@ class Ranks:
         dist.all_gather(out, here, group=self._group)
         return [one.to(tensor.device) for one in out]
 
-    def wait(self) -> None:
-        """Until all ranks are here."""
+    def _from_first(self, value: Any) -> Any:
+        """Return the value of rank 0."""
+        values = [value]
         if self.world_size > 1:
-            dist.barrier(group=self._group)
+            dist.broadcast_object_list(values, group=self._group, group_src=0)
+        return values[0]
 
     @property
     def _group(self) -> dist.ProcessGroup | None:
         return None if self.mesh is None else self.mesh.get_group()
+
+
+ALONE = Ranks()

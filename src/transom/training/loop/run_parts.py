@@ -1,14 +1,11 @@
-"""What a run trains: a model with its tokenizer, data and objective, new or on top of one that is
-there.
-"""
+"""What a run trains: a new model, or an existing one that reads on, with its data and objective."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, require
 from transom.checkpoints.files.layout import Format, folder_format
 from transom.checkpoints.files.location import find_model, read_pointer
 from transom.checkpoints.load import load
@@ -19,70 +16,72 @@ from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.tokenizers.training import byte_tokenizer, train_bpe, train_chars
 from transom.training.config import TrainArgs
-from transom.training.loop.checkpoint_writer import Companions, StepModel, WholeModel
+from transom.training.loop.checkpoint_writer import CheckpointWriter, Companions, ModelWriter
 from transom.training.loop.dtype_choice import DtypeChoice
+from transom.training.loop.ranks import Ranks
 from transom.training.loop.run_data import RunData, open_data
 from transom.training.loop.run_folder import RunFolder
 from transom.training.losses.objectives import HeadObjective, NextToken, Objective
 
 
-class Share(NamedTuple):
-    """A rank's part of the work, and whether it speaks."""
-
-    rank: int = 0
-    world_size: int = 1
-    quiet: bool = False
-
-
 @dataclass
-class Subject:
-    """All that is particular to one kind of run; `args` replaces the config where the data decides
-    parts of it.
+class RunParts:
+    """Everything that one kind of run differs in from another.
+
+    Attributes:
+        model: The model, on its device, with its initial weights.
+        tokenizer: Its tokenizer.
+        data: The training batches and held-out items.
+        objective: The loss.
+        writer: Writes the model of each checkpoint.
+        args: The config with values that follow from the data; None if none do.
     """
 
     model: LLM
     tokenizer: Tokenizer
     data: RunData
     objective: Objective
-    step_model: StepModel
+    writer: CheckpointWriter
     args: TrainArgs | None = None
 
 
-def new_subject(
-    args: TrainArgs, run: RunFolder, choice: DtypeChoice, share: Share, *, resume: bool
-) -> Subject:
-    """A model from nothing; its weights are drawn unless a checkpoint is going to fill them."""
-    tokenizer = run_tokenizer(args, run, resume, progress=not share.quiet)
-    model_args = args.model_args(tokenizer.vocab_size)
-    data = open_data(args, model_args, tokenizer, **share._asdict())
-    # Weights are drawn once, from the seed of the run.
-    model = meta_model(model_args).to_empty(device=choice.ranks.device)
-    if not resume or args.dry_run:  # a dry run of a resumed one reads no checkpoint
-        model.init_weights(args.seed)
-    lowered = objective(args, model, data, choice, share)
-    return Subject(model, tokenizer, data, lowered, WholeModel(model, tokenizer, data.labels))
+def new_parts(args: TrainArgs, run: RunFolder, choice: DtypeChoice, *, resume: bool) -> RunParts:
+    """Return the parts of a run that trains a new model.
 
-
-def continued_subject(args: TrainArgs, choice: DtypeChoice, share: Share) -> Subject:
-    """A model that goes on reading text where it was left, with a new optimizer; saved in the
-    format it had.
+    With `resume` the weights are left uninitialised, since a checkpoint is going to fill them.
     """
-    assert args.base is not None, "what the caller goes by"
+    ranks = choice.ranks
+    tokenizer = _run_tokenizer(args, run, resume, ranks)
+    model_args = args.model_args(tokenizer.vocab_size)
+    data = open_data(args, model_args, tokenizer, ranks)
+    model = meta_model(model_args).to_empty(device=ranks.device)
+    if not resume or args.dry_run:  # the dry run of a resumed run precedes reading the checkpoint
+        model.init_weights(args.seed)
+    writer = ModelWriter(model, tokenizer, data.labels)
+    return RunParts(model, tokenizer, data, _objective(args, model, data, choice), writer)
+
+
+def continued_parts(args: TrainArgs, choice: DtypeChoice) -> RunParts:
+    """Return the parts of a run that trains `base` on more text, with a new optimizer.
+
+    Checkpoints are written in the format of the base.
+    """
+    assert args.base is not None, "the caller checks it"
     folder = whole_model(args.base)
     tokenizer = load_tokenizer(folder)
     model = load(folder, str(choice.ranks.device), "float32").train()
     args.check_model(model.args)
-    data = open_data(args, model.args, tokenizer, **share._asdict())
-    step_model = WholeModel(
-        model, tokenizer, data.labels, Companions(folder, tokenizer, None), writable_format(folder)
-    )
-    lowered = objective(args, model, data, choice, share)
-    return Subject(model, tokenizer, data, lowered, step_model)
+    data = open_data(args, model.args, tokenizer, choice.ranks)
+    companions = Companions(folder, tokenizer, None)
+    writer = ModelWriter(model, tokenizer, data.labels, companions, writable_format(folder))
+    return RunParts(model, tokenizer, data, _objective(args, model, data, choice), writer)
 
 
 def whole_model(base: str) -> Path:
-    """The folder of a model to start from; one that is an adapter on another is a
-    `RequestError`.
+    """Return the folder of a model to start from.
+
+    Raises:
+        RequestError: If it is an adapter of another model.
     """
     found = find_model(base)
     expected = "expected a whole model; `transom merge` makes one of a base and its adapter"
@@ -91,33 +90,26 @@ def whole_model(base: str) -> Path:
 
 
 def writable_format(folder: Path) -> Format:
-    """The format of a folder where a run's steps can be written in it: consolidated files have no
-    room for more.
-    """
+    """Return the format of a folder, or `native` if checkpoints cannot be written in it."""
     kind = folder_format(folder)
     return kind if kind in ("hf", "native") else "native"
 
 
-def objective(
-    args: TrainArgs, model: LLM, data: RunData, choice: DtypeChoice, share: Share
-) -> Objective:
-    """Return the objective, labels for a model with a head or the next token, and settle the dtype
-    with it.
-    """
+def _objective(args: TrainArgs, model: LLM, data: RunData, choice: DtypeChoice) -> Objective:
+    """Return the objective for text or labelled rows, and settle the dtype by timing it."""
     head = model.args.head
-    out: Objective = NextToken(model, args.loss_chunk)
+    objective: Objective = NextToken(model, args.loss_chunk)
     if head is not None:
-        out = HeadObjective(model, head, args.contrastive_temperature, data.head_rows)
-    choice.limit(model.args)
-    choice.settle(model, out, data.batches, data.rows_per_step // share.world_size, frozen=False)
-    return out
+        objective = HeadObjective(model, head, args.contrastive_temperature)
+    items = data.rows_per_step // choice.ranks.world_size
+    choice.settle(model, objective, data.batches, items, frozen=False)
+    return objective
 
 
-def run_tokenizer(
-    args: TrainArgs, run: RunFolder, resume: bool, progress: bool = False
-) -> Tokenizer:
-    """The run's tokenizer: its own when resuming, else as the config says, trained on training
-    documents only.
+def _run_tokenizer(args: TrainArgs, run: RunFolder, resume: bool, ranks: Ranks) -> Tokenizer:
+    """Return the tokenizer of the latest step, or else the one that the config describes.
+
+    Byte pairs are learnt from training documents only.
     """
     if resume:
         step = read_pointer(run.path, "latest")
@@ -137,13 +129,10 @@ def run_tokenizer(
     )
     if kind == "chars":
         return train_chars(texts)
+    size = args.tokenizer.vocab_size
+    ranks.say(f"tokenizer: {size:,} byte pairs are learnt from the training documents")
     try:
-        if progress:
-            notice(
-                f"tokenizer: {args.tokenizer.vocab_size:,} byte pairs are learnt from the "
-                f"training documents"
-            )
-        return train_bpe(texts, args.tokenizer.vocab_size, progress=progress)
+        return train_bpe(texts, size, progress=ranks.verbose)
     except RequestError as error:
         field = "tokenizer." if str(error).startswith("vocab_size") else ""
         raise RequestError(f"{field}{error}") from None

@@ -1,438 +1,247 @@
-"""The one training loop: pretraining, fine-tuning and preference tuning differ in what they hand to
-it.
-"""
+"""The training loop of all kinds of runs, which differ in data, objective and trained weights."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from transom.base.errors import RequestError, WorkError, notice, require
-from transom.base.interrupts import STOPS
-from transom.base.runtime import (
-    is_out_of_memory,
-    matmul_peak,
-    memory_bytes,
-    reset_peak_memory,
-    synchronize,
-)
-from transom.data.batch import Batch
-from transom.evaluation.bits import HeldOut
-from transom.models.llm import LLM
-from transom.tokenizers.tokenizer import Tokenizer
+from transom.base.errors import notice
+from transom.base.interrupts import STOPS, raise_stop
+from transom.base.runtime import matmul_peak, synchronize
+from transom.evaluation.score import Score
 from transom.training.config import TrainArgs
-from transom.training.loop.blocks import OFFLOAD_MIN_BYTES, arrange_blocks
-from transom.training.loop.checkpoint_writer import StepModel
-from transom.training.loop.course import run_course
-from transom.training.loop.dry_run import (
-    random_state,
-    random_states,
-    restore_random_state,
-    take_random_states,
-    too_large,
-)
-from transom.training.loop.monitor import Monitor, Progress, Score, StepResult, lower_is_better
-from transom.training.loop.nonfinite import blame
-from transom.training.loop.profile import StepClock
-from transom.training.loop.progress import ProgressLine, StopRequest
+from transom.training.loop.monitor import Monitor
+from transom.training.loop.random_states import random_states, take_random_states
 from transom.training.loop.ranks import Ranks
-from transom.training.loop.run_data import RunData
 from transom.training.loop.run_folder import RunFolder
-from transom.training.losses.balance import RouterCounts, router_parts, update_choice_biases
-from transom.training.losses.objectives import Objective
-from transom.training.optim.ema import Ema
-from transom.training.optim.mup import width_multiplier
-from transom.training.optim.optimizers import BackwardOptimizers, Optimizers, build_optimizer
-from transom.training.optim.schedule import lr_scale
+from transom.training.loop.run_parts import RunParts
+from transom.training.loop.step import Stepper, StepResult
 
 
-class Whole(NamedTuple):
-    """Of one step over all ranks: the units its loss is divided by, and its tokens that are no
-    padding.
+class Trainer(Stepper):
+    """Takes the steps of a run, and scores, samples and saves between them.
+
+    Args:
+        args: The resolved config.
+        parts: The model, its tokenizer, data and objective, and the writer of its checkpoints.
+        run: Folder of the run.
+        ranks: The ranks that share the work.
+        dtype: Dtype of the matrix products.
+        profile_steps: Number of steps that are profiled.
     """
 
-    units: Tensor
-    tokens: Tensor
+    def __init__(
+        self,
+        args: TrainArgs,
+        parts: RunParts,
+        run: RunFolder,
+        ranks: Ranks,
+        dtype: torch.dtype,
+        profile_steps: int = 0,
+    ) -> None:
+        super().__init__(args, parts, run, ranks, dtype, profile_steps)
+        self.tokenizer, self.data, self.writer = parts.tokenizer, parts.data, parts.writer
+        self.monitor = Monitor(args, parts, run, self.line, self.progress, ranks)
 
+    def fit(self) -> Score:
+        """Train to the last step, and return the final held-out score.
 
-class Sums(NamedTuple):
-    """What micro-batches add up to: mean loss and its parts by name, and what routers did, if there
-    are any.
-    """
+        SIGINT, SIGTERM and SIGHUP (see `stop.signal`) end the run early: at once during work that
+        can be repeated, otherwise after the step. The run is then saved, `resume` continues it,
+        and the returned score is empty.
 
-    parts: dict[str, Tensor]
-    router: RouterCounts | None
-
-
-@dataclass
-class Trainer:
-    """Trains `model` on `data` into `run`; rank, world size and mesh are told, never assumed to be
-    one.
-    """
-
-    args: TrainArgs
-    model: LLM
-    tokenizer: Tokenizer
-    data: RunData
-    objective: Objective
-    step_model: StepModel
-    run: RunFolder
-    device: torch.device
-    dtype: torch.dtype = torch.float32
-    rank: int = 0
-    world_size: int = 1
-    mesh: DeviceMesh | None = None
-    quiet: bool = False
-    profile_steps: int = 0
-    progress: Progress = field(default_factory=Progress)
-
-    def __post_init__(self) -> None:
-        usable, kind = self.dtype != torch.float16 or self.device.type == "cuda", self.device.type
-        require(
-            usable, "dtype", "float16", f"valid only for training on CUDA devices, this is {kind}"
-        )
-        # Only float16 can overflow in the backward pass; the scaler is inert for the other dtypes.
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        scaled = self.scaler.is_enabled()
-        self.args.optimizer.check_in_backward(
-            self.args.accumulate, ranks=self.world_size, scaled=scaled
-        )
-        self.batches, self.data_hashes = self.data.batches, self.data.hashes
-        self.optimizers = self._build_optimizers()
-        self.ema = None if self.args.ema_decay is None else Ema(self.model, self.args.ema_decay)
-        self.line = ProgressLine(quiet=self.quiet or self.rank > 0)
-        self.clock = StepClock(self.device, self.profile_steps)
-        self.stop = StopRequest(alone=self.world_size == 1)
-        self.ranks = Ranks(self.world_size, self.mesh, self.device, self.rank)
-        run = self.run if self.rank == 0 else None
-        self.monitor = Monitor(
-            self.args,
-            self.model,
-            self.tokenizer,
-            self.data,
-            self.objective,
-            run,
-            self.line,
-            self.progress,
-        )
-        self.compiled = self.args.compile
-        self._arrange_blocks()
-
-    def _build_optimizers(self) -> Optimizers:
-        width = width_multiplier(self.model.args)
-        return build_optimizer(
-            self.model, self.args.optimizer, device_type=self.device.type, width=width
-        )
-
-    def _arrange_blocks(self) -> None:
-        offloads = self.args.activation_offload and self.device.type != "cpu"
-        arrange_blocks(
-            self.model,
-            compiled=self.compiled,
-            checkpointing=self.args.activation_checkpoint,
-            offload_min_bytes=OFFLOAD_MIN_BYTES if offloads else None,
-        )
-
-    # -- one step
-    # -------------------------------------------------------------------------------------
-
-    def step(self) -> StepResult:
-        """One optimizer step over this rank's share of the next global batch.
-
-        An interruption before the weights change leaves the trainer as it was before the step.
+        Raises:
+            WorkError: If a loss, gradient or score is not finite, memory is exhausted, or a
+                checkpoint cannot be written.
         """
-        self.model.train()
-        before = self.batches.state, random_state(self.device)
-        try:
-            batch, micro_batches, whole, sums = self._forward_and_backward()
-        except STOPS:
-            self.batches.load_state(before[0])
-            restore_random_state(self.device, before[1])
-            self.optimizers.zero_grad()
-            raise
-        for total in (*sums.parts.values(), None if sums.router is None else sums.router.values_LC):
-            self.ranks.sum(total)
-        parts = {name: float(value) for name, value in sums.parts.items()}
-        loss = parts.pop("loss")
-        if not math.isfinite(loss):
-            raise WorkError(
-                f"{self._at_fault(f'the loss is {loss}', micro_batches)}; {self.run.untouched}"
-            )
-        with self.clock.part("optimizer"):
-            grad_norm = self._apply(sums.router, micro_batches)
-        self.progress.step += 1
-        self.progress.tokens += int(whole.tokens)
-        return StepResult(loss, grad_norm, batch.row_length, int(whole.tokens), parts, sums.router)
-
-    def _forward_and_backward(self) -> tuple[Batch, list[Batch], Whole, Sums]:
-        """Compute the gradients of the next batch; return it, its micro-batches, their totals and
-        their losses.
-        """
-        with self.stop.at_once(), self.clock.part("data"):
-            with torch.no_grad(), self._autocast(), self._eager():
-                prepared = self.objective.prepare(self.batches.next())
-            batch = self._shortened(prepared)
-        whole = self._whole(batch)
-        self.optimizers.set_scale(lr_scale(self.progress.step, self.args.steps, self.args.schedule))
-        redo = not isinstance(
-            self.optimizers, BackwardOptimizers
-        )  # it has changed weights, which cannot be undone
-        micro_batches = list(batch.micro_batches(self.args.accumulate))
-        with self.stop.at_once() if redo else contextlib.nullcontext():
-            sums = self._gradients(micro_batches, whole, redo=redo)
-        return batch, micro_batches, whole, sums
-
-    def _shortened(self, batch: Batch) -> Batch:
-        short = self.progress.step < self.args.short_rows * self.args.steps
-        return batch.split_rows(self.args.short_rows_split) if short else batch
-
-    def _whole(self, batch: Batch) -> Whole:
-        """What the step has over all ranks: what every loss of the step is divided by."""
-        units = self.objective.units(batch).to(self.device, torch.float32)
-        whole = Whole(units, torch.tensor(float(batch.real_tokens), device=self.device))
-        for count in whole:  # exact to 2^24
-            self.ranks.sum(count)
-        return whole._replace(units=units.clamp(min=1e-9))
-
-    def _at_fault(self, what: str, micro_batches: Sequence[Batch]) -> str:
-        with torch.no_grad(), self._autocast():
-            found = blame(self.model, [micro.to(self.device).inputs() for micro in micro_batches])
-        return f"step {self.progress.step + 1}: {what}; {found}"
-
-    def _gradients(
-        self, micro_batches: Sequence[Batch], whole: Whole, *, redo: bool = True
-    ) -> Sums:
-        """Gradients of this rank's micro-batches; once more without compiled blocks where compiling
-        fails.
-        """
-        before = random_state(self.device)
-        try:
-            return self._accumulate(micro_batches, whole)
-        except (RequestError, WorkError):
-            raise
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise WorkError(too_large(self.args, micro_batches[0], self.device)) from None
-            if not self.compiled or not redo:
-                raise
-            why = " ".join(str(error).split())[:160]
-            notice(
-                f"compile: failed ({type(error).__name__}: {why}); the blocks run uncompiled "
-                f"from here on"
-            )
-        self.compiled = False
-        self._arrange_blocks()
-        self.optimizers.zero_grad()
-        restore_random_state(self.device, before)
-        return self._accumulate(micro_batches, whole)
-
-    def _accumulate(self, micro_batches: Sequence[Batch], whole: Whole) -> Sums:
-        sums = Sums({}, None)
-        moe = self.model.args.moe_args
-        for micro in micro_batches:
-            with self.clock.part("data"):
-                micro = micro.to(self.device)
-            with self._autocast(), self.clock.part("forward"):
-                output = self.model(replace(micro.inputs(), logits="none"))
-            with self._autocast(), self.clock.part("loss"):
-                parts = self.objective.loss(output, micro, whole.units)
-                loss = parts["loss"]
-                if moe is not None and output.router:
-                    weighted, more = router_parts(output.router, moe, whole.tokens)
-                    loss, parts = loss + weighted, {**parts, **more}
-            with self.clock.part("backward"):
-                self.scaler.scale(loss).backward()
-            for name, part in parts.items():
-                sums.parts[name] = sums.parts.get(name, 0.0) + part.detach()
-            if output.router:
-                counts = RouterCounts.of(output.router)
-                sums = sums._replace(router=counts if sums.router is None else sums.router + counts)
-        return sums
-
-    def _apply(self, router: RouterCounts | None, micro_batches: Sequence[Batch]) -> float:
-        """Sum gradients over ranks, clip, step; a step whose float16 gradients overflow is skipped
-        and counted.
-        """
-        weights = [p for p in self.model.parameters() if p.grad is not None]
-        for p in weights:
-            self.ranks.sum(p.grad)
-        for optimizer in self.optimizers.all:
-            self.scaler.unscale_(optimizer)
-        norm = self.optimizers.clip(weights, self.args.optimizer.max_grad_norm)
-        finite = bool(torch.isfinite(norm))
-        if not finite and not self.scaler.is_enabled():
-            raise WorkError(
-                f"{self._at_fault('the gradient is not finite', micro_batches)}; "
-                f"{self.run.untouched}"
-            )
-        # All optimizers or none: clipping has spread one's overflow over the gradients of the
-        # others.
-        if finite:
-            for optimizer in self.optimizers.all:
-                self.scaler.step(optimizer)
-            self._follow(router)
-        self.scaler.update()
-        self.progress.skipped_steps += not finite
-        self.optimizers.zero_grad()
-        return float(norm)
-
-    def _follow(self, router: RouterCounts | None) -> None:
-        """What moves after the weights: choice biases of experts, the average of the weights."""
-        moe = self.model.args.moe_args
-        frozen = self.args.finetune is not None and not self.args.finetune.trains_router
-        if moe is not None and moe.balance == "bias" and router is not None and not frozen:
-            update_choice_biases(self.model, router.picks_LE, moe.bias_update_rate)
-        if self.ema is not None:
-            self.ema.update(self.progress.step)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
-
-    # -- the run
-    # --------------------------------------------------------------------------------------
-
-    def dry_run(self) -> None:
-        """Run the run's largest micro-batch forward and backward; raise `RequestError` if it does
-        not fit.
-
-        Weights, random state, data order and metrics are as before. Call it before `resume` and
-        `fit`.
-        """
-        if isinstance(self.optimizers, BackwardOptimizers):
-            self.optimizers.remove_hooks()  # or the backward pass would move weights
-        micro = self.batches.largest(self.args.accumulate)
-        before, started = random_state(self.device), time.perf_counter()
-        reset_peak_memory(self.device)
-        self.model.train()
-        try:  # from the second micro-batch on, the gradients of the first are there as well
-            one = torch.ones((), device=self.device)
-            self._gradients([micro] * min(2, self.args.accumulate), Whole(one, one))
-        except WorkError as error:
-            raise RequestError(f"dry run: {error}") from None
-        synchronize(self.device)
-        restore_random_state(self.device, before)
-        self.optimizers.zero_grad()
-        if isinstance(self.optimizers, BackwardOptimizers):
-            self.optimizers = self._build_optimizers()
-        rows, length = micro.tokens.shape
-        self.line.say(
-            f"dry run: {rows} x {length} tokens forward and backward in "
-            f"{time.perf_counter() - started:.1f} s, "
-            f"peak memory {memory_bytes(self.device) / 1e9:.2f} GB"
-        )
-        reset_peak_memory(self.device)
-
-    def fit(self) -> HeldOut:
-        """Train to the last step, saving on the way; return the final held-out score.
-
-        SIGINT, SIGTERM and SIGHUP (see `stop.signal`) end the run early: at once in work that can
-        be repeated, and otherwise after the step. The run is saved then, and `resume` continues it.
-        """
-        if self.rank == 0:
+        if self.ranks.rank == 0:
             self.run.lock()
-        matmul_peak(self.device.type, self.dtype)  # now, so that no step pays for measuring it
+        matmul_peak(self.device.type, self.dtype)  # measured now and not during a step
         try:
             with self.stop.listening(), self.monitor.board_open():
-                return run_course(self)
+                return self._run()
         finally:
             self.run.release()
 
+    def _run(self) -> Score:
+        try:
+            self._take_steps()
+            if self.stop.signal is None:
+                return self._finish()
+        except STOPS:  # a first signal saves the run, and a second one ends it at once
+            if self.stop.signal is None or self.stop.again:
+                raise
+        step = self.progress.step
+        if not self.finished:
+            self.line.say(f"stopping at step {step}; a second signal stops at once")
+        self.save(None)
+        if self.finished:
+            self.line.say(f"step {step}: the run is finished; --resume computes its final score")
+        return Score()
+
+    def _take_steps(self) -> None:
+        progress, trace = self.progress, self.run.path / "trace.json"
+        try:
+            if progress.unmeasured:
+                self.score_and_save()
+            while not self.finished and not self._asked_to_stop():
+                self.clock.before_step()
+                started = time.perf_counter()
+                result = self.step()
+                synchronize(self.device)
+                seconds = time.perf_counter() - started
+                progress.seconds += seconds
+                self.log(result, seconds)
+                self.line.say(self.clock.after_step(trace))
+                self.score_and_save()
+        finally:
+            self.line.say(self.clock.close(trace))
+        if self.finished and progress.step < self.args.steps:
+            patience = self.args.patience
+            self.line.say(
+                f"step {progress.step}: no better score in {patience} measurements, stopping early"
+            )
+
     @property
     def finished(self) -> bool:
-        """Return whether all steps are done, or held-out scores no longer improve."""
+        """Whether all steps are done, or `patience` scores were no better than the best one."""
         patience = self.args.patience
         early = patience is not None and self.progress.stale >= patience
         return early or self.progress.step >= self.args.steps
 
-    def evaluate(self, max_tokens: int | None, key: str = "held_out") -> Score:
-        """Held-out bits per byte and perplexity, per source and in all, logged under `key` and
-        shown.
+    def _asked_to_stop(self) -> bool:
+        """Return whether any rank has received a signal, so that all ranks stop at one step."""
+        self.stop.signal = self.ranks.largest(self.stop.signal or 0) or None
+        return self.stop.signal is not None
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Let a signal end work without communication at once, on all ranks.
+
+        A resumed run repeats the work, because `progress.unmeasured` is stored.
         """
-        # Fine-tuning is scored as it is trained; text is scored in the weights' own precision, as
-        # `eval` does.
-        with self._as_saved(), self._autocast() if self.args.finetune else contextlib.nullcontext():
-            return self.monitor.evaluate(max_tokens, key)
+        try:
+            with self.stop.at_once(apart=True):
+                yield
+        except STOPS:
+            if self.stop.signal is None or self.stop.again:
+                raise
+        if self._asked_to_stop():
+            raise_stop(self.stop.signal or 0)
+
+    def score_and_save(self) -> None:
+        """Score, sample and save after a step if each is due; `_finish` handles the last step."""
+        args, progress = self.args, self.progress
+        if progress.step == args.steps:
+            return
+        scores = args.eval_every > 0 and progress.step % args.eval_every == 0
+        progress.unmeasured = True
+        score = self.evaluate(args.eval_tokens) if scores else Score()
+        if args.sample_every > 0 and progress.step % args.sample_every == 0:
+            self.sample()
+        progress.unmeasured = False
+        record = self.monitor.is_record(score)
+        if scores:
+            progress.stale = 0 if record else progress.stale + 1
+        if progress.step % args.save_every == 0 or record:
+            self.save(score)
+
+    def _finish(self) -> Score:
+        """Save the last step, and score all held-out items."""
+        args, held_out = self.args, self.data.held_out
+        is_text = isinstance(held_out, Mapping)
+        self.save(None)  # before scoring, so that a kill meanwhile does not lose the last steps
+        if held_out:
+            self.line.say("scoring held-out text ...")
+        # The best step is chosen by scores of the same documents: the first `eval_tokens`.
+        limited = args.eval_every > 0 and args.eval_tokens is not None and is_text
+        score = self.evaluate(args.eval_tokens) if limited else None
+        final = self.evaluate(None, key="final" if limited else "held_out")
+        with self._interruptible(), self._as_saved():
+            self.monitor.experts()
+        self.save(score or final)
+        return final
+
+    def evaluate(self, max_tokens: int | None, key: str = "held_out") -> Score:
+        """Score held-out items, and log and print the score.
+
+        Args:
+            max_tokens: Score the first documents of each text source with about this many tokens;
+                None scores all. It has no effect on other data.
+            key: Name of the score in metrics.jsonl.
+
+        Returns:
+            The score over all sources and ranks, which is empty if nothing is held out.
+        """
+        # Text is scored in the precision of the weights, as `transom eval` does.
+        autocast = self._autocast() if self.args.finetune else contextlib.nullcontext()
+        scores: dict[str, Score] = {}
+        with self._interruptible(), self._as_saved(), autocast:
+            scores = self.monitor.scores(max_tokens)
+        totals = self.ranks.total(list(scores.values()))
+        named = dict(zip(scores, totals, strict=True))
+        return self.monitor.log_scores(named, key)
 
     def sample(self) -> None:
-        """Draw and show what the model says to the run's prompts now."""
-        with self._as_saved(), self._autocast():
+        """Continue the prompts of the config, and log and print the texts."""
+        with self._interruptible(), self._as_saved(), self._autocast():
             self.monitor.sample()
-
-    def experts(self) -> None:
-        """Log what each expert of a mixture is for."""
-        with self._as_saved():
-            self.monitor.experts()
 
     @contextlib.contextmanager
     def _as_saved(self) -> Iterator[None]:
-        """The model as a checkpoint holds it: averaged weights, and no compiled blocks."""
+        """Let the model be as a checkpoint stores it: with averaged weights and uncompiled."""
         with self._eager(), contextlib.nullcontext() if self.ema is None else self.ema.swapped():
             yield
-
-    def _eager(self) -> contextlib.AbstractContextManager[Any]:
-        """No compiled blocks for shapes of all kinds."""
-        if not self.compiled:
-            return contextlib.nullcontext()
-        stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-        return stance
 
     def log(self, result: StepResult, seconds: float) -> None:
         """Log a step that took `seconds`."""
         more: dict[str, Any] = {"learning_rates": self.optimizers.learning_rates()}
         if self.scaler.is_enabled():
             more["skipped_steps"] = self.progress.skipped_steps
-        self.monitor.log(result, seconds, self.dtype, self.world_size, more)
+        peak = self.ranks.world_size * matmul_peak(self.device.type, self.dtype)
+        self.monitor.log(result, seconds, peak, more)
 
-    # -- state
-    # ----------------------------------------------------------------------------------------
+    def save(self, score: Score | None) -> None:
+        """Write a checkpoint, which becomes the best one if `score` is the best of the run.
 
-    def save(self, measured: Score | None) -> None:
-        """Write a checkpoint; it becomes the best one if `measured` beats all that were measured
-        before.
+        Raises:
+            WorkError: If rank 0 could not write it, on every rank.
         """
-        best = self.monitor.is_record(measured)
-        if best:
-            self.progress.best = lower_is_better(measured)
+        best = self.monitor.is_record(score)
+        if best and score is not None:
+            self.progress.best = score.value
         random = random_states(self.ranks)
-        if self.rank == 0:
-            with self._as_saved():
-                raw = {} if self.ema is None else self.ema.state_tensors()
+        with self._as_saved():
+            averages = {} if self.ema is None else self.ema.state_tensors()
+            optimizers = self.optimizers.state_tensors()
+            tensors = {**optimizers, **self.writer.tensors(), **averages, **random}
+            state = {
+                "progress": vars(self.progress),
+                "data": self.batches.state,
+                "scaler": self.scaler.state_dict(),
+            }
+
+            def write() -> None:
+                keep, step = self.args.keep_last, self.progress.step
                 self.run.save_step(
-                    self.progress.step,
-                    self.step_model.write,
-                    {
-                        **self.optimizers.state_tensors(),
-                        **self.step_model.tensors(),
-                        **raw,
-                        **random,
-                    },
-                    {
-                        "progress": vars(self.progress),
-                        "data": self.batches.state,
-                        "scaler": self.scaler.state_dict(),
-                    },
-                    best=best,
-                    keep_last=self.args.keep_last,
+                    step, self.writer.write, tensors, state, best=best, keep_last=keep
                 )
-        self.ranks.wait()
+
+            self.ranks.on_first(write)
 
     def resume(self) -> None:
-        """Continue from the run's latest step exactly: weights, optimizer, data position, random
-        state.
+        """Continue from the run's latest step: weights, optimizer, data position, random state.
+
+        Raises:
+            RequestError: If a file of the step is missing, altered or of another model.
         """
         folder, tensors, state = self.run.read_step("latest")
-        self.step_model.restore(folder, tensors)
-        self.progress = self.monitor.progress = Progress(**state["progress"])
+        self.writer.restore(folder, tensors)
+        vars(self.progress).update(state["progress"])  # the monitor refers to the same object
         take_random_states(self.ranks, tensors, self.args.seed, self.progress.step)
         if self.ema is not None:
             self.ema.load_state_tensors(tensors)
@@ -440,8 +249,9 @@ class Trainer:
         self.batches.load_state(state["data"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-        if self.rank == 0:
-            again = self.progress.unmeasured or self.progress.step == self.args.steps
-            self.run.cut_metrics(self.progress.step, unmeasured=again)
+        step = self.progress.step
+        if self.ranks.rank == 0:
+            repeat = self.progress.unmeasured or step == self.args.steps
+            self.run.cut_metrics(step, unmeasured=repeat)
         self.monitor.write({"event": "resumed"})
-        notice(f"{folder}: resumed at step {self.progress.step} of {self.args.steps}")
+        notice(f"{folder}: resumed at step {step} of {self.args.steps}")

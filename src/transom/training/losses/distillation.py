@@ -15,12 +15,13 @@ from torch import Tensor
 
 from transom.base.errors import RequestError, notice, require
 from transom.data.batch import NO_TARGET, Batch
+from transom.evaluation.score import Score
 from transom.layers.inputs import TransformerOutput
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.losses.cross_entropy import chunk_tokens, cross_entropy_sum
 from transom.training.losses.log_probs import by_chunks
-from transom.training.losses.objectives import AnswerScore, NextToken, Objective
+from transom.training.losses.objectives import NextToken, Objective
 
 
 class Divergence(NamedTuple):
@@ -121,7 +122,6 @@ class Distillation(Objective):
     alpha: float = 0.5
     reverse: bool = False
     chunk: int | None = None
-    held_out: Sequence[Batch] = ()
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, "temperature", self.temperature, "expected a number above 0")
@@ -156,9 +156,9 @@ class Distillation(Objective):
         shown = {"kl": found.kl.detach() / units, "nll": found.nll.detach() / units}
         return {"loss": found.loss(self.temperature, self.alpha) / units, **shown}
 
-    def measure(self) -> AnswerScore | None:
-        """Cross-entropy of held-out answers: the score that runs without a teacher have too."""
-        return NextToken(self.model, self.chunk, self.held_out).measure()
+    def evaluate(self, items: Sequence[Batch]) -> Score:
+        """Return the cross-entropy of held-out batches, as `NextToken` does without a teacher."""
+        return NextToken(self.model, self.chunk).evaluate(items)
 
     def compare(
         self,

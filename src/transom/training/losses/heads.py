@@ -7,7 +7,6 @@ Shape letters: B rows, T tokens, D vector, L labels, P positives, R all rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from transom.base.runtime import evaluating
 from transom.config.layer_args import BASE_HEAD, HeadArgs
 from transom.data.batch import pad_rows
 from transom.data.labelled import EncodedText
+from transom.evaluation.score import Score
 from transom.layers.inputs import TransformerInput, TransformerOutput
 from transom.models.llm import LLM, pool
 from transom.training.losses.cross_entropy import cross_entropy_sum
@@ -82,46 +82,39 @@ def _scores(text_BD: Tensor, positive_PD: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class HeadScore:
-    """Mean loss in nats over `rows` held-out lines, and the share of them answered right.
-
-    Right is the most likely label or, for pairs, the own positive (or its twin) as the nearest of
-    all.
-    """
-
-    loss: float
-    accuracy: float
-    rows: int
-
-    key = "head"
-
-    def __str__(self) -> str:
-        return f"loss {self.loss:.3f}, {self.accuracy:.1%} right of {self.rows:,} lines"
-
-
 @torch.no_grad()
-def score_head(model: LLM, rows: Sequence[EncodedText], temperature: float = 0.05) -> HeadScore:
-    """Score held-out lines; `temperature` as in training."""
+def score_head(model: LLM, rows: Sequence[EncodedText], temperature: float = 0.05) -> Score:
+    """Return the loss in nats and the accuracy of held-out rows.
+
+    A row is right if its label is the most likely one or, for pairs, if its own positive (or an
+    equal text) is the nearest of all positives.
+
+    Args:
+        model: A model with a head.
+        rows: The rows.
+        temperature: What similarities are divided by, as in training.
+
+    Raises:
+        RequestError: If the model has no head.
+    """
     head = model.args.head
     require(head is not None, "head", None, "expected a model with a head")
-    require(len(rows) > 0, "held-out rows", 0, "expected one or more")
-    device = model.device
-    targets_R = torch.tensor([row.target for row in rows], device=device)
+    loss, right = 0.0, 0
+    if not rows:
+        return Score(unit="rows", sums={"accuracy": right})
+    targets_R = torch.tensor([row.target for row in rows], device=model.device)
     texts = run_rows(model, [row.ids[0] for row in rows])
-    if head is not None and head.kind == "classification":
-        assert texts.logits is not None, "a classification head has logits"
+    if texts.logits is not None:
         loss = float(cross_entropy_sum(texts.logits, targets_R))
         right = int((texts.logits.argmax(1) == targets_R).sum())
-        return HeadScore(loss / len(rows), right / len(rows), len(rows))
+        return Score(loss, len(rows), unit="rows", sums={"accuracy": right})
     positive_PD = run_rows(model, [row.ids[1] for row in rows]).vectors
-    loss, right = 0.0, 0
     for at in range(0, len(rows), 1024):  # never rows x rows at once
         text_BD = texts.vectors[at : at + 1024]
         loss += float(contrastive_loss_sum(text_BD, positive_PD, targets_R, temperature, at))
         nearest_B = _scores(text_BD, positive_PD).argmax(1)
         right += int((targets_R[nearest_B] == targets_R[at : at + 1024]).sum())
-    return HeadScore(loss / len(rows), right / len(rows), len(rows))
+    return Score(loss, len(rows), unit="rows", sums={"accuracy": right})
 
 
 class Vectors(NamedTuple):

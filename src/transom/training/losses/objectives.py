@@ -1,17 +1,15 @@
-"""What a step lowers: one objective per kind of learning, which the trainer calls without knowing
-which it is.
+"""Objectives: the loss of each kind of training, and the score of its held-out items.
 
-A micro-batch's share of the loss is its sum divided by the units of the whole global step, so that
-no loss depends on how the step was cut into micro-batches and ranks.
+The loss of a micro-batch is its sum divided by the units of the whole step, so that no loss depends
+on how the step was divided into micro-batches and ranks.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,115 +18,100 @@ from transom.base.runtime import evaluating
 from transom.config.layer_args import HeadArgs
 from transom.data.batch import NO_TARGET, Batch
 from transom.data.labelled import EncodedText
+from transom.evaluation.score import Score
 from transom.layers.inputs import TransformerOutput
 from transom.models.llm import LLM
 from transom.training.losses.cross_entropy import head_loss
-from transom.training.losses.heads import HeadScore, head_loss_sum, score_head
-
-
-class Measured(Protocol):
-    """A held-out score; `loss` tells which step is the best, `key` what its rows of metrics are
-    called.
-    """
-
-    key: str
-
-    @property
-    def loss(self) -> float:
-        """Lower is better."""
-
-    def __str__(self) -> str:
-        """What the progress line says."""
+from transom.training.losses.heads import head_loss_sum, score_head
 
 
 class Objective(ABC):
-    """The base of all: what most of them share."""
-
-    held_out: Sequence[Any] = ()  # what `measure` scores
+    """What a run minimises. The trainer calls it without knowing which one it is."""
 
     def prepare(self, batch: Any) -> Batch:
-        """Return the batch of a step. GRPO samples answers to its questions here."""
+        """Return the batch to learn from, once per step.
+
+        An objective whose answers are generated returns the batch with them.
+        """
         prepared: Batch = batch
         return prepared
 
     def units(self, batch: Batch) -> Tensor:
-        """What the loss of a step is divided by, this rank's share: the weights of its targets."""
+        """Return this rank's share of what the loss of a step is divided by, as a scalar.
+
+        The default is the number of targets, or the sum of their weights.
+        """
         if batch.weights is not None:
             return batch.weights.sum()
         return (batch.targets != NO_TARGET).sum()
 
     @abstractmethod
     def loss(self, output: TransformerOutput, micro: Batch, units: Tensor) -> dict[str, Tensor]:
-        """This micro-batch's share of the `loss`, which is differentiated, and of whatever else is
-        shown.
+        """Return the parts of the loss of one micro-batch by name, as scalars.
+
+        Args:
+            output: The output of the model for the micro-batch.
+            micro: The micro-batch.
+            units: The units of the step over all micro-batches and ranks. Every part is a sum
+                divided by it, so that parts add up to those of the step.
+
+        Returns:
+            `loss`, which is differentiated, and other numbers that are logged.
         """
 
-    def measure(self) -> Measured | None:
-        """The held-out score, or None where nothing is held out in this objective's own form."""
-        return None
-
-
-@dataclass(frozen=True)
-class AnswerScore:
-    """Mean loss in nats over `tokens` held-out tokens that carry loss, and what its exponential is
-    called.
-    """
-
-    loss: float
-    perplexity: float
-    tokens: int
-
-    key = "answers"
-
-    def __str__(self) -> str:
-        return (
-            f"loss {self.loss:.3f}, perplexity {self.perplexity:.2f} over {self.tokens:,} tokens "
-            f"of answers"
-        )
+    @abstractmethod
+    def evaluate(self, items: Sequence[Any]) -> Score:
+        """Return the score of held-out items, see `RunData.held_out`; zeros if there are none."""
 
 
 @dataclass
 class NextToken(Objective):
-    """Cross-entropy of the next token in nats, over the targets that count."""
+    """Cross-entropy of the next token in nats, over the tokens that have a target.
+
+    Args:
+        model: The model.
+        chunk: Tokens whose logits are computed at a time, see `head_loss`.
+    """
 
     model: LLM
     chunk: int | None = None
-    held_out: Sequence[Batch] = ()
 
     def loss(self, output: TransformerOutput, micro: Batch, units: Tensor) -> dict[str, Tensor]:
-        """The sum over targets, divided."""
+        """Return the weighted sum over targets, divided by `units`."""
         total = head_loss(self.model, output.hidden_BTD, micro.targets, self.chunk, micro.weights)
         return {"loss": total / units}
 
     @torch.no_grad()
-    def measure(self) -> AnswerScore | None:
-        """Mean over the targets of held-out batches, where these are given as batches."""
-        if not self.held_out:
-            return None
-        device = self.model.device
+    def evaluate(self, items: Sequence[Batch]) -> Score:
+        """Return the cross-entropy per target of held-out batches."""
         nats = weight = 0.0
-        for batch in self.held_out:
-            here = batch.to(device)
+        for batch in items:
+            here = batch.to(self.model.device)
             with evaluating(self.model):
                 hidden_BTD = self.model(replace(here.inputs(), logits="none")).hidden_BTD
             nats += float(head_loss(self.model, hidden_BTD, here.targets, self.chunk, here.weights))
             weight += float(self.units(here))
-        return AnswerScore(nats / weight, math.exp(min(nats / weight, 700.0)), round(weight))
+        return Score(nats, weight)
 
 
 @dataclass
 class HeadObjective(Objective):
-    """Labels or embeddings of whole rows, scored on held-out lines."""
+    """Labels or embeddings of rows, for a model with a head.
+
+    Args:
+        model: The model.
+        head: Its head.
+        temperature: What similarities of embeddings are divided by.
+    """
 
     model: LLM
     head: HeadArgs
     temperature: float
-    held_out: Sequence[EncodedText] = ()
 
     def loss(self, output: TransformerOutput, micro: Batch, units: Tensor) -> dict[str, Tensor]:
-        """As `heads.head_loss_sum`, divided."""
+        """Return `head_loss_sum`, divided by `units`."""
         return {"loss": head_loss_sum(self.head, output, micro.targets, self.temperature) / units}
 
-    def measure(self) -> HeadScore | None:
-        """Loss and accuracy of the held-out lines."""
-        return score_head(self.model, self.held_out, self.temperature) if self.held_out else None
+    def evaluate(self, items: Sequence[EncodedText]) -> Score:
+        """Return the loss and accuracy of held-out rows."""
+        return score_head(self.model, items, self.temperature)

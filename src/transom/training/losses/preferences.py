@@ -19,9 +19,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from transom.base.errors import RequestError, require
 from transom.data.batch import NO_TARGET, Batch, pad_rows
+from transom.evaluation.score import Score
 from transom.layers.inputs import TransformerInput, TransformerOutput
 from transom.models.llm import LLM
-from transom.training.loop.ranks import Ranks
+from transom.training.loop.ranks import ALONE, Ranks
 from transom.training.losses.heads import BATCH_TOKENS
 from transom.training.losses.log_probs import (
     adapters_off,
@@ -146,30 +147,6 @@ def precompute_reference(
 # -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class PreferenceScore:
-    """Means over `examples` held-out pairs, or single answers of kto: loss, share with a margin
-    above 0, margin.
-
-    The margin of a pair is how much more the chosen answer has gained on the reference than the
-    other, times beta; for orpo the log of their odds ratio, for kto how far an answer is on its
-    right side of the KL estimate.
-    """
-
-    loss: float
-    accuracy: float
-    margin: float
-    examples: int
-
-    key = "preference"
-
-    def __str__(self) -> str:
-        return (
-            f"loss {self.loss:.3f}, margin {self.margin:.3f}, {self.accuracy:.1%} right of "
-            f"{self.examples:,}"
-        )
-
-
 @dataclass
 class Preference(Objective):
     """One of four losses on rows that are padded, not packed.
@@ -189,8 +166,7 @@ class Preference(Objective):
     undesirable_weight: float = 1.0
     chunk: int | None = None
     reference: Mapping[str, float] | None = None
-    held_out: Sequence[Batch] = ()
-    ranks: Ranks | None = None
+    ranks: Ranks = ALONE
     kl: float = field(default=0.0, init=False)  # kto's, of the step under way
 
     def __post_init__(self) -> None:
@@ -238,8 +214,7 @@ class Preference(Objective):
         if self.kind == "kto":
             gained_B = self._gained_elsewhere([batch])
             sums = torch.stack((gained_B.sum(), torch.ones_like(gained_B).sum()))
-            if self.ranks is not None:
-                self.ranks.sum(sums)
+            self.ranks.sum(sums)
             self.kl = max(0.0, float(sums[0] / sums[1]))
         return batch
 
@@ -255,25 +230,27 @@ class Preference(Objective):
         found = self._compare(policy_BT, micro, self.kl)
         return {name: values.sum() / units for name, values in found.items()}
 
-    def measure(self) -> PreferenceScore | None:
-        """Over the rows of all held-out batches."""
-        if not self.held_out:
-            return None
-        device = self.model.device
-        batches = [batch.to(device) for batch in self.held_out]
+    def evaluate(self, items: Sequence[Batch]) -> Score:
+        """Return the loss of held-out pairs, or of single answers with kto.
+
+        `accuracy` is the share with a margin above 0. The `margin` of a pair is how much more the
+        log-probability of the chosen answer has grown than that of the other, relative to the
+        reference, times beta; with orpo the log of their odds ratio; with kto how far an answer is
+        on its right side of the KL estimate.
+        """
+        sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
+        count = 0
+        batches = [batch.to(self.model.device) for batch in items]
         kl = 0.0
-        if self.kind == "kto":
+        if self.kind == "kto" and batches:
             kl = max(0.0, float(self._gained_elsewhere(batches).mean()))
-        rows: dict[str, list[float]] = {}
         for batch in batches:
             policy_BT = measured_log_probs(self.model, batch.inputs(), batch.targets, self.chunk)
-            for name, values in self._compare(policy_BT, batch, kl).items():
-                rows.setdefault(name, []).extend(values.tolist())
-        count = len(rows["loss"])
-        loss, accuracy, margin = (
-            sum(rows[name]) / count for name in ("loss", "accuracy", "margin")
-        )
-        return PreferenceScore(loss, accuracy, margin, count)
+            compared = self._compare(policy_BT, batch, kl)
+            count += len(compared["loss"])
+            for name in sums:
+                sums[name] += sum(compared[name].tolist())
+        return Score(sums.pop("loss"), count, unit="examples", sums=sums)
 
     def _compare(self, policy_BT: Tensor, batch: Batch, kl: float) -> dict[str, Tensor]:
         """The loss and what else is shown, of each pair or row."""

@@ -13,12 +13,31 @@ import torch
 from torch import Tensor, nn
 
 from transom.base.errors import RequestError, require
+from transom.config.model_args import ModelArgs
 from transom.training.config import OptimizerArgs
 from transom.training.optim.adamw8bit import SMALLEST_QUANTIZED, AdamW8bit
 from transom.training.optim.muon import Muon
 
 # Where AdamW has a fused kernel that is faster than one operation over lists of tensors.
 FUSED_DEVICES = ("cpu", "cuda")
+
+
+def width_multiplier(args: ModelArgs) -> float:
+    """Return dim / mup_base_dim, by which muP scales, or 1 for a model without muP.
+
+    With muP (Yang et al. 2022, arXiv 2203.03466) rates found on a narrow model fit a wide one, if
+    the widths of all parts grow in proportion and heads grow in number. With the multiplier m:
+
+    - AdamW trains block matrices and routers at lr / m, while weight decay times rate stays, as in
+      the authors' `mup` package. Embeddings, vectors and the output keep lr.
+    - Logits are divided by m (`ModelArgs.logit_factor`). This is table 8 of the paper, where
+      embedding and output have equal initialisation and rate, so that they may be tied.
+    - Attention keeps 1 / sqrt(head_dim), because head_dim does not change.
+    - `LLM.init_weights` fits as it is: its variance is 1 / fan-in up to a constant.
+    - Muon needs nothing: the spectral norm of its update is lr * sqrt(max(1, out / in)), which muP
+      asks for up to a constant (Yang et al. 2023, arXiv 2310.17813).
+    """
+    return 1.0 if args.mup_base_dim is None else args.dim / args.mup_base_dim
 
 
 def parameter_groups(

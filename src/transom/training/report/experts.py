@@ -1,6 +1,4 @@
-"""The report's part on mixtures of experts: who does the work, how sure the routers are, what is
-lost. No torch.
-"""
+"""The part of the report on mixtures of experts. No torch."""
 
 from __future__ import annotations
 
@@ -12,17 +10,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from transom.training.report.report import (
-    MISSING,
+from transom.training.report.charts import (
     SERIES,
     Floats,
     Line,
     Row,
-    _card,
-    _chart,
-    _column,
-    _short,
+    card,
+    chart,
+    column,
+    short,
     smoothed,
+    table,
 )
 
 HEAT_COLUMNS, HEAT_MAP, HEAT_LIMIT = 200, matplotlib.colormaps["RdBu_r"], 2.0
@@ -30,14 +28,17 @@ DEAD_STEPS = 100  # an expert that nobody chose in as many logged steps is calle
 
 
 def expert_panel(training: Sequence[Row], tokens: Sequence[Row]) -> str:
-    """Heat maps, entropy, dropped tokens, a table of layers, and each expert's tokens; nothing for
-    dense runs.
+    """Return heat maps, curves and tables of experts as HTML; nothing for a dense model.
+
+    Args:
+        training: Rows of training steps.
+        tokens: Rows with the most frequent tokens of each expert.
     """
     rows = [row for row in training if row.get("expert_load")]
     if not rows:
         return ""
     load_LSE = np.array([row["expert_load"] for row in rows], dtype=np.float64).swapaxes(0, 1)
-    steps = _column(rows, "step")
+    steps = column(rows, "step")
     cards = "".join(_heat_map(layer, steps, load_SE) for layer, load_SE in enumerate(load_LSE))
     stops = ",".join(matplotlib.colors.to_hex(HEAT_MAP(part)) for part in np.linspace(0, 1, 9))
     scale = f'<i style="width:120px;height:10px;background:linear-gradient(90deg,{stops})"></i>'
@@ -45,16 +46,16 @@ def expert_panel(training: Sequence[Row], tokens: Sequence[Row]) -> str:
         f"Share of the tokens times experts (the rows): 0 {scale}{HEAT_LIMIT:g} or more; 1 is a "
         f"fair share."
     )
-    charge = f"Balancing loss at the last step: {_short(_column(rows, 'aux_loss')[-1])}."
+    charge = f"Balancing loss at the last step: {short(column(rows, 'aux_loss')[-1])}."
     return (
-        f"<h2>Expert load</h2><p>{key} {charge}</p><div "
-        f'class="grid">{cards}{_curves(rows, load_LSE)}</div>'
+        f'<h2>Expert load</h2><p>{key} {charge}</p><div class="grid">{cards}'
+        f"{_curves(rows, load_LSE)}</div>"
         f"{_table(rows, load_LSE)}{_tokens(tokens)}"
     )
 
 
 def _heat_map(layer: int, steps: Floats, load_SE: Floats) -> str:
-    """Experts from top to bottom, steps from left to right."""
+    """Return the load of one layer: experts from top to bottom, steps from left to right."""
     share_SE = load_SE * load_SE.shape[-1]
     shown = np.linspace(steps[0], steps[-1], min(len(steps), HEAT_COLUMNS))
     image = [
@@ -69,22 +70,20 @@ def _heat_map(layer: int, steps: Floats, load_SE: Floats) -> str:
     )
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     caption = f"last step: busiest expert {share_SE[-1].max():.2f}, idlest {share_SE[-1].min():.2f}"
-    return _card(f"MoE layer {layer + 1}", caption, figure)
+    return card(f"MoE layer {layer + 1}", caption, figure)
 
 
 def _per_layer(rows: Sequence[Row], key: str, layers: int) -> Floats:
-    """The numbers of a list with one entry per layer [steps, layers]; NaN in rows without such a
-    list.
-    """
+    """Return a metric with one entry per layer [steps, layers]; NaN in rows without one."""
     lists: list[list[object]] = []
     for row in rows:
         value = row.get(key)
         lists.append(value if isinstance(value, list) and len(value) == layers else [None] * layers)
-    return np.stack([_column([{"x": each} for each in one], "x") for one in lists])
+    return np.stack([column([{"x": each} for each in one], "x") for one in lists])
 
 
 def _curves(rows: Sequence[Row], load_LSE: Floats) -> str:
-    steps, (layers, _, experts) = _column(rows, "step"), load_LSE.shape
+    steps, (layers, _, experts) = column(rows, "step"), load_LSE.shape
     entropy_SL, dropped_SL = (
         _per_layer(rows, key, layers) for key in ("router_entropy", "dropped_tokens")
     )
@@ -92,56 +91,42 @@ def _curves(rows: Sequence[Row], load_LSE: Floats) -> str:
     if layers > 1:
         lines.append(Line(steps, entropy_SL.min(1), SERIES[1], "surest layer", 1.1))
     caption = f"nats per token; ln {experts} = {np.log(experts):.2f} is undecided"
-    charts = _chart("Router entropy", caption, lines, np.array([]))
+    charts = chart("Router entropy", caption, lines, np.array([]))
     if np.nanmax(dropped_SL, initial=0.0) > 0:
         dropped = [Line(steps, 100 * dropped_SL.mean(1))]
         caption = "% of tokens that lost an expert to its capacity, mean of layers"
-        charts += _chart("Dropped tokens", caption, dropped, np.array([]))
+        charts += chart("Dropped tokens", caption, dropped, np.array([]))
     return charts
 
 
 def _table(rows: Sequence[Row], load_LSE: Floats) -> str:
-    """One line per layer, the last one for all: dead experts now and over the last steps, dropped
-    tokens.
-    """
+    """Return a table with one line per layer: dead experts, entropy and dropped tokens."""
     layers, count, experts = load_LSE.shape
     window = min(count, DEAD_STEPS)
-    dead_L = (load_LSE[:, -1] == 0).sum(1)
-    long_dead_L = (load_LSE[:, -window:] == 0).all(1).sum(1)
-    entropy_L, dropped_L = (
-        _per_layer(rows[-1:], key, layers)[0] for key in ("router_entropy", "dropped_tokens")
-    )
-    heads = ("layer", "dead, last step", f"dead, last {window} steps", "entropy", "dropped tokens")
-    body = "".join(f"<th>{head}</th>" for head in heads)
-    lines = [
+    numbers_LC = np.stack(
         (
-            f"MoE layer {layer + 1}",
-            dead_L[layer],
-            long_dead_L[layer],
-            entropy_L[layer],
-            dropped_L[layer],
-            experts,
-        )
-        for layer in range(layers)
-    ]
-    mean = (entropy_L.mean(), dropped_L.mean())
-    lines.append(("all layers", dead_L.sum(), long_dead_L.sum(), *mean, layers * experts))
-    for name, dead, long_dead, entropy, dropped, of in lines:
-        cells = (f"{dead} of {of}", f"{long_dead} of {of}", f"{entropy:.3f}", f"{dropped:.2%}")
-        body_cells = "".join(
-            f"<td>{MISSING if 'nan' in cell else cell}</td>" for cell in (name, *cells)
-        )
-        body += f"</tr><tr>{body_cells}"
-    return (
-        f"<h3>Experts, step {rows[-1]['step']:,}</h3><div "
-        f'class="card"><table><tr>{body}</tr></table></div>'
+            (load_LSE[:, -1] == 0).sum(1),
+            (load_LSE[:, -window:] == 0).all(1).sum(1),
+            _per_layer(rows[-1:], "router_entropy", layers)[0],
+            _per_layer(rows[-1:], "dropped_tokens", layers)[0],
+        ),
+        axis=1,
     )
+    total_C = np.concatenate((numbers_LC[:, :2].sum(0), numbers_LC[:, 2:].mean(0)))
+    names = [*(f"MoE layer {layer + 1}" for layer in range(layers)), "all layers"]
+    counts = [experts] * layers + [layers * experts]
+    lines = [
+        (name, f"{dead:.0f} of {of}", f"{long:.0f} of {of}", f"{entropy:.3f}", f"{dropped:.2%}")
+        for name, of, (dead, long, entropy, dropped) in zip(
+            names, counts, (*numbers_LC, total_C), strict=True
+        )
+    ]
+    heads = ("layer", "dead, last step", f"dead, last {window} steps", "entropy", "dropped tokens")
+    return f"<h3>Experts, step {rows[-1]['step']:,}</h3>{table(heads, lines)}"
 
 
 def _tokens(rows: Sequence[Row]) -> str:
-    """The most frequent tokens of each expert when they were last collected, in the order of their
-    share.
-    """
+    """Return the most frequent tokens of each expert when they were last counted."""
     if not rows:
         return ""
     blocks = []

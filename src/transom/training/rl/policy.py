@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, require
 from transom.base.runtime import evaluating
 from transom.cache.model_cache import ModelCache
 from transom.chat.reasoning import marker_ids
 from transom.data.batch import NO_TARGET, Batch
 from transom.evaluation.answers import CACHE_TOKENS
+from transom.evaluation.score import Score
 from transom.inference.loop import first_capacity, prefill
 from transom.inference.sampling import SamplingArgs
 from transom.inference.text import stream_text
@@ -27,7 +28,7 @@ from transom.layers.inputs import TransformerOutput
 from transom.lora.adapters import adapted_modules
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
-from transom.training.loop.ranks import Ranks
+from transom.training.loop.ranks import ALONE, Ranks
 from transom.training.losses.log_probs import (
     adapters_off,
     check_frozen_base,
@@ -136,31 +137,6 @@ def _shared_cache(model: LLM, prompts: Sequence[list[int]], new_tokens: int) -> 
     return cache.fork([places[tuple(prompt)] for prompt in prompts])
 
 
-@dataclass(frozen=True)
-class PolicyScore:
-    """Greedy answers to `examples` held-out questions: mean reward, share solved, share ended by
-    their length.
-    """
-
-    reward: float
-    accuracy: float
-    cut: float
-    examples: int
-
-    key = "policy"
-
-    @property
-    def loss(self) -> float:
-        """Minus the reward."""
-        return -self.reward
-
-    def __str__(self) -> str:
-        return (
-            f"reward {self.reward:.3f}, {self.accuracy:.1%} solved, {self.cut:.1%} cut, of "
-            f"{self.examples:,}"
-        )
-
-
 @dataclass
 class PolicyGradient(Objective):
     """- sum of advantage log p(token) over the tokens of all answers, divided by their count in the
@@ -184,9 +160,7 @@ class PolicyGradient(Objective):
     scale_rewards: bool = True
     dtype: torch.dtype = torch.float32  # of autocast, as in training
     chunk: int | None = None
-    held_out: Sequence[Question] = ()
-    ranks: Ranks | None = None
-    quiet: bool = False
+    ranks: Ranks = ALONE
     # Steps without a signal since this object was made.
     silent_steps: int = field(default=0, init=False)
     # Answers of the current step over all ranks.
@@ -217,12 +191,11 @@ class PolicyGradient(Objective):
             ),
             default=0,
         )
-        if dropout and not self.quiet:
-            notice(
+        if dropout:
+            self.ranks.say(
                 f"dropout {dropout:g}: answers are drawn without it, so they are learnt from as "
                 f"those of another"
             )
-        self.reward.check((row.id, row.reference) for row in self.held_out)
 
     def prepare(self, batch: QuestionBatch) -> Batch:
         """Answers to the questions of a step, their rewards and advantages; a step without a signal
@@ -254,16 +227,19 @@ class PolicyGradient(Objective):
             loss, parts["kl"] = loss + self.beta * kl, kl.detach()
         return {"loss": loss, **parts, **self._shown(micro)}
 
-    def measure(self) -> PolicyScore | None:
-        """Greedy answers to all held-out questions."""
-        if not self.held_out:
-            return None
-        said = self._answers(self.held_out, range(len(self.held_out)), 0.0)
-        rewards, count = self._rewards(self.held_out, said), len(self.held_out)
-        cut = sum(one.completion.finish_reason == "length" for one in said)
-        return PolicyScore(
-            sum(rewards) / count, sum(one >= SOLVED for one in rewards) / count, cut / count, count
-        )
+    def evaluate(self, items: Sequence[Question]) -> Score:
+        """Return the score of greedy answers to held-out questions; the loss is minus the reward.
+
+        `accuracy` is the share solved, and `cut` the share that ended by their length.
+        """
+        answers = self._answers(items, range(len(items)), 0.0)
+        rewards = self._rewards(items, answers)
+        sums = {
+            "reward": sum(rewards),
+            "accuracy": sum(one >= SOLVED for one in rewards),
+            "cut": sum(one.completion.finish_reason == "length" for one in answers),
+        }
+        return Score(-sums["reward"], len(items), unit="examples", sums=sums)
 
     def _answers(
         self, questions: Sequence[Question], seeds: Sequence[int], temperature: float
@@ -303,17 +279,18 @@ class PolicyGradient(Objective):
         return {name: values.sum() * share for name, values in found.items()}
 
     def _say_silent(self, rewards_QG: Tensor) -> None:
-        """Count steps in which no answer is better than another to its question; said ever more
-        seldom.
+        """Count steps in which no answer is better than another one to its question.
+
+        A notice is printed at the first such step, and ever more rarely after it.
         """
-        telling = (rewards_QG != rewards_QG[:, :1]).any(1).sum().to(self.model.device)
-        if self.ranks is not None:
-            self.ranks.sum(telling)
-        if int(telling) == 0:
-            self.silent_steps += 1
-            if not self.quiet and self.silent_steps & (self.silent_steps - 1) == 0:
-                notice(
-                    "no signal: all answers to each question of a step got one reward (mean "
-                    f"{rewards_QG.mean():g}), so there is nothing to learn; {self.silent_steps} "
-                    f"such steps so far"
-                )
+        telling = (rewards_QG != rewards_QG[:, :1]).any(1).sum().to(self.ranks.device)
+        self.ranks.sum(telling)
+        if int(telling):
+            return
+        self.silent_steps += 1
+        if self.silent_steps & (self.silent_steps - 1) == 0:
+            self.ranks.say(
+                "no signal: all answers to each question of a step got one reward (mean "
+                f"{rewards_QG.mean():g}), so there is nothing to learn; {self.silent_steps} such "
+                "steps so far"
+            )

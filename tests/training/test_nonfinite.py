@@ -7,7 +7,7 @@ from tests.helpers import random_model, random_tokens, tiny_args
 from tests.training.runs import tiny_args as tiny_run
 from transom.base.errors import WorkError
 from transom.layers.inputs import TransformerInput
-from transom.training.loop.nonfinite import blame
+from transom.training.loop.nonfinite import locate_nonfinite
 from transom.training.loop.setup import open_run
 
 ROWS = [TransformerInput(random_tokens(2, 8))]
@@ -17,14 +17,14 @@ def test_a_weight_that_is_no_number():
     model = random_model(tiny_args())
     with torch.no_grad():
         model.layers[1].feed_forward.w_out.weight[0, 0] = float("nan")
-    assert "weight layers.1.feed_forward.w_out.weight went first" in blame(model, ROWS)
+    assert "weight layers.1.feed_forward.w_out.weight went first" in locate_nonfinite(model, ROWS)
 
 
 def test_a_layer_whose_output_overflows():
     model = random_model(tiny_args())
     with torch.no_grad():
         model.layers[1].attention.wo.weight.fill_(3e38)
-    assert "the output of layers.1 went first" in blame(model, ROWS)
+    assert "the output of layers.1 went first" in locate_nonfinite(model, ROWS)
 
 
 def test_of_gradients_the_one_nearest_to_the_loss():
@@ -33,7 +33,7 @@ def test_of_gradients_the_one_nearest_to_the_loss():
         weight.grad = torch.zeros_like(weight)
         if "layers." in name or name.startswith("tok"):
             weight.grad.fill_(float("inf"))
-    assert "the gradient of layers.1." in blame(model, ROWS)
+    assert "the gradient of layers.1." in locate_nonfinite(model, ROWS)
 
 
 def test_a_run_says_step_and_place_and_keeps_its_last_checkpoint(tmp_path):

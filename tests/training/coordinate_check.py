@@ -1,21 +1,4 @@
-"""Width scaling by muP (Yang et al. 2022, arXiv 2203.03466), so that rates found on a narrow model
-fit a wide one.
-
-With m = dim / mup_base_dim, every other block width growing in proportion and heads growing in
-number:
-
-- AdamW moves block matrices and routers by lr / m (`optimizers.parameter_groups`); their weight
-  decay times rate stays, as in the authors' mup package. Embeddings, vectors and the output keep
-  lr.
-- Logits are divided by m (`ModelArgs.logit_factor`). This is the paper's table 8, where embedding
-  and output have equal initialisation and rate, so tied embeddings are fine.
-- Attention keeps 1 / sqrt(head_dim): muP asks for 1 / head_dim, which is a constant while head_dim
-  is.
-- `LLM.init_weights` fits as it is: variance 1 / fan in up to a constant, and zero where a sum meets
-  the stream.
-- Muon needs nothing: its update has spectral norm lr * sqrt(max(1, out / in)), which muP asks for
-  up to a constant at fixed ratios of widths (Yang et al. 2023, arXiv 2310.17813).
-"""
+"""The coordinate check of muP: whether the sizes of a model's outputs depend on its width."""
 
 from __future__ import annotations
 
@@ -29,20 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transom.base.errors import require
-from transom.config.model_args import ModelArgs
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
 from transom.training.config import OptimizerArgs
 from transom.training.losses.cross_entropy import cross_entropy_sum
-from transom.training.optim.optimizers import build_optimizer
+from transom.training.optim.optimizers import build_optimizer, width_multiplier
 
 LOGITS = "logits"
-
-
-def width_multiplier(args: ModelArgs) -> float:
-    """m = dim / mup_base_dim, or 1 for a model without muP."""
-    return 1.0 if args.mup_base_dim is None else args.dim / args.mup_base_dim
 
 
 @dataclass(frozen=True)
@@ -70,8 +46,6 @@ def coordinate_check(
     with width (`growth`). Modules are the embeddings, each block's sublayers and the logits;
     AdamW's clipping is left out, since it would hide the growth of gradients.
     """
-    require(len(widths) >= 2, "widths", list(widths), "expected two or more")
-    require(steps >= 1, "steps", steps, "expected 1 or more")
     rows = []
     for width in widths:
         model = make_model(width)

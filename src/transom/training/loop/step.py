@@ -1,0 +1,342 @@
+"""One optimizer step: forward and backward passes over micro-batches, the update of the weights."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from transom.base.errors import RequestError, WorkError, notice, require
+from transom.base.interrupts import STOPS
+from transom.base.runtime import is_out_of_memory, memory_bytes, reset_peak_memory, synchronize
+from transom.data.batch import Batch
+from transom.training.config import TrainArgs
+from transom.training.loop.blocks import OFFLOAD_MIN_BYTES, arrange_blocks
+from transom.training.loop.nonfinite import locate_nonfinite
+from transom.training.loop.profile import StepClock
+from transom.training.loop.progress import Progress, ProgressLine, StopRequest
+from transom.training.loop.random_states import random_state, restore_random_state
+from transom.training.loop.ranks import Ranks
+from transom.training.loop.run_folder import RunFolder
+from transom.training.loop.run_parts import RunParts
+from transom.training.losses.balance import RouterCounts, router_parts, update_choice_biases
+from transom.training.optim.ema import Ema
+from transom.training.optim.optimizers import (
+    BackwardOptimizers,
+    Optimizers,
+    build_optimizer,
+    width_multiplier,
+)
+from transom.training.optim.schedule import lr_scale
+
+
+class StepTotals(NamedTuple):
+    """Totals of one step over all micro-batches and ranks, as float32 scalars (exact to 2^24).
+
+    Attributes:
+        units: What the loss is divided by, see `Objective.units`.
+        tokens: Tokens that are not padding.
+    """
+
+    units: Tensor
+    tokens: Tensor
+
+
+class StepLosses(NamedTuple):
+    """Sums over micro-batches.
+
+    Attributes:
+        parts: The `loss`, and what else the objective reports, by name.
+        router: What the routers of mixtures of experts chose; None for dense models.
+    """
+
+    parts: dict[str, Tensor]
+    router: RouterCounts | None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did.
+
+    Attributes:
+        loss: Mean loss per target, in nats for most objectives.
+        grad_norm: Global norm of the gradients before clipping.
+        row_length: Tokens of the longest row.
+        tokens: Tokens of all ranks that are not padding.
+        parts: Other numbers that the objective reports, such as `aux_loss`.
+        router: What the routers of mixtures of experts chose.
+    """
+
+    loss: float
+    grad_norm: float
+    row_length: int
+    tokens: int
+    parts: Mapping[str, float] = field(default_factory=dict)
+    router: RouterCounts | None = None
+
+
+class Stepper:
+    """Trains the model of `parts` step by step.
+
+    Args:
+        args: The resolved config.
+        parts: The model, its data and its objective.
+        run: Folder of the run, which errors refer to.
+        ranks: The ranks that share each batch.
+        dtype: Dtype of the matrix products; weights stay in float32.
+        profile_steps: Number of steps that are profiled.
+
+    Raises:
+        RequestError: If float16 is used without a CUDA device, or an option needs whole gradients
+            together with `optimizer.in_backward`.
+    """
+
+    def __init__(
+        self,
+        args: TrainArgs,
+        parts: RunParts,
+        run: RunFolder,
+        ranks: Ranks,
+        dtype: torch.dtype,
+        profile_steps: int = 0,
+    ) -> None:
+        self.args, self.run, self.ranks, self.dtype = args, run, ranks, dtype
+        self.device = ranks.device
+        self.model, self.objective, self.batches = parts.model, parts.objective, parts.data.batches
+        usable = dtype != torch.float16 or self.device.type == "cuda"
+        expected = f"expected bfloat16 or float32 on {self.device.type}"
+        require(usable, "dtype", "float16", expected)
+        # Only float16 overflows in the backward pass. For other dtypes the scaler does nothing.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        args.optimizer.check_in_backward(
+            args.accumulate, ranks=ranks.world_size, scaled=self.scaler.is_enabled()
+        )
+        self.optimizers = self._build_optimizers()
+        self.ema = None if args.ema_decay is None else Ema(self.model, args.ema_decay)
+        self.line = ProgressLine(quiet=not ranks.verbose)
+        self.clock = StepClock(self.device, profile_steps)
+        self.stop = StopRequest(alone=ranks.world_size == 1)
+        self.progress = Progress()
+        self.compiled = args.compile
+        self._arrange_blocks()
+
+    def _build_optimizers(self) -> Optimizers:
+        width = width_multiplier(self.model.args)
+        return build_optimizer(
+            self.model, self.args.optimizer, device_type=self.device.type, width=width
+        )
+
+    def _arrange_blocks(self) -> None:
+        offloads = self.args.activation_offload and self.device.type != "cpu"
+        arrange_blocks(
+            self.model,
+            compiled=self.compiled,
+            checkpointing=self.args.activation_checkpoint,
+            offload_min_bytes=OFFLOAD_MIN_BYTES if offloads else None,
+        )
+
+    def step(self) -> StepResult:
+        """Take one optimizer step over this rank's share of the next global batch.
+
+        If a signal interrupts it before the weights change, the state is that before the step.
+
+        Raises:
+            WorkError: If the loss or a gradient is not finite, or memory is exhausted.
+        """
+        self.model.train()
+        position, random = self.batches.state, random_state(self.device)
+        # Weights that have moved in the backward pass cannot be restored.
+        redo = not isinstance(self.optimizers, BackwardOptimizers)
+        try:
+            micro_batches, totals = self._next_batch()
+            progress = self.progress.step
+            self.optimizers.set_scale(lr_scale(progress, self.args.steps, self.args.schedule))
+            with self.stop.at_once() if redo else contextlib.nullcontext():
+                losses = self._gradients(micro_batches, totals, redo=redo)
+        except STOPS:
+            self.batches.load_state(position)
+            restore_random_state(self.device, random)
+            self.optimizers.zero_grad()
+            raise
+        for total in losses.parts.values():
+            self.ranks.sum(total)
+        if losses.router is not None:
+            self.ranks.sum(losses.router.values_LC)
+        parts = {name: float(value) for name, value in losses.parts.items()}
+        loss = parts.pop("loss")
+        if not math.isfinite(loss):
+            raise self._nonfinite(f"the loss is {loss}", micro_batches)
+        with self.clock.part("optimizer"):
+            grad_norm = self._apply(losses.router, micro_batches)
+        self.progress.step += 1
+        self.progress.tokens += int(totals.tokens)
+        row_length = max(micro.row_length for micro in micro_batches)
+        return StepResult(loss, grad_norm, row_length, int(totals.tokens), parts, losses.router)
+
+    def _next_batch(self) -> tuple[list[Batch], StepTotals]:
+        """Return the micro-batches of the next step, and its totals over ranks."""
+        with self.stop.at_once():
+            with self.clock.part("data"):
+                batch = self.batches.next()
+            with self.clock.part("prepare"), torch.no_grad(), self._autocast(), self._eager():
+                batch = self.objective.prepare(batch)
+        short = self.progress.step < self.args.short_rows * self.args.steps
+        if short:
+            batch = batch.split_rows(self.args.short_rows_split)
+        units = self.objective.units(batch).to(self.device, torch.float32)
+        tokens = torch.tensor(float(batch.real_tokens), device=self.device)
+        self.ranks.sum(units)
+        self.ranks.sum(tokens)
+        totals = StepTotals(units.clamp(min=1e-9), tokens)
+        return list(batch.micro_batches(self.args.accumulate)), totals
+
+    def _nonfinite(self, what: str, micro_batches: Sequence[Batch]) -> WorkError:
+        """Return an error that names the place where numbers stopped being finite."""
+        with torch.no_grad(), self._autocast():
+            inputs = [micro.to(self.device).inputs() for micro in micro_batches]
+            place = locate_nonfinite(self.model, inputs)
+        return WorkError(f"step {self.progress.step + 1}: {what}; {place}; {self.run.untouched}")
+
+    def _gradients(
+        self, micro_batches: Sequence[Batch], totals: StepTotals, *, redo: bool = True
+    ) -> StepLosses:
+        """Compute the gradients of this rank; without compiled blocks if compiling fails."""
+        random = random_state(self.device)
+        try:
+            return self._accumulate(micro_batches, totals)
+        except (RequestError, WorkError):
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise WorkError(too_large(self.args, micro_batches[0], self.device)) from None
+            if not self.compiled or not redo:
+                raise
+            reason = " ".join(str(error).split())[:160]
+            notice(f"compile: failed ({type(error).__name__}: {reason}); blocks run uncompiled")
+        self.compiled = False
+        self._arrange_blocks()
+        self.optimizers.zero_grad()
+        restore_random_state(self.device, random)
+        return self._accumulate(micro_batches, totals)
+
+    def _accumulate(self, micro_batches: Sequence[Batch], totals: StepTotals) -> StepLosses:
+        sums: dict[str, Tensor] = {}
+        router: RouterCounts | None = None
+        moe = self.model.args.moe_args
+        for micro in micro_batches:
+            with self.clock.part("data"):
+                micro = micro.to(self.device)
+            with self._autocast(), self.clock.part("forward"):
+                output = self.model(replace(micro.inputs(), logits="none"))
+            with self._autocast(), self.clock.part("loss"):
+                parts = self.objective.loss(output, micro, totals.units)
+                loss = parts["loss"]
+                if moe is not None and output.router:
+                    weighted, more = router_parts(output.router, moe, totals.tokens)
+                    loss, parts = loss + weighted, {**parts, **more}
+            with self.clock.part("backward"):
+                self.scaler.scale(loss).backward()
+            for name, part in parts.items():
+                sums[name] = sums.get(name, 0.0) + part.detach()
+            if output.router:
+                counts = RouterCounts.of(output.router)
+                router = counts if router is None else router + counts
+        return StepLosses(sums, router)
+
+    def _reduced_norm(self) -> Tensor:
+        """Sum the gradients over ranks and clip them; return their global norm before clipping."""
+        weights = [weight for weight in self.model.parameters() if weight.grad is not None]
+        self.ranks.sum_gradients(weights)
+        for optimizer in self.optimizers.all:
+            self.scaler.unscale_(optimizer)
+        return self.optimizers.clip(weights, self.args.optimizer.max_grad_norm)
+
+    def _apply(self, router: RouterCounts | None, micro_batches: Sequence[Batch]) -> float:
+        """Update the weights, and return the norm of the gradients before clipping.
+
+        A step whose float16 gradients overflow changes no weight and is counted.
+        """
+        norm = self._reduced_norm()
+        finite = bool(torch.isfinite(norm))
+        if not finite and not self.scaler.is_enabled():
+            raise self._nonfinite("the gradient is not finite", micro_batches)
+        # All optimizers or none: clipping spreads an overflow over the gradients of all of them.
+        if finite:
+            for optimizer in self.optimizers.all:
+                self.scaler.step(optimizer)
+            self._follow(router)
+        self.scaler.update()
+        self.progress.skipped_steps += not finite
+        self.optimizers.zero_grad()
+        return float(norm)
+
+    def _follow(self, router: RouterCounts | None) -> None:
+        """Update what follows the weights: choice biases of experts, and their moving average."""
+        moe, finetune = self.model.args.moe_args, self.args.finetune
+        trains_router = finetune is None or finetune.trains_router
+        if moe is not None and moe.balance == "bias" and router is not None and trains_router:
+            update_choice_biases(self.model, router.picks_LE, moe.bias_update_rate)
+        if self.ema is not None:
+            self.ema.update(self.progress.step)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def _eager(self) -> contextlib.AbstractContextManager[Any]:
+        """Run blocks uncompiled: scoring and sampling have shapes of all kinds."""
+        if not self.compiled:
+            return contextlib.nullcontext()
+        stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return stance
+
+    def dry_run(self) -> None:
+        """Run forward and backward passes of the largest micro-batch, and print what they take.
+
+        Weights, random state and position in the data do not change. Call it before the first step.
+
+        Raises:
+            RequestError: If a micro-batch does not fit into memory.
+        """
+        if isinstance(self.optimizers, BackwardOptimizers):
+            self.optimizers.remove_hooks()  # else the backward pass would move weights
+        micro = self.batches.largest(self.args.accumulate)
+        random, started = random_state(self.device), time.perf_counter()
+        reset_peak_memory(self.device)
+        self.model.train()
+        one = torch.ones((), device=self.device)
+        try:  # from the second micro-batch on, memory holds gradients as well
+            self._gradients([micro] * min(2, self.args.accumulate), StepTotals(one, one))
+        except WorkError as error:
+            raise RequestError(f"dry run: {error}") from None
+        synchronize(self.device)
+        restore_random_state(self.device, random)
+        self.optimizers.zero_grad()
+        if isinstance(self.optimizers, BackwardOptimizers):
+            self.optimizers = self._build_optimizers()
+        rows, length = micro.tokens.shape
+        self.line.say(
+            f"dry run: {rows} x {length} tokens forward and backward in "
+            f"{time.perf_counter() - started:.1f} s, "
+            f"peak memory {memory_bytes(self.device) / 1e9:.2f} GB"
+        )
+        reset_peak_memory(self.device)
+
+
+def too_large(args: TrainArgs, micro: Batch, device: torch.device) -> str:
+    """Return a message about a micro-batch that does not fit into memory, with what to change."""
+    rows, length = micro.tokens.shape
+    chunk = "automatic" if args.loss_chunk is None else args.loss_chunk
+    return (
+        f"a micro-batch of {rows} x {length} tokens does not fit into the memory of {device}; "
+        f"expected a smaller data.batch_size (now {args.data.rows_per_step}), more accumulate "
+        f"(now {args.accumulate}), activation_checkpoint = full (now {args.activation_checkpoint}) "
+        f"or a smaller loss_chunk (now {chunk})"
+    )

@@ -136,3 +136,5 @@ DEEPSEEK_V3 = Family(
         "q_lora_rank": 1536,
     },
 )
+
+FAMILIES = (DEEPSEEK_V3,)

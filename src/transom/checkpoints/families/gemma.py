@@ -177,3 +177,5 @@ GEMMA3 = Family(
     (Option(_read_text), redundant("vision_config", "image_token_index", "image_token_id")),
     writable=False,
 )
+
+FAMILIES = (GEMMA2, GEMMA3_TEXT, GEMMA3)

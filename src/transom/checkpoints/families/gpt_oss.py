@@ -59,3 +59,5 @@ GPT_OSS = Family(
         },
     },
 )
+
+FAMILIES = (GPT_OSS,)

@@ -131,3 +131,5 @@ PHI3 = Family(
         "rms_norm_eps": 1e-5,
     },
 )
+
+FAMILIES = (LLAMA, MISTRAL, MIXTRAL, OLMO2, PHI3)

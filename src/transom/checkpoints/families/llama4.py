@@ -254,3 +254,5 @@ LLAMA4 = Family(
     WeightNames((*under("language_model.", _TEXT_NAMES), *_VISION_NAMES)),
     (Option(_read_with_vision, _write_with_vision),),
 )
+
+FAMILIES = (LLAMA4_TEXT, LLAMA4)

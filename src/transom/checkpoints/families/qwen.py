@@ -109,3 +109,5 @@ QWEN3_MOE = Family(
     ),
     {**_QWEN, "num_key_value_heads": 4, "num_experts_per_tok": 8},
 )
+
+FAMILIES = (QWEN2, QWEN3, QWEN3_MOE)

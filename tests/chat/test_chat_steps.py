@@ -46,7 +46,7 @@ def test_every_beginning_is_what_the_template_renders(tokenizer, name):
 
 def steps(source, tokenizer):
     template = ChatTemplate(source, tokenizer)
-    return template.conversation(TALK).compiled.steps is not None
+    return template.conversation(TALK).template.steps is not None
 
 
 LOOP = "{%% for m in messages %%}%s{%% endfor %%}{%% if add_generation_prompt %%}a{%% endif %%}"

@@ -1,6 +1,4 @@
-"""Signals that end a command (SIGINT, SIGTERM, SIGHUP), and calls that must not delay its end. No
-torch.
-"""
+"""Signals that end a command, and calls that must not delay its end. No torch."""
 
 from __future__ import annotations
 

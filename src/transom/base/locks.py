@@ -25,8 +25,7 @@ ATTEMPTS = 100  # to lock a file that other processes remove meanwhile
 
 
 class FolderLock:
-    """The right to write into a folder, until `release` or the end of the `with` block or of the
-    process.
+    """The right to write into a folder, until `release` or the end of the block or process.
 
     Within one process a folder can be locked again, and a folder below a locked one is locked with
     it.

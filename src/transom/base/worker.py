@@ -1,5 +1,4 @@
-"""A child process that answers JSON requests, so that the kernel can bound its time and memory. No
-torch.
+"""A child process that answers JSON requests in bounded time and memory. No torch.
 
 A limit inside the calling process cannot stop a computation in C, and signals need the main thread.
 The child process is ended by an alarm whose default action needs no Python, and has a limit on its

@@ -33,9 +33,7 @@ class BuiltIn:
     tekken: bool = False
 
     def source(self, tokenizer: Tokenizer) -> str:
-        """Return the Jinja text, without spaces that this tokenizer writes by itself and tokens
-        that it lacks.
-        """
+        """Return the Jinja text without spaces that the tokenizer adds and tokens that it lacks."""
         text = (FOLDER / f"{self.name.removesuffix('-tekken')}.jinja").read_text(encoding="utf-8")
         if "[THINK]" not in tokenizer.special_tokens:
             text = text.replace(THINKS, NO_THINKING)
@@ -110,9 +108,7 @@ def fitting(tokenizer: Tokenizer) -> BuiltIn | None:
 
 
 def _of_version(number: int, tekken: bool) -> str:
-    """Return the name of the template for a version of Mistral's vocabularies (mistral-common:
-    tokens/tokenizers).
-    """
+    """Return the name of the template for a version of Mistral's vocabularies (mistral-common)."""
     if number >= 15 or (number >= 11 and not tekken):
         raise RequestError(f"a vocabulary of chat format v{number}: {_EXPECTED}")
     if number >= 11:

@@ -1,6 +1,4 @@
-"""A conversation prepared for one template: its text, its marked text, and the texts of its
-first messages.
-"""
+"""A conversation prepared for one template: its text, marks and first messages."""
 
 from __future__ import annotations
 
@@ -13,14 +11,14 @@ from typing import Any
 from transom.base.errors import RequestError
 from transom.chat.marking import Marked, Marker, strings, unused_characters
 from transom.chat.messages import open_last, without_parts
-from transom.chat.sandbox import Compiled
+from transom.chat.sandbox import SandboxedTemplate
 
 
 class Conversation:
     """The values that a template renders, in the form that it reads.
 
     Args:
-        compiled: The template.
+        template: The template.
         given: The values of the caller, `messages` among them.
         variables: The values that the template has for every conversation.
         special_tokens: The spellings of control tokens.
@@ -29,29 +27,29 @@ class Conversation:
 
     def __init__(
         self,
-        compiled: Compiled,
+        template: SandboxedTemplate,
         given: dict[str, Any],
         variables: Mapping[str, Any],
         special_tokens: Collection[str],
         now: datetime | None = None,
     ) -> None:
-        self.compiled, self.given, self.messages = compiled, given, given["messages"]
+        self.template, self.given, self.messages = template, given, given["messages"]
         self._variables, self._special_tokens = variables, special_tokens
         self._now = now or datetime.now()
 
     def _changed(self, messages: list[dict[str, Any]]) -> Conversation:
         """Return the conversation with other messages."""
         given = {**self.given, "messages": messages}
-        return Conversation(self.compiled, given, self._variables, self._special_tokens, self._now)
+        return Conversation(self.template, given, self._variables, self._special_tokens, self._now)
 
     def _render(self, changes: Mapping[str, Any], **options: Any) -> str:
         values = {**self._variables, **self.given, **changes}
-        return self.compiled.render(values, self._now, **options)
+        return self.template.render(values, self._now, **options)
 
     def _unused(self, count: int, text: str = "") -> list[str]:
         """Return characters that neither the template nor any of its values nor `text` contains."""
         values = strings([dict(self._variables), self.given])
-        return unused_characters(count, [self.compiled.source, text, *values])
+        return unused_characters(count, [self.template.source, text, *values])
 
     @cached_property
     def text(self) -> str:
@@ -60,8 +58,7 @@ class Conversation:
 
     @cached_property
     def marked(self) -> Marked:
-        """The rendered text with its protected spans, generation blocks and the places of its
-        texts.
+        """The rendered text with protected spans, generation blocks and places of texts.
 
         Raises:
             RequestError: If a control token that a message spells decides what the template writes.
@@ -85,7 +82,7 @@ class Conversation:
             {word for one in strings(self.given) for word in marker.words.findall(one)}
         )
         raise RequestError(
-            f"{self.compiled.origin}: what it writes depends on the control tokens "
+            f"{self.template.origin}: what it writes depends on the control tokens "
             f"{spelled} inside of a "
             "message, so they cannot be kept as text; expected messages without them"
         )
@@ -98,12 +95,12 @@ class Conversation:
         Returns:
             A conversation whose text begins with the text to continue, and the length of that text.
         """
-        origin = self.compiled.origin
+        origin = self.template.origin
         tag = self._unused(1)[0] + " "
         last, words = open_last(
             self.messages[-1],
             field,
-            self.compiled.source,
+            self.template.source,
             tag,
             f"messages[{len(self.messages) - 1}]",
         )
@@ -119,13 +116,11 @@ class Conversation:
         return opened, at if opened.text.startswith(tag, at) else len(opened.text[:at].rstrip())
 
     def refuse_unwritten_parts(self) -> None:
-        """Raise `RequestError` for a part of a message that is no text and that the template
-        leaves out.
-        """
+        """Raise `RequestError` if the template leaves out a part that is no text."""
         for name, kind, messages in without_parts(self.messages):
             if self._render({"messages": messages}) == self.text:
                 raise RequestError(
-                    f"{name}: {self.compiled.origin} leaves out a part of type "
+                    f"{name}: {self.template.origin} leaves out a part of type "
                     f"{kind!r}; expected a template "
                     "that writes it"
                 )
@@ -134,12 +129,11 @@ class Conversation:
 
     @cached_property
     def _steps(self) -> tuple[list[str], str, str] | None:
-        """The text before and of each message, and what follows the last one without and with a
-        prompt.
+        """The text before and of each message, and what follows, without and with a prompt.
 
         Two renderings give the texts of all first messages of a template that writes in steps.
         """
-        if self.compiled.steps is None or len(self.messages) < 2:
+        if self.template.steps is None or len(self.messages) < 2:
             return None
         (mark,) = self._unused(1)
         try:
@@ -157,24 +151,20 @@ class Conversation:
 
     @property
     def in_steps(self) -> bool:
-        """Whether the texts of all first messages come from two renderings, and not from two
-        each.
-        """
+        """Whether two renderings give the texts of all first messages."""
         return self._steps is not None
 
     def first(self, count: int) -> Conversation:
         """Return the conversation of the first `count` messages."""
         first = self._changed(self.messages[:count])
-        if self._steps is not None and count >= (self.compiled.steps or 0):
+        if self._steps is not None and count >= (self.template.steps or 0):
             pieces, end, _ = self._steps
             first.text = "".join(pieces[: count + 1]) + end
         return first
 
     def prompt(self, count: int) -> str | None:
-        """Return the prompt for an answer to the first `count` messages; None if the template
-        writes none.
-        """
-        if self._steps is not None and count >= max(1, self.compiled.steps or 0):
+        """Return the prompt for an answer to the first `count` messages, or None."""
+        if self._steps is not None and count >= max(1, self.template.steps or 0):
             pieces, _, asked = self._steps
             return "".join(pieces[: count + 1]) + asked
         first = {"messages": self.messages[:count], "add_generation_prompt": True}

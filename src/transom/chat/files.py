@@ -1,6 +1,4 @@
-"""The files of a model folder that hold chat templates, and the names that they give to control
-tokens.
-"""
+"""The files of a model folder that hold chat templates and name control tokens."""
 
 from __future__ import annotations
 
@@ -17,8 +15,7 @@ DEFAULT = "default"
 
 
 def stored_templates(folder: Path) -> tuple[str, dict[str, str]]:
-    """Return the file in which a folder keeps its chat templates, and the templates by name, if
-    there are any.
+    """Return the file in which a folder keeps its chat templates, and the templates by name.
 
     As in transformers, template files take precedence over tokenizer_config.json, and a single
     template is called `default`.
@@ -55,9 +52,7 @@ def write_templates(folder: Path, sources: Mapping[str, str]) -> None:
 
 
 def _templates(entry: Any, file: Path) -> dict[str, str]:
-    """Return templates by name from a text, an object of texts, or a list of `{"name": ...,
-    "template": ...}`.
-    """
+    """Return templates by name from an entry: a text, an object of texts, or a list of objects."""
     if entry is None:
         return {}
     pairs: list[tuple[Any, Any]] = [(None, None)]
@@ -80,9 +75,7 @@ def _templates(entry: Any, file: Path) -> dict[str, str]:
 
 
 def variables_of(folder: Path) -> dict[str, str]:
-    """Return the control tokens that tokenizer_config.json names (`image_token`), which
-    templates write by name.
-    """
+    """Return the control tokens that tokenizer_config.json names, such as `image_token`."""
     if not (folder / CONFIG).exists():
         return {}
     config = read_json(folder / CONFIG)

@@ -1,6 +1,4 @@
-"""A hash of the chat template and tokenizer that a model was trained with, which is kept beside
-its weights.
-"""
+"""The hashes of the tokenizer and chat template that a model was trained with."""
 
 from __future__ import annotations
 
@@ -26,9 +24,7 @@ def write_fingerprint(folder: Path, tokenizer: Tokenizer, template: ChatTemplate
 
 
 def template_hash(template: ChatTemplate) -> str:
-    """Return the SHA-256 in hex of everything that decides what a template writes, except
-    messages and the time.
-    """
+    """Return the SHA-256 in hex of what a template writes by, except messages and time."""
     parts = {"sources": template.sources, "variables": template.variables_read}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -36,9 +32,7 @@ def template_hash(template: ChatTemplate) -> str:
 def warn_if_other(
     folders: tuple[Path, ...], tokenizer: Tokenizer, template: ChatTemplate | None
 ) -> None:
-    """Print a notice if the model of these folders was trained with another tokenizer or
-    template.
-    """
+    """Print a notice if a model was trained with another tokenizer or template."""
     path = next((folder / FILE for folder in folders if (folder / FILE).exists()), None)
     trained = {} if path is None else read_json(path)
     others = [] if trained.get("tokenizer") in (None, tokenizer.hash) else ["another tokenizer"]

@@ -1,5 +1,4 @@
-"""Find out which words of a rendered chat come from the template, and which texts of messages it
-leaves out.
+"""Find which words of a rendered chat are the template's, and which texts it leaves out.
 
 A message that spells `<|eot_id|>` looks in the rendered text like the end of a turn. The chat is
 therefore rendered a second time with unused characters as marks around such words. Where both
@@ -65,9 +64,7 @@ class Text:
         return 0 < len(self.written) < self.marks
 
     def is_in(self, rendered: str) -> bool:
-        """Return whether a rendered text contains the words of this text, as they are or as
-        JSON.
-        """
+        """Return whether a rendered text contains this text, as it is or as JSON."""
         words = self.value.strip()
         forms = (words, json.dumps(words)[1:-1], json.dumps(words, ensure_ascii=False)[1:-1])
         return any(form in rendered for form in forms)
@@ -116,9 +113,7 @@ class Marked:
         return Marked(self.text[start:stop], [(a - start, b - start) for a, b in inside])
 
     def template_words(self, words: Iterable[str]) -> Iterator[Span]:
-        """Yield the places of words that the template itself writes; of several at one place
-        the first.
-        """
+        """Yield the places of words that the template itself writes; earlier words win."""
         left = deque(sorted(self.protected))
         for match in re.finditer("|".join(map(re.escape, words)) or "(?!)", self.text):
             start, stop = match.span()
@@ -193,9 +188,7 @@ class Marker:
         )
 
     def mark(self, value: Any, path: Path = ()) -> Any:
-        """Return a copy with marks around control words, and at ends that could join with what
-        the template writes.
-        """
+        """Return a copy with marks around control words, and at ends that could become one."""
         if isinstance(value, dict):
             return {
                 self.words.sub(self._around, key): self.mark(one, (*path, key))
@@ -228,8 +221,7 @@ class Marker:
         return "".join(pieces)
 
     def _places(self, value: str, path: Path) -> list[int]:
-        """Return the places of a text's own marks: in the first word that no template looks for,
-        and at the end.
+        """Return the places of a text's own marks: in its first ordinary word, and at its end.
 
         Templates look for closing tags, so if the text ends with one, the last word is marked
         instead.

@@ -1,6 +1,4 @@
-"""Messages and tools as the plain data that a template reads, in the form that this template
-expects.
-"""
+"""Messages and tools as plain data, in the form that a template expects."""
 
 from __future__ import annotations
 
@@ -49,9 +47,7 @@ def _plain(value: Any, name: str) -> Any:
 
 
 def message_data(message: Any, name: str) -> dict[str, Any]:
-    """Return a message as plain data without null keys, with its reasoning under all names that
-    templates read.
-    """
+    """Return a message as plain data without null keys, its reasoning under all its names."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise RequestError(f"{name}: expected an object with a role and a content")
     out = {key: one for key, one in plain(message, name).items() if one is not None}

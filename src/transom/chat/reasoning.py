@@ -95,9 +95,7 @@ def find_markers(template: ChatTemplate, **values: Any) -> Markers | None:
 
 
 def _written(template: ChatTemplate) -> tuple[str, str] | None:
-    """Return the markers that a template writes around the reasoning of a message, if it writes
-    any.
-    """
+    """Return the markers that a template writes around reasoning, or None."""
     asked = template.probe(QUESTION, prompt=True)
     text = template.probe(QUESTION, {**ANSWER, "reasoning_content": THOUGHT}) or ""
     found = re.search(f"{THOUGHT}(.*?){PROBE}", text, re.DOTALL)
@@ -111,9 +109,7 @@ def _written(template: ChatTemplate) -> tuple[str, str] | None:
 
 
 def split(text: str, markers: Markers | None, *, begun: bool = False) -> tuple[str, str]:
-    """Return the reasoning and the answer of a complete text; without markers all of it is the
-    answer.
-    """
+    """Return the reasoning and the answer of a complete text."""
     if markers is None:
         return "", text
     splitter = markers.splitter(begun=begun)
@@ -123,9 +119,7 @@ def split(text: str, markers: Markers | None, *, begun: bool = False) -> tuple[s
 
 
 def marker_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return the ids of control tokens that set reasoning apart, of all kinds that are known by
-    name.
-    """
+    """Return the ids of all known control tokens that set reasoning apart."""
     special = tokenizer.special_tokens
     groups = [group for group in (*PAIRS, CHANNELS) if all(word in special for word in group)]
     return tuple(special[word] for group in groups for word in group)
@@ -160,9 +154,7 @@ class Splitter(ABC):
         self._waiting = ""
 
     def push(self, text: str) -> list[Piece]:
-        """Return the pieces that can be shown after `text`; the possible beginning of a marker
-        waits.
-        """
+        """Return the pieces that can be shown after `text`; the beginning of a marker waits."""
         return [piece for part, marker in self._cut(text) for piece in self._take(part, marker)]
 
     def finish(self) -> list[Piece]:
@@ -171,9 +163,7 @@ class Splitter(ABC):
         return self._take(text, False) + self._rest()
 
     def _cut(self, text: str) -> Iterator[tuple[str, bool]]:
-        """Yield (text, False) and (marker, True) in order, wherever the pieces of the text were
-        cut.
-        """
+        """Yield (text, False) and (marker, True) in order."""
         text = self._waiting + text
         start = 0
         for found in self._find.finditer(text):
@@ -221,9 +211,7 @@ class PairSplitter(Splitter):
         self._space = ""  # white space at the beginning, which may precede a marker
 
     def begin(self, head: str) -> None:
-        """Find out from the last marker in the template's prompt whether the answer begins
-        inside the reasoning.
-        """
+        """Find out from the template's prompt whether the answer begins inside the reasoning."""
         for text in self._find.findall(head):
             self._state, self._reasoned = ("reasoning" if text == self._opens else "answer"), True
 

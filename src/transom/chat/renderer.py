@@ -30,9 +30,7 @@ class Refused(TemplateError):
 
 
 class Generation(Extension):
-    """The block `{% generation %}...{% endgeneration %}`, which encloses the words of the
-    assistant.
-    """
+    """The block `{% generation %}...{% endgeneration %}` around words of the assistant."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's own form
 
@@ -59,9 +57,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": self.strftime_now}
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
-        """Raise `SecurityError` for an attribute out of reach, which Jinja would render as
-        nothing.
-        """
+        """Raise `SecurityError` for a forbidden attribute, which Jinja would render as nothing."""
         raise SecurityError(f"it reads the attribute {attribute!r} of {type(obj).__name__!r}")
 
     def generated(self, caller: Macro) -> str:
@@ -94,23 +90,14 @@ def _tojson(
     )
 
 
-class Compiled(NamedTuple):
-    """A compiled template, the names of the values that it reads, and `Steps.reads` if it
-    writes in steps.
-    """
-
-    template: Template
-    names: list[str]
-    steps: int | None
-
-
 @cache
 def _environment() -> ChatEnvironment:
     return ChatEnvironment()
 
 
 @lru_cache(maxsize=32)
-def _compiled(source: str) -> Compiled:
+def _compiled(source: str) -> tuple[Template, dict[str, Any]]:
+    """Return a compiled template, and which names it reads and whether it writes in steps."""
     environment = _environment()
     names = sorted(meta.find_undeclared_variables(environment.parse(source)))
     parsed = environment.parse(source)
@@ -121,23 +108,21 @@ def _compiled(source: str) -> Compiled:
     template = Template.from_code(
         environment, environment.compile(parsed), environment.make_globals(None)
     )
-    return Compiled(template, names, None if steps is None else steps.reads)
+    return template, {"names": names, "steps": None if steps is None else steps.reads}
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Return `names` and `steps` of a template, its `text` for some variables, or an `error` in
-    one line.
-    """
+    """Return the names and steps of a template, its text for some variables, or an error."""
     try:
-        compiled = _compiled(request["source"])
+        template, facts = _compiled(request["source"])
     except TemplateSyntaxError as error:
         return {"error": f"line {error.lineno}: not a Jinja template ({error.message})"}
     except Exception as error:
         return {"error": f"not a Jinja template that can be compiled ({_line(error)})"}
     if "variables" not in request:
-        return {"names": compiled.names, "steps": compiled.steps}
+        return facts
     try:
-        return {"text": _render(compiled.template, **request)}
+        return {"text": _render(template, **request)}
     except Refused as error:
         return {"error": f"refuses these messages: {_line(error)}"}
     except SecurityError as error:
@@ -184,9 +169,7 @@ ELSEWHERE = (nodes.Block, nodes.Extends, nodes.Include, nodes.Import, nodes.From
 
 
 class Steps(NamedTuple):
-    """The loop over the messages, and the number of first messages that the template reads at
-    any time.
-    """
+    """The loop over the messages, and how many first messages are read at any time."""
 
     loop: nodes.For
     reads: int
@@ -239,9 +222,7 @@ def _number(item: nodes.Getitem) -> int | None:
 
 
 def _reads_ahead(node: nodes.Node, owner: nodes.Node | None = None) -> bool:
-    """Return whether `loop` is read for more than earlier steps; an inner loop has a `loop` of
-    its own.
-    """
+    """Return whether `loop` is read for more than earlier steps."""
     if isinstance(node, nodes.Name) and node.name == "loop":
         return not (isinstance(owner, nodes.Getattr) and owner.attr in BACKWARD)
     parts = [node.iter] if isinstance(node, nodes.For) else node.iter_child_nodes()

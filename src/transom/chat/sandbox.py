@@ -25,7 +25,7 @@ def _worker() -> Worker:
     return Worker("transom.chat.renderer")
 
 
-class Compiled:
+class SandboxedTemplate:
     """A template of one name: its source and what its code reads.
 
     Attributes:

@@ -37,9 +37,7 @@ class TokenSpans:
         self._ranges = np.asarray(ranges, np.int64).reshape(-1, 2)
 
     def tokens_in(self, spans: Iterable[Span]) -> NDArray[np.int64]:
-        """Return the indices of the tokens that stand for a character of any of the spans, in
-        ascending order.
-        """
+        """Return the indices of the tokens that stand for a character of the spans, ascending."""
         inside = np.zeros(len(self._ranges), np.bool_)
         for span in spans:
             start, stop = map(self._moved, span)
@@ -86,9 +84,7 @@ def _ranges(tokenizer: Tokenizer, ids: Sequence[int], text: str, origin: str) ->
 
 
 def _pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[tuple[int, str]]:
-    """Yield the number of ids taken and the text that they complete, which is empty inside a
-    character.
-    """
+    """Yield the number of ids taken and the text that they complete."""
     decoder = StreamDecoder(tokenizer, skip_special=False)
     for id in ids:
         if id in tokenizer.special_ids:
@@ -108,9 +104,7 @@ def _starts(text: str, at: int) -> Iterator[int]:
 
 
 class Control(NamedTuple):
-    """A control token that the template writes: characters [start, stop), and its place among
-    the ids.
-    """
+    """A control token that the template writes: its characters, and its place among the ids."""
 
     start: int
     stop: int

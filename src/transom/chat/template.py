@@ -30,7 +30,7 @@ from transom.chat.files import (
 )
 from transom.chat.marking import Marked, common_prefix
 from transom.chat.messages import REASONING, CallForm, fit_content, message_data, plain
-from transom.chat.sandbox import Compiled
+from transom.chat.sandbox import SandboxedTemplate
 from transom.tokenizers.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -68,7 +68,9 @@ class ChatTemplate:
         self.origin, self.tokenizer = origin, tokenizer
         require(bool(self.sources), origin, [], "expected one template or more")
         self._compiled = {
-            name: Compiled(source, origin if len(self.sources) == 1 else f"{origin} ({name})")
+            name: SandboxedTemplate(
+                source, origin if len(self.sources) == 1 else f"{origin} ({name})"
+            )
             for name, source in self.sources.items()
         }
         self._variables = dict(variables or {})
@@ -92,9 +94,7 @@ class ChatTemplate:
         return any("strftime_now" in source for source in self.sources.values())
 
     def at(self, now: datetime) -> ChatTemplate:
-        """Return this template with a fixed time for `strftime_now`, which otherwise is that of
-        each call.
-        """
+        """Return this template with a fixed time for `strftime_now`."""
         fixed = copy(self)
         fixed.now = now
         return fixed
@@ -224,7 +224,7 @@ class ChatTemplate:
                 self._call_form(chosen).fit(message)
         return Conversation(chosen, given, self._variables, self.tokenizer.special_tokens, self.now)
 
-    def _chosen(self, with_tools: bool) -> Compiled:
+    def _chosen(self, with_tools: bool) -> SandboxedTemplate:
         """Return the template for a conversation, as transformers chooses it."""
         name = TOOL_USE if with_tools and TOOL_USE in self._compiled else DEFAULT
         names = sorted(self._compiled)
@@ -232,7 +232,7 @@ class ChatTemplate:
         require(name in names, self.origin, names, expected)
         return self._compiled[name]
 
-    def _call_form(self, chosen: Compiled) -> CallForm:
+    def _call_form(self, chosen: SandboxedTemplate) -> CallForm:
         if chosen.source not in self._forms:
             others = {"tools": None, "documents": None, "add_generation_prompt": False}
             values, now = {**self._variables, **others}, self.now or datetime.now()
@@ -257,8 +257,7 @@ class ChatTemplate:
         return first
 
     def answer_start(self, talk: Conversation, at: int) -> int | None:
-        """Return the first character of message `at`, if its text does not begin with the prompt
-        for it.
+        """Return the first character of message `at`, or None if it is not found.
 
         A prompt for a reasoning model may end with `<think>`, and nothing asks for the message that
         begins a chat. The answer follows the last `answer_head` before its own words. Return None
@@ -279,9 +278,7 @@ class ChatTemplate:
         return None if found < 0 else found + len(self.answer_head)
 
     def probe(self, *messages: Message, prompt: bool = False, **variables: Any) -> str | None:
-        """Return the text of some messages with or without the prompt for an answer; None if
-        they are refused.
-        """
+        """Return the text of some messages, or None if the template refuses them."""
         try:
             return self.render(messages, add_generation_prompt=prompt, **variables)
         except RequestError:
@@ -289,9 +286,7 @@ class ChatTemplate:
 
     @cached_property
     def answer_head(self) -> str:
-        """The text before the words of an answer, as far as the template's prompt for one has
-        it too.
-        """
+        """The text before the words of an answer, as far as the prompt for one has it too."""
         alone, asked = self.probe(QUESTION), self.probe(QUESTION, prompt=True)
         text = self.probe(QUESTION, ANSWER)
         if alone is None or asked is None or text is None:
@@ -327,8 +322,7 @@ class ChatTemplate:
     def load(
         cls, folder: str | Path, tokenizer: Tokenizer, template: str | None = None
     ) -> ChatTemplate:
-        """Return the chat template of a model folder, or a built-in one that its control tokens
-        call for.
+        """Return the chat template of a model folder, or a built-in one for its vocabulary.
 
         Args:
             folder: A model folder.
@@ -349,8 +343,7 @@ class ChatTemplate:
     def find(
         cls, folders: Path | Sequence[Path], tokenizer: Tokenizer, template: str | None = None
     ) -> ChatTemplate | None:
-        """Return what `load` returns for the first of the folders that has a template, or else for
-        the last one.
+        """Return what `load` returns for the first of some folders that has a template.
 
         Return None for a folder without a template whose vocabulary fits no built-in one.
         """

@@ -1,6 +1,4 @@
-"""What a vocabulary file must offer, so that one `Tokenizer` can put the same rules on top of every
-format.
-"""
+"""What a vocabulary file must offer to `Tokenizer`, whatever its format."""
 
 from __future__ import annotations
 
@@ -35,7 +33,7 @@ class AddedToken:
     single_word: bool = False
 
 
-class Backend(ABC):
+class TokenizerBackend(ABC):
     """Plain text to ids and back by one vocabulary.
 
     Attributes:
@@ -67,9 +65,7 @@ class Backend(ABC):
 
     @abstractmethod
     def encode(self, text: str, first: bool = True) -> list[int]:
-        """Return the ids of plain text, never those of control tokens; `first` is False after a
-        control token.
-        """
+        """Return the ids of plain text; `first` is False after a control token."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, using all cores."""
@@ -77,9 +73,7 @@ class Backend(ABC):
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of known ids: control tokens as spelled, bytes that are not UTF-8 as
-        U+FFFD.
-        """
+        """Return the text of known ids, with U+FFFD for bytes that are not UTF-8."""
 
     @abstractmethod
     def id_to_token(self, id: int) -> str | None:
@@ -94,7 +88,7 @@ class Backend(ABC):
         """Return the SHA-256 in hex of everything that decides which ids a text has."""
 
 
-class SpelledBackend(Backend):
+class SpelledBackend(TokenizerBackend):
     """A vocabulary whose library does not know the tokens in `added`.
 
     Subclasses have `size`, the number of ids that the library knows from 0 on, and call `spell`
@@ -114,9 +108,7 @@ class SpelledBackend(Backend):
         return max(self.size, max(self.spelled, default=-1) + 1)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of known ids: control tokens as spelled, bytes that are not UTF-8 as
-        U+FFFD.
-        """
+        """Return the text of known ids, with U+FFFD for bytes that are not UTF-8."""
         parts: list[str] = []
         for spelled, run in groupby(ids, self.spelled.__contains__):
             run_ids = list(run)
@@ -140,9 +132,7 @@ class SpelledBackend(Backend):
 
 
 def in_threads(encode: Callable[[str], list[int]], texts: Sequence[str]) -> list[list[int]]:
-    """Return `encode` of each text, using all cores; the libraries release the interpreter while
-    they work.
-    """
+    """Return `encode` of each text from several threads; the libraries release the GIL."""
     if len(texts) < 2:
         return [encode(text) for text in texts]
     with ThreadPoolExecutor(min(len(texts), os.cpu_count() or 1)) as pool:
@@ -150,9 +140,7 @@ def in_threads(encode: Callable[[str], list[int]], texts: Sequence[str]) -> list
 
 
 def fingerprint_of(*parts: bytes | str) -> str:
-    """Return the SHA-256 in hex of the parts, each preceded by its length so that none can pass for
-    two.
-    """
+    """Return the SHA-256 in hex of the parts, each preceded by its length."""
     digest = hashlib.sha256()
     for part in parts:
         content = part.encode() if isinstance(part, str) else part

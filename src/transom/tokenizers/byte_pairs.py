@@ -27,7 +27,7 @@ class BytePairBackend(SpelledBackend):
         pattern: The regular expression of the words within which byte pairs are merged.
         added: Control tokens by spelling.
         source: The file, for messages.
-        format: See `Backend`, as for `frame`, `version`, `unk_id` and `stops`.
+        format: See `TokenizerBackend`, as for `frame`, `version`, `unk_id` and `stops`.
         longest_run: The number of characters at which the makers cut a run of white space, or of
             anything else.
         longest_text: The number of characters at which the makers cut a text.
@@ -98,9 +98,7 @@ class BytePairBackend(SpelledBackend):
         )
 
     def piece(self, id: int) -> str | None:
-        """Return the text of a token; bytes that are not UTF-8 as \\xNN, which `token_to_id` does
-        not read.
-        """
+        """Return the text of a token, with \\xNN for bytes that are not UTF-8."""
         if not 0 <= id - self._offset < len(self._ranks):
             return None
         return self._encoding.decode_single_token_bytes(id - self._offset).decode(
@@ -133,9 +131,7 @@ def _encoding(ranks: dict[bytes, int], pattern: str, source: str) -> tiktoken.En
 
 
 def add_rank(ranks: dict[bytes, int], spelled: str | bytes, rank: int, where: str) -> bytes:
-    """Add a byte string that is spelled in base64, which must be new and have the next rank; return
-    it.
-    """
+    """Add a byte string in base64, which must be new and have the next rank; return it."""
     try:
         token = base64.b64decode(spelled, validate=True)
     except ValueError:

@@ -12,17 +12,17 @@ import tokenizers
 from tokenizers import models
 
 from transom.base.errors import RequestError, notice, require
-from transom.tokenizers.backend import AddedToken, Backend, Frame
+from transom.tokenizers.backend import AddedToken, Frame, TokenizerBackend
 from transom.tokenizers.token_files import TokenFiles
 
 
-class FastBackend(Backend):
+class FastBackend(TokenizerBackend):
     """A tokenizer of the `tokenizers` library.
 
     Args:
         library: The library's own object.
         special: Tokens that are treated as control tokens.
-        stops: See `Backend`.
+        stops: See `TokenizerBackend`.
     """
 
     format = "tokenizer.json"
@@ -75,9 +75,7 @@ class FastBackend(Backend):
     # -- text to ids --
 
     def encode(self, text: str, first: bool = True) -> list[int]:
-        """Return the ids of plain text; Metaspace of the kind `first` puts its space before a first
-        text only.
-        """
+        """Return the ids of plain text; `first` is False after a control token."""
         return self._checked(text, self._encoding(text, first).ids, first)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -92,9 +90,7 @@ class FastBackend(Backend):
 
     @cached_property
     def _inner(self) -> tokenizers.Tokenizer:
-        """The tokenizer of what follows a control token: the library would take every text for a
-        first one.
-        """
+        """The tokenizer of text after a control token, which gets no leading space."""
         state = (
             b""
             if self._library.pre_tokenizer is None
@@ -118,8 +114,7 @@ class FastBackend(Backend):
         return ids if self._guarded_ids.isdisjoint(ids) else self._without_specials(text, first)
 
     def _without_specials(self, text: str, first: bool) -> list[int]:
-        """Return the ids of a text whose own words reach a special token through the model's
-        vocabulary.
+        """Return the ids of a text in which the model's vocabulary finds special tokens.
 
         Unigram and word vocabularies list their specials as ordinary entries, so "</s>" in a text
         finds its id. Such a place is cut after its first character and both sides are encoded
@@ -141,9 +136,7 @@ class FastBackend(Backend):
     # -- ids to text --
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of known ids: control tokens as spelled, bytes that are not UTF-8 as
-        U+FFFD.
-        """
+        """Return the text of known ids, with U+FFFD for bytes that are not UTF-8."""
         text: str = self._library.decode(list(ids), skip_special_tokens=False)
         return text
 

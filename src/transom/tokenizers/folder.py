@@ -1,6 +1,4 @@
-"""Choose the tokenizer of a folder, and read what the files beside it state about its special
-tokens.
-"""
+"""Choose the tokenizer of a folder and read the files beside it."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from typing import Any
 
 from transom.base.errors import RequestError, notice, require
 from transom.base.files import json_object, read_bytes, read_json
-from transom.tokenizers.backend import Backend
+from transom.tokenizers.backend import TokenizerBackend
 from transom.tokenizers.token_files import ADDED_FILE, CONFIG_FILE, NAMED, SPECIALS_FILE, TokenFiles
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -30,7 +28,7 @@ EXPECTED = (
 class FolderTokenizer:
     """The arguments of `Tokenizer` for the tokenizer of a folder."""
 
-    backend: Backend
+    backend: TokenizerBackend
     bos: str | None
     eos: str | None
     pad: str | None
@@ -40,9 +38,7 @@ class FolderTokenizer:
 
 
 def read_folder(path: str | Path) -> FolderTokenizer:
-    """Read the tokenizer of a folder, or the one in a file; of several in a folder, print which one
-    is taken.
-    """
+    """Read the tokenizer of a folder or in a file, and print which one of several is taken."""
     path = Path(path)
     file = _chosen(path) if path.is_dir() else path
     require(file.is_file(), "tokenizer", str(path), EXPECTED)
@@ -64,9 +60,7 @@ def read_folder(path: str | Path) -> FolderTokenizer:
 
 
 def _chosen(folder: Path) -> Path:
-    """Return the tokenizer file of a folder: tokenizer.json, else Mistral's own files, else
-    tokenizer.model.
-    """
+    """Return the tokenizer file of a folder: tokenizer.json, Mistral's, or tokenizer.model."""
     candidates = list(_candidates(folder))
     require(bool(candidates), "tokenizer", str(folder), EXPECTED)
     if len(candidates) > 1:
@@ -89,10 +83,8 @@ def _candidates(folder: Path) -> Iterator[Path]:
     yield from (file for file in (folder / "tokenizer.model",) if file.is_file())
 
 
-def _saved_name(file: Path, backend: Backend) -> str:
-    """Return the file's own name if a folder's tokenizer is looked for under it, else the usual one
-    of its kind.
-    """
+def _saved_name(file: Path, backend: TokenizerBackend) -> str:
+    """Return the name under which the vocabulary file is saved, so that it is found again."""
     usual = {"tokenizer.json": TOKENIZER_FILE, "tekken": "tekken.json"}.get(
         backend.format, "tokenizer.model"
     )
@@ -101,19 +93,15 @@ def _saved_name(file: Path, backend: Backend) -> str:
 
 
 def _file_version(file: Path) -> str | None:
-    """Return Mistral's number at the end of `tokenizer.model.v3` or `tokenizer.model.v7m1`, or
-    None.
-    """
+    """Return Mistral's number in `tokenizer.model.v3` or `tokenizer.model.v7m1`, or None."""
     match = re.search(r"\.model\.(v\d+)(m\d+)?$", file.name)
     return match[1] if match else None
 
 
 def _backend(
     file: Path, content: bytes, described: TokenFiles
-) -> tuple[Backend, dict[str, str | None]]:
-    """Return the vocabulary of a file, whose content tells its kind, and the BOS, EOS and PAD that
-    it names.
-    """
+) -> tuple[TokenizerBackend, dict[str, str | None]]:
+    """Return the vocabulary of a file, and the BOS, EOS and PAD that it names."""
     if file.suffix == ".json" or re.match(rb'\s*\{\s*"', content):
         data = json_object(content, file)
         if "vocab" in data and "config" in data:
@@ -141,7 +129,7 @@ def _backend(
     return model, {**model.named}
 
 
-def _fast_backend(content: bytes, file: Path, described: TokenFiles) -> Backend:
+def _fast_backend(content: bytes, file: Path, described: TokenFiles) -> TokenizerBackend:
     import tokenizers
 
     from transom.tokenizers.fast import FastBackend, add_tokens
@@ -160,7 +148,10 @@ def _fast_backend(content: bytes, file: Path, described: TokenFiles) -> Backend:
 
 
 def _policy(
-    backend: Backend, named: Mapping[str, str | None], config: Mapping[str, Any], file: Path
+    backend: TokenizerBackend,
+    named: Mapping[str, str | None],
+    config: Mapping[str, Any],
+    file: Path,
 ) -> tuple[bool, bool]:
     """Return whether the makers' tokenizer puts BOS before and EOS after a text.
 
@@ -187,9 +178,7 @@ def _policy(
 
 
 def _model_vocab_size(folder: Path) -> int | None:
-    """Return `vocab_size` of the model in this folder, None if no file states it (-1 and 0 state
-    nothing).
-    """
+    """Return `vocab_size` of the model in this folder; None, -1 and 0 mean that it is unknown."""
     for file in (folder / "params.json", folder / "config.json"):
         data = read_json(file) if file.is_file() else {}
         for part in (data, data.get("model"), data.get("text_config")):

@@ -1,5 +1,4 @@
-"""Llama 3 and Llama 4 files, which contain the ranks of byte pairs only, one `base64 rank` on each
-line.
+"""Llama 3 and Llama 4 files: the ranks of byte pairs, one `base64 rank` on each line.
 
 The patterns, the control tokens and their order are those of Meta's code (llama-models,
 llama3/tokenizer.py and llama4/tokenizer.py). The ids of control tokens follow the ranks.
@@ -157,9 +156,7 @@ def read_ranks(content: bytes, source: str) -> dict[bytes, int]:
 
 
 def _family_of(ranks: int, source: str, vocab_size: int | None) -> LlamaFamily:
-    """Return the family whose control tokens fill up the vocabulary, or whose published file has
-    these ranks.
-    """
+    """Return the family whose control tokens fill the vocabulary or whose file has these ranks."""
     families = (LLAMA3, LLAMA4)
     fitting = [family for family in families if ranks + family.control_count == vocab_size]
     fitting += [family for family in families if family.ranks == ranks]

@@ -1,6 +1,4 @@
-"""SentencePiece models: Llama 2, Mistral v1 to v7, Gemma. The `sentencepiece` library does the
-work.
-"""
+"""SentencePiece models (Llama 2, Mistral v1 to v7, Gemma), by the `sentencepiece` library."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ class SentencePieceBackend(SpelledBackend):
         source: The file, for messages.
         added: Tokens that are only in files beside the model.
         special: Pieces of the model that are treated as control tokens.
-        version: See `Backend`; by default the control tokens tell.
+        version: See `TokenizerBackend`; by default the control tokens tell.
         prefix_everywhere: Whether text after a control token gets the model's leading space as a
             text alone does. This is so in Mistral's code and in older code of Hugging Face
             (`legacy`).
@@ -100,9 +98,7 @@ class SentencePieceBackend(SpelledBackend):
     # -- text to ids --
 
     def encode(self, text: str, first: bool = True) -> list[int]:
-        """Return the ids of plain text; control tokens of the model have no spelling that text
-        could hit.
-        """
+        """Return the ids of plain text; `first` is False after a control token."""
         ids = self._joined([text], first)
         if self._guarded_ids.isdisjoint(ids):
             return ids
@@ -115,9 +111,7 @@ class SentencePieceBackend(SpelledBackend):
         return ids if self._guarded_ids.isdisjoint(ids) else self._joined(list(text), first)
 
     def _joined(self, parts: list[str], first: bool) -> list[int]:
-        """Return the ids of texts that are encoded separately, with a leading space for the first
-        one only.
-        """
+        """Return the ids of texts that are encoded separately, with one leading space."""
         head = self._processor if first or self._prefix_everywhere else self._inner
         ids: list[int] = head.encode(parts[0])
         return (

@@ -1,6 +1,4 @@
-"""Mistral's tekken.json: ranked bytes, the pattern that cuts words, and the control tokens, which
-come first.
-"""
+"""Mistral's tekken.json: control tokens, ranked bytes, and the pattern of words."""
 
 from __future__ import annotations
 
@@ -25,9 +23,7 @@ LONGEST_RUN = 400_000
 
 
 def tekken_backend(data: dict[str, Any], source: str) -> BytePairBackend:
-    """Return the vocabulary in the content of a tekken.json; ids are rank + number of control
-    tokens.
-    """
+    """Return the vocabulary in a tekken.json; ids are rank + number of control tokens."""
     config, where = _entry(data, "config", dict, source), f"{source}: config"
     size = _entry(config, "default_vocab_size", int, where)
     count = _entry(config, "default_num_special_tokens", int, where)

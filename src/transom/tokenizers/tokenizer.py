@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transom.base.errors import RequestError, require
-from transom.tokenizers.backend import AddedToken, Backend, in_threads
+from transom.tokenizers.backend import AddedToken, TokenizerBackend, in_threads
 from transom.tokenizers.fast import FastBackend
 from transom.tokenizers.folder import TOKENIZER_FILE, read_folder
 from transom.tokenizers.token_files import CONFIG_FILE
@@ -57,7 +57,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        backend: Backend,
+        backend: TokenizerBackend,
         *,
         bos: str | None = None,
         eos: str | None = None,
@@ -150,9 +150,7 @@ class Tokenizer:
         return in_threads(lambda text: self._ids(text, self._plain, ()), texts)
 
     def _allowed(self, allowed_special: Literal["all"] | Collection[str]) -> re.Pattern[str] | None:
-        """Return the pattern of tokens that are found by spelling: allowed control tokens, plain
-        added ones.
-        """
+        """Return the pattern of allowed control tokens and plain added tokens."""
         if not allowed_special:
             return self._plain
         if allowed_special == "all":
@@ -173,9 +171,7 @@ class Tokenizer:
     def _ids(
         self, text: str, pattern: re.Pattern[str] | None, protected: Sequence[Span]
     ) -> list[int]:
-        """Return the ids of a text with tokens of `pattern`; the text between them is encoded as
-        plain text.
-        """
+        """Return the ids of a text in which tokens of `pattern` are found."""
         if pattern is None:
             return self._backend.encode(text)
         ids: list[int] = []
@@ -195,9 +191,7 @@ class Tokenizer:
     def _matches(
         self, text: str, pattern: re.Pattern[str], protected: Sequence[Span]
     ) -> Iterator[re.Match[str]]:
-        """Yield tokens in a text: control tokens outside of `protected`, plain ones entirely inside
-        or outside.
-        """
+        """Yield control tokens outside of `protected`, and plain ones inside or outside."""
         place = 0
         for start, stop in [*sorted(protected), (len(text), len(text))]:
             expected = f"expected spans of the {len(text)} characters, none in another"
@@ -208,9 +202,7 @@ class Tokenizer:
             place = stop
 
     def spelled_in(self, text: str) -> list[str]:
-        """Return the control tokens that a text spells, each once, in the order of their first
-        places.
-        """
+        """Return the control tokens that a text spells, each once, in order."""
         found = [] if self._all is None else self._all.findall(text)
         return [one for one in dict.fromkeys(found) if one in self.special_tokens]
 
@@ -262,9 +254,7 @@ class Tokenizer:
         return self._backend.token_to_id(token)
 
     def with_special(self, tokens: Sequence[str]) -> Tokenizer:
-        """Return a tokenizer with more control tokens after the others, which only tokenizer.json
-        can hold.
-        """
+        """Return a tokenizer with more control tokens; only tokenizer.json can hold them."""
         backend, files = self._backend, dict(self._files)
         if not isinstance(backend, FastBackend):
             raise RequestError(f"new tokens: got a {backend.format}; expected a tokenizer.json")
@@ -282,9 +272,7 @@ class Tokenizer:
     # -- files --
 
     def save(self, folder: str | Path, *, model_max_length: int | None = None) -> None:
-        """Write the files that this was read from; a new vocabulary becomes files that transformers
-        reads.
-        """
+        """Write the files that this was read from, or those of a new vocabulary."""
         files = dict(self._files)
         if isinstance(self._backend, FastBackend):
             files.setdefault(TOKENIZER_FILE, self._backend.to_json(pretty=True).encode())
@@ -308,9 +296,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read the tokenizer of a folder, or the one in a file, with what the files beside it
-        state.
-        """
+        """Read the tokenizer of a folder or in a file, with the files beside it."""
         return cls(**vars(read_folder(path)))
 
 
@@ -333,9 +319,7 @@ def _writable(text: str) -> str:
 
 
 def _pattern(tokens: Mapping[str, AddedToken]) -> re.Pattern[str] | None:
-    """Return the pattern of the spellings of tokens, the longest of those that begin at one place
-    first.
-    """
+    """Return the pattern of the spellings of tokens, longer ones first."""
     spellings = sorted(filter(None, tokens), key=len, reverse=True)
     words = [
         rf"(?<!\w){re.escape(w)}(?!\w)" if tokens[w].single_word else re.escape(w)

@@ -28,8 +28,7 @@ def train_bpe(
     special_tokens: Sequence[str] = SPECIAL_TOKENS,
     progress: bool = False,
 ) -> Tokenizer:
-    """Train byte-level BPE. The same texts give the same vocabulary. Ctrl-C ends the training at
-    once.
+    """Train byte-level BPE. The same texts give the same vocabulary. Ctrl-C ends it at once.
 
     Args:
         texts: The texts to count pairs in.
@@ -64,9 +63,7 @@ def train_bpe(
 
 
 def _train(backend: tokenizers.Tokenizer, texts: Iterable[str], trainer: trainers.Trainer) -> None:
-    """Train in a thread, since Python handles signals in the main thread, and only between its own
-    steps.
-    """
+    """Train in a thread, since the main thread handles signals only between Python steps."""
     stopped = threading.Event()
 
     def feed() -> Iterator[str]:
@@ -82,8 +79,7 @@ def _train(backend: tokenizers.Tokenizer, texts: Iterable[str], trainer: trainer
 
 
 def train_chars(texts: Iterable[str], special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
-    """Return a tokenizer with one id for each character of the texts, and control tokens before
-    them.
+    """Return a tokenizer with one id for each character of the texts.
 
     Characters are in the order of their code points. Encoding another character raises
     `RequestError`.
@@ -102,9 +98,7 @@ def train_chars(texts: Iterable[str], special_tokens: Sequence[str] = SPECIAL_TO
 
 
 def byte_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
-    """Return a tokenizer whose ids are the values of UTF-8 bytes; control tokens follow from 256
-    on.
-    """
+    """Return a tokenizer whose ids are the values of UTF-8 bytes."""
     vocabulary = {letter: byte for byte, letter in enumerate(byte_letters())}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -126,9 +120,7 @@ def _finished(backend: tokenizers.Tokenizer, special_tokens: Sequence[str]) -> T
 
 
 def byte_letters() -> list[str]:
-    """Return the printable letter that byte-level vocabularies write for each of the 256 bytes
-    (GPT-2).
-    """
+    """Return the letter that GPT-2's byte-level vocabularies write for each byte."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]

@@ -239,7 +239,7 @@ class _Row:
             if prompt is not None and whole.startswith(prompt) and len(prompt) <= same
             else None
         )
-        look = self._in_blocks if self._talk.compiled.generation else self._behind_prompt
+        look = self._in_blocks if self._talk.template.generation else self._behind_prompt
         places, ended, like_prompt = look(at, len(whole), same, asked)
         if not len(places):
             return False

@@ -10,7 +10,6 @@ import shlex
 import subprocess
 import sys
 import sysconfig
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,9 +19,9 @@ import torch
 
 from transom.cli.main import VERBS, main
 from transom.data.chat import instructions
-from transom.verify.attention import verify_attention
+from transom.verify import finetune, resume
+from transom.verify.attention import compare_backends
 from transom.verify.attention_jobs import jobs
-from transom.verify.checks import CHECKS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -92,13 +91,12 @@ def shorten(monkeypatch):
         questions = instructions._all.__wrapped__()[:300]
     monkeypatch.setattr(instructions, "_all", lambda: questions)
     short = partial(
-        verify_attention, dtypes=(torch.float32,), todo=lambda: islice(jobs(), 0, None, 20)
+        compare_backends, dtypes=(torch.float32,), all_jobs=lambda: islice(jobs(), 0, None, 20)
     )
-    monkeypatch.setattr("transom.verify.attention.verify_attention", short)
-    for name in ("finetune", "resume"):
-        monkeypatch.setitem(
-            CHECKS, name, replace(CHECKS[name], run=lambda run=CHECKS[name].run: islice(run(), 5))
-        )
+    monkeypatch.setattr("transom.verify.attention.compare_backends", short)
+    for module in (finetune, resume):
+        few = lambda check=module.check, **options: islice(check(**options), 5)  # noqa: E731
+        monkeypatch.setattr(module, "check", few)
 
 
 def test_make_targets_exist():

@@ -18,7 +18,7 @@ from transom.quantize.leaves import quantize_model
 from transom.training.loop.setup import open_run
 from transom.training.losses.cross_entropy import head_loss
 from transom.training.losses.log_probs import adapters_off, measured_log_probs
-from transom.verify.policy import check_policy
+from transom.verify.checks import run as verify
 
 pytestmark = [
     pytest.mark.gpu,
@@ -97,5 +97,5 @@ def test_a_run_of_each_kind_ends_with_finite_losses(tmp_path, run, dtype):
 
 
 def test_what_is_sampled_is_what_is_trained():
-    findings = list(check_policy("cuda"))
+    findings = list(verify("policy", device="cuda"))
     assert findings and all(one.ok for one in findings)

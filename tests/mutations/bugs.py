@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from tests.mutations import checkpoint_bugs, finetune_bugs, merge_bugs, model_bugs, run_bugs
-from transom.verify.checks import CHECKS
+from transom.verify.checks import run
 from transom.verify.findings import Finding
 
 
@@ -100,4 +100,4 @@ BUGS: tuple[Bug, ...] = (
 def first_failure(bug: Bug) -> Finding | None:
     """Plant a bug, run its check, and return the first failed comparison; None if all pass."""
     with bug.plant():
-        return next((finding for finding in CHECKS[bug.check].run() if not finding.ok), None)
+        return next((finding for finding in run(bug.check) if not finding.ok), None)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tests.mutations.planting import Call, changed, changed_everywhere, lost
 from transom.cache.store import LayerCache, Placement, RotatingBufferCache, StaticCache
-from transom.data import batches
 from transom.data.batch import NO_TARGET, Batch
 from transom.data.order import Batches
+from transom.data.text import batches
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.loop.trainer import Trainer
 from transom.training.losses.log_probs import target_log_probs

@@ -9,7 +9,7 @@ import pytest
 from tests.mutations import table
 from tests.mutations.bugs import BUGS, Bug, first_failure
 from transom.base.runtime import one_thread
-from transom.verify.checks import CHECKS
+from transom.verify.checks import CHECKS, run
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,7 +28,7 @@ PLANTED = [
 @pytest.mark.slow  # tests/verify runs the parts of each check
 @pytest.mark.parametrize("name", CHECKS)
 def test_checks_pass_without_a_bug(name):
-    assert [finding for finding in CHECKS[name].run() if not finding.ok] == []
+    assert [finding for finding in run(name) if not finding.ok] == []
 
 
 @pytest.mark.parametrize("bug", PLANTED, ids=lambda bug: bug.name)
@@ -36,7 +36,7 @@ def test_a_planted_bug_makes_its_check_fail(bug):
     failure = first_failure(bug)
     assert failure is not None, "the check passed"
     assert failure.error > 10 * failure.tolerance, "rounding could cross so small a margin"
-    first = next(iter(CHECKS[bug.check].run()))
+    first = next(iter(run(bug.check)))
     assert first.ok or bug.check == "resume", "the bug is still there after its context"
 
 

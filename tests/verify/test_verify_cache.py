@@ -16,12 +16,11 @@ from transom.config.model_args import ModelArgs
 from transom.config.presets import PRESETS, preset
 from transom.verify.cache import (
     Plan,
-    Trace,
     compare,
+    compare_full_size,
     compare_small,
-    compare_whole,
     edges,
-    first_bad,
+    first_failure,
 )
 from transom.verify.findings import difference, summarize
 from transom.verify.sample_models import (
@@ -83,9 +82,13 @@ def test_every_kind_of_model_is_green(name):
 def test_a_layer_that_sees_later_tokens_is_compared_without_a_cache(capsys):
     copy = small_copy(ModelArgs.from_dict({"layer_pattern": "BF"}))
     lines = summarize(compare_small(sample_model(copy.args), "encoder"))
-    assert {line.comparison for line in lines} == {"padded batch", "padded in front", "packed"}
+    assert {line.comparison for line in lines} == {
+        "padded on the right",
+        "padded on the left",
+        "packed documents",
+    }
     assert not any(line.failed for line in lines)
-    assert "nothing is cached" in capsys.readouterr().err
+    assert "has no cache" in capsys.readouterr().err
 
 
 def test_a_planted_bug_is_located():
@@ -102,14 +105,14 @@ def test_a_planted_bug_is_located():
     assert bad.error > 1e-3
 
 
-def test_first_bad_tells_layer_and_position():
-    good = Trace([torch.zeros(1, 5, 2), torch.zeros(1, 5, 2), torch.zeros(1, 5, 3)])
-    bad = Trace([x.clone() for x in good.states])
-    bad.states[1][0, 3] = 1.0
-    bad.states[2][0, 1:] = 1.0
-    assert first_bad(bad, good, 1e-9, start=10) == "first at position 13, layer 1"
-    bad.states[1].zero_()
-    assert first_bad(bad, good, 1e-9, start=0) == "first at position 1, behind the last layer"
+def test_first_failure_tells_layer_and_position():
+    good = [torch.zeros(1, 5, 2), torch.zeros(1, 5, 2), torch.zeros(1, 5, 3)]
+    bad = [x.clone() for x in good]
+    bad[1][0, 3] = 1.0
+    bad[2][0, 1:] = 1.0
+    assert first_failure(bad, good, 1e-9, start=10) == "first at position 13, layer 1"
+    bad[1].zero_()
+    assert first_failure(bad, good, 1e-9, start=0) == "first at position 1, logits"
 
 
 def test_edges_surround_windows_rings_and_buckets():
@@ -130,15 +133,15 @@ def test_edges_surround_windows_rings_and_buckets():
 
 def test_a_real_model_runs_as_it_is(capsys):
     args = tiny_args(layer_pattern="SF", sliding_window=20, max_seq_len=600)
-    lines = summarize(compare_whole(random_model(args), "tiny"))
+    lines = summarize(compare_full_size(random_model(args), "tiny"))
     assert [line.first_failure for line in lines if line.failed] == []
     assert lines[0].worst.tolerance == pytest.approx(1e-4), "float32 weights, float32 tolerance"
-    list(compare_whole(random_model(args), "tiny", length=18))
-    assert "windows or chunks of 20 tokens are not crossed" in capsys.readouterr().err
+    list(compare_full_size(random_model(args), "tiny", length=18))
+    assert "does not exceed windows or chunks of 20 tokens" in capsys.readouterr().err
     with pytest.raises(RequestError, match="head: got 'embedding'"):
-        next(compare_whole(random_model(tiny_args(head={"kind": "embedding"})), "tiny"))
+        next(compare_full_size(random_model(tiny_args(head={"kind": "embedding"})), "tiny"))
     with pytest.raises(RequestError, match=r"--length: got 601.*600"):
-        next(compare_whole(random_model(args), "tiny", length=601))
+        next(compare_full_size(random_model(args), "tiny", length=601))
 
 
 def test_nan_is_never_equal():
@@ -155,8 +158,8 @@ def test_a_model_that_ignores_its_padding_is_seen():
     with model_bugs.visible_padding():
         lines = summarize(compare(model, "demo", Plan(12, (0,), 256, 12, 1e-9)))
     assert {line.comparison for line in lines if line.failed} >= {
-        "padded in front",
-        "padded batch, cached",
+        "padded on the left",
+        "padded prompt + decode",
     }
 
 

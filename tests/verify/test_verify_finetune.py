@@ -239,12 +239,15 @@ def test_more_examples_than_are_looked_at_are_said(base, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["finetune", "--data", "x"], "--data: got 'x'; valid only with finetune FOLDER"),
+        (["finetune", "--data", "x"], "--data: got 'x'; valid only with `verify finetune MODEL`"),
         (
             ["finetune", "demo", "--data", "x"],
             "--data: got 'x'; valid only with a model folder, and demo has no tokenizer",
         ),
-        (["merge", "demo", "--data", "x"], "--data: got 'x'; valid only with finetune FOLDER"),
+        (
+            ["merge", "demo", "--data", "x"],
+            "--data: got 'x'; valid only with `verify finetune MODEL`",
+        ),
         (["finetune", "no/such/model"], "no/such/model: no such folder"),
     ],
 )
@@ -258,4 +261,4 @@ def test_a_fine_tuning_run_is_no_subject_of_resume(base, tmp_path, capsys):
     config = run_args(tmp_path, base, chats(tmp_path / "chats.jsonl")).to_dict()
     (tmp_path / "run.json").write_text(json.dumps(config))
     assert main(["verify", "resume", str(tmp_path / "run.json")]) == 2
-    assert "`transom verify finetune` stops and resumes fine-tuning" in capsys.readouterr().err
+    assert "finetune: got" in capsys.readouterr().err

@@ -1,14 +1,14 @@
-"""Every attention backend on this machine against the float64 reference, for every job that it says
-it can do.
+"""Every attention backend against the float64 reference, for every job that it declares to support.
 
-What comes out is a support matrix with the largest error of each backend and dtype, a diagnosis of
-every failure, and the list of backends that are refused from then on.
+The result is a support matrix with the largest error of each backend, dtype and group of jobs. A
+backend that fails is diagnosed, and `verify_machine` refuses it on this machine from then on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -17,167 +17,178 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transom.attention.backends import BACKENDS, Backend, machine_key, refused_file
+from transom.attention.backends import BACKENDS, Backend, machine_key, refuse, refused_file
 from transom.attention.reference import reference
-from transom.base.runtime import dtype_name
+from transom.base.errors import notice
+from transom.base.runtime import dtype_name, one_thread, pick_device
 from transom.verify.attention_jobs import Inputs, Job, build, jobs
-from transom.verify.findings import Finding, difference
+from transom.verify.findings import Finding, difference, one_line
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Against float64 on the same rounded inputs, whose values are about 1: a few roundings of the dtype
-# (half the kernels round the attention weights too), for gradients times the keys they sum over.
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-GRADIENT_FACTOR = 4.0
-BLOCKS = (
-    128,
-    64,
-    32,
-    16,
-)  # tokens; a kernel that is wrong at other lengths only is told by the largest
+# Relative to the largest value of float64 attention on the same rounded inputs, which are about 1:
+# a few roundings of the dtype, since half of the kernels also round the attention weights.
+TOLERANCES = {
+    torch.float64: 1e-10,
+    torch.float32: 2e-5,
+    torch.bfloat16: 2e-2,
+    torch.float16: 3e-3,
+}
+GRADIENT_FACTOR = 4.0  # gradients sum over keys
+BLOCKS = (128, 64, 32, 16)  # tokens; the block sizes of known kernels, largest first
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one backend made of one job: why it cannot do it, or its error, or what it raised."""
+    """The result of one backend on one job.
+
+    Attributes:
+        error: The largest relative error of the output and the gradients; infinite if it raised.
+        declined: Why the backend does not support the job, else empty.
+        raised: The error that the backend raised, else empty.
+        nan_in_masked_row: Whether a query that may attend to no key gave NaN.
+    """
 
     backend: str
     device: str
     dtype: torch.dtype
     job: Job
     error: float = 0.0
-    why_not: str = ""
+    declined: str = ""
     raised: str = ""
-    in_masked_row: bool = False
+    nan_in_masked_row: bool = False
 
     @property
     def tolerance(self) -> float:
-        """Largest error accepted."""
+        """The largest accepted error."""
         return TOLERANCES[self.dtype] * (GRADIENT_FACTOR if self.job.gradients else 1.0)
 
     @property
     def ok(self) -> bool:
-        """Whether the job was done right, or declined."""
-        return bool(self.why_not) or (not self.raised and self.error <= self.tolerance)
+        """Whether the backend declined the job or its error is accepted."""
+        return bool(self.declined) or self.error <= self.tolerance
 
 
-def verify_attention(
+def check(device: str | None = None) -> Iterator[Finding]:
+    """Compare all backends in float64 and float32, by default on the CPU; refuse none of them."""
+    for one in compare_backends([pick_device(device or "cpu").type], dtypes=DTYPES[:2]):
+        if not one.declined and one.backend != "reference":
+            detail = one.raised or f"{one.backend} in {dtype_name(one.dtype)}"
+            comparison = f"{one.backend} = reference"
+            yield Finding(comparison, str(one.job), one.error, one.tolerance, detail)
+
+
+def compare_backends(
     devices: Iterable[str],
     backends: Mapping[str, Backend] = BACKENDS,
     dtypes: Iterable[torch.dtype] = DTYPES,
-    todo: Callable[[], Iterator[Job]] = jobs,
+    all_jobs: Callable[[], Iterator[Job]] = jobs,
 ) -> Iterator[Outcome]:
-    """Every job in every dtype, done by every backend that declares it can."""
-    for device in map(torch.device, devices):
-        with many_shapes(device):
-            for job, dtype in product(todo(), dtypes):
-                inputs = build(job, device).to(dtype)
-                expected = results(reference, inputs.to(torch.float64), job)
-                for name, backend in backends.items():
-                    yield outcome(name, backend, inputs, expected, job, device.type, dtype)
+    """Yield the outcome of every backend on every job in every dtype.
 
-
-def many_shapes(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Compiled kernels meet more shapes here than a model has, and would give up at torch's usual
-    limit.
+    Backends are called directly, so that one that was refused earlier can pass again.
     """
+    for device in map(torch.device, devices):
+        with _many_shapes(device):
+            for job, dtype in product(all_jobs(), dtypes):
+                inputs = build(job, device).to(dtype)
+                expected = _results(reference, inputs.to(torch.float64), job)
+                for name, backend in backends.items():
+                    yield _outcome(name, backend, inputs, expected, job, dtype)
+
+
+def _many_shapes(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Raise torch.compile's limit of recompilations: there are more shapes here than in a model."""
     if device.type != "cuda":
         return contextlib.nullcontext()
-    import torch._dynamo.config as limits  # slow to import, and of no use elsewhere
+    import torch._dynamo.config as limits  # slow to import, and needed on CUDA only
 
     return limits.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000)
 
 
-def outcome(
+def _outcome(
     name: str,
     backend: Backend,
     inputs: Inputs,
     expected: tuple[Tensor, ...],
     job: Job,
-    device: str,
     dtype: torch.dtype,
 ) -> Outcome:
-    """One backend on one job; it is asked directly, so that one that is refused can prove itself
-    again.
-    """
-    q, view, spec, score = inputs.tensors[0], inputs.view, inputs.spec, inputs.score
-    reason = backend.why_not(q, view, spec, score)
+    q = inputs.tensors[0]
+    place = (name, q.device.type, dtype, job)
+    reason = backend.why_not(q, inputs.view, inputs.spec, inputs.score)
     if reason is not None:
-        return Outcome(name, device, dtype, job, why_not=reason)
+        return Outcome(*place, declined=reason)
     try:
-        mine = results(backend.function, inputs, job)
-    except Exception as error:  # whatever a kernel raises is a finding, not the end of the others
-        said = " ".join(str(error).split())[:200]
-        return Outcome(name, device, dtype, job, raised=f"{type(error).__name__}: {said}")
-    gaps = [difference(x, y) for x, y in zip(mine, expected, strict=True)]
-    blank = (expected[0] == 0).all(-1)  # rows that see nothing come out as zeros
-    in_masked = (
-        bool((~mine[0].isfinite()).any(-1).logical_and(blank).any())
-        if mine[0].shape == expected[0].shape
-        else False
-    )
-    return Outcome(name, device, dtype, job, max(gaps), in_masked_row=in_masked)
+        measured = _results(backend.function, inputs, job)
+    except Exception as error:  # any error of a kernel is a failure of this backend alone
+        return Outcome(*place, error=math.inf, raised=one_line(error))
+    worst = max(difference(x, y) for x, y in zip(measured, expected, strict=True))
+    masked = (expected[0] == 0).all(-1)  # the output of a query that may attend to no key
+    same_shape = measured[0].shape == expected[0].shape
+    nan = same_shape and bool((~measured[0].isfinite().all(-1) & masked).any())
+    return Outcome(*place, error=worst, nan_in_masked_row=nan)
 
 
-def results(attend: Callable[..., Tensor], inputs: Inputs, job: Job) -> tuple[Tensor, ...]:
-    """The output, and where the job asks for them the gradients of q, k, v and sinks."""
+def _results(attend: Callable[..., Tensor], inputs: Inputs, job: Job) -> tuple[Tensor, ...]:
+    """Return the output and, if the job asks for them, the gradients of q, k, v and the sinks."""
+    q = inputs.tensors[0]
+    with torch.set_grad_enabled(job.gradients):
+        out = attend(q, inputs.view, inputs.spec, inputs.score)
     if not job.gradients:
-        with torch.no_grad():
-            return (attend(inputs.tensors[0], inputs.view, inputs.spec, inputs.score),)
-    out = attend(inputs.tensors[0], inputs.view, inputs.spec, inputs.score)
-    pull = torch.cos(torch.arange(out.numel(), dtype=torch.float64, device=out.device)).view_as(out)
-    grads = torch.autograd.grad(out, inputs.tensors, pull.to(out.dtype), allow_unused=True)
-    zeros = (
-        torch.zeros_like(x) if grad is None else grad
-        for x, grad in zip(inputs.tensors, grads, strict=True)
+        return (out,)
+    weights = torch.cos(torch.arange(out.numel(), dtype=torch.float64, device=out.device))
+    gradients = torch.autograd.grad(
+        out, inputs.tensors, weights.view_as(out).to(out.dtype), allow_unused=True
     )
-    return (out.detach(), *zeros)
+    pairs = zip(inputs.tensors, gradients, strict=True)
+    return (out.detach(), *(torch.zeros_like(x) if grad is None else grad for x, grad in pairs))
 
 
-# -- what it means
-# ----------------------------------------------------------------------------------------
+# -- diagnosis and support matrix
 
 
 def failures(outcomes: Iterable[Outcome]) -> dict[str, str]:
-    """{backend: what is wrong with it, in words} of those that did wrong what they say they can
-    do.
-    """
-    every = list(outcomes)
-    names = dict.fromkeys(one.backend for one in every if not one.ok)
+    """Return the diagnosis of every backend that failed a job, by name."""
+    tried: dict[str, list[Outcome]] = {}
+    for one in outcomes:
+        if not one.declined:
+            tried.setdefault(one.backend, []).append(one)
     return {
-        name: diagnosis([one for one in every if one.backend == name and not one.why_not])
-        for name in names
+        name: _diagnosis(done) for name, done in tried.items() if not all(one.ok for one in done)
     }
 
 
-def diagnosis(tried: list[Outcome]) -> str:
-    """The most telling thing that all failures of one backend have in common, and the first
-    case.
-    """
-    bad = [one for one in tried if not one.ok]
-    first = bad[0]
-    where = f"first in {dtype_name(first.dtype)} on {first.device}: {first.job}"
-    for dtype in dict.fromkeys(one.dtype for one in bad):
+def _diagnosis(tried: list[Outcome]) -> str:
+    """Return the most specific cause that fits all failures of one backend, and the first case."""
+    failed = [one for one in tried if not one.ok]
+    first = failed[0]
+    case = f"first in {dtype_name(first.dtype)} on {first.device}: {first.job}"
+    for dtype in dict.fromkeys(one.dtype for one in failed):
         of_dtype = [one for one in tried if one.dtype == dtype]
         if all(one.raised for one in of_dtype):
-            return f"its kernel cannot take {dtype_name(dtype)} ({of_dtype[0].raised})"
-    if raising := [one for one in bad if one.raised]:
-        return f"it raises {raising[0].raised}, {len(bad)} of {len(tried)} jobs fail, {where}"
-    if any(one.in_masked_row for one in bad):
-        return f"NaN from a masked row, {where}"
+            return f"its kernel does not support {dtype_name(dtype)} ({of_dtype[0].raised})"
+    if raising := [one for one in failed if one.raised]:
+        return f"raised {raising[0].raised}, {len(failed)} of {len(tried)} jobs fail, {case}"
+    if any(one.nan_in_masked_row for one in failed):
+        return f"NaN for a query that may attend to no key, {case}"
     right = {one.job.length for one in tried if one.ok and one.job.group == "lengths"}
-    wrong = {one.job.length for one in bad if one.job.group == "lengths"}
+    wrong = {one.job.length for one in failed if one.job.group == "lengths"}
     for block in BLOCKS:
-        whole = [length for length in right | wrong if length % block == 0]
-        if wrong and whole and not set(whole) & wrong and all(length % block for length in wrong):
-            return f"wrong at lengths that are no multiple of {block}, {where}"
-    groups = ", ".join(dict.fromkeys(one.job.group for one in bad))
-    return f"error {first.error:.1e} where {first.tolerance:.0e} is accepted ({groups}), {where}"
+        multiples = {length for length in right | wrong if length % block == 0}
+        if wrong and multiples and not multiples & wrong:
+            return f"wrong at lengths that are not a multiple of {block}, {case}"
+    groups = ", ".join(dict.fromkeys(one.job.group for one in failed))
+    return f"error {first.error:.1e}, tolerance {first.tolerance:.0e} ({groups}), {case}"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One backend and dtype on one device: largest error per group, None where it declines all of
-    it.
+class SupportRow:
+    """One backend and dtype of the support matrix.
+
+    Attributes:
+        errors: The largest error by group of jobs; None if all jobs of the group were declined.
+        failed: Whether a job of the group failed.
+        declined: Why the backend declined all jobs, else empty.
     """
 
     device: str
@@ -185,68 +196,90 @@ class Row:
     dtype: str
     errors: dict[str, float | None]
     failed: dict[str, bool]
-    declined: str = ""  # why it does nothing at all here
+    declined: str = ""
+
+    def to_json(self) -> dict[str, object]:
+        """Return the row with a word in place of errors that JSON cannot express."""
+        errors = {
+            group: "not finite" if error == math.inf else error
+            for group, error in self.errors.items()
+        }
+        return {**vars(self), "errors": errors}
 
 
-def matrix(outcomes: Iterable[Outcome]) -> list[Row]:
-    """The support matrix, in the order in which things were tried."""
+def support_matrix(outcomes: Iterable[Outcome]) -> list[SupportRow]:
+    """Return one row per device, backend and dtype, in the order of `BACKENDS`."""
     groups: dict[tuple[str, str, torch.dtype], list[Outcome]] = {}
     for one in outcomes:
         groups.setdefault((one.device, one.backend, one.dtype), []).append(one)
     columns = list(dict.fromkeys(job.group for job in jobs()))
     rows = []
-    for (device, backend, dtype), every in sorted(
-        groups.items(), key=lambda item: list(BACKENDS).index(item[0][1])
-    ):
-        done = [one for one in every if not one.why_not]
-        errors = {
-            name: max(
-                (
-                    float("inf") if one.raised else one.error
-                    for one in done
-                    if one.job.group == name
-                ),
-                default=None,
-            )
-            for name in columns
-        }
-        failed = {
-            name: any(not one.ok for one in done if one.job.group == name) for name in columns
-        }
-        rows.append(
-            Row(
-                device, backend, dtype_name(dtype), errors, failed, "" if done else every[0].why_not
-            )
-        )
+    for device, backend, dtype in sorted(groups, key=lambda key: list(BACKENDS).index(key[1])):
+        tried = groups[device, backend, dtype]
+        done: dict[str, list[Outcome]] = {name: [] for name in columns}
+        for one in tried:
+            if not one.declined:
+                done[one.job.group].append(one)
+        errors = {name: max((o.error for o in of), default=None) for name, of in done.items()}
+        failed = {name: not all(one.ok for one in of) for name, of in done.items()}
+        declined = "" if any(done.values()) else tried[0].declined
+        rows.append(SupportRow(device, backend, dtype_name(dtype), errors, failed, declined))
     return rows
 
 
-def save_matrix(rows: Iterable[Row]) -> Path:
-    """Keep the matrix beside the list of refused backends, under the name of this machine."""
+# -- this machine
+
+
+@dataclass(frozen=True)
+class MachineReport:
+    """The result of `verify_machine`.
+
+    Attributes:
+        rows: The support matrix.
+        failed: The diagnosis of every backend that failed, by name.
+        comparisons: How many jobs the backends were asked to do, declined ones included.
+        saved: The file with the support matrix, or None if nothing was saved.
+    """
+
+    rows: list[SupportRow]
+    failed: dict[str, str]
+    comparisons: int
+    saved: Path | None
+
+
+def verify_machine(device: str | None = None) -> MachineReport:
+    """Compare all backends on all devices, save the matrix, and refuse the backends that fail.
+
+    The refusal holds for this machine until a later call finds the backend correct.
+
+    Args:
+        device: Compare on this device only. Nothing is then saved and no backend refused.
+    """
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if device is not None:
+        devices = [pick_device(device).type]
+    with one_thread():
+        outcomes = list(compare_backends(devices))
+    rows, failed, saved = support_matrix(outcomes), failures(outcomes), None
+    if device is not None:
+        notice(f"--device {device}: for one device, no backend is refused and nothing is saved")
+    else:
+        try:
+            refuse(failed)
+            saved = _save(rows)
+        except OSError as error:  # the comparisons took minutes, so they are reported all the same
+            notice(f"{refused_file()}: cannot be written ({error.strerror}); no backend is refused")
+    return MachineReport(rows, failed, len(outcomes), saved)
+
+
+def _save(rows: Iterable[SupportRow]) -> Path:
+    """Write the matrix beside the list of refused backends, under the name of this machine."""
     path = refused_file().with_name("attention-matrix.json")
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        table = {}
-    table = table if isinstance(table, dict) else {}
-    table[machine_key()] = [plain(row) for row in rows]
+    machines: object = None
+    with contextlib.suppress(OSError, ValueError):
+        machines = json.loads(path.read_text(encoding="utf-8"))
+    kept = machines if isinstance(machines, dict) else {}
     path.parent.mkdir(parents=True, exist_ok=True)
+    table = {**kept, machine_key(): [row.to_json() for row in rows]}
     path.write_text(json.dumps(table, indent=1), encoding="utf-8")
     return path
-
-
-def plain(row: Row) -> dict[str, object]:
-    """A row as JSON takes it: an error that is not finite becomes a word."""
-    words = {
-        name: "not finite" if error == float("inf") else error for name, error in row.errors.items()
-    }
-    return {**vars(row), "errors": words}
-
-
-def check_attention() -> Iterator[Finding]:
-    """The same as findings, on the CPU in the two dtypes that leave no room for doubt."""
-    for one in verify_attention(["cpu"], dtypes=DTYPES[:2]):
-        if not one.why_not and one.backend != "reference":
-            detail = "" if one.ok else one.raised or f"{one.backend} in {dtype_name(one.dtype)}"
-            error = float("inf") if one.raised else one.error
-            yield Finding(f"{one.backend} = reference", str(one.job), error, one.tolerance, detail)

@@ -1,5 +1,6 @@
-"""What attention is asked to do: every rule, cache phase, packing, head count and size, as inputs
-for a backend.
+"""The calls that attention backends are compared on.
+
+They cover every mask rule, phase of a cache, packing, number of heads, head size and length.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from transom.attention.view import CacheView, ScoreArgs
 from transom.config.layer_args import LayerRule
 
 Phase = Literal[
-    "prefill",
-    "at a start",
-    "padded",
-    "packed",
-    "behind a cache",
-    "decode",
-    "ring",
-    "scattered",
-    "blind",
+    "prefill",  # a batch of rows from position 0
+    "from an offset",  # rows from a later position, without the tokens before
+    "padded",  # rows of unequal length
+    "packed",  # several documents in a row
+    "with a cache",  # a long call that reads cached and new tokens side by side
+    "decode",  # one token, read from a static cache
+    "ring",  # two tokens, read from a rotating cache
+    "random positions",
+    "no visible key",  # no query may attend to any key
 ]
 Scoring = Literal["plain", "scaled", "softcap", "sinks", "softcap and sinks"]
 
@@ -37,36 +38,34 @@ RULES = (
     LayerRule("chunk", 16),
     LayerRule("chunk", 25),
 )
-CACHED: tuple[Phase, ...] = ("behind a cache", "decode", "ring")
-PHASES: tuple[Phase, ...] = ("prefill", "at a start", "padded", "packed", *CACHED, "scattered")
-HEADS = ((4, 4), (4, 2), (4, 1))  # query heads, kv heads
-DIMS = (
-    (8, 8),
-    (64, 64),
-    (80, 80),
-    (128, 128),
-    (48, 32),
-    (32, 48),
-)  # features of queries and keys, of values
-LENGTHS = (
-    1,
-    2,
-    127,
-    128,
-    129,
-    300,
-    513,
-)  # tokens, around the blocks of all kernels and no multiple of any
-LONG_PHASES: tuple[Phase, ...] = ("packed", "behind a cache", "scattered")
-BOTH: tuple[Phase, ...] = ("prefill", "decode")
-SCORED: tuple[Phase, ...] = ("prefill", "packed", "behind a cache", "decode")
-TRAINED: tuple[Phase, ...] = ("prefill", "padded", "packed", "scattered")
-SEEN = 37  # tokens in the cache before a call that has one
+FEW_RULES = (RULES[0], RULES[3], RULES[5])
+LONG_RULES = (*FEW_RULES, LayerRule("window", 200), LayerRule("chunk", 200))
+CACHED: tuple[Phase, ...] = ("with a cache", "decode", "ring")
+PHASES: tuple[Phase, ...] = (
+    *("prefill", "from an offset", "padded", "packed"),
+    *CACHED,
+    "random positions",
+)
+LONG_PHASES: tuple[Phase, ...] = ("packed", "with a cache", "random positions")
+SCORED_PHASES: tuple[Phase, ...] = ("prefill", "packed", "with a cache", "decode")
+TRAINED_PHASES: tuple[Phase, ...] = ("prefill", "padded", "packed", "random positions")
+SCORINGS: dict[Scoring, str] = {  # and the group that each belongs to
+    "scaled": "head dims",
+    "softcap": "softcap",
+    "sinks": "sinks",
+    "softcap and sinks": "softcap",
+}
+HEADS = ((4, 4), (4, 2), (4, 1))  # query heads, key/value heads
+# Head sizes of queries and keys, and of values.
+DIMS = ((8, 8), (64, 64), (80, 80), (128, 128), (48, 32), (32, 48))
+# Tokens: around the block sizes of all kernels, and not a multiple of any.
+LENGTHS = (1, 2, 127, 128, 129, 300, 513)
+SEEN = 37  # tokens before the call, in phases that have some
 
 
 @dataclass(frozen=True)
 class Job:
-    """One call of attention; `group` is the column of the support matrix that it belongs to."""
+    """One call of attention; `group` is its column in the support matrix."""
 
     group: str
     rule: LayerRule = LayerRule()  # noqa: RUF009 - frozen
@@ -85,36 +84,31 @@ class Job:
 
 
 def jobs() -> Iterator[Job]:
-    """All rules in all phases, then one thing varied at a time."""
+    """Yield all rules in all phases, then jobs in which one property varies at a time."""
+    window = RULES[3]
     for rule, phase, heads in product(RULES, PHASES, HEADS):
         if rule.kind != "full" or phase not in CACHED:  # such layers have no cache
             yield Job("masks", rule, phase, heads=heads)
-    few = (LayerRule(), LayerRule("window", 30), LayerRule("chunk", 25))
-    for length, rule in product(LENGTHS, (*few, LayerRule("window", 200), LayerRule("chunk", 200))):
+    for length, rule in product(LENGTHS, LONG_RULES):
         yield Job("lengths", rule, length=length)
-    for length, rule, phase in product(LENGTHS, few, LONG_PHASES):
+    for length, rule, phase in product(LENGTHS, FEW_RULES, LONG_PHASES):
         yield Job("lengths", rule, phase, length=length)
-    for dims, phase in product(DIMS, BOTH):
-        yield Job("head dims", phase=phase, dims=dims)
-    scorings: tuple[Scoring, ...] = ("scaled", "softcap", "sinks", "softcap and sinks")
-    for scoring, phase in product(scorings, SCORED):
-        group = (
-            "softcap" if "softcap" in scoring else "sinks" if "sinks" in scoring else "head dims"
-        )
-        yield Job(group, LayerRule("window", 30), phase, scoring=scoring)
-    for rule in (LayerRule(), LayerRule("window", 7), LayerRule("chunk", 16)):
-        yield Job("masked rows", rule, "blind", length=5, gradients=True)
-    for rule, phase in product(few, TRAINED):
+    for dims in DIMS:
+        yield Job("head dims", phase="prefill", dims=dims)
+        yield Job("head dims", phase="decode", dims=dims)
+    for (scoring, group), phase in product(SCORINGS.items(), SCORED_PHASES):
+        yield Job(group, window, phase, scoring=scoring)
+    for rule in (RULES[0], RULES[2], RULES[4]):
+        yield Job("masked rows", rule, "no visible key", length=5, gradients=True)
+    for rule, phase in product(FEW_RULES, TRAINED_PHASES):
         yield Job("gradients", rule, phase, gradients=True)
-    for scoring, dims in product(scorings[1:], ((16, 16), (48, 32))):
-        yield Job("gradients", LayerRule("window", 30), scoring=scoring, dims=dims, gradients=True)
+    for scoring, dims in product(list(SCORINGS)[1:], ((16, 16), (48, 32))):
+        yield Job("gradients", window, scoring=scoring, dims=dims, gradients=True)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A job as tensors: q [B, T, N, H], k, v [B, S, K, H], sinks [N] or none, and what describes
-    them.
-    """
+    """The tensors of a job: q [B, T, N, H], k and v [B, S, K, H], and sinks [N] or none."""
 
     tensors: tuple[Tensor, ...]
     view: CacheView
@@ -123,25 +117,23 @@ class Inputs:
     softcap: float | None
 
     def to(self, dtype: torch.dtype) -> Inputs:
-        """The same numbers in another dtype, as leaves of a new graph."""
+        """Return the same numbers in another dtype, as leaves of a new autograd graph."""
         tensors = tuple(x.detach().to(dtype).requires_grad_() for x in self.tensors)
-        view = CacheView(
-            tensors[1:3], self.view.positions_BS, self.view.segments_BS, self.view.new_at
-        )
+        old = self.view
+        view = CacheView(tensors[1:3], old.positions_BS, old.segments_BS, old.new_at)
         return Inputs(tensors, view, self.spec, self.scale, self.softcap)
 
     @property
     def score(self) -> ScoreArgs:
-        """How products become scores."""
-        return ScoreArgs(
-            self.scale, self.softcap, self.tensors[3] if len(self.tensors) > 3 else None
-        )
+        """How products of queries and keys become scores."""
+        sinks = self.tensors[3] if len(self.tensors) > 3 else None
+        return ScoreArgs(self.scale, self.softcap, sinks)
 
 
 def build(job: Job, device: torch.device) -> Inputs:
-    """Random tensors in float64 and the positions of the job, always the same."""
+    """Return random tensors in float64 and the positions of a job, equal in every call."""
     generator = torch.Generator().manual_seed(0)
-    q_positions, segments, layout, k_positions, new_at = place(job, generator)
+    q_positions, segments, layout, k_positions, new_at = _place(job, generator)
     (rows, count), slots = q_positions.shape, k_positions.size(1)
     shapes: list[tuple[int, ...]] = [
         (rows, count, job.heads[0], job.dims[0]),
@@ -165,71 +157,52 @@ def build(job: Job, device: torch.device) -> Inputs:
     )
 
 
-def place(
-    job: Job, generator: torch.Generator
-) -> tuple[Tensor, Tensor | None, Layout | None, Tensor, int | None]:
-    """Positions of the queries [B, T], segments, layout, positions of the slots [B, S], and
-    `new_at`.
-    """
-    length = job.length
+# Positions of the queries [B, T], segments, layout, positions of the slots [B, S], and the slot
+# from which on the keys are new (None: all are cached).
+Place = tuple[Tensor, Tensor | None, Layout | None, Tensor, int | None]
+
+
+def _place(job: Job, generator: torch.Generator) -> Place:
+    """Return where the tokens of a job are."""
+    length, phase = job.length, job.phase
     row = torch.arange(length)
-    if job.phase == "prefill":
-        return row.expand(2, -1), None, Layout((length,) * 2), row.expand(2, -1), 0
-    if job.phase == "at a start":
-        shifted = (row + SEEN).expand(2, -1)
-        return shifted, None, Layout((length,) * 2, start=SEEN), shifted, 0
-    if job.phase == "padded":
+    if phase in ("prefill", "from an offset"):
+        start = 0 if phase == "prefill" else SEEN
+        positions = (row + start).expand(2, -1)
+        return positions, None, Layout((length,) * 2, start=start), positions, 0
+    if phase == "padded":
         lengths = torch.tensor([[length], [max(1, length // 3)], [0]])
         positions = torch.where(row < lengths, row, -1)
         return positions, None, Layout((length,) * 3, padded=True), positions, 0
-    if job.phase == "packed":
-        cuts = (
-            [[length // 2, length - length // 2 - 1, 1], [length]]
-            if length > 3
-            else [[length], [length]]
-        )
-        positions = torch.stack([positions_from_sizes(sizes) for sizes in cuts])
-        segments = torch.stack([segments_from_sizes(sizes) for sizes in cuts])
-        return (
-            positions,
-            segments,
-            Layout(tuple(size for sizes in cuts for size in sizes)),
-            positions,
-            0,
-        )
-    if job.phase == "behind a cache":
-        return behind_a_cache(job, generator)
-    if job.phase in ("decode", "ring"):
-        return decoding(job, generator)
-    if (
-        job.phase == "blind"
-    ):  # no query sees a key: padding, empty slots, and keys that are out of reach
+    if phase == "packed":
+        first = [length // 2, length - length // 2 - 1, 1] if length > 3 else [length]
+        documents = [first, [length]]
+        positions = torch.stack([positions_from_sizes(sizes) for sizes in documents])
+        segments = torch.stack([segments_from_sizes(sizes) for sizes in documents])
+        return positions, segments, Layout((*first, length)), positions, 0
+    if phase == "no visible key":  # padding, empty slots, and keys out of reach of the rules
         queries, slots = torch.tensor([[90, -1, 40, -1, 5]]), torch.tensor([[-1, 96, 97, -1]])
         return queries, None, None, slots, None
-    positions = torch.randint(-1, max(1, length // 2), (2, length), generator=generator)
-    return positions, torch.randint(0, 2, (2, length), generator=generator), None, positions, None
+    if phase == "random positions":
+        positions = torch.randint(-1, max(1, length // 2), (2, length), generator=generator)
+        segments = torch.randint(0, 2, (2, length), generator=generator)
+        return positions, segments, None, positions, None
+    return _place_in_cache(job, generator)
 
 
-def behind_a_cache(job: Job, generator: torch.Generator) -> tuple[Tensor, None, None, Tensor, int]:
-    """New tokens in order behind the slots of a store in any order, where two rows have seen
-    unequally many.
-    """
+def _place_in_cache(job: Job, generator: torch.Generator) -> Place:
+    """Return new tokens after cached ones, where the two rows have unequally many of those."""
     seen = torch.tensor([[SEEN], [SEEN // 2]])
-    queries = seen + torch.arange(job.length)
-    capacity = (job.rule.size or SEEN) + 3
-    slots = (seen - 1 - torch.arange(capacity)).clamp(min=-1)
-    slots = slots[:, torch.randperm(capacity, generator=generator)]
-    return queries, None, None, torch.cat((slots, queries), 1), capacity
-
-
-def decoding(job: Job, generator: torch.Generator) -> tuple[Tensor, None, None, Tensor, None]:
-    """One token per row among what a static store shows, or two among the slots of a ring."""
-    count = 1 if job.phase == "decode" else 2
-    queries = torch.tensor([[SEEN], [SEEN // 2]]) + torch.arange(count)
+    count = {"with a cache": job.length, "decode": 1, "ring": 2}[job.phase]
+    queries = seen + torch.arange(count)
     last = queries[:, -1:]
-    if job.phase == "decode":
+    if job.phase == "decode":  # a static cache: slot i has position i
         slots = torch.arange(job.length + SEEN).expand(2, -1)
         return queries, None, None, torch.where(slots <= last, slots, -1), None
-    capacity = (job.rule.size or SEEN) + 1
-    slots = (last - torch.arange(capacity)).clamp(min=-1)
-    return queries, None, None, slots[:, torch.randperm(capacity, generator=generator)], None
+    spare, newest = (3, seen - 1) if job.phase == "with a cache" else (1, last)
+    capacity = (job.rule.size or SEEN) + spare
+    slots = (newest - torch.arange(capacity)).clamp(min=-1)
+    slots = slots[:, torch.randperm(capacity, generator=generator)]
+    if job.phase == "with a cache":
+        return queries, None, None, torch.cat((slots, queries), 1), capacity
+    return queries, None, None, slots, None

@@ -40,7 +40,7 @@ from transom.inference.loop import generate
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
 from transom.tokenizers.training import byte_tokenizer
-from transom.verify.cache import REAL_SLACK, compare_whole
+from transom.verify.cache import REAL_SLACK, compare_full_size
 from transom.verify.cache import run as forward
 from transom.verify.file_tensors import (
     Case,
@@ -88,8 +88,19 @@ class Numbers:
     tolerance: float
 
 
-def check_checkpoint() -> Iterator[Finding]:
-    """Tiny folders of several families and formats, with a tokenizer and a chat template."""
+def check(
+    model: str | None = None, *, length: int | None = None, dtype: str = "float32"
+) -> Iterator[Finding]:
+    """Compare a model folder or hub id, or small folders of several families and formats.
+
+    Args:
+        model: The folder.
+        length: The length of the longest sequence, in tokens.
+        dtype: The dtype of the weights, except where bytes are compared.
+    """
+    if model is not None:
+        yield from compare_folder(model, length, dtype)
+        return
     for name, (kind, fields) in FOLDERS.items():
         with tempfile.TemporaryDirectory(prefix="transom-verify-") as scratch:
             folder = Path(scratch) / name
@@ -194,7 +205,7 @@ def _numbers(case: Case, ours: LazyTensors, dtype: str, length: int | None) -> I
     yield from _transformers(case, numbers, dtype)
     with quiet():
         model = load(case.folder, dtype=dtype)
-    yield from compare_whole(model, case.name, _length(case.args) if length is None else length)
+    yield from compare_full_size(model, case.name, _length(case.args) if length is None else length)
 
 
 def _length(args: ModelArgs) -> int:
@@ -228,7 +239,7 @@ def _numbers_of(model: LLM, length: int | None) -> Numbers:
 
 
 def _logits(model: LLM, tokens: Tensor) -> Tensor:
-    return forward(model, [TransformerInput(tokens)]).states[-1]
+    return forward(model, [TransformerInput(tokens)])[-1]
 
 
 @torch.no_grad()

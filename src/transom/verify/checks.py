@@ -1,70 +1,119 @@
-"""The checks by name; a later kind of comparison is one more entry here, its bugs are rows in
-`bugs.py`.
-"""
+"""The checks of `transom verify` by name, and `run`, which runs one of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import contextlib
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from transom.verify.attention import check_attention
-from transom.verify.cache import check_cache
-from transom.verify.checkpoint import check_checkpoint
-from transom.verify.data import check_data
-from transom.verify.findings import Finding
-from transom.verify.finetune import check_finetune
-from transom.verify.merge import check_merge
-from transom.verify.model import check_model
-from transom.verify.policy import check_policy
-from transom.verify.resume import check_resume, check_step
+from transom.base.errors import nearest, require
+
+if TYPE_CHECKING:
+    from transom.verify.findings import Finding
 
 
 @dataclass(frozen=True)
 class Check:
-    """A named set of comparisons; `run` yields findings one by one."""
+    """One check. Its comparisons are made by the function `check` of `transom.verify.NAME`.
+
+    Attributes:
+        name: The name on the command line.
+        compares: What is compared with what.
+        options: The keyword arguments of `check`. The value names an option that must be given
+            too; it is empty if there is none.
+        full_size: Whether a given model is run as it is, with all threads, and not as a small copy.
+    """
 
     name: str
-    what: str
-    run: Callable[[], Iterator[Finding]]
+    compares: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    full_size: bool = False
+
+    def usage(self, option: str) -> str:
+        """Return the shortest command line that accepts an option."""
+        needs = {"": "", "model": " MODEL", "full": " MODEL --full"}[self.options[option]]
+        return f"`verify {self.name}{needs}`"
 
 
-CHECKS: dict[str, Check] = {
-    one.name: one
-    for one in (
+CHECKS = {
+    check.name: check
+    for check in (
         Check(
-            "model", "logits and gradients against an oracle written from the formulas", check_model
+            "model",
+            "logits and gradients against a second implementation in float64",
+            {"model": ""},
         ),
         Check(
             "cache",
-            "cached, chunked, rotating, padded and packed calls against one whole forward",
-            check_cache,
+            "cached, chunked, rotating, padded and packed calls against one full forward",
+            {"model": "", "full": "model", "length": "full", "dtype": "full", "device": "full"},
         ),
-        Check(
-            "attention", "every backend against the float64 reference, on the CPU", check_attention
-        ),
-        Check("data", "packed rows and targets against the documents they came from", check_data),
-        Check("step", "a step in micro-batches against the same step in one piece", check_step),
         Check(
             "checkpoint",
-            "folders of every format against their own files, rewritten ones and transformers",
-            check_checkpoint,
+            "a folder against its own files, the folders written from it and transformers",
+            {"model": "", "length": "model", "dtype": "model"},
+            full_size=True,
         ),
         Check(
             "merge",
-            "adapters in the weights against adapters beside them, in memory and folders",
-            check_merge,
+            "merged weights against adapters beside their base, in memory and in folders",
+            {"model": "", "adapter": "model"},
+            full_size=True,
         ),
         Check(
             "policy",
-            "probabilities that answers are drawn with against those they are learnt from",
-            check_policy,
+            "log-probabilities of sampling against those of training on the same tokens",
+            {"model": "", "device": ""},
+            full_size=True,
         ),
         Check(
             "finetune",
-            "what carries loss, what trains and with which gradient, stopped runs, the model "
-            "without its adapter",
-            check_finetune,
+            "loss masks, trained weights, gradients, resumed runs and the frozen base",
+            {"model": "", "data": "model"},
+            full_size=True,
         ),
-        Check("resume", "an interrupted run against a straight one, bit for bit", check_resume),
+        Check("resume", "interrupted runs against one without", {"model": "", "steps": ""}),
+        Check("step", "a training step in micro-batches against the step in one batch"),
+        Check("data", "packed rows and targets against the documents that they come from"),
+        Check("attention", "attention backends against the float64 reference", {"device": ""}),
     )
 }
+
+
+def valid_with(option: str) -> str:
+    """Return the commands that accept an option, for help texts and refusals."""
+    return ", ".join(check.usage(option) for check in CHECKS.values() if option in check.options)
+
+
+def run(name: str, **options: Any) -> Iterator[Finding]:
+    """Run one check and yield its comparisons as they are made.
+
+    The options are validated at once, the work begins with the first comparison.
+
+    Args:
+        name: One of `CHECKS`.
+        **options: The options of the check. None and False count as not given.
+
+    Raises:
+        RequestError: If there is no such check, or if an option does not belong to it.
+    """
+    expected = f"expected one of {', '.join(CHECKS)}{nearest(str(name), CHECKS)}"
+    require(name in CHECKS, "verify", name, expected)
+    check = CHECKS[name]
+    given = {key: value for key, value in options.items() if value not in (None, False)}
+    for option, value in given.items():
+        flag = option if option in ("model", "adapter") else f"--{option}"
+        valid = option in check.options and check.options[option] in ("", *given)
+        require(valid, flag, value, f"valid only with {valid_with(option)}")
+    return _findings(check, given)
+
+
+def _findings(check: Check, given: Mapping[str, Any]) -> Iterator[Finding]:
+    """Yield the comparisons of a check; small models run on one thread, which is faster."""
+    from transom.base.runtime import one_thread
+
+    full = "full" in given or (check.full_size and "model" in given)
+    with contextlib.nullcontext() if full else one_thread():
+        yield from importlib.import_module(f"transom.verify.{check.name}").check(**given)

@@ -56,6 +56,7 @@ from transom.verify.finetune_rows import (
 )
 from transom.verify.resume import compare_resumed, history
 from transom.verify.sample_models import SAMPLES, sample_model
+from transom.verify.targets import has_weights, small_models
 from transom.verify.tiny_runs import documents, in_folder, quiet, temporary_corpus
 
 MOST_EXAMPLES, LOSS_ROWS = 1000, 8  # of a file: looked at, and put through the model of a folder
@@ -88,25 +89,35 @@ PLACES = {
 }
 
 
-def check_finetune() -> Iterator[Finding]:
-    """Built-in templates and conversations, and models in small."""
-    for writer in built_in_writers():
-        for rows, name in ((TALKS, "conversation"), (PAIRS, "pair")):
-            examples = [
-                one for one in examples_of(rows, name) if writer.template is not None or one.bare
-            ]
-            yield from compare_masks(examples, writer)
-    with temporary_corpus() as folder:
-        yield from compare_runs(ModelArgs.from_dict(MODELS["deepseek"]), folder, "deepseek")
-    for name, fields in MODELS.items():
-        yield from compare_shape(ModelArgs.from_dict(fields), name)
+def check(model: str | None = None, *, data: str | None = None) -> Iterator[Finding]:
+    """Compare the texts and weights of a folder and a small copy of its model, or samples.
 
+    Args:
+        model: The name of a model, see `targets.model_args`.
+        data: A file with rows for the model of a folder; built-in rows without it.
 
-def compare_model(args: ModelArgs, name: str) -> Iterator[Finding]:
-    """All that has to do with the shape of a model alone, on a copy of it that is small already."""
+    Raises:
+        RequestError: If there is `data` for a model without a tokenizer.
+    """
+    if model is None:
+        for writer in built_in_writers():
+            for rows, name in ((TALKS, "conversation"), (PAIRS, "pair")):
+                examples = examples_of(rows, name)
+                bare = [one for one in examples if writer.template is not None or one.bare]
+                yield from compare_masks(bare, writer)
+    elif has_weights(model):
+        yield from compare_folder(model, data)
+    else:
+        expected = f"valid only with a model folder, and {model} has no tokenizer"
+        require(data is None, "--data", data, expected)
+    small = {name: ModelArgs.from_dict(fields) for name, fields in MODELS.items()}
+    if model is not None:
+        small = dict(small_models(model, ()))
     with temporary_corpus() as folder:
-        yield from compare_runs(args, folder, name)
-    yield from compare_shape(args, name)
+        name = "deepseek" if model is None else model
+        yield from compare_runs(small[name], folder, name)
+    for name, args in small.items():
+        yield from compare_shape(args, name)
 
 
 def compare_folder(name: str, data: str | None = None) -> Iterator[Finding]:
@@ -411,7 +422,7 @@ def compare_runs(args: ModelArgs, folder: Path, name: str) -> Iterator[Finding]:
     (folder / "rows.jsonl").write_text("".join(rows * 3), encoding="utf-8")
     run = tiny_finetune(folder, "run")
     with quiet():
-        trained = history(run, folder, "frozen", [2]).weights
+        trained = history(run, folder, "frozen", [2])["weights"]
     frozen = {key: weight for key, weight in base.named_parameters() if key in trained}
     moved = {key for key, weight in frozen.items() if not torch.equal(weight, trained[key])}
     yield _none("frozen weights = base", name, moved)

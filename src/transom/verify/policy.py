@@ -1,11 +1,11 @@
-"""Trainer and generator are one policy: the log-probability that a token was drawn with, token by
-token out of the cache, is the one that learning from it finds in one forward of padded rows.
+"""The probability with which a token is sampled is the one that training computes for it.
+
+Sampling decodes token by token with a KV cache; training makes one forward of padded rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -15,7 +15,7 @@ from transom.attention.backends import BACKENDS, auto, refusal
 from transom.attention.mask import MaskSpec
 from transom.attention.view import CacheView, ScoreArgs
 from transom.base.errors import notice, require
-from transom.config.model_args import ModelArgs
+from transom.checkpoints.load import load
 from transom.data.batch import NO_TARGET
 from transom.models.llm import LLM
 from transom.tokenizers.training import byte_tokenizer
@@ -23,138 +23,128 @@ from transom.training.losses.log_probs import measured_log_probs
 from transom.training.rl.policy import draw_answers
 from transom.training.rl.rollouts import Question, QuestionBatch, answer_seed, rollout_batch
 from transom.verify.findings import Finding
-from transom.verify.sample_models import SAMPLES, random_tokens, sample_model
+from transom.verify.sample_models import random_tokens, sample_model
+from transom.verify.targets import has_weights, small_models
 
-FAMILIES = (
-    "mixed",
-    "gemma",
-    "deepseek",
-)  # windows, chunks and scaled frequencies; soft caps; latents and experts
+SAMPLES = ("mixed", "gemma", "deepseek")  # windows and chunks; soft caps; latents and experts
 PROMPTS = (3, 9, 14, 2)  # tokens
-GROUP = 2  # answers to each, which share the prompt's keys
-ANSWER_TOKENS = 24  # with the longest prompt more than a ring of the built-in models holds
-STOPPING = 16  # one id in as many ends an answer, so that rows differ in length
+GROUP = 2  # answers to each prompt, which share its keys
+ANSWER_TOKENS = 24  # more than a ring of the samples keeps, together with the longest prompt
+STOPPING = 16  # every 16th token ends an answer, so that answers differ in length
 TEMPERATURES = (1.0, 0.7)
 FLOAT32_TOLERANCE = 1e-4  # nats, of the worst token
-
-
-@dataclass(frozen=True)
-class Precision:
-    """What the weights are in, and the products, where autocast narrows them."""
-
-    name: str
-    weights: torch.dtype
-    products: torch.dtype
-
-    def finding(
-        self, backend: str, where: str, gaps_T: Tensor, largest_logit: float, detail: str
-    ) -> Finding:
-        """float32: the worst token. Narrower: the median, within one step of the dtype at the
-        largest logit.
-
-        Being written down puts a logit of that size off by up to half a step. Single tokens may be
-        further apart, above all where a near-tie of a router sends one to another expert; the worst
-        is shown.
-        """
-        worst, mean = float(gaps_T.max()), float(gaps_T.mean())
-        what, error, tolerance = "largest", worst, FLOAT32_TOLERANCE
-        if self.products != torch.float32:
-            what, error = "median", float(gaps_T.median())
-            tolerance = torch.finfo(self.products).eps * largest_logit
-        where = f"{where}: largest {worst:.1e}, mean {mean:.1e} nats"
-        detail = "" if error <= tolerance else detail
-        return Finding(f"{what} gap, {self.name}, {backend}", where, error, tolerance, detail)
-
-
-PRECISIONS = (  # weights in bfloat16 last: they do not come back
-    Precision("float32", torch.float32, torch.float32),
-    Precision("bfloat16 products", torch.float32, torch.bfloat16),
-    Precision("bfloat16", torch.bfloat16, torch.bfloat16),
+# Name, dtype of the weights, dtype of the products under autocast. Weights in bfloat16 come last,
+# because they cannot be restored.
+PRECISIONS = (
+    ("float32", torch.float32, torch.float32),
+    ("bfloat16 products", torch.float32, torch.bfloat16),
+    ("bfloat16", torch.bfloat16, torch.bfloat16),
 )
 
 
-class Preferring:
-    """Attention by one backend wherever it can, by `auto` elsewhere; `used` counts its calls."""
+class Preferred:
+    """Attention by one backend for the jobs that it supports, and by `auto` for the others.
+
+    Attributes:
+        used: How often the backend was used.
+        declined: Why it was not used for the last job that it declined.
+    """
 
     def __init__(self, name: str) -> None:
-        self.backend, self.used, self.why_not = BACKENDS[name], 0, ""
+        self.backend, self.used, self.declined = BACKENDS[name], 0, ""
 
     def __call__(self, q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Tensor:
         reason = refusal(self.backend.name) or self.backend.why_not(q_BTNH, view, spec, score)
         if reason is not None:
-            self.why_not = reason
+            self.declined = reason
             return auto(q_BTNH, view, spec, score)
         self.used += 1
         return self.backend.function(q_BTNH, view, spec, score)
 
 
-def check_policy(device: str = "cpu") -> Iterator[Finding]:
-    """Built-in models."""
-    return compare_policies(
-        (name, sample_model(ModelArgs.from_dict(SAMPLES[name])).to(device)) for name in FAMILIES
-    )
+def check(model: str | None = None, *, device: str = "cpu") -> Iterator[Finding]:
+    """Compare a folder's own weights, a small copy of another model, or samples without a model."""
+    if model is not None and has_weights(model):
+        yield from compare_policies([(model, load(model, device, "float32"))])
+        return
+    small = small_models(model, SAMPLES)
+    yield from compare_policies((name, sample_model(args).to(device)) for name, args in small)
 
 
 def compare_policies(models: Iterable[tuple[str, LLM]]) -> Iterator[Finding]:
-    """Answers to prompts of random tokens in every precision, with every backend, at two
-    temperatures.
+    """Compare answers to random prompts in every precision, backend and temperature.
 
-    Weights end up in bfloat16. A backend that could do nothing is said.
+    The models have bfloat16 weights afterwards. A notice names the backends that support nothing.
+
+    Raises:
+        RequestError: If a model has a head in place of next-token logits.
     """
-    declined: dict[tuple[str, str], str] = {}
+    declined: dict[str, str] = {}
     for name, model in models:
         require(model.args.head is None, "head", model.args.head, "expected a language model")
-        for precision, backend in product(PRECISIONS, BACKENDS):
-            model.to(precision.weights)
-            model.attend = attend = Preferring(backend)
-            found = [_compare(model, name, precision, backend, heat) for heat in TEMPERATURES]
+        for (precision, weights, products), backend in product(PRECISIONS, BACKENDS):
+            model.to(weights)
+            model.attend = attend = Preferred(backend)
+            findings = []
+            for temperature in TEMPERATURES:
+                case = f"{name} at temperature {temperature:g}"
+                label = f"{precision}, {backend}"
+                findings.append(_compare(model, case, label, products, temperature))
             if attend.used:
-                declined[backend, precision.name] = ""
-                yield from found
+                declined[f"{backend} in {precision}"] = ""
+                yield from findings
             else:
-                declined.setdefault((backend, precision.name), attend.why_not)
-    for (backend, precision_name), why in declined.items():
-        if why:
-            notice(f"{backend} in {precision_name}: nothing was compared ({why})")
+                declined.setdefault(f"{backend} in {precision}", attend.declined)
+    for backend, reason in declined.items():
+        if reason:
+            notice(f"{backend}: nothing was compared ({reason})")
 
 
 @torch.no_grad()
 def _compare(
-    model: LLM, name: str, precision: Precision, backend: str, temperature: float
+    model: LLM, case: str, label: str, products: torch.dtype, temperature: float
 ) -> Finding:
+    """Sample answers, and compare the log-probability of every token with that of training.
+
+    In float32 the worst token counts. In bfloat16 the median counts, and it may be one step of the
+    dtype at the largest logit, since storing a logit of that size rounds it by up to half a step.
+    Single tokens may differ more, above all where two experts are nearly tied.
+    """
     args, device = model.args, model.device
     ids = random_tokens(args, len(PROMPTS), max(PROMPTS)).tolist()
-    questions = tuple(Question(str(row), ids[row][:count], {}) for row, count in enumerate(PROMPTS))
-    seeds = tuple(
-        answer_seed(0, 0, row, index) for row in range(len(PROMPTS)) for index in range(GROUP)
-    )
+    prompts = enumerate(PROMPTS)
+    questions = tuple(Question(str(row), ids[row][:count], {}) for row, count in prompts)
+    places = product(range(len(PROMPTS)), range(GROUP))
+    seeds = tuple(answer_seed(0, 0, row, index) for row, index in places)
     batch = QuestionBatch(questions, seeds, GROUP, ANSWER_TOKENS)
-    said = draw_answers(
+    answers = draw_answers(
         model,
-        byte_tokenizer(),  # what answers say does not matter
+        byte_tokenizer(),  # the text of the answers is not used
         [question.ids for question in batch.answers],
         seeds,
         answer_tokens=ANSWER_TOKENS,
         temperature=temperature,
         stop_tokens=range(0, args.vocab_size, STOPPING),
-        dtype=precision.products,
+        dtype=products,
     )
-    nothing = torch.zeros(len(said))
-    rollouts = rollout_batch(batch, said, nothing, nothing).to(device)
-    with torch.autocast(
-        device.type, precision.products, enabled=precision.products != torch.float32
-    ):
+    rewards = torch.zeros(len(answers))
+    rollouts = rollout_batch(batch, answers, rewards, rewards).to(device)
+    half = products != torch.float32
+    with torch.autocast(device.type, products, enabled=half):
         inputs, targets_BT = rollouts.inputs(), rollouts.targets
         trained_BT = measured_log_probs(model, inputs, targets_BT, temperature=temperature)
         logits = model(inputs).logits
     assert logits is not None, "all logits are the default"
     kept_BT = targets_BT != NO_TARGET
     gaps_BT = (trained_BT - rollouts.extras["drawn"]).abs()
+    gaps = gaps_BT[kept_BT]
     row, column = divmod(int(gaps_BT.argmax()), gaps_BT.size(1))
-    told = float(rollouts.extras["drawn"][row, column]), float(trained_BT[row, column])
-    where = f"{name} at temperature {temperature:g}, {int(kept_BT.sum())} tokens"
-    detail = (
-        f"answer {row}, token {column}: drawn with {told[0]:.4f}, learnt from with {told[1]:.4f}"
-    )
-    largest = float(logits[kept_BT].abs().max()) / temperature
-    return precision.finding(backend, where, gaps_BT[kept_BT], largest, detail)
+    sampled, trained = float(rollouts.extras["drawn"][row, column]), float(trained_BT[row, column])
+    worst, mean, median = float(gaps.max()), float(gaps.mean()), float(gaps.median())
+    case = f"{case}, {len(gaps)} tokens: largest {worst:.1e}, mean {mean:.1e} nats"
+    detail = f"answer {row}, token {column}: sampled with {sampled:.4f}, trained with {trained:.4f}"
+    if half:
+        largest = float(logits[kept_BT].abs().max()) / temperature
+        tolerance = torch.finfo(products).eps * largest
+        return Finding(f"median gap, {label}", case, median, tolerance, detail)
+    return Finding(f"largest gap, {label}", case, worst, FLOAT32_TOLERANCE, detail)

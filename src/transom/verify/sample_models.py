@@ -1,6 +1,4 @@
-"""Models to compare with: small ones that together use every option, and shrunken copies of real
-ones.
-"""
+"""Small models with random weights: samples of known families, and small copies of real models."""
 
 from __future__ import annotations
 
@@ -10,17 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transom.config.layer_args import LayerArgs, MlaArgs, MoeArgs, RopeScaling
+from transom.base.errors import notice
+from transom.config.layer_args import MlaArgs, MoeArgs, RopeScaling
 from transom.config.model_args import ModelArgs
 from transom.models.llm import LLM
 
-WINDOW, CHUNK, ORIGINAL = (
-    5,
-    6,
-    32,
-)  # tokens: what windows, chunks and original contexts become in a copy
+WINDOW, CHUNK = 5, 6  # tokens, of sliding windows and attention chunks
+ORIGINAL = 32  # tokens, the original context length of RoPE scaling
 VOCABULARY = 61
-CONTEXT = 10  # features, and rows of what cross-attention looks at
+CONTEXT = 10  # both the length and the feature size of the context of cross-attention
 HEAD = 8
 MOST_LAYERS = 8
 
@@ -37,7 +33,7 @@ BASE: dict[str, Any] = {
 }
 LLAMA3 = {"kind": "llama3", "factor": 8.0, "original_max_seq_len": ORIGINAL}
 
-# Each is a known family in small: together they use every option that the oracle speaks.
+# One model for each family of options. Together they use every option of the oracle.
 SAMPLES: dict[str, dict[str, Any]] = {
     "mixed": {
         **BASE,
@@ -158,102 +154,104 @@ SAMPLES: dict[str, dict[str, Any]] = {
 }
 
 
+# What a small copy has in place of these options, where a model uses them.
+_SMALL_VALUES = {
+    "softmax_scale": 0.4,
+    "attn_softcap": 2.0,
+    "logit_softcap": 3.0,
+    "embedding_scale": 5.0,
+    "mup_base_dim": 12,
+}
+_PARTS = {
+    "vision_args": "the image encoder",
+    "head": "the head in place of next-token logits",
+    "context_dim": "cross-attention",
+}
+
+
 @dataclass(frozen=True)
-class Copy:
-    """A model in small: its arguments, and one line for everything that was left out of it."""
+class SmallCopy:
+    """The arguments of a small copy, and one sentence for each part that the copy lacks."""
 
     args: ModelArgs
     left_out: tuple[str, ...] = ()
 
 
-def small_copy(args: ModelArgs, *, context: bool = False) -> Copy:
-    """The same pattern and options with every size scaled down, so that a few dozen tokens cross
-    every edge.
+def small_args(args: ModelArgs, name: str, *, context: bool = False) -> ModelArgs:
+    """Return the arguments of `small_copy`, and print a notice for each part that it lacks."""
+    copy = small_copy(args, context=context)
+    for line in copy.left_out:
+        notice(f"{name}: {line}")
+    return copy.args
 
-    `context` keeps cross-attention, for those who have a context to give.
+
+def small_copy(args: ModelArgs, *, context: bool = False) -> SmallCopy:
+    """Scale every size of a model down and keep its options.
+
+    A sequence of a few dozen tokens then reaches beyond every window, chunk and original context
+    length. The layers are the first ones that together are of every kind, at most `MOST_LAYERS`.
+
+    Args:
+        args: The arguments of the real model.
+        context: Whether the copy keeps cross-attention; the caller must then pass a context.
     """
-    letters, left_out = shrunken_pattern(args)
-    for field, what in (
-        ("vision_args", "the image encoder"),
-        ("head", "the head that replaces next-token logits"),
-        ("context_dim", "attention to a context"),
-    ):
-        if getattr(args, field) is not None and not (context and field == "context_dim"):
-            left_out.append(f"{field}: {what} is left out of the copy")
-    latent = args.mla_args is not None
-    kv_heads = min(args.kv_heads, 2)
-    groups = min(args.n_heads // args.kv_heads, 3)
+    kinds = [replace(layer, index=0) for layer in args.layers]
+    count = max(kinds.index(kind) for kind in kinds) + 1
+    count = min(max(count, 2), MOST_LAYERS, args.n_layers)
+    letters = args.pattern[:count]
+    dropped = {name: part for name, part in _PARTS.items() if getattr(args, name) is not None}
+    if context:
+        dropped.pop("context_dim", None)
+    left_out = [f"{name}: the small copy leaves out {part}" for name, part in dropped.items()]
+    if missing := len(set(kinds)) - len(set(kinds[:count])):
+        left_out.insert(
+            0, f"the small copy leaves out {missing} kinds of layers above layer {count - 1}"
+        )
     used = {letter.upper() for letter in letters}
-    rotary_halves = args.rotary_fraction < 1
-    head = 2 * HEAD if rotary_halves else HEAD
-    return Copy(
+    latent, partial = args.mla_args is not None, args.rotary_fraction < 1
+    kv_heads = min(args.kv_heads, 2)
+    local = args.rope_local_theta is not None and used & {"S", "C"}
+    small: dict[str, Any] = {
+        key: value for key, value in _SMALL_VALUES.items() if getattr(args, key) is not None
+    }
+    if args.rope_scaling is not None:
+        small["rope_scaling"] = _small_scaling(args.rope_scaling, 2 if latent else HEAD // 2)
+    if args.mla_args is not None:
+        small["mla_args"] = MlaArgs(12, 10 if args.mla_args.q_lora_rank else None, 6, 4, 8)
+    if args.moe_args is not None:
+        small["moe_args"] = _small_moe(args.moe_args, count)
+    return SmallCopy(
         replace(
             args,
             dim=24,
-            n_layers=len(letters),
-            n_heads=kv_heads * groups,
+            n_layers=count,
+            n_heads=kv_heads * min(args.n_heads // args.kv_heads, 3),
             n_kv_heads=None if latent else kv_heads,
-            head_dim=None if latent else head,
+            head_dim=None if latent else HEAD * (2 if partial else 1),
             hidden_dim=20,
             vocab_size=VOCABULARY,
             max_seq_len=256,
             rope_theta=100.0,
-            rope_local_theta=50.0
-            if args.rope_local_theta is not None and used & {"S", "C"}
-            else None,
-            rotary_fraction=0.5 if rotary_halves else 1.0,
-            rope_scaling=None
-            if args.rope_scaling is None
-            else shrunken_scaling(args, args.rope_scaling),
+            rope_local_theta=50.0 if local else None,
+            rotary_fraction=0.5 if partial else 1.0,
             rope_original_max_seq_len=ORIGINAL,
             sliding_window=WINDOW if "S" in used else None,
             attention_chunk_size=CHUNK if "C" in used else None,
             nope_layer_interval=None,
             layer_pattern=tuple(letters),
-            attn_temperature_tuning=args.attn_temperature_tuning and not "".join(letters).isupper(),
+            attn_temperature_tuning=args.attn_temperature_tuning and not letters.isupper(),
             floor_scale=4.0,
-            softmax_scale=None if args.softmax_scale is None else 0.4,
-            attn_softcap=None if args.attn_softcap is None else 2.0,
-            logit_softcap=None if args.logit_softcap is None else 3.0,
-            embedding_scale=None if args.embedding_scale is None else 5.0,
-            mup_base_dim=None if args.mup_base_dim is None else 12,
-            mla_args=MlaArgs(12, 10 if args.mla_args.q_lora_rank else None, 6, 4, 8)
-            if args.mla_args
-            else None,
-            moe_args=None if args.moe_args is None else shrunken_moe(args.moe_args, len(letters)),
             vision_args=None,
             head=None,
             context_dim=CONTEXT if context and args.context_dim is not None else None,
+            **small,
         ),
         tuple(left_out),
     )
 
 
-def shrunken_pattern(args: ModelArgs) -> tuple[str, list[str]]:
-    """Letters of the shortest run of layers from the bottom that has every kind of layer, and what
-    it lacks.
-    """
-    kinds = [replace(layer, index=0) for layer in args.layers]
-    count = max(kinds.index(kind) for kind in kinds) + 1
-    count = min(max(count, 2), MOST_LAYERS, args.n_layers)
-    missing = len(set(map(_kind, args.layers))) - len(set(map(_kind, args.layers[:count])))
-    said = (
-        [f"{missing} kinds of layers above layer {count - 1} are left out of the copy"]
-        if missing
-        else []
-    )
-    return args.pattern[:count], said
-
-
-def _kind(layer: LayerArgs) -> LayerArgs:
-    return replace(layer, index=0)
-
-
-def shrunken_scaling(args: ModelArgs, scaling: RopeScaling) -> RopeScaling:
-    """The same rule around a short original context, with as many longrope factors as there are
-    pairs left.
-    """
-    pairs = 2 if args.mla_args is not None else HEAD // 2
+def _small_scaling(scaling: RopeScaling, pairs: int) -> RopeScaling:
+    """Return the same scaling for a short original context, with one LongRoPE factor per pair."""
     short, long = (
         tuple(factors[i * len(factors) // pairs] for i in range(pairs if factors else 0))
         for factors in (scaling.short_factor, scaling.long_factor)
@@ -261,10 +259,8 @@ def shrunken_scaling(args: ModelArgs, scaling: RopeScaling) -> RopeScaling:
     return replace(scaling, original_max_seq_len=ORIGINAL, short_factor=short, long_factor=long)
 
 
-def shrunken_moe(moe: MoeArgs, layers: int) -> MoeArgs:
-    """Few narrow experts, in groups where there were groups; tokens still choose some and not
-    others.
-    """
+def _small_moe(moe: MoeArgs, layers: int) -> MoeArgs:
+    """Return the same routing among a few narrow experts, still more of them than are chosen."""
     grouped = moe.num_groups > 1
     experts = 8 if grouped else min(moe.num_experts, 4)
     return replace(
@@ -281,10 +277,10 @@ def shrunken_moe(moe: MoeArgs, layers: int) -> MoeArgs:
 
 
 def sample_model(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.float64) -> LLM:
-    """A model with every weight drawn, ready for inference: `init_weights` would leave each block
-    the identity.
+    """Return a model in evaluation mode with all weights random.
 
-    Norm weights are drawn around 1, so that one that is lost or applied twice shows.
+    `init_weights` would make every block the identity and hide most bugs. The weights of norms are
+    drawn around 1, so that a norm that is skipped or applied twice changes the result.
     """
     model = LLM(args)
     generator = torch.Generator().manual_seed(seed)
@@ -300,14 +296,13 @@ def sample_model(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.floa
 
 
 def random_context(args: ModelArgs, rows: int) -> Tensor:
-    """A random context [rows, S, C] for cross-attention, the same for every row."""
+    """Return a random context [rows, S, C] for cross-attention, equal in every row."""
+    assert args.context_dim is not None, "the model has cross-attention"
     generator = torch.Generator().manual_seed(2)
-    assert args.context_dim is not None, "asked of a model that attends to one"
     return torch.randn(1, CONTEXT, args.context_dim, generator=generator).expand(rows, -1, -1)
 
 
 def random_tokens(args: ModelArgs, rows: int, count: int, seed: int = 0) -> Tensor:
-    """Random token ids [rows, count] of the model's vocabulary."""
-    return torch.randint(
-        args.vocab_size, (rows, count), generator=torch.Generator().manual_seed(seed)
-    )
+    """Return random token ids [rows, count], int64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(args.vocab_size, (rows, count), generator=generator)

@@ -1,4 +1,4 @@
-"""Tiny training runs on a built-in corpus, for the checks of data and training."""
+"""Small training runs on a built-in corpus."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from transom.base.errors import notice
 from transom.config.model_args import ModelArgs
 from transom.training.config import TokenizerArgs, TrainArgs, read_config
-from transom.verify.sample_models import small_copy
+from transom.verify.sample_models import small_args
 
 WORDS = ("the ", "cat ", "sat ", "on ", "a ", "mat, ", "and ", "then ", "it ", "ran.\n")
 DOCUMENTS = 24
@@ -24,19 +23,20 @@ BYTE_VOCABULARY = 258  # bytes, BOS and EOS
 
 
 def documents() -> dict[str, str]:
-    """Documents of unequal length, by file name, with a pattern that a tiny model can learn."""
-    return {
-        f"{i:02d}.txt": "".join(
-            WORDS[(j * (i % 3 + 1)) % len(WORDS)] for j in range(1 + 5 * (i % 7))
-        )
-        for i in range(DOCUMENTS)
-    }
+    """Return documents of unequal length by file name, with a pattern that a model can learn."""
+    texts = {}
+    for index in range(DOCUMENTS):
+        step, count = index % 3 + 1, 1 + 5 * (index % 7)
+        words = [WORDS[at * step % len(WORDS)] for at in range(count)]
+        texts[f"{index:02d}.txt"] = "".join(words)
+    return texts
 
 
 @contextlib.contextmanager
 def temporary_corpus() -> Iterator[Path]:
-    """A temporary folder with the corpus in `corpus/`; threads and random state are as before
-    afterwards.
+    """Give a temporary folder with the documents in `corpus/`.
+
+    Threads and random state are restored afterwards.
     """
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     with tempfile.TemporaryDirectory(prefix="transom-verify-") as name:
@@ -53,16 +53,14 @@ def temporary_corpus() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No notices: a check that opens many runs says itself what it found."""
+    """Print no notices inside the context; checks open many models and runs."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
 def tiny_run(folder: Path, name: str, **changes: Any) -> TrainArgs:
-    """A run of a two-layer model in `folder / name`, with top-level fields replaced by
-    `changes`.
-    """
-    base = {
+    """Return the settings of a run of a two-layer model, with fields replaced by `changes`."""
+    fields = {
         "model": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "max_seq_len": SEQ_LEN},
         "tokenizer": {"kind": "bytes"},
         "data": {
@@ -76,29 +74,22 @@ def tiny_run(folder: Path, name: str, **changes: Any) -> TrainArgs:
         "device": "cpu",
         "dtype": "float32",
     }
-    args = read_config(None, base={**base, **changes})
-    return in_folder(args, folder, name)
+    return in_folder(read_config(None, base={**fields, **changes}), folder, name)
 
 
 def in_folder(args: TrainArgs, folder: Path, name: str) -> TrainArgs:
-    """The same run written into `folder / name`, tokenised shards beside it, on one thread."""
+    """Return the same run on one thread, written into `folder / name` with its cache beside it."""
     data = replace(args.data, cache_dir=str(folder / "cache"))
     return replace(args, out=str(folder / name), data=data, threads=1)
 
 
 def small_run(args: TrainArgs, folder: Path, steps: int) -> TrainArgs:
-    """A real run's settings around a shrunken model, bytes and the built-in corpus; says what was
-    left out.
-    """
-    model = args.model_args(None)
-    copy = small_copy(model)
-    for line in copy.left_out:
-        notice(line)
-    fields = {**copy.args.to_dict(), "vocab_size": BYTE_VOCABULARY, "max_seq_len": max(SEQ_LEN, 64)}
+    """Return the settings of a real run for a small copy of its model, bytes and the corpus."""
+    small = small_args(args.model_args(None), "model")
+    fields = {**small.to_dict(), "vocab_size": BYTE_VOCABULARY, "max_seq_len": max(SEQ_LEN, 64)}
     rows = args.accumulate * max(2, ROWS // args.accumulate)
-    data = replace(
-        args.data, sources=str(folder / "corpus"), held_out=0.1, seq_len=SEQ_LEN, batch_size=rows
-    )
+    sources = str(folder / "corpus")
+    data = replace(args.data, sources=sources, held_out=0.1, seq_len=SEQ_LEN, batch_size=rows)
     return replace(
         args,
         model=ModelArgs.from_dict(fields).to_dict(),
@@ -107,6 +98,6 @@ def small_run(args: TrainArgs, folder: Path, steps: int) -> TrainArgs:
         steps=steps,
         eval_every=0,
         sample_every=0,
-        compile=False,  # of a model this small it is all that one would wait for
+        compile=False,  # compilation would take longer than the run
         tensorboard=False,
     )

@@ -8,19 +8,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from transom.base.errors import RequestError, nearest, notice, require
-from transom.checkpoints.adapters.peft_config import summary
-from transom.checkpoints.files.hub import is_hub_id
-from transom.checkpoints.files.layout import CONFIG, PARAMS
-from transom.checkpoints.files.location import ModelLocation, find_model
-from transom.checkpoints.read_args import lacks_vocabulary, read_args
+from transom.base.errors import RequestError, notice, require
+from transom.checkpoints.describe_model import DescribedModel, describe_model
 from transom.cli.main import emit_json, user_path
-from transom.config.model_args import ModelArgs
-from transom.config.presets import PRESETS, preset
+from transom.config.presets import PRESETS
 from transom.planning.layer_plan import ModelPlan, groups, index_words, plan
 from transom.planning.tables import (
     amount,
@@ -61,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
         from transom.cli.compare import run_compare
 
         return run_compare(options)
-    model = find(options.model, options.revision, settings_only=options.trace is None)
+    model = describe_model(options.model, options.revision, settings_only=options.trace is None)
     if options.trace is not None:
         require(options.length is None, "--length", options.length, "expected none with --trace")
         return run_trace(model, options)
@@ -79,59 +73,10 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class InspectedModel:
-    """What is inspected.
-
-    Attributes:
-        name: its name as printed.
-        args: its arguments.
-        found: its folders, or None for a preset.
-        adapter: a summary of its adapter.
-    """
-
-    name: str
-    args: ModelArgs
-    found: ModelLocation | None
-    adapter: dict[str, Any] | None = None
-
-
-def find(name: str, revision: str | None = None, *, settings_only: bool = False) -> InspectedModel:
-    """Return the model of a folder, a config.json or params.json, a preset, or a hub id.
-
-    Args:
-        name: where the model is. A path that exists wins over a preset of the same name.
-        revision: branch, tag or commit of a hub id.
-        settings_only: fetch no weights of a hub id unless its config lacks something that only they
-            show.
-
-    Raises:
-        RequestError: there is no such model.
-    """
-    path = Path(name)
-    if path.is_file():
-        expected = "expected a config.json, a params.json, a folder, a hub id or a preset"
-        require(path.name in (CONFIG, PARAMS), "file", name, expected)
-        require(revision is None, "--revision", revision, "expected none without a hub id")
-        return InspectedModel(name, read_args(path.parent), ModelLocation(path.parent))
-    if not path.exists() and name in PRESETS:
-        require(revision is None, "--revision", revision, "expected none without a hub id")
-        return InspectedModel(f"preset {name}", preset(name), None)
-    if not path.exists() and not is_hub_id(name):
-        hint = nearest(name, PRESETS)
-        known = ", ".join(PRESETS)
-        raise RequestError(f"{name!r}: no such folder, file or preset; presets are {known}{hint}")
-    found = find_model(path, revision, settings_only=settings_only)
-    if settings_only and lacks_vocabulary(found.model):
-        found = find_model(path, revision)
-    adapter = None if found.adapter is None else summary(found.adapter)
-    return InspectedModel(str(found), read_args(found.model), found, adapter)
-
-
 # The plan.
 
 
-def print_plan(model: InspectedModel, planned: ModelPlan) -> None:
+def print_plan(model: DescribedModel, planned: ModelPlan) -> None:
     """Print the table of layers and the totals."""
     heading(
         f"{model.name}: {amount(planned.parameters)} parameters in {len(planned.layers)} layers"
@@ -208,9 +153,9 @@ def _both_dtypes(sizes: dict[str, int]) -> str:
 # The trace.
 
 
-def run_trace(model: InspectedModel, options: argparse.Namespace) -> int:
+def run_trace(model: DescribedModel, options: argparse.Namespace) -> int:
     """Load the model, run one forward pass on the text and print what every layer did."""
-    if model.found is None:
+    if model.location is None:
         raise RequestError(f"--trace: {model.name} has no weights; expected a model or run folder")
     import torch
 
@@ -218,7 +163,7 @@ def run_trace(model: InspectedModel, options: argparse.Namespace) -> int:
     from transom.checkpoints.open_model import open_tokenizer
     from transom.evaluation.trace import trace
 
-    tokenizer = open_tokenizer(model.found)
+    tokenizer = open_tokenizer(model.location)
     ids = tokenizer.encode_prompt(options.trace)
     limit = model.args.max_seq_len
     require(
@@ -227,8 +172,8 @@ def run_trace(model: InspectedModel, options: argparse.Namespace) -> int:
         f"a text of {len(ids)} tokens",
         f"expected 1 to {limit} tokens",
     )
-    loaded = load(model.found, device=options.device or "cpu", dtype=options.dtype)
-    layers = trace(loaded, torch.tensor([ids], device=loaded.tok_embeddings.weight.device))
+    loaded = load(model.location, device=options.device or "cpu", dtype=options.dtype)
+    layers = trace(loaded, torch.tensor([ids], device=loaded.device))
     if options.json:
         emit_json(trace_document(model.name, ids, tokenizer, layers))
     else:

@@ -46,7 +46,7 @@ def unturned_query() -> AbstractContextManager[None]:
             tensor if ".wq." in name else original(name, tensor, *rest)
         )
 
-    return changed_everywhere(transforms.turn_rotary, make)
+    return changed_everywhere(transforms.permute_rotary, make)
 
 
 def untied_reading() -> AbstractContextManager[None]:

@@ -25,7 +25,7 @@ from transom.checkpoints.files.location import model_folder
 from transom.checkpoints.read_args import read_args
 from transom.checkpoints.state import open_parameters
 from transom.config.model_args import ModelArgs
-from transom.names.transforms import turn_rotary
+from transom.names.transforms import permute_rotary
 
 ADAPTER_FACTS = "transom.json"
 _VERSION = 1  # of the rule by which fingerprints are made
@@ -130,7 +130,7 @@ def fingerprint_of(args: ModelArgs, source: LazyTensors) -> str:
 def _digest(name: str, lazy: LazyTensor, args: ModelArgs) -> str:
     tensor = lazy.read()
     if args.mla_args is None:
-        tensor = turn_rotary(name, tensor, args, "interleaved")
+        tensor = permute_rotary(name, tensor, args, "interleaved")
     out = hashlib.sha256(f"{lazy.dtype} {tuple(lazy.shape)} ".encode())
     out.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return out.hexdigest()

@@ -15,7 +15,7 @@ from transom.checkpoints.families.registry import WEIGHT_NAMES
 from transom.checkpoints.files.lazy_tensors import LazyTensor, LazyTensors, TensorGroup
 from transom.config.model_args import ModelArgs
 from transom.names.tables import KeyMapping
-from transom.names.transforms import Shape, to_other, to_own
+from transom.names.transforms import Shape, apply_transform, invert_transform
 
 # What torch says of a tensor that cannot be cut or stacked the way a row wants.
 _MISFITS = (RuntimeError, ValueError, IndexError)
@@ -102,14 +102,16 @@ def _make(
 ) -> list[LazyTensor] | None:
     """What a mapping makes, tried on outlines; None when that has other shapes."""
     try:
-        outlines = to_own(mapping.transform, [part.meta for part in parts], shapes)
+        outlines = apply_transform(mapping.transform, [part.meta for part in parts], shapes)
     except _MISFITS:
         return None
     if [tuple(outline.shape) for outline in outlines] != [tuple(shape) for shape in shapes]:
         return None
 
     def maker(index: int) -> Callable[[], Tensor]:
-        return lambda: to_own(mapping.transform, [part.read() for part in parts], shapes)[index]
+        return lambda: apply_transform(mapping.transform, [part.read() for part in parts], shapes)[
+            index
+        ]
 
     return [
         LazyTensor(tuple(line.shape), line.dtype, maker(index))
@@ -125,14 +127,14 @@ def to_foreign(mappings: Iterable[KeyMapping], ours: LazyTensors, where: str) ->
     written: set[str] = set()
     for mapping in mappings:
         written.update(mapping.ours)
-        outlines = to_other(mapping.transform, [ours[name].meta for name in mapping.ours])
+        outlines = invert_transform(mapping.transform, [ours[name].meta for name in mapping.ours])
         out.append(TensorGroup(mapping.foreign, outlines, _writer(mapping, ours)))
     account(where, [], [], sorted(set(ours) - written), [])
     return out
 
 
 def _writer(mapping: KeyMapping, ours: LazyTensors) -> Callable[[], list[Tensor]]:
-    return lambda: to_other(mapping.transform, [ours[name].read() for name in mapping.ours])
+    return lambda: invert_transform(mapping.transform, [ours[name].read() for name in mapping.ours])
 
 
 def account(

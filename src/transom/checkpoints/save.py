@@ -41,7 +41,7 @@ from transom.config.layer_args import RopeLayout
 from transom.config.model_args import ModelArgs
 from transom.lora.adapters import plain_weights
 from transom.models.llm import LLM
-from transom.names.transforms import turn_rotary
+from transom.names.transforms import permute_rotary
 from transom.tokenizers.tokenizer import Tokenizer
 
 MAX_SHARD_SIZE = "5GB"
@@ -170,4 +170,4 @@ def _untied(args: ModelArgs, ours: LazyTensors, format: str) -> tuple[ModelArgs,
 def _turned(name: str, stored: LazyTensor, args: ModelArgs, to: RopeLayout) -> LazyTensor:
     if args.rope_layout == to:
         return stored
-    return stored.then(lambda tensor: turn_rotary(name, tensor, args, to))
+    return stored.then(lambda tensor: permute_rotary(name, tensor, args, to))

@@ -17,7 +17,7 @@ from transom.checkpoints.convert import open_merged
 from transom.checkpoints.files.lazy_tensors import LazyTensor
 from transom.checkpoints.files.location import ModelLocation
 from transom.config.model_args import ModelArgs
-from transom.names.transforms import Shape, turn_rotary
+from transom.names.transforms import Shape, permute_rotary
 
 PART = (
     1 << 22
@@ -93,7 +93,7 @@ def compare_models(first: ModelLocation, second: ModelLocation) -> ModelDifferen
 
 
 def _turned(name: str, stored: LazyTensor, args: ModelArgs, like: ModelArgs) -> LazyTensor:
-    return stored.then(lambda tensor: turn_rotary(name, tensor, args, like.rope_layout))
+    return stored.then(lambda tensor: permute_rotary(name, tensor, args, like.rope_layout))
 
 
 def _difference(name: str, first: Tensor, second: Tensor) -> TensorDifference:

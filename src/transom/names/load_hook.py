@@ -1,5 +1,5 @@
-"""What lets `load_state_dict` take the names that weights have had in other codes; the names are in
-`names.py`.
+"""A hook that lets `load_state_dict` accept the names that weights have in Meta's and Mistral's
+code (`tables.py`).
 """
 
 from __future__ import annotations
@@ -12,45 +12,55 @@ from torch import Tensor, nn
 from transom.base.errors import RequestError
 from transom.config.model_args import ModelArgs
 from transom.names.tables import IGNORED_ENDINGS, REFERENCE_NAMES, expand
-from transom.names.transforms import Shape, to_own
+from transom.names.transforms import Shape, apply_transform
 
 
-def accept_old_names(
+def accept_reference_names(
     args: ModelArgs, state: dict[str, Tensor], shapes: Mapping[str, Shape], prefix: str = ""
 ) -> None:
-    """Turn old names in `state` into ours, in place; a key whose new name is there too is a
-    `RequestError`.
+    """Rename foreign keys of a state dict to ours, in place.
+
+    Args:
+        args: the model.
+        state: the state dict.
+        shapes: the shapes of the model's parameters, by name.
+        prefix: the beginning of all keys of this model.
+
+    Raises:
+        RequestError: a weight is there under both names, or a foreign tensor has the wrong shape.
     """
     for key in [key for key in state if key.endswith(IGNORED_ENDINGS)]:
         del state[key]
-    for move in expand(REFERENCE_NAMES, args, shapes):
-        old = [prefix + name for name in move.foreign]
-        if not all(name in state for name in old):
-            continue  # whatever is missing, `load_state_dict` says so
-        twice = [prefix + name for name in move.ours if prefix + name in state]
-        if twice:
+    for mapping in expand(REFERENCE_NAMES, args, shapes):
+        foreign, ours = (
+            [prefix + name for name in names] for names in (mapping.foreign, mapping.ours)
+        )
+        if not all(name in state for name in foreign):
+            continue  # `load_state_dict` reports whatever is missing
+        both = [name for name in ours if name in state]
+        if both:
             raise RequestError(
-                f"state dict has {old[0]} and {twice[0]}, which are the same weights; expected one"
+                f"state dict: got {foreign[0]} and {both[0]}, the same weights; "
+                f"expected one of them"
             )
+        wanted = [shapes[name] for name in mapping.ours]
         try:
-            made = to_own(
-                move.transform, [state[name] for name in old], [shapes[name] for name in move.ours]
-            )
+            tensors = apply_transform(mapping.transform, [state[name] for name in foreign], wanted)
         except RuntimeError:
-            found, wanted = tuple(state[old[0]].shape), [shapes[name] for name in move.ours]
+            shape = tuple(state[foreign[0]].shape)
             raise RequestError(
-                f"{old[0]} has shape {found}: expected what makes {wanted}"
+                f"{foreign[0]}: got shape {shape}; expected one that makes {wanted}"
             ) from None
-        for name in old:
+        for name in foreign:
             del state[name]
-        state.update(zip((prefix + name for name in move.ours), made, strict=True))
+        state.update(zip(ours, tensors, strict=True))
 
 
 def load_hook(
     args: ModelArgs, module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any
 ) -> None:
-    """Of the model that `args` describes, once bound: for
-    `Module.register_load_state_dict_pre_hook`.
+    """Pre-hook for `load_state_dict` that renames foreign keys. Bind `args` with
+    `functools.partial`.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    accept_old_names(args, state, shapes, prefix)
+    accept_reference_names(args, state, shapes, prefix)

@@ -36,7 +36,7 @@ from transom.lora.args import CombineArgs, LoraArgs
 from transom.lora.merge import merge_adapter, unmerge_adapter
 from transom.lora.weights import LEAVES, Leaf
 from transom.models.llm import LLM
-from transom.names.transforms import turn_rotary
+from transom.names.transforms import permute_rotary
 from transom.quantize.args import QuantizeArgs
 from transom.verify.adapters import merged_weight, randomize_adapters
 from transom.verify.findings import TOLERANCES, Finding, close, exact, same_bytes
@@ -229,7 +229,7 @@ def compare_merged(out: Path, name: str) -> Iterator[Finding]:
         model = merge.merged(model)
     args_out = read_args(out)
     for key, stored in open_parameters(out, args_out).items():
-        written = turn_rotary(key, stored.read(), args_out, model.args.rope_layout)
+        written = permute_rotary(key, stored.read(), args_out, model.args.rope_layout)
         if key == "output.weight" and model.output is None:  # the format has no tied output
             key = "tok_embeddings.weight"
         expected_weight: Tensor = model.get_parameter(key)

@@ -28,7 +28,7 @@ from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
 from transom.lora.weights import LoraWeights
 from transom.models.llm import LLM
-from transom.names.transforms import turn_rotary
+from transom.names.transforms import permute_rotary
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -158,7 +158,10 @@ def test_an_interleaved_base_turns_rows_of_queries_and_keys(tmp_path):
     args = dataclasses.replace(halves.args, rope_layout="interleaved")
     mine = LLM(args).eval()
     mine.load_state_dict(
-        {k: turn_rotary(k, t, halves.args, "interleaved") for k, t in halves.state_dict().items()}
+        {
+            k: permute_rotary(k, t, halves.args, "interleaved")
+            for k, t in halves.state_dict().items()
+        }
     )
     load_adapter(halves, tmp_path / "adapter")
     load_adapter(mine, tmp_path / "adapter")

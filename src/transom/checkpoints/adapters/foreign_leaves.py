@@ -29,7 +29,7 @@ from transom.lora.args import Scaling
 from transom.lora.weights import LEAVES, Leaf, LoraWeights
 from transom.models.llm import LLM
 from transom.names.tables import REFERENCE_NAMES, KeyMapping, expand
-from transom.names.transforms import to_other, to_own, turn_rotary
+from transom.names.transforms import apply_transform, invert_transform, permute_rotary
 from transom.quantize.leaves import dense_names
 
 Layout = Literal["interleaved", "halves"]
@@ -160,9 +160,11 @@ def to_leaves(
             if first.magnitude is not None:
                 lengths = [t.magnitude for t in given if t.magnitude is not None]
                 magnitudes = [
-                    *to_own(move.transform, lengths, [owner.weight.shape for owner in owners])
+                    *apply_transform(
+                        move.transform, lengths, [owner.weight.shape for owner in owners]
+                    )
                 ]
-        parts = to_own(move.transform, B, [owner.weight.shape for owner in owners])
+        parts = apply_transform(move.transform, B, [owner.weight.shape for owner in owners])
     except (RuntimeError, ValueError, IndexError):
         raise _misfit(where, move, first, owners) from None
     out: dict[str, LoraWeights] = {}
@@ -249,7 +251,7 @@ def turned(path: str, tensor: Tensor, args: ModelArgs, source: Layout, target: L
     """
     if source == target:
         return tensor
-    return turn_rotary(f"{path}.weight", tensor, replace(args, rope_layout=source), target)
+    return permute_rotary(f"{path}.weight", tensor, replace(args, rope_layout=source), target)
 
 
 def to_site(
@@ -286,7 +288,7 @@ def to_site(
     if not same and first.scaling != "direct":
         growth = A.size(-2) / first.rank
         alpha *= growth if first.scaling == "alpha_over_rank" else growth**0.5
-    made = to_other(move.transform, columns)
+    made = invert_transform(move.transform, columns)
     magnitudes = _magnitudes(table, move, parts, paths, model)
     if is_parameter(move):
         return [_write_experts(table, A, made[0], alpha, first.scaling)]
@@ -316,7 +318,7 @@ def _magnitudes(
     rows = [
         turned(p, m, args, args.rope_layout, table.layout) for p, m in zip(paths, own, strict=True)
     ]
-    return [*to_other(move.transform, rows)]
+    return [*invert_transform(move.transform, rows)]
 
 
 def _write_experts(

@@ -34,7 +34,7 @@ from transom.lora.adapters import activate_adapters, attach, train_adapters
 from transom.lora.vocabulary import resize_vocabulary
 from transom.lora.weights import LoraWeights, Replacement
 from transom.models.llm import LLM
-from transom.names.transforms import to_own
+from transom.names.transforms import apply_transform
 
 PICKLED = "adapter_model.bin"
 MISTRAL_WEIGHTS, MISTRAL_CONFIG = "lora.safetensors", "params.json"
@@ -264,7 +264,7 @@ def _replacements(
         own = [model.get_parameter(name) for name in move.ours]
         try:
             made = (
-                to_own(move.transform, given, [parameter.shape for parameter in own])
+                apply_transform(move.transform, given, [parameter.shape for parameter in own])
                 if _all(move, given)
                 else []
             )

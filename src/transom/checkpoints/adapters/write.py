@@ -34,7 +34,7 @@ from transom.lora.adapters import adapted_modules, adapter_names
 from transom.lora.weights import LoraWeights, Replacement
 from transom.models.llm import LLM
 from transom.names.tables import KeyMapping
-from transom.names.transforms import to_other
+from transom.names.transforms import invert_transform
 
 # Where experts are held in two parameters, PEFT takes modules of these names for parts of them and
 # loses those that are modules still (dense layers, shared experts): their weights are targeted as
@@ -294,7 +294,7 @@ def _foreign(
         turned(name.rpartition(".")[0], tensor, args, args.rope_layout, table.layout)
         for name, tensor in zip(move.ours, tensors, strict=True)
     ]
-    return dict(zip(move.foreign, to_other(move.transform, rows), strict=True))
+    return dict(zip(move.foreign, invert_transform(move.transform, rows), strict=True))
 
 
 def _mistral(

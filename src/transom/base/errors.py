@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class RequestError(ValueError):
@@ -37,6 +38,7 @@ def short_repr(value: object, most: int = 200) -> str:
 
 
 _printed: set[str] = set()
+_collectors: list[list[str]] = []
 
 
 def notice(message: str, *, again: bool = False) -> None:
@@ -45,10 +47,23 @@ def notice(message: str, *, again: bool = False) -> None:
     The same text is printed once per process, unless `again` is True, which is for replies to what
     a user has just typed.
     """
+    for collector in _collectors:
+        collector.append(message)
     if again or message not in _printed:
         print(f"transom: {message}", file=sys.stderr, flush=True)
     if not again:
         _printed.add(message)
+
+
+@contextmanager
+def collected_notices() -> Iterator[list[str]]:
+    """Yield a list that receives the notices of the block, also those that were printed before."""
+    messages: list[str] = []
+    _collectors.append(messages)
+    try:
+        yield messages
+    finally:
+        _collectors.pop()
 
 
 def reset_notices() -> None:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from copy import copy
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,10 @@ class ChatTemplate:
         self._stop = tuple(stop)
         self._forms: dict[str, CallForm] = {}
         self.now: datetime | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        make = partial(ChatTemplate, origin=self.origin, variables=self._variables, stop=self._stop)
+        return make, (self.sources, self.tokenizer), {"now": self.now}
 
     @property
     def variables_read(self) -> dict[str, Any]:

@@ -57,6 +57,11 @@ class ChatExample:
     reference: Mapping[str, Any] = field(default_factory=dict)
     bare: bool = False
 
+    @property
+    def needs_template(self) -> bool:
+        """Return whether it is a conversation, which only a chat template can write."""
+        return self.kind != "text" and not self.bare
+
 
 class Format(NamedTuple):
     """A format by its name, the keys that tell it, other keys that it reads, and the fields it

@@ -1,16 +1,18 @@
-"""Data sets for fine-tuning by name: a file, a folder of splits, `stdlib-docs`, a name of
-`datasets`. No torch.
+"""Data sets for fine-tuning by name: a file, a folder of splits, `stdlib-docs`, or a name of the
+`datasets` library.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from transom.base.errors import RequestError, notice, require
-from transom.data.chat.conversations import ChatExample, recognise
+from transom.base.errors import RequestError, WorkError, notice, require
+from transom.data.chat.conversations import ChatExample, ExampleKind, recognise
 from transom.data.chat.instructions import NAME as STDLIB
 from transom.data.chat.instructions import stdlib_instructions
 from transom.data.row_files import has_split, notice_unread, rows_of
@@ -19,7 +21,7 @@ from transom.data.text.sources import held_out
 
 
 class Problem(NamedTuple):
-    """A row that cannot be used: its file and line, and one sentence."""
+    """A row that can't be used: its file and line, and the reason in one sentence."""
 
     where: str
     sentence: str
@@ -27,85 +29,139 @@ class Problem(NamedTuple):
 
 def read_examples(
     name: str | Path, split: str = "train", problems: list[Problem] | None = None
-) -> list[ChatExample]:
-    """Examples of one split, all of one format; malformed rows are added to `problems`, or the
-    first is refused.
+) -> Iterator[ChatExample]:
+    """Yield the examples of one split, which all have the same format.
 
-    A split that the data does not have is a `RequestError`; keys that nothing reads are counted and
-    said.
+    A notice counts the keys that are not read.
+
+    Args:
+        name: A file, a folder, `stdlib-docs`, or a name of the `datasets` library.
+        split: `train`, `valid` or `test`.
+        problems: Receives the malformed rows. If it is None, the first of them raises an error.
+
+    Raises:
+        RequestError: The data has no such split or no rows, or a row is malformed.
     """
     if str(name) == STDLIB:
-        require(split == "train", "split", split, f"valid only for {STDLIB} is train")
-        return stdlib_instructions()
+        require(split == "train", "split", split, f"expected train for {STDLIB}")
+        yield from stdlib_instructions()
+        return
     rows = rows_of(name, split)
     if rows is None:
-        raise RequestError(
-            f"split: got {split!r}; {name} has no such rows; expected one that it has"
-        )
-    examples: list[ChatExample] = []
-    found: str | None = None
+        raise RequestError(f"split: got {split!r}; expected a split that {name} has")
+    count, found = 0, None
     unread: Counter[str] = Counter()
     for row in rows:
+        count += 1
         try:
             if row.columns is None:
                 raise RequestError(row.problem)
             format = recognise(row.given)
-            if found is not None and format.name != found:
-                raise RequestError(
-                    f"{format.name}, where rows before are {found}; expected one format in a set"
-                )
-            examples.append(format.example(row.given, row.id))
-            found = format.name
-            unread.update(format.unread(row.given))
+            expected = f"expected {found} in every row, like the rows before"
+            require(found in (None, format.name), "format", format.name, expected)
+            example = format.example(row.given, row.id)
         except RequestError as error:
             if problems is None:
                 raise RequestError(f"{row.where}: {error}") from None
             problems.append(Problem(row.where, str(error)))
+            continue
+        found = format.name
+        unread.update(format.unread(row.given))
+        yield example
     notice_unread(name, unread)
-    if not examples and not problems:
-        raise RequestError(f"{name}: no rows; expected one or more")
-    return examples
+    require(count > 0, "data", str(name), "expected one row or more")
 
 
-def read_splits(name: str | Path, fraction: float) -> tuple[list[ChatExample], list[ChatExample]]:
-    """(examples to train on, examples to measure with): the data's own `valid`, else `fraction` by
-    hash of ids.
+@dataclass(eq=False)
+class Examples:
+    """Examples of one split, read again from the files in every iteration.
+
+    A large set therefore does not have to fit into memory.
+
+    Attributes:
+        name: The data set, as for `read_examples`.
+        split: `train`, `valid` or `test`.
+        held_out: None for the whole split, otherwise whether its held-out part is meant.
+        fraction: The share of examples that is held out.
+        count: How many examples there are.
+        kinds: The id of the first example of each kind.
+        needs_template: Whether one of them is a conversation.
     """
-    train = read_examples(name)
-    if str(name) != STDLIB and Path(name).is_dir():
-        unused = [path.name for path in split_files(Path(name)).files.get("test", ())]
-        if unused:
-            notice(
-                f"{name}: the split test is neither trained on nor measured with: "
-                f"{', '.join(unused[:8])}"
-            )
-    if has_own_valid(name):
-        return train, read_examples(name, "valid")
-    return split_examples(train, fraction)
+
+    name: str | Path
+    split: str = "train"
+    held_out: bool | None = None
+    fraction: float = 0.0
+    count: int = 0
+    kinds: dict[ExampleKind, str] = field(default_factory=dict)
+    needs_template: bool = False
+    _digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+
+    def add(self, example: ChatExample) -> None:
+        """Count an example that was read for the first time."""
+        self.count += 1
+        self.kinds.setdefault(example.kind, example.id)
+        self.needs_template |= example.needs_template
+        self._digest.update(_content(example))
+
+    @property
+    def sha256(self) -> str:
+        """Return the hash in hex of all examples, in order."""
+        return self._digest.hexdigest()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[ChatExample]:
+        digest = hashlib.sha256()
+        for example in read_examples(self.name, self.split, []) if self.count else ():
+            if self.held_out in (None, _is_held_out(example, self.fraction)):
+                digest.update(_content(example))
+                yield example
+        if digest.digest() != self._digest.digest():
+            raise WorkError(f"{self.name}: the examples changed while they were read; run it again")
+
+
+def find_examples(
+    name: str | Path, split: str = "train", problems: list[Problem] | None = None
+) -> Examples:
+    """Read one split of a data set, as `read_examples` does, and return its examples."""
+    out = Examples(name, split)
+    for example in read_examples(name, split, problems):
+        out.add(example)
+    return out
 
 
 def split_examples(
-    examples: Sequence[ChatExample], fraction: float
-) -> tuple[list[ChatExample], list[ChatExample]]:
-    """Return (examples to train on, examples to measure with): `fraction` of them by the hash of
-    their ids.
+    name: str | Path, fraction: float, problems: list[Problem] | None = None
+) -> tuple[Examples, Examples]:
+    """Read a data set, and return the examples to train on and the held-out examples.
 
-    Nothing is measured with where nothing would be left to train on.
+    The split `valid` is held out if the data has one. Otherwise a `fraction` of `train` is, by the
+    hash of the ids, unless nothing would be left to train on.
     """
-    measured = [example for example in examples if held_out(_document(example), fraction)]
-    train = [example for example in examples if not held_out(_document(example), fraction)]
-    return (train, measured) if train else (measured, [])
+    if str(name) != STDLIB and Path(name).is_dir():
+        unused = [path.name for path in split_files(Path(name)).files.get("test", ())]
+        if unused:
+            notice(f"{name}: the split test is not used: {', '.join(unused[:8])}")
+    if has_own_valid(name):
+        return find_examples(name, "train", problems), find_examples(name, "valid", problems)
+    train, measured = (Examples(name, "train", part, fraction) for part in (False, True))
+    for example in read_examples(name, "train", problems):
+        (measured if _is_held_out(example, fraction) else train).add(example)
+    return (train, measured) if train else (replace(measured, held_out=None), Examples(name))
 
 
 def has_own_valid(name: str | Path) -> bool:
-    """Return whether a data set has a split to measure with, so that nothing is held out of
-    `train`.
-    """
+    """Return whether a data set has a split to measure with."""
     return str(name) != STDLIB and has_split(name, "valid")
 
 
-def _document(example: ChatExample) -> str:
-    """What examples made of one docstring share, so that none of them tells the answers to the
-    others.
-    """
-    return example.id.partition("#")[0] if example.id.startswith(f"{STDLIB}:") else example.id
+def _is_held_out(example: ChatExample, fraction: float) -> bool:
+    """Return whether an example is held out. All examples of one docstring are in the same part."""
+    stdlib = example.id.startswith(f"{STDLIB}:")
+    return held_out(example.id.partition("#")[0] if stdlib else example.id, fraction)
+
+
+def _content(example: ChatExample) -> bytes:
+    return repr(example).encode(errors="surrogatepass")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -48,13 +47,34 @@ class AnswerSpan(NamedTuple):
     )
 
 
-@dataclass
-class Written:
-    """A row: ids, the weight of each as a target, and its answers."""
+class EncodedChat(NamedTuple):
+    """One row of tokens.
 
-    ids: list[int]
+    Attributes:
+        id: The example that it comes from.
+        ids: Token ids, int32 [T].
+        weights: Loss weight of each token as a target, float32 [T]. 0 is context only; the first
+            token is always 0, because nothing before it could predict it.
+        answers: Where its answers are, if they are known.
+    """
+
+    id: str
+    ids: NDArray[np.int32]
     weights: NDArray[np.float32]
-    answers: list[AnswerSpan]
+    answers: tuple[AnswerSpan, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        ids: Sequence[int],
+        weights: NDArray[np.float32] | float,
+        answers: Sequence[AnswerSpan] = (),
+    ) -> EncodedChat:
+        """Return a row without an id; one number is the weight of all tokens but the first."""
+        if isinstance(weights, float):
+            weights = np.full(len(ids), weights, np.float32)
+            weights[:1] = 0.0
+        return cls("", np.asarray(ids, np.int32), weights, tuple(answers))
 
 
 class _Found(NamedTuple):
@@ -85,7 +105,7 @@ class Turns:
 
     def rows(
         self, messages: Sequence[Mapping[str, Any]], tools: Tools, weights: Sequence[float]
-    ) -> list[Written]:
+    ) -> list[EncodedChat]:
         """Return rows that hold every message with a weight above 0 as an answer with loss, mostly
         one row for all.
 
@@ -111,14 +131,15 @@ class Turns:
         self._count_left_out(talk, rows, counted)
         return [row.written() for row in reversed(rows)]
 
-    def whole(self, messages: Sequence[Mapping[str, Any]], tools: Tools, weight: float) -> Written:
+    def whole(
+        self, messages: Sequence[Mapping[str, Any]], tools: Tools, weight: float
+    ) -> EncodedChat:
         """Return the whole conversation with one weight for every token but the first."""
         talk = self._conversation(messages, tools)
         row = _Row(self._template, talk, self._stops)
         answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
         self._count_left_out(talk, [row], answers[-1:])
-        ids = row.ids[row.first :]
-        return Written(ids, _all_but_first(len(ids), weight), [])
+        return EncodedChat.of(row.ids[row.first :], float(weight))
 
     def _conversation(self, messages: Sequence[Mapping[str, Any]], tools: Tools) -> Conversation:
         for at, message in enumerate(messages):
@@ -250,13 +271,13 @@ class _Row:
         self._answers.insert(0, answer)
         return True
 
-    def written(self) -> Written:
+    def written(self) -> EncodedChat:
         """Return the row up to the end of its last answer."""
         first, stop = self.first, self._answers[-1].stop
         moved = [
             one._replace(start=one.start - first, stop=one.stop - first) for one in self._answers
         ]
-        return Written(self.ids[first:stop], self._weights[first:stop], moved)
+        return EncodedChat.of(self.ids[first:stop], self._weights[first:stop], moved)
 
     def _behind_prompt(self, at: int, length: int, same: int, asked: int | None) -> _Found:
         """Return the tokens from where message `at` begins to the first token that ends a turn, or
@@ -340,7 +361,7 @@ class _Row:
         return token + len(tail) if self.ids[token : token + len(tail)] == tail else None
 
 
-def text_row(tokenizer: Tokenizer, text: str, weight: float) -> Written:
+def text_row(tokenizer: Tokenizer, text: str, weight: float) -> EncodedChat:
     """Return a document after the tokens that its tokenizer puts first, and EOS; all but the first
     have loss.
     """
@@ -348,12 +369,12 @@ def text_row(tokenizer: Tokenizer, text: str, weight: float) -> Written:
         *tokenizer.encode_prompt(text),
         *(() if tokenizer.eos_id is None else (tokenizer.eos_id,)),
     ]
-    return Written(ids, _all_but_first(len(ids), weight), [])
+    return EncodedChat.of(ids, float(weight))
 
 
 def bare_row(
     tokenizer: Tokenizer, prompt: str, answer: str, weight: float, *, all_tokens: bool = False
-) -> Written:
+) -> EncodedChat:
     """A prompt and its answer, one behind the other as plain text, EOS behind them; loss on the
     answer and EOS.
 
@@ -376,15 +397,8 @@ def bare_row(
             )
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     ids = [*ids, *end]
-    weights = _all_but_first(len(ids), weight)
+    answer_span = AnswerSpan(start, len(ids), bool(end), ids[: len(begin)] == begin, separable)
+    row = EncodedChat.of(ids, float(weight), [answer_span])
     if not all_tokens:
-        weights[:start] = 0.0
-    like_prompt = ids[: len(begin)] == begin
-    return Written(ids, weights, [AnswerSpan(start, len(ids), bool(end), like_prompt, separable)])
-
-
-def _all_but_first(count: int, weight: float) -> NDArray[np.float32]:
-    """Weights of targets: nothing stands in front of the first token that could predict it."""
-    weights = np.full(count, weight, np.float32)
-    weights[:1] = 0.0
-    return weights
+        row.weights[:start] = 0.0
+    return row

@@ -1,0 +1,284 @@
+"""Encoded examples in the cache folder: rendered and tokenized once by several processes, then
+memory-mapped.
+
+The key of an entry is the content of the examples, the tokenizer, the chat template and the
+settings of the encoder. A second run and a resumed run therefore read what the first run wrote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from bisect import bisect
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import accumulate, cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transom.base.errors import RequestError, WorkError, collected_notices, notice, require
+from transom.data.cache import (
+    CacheEntry,
+    ShardWriter,
+    cache_entry,
+    read_column,
+    read_ids,
+    read_values,
+    with_progress,
+)
+from transom.data.chat.conversations import ChatExample
+from transom.data.chat.finetune_sets import Examples, Problem
+from transom.data.chat.rows import ChatCounts, ChatEncoder, EncodedChats
+from transom.data.chat.turns import EncodedChat
+
+FORMAT = 1  # increase it when the files or the rows change, so that older entries are not found
+NAME = "rows"
+COLUMNS = {"tokens": "int32", "weights": "float32"}
+CHUNK_EXAMPLES = 64
+EXAMPLES_PER_PROCESS = 1000  # a process takes about as long to start as it takes to encode these
+WORKER = "from transom.data.chat.shards import encode_chunks; encode_chunks()"
+Chunk = tuple[EncodedChats, list[Problem], list[str]]  # with notices
+
+
+def prepare_chats(
+    parts: Sequence[Examples],
+    encoder: ChatEncoder,
+    cache_dir: str | Path | None = None,
+    *,
+    processes: int | None = None,
+    progress: bool = False,
+    problems: list[Problem] | None = None,
+) -> EncodedChats:
+    """Encode examples, or open the shards that an earlier call wrote.
+
+    Args:
+        parts: The examples of each data set. They are read again if they are not in the cache.
+        encoder: The tokenizer, the chat template and the settings.
+        cache_dir: The folder of all cache entries; None is `$TRANSOM_CACHE`, or `~/.cache/transom`.
+        processes: How many processes encode; by default as many as the examples and cores allow.
+        progress: Whether to show a progress bar on standard error.
+        problems: Receives the examples that can't be encoded. If it is None, the first of them
+            raises an error.
+
+    Returns:
+        The rows of all parts, memory-mapped.
+
+    Raises:
+        RequestError: An example can't be encoded, or the cache folder can't be written to.
+        WorkError: The disk is full, or the examples changed while they were read.
+    """
+    made: list[EncodedChats] = []
+    for examples in filter(len, parts):
+        count = usable_processes(len(examples)) if processes is None else processes
+
+        def make(folder: Path, examples: Examples = examples, count: int = count) -> dict[str, Any]:
+            shown = with_progress(examples, "encoding", len(examples), progress)
+            chunks = encoded_chunks(encoder, shown, count)
+            return _write(folder, chunks, strict=problems is None)
+
+        entry = cache_entry(cache_dir, ["chat", FORMAT, examples.sha256, *encoder.key], make)
+        for message in entry.meta["notices"]:
+            notice(message)
+        found = [Problem(*problem) for problem in entry.meta["problems"]]
+        _add_problems(found, problems)
+        made.append(_open(entry))
+    return _joined(made)
+
+
+def usable_processes(examples: int) -> int:
+    """Return how many processes encode this number of examples fastest on this machine."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = os.cpu_count() or 1 if affinity is None else len(affinity(0))
+    return max(1, min(cores, examples // EXAMPLES_PER_PROCESS))
+
+
+def _add_problems(found: list[Problem], problems: list[Problem] | None) -> None:
+    """Add problems to a list, or raise the first one if there is no list."""
+    if problems is None and found:
+        raise RequestError(f"{found[0].where}: {found[0].sentence}")
+    if problems is not None:
+        problems += found
+
+
+# -- encoding --------------------------------------------------------------------------------------
+
+
+def encoded_chunks(
+    encoder: ChatEncoder, examples: Iterable[ChatExample], processes: int
+) -> Iterator[Chunk]:
+    """Yield the rows, the problems and the notices of each `CHUNK_EXAMPLES` examples, in order.
+
+    The processes are started by a command of their own, not by `multiprocessing`, because that
+    would run the user's script again, or copy the threads and locks of torch. Each one has at most
+    one chunk, so the examples are read as they are needed.
+    """
+    rest = iter(examples)
+    chunks = iter(lambda: list(islice(rest, CHUNK_EXAMPLES)), [])
+    if processes == 1:
+        yield from (_encode(encoder, chunk) for chunk in chunks)
+        return
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **paths},
+        )
+        for _ in range(processes)
+    ]
+    try:
+        for worker in workers:
+            _send(worker, encoder)
+        busy: deque[subprocess.Popen[bytes]] = deque()
+        for worker, chunk in zip(cycle(workers), chunks, strict=False):
+            if len(busy) == processes:
+                yield _receive(busy.popleft())
+            _send(worker, chunk)
+            busy.append(worker)
+        while busy:
+            yield _receive(busy.popleft())
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+
+
+def _send(worker: subprocess.Popen[bytes], value: object) -> None:
+    assert worker.stdin is not None, "it is a pipe"
+    with contextlib.suppress(BrokenPipeError):  # `_receive` reports that the process has ended
+        pickle.dump(value, worker.stdin)
+        worker.stdin.flush()
+
+
+def _receive(worker: subprocess.Popen[bytes]) -> Chunk:
+    assert worker.stdout is not None, "it is a pipe"
+    try:
+        chunk: Chunk = pickle.load(worker.stdout)
+    except (EOFError, pickle.UnpicklingError):
+        status = worker.wait()
+        raise WorkError(f"a process that encodes examples ended with status {status}") from None
+    return chunk
+
+
+def encode_chunks() -> None:
+    """Read an encoder and chunks of examples from standard input, and write the encoded chunks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # nothing else may write into the pipe
+    encoder: ChatEncoder = pickle.load(sys.stdin.buffer)
+    with contextlib.suppress(EOFError):
+        while True:
+            chunk = pickle.load(sys.stdin.buffer)
+            with contextlib.redirect_stderr(io.StringIO()):  # the parent prints the notices
+                encoded = _encode(encoder, chunk)
+            pickle.dump(encoded, out)
+            out.flush()
+
+
+def _encode(encoder: ChatEncoder, chunk: Sequence[ChatExample]) -> Chunk:
+    problems: list[Problem] = []
+    with collected_notices() as notices:
+        encoded = encoder.encode(chunk, problems)
+    return encoded, problems, notices
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def _write(folder: Path, chunks: Iterable[Chunk], *, strict: bool) -> dict[str, Any]:
+    """Write all rows into a folder and return the metadata of the entry."""
+    counts, left_out = ChatCounts(), Counter[str]()
+    labels: list[bool] = []
+    problems: list[Problem] = []
+    notices: dict[str, None] = {}
+    sizes: set[int] = set()
+    with ShardWriter(folder, NAME, COLUMNS) as writer:
+        for encoded, found, messages in chunks:
+            _add_problems(found, None if strict else problems)
+            notices |= dict.fromkeys(messages)
+            counts, left_out = counts + encoded.counts, left_out + encoded.left_out
+            labels += encoded.labels or ()
+            for item in encoded.items:
+                sizes.add(len(item))
+                for row in item:
+                    writer.append(row.id, {"tokens": row.ids, "weights": row.weights})
+    return {
+        "counts": asdict(counts),
+        "left_out": left_out,
+        "labels": labels,
+        "rows_per_item": max(sizes, default=1),
+        "problems": problems,
+        "notices": list(notices),
+    }
+
+
+def _open(entry: CacheEntry) -> EncodedChats:
+    meta = entry.meta
+    items = ShardItems(entry.folder, meta["rows_per_item"])
+    counts, left_out = ChatCounts(**meta["counts"]), Counter(meta["left_out"])
+    return EncodedChats(items, counts, meta["labels"] or None, left_out)
+
+
+class ShardItems(Sequence[tuple[EncodedChat, ...]]):
+    """The items of a shard. Their numbers are read from disk when they are used."""
+
+    def __init__(self, folder: Path, rows_per_item: int) -> None:
+        # Plain arrays on top of the maps, whose slices are cheaper.
+        self._columns = [np.asarray(read_column(folder, NAME, *one)) for one in COLUMNS.items()]
+        self._offsets = read_values(folder, NAME, "offsets")
+        self._ids = read_ids(folder, NAME)
+        self._rows_per_item = rows_per_item
+
+    def __len__(self) -> int:
+        return len(self._ids) // self._rows_per_item
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the rows of item `index`, 0 or more."""
+        if index >= len(self):
+            raise IndexError(index)
+        first = index * self._rows_per_item
+        return tuple(self._row(row) for row in range(first, first + self._rows_per_item))
+
+    def _row(self, row: int) -> EncodedChat:
+        part = slice(self._offsets[row], self._offsets[row + 1])
+        return EncodedChat(self._ids[row], *(column[part] for column in self._columns))
+
+
+class JoinedItems(Sequence[tuple[EncodedChat, ...]]):
+    """The items of several sequences, one sequence after another."""
+
+    def __init__(self, parts: Sequence[Sequence[tuple[EncodedChat, ...]]]) -> None:
+        self._parts = parts
+        self._starts = [0, *accumulate(map(len, parts))]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return item `index`, 0 or more."""
+        if index >= len(self):
+            raise IndexError(index)
+        part = bisect(self._starts, index) - 1
+        return self._parts[part][index - self._starts[part]]
+
+
+def _joined(parts: Sequence[EncodedChats]) -> EncodedChats:
+    """Return the rows of several sets, which all have to be of one kind."""
+    filled = [part for part in parts if part.items]
+    kinds = {(part.rows_per_item, part.labels is None) for part in filled}
+    expected = "expected pairs or labels for all, or for none"
+    require(len(kinds) < 2, "data.sources", "several kinds", expected)
+    items = JoinedItems([part.items for part in filled])
+    labels = [label for part in filled for label in part.labels or ()]
+    counts = sum((part.counts for part in parts), ChatCounts())
+    left_out = sum((part.left_out for part in parts), Counter[str]())
+    return EncodedChats(items, counts, labels or None, left_out)

@@ -18,7 +18,7 @@ from benchmarks.training_step import SHAPES, transformers_twin
 from transom.config.model_args import ModelArgs
 from transom.data.chat.batches import packed_batch, padded_batch
 from transom.data.chat.packing import first_fit_decreasing
-from transom.data.chat.rows import EncodedChat
+from transom.data.chat.turns import EncodedChat
 from transom.layers.inputs import TransformerInput
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs

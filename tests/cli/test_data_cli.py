@@ -233,7 +233,7 @@ def test_show_packed_prints_segments(call: Any, model: Path, tmp_path: Path) -> 
         (["count", "DATA", "--model", "MODEL"], "invalid choice: 'count'"),
         (
             ["check", "DATA", "--model", "MODEL", "--seq-len", "201"],
-            "--seq-len: got 201; expected 2 to 200",
+            "data.seq_len: got 201; expected at most 200",
         ),
         (
             ["check", "DATA", "--model", "MODEL", "--index", "0"],

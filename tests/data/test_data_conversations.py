@@ -15,11 +15,15 @@ import pytest
 from tests.chat.chat_texts import CALL, TOOLS
 from transom.base.errors import RequestError
 from transom.data.chat.conversations import ChatExample, recognise
-from transom.data.chat.finetune_sets import Problem, read_examples, read_splits
+from transom.data.chat.finetune_sets import Problem, read_examples, split_examples
 from transom.data.row_files import rows_of
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CHAT = [USER, ANSWER]
+
+
+def examples_of(*given: Any, **more: Any) -> list[ChatExample]:
+    return list(read_examples(*given, **more))
 
 
 def example(row: dict[str, Any]) -> ChatExample:
@@ -257,16 +261,16 @@ def test_every_fault_is_found_with_its_line(
     ]
     path = write(tmp_path / "rows.jsonl", [*rows, {"messages": CHAT}])
     problems: list[Problem] = []
-    assert [one.id for one in read_examples(path, problems=problems)] == [
+    assert [one.id for one in examples_of(path, problems=problems)] == [
         "rows.jsonl:1",
         "rows.jsonl:7",
     ]
     assert [one.where for one in problems] == [f"{path}:{line}" for line in (2, 4, 5, 6)]
-    assert "rows before are messages" in problems[3].sentence
+    assert "format: got 'text'; expected messages" in problems[3].sentence
     told = capsys.readouterr().err
     assert "1 empty lines left out" in told and "keys that are not read: source (1 rows)" in told
     with pytest.raises(RequestError, match=f"{path}:2: 'not json': expected one JSON object"):
-        read_examples(path)
+        examples_of(path)
 
 
 def test_a_json_list_is_read_item_by_item(tmp_path: Path) -> None:
@@ -274,18 +278,18 @@ def test_a_json_list_is_read_item_by_item(tmp_path: Path) -> None:
     rows = [{"instruction": "q", "output": "a"}, 5, {"instruction": "r", "output": "b"}]
     path.write_text(json.dumps(rows, indent=1))
     problems: list[Problem] = []
-    found = read_examples(path, problems=problems)
+    found = examples_of(path, problems=problems)
     assert [one.id for one in found] == ["rows.json:2", "rows.json:7"]
     assert [one.where for one in problems] == [f"{path}:6"]
     path.write_text('[{"text": "a"}, {"text": "b"}\n {"text": "c"}]')
     problems.clear()
-    assert [one.id for one in read_examples(path, problems=problems)] == ["rows.json:1"]
+    assert [one.id for one in examples_of(path, problems=problems)] == ["rows.json:1"]
     assert problems[0].where == f"{path}:1.2" and "the rest is not read" in problems[0].sentence
     path.write_text('{"text": "a"}\n{"text": "b"}\n')  # lines, under the other name
-    assert len(read_examples(path)) == 2
+    assert len(examples_of(path)) == 2
     path.write_text("[]")
-    with pytest.raises(RequestError, match="no rows"):
-        read_examples(path)
+    with pytest.raises(RequestError, match="expected one row or more"):
+        examples_of(path)
 
 
 def test_parquet_rows_lose_what_is_null(tmp_path: Path) -> None:
@@ -300,7 +304,7 @@ def test_parquet_rows_lose_what_is_null(tmp_path: Path) -> None:
         [{"messages": CHAT, "tools": None}, {"messages": [USER, calls], "tools": "[]"}]
     )
     parquet.write_table(table, tmp_path / "train-00000-of-00001.parquet")
-    first, second = read_examples(tmp_path)
+    first, second = examples_of(tmp_path)
     assert first == ChatExample("train-00000-of-00001.parquet:1", "chat", tuple(CHAT))
     assert second.messages[1] == {"role": "assistant", "tool_calls": [CALL, other]}
 
@@ -308,29 +312,31 @@ def test_parquet_rows_lose_what_is_null(tmp_path: Path) -> None:
 def test_folders_have_splits(tmp_path: Path) -> None:
     for name in ("train", "validation", "other"):
         write(tmp_path / f"{name}.jsonl", [{"text": name}])
-    assert [one.text for one in read_examples(tmp_path)] == ["train"]
-    assert [one.text for one in read_splits(tmp_path, 0.5)[1]] == ["validation"]
-    with pytest.raises(RequestError, match=r"split: got 'test'; .* has no such rows"):
-        read_examples(tmp_path, "test")
+    assert [one.text for one in examples_of(tmp_path)] == ["train"]
+    assert [one.text for one in split_examples(tmp_path, 0.5)[1]] == ["validation"]
+    with pytest.raises(RequestError, match="split: got 'test'; expected a split that"):
+        examples_of(tmp_path, "test")
     (tmp_path / "train.json").write_text("[]")
     with pytest.raises(
         RequestError, match=r"train: got \['.json', '.jsonl'\]; expected one format"
     ):
-        read_examples(tmp_path)
+        examples_of(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(RequestError, match=r"no training rows; expected a folder with train.jsonl"):
-        read_examples(tmp_path / "empty")
+        examples_of(tmp_path / "empty")
 
 
 def test_a_file_alone_is_held_out_by_ids(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"text": str(i)} for i in range(400)])
-    train, measured = read_splits(path, 0.25)
+    train, measured = split_examples(path, 0.25)
     assert sorted(one.id for one in (*train, *measured)) == sorted(
-        one.id for one in read_examples(path)
+        one.id for one in examples_of(path)
     )
     assert 70 < len(measured) < 130
-    train, measured = read_splits(write(tmp_path / "rows.jsonl", [{"text": "the only one"}]), 0.999)
-    assert len(train) == 1 and measured == []
+    train, measured = split_examples(
+        write(tmp_path / "rows.jsonl", [{"text": "the only one"}]), 0.999
+    )
+    assert len(train) == 1 and list(measured) == []
 
 
 def test_names_need_the_datasets_library(

@@ -16,7 +16,8 @@ import pytest
 from pyarrow import parquet
 
 from transom.base.errors import RequestError
-from transom.data.chat.finetune_sets import read_examples, read_splits
+from transom.data.chat.conversations import ChatExample
+from transom.data.chat.finetune_sets import read_examples, split_examples
 from transom.data.labelled import read_labelled
 from transom.data.row_files import read_rows
 from transom.data.split_files import split_files
@@ -27,6 +28,10 @@ ROWS = [{"text": "one"}, {"text": "two"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 LIST = json.dumps(ROWS).encode()
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
+def examples_of(*given: Any, **more: Any) -> list[ChatExample]:
+    return list(read_examples(*given, **more))
 
 
 def write(path: Path, content: bytes | list[Any]) -> Path:
@@ -68,7 +73,7 @@ def documents(path: Path) -> list[str]:
 def test_every_verb_reads_the_same_rows(tmp_path: Path, name: str, content: bytes) -> None:
     path = write(tmp_path / name, content)
     assert documents(path) == documents(tmp_path) == ["one", "two"]
-    assert [example.text for example in read_examples(path)] == ["one", "two"]
+    assert [example.text for example in examples_of(path)] == ["one", "two"]
     assert open_data([str(path)])[0].kind == "text"
 
 
@@ -171,7 +176,7 @@ def test_files_that_would_be_missed_are_refused(
     for name in files:
         write(tmp_path / name, ROWS)
     with pytest.raises(RequestError, match=field):
-        read_examples(tmp_path)
+        examples_of(tmp_path)
 
 
 def test_what_is_not_read_of_a_folder_is_named(
@@ -187,7 +192,7 @@ def test_what_is_not_read_of_a_folder_is_named(
         "README.md",
     ):
         write(tmp_path / name, ROWS)
-    train, measured = read_splits(tmp_path, 0.0)
+    train, measured = split_examples(tmp_path, 0.0)
     told = capsys.readouterr().err
     assert len(train) == len(measured) == 2
     assert "3 files or folders" in told and told.count("extra.jsonl, old/, train.csv") == 1
@@ -217,7 +222,7 @@ def test_a_row_that_is_not_strict_json_is_named_with_its_reason(
     tmp_path: Path, line: bytes, reason: str
 ) -> None:
     path = write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "fine"}\r\n\r\n' + line + b"\r\n")
-    for read in (read_examples, documents):
+    for read in (examples_of, documents):
         with pytest.raises(RequestError, match=f"a.jsonl:3: .*{reason}") as caught:
             read(path)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
@@ -245,7 +250,7 @@ def test_right_values_are_kept(tmp_path: Path) -> None:
     assert [row.columns for row in read_rows(path)] == rows
     assert documents(path) == ["a\0b", "\U0001f600"]
     with pytest.raises(RequestError, match=r"a\.jsonl:1: weight") as caught:
-        read_examples(write(path, [{"text": "a", "weight": 10**400}]))
+        examples_of(write(path, [{"text": "a", "weight": 10**400}]))
     assert len(str(caught.value)) < 400
 
 
@@ -262,7 +267,7 @@ def test_null_columns_are_as_if_they_were_not_there(tmp_path: Path, name: str) -
     else:
         parquet.write_table(pa.Table.from_pylist(rows), path)
     problems: list[Any] = []
-    (example,) = read_examples(path, problems=problems)
+    (example,) = examples_of(path, problems=problems)
     assert example.messages == (USER, ANSWER)
     assert [(one.where, one.sentence.split(":")[0]) for one in problems] == [
         (f"{path}:2", "columns")
@@ -284,10 +289,10 @@ def test_tables_with_dictionaries_views_and_bad_bytes(tmp_path: Path) -> None:
     for kind in (pa.dictionary(pa.int32(), pa.string()), pa.large_string(), pa.string_view()):
         parquet.write_table(pa.table({"text": pa.array(["b", "a", "b"]).cast(kind)}), path)
         assert documents(path) == ["b", "a", "b"]
-        assert [example.text for example in read_examples(path)] == ["b", "a", "b"]
+        assert [example.text for example in examples_of(path)] == ["b", "a", "b"]
     bad = pa.array([b"fine", b"fine", b"\xff"]).cast(pa.binary()).view(pa.string())
     parquet.write_table(pa.table({"text": bad}), path, row_group_size=2)
-    for read in (read_examples, documents):
+    for read in (examples_of, documents):
         with pytest.raises(RequestError, match=r"a\.parquet:3: .*UTF-8"):
             read(path)
 
@@ -296,12 +301,12 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(RequestError, match=r"columns: got \['text'\]"):
-        read_examples(tmp_path / "a.parquet")
+        examples_of(tmp_path / "a.parquet")
 
 
 def test_keys_of_turns_that_nothing_reads_are_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     turns = [{"from": "human", "value": "q", "loss": False}, {"from": "gpt", "value": "a"}]
-    read_examples(write(tmp_path / "a.jsonl", [{"conversations": turns}]))
+    examples_of(write(tmp_path / "a.jsonl", [{"conversations": turns}]))
     assert "conversations.loss (1 rows)" in capsys.readouterr().err

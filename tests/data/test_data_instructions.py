@@ -9,12 +9,17 @@ import inspect
 import json
 import textwrap
 from collections import Counter
+from typing import Any
 
 import pytest
 
 from transom.data.chat.conversations import ChatExample
-from transom.data.chat.finetune_sets import read_examples, read_splits
+from transom.data.chat.finetune_sets import read_examples, split_examples
 from transom.data.chat.instructions import stdlib_instructions
+
+
+def examples_of(*given: Any, **more: Any) -> list[ChatExample]:
+    return list(read_examples(*given, **more))
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +87,8 @@ def test_signatures_are_those_that_python_sees(made: list[ChatExample]) -> None:
 
 
 def test_the_set_has_a_name_and_is_held_out_by_what_it_is_about(made: list[ChatExample]) -> None:
-    assert read_examples("stdlib-docs") == made and stdlib_instructions(5) == made[:5]
-    train, measured = read_splits("stdlib-docs", 0.1)
+    assert examples_of("stdlib-docs") == made and stdlib_instructions(5) == made[:5]
+    train, measured = split_examples("stdlib-docs", 0.1)
     assert len(train) + len(measured) == len(made) and 0.05 < len(measured) / len(made) < 0.15
     # No question about what another one tells the answer of.
     documents = [{example.id.partition("#")[0] for example in part} for part in (train, measured)]

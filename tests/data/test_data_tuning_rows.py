@@ -16,9 +16,9 @@ from transom.data.chat.conversations import ChatExample, recognise
 from transom.data.chat.finetune_sets import Problem
 from transom.data.chat.rows import (
     ChatCounts,
+    ChatEncoder,
     EncodedChats,
     default_template,
-    encode_examples,
     prompt_ids,
     template_for,
 )
@@ -43,7 +43,10 @@ def bare(kind: Any = "completion", *answers: str, **more: Any) -> ChatExample:
 def encode(
     *examples: ChatExample, template: ChatTemplate | None = PLAIN, seq_len: int = 64, **more: Any
 ) -> EncodedChats:
-    return encode_examples(examples, TOKENIZER, template, seq_len=seq_len, **more)
+    problems = more.pop("problems", None)
+    encoded = ChatEncoder(TOKENIZER, template, seq_len, **more).encode(examples, problems)
+    encoded.check(may_be_empty=problems is not None)
+    return encoded
 
 
 def learnt(encoded: EncodedChats) -> list[str]:
@@ -94,7 +97,7 @@ def test_pairs_share_their_prompt_and_learn_their_answers() -> None:
     assert (
         chosen.ids[: starts[0]].tolist() == rejected.ids[: starts[0]].tolist() == PLAIN.encode([Q])
     )
-    with pytest.raises(RequestError, match="expected pairs alone, or none at all"):
+    with pytest.raises(RequestError, match=r"examples: got .several kinds."):
         encode(chat(), bare("pair", "good", "bad"))
 
 
@@ -128,8 +131,8 @@ def test_answers_that_would_share_a_token_with_their_prompt_are_counted() -> Non
         ((say("assistant", " yes"),),),
         bare=True,
     )
-    counts = encode_examples([text, word], tokenizer, None, seq_len=64).counts
-    assert counts.apart == 1 and "1 answers encoded apart" in str(counts)
+    counts = ChatEncoder(tokenizer, None, 64).encode([text, word]).counts
+    assert counts.apart == 1 and "1 answers encoded separately" in str(counts)
 
 
 def test_a_shared_prompt_and_its_answers_are_the_tokens_of_the_whole_text() -> None:
@@ -143,7 +146,7 @@ def test_a_shared_prompt_and_its_answers_are_the_tokens_of_the_whole_text() -> N
         pair = recognise({"chosen": chosen, "rejected": rejected}).example(
             {"chosen": chosen, "rejected": rejected}, "f:1"
         )
-        ((one, other),) = encode_examples([pair], tokenizer, None, seq_len=500).items
+        ((one, other),) = ChatEncoder(tokenizer, None, 500).encode([pair]).items
         for row, whole in ((one, chosen), (other, rejected)):
             assert row.ids.tolist() == tokenizer.encode(whole, add_bos=True, add_eos=True)
 
@@ -205,12 +208,12 @@ def test_examples_without_loss_are_left_out_and_a_set_of_them_is_refused() -> No
 def test_rows_beyond_one_per_conversation_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = byte_tokenizer(("<s>", "</s>", "<|im_start|>", "<|im_end|>"))
     template = ChatTemplate(PUBLISHED["qwen3"], tokenizer)
-    encoded = encode_examples([chat(Q, A, Q, A)], tokenizer, template, seq_len=200)
+    encoded = ChatEncoder(tokenizer, template, 200).encode([chat(Q, A, Q, A)])
     assert len(encoded.items) == 2 and encoded.counts.split_rows == 1
-    assert "1 rows more, since the template writes earlier turns otherwise" in str(encoded.counts)
+    assert "1 rows more, because the template changes earlier turns" in str(encoded.counts)
     both = ChatExample("f:1", "pair", (Q,), ((A, Q, A), (A, Q, say("assistant", "x"))))
     with pytest.raises(RequestError, match="expected answers of one turn"):
-        encode_examples([both], tokenizer, template, seq_len=200)
+        ChatEncoder(tokenizer, template, 200).encode([both])
 
 
 def test_what_cannot_be_written_is_refused_or_listed() -> None:
@@ -221,11 +224,9 @@ def test_what_cannot_be_written_is_refused_or_listed() -> None:
     assert encode(wrong, chat(), wrong, problems=problems).counts.rows == 1
     assert [one.where for one in problems] == ["f:1", "f:1"]
     assert encode(wrong, problems=problems).items == []  # then the list says it all
-    with pytest.raises(
-        RequestError, match="f:1: chat template: got None; valid only for conversations"
-    ):
+    with pytest.raises(RequestError, match="f:1: chat template: got None; expected"):
         encode(chat(), template=None)
-    with pytest.raises(RequestError, match="accepted where rewards are what is learnt from"):
+    with pytest.raises(RequestError, match="f:1: row: got a prompt without an answer"):
         encode(ChatExample("f:1", "answer", (Q,), reference={"answer": 1}))
     with pytest.raises(RequestError, match="seq_len: got 1; expected 2 tokens or more"):
         encode(chat(), seq_len=1)
@@ -244,9 +245,7 @@ def test_a_vocabulary_gets_the_template_it_is_made_for(capsys: pytest.CaptureFix
     assert default_template(TOKENIZER).stop_tokens == (EOS,)
     assert "built-in one called plain" in capsys.readouterr().err
     endless = Tokenizer(TOKENIZER._backend)
-    with pytest.raises(
-        RequestError, match="valid only for conversations is one with a token that ends a turn"
-    ):
+    with pytest.raises(RequestError, match=r"tokenizer: got .no EOS token.; expected"):
         default_template(endless)
     assert template_for([bare(), ChatExample("f", "text", text="x")], endless, None) is None
     assert template_for([chat()], TOKENIZER, PLAIN) is PLAIN

@@ -27,7 +27,7 @@ from tests.tokenizers.makers import sentencepiece_model
 from transom.base.errors import RequestError
 from transom.chat.built_in import BUILT_IN, named
 from transom.chat.template import ChatTemplate
-from transom.data.chat.turns import Turns, Written, bare_row, text_row
+from transom.data.chat.turns import EncodedChat, Turns, bare_row, text_row
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.tokenizers.training import byte_tokenizer, train_bpe
 
@@ -54,12 +54,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
 
 def rows_of(
     template: ChatTemplate, messages: list[dict[str, Any]], tools: Any = None
-) -> list[Written]:
+) -> list[EncodedChat]:
     weights = [float(message["role"] == "assistant") for message in messages]
     return Turns(template, template.tokenizer).rows(messages, tools, weights)
 
 
-def said(tokenizer: Tokenizer, row: Written) -> list[str]:
+def said(tokenizer: Tokenizer, row: EncodedChat) -> list[str]:
     """The text of each answer of a row."""
     out = []
     for answer in row.answers:
@@ -95,10 +95,14 @@ def test_every_answer_stands_behind_the_prompt_that_transformers_asks_with(
     for messages, (_, row, answer) in zip((TALK[:2], TALK[:4]), answers, strict=True):
         prompt = asked(peer, source, messages[:-1], add_generation_prompt=True)
         whole = asked(peer, source, messages)
-        assert row.ids[: answer.start] == prompt and row.ids[: answer.stop] == whole[: answer.stop]
+        assert (
+            row.ids[: answer.start].tolist() == prompt
+            and row.ids[: answer.stop].tolist() == whole[: answer.stop]
+        )
         assert answer.ended and answer.like_prompt
         assert (
-            row.ids[answer.stop - 1] in template.stop_tokens and row.weights[answer.stop - 1] == 1.0
+            int(row.ids[answer.stop - 1]) in template.stop_tokens
+            and row.weights[answer.stop - 1] == 1.0
         )
         last = tokenizer.decode(row.ids[answer.start : answer.stop], skip_special=False)
         assert messages[-1]["content"] in last
@@ -121,7 +125,7 @@ def test_blocks_of_templates_are_what_transformers_masks(made: Any, name: str, t
         return_assistant_tokens_mask=True,
     )
     count = len(row.ids)
-    assert row.ids == marked["input_ids"][:count] and (row.weights > 0).tolist() == [
+    assert row.ids.tolist() == marked["input_ids"][:count] and (row.weights > 0).tolist() == [
         bool(one) for one in marked["assistant_masks"][:count]
     ]
     assert not any(marked["assistant_masks"][count:])  # only what trains nothing is left out
@@ -149,7 +153,7 @@ def test_loss_covers_answers_and_their_ends(made: Any, name: str, answers: list[
     template = ChatTemplate(PUBLISHED[name], made[0])
     (row,) = rows_of(template, talk)
     assert said(made[0], row) == answers
-    assert row.ids == template.encode(talk, add_generation_prompt=False)[: len(row.ids)]
+    assert row.ids.tolist() == template.encode(talk, add_generation_prompt=False)[: len(row.ids)]
 
 
 def test_loss_on_composed_characters(tmp_path: Path) -> None:
@@ -224,7 +228,7 @@ def test_weights_of_turns_are_those_of_their_tokens(made: Any) -> None:
     assert set(row.weights[second.start : second.stop].tolist()) == {2.0}
     (short,) = Turns(template, tokenizer).rows(TALK, None, [0, 1, 0, 0])
     assert (
-        short.ids == row.ids[: first.stop]
+        short.ids.tolist() == row.ids[: first.stop].tolist()
     )  # what comes behind the last answer with loss trains nothing
 
 
@@ -316,21 +320,21 @@ def test_the_plain_template_needs_no_control_tokens_but_an_end(made: Any) -> Non
 
 def test_a_document_is_framed_and_learnt_but_for_its_first_token() -> None:
     row = text_row(byte_tokenizer(), "ab", 0.5)
-    assert row.ids == [256, 97, 98, 257] and row.weights.tolist() == [0.0, 0.5, 0.5, 0.5]
+    assert row.ids.tolist() == [256, 97, 98, 257] and row.weights.tolist() == [0.0, 0.5, 0.5, 0.5]
     row = text_row(byte_tokenizer(), "", 1.0)
-    assert row.ids == [256, 257] and row.weights.tolist() == [0.0, 1.0]
+    assert row.ids.tolist() == [256, 257] and row.weights.tolist() == [0.0, 1.0]
 
 
 def test_an_answer_does_not_grow_into_its_prompt() -> None:
-    tokenizer = train_bpe(["AnswerSpan: yes yes yes no " * 20], 269)
-    prompt = "AnswerSpan: "
-    assert tokenizer.encode("AnswerSpan: yes")[: len(tokenizer.encode(prompt))] != tokenizer.encode(
+    tokenizer = train_bpe(["Answer: yes yes yes no " * 20], 269)
+    prompt = "Answer: "
+    assert tokenizer.encode("Answer: yes")[: len(tokenizer.encode(prompt))] != tokenizer.encode(
         prompt
     )
     row = bare_row(tokenizer, prompt, "yes", 1.0)
     (answer,) = row.answers
-    assert row.ids[: answer.start] == tokenizer.encode(prompt, add_bos=tokenizer.adds_bos)
-    assert tokenizer.decode(row.ids) == "AnswerSpan: yes" and row.ids[-1] == tokenizer.eos_id
+    assert row.ids[: answer.start].tolist() == tokenizer.encode(prompt, add_bos=tokenizer.adds_bos)
+    assert tokenizer.decode(row.ids) == "Answer: yes" and row.ids[-1].tolist() == tokenizer.eos_id
     assert answer.like_prompt and np.flatnonzero(row.weights)[0] == answer.start
     everything = bare_row(tokenizer, prompt, "yes", 1.0, all_tokens=True)
     assert everything.weights.tolist() == [0.0, *[1.0] * (len(row.ids) - 1)]
@@ -344,7 +348,7 @@ def test_sentencepiece_writes_no_space_between_prompt_and_answer(tmp_path: Path)
     )
     for prompt, answer, like_prompt in (("and", " do", True), ("and ", "do", False)):
         row = bare_row(tokenizer, prompt, answer, 1.0)
-        assert row.ids[1:-1] == peer.encode(prompt + answer)
+        assert row.ids[1:-1].tolist() == peer.encode(prompt + answer)
         assert row.answers[0].like_prompt == like_prompt
         trained = [id for id, weight in zip(row.ids, row.weights, strict=True) if weight]
         assert tokenizer.decode(trained).strip() == "do"

@@ -15,7 +15,7 @@ from transom.base.errors import RequestError
 from transom.chat.built_in import named
 from transom.chat.template import ChatTemplate
 from transom.data.chat.conversations import ChatExample
-from transom.data.chat.rows import encode_examples
+from transom.data.chat.rows import ChatEncoder
 from transom.data.chat.turns import Turns
 from transom.tokenizers.tokenizer import Tokenizer
 
@@ -52,7 +52,7 @@ def test_a_conversation_may_begin_with_the_assistant(made: Any, name: str, last:
     whole = made[1].apply_chat_template(
         GREETED, chat_template=template_of(made, name).sources["default"]
     )
-    assert row.ids == whole["input_ids"][: len(row.ids)]
+    assert row.ids.tolist() == whole["input_ids"][: len(row.ids)]
 
 
 def test_the_end_of_a_call_is_known_from_the_stop_tokens_of_the_model(made: Any) -> None:
@@ -61,7 +61,7 @@ def test_the_end_of_a_call_is_known_from_the_stop_tokens_of_the_model(made: Any)
     talk = [ChatExample("1", "chat", TOOL_TALK[:2])]
     stop = tokenizer.special_tokens["<|call|>"]
     for stop_tokens, without in (((), 1), ((stop,), 0)):
-        encoded = encode_examples(talk, tokenizer, template, seq_len=999, stop_tokens=stop_tokens)
+        encoded = ChatEncoder(tokenizer, template, 999, stop_tokens=stop_tokens).encode(talk)
         assert encoded.counts.without_end == without and encoded.items[0][0].ids[-1] == stop
 
 
@@ -70,7 +70,7 @@ def test_conversations_that_are_rendered_for_every_answer_are_counted(
     made: Any, name: str, anew: int
 ) -> None:
     talk = [ChatExample("1", "chat", GREETED[1:] * 2)]
-    encoded = encode_examples(talk, made[0], template_of(made, name), seq_len=999)
+    encoded = ChatEncoder(made[0], template_of(made, name), 999).encode(talk)
     assert encoded.counts.rendered_anew == anew
 
 
@@ -166,15 +166,16 @@ def test_reasoning_of_earlier_turns_and_names_are_counted(
         say("user", "c"),
         say("assistant", "z"),
     )
-    made_rows = encode_examples(
-        [ChatExample("1", "chat", talk)], made[0], template_of(made, "qwen3"), seq_len=999
+    made_rows = ChatEncoder(made[0], template_of(made, "qwen3"), 999).encode(
+        [ChatExample("1", "chat", talk)]
     )
+    made_rows.check()
     assert (
         made_rows.counts.dropped_reasoning == 3
     )  # the first text in two later rows, the second in one
     assert made_rows.counts.left_out == 2 and made_rows.counts.split_rows == 2
     assert "leaves out: name of user (2)" in capsys.readouterr().err
-    assert "3 texts of reasoning that the template drops" in str(made_rows.counts)
+    assert "3 reasoning texts that the template drops" in str(made_rows.counts)
 
 
 @pytest.mark.parametrize("ascii", [True, False])
@@ -301,7 +302,7 @@ def test_a_long_conversation_is_encoded_once(
 
     monkeypatch.setattr(Tokenizer, "encode", encode)
     (row,) = rows_of(template_of(made, name), talk)
-    assert row.ids == expected[0].ids and len(row.answers) == 40
+    assert row.ids.tolist() == expected[0].ids.tolist() and len(row.answers) == 40
     assert characters[0] < 2 * len(template.render(talk))
 
 
@@ -328,5 +329,5 @@ def test_rows_that_begin_alike_are_what_they_are_alone(made: Any, name: str) -> 
     tools = TOOLS if name == "mistral-v3" else None
     for at, row in enumerate(rows):
         count = 10 if name == R1 else 2 * at + 2
-        assert row.ids == template.encode(talk[:count], tools, False)[: len(row.ids)]
+        assert row.ids.tolist() == template.encode(talk[:count], tools, False)[: len(row.ids)]
         assert [row.weights[one.stop - 1] for one in row.answers] == [1.0] * len(row.answers)

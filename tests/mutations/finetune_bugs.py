@@ -18,9 +18,7 @@ from transom.attention.mask import positions_from_sizes
 from transom.data.batch import Batch
 from transom.data.chat import batches as chat_batches
 from transom.data.chat import rows as chat_rows
-from transom.data.chat.conversations import ChatExample
-from transom.data.chat.rows import EncodedChat
-from transom.data.chat.turns import Turns, Written
+from transom.data.chat.turns import EncodedChat, Turns
 from transom.layers.inputs import TransformerInput
 from transom.layers.linear import GroupedLinear
 from transom.lora import adapters as lora
@@ -41,8 +39,8 @@ def masked_end_of_turn() -> AbstractContextManager[None]:
     """The token that ends an answer carries no loss, so that a model never learns to stop."""
 
     def make(original: Call) -> Call:
-        def rows(self: Turns, messages: Any, tools: Any, weights: Any) -> list[Written]:
-            made: list[Written] = original(self, messages, tools, weights)
+        def rows(self: Turns, messages: Any, tools: Any, weights: Any) -> list[EncodedChat]:
+            made: list[EncodedChat] = original(self, messages, tools, weights)
             for row, answer in (
                 (one, answer) for one in made for answer in one.answers if answer.ended
             ):
@@ -58,23 +56,23 @@ def masked_padding() -> AbstractContextManager[None]:
     """Every token that is also used as padding carries no loss, EOS behind an answer among them."""
 
     def make(original: Call) -> Call:
-        def items(self: Any, example: ChatExample) -> list[tuple[Written, ...]]:
-            made: list[tuple[Written, ...]] = original(self, example)
+        def items(self: Any, *given: Any) -> list[tuple[EncodedChat, ...]]:
+            made: list[tuple[EncodedChat, ...]] = original(self, *given)
             for row in (row for item in made for row in item):
-                row.weights[np.asarray(row.ids) == self._tokenizer.pad_id] = 0.0
+                row.weights[row.ids == self.tokenizer.pad_id] = 0.0
             return made
 
         return items
 
-    return changed(chat_rows._Encoder, "items", make)
+    return changed(chat_rows.ChatEncoder, "_items", make)
 
 
 def turn_too_early() -> AbstractContextManager[None]:
     """A question carries the loss of its answer."""
 
     def make(original: Call) -> Call:
-        def rows(self: Turns, messages: Any, tools: Any, weights: Any) -> list[Written]:
-            made: list[Written] = original(self, messages, tools, weights)
+        def rows(self: Turns, messages: Any, tools: Any, weights: Any) -> list[EncodedChat]:
+            made: list[EncodedChat] = original(self, messages, tools, weights)
             for row in made:
                 begin = 1
                 for answer in row.answers:

@@ -29,6 +29,7 @@ from transom.cli.main import main
 from transom.config.model_args import ModelArgs
 from transom.data.chat.batches import packed_batch
 from transom.data.chat.conversations import ChatExample
+from transom.data.chat.rows import ChatEncoder
 from transom.data.chat.turns import Turns
 from transom.layers.linear import Linear
 from transom.lora.weights import LoraWeights
@@ -130,9 +131,9 @@ def test_an_example_that_is_wrongly_left_out_is_red(pair, monkeypatch):
         encoded = original(examples, *given, **more)
         return replace(encoded, items=[item for item in encoded.items if item[0].id != "row 0"])
 
-    original = finetune_rows.encode_examples
+    original = ChatEncoder.encode
     writer = Writer("here", pair[0], ChatTemplate(named("plain").source(pair[0]), pair[0]), 4096)
-    monkeypatch.setattr(finetune_rows, "encode_examples", encode)
+    monkeypatch.setattr(ChatEncoder, "encode", encode)
     found = failing(compare_masks(examples_of(TALKS, "row"), writer))
     assert found == {"examples without loss have no answer"}
 

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Fine-tune the model and print the next commands."""
     args = config_of(options)
-    named = [*_fields_of_flags(options), *names_of(_split(options.words)[1])]
+    named = [*fields_of_flags(options), *names_of(split_words(options.words)[1])]
     check_effects(args, named, by_value=not options.resume)
     trainer, _, code = run_training(args, options)
     if not trainer.finished:
@@ -97,8 +97,8 @@ def config_of(options: argparse.Namespace, opened: ModelLocation | None = None) 
 
     `opened` is the location of the model if the caller has found it.
     """
-    path, words = _split(options.words)
-    overrides = [f"{field}={value}" for field, value in _fields_of_flags(options).items()] + words
+    path, words = split_words(options.words)
+    overrides = [f"{field}={value}" for field, value in fields_of_flags(options).items()] + words
     config = read_yaml(path) if path else {}
     resumed = None
     if options.resume:
@@ -108,13 +108,13 @@ def config_of(options: argparse.Namespace, opened: ModelLocation | None = None) 
     return finetune_args(options.model, options.data, overrides, config, opened)
 
 
-def _fields_of_flags(options: argparse.Namespace) -> dict[str, Any]:
+def fields_of_flags(options: argparse.Namespace) -> dict[str, Any]:
     """Return the fields that the given flags set, and their values."""
     values = {field: getattr(options, flag[2:].replace("-", "_")) for flag, field, *_ in FLAGS}
     return {field: value for field, value in values.items() if value is not None}
 
 
-def _split(words: list[str]) -> tuple[Path | None, list[str]]:
+def split_words(words: list[str]) -> tuple[Path | None, list[str]]:
     """Return the config file, if the first word is one, and the overrides."""
     if words and not is_override(words[0]):
         return Path(words[0]), words[1:]

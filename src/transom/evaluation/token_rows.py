@@ -23,9 +23,9 @@ from transom.checkpoints.files.location import ModelLocation
 from transom.checkpoints.open_model import open_tokenizer
 from transom.config.model_args import ModelArgs
 from transom.data.chat.conversations import ChatExample
-from transom.data.chat.finetune_sets import read_examples, read_splits
+from transom.data.chat.finetune_sets import read_examples, split_examples
 from transom.data.chat.instructions import NAME as STDLIB
-from transom.data.chat.rows import encode_examples, prompt_ids, template_for
+from transom.data.chat.rows import ChatEncoder, prompt_ids, template_for
 from transom.data.file_formats import row_format
 from transom.data.text.sources import SourceArgs, read_documents
 from transom.inference.loop import keeps_every_token
@@ -114,7 +114,7 @@ def held_out_examples(run: Path) -> list[ChatExample]:
     try:
         for source in [sources] if isinstance(sources, str) else sources:
             name = str(source["path"] if isinstance(source, dict) else source)
-            out += read_splits(name, fraction)[1]
+            out += split_examples(name, fraction)[1]
     except RequestError as error:
         notice(f"{run}: its data is missing ({error}), so models are compared on {BUILT_IN}")
         return []
@@ -131,8 +131,7 @@ def _encoded(
         if example.kind == "answer":
             yield prompt_ids(example, tokenizer, template)
     answered = [example for example in few if example.kind != "answer"]
-    rows = encode_examples(answered, tokenizer, template, seq_len=length).items if answered else []
-    for item in rows:
+    for item in ChatEncoder(tokenizer, template, length).encode(answered).items:
         for row in item:
             yield row.ids.tolist()
 

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from transom.base.errors import require
 from transom.data.chat.packing import first_fit_decreasing
 from transom.training.config import DEFAULT_ROWS, TrainArgs
@@ -26,22 +29,34 @@ FEWEST = {"dpo": 2, "ipo": 2, "orpo": 2, "grpo": 2, "kto": 4}
 
 @dataclass(frozen=True)
 class RowChoice:
-    """Rows per step over all ranks, whether examples share a row, rows of an epoch, epochs and
-    steps.
+    """How the examples of a run are laid into steps.
 
-    `reason` is one line about what was chosen and why; None where the config decides everything.
+    Attributes:
+        batch_size: Rows of one step over all ranks.
+        packs: The examples of each row if several share one, otherwise None.
+        rows: Rows of one epoch.
+        epochs: Passes over the rows; None if the config has a number of steps.
+        steps: Optimizer steps.
+        reason: One line on what was chosen; None if the config decides everything.
+        fill: The share of the packed rows that has tokens.
     """
 
     batch_size: int
-    packing: bool
+    packs: Sequence[Sequence[int]] | None
     rows: int
     epochs: float | None
     steps: int
     reason: str | None
+    fill: float = 1.0
+
+    @property
+    def packing(self) -> bool:
+        """Return whether examples share a row."""
+        return self.packs is not None
 
 
 def choose_rows(
-    lengths: Sequence[int],
+    lengths: Sequence[int] | NDArray[np.int64],
     *,
     seq_len: int,
     objective: str = "sft",
@@ -66,11 +81,13 @@ def choose_rows(
         epochs = min(max(PASSES, float(needed)), MOST_PASSES)
     passes, wanted = (epochs, ENOUGH_STEPS) if epochs is not None else (PASSES, steps)
     most = MOST_QUESTIONS if objective == "grpo" else MOST_ROWS
-    packs, packed = 0, False
+    packs: list[list[int]] | None = None
     if objective in PACKABLE and packing is not False:
-        packs = len(first_fit_decreasing(lengths, seq_len, seed))
-        packed = packing is True or passes * packs / (batch_size or most) >= wanted
-    rows = packs if packed else len(lengths)
+        packs = first_fit_decreasing(lengths, seq_len, seed)
+        if packing is None and passes * len(packs) / (batch_size or most) < wanted:
+            packs = None
+    packed = packs is not None
+    rows = len(lengths) if packs is None else len(packs)
     fits = max(rows // shares, 1) * shares
     chosen = batch_size
     if chosen is None:
@@ -96,11 +113,12 @@ def choose_rows(
             else ""
         )
         reason = f"chosen: {', '.join(parts)} for {laid}, {count}{asked}"
-    return RowChoice(size, packed, rows, epochs, steps, reason)
+    fill = sum(lengths) / (rows * seq_len) if packed else 1.0
+    return RowChoice(size, packs, rows, epochs, steps, reason, fill)
 
 
 def finetune_rows(
-    lengths: Sequence[int], args: TrainArgs, finetune: FinetuneArgs, ranks: int
+    lengths: Sequence[int] | NDArray[np.int64], args: TrainArgs, finetune: FinetuneArgs, ranks: int
 ) -> RowChoice:
     """Return `choose_rows` of a config."""
     return choose_rows(

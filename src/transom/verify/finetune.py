@@ -129,7 +129,7 @@ def compare_folder(name: str, data: str | None = None) -> Iterator[Finding]:
     require(head is None, "head", head, "expected a language model")
     tokenizer = load_tokenizer(folder)
     model = load(folder, dtype="float32")
-    examples = examples_of(TALKS, "conversation") if data is None else read_examples(data)
+    examples = examples_of(TALKS, "conversation") if data is None else [*read_examples(data)]
     if len(examples) > MOST_EXAMPLES:
         notice(f"{data}: the first {MOST_EXAMPLES:,} of {len(examples):,} examples are looked at")
         examples = examples[:MOST_EXAMPLES]

@@ -29,7 +29,8 @@ from transom.data.batch import NO_TARGET, Batch
 from transom.data.chat.batches import packed_batch, padded_batch
 from transom.data.chat.conversations import ChatExample, Message, recognise
 from transom.data.chat.finetune_sets import Problem
-from transom.data.chat.rows import ChatCounts, EncodedChat, EncodedChats, encode_examples
+from transom.data.chat.rows import ChatEncoder, EncodedChats
+from transom.data.chat.turns import EncodedChat
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
@@ -128,14 +129,8 @@ class Writer:
         self, examples: Sequence[ChatExample], problems: list[Problem] | None = None
     ) -> EncodedChats:
         """Rows as they are trained on; longer ones are left out."""
-        return encode_examples(
-            examples,
-            self.tokenizer,
-            self.template,
-            seq_len=self.seq_len,
-            truncate="drop",
-            problems=problems,
-        )
+        encoder = ChatEncoder(self.tokenizer, self.template, self.seq_len, truncate="drop")
+        return encoder.encode(examples, problems)
 
 
 def built_in_writers() -> list[Writer]:
@@ -213,9 +208,7 @@ def _compare_group(
 ) -> Iterator[Finding]:
     """The rows of a few examples in one batch of every layout."""
     labels = [label for part in parts for label in part.labels or []]
-    encoded = EncodedChats(
-        [item for part in parts for item in part.items], ChatCounts(), labels or None
-    )
+    encoded = EncodedChats([item for part in parts for item in part.items], labels=labels or None)
     for layout, batch in layouts(encoded):
         found: dict[str, Counter[Said]] = {}
         rows = (row for item in encoded.items for row in item)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from transom.base.errors import require
 from transom.data.batch import NO_TARGET, Batch
-from transom.data.chat.packing import first_fit_decreasing, grouped_by_length
-from transom.data.chat.rows import EncodedChat, EncodedChats
+from transom.data.chat.packing import grouped_by_length
+from transom.data.chat.rows import EncodedChats
+from transom.data.chat.turns import EncodedChat
 from transom.data.order import ShuffledBatches
 
 
@@ -67,18 +68,17 @@ def _unless_all_one(weights: NDArray[np.float32]) -> Tensor | None:
 class ChatBatches(ShuffledBatches):
     """Batches of encoded examples.
 
-    With packing, examples are laid into rows once, and the rows of an epoch are in random order.
-    Without it, each example is a row, and a batch has examples of similar length.
+    Packed examples share rows, which are in random order. Otherwise each example is a row, and a
+    batch has examples of similar length.
     """
 
     def __init__(
         self,
         data: EncodedChats,
         *,
-        seq_len: int,
+        packs: Sequence[Sequence[int]] | None,
         rows_per_step: int,
         seed: int,
-        packing: bool,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -86,40 +86,36 @@ class ChatBatches(ShuffledBatches):
 
         Args:
             data: The encoded examples.
-            seq_len: Input tokens of the longest row.
-            rows_per_step: Rows of one optimizer step over all ranks, or examples without packing.
-            seed: Chooses the packs and the order of the rows.
-            packing: Whether several examples share a row.
+            packs: The examples of each row, from `first_fit_decreasing`; None for a row each.
+            rows_per_step: Rows, or pairs, of one optimizer step over all ranks.
+            seed: Chooses the order of the rows.
             rank: This rank, from 0.
             world_size: Number of ranks.
 
         Raises:
-            RequestError: There are fewer rows than `rows_per_step`, an example is longer than
-                `seq_len`, or examples are packed that have to be a row each.
+            RequestError: There are fewer rows than `rows_per_step`, or examples are packed that
+                have to be a row each.
         """
         alone = data.rows_per_item > 1 or data.labels is not None
         expected = "expected false for pairs and labelled answers, each of which is one row"
-        require(not (packing and alone), "packing", packing, expected)
-        self._data, self._packing = data, packing
-        longest = [max(len(row.ids) for row in item) for item in data.items]
-        inputs = np.asarray(longest, np.int64) - 1
-        self._packs = first_fit_decreasing(inputs, seq_len, seed) if packing else []
-        lengths = [inputs[pack].sum() for pack in self._packs] if packing else inputs
-        what = f"rows, into which {len(inputs)} examples are packed" if packing else "examples"
+        require(packs is None or not alone, "packing", True, expected)
+        self._data, self._packs = data, packs
+        lengths, what = data.lengths, "examples"
+        if packs is not None:
+            what = f"rows, into which {len(lengths)} examples are packed"
+            lengths = np.asarray([lengths[pack].sum() for pack in packs], np.int64)
         super().__init__(lengths, rows_per_step, seed, rank, world_size, what)
-        # The share of the packed rows that has tokens.
-        self.fill = sum(inputs) / (len(lengths) * seq_len) if packing else None
 
     def _batch(self, items: list[int]) -> Batch:
         """Return the batch of these rows, or of these examples without packing."""
         data = self._data
-        if self._packing:
+        if self._packs is not None:
             return packed_batch([[data.items[at][0] for at in self._packs[row]] for row in items])
         labels = [] if data.labels is None else [data.labels[at] for at in items]
         return padded_batch([data.items[at] for at in items], labels)
 
     def _order_of(self, epoch: int) -> NDArray[np.int64]:
         """Return rows in random order, or batches of examples of similar length."""
-        if self._packing:
+        if self._packs is not None:
             return super()._order_of(epoch)
         return grouped_by_length(self._lengths, self._seed, epoch, self._rows_per_step)

@@ -18,7 +18,7 @@ from transom.chat.built_in import fitting, named
 from transom.chat.fingerprint import template_hash
 from transom.chat.template import ChatTemplate
 from transom.data.chat.conversations import ChatExample, Messages
-from transom.data.chat.finetune_sets import Problem
+from transom.data.chat.finetune_sets import Examples, Problem
 from transom.data.chat.turns import EncodedChat, Turns, bare_row, text_row
 from transom.tokenizers.tokenizer import Tokenizer
 
@@ -56,12 +56,10 @@ class ChatCounts:
 
     def __str__(self) -> str:
         """Return one line with the size of the set and every other count that is not 0."""
-        size = (
-            f"{self.examples:,} examples, {self.tokens:,} tokens, {self.trained_tokens:,} of them"
-        )
+        size = f"{self.examples:,} examples, {self.tokens:,} tokens"
         counts = zip(fields(self)[4:], astuple(self)[4:], strict=True)
         others = [f"{count:,} {one.metadata['help']}" for one, count in counts if count]
-        return "; ".join([f"{size} with loss", *others])
+        return "; ".join([f"{size}, {self.trained_tokens:,} of them with loss", *others])
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,10 +92,8 @@ class EncodedChats:
     def check(self, *, may_be_empty: bool = False) -> None:
         """Print which kinds of texts are left out. Raise `RequestError` if there is no row."""
         if self.left_out:
-            kinds = ", ".join(
-                f"{kind} ({count:,})" for kind, count in sorted(self.left_out.items())
-            )
-            notice(f"the chat template leaves out: {kinds}")
+            kinds = [f"{kind} ({count:,})" for kind, count in sorted(self.left_out.items())]
+            notice(f"the chat template leaves out: {', '.join(kinds)}")
         expected = "expected a set with a token to learn"
         if not self.items and not may_be_empty:
             raise RequestError(f"data: got nothing to train on ({self.counts}); {expected}")
@@ -120,9 +116,9 @@ def default_template(tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def template_for(
-    examples: Iterable[ChatExample], tokenizer: Tokenizer, found: ChatTemplate | None
+    examples: Iterable[ChatExample | Examples], tokenizer: Tokenizer, found: ChatTemplate | None
 ) -> ChatTemplate | None:
-    """Return `found`, or the default template if it is None and an example is a conversation."""
+    """Return `found`, or the default template if it is None and an example needs one."""
     if found is None and any(example.needs_template for example in examples):
         return default_template(tokenizer)
     return found

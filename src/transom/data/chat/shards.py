@@ -250,7 +250,8 @@ class ShardItems(Sequence[tuple[EncodedChat, ...]]):
 
     def _row(self, row: int) -> EncodedChat:
         part = slice(self._offsets[row], self._offsets[row + 1])
-        return EncodedChat(self._ids[row], *(column[part] for column in self._columns))
+        tokens, weights = (column[part] for column in self._columns)
+        return EncodedChat(self._ids[row], tokens, weights)
 
 
 class JoinedItems(Sequence[tuple[EncodedChat, ...]]):

@@ -1,4 +1,4 @@
-"""Encode conversations and find the tokens of each assistant answer. No torch.
+"""Encode conversations and find the tokens of each answer of the assistant.
 
 A conversation is encoded once. An answer starts after its generation prompt. For every answer, the
 tokens before it are compared with those of the prompt alone. Some templates write an earlier answer
@@ -32,19 +32,22 @@ Tools = Sequence[Mapping[str, Any]] | None
 
 
 class AnswerSpan(NamedTuple):
-    """The tokens [start, stop) of an answer.
+    """The tokens [start, stop) of one answer of the assistant.
 
-    `ended`: one of them ends the turn. `like_prompt`: the tokens before it are those of its prompt
-    alone.
+    Attributes:
+        start: The first token.
+        stop: One past the last token.
+        ended: Whether one of the tokens ends the turn.
+        like_prompt: Whether the tokens before it are those of its generation prompt.
+        apart: Whether it was encoded separately, because a token of the joint text would contain
+            the end of the prompt and the beginning of the answer.
     """
 
     start: int
     stop: int
     ended: bool
     like_prompt: bool = True
-    apart: bool = (
-        False  # encoded separately from the prompt, since a token of the joint text would span both
-    )
+    apart: bool = False
 
 
 class EncodedChat(NamedTuple):
@@ -78,7 +81,7 @@ class EncodedChat(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """The places of an answer's tokens; `ended` and `like_prompt` are those of `AnswerSpan`."""
+    """The indices of the tokens of an answer; `ended` and `like_prompt` are those of AnswerSpan."""
 
     places: NDArray[np.int64]
     ended: bool = False
@@ -89,8 +92,12 @@ NOT_FOUND = _Found(np.zeros(0, np.int64))
 
 
 class Turns:
-    """Writes conversations with one template and tokenizer, and counts texts that the template
-    leaves out.
+    """Encodes conversations with one template, and counts the texts that the template leaves out.
+
+    Attributes:
+        rendered_anew: Conversations that were rendered again for every answer.
+        left_out: Texts that are in no row, by kind.
+        dropped: Reasoning texts that are only in the row of their own answer.
     """
 
     def __init__(
@@ -99,17 +106,24 @@ class Turns:
         """`stop_tokens` end an answer besides those of the template and of the tokenizer."""
         self._template = template
         self._stops = frozenset((*stop_tokens, *template.stop_tokens, *tokenizer.stop_ids))
-        self.rendered_anew = 0  # conversations that were rendered again for every answer
-        self.left_out: Counter[str] = Counter()  # texts that are in no row, by their kind
-        self.dropped = 0  # texts of reasoning that are only in the row of their own answer
+        self.rendered_anew = self.dropped = 0
+        self.left_out: Counter[str] = Counter()
 
     def rows(
         self, messages: Sequence[Mapping[str, Any]], tools: Tools, weights: Sequence[float]
     ) -> list[EncodedChat]:
-        """Return rows that hold every message with a weight above 0 as an answer with loss, mostly
-        one row for all.
+        """Return rows in which every message with a weight above 0 is an answer with loss.
 
-        `weights` are those of the messages; a row ends with its last answer.
+        Most templates need one row for a conversation. A row ends with its last answer.
+
+        Args:
+            messages: The conversation.
+            tools: Descriptions of functions, or None.
+            weights: The loss weight of each message.
+
+        Raises:
+            RequestError: The template does not show where an answer begins and ends, or leaves out
+                a part of a message.
         """
         talk = self._conversation(messages, tools)
         rows: list[_Row] = []
@@ -124,9 +138,8 @@ class Turns:
                 self._count_left_out(talk, rows[-1:], [at])  # a better reason, if there is one
                 raise RequestError(
                     f"messages[{at}]: {self._template.origin} does not tell where this answer "
-                    f"begins and ends; "
-                    "expected a template that writes it where it asks for it, or in {% "
-                    "generation %} blocks"
+                    "begins and ends; expected a template that writes it after its generation "
+                    "prompt, or in {% generation %} blocks"
                 )
         self._count_left_out(talk, rows, counted)
         return [row.written() for row in reversed(rows)]
@@ -145,26 +158,18 @@ class Turns:
         for at, message in enumerate(messages):
             content = message.get("content")
             for part in content if isinstance(content, list) else ():
-                kind = (
-                    part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-                )
-                require(
-                    kind == "text",
-                    f"messages[{at}].content: type",
-                    kind,
-                    "valid only for training are texts",
-                )
+                found = part.get("type", "text") if isinstance(part, Mapping) else type(part)
+                require(found == "text", f"messages[{at}].content: type", found, "expected text")
         return self._template.conversation(messages, tools)
 
     def _count_left_out(
         self, talk: Conversation, rows: Sequence[_Row], answers: Sequence[int]
     ) -> None:
-        """Refuse a template that leaves out words or calls of messages; count other texts that are
-        in no row.
+        """Count the texts that are in no row. Raise `RequestError` for words or calls of messages.
 
-        Otherwise the model would learn an empty answer in place of a call, or an answer without its
-        question. Reasoning has to be only in the row of its own answer: many templates drop it from
-        earlier turns on purpose.
+        Without them the model would learn an empty answer instead of a call, or an answer without
+        its question. Reasoning only has to be in the row of its own answer, because many templates
+        drop it from earlier turns on purpose.
         """
         found: dict[Path, list[Text]] = {}
         for text in (text for row in rows for text in row.chat.texts):
@@ -172,22 +177,16 @@ class Turns:
         for path, texts in found.items():
             missing = [text for text in texts if text.lost or text.cut]
             everywhere = len(missing) == len(texts)
-            if (
-                missing
-                and _is_reasoning(missing, talk)
-                and (not everywhere or path[1] not in answers)
-            ):
+            here = path[1] in answers and everywhere
+            if missing and _is_reasoning(missing, talk) and not here:
                 self.dropped += len(missing)
             elif missing and everywhere:
                 self._refuse(missing[0])
-                self.left_out[
-                    f"{'' if missing[0].lost else 'a part of '}{missing[0].kind(talk.given)}"
-                ] += 1
+                part = "" if missing[0].lost else "a part of "
+                self.left_out[f"{part}{missing[0].kind(talk.given)}"] += 1
 
     def _refuse(self, text: Text) -> None:
-        """Raise `RequestError` for a missing text of a message, call or reasoning, or a missing
-        name of a tool.
-        """
+        """Raise `RequestError` for a missing content, call, reasoning or name of a tool."""
         path, words = text.path, " ".join(text.value.split())[:60]
         if not text.lost:
             return
@@ -199,15 +198,13 @@ class Turns:
         else:
             return
         raise RequestError(
-            f"{path[0]}[{path[1]}]: {self._template.origin} leaves out {what}; expected a "
-            f"template that writes it, or data without it"
+            f"{path[0]}[{path[1]}]: {self._template.origin} leaves out {what}; expected a template "
+            "that writes it, or data without it"
         )
 
 
 def _is_reasoning(texts: Sequence[Text], talk: Conversation) -> bool:
-    """Return whether texts are reasoning of an assistant, in their own field or in a part of the
-    content.
-    """
+    """Return whether texts are reasoning, in their own field or in a part of the content."""
     path = texts[0].path
     if path[0] != "messages" or talk.messages[path[1]]["role"] != "assistant":
         return False
@@ -238,9 +235,7 @@ class _Row:
         self._controls = control_tokens(template.tokenizer, self.chat, self.ids)
 
     def _encoded(self, like: _Row | None) -> list[int]:
-        """Return the ids; those that a row with the same beginning has up to a control token are
-        taken from it.
-        """
+        """Return the ids. Those up to the last control token that `like` shares are copied."""
         controls = [] if like is None else like._controls
         same = 0 if like is None else common_prefix(like.chat.text, self.chat.text)
         start, token = next(((a, t) for a, b, t in reversed(controls) if b <= same), (0, 0))
@@ -249,17 +244,17 @@ class _Row:
         return like.ids[:token] + self._template.ids_of(self.chat.part(start))
 
     def add(self, at: int, whole: str, prompt: str | None, weight: float) -> bool:
-        """Give message `at` loss as an answer; return False if this row does not contain it as
-        `whole` does.
+        """Give message `at` loss as an answer. Return False if the row does not contain it.
 
-        `whole` is the rendered conversation up to that message, and `prompt` is the prompt for it.
+        Args:
+            at: The number of the message.
+            whole: The text of the conversation up to and including the message.
+            prompt: The text of its generation prompt; None if the template writes none.
+            weight: Its loss weight.
         """
         same = common_prefix(self.chat.text, whole)
-        asked = (
-            len(prompt)
-            if prompt is not None and whole.startswith(prompt) and len(prompt) <= same
-            else None
-        )
+        fits = prompt is not None and whole.startswith(prompt) and len(prompt) <= same
+        asked = len(prompt) if fits and prompt is not None else None
         look = self._in_blocks if self._talk.template.generation else self._behind_prompt
         places, ended, like_prompt = look(at, len(whole), same, asked)
         if not len(places):
@@ -280,9 +275,7 @@ class _Row:
         return EncodedChat.of(self.ids[first:stop], self._weights[first:stop], moved)
 
     def _behind_prompt(self, at: int, length: int, same: int, asked: int | None) -> _Found:
-        """Return the tokens from where message `at` begins to the first token that ends a turn, or
-        to the end.
-        """
+        """Return the tokens of message `at` up to the first that ends a turn, or to the end."""
         start = self._template.answer_start(self._talk, at) if asked is None else asked
         if start is None or start > same:
             return NOT_FOUND
@@ -304,9 +297,7 @@ class _Row:
         return _Found(np.arange(begin, stop), ended, like_prompt)
 
     def _ends(self, at: int, start: int) -> Iterator[tuple[int, int | None]]:
-        """Yield where turns end after `start`, as a place in the text and, if it is known, among
-        the tokens.
-        """
+        """Yield where turns end after `start`: a place in the text, and the token if known."""
         word, tokenizer = self._template.end_of_turn, self._template.tokenizer
         if word is not None and tokenizer.token_to_id(word) not in tokenizer.special_ids:
             # A word that is not a control token may also occur inside the answer.
@@ -318,14 +309,8 @@ class _Row:
                 yield end, token + 1
 
     def _in_blocks(self, at: int, length: int, same: int, asked: int | None) -> _Found:
-        """Return the tokens in the template's blocks for message `at`, and the one after that ends
-        the turn.
-        """
-        spans = [
-            span
-            for span in self.chat.spans
-            if span[1] <= same and (asked is None or span[1] > asked)
-        ]
+        """Return the tokens in the generation blocks of message `at`, and the end of its turn."""
+        spans = [span for span in self.chat.spans if span[1] <= same and span[1] > (asked or 0)]
         begin = self._count(asked) if spans and asked is not None else None
         if begin is None:
             words = min(self.chat.offsets[at], default=None)
@@ -338,10 +323,7 @@ class _Row:
             return NOT_FOUND
         stop = int(places[-1]) + 1
         if not ended and stop < len(self.ids) and self.ids[stop] in self._stops:
-            places, ended = (
-                np.append(places, stop),
-                True,
-            )  # the end of the turn is outside of the block
+            places, ended = np.append(places, stop), True  # the block does not contain the end
         return _Found(places, ended, begin is not None) if ended or same == length else NOT_FOUND
 
     @cached_property
@@ -349,10 +331,10 @@ class _Row:
         return TokenSpans(self._template.tokenizer, self.ids, self.chat.text, self._template.origin)
 
     def _count(self, length: int) -> int | None:
-        """Return how many tokens the first `length` characters have, or None if they are encoded
-        differently alone.
+        """Return how many tokens the first `length` characters have, or None if their tokens are
+        not the first ones of the row.
 
-        Texts between control tokens are encoded separately, so only the text after the last one is
+        Text is encoded separately between control tokens, so only the text after the last one is
         encoded again.
         """
         before = ((a, t) for a, b, t in reversed(self._controls) if b <= length)
@@ -362,26 +344,23 @@ class _Row:
 
 
 def text_row(tokenizer: Tokenizer, text: str, weight: float) -> EncodedChat:
-    """Return a document after the tokens that its tokenizer puts first, and EOS; all but the first
-    have loss.
+    """Return a document between the tokens that its tokenizer puts first and EOS. All tokens but
+    the first have loss.
     """
-    ids = [
-        *tokenizer.encode_prompt(text),
-        *(() if tokenizer.eos_id is None else (tokenizer.eos_id,)),
-    ]
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    ids = [*tokenizer.encode_prompt(text), *end]
     return EncodedChat.of(ids, float(weight))
 
 
 def bare_row(
     tokenizer: Tokenizer, prompt: str, answer: str, weight: float, *, all_tokens: bool = False
 ) -> EncodedChat:
-    """A prompt and its answer, one behind the other as plain text, EOS behind them; loss on the
-    answer and EOS.
+    """Return a prompt, its answer and EOS as plain text, with loss on the answer and EOS.
 
-    The prompt's ids are those it has alone, as when the model is asked. Where the answer's first
-    word would grow into one token with the end of the prompt, the answer is encoded apart; a
-    vocabulary that cannot do so without a space between the two (SentencePiece) keeps that token,
-    which then carries loss.
+    The ids of the prompt are those that it has alone, as at inference. If a token of the joint text
+    contains the end of the prompt and the beginning of the answer, the answer is encoded
+    separately. A vocabulary that can't do this without a space between the two (SentencePiece)
+    keeps the token, which then has loss.
     """
     begin, joint = tokenizer.encode_prompt(prompt), tokenizer.encode_prompt(prompt + answer)
     ids, start, separable = joint, len(begin), False
@@ -391,10 +370,8 @@ def bare_row(
             ids = apart
         else:
             pairs = zip(begin, joint, strict=False)
-            start = next(
-                (at for at, (one, other) in enumerate(pairs) if one != other),
-                min(len(begin), len(joint)),
-            )
+            differ = (at for at, (one, other) in enumerate(pairs) if one != other)
+            start = next(differ, min(len(begin), len(joint)))
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     ids = [*ids, *end]
     answer_span = AnswerSpan(start, len(ids), bool(end), ids[: len(begin)] == begin, separable)

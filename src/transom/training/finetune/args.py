@@ -6,14 +6,14 @@ This module does not import torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from typing import Literal
 
 from transom.base.errors import RequestError, require
 from transom.base.fields import check_bounds, describe
-from transom.data.chat.conversations import ChatExample, ExampleKind
+from transom.data.chat.conversations import ExampleKind
 from transom.lora.args import LoraArgs
 from transom.quantize.args import QuantizeArgs
 
@@ -33,13 +33,18 @@ def objectives_of(kind: ExampleKind) -> list[str]:
     return [name for name, kinds in KINDS.items() if kind in kinds]
 
 
-def require_kinds(examples: Iterable[ChatExample], objective: str) -> None:
-    """Raise `RequestError` for an example of a kind that `objective` does not learn from."""
-    for one in examples:
-        if one.kind not in KINDS[objective]:
+def require_kinds(kinds: Mapping[ExampleKind, str], objective: str) -> None:
+    """Raise `RequestError` for an example of a kind that `objective` does not learn from.
+
+    Args:
+        kinds: The id of an example of each kind.
+        objective: The objective.
+    """
+    for kind, id in kinds.items():
+        if kind not in KINDS[objective]:
             raise RequestError(
                 f"finetune.objective: got {objective!r}; expected "
-                f"{' or '.join(objectives_of(one.kind))} for {one.id}, a row of kind {one.kind}"
+                f"{' or '.join(objectives_of(kind))} for {id}, a row of kind {kind}"
             )
 
 

@@ -56,7 +56,9 @@ def finetune_parts(args: TrainArgs, finetune: FinetuneArgs, choice: DtypeChoice)
     for line in coverage_lines(model):
         choice.ranks.say(line)
     template, finetune = dated(ChatTemplate.find(folder, tokenizer, finetune.template), finetune)
-    data = open_finetune_data(args, finetune, tokenizer, template, folder, choice.ranks)
+    data = open_finetune_data(
+        args, finetune, tokenizer, template, folder, choice.ranks, base_fingerprint
+    )
     base, args = base_name(args.base, folder), decided(args, finetune, data.choice)
     if choice.ranks.rank == 0:  # also with --quiet, since given values may have changed
         for line in filter(None, (data.choice.reason, few_steps_warning(args.steps))):
@@ -77,11 +79,10 @@ def finetune_parts(args: TrainArgs, finetune: FinetuneArgs, choice: DtypeChoice)
         writer = AdapterWriter(
             model, companions, base, base_fingerprint, dtype_name(choice.dtype), how
         )
-    run_data = data.as_run_data(base_fingerprint)
     objective = finetune_objective(
         args, finetune, model, tokenizer, data, choice.dtype, choice.ranks
     )
-    return RunParts(model.train(), tokenizer, run_data, objective, writer, args)
+    return RunParts(model.train(), tokenizer, data, objective, writer, args)
 
 
 def finetune_model(

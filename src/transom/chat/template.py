@@ -83,8 +83,8 @@ class ChatTemplate:
         self.now: datetime | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        make = partial(ChatTemplate, origin=self.origin, variables=self._variables, stop=self._stop)
-        return make, (self.sources, self.tokenizer), {"now": self.now}
+        named = {"origin": self.origin, "variables": self._variables, "stop": self._stop}
+        return partial(ChatTemplate, **named), (self.sources, self.tokenizer), {"now": self.now}
 
     @property
     def variables_read(self) -> dict[str, Any]:

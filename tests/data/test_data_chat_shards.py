@@ -14,7 +14,7 @@ import pytest
 
 from tests.chat.chat_texts import PUBLISHED, say
 from transom.base.errors import RequestError, WorkError, reset_notices
-from transom.chat.sandbox import Compiled
+from transom.chat.sandbox import SandboxedTemplate
 from transom.chat.template import ChatTemplate
 from transom.data.chat import shards
 from transom.data.chat.finetune_sets import Examples, Problem, find_examples, split_examples
@@ -51,13 +51,13 @@ def rows_of(encoded: EncodedChats) -> list[Any]:
 def renderings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The templates that were rendered."""
     seen: list[str] = []
-    original = Compiled.render
+    original = SandboxedTemplate.render
 
-    def render(self: Compiled, *given: Any, **more: Any) -> str:
+    def render(self: SandboxedTemplate, *given: Any, **more: Any) -> str:
         seen.append(self.source)
         return original(self, *given, **more)
 
-    monkeypatch.setattr(Compiled, "render", render)
+    monkeypatch.setattr(SandboxedTemplate, "render", render)
     return seen
 
 

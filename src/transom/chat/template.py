@@ -83,7 +83,7 @@ class ChatTemplate:
         self.now: datetime | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        named = {"origin": self.origin, "variables": self._variables, "stop": self._stop}
+        named: Any = {"origin": self.origin, "variables": self._variables, "stop": self._stop}
         return partial(ChatTemplate, **named), (self.sources, self.tokenizer), {"now": self.now}
 
     @property

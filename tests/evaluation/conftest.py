@@ -12,5 +12,5 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def subject(folder):
+def opened(folder):
     return EvalModel.open(folder, device="cpu", dtype="float32")

@@ -50,41 +50,41 @@ def texts(result):
     return [row["text"] for row in result.rows]
 
 
-def test_batches_say_what_transformers_says_alone(subject, generate, monkeypatch):
+def test_batches_say_what_transformers_says_alone(opened, generate, monkeypatch):
     prompts = ["The quick brown", "Question", "The dog sleeps on and the fox jumps", "Größe"]
-    want = [generate(subject.encode(prompt)) for prompt in prompts]
+    want = [generate(opened.encode(prompt)) for prompt in prompts]
     rows = [row(prompt, (said, "y")) for prompt, said in zip(prompts, want, strict=True)]
     for cache_tokens in (1, 64, 1 << 15):
         monkeypatch.setattr("transom.evaluation.answers.CACHE_TOKENS", cache_tokens)
-        got = score(subject, rows)
+        got = score(opened, rows)
         assert texts(got) == want and got.scores["exact_match"].score == 1
     assert got.facts["tokens"] == len(prompts) * NEW and got.facts["unfinished"] == len(prompts)
 
 
-def test_messages_go_through_the_template(subject, generate):
-    want = generate(subject.template.encode(MESSAGES))
-    got = score(subject, [row(messages=MESSAGES)])
+def test_messages_go_through_the_template(opened, generate):
+    want = generate(opened.template.encode(MESSAGES))
+    got = score(opened, [row(messages=MESSAGES)])
     assert texts(got) == [want] and got.scores["exact_match"].score == 0
 
 
-def test_a_stop_text_ends_an_answer(subject):
+def test_a_stop_text_ends_an_answer(opened):
     rows = [row("The quick brown")]
-    (complete,) = texts(score(subject, rows))
+    (complete,) = texts(score(opened, rows))
     stop = complete[4:6]
-    got = score(subject, rows, stop=(stop,))
+    got = score(opened, rows, stop=(stop,))
     assert texts(got) == [complete[: complete.index(stop)]] and got.facts["unfinished"] == 0
 
 
-def test_a_prompt_without_room_is_named(subject):
+def test_a_prompt_without_room_is_named(opened):
     rows = [row("The"), row("x " * LONGEST, number=2)]
     with pytest.raises(RequestError, match=f"a:2: a prompt of .* expected {LONGEST} together"):
-        score(subject, rows)
+        score(opened, rows)
 
 
-def test_messages_need_a_template(subject, monkeypatch):
-    monkeypatch.setitem(subject.__dict__, "template", None)
+def test_messages_need_a_template(opened, monkeypatch):
+    monkeypatch.setitem(opened.__dict__, "template", None)
     with pytest.raises(RequestError, match="a:1: messages: this model has no chat template"):
-        score(subject, [row(messages=MESSAGES)])
+        score(opened, [row(messages=MESSAGES)])
 
 
 @pytest.mark.parametrize(
@@ -110,12 +110,12 @@ def test_a_pattern_that_is_none_is_refused():
         EvalArgs(extract="(")
 
 
-def test_reasoning_is_not_compared(subject, monkeypatch):
+def test_reasoning_is_not_compared(opened, monkeypatch):
     source = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
-    monkeypatch.setitem(subject.__dict__, "template", ChatTemplate(source, subject.tokenizer))
+    monkeypatch.setitem(opened.__dict__, "template", ChatTemplate(source, opened.tokenizer))
     said = Completion("<think>five?</think>\nfour", [1], "stop")
     monkeypatch.setattr(answers, "complete_prompts", lambda *_, **__: iter(enumerate([said, said])))
     rows = [row(messages=MESSAGES, answers=("four",)), row("two and two", answers=(said.text,))]
-    got = score(subject, rows)
+    got = score(opened, rows)
     assert got.scores["exact_match"].score == 1 and texts(got) == ["four", said.text]
     assert [row.get("reasoning") for row in got.rows] == ["five?", None]

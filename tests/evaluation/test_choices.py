@@ -36,12 +36,12 @@ def score(model, rows, **args):
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 60, 4096])
-def test_log_probabilities_are_those_of_transformers(folder, subject, batch_tokens):
+def test_log_probabilities_are_those_of_transformers(folder, opened, batch_tokens):
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(folder),
         AutoTokenizer.from_pretrained(folder),
     )
-    got = score(subject, ROWS, batch_tokens=batch_tokens)
+    got = score(opened, ROWS, batch_tokens=batch_tokens)
     for row, found in zip(ROWS, got.rows, strict=True):
         want = [logprob(model, tokenizer, row.prompt, choice) for choice in row.choices]
         assert found["logprobs"] == pytest.approx(want, rel=1e-5)
@@ -49,9 +49,9 @@ def test_log_probabilities_are_those_of_transformers(folder, subject, batch_toke
     assert (got.facts["ties"], got.facts["cut"]) == (0, 0)
 
 
-def test_lengths_divide_by_characters_or_bytes(subject):
+def test_lengths_divide_by_characters_or_bytes(opened):
     row = ChoiceRow("a:1", "Größe", ("é" * 8, "abcdefghij"), 0)
-    got = score(subject, [row])
+    got = score(opened, [row])
     (found,) = got.rows
     some = found["logprobs"]
     assert found["acc_norm"] == np.argmax([some[0] / 8, some[1] / 10])
@@ -59,20 +59,20 @@ def test_lengths_divide_by_characters_or_bytes(subject):
     assert got.scores["acc_bytes"].score == (found["acc_bytes"] == 0)
 
 
-def test_ties_are_counted_and_the_first_counts(subject):
-    got = score(subject, [ChoiceRow("a:1", "The", ("dog", "dog"), 1)])
+def test_ties_are_counted_and_the_first_counts(opened):
+    got = score(opened, [ChoiceRow("a:1", "The", ("dog", "dog"), 1)])
     assert (got.facts["ties"], got.rows[0]["acc"], got.scores["acc"].score) == (1, 0, 0.0)
 
 
-def test_what_does_not_fit_is_cut_from_the_left(subject):
+def test_what_does_not_fit_is_cut_from_the_left(opened):
     long = ChoiceRow("a:1", "x " * LONGEST + "The quick brown", ("fox", "dog"), 0)
-    assert score(subject, [long, ROWS[0]]).facts["cut"] == 2
-    head, rest = encode_pair(subject, long.prompt, " fox", "")
+    assert score(opened, [long, ROWS[0]]).facts["cut"] == 2
+    head, rest = encode_pair(opened, long.prompt, " fox", "")
     assert len(head) + len(rest) > LONGEST + 1
     with pytest.raises(RequestError, match="tokens of a continuation: got"):
-        score(subject, [ChoiceRow("a:1", "The", ("x " * LONGEST, "dog"), 0)])
+        score(opened, [ChoiceRow("a:1", "The", ("x " * LONGEST, "dog"), 0)])
 
 
-def test_spaces_before_the_boundary_belong_to_the_continuation(subject):
-    head, rest = encode_pair(subject, "One of ", " A", "")
-    assert head == subject.encode("One of") and subject.tokenizer.decode(rest) == "  A"
+def test_spaces_before_the_boundary_belong_to_the_continuation(opened):
+    head, rest = encode_pair(opened, "One of ", " A", "")
+    assert head == opened.encode("One of") and opened.tokenizer.decode(rest) == "  A"

@@ -117,7 +117,7 @@ def test_continuations_are_as_likely(ours, theirs):
 
 def test_the_greedy_continuation_is_called_greedy(ours, theirs):
     ids = ours.tok_encode("The fox")
-    logits_V = ours.subject.model(TransformerInput(torch.tensor([ids])), inference=True).logits[
+    logits_V = ours.eval_model.model(TransformerInput(torch.tensor([ids])), inference=True).logits[
         0, -1
     ]
     best, second = logits_V.topk(2).indices.tolist()
@@ -159,9 +159,9 @@ def test_chats_are_written_the_same(ours, theirs, asked):
 
 def test_reasoning_is_no_part_of_an_answer(ours, monkeypatch):
     source = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
-    monkeypatch.setitem(ours.subject.__dict__, "template", ChatTemplate(source, ours.tokenizer))
+    monkeypatch.setitem(ours.eval_model.__dict__, "template", ChatTemplate(source, ours.tokenizer))
     said = Completion("<think>five?</think>\nfour", [1], "stop")
-    monkeypatch.setattr(harness, "generated", lambda *_, **__: iter([(0, said)]))
+    monkeypatch.setattr(harness, "complete_prompts", lambda *_, **__: iter([(0, said)]))
     rows = requests("generate_until", [("two and two", {"until": [], "max_gen_toks": 8})])
     monkeypatch.setattr(ours, "_chats", False)
     assert ours.generate_until(rows, disable_tqdm=True) == [said.text]
@@ -192,7 +192,7 @@ def test_our_multiple_choice_counts_as_the_library_does(ours, tasks):
         bootstrap_iters=0,
     )
     data = open_data([str(tasks / "questions.jsonl")])[0]
-    got = score_choices(ours.subject, data, EvalArgs())
+    got = score_choices(ours.eval_model, data, EvalArgs())
     for sample in found["samples"]["local_choices"]:
         at = sample["doc_id"]
         logprobs = [one for ((one, _),) in sample["resps"]]

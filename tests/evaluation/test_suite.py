@@ -39,7 +39,7 @@ def texts(tmp_path, monkeypatch):
     return where
 
 
-def test_documents_are_scored_alone_with_bos_and_eos(folder, subject, texts):
+def test_documents_are_scored_alone_with_bos_and_eos(folder, opened, texts):
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(folder),
         AutoTokenizer.from_pretrained(folder),
@@ -49,7 +49,7 @@ def test_documents_are_scored_alone_with_bos_and_eos(folder, subject, texts):
         ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id]])
         with torch.no_grad():
             want.append(float(model(ids, labels=ids).loss) * (ids.size(1) - 1))
-    (got,) = evaluate(subject, open_data([str(texts)]), EvalArgs(window=LONGEST))
+    (got,) = evaluate(opened, open_data([str(texts)]), EvalArgs(window=LONGEST))
     assert [row["nats"] for row in got.rows] == pytest.approx(want, rel=1e-5)
     assert [row["bytes"] for row in got.rows] == [len(text.encode()) for text in TEXT]
     tokens = sum(
@@ -61,12 +61,12 @@ def test_documents_are_scored_alone_with_bos_and_eos(folder, subject, texts):
     assert got.scores["perplexity"].score == pytest.approx(math.exp(sum(want) / tokens), rel=1e-5)
 
 
-def test_the_hash_of_text_is_that_of_a_run(subject, texts):
-    (got,) = evaluate(subject, open_data([str(texts)]), EvalArgs())
-    assert got.sha256 == prepare(SourceArgs(str(texts)), subject.tokenizer).sha256
+def test_the_hash_of_text_is_that_of_a_run(opened, texts):
+    (got,) = evaluate(opened, open_data([str(texts)]), EvalArgs())
+    assert got.sha256 == prepare(SourceArgs(str(texts)), opened.tokenizer).sha256
 
 
-def test_a_report_has_an_interval_for_every_score(subject, texts, tmp_path):
+def test_a_report_has_an_interval_for_every_score(opened, texts, tmp_path):
     rows = tmp_path / "rows.jsonl"
     asked = [
         {"question": f"The {word}", "choices": ["fox", "dog"], "answer": at % 2}
@@ -74,9 +74,7 @@ def test_a_report_has_an_interval_for_every_score(subject, texts, tmp_path):
     ]
     rows.write_text("".join(json.dumps(row) + "\n" for row in asked))
     args = EvalArgs(limit=5, stride=7, window=32)
-    document = report(
-        subject.facts(), evaluate(subject, open_data([str(texts), str(rows)], 5), args)
-    )
+    document = report(opened.facts(), evaluate(opened, open_data([str(texts), str(rows)], 5), args))
     assert json.loads(json.dumps(document)) == document
     text, choices = document["data"]
     assert choices["sha256"] == sha256_of(rows) and (choices["rows"], text["documents"]) == (5, 3)
@@ -94,10 +92,10 @@ def test_a_report_has_an_interval_for_every_score(subject, texts, tmp_path):
     )
 
 
-def test_a_difference_is_paired_and_says_who_is_better(subject, other, texts):
+def test_a_difference_is_paired_and_says_who_is_better(opened, other, texts):
     data = open_data([str(texts)])
-    first, second = (evaluate(one, data, EvalArgs()) for one in (subject, other))
-    a, b = subject.facts(), other.facts()
+    first, second = (evaluate(one, data, EvalArgs()) for one in (opened, other))
+    a, b = opened.facts(), other.facts()
     assert a["fingerprint"] != b["fingerprint"] and a["tokenizer_hash"] == b["tokenizer_hash"]
     (one,) = comparison((a, b), first, second)["data"]
     found = one["difference"]["bits_per_byte"]
@@ -138,31 +136,31 @@ def test_the_better_of_two_is_the_lower_of_bits_and_the_higher_of_shares():
     assert close["difference"]["acc"]["value"] == pytest.approx(1 / rows)
 
 
-def test_perplexities_of_two_vocabularies_have_no_difference(subject, texts):
-    measured = evaluate(subject, open_data([str(texts)]), EvalArgs())
-    facts = subject.facts()
+def test_perplexities_of_two_vocabularies_have_no_difference(opened, texts):
+    measured = evaluate(opened, open_data([str(texts)]), EvalArgs())
+    facts = opened.facts()
     (one,) = comparison((facts, {**facts, "tokenizer_hash": "other"}), measured, measured)["data"]
     assert set(one["difference"]) == {"bits_per_byte"} and "perplexity" in one["b"]["scores"]
 
 
-def test_data_that_changes_between_two_models_is_refused(subject, texts):
-    facts = subject.facts()
-    first = evaluate(subject, open_data([str(texts)]), EvalArgs())
+def test_data_that_changes_between_two_models_is_refused(opened, texts):
+    facts = opened.facts()
+    first = evaluate(opened, open_data([str(texts)]), EvalArgs())
     (texts / "0.txt").write_text("another text")
-    second = evaluate(subject, open_data([str(texts)]), EvalArgs())
+    second = evaluate(opened, open_data([str(texts)]), EvalArgs())
     with pytest.raises(WorkError, match="the data changed"):
         comparison((facts, facts), first, second)
 
 
-def test_what_was_left_out_is_said(subject, texts, capsys):
+def test_what_was_left_out_is_said(opened, texts, capsys):
     (texts / "picture.bin").write_bytes(b"\0\1")
-    evaluate(subject, open_data([str(texts)]), EvalArgs())
+    evaluate(opened, open_data([str(texts)]), EvalArgs())
     assert "3 documents read; 1 binary files left out" in capsys.readouterr().err
 
 
-def test_a_window_beyond_the_model_is_refused(subject, texts):
+def test_a_window_beyond_the_model_is_refused(opened, texts):
     with pytest.raises(RequestError, match=f"window: got {LONGEST + 1}; expected 1 to {LONGEST}"):
-        evaluate(subject, open_data([str(texts)]), EvalArgs(window=LONGEST + 1))
+        evaluate(opened, open_data([str(texts)]), EvalArgs(window=LONGEST + 1))
 
 
 def test_scores_that_are_no_numbers_are_no_result(folder, texts):

@@ -223,5 +223,5 @@ def run_harness(options: argparse.Namespace, opening: Mapping[str, Any]) -> dict
         apply_chat_template=options.apply_chat_template,
     )
     print(shown, flush=True)
-    print(f"model {model.subject.location}", file=sys.stderr)
-    return {"model": model.subject.facts(), **results}
+    print(f"model {model.eval_model.location}", file=sys.stderr)
+    return {"model": model.eval_model.facts(), **results}

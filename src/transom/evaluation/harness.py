@@ -1,17 +1,17 @@
-"""Transom's models in lm-evaluation-harness (`lm_eval`), under the name `transom`.
+"""The model `transom` of lm-evaluation-harness (`lm_eval`).
 
-    lm_eval --model transom --model_args pretrained=FOLDER --tasks hellaswag         # lm_eval after
-    0.4.13 python -m transom.evaluation.harness --model transom --model_args pretrained=FOLDER
-    --tasks hellaswag
+    lm_eval --model transom --model_args pretrained=FOLDER --tasks hellaswag     # lm_eval > 0.4.13
+    python -m transom.evaluation.harness --model transom --model_args pretrained=FOLDER ...
 
-Newer versions find the class by the entry point `lm_eval.models`; the second line is for those that
-do not: it is their own command line with this model registered. Only here is `lm_eval` imported.
+Newer versions of the library find the class by the entry point `lm_eval.models`. The second command
+is for older ones: it runs their own command line with this model registered. Only this module
+imports `lm_eval`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,21 +37,15 @@ from transom.evaluation.eval_model import EvalModel
 from transom.inference.sampling import SamplingArgs
 
 NAME = "transom"
-NEW_TOKENS = (
-    "max_gen_toks",
-    "max_new_tokens",
-    "max_tokens",
-    "max_completion_tokens",
-)  # the first given counts
+# Names of the number of new tokens, the first of which counts.
+NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
 class TransomLM(TemplateLM):
-    """A model folder, run folder, adapter folder or hub id, which answers as the library's own `hf`
-    model does.
+    """A model that answers requests as the library's own `hf` model does.
 
-    Texts are encoded with special tokens found by their spelling, since chat templates arrive as
-    text.
+    Spellings of special tokens in texts are special tokens, since chat templates arrive as text.
     """
 
     def __init__(
@@ -69,36 +63,44 @@ class TransomLM(TemplateLM):
         max_gen_toks: int = 256,
         add_bos_token: bool | None = None,
     ) -> None:
-        """`batch_size` rows at most, `auto` as many as `batch_tokens` hold; lengths in tokens."""
+        """Open a model, or take an open one.
+
+        Args:
+            pretrained: Model, run or adapter folder, hub id, or an open model.
+            revision: As for `open_model`.
+            device: As for `open_model`.
+            dtype: As for `open_model`.
+            chat_template: As for `open_model`.
+            batch_size: The most rows of a batch; `auto` takes as many as `batch_tokens` hold.
+            max_batch_size: The most rows of a batch if `batch_size` is `auto`.
+            batch_tokens: Tokens of a forward pass that scores.
+            max_length: The most tokens of a sequence; the model's `max_seq_len` by default.
+            max_gen_toks: The most new tokens if a task does not give a number.
+            add_bos_token: Whether texts begin with BOS; by default as the tokenizer does.
+
+        Raises:
+            RequestError: The model cannot be opened, or an argument is wrong.
+        """
         super().__init__()
-        if isinstance(pretrained, EvalModel):
-            self.subject = pretrained
-        else:
-            self.subject = EvalModel.open(
-                pretrained,
-                revision=revision,
-                device=device or "auto",
-                dtype=dtype,
-                chat_template=chat_template,
-            )
-        auto = str(batch_size).startswith("auto")
-        rows = max_batch_size if auto else int(batch_size)
+        if isinstance(pretrained, str):
+            opening = {"revision": revision, "dtype": dtype, "chat_template": chat_template}
+            pretrained = EvalModel.open(pretrained, device=device or "auto", **opening)
+        rows = max_batch_size if str(batch_size).startswith("auto") else int(batch_size)
         require(rows is None or rows >= 1, "batch_size", batch_size, "expected auto, or 1 or more")
-        longest = self.subject.model.args.max_seq_len
+        longest = pretrained.model.args.max_seq_len
         fits = max_length is None or 1 <= max_length <= longest
-        require(fits, "max_length", max_length, f"expected 1 to {longest}, the model's max_seq_len")
-        self.tokenizer = self.subject.tokenizer
+        expected = f"expected 1 to {longest}, the model's max_seq_len"
+        require(fits, "max_length", max_length, expected)
+        self.eval_model, self.tokenizer = pretrained, pretrained.tokenizer
         self.max_length = longest if max_length is None else max_length
         self.max_gen_toks = max_gen_toks
         self.batch_rows, self.batch_tokens = rows, batch_tokens
         self.begins = bool(self.tokenizer.begin) if add_bos_token is None else add_bos_token
-        self._chats = self._begun = (
-            False  # whether prompts are chats, and whether their answers have begun
-        )
-        self._device = self.subject.model.device
+        self._chats = False  # whether prompts are chats
+        self._begun = False  # whether the answers of chats have begun
+        self._device = pretrained.model.device
 
-    # -- text and ids
-    # ------------------------------------------------------------------------------------
+    # -- text and ids ------------------------------------------------------------------------------
 
     @property
     def eot_token_id(self) -> int:
@@ -106,27 +108,25 @@ class TransomLM(TemplateLM):
         eos_id = self.tokenizer.eos_id
         if eos_id is None:
             raise RequestError(
-                f"{self.subject.location}: the tokenizer has no EOS token; expected one with it"
+                f"{self.eval_model.location}: tokenizer: expected one with an EOS token"
             )
         return eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands in front of a text without context."""
-        prefix = self.subject.prefix
+        """The token before a text without context."""
+        prefix = self.eval_model.prefix
         return self.eot_token_id if prefix is None else prefix
 
     @property
     def tokenizer_name(self) -> str:
-        """Under which the library keeps prepared requests: the vocabulary, and the folder for its
-        template.
-        """
-        return f"{self.subject.location} {self.tokenizer.hash}".replace("/", "__")
+        """The name under which the library keeps requests: folder (for its template) and hash."""
+        return f"{self.eval_model.location} {self.tokenizer.hash}".replace("/", "__")
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids, BOS in front where the tokenizer's makers put one and it is not there already."""
+        """Return the ids of a text, with BOS first if texts begin with it and it is not there."""
         if add_special_tokens is False or not self.begins:
             return self.tokenizer.encode(string, allowed_special="all")
         if self.tokenizer.begin:
@@ -134,40 +134,32 @@ class TransomLM(TemplateLM):
         return self.tokenizer.encode(string, add_bos=True, allowed_special="all")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The source of the template, for the library's records; a text chooses one by name, as
-        --chat-template.
-        """
+        """Return the source of the template for the records; a text chooses one by name."""
         if chat_template is False:
             return None
         if isinstance(chat_template, str):
-            self.subject = replace(self.subject, chat_template=chat_template)
+            self.eval_model = replace(self.eval_model, chat_template=chat_template)
         sources = self._template().sources
         return sources.get(DEFAULT, next(iter(sources.values())))
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The text of a conversation; without the head of an answer its last message is left
-        open.
-        """
-        template = self._template()
+        """Return the text of a conversation, whose last message is open or followed by a prompt."""
         self._begun = not add_generation_prompt
-        if add_generation_prompt:
-            return template.render(chat_history)
-        return template.render(chat_history, continue_final_message=True)
+        return self._template().render(chat_history, continue_final_message=self._begun)
 
     def _template(self) -> ChatTemplate:
-        template = self.subject.template
+        template = self.eval_model.template
         if template is None:
+            where = self.eval_model.location
             raise RequestError(
-                f"{self.subject.location}: no chat template; valid only without "
-                "--apply_chat_template"
+                f"--apply_chat_template: {where} has no chat template; omit the flag"
             )
         self._chats = True
         return template
 
-    # -- requests
-    # ----------------------------------------------------------------------------------------
+    # -- requests ----------------------------------------------------------------------------------
 
     def _loglikelihood_tokens(
         self,
@@ -175,26 +167,17 @@ class TransomLM(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """(log-probability, whether greedy decoding says the same) of each continuation of its
-        context.
-        """
+        """Return the log-probability of each continuation, and whether greedy decoding gives it."""
         windows = [
             continuation_window(context, rest, self.max_length) for _, context, rest in requests
         ]
-        cut = sum(
+        self._notice_cut(
             len(one.inputs) + 1 < len(a) + len(b)
             for one, (_, a, b) in zip(windows, requests, strict=True)
         )
-        if cut:
-            notice(
-                f"{cut} of {len(windows)} contexts lost their beginning, longer than "
-                f"{self.max_length} tokens"
-            )
         out = [(0.0, False)] * len(windows)
-        found = scored(self.subject.model, windows, self.batch_tokens, self.batch_rows)
-        for index, one in tqdm(
-            found, total=len(windows), disable=disable_tqdm, desc="loglikelihood"
-        ):
+        found = scored(self.eval_model.model, windows, self.batch_tokens, self.batch_rows)
+        for index, one in tqdm(found, "loglikelihood", len(windows), disable=disable_tqdm):
             out[index] = (-one.nats, one.greedy)
             if requests[index][0] is not None:
                 self.cache_hook.add_partial("loglikelihood", requests[index][0], out[index])
@@ -203,11 +186,9 @@ class TransomLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-probability of whole texts, every token once, with as much context as there is room
-        for.
+        """Return the log-probability of each text, every token once, with as much context as fits.
 
-        As with `hf`, a tokenizer that puts a BOS in front of texts has it predicted too, behind the
-        prefix.
+        As with `hf`, a BOS at the start of a text is predicted too, after the prefix token.
         """
         pairs, counts = [], []
         for request in requests:
@@ -227,104 +208,92 @@ class TransomLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to the first of the stop sequences; requests with the same settings are
-        batched.
+        """Return the continuation of each prompt up to the first stop sequence.
+
+        Requests with the same settings share batches.
         """
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
         out = [""] * len(requests)
-        bar = tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until")
-        for indices in groups.values():
-            prompts = [requests[index].args[0] for index in indices]
-            settings = requests[indices[0]].args[1]
-            for place, text in self._continued(prompts, settings):
-                index = indices[place]
-                out[index] = text
-                self.cache_hook.add_partial("generate_until", requests[index].args, text)
-                bar.update()
-        bar.close()
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until") as bar:
+            for indices in groups.values():
+                prompts = [requests[index].args[0] for index in indices]
+                for place, text in self._continued(prompts, requests[indices[0]].args[1]):
+                    index = indices[place]
+                    out[index] = text
+                    self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                    bar.update()
         return out
 
-    def _continued(self, prompts: Sequence[str], settings: dict[str, Any]) -> Any:
-        """Yield (index, text) of each prompt as it comes; of a chat the answer without its
-        reasoning.
-        """
+    def _continued(
+        self, prompts: Sequence[str], settings: dict[str, Any]
+    ) -> Iterator[tuple[int, str]]:
+        """Yield the index and the continuation of each prompt; of a chat, the answer only."""
         until, max_new_tokens, sampling = read_settings(settings, self.max_gen_toks)
         room = self.max_length - max_new_tokens
-        require(
-            room > 0,
-            "max_gen_toks",
-            max_new_tokens,
-            f"expected below {self.max_length}, the model's length",
-        )
+        expected = f"expected less than {self.max_length}, the model's length"
+        require(room > 0, "max_gen_toks", max_new_tokens, expected)
         ids = [self.tok_encode(prompt) or [self.prefix_token_id] for prompt in prompts]
-        cut = sum(len(one) > room for one in ids)
-        if cut:
-            notice(f"{cut} of {len(ids)} prompts lost their beginning, longer than {room} tokens")
-        stop_tokens, eos_id = [*self.subject.stop_tokens], self.tokenizer.eos_id
+        self._notice_cut(len(one) > room for one in ids)
+        stop_tokens, eos_id = [*self.eval_model.stop_tokens], self.tokenizer.eos_id
         if eos_id is not None:
             stop_tokens.append(eos_id)
             until.append(self.tokenizer.decode([eos_id], skip_special=False))
         markers: Markers | None = None
-        kept: tuple[int, ...] = ()
         if self._chats:
             stop_tokens += self._template().stop_tokens
             markers = find_markers(self._template())
-            kept = () if markers is None else markers.control_ids(self.tokenizer)
         done = complete_prompts(
-            self.subject,
+            self.eval_model,
             [one[-room:] for one in ids],
             max_new_tokens=max_new_tokens,
             stop=until,
             stop_tokens=stop_tokens,
             sampling=sampling,
             batch_rows=self.batch_rows,
-            kept=kept,
+            kept=() if markers is None else markers.control_ids(self.tokenizer),
         )
         return ((index, split(one.text, markers, begun=self._begun)[1]) for index, one in done)
 
+    def _notice_cut(self, cut: Iterable[bool]) -> None:
+        flags = list(cut)
+        if any(flags):
+            notice(f"{sum(flags)} of {len(flags)} sequences did not fit and lost their beginning")
+
     def get_model_info(self) -> dict[str, Any]:
-        """Hashes and dtype, for the library's records, under names that it does not use."""
+        """Return hashes and dtype for the library's records, under names that it does not use."""
         return {
-            f"model_{name}": value
-            for name, value in self.subject.facts().items()
-            if name != "model"
+            f"model_{name}": one for name, one in self.eval_model.facts().items() if name != "model"
         }
 
 
 def read_settings(
     settings: dict[str, Any], max_gen_toks: int
 ) -> tuple[list[str], int, SamplingArgs]:
-    """(stop sequences, new tokens at most, sampling) of a task's `generation_kwargs`; others are
-    refused.
+    """Return stop sequences, the most new tokens and sampling of a task's `generation_kwargs`.
+
+    Raises:
+        RequestError: There is a setting that has no effect here.
     """
-    known = {"until", "do_sample", "num_beams", *NEW_TOKENS, *SAMPLING}
-    for name in settings:
-        require(
-            name in known,
-            f"generation_kwargs: {name}",
-            settings[name],
-            f"expected {', '.join(sorted(known))}",
-        )
+    known = ("until", "do_sample", "num_beams", *NEW_TOKENS, *SAMPLING)
+    for name, value in settings.items():
+        expected = f"expected one of {', '.join(sorted(known))}"
+        require(name in known, f"generation_kwargs: {name}", value, expected)
     beams = settings.get("num_beams", 1)
     require(beams == 1, "generation_kwargs: num_beams", beams, "expected 1")
     until = settings.get("until") or []
     until = [until] if isinstance(until, str) else until
     limits = [settings[name] for name in NEW_TOKENS if settings.get(name) is not None]
     sampling = {name: settings[name] for name in SAMPLING if settings.get(name) is not None}
-    # As in lm_eval/models/utils.py: no `do_sample` means to sample where there is a temperature.
+    # As in lm_eval/models/utils.py: without `do_sample`, a temperature means to sample.
     if not settings.get("do_sample", float(sampling.get("temperature", 0.0)) > 0.0):
         sampling["temperature"] = 0.0
-    return (
-        [one for one in until if one],
-        int(limits[0] if limits else max_gen_toks),
-        SamplingArgs(**sampling),
-    )
+    count = int(limits[0] if limits else max_gen_toks)
+    return [one for one in until if one], count, SamplingArgs(**sampling)
 
 
-# -- running it
-# -----------------------------------------------------------------------------------------------
+# -- tasks -----------------------------------------------------------------------------------------
 
 
 def run_tasks(
@@ -336,18 +305,25 @@ def run_tasks(
     limit: int | None = None,
     apply_chat_template: bool = False,
 ) -> tuple[dict[str, Any], str]:
-    """(results as plain data, the library's table of them) of tasks by name, glob, or path of a
-    .yaml file.
+    """Run tasks of the library and return their results as plain data, and as the library's table.
+
+    Args:
+        lm: The model.
+        names: Names of tasks, globs, or paths of .yaml files.
+        include_path: A folder of more tasks.
+        num_fewshot: Examples before each question; by default as the task says.
+        limit: The first rows of each task only.
+        apply_chat_template: Whether prompts are written with the chat template.
+
+    Raises:
+        RequestError: There is no such task.
     """
     manager = TaskManager(include_path=include_path)
     tasks: list[str] = []
     for name in names:
         matches = [name] if Path(name).is_file() else manager.match_tasks([name])
-        if not matches:
-            known = manager.all_tasks
-            raise RequestError(
-                f"--tasks {name}: no such task in lm_eval {_version()}{nearest(name, known)}"
-            )
+        expected = f"expected a task of lm_eval {_version()}{nearest(name, manager.all_tasks)}"
+        require(bool(matches), "--tasks", name, expected)
         tasks += matches
     found = simple_evaluate(
         model=lm,
@@ -369,17 +345,15 @@ def _version() -> str:
 
 
 def main() -> None:
-    """The library's own command line."""
+    """Run the library's own command line."""
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()
 
 
 if __name__ == "__main__":
-    from transom.evaluation.harness import (
-        main as run,  # where the class is registered under its own module
-    )
+    from transom.evaluation.harness import main as run  # registers the class under this module
 
     run()
-elif NAME not in model_registry:  # it is there where the entry point has led here
+elif NAME not in model_registry:  # it is registered if the entry point imported this module
     register_model(NAME)(TransomLM)

@@ -1,4 +1,4 @@
-"""Known shapes as plain data: every entry is a `ModelArgs.from_dict` argument."""
+"""Known models as plain data: every entry is an argument of `ModelArgs.from_dict`. No torch."""
 
 from __future__ import annotations
 
@@ -199,8 +199,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str, **changes: Any) -> ModelArgs:
-    """The preset of that name, with fields replaced by `changes`."""
+    """Return the arguments of a known model.
+
+    Args:
+        name: a key of `PRESETS`.
+        changes: fields to replace, as `ModelArgs.from_dict` takes them.
+
+    Raises:
+        RequestError: there is no such preset, or a field is unknown or impossible.
+    """
     if name not in PRESETS:
-        hint = nearest(name, PRESETS) or f"; known are {', '.join(PRESETS)}"
-        raise RequestError(f"preset {name!r}: no such preset{hint}")
+        known = ", ".join(PRESETS)
+        raise RequestError(f"preset: got {name!r}; expected {known}{nearest(name, PRESETS)}")
     return ModelArgs.from_dict({**PRESETS[name], **changes})

@@ -1,1 +1,1 @@
-"""Arithmetic about models: functions of the arguments alone, no torch."""
+"""The size and cost of models: functions of the arguments alone, no torch."""

@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and cache bytes of a model, per layer and in all."""
+"""Parameters, FLOPs and bytes of the KV cache of a model, per layer and in total. No torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from transom.config.model_args import ModelArgs
 
 
 def attention_weights(layer: LayerArgs) -> int:
-    """Entries of the attention's matrices, those of a cross-attention not included."""
+    """Return the number of weights in the matrices of the attention, without cross-attention."""
     mla = layer.mla
     if mla is None:
         return layer.dim * layer.head_dim * (2 * layer.n_heads + 2 * layer.n_kv_heads)
@@ -20,7 +20,7 @@ def attention_weights(layer: LayerArgs) -> int:
 
 
 def attention_vectors(layer: LayerArgs) -> int:
-    """Biases, inner norms and sinks of the attention."""
+    """Return the number of biases, weights of inner norms and sinks of the attention."""
     mla, bias_out = layer.mla, layer.out_bias * layer.dim
     if mla is not None:
         rank = mla.q_lora_rank or 0
@@ -33,9 +33,7 @@ def attention_vectors(layer: LayerArgs) -> int:
 
 
 def cross_attention_parameters(layer: LayerArgs) -> int:
-    """Everything of the sublayer that attends to a context, 0 where there is none; its norms are
-    not included.
-    """
+    """Return the number of weights of cross-attention without its norms; 0 if there is none."""
     if layer.context_dim is None:
         return 0
     q_dim, kv_dim = layer.n_heads * layer.head_dim, layer.n_kv_heads * layer.head_dim
@@ -44,8 +42,9 @@ def cross_attention_parameters(layer: LayerArgs) -> int:
 
 
 def feed_forward_weights(layer: LayerArgs, *, active_only: bool = False) -> int:
-    """Entries of the feed-forward's matrices: dense, or router and experts (one token's, if
-    `active_only`).
+    """Return the number of weights in the matrices of the feed-forward, or of router and experts.
+
+    With `active_only`, count the experts that one token visits.
     """
     products = 3 if layer.ffn_gated else 2
     if layer.moe is None:
@@ -58,7 +57,10 @@ def feed_forward_weights(layer: LayerArgs, *, active_only: bool = False) -> int:
 
 
 def feed_forward_vectors(layer: LayerArgs, *, active_only: bool = False) -> int:
-    """Biases of the feed-forward, and of router and choice."""
+    """Return the number of biases of the feed-forward, of the router and of the choice of experts.
+
+    With `active_only`, count the experts that one token visits.
+    """
     ups = 2 if layer.ffn_gated else 1
     if layer.moe is None:
         return layer.ffn_bias * (ups * layer.hidden_dim + layer.dim)
@@ -72,13 +74,14 @@ def feed_forward_vectors(layer: LayerArgs, *, active_only: bool = False) -> int:
 
 
 def _norm_width(layer: LayerArgs) -> int:
-    """Numbers per feature that a norm learns."""
+    """Return the number of weights per feature of a norm."""
     return 2 if layer.norm == "layer" else 1
 
 
 def layer_parameters(layer: LayerArgs, *, active_only: bool = False) -> int:
-    """All weights of one block, its norms included; `active_only` counts the experts one token
-    visits.
+    """Return the number of weights of one block with its norms.
+
+    With `active_only`, count the experts that one token visits.
     """
     sublayers = 2 if layer.context_dim is None else 3
     norms = (
@@ -92,7 +95,7 @@ def layer_parameters(layer: LayerArgs, *, active_only: bool = False) -> int:
 
 
 def vision_parameters(args: ModelArgs) -> int:
-    """All weights of the image encoder, its adapter and projection; 0 for a text model."""
+    """Return the number of weights of image encoder, adapter and projection; 0 for a text model."""
     v = args.vision_args
     if v is None:
         return 0
@@ -108,13 +111,16 @@ def vision_parameters(args: ModelArgs) -> int:
 
 
 def output_parameters(args: ModelArgs) -> int:
-    """Weights of an output matrix that the embeddings do not share."""
+    """Return the number of weights of the output matrix; 0 if it is that of the embeddings."""
     outputs = args.vocab_size if args.head is None else args.head.outputs
     return 0 if args.tie_embeddings else outputs * args.dim
 
 
 def parameters(args: ModelArgs, *, active_only: bool = False) -> int:
-    """All weights of the model; `active_only` counts the experts one token visits."""
+    """Return the number of weights of a model.
+
+    With `active_only`, count the experts that one token visits.
+    """
     blocks = sum(layer_parameters(layer, active_only=active_only) for layer in args.layers)
     final_norm = args.dim * (2 if args.norm == "layer" else 1)
     tables = args.vocab_size * args.dim + output_parameters(args)
@@ -122,7 +128,7 @@ def parameters(args: ModelArgs, *, active_only: bool = False) -> int:
 
 
 def keys_seen(layer: LayerArgs, length: int) -> float:
-    """Mean number of keys one query of a sequence of `length` tokens sees."""
+    """Return the mean number of keys per query over a sequence of `length` tokens."""
     kind, size = layer.rule.kind, layer.rule.size
     if kind == "full":
         return float(length)
@@ -135,10 +141,11 @@ def keys_seen(layer: LayerArgs, length: int) -> float:
 
 
 def layer_flops_per_token(layer: LayerArgs, length: int) -> float:
-    """Forward FLOPs of one block per token: two per weight used, and per key seen two per query and
-    value feature.
+    """Return the FLOPs of a forward pass of one block per token, mean over a sequence of `length`
+    tokens.
 
-    A cross-attention is left out: what it costs depends on the context.
+    There are two FLOPs per weight in use, and per key two for each feature of queries and values.
+    Cross-attention does not count, because its cost depends on the context.
     """
     weights = attention_weights(layer) + feed_forward_weights(layer, active_only=True)
     value = layer.head_dim if layer.mla is None else layer.mla.v_head_dim
@@ -148,11 +155,17 @@ def layer_flops_per_token(layer: LayerArgs, length: int) -> float:
 def flops_per_token(
     args: ModelArgs, length: int, *, training: bool = False, frozen: bool = False
 ) -> float:
-    """FLOPs per token at a sequence of `length`: matrix products only; training is three forwards.
+    """Return the FLOPs per token of a model, mean over a sequence of `length` tokens.
 
-    With `frozen` weights it is two, as only inputs get gradients; an adapter's own products are
-    left out. Masked-out scores are not counted, so the utilisation derived from it does not flatter
-    causal attention.
+    Only matrix products count. Masked scores do not count, so a utilisation computed from this
+    number does not flatter causal attention.
+
+    Args:
+        args: the model.
+        length: sequence length in tokens.
+        training: count forward and backward, which is three forwards.
+        frozen: weights get no gradients, so training is two forwards; the products of adapters do
+            not count.
     """
     forward = sum(layer_flops_per_token(layer, length) for layer in args.layers)
     forward += output_flops_per_token(args)
@@ -162,17 +175,19 @@ def flops_per_token(
 
 
 def output_flops_per_token(args: ModelArgs) -> float:
-    """FLOPs of the logits; a head of one vector per sequence costs a token nothing."""
+    """Return the FLOPs of the logits per token; 0 for a head with one vector per sequence."""
     return 2.0 * args.vocab_size * args.dim if args.head is None else 0.0
 
 
 def kv_bytes_per_token(layer: LayerArgs, bytes_per_value: int = 4) -> int:
-    """Cache bytes one more token costs in this layer, until a window or chunk is full."""
+    """Return the bytes that one more token adds to the KV cache of a layer, until a window or chunk
+    is full.
+    """
     return layer.kv_values_per_token * bytes_per_value
 
 
 def kv_bytes(args: ModelArgs, length: int, bytes_per_value: int = 4) -> int:
-    """Cache bytes of one row holding `length` tokens, windows and chunks taken into account."""
+    """Return the bytes of the KV cache of one row of `length` tokens, with windows and chunks."""
     total = 0
     for layer in args.layers:
         held = min(length, layer.rule.size) if layer.rule.size else length

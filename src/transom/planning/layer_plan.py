@@ -1,5 +1,5 @@
-"""The plan of a model: every layer in words and in numbers, and what they come to. Arithmetic only,
-no torch.
+"""The plan of a model: each layer in words and numbers, and the totals. Arithmetic only, no
+torch.
 """
 
 from __future__ import annotations
@@ -17,10 +17,21 @@ BYTES_PER_VALUE = {"bfloat16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One block: what it is, in words, and what it costs, in numbers.
+    """The plan of one block.
 
-    `keys_seen` and `flops_per_token` (forward) are means over a sequence of the plan's length;
-    `kv_bytes` is the cache of one such sequence. Both kv dictionaries hold bytes by dtype.
+    Attributes:
+        index: its place among the blocks.
+        attention: the kind of attention in words, as `attention_words` returns it.
+        positions: the positions in words.
+        heads: the heads in words.
+        qk_norm: whether queries and keys are normalised.
+        feed_forward: the feed-forward or the mixture of experts in words.
+        parameters: all weights.
+        active_parameters: the weights that one token uses.
+        keys_seen: mean number of keys per query over a sequence of the plan's length.
+        kv_bytes_per_token: bytes of the KV cache per token, by dtype.
+        kv_bytes: bytes of the KV cache of one sequence of the plan's length, by dtype.
+        flops_per_token: FLOPs of a forward pass per token, mean over such a sequence.
     """
 
     index: int
@@ -39,10 +50,27 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """All layers and their totals; `length` is in tokens, byte counts are by dtype.
+    """The plans of all layers and the totals of a model.
 
-    `output_parameters` is 0 when the output shares the embeddings' weights (`tied`); `cacheable` is
-    False when a layer sees later tokens, since a cache cannot hold what has not been written.
+    Attributes:
+        length: sequence length of the plan in tokens.
+        layers: the plan of each layer.
+        parameters: all weights.
+        active_parameters: the weights that one token uses.
+        embedding_parameters: weights of the token embeddings.
+        output_parameters: weights of the output matrix; 0 if it is that of the embeddings (`tied`).
+        final_norm_parameters: weights of the last norm.
+        vision_parameters: weights of the image encoder.
+        weight_bytes: bytes of all weights, by dtype.
+        cacheable: False if a layer attends to later tokens, so that no KV cache is possible.
+        kv_bytes_per_token: bytes of the KV cache per token, by dtype.
+        kv_bytes: bytes of the KV cache of one sequence of `length`, by dtype.
+        flops_per_token: FLOPs of a forward pass per token, mean over a sequence of `length`.
+        training_flops_per_token: the same for forward and backward.
+        output_flops_per_token: FLOPs of the logits per token.
+        vocab_size: tokens in the vocabulary.
+        max_seq_len: longest sequence that the model is meant for, in tokens.
+        tied: whether the output matrix is that of the embeddings.
     """
 
     length: int
@@ -67,15 +95,21 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Equal layers: one of them, and the indices of all of them in order."""
+    """Equal layers: the plan of one of them, and the indices of all in order."""
 
     layer: LayerPlan
     indices: tuple[int, ...]
 
 
 def plan(args: ModelArgs, length: int | None = None) -> ModelPlan:
-    """What `args` describes, counted for one sequence of `length` tokens (`max_seq_len` when
-    absent).
+    """Return the plan of a model.
+
+    Args:
+        args: the model.
+        length: sequence length to count for, in tokens; None means `max_seq_len`.
+
+    Raises:
+        RequestError: `length` is less than 1.
     """
     tokens = args.max_seq_len if length is None else length
     require(tokens >= 1, "length", tokens, "expected 1 or more tokens")
@@ -109,7 +143,7 @@ def plan(args: ModelArgs, length: int | None = None) -> ModelPlan:
 
 
 def layer_plan(layer: LayerArgs, length: int) -> LayerPlan:
-    """One block's row of the plan at `length` tokens."""
+    """Return the plan of one block for a sequence length in tokens."""
     per_token = {
         dtype: counts.kv_bytes_per_token(layer, size) for dtype, size in BYTES_PER_VALUE.items()
     }
@@ -131,7 +165,9 @@ def layer_plan(layer: LayerArgs, length: int) -> LayerPlan:
 
 
 def attention_words(layer: LayerArgs) -> str:
-    """`causal`, `full`, `window 4096` or `chunk 8192`, with what its scores go through."""
+    """Return `causal`, `full`, `window 4096` or `chunk 8192`, and what is special about its
+    scores.
+    """
     rule = layer.rule
     words = f"{rule.kind} {rule.size}" if rule.size else rule.kind
     words += "" if layer.attn_softcap is None else f" capped {layer.attn_softcap:.10g}"
@@ -140,21 +176,23 @@ def attention_words(layer: LayerArgs) -> str:
 
 
 def head_words(layer: LayerArgs) -> str:
-    """`32 q / 8 kv x 128`, or `128 q / latent 512 + 64` where all heads share one."""
+    """Return `32 q / 8 kv x 128`, or `128 q / latent 512 + 64` for latent attention."""
     if layer.mla is not None:
         return f"{layer.n_heads} q / latent {layer.mla.kv_lora_rank} + {layer.mla.qk_rope_head_dim}"
     return f"{layer.n_heads} q / {layer.n_kv_heads} kv x {layer.head_dim}"
 
 
 def feed_forward_words(layer: LayerArgs) -> str:
-    """`SwiGLU 14336`, `GeGLU 9216`, or the activation's name where nothing is gated."""
+    """Return `SwiGLU 14336`, `GeGLU 9216`, or the activation if there is no gate, with the
+    width.
+    """
     gated = {"silu": "SwiGLU", "gelu": "GeGLU", "gelu_tanh": "GeGLU (tanh)", "relu": "ReGLU"}
     return f"{gated[layer.activation] if layer.ffn_gated else layer.activation} {layer.hidden_dim}"
 
 
 def position_words(layer: LayerArgs) -> str:
-    """`RoPE theta 500000`, its scaling if any, or `NoPE`, and whether queries have a
-    temperature.
+    """Return `RoPE theta 500000` and its scaling, or `NoPE`, with `+ temperature` if queries have
+    one.
     """
     words = "NoPE"
     if layer.rope is not None:
@@ -166,13 +204,15 @@ def position_words(layer: LayerArgs) -> str:
 
 
 def moe_words(moe: MoeArgs) -> str:
-    """`MoE 8 x 14336, top 2 softmax`, with `+ shared` for the expert that every token visits."""
+    """Return `MoE 8 x 14336, top 2 softmax`, with `+ shared` for an expert that every token
+    visits.
+    """
     shared = " + shared" if moe.shared_expert else ""
     return f"MoE {moe.num_experts} x {moe.hidden_dim}, top {moe.top_k} {moe.routing}{shared}"
 
 
 def groups(layers: tuple[LayerPlan, ...]) -> list[LayerGroup]:
-    """Equal layers together, in the order in which each kind first appears."""
+    """Return equal layers together, in the order in which each kind first appears."""
     found: list[tuple[LayerPlan, list[int]]] = []
     for layer in layers:
         same = (indices for kind, indices in found if replace(kind, index=layer.index) == layer)
@@ -185,7 +225,7 @@ def groups(layers: tuple[LayerPlan, ...]) -> list[LayerGroup]:
 
 
 def index_words(indices: tuple[int, ...]) -> str:
-    """`0-31`, `0-2, 4-6` or, for many runs at equal distances, `0-2, 4-6, ... 44-46 (36
+    """Return `0-31`, `0-2, 4-6` or, for many runs at equal distances, `0-2, 4-6, ... 44-46 (36
     layers)`.
     """
     runs: list[list[int]] = []

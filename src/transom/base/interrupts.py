@@ -87,10 +87,8 @@ class Background(Generic[T]):
 
     def result(self) -> T:
         """Wait for the call and return its value, or raise its error."""
-        while (
-            not self._future.done()
-        ):  # on some systems a wait without a limit cannot be interrupted
-            wait([self._future], timeout=0.1)
+        while not self._future.done():
+            wait([self._future], timeout=0.1)  # without a limit, some systems cannot interrupt it
         return self._future.result()
 
 

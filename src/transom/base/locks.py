@@ -118,10 +118,8 @@ class _Held:
             try:
                 self._make_parents()
                 descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
-            except (
-                FileNotFoundError
-            ) as error:  # another process has removed the empty parent folder
-                missing = error
+            except FileNotFoundError as error:
+                missing = error  # another process has removed the empty parent folder
                 continue
             except OSError as error:  # the parent folder is read-only
                 return self._lock_folder_itself(error)

@@ -92,12 +92,10 @@ def fitting(tokenizer: Tokenizer) -> BuiltIn | None:
         RequestError: For a format of Mistral's that is not built in.
     """
     by_bytes = not tokenizer.raw_byte_ids
-    if (
-        tokenizer.version is not None
-    ):  # Mistral's: all tekken files have the tokens of later versions
-        return named(
-            _of_version(int(tokenizer.version.removeprefix("v")), tokenizer.format == "tekken")
-        )
+    if tokenizer.version is not None:
+        # Control tokens do not tell, since all tekken files have those of later versions too.
+        number = int(tokenizer.version.removeprefix("v"))
+        return named(_of_version(number, tokenizer.format == "tekken"))
     if SETTINGS in tokenizer.special_tokens:
         raise RequestError(f"a vocabulary with {SETTINGS}, chat format v15: {_EXPECTED}")
     for one in BUILT_IN:

@@ -82,9 +82,8 @@ class Conversation:
             {word for one in strings(self.given) for word in marker.words.findall(one)}
         )
         raise RequestError(
-            f"{self.template.origin}: what it writes depends on the control tokens "
-            f"{spelled} inside of a "
-            "message, so they cannot be kept as text; expected messages without them"
+            f"{self.template.origin}: what it writes depends on the control tokens {spelled} "
+            "inside of a message, so they cannot be kept as text; expected messages without them"
         )
 
     def continued(self, field: str) -> tuple[Conversation, int]:
@@ -95,22 +94,15 @@ class Conversation:
         Returns:
             A conversation whose text begins with the text to continue, and the length of that text.
         """
-        origin = self.template.origin
         tag = self._unused(1)[0] + " "
-        last, words = open_last(
-            self.messages[-1],
-            field,
-            self.template.source,
-            tag,
-            f"messages[{len(self.messages) - 1}]",
-        )
+        name = f"messages[{len(self.messages) - 1}]"
+        last, words = open_last(self.messages[-1], field, self.template.source, tag, name)
         opened = self._changed([*self.messages[:-1], last])
         at = opened.text.rfind(tag.strip())
         if at < 0 or words.strip() not in opened.text:
             raise RequestError(
-                f"{origin}: does not write the last message as it is, so it cannot be "
-                f"continued; expected a "
-                "message that this template writes"
+                f"{self.template.origin}: does not write the last message as it is, so it cannot "
+                "be continued; expected a message that this template writes"
             )
         # White space that the template strips after the tag is not part of the text.
         return opened, at if opened.text.startswith(tag, at) else len(opened.text[:at].rstrip())
@@ -120,9 +112,8 @@ class Conversation:
         for name, kind, messages in without_parts(self.messages):
             if self._render({"messages": messages}) == self.text:
                 raise RequestError(
-                    f"{name}: {self.template.origin} leaves out a part of type "
-                    f"{kind!r}; expected a template "
-                    "that writes it"
+                    f"{name}: {self.template.origin} leaves out a part of type {kind!r}; "
+                    "expected a template that writes it"
                 )
 
     # -- the first messages --
@@ -141,10 +132,8 @@ class Conversation:
                 self._render({"add_generation_prompt": ask}, step=mark).split(mark)
                 for ask in (False, True)
             )
-        except (
-            RequestError
-        ):  # the template refuses this conversation, and may accept a beginning of it
-            return None
+        except RequestError:
+            return None  # the template refuses this conversation, and may accept its beginning
         if len(plain) != len(self.messages) + 2 or asked[:-1] != plain[:-1]:
             return None
         return plain[:-1], plain[-1], asked[-1]

@@ -227,10 +227,8 @@ class Marker:
         instead.
         """
         inside = path[:1] in (("messages",), ("tools",), ("documents",))
-        of_part = (
-            len(path) > 4 and path[2] == "content" and path[4] != "text"
-        )  # the file of an image
-        if not inside or of_part or any(part in KEYS for part in path) or not value.strip():
+        is_file = len(path) > 4 and path[2] == "content" and path[4] != "text"  # of an image
+        if not inside or is_file or any(part in KEYS for part in path) or not value.strip():
             return []
         taken = [match.span() for match in self.words.finditer(value)]
         words = (

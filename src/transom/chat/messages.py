@@ -11,11 +11,8 @@ from typing import Any
 
 from transom.base.errors import RequestError, require
 
-REASONING = (
-    "reasoning_content",
-    "thinking",
-    "reasoning",
-)  # the names that templates read reasoning under
+# The names that templates read reasoning under.
+REASONING = ("reasoning_content", "thinking", "reasoning")
 # A template that never names the text of a part of a message expects a string.
 READS_PARTS = re.compile(r"""['"]text['"]|\.text\b""")
 JSON_RESULTS = "{#- results of tools are JSON -#}"  # in templates of Mistral's formats v2 and v3
@@ -52,9 +49,8 @@ def message_data(message: Any, name: str) -> dict[str, Any]:
         raise RequestError(f"{name}: expected an object with a role and a content")
     out = {key: one for key, one in plain(message, name).items() if one is not None}
     reasoning = next((out[key] for key in REASONING if key in out), None)
-    if (
-        reasoning is not None
-    ):  # as in transformers: gpt-oss templates read `thinking`, all others the first name
+    if reasoning is not None:
+        # As in transformers: gpt-oss templates read `thinking`, all others the first name.
         out = {"thinking": reasoning, **out, "reasoning_content": reasoning}
     return out
 

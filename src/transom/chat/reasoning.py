@@ -130,10 +130,11 @@ class Splitter(ABC):
 
     def __init__(self, markers: Sequence[str]) -> None:
         self._markers = markers
-        self._find = re.compile(
-            "|".join(re.escape(one) for one in sorted(markers, key=len, reverse=True))
-        )
+        longest_first = sorted(markers, key=len, reverse=True)
+        self._find = re.compile("|".join(map(re.escape, longest_first)))
         self._waiting = ""  # the end of the text, as far as it may begin a marker
+        self._kind: Kind | None = None  # of the text that follows; None until it is known
+        self._undecided = ""  # the text whose kind is not known yet
         self._texts: dict[Kind, str] = {"reasoning": "", "answer": ""}
         self._reasoned = False  # whether there was any reasoning, even an empty one
 
@@ -149,8 +150,7 @@ class Splitter(ABC):
 
     def begin(self, head: str) -> None:
         """Read the template's prompt for the answer, which may end inside the reasoning."""
-        for text, marker in self._cut(head):
-            self._take(text, marker)
+        self.push(head)
         self._waiting = ""
 
     def push(self, text: str) -> list[Piece]:
@@ -172,23 +172,34 @@ class Splitter(ABC):
             yield found[0], True
             start = found.end()
         most = min(len(text) - start, max(map(len, self._markers)) - 1)
-        heads = (
-            size
-            for size in range(most, 0, -1)
-            if any(m.startswith(text[-size:]) for m in self._markers)
+        ends = (text[-size:] for size in range(most, 0, -1))
+        self._waiting = next(
+            (end for end in ends if any(m.startswith(end) for m in self._markers)), ""
         )
-        end = len(text) - next(heads, 0)
-        self._waiting = text[end:]
+        end = len(text) - len(self._waiting)
         if end > start:
             yield text[start:end], False
 
-    @abstractmethod
     def _take(self, text: str, marker: bool) -> list[Piece]:
         """Return the pieces for a marker, or for text without one."""
+        if marker:
+            return self._mark(text)
+        if self._kind is not None:
+            return self._piece(self._kind, text)
+        self._undecided += text
+        return self._rest() if self._is_answer() else []
+
+    @abstractmethod
+    def _mark(self, marker: str) -> list[Piece]:
+        """Return the pieces for a marker."""
+
+    @abstractmethod
+    def _is_answer(self) -> bool:
+        """Whether the undecided text is the answer, whatever follows."""
 
     @abstractmethod
     def _rest(self) -> list[Piece]:
-        """Return the pieces that wait for more than the rest of a marker."""
+        """Return the undecided text as the answer."""
 
     def _piece(self, kind: Kind, text: str) -> list[Piece]:
         if self._reasoned and not self._texts[kind]:
@@ -207,81 +218,65 @@ class PairSplitter(Splitter):
     def __init__(self, opens: str, closes: str) -> None:
         super().__init__((opens, closes))
         self._opens, self._closes = opens, closes
-        self._state: Literal["start", "reasoning", "answer"] = "start"
-        self._space = ""  # white space at the beginning, which may precede a marker
 
     def begin(self, head: str) -> None:
         """Find out from the template's prompt whether the answer begins inside the reasoning."""
-        for text in self._find.findall(head):
-            self._state, self._reasoned = ("reasoning" if text == self._opens else "answer"), True
+        for marker in self._find.findall(head):
+            self._kind, self._reasoned = ("reasoning" if marker == self._opens else "answer"), True
 
-    def _take(self, text: str, marker: bool) -> list[Piece]:
-        if marker and text == self._opens and self._state == "start":
-            self._state, self._reasoned, self._space = "reasoning", True, ""
+    def _mark(self, marker: str) -> list[Piece]:
+        if marker == self._opens and self._kind is None:
+            self._kind, self._reasoned, self._undecided = "reasoning", True, ""
             return []
-        if marker and text == self._closes and self._state == "reasoning":
-            self._state = "answer"
+        if marker == self._closes and self._kind == "reasoning":
+            self._kind = "answer"
             return []
-        if marker and text == self._closes and not self._reasoned:
-            self._texts = {"reasoning": self._texts["answer"] + self._space, "answer": ""}
-            self._state, self._reasoned, self._space = "answer", True, ""
+        if marker == self._closes and not self._reasoned:
+            self._texts = {"reasoning": self._texts["answer"] + self._undecided, "answer": ""}
+            self._kind, self._reasoned, self._undecided = "answer", True, ""
             return [("reasoning", "")]
-        if self._state == "reasoning":
-            return self._piece("reasoning", text)
-        if self._state == "start" and not text.strip():
-            self._space += text
-            return []
-        self._state = "answer"
-        return self._piece("answer", self._spaced(text))
+        return self._take(marker, False)
+
+    def _is_answer(self) -> bool:
+        return bool(self._undecided.strip())
 
     def _rest(self) -> list[Piece]:
-        return self._piece("answer", self._spaced(""))
-
-    def _spaced(self, text: str) -> str:
-        """Return the white space that waited, followed by `text`."""
-        text, self._space = self._space + text, ""
-        return text
+        text, self._undecided = self._undecided, ""
+        self._kind = self._kind or "answer"
+        return self._piece("answer", text)
 
 
 class ChannelSplitter(Splitter):
     """Messages in channels: the channel `final` is the answer, all others are reasoning.
 
     Messages of one kind are joined by line ends. Text of a model that writes no channels is the
-    answer.
+    answer. The undecided text is the header of the next message.
     """
 
     def __init__(self) -> None:
         super().__init__(CHANNELS)
-        self._header: str | None = ""  # of the next message; None inside a message
         self._in_channel = False  # whether the header has reached the name of its channel
-        self._kind: Kind = "answer"
 
-    def _take(self, text: str, marker: bool) -> list[Piece]:
-        if not marker and self._header is None:
-            return self._piece(self._kind, text)
-        if not marker:
-            self._header = (self._header or "") + text
-            return self._rest() if len(self._header) > LONGEST_HEADER else []
-        if text == MESSAGE:
-            self._kind = "answer" if FINAL in (self._header or "").split() else "reasoning"
+    def _mark(self, marker: str) -> list[Piece]:
+        if marker == MESSAGE:
+            self._kind = "answer" if FINAL in self._undecided.split() else "reasoning"
+            self._undecided = ""
             self._reasoned |= self._kind == "reasoning"
-            self._header = None
             return self._piece(self._kind, "\n") if self._texts[self._kind] else []
-        if text == CHANNEL:
-            self._header, self._in_channel = f"{self._header or ''} ", True
-            return []
-        pieces = self._rest()
-        self._header, self._in_channel = "", False
+        pieces: list[Piece] = []
+        header = f"{self._undecided} " if self._kind is None else " "
+        if marker != CHANNEL:
+            pieces, header = self._rest(), ""
+        self._kind, self._undecided, self._in_channel = None, header, marker == CHANNEL
         return pieces
+
+    def _is_answer(self) -> bool:
+        return len(self._undecided) > LONGEST_HEADER
 
     def _rest(self) -> list[Piece]:
         """Return a header as text if it has no channel, since then it was not a header."""
-        text = (
-            ""
-            if self._header is None or self._in_channel
-            else self._header.removeprefix("assistant")
-        )
+        undecided = self._kind is None and not self._in_channel
+        text = self._undecided.removeprefix("assistant") if undecided else ""
         if text:
-            self._header = None
-            self._kind = "answer"
+            self._kind, self._undecided = "answer", ""
         return self._piece("answer", text)

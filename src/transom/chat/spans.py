@@ -60,10 +60,8 @@ def _ranges(tokenizer: Tokenizer, ids: Sequence[int], text: str, origin: str) ->
     own.
     """
     ranges: list[Span] = []
-    waiting, at = (
-        0,
-        0,
-    )  # ids whose text is not complete; the first character after all complete ones
+    waiting = 0  # ids whose text is not complete
+    at = 0  # the first character after all complete ones
     for count, piece in _pieces(tokenizer, ids):
         waiting += count
         if not piece:
@@ -74,8 +72,7 @@ def _ranges(tokenizer: Tokenizer, ids: Sequence[int], text: str, origin: str) ->
         if start is None:
             raise RequestError(
                 f"{origin}: its tokens decode to {piece[:20]!r} where the text has "
-                f"{text[at : at + 20]!r}; expected "
-                "for a loss mask is a tokenizer that keeps text as it is"
+                f"{text[at : at + 20]!r}; expected a tokenizer that keeps text as it is"
             )
         at = start + len(piece)
         ranges += [(start, at)] * waiting

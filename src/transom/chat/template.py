@@ -298,9 +298,8 @@ class ChatTemplate:
         start = common_prefix(alone, text)
         stop = min(common_prefix(asked, text), max(text.find(PROBE), 0))
         for begin, end in Marked(text).template_words(self.tokenizer.special_tokens):
-            start, stop = (
-                begin if begin < one < end else one for one in (start, stop)
-            )  # no half of a token
+            # No half of a control token.
+            start, stop = (begin if begin < one < end else one for one in (start, stop))
         return text[start:stop]
 
     @cached_property
@@ -371,8 +370,8 @@ class ChatTemplate:
                     else f"has {' '.join(ready.tokens)}"
                 )
                 notice(
-                    f"{folder}: no chat template; its vocabulary {sign}: the built-in "
-                    f"{ready.name} is taken"
+                    f"{folder}: no chat template; its vocabulary {sign}: "
+                    f"the built-in {ready.name} is taken"
                 )
             origin = f"the built-in template {ready.name}"
             return cls(

@@ -61,9 +61,8 @@ class BytePairBackend(SpelledBackend):
         self._encoding = _encoding(ranks, pattern, source)
         self.size = len(ranks) + offset
         self.spell(added)
-        if (
-            self.decode(self.encode(PROBE)) != PROBE
-        ):  # the library drops what no word of the pattern covers
+        # The library drops what no word of the pattern covers.
+        if self.decode(self.encode(PROBE)) != PROBE:
             raise RequestError(
                 f"{source}: pattern: got {pattern[:60]!r}; expected one that covers "
                 f"all of the text {PROBE!r}"

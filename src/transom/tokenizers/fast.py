@@ -62,9 +62,7 @@ class FastBackend(TokenizerBackend):
         for sample in ("a", *self._library.get_vocab(with_added_tokens=False)):
             try:
                 bare = len(self._library.encode(sample, add_special_tokens=False).ids)
-            except (
-                Exception
-            ):  # a vocabulary of words without an unknown one: the library raises bare Exception
+            except Exception:  # the library's own, for a word outside of the vocabulary
                 continue
             if bare:
                 encoding = self._library.encode(sample, add_special_tokens=True)

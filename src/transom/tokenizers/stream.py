@@ -64,9 +64,8 @@ class StreamDecoder:
 
     def _release(self, text: str) -> str:
         """Return `text`, which is that of the waiting ids, and make these the context."""
-        if (
-            text
-        ):  # ids without text cannot be the context: the next one would lose its leading space
+        # Ids without text cannot be the context: the next one would lose its leading space.
+        if text:
             ids = self._context + self._waiting
             self._context, self._waiting, self._waiting_text = self._waiting, [], ""
             self._context_text = self._decode(self._context)

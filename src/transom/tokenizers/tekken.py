@@ -81,9 +81,8 @@ def _ranks(vocabulary: list[Any], source: str) -> dict[bytes, int]:
         where = f"{source}: vocab entry {place}"
         spelled, rank = _entry(entry, "token_bytes", str, where), _entry(entry, "rank", int, where)
         token = add_rank(ranks, spelled, rank, where)
-        if place < 256 and token != bytes(
-            [place]
-        ):  # programs that read the file may count on these ids
+        # Programs that read the file may count on the ids of single bytes.
+        if place < 256 and token != bytes([place]):
             raise RequestError(f"{where}: bytes: got {token!r}; expected the byte 0x{place:02X}")
     return ranks
 

@@ -260,9 +260,7 @@ class Tokenizer:
             raise RequestError(f"new tokens: got a {backend.format}; expected a tokenizer.json")
         files.pop(TOKENIZER_FILE, None)
         config = json.loads(files.get(CONFIG_FILE, _json_bytes(self._config())))
-        config.pop(
-            "added_tokens_decoder", None
-        )  # repeats what tokenizer.json says, and would now be wrong
+        config.pop("added_tokens_decoder", None)  # it repeats tokenizer.json, without new tokens
         files[CONFIG_FILE] = _json_bytes(config)
         larger = backend.with_special(tokens)
         return Tokenizer(

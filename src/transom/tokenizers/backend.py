@@ -40,6 +40,7 @@ class TokenizerBackend(ABC):
         format: The kind of file: `tokenizer.json`, `sentencepiece`, `tiktoken` or `tekken`.
         version: Mistral's number of the chat format that the control tokens are for (`v3`), None
             elsewhere.
+        vocab_size: The highest id + 1, added tokens included.
         added: Control tokens by spelling, and other tokens that `encode` does not find by itself.
         frame: The ids that the makers' own tokenizer puts before and after a text.
         unk_id: The id that stands for text outside the vocabulary.
@@ -51,17 +52,13 @@ class TokenizerBackend(ABC):
 
     format: str
     version: str | None = None
+    vocab_size: int
     added: dict[str, AddedToken]
     frame: Frame
     unk_id: int | None = None
     raw_byte_ids: frozenset[int] = frozenset()
     spoils_byte_runs = False
     stops: tuple[str, ...] = ()
-
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """The highest id + 1, added tokens included."""
 
     @abstractmethod
     def encode(self, text: str, first: bool = True) -> list[int]:
@@ -101,11 +98,7 @@ class SpelledBackend(TokenizerBackend):
         """Set `added` and the spellings by id."""
         self.added = dict(added)
         self.spelled = {token.id: spelling for spelling, token in added.items()}
-
-    @property
-    def vocab_size(self) -> int:
-        """The highest id + 1, added tokens included."""
-        return max(self.size, max(self.spelled, default=-1) + 1)
+        self.vocab_size = max(self.size, max(self.spelled, default=-1) + 1)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of known ids, with U+FFFD for bytes that are not UTF-8."""

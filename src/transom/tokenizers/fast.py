@@ -45,6 +45,7 @@ class FastBackend(TokenizerBackend):
             for id, token in library.get_added_tokens_decoder().items()
             if token.special
         }
+        self.vocab_size = max(library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.frame = self._frame()
         if isinstance(library.model, models.Unigram):  # the library does not show this one
             self.unk_id = json.loads(self.to_json())["model"].get("unk_id")
@@ -137,11 +138,6 @@ class FastBackend(TokenizerBackend):
         """Return the text of known ids, with U+FFFD for bytes that are not UTF-8."""
         text: str = self._library.decode(list(ids), skip_special_tokens=False)
         return text
-
-    @cached_property
-    def vocab_size(self) -> int:
-        """The highest id + 1, added tokens included."""
-        return int(max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)) + 1
 
     def id_to_token(self, id: int) -> str | None:
         """Return the vocabulary's own spelling of an id, or None."""

@@ -39,6 +39,7 @@ class Tokenizer:
         format: The kind of file: `tokenizer.json`, `sentencepiece`, `tiktoken` or `tekken`.
         version: Mistral's number of the chat format (`v3`) that the vocabulary is for, None
             elsewhere.
+        vocab_size: The highest id + 1, added tokens included.
         bos_id: The id of BOS, or None; `eos_id` and `pad_id` likewise.
         unk_id: The id that stands for text outside the vocabulary, or None.
         begin: The ids that the makers' tokenizer puts before a text: mostly BOS, `[gMASK]<sop>`
@@ -87,6 +88,7 @@ class Tokenizer:
         }
         self.special_ids = frozenset(self.special_tokens.values())
         self.format, self.version, self.unk_id = backend.format, backend.version, backend.unk_id
+        self.vocab_size = backend.vocab_size
         self.raw_byte_ids, self.spoils_byte_runs = backend.raw_byte_ids, backend.spoils_byte_runs
         # Plain added tokens are found in every text.
         self._plain = _pattern({s: token for s, token in added.items() if not token.control})
@@ -158,10 +160,7 @@ class Tokenizer:
         listed = not isinstance(allowed_special, str)
         require(listed, "allowed_special", allowed_special, "expected all or a list of tokens")
         for spelling in allowed_special:
-            expected = (
-                f"expected one of the {len(self.special_tokens)} special tokens of "
-                f"this vocabulary, or all"
-            )
+            expected = f"expected one of the {len(self.special_tokens)} special tokens, or all"
             require(spelling in self.special_tokens, "allowed_special", spelling, expected)
         added = self._backend.added
         return _pattern(
@@ -219,21 +218,14 @@ class Tokenizer:
             RequestError: If an id has no token.
         """
         ids = [int(id) for id in ids]
-        for id in ids:  # libraries leave out an id that they do not know, without a notice, or fail
-            known = id >= 0 and self.id_to_token(id) is not None
-            require(
-                known, "token id", id, f"expected ids below {self.vocab_size} that have a token"
-            )
-        return self._backend.decode(
-            [id for id in ids if not skip_special or id not in self.special_ids]
-        )
+        # Libraries leave out an id that they do not know, without a notice, or fail.
+        unknown = next((id for id in ids if id < 0 or self.id_to_token(id) is None), None)
+        expected = f"expected ids below {self.vocab_size} that have a token"
+        require(unknown is None, "token id", unknown, expected)
+        skipped = self.special_ids if skip_special else frozenset()
+        return self._backend.decode([id for id in ids if id not in skipped])
 
     # -- the vocabulary --
-
-    @property
-    def vocab_size(self) -> int:
-        """The highest id + 1, added tokens included."""
-        return self._backend.vocab_size
 
     @cached_property
     def hash(self) -> str:
@@ -288,7 +280,7 @@ class Tokenizer:
         return {
             **{f"{name}_token": token for name, token in self._named.items() if token is not None},
             "tokenizer_class": "PreTrainedTokenizerFast",
-            # older readers remove spaces before punctuation otherwise
+            # Older versions of transformers otherwise remove spaces before punctuation.
             "clean_up_tokenization_spaces": False,
         }
 
@@ -299,7 +291,7 @@ class Tokenizer:
 
 
 def _framed(frame: Sequence[int], named: int | None, adds: bool) -> tuple[int, ...]:
-    """Return `frame` with or without the token `named`, as `adds` says."""
+    """Return `frame` with the token `named` if `adds` is True, else without it."""
     others = tuple(id for id in frame if id != named)
     if named is None or not adds:
         return others

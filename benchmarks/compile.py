@@ -16,9 +16,9 @@ from transom.base.runtime import pick_dtype
 from transom.config.model_args import ModelArgs
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
-from transom.training.config import OptimizerArgs
 from transom.training.loop.blocks import arrange_blocks
 from transom.training.losses.cross_entropy import head_loss
+from transom.training.optim.args import OptimizerArgs
 from transom.training.optim.optimizers import build_optimizer
 
 # Packed rows whose documents differ from step to step, as in training: no lengths may be compiled

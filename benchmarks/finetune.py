@@ -25,8 +25,8 @@ from transom.lora.args import LoraArgs
 from transom.models.llm import LLM
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.leaves import quantize_model
-from transom.training.config import OptimizerArgs
 from transom.training.losses.cross_entropy import head_loss
+from transom.training.optim.args import OptimizerArgs
 from transom.training.optim.optimizers import build_optimizer
 
 RANK, BATCH, LENGTH = 16, 2, 512

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import interleaved
 from transom.base.runtime import synchronize
@@ -17,14 +18,13 @@ from transom.config.presets import preset
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
 from transom.planning.counts import flops_per_token
-from transom.training.config import OptimizerArgs
 from transom.training.losses.cross_entropy import cross_entropy_sum
+from transom.training.optim.args import OptimizerArgs
 from transom.training.optim.muon import (
     Muon,
     default_compute_dtype,
     matrices_per_batch,
     orthogonalize,
-    orthogonalize_flops,
 )
 from transom.training.optim.optimizers import build_optimizer
 
@@ -77,6 +77,13 @@ def _row(
         "ratio": round(flops / seconds / peak, 3),
         "target": 0.6,
     }
+
+
+def orthogonalize_flops(out_features: int, in_features: int, steps: int, dtype: torch.dtype) -> int:
+    """Return the floating-point operations of the products of `orthogonalize` for one matrix."""
+    with FlopCounterMode(display=False) as counter:
+        orthogonalize(torch.empty(1, out_features, in_features, device="meta"), steps, dtype)
+    return counter.get_total_flops()
 
 
 def _share(device: torch.device) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from transom.data.batch import NO_TARGET, Batch
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
 from transom.models.llm import LLM
-from transom.training.losses.distillation import Distillation, distillation_loss
+from transom.training.losses.distillation import Distillation, divergence
 from transom.training.losses.log_probs import adapters_off
 from transom.training.losses.objectives import NextToken, Objective
 from transom.training.losses.preferences import Preference, precompute_reference
@@ -177,7 +177,7 @@ def _heads(vocab_size: int, device: torch.device) -> dict[str, Callable[[], None
     def full() -> Tensor:
         with torch.no_grad():
             teacher_logits = teacher.project(taught)
-        return distillation_loss(student.project(hidden), teacher_logits, targets, 2.0, 0.5)
+        return divergence(student.project(hidden), teacher_logits, targets, 2.0).loss(2.0, 0.5)
 
     return {"ours": lambda: run(ours), "peer": lambda: run(full)}
 

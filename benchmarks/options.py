@@ -18,9 +18,9 @@ from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
 from transom.models.vision import merge_images
 from transom.planning.counts import flops_per_token, parameters
-from transom.training.config import OptimizerArgs
 from transom.training.losses.balance import router_losses
 from transom.training.losses.cross_entropy import cross_entropy_sum
+from transom.training.optim.args import OptimizerArgs
 from transom.training.optim.ema import Ema
 from transom.training.optim.optimizers import build_optimizer
 

@@ -15,8 +15,8 @@ from transom.config.model_args import ModelArgs
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
 from transom.planning.counts import flops_per_token, parameters
-from transom.training.config import OptimizerArgs
 from transom.training.losses.cross_entropy import cross_entropy_sum
+from transom.training.optim.args import OptimizerArgs
 from transom.training.optim.optimizers import build_optimizer
 
 SHAPES = {

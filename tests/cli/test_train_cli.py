@@ -7,7 +7,8 @@ import yaml
 
 from tests.training.runs import tiny_config
 from transom.cli.main import main
-from transom.training.config import DataArgs, OptimizerArgs, TrainArgs
+from transom.training.config import DataArgs, TrainArgs
+from transom.training.optim.args import OptimizerArgs
 
 
 def test_help_names_every_field_with_its_default(capsys):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
-from transom.training.config import OptimizerArgs
 from transom.training.losses.cross_entropy import cross_entropy_sum
+from transom.training.optim.args import OptimizerArgs
 from transom.training.optim.optimizers import build_optimizer, width_multiplier
 
 LOGITS = "logits"

@@ -12,9 +12,9 @@ from tests.helpers import random_tokens, tiny_args
 from transom.base.errors import RequestError
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
-from transom.training.config import OptimizerArgs
 from transom.training.losses.cross_entropy import cross_entropy_sum
 from transom.training.optim.adamw8bit import BLOCK, AdamW8bit, dequantize, dynamic_map, quantize
+from transom.training.optim.args import OptimizerArgs
 from transom.training.optim.optimizers import Optimizers, build_optimizer
 
 

@@ -90,7 +90,7 @@ def test_the_swap_is_exact_and_survives_an_error() -> None:
             seen.append(weights(model))
             model(TransformerInput(tokens[0]))
 
-    with pytest.raises(RequestError, match="tokens of shape"):
+    with pytest.raises(RequestError, match="tokens: got"):
         fail_inside()
     assert not same(seen[0], own)
     assert same(weights(model), own) and [id(p) for p in model.parameters()] == held
@@ -139,8 +139,8 @@ def test_saved_weights_that_do_not_fit_are_refused_and_not_loaded() -> None:
     model, ema = trained(2)
     own, saved = weights(model), {key: value.clone() for key, value in ema.state_tensors().items()}
     for damage, said in (
-        (lambda state: state.pop("raw/norm.weight"), "raw/norm.weight: the saved"),
-        (lambda state: state.update({"raw/lost": torch.zeros(1)}), "raw/lost: the saved"),
+        (lambda state: state.pop("raw/norm.weight"), "raw/norm.weight: saved or"),
+        (lambda state: state.update({"raw/lost": torch.zeros(1)}), "raw/lost: saved or"),
         (lambda state: state.update({"raw/norm.weight": torch.zeros(3)}), "raw/norm.weight: got "),
     ):
         state = copy.copy(saved)

@@ -18,8 +18,8 @@ from transom.data.batch import NO_TARGET, Batch
 from transom.data.labelled import EncodedText, collate
 from transom.layers.inputs import TransformerInput, TransformerOutput
 from transom.models.llm import LLM
-from transom.training.config import OptimizerArgs
 from transom.training.losses.heads import contrastive_loss_sum, head_loss_sum, run_rows, score_head
+from transom.training.optim.args import OptimizerArgs
 from transom.training.optim.optimizers import build_optimizer
 
 

@@ -16,8 +16,8 @@ from tests.helpers import random_model, random_tokens, tiny_args
 from transom.base.errors import RequestError
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
-from transom.training.config import OptimizerArgs
 from transom.training.losses.cross_entropy import cross_entropy_sum
+from transom.training.optim.args import OptimizerArgs
 from transom.training.optim.optimizers import BackwardOptimizers, Optimizers, build_optimizer
 
 
@@ -128,20 +128,18 @@ def test_frozen_weights_stay_and_removed_hooks_leave_gradients() -> None:
 @pytest.mark.parametrize(
     ("limit", "asked", "said"),
     [
-        (1.0, {}, "max_grad_norm = null, not 1.0"),
-        (None, {"accumulate": 2}, "accumulate = 1, not 2"),
-        (None, {"ranks": 2}, "one rank, not 2"),
-        (None, {"scaled": True}, "a dtype without loss scaling, not float16"),
-        (0.5, {"accumulate": 4}, "max_grad_norm = null, not 0.5 and with accumulate = 1, not 4"),
+        (1.0, {}, "max_grad_norm = null"),
+        (None, {"accumulate": 2}, "accumulate = 1"),
+        (None, {"ranks": 2}, "one rank"),
+        (None, {"scaled": True}, "a dtype other than float16"),
+        (0.5, {"accumulate": 4}, "max_grad_norm = null and accumulate = 1"),
     ],
     ids=["clipping", "accumulation", "ranks", "float16", "two at once"],
 )
 def test_what_needs_whole_gradients_is_refused(
     limit: float | None, asked: dict[str, Any], said: str
 ) -> None:
-    with pytest.raises(
-        RequestError, match=rf"^optimizer.in_backward: got True; valid only with {said}$"
-    ):
+    with pytest.raises(RequestError, match=rf"optimizer.in_backward: got True; .*{said}$"):
         OptimizerArgs(in_backward=True, max_grad_norm=limit).check_in_backward(**asked)
     OptimizerArgs(in_backward=False, max_grad_norm=limit).check_in_backward(**asked)
     OptimizerArgs(in_backward=True, max_grad_norm=None).check_in_backward()

@@ -12,7 +12,7 @@ import pytest
 from tests.helpers import tiny_args
 from tests.training.coordinate_check import Coordinate, coordinate_check, growth
 from transom.models.llm import LLM
-from transom.training.config import OptimizerArgs
+from transom.training.optim.args import OptimizerArgs
 from transom.training.optim.optimizers import build_optimizer, parameter_groups, width_multiplier
 
 WIDTHS = (64, 128, 256, 512)

@@ -306,9 +306,9 @@ def test_preferences_are_learnt(kind: Any) -> None:
         ({"kind": "ppo"}, "kind: got 'ppo'"),
         ({"beta": 0.0}, "beta: got 0.0"),
         ({"label_smoothing": 0.5}, r"label_smoothing: got 0\.5"),
-        ({"kind": "ipo", "label_smoothing": 0.1}, "valid only with ipo is 0"),
+        ({"kind": "ipo", "label_smoothing": 0.1}, r"label_smoothing: got 0\.1"),
         ({"desirable_weight": -1.0}, "desirable_weight: got -1"),
-        ({"kind": "kto", "reference": {}}, "valid only with kto are adapters"),
+        ({"kind": "kto", "reference": {}}, "reference: got .*kto"),
     ],
 )
 def test_wrong_fields_are_refused(fields: dict[str, Any], told: str) -> None:
@@ -326,7 +326,7 @@ def test_rows_that_cannot_be_compared_are_refused() -> None:
     model, pairs, single = adapted(), answers(), answers("kto")
     with pytest.raises(RequestError, match="weight: got 'a fraction'"):
         run(Preference(model, "dpo"), replace(pairs, weights=torch.ones(pairs.tokens.shape)))
-    with pytest.raises(RequestError, match="answers per example: got 1; expected pairs"):
+    with pytest.raises(RequestError, match="answers per example: got 1"):
         run(Preference(model, "orpo"), single)
     with pytest.raises(RequestError, match="label: got None"):
         run(Preference(model, "kto"), pairs)

@@ -35,7 +35,7 @@ from transom.lora.args import ROLES, LoraArgs
 from transom.lora.weights import LoraWeights
 from transom.models.llm import LLM
 from transom.tokenizers.training import byte_tokenizer
-from transom.training.config import OptimizerArgs, TrainArgs, read_config
+from transom.training.config import TrainArgs, read_config
 from transom.training.finetune.args import FinetuneArgs
 from transom.training.finetune.weights import choose_weights
 from transom.training.loop.run_parts import whole_model
@@ -43,6 +43,7 @@ from transom.training.losses.balance import mixtures
 from transom.training.losses.log_probs import adapters_off
 from transom.training.losses.objectives import NextToken
 from transom.training.losses.preferences import Preference
+from transom.training.optim.args import OptimizerArgs
 from transom.training.optim.optimizers import build_optimizer
 from transom.verify.findings import TOLERANCES, Finding, difference
 from transom.verify.finetune_rows import (

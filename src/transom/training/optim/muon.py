@@ -61,16 +61,6 @@ def orthogonalize(x_NOI: Tensor, steps: int = 4, dtype: torch.dtype = torch.floa
     return result_NOI.to(x_NOI.dtype)
 
 
-def orthogonalize_flops(out_features: int, in_features: int, steps: int, dtype: torch.dtype) -> int:
-    """Floating-point operations of the matrix products of `orthogonalize` for one matrix."""
-    short, long = sorted((out_features, in_features))
-    stride = _steps_per_gram(out_features, in_features, dtype)
-    blocks = [min(stride, steps - start) for start in range(0, steps, stride)]
-    # A block forms the Gram matrix and applies the factor; its first step costs 1 square product,
-    # each further one 4.
-    return sum(2 * 2 * long * short**2 + (4 * block - 3) * 2 * short**3 for block in blocks)
-
-
 def default_compute_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on CUDA devices that multiply it at full speed (capability >= 8), otherwise
     float32.

@@ -1,6 +1,4 @@
-"""AdamW and Muon over the named parameters of a model, one learning rate per group, state by
-name.
-"""
+"""AdamW and Muon over the named parameters of a model, with one learning rate per group."""
 
 from __future__ import annotations
 
@@ -14,11 +12,12 @@ from torch import Tensor, nn
 
 from transom.base.errors import RequestError, require
 from transom.config.model_args import ModelArgs
-from transom.training.config import OptimizerArgs
 from transom.training.optim.adamw8bit import SMALLEST_QUANTIZED, AdamW8bit
+from transom.training.optim.args import OptimizerArgs
 from transom.training.optim.muon import Muon
 
-# Where AdamW has a fused kernel that is faster than one operation over lists of tensors.
+KINDS = ("adamw", "adamw8bit", "muon")
+# Devices on which AdamW has a fused kernel that is faster than operations over lists of tensors.
 FUSED_DEVICES = ("cpu", "cuda")
 
 
@@ -43,13 +42,19 @@ def width_multiplier(args: ModelArgs) -> float:
 def parameter_groups(
     model: nn.Module, args: OptimizerArgs, *, width: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Every trainable parameter in exactly one group for torch optimizers; a tied weight counts
-    once.
+    """Return the trainable parameters in groups for torch optimizers; a tied weight counts once.
 
-    A group has `name`, `params`, `param_names`, `kind` ("muon" or "adamw"), `weight_decay`, `lr`
-    and `base_lr` (the peak, from which each step sets `lr`); groups without parameters are left
-    out. `width` is muP's (`mup.width_multiplier`): AdamW moves block matrices and routers that many
-    times less, as their sums have that many times more terms, and decays them as much as ever.
+    Args:
+        model: The model.
+        args: The settings of the optimizer.
+        width: muP's multiplier, see `width_multiplier`. AdamW trains block matrices and routers at
+            a rate that is so many times lower, because their sums have so many times more terms;
+            their decay stays.
+
+    Returns:
+        Groups with `name`, `params`, `param_names`, `kind` (`muon`, `adamw` or `adamw8bit`),
+        `weight_decay`, `lr` and `base_lr`, the peak from which `Optimizers.set_scale` sets `lr`.
+        Groups without parameters are left out.
     """
     rates = {
         "matrices": args.muon_lr if args.name == "muon" else args.lr,
@@ -59,71 +64,71 @@ def parameter_groups(
         "vectors": args.norm_lr or args.lr,
         "others": args.lr,
     }
-    groups: dict[str, dict[str, Any]] = {}
-    for name, rate in rates.items():
-        kind = "muon" if args.name == "muon" and name == "matrices" else "adamw"
-        scale = width if name in ("matrices", "routers") and kind == "adamw" else 1.0
-        groups[name] = {
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, kind in ((name, kind) for name in rates for kind in KINDS):
+        scale = width if name in ("matrices", "routers") and kind != "muon" else 1.0
+        groups[name, kind] = {
             "name": name,
             "params": [],
             "param_names": [],
             "kind": kind,
             "weight_decay": 0.0 if name == "vectors" else args.weight_decay * scale,
-            "lr": rate / scale,
-            "base_lr": rate / scale,
+            "lr": rates[name] / scale,
+            "base_lr": rates[name] / scale,
         }
-    for name, parameter in model.named_parameters():
+    for path, parameter in model.named_parameters():
         if parameter.requires_grad:
-            group = groups[_group_of(name, parameter)]
+            name = _group_of(path, parameter)
+            group = groups[name, _kind_of(name, parameter, args)]
             group["params"].append(parameter)
-            group["param_names"].append(name)
+            group["param_names"].append(path)
     return [group for group in groups.values() if group["params"]]
 
 
-def _group_of(name: str, parameter: Tensor) -> str:
-    if (
-        ".lora." in name
-    ):  # a factor of a sum is no map between features: orthogonalising it fits nothing
+def _group_of(path: str, parameter: Tensor) -> str:
+    # Muon orthogonalises maps between features. The factors of an adapter and the rows of a router
+    # are none, and it would not fit them.
+    if ".lora." in path:
         return "others" if parameter.ndim >= 2 else "vectors"
-    if name == "tok_embeddings.weight":
+    if path == "tok_embeddings.weight":
         return "embedding"
-    if name == "output.weight":
+    if path == "output.weight":
         return "output"
-    if parameter.ndim < 2 or name.endswith(".bias"):  # experts stack theirs: [E, out]
+    if parameter.ndim < 2 or path.endswith(".bias"):  # experts stack theirs: [E, out]
         return "vectors"
-    # The rows of a router are scores, not a map between features: orthogonalising them fits
-    # nothing.
-    if name.endswith(".feed_forward.router.weight"):
+    if path.endswith(".feed_forward.router.weight"):
         return "routers"
-    return "matrices" if name.startswith("layers.") and parameter.ndim in (2, 3) else "others"
+    return "matrices" if path.startswith("layers.") and parameter.ndim in (2, 3) else "others"
+
+
+def _kind_of(group: str, parameter: Tensor, args: OptimizerArgs) -> str:
+    if args.name == "muon" and group == "matrices":
+        return "muon"
+    # Embeddings keep 32 bits, as in section 2.3 of the paper: rows of rare tokens share blocks with
+    # those of frequent ones, whose far larger moments would round theirs to zero.
+    large = parameter.numel() >= SMALLEST_QUANTIZED and group != "embedding"
+    return "adamw8bit" if args.state_bits == 8 and large else "adamw"
 
 
 class Optimizers:
-    """The optimizers of one model behind one step, with their state as a flat mapping of names."""
+    """The optimizers of one model with a common step, and their state as tensors by name."""
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
-        """Groups must be those of `parameter_groups`, the state of each parameter already made."""
-        self._optimizers = optimizers
-
-    @property
-    def all(self) -> tuple[torch.optim.Optimizer, ...]:
-        """The torch optimizers, for a gradient scaler."""
-        return tuple(self._optimizers)
+        """Take optimizers of `parameter_groups`, with the state of each parameter."""
+        self.all = tuple(optimizers)
 
     def step(self) -> None:
-        """Apply the gradients that are there, at the learning rates last set."""
-        for optimizer in self._optimizers:
+        """Update the parameters that have gradients, at the present learning rates."""
+        for optimizer in self.all:
             optimizer.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop (or zero) the gradients of all parameters."""
-        for optimizer in self._optimizers:
+        for optimizer in self.all:
             optimizer.zero_grad(set_to_none=set_to_none)
 
     def clip(self, parameters: Sequence[Tensor], limit: float | None) -> Tensor:
-        """Scale the gradients of `parameters` down to a global norm of `limit`; the norm before
-        that.
-        """
+        """Clip the gradients of `parameters` to a global norm; return the norm before that."""
         return torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
 
     def set_scale(self, scale: float) -> None:
@@ -132,28 +137,25 @@ class Optimizers:
             group["lr"] = group["base_lr"] * scale
 
     def learning_rates(self) -> dict[str, float]:
-        """The present learning rate of each group, by group name."""
+        """Return the present learning rate of each group by its name."""
         return {group["name"]: group["lr"] for group in self._groups()}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The live state, such as `layers.0.attention.wq.weight/exp_avg`; the next step changes
-        it.
-        """
-        tensors: dict[str, Tensor] = {}
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                    for key, value in optimizer.state[parameter].items():
-                        tensors[f"{name}/{key}"] = value
-        return tensors
+        """Return the state, such as `layers.0.attention.wq.weight/exp_avg`; a step changes it."""
+        return {
+            f"{name}/{key}": value
+            for optimizer in self.all
+            for group in optimizer.param_groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+            for key, value in optimizer.state[parameter].items()
+        }
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy a saved state in; a key too few or too many or another shape or dtype is a
-        `RequestError`.
+        """Copy a saved state into the optimizers.
+
+        Raises:
+            RequestError: If a key is missing or unknown, or a tensor has another shape or dtype.
         """
-        # Copied into the memory that is there, not adopted: tensors of a mapped file may be
-        # unaligned, and kernels then round differently, so that a resumed run would drift from the
-        # first one.
         own = self.state_tensors()
         for key in own:
             if key not in tensors:
@@ -161,49 +163,53 @@ class Optimizers:
         for key, saved in tensors.items():
             if key not in own:
                 raise RequestError(f"{key}: no trainable parameter has this optimizer state")
-            found, wanted = (saved.dtype, *saved.shape), (own[key].dtype, *own[key].shape)
-            require(found == wanted, key, found, f"expected {wanted} (dtype and shape)")
+            require_alike(key, saved, own[key])
+        # Tensors of a mapped file may be unaligned, and kernels then round differently: a resumed
+        # run would drift. So they are copied into the memory of the optimizers.
         for key, saved in tensors.items():
             own[key].copy_(saved)
 
     def _groups(self) -> Iterator[dict[str, Any]]:
-        for optimizer in self._optimizers:
+        for optimizer in self.all:
             yield from optimizer.param_groups
 
 
-class BackwardOptimizers(Optimizers):
-    """Each parameter moves inside the backward pass, once its gradient is whole, which is freed at
-    once.
+def require_alike(name: str, saved: Tensor, own: Tensor) -> None:
+    """Refuse a saved tensor of another dtype or shape than one's own."""
+    found, wanted = (saved.dtype, *saved.shape), (own.dtype, *own.shape)
+    require(found == wanted, name, found, f"expected {wanted} (dtype and shape)")
 
-    No two gradients of a step are ever there together, so nothing can be clipped or accumulated,
-    learning rates must be set before the backward pass, and `step` finds nothing left to do (Lv et
-    al. 2023, LOMO, arXiv 2306.09782). Loss or gradient that is not finite is known only when
-    weights have moved.
+
+class BackwardOptimizers(Optimizers):
+    """Updates each parameter inside the backward pass, and frees its gradient at once.
+
+    No two gradients of a step are in memory together (Lv et al. 2023, LOMO, arXiv 2306.09782), so
+    nothing can be clipped or accumulated. Learning rates must be set before the backward pass, and
+    `step` has nothing left to do. A loss or gradient that is not finite is found only after weights
+    have changed.
     """
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
-        """One optimizer per parameter; hooks are set on the parameters until `remove_hooks`."""
+        """Take one optimizer per parameter, and hook each until `remove_hooks`."""
         super().__init__(optimizers)
-        self._norms: list[Tensor | None] = [None] * len(optimizers)
+        self._norms: list[Tensor] = []
         self._hooks = []
-        for index, optimizer in enumerate(optimizers):
+        for optimizer in optimizers:
             (parameter,) = optimizer.param_groups[0]["params"]
-            hook = functools.partial(self._move, index, optimizer)
+            hook = functools.partial(self._move, optimizer)
             self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
 
-    def _move(self, index: int, optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
-        assert parameter.grad is not None, "the hook runs when the gradient is there"
-        self._norms[index] = torch.linalg.vector_norm(parameter.grad)
+    def _move(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+        assert parameter.grad is not None, "the hook runs when the gradient is complete"
+        self._norms.append(torch.linalg.vector_norm(parameter.grad))
         optimizer.step()
         parameter.grad = None
 
     def clip(self, parameters: Sequence[Tensor], limit: float | None) -> Tensor:
-        """The global norm of the gradients that are gone, of all backward passes since the last
-        call.
-        """
+        """Return the global norm of the gradients of all backward passes since the last call."""
         assert limit is None, "refused by OptimizerArgs.check_in_backward"
-        norms = [norm for norm in self._norms if norm is not None]
-        self._norms = [None] * len(self._norms)
+        norms = self._norms
+        self._norms = []
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
     def remove_hooks(self) -> None:
@@ -215,54 +221,35 @@ class BackwardOptimizers(Optimizers):
 def build_optimizer(
     model: nn.Module, args: OptimizerArgs, *, device_type: str, width: float = 1.0
 ) -> Optimizers:
-    """AdamW, and Muon for the block matrices if `args` says so; a model with nothing to train is
-    refused.
+    """Return AdamW, and Muon for the matrices of blocks if `args` says so.
 
-    `width` as in `parameter_groups`. With `in_backward` the result is a `BackwardOptimizers`.
+    Args:
+        model: The model.
+        args: The settings. With `in_backward` the result is a `BackwardOptimizers`.
+        device_type: Type of the model's device, such as `cuda`.
+        width: muP's multiplier, see `parameter_groups`.
+
+    Raises:
+        RequestError: If no parameter is trainable.
     """
     groups = parameter_groups(model, args, width=width)
     if not groups:
         raise RequestError("model: no parameter requires a gradient, so there is nothing to train")
-    if args.state_bits == 8:
-        groups = [part for group in groups for part in _split_by_state(group)]
     if args.in_backward:
-        return BackwardOptimizers([_optimizer([one], args, device_type) for one in _single(groups)])
-    by_kind = (
-        [group for group in groups if group["kind"] == kind]
-        for kind in ("adamw", "adamw8bit", "muon")
-    )
+        single = (
+            {**group, "params": [parameter], "param_names": [name]}
+            for group in groups
+            for parameter, name in zip(group["params"], group["param_names"], strict=True)
+        )
+        return BackwardOptimizers([_optimizer([one], args, device_type) for one in single])
+    by_kind = ([group for group in groups if group["kind"] == kind] for kind in KINDS)
     return Optimizers([_optimizer(alike, args, device_type) for alike in by_kind if alike])
-
-
-def _split_by_state(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """The group's part that 8-bit states fit, and the rest."""
-    # Rows of rare tokens share blocks with those of frequent ones, whose moments are far larger,
-    # and would be rounded away: embeddings keep 32 bits, as in section 2.3 of the paper. Muon has
-    # states of its own.
-    if group["kind"] == "muon" or group["name"] == "embedding":
-        return [group]
-    parts = []
-    for kind in ("adamw", "adamw8bit"):
-        quantized = kind == "adamw8bit"
-        pairs = zip(group["params"], group["param_names"], strict=True)
-        kept = [(p, name) for p, name in pairs if (p.numel() >= SMALLEST_QUANTIZED) == quantized]
-        if kept:
-            params, names = (list(column) for column in zip(*kept, strict=True))
-            parts.append({**group, "kind": kind, "params": params, "param_names": names})
-    return parts
-
-
-def _single(groups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """One group per parameter."""
-    for group in groups:
-        for parameter, name in zip(group["params"], group["param_names"], strict=True):
-            yield {**group, "params": [parameter], "param_names": [name]}
 
 
 def _optimizer(
     groups: list[dict[str, Any]], args: OptimizerArgs, device_type: str
 ) -> torch.optim.Optimizer:
-    """The optimizer of groups of one kind, the state of each parameter made."""
+    """Return the optimizer of groups of one kind, with the state of each parameter."""
     kind = groups[0]["kind"]
     if kind == "muon":
         return Muon(groups, momentum=args.muon_momentum, steps=args.muon_steps)
@@ -270,20 +257,14 @@ def _optimizer(
         return AdamW8bit(groups, lr=args.lr, betas=args.betas, eps=args.eps)
     kernel = {"fused": True} if device_type in FUSED_DEVICES else {"foreach": True}
     adamw = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, eps=args.eps, **kernel)
-    _make_adamw_state(adamw)
-    return adamw
-
-
-def _make_adamw_state(adamw: torch.optim.AdamW) -> None:
-    # torch makes this state at the first gradient, so a parameter without one yet would be missing
-    # from a checkpoint; made here, the keys depend on the model alone. The numbers are the same.
+    # torch makes this state at the first gradient, so that a parameter without one would be missing
+    # from a checkpoint. Made here, its keys depend on the model alone; the numbers are the same.
     for group in adamw.param_groups:
-        step_device = None if group["fused"] else "cpu"
         for parameter in group["params"]:
+            device = parameter.device if group["fused"] else torch.device("cpu")
             adamw.state[parameter] = {
-                "step": torch.zeros(
-                    (), dtype=torch.float32, device=step_device or parameter.device
-                ),
+                "step": torch.zeros((), dtype=torch.float32, device=device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+    return adamw

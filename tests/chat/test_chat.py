@@ -20,7 +20,7 @@ from tests.chat.chat_texts import (
     say,
     tokenizer_pair,
 )
-from tests.data.test_data_turns import rows_of
+from tests.data.chat.test_turns import rows_of
 from tests.tokenizers.makers import sentencepiece_model
 from transom.base.errors import RequestError
 from transom.chat.built_in import BUILT_IN, named

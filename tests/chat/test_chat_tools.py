@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.chat.chat_texts import CALL, FOLDER, PUBLISHED, TOOL_TALK, TOOLS, say, tokenizer_pair
-from tests.data.test_data_turns import rows_of, said
+from tests.data.chat.test_turns import rows_of, said
 from transom.base.errors import RequestError
 from transom.chat.fingerprint import warn_if_other, write_fingerprint
 from transom.chat.template import ChatTemplate

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.chat.chat_texts import CALL, PUBLISHED, TOOL_TALK, TOOLS, say, tokenizer_pair
-from tests.data.test_data_turns import rows_of, said
+from tests.data.chat.test_turns import rows_of, said
 from transom.base.errors import RequestError
 from transom.chat.built_in import named
 from transom.chat.template import ChatTemplate

@@ -27,8 +27,9 @@ from transom.chat.files import FILE
 from transom.chat.template import ChatTemplate
 from transom.data.batch import NO_TARGET, Batch
 from transom.data.chat.batches import packed_batch, padded_batch
-from transom.data.chat.conversations import ChatExample, Message, recognise
+from transom.data.chat.conversations import ChatExample, recognise
 from transom.data.chat.finetune_sets import Problem
+from transom.data.chat.messages import Message
 from transom.data.chat.rows import ChatEncoder, EncodedChats
 from transom.data.chat.turns import EncodedChat
 from transom.layers.inputs import TransformerInput

@@ -182,7 +182,7 @@ def test_prompts_with_an_answer_to_compare_with() -> None:
     [
         (
             {"mesages": CHAT},
-            "keys ['mesages']: expected rows with chosen and rejected; .*did you mean 'messages'",
+            "keys: got ['mesages']; expected rows with chosen and rejected; .*did you mean 'messages'",
         ),
         ({"messages": []}, "messages: got []; expected a list of one message or more"),
         ({"messages": ["hi"]}, "messages[0]: got 'hi'; expected an object"),
@@ -196,7 +196,7 @@ def test_prompts_with_an_answer_to_compare_with() -> None:
         ),
         (
             {"messages": [USER, {"role": "assistant", "content": " "}]},
-            "messages[1].content: got ' '; this answer is",
+            "messages[1].content: got ' '; expected text",
         ),
         (
             {"messages": [USER, {"role": "assistant"}]},

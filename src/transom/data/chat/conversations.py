@@ -25,6 +25,7 @@ from transom.data.chat.messages import (
 )
 
 ExampleKind = Literal["chat", "completion", "text", "pair", "label", "answer"]
+SHAREGPT_KEYS = ("from", "value", "weight")
 SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot"), "assistant"),
@@ -100,9 +101,7 @@ class Format(NamedTuple):
             turns = listed(columns.get(key)) if key in known else None
             for turn in turns if isinstance(turns, list) else ():
                 shared = key == "conversations"
-                read = (
-                    ("from", "value", "weight") if shared and "role" not in turn else MESSAGE_KEYS
-                )
+                read = SHAREGPT_KEYS if shared and "role" not in turn else MESSAGE_KEYS
                 where = key if shared else "messages"
                 out |= {f"{where}.{name}" for name in turn if name not in read}
         return sorted(out)

@@ -152,7 +152,7 @@ def test_an_adapter_with_its_own_tokenizer_stops_at_the_same_tokens_when_merged(
 
 def test_all_stop_tokens_of_a_vocabulary_are_written(tmp_path):
     tokenizer = byte_tokenizer(("<bos>", "<eos>", "<eot>"))
-    tokenizer._backend.stops = ("<eot>",)
+    tokenizer.stop_ids = (257, 258)
     model = load(write_base(tmp_path / "base", "hf", dtype="float32"))
     model.generation_settings = {}
     save(model, tmp_path / "out", "hf", tokenizer)

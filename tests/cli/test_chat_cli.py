@@ -349,7 +349,10 @@ def test_what_every_turn_would_be_refused_for_is_refused_before_the_first(call, 
     assert (code, out) == (2, "") and err.count("enable_thinkin") == 1
     (tmp_path / "chat_template.jinja").unlink()
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    for template, sentence in (({"rag": PLAIN}, "by name"), ({"default": 3}, "{'default': 3}")):
+    for template, sentence in (
+        ({"rag": PLAIN}, "none is called default"),
+        ({"default": 3}, "{'default': 3}"),
+    ):
         (tmp_path / "tokenizer_config.json").write_text(
             json.dumps({**config, "chat_template": template})
         )

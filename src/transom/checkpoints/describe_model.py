@@ -1,6 +1,4 @@
-"""The arguments of a model by any name, without its weights: a folder, a config file, a hub id
-or a preset.
-"""
+"""The arguments of a model by any name, without its weights."""
 
 from __future__ import annotations
 
@@ -42,10 +40,10 @@ def describe_model(
 
     Args:
         name: a model, adapter or run folder, a config.json or params.json, a preset, or a hub id. A
-            path that exists wins over a preset of the same name. revision: branch, tag or commit of
-            a
-        hub id. settings_only: download no weights of a hub id unless its config lacks something
-            that only they show.
+            path that exists wins over a preset of the same name.
+        revision: branch, tag or commit of a hub id.
+        settings_only: download no weights of a hub id unless its config lacks something that only
+            they show.
 
     Raises:
         RequestError: there is no such model.

@@ -192,24 +192,24 @@ def print_trace(
         return visible(tokenizer.token_text(id))
 
     heading(f"{name}: {len(ids)} tokens, the last is {shown(ids[-1])} at position {len(ids) - 1}")
-    rows, heads = [], []
+    rows, heads, mixed = [], [], any(layer.experts for layer in layers)
     for index, layer in enumerate(layers):
         guesses = ", ".join(f"{shown(id)} {share:.1%}" for id, share in layer.predictions)
         chosen = ", ".join(f"{id} ({weight:.3f})" for id, weight in layer.experts) or "-"
+        words = (str(index), guesses, *([chosen] if mixed else []))
         sizes = (layer.attention_rms, layer.feed_forward_rms, layer.residual_rms)
-        rows.append((str(index), guesses, chosen, *(f"{size:.4g}" for size in sizes)))
+        rows.append((*words, *(f"{size:.4g}" for size in sizes)))
         for head, entropy in enumerate(layer.entropy_N.tolist()):
             position, weight = layer.strongest[head]
             key = (shown(ids[position]), str(position), f"{weight:.3f}")
             heads.append((str(index), str(head), f"{entropy:.3f}", *key))
-    titles = ("layer", "next token, if the model ended here", "experts (weight)")
+    titles: tuple[str, ...] = ("layer", "next token, if the model ended here")
+    titles += ("experts (weight)",) if mixed else ()
     show(table(titles, ("attention RMS", "feed-forward RMS", "residual RMS"), rows))
     print("RMS is the root mean square over features, averaged over tokens.")
     heading("Attention heads")
     show(table((), ("layer", "head", "entropy", "strongest key", "position", "weight"), heads))
-    print(
-        "Entropy is in nats, averaged over tokens: 0 is attention to one key, ln n to n keys alike."
-    )
+    print("Entropy is in nats, averaged over tokens: 0 is one key, ln n is n keys alike.")
     print("The strongest key is the token that the last token attends to most.")
 
 

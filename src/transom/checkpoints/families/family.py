@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from transom.base.errors import require
+from transom.base.errors import RequestError, require
 from transom.checkpoints.families.foreign_config import ForeignConfig
 from transom.checkpoints.families.weights import WeightNames
 from transom.config.layer_args import MoeArgs
@@ -94,10 +94,10 @@ def resolved_experts(args: ModelArgs) -> MoeArgs:
     """Return the experts of a model with their width worked out; a model without them is a
     `RequestError`.
     """
-    found = next((layer.moe for layer in args.layers if layer.moe is not None), None)
-    require(found is not None, "moe_args", None, "expected a mixture of experts")
-    assert found is not None
-    return found
+    for layer in args.layers:
+        if layer.moe is not None:
+            return layer.moe
+    raise RequestError("moe_args: got None; expected a mixture of experts")
 
 
 def value_at(args: ModelArgs, path: str) -> Any:
@@ -113,8 +113,12 @@ def value_at(args: ModelArgs, path: str) -> Any:
 
 
 def copied(**paths: str) -> Option:
-    """Config keys with the values of our fields, by path. A key that neither file nor class has
-    is a `RequestError`.
+    """Return an option for keys that hold the values of our fields.
+
+    Args:
+        paths: the dotted path of a field for each key, such as
+            `swiglu_limit="moe_args.activation_limit"`. Reading a key that neither file nor class
+            has is a `RequestError`.
     """
     return Option(
         lambda config: {path: config[key] for key, path in paths.items()},
@@ -123,8 +127,11 @@ def copied(**paths: str) -> Option:
 
 
 def switches(**paths: str | tuple[str, ...]) -> Option:
-    """Booleans of the config, each for one or several fields; false where file and class do not
-    say, or say null.
+    """Return an option for booleans.
+
+    Args:
+        paths: the field or fields of each key. A key that is null, or that neither file nor class
+            has, means False.
     """
     each = {key: (path,) if isinstance(path, str) else path for key, path in paths.items()}
     return Option(
@@ -136,39 +143,43 @@ def switches(**paths: str | tuple[str, ...]) -> Option:
 
 
 def fixed(**values: Any) -> Option:
-    """Fields that all models of the family have; `moe_args__routing` stands for
-    `moe_args.routing`.
+    """Return an option for fields that have the same value in all models of the family.
+
+    Args:
+        values: the value of each field; `moe_args__routing` stands for the path `moe_args.routing`.
     """
     return Option(lambda config: {name.replace("__", "."): value for name, value in values.items()})
 
 
-def only(**values: Any) -> Option:
-    """Config keys of which one value is supported."""
-
+def _checked(check: Callable[[ForeignConfig], object]) -> Option:
     def read(config: ForeignConfig) -> Fields:
-        for key, value in values.items():
-            config.expect(key, value)
+        check(config)
         return {}
 
     return Option(read)
+
+
+def only(**values: Any) -> Option:
+    """Return an option that refuses all values of keys but one.
+
+    Args:
+        values: the supported value of each key, which is also its default.
+    """
+
+    def check(config: ForeignConfig) -> None:
+        for key, value in values.items():
+            config.expect(key, value)
+
+    return _checked(check)
 
 
 def ignored(*keys: str) -> Option:
-    """Config keys that transformers ignores in this family; one that is on is printed."""
-
-    def read(config: ForeignConfig) -> Fields:
-        config.note_ignored(*keys)
-        return {}
-
-    return Option(read)
+    """Return an option for keys that transformers ignores in this family; one that is on is
+    noted.
+    """
+    return _checked(lambda config: config.note_ignored(*keys))
 
 
 def redundant(*keys: str) -> Option:
-    """Config keys that repeat what others say."""
-
-    def read(config: ForeignConfig) -> Fields:
-        for key in keys:
-            config.get(key)
-        return {}
-
-    return Option(read)
+    """Return an option for keys that repeat what other keys state."""
+    return _checked(lambda config: [config.get(key) for key in keys])

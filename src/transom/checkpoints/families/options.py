@@ -48,7 +48,7 @@ def _write_shape(args: ModelArgs) -> Keys:
 
 
 def activation(key: str = "hidden_act") -> Option:
-    """The activation of the feed-forward."""
+    """Return an option for the activation of the feed-forward, which `key` names."""
 
     def read(config: ForeignConfig) -> Fields:
         config.expect(key, *_ACTIVATIONS)
@@ -82,9 +82,9 @@ def layer_types(args: ModelArgs) -> list[str]:
 
 
 def uniform_window(switch: bool = False) -> Option:
-    """A window in every layer or in none, as transformers has it in some families.
+    """Return an option for a window in all layers or in none.
 
-    With `switch`, `use_sliding_window` turns it on.
+    With `switch`, the key `use_sliding_window` turns the window on.
     """
 
     def read(config: ForeignConfig) -> Fields:
@@ -106,8 +106,10 @@ def uniform_window(switch: bool = False) -> Option:
 
 
 def read_windows(config: ForeignConfig, is_full: Callable[[int], bool]) -> Fields:
-    """Return the window and its layers, by `layer_types` where the file has it, else by the
-    rule of the family.
+    """Return the window, and the pattern of layers if only some have it.
+
+    The pattern is that of `layer_types` if the file has it. Otherwise `is_full` tells which layers,
+    by index, have no window.
     """
     types = config.get("layer_types")
     if types is None:
@@ -130,8 +132,9 @@ def read_windows(config: ForeignConfig, is_full: Callable[[int], bool]) -> Field
 
 
 def alternating_windows(every: int, *keys: str) -> Option:
-    """Sliding layers, each `every`-th of them full. The first of `keys` in the file overrides
-    `every`.
+    """Return an option for sliding layers of which each `every`-th is full.
+
+    The first of `keys` that the file has overrides `every`.
     """
 
     def read(config: ForeignConfig) -> Fields:
@@ -149,8 +152,9 @@ def alternating_windows(every: int, *keys: str) -> Option:
 
 
 def experts(width: str) -> Option:
-    """A mixture of experts whose width is the key `width`; the two names of the number of
-    experts mean the same.
+    """Return an option for a mixture of experts whose width is in the key `width`.
+
+    `num_experts` and `num_local_experts` mean the same.
     """
 
     def read(config: ForeignConfig) -> Fields:

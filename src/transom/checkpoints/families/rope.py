@@ -83,46 +83,23 @@ def rope_fields(
         return out
     longest = config["max_position_embeddings"]
     original = beside or settings.get("original_max_position_embeddings")
+    scaling = {key: settings[key] for key in _KEYS[kind] if settings.get(key) is not None}
     if original is None or kind == "dynamic":  # dynamic scaling knows no other length
         original = longest
-    scaling = {key: settings[key] for key in _KEYS[kind] if settings.get(key) is not None}
-    return out | _scaling_fields(config, kind, scaling, original, longest)
-
-
-def _scaling_fields(
-    config: ForeignConfig, kind: str, scaling: dict[str, Any], original: Any, longest: Any
-) -> Fields:
     if kind in ("yarn", "longrope"):
         scaling.setdefault("factor", longest / original)
     for key in _REQUIRED:
-        present = key in scaling or key not in _KEYS[kind]
-        require(
-            present,
-            f"{config.where}: rope_parameters.{key}",
-            None,
-            f"expected a value with rope_type {kind!r}",
-        )
+        field, expected = f"{config.where}: rope_parameters.{key}", f"expected a value with {kind}"
+        require(key in scaling or key not in _KEYS[kind], field, None, expected)
     if kind == "dynamic":  # the length in the file is where stretching begins, not where it ends
-        return {
-            "max_seq_len": int(longest * scaling["factor"]),
-            "rope_scaling": {"kind": kind, "original_max_seq_len": original, **scaling},
-        }
-    if kind == "llama3":
-        return {
-            "use_scaled_rope": True,
-            "rope_scaling_factor": scaling["factor"],
-            "rope_low_freq_factor": scaling["low_freq_factor"],
-            "rope_high_freq_factor": scaling["high_freq_factor"],
-            "rope_original_max_seq_len": original,
-        }
-    for key in ("beta_fast", "beta_slow"):
-        if not scaling.get(key, 1):
-            del scaling[key]
-    if not (
-        scaling.get("mscale") and scaling.get("mscale_all_dim")
-    ):  # only both together scale cos and sin
-        scaling = {key: value for key, value in scaling.items() if not key.startswith("mscale")}
-    return {"rope_scaling": {"kind": kind, "original_max_seq_len": original, **scaling}}
+        out["max_seq_len"] = int(longest * scaling["factor"])
+    if not (scaling.get("mscale") and scaling.get("mscale_all_dim")):  # one alone does nothing
+        scaling |= {"mscale": 0, "mscale_all_dim": 0}
+    for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):  # 0 means absent
+        if not scaling.get(key):
+            scaling.pop(key, None)
+    out["rope_scaling"] = {"kind": kind, "original_max_seq_len": original, **scaling}
+    return out
 
 
 def rope_keys(args: ModelArgs) -> Keys:

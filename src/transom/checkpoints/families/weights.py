@@ -32,12 +32,14 @@ class WeightNames:
 
     Attributes:
         patterns: one way to write every parameter.
-        aliases: other beginnings of keys, and what stands for them in `patterns`. The first that
-        fits counts. unread: regular expressions for keys that are not read, and the reason, which
-            is printed. `{n}` is the number of layers.
-        fused_experts: whether transformers holds the experts in two parameters, other than the
-        files do. reference_code: whether these are files of Meta's or Mistral's code, with all its
-            names for a weight.
+        aliases: other beginnings of keys, and what stands for them in `patterns`; the first that
+            fits counts.
+        unread: regular expressions for keys that are not read, and the reason, which is printed;
+            `{n}` is the number of layers.
+        fused_experts: whether transformers has the experts in two parameters in memory, unlike
+            files.
+        reference_code: whether these are files of Meta's or Mistral's code, with all its names for
+            a weight.
     """
 
     patterns: tuple[KeyPattern, ...]

@@ -87,9 +87,9 @@ def test_a_missing_shard(folder):
 @pytest.mark.parametrize(
     ("kind", "name", "said"),
     [
-        ("hf", "model.safetensors", "not a whole safetensors file"),
-        ("mistral", "consolidated.safetensors", "not a whole safetensors file"),
-        ("meta", "consolidated.01.pth", "not a whole checkpoint, its end is missing"),
+        ("hf", "model.safetensors", "not a complete safetensors file"),
+        ("mistral", "consolidated.safetensors", "not a complete safetensors file"),
+        ("meta", "consolidated.01.pth", "not a complete checkpoint, its end is missing"),
     ],
 )
 def test_a_cut_file(folder, kind, name, said):
@@ -105,7 +105,7 @@ def test_a_cut_file(folder, kind, name, said):
 def test_a_bad_header(folder, kind, name, junk):
     at = folder(kind)
     (at / name).write_bytes(junk)
-    sentence(lambda: load(at), str(at / name), "not a whole")
+    sentence(lambda: load(at), str(at / name), "not a complete")
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_a_pickle_that_wants_code(folder, tmp_path, zipped):
     at, ran = folder("meta"), tmp_path / "ran"
     torch.save({"a": torch.ones(1), "b": Evil(str(ran))}, at / "consolidated.00.pth",
                _use_new_zipfile_serialization=zipped)  # fmt: skip
-    sentence(lambda: load(at), "consolidated.00.pth: wants to run posix.mkdir")
+    sentence(lambda: load(at), "consolidated.00.pth: would run posix.mkdir")
     (at / "consolidated.00.pth").write_bytes(pickle.dumps(Evil(str(ran)), protocol=2))
     sentence(lambda: load(at), "consolidated.00.pth")
     assert not ran.exists()
@@ -208,8 +208,8 @@ def test_a_pickle_of_the_old_layout_is_read_whole_and_said(folder, capsys):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"x": {"nested": torch.ones(1)}}, "x is a dict; expected named tensors"),
-        ({"x": 3}, "x is a int"),
+        ({"x": {"nested": torch.ones(1)}}, "x: got 'dict'"),
+        ({"x": 3}, "x: got 'int'"),
         (
             {"extra": torch.ones(1)},
             "extra is in consolidated.00.pth or in this file, not in both",

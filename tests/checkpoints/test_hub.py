@@ -43,7 +43,7 @@ def test_a_cached_model_is_read_offline_and_said(cache, capsys):
         load(cache / "snapshots" / COMMIT).tok_embeddings.weight
     )
     assert (
-        "owner/tiny: the hub cannot be reached, the copy in its cache is used"
+        "owner/tiny: the hub cannot be reached; the copy in its cache is used"
         in capsys.readouterr().err
     )
     assert load_tokenizer("owner/tiny").decode([70, 71])
@@ -94,7 +94,7 @@ class Response:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        (GatedRepoError, "wants its terms accepted"),
+        (GatedRepoError, "terms must be accepted"),
         (RepositoryNotFoundError, "no such model on the hub"),
         (RevisionNotFoundError, "no such revision"),
     ],
@@ -139,7 +139,7 @@ def test_only_one_set_of_weights_is_fetched(cache, monkeypatch):
         [name for name in files if not name.startswith("model")]
     )
     monkeypatch.setattr(HfApi, "list_repo_files", lambda *_, **__: ["config.json", "model.gguf"])
-    with pytest.raises(RequestError, match=r"it has model\.gguf; expected weights in safetensors"):
+    with pytest.raises(RequestError, match=r"got model\.gguf; expected safetensors"):
         hub.download("owner/tiny")
 
 
@@ -156,7 +156,7 @@ def test_a_cache_of_settings_alone_says_so(cache):
     (cache / "snapshots" / COMMIT / "model.safetensors").unlink()
     assert load_tokenizer("owner/tiny").vocab_size == byte_tokenizer().vocab_size
     with pytest.raises(
-        RequestError, match="holds its settings without weights, and the hub cannot be reached"
+        RequestError, match="has its settings without weights, and the hub cannot be reached"
     ):
         load("owner/tiny")
 

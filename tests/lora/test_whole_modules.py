@@ -164,6 +164,6 @@ def test_a_fused_weight_gets_an_adapter_or_one_of_its_own(tmp_path):
     mine = load(tmp_path / "base")
     apply_lora(mine, LoraArgs(rank=1, targets=("wq",), modules_to_save=("wv",)))
     with pytest.raises(
-        RequestError, match="qkv_proj of phi3 gets an adapter and a weight of its own"
+        RequestError, match="qkv_proj of phi3: got an adapter and a weight of its own"
     ):
         save_adapter(mine, tmp_path / "a", family="phi3")

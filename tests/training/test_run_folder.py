@@ -71,7 +71,7 @@ def test_a_cut_file_is_refused_when_loading(finished, sums):
     if sums == "without":
         (file.parent / "sha256.json").unlink()
     with pytest.raises(
-        RequestError, match="altered or cut" if sums == "with checksums" else "not a whole"
+        RequestError, match="altered or cut" if sums == "with checksums" else "not a complete"
     ):
         load(finished / "run")
 
@@ -130,7 +130,7 @@ def test_a_full_disk_loses_nothing(finished, monkeypatch):
     trainer = open_run(tiny_args(finished, "keep_last=3"), resume=True, quiet=True)
     trainer.progress.step += 1
     before = {p: p.read_bytes() for p in (finished / "run").rglob("*") if p.is_file()}
-    monkeypatch.setattr("transom.checkpoints.files.safetensors_files.save_file", full)
+    monkeypatch.setattr("transom.checkpoints.files.safetensors_files._write_tensor", full)
     with pytest.raises(WorkError, match="No space left"):
         trainer.save(None)
     assert {p: p.read_bytes() for p in (finished / "run").rglob("*") if p.is_file()} == before

@@ -1,83 +1,84 @@
-"""Foreign tensors to ours and back, by the names of `checkpoints.families`, with every key consumed
-exactly once.
+"""Map the keys and tensors of files to Transom's names and back, with every key used exactly once.
+
+The names are those of `checkpoints.families`.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, notice
+from transom.base.errors import RequestError, notice, require
 from transom.checkpoints.families.registry import WEIGHT_NAMES
+from transom.checkpoints.files.layout import first_names
 from transom.checkpoints.files.lazy_tensors import LazyTensor, LazyTensors, TensorGroup
 from transom.config.model_args import ModelArgs
 from transom.names.tables import KeyMapping
 from transom.names.transforms import Shape, apply_transform, invert_transform
 
-# What torch says of a tensor that cannot be cut or stacked the way a row wants.
+# What torch raises if tensors cannot be cut or stacked as a mapping asks for.
 _MISFITS = (RuntimeError, ValueError, IndexError)
-_HEAD, _EMBEDDINGS = (
-    r"lm_head\.weight$|^output\.weight$",
-    r"model\.embed_tokens\.weight$|^tok_embeddings\.weight$",
-)
+_HEAD = r"lm_head\.weight$|^output\.weight$"
+_EMBEDDINGS = r"model\.embed_tokens\.weight$|^tok_embeddings\.weight$"
 
 
-def clean(table: str, source: LazyTensors, args: ModelArgs, where: str) -> dict[str, LazyTensor]:
-    """A foreign source under the names of its table, without what is known and not read, which is
-    said.
+def clean(family: str, source: LazyTensors, args: ModelArgs, where: str) -> dict[str, LazyTensor]:
+    """Return the tensors of files under the keys of their family, without those that are not read.
+
+    A notice tells how many are not read and why. A copy of tied embeddings is left out.
+
+    Raises:
+        RequestError: The output of a tied model differs from its embeddings.
     """
-    out: dict[str, LazyTensor] = {}
-    skipped: dict[str, int] = {}
-    names = WEIGHT_NAMES[table]
-    for key, stored in source.items():
+    names, out, unread = WEIGHT_NAMES[family], dict[str, LazyTensor](), Counter[str]()
+    for key, lazy in source.items():
         name = names.known_key(key)
         reason = names.unread_reason(name, args.n_layers)
         if reason is None:
-            out[name] = stored
+            out[name] = lazy
         else:
-            skipped[reason] = skipped.get(reason, 0) + 1
-    for reason, count in skipped.items():
+            unread[reason] += 1
+    for reason, count in unread.items():
         notice(f"{where}: {count} tensors left unread: {reason}")
-    return _untied(out, args, where)
-
-
-def _untied(source: dict[str, LazyTensor], args: ModelArgs, where: str) -> dict[str, LazyTensor]:
-    """Without the copy of the embeddings that files of tied models may keep; another matrix is a
-    `RequestError`.
-    """
-    heads = [key for key in source if re.search(_HEAD, key)] if args.tie_embeddings else []
+    heads = [key for key in out if re.search(_HEAD, key)] if args.tie_embeddings else []
     for head in heads:
-        embeddings = next(
-            (stored for key, stored in source.items() if re.search(_EMBEDDINGS, key)), None
+        embeddings = next((lazy for key, lazy in out.items() if re.search(_EMBEDDINGS, key)), None)
+        same = embeddings is not None and torch.equal(out[head].read(), embeddings.read())
+        expected = (
+            "which differs from the embeddings; expected none, as tie_word_embeddings is true"
         )
-        if embeddings is None or not torch.equal(source[head].read(), embeddings.read()):
-            raise RequestError(
-                f"{where}: {head} differs from the embeddings, but tie_word_embeddings is true"
-            )
-    return {key: stored for key, stored in source.items() if key not in heads}
+        require(same, where, head, expected)
+    return {key: lazy for key, lazy in out.items() if key not in heads}
 
 
 def to_ours(
     mappings: Iterable[KeyMapping], source: LazyTensors, shapes: Mapping[str, Shape], where: str
 ) -> dict[str, LazyTensor]:
-    """Our tensors, of the given shapes, from foreign ones; keys that do not add up are a
-    `RequestError`.
+    """Return our parameters from the tensors of files.
 
-    Where several mappings make the same parameter, the first whose keys are there counts; of a
-    parameter that none makes, those of the first are missing.
+    Args:
+        mappings: Names of files and ours. If several make the same parameter, the first whose keys
+            are there is used. If none is, the keys of the first are reported as missing.
+        source: The tensors of the files by their keys.
+        shapes: The shape of every parameter.
+        where: The folder, for messages.
+
+    Raises:
+        RequestError: Keys are missing or left over, or shapes do not fit. All are in one message.
     """
     out: dict[str, LazyTensor] = {}
     used: set[str] = set()
-    wanted: dict[str, Sequence[str]] = {}  # our name -> the keys it should have come from
+    sought: dict[str, Sequence[str]] = {}  # parameter -> the keys that it is made of and that lack
     misfits: list[str] = []
     for mapping in mappings:
         absent = [key for key in mapping.foreign if key not in source]
         if absent or any(name in out for name in mapping.ours):
             for name in mapping.ours:
-                wanted.setdefault(name, absent)
+                sought.setdefault(name, absent)
             continue
         used.update(mapping.foreign)
         parts = [source[key] for key in mapping.foreign]
@@ -86,50 +87,47 @@ def to_ours(
             found = ", ".join(sorted({str(part.shape) for part in parts}))
             needed = ", ".join(f"{name} {shapes[name]}" for name in mapping.ours)
             misfits.append(f"{mapping.foreign[0]} has shape {found}, which does not make {needed}")
-            made = [
-                LazyTensor.of(torch.empty(shapes[name], device="meta")) for name in mapping.ours
-            ]
+            made = [LazyTensor.of(torch.empty(shapes[n], device="meta")) for n in mapping.ours]
         out.update(zip(mapping.ours, made, strict=True))
     unfilled = [name for name in shapes if name not in out]
-    missing = list(dict.fromkeys(key for name in unfilled for key in wanted.get(name, ())))
-    homeless = [name for name in unfilled if name not in wanted]
-    account(where, missing, sorted(set(source) - used), homeless, misfits)
+    missing = list(dict.fromkeys(key for name in unfilled for key in sought.get(name, ())))
+    unnamed = [name for name in unfilled if name not in sought]
+    account(where, missing, sorted(source.keys() - used), unnamed, misfits)
     return out
 
 
 def _make(
     mapping: KeyMapping, parts: Sequence[LazyTensor], shapes: Sequence[Shape]
 ) -> list[LazyTensor] | None:
-    """What a mapping makes, tried on outlines; None when that has other shapes."""
+    """Return the parameters that a mapping makes, or None if they have other shapes."""
     try:
-        outlines = apply_transform(mapping.transform, [part.meta for part in parts], shapes)
+        metas = apply_transform(mapping.transform, [part.meta for part in parts], shapes)
     except _MISFITS:
         return None
-    if [tuple(outline.shape) for outline in outlines] != [tuple(shape) for shape in shapes]:
+    if [tuple(meta.shape) for meta in metas] != [tuple(shape) for shape in shapes]:
         return None
 
-    def maker(index: int) -> Callable[[], Tensor]:
+    def reader(index: int) -> Callable[[], Tensor]:
         return lambda: apply_transform(mapping.transform, [part.read() for part in parts], shapes)[
             index
         ]
 
-    return [
-        LazyTensor(tuple(line.shape), line.dtype, maker(index))
-        for index, line in enumerate(outlines)
-    ]
+    return [LazyTensor(tuple(meta.shape), meta.dtype, reader(i)) for i, meta in enumerate(metas)]
 
 
 def to_foreign(mappings: Iterable[KeyMapping], ours: LazyTensors, where: str) -> list[TensorGroup]:
-    """What is to be written for ours, one batch per row; a parameter that no row writes is a
-    `RequestError`.
+    """Return the tensors of files from our parameters, one group per mapping.
+
+    Raises:
+        RequestError: No mapping writes some parameter.
     """
     out: list[TensorGroup] = []
     written: set[str] = set()
     for mapping in mappings:
         written.update(mapping.ours)
-        outlines = invert_transform(mapping.transform, [ours[name].meta for name in mapping.ours])
-        out.append(TensorGroup(mapping.foreign, outlines, _writer(mapping, ours)))
-    account(where, [], [], sorted(set(ours) - written), [])
+        metas = invert_transform(mapping.transform, [ours[name].meta for name in mapping.ours])
+        out.append(TensorGroup(mapping.foreign, metas, _writer(mapping, ours)))
+    account(where, [], [], sorted(ours.keys() - written), [])
     return out
 
 
@@ -138,23 +136,18 @@ def _writer(mapping: KeyMapping, ours: LazyTensors) -> Callable[[], list[Tensor]
 
 
 def account(
-    where: str, missing: list[str], left_over: list[str], unfilled: list[str], misfits: list[str]
+    where: str,
+    missing: Sequence[str],
+    left_over: Sequence[str],
+    unnamed: Sequence[str],
+    misfits: Sequence[str],
 ) -> None:
-    """Raise one sentence that lists what does not add up."""
-    problems = [
-        f"{what}{_few(names)}"
-        for what, names in (
-            ("missing ", missing),
-            ("left over ", left_over),
-            ("nothing for ", unfilled),
-            ("", misfits),
-        )
-        if names
-    ]
+    """Check that all keys were used and all parameters made.
+
+    Raises:
+        RequestError: One of the lists is not empty. The message has the first names of each.
+    """
+    found = {"missing ": missing, "left over ": left_over, "nothing for ": unnamed, "": misfits}
+    problems = [f"{what}{first_names(names, 5)}" for what, names in found.items() if names]
     if problems:
         raise RequestError(f"{where}: keys do not add up: {'; '.join(problems)}")
-
-
-def _few(names: list[str], shown: int = 5) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more

@@ -1,8 +1,7 @@
-"""Adapters and their base as folders: which belong together, and the models that can be made of
-them.
+"""Plan the merging of adapters into their base, and make the merged models.
 
-An adapter was trained beside a base in some form: in another dtype, or in four bits. The merged
-weights can be made of that form, or of the base's own numbers.
+Adapters are trained on a base in some form: in another dtype, or in four bits. They can be merged
+into the weights of that form, or into the numbers of the base's files.
 """
 
 from __future__ import annotations
@@ -32,10 +31,8 @@ from transom.quantize.leaves import dequantize_model, quantize_model
 
 
 @dataclass(frozen=True)
-class Part:
-    """One adapter to merge: its name on the model, its folder, and the factor in front of what it
-    adds.
-    """
+class MergePart:
+    """One adapter to merge: its name on the model, its folder, and the factor before its update."""
 
     name: str
     folder: Path
@@ -43,10 +40,8 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Form:
-    """What the base's weights were in training: their dtype (None: the files' own), and how they
-    were quantized.
-    """
+class BaseForm:
+    """The form of the base in training: its dtype (None is that of the files) and quantization."""
 
     dtype: str | None = None
     quantize: QuantizeArgs | None = None
@@ -58,15 +53,24 @@ class Form:
 
 @dataclass(frozen=True)
 class Merge:
-    """What is to be merged; `wide` is the dtype of sums and of measuring, `dtype` the one that is
-    cast to, once.
+    """A base, its adapters, and the steps that merge them.
+
+    Attributes:
+        base: The folder of the base.
+        base_fingerprint: The fingerprint of its weights.
+        parts: The adapters.
+        args: How several adapters are combined.
+        trained: The form of the base that the adapters were trained on.
+        own_dtype: The dtype of the base's files.
+        dtype: The dtype of the result.
+        device: The device to merge on.
     """
 
     base: Path
     base_fingerprint: str
-    parts: tuple[Part, ...]
+    parts: tuple[MergePart, ...]
     args: CombineArgs
-    trained: Form
+    trained: BaseForm
     own_dtype: str
     dtype: str
     device: str
@@ -80,35 +84,40 @@ class Merge:
         dtype: str | None = None,
         device: str = "cpu",
     ) -> Merge:
-        """Find the folders and check that they belong together; without a `base`, the one that
-        adapters name.
+        """Find the folders and check that they belong together.
+
+        Args:
+            base: The base; None is the one that all adapters name.
+            adapters: Adapter folders, runs for their best steps, or hub ids.
+            args: How several adapters are combined.
+            dtype: The dtype of the result; None is that of the base's files.
+            device: The device to merge on.
+
+        Raises:
+            RequestError: A folder is missing, or adapters were trained on different bases.
         """
         require(dtype is None or dtype in DTYPES, "dtype", dtype, f"expected {', '.join(DTYPES)}")
         weights = args.weights_of(len(adapters))
         where, folders = named_folders(base, adapters)
-        first, *others = folders
-        base_fingerprint = check_base(first, where)
-        for folder in others:
+        base_fingerprint = check_base(folders[0], where)
+        for folder in folders[1:]:
             check_base(folder, where, base_fingerprint)
-        weighed = zip(folders, weights, strict=True)
-        parts = tuple(
-            Part(f"part{index}", folder, weight) for index, (folder, weight) in enumerate(weighed)
-        )
+        weighted = enumerate(zip(folders, weights, strict=True))
+        parts = tuple(MergePart(f"part{i}", folder, weight) for i, (folder, weight) in weighted)
         own = main_dtype(open_parameters(where))
         own_dtype = str(own).removeprefix("torch.")
-        form = form_of(folders, own)
-        return cls(
-            where, base_fingerprint, parts, args, form, own_dtype, dtype or own_dtype, device
-        )
+        form = trained_form(folders, own)
+        out_dtype = dtype or own_dtype
+        return cls(where, base_fingerprint, parts, args, form, own_dtype, out_dtype, device)
 
     @property
     def wide(self) -> str:
-        """Float32, or float64 where the files have it."""
+        """The dtype of sums and of measuring: float32, or float64 if the files have it."""
         return "float64" if self.own_dtype == "float64" else "float32"
 
     @property
-    def found(self) -> ModelLocation:
-        """The base, with the adapter whose tokenizer, template and settings go along."""
+    def location(self) -> ModelLocation:
+        """The base, with the adapter whose tokenizer, template and settings are copied."""
         return ModelLocation(self.base, self.parts[0].folder)
 
     @property
@@ -119,16 +128,30 @@ class Merge:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the adapters."""
+        """The names of the adapters on the model."""
         return tuple(part.name for part in self.parts)
 
-    def unmerged(self, form: Form) -> LLM:
-        """The base in a form, in wide numbers, with all adapters active beside it, weighed if they
-        add up.
+    @property
+    def weights(self) -> dict[str, float]:
+        """The factors of the adapters by name."""
+        return {part.name: part.weight for part in self.parts}
+
+    @property
+    def forms(self) -> tuple[BaseForm, ...]:
+        """The forms of the base to merge on: that of training, and the numbers of the files."""
+        return tuple(dict.fromkeys((self.trained, BaseForm())))
+
+    def name_of(self, form: BaseForm) -> str:
+        """Return a form in words."""
+        return "full-precision base" if form == BaseForm() else f"base as in training: {form}"
+
+    def unmerged(self, form: BaseForm) -> LLM:
+        """Return the base in a form, in wide numbers, with all adapters active.
+
+        Adapters that add up have their weights.
         """
-        model = load(
-            ModelLocation(self.base), self.device, self.wide if form == Form() else form.dtype
-        )
+        dtype = self.wide if form == BaseForm() else form.dtype
+        model = load(ModelLocation(self.base), self.device, dtype)
         if form.quantize is not None:
             dequantize_model(quantize_model(model, form.quantize))
         model = model.to(DTYPES[self.wide])
@@ -136,101 +159,92 @@ class Merge:
             load_adapter(model, part.folder, part.name)
         activate_adapters(model, self.names)
         if self.args.method == "linear":
-            scale_adapters(model, {part.name: part.weight for part in self.parts})
+            scale_adapters(model, self.weights)
         return model
 
     def merged(self, model: LLM) -> LLM:
-        """`unmerged` with the adapters in its weights, not rounded yet; in place."""
+        """Merge the adapters of `unmerged` into its weights, in place, without rounding."""
         if self.args.method == "linear":
             return fold_adapters(model)
-        return fold_adapters(model, self.args, {part.name: part.weight for part in self.parts})
+        return fold_adapters(model, self.args, self.weights)
 
     @torch.no_grad()
     def rounded(self, model: LLM) -> LLM:
-        """Every weight as the output dtype has it, still in wide numbers; in place."""
+        """Round every weight to the dtype of the result, in place; it stays in wide numbers."""
         weights = plain_weights(model)
-        kinds = dtypes_of(
-            {name: LazyTensor.of(weight) for name, weight in weights.items()}, DTYPES[self.dtype]
-        )
+        lazy = {name: LazyTensor.of(weight) for name, weight in weights.items()}
+        kinds = dtypes_of(lazy, DTYPES[self.dtype])
         for name, weight in weights.items():
             weight.copy_(narrowed(name, weight, kinds[name]))
         return model
-
-    @property
-    def forms(self) -> tuple[Form, ...]:
-        """Of the base to merge on: the one that the adapters saw, and the files' own numbers."""
-        return tuple(dict.fromkeys((self.trained, Form())))
-
-    def name_of(self, form: Form) -> str:
-        """A form in words."""
-        return "full-precision base" if form == Form() else f"base as in training: {form}"
 
 
 def named_folders(
     base: str | Path | None, adapters: Sequence[str | Path]
 ) -> tuple[Path, list[Path]]:
-    """The folders of the base and of the adapters; a run stands for its best step.
+    """Return the folders of a base and of adapters; a run stands for its best step.
 
-    Without a `base` it is the one that all adapters name.
+    Args:
+        base: The base; None is the one that all adapters name.
+        adapters: The adapters.
+
+    Raises:
+        RequestError: A folder is missing, the base is an adapter, an adapter is a model, or
+            adapters name different bases.
     """
     if base is not None:
-        whole = find_model(base)
-        require(
-            whole.adapter is None,
-            "base",
-            str(base),
-            "expected a whole model, and this is an adapter",
-        )
-        return whole.model, [_adapter_folder(name) for name in adapters]
+        found = find_model(base)
+        expected = "which is an adapter; expected a complete model"
+        require(found.adapter is None, "base", str(base), expected)
+        return found.model, [_adapter_folder(name) for name in adapters]
     bases: dict[Path, Path] = {}
-    folders = []
+    folders: list[Path] = []
     for name in adapters:
         found = find_model(name)
-        if found.adapter is None:
-            raise _no_adapter(name)
-        folders.append(found.adapter)
+        folders.append(_require_adapter(name, found.adapter))
         bases.setdefault(found.model.resolve(), found.model)
     if len(bases) > 1:
-        first, second, *_ = bases
-        raise RequestError(f"adapters of {first} and of {second}: expected adapters of one base")
+        raise RequestError(
+            f"adapters of {' and of '.join(map(str, bases))}; expected those of one base"
+        )
     return next(iter(bases.values())), folders
 
 
 def _adapter_folder(name: str | Path) -> Path:
-    """The folder of an adapter whose own base is not asked for."""
     if (Path(name) / MISTRAL_WEIGHTS).exists():
         return Path(name)
     folder = named_folder(name)
-    if not is_adapter(folder):
-        raise _no_adapter(name)
+    return _require_adapter(name, folder if is_adapter(folder) else None)
+
+
+def _require_adapter(name: str | Path, folder: Path | None) -> Path:
+    if folder is None:
+        raise RequestError(
+            f"adapter: got {str(name)!r}, a complete model; expected an adapter or its run"
+        )
     return folder
 
 
-def _no_adapter(name: str | Path) -> RequestError:
-    return RequestError(
-        f"adapter: got {str(name)!r}; a whole model; expected an adapter, or a run of one"
-    )
+def trained_form(adapters: Sequence[Path], own: torch.dtype) -> BaseForm:
+    """Return the form of the base that adapters were trained on; `own` is the dtype of its files.
 
-
-def form_of(adapters: Sequence[Path], own: torch.dtype) -> Form:
-    """In what form the adapters saw their base; `own` is the dtype of its files. Two forms are a
-    `RequestError`.
+    Raises:
+        RequestError: They were trained on different forms.
     """
-    forms = []
+    forms: list[BaseForm] = []
     for facts in filter(None, map(read_facts, adapters)):
         known = facts.dtype is None or facts.dtype in DTYPES
         require(known, "dtype", facts.dtype, f"expected {', '.join(DTYPES)}")
-        same = (
-            facts.dtype is None
-            or torch.promote_types(own, DTYPES[facts.dtype]) == DTYPES[facts.dtype]
-        )
-        # A wider dtype holds the same numbers, but scales of quantized ones are rounded to it.
+        kind = own if facts.dtype is None else DTYPES[facts.dtype]
         quantize = None if facts.quantize is None else QuantizeArgs.from_dict(facts.quantize)
-        forms.append(Form(None if same and quantize is None else facts.dtype, quantize))
-    if any(form != forms[0] for form in forms):
+        # A wider dtype has the same numbers, but the scales of quantized ones are rounded to it.
+        same = torch.promote_types(own, kind) == kind and quantize is None
+        forms.append(BaseForm(None if same else facts.dtype, quantize))
+    different = list(dict.fromkeys(forms))
+    if len(different) > 1:
         raise RequestError(
-            f"adapters trained on a base in {forms[0]} and in "
-            f"{next(form for form in forms if form != forms[0])}: "
-            "expected adapters that saw the same base"
+            f"adapters trained on a base in {' and in '.join(map(str, different))}; expected "
+            "those of "
+            "one form"
         )
-    return forms[0] if forms else Form()
+    return forms[0] if forms else BaseForm()

@@ -1,16 +1,14 @@
-"""Models into folders: native, Hugging Face's, Meta's and Mistral's layout, whole or not at all."""
+"""Save models in the formats of Transom, Hugging Face, Meta and Mistral."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from torch import Tensor
-
-from transom.base.errors import RequestError, notice
+from transom.base.errors import notice, require
 from transom.base.files import write_text
 from transom.base.runtime import DTYPES
 from transom.checkpoints.families.hf import args_from_hf, args_to_hf
@@ -55,21 +53,30 @@ def save(
     dtype: str | None = None,
     max_shard_size: str | None = None,
 ) -> None:
-    """Write config, weights and tokenizer into `folder`; `hf`, `meta` and `mistral` are what those
-    codes read.
+    """Save a model with its config, its generation settings and a tokenizer.
 
-    Weights keep their dtype unless one is named; native and hf files are cut at `max_shard_size`
-    (5GB). What the folder that the model was loaded from states on generation is written too; what
-    it does not state comes from the tokenizer.
+    An existing folder gets the new files, completely or not at all. The generation settings are
+    those of the folder that the model was loaded from, with the ids of the tokenizer for those that
+    it does not state.
+
+    Args:
+        model: The model; its adapters are left out unless they are merged.
+        folder: The folder to write.
+        format: `native`, or `hf`, `meta` or `mistral` for the codes that read those.
+        tokenizer: The tokenizer to write beside the weights.
+        dtype: The dtype of the weights; None keeps the model's.
+        max_shard_size: The size of a weights file, such as `500MB` (default: 5GB); valid for
+            `native` and `hf`.
+
+    Raises:
+        RequestError: An argument is wrong, the format cannot hold the model, or the model is on the
+            meta device.
+        WorkError: The files could not be written, or weights are too large for the dtype.
     """
-    ours = {
-        name: LazyTensor.of(parameter.detach()) for name, parameter in plain_weights(model).items()
-    }
-    for name, stored in ours.items():
-        if stored.read().is_meta:
-            raise RequestError(
-                f"{name}: on the meta device, which has no values; expected a model with weights"
-            )
+    ours = {name: LazyTensor.of(one.detach()) for name, one in plain_weights(model).items()}
+    for name, lazy in ours.items():
+        expected = "expected weights on a device that holds values"
+        require(not lazy.read().is_meta, f"{name}: device", "meta", expected)
     layout = plan_layout(model.args, ours, format, dtype, max_shard_size)
     settings = settings_to_write(model.generation_settings, tokenizer, str(folder))
     if format == "hf":
@@ -83,24 +90,20 @@ def save(
 
 @dataclass(frozen=True)
 class FolderLayout:
-    """What is to be written: the config and its file's name, and the weights as batches."""
+    """The config and the weights of a folder to write; shards have at most `max_bytes`."""
 
     format: Format
     config: dict[str, Any]
-    batches: Sequence[TensorGroup]
+    groups: Sequence[TensorGroup]
     max_bytes: int | None
 
     def write(self, out: Path) -> None:
-        """Weights first, then the config that makes the folder a model."""
+        """Write the weights, then the config."""
         if self.format == "meta":
-            write_pickled(out, self.batches)
+            write_pickled(out, self.groups)
         else:
-            write_stream(
-                out,
-                self.batches,
-                self.max_bytes,
-                CONSOLIDATED if self.format == "mistral" else WEIGHTS,
-            )
+            name = CONSOLIDATED if self.format == "mistral" else WEIGHTS
+            write_stream(out, self.groups, self.max_bytes, name)
         name = CONFIG if self.format in ("native", "hf") else PARAMS
         write_text(out / name, json.dumps(self.config, indent=2))
 
@@ -112,54 +115,57 @@ def plan_layout(
     dtype: str | None = None,
     max_shard_size: str | None = None,
 ) -> FolderLayout:
-    """All that `format` wants, before anything is written; what it cannot hold is a
-    `RequestError`.
+    """Return everything that is written for a model in a format, before anything is written.
+
+    Args:
+        args: The model's arguments.
+        ours: Its parameters under Transom's names. They are read while they are written.
+        format: As for `save`.
+        dtype: As for `save`.
+        max_shard_size: As for `save`.
+
+    Raises:
+        RequestError: As for `save`.
     """
-    if format not in get_args(Format):
-        raise RequestError(f"format: got {format!r}; expected {', '.join(get_args(Format))}")
-    if dtype is not None and dtype not in DTYPES:
-        raise RequestError(f"dtype: got {dtype!r}; expected {', '.join(DTYPES)}")
-    if max_shard_size is not None and format not in ("native", "hf"):
-        raise RequestError(
-            f"max_shard_size: got {max_shard_size!r}; format {format} is one file; expected none"
-        )
+    formats, sharded = get_args(Format), format in ("native", "hf")
+    require(format in formats, "format", format, f"expected {', '.join(formats)}")
+    require(dtype is None or dtype in DTYPES, "dtype", dtype, f"expected {', '.join(DTYPES)}")
+    one_file = f"valid only with native and hf, since format {format} is one file"
+    require(sharded or max_shard_size is None, "max_shard_size", max_shard_size, one_file)
     ours = cast(ours, None if dtype is None else DTYPES[dtype])
-    max_bytes = (
-        parse_size(max_shard_size or MAX_SHARD_SIZE, "max_shard_size")
-        if format in ("native", "hf")
-        else None
-    )
+    size = max_shard_size or MAX_SHARD_SIZE
+    max_bytes = parse_size(size, "max_shard_size") if sharded else None
     if format == "native":
         config: dict[str, Any] = {"model_type": MODEL_TYPE, **args.to_dict()}
-        batches = [TensorGroup((name,), (one.meta,), _reader(one)) for name, one in ours.items()]
-        return FolderLayout(format, config, batches, max_bytes)
+        groups = [TensorGroup.of(name, lazy) for name, lazy in ours.items()]
+        return FolderLayout(format, config, groups, max_bytes)
+    layout: RopeLayout = "interleaved"
     if format == "hf":
         config = args_to_hf(args)
         config["torch_dtype"] = str(main_dtype(ours)).removeprefix("torch.")
-        table, rotary = str(config["model_type"]), args.rope_layout
-        if rotary == "interleaved":  # halves stay halves in every family
-            rotary = args_from_hf(config, CONFIG).rope_layout
+        family = str(config["model_type"])
+        # Halves stay halves in every family.
+        layout = (
+            "halves" if args.rope_layout == "halves" else args_from_hf(config, CONFIG).rope_layout
+        )
     else:
         args, ours = _untied(args, ours, format)
         plain = replace(args, rope_layout="interleaved")
         config = args_to_meta(plain) if format == "meta" else args_to_mistral(plain)
-        table, rotary = f"params_{format}", "interleaved"
-    state = {name: _turned(name, one, args, rotary) for name, one in ours.items()}
-    batches = to_foreign(WEIGHT_NAMES[table].mappings(args, state), state, f"format {format}")
-    return FolderLayout(format, config, batches, max_bytes)
-
-
-def _reader(stored: LazyTensor) -> Callable[[], list[Tensor]]:
-    return lambda: [stored.read()]
+        family = f"params_{format}"
+    if args.rope_layout != layout:
+        ours = {name: _reordered(name, lazy, args, layout) for name, lazy in ours.items()}
+    groups = to_foreign(WEIGHT_NAMES[family].mappings(args, ours), ours, f"format {format}")
+    return FolderLayout(format, config, groups, max_bytes)
 
 
 def _untied(args: ModelArgs, ours: LazyTensors, format: str) -> tuple[ModelArgs, LazyTensors]:
-    """Codes that know no tying get the embeddings a second time, as the output."""
+    """Return a model whose output is a copy of the embeddings if they are tied."""
     if not args.tie_embeddings:
         return args, ours
     notice(
-        f"format {format} knows no tied output: the embeddings are written twice, and read back "
-        f"as two matrices"
+        f"format {format} has no tied output: the embeddings are written twice, and read back as "
+        "two matrices"
     )
     return replace(args, tie_embeddings=False), {
         **ours,
@@ -167,7 +173,5 @@ def _untied(args: ModelArgs, ours: LazyTensors, format: str) -> tuple[ModelArgs,
     }
 
 
-def _turned(name: str, stored: LazyTensor, args: ModelArgs, to: RopeLayout) -> LazyTensor:
-    if args.rope_layout == to:
-        return stored
-    return stored.then(lambda tensor: permute_rotary(name, tensor, args, to))
+def _reordered(name: str, lazy: LazyTensor, args: ModelArgs, to: RopeLayout) -> LazyTensor:
+    return lazy.then(lambda tensor: permute_rotary(name, tensor, args, to))

@@ -20,12 +20,13 @@ from transom.base.errors import WorkError, notice, require
 from transom.base.files import json_text, sha256_of, write_text
 from transom.base.runtime import machine
 from transom.base.version import __version__
-from transom.checkpoints.convert import carry_companions, config_ids
+from transom.checkpoints.convert import config_ids
+from transom.checkpoints.files.companions import carry_companions
 from transom.checkpoints.files.layout import Format, folder_format
 from transom.checkpoints.files.lazy_tensors import LazyTensor
 from transom.checkpoints.files.staging import staged
 from transom.checkpoints.fingerprint import fingerprint
-from transom.checkpoints.merge import Form, Merge
+from transom.checkpoints.merge import BaseForm, Merge
 from transom.checkpoints.read_args import read_args
 from transom.checkpoints.save import plan_layout
 from transom.checkpoints.state import meta_model
@@ -76,13 +77,13 @@ def merge_folders(
     """
     started = time.perf_counter()
     merge = Merge.plan(base, adapters, CombineArgs() if args is None else args, dtype, device)
-    for folder in merge.found.folders:
+    for folder in merge.location.folders:
         other = Path(out).resolve() != folder.resolve()
         require(other, "out", str(out), "expected a folder that is not read")
     model_args, kind = read_args(merge.base), format or folder_format(merge.base)
     shapes = {name: LazyTensor.of(one) for name, one in meta_model(model_args).named_parameters()}
     plan_layout(model_args, shapes, kind, merge.dtype)  # refuses a wrong request before the work
-    rows = token_rows(merge.found, model_args, data, merge.run, tokens)
+    rows = token_rows(merge.location, model_args, data, merge.run, tokens)
     controls, candidates, model = measure(merge, rows)
     kept = min(candidates, key=lambda form: _divergence(candidates[form]))
     if kept != list(candidates)[-1]:
@@ -91,11 +92,11 @@ def merge_folders(
     weights = {name: LazyTensor.of(one.detach()) for name, one in plain_weights(model).items()}
     layout = plan_layout(model.args, weights, kind, merge.dtype)
     if layout.format == "hf":
-        layout.config.update(config_ids(merge.found))  # for other tools
+        layout.config.update(config_ids(merge.location))  # for other tools
     alone = len(candidates) == 1
     with staged(Path(out)) as folder:
         layout.write(folder)
-        carry_companions(merge.found, folder)
+        carry_companions(merge.location, folder)
         mark = fingerprint(folder, fresh=True)
         report = {
             **_request(merge, rows),
@@ -129,7 +130,7 @@ def _divergence(agreement: Agreement | None) -> float:
 
 def measure(
     merge: Merge, rows: TokenRows
-) -> tuple[dict[str, Agreement], dict[Form, Agreement | None], LLM]:
+) -> tuple[dict[str, Agreement], dict[BaseForm, Agreement | None], LLM]:
     """Compare every candidate with the unmerged model, with one model in memory at a time.
 
     TIES and DARE have no unmerged model. Their merged weights before rounding take its place. A
@@ -162,7 +163,7 @@ def measure(
         activate_adapters(model, (part.name,))
         controls[f"{part.folder} alone"] = compare(model)
     activate_adapters(model, merge.names)
-    candidates: dict[Form, Agreement | None] = {}
+    candidates: dict[BaseForm, Agreement | None] = {}
     for form in merge.forms:
         if candidates:
             del model

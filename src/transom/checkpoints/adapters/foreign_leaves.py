@@ -1,30 +1,23 @@
-"""Where a foreign model keeps what our leaves hold, for adapters: by the names of
-`checkpoints.families`.
+"""The modules of other codes that hold the weights of our leaves, for reading and writing adapters.
 
-A row that says how a foreign weight becomes ours also says how its adapter does: A sees the inputs,
-so all of our leaves behind one foreign weight share it, and B makes the outputs, so it is cut and
-turned like the weight.
+The mapping of a foreign weight to ours is that of its adapter, too. A multiplies the inputs, so all
+of our leaves behind one foreign weight share it. B makes the outputs, so it is cut and reordered as
+the weight is. A site is a foreign module, or a parameter of a module that holds several (fused
+experts).
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from transom.base.errors import RequestError
+from transom.base.errors import RequestError, require
 from transom.checkpoints.families.registry import FAMILIES
-from transom.checkpoints.families.weights import (
-    EXPERTS_IN_MEMORY,
-    OUR_NAMES,
-    ROUTER_IN_MEMORY,
-    WeightNames,
-)
-from transom.config.model_args import ModelArgs
+from transom.checkpoints.families.weights import EXPERTS_IN_MEMORY, OUR_NAMES, ROUTER_IN_MEMORY
+from transom.config.layer_args import RopeLayout
 from transom.lora.args import Scaling
 from transom.lora.weights import LEAVES, Leaf, LoraWeights
 from transom.models.llm import LLM
@@ -32,20 +25,20 @@ from transom.names.tables import REFERENCE_NAMES, KeyMapping, expand
 from transom.names.transforms import apply_transform, invert_transform, permute_rotary
 from transom.quantize.leaves import dense_names
 
-Layout = Literal["interleaved", "halves"]
-# transformers rotates interleaved pairs in these (DeepSeek's as its config says): rows are never
-# turned.
+# In these families of transformers, rotary rows have the layout of the files. In all others the
+# rows of queries and keys are halves.
 OWN_LAYOUT = ("llama4_text", "llama4", "deepseek_v3")
-# Experts as [E, in, out] in a module that does not say so: PEFT takes rows for outputs, and A and B
-# swap roles.
+# These hold experts as [E, in, out]. PEFT takes the rows for outputs, so A and B swap their roles.
 SWAPPED = ("llama4_text", "llama4")
 MISTRAL = "mistral-inference"
-OWN = "transom"  # our own names and layout, for models that no family of transformers can hold
+OWN = "transom"  # our own names, for models that no family of transformers can express
+# What torch raises if tensors cannot be cut or joined as a mapping asks for.
+MISFITS = (RuntimeError, ValueError, IndexError)
 
 
 @dataclass(frozen=True)
-class Tensors:
-    """A foreign adapter of one module or parameter, as stored; `magnitude` where it is DoRA."""
+class ForeignLora:
+    """The low-rank adapter of one site, as stored in a file; `magnitude` is that of DoRA."""
 
     A: Tensor
     B: Tensor
@@ -54,277 +47,248 @@ class Tensors:
     scaling: Scaling
 
 
-@dataclass(frozen=True)
-class Table:
-    """One way of naming what the model holds: foreign sites to moves, and the layout of rotary rows
-    there.
-    """
-
-    family: str
-    moves: tuple[KeyMapping, ...]  # of leaves, for adapters
-    whole: tuple[KeyMapping, ...]  # of all parameters, for those that are saved whole
-    layout: Layout
-    names: WeightNames
-
-    @functools.cached_property
-    def sites(self) -> dict[str, KeyMapping]:
-        """Foreign module (or parameter, where it is none's weight) -> the move it is part of."""
-        return {site(key): move for move in self.moves for key in move.foreign}
-
-
-def site(key: str) -> str:
-    """The module of a weight's key; a parameter of another name is a site of its own."""
+def site_of(key: str) -> str:
+    """Return the module of a weight's key, or the key of a parameter that is no `weight`."""
     return key.removesuffix(".weight")
 
 
-def is_parameter(move: KeyMapping) -> bool:
-    """Whether the foreign side is a parameter of a module that holds several, as experts are."""
-    return not move.foreign[0].endswith(".weight")
+def is_parameter(mapping: KeyMapping) -> bool:
+    """Return whether the foreign side is a parameter of a module that holds several."""
+    return not mapping.foreign[0].endswith(".weight")
 
 
-def table_of(family: str, model: LLM) -> Table:
-    """The names that `family` has for this model."""
-    args = model.args
-    parameters = _own_names(model)
-    held: list[KeyMapping] = []
-    names = OUR_NAMES
-    if family in (MISTRAL, OWN):
-        same = [KeyMapping((name,), (name,), "copy") for name in parameters]
-        whole = (*same, *(expand(REFERENCE_NAMES, args, parameters) if family == MISTRAL else ()))
-        layout: Layout = "interleaved" if family == MISTRAL else args.rope_layout
-    else:
-        names = FAMILIES[family].names
-        router = (ROUTER_IN_MEMORY,) if names.fused_experts else ()
-        held = expand(EXPERTS_IN_MEMORY, args, parameters) if names.fused_experts else []
-        whole = tuple(expand((*router, *names.patterns), args, parameters))
-        layout = args.rope_layout if family in OWN_LAYOUT else "halves"
-    moves = tuple(move for move in (*held, *whole) if _of_leaves(move, model))
-    return Table(family, moves, whole, layout, names)
+class Naming:
+    """The names that one family has for a model's weights.
+
+    Attributes:
+        mappings: Those of all parameters, for parameters that are saved whole.
+        leaf_mappings: Those of the weights of leaves, for low-rank adapters.
+        sites: The leaf mapping of every site.
+        names: How keys of files are spelled.
+        layout: The layout of rotary rows.
+    """
+
+    def __init__(self, family: str, model: LLM) -> None:
+        """`family` is a model_type of transformers, `MISTRAL` or `OWN`."""
+        args, parameters = model.args, own_names(model)
+        self.family, self.model, self.names = family, model, OUR_NAMES
+        self.layout: RopeLayout = args.rope_layout
+        fused: list[KeyMapping] = []
+        if family in (MISTRAL, OWN):
+            self.mappings = [KeyMapping((name,), (name,), "copy") for name in parameters]
+        else:
+            self.names = FAMILIES[family].names
+            router = (ROUTER_IN_MEMORY,) if self.names.fused_experts else ()
+            fused = expand(EXPERTS_IN_MEMORY, args, parameters) if self.names.fused_experts else []
+            self.mappings = expand((*router, *self.names.patterns), args, parameters)
+            self.layout = args.rope_layout if family in OWN_LAYOUT else "halves"
+        if family == MISTRAL:
+            self.mappings += expand(REFERENCE_NAMES, args, parameters)
+            self.layout = "interleaved"
+        every = dict.fromkeys((*fused, *self.mappings))
+        self.leaf_mappings = [one for one in every if self._is_of_leaves(one)]
+        self.sites = {site_of(key): one for one in self.leaf_mappings for key in one.foreign}
+
+    def _is_of_leaves(self, mapping: KeyMapping) -> bool:
+        owners = [name.rpartition(".") for name in mapping.ours]
+        return all(
+            last == "weight" and isinstance(self.model.get_submodule(path), LEAVES)
+            for path, _, last in owners
+        )
+
+    def reordered(self, path: str, tensor: Tensor, *, to_ours: bool) -> Tensor:
+        """Return the rows of a leaf's outputs in our rotary layout, or in that of the family."""
+        args = self.model.args
+        source, target = self.layout, args.rope_layout
+        if not to_ours:
+            source, target = target, source
+        if source == target:
+            return tensor
+        return permute_rotary(f"{path}.weight", tensor, replace(args, rope_layout=source), target)
 
 
-def _own_names(model: LLM) -> list[str]:
+def own_names(model: LLM) -> list[str]:
+    """Return the names of a model's parameters, without those of adapters."""
     return [name for name in dense_names(model) if ".lora." not in name]
 
 
-def _of_leaves(move: KeyMapping, model: LLM) -> bool:
-    owners = [name.rpartition(".") for name in move.ours]
-    return all(
-        last == "weight" and isinstance(model.get_submodule(path), LEAVES)
-        for path, _, last in owners
-    )
-
-
-def candidates(model: LLM) -> list[Table]:
-    """The tables that name every parameter of the text model, one for each of `FAMILIES`; our own
-    names last.
-    """
-    text = {name for name in _own_names(model) if not name.startswith("vision.")}
-    out = []
-    for family in FAMILIES:
-        table = table_of(family, model)
-        if text <= {name for move in table.whole for name in move.ours}:
-            out.append(table)
-    return [*out, table_of(OWN, model)]
+def namings(model: LLM) -> list[Naming]:
+    """Return the names of every family that can express the text model; our own names come last."""
+    text = {name for name in own_names(model) if not name.startswith("vision.")}
+    all_families = [Naming(family, model) for family in FAMILIES]
+    fitting = [one for one in all_families if text <= {n for m in one.mappings for n in m.ours}]
+    return [*fitting, Naming(OWN, model)]
 
 
 def to_leaves(
-    table: Table,
-    move: KeyMapping,
-    found: Mapping[str, Tensors],
-    model: LLM,
+    naming: Naming,
+    mapping: KeyMapping,
+    found: Mapping[str, ForeignLora],
     dropout: float,
     where: str,
 ) -> dict[str, LoraWeights]:
-    """Our adapters, by leaf, from the foreign ones of a move."""
-    given = [found[site(key)] for key in move.foreign if site(key) in found]
-    first = given[0]
-    paths = [name.removesuffix(".weight") for name in move.ours]
-    owners: list[Leaf] = [_leaf(model, path) for path in paths]
-    if len(given) < len(move.foreign):
-        raise RequestError(
-            f"{where}: adapters on {len(given)} of {len(move.foreign)} experts of {paths[0]}: "
-            f"expected all or none of a layer"
-        )
-    alike = {(t.A.shape, t.alpha, t.scaling, t.magnitude is None) for t in given}
-    if len(alike) > 1:
-        raise RequestError(
-            f"{where}: experts of {paths[0]} differ in rank or scale; expected one for all"
-        )
+    """Return our adapters by leaf from the foreign ones of a mapping.
+
+    Raises:
+        RequestError: A tensor does not fit the weight, or the experts of a layer are not all there
+            or differ in rank or scale.
+    """
+    given = [found[site_of(key)] for key in mapping.foreign if site_of(key) in found]
+    first, paths = given[0], [name.removesuffix(".weight") for name in mapping.ours]
+    leaves, count = [leaf_at(naming.model, path) for path in paths], len(mapping.foreign)
+    experts = f"{where}: experts of {paths[0]} with an adapter"
+    require(len(given) == count, experts, len(given), f"expected all {count} of the layer, or none")
+    alike = {(one.A.shape, one.alpha, one.scaling, one.magnitude is None) for one in given}
+    require(len(alike) == 1, f"{experts}, ranks and scales", len(alike), "expected one for all")
     try:
-        if is_parameter(move):
-            A, B = _read_experts(table.family, first, owners)
-            magnitudes: list[Tensor | None] = [None] * len(paths)
-        else:
-            A = torch.stack([t.A for t in given]) if move.transform == "stack" else first.A
-            B, magnitudes = [t.B for t in given], [None] * len(paths)
-            if first.magnitude is not None:
-                lengths = [t.magnitude for t in given if t.magnitude is not None]
-                magnitudes = [
-                    *apply_transform(
-                        move.transform, lengths, [owner.weight.shape for owner in owners]
-                    )
-                ]
-        parts = apply_transform(move.transform, B, [owner.weight.shape for owner in owners])
-    except (RuntimeError, ValueError, IndexError):
-        raise _misfit(where, move, first, owners) from None
+        A, parts, magnitudes = _read(naming, mapping, given, leaves)
+    except MISFITS:
+        a, b = tuple(first.A.shape), tuple(first.B.shape)
+        wanted = ", ".join(str(tuple(leaf.weight.shape)) for leaf in leaves)
+        raise RequestError(
+            f"{where}: {site_of(mapping.foreign[0])}: got A {a} and B {b}; expected shapes that "
+            "fit "
+            f"weights {wanted}"
+        ) from None
+    shared = nn.Parameter(_copied(A, leaves[0]))
     out: dict[str, LoraWeights] = {}
-    shared = nn.Parameter(_placed(A, owners[0]))
-    for path, owner, part, magnitude in zip(paths, owners, parts, magnitudes, strict=True):
-        if not _fit(owner, shared, part, magnitude):
-            raise _misfit(where, move, first, owners)
-        if magnitude is not None:
-            magnitude = _placed(
-                turned(path, magnitude, model.args, table.layout, model.args.rope_layout), owner
-            )
+    for path, leaf, *rows in zip(paths, leaves, parts, magnitudes, strict=True):
+        B, magnitude = (
+            None if one is None else _copied(naming.reordered(path, one, to_ours=True), leaf)
+            for one in rows
+        )
+        assert B is not None
         out[path] = LoraWeights(
             shared,
-            _placed(turned(path, part, model.args, table.layout, model.args.rope_layout), owner),
+            B,
             first.alpha,
             first.scaling,
             dropout=dropout,
             magnitude=magnitude,
-            family=table.family,
+            family=naming.family,
         )
     return out
 
 
-def _leaf(model: nn.Module, path: str) -> Leaf:
+def _read(
+    naming: Naming, mapping: KeyMapping, given: list[ForeignLora], leaves: list[Leaf]
+) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    """Return A, and B and magnitude per leaf; one of `MISFITS` is raised if they do not fit."""
+    A, B = given[0].A, [one.B for one in given]
+    shapes = [leaf.weight.shape for leaf in leaves]
+    if is_parameter(mapping):
+        A, *B = _read_experts(naming.family, given[0], leaves)
+    elif mapping.transform == "stack":
+        A = torch.stack([one.A for one in given])
+    parts = apply_transform(mapping.transform, B, shapes)
+    lengths = [one.magnitude for one in given if one.magnitude is not None]
+    magnitudes: list[Tensor | None] = [None] * len(leaves)
+    if lengths:
+        magnitudes = [*apply_transform(mapping.transform, lengths, shapes)]
+    for leaf, part, magnitude in zip(leaves, parts, magnitudes, strict=True):
+        weight = leaf.weight.mT if isinstance(leaf, nn.Embedding) else leaf.weight
+        *groups, outputs, inputs = weight.shape
+        rank = A.size(-2)
+        fits = A.shape == (*groups, rank, inputs) and part.shape == (*groups, outputs, rank)
+        if not fits or (magnitude is not None and magnitude.shape != (*groups, outputs)):
+            raise ValueError("shapes that do not fit")
+    return A, [*parts], magnitudes
+
+
+def leaf_at(model: nn.Module, path: str) -> Leaf:
+    """Return the leaf of a model at a path."""
     leaf = model.get_submodule(path)
-    assert isinstance(leaf, LEAVES), "moves are those of leaves"
+    assert isinstance(leaf, LEAVES), "sites are those of leaves"
     return leaf
 
 
-def _placed(tensor: Tensor, leaf: Leaf) -> Tensor:
-    """A copy of its own on the leaf's device, in float32 or better: small steps are lost in half
-    precision.
-    """
+def _copied(tensor: Tensor, leaf: Leaf) -> Tensor:
+    # In float32 or better: half precision loses the small steps of training.
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     return tensor.to(leaf.weight.device, dtype, copy=True).contiguous()
 
 
-def _fit(leaf: Leaf, A: Tensor, B: Tensor, magnitude: Tensor | None) -> bool:
-    *groups, outputs, inputs = (
-        leaf.weight.mT.shape if leaf.weight.ndim == 2 and _swaps(leaf) else leaf.weight.shape
-    )
-    fits = A.shape == (*groups, A.size(-2), inputs) and B.shape == (*groups, outputs, A.size(-2))
-    return fits and (magnitude is None or magnitude.shape == (*groups, outputs))
+def _read_experts(family: str, stored: ForeignLora, leaves: list[Leaf]) -> tuple[Tensor, Tensor]:
+    """Return A [E, r, in] and B [E, r, out], laid out as the weight, of fused experts.
 
-
-def _swaps(leaf: Leaf) -> bool:
-    """An embedding's weight is [in, out]."""
-    return isinstance(leaf, nn.Embedding)
-
-
-def _misfit(where: str, move: KeyMapping, first: Tensors, owners: Iterable[Leaf]) -> RequestError:
-    wanted = ", ".join(str(tuple(owner.weight.shape)) for owner in owners)
-    return RequestError(
-        f"{where}: the adapter of {site(move.foreign[0])} has A {tuple(first.A.shape)} and B "
-        f"{tuple(first.B.shape)}, which does not fit weights {wanted}"
-    )
-
-
-def _read_experts(family: str, stored: Tensors, owners: list[Leaf]) -> tuple[Tensor, list[Tensor]]:
-    """(A [E, r, in], B as a weight [E, r, out]) from A [E r, in] read as (E, r, in) and B as (out,
-    r, E).
+    PEFT stores A as [E r, in] in the order (E, r), and B as [out, r E] in the order (r, E).
     """
-    count, _, inputs = owners[0].weight.shape
-    outputs = sum(owner.weight.size(1) for owner in owners)
+    count, _, inputs = leaves[0].weight.shape
+    outputs = sum(leaf.weight.size(1) for leaf in leaves)
     A_ERI = stored.A.unflatten(0, (count, -1))
     B_ERO = stored.B.unflatten(1, (-1, count)).permute(2, 1, 0)
-    if swapped(family, stored.A.size(1), inputs, outputs):
+    # If inputs and outputs have one width, the roles are those of PEFT 0.21.
+    if family in SWAPPED if inputs == outputs else stored.A.size(1) == outputs:
         A_ERI, B_ERO = B_ERO, A_ERI
     if A_ERI.size(2) != inputs or B_ERO.size(2) != outputs:
-        raise ValueError("neither way round")
-    return A_ERI, [B_ERO]
-
-
-def swapped(family: str, width: int, inputs: int, outputs: int) -> bool:
-    """Whether A of experts, of this width, is for their outputs; where both widths agree, as PEFT
-    0.21 does.
-    """
-    return family in SWAPPED if inputs == outputs else width == outputs
-
-
-def turned(path: str, tensor: Tensor, args: ModelArgs, source: Layout, target: Layout) -> Tensor:
-    """Rows of a leaf's outputs from one rotary layout into the other, where they make queries or
-    keys.
-    """
-    if source == target:
-        return tensor
-    return permute_rotary(f"{path}.weight", tensor, replace(args, rope_layout=source), target)
+        raise ValueError("shapes that do not fit")
+    return A_ERI, B_ERO
 
 
 def to_site(
-    table: Table, move: KeyMapping, parts: Mapping[str, LoraWeights], model: LLM
-) -> list[Tensors]:
-    """The foreign adapters of a move, one per foreign key, from ours by leaf.
+    naming: Naming, mapping: KeyMapping, parts: Mapping[str, LoraWeights]
+) -> list[ForeignLora]:
+    """Return the foreign adapters of a mapping, one per foreign key, from ours by leaf.
 
-    Leaves that share A stay at their rank. Others stand side by side: A below A, each B in columns
-    of its own; a leaf without an adapter gets zeros.
+    Leaves that share A keep their rank. Otherwise the rank is the sum of theirs: the A are stacked,
+    each B has columns of its own, and a leaf without an adapter has zeros.
+
+    Raises:
+        RequestError: DoRA is on a part of a fused weight, or on a parameter.
     """
-    paths = [name.removesuffix(".weight") for name in move.ours]
-    here = [parts[path] for path in paths if path in parts]
-    first = here[0]
+    paths = [name.removesuffix(".weight") for name in mapping.ours]
+    here = {path: parts[path] for path in paths if path in parts}
+    first = next(iter(here.values()))
     same = len(here) == len(paths) and all(
-        torch.equal(lora.A, first.A) and lora.scale == first.scale for lora in here
+        torch.equal(one.A, first.A) and one.scale == first.scale for one in here.values()
     )
-    A = first.A.detach() if same else torch.cat([lora.A.detach() for lora in here], -2)
-    columns, start = [], 0
-    for path in paths:
-        owner, lora = _leaf(model, path), parts.get(path)
-        block = A.new_zeros(*owner.weight.shape[:-1], A.size(-2)) if not _swaps(owner) else None
-        if lora is not None:
-            B = lora.B.detach()
-            if same:
-                block = B
-            else:
-                assert block is not None, "an embedding is never part of several"
-                # One scale for all: what a part's own differs by goes into its B.
-                block[..., start : start + lora.rank] = B * (lora.scale / first.scale)
-                start += lora.rank
-        assert block is not None, "what stands alone is there"
-        columns.append(turned(path, block, model.args, model.args.rope_layout, table.layout))
-    alpha = first.alpha
-    if not same and first.scaling != "direct":
+    A, alpha = first.A.detach(), first.alpha
+    columns = [one.B.detach() for one in here.values()]
+    if not same:
+        A = torch.cat([one.A.detach() for one in here.values()], -2)
+        columns = _side_by_side(naming.model, paths, here, A)
         growth = A.size(-2) / first.rank
-        alpha *= growth if first.scaling == "alpha_over_rank" else growth**0.5
-    made = invert_transform(move.transform, columns)
-    magnitudes = _magnitudes(table, move, parts, paths, model)
-    if is_parameter(move):
-        return [_write_experts(table, A, made[0], alpha, first.scaling)]
-    inputs = A.unbind(0) if move.transform == "stack" else [A]
-    return [
-        Tensors(a, b, m, alpha, first.scaling)
-        for a, b, m in zip(inputs, made, magnitudes, strict=True)
-    ]
+        alpha *= {"alpha_over_rank": growth, "rslora": growth**0.5, "direct": 1}[first.scaling]
+    rows = [naming.reordered(p, b, to_ours=False) for p, b in zip(paths, columns, strict=True)]
+    made = invert_transform(mapping.transform, rows)
+    magnitudes = _magnitudes(naming, mapping, here)
+    if is_parameter(mapping):
+        B_ERO = made[0]
+        if naming.family in SWAPPED:
+            A, B_ERO = B_ERO, A
+        B = B_ERO.permute(2, 1, 0).flatten(1)
+        return [ForeignLora(A.flatten(0, 1), B, None, alpha, first.scaling)]
+    inputs = A.unbind(0) if mapping.transform == "stack" else [A]
+    found = zip(inputs, made, magnitudes, strict=True)
+    return [ForeignLora(a, b, m, alpha, first.scaling) for a, b, m in found]
+
+
+def _side_by_side(
+    model: LLM, paths: list[str], here: Mapping[str, LoraWeights], A: Tensor
+) -> list[Tensor]:
+    """Return one B per leaf for the stacked `A`, all at the scale of the first adapter."""
+    first, start, out = next(iter(here.values())), 0, []
+    for path in paths:
+        block = A.new_zeros(*leaf_at(model, path).weight.shape[:-1], A.size(-2))
+        if path in here:
+            lora = here[path]
+            block[..., start : start + lora.rank] = lora.B.detach() * (lora.scale / first.scale)
+            start += lora.rank
+        out.append(block)
+    return out
 
 
 def _magnitudes(
-    table: Table, move: KeyMapping, parts: Mapping[str, LoraWeights], paths: list[str], model: LLM
+    naming: Naming, mapping: KeyMapping, here: Mapping[str, LoraWeights]
 ) -> list[Tensor | None]:
-    own = [
-        lora.magnitude.detach()
-        for path in paths
-        if (lora := parts.get(path)) and lora.magnitude is not None
-    ]
+    own = {path: one.magnitude for path, one in here.items() if one.magnitude is not None}
     if not own:
-        return [None] * len(move.foreign)
-    if len(own) < len(paths) or is_parameter(move):
+        return [None] * len(mapping.foreign)
+    if len(own) < len(mapping.ours) or is_parameter(mapping):
         raise RequestError(
-            f"DoRA on {', '.join(p for p in paths if p in parts)}: {site(move.foreign[0])} of "
-            f"{table.family} cannot hold it; expected LoRA there, or DoRA on all of its parts"
+            f"DoRA on {', '.join(here)}: {site_of(mapping.foreign[0])} of {naming.family} cannot "
+            "hold "
+            "it; expected LoRA there, or DoRA on all of its parts"
         )
-    args = model.args
-    rows = [
-        turned(p, m, args, args.rope_layout, table.layout) for p, m in zip(paths, own, strict=True)
-    ]
-    return [*invert_transform(move.transform, rows)]
-
-
-def _write_experts(
-    table: Table, A_ERI: Tensor, B_ERO: Tensor, alpha: float, scaling: Scaling
-) -> Tensors:
-    """`_read_experts`, the other way."""
-    if table.family in SWAPPED:
-        A_ERI, B_ERO = B_ERO, A_ERI
-    return Tensors(A_ERI.flatten(0, 1), B_ERO.permute(2, 1, 0).flatten(1), None, alpha, scaling)
+    rows = [naming.reordered(path, m.detach(), to_ours=False) for path, m in own.items()]
+    return [*invert_transform(mapping.transform, rows)]

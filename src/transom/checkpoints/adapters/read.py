@@ -1,35 +1,33 @@
-"""Adapters from files: PEFT's folders, and `lora.safetensors` of mistral-finetune."""
+"""Read adapters: folders of PEFT, and `lora.safetensors` of mistral-finetune."""
 
 from __future__ import annotations
 
-import pickle
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from transom.base.errors import RequestError, notice
-from transom.base.files import read_json, refuse_pointer
+from transom.base.errors import RequestError, notice, require
+from transom.base.files import read_json
 from transom.checkpoints.adapters.foreign_leaves import (
+    MISFITS,
     MISTRAL,
-    Table,
-    Tensors,
-    candidates,
+    ForeignLora,
+    Naming,
     is_parameter,
-    table_of,
+    namings,
     to_leaves,
-    turned,
 )
 from transom.checkpoints.adapters.peft_config import PeftConfig, read_peft
-from transom.checkpoints.families.registry import WEIGHT_NAMES
-from transom.checkpoints.families.weights import OUR_NAMES
-from transom.checkpoints.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from transom.checkpoints.families.weights import OUR_NAMES, WeightNames
+from transom.checkpoints.files.consolidated import read_pickled
+from transom.checkpoints.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PARAMS
+from transom.checkpoints.files.safetensors_files import read_safetensors
 from transom.lora.adapters import activate_adapters, attach, train_adapters
 from transom.lora.vocabulary import resize_vocabulary
 from transom.lora.weights import LoraWeights, Replacement
@@ -37,18 +35,18 @@ from transom.models.llm import LLM
 from transom.names.transforms import apply_transform
 
 PICKLED = "adapter_model.bin"
-MISTRAL_WEIGHTS, MISTRAL_CONFIG = "lora.safetensors", "params.json"
-MISTRAL_SCALING = 2.0  # what mistral-inference's `load_lora` multiplies by unless told otherwise
-_OUTPUTS, _EMBEDDINGS = (
-    ("lm_head.weight", "output.weight"),
-    ("embed_tokens.weight", "tok_embeddings.weight"),
-)
+MISTRAL_WEIGHTS = "lora.safetensors"
+MISTRAL_SCALING = 2.0  # the default of mistral-inference's `load_lora`
+PREFIX = "base_model.model."  # before every key of a PEFT file
+_OUTPUTS = ("lm_head.weight", "output.weight")
+_EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight")
 _PART = re.compile(r"(?P<path>.+)\.lora_(embedding_)?(?P<which>A|B|magnitude_vector)(\.weight)?")
 
 
-class Spot(NamedTuple):
-    """Where part of an adapter stands: its module's path, as the table and as the file have it, and
-    how deep in wrappers (`.base_layer`).
+class ModulePath(NamedTuple):
+    """The module of a low-rank part: its path in our spelling and in the file's.
+
+    `depth` is the number of PEFT's wrappers around it (`.base_layer`).
     """
 
     path: str
@@ -57,15 +55,18 @@ class Spot(NamedTuple):
 
 
 @dataclass
-class Source:
-    """An adapter's files: low-rank parts by where they stand, whole parameters by key, reasons to
-    leave others.
+class AdapterTensors:
+    """The tensors of an adapter file.
+
+    Attributes:
+        parts: A, B and magnitude by module.
+        whole: Parameters that are saved whole, by key.
+        unread: The number of keys that are not read, by reason.
     """
 
-    where: str
-    parts: dict[Spot, dict[str, Tensor]] = field(default_factory=dict)
+    parts: dict[ModulePath, dict[str, Tensor]] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
-    unread: dict[str, int] = field(default_factory=dict)
+    unread: Counter[str] = field(default_factory=Counter)
 
 
 def load_adapter(
@@ -76,19 +77,24 @@ def load_adapter(
     trainable: bool = False,
     scaling: float | None = None,
 ) -> LLM:
-    """The adapter of a folder on `model`, in place, as the only active one; returns the model.
+    """Put an adapter on a model, in place, as the only active one; return the model.
 
-    Reads PEFT's LoRA folders and Mistral's `lora.safetensors`, whose `scaling` is that of
-    `params.json` beside it unless given. A vocabulary grows to that of an adapter with new tokens.
-    A key that finds no place, or a feature that is not supported, is a `RequestError`, and the
-    model stays as it was. `trainable` freezes all else.
+    The vocabulary grows to that of an adapter with new tokens.
+
+    Args:
+        model: The base of the adapter.
+        folder: A folder of PEFT (LoRA, rsLoRA, DoRA), or one with Mistral's `lora.safetensors`.
+        name: The name of the adapter on the model.
+        trainable: Train the adapter and freeze everything else. Otherwise it is frozen.
+        scaling: The factor before Mistral's adapter; None takes that of `params.json`.
+
+    Raises:
+        RequestError: The folder is no adapter or is damaged, it has a feature that is not
+            supported, or one of its keys has no place in the model. The model is unchanged.
     """
     here = Path(folder)
     if (here / ADAPTER_CONFIG).exists():
-        if scaling is not None:
-            raise RequestError(
-                f"scaling: got {scaling!r}; {here / ADAPTER_CONFIG} says it; expected none"
-            )
+        require(scaling is None, "scaling", scaling, f"valid only without {ADAPTER_CONFIG}")
         parts = _peft_parts(model, here)
     elif (here / MISTRAL_WEIGHTS).exists():
         parts = _mistral_parts(model, here, scaling)
@@ -98,288 +104,253 @@ def load_adapter(
         )
     attach(model, name, parts)
     activate_adapters(model, (name,))
+    for part in parts.values():
+        part.requires_grad_(False)
     if trainable:
         train_adapters(model, (name,))
-    else:
-        for parameter in _parameters(parts):
-            parameter.requires_grad_(False)
     return model
-
-
-def _parameters(parts: Mapping[str, nn.Module]) -> list[nn.Parameter]:
-    return [parameter for part in parts.values() for parameter in part.parameters()]
 
 
 def _peft_parts(model: LLM, folder: Path) -> dict[str, LoraWeights | Replacement]:
     config = read_peft(read_json(folder / ADAPTER_CONFIG), str(folder / ADAPTER_CONFIG))
-    present = [
-        name for name in (ADAPTER_WEIGHTS, PICKLED, MISTRAL_WEIGHTS) if (folder / name).exists()
-    ]
+    names = (ADAPTER_WEIGHTS, PICKLED, MISTRAL_WEIGHTS)
+    present = [name for name in names if (folder / name).exists()]
     path = folder / (PICKLED if present[:1] == [PICKLED] else ADAPTER_WEIGHTS)
-    ignored = [name for name in present if name != path.name]
+    ignored = ", ".join(name for name in present if name != path.name)
     if ignored:
-        notice(f"{folder}: the adapter is read from {path.name}; ignored: {', '.join(ignored)}")
-    state = _tensors(path)
+        notice(f"{folder}: the adapter is read from {path.name}; ignored: {ignored}")
+    state = _read_tensors(path)
     fewest: list[str] = []
-    for table in candidates(model):
-        source = sort_keys(state, table.family, str(path), model.args.n_layers)
-        sites = sites_of(table, source, config)
-        lost = [held.path for held in source.parts if held not in sites]
-        lost += [key for key in source.whole if not _has_place(table, key, model)]
+    for naming in namings(model):
+        source = sort_keys(state, naming.names, model.args.n_layers, str(path))
+        sites = _sites(naming, source, config)
+        lost = [module.path for module in source.parts if module not in sites]
+        lost += [key for key in source.whole if not _has_place(naming, key)]
         if not lost:
-            return _of_table(model, table, source, sites, config)
+            return _of_naming(naming, source, sites, config, str(path))
         fewest = lost if not fewest or len(lost) < len(fewest) else fewest
     more = f" ({len(fewest)} such keys)" if len(fewest) > 1 else ""
-    raise RequestError(
-        f"{path}: {fewest[0]} is nothing in this model that can carry an adapter{more}"
-    )
+    raise RequestError(f"{path}: {fewest[0]} has no place in this model{more}")
 
 
-def sort_keys(state: Mapping[str, Tensor], family: str, where: str, layers: int = 0) -> Source:
-    """The keys of an adapter file, without what PEFT puts around a module's path."""
-    out = Source(where)
-    names = WEIGHT_NAMES.get(family, OUR_NAMES)
+def sort_keys(
+    state: Mapping[str, Tensor], names: WeightNames, n_layers: int, where: str
+) -> AdapterTensors:
+    """Return the tensors of an adapter file by module, without PEFT's prefixes and wrappers.
+
+    Raises:
+        RequestError: A tensor is part of a LoRA feature that is not supported.
+    """
+    out = AdapterTensors()
     for full, tensor in state.items():
-        key = names.known_key(full.removeprefix("base_model.model."))
-        reason = names.unread_reason(key, layers)
-        if reason is not None:
-            out.unread[reason] = out.unread.get(reason, 0) + 1
-            continue
-        if key.endswith(".lora_B.bias"):
-            raise RequestError(
-                f"{where}: {full}: biases of LoRA (lora_bias) are not supported; expected none"
-            )
+        key = names.known_key(full.removeprefix(PREFIX))
+        reason = names.unread_reason(key, n_layers)
         match = _PART.fullmatch(key)
-        if match is None:
-            if ".lora_" in key:
-                raise RequestError(
-                    f"{where}: {full} is no part of LoRA that is known here; expected A, B "
-                    f"and DoRA's"
-                )
+        if reason is not None:
+            out.unread[reason] += 1
+        elif match is not None:
+            named = full.removeprefix(PREFIX).replace(".base_layer", "").partition(".lora_")[0]
+            path, depth = (
+                match["path"].replace(".base_layer", ""),
+                match["path"].count(".base_layer"),
+            )
+            out.parts.setdefault(ModulePath(path, named, depth), {})[match["which"]] = tensor
+        else:
+            require(".lora_" not in key, where, full, "expected A, B or a magnitude vector of LoRA")
             out.whole[key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
-            continue
-        path, named = (text.replace(".base_layer", "") for text in (match["path"], full))
-        named = named.removeprefix("base_model.model.").partition(".lora_")[0]
-        spot = Spot(path, named, match["path"].count(".base_layer"))
-        out.parts.setdefault(spot, {})[match["which"]] = tensor
     return out
 
 
-def sites_of(table: Table, source: Source, config: PeftConfig) -> dict[Spot, str]:
-    """The site of every low-rank part; of several parameters of one module, the first stands
-    innermost.
+def _sites(naming: Naming, source: AdapterTensors, config: PeftConfig) -> dict[ModulePath, str]:
+    """Return the site of every low-rank part.
+
+    PEFT wraps a module once for each of its parameters, the first one innermost.
     """
-    known = table.sites
-    out: dict[Spot, str] = {}
-    for held in source.parts:
-        if held.path in known and held.depth == 0:
-            out[held] = held.path
-            continue
+    out: dict[ModulePath, str] = {}
+    for module in source.parts:
         wrapped = [
             name
-            for name, move in known.items()
-            if is_parameter(move)
-            and name.rpartition(".")[0] == held.path
-            and _targets(config, name)
+            for name, mapping in naming.sites.items()
+            if is_parameter(mapping)
+            and name.rpartition(".")[0] == module.path
+            and config.is_target_parameter(name)
         ]
-        if held.depth < len(wrapped):
-            out[held] = wrapped[-1 - held.depth]
+        if module.path in naming.sites and module.depth == 0:
+            out[module] = module.path
+        elif module.depth < len(wrapped):
+            out[module] = wrapped[-1 - module.depth]
     return out
 
 
-def _targets(config: PeftConfig, name: str) -> bool:
-    """Whether `target_parameters` means this parameter."""
-    return any(name == target or name.endswith(f".{target}") for target in config.target_parameters)
-
-
-def _of_table(
-    model: LLM, table: Table, source: Source, sites: Mapping[Spot, str], config: PeftConfig
+def _of_naming(
+    naming: Naming,
+    source: AdapterTensors,
+    sites: Mapping[ModulePath, str],
+    config: PeftConfig,
+    where: str,
 ) -> dict[str, LoraWeights | Replacement]:
     for reason, count in source.unread.items():
-        notice(f"{source.where}: {count} tensors left unread: {reason}")
-    found: dict[str, Tensors] = {}
-    for held, part in source.parts.items():
-        found[sites[held]] = _stored(source.where, table, held, sites[held], part, config)
+        notice(f"{where}: {count} tensors left unread: {reason}")
+    found = {
+        sites[module]: _foreign_lora(naming, module, sites[module], part, config, where)
+        for module, part in source.parts.items()
+    }
+    parts = _all_leaves(naming, found, config.dropout, where)
+    _grow_vocabulary(naming, source.whole, where)
+    return {**parts, **_replacements(naming, source.whole, config, parts, where)}
+
+
+def _all_leaves(
+    naming: Naming, found: Mapping[str, ForeignLora], dropout: float, where: str
+) -> dict[str, LoraWeights | Replacement]:
     out: dict[str, LoraWeights | Replacement] = {}
-    for move in dict.fromkeys(table.sites[name] for name in found):
-        made = to_leaves(table, move, found, model, config.dropout, source.where)
-        twice = next((path for path in made if path in out), None)
-        if twice is not None:
-            raise RequestError(f"{source.where}: {twice} gets two adapters; expected one")
+    for mapping in dict.fromkeys(naming.sites[name] for name in found):
+        made = to_leaves(naming, mapping, found, dropout, where)
+        if made.keys() & out:
+            raise RequestError(f"{where}: two adapters on {min(made.keys() & out)}; expected one")
         out.update(made)
-    _grow_vocabulary(model, table, source)
-    return {**out, **_replacements(model, table, source, config, out)}
+    return out
 
 
-def _grow_vocabulary(model: LLM, table: Table, source: Source) -> None:
-    """Rows for the tokens that the adapter's embeddings have beyond the model's own."""
-    key = next(move.foreign[0] for move in table.whole if move.ours == ("tok_embeddings.weight",))
-    rows = source.whole[key].size(0) if key in source.whole else 0
-    if rows > model.args.vocab_size:
-        notice(
-            f"{source.where}: its vocabulary has {rows - model.args.vocab_size} tokens more than "
-            f"the base's"
-        )
-        resize_vocabulary(model, rows)
+def _has_place(naming: Naming, key: str) -> bool:
+    tied = naming.model.args.tie_embeddings and key.endswith(_OUTPUTS)
+    return tied or any(key in mapping.foreign for mapping in naming.mappings)
 
 
-def _stored(
-    where: str, table: Table, spot: Spot, at: str, part: Mapping[str, Tensor], config: PeftConfig
-) -> Tensors:
-    if not {"A", "B"} <= set(part) or config.dora != ("magnitude_vector" in part):
-        raise RequestError(
-            f"{where}: {at} has {', '.join(sorted(part))}; expected A and B, and a "
-            f"magnitude_vector where use_dora is true"
-        )
-    move = table.sites[at]
-    key = f"{spot.named}.{at.rpartition('.')[2]}" if is_parameter(move) else spot.named
-    key += ".weight" if _targets(config, f"{key}.weight") else ""
+def _foreign_lora(
+    naming: Naming,
+    module: ModulePath,
+    site: str,
+    part: Mapping[str, Tensor],
+    config: PeftConfig,
+    where: str,
+) -> ForeignLora:
+    complete = {"A", "B"} <= set(part) and config.dora == ("magnitude_vector" in part)
+    expected = "expected A and B, and a magnitude_vector if use_dora is true"
+    require(complete, f"{where}: {site}", ", ".join(sorted(part)), expected)
+    parameter = is_parameter(naming.sites[site])
+    key = f"{module.named}.{site.rpartition('.')[2]}" if parameter else module.named
+    key += ".weight" if config.is_target_parameter(f"{key}.weight") else ""
     rank, rows = config.rank_of(key), part["A"].size(-2)
-    groups = part["B"].size(1) // rank if is_parameter(move) and rank > 0 else 1
-    if rows != rank * groups:
-        raise RequestError(
-            f"{where}: {at} has rank {rows // max(groups, 1)}, but its config says {rank}"
-        )
-    return Tensors(
-        part["A"], part["B"], part.get("magnitude_vector"), config.alpha_of(key), config.scaling
+    groups = part["B"].size(1) // rank if parameter and rank > 0 else 1
+    field = f"{where}: {site}: rank"
+    require(
+        rows == rank * groups, field, rows // max(groups, 1), f"expected {rank}, as in the config"
     )
+    magnitude, alpha = part.get("magnitude_vector"), config.alpha_of(key)
+    return ForeignLora(part["A"], part["B"], magnitude, alpha, config.scaling)
 
 
-def _has_place(table: Table, key: str, model: LLM) -> bool:
-    return any(key in move.foreign for move in table.whole) or (
-        model.args.tie_embeddings and key.endswith(_OUTPUTS)
-    )
+def _grow_vocabulary(naming: Naming, whole: Mapping[str, Tensor], where: str) -> None:
+    key = next(m.foreign[0] for m in naming.mappings if m.ours == ("tok_embeddings.weight",))
+    rows = whole[key].size(0) if key in whole else 0
+    more = rows - naming.model.args.vocab_size
+    if more > 0:
+        notice(f"{where}: its vocabulary has {more} tokens more than the base's")
+        resize_vocabulary(naming.model, rows)
 
 
 def _replacements(
-    model: LLM, table: Table, source: Source, config: PeftConfig, parts: Mapping[str, object]
+    naming: Naming,
+    whole: Mapping[str, Tensor],
+    config: PeftConfig,
+    parts: Mapping[str, object],
+    where: str,
 ) -> dict[str, Replacement]:
-    """`modules_to_save`: whole parameters by module; those equal to the model's own need none."""
-    whole = _untied(model, dict(source.whole), config, source.where)
-    by_module: dict[str, dict[str, Tensor]] = {}
-    for move in table.whole:
-        given = [whole.pop(key) for key in move.foreign if key in whole]
+    """Return the parameters that are saved whole (`modules_to_save`), by module.
+
+    PEFT saves embeddings beside their adapter; parameters equal to the model's own are left out.
+    """
+    model, out = naming.model, dict[str, dict[str, Tensor]]()
+    left = _without_tied_output(model, whole, config, where)
+    for mapping in naming.mappings:
+        given = [left.pop(key) for key in mapping.foreign if key in left]
         if not given:
             continue
-        own = [model.get_parameter(name) for name in move.ours]
+        own = [model.get_parameter(name) for name in mapping.ours]
+        shapes = [tuple(parameter.shape) for parameter in own]
         try:
-            made = (
-                apply_transform(move.transform, given, [parameter.shape for parameter in own])
-                if _all(move, given)
-                else []
-            )
-        except (RuntimeError, ValueError, IndexError):
+            made = apply_transform(mapping.transform, given, shapes)
+        except MISFITS:
             made = []
-        if [tuple(t.shape) for t in made] != [tuple(p.shape) for p in own]:
-            shapes = ", ".join(str(tuple(t.shape)) for t in given)
-            raise RequestError(
-                f"{source.where}: {move.foreign[0]} has shape {shapes}, the model "
-                f"{tuple(own[0].shape)}; expected "
-                "an adapter of this model, with a vocabulary of the same size"
-            )
-        for name, tensor, parameter in zip(move.ours, made, own, strict=True):
+        fits = len(given) == len(mapping.foreign) and [tuple(t.shape) for t in made] == shapes
+        found = ", ".join(str(tuple(tensor.shape)) for tensor in given)
+        expected = f"expected {shapes[0]}, as in the model, with a vocabulary of the same size"
+        require(fits, f"{where}: {mapping.foreign[0]}: shape", found, expected)
+        for name, tensor, parameter in zip(mapping.ours, made, own, strict=True):
             path, _, last = name.rpartition(".")
-            fitting = turned(path, tensor, model.args, table.layout, model.args.rope_layout)
-            value = fitting.to(parameter.device, parameter.dtype, copy=True).contiguous()
+            rows = naming.reordered(path, tensor, to_ours=True)
+            value = rows.to(parameter.device, parameter.dtype, copy=True).contiguous()
             if torch.equal(value, parameter):
-                continue  # PEFT stores embeddings that carry an adapter beside it
+                continue
             if path in parts:
                 raise RequestError(
-                    f"{source.where}: {path} has an adapter and a {last} of its own; expected one "
-                    "of them"
+                    f"{where}: an adapter on {path} and a {last} of its own; expected one of them"
                 )
-            by_module.setdefault(path, {})[last] = value
-    return {path: Replacement(tensors) for path, tensors in by_module.items()}
+            out.setdefault(path, {})[last] = value
+    return {path: Replacement(tensors) for path, tensors in out.items()}
 
 
-def _all(move: Any, given: list[Tensor]) -> bool:
-    return len(given) == len(move.foreign)
-
-
-def _untied(
-    model: LLM, whole: dict[str, Tensor], config: PeftConfig, where: str
+def _without_tied_output(
+    model: LLM, whole: Mapping[str, Tensor], config: PeftConfig, where: str
 ) -> dict[str, Tensor]:
-    """Without the output of a model that ties it: both must be the same, or PEFT's model is not
-    this one.
+    """Return the tensors without the output of a model that ties it to its embeddings.
+
+    Raises:
+        RequestError: The adapter has an output that differs from its embeddings.
     """
-    if not model.args.tie_embeddings:
-        return whole
     head = next((key for key in whole if key.endswith(_OUTPUTS)), None)
     embeddings = next((key for key in whole if key.endswith(_EMBEDDINGS)), None)
-    if head is None and embeddings is None:
-        return whole
-    if head is not None and embeddings is not None and torch.equal(whole[head], whole[embeddings]):
-        del whole[head]
-    elif head is not None or not config.ensure_weight_tying:
-        own = model.tok_embeddings.weight
-        alone = whole[str(head or embeddings)]
-        if alone.shape != own.shape or not torch.equal(alone.to(own), own):
+    given = [key for key in (head, embeddings) if key is not None]
+    if not model.args.tie_embeddings or not given:
+        return dict(whole)
+    alone, own = whole[given[0]], model.tok_embeddings.weight
+    tied = len(given) == 2 and torch.equal(alone, whole[given[1]])
+    if not tied and (head is not None or not config.ensure_weight_tying):
+        same = alone.shape == own.shape and torch.equal(alone.to(own), own)
+        if not same:
             raise RequestError(
-                f"{where}: {head or embeddings} is saved apart, but this model's output is its "
-                f"embeddings (tie_word_embeddings); expected the same for both"
+                f"{where}: {given[0]} has values of its own; expected those of the embeddings, "
+                "since "
+                "tie_word_embeddings is true"
             )
-        if head is not None:
-            del whole[head]
-    return whole
+    return {key: tensor for key, tensor in whole.items() if key != head}
 
 
 def _mistral_parts(
     model: LLM, folder: Path, scaling: float | None
 ) -> dict[str, LoraWeights | Replacement]:
-    path = folder / MISTRAL_WEIGHTS
+    path, params = folder / MISTRAL_WEIGHTS, folder / PARAMS
+    stated = read_json(params).get("lora") if scaling is None and params.exists() else None
+    if isinstance(stated, dict):
+        scaling = stated.get("scaling")
     if scaling is None:
-        stored = (
-            read_json(folder / MISTRAL_CONFIG).get("lora")
-            if (folder / MISTRAL_CONFIG).exists()
-            else None
+        scaling = MISTRAL_SCALING
+        notice(
+            f"{path}: no {PARAMS} states the scaling; {scaling} is used, as in mistral-inference"
         )
-        scaling = stored.get("scaling") if isinstance(stored, dict) else None
-        if scaling is None:
-            scaling = MISTRAL_SCALING
-            notice(
-                f"{path}: no {MISTRAL_CONFIG} says the scaling; taken is {scaling}, as "
-                f"mistral-inference does"
-            )
-    if not isinstance(scaling, (int, float)) or isinstance(scaling, bool):
-        raise RequestError(
-            f"{folder / MISTRAL_CONFIG}: lora.scaling: got {scaling!r}; expected a number"
-        )
-    source = sort_keys(_tensors(path), "", str(path))
-    table = table_of(MISTRAL, model)
-    lost = [*(h.path for h in source.parts if h.path not in table.sites or h.depth), *source.whole]
+    number = isinstance(scaling, int | float) and not isinstance(scaling, bool)
+    require(number, f"{params}: lora.scaling", scaling, "expected a number")
+    source, naming = sort_keys(_read_tensors(path), OUR_NAMES, 0, str(path)), Naming(MISTRAL, model)
+    lost = [
+        module.path for module in source.parts if module.path not in naming.sites or module.depth
+    ]
+    lost += source.whole
     if lost:
-        raise RequestError(
-            f"{path}: {lost[0]} is no weight that can carry an adapter in this model"
-        )
-    found: dict[str, Tensors] = {}
-    for held, part in source.parts.items():
-        if set(part) != {"A", "B"}:
-            raise RequestError(
-                f"{path}: {held.path} has {', '.join(sorted(part))}; expected A and B"
-            )
-        found[held.path] = Tensors(part["A"], part["B"], None, float(scaling), "direct")
-    out: dict[str, LoraWeights | Replacement] = {}
-    for move in dict.fromkeys(table.sites[name] for name in found):
-        out.update(to_leaves(table, move, found, model, 0.0, str(path)))
-    return out
+        raise RequestError(f"{path}: {lost[0]} has no place in this model")
+    found: dict[str, ForeignLora] = {}
+    for module, part in source.parts.items():
+        complete = set(part) == {"A", "B"}
+        require(complete, f"{path}: {module.path}", ", ".join(sorted(part)), "expected A and B")
+        found[module.path] = ForeignLora(part["A"], part["B"], None, float(scaling), "direct")
+    return _all_leaves(naming, found, 0.0, str(path))
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".bin":
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            state = load_file(path)
-    except FileNotFoundError:
-        raise RequestError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError) as error:
-        refuse_pointer(path)
-        raise RequestError(
-            f"{path}: not a whole file of tensors ({str(error).splitlines()[0]})"
-        ) from None
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise RequestError(f"{path}: expected a file of tensors by name, with at least one")
-    broken = [key for key, tensor in state.items() if not torch.isfinite(tensor.float()).all()]
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    state = read_pickled(path) if path.suffix == ".bin" else read_safetensors(path)
+    if not state:
+        raise RequestError(f"{path}: no tensors; expected at least one")
+    broken = [key for key, tensor in state.items() if not bool(tensor.float().isfinite().all())]
     if broken:
-        notice(f"{path}: {len(broken)} tensors hold numbers that are not finite, {broken[0]} first")
-    return dict(state)
+        notice(f"{path}: {len(broken)} tensors hold NaN or infinite numbers, first {broken[0]}")
+    return state

@@ -1,4 +1,4 @@
-"""Adapters to files that PEFT and mistral-inference read."""
+"""Write adapters in the formats of PEFT and mistral-inference."""
 
 from __future__ import annotations
 
@@ -7,39 +7,39 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from transom.base.errors import RequestError, WorkError, notice
-from transom.base.files import read_json
-from transom.base.locks import FolderLock
+from transom.base.errors import RequestError, notice, require
+from transom.base.files import read_json, write_text
 from transom.checkpoints.adapters.foreign_leaves import (
     MISTRAL,
     OWN,
-    Table,
-    candidates,
+    Naming,
     is_parameter,
-    site,
-    table_of,
+    leaf_at,
+    namings,
+    site_of,
     to_site,
-    turned,
 )
-from transom.checkpoints.adapters.peft_config import write_peft
-from transom.checkpoints.adapters.read import MISTRAL_SCALING, MISTRAL_WEIGHTS
+from transom.checkpoints.adapters.peft_config import PeftTarget, write_peft
+from transom.checkpoints.adapters.read import MISTRAL_SCALING, MISTRAL_WEIGHTS, PREFIX
 from transom.checkpoints.families.registry import FAMILIES
-from transom.checkpoints.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from transom.layers.linear import Embedding, GroupedLinear
+from transom.checkpoints.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG
+from transom.checkpoints.files.safetensors_files import write_tensors
+from transom.checkpoints.files.staging import staged
+from transom.layers.linear import Embedding
 from transom.lora.adapters import adapted_modules, adapter_names
 from transom.lora.weights import LoraWeights, Replacement
 from transom.models.llm import LLM
 from transom.names.tables import KeyMapping
 from transom.names.transforms import invert_transform
 
-# Where experts are held in two parameters, PEFT takes modules of these names for parts of them and
-# loses those that are modules still (dense layers, shared experts): their weights are targeted as
+# In families with fused experts, PEFT takes modules of these names for parts of the experts and
+# loses those that are modules still (dense layers, shared experts). Their weights are targeted as
 # parameters, under the same keys.
 RENAMED = (".gate_proj", ".up_proj", ".down_proj")
+
+Lora = Mapping[str, LoraWeights]
 
 
 def save_adapter(
@@ -51,306 +51,233 @@ def save_adapter(
     family: str | None = None,
     base: str | None = None,
 ) -> None:
-    """Write one adapter into `folder`, merged or not, active or not.
+    """Write one adapter of a model, merged or not, active or not.
 
-    `family` is the model_type whose module names PEFT is to find: the one it was read with, else
-    the first that holds this model's weights, else `transom`, our own names, which is said. `base`
-    is stored as base_model_name_or_path. Mistral's file has no place for a scaling and is written
-    for the 2.0 that mistral-inference multiplies by.
+    Args:
+        model: The model that has the adapter.
+        folder: The folder to write, which may exist.
+        name: The name of the adapter on the model.
+        format: `peft`, or `mistral` for `lora.safetensors`. That file has no place for a scaling
+            and is written for 2.0, the default of mistral-inference.
+        family: The model_type whose module names PEFT finds. None takes the family that the adapter
+            was read with, or that of `base`, or the first one that can express the model. If none
+            can, the file has Transom's own names, with a notice.
+        base: The base's folder or hub id, stored as `base_model_name_or_path`.
+
+    Raises:
+        RequestError: There is no such adapter, or the format cannot hold it.
+        WorkError: The files could not be written.
     """
-    lora, whole = _held(model, name)
-    if format == "mistral":
-        _write(Path(folder), {MISTRAL_WEIGHTS: _mistral(model, name, lora, whole)}, None)
-        return
-    if format != "peft":
-        raise RequestError(f"format: got {format!r}; expected peft or mistral")
-    table = _table_for(model, lora, family or _family_of(base))
-    if table.family == OWN:
-        notice(
-            f"{folder}: {ADAPTER_WEIGHTS} has Transom's own names: transformers has no such model "
-            "for "
-            f"PEFT to put it on"
-        )
-    tensors, config = _peft(model, table, lora, whole, base)
-    _write(Path(folder), {ADAPTER_WEIGHTS: tensors}, config)
-
-
-def _held(model: LLM, name: str) -> tuple[dict[str, LoraWeights], dict[str, dict[str, Tensor]]]:
-    """The low-rank parts of an adapter by leaf, and its replacements by module."""
-    if name not in adapter_names(model):
-        raise RequestError(
-            f"adapter {name!r}: expected {', '.join(adapter_names(model)) or 'nothing'}"
-        )
+    require(format in ("peft", "mistral"), "format", format, "expected peft or mistral")
+    names, here = adapter_names(model), Path(folder)
+    require(name in names, "adapter", name, f"expected {', '.join(names) or 'a model with one'}")
     lora: dict[str, LoraWeights] = {}
-    whole: dict[str, dict[str, Tensor]] = {}
-    for path, _, held in adapted_modules(model):
-        part = held._modules.get(name)
+    whole: dict[str, Tensor] = {}
+    for path, _, adapters in adapted_modules(model):
+        part = adapters._modules.get(name)
         if isinstance(part, LoraWeights):
             lora[path] = part
         elif isinstance(part, Replacement):
-            whole[path] = {key: parameter.detach() for key, parameter in part.named_parameters()}
-    return lora, whole
+            whole |= {f"{path}.{last}": one.detach() for last, one in part.named_parameters()}
+    if format == "mistral":
+        tensors = _mistral(Naming(MISTRAL, model), name, lora, whole)
+        with staged(here, (ADAPTER_CONFIG,), ()) as out:
+            write_tensors(out / MISTRAL_WEIGHTS, tensors)
+        return
+    naming = _naming(model, lora, family or _family_of(base))
+    if naming.family == OWN:
+        notice(
+            f"{folder}: {ADAPTER_WEIGHTS} has Transom's own names, since PEFT finds no model of "
+            "transformers for it"
+        )
+    tensors, config = _peft(naming, lora, whole, base)
+    with staged(here, (ADAPTER_CONFIG,), ()) as out:
+        write_tensors(out / ADAPTER_WEIGHTS, tensors)
+        write_text(out / ADAPTER_CONFIG, json.dumps(config, indent=2))
 
 
 def _family_of(base: str | None) -> str | None:
-    """The model_type of the base, where it is a folder of transformers."""
-    path = Path(base or "") / "config.json"
+    path = Path(base or "") / CONFIG
     kind = read_json(path).get("model_type") if base and path.exists() else None
     return kind if kind in FAMILIES else None
 
 
-def _table_for(model: LLM, lora: Mapping[str, LoraWeights], family: str | None) -> Table:
-    """The table of the family asked for, of the one the adapter came from, or the first that
-    fits.
-    """
+def _naming(model: LLM, lora: Lora, family: str | None) -> Naming:
+    read = (part.family for part in lora.values() if part.family not in (None, MISTRAL))
+    read_with = next(read, None) if family is None else None
+    if read_with is not None:
+        return Naming(read_with, model)
+    fitting = {naming.family: naming for naming in namings(model)}
     if family is None:
-        came = next(
-            (part.family for part in lora.values() if part.family not in (None, MISTRAL)), None
-        )
-        if came is not None:
-            return table_of(came, model)
-        return candidates(model)[0]
-    fitting = {table.family: table for table in candidates(model)}
-    if family not in fitting:
-        known = fitting if family in FAMILIES else FAMILIES
-        raise RequestError(
-            f"family: got {family!r}; valid only for this model is {', '.join(known)}"
-        )
+        return next(iter(fitting.values()))
+    known = fitting if family in FAMILIES else FAMILIES
+    require(family in fitting, "family", family, f"expected for this model: {', '.join(known)}")
     return fitting[family]
 
 
 def _peft(
-    model: LLM,
-    table: Table,
-    lora: dict[str, LoraWeights],
-    whole: dict[str, dict[str, Tensor]],
-    base: str | None,
+    naming: Naming, lora: Lora, whole: Mapping[str, Tensor], base: str | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the config of PEFT's folder."""
+    """Return the tensors and the config of PEFT's folder."""
     tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    parameters: list[str] = []
-    done: set[str] = set()
-    for move in table.moves:
-        paths = [name.removesuffix(".weight") for name in move.ours]
-        if not any(path in lora and path not in done for path in paths):
-            continue
-        embedding = isinstance(model.get_submodule(paths[0]), Embedding)
-        for key, stored in zip(move.foreign, to_site(table, move, lora, model), strict=True):
-            at = site(key)
-            rank = stored.A.size(-2) // (_groups(model, paths[0]) if is_parameter(move) else 1)
-            renamed = table.names.fused_experts and at.endswith(RENAMED) and not is_parameter(move)
-            target = spoken(table, f"{at}.weight" if renamed else at)
-            ranks[target] = rank
-            alphas[target] = stored.alpha * rank if stored.scaling == "direct" else stored.alpha
-            parameters += [target] if renamed or is_parameter(move) else []
-            leaf = _wrapped(at, table, lora) if is_parameter(move) else at
-            where = f"base_model.model.{spoken(table, leaf)}"
-            inner, last = ("embedding_", "") if embedding else ("", ".weight")
-            tensors[f"{where}.lora_{inner}A{last}"] = stored.A
-            tensors[f"{where}.lora_{inner}B{last}"] = stored.B
-            if stored.magnitude is not None:
-                tensors[f"{where}.lora_magnitude_vector"] = stored.magnitude
-        done.update(paths)
-    lost = sorted(set(lora) - done)
-    if lost:
+    targets: list[PeftTarget] = []
+    left = set(lora)
+    for mapping in naming.leaf_mappings:
+        paths = {name.removesuffix(".weight") for name in mapping.ours}
+        if left & paths:
+            left -= paths
+            targets += _low_rank(naming, mapping, lora, tensors)
+    if left:
         raise RequestError(
-            f"{lost[0]}: {table.family} has no name for this weight; expected another family"
+            f"{min(left)}: {naming.family} has no name for this weight; expected another family"
         )
-    saved = _whole(model, table, whole)
-    targets = {site(target) for target in ranks}
-    twice = next((key for key in saved if spoken(table, site(key)) in targets), None)
+    saved = _whole(naming, whole)
+    sites = {site_of(target.path) for target in targets}
+    twice = next((key for key in saved if in_memory(naming, site_of(key)) in sites), None)
     if twice is not None:
         raise RequestError(
-            f"{site(twice)} of {table.family} gets an adapter and a weight of its own; expected "
-            f"one, for all of what it holds"
+            f"{site_of(twice)} of {naming.family}: got an adapter and a weight of its own; "
+            "expected "
+            "one for everything in it"
         )
-    modules = sorted({spoken(table, key).rpartition(".")[0] for key in saved})
-    tied = model.args.tie_embeddings and "tok_embeddings" in whole
-    if tied:
-        saved |= _tied_output(table, whole["tok_embeddings"]["weight"])
-    tensors |= {f"base_model.model.{spoken(table, key)}": tensor for key, tensor in saved.items()}
-    # Of a model with further towers, endings could mean modules there.
-    known = () if table.names.aliases else table.sites
-    rslora, dora = _kind(lora, parameters)
+    modules = {in_memory(naming, key).rpartition(".")[0] for key in saved}
+    fields: dict[str, Any] = {}
+    if naming.model.args.tie_embeddings and "tok_embeddings.weight" in whole:
+        # PEFT writes the tied output, too.
+        rows = naming.names.patterns
+        output = [row.foreign for row in rows if row.ours == ("output.weight",)]
+        saved |= dict.fromkeys(output, whole["tok_embeddings.weight"])
+        fields["ensure_weight_tying"] = True
+    tensors |= {f"{PREFIX}{in_memory(naming, key)}": tensor for key, tensor in saved.items()}
+    parameters = [target.path for target in targets if target.is_parameter]
     dropout = max((part.dropout for part in lora.values()), default=0.0)
     if parameters and dropout > 0:
-        notice(
-            f"dropout {dropout:g} is not written: PEFT has none on parameters such as "
-            f"{parameters[0]}"
-        )
+        notice(f"dropout {dropout:g} is not written: PEFT has none on parameters ({parameters[0]})")
         dropout = 0.0
+    # In a model with further towers, the name of a module could mean one there.
+    known = () if naming.names.aliases else naming.sites
+    rslora, dora = _kind(lora, parameters)
     config = write_peft(
-        ranks,
-        alphas,
+        targets,
         known,
-        parameters,
-        rslora=rslora,
-        dora=dora,
-        dropout=dropout,
-        modules_to_save=modules,
-        base=base,
-        task_type=None
-        if table.family == OWN
-        else "CAUSAL_LM",  # which asks the model for methods of transformers
+        base_model_name_or_path=base,
+        use_rslora=rslora,
+        use_dora=dora,
+        lora_dropout=dropout,
+        modules_to_save=sorted(modules) or None,
+        # A task type makes PEFT ask the model for methods of transformers.
+        task_type=None if naming.family == OWN else "CAUSAL_LM",
+        **fields,
     )
-    return tensors, {**config, "ensure_weight_tying": True} if tied else config
+    return tensors, config
 
 
-def _tied_output(table: Table, weight: Tensor) -> dict[str, Tensor]:
-    """The output beside embeddings that are it too, under its foreign key, as PEFT writes what it
-    keeps tied.
-    """
-    return {row.foreign: weight for row in table.names.patterns if row.ours == ("output.weight",)}
+def _low_rank(
+    naming: Naming, mapping: KeyMapping, lora: Lora, tensors: dict[str, Tensor]
+) -> list[PeftTarget]:
+    """Add the tensors of one mapping to `tensors`; return its modules or parameters."""
+    leaf = leaf_at(naming.model, mapping.ours[0].removesuffix(".weight"))
+    parameter, targets = is_parameter(mapping), []
+    inner, last = ("embedding_", "") if isinstance(leaf, Embedding) else ("", ".weight")
+    for key, stored in zip(mapping.foreign, to_site(naming, mapping, lora), strict=True):
+        site = site_of(key)
+        rank = stored.A.size(-2) // (leaf.weight.size(0) if parameter else 1)
+        alpha = stored.alpha * rank if stored.scaling == "direct" else stored.alpha
+        renamed = naming.names.fused_experts and site.endswith(RENAMED) and not parameter
+        path = in_memory(naming, f"{site}.weight" if renamed else site)
+        targets.append(PeftTarget(path, rank, alpha, renamed or parameter))
+        where = f"{PREFIX}{in_memory(naming, _wrapped(site, naming, lora) if parameter else site)}"
+        tensors[f"{where}.lora_{inner}A{last}"] = stored.A
+        tensors[f"{where}.lora_{inner}B{last}"] = stored.B
+        if stored.magnitude is not None:
+            tensors[f"{where}.lora_magnitude_vector"] = stored.magnitude
+    return targets
 
 
-def _kind(lora: Mapping[str, LoraWeights], parameters: list[str]) -> tuple[bool, bool]:
-    """(rslora, DoRA) of all leaves; PEFT has one for the whole adapter."""
+def _kind(lora: Lora, parameters: list[str]) -> tuple[bool, bool]:
+    """Return whether the adapter is rsLoRA and whether it is DoRA; PEFT has one kind for all."""
     kinds = {(part.scaling == "rslora", part.magnitude is not None) for part in lora.values()}
     if len(kinds) > 1:
-        raise RequestError(
-            "this adapter mixes rslora or DoRA with plain leaves, which PEFT cannot say; "
-            "expected one kind"
-        )
+        raise RequestError("adapter: got plain LoRA mixed with rsLoRA or DoRA; expected one kind")
     rslora, dora = next(iter(kinds), (False, False))
     if dora and parameters:
-        raise RequestError(
-            f"DoRA on {parameters[0]}: PEFT has none on parameters; expected LoRA there"
-        )
+        raise RequestError(f"DoRA on {parameters[0]}: PEFT has none on parameters; expected LoRA")
     return rslora, dora
 
 
-def spoken(table: Table, path: str) -> str:
-    """The path as transformers 5 has it in memory, where that begins otherwise than the table's."""
-    old, new = next((pair for pair in table.names.aliases if path.startswith(pair[1])), ("", ""))
-    return old + path[len(new) :]
+def in_memory(naming: Naming, path: str) -> str:
+    """Return a path as transformers 5 has it in memory, where some families have another prefix."""
+    aliases = naming.names.aliases
+    alias, prefix = next((pair for pair in aliases if path.startswith(pair[1])), ("", ""))
+    return alias + path[len(prefix) :]
 
 
-def _groups(model: LLM, path: str) -> int:
-    experts = model.get_submodule(path)
-    assert isinstance(experts, GroupedLinear), (
-        "parameters of a module that holds several are experts"
-    )
-    return experts.weight.size(0)
+def _wrapped(site: str, naming: Naming, lora: Lora) -> str:
+    """Return the path of a parameter's adapter.
 
-
-def _wrapped(at: str, table: Table, lora: Mapping[str, LoraWeights]) -> str:
-    """The path of a parameter's adapter: PEFT wraps the module once per parameter, the first
-    innermost.
+    PEFT wraps the module once for each of its parameters, the first one innermost.
     """
-    module = at.rpartition(".")[0]
+    module = site.rpartition(".")[0]
     siblings = [
         name
-        for name, move in table.sites.items()
-        if is_parameter(move)
+        for name, mapping in naming.sites.items()
+        if is_parameter(mapping)
         and name.rpartition(".")[0] == module
-        and any(own.removesuffix(".weight") in lora for own in move.ours)
+        and any(own.removesuffix(".weight") in lora for own in mapping.ours)
     ]
-    return module + ".base_layer" * (len(siblings) - 1 - siblings.index(at))
+    return module + ".base_layer" * (len(siblings) - 1 - siblings.index(site))
 
 
-def _whole(
-    model: LLM, table: Table, whole: Mapping[str, Mapping[str, Tensor]]
-) -> dict[str, Tensor]:
-    """Return replaced parameters under foreign keys, with all others of their modules, since PEFT
-    keeps modules.
+def _whole(naming: Naming, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return replaced parameters under foreign keys, with all others of their modules.
+
+    PEFT saves whole modules.
     """
-    own = {
-        f"{path}.{last}": tensor
-        for path, tensors in whole.items()
-        for last, tensor in tensors.items()
-    }
-    unwritten = set(own)
-    out: dict[str, Tensor] = {}
-    for move in table.whole:
-        if unwritten.intersection(move.ours):
-            unwritten.difference_update(move.ours)
-            out |= _foreign(model, table, move, own)
-    if unwritten:
+    named = {name for mapping in naming.mappings for name in mapping.ours}
+    lost = sorted(whole.keys() - named)
+    if lost:
         raise RequestError(
-            f"{min(unwritten)}: {table.family} has no name for this parameter; expected another"
+            f"{lost[0]}: {naming.family} has no name for this parameter; expected another family"
         )
+    out: dict[str, Tensor] = {}
+    left = set(whole)
+    for mapping in naming.mappings:
+        if left & set(mapping.ours):
+            left -= set(mapping.ours)
+            out |= _foreign(naming, mapping, whole)
     modules = {key.rpartition(".")[0] for key in out}
-    for move in table.whole:
-        rest = [key for key in move.foreign if key not in out and key.rpartition(".")[0] in modules]
-        if rest:
-            tensors = _foreign(model, table, move, own)
-            out |= {key: tensors[key] for key in rest}
+    for mapping in naming.mappings:
+        if any(key not in out and key.rpartition(".")[0] in modules for key in mapping.foreign):
+            made = _foreign(naming, mapping, whole).items()
+            out |= {k: t for k, t in made if k not in out and k.rpartition(".")[0] in modules}
     return out
 
 
-def _foreign(
-    model: LLM, table: Table, move: KeyMapping, own: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the tensors of one row of the table under their foreign keys: those of `own`, else the
-    model's.
-    """
-    tensors = [
-        own[name] if name in own else model.get_parameter(name).detach() for name in move.ours
-    ]
-    args = model.args
-    rows = [
-        turned(name.rpartition(".")[0], tensor, args, args.rope_layout, table.layout)
-        for name, tensor in zip(move.ours, tensors, strict=True)
-    ]
-    return dict(zip(move.foreign, invert_transform(move.transform, rows), strict=True))
+def _foreign(naming: Naming, mapping: KeyMapping, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a mapping under foreign keys: those of `whole`, or else the model's."""
+    rows = []
+    for name in mapping.ours:
+        tensor = whole[name] if name in whole else naming.model.get_parameter(name).detach()
+        rows.append(naming.reordered(name.rpartition(".")[0], tensor, to_ours=False))
+    return dict(zip(mapping.foreign, invert_transform(mapping.transform, rows), strict=True))
 
 
 def _mistral(
-    model: LLM, name: str, lora: Mapping[str, LoraWeights], whole: Mapping[str, object]
+    naming: Naming, name: str, lora: Lora, whole: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """`X.lora_A.weight` and `X.lora_B.weight`, rows of queries and keys interleaved."""
-    if whole or any(part.magnitude is not None for part in lora.values()):
-        raise RequestError(
-            f"adapter {name!r}: has DoRA or whole modules, which lora.safetensors cannot hold; "
-            f"expected peft"
-        )
-    table, out, done = table_of(MISTRAL, model), {}, set()
-    # Mistral's own names come behind ours in the table, and win.
-    for move in reversed(table.moves):
-        paths = [own.removesuffix(".weight") for own in move.ours]
-        if len(paths) > 1 or is_parameter(move) or paths[0] not in lora or paths[0] in done:
+    """Return the tensors of `lora.safetensors`, with rotary rows interleaved."""
+    plain = not whole and all(part.magnitude is None for part in lora.values())
+    require(plain, "adapter", name, "which has DoRA or whole modules; expected format peft for it")
+    out: dict[str, Tensor] = {}
+    done: set[str] = set()
+    # The names of mistral-inference come after ours, and are preferred.
+    for mapping in reversed(naming.leaf_mappings):
+        path = mapping.ours[0].removesuffix(".weight")
+        if len(mapping.ours) > 1 or is_parameter(mapping) or path not in lora or path in done:
             continue
-        for key, stored in zip(move.foreign, to_site(table, move, lora, model), strict=True):
-            out[f"{site(key)}.lora_A.weight"] = stored.A
-            out[f"{site(key)}.lora_B.weight"] = stored.B * (lora[paths[0]].scale / MISTRAL_SCALING)
-        done.update(paths)
+        done.add(path)
+        for key, stored in zip(mapping.foreign, to_site(naming, mapping, lora), strict=True):
+            out[f"{site_of(key)}.lora_A.weight"] = stored.A
+            out[f"{site_of(key)}.lora_B.weight"] = stored.B * (lora[path].scale / MISTRAL_SCALING)
     notice(f"{MISTRAL_WEIGHTS}: written for a scaling of {MISTRAL_SCALING}")
     return out
-
-
-def _write(
-    folder: Path, files: Mapping[str, dict[str, Tensor]], config: dict[str, Any] | None
-) -> None:
-    """Whole files or none: each is written beside its name and moved there, the config last."""
-    with FolderLock(folder):
-        _write_locked(folder, files, config)
-
-
-def _write_locked(
-    folder: Path, files: Mapping[str, dict[str, Tensor]], config: dict[str, Any] | None
-) -> None:
-    partial: list[tuple[Path, Path]] = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, tensors in files.items():
-            plain = {
-                key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()
-            }
-            partial.append((folder / f"{file}.partial", folder / file))
-            save_file(plain, partial[-1][0], metadata={"format": "pt"})
-        if config is not None:
-            partial.append((folder / f"{ADAPTER_CONFIG}.partial", folder / ADAPTER_CONFIG))
-            partial[-1][0].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        if (
-            config is not None
-        ):  # a kill must not leave new weights under the config of the adapter before
-            (folder / ADAPTER_CONFIG).unlink(missing_ok=True)
-        for written, name in partial:
-            written.replace(name)
-    except (SafetensorError, OSError) as error:
-        raise WorkError(f"{folder}: could not be written ({error})") from None
-    finally:  # also after an interruption
-        for written, _ in partial:
-            written.unlink(missing_ok=True)

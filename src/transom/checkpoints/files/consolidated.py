@@ -1,7 +1,6 @@
-"""`consolidated.XX.pth`: opened as memory maps without running code, ranks laid together, and
-written.
+"""Weights in `consolidated.XX.pth`: read without running code, joined over ranks, and written.
 
-The rules by which Meta's code cuts a model for parallel ranks are those of meta-llama/llama-models,
+Meta's code cuts a model into one file per rank by the rules of meta-llama/llama-models,
 models/checkpoint.py.
 """
 
@@ -18,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, WorkError, notice
+from transom.base.errors import RequestError, WorkError, notice, require
 from transom.base.files import refuse_pointer
 from transom.checkpoints.files.layout import PICKLED, weight_files
 from transom.checkpoints.files.lazy_tensors import LazyTensor, TensorGroup
@@ -33,7 +32,7 @@ _ZIP = b"PK\x03\x04"
 
 
 def _no_bytes(*size: object) -> bytes:
-    """Return `bytes()`; refuse arguments, with which a file could take any amount of memory."""
+    """Return `bytes()`; with an argument, a file could allocate any amount of memory."""
     if size:
         raise ValueError("a pickle that asks for bytes")
     return b""
@@ -41,10 +40,10 @@ def _no_bytes(*size: object) -> bytes:
 
 # Extra states of Meta's training library are BytesIO objects, most of them empty. They run no code.
 # A pickle writes an empty one with a call of `bytes`.
-_OF_EXTRA_STATES: list[Any] = [io.BytesIO, (_no_bytes, "builtins.bytes")]
+_EXTRA_STATES: list[Any] = [io.BytesIO, (_no_bytes, "builtins.bytes")]
 
-# How the parts that ranks hold make a whole: rows below rows, columns beside columns, experts one
-# by one, fused matrices part by part; what no pattern names is held by every rank.
+# How the parts of a tensor are joined: as rows, as columns, expert by expert, or part by part of a
+# fused matrix. A tensor without a pattern is the same on every rank.
 Rule = Literal["rows", "columns", "experts", "qkv", "pair", "kv", "embedding", "same"]
 _RULES: tuple[tuple[str, Rule], ...] = (
     (r"attention\.wqkv\.weight", "qkv"),
@@ -54,10 +53,8 @@ _RULES: tuple[tuple[str, Rule], ...] = (
     (r"layers\.\d+\.attention\.(wk|wv)\.(weight|bias)", "kv"),
     (r"tok_embeddings\.weight", "embedding"),
     (r"(wo|w2|w_out_shared_DF|mlp\.c_proj)\.weight|mlp\.fc2_weight", "columns"),
-    (
-        r"(wq|wk|wv|mlp\.c_fc)\.(weight|bias)|(w1|w3|output|w_in_shared_FD|w_swiglu_FD)\.weight",
-        "rows",
-    ),
+    (r"(wq|wk|wv|mlp\.c_fc)\.(weight|bias)", "rows"),
+    (r"(w1|w3|output|w_in_shared_FD|w_swiglu_FD)\.weight", "rows"),
     (r"conv1\._linear\.weight|vision_projection\.weight", "rows"),
 )
 
@@ -112,8 +109,13 @@ def vocabulary_of(folder: Path, dim: int) -> int:
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of one .pth file, views of its memory map; whatever a pickle could run is a
-    `RequestError`.
+    """Return the tensors of a `.pth` or `.bin` file, as views of its memory map.
+
+    Files of torch's old layout cannot be mapped and are read into memory, with a notice.
+
+    Raises:
+        RequestError: The file is missing or damaged, holds something else than named tensors, or
+            its pickle would run code.
     """
     try:
         with path.open("rb") as file:
@@ -121,60 +123,53 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
     if zipped and not zipfile.is_zipfile(path):
-        raise RequestError(f"{path}: not a whole checkpoint, its end is missing")
+        raise RequestError(f"{path}: not a complete checkpoint, its end is missing")
     try:
-        with torch.serialization.safe_globals(_OF_EXTRA_STATES):
+        with torch.serialization.safe_globals(_EXTRA_STATES):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
     except MemoryError:
         raise
-    except Exception as error:  # a damaged pickle fails in any way it likes
+    except Exception as error:  # a damaged pickle can raise anything
         refuse_pointer(path)
-        asked = (
-            re.search(r"GLOBAL (\S+)", str(error))
-            if isinstance(error, pickle.UnpicklingError)
-            else None
-        )
-        if asked:
-            raise RequestError(
-                f"{path}: wants to run {asked[1]}; expected files of tensors alone"
-            ) from None
-        raise RequestError(f"{path}: not a whole checkpoint ({type(error).__name__})") from None
+        pickled = isinstance(error, pickle.UnpicklingError)
+        code = re.search(r"GLOBAL (\S+)", str(error)) if pickled else None
+        found = f"would run {code[1]}" if code else f"not a complete file ({type(error).__name__})"
+        raise RequestError(f"{path}: {found}; expected a file of tensors alone") from None
     if not zipped:
         notice(f"{path}: of a layout that cannot be mapped: all of it was read into memory")
-    if not isinstance(state, dict):
-        raise RequestError(f"{path}: holds a {type(state).__name__}; expected named tensors")
-    out: dict[str, Tensor] = {}
+    named = isinstance(state, dict)
+    require(named, str(path), type(state).__name__, "expected tensors with names")
     for key, value in state.items():
-        if not isinstance(value, (Tensor, io.BytesIO)):
-            raise RequestError(f"{path}: {key} is a {type(value).__name__}; expected named tensors")
-        out[str(key)] = value.detach() if isinstance(value, Tensor) else torch.empty(0)
-    return out
+        kind = type(value).__name__
+        right = isinstance(value, Tensor | io.BytesIO)
+        require(right, f"{path}: {key}", kind, "expected a tensor with a name")
+    # An extra state is an empty tensor.
+    values = {str(k): v if isinstance(v, Tensor) else torch.empty(0) for k, v in state.items()}
+    return {key: tensor.detach() for key, tensor in values.items()}
 
 
 def _joined(key: str, parts: Sequence[Tensor], args: ModelArgs, folder: Path) -> LazyTensor:
-    """The parts of all ranks as one tensor, laid together when it is read."""
     if len(parts) == 1:
         return LazyTensor.of(parts[0])
     rule = rule_of(key)
     try:
-        outline = join(rule, [part.to("meta") for part in parts], args)
+        meta = join(rule, [part.to("meta") for part in parts], args)
     except (RuntimeError, IndexError):
         found = ", ".join(str(tuple(part.shape)) for part in parts)
         raise RequestError(
-            f"{folder}: {key} has shapes {found} in {len(parts)} ranks, which do not fit"
+            f"{folder}: {key}: got shapes {found} in {len(parts)} ranks; expected ones that fit"
         ) from None
-    return LazyTensor(tuple(outline.shape), outline.dtype, lambda: join(rule, parts, args))
+    return LazyTensor(tuple(meta.shape), meta.dtype, lambda: join(rule, parts, args))
 
 
 def rule_of(key: str) -> Rule:
-    """How ranks share the tensor of this key."""
-    return next(
-        (rule for pattern, rule in _RULES if re.search(rf"(^|\.)({pattern})$", key)), "same"
-    )
+    """Return how the parts of the tensor with this key are joined."""
+    found = (rule for pattern, rule in _RULES if re.search(rf"(^|\.)({pattern})$", key))
+    return next(found, "same")
 
 
 def join(rule: Rule, parts: Sequence[Tensor], args: ModelArgs) -> Tensor:
-    """One tensor from those of all ranks."""
+    """Return one tensor from the parts of all ranks."""
     match rule:
         case "same":
             return parts[0]
@@ -184,36 +179,33 @@ def join(rule: Rule, parts: Sequence[Tensor], args: ModelArgs) -> Tensor:
             return torch.cat(list(parts), -1)
         case "embedding":  # Llama 1 and 2 cut the features, later models the vocabulary
             return torch.cat(list(parts), 0 if parts[0].size(1) == args.dim else 1)
-        case "kv":  # with more ranks than heads, neighbours hold the same head
+        case "kv":  # if there are more ranks than heads, neighbours have the same head
             rows, wanted = sum(part.size(0) for part in parts), args.kv_heads * args.head_size
             return torch.cat(list(parts[:: max(rows // wanted, 1)]))
         case "experts":
-            cut = [part.unflatten(0, (_experts(args), -1)) for part in parts]
-            return torch.cat(cut, 1).flatten(0, 1)
+            count = args.moe_args.num_experts if args.moe_args else 1
+            return torch.cat([part.unflatten(0, (count, -1)) for part in parts], 1).flatten(0, 1)
         case "pair":
-            halves = [part.chunk(2) for part in parts]
-            return torch.cat([gate for gate, _ in halves] + [value for _, value in halves])
+            pieces = [part.chunk(2) for part in parts]
         case "qkv":
             unit = parts[0].size(0) // (args.n_heads + 2 * args.kv_heads)
-            thirds = [
-                part.split([unit * args.n_heads] + [unit * args.kv_heads] * 2) for part in parts
-            ]
-            return torch.cat([piece for pieces in zip(*thirds, strict=True) for piece in pieces])
+            sizes = [unit * args.n_heads, unit * args.kv_heads, unit * args.kv_heads]
+            pieces = [part.split(sizes) for part in parts]
+    return torch.cat([piece for same in zip(*pieces, strict=True) for piece in same])
 
 
-def _experts(args: ModelArgs) -> int:
-    return args.moe_args.num_experts if args.moe_args else 1
+def write_pickled(folder: Path, groups: Sequence[TensorGroup]) -> None:
+    """Write `consolidated.00.pth`, for one rank, without holding the model in memory.
 
-
-def write_pickled(folder: Path, batches: Sequence[TensorGroup]) -> None:
-    """`consolidated.00.pth`, for one rank, without holding the model in memory."""
-    # A pickle is written in one go: tensors go to a plain file first, and from its memory map into
-    # the pickle.
-    scratch = "scratch.safetensors"
-    write_stream(folder, batches, None, scratch)
-    path = folder / PICKLED.format(rank=0)
+    Raises:
+        WorkError: It could not be written.
+    """
+    # torch.save takes all tensors at once. They are written to a safetensors file first, whose
+    # memory map is then saved.
+    scratch, path = folder / "scratch.safetensors", folder / PICKLED.format(rank=0)
+    write_stream(folder, groups, None, scratch.name)
     try:
-        torch.save(read_safetensors(folder / scratch), path)
+        torch.save(read_safetensors(scratch), path)
     except (OSError, RuntimeError) as error:
         raise WorkError(f"{path}: could not be written ({error})") from None
-    (folder / scratch).unlink()
+    scratch.unlink()

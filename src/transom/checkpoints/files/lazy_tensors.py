@@ -1,6 +1,4 @@
-"""Tensors that are known by shape and dtype and read only when asked for: what makes loading a
-stream.
-"""
+"""Tensors with a known shape and dtype that are read when they are needed, one at a time."""
 
 from __future__ import annotations
 
@@ -12,14 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, WorkError
+from transom.base.errors import WorkError, require
 from transom.names.transforms import Shape
+
+PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """One tensor to be; `read` returns it, as a view of a memory map wherever nothing has to be
-    computed.
+    """A tensor that is not read yet.
+
+    `read` returns it, as a view of a memory map if nothing has to be computed.
     """
 
     shape: Shape
@@ -28,16 +29,16 @@ class LazyTensor:
 
     @classmethod
     def of(cls, tensor: Tensor) -> LazyTensor:
-        """A tensor that is there already."""
+        """Return a lazy tensor for one that is in memory or mapped."""
         return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
     @property
     def meta(self) -> Tensor:
-        """Shape and dtype as a tensor on the meta device."""
+        """An empty tensor of this shape and dtype on the meta device."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
     def then(self, change: Callable[[Tensor], Tensor]) -> LazyTensor:
-        """What `change`, which must work on the meta device too, makes of this tensor."""
+        """Return the result of `change`, which must work on the meta device too."""
         after = change(self.meta)
         return LazyTensor(tuple(after.shape), after.dtype, lambda: change(self.read()))
 
@@ -45,77 +46,83 @@ class LazyTensor:
 LazyTensors = Mapping[str, LazyTensor]
 
 
-def main_dtype(source: LazyTensors) -> torch.dtype:
-    """Return the smallest dtype that holds all parameters but choice biases: float32 for bfloat16
-    and float16.
-    """
-    kinds = (stored.dtype for name, stored in source.items() if not _is_wide(name))
-    return functools.reduce(torch.promote_types, kinds)
-
-
-def _is_wide(name: str) -> bool:
-    # The biases that help to choose experts move in steps too small for half precision, and no
-    # product reads them.
-    return name.endswith("choice_bias")
-
-
-def dtypes_of(source: LazyTensors, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """Return the dtype in which each of our parameters is kept: `dtype`, or `main_dtype`."""
-    kind = dtype or main_dtype(source)
-    return {
-        name: torch.promote_types(kind, torch.float32) if _is_wide(name) else kind
-        for name in source
-    }
-
-
-def cast(source: LazyTensors, dtype: torch.dtype | None) -> LazyTensors:
-    """Our parameters in another dtype; None keeps each one's own."""
-    if dtype is None:
-        return source
-    kinds = dtypes_of(source, dtype)
-    return {name: _cast(name, stored, kinds[name]) for name, stored in source.items()}
-
-
-def _cast(name: str, stored: LazyTensor, kind: torch.dtype) -> LazyTensor:
-    return (
-        stored
-        if stored.dtype == kind
-        else stored.then(functools.partial(narrowed, name, kind=kind))
-    )
-
-
-def narrowed(name: str, tensor: Tensor, kind: torch.dtype) -> Tensor:
-    """Return `tensor` in the dtype `kind`; raise a `WorkError` with its name if numbers are too
-    large.
-    """
-    out = tensor.to(kind)
-    most = torch.finfo(kind).max
-    if tensor.is_meta or most >= torch.finfo(tensor.dtype).max or not tensor.numel():
-        return out
-    if not bool((torch.stack(torch.aminmax(tensor)).abs() <= most).all()):  # NaN is looked at too
-        lost = int((out.isinf() & tensor.isfinite()).sum())
-        word = str(kind).removeprefix("torch.")
-        if lost:
-            raise WorkError(
-                f"{name}: {lost} weights are too large for {word}, which ends at {most:g}; "
-                f"bfloat16 and float32 hold them"
-            )
-    return out
-
-
 @dataclass(frozen=True)
 class TensorGroup:
-    """Tensors of a file that are made together: their keys, their outlines, and how to make
-    them.
+    """Tensors of a file that are computed together.
+
+    Attributes:
+        keys: Their keys in the file.
+        metas: Their shapes and dtypes, as tensors on the meta device.
+        read: Returns all of them.
     """
 
     keys: Sequence[str]
     metas: Sequence[Tensor]
     read: Callable[[], Sequence[Tensor]]
 
+    @classmethod
+    def of(cls, key: str, lazy: LazyTensor) -> TensorGroup:
+        """Return the group of a single tensor."""
+        return cls((key,), (lazy.meta,), lambda: [lazy.read()])
 
-# Endings of keys that only quantized checkpoints have, and what they are; the first that is met
-# counts.
+
+def main_dtype(source: LazyTensors) -> torch.dtype:
+    """Return the narrowest dtype that holds all parameters, except for choice biases.
+
+    That of bfloat16 and float16 together is float32.
+    """
+    kinds = (lazy.dtype for name, lazy in source.items() if not _stays_wide(name))
+    return functools.reduce(torch.promote_types, kinds)
+
+
+def _stays_wide(name: str) -> bool:
+    # The biases that choose experts move in steps too small for half precision. No product reads
+    # them, so they cost nothing in float32.
+    return name.endswith("choice_bias")
+
+
+def dtypes_of(source: LazyTensors, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """Return the dtype of each parameter in a model of `dtype`; None stands for `main_dtype`.
+
+    Choice biases are float32 or wider.
+    """
+    kind = dtype or main_dtype(source)
+    wide = torch.promote_types(kind, torch.float32)
+    return {name: wide if _stays_wide(name) else kind for name in source}
+
+
+def cast(source: LazyTensors, dtype: torch.dtype | None) -> LazyTensors:
+    """Return parameters in another dtype; None keeps the dtype of each."""
+    if dtype is None:
+        return source
+    kinds, out = dtypes_of(source, dtype), dict(source)
+    for name, lazy in source.items():
+        if lazy.dtype != kinds[name]:
+            out[name] = lazy.then(functools.partial(narrowed, name, kind=kinds[name]))
+    return out
+
+
+def narrowed(name: str, tensor: Tensor, kind: torch.dtype) -> Tensor:
+    """Return a tensor in the dtype `kind`.
+
+    Raises:
+        WorkError: Finite numbers become infinite; the message has the `name`.
+    """
+    out, most = tensor.to(kind), torch.finfo(kind).max
+    if tensor.is_meta or most >= torch.finfo(tensor.dtype).max or not tensor.numel():
+        return out
+    inside = bool((torch.stack(torch.aminmax(tensor)).abs() <= most).all())  # False for NaN
+    lost = 0 if inside else int((out.isinf() & tensor.isfinite()).sum())
+    if lost:
+        word = str(kind).removeprefix("torch.")
+        raise WorkError(
+            f"{name}: {lost} weights are too large for {word}, whose largest number is {most:g}; "
+            "expected bfloat16 or float32"
+        )
+    return out
+
+
+# Endings of keys that only quantized checkpoints have, and the format. The first match counts.
 _QUANTIZED = (
     (r"\.g_idx|\.qzeros", "GPTQ or AWQ"),
     (r"_blocks", "MXFP4"),
@@ -130,22 +137,18 @@ _QUANTIZED = (
 
 
 def refuse_quantized(source: LazyTensors, where: str) -> None:
-    """Weights in a form that is no number per weight are a `RequestError` naming the kind."""
-    odd = {key for key, stored in source.items() if not _is_plain(stored.dtype)}
+    """Refuse tensors of a quantized checkpoint, which is not one number per weight.
+
+    Raises:
+        RequestError: There are such tensors; the message has the format.
+    """
+    odd = {key: lazy.dtype for key, lazy in source.items() if lazy.dtype not in PLAIN_DTYPES}
     for pattern, kind in _QUANTIZED if odd else ():
         named = next((key for key in source if re.search(f"({pattern})$", key)), None)
-        if named is not None:
-            raise RequestError(
-                f"{where}: {named}: quantized as {kind}; expected weights that are not quantized"
-            )
-    for key in sorted(odd):
-        kind = str(source[key].dtype).removeprefix("torch.")
-        if kind.startswith("float8") or key.endswith("weight"):
-            raise RequestError(f"{where}: {key} is {kind}: quantized; expected {_PLAIN}")
-
-
-_PLAIN = "float32, bfloat16, float16 or float64"
-
-
-def _is_plain(dtype: torch.dtype) -> bool:
-    return dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        expected = f"which is quantized as {kind}; expected weights that are not quantized"
+        require(named is None, where, named, expected)
+    for key, dtype in sorted(odd.items(), key=lambda pair: pair[0]):
+        kind = str(dtype).removeprefix("torch.")
+        quantized = kind.startswith("float8") or key.endswith("weight")
+        plain = ", ".join(str(one).removeprefix("torch.") for one in PLAIN_DTYPES)
+        require(not quantized, f"{where}: {key}", kind, f"which is quantized; expected {plain}")

@@ -1,11 +1,11 @@
-"""Writes model folders completely or not at all, also over another model. No torch."""
+"""Write folders of models and adapters completely or not at all, also over an existing one."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -13,37 +13,43 @@ from transom.base.errors import RequestError, WorkError
 from transom.base.locks import FolderLock
 from transom.checkpoints.files.companions import TEMPLATE_FILES, TOKENIZER_FILES, TRAINED_WITH
 from transom.checkpoints.files.generation_config import GENERATION
-from transom.checkpoints.files.layout import CONFIG, PARAMS, TOKENIZERS
+from transom.checkpoints.files.layout import CONFIG, INDEX, PARAMS, TOKENIZERS
 
-# The files that make a folder open as a model. They are removed first and written last.
-_CONFIGS = (CONFIG, PARAMS)
-# Weights of the old model, which could be taken for those of the new one.
-_WEIGHTS = (
-    "model*.safetensors",
-    "model*.safetensors.index.json",
-    "consolidated.*",
-    "consolidated-*.safetensors",
+# Files of an old model that could be taken for those of the new one.
+_STALE = (
+    *(GENERATION, "model*.safetensors", f"model*.safetensors{INDEX}"),
+    *("consolidated.*", "consolidated-*.safetensors"),
 )
 
 
 @contextlib.contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `folder`, or fills it where it exists, unless writing
-    it fails.
+def staged(
+    folder: Path, configs: Sequence[str] = (CONFIG, PARAMS), stale: Sequence[str] = _STALE
+) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `folder`, or fills it if it exists.
+
+    If the block raises, `folder` is unchanged.
+
+    Args:
+        folder: The folder to write.
+        configs: The files that make the folder open as a model or adapter.
+        stale: Patterns of other files to remove from an existing folder.
+
+    Raises:
+        RequestError: Another process writes the folder, or it is a file.
+        WorkError: It could not be written.
     """
     with FolderLock(folder):
-        yield from _staged(folder.absolute())
+        yield from _staged(folder.absolute(), configs, stale)
 
 
-def _staged(folder: Path) -> Iterator[Path]:
+def _staged(folder: Path, configs: Sequence[str], stale: Sequence[str]) -> Iterator[Path]:
     there = folder.is_dir()
     if folder.exists() and not there:
-        raise RequestError(f"{folder}: a file; expected a folder to write the model in")
-    # It lies inside an existing folder, so that after a kill it is removed together with that
-    # folder.
-    temporary = (
-        folder if there else folder.parent
-    ) / f".{'' if there else folder.name}.tmp-{os.getpid()}"
+        raise RequestError(f"{folder}: a file; expected a folder to write to")
+    # After a kill, a temporary folder inside an existing one is removed together with it.
+    parent, name = (folder, "") if there else (folder.parent, folder.name)
+    temporary = parent / f".{name}.tmp-{os.getpid()}"
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
@@ -51,7 +57,7 @@ def _staged(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         if there:
-            _replace_files(temporary, folder)
+            _replace_files(temporary, folder, configs, stale)
         else:
             temporary.rename(folder)
     except OSError as error:
@@ -60,35 +66,28 @@ def _staged(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _replace_files(new: Path, folder: Path) -> None:
-    """Move the files of `new` into `folder`, which holds another model.
+def _replace_files(new: Path, folder: Path, configs: Sequence[str], stale: Sequence[str]) -> None:
+    """Move the files of `new` into `folder`, which may hold another model.
 
     A kill between any two steps leaves a folder that does not open, or one that opens as the old
-    model or as the new one. So the configs are removed before all else and the new config is moved
-    in after all else. Between them the same is true for the tokenizer: its vocabulary is removed
-    before and moved in after the files beside it.
+    model or as the new one: the configs are removed first, and the new config is moved in last.
+    Between them the same holds for the tokenizer, whose vocabulary is removed before and moved in
+    after the files beside it.
     """
     made = {path.name for path in new.iterdir()}
-    stale = [*_CONFIGS]
-    if _named(made, TOKENIZERS):
-        stale += [*TOKENIZER_FILES, *TEMPLATE_FILES, TRAINED_WITH]
-    stale += [GENERATION, *_WEIGHTS]
-    for pattern in stale:
+    patterns = [*configs]
+    if _matches(made, TOKENIZERS):
+        patterns += [*TOKENIZER_FILES, *TEMPLATE_FILES, TRAINED_WITH]
+    for pattern in (*patterns, *stale):
         for path in sorted(folder.glob(pattern)):
             _remove(path)
-    for path in sorted(new.iterdir(), key=lambda path: (_rank(path.name), path.name)):
-        _remove(folder / path.name)
-        path.replace(folder / path.name)
+    order = {name: (name in configs, _matches([name], TOKENIZERS), name) for name in made}
+    for name in sorted(made, key=order.__getitem__):
+        _remove(folder / name)
+        (new / name).replace(folder / name)
 
 
-def _rank(name: str) -> int:
-    """Return when a file is moved in: a vocabulary after the files beside it, and a config after
-    both.
-    """
-    return 2 if name in _CONFIGS else 1 if _named([name], TOKENIZERS) else 0
-
-
-def _named(names: Iterable[str], patterns: Iterable[str]) -> bool:
+def _matches(names: Iterable[str], patterns: Iterable[str]) -> bool:
     return any(fnmatch(name, pattern) for name in names for pattern in patterns)
 
 

@@ -94,7 +94,7 @@ def test_a_base_is_meant_from_here_the_adapter_or_the_run(run, made, monkeypatch
     capsys.readouterr()
     shutil.copytree(run.parent / "base", run / "base")
     assert base_of(step) == "base"
-    said = f"the base base is taken to be {made[0] / 'base'}, not {run / 'base'}"
+    said = f"base is taken to be {made[0] / 'base'}, not {run / 'base'}"
     assert said in capsys.readouterr().err
 
 

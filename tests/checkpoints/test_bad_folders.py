@@ -261,7 +261,7 @@ PARAMS_REFUSED = [
         "params.json: use_scaled_rope: got 'yes'; expected true or false",
     ),
     ("mistral", {"rope_theta": "large"}, "params.json: rope_theta: got 'large'; expected a number"),
-    ("mistral", {"tied_embeddings": True}, "output.weight differs from the embeddings"),
+    ("mistral", {"tied_embeddings": True}, "output.weight'; it differs from the embeddings"),
     ("mistral", {"yarn": {"factor": 2}}, "yarn: got {'factor': 2}"),
     ("mistral", {"moe": {"num_experts": 4}}, "moe: got {'num_experts': 4}"),
     (
@@ -293,7 +293,7 @@ QUANTIZED = [
     ({"model.layers.0.mlp.experts.down_proj_blocks": torch.ones(4, 4, dtype=torch.uint8)}, "MXFP4"),
     ({"a.weight": torch.ones(4, dtype=torch.uint8), "a.weight.absmax": torch.ones(4)}, "bitsandbytes"),
     ({"a.weight": torch.ones(4).to(torch.float8_e4m3fn), "a.weight_scale_inv": torch.ones(1)}, "FP8 in blocks"),
-    ({"a.weight": torch.ones(4).to(torch.float8_e4m3fn)}, "a.weight is float8_e4m3fn"),
+    ({"a.weight": torch.ones(4).to(torch.float8_e4m3fn)}, "a.weight: got 'float8_e4m3fn'"),
     ({"a.weight": torch.ones(4, dtype=torch.int32), "a.scales": torch.ones(4), "a.biases": torch.ones(4)}, "MLX"),
 ]  # fmt: skip
 

@@ -63,7 +63,7 @@ def test_what_is_nowhere_is_one_sentence(cache, name, revision):
     assert (
         text.startswith(f"{name} at revision v9:" if revision else f"{name}:") and "\n" not in text
     )
-    assert "not in the hub's cache here, and the hub cannot be reached" in text
+    assert "not in the hub's cache, and the hub cannot be reached" in text
 
 
 def test_a_folder_of_that_name_comes_first(cache, tmp_path):

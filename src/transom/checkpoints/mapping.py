@@ -48,9 +48,7 @@ def clean(family: str, source: LazyTensors, args: ModelArgs, where: str) -> dict
     for head in heads:
         embeddings = next((lazy for key, lazy in out.items() if re.search(_EMBEDDINGS, key)), None)
         same = embeddings is not None and torch.equal(out[head].read(), embeddings.read())
-        expected = (
-            "which differs from the embeddings; expected none, as tie_word_embeddings is true"
-        )
+        expected = "it differs from the embeddings; expected none, as tie_word_embeddings is true"
         require(same, where, head, expected)
     return {key: lazy for key, lazy in out.items() if key not in heads}
 

@@ -194,7 +194,7 @@ def named_folders(
     """
     if base is not None:
         found = find_model(base)
-        expected = "which is an adapter; expected a complete model"
+        expected = "expected a complete model, not an adapter"
         require(found.adapter is None, "base", str(base), expected)
         return found.model, [_adapter_folder(name) for name in adapters]
     bases: dict[Path, Path] = {}

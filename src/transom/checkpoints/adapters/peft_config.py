@@ -136,7 +136,7 @@ def read_peft(config: Mapping[str, Any], where: str) -> PeftConfig:
             fits, f"{where}: {key}", value, "this feature of PEFT is not supported; expected none"
         )
     plain = (
-        "which changes the base weights; expected an adapter that PEFT has converted to plain LoRA "
+        "this changes the base weights; expected an adapter that PEFT has converted to plain LoRA "
         "(path_initial_model_for_weight_conversion)"
     )
     require(start in _STARTS, f"{where}: init_lora_weights", start, plain)

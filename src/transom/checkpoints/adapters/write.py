@@ -267,7 +267,7 @@ def _mistral(
 ) -> dict[str, Tensor]:
     """Return the tensors of `lora.safetensors`, with rotary rows interleaved."""
     plain = not whole and all(part.magnitude is None for part in lora.values())
-    require(plain, "adapter", name, "which has DoRA or whole modules; expected format peft for it")
+    require(plain, "adapter", name, "it has DoRA or whole modules; expected format peft")
     out: dict[str, Tensor] = {}
     done: set[str] = set()
     # The names of mistral-inference come after ours, and are preferred.

@@ -145,10 +145,15 @@ def refuse_quantized(source: LazyTensors, where: str) -> None:
     odd = {key: lazy.dtype for key, lazy in source.items() if lazy.dtype not in PLAIN_DTYPES}
     for pattern, kind in _QUANTIZED if odd else ():
         named = next((key for key in source if re.search(f"({pattern})$", key)), None)
-        expected = f"which is quantized as {kind}; expected weights that are not quantized"
+        expected = f"a tensor of {kind}; expected weights that are not quantized"
         require(named is None, where, named, expected)
     for key, dtype in sorted(odd.items(), key=lambda pair: pair[0]):
         kind = str(dtype).removeprefix("torch.")
         quantized = kind.startswith("float8") or key.endswith("weight")
         plain = ", ".join(str(one).removeprefix("torch.") for one in PLAIN_DTYPES)
-        require(not quantized, f"{where}: {key}", kind, f"which is quantized; expected {plain}")
+        require(
+            not quantized,
+            f"{where}: {key}",
+            kind,
+            f"quantized weights are not supported here; expected {plain}",
+        )

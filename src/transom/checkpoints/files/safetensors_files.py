@@ -65,7 +65,7 @@ def open_safetensors(folder: Path, files: Sequence[str]) -> dict[str, LazyTensor
     out: dict[str, LazyTensor] = {}
     for file in files:
         for key, tensor in read_safetensors(folder / file).items():
-            expected = "which another file of the index has too; expected keys of its own"
+            expected = "another file of the index has this key too; expected it once"
             require(key not in out, str(folder / file), key, expected)
             out[key] = LazyTensor.of(tensor)
     return out

@@ -137,10 +137,10 @@ def test_a_folder_whose_parent_cannot_be_written_is_locked_itself(tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(locks.os, "open", refuse)
         first = FolderLock(tmp_path / "run")
-        locks._HELD.clear()  # as another process, which knows nothing of the first lock
+        locks._LOCKS.clear()  # as another process, which knows nothing of the first lock
         with pytest.raises(RequestError, match="another process is writing there"):
             FolderLock(tmp_path / "run")
-    first._held.unlock()
+    first._lock.unlock()
 
 
 def test_an_output_folder_is_locked_before_it_is_looked_at(tmp_path, other):

@@ -41,22 +41,22 @@ class FolderLock:
     def __init__(self, folder: str | Path, *, wait: bool = False) -> None:
         path = Path(folder).resolve()
         with _GUARD:
-            held = next((_HELD[one] for one in (path, *path.parents) if one in _HELD), None)
-            if held is None:
-                held = _HELD[path] = _acquire(path, Path(folder), wait)
-            held.users += 1
-        self._held: _Held | None = held
+            lock = next((_LOCKS[one] for one in (path, *path.parents) if one in _LOCKS), None)
+            if lock is None:
+                lock = _LOCKS[path] = _acquire(path, Path(folder), wait)
+            lock.users += 1
+        self._lock: _Lock | None = lock
 
     def release(self) -> None:
         """Release the folder; a second call does nothing."""
         with _GUARD:
-            held, self._held = self._held, None
-            if held is None:
+            lock, self._lock = self._lock, None
+            if lock is None:
                 return
-            held.users -= 1
-            if held.users == 0:
-                _HELD.pop(held.folder, None)
-                held.unlock()
+            lock.users -= 1
+            if lock.users == 0:
+                _LOCKS.pop(lock.folder, None)
+                lock.unlock()
 
     def __enter__(self) -> FolderLock:
         return self
@@ -87,7 +87,7 @@ def output_folder(folder: Path, overwrite: bool) -> Iterator[None]:
 
 
 @dataclass
-class _Held:
+class _Lock:
     """A folder that this process has locked or tries to lock.
 
     Attributes:
@@ -200,15 +200,15 @@ class _Held:
                 folder.rmdir()
 
 
-_HELD: dict[Path, _Held] = {}
+_LOCKS: dict[Path, _Lock] = {}
 _GUARD = threading.RLock()
 
 
-def _acquire(path: Path, named: Path, wait: bool) -> _Held:
-    held, told = _Held(path), False
+def _acquire(path: Path, named: Path, wait: bool) -> _Lock:
+    lock, told = _Lock(path), False
     try:
-        while not held.try_lock():
-            holder = held.holder()
+        while not lock.try_lock():
+            holder = lock.holder()
             if not wait:
                 advice = "wait until it has ended, or name another folder"
                 raise RequestError(f"{named}: {holder} is writing there; {advice}")
@@ -217,6 +217,6 @@ def _acquire(path: Path, named: Path, wait: bool) -> _Held:
                 told = True
             time.sleep(WAIT_SECONDS)
     except BaseException:
-        held.remove_made()
+        lock.remove_made()
         raise
-    return held
+    return lock

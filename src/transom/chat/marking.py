@@ -16,7 +16,7 @@ import re
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice, pairwise
 from typing import Any
 
@@ -78,6 +78,18 @@ class Text:
         return f"{'tool_calls' if 'tool_calls' in names else names[1]} of {role}"
 
 
+@lru_cache(maxsize=8)
+def _control_words(
+    words: tuple[str, ...],
+) -> tuple[re.Pattern[str], frozenset[str], frozenset[str]]:
+    """Return the pattern of control words, and all of their beginnings and ends."""
+    longest_first = sorted(words, key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    sizes = [(word, size) for word in words for size in range(1, len(word))]
+    heads, tails = (word[:size] for word, size in sizes), (word[size:] for word, size in sizes)
+    return pattern, frozenset(heads), frozenset(tails)
+
+
 @dataclass
 class Marked:
     """A rendered chat without its marks, and what the marks showed.
@@ -113,9 +125,9 @@ class Marked:
         return Marked(self.text[start:stop], [(a - start, b - start) for a, b in inside])
 
     def template_words(self, words: Iterable[str]) -> Iterator[Span]:
-        """Yield the places of words that the template itself writes; earlier words win."""
+        """Yield the places of words that the template itself writes; longer words win."""
         left = deque(sorted(self.protected))
-        for match in re.finditer("|".join(map(re.escape, words)) or "(?!)", self.text):
+        for match in _control_words(tuple(words))[0].finditer(self.text):
             start, stop = match.span()
             while left and left[0][1] <= start:
                 left.popleft()
@@ -169,22 +181,15 @@ class Marker:
         self.texts: list[Text] = []
         self._with_texts = texts
         self._known: dict[Path, int] = {}
-        longest_first = sorted(words, key=len, reverse=True)
-        self.words = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._heads = frozenset(
-            word[:size] for word in longest_first for size in range(1, len(word))
-        )
-        self._tails = frozenset(
-            word[size:] for word in longest_first for size in range(1, len(word))
-        )
+        self.words, self._heads, self._tails = _control_words(tuple(words))
         self._sizes = range(1, 1 + max(map(len, self._heads), default=0))
         marks = list(islice(unused, 6))
         self._open, self._close, self._begin, self._end = marks[:4]
         self.generation = (marks[4], marks[5])
-        opens, closes, begin, end, said, unsaid = map(_spellings, marks)
-        self._found = re.compile(
+        opens, closes, begin, end, starts, stops = map(_spellings, marks)
+        self._marks = re.compile(
             f"{opens}(?P<word>{self.words.pattern}){closes}|{begin}(?P<text>[0-9]+){end}"
-            f"|(?P<said>{said})|(?P<unsaid>{unsaid})|(?P<seam>{opens}|{closes})|{begin}|{end}"
+            f"|(?P<start>{starts})|(?P<stop>{stops})|(?P<seam>{opens}|{closes})|{begin}|{end}"
         )
 
     def mark(self, value: Any, path: Path = ()) -> Any:
@@ -249,20 +254,20 @@ class Marker:
         out = Marked(texts=[replace(one, offsets=[], written=set()) for one in self.texts])
         pieces, length, start = [], 0, 0
         opened: list[int] = []
-        for found in self._found.finditer(rendered):
-            pieces += [rendered[start : found.start()], found["word"] or ""]
+        for match in self._marks.finditer(rendered):
+            pieces += [rendered[start : match.start()], match["word"] or ""]
             length += len(pieces[-2])
-            start, kind = found.end(), found.lastgroup
+            start, kind = match.end(), match.lastgroup
             if kind in ("word", "seam"):
                 out.protected.append((length, length + len(pieces[-1])))
                 length += len(pieces[-1])
             elif kind == "text":
-                text = out.texts[int(found["text"][:-1])]
-                text.written.add(int(found["text"][-1]))
+                text = out.texts[int(match["text"][:-1])]
+                text.written.add(int(match["text"][-1]))
                 text.offsets.append(length)
-            elif kind == "said":
+            elif kind == "start":
                 opened.append(length)
-            elif kind == "unsaid" and opened:
+            elif kind == "stop" and opened:
                 out.spans.append((opened.pop(), length))
         out.text = "".join([*pieces, rendered[start:]])
         return out

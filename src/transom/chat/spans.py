@@ -111,7 +111,7 @@ class Control(NamedTuple):
 def control_tokens(tokenizer: Tokenizer, chat: Marked, ids: Sequence[int]) -> list[Control]:
     """Return the template's control tokens; none if they cannot be told apart from others."""
     special = {word: id for word, id in tokenizer.special_tokens.items() if id != tokenizer.unk_id}
-    places = list(chat.template_words(sorted(special, key=len, reverse=True)))
+    places = list(chat.template_words(special))
     known = frozenset(special.values())
     indices = [at for at, id in enumerate(ids) if id in known]
     if [special[chat.text[start:stop]] for start, stop in places] != [ids[at] for at in indices]:

@@ -20,7 +20,7 @@ from transom.data.batch import NO_TARGET
 from transom.models.llm import LLM
 from transom.tokenizers.training import byte_tokenizer
 from transom.training.losses.log_probs import measured_log_probs
-from transom.training.rl.policy import draw_answers
+from transom.training.rl.policy import sample_answers
 from transom.training.rl.rollouts import Question, QuestionBatch, answer_seed, rollout_batch
 from transom.verify.findings import Finding
 from transom.verify.sample_models import random_tokens, sample_model
@@ -116,8 +116,8 @@ def _compare(
     questions = tuple(Question(str(row), ids[row][:count], {}) for row, count in prompts)
     places = product(range(len(PROMPTS)), range(GROUP))
     seeds = tuple(answer_seed(0, 0, row, index) for row, index in places)
-    batch = QuestionBatch(questions, seeds, GROUP, ANSWER_TOKENS)
-    answers = draw_answers(
+    batch = QuestionBatch(questions, seeds, GROUP)
+    answers = sample_answers(
         model,
         byte_tokenizer(),  # the text of the answers is not used
         [question.ids for question in batch.answers],
@@ -136,10 +136,13 @@ def _compare(
         logits = model(inputs).logits
     assert logits is not None, "all logits are the default"
     kept_BT = targets_BT != NO_TARGET
-    gaps_BT = (trained_BT - rollouts.extras["drawn"]).abs()
+    gaps_BT = (trained_BT - rollouts.extras["sampled"]).abs()
     gaps = gaps_BT[kept_BT]
     row, column = divmod(int(gaps_BT.argmax()), gaps_BT.size(1))
-    sampled, trained = float(rollouts.extras["drawn"][row, column]), float(trained_BT[row, column])
+    sampled, trained = (
+        float(rollouts.extras["sampled"][row, column]),
+        float(trained_BT[row, column]),
+    )
     worst, mean, median = float(gaps.max()), float(gaps.mean()), float(gaps.median())
     case = f"{case}, {len(gaps)} tokens: largest {worst:.1e}, mean {mean:.1e} nats"
     detail = f"answer {row}, token {column}: sampled with {sampled:.4f}, trained with {trained:.4f}"

@@ -187,7 +187,7 @@ def test_a_gap_between_drawing_and_learning_is_shown(capsys) -> None:
         if hasattr(module, "dropout"):
             module.dropout = 0.5
     policy = objective(model)
-    assert "dropout 0.5: answers are drawn without it" in capsys.readouterr().err
+    assert "dropout 0.5: answers are sampled without it" in capsys.readouterr().err
     assert learn(policy, policy.prepare(questions().next()))["gap"] > 0.01
 
 

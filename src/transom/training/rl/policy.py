@@ -1,9 +1,9 @@
-"""Learning from rewards that can be checked: GRPO, with answers drawn by the model that is trained.
+"""GRPO: learning from rewards of answers that the trained model samples itself.
 
-Shape letters: B rows, T tokens, Q questions, G answers to each. DeepSeekMath (Shao et al. 2024,
-arXiv 2402.03300) compares the answers to one question with each other in place of a value model. A
-step draws its own answers and is the only one to learn from them, so the probabilities are those
-that were drawn from: their ratio, which PPO clips, is 1 and there is nothing to clip.
+DeepSeekMath (Shao et al. 2024, arXiv 2402.03300) compares the answers to one question with each
+other instead of training a value model. Each step learns once from the answers that it has sampled.
+The ratio of PPO between the current and the sampling policy is therefore 1, and its clipping has no
+effect. Shape letters: B rows, T tokens, Q questions, G answers to each.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from transom.base.errors import RequestError, require
+from transom.base.fields import check_bounds, describe
 from transom.base.runtime import evaluating
 from transom.cache.model_cache import ModelCache
 from transom.chat.reasoning import marker_ids
 from transom.data.batch import NO_TARGET, Batch
 from transom.evaluation.answers import CACHE_TOKENS
+from transom.evaluation.bits import batches_by_length
 from transom.evaluation.score import Score
 from transom.inference.loop import first_capacity, prefill
 from transom.inference.sampling import SamplingArgs
@@ -37,22 +39,21 @@ from transom.training.losses.log_probs import (
 )
 from transom.training.losses.objectives import Objective
 from transom.training.rl.rewards import SOLVED, Reward
-from transom.training.rl.rollouts import Drawn, Question, QuestionBatch, rollout_batch
+from transom.training.rl.rollouts import Question, QuestionBatch, SampledAnswer, rollout_batch
 
-PREFILL_TOKENS = 512  # of a call
-LEAST_SPREAD = 1e-4  # beside the standard deviation, as TRL has it (trainer/grpo_trainer.py)
+PREFILL_TOKENS = 512  # of one forward pass
+LEAST_SPREAD = 1e-4  # added to the standard deviation, as in TRL (trainer/grpo_trainer.py)
 
 
 def group_advantages(rewards_B: Tensor, group: int, *, scale: bool = True) -> Tensor:
-    """(reward - mean) / (std + 1e-4) of each answer [B] among the `group` answers to its question.
+    """Return the advantage (reward - mean) / (std + 1e-4) of each answer [B] in its group.
 
-    arXiv 2402.03300, section 4.1.2. Without `scale` the mean alone is taken off (Dr. GRPO, Liu et
-    al. 2025, arXiv 2503.20783): with it, questions that are nearly always or nearly never solved
-    weigh more than others.
+    A group are the `group` neighbouring answers to one question (arXiv 2402.03300, section 4.1.2).
+    Without `scale` the advantage is reward - mean (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783):
+    the division gives questions that are nearly always or nearly never solved a larger weight.
     """
-    rewards_QG = rewards_B.double().view(
-        -1, group
-    )  # or equal rewards would not have their own mean
+    # In float64 the mean of equal rewards is exactly their value.
+    rewards_QG = rewards_B.double().view(-1, group)
     centred_QG = rewards_QG - rewards_QG.mean(1, keepdim=True)
     if scale:
         centred_QG = centred_QG / (rewards_QG.std(1, keepdim=True) + LEAST_SPREAD)
@@ -60,18 +61,17 @@ def group_advantages(rewards_B: Tensor, group: int, *, scale: bool = True) -> Te
 
 
 def kl_estimate(policy: Tensor, reference: Tensor) -> Tensor:
-    """r - log r - 1 with r = reference / policy of each drawn token, from log-probabilities: at
-    least 0.
+    """Return r - log r - 1 with r = reference / policy of sampled tokens, from log-probabilities.
 
-    Its mean over draws is KL(policy || reference) (Schulman 2020,
-    http://joschu.net/blog/kl-approx.html, k3).
+    It is never negative, and its mean over samples is KL(policy || reference) (k3 of Schulman 2020,
+    http://joschu.net/blog/kl-approx.html).
     """
     log_ratio = reference - policy
     return log_ratio.exp() - log_ratio - 1
 
 
 @torch.no_grad()
-def draw_answers(
+def sample_answers(
     model: LLM,
     tokenizer: Tokenizer,
     prompts: Sequence[list[int]],
@@ -81,54 +81,53 @@ def draw_answers(
     temperature: float,
     stop_tokens: Sequence[int],
     dtype: torch.dtype = torch.float32,
-) -> list[Drawn]:
-    """An answer of at most `answer_tokens` tokens to each prompt, in order, from a generator of its
-    own.
+) -> list[SampledAnswer]:
+    """Sample an answer to each prompt, without dropout, and return the answers in order.
 
-    The model answers as in use, without dropout; `dtype` is that of autocast. Prompts of like
-    length make a batch, in which equal ones are run once.
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        prompts: Token ids of each prompt. Equal prompts of a batch are prefilled once.
+        seeds: The seed of each answer.
+        answer_tokens: The most tokens of an answer.
+        temperature: Divides the logits; 0 is greedy.
+        stop_tokens: Ids of tokens that end an answer.
+        dtype: The dtype of autocast.
     """
     device = model.device
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    drawn: dict[int, Drawn] = {}
-    while order:
-        count = max(1, CACHE_TOKENS // (len(prompts[order[0]]) + answer_tokens))
-        chosen, order = order[:count], order[count:]
+    lengths = [len(prompt) + answer_tokens for prompt in prompts]
+    answers: dict[int, SampledAnswer] = {}
+    for batch in batches_by_length(lengths, CACHE_TOKENS):
         steps: list[Tensor] = []
+        rows = [prompts[index] for index in batch]
         with evaluating(model), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            rows = [prompts[index] for index in chosen]
-            texts = stream_text(
+            completions = stream_text(
                 model,
                 tokenizer,
                 rows,
                 max_new_tokens=answer_tokens,
                 sampling=SamplingArgs(temperature),
-                seeds=[seeds[index] for index in chosen],
+                seeds=[seeds[index] for index in batch],
                 stop_tokens=stop_tokens,
                 cache=_shared_cache(model, rows, answer_tokens),
                 log_probs=steps,
-                kept=marker_ids(
-                    tokenizer
-                ),  # a reward that reads them can tell reasoning from answer
-            )
-            said = texts.run()
-        for index, done, log_probs in zip(
-            chosen, said, torch.stack(steps, 1).tolist(), strict=True
-        ):
-            drawn[index] = Drawn(done, log_probs[: len(done.tokens)])
-    return [drawn[index] for index in range(len(prompts))]
+                kept=marker_ids(tokenizer),  # so that a reward can tell reasoning from answer
+            ).run()
+        log_probs = torch.stack(steps, 1).tolist()
+        for index, one, values in zip(batch, completions, log_probs, strict=True):
+            answers[index] = SampledAnswer(one, values[: len(one.tokens)])
+    return [answers[index] for index in range(len(prompts))]
 
 
 def _shared_cache(model: LLM, prompts: Sequence[list[int]], new_tokens: int) -> ModelCache | None:
-    """All but the last token of every prompt, equal ones computed once; None where that saves or
-    allows nothing.
+    """Return a cache of all but the last token of every prompt, with equal prompts prefilled once.
+
+    None if all prompts differ, one has a single token, or the cache would have to grow later.
     """
     distinct = [*dict.fromkeys(map(tuple, prompts))]
     lengths = [len(prompt) for prompt in distinct]
     total = max(lengths) + new_tokens
-    grows = (
-        first_capacity(model.args, max(lengths), total) < total
-    )  # keys are computed again on the way
+    grows = first_capacity(model.args, max(lengths), total) < total
     if len(distinct) == len(prompts) or min(lengths) < 2 or grows:
         return None
     cache = model.make_cache(len(distinct), total)
@@ -139,15 +138,31 @@ def _shared_cache(model: LLM, prompts: Sequence[list[int]], new_tokens: int) -> 
 
 @dataclass
 class PolicyGradient(Objective):
-    """- sum of advantage log p(token) over the tokens of all answers, divided by their count in the
-    whole step.
+    """GRPO: the sum of -advantage log p(token) over all answer tokens, divided by their number.
 
-    Every token counts alike, however long its answer (DAPO, Yu et al. 2025, arXiv 2503.14476,
-    section 3.3). `beta` weighs the KL to the model without its adapters. Parts, over the answers of
-    a step: `reward`, `reward_std` (mean over questions), `solved` (rewards of 1 or more),
-    `answer_tokens` (mean), `cut` (share ended by their length), `no_signal` (share of questions
-    whose answers all got one reward), `gap` (mean distance in nats of a token's log-probability in
-    training from that in drawing, which dropout or jitter make large), and `kl`.
+    Every token has the same weight, in long and short answers (DAPO, Yu et al. 2025, arXiv
+    2503.14476, section 3.3). `loss` returns, over the answers of a step:
+
+    - `reward`, `answer_tokens` and `cut` (ended by their length): means over answers
+    - `solved`: the share of answers with a reward of 1 or more
+    - `reward_std`: the standard deviation in a group, a mean over questions
+    - `no_signal`: the share of questions whose answers all have the same reward
+    - `gap`: the mean distance, in nats, of the log-probability of a token in training from that in
+      sampling; adapter dropout and router jitter make it large
+    - `kl`: the divergence from the model without its adapters, if `beta` is positive
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        reward: Judges the answers.
+        stop_tokens: Ids of tokens that end an answer.
+        answer_tokens: The most tokens of an answer.
+        temperature: Temperature of sampling and of the log-probabilities in the loss.
+        beta: Weight of the KL divergence from the model without its adapters.
+        scale_rewards: See `group_advantages`.
+        dtype: The dtype of autocast in training.
+        chunk: Tokens whose logits are computed at a time, see `target_log_probs`.
+        ranks: The ranks of the run.
     """
 
     model: LLM
@@ -155,10 +170,10 @@ class PolicyGradient(Objective):
     reward: Reward
     stop_tokens: Sequence[int]
     answer_tokens: int = 256
-    temperature: float = 1.0
-    beta: float = 0.0
+    temperature: float = describe(1.0, "temperature", above=0.0)
+    beta: float = describe(0.0, "weight of the KL divergence", at_least=0.0)
     scale_rewards: bool = True
-    dtype: torch.dtype = torch.float32  # of autocast, as in training
+    dtype: torch.dtype = torch.float32
     chunk: int | None = None
     ranks: Ranks = ALONE
     # Steps without a signal since this object was made.
@@ -167,65 +182,51 @@ class PolicyGradient(Objective):
     step_answers: int = field(default=1, init=False)
 
     def __post_init__(self) -> None:
-        require(self.temperature > 0, "temperature", self.temperature, "expected a number above 0")
-        require(self.beta >= 0, "beta", self.beta, "expected 0 or more")
-        require(
-            self.model.args.head is None,
-            "model.head",
-            self.model.args.head,
-            "expected a language model",
-        )
+        check_bounds(self)
+        head = self.model.args.head
+        require(head is None, "model.head", head, "expected a language model")
         if self.beta > 0:
             try:
                 check_frozen_base(self.model)
                 with adapters_off(self.model):
                     pass
             except RequestError as error:
-                why = "without a fixed model to stay near, expected 0"
-                raise RequestError(f"finetune.beta: got {self.beta}; {why} ({error})") from None
-        dropout = max(
-            (
-                one.dropout
-                for _, _, held in adapted_modules(self.model)
-                for one in held.active_lora()
-            ),
-            default=0,
-        )
+                expected = "expected 0 if the model without adapters is no fixed reference"
+                raise RequestError(
+                    f"finetune.beta: got {self.beta}; {expected} ({error})"
+                ) from None
+        active = [lora for *_, held in adapted_modules(self.model) for lora in held.active_lora()]
+        dropout = max((lora.dropout for lora in active), default=0)
         if dropout:
             self.ranks.say(
-                f"dropout {dropout:g}: answers are drawn without it, so they are learnt from as "
-                f"those of another"
+                f"dropout {dropout:g}: answers are sampled without it, so they come from another "
+                "distribution than the one that is trained"
             )
 
     def prepare(self, batch: QuestionBatch) -> Batch:
-        """Answers to the questions of a step, their rewards and advantages; a step without a signal
-        is said.
-        """
+        """Return the batch of sampled answers to the questions of a step, with their advantages."""
         questions = batch.answers
-        said = self._answers(questions, batch.seeds, self.temperature)
-        rewards_B = torch.tensor(self._rewards(questions, said))
-        self._say_silent(rewards_B.view(-1, batch.group))
+        answers = self._answers(questions, batch.seeds, self.temperature)
+        rewards_B = torch.tensor(self._rewards(questions, answers))
+        self._notice_silent(rewards_B.view(-1, batch.group))
         advantages_B = group_advantages(rewards_B, batch.group, scale=self.scale_rewards)
         self.step_answers = len(questions) * batch.world_size
-        return rollout_batch(batch, said, rewards_B, advantages_B)
+        return rollout_batch(batch, answers, rewards_B, advantages_B)
 
     def loss(self, output: TransformerOutput, micro: Batch, units: Tensor) -> dict[str, Tensor]:
-        """This micro-batch's share of the loss, and of the parts that the class names."""
-        # Before the reference: autocast would hand on to it the casts that the reference makes
-        # without gradients.
-        policy_BT = target_log_probs(
-            self.model, output.hidden_BTD, micro.targets, self.chunk, self.temperature
-        )
+        """Return the sum over answer tokens, divided by `units`, and the parts of the class."""
+        how = (self.chunk, self.temperature)
+        # Before the reference, whose casts of the weights autocast would keep without gradients.
+        policy_BT = target_log_probs(self.model, output.hidden_BTD, micro.targets, *how)
         loss = -(micro.extras["advantages"][:, None] * policy_BT).sum() / units
-        parts = {"gap": (policy_BT.detach() - micro.extras["drawn"]).abs().sum() / units}
+        parts = {"gap": (policy_BT.detach() - micro.extras["sampled"]).abs().sum() / units}
         if self.beta > 0:
+            inputs = micro.inputs()
             with adapters_off(self.model):
-                reference_BT = measured_log_probs(
-                    self.model, micro.inputs(), micro.targets, self.chunk, self.temperature
-                )
+                reference_BT = measured_log_probs(self.model, inputs, micro.targets, *how)
             kl = kl_estimate(policy_BT, reference_BT).sum() / units
             loss, parts["kl"] = loss + self.beta * kl, kl.detach()
-        return {"loss": loss, **parts, **self._shown(micro)}
+        return {"loss": loss, **parts, **self._means(micro)}
 
     def evaluate(self, items: Sequence[Question]) -> Score:
         """Return the score of greedy answers to held-out questions; the loss is minus the reward.
@@ -243,8 +244,8 @@ class PolicyGradient(Objective):
 
     def _answers(
         self, questions: Sequence[Question], seeds: Sequence[int], temperature: float
-    ) -> list[Drawn]:
-        return draw_answers(
+    ) -> list[SampledAnswer]:
+        return sample_answers(
             self.model,
             self.tokenizer,
             [question.ids for question in questions],
@@ -255,20 +256,17 @@ class PolicyGradient(Objective):
             dtype=self.dtype,
         )
 
-    def _rewards(self, questions: Sequence[Question], said: Sequence[Drawn]) -> list[float]:
-        pairs = zip(questions, said, strict=True)
-        return [
-            self.reward(one.completion.text, question.reference, question.id)
-            for question, one in pairs
-        ]
+    def _rewards(
+        self, questions: Sequence[Question], answers: Sequence[SampledAnswer]
+    ) -> list[float]:
+        pairs = zip(questions, answers, strict=True)
+        return [self.reward(one.completion.text, row.reference, row.id) for row, one in pairs]
 
-    def _shown(self, micro: Batch) -> dict[str, Tensor]:
-        """Parts that are means over answers; rewards of a group are equal where no other than the
-        first is.
-        """
-        group, share = micro.rows_per_item, 1 / self.step_answers
+    def _means(self, micro: Batch) -> dict[str, Tensor]:
+        """Return this micro-batch's share of the means over answers and over questions."""
+        group = micro.rows_per_item
         rewards_QG = micro.extras["rewards"].view(-1, group)
-        found = {
+        values = {
             "reward": rewards_QG,
             "reward_std": rewards_QG.std(1) * group,
             "solved": rewards_QG >= SOLVED,
@@ -276,21 +274,20 @@ class PolicyGradient(Objective):
             "cut": micro.extras["cut"],
             "no_signal": (rewards_QG == rewards_QG[:, :1]).all(1) * group,
         }
-        return {name: values.sum() * share for name, values in found.items()}
+        return {name: value.sum() * (1 / self.step_answers) for name, value in values.items()}
 
-    def _say_silent(self, rewards_QG: Tensor) -> None:
-        """Count steps in which no answer is better than another one to its question.
+    def _notice_silent(self, rewards_QG: Tensor) -> None:
+        """Count the steps in which all answers to each question have the same reward.
 
-        A notice is printed at the first such step, and ever more rarely after it.
+        A notice is printed for the first, second, fourth, eighth one and so on.
         """
-        telling = (rewards_QG != rewards_QG[:, :1]).any(1).sum().to(self.ranks.device)
-        self.ranks.sum(telling)
-        if int(telling):
+        signals = (rewards_QG != rewards_QG[:, :1]).any(1).sum().to(self.ranks.device)
+        self.ranks.sum(signals)
+        if int(signals):
             return
         self.silent_steps += 1
         if self.silent_steps & (self.silent_steps - 1) == 0:
             self.ranks.say(
-                "no signal: all answers to each question of a step got one reward (mean "
-                f"{rewards_QG.mean():g}), so there is nothing to learn; {self.silent_steps} such "
-                "steps so far"
+                "no signal: all answers to each question of a step have the same reward (mean "
+                f"{rewards_QG.mean():g}), so nothing is learnt; such steps: {self.silent_steps}"
             )

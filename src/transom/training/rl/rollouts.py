@@ -1,7 +1,7 @@
-"""Questions of a step, and the answers drawn to them: what learning from rewards reads.
+"""The questions of a step, and the batch of their sampled answers.
 
-Shape letters: B rows, T tokens. A row is one answer behind its prompt; the `group` answers to one
-prompt lie in neighbouring rows.
+Shape letters: B rows, T tokens. A row is one answer after its prompt. The `group` answers to one
+question are neighbours.
 """
 
 from __future__ import annotations
@@ -28,15 +28,14 @@ from transom.data.order import ShuffledBatches
 from transom.inference.text import Completion
 from transom.tokenizers.tokenizer import Tokenizer
 
-ANSWERS = 3  # what seeds of answers are drawn for, beside the uses that `data.order.Stream` names
+ANSWERS = 3  # the use of the seeds of answers, beside those of `data.order.Stream`
 
 
-# -- questions
-# ---------------------------------------------------------------------------------------
+# -- questions -------------------------------------------------------------------------------------
 
 
 class Question(NamedTuple):
-    """Ids of a prompt, and what its answer is judged by."""
+    """A question: the ids of its prompt, and the reference that judges its answers."""
 
     id: str
     ids: list[int]
@@ -45,24 +44,24 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Questions:
-    """Questions that leave room for an answer, and how many did not."""
+    """Questions that leave room for an answer, and the number of those that do not."""
 
     rows: list[Question]
     dropped: int
 
     def __str__(self) -> str:
         tokens = sum(len(row.ids) for row in self.rows)
-        line = f"{len(self.rows):,} questions, {tokens:,} tokens"
-        return f"{line}; {self.dropped:,} too long and left out" if self.dropped else line
+        dropped = f"; {self.dropped:,} too long and left out" if self.dropped else ""
+        return f"{len(self.rows):,} questions, {tokens:,} tokens{dropped}"
 
     @property
     def hash(self) -> str:
-        """SHA-256 in hex of every token and reference: data, tokenizer and template in one."""
-        whole = hashlib.sha256()
+        """SHA-256 of all tokens and references, which depend on data, tokenizer and template."""
+        digest = hashlib.sha256()
         for row in self.rows:
-            whole.update(np.asarray(row.ids, np.int32).tobytes())
-            whole.update(json.dumps(row.reference, sort_keys=True).encode())
-        return whole.hexdigest()
+            digest.update(np.asarray(row.ids, np.int32).tobytes())
+            digest.update(json.dumps(row.reference, sort_keys=True).encode())
+        return digest.hexdigest()
 
 
 def encode_questions(
@@ -73,16 +72,22 @@ def encode_questions(
     seq_len: int,
     answer_tokens: int,
 ) -> Questions:
-    """Prompts as the model is asked with; with `answer_tokens` behind them they are `seq_len`
-    tokens at most.
+    """Encode the prompts of examples. Those that leave no room for an answer are left out.
 
-    Longer ones are left out, since a question without its beginning or its end is another one;
-    where none has room it is a `RequestError`.
+    Args:
+        examples: The examples.
+        tokenizer: The tokenizer.
+        template: The chat template, if an example needs one.
+        seq_len: Tokens of a prompt and its answer together.
+        answer_tokens: Tokens of the longest answer.
+
+    Raises:
+        RequestError: An example cannot be encoded, or no prompt leaves room for an answer.
     """
     room = seq_len - answer_tokens
     expected = f"expected less than data.seq_len = {seq_len}, which prompt and answer share"
     require(room >= 1, "finetune.answer_tokens", answer_tokens, expected)
-    rows, dropped, shortest = [], 0, 0
+    rows, too_long = [], []
     for example in examples:
         try:
             ids = prompt_ids(example, tokenizer, template)
@@ -90,32 +95,35 @@ def encode_questions(
             where = "" if str(error).startswith(example.id) else f"{example.id}: "
             raise RequestError(f"{where}{error}") from None
         if len(ids) > room:
-            dropped += 1
-            shortest = min(shortest or len(ids), len(ids))
+            too_long.append(len(ids))
         else:
             rows.append(Question(example.id, ids, example.reference))
-    expected = (
-        f"expected {shortest + answer_tokens} or more, so that one of {dropped} questions has room"
-    )
-    require(bool(rows) or not dropped, "data.seq_len", seq_len, expected)
-    return Questions(rows, dropped)
+    if too_long and not rows:
+        least = min(too_long) + answer_tokens
+        expected = f"expected {least} or more, so that one of {len(too_long)} questions has room"
+        require(False, "data.seq_len", seq_len, expected)
+    return Questions(rows, len(too_long))
 
 
 @dataclass(frozen=True)
 class QuestionBatch:
-    """Questions of one rank, and a seed for each of the `group` answers to be drawn to each of
-    them.
+    """The questions of one rank for one step, before their answers are sampled.
+
+    Attributes:
+        rows: The questions.
+        seeds: A seed for each answer: `group` seeds for the first question, and so on.
+        group: Answers to each question.
+        world_size: Number of ranks.
     """
 
     rows: tuple[Question, ...]
     seeds: tuple[int, ...]
     group: int
-    answer_tokens: int
     world_size: int = 1
 
     @property
     def answers(self) -> list[Question]:
-        """The question of every answer."""
+        """The question of each answer."""
         return [row for row in self.rows for _ in range(self.group)]
 
 
@@ -155,69 +163,67 @@ class QuestionBatches(ShuffledBatches):
         rows = tuple(self._questions[self._index(*place)] for place in places)
         group = range(self._group)
         seeds = tuple(answer_seed(self._seed, *place, at) for place in places for at in group)
-        return QuestionBatch(rows, seeds, self._group, self._answer_tokens, self._world_size)
+        return QuestionBatch(rows, seeds, self._group, self._world_size)
 
     def _batch(self, items: list[int]) -> Batch:
         """Return a batch of these questions with answers of the full length, for a dry run."""
-        answer = Completion("", [0] * self._answer_tokens, "length")
-        drawn = Drawn(answer, [0.0] * self._answer_tokens)
         rows = tuple(self._questions[item] for item in items)
-        batch = QuestionBatch(rows, (), self._group, self._answer_tokens, self._world_size)
+        batch = QuestionBatch(rows, (), self._group, self._world_size)
+        ids = [0] * self._answer_tokens
+        answer = SampledAnswer(Completion("", ids, "length"), [0.0] * len(ids))
         zeros_B = torch.zeros(len(batch.answers))
-        return rollout_batch(batch, [drawn] * len(batch.answers), zeros_B, zeros_B)
+        return rollout_batch(batch, [answer] * len(batch.answers), zeros_B, zeros_B)
 
 
 def answer_seed(seed: int, epoch: int, item: int, index: int) -> int:
-    """Return the seed of answer `index` to item `item` of an epoch, which depends on nothing
-    else.
-    """
+    """Return the seed of answer `index` to item `item` of an epoch."""
     return mixed_seed(seed, ANSWERS, epoch, item, index)
 
 
-# -- answers
-# -----------------------------------------------------------------------------------------
+# -- answers ---------------------------------------------------------------------------------------
 
 
-class Drawn(NamedTuple):
-    """An answer, and the log-probability in nats that each of its tokens had when it was drawn."""
+class SampledAnswer(NamedTuple):
+    """An answer, and the log-probability in nats with which each of its tokens was sampled."""
 
     completion: Completion
     log_probs: list[float]
 
 
 def rollout_batch(
-    batch: QuestionBatch, drawn: Sequence[Drawn], rewards_B: Tensor, advantages_B: Tensor
+    batch: QuestionBatch,
+    answers: Sequence[SampledAnswer],
+    rewards_B: Tensor,
+    advantages_B: Tensor,
 ) -> Batch:
-    """Return a batch of sampled answers after their prompts; the answers to a question are
-    neighbours.
+    """Return a batch of answers after their prompts; the answers to one question are neighbours.
 
     The targets are the tokens of the answers, including the tokens that end them. `extras` has:
 
     - `advantages` and `rewards`, float32 [B]
     - `cut`, bool [B]: whether the answer ended because of its length
-    - `drawn`, float32 [B, T]: the log-probability of each target when it was sampled, 0 elsewhere
+    - `sampled`, float32 [B, T]: the log-probability of each target when it was sampled, 0 elsewhere
 
     Args:
         batch: The questions.
-        drawn: The answers, `batch.group` to each question in order.
+        answers: The answers, `batch.group` to each question in order.
         rewards_B: Their rewards, float32 [B].
         advantages_B: Their advantages, float32 [B].
     """
-    rows = [_row(row, one) for row, one in zip(batch.answers, drawn, strict=True)]
+    rows = [_row(row, one) for row, one in zip(batch.answers, answers, strict=True)]
     padded = padded_batch([rows[at : at + batch.group] for at in range(0, len(rows), batch.group)])
-    known = torch.tensor([value for one in drawn for value in one.log_probs])
+    log_probs = torch.tensor([value for one in answers for value in one.log_probs])
     has_target_BT = padded.targets != NO_TARGET
     extras = {
         "advantages": advantages_B,
         "rewards": rewards_B,
-        "cut": torch.tensor([one.completion.finish_reason == "length" for one in drawn]),
-        "drawn": torch.zeros(padded.tokens.shape).masked_scatter(has_target_BT, known),
+        "cut": torch.tensor([one.completion.finish_reason == "length" for one in answers]),
+        "sampled": torch.zeros(padded.tokens.shape).masked_scatter(has_target_BT, log_probs),
     }
     return replace(padded, extras=extras)
 
 
-def _row(question: Question, drawn: Drawn) -> EncodedChat:
-    ids = np.asarray([*question.ids, *drawn.completion.tokens], np.int32)
-    weights = np.zeros(len(ids), np.float32)
-    weights[len(question.ids) :] = 1.0
+def _row(question: Question, answer: SampledAnswer) -> EncodedChat:
+    ids = np.asarray([*question.ids, *answer.completion.tokens], np.int32)
+    weights = (np.arange(len(ids)) >= len(question.ids)).astype(np.float32)
     return EncodedChat(question.id, ids, weights)

@@ -134,9 +134,8 @@ def read(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
             values[field.name] = os.path.expanduser(values[field.name])  # noqa: PTH111 - a path or a hub id
     try:
         return cls(**values)
-    except (
-        RequestError
-    ) as error:  # the class names its own field, not where the class itself stands
+    # The class names its own field, not the path of the field that holds the class.
+    except RequestError as error:
         name = re.match(r"\w*", str(error))
         inside = bool(where) and name is not None and name[0] in known
         raise RequestError(f"{where}.{error}" if inside else str(error)) from None

@@ -162,9 +162,8 @@ def merged_weight(leaf: Leaf, held: Adapters) -> Tensor:
     for lora in held.active_lora():
         whole = whole + lora.scale * weight_delta(leaf, lora)
     for lora in held.active_lora():
-        if (
-            lora.magnitude is not None
-        ):  # the only adapter of its leaf, as `activate_adapters` checks
+        # DoRA is the only adapter of its leaf, as `activate_adapters` checks.
+        if lora.magnitude is not None:
             factor = dora_factor(leaf, lora).to(whole.dtype)
             whole = whole * (factor if isinstance(leaf, Embedding) else factor.unsqueeze(-1))
     return whole

@@ -60,12 +60,8 @@ def args_from_mistral(params: Mapping[str, Any], where: str) -> ModelArgs:
         config.check(config.get(key) is not None, key, "expected a value")
     for key in _UNSUPPORTED:
         config.check(not config.get(key), key, "expected none, as this is not supported")
-    for key in (
-        "max_batch_size",
-        "lora",
-        "vision_encoder",
-        "dtype",
-    ):  # adapters have files of their own
+    # Adapters have files of their own.
+    for key in ("max_batch_size", "lora", "vision_encoder", "dtype"):
         config.get(key)
     args = config.model(_fields, "params.json of Mistral's")
     config.print_notes()

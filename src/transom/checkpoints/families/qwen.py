@@ -100,9 +100,8 @@ QWEN3_MOE = Family(
         *COMMON,
         BIAS,
         uniform_window(switch=True),
-        redundant(
-            "max_window_layers"
-        ),  # in the files, but either all layers have the window or none
+        # Files have it, but either all layers have the window or none.
+        redundant("max_window_layers"),
         experts("moe_intermediate_size"),
         Option(_read_sparse_layers, _write_sparse_layers),
         fixed(qk_norm="head"),

@@ -43,9 +43,8 @@ def rope_settings(config: ForeignConfig) -> dict[str, Any]:
     as one mapping.
     """
     newer, older = config.get("rope_parameters", {}), config.get("rope_scaling", {})
-    settings = dict(
-        older or newer
-    )  # where a file has both, transformers takes all from the older one
+    # Where a file has both, transformers takes all from the older one.
+    settings = dict(older or newer)
     for key in ("rope_theta", "partial_rotary_factor"):
         beside = config.get(key)
         if beside is not None:

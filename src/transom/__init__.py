@@ -20,15 +20,17 @@ if TYPE_CHECKING:
     from transom.checkpoints.convert import convert
     from transom.checkpoints.fingerprint import fingerprint
     from transom.checkpoints.load import load
-    from transom.checkpoints.open_model import load_tokenizer
+    from transom.checkpoints.open_model import load_tokenizer, open_model
     from transom.checkpoints.save import save
     from transom.config.layer_args import HeadArgs, LayerArgs, MlaArgs, MoeArgs, RopeScaling
     from transom.config.model_args import ModelArgs
     from transom.config.presets import preset
     from transom.config.vision_args import VisionArgs
     from transom.evaluation.merging import merge_folders
+    from transom.inference.embedding import embed
     from transom.inference.loop import generate, stream
     from transom.inference.sampling import SamplingArgs
+    from transom.inference.session import Session, open_session
     from transom.layers.attention import Attention
     from transom.layers.block import TransformerBlock
     from transom.layers.feed_forward import FeedForward
@@ -73,12 +75,14 @@ _HOMES = {
     "transom.checkpoints.convert": ("convert",),
     "transom.checkpoints.fingerprint": ("fingerprint",),
     "transom.checkpoints.load": ("load",),
-    "transom.checkpoints.open_model": ("load_tokenizer",),
+    "transom.checkpoints.open_model": ("load_tokenizer", "open_model"),
     "transom.checkpoints.save": ("save",),
     "transom.base.errors": ("RequestError", "WorkError"),
     "transom.evaluation.merging": ("merge_folders",),
+    "transom.inference.embedding": ("embed",),
     "transom.inference.loop": ("generate", "stream"),
     "transom.inference.sampling": ("SamplingArgs",),
+    "transom.inference.session": ("Session", "open_session"),
     "transom.models.images": ("ImageTokenIds", "image_tokens", "prepare_image"),
     "transom.layers.attention": ("Attention",),
     "transom.layers.block": ("TransformerBlock",),

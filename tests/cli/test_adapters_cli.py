@@ -81,8 +81,8 @@ def test_a_change_keeps_the_conversation_and_forgets_what_was_computed(made, cal
         (["none=ONE"], "expected a name of its own, and not none"),
         (["a=ONE", "a=TWO"], "expected a name of its own"),
         (["a=BASE"], "a whole model; expected an adapter"),
-        (["a.b=ONE"], "adapter name 'a.b'"),
-        (["a=FOREIGN"], "expected the base that it was trained on"),
+        (["a.b=ONE"], "adapter name: got 'a.b'"),
+        (["a=FOREIGN"], "base: got"),
     ],
 )
 def test_wrong_requests_are_one_sentence(made, capsys, tmp_path, flags, words):
@@ -104,9 +104,9 @@ def test_a_name_that_is_not_there_leaves_all_as_it_was(made, call):
     out, err = said(
         call, made / "base", "--adapter", f"one={made / 'one'}", stdin="/adapter two\nhello\n"
     )
-    assert "/adapter: got 'two'; expected one, none" in err
+    assert "adapter: got 'two'; expected one, none" in err
     assert out == said(call, made / "base", stdin="hello\n")[0]
     assert (
-        "there is none; valid only with --adapter"
+        "expected a chat that was opened with adapters"
         in said(call, made / "base", stdin="/adapter one\n")[1]
     )

@@ -14,10 +14,10 @@ from tests.helpers import random_model, run_python, tiny_args
 from transom.checkpoints.save import save
 from transom.cli.main import VERBS, main
 from transom.config.layer_args import BASE_HEAD
-from transom.data.labelled import encode_texts, write_labels
+from transom.data.labelled import write_labels
+from transom.inference.embedding import encode_texts, run_rows
 from transom.models.llm import LLM
 from transom.tokenizers.training import byte_tokenizer
-from transom.training.losses.heads import run_rows
 
 TEXTS = ["the cat", "a much longer text than that", "x"]
 
@@ -127,7 +127,7 @@ def test_vectors_go_to_a_file_once(plain, call, tmp_path, name):
     got = torch.from_numpy(np.load(out)) if out.suffix == ".npy" else load_file(out)["embeddings"]
     torch.testing.assert_close(got, expected(model, pooling="mean").vectors)
     code, _, err = call(folder, "--text", "a", "--out", out)
-    assert code == 2 and "valid only with --overwrite" in err
+    assert code == 2 and "expected --overwrite" in err
     code, printed, _ = call(folder, "--text", "a", "--out", out, "--overwrite", "--json")
     assert (
         code == 0
@@ -180,9 +180,9 @@ def test_long_texts_are_cut_and_said(plain, call):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ([], "--text, --input: neither is given"),
+        ([], "--text, --input: got None"),
         (["--text", ""], "text 1 of 1: got ''"),
-        (["--input", "-"], "line 1 is empty"),
+        (["--input", "-"], "--input: got '-'; expected a text in line 1"),
         (["--input", "/no/such"], "--input /no/such: cannot be read"),
         (
             ["--text", "a", "--out", "v.txt"],
@@ -190,7 +190,7 @@ def test_long_texts_are_cut_and_said(plain, call):
         ),
         (
             ["--text", "a", "--out", "/no/such/v.npy"],
-            "expected a file in a folder that is there",
+            "expected a file in an existing folder",
         ),
         (["--text", "a", "--pooling", "max"], "invalid choice: 'max'"),
     ],
@@ -204,10 +204,12 @@ def test_an_empty_line_a_binary_file_and_another_pooling_are_refused(classifier,
     _, folder = classifier
     (tmp_path / "gap.txt").write_text("a\n\nb\n")
     (tmp_path / "odd.txt").write_bytes(b"\xff\xfe")
-    assert "line 2 is empty" in call(folder, "--input", tmp_path / "gap.txt")[2]
-    assert "not UTF-8" in call(folder, "--input", tmp_path / "odd.txt")[2]
+    assert "line 2" in call(folder, "--input", tmp_path / "gap.txt")[2]
+    assert "expected UTF-8" in call(folder, "--input", tmp_path / "odd.txt")[2]
     code, _, err = call(folder, "--text", "a", "--pooling", "mean")
-    assert code == 2 and "pooling: got 'mean'; expected last, what the model's head does" in err
+    assert (
+        code == 2 and "pooling: got 'mean'; expected last, the pooling of the model's head" in err
+    )
     assert call(tmp_path / "none", "--text", "a")[0] == 2
 
 

@@ -1,5 +1,7 @@
 """`transom generate` and `transom chat` as a person or a script meets them."""
 
+import argparse
+import dataclasses
 import json
 
 import pytest
@@ -8,6 +10,10 @@ from safetensors.torch import save_file
 from tests.helpers import random_model, run_python, tiny_args
 from transom.attention.sdpa import sdpa
 from transom.base.runtime import mixed_seed
+from transom.cli import chat as chat_verb
+from transom.cli import generate as generate_verb
+from transom.cli.options import read_fields
+from transom.inference.loop import generate
 from transom.inference.sampling import SamplingArgs
 from transom.inference.text import stream_text
 from transom.models.llm import LLM
@@ -102,6 +108,19 @@ def test_standard_input_and_stop_and_seed(made, call):
     assert outs[0] == outs[1] != outs[2]
 
 
+@pytest.mark.parametrize("verb", [generate_verb, chat_verb])
+def test_every_field_of_sampling_is_a_flag(verb, made):
+    parser = argparse.ArgumentParser()
+    verb.add_arguments(parser)
+    for field in dataclasses.fields(SamplingArgs):
+        other = {float: 0.5, int: 3, type(None): 3}[type(field.default)]
+        flag = f"--{field.name.replace('_', '-')}"
+        words = ["folder", flag, str(other), *(["-p", "a"] if verb is generate_verb else [])]
+        options = parser.parse_args(words)
+        assert read_fields(options, SamplingArgs) == SamplingArgs(**{field.name: other})
+        assert generate(made[0], [[1, 2]], 1, **{field.name: other}).shape == (1, 3)
+
+
 def test_the_default_length_is_what_the_context_leaves(made, call):
     _, folder = made
     code, out, err = call("generate", folder, "-p", "a" * 90, "--ignore-eos", "--json")
@@ -175,9 +194,9 @@ def test_stop_strings_of_the_folder_end_a_text(made, call, tmp_path):
     ("words", "sentence"),
     [
         (["-p", "-"], "standard input is empty"),
-        (["-p", "-", "-p", "-"], "can be read once"),
+        (["-p", "-", "-p", "-"], "--prompt: got '-'; expected it once"),
         (["-p", "a" * 96], "a prompt of 97 tokens"),
-        (["-p", "a", "-m", "95"], "expected 96 together"),
+        (["-p", "a", "-m", "95"], "expected max_seq_len = 96"),
         (["-p", "a", "-m", "0"], "--max-tokens: got 0"),
         (["-p", "a", "--temp", "-1"], "temperature: got -1.0"),
         (["-p", "a", "--temp", "warm"], "--temp"),
@@ -249,7 +268,7 @@ def test_chat_commands(made, call, tmp_path):
     code, out, err = call("chat", folder, "-m", 6, stdin=stdin)
     answers = [continued(model, prompt, 6)[0] for prompt in ("x", "hello", "be\nhello")]
     assert code == 0 and out.startswith("".join(f"{answer}\n" for answer in answers) + "Every line")
-    assert "/nope: no such command" in err and "the file exists" in err and "name of a file" in err
+    assert "command: got '/nope'" in err and "the file exists" in err and "name of a file" in err
     assert taken.read_text() == "mine"
 
 
@@ -279,7 +298,7 @@ def test_chat_says_when_the_context_is_full(made, call, tmp_path):
     stdin = f"hello\n{'x' * 90}\n/save {file}\nhi\n"
     code, out, err = call("chat", folder, "-m", 40, "--max-model-len", 50, stdin=stdin)
     first, done = continued(model, "hello", 40)
-    assert code == 0 and "the context of 50 tokens is full; /reset begins anew" in err
+    assert code == 0 and "the context of 50 tokens is full" in err
     assert file.read_text() == "hello" + first  # the turn that did not fit left nothing behind
     answer, _ = continued(model, [256, *b"hello", *done.tokens, *b"\nhi"], 1)
     assert out == f"{first}\n{answer}\n"

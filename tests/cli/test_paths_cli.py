@@ -2,7 +2,7 @@
 
 from tests.helpers import random_model, tiny_args
 from transom.checkpoints.save import save
-from transom.cli.adapters import named_adapters
+from transom.cli.chat import named_adapters
 from transom.tokenizers.training import byte_tokenizer
 
 

@@ -19,7 +19,6 @@ from transom.data.labelled import (
     LabelledBatches,
     LabelledText,
     encode_rows,
-    encode_texts,
     label_names,
     read_labelled,
     read_labels,
@@ -27,6 +26,7 @@ from transom.data.labelled import (
     write_labels,
 )
 from transom.data.text.sources import SourceArgs, read_documents
+from transom.inference.embedding import encode_texts
 from transom.tokenizers.training import byte_tokenizer
 
 

@@ -180,14 +180,14 @@ def test_an_interrupted_cache_is_settled(kind, cut, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"prompts": []}, "none given"),
-        ({"prompts": [[1], []]}, "prompt 1: empty"),
-        ({"prompts": [[1, 61]]}, "prompt 0 has token 61: expected 0 to 60"),
+        ({"prompts": []}, "prompts: got"),
+        ({"prompts": [[1], []]}, "prompt 1: got"),
+        ({"prompts": [[1, 61]]}, "prompt 0: got token 61; expected 0 to 60"),
         ({"prompts": [[-1]]}, "token -1"),
         ({"max_new_tokens": 0}, "max_new_tokens: got 0"),
-        ({"max_new_tokens": 255}, "a prompt of 2 tokens and 255 new: expected 256 together"),
+        ({"max_new_tokens": 255}, "a prompt of 2 tokens and 255 new"),
         ({"prefill_step_size": 0}, "prefill_step_size: got 0"),
-        ({"seeds": [1, 2]}, "2 seeds for 1 rows"),
+        ({"seeds": [1, 2]}, "seeds: got 2"),
     ],
 )
 def test_a_wrong_request_is_refused_before_the_model_runs(changes, sentence, monkeypatch):
@@ -207,7 +207,7 @@ def test_a_cache_that_is_too_small_is_refused():
     assert (
         len(list(stream(model, [[1, 2, 3]], max_new_tokens=6, cache=model.make_cache(1, 8)))) == 6
     )
-    with pytest.raises(RequestError, match="9 tokens to store: this cache holds 8"):
+    with pytest.raises(RequestError, match="cache: got '9 tokens'"):
         stream(model, [[1, 2, 3]], max_new_tokens=7, cache=model.make_cache(1, 8))
 
 
@@ -220,7 +220,7 @@ def test_which_rows_give_no_token():
 def test_nan_logits_are_not_sampled():
     model = model_of()
     model.output.weight.data[0, 0] = float("nan")
-    with pytest.raises(WorkError, match="logits are NaN"):
+    with pytest.raises(WorkError, match="logits: got NaN"):
         generate(model, torch.tensor([[1, 2]]), 3)
 
 
@@ -235,7 +235,7 @@ def test_logits_that_break_while_decoding_are_not_sampled(bad, stop_tokens):
     first = int(generate(model, prompt, 1)[0, -1])
     assert first not in (1, 2, *stop_tokens)
     model.tok_embeddings.weight.data[first] = bad
-    with pytest.raises(WorkError, match="logits are NaN"):
+    with pytest.raises(WorkError, match="logits: got NaN"):
         generate(model, prompt, 4, stop_tokens=stop_tokens)
 
 

@@ -14,15 +14,14 @@ from transformers.generation.logits_process import (
 
 from transom.base.errors import RequestError
 from transom.base.runtime import mixed_seed
+from transom.inference.sampler import Sampler, sample
 from transom.inference.sampling import (
-    Sampler,
     SamplingArgs,
     apply_repetition_penalty,
     apply_temperature,
     keep_min_p,
     keep_top_k,
     keep_top_p,
-    sample,
 )
 
 
@@ -174,7 +173,7 @@ def test_impossible_values_are_named(field, value):
 
 
 def test_one_seed_per_row():
-    with pytest.raises(RequestError, match="2 seeds for 3 rows"):
+    with pytest.raises(RequestError, match="seeds: got 2"):
         Sampler(SamplingArgs(), 3, 10, seeds=[1, 2])
 
 

@@ -134,7 +134,7 @@ def test_a_context_is_asked_for_once_and_only_where_it_is_read(context):
         random_model(tiny_args())(TransformerInput(tokens, context=context))
     with pytest.raises(RequestError, match=r"context: got \[2, 7, 16\]"):
         decoder()(TransformerInput(tokens, context=context[..., :16]))
-    with pytest.raises(RequestError, match="context: this model reads one"):
+    with pytest.raises(RequestError, match="context: got none"):
         generate(decoder(), tokens, 3)
     model = decoder()
     cache = model.make_cache(2)

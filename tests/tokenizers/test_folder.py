@@ -18,7 +18,7 @@ from tests.tokenizers.makers import (
     write,
 )
 from transom.base.errors import RequestError, reset_notices
-from transom.data.labelled import encode_texts
+from transom.inference.embedding import encode_texts
 from transom.tokenizers.llama import LLAMA3_WORDS
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.tokenizers.training import train_bpe

@@ -16,9 +16,10 @@ from transom.base.errors import RequestError
 from transom.config.layer_args import HeadArgs
 from transom.data.batch import NO_TARGET, Batch
 from transom.data.labelled import EncodedText, collate
+from transom.inference.embedding import run_rows
 from transom.layers.inputs import TransformerInput, TransformerOutput
 from transom.models.llm import LLM
-from transom.training.losses.heads import contrastive_loss_sum, head_loss_sum, run_rows, score_head
+from transom.training.losses.heads import contrastive_loss_sum, head_loss_sum, score_head
 from transom.training.optim.args import OptimizerArgs
 from transom.training.optim.optimizers import build_optimizer
 
@@ -108,7 +109,7 @@ def test_a_text_in_a_batch_is_the_text_alone(
     head = None if kind == "none" else {"kind": kind, "pooling": pooling, "num_labels": 3}
     model = random_model(tiny_args(head=head))
     rows = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13]]
-    monkeypatch.setattr("transom.training.losses.heads.BATCH_TOKENS", 8)
+    monkeypatch.setattr("transom.inference.embedding.BATCH_TOKENS", 8)
     together = run_rows(model, rows, pooling)
     assert together.vectors.shape == (4, 32)
     assert (together.logits is None) == (kind != "classification")
@@ -223,5 +224,5 @@ def test_a_score_counts_a_twin_as_found_and_does_not_depend_on_its_batches(
     ]
     whole = score_head(model, rows)
     assert whole.mean("accuracy") == 1.0
-    monkeypatch.setattr("transom.training.losses.heads.BATCH_TOKENS", 2)
+    monkeypatch.setattr("transom.inference.embedding.BATCH_TOKENS", 2)
     assert score_head(model, rows).loss == pytest.approx(whole.loss, abs=1e-5)

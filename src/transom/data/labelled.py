@@ -20,6 +20,7 @@ from transom.data.file_formats import ROW_NAMES, row_format
 from transom.data.order import ShuffledBatches
 from transom.data.row_files import DataRow, notice_unread, read_rows
 from transom.data.text.sources import TEXT_KEY, held_out
+from transom.inference.embedding import encode_texts
 from transom.tokenizers.tokenizer import Tokenizer
 
 LABEL_KEY, POSITIVE_KEY = "label", "positive"
@@ -140,30 +141,6 @@ def read_labels(folder: Path) -> list[str] | None:
 
 # -- rows and batches
 # --------------------------------------------------------------------------------
-
-
-def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], most: int) -> list[list[int]]:
-    """Return at most `most` ids of each text, with the tokens that its tokenizer puts before and
-    after it.
-
-    A token after the text (EOS, in few vocabularies) stays when the text is cut, because models
-    that are pooled at the last token were trained with it. A notice counts the texts that are cut.
-    """
-    begin, end = tokenizer.begin, tokenizer.end
-    rows = tokenizer.encode_batch(texts)
-    for text, row in zip(texts, rows, strict=True):
-        require(len(begin) + len(row) > 0, "text", text, "expected one that gives a token or more")
-    room = most - len(begin) - len(end)
-    require(
-        room > 0,
-        "max_seq_len",
-        most,
-        f"expected more than the {len(begin) + len(end)} tokens around a text",
-    )
-    cut = sum(len(row) > room for row in rows)
-    if cut:
-        notice(f"{cut} of {len(rows)} texts are longer than {most} tokens: their ends are left out")
-    return [[*begin, *row[:room], *end] for row in rows]
 
 
 class LabelledBatches(ShuffledBatches):

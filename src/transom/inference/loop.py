@@ -1,25 +1,26 @@
-"""The one generation loop: prompts in chunks, then one token per row and step, out of a key/value
-cache.
-"""
+"""The generation loop: prefill of the prompts in chunks, then one decode step per token."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from transom.base.errors import RequestError, WorkError, notice, require
-from transom.base.runtime import evaluating
+from transom.base.runtime import dtype_name, evaluating
 from transom.cache.model_cache import ModelCache
 from transom.config.model_args import ModelArgs
-from transom.inference.sampling import Sampler, SamplingArgs
+from transom.inference.sampler import Sampler
+from transom.inference.sampling import SamplingArgs
 from transom.layers.inputs import TransformerInput, right_padded
 from transom.models.llm import LLM
 
 GREEDY = SamplingArgs()
-FINISHED = -1  # what a row gets after its stop token, where a tensor cannot hold None
+MAX_TOKENS = 128  # new tokens of a completion or an answer by default
+FINISHED = -1  # the id of a row after its stop token, where a tensor can't contain None
 
 
 def stream(
@@ -34,15 +35,27 @@ def stream(
     cache: ModelCache | None = None,
     log_probs: list[Tensor] | None = None,
 ) -> Iterator[list[int | None]]:
-    """Continue `prompts`, which may differ in length: yields one new token per row, None for
-    finished rows.
+    """Continue a batch of prompts, and yield the new tokens step by step.
 
-    A row that gets one of `stop_tokens` yields it and is finished; the stream ends with its last
-    row, or after `max_new_tokens`. A given `cache` already holds the beginning of each prompt, and
-    that part is not run again; after every yield it holds all of a row's tokens but the last one
-    yielded. A list given as `log_probs` gets a tensor [B] with every yield, as `Sampler` says;
-    those of finished rows mean nothing. What cannot be done is a `RequestError` before the model
-    runs.
+    Args:
+        model: A language model. It runs in evaluation mode under `torch.inference_mode`.
+        prompts: Token ids of each row. Rows may differ in length.
+        max_new_tokens: Number of steps at most.
+        sampling: How tokens are chosen; greedy decoding by default.
+        seeds: One seed per row, instead of those derived from `sampling.seed`.
+        stop_tokens: Ids that finish a row. The stop token is yielded too.
+        prefill_step_size: Prompt tokens per forward call. It limits memory, not the result.
+        cache: A KV cache that has the beginning of each prompt; only the rest of it is run. After
+            every yield it has all tokens of a row but the last one yielded.
+        log_probs: A list to which every step appends the log-probabilities of its tokens, float32
+            [B] in nats; see `Sampler`. Those of finished rows have no meaning.
+
+    Yields:
+        One token id per row, None for finished rows. The stream ends with its last row.
+
+    Raises:
+        RequestError: The request can't be computed. It is raised before the model runs.
+        WorkError: Logits are NaN or infinite.
     """
     steps = _steps(
         model,
@@ -63,42 +76,54 @@ def generate(
     tokens_BT: Tensor | list[list[int]],
     max_new_tokens: int,
     *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    frequency_penalty: float = 0.0,
-    presence_penalty: float = 0.0,
-    seed: int = 0,
     seeds: Sequence[int] | None = None,
     stop_tokens: Sequence[int] = (),
     pad_token: int = 0,
     lengths: Tensor | Sequence[int] | None = None,
     prefill_step_size: int = 512,
+    **sampling: Any,
 ) -> Tensor:
-    """[B, T + max_new_tokens]: the prompts as given, then the new tokens, on the device of
-    `tokens_BT`.
+    """Continue a batch of prompts and return prompts and new tokens as one tensor.
 
-    It never stops early unless `stop_tokens` are given; rows that meet one are filled up with
-    `pad_token`. `lengths` [B] are the real tokens of right-padded rows; whatever its length, the
-    new tokens of a row stand from column T on. Lists of unequal lengths are padded with `pad_token`
-    here.
+    Args:
+        model: A language model.
+        tokens_BT: Integer ids [B, T], or lists of ids, which may differ in length.
+        max_new_tokens: New tokens per row.
+        seeds: One seed per row, instead of those derived from `seed`.
+        stop_tokens: Ids that finish a row. None are assumed: without them every row gets
+            `max_new_tokens` tokens.
+        pad_token: The id after the stop token of a finished row, and after shorter lists.
+        lengths: int [B], the number of real tokens of each row of a tensor that is padded on the
+            right.
+        prefill_step_size: Prompt tokens per forward call. It limits memory, not the result.
+        **sampling: Fields of `SamplingArgs`:
+            temperature: 0 takes the most likely token (default). Otherwise logits are divided by
+                it: below 1 sharpens the distribution, above 1 flattens it.
+            top_k: Sample from the k most likely tokens only. None keeps all (default).
+            top_p: Nucleus sampling: sample from the most likely tokens whose probabilities reach
+                this sum. 1 keeps all (default).
+            min_p: Drop tokens with less than this share of the highest probability. 0 keeps all
+                (default).
+            repetition_penalty: Above 1, tokens of prompt and answer become less likely: positive
+                logits are divided by it, negative ones multiplied. 1 changes nothing (default).
+            frequency_penalty: Subtracted from a logit for each time its token was generated; -2 to
+                2, 0 by default.
+            presence_penalty: Subtracted from a logit if its token was generated at all; -2 to 2, 0
+                by default.
+            seed: Seed of the random numbers. Every row has a stream of its own, so its tokens do
+                not depend on the other rows.
+
+    Returns:
+        int64 [B, T + max_new_tokens] on the device of `tokens_BT`: the prompts as given, with new
+        tokens from column T on in every row, whatever the length of its prompt.
+
+    Raises:
+        RequestError: The request can't be computed, for example because it exceeds `max_seq_len`.
+        WorkError: Logits are NaN or infinite.
     """
     tokens_BT, prompts = _padded(tokens_BT, lengths, pad_token)
-    sampling = SamplingArgs(
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        repetition_penalty,
-        frequency_penalty,
-        presence_penalty,
-        seed,
-    )
-    steps = _steps(
-        model, prompts, max_new_tokens, sampling, seeds, stop_tokens, prefill_step_size, None
-    )
+    args = SamplingArgs(**sampling)
+    steps = _steps(model, prompts, max_new_tokens, args, seeds, stop_tokens, prefill_step_size)
     new_BT = torch.stack(list(steps), 1).to(tokens_BT.device)
     new_BT = F.pad(new_BT, (0, max_new_tokens - new_BT.size(1)), value=FINISHED)
     return torch.cat([tokens_BT, new_BT.masked_fill(new_BT == FINISHED, pad_token)], 1)
@@ -107,22 +132,19 @@ def generate(
 def _padded(
     tokens: Tensor | list[list[int]], lengths: Tensor | Sequence[int] | None, pad_token: int
 ) -> tuple[Tensor, list[list[int]]]:
-    """The prompts as one right-padded tensor [B, T] and as lists of their real tokens."""
+    """Return the prompts as one right-padded tensor [B, T] and as lists of their real tokens."""
     if not isinstance(tokens, Tensor):
-        require(
-            lengths is None, "lengths", lengths, "valid only with a tensor; lists have their own"
-        )
+        require(lengths is None, "lengths", lengths, "expected none beside lists of tokens")
         return right_padded(tokens, pad_token), tokens
-    if tokens.ndim != 2 or tokens.is_floating_point():
-        raise RequestError(
-            f"tokens of {tokens.dtype} {tuple(tokens.shape)}: expected ids [batch, tokens]"
-        )
+    fits = tokens.ndim == 2 and not tokens.is_floating_point()
+    found = f"{tokens.dtype} {list(tokens.shape)}"
+    require(fits, "tokens", found, "expected integer ids of a shape [batch, tokens]")
     rows: list[list[int]] = tokens.tolist()
     if lengths is None:
         return tokens, rows
     counts = [int(length) for length in lengths]
     fits = len(counts) == len(rows) and all(1 <= count <= tokens.size(1) for count in counts)
-    require(fits, "lengths", counts, f"expected {len(rows)} numbers from 1 to {tokens.size(1)}")
+    require(fits, "lengths", counts, f"expected {len(rows)} integers of 1 to {tokens.size(1)}")
     return tokens, [row[:count] for row, count in zip(rows, counts, strict=True)]
 
 
@@ -134,20 +156,16 @@ def _steps(
     seeds: Sequence[int] | None,
     stop_tokens: Sequence[int],
     prefill_step_size: int,
-    cache: ModelCache | None,
+    cache: ModelCache | None = None,
     log_probs: list[Tensor] | None = None,
 ) -> Iterator[Tensor]:
-    """Check everything now, not at the first step; then the ids [B] of each step, `FINISHED` where
-    a row is.
-    """
+    """Check the request, and return an iterator of the ids [B] of each step."""
     args, device = model.args, model.device
     require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "expected 1 or more")
     require(prefill_step_size >= 1, "prefill_step_size", prefill_step_size, "expected 1 or more")
     _check_prompts(prompts, args.vocab_size)
     if args.context_dim is not None and (cache is None or not cache.has_context):
-        raise RequestError(
-            "context: this model reads one; expected a cache whose first call was given it"
-        )
+        raise RequestError("context: got none; expected a cache whose first call had a context")
     check_language_model(args)
     longer: int | None = None
     if cache is None:
@@ -157,15 +175,14 @@ def _steps(
         first = first_capacity(args, longest, total)
         longer = total if first < total else None
         cache = model.make_cache(len(prompts), first)
-    rest = _not_held(prompts, cache, 1 if longer else max_new_tokens)
+    rest = _not_cached(prompts, cache, 1 if longer else max_new_tokens)
     sampler = Sampler(sampling, len(prompts), args.vocab_size, seeds, device, log_probs)
     sampler.see(prompts)
     stops_S = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
     return _run(model, cache, rest, sampler, max_new_tokens, stops_S, prefill_step_size, longer)
 
 
-# as a decorator: a `with` around a yield would leave the caller in inference mode
-@torch.inference_mode()
+@torch.inference_mode()  # a `with` around a yield would leave the caller in inference mode
 def _run(
     model: LLM,
     cache: ModelCache,
@@ -176,8 +193,10 @@ def _run(
     prefill_step_size: int,
     longer: int | None,
 ) -> Iterator[Tensor]:
-    """`longer` is the capacity to go on with where `cache` was built for the original length (see
-    `rebuild_larger`).
+    """Yield the ids [B] of each step, `FINISHED` for finished rows.
+
+    `longer` is the capacity of the cache to continue with where `cache` is of the original length
+    of the rotary frequencies (see `rebuild_larger`).
     """
     given: list[Tensor] = []
     logits_BV = prefill(model, cache, rest, prefill_step_size)
@@ -186,39 +205,37 @@ def _run(
     waits = stops_S.numel() > 0 or logits_BV.device.type == "cpu"
     for remaining in reversed(range(max_new_tokens)):
         broken_B = broken_B | (alive_B & _not_finite(logits_BV))
-        if (
-            waits or not remaining
-        ):  # elsewhere the host does not wait for the device before the last step
-            _refuse_broken(broken_B, logits_BV.dtype)
+        if waits or not remaining:  # on a GPU without stop tokens only the last step waits
+            _check_finite(broken_B, logits_BV.dtype)
         ids_B = sampler(logits_BV)
         yield ids_B.masked_fill(~alive_B, FINISHED)
         lengths_B = None
-        if stops_S.numel():  # only then does the host wait for the device
+        if stops_S.numel():
             alive_B = alive_B & ~torch.isin(ids_B, stops_S)
             left = int(alive_B.sum())
             if left == 0:
                 return
-            lengths_B = (
-                alive_B.long() if left < len(rest) else None
-            )  # finished rows store nothing more
+            lengths_B = alive_B.long() if left < len(rest) else None  # finished rows store nothing
         if longer:
             given.append(ids_B)
             if cache.bound == cache.capacity:
-                cache.sync_length()  # the bound counts calls; a row that has finished grows no more
+                cache.sync_length()  # the bound counts calls, but finished rows do not grow
             if remaining and cache.bound == cache.capacity:
-                cache, logits_BV = rebuild_larger(
-                    model, cache, rest, given, longer, prefill_step_size
-                )
+                added = torch.stack(given, 1).tolist()
+                rows = [[*row, *new] for row, new in zip(rest, added, strict=True)]
+                cache, logits_BV = rebuild_larger(model, cache, rows, longer, prefill_step_size)
                 longer = None
                 continue
         if remaining:
             inputs = TransformerInput(ids_B[:, None], lengths=lengths_B, logits="last")
-            logits_BV = _logits_BV(model, inputs, cache)
+            logits_BV = _last_logits(model, inputs, cache)
 
 
 def first_capacity(args: ModelArgs, prompt_tokens: int, total: int) -> int:
-    """Slots to begin with: all, or the original length where a longer cache would choose other
-    frequencies.
+    """Return the slots of the first cache for a request of `total` tokens.
+
+    Some rotary scalings choose frequencies from the capacity. The first cache then has the original
+    length, if the prompt fits, so that short answers use the frequencies of short sequences.
     """
     scalings = [layer.rope.scaling for layer in args.layers if layer.rope is not None]
     originals = {s.original_max_seq_len for s in scalings if s is not None and s.by_length}
@@ -226,34 +243,31 @@ def first_capacity(args: ModelArgs, prompt_tokens: int, total: int) -> int:
 
 
 def rebuild_larger(
-    model: LLM,
-    cache: ModelCache,
-    prompts: Sequence[Sequence[int]],
-    given: Sequence[Tensor],
-    capacity: int,
-    step_size: int,
+    model: LLM, cache: ModelCache, rows: Sequence[Sequence[int]], capacity: int, step_size: int
 ) -> tuple[ModelCache, Tensor]:
-    """A larger cache of the same rows, every key computed again, and the logits [B, V] behind their
-    last tokens.
+    """Compute all keys again in a larger cache, and return it with the last logits [B, V].
 
-    Rotary frequencies that depend on the length are other ones beyond the original length, for all
-    positions.
+    Beyond the original length, rotary frequencies change for all positions. A notice says so.
     """
     notice(
         f"{cache.capacity} tokens: the original length of this model's rotary frequencies; all "
-        f"are computed again with those of longer sequences"
+        f"keys are computed again with the frequencies of longer sequences"
     )
-    rows = [
-        [*prompt, *new]
-        for prompt, new in zip(prompts, torch.stack(list(given), 1).tolist(), strict=True)
-    ]
     larger = model.make_cache(len(rows), capacity)
     return larger, prefill(model, larger, rows, step_size)
 
 
 def prefill(model: LLM, cache: ModelCache, rows: Sequence[Sequence[int]], step_size: int) -> Tensor:
-    """Store `rows` in the cache, `step_size` tokens per call; the logits [B, V] behind each row's
-    last token.
+    """Store rows of token ids in the cache, and return the logits [B, V] after their last tokens.
+
+    Args:
+        model: The model.
+        cache: Its cache of as many rows.
+        rows: Token ids of each row, one or more.
+        step_size: Tokens per forward call.
+
+    Raises:
+        WorkError: Logits are NaN or infinite.
     """
     device = model.device
     tokens_BT = right_padded(rows).to(device)
@@ -262,56 +276,52 @@ def prefill(model: LLM, cache: ModelCache, rows: Sequence[Sequence[int]], step_s
     for start in range(0, max(counts), step_size):
         piece_BT = tokens_BT[:, start : start + step_size]
         width = piece_BT.size(1)
-        real = [
-            min(max(count - start, 0), width) for count in counts
-        ]  # 0 for a row that ended before
+        real = [min(max(count - start, 0), width) for count in counts]  # 0 after a row's end
         lengths_B = torch.tensor(real, device=device) if min(real) < width else None
         ends = [start < count <= start + width for count in counts]
         if not any(ends):
             with evaluating(model):
                 model(TransformerInput(piece_BT, lengths=lengths_B, logits="none"), cache)
             continue
-        logits_BV = _logits_BV(
-            model, TransformerInput(piece_BT, lengths=lengths_B, logits="last"), cache
-        )
+        inputs = TransformerInput(piece_BT, lengths=lengths_B, logits="last")
+        logits_BV = _last_logits(model, inputs, cache)
         ends_B1 = torch.tensor(ends, device=device)[:, None]
         last_BV = logits_BV if last_BV is None else torch.where(ends_B1, logits_BV, last_BV)
     assert last_BV is not None, "the longest row ends in the last piece"
-    _refuse_broken(_not_finite(last_BV), last_BV.dtype)
+    _check_finite(_not_finite(last_BV), last_BV.dtype)
     return last_BV
 
 
 def _not_finite(logits_BV: Tensor) -> Tensor:
-    """Return the rows [B] from which no token can be drawn: one logit is NaN or inf, or all are
-    -inf.
-    """
+    """Return bool [B], the rows with a logit of NaN or inf, or with -inf only."""
     return ~logits_BV.amax(-1).isfinite()
 
 
-def _refuse_broken(broken_B: Tensor, dtype: torch.dtype) -> None:
-    """Raise a `WorkError` if a row is broken: any token that is drawn from it would look like an
-    answer.
-    """
+def _check_finite(broken_B: Tensor, dtype: torch.dtype) -> None:
+    """Raise a `WorkError` if a row is broken: a token drawn from it would look like an answer."""
     if bool(broken_B.any()):
-        name = str(dtype).removeprefix("torch.")
         raise WorkError(
-            f"the model's logits are NaN or infinite: a weight is, or values are too large for "
-            f"{name}"
+            "logits: got NaN or infinite values; expected finite ones: a weight is not finite, or "
+            f"values are too large for {dtype_name(dtype)}"
         )
 
 
-def _logits_BV(model: LLM, inputs: TransformerInput, cache: ModelCache) -> Tensor:
+def _last_logits(model: LLM, inputs: TransformerInput, cache: ModelCache) -> Tensor:
     with evaluating(model):  # per call: between two tokens the caller may train
         logits_B1V = model(inputs, cache).logits
-    assert isinstance(logits_B1V, Tensor), "asked for"
+    assert isinstance(logits_B1V, Tensor), "the input asks for the last logits"
     return logits_B1V[:, 0]
 
 
 def truncate_after_interrupt(cache: ModelCache, at_most: int, in_flight: int) -> None:
-    """Make a cache of one row whole after an interrupted stream, holding `at_most` tokens or fewer.
+    """Roll a cache of one row back to a state that is valid after an interrupted stream.
 
-    The call that was cut short had `in_flight` tokens or fewer. Where a ring has already
-    overwritten what it needs, the cache ends up empty.
+    If a ring has already overwritten keys that it needs, the cache is reset.
+
+    Args:
+        cache: The cache.
+        at_most: Number of tokens that it may have afterwards.
+        in_flight: Upper bound of the tokens of the call that was interrupted.
     """
     excess = max(0, int(cache.lengths_B.max()) - at_most)
     if not cache.rollback(excess, excess + in_flight):
@@ -319,56 +329,56 @@ def truncate_after_interrupt(cache: ModelCache, at_most: int, in_flight: int) ->
 
 
 def keeps_every_token(args: ModelArgs) -> bool:
-    """Whether some layer sees everything before it, so that `max_seq_len` limits prompt and new
-    tokens.
-    """
+    """Return whether a layer attends to all earlier tokens, so that `max_seq_len` is a limit."""
     return any(layer.rule.size == 0 for layer in args.layers)
 
 
 def check_language_model(args: ModelArgs) -> None:
-    """Raise a `RequestError` for a model with labels or embeddings in place of next tokens."""
+    """Raise a `RequestError` for a model that has a head for labels or embeddings."""
     if args.head is not None:
-        raise RequestError(
-            f"head: got {args.head.kind!r}; expected a language model, which has a next token"
-        )
+        raise RequestError(f"head: got {args.head.kind!r}; expected a language model without head")
 
 
 def check_room(args: ModelArgs, prompt_tokens: int, new_tokens: int) -> None:
-    """A `RequestError` where prompt and new tokens together are more than the model is meant
-    for.
+    """Raise a `RequestError` if prompt and new tokens exceed `max_seq_len` together."""
+    fits = not keeps_every_token(args) or prompt_tokens + new_tokens <= args.max_seq_len
+    found = f"a prompt of {prompt_tokens} tokens and {new_tokens} new"
+    require(fits, "tokens", found, f"expected max_seq_len = {args.max_seq_len} together")
+
+
+def room_for_new_tokens(args: ModelArgs, prompt_tokens: int) -> int:
+    """Return `MAX_TOKENS`, or what the context leaves after the prompt if it is less.
+
+    A notice tells of the latter. A prompt that leaves no room is refused by `check_room`.
     """
-    if keeps_every_token(args) and prompt_tokens + new_tokens > args.max_seq_len:
-        raise RequestError(
-            f"a prompt of {prompt_tokens} tokens and {new_tokens} new: expected "
-            f"{args.max_seq_len} together, the model's max_seq_len"
-        )
+    room = args.max_seq_len - prompt_tokens
+    if not keeps_every_token(args) or room >= MAX_TOKENS or room < 1:
+        return MAX_TOKENS
+    notice(f"the model's context of {args.max_seq_len} tokens leaves room for {room} new tokens")
+    return room
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
-    if not prompts:
-        raise RequestError("prompts: none given; expected one or more")
+    require(len(prompts) > 0, "prompts", [], "expected one or more")
     for row, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise RequestError(f"prompt {row}: empty; expected one token or more")
+        require(len(prompt) > 0, f"prompt {row}", [], "expected one token or more")
         for id in prompt:
             if not 0 <= id < vocab_size:
-                raise RequestError(f"prompt {row} has token {id}: expected 0 to {vocab_size - 1}")
+                raise RequestError(f"prompt {row}: got token {id}; expected 0 to {vocab_size - 1}")
 
 
-def _not_held(
+def _not_cached(
     prompts: Sequence[Sequence[int]], cache: ModelCache, max_new_tokens: int
 ) -> list[Sequence[int]]:
-    """What the cache does not hold yet of each prompt, checked to be something and to fit."""
-    if cache.batch_size != len(prompts):
-        raise RequestError(f"{len(prompts)} prompts: this cache was built for {cache.batch_size}")
-    held = cache.lengths_B.tolist()
-    rest = [prompt[count:] for prompt, count in zip(prompts, held, strict=True)]
-    for prompt, count in zip(prompts, held, strict=True):
-        if count >= len(prompt):
-            raise RequestError(
-                f"a prompt of {len(prompt)} tokens: expected more than the cache's {count}"
-            )
-    needed = max(map(len, prompts)) + max_new_tokens - 1  # the last token is never stored
-    if cache.bounded and needed > cache.capacity:
-        raise RequestError(f"{needed} tokens to store: this cache holds {cache.capacity}")
+    """Return the tokens of each prompt that the cache does not have, and check that they fit."""
+    rows = cache.batch_size
+    require(len(prompts) == rows, "prompts", len(prompts), f"expected the cache's {rows} rows")
+    cached = cache.lengths_B.tolist()
+    rest = [prompt[count:] for prompt, count in zip(prompts, cached, strict=True)]
+    for prompt, count in zip(prompts, cached, strict=True):
+        found = f"{len(prompt)} tokens"
+        require(count < len(prompt), "prompt", found, f"expected more than the cache's {count}")
+    needed = max(map(len, prompts)) + max_new_tokens - 1  # the last token is not stored
+    fits = not cache.bounded or needed <= cache.capacity
+    require(fits, "cache", f"{needed} tokens", f"expected at most its capacity of {cache.capacity}")
     return rest

@@ -1,126 +1,65 @@
-"""A conversation with a model: turns in, reasoning and answers out, and a cache that grows with it.
+"""A conversation with a model: turns in, reasoning and answers out, with one KV cache.
 
-This module neither prints answers nor reads input: the command line does, and a server could.
+Nothing here reads or prints turns, so a command line and a server can both use it::
+
+    session = open_session(open_model("runs/demo"))
+    answer = session.ask("Hello")
+    for kind, text in answer:  # kind is "reasoning" or "answer"
+        print(text, end="")
+    session.keep(answer)
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
-from transom.base.errors import RequestError, notice
+from transom.base.errors import RequestError, notice, require
 from transom.base.runtime import mixed_seed
+from transom.chat.fingerprint import warn_if_other
 from transom.chat.marking import common_prefix
-from transom.chat.reasoning import Markers, Piece, Splitter, marker_ids
-from transom.chat.template import ChatTemplate
-from transom.inference.loop import truncate_after_interrupt
+from transom.chat.reasoning import Markers, Piece, Splitter, find_markers, marker_ids
+from transom.checkpoints.adapters.read import load_adapter
+from transom.checkpoints.fingerprint import check_base, read_facts
+from transom.checkpoints.merge import named_folders
+from transom.checkpoints.open_model import OpenedModel
+from transom.inference.framing import Framing, GrowingText, Messages
+from transom.inference.loop import (
+    GREEDY,
+    MAX_TOKENS,
+    check_language_model,
+    keeps_every_token,
+    truncate_after_interrupt,
+)
 from transom.inference.sampling import SamplingArgs
 from transom.inference.text import Completion, TextStream, stream_text
+from transom.lora.adapters import activate_adapters, active_adapters, adapter_names
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
 
-
-class Framing(Protocol):
-    """How turns become the tokens that a model continues."""
-
-    begin: str  # the words that every answer begins with
-
-    def reset(self, system: str) -> None:
-        """Begin anew with `system` in front."""
-
-    def prompt(self, turn: str) -> list[int]:
-        """Return the ids of the conversation with `turn`, without adding it."""
-
-    def keep(self, turn: str, ids: list[int], answer: Answer, answer_ids: list[int]) -> None:
-        """Add a turn, its prompt `ids`, and the answer with its ids without stop tokens."""
-
-    def saved(self) -> str:
-        """Return the conversation as the text of a file."""
-
-
-class GrowingText:
-    """One text: each turn on a new line, followed by its answer."""
-
-    begin = ""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.reset("")
-
-    def reset(self, system: str) -> None:
-        """Begin anew with `system` on the first line."""
-        self.system, self.text = system, ""
-        self.ids: list[int] = []
-
-    def added(self, turn: str) -> str:
-        """Return what `turn` adds to the text."""
-        if not self.ids:
-            return f"{self.system}\n{turn}" if self.system else turn
-        return turn if self.text.endswith("\n") else f"\n{turn}"
-
-    def prompt(self, turn: str) -> list[int]:
-        """Return the ids so far and those of the new line."""
-        added = self.added(turn)
-        return (
-            self.ids + self.tokenizer.encode(added)
-            if self.ids
-            else self.tokenizer.encode_prompt(added)
-        )
-
-    def keep(self, turn: str, ids: list[int], answer: Answer, answer_ids: list[int]) -> None:
-        """Add the turn and the answer; a stop token ends the answer, not the text."""
-        completion = answer.completion
-        self.text += self.added(turn) + completion.text + completion.stop_string
-        self.ids = ids + answer_ids
-
-    def saved(self) -> str:
-        """Return the text."""
-        return self.text
-
-
-class Messages:
-    """Messages that a chat template writes anew for every turn."""
-
-    def __init__(self, template: ChatTemplate, values: dict[str, Any], begin: str = "") -> None:
-        """`begin` are words that every answer begins with; the model goes on from them."""
-        self.template, self.values, self.begin = template, values, begin
-        self.messages: list[dict[str, str]] = []
-
-    def reset(self, system: str) -> None:
-        """Begin anew with `system` as the first message."""
-        self.messages = [{"role": "system", "content": system}] if system else []
-
-    def prompt(self, turn: str) -> list[int]:
-        """Return the ids of all messages, and of the head of an answer or of its first words."""
-        messages = [*self.messages, {"role": "user", "content": turn}]
-        if not self.begin:
-            return self.template.encode(messages, **self.values)
-        messages.append({"role": "assistant", "content": self.begin})
-        return self.template.encode(messages, continue_final_message=True, **self.values)
-
-    def keep(self, turn: str, ids: list[int], answer: Answer, answer_ids: list[int]) -> None:
-        """Add both messages; an answer that was cut short stays as it is.
-
-        Reasoning has a key of its own, from which the template writes what the model reads again.
-        """
-        message = {"role": "assistant", "content": answer.text}
-        if answer.reasoning:
-            message["reasoning_content"] = answer.reasoning
-        self.messages += [{"role": "user", "content": turn}, message]
-
-    def saved(self) -> str:
-        """Return one line of a chat data set."""
-        return json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n"
+# Default limit of a conversation, in tokens: the maximum of some models would fill a GPU.
+MAX_CONTEXT = 8192
+NONE = "none"  # the name that stands for no adapter
 
 
 class Answer:
-    """Yields the pieces of reasoning and of answer to show; afterwards it has both as texts.
+    """The answer to one turn, which is generated while it is iterated.
 
-    `begin` is the text that the model continued. With `hidden` the pieces are yielded as the model
-    writes them, and these control tokens belong to neither text.
+    Iteration yields (kind, text) pieces, where kind is `reasoning` or `answer`. Afterwards `text`
+    and `reasoning` are complete.
+
+    Args:
+        turn: The text of the turn.
+        ids: The token ids that the model continues.
+        texts: The generation, not started yet.
+        splitter: Separates reasoning from the answer; None if the model has no reasoning.
+        hidden: None, or the control tokens that belong to neither text, if pieces are yielded as
+            the model generates them.
+        prefill: The text that the model continues, which begins the answer.
     """
 
     def __init__(
@@ -130,17 +69,17 @@ class Answer:
         texts: TextStream,
         splitter: Splitter | None,
         hidden: Sequence[str] | None,
-        begin: str,
+        prefill: str,
     ) -> None:
-        self.turn, self.ids, self.begin = turn, ids, begin
+        self.turn, self.ids, self.prefill = turn, ids, prefill
         self.completion: Completion = texts.completions[0]
         self._texts, self._splitter = texts, splitter
-        self._hidden = (
-            None if hidden is None else re.compile("|".join(map(re.escape, hidden)) or "(?!)")
-        )
+        self._hidden = None
+        if hidden is not None:
+            self._hidden = re.compile("|".join(map(re.escape, hidden)) or "(?!)")
 
     def __iter__(self) -> Iterator[Piece]:
-        yield from self._pieces(self.begin)
+        yield from self._pieces(self.prefill)
         for (text,) in self._texts:
             yield from self._pieces(text)
         if self._splitter is not None:
@@ -159,9 +98,9 @@ class Answer:
     @property
     def text(self) -> str:
         """The answer so far, without reasoning."""
-        return (
-            self.begin + self.completion.text if self._splitter is None else self._splitter.answer
-        )
+        if self._splitter is None:
+            return self.prefill + self.completion.text
+        return self._splitter.answer
 
     @property
     def reasoning(self) -> str:
@@ -171,18 +110,38 @@ class Answer:
 
 @dataclass(frozen=True)
 class AnswerArgs:
-    """How answers are sampled, and where they end."""
+    """How answers are generated.
 
-    sampling: SamplingArgs
-    max_tokens: int
+    Attributes:
+        sampling: How tokens are chosen; every turn has random numbers of its own.
+        max_tokens: New tokens per answer at most.
+        stop_tokens: Ids that end an answer.
+        stop: Strings that end an answer.
+        prefill_step_size: Prompt tokens per forward call.
+        show_special: Yield answers as the model generates them, with control tokens.
+    """
+
+    sampling: SamplingArgs = GREEDY
+    max_tokens: int = MAX_TOKENS
     stop_tokens: Sequence[int] = ()
     stop: Sequence[str] = ()
     prefill_step_size: int = 512
-    show_special: bool = False  # show answers as the model writes them, with control tokens
+    show_special: bool = False
 
 
 class Session:
-    """A conversation, and a cache of its beginning, so that only new tokens are run."""
+    """A conversation, and a KV cache of its beginning, so that only new tokens are run.
+
+    `open_session` builds one from a model folder.
+
+    Args:
+        model: A language model.
+        tokenizer: Its tokenizer.
+        framing: How turns become tokens.
+        args: How answers are generated.
+        room: Tokens of the conversation at most.
+        markers: The markers of the model's reasoning, if any.
+    """
 
     def __init__(
         self,
@@ -192,90 +151,232 @@ class Session:
         args: AnswerArgs,
         room: int,
         markers: Markers | None = None,
-        when_full: str = "expected a new conversation",
     ) -> None:
-        """`room` is the most tokens of the conversation; `when_full` tells what to do when it is
-        full.
-        """
         self.model, self.tokenizer, self.framing, self.args = model, tokenizer, framing, args
-        self.room, self.markers, self.when_full = room, markers, when_full
+        self.room, self.markers = room, markers
         self.cache = model.make_cache(1, room)
         self.cached: list[int] = []  # the ids of the tokens in the cache
         self.turns = 0
+        self.system = ""
+        self.saved_files: set[Path] = set()
 
     def ask(self, turn: str) -> Answer:
-        """Return the answer to `turn`, which is generated while it is iterated; call `keep`
-        afterwards.
+        """Return the answer to `turn`. Iterate it, then call `keep`.
 
-        A `RequestError` leaves the conversation unchanged.
+        Raises:
+            RequestError: The turn can't be answered. The conversation is unchanged.
         """
         ids = self.framing.prompt(turn)
         left = self.room - len(ids)
         if left < 1:
-            raise RequestError(f"{len(ids)} tokens with this turn: {self.full}")
+            raise RequestError(f"turn: got a conversation of {len(ids)} tokens; {self._full}")
         self._roll_back_to(ids)
-        markers, tokenizer = self.markers, self.tokenizer
+        markers, tokenizer, args = self.markers, self.tokenizer, self.args
         shown = marker_ids(tokenizer) if markers is None else markers.control_ids(tokenizer)
-        texts = self._continued(ids, min(self.args.max_tokens, left), shown)
-        hidden = [word for word, id in tokenizer.special_tokens.items() if id not in shown]
-        begin = self.framing.begin
-        splitter = None if markers is None else markers.splitter(begun=bool(begin))
-        return Answer(turn, ids, texts, splitter, hidden if self.args.show_special else None, begin)
-
-    def keep(self, answer: Answer, *, interrupted: bool = False) -> None:
-        """Add an answer, as far as it was generated."""
-        completion = answer.completion
-        self.turns += 1
-        answer_ids = [id for id in completion.tokens if id not in self.args.stop_tokens]
-        self.framing.keep(answer.turn, answer.ids, answer, answer_ids)
-        if interrupted:
-            in_flight = 1 if completion.tokens else self.args.prefill_step_size
-            truncate_after_interrupt(
-                self.cache, at_most=len(answer.ids) + len(completion.tokens), in_flight=in_flight
-            )
-        elif (
-            completion.finish_reason == "length"
-            and self.room - len(answer.ids) <= self.args.max_tokens
-        ):
-            notice(self.full, again=True)
-        self.cached = (answer.ids + completion.tokens)[: int(self.cache.lengths_B[0])]
-
-    def forget(self) -> None:
-        """Empty the cache, whose keys and values are those of other weights."""
-        self.cache.reset()
-        self.cached = []
-
-    @property
-    def full(self) -> str:
-        """The sentence about a context that is full."""
-        return f"the context of {self.room} tokens is full; {self.when_full}"
-
-    def _roll_back_to(self, ids: list[int]) -> None:
-        """Roll the cache back to the tokens that it shares with the beginning of `ids[:-1]`.
-
-        A template may write an answer differently than the model did: its end of turn, its
-        reasoning.
-        """
-        same = common_prefix(self.cached, ids[:-1])
-        beyond = len(self.cached) - same
-        if beyond and not self.cache.rollback(beyond, beyond):
-            self.cache.reset()  # a ring has overwritten tokens that it needs
-            same = 0
-        self.cached = self.cached[:same]
-
-    def _continued(self, ids: list[int], max_new_tokens: int, shown: Sequence[int]) -> TextStream:
-        """Return the model's continuation of `ids`, not started yet."""
-        args = self.args
-        return stream_text(
+        texts = stream_text(
             self.model,
-            self.tokenizer,
+            tokenizer,
             [ids],
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(args.max_tokens, left),
             sampling=args.sampling,
-            seeds=[mixed_seed(args.sampling.seed, self.turns)],  # every turn has draws of its own
+            seeds=[mixed_seed(args.sampling.seed, self.turns)],
             stop=args.stop,
             stop_tokens=args.stop_tokens,
             prefill_step_size=args.prefill_step_size,
             cache=self.cache,
             kept="all" if args.show_special else shown,
         )
+        hidden = [word for word, id in tokenizer.special_tokens.items() if id not in shown]
+        prefill = self.framing.prefill
+        splitter = None if markers is None else markers.splitter(begun=bool(prefill))
+        return Answer(turn, ids, texts, splitter, hidden if args.show_special else None, prefill)
+
+    def keep(self, answer: Answer, *, interrupted: bool = False) -> None:
+        """Add a turn and its answer to the conversation, as far as it was generated.
+
+        Args:
+            answer: What `ask` returned.
+            interrupted: Whether its iteration was interrupted by an exception.
+        """
+        done, prompt = answer.completion, answer.ids
+        self.turns += 1
+        message = {"role": "assistant", "content": answer.text}
+        if answer.reasoning:
+            message["reasoning_content"] = answer.reasoning
+        ids = [*prompt, *(id for id in done.tokens if id not in self.args.stop_tokens)]
+        self.framing.add(answer.turn, message, done, ids)
+        if interrupted:
+            in_flight = 1 if done.tokens else self.args.prefill_step_size
+            truncate_after_interrupt(self.cache, len(prompt) + len(done.tokens), in_flight)
+        elif done.finish_reason == "length" and self.room - len(prompt) <= self.args.max_tokens:
+            notice(self._full, again=True)
+        self.cached = (prompt + done.tokens)[: int(self.cache.lengths_B[0])]
+
+    def reset(self, system: str | None = None) -> None:
+        """Start a new conversation.
+
+        The cache keeps what the next prompt begins with too.
+
+        Args:
+            system: The text in front of the conversation; None keeps the one before.
+        """
+        self.system = self.system if system is None else system
+        self.framing.reset(self.system)
+
+    def use_adapter(self, name: str) -> None:
+        """Use the adapter of this name alone from now on, or no adapter for `none`.
+
+        The conversation stays. The cache is emptied, since its keys are those of other weights.
+
+        Raises:
+            RequestError: The model has no adapter of this name.
+        """
+        names = adapter_names(self.model)
+        known = bool(names) and name in (*names, NONE)
+        expected = ", ".join((*names, NONE)) if names else "a chat that was opened with adapters"
+        require(known, "adapter", name, f"expected {expected}")
+        activate_adapters(self.model, () if name == NONE else (name,))
+        notice(f"adapter in use: {name}", again=True)
+        self.cache.reset()
+        self.cached = []
+
+    def save(self, name: str) -> None:
+        """Write the conversation into a new file, or again into a file that `save` wrote before.
+
+        Raises:
+            RequestError: The file exists already, or it can't be written.
+        """
+        require(bool(name), "file", name, "expected the name of a file")
+        path, content = Path(name).expanduser(), self.framing.saved()
+        fits = path in self.saved_files or not path.exists()
+        require(fits, "file", name, "expected a new name, since the file exists")
+        try:
+            path.write_text(content, encoding="utf-8")
+        except OSError as error:
+            expected = f"expected a file that can be written ({error.strerror})"
+            raise RequestError(f"file: got {name!r}; {expected}") from None
+        self.saved_files.add(path)
+        notice(f"{name}: {len(content)} characters written", again=True)
+
+    @property
+    def _full(self) -> str:
+        return f"the context of {self.room} tokens is full, and a reset empties it"
+
+    def _roll_back_to(self, ids: list[int]) -> None:
+        """Roll the cache back to the tokens that it shares with the beginning of `ids[:-1]`.
+
+        A template may render an answer differently than the model generated it.
+        """
+        same = common_prefix(self.cached, ids[:-1])
+        beyond = len(self.cached) - same
+        if beyond and not self.cache.rollback(beyond, beyond):
+            self.cache.reset()  # a ring has overwritten keys that it needs
+            same = 0
+        self.cached = self.cached[:same]
+
+
+def open_session(
+    opened: OpenedModel,
+    *,
+    system: str = "",
+    prefill: str = "",
+    use_template: bool = True,
+    template_values: Mapping[str, Any] | None = None,
+    adapters: Mapping[str, str] | None = None,
+    max_model_len: int | None = None,
+    sampling: SamplingArgs = GREEDY,
+    max_tokens: int = MAX_TOKENS,
+    stop: Sequence[str] = (),
+    ignore_eos: bool = False,
+    prefill_step_size: int = 512,
+    show_special: bool = False,
+) -> Session:
+    """Start a conversation with a model, turn by turn through its chat template.
+
+    A notice tells which template is used. Without one, turns continue one growing text.
+
+    Args:
+        opened: What `open_model` returned.
+        system: The text in front of the conversation.
+        prefill: The text that every answer begins with. It needs a chat template.
+        use_template: False for one growing text, even if there is a chat template.
+        template_values: Variables of the chat template, such as `enable_thinking`.
+        adapters: More adapters by name, as folders or runs. `Session.use_adapter` chooses one.
+        max_model_len: Tokens of the conversation at most; by default `max_seq_len`, and at most
+            `MAX_CONTEXT`.
+        sampling: How tokens are chosen; greedy decoding by default.
+        max_tokens: New tokens per answer at most.
+        stop: Strings that end an answer, besides those that the folder states.
+        ignore_eos: Ignore the stop tokens and stop strings that the folder states.
+        prefill_step_size: Prompt tokens per forward call.
+        show_special: Yield answers as the model generates them, with control tokens.
+
+    Raises:
+        RequestError: The model can't chat, or an argument does not fit it.
+    """
+    model, tokenizer = opened.model, opened.tokenizer
+    check_language_model(model.args)
+    folders = load_adapters(model, opened.location.model, adapters or {})
+    template = opened.template if use_template else None
+    framing: Framing
+    if template is None:
+        require(not prefill, "prefill", prefill, "expected a chat template with it")
+        framing, markers, stop_tokens = GrowingText(tokenizer), None, opened.stop_tokens
+        why = "this model has no chat template" if use_template else "the chat template is ignored"
+        notice(f"{why}: each turn continues one growing text, on a new line")
+    else:
+        values = dict(template_values or {})
+        # Refuse values now instead of in every turn.
+        template.conversation([{"role": "user", "content": ""}], variables=values)
+        framing, markers = Messages(template, values, prefill), find_markers(template, **values)
+        stop_tokens = opened.turn_stop_tokens
+        notice(f"turns are rendered by {template.origin}")
+    for folder in folders:
+        warn_if_other((folder,), tokenizer, template)
+    args = AnswerArgs(
+        sampling,
+        max_tokens,
+        () if ignore_eos else stop_tokens,
+        (*stop, *(() if ignore_eos else opened.stop_strings)),
+        prefill_step_size,
+        show_special,
+    )
+    room = _room(model, max_model_len)
+    session = Session(model, tokenizer, framing, args, room, markers)
+    session.reset(system)
+    return session
+
+
+def load_adapters(model: LLM, base: Path, adapters: Mapping[str, str]) -> list[Path]:
+    """Add adapters to a model and return their folders; the active adapters stay active.
+
+    Args:
+        model: The model.
+        base: The folder of its weights.
+        adapters: Adapter folders, or runs of adapters, by name.
+
+    Raises:
+        RequestError: An adapter was trained with other weights, or does not fit the model.
+    """
+    active = active_adapters(model)
+    _, folders = named_folders(base, list(adapters.values())) if adapters else (base, [])
+    for name, folder in zip(adapters, folders, strict=True):
+        facts = read_facts(folder)
+        if facts is not None and Path(facts.base).resolve() != base.resolve():
+            check_base(folder, base)
+        load_adapter(model, folder, name)
+    if adapters:
+        activate_adapters(model, active)
+        in_use = ", ".join(active) or NONE
+        notice(f"adapters: {', '.join(adapter_names(model))}; in use: {in_use}")
+    return [Path(folder) for folder in folders]
+
+
+def _room(model: LLM, requested: int | None) -> int:
+    """Return the tokens of a conversation; rings alone set no limit."""
+    limit = model.args.max_seq_len if keeps_every_token(model.args) else sys.maxsize
+    if requested is None:
+        return limit if limit == sys.maxsize else min(limit, MAX_CONTEXT)
+    expected = f"expected 2 to {limit}, the model's max_seq_len"
+    require(2 <= requested <= limit, "max_model_len", requested, expected)
+    return requested

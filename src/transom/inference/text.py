@@ -1,16 +1,16 @@
-"""Generation in text: prompts in, pieces of text out that never split a character, and stop
-strings.
-"""
+"""Generation of text: prompts in, and pieces of text out that never split a character."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from transom.base.errors import require
+from transom.base.runtime import memory_bytes
 from transom.cache.model_cache import ModelCache
 from transom.inference.loop import GREEDY, stream
 from transom.inference.sampling import SamplingArgs
@@ -22,10 +22,13 @@ from transom.tokenizers.tokenizer import Tokenizer
 
 @dataclass
 class Completion:
-    """What one row has said: its text, its tokens, and why it ended (None while it runs).
+    """The text of one row.
 
-    The tokens include a stop token and those of `stop_string`, the one that ended the row; the text
-    does not.
+    Attributes:
+        text: The text so far, without a stop token, a stop string and control tokens.
+        tokens: Its token ids, those of a stop token and a stop string included.
+        finish_reason: Why the row ended; None while it runs.
+        stop_string: The stop string that ended it, or "".
     """
 
     text: str = ""
@@ -35,30 +38,62 @@ class Completion:
 
 
 class TextStream:
-    """Iterate for the new text of each step, one piece per row, often ""; `completions` hold it
-    all.
+    """Iterate for the new text of each step: one piece per row, which is often "".
+
+    Attributes:
+        completions: The texts of all rows so far.
+        prompt_tokens: Tokens of all prompts.
+        prompt_seconds: Time until the first token of each row, in seconds.
+        generation_seconds: Time of the steps after it, in seconds.
     """
 
-    def __init__(self, rows: Sequence[_Row], steps: Iterator[list[int | None]]) -> None:
+    def __init__(
+        self,
+        rows: Sequence[_Row],
+        steps: Iterator[list[int | None]],
+        prompt_tokens: int,
+    ) -> None:
         self.completions = [row.completion for row in rows]
+        self.prompt_tokens = prompt_tokens
+        self.prompt_seconds = self.generation_seconds = 0.0
         self._rows, self._steps = rows, steps
 
     def __iter__(self) -> Iterator[list[str]]:
+        start = time.perf_counter()
         for ids in self._steps:
-            yield [
-                "" if id is None else row.push(id) for row, id in zip(self._rows, ids, strict=True)
-            ]
+            if not self.prompt_seconds:
+                self.prompt_seconds = time.perf_counter() - start
+            pairs = zip(self._rows, ids, strict=True)
+            yield ["" if id is None else row.push(id) for row, id in pairs]
             if all(row.completion.finish_reason for row in self._rows):
-                return
+                break
+        self.generation_seconds = time.perf_counter() - start - self.prompt_seconds
 
     def run(self) -> list[Completion]:
-        """Run all rows to their ends; return the completions with kept control tokens in their
-        texts.
+        """Run all rows to their ends and return the completions.
+
+        Control tokens that are kept are in their texts.
         """
         shown = [""] * len(self._rows)
         for pieces in self:
             shown = [text + piece for text, piece in zip(shown, pieces, strict=True)]
         return [replace(one, text=text) for one, text in zip(self.completions, shown, strict=True)]
+
+    def rates(self, model: LLM) -> dict[str, Any]:
+        """Return counts of tokens, tokens per second, and the peak of memory in bytes.
+
+        The first token of a row is computed with its prompt, so it does not count for the speed of
+        generation.
+        """
+        counts = [len(row.tokens) for row in self.completions]
+        after_first = sum(counts) - len(counts)
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "generation_tokens": sum(counts),
+            "prompt_tokens_per_second": self.prompt_tokens / max(self.prompt_seconds, 1e-9),
+            "generation_tokens_per_second": after_first / max(self.generation_seconds, 1e-9),
+            "peak_memory_bytes": memory_bytes(model.device),
+        }
 
 
 def stream_text(
@@ -76,23 +111,36 @@ def stream_text(
     log_probs: list[Tensor] | None = None,
     kept: Literal["all"] | Collection[int] = (),
 ) -> TextStream:
-    """Continue prompts given as text or as token ids; a row ends before the first string of `stop`
-    in it.
+    """Continue a batch of prompts, given as text or as token ids.
 
-    A stop string may be a control token or contain some. `kept` are ids of control tokens that the
-    pieces spell out, stop tokens included; `completions` never contain any. All else is as in
-    `loop.stream`.
+    Args:
+        model: A language model.
+        tokenizer: Its tokenizer.
+        prompts: Texts or token ids, one per row.
+        max_new_tokens: New tokens per row at most.
+        sampling: How tokens are chosen; greedy decoding by default.
+        seeds: As for `stream`.
+        stop: Strings that end a row. The text ends before the first of them. A stop string may
+            contain or be a control token.
+        stop_tokens: Ids that end a row.
+        prefill_step_size: As for `stream`.
+        cache: As for `stream`.
+        log_probs: As for `stream`.
+        kept: Ids of control tokens that the pieces spell out, stop tokens included. The
+            `completions` never contain control tokens.
+
+    Raises:
+        RequestError: The request can't be computed. It is raised before the model runs.
     """
     for word in stop:
         require(len(word) > 0, "stop", word, "expected text of one character or more")
     special = tokenizer.special_tokens
-    words = {
-        special[word]: word for word in stop if word in special and special[word] not in stop_tokens
-    }
+    words = {special[w]: w for w in stop if w in special and special[w] not in stop_tokens}
     stop_tokens = (*stop_tokens, *words)
+    ids = encode_prompts(tokenizer, prompts)
     steps = stream(
         model,
-        encode_prompts(tokenizer, prompts),
+        ids,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         seeds=seeds,
@@ -103,7 +151,7 @@ def stream_text(
     )
     stops = frozenset(stop_tokens)
     rows = [_Row(tokenizer, stop, stops, words, max_new_tokens, kept) for _ in prompts]
-    return TextStream(rows, steps)
+    return TextStream(rows, steps, sum(map(len, ids)))
 
 
 def complete(
@@ -115,8 +163,9 @@ def complete(
     sampling: SamplingArgs = GREEDY,
     ends: Sequence[int] = (),
 ) -> list[Completion]:
-    """Return the continuation of each prompt up to a stop token of the tokenizer or of `ends`, or
-    the length.
+    """Return the completion of each prompt.
+
+    It ends at a stop token of the tokenizer, at an id of `ends`, or after `max_new_tokens`.
     """
     stop_tokens = (*ends, *tokenizer.stop_ids)
     texts = stream_text(
@@ -133,11 +182,10 @@ def complete(
 def encode_prompts(
     tokenizer: Tokenizer, prompts: Sequence[str | list[int]], *, special: bool = False
 ) -> list[list[int]]:
-    """Return the ids of each prompt: for text with the tokens that its tokenizer puts first, ids
-    unchanged.
+    """Return the token ids of each prompt.
 
-    With `special`, spellings of control tokens in a text become control tokens; otherwise they stay
-    text.
+    A text gets the tokens that its tokenizer puts first; ids stay as they are. With `special`,
+    spellings of control tokens in a text become control tokens. Otherwise they are plain text.
     """
     allowed: Literal["all"] | tuple[()] = "all" if special else ()
     return [
@@ -149,7 +197,7 @@ def encode_prompts(
 
 
 class _Row:
-    """One row's way from ids to text."""
+    """The decoder of one row: token ids in, text out."""
 
     def __init__(
         self,
@@ -169,7 +217,7 @@ class _Row:
         self._max_new_tokens = max_new_tokens
 
     def push(self, id: int) -> str:
-        """Return the text that `id` completes; nothing once a stop string has ended the row."""
+        """Return the text that `id` completes; "" after a stop string has ended the row."""
         done = self.completion
         if done.finish_reason:
             return ""
@@ -193,8 +241,7 @@ class _Row:
     def _decode(self, id: int) -> str:
         if id in self._signs:
             return self._decoder.flush() + self._signs.of(id)
-        if (
-            self._tokenizer.id_to_token(id) is None
-        ):  # models round their vocabulary up; nothing is written there
+        # Models round their vocabulary up; such ids have no text.
+        if self._tokenizer.id_to_token(id) is None:
             return self._decoder.finish() + "\ufffd"
         return self._decoder.push(id)

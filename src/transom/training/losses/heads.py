@@ -6,25 +6,20 @@ Shape letters: B rows, T tokens, D vector, L labels, P positives, R all rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from transom.base.errors import require
-from transom.base.runtime import evaluating
-from transom.config.layer_args import BASE_HEAD, HeadArgs
-from transom.data.batch import pad_rows
+from transom.config.layer_args import HeadArgs
 from transom.data.labelled import EncodedText
 from transom.evaluation.score import Score
-from transom.layers.inputs import TransformerInput, TransformerOutput
-from transom.models.llm import LLM, pool
+from transom.inference.embedding import run_rows
+from transom.layers.inputs import TransformerOutput
+from transom.models.llm import LLM
 from transom.training.losses.cross_entropy import cross_entropy_sum
-
-BATCH_TOKENS = 4096  # of one call without gradients, padding included
-
 
 # -- losses
 # ------------------------------------------------------------------------------------------
@@ -115,57 +110,3 @@ def score_head(model: LLM, rows: Sequence[EncodedText], temperature: float = 0.0
         nearest_B = _scores(text_BD, positive_PD).argmax(1)
         right += int((targets_R[nearest_B] == targets_R[at : at + 1024]).sum())
     return Score(loss, len(rows), unit="rows", sums={"accuracy": right})
-
-
-class Vectors(NamedTuple):
-    """Pooled vectors [R, D] of rows, and logits [R, L] where the model has labels."""
-
-    vectors: Tensor
-    logits: Tensor | None
-
-
-@torch.no_grad()
-def run_rows(
-    model: LLM, rows: Sequence[Sequence[int]], pooling: Literal["mean", "last"] | None = None
-) -> Vectors:
-    """Return one vector per row of ids, in order, by the model's head.
-
-    A language model, and the base of one in a folder without a head, are pooled by `pooling`.
-    """
-    head, free = model.args.head, model.args.head in (None, BASE_HEAD)
-    if head is None:
-        require(pooling is not None, "pooling", pooling, "a language model accepts mean or last")
-    elif not free:
-        expected = f"expected {head.pooling}, what the model's head does"
-        require(pooling in (None, head.pooling), "pooling", pooling, expected)
-    device = model.device
-    vectors: dict[int, Tensor] = {}
-    logits: dict[int, Tensor] = {}
-    for indices in _like_lengths(rows):
-        tokens_BT, lengths = (
-            tensor.to(device) for tensor in pad_rows([rows[index] for index in indices])
-        )
-        with evaluating(model):
-            output = model(TransformerInput(tokens_BT, lengths=lengths, logits="none"))
-        pooled_BD = output.pooled_BD
-        if pooled_BD is None or (free and pooling is not None):
-            offsets_T = torch.arange(tokens_BT.size(1), device=device)
-            positions_BT = torch.where(offsets_T < lengths[:, None], offsets_T, -1)
-            pooled_BD = pool(output.hidden_BTD, positions_BT, pooling or "mean")
-        vectors |= dict(zip(indices, pooled_BD, strict=True))
-        if head is not None and output.logits is not None:
-            logits |= dict(zip(indices, output.logits, strict=True))
-    ordered = torch.stack([vectors[index] for index in range(len(rows))])
-    return Vectors(ordered, torch.stack([logits[i] for i in range(len(rows))]) if logits else None)
-
-
-def _like_lengths(rows: Sequence[Sequence[Any]]) -> Iterator[list[int]]:
-    """Indices of rows in groups of like length, which waste little padding."""
-    group: list[int] = []
-    for index in sorted(range(len(rows)), key=lambda index: len(rows[index])):
-        if group and (len(group) + 1) * len(rows[index]) > BATCH_TOKENS:
-            yield group
-            group = []
-        group.append(index)
-    if group:
-        yield group

@@ -21,10 +21,10 @@ from transom.base.errors import RequestError, require
 from transom.base.fields import check_bounds, describe
 from transom.data.batch import NO_TARGET, Batch, pad_rows
 from transom.evaluation.score import Score
+from transom.inference.embedding import BATCH_TOKENS
 from transom.layers.inputs import TransformerInput, TransformerOutput
 from transom.models.llm import LLM
 from transom.training.loop.ranks import ALONE, Ranks
-from transom.training.losses.heads import BATCH_TOKENS
 from transom.training.losses.log_probs import (
     adapters_off,
     check_frozen_base,

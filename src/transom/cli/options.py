@@ -1,0 +1,72 @@
+"""Command line options that several verbs share."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transom.base.fields import field_types, options_of
+from transom.checkpoints.files.hub import is_hub_id
+from transom.checkpoints.files.location import model_folder
+from transom.cli.main import user_path
+
+T = TypeVar("T")
+ALIASES = {"temperature": ("--temp",)}  # shorter names of flags
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which model is opened and where: those of `opening`."""
+    what = "a model or adapter folder of any format, a run folder for its best step, or a hub id"
+    parser.add_argument("folder", type=user_path, metavar="FOLDER", help=what)
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    devices = "auto, cpu, cuda, cuda:N or mps (default: auto)"
+    parser.add_argument("--device", default="auto", help=devices)
+    dtypes = "float32, bfloat16, float16 or float64 (default: the files' own)"
+    parser.add_argument("--dtype", help=dtypes)
+
+
+def check_model(options: argparse.Namespace) -> None:
+    """Raise a `RequestError` if the model can't be there, before torch is imported."""
+    if not Path(options.folder).exists() and not is_hub_id(options.folder):
+        model_folder(options.folder)  # raises; a hub id is looked up after everything else
+
+
+def opening(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `open_model` that `add_model` added."""
+    names = {"name": "folder", "device": "device", "dtype": "dtype", "revision": "revision"}
+    return {name: getattr(options, option) for name, option in names.items()}
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`."""
+    what = "print one JSON document as the last line"
+    parser.add_argument("--json", action="store_true", help=what)
+
+
+def add_fields(parser: argparse.ArgumentParser, cls: Any) -> None:
+    """Add a flag for every field of a dataclass of numbers, with the field's help and default."""
+    for field in dataclasses.fields(cls):
+        flag = f"--{field.name.replace('_', '-')}"
+        kind = options_of(field_types(cls)[field.name])[0]
+        shown = "" if field.default is None else f" (default: {field.default:g})"
+        parser.add_argument(
+            *ALIASES.get(field.name, ()),
+            flag,
+            dest=field.name,
+            type=kind,
+            default=field.default,
+            metavar="N" if kind is int else "X",
+            help=field.metadata["help"] + shown,
+        )
+
+
+def read_fields(options: argparse.Namespace, cls: type[T]) -> T:
+    """Return the dataclass from the flags that `add_fields` added.
+
+    Raises:
+        RequestError: A value is out of its bounds.
+    """
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    return cls(**{name: getattr(options, name) for name in names})

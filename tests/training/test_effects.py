@@ -7,7 +7,7 @@ from transom.base.errors import RequestError
 from transom.base.fields import field_types
 from transom.cli.main import main
 from transom.training.config import TrainArgs, read_config
-from transom.training.effects import OF_A_METHOD, OF_A_SWITCH, check_effects
+from transom.training.effects import EFFECTS, check_effects
 from transom.training.loop.setup import open_run
 
 FINETUNE = {"base": "somewhere", "finetune": {}}
@@ -125,7 +125,7 @@ def test_words_with_an_effect_are_accepted(words):
 def test_every_field_of_the_table_is_a_field():
     from transom.base.fields import type_at
 
-    names = [name for effect in (*OF_A_METHOD, *OF_A_SWITCH) for name in effect.fields]
+    names = [name for effect in EFFECTS for name in effect.fields.split()]
     assert all(type_at(TrainArgs, name.split(".")) for name in names) and len(set(names)) == len(
         names
     )

@@ -17,14 +17,16 @@ def test_a_weight_that_is_no_number():
     model = random_model(tiny_args())
     with torch.no_grad():
         model.layers[1].feed_forward.w_out.weight[0, 0] = float("nan")
-    assert "weight layers.1.feed_forward.w_out.weight went first" in locate_nonfinite(model, ROWS)
+    assert "weight layers.1.feed_forward.w_out.weight is not finite" in locate_nonfinite(
+        model, ROWS
+    )
 
 
 def test_a_layer_whose_output_overflows():
     model = random_model(tiny_args())
     with torch.no_grad():
         model.layers[1].attention.wo.weight.fill_(3e38)
-    assert "the output of layers.1 went first" in locate_nonfinite(model, ROWS)
+    assert "the output of layers.1 is the first" in locate_nonfinite(model, ROWS)
 
 
 def test_of_gradients_the_one_nearest_to_the_loss():

@@ -273,7 +273,7 @@ def test_run_json_says_what_was_run(finished):
     ("words", "told"),
     [
         (["data.batch_size=0"], "data.batch_size: got 0"),
-        (["data.seq_len=128"], "max_seq_len: got 64"),
+        (["data.seq_len=128"], "data.seq_len: got 128"),
         (["stepz=3"], "did you mean 'steps'"),
         (["model.n_heads=3"], "n_heads: got 3"),
         (["tokenizer.kind=bpe", "tokenizer.vocab_size=50000"], "50000"),

@@ -1,6 +1,4 @@
-"""Rows per step, packing and epochs that a config leaves open, chosen by the rows of the run. No
-torch.
-"""
+"""Rows per step, packing and epochs, chosen by the data if a config leaves them open. No torch."""
 
 from __future__ import annotations
 
@@ -18,9 +16,9 @@ from transom.training.finetune.args import FinetuneArgs
 
 ENOUGH_STEPS = 100  # batches become larger only while a run has this many steps
 FEW_STEPS = 30  # a run with fewer gets a warning
-PASSES, MOST_PASSES = 3.0, 10.0  # over the rows by default, and at most for a small set
-MOST_ROWS = 16
-MOST_QUESTIONS = 8  # of grpo, which draws a group of answers for each
+PASSES, MOST_PASSES = 3.0, 10.0  # default epochs, and at most for a small set
+MOST_ROWS = 16  # of a step
+MOST_QUESTIONS = 8  # of a step of grpo, which generates a group of answers for each
 PACKABLE = ("sft", "distill")
 # The fewest items per step that an objective learns well from. Preferences and rewards compare
 # items, and kto estimates from a step how far the policy has moved.
@@ -67,15 +65,25 @@ def choose_rows(
     shares: int = 1,
     seed: int = 0,
 ) -> RowChoice:
-    """Return how the examples with these lengths in tokens are laid into steps.
+    """Return how examples are laid into steps.
 
-    Packing and large batches make steps efficient, and few. Both are chosen only where the run
-    still has `ENOUGH_STEPS` (or its given `steps`); a small set gets rows of one example and small
-    batches. A `batch_size` or `packing` that is given stays as it is, except that no step takes
-    more rows than there are. `epochs: auto` are 3, or more for a set so small that these would be
-    too few steps. `shares` is ranks times micro-batches: the batch is a multiple of it.
+    Packing and large batches make steps efficient but few. Both are chosen only if the run still
+    has `ENOUGH_STEPS` (or its given `steps`). A small set gets rows of one example and small
+    batches.
+
+    Args:
+        lengths: Tokens of each example.
+        seq_len: Tokens of a row.
+        objective: The objective of fine-tuning.
+        epochs: Passes over the examples; `auto` are 3, or more for a set so small that these would
+            be too few steps. None stands for `steps`.
+        steps: Optimizer steps if there are no epochs.
+        batch_size: Rows of a step, if given. A step takes no more rows than there are.
+        packing: Whether examples share rows, if given.
+        shares: Ranks times micro-batches. The batch is a multiple of it.
+        seed: Seed of the packing.
     """
-    fewest, open_epochs = FEWEST.get(objective, 1), epochs == "auto"
+    fewest, is_auto = FEWEST.get(objective, 1), epochs == "auto"
     if epochs == "auto":
         needed = -(-ENOUGH_STEPS * fewest // max(len(lengths), 1))
         epochs = min(max(PASSES, float(needed)), MOST_PASSES)
@@ -86,35 +94,28 @@ def choose_rows(
         packs = first_fit_decreasing(lengths, seq_len, seed)
         if packing is None and passes * len(packs) / (batch_size or most) < wanted:
             packs = None
-    packed = packs is not None
     rows = len(lengths) if packs is None else len(packs)
-    fits = max(rows // shares, 1) * shares
-    chosen = batch_size
-    if chosen is None:
-        chosen = power_of_two_below(passes * rows / wanted)
-        chosen = min(max(chosen, fewest), most)
-        chosen = -(-chosen // shares) * shares
-    size = min(chosen, fits)
+    size = batch_size
+    if size is None:
+        size = min(max(_power_of_two(passes * rows / wanted), fewest), most)
+        size = -(-size // shares) * shares
+    size = min(size, max(rows // shares, 1) * shares)
     steps = steps if epochs is None else steps_of(rows, size, epochs)
-    parts = []
-    if batch_size is None or size != batch_size:
-        parts.append(f"data.batch_size = {size}")
-    if packing is None and objective in PACKABLE:
-        parts.append(f"finetune.packing = {str(packed).lower()}")
-    if open_epochs:
-        parts.append(f"finetune.epochs = {epochs:g}")
-    reason = None
-    if parts:
-        laid = f"{len(lengths):,} examples" + (f" in {rows:,} packed rows" if packed else "")
-        count = f"{steps:,} steps" + (" as given" if epochs is None else "")
-        asked = (
-            f"; {batch_size} rows were asked for"
-            if batch_size is not None and size != batch_size
-            else ""
-        )
-        reason = f"chosen: {', '.join(parts)} for {laid}, {count}{asked}"
-    fill = sum(lengths) / (rows * seq_len) if packed else 1.0
-    return RowChoice(size, packs, rows, epochs, steps, reason, fill)
+    chosen = {
+        f"data.batch_size = {size}": size != batch_size,
+        f"finetune.packing = {str(packs is not None).lower()}": packing is None
+        and objective in PACKABLE,
+        f"finetune.epochs = {epochs}".removesuffix(".0"): is_auto,
+    }
+    reason = ", ".join(words for words, is_chosen in chosen.items() if is_chosen)
+    if reason:
+        packed = "" if packs is None else f" in {rows:,} packed rows"
+        given = " as given" if epochs is None else ""
+        reason = f"chosen: {reason} for {len(lengths):,} examples{packed}, {steps:,} steps{given}"
+        if batch_size not in (None, size):
+            reason += f"; {batch_size} rows were asked for"
+    fill = 1.0 if packs is None else sum(lengths) / (rows * seq_len)
+    return RowChoice(size, packs, rows, epochs, steps, reason or None, fill)
 
 
 def finetune_rows(
@@ -136,17 +137,17 @@ def finetune_rows(
 
 def require_comparable(choice: RowChoice, objective: str, ranks: int) -> None:
     """Refuse batches of one row for kto, which compares every answer with that of another row."""
-    if objective == "kto":
-        expected = "valid only for kto are 2 or more of each rank"
-        require(choice.batch_size >= 2 * ranks, "data.batch_size", choice.batch_size, expected)
+    fits = objective != "kto" or choice.batch_size >= 2 * ranks
+    expected = "expected 2 or more on each rank with kto"
+    require(fits, "data.batch_size", choice.batch_size, expected)
 
 
 def head_rows(
     rows: int, kind: Literal["classification", "embedding"], given: int | None, shares: int
 ) -> int:
-    """Return the labelled lines of a step: as given, or the usual number or all that there are.
+    """Return the labelled lines of a step: as given, or a default, or all if there are fewer.
 
-    Lines of an embedding are compared with the others of their step, so that there have to be more.
+    The default is larger for an embedding, whose lines are compared with the others of their step.
     """
     if given is not None:
         return given
@@ -155,11 +156,11 @@ def head_rows(
 
 
 def steps_of(rows: int, batch_size: int, epochs: float) -> int:
-    """Return the optimizer steps of so many passes over `rows`."""
+    """Return the optimizer steps of `epochs` passes over `rows`."""
     return max(1, -int(-epochs * rows // batch_size))
 
 
-def power_of_two_below(number: float) -> int:
+def _power_of_two(number: float) -> int:
     """Return the largest power of two that is at most `number`, and at least 1."""
     return 1 << max(int(number).bit_length() - 1, 0)
 

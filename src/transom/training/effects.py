@@ -1,4 +1,4 @@
-"""Settings that have no effect together with others; they are refused, not ignored. No torch."""
+"""Settings that have no effect together with other settings, which are refused. No torch."""
 
 from __future__ import annotations
 
@@ -11,22 +11,40 @@ from transom.training.config import TrainArgs
 from transom.training.defaults import PACKABLE
 from transom.training.finetune.args import PREFERENCES, FinetuneArgs
 
-Condition = Callable[[TrainArgs], bool]
-
 
 class Effect(NamedTuple):
-    """Fields that have an effect only under a condition; `accepted` is that condition in words."""
+    """Fields that only have an effect under a condition.
 
-    fields: tuple[str, ...]
-    under: Condition
-    accepted: str
+    Attributes:
+        fields: Names of the fields, separated by spaces.
+        when: The condition.
+        expected: The condition in words.
+        by_value: Whether a config file is refused too if a value differs from its default. If not,
+            the fields belong to a switch, and a file may keep their values while it is off.
+    """
+
+    fields: str
+    when: Callable[[TrainArgs], bool]
+    expected: str
+    by_value: bool = False
 
 
-def _objective(*names: str) -> tuple[Condition, str]:
-    return (
-        lambda args: args.finetune is None or args.finetune.objective in names,
-        f"finetune.objective = {' or '.join(names)}",
-    )
+def _with_objective(fields: str, *names: str) -> Effect:
+    """Return fields that only have an effect with some objectives of fine-tuning."""
+
+    def when(args: TrainArgs) -> bool:
+        return args.finetune is None or args.finetune.objective in names
+
+    return Effect(fields, when, f"finetune.objective = {' or '.join(names)}", by_value=True)
+
+
+def _lora(args: TrainArgs) -> bool:
+    return args.finetune is None or args.finetune.method == "lora"
+
+
+def _packs(args: TrainArgs) -> bool:
+    finetune = args.finetune
+    return finetune is None or finetune.objective in PACKABLE or finetune.packing is False
 
 
 def _head_kind(args: TrainArgs) -> str | None:
@@ -34,83 +52,59 @@ def _head_kind(args: TrainArgs) -> str | None:
     return None if head is None else head.kind
 
 
-# Fields of one method or objective: a value that is not the default is a mistake, also in a config
-# file.
-OF_A_METHOD = (
+def _embeds(args: TrainArgs) -> bool:
+    return (args.base is not None and args.finetune is None) or _head_kind(args) == "embedding"
+
+
+# `FinetuneArgs` checks `beta`, `label_smoothing`, `teacher` and `vocab_multiple` itself.
+EFFECTS = (
+    Effect("finetune.lora", _lora, "finetune.method = lora", by_value=True),
+    _with_objective("finetune.desirable_weight finetune.undesirable_weight", "kto"),
+    _with_objective("finetune.alpha finetune.reverse", "distill"),
+    _with_objective("finetune.temperature", "distill", "grpo"),
+    _with_objective("finetune.reward finetune.group", "grpo"),
+    _with_objective("finetune.answer_tokens finetune.scale_rewards", "grpo"),
+    _with_objective("finetune.train_on", "sft", "distill"),
+    _with_objective("finetune.truncate", "sft", "distill", *PREFERENCES),
     Effect(
-        ("finetune.lora",),
-        lambda args: args.finetune is None or args.finetune.method == "lora",
-        "finetune.method = lora",
-    ),
-    Effect(("finetune.desirable_weight", "finetune.undesirable_weight"), *_objective("kto")),
-    Effect(("finetune.alpha", "finetune.reverse"), *_objective("distill")),
-    Effect(("finetune.temperature",), *_objective("distill", "grpo")),
-    Effect(
-        ("finetune.reward", "finetune.group", "finetune.answer_tokens", "finetune.scale_rewards"),
-        *_objective("grpo"),
-    ),
-    Effect(("finetune.train_on",), *_objective("sft", "distill")),
-    Effect(("finetune.truncate",), *_objective("sft", "distill", *PREFERENCES)),
-)
-# Fields that a switch turns off: a config file may keep their values, but the command line must not
-# give them.
-# `FinetuneArgs` itself checks `beta`, `label_smoothing`, `teacher` and `vocab_multiple`.
-OF_A_SWITCH = (
-    Effect(
-        ("steps",),
+        "steps",
         lambda args: args.finetune is None or args.finetune.epochs is None,
         "finetune.epochs = null",
     ),
-    Effect(("finetune.scores",), lambda args: args.eval_every == 0, "eval_every = 0"),
+    Effect("finetune.scores", lambda args: args.eval_every == 0, "eval_every = 0"),
+    Effect("finetune.packing", _packs, "finetune.objective = sft or distill"),
+    Effect("short_rows_split", lambda args: args.short_rows > 0, "short_rows above 0"),
+    Effect("contrastive_temperature", _embeds, "model.head of kind embedding"),
+    Effect("loss_chunk", lambda args: _head_kind(args) is None, "a model without a head"),
     Effect(
-        ("finetune.packing",),
-        lambda args: (
-            args.finetune is None
-            or args.finetune.objective in PACKABLE
-            or args.finetune.packing is False
-        ),
-        "finetune.objective = sft or distill",
-    ),
-    Effect(("short_rows_split",), lambda args: args.short_rows > 0, "short_rows above 0"),
-    Effect(
-        ("contrastive_temperature",),
-        lambda args: (
-            (args.base is not None and args.finetune is None) or _head_kind(args) == "embedding"
-        ),
-        "model.head of kind embedding",
-    ),
-    Effect(("loss_chunk",), lambda args: _head_kind(args) is None, "a model without a head"),
-    Effect(
-        ("sample_prompts", "sample_tokens"),
-        lambda args: args.sample_every > 0,
-        "sample_every above 0",
+        "sample_prompts sample_tokens", lambda args: args.sample_every > 0, "sample_every above 0"
     ),
     Effect(
-        ("eval_tokens",),
+        "eval_tokens",
         lambda args: args.finetune is None and args.eval_every > 0,
         "eval_every above 0, without finetune",
     ),
     Effect(
-        ("eval_every",),
+        "eval_every",
         lambda args: args.eval_every == 0 or args.finetune is not None or args.data.held_out > 0,
         "data.held_out above 0",
     ),
     Effect(
-        ("optimizer.muon_lr", "optimizer.muon_momentum", "optimizer.muon_steps"),
+        "optimizer.muon_lr optimizer.muon_momentum optimizer.muon_steps",
         lambda args: args.optimizer.name == "muon",
         "optimizer.name = muon",
     ),
     Effect(
-        ("tokenizer.vocab_size",), lambda args: args.tokenizer.kind == "bpe", "tokenizer.kind = bpe"
+        "tokenizer.vocab_size", lambda args: args.tokenizer.kind == "bpe", "tokenizer.kind = bpe"
     ),
-    Effect(("schedule.decay",), lambda args: args.schedule.kind == "wsd", "schedule.kind = wsd"),
+    Effect("schedule.decay", lambda args: args.schedule.kind == "wsd", "schedule.kind = wsd"),
     Effect(
-        ("schedule.final",),
+        "schedule.final",
         lambda args: args.schedule.kind != "constant",
         "schedule.kind = wsd, linear or cosine",
     ),
     Effect(
-        ("data.cache_dir",),
+        "data.cache_dir",
         lambda args: args.finetune is None and _head_kind(args) is None,
         "plain text: other rows are not cached",
     ),
@@ -118,39 +112,43 @@ OF_A_SWITCH = (
 
 
 def check_effects(args: TrainArgs, words: Collection[str] = (), *, by_value: bool = True) -> None:
-    """Refuse settings without an effect.
+    """Refuse settings that have no effect.
 
-    A setting is refused where the command line names it with a value other than null: `words` are
-    the fields that it gives, such as `finetune.lora.rank`. With `by_value`, a setting of another
-    method or objective is also refused where its value is not the default; the config of a run that
-    goes on may hold defaults of an earlier version.
+    Args:
+        args: The config.
+        words: The fields that a command line gives, such as `finetune.lora.rank`. One without an
+            effect is refused, unless its value is null.
+        by_value: Also refuse the values that differ from the default where `Effect.by_value` is
+            set. A resumed run may have defaults of an earlier version.
+
+    Raises:
+        RequestError: If a setting has no effect. The message names the field and the condition.
     """
     data = write(args)
-    for effect in (*OF_A_METHOD, *OF_A_SWITCH):
-        if effect.under(args):
+    for effect in EFFECTS:
+        if effect.when(args):
             continue
-        for name in effect.fields:
-            below = [word for word in words if word == name or word.startswith(f"{name}.")]
-            named = [word for word in below if value_at(data, word) is not None]
-            if by_value and not named and effect in OF_A_METHOD and args.finetune is not None:
-                named = [field for field, _ in _set_fields(args.finetune, name)]
+        for name in effect.fields.split():
+            given = [word for word in words if f"{word}.".startswith(f"{name}.")]
+            named = [word for word in given if value_at(data, word) is not None]
+            if by_value and not named and effect.by_value and args.finetune is not None:
+                named = list(_changed_fields(args.finetune, name))
             if named:
                 value = value_at(data, named[0])
-                raise RequestError(
-                    f"{named[0]}: got {value!r}; without an effect here; valid only with "
-                    f"{effect.accepted}"
-                )
+                what = f"got {value!r}, which has no effect"
+                raise RequestError(f"{named[0]}: {what}; expected with {effect.expected}")
 
 
-def _set_fields(finetune: FinetuneArgs, name: str) -> Iterator[tuple[str, Any]]:
+def _changed_fields(finetune: FinetuneArgs, name: str) -> Iterator[str]:
     """Yield the fields at or below `name` that differ from their defaults."""
-    before, now = {"finetune": write(FinetuneArgs())}, {"finetune": write(finetune)}
-    pairs = [(name, value_at(before, name), value_at(now, name))]
-    for field, default, value in pairs:
+    defaults, now = {"finetune": write(FinetuneArgs())}, {"finetune": write(finetune)}
+    names = [name]
+    for field in names:
+        default, value = value_at(defaults, field), value_at(now, field)
         if isinstance(default, dict):
-            pairs += [(f"{field}.{key}", default[key], value[key]) for key in default]
+            names += [f"{field}.{key}" for key in default]
         elif default != value:
-            yield field, value
+            yield field
 
 
 def value_at(data: Any, field: str) -> Any:

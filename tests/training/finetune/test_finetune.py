@@ -172,7 +172,7 @@ def test_a_set_smaller_than_a_batch_is_one_step_an_epoch_and_resumes(base, tmp_p
     args = run_args(tmp_path, base, data, "data.batch_size=64", epochs=3.0)
     trainer = open_run(args, quiet=True)
     rows = trainer.batches.items_per_epoch
-    assert f"data.batch_size: got {rows}, " in capsys.readouterr().err
+    assert f"data.batch_size = {rows}, " in capsys.readouterr().err
     assert (trainer.args.data.batch_size, trainer.args.steps) == (rows, 3)
     trainer.fit()
     assert open_run(args, resume=True, quiet=True).progress.step == 3

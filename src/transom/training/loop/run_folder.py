@@ -1,9 +1,7 @@
-"""The folder of a run: step folders that are whole or absent, pointers to the latest and the best,
-metrics.
+"""The folder of a run: step folders, pointers to the latest and the best one, and metrics.
 
-A step folder is a model folder plus the trainer's own state. It is written under a temporary name,
-hashed, flushed to disk and renamed, so that a kill at any moment leaves either all of it or
-nothing.
+A step folder is a model folder with the state of the trainer. It is written under a temporary name,
+hashed, flushed to disk and renamed, so that a kill leaves either all of it or nothing.
 """
 
 from __future__ import annotations
@@ -32,28 +30,24 @@ from transom.checkpoints.files.location import read_pointer
 from transom.checkpoints.files.safetensors_files import read_safetensors, write_tensors
 
 OWN_FILES = (
-    "config.yaml",
-    "run.json",
-    "metrics.jsonl",
-    "report.html",
-    "latest",
-    "best",
-    "trace.json",
-    "tensorboard",
+    *("config.yaml", "run.json", "metrics.jsonl", "report.html", "latest", "best"),
+    *("trace.json", "tensorboard"),
 )
 TEMPORARY = ".tmp-"
 
 
 class RunFolder:
-    """`path` with its step folders. One process at a time may write into it."""
+    """The folder of a run, with its step folders. One process at a time may write to it."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock: FolderLock | None = None
 
     def lock(self) -> None:
-        """Keep other processes from writing here until `release`; raise `RequestError` if one
-        already writes.
+        """Keep other processes from writing here until `release`.
+
+        Raises:
+            RequestError: If another process is writing here.
         """
         if self._lock is None:
             self._lock = FolderLock(self.path)
@@ -67,60 +61,55 @@ class RunFolder:
 
     @property
     def untouched(self) -> str:
-        """What is left of a run that cannot go on, and what to try."""
+        """What is left of a run that cannot continue, and what to try."""
         step = self._pointed("latest")
-        kept = (
-            "no checkpoint was written yet"
-            if step is None
-            else f"the checkpoint {step.name} is untouched"
-        )
-        return f"{kept}; try a lower learning rate"
+        left = "no checkpoint was written yet"
+        if step is not None:
+            left = f"the checkpoint {step.name} is untouched"
+        return f"{left}; try a lower learning rate"
 
     @property
     def has_steps(self) -> bool:
-        """Return whether there is a step to resume from; raise `RequestError` if `latest` names a
-        missing one.
+        """Whether there is a step to resume from.
+
+        Raises:
+            RequestError: If `latest` names a missing step.
         """
         return self.path.is_dir() and read_pointer(self.path, "latest") is not None
 
     def check(self, *, overwrite: bool, resume: bool) -> None:
-        """Refuse a folder with files unless it has a step to `resume` or only a run to
-        `overwrite`.
+        """Refuse a folder with files, unless it has a step to `resume` or a run to `overwrite`.
+
+        Raises:
+            RequestError: If the folder is refused, or has a file that no run wrote.
         """
         if self.path.exists() and not self.path.is_dir():
             raise RequestError(f"{self.path}: a file; expected a folder to write the run in")
         begun = (self.path / "run.json").exists()
-        if (
-            resume and begun and not self.has_steps and self._steps()
-        ):  # killed after its first step was written
-            self._point("latest", self._steps()[-1])
+        if resume and begun and not self.has_steps and self._steps():
+            self._point("latest", self._steps()[-1])  # killed after its first step was written
         if resume and self.has_steps:
             return
-        items = list(self.path.iterdir()) if self.path.exists() else []
+        items = self._items()
         if items and not overwrite and not resume:
-            raise RequestError(
-                f"{self.path}: not empty; valid only with --overwrite or --resume, or name another "
-                f"folder"
-            )
+            expected = "expected --overwrite or --resume, or another folder"
+            raise RequestError(f"{self.path}: not empty; {expected}")
         foreign = [item.name for item in items if not _is_own(item)]
-        if foreign:  # a run removes only what runs write
-            raise RequestError(
-                f"{self.path}: holds {foreign[0]!r}, which no run wrote; name another folder"
-            )
+        if foreign:
+            what = f"contains {foreign[0]!r}, which no run wrote"
+            raise RequestError(f"{self.path}: {what}; expected another folder")
 
     def prepare(self, *, overwrite: bool, resume: bool) -> None:
-        """Remove unfinished checkpoints if the latest step is resumed, else everything that a run
-        wrote.
-        """
+        """Remove unfinished checkpoints if a step is resumed, else everything that a run wrote."""
         self.check(overwrite=overwrite, resume=resume)  # again, since files may have been added
-        goes_on = resume and self.has_steps
-        items = list(self.path.iterdir()) if self.path.exists() else []
+        keeps = resume and self.has_steps
         # The files that make it a run are removed first, so that a kill leaves nothing to resume.
-        for item in sorted(items, key=lambda item: item.name not in ("latest", "best", "run.json")):
-            if goes_on and TEMPORARY in item.name:
+        first = ("latest", "best", "run.json")
+        for item in sorted(self._items(), key=lambda item: item.name not in first):
+            if keeps and TEMPORARY in item.name:
                 notice(f"{item}: unfinished, removed")
-            if not goes_on or TEMPORARY in item.name:
-                _remove(item)
+            if not keeps or TEMPORARY in item.name:
+                shutil.rmtree(item) if item.is_dir() else item.unlink()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -143,40 +132,44 @@ class RunFolder:
         best: bool,
         keep_last: int,
     ) -> Path:
-        """Write one step folder, move the pointers to it, and drop steps beyond `keep_last` and the
-        best.
+        """Write one step folder, and delete old ones.
+
+        Args:
+            step: Number of the step.
+            write_model: Writes the model's files into the folder that it is given.
+            tensors: Tensors of the trainer.
+            state: Other state of the trainer, as plain data.
+            best: Whether `best` shall name this step.
+            keep_last: Number of steps to keep, besides the best.
+
+        Returns:
+            The step folder.
+
+        Raises:
+            WorkError: If it could not be written. Earlier steps are then unchanged.
         """
         final = self.path / f"step_{step:06d}"
         temporary = self.path / f"{final.name}{TEMPORARY}{os.getpid()}"
         try:
-            # The latest step saved again, on the way out or to be the best, is the same step: it
-            # stays.
+            # The latest step may be saved again at the end, or to become the best: it stays.
             if not final.exists() or final != self._pointed("latest"):
                 temporary.mkdir(exist_ok=True)
                 write_model(temporary)
                 write_tensors(temporary / TRAINER_TENSORS, dict(tensors))
                 write_text(temporary / TRAINER_STATE, json.dumps(state, indent=2))
-                files = sorted(path for path in temporary.rglob("*") if path.is_file())
-                sums = {file.relative_to(temporary).as_posix(): sha256_of(file) for file in files}
-                write_text(temporary / CHECKSUMS, json.dumps(sums, indent=2))
-                for file in temporary.rglob("*"):
+                _write_checksums(temporary)
+                for file in (*temporary.rglob("*"), temporary):
                     sync(file)
-                sync(temporary)
-                if (
-                    final.exists()
-                ):  # left over from before somebody pointed `latest` to an earlier step
+                if final.exists():  # somebody has pointed `latest` to an earlier step
                     shutil.rmtree(final)
                 temporary.rename(final)
-            if (
-                best
-            ):  # before `latest`: a kill in between must not lose the record that the state holds
+            if best:  # before `latest`: a kill in between must not lose the best score of `state`
                 self._point("best", final)
             self._point("latest", final)
             sync(self.path)
         except (OSError, WorkError) as error:
-            raise WorkError(
-                f"{final}: checkpoint not written, earlier ones are untouched ({error})"
-            ) from None
+            what = "checkpoint not written, earlier ones are untouched"
+            raise WorkError(f"{final}: {what} ({error})") from None
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         self._prune(keep_last)
@@ -192,27 +185,29 @@ class RunFolder:
         except RequestError:
             return None
 
+    def _items(self) -> list[Path]:
+        return list(self.path.iterdir()) if self.path.exists() else []
+
     def _steps(self) -> list[Path]:
         """Return the finished steps in their order."""
-        items = self.path.iterdir() if self.path.exists() else ()
-        steps = [item for item in items if _is_step(item) and TEMPORARY not in item.name]
+        steps = [item for item in self._items() if _is_step(item) and TEMPORARY not in item.name]
         return sorted(steps, key=lambda step: int(step.name.partition("_")[2]))
 
     def _prune(self, keep_last: int) -> None:
         kept = {name: self._pointed(name) for name in ("latest", "best")}
         if kept["best"] is None and (self.path / "best").exists():
-            notice(
-                f"{self.path}: the step that `best` names is missing; `latest` is used until "
-                f"there is a better one"
-            )
+            what = "the step that `best` names is missing"
+            notice(f"{self.path}: {what}; `latest` is used until there is a better one")
             (self.path / "best").unlink()
         for old in self._steps()[:-keep_last]:
             if old not in kept.values():
                 shutil.rmtree(old)
 
     def read_step(self, name: str = "latest") -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-        """The step folder, trainer tensors and trainer state that a pointer names, checksums
-        verified.
+        """Return the step folder that a pointer names, and the trainer's tensors and state.
+
+        Raises:
+            RequestError: If there is no step, or one of its files was altered or cut.
         """
         step = read_pointer(self.path, name)
         if step is None:
@@ -221,8 +216,9 @@ class RunFolder:
         return step, read_safetensors(step / TRAINER_TENSORS), read_json(step / TRAINER_STATE)
 
     def cut_metrics(self, step: int, *, unmeasured: bool) -> None:
-        """Remove rows that the resumed run writes again: those after `step` and, if `unmeasured`,
-        its scores.
+        """Remove the rows that a resumed run writes again from metrics.jsonl.
+
+        These are all rows after `step` and, if `unmeasured`, the scores and samples of `step`.
         """
         path = self.path / "metrics.jsonl"
         if not path.exists():
@@ -233,20 +229,29 @@ class RunFolder:
                 row = json.loads(line)
             except json.JSONDecodeError:  # a kill may cut the last line
                 continue
-            again = unmeasured and row["step"] == step and "loss" not in row and "event" not in row
-            if row["step"] <= step and not again:
+            repeated = unmeasured and row["step"] == step and not {"loss", "event"} & row.keys()
+            if row["step"] <= step and not repeated:
                 kept.append(line)
         self.write_file(path.name, "\n".join(kept))
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Add one row to metrics.jsonl."""
+        """Add one row to metrics.jsonl.
+
+        Raises:
+            WorkError: If it could not be written.
+        """
+        path = self.path / "metrics.jsonl"
         try:
-            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write(json_text(row) + "\n")
         except OSError as error:
-            raise WorkError(
-                f"{self.path / 'metrics.jsonl'}: could not be written ({error})"
-            ) from None
+            raise WorkError(f"{path}: could not be written ({error})") from None
+
+
+def _write_checksums(folder: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sums = {file.relative_to(folder).as_posix(): sha256_of(file) for file in files}
+    write_text(folder / CHECKSUMS, json.dumps(sums, indent=2))
 
 
 def _is_step(path: Path) -> bool:
@@ -256,7 +261,3 @@ def _is_step(path: Path) -> bool:
 def _is_own(path: Path) -> bool:
     name, _, writer = path.name.partition(TEMPORARY)
     return (name in OWN_FILES and (not writer or writer.isdigit())) or _is_step(path)
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -24,11 +24,12 @@ from transom.layers.linear import GroupedLinear
 from transom.lora import adapters as lora
 from transom.lora import apply as new
 from transom.lora import args as lora_args
+from transom.lora import weights as lora_weights
 from transom.lora.args import Scaling
 from transom.lora.weights import Leaf, LoraWeights, output_norms, weight_delta
 from transom.models.llm import LLM
 from transom.training.loop.checkpoint_writer import TRAINED, AdapterWriter
-from transom.training.loop.trainer import Trainer
+from transom.training.loop.step import Stepper
 from transom.training.losses import log_probs
 from transom.training.losses.balance import RouterCounts, update_choice_biases
 
@@ -147,7 +148,7 @@ def balanced_base() -> AbstractContextManager[None]:
     """
 
     def make(original: Call) -> Call:
-        def follow(self: Trainer, router: RouterCounts | None) -> None:
+        def follow(self: Stepper, router: RouterCounts | None) -> None:
             original(self, router)
             moe = self.model.args.moe_args
             if moe is not None and moe.balance == "bias" and router is not None:
@@ -155,7 +156,7 @@ def balanced_base() -> AbstractContextManager[None]:
 
         return follow
 
-    return changed(Trainer, "_follow", make)
+    return changed(Stepper, "_follow", make)
 
 
 def plain_scale() -> AbstractContextManager[None]:
@@ -185,7 +186,7 @@ def learning_length() -> AbstractContextManager[None]:
 
         return dora_factor
 
-    return changed(lora, "dora_factor", make)
+    return changed_everywhere(lora_weights.dora_factor, make)
 
 
 def adapted_reference() -> AbstractContextManager[None]:

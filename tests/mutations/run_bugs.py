@@ -16,7 +16,7 @@ from transom.data.batch import NO_TARGET, Batch
 from transom.data.order import Batches
 from transom.data.text import batches
 from transom.tokenizers.tokenizer import Tokenizer
-from transom.training.loop.trainer import Trainer
+from transom.training.loop.step import Stepper
 from transom.training.losses.log_probs import target_log_probs
 from transom.training.losses.objectives import NextToken
 from transom.training.optim.ema import Ema
@@ -109,7 +109,7 @@ def mean_of_means() -> Iterator[None]:
     pieces = 1
 
     def counting(original: Call) -> Call:
-        def accumulate(self: Trainer, micro_batches: Sequence[Batch], whole: Any) -> Any:
+        def accumulate(self: Stepper, micro_batches: Sequence[Batch], whole: Any) -> Any:
             nonlocal pieces
             pieces = len(micro_batches)
             return original(self, micro_batches, whole)
@@ -122,7 +122,7 @@ def mean_of_means() -> Iterator[None]:
 
         return loss
 
-    with changed(Trainer, "_accumulate", counting), changed(NextToken, "loss", dividing):
+    with changed(Stepper, "_accumulate", counting), changed(NextToken, "loss", dividing):
         yield
 
 

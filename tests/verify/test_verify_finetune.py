@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from itertools import chain
 
 import peft
 import pytest
@@ -35,14 +36,17 @@ from transom.layers.linear import Linear
 from transom.lora.weights import LoraWeights
 from transom.tokenizers.training import byte_tokenizer
 from transom.verify import finetune, finetune_rows
+from transom.verify.adapters import merged_weight
 from transom.verify.findings import summarize
 from transom.verify.finetune_rows import (
+    CHATS,
+    END,
     PAIRS,
-    TALKS,
-    Writer,
     answers_of,
     compare_masks,
+    encoder_of,
     examples_of,
+    sample_encoders,
 )
 from transom.verify.sample_models import SAMPLES
 
@@ -65,12 +69,38 @@ def failing(findings):
 
 # What carries loss
 
+# The texts before and after the content of an answer.
+FRAMES = {
+    "template chatml": ("", "<|im_end|>"),
+    "template llama3": ("", "<|eot_id|>"),
+    "template mistral-v3": (" ", END),
+    "template mistral-v3-tekken": ("", END),
+    "template gemma": ("", "<end_of_turn>"),
+    "template plain": ("", END),
+    "template of the folder": ("", END),
+    "no template": ("", END),
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_answers_are_the_contents_in_the_frame_of_the_template(name):
+    (before, after), encoder = FRAMES[name], sample_encoders()[name]
+    for example in examples_of(CHATS, "conversation"):
+        if encoder.template is None and not example.bare:
+            continue
+        contents = [
+            (f"{before}{message['content']}{after}", message.get("weight", 1.0))
+            for message in (*example.messages, *chain(*example.answers))
+            if message["role"] == "assistant" and message.get("weight", 1.0) > 0
+        ]
+        assert answers_of(example, encoder) == contents
+
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_templates_are_green_or_refuse(pair, name):
-    writer = Writer(name, pair[0], ChatTemplate(PUBLISHED[name], pair[0]), 4096)
-    for rows in (TALKS, PAIRS):
-        found = list(compare_masks(examples_of(rows, "row"), writer))
+    encoder = encoder_of(pair[0], ChatTemplate(PUBLISHED[name], pair[0]), 4096)
+    for rows in (CHATS, PAIRS):
+        found = list(compare_masks(examples_of(rows, "row"), encoder, name))
         assert found and failing(found) == set()
 
 
@@ -78,7 +108,7 @@ def test_published_templates_are_green_or_refuse(pair, name):
 def test_answers_are_those_that_transformers_masks(pair, name):
     ours, theirs = pair
     template = ChatTemplate(named(name).source(ours), ours)
-    (example,) = examples_of(TALKS[:1], "row")
+    (example,) = examples_of(CHATS[:1], "row")
     messages = list(example.messages)
     made = theirs.apply_chat_template(
         messages,
@@ -87,7 +117,7 @@ def test_answers_are_those_that_transformers_masks(pair, name):
         return_dict=True,
     )
     said = [id for id, mask in zip(made["input_ids"], made["assistant_masks"], strict=True) if mask]
-    found = answers_of(example, Writer(name, ours, template, 4096))
+    found = answers_of(example, encoder_of(ours, template, 4096))
     assert "".join(text for text, _ in found) == theirs.decode(said)
 
 
@@ -96,14 +126,14 @@ def test_calls_that_a_template_does_not_write_are_red_where_they_are_not_refused
     pair, name, monkeypatch
 ):
     monkeypatch.setattr(Turns, "_refuse", lambda *given: None)
-    writer = Writer(name, pair[0], ChatTemplate(PUBLISHED[name], pair[0]), 4096)
-    found = failing(compare_masks(examples_of([{"messages": TOOL_TALK}], "row"), writer))
-    calls = {"calls of tools are learnt, padded", "calls of tools are learnt, packed"}
+    encoder = encoder_of(pair[0], ChatTemplate(PUBLISHED[name], pair[0]), 4096)
+    found = failing(compare_masks(examples_of([{"messages": TOOL_TALK}], "row"), encoder, name))
+    calls = {"loss on tool calls, padded", "loss on tool calls, packed"}
     assert found == (set() if name in READS_TOOLS else calls)
 
 
 def test_rows_that_are_not_compared_are_counted(pair, capsys):
-    writer = Writer("here", pair[0], ChatTemplate(PUBLISHED["gemma3"], pair[0]), 60)
+    encoder = encoder_of(pair[0], ChatTemplate(PUBLISHED["gemma3"], pair[0]), 60)
     rows = [
         {"messages": asked("q", "a")},
         {"messages": [say("user", "q"), say("user", "r"), say("assistant", "a")]},
@@ -112,29 +142,27 @@ def test_rows_that_are_not_compared_are_counted(pair, capsys):
     assert (
         failing(
             compare_masks(
-                [*examples_of([*rows, long], "row"), ChatExample("t", "text", text="x")], writer
+                [*examples_of([*rows, long], "row"), ChatExample("t", "text", text="x")],
+                encoder,
+                "here",
             )
         )
         == set()
     )
     told = capsys.readouterr().err
-    for said in (
-        "1 examples are no conversations",
-        "1 examples cannot be written (the chat",
-        "1 examples are too long",
-    ):
-        assert f"here: not compared: {said}" in told
+    for reason in ("are not conversations", "cannot be written (the chat", "are too long"):
+        assert f"here: 1 examples are not compared, since they {reason}" in told
 
 
 def test_an_example_that_is_wrongly_left_out_is_red(pair, monkeypatch):
-    def encode(examples, *given, **more):
-        encoded = original(examples, *given, **more)
+    def encode(self, examples, *given, **more):
+        encoded = original(self, examples, *given, **more)
         return replace(encoded, items=[item for item in encoded.items if item[0].id != "row 0"])
 
     original = ChatEncoder.encode
-    writer = Writer("here", pair[0], ChatTemplate(named("plain").source(pair[0]), pair[0]), 4096)
+    encoder = encoder_of(pair[0], ChatTemplate(named("plain").source(pair[0]), pair[0]), 4096)
     monkeypatch.setattr(ChatEncoder, "encode", encode)
-    found = failing(compare_masks(examples_of(TALKS, "row"), writer))
+    found = failing(compare_masks(examples_of(CHATS, "row"), encoder, "here"))
     assert found == {"examples without loss have no answer"}
 
 
@@ -159,9 +187,10 @@ def test_weights_written_out_are_those_that_peft_merges(kind):
                 weight.data.add_(torch.randn(weight.shape))
                 parts[name] = weight.detach()
     scaling = finetune.ADAPTERS[kind].get("scaling", "alpha_over_rank")
-    lora = LoraWeights(parts["A"], parts["B"], finetune.ALPHA, scaling)
-    assert ("magnitude" in parts) == (kind == "DoRA")
-    found = finetune.written_out(leaf, lora, {key: weight.clone() for key, weight in parts.items()})
+    magnitude = parts.get("magnitude")
+    assert (magnitude is not None) == (kind == "DoRA")
+    lora = LoraWeights(parts["A"], parts["B"], finetune.ALPHA, scaling, magnitude=magnitude)
+    found = merged_weight(leaf, leaf.weight, [lora]).detach().float()
     torch.testing.assert_close(found, theirs.merge_and_unload()[0].weight.detach())
 
 
@@ -171,32 +200,33 @@ def test_experts_that_no_token_came_to_need_not_learn():
     args = ModelArgs.from_dict(
         {**SAMPLES["mixtral"], "moe_args": moe, "vocab_size": tokenizer.vocab_size}
     )
-    rows = Writer("", tokenizer, None, 16).encode([ChatExample("t", "text", text="a")])
+    rows = encoder_of(tokenizer, None, 16).encode([ChatExample("t", "text", text="a")])
     batch = packed_batch([[rows.items[0][0]]])
     assert batch.real_tokens < 8
-    assert failing(finetune.compare_coverage(args, batch, "few tokens")) == set()
+    assert failing(finetune.compare_trained_weights(args, batch, "few tokens")) == set()
 
 
 def test_a_gradient_that_is_lost_behind_an_expert_is_red(monkeypatch):
     """Of the experts that tokens came to, one that hears nothing is enough."""
-    original = finetune.learnt
+    original = finetune.step_loss
 
-    def learnt(model, batch):
-        output = original(model, batch)
-        with torch.no_grad():
-            for key, weight in model.named_parameters():
-                if key.endswith("experts.w_out.lora.default.B") and weight.grad is not None:
-                    weight.grad[0] = 0.0
-        return output
+    def step_loss(model, batch):
+        for key, weight in model.named_parameters():
+            if key.endswith("experts.w_out.lora.default.B"):
+                keep = (torch.arange(len(weight)) > 0).view(-1, 1, 1)
+                weight.register_hook(lambda gradient, keep=keep: gradient * keep)
+        return original(model, batch)
 
     tokenizer = byte_tokenizer()
     args = ModelArgs.from_dict({**SAMPLES["mixtral"], "vocab_size": tokenizer.vocab_size})
-    rows = Writer("", tokenizer, None, 99).encode(
+    rows = encoder_of(tokenizer, None, 99).encode(
         [ChatExample("t", "text", text="every token of a text " * 4)]
     )
-    monkeypatch.setattr(finetune, "learnt", learnt)
-    found = failing(finetune.compare_coverage(args, packed_batch([[rows.items[0][0]]]), "deaf"))
-    assert found == {"adapters learn from what they met"}
+    monkeypatch.setattr(finetune, "step_loss", step_loss)
+    found = failing(
+        finetune.compare_trained_weights(args, packed_batch([[rows.items[0][0]]]), "deaf")
+    )
+    assert found == {"adapters get gradients from their tokens"}
 
 
 # Folders
@@ -215,7 +245,7 @@ def test_a_folder_is_verified_with_its_rows(base, tmp_path, capsys):
         failing(finetune.compare_folder(str(base), str(preferences(tmp_path / "pairs.jsonl"))))
         == set()
     )
-    assert "losses are compared of conversations, completions and texts" in capsys.readouterr().err
+    assert "no losses are compared, since no conversation" in capsys.readouterr().err
 
 
 def test_a_template_that_marks_half_of_an_answer_is_red(base, tmp_path):
@@ -234,7 +264,7 @@ def test_more_examples_than_are_looked_at_are_said(base, tmp_path, monkeypatch, 
         tmp_path / "rows.jsonl", [{"messages": asked("q", str(at))} for at in range(5)]
     )
     assert failing(finetune.compare_folder(str(base), str(rows))) == set()
-    assert "the first 2 of 5 examples are looked at" in capsys.readouterr().err
+    assert "only the first 2 of 5 examples are read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""What the files of a model folder hold, counted key by key and read a second time.
+"""The tensors in the files of a model folder, counted by key and read a second time.
 
-The second reading finds a tensor's parameter by rules of its own that share nothing with
-`checkpoints.families`: what reading and writing would both get wrong shows here, where a round trip
-sees nothing.
+The second reading finds the parameter of each tensor by rules that share nothing with
+`checkpoints.families`. It shows a mistake that reading and writing both make, which a round trip
+cannot show.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -26,74 +25,65 @@ from transom.checkpoints.mapping import clean
 from transom.checkpoints.state import open_files, parameter_shapes
 from transom.config.layer_args import RopeLayout
 from transom.config.model_args import ModelArgs
-from transom.verify.findings import Finding, difference, same_bytes
+from transom.verify.findings import Finding, exact, same_bytes
 
 
 @dataclass(frozen=True)
-class Case:
-    """A folder, and its weights as they stand in the files, without what is known and not read."""
+class FolderFiles:
+    """A folder and the tensors in its files, without those that are known and not needed.
+
+    Attributes:
+        name: The name in findings.
+        folder: The folder.
+        format: Its format.
+        args: The arguments of its model.
+        tensors: The tensors by the keys of the files, not read yet.
+        table: The names of `WEIGHT_NAMES` that a foreign folder is read by.
+    """
 
     name: str
     folder: Path
-    kind: Format
+    format: Format
     args: ModelArgs
-    raw: LazyTensors
+    tensors: LazyTensors
+    table: str
 
 
-def open_case(folder: Path, name: str, args: ModelArgs, *, whole: bool) -> Case:
-    """A folder's weights, still in its files; not `whole`: without what is known and not read,
-    which is said.
+def open_folder(folder: Path, name: str, args: ModelArgs) -> FolderFiles:
+    """Open the tensors of a folder, and print a notice about those that are not needed.
+
+    Raises:
+        RequestError: If tensors contradict the config.
     """
-    kind = folder_format(folder)
-    files = open_files(folder, args)
-    if not whole and kind != "native":
-        files = clean(table(folder, kind), files, args, str(folder))
-    return Case(name, folder, kind, args, files)
+    format, tensors = folder_format(folder), open_files(folder, args)
+    table = str(read_json(folder / CONFIG)["model_type"]) if format == "hf" else f"params_{format}"
+    if format != "native":
+        tensors = clean(table, tensors, args, str(folder))
+    return FolderFiles(name, folder, format, args, tensors, table)
 
 
-def table(folder: Path, kind: Format) -> str:
-    """The names of `checkpoints.families` that a foreign folder is read by."""
-    return str(read_json(folder / CONFIG)["model_type"]) if kind == "hf" else f"params_{kind}"
-
-
-def accounted(case: Case) -> Iterator[Finding]:
-    """Every key of the files and every parameter has exactly one other side."""
-    parameters = parameter_shapes(case.args)
+def compare_keys(files: FolderFiles) -> Iterator[Finding]:
+    """Count the uses of every key and the sources of every parameter: each must have one."""
+    parameters = parameter_shapes(files.args)
     used: Counter[str] = Counter()
     made: Counter[str] = Counter()
-    if case.kind == "native":
-        used.update(case.raw.keys() & parameters.keys())
+    if files.format == "native":
+        used.update(files.tensors.keys() & parameters.keys())
         made.update(used)
     else:
-        for move in WEIGHT_NAMES[table(case.folder, case.kind)].mappings_to_read(
-            case.args, parameters
-        ):
-            if all(key in case.raw for key in move.foreign) and not any(
-                made[name] for name in move.ours
-            ):
+        names = WEIGHT_NAMES[files.table]
+        for move in names.mappings_to_read(files.args, parameters):
+            present = all(key in files.tensors for key in move.foreign)
+            if present and not any(made[name] for name in move.ours):
                 used.update(move.foreign)
                 made.update(move.ours)
-    for title, names, counts in (
-        ("every key becomes a parameter", case.raw, used),
+    for comparison, keys, counts in (
+        ("every key becomes a parameter", files.tensors, used),
         ("every parameter has a key", parameters, made),
     ):
-        for one in names:
-            error = float(abs(counts[one] - 1))
-            yield Finding(
-                title, f"{case.name}, {one}", error, 0.0, f"{counts[one]} times" if error else ""
-            )
-
-
-def stored_twice(case: Case) -> Iterator[Finding]:
-    """A tied output that stands in the files all the same is the embeddings."""
-    if not case.args.tie_embeddings:
-        return
-    held = {_place(key)[0]: stored for key, stored in case.raw.items()}
-    output, embeddings = held.get(("output.weight",)), held.get(("tok_embeddings.weight",))
-    if output is not None and embeddings is not None:
-        error = difference(output.read(), embeddings.read())
-        detail = "the config ties them, and the files hold two" if error else ""
-        yield Finding("tied output = embeddings", case.name, error, 0.0, detail)
+        for key in keys:
+            case, detail = f"{files.name}, {key}", f"{counts[key]} times"
+            yield exact(comparison, case, abs(counts[key] - 1), detail)
 
 
 _PLACES: dict[str, tuple[str, ...]] = {
@@ -111,7 +101,7 @@ _PLACES: dict[str, tuple[str, ...]] = {
     "pre_feedforward_layernorm": ("ffn_norm",),
     "post_feedforward_layernorm": ("ffn_post_norm",),
 }
-_WIDTHS: dict[str, tuple[str, ...]] = {
+_FEED_FORWARD: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gate_proj", "w1"), ("w_gate",)),
     **dict.fromkeys(("up_proj", "w3"), ("w_value",)),
     **dict.fromkeys(("down_proj", "w2"), ("w_out",)),
@@ -124,76 +114,73 @@ _OUTSIDE = {
 }
 
 
-def _place(key: str, norms_behind: bool = False) -> tuple[tuple[str, ...], int | None]:
-    """Our parameters that a foreign key holds, one below the other, and the expert; () if not known
-    by hand.
+def _place(key: str, norms_after: bool = False) -> tuple[tuple[str, ...], int | None]:
+    """Return the parameters that a key of a file becomes, and the expert that it belongs to.
 
-    `norms_behind`: a norm called post_attention_layernorm stands behind attention, not before what
-    follows.
+    Args:
+        key: The key; the result is empty if no rule is known for it.
+        norms_after: Whether `post_attention_layernorm` comes after attention, and not before the
+            feed-forward.
     """
-    outside = re.fullmatch(r"(?:\w+\.)*(\w+)\.weight", key)
-    found = re.fullmatch(r"(?:\w+\.)*layers\.(\d+)\.(\w+\.)*?(?:(\d+)\.)?(\w+)\.(weight|bias)", key)
     if "vision" in key:
         return (), None
-    if found is None:
+    inside = re.fullmatch(
+        r"(?:\w+\.)*layers\.(\d+)\.(\w+\.)*?(?:(\d+)\.)?(\w+)\.(weight|bias)", key
+    )
+    if inside is None:
+        outside = re.fullmatch(r"(?:\w+\.)*(\w+)\.weight", key)
         name = _OUTSIDE.get(outside[1]) if outside and "layers." not in key else None
         return (() if name is None else (name,)), None
-    layer, _, expert, leaf, kind = found.groups()
-    if leaf in _WIDTHS:
-        inside = "experts." if expert else "shared_expert." if "shared_expert" in key else ""
-        places = tuple(f"feed_forward.{inside}{one}" for one in _WIDTHS[leaf])
+    layer, _, expert, leaf, kind = inside.groups()
+    places = _PLACES.get(leaf, ())
+    if leaf in _FEED_FORWARD:
+        shared = "shared_expert." if "shared_expert" in key else ""
+        group = "experts." if expert else shared
+        places = tuple(f"feed_forward.{group}{one}" for one in _FEED_FORWARD[leaf])
     elif leaf == "post_attention_layernorm":
-        places = ("attention_post_norm" if norms_behind else "ffn_norm",)
-    else:
-        places = _PLACES.get(leaf, ())
-    return tuple(
-        f"layers.{layer}.{place}.{kind}" for place in places
-    ), None if expert is None else int(expert)
+        places = ("attention_post_norm" if norms_after else "ffn_norm",)
+    names = tuple(f"layers.{layer}.{place}.{kind}" for place in places)
+    return names, None if expert is None else int(expert)
 
 
-def by_hand(case: Case, ours: LazyTensors) -> Iterator[Finding]:
-    """Every tensor of the files, found by its name once more, is what its parameter is made of."""
-    before = [key for key in case.raw if "input_layernorm" in key]
-    behind = not before or any("pre_feedforward" in key for key in case.raw)
-    readings = []
-    for key in case.raw:
-        names, expert = ((key,), None) if case.kind == "native" else _place(key, behind)
+def compare_tensors(files: FolderFiles, parameters: LazyTensors) -> Iterator[Finding]:
+    """Compare every tensor that the rules know with the parameter that was read from it."""
+    before = [key for key in files.tensors if "input_layernorm" in key]
+    norms_after = not before or any("pre_feedforward" in key for key in files.tensors)
+    groups: dict[tuple[str, ...], list[tuple[int | None, str]]] = {}
+    for key in files.tensors:
+        names, expert = _place(key, norms_after)
+        if files.format == "native":
+            names, expert = (key,), None
         if names:
-            readings.append((names, expert, key))
-    read: set[str] = set()
-    for names, group in groupby(sorted(readings, key=lambda one: one[0]), key=lambda one: one[0]):
-        read.update(names)
-        missing = [name for name in names if name not in ours]
-        mine = None if missing else torch.cat([ours[name].read() for name in names])
-        for _, expert, key in group:
-            where = f"{case.name}, {key}"
-            if mine is None:
-                yield Finding(
-                    "read = read by hand", where, math.inf, 0.0, f"the model has no {missing[0]}"
-                )
-                continue
-            same = same_bytes(mine if expert is None else mine[expert], case.raw[key].read())
-            detail = "" if same else f"{' and '.join(names)} hold other numbers"
-            yield Finding("read = read by hand", where, 0.0 if same else math.inf, 0.0, detail)
-    if rest := len(ours.keys() - read):
-        notice(
-            f"{case.name}: {rest} of {len(ours)} parameters stand in tensors that are not read "
-            f"by hand"
-        )
+            groups.setdefault(names, []).append((expert, key))
+    comparison = "parameters = second reading"
+    for names, parts in groups.items():
+        missing = [name for name in names if name not in parameters]
+        if missing:
+            for _, key in parts:
+                detail = f"the model has no {missing[0]}"
+                yield exact(comparison, f"{files.name}, {key}", math.inf, detail)
+            continue
+        read = torch.cat([parameters[name].read() for name in names])
+        for expert, key in parts:
+            same = same_bytes(read if expert is None else read[expert], files.tensors[key].read())
+            detail = f"{' and '.join(names)} have other numbers"
+            yield exact(comparison, f"{files.name}, {key}", 0.0 if same else math.inf, detail)
+    unknown = len(parameters.keys() - {name for names in groups for name in names})
+    if unknown:
+        notice(f"{files.name}: {unknown} of {len(parameters)} parameters have no second reading")
 
 
-def layout(case: Case) -> Iterator[Finding]:
-    """Whose pairs of features turn together is what the makers of the files say."""
-    if case.kind == "native":
-        return  # its config says so itself
+def compare_rope_layout(files: FolderFiles) -> Iterator[Finding]:
+    """Compare the layout of RoPE with the one that the makers of the format use."""
+    if files.format == "native":
+        return  # the config states it
     expected: RopeLayout = "interleaved"
-    if case.kind == "hf":
-        config = read_json(case.folder / CONFIG)
+    if files.format == "hf":
+        config = read_json(files.folder / CONFIG)
         family = str(config["model_type"])
-        turned = family.startswith("llama4") or (
-            family == "deepseek_v3" and config.get("rope_interleave", True)
-        )
-        expected = "interleaved" if turned else "halves"
-    wrong = case.args.rope_layout != expected
-    detail = f"read as {case.args.rope_layout}, files of this kind are {expected}" if wrong else ""
-    yield Finding("rotary layout", case.name, float(wrong), 0.0, detail)
+        deepseek = family == "deepseek_v3" and config.get("rope_interleave", True)
+        expected = "interleaved" if family.startswith("llama4") or deepseek else "halves"
+    detail = f"read as {files.args.rope_layout}, the files are {expected}"
+    yield exact("RoPE layout", files.name, files.args.rope_layout != expected, detail)

@@ -1,8 +1,7 @@
-"""Rows of fine-tuning: loss on what the assistant says and nowhere else, the same loss however a
-row lies.
+"""Rows of fine-tuning: which tokens carry loss, and the loss of each example in every layout.
 
-Answers are found a second time here, in the text that a template writes, and not in tokens: nothing
-of `data/chat/turns.py` takes part.
+The answers are found a second time in the text that a template writes, without `data/chat/turns.py`
+and without tokens.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain, groupby
+from dataclasses import replace
+from itertools import accumulate, chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -36,41 +35,21 @@ from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.tokenizers.training import train_bpe
-from transom.training.losses.cross_entropy import head_loss
 from transom.training.losses.objectives import NextToken
-from transom.verify.findings import TOLERANCES, Finding, difference
+from transom.verify.findings import TOLERANCES, Finding, close, exact
 
-Said = tuple[str, float]  # the text of an answer, and its weight
-Answers = Sequence[Said | None]
+Answer = tuple[str, float]  # the text with loss, and its weight
 
-BATCH = 16  # rows that are looked at together
+ROWS = 16  # examples that are compared in one batch
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 CONTROL = (
-    *(
-        BEGIN,
-        END,
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|start_header_id|>",
-        "<|end_header_id|>",
-        "<|eot_id|>",
-    ),
-    *("<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]"),
+    *(BEGIN, END, "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>"),
+    *("<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]"),
 )
-VOCABULARY = (
-    256 + len(CONTROL) + 40
-)  # bytes, control tokens, and pairs that may grow across the edges of turns
-# What each template puts before and behind the words of an answer for the model to say.
-FRAMES = {
-    "chatml": ("", "<|im_end|>"),
-    "llama3": ("", "<|eot_id|>"),
-    "mistral-v3": (" ", END),
-    "mistral-v3-tekken": ("", END),
-    "gemma": ("", "<end_of_turn>"),
-    "plain": ("", END),
-    "of the folder": ("", END),
-}
-# As Zephyr's with the blocks that TRL asks for; they leave the end of the turn out.
+# Bytes, control tokens, and some merges that may cross the ends of turns.
+VOCABULARY = 256 + len(CONTROL) + 40
+TEMPLATES = ("chatml", "llama3", "mistral-v3", "mistral-v3-tekken", "gemma", "plain", None)
+# Zephyr's template with the `generation` blocks of TRL, which leave out the end of the turn.
 OWN_TEMPLATE = """\
 {%- for message in messages %}{{ '<|' + message.role + '|>\\n' }}
 {%- if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}
@@ -78,29 +57,28 @@ OWN_TEMPLATE = """\
 {%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
 
 
-def _talk(
+def _chat(
     *contents: str, system: str | None = None, weights: Mapping[int, float] | None = None
 ) -> dict[str, Any]:
-    """A row of messages, question and answer by turns; `weights` are those of answers, counted from
-    0.
-    """
-    turns: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
-    for at, content in enumerate(contents):
-        turns.append({"role": ("user", "assistant")[at % 2], "content": content})
-        if at % 2 and weights and at // 2 in weights:
-            turns[-1]["weight"] = weights[at // 2]
-    return {"messages": turns}
+    """Return a row of questions and answers by turns; `weights` are those of the n-th answers."""
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    for index, content in enumerate(contents):
+        message: dict[str, Any] = {"role": ("user", "assistant")[index % 2], "content": content}
+        if index % 2 and weights and index // 2 in weights:
+            message["weight"] = weights[index // 2]
+        messages.append(message)
+    return {"messages": messages}
 
 
-TALKS = (
-    _talk("Capital of Peru?", "It is Lima.", "And of Chile?", "Santiago.", system="Be brief."),
-    _talk("Say one.", "One it is.", "Say two.", "Two, then.", "Three?", "3!", weights={0: 0.0}),
-    _talk("Half of it?", "A half.", "The rest?", "The other half.", weights={0: 0.5}),
-    _talk(
+CHATS = (
+    _chat("Capital of Peru?", "It is Lima.", "And of Chile?", "Santiago.", system="Be brief."),
+    _chat("Say one.", "One it is.", "Say two.", "Two, then.", "Three?", "3!", weights={0: 0.0}),
+    _chat("Half of it?", "A half.", "The rest?", "The other half.", weights={0: 0.5}),
+    _chat(
         "What is <|im_end|> or </s>?",
         "The word <|im_end|> and <end_of_turn>, spelled.\n\nThat is all.",
     ),
-    _talk("Grüße, 世界?", "Привет 👋"),
+    _chat("Grüße, 世界?", "Привет 👋"),
     {"prompt": "Two and two", "completion": "make four."},
 )
 PAIRS = (
@@ -110,261 +88,181 @@ PAIRS = (
 
 
 def examples_of(rows: Sequence[Mapping[str, Any]], name: str) -> list[ChatExample]:
-    """Rows as a file would give them."""
-    return [recognise(row).example(row, f"{name} {at}") for at, row in enumerate(rows)]
+    """Return rows as examples, as they are read from a file."""
+    return [recognise(row).example(row, f"{name} {index}") for index, row in enumerate(rows)]
 
 
-@dataclass(frozen=True)
-class Writer:
-    """What makes rows of examples; `frame` is what stands around the words of an answer, where that
-    is known.
-    """
+def sample_encoders() -> dict[str, ChatEncoder]:
+    """Return encoders with every kind of built-in template, the template of a folder and none.
 
-    name: str
-    tokenizer: Tokenizer
-    template: ChatTemplate | None
-    seq_len: int
-    frame: tuple[str, str] | None = None
-
-    def encode(
-        self, examples: Sequence[ChatExample], problems: list[Problem] | None = None
-    ) -> EncodedChats:
-        """Rows as they are trained on; longer ones are left out."""
-        encoder = ChatEncoder(self.tokenizer, self.template, self.seq_len, truncate="drop")
-        return encoder.encode(examples, problems)
-
-
-def built_in_writers() -> list[Writer]:
-    """One tokenizer whose padding is its EOS, with every built-in kind of template and one of a
-    folder.
+    Their padding token is their EOS.
     """
     with tempfile.TemporaryDirectory(prefix="transom-verify-") as scratch:
         folder = Path(scratch)
-        text = json.dumps([TALKS, PAIRS], ensure_ascii=False)
+        text = json.dumps([CHATS, PAIRS], ensure_ascii=False)
         train_bpe([text], VOCABULARY, CONTROL).save(folder)
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        (folder / "tokenizer_config.json").write_text(
-            json.dumps({**config, "pad_token": END}), encoding="utf-8"
-        )
+        config = folder / "tokenizer_config.json"
+        fields = json.loads(config.read_text(encoding="utf-8"))
+        config.write_text(json.dumps({**fields, "pad_token": END}), encoding="utf-8")
         (folder / FILE).write_text(OWN_TEMPLATE, encoding="utf-8")
         tokenizer = Tokenizer.load(folder)
-        names = {name: None if name == "of the folder" else name for name in FRAMES}
-        templates = {
-            name: ChatTemplate.load(folder, tokenizer, which) for name, which in names.items()
+        templates: dict[str, ChatTemplate | None] = {
+            f"template {name or 'of the folder'}": ChatTemplate.load(folder, tokenizer, name)
+            for name in TEMPLATES
         }
-    return [
-        *(
-            Writer(f"template {name}", tokenizer, found, 512, FRAMES[name])
-            for name, found in templates.items()
-        ),
-        Writer("no template", tokenizer, None, 512, ("", END)),
-    ]
+    templates["no template"] = None
+    return {name: encoder_of(tokenizer, one, 512) for name, one in templates.items()}
 
 
-# -- what carries loss
-# ------------------------------------------------------------------------------------
+def encoder_of(tokenizer: Tokenizer, template: ChatTemplate | None, seq_len: int) -> ChatEncoder:
+    """Return an encoder that drops examples of more than `seq_len` tokens."""
+    return ChatEncoder(tokenizer, template, seq_len, truncate="drop")
 
 
-def compare_masks(examples: Sequence[ChatExample], writer: Writer) -> Iterator[Finding]:
-    """For every example, packed and padded: the words with loss and their weights are those of its
-    answers.
+# -- loss masks
 
-    What cannot be compared is counted and said: rows that are no conversations or that the template
-    refuses, rows too long, answers that it writes otherwise than it asks for them.
+
+def compare_masks(
+    examples: Sequence[ChatExample], encoder: ChatEncoder, name: str
+) -> Iterator[Finding]:
+    """Compare the tokens with loss, and their weights, with the answers of every example.
+
+    A notice counts the examples that cannot be compared: texts, those that the template cannot
+    write, those that are too long, and those whose answer the template writes differently from a
+    continuation of the prompt.
     """
-    told = [one for one in examples if one.kind not in ("text", "answer")]
+    chats = [one for one in examples if one.kind not in ("text", "answer")]
     problems: list[Problem] = []
-    written = {one.id: writer.encode([one], problems) for one in told}
+    encoded = {one.id: encoder.encode([one], problems) for one in chats}
     refused = {problem.where for problem in problems}
-    long = {id for id, encoded in written.items() if encoded.counts.dropped}
-    expected = {one.id: answers_of(one, writer) for one in told if one.id not in refused}
-    unlike = {id for id, answers in expected.items() if None in answers}
-    for count, what in (
-        (len(examples) - len(told), "are no conversations"),
+    long = {id for id, rows in encoded.items() if rows.counts.dropped}
+    expected = {one.id: answers_of(one, encoder) for one in chats if one.id not in refused}
+    differs = {id for id, answers in expected.items() if answers is None}
+    for count, reason in (
+        (len(examples) - len(chats), "are not conversations"),
         (len(problems), f"cannot be written ({problems[0].sentence})" if problems else ""),
         (len(long), "are too long"),
-        (len(unlike), "have answers that are written otherwise than they are asked for"),
+        (len(differs), "have answers that the template does not write after their prompt"),
     ):
         if count:
-            notice(f"{writer.name}: not compared: {count} examples {what}")
-    compared = [one for one in told if one.id in expected and one.id not in long | unlike]
-    wrong = [one.id for one in compared if bool(written[one.id].items) != bool(expected[one.id])]
-    detail = f"not so for {wrong[0]}" if wrong else ""
-    yield Finding(
-        "examples without loss have no answer", writer.name, float(len(wrong)), 0.0, detail
-    )
-    if writer.frame is not None:
-        yield from _as_by_hand(compared, expected, writer)
-    kept = [one for one in compared if written[one.id].items]
-    for at in range(0, len(kept), BATCH):
-        group = kept[at : at + BATCH]
-        yield from _compare_group(group, [written[one.id] for one in group], expected, writer)
+            notice(f"{name}: {count} examples are not compared, since they {reason}")
+    compared = [one for one in chats if one.id in expected and one.id not in long | differs]
+    wrong = [one.id for one in compared if bool(encoded[one.id].items) != bool(expected[one.id])]
+    detail = f"first {wrong[0]}" if wrong else ""
+    yield exact("examples without loss have no answer", name, len(wrong), detail)
+    kept = [one for one in compared if encoded[one.id].items]
+    for start in range(0, len(kept), ROWS):
+        group = kept[start : start + ROWS]
+        rows = [encoded[one.id] for one in group]
+        items = [item for part in rows for item in part.items]
+        labels = [label for part in rows for label in part.labels or []]
+        everything = EncodedChats(items, labels=labels or None)
+        for layout, batch in layouts(everything):
+            measured: dict[str, Counter[Answer]] = {one.id: Counter() for one in group}
+            texts = _texts_with_loss(batch, encoder.tokenizer)
+            for row, answers in zip(chain(*items), texts, strict=True):
+                measured[row.id].update(answers)
+            for one in group:
+                wanted = Counter(expected[one.id])
+                yield from _compare_answers(one, layout, measured[one.id], wanted, name)
 
 
-def _compare_group(
-    examples: Sequence[ChatExample],
-    parts: Sequence[EncodedChats],
-    expected: Mapping[str, Answers],
-    writer: Writer,
+def _compare_answers(
+    example: ChatExample,
+    layout: str,
+    measured: Counter[Answer],
+    expected: Counter[Answer],
+    name: str,
 ) -> Iterator[Finding]:
-    """The rows of a few examples in one batch of every layout."""
-    labels = [label for part in parts for label in part.labels or []]
-    encoded = EncodedChats([item for part in parts for item in part.items], labels=labels or None)
-    for layout, batch in layouts(encoded):
-        found: dict[str, Counter[Said]] = {}
-        rows = (row for item in encoded.items for row in item)
-        for row, said in zip(rows, said_in(batch, writer.tokenizer), strict=True):
-            found.setdefault(row.id, Counter()).update(said)
-        for example in examples:
-            words, where = found[example.id], f"{writer.name}, {example.id}"
-            yield _same_words(
-                f"loss on answers alone, {layout}", where, words, expected[example.id]
-            )
-            if calls := _calls_in(example):
-                lost = [name for name in calls if not any(name in text for text, _ in words)]
-                detail = f"nothing of the call of {lost[0]} carries loss" if lost else ""
-                yield Finding(
-                    f"calls of tools are learnt, {layout}", where, float(len(lost)), 0.0, detail
-                )
+    """Compare the texts with loss of one example, and look for the tools that it calls."""
+    case, more, less = f"{name}, {example.id}", measured - expected, expected - measured
+    detail = f"loss on {dict(more)}, expected on {dict(less)}"
+    yield exact(f"loss on answers alone, {layout}", case, (more | less).total(), detail)
+    called = [tool for messages, _ in _answered(example) for tool in _calls(messages[-1])]
+    if called:
+        lost = [tool for tool in called if not any(tool in text for text, _ in measured)]
+        yield exact(f"loss on tool calls, {layout}", case, len(lost), f"none on calls of {lost}")
 
 
-def _calls_in(example: ChatExample) -> list[str]:
-    """Names of all tools that are called where it counts."""
-    return [name for messages, _ in _said_messages(example) for name in _calls(messages[-1])]
-
-
-def _same_words(comparison: str, where: str, found: Counter[Said], answers: Answers) -> Finding:
-    expected = Counter(one for one in answers if one is not None)
-    more, less = found - expected, expected - found
-    detail = f"has loss on {dict(more)}, expected on {dict(less)}" if more or less else ""
-    return Finding(comparison, where, float((more | less).total()), 0.0, detail)
-
-
-def _as_by_hand(
-    examples: Sequence[ChatExample], expected: Mapping[str, Answers], writer: Writer
-) -> Iterator[Finding]:
-    """The other way to find answers agrees with contents and ends that are known."""
-    assert writer.frame is not None, "asked for templates that are known"
-    before, behind = writer.frame
-    for example in examples:
-        words = Counter(
-            (f"{before}{said[-1]['content']}{behind}", weight)
-            for said, weight in _said_messages(example)
-        )
-        yield _same_words(
-            "answers = by hand", f"{writer.name}, {example.id}", words, expected[example.id]
-        )
-
-
-def answers_of(example: ChatExample, writer: Writer) -> Answers:
-    """(text to say, weight) of every answer that counts; None for one that is written otherwise
-    than asked for.
-    """
-    found: list[Said | None] = []
-    for messages, weight in _said_messages(example):
-        if writer.template is None:
-            end = writer.tokenizer.eos_id
-            ending = "" if end is None else writer.tokenizer.id_to_token(end)
-            text: str | None = f"{messages[-1]['content']}{ending}"
+def answers_of(example: ChatExample, encoder: ChatEncoder) -> list[Answer] | None:
+    """Return all answers with loss, or None if the template does not write one after its prompt."""
+    answers: list[Answer] = []
+    tokenizer = encoder.tokenizer
+    for messages, weight in _answered(example):
+        if encoder.template is None:
+            end = None if tokenizer.eos_id is None else tokenizer.id_to_token(tokenizer.eos_id)
+            text: str | None = f"{messages[-1]['content']}{end or ''}"
         else:
-            text = _said(writer.template, messages, example.tools)
-        found.append(None if text is None else (_plain(text, writer.tokenizer), weight))
-    return found
+            text = _continuation(encoder.template, messages, example.tools)
+        if text is None:
+            return None
+        answers.append((_normalized(text, tokenizer), weight))
+    return answers
 
 
-def _said_messages(example: ChatExample) -> Iterator[tuple[tuple[Message, ...], float]]:
-    """Conversations that end with an answer that counts, and its weight."""
-    compared = example.kind in ("pair", "label")  # of which the answers alone are learnt
+def _answered(example: ChatExample) -> Iterator[tuple[tuple[Message, ...], float]]:
+    """Yield the messages up to each answer with loss, and the weight of the answer."""
+    first = len(example.messages) if example.kind in ("pair", "label") else 0
     for answer in example.answers or ((),):
-        talk = example.messages + answer
-        for at, message in enumerate(talk):
+        messages = example.messages + answer
+        for index, message in enumerate(messages):
             weight = message.get("weight", 1.0) * example.weight
-            if (
-                message["role"] == "assistant"
-                and weight > 0
-                and (at >= len(example.messages) or not compared)
-            ):
-                yield talk[: at + 1], weight
+            if message["role"] == "assistant" and weight > 0 and index >= first:
+                yield messages[: index + 1], weight
 
 
-def _said(template: ChatTemplate, messages: Sequence[Message], tools: Any) -> str | None:
-    """What stands behind the prompt for the last message, through the first control token behind
-    its words.
+def _continuation(template: ChatTemplate, messages: Sequence[Message], tools: Any) -> str | None:
+    """Return the last message as it follows its prompt, up to the control token that ends it.
 
-    Calls of tools may hold control tokens themselves: they end with the last one, where the
-    template writes them.
+    Calls of tools may contain control tokens, so that they end with the last one.
     """
-    plain = [
-        {key: value for key, value in message.items() if key != "weight"} for message in messages
-    ]
-    asked = template.render(plain[:-1], tools) if len(plain) > 1 else None
-    whole = template.render(plain, tools, add_generation_prompt=False)
-    if asked is None or not whole.startswith(asked):
+    if len(messages) < 2:
         return None
-    text, content = whole[len(asked) :], plain[-1].get("content")
-    calls = [name for name in _calls(plain[-1]) if name in text]
+    plain = [{key: message[key] for key in message if key != "weight"} for message in messages]
+    prompt = template.render(plain[:-1], tools)
+    text = template.render(plain, tools, add_generation_prompt=False)
+    if not text.startswith(prompt):
+        return None
+    text, content = text[len(prompt) :], plain[-1].get("content")
+    calls = any(name in text for name in _calls(plain[-1]))
     words = content.strip() if isinstance(content, str) and not calls else ""
-    behind = text.rfind(words) + len(words) if words in text and words else 0
-    control = (
-        "|".join(map(re.escape, sorted(template.tokenizer.special_tokens, key=len, reverse=True)))
-        or "(?!)"
-    )
-    ends = [match.end() for match in re.finditer(control, text[behind:])]
-    if not ends:
+    start = text.rfind(words) + len(words) if words and words in text else 0
+    tokens = sorted(template.tokenizer.special_tokens, key=len, reverse=True)
+    ends = [found.end() for found in re.finditer("|".join(map(re.escape, tokens)), text[start:])]
+    if not tokens or not ends:
         return None
-    return text[: behind + (ends[-1] if calls else ends[0])]
+    return text[: start + ends[-1 if calls else 0]]
 
 
 def _calls(message: Mapping[str, Any]) -> list[str]:
-    """Names of the tools that a message calls."""
+    """Return the names of the tools that a message calls."""
     return [call["function"]["name"] for call in message.get("tool_calls", ())]
 
 
-def said_in(batch: Batch, tokenizer: Tokenizer) -> Iterator[list[Said]]:
-    """(text, weight) of every run of targets of one weight, for each example of a batch."""
-    for _, targets_T, weights_T in pieces(batch):
-        runs = groupby(
-            zip(targets_T.tolist(), weights_T.tolist(), strict=True), key=lambda pair: pair[1]
-        )
-        yield [
-            (_plain(tokenizer.decode([id for id, _ in run], skip_special=False), tokenizer), weight)
-            for weight, run in runs
-            if weight > 0
-        ]
+def _texts_with_loss(batch: Batch, tokenizer: Tokenizer) -> Iterator[list[Answer]]:
+    """Yield for each example the text of every run of targets that have the same weight."""
+    targets, weights = batch.targets.flatten(), target_weights(batch).flatten()
+    for part in _parts(batch):
+        pairs = zip(targets[part].tolist(), weights[part].tolist(), strict=True)
+        answers = []
+        for weight, run in groupby(pairs, key=lambda pair: pair[1]):
+            if weight > 0:
+                text = tokenizer.decode([id for id, _ in run], skip_special=False)
+                answers.append((_normalized(text, tokenizer), weight))
+        yield answers
 
 
-def _plain(text: str, tokenizer: Tokenizer) -> str:
-    """What two ways through a vocabulary agree on: composed text, without a space that some put in
-    front.
-    """
+def _normalized(text: str, tokenizer: Tokenizer) -> str:
+    """Return composed text, without the space that some vocabularies put in front."""
     composed = unicodedata.normalize("NFC", text)
     return composed.lstrip(" ") if tokenizer.raw_byte_ids else composed
 
 
-def pieces(batch: Batch) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(place, targets [T], their weights [T], 0 where there is none) of each example, as it lies in
-    a batch.
-
-    The place is that among the columns of a packed batch, or among the rows of a padded one laid
-    end to end.
-    """
-    weights_BT = (batch.targets != NO_TARGET).float()
-    if batch.weights is not None:
-        weights_BT = weights_BT * batch.weights
-    if batch.sizes is None:
-        assert batch.lengths is not None, "rows are packed or padded"
-        width = batch.tokens.size(1)
-        starts = [(row * width, size) for row, size in enumerate(batch.lengths.tolist())]
-    else:
-        sizes = list(chain(*batch.sizes))
-        starts = [(sum(sizes[:at]), size) for at, size in enumerate(sizes)]
-    for start, size in starts:
-        place = slice(start, start + size)
-        yield place, batch.targets.flatten()[place], weights_BT.flatten()[place]
+# -- layouts
 
 
 def layouts(encoded: EncodedChats) -> Iterator[tuple[str, Batch]]:
-    """All rows in one batch, padded, and packed where they may be; in their order."""
+    """Yield all rows in one padded batch and, where packing is allowed, in two packed rows."""
     if not encoded.items:
         return
     yield "padded", padded_batch(encoded.items, labels=encoded.labels or [])
@@ -374,59 +272,65 @@ def layouts(encoded: EncodedChats) -> Iterator[tuple[str, Batch]]:
         yield "packed", packed_batch([part for part in (rows[:half], rows[half:]) if part])
 
 
-# -- one loss per example
-# ---------------------------------------------------------------------------------
+def target_weights(batch: Batch) -> Tensor:
+    """Return the loss weight of every target, [B, T], 0 where there is no target."""
+    weights_BT = (batch.targets != NO_TARGET).float()
+    return weights_BT if batch.weights is None else weights_BT * batch.weights
+
+
+def _parts(batch: Batch) -> Iterator[slice]:
+    """Yield the place of each example among the columns of all rows laid end to end."""
+    if batch.sizes is not None:
+        sizes = list(chain(*batch.sizes))
+        starts = [0, *accumulate(sizes)]
+    else:
+        assert batch.lengths is not None, "rows are packed or padded"
+        sizes = batch.lengths.tolist()
+        starts = [row * batch.tokens.size(1) for row in range(len(sizes))]
+    for start, size in zip(starts, sizes, strict=False):
+        yield slice(start, start + size)
+
+
+# -- the loss of one example
 
 
 @torch.no_grad()
 def compare_losses(model: LLM, encoded: EncodedChats, name: str) -> Iterator[Finding]:
-    """The loss of every example alone against that in a packed and a padded batch, whole and in
-    micro-batches.
+    """Compare the loss of every example in a packed and a padded batch with its loss alone.
+
+    The loss of a step, in one batch and in micro-batches, must be the sum of its examples.
     """
-    rows = [row for item in encoded.items for row in item]
-    device = model.device
-    alone = [_alone(model, row) for row in rows]
+    rows: list[EncodedChat] = [row for item in encoded.items for row in item]
+    alone = []
+    for row in rows:
+        ids_T = torch.as_tensor(row.ids, device=model.device).long()
+        weights_T = torch.as_tensor(row.weights[1:], device=model.device)
+        logits = model(TransformerInput(ids_T[None, :-1])).logits
+        alone.append(weighted_nats(logits[0], ids_T[1:], weights_T))
+    expected = torch.stack(alone).sum() / sum(float(row.weights[1:].sum()) for row in rows)
     tolerance = TOLERANCES[alone[0].dtype]
-    for layout, made in layouts(encoded):
-        batch = made.to(device)
-        hidden_BTD = model(replace(batch.inputs(), logits="none")).hidden_BTD
-        for row, loss, (place, targets_T, weights_T) in zip(
-            rows, alone, pieces(batch), strict=True
-        ):
-            here = head_loss(model, hidden_BTD.flatten(0, 1)[place], targets_T, None, weights_T)
-            error = difference(here, loss)
-            detail = (
-                "" if error <= tolerance else f"{float(here):.6g} instead of {float(loss):.6g} nats"
-            )
-            yield Finding(f"{layout} = alone", f"{name}, {row.id}", error, tolerance, detail)
+    for layout, batch in layouts(encoded):
+        batch = batch.to(model.device)
+        logits = model(batch.inputs()).logits.flatten(0, 1)
+        targets, weights = batch.targets.flatten(), target_weights(batch).flatten()
+        for row, loss, part in zip(rows, alone, _parts(batch), strict=True):
+            measured = weighted_nats(logits[part], targets[part], weights[part])
+            detail = f"{float(measured):.6g} instead of {float(loss):.6g} nats"
+            case = f"{name}, {row.id}"
+            yield close(f"loss {layout} = alone", case, measured, loss, tolerance, detail)
         objective = NextToken(model)
         units = objective.units(batch)
-        expected = torch.stack(alone).sum() / sum(float(row.weights[1:].sum()) for row in rows)
         for count in range(1, 1 + min(2, len(rows))):
             parts = [
                 objective.loss(model(replace(micro.inputs(), logits="none")), micro, units)["loss"]
                 for micro in batch.micro_batches(count)
             ]
-            error = difference(torch.stack(parts).sum(), expected)
-            where = f"{name}, {layout}, {count} micro-batches"
-            yield Finding(
-                "loss of a step = its examples'",
-                where,
-                error,
-                tolerance,
-                "another sum" if error else "",
-            )
+            total, case = torch.stack(parts).sum(), f"{name}, {layout}, {count} micro-batches"
+            yield close("loss of a step = sum of examples", case, total, expected, tolerance)
 
 
-def _alone(model: LLM, row: EncodedChat) -> Tensor:
-    """Weighted nats of one row, by itself."""
-    device = model.device
-    ids_T, weights_T = (torch.as_tensor(one, device=device) for one in (row.ids, row.weights))
-    logits = model(TransformerInput(ids_T[None, :-1].long())).logits
-    assert logits is not None, "all logits are the default"
-    nats_T = F.cross_entropy(
-        logits[0].to(torch.promote_types(logits.dtype, torch.float32)),
-        ids_T[1:].long(),
-        reduction="none",
-    )
-    return (nats_T * weights_T[1:]).sum()
+def weighted_nats(logits_TV: Tensor, targets_T: Tensor, weights_T: Tensor) -> Tensor:
+    """Return the weighted sum of the cross-entropy of the targets, in nats."""
+    wide = torch.promote_types(logits_TV.dtype, torch.float32)
+    nats_T = F.cross_entropy(logits_TV.to(wide), targets_T, reduction="none")
+    return (nats_T * weights_T).sum()

@@ -119,6 +119,7 @@ REFUSED = [
         {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
         "partial_rotary_factor",
     ),
+    ("llama", {"rope_parameters": {"full_attention": {}}}, "rope_parameters: got"),
     ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ("qwen2", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
     ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention: got True"),
@@ -262,7 +263,7 @@ def test_nonsense_in_any_key_is_one_sentence_or_harmless(family):
 def test_a_missing_shape_is_named(family):
     config = config_of(family)
     del config["num_hidden_layers"]
-    with pytest.raises(RequestError, match="'num_hidden_layers' is missing"):
+    with pytest.raises(RequestError, match="num_hidden_layers: missing"):
         args_from_hf(config, "config.json")
 
 

@@ -24,7 +24,7 @@ pad_token_id pretraining_tp problem_type qk_head_dim return_dict sep_token_id se
 task_specific_params tokenizer_class torch_dtype transformers_version transformers_weights
 unk_token_id use_cache
 """
-# Settings of generation that older files keep in config.json; `companions` reads them.
+# Settings of generation that older files keep in config.json.
 OLDER_SETTINGS = (
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty"),
     *("no_repeat_ngram_size", "max_length", "max_new_tokens", "min_length", "num_beams"),
@@ -60,7 +60,7 @@ class ForeignConfig:
         if key in self._data:
             return self._data[key]
         if key not in self._defaults:
-            raise RequestError(f"{self.where}: {key!r} is missing; expected a complete config")
+            raise RequestError(f"{self.where}: {key}: missing; expected a value")
         return self._defaults[key]
 
     def get(self, key: str, default: Any = None) -> Any:

@@ -45,6 +45,8 @@ def rope_settings(config: ForeignConfig) -> dict[str, Any]:
     newer, older = config.get("rope_parameters", {}), config.get("rope_scaling", {})
     # Where a file has both, transformers takes all from the older one.
     settings = dict(older or newer)
+    alike = not any(isinstance(value, Mapping) for value in settings.values())
+    config.check(alike, "rope_parameters", "expected one mapping for all layers")
     for key in ("rope_theta", "partial_rotary_factor"):
         beside = config.get(key)
         if beside is not None:

@@ -92,12 +92,12 @@ def test_a_folder_in_the_way_is_replaced_when_told_so(made, call, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["base"], "a whole model; expected an adapter"),
+        (["base"], "a complete model; expected an adapter"),
         (["nowhere"], "nowhere: no such folder"),
-        (["base", "a"], "OUT: got .*an adapter, which is not written over"),
+        (["base", "a"], "OUT: got .*an adapter, which is never overwritten"),
         (
             ["a", "OUT", "--density", "0.5"],
-            "--density: got 0.5; valid only with --method ties and dare",
+            "--density: got 0.5; valid only with --method ties or dare",
         ),
         (
             ["a", "OUT", "--method", "ties", "--seed", "1"],

@@ -198,7 +198,7 @@ def test_wrong_requests_are_one_sentence_and_leave_nothing(base, tmp_path):
     out = tmp_path / "out"
     for act, words in (
         (lambda: merge(other, [mine], out), "expected the base that"),
-        (lambda: merge(None, [mine, foreign], out), "expected adapters of one base"),
+        (lambda: merge(None, [mine, foreign], out), "expected those of one base"),
         (lambda: merge(base, [mine, four], out), "the files' own numbers and in nf4"),
         (lambda: merge(base, [odd], out), "dtype: got 'int8'"),
         (lambda: merge(None, [base], out), "a whole model; expected an adapter"),

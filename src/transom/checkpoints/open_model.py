@@ -24,8 +24,8 @@ from transom.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenedTokenizer:
-    """The tokenizer of a model, and what the files beside it state; no weights are read.
+class OpenedText:
+    """The tokenizer of a model, its chat template and its stop tokens; no weights are read.
 
     Attributes:
         location: The folders that were found.
@@ -69,7 +69,7 @@ class OpenedTokenizer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenedModel(OpenedTokenizer):
+class OpenedModel(OpenedText):
     """A model in evaluation mode, its tokenizer, and what the files beside them state.
 
     Attributes:
@@ -82,14 +82,14 @@ class OpenedModel(OpenedTokenizer):
 
     @cached_property
     def template(self) -> ChatTemplate | None:
-        """As for `OpenedTokenizer`; a notice is printed if the model was trained with another."""
+        """As for `OpenedText`; a notice is printed if the model was trained with another."""
         template = ChatTemplate.find(self.location.folders, self.tokenizer, self.chat_template)
         warn_if_other(self.location.folders, self.tokenizer, template)
         return template
 
 
 def open_model(
-    name: str | Path,
+    name: str | Path | ModelLocation,
     *,
     device: str = "auto",
     dtype: str | None = None,
@@ -98,12 +98,13 @@ def open_model(
 ) -> OpenedModel:
     """Open a model with its tokenizer, chat template, stop tokens and generation settings.
 
-    Template, stop tokens and settings are read when they are first used, so a text model without
-    them opens too. Notices tell which step of a run is used, whether the tokenizer differs from the
-    one in training, and whether bfloat16 is slow on the device.
+    Template, stop tokens and settings are read when they are first used, so a model without them
+    opens too. Notices tell which step of a run is used, whether the tokenizer differs from the one
+    in training, and whether bfloat16 is slow on the device.
 
     Args:
-        name: A model or adapter folder, a run folder for its best step, or a hub id.
+        name: A model or adapter folder, a run folder for its best step, a hub id, or the result of
+            `find_model`.
         device: As for `load`; `auto` takes the best device there is.
         dtype: As for `load`; None keeps the dtype of the files.
         revision: Branch, tag or commit of a hub id.
@@ -113,18 +114,39 @@ def open_model(
     Raises:
         RequestError: As for `load`; or there is no tokenizer, or it does not fit the embeddings.
     """
-    location = find_model(name, revision)
-    tokenizer = open_tokenizer(location)
+    location = name if isinstance(name, ModelLocation) else find_model(name, revision)
+    tokenizer = _open_tokenizer(location)
     model = load(location, device, dtype)
     warn_if_bfloat16_is_slow(model.tok_embeddings.weight)
     warn_if_other(location.folders, tokenizer, None)
     return OpenedModel(
+        name=str(name),
         location=location,
         tokenizer=tokenizer,
-        chat_template=chat_template,
-        name=str(name),
         model=model,
+        chat_template=chat_template,
     )
+
+
+def open_text(
+    name: str | Path | ModelLocation,
+    *,
+    revision: str | None = None,
+    chat_template: str | None = None,
+) -> OpenedText:
+    """Open the tokenizer, chat template and stop tokens of a model without its weights.
+
+    The arguments are those of `open_model`. A folder with a tokenizer and no model, and the file of
+    a tokenizer, are accepted too.
+
+    Raises:
+        RequestError: There is no tokenizer, or it makes tokens that have no embedding.
+    """
+    location = name
+    if not isinstance(location, ModelLocation):
+        location = find_model(location, revision, settings_only=True)
+    tokenizer = _open_tokenizer(location)
+    return OpenedText(location=location, tokenizer=tokenizer, chat_template=chat_template)
 
 
 def load_tokenizer(folder: str | Path, revision: str | None = None) -> Tokenizer:
@@ -136,17 +158,10 @@ def load_tokenizer(folder: str | Path, revision: str | None = None) -> Tokenizer
     Raises:
         RequestError: There is no tokenizer, or it makes tokens that have no embedding.
     """
-    return open_tokenizer(find_model(folder, revision, settings_only=True))
+    return open_text(folder, revision=revision).tokenizer
 
 
-def open_tokenizer(location: ModelLocation) -> Tokenizer:
-    """Return the tokenizer of a location.
-
-    Special tokens without an embedding, which no text contains, cause a notice only.
-
-    Raises:
-        RequestError: There is no tokenizer, or it makes tokens that have no embedding.
-    """
+def _open_tokenizer(location: ModelLocation) -> Tokenizer:
     tokenizer, where = Tokenizer.load(location.tokenizer), location.tokenizer
     rows = vocabulary_size(location)
     beyond = set() if rows is None else set(range(rows, tokenizer.vocab_size))
@@ -157,9 +172,7 @@ def open_tokenizer(location: ModelLocation) -> Tokenizer:
             f"{where}: token {token!r} has id {plain[0]}; expected ids below {rows}, the number of "
             "rows of the model's embeddings"
         )
-    if beyond:
-        notice(
-            f"{where}: special tokens from id {min(beyond)} on have no embedding and must not be "
-            "used"
-        )
+    if beyond:  # special tokens, which no text contains
+        first = min(beyond)
+        notice(f"{where}: special tokens from id {first} on have no embedding and must not be used")
     return tokenizer

@@ -1,6 +1,4 @@
-"""`transom convert`: a model folder or hub id of any format, written as another one; an adapter
-merged.
-"""
+"""`transom convert`: write a model in another format; an adapter is merged into its base."""
 
 from __future__ import annotations
 
@@ -15,61 +13,36 @@ FORMATS = ("hf", "native", "meta", "mistral")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the verb."""
+    """Add the options of the verb."""
     what = "a model or adapter folder, a run folder for its best step, or a hub id"
+    formats = "hf (Hugging Face), native (Transom), meta or mistral (params.json); default: hf"
+    dtype = "float32, bfloat16, float16 or float64 (default: that of the files)"
+    size = "largest file of hf and native weights, such as 500MB (default: 5GB)"
     parser.add_argument("source", type=user_path, metavar="SRC", help=what)
-    parser.add_argument(
-        "out", type=user_path, metavar="OUT", help="the folder to write, new or empty"
-    )
-    parser.add_argument(
-        "--format", choices=FORMATS, default="hf",
-        help="hf (Hugging Face, default), native (Transom's own), or params.json folders of meta "
-"and mistral",
-    )  # fmt: skip
-    parser.add_argument(
-        "--dtype", help="float32, bfloat16, float16 or float64 (default: the files' own)"
-    )
-    parser.add_argument(
-        "--max-shard-size", metavar="SIZE", help="cut hf and native weights here (default: 5GB)"
-    )
+    parser.add_argument("out", type=user_path, metavar="OUT", help="a new or empty folder to write")
+    parser.add_argument("--format", choices=FORMATS, default="hf", help=formats)
+    parser.add_argument("--dtype", help=dtype)
+    parser.add_argument("--max-shard-size", metavar="SIZE", help=size)
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    parser.add_argument("--overwrite", action="store_true", help="replace the model that OUT holds")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document as the last line"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the model in OUT")
+    last_line = "print one JSON document as the last line"
+    parser.add_argument("--json", action="store_true", help=last_line)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the folder; say what was read and written."""
-    out = Path(options.out)
+    """Write the folder; print what was read and written."""
+    out, how = Path(options.out), (options.dtype, options.max_shard_size, options.revision)
     with output_folder(out, options.overwrite):
         from transom.checkpoints.convert import convert
 
-        done = convert(
-            options.source,
-            out,
-            options.format,
-            options.dtype,
-            options.max_shard_size,
-            options.revision,
-        )
+        done = convert(options.source, out, options.format, *how)
+    companions = ", ".join(done.companions) or "no tokenizer"
     print(
         f"{done.source} ({done.source_format}) -> {out} ({done.format}): {done.parameters:,} "
-        f"parameters, "
-        f"{done.bytes:,} bytes of weights; {', '.join(done.companions) or 'no tokenizer'} with "
-        f"them",
+        f"parameters, {done.bytes:,} bytes of weights; copied: {companions}",
         file=sys.stderr,
     )
     if options.json:
-        emit_json(
-            {
-                "source": str(done.source),
-                "source_format": done.source_format,
-                "out": str(out),
-                "format": done.format,
-                "parameters": done.parameters,
-                "bytes": done.bytes,
-                "companions": list(done.companions),
-            }
-        )
+        document = vars(done) | {"source": str(done.source), "companions": list(done.companions)}
+        emit_json({**document, "out": str(out)})
     return 0

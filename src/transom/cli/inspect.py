@@ -159,11 +159,11 @@ def run_trace(model: DescribedModel, options: argparse.Namespace) -> int:
         raise RequestError(f"--trace: {model.name} has no weights; expected a model or run folder")
     import torch
 
-    from transom.checkpoints.load import load
-    from transom.checkpoints.open_model import open_tokenizer
+    from transom.checkpoints.open_model import open_model
     from transom.evaluation.trace import trace
 
-    tokenizer = open_tokenizer(model.location)
+    opened = open_model(model.location, device=options.device or "cpu", dtype=options.dtype)
+    tokenizer = opened.tokenizer
     ids = tokenizer.encode_prompt(options.trace)
     limit = model.args.max_seq_len
     require(
@@ -172,8 +172,7 @@ def run_trace(model: DescribedModel, options: argparse.Namespace) -> int:
         f"a text of {len(ids)} tokens",
         f"expected 1 to {limit} tokens",
     )
-    loaded = load(model.location, device=options.device or "cpu", dtype=options.dtype)
-    layers = trace(loaded, torch.tensor([ids], device=loaded.device))
+    layers = trace(opened.model, torch.tensor([ids], device=opened.model.device))
     if options.json:
         emit_json(trace_document(model.name, ids, tokenizer, layers))
     else:

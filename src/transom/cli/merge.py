@@ -1,6 +1,4 @@
-"""`transom merge`: adapters into the weights of their base, measured against the model that is
-merged.
-"""
+"""`transom merge`: merge adapters into the weights of their base, and report what that loses."""
 
 from __future__ import annotations
 
@@ -14,61 +12,56 @@ from typing import Any
 from transom.base.errors import RequestError, require
 from transom.base.locks import output_folder
 from transom.checkpoints.files.hub import is_hub_id
+from transom.checkpoints.files.layout import ADAPTER_CONFIG
 from transom.cli.convert import FORMATS
 from transom.cli.main import emit_json, user_path
 from transom.lora.args import METHODS, CombineArgs
 from transom.planning.tables import heading, show, table
 
-FORMS = "expected ADAPTER [OUT], or BASE ADAPTER... OUT"
+USAGE = "expected ADAPTER [OUT], or BASE ADAPTER... OUT"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the verb."""
-    what = (
-        "ADAPTER, or ADAPTER OUT, or BASE ADAPTER ... OUT: an adapter is its folder, a run that "
-        "trained one, or a "
-        "hub id, on the base that it names unless one is given; OUT is ADAPTER-merged unless given"
+    """Add the options of the verb."""
+    folders = (
+        "ADAPTER, or ADAPTER OUT, or BASE ADAPTER ... OUT. An adapter is its folder, the run that "
+        "trained it, or a hub id. BASE is the one that the adapter names unless it is given; OUT "
+        "is "
+        "ADAPTER-merged unless it is given"
     )
-    parser.add_argument("folders", nargs="+", type=user_path, metavar="FOLDER", help=what)
-    parser.add_argument(
-        "--method", choices=METHODS, default="linear",
-        help="how several are combined: added up (default), ties (arXiv 2306.01708) or dare "
-"(arXiv 2311.03099)",
-    )  # fmt: skip
-    parser.add_argument("--weights", metavar="X,X", help="a factor for each adapter (default: 1)")
-    parser.add_argument(
-        "--density", type=float, metavar="X", help="ties, dare: share that is kept (default: 0.5)"
+    method = (
+        "how several adapters are combined: linear (their sum, default), ties (arXiv 2306.01708) "
+        "or "
+        "dare (arXiv 2311.03099)"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="dare: of the draws (default: 0)")
-    parser.add_argument(
-        "--data", type=user_path, metavar="FILE",
-        help="text to measure on: a file, folder or glob (default: what the run held out, else "
-"built-in texts)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--tokens", type=int, metavar="N", help="tokens of it to measure on (default: 4096)"
+    data = (
+        "text to measure on: a file, folder or glob (default: the examples that the run held out, "
+        "or else built-in texts)"
     )
-    parser.add_argument("--format", choices=FORMATS, help="of OUT (default: that of the base)")
-    parser.add_argument(
-        "--dtype", help="float32, bfloat16, float16 or float64 (default: that of the base's files)"
-    )
-    parser.add_argument(
-        "--device", default="cpu", help="where to merge and measure, in float32 (default: cpu)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the model that OUT holds")
+    dtype = "float32, bfloat16, float16 or float64 (default: that of the base's files)"
+    parser.add_argument("folders", nargs="+", type=user_path, metavar="FOLDER", help=folders)
+    parser.add_argument("--method", choices=METHODS, default="linear", help=method)
+    for flag, kind, name, what in (
+        ("--weights", str, "X,X", "a factor for each adapter (default: 1)"),
+        ("--density", float, "X", "ties, dare: the share that is kept (default: 0.5)"),
+        ("--seed", int, "N", "dare: the seed of the random choice (default: 0)"),
+        ("--data", user_path, "FILE", data),
+        ("--tokens", int, "N", "the number of tokens to measure on (default: 4096)"),
+    ):
+        parser.add_argument(flag, type=kind, metavar=name, help=what)
+    parser.add_argument("--format", choices=FORMATS, help="format of OUT (default: the base's)")
+    parser.add_argument("--dtype", help=dtype)
+    device = "the device to merge and measure on, in float32 (default: cpu)"
+    parser.add_argument("--device", default="cpu", help=device)
+    parser.add_argument("--overwrite", action="store_true", help="replace the model in OUT")
     parser.add_argument("--json", action="store_true", help="print the report as the last line")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Merge, print what was measured, and name the next commands."""
+    """Merge, print the measurements, and name the next commands."""
     base, adapters, out = roles(options.folders)
-    args = combine_args(options, len(adapters))
-    require(
-        options.tokens is None or options.tokens >= 2,
-        "--tokens",
-        options.tokens,
-        "expected 2 or more",
-    )
+    args, tokens = combine_args(options, len(adapters)), options.tokens
+    require(tokens is None or tokens >= 2, "--tokens", tokens, "expected 2 or more")
     with output_folder(out, options.overwrite):
         from transom.evaluation.merging import TOKENS, merge_folders
 
@@ -80,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
             format=options.format,
             dtype=options.dtype,
             data=options.data,
-            tokens=TOKENS if options.tokens is None else options.tokens,
+            tokens=TOKENS if tokens is None else tokens,
             device=options.device,
         )
     print_report(report, out)
@@ -90,76 +83,63 @@ def run(options: argparse.Namespace) -> int:
 
 
 def roles(folders: list[str]) -> tuple[str | None, list[str], Path]:
-    """Base (None: the one that the adapter names), adapters and OUT out of the folders in their
-    order.
+    """Return the base, the adapters and OUT; without a base it is the one that adapters name.
+
+    Raises:
+        RequestError: OUT is an adapter, or no folder has a name.
     """
     if len(folders) == 1:
-        (adapter,) = folders
-        require(bool(Path(adapter).name), "FOLDER", adapter, FORMS)
-        here = is_hub_id(adapter) and not Path(adapter).exists()
-        return None, folders, Path(f"{Path(adapter).name if here else Path(adapter)}-merged")
+        adapter = Path(folders[0])
+        require(bool(adapter.name), "FOLDER", folders[0], USAGE)
+        from_hub = is_hub_id(folders[0]) and not adapter.exists()
+        return None, folders, Path(f"{adapter.name if from_hub else adapter}-merged")
     *rest, out = folders
     base, adapters = (rest[0], rest[1:]) if len(rest) > 1 else (None, rest)
-    if (Path(out) / "adapter_config.json").exists():
-        raise RequestError(f"OUT: got {out!r}; an adapter, which is not written over; {FORMS}")
+    if (Path(out) / ADAPTER_CONFIG).exists():
+        raise RequestError(f"OUT: got {out!r}, an adapter, which is never overwritten; {USAGE}")
     return base, adapters, Path(out)
 
 
 def combine_args(options: argparse.Namespace, count: int) -> CombineArgs:
-    """How `count` adapters become one; flags that the method does not read are refused."""
-    read = {"density": options.method != "linear", "seed": options.method == "dare"}
-    for flag, fits in read.items():
-        value = getattr(options, flag)
-        expected = "ties and dare" if flag == "density" else "dare"
-        require(value is None or fits, f"--{flag}", value, f"valid only with --method {expected}")
+    """Return how `count` adapters are combined.
+
+    Raises:
+        RequestError: A flag is wrong, or the method does not read it.
+    """
+    given = {name: getattr(options, name) for name in ("density", "seed")}
+    given = {name: value for name, value in given.items() if value is not None}
+    readers = {"density": ("ties", "dare"), "seed": ("dare",)}
+    for name, value in given.items():
+        methods = readers[name]
+        expected = f"valid only with --method {' or '.join(methods)}"
+        require(options.method in methods, f"--{name}", value, expected)
+    words = options.weights.split(",") if options.weights is not None else ()
     try:
-        weights = (
-            tuple(map(float, options.weights.split(","))) if options.weights is not None else ()
-        )
+        weights = tuple(map(float, words))
     except ValueError:
-        raise RequestError(
-            f"--weights: got {options.weights!r}; expected numbers as 0.7,0.3"
-        ) from None
-    given = {name: getattr(options, name) for name in read if getattr(options, name) is not None}
+        wrong = options.weights
+        raise RequestError(f"--weights: got {wrong!r}; expected numbers as 0.7,0.3") from None
     args = CombineArgs(options.method, weights, **given)
     args.weights_of(count)
     return args
 
 
 def print_report(report: Mapping[str, Any], out: Path) -> None:
-    """What was merged into what, and how far every candidate is from the unmerged model."""
+    """Print what was merged, and how far each candidate is from the unmerged model."""
     adapters = ", ".join(one["folder"] for one in report["adapters"])
     heading(f"merge: {adapters} into {report['base']['folder']}")
-    measured = [(name, one) for name, one in report["controls"].items()]
+    measured = [*report["controls"].items()]
     measured += [(one["name"], one) for one in report["candidates"] if "kl" in one]
-    rows = [
-        (
-            name,
-            f"{one['kl']:.2g}",
-            f"{one['top1_agreement']:.2%}",
-            f"{one['largest_logit_difference']:.2g}",
-            "-" if one["nats"] is None else f"{one['nats']:.4f}",
-        )
-        for name, one in measured
-    ]
+    rows = []
+    for name, one in measured:
+        agreement, gap = f"{one['top1_agreement']:.2%}", f"{one['largest_logit_difference']:.2g}"
+        loss = "-" if one["nats"] is None else f"{one['nats']:.4f}"
+        rows.append((name, f"{one['kl']:.2g}", agreement, gap, loss))
     if rows:
-        columns = (
-            "KL, nats per token",
-            "top-1 agreement",
-            "largest logit difference",
-            "loss, nats",
-        )
-        show(
-            table(
-                (f"against {report['reference']}, {report['data']['tokens']:,} tokens",),
-                columns,
-                rows,
-            )
-        )
+        against = f"against {report['reference']}, {report['data']['tokens']:,} tokens"
+        columns = ("KL, nats per token", "top-1 agreement", "largest logit difference")
+        show(table((against,), (*columns, "loss, nats"), rows))
     print(f"kept: {report['kept']} ({report['why']})")
-    written = report["out"]
-    print(
-        f"{out}: {written['format']}, {written['dtype']}, with merge_report.json", file=sys.stderr
-    )
-    folder = shlex.quote(str(out))
+    form, folder = f"{report['out']['format']}, {report['out']['dtype']}", shlex.quote(str(out))
+    print(f"{out}: {form}, with merge_report.json", file=sys.stderr)
     print(f"next: transom verify merge {folder}; transom chat {folder}", file=sys.stderr)

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from transom.base.errors import RequestError, notice, require
 from transom.base.yaml_files import read_yaml
-from transom.chat.template import ChatTemplate
 from transom.checkpoints.files.layout import holds_tokenizer
 from transom.checkpoints.files.location import ModelLocation
-from transom.checkpoints.open_model import open_tokenizer
+from transom.checkpoints.open_model import OpenedText, open_text
 from transom.config.model_args import ModelArgs
 from transom.data.chat.conversations import ChatExample
 from transom.data.chat.finetune_sets import read_examples, split_examples
@@ -29,7 +28,6 @@ from transom.data.chat.rows import ChatEncoder, prompt_ids, template_for
 from transom.data.file_formats import row_format
 from transom.data.text.sources import SourceArgs, read_documents
 from transom.inference.loop import keeps_every_token
-from transom.tokenizers.tokenizer import Tokenizer
 
 TOKENS, LENGTH = 4096, 512  # compared in total, and of one row
 LOGITS = 2**28  # kept at the same time: 1 GB of float32; large vocabularies get fewer tokens
@@ -83,7 +81,7 @@ def token_rows(
         draws = torch.Generator().manual_seed(0)
         ids = torch.randint(args.vocab_size, (most,), generator=draws).tolist()
         return _rows(RANDOM, [ids], length, most)
-    tokenizer = open_tokenizer(found)
+    text = open_text(found)
     examples: list[ChatExample] = []
     source = BUILT_IN if data is None else data
     if data is None and run is not None:
@@ -92,12 +90,12 @@ def token_rows(
     elif data is not None and (data == STDLIB or (row_format(data) and Path(data).is_file())):
         examples = list(read_examples(data))
     if examples:
-        return _rows(source, _encoded(examples, found, tokenizer, length), length, most)
+        return _rows(source, _encoded(examples, text, length), length, most)
     if data is None:
         texts = (inspect.getsource(importlib.import_module(name)) for name in MODULES)
     else:
         texts = (document.text for document in read_documents(SourceArgs(data)))
-    return _rows(source, map(tokenizer.encode_prompt, texts), length, most)
+    return _rows(source, map(text.tokenizer.encode_prompt, texts), length, most)
 
 
 def held_out_examples(run: Path) -> list[ChatExample]:
@@ -121,11 +119,10 @@ def held_out_examples(run: Path) -> list[ChatExample]:
     return out
 
 
-def _encoded(
-    examples: list[ChatExample], found: ModelLocation, tokenizer: Tokenizer, length: int
-) -> Iterator[list[int]]:
+def _encoded(examples: list[ChatExample], text: OpenedText, length: int) -> Iterator[list[int]]:
     """Yield the ids of the rows of examples, as in training; of a question, those of its prompt."""
-    template = template_for(examples, tokenizer, ChatTemplate.find(found.folders, tokenizer))
+    tokenizer = text.tokenizer
+    template = template_for(examples, tokenizer, text.template)
     few = examples[:EXAMPLES]
     for example in few:
         if example.kind == "answer":

@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from transom.base.errors import notice, require
-from transom.chat.template import ChatTemplate
 from transom.checkpoints.load import load
-from transom.checkpoints.open_model import load_tokenizer
+from transom.checkpoints.open_model import open_text
 from transom.checkpoints.read_args import read_args
 from transom.checkpoints.save import save
 from transom.config.model_args import ModelArgs
@@ -131,13 +130,13 @@ def compare_folder(name: str, data: str | None = None) -> Iterator[Finding]:
     folder = whole_model(name)
     head = read_args(folder).head
     require(head is None, "head", head, "expected a language model")
-    tokenizer, model = load_tokenizer(folder), load(folder, dtype="float32")
+    text, model = open_text(folder), load(folder, dtype="float32")
     examples = examples_of(CHATS, "conversation") if data is None else [*read_examples(data)]
     if len(examples) > MOST_EXAMPLES:
         notice(f"{data}: only the first {MOST_EXAMPLES:,} of {len(examples):,} examples are read")
         examples = examples[:MOST_EXAMPLES]
-    template = template_for(examples, tokenizer, ChatTemplate.find(folder, tokenizer))
-    encoder = encoder_of(tokenizer, template, model.args.max_seq_len + 1)
+    template = template_for(examples, text.tokenizer, text.template)
+    encoder = encoder_of(text.tokenizer, template, model.args.max_seq_len + 1)
     yield from compare_masks(examples, encoder, name)
     single = [one for one in examples if one.kind in ("chat", "completion", "text")]
     encoded = encoder.encode(single, [])
@@ -155,7 +154,7 @@ def compare_model(args: ModelArgs, name: str) -> Iterator[Finding]:
     with quiet():
         chats, pairs = examples_of(CHATS, "conversation"), examples_of(PAIRS, "pair")
         template = template_for(chats, tokenizer, None)
-        encoder = encoder_of(tokenizer, template, args.max_seq_len + 1)
+        encoder = encoder_of(text.tokenizer, template, args.max_seq_len + 1)
         encoded, paired = encoder.encode(chats), encoder.encode(pairs)
     yield from compare_losses(sample_model(args, dtype=torch.float32), encoded, name)
     texts = [ChatExample(file, "text", text=text) for file, text in documents().items()]

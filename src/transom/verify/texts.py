@@ -18,7 +18,7 @@ from typing import Any
 from transom.base.errors import RequestError, notice
 from transom.chat.files import stored_templates
 from transom.chat.template import ChatTemplate, Message
-from transom.checkpoints.open_model import load_tokenizer
+from transom.checkpoints.open_model import open_text
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.verify.findings import Finding, exact, one_line
 from transom.verify.tiny_runs import quiet
@@ -40,14 +40,15 @@ def compare_texts(folder: Path, name: str) -> Iterator[Finding]:
     if not any(any(folder.glob(pattern)) for pattern in FILES):
         notice(f"{name}: no tokenizer in the folder, no texts are compared")
         return
-    tokenizer = load_tokenizer(folder)
+    text = open_text(folder)
+    tokenizer = text.tokenizer
     try:
         yield from _compare_spelled(tokenizer, name)
     except RequestError as error:  # a small vocabulary cannot write these texts
         notice(f"{name}: no texts are compared: {error}")
         return
     try:
-        template = ChatTemplate.find(folder, tokenizer)
+        template = text.template
     except RequestError as error:  # the vocabulary is for a format that is not built in
         notice(f"{name}: no chats are compared: {error}")
         return

@@ -6,7 +6,7 @@ It is opened with the tokenizer, the chat template and the settings of a model; 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -14,11 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.base.errors import RequestError, notice, require
-from transom.chat.template import ChatTemplate
 from transom.checkpoints.files.generation_config import stop_tokens_of
 from transom.checkpoints.files.layout import is_model
 from transom.checkpoints.files.location import find_model
-from transom.checkpoints.open_model import open_tokenizer
+from transom.checkpoints.open_model import open_text
 from transom.checkpoints.read_args import lacks_vocabulary, read_args
 from transom.data.chat.conversations import ExampleKind
 from transom.data.chat.finetune_sets import Examples, Problem, find_examples, split_examples
@@ -112,13 +111,12 @@ def open_finetune_set(
         most = read_args(location.model).max_seq_len
         expected = f"expected at most {most}, the model's max_seq_len"
         require(args.data.seq_len <= most, "data.seq_len", args.data.seq_len, expected)
-    tokenizer = open_tokenizer(location)
+    text = open_text(location, chat_template=args.finetune.template)
     if args.finetune.new_tokens:
-        tokenizer = tokenizer.with_special(args.finetune.new_tokens)
-    template = ChatTemplate.find(location.folders, tokenizer, args.finetune.template)
-    template = template_for((train, measured), tokenizer, template)
-    ends = stop_tokens_of(location, tokenizer, template)
-    encoder = chat_encoder(args, args.finetune, tokenizer, template, ends)
+        text = replace(text, tokenizer=text.tokenizer.with_special(args.finetune.new_tokens))
+    template = template_for((train, measured), text.tokenizer, text.template)
+    ends = stop_tokens_of(location, text.tokenizer, template)
+    encoder = chat_encoder(args, args.finetune, text.tokenizer, template, ends)
     return FinetuneSet(args, args.finetune, str(location), train, measured, encoder, problems)
 
 

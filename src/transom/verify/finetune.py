@@ -154,7 +154,7 @@ def compare_model(args: ModelArgs, name: str) -> Iterator[Finding]:
     with quiet():
         chats, pairs = examples_of(CHATS, "conversation"), examples_of(PAIRS, "pair")
         template = template_for(chats, tokenizer, None)
-        encoder = encoder_of(text.tokenizer, template, args.max_seq_len + 1)
+        encoder = encoder_of(tokenizer, template, args.max_seq_len + 1)
         encoded, paired = encoder.encode(chats), encoder.encode(pairs)
     yield from compare_losses(sample_model(args, dtype=torch.float32), encoded, name)
     texts = [ChatExample(file, "text", text=text) for file, text in documents().items()]

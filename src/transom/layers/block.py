@@ -1,6 +1,4 @@
-"""One block: attention, optionally attention to a context, feed-forward, with norms before, behind
-or around.
-"""
+"""One block: attention, optionally attention to a context, and feed-forward, with their norms."""
 
 from __future__ import annotations
 
@@ -16,8 +14,9 @@ from transom.layers.step import LayerCacheLike, Step
 
 
 class TransformerBlock(nn.Module):
-    """x + post(attention(pre(x))), then the same with cross-attention if any, then with the
-    feed-forward.
+    """x + post(attention(pre(x))), then the same with cross-attention (if any) and feed-forward.
+
+    `norm_placement` says which norms there are: `pre` and `post` norms, or both.
     """
 
     def __init__(self, layer: LayerArgs) -> None:
@@ -42,6 +41,17 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x_BTD: Tensor, step: Step, cache: LayerCacheLike | None = None
     ) -> tuple[Tensor, RouterStatistics | None]:
+        """Compute one block.
+
+        Args:
+            x_BTD: The residual stream [B, T, D].
+            step: What the layers of this call share.
+            cache: The cache of this layer, if any.
+
+        Returns:
+            The new residual stream [B, T, D] in the same dtype, and the statistics of the router if
+            the feed-forward is a mixture of experts.
+        """
         statistics = None
         y_BTD = self.attention(_apply(self.attention_norm, x_BTD), step, cache)
         x_BTD = x_BTD + _apply(self.attention_post_norm, y_BTD)
@@ -57,10 +67,12 @@ class TransformerBlock(nn.Module):
 
 
 def _dense(layer: LayerArgs) -> FeedForward:
+    """Return the feed-forward of a block without experts."""
     return FeedForward(
         layer.dim, layer.hidden_dim, layer.activation, layer.ffn_gated, layer.ffn_bias
     )
 
 
 def _apply(norm: nn.Module | None, x: Tensor) -> Tensor:
+    """Return norm(x), or x without a norm."""
     return x if norm is None else norm(x)

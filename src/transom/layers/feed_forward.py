@@ -1,4 +1,4 @@
-"""Feed-forward with a gate (SwiGLU and kin: Shazeer 2020, arXiv 2002.05202) or without."""
+"""Feed-forward, with a gate (SwiGLU and relatives, Shazeer 2020, arXiv 2002.05202) or without."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transom.layers.linear import Linear
 
 
 def activate(x: Tensor, kind: Activation) -> Tensor:
-    """The activation of that name, element by element; gelu is the exact one."""
+    """Apply the activation of that name elementwise; `gelu` is the exact one."""
     match kind:
         case "silu":
             return F.silu(x)
@@ -40,6 +40,7 @@ class FeedForward(nn.Module):
         self.w_out = Linear(hidden_dim, dim, bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the feed-forward [..., dim] of hidden states [..., dim], in the same dtype."""
         if self.w_gate is None:
             return self.w_out(activate(self.w_value(x), self.activation))
         return self.w_out(activate(self.w_gate(x), self.activation) * self.w_value(x))

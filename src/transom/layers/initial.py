@@ -1,4 +1,4 @@
-"""Initial weights: those that a constructor draws, and those that a seed gives."""
+"""Initial weights: those that constructors draw, and those of a seed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _TIED_STD = 0.02
 
 @torch.no_grad()
 def draw_weight(weight: Tensor, generator: torch.Generator | None = None) -> None:
-    """Fill `weight` [..., in] in place: uniform with standard deviation 1 / (2 sqrt(in)).
+    """Fill `weight` [..., in] in place with uniform numbers of standard deviation 1 / (2 sqrt(in)).
 
     A `generator` draws on the CPU, so that a seed gives the same numbers on every device. Without
-    one, torch's own generator of the weight's device draws, as in torch's modules. A weight on the
-    meta device is left alone.
+    one, the default generator of the weight's device draws, as in torch's modules. A weight on the
+    meta device is not changed.
     """
-    if weight.is_meta:  # torch would import its compiler, which takes seconds, to do nothing
+    if weight.is_meta:  # torch would import its compiler for seconds to do nothing
         return
     bound = 0.5 * (3.0 / weight.shape[-1]) ** 0.5
     if generator is None:
@@ -31,9 +31,7 @@ def draw_weight(weight: Tensor, generator: torch.Generator | None = None) -> Non
 
 @torch.no_grad()
 def start_at_chance(model: nn.Module, *, tied: bool) -> None:
-    """Change the weights that modules drew in their constructors to the start that `init_weights`
-    describes.
-    """
+    """Change freshly constructed weights to the start that `LLM.init_weights` describes."""
     for name, weight in model.named_parameters():
         leaf = f".{name}".split(".")[-2]
         if weight.is_meta:
@@ -46,8 +44,16 @@ def start_at_chance(model: nn.Module, *, tied: bool) -> None:
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int, *, plus_one: bool, tied: bool) -> None:
-    """Do as `LLM.init_weights` describes; `plus_one` is for norms of the text model that store
-    weight - 1.
+    """Fill all weights of a model as `LLM.init_weights` describes.
+
+    Args:
+        model: The model.
+        seed: Seed of the random numbers.
+        plus_one: Whether norms of the text model store weight - 1.
+        tied: Whether the output uses the token embeddings.
+
+    Raises:
+        RequestError: The model is quantized.
     """
     for name, weight in model.named_parameters():
         if not weight.is_floating_point():
@@ -61,9 +67,8 @@ def init_weights(model: nn.Module, seed: int, *, plus_one: bool, tied: bool) -> 
             weight.fill_(0.0 if plus_one and not name.startswith("vision.") else 1.0)
         elif last in ("bias", "choice_bias", "sinks") or leaf in _AT_ZERO:
             weight.zero_()
-        elif (
-            leaf == "tok_embeddings"
-        ):  # a tied one is the output too: N(0, 1) would start at a loss of about dim
+        elif leaf == "tok_embeddings":
+            # Tied embeddings are the output too: N(0, 1) would give a loss of about dim.
             draw = torch.randn(weight.shape, generator=generator, device="cpu")
             weight.copy_(draw * (_TIED_STD if tied else 1.0))
         else:

@@ -1,9 +1,9 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434; V3, arXiv 2412.19437).
 
-Keys and values of all heads are linear in one small latent per token, and one rotary key is shared
-by all heads; only these two are cached. The up-projection can be applied to what was cached
-(`expanded`) or moved to the other side of the products (`absorbed`): equal numbers, and each is
-cheaper where it is used.
+Keys and values of all heads are linear functions of one small latent per token, and all heads share
+one rotary key. Only these two are cached. The up-projection is applied to the cached latents
+(`expanded`), or moved to the other side of the products (`absorbed`). Both give the same numbers,
+and each is cheaper in its own case.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from transom.layers.step import LayerCacheLike, Step
 
 
 class LatentAttention(nn.Module):
-    """wq (or wq_a, norm, wq_b) for queries; wkv_a, norm, wkv_b for keys and values; per head [nope
-    | rope].
+    """Queries from wq (or wq_a, a norm and wq_b); keys and values from wkv_a, a norm and wkv_b.
+
+    The features of a head are [qk_nope_head_dim | qk_rope_head_dim]; only the latter are rotated.
     """
 
     def __init__(self, layer: LayerArgs) -> None:
@@ -45,6 +46,17 @@ class LatentAttention(nn.Module):
         self.wo = Linear(heads * mla.v_head_dim, layer.dim, layer.out_bias)
 
     def forward(self, x_BTD: Tensor, step: Step, cache: LayerCacheLike | None = None) -> Tensor:
+        """Compute self-attention of one call.
+
+        Args:
+            x_BTD: Hidden states [B, T, D], normed if the block norms before attention.
+            step: What the layers of this call share.
+            cache: The cache of this layer. It stores one vector per token, the normed latent and
+                the rotary key: [B, T, 1, kv_lora_rank + qk_rope_head_dim].
+
+        Returns:
+            [B, T, D] in the dtype of `x_BTD`, not added to the residual stream.
+        """
         mla, layer = self.mla, self.layer
         q = (
             self.wq(x_BTD)
@@ -62,15 +74,23 @@ class LatentAttention(nn.Module):
         if layer.temperature is not None:
             scale = step.temperature[layer.temperature]
             q_nope, q_rope = ((x * scale).to(x.dtype) for x in (q_nope, q_rope))
-        # One tensor per token: decoding reads it as the keys of a single head without a copy.
+        # One vector per token, which decoding reads as the key of a single head without a copy.
         state = torch.cat((self.kv_a_norm(latent).to(k_rope.dtype), k_rope), -1)
         view = new_view((state,), step, layer, cache)
         form = self.absorbed if self._absorbing_is_cheaper(x_BTD.size(1), view) else self.expanded
         return self.wo(form(q_nope, q_rope, view, step).flatten(-2))
 
     def expanded(self, q_nope: Tensor, q_rope: Tensor, view: CacheView, step: Step) -> Tensor:
-        """[B, T, N, v]: keys and values of every head are made from the latents; for many queries
-        at once.
+        """Compute keys and values of every head from the latents; cheaper for many queries.
+
+        Args:
+            q_nope: Query features without rotation [B, T, N, qk_nope_head_dim].
+            q_rope: Rotated query features [B, T, N, qk_rope_head_dim].
+            view: Latents and rotary keys of the slots.
+            step: What the layers of this call share.
+
+        Returns:
+            [B, T, N, v_head_dim].
         """
         mla = self.mla
         latent, k_rope = view.states[0].split((mla.kv_lora_rank, mla.qk_rope_head_dim), -1)
@@ -83,15 +103,16 @@ class LatentAttention(nn.Module):
         )
 
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, view: CacheView, step: Step) -> Tensor:
-        """[B, T, N, v]: queries move into the latent space, where all heads share one key; for few
-        queries.
+        """Move queries into the latent space, where all heads share a key; cheaper for few queries.
+
+        Arguments and result are those of `expanded`.
         """
         mla = self.mla
         up_NHR = self.wkv_b.weight.to(q_nope.dtype).unflatten(0, (self.layer.n_heads, -1))
         up_k, up_v = up_NHR.split((mla.qk_nope_head_dim, mla.v_head_dim), 1)
         q = torch.cat((torch.einsum("btnh,nhr->btnr", q_nope, up_k), q_rope), -1)
-        # The value is the latent alone; taking the rotary part along and dropping it saves a copy
-        # of the cache.
+        # Values are the latents alone. To keep the rotary part and drop it from the result saves a
+        # copy of the cache.
         state = view.states[0]
         shared = replace(view, states=(state, state))
         out = step.attend(q, shared, step.masks[self.layer.rule], self._score())[
@@ -100,6 +121,7 @@ class LatentAttention(nn.Module):
         return torch.einsum("btnr,nhr->btnh", out, up_v)
 
     def _score(self) -> ScoreArgs:
+        """Return the scale of the full head dim, since the absorbed form has other head dims."""
         mla, layer = self.mla, self.layer
         plain = (mla.qk_nope_head_dim + mla.qk_rope_head_dim) ** -0.5
         return ScoreArgs(
@@ -107,7 +129,7 @@ class LatentAttention(nn.Module):
         )
 
     def _absorbing_is_cheaper(self, queries: int, view: CacheView) -> bool:
-        """By multiplications per head, with all slots of the view seen."""
+        """Compare the multiplications per head of both forms if all slots are visible."""
         mla, slots = self.mla, view.states[0].size(1)
         up = mla.kv_lora_rank * (mla.qk_nope_head_dim + mla.v_head_dim)
         head = mla.qk_nope_head_dim + mla.qk_rope_head_dim + mla.v_head_dim

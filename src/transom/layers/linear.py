@@ -1,4 +1,4 @@
-"""The leaves: the three kinds of module that own large weights."""
+"""The leaves: the three kinds of module that have large weights."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from transom.layers.initial import draw_weight
 
 
 class Linear(nn.Linear):
-    """y = x W^T, weight [out, in]; no bias unless asked for."""
+    """y = x W^T with a weight [out, in], without a bias by default."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias)
 
     def reset_parameters(self) -> None:
-        """Draw the weight and set the bias to zero; the constructor calls this."""
+        """Draw the weight and set the bias to zero. The constructor calls this."""
         draw_weight(self.weight)
         if self.bias is not None and not self.bias.is_meta:
             nn.init.zeros_(self.bias)
 
 
 class Embedding(nn.Embedding):
-    """One row of weight [V, D] per token."""
+    """A lookup of rows of the weight [V, D]."""
 
     def reset_parameters(self) -> None:
         """Draw the weight as torch does, except on the meta device."""
@@ -34,8 +34,9 @@ class Embedding(nn.Embedding):
 
 
 class GroupedLinear(nn.Module):
-    """E linears side by side, weight [E, out, in], bias [E, out]; rows [R, in] come sorted by their
-    linear.
+    """E linears side by side, with a weight [E, out, in] and a bias [E, out].
+
+    Each multiplies its own rows, which are sorted by linear.
     """
 
     def __init__(
@@ -47,24 +48,28 @@ class GroupedLinear(nn.Module):
         draw_weight(self.weight)
 
     def forward(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """Rows [ends[e - 1], ends[e]) through linear e, one grouped product where torch has it.
+        """Multiply rows [ends[e - 1], ends[e]) by linear e.
 
-        Rows behind the last end belong to none: what comes out there, and its gradient, means
-        nothing.
+        Args:
+            rows_RD: Rows [R, in], sorted by linear.
+            ends_E: Integers [E], the end of each linear's rows. Rows after the last end belong to
+                no linear: their output and its gradient have no meaning.
+
+        Returns:
+            [R, out] in the dtype of the rows.
         """
         out_RD = self.product(rows_RD, ends_E)
         if self.bias is None or not has_data(rows_RD):
             return out_RD
-        # Rows of no linear read a row of zeros, which takes their meaningless gradient away with
-        # it.
+        # Rows of no linear get a row of zeros, which takes their meaningless gradient.
         return out_RD + per_row(self.bias.to(out_RD.dtype), ends_E, len(rows_RD), fill=0.0)
 
     def product(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """`forward` without the bias."""
+        """Return `forward` without the bias."""
         return grouped_product(rows_RD, self.weight, ends_E)
 
     def loop(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """The plain twin of `forward`: one matrix after the other."""
+        """Compute `forward` one linear after the other, as a reference."""
         out_RD = looped_product(rows_RD, self.weight, ends_E)
         if self.bias is None:
             return out_RD
@@ -72,16 +77,23 @@ class GroupedLinear(nn.Module):
 
 
 def grouped_product(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """Rows [ends[e - 1], ends[e]) times matrix e, transposed: [R, O], one grouped product where
-    torch has it.
+    """Multiply rows [ends[e - 1], ends[e]) by the transpose of matrix e.
+
+    It is one grouped product where torch has a kernel for it, and a loop elsewhere.
+
+    Args:
+        rows_RI: Rows [R, in], sorted by matrix.
+        weight_EOI: Matrices [E, out, in].
+        ends_E: Integers [E], the end of each matrix's rows.
+
+    Returns:
+        [R, out].
     """
     if not has_data(rows_RI):
-        return F.linear(
-            rows_RI, weight_EOI[0]
-        )  # the shape is all there is, and that of every group
-    if torch.is_autocast_enabled(rows_RI.device.type):  # which does not know grouped products
+        return F.linear(rows_RI, weight_EOI[0])  # all groups have this shape
+    if torch.is_autocast_enabled(rows_RI.device.type):  # autocast does not know grouped products
         rows_RI = rows_RI.to(torch.get_autocast_dtype(rows_RI.device.type))
-    # The grouped kernels want every row to start at a multiple of 16 bytes.
+    # Grouped kernels need rows that start at multiples of 16 bytes.
     aligned = all(size * rows_RI.element_size() % 16 == 0 for size in weight_EOI.shape[1:])
     if not aligned or not grouped_mm_works(rows_RI.device.type, rows_RI.dtype):
         return looped_product(rows_RI, weight_EOI, ends_E)
@@ -89,39 +101,37 @@ def grouped_product(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tens
 
 
 def looped_product(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """The plain twin of the grouped product; rows behind the last end come out as zeros."""
+    """Compute the grouped product one matrix after the other; rows after the last end are zero."""
     ends = ends_E.tolist()
     starts = [0, *ends[:-1]]
-    # unbind, not weight[e]: indexing would make a full-size gradient for every expert.
+    # unbind instead of weight[e], whose gradient would have the full size for every expert.
     weights = weight_EOI.to(rows_RI.dtype).unbind(0)
     parts = [F.linear(rows_RI[a:b], w) for a, b, w in zip(starts, ends, weights, strict=True)]
     return torch.cat([*parts, rows_RI.new_zeros(len(rows_RI) - ends[-1], weight_EOI.size(1))])
 
 
 def per_row(values_EO: Tensor, ends_E: Tensor, rows: int, fill: float) -> Tensor:
-    """The vector of each row's group, [R, O]; rows behind the last end get `fill`."""
+    """Return the vector of each row's group [R, O]; rows after the last end get `fill`."""
     of_R = torch.searchsorted(ends_E, torch.arange(rows, device=ends_E.device), right=True)
     return F.pad(values_EO, (0, 0, 0, 1), value=fill).index_select(0, of_R)
 
 
 def has_data(x: Tensor) -> bool:
-    """Whether `x` is more than a shape: neither on the meta device nor made under a fake tensor
-    mode.
-    """
+    """Return False for meta and fake tensors, which have a shape only."""
     return x.device.type != "meta" and type(torch.empty(0)) is Tensor
 
 
 def grouped_mm_works(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether this torch multiplies groups on this device in this dtype."""
-    if (
-        torch.compiler.is_compiling()
-    ):  # a trace cannot try, and the shape rule it goes by knows one dtype
+    """Return whether torch has a grouped product for this device and dtype."""
+    # A trace can't try it, and torch's shape rule for it accepts this dtype only.
+    if torch.compiler.is_compiling():
         return dtype is torch.bfloat16
     return _tried_grouped_mm(device_type, dtype)
 
 
 @functools.cache
 def _tried_grouped_mm(device_type: str, dtype: torch.dtype) -> bool:
+    """Run one small grouped product and check its numbers."""
     if not hasattr(F, "grouped_mm"):
         return False
     try:

@@ -1,6 +1,6 @@
 """Mixture of experts: a router chooses, a dispatcher moves tokens, experts compute.
 
-Expert parallelism replaces the dispatcher and nothing else.
+Expert parallelism only has to replace the dispatcher.
 """
 
 from __future__ import annotations
@@ -26,11 +26,18 @@ GPT_OSS_ALPHA = (
 
 @dataclass(frozen=True)
 class RouterStatistics:
-    """What one layer's router did in a call; returned, never stored in buffers.
+    """What the router of one layer did in a call.
 
-    `chosen_TA` is its choice before any capacity, -1 for padding; `ids_TA` is what capacity left of
-    that. Sums are left to `training/losses/balance.py`: decoding, which needs none, would spend a
-    third of the layer's time on them.
+    The forward pass returns it and stores nothing, so that recomputed activations do not count
+    twice. Sums are computed in `training/losses/balance.py`, since decoding needs none.
+
+    Attributes:
+        chosen_TA: int64 [T, A], the experts that the router chose before any capacity; -1 for
+            padding.
+        ids_TA: int64 [T, A], the experts that computed the token.
+        logits_TE: Router logits [T, E] in float32 or better.
+        rows: Rows of the batch. T counts the tokens of all rows, one row after the other.
+        routing: How scores are computed.
     """
 
     chosen_TA: Tensor
@@ -41,15 +48,15 @@ class RouterStatistics:
 
 
 def scores(logits_TE: Tensor, routing: Routing) -> Tensor:
-    """What weights are made of: softmax over all experts, or each expert's sigmoid."""
+    """Return the scores [T, E]: the softmax over all experts, or the sigmoid of each expert."""
     return logits_TE.softmax(-1) if routing == "softmax" else logits_TE.sigmoid()
 
 
 class Router(nn.Module):
-    """Scores every expert for every token in float32 or better and keeps the best `top_k`.
+    """Scores every expert for every token and keeps the best `top_k`.
 
-    `choice_bias` [E] helps to choose and is no part of the weight; the balancing moves it, not the
-    gradient.
+    It computes in float32 or better. `choice_bias` [E] is added to the scores for the choice, but
+    not to the weights (DeepSeek-V3, arXiv 2412.19437). Balancing updates it, not the gradient.
     """
 
     def __init__(self, dim: int, moe: MoeArgs) -> None:
@@ -62,8 +69,14 @@ class Router(nn.Module):
         self.choice_bias = choice_bias if moe.has_choice_bias else None
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(ids [T, A] best first, weights [T, A], logits [T, E]), the latter two in float32 or
-        better.
+        """Choose experts for each token.
+
+        Args:
+            x_TD: Hidden states [T, D].
+
+        Returns:
+            Expert ids int64 [T, A], best first, their weights [T, A] and the logits [T, E], both in
+            float32 or better.
         """
         # Autocast would run this product in half precision, and near-ties would flip between
         # machines.
@@ -84,10 +97,9 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def preference(self, logits_TE: Tensor) -> Tensor:
-        """What the choice goes by [T, E]; -inf in groups that a token may not choose from."""
-        if (
-            self.choice_bias is None
-        ):  # scores would rank alike, but large ones round to the same number
+        """Return what the choice goes by [T, E]; -inf in groups that are not eligible."""
+        # Scores have the same order, but large ones round to the same number.
+        if self.choice_bias is None:
             return logits_TE
         choice_TE = scores(logits_TE, self.moe.routing) + self.choice_bias.to(logits_TE.dtype)
         if self.moe.num_groups == 1:
@@ -100,7 +112,7 @@ class Router(nn.Module):
         return choice_TGE.masked_fill(outside_TG.unsqueeze(-1), -torch.inf).flatten(-2)
 
     def weigh(self, logits_TE: Tensor, ids_TA: Tensor) -> Tensor:
-        """Weights [T, A] of the chosen experts; those of id -1 are 0."""
+        """Return the weights [T, A] of the chosen experts; those of id -1 are 0."""
         weights_TA = scores(logits_TE, self.moe.routing).gather(-1, ids_TA.clamp(min=0))
         weights_TA = weights_TA.masked_fill(ids_TA < 0, 0.0)
         if self.moe.normalize and self.moe.routing != "sigmoid":
@@ -113,7 +125,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """E feed-forwards with grouped weights: w_out(act(w_gate x) * w_value x), or without a gate."""
+    """E feed-forwards with grouped weights, with a gate or without."""
 
     def __init__(self, layer: LayerArgs, moe: MoeArgs, hidden_dim: int) -> None:
         super().__init__()
@@ -124,6 +136,15 @@ class Experts(nn.Module):
         self.w_out = GroupedLinear(count, hidden_dim, dim, bias)
 
     def forward(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
+        """Compute the feed-forward of every row by its expert.
+
+        Args:
+            rows_RD: Rows [R, D], sorted by expert.
+            ends_E: Integers [E], the end of each expert's rows.
+
+        Returns:
+            [R, D]. Rows after the last end have no meaning.
+        """
         value = self.w_value(rows_RD, ends_E)
         if self.w_gate is None:
             return self.w_out(activate(value, self.layer.activation), ends_E)
@@ -136,16 +157,21 @@ class Experts(nn.Module):
 
 
 def clamped_product(gate: Tensor, value: Tensor, limit: float) -> Tensor:
-    """gpt-oss: (value + 1) * gate * sigmoid(1.702 gate), both at most `limit`, the value at least
-    -`limit`.
+    """Return gpt-oss's (value + 1) * gate * sigmoid(1.702 gate).
+
+    Both are at most `limit`, and the value is at least -`limit` (arXiv 2508.10925).
     """
     gate, value = gate.clamp(max=limit), value.clamp(-limit, limit)
     return (value + 1) * (gate * torch.sigmoid(GPT_OSS_ALPHA * gate))
 
 
 class Handle(NamedTuple):
-    """What `combine` needs to undo `dispatch`: the sorting order [R], rows per token, which rows
-    [R] count.
+    """What `combine` needs to undo `dispatch`.
+
+    Attributes:
+        order_R: int64 [R], the sorting order of the rows.
+        active: Rows per token.
+        kept_R: bool [R], False for rows without an expert; None if all have one.
     """
 
     order_R: Tensor
@@ -154,9 +180,7 @@ class Handle(NamedTuple):
 
 
 class LocalDispatcher:
-    """Sorts tokens by expert on one device, and puts the results back in order; never waits for the
-    device.
-    """
+    """Sorts tokens by expert on one device, and restores their order, without waiting for it."""
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
@@ -164,11 +188,17 @@ class LocalDispatcher:
     def dispatch(
         self, x_TD: Tensor, ids_TA: Tensor, scale_TA: Tensor | None = None, *, may_drop: bool = True
     ) -> tuple[Tensor, Tensor, Handle]:
-        """(rows [R, D] sorted by expert, ends [E], handle for `combine`); `scale_TA` scales the
-        input.
+        """Sort tokens by expert.
 
-        Rows of id -1 come last, behind all ends; a caller that has none says so and saves the
-        masks.
+        Args:
+            x_TD: Hidden states [T, D].
+            ids_TA: Expert ids int64 [T, A]; -1 is none.
+            scale_TA: Factors on the inputs of the experts, if any.
+            may_drop: False if no id is -1, which saves the masks.
+
+        Returns:
+            Rows [R, D] sorted by expert, the end of each expert's rows [E], and the handle for
+            `combine`. Rows of id -1 come after all ends.
         """
         ids_R = ids_TA.flatten()
         if may_drop:
@@ -184,8 +214,12 @@ class LocalDispatcher:
         return _only(rows_RD, kept_R), ends_E, Handle(order_R, ids_TA.size(1), kept_R)
 
     def combine(self, rows_RD: Tensor, handle: Handle, weights_TA: Tensor | None = None) -> Tensor:
-        """Sum [T, D] of every token's rows, weighted by `weights_TA` where given; rows of id -1
-        count zero.
+        """Return the sum [T, D] of every token's rows; rows of id -1 count zero.
+
+        Args:
+            rows_RD: Outputs of the experts, in the order of `dispatch`.
+            handle: The handle of `dispatch`.
+            weights_TA: Weights of the rows [T, A]; by default all are 1.
         """
         # The inverse permutation gathers: unlike index_add its result does not depend on thread
         # order.
@@ -197,14 +231,19 @@ class LocalDispatcher:
 
 
 def _only(rows_RD: Tensor, kept_R: Tensor | None) -> Tensor:
-    """The rows with zeros where not kept, and zeros for gradients: experts leave anything there,
-    NaN too.
+    """Return the rows with zeros where not kept, for their gradients too.
+
+    Experts leave any numbers there, also NaN.
     """
     return rows_RD if kept_R is None else rows_RD.masked_fill(~kept_R.unsqueeze(-1), 0.0)
 
 
 class MoE(nn.Module):
-    """Router, experts, and optionally one shared expert that every token visits."""
+    """Mixture of experts: a router, experts, and optionally a shared expert for every token.
+
+    Routing follows Switch (arXiv 2101.03961), Mixtral (2401.04088), DeepSeek-V3 (2412.19437) or
+    Llama 4, as `MoeArgs` says.
+    """
 
     def __init__(self, layer: LayerArgs) -> None:
         super().__init__()
@@ -224,8 +263,16 @@ class MoE(nn.Module):
     def forward(
         self, x_BTD: Tensor, valid_BT: Tensor | None = None
     ) -> tuple[Tensor, RouterStatistics]:
-        """([B, T, D], statistics over the tokens that are not padding); padding visits the shared
-        expert only.
+        """Compute the mixture of experts.
+
+        Args:
+            x_BTD: Hidden states [B, T, D].
+            valid_BT: bool [B, T], False for padding, which only the shared expert computes; None if
+                no token is padding.
+
+        Returns:
+            [B, T, D] in the dtype of `x_BTD`, not added to the residual stream, and the statistics
+            of the router over the tokens that are not padding.
         """
         x_TD, moe, rows = x_BTD.flatten(0, 1), self.moe, x_BTD.size(0)
         chosen_TA, weights_TA, logits_TE = self.router(x_TD)
@@ -236,10 +283,11 @@ class MoE(nn.Module):
             ids_TA = within_capacity(chosen_TA, self.router.preference(logits_TE), rows, moe)
             if moe.overflow == "second_choice":
                 weights_TA = self.router.weigh(logits_TE, ids_TA)
-        before, behind = (weights_TA, None) if moe.routing == "sigmoid" else (None, weights_TA)
+        scales_input = moe.routing == "sigmoid"  # Llama 4 scales the inputs of experts
+        before, after = (weights_TA, None) if scales_input else (None, weights_TA)
         may_drop = limited or valid_BT is not None
         rows_RD, ends_E, handle = self.dispatcher.dispatch(x_TD, ids_TA, before, may_drop=may_drop)
-        y_TD = self.dispatcher.combine(self.experts(rows_RD, ends_E), handle, behind)
+        y_TD = self.dispatcher.combine(self.experts(rows_RD, ends_E), handle, after)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
         return y_TD.view_as(x_BTD), RouterStatistics(
@@ -248,7 +296,7 @@ class MoE(nn.Module):
 
 
 def picked(ids_TA: Tensor, num_experts: int) -> Tensor:
-    """Which experts [T, E] each token goes to; -1 is none."""
+    """Return bool [T, E], the experts that each token goes to, from ids [T, A]; -1 is none."""
     spots_TA = torch.where(ids_TA < 0, num_experts, ids_TA)
     none_TE = torch.zeros(len(ids_TA), num_experts + 1, dtype=torch.bool, device=ids_TA.device)
     return none_TE.scatter(1, spots_TA, True)[:, :num_experts]
@@ -256,24 +304,29 @@ def picked(ids_TA: Tensor, num_experts: int) -> Tensor:
 
 @torch.no_grad()
 def within_capacity(ids_TA: Tensor, preference_TE: Tensor, rows: int, moe: MoeArgs) -> Tensor:
-    """The choices with -1 where an expert has had its share of the row, or the best expert with
-    room instead.
+    """Return the expert ids [T, A] that respect the capacity of each expert.
 
-    Tokens are served in the order of their row, as in Switch (arXiv 2101.03961): whether one keeps
-    its expert depends on earlier tokens only. Second choices are placed when all first ones are,
-    and wait for the device.
+    A token that does not fit gets -1, or the best expert with room (`overflow`). Tokens are served
+    in the order of their row, as in Switch (arXiv 2101.03961), so that later tokens do not matter.
+    Second choices are placed after all first ones, and wait for the device.
+
+    Args:
+        ids_TA: Chosen expert ids; -1 is none.
+        preference_TE: What the choice goes by [T, E].
+        rows: Rows of the batch; each has a capacity of its own.
+        moe: Arguments of the layer.
     """
     assert moe.expert_capacity is not None, "called with a capacity only"
     wanted_BTE = picked(ids_TA, moe.num_experts).unflatten(0, (rows, -1))
     tokens_B = wanted_BTE.any(-1).sum(1)
-    # A share that is whole but for rounding is whole.
+    # Rounding must not turn an integer share into the next integer.
     share_B = tokens_B.float() * (moe.expert_capacity * moe.top_k / moe.num_experts)
     limit_B11 = torch.ceil(share_B - 1e-3).clamp(min=1)[:, None, None]
     taken_BTE = wanted_BTE & (wanted_BTE.cumsum(1) <= limit_B11)
     if moe.overflow == "drop":
         return ids_TA.masked_fill(~taken_BTE.flatten(0, 1).gather(1, ids_TA.clamp(min=0)), -1)
     preference_BTE = preference_TE.view_as(wanted_BTE)
-    while True:  # every round fills an expert or serves everyone who asked
+    while True:  # every round fills an expert or places every token that lacks one
         room_B1E = limit_B11 - taken_BTE.sum(1, keepdim=True)
         lacking_BT1 = taken_BTE.sum(-1, keepdim=True) < wanted_BTE.sum(-1, keepdim=True)
         open_BTE = lacking_BT1 & ~taken_BTE & (room_B1E > 0) & (preference_BTE > -torch.inf)

@@ -1,6 +1,4 @@
-"""Root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467) and LayerNorm, float32
-inside.
-"""
+"""RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467) and LayerNorm, in float32 inside."""
 
 from __future__ import annotations
 
@@ -12,16 +10,22 @@ from transom.config.layer_args import NormKind
 
 
 def rmsnorm(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension, computed in float32 or better, in x's
-    dtype.
+    """Return x / sqrt(mean(x^2) + eps) over the last dimension.
+
+    It is computed in float32 or better and cast back to the dtype of `x`.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return F.rms_norm(wide, wide.shape[-1:], eps=eps).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """rmsnorm times a learned weight [D]; `kind` says whether the product or the cast comes
-    first.
+    """`rmsnorm` times a learned weight [D].
+
+    Args:
+        dim: Features D.
+        eps: Added to the mean square.
+        kind: `rms` casts before the product with the weight (Llama), `rms_wide` after it (OLMo),
+            and `rms_plus_one` multiplies by 1 + weight (Gemma).
     """
 
     def __init__(self, dim: int, eps: float = 1e-6, kind: NormKind = "rms") -> None:
@@ -30,6 +34,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(dim) if kind == "rms_plus_one" else torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the norm of x [..., D] in its dtype."""
         if self.kind == "rms":
             return rmsnorm(x, self.eps) * self.weight
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -42,14 +47,15 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm with weight and bias [D], float32 or better inside, in x's dtype."""
+    """LayerNorm with weight and bias [D], in float32 or better inside."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the norm of x [..., D] in its dtype."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
         return F.layer_norm(wide, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 def make_norm(kind: NormKind, dim: int, eps: float) -> RMSNorm | LayerNorm:
-    """The norm of that kind over `dim` features."""
+    """Return the norm of that kind over `dim` features."""
     return LayerNorm(dim, eps) if kind == "layer" else RMSNorm(dim, eps, kind)

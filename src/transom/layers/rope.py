@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) as a function of positions.
 
-No table is a parameter or a buffer: `module.to(bfloat16)` would ruin it, and positions travel with
-the data. Angles are computed in float32 per call, once per distinct `RopeArgs`.
+No table is a parameter or a buffer, since `module.to(bfloat16)` would ruin it. Angles are computed
+in float32, once per call and distinct `RopeArgs`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,18 @@ def apply_scaling(
     old_context_len: int = 8192,
     low_freq_factor: float = 1.0,
 ) -> Tensor:
-    """Llama 3's rule: long wavelengths slow down by `scale_factor`, short ones stay, the rest
-    blend.
+    """Apply the frequency scaling of Llama 3 (meta-llama/llama-models, llama3/model.py).
+
+    Args:
+        freqs: Frequencies [dim / 2], float32.
+        scale_factor: Long wavelengths are stretched by it.
+        high_freq_factor: Wavelengths below `old_context_len / high_freq_factor` stay.
+        old_context_len: The sequence length of pretraining, in tokens.
+        low_freq_factor: Wavelengths above `old_context_len / low_freq_factor` are stretched
+            completely; those between are interpolated.
+
+    Returns:
+        Frequencies [dim / 2], float32.
     """
     wavelength = 2 * math.pi / freqs
     # With high == low the blend is empty; the floor and the clamp only keep its unused value
@@ -37,7 +47,7 @@ def apply_scaling(
 
 
 def base_frequencies(dim: int, theta: float, device: torch.device | str | None = None) -> Tensor:
-    """theta^(-2m/dim) for m = 0 .. dim/2 - 1, float32."""
+    """Return theta^(-2m/dim) for m = 0 .. dim/2 - 1, float32 [dim / 2]."""
     exponents = torch.arange(0, dim, 2, device=device, dtype=torch.int64).float() / dim
     return 1.0 / (theta**exponents)
 
@@ -45,9 +55,13 @@ def base_frequencies(dim: int, theta: float, device: torch.device | str | None =
 def frequencies(
     rope: RopeArgs, length: int | None = None, device: torch.device | str | None = None
 ) -> Tensor:
-    """Angle per position of every rotary pair [dim / 2], scaling applied, float32.
+    """Return the angle per position of every rotary pair, with scaling, float32 [dim / 2].
 
-    `length` is that of the whole sequence, which `dynamic` and `longrope` choose by.
+    Args:
+        rope: Arguments of the rotation.
+        length: The length of the complete sequence in tokens, from which `dynamic` and `longrope`
+            choose.
+        device: Device of the result.
     """
     s = rope.scaling
     if s is None:
@@ -80,18 +94,15 @@ def frequencies(
 def yarn_frequencies(
     rope: RopeArgs, s: RopeScaling, device: torch.device | str | None = None
 ) -> Tensor:
-    """YaRN (Peng et al. 2023, arXiv 2309.00071): fast pairs kept, slow ones divided, a ramp
-    between.
+    """Apply YaRN (Peng et al. 2023, arXiv 2309.00071).
+
+    Fast pairs are kept and slow ones divided by the factor. Those between are interpolated.
     """
 
-    def index(
-        turns: float,
-    ) -> float:  # of the pair that turns that often within the original length
-        return (
-            rope.dim
-            * math.log(s.original_max_seq_len / (turns * 2 * math.pi))
-            / (2 * math.log(rope.theta))
-        )
+    def index(turns: float) -> float:
+        """Return the index of the pair that turns that often within the original length."""
+        wavelengths = math.log(s.original_max_seq_len / (turns * 2 * math.pi))
+        return rope.dim * wavelengths / (2 * math.log(rope.theta))
 
     low, high = index(s.beta_fast), index(s.beta_slow)
     if s.truncate:
@@ -105,7 +116,7 @@ def yarn_frequencies(
 
 
 def attention_factor(scaling: RopeScaling | None) -> float:
-    """What cos and sin are multiplied by: scores of rotated features gain its square."""
+    """Return the factor on cos and sin; scores of rotated features gain its square."""
     if scaling is None or scaling.kind not in ("yarn", "longrope"):
         return 1.0
     if scaling.attention_factor is not None:
@@ -124,8 +135,12 @@ def attention_factor(scaling: RopeScaling | None) -> float:
 def rotary_table(
     positions_BT: Tensor, rope: RopeArgs, length: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of every position, each [B, T, 1, dim / 2] float32, ready to broadcast over
-    heads.
+    """Return (cos, sin) of every position, each float32 [B, T, 1, dim / 2].
+
+    Args:
+        positions_BT: int64 positions [B, T].
+        rope: Arguments of the rotation.
+        length: As for `frequencies`.
     """
     angles = positions_BT.unsqueeze(-1).float() * frequencies(rope, length, positions_BT.device)
     cos, sin = angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
@@ -134,34 +149,40 @@ def rotary_table(
 
 
 def rotate(x_BTNH: Tensor, table: tuple[Tensor, Tensor], layout: RopeLayout) -> Tensor:
-    """Turn the feature pairs of every head by their angles, the table's share of them; float32
-    inside.
+    """Rotate the feature pairs of every head.
+
+    Args:
+        x_BTNH: Queries or keys [B, T, N, H]. Only the first features rotate if the table has fewer.
+        table: (cos, sin) of `rotary_table`.
+        layout: `interleaved` pairs neighbours (2m, 2m + 1), `halves` pairs (m, m + H / 2).
+
+    Returns:
+        [B, T, N, H] in the dtype of the input, computed in float32 or better.
     """
     cos, sin = table
     rotary = 2 * cos.size(-1)
-    if rotary < x_BTNH.size(-1):  # partial rotary: the first features turn, the rest pass
+    if rotary < x_BTNH.size(-1):  # partial rotary: the first features rotate, the others stay
         turned = rotate(x_BTNH[..., :rotary], table, layout)
         return torch.cat((turned, x_BTNH[..., rotary:]), -1)
     wide = x_BTNH.to(torch.promote_types(x_BTNH.dtype, torch.float32))
     if layout == "halves":
-        # roll(H / 2) puts every feature beside its partner: two products, where slicing takes four
-        # and a copy.
-        out = wide * torch.cat((cos, cos), -1) + wide.roll(rotary // 2, -1) * torch.cat(
-            (-sin, sin), -1
-        )
+        # roll(H / 2) puts every feature in the place of its partner: two products instead of the
+        # four and a copy that slices take.
+        partners = wide.roll(rotary // 2, -1)
+        out = wide * torch.cat((cos, cos), -1) + partners * torch.cat((-sin, sin), -1)
     elif torch.compiler.is_compiling() or not _pairs_are_complex(wide):
         a, b = wide.unflatten(-1, (-1, 2)).unbind(-1)
         out = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
-    # neighbours are one complex number: a single product, a fifth of the time of the form above
-    else:
+    else:  # neighbours are one complex number: one product, in a fifth of the time
         pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
         out = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
     return out.to(x_BTNH.dtype)
 
 
 def _pairs_are_complex(x: Tensor) -> bool:
-    """Whether `view_as_complex` takes neighbours as they lie: even strides and an even start (a
-    slice may not).
+    """Return whether `view_as_complex` takes neighbours as they are in memory.
+
+    It needs even strides and an even offset, which a slice may not have.
     """
     return (
         x.stride(-1) == 1
@@ -178,8 +199,9 @@ def precompute_freqs_cis(
     scale_factor: float = 8,
     high_freq_factor: float = 4,
 ) -> Tensor:
-    """Complex rotations complex64 [end, dim / 2] of positions 0 .. end - 1, as the reference codes
-    keep them.
+    """Return the rotations complex64 [end, dim / 2] of positions 0 .. end - 1.
+
+    The name and the arguments are those of Meta's reference code (llama3/model.py).
     """
     freqs = base_frequencies(dim, theta)
     if use_scaled:
@@ -189,15 +211,19 @@ def precompute_freqs_cis(
 
 
 def reshape_for_broadcast(freqs_cis: Tensor, x: Tensor) -> Tensor:
-    """View [T, H / 2] as [1, T, 1, H / 2] for complex x [B, T, heads, H / 2]."""
+    """View rotations [T, H / 2] as [1, T, 1, H / 2] for complex x [B, T, heads, H / 2].
+
+    The name is that of Meta's reference code.
+    """
     if freqs_cis.shape != (x.shape[1], x.shape[-1]):
         raise ValueError(f"freqs_cis {tuple(freqs_cis.shape)} does not fit x {tuple(x.shape)}")
     return freqs_cis.view(1, x.shape[1], *[1] * (x.ndim - 3), x.shape[-1])
 
 
 def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
-    """Interleaved pairs of xq, xk [B, T, heads, H] times complex freqs_cis [T, H / 2]; a twin of
-    `rotate`.
+    """Rotate interleaved pairs of xq and xk [B, T, heads, H] by rotations complex64 [T, H / 2].
+
+    The name is that of Meta's reference code. `rotate` gives the same result.
     """
 
     def turn(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What one forward call tells every layer; built once by the model, read by all blocks."""
+"""What one forward call shares between layers. The model builds it once, and all blocks read it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from transom.config.layer_args import LayerRule, RopeArgs, TemperatureArgs
 
 @dataclass(frozen=True)
 class Context:
-    """What cross-attention looks at: `states` [B, S, C], their positions [B, S] (-1 padding)."""
+    """What cross-attention reads.
+
+    Attributes:
+        states_BSC: States [B, S, C].
+        positions_BS: Their positions int64 [B, S]; -1 is padding.
+    """
 
     states_BSC: Tensor
     positions_BS: Tensor
@@ -23,12 +28,23 @@ class Context:
 
 @dataclass(frozen=True)
 class Step:
-    """Positions [B, T] (int64, -1 padding) and everything derived from them, shared by equal
-    layers.
+    """The positions of one call and everything derived from them.
+
+    Layers look up their entries by their arguments, so equal layers share them.
+
+    Attributes:
+        positions_BT: int64 [B, T]; -1 is padding.
+        valid_BT: bool [B, T], False for padding; None if no token is padding.
+        rope: (cos, sin) of every distinct `RopeArgs`.
+        temperature: The query scale of every distinct `TemperatureArgs`.
+        masks: The mask spec of every distinct rule.
+        attend: The attention backend.
+        context: What cross-attention reads, if anything.
+        context_mask: The mask spec of cross-attention.
     """
 
     positions_BT: Tensor
-    valid_BT: Tensor | None  # None: every token is real
+    valid_BT: Tensor | None
     rope: dict[RopeArgs, tuple[Tensor, Tensor]]
     temperature: dict[TemperatureArgs, Tensor]
     masks: dict[LayerRule, MaskSpec]
@@ -38,9 +54,7 @@ class Step:
 
 
 class LayerCacheLike(Protocol):
-    """What a block needs of a cache: hand over this call's states, get back all that may be
-    seen.
-    """
+    """What a block needs of a cache; see `cache.store.LayerCache`."""
 
     @property
     def context(self) -> CacheView | None: ...

@@ -206,7 +206,7 @@ def test_a_run_is_not_written_over_its_base(finished, folders, capsys):
         )
         == 2
     )
-    assert "neither is nor holds base" in capsys.readouterr().err
+    assert "out: got" in capsys.readouterr().err
     assert (finished / "best").exists() and (folders[0] / "config.json").exists()
 
 

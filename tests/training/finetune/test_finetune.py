@@ -183,11 +183,11 @@ REFUSED = {
         preferences,
         [],
         {},
-        "row of kind pair; valid only for it is dpo or ipo or orpo",
+        "finetune.objective: got 'sft'",
     ),
-    "a target that fits nothing": (chats, [], {"lora": {"targets": ["wz"]}}, "'wz' fits no weight"),
+    "a target that fits nothing": (chats, [], {"lora": {"targets": ["wz"]}}, "targets: got 'wz'"),
     "a rank beyond the matrix": (chats, [], {"lora": {"rank": 33}}, "rank: got 33"),
-    "rows longer than the model": (chats, ["data.seq_len=300"], {}, "model.max_seq_len: got 256"),
+    "rows longer than the model": (chats, ["data.seq_len=300"], {}, "data.seq_len: got 300"),
     "a set given twice": (chats, ["data.sources=[a.jsonl, a.jsonl]"], {}, r"data\.sources: got "),
     "a strength of nothing": (
         chats,
@@ -215,7 +215,7 @@ UNWRITABLE = {
     ),
     "a fused weight in both ways": (
         {"targets": ["wq"], "modules_to_save": ["wv"]},
-        "qkv_proj of phi3 gets an adapter and a weight of its own",
+        "qkv_proj of phi3: got an adapter and a weight of its own",
     ),
 }
 

@@ -5,7 +5,7 @@ with.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -73,10 +73,10 @@ def open_finetune_data(
     train, measured, hashes = find_all(args, finetune)
     hashes["the base"] = base_fingerprint
     template = template_for((*train, *measured), tokenizer, template)
-    if finetune.objective == "grpo":
-        return _questions(args, finetune, train, measured, tokenizer, template, base, ranks, hashes)
     ends = stop_tokens_of(base, tokenizer, template)
     encoder = chat_encoder(args, finetune, tokenizer, template, ends)
+    if finetune.objective == "grpo":
+        return _questions(args, finetune, train, measured, encoder, ranks, hashes)
     progress = ranks.verbose
     rows = prepare_chats(train, encoder, args.data.cache_dir, progress=progress)
     rows.check()
@@ -88,12 +88,20 @@ def open_finetune_data(
         notice("held out: 1 example; kto has no other one to compare it with, so there is no score")
         held = EncodedChats([])
     choice = finetune_rows(rows.lengths, args, finetune, ranks.world_size)
-    if finetune.packing and not choice.packing and ranks.verbose:
-        notice(
+    require_comparable(choice, finetune.objective, ranks.world_size)
+    if finetune.packing and not choice.packing:
+        ranks.say(
             f"finetune.packing: got true; rows of {finetune.objective} are padded, because each "
             "answer is a row of its own"
         )
-    require_comparable(choice, finetune.objective, ranks.world_size)
+    packed = f"; packed into {choice.rows:,} rows, {choice.fill:.0%} full"
+    ranks.say(f"training set: {rows.counts}{packed if choice.packing else ''}")
+    ranks.say(f"held out: {held.counts}" if held.items else NOTHING_HELD_OUT)
+    if rows.counts.without_end:
+        ranks.say(
+            f"{rows.counts.without_end} answers do not teach where to stop: `transom data check` "
+            "names reasons"
+        )
     batches = ChatBatches(
         rows,
         packs=choice.packs,
@@ -102,15 +110,6 @@ def open_finetune_data(
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
-    if ranks.verbose:
-        packed = f"; packed into {choice.rows:,} rows, {choice.fill:.0%} full"
-        notice(f"training set: {rows.counts}{packed if choice.packing else ''}")
-        notice(f"held out: {held.counts}" if held.items else NOTHING_HELD_OUT)
-        if rows.counts.without_end:
-            notice(
-                f"{rows.counts.without_end} answers do not teach where to stop: `transom data "
-                f"check` names reasons"
-            )
     return FinetuneData(
         batches,
         {**hashes, TOKENS: _hash(rows, held)},
@@ -119,7 +118,7 @@ def open_finetune_data(
         stop_tokens=ends,
         choice=choice,
         train=rows,
-        held_out=list(held_batches(held)),
+        held_out=held_batches(held),
     )
 
 
@@ -140,9 +139,7 @@ def _questions(
     finetune: FinetuneArgs,
     train: Sequence[Examples],
     measured: Sequence[Examples],
-    tokenizer: Tokenizer,
-    template: ChatTemplate | None,
-    base: Path,
+    encoder: ChatEncoder,
     ranks: Ranks,
     hashes: dict[str, str],
 ) -> FinetuneData:
@@ -151,8 +148,8 @@ def _questions(
     asked, held = (
         encode_questions(
             chain(*examples),
-            tokenizer,
-            template,
+            encoder.tokenizer,
+            encoder.template,
             seq_len=args.data.seq_len,
             answer_tokens=finetune.answer_tokens,
         )
@@ -160,8 +157,7 @@ def _questions(
     )
     reward.check((row.id, row.reference) for row in (*asked.rows, *held.rows))
     choice = finetune_rows([len(row.ids) for row in asked.rows], args, finetune, ranks.world_size)
-    if ranks.verbose:
-        notice(f"to learn from: {asked}; held out: {held}")
+    ranks.say(f"training set: {asked}; held out: {held}")
     batches = QuestionBatches(
         asked.rows,
         group=finetune.group,
@@ -175,8 +171,8 @@ def _questions(
         batches,
         {**hashes, TOKENS: asked.hash + held.hash, "the reward": reward.hash},
         choice.batch_size,
-        template=template,
-        stop_tokens=stop_tokens_of(base, tokenizer, template),
+        template=encoder.template,
+        stop_tokens=encoder.stop_tokens,
         choice=choice,
         held_out=held.rows,
         reward=reward,
@@ -203,17 +199,11 @@ def find_all(
     return train, measured, hashes
 
 
-def held_batches(rows: EncodedChats) -> Iterator[Batch]:
-    """Yield all rows in padded batches of similar length; pairs stay pairs."""
-    for group in groups_of(rows):
-        labels = [] if rows.labels is None else [rows.labels[at] for at in group]
-        yield padded_batch([rows.items[at] for at in group], labels)
+def held_batches(rows: EncodedChats) -> list[Batch]:
+    """Return all rows in padded batches of similar length.
 
-
-def groups_of(rows: EncodedChats) -> list[list[int]]:
-    """Return items of similar length, as many as fit into a batch.
-
-    No group has one item only, unless there is no other one, because kto compares items.
+    The rows of a pair stay together. No batch has a single item, unless there is no other one,
+    because kto compares items.
     """
     groups: list[list[int]] = []
     for at in rows.lengths.argsort(kind="stable").tolist():
@@ -224,16 +214,20 @@ def groups_of(rows: EncodedChats) -> list[list[int]]:
         groups[-1].append(at)
     if len(groups) > 1 and len(groups[-1]) == 1:
         groups[-2] += groups.pop()
-    return groups
+    labels = rows.labels or []
+    return [
+        padded_batch([rows.items[at] for at in group], [labels[at] for at in group if labels])
+        for group in groups
+    ]
 
 
 def _hash(*parts: EncodedChats) -> str:
     """Return the SHA-256 in hex of all tokens, weights and labels."""
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for rows in parts:
-        for row in (row for item in rows.items for row in item):
-            whole.update(row.ids.tobytes())
-            whole.update(row.weights.tobytes())
-            whole.update(len(row.ids).to_bytes(8, "little"))
-        whole.update(bytes(rows.labels or ()))
-    return whole.hexdigest()
+        for row in chain(*rows.items):
+            digest.update(row.ids.tobytes())
+            digest.update(row.weights.tobytes())
+            digest.update(len(row.ids).to_bytes(8, "little"))
+        digest.update(bytes(rows.labels or ()))
+    return digest.hexdigest()

@@ -1,6 +1,4 @@
-"""Which objective a fine-tuning run has, with the second model or the reference that some of them
-need.
-"""
+"""The objective of a fine-tuning run, with the second model or the reference that it needs."""
 
 from __future__ import annotations
 
@@ -30,76 +28,54 @@ def finetune_objective(
     dtype: torch.dtype,
     ranks: Ranks,
 ) -> Objective:
-    """The objective that the config names."""
+    """Return the objective that a config names.
+
+    Args:
+        args: The config of the run.
+        finetune: Its part on fine-tuning.
+        model: The model that is trained.
+        tokenizer: Its tokenizer.
+        data: The data of the run.
+        dtype: The dtype of autocast.
+        ranks: The ranks of the run.
+
+    Raises:
+        RequestError: The teacher cannot be opened, or has another tokenizer.
+    """
     chunk = args.loss_chunk
     if finetune.objective == "sft":
-        return NextToken(model, args.loss_chunk)
+        return NextToken(model, chunk)
     if finetune.objective == "grpo":
-        return _policy(finetune, model, tokenizer, data, dtype, ranks, chunk)
+        assert data.reward is not None, "open_finetune_data opens it"
+        return PolicyGradient(
+            model,
+            tokenizer,
+            data.reward,
+            data.stop_tokens,
+            finetune.answer_tokens,
+            finetune.temperature,
+            finetune.strength,
+            finetune.scale_rewards,
+            dtype=dtype,
+            chunk=chunk,
+            ranks=ranks,
+        )
     if finetune.objective == "distill":
-        return _distillation(finetune, model, tokenizer, data, dtype, chunk)
-    return _preference(finetune, model, data, dtype, ranks, chunk)
-
-
-def _distillation(
-    finetune: FinetuneArgs,
-    model: LLM,
-    tokenizer: Tokenizer,
-    data: FinetuneData,
-    dtype: torch.dtype,
-    chunk: int | None,
-) -> Distillation:
-    assert finetune.teacher is not None, "FinetuneArgs checks it"
-    check_same_tokenizer(tokenizer, load_tokenizer(finetune.teacher))
-    teacher = load(finetune.teacher, str(_device(model)), dtype_name(dtype))
-    return Distillation(
-        model, teacher, finetune.temperature, finetune.alpha, finetune.reverse, chunk
-    )
-
-
-def _policy(
-    finetune: FinetuneArgs,
-    model: LLM,
-    tokenizer: Tokenizer,
-    data: FinetuneData,
-    dtype: torch.dtype,
-    ranks: Ranks,
-    chunk: int | None,
-) -> PolicyGradient:
-    assert data.reward is not None, "open_finetune_data opens it"
-    return PolicyGradient(
-        model,
-        tokenizer,
-        data.reward,
-        data.stop_tokens,
-        finetune.answer_tokens,
-        finetune.temperature,
-        finetune.strength,
-        finetune.scale_rewards,
-        dtype=dtype,
-        chunk=chunk,
-        ranks=ranks,
-    )
-
-
-def _preference(
-    finetune: FinetuneArgs,
-    model: LLM,
-    data: FinetuneData,
-    dtype: torch.dtype,
-    ranks: Ranks,
-    chunk: int | None,
-) -> Preference:
+        assert finetune.teacher is not None, "FinetuneArgs checks it"
+        check_same_tokenizer(tokenizer, load_tokenizer(finetune.teacher))
+        teacher = load(finetune.teacher, str(model.device), dtype_name(dtype))
+        softening = finetune.temperature, finetune.alpha, finetune.reverse
+        return Distillation(model, teacher, *softening, chunk)
     reference = None
     if finetune.method == "full" and finetune.objective in ("dpo", "ipo"):
         assert data.train is not None, "rows of pairs"
-        kind = model.device.type
-        with evaluating(model), torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+        kind, enabled = model.device.type, dtype != torch.float32
+        with evaluating(model), torch.autocast(kind, dtype, enabled=enabled):
             batches = (*held_batches(data.train), *data.held_out)
             reference = precompute_reference(model, batches, chunk)
     return Preference(
         model,
-        kind=finetune.objective,  # type: ignore[arg-type]  # what is left of the names
+        kind=finetune.objective,
         beta=finetune.strength,
         label_smoothing=finetune.label_smoothing,
         desirable_weight=finetune.desirable_weight,
@@ -108,7 +84,3 @@ def _preference(
         reference=reference,
         ranks=ranks,
     )
-
-
-def _device(model: LLM) -> torch.device:
-    return model.device

@@ -1,4 +1,4 @@
-"""Fine-tuning: the weights of an existing model that train, their rows and their objective."""
+"""The parts of a fine-tuning run: the base with the weights that train, its data, its objective."""
 
 from __future__ import annotations
 
@@ -45,76 +45,79 @@ from transom.training.losses.objectives import NextToken
 
 
 def finetune_parts(args: TrainArgs, finetune: FinetuneArgs, choice: DtypeChoice) -> RunParts:
-    """Return the base with its trained weights, rows and objective; print a line about each
-    role.
+    """Return the parts of a run that fine-tunes `args.base`, and print which weights train.
+
+    Args:
+        args: The config of the run.
+        finetune: Its part on fine-tuning.
+        choice: The dtype of training, which is settled here if it is open.
+
+    Raises:
+        RequestError: The base, the data and the settings do not fit each other.
     """
     assert args.base is not None, "TrainArgs checks it"
-    folder = whole_model(args.base)
+    folder, ranks, lora = whole_model(args.base), choice.ranks, finetune.method == "lora"
+    base = base_name(args.base, folder)
     choice.limit(read_args(folder))
     model, tokenizer = finetune_model(folder, args, finetune, choice)
-    base_fingerprint = fingerprint(folder)
+    mark = fingerprint(folder)
     for line in coverage_lines(model):
-        choice.ranks.say(line)
+        ranks.say(line)
     template, finetune = dated(ChatTemplate.find(folder, tokenizer, finetune.template), finetune)
-    data = open_finetune_data(
-        args, finetune, tokenizer, template, folder, choice.ranks, base_fingerprint
-    )
-    base, args = base_name(args.base, folder), decided(args, finetune, data.choice)
-    if choice.ranks.rank == 0:  # also with --quiet, since given values may have changed
+    data = open_finetune_data(args, finetune, tokenizer, template, folder, ranks, mark)
+    args, finetune = decided(args, finetune, data.choice)
+    if ranks.rank == 0:  # also with --quiet, since given values may have changed
         for line in filter(None, (data.choice.reason, few_steps_warning(args.steps))):
             notice(line)
     if choice.is_open:
-        items, lora = data.choice.batch_size // choice.ranks.world_size, finetune.method == "lora"
-        choice.settle(model, NextToken(model, args.loss_chunk), data.batches, items, frozen=lora)
+        items, timed = data.choice.batch_size // ranks.world_size, NextToken(model, args.loss_chunk)
+        choice.settle(model, timed, data.batches, items, frozen=lora)
         if lora:
-            del model  # before there is another one
+            del model, timed  # before there is another model
             model, tokenizer = finetune_model(folder, args, finetune, choice)
     companions = Companions(folder, tokenizer, data.template, new_tokens=bool(finetune.new_tokens))
-    writer: CheckpointWriter = ModelWriter(
-        model, tokenizer, None, companions, writable_format(folder)
-    )
-    if finetune.method == "lora":
-        how = None if finetune.quantize is None else dict(write(finetune.quantize))
+    writer: CheckpointWriter
+    if lora:
         check_written(model, base)
-        writer = AdapterWriter(
-            model, companions, base, base_fingerprint, dtype_name(choice.dtype), how
-        )
-    objective = finetune_objective(
-        args, finetune, model, tokenizer, data, choice.dtype, choice.ranks
-    )
+        quantize = None if finetune.quantize is None else dict(write(finetune.quantize))
+        dtype = dtype_name(choice.dtype)
+        writer = AdapterWriter(model, companions, base, mark, dtype, quantize)
+    else:
+        writer = ModelWriter(model, tokenizer, None, companions, writable_format(folder))
+    objective = finetune_objective(args, finetune, model, tokenizer, data, choice.dtype, ranks)
     return RunParts(model.train(), tokenizer, data, objective, writer, args)
 
 
 def finetune_model(
     folder: Path, args: TrainArgs, finetune: FinetuneArgs, choice: DtypeChoice
 ) -> tuple[LLM, Tokenizer]:
-    """Return the base with its adapter or all its weights ready to train, and its tokenizer with
-    new tokens.
+    """Return the base, ready to train with its adapter or all its weights, and its tokenizer.
 
-    Frozen weights are in the dtype of the products, since autocast would cast them at every use.
-    While the choice of that dtype is open, they are in float32. The random state does not change.
+    Frozen weights have the dtype of autocast, which would otherwise cast them at every use. They
+    are in float32 while the choice of that dtype is open. The random state does not change.
     """
-    before = random_state(choice.ranks.device)
+    device = choice.ranks.device
+    before = random_state(device)
     wide = finetune.method == "full" or choice.is_open
-    model = load(folder, str(choice.ranks.device), "float32" if wide else dtype_name(choice.dtype))
-    expected = "valid only for fine-tuning is a language model without a head"
+    model = load(folder, str(device), "float32" if wide else dtype_name(choice.dtype))
+    expected = "expected a language model without a head for fine-tuning"
     require(model.args.head is None, "base", args.base, expected)
     args.check_model(model.args)
-    tokenizer = add_tokens(
-        model, load_tokenizer(folder), finetune.new_tokens, finetune.vocab_multiple
-    )
-    choose_weights(model, finetune, args.seed, new_tokens=bool(finetune.new_tokens))
+    words = finetune.new_tokens
+    tokenizer = add_tokens(model, load_tokenizer(folder), words, finetune.vocab_multiple)
+    choose_weights(model, finetune, args.seed, new_tokens=bool(words))
     if finetune.noise:
         EmbeddingNoise(model, finetune.noise)
-    restore_random_state(choice.ranks.device, before)
+    restore_random_state(device, before)
     return model, tokenizer
 
 
 def dated(
     template: ChatTemplate | None, finetune: FinetuneArgs
 ) -> tuple[ChatTemplate | None, FinetuneArgs]:
-    """Return the template and the arguments with a fixed date, so that a resumed run has the same
-    rows.
+    """Return the template and the settings with a fixed day, if the template writes one.
+
+    A resumed run then has the same rows.
     """
     if template is None or not template.reads_time:
         return template, finetune
@@ -122,72 +125,66 @@ def dated(
     return template.at(datetime.fromisoformat(day)), replace(finetune, date=day)
 
 
-def decided(args: TrainArgs, finetune: FinetuneArgs, choice: RowChoice) -> TrainArgs:
-    """Return the config with the steps, batch size, packing and epochs that follow from the
-    rows.
-    """
+def decided(
+    args: TrainArgs, finetune: FinetuneArgs, choice: RowChoice
+) -> tuple[TrainArgs, FinetuneArgs]:
+    """Return the config with the batch size, packing, epochs and steps of the rows."""
     packing = choice.packing if finetune.packing is None else finetune.packing
+    finetune = replace(finetune, packing=packing, epochs=choice.epochs)
     data = replace(args.data, batch_size=choice.batch_size)
-    return replace(
-        args,
-        data=data,
-        finetune=replace(finetune, packing=packing, epochs=choice.epochs),
-        steps=choice.steps,
-    )
+    return replace(args, data=data, finetune=finetune, steps=choice.steps), finetune
 
 
 def choose_weights(model: LLM, finetune: FinetuneArgs, seed: int, *, new_tokens: bool) -> None:
-    """Quantize, freeze, add the adapter: what trains is what requires a gradient afterwards."""
+    """Set `requires_grad` of every weight, after quantizing the base and adding the adapter.
+
+    Args:
+        model: The base.
+        finetune: The settings.
+        seed: Seed of the adapter's weights.
+        new_tokens: Whether tokens were added, so that an adapter trains all embeddings.
+
+    Raises:
+        RequestError: The adapter or the routers do not fit the model.
+    """
     if finetune.method == "full":
         model.requires_grad_(True)
         for name, weight in model.named_parameters():
-            if name.endswith("choice_bias"):
-                weight.requires_grad_(False)  # the balancing moves it
-            elif ".router." in name and not finetune.trains_router:
-                weight.requires_grad_(False)
+            frozen = ".router." in name and not finetune.trains_router
+            # Balancing moves the choice biases, not the gradient.
+            weight.requires_grad_(not frozen and not name.endswith("choice_bias"))
         return
     if finetune.quantize is not None:
         quantize_model(model, finetune.quantize)
-    apply_lora(model, lora_args(model, finetune, new_tokens), seed=seed, quiet=True)
-
-
-def lora_args(model: LLM, finetune: FinetuneArgs, new_tokens: bool) -> LoraArgs:
-    """The adapter asked for, with the modules that are trained whole beside it."""
-    whole = list(finetune.lora.modules_to_save)
+    modules = list(finetune.lora.modules_to_save)
     if finetune.trains_router:
-        require(
-            model.args.moe_args is not None,
-            "finetune.train_router",
-            True,
-            "valid only with a mixture of experts",
-        )
-        whole.append("router")
+        fits = model.args.moe_args is not None
+        require(fits, "finetune.train_router", True, "expected a mixture of experts")
+        modules.append("router")
     if new_tokens:
-        whole += ["tok_embeddings", *(["output"] if model.output is not None else [])]
-    return LoraArgs.from_dict(
-        {**dict(write(finetune.lora)), "modules_to_save": list(dict.fromkeys(whole))}
-    )
+        modules += ["tok_embeddings", *(["output"] if model.output is not None else [])]
+    saved = {"modules_to_save": list(dict.fromkeys(modules))}
+    lora = LoraArgs.from_dict({**dict(write(finetune.lora)), **saved})
+    apply_lora(model, lora, seed=seed, quiet=True)
 
 
 def check_written(model: LLM, base: str) -> None:
-    """Refuse an adapter that no file could hold now, and not when the first steps have been
-    trained.
+    """Raise `RequestError` now, and not after the first steps, if no file can hold the adapter.
 
-    It is written as the run writes it and read back beside itself; the model is afterwards as it
-    was.
+    The adapter is written and read back as a second one. The model is afterwards as it was.
     """
-    active, read = active_adapters(model), f"{ADAPTER}_read"
+    active, copy = active_adapters(model), f"{ADAPTER}_read"
     with tempfile.TemporaryDirectory(prefix="transom-") as folder:
         save_adapter(model, folder, ADAPTER, base=base)
-        activate_adapters(model, ())  # what is read is measured against the base
+        activate_adapters(model, ())  # the files are read for the base alone
         try:
-            load_adapter(model, folder, read)
+            load_adapter(model, folder, copy)
         finally:
-            if read in adapter_names(model):
-                remove_adapter(model, read)
+            if copy in adapter_names(model):
+                remove_adapter(model, copy)
             activate_adapters(model, active)
 
 
 def base_name(base: str, folder: Path) -> str:
-    """What the adapter calls its base: a folder by its whole path, a hub id as it is."""
+    """Return how an adapter names its base: a folder by its absolute path, or a hub id."""
     return str(folder.resolve()) if Path(base).exists() else base

@@ -114,7 +114,7 @@ def test_json_that_is_no_data_is_text_in_a_folder_and_counted(tmp_path: Path) ->
     read = list(read_documents(SourceArgs(path=str(tmp_path)), report))
     assert [one.text for one in read] == ['{\n "name": "x"\n}', "one", "two"]
     assert report.json_without_rows == 1
-    with pytest.raises(RequestError, match=r"package.json:1: name"):
+    with pytest.raises(RequestError, match=r"package.json:1: columns"):
         documents(tmp_path / "package.json")
 
 

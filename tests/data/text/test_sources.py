@@ -105,14 +105,14 @@ def test_a_bad_row_is_named(tmp_path, line):
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("absent", None, "not found, expected a file, a folder or a glob"),
-        ("x*.txt", None, r"no text in it, expected text \(found no files\)"),
-        ("a.bin", b"\0", "a binary file, expected UTF-8 text"),
-        ("a.txt", b"ab\xff", "not UTF-8 at byte 2, expected UTF-8 text"),
+        ("absent", None, "expected a file, a folder or a glob"),
+        ("x*.txt", None, r"expected text \(found no files\)"),
+        ("a.bin", b"\0", "got a binary file; expected UTF-8 text"),
+        ("a.txt", b"ab\xff", "byte 2: not UTF-8; expected UTF-8 text"),
         (
             "a.txt",
             b"",
-            r"no text in it, expected text \(found 1 files, 1 empty documents left out\)",
+            r"expected text \(found 1 files, 1 empty documents left out\)",
         ),
         ("a.parquet", b"PAR1", "not a readable Parquet file"),
     ],

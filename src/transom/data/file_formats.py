@@ -1,4 +1,4 @@
-"""Names, compression and strict JSON of data files, shared by all verbs. No torch."""
+"""Names, compression and strict JSON of data files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MAX_DEPTH = 100
 
 
 def suffix_of(path: str | Path) -> str:
-    """Return the suffix in lower case, without that of a compression: `.jsonl` for `A.JSONL.gz`."""
+    """Return the suffix in lower case without a compression suffix: `.jsonl` for `A.JSONL.gz`."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -48,7 +48,7 @@ def row_format(path: str | Path) -> RowFormat | None:
 
 
 def stem_of(path: Path) -> str:
-    """Return the file name without its suffix and that of a compression."""
+    """Return the file name without its suffix and without a compression suffix."""
     name = path.name
     if path.suffix.lower() in COMPRESSIONS:
         name = name[: -len(path.suffix)]
@@ -70,7 +70,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """Open a file for reading; one that ends in a suffix of `COMPRESSIONS` is decompressed."""
+    """Open a file for reading, decompressed if it has a suffix of `COMPRESSIONS`."""
     refuse_pointer(path)
     compression = path.suffix.lower()
     if compression == ".gz":
@@ -102,10 +102,12 @@ def _open_zst(path: Path) -> BinaryIO:
 
 
 def parse_json(text: str) -> Any:
-    """Return the value of a JSON text; raise `ValueError` with the reason if it is not strict.
+    """Return the value of a JSON text.
 
-    Python's own reader takes NaN, keeps the last of two equal keys, and lets half a surrogate pair
-    through.
+    Python's own reader accepts NaN, two equal keys, and half a surrogate pair.
+
+    Raises:
+        ValueError: The text is not strict JSON; the message is the reason.
     """
     value, end = parse_json_at(text, skip_space(text, 0))
     if skip_space(text, end) < len(text):
@@ -114,7 +116,7 @@ def parse_json(text: str) -> Any:
 
 
 def parse_json_at(text: str, start: int) -> tuple[Any, int]:
-    """Return the JSON value that begins at `start`, and its end; raise as `parse_json` does."""
+    """Return the JSON value that begins at `start`, and its end. Raise as `parse_json` does."""
     try:
         value, end = _DECODER.raw_decode(text, start)
     except RecursionError:
@@ -138,7 +140,7 @@ def parse_json_at(text: str, start: int) -> tuple[Any, int]:
 
 
 def skip_space(text: str, at: int) -> int:
-    """Return where the white space of JSON ends that begins at `at`."""
+    """Return the first place from `at` on that is not white space."""
     while at < len(text) and text[at] in " \t\r\n":
         at += 1
     return at

@@ -1,4 +1,4 @@
-"""Texts with a label each, or in pairs that belong together: rows of files, and their batches.
+"""Labelled texts, and pairs of texts that belong together: rows of files and their batches.
 
 Shape letters: B rows, T tokens.
 """
@@ -27,13 +27,17 @@ LABEL_KEY, POSITIVE_KEY = "label", "positive"
 LABELS = "labels.json"  # of a model folder: {"labels": [name, ...]}
 
 
-# -- labelled text
-# -----------------------------------------------------------------------------------
+# -- labelled text ---------------------------------------------------------------------------------
 
 
 class LabelledText(NamedTuple):
-    """One line of a file: a text with its label or, where the model embeds, with the text it
-    belongs to.
+    """One line of a file: a text with its label, or with another text that belongs to it.
+
+    Attributes:
+        id: The file and the number of the line.
+        text: The text.
+        label: The label, for classification.
+        positive: The text that belongs to it, for embeddings.
     """
 
     id: str
@@ -45,19 +49,17 @@ class LabelledText(NamedTuple):
 def read_labelled(
     path: str | Path, kind: Literal["classification", "embedding"]
 ) -> list[LabelledText]:
-    """Return the rows {"text", "label"} or {"text", "positive"} of a file; other keys are counted
-    and printed.
+    """Return the lines {"text", "label"} or {"text", "positive"} of a file of rows.
 
-    A label is text or a whole number, one of the two in all of a file.
+    A notice counts the other keys.
+
+    Raises:
+        RequestError: The file is missing or empty, a line is malformed, or labels are text in some
+            lines and numbers in others.
     """
     file = Path(path)
     known = row_format(file) is not None and not file.is_dir()
-    require(
-        known,
-        "data.sources",
-        str(path),
-        f"a model with a head accepts files that end in {ROW_NAMES}",
-    )
+    require(known, "data.sources", str(path), f"expected a file that ends in {ROW_NAMES}")
     key = LABEL_KEY if kind == "classification" else POSITIVE_KEY
     rows: list[LabelledText] = []
     unread: Counter[str] = Counter()
@@ -65,17 +67,10 @@ def read_labelled(
         rows.append(_labelled(row, key))
         unread.update(set(row.given) - {TEXT_KEY, key})
     notice_unread(file, unread)
-    require(
-        len(rows) > 0,
-        "data.sources",
-        str(path),
-        f'expected a file of lines with "{TEXT_KEY}" and "{key}"',
-    )
-    kinds = {type(row.label) for row in rows}
-    if len(kinds) > 1:
-        raise RequestError(
-            f"{file}: labels are text in some lines and numbers in others; expected one of them"
-        )
+    expected = f'expected a file of lines with "{TEXT_KEY}" and "{key}"'
+    require(len(rows) > 0, "data.sources", str(path), expected)
+    kinds = {type(row.label).__name__ for row in rows}
+    require(len(kinds) == 1, f"{file}: labels", sorted(kinds), "expected all texts or all numbers")
     return rows
 
 
@@ -84,63 +79,53 @@ def _labelled(row: DataRow, key: str) -> LabelledText:
         raise RequestError(f"{row.where}: {row.problem}")
     text, value = row.given.get(TEXT_KEY), row.given.get(key)
     number = key == LABEL_KEY and type(value) is int and 0 <= value < 1 << 31
-    if not (isinstance(text, str) and text and (number or (isinstance(value, str) and value))):
-        expected = f'expected a JSON object with a string "{TEXT_KEY}" and a string "{key}"'
-        expected += " (or a whole number from 0)" if key == LABEL_KEY else ""
-        raise RequestError(f"{row.where}: {str(row.given)[:60]!r}: {expected}")
-    return (
-        LabelledText(row.id, text, label=value)
-        if key == LABEL_KEY
-        else LabelledText(row.id, text, positive=value)
-    )
+    fits = isinstance(text, str) and text and (number or (isinstance(value, str) and value))
+    or_number = " (or a whole number from 0)" if key == LABEL_KEY else ""
+    expected = f'expected a JSON object with a string "{TEXT_KEY}" and a string "{key}"{or_number}'
+    require(bool(fits), f"{row.where}: row", row.given, expected)
+    return LabelledText(row.id, str(text), **{key: value})
 
 
 def label_names(rows: Sequence[LabelledText], num_labels: int) -> list[str]:
-    """Names of labels 0, 1, ...: texts in alphabetical order, or the numbers themselves; too many
-    are refused.
+    """Return the names of the labels 0, 1, ...: texts in alphabetical order, or the numbers.
+
+    Labels that the data does not have are called `unused N`, with a notice.
+
+    Raises:
+        RequestError: The data has more than `num_labels` labels.
     """
     found = {row.label for row in rows}
     numbers = [label for label in found if isinstance(label, int)]
-    needed = max(numbers) + 1 if numbers else len(found)
-    require(
-        needed <= num_labels,
-        "model.head.num_labels",
-        num_labels,
-        f"expected {needed} or more, as in the data",
-    )
-    names = (
-        [str(index) for index in range(needed)]
-        if numbers
-        else sorted(str(label) for label in found)
-    )
+    names = sorted(map(str, found))
+    if numbers:
+        names = [str(label) for label in range(max(numbers) + 1)]
+    needed = len(names)
+    expected = f"expected {needed} or more, as in the data"
+    require(needed <= num_labels, "model.head.num_labels", num_labels, expected)
     if needed < num_labels:
-        notice(
-            f"model.head.num_labels: got {num_labels}; the data has {needed} labels, the others "
-            f"stay unused"
-        )
+        notice(f"model.head.num_labels: got {num_labels}; only {needed} of them are in the data")
     return names + [f"unused {index}" for index in range(needed, num_labels)]
 
 
 def split_held_out(
     rows: Sequence[LabelledText], fraction: float
 ) -> tuple[list[LabelledText], list[LabelledText]]:
-    """(rows to train on, rows to measure with), by hash of their place, as documents are."""
+    """Return (rows to train on, held-out rows), by the hash of their ids as for documents."""
     measured = [row for row in rows if held_out(row.id, fraction)]
     return [row for row in rows if not held_out(row.id, fraction)], measured
 
 
 def write_labels(folder: Path, names: Sequence[str]) -> None:
-    """Keep the names of the labels beside the weights."""
+    """Write the names of the labels into a model folder."""
     write_text(folder / LABELS, json.dumps({"labels": list(names)}, indent=2))
 
 
 def read_labels(folder: Path) -> list[str] | None:
-    """The names of the labels, or None where nobody wrote any."""
+    """Return the names of the labels of a model folder, or None if it has none."""
     return read_json(folder / LABELS)["labels"] if (folder / LABELS).exists() else None
 
 
-# -- rows and batches
-# --------------------------------------------------------------------------------
+# -- rows and batches ------------------------------------------------------------------------------
 
 
 class LabelledBatches(ShuffledBatches):
@@ -179,7 +164,7 @@ class LabelledBatches(ShuffledBatches):
 
 
 class EncodedText(NamedTuple):
-    """Ids of a line's one or two texts, and its target."""
+    """An encoded line: the ids of its one or two texts, and its target."""
 
     ids: list[list[int]]
     target: int
@@ -188,22 +173,26 @@ class EncodedText(NamedTuple):
 def encode_rows(
     rows: Sequence[LabelledText], tokenizer: Tokenizer, labels: Sequence[str] | None, most: int
 ) -> list[EncodedText]:
-    """Lines as ids of at most `most` tokens, labels as their places among `labels`, positives
-    numbered.
+    """Return encoded lines.
+
+    Args:
+        rows: The lines.
+        tokenizer: The tokenizer.
+        labels: The names of all labels; the target is the place of the label among them. None for
+            pairs, whose target is the number of the positive text, the same for equal texts.
+        most: The most ids of a text.
+
+    Raises:
+        RequestError: A label is not one of `labels`, or a text can't be encoded.
     """
     ids = encode_texts(tokenizer, [row.text for row in rows], most)
     if labels is not None:
         place = {name: index for index, name in enumerate(labels)}
+        expected = f"expected one of {list(labels)}"
         for row in rows:
-            require(
-                str(row.label) in place,
-                f"label of {row.id}",
-                row.label,
-                f"expected one of {list(labels)}",
-            )
-        return [
-            EncodedText([one], place[str(row.label)]) for one, row in zip(ids, rows, strict=True)
-        ]
+            require(str(row.label) in place, f"label of {row.id}", row.label, expected)
+        targets = [place[str(row.label)] for row in rows]
+        return [EncodedText([one], target) for one, target in zip(ids, targets, strict=True)]
     positives = [row.positive or "" for row in rows]
     numbers = {text: number for number, text in enumerate(dict.fromkeys(positives))}
     others = encode_texts(tokenizer, positives, most)

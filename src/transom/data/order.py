@@ -1,6 +1,4 @@
-"""The order of an epoch: which pieces of which documents are item i, as a function of (seed, epoch,
-i).
-"""
+"""The order of training data: item i of an epoch is a function of (seed, epoch, i) alone."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from transom.base.errors import require
 
 
 class Piece(NamedTuple):
-    """Tokens `start` to `stop` of a document, counted with its BOS and EOS."""
+    """The tokens [start, stop) of a document. Its BOS and EOS count as tokens."""
 
     document: int
     start: int
@@ -24,7 +22,7 @@ class Piece(NamedTuple):
 
 
 class Stream(IntEnum):
-    """What a run of random numbers decides; each use draws from its own, so none shifts another."""
+    """Streams of random numbers. Each use has its own, so that none changes another."""
 
     DOCUMENTS = 0
     WINDOWS = 1
@@ -32,32 +30,36 @@ class Stream(IntEnum):
 
 
 def random_bits(seed: int, epoch: int, stream: Stream, count: int) -> NDArray[np.uint64]:
-    """`count` random 64-bit numbers that depend on (seed, epoch, stream) alone.
+    """Return `count` random numbers of 64 bits that depend on nothing but the other arguments.
 
-    NumPy promises that the raw output of Philox never changes; it makes no such promise for the
-    permutations and choices drawn from it, so those are worked out here.
+    NumPy guarantees that the raw output of Philox never changes. It does not guarantee this for
+    permutations and choices, so they are computed here.
     """
     source = np.random.Philox(np.random.SeedSequence((seed, epoch, int(stream))))
     return source.random_raw(count)
 
 
 def permutation(seed: int, epoch: int, stream: Stream, count: int) -> NDArray[np.int64]:
-    """The numbers 0 to `count` - 1 in random order."""
+    """Return the numbers 0 to `count` - 1 in random order, int64 [count]."""
     return np.argsort(random_bits(seed, epoch, stream, count), kind="stable")
 
 
 class PackedOrder:
-    """Documents in random order, laid end to end and cut into windows, which are then put in random
-    order.
+    """Windows of documents that are laid end to end in random order; the windows are shuffled, too.
 
-    A window holds `window + 1` tokens and shares its last one with the next window: there it is the
-    first input, here only the last target. A document that crosses the edge goes on in the other
-    window as a new segment. What is left behind the last full window is dropped, other documents
-    each epoch.
+    A window has `window + 1` tokens. Its last token is a target only, and is the first input of the
+    next window. A document that crosses the end of a window continues in the next one as a new
+    segment. The tokens after the last full window are dropped, different ones in each epoch.
     """
 
     def __init__(self, lengths: Sequence[int] | NDArray[np.int64], window: int, seed: int) -> None:
-        """`lengths` are the tokens of each document, BOS and EOS included; `seed` is 0 or more."""
+        """Plan the windows.
+
+        Args:
+            lengths: The tokens of each document, including BOS and EOS.
+            window: Input tokens of a window.
+            seed: Chooses the order, 0 or more.
+        """
         require(window >= 1, "window", window, "expected 1 token or more")
         require(seed >= 0, "seed", seed, "expected 0 or more")
         self._lengths = np.asarray(lengths, dtype=np.int64)
@@ -77,22 +79,19 @@ class PackedOrder:
         self._documents = self._ends = self._places = np.zeros(0, np.int64)
 
     def __len__(self) -> int:
-        """Windows in an epoch."""
+        """Return the number of windows in an epoch."""
         return self._windows
 
     def item(self, epoch: int, index: int) -> list[Piece]:
-        """The pieces of window `index` of an epoch, `window + 1` tokens in all, none of them
-        empty.
-        """
+        """Return the pieces of window `index` of an epoch. None of them is empty."""
         if not 0 <= index < self._windows:
             raise IndexError(f"window {index} of {self._windows}")
         self._enter(epoch)
         at = int(self._places[index]) * self._window
         stop = at + self._window + 1
         pieces = []
-        place = int(
-            np.searchsorted(self._ends, at, side="right")
-        )  # of the document that holds token `at`
+        # The place of the document that contains token `at`.
+        place = int(np.searchsorted(self._ends, at, side="right"))
         while at < stop:
             document, end = int(self._documents[place]), int(self._ends[place])
             begin = end - int(self._lengths[document])
@@ -104,7 +103,7 @@ class PackedOrder:
         return pieces
 
     def _enter(self, epoch: int) -> None:
-        """Lay out an epoch; only the latest one is kept, at 24 bytes a document or so."""
+        """Lay out an epoch. Only the latest one is kept, with about 24 bytes per document."""
         if epoch == self._epoch:
             return
         self._documents = permutation(self._seed, epoch, Stream.DOCUMENTS, len(self._lengths))
@@ -114,13 +113,12 @@ class PackedOrder:
 
 
 class Mixture:
-    """Several orders, each item taken from one of them by weight; an epoch has as many items as all
-    windows.
+    """Items that are taken from several orders by weight.
 
-    The n-th item that an epoch takes from an order is the order's window n; past its last window
-    the order goes on in a further epoch of its own. An order of L windows has ceil(len(mixture) /
-    L) epochs of its own for each of the mixture's, the most it can need, so no two passes over a
-    source share a permutation.
+    An epoch has as many items as all orders have windows. The n-th item that an epoch takes from an
+    order is window n of that order. After its last window an order continues in another epoch of
+    its own. An order of L windows gets ceil(len(mixture) / L) epochs of its own for each epoch of
+    the mixture, which is the most it can need, so no two passes over a source have one permutation.
     """
 
     def __init__(self, orders: Sequence[PackedOrder], weights: Sequence[float], seed: int) -> None:
@@ -142,7 +140,7 @@ class Mixture:
         return self._items
 
     def item(self, epoch: int, index: int) -> tuple[int, list[Piece]]:
-        """The source of an item and its pieces there."""
+        """Return the number of an item's source, and its pieces there."""
         if not 0 <= index < self._items:
             raise IndexError(f"item {index} of {self._items}")
         self._enter(epoch)
@@ -152,7 +150,7 @@ class Mixture:
         return source, order.item(epoch * epochs_each + count // len(order), count % len(order))
 
     def _enter(self, epoch: int) -> None:
-        """Draw the source of every item of an epoch, and count the earlier items of the same
+        """Draw the source of each item of an epoch, and count the items before it of that
         source.
         """
         if epoch == self._epoch:

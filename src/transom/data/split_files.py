@@ -1,4 +1,4 @@
-"""The splits of a folder, by the file names that the `datasets` library knows. No torch."""
+"""The splits of a folder, by the same file names as in the `datasets` library."""
 
 from __future__ import annotations
 
@@ -30,13 +30,18 @@ _NAMED = 8  # names that a notice lists
 
 @dataclass
 class SplitFiles:
-    """The files of a folder by split, sorted by name, and the names of files that are not read."""
+    """The files of a folder.
+
+    Attributes:
+        files: The files of each split, sorted by name.
+        ignored: The names of files that are not read.
+    """
 
     files: dict[str, list[Path]] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
 
     def notice(self) -> str:
-        """Return a line about the files that are not read: their number, and the names of some."""
+        """Return one line with the number of files that are not read and the names of some."""
         shown = ", ".join(self.ignored[:_NAMED]) + (", ..." if len(self.ignored) > _NAMED else "")
         count = len(self.ignored)
         return f"{count} files or folders are not read because of their names or formats: {shown}"
@@ -45,9 +50,12 @@ class SplitFiles:
 def split_files(folder: Path) -> SplitFiles:
     """Return the files of every split in a folder, or in its `data` if it has none itself.
 
-    The split is the first word of `SPLITS` in the name of the file, or of the sub-folder that holds
-    it. Where no name has such a word, all files of rows are `train`, as `datasets` has it. Missing
-    shards, two formats of one split, and a name with the words of two splits are refused.
+    The split is the word of `SPLITS` in the name of a file or of its folder. If no name has such a
+    word, all files of rows are `train`, as in `datasets`.
+
+    Raises:
+        RequestError: A shard is missing, a split has files of two formats or a file twice, or a
+            name has the words of two splits.
     """
     found = _split(folder)
     if not found.files and (folder / "data").is_dir():
@@ -80,7 +88,7 @@ def no_training_rows(folder: Path, found: SplitFiles) -> RequestError:
 
 
 def _split(folder: Path) -> SplitFiles:
-    """Sort the entries of one folder by split; entries without a split are listed as ignored."""
+    """Return the entries of one folder by split. Entries without a split are ignored."""
     out = SplitFiles()
     for path in _entries(folder):
         split = _split_of(path)
@@ -137,7 +145,7 @@ def _describes(path: Path) -> bool:
 
 
 def _check_copies(folder: Path, files: Sequence[Path]) -> None:
-    """Refuse a file beside its own compressed copy, whose rows would come twice."""
+    """Raise `RequestError` for a file and its compressed copy, whose rows would be read twice."""
     names = [(path.parent, stem_of(path).lower()) for path in files]
     twice = [path.name for path, name in zip(files, names, strict=True) if names.count(name) > 1]
     require(
@@ -149,7 +157,7 @@ def _check_copies(folder: Path, files: Sequence[Path]) -> None:
 
 
 def _check_shards(folder: Path, files: Iterable[Path]) -> None:
-    """Refuse shards (`NAME-00000-of-00002`) that lack one, or that are of two sets."""
+    """Raise `RequestError` if a shard (`NAME-00000-of-00002`) is missing, or for two sets."""
     sets: dict[tuple[Path, str], dict[int, set[int]]] = {}
     for path in files:
         if shard := _SHARD.match(stem_of(path)):

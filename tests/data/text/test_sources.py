@@ -126,9 +126,7 @@ def test_a_source_without_text_is_refused(tmp_path, name, content, sentence):
 
 def test_a_parquet_file_without_the_column_names_what_it_has(tmp_path):
     parquet.write_table(pa.table({"content": ["x"], "text": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(
-        RequestError, match='columns: got .* expected a string column "text"'
-    ):
+    with pytest.raises(RequestError, match=r'columns: got .* expected a string column "text"'):
         found(tmp_path)
 
 

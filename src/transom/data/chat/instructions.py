@@ -1,8 +1,7 @@
-"""`stdlib-docs`: questions and answers about the Python library of this machine, out of its own
-docstrings.
+"""`stdlib-docs`: questions and answers about Python's standard library, from its docstrings.
 
-Sources are read, never imported or run. Every machine has the text, and a model that `transom demo`
-has trained has read it, so that fine-tuning can be tried without a download. No torch.
+The sources are read, but not imported or run. Every machine has them, and the model of `transom
+demo` is trained on them, so that fine-tuning can be tried without a download.
 """
 
 from __future__ import annotations
@@ -22,54 +21,52 @@ from typing import NamedTuple
 from transom.data.chat.conversations import ChatExample
 
 NAME = "stdlib-docs"
-# Folders that are not the library itself, or that not every machine has.
+# Folders that are no part of the library, or that not every machine has.
 EXCLUDED = (
-    "site-packages",
-    "test",
-    "tests",
-    "idlelib",
-    "lib2to3",
-    "encodings",
-    "distutils",
-    "tkinter",
-    "turtledemo",
+    *("site-packages", "test", "tests", "idlelib", "lib2to3", "encodings"),
+    *("distutils", "tkinter", "turtledemo"),
 )
-# Characters; with the words of a template both fit into the 256 tokens of the demo's model.
+# Characters. With the words of a template both fit into the 256 tokens of the demo's model.
 QUESTION, SHORTEST, LONGEST = 160, 20, 300
 LONGEST_SIGNATURE = 120
-PARTS = 3  # module.Class.method; what lies deeper is of the library's own concern
+PARTS = 3  # module.Class.method; deeper names are implementation details
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Documented = Function | ast.ClassDef | ast.Module
 
 
 class Item(NamedTuple):
-    """Something that has a docstring: what it is, its full name, the first paragraph of it, and its
-    signature.
+    """Something that has a docstring.
+
+    Attributes:
+        kind: `module`, `class`, `function` or `method`.
+        name: Its full name.
+        paragraph: The first paragraph of its docstring.
+        signature: Its signature, if it is a function and its signature is short.
     """
 
-    kind: str  # module, class, function or method
+    kind: str
     name: str
     paragraph: str
     signature: str = ""
 
     @property
     def sentence(self) -> str:
-        """The first sentence, without its full stop."""
+        """Return the first sentence without its full stop."""
         return re.split(r"\.(?=\s|$)", self.paragraph, maxsplit=1)[0]
 
 
 def stdlib_instructions(limit: int | None = None) -> list[ChatExample]:
-    """One question and one answer each, the same on every machine with this version of Python;
-    `limit` of them.
+    """Return conversations of one question and one answer, the first `limit` of them.
 
-    The order mixes modules and kinds of questions; ids are `stdlib-docs:NAME#KIND`.
+    They are the same on every machine with this version of Python. Their order mixes modules and
+    kinds of questions, and their ids are `stdlib-docs:NAME#KIND`.
     """
     return list(_all()[:limit])
 
 
 @cache
 def _all() -> tuple[ChatExample, ...]:
-    """Every question; parsing the library takes seconds."""
+    """Return all conversations. Parsing the library takes seconds."""
     items = list(_items(Path(sysconfig.get_paths()["stdlib"])))
     meanings = Counter(item.sentence for item in items)
     names = Counter(item.name.rpartition(".")[2] for item in items)
@@ -82,10 +79,8 @@ def _all() -> tuple[ChatExample, ...]:
         for kind, question, answer in _questions(item, *alone):
             if question not in asked and len(question) <= QUESTION:
                 asked.add(question)
-                messages = (
-                    {"role": "user", "content": question},
-                    {"role": "assistant", "content": answer},
-                )
+                turns = zip(("user", "assistant"), (question, answer), strict=True)
+                messages = tuple({"role": role, "content": text} for role, text in turns)
                 out.append(ChatExample(f"{NAME}:{item.name}#{kind}", "chat", messages))
     out.sort(key=lambda example: hashlib.sha256(example.id.encode()).digest())
     return tuple(out)
@@ -94,8 +89,12 @@ def _all() -> tuple[ChatExample, ...]:
 def _questions(
     item: Item, sentence_alone: bool, name_alone: bool
 ) -> Iterator[tuple[str, str, str]]:
-    """(kind, question, answer); whether no other docstring begins so, and nothing else has its last
-    name.
+    """Yield (kind, question, answer) about one item.
+
+    Args:
+        item: The item.
+        sentence_alone: Whether no other docstring begins with its first sentence.
+        name_alone: Whether nothing else has its last name.
     """
     asks = {"module": f"What is the module `{item.name}` for?", "class": f"What is `{item.name}`?"}
     yield "what", asks.get(item.kind, f"What does `{item.name}` do?"), item.paragraph
@@ -110,33 +109,27 @@ def _questions(
         yield "where", f"Which module has `{last}`?", f"`{last}` is in the module `{module}`."
 
 
-# -- what the library says
-# ---------------------------------------------------------------------------
+# -- the library -----------------------------------------------------------------------------------
 
 
 def _items(root: Path) -> Iterator[Item]:
-    """Everything public that is documented, in the order of the files."""
+    """Yield everything public that has a docstring, in the order of the files."""
     for path in _sources(root):
         parts = path.relative_to(root).with_suffix("").parts
         parts = parts[:-1] if parts[-1] == "__init__" else parts
         if not parts or not all(map(_public, parts)):
             continue
         try:
-            with warnings.catch_warnings():  # old files spell escapes that Python warns of
+            with warnings.catch_warnings():  # about invalid escapes in old files
                 warnings.simplefilter("ignore")
                 tree = ast.parse(path.read_bytes())
-        except (
-            SyntaxError,
-            ValueError,
-        ):  # files of other versions, kept as examples of what is wrong
+        except (SyntaxError, ValueError):  # files that are malformed on purpose
             continue
         yield from _documented(tree, "module", ".".join(parts))
 
 
 def _sources(folder: Path) -> Iterator[Path]:
-    """Python files in the order of their names, without going where there is other people's
-    code.
-    """
+    """Yield the Python files of the library in the order of their names."""
     for path in sorted(folder.iterdir()):
         if path.is_dir() and path.name not in EXCLUDED and _public(path.name):
             yield from _sources(path)
@@ -145,26 +138,15 @@ def _sources(folder: Path) -> Iterator[Path]:
 
 
 def _documented(node: Documented, kind: str, name: str) -> Iterator[Item]:
-    """An item for the node itself, if it is documented, and for what it holds."""
+    """Yield an item for a node, if it has a docstring, and for the nodes inside it."""
     paragraph = _first_paragraph(ast.get_docstring(node, clean=False))
     if paragraph is not None:
-        signature = (
-            _signature(node, name) if kind == "function" and isinstance(node, Function) else ""
-        )
-        yield Item(kind, name, paragraph, signature)
+        function = kind == "function" and isinstance(node, Function)
+        yield Item(kind, name, paragraph, _signature(node, name) if function else "")
     for inner in [] if isinstance(node, Function) else node.body:
-        if (
-            isinstance(inner, Documented)
-            and not isinstance(inner, ast.Module)
-            and _public(inner.name)
-        ):
-            below = (
-                "class"
-                if isinstance(inner, ast.ClassDef)
-                else "method"
-                if kind == "class"
-                else "function"
-            )
+        if isinstance(inner, Function | ast.ClassDef) and _public(inner.name):
+            below = "method" if kind == "class" else "function"
+            below = "class" if isinstance(inner, ast.ClassDef) else below
             yield from _documented(inner, below, f"{name}.{inner.name}")
 
 
@@ -173,9 +155,7 @@ def _public(name: str) -> bool:
 
 
 def _first_paragraph(docstring: str | None) -> str | None:
-    """The first paragraph on one line, None where it is no sentence of prose or not of a fitting
-    length.
-    """
+    """Return the first paragraph on one line; None if it is too short, too long or no prose."""
     text = re.split(r"\n\s*\n", inspect.cleandoc(docstring or "").strip(), maxsplit=1)[0]
     text = re.sub(r"\s+", " ", text).strip()
     fits = SHORTEST <= len(text) <= LONGEST and text.isascii() and " " in text
@@ -183,8 +163,9 @@ def _first_paragraph(docstring: str | None) -> str | None:
     return text if fits and prose else None
 
 
-def _signature(node: Function, name: str) -> str:
-    """`name(arguments)` as the source has it, without annotations; "" where that is long."""
+def _signature(node: Documented, name: str) -> str:
+    """Return `name(arguments)` as in the source without annotations, or "" if it is long."""
+    assert isinstance(node, Function), "only functions have arguments"
     for one in ast.walk(node.args):
         if isinstance(one, ast.arg):
             one.annotation = None

@@ -1,4 +1,4 @@
-"""Which examples share a row, and which rows share a batch: numbers in, numbers out. No torch."""
+"""Which examples share a row, and which rows share a batch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,22 @@ MEGABATCH = 32  # batches that are sorted by length together
 def first_fit_decreasing(
     lengths: Sequence[int] | NDArray[np.int64], room: int, seed: int
 ) -> list[list[int]]:
-    """Rows of indices whose lengths add up to at most `room` each: longest first, into the first
-    row that has room.
+    """Return rows of examples. Each example, longest first, goes into the first row with room.
 
-    Never more than 11/9 of the fewest rows possible, and one (Johnson 1973). Among examples of one
-    length the seed decides, so that neighbours in the file do not become neighbours in a row.
+    There are at most 11/9 of the fewest possible rows, plus one (Johnson 1973, Near-optimal Bin
+    Packing Algorithms). The order of examples of one length is random, so that neighbours in the
+    file do not become neighbours in a row.
+
+    Args:
+        lengths: The tokens of each example.
+        room: The tokens that fit into a row.
+        seed: Chooses the order of examples of one length.
+
+    Returns:
+        The indices of the examples of each row.
+
+    Raises:
+        RequestError: An example is longer than a row.
     """
     sizes = np.asarray(lengths, np.int64)
     longest = int(sizes.max(initial=0))
@@ -53,12 +64,17 @@ def first_fit_decreasing(
 def grouped_by_length(
     lengths: NDArray[np.int64], seed: int, epoch: int, rows_per_step: int
 ) -> NDArray[np.int64]:
-    """The items of an epoch in random order, but such that batches of `rows_per_step` hold items of
-    like length.
+    """Return the items of an epoch in random order, except that a batch has similar lengths.
 
-    Stretches of many batches are sorted by length, and the batches are put in random order again.
-    An epoch begins with as many items, of any length, as complete the batch that the epoch before
-    it has begun.
+    The items of `MEGABATCH` batches are sorted by length, and all batches are put in random order
+    again. An epoch begins with as many items of any length as complete the last batch of the epoch
+    before it.
+
+    Args:
+        lengths: The tokens of each item.
+        seed: Chooses the order.
+        epoch: The epoch, from 0.
+        rows_per_step: Items of one batch over all ranks.
     """
     count = len(lengths)
     order = permutation(seed, epoch, Stream.DOCUMENTS, count)

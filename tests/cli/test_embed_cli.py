@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers import random_model, run_python, tiny_args
 from transom.checkpoints.save import save
-from transom.cli.main import VERBS, main
+from transom.cli.main import main
 from transom.config.layer_args import BASE_HEAD
 from transom.data.labelled import write_labels
 from transom.inference.embedding import encode_texts, run_rows
@@ -43,7 +43,6 @@ def classifier(tmp_path_factory):
 @pytest.fixture
 def call(capsys, monkeypatch):
     """Run the verb in this process; (exit code, standard output, standard error)."""
-    monkeypatch.setitem(VERBS, "embed", ("transom.cli.embed", "one vector per text"))
 
     def call(*words, stdin=""):
         monkeypatch.setattr("sys.stdin", io.StringIO(stdin))

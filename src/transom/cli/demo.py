@@ -12,19 +12,18 @@ import shlex
 import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transom.base.errors import WorkError, require
 from transom.base.interrupts import Background
 from transom.cli.main import emit_json
-from transom.cli.train import names_of, run_training
+from transom.cli.runs import add_run_options, names_of, run_training
 from transom.training.config import read_config
 from transom.training.effects import check_effects
 
 EXCLUDED = ("site-packages", "test", "tests", "idlelib", "lib2to3", "encodings")
 
-# Three ways a file of the library goes on: a function body, a class, a docstring.
+# The beginnings of a function body, a class and a docstring.
 PROMPTS = (
     "def get(self, key, default=None):\n    ",
     "class ConnectionError(Exception):\n",
@@ -60,7 +59,16 @@ CONFIG: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Compressed:
-    """Bits per byte that general compressors need for the held-out files."""
+    """Bits per byte of the held-out files with general compressors.
+
+    Attributes:
+        xz: `xz -9e`, all files together.
+        xz_per_file: `xz -9e`, one file at a time.
+        xz_primed: `xz -9e`, what the files add to the training files. The model has seen those, so
+            that this is the fair comparison.
+        gzip: `gzip -9`, all files together.
+        gzip_per_file: `gzip -9`, one file at a time.
+    """
 
     xz: float
     xz_per_file: float
@@ -70,50 +78,30 @@ class Compressed:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the verb."""
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="change a field, as in transom train"
-    )
-    again = parser.add_mutually_exclusive_group()
-    again.add_argument(
-        "--overwrite", action="store_true", help="replace an earlier run in the same folder"
-    )
-    again.add_argument("--resume", action="store_true", help="continue an interrupted demo")
-    parser.add_argument(
-        "--profile", type=int, default=0, metavar="N", help="time the parts of the first N steps"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document as the last line"
-    )
+    """Add the options of the verb."""
+    what = "change a field, as in transom train"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=what)
+    add_run_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train, compare with compressors, show three completions, name the next commands."""
-    args = read_config(
-        None, options.overrides, base={**CONFIG, "data": {**CONFIG["data"], "sources": [library()]}}
-    )
+    """Train, compare with compressors, show three completions and print the next commands."""
+    config = {**CONFIG, "data": {**CONFIG["data"], "sources": [library()]}}
+    args = read_config(None, options.overrides, base=config)
     check_effects(args, names_of(options.overrides))
-    sources = args.data.source_list
-    require(
-        len(sources) == 1,
-        "data.sources",
-        [one.path for one in sources],
-        "the demo accepts one source",
-    )
-    require(
-        args.data.held_out > 0, "data.held_out", args.data.held_out, "the demo accepts more than 0"
-    )
+    sources, share = args.data.source_list, args.data.held_out
+    paths = [one.path for one in sources]
+    require(len(sources) == 1, "data.sources", paths, "expected one source in the demo")
+    require(share > 0, "data.held_out", share, "expected more than 0 in the demo")
     trainer, final, code = run_training(args, options)
     if trainer.stop.signal is not None:
         return code
     from transom.data.text.sources import held_out, read_split
 
-    source = sources[0]
     train_texts: list[bytes] = []
     held_texts: list[bytes] = []
-    for document in read_split(source, args.data.held_out):
-        part = held_texts if held_out(document.id, args.data.held_out) else train_texts
+    for document in read_split(sources[0], share):
+        part = held_texts if held_out(document.id, share) else train_texts
         part.append(document.text.encode())
     if not held_texts:
         raise WorkError("no file was held out: nothing to compare; try a larger data.held_out")
@@ -124,56 +112,44 @@ def run(options: argparse.Namespace) -> int:
     print(next_commands(args.out))
     if options.json:
         p = trainer.progress
-        facts = {
-            "run": args.out,
-            "parameters": sum(weight.numel() for weight in trainer.model.parameters()),
-            "train_tokens": p.tokens,
-            "train_seconds": round(p.seconds, 2),
-            "tokens_per_second": round(p.tokens / p.seconds, 1),
-            "val_bits_per_byte": round(final.bits_per_byte, 4),
-            "xz_bits_per_byte": round(other.xz, 4),
-            "xz_per_file_bits_per_byte": round(other.xz_per_file, 4),
-            "xz_primed_bits_per_byte": round(other.xz_primed, 4),
-            "gzip_bits_per_byte": round(other.gzip, 4),
-            "python_version": platform.python_version(),
-            "corpus_sha256": trainer.data.hashes[source.label],
-        }
-        emit_json(facts)
+        emit_json(
+            {
+                "run": args.out,
+                "parameters": sum(weight.numel() for weight in trainer.model.parameters()),
+                "train_tokens": p.tokens,
+                "train_seconds": round(p.seconds, 2),
+                "tokens_per_second": round(p.tokens / p.seconds, 1),
+                "val_bits_per_byte": round(final.bits_per_byte, 4),
+                "xz_bits_per_byte": round(other.xz, 4),
+                "xz_per_file_bits_per_byte": round(other.xz_per_file, 4),
+                "xz_primed_bits_per_byte": round(other.xz_primed, 4),
+                "gzip_bits_per_byte": round(other.gzip, 4),
+                "python_version": platform.python_version(),
+                "corpus_sha256": trainer.data.hashes[sources[0].label],
+            }
+        )
     return 0
 
 
 def library() -> dict[str, Any]:
-    """The standard library's folder as a data source."""
-    path = Path(sysconfig.get_paths()["stdlib"])
-    return {
-        "path": str(path),
-        "name": "python-stdlib",
-        "include": ["*.py"],
-        "exclude": list(EXCLUDED),
-    }
+    """Return the folder of the standard library as a data source."""
+    path = sysconfig.get_paths()["stdlib"]
+    name = "python-stdlib"
+    return {"path": path, "name": name, "include": ["*.py"], "exclude": list(EXCLUDED)}
 
 
 def compress(train_texts: list[bytes], held_texts: list[bytes]) -> Compressed:
-    """xz and gzip at their strongest; "primed" is what the held-out files add behind the training
-    files.
-
-    The model has seen the training files, so the primed figure is its honest opponent.
-    """
+    """Compress the held-out files with xz and gzip at their strongest."""
     train, held = b"".join(train_texts), b"".join(held_texts)
-    bits = 8.0 / len(held)
     # Compression releases the interpreter lock; in the background it does not delay a signal.
     alone = Background(lambda: xz_bytes([train]))
     together = Background(lambda: xz_bytes([train + held]))
     primed = together.result() - alone.result()
     rest = Background(lambda: (xz_bytes([held]), xz_bytes(held_texts)))
     xz, xz_per_file = rest.result()
-    return Compressed(
-        xz=bits * xz,
-        xz_per_file=bits * xz_per_file,
-        xz_primed=bits * primed,
-        gzip=bits * len(gzip.compress(held, 9)),
-        gzip_per_file=bits * sum(len(gzip.compress(text, 9)) for text in held_texts),
-    )
+    gzip_per_file = sum(len(gzip.compress(text, 9)) for text in held_texts)
+    sizes = (xz, xz_per_file, primed, len(gzip.compress(held, 9)), gzip_per_file)
+    return Compressed(*(8.0 * size / len(held) for size in sizes))
 
 
 def xz_bytes(texts: Iterable[bytes]) -> int:
@@ -185,7 +161,7 @@ def xz_bytes(texts: Iterable[bytes]) -> int:
 
 
 def comparison(model_bits: float, other: Compressed, files: int, size: int) -> str:
-    """The table of held-out bits per byte."""
+    """Return the table of held-out bits per byte."""
     rows = [
         ("this model", model_bits),
         ("xz -9e, training files in front", other.xz_primed),
@@ -201,7 +177,7 @@ def comparison(model_bits: float, other: Compressed, files: int, size: int) -> s
 
 
 def show_completions(model: Any, tokenizer: Any) -> None:
-    """Print three continuations."""
+    """Print three completions."""
     from transom.inference.sampling import SamplingArgs
     from transom.inference.text import complete
 

@@ -10,7 +10,7 @@ from typing import Any
 from transom.base.yaml_files import read_yaml
 from transom.checkpoints.files.location import ModelLocation
 from transom.cli.main import emit_json, user_path
-from transom.cli.train import field_lines, is_override, names_of, run_training
+from transom.cli.runs import add_run_options, field_lines, is_override, names_of, run_training
 from transom.training.config import TrainArgs
 from transom.training.effects import check_effects
 from transom.training.finetune.args import FinetuneArgs
@@ -52,15 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for flag, field, kind, meaning in FLAGS:
         parser.add_argument(flag, type=kind, metavar="X", help=f"{meaning} ({field})")
-    again = parser.add_mutually_exclusive_group()
-    meaning = "replace an earlier run in the same folder"
-    again.add_argument("--overwrite", action="store_true", help=meaning)
-    again.add_argument("--resume", action="store_true", help="continue from the latest step")
-    meaning = "time the parts of the first N steps"
-    parser.add_argument("--profile", type=int, default=0, metavar="N", help=meaning)
-    parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
-    meaning = "print one JSON document as the last line"
-    parser.add_argument("--json", action="store_true", help=meaning)
+    add_run_options(parser)
     fields = "\n".join(field_lines(FinetuneArgs, "finetune."))
     parser.epilog = f"fields, each as key=value (unit, default):\n\n{fields}"
 

@@ -1,4 +1,4 @@
-"""`transom <verb>`: finds the verb, imports only its module, and turns errors into one sentence.
+"""`transom <verb>`: imports the module of a verb, and prints errors as one line.
 
 Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 128 + N ended by signal N.
 """
@@ -27,48 +27,35 @@ from transom.base.interrupts import (
 )
 from transom.base.version import __version__
 
-ENDING = tuple(
-    number for number in STOP_SIGNALS if number != signal.SIGINT
-)  # which Python itself does not turn into an exception
+# Python itself turns SIGINT into an exception.
+ENDING = tuple(number for number in STOP_SIGNALS if number != signal.SIGINT)
 
-# verb -> (module with add_arguments(parser) and run(options) -> exit code, what it does)
-VERBS: dict[str, tuple[str, str]] = {
-    "demo": ("transom.cli.demo", "train a small model on this machine's Python library, then talk"),
-    "train": (
-        "transom.cli.train",
-        "train a model from a config file, key=value overrides accepted",
-    ),
-    "finetune": (
-        "transom.cli.finetune",
-        "teach a model with conversations, answers or pairs of them",
-    ),
-    "data": ("transom.cli.data", "count, check and show what a model would be fine-tuned on"),
-    "generate": ("transom.cli.generate", "continue a prompt"),
-    "chat": ("transom.cli.chat", "talk with a model, turn by turn"),
-    "embed": ("transom.cli.embed", "one vector per text, or its label"),
-    "eval": (
-        "transom.cli.eval",
-        "score a model on local files or on tasks of lm-evaluation-harness",
-    ),
-    "inspect": ("transom.cli.inspect", "show what a model is, layer by layer"),
-    "merge": (
-        "transom.cli.merge",
-        "adapters into the weights of their base, with a report of what that loses",
-    ),
-    "convert": ("transom.cli.convert", "write a model folder in another format"),
-    "verify": ("transom.cli.verify", "compare every fast path with its slow twin on this machine"),
+# Each verb is a module transom.cli.VERB with add_arguments(parser) and run(options) -> exit code.
+VERBS = {
+    "demo": "train a small model on this machine's Python library, then talk",
+    "train": "train a model from a config file, key=value overrides accepted",
+    "finetune": "teach a model with conversations, answers or pairs of them",
+    "data": "count, check and show what a model would be fine-tuned on",
+    "generate": "continue a prompt",
+    "chat": "talk with a model, turn by turn",
+    "embed": "one vector per text, or its label",
+    "eval": "score a model on local files or on tasks of lm-evaluation-harness",
+    "inspect": "show what a model is, layer by layer",
+    "merge": "adapters into the weights of their base, with a report of what that loses",
+    "convert": "write a model folder in another format",
+    "verify": "compare every fast path with its slow twin on this machine",
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one sentence and exit code 2."""
+    """An argument parser that raises a `RequestError` for a wrong command line."""
 
     def error(self, message: str) -> NoReturn:
         raise RequestError(f"{message}; see `{self.prog} --help`")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code."""
+    """Run one verb, and return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     prepare_streams()
     reset_notices()
@@ -79,35 +66,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _exit_code(words: list[str]) -> int:
     try:
         return _run(words)
-    except RequestError as error:
+    except (RequestError, WorkError) as error:
         print(f"transom: {error}", file=sys.stderr)
-        return 2
-    except WorkError as error:
-        print(f"transom: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, RequestError) else 1
     except STOPS as stop:
         print(f"transom: interrupted{f' by {stop}' if str(stop) else ''}", file=sys.stderr)
         leave_background_calls(exit_code(stop))
         return exit_code(stop)
-    except SystemExit as stop:  # argparse behind --help
+    except SystemExit as stop:  # argparse, after --help
         return int(stop.code or 0)
+    except BrokenPipeError:  # the reader of our output has ended
+        return 1
     except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader of our output has gone away
-            return 1
-        if isinstance(error, RuntimeError) and not _out_of_memory(error):  # a bug keeps its trace
-            raise
+        if isinstance(error, RuntimeError) and not _out_of_memory(error):
+            raise  # a bug keeps its traceback
         print(f"transom: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
         return 1
 
 
 def user_path(text: str) -> str:
-    """Expand `~` in a path (an argparse type); shells do not expand it in `--out=~/x`."""
+    """Return a path with `~` expanded, which shells don't do in `--out=~/x`; an argparse type."""
     return os.path.expanduser(text)  # noqa: PTH111 - or a hub id, which must keep its spelling
 
 
 def prepare_streams() -> None:
-    """Make the standard streams usable: closed ones become the null device, and no character ends
-    the program.
+    """Replace closed standard streams by the null device, and escape characters that don't print.
 
     A closed stream is None in Python: reading it is an AttributeError, and `print` to a closed
     standard error writes to standard output. A character that the encoding of standard output lacks
@@ -137,32 +120,23 @@ def _run(words: list[str]) -> int:
         return 0
     verb = words[0]
     if verb not in VERBS:
-        raise RequestError(
-            f"{verb!r}: no such verb; known are {', '.join(VERBS)}{nearest(verb, VERBS)}"
-        )
-    module, help_line = VERBS[verb]
-    command = importlib.import_module(module)
-    parser = Parser(prog=f"transom {verb}", description=help_line, allow_abbrev=False)
+        known = f"known are {', '.join(VERBS)}{nearest(verb, VERBS)}"
+        raise RequestError(f"{verb!r}: no such verb; {known}")
+    command = importlib.import_module(f"transom.cli.{verb}")
+    parser = Parser(prog=f"transom {verb}", description=VERBS[verb], allow_abbrev=False)
     command.add_arguments(parser)
     return int(command.run(parser.parse_intermixed_args(words[1:])))
 
 
 def _overview() -> str:
-    width = max(len(verb) for verb in VERBS)
-    lines = [f"  {verb:{width}}  {help_line}" for verb, (_, help_line) in VERBS.items()]
-    return "\n".join(
-        [
-            "usage: transom <verb> [options]",
-            "",
-            *lines,
-            "",
-            "`transom <verb> --help` shows its options.",
-        ]
-    )
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:{width}}  {what}" for verb, what in VERBS.items())
+    last = "`transom <verb> --help` shows its options."
+    return f"usage: transom <verb> [options]\n\n{verbs}\n\n{last}"
 
 
 def emit_json(document: dict[str, Any]) -> None:
-    """Print the one JSON document that ends standard output under --json."""
+    """Print a JSON document, the last line of standard output with --json."""
     print(json_text(document), flush=True)
 
 

@@ -113,14 +113,13 @@ def plan(args: ModelArgs, length: int | None = None) -> ModelPlan:
     """
     tokens = args.max_seq_len if length is None else length
     require(tokens >= 1, "length", tokens, "expected 1 or more tokens")
-    table = args.vocab_size * args.dim
     parameters = counts.parameters(args)
     return ModelPlan(
         length=tokens,
         layers=tuple(layer_plan(layer, tokens) for layer in args.layers),
         parameters=parameters,
         active_parameters=counts.parameters(args, active_only=True),
-        embedding_parameters=table,
+        embedding_parameters=args.vocab_size * args.dim,
         output_parameters=counts.output_parameters(args),
         final_norm_parameters=args.dim * (2 if args.norm == "layer" else 1),
         vision_parameters=counts.vision_parameters(args),
@@ -213,15 +212,10 @@ def moe_words(moe: MoeArgs) -> str:
 
 def groups(layers: tuple[LayerPlan, ...]) -> list[LayerGroup]:
     """Return equal layers together, in the order in which each kind first appears."""
-    found: list[tuple[LayerPlan, list[int]]] = []
+    kinds: dict[str, list[LayerPlan]] = {}
     for layer in layers:
-        same = (indices for kind, indices in found if replace(kind, index=layer.index) == layer)
-        indices = next(same, None)
-        if indices is None:
-            found.append((layer, [layer.index]))
-        else:
-            indices.append(layer.index)
-    return [LayerGroup(layer, tuple(indices)) for layer, indices in found]
+        kinds.setdefault(repr(replace(layer, index=0)), []).append(layer)
+    return [LayerGroup(alike[0], tuple(one.index for one in alike)) for alike in kinds.values()]
 
 
 def index_words(indices: tuple[int, ...]) -> str:

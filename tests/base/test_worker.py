@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from transom.base.errors import WorkError
 from transom.base.worker import Worker
 
 ECHO = "tests.base.echo_worker"
@@ -29,6 +30,11 @@ def test_one_process_answers_until_a_request_takes_too_long(worker):
 
 def test_memory_is_bounded(worker):
     assert worker.ask("grow", 10) == "MemoryError"
+
+
+def test_a_process_that_does_not_start_is_an_error():
+    with pytest.raises(WorkError, match="no_such_module ended with exit code 1"):
+        Worker("transom.no_such_module").ask(1, 10)
 
 
 def test_an_interrupted_request_is_not_answered_later(worker):

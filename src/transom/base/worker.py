@@ -19,6 +19,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from transom.base.errors import WorkError
+
 
 class Worker:
     """A child process that runs a module whose `main` calls `serve`.
@@ -35,32 +37,44 @@ class Worker:
         atexit.register(self.close)
 
     def ask(self, request: Any, seconds: float) -> Any:
-        """Return the answer to a request, or None if the process ended before it had one.
+        """Return the answer to a request.
 
         Args:
             request: Data that JSON can represent.
             seconds: The time after which the process is ended.
+
+        Returns:
+            The answer, or None if a signal ended the process before, such as its alarm.
+
+        Raises:
+            WorkError: If the process ended by itself, such as for a missing library.
         """
         with self._lock:
             line = ""
+            if self._process is None or self._process.poll() is not None:
+                self._process = self._start()
+            process = self._process
+            assert process.stdin is not None and process.stdout is not None
             try:
-                process = self._process = self._process or self._start()
-                assert process.stdin is not None and process.stdout is not None
-                process.stdin.write(json.dumps([seconds, request]) + "\n")
-                process.stdin.flush()
-                line = process.stdout.readline()
-            except BrokenPipeError:
-                pass
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.write(json.dumps([seconds, request]) + "\n")
+                    process.stdin.flush()
+                    line = process.stdout.readline()
+                code = 0 if line.endswith("\n") else process.wait()
             finally:
-                if not line:  # also after an interrupt: no later request may read this answer
+                if not line.endswith(
+                    "\n"
+                ):  # also after an interrupt: no later request may read this answer
                     self.close()
-        return json.loads(line) if line else None
+        if code > 0:
+            raise WorkError(f"the process {self._module} ended with exit code {code}")
+        return json.loads(line) if line.endswith("\n") else None
 
     def close(self) -> None:
         """End the process."""
         if self._process is not None:
             self._process.kill()
-            with self._process, contextlib.suppress(OSError):
+            with contextlib.suppress(OSError), self._process:
                 self._process.wait()
             self._process = None
 
@@ -95,7 +109,10 @@ def serve(answer: Callable[[Any], Any], memory_bytes: int) -> None:
         seconds, request = json.loads(line)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        reply = json.dumps(answer(request))
+        try:
+            reply = json.dumps(answer(request))
+        except MemoryError:  # outside of what `answer` catches
+            signal.raise_signal(signal.SIGKILL)
         signal.setitimer(signal.ITIMER_REAL, 0)
         sys.stdout.write(reply + "\n")
         sys.stdout.flush()

@@ -264,8 +264,7 @@ class ChatTemplate:
         """Return the first character of message `at`, or None if it is not found.
 
         A prompt for a reasoning model may end with `<think>`, and nothing asks for the message that
-        begins a chat. The answer follows the last `answer_head` before its own words. Return None
-        if it is not found.
+        begins a chat. The answer follows the last `answer_head` before its own words.
         """
         chat = talk.marked
         roles = [message["role"] for message in talk.messages]

@@ -1,6 +1,8 @@
-"""Held-out bits per byte and perplexity: every token of every document scored once, with as much
-left context as the window allows. Bits per byte do not depend on the tokenizer, so runs and
-compressors can be compared.
+"""Bits per byte and perplexity of text.
+
+Every token of every document is scored once, with as much context before it as the window has.
+Bits per byte do not depend on the tokenizer, so models can be compared with each other and with
+compressors.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from numpy.typing import NDArray
 
 from transom.base.errors import RequestError
 from transom.base.runtime import evaluating
+from transom.data.batch import pad_rows
+from transom.data.cache import with_progress
 from transom.evaluation.score import Score
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
@@ -26,9 +30,7 @@ T = TypeVar("T")
 
 
 class Documents(Protocol):
-    """What scoring needs of a token file: documents without BOS and EOS, and their UTF-8
-    lengths.
-    """
+    """Token ids of documents without BOS and EOS, and their lengths in UTF-8 bytes."""
 
     @property
     def bytes(self) -> NDArray[np.int64]: ...
@@ -36,13 +38,17 @@ class Documents(Protocol):
     def document(self, index: int) -> NDArray[np.int64]: ...
 
 
-LOGITS = 2**24  # held at a time: all of 4,096 positions times 128k tokens would be 2 GB
+LOGITS = 2**24  # computed at a time; 4,096 positions with 128k logits each would take 2 GB
 
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """Input and target ids of one forward; only targets from `score_from` on count, the rest are
-    context.
+    """The ids of one forward pass.
+
+    Attributes:
+        inputs: Input ids [T].
+        targets: The next id of each input [T].
+        score_from: The first scored target. The inputs before it are context.
     """
 
     inputs: NDArray[np.int64]
@@ -51,9 +57,7 @@ class Window:
 
 
 class WindowScore(NamedTuple):
-    """Nats of a window's scored targets, and whether each was the token that the model finds most
-    likely.
-    """
+    """The cross-entropy sum of a window in nats, and whether greedy decoding gives its targets."""
 
     nats: float
     greedy: bool
@@ -161,12 +165,7 @@ def in_order(found: Iterable[tuple[int, T]], count: int, progress: str = "") -> 
 
     A `progress` that is not empty names a bar on standard error.
     """
-    if progress:
-        from rich.console import Console
-        from rich.progress import track
-
-        found = track(found, progress, total=count, console=Console(stderr=True))
-    values = dict(found)
+    values = dict(with_progress(found, progress, count, bool(progress)))
     return [values[index] for index in range(count)]
 
 
@@ -211,16 +210,13 @@ def batches_by_length(
 
 
 def _score_batch(model: LLM, rows: Sequence[Sequence[Window]]) -> list[WindowScore]:
-    """Scores of the windows of every row, which share its inputs."""
+    """Return the scores of the windows of some rows. The windows of one row have one input."""
     device = model.device
-    longest = max(len(row[0].inputs) for row in rows)
-    tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
-    for b, (first, *_) in enumerate(rows):
-        tokens[b, : len(first.inputs)] = torch.from_numpy(first.inputs)
-    lengths = torch.tensor([len(row[0].inputs) for row in rows])
-    inputs = TransformerInput(tokens.to(device), lengths=lengths.to(device), logits="none")
+    tokens_BT, lengths = pad_rows([row[0].inputs.tolist() for row in rows])
+    longest = tokens_BT.size(1)
+    inputs = TransformerInput(tokens_BT.to(device), lengths=lengths.to(device), logits="none")
     hidden_BTD = model(inputs).hidden_BTD
-    # Only scored positions get logits: the context in front of them has been scored before.
+    # Only scored positions get logits.
     members = [(b, one) for b, row in enumerate(rows) for one in row]
     counts = [len(one.targets) - one.score_from for _, one in members]
     places = torch.cat(

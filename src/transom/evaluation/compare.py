@@ -1,8 +1,7 @@
-"""What differs between two models: weight by weight under our names, whatever formats their folders
-have.
+"""How two models differ, weight by weight, whatever the formats of their folders are.
 
-One tensor of each is in memory at a time; an adapter is first merged into its base, which then is
-whole in memory.
+One tensor of each model is in memory at a time. An adapter is first merged into its base, which is
+then in memory completely.
 """
 
 from __future__ import annotations
@@ -19,33 +18,49 @@ from transom.checkpoints.files.location import ModelLocation
 from transom.config.model_args import ModelArgs
 from transom.names.transforms import Shape, permute_rotary
 
-PART = (
-    1 << 22
-)  # numbers compared at a time, so that a difference in float32 stays small beside its tensors
+PART = 1 << 22  # numbers compared at a time, so that their float32 difference stays small
 
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """How far two tensors of one name and shape are apart."""
+    """How two tensors a and b of one name and shape differ.
+
+    Attributes:
+        name: Their name.
+        shape: Their shape.
+        largest: max |a - b|; infinite if one of the two is not finite or NaN.
+        scale: max |a| over its finite numbers.
+        differing: How many numbers are not equal.
+        count: How many numbers there are.
+    """
 
     name: str
     shape: Shape
-    largest: float  # max |a - b|; infinite where only one is finite or a number
-    scale: float  # max |a| over its finite numbers
-    differing: int  # numbers that are not equal
-    count: int  # numbers in all
+    largest: float
+    scale: float
+    differing: int
+    count: int
 
 
 @dataclass(frozen=True)
 class ModelDifference:
-    """All that differs; `differing` has the largest difference first, `identical` counts what is
-    all equal.
+    """How two models differ.
+
+    Attributes:
+        args: The arguments of both.
+        rotary: Whether both have the `same` RoPE layout, or the second is `turned` into that of the
+            first. Latent attention is `kept` as it is.
+        only_first: Names of weights that only the first model has.
+        only_second: Names of weights that only the second model has.
+        shapes: The shapes of weights where they differ.
+        dtypes: The dtypes of weights where they differ.
+        differing: The weights with different numbers, the largest difference first.
+        identical: How many weights are equal in numbers and dtype.
+        compared: How many names both models have.
     """
 
     args: tuple[ModelArgs, ModelArgs]
-    rotary: Literal[
-        "same", "turned", "kept"
-    ]  # kept: the layouts differ, and these heads cannot be turned
+    rotary: Literal["same", "turned", "kept"]
     only_first: tuple[str, ...]
     only_second: tuple[str, ...]
     shapes: dict[str, tuple[Shape, Shape]]
@@ -56,9 +71,7 @@ class ModelDifference:
 
 
 def compare_models(first: ModelLocation, second: ModelLocation) -> ModelDifference:
-    """Compare every parameter; rotary rows of the second are turned where it keeps them in the
-    other layout.
-    """
+    """Compare every weight of two models, in the RoPE layout of the first."""
     (one, ours), (other, theirs) = open_merged(first), open_merged(second)
     rotary: Literal["same", "turned", "kept"] = "same"
     if one.rope_layout != other.rope_layout:

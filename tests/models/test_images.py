@@ -278,25 +278,25 @@ def test_a_photograph_with_its_preview_is_no_film(capsys):
 REFUSED = {
     "bomb": (
         png_header(100_000, 100_000),
-        r"image of \d+ bytes: too large; expected at most 67108864 pixels",
+        r"image of \d+ bytes: got more; expected at most 67108864 pixels",
     ),
-    "large": (png_header(9_000, 9_000), "9000 x 9000 pixels; expected at most 67108864 in all"),
+    "large": (png_header(9_000, 9_000), "9000 x 9000 pixels.*expected at most 67108864"),
     "no pixels": (png_header(9, 9), "damaged or truncated"),
     "half a PNG": (encoded(picture(64, 64))[:5000], "damaged or truncated"),
     "half a JPEG": (encoded(picture(64, 64), "JPEG")[:1500], "damaged or truncated"),
-    "text": (b"hello", "image of 5 bytes: not an image that is read here; expected AVIF"),
-    "nothing": (b"", "image of 0 bytes: not an image"),
-    "PostScript": (encoded(picture(4, 4), "EPS"), "not an image that is read here"),
-    "unknown range": (Image.new("F", (4, 4)), "image: mode 'F'; expected 1, L"),
-    "32 bits": (Image.new("I", (4, 4)), "image: mode 'I'; expected"),
-    "empty": (Image.new("RGB", (0, 4)), "image: 0 x 4 pixels; expected one or more"),
+    "text": (b"hello", "image of 5 bytes: got something else; expected an image as AVIF"),
+    "nothing": (b"", "image of 0 bytes: got something else"),
+    "PostScript": (encoded(picture(4, 4), "EPS"), "got something else"),
+    "unknown range": (Image.new("F", (4, 4)), "image: got 'mode F'"),
+    "32 bits": (Image.new("I", (4, 4)), "image: got 'mode I'"),
+    "empty": (Image.new("RGB", (0, 4)), "image: got '0 x 4 pixels'"),
     "a line": (
         Image.new("RGB", (1, 201)),
-        "1 x 201 pixels; expected a long side of at most 200 times",
+        "1 x 201 pixels.*expected a long side of at most 200 times",
     ),
-    "a number": (7, "image of type int: expected a PIL image, a path or bytes"),
-    "no file": (Path("absent.png"), "absent.png: no such file; expected an image file"),
-    "a folder": (str(Path(__file__).parent), "models: no such file; expected an image file"),
+    "a number": (7, "image: got a value of type int"),
+    "no file": (Path("absent.png"), "absent.png: got no file"),
+    "a folder": (str(Path(__file__).parent), "models: got no file"),
 }
 
 

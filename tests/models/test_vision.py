@@ -183,7 +183,7 @@ def test_bfloat16_under_autocast_stays_near_float32():
 def test_pixels_of_another_shape_are_refused(shape):
     encoder = VisionEmbeddings(vision_args(), TEXT_DIM)
     with pytest.raises(
-        RequestError, match=re.escape(f"pixels of shape {shape}: expected ['tiles', 3, 24, 24]")
+        RequestError, match=re.escape(f"pixels: got {list(shape)}; expected ['tiles', 3, 24, 24]")
     ):
         encoder(torch.zeros(shape))
 
@@ -287,7 +287,7 @@ def test_the_loss_of_a_text_trains_the_encoder():
 @pytest.mark.parametrize("patches", [0, 8, 10])
 def test_a_count_that_does_not_match_is_refused_with_both_numbers(patches):
     tokens = text_with_patches(1, (patches,))
-    message = rf"{patches} patch tokens \(id 7\) in the text, 9 rows of images: expected one each"
+    message = rf"tokens: got {patches} patch tokens \(id 7\); expected 9"
     with pytest.raises(RequestError, match=message):
         merge_images(tokens, PATCH, torch.zeros(9, TEXT_DIM))
     with pytest.raises(RequestError, match=message):

@@ -23,7 +23,6 @@ from transom.quantize.leaves import (
     Quantized,
     dense_names,
     dequantize_model,
-    quantization_of,
     quantize_leaf,
     quantize_model,
     quantized_leaves,
@@ -126,7 +125,6 @@ def test_which_leaves_are_quantized_and_that_it_is_said(capsys):
         for name, p in model.named_parameters()
         if ".experts." in name and name.endswith("bias")
     )
-    assert quantization_of(model) == NF4 and quantization_of(base()) is None
 
 
 @pytest.mark.parametrize(
@@ -300,24 +298,23 @@ def nan_in(model: LLM) -> LLM:
     [
         (
             lambda m: quantize_model(m, QuantizeArgs(group=64)),
-            r"group: got 64: layers\.0\.attention\.wq has 32 inputs; expected 32, or to skip 'wq'",
+            r"group: got 64.*layers\.0\.attention\.wq.*expected 32, or to skip 'wq'",
         ),
         (
             lambda m: quantize_model(random_model(tiny_args()), NF4),
-            r"group: got 32: layers\.0\.feed_forward\.w_out has 48 inputs; expected to skip "
-            r"'w_out'",
+            r"group: got 32.*layers\.0\.feed_forward\.w_out.*expected to skip 'w_out'",
         ),
         (
             lambda m: quantize_model(m, QuantizeArgs(skip=("atention",))),
-            "'atention' is no module.*'attention'",
+            "skip: got 'atention'.*'attention'",
         ),
         (lambda m: quantize_model(m, QuantizeArgs(skip=("layers", "output"))), "at least one leaf"),
-        (lambda m: quantize_model(quantize_model(m, NF4), INT4), "quantized already"),
+        (lambda m: quantize_model(quantize_model(m, NF4), INT4), "model: got a quantized one"),
         (
             lambda m: quantize_model(nan_in(m), NF4),
-            r"layers\.1\.attention\.wv\.weight holds NaN or infinite",
+            r"layers\.1\.attention\.wv\.weight: got NaN",
         ),
-        (dequantize_model, "no leaf is quantized"),
+        (dequantize_model, "model: got no quantized leaf"),
     ],
 )
 def test_wrong_requests_are_one_sentence_and_change_nothing(act, words):

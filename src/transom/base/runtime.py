@@ -1,4 +1,4 @@
-"""Device, dtype, seeds and clocks: what a run asks of the machine it stands on."""
+"""Device, dtype, random seeds, memory and clocks of the machine."""
 
 from __future__ import annotations
 
@@ -31,16 +31,15 @@ DTYPES = {
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a dtype in configs: `bfloat16`."""
+    """Return the name of a dtype in configs, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Put `model` into evaluation mode for a while: no dropout, no jitter and no capacity of
-    experts.
+    """Run a block with `model` in evaluation mode: without dropout, jitter and capacity of experts.
 
-    Afterwards each of its modules is in the mode that it was in.
+    Afterwards every module is in the mode that it was in before.
     """
     if not model.training:
         yield
@@ -55,7 +54,11 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is cuda, then mps, then cpu; a device that is not there is a `RequestError`."""
+    """Return the device of that name; `auto` is cuda, or else mps, or else cpu.
+
+    Raises:
+        RequestError: The name is unknown, or this machine has no such device.
+    """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -67,16 +70,19 @@ def pick_device(name: str = "auto") -> torch.device:
             f"device: got {name!r}; expected auto, cpu, cuda, cuda:N or mps"
         ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RequestError(
-            f"device: got {name!r}; this machine has {torch.cuda.device_count()} CUDA devices"
-        )
+        count = torch.cuda.device_count()
+        raise RequestError(f"device: got {name!r}; expected one of {count} CUDA devices")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise RequestError("device = 'mps': not available on this machine")
+        raise RequestError("device: got 'mps'; expected another one, since mps is not available")
     return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where it is fast on this device, else float32."""
+    """Return the dtype of that name; `auto` is bfloat16 where it is fast, else float32.
+
+    Raises:
+        RequestError: The name is unknown.
+    """
     if name == "auto":
         return torch.bfloat16 if bfloat16_is_fast(device.type) else torch.float32
     if name not in DTYPES:
@@ -85,11 +91,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def bound_kernel_caches() -> None:
-    """Let oneDNN keep the kernels of a few shapes, unless the environment gives it other bounds.
+    """Limit the kernels that oneDNN keeps, unless the environment sets other limits.
 
-    It keeps one for every shape of a product, and the weights in its own layout with it: packed
-    rows of ever new lengths would take tens of megabytes more with every step. oneDNN reads these
-    bounds at the first product of a process, so that a later call has no effect.
+    oneDNN keeps a kernel for every shape of a product, together with the weights in its own layout.
+    Packed rows of ever new lengths would take tens of megabytes more with every step. oneDNN reads
+    the limits at the first product of a process, so a later call has no effect.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(KEPT_KERNELS))
@@ -97,7 +103,7 @@ def bound_kernel_caches() -> None:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Many tiny products: waking a second thread for each costs more than all of the work."""
+    """Run a block with one thread: tiny products gain nothing from a second one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -107,18 +113,16 @@ def one_thread() -> Iterator[None]:
 
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Autocast off, which would narrow products again; a device without it (meta) cannot even be
-    told so.
-    """
+    """Return a context without autocast; nothing for devices that do not have it (meta)."""
     available = torch.amp.is_autocast_available(device_type)
     return torch.autocast(device_type, enabled=False) if available else contextlib.nullcontext()
 
 
 @functools.cache
 def bfloat16_is_fast(device_type: str) -> bool:
-    """Return whether bfloat16 products beat float32 ones on this kind of device.
+    """Return whether bfloat16 products are faster than float32 ones on this kind of device.
 
-    The processor's instructions and torch's kernels decide, so that a machine has one answer.
+    The instructions of the CPU and torch's kernels decide, so that a machine has one answer.
     Products are timed only where the instructions are unknown.
     """
     if device_type == "cuda":
@@ -128,7 +132,7 @@ def bfloat16_is_fast(device_type: str) -> bool:
 
 
 def warn_if_bfloat16_is_slow(weight: torch.Tensor) -> None:
-    """Print a notice where a model runs in bfloat16 on a device that multiplies float32 faster."""
+    """Print a notice if a weight is bfloat16 on a device where float32 is faster."""
     if weight.dtype == torch.bfloat16 and not bfloat16_is_fast(weight.device.type):
         notice(
             "bfloat16 is slow on this device; --dtype float32 is faster and takes twice the memory"
@@ -185,8 +189,9 @@ def _seconds_of_product(a: torch.Tensor) -> float:
 
 @functools.cache
 def matmul_peak(device_type: str, dtype: torch.dtype) -> float:
-    """Measured FLOP/s of the largest square product that takes well under a second here: the MFU
-    yardstick.
+    """Measure the FLOP/s of a large square product on this device, as the reference of MFU.
+
+    The product takes well under a second.
     """
     size, repeats = (1536, 3) if device_type == "cpu" else (8192, 10)
     private = torch.Generator().manual_seed(
@@ -203,7 +208,7 @@ def matmul_peak(device_type: str, dtype: torch.dtype) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for queued work, so that a clock read afterwards means something."""
+    """Wait for the queued work of a device, before a clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -211,10 +216,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Return the peak of memory in bytes: allocated on a GPU since `reset_peak_memory`, resident on
-    a CPU.
+    """Return the peak of memory in bytes.
 
-    MPS keeps no record of a peak. There it is the most that this function has read since
+    On a GPU it is the allocated memory since `reset_peak_memory`, on a CPU the resident memory of
+    the process. MPS records no peak. There it is the most that this function has read since
     `reset_peak_memory`.
     """
     if device.type == "cuda":
@@ -231,15 +236,16 @@ _seen_on_mps: list[int] = []
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let the peak of a GPU's memory count from now on; that of a CPU process cannot be reset."""
+    """Reset the peak of a GPU's memory; that of a CPU process can't be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     _seen_on_mps.clear()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the host's allocator, had no memory left; hosts that overcommit kill
-    instead.
+    """Return whether an error means that a device or the host had no memory left.
+
+    Hosts that overcommit memory kill the process instead.
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
@@ -248,25 +254,23 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's and torch's global generators; ours are all explicit, this covers what users
-    add.
-    """
+    """Seed the default generators of Python and torch, for code of users; ours are explicit."""
     random.seed(seed)
     torch.manual_seed(seed)
 
 
 def mixed_seed(seed: int, *place: int) -> int:
-    """Return the seed of one stream of random numbers out of many that belong to `seed`.
+    """Return the seed of one of many streams of random numbers that belong to `seed`.
 
-    `place` says which stream: a row of a batch, a turn of a chat. Any two (seed, place) differ as
-    two random numbers do; `seed + place` would make stream 1 of seed 0 that of stream 0 of seed 1.
+    `place` names the stream, such as a row of a batch or a turn of a chat. Any two (seed, place)
+    have independent streams, while `seed + place` would give seed 1 the streams of seed 0.
     """
     mixed = np.random.SeedSequence(seed, spawn_key=place).generate_state(1, np.uint64)[0]
     return int(mixed) & 0x7FFF_FFFF_FFFF_FFFF  # what a generator of torch accepts
 
 
 def machine() -> dict[str, object]:
-    """What a result depends on: versions, processor, threads."""
+    """Return what a result depends on: versions, processor, GPU and threads."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "python": platform.python_version(),
@@ -279,7 +283,7 @@ def machine() -> dict[str, object]:
 
 
 def processor_name() -> str:
-    """The processor's marketing name, or its architecture where the system does not tell."""
+    """Return the marketing name of the processor, or its architecture."""
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
             for line in lines:

@@ -1,8 +1,8 @@
-"""Pictures to tiles of pixels, and the tokens that stand for them, as in Llama 4.
+"""Images to tiles of pixels, and the tokens that stand for them, as in Llama 4.
 
-A picture is shrunk without distortion onto the best grid of square tiles, padded with black and
-cut; with more than one tile the whole picture follows as one more. Steps and numbers are those of
-meta-llama/llama-models, models/llama4/preprocess.py and chat_format.py.
+An image is resized without distortion onto the best grid of square tiles, padded with black and
+cut. With more than one tile, the complete image follows as one more tile. The steps and numbers are
+those of meta-llama/llama-models, models/llama4/preprocess.py and chat_format.py.
 """
 
 from __future__ import annotations
@@ -38,10 +38,12 @@ MAX_ASPECT_RATIO = 200
 
 @dataclass(frozen=True, eq=False)
 class ImageTiles:
-    """`pixels` [tiles, 3, S, S] float32 from -1 to 1, row by row, the whole picture last if there
-    are several.
+    """The tiles of one image.
 
-    `grid` is (columns, rows) of tiles, without that last one.
+    Attributes:
+        pixels: float32 [tiles, 3, S, S] from -1 to 1, row by row. With several tiles the complete
+            image is the last one.
+        grid: (columns, rows) of tiles, without the last one.
     """
 
     pixels: Tensor
@@ -50,7 +52,7 @@ class ImageTiles:
 
 @dataclass(frozen=True)
 class ImageTokenIds:
-    """Ids of the tokens around an image's patches; `patch` itself is what image rows replace."""
+    """The ids of the tokens around the patches of an image; rows of the encoder replace `patch`."""
 
     start: int
     end: int
@@ -61,16 +63,18 @@ class ImageTokenIds:
 
 
 def image_tokens(grid: tuple[int, int], patches_per_tile: int, tokens: ImageTokenIds) -> list[int]:
-    """The tokens of one image of `grid` (columns, rows) tiles: patches, separators, and the whole
-    image last.
+    """Return the token ids of one image: patches, separators, and the complete image last.
+
+    Args:
+        grid: (columns, rows) of tiles.
+        patches_per_tile: Patch tokens of each tile.
+        tokens: The ids of the tokens.
+
+    Raises:
+        RequestError: A number is below 1.
     """
     columns, rows = grid
-    require(
-        columns >= 1 and rows >= 1,
-        "grid",
-        grid,
-        "expected one column and one row of tiles or more",
-    )
+    require(columns >= 1 and rows >= 1, "grid", grid, "expected 1 column and 1 row or more")
     require(patches_per_tile >= 1, "patches_per_tile", patches_per_tile, "expected 1 or more")
     patches = [tokens.patch] * patches_per_tile
     line = [*([*patches, tokens.tile_x] * (columns - 1)), *patches, tokens.tile_y]
@@ -84,18 +88,21 @@ def prepare_image(
     max_tiles: int = 16,
     resize_to_max_canvas: bool = False,
 ) -> ImageTiles:
-    """Tiles of a picture, ready for `VisionEmbeddings`; what cannot be read is a `RequestError`.
+    """Read an image and cut it into tiles for `VisionEmbeddings`.
 
-    `resize_to_max_canvas` enlarges a picture as far as `max_tiles` allow; otherwise it only grows
-    to one tile.
+    Args:
+        source: An image, a file, or the content of a file.
+        args: Arguments of the image encoder.
+        max_tiles: Tiles of the grid at most.
+        resize_to_max_canvas: Enlarge the image as far as `max_tiles` allow. By default it is
+            enlarged to one tile at most.
+
+    Raises:
+        RequestError: The image can't be read.
     """
     require(max_tiles >= 1, "max_tiles", max_tiles, "expected 1 or more")
-    require(
-        args.num_channels == 3,
-        "vision_args.num_channels",
-        args.num_channels,
-        "valid only for pictures is 3",
-    )
+    channels = args.num_channels
+    require(channels == 3, "vision_args.num_channels", channels, "expected 3 for images")
     image, tile = open_image(source), args.image_size
     from PIL import Image  # behind `open_image`, which says what to do where it is absent
 
@@ -119,10 +126,16 @@ def prepare_image(
 def choose_grid(
     size: tuple[int, int], tile: int, max_tiles: int, resize_to_max_canvas: bool = False
 ) -> tuple[int, int]:
-    """(columns, rows) of the canvas for a picture of `size` (width, height) in pixels.
+    """Return (columns, rows) of the grid for an image.
 
-    The one that enlarges it least (most with `resize_to_max_canvas`), else the one that shrinks it
-    least; among equals the smallest, which is always one alone.
+    It is the grid that enlarges the image least (or most, with `resize_to_max_canvas`), or else the
+    one that shrinks it least. Of equal grids the one with the fewest tiles is taken.
+
+    Args:
+        size: (width, height) of the image in pixels.
+        tile: Side of a tile in pixels.
+        max_tiles: Tiles at most.
+        resize_to_max_canvas: As for `prepare_image`.
     """
     width, height = size
     scales = {
@@ -137,14 +150,15 @@ def choose_grid(
 
 
 def fit(size: tuple[int, int], canvas: tuple[int, int], largest: int | None) -> tuple[int, int]:
-    """(width, height) of the picture on its canvas, ratio kept; above `largest` pixels a side never
-    grows.
+    """Return (width, height) of the image on its canvas in pixels, with the same aspect ratio.
+
+    A side does not grow above `largest` pixels.
     """
     width, height = size
     right, bottom = canvas
     if largest is not None:
         right, bottom = min(max(width, largest), right), min(max(height, largest), bottom)
-    # The factor first, then the product, in this order: the floor below depends on the last bit.
+    # The factor comes before the product, since the floor below depends on the last bit.
     across, down = right / width, bottom / height
     if across < down:
         return right, max(1, min(math.floor(height * across), bottom))
@@ -152,17 +166,18 @@ def fit(size: tuple[int, int], canvas: tuple[int, int], largest: int | None) -> 
 
 
 def open_image(source: Image.Image | Path | str | bytes) -> Image.Image:
-    """An upright RGB copy of a picture: orientation of the camera applied, transparency laid on
-    white.
+    """Return an image as upright RGB: rotated as its camera says, with white behind transparency.
 
-    Of several frames the first is taken, which is said. Not an image, truncated, more than
-    `MAX_PIXELS`, another mode than `MODES` or longer than `MAX_ASPECT_RATIO` times its width is a
-    `RequestError`.
+    Of several frames the first one is used, and a notice says so.
+
+    Raises:
+        RequestError: The source is no image or damaged, has more than `MAX_PIXELS`, a mode that is
+            not in `MODES`, or a side of more than `MAX_ASPECT_RATIO` times the other.
     """
     try:
         from PIL import Image
     except ImportError as error:
-        raise RequestError("reading images needs Pillow: pip install pillow") from error
+        raise RequestError("Pillow: got none; expected `pip install pillow`") from error
 
     stream: io.BytesIO | Path
     if isinstance(source, Image.Image):
@@ -173,11 +188,12 @@ def open_image(source: Image.Image | Path | str | bytes) -> Image.Image:
     elif isinstance(source, (str, Path)):
         name, stream = str(source), Path(source).expanduser()
         if not stream.is_file():
-            raise RequestError(f"{name}: no such file; expected an image file")
+            raise RequestError(f"{name}: got no file; expected an image file")
         refuse_pointer(stream)
     else:
+        found = type(source).__name__
         raise RequestError(
-            f"image of type {type(source).__name__}: expected a PIL image, a path or bytes"
+            f"image: got a value of type {found}; expected an image, a path or bytes"
         )
     with _readable(name), Image.open(stream, formats=FORMATS) as image:
         return _upright_rgb(image, name)
@@ -185,7 +201,7 @@ def open_image(source: Image.Image | Path | str | bytes) -> Image.Image:
 
 @contextlib.contextmanager
 def _readable(name: str) -> Iterator[None]:
-    """Turns whatever Pillow raises over a file into one sentence about it."""
+    """Turn the errors of Pillow about an image into a `RequestError` with its name."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -193,19 +209,18 @@ def _readable(name: str) -> Iterator[None]:
     except (RequestError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise RequestError(
-            f"{name}: not an image that is read here; expected {', '.join(FORMATS)}"
-        ) from error
+        expected = f"expected an image as {', '.join(FORMATS)}"
+        raise RequestError(f"{name}: got something else; {expected}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise RequestError(f"{name}: too large; expected at most {MAX_PIXELS} pixels") from error
-    # decoders raise what they meet: OSError, SyntaxError, struct.error, zlib.error, ...
+        raise RequestError(f"{name}: got more; expected at most {MAX_PIXELS} pixels") from error
+    # Decoders raise errors of many kinds: OSError, SyntaxError, struct.error, zlib.error, ...
     except Exception as error:
-        raise RequestError(
-            f"{name}: damaged or truncated ({error}); expected a whole image"
-        ) from error
+        found = f"a damaged or truncated file ({error})"
+        raise RequestError(f"{name}: got {found}; expected a complete image") from error
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Return the first frame of an opened image as upright RGB."""
     from PIL import ImageOps
 
     _check(image, name)
@@ -222,24 +237,21 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _check(image: Image.Image, name: str) -> None:
-    """Refuse by the header, before a byte is decoded."""
+    """Check the header of an image before its pixels are decoded."""
     short, long = sorted(image.size)
-    described = f"{name}: {image.width} x {image.height} pixels"
-    if short < 1:
-        raise RequestError(f"{described}; expected one or more each way")
-    if image.width * image.height > MAX_PIXELS:
-        raise RequestError(f"{described}; expected at most {MAX_PIXELS} in all")
-    if long > MAX_ASPECT_RATIO * short:
-        raise RequestError(
-            f"{described}; expected a long side of at most {MAX_ASPECT_RATIO} times the short one"
-        )
-    if image.mode not in MODES:
-        raise RequestError(f"{name}: mode {image.mode!r}; expected {', '.join(MODES)}")
+    size = f"{image.width} x {image.height} pixels"
+    require(short >= 1, name, size, "expected 1 pixel or more each way")
+    require(short * long <= MAX_PIXELS, name, size, f"expected at most {MAX_PIXELS} pixels")
+    expected = f"expected a long side of at most {MAX_ASPECT_RATIO} times the short one"
+    require(long <= MAX_ASPECT_RATIO * short, name, size, expected)
+    mode = f"mode {image.mode}"
+    require(image.mode in MODES, name, mode, f"expected one of the modes {', '.join(MODES)}")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """RGB of 16-bit grey, by value: Pillow's own conversion has clipped, and cut, in different
-    releases.
+    """Return 16-bit grey as RGB, scaled by value.
+
+    Releases of Pillow differ in their own conversion.
     """
     from PIL import Image
 
@@ -258,6 +270,6 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _pixels(image: Image.Image) -> Tensor:
-    """[3, height, width] float32 from -1 (black) to 1."""
+    """Return the pixels float32 [3, height, width] from -1 (black) to 1."""
     values = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return (values.float() / 255 - 0.5) / 0.5

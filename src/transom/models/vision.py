@@ -28,8 +28,14 @@ from transom.layers.step import Step
 
 
 class VisionEmbeddings(nn.Module):
-    """Tiles [tiles, C, S, S] to rows [tiles, patches_per_tile, text_dim]; `attend` may be replaced
-    at any time.
+    """The image encoder: tiles of pixels to rows that replace patch tokens.
+
+    Args:
+        args: Arguments of the encoder.
+        text_dim: Dimension D of the language model.
+
+    Attributes:
+        attend: The attention backend, which may be replaced at any time.
     """
 
     attend: Attend = staticmethod(auto)
@@ -49,13 +55,22 @@ class VisionEmbeddings(nn.Module):
         self.projection = Linear(args.output_dim, text_dim)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Rows of normalised `pixels` [tiles, C, S, S], ready to replace token embeddings."""
+        """Encode image tiles.
+
+        Args:
+            pixels: Normalized tiles [tiles, C, S, S].
+
+        Returns:
+            [tiles, patches_per_tile, text_dim] in the dtype of the weights.
+
+        Raises:
+            RequestError: The pixels have another shape.
+        """
         args = self.args
         expected = (args.num_channels, args.image_size, args.image_size)
         if pixels.ndim != 4 or pixels.shape[1:] != expected or pixels.size(0) == 0:
             raise RequestError(
-                f"pixels of shape {tuple(pixels.shape)}: expected {['tiles', *expected]} with "
-                f"one tile or more"
+                f"pixels: got {list(pixels.shape)}; expected {['tiles', *expected]}, 1 tile or more"
             )
         x = self.patch_embedding(
             cut_patches(pixels.to(self.class_embedding.dtype), args.patch_size)
@@ -72,7 +87,7 @@ class VisionEmbeddings(nn.Module):
         )
 
     def _step(self, x_BTD: Tensor) -> Step:
-        """Every tile is one document in which all see all; its rotary table is that of the grid."""
+        """Build the step: every tile is a document whose patches all attend to each other."""
         tiles, count, _ = x_BTD.shape
         layer = self.args.layers[0]
         assert layer.rope is not None, "every block of the encoder rotates"
@@ -88,7 +103,7 @@ class VisionEmbeddings(nn.Module):
 
 
 class Adapter(nn.Module):
-    """gelu(fc2(gelu(fc1 x))), no biases: the activation comes after both."""
+    """gelu(fc2(gelu(fc1 x))) without biases."""
 
     def __init__(self, dim: int, hidden_dim: int, output_dim: int) -> None:
         super().__init__()
@@ -96,12 +111,14 @@ class Adapter(nn.Module):
         self.fc2 = Linear(hidden_dim, output_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return [..., output_dim] of x [..., dim]."""
         return F.gelu(self.fc2(F.gelu(self.fc1(x))))
 
 
 def cut_patches(pixels: Tensor, patch_size: int) -> Tensor:
-    """[tiles, C, S, S] to [tiles, patches, C p p]: patches row by row, features as a flat
-    convolution kernel.
+    """Cut tiles [tiles, C, S, S] into patches [tiles, patches, C p p], row by row.
+
+    Features are in the order of a flat convolution kernel.
     """
     squares = pixels.unflatten(3, (-1, patch_size)).unflatten(
         2, (-1, patch_size)
@@ -110,9 +127,7 @@ def cut_patches(pixels: Tensor, patch_size: int) -> Tensor:
 
 
 def pixel_shuffle(x_BTD: Tensor, grid: int, side: int) -> Tensor:
-    """[B, grid^2, D] to [B, (grid / side)^2, side^2 D]: squares of neighbours side by side, row by
-    row.
-    """
+    """Merge squares of neighbouring patches: [B, grid^2, D] to [B, (grid / side)^2, side^2 D]."""
     rows = x_BTD.unflatten(1, (grid // side, side, grid // side, side))
     return rows.transpose(2, 3).flatten(3).flatten(1, 2)
 
@@ -120,10 +135,10 @@ def pixel_shuffle(x_BTD: Tensor, grid: int, side: int) -> Tensor:
 def grid_table(
     grid: int, rope: RopeArgs, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(cos, sin) [1, grid^2 + 1, 1, H / 2] float32: half of the pairs turn by column + 1, half by
-    row + 1.
+    """Return (cos, sin) float32 [1, grid^2 + 1, 1, H / 2] of two-dimensional positions.
 
-    Counting starts at 1 because the class token, the last one, keeps angle 0.
+    Half of the pairs rotate by column + 1, half by row + 1. Counting starts at 1, since the class
+    token, the last one, has angle 0.
     """
     freqs = base_frequencies(rope.dim // 2, rope.theta, device)
     steps = torch.arange(1, grid + 1, device=device).float()
@@ -134,23 +149,27 @@ def grid_table(
 
 
 def check_patch_count(tokens: Tensor, patch_token_id: int, rows: int) -> None:
-    """Refuse `tokens` that do not hold one patch token per row; cheap enough to ask before encoding
-    images.
+    """Check that a text has one patch token per row, before images are encoded.
+
+    Raises:
+        RequestError: The numbers differ.
     """
     count = int((tokens == patch_token_id).sum())
     if count != rows:
-        raise RequestError(
-            f"{count} patch tokens (id {patch_token_id}) in the text, {rows} rows of images: "
-            f"expected one each"
-        )
+        found = f"{count} patch tokens (id {patch_token_id})"
+        raise RequestError(f"tokens: got {found}; expected {rows}, one per row of the images")
 
 
 def merge_images(tokens_BT: Tensor, patch_token_id: int, rows_RD: Tensor) -> MaskedEmbedding:
-    """What `TransformerInput.image_embedding` holds: row i replaces the i-th patch token, counted
-    over the batch.
+    """Return what `TransformerInput.image_embedding` takes: row i replaces the i-th patch token.
 
-    `rows_RD` may be [tiles, patches, D] as the encoder gives them; gradients flow into it. Another
-    number of patch tokens than of rows is a `RequestError`.
+    Args:
+        tokens_BT: Token ids [B, T]. Patch tokens are counted over the complete batch.
+        patch_token_id: The id of the patch token.
+        rows_RD: Rows [R, D], or [tiles, patches, D] of the encoder. Gradients flow into them.
+
+    Raises:
+        RequestError: The number of patch tokens is not that of the rows.
     """
     rows_RD = rows_RD.flatten(0, -2)
     check_patch_count(tokens_BT, patch_token_id, rows_RD.size(0))

@@ -1,10 +1,10 @@
-"""Four-bit formats as pure functions: a weight to named parts and back.
+"""Four-bit formats as pure functions: a weight to named parts, and back.
 
 A weight [out, in] (or [E, out, in]) becomes `qweight` uint8 [out, in / 2], two codes per byte with
 the first in the high half, and `scales` [out, in / group], which multiply the values of the codes.
-`zeros` uint8 [out, in / group] are codes that stand for 0. With double quantization `scales` are
-the bits of 8-bit floats, to be multiplied by `scale_scales` [blocks], one for 256 of them, and
-added to `scale_offset` [1].
+`zeros` uint8 [out, in / group] are the codes that stand for 0. With double quantization `scales`
+are the bits of 8-bit floats, multiplied by `scale_scales` [blocks], one for 256 of them, and added
+to `scale_offset` [1].
 """
 
 from __future__ import annotations
@@ -50,11 +50,14 @@ EIGHT_BITS = torch.float8_e4m3fn
 
 @torch.no_grad()
 def quantize(weight: Tensor, args: QuantizeArgs) -> dict[str, Tensor]:
-    """The parts of a weight [out, in] or [E, out, in], scales in its dtype; in must be a multiple
-    of the group.
+    """Return the parts of a weight.
 
-    Arithmetic is in float32, one expert at a time, and codes are chosen for the scales as they are
-    stored.
+    Args:
+        weight: [out, in] or [E, out, in] of any floating dtype. Scales keep its dtype.
+        args: The format.
+
+    Raises:
+        RequestError: The inputs are not a multiple of the group.
     """
     inputs = weight.size(-1)
     require(
@@ -92,8 +95,9 @@ def quantize(weight: Tensor, args: QuantizeArgs) -> dict[str, Tensor]:
 
 
 def dequantize(parts: Parts, kind: Kind) -> Tensor:
-    """The weight that the parts stand for, multiplied out in float32 and rounded once to its dtype
-    before.
+    """Return the weight that the parts stand for.
+
+    It is computed in float32 and rounded once to the dtype that it had before.
     """
     levels = torch.tensor(LEVELS[kind], device=parts["qweight"].device)
     # A byte finds both of its values at once, moved as one number of 8 bytes: twice as fast as two
@@ -108,12 +112,12 @@ def dequantize(parts: Parts, kind: Kind) -> Tensor:
 
 
 def dtype_of(parts: Parts) -> torch.dtype:
-    """The dtype of the weight: that of the scales, or of their scales."""
+    """Return the dtype of the weight: that of the scales, or of their scales."""
     return parts["scale_scales" if "scale_scales" in parts else "scales"].dtype
 
 
 def empty_parts(weight: Tensor, args: QuantizeArgs) -> dict[str, Tensor]:
-    """Parts for a weight of this shape, dtype and device, to be filled by a checkpoint."""
+    """Return parts of a weight of this shape, dtype and device, to be filled from a checkpoint."""
     *leading, inputs = weight.shape
     per_group = (*leading, inputs // args.group)
     parts = {"qweight": weight.new_empty(*leading, inputs // 2, dtype=torch.uint8)}
@@ -130,9 +134,7 @@ def empty_parts(weight: Tensor, args: QuantizeArgs) -> dict[str, Tensor]:
 
 
 def _nearest(units: Tensor, levels: Tensor) -> Tensor:
-    """The code of the level next to each value: how many of the middles between levels it is
-    above.
-    """
+    """Return the code of the level nearest to each value: the number of midpoints below it."""
     codes = torch.zeros_like(units, dtype=torch.uint8)
     for middle in ((levels[1:] + levels[:-1]) / 2).tolist():  # half the time of `torch.bucketize`
         codes += (units > middle).view(torch.uint8)
@@ -140,15 +142,15 @@ def _nearest(units: Tensor, levels: Tensor) -> Tensor:
 
 
 def _not_zero(scales: Tensor) -> Tensor:
-    """What a group of zeros may be divided by."""
+    """Return the scales with 1 in place of 0, to divide a group of zeros by."""
     return torch.where(scales == 0, 1.0, scales)
 
 
 def _code_scales(scales: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Scales [out, groups] in 8 bits around their mean (section 3 of the paper).
+    """Return scales [out, groups] in 8 bits around their mean (section 3 of QLoRA).
 
-    The paper's 8-bit floats are here those of hardware; bitsandbytes takes its dynamic tree, of
-    like precision.
+    The 8-bit floats are those of hardware. bitsandbytes uses its dynamic tree, of similar
+    precision.
     """
     offset = scales.mean().view(1).to(dtype)
     rest = (scales - offset.float()).flatten()
@@ -162,7 +164,7 @@ def _code_scales(scales: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _read_scales(parts: Parts) -> Tensor:
-    """Scales [..., out, in / group] in float32."""
+    """Return the scales [..., out, in / group] in float32."""
     scales = parts["scales"]
     if "scale_scales" not in parts:
         return scales.float()

@@ -1,7 +1,7 @@
-"""Quantized leaves, and the surgery that makes them out of a built model's own and back.
+"""Quantized leaves, and the surgery that makes them from the leaves of a built model, and back.
 
-A leaf changes its class and holds other parameters (`wq.qweight`, `wq.scales`) in place of
-`wq.weight`; it stays the module it was, under its name, with its hooks.
+A leaf changes its class and gets other parameters (`wq.qweight`, `wq.scales`) in place of
+`wq.weight`. It stays the same module, with its name and its hooks.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Quantized(nn.Module):
-    """What a leaf has while it is quantized: `parts` of frozen parameters, and a weight made when
-    asked for.
+    """A quantized leaf: frozen `parts`, and a weight that is computed when it is read.
+
+    Attributes:
+        quantization: The format.
+        part_names: The names of its parameters.
     """
 
     quantization: QuantizeArgs
@@ -31,22 +34,22 @@ class Quantized(nn.Module):
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """Its parameters as `formats.quantize` names them."""
+        """Its parameters, by the names of `formats.quantize`."""
         return {name: getattr(self, name) for name in self.part_names}
 
     @property
     def count(self) -> int:
-        """Weights and biases, as many as while it is dense."""
+        """Weights and biases, as many as in the dense leaf."""
         bias = self._parameters.get("bias")
         return 2 * self.parts["qweight"].numel() + (0 if bias is None else bias.numel())
 
     def dequantize(self) -> Tensor:
-        """The weight [out, in] or [E, out, in], new at every call, in the dtype it had before."""
+        """Compute the weight [out, in] or [E, out, in] in the dtype that it had before."""
         return dequantize(self.parts, self.quantization.kind)
 
     @property
     def weight(self) -> Tensor:
-        """`dequantize()`, for those who read a leaf's weight; writing it is an error."""
+        """The result of `dequantize`. It can't be written."""
         return self.dequantize()
 
 
@@ -54,6 +57,7 @@ class QuantizedLinear(Quantized, Linear):  # type: ignore[override]  # its weigh
     """y = x W^T with the weight in four bits."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b [..., out] of x [..., in], in the dtype of x or of autocast."""
         return product(x, self.bias, self.quantization, self.parts)
 
 
@@ -61,8 +65,9 @@ class QuantizedGroupedLinear(Quantized, GroupedLinear):  # type: ignore[misc]  #
     """E linears side by side with their weights in four bits."""
 
     def product(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """One expert after the other, so that one dense matrix is in memory; those without rows are
-        left out.
+        """Multiply one expert after the other, so that one dense matrix is in memory.
+
+        Experts without rows are skipped. Arguments and result are those of `GroupedLinear.forward`.
         """
         if not has_data(rows_RD):
             return F.linear(rows_RD, self.weight[0])
@@ -80,7 +85,10 @@ class QuantizedGroupedLinear(Quantized, GroupedLinear):  # type: ignore[misc]  #
 
 
 def product(x: Tensor, bias: Tensor | None, args: QuantizeArgs, parts: Parts) -> Tensor:
-    """x W^T + b in the dtype of x, or autocast's, where the weight lives for the product only."""
+    """Return x W^T + b in the dtype of x, or of autocast.
+
+    The dense weight exists during the product only.
+    """
     kind = x.device.type
     if not x.is_meta and torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
@@ -90,7 +98,7 @@ def product(x: Tensor, bias: Tensor | None, args: QuantizeArgs, parts: Parts) ->
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b that keeps the codes of W for backward, and makes W of them again."""
+    """x W^T + b that keeps the codes of W for the backward pass, and computes W again there."""
 
     @staticmethod
     def forward(
@@ -126,18 +134,14 @@ _QUANTIZED: dict[type[Linear] | type[GroupedLinear], type[Quantized]] = {
 
 
 def quantized_leaves(model: nn.Module) -> dict[str, Quantized]:
-    """The quantized leaves by name."""
+    """Return the quantized leaves of a model by name."""
     return {path: module for path, module in model.named_modules() if isinstance(module, Quantized)}
 
 
-def quantization_of(model: nn.Module) -> QuantizeArgs | None:
-    """What the model was quantized with, for writing down; None where it was not."""
-    return next((leaf.quantization for leaf in quantized_leaves(model).values()), None)
-
-
 def dense_names(model: nn.Module) -> Iterator[str]:
-    """The names its parameters have while it is dense: `wq.weight` stands for all parts of a
-    quantized leaf.
+    """Yield the names that the parameters have in the dense model.
+
+    `wq.weight` stands for all parts of a quantized leaf.
     """
     held = quantized_leaves(model)
     for name, _ in model.named_parameters(remove_duplicate=False):
@@ -149,12 +153,20 @@ def dense_names(model: nn.Module) -> Iterator[str]:
 
 
 def quantize_model(model: M, args: QuantizeArgs, *, empty: bool = False) -> M:
-    """Hold the weights of `Linear` and `GroupedLinear` leaves in four bits, frozen; in place, and
-    returned.
+    """Store the weights of `Linear` and `GroupedLinear` leaves in four bits, and freeze them.
 
-    One leaf after the other: memory holds the model and what one leaf needs besides. With `empty`,
-    and on the meta device, leaves get shapes only, for `load_state_dict`. A `RequestError` comes
-    before any change.
+    Leaves are quantized one after the other, so memory has the model and one dense leaf at most.
+
+    Args:
+        model: A model that is not quantized and has no adapters. It is changed in place.
+        args: The format.
+        empty: Create parts without numbers, for `load_state_dict`. So it is on the meta device.
+
+    Returns:
+        The same model.
+
+    Raises:
+        RequestError: The format does not fit the model. Nothing has changed.
     """
     chosen = _chosen(model, args)
     for path, leaf in chosen.items():
@@ -172,9 +184,7 @@ def quantize_model(model: M, args: QuantizeArgs, *, empty: bool = False) -> M:
 
 @torch.no_grad()
 def quantize_leaf(leaf: Linear | GroupedLinear, args: QuantizeArgs, *, empty: bool = False) -> None:
-    """Codes and scales in place of one leaf's weight; of shapes only with `empty` or on the meta
-    device.
-    """
+    """Replace the weight of one leaf by codes and scales; see `quantize_model`."""
     parts = (empty_parts if empty or leaf.weight.is_meta else quantize)(leaf.weight, args)
     del leaf.weight
     made = next(made for kind, made in _QUANTIZED.items() if isinstance(leaf, kind))
@@ -187,15 +197,20 @@ def quantize_leaf(leaf: Linear | GroupedLinear, args: QuantizeArgs, *, empty: bo
 
 @torch.no_grad()
 def dequantize_model(model: M) -> M:
-    """The dense model that adapters and activations saw, in place and returned; its weights are
-    frozen as before.
+    """Replace the codes by the dense weights that they stand for.
 
-    A model without quantized leaves is a `RequestError`. One leaf after the other, as
-    `quantize_model` does.
+    Args:
+        model: A quantized model. It is changed in place, and its weights stay frozen.
+
+    Returns:
+        The same model.
+
+    Raises:
+        RequestError: No leaf is quantized.
     """
     found = quantized_leaves(model)
     if not found:
-        raise RequestError("no leaf is quantized; expected a model after quantize_model")
+        raise RequestError("model: got no quantized leaf; expected a quantized model")
     for leaf in found.values():
         weight = leaf.dequantize()
         for name in leaf.part_names:
@@ -208,19 +223,20 @@ def dequantize_model(model: M) -> M:
 
 
 def _chosen(model: nn.Module, args: QuantizeArgs) -> dict[str, Linear | GroupedLinear]:
-    """The leaves that are not skipped, by name; a name to skip that no module has is a
-    `RequestError`.
+    """Return the leaves to quantize by name.
+
+    Raises:
+        RequestError: A name to skip is not in the model, or nothing is left.
     """
     paths = [path for path, _ in model.named_modules()]
     words = {word for path in paths for word in path.split(".")}
     for name in args.skip:
         # The default names what only some models have.
         if not any(_is_in(name, path) for path in paths) and name not in QuantizeArgs().skip:
-            raise RequestError(f"skip: {name!r} is no module of this model{nearest(name, words)}")
+            expected = f"expected a module of this model{nearest(name, words)}"
+            raise RequestError(f"skip: got {name!r}; {expected}")
     if quantized_leaves(model):
-        raise RequestError(
-            "the model is quantized already; expected one whose leaves have their weights"
-        )
+        raise RequestError("model: got a quantized one; expected dense leaves")
     chosen = {
         path: module
         for path, module in model.named_modules()
@@ -228,9 +244,7 @@ def _chosen(model: nn.Module, args: QuantizeArgs) -> dict[str, Linear | GroupedL
         and not any(_is_in(name, path) for name in args.skip)
     }
     if not chosen:
-        raise RequestError(
-            f"skip: got {list(args.skip)}; expected what leaves at least one leaf to quantize"
-        )
+        raise RequestError(f"skip: got {list(args.skip)}; expected at least one leaf to be left")
     return chosen
 
 
@@ -239,21 +253,21 @@ def _is_in(name: str, path: str) -> bool:
 
 
 def _check(path: str, leaf: Linear | GroupedLinear, args: QuantizeArgs, empty: bool) -> None:
-    """Refuse a leaf whose inputs do not fill groups, that carries adapters, or that holds bad
-    numbers.
+    """Check a leaf before anything changes.
+
+    Raises:
+        RequestError: Its inputs do not fill groups, it has an adapter, or it has NaN or infinite
+            weights.
     """
     inputs = leaf.weight.size(-1)
     if inputs % args.group:
         fitting = [f"{group}, or" for group in GROUPS if inputs % group == 0][-1:]
         expected = " ".join([*fitting, f"to skip {path.rpartition('.')[2]!r}"])
-        raise RequestError(
-            f"group: got {args.group}; {path} has {inputs} inputs; expected {expected}"
-        )
+        found = f"{args.group} for the {inputs} inputs of {path}"
+        raise RequestError(f"group: got {found}; expected {expected}")
     if leaf._modules:
-        raise RequestError(
-            f"{path} carries an adapter; expected to quantize first, and then to add adapters"
-        )
+        raise RequestError(f"{path}: got a leaf with an adapter; expected to quantize it before")
     if empty or leaf.weight.is_meta:
         return
     if not bool(torch.isfinite(torch.stack(torch.aminmax(leaf.weight.detach()))).all()):
-        raise RequestError(f"{path}.weight holds NaN or infinite numbers; expected finite ones")
+        raise RequestError(f"{path}.weight: got NaN or infinite numbers; expected finite ones")

@@ -14,7 +14,7 @@ from transom.checkpoints.read_args import read_args
 from transom.config.model_args import ModelArgs
 from transom.verify.findings import difference
 from transom.verify.model import COUNT, TOLERANCE, compare_with_oracle
-from transom.verify.oracle import Oracle, lacks
+from transom.verify.oracle import Oracle, unsupported
 from transom.verify.sample_models import SAMPLES
 
 UNSPOKEN = {"llama-dynamic": "dynamic", "phi3-longrope": "longrope", "llama4": "vision_args"}
@@ -36,7 +36,7 @@ def test_oracle_equals_transformers(family, tmp_path):
 @pytest.mark.parametrize("family", UNSPOKEN)
 def test_what_it_lacks_of_the_families_is_known(family, tmp_path):
     tiny_hf(family).save_pretrained(tmp_path)
-    (missing,) = lacks(read_args(tmp_path))
+    (missing,) = unsupported(read_args(tmp_path))
     assert UNSPOKEN[family] in missing
 
 
@@ -90,7 +90,7 @@ def test_built_in_models_use_every_option_the_oracle_speaks():
 )
 def test_what_the_oracle_lacks_is_said_and_refused(fields):
     args = ModelArgs.from_dict(fields)
-    (missing,) = lacks(args)
+    (missing,) = unsupported(args)
     assert missing.startswith(next(iter(fields)))
     with pytest.raises(RequestError, match="no formula"):
         Oracle(args, {})

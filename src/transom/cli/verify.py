@@ -74,8 +74,10 @@ def _print_summaries(title: str, summaries: Sequence[Summary]) -> None:
     for one in summaries:
         worst = one.worst
         result = f"{one.failed} FAILED" if one.failed else "ok"
-        numbers = (str(one.cases), f"{worst.error:.1e}", f"{worst.tolerance:.0e}")
-        rows.append((one.comparison, result, worst.case, *numbers))
+        error, tolerance = f"{worst.error:.1e}", f"{worst.tolerance:.0e}"
+        if not worst.tolerance:  # a count, a share, or bits that must be equal
+            error, tolerance = f"{worst.error:.3g}", "0"
+        rows.append((one.comparison, result, worst.case, str(one.cases), error, tolerance))
     heading(title)
     show(table(("comparison", "result", "worst case"), ("cases", "error", "tolerance"), rows))
     for one in summaries:
@@ -132,10 +134,12 @@ def _print_matrix(title: str, rows: Sequence[SupportRow]) -> None:
     cells: list[tuple[str, ...]] = []
     declined: dict[str, str] = {}
     columns: tuple[str, ...] = ()
+    active = {(row.backend, row.device) for row in rows if not row.declined}
     for row in rows:
         name = f"{row.backend} on {row.device}"
         if row.declined:
-            declined[f"{name} in {row.dtype}"] = row.declined
+            partly = (row.backend, row.device) in active
+            declined.setdefault(f"{name} in {row.dtype}" if partly else name, row.declined)
             continue
         columns = tuple(row.errors)
         words = {key: "-" if x is None else f"{x:.1e}" for key, x in row.errors.items()}

@@ -1,10 +1,9 @@
-"""The forward pass once more, written from the formulas: one sequence, token by token, head by
-head, float64.
+"""The forward pass of the model a second time, from the formulas, in loops over tokens and heads.
 
-It shares no code with the model but the arguments as a person writes them and the names of the
-weights, so a mistake in one of the two shows as a difference. It is slow, and meant to be read
-beside the papers: RoPE (arXiv 2104.09864), GQA (2305.13245), RMSNorm (1910.07467), SwiGLU
-(2002.05202), Mixtral (2401.04088).
+It uses the arguments as a user writes them and the names of the weights, and shares no code with
+the model, so that a mistake in one of the two changes the result. It is slow. The papers are: RoPE
+(arXiv 2104.09864), RMSNorm (1910.07467), SwiGLU (2002.05202), GQA (2305.13245), Mixtral
+(2401.04088), DeepSeek-V2 (2405.04434).
 """
 
 from __future__ import annotations
@@ -19,43 +18,44 @@ from torch import Tensor
 from transom.base.errors import RequestError
 from transom.config.layer_args import MoeArgs
 from transom.config.model_args import ModelArgs
-from transom.verify.oracle_rope import rotated
+from transom.verify.oracle_rope import rotate
+
+Heads = list[Tensor]  # the vectors of one token, head by head
 
 
-def lacks(args: ModelArgs) -> list[str]:
-    """The options of a model that this page does not speak, by field."""
+def unsupported(args: ModelArgs) -> list[str]:
+    """Return the fields of options that the oracle does not implement."""
+    fields = ("context_dim", "vision_args", "head", "mup_base_dim")
+    missing = [name for name in fields if getattr(args, name) is not None]
     scaling = args.rope_scaling
-    unknown = scaling is not None and scaling.by_length
-    missing = {
-        "context_dim": args.context_dim is not None,
-        "vision_args": args.vision_args is not None,
-        "head": args.head is not None,
-        "mup_base_dim": args.mup_base_dim is not None,
-        f"rope_scaling.kind = {scaling.kind if scaling else None}": unknown,
-    }
-    return [name for name, there in missing.items() if there]
+    if scaling is not None and scaling.by_length:
+        missing.append(f"rope_scaling.kind = {scaling.kind}")
+    return missing
 
 
 class Oracle:
-    """Logits of one sequence from `weights` by name (float64; gradients flow into them)."""
+    """Computes the logits of one sequence.
+
+    Args:
+        args: The arguments of the model.
+        weights: The weights by the names of the model's parameters, float64. Gradients flow into
+            them.
+
+    Raises:
+        RequestError: If the model uses an option that is not implemented here.
+    """
 
     def __init__(self, args: ModelArgs, weights: Mapping[str, Tensor]) -> None:
-        if missing := lacks(args):
-            raise RequestError(
-                f"{', '.join(missing)}: the oracle has no formula for it; compare with another "
-                f"check"
-            )
+        if missing := unsupported(args):
+            raise RequestError(f"{', '.join(missing)}: the oracle has no formula for it")
         self.args, self.weights = args, weights
         self.heads, self.kv_heads = args.n_heads, args.n_kv_heads or args.n_heads
-        mla = args.mla_args
-        self.head_dim = (
-            mla.qk_nope_head_dim + mla.qk_rope_head_dim
-            if mla
-            else args.head_dim or args.dim // args.n_heads
-        )
+        self.head_dim = args.head_dim or args.dim // args.n_heads
+        if args.mla_args is not None:
+            self.head_dim = args.mla_args.qk_nope_head_dim + args.mla_args.qk_rope_head_dim
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
-        """[T, V] for the tokens at positions 0 .. T - 1."""
+        """Return the logits [T, V] of the tokens at positions 0 to T - 1."""
         args = self.args
         embedding = self.weights["tok_embeddings.weight"]
         stream = [embedding[token] * (args.embedding_scale or 1.0) for token in tokens]
@@ -63,212 +63,193 @@ class Oracle:
             stream = self.block(index, stream)
         output = embedding if args.tie_embeddings else self.weights["output.weight"]
         rows = [output @ self.norm("norm", x) * (args.logit_scale or 1.0) for x in stream]
-        return torch.stack([capped(row, args.logit_softcap) for row in rows])
+        return torch.stack([softcap(row, args.logit_softcap) for row in rows])
 
     def block(self, index: int, stream: list[Tensor]) -> list[Tensor]:
-        """x + attention(norm(x)), then x + feed_forward(norm(x)), with norms before, behind or on
-        both sides.
+        """Return x + attention(norm(x)), then x + feed_forward(norm(x)), for every token.
+
+        The norms come before a sublayer, after it, or both.
         """
-        before, behind = self.args.norm_placement != "post", self.args.norm_placement != "pre"
         at = f"layers.{index}."
-        normed = [self.norm(f"{at}attention_norm", x) if before else x for x in stream]
+        pre, post = self.args.norm_placement != "post", self.args.norm_placement != "pre"
+        normed = [self.norm(f"{at}attention_norm", x) if pre else x for x in stream]
         added = self.attention(index, normed)
-        added = [self.norm(f"{at}attention_post_norm", y) if behind else y for y in added]
+        added = [self.norm(f"{at}attention_post_norm", y) if post else y for y in added]
         stream = [x + y for x, y in zip(stream, added, strict=True)]
-        normed = [self.norm(f"{at}ffn_norm", x) if before else x for x in stream]
+        normed = [self.norm(f"{at}ffn_norm", x) if pre else x for x in stream]
         added = [self.feed_forward(index, x) for x in normed]
-        added = [self.norm(f"{at}ffn_post_norm", y) if behind else y for y in added]
+        added = [self.norm(f"{at}ffn_post_norm", y) if post else y for y in added]
         return [x + y for x, y in zip(stream, added, strict=True)]
 
-    # -- norms and linears
-    # ----------------------------------------------------------------------------
+    # -- norms and linear maps
 
     def norm(self, name: str, x: Tensor, eps: float | None = None) -> Tensor:
-        """x / sqrt(mean(x^2) + eps) * w, with 1 + w for Gemma; LayerNorm also takes the mean off,
-        adds a bias.
-        """
+        """Return x / sqrt(mean(x^2) + eps) * w; Gemma has 1 + w, LayerNorm subtracts the mean."""
         weight, eps = self.weights[f"{name}.weight"], eps or self.args.norm_eps
         if self.args.norm == "layer":
-            return unit(x - x.mean(), eps) * weight + self.weights[f"{name}.bias"]
-        return unit(x, eps) * (1.0 + weight if self.args.norm == "rms_plus_one" else weight)
+            return rms_normalize(x - x.mean(), eps) * weight + self.weights[f"{name}.bias"]
+        factor = 1.0 + weight if self.args.norm == "rms_plus_one" else weight
+        return rms_normalize(x, eps) * factor
 
     def linear(self, name: str, x: Tensor, bias: bool = False) -> Tensor:
-        """W x, plus b where the option says that there is one."""
+        """Return W x, or W x + b if the option of the bias is on."""
         y = self.weights[f"{name}.weight"] @ x
         return y + self.weights[f"{name}.bias"] if bias else y
 
     # -- attention
-    # ------------------------------------------------------------------------------------
 
     def letter(self, index: int) -> str:
-        """What kind of layer this is: F, S, C or B, small when it has no positions."""
+        """Return the kind of a layer: F, S, C or B, in lower case for a layer without RoPE."""
         args = self.args
         if args.layer_pattern is not None:
             return args.layer_pattern[index % len(args.layer_pattern)]
         if args.nope_layer_interval and (index + 1) % args.nope_layer_interval == 0:
             return "f"
-        return "S" if args.sliding_window else "C" if args.attention_chunk_size else "F"
+        if args.sliding_window:
+            return "S"
+        return "C" if args.attention_chunk_size else "F"
 
-    def sees(self, letter: str, query: int, key: int) -> bool:
-        """Whether the token at `query` may look at the token at `key`."""
-        args, kind = self.args, letter.upper()
-        if kind == "B":
-            return True
-        near = query - key < (args.sliding_window or 0)  # the window counts the token itself
-        together = query // (args.attention_chunk_size or 1) == key // (
-            args.attention_chunk_size or 1
+    def may_attend(self, letter: str, query: int, key: int) -> bool:
+        """Return whether the token at position `query` may attend to the one at `key`."""
+        kind, window, chunk = (
+            letter.upper(),
+            self.args.sliding_window,
+            self.args.attention_chunk_size,
         )
-        return key <= query and (near if kind == "S" else together if kind == "C" else True)
+        if kind == "S":
+            assert window is not None, "layers with windows have a size"
+            return key <= query < key + window  # the window includes the token itself
+        if kind == "C":
+            assert chunk is not None, "layers with chunks have a size"
+            return key <= query and query // chunk == key // chunk
+        return kind == "B" or key <= query
 
     def attention(self, index: int, xs: list[Tensor]) -> list[Tensor]:
-        """softmax(q k / sqrt(H)) v over the keys that may be seen; query head h reads kv head h //
-        (N / K).
+        """Return softmax(q k / sqrt(H)) v for every token.
+
+        Query head h reads key/value head h // (N / K).
         """
         args, letter, at = self.args, self.letter(index), f"layers.{index}.attention."
-        make = self.heads_of if args.mla_args is None else self.latent_heads_of
-        queries, keys, values = zip(
-            *(make(at, letter, t, x) for t, x in enumerate(xs)), strict=True
-        )
+        project = self.project if args.mla_args is None else self.project_latent
+        tokens = [project(at, letter, position, x) for position, x in enumerate(xs)]
         scale = args.softmax_scale or self.head_dim**-0.5
-        out = []
-        for position in range(len(xs)):
-            seen = [other for other in range(len(xs)) if self.sees(letter, position, other)]
+        outputs = []
+        for position, (queries, _, _) in enumerate(tokens):
+            seen = [one for t, one in enumerate(tokens) if self.may_attend(letter, position, t)]
             heads = []
-            for head in range(self.heads):
+            for head, query in enumerate(queries):
                 kv = head // (self.heads // self.kv_heads)
-                scores = (
-                    torch.stack([queries[position][head] @ keys[other][kv] for other in seen])
-                    * scale
-                )
-                scores = capped(scores, args.attn_softcap)
-                if args.attn_sinks:  # takes its share of the softmax and has no value
+                scores = torch.stack([query @ keys[kv] for _, keys, _ in seen]) * scale
+                scores = softcap(scores, args.attn_softcap)
+                if args.attn_sinks:  # a sink takes part in the softmax and has no value
                     scores = torch.cat((scores, self.weights[f"{at}sinks"][head : head + 1]))
                 shares = scores.softmax(0)
-                heads.append(
-                    sum_of(
-                        share * values[other][kv]
-                        for share, other in zip(shares, seen, strict=False)
-                    )
-                )
-            out.append(self.linear(f"{at}wo", torch.cat(heads), args.out_bias))
-        return out
+                values = [values[kv] for _, _, values in seen]
+                heads.append(total(p * v for p, v in zip(shares, values, strict=False)))
+            outputs.append(self.linear(f"{at}wo", torch.cat(heads), args.out_bias))
+        return outputs
 
-    def heads_of(self, at: str, letter: str, position: int, x: Tensor) -> tuple[list[Tensor], ...]:
-        """(queries, keys, values) of one token, head by head."""
+    def project(self, at: str, letter: str, position: int, x: Tensor) -> tuple[Heads, Heads, Heads]:
+        """Return the queries, keys and values of one token."""
         q, k, v = (self.linear(f"{at}{name}", x, self.args.qkv_bias) for name in ("wq", "wk", "wv"))
         if self.args.qk_norm == "projection":
             q, k = self.norm(f"{at}q_norm", q), self.norm(f"{at}k_norm", k)
-        queries = [self.place(at, "q", letter, position, head) for head in q.split(self.head_dim)]
-        return (
-            queries,
-            [self.place(at, "k", letter, position, head) for head in k.split(self.head_dim)],
-            [*v.split(self.head_dim)],
-        )
+        size = self.head_dim
+        queries = [self.embed_position(f"{at}q_norm", letter, position, h) for h in q.split(size)]
+        keys = [self.embed_position(f"{at}k_norm", letter, position, h) for h in k.split(size)]
+        if letter.islower():
+            queries = [self.temperature(letter, position) * head for head in queries]
+        return queries, keys, [*v.split(size)]
 
-    def latent_heads_of(
+    def embed_position(self, norm: str, letter: str, position: int, head: Tensor) -> Tensor:
+        """Apply the learned norm, RoPE, and the norm without weights to a head of q or k."""
+        args = self.args
+        if args.qk_norm == "head":
+            head = self.norm(norm, head)
+        if letter.islower():
+            return head
+        local = letter in "SC" and args.rope_local_theta is not None
+        head = rotate(head, position, args, local)
+        return rms_normalize(head, args.norm_eps) if args.use_qk_norm else head
+
+    def project_latent(
         self, at: str, letter: str, position: int, x: Tensor
-    ) -> tuple[list[Tensor], ...]:
-        """The same by way of the latents of DeepSeek (arXiv 2405.04434): heads are [not rotated |
-        rotated].
-        """
+    ) -> tuple[Heads, Heads, Heads]:
+        """Return the same by DeepSeek's latents; a head is [without RoPE | with RoPE]."""
         mla, bias = self.args.mla_args, self.args.qkv_bias
-        assert mla is not None, "asked of such a model only"
+        assert mla is not None, "only called for such models"
         if mla.q_lora_rank is None:
             q = self.linear(f"{at}wq", x)
         else:
             narrow = self.norm(f"{at}q_a_norm", self.linear(f"{at}wq_a", x, bias), mla.norm_eps)
             q = self.linear(f"{at}wq_b", narrow)
-        sizes = (mla.qk_nope_head_dim, mla.qk_rope_head_dim)
-        queries = [head.split(sizes) for head in q.split(sum(sizes))]
-        tuned = self.temperature(letter, position)
-        latent, shared = self.linear(f"{at}wkv_a", x, bias).split((mla.kv_lora_rank, sizes[1]))
-        up = self.linear(f"{at}wkv_b", self.norm(f"{at}kv_a_norm", latent, mla.norm_eps)).split(
-            sizes[0] + mla.v_head_dim
-        )
+        nope, rope = mla.qk_nope_head_dim, mla.qk_rope_head_dim
+        queries = [head.split((nope, rope)) for head in q.split(nope + rope)]
+        latent, shared = self.linear(f"{at}wkv_a", x, bias).split((mla.kv_lora_rank, rope))
+        wide = self.linear(f"{at}wkv_b", self.norm(f"{at}kv_a_norm", latent, mla.norm_eps))
         if letter.isupper():
-            shared = rotated(shared, position, self.args)
-            queries = [(plain, rotated(turning, position, self.args)) for plain, turning in queries]
-        keys = [torch.cat((head[: sizes[0]], shared)) for head in up]
-        return (
-            [torch.cat(parts) * tuned for parts in queries],
-            keys,
-            [head[sizes[0] :] for head in up],
-        )
+            shared = rotate(shared, position, self.args)
+            queries = [(one, rotate(other, position, self.args)) for one, other in queries]
+        up = wide.split(nope + mla.v_head_dim)
+        keys = [torch.cat((head[:nope], shared)) for head in up]
+        factor = self.temperature(letter, position)
+        return [torch.cat(parts) * factor for parts in queries], keys, [head[nope:] for head in up]
 
     def temperature(self, letter: str, position: int) -> float:
-        """What queries of layers without positions are multiplied by, far into a text."""
+        """Return the factor of queries in layers without RoPE; it grows with the position."""
         args = self.args
         if letter.isupper() or not args.attn_temperature_tuning:
             return 1.0
         return 1 + args.attn_scale * math.log(1 + math.floor((position + 1) / args.floor_scale))
 
-    def place(self, at: str, kind: str, letter: str, position: int, head: Tensor) -> Tensor:
-        """One head of a query or key: learned norm, rotation, weightless norm, temperature, in this
-        order.
-        """
-        args = self.args
-        if args.qk_norm == "head":
-            head = self.norm(f"{at}{kind}_norm", head)
-        if letter.isupper():
-            local = letter in "SC" and args.rope_local_theta is not None
-            head = rotated(head, position, args, local)
-            return unit(head, args.norm_eps) if args.use_qk_norm else head
-        return head * self.temperature(letter, position) if kind == "q" else head
-
     # -- feed-forward
-    # ---------------------------------------------------------------------------------
 
     def feed_forward(self, index: int, x: Tensor) -> Tensor:
-        """w_out(act(w_gate x) * w_value x), or a mixture of such."""
+        """Return the feed-forward of one token, dense or a mixture of experts."""
         at, moe = f"layers.{index}.feed_forward.", self.args.moe_args
         dense = moe is None or index < moe.first_dense_layers or index in moe.dense_layers
         if moe is None or dense or (index + 1) % moe.interleave_moe_layer_step:
-            return self.swiglu(at, x, self.args.ffn_bias)
+            return self.dense(at, x)
         logits = self.linear(f"{at}router", x, moe.router_bias)
         scores = logits.softmax(0) if moe.routing == "softmax" else logits.sigmoid()
-        best = self.chosen(
-            moe, scores + self.weights[f"{at}router.choice_bias"] if moe.has_choice_bias else logits
-        )
-        total = sum_of(scores[expert] for expert in best) if moe.normalize else 1.0
-        added = []
-        for expert in best:
-            if moe.routing == "sigmoid":  # scales what goes in, and no weight sums to one
-                added.append(self.expert(at, expert, x * scores[expert]))
-            else:
-                scale = moe.routed_scale if moe.routing == "biased_sigmoid" else 1.0
-                added.append(scale * scores[expert] / total * self.expert(at, expert, x))
+        choice = scores + self.weights[f"{at}router.choice_bias"] if moe.has_choice_bias else logits
+        chosen = self.choose(moe, choice)
+        divisor = total(scores[expert] for expert in chosen) if moe.normalize else 1.0
+        scale = moe.routed_scale if moe.routing == "biased_sigmoid" else 1.0
+        if moe.routing == "sigmoid":  # Llama 4 scales the input of the experts
+            outputs = [self.expert(at, expert, x * scores[expert]) for expert in chosen]
+        else:
+            outputs = [
+                scale * scores[expert] / divisor * self.expert(at, expert, x) for expert in chosen
+            ]
         if moe.shared_expert:
-            added.append(self.swiglu(f"{at}shared_expert.", x, self.args.ffn_bias))
-        return sum_of(added)
+            outputs.append(self.dense(f"{at}shared_expert.", x))
+        return total(outputs)
 
-    def chosen(self, moe: MoeArgs, choice: Tensor) -> list[int]:
-        """The best experts, out of the groups whose two best add up highest."""
+    def choose(self, moe: MoeArgs, choice: Tensor) -> list[int]:
+        """Return the best experts, from the groups with the largest sum of their two best."""
         groups = choice.chunk(moe.num_groups)
         if moe.num_groups > 1:
-            kept = (
-                torch.stack([group.topk(2).values.sum() for group in groups])
-                .topk(moe.top_groups)
-                .indices.tolist()
-            )
+            best = torch.stack([group.topk(2).values.sum() for group in groups])
+            kept = best.topk(moe.top_groups).indices.tolist()
             groups = tuple(
                 group if i in kept else group - math.inf for i, group in enumerate(groups)
             )
         return torch.cat(groups).argsort(descending=True)[: moe.top_k].tolist()
 
-    def swiglu(self, at: str, x: Tensor, bias: bool) -> Tensor:
-        """The dense feed-forward, gated or not."""
+    def dense(self, at: str, x: Tensor) -> Tensor:
+        """Return w_out(act(w_gate x) * w_value x), or w_out(act(w_value x)) without a gate."""
+        bias = self.args.ffn_bias
         value = self.linear(f"{at}w_value", x, bias)
-        hidden = (
-            self.act(self.linear(f"{at}w_gate", x, bias)) * value
-            if self.args.ffn_gated
-            else self.act(value)
-        )
-        return self.linear(f"{at}w_out", hidden, bias)
+        if not self.args.ffn_gated:
+            return self.linear(f"{at}w_out", self.act(value), bias)
+        gate = self.act(self.linear(f"{at}w_gate", x, bias))
+        return self.linear(f"{at}w_out", gate * value, bias)
 
     def expert(self, at: str, expert: int, x: Tensor) -> Tensor:
-        """One of the experts, whose matrices lie in one tensor [E, out, in]."""
+        """Return the output of one expert; the matrices of all are one tensor [E, out, in]."""
         moe = self.args.moe_args
-        assert moe is not None, "asked of a mixture only"
+        assert moe is not None, "only called for mixtures"
 
         def linear(name: str, x: Tensor) -> Tensor:
             y = self.weights[f"{at}experts.{name}.weight"][expert] @ x
@@ -285,29 +266,30 @@ class Oracle:
         return linear("w_out", (value + 1) * gate * torch.sigmoid(1.702 * gate))
 
     def act(self, x: Tensor) -> Tensor:
-        """silu x sigmoid(x), gelu x Phi(x) or its tanh approximation, relu max(x, 0)."""
+        """Return x sigmoid(x), x Phi(x), its tanh approximation, or max(x, 0)."""
         match self.args.activation:
             case "silu":
                 return x * x.sigmoid()
             case "gelu":
                 return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
             case "gelu_tanh":
-                return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+                inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+                return 0.5 * x * (1 + torch.tanh(inner))
             case "relu":
                 return F.relu(x)
 
 
-def unit(x: Tensor, eps: float) -> Tensor:
-    """x divided by its root mean square."""
+def rms_normalize(x: Tensor, eps: float) -> Tensor:
+    """Return x divided by its root mean square."""
     return x / torch.sqrt(x.square().mean() + eps)
 
 
-def capped(x: Tensor, cap: float | None) -> Tensor:
-    """cap * tanh(x / cap), or x."""
+def softcap(x: Tensor, cap: float | None) -> Tensor:
+    """Return cap * tanh(x / cap), or x without a cap."""
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
-def sum_of(parts: Iterable[Tensor]) -> Tensor:
-    """The sum of one tensor or more."""
+def total(parts: Iterable[Tensor]) -> Tensor:
+    """Return the sum of one or more tensors."""
     first, *rest = parts
     return sum(rest, first)

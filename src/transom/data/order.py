@@ -87,20 +87,15 @@ class PackedOrder:
         if not 0 <= index < self._windows:
             raise IndexError(f"window {index} of {self._windows}")
         self._enter(epoch)
-        at = int(self._places[index]) * self._window
-        stop = at + self._window + 1
-        pieces = []
-        # The place of the document that contains token `at`.
-        place = int(np.searchsorted(self._ends, at, side="right"))
-        while at < stop:
-            document, end = int(self._documents[place]), int(self._ends[place])
-            begin = end - int(self._lengths[document])
-            upto = min(end, stop)
-            if upto > at:
-                pieces.append(Piece(document, at - begin, upto - begin))
-            at = upto
-            place += 1
-        return pieces
+        start = int(self._places[index]) * self._window
+        stop = start + self._window + 1
+        # From the document that contains token `start` to the one that contains token `stop - 1`.
+        first, last = np.searchsorted(self._ends, (start, stop - 1), side="right").tolist()
+        documents, ends = self._documents[first : last + 1], self._ends[first : last + 1]
+        begins = ends - self._lengths[documents]
+        starts, stops = np.maximum(begins, start) - begins, np.minimum(ends, stop) - begins
+        pieces = zip(documents.tolist(), starts.tolist(), stops.tolist(), strict=True)
+        return [Piece(*piece) for piece in pieces if piece[1] < piece[2]]
 
     def _enter(self, epoch: int) -> None:
         """Lay out an epoch. Only the latest one is kept, with about 24 bytes per document."""

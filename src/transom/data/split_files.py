@@ -62,19 +62,16 @@ def split_files(folder: Path) -> SplitFiles:
         ignored = [name for name in found.ignored if name != "data/"]
         found = _split(folder / "data")
         found.ignored += ignored
-    if not found.files:
-        root = folder if _rows_in(folder) else folder / "data"
-        rows = _rows_in(root)
-        if rows:
-            names = {path.name for path in rows}
-            found = SplitFiles(
-                {"train": rows}, [name for name in found.ignored if name not in names]
-            )
+    rows = [] if found.files else _rows_in(folder) or _rows_in(folder / "data")
+    if rows:
+        names = {path.name for path in rows}
+        found.files["train"] = rows
+        found.ignored = [name for name in found.ignored if name not in names]
     for split, files in found.files.items():
         suffixes = sorted({suffix_of(path) for path in files})
-        expected = "expected one format"
-        require(len(suffixes) < 2, f"{folder}: files of the split {split}", suffixes, expected)
-        _check_shards(folder, files)
+        where = f"{folder}: files of the split {split}"
+        require(len(suffixes) < 2, where, suffixes, "expected one format")
+        _check_shards(files)
         _check_copies(folder, files)
     return found
 
@@ -82,9 +79,8 @@ def split_files(folder: Path) -> SplitFiles:
 def no_training_rows(folder: Path, found: SplitFiles) -> RequestError:
     """Return the error for a folder without a file of the split `train`."""
     more = f"; {found.notice()}" if found.ignored else ""
-    return RequestError(
-        f"{folder}: no training rows; expected a folder with train.jsonl (or {ROW_NAMES}){more}"
-    )
+    expected = f"expected a folder with train.jsonl (or {ROW_NAMES})"
+    return RequestError(f"{folder}: no training rows; {expected}{more}")
 
 
 def _split(folder: Path) -> SplitFiles:
@@ -92,17 +88,13 @@ def _split(folder: Path) -> SplitFiles:
     out = SplitFiles()
     for path in _entries(folder):
         split = _split_of(path)
-        if path.is_dir():
-            rows = [file for file in _below(path) if row_format(file)] if split else []
-            others = [file for file in _below(path) if not row_format(file)] if rows else []
-            out.ignored += [
-                str(file.relative_to(folder)) for file in others if not _describes(file)
-            ]
-        else:
-            rows = [path] if split and row_format(path) else []
+        inside = list(_below(path)) if path.is_dir() else [path]
+        rows = [file for file in inside if row_format(file)]
         if split and rows:
             out.files.setdefault(split, []).extend(rows)
-        elif not _describes(path):
+            others = (file for file in inside if not row_format(file))
+            out.ignored += [str(file.relative_to(folder)) for file in others]
+        else:
             out.ignored.append(path.name + "/" * path.is_dir())
     return out
 
@@ -110,71 +102,52 @@ def _split(folder: Path) -> SplitFiles:
 def _split_of(path: Path) -> str | None:
     stem = (path.name if path.is_dir() else stem_of(path)).lower()
     found = [split for split, pattern in _WORDS.items() if pattern.search(stem)]
-    expected = (
-        f"expected a name with the word of one split, this one has those of {' and '.join(found)}"
-    )
-    require(
-        len(found) < 2 or path.is_dir() or row_format(path) is None, "data", str(path), expected
-    )
+    fits = len(found) < 2 or path.is_dir() or row_format(path) is None
+    expected = f"expected a name with the word of one split, not of {' and '.join(found)}"
+    require(fits, "data", str(path), expected)
     return found[0] if len(found) == 1 else None
 
 
 def _entries(folder: Path) -> list[Path]:
-    """Return the entries of a folder, except hidden ones and those whose names begin with `__`."""
-    return [path for path in sorted(folder.glob("*")) if not path.name.startswith((".", "__"))]
+    """Return the entries of a folder, except hidden ones, `__NAME`, and files about the data."""
+    return [
+        path
+        for path in sorted(folder.glob("*"))
+        if not path.name.startswith((".", "__"))
+        and not (path.is_file() and _DESCRIPTIONS.fullmatch(path.name.lower()))
+    ]
 
 
 def _below(folder: Path) -> Iterator[Path]:
     for path in _entries(folder):
-        if path.is_dir():
-            yield from _below(path)
-        else:
-            yield path
+        yield from _below(path) if path.is_dir() else (path,)
 
 
 def _rows_in(folder: Path) -> list[Path]:
-    return [
-        path
-        for path in _entries(folder)
-        if path.is_file() and row_format(path) and not _describes(path)
-    ]
-
-
-def _describes(path: Path) -> bool:
-    return path.is_file() and _DESCRIPTIONS.fullmatch(path.name.lower()) is not None
+    return [path for path in _entries(folder) if path.is_file() and row_format(path)]
 
 
 def _check_copies(folder: Path, files: Sequence[Path]) -> None:
     """Raise `RequestError` for a file and its compressed copy, whose rows would be read twice."""
     names = [(path.parent, stem_of(path).lower()) for path in files]
     twice = [path.name for path, name in zip(files, names, strict=True) if names.count(name) > 1]
-    require(
-        not twice,
-        f"{folder}: files of one name",
-        twice,
-        "expected each file once, compressed or not",
-    )
+    expected = "expected each file once, compressed or not"
+    require(not twice, f"{folder}: files of one name", twice, expected)
 
 
-def _check_shards(folder: Path, files: Iterable[Path]) -> None:
+def _check_shards(files: Iterable[Path]) -> None:
     """Raise `RequestError` if a shard (`NAME-00000-of-00002`) is missing, or for two sets."""
-    sets: dict[tuple[Path, str], dict[int, set[int]]] = {}
+    sets: dict[str, dict[int, set[int]]] = {}
     for path in files:
         if shard := _SHARD.match(stem_of(path)):
-            sizes = sets.setdefault((path.parent, shard[1]), {})
+            sizes = sets.setdefault(f"{path.parent}: shards of {shard[1]}", {})
             sizes.setdefault(int(shard[3]), set()).add(int(shard[2]))
-    for (parent, name), sizes in sets.items():
-        expected = "expected one set of shards"
-        require(
-            len(sizes) == 1,
-            f"{parent}: shards of {name}",
-            [f"-of-{size}" for size in sizes],
-            expected,
-        )
+    for where, sizes in sets.items():
+        shown = [f"-of-{size}" for size in sizes]
+        require(len(sizes) == 1, where, shown, "expected one set of shards")
         ((size, numbers),) = sizes.items()
         first = 0 if 0 in numbers else 1
-        missing = sorted(set(range(first, first + size)) - numbers)
-        extra = sorted(numbers - set(range(first, first + size)))
+        wanted = set(range(first, first + size))
+        missing, extra = sorted(wanted - numbers), sorted(numbers - wanted)
         wrong = f"without {missing}" if missing else f"with {extra}"
-        expected = f"expected all {size} files of {name}-...-of-{size}"
-        require(not missing and not extra, f"{parent}: shards of {name}", wrong, expected)
+        require(not missing and not extra, where, wrong, f"expected all {size} shards")

@@ -127,11 +127,6 @@ class Merge:
         return run if (run / "latest").exists() else None
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the adapters on the model."""
-        return tuple(part.name for part in self.parts)
-
-    @property
     def weights(self) -> dict[str, float]:
         """The factors of the adapters by name."""
         return {part.name: part.weight for part in self.parts}
@@ -157,7 +152,7 @@ class Merge:
         model = model.to(DTYPES[self.wide])
         for part in self.parts:
             load_adapter(model, part.folder, part.name)
-        activate_adapters(model, self.names)
+        activate_adapters(model, self.weights)
         if self.args.method == "linear":
             scale_adapters(model, self.weights)
         return model

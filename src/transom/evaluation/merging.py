@@ -162,7 +162,7 @@ def measure(
     for part in merge.parts if len(merge.parts) > 1 else ():
         activate_adapters(model, (part.name,))
         controls[f"{part.folder} alone"] = compare(model)
-    activate_adapters(model, merge.names)
+    activate_adapters(model, merge.weights)
     candidates: dict[BaseForm, Agreement | None] = {}
     for form in merge.forms:
         if candidates:

@@ -57,6 +57,11 @@ def is_parameter(mapping: KeyMapping) -> bool:
     return not mapping.foreign[0].endswith(".weight")
 
 
+def leaf_paths(mapping: KeyMapping) -> list[str]:
+    """Return the paths of our leaves whose weights a mapping makes."""
+    return [name.removesuffix(".weight") for name in mapping.ours]
+
+
 class Naming:
     """The names that one family has for a model's weights.
 
@@ -96,6 +101,14 @@ class Naming:
             for path, _, last in owners
         )
 
+    def parameters_of(self, module: str) -> list[str]:
+        """Return the sites that are parameters of a foreign module.
+
+        PEFT wraps the module once for each of them, the first one innermost.
+        """
+        parameters = (name for name, mapping in self.sites.items() if is_parameter(mapping))
+        return [name for name in parameters if name.rpartition(".")[0] == module]
+
     def reordered(self, path: str, tensor: Tensor, *, to_ours: bool) -> Tensor:
         """Return the rows of a leaf's outputs in our rotary layout, or in that of the family."""
         args = self.model.args
@@ -134,7 +147,7 @@ def to_leaves(
             or differ in rank or scale.
     """
     given = [found[site_of(key)] for key in mapping.foreign if site_of(key) in found]
-    first, paths = given[0], [name.removesuffix(".weight") for name in mapping.ours]
+    first, paths = given[0], leaf_paths(mapping)
     leaves, count = [leaf_at(naming.model, path) for path in paths], len(mapping.foreign)
     experts = f"{where}: experts of {paths[0]} with an adapter"
     require(len(given) == count, experts, len(given), f"expected all {count} of the layer, or none")
@@ -236,7 +249,7 @@ def to_site(
     Raises:
         RequestError: DoRA is on a part of a fused weight, or on a parameter.
     """
-    paths = [name.removesuffix(".weight") for name in mapping.ours]
+    paths = leaf_paths(mapping)
     here = {path: parts[path] for path in paths if path in parts}
     first = next(iter(here.values()))
     same = len(here) == len(paths) and all(

@@ -162,19 +162,10 @@ def sort_keys(
 
 
 def _sites(naming: Naming, source: AdapterTensors, config: PeftConfig) -> dict[ModulePath, str]:
-    """Return the site of every low-rank part.
-
-    PEFT wraps a module once for each of its parameters, the first one innermost.
-    """
+    """Return the site of every low-rank part that has one."""
     out: dict[ModulePath, str] = {}
     for module in source.parts:
-        wrapped = [
-            name
-            for name, mapping in naming.sites.items()
-            if is_parameter(mapping)
-            and name.rpartition(".")[0] == module.path
-            and config.is_target_parameter(name)
-        ]
+        wrapped = list(filter(config.is_target_parameter, naming.parameters_of(module.path)))
         if module.path in naming.sites and module.depth == 0:
             out[module] = module.path
         elif module.depth < len(wrapped):

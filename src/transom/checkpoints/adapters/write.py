@@ -17,6 +17,7 @@ from transom.checkpoints.adapters.foreign_leaves import (
     Naming,
     is_parameter,
     leaf_at,
+    leaf_paths,
     namings,
     site_of,
     to_site,
@@ -123,7 +124,7 @@ def _peft(
     targets: list[PeftTarget] = []
     left = set(lora)
     for mapping in naming.leaf_mappings:
-        paths = {name.removesuffix(".weight") for name in mapping.ours}
+        paths = set(leaf_paths(mapping))
         if left & paths:
             left -= paths
             targets += _low_rank(naming, mapping, lora, tensors)
@@ -176,7 +177,7 @@ def _low_rank(
     naming: Naming, mapping: KeyMapping, lora: Lora, tensors: dict[str, Tensor]
 ) -> list[PeftTarget]:
     """Add the tensors of one mapping to `tensors`; return its modules or parameters."""
-    leaf = leaf_at(naming.model, mapping.ours[0].removesuffix(".weight"))
+    leaf = leaf_at(naming.model, leaf_paths(mapping)[0])
     parameter, targets = is_parameter(mapping), []
     inner, last = ("embedding_", "") if isinstance(leaf, Embedding) else ("", ".weight")
     for key, stored in zip(mapping.foreign, to_site(naming, mapping, lora), strict=True):
@@ -213,17 +214,12 @@ def in_memory(naming: Naming, path: str) -> str:
 
 
 def _wrapped(site: str, naming: Naming, lora: Lora) -> str:
-    """Return the path of a parameter's adapter.
-
-    PEFT wraps the module once for each of its parameters, the first one innermost.
-    """
+    """Return the path of a parameter's adapter, one of the wrappers of its module."""
     module = site.rpartition(".")[0]
     siblings = [
         name
-        for name, mapping in naming.sites.items()
-        if is_parameter(mapping)
-        and name.rpartition(".")[0] == module
-        and any(own.removesuffix(".weight") in lora for own in mapping.ours)
+        for name in naming.parameters_of(module)
+        if any(path in lora for path in leaf_paths(naming.sites[name]))
     ]
     return module + ".base_layer" * (len(siblings) - 1 - siblings.index(site))
 
@@ -272,7 +268,7 @@ def _mistral(
     done: set[str] = set()
     # The names of mistral-inference come after ours, and are preferred.
     for mapping in reversed(naming.leaf_mappings):
-        path = mapping.ours[0].removesuffix(".weight")
+        path = leaf_paths(mapping)[0]
         if len(mapping.ours) > 1 or is_parameter(mapping) or path not in lora or path in done:
             continue
         done.add(path)

@@ -74,6 +74,14 @@ def read_bytes(path: Path) -> bytes:
         raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+def read_text(path: Path) -> str:
+    """Return the text of a file; raise `RequestError` if it cannot be read or is not UTF-8."""
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path}: expected text in UTF-8 ({error})") from None
+
+
 def json_object(content: bytes, path: Path) -> dict[str, Any]:
     """Return the JSON object that a file contains.
 

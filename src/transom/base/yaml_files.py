@@ -14,8 +14,9 @@ from typing import Any
 
 import yaml
 
-from transom.base.errors import RequestError
+from transom.base.errors import RequestError, require
 from transom.base.fields import Plain, options_of
+from transom.base.files import read_text
 
 NULLS = ("", "~", "null", "Null", "NULL")
 
@@ -64,18 +65,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         RequestError: If the file cannot be read or contains anything else.
     """
     try:
-        data = parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RequestError(f"{path}: no such file; expected a config.yaml") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: cannot be read ({error})") from None
+        data = parse_yaml(read_text(path))
     except yaml.YAMLError as error:
         raise RequestError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise RequestError(f"{path}: expected a mapping of fields")
-    return data
+    data = {} if data is None else data
+    require(isinstance(data, dict), str(path), data, "expected a mapping of fields")
+    return dict(data)
 
 
 def word_value(kind: Any, text: str, where: str) -> Any:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, WorkError, notice, require
-from transom.base.files import read_bytes, read_json
+from transom.base.errors import WorkError, notice, require
+from transom.base.files import read_json, read_text
 from transom.tokenizers.folder import TEMPLATES
 
 FILE, CONFIG, OLD_FILE = "chat_template.jinja", "tokenizer_config.json", "chat_template.json"
@@ -89,11 +89,3 @@ def variables_of(folder: Path) -> dict[str, str]:
         for name, token in tokens.items()
         if name.endswith("_token") and isinstance(token, str)
     }
-
-
-def read_text(file: Path) -> str:
-    """Return the text of a template file."""
-    try:
-        return read_bytes(file).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{file}: expected text in UTF-8 ({error})") from None

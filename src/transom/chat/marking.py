@@ -21,6 +21,7 @@ from itertools import islice, pairwise
 from typing import Any
 
 from transom.chat.messages import REASONING
+from transom.tokenizers.tokenizer import Span
 
 # Keys whose values templates build control tokens from (`'<|' + role + '|>'`).
 NAMING = ("role", "type")
@@ -32,7 +33,6 @@ WORD = re.compile(r"(?<![\w<\[|/\\{])[^\W_]\w*(?![\w>\]|}])")
 CLOSED = re.compile(r"</\w+>\s*$")
 
 Path = tuple[str | int, ...]  # keys and indices that lead to a text: ("messages", 0, "content")
-Span = tuple[int, int]  # the first character and one past the last
 
 
 @dataclass

@@ -69,12 +69,8 @@ def fit_content(message: dict[str, Any], source: str, name: str) -> None:
             part.get("type") if isinstance(part, dict) else type(part).__name__ for part in content
         ]
         only_texts = all(isinstance(text, str) for text in texts)
-        require(
-            only_texts,
-            f"{name}.content",
-            kinds,
-            "expected parts of text only, which is what this template reads",
-        )
+        expected = "expected parts of text only, since this template reads no others"
+        require(only_texts, f"{name}.content", kinds, expected)
         message["content"] = content = "".join(map(str, texts))
     if results:
         if isinstance(content, str):

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from transom.base.errors import RequestError, notice, require
+from transom.base.files import read_text
 from transom.chat import built_in
 from transom.chat.conversation import Conversation
 from transom.chat.files import (
     DEFAULT,
     FILE,
-    read_text,
     stored_templates,
     variables_of,
     write_templates,

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from transom.base.errors import RequestError, nearest, require
+from transom.base.errors import RequestError, nearest
 
 T = TypeVar("T")
 
@@ -34,15 +34,7 @@ class Plain(str):
 
 
 def describe(
-    default: Any,
-    help: str,
-    unit: str = "",
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    path: bool = False,
+    default: Any, help: str, unit: str = "", *, path: bool = False, **bounds: float
 ) -> Any:
     """Return a dataclass field with its help and bounds, for `--help` pages and `check_bounds`.
 
@@ -50,22 +42,22 @@ def describe(
         default: the value of a field that is not given, or a type that makes it.
         help: what the field means, and what its default means if that is not plain, in one line.
         unit: the unit of its value.
-        at_least, above, at_most, below: the bounds of its value, or of each item of a tuple.
         path: whether it is a path, in which `read` replaces a leading `~` by the home folder.
+        bounds: `at_least`, `above`, `at_most` or `below` of its value, or of each item of a tuple.
     """
-    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    bounds = {name: limit for name, limit in bounds.items() if limit is not None}
     metadata = {"help": help, "unit": unit, "path": path, "bounds": bounds}
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
+# The bounds of seeds: generators of torch take 64 bits, and some parts add to the seed.
+SEED: dict[str, Any] = {"at_least": 0, "below": 2**62}
 _BOUNDS: dict[str, tuple[Callable[[Any, float], bool], str]] = {
-    "at_least": (operator.ge, "{:g} or more"),
-    "above": (operator.gt, "more than {:g}"),
-    "at_most": (operator.le, "at most {:g}"),
-    "below": (operator.lt, "less than {:g}"),
+    "at_least": (operator.ge, "{} or more"),
+    "above": (operator.gt, "more than {}"),
+    "at_most": (operator.le, "at most {}"),
+    "below": (operator.lt, "less than {}"),
 }
 
 
@@ -86,14 +78,6 @@ def check_bounds(instance: Any) -> None:
             raise RequestError(
                 f"{field.name}: got {_shown(value)}; expected {kind} of {words}{absent}"
             )
-
-
-def check_seed(seed: int) -> None:
-    """Raise a `RequestError` unless a random seed is at least 0 and below 2^62.
-
-    Generators of torch take 64 bits, and some parts add to the seed.
-    """
-    require(0 <= seed < 2**62, "seed", seed, "expected 0 to 2^62 - 1")
 
 
 def field_types(cls: Any) -> dict[str, Any]:
@@ -261,11 +245,8 @@ def _convert_one(kind: Any, value: Any, where: str) -> Any:
 
 def _convert_literal(options: tuple[Any, ...], value: Any, where: str) -> Any:
     for option in options:
-        if isinstance(value, Plain):
-            same = str(option) == value
-        else:
-            same = option == value and isinstance(option, bool) == isinstance(value, bool)
-        if same:
+        switch = isinstance(option, bool) != isinstance(value, bool)  # 1 is not true
+        if str(option) == value if isinstance(value, Plain) else option == value and not switch:
             return option
     hint = nearest(str(value), [str(option) for option in options])
     raise RequestError(

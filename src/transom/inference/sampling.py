@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from transom.base.fields import check_bounds, check_seed, describe
+from transom.base.fields import SEED, check_bounds, describe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,11 +69,12 @@ class SamplingArgs:
     presence_penalty: float = describe(
         0.0, "is subtracted from a logit if its token was generated", at_least=-2, at_most=2
     )
-    seed: int = describe(0, "seed of the random numbers; every row of a batch has its own stream")
+    seed: int = describe(
+        0, "seed of the random numbers; every row of a batch has its own stream", **SEED
+    )
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        check_seed(self.seed)
 
     @property
     def greedy(self) -> bool:

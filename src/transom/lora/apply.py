@@ -117,9 +117,9 @@ def target_leaves(known: Mapping[str, Leaf], targets: Iterable[str]) -> dict[str
             roles = [role for role in ROLES if any(_fits(role, path) for path in known)]
             ends = {path.rpartition(".")[2] for path in known}
             raise RequestError(
-                f"targets: got {target!r}, which fits no weight of this model; "
-                f"expected {', '.join(roles)}, or a "
-                f"pattern for the end of a name such as wq{nearest(target, (*roles, *ends))}"
+                f"targets: got {target!r}, which fits no weight of this model; expected "
+                f"{', '.join(roles)}, or a pattern for the end of a name such as wq"
+                f"{nearest(target, (*roles, *ends))}"
             )
         chosen |= found
     return {path: leaf for path, leaf in known.items() if path in chosen}

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from transom.base import fields
 from transom.base.errors import require
-from transom.base.fields import check_bounds, check_seed, describe
+from transom.base.fields import SEED, check_bounds, describe
 
 # The factor on B(A x): alpha / rank (PEFT), alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023, arXiv
 # 2312.03732), or alpha itself (mistral-finetune).
@@ -90,11 +90,10 @@ class CombineArgs:
     density: float = describe(
         0.5, "ties, dare: share of each adapter's numbers that is kept", above=0, at_most=1
     )
-    seed: int = describe(0, "dare: seed of the random choice")
+    seed: int = describe(0, "dare: seed of the random choice", **SEED)
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        check_seed(self.seed)
         require(self.method in METHODS, "method", self.method, f"expected {', '.join(METHODS)}")
         require(
             all(map(math.isfinite, self.weights)),

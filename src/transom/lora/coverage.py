@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from transom.layers.moe import MoE
 from transom.lora.adapters import Adapters, adapted_modules
 from transom.lora.weights import Replacement
 from transom.models.llm import LLM
@@ -131,7 +130,4 @@ def coverage_lines(model: LLM) -> list[str]:
         )
     share = f"{trained / total if total else math.nan:.2%}"
     lines.append(f"  in all: {trained:,} parameters train, {share} of the {total:,} of the model")
-    if any(isinstance(module, MoE) for module in model.modules()):
-        state = next((role.how for role in roles if role.name == "router"), "frozen")
-        lines.append(f"  routers: {state}; balancing losses act only on parameters that train")
     return lines

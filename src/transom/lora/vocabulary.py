@@ -69,7 +69,4 @@ def resize_vocabulary(model: LLM, rows: int) -> None:
     model.tok_embeddings.num_embeddings = rows
     if model.output is not None:
         model.output.out_features = rows
-        if model.output.bias is not None:
-            bias = model.output.bias
-            model.output.bias = nn.Parameter(torch.cat([bias, bias.mean().expand(rows - before)]))
     model.args = replace(model.args, vocab_size=rows)

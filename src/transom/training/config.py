@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transom.base.errors import RequestError, require
-from transom.base.fields import check_bounds, check_seed, describe, read, type_at, write
+from transom.base.fields import SEED, check_bounds, describe, read, type_at, write
 from transom.base.yaml_files import read_yaml, word_value
 from transom.config.layer_args import HeadArgs
 from transom.config.model_args import ModelArgs
@@ -103,7 +103,7 @@ class TrainArgs:
     """
 
     out: str = describe("runs/train", "run folder to write", path=True)
-    seed: int = describe(0, "seed of weights, data order and samples")
+    seed: int = describe(0, "seed of weights, data order and samples", **SEED)
     model: str | dict[str, Any] = describe(
         "demo", "name of a preset, or model fields; {preset: NAME, field: value} changes a preset"
     )
@@ -179,7 +179,6 @@ class TrainArgs:
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        check_seed(self.seed)
         self.optimizer.check_in_backward(self.accumulate)
         size, length = self.data.batch_size, self.data.seq_len
         scores = self.finetune.scores if self.finetune is not None else 0

@@ -115,7 +115,7 @@ def test_two_models_stand_side_by_side(model, other, call):
             "expected one model",
         ),
         (["{model}", "--data", "a.txt", "--tasks", "hellaswag"], "expected --data"),
-        (["{model}", "--data", "nothing.txt"], "not found"),
+        (["{model}", "--data", "nothing.txt"], "path: got 'nothing.txt'"),
         (["{model}", "--data", "bad.jsonl"], "bad.jsonl:1: answer: got 5; means no choice"),
         (["nothing", "--data", "a.txt"], "no such folder"),
         (["{model}", "--data", "a.txt", "--window", "0"], "window: got 0"),

@@ -52,7 +52,7 @@ def texts(result):
 
 def test_batches_say_what_transformers_says_alone(opened, generate, monkeypatch):
     prompts = ["The quick brown", "Question", "The dog sleeps on and the fox jumps", "Größe"]
-    want = [generate(opened.encode(prompt)) for prompt in prompts]
+    want = [generate(opened.tokenizer.encode_prompt(prompt)) for prompt in prompts]
     rows = [row(prompt, (said, "y")) for prompt, said in zip(prompts, want, strict=True)]
     for cache_tokens in (1, 64, 1 << 15):
         monkeypatch.setattr("transom.evaluation.answers.CACHE_TOKENS", cache_tokens)

@@ -75,4 +75,6 @@ def test_what_does_not_fit_is_cut_from_the_left(opened):
 
 def test_spaces_before_the_boundary_belong_to_the_continuation(opened):
     head, rest = encode_pair(opened, "One of ", " A", "")
-    assert head == opened.encode("One of") and opened.tokenizer.decode(rest) == "  A"
+    assert (
+        head == opened.tokenizer.encode_prompt("One of") and opened.tokenizer.decode(rest) == "  A"
+    )

@@ -197,19 +197,19 @@ def test_wrong_requests_are_one_sentence_and_leave_nothing(base, tmp_path):
     write_facts(odd, base, fingerprint(base), dtype="int8")
     out = tmp_path / "out"
     for act, words in (
-        (lambda: merge(other, [mine], out), "expected the base that"),
-        (lambda: merge(None, [mine, foreign], out), "expected those of one base"),
-        (lambda: merge(base, [mine, four], out), "the files' own numbers and in nf4"),
+        (lambda: merge(other, [mine], out), "base: got"),
+        (lambda: merge(None, [mine, foreign], out), "adapters"),
+        (lambda: merge(base, [mine, four], out), "nf4"),
         (lambda: merge(base, [odd], out), "dtype: got 'int8'"),
-        (lambda: merge(None, [base], out), "a complete model; expected an adapter"),
-        (lambda: merge(base, [base], out), "a complete model; expected an adapter"),
-        (lambda: merge(mine, [mine], out), "expected a complete model, not an adapter"),
+        (lambda: merge(None, [base], out), "adapter: got"),
+        (lambda: merge(base, [base], out), "adapter: got"),
+        (lambda: merge(mine, [mine], out), "base: got"),
         (lambda: merge(base, [mine], base), "out: got"),
         (lambda: merge(base, [mine], out, dtype="int8"), "dtype: got 'int8'"),
         (lambda: merge(base, [mine], out, data=str(tmp_path / "none.txt")), "none.txt"),
         (
             lambda: merge(base, [mine], out, args=CombineArgs(weights=(1.0, 2.0))),
-            "one for each of 1",
+            "weights: got",
         ),
     ):
         with pytest.raises(RequestError, match=words) as error:

@@ -102,5 +102,5 @@ def test_weights_without_a_tokenizer_get_random_tokens(tmp_path, capsys):
 
 def test_a_text_of_nothing_is_refused(found, tmp_path):
     (tmp_path / "a.txt").write_text("")
-    with pytest.raises(RequestError, match="no text in it"):
+    with pytest.raises(RequestError, match="path: got"):
         rows_of(found, str(tmp_path / "a.txt"))

@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, WorkError, require
-from transom.base.files import json_text
+from transom.base.errors import RequestError, require
+from transom.base.files import json_text, write_text
 from transom.checkpoints.files.hub import is_hub_id
 from transom.checkpoints.files.location import model_folder
 from transom.cli.main import emit_json, user_path
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
     )
     document["seconds"] = round(time.perf_counter() - start, 3)
     if options.out is not None:
-        write_lines(options.out, [json_text(document, indent=2)])
+        write_text(Path(options.out), json_text(document, indent=2))
     if options.json:
         emit_json(document)
     return 0
@@ -138,7 +138,8 @@ def run_data(options: argparse.Namespace, opening: Mapping[str, Any]) -> dict[st
 
     document, rows = evaluate_models(options.compare or [options.model], data, args, **opening)
     if options.rows is not None:
-        write_lines(options.rows, (json_text(row, ensure_ascii=False) for row in rows))
+        lines = [json_text(row, ensure_ascii=False) for row in rows]
+        write_text(Path(options.rows), "\n".join(lines))
     if options.compare is None:
         print_report(document)
     else:
@@ -191,14 +192,6 @@ def difference_words(difference: Mapping[str, Any] | None) -> tuple[str, str, st
     else:
         verdict = "no significant difference"
     return f"{difference['value']:+.4f}", interval_words(difference), verdict
-
-
-def write_lines(name: str, lines: Iterable[str]) -> None:
-    """Write a text file. Raise `WorkError` if it cannot be written."""
-    try:
-        Path(name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    except OSError as error:
-        raise WorkError(f"{name}: could not be written ({error})") from None
 
 
 # -- lm-evaluation-harness -------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from transom.base.yaml_files import read_yaml
-from transom.checkpoints.files.location import ModelLocation
 from transom.cli.main import emit_json, user_path
 from transom.cli.runs import add_run_options, field_lines, is_override, names_of, run_training
 from transom.training.config import TrainArgs
@@ -67,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
         return code
     print(next_commands(args))
     if options.json:
-        p = trainer.progress
+        p, weights = trainer.progress, trainer.model.parameters()
         emit_json(
             {
                 "run": str(trainer.run.path),
@@ -76,28 +75,20 @@ def run(options: argparse.Namespace) -> int:
                 "train_tokens": p.tokens,
                 "train_seconds": round(p.seconds, 3),
                 "held_out_loss": p.best,
-                "trained_parameters": sum(
-                    w.numel() for w in trainer.model.parameters() if w.requires_grad
-                ),
+                "trained_parameters": sum(one.numel() for one in weights if one.requires_grad),
             }
         )
     return code
 
 
-def config_of(options: argparse.Namespace, opened: ModelLocation | None = None) -> TrainArgs:
-    """Return the config of a command: that of the run to resume, or of a new run.
-
-    `opened` is the location of the model if the caller has found it.
-    """
+def config_of(options: argparse.Namespace) -> TrainArgs:
+    """Return the config of a command: that of the run to resume, or of a new run."""
     path, words = split_words(options.words)
     overrides = [f"{field}={value}" for field, value in fields_of_flags(options).items()] + words
     config = read_yaml(path) if path else {}
-    resumed = None
-    if options.resume:
-        resumed = resumed_args(options.model, options.data, overrides, config)
-    if resumed is not None:
-        return resumed
-    return finetune_args(options.model, options.data, overrides, config, opened)
+    given = (options.model, options.data, overrides, config)
+    resumed = resumed_args(*given) if options.resume else None
+    return finetune_args(*given) if resumed is None else resumed
 
 
 def fields_of_flags(options: argparse.Namespace) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def score_answers(model: EvalModel, data: DataSet, args: EvalArgs) -> TaskResult
 
 def _prompt_ids(model: EvalModel, row: AnswerRow) -> list[int]:
     if not row.messages:
-        return model.encode(row.prompt)
+        return model.tokenizer.encode_prompt(row.prompt)
     if model.template is None:
         raise RequestError(
             f'{row.id}: messages: this model has no chat template; expected "prompt"'

@@ -84,8 +84,8 @@ def encode_pair(
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
     if stripped:
-        head = model.encode(stripped)
-        ids = model.encode(stripped + continuation)
+        head = model.tokenizer.encode_prompt(stripped)
+        ids = model.tokenizer.encode_prompt(stripped + continuation)
     else:
         head = [] if model.prefix is None else [model.prefix]
         ids = head + model.tokenizer.encode(continuation)

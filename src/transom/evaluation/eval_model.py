@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +65,6 @@ class EvalModel(OpenedModel):
         """The token before a text without context: BOS, else EOS, as in lm-evaluation-harness."""
         return self.tokenizer.bos_id if self.tokenizer.bos_id is not None else self.tokenizer.eos_id
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text after those that the tokenizer puts first.
-
-        The spellings of special tokens stay text.
-        """
-        return self.tokenizer.encode_prompt(text)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """The fingerprint of the model's weights, without an adapter's."""
-        return fingerprint(self.location.model)
-
     def facts(self) -> dict[str, Any]:
         """Return what identifies the model in a report.
 
@@ -90,9 +77,9 @@ class EvalModel(OpenedModel):
         return {
             "model": self.name,
             "folder": str(self.location),
-            "fingerprint": self.fingerprint,
+            "fingerprint": fingerprint(self.location.model),
             "args_sha256": hashlib.sha256(settings).hexdigest(),
-            "adapter_sha256": None if adapter is None else _hash_of_adapter(adapter),
+            "adapter_sha256": None if adapter is None else adapter_hash(adapter),
             "tokenizer_hash": self.tokenizer.hash,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "dtype": dtype_name(weight.dtype),
@@ -100,7 +87,7 @@ class EvalModel(OpenedModel):
         }
 
 
-def _hash_of_adapter(folder: Path) -> str:
+def adapter_hash(folder: Path) -> str:
     """Return a SHA-256 over the names and hashes of an adapter's config and weights."""
     files = sorted(one for name in ("adapter_*", "lora.safetensors") for one in folder.glob(name))
     hashes = "".join(f"{file.name} {sha256_of(file)}\n" for file in files)

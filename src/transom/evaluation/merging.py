@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from transom.base.errors import WorkError, notice, require
-from transom.base.files import json_text, sha256_of, write_text
+from transom.base.files import json_text, write_text
 from transom.base.runtime import machine
 from transom.base.version import __version__
 from transom.checkpoints.convert import config_ids
@@ -31,6 +31,7 @@ from transom.checkpoints.read_args import read_args
 from transom.checkpoints.save import plan_layout
 from transom.checkpoints.state import meta_model
 from transom.evaluation.agreement import Agreement, agreement, logits_of, next_tokens
+from transom.evaluation.eval_model import adapter_hash
 from transom.evaluation.token_rows import TOKENS, TokenRows, token_rows
 from transom.lora.adapters import activate_adapters, plain_weights
 from transom.lora.args import CombineArgs
@@ -183,7 +184,7 @@ def _request(merge: Merge, rows: TokenRows) -> dict[str, Any]:
     return {
         "base": {**base, "in_training": str(merge.trained)},
         "adapters": [
-            {"folder": str(one.folder), "weight": one.weight, "sha256": adapter_hashes(one.folder)}
+            {"folder": str(one.folder), "weight": one.weight, "sha256": adapter_hash(one.folder)}
             for one in merge.parts
         ],
         "combine": {name: getattr(merge.args, name) for name in ("method", "density", "seed")},
@@ -197,9 +198,3 @@ def _request(merge: Merge, rows: TokenRows) -> dict[str, Any]:
             "tokens": rows.tokens,
         },
     }
-
-
-def adapter_hashes(adapter: Path) -> dict[str, str]:
-    """Return the SHA-256 of each weight file of an adapter, without the state of its run."""
-    files = [*sorted(adapter.glob("*.safetensors")), *sorted(adapter.glob("*.bin"))]
-    return {one.name: sha256_of(one) for one in files if not one.name.startswith("trainer.")}

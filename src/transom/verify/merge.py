@@ -28,7 +28,8 @@ from transom.checkpoints.read_args import read_args
 from transom.checkpoints.save import save
 from transom.checkpoints.state import open_parameters
 from transom.config.model_args import ModelArgs
-from transom.evaluation.merging import REPORT, adapter_hashes, merge_folders
+from transom.evaluation.eval_model import adapter_hash
+from transom.evaluation.merging import REPORT, merge_folders
 from transom.layers.inputs import TransformerInput
 from transom.lora.adapters import Adapters, adapted_modules
 from transom.lora.apply import apply_lora
@@ -218,7 +219,7 @@ def compare_merged(out: Path, name: str) -> Iterator[Finding]:
     except (KeyError, TypeError) as error:
         raise RequestError(f"{out / REPORT}: not the report of a merge ({error})") from None
     measured: list[Any] = [merge.base_fingerprint, fingerprint(out, fresh=True)]
-    measured += [adapter_hashes(part.folder) for part in merge.parts]
+    measured += [adapter_hash(part.folder) for part in merge.parts]
     titles = ["base = reported", "merged folder = reported"]
     titles += ["adapter = reported"] * len(merge.parts)
     for title, one, other in zip(titles, measured, expected, strict=True):

@@ -106,9 +106,7 @@ def test_what_is_left_out_is_said_once(
 
 def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(
-        RequestError, match=r"^tensorboard: got True; .*; pip install tensorboard, or "
-    ):
+    with pytest.raises(RequestError, match=r"^tensorboard: got True; .*pip install tensorboard"):
         writer_class()
 
 

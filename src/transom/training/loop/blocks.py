@@ -1,10 +1,9 @@
-"""How the blocks of a built model run in training: compiled, with activations made again, or kept
-in host memory.
+"""How the blocks of a model run in training: compiled, checkpointed, or with offloaded activations.
 
-Applied from outside: a block's `forward` is replaced on the instance, so no module is wrapped, no
-parameter changes its name, and `arrange_blocks(model)` puts everything back. Checkpointing goes
-around the compiled function, not into it: a compiled function may break into several graphs, and
-torch then compiles none of them.
+The `forward` of a block is replaced on the instance, so no module is wrapped and no parameter
+changes its name; `arrange_blocks(model)` undoes it. Checkpointing is applied around the compiled
+function: a compiled function that breaks into several graphs would not be compiled by torch at all
+inside it.
 """
 
 from __future__ import annotations
@@ -27,9 +26,8 @@ from transom.models.llm import LLM
 
 Forward = Callable[..., Any]
 
-# What selective checkpointing keeps: results that cost a product to make again. Norms, rotations,
-# activations and casts are bound by memory, and made again. By name: not every build of torch has
-# every kernel.
+# Results that selective checkpointing keeps: those of matrix products. Others are cheap to compute
+# again. Not every build of torch has every kernel.
 KEPT_OPERATIONS = (
     "mm",
     "addmm",
@@ -53,13 +51,17 @@ def arrange_blocks(
     offload_min_bytes: int | None = None,
     backend: str | Callable[..., Any] = "inductor",
 ) -> None:
-    """Replace how every block runs; without arguments: as it is.
+    """Replace how every block runs. Without arguments all blocks run plainly.
 
-    `checkpointing` (Chen et al. 2016, arXiv 1604.06174): `full` keeps each block's input only,
-    `every-K` does so in every K-th block, `selective` keeps the results of products and of
-    attention as well. The gradients are those of `none` bit for bit: the same operations run again
-    on the same numbers and the same random state. `offload_min_bytes`: what backward needs and is
-    at least as large waits in host memory.
+    Args:
+        model: The model.
+        compiled: Compile the blocks with torch.compile.
+        checkpointing: Activation checkpointing (Chen et al. 2016, arXiv 1604.06174): `full` keeps
+            the input of each block only, `every-K` does so in every K-th block, and `selective`
+            also keeps results of matrix products and attention. Gradients are those of `none`, bit
+            for bit.
+        offload_min_bytes: Keep tensors of at least this size, which backward needs, in host memory.
+        backend: Backend of torch.compile.
     """
     attend = model.attend.attend if isinstance(model.attend, EagerAttend) else model.attend
     model.attend = EagerAttend(attend) if compiled else attend
@@ -80,9 +82,7 @@ def arrange_blocks(
 
 @dataclass(frozen=True)
 class EagerAttend:
-    """`attend` outside compiled graphs: the lengths of packed documents would be built in, anew
-    every step.
-    """
+    """`attend` outside of compiled graphs, which would contain the lengths of packed documents."""
 
     attend: Attend
 
@@ -94,7 +94,7 @@ class EagerAttend:
 
 
 def _blocks(model: LLM) -> Iterator[TransformerBlock]:
-    """The model's own blocks, then those of an image encoder."""
+    """Yield the model's own blocks, then those of an image encoder."""
     own = [block for block in model.layers if isinstance(block, TransformerBlock)]
     yield from own
     for module in model.modules():
@@ -128,8 +128,9 @@ def _offloaded(forward: Forward, min_bytes: int, *args: Any) -> Any:
 
 
 def to_host(min_bytes: int, tensor: Tensor) -> tuple[torch.device, Tensor]:
-    """(device to return to, the tensor in host memory), or itself where that would free nothing:
-    weights stay.
+    """Return the device of a tensor, and the tensor in host memory.
+
+    The tensor itself is returned if a copy would free nothing: small tensors, and weights.
     """
     if is_weight(tensor) or tensor.device.type == "cpu" or tensor.nbytes < min_bytes:
         return tensor.device, tensor
@@ -140,9 +141,7 @@ def to_host(min_bytes: int, tensor: Tensor) -> tuple[torch.device, Tensor]:
 
 
 def is_weight(tensor: Tensor) -> bool:
-    """Whether it is a weight, a view of one, or the copy of a trained one that autocast has
-    made.
-    """
+    """Return whether a tensor is a weight, a view of one, or the autocast copy of a trained one."""
     owner = tensor if tensor._base is None else tensor._base
     if isinstance(owner, nn.Parameter) or owner.grad_fn is None:
         return isinstance(owner, nn.Parameter)
@@ -153,6 +152,6 @@ def is_weight(tensor: Tensor) -> bool:
 
 
 def to_device(packed: tuple[torch.device, Tensor]) -> Tensor:
-    """The tensor where it came from."""
+    """Return a tensor of `to_host` on its device."""
     device, tensor = packed
     return tensor.to(device, non_blocking=device.type == "cuda")

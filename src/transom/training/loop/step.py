@@ -218,7 +218,7 @@ class Stepper:
             if not self.compiled or not redo:
                 raise
             reason = " ".join(str(error).split())[:160]
-            notice(f"compile: failed ({type(error).__name__}: {reason}); blocks run uncompiled")
+            notice(f"compile: failed ({type(error).__name__}: {reason}); the blocks run uncompiled")
         self.compiled = False
         self._arrange_blocks()
         self.optimizers.zero_grad()

@@ -1,6 +1,4 @@
-"""Balanced experts: auxiliary losses, the bias that moves after each step, and the router's health
-in numbers.
-"""
+"""Balancing of experts: auxiliary losses, choice biases, and the state of routers in numbers."""
 
 from __future__ import annotations
 
@@ -18,12 +16,16 @@ from transom.models.llm import LLM
 
 
 class RouterSums(NamedTuple):
-    """One layer's sums over the real tokens of a call.
+    """Sums of one layer over the tokens of a call that are not padding.
 
-    By row: `picks_BE` counts what the router chose, before any capacity, `probabilities_BE` sums
-    the tokens' distributions over experts (with gradient), over `tokens_B`. In all: the squared
-    logsumexp of the logits (with gradient), the distribution's `entropy` in nats; `load_E` counts
-    the rows experts were given, `dropped` the tokens that lost an expert to its capacity.
+    Attributes:
+        picks_BE: How often the router chose each expert in each row, before any capacity.
+        probabilities_BE: Sum of the tokens' distributions over experts, with gradient.
+        tokens_B: Tokens of each row.
+        squared_logsumexp: Sum of the squared logsumexp of the logits, with gradient.
+        entropy: Sum of the entropies of the distributions, in nats.
+        load_E: Rows that each expert computes.
+        dropped: Tokens that lost an expert to its capacity.
     """
 
     picks_BE: Tensor
@@ -36,8 +38,10 @@ class RouterSums(NamedTuple):
 
 
 def router_sums(layer: RouterStatistics) -> RouterSums:
-    """Sums of one layer; the distribution is the softmax, or sigmoids over their sum (arXiv
-    2412.19437, eq. 18).
+    """Return the sums of one layer.
+
+    The distribution of a token is the softmax of its logits, or sigmoids divided by their sum
+    (arXiv 2412.19437, eq. 18).
     """
     logits_TE, experts = layer.logits_TE, layer.logits_TE.size(-1)
     padding_T1 = (layer.chosen_TA < 0).all(-1, keepdim=True)
@@ -61,12 +65,11 @@ def router_sums(layer: RouterStatistics) -> RouterSums:
 
 
 class RouterLosses(NamedTuple):
-    """Means over the `tokens` of one micro-batch; `weighted` is what training adds, coefficients
-    included.
+    """Losses of one micro-batch, as means over its `tokens`.
 
-    A step adds the `weighted` of each micro-batch times its `tokens` over those of all its
-    micro-batches and ranks. With scope `sequence` the sum is then the same number however the rows
-    were split.
+    `weighted` is what training adds, with its coefficients. A step adds the `weighted` of each
+    micro-batch times its share of the tokens of the step. With scope `sequence`, the sum does not
+    depend on how the rows were divided.
     """
 
     aux: Tensor | None
@@ -76,8 +79,9 @@ class RouterLosses(NamedTuple):
 
 
 def router_losses(router: Sequence[RouterStatistics], moe: MoeArgs) -> RouterLosses:
-    """The auxiliary loss `moe` names, and the z-loss: the mean squared logsumexp (ST-MoE, arXiv
-    2202.08906).
+    """Return the auxiliary loss of `moe` and the z-loss, see `RouterLosses`.
+
+    The z-loss is the mean squared logsumexp of the logits (ST-MoE, arXiv 2202.08906).
     """
     sums = [router_sums(layer) for layer in router]
     tokens = sums[0].tokens_B.sum()
@@ -92,8 +96,12 @@ def router_losses(router: Sequence[RouterStatistics], moe: MoeArgs) -> RouterLos
 def router_parts(
     router: Sequence[RouterStatistics], moe: MoeArgs, tokens: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(what training adds, the parts to show) of one micro-batch, by its share of the `tokens` of
-    the step.
+    """Return the loss of one micro-batch that training adds, and its parts to log.
+
+    Args:
+        router: The statistics of each layer.
+        moe: The settings of the experts.
+        tokens: Tokens of the step over all micro-batches and ranks.
     """
     losses = router_losses(router, moe)
     share = losses.tokens / tokens
@@ -104,13 +112,13 @@ def router_parts(
 
 
 def auxiliary_loss(sums: Sequence[RouterSums], moe: MoeArgs) -> Tensor:
-    """E * sum_e f_e P_e: f_e the picks of expert e per token, P_e its mean probability, over one
-    pool of tokens.
+    """Return E * sum_e f_e P_e, averaged over pools of tokens, weighted by their sizes.
 
-    A pool is one row in one layer with scope `sequence`; with `batch` all tokens, of one layer for
-    Switch (arXiv 2101.03961) and of all layers for Mixtral (hf models/mixtral). Pools are averaged
-    by their tokens. Evenly used experts give top_k, and 1 with Switch, whose f_e is the share of
-    all picks.
+    In a pool, f_e is the number of picks of expert e per token, and P_e its mean probability. A
+    pool is one row in one layer with scope `sequence`. With scope `batch` it has all tokens, of one
+    layer for Switch (arXiv 2101.03961) and of all layers for Mixtral (transformers,
+    models/mixtral). Evenly used experts give top_k; with Switch, whose f_e is the share of all
+    picks, they give 1.
     """
     picks_LBE = torch.stack([layer.picks_BE for layer in sums])
     probabilities_LBE = torch.stack([layer.probabilities_BE for layer in sums])
@@ -132,11 +140,15 @@ def auxiliary_loss(sums: Sequence[RouterSums], moe: MoeArgs) -> Tensor:
 
 @torch.no_grad()
 def update_choice_biases(model: LLM, picks_LE: Tensor, rate: float) -> None:
-    """After a step: b += rate * sign(mean picks - picks), from the picks [L, E] of all its
-    micro-batches and ranks.
+    """Update the choice biases after a step: b += rate * sign(mean picks - picks).
 
-    Auxiliary-loss-free balancing (arXiv 2408.15664, DeepSeek-V3 2412.19437): an expert chosen too
-    often is chosen less, and no gradient of the task is disturbed.
+    An expert that was chosen too often is chosen less, and no gradient is disturbed (arXiv
+    2408.15664; DeepSeek-V3, arXiv 2412.19437).
+
+    Args:
+        model: The model.
+        picks_LE: Picks of each expert in each layer, over all micro-batches and ranks.
+        rate: The size of the update.
     """
     for module, picks_E in zip(mixtures(model), picks_LE.float(), strict=True):
         assert module.router.choice_bias is not None, "balance = 'bias' gives every router one"
@@ -145,25 +157,24 @@ def update_choice_biases(model: LLM, picks_LE: Tensor, rate: float) -> None:
 
 
 def mixtures(model: LLM) -> list[MoE]:
-    """The model's mixtures of experts from bottom to top: the layers L of statistics and counts."""
+    """Return the model's mixtures of experts from bottom to top: the layers L of all counts."""
     blocks = (block for block in model.layers if isinstance(block, TransformerBlock))
     return [block.feed_forward for block in blocks if isinstance(block.feed_forward, MoE)]
 
 
 @dataclass(frozen=True)
 class RouterCounts:
-    """Counts of all routers that may be summed over micro-batches and ranks, in one tensor [L, 2 E
-    + 3].
+    """Counts of all routers in one tensor [L, 2 E + 3], which add up over micro-batches and ranks.
 
-    Per layer: what the router chose by expert, what each expert was given, and over how many
-    tokens, their summed entropy in nats, and how many of them lost an expert to its capacity.
+    A row has the picks and the load of each expert, the number of tokens, the sum of their
+    entropies in nats, and the tokens that lost an expert to its capacity.
     """
 
     values_LC: Tensor
 
     @classmethod
     def of(cls, router: Iterable[RouterStatistics]) -> RouterCounts:
-        """The counts of one forward."""
+        """Return the counts of one forward pass."""
         rows = []
         for layer in map(router_sums, router):
             scalars = torch.stack((layer.tokens_B.sum(), layer.entropy.float(), layer.dropped))
@@ -175,7 +186,7 @@ class RouterCounts:
 
     @property
     def picks_LE(self) -> Tensor:
-        """How often each router chose each expert: what balancing goes by."""
+        """How often each router chose each expert."""
         return self.values_LC[:, : self._experts]
 
     @property
@@ -189,12 +200,11 @@ class RouterCounts:
 
 
 def health_row(counts: RouterCounts) -> dict[str, Any]:
-    """The state of the routers after a step, for a row of metrics.jsonl; every list has one entry
-    per MoE layer.
+    """Return the state of the routers after a step, for a row of metrics.jsonl.
 
-    `expert_load` is each expert's share of the rows computed, `router_entropy` the mean over tokens
-    in nats (ln E is undecided), `dead_experts` how many experts nobody chose, `dropped_tokens` the
-    share of tokens that lost one.
+    Every list has one entry per MoE layer: `expert_load`, each expert's share of the computed rows;
+    `router_entropy`, the mean over tokens in nats (ln E is undecided); `dead_experts`, the number
+    of experts that were not chosen; `dropped_tokens`, the share of tokens that lost an expert.
     """
     values = counts.values_LC.double().cpu()
     counted = RouterCounts(values)

@@ -1,13 +1,14 @@
-"""Summed next-token cross-entropy, with or without ever holding the logits of all tokens.
+"""Summed cross-entropy of the next token, without the logits of all tokens at once.
 
 Logits of T tokens over a vocabulary of V are often the largest tensor of a step: T x V numbers, and
-as many again for their softmax and for their gradient. Made in chunks of tokens, with the gradients
-of hidden states and output weights computed as soon as a chunk's logits are there, one chunk of
-them is alive at a time (Hsu et al. 2024, Liger Kernel, arXiv 2410.10989).
+as many for their softmax and for their gradient. Here they are computed for a chunk of tokens at a
+time, with the gradients of hidden states and output weights as soon as a chunk has its logits (Hsu
+et al. 2024, Liger Kernel, arXiv 2410.10989).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,23 +21,25 @@ from transom.data.batch import NO_TARGET
 from transom.layers.linear import Embedding, Linear
 from transom.models.llm import LLM
 
-# Logits up to this many numbers are made at once: below it chunks save little, and torch's own path
-# is as fast.
+# Up to so many logits are computed at once: chunks would save little memory.
 PLAIN_LOGITS = 1 << 22
-# A chunk's logits. Every chunk reads and writes the whole weight gradient once more, so few large
-# ones are faster.
+# Logits of a chunk. Every chunk reads and writes the complete weight gradient, so that few large
+# chunks are faster.
 CHUNK_LOGITS = 1 << 24
 
 
 def cross_entropy_sum(
     logits_BTV: Tensor, targets_BT: Tensor, weights_BT: Tensor | None = None
 ) -> Tensor:
-    """Sum of -log p(target) in float32 or better over positions that have a target (not -100), in
-    nats.
+    """Return the sum of -log p(target) over positions with a target, in nats.
 
-    A sum, not a mean: the caller divides by the count of targets of the whole global step, so the
-    loss does not depend on how the step was cut into micro-batches and ranks. `weights_BT` are what
-    each target counts.
+    It is a sum so that the caller can divide by the targets of the whole step, and the loss does
+    not depend on micro-batches and ranks.
+
+    Args:
+        logits_BTV: Logits, which are converted to float32 or better.
+        targets_BT: Target ids, NO_TARGET where there is none.
+        weights_BT: Weight of each target; None weighs all alike.
     """
     wide = torch.promote_types(logits_BTV.dtype, torch.float32)
     logits_TV, targets_T = logits_BTV.flatten(0, -2).to(wide), targets_BT.flatten()
@@ -53,11 +56,15 @@ def head_loss(
     chunk: int | None = None,
     weights_BT: Tensor | None = None,
 ) -> Tensor:
-    """`cross_entropy_sum` of the logits of normed hidden states; `chunk` tokens at a time, 0 all at
-    once.
+    """Return the `cross_entropy_sum` of the logits of normed hidden states.
 
-    Without a `chunk`, logits of up to 2^22 numbers are made at once, more in chunks of at most
-    2^24.
+    Args:
+        model: The model, whose output projection makes the logits.
+        hidden_BTD: Normed hidden states.
+        targets_BT: Target ids, NO_TARGET where there is none.
+        chunk: Tokens whose logits are computed at a time, 0 for all. None computes logits of up to
+            2^22 numbers at once, and more in chunks of at most 2^24.
+        weights_BT: Weight of each target.
     """
     tokens = chunk_tokens(targets_BT.numel(), model.args.vocab_size) if chunk is None else chunk
     if tokens == 0 or targets_BT.numel() == 0:
@@ -70,7 +77,7 @@ def head_loss(
     if not torch.is_grad_enabled():
         hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
     kind = hidden_TD.device.type
-    # As autocast does, which leaves float64 alone.
+    # Like autocast, which does not convert float64.
     casts = torch.is_autocast_enabled(kind) and hidden_TD.dtype != torch.float64
     dtype = torch.get_autocast_dtype(kind) if casts else hidden_TD.dtype
     factor, cap = model.args.logit_factor, model.args.logit_softcap
@@ -81,39 +88,25 @@ def head_loss(
 
 
 def chunk_tokens(tokens: int, vocab_size: int) -> int:
-    """Tokens per chunk where nobody chose, 0 for all at once."""
+    """Return the default number of tokens per chunk, 0 for all at once."""
     return 0 if tokens * vocab_size <= PLAIN_LOGITS else max(1, CHUNK_LOGITS // vocab_size)
 
 
 def plain_output_weight(model: LLM) -> Tensor | None:
-    """The output matrix [V, D] if logits are its product with hidden states and nothing else, or
-    None.
+    """Return the output matrix [V, D] if logits are its product with hidden states, or None.
 
-    An adapter, a quantized or sharded weight, a bias or a hook makes `LLM.project` more than that.
+    An adapter, a quantized or sharded weight, a bias or a hook makes the projection more than that.
     """
-    if (
-        model.output is None
-    ):  # tied: `LLM.project` uses the embedding's weight and does not call the leaf
-        leaf: nn.Module = model.tok_embeddings
-        calls_leaf = False
-    else:
-        leaf, calls_leaf = model.output, True
+    # With tied weights `LLM.project` uses the embedding's weight, and does not call the leaf.
+    leaf: nn.Module = model.tok_embeddings if model.output is None else model.output
     weight = leaf._parameters.get("weight")
-    if (
-        type(leaf) not in (Linear, Embedding)
-        or type(weight) is not nn.Parameter
-        or any(leaf.children())
-    ):
+    is_plain = type(leaf) in (Linear, Embedding) and type(weight) is nn.Parameter
+    if not is_plain or any(leaf.children()):
         return None
-    hooks = (
-        leaf._forward_hooks,
-        leaf._forward_pre_hooks,
-        leaf._backward_hooks,
-        leaf._backward_pre_hooks,
-    )
-    if calls_leaf and (
-        leaf._parameters.get("bias") is not None or any(hooks) or "forward" in vars(leaf)
-    ):
+    hooks = (leaf._forward_hooks, leaf._forward_pre_hooks)
+    backward_hooks = (leaf._backward_hooks, leaf._backward_pre_hooks)
+    changed = any((*hooks, *backward_hooks)) or "forward" in vars(leaf)
+    if model.output is not None and (changed or leaf._parameters.get("bias") is not None):
         return None
     return weight
 
@@ -121,32 +114,36 @@ def plain_output_weight(model: LLM) -> Tensor | None:
 def _projected(
     model: LLM, hidden_TD: Tensor, targets_T: Tensor, weights_T: Tensor | None, chunk: int
 ) -> Tensor:
-    """Chunk by chunk through `model.project`, whatever its leaf is; backward makes each chunk's
-    logits again.
+    """Compute the loss in chunks through `model.project`; backward computes the logits again."""
+
+    def chunk_loss(hidden_TD: Tensor, targets_T: Tensor, *weights_T: Tensor) -> Tensor:
+        weights = weights_T[0] if weights_T else None
+        return cross_entropy_sum(model.project(hidden_TD), targets_T, weights)
+
+    weights = () if weights_T is None else (weights_T,)
+    return torch.stack(by_chunks(chunk_loss, chunk, hidden_TD, targets_T, *weights)).sum()
+
+
+def by_chunks(make: Callable[..., Tensor], tokens: int, *columns_T: Tensor) -> list[Tensor]:
+    """Return the results of `make` for at most `tokens` rows of all columns at a time.
+
+    0 tokens stand for all rows at once. The backward pass computes each of several chunks again.
     """
-
-    def chunk_loss(hidden: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
-        return cross_entropy_sum(model.project(hidden), targets, weights)
-
-    parts = _even(targets_T.numel(), chunk)
-    hidden, targets = hidden_TD.split(parts), targets_T.split(parts)
-    weights = [None] * len(targets) if weights_T is None else weights_T.split(parts)
-    pieces = zip(hidden, targets, weights, strict=True)
-    losses: list[Tensor] = [checkpoint(chunk_loss, *piece, use_reentrant=False) for piece in pieces]
-    return torch.stack(losses).sum()
+    count = len(columns_T[0])
+    if tokens == 0 or count <= tokens:
+        return [make(*columns_T)]
+    pieces = -(-count // tokens)
+    chunked = zip(*(column_T.chunk(pieces) for column_T in columns_T), strict=True)
+    return [checkpoint(make, *columns, use_reentrant=False) for columns in chunked]
 
 
 def _even(tokens: int, chunk: int) -> int:
-    """Tokens per chunk, at most `chunk`, such that the last chunk is not much shorter than the
-    others.
-    """
+    """Return the size of about equal chunks of at most `chunk` tokens."""
     return -(-tokens // -(-tokens // chunk))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of cap * tanh(factor * h W^T / cap), its gradients made in the forward
-    pass.
-    """
+    """Summed cross-entropy of cap * tanh(factor * h W^T / cap), with gradients made in forward."""
 
     @staticmethod
     def forward(
@@ -160,7 +157,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         factor: float,
         cap: float | None,
     ) -> Tensor:
-        """`dtype` is that of the products; softmax and sums are in float32 or better."""
+        """Return the loss. Products are in `dtype`, softmax and sums in float32 or better."""
         wide = torch.promote_types(dtype, torch.float32)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         total = torch.zeros((), dtype=wide, device=hidden_TD.device)
@@ -174,8 +171,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, targets_T.numel(), parts):
                 here = slice(start, start + parts)
                 valid, target = valid_T1[here], safe_T1[here]
-                # Zero rows, not zeroed gradients: a position without target may hold anything, NaN
-                # included.
+                # Rows and not gradients are set to zero: a position without target may be NaN.
                 rows = hidden_TD[here].to(dtype).masked_fill(~valid, 0.0)
                 loss, grad = _chunk(
                     rows @ matrix_VD.T, target, wide, factor, cap, needs_hidden or needs_weight
@@ -194,8 +190,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                         grad_VD, grad, rows, torch.promote_types(weight_VD.dtype, wide)
                     )
                 del grad  # before the next chunk's logits are made
-        # Not save_for_backward: backward scales them in place and gives them away, which must leave
-        # one owner.
+        # save_for_backward would keep a second reference, and backward scales them in place.
         ctx.grads = grad_TD, None if grad_VD is None else grad_VD.to(weight_VD.dtype)
         return total
 
@@ -218,8 +213,9 @@ def _chunk(
     cap: float | None,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss [T, 1] of one chunk of raw products, and its gradient [T, V] with respect to them; eats
-    `raw_TV`.
+    """Return the loss [T, 1] of a chunk of raw products, and their gradient [T, V].
+
+    The memory of `raw_TV` is reused.
     """
     logits_TV = raw_TV.to(wide)
     if factor != 1.0:
@@ -242,7 +238,7 @@ def _chunk(
 def _accumulate(
     total_VD: Tensor | None, grad_TV: Tensor, rows_TD: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """`total_VD` + grad^T rows in `dtype`, in place where there is a total."""
+    """Return `total_VD` + grad^T rows in `dtype`, in place if there is a total."""
     if total_VD is None:
         return (grad_TV.T @ rows_TD).to(dtype)
     if grad_TV.dtype == dtype:

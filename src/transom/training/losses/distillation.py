@@ -20,8 +20,7 @@ from transom.evaluation.score import Score
 from transom.layers.inputs import TransformerOutput
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
-from transom.training.losses.cross_entropy import chunk_tokens, cross_entropy_sum
-from transom.training.losses.log_probs import by_chunks
+from transom.training.losses.cross_entropy import by_chunks, chunk_tokens, cross_entropy_sum
 from transom.training.losses.objectives import NextToken, Objective
 
 

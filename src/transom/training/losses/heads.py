@@ -1,5 +1,4 @@
-"""Labels and embeddings of whole sequences: what is minimised, how well it works, and one vector
-per text.
+"""Losses and scores of models with a head, and one vector per text.
 
 Shape letters: B rows, T tokens, D vector, L labels, P positives, R all rows.
 """
@@ -21,17 +20,14 @@ from transom.layers.inputs import TransformerOutput
 from transom.models.llm import LLM
 from transom.training.losses.cross_entropy import cross_entropy_sum
 
-# -- losses
-# ------------------------------------------------------------------------------------------
-
 
 def head_loss_sum(
     head: HeadArgs, output: TransformerOutput, targets_B: Tensor, temperature: float = 0.05
 ) -> Tensor:
-    """What a model with a head minimises, summed over the rows that have a target, in nats.
+    """Return the loss of a head, summed over the rows that have a target, in nats.
 
-    Classification: -log p(label). Embedding: `contrastive_loss_sum` of the pairs in neighbouring
-    rows.
+    It is -log p(label) for classification, and `contrastive_loss_sum` of pairs in neighbouring rows
+    for an embedding.
     """
     if head.kind == "classification":
         assert output.logits is not None, "a classification head has logits"
@@ -49,12 +45,18 @@ def contrastive_loss_sum(
     temperature: float = 0.05,
     first: int = 0,
 ) -> Tensor:
-    """InfoNCE (van den Oord et al. 2018, arXiv 1807.03748): -log softmax of products / temperature,
-    own positive.
+    """Return InfoNCE (van den Oord et al. 2018, arXiv 1807.03748), summed over texts, in nats.
 
-    Texts are those of the pairs from `first` on, the other positives are the negatives, except for
-    those with the same number: they are the same text. Products are in float32 or better;
-    normalised vectors make them cosines.
+    It is -log softmax of the product with the own positive. The other positives are negatives,
+    except those with the same number, which are the same text. Products are in float32 or better;
+    of normalised vectors they are cosines.
+
+    Args:
+        text_BD: Vectors of the texts of the pairs from `first` on.
+        positive_PD: Vectors of all positives.
+        numbers_P: Number of each positive; equal texts have equal numbers.
+        temperature: What products are divided by.
+        first: Index of the first text among the pairs.
     """
     require(temperature > 0, "temperature", temperature, "expected a number above 0")
     own_B = torch.arange(first, first + len(text_BD), device=text_BD.device)
@@ -65,16 +67,11 @@ def contrastive_loss_sum(
 
 
 def _scores(text_BD: Tensor, positive_PD: Tensor) -> Tensor:
-    """Products [B, P] in float32 or better."""
+    """Return products [B, P] in float32 or better."""
     wide = torch.promote_types(text_BD.dtype, torch.float32)
-    with torch.autocast(
-        text_BD.device.type, enabled=False
-    ):  # 1 / temperature would magnify its rounding
+    # Division by the temperature would magnify the rounding of autocast.
+    with torch.autocast(text_BD.device.type, enabled=False):
         return text_BD.to(wide) @ positive_PD.to(wide).T
-
-
-# -- scores
-# ------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -1,17 +1,14 @@
-"""Log-probabilities of given tokens, and the model as it is without its adapters: what methods
-compare.
-"""
+"""Log-probabilities of given tokens, and the model without its adapters as a reference."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from transom.base.errors import RequestError, require
 from transom.base.runtime import evaluating
@@ -19,7 +16,7 @@ from transom.data.batch import NO_TARGET
 from transom.layers.inputs import TransformerInput
 from transom.lora.adapters import activate_adapters, active_adapters, adapted_modules
 from transom.models.llm import LLM
-from transom.training.losses.cross_entropy import chunk_tokens
+from transom.training.losses.cross_entropy import by_chunks, chunk_tokens
 
 
 def target_log_probs(
@@ -29,14 +26,20 @@ def target_log_probs(
     chunk: int | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """log p(target) [B, T] in nats, float32 or better, of normed hidden states; 0 where there is no
-    target.
+    """Return log p(target) [B, T] in nats, 0 where there is no target.
 
-    p is the softmax of logits / `temperature`, the distribution that answers are drawn from.
+    Only positions with a target are projected to logits, and the backward pass computes them again.
 
-    Only positions with a target meet the output matrix, `chunk` of them at a time; backward makes
-    their logits again. Without a `chunk`, logits of up to 2^22 numbers are made at once, more in
-    chunks of at most 2^24.
+    Args:
+        model: The model.
+        hidden_BTD: Normed hidden states.
+        targets_BT: Target ids, NO_TARGET where there is none.
+        chunk: Positions whose logits are computed at a time. None computes logits of up to 2^22
+            numbers at once, and more in chunks of at most 2^24.
+        temperature: What logits are divided by before the softmax, as in sampling.
+
+    Returns:
+        float32, or float64 if the logits have it.
     """
 
     def log_probs(hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
@@ -53,18 +56,6 @@ def target_log_probs(
     return found_T.new_zeros(targets_BT.shape).masked_scatter(has_target_BT, found_T)
 
 
-def by_chunks(make: Callable[..., Tensor], tokens: int, *columns_T: Tensor) -> list[Tensor]:
-    """`make` of all columns, of at most `tokens` of their rows at a time (0: all); backward makes
-    chunks again.
-    """
-    count = len(columns_T[0])
-    if tokens == 0 or count <= tokens:
-        return [make(*columns_T)]
-    pieces = -(-count // tokens)  # even ones: the last is not much shorter than the others
-    chunked = zip(*(column_T.chunk(pieces) for column_T in columns_T), strict=True)
-    return [checkpoint(make, *columns, use_reentrant=False) for columns in chunked]
-
-
 @torch.no_grad()
 def measured_log_probs(
     model: LLM,
@@ -73,9 +64,7 @@ def measured_log_probs(
     chunk: int | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """`target_log_probs` of a call of its own, without gradients, dropout, jitter and capacities of
-    experts.
-    """
+    """Return `target_log_probs` of a forward pass in evaluation mode, without gradients."""
     with evaluating(model):
         hidden_BTD = model(replace(inputs, logits="none")).hidden_BTD
         return target_log_probs(model, hidden_BTD, targets_BT, chunk, temperature)
@@ -83,11 +72,13 @@ def measured_log_probs(
 
 @contextmanager
 def adapters_off(model: LLM) -> Iterator[None]:
-    """The model without its adapters, replaced modules included: a reference without a second copy
-    of the weights.
+    """Switch the adapters off inside the block, replaced modules included.
 
-    For calls without gradients: backward would make checkpointed blocks again with the adapters. A
-    model without an active adapter is a `RequestError`, since it would be compared with itself.
+    The model is then a reference without a second copy of the weights. Use it without gradients:
+    the backward pass would compute checkpointed blocks with the adapters.
+
+    Raises:
+        RequestError: If no adapter is active, since the model would be compared with itself.
     """
     names = active_adapters(model)
     require(
@@ -104,9 +95,7 @@ def adapters_off(model: LLM) -> Iterator[None]:
 
 
 def check_frozen_base(model: LLM) -> None:
-    """Refuse a model of which more than its adapters trains: without them it would be another one
-    every step.
-    """
+    """Raise a `RequestError` if more than the adapters trains: the base would change."""
     own = {
         id(parameter) for _, _, held in adapted_modules(model) for parameter in held.parameters()
     }

@@ -1,6 +1,4 @@
-"""NEFTune: noise on the embeddings of fine-tuning, which keeps a model from learning its few
-examples by heart.
-"""
+"""NEFTune: noise on the embeddings in fine-tuning, against learning few examples by heart."""
 
 from __future__ import annotations
 
@@ -15,23 +13,22 @@ from transom.models.llm import LLM
 
 
 class EmbeddingNoise:
-    """In training, every embedding gets uniform noise of up to strength / sqrt(T D), T the tokens
-    of its example.
+    """Adds uniform noise of up to strength / sqrt(T D) to every embedding in training.
 
-    Jain et al. 2023, arXiv 2310.05914. Evaluation and generation get none; `remove` takes it off
-    the model.
+    T is the number of tokens of an example, and D the model dim (Jain et al. 2023, arXiv
+    2310.05914). Evaluation and generation get no noise.
     """
 
     def __init__(self, model: LLM, strength: float) -> None:
         self.strength = strength
-        self._lengths_BT1: Tensor | None = None  # of the call under way
+        self._lengths_BT1: Tensor | None = None  # of the present call
         self._hooks = (
             model.register_forward_pre_hook(self._look),
             model.tok_embeddings.register_forward_hook(self._add),
         )
 
     def remove(self) -> None:
-        """The model is as before."""
+        """Remove the noise from the model."""
         for hook in self._hooks:
             hook.remove()
 
@@ -41,7 +38,7 @@ class EmbeddingNoise:
         inputs: TransformerInput = args[0]
         shape = torch.Size((*inputs.tokens.shape, 1))
         lengths = torch.full(shape, float(inputs.tokens.size(1)))
-        if inputs.sizes is not None:  # packed: neighbours in a row are no part of an example
+        if inputs.sizes is not None:  # packed: other examples of the row don't count
             rows = inputs.sizes if isinstance(inputs.sizes[0], int) else chain(*inputs.sizes)
             sizes = torch.tensor(list(rows))
             lengths = sizes.repeat_interleave(sizes).view(shape).float()

@@ -1,5 +1,4 @@
-"""AdamW whose running means take 8 bits each, quantised in blocks (Dettmers et al. 2021, arXiv
-2110.02861).
+"""AdamW with 8-bit running means, quantized in blocks (Dettmers et al. 2021, arXiv 2110.02861).
 
 Shape letters: R blocks (rows) of `BLOCK` elements.
 """
@@ -18,10 +17,9 @@ from torch.optim import Optimizer
 from transom.base.errors import RequestError, require
 
 BLOCK = 256  # elements that share one scale
-# Below this many elements the state is too small to matter, and a vector's few large entries matter
-# much.
+# A smaller state hardly takes memory, and the few large entries of a vector matter much.
 SMALLEST_QUANTIZED = 4096
-# Elements brought to float32 at once: what bounds the memory of a step, and fills the machine.
+# Elements converted to float32 at a time, which bounds the memory of a step.
 BATCH_ELEMENTS = 2**22
 DECADES = 7
 DROPPED_BITS = 13  # of a float32, which leaves its sign, its exponent and ten bits of its mantissa
@@ -30,11 +28,11 @@ KEYS = 2 ** (32 - DROPPED_BITS)
 
 @functools.cache
 def dynamic_map(signed: bool) -> tuple[float, ...]:
-    """The 256 values of a code, rising: 0, 1 and, decade by decade from 1e-7 up to 1, twice as many
-    values.
+    """Return the 256 values of a code in rising order.
 
-    The paper's dynamic tree: relative precision near 1, seven decades of range. The unsigned map
-    has the room of the sign as precision.
+    They are 0, 1 and, for each decade from 1e-7 to 1, twice as many values as for the one below.
+    This is the paper's dynamic tree: relative precision near 1, and a range of seven decades. The
+    unsigned map has one more bit of precision in place of the sign.
     """
     values = [0.0, 1.0]
     for decade in range(DECADES):
@@ -48,12 +46,18 @@ def dynamic_map(signed: bool) -> tuple[float, ...]:
 
 
 def quantize(values_R: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """(uint8 codes [R, BLOCK], float32 scales [R]) of values [R, BLOCK]; a scale is its block's
-    largest size.
+    """Quantize blocks.
 
-    The error is at most 0.76 (signed) or 0.41 (unsigned) percent of the largest, and of a value
-    above a tenth of the largest at most 7.1 or 3.6 percent. Unsigned values above zero stay above
-    zero: a second moment that vanished beside a first one that did not would divide by eps alone.
+    The error is at most 0.76 (signed) or 0.41 (unsigned) percent of the largest value of a block,
+    and at most 7.1 or 3.6 percent of a value above a tenth of it. Unsigned values above zero stay
+    above zero: a second moment of zero with a first one that is not would be divided by eps alone.
+
+    Args:
+        values_R: Values [R, BLOCK].
+        signed: Whether values may be negative.
+
+    Returns:
+        uint8 codes [R, BLOCK] and float32 scales [R], the largest size in each block.
     """
     scale_R = values_R.abs().amax(1).float()
     # Smallest normal number: zero blocks divide by it, and stay zero.
@@ -64,7 +68,7 @@ def quantize(values_R: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(codes_R: Tensor, scale_R: Tensor, signed: bool) -> Tensor:
-    """Values [R, BLOCK], float32."""
+    """Return the float32 values [R, BLOCK] of codes [R, BLOCK] and scales [R]."""
     levels = _tables(signed, codes_R.device).levels
     return levels.index_select(0, codes_R.flatten().int()).view(codes_R.shape) * scale_R.unsqueeze(
         1
@@ -72,7 +76,7 @@ def dequantize(codes_R: Tensor, scale_R: Tensor, signed: bool) -> Tensor:
 
 
 class _Tables(NamedTuple):
-    """The values of the codes [256], and the code of every float32 by its first 19 bits [KEYS]."""
+    """The values of the codes [256], and the code of each float32 by its first 19 bits [KEYS]."""
 
     levels: Tensor
     codes: Tensor
@@ -80,8 +84,8 @@ class _Tables(NamedTuple):
 
 @functools.cache
 def _tables(signed: bool, device: torch.device) -> _Tables:
-    # Searching the 255 middles costs ten times all the rest of a step; sign, exponent and ten bits
-    # of the mantissa find the code in one look-up, at the price of 0.05 percent at the edges.
+    # A search in the 255 middles would take ten times as long as the rest of a step. The first 19
+    # bits of a float32 give the code in one look-up, with an error of 0.05 percent at the edges.
     levels = torch.tensor(dynamic_map(signed), dtype=torch.float32)
     keys = torch.arange(KEYS, dtype=torch.int64)
     middles = (keys << DROPPED_BITS) + 2 ** (DROPPED_BITS - 1)
@@ -95,9 +99,7 @@ def _tables(signed: bool, device: torch.device) -> _Tables:
 
 
 class _Piece(NamedTuple):
-    """Blocks of one parameter, flat: views, updated in place; the last block may be partly
-    filled.
-    """
+    """Blocks of one flat parameter, as views that are updated in place."""
 
     weight: Tensor
     gradient: Tensor
@@ -106,11 +108,10 @@ class _Piece(NamedTuple):
 
 
 class AdamW8bit(Optimizer):
-    """torch's AdamW with `exp_avg` and `exp_avg_sq` as codes [R, BLOCK] and scales [R]; made for
-    large tensors.
+    """torch's AdamW with `exp_avg` and `exp_avg_sq` as codes [R, BLOCK] and scales [R].
 
-    Arithmetic is in float32 and on whole batches of blocks; only what waits for the next step is
-    rounded. 2.03 bytes of state per element instead of 8.
+    Arithmetic is in float32, on batches of blocks; only the stored state is rounded. The state
+    takes 2.03 bytes per element instead of 8.
     """
 
     def __init__(
@@ -126,9 +127,7 @@ class AdamW8bit(Optimizer):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take one more group of contiguous parameters and make their state: zero means, no step
-        taken.
-        """
+        """Add a group of contiguous parameters, and make their state."""
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
             contiguous = parameter.is_contiguous()
@@ -136,7 +135,7 @@ class AdamW8bit(Optimizer):
                 contiguous,
                 "stride",
                 parameter.stride(),
-                "8-bit AdamW accepts contiguous parameters",
+                "expected contiguous parameters",
             )
             blocks = -(-parameter.numel() // BLOCK)
             state = self.state[parameter]
@@ -152,9 +151,9 @@ class AdamW8bit(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient; closures are not supported."""
+        """Update every parameter that has a gradient. Closures are not supported."""
         if closure is not None:
-            raise RequestError("closure: 8-bit AdamW evaluates no closure; expected None")
+            raise RequestError("closure: got a closure; expected None")
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -163,7 +162,7 @@ class AdamW8bit(Optimizer):
                 self._update(batch, group)
 
     def _batches(self, parameters: list[Tensor]) -> Iterator[list[_Piece]]:
-        """Small parameters of one device together, large ones in pieces."""
+        """Yield small parameters of one device together, and large ones in pieces."""
         room = BATCH_ELEMENTS // BLOCK
         batch: list[_Piece] = []
         filled = 0
@@ -205,9 +204,8 @@ class AdamW8bit(Optimizer):
         self._scatter(batch, "exp_avg_sq", square, signed=False)
         at = 0
         for piece, count in zip(batch, counts.tolist(), strict=True):
-            wide = piece.weight.to(
-                torch.promote_types(piece.weight.dtype, torch.float32)
-            )  # round once, not twice
+            # In float32, so that the sum of decay and update is rounded once.
+            wide = piece.weight.to(torch.promote_types(piece.weight.dtype, torch.float32))
             wide.mul_(1 - group["lr"] * group["weight_decay"])
             piece.weight.copy_(wide.add_(update[at : at + count].flatten()[: wide.numel()]))
             at += count
@@ -228,5 +226,5 @@ class AdamW8bit(Optimizer):
 
 
 def _blocks(flat: Tensor) -> Tensor:
-    """[R, BLOCK] float32, zeros behind the last element."""
+    """Return a flat tensor as float32 [R, BLOCK], padded with zeros."""
     return F.pad(flat.float(), (0, -flat.numel() % BLOCK)).view(-1, BLOCK)

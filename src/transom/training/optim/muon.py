@@ -26,25 +26,34 @@ POLAR_EXPRESS = (
     (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
     (1.8750014808534479, -1.2500016453999487, 0.3750001646454489),
 )
-# Each step takes x / SAFETY: a singular value that rounding put above the interval of its step
-# would otherwise be thrown out further by the next ones.
+# Each step takes x / SAFETY: a singular value that rounding has put above the interval of its step
+# would diverge in the next ones.
 SAFETY = 1.01
 # Below this norm a matrix counts as zero; its square is still a normal float32.
 SMALLEST_NORM = 1e-12
-# Steps taken on one Gram matrix before it is formed anew. Four multiply its rounding error by about
-# 446^2: a few percent in float32; half precision can afford one step only.
+# Steps on one Gram matrix before it is computed again. Four of them multiply its rounding error by
+# about 446^2, which is a few percent in float32; half precision allows one step only.
 GRAM_STEPS = {torch.float32: 4, torch.float64: 4}
 
 
 def orthogonalize(x_NOI: Tensor, steps: int = 4, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The nearest semi-orthogonal matrices (U V^T of the SVD), roughly: same shape and dtype as
-    `x_NOI`.
+    """Return approximately the nearest semi-orthogonal matrices, U V^T of the SVD.
 
-    With s = singular value / Frobenius norm, every s >= 1e-3 ends in 0.42 to 1.57 after 4 steps, in
-    0.84 to 1.13 after 5 and within 1e-4 of 1 after 7. A smaller s is multiplied by 429 (4 steps),
-    so what has no rank stays near zero and a zero matrix stays zero, never NaN. Arithmetic is in
-    `dtype`; float32 is within 1e-4 of these numbers, bfloat16 within 0.02 for s >= 1e-2, with
-    rounding noise in the directions below that.
+    With s = singular value / Frobenius norm, every s >= 1e-3 becomes 0.42 to 1.57 after 4 steps,
+    0.84 to 1.13 after 5, and within 1e-4 of 1 after 7. A smaller s is multiplied by 429 (4 steps),
+    so that a zero matrix stays zero and never becomes NaN. float32 is within 1e-4 of these numbers,
+    bfloat16 within 0.02 for s >= 1e-2, with rounding noise below that.
+
+    Args:
+        x_NOI: The matrices.
+        steps: Steps of the iteration, 1 to 7.
+        dtype: Dtype of the arithmetic.
+
+    Returns:
+        Matrices with the shape and dtype of `x_NOI`.
+
+    Raises:
+        RequestError: If the shape or `steps` is wrong.
     """
     require(x_NOI.ndim == 3, "shape", tuple(x_NOI.shape), "expected [N, out, in]")
     coefficients = _coefficients(steps)
@@ -62,9 +71,7 @@ def orthogonalize(x_NOI: Tensor, steps: int = 4, dtype: torch.dtype = torch.floa
 
 
 def default_compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on CUDA devices that multiply it at full speed (capability >= 8), otherwise
-    float32.
-    """
+    """Return bfloat16 for CUDA devices of capability 8 or higher, and float32 for others."""
     # Most CPUs have no bfloat16 product: there it is a plain loop, 100 times slower than float32.
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return torch.bfloat16
@@ -72,10 +79,11 @@ def default_compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def matrices_per_batch(elements: int, device_type: str) -> int:
-    """How many matrices of that many elements share one batched product (2^20 elements on CPU, else
-    2^26).
+    """Return how many matrices of `elements` elements share one batched product.
+
+    They have 2^20 elements together on the CPU, and 2^26 on other devices.
     """
-    # Small matrices need company to fill the machine; large ones are faster one by one, in the
+    # Products of small matrices are too short alone; large matrices are faster one by one, in the
     # cache.
     return max(1, (2**20 if device_type == "cpu" else 2**26) // elements)
 
@@ -95,9 +103,7 @@ def _steps_per_gram(out_features: int, in_features: int, dtype: torch.dtype) -> 
 
 
 def _polynomial(gram_NSS: Tensor, coefficients: list[tuple[float, float, float]]) -> Tensor:
-    """Q(G) [N, S, S], so that X Q(X^T X) is X after the odd polynomials of `coefficients`, in
-    turn.
-    """
+    """Return Q(G), so that X Q(X^T X) is X after the odd polynomials of `coefficients` in turn."""
     product_NSS: Tensor | None = None
     for step, (a, b, c) in enumerate(coefficients):
         factor_NSS = torch.baddbmm(gram_NSS, gram_NSS, gram_NSS, beta=b, alpha=c)
@@ -110,9 +116,7 @@ def _polynomial(gram_NSS: Tensor, coefficients: list[tuple[float, float, float]]
 
 
 class _Matrix(NamedTuple):
-    """One [O, I] matrix of a parameter, with its gradient and its momentum: views, updated in
-    place.
-    """
+    """One matrix of a parameter with its gradient and momentum, as views."""
 
     weight_OI: Tensor
     gradient_OI: Tensor
@@ -120,13 +124,12 @@ class _Matrix(NamedTuple):
 
 
 class Muon(Optimizer):
-    """Nesterov momentum, orthogonalised, for [out, in] and [E, out, in] parameters (E separate
-    matrices).
+    """Nesterov momentum, orthogonalised, for [out, in] and [E, out, in] parameters (E matrices).
 
-    update = lr * sqrt(max(1, out / in)) * orthogonalize(momentum); weight decay is decoupled (lr *
-    decay). The update ignores the size of the momentum, so a matrix whose gradient is zero, such as
-    an expert that got no token, keeps moving at full speed the way it went; with no momentum either
-    it only decays.
+    The update is lr * sqrt(max(1, out / in)) * orthogonalize(momentum), and weight decay is
+    decoupled (lr * decay). The update does not depend on the size of the momentum: a matrix whose
+    gradient is zero, such as an expert without tokens, keeps moving at full speed in its last
+    direction. Without momentum it only decays.
     """
 
     def __init__(
@@ -138,15 +141,13 @@ class Muon(Optimizer):
         steps: int = 4,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
-        """`compute_dtype` None: bfloat16 where it is fast, otherwise float32."""
+        """Set the defaults of all groups; `compute_dtype` None is `default_compute_dtype`."""
         _coefficients(steps)
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"steps": steps, "compute_dtype": compute_dtype})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take one more group of parameters and make their momentum; only 2-D and 3-D are
-        accepted.
-        """
+        """Add a group of 2-D and 3-D parameters, and make their momentum."""
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
             shape = tuple(parameter.shape)
@@ -160,7 +161,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient; closures are not supported."""
+        """Update every parameter that has a gradient. Closures are not supported."""
         if closure is not None:
             raise RequestError("closure: Muon evaluates no closure; expected None")
         for group in self.param_groups:
@@ -168,7 +169,7 @@ class Muon(Optimizer):
                 self._update(batch, group)
 
     def _batches(self, parameters: list[Tensor]) -> Iterator[list[_Matrix]]:
-        """Matrices of one shape, dtype and device, as many as one batched product should hold."""
+        """Yield matrices of one shape, dtype and device, as many as one batched product takes."""
         alike: dict[tuple[Any, ...], list[_Matrix]] = defaultdict(list)
         for parameter in parameters:
             if parameter.grad is None:

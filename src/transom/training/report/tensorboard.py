@@ -1,4 +1,4 @@
-"""The rows of metrics.jsonl as TensorBoard curves, where that package is installed."""
+"""Rows of metrics.jsonl as TensorBoard curves, if that package is installed."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ MOST_CURVES = 64  # of one field: every layer times every expert would drown all
 
 
 def writer_class() -> Any:
-    """torch's `SummaryWriter`; a missing package is a `RequestError` that says how to get it."""
+    """Return torch's `SummaryWriter`.
+
+    Raises:
+        RequestError: If the package is not installed.
+    """
     try:
         return importlib.import_module("torch.utils.tensorboard").SummaryWriter
     except ImportError:
         raise RequestError(
-            "tensorboard = True: the package is not installed; pip install tensorboard, or "
-            "expected false"
+            "tensorboard: got True; expected false, or the package (pip install tensorboard)"
         ) from None
 
 
 class TensorBoard:
-    """Mirrors every row given to `write`; open one per run, on rank 0 only."""
+    """Writes every row that it is given. Open one per run, on rank 0 only."""
 
     def __init__(self, run: Path, *, first_step: int = 0) -> None:
-        """Curves go to `run/tensorboard`; what an interrupted run wrote from `first_step` on is
-        hidden.
-        """
+        """Write to `run/tensorboard`, and hide older rows from `first_step` on."""
         self._writer = writer_class()(log_dir=str(run / FOLDER), purge_step=first_step)
         self._left_out: set[str] = set()
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Every number of a row at its `step`: nested names joined by `/`, texts as texts, lists by
-        index.
+        """Write every number of a row at its `step`.
 
-        A field of more than `MOST_CURVES` numbers is left out, which is said once.
+        Nested names are joined by `/`, and lists are numbered. A field of more than `MOST_CURVES`
+        numbers is left out, with a notice.
         """
         step = int(row["step"])
         for field, content in row.items():
@@ -61,12 +62,12 @@ class TensorBoard:
             notice(f"tensorboard: {name} ({what}) is left out; metrics.jsonl has it")
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the files."""
         self._writer.close()
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """(name, leaf) of nested mappings and lists."""
+    """Yield names and leaves of nested mappings and lists."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _flat(item, f"{name}/{key}")

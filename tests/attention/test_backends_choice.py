@@ -99,7 +99,7 @@ def test_auto_on_a_gpu(monkeypatch, fields, score, name):
 def test_forcing_a_backend_on_a_job_it_cannot_do_is_refused_with_the_reason(name, score):
     q, view, spec = job()
     with pytest.raises(
-        RequestError, match=f"attention backend: got '{name}', .*; expected .*blockwise"
+        RequestError, match=f"attention backend: got '{name}', .*; expected auto"
     ) as told:
         backend(name)(q, view, spec, score)
     assert "\n" not in str(told.value)

@@ -84,7 +84,9 @@ def test_the_folder_states_the_pooling(plain, call, tmp_path, stated, pooling):
     (tmp_path / "model" / "1_Pooling" / "config.json").write_text(json.dumps(stated))
     _, out, err = call(tmp_path / "model", "--text", "ab", "--json")
     assert json.loads(out.splitlines()[-1])["pooling"] == pooling
-    assert ("pooling_mode_cls_token is not done" in err) == ("pooling_mode_cls_token" in stated)
+    assert ("pooling_mode_cls_token, which is not supported" in err) == (
+        "pooling_mode_cls_token" in stated
+    )
 
 
 @pytest.mark.parametrize("flags", [[], ["--normalize"]])

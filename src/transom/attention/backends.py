@@ -71,10 +71,8 @@ class Backend:
     ) -> Tensor:
         reason = refusal(self.name) or self.why_not(q_BTNH, view, spec, score)
         if reason is not None:
-            others = BACKENDS.values()
-            able = [x.name for x in others if x.why_not(q_BTNH, view, spec, score) is None]
             raise RequestError(
-                f"attention backend: got {self.name!r}, which {reason}; expected {', '.join(able)}"
+                f"attention backend: got {self.name!r}, which {reason}; expected auto"
             )
         return self.function(q_BTNH, view, spec, score)
 
@@ -119,11 +117,10 @@ def auto(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> T
         return choose(q_BTNH, view, spec, score).function(q_BTNH, view, spec, score)
     states = (q_BTNH, *view.dense()[0])
     key = (score.plain, view.new_at, *((x.dtype, x.size(-1)) for x in states))
-    chosen = spec.tables.get(key)
-    if chosen is None:
-        chosen = spec.tables[key] = choose(q_BTNH, view, spec, score)
-    out: Tensor = chosen.function(q_BTNH, view, spec, score)
-    return out
+    if key not in spec.tables:
+        spec.tables[key] = choose(q_BTNH, view, spec, score)
+    chosen: Backend = spec.tables[key]
+    return chosen.function(q_BTNH, view, spec, score)
 
 
 def choose(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Backend:

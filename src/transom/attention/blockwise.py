@@ -106,25 +106,18 @@ class _Job:
         """
         low, high = reach(self.rule, self.new_at, start, stop, self.k.size(1))
         keys = KEYS * QUERIES // min(QUERIES, stop - start)
+        positions = (self.q_positions_BT, self.k_positions_BS)
+        tables = (*positions, self.q_segments_BT, self.k_segments_BS)
         for at in range(low, high, keys):
             end = min(at + keys, high)
             if self.known and self._all_visible(start, stop, at, end):
                 yield at, end, None
                 continue
-            may = allowed(
-                self.rule,
-                self.q_positions_BT[:, start:stop],
-                self.k_positions_BS[:, at:end],
-                None if self.q_segments_BT is None else self.q_segments_BT[:, start:stop],
-                None if self.k_segments_BS is None else self.k_segments_BS[:, at:end],
-            )
-            if may.is_cpu:  # on other devices the host would wait for the answer
-                if not may.any():
-                    continue
-                if may.all():
-                    yield at, end, None
-                    continue
-            yield at, end, ~may[:, None, None]
+            may = allowed(self.rule, *tables, slice(start, stop), slice(at, end))
+            # On other devices than the CPU the host would wait for the answers.
+            if may.is_cpu and not may.any():
+                continue
+            yield at, end, None if may.is_cpu and may.all() else ~may[:, None, None]
 
     def _all_visible(self, start: int, stop: int, low: int, high: int) -> bool:
         if self.kind == "full":

@@ -52,15 +52,17 @@ def allowed(
     k_positions_BS: Tensor,
     q_segments_BT: Tensor | None = None,
     k_segments_BS: Tensor | None = None,
+    queries: slice = slice(None),
+    keys: slice = slice(None),
 ) -> Tensor:
-    """Return the mask bool [B, T, S], True where query t may attend to key s; see `visible`."""
-    return visible(
-        rule,
-        q_positions_BT.unsqueeze(-1),
-        k_positions_BS.unsqueeze(-2),
-        None if q_segments_BT is None else q_segments_BT.unsqueeze(-1),
-        None if k_segments_BS is None else k_segments_BS.unsqueeze(-2),
-    )
+    """Return the mask bool [B, T, S], True where query t may attend to key s; see `visible`.
+
+    `queries` and `keys` choose a block of the mask.
+    """
+    q, k = q_positions_BT[:, queries, None], k_positions_BS[:, None, keys]
+    if q_segments_BT is None or k_segments_BS is None:
+        return visible(rule, q, k)
+    return visible(rule, q, k, q_segments_BT[:, queries, None], k_segments_BS[:, None, keys])
 
 
 @dataclass(frozen=True)

@@ -166,17 +166,12 @@ def _by_window(q: Tensor, k: Tensor, v: Tensor, window: int, score: ScoreArgs) -
 def _by_block(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Tensor:
     """Compute any job with the mask of the rule, one block of queries at a time."""
     (k, v), k_positions = view.dense()
-    length, pieces = q_BTNH.size(1), []
+    length, segments, pieces = q_BTNH.size(1), (spec.segments_BT, view.segments_BS), []
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
         low, high = reach(spec.rule, view.new_at, start, stop, k.size(1))
-        may = allowed(
-            spec.rule,
-            spec.positions_BT[:, start:stop],
-            k_positions[:, low:high],
-            None if spec.segments_BT is None else spec.segments_BT[:, start:stop],
-            None if view.segments_BS is None else view.segments_BS[:, low:high],
-        ).unsqueeze(1)
+        block = (slice(start, stop), slice(low, high))
+        may = allowed(spec.rule, spec.positions_BT, k_positions, *segments, *block).unsqueeze(1)
         # A fully masked row would be NaN, in the gradient too. It attends to all keys instead, and
         # its output is cleared.
         fully_masked = ~may.any(-1, keepdim=True)

@@ -67,23 +67,26 @@ def run(options: argparse.Namespace) -> int:
     adapters = named_adapters(options.adapter)
     from transom.checkpoints.open_model import open_model
     from transom.inference.loop import MAX_TOKENS
-    from transom.inference.session import open_session
+    from transom.inference.session import AnswerArgs, open_session
 
     opened = open_model(**opening(options), chat_template=options.chat_template)
+    answers = AnswerArgs(
+        sampling=sampling,
+        max_tokens=options.max_tokens or MAX_TOKENS,
+        stop=options.stop,
+        prefill_step_size=options.prefill_step_size,
+        show_special=options.show_special,
+    )
     session = open_session(
         opened,
+        answers,
         system=options.system,
         prefill=options.prefill,
         use_template=not options.ignore_chat_template,
         template_values=values,
         adapters=adapters,
         max_model_len=options.max_model_len,
-        sampling=sampling,
-        max_tokens=options.max_tokens or MAX_TOKENS,
-        stop=options.stop,
         ignore_eos=options.ignore_eos,
-        prefill_step_size=options.prefill_step_size,
-        show_special=options.show_special,
     )
     notice("/help lists commands")
     if sys.stdin.isatty():

@@ -92,10 +92,9 @@ def run(options: argparse.Namespace) -> int:
     report(rates)
     if options.json:
         rows = zip(prompts, shown, texts.completions, strict=True)
-        keys = ("prompt", "text", "tokens", "finish_reason")
         completions = [
-            dict(zip(keys, (prompt, text, row.tokens, row.finish_reason), strict=True))
-            for prompt, text, row in rows
+            {"prompt": prompt, "text": text, "tokens": x.tokens, "finish_reason": x.finish_reason}
+            for prompt, text, x in rows
         ]
         emit_json({"model": options.folder, "completions": completions, **rates})
     return 0

@@ -164,34 +164,32 @@ def run_rows(
     elif not free:
         expected = f"expected {head.pooling}, the pooling of the model's head"
         require(pooling in (None, head.pooling), "pooling", pooling, expected)
-    device = model.device
-    vectors: dict[int, Tensor] = {}
-    logits: dict[int, Tensor] = {}
-    for indices in _similar_lengths(rows):
-        batch = [rows[index] for index in indices]
-        tokens_BT = right_padded(batch).to(device)
-        lengths_B = torch.tensor([len(row) for row in batch], device=device)
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    vectors, logits = [], []
+    for batch in _batches([rows[index] for index in order]):
+        tokens_BT = right_padded(batch).to(model.device)
+        lengths_B = torch.tensor([len(row) for row in batch], device=model.device)
         with evaluating(model):
             output = model(TransformerInput(tokens_BT, lengths=lengths_B, logits="none"))
         pooled_BD = output.pooled_BD
         if pooled_BD is None or (free and pooling is not None):
-            offsets_T = torch.arange(tokens_BT.size(1), device=device)
+            offsets_T = torch.arange(tokens_BT.size(1), device=model.device)
             positions_BT = torch.where(offsets_T < lengths_B[:, None], offsets_T, -1)
             pooled_BD = pool(output.hidden_BTD, positions_BT, pooling or "mean")
-        vectors |= dict(zip(indices, pooled_BD, strict=True))
+        vectors.append(pooled_BD)
         if head is not None and output.logits is not None:
-            logits |= dict(zip(indices, output.logits, strict=True))
-    ordered = torch.stack([vectors[index] for index in range(len(rows))])
-    return Vectors(ordered, torch.stack([logits[i] for i in range(len(rows))]) if logits else None)
+            logits.append(output.logits)
+    back_R = torch.tensor(order, device=model.device).argsort()
+    return Vectors(torch.cat(vectors)[back_R], torch.cat(logits)[back_R] if logits else None)
 
 
-def _similar_lengths(rows: Sequence[Sequence[Any]]) -> Iterator[list[int]]:
-    """Yield the indices of rows in batches of similar lengths, which have little padding."""
-    batch: list[int] = []
-    for index in sorted(range(len(rows)), key=lambda index: len(rows[index])):
-        if batch and (len(batch) + 1) * len(rows[index]) > BATCH_TOKENS:
+def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    """Yield rows, which are sorted by length, in batches of at most `BATCH_TOKENS` if padded."""
+    batch: list[Sequence[int]] = []
+    for row in rows:
+        if batch and (len(batch) + 1) * len(row) > BATCH_TOKENS:
             yield batch
             batch = []
-        batch.append(index)
+        batch.append(row)
     if batch:
         yield batch

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +277,7 @@ class Session:
 
 def open_session(
     opened: OpenedModel,
+    answers: AnswerArgs = AnswerArgs(),
     *,
     system: str = "",
     prefill: str = "",
@@ -284,12 +285,7 @@ def open_session(
     template_values: Mapping[str, Any] | None = None,
     adapters: Mapping[str, str] | None = None,
     max_model_len: int | None = None,
-    sampling: SamplingArgs = GREEDY,
-    max_tokens: int = MAX_TOKENS,
-    stop: Sequence[str] = (),
     ignore_eos: bool = False,
-    prefill_step_size: int = 512,
-    show_special: bool = False,
 ) -> Session:
     """Start a conversation with a model, turn by turn through its chat template.
 
@@ -297,6 +293,7 @@ def open_session(
 
     Args:
         opened: What `open_model` returned.
+        answers: How answers are generated. Stop tokens and stop strings of the folder are added.
         system: The text in front of the conversation.
         prefill: The text that every answer begins with. It needs a chat template.
         use_template: False for one growing text, even if there is a chat template.
@@ -304,12 +301,7 @@ def open_session(
         adapters: More adapters by name, as folders or runs. `Session.use_adapter` chooses one.
         max_model_len: Tokens of the conversation at most; by default `max_seq_len`, and at most
             `MAX_CONTEXT`.
-        sampling: How tokens are chosen; greedy decoding by default.
-        max_tokens: New tokens per answer at most.
-        stop: Strings that end an answer, besides those that the folder states.
-        ignore_eos: Ignore the stop tokens and stop strings that the folder states.
-        prefill_step_size: Prompt tokens per forward call.
-        show_special: Yield answers as the model generates them, with control tokens.
+        ignore_eos: Add no stop tokens and stop strings of the folder.
 
     Raises:
         RequestError: The model can't chat, or an argument does not fit it.
@@ -333,16 +325,10 @@ def open_session(
         notice(f"turns are rendered by {template.origin}")
     for folder in folders:
         warn_if_other((folder,), tokenizer, template)
-    args = AnswerArgs(
-        sampling,
-        max_tokens,
-        () if ignore_eos else stop_tokens,
-        (*stop, *(() if ignore_eos else opened.stop_strings)),
-        prefill_step_size,
-        show_special,
-    )
-    room = _room(model, max_model_len)
-    session = Session(model, tokenizer, framing, args, room, markers)
+    if not ignore_eos:
+        ids, words = (*answers.stop_tokens, *stop_tokens), (*answers.stop, *opened.stop_strings)
+        answers = replace(answers, stop_tokens=ids, stop=words)
+    session = Session(model, tokenizer, framing, answers, _room(model, max_model_len), markers)
     session.reset(system)
     return session
 

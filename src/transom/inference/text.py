@@ -7,11 +7,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from torch import Tensor
-
 from transom.base.errors import require
 from transom.base.runtime import memory_bytes
-from transom.cache.model_cache import ModelCache
 from transom.inference.loop import GREEDY, stream
 from transom.inference.sampling import SamplingArgs
 from transom.inference.stopping import ControlSigns, StopStrings
@@ -102,14 +99,10 @@ def stream_text(
     prompts: Sequence[str | list[int]],
     *,
     max_new_tokens: int,
-    sampling: SamplingArgs = GREEDY,
-    seeds: Sequence[int] | None = None,
     stop: Sequence[str] = (),
     stop_tokens: Sequence[int] = (),
-    prefill_step_size: int = 512,
-    cache: ModelCache | None = None,
-    log_probs: list[Tensor] | None = None,
     kept: Literal["all"] | Collection[int] = (),
+    **options: Any,
 ) -> TextStream:
     """Continue a batch of prompts, given as text or as token ids.
 
@@ -118,16 +111,12 @@ def stream_text(
         tokenizer: Its tokenizer.
         prompts: Texts or token ids, one per row.
         max_new_tokens: New tokens per row at most.
-        sampling: How tokens are chosen; greedy decoding by default.
-        seeds: As for `stream`.
         stop: Strings that end a row. The text ends before the first of them. A stop string may
             contain or be a control token.
         stop_tokens: Ids that end a row.
-        prefill_step_size: As for `stream`.
-        cache: As for `stream`.
-        log_probs: As for `stream`.
         kept: Ids of control tokens that the pieces spell out, stop tokens included. The
             `completions` never contain control tokens.
+        **options: `sampling`, `seeds`, `prefill_step_size`, `cache` and `log_probs` of `stream`.
 
     Raises:
         RequestError: The request can't be computed. It is raised before the model runs.
@@ -138,17 +127,8 @@ def stream_text(
     words = {special[w]: w for w in stop if w in special and special[w] not in stop_tokens}
     stop_tokens = (*stop_tokens, *words)
     ids = encode_prompts(tokenizer, prompts)
-    steps = stream(
-        model,
-        ids,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        seeds=seeds,
-        stop_tokens=stop_tokens,
-        prefill_step_size=prefill_step_size,
-        cache=cache,
-        log_probs=log_probs,
-    )
+    options |= {"max_new_tokens": max_new_tokens, "stop_tokens": stop_tokens}
+    steps = stream(model, ids, **options)
     stops = frozenset(stop_tokens)
     rows = [_Row(tokenizer, stop, stops, words, max_new_tokens, kept) for _ in prompts]
     return TextStream(rows, steps, sum(map(len, ids)))
@@ -168,15 +148,8 @@ def complete(
     It ends at a stop token of the tokenizer, at an id of `ends`, or after `max_new_tokens`.
     """
     stop_tokens = (*ends, *tokenizer.stop_ids)
-    texts = stream_text(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        stop_tokens=stop_tokens,
-    )
-    return texts.run()
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
+    return stream_text(model, tokenizer, prompts, stop_tokens=stop_tokens, **options).run()
 
 
 def encode_prompts(
@@ -189,10 +162,8 @@ def encode_prompts(
     """
     allowed: Literal["all"] | tuple[()] = "all" if special else ()
     return [
-        tokenizer.encode_prompt(prompt, allowed_special=allowed)
-        if isinstance(prompt, str)
-        else prompt
-        for prompt in prompts
+        tokenizer.encode_prompt(one, allowed_special=allowed) if isinstance(one, str) else one
+        for one in prompts
     ]
 
 

@@ -39,16 +39,19 @@ class Markers:
     """How a model sets its reasoning apart.
 
     Attributes:
-        opens: The marker before the reasoning; empty with channels.
-        closes: The marker after the reasoning.
-        channels: Whether the model writes channels instead.
+        opens: The marker before the reasoning; empty if the model writes channels.
+        closes: The marker after the reasoning; empty if the model writes channels.
         head: The template's prompt for an answer, which may open the reasoning.
     """
 
     opens: str
     closes: str
-    channels: bool = False
     head: str = ""
+
+    @property
+    def channels(self) -> bool:
+        """Whether the model writes its reasoning into channels of its own."""
+        return not self.closes
 
     def splitter(self, *, begun: bool = False) -> Splitter:
         """Return a splitter for one answer after the template's prompt for it.
@@ -77,20 +80,17 @@ def find_markers(template: ChatTemplate, **values: Any) -> Markers | None:
     `values` are those that the chat gives the template, which may switch reasoning off.
     """
     special = template.tokenizer.special_tokens
-    head = ""
     bare, asked = (template.probe(QUESTION, prompt=prompt, **values) for prompt in (False, True))
-    if bare is not None and asked is not None:
-        head = asked[common_prefix(asked, bare) :]
+    head = "" if bare is None or asked is None else asked[common_prefix(asked, bare) :]
     if all(word in special for word in CHANNELS):
-        return Markers("", "", channels=True, head=head)
-    written = _written(template)
-    if written is not None:
-        return Markers(*written, head=head)
+        return Markers("", "", head)
+    if (written := _written(template)) is not None:
+        return Markers(*written, head)
     for opens, closes in PAIRS:
         named = opens in head or any(closes in source for source in template.sources.values())
         known = all(template.tokenizer.token_to_id(word) is not None for word in (opens, closes))
         if named or known:
-            return Markers(opens, closes, head=head)
+            return Markers(opens, closes, head)
     return None
 
 

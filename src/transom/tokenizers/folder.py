@@ -122,7 +122,7 @@ def _backend(
         content,
         source=str(file),
         added=described.added,
-        special=[token for token in described.named.values() if token is not None],
+        special=described.special,
         version=_file_version(file),
         prefix_everywhere=described.config.get("legacy") is not False,
     )
@@ -139,10 +139,9 @@ def _fast_backend(content: bytes, file: Path, described: TokenFiles) -> Tokenize
     except Exception as error:  # the library raises bare Exception
         raise RequestError(f"{file}: expected the JSON of a fast tokenizer ({error})") from error
     add_tokens(library, described, str(file))
-    special = [token for token in described.named.values() if token is not None]
     special, ends = (
         [token for token in tokens if library.token_to_id(token) is not None]
-        for tokens in (special, described.ends)
+        for tokens in (described.special, described.ends)
     )
     return FastBackend(library, special, ends)
 

@@ -60,6 +60,11 @@ class TokenFiles:
                     named[name] = token
         return named
 
+    @property
+    def special(self) -> list[str]:
+        """The BOS, EOS and PAD that a file names."""
+        return [token for token in self.named.values() if token is not None]
+
     @cached_property
     def described(self) -> dict[int, dict[str, Any]]:
         """The entries of `added_tokens_decoder` by id, with the flags that they state."""

@@ -131,7 +131,7 @@ class Mixture:
         self._sources = self._counts = np.zeros(0, np.int64)
 
     def __len__(self) -> int:
-        """Items in an epoch."""
+        """Return the number of items in an epoch."""
         return self._items
 
     def item(self, epoch: int, index: int) -> tuple[int, list[Piece]]:

@@ -103,7 +103,13 @@ class Turns:
     def __init__(
         self, template: ChatTemplate, tokenizer: Tokenizer, stop_tokens: Collection[int] = ()
     ) -> None:
-        """`stop_tokens` end an answer besides those of the template and of the tokenizer."""
+        """Encode with a template and its tokenizer.
+
+        Args:
+            template: The chat template.
+            tokenizer: The tokenizer.
+            stop_tokens: Ids that end an answer, besides those of the template and the tokenizer.
+        """
         self._template = template
         self._stops = frozenset((*stop_tokens, *template.stop_tokens, *tokenizer.stop_ids))
         self.rendered_anew = self.dropped = 0
@@ -126,14 +132,14 @@ class Turns:
                 a part of a message.
         """
         talk = self._conversation(messages, tools)
-        rows: list[_Row] = []
+        rows: list[_RenderedRow] = []
         counted = [at for at, weight in enumerate(weights) if weight > 0]
         self.rendered_anew += len(counted) > 1 and not talk.in_steps
         for at in reversed(counted):
             first, prompt = talk.first(at + 1), talk.prompt(at)
             if any(row.add(at, first.text, prompt, weights[at]) for row in rows):
                 continue
-            rows.append(_Row(self._template, first, self._stops, rows[0] if rows else None))
+            rows.append(_RenderedRow(self._template, first, self._stops, rows[0] if rows else None))
             if not rows[-1].add(at, first.text, prompt, weights[at]):
                 self._count_left_out(talk, rows[-1:], [at])  # a better reason, if there is one
                 raise RequestError(
@@ -147,9 +153,9 @@ class Turns:
     def whole(
         self, messages: Sequence[Mapping[str, Any]], tools: Tools, weight: float
     ) -> EncodedChat:
-        """Return the whole conversation with one weight for every token but the first."""
+        """Return the complete conversation, with one weight for every token but the first."""
         talk = self._conversation(messages, tools)
-        row = _Row(self._template, talk, self._stops)
+        row = _RenderedRow(self._template, talk, self._stops)
         answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
         self._count_left_out(talk, [row], answers[-1:])
         return EncodedChat.of(row.ids[row.first :], float(weight))
@@ -163,7 +169,7 @@ class Turns:
         return self._template.conversation(messages, tools)
 
     def _count_left_out(
-        self, talk: Conversation, rows: Sequence[_Row], answers: Sequence[int]
+        self, talk: Conversation, rows: Sequence[_RenderedRow], answers: Sequence[int]
     ) -> None:
         """Count the texts that are in no row. Raise `RequestError` for words or calls of messages.
 
@@ -216,7 +222,7 @@ def _before(chat: Marked, end: int) -> list[tuple[int, int]]:
     return [span for span in chat.protected if span[0] < end]
 
 
-class _Row:
+class _RenderedRow:
     """A rendered conversation, encoded once, and the answers found in it."""
 
     def __init__(
@@ -224,7 +230,7 @@ class _Row:
         template: ChatTemplate,
         talk: Conversation,
         stops: frozenset[int],
-        like: _Row | None = None,
+        like: _RenderedRow | None = None,
     ) -> None:
         self._template, self._talk, self._stops = template, talk, stops
         self.chat = talk.marked
@@ -234,7 +240,7 @@ class _Row:
         self._answers: list[AnswerSpan] = []
         self._controls = control_tokens(template.tokenizer, self.chat, self.ids)
 
-    def _encoded(self, like: _Row | None) -> list[int]:
+    def _encoded(self, like: _RenderedRow | None) -> list[int]:
         """Return the ids. Those up to the last control token that `like` shares are copied."""
         controls = [] if like is None else like._controls
         same = 0 if like is None else common_prefix(like.chat.text, self.chat.text)

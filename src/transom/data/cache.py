@@ -1,8 +1,8 @@
-"""Entries of the cache folder: made once, found by a hash of everything they depend on, and
-memory-mapped.
+"""Entries of the cache folder, which are made once and then memory-mapped.
 
-An entry is a folder with a few shards and a `meta.json`. A shard is a sequence of rows: each column
-of numbers is one file in which the rows lie one after another, and `offsets` says where they begin.
+An entry is a folder with a few shards and a `meta.json`, named after the hash of everything that
+its content depends on. A shard is a sequence of rows: each column of numbers is one file, in which
+the rows lie one after another.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -63,7 +62,7 @@ def cache_entry(
                 made = make(temporary)
                 sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
                 meta = {**made, "sizes": sizes}
-                _write(temporary / META_FILE, json.dumps(meta, indent=2).encode())
+                (temporary / META_FILE).write_text(json.dumps(meta, indent=2))
     return CacheEntry(folder, meta)
 
 
@@ -91,121 +90,72 @@ def _size(path: Path) -> int:
 
 @contextlib.contextmanager
 def _temporary_beside(folder: Path) -> Iterator[Path]:
-    """Yield a new folder that is renamed to `folder` after the block, or removed if the block
-    fails.
-    """
-    temporary: Path | None = None
+    """Yield a new folder that is renamed to `folder` if the block succeeds, or removed."""
+    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         yield temporary
-        files.sync(temporary)
-        try:
+        for path in (*temporary.iterdir(), temporary):
+            files.sync(path)
+        if not folder.exists():  # where no lock is possible, another process may have been faster
             temporary.rename(folder)
-        except OSError as error:
-            # On a file system without locks another process may have made the same entry. Its files
-            # are equal.
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
         files.sync(folder.parent)
     except OSError as error:
+        where = folder.parent
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise WorkError(
-                f"{folder.parent}: the disk is full; the token files need more space"
-            ) from error
-        raise RequestError(
-            f"cache_dir: got {str(folder.parent)!r}; expected a folder that can be written to "
-            f"({error.strerror})"
-        ) from error
+            raise WorkError(f"{where}: the disk is full; token files need more space") from error
+        expected = f"expected a folder that can be written to ({error.strerror})"
+        raise RequestError(f"cache_dir: got {str(where)!r}; {expected}") from error
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-# -- shards ------------------------------------------------------------------------------------
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class ShardWriter:
-    """Context manager that writes the files of one shard, row by row.
+    """Context manager that writes rows of tokens into the files `NAME.COLUMN` of a folder.
 
-    The columns go to disk at once; ids, offsets and the numbers per row stay in memory until the
-    end of the block.
+    `offsets` says where each row begins in `tokens`, int64 [rows + 1]; `ids.json` has the ids.
     """
 
-    def __init__(
-        self, folder: Path, name: str, columns: Mapping[str, str], values: Sequence[str] = ()
-    ) -> None:
-        """Open the files of the shard `name`.
-
-        Args:
-            folder: Where the files go.
-            name: The name that all files begin with.
-            columns: The dtype of each column. All columns of a row have the same length.
-            values: Names of the integers that each row has.
-        """
-        self._path, self._columns = folder / name, columns
-        self._files = {column: _file(self._path, column).open("wb") for column in columns}
-        self._values: dict[str, list[int]] = {"offsets": [0], **{value: [] for value in values}}
+    def __init__(self, folder: Path, name: str, dtypes: Mapping[str, str]) -> None:
+        """Open the files. `dtypes` are those of the columns, of which one is called `tokens`."""
+        self._ids_file = folder / f"{name}.ids.json"
+        self._dtypes = {**dtypes, "offsets": "int64"}
+        self._files = {one: (folder / f"{name}.{one}").open("wb") for one in self._dtypes}
         self._ids: list[str] = []
+        self._tokens = 0
+        self._write("offsets", 0)
 
-    def append(self, id: str, columns: Mapping[str, ArrayLike], **values: int) -> None:
-        """Add a row by its id, its numbers in each column, and its integers."""
-        length = 0
-        for name, dtype in self._columns.items():
-            row = np.asarray(columns[name], dtype=dtype)
-            length = len(row)
-            # ndarray.tofile would lose the errno of a full disk.
-            self._files[name].write(row.tobytes())
-        for name, value in {"offsets": self._values["offsets"][-1] + length, **values}.items():
-            self._values[name].append(value)
+    def append(self, id: str, tokens: Sized, **columns: ArrayLike) -> None:
+        """Add a row. A column has one number for each token, or one number for the row."""
+        self._tokens += len(tokens)
+        for name, values in {"tokens": tokens, "offsets": self._tokens, **columns}.items():
+            self._write(name, values)
         self._ids.append(id)
+
+    def _write(self, name: str, values: Any) -> None:
+        # ndarray.tofile would lose the errno of a full disk.
+        self._files[name].write(np.asarray(values, dtype=self._dtypes[name]).tobytes())
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         for file in self._files.values():
-            with file:
-                if kind is None:
-                    _sync(file)
+            file.close()
         if kind is None:
-            for name, numbers in self._values.items():
-                _write(_file(self._path, name), np.asarray(numbers, np.int64).tobytes())
-            _write(_file(self._path, "ids.json"), json.dumps(self._ids).encode())
+            self._ids_file.write_text(json.dumps(self._ids))
 
 
-def read_column(folder: Path, name: str, column: str, dtype: str) -> NDArray[Any]:
-    """Return a column of a shard as a memory map."""
-    path = _file(folder / name, column)
-    empty = path.stat().st_size == 0  # the system refuses to map an empty file
+def read_column(path: Path, dtype: str) -> NDArray[Any]:
+    """Return the numbers of a column as a memory map."""
+    empty = path.stat().st_size == 0  # the system can't map an empty file
     return np.zeros(0, dtype) if empty else np.memmap(path, dtype=dtype, mode="r")
 
 
-def read_values(folder: Path, name: str, value: str) -> NDArray[np.int64]:
-    """Return the `offsets` of a shard, int64 [rows + 1], or one of its values, int64 [rows]."""
-    return np.fromfile(_file(folder / name, value), dtype=np.int64)
-
-
-def read_ids(folder: Path, name: str) -> list[str]:
+def read_ids(path: Path) -> list[str]:
     """Return the ids of the rows of a shard."""
-    ids: list[str] = json.loads(_file(folder / name, "ids.json").read_text())
+    ids: list[str] = json.loads(path.read_text())
     return ids
-
-
-def _file(path: Path, part: str) -> Path:
-    return path.with_name(f"{path.name}.{part}")
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        _sync(file)
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def with_progress(items: Iterable[T], what: str, total: int | None, shown: bool) -> Iterator[T]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -161,7 +161,7 @@ class Mixture:
 
 
 class Batches(ABC):
-    """An endless iterator over the batches of one rank.
+    """The endless batches of one rank.
 
     The position in the global order is its whole state. The order does not depend on the number of
     ranks, so a state that one rank saved is valid for every rank of a run with any number of ranks.
@@ -219,12 +219,6 @@ class Batches(ABC):
             f"expected 0 to {self.items_per_epoch - 1}",
         )
         self._epoch, self._item = epoch, item
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Any:
-        return self.next()
 
     def next(self) -> Any:
         """Return this rank's rows of the next global batch. A batch may continue in the next

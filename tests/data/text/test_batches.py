@@ -70,7 +70,7 @@ def test_rows_are_those_of_the_reference(files, frame, seq_len):
     data = batches(files, bos_id=bos_id, eos_id=eos_id, seq_len=seq_len, rows_per_step=1)
     for epoch in range(2):
         for index in range(len(mixture)):
-            batch = next(data)
+            batch = data.next()
             tokens, targets, sizes = reference_row(
                 files, mixture.item(epoch, index), frame, seq_len
             )

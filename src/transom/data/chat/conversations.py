@@ -112,14 +112,12 @@ def recognise(columns: Mapping[str, Any]) -> Format:
     for one in FORMATS:
         if all(key in columns for key in one.needs):
             return one
-    if "prompt" in columns and any(columns.get(key) is not None for key in REFERENCES):
-        return PROMPT_AND_ANSWER
     keys = sorted(columns)
     require(bool(keys), "columns", None, "expected a row with a value; all are null")
     known = [key for one in FORMATS for key in one.needs]
     hint = next((hint for key in keys if (hint := nearest(key, known))), "")
     formats = "; ".join(" and ".join(one.needs) for one in FORMATS)
-    raise RequestError(f"keys: got {keys}; expected rows with {formats}; prompt and answer{hint}")
+    raise RequestError(f"keys: got {keys}; expected rows with {formats}{hint}")
 
 
 # -- formats ---------------------------------------------------------------------------------------
@@ -212,9 +210,6 @@ def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"kind": "text", "text": text_of(row["text"], "text")}
 
 
-PROMPT_AND_ANSWER = Format(
-    "prompts with an answer", ("prompt",), (*REFERENCES, "tools"), _prompt_answer
-)
 # Formats with more keys come first, because a set of pairs may also have its chosen conversations
 # under `messages`.
 FORMATS = (
@@ -225,6 +220,10 @@ FORMATS = (
     Format("ShareGPT", ("conversations",), ("system", "tools", "weight"), _sharegpt),
     Format("Alpaca", ("instruction", "output"), ("input", "system", "weight"), _alpaca),
     Format("text", ("text",), ("weight",), _plain),
+    *(
+        Format("prompts with an answer", ("prompt", key), (*REFERENCES, "tools"), _prompt_answer)
+        for key in REFERENCES
+    ),
 )
 
 

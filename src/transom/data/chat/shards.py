@@ -31,7 +31,6 @@ from transom.data.cache import (
     cache_entry,
     read_column,
     read_ids,
-    read_values,
     with_progress,
 )
 from transom.data.chat.conversations import ChatExample
@@ -125,20 +124,14 @@ def encoded_chunks(
     if processes == 1:
         yield from (_encode(encoder, chunk) for chunk in chunks)
         return
-    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, **paths},
-        )
-        for _ in range(processes)
-    ]
+    command = [sys.executable, "-P", "-c", WORKER]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": env}
+    workers = [subprocess.Popen(command, **pipes) for _ in range(processes)]
     try:
         for worker in workers:
             _send(worker, encoder)
-        busy: deque[subprocess.Popen[bytes]] = deque()
+        busy: deque[Any] = deque()
         for worker, chunk in zip(cycle(workers), chunks, strict=False):
             if len(busy) == processes:
                 yield _receive(busy.popleft())
@@ -152,20 +145,18 @@ def encoded_chunks(
             worker.communicate()
 
 
-def _send(worker: subprocess.Popen[bytes], value: object) -> None:
-    assert worker.stdin is not None, "it is a pipe"
+def _send(worker: Any, value: object) -> None:
     with contextlib.suppress(BrokenPipeError):  # `_receive` reports that the process has ended
         pickle.dump(value, worker.stdin)
         worker.stdin.flush()
 
 
-def _receive(worker: subprocess.Popen[bytes]) -> Chunk:
-    assert worker.stdout is not None, "it is a pipe"
+def _receive(worker: Any) -> Chunk:
     try:
         chunk: Chunk = pickle.load(worker.stdout)
     except (EOFError, pickle.UnpicklingError):
-        status = worker.wait()
-        raise WorkError(f"a process that encodes examples ended with status {status}") from None
+        message = f"a process that encodes examples ended with status {worker.wait()}"
+        raise WorkError(message) from None
     return chunk
 
 
@@ -210,7 +201,7 @@ def _write(folder: Path, chunks: Iterable[Chunk], *, strict: bool) -> dict[str, 
             for item in encoded.items:
                 sizes.add(len(item))
                 for row in item:
-                    writer.append(row.id, {"tokens": row.ids, "weights": row.weights})
+                    writer.append(row.id, row.ids, weights=row.weights)
     return {
         "counts": asdict(counts),
         "left_out": left_out,
@@ -233,9 +224,11 @@ class ShardItems(Sequence[tuple[EncodedChat, ...]]):
 
     def __init__(self, folder: Path, rows_per_item: int) -> None:
         # Plain arrays on top of the maps, whose slices are cheaper.
-        self._columns = [np.asarray(read_column(folder, NAME, *one)) for one in COLUMNS.items()]
-        self._offsets = read_values(folder, NAME, "offsets")
-        self._ids = read_ids(folder, NAME)
+        self._tokens, self._weights, self._offsets = (
+            np.asarray(read_column(folder / f"{NAME}.{name}", dtype))
+            for name, dtype in {**COLUMNS, "offsets": "int64"}.items()
+        )
+        self._ids = read_ids(folder / f"{NAME}.ids.json")
         self._rows_per_item = rows_per_item
 
     def __len__(self) -> int:
@@ -250,8 +243,7 @@ class ShardItems(Sequence[tuple[EncodedChat, ...]]):
 
     def _row(self, row: int) -> EncodedChat:
         part = slice(self._offsets[row], self._offsets[row + 1])
-        tokens, weights = (column[part] for column in self._columns)
-        return EncodedChat(self._ids[row], tokens, weights)
+        return EncodedChat(self._ids[row], self._tokens[part], self._weights[part])
 
 
 class JoinedItems(Sequence[tuple[EncodedChat, ...]]):

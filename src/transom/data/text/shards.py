@@ -17,7 +17,6 @@ from transom.data.cache import (
     cache_entry,
     read_column,
     read_ids,
-    read_values,
     with_progress,
 )
 from transom.data.text.sources import Document, ReadReport, SourceArgs, held_out, read_split
@@ -107,7 +106,10 @@ def prepare(
     require(usable, "held_out_fraction", held_out_fraction, "expected 0 or more and below 1")
     report = ReadReport()
     documents = read_split(source, held_out_fraction, report)
-    sha256 = _hash_documents(with_progress(documents, "reading", None, progress))
+    digest = hashlib.sha256()
+    for _ in _hashed(with_progress(documents, "reading", None, progress), digest):
+        pass
+    sha256 = digest.hexdigest()
 
     def make(folder: Path) -> dict[str, Any]:
         documents = read_split(source, held_out_fraction)
@@ -131,14 +133,14 @@ def _write_parts(
     digest = hashlib.sha256()
     unknown = 0
     with (
-        ShardWriter(folder, TRAIN, {"tokens": dtype}, ["bytes"]) as train,
-        ShardWriter(folder, HELD_OUT, {"tokens": dtype}, ["bytes"]) as rest,
+        ShardWriter(folder, TRAIN, {"tokens": dtype, "bytes": "int64"}) as train,
+        ShardWriter(folder, HELD_OUT, {"tokens": dtype, "bytes": "int64"}) as rest,
     ):
         for batch in _batched(_hashed(documents, digest)):
             encoded = tokenizer.encode_batch([document.text for document in batch])
             for document, ids in zip(batch, encoded, strict=True):
                 part = rest if held_out(document.id, fraction) else train
-                part.append(document.id, {"tokens": ids}, bytes=len(document.text.encode()))
+                part.append(document.id, ids, bytes=len(document.text.encode()))
                 unknown += 0 if tokenizer.unk_id is None else ids.count(tokenizer.unk_id)
     if digest.hexdigest() != sha256:
         raise WorkError("the texts of the source changed while they were read; run it again")
@@ -146,16 +148,11 @@ def _write_parts(
 
 
 def _open(folder: Path, part: str, dtype: str) -> TokenFile:
-    tokens = read_column(folder, part, "tokens", dtype)
-    offsets, lengths = (read_values(folder, part, value) for value in ("offsets", "bytes"))
-    return TokenFile(tokens, offsets, lengths, read_ids(folder, part))
-
-
-def _hash_documents(documents: Iterable[Document]) -> str:
-    digest = hashlib.sha256()
-    for _ in _hashed(documents, digest):
-        pass
-    return digest.hexdigest()
+    dtypes = {"tokens": dtype, "offsets": "int64", "bytes": "int64"}
+    tokens, offsets, lengths = (
+        read_column(folder / f"{part}.{name}", kind) for name, kind in dtypes.items()
+    )
+    return TokenFile(tokens, offsets, lengths, read_ids(folder / f"{part}.ids.json"))
 
 
 def _hashed(documents: Iterable[Document], digest: hashlib._Hash) -> Iterator[Document]:

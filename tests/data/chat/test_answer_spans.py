@@ -108,19 +108,23 @@ def test_a_head_of_an_answer_that_a_message_spells_is_not_taken_for_one(made: An
         (
             R1,
             [say("user", "a"), say("assistant", "x", reasoning_content="hm")],
-            "1.*reasoning_content 'hm'",
+            "1.*reasoning_content of assistant: 'hm'",
         ),
         (
             "smollm2",
             [say("user", "a"), say("assistant", "x", thinking="hm")],
-            "1.*reasoning_content 'hm'",
+            "1.*reasoning_content of assistant: 'hm'",
         ),
-        (R1, [say("user", "a"), say("assistant", "<think>hm</think>")], "1.*content '<think>hm"),
-        ("smollm2", TOOL_TALK, "1.*the call of 'weather'"),
+        (
+            R1,
+            [say("user", "a"), say("assistant", "<think>hm</think>")],
+            "1.*content of assistant: '<think>hm",
+        ),
+        ("smollm2", TOOL_TALK, "1.*tool_calls of assistant: 'weather'"),
         (
             "mistral-v3",
             [say("system", "Be"), say("user", "a"), say("assistant", "x")],
-            "0.*its content 'Be'",
+            "0.*content of system: 'Be'",
         ),
     ],
 )
@@ -143,13 +147,13 @@ def test_a_system_text_a_result_and_a_tool_are_refused_too(made: Any) -> None:
     )
     plain = [say("user", "q"), say("assistant", "a")]
     for talk, tools, what in (
-        ([say("system", "Be brief"), *plain], None, r"messages\[0\]: .* its content 'Be brief'"),
+        ([say("system", "Be brief"), *plain], None, r"messages\[0\]: .* content of .*: 'Be brief'"),
         (
             [*plain, say("tool", "warm"), say("assistant", "x")],
             None,
-            r"messages\[2\]: .* its content 'warm'",
+            r"messages\[2\]: .* content of .*: 'warm'",
         ),
-        (plain, TOOLS, r"tools\[0\]: .* the tool 'weather'"),
+        (plain, TOOLS, r"tools\[0\]: .* name of tools: 'weather'"),
     ):
         with pytest.raises(RequestError, match=what):
             rows_of(template, talk, tools)
@@ -202,7 +206,7 @@ def test_marks_that_change_what_a_template_writes_are_not_trusted(made: Any) -> 
     template = ChatTemplate(body + "{{ 'assistant' if add_generation_prompt }}", made[0])
     (row,) = rows_of(template, [say("user", "abc"), say("assistant", "def")])
     assert said(made[0], row) == ["def<|end|>"]
-    with pytest.raises(RequestError, match=r"messages\[0\]: .* its content 'abcd'"):
+    with pytest.raises(RequestError, match=r"messages\[0\]: .* content of .*: 'abcd'"):
         rows_of(template, [say("user", "abcd"), say("assistant", "def")])
 
 

@@ -215,7 +215,9 @@ def test_tools_and_calls(made: Any) -> None:
 @pytest.mark.parametrize("name", ["zephyr", "phi3", "llama3"])
 def test_a_template_without_words_for_calls_is_refused(made: Any, name: str) -> None:
     template = ChatTemplate(PUBLISHED[name], made[0])
-    with pytest.raises(RequestError, match=r"messages\[1\]: .* leaves out the call of 'weather'"):
+    with pytest.raises(
+        RequestError, match=r"messages\[1\]: .* leaves out tool_calls of assistant: 'weather'"
+    ):
         rows_of(template, TOOL_TALK[:2])
 
 

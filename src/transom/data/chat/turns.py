@@ -187,26 +187,14 @@ class Turns:
             if missing and _is_reasoning(missing, talk) and not here:
                 self.dropped += len(missing)
             elif missing and everywhere:
-                self._refuse(missing[0])
-                part = "" if missing[0].lost else "a part of "
-                self.left_out[f"{part}{missing[0].kind(talk.given)}"] += 1
-
-    def _refuse(self, text: Text) -> None:
-        """Raise `RequestError` for a missing content, call, reasoning or name of a tool."""
-        path, words = text.path, " ".join(text.value.split())[:60]
-        if not text.lost:
-            return
-        if path[0] == "messages" and path[2] in ("content", "tool_calls", *REASONING):
-            named = path[2] == "tool_calls" and path[-1] == "name"
-            what = f"the call of {words!r}" if named else f"its {path[2]} {words!r}"
-        elif path[0] == "tools" and path[-2:] == ("function", "name"):
-            what = f"the tool {words!r}"
-        else:
-            return
-        raise RequestError(
-            f"{path[0]}[{path[1]}]: {self._template.origin} leaves out {what}; expected a template "
-            "that writes it, or data without it"
-        )
+                text, kind = missing[0], missing[0].kind(talk.given)
+                content = path[0] == "messages" and path[2] in ("content", "tool_calls", *REASONING)
+                if text.lost and (content or path[-2:] == ("function", "name")):
+                    words = " ".join(text.value.split())[:60]
+                    what = f"{self._template.origin} leaves out {kind}: {words!r}"
+                    expected = "expected a template that writes it, or data without it"
+                    raise RequestError(f"{path[0]}[{path[1]}]: {what}; {expected}")
+                self.left_out[kind if text.lost else f"a part of {kind}"] += 1
 
 
 def _is_reasoning(texts: Sequence[Text], talk: Conversation) -> bool:

@@ -12,18 +12,18 @@ from transom.base.files import refuse_infinite
 from transom.config.model_args import ModelArgs
 
 # Keys that do not change the numbers that a model computes, or that repeat what another key says.
-_HARMLESS = """
-_attn_implementation _attn_implementation_autoset _model_name_or_path _name_or_path
-_sliding_window_pattern architectures attn_implementation auto_map aux_loss_alpha
-begin_suppress_tokens boi_token_id boi_token_index bos_token_id cache_implementation
-chunk_size_feed_forward decoder_start_token_id dtype eoi_token_id eoi_token_index eos_token_id
-ep_size for_llm_compressor forced_bos_token_id id2label initializer_range is_decoder
-is_encoder_decoder keys_to_ignore_at_inference label2id max_length mm_tokens_per_image
-model_type num_nextn_predict_layers output_attentions output_hidden_states output_router_logits
-pad_token_id pretraining_tp problem_type qk_head_dim return_dict sep_token_id seq_aux
-task_specific_params tokenizer_class torch_dtype transformers_version transformers_weights
-unk_token_id use_cache
-"""
+_HARMLESS = (
+    "_attn_implementation _attn_implementation_autoset _model_name_or_path _name_or_path "
+    "_sliding_window_pattern architectures attn_implementation auto_map aux_loss_alpha "
+    "begin_suppress_tokens boi_token_id boi_token_index bos_token_id cache_implementation "
+    "chunk_size_feed_forward decoder_start_token_id dtype eoi_token_id eoi_token_index "
+    "eos_token_id ep_size for_llm_compressor forced_bos_token_id id2label initializer_range "
+    "is_decoder is_encoder_decoder keys_to_ignore_at_inference label2id max_length "
+    "mm_tokens_per_image model_type num_nextn_predict_layers output_attentions "
+    "output_hidden_states output_router_logits pad_token_id pretraining_tp problem_type "
+    "qk_head_dim return_dict sep_token_id seq_aux task_specific_params tokenizer_class "
+    "torch_dtype transformers_version transformers_weights unk_token_id use_cache"
+)
 # Settings of generation that older files keep in config.json.
 OLDER_SETTINGS = (
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty"),

@@ -187,36 +187,23 @@ def named_folders(
         RequestError: A folder is missing, the base is an adapter, an adapter is a model, or
             adapters name different bases.
     """
+    folders = [_adapter_folder(name) for name in adapters]
     if base is not None:
-        found = find_model(base)
-        expected = "expected a complete model, not an adapter"
+        found, expected = find_model(base), "expected a complete model, not an adapter"
         require(found.adapter is None, "base", str(base), expected)
-        return found.model, [_adapter_folder(name) for name in adapters]
-    bases: dict[Path, Path] = {}
-    folders: list[Path] = []
-    for name in adapters:
-        found = find_model(name)
-        folders.append(_require_adapter(name, found.adapter))
-        bases.setdefault(found.model.resolve(), found.model)
+        return found.model, folders
+    models = [find_model(folder).model for folder in folders]
+    bases = dict.fromkeys(str(model.resolve()) for model in models)
     if len(bases) > 1:
-        raise RequestError(
-            f"adapters of {' and of '.join(map(str, bases))}; expected those of one base"
-        )
-    return next(iter(bases.values())), folders
+        raise RequestError(f"adapters of {' and of '.join(bases)}; expected those of one base")
+    return models[0], folders
 
 
 def _adapter_folder(name: str | Path) -> Path:
-    if (Path(name) / MISTRAL_WEIGHTS).exists():
-        return Path(name)
-    folder = named_folder(name)
-    return _require_adapter(name, folder if is_adapter(folder) else None)
-
-
-def _require_adapter(name: str | Path, folder: Path | None) -> Path:
-    if folder is None:
-        raise RequestError(
-            f"adapter: got {str(name)!r}, a complete model; expected an adapter or its run"
-        )
+    of_mistral = (Path(name) / MISTRAL_WEIGHTS).exists()
+    folder = Path(name) if of_mistral else named_folder(name)
+    expected = "a complete model; expected an adapter or its run"
+    require(of_mistral or is_adapter(folder), "adapter", str(name), expected)
     return folder
 
 

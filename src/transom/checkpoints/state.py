@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from transom.base.errors import RequestError
+from transom.base.errors import RequestError, notice
 from transom.base.files import read_json, refuse_pointer
 from transom.checkpoints.families.registry import WEIGHT_NAMES
 from transom.checkpoints.files.consolidated import open_ranks
@@ -14,17 +14,18 @@ from transom.checkpoints.files.layout import (
     CONFIG,
     CONSOLIDATED,
     INDEX,
-    PICKLED,
+    first_names,
     folder_format,
-    warn_ignored,
+    other_weights,
     weight_files,
 )
 from transom.checkpoints.files.lazy_tensors import LazyTensor, refuse_quantized
 from transom.checkpoints.files.safetensors_files import open_safetensors
-from transom.checkpoints.mapping import account, clean, to_ours
+from transom.checkpoints.mapping import clean, to_ours
 from transom.checkpoints.read_args import read_args
 from transom.config.model_args import ModelArgs
 from transom.models.llm import LLM
+from transom.names.tables import KeyMapping
 from transom.names.transforms import Shape
 
 
@@ -53,18 +54,13 @@ def open_parameters(folder: Path, args: ModelArgs | None = None) -> dict[str, La
     args = read_args(folder) if args is None else args
     shapes, kind, where = parameter_shapes(args), folder_format(folder), str(folder)
     source = open_files(folder, args)
-    refuse_quantized(source, where)
+    mappings = [KeyMapping((name,), (name,), "copy") for name in shapes]
     if kind != "native":
         table = read_json(folder / CONFIG)["model_type"] if kind == "hf" else f"params_{kind}"
         source = clean(table, source, args, where)
-        return to_ours(WEIGHT_NAMES[table].mappings_to_read(args, shapes), source, shapes, where)
-    misfits = [
-        f"{name} has shape {source[name].shape}, config.json asks for {shape}"
-        for name, shape in shapes.items()
-        if name in source and source[name].shape != shape
-    ]
-    account(where, sorted(shapes.keys() - source), sorted(source.keys() - shapes), [], misfits)
-    return {name: source[name] for name in shapes}
+        mappings = WEIGHT_NAMES[table].mappings_to_read(args, shapes)
+    refuse_quantized(source, where)
+    return to_ours(mappings, source, shapes, where)
 
 
 def open_files(folder: Path, args: ModelArgs) -> dict[str, LazyTensor]:
@@ -76,18 +72,16 @@ def open_files(folder: Path, args: ModelArgs) -> dict[str, LazyTensor]:
         RequestError: Files of weights are missing or damaged.
     """
     taken = weight_files(folder)
+    others = other_weights(folder, taken)
     if not any((folder / file).exists() for file in taken.files):
-        patterns = ("*.safetensors", "*.bin", "*.gguf", "*.pth", "original/consolidated.*")
-        others = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
         for other in others:
-            refuse_pointer(other)
-        found = f"{others[0].relative_to(folder)} is there" if others else "no weights"
+            refuse_pointer(folder / other)
         single = taken.files[0] if taken.files else CONSOLIDATED
-        also = f", or {PICKLED.format(rank=0)}" if single == CONSOLIDATED else ""
-        raise RequestError(
-            f"{folder}: {found}; expected {single}, or shards and {single}{INDEX}{also}"
-        )
-    warn_ignored(folder, taken)
+        found = f"{first_names(others)} is there" if others else "no weights"
+        raise RequestError(f"{folder}: {found}; expected {single}, or shards and {single}{INDEX}")
+    if others:
+        read, ignored = first_names(taken.files), first_names(others)
+        notice(f"{folder}: weights are read from {read}; ignored: {ignored}")
     if taken.files[0].endswith(".pth"):
         return open_ranks(folder, taken.files, args)
     return open_safetensors(folder, taken.files)

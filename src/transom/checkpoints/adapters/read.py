@@ -26,7 +26,7 @@ from transom.checkpoints.adapters.foreign_leaves import (
 from transom.checkpoints.adapters.peft_config import PeftConfig, read_peft
 from transom.checkpoints.families.weights import OUR_NAMES, WeightNames
 from transom.checkpoints.files.consolidated import read_pickled
-from transom.checkpoints.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PARAMS
+from transom.checkpoints.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PARAMS, first_names
 from transom.checkpoints.files.safetensors_files import read_safetensors
 from transom.lora.adapters import activate_adapters, attach, train_adapters
 from transom.lora.vocabulary import resize_vocabulary
@@ -120,7 +120,7 @@ def _peft_parts(model: LLM, folder: Path) -> dict[str, LoraWeights | Replacement
     if ignored:
         notice(f"{folder}: the adapter is read from {path.name}; ignored: {ignored}")
     state = _read_tensors(path)
-    fewest: list[str] = []
+    unplaced: list[str] = []
     for naming in namings(model):
         source = sort_keys(state, naming.names, model.args.n_layers, str(path))
         sites = _sites(naming, source, config)
@@ -128,9 +128,8 @@ def _peft_parts(model: LLM, folder: Path) -> dict[str, LoraWeights | Replacement
         lost += [key for key in source.whole if not _has_place(naming, key)]
         if not lost:
             return _of_naming(naming, source, sites, config, str(path))
-        fewest = lost if not fewest or len(lost) < len(fewest) else fewest
-    more = f" ({len(fewest)} such keys)" if len(fewest) > 1 else ""
-    raise RequestError(f"{path}: {fewest[0]} has no place in this model{more}")
+        unplaced = unplaced or lost
+    raise RequestError(f"{path}: {first_names(unplaced)}: no such place in this model")
 
 
 def sort_keys(
@@ -328,7 +327,7 @@ def _mistral_parts(
     ]
     lost += source.whole
     if lost:
-        raise RequestError(f"{path}: {lost[0]} has no place in this model")
+        raise RequestError(f"{path}: {first_names(lost)}: no such place in this model")
     found: dict[str, ForeignLora] = {}
     for module, part in source.parts.items():
         complete = set(part) == {"A", "B"}

@@ -104,13 +104,9 @@ def _family_of(base: str | None) -> str | None:
 
 
 def _naming(model: LLM, lora: Lora, family: str | None) -> Naming:
-    read = (part.family for part in lora.values() if part.family not in (None, MISTRAL))
-    read_with = next(read, None) if family is None else None
-    if read_with is not None:
-        return Naming(read_with, model)
     fitting = {naming.family: naming for naming in namings(model)}
-    if family is None:
-        return next(iter(fitting.values()))
+    read_with = (part.family for part in lora.values() if part.family not in (None, MISTRAL))
+    family = family or next(read_with, None) or next(iter(fitting))
     known = fitting if family in FAMILIES else FAMILIES
     require(family in fitting, "family", family, f"expected for this model: {', '.join(known)}")
     return fitting[family]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 
 from transom.base.files import read_json, write_text
@@ -28,16 +27,18 @@ TOKENIZER_FILES = (
 )
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", f"{TEMPLATES}/*.jinja")
 TRAINED_WITH = "trained_with.json"
-_COMPANIONS = (
-    *(*TOKENIZER_FILES, *TEMPLATE_FILES, TRAINED_WITH, GENERATION, *SENTENCE_TRANSFORMERS),
-    *("labels.json", "preprocessor_config.json", "processor_config.json"),
+_OTHERS = (
+    *(TRAINED_WITH, GENERATION, "labels.json", *SENTENCE_TRANSFORMERS),
+    *("preprocessor_config.json", "processor_config.json"),
     *("LICENSE", "LICENSE.txt", "USE_POLICY.md"),
 )
 
 
-def copy_companions(source: Path, out: Path) -> list[str]:
+def copy_companions(
+    source: Path, out: Path, patterns: Sequence[str] = (*TOKENIZER_FILES, *TEMPLATE_FILES, *_OTHERS)
+) -> list[str]:
     """Copy the files beside the weights of a model; return their names relative to `source`."""
-    found = {path for pattern in _COMPANIONS for path in source.glob(pattern) if path.is_file()}
+    found = {path for pattern in patterns for path in source.glob(pattern) if path.is_file()}
     names = sorted(path.relative_to(source).as_posix() for path in found)
     for name in names:
         (out / name).parent.mkdir(exist_ok=True)
@@ -48,47 +49,32 @@ def copy_companions(source: Path, out: Path) -> list[str]:
 def carry_companions(location: ModelLocation, out: Path) -> list[str]:
     """Copy the files beside the weights, an adapter's before those of its base.
 
-    The parts of one tokenizer, and the templates of one folder, stay together. Generation settings
-    of a `config.json` are written to a file of their own, since not every format has a place for
-    them.
+    All parts of the tokenizer come from one folder, and so do the templates. Generation settings of
+    a `config.json` are written to a file of their own, since not every format has a place for them.
 
     Returns:
         The names of the files.
     """
-    names = copy_companions(location.model, out)
-    if location.adapter is not None:
-        names += copy_companions(location.adapter, out)
-        _keep_together(location, out, sorted(set(names)))
+    vocabulary = location.tokenizer
+    templates = next(filter(_has_template, location.folders), location.model)
+    names = copy_companions(vocabulary, out, TOKENIZER_FILES)
+    names += copy_companions(templates, out, TEMPLATE_FILES)
+    for folder in reversed(location.folders):
+        names += copy_companions(folder, out, _OTHERS)
+    if templates != vocabulary and (out / TOKENIZER_CONFIG).exists():
+        stored = read_json(out / TOKENIZER_CONFIG) | {"chat_template": _stored_template(templates)}
+        if not stored["chat_template"]:
+            del stored["chat_template"]
+        write_text(out / TOKENIZER_CONFIG, json.dumps(stored, indent=2, ensure_ascii=False))
     settings = stated_settings(location.folders)
-    if location.adapter == location.tokenizer and settings.get("eos_token_id") is not None:
-        ends = list(stop_tokens_of(location, Tokenizer.load(location.tokenizer)))
+    if location.adapter == vocabulary and settings.get("eos_token_id") is not None:
+        ends = list(stop_tokens_of(location, Tokenizer.load(vocabulary)))
         settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     copied = read_json(out / GENERATION) if (out / GENERATION).exists() else {}
     if settings not in ({}, copied):
         write_settings(out, settings)
         names.append(GENERATION)
-    return sorted(name for name in set(names) if (out / name).exists())
-
-
-def _keep_together(location: ModelLocation, out: Path, names: Sequence[str]) -> None:
-    """Of all copied files, keep the parts of one tokenizer and the templates of one folder."""
-    vocabulary = location.tokenizer
-    templates = next(filter(_has_template, location.folders), location.model)
-    for patterns, source in ((TOKENIZER_FILES, vocabulary), (TEMPLATE_FILES, templates)):
-        for name in names:
-            if not any(fnmatch(name, pattern) for pattern in patterns):
-                continue
-            if (source / name).exists():
-                shutil.copyfile(source / name, out / name)
-            else:
-                (out / name).unlink()
-    if templates != vocabulary and (out / TOKENIZER_CONFIG).exists():
-        settings = read_json(out / TOKENIZER_CONFIG) | {
-            "chat_template": _stored_template(templates)
-        }
-        if not settings["chat_template"]:
-            del settings["chat_template"]
-        write_text(out / TOKENIZER_CONFIG, json.dumps(settings, indent=2, ensure_ascii=False))
+    return sorted(set(names))
 
 
 def _has_template(folder: Path) -> bool:

@@ -125,8 +125,6 @@ def settings_to_write(
     if ends is not None and not all(type(id) is int and 0 <= id < size for id in listed):
         notice(f"{states}, which is not in this tokenizer; the tokenizer's own is written")
         del settings["eos_token_id"]
-    elif ends is not None and tokenizer.eos_id is not None and tokenizer.eos_id not in listed:
-        notice(f"{states}; that of the tokenizer, {tokenizer.eos_id}, is not among them")
     # Meta's tokenizers end turns and messages with tokens other than EOS.
     several = len(tokenizer.stop_ids) > 1
     own = {

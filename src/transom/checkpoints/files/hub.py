@@ -64,9 +64,9 @@ def download(name: str, revision: str | None = None, *, settings_only: bool = Fa
     except Exception as error:  # without a network, the type depends on the version of the client
         return _cached(name, revision, at, _first_line(error), settings_only)
     if not settings_only and not weights_of(files):
-        others = [f for end in (".safetensors", ".bin", ".gguf") for f in files if f.endswith(end)]
-        found = others[0] if others else "no weights"
-        raise RequestError(f"{at}: got {found}; expected safetensors or consolidated.*.pth")
+        raise RequestError(
+            f"{at}: no weights that are read; expected safetensors or consolidated.*.pth"
+        )
     try:
         wanted = wanted_files(files, settings_only)
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))

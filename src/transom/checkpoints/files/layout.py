@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, require
 from transom.base.files import read_json
 
 Format = Literal["native", "hf", "meta", "mistral"]
@@ -159,15 +159,10 @@ def files_read(folder: Path) -> list[Path]:
     return [folder / name for name in (config, taken.index, *taken.files) if name is not None]
 
 
-def warn_ignored(folder: Path, taken: WeightFiles) -> None:
-    """Print a notice if a folder has more files of weights than those that are read."""
-    found = {
-        p.relative_to(folder).as_posix() for pattern in _ALL_WEIGHTS for p in folder.glob(pattern)
-    }
-    ignored = sorted(found - {*taken.files, taken.index})
-    if ignored:
-        read = first_names(taken.files)
-        notice(f"{folder}: weights are read from {read}; ignored: {first_names(ignored)}")
+def other_weights(folder: Path, taken: WeightFiles) -> list[str]:
+    """Return the names of files of weights in a folder, of any format, that are not read."""
+    found = {p.relative_to(folder).as_posix() for one in _ALL_WEIGHTS for p in folder.glob(one)}
+    return sorted(found - {*taken.files, taken.index})
 
 
 def first_names(names: Sequence[str], shown: int = 3) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -108,13 +107,12 @@ def narrowed(name: str, tensor: Tensor, kind: torch.dtype) -> Tensor:
     Raises:
         WorkError: Finite numbers become infinite; the message has the `name`.
     """
-    out, most = tensor.to(kind), torch.finfo(kind).max
-    if tensor.is_meta or most >= torch.finfo(tensor.dtype).max or not tensor.numel():
+    out = tensor.to(kind)
+    if out.is_meta or not bool(out.isinf().any()):
         return out
-    inside = bool((torch.stack(torch.aminmax(tensor)).abs() <= most).all())  # False for NaN
-    lost = 0 if inside else int((out.isinf() & tensor.isfinite()).sum())
+    lost = int(tensor[out.isinf()].isfinite().sum())
     if lost:
-        word = str(kind).removeprefix("torch.")
+        word, most = str(kind).removeprefix("torch."), torch.finfo(kind).max
         raise WorkError(
             f"{name}: {lost} weights are too large for {word}, whose largest number is {most:g}; "
             "expected bfloat16 or float32"
@@ -122,38 +120,13 @@ def narrowed(name: str, tensor: Tensor, kind: torch.dtype) -> Tensor:
     return out
 
 
-# Endings of keys that only quantized checkpoints have, and the format. The first match counts.
-_QUANTIZED = (
-    (r"\.g_idx|\.qzeros", "GPTQ or AWQ"),
-    (r"_blocks", "MXFP4"),
-    (r"\.absmax|\.quant_state\..*|\.quant_map|\.SCB", "bitsandbytes"),
-    (r"\.weight_scale_inv", "FP8 in blocks"),
-    (r"\.weight_packed|\.weight_shape", "compressed-tensors"),
-    (r"\.biases", "MLX"),
-    (r"\.(weight|input|output)_scale|\.qscale_(weight|act)", "FP8 with scales"),
-    (r"\.qweight", "a packed format"),
-    (r"\.scales?", "weights with scales"),
-)
-
-
 def refuse_quantized(source: LazyTensors, where: str) -> None:
-    """Refuse tensors of a quantized checkpoint, which is not one number per weight.
+    """Refuse tensors that are not one number per weight.
 
     Raises:
-        RequestError: There are such tensors; the message has the format.
+        RequestError: The dtype of a tensor is none of `PLAIN_DTYPES`.
     """
-    odd = {key: lazy.dtype for key, lazy in source.items() if lazy.dtype not in PLAIN_DTYPES}
-    for pattern, kind in _QUANTIZED if odd else ():
-        named = next((key for key in source if re.search(f"({pattern})$", key)), None)
-        expected = f"a tensor of {kind}; expected weights that are not quantized"
-        require(named is None, where, named, expected)
-    for key, dtype in sorted(odd.items(), key=lambda pair: pair[0]):
-        kind = str(dtype).removeprefix("torch.")
-        quantized = kind.startswith("float8") or key.endswith("weight")
-        plain = ", ".join(str(one).removeprefix("torch.") for one in PLAIN_DTYPES)
-        require(
-            not quantized,
-            f"{where}: {key}",
-            kind,
-            f"quantized weights are not supported here; expected {plain}",
-        )
+    plain = ", ".join(str(dtype).removeprefix("torch.") for dtype in PLAIN_DTYPES)
+    for key, lazy in source.items():
+        expected = f"expected weights that are not quantized: {plain}"
+        require(lazy.dtype in PLAIN_DTYPES, f"{where}: {key}: dtype", lazy.dtype, expected)

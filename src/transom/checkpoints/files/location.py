@@ -135,11 +135,10 @@ def named_folder(
             return step
     if settings_only and holds_tokenizer(folder):
         return folder
-    hint = f", as {folder / 'original'} is" if (folder / "original" / PARAMS).exists() else ""
     also = ", or one with tokenizer.json, tekken.json or tokenizer.model" if settings_only else ""
     raise RequestError(
         f"{folder}: no {CONFIG}, no {PARAMS}, no {ADAPTER_CONFIG} and no finished step; "
-        f"expected a model, adapter or run folder{also}{hint}"
+        f"expected a model, adapter or run folder{also}"
     )
 
 

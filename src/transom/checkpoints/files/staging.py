@@ -39,31 +39,25 @@ def staged(
         RequestError: Another process writes the folder, or it is a file.
         WorkError: It could not be written.
     """
+    folder = folder.absolute()
     with FolderLock(folder):
-        yield from _staged(folder.absolute(), configs, stale)
-
-
-def _staged(folder: Path, configs: Sequence[str], stale: Sequence[str]) -> Iterator[Path]:
-    there = folder.is_dir()
-    if folder.exists() and not there:
-        raise RequestError(f"{folder}: a file; expected a folder to write to")
-    # After a kill, a temporary folder inside an existing one is removed together with it.
-    parent, name = (folder, "") if there else (folder.parent, folder.name)
-    temporary = parent / f".{name}.tmp-{os.getpid()}"
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise WorkError(f"{folder}: cannot be made ({error.strerror})") from None
-    try:
-        yield temporary
-        if there:
-            _replace_files(temporary, folder, configs, stale)
-        else:
-            temporary.rename(folder)
-    except OSError as error:
-        raise WorkError(f"{folder}: could not be written ({error})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        there = folder.is_dir()
+        if folder.exists() and not there:
+            raise RequestError(f"{folder}: a file; expected a folder to write to")
+        # After a kill, a temporary folder inside an existing one is removed together with it.
+        parent, name = (folder, "") if there else (folder.parent, folder.name)
+        temporary = parent / f".{name}.tmp-{os.getpid()}"
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            if there:
+                _replace_files(temporary, folder, configs, stale)
+            else:
+                temporary.rename(folder)
+        except OSError as error:
+            raise WorkError(f"{folder}: could not be written ({error})") from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _replace_files(new: Path, folder: Path, configs: Sequence[str], stale: Sequence[str]) -> None:

@@ -137,8 +137,8 @@ def test_what_is_declined_is_neither_run_nor_a_failure():
     )
     assert failures(outcomes) == {}
     (row,) = matrix_of_fake(outcomes)
-    assert row.declined == "not today"
-    assert set(row.errors.values()) == {None}
+    assert row["declined"] == "not today"
+    assert set(row["errors"].values()) == {None}
 
 
 def matrix_of_fake(outcomes: list[Outcome]):
@@ -154,10 +154,8 @@ def test_the_matrix_shows_the_largest_error_of_every_group():
 
     outcomes = list(compare_backends(["cpu"], declared(wrong_window), DOUBLE, some))
     (row,) = matrix_of_fake(outcomes)
-    assert row.failed["masks"]
-    assert row.failed["lengths"]
-    assert not row.failed["masked rows"]
-    assert row.errors["masks"] == max(one.error for one in outcomes if one.job.group == "masks")
+    assert row["failed"] == ["masks", "lengths"]
+    assert row["errors"]["masks"] == max(one.error for one in outcomes if one.job.group == "masks")
 
 
 def test_a_failing_backend_is_refused_until_it_is_right_again(own_cache, monkeypatch, capsys):
@@ -172,12 +170,10 @@ def test_a_failing_backend_is_refused_until_it_is_right_again(own_cache, monkeyp
         attend.backend("sdpa")(*call)
     assert attend.choose(*call).name == "blockwise"
     assert main(["verify", "attention", "--device", "cpu"]) == 0
-    assert "no backend is refused and nothing is saved" in capsys.readouterr().err
+    assert "no backend is refused for one device alone" in capsys.readouterr().err
     assert attend.choose(*call).name == "blockwise", "one device does not lift a refusal"
     assert main(["verify", "attention"]) == 0
     assert attend.choose(*call).name == "sdpa"
-    table = json.loads((own_cache / "attention-matrix.json").read_text())
-    assert {row["backend"] for row in table[attend.machine_key()]} == set(BACKENDS)
 
 
 def test_json_is_one_document(own_cache, monkeypatch, capsys):

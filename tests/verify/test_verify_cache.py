@@ -67,11 +67,11 @@ def single_threaded():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_kind_of_model_is_green(name):
+def test_every_kind_of_model_is_green(name, capsys):
     bucket = store.BUCKET
-    copy = small_copy(ModelArgs.from_dict(MODELS[name]), context=True)
-    assert copy.left_out == ()
-    lines = summarize(compare_small(sample_model(copy.args), name))
+    copy = small_copy(ModelArgs.from_dict(MODELS[name]), name, context=True)
+    assert "leaves out" not in capsys.readouterr().err
+    lines = summarize(compare_small(sample_model(copy), name))
     assert [line.first_failure for line in lines if line.failed] == []
     assert {"prefill + decode", "chunked prefill", "after a rollback"} <= {
         line.comparison for line in lines
@@ -80,8 +80,8 @@ def test_every_kind_of_model_is_green(name):
 
 
 def test_a_layer_that_sees_later_tokens_is_compared_without_a_cache(capsys):
-    copy = small_copy(ModelArgs.from_dict({"layer_pattern": "BF"}))
-    lines = summarize(compare_small(sample_model(copy.args), "encoder"))
+    copy = small_copy(ModelArgs.from_dict({"layer_pattern": "BF"}), "encoder")
+    lines = summarize(compare_small(sample_model(copy), "encoder"))
     assert {line.comparison for line in lines} == {
         "padded on the right",
         "padded on the left",
@@ -98,7 +98,7 @@ def test_a_planted_bug_is_located():
     with run_bugs.stale_slot():
         bad = next(
             one
-            for one in compare_small(sample_model(small_copy(preset("mistral-7b-v0.1")).args), "m")
+            for one in compare_small(sample_model(small_copy(preset("mistral-7b-v0.1"), "m")), "m")
             if not one.ok
         )
     assert bad.detail == f"first at position {WINDOW}, layer 0"
@@ -154,7 +154,7 @@ def test_nan_is_never_equal():
 
 def test_a_model_that_ignores_its_padding_is_seen():
     """Comparisons judge rows alone: batch and single row may not share the mistake."""
-    model = sample_model(small_copy(preset("demo")).args)
+    model = sample_model(small_copy(preset("demo"), "demo"))
     with model_bugs.visible_padding():
         lines = summarize(compare(model, "demo", Plan(12, (0,), 256, 12, 1e-9)))
     assert {line.comparison for line in lines if line.failed} >= {
@@ -170,16 +170,15 @@ def test_longrope_factors_are_as_many_as_a_copy_has_pairs():
             "short_factor": [1.0] * count,
             "long_factor": [2.0 + i for i in range(count)],
         }
-        copy = small_copy(
-            ModelArgs.from_dict({"head_dim": 2 * count, "rope_scaling": scaling})
-        ).args
+        args = ModelArgs.from_dict({"head_dim": 2 * count, "rope_scaling": scaling})
+        copy = small_copy(args, "longrope")
         assert len(copy.rope_scaling.long_factor) == copy.rotary_dim // 2
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_copy_keeps_the_pattern_and_shrinks_the_sizes(name):
     args = preset(name)
-    copy = small_copy(args).args
+    copy = small_copy(args, name)
     assert args.pattern.startswith(copy.pattern)
     assert set(args.pattern) == set(copy.pattern)
     assert copy.sliding_window in (None, WINDOW)
@@ -199,6 +198,8 @@ def tokens_input(args):
     return TransformerInput(random_tokens(args, 1, 9))
 
 
-def test_what_a_copy_leaves_out_is_said():
-    copy = small_copy(ModelArgs.from_dict({"context_dim": 32, "head": {"kind": "classification"}}))
-    assert [line.split(":")[0] for line in copy.left_out] == ["head", "context_dim"]
+def test_what_a_copy_leaves_out_is_said(capsys):
+    args = ModelArgs.from_dict({"context_dim": 32, "head": {"kind": "classification"}})
+    small_copy(args, "it")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[2] for line in lines] == ["head", "context_dim"]

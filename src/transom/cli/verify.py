@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transom.cli.main import emit_json, user_path
@@ -12,7 +12,6 @@ from transom.verify.checks import CHECKS, valid_with
 from transom.verify.checks import run as run_check
 
 if TYPE_CHECKING:
-    from transom.verify.attention import SupportRow
     from transom.verify.findings import Finding, Summary
 
 OPTIONS = ("model", "adapter", "full", "length", "device", "dtype", "data", "steps")
@@ -113,38 +112,36 @@ def _run_attention(options: argparse.Namespace) -> int:
     from transom.verify.attention import verify_machine
 
     report = verify_machine(options.device)
-    saved = "" if report.saved is None else str(report.saved)
     if options.json:
         document = {"check": "attention", "ok": not report.failed, "machine": machine_key()}
-        document |= {"jobs": report.comparisons, "saved": saved, "failed": report.failed}
-        emit_json({**document, "rows": [row.to_json() for row in report.rows]})
-    else:
-        _print_matrix(f"verify attention: error against float64, {machine_key()}", report.rows)
-        for name, diagnosis in report.failed.items():
-            refused = "; refused on this machine from now on" if saved else ""
-            print(f"{name}: {diagnosis}{refused}")
-        result = "FAILED" if report.failed else "all backends passed"
-        where = f", saved in {saved}" if saved else ""
-        print(f"\n{result}: {report.comparisons} comparisons{where}")
+        emit_json({**document, **vars(report)})
+        return 1 if report.failed else 0
+    _print_matrix(f"verify attention: error against float64, {machine_key()}", report.rows)
+    for name, diagnosis in report.failed.items():
+        print(f"{name}: {diagnosis}{'; refused on this machine from now on' * report.refused}")
+    result = "FAILED" if report.failed else "all backends passed"
+    print(f"\n{result}: {report.comparisons} comparisons")
     return 1 if report.failed else 0
 
 
-def _print_matrix(title: str, rows: Sequence[SupportRow]) -> None:
+def _print_matrix(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the largest error by backend, dtype and kind of job, and why the others declined."""
     cells: list[tuple[str, ...]] = []
     declined: dict[str, str] = {}
-    columns: tuple[str, ...] = ()
-    active = {(row.backend, row.device) for row in rows if not row.declined}
+    columns: list[str] = []
+    active = {(row["backend"], row["device"]) for row in rows if not row["declined"]}
     for row in rows:
-        name = f"{row.backend} on {row.device}"
-        if row.declined:
-            partly = (row.backend, row.device) in active
-            declined.setdefault(f"{name} in {row.dtype}" if partly else name, row.declined)
+        name = f"{row['backend']} on {row['device']}"
+        if row["declined"]:
+            partly = (row["backend"], row["device"]) in active
+            declined.setdefault(f"{name} in {row['dtype']}" if partly else name, row["declined"])
             continue
-        columns = tuple(row.errors)
-        words = {key: "-" if x is None else f"{x:.1e}" for key, x in row.errors.items()}
-        failed = (f"FAILED {word}" if row.failed[key] else word for key, word in words.items())
-        cells.append((name, row.dtype, *failed))
+        columns = list(row["errors"])
+        words = []
+        for group, error in row["errors"].items():
+            word = f"{error:.1e}" if isinstance(error, float) else error or "-"
+            words.append(f"FAILED {word}" if group in row["failed"] else word)
+        cells.append((name, row["dtype"], *words))
     heading(title)
     show(table(("backend", "dtype"), columns, cells))
     print("-: the backend declines such jobs\n")

@@ -7,17 +7,16 @@ backend that fails is diagnosed, and `verify_machine` refuses it on this machine
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from transom.attention.backends import BACKENDS, Backend, machine_key, refuse, refused_file
+from transom.attention.backends import BACKENDS, Backend, refuse, refused_file
 from transom.attention.reference import reference
 from transom.base.errors import notice
 from transom.base.runtime import dtype_name, one_thread, pick_device
@@ -181,49 +180,28 @@ def _diagnosis(tried: list[Outcome]) -> str:
     return f"error {first.error:.1e}, tolerance {first.tolerance:.0e} ({groups}), {case}"
 
 
-@dataclass(frozen=True)
-class SupportRow:
-    """One backend and dtype of the support matrix.
+def support_matrix(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
+    """Return one row per device, backend and dtype, as plain data.
 
-    Attributes:
-        errors: The largest error by group of jobs; None if all jobs of the group were declined.
-        failed: Whether a job of the group failed.
-        declined: Why the backend declined all jobs, else empty.
+    `errors` has the largest error of every group of jobs: None if all were declined, "not finite"
+    for infinity. `failed` names the groups with a failure, and `declined` is the reason of a
+    backend that declined everything.
     """
-
-    device: str
-    backend: str
-    dtype: str
-    errors: dict[str, float | None]
-    failed: dict[str, bool]
-    declined: str = ""
-
-    def to_json(self) -> dict[str, object]:
-        """Return the row with a word in place of errors that JSON cannot express."""
-        errors = {
-            group: "not finite" if error == math.inf else error
-            for group, error in self.errors.items()
-        }
-        return {**vars(self), "errors": errors}
-
-
-def support_matrix(outcomes: Iterable[Outcome]) -> list[SupportRow]:
-    """Return one row per device, backend and dtype, in the order of `BACKENDS`."""
     groups: dict[tuple[str, str, torch.dtype], list[Outcome]] = {}
     for one in outcomes:
-        groups.setdefault((one.device, one.backend, one.dtype), []).append(one)
+        groups.setdefault((one.backend, one.device, one.dtype), []).append(one)
     columns = list(dict.fromkeys(job.group for job in jobs()))
     rows = []
-    for device, backend, dtype in sorted(groups, key=lambda key: list(BACKENDS).index(key[1])):
-        tried = groups[device, backend, dtype]
-        done: dict[str, list[Outcome]] = {name: [] for name in columns}
-        for one in tried:
-            if not one.declined:
-                done[one.job.group].append(one)
-        errors = {name: max((o.error for o in of), default=None) for name, of in done.items()}
-        failed = {name: not all(one.ok for one in of) for name, of in done.items()}
-        declined = "" if any(done.values()) else tried[0].declined
-        rows.append(SupportRow(device, backend, dtype_name(dtype), errors, failed, declined))
+    for backend, device, dtype in sorted(groups, key=lambda key: list(BACKENDS).index(key[0])):
+        tried = groups[backend, device, dtype]
+        done = [one for one in tried if not one.declined]
+        errors: dict[str, float | str | None] = {}
+        for group in columns:
+            largest = max((one.error for one in done if one.job.group == group), default=None)
+            errors[group] = "not finite" if largest == math.inf else largest
+        row = {"device": device, "backend": backend, "dtype": dtype_name(dtype), "errors": errors}
+        row["failed"] = list(dict.fromkeys(one.job.group for one in done if not one.ok))
+        rows.append({**row, "declined": "" if done else tried[0].declined})
     return rows
 
 
@@ -238,48 +216,35 @@ class MachineReport:
         rows: The support matrix.
         failed: The diagnosis of every backend that failed, by name.
         comparisons: How many jobs the backends were asked to do, declined ones included.
-        saved: The file with the support matrix, or None if nothing was saved.
+        refused: Whether the backends that failed are refused from now on.
     """
 
-    rows: list[SupportRow]
+    rows: list[dict[str, Any]]
     failed: dict[str, str]
     comparisons: int
-    saved: Path | None
+    refused: bool
 
 
 def verify_machine(device: str | None = None) -> MachineReport:
-    """Compare all backends on all devices, save the matrix, and refuse the backends that fail.
+    """Compare all backends on all devices, and refuse the backends that fail.
 
     The refusal holds for this machine until a later call finds the backend correct.
 
     Args:
-        device: Compare on this device only. Nothing is then saved and no backend refused.
+        device: Compare on this device only, and refuse no backend.
     """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     if device is not None:
         devices = [pick_device(device).type]
     with one_thread():
         outcomes = list(compare_backends(devices))
-    rows, failed, saved = support_matrix(outcomes), failures(outcomes), None
+    failed, refused = failures(outcomes), False
     if device is not None:
-        notice(f"--device {device}: for one device, no backend is refused and nothing is saved")
+        notice(f"--device {device}: no backend is refused for one device alone")
     else:
         try:
             refuse(failed)
-            saved = _save(rows)
+            refused = True
         except OSError as error:  # the comparisons took minutes, so they are reported all the same
             notice(f"{refused_file()}: cannot be written ({error.strerror}); no backend is refused")
-    return MachineReport(rows, failed, len(outcomes), saved)
-
-
-def _save(rows: Iterable[SupportRow]) -> Path:
-    """Write the matrix beside the list of refused backends, under the name of this machine."""
-    path = refused_file().with_name("attention-matrix.json")
-    machines: object = None
-    with contextlib.suppress(OSError, ValueError):
-        machines = json.loads(path.read_text(encoding="utf-8"))
-    kept = machines if isinstance(machines, dict) else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = {**kept, machine_key(): [row.to_json() for row in rows]}
-    path.write_text(json.dumps(table, indent=1), encoding="utf-8")
-    return path
+    return MachineReport(support_matrix(outcomes), failed, len(outcomes), refused)

@@ -6,7 +6,7 @@ They cover every mask rule, phase of a cache, packing, number of heads, head siz
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
@@ -113,21 +113,15 @@ class Inputs:
     tensors: tuple[Tensor, ...]
     view: CacheView
     spec: MaskSpec
-    scale: float | None
-    softcap: float | None
+    score: ScoreArgs
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """Return the same numbers in another dtype, as leaves of a new autograd graph."""
         tensors = tuple(x.detach().to(dtype).requires_grad_() for x in self.tensors)
-        old = self.view
-        view = CacheView(tensors[1:3], old.positions_BS, old.segments_BS, old.new_at)
-        return Inputs(tensors, view, self.spec, self.scale, self.softcap)
-
-    @property
-    def score(self) -> ScoreArgs:
-        """How products of queries and keys become scores."""
-        sinks = self.tensors[3] if len(self.tensors) > 3 else None
-        return ScoreArgs(self.scale, self.softcap, sinks)
+        view, score = replace(self.view, states=tensors[1:3]), self.score
+        if score.sinks_N is not None:
+            score = replace(score, sinks_N=tensors[3])
+        return Inputs(tensors, view, self.spec, score)
 
 
 def build(job: Job, device: torch.device) -> Inputs:
@@ -152,8 +146,11 @@ def build(job: Job, device: torch.device) -> Inputs:
         tensors,
         CacheView(tensors[1:3], k_positions, segments, new_at),
         MaskSpec(job.rule, q_positions, segments, layout),
-        0.3 if job.scoring == "scaled" else None,
-        2.0 if "softcap" in job.scoring else None,
+        ScoreArgs(
+            0.3 if job.scoring == "scaled" else None,
+            2.0 if "softcap" in job.scoring else None,
+            tensors[3] if "sinks" in job.scoring else None,
+        ),
     )
 
 

@@ -1,7 +1,7 @@
 """A model folder: its files, its tokenizer, and every way to read, write and run it.
 
 The tensors of the files are read a second time by `verify.file_tensors`. If `transformers` is
-installed, its logits and greedy tokens are compared too.
+installed, its logits are compared too.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import math
 import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -34,7 +33,6 @@ from transom.checkpoints.save import save
 from transom.checkpoints.state import open_parameters
 from transom.config.layer_args import RopeLayout
 from transom.config.model_args import ModelArgs
-from transom.inference.loop import generate
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
 from transom.tokenizers.training import byte_tokenizer
@@ -61,7 +59,7 @@ from transom.verify.texts import compare_texts
 from transom.verify.tiny_runs import quiet
 
 LENGTH = 40  # tokens that are compared at least
-PROMPT, GREEDY = 5, 16  # tokens of a prompt, and of its greedy continuation
+PROMPT = 5  # tokens that the tied output is compared on
 LONGEST = 512  # tokens; only --length compares sequences beyond longer windows and chunks
 _HEADERS = ("<|start_header_id|>", "<|end_header_id|>")
 SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", *_HEADERS, "<|eot_id|>")
@@ -77,24 +75,11 @@ FOLDERS: dict[str, tuple[Format, dict[str, Any]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """The outputs of a model for random tokens.
-
-    Attributes:
-        tokens: The ids [1, T].
-        logits: The logits [1, T, V].
-        greedy: The prompt and its greedy continuation; empty for a model that cannot generate.
-        gaps: The gap of the two best logits at each token of the continuation, relative to the
-            largest logit.
-        tolerance: The largest accepted difference of other logits.
-    """
+class Outputs(NamedTuple):
+    """Random tokens [1, T] and the logits [1, T, V] of a model for them."""
 
     tokens: Tensor
     logits: Tensor
-    greedy: list[int]
-    gaps: list[float]
-    tolerance: float
 
 
 def check(
@@ -172,7 +157,8 @@ def _compare_outputs(
     length = _default_length(files.args) if length is None else length
     with quiet():
         model = load(files.folder, dtype=dtype)
-    outputs = _outputs(model, length)
+    tokens = random_tokens(files.args, 1, length)
+    outputs = Outputs(tokens, _logits(model, tokens))
     bad = int((~outputs.logits.isfinite()).sum())
     detail = f"{bad} of {outputs.logits.numel()} are NaN or infinite"
     yield exact("logits are finite", files.name, bad, detail)
@@ -192,26 +178,6 @@ def _default_length(args: ModelArgs) -> int:
     """Return a length beyond every window and chunk that does not take minutes."""
     spans = [layer.rule.size for layer in args.layers if 2 * layer.rule.size <= LONGEST]
     return min(args.max_seq_len, max(LENGTH, 2 * (max(spans, default=0) + REAL_SLACK) + 3))
-
-
-def _outputs(model: LLM, length: int) -> Outputs:
-    """Return the outputs of a model for `length` random tokens."""
-    args, scaling = model.args, model.args.scaling
-    tokens = random_tokens(args, 1, length)
-    logits = _logits(model, tokens)
-    room = args.max_seq_len
-    if scaling is not None and scaling.by_length:  # beyond it, transformers changes frequencies
-        room = min(room, scaling.original_max_seq_len)
-    steps = max(0, min(GREEDY, room - PROMPT))
-    causal = args.context_dim is None and all(layer.rule.kind != "full" for layer in args.layers)
-    greedy: list[int] = []
-    gaps: list[float] = []
-    if steps and causal and bool(logits.isfinite().all()):
-        text = generate(model, tokens[:, :PROMPT], max_new_tokens=steps)
-        best = _logits(model, text[:, :-1])[0, PROMPT - 1 :].topk(2).values
-        greedy = text[0].tolist()
-        gaps = ((best[:, 0] - best[:, 1]) / logits.abs().max()).tolist()
-    return Outputs(tokens, logits, greedy, gaps, TOLERANCES[logits.dtype])
 
 
 def _logits(model: LLM, tokens: Tensor) -> Tensor:
@@ -261,7 +227,7 @@ def _compare_round_trips(
                 with quiet():
                     logits = _logits(load(out, dtype=dtype), outputs.tokens)
                 detail = "the weights are equal, the config is not"
-                expected, tolerance = outputs.logits, outputs.tolerance
+                expected, tolerance = outputs.logits, TOLERANCES[outputs.logits.dtype]
                 yield close("logits after a round trip", case, logits, expected, tolerance, detail)
 
 
@@ -275,33 +241,24 @@ def _compare_bits(
     for name in sorted(expected.keys() | written.keys()):
         error, detail = math.inf, f"{name} is {'lost' if name in expected else 'new'}"
         if name in expected and name in written:
-            old, new = expected[name].read(), written[name].read()
-            rows = _row_order(name, old, args, to.rope_layout)
-            error = 0.0 if same_bytes(new, old if rows is None else old[rows]) else math.inf
+            old = _reordered(name, expected[name].read(), args, to.rope_layout)
+            error = 0.0 if same_bytes(written[name].read(), old) else math.inf
             detail = "other bits"
         yield exact("written and read back", f"{case}, {name}", error, detail)
 
 
-def _row_order(name: str, tensor: Tensor, args: ModelArgs, to: RopeLayout) -> list[int] | None:
-    """Return the old row of each new row of a query or key projection in the layout `to`.
+def _reordered(name: str, tensor: Tensor, args: ModelArgs, to: RopeLayout) -> Tensor:
+    """Return a tensor with the rows of query and key projections in the order of the layout `to`.
 
-    None stands for the same order. The pairs (0, 1), (2, 3) of the interleaved layout become
-    (0, d/2), (1, d/2 + 1) in halves.
+    The pairs (0, 1), (2, 3) of the interleaved layout are (0, d/2), (1, d/2 + 1) in halves.
     """
     rotates = re.fullmatch(r"layers\.\d+\.attention\.(wq|wk|q_norm|k_norm)\.(weight|bias)", name)
     if to == args.rope_layout or rotates is None:
-        return None
-    half, order = args.rotary_dim // 2, []
-    for row in range(tensor.size(0)):
-        at = row % args.head_size
-        if at >= 2 * half:
-            source = at
-        elif to == "halves":
-            source = 2 * (at % half) + at // half
-        else:
-            source = half * (at % 2) + at // 2
-        order.append(row - at + source)
-    return order
+        return tensor
+    heads, half = tensor.unflatten(0, (-1, args.head_size)), args.rotary_dim // 2
+    pairs = heads[:, : 2 * half].unflatten(1, (half, 2) if to == "halves" else (2, half))
+    rotary = pairs.transpose(1, 2).flatten(1, 2)
+    return torch.cat([rotary, heads[:, 2 * half :]], 1).flatten(0, 1)
 
 
 # -- transformers
@@ -310,7 +267,7 @@ def _row_order(name: str, tensor: Tensor, args: ModelArgs, to: RopeLayout) -> li
 def _compare_with_transformers(
     files: FolderFiles, outputs: Outputs, dtype: str
 ) -> Iterator[Finding]:
-    """Compare logits and greedy tokens, if transformers can load the folder or a copy of it."""
+    """Compare the logits, if transformers can load the folder or a copy of it."""
     name = files.name
     if find_spec("transformers") is None:
         notice("transformers is not installed: nothing is compared with it")
@@ -343,12 +300,10 @@ def _compare_with_transformers(
             reason = one_line(error)
             notice(f"{name}: no logits are compared: transformers cannot run the model ({reason})")
             return
-        tolerance = outputs.tolerance
+        tolerance = TOLERANCES[outputs.logits.dtype]
         first = first_difference(outputs.logits, expected, tolerance, 1)
         case, detail = f"{name}, {expected.size(1)} tokens", f"first at position {first}"
         yield close("logits = transformers", case, outputs.logits, expected, tolerance, detail)
-        if outputs.greedy:
-            yield _compare_greedy(name, theirs, outputs)
 
 
 def _load_in_transformers(folder: Path, dtype: str) -> tuple[Any, list[str]]:
@@ -377,23 +332,3 @@ def _load_in_transformers(folder: Path, dtype: str) -> tuple[Any, list[str]]:
 def _their_logits(theirs: Any, tokens: Tensor) -> Tensor:
     logits: Tensor = theirs(tokens).logits
     return logits
-
-
-def _compare_greedy(name: str, theirs: Any, outputs: Outputs) -> Finding:
-    """Compare the greedy continuation, up to a token whose two best logits are nearly equal.
-
-    Their `generate` is not used: it takes stop tokens, penalties and padding from the configs.
-    """
-    given = outputs.tokens[:, :PROMPT]
-    for _ in outputs.greedy[PROMPT:]:
-        with quiet():
-            best = _their_logits(theirs, given)[:, -1:].argmax(-1)
-        given = torch.cat([given, best], 1)
-    differs = [one != two for one, two in zip(outputs.greedy, given[0].tolist(), strict=True)]
-    at = differs.index(True) - PROMPT if True in differs else None
-    if at is not None and outputs.gaps[at] <= outputs.tolerance:
-        notice(
-            f"{name}: the two best logits of greedy token {at} are nearly equal; compared up to it"
-        )
-        at = None
-    return exact("greedy tokens = transformers", name, at is not None, f"first at token {at}")

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, chain, groupby
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transom.base.errors import notice
-from transom.chat.files import FILE
+from transom.chat.built_in import named
 from transom.chat.template import ChatTemplate
 from transom.data.batch import NO_TARGET, Batch
 from transom.data.chat.batches import packed_batch, padded_batch
@@ -48,7 +46,7 @@ CONTROL = (
 )
 # Bytes, control tokens, and some merges that may cross the ends of turns.
 VOCABULARY = 256 + len(CONTROL) + 40
-TEMPLATES = ("chatml", "llama3", "mistral-v3", "mistral-v3-tekken", "gemma", "plain", None)
+TEMPLATES = ("chatml", "llama3", "mistral-v3", "mistral-v3-tekken", "gemma", "plain")
 # Zephyr's template with the `generation` blocks of TRL, which leave out the end of the turn.
 OWN_TEMPLATE = """\
 {%- for message in messages %}{{ '<|' + message.role + '|>\\n' }}
@@ -97,20 +95,16 @@ def sample_encoders() -> dict[str, ChatEncoder]:
 
     Their padding token is their EOS.
     """
-    with tempfile.TemporaryDirectory(prefix="transom-verify-") as scratch:
-        folder = Path(scratch)
-        text = json.dumps([CHATS, PAIRS], ensure_ascii=False)
-        train_bpe([text], VOCABULARY, CONTROL).save(folder)
-        config = folder / "tokenizer_config.json"
-        fields = json.loads(config.read_text(encoding="utf-8"))
-        config.write_text(json.dumps({**fields, "pad_token": END}), encoding="utf-8")
-        (folder / FILE).write_text(OWN_TEMPLATE, encoding="utf-8")
-        tokenizer = Tokenizer.load(folder)
-        templates: dict[str, ChatTemplate | None] = {
-            f"template {name or 'of the folder'}": ChatTemplate.load(folder, tokenizer, name)
-            for name in TEMPLATES
-        }
-    templates["no template"] = None
+    text = json.dumps([CHATS, PAIRS], ensure_ascii=False)
+    tokenizer = train_bpe([text], VOCABULARY, CONTROL)
+    tokenizer.pad_id = tokenizer.eos_id
+    own = ChatTemplate(OWN_TEMPLATE, tokenizer)
+    templates: dict[str, ChatTemplate | None] = {"no template": None, "template of the folder": own}
+    for name in TEMPLATES:
+        ready = named(name)
+        assert ready is not None, "these templates are built in"
+        template = ChatTemplate(ready.source(tokenizer), tokenizer, stop=ready.stop)
+        templates[f"template {name}"] = template
     return {name: encoder_of(tokenizer, one, 512) for name, one in templates.items()}
 
 

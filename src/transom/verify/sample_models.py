@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -169,23 +169,7 @@ _PARTS = {
 }
 
 
-@dataclass(frozen=True)
-class SmallCopy:
-    """The arguments of a small copy, and one sentence for each part that the copy lacks."""
-
-    args: ModelArgs
-    left_out: tuple[str, ...] = ()
-
-
-def small_args(args: ModelArgs, name: str, *, context: bool = False) -> ModelArgs:
-    """Return the arguments of `small_copy`, and print a notice for each part that it lacks."""
-    copy = small_copy(args, context=context)
-    for line in copy.left_out:
-        notice(f"{name}: {line}")
-    return copy.args
-
-
-def small_copy(args: ModelArgs, *, context: bool = False) -> SmallCopy:
+def small_copy(args: ModelArgs, name: str, *, context: bool = False) -> ModelArgs:
     """Scale every size of a model down and keep its options.
 
     A sequence of a few dozen tokens then reaches beyond every window, chunk and original context
@@ -193,20 +177,18 @@ def small_copy(args: ModelArgs, *, context: bool = False) -> SmallCopy:
 
     Args:
         args: The arguments of the real model.
+        name: The name of the model in the notices of the parts that the copy lacks.
         context: Whether the copy keeps cross-attention; the caller must then pass a context.
     """
     kinds = [replace(layer, index=0) for layer in args.layers]
     count = max(kinds.index(kind) for kind in kinds) + 1
     count = min(max(count, 2), MOST_LAYERS, args.n_layers)
     letters = args.pattern[:count]
-    dropped = {name: part for name, part in _PARTS.items() if getattr(args, name) is not None}
-    if context:
-        dropped.pop("context_dim", None)
-    left_out = [f"{name}: the small copy leaves out {part}" for name, part in dropped.items()]
+    for field, part in _PARTS.items():
+        if getattr(args, field) is not None and not (context and field == "context_dim"):
+            notice(f"{name}: {field}: the small copy leaves out {part}")
     if missing := len(set(kinds)) - len(set(kinds[:count])):
-        left_out.insert(
-            0, f"the small copy leaves out {missing} kinds of layers above layer {count - 1}"
-        )
+        notice(f"{name}: the small copy leaves out {missing} kinds of layers after {count - 1}")
     used = {letter.upper() for letter in letters}
     latent, partial = args.mla_args is not None, args.rotary_fraction < 1
     kv_heads = min(args.kv_heads, 2)
@@ -220,33 +202,30 @@ def small_copy(args: ModelArgs, *, context: bool = False) -> SmallCopy:
         small["mla_args"] = MlaArgs(12, 10 if args.mla_args.q_lora_rank else None, 6, 4, 8)
     if args.moe_args is not None:
         small["moe_args"] = _small_moe(args.moe_args, count)
-    return SmallCopy(
-        replace(
-            args,
-            dim=24,
-            n_layers=count,
-            n_heads=kv_heads * min(args.n_heads // args.kv_heads, 3),
-            n_kv_heads=None if latent else kv_heads,
-            head_dim=None if latent else HEAD * (2 if partial else 1),
-            hidden_dim=20,
-            vocab_size=VOCABULARY,
-            max_seq_len=256,
-            rope_theta=100.0,
-            rope_local_theta=50.0 if local else None,
-            rotary_fraction=0.5 if partial else 1.0,
-            rope_original_max_seq_len=ORIGINAL,
-            sliding_window=WINDOW if "S" in used else None,
-            attention_chunk_size=CHUNK if "C" in used else None,
-            nope_layer_interval=None,
-            layer_pattern=tuple(letters),
-            attn_temperature_tuning=args.attn_temperature_tuning and not letters.isupper(),
-            floor_scale=4.0,
-            vision_args=None,
-            head=None,
-            context_dim=CONTEXT if context and args.context_dim is not None else None,
-            **small,
-        ),
-        tuple(left_out),
+    return replace(
+        args,
+        dim=24,
+        n_layers=count,
+        n_heads=kv_heads * min(args.n_heads // args.kv_heads, 3),
+        n_kv_heads=None if latent else kv_heads,
+        head_dim=None if latent else HEAD * (2 if partial else 1),
+        hidden_dim=20,
+        vocab_size=VOCABULARY,
+        max_seq_len=256,
+        rope_theta=100.0,
+        rope_local_theta=50.0 if local else None,
+        rotary_fraction=0.5 if partial else 1.0,
+        rope_original_max_seq_len=ORIGINAL,
+        sliding_window=WINDOW if "S" in used else None,
+        attention_chunk_size=CHUNK if "C" in used else None,
+        nope_layer_interval=None,
+        layer_pattern=tuple(letters),
+        attn_temperature_tuning=args.attn_temperature_tuning and not letters.isupper(),
+        floor_scale=4.0,
+        vision_args=None,
+        head=None,
+        context_dim=CONTEXT if context and args.context_dim is not None else None,
+        **small,
     )
 
 

@@ -16,7 +16,7 @@ from transom.checkpoints.read_args import read_args
 from transom.config.model_args import ModelArgs
 from transom.config.presets import PRESETS, preset
 from transom.training.config import TrainArgs, read_config
-from transom.verify.sample_models import SAMPLES, small_args
+from transom.verify.sample_models import SAMPLES, small_copy
 
 
 def has_weights(name: str) -> bool:
@@ -34,7 +34,7 @@ def small_models(
     """
     if name is None:
         return [(sample, ModelArgs.from_dict(SAMPLES[sample])) for sample in samples]
-    return [(name, small_args(model_args(name), name, context=context))]
+    return [(name, small_copy(model_args(name), name, context=context))]
 
 
 def model_args(name: str) -> ModelArgs:

@@ -41,15 +41,10 @@ def compare_texts(folder: Path, name: str) -> Iterator[Finding]:
         notice(f"{name}: no tokenizer in the folder, no texts are compared")
         return
     text = open_text(folder)
-    tokenizer = text.tokenizer
     try:
-        yield from _compare_spelled(tokenizer, name)
-    except RequestError as error:  # a small vocabulary cannot write these texts
-        notice(f"{name}: no texts are compared: {error}")
-        return
-    try:
+        yield from _compare_spelled(text.tokenizer, name)
         template = text.template
-    except RequestError as error:  # the vocabulary is for a format that is not built in
+    except RequestError as error:  # a small vocabulary, or one for a format that is not built in
         notice(f"{name}: no chats are compared: {error}")
         return
     if template is None:

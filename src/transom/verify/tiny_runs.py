@@ -14,7 +14,7 @@ import torch
 
 from transom.config.model_args import ModelArgs
 from transom.training.config import TokenizerArgs, TrainArgs, read_config
-from transom.verify.sample_models import small_args
+from transom.verify.sample_models import small_copy
 
 WORDS = ("the ", "cat ", "sat ", "on ", "a ", "mat, ", "and ", "then ", "it ", "ran.\n")
 DOCUMENTS = 24
@@ -85,7 +85,7 @@ def in_folder(args: TrainArgs, folder: Path, name: str) -> TrainArgs:
 
 def small_run(args: TrainArgs, folder: Path, steps: int) -> TrainArgs:
     """Return the settings of a real run for a small copy of its model, bytes and the corpus."""
-    small = small_args(args.model_args(None), "model")
+    small = small_copy(args.model_args(None), "model")
     fields = {**small.to_dict(), "vocab_size": BYTE_VOCABULARY, "max_seq_len": max(SEQ_LEN, 64)}
     rows = args.accumulate * max(2, ROWS // args.accumulate)
     sources = str(folder / "corpus")

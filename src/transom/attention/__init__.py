@@ -1,1 +1,1 @@
-"""Attention: one rule, a float64-capable reference, and backends that must equal it."""
+"""Attention: the mask rule, a reference in plain tensor operations, and backends."""

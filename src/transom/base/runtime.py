@@ -177,7 +177,7 @@ def _bfloat16_wins_clearly(device_type: str) -> bool:
     wide = torch.ones(512, 512, device=device_type)
     narrow = wide.bfloat16()
     seconds = [(_seconds_of_product(narrow), _seconds_of_product(wide)) for _ in range(10)]
-    return min(half for half, _ in seconds) <= 0.75 * min(whole for _, whole in seconds)
+    return min(narrow for narrow, _ in seconds) <= 0.75 * min(wide for _, wide in seconds)
 
 
 def _seconds_of_product(a: torch.Tensor) -> float:

@@ -1,1 +1,1 @@
-"""Key/value caches: static and rotating stores behind one contract, and the model's set of them."""
+"""KV caches: static and rotating stores with one contract, and the caches of all layers."""

@@ -1,3 +1,1 @@
-"""Continuing token rows: how a next token is chosen, the one loop that asks for it, and the text it
-becomes.
-"""
+"""Generation, embeddings and chat sessions with a model."""

@@ -9,10 +9,13 @@ from transom.tokenizers.tokenizer import Tokenizer
 
 
 class ControlSigns:
-    """Characters that stand for control tokens in decoded text: halves of surrogate pairs.
+    """Characters that stand for control tokens in decoded text, which never contains them.
 
-    Decoded text never contains these characters. `kept` are ids of control tokens that `spelled`
-    writes out.
+    They are halves of surrogate pairs.
+
+    Args:
+        tokenizer: The tokenizer.
+        kept: Ids of control tokens that `spelled` writes out.
     """
 
     FIRST, COUNT = 0xD800, 0x800
@@ -45,9 +48,7 @@ class ControlSigns:
         return text
 
     def spelled(self, text: str) -> str:
-        """Return `text` with the control tokens that are kept spelled out, and without the
-        others.
-        """
+        """Return `text` with kept control tokens spelled out, and without the others."""
         return text.translate(self._spelled)
 
     def dropped(self, text: str) -> str:

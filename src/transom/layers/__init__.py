@@ -1,3 +1,1 @@
-"""The parts of a block: leaves, norms, rotary positions, attention, feed-forward, mixture of
-experts.
-"""
+"""The parts of a block: leaves, norms, RoPE, attention, feed-forward, mixture of experts."""

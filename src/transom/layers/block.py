@@ -22,21 +22,21 @@ class TransformerBlock(nn.Module):
     def __init__(self, layer: LayerArgs) -> None:
         super().__init__()
         self.layer = layer
-        before, behind = layer.norm_placement != "post", layer.norm_placement != "pre"
+        before, after = layer.norm_placement != "post", layer.norm_placement != "pre"
 
         def norm(wanted: bool) -> nn.Module | None:
             return make_norm(layer.norm, layer.dim, layer.norm_eps) if wanted else None
 
         self.attention_norm = norm(before)
         self.attention = LatentAttention(layer) if layer.mla is not None else Attention(layer)
-        self.attention_post_norm = norm(behind)
+        self.attention_post_norm = norm(after)
         crossing = layer.context_dim is not None
         self.context_norm = norm(crossing and before)
         self.cross_attention = CrossAttention(layer) if crossing else None
-        self.context_post_norm = norm(crossing and behind)
+        self.context_post_norm = norm(crossing and after)
         self.ffn_norm = norm(before)
         self.feed_forward = MoE(layer) if layer.moe is not None else _dense(layer)
-        self.ffn_post_norm = norm(behind)
+        self.ffn_post_norm = norm(after)
 
     def forward(
         self, x_BTD: Tensor, step: Step, cache: LayerCacheLike | None = None

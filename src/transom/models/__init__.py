@@ -1,0 +1,1 @@
+"""The language model, the image encoder, and image preprocessing."""

@@ -104,7 +104,7 @@ def prepare_image(
     channels = args.num_channels
     require(channels == 3, "vision_args.num_channels", channels, "expected 3 for images")
     image, tile = open_image(source), args.image_size
-    from PIL import Image  # behind `open_image`, which says what to do where it is absent
+    from PIL import Image  # after `open_image`, which checks that Pillow is installed
 
     columns, rows = grid = choose_grid(image.size, tile, max_tiles, resize_to_max_canvas)
     canvas = Image.new("RGB", (columns * tile, rows * tile))
@@ -118,8 +118,8 @@ def prepare_image(
     )
     tiles = tiles.flatten(0, 1)
     if len(tiles) > 1:
-        whole = _pixels(image.resize((tile, tile), Image.Resampling.BILINEAR))
-        tiles = torch.cat((tiles, whole[None]))
+        complete = _pixels(image.resize((tile, tile), Image.Resampling.BILINEAR))
+        tiles = torch.cat((tiles, complete[None]))
     return ImageTiles(tiles.contiguous(), grid)
 
 

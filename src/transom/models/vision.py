@@ -1,10 +1,10 @@
-"""Images as tokens by early fusion, as in Llama 4: tiles of pixels become rows that stand for patch
-tokens.
+"""The image encoder, as in Llama 4: tiles of pixels to rows that replace patch tokens.
 
-The encoder is a Vision Transformer (Dosovitskiy et al. 2020, arXiv 2010.11929) of the same blocks
-as the text model: patches and a class token, full attention with two-dimensional rotary positions,
-then a pixel shuffle (each square of neighbours becomes one row), an adapter and a projection to the
-text model's width. Formulas are those of meta-llama/llama-models, models/llama4/vision.
+It is a Vision Transformer (Dosovitskiy et al. 2020, arXiv 2010.11929) of the same blocks as the
+language model: patches and a class token, full attention with two-dimensional rotary positions,
+then a pixel shuffle (each square of neighbours becomes one row), an adapter, and a projection to
+the dimension of the language model. The formulas are those of meta-llama/llama-models,
+models/llama4/vision.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class VisionEmbeddings(nn.Module):
         x = self.patch_embedding(
             cut_patches(pixels.to(self.class_embedding.dtype), args.patch_size)
         )
-        # The class token stands behind the patches, so that patch i has position embedding i.
+        # The class token follows the patches, so that patch i has position embedding i.
         x = torch.cat((x, self.class_embedding.to(x.dtype).expand(x.size(0), 1, -1)), 1)
         x_BTD = self.norm_pre(x + self.position_embedding)
         step = self._step(x_BTD)

@@ -1,3 +1,1 @@
-"""Weights of a frozen base in four bits: the formats, the leaves that hold them, and the
-surgery.
-"""
+"""Frozen weights in four bits: the formats, and the leaves that use them."""

@@ -73,7 +73,7 @@ class QuantizedGroupedLinear(Quantized, GroupedLinear):  # type: ignore[misc]  #
             return F.linear(rows_RD, self.weight[0])
         ends = ends_E.tolist()
         sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-        *groups, behind = rows_RD.split([*sizes, len(rows_RD) - ends[-1]])
+        *groups, unused = rows_RD.split([*sizes, len(rows_RD) - ends[-1]])
         parts = self.parts
         outputs = [
             product(rows, None, self.quantization, {name: part[e] for name, part in parts.items()})
@@ -81,7 +81,7 @@ class QuantizedGroupedLinear(Quantized, GroupedLinear):  # type: ignore[misc]  #
             if len(rows)
         ]
         width, like = parts["qweight"].size(-2), (outputs or [rows_RD])[0]
-        return torch.cat([*outputs, like.new_zeros(len(behind), width)])
+        return torch.cat([*outputs, like.new_zeros(len(unused), width)])
 
 
 def product(x: Tensor, bias: Tensor | None, args: QuantizeArgs, parts: Parts) -> Tensor:
@@ -143,10 +143,10 @@ def dense_names(model: nn.Module) -> Iterator[str]:
 
     `wq.weight` stands for all parts of a quantized leaf.
     """
-    held = quantized_leaves(model)
+    leaves = quantized_leaves(model)
     for name, _ in model.named_parameters(remove_duplicate=False):
         path, _, last = name.rpartition(".")
-        if path not in held or last not in held[path].part_names:
+        if path not in leaves or last not in leaves[path].part_names:
             yield name
         elif last == "qweight":
             yield f"{path}.weight"
@@ -171,13 +171,13 @@ def quantize_model(model: M, args: QuantizeArgs, *, empty: bool = False) -> M:
     chosen = _chosen(model, args)
     for path, leaf in chosen.items():
         _check(path, leaf, args, empty)
-    total, bits, held = sum(parameter.numel() for parameter in model.parameters()), 0, 0
+    total, bits, quantized = sum(parameter.numel() for parameter in model.parameters()), 0, 0
     for leaf in chosen.values():
-        held += leaf.weight.numel()
+        quantized += leaf.weight.numel()
         quantize_leaf(leaf, args, empty=empty)
         assert isinstance(leaf, Quantized), "what the surgery made of it"
         bits += 8 * sum(part.nbytes for part in leaf.parts.values())
-    shares = f"{held:,} of {total:,} weights in {bits / held:.2f} bits each"
+    shares = f"{quantized:,} of {total:,} weights in {bits / quantized:.2f} bits each"
     notice(f"{args.kind} in groups of {args.group} on {len(chosen)} leaves: {shares}")
     return model
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from tests.training.finetune.runs import base_folder, run_args, solved
 from tests.training.runs import losses, tiny_args, tiny_config
 from transom.base.errors import RequestError, WorkError
 from transom.training.loop.setup import open_run
@@ -156,6 +157,15 @@ def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
 def test_a_profile_does_not_count_it(tmp_path):
     trainer = open_run(tiny_args(tmp_path), quiet=True, profile_steps=2)
     assert sum(trainer.clock.seconds.values()) == 0.0
+
+
+def test_generated_answers_are_a_part_of_their_own_in_a_profile(tmp_path):
+    words = ("finetune.answer_tokens=4", "finetune.group=2", "steps=1", "finetune.scores=0")
+    base, rows = base_folder(tmp_path / "model"), solved(tmp_path / "rows.jsonl")
+    args = run_args(tmp_path, base, rows, *words, objective="grpo")
+    trainer = open_run(args, quiet=True, profile_steps=1)
+    trainer.fit()
+    assert trainer.clock.seconds["prepare"] > trainer.clock.seconds["data"] > 0
 
 
 def test_its_memory_is_its_own(tmp_path, monkeypatch):

@@ -87,11 +87,7 @@ class Ranks:
 
     def largest(self, number: int) -> int:
         """Return the largest of the ranks' numbers."""
-        if self.world_size == 1:
-            return number
-        tensor = torch.tensor(number, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
-        return int(tensor)
+        return max(int(one) for one in self.each(torch.tensor(number)))
 
     def first(self, number: int) -> int:
         """Return the number of rank 0."""

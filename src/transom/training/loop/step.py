@@ -107,8 +107,9 @@ class Stepper:
         profile_steps: int = 0,
     ) -> None:
         self.args, self.run, self.ranks, self.dtype = args, run, ranks, dtype
-        self.device = ranks.device
-        self.model, self.objective, self.batches = parts.model, parts.objective, parts.data.batches
+        self.device, self.parts = ranks.device, parts
+        self.model, self.tokenizer, self.objective = parts.model, parts.tokenizer, parts.objective
+        self.data, self.batches = parts.data, parts.data.batches
         usable = dtype != torch.float16 or self.device.type == "cuda"
         expected = f"expected bfloat16 or float32 on {self.device.type}"
         require(usable, "dtype", "float16", expected)

@@ -3,49 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
-
-import torch
 
 from transom.base.errors import notice
 from transom.base.interrupts import STOPS, raise_stop
 from transom.base.runtime import matmul_peak, synchronize
 from transom.evaluation.score import Score
-from transom.training.config import TrainArgs
 from transom.training.loop.monitor import Monitor
 from transom.training.loop.random_states import random_states, take_random_states
-from transom.training.loop.ranks import Ranks
-from transom.training.loop.run_folder import RunFolder
-from transom.training.loop.run_parts import RunParts
 from transom.training.loop.step import Stepper, StepResult
 
 
 class Trainer(Stepper):
-    """Takes the steps of a run, and scores, samples and saves between them.
+    """Takes the steps of a run, and scores, samples and saves between them."""
 
-    Args:
-        args: The resolved config.
-        parts: The model, its tokenizer, data and objective, and the writer of its checkpoints.
-        run: Folder of the run.
-        ranks: The ranks that share the work.
-        dtype: Dtype of the matrix products.
-        profile_steps: Number of steps that are profiled.
-    """
-
-    def __init__(
-        self,
-        args: TrainArgs,
-        parts: RunParts,
-        run: RunFolder,
-        ranks: Ranks,
-        dtype: torch.dtype,
-        profile_steps: int = 0,
-    ) -> None:
-        super().__init__(args, parts, run, ranks, dtype, profile_steps)
-        self.tokenizer, self.data, self.writer = parts.tokenizer, parts.data, parts.writer
-        self.monitor = Monitor(args, parts, run, self.line, self.progress, ranks)
+    @functools.cached_property
+    def monitor(self) -> Monitor:
+        """Logs the run."""
+        return Monitor(self.args, self.parts, self.run, self.line, self.progress, self.ranks)
 
     def fit(self) -> Score:
         """Train to the last step, and return the final held-out score.
@@ -218,7 +196,7 @@ class Trainer(Stepper):
         with self._as_saved():
             averages = {} if self.ema is None else self.ema.state_tensors()
             optimizers = self.optimizers.state_tensors()
-            tensors = {**optimizers, **self.writer.tensors(), **averages, **random}
+            tensors = {**optimizers, **self.parts.writer.tensors(), **averages, **random}
             state = {
                 "progress": vars(self.progress),
                 "data": self.batches.state,
@@ -228,7 +206,7 @@ class Trainer(Stepper):
             def write() -> None:
                 keep, step = self.args.keep_last, self.progress.step
                 self.run.save_step(
-                    step, self.writer.write, tensors, state, best=best, keep_last=keep
+                    step, self.parts.writer.write, tensors, state, best=best, keep_last=keep
                 )
 
             self.ranks.on_first(write)
@@ -240,7 +218,7 @@ class Trainer(Stepper):
             RequestError: If a file of the step is missing, altered or of another model.
         """
         folder, tensors, state = self.run.read_step("latest")
-        self.writer.restore(folder, tensors)
+        self.parts.writer.restore(folder, tensors)
         vars(self.progress).update(state["progress"])  # the monitor refers to the same object
         take_random_states(self.ranks, tensors, self.args.seed, self.progress.step)
         if self.ema is not None:

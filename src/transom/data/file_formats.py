@@ -10,6 +10,7 @@ import io
 import json
 import lzma
 import math
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,29 +73,22 @@ def readable(path: Path) -> Iterator[None]:
 def open_bytes(path: Path) -> BinaryIO:
     """Open a file for reading, decompressed if it has a suffix of `COMPRESSIONS`."""
     refuse_pointer(path)
-    compression = path.suffix.lower()
-    if compression == ".gz":
-        return cast(BinaryIO, gzip.open(path))
-    if compression == ".bz2":
-        return cast(BinaryIO, bz2.open(path))
-    if compression == ".xz":
-        return cast(BinaryIO, lzma.open(path))
-    return _open_zst(path) if compression == ".zst" else path.open("rb")
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    openers[".zst"] = _open_zst
+    return cast(BinaryIO, openers.get(path.suffix.lower(), Path.open)(path, "rb"))
 
 
-def _open_zst(path: Path) -> BinaryIO:
+def _open_zst(path: Path, mode: str) -> BinaryIO:
     """Open a Zstandard file: with the standard library from Python 3.14 on, else with pyarrow."""
     try:
-        return cast(BinaryIO, importlib.import_module("compression.zstd").open(path))
+        return cast(BinaryIO, importlib.import_module("compression.zstd").open(path, mode))
     except ImportError:
         pass
     try:
         import pyarrow as pa
     except ImportError:
-        raise RequestError(
-            f"{path}: reading .zst needs pyarrow: pip install 'transom[parquet]'; .gz, .bz2 and "
-            f".xz need nothing"
-        ) from None
+        needs = "reading .zst needs pyarrow: pip install 'transom[parquet]'"
+        raise RequestError(f"{path}: {needs}") from None
     return cast(BinaryIO, io.BufferedReader(pa.input_stream(str(path), compression="zstd")))
 
 
@@ -133,19 +127,17 @@ def parse_json_at(text: str, start: int) -> tuple[Any, int]:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError(
-                "half a surrogate pair, which is no text that UTF-8 can write"
-            ) from None
+            raise ValueError("half a surrogate pair, which UTF-8 can't encode") from None
     return value, end
 
 
 def skip_space(text: str, at: int) -> int:
     """Return the first place from `at` on that is not white space."""
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at
+    space = _SPACE.match(text, at)
+    return at if space is None else space.end()
 
 
+_SPACE = re.compile(r"[ \t\r\n]*")
 _TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 
 
@@ -153,14 +145,9 @@ def _deeper_than(value: Any, depth: int) -> bool:
     """Return whether containers are nested more than `depth` levels deep, without recursion."""
     level = [value]
     for _ in range(depth):
-        level = [item for one in level if isinstance(one, dict | list) for item in _items(one)]
-        if not level:
-            return False
-    return any(isinstance(one, dict | list) for one in level)
-
-
-def _items(value: dict[str, Any] | list[Any]) -> list[Any]:
-    return list(value.values()) if isinstance(value, dict) else value
+        inside = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [item for items in inside for item in items if isinstance(item, dict | list)]
+    return bool(level)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class DataArgs:
         at_least=1,
     )
     cache_dir: str | None = describe(
-        None, "folder of tokenised text; null: $TRANSOM_CACHE or ~/.cache/transom", path=True
+        None, "folder of tokenized data; null: $TRANSOM_CACHE or ~/.cache/transom", path=True
     )
 
     def __post_init__(self) -> None:

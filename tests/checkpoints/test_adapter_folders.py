@@ -19,7 +19,8 @@ from transom.base.files import sha256_of
 from transom.checkpoints.adapters.peft_config import base_of
 from transom.checkpoints.convert import convert
 from transom.checkpoints.files.checksums import CHECKSUMS
-from transom.checkpoints.files.location import find_model, model_folder, read_pointer
+from transom.checkpoints.files.location import find_model, read_pointer
+from transom.checkpoints.fingerprint import fingerprint
 from transom.checkpoints.load import load
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -106,8 +107,8 @@ def test_a_base_that_is_an_adapter_is_refused(run, tmp_path):
             RequestError, match=r"base_model_name_or_path: got .* which is an adapter"
         ):
             find_model(tmp_path / "adapter")
-    with pytest.raises(RequestError, match="step_000002: an adapter; expected a complete model"):
-        model_folder(run)
+    with pytest.raises(RequestError, match=r"model: got .*run'; expected no adapter"):
+        fingerprint(run)
 
 
 def test_an_altered_adapter_is_refused(run):

@@ -14,7 +14,7 @@ from tests.checkpoints.consolidated import MISTRAL_PARAMS, PARAMS, cut, meta_sta
 from tests.checkpoints.families import tiny_hf
 from tests.helpers import random_model, tiny_args
 from transom.base.errors import RequestError
-from transom.checkpoints.files.location import model_folder
+from transom.checkpoints.files.location import find_model
 from transom.checkpoints.load import load
 from transom.checkpoints.open_model import load_tokenizer
 from transom.checkpoints.read_args import read_args
@@ -283,7 +283,7 @@ def test_params_that_are_refused(folder, kind, changes, said):
 def test_unknown_params_are_said(folder, capsys, kind):
     at = folder(kind)
     edit(at / "params.json", surprise=1)
-    read_args(model_folder(at))
+    read_args(find_model(at).model)
     assert "params.json: keys not read: surprise" in capsys.readouterr().err
 
 

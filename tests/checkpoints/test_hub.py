@@ -2,6 +2,8 @@
 has them.
 """
 
+from pathlib import Path
+
 import pytest
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -10,7 +12,7 @@ from tests.helpers import random_model, tiny_args
 from transom.base.errors import RequestError
 from transom.checkpoints.files import hub
 from transom.checkpoints.files.hub import is_hub_id, wanted_files
-from transom.checkpoints.files.location import model_folder
+from transom.checkpoints.files.location import find_model
 from transom.checkpoints.load import load
 from transom.checkpoints.open_model import load_tokenizer
 from transom.checkpoints.save import save
@@ -52,7 +54,7 @@ def test_a_cached_model_is_read_offline_and_said(cache, capsys):
 def test_a_revision_is_another_model(cache):
     older = load("owner/tiny", revision="v1").tok_embeddings.weight
     assert not older.equal(load("owner/tiny").tok_embeddings.weight)
-    assert model_folder("owner/tiny", revision=OLDER).name == OLDER
+    assert find_model("owner/tiny", OLDER).model.name == OLDER
 
 
 @pytest.mark.parametrize(("name", "revision"), [("owner/other", None), ("owner/tiny", "v9")])
@@ -68,9 +70,7 @@ def test_what_is_nowhere_is_one_sentence(cache, name, revision):
 
 def test_a_folder_of_that_name_comes_first(cache, tmp_path):
     save(random_model(tiny_args()), tmp_path / "owner" / "tiny")
-    assert model_folder("owner/tiny") == model_folder(tmp_path / "owner" / "tiny").relative_to(
-        tmp_path
-    )
+    assert find_model("owner/tiny").model == Path("owner/tiny")
     with pytest.raises(RequestError, match="revision: got 'v1'; valid only with a hub id"):
         load("owner/tiny", revision="v1")
 

@@ -21,7 +21,7 @@ from transom.base.fields import describe
 from transom.base.files import cache_dir, read_json, write_text
 from transom.checkpoints.files.layout import files_read
 from transom.checkpoints.files.lazy_tensors import LazyTensor, LazyTensors
-from transom.checkpoints.files.location import model_folder
+from transom.checkpoints.files.location import find_model
 from transom.checkpoints.read_args import read_args
 from transom.checkpoints.state import open_parameters
 from transom.config.model_args import ModelArgs
@@ -66,7 +66,9 @@ def fingerprint(folder: str | Path, *, fresh: bool = False) -> str:
     Raises:
         RequestError: There is no such model, or its files are damaged.
     """
-    where = model_folder(folder)
+    location = find_model(folder)
+    require(location.adapter is None, "model", str(folder), "expected no adapter")
+    where = location.model
     now = time.time_ns()
     states = _file_states(where)
     cached = None if fresh else _cached(where, states)

@@ -15,7 +15,7 @@ from typing import Any
 from transom.base.errors import RequestError, require
 from transom.base.files import json_text, write_text
 from transom.checkpoints.files.hub import is_hub_id
-from transom.checkpoints.files.location import model_folder
+from transom.checkpoints.files.location import find_model
 from transom.cli.main import emit_json, user_path
 from transom.evaluation.eval_args import EvalArgs
 from transom.evaluation.task_data import open_data
@@ -114,7 +114,7 @@ def check_arguments(options: argparse.Namespace) -> None:
     require(fits, "--revision", options.revision, "valid only with one model")
     for name in options.compare or [options.model]:
         if not Path(name).exists() and not is_hub_id(name):
-            model_folder(name)  # raises its error; a hub id is looked up later
+            find_model(name)  # raises its error; a hub id is looked up later
     for flag, name in (("--out", options.out), ("--rows", options.rows)):
         if name is not None:
             exists = Path(name).parent.is_dir()

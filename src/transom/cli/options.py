@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from transom.base.fields import field_types, options_of
 from transom.checkpoints.files.hub import is_hub_id
-from transom.checkpoints.files.location import model_folder
+from transom.checkpoints.files.location import find_model
 from transom.cli.main import user_path
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def check_model(options: argparse.Namespace) -> None:
     """Raise a `RequestError` if the model can't be there, before torch is imported."""
     if not Path(options.folder).exists() and not is_hub_id(options.folder):
-        model_folder(options.folder)  # raises; a hub id is looked up after everything else
+        find_model(options.folder)  # raises; a hub id is looked up after everything else
 
 
 def opening(options: argparse.Namespace) -> dict[str, Any]:

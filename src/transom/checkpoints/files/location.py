@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from transom.base.errors import RequestError, notice
+from transom.base.errors import RequestError, notice, require
 from transom.checkpoints.adapters.peft_config import base_of, base_revision
 from transom.checkpoints.files.hub import download, is_hub_id
 from transom.checkpoints.files.layout import (
@@ -90,20 +90,6 @@ def find_model(
     return ModelLocation(model, folder)
 
 
-def model_folder(name: str | Path, revision: str | None = None) -> Path:
-    """Return the folder of a complete model; see `find_model`.
-
-    Raises:
-        RequestError: There is no such folder, or it holds an adapter.
-    """
-    folder = named_folder(name, revision)
-    if is_adapter(folder):
-        raise RequestError(
-            f"{folder}: an adapter; expected a complete model, such as this one merged"
-        )
-    return folder
-
-
 def named_folder(
     name: str | Path, revision: str | None = None, settings_only: bool = False
 ) -> Path:
@@ -113,19 +99,15 @@ def named_folder(
     """
     folder = Path(name)
     if not folder.exists() and not folder.parent.exists() and is_hub_id(str(name)):
-        return named_folder(
-            download(str(name), revision, settings_only=settings_only), None, settings_only
-        )
-    if revision is not None:
-        raise RequestError(
-            f"revision: got {revision!r}; valid only with a hub id, and {name} is not one"
-        )
-    if not folder.exists():
-        raise RequestError(
-            f"{folder}: no such folder; expected a model, adapter or run folder, or a hub id"
-        )
+        fetched = download(str(name), revision, settings_only=settings_only)
+        return named_folder(fetched, None, settings_only)
+    of_hub = f"valid only with a hub id, and {name} is not one"
+    require(revision is None, "revision", revision, of_hub)
     if not folder.is_dir():
-        raise RequestError(f"{folder}: a file; expected a model, adapter or run folder")
+        found = "a file" if folder.exists() else "no such folder"
+        raise RequestError(
+            f"{folder}: {found}; expected a model, adapter or run folder, or a hub id"
+        )
     if is_model(folder):
         return folder
     for pointer in ("best", "latest"):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import require
 from transom.base.fields import read, write
 from transom.config.layer_args import (
     LayerArgs,
@@ -300,18 +300,6 @@ class ModelArgs(ModelFields):
         data = write(self)
         assert isinstance(data, dict)
         return data
-
-    @classmethod
-    def from_json(cls, text: str) -> ModelArgs:
-        """Return the arguments that `to_json` wrote. Raise `RequestError` for other text."""
-        try:
-            return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise RequestError(f"model arguments: not JSON ({error})") from None
-
-    def to_json(self) -> str:
-        """Return `to_dict` as indented JSON."""
-        return json.dumps(self.to_dict(), indent=2)
 
 
 _DEFAULTS = {field.name: field.default for field in fields(ModelArgs)}

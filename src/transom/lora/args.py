@@ -64,11 +64,6 @@ class LoraArgs:
             f"expected one or more, such as {ROLES[-1]}",
         )
 
-    @property
-    def scale(self) -> float:
-        """The factor on B(A x)."""
-        return scale_of(self.scaling, self.alpha, self.rank)
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LoraArgs:
         """Return the arguments that a mapping of fields describes. Raise `RequestError` for an

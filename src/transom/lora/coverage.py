@@ -32,17 +32,21 @@ ORDER = (
 
 
 def role_of(path: str) -> str:
-    """Return the role of a leaf of the text model (one of `args.ROLES`), or its name if it is
-    not in a block.
-    """
+    """Return the role of a module (see `ORDER`), or its name if it has none of them."""
     parts = path.split(".")
+    if parts[0] == "vision":
+        return "vision"
+    if parts[-1] == "router":
+        return "router"
+    if "norm" in parts[-1]:
+        return "norms"
     if parts[0] != "layers" or len(parts) < 4:
         return path
     if parts[2] != "feed_forward":
         return "attention"
-    return (
-        "experts" if "experts" in parts else "shared_experts" if "shared_expert" in parts else "ffn"
-    )
+    if "experts" in parts:
+        return "experts"
+    return "shared_experts" if "shared_expert" in parts else "ffn"
 
 
 @dataclass
@@ -81,7 +85,7 @@ def coverage(model: LLM) -> list[Role]:
         if ".lora" in path or not own:
             continue
         seen.update(id(parameter) for parameter in own)
-        name = _role_name(path)
+        name = role_of(path)
         role = roles.setdefault(name, Role(name))
         new = _training(_new_parameters(adapters.get(path)))
         whole = _training(own)
@@ -95,15 +99,6 @@ def coverage(model: LLM) -> list[Role]:
         )
     places = {name: place for place, name in enumerate(ORDER)}
     return sorted(roles.values(), key=lambda role: places.get(role.name, len(ORDER)))
-
-
-def _role_name(path: str) -> str:
-    parts = path.split(".")
-    if parts[0] == "vision":
-        return "vision"
-    if parts[-1] == "router":
-        return "router"
-    return "norms" if "norm" in parts[-1] else role_of(path)
 
 
 def _new_parameters(held: Adapters | None) -> Iterable[nn.Parameter]:

@@ -4,7 +4,6 @@ code (`tables.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,23 +11,19 @@ from torch import Tensor, nn
 from transom.base.errors import RequestError
 from transom.config.model_args import ModelArgs
 from transom.names.tables import IGNORED_ENDINGS, REFERENCE_NAMES, expand
-from transom.names.transforms import Shape, apply_transform
+from transom.names.transforms import apply_transform
 
 
-def accept_reference_names(
-    args: ModelArgs, state: dict[str, Tensor], shapes: Mapping[str, Shape], prefix: str = ""
+def load_hook(
+    args: ModelArgs, module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any
 ) -> None:
-    """Rename foreign keys of a state dict to ours, in place.
-
-    Args:
-        args: the model.
-        state: the state dict.
-        shapes: the shapes of the model's parameters, by name.
-        prefix: the beginning of all keys of this model.
+    """Pre-hook for `load_state_dict` that renames foreign keys in place. Bind `args` with
+    `functools.partial`.
 
     Raises:
         RequestError: a weight is there under both names, or a foreign tensor has the wrong shape.
     """
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     for key in [key for key in state if key.endswith(IGNORED_ENDINGS)]:
         del state[key]
     for mapping in expand(REFERENCE_NAMES, args, shapes):
@@ -54,13 +49,3 @@ def accept_reference_names(
         for name in foreign:
             del state[name]
         state.update(zip(ours, tensors, strict=True))
-
-
-def load_hook(
-    args: ModelArgs, module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any
-) -> None:
-    """Pre-hook for `load_state_dict` that renames foreign keys. Bind `args` with
-    `functools.partial`.
-    """
-    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    accept_reference_names(args, state, shapes, prefix)

@@ -42,8 +42,8 @@ def _parse(text: str, as_latex: bool) -> tuple[Any, ...]:
     from math_verify import LatexExtractionConfig, parse
 
     if as_latex:  # all of the text or nothing, or the factor of an incomplete root would be read
-        whole = [LatexExtractionConfig()]
-        return tuple(parse(f"${text}$", whole, fallback_mode="no_fallback", parsing_timeout=None))
+        latex = [LatexExtractionConfig()]
+        return tuple(parse(f"${text}$", latex, fallback_mode="no_fallback", parsing_timeout=None))
     return tuple(parse(text, fallback_mode="no_fallback", parsing_timeout=None))
 
 

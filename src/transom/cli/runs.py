@@ -77,7 +77,7 @@ def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer,
         return trainer, final, 0 if stopped == signal.SIGINT else 128 + stopped
     print(f"run     {trainer.run.path}\nreport  {report}")
     if final.count:
-        print(f"held out: {final}")
+        print(f"held out: {final.summary}")
     return trainer, final, 0
 
 

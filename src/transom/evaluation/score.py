@@ -69,13 +69,14 @@ class Score:
         out[self.unit] = round(self.count)
         return out | ({"bytes": self.bytes} if self.bytes else {})
 
-    def __str__(self) -> str:
-        """The means in words, such as `loss 0.693, accuracy 0.500 over 32 pairs`."""
+    @property
+    def summary(self) -> str:
+        """The means in words, such as `loss 0.693, accuracy 0.500`."""
         if self.bytes:
-            return (
-                f"{self.bits_per_byte:.3f} bits per byte, perplexity {self.perplexity:.1f} "
-                f"over {round(self.count):,} tokens"
-            )
+            return f"{self.bits_per_byte:.3f} bits per byte, perplexity {self.perplexity:.1f}"
         means = {name: value for name, value in self.row().items() if name != self.unit}
-        shown = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
-        return f"{shown} over {round(self.count):,} {self.unit}"
+        return ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+
+    def __str__(self) -> str:
+        """The summary and the number of items."""
+        return f"{self.summary} over {round(self.count):,} {self.unit}"

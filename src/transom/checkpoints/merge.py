@@ -48,7 +48,8 @@ class BaseForm:
 
     def __str__(self) -> str:
         words = (self.dtype, None if self.quantize is None else self.quantize.kind)
-        return ", ".join(filter(None, words)) or "the files' own numbers"
+        form = ", ".join(filter(None, words))
+        return f"base as in training: {form}" if form else "full-precision base"
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,6 @@ class Merge:
         """The forms of the base to merge on: that of training, and the numbers of the files."""
         return tuple(dict.fromkeys((self.trained, BaseForm())))
 
-    def name_of(self, form: BaseForm) -> str:
-        """Return a form in words."""
-        return "full-precision base" if form == BaseForm() else f"base as in training: {form}"
-
     def unmerged(self, form: BaseForm) -> LLM:
         """Return the base in a form, in wide numbers, with all adapters active.
 
@@ -222,11 +219,7 @@ def trained_form(adapters: Sequence[Path], own: torch.dtype) -> BaseForm:
         # A wider dtype has the same numbers, but the scales of quantized ones are rounded to it.
         same = torch.promote_types(own, kind) == kind and quantize is None
         forms.append(BaseForm(None if same else facts.dtype, quantize))
-    different = list(dict.fromkeys(forms))
+    different = dict.fromkeys(map(str, forms))
     if len(different) > 1:
-        raise RequestError(
-            f"adapters trained on a base in {' and in '.join(map(str, different))}; expected "
-            "those of "
-            "one form"
-        )
+        raise RequestError(f"adapters of {' and of '.join(different)}; expected those of one form")
     return forms[0] if forms else BaseForm()

@@ -103,10 +103,10 @@ def merge_folders(
             **_request(merge, rows),
             "controls": {name: asdict(one) for name, one in controls.items()},
             "candidates": [
-                {"name": merge.name_of(form), **({} if one is None else asdict(one))}
+                {"name": str(form), **({} if one is None else asdict(one))}
                 for form, one in candidates.items()
             ],
-            "kept": merge.name_of(kept),
+            "kept": str(kept),
             "why": "the only candidate"
             if alone
             else "the lowest divergence from the unmerged model",
@@ -172,7 +172,7 @@ def measure(
         model = merge.rounded(merge.merged(model))
         found = compare(model)
         if not math.isfinite(found.kl):
-            name = merge.name_of(form)
+            name = str(form)
             raise WorkError(f"{name}: logits are NaN or infinite; nothing was written")
         candidates[form] = found
     return controls, candidates, model

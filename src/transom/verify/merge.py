@@ -212,7 +212,7 @@ def compare_merged(out: Path, name: str) -> Iterator[Finding]:
         weights = tuple(one["weight"] for one in report["adapters"])
         args = CombineArgs(**report["combine"], weights=weights)
         merge = Merge.plan(report["base"]["folder"], folders, args, report["out"]["dtype"])
-        form = {merge.name_of(form): form for form in merge.forms}[report["kept"]]
+        form = {str(form): form for form in merge.forms}[report["kept"]]
     except (KeyError, TypeError) as error:
         raise RequestError(f"{out / REPORT}: not the report of a merge ({error})") from None
     model = merge.unmerged(form)

@@ -7,9 +7,7 @@ models/checkpoint.py.
 from __future__ import annotations
 
 import io
-import pickle
 import re
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -120,32 +118,24 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file:
             zipped = file.read(4) == _ZIP
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
-    if zipped and not zipfile.is_zipfile(path):
-        raise RequestError(f"{path}: not a complete checkpoint, its end is missing")
-    try:
         with torch.serialization.safe_globals(_EXTRA_STATES):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
     except MemoryError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         refuse_pointer(path)
-        pickled = isinstance(error, pickle.UnpicklingError)
-        code = re.search(r"GLOBAL (\S+)", str(error)) if pickled else None
-        found = f"would run {code[1]}" if code else f"not a complete file ({type(error).__name__})"
-        raise RequestError(f"{path}: {found}; expected a file of tensors alone") from None
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"would run {code[1]}" if code else f"cannot be read ({type(error).__name__})"
+        raise RequestError(f"{path}: {found}; expected a complete file of tensors") from None
     if not zipped:
         notice(f"{path}: of a layout that cannot be mapped: all of it was read into memory")
-    named = isinstance(state, dict)
+    named, out = isinstance(state, dict), dict[str, Tensor]()
     require(named, str(path), type(state).__name__, "expected tensors with names")
     for key, value in state.items():
-        kind = type(value).__name__
-        right = isinstance(value, Tensor | io.BytesIO)
+        right, kind = isinstance(value, Tensor | io.BytesIO), type(value).__name__
         require(right, f"{path}: {key}", kind, "expected a tensor with a name")
-    # An extra state is an empty tensor.
-    values = {str(k): v if isinstance(v, Tensor) else torch.empty(0) for k, v in state.items()}
-    return {key: tensor.detach() for key, tensor in values.items()}
+        out[str(key)] = value.detach() if isinstance(value, Tensor) else torch.empty(0)
+    return out
 
 
 def _joined(key: str, parts: Sequence[Tensor], args: ModelArgs, folder: Path) -> LazyTensor:

@@ -1,7 +1,9 @@
 """What the documents say about the tree is true, and the front of the house stays light."""
 
 import ast
+import io
 import re
+import tokenize
 import tomllib
 from pathlib import Path
 
@@ -131,3 +133,32 @@ CIRCLES: list[set[str]] = []
 def test_no_modules_import_each_other():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [{"b", "c"}]
     assert circles(imports(ROOT / "src" / "transom")) == CIRCLES
+
+
+# Words that stand for a term of the field or for a clear subject ("said", "what it goes by").
+PRIVATE_WORDS = re.compile(
+    r"\b(said|lonely|behind|thereof|whoever|at hand|goes by|comes out of|in a word|no business"
+    r"|what is there|told (?!apart|from))\b",
+    re.IGNORECASE,
+)
+
+
+def prose(path: Path) -> list[str]:
+    """Return the comments and strings of a Python file, or the text of another file."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return [text]
+    kinds = (tokenize.COMMENT, tokenize.STRING)
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return [token.string for token in tokens if token.type in kinds]
+
+
+def test_the_text_has_no_private_words():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]
+    found = {
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in [*pages, *(ROOT / "src").rglob("*.py")]
+        for text in prose(path)
+        for match in PRIVATE_WORDS.finditer(text)
+    }
+    assert not found

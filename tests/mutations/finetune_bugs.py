@@ -54,7 +54,7 @@ def masked_end_of_turn() -> AbstractContextManager[None]:
 
 
 def masked_padding() -> AbstractContextManager[None]:
-    """Every token that is also used as padding carries no loss, EOS behind an answer among them."""
+    """Every token that is also used as padding carries no loss, including EOS after an answer."""
 
     def make(original: Call) -> Call:
         def items(self: Any, *given: Any) -> list[tuple[EncodedChat, ...]]:

@@ -145,7 +145,7 @@ def rotated_nope() -> AbstractContextManager[None]:
 
 
 def norm_behind_rotation() -> AbstractContextManager[None]:
-    """A learned norm of heads is applied behind the rotation."""
+    """A learned norm of heads is applied after the rotation."""
 
     def outer(forward: Call) -> Call:
         def wrapped(self: Attention, x: Tensor, step: Step, cache: object = None) -> Tensor:
@@ -355,7 +355,7 @@ def nan_in_masked_rows() -> AbstractContextManager[None]:
 
 
 def lost_partial_block() -> AbstractContextManager[None]:
-    """Keys behind the last whole block are left out."""
+    """Keys after the last complete block are left out."""
 
     def make(original: Call) -> Call:
         def key_blocks(self: object, start: int, stop: int) -> Iterator[tuple[int, int, Any]]:

@@ -205,16 +205,16 @@ _GUARD = threading.RLock()
 
 
 def _acquire(path: Path, named: Path, wait: bool) -> _Lock:
-    lock, told = _Lock(path), False
+    lock, noticed = _Lock(path), False
     try:
         while not lock.try_lock():
             holder = lock.holder()
             if not wait:
                 advice = "wait until it has ended, or name another folder"
                 raise RequestError(f"{named}: {holder} is writing there; {advice}")
-            if not told:
+            if not noticed:
                 notice(f"{named}: waiting for {holder}, which is writing there")
-                told = True
+                noticed = True
             time.sleep(WAIT_SECONDS)
     except BaseException:
         lock.remove_made()

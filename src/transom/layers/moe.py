@@ -97,7 +97,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def preference(self, logits_TE: Tensor) -> Tensor:
-        """Return what the choice goes by [T, E]; -inf in groups that are not eligible."""
+        """Return the scores that decide the choice [T, E]; -inf in groups that are not eligible."""
         # Scores have the same order, but large ones round to the same number.
         if self.choice_bias is None:
             return logits_TE
@@ -312,7 +312,7 @@ def within_capacity(ids_TA: Tensor, preference_TE: Tensor, rows: int, moe: MoeAr
 
     Args:
         ids_TA: Chosen expert ids; -1 is none.
-        preference_TE: What the choice goes by [T, E].
+        preference_TE: The scores that decide the choice [T, E].
         rows: Rows of the batch; each has a capacity of its own.
         moe: Arguments of the layer.
     """

@@ -166,7 +166,7 @@ def fit(size: tuple[int, int], canvas: tuple[int, int], largest: int | None) -> 
 
 
 def open_image(source: Image.Image | Path | str | bytes) -> Image.Image:
-    """Return an image as upright RGB: rotated as its camera says, with white behind transparency.
+    """Return an image as upright RGB: rotated as its camera says, on a white background.
 
     Of several frames the first one is used, and a notice says so.
 

@@ -1,9 +1,9 @@
 """The modules of other codes that hold the weights of our leaves, for reading and writing adapters.
 
 The mapping of a foreign weight to ours is that of its adapter, too. A multiplies the inputs, so all
-of our leaves behind one foreign weight share it. B makes the outputs, so it is cut and reordered as
-the weight is. A site is a foreign module, or a parameter of a module that holds several (fused
-experts).
+of our leaves that one foreign weight contains share it. B makes the outputs, so it is cut and
+reordered as the weight is. A site is a foreign module, or a parameter of a module that holds
+several (fused experts).
 """
 
 from __future__ import annotations

@@ -106,11 +106,11 @@ class Ranks:
                 call()
             except BaseException as error:
                 failure = error
-        told = self._from_first(failure and (isinstance(failure, RequestError), str(failure)))
+        failed = self._from_first(failure and (isinstance(failure, RequestError), str(failure)))
         if failure is not None:
             raise failure
-        if told:
-            raise (RequestError if told[0] else WorkError)(f"rank 0: {told[1]}")
+        if failed:
+            raise (RequestError if failed[0] else WorkError)(f"rank 0: {failed[1]}")
 
     def each(self, tensor: Tensor) -> list[Tensor]:
         """Return the tensors of all ranks, in the order of the ranks. They have one shape."""

@@ -27,7 +27,8 @@ class Ema:
     """The moving average of every trainable weight of a model, in the weights' own dtype.
 
     A step folder's model.safetensors has the averages, and its trainer.safetensors the trained
-    weights: whoever loads the folder gets what was scored, and only a resumed run needs the rest.
+    weights. A user who loads the folder gets the scored weights, and a resumed run continues with
+    the others.
     Frozen weights, and those that are changed otherwise, such as the choice biases of experts, have
     no average.
 

@@ -255,7 +255,7 @@ def _samples(rows: Sequence[Row]) -> str:
     blocks = []
     for row in reversed(rows):
         texts = [
-            f'<pre class="said"><b>{escape(one["prompt"])}</b>{escape(one["text"])}</pre>'
+            f'<pre class="sample"><b>{escape(one["prompt"])}</b>{escape(one["text"])}</pre>'
             for one in row["samples"]
         ]
         blocks.append(f"<p>step {row['step']:,}</p>{''.join(texts)}")

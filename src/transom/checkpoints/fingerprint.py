@@ -196,7 +196,7 @@ def check_base(adapter: str | Path, base: str | Path, base_fingerprint: str | No
     elif facts.base_fingerprint != found:
         raise RequestError(
             f"base: got {str(base)!r} with fingerprint {found[:12]}; expected the base that "
-            f"{adapter} "
-            f"was trained on, with fingerprint {facts.base_fingerprint[:12]} ({facts.base})"
+            f"{adapter} was trained on, with fingerprint {facts.base_fingerprint[:12]} "
+            f"({facts.base})"
         )
     return found

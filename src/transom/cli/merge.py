@@ -26,13 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     folders = (
         "ADAPTER, or ADAPTER OUT, or BASE ADAPTER ... OUT. An adapter is its folder, the run that "
         "trained it, or a hub id. BASE is the one that the adapter names unless it is given; OUT "
-        "is "
-        "ADAPTER-merged unless it is given"
+        "is ADAPTER-merged unless it is given"
     )
     method = (
         "how several adapters are combined: linear (their sum, default), ties (arXiv 2306.01708) "
-        "or "
-        "dare (arXiv 2311.03099)"
+        "or dare (arXiv 2311.03099)"
     )
     data = (
         "text to measure on: a file, folder or glob (default: the examples that the run held out, "

@@ -160,8 +160,7 @@ def to_leaves(
         wanted = ", ".join(str(tuple(leaf.weight.shape)) for leaf in leaves)
         raise RequestError(
             f"{where}: {site_of(mapping.foreign[0])}: got A {a} and B {b}; expected shapes that "
-            "fit "
-            f"weights {wanted}"
+            f"fit weights {wanted}"
         ) from None
     shared = nn.Parameter(_copied(A, leaves[0]))
     out: dict[str, LoraWeights] = {}
@@ -300,8 +299,7 @@ def _magnitudes(
     if len(own) < len(mapping.ours) or is_parameter(mapping):
         raise RequestError(
             f"DoRA on {', '.join(here)}: {site_of(mapping.foreign[0])} of {naming.family} cannot "
-            "hold "
-            "it; expected LoRA there, or DoRA on all of its parts"
+            "hold it; expected LoRA there, or DoRA on all of its parts"
         )
     rows = [naming.reordered(path, m.detach(), to_ours=False) for path, m in own.items()]
     return [*invert_transform(mapping.transform, rows)]

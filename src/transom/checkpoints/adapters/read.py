@@ -301,8 +301,7 @@ def _without_tied_output(
         if not same:
             raise RequestError(
                 f"{where}: {given[0]} has values of its own; expected those of the embeddings, "
-                "since "
-                "tie_word_embeddings is true"
+                "since tie_word_embeddings is true"
             )
     return {key: tensor for key, tensor in whole.items() if key != head}
 

@@ -134,8 +134,7 @@ def _peft(
     if twice is not None:
         raise RequestError(
             f"{site_of(twice)} of {naming.family}: got an adapter and a weight of its own; "
-            "expected "
-            "one for everything in it"
+            "expected one for everything in it"
         )
     modules = {in_memory(naming, key).rpartition(".")[0] for key in saved}
     fields: dict[str, Any] = {}

@@ -119,8 +119,8 @@ def named_folder(
         return folder
     also = ", or one with tokenizer.json, tekken.json or tokenizer.model" if settings_only else ""
     raise RequestError(
-        f"{folder}: no {CONFIG}, no {PARAMS}, no {ADAPTER_CONFIG} and no finished step; "
-        f"expected a model, adapter or run folder{also}"
+        f"{folder}: no {CONFIG}, no {PARAMS}, no {ADAPTER_CONFIG} and no finished step; expected a "
+        f"model, adapter or run folder{also}"
     )
 
 
@@ -138,7 +138,7 @@ def read_pointer(run: Path, name: str) -> Path | None:
     step = run / pointer.read_text(encoding="utf-8").strip()
     if not is_model(step):
         raise RequestError(
-            f"{pointer}: names {step.name!r}, which is not a model or adapter folder; "
-            f"delete {pointer.name!r} or restore the folder"
+            f"{pointer}: names {step.name!r}, which is not a model or adapter folder; delete "
+            f"{pointer.name!r} or restore the folder"
         )
     return step

@@ -14,11 +14,10 @@ import pickle
 import signal
 import subprocess
 import sys
-from bisect import bisect
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import accumulate, cycle, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ import numpy as np
 
 from transom.base.errors import RequestError, WorkError, collected_notices, notice, require
 from transom.data.cache import (
-    CacheEntry,
     ShardWriter,
     cache_entry,
     read_column,
@@ -59,7 +57,7 @@ def prepare_chats(
     """Encode examples, or open the shards that an earlier call wrote.
 
     Args:
-        parts: The examples of each data set. They are read again if they are not in the cache.
+        parts: Examples of one kind. They are read again if they are not in the cache.
         encoder: The tokenizer, the chat template and the settings.
         cache_dir: The folder of all cache entries; None is `$TRANSOM_CACHE`, or `~/.cache/transom`.
         processes: How many processes encode; by default as many as the examples and cores allow.
@@ -74,22 +72,26 @@ def prepare_chats(
         RequestError: An example can't be encoded, or the cache folder can't be written to.
         WorkError: The disk is full, or the examples changed while they were read.
     """
-    made: list[EncodedChats] = []
-    for examples in filter(len, parts):
-        count = usable_processes(len(examples)) if processes is None else processes
+    count = sum(map(len, parts))
+    if not count:
+        return EncodedChats([])
+    if processes is None:
+        processes = usable_processes(count)
 
-        def make(folder: Path, examples: Examples = examples, count: int = count) -> dict[str, Any]:
-            shown = with_progress(examples, "encoding", len(examples), progress)
-            chunks = encoded_chunks(encoder, shown, count)
-            return _write(folder, chunks, strict=problems is None)
+    def make(folder: Path) -> dict[str, Any]:
+        shown = with_progress(chain(*parts), "encoding", count, progress)
+        chunks = encoded_chunks(encoder, shown, processes)
+        return _write(folder, chunks, strict=problems is None)
 
-        entry = cache_entry(cache_dir, ["chat", FORMAT, examples.sha256, *encoder.key], make)
-        for message in entry.meta["notices"]:
-            notice(message)
-        found = [Problem(*problem) for problem in entry.meta["problems"]]
-        _add_problems(found, problems)
-        made.append(_open(entry))
-    return _joined(made)
+    content = [examples.sha256 for examples in parts]
+    entry = cache_entry(cache_dir, ["chat", FORMAT, content, *encoder.key], make)
+    meta = entry.meta
+    for message in meta["notices"]:
+        notice(message)
+    _add_problems([Problem(*problem) for problem in meta["problems"]], problems)
+    items = ShardItems(entry.folder, meta["rows_per_item"])
+    counts, left_out = ChatCounts(**meta["counts"]), Counter(meta["left_out"])
+    return EncodedChats(items, counts, meta["labels"] or None, left_out)
 
 
 def usable_processes(examples: int) -> int:
@@ -202,6 +204,9 @@ def _write(folder: Path, chunks: Iterable[Chunk], *, strict: bool) -> dict[str, 
                 sizes.add(len(item))
                 for row in item:
                     writer.append(row.id, row.ids, weights=row.weights)
+    alike = len(sizes) < 2 and len(labels) in (0, counts.rows)
+    expected = "expected pairs or labels for all, or for none"
+    require(alike, "data.sources", "several kinds of rows", expected)
     return {
         "counts": asdict(counts),
         "left_out": left_out,
@@ -210,13 +215,6 @@ def _write(folder: Path, chunks: Iterable[Chunk], *, strict: bool) -> dict[str, 
         "problems": problems,
         "notices": list(notices),
     }
-
-
-def _open(entry: CacheEntry) -> EncodedChats:
-    meta = entry.meta
-    items = ShardItems(entry.folder, meta["rows_per_item"])
-    counts, left_out = ChatCounts(**meta["counts"]), Counter(meta["left_out"])
-    return EncodedChats(items, counts, meta["labels"] or None, left_out)
 
 
 class ShardItems(Sequence[tuple[EncodedChat, ...]]):
@@ -244,34 +242,3 @@ class ShardItems(Sequence[tuple[EncodedChat, ...]]):
     def _row(self, row: int) -> EncodedChat:
         part = slice(self._offsets[row], self._offsets[row + 1])
         return EncodedChat(self._ids[row], self._tokens[part], self._weights[part])
-
-
-class JoinedItems(Sequence[tuple[EncodedChat, ...]]):
-    """The items of several sequences, one sequence after another."""
-
-    def __init__(self, parts: Sequence[Sequence[tuple[EncodedChat, ...]]]) -> None:
-        self._parts = parts
-        self._starts = [0, *accumulate(map(len, parts))]
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def __getitem__(self, index: Any) -> Any:
-        """Return item `index`, 0 or more."""
-        if index >= len(self):
-            raise IndexError(index)
-        part = bisect(self._starts, index) - 1
-        return self._parts[part][index - self._starts[part]]
-
-
-def _joined(parts: Sequence[EncodedChats]) -> EncodedChats:
-    """Return the rows of several sets, which all have to be of one kind."""
-    filled = [part for part in parts if part.items]
-    kinds = {(part.rows_per_item, part.labels is None) for part in filled}
-    expected = "expected pairs or labels for all, or for none"
-    require(len(kinds) < 2, "data.sources", "several kinds", expected)
-    items = JoinedItems([part.items for part in filled])
-    labels = [label for part in filled for label in part.labels or ()]
-    counts = sum((part.counts for part in parts), ChatCounts())
-    left_out = sum((part.left_out for part in parts), Counter[str]())
-    return EncodedChats(items, counts, labels or None, left_out)

@@ -280,6 +280,7 @@ class _RenderedRow:
             stop = self._count(length) if same == length else None
         if end > same or (not ended and stop is None):
             return NOT_FOUND
+        # Counting tokens is ten times as fast as finding the span of each token in the text.
         begin = None if asked is None else self._count(asked)
         like_prompt = begin is not None
         if begin is None or stop is None:

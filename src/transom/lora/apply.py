@@ -143,17 +143,9 @@ def saved_modules(model: LLM, names: Iterable[str]) -> dict[str, nn.Module]:
     names, or whose parents it names.
     """
     out: dict[str, nn.Module] = {}
-    owners = {
-        path: module
-        for path, module in model.named_modules()
-        if any(True for _ in module.parameters(False))
-    }
+    owners = {path: one for path, one in model.named_modules() if [*one.parameters(False)]}
     for name in names:
-        found = {
-            path: owners[path]
-            for path in owners
-            if f".{path}".endswith(f".{name}") or f".{name}." in f".{path}."
-        }
+        found = {path: owners[path] for path in owners if f".{name}." in f".{path}."}
         if not found:
             ends = {path.rpartition(".")[2] for path in owners}
             raise RequestError(

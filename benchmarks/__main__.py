@@ -1,6 +1,4 @@
-"""`python -m benchmarks [names] [--device cuda]`: measure, keep the rows, write the pages made of
-them.
-"""
+"""`python -m benchmarks [NAMES] [--device cuda]`: run benchmarks and write their pages."""
 
 from __future__ import annotations
 
@@ -41,9 +39,7 @@ HIDDEN = {"benchmark", "transom", "torch", "processor", "threads", "commit", "da
 
 
 def main() -> None:
-    """Run the benchmarks named (default all), replace their rows of this machine, write the
-    page.
-    """
+    """Run the named benchmarks (default: all), replace their rows, and write the pages."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[*NAMES, []], default=[])
     parser.add_argument("--device", default="cpu")
@@ -70,7 +66,7 @@ def main() -> None:
 
 
 def page(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown, one section per benchmark and machine."""
+    """Return the rows as Markdown, with one section per benchmark and machine."""
     lines = [
         "# Benchmarks",
         "",

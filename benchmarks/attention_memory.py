@@ -1,5 +1,6 @@
-"""Memory of attention over length, gradients included: every rule must grow no faster than the
-sequence.
+"""Peak memory of attention over the sequence length, gradients included.
+
+The memory of every mask rule must grow no faster than the sequence.
 """
 
 from __future__ import annotations
@@ -28,9 +29,7 @@ RULES = {
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
-    """One row per rule: MiB that a forward and backward adds at each length, and growth relative to
-    length.
-    """
+    """Return one row per rule: MiB of a forward and backward by length, and their growth."""
     if device.type != "cpu":
         return []
     out = []
@@ -75,9 +74,7 @@ def _run(case: str, length: int) -> str:
 
 
 def main(case: str, length: int) -> None:
-    """Print [MiB that one forward and backward adds to this process's peak, inputs and gradients
-    too; backend].
-    """
+    """Print the MiB that a forward and backward adds to the peak, and the backend."""
     _run(case, 1024)  # what the first call allocates for good
     Path("/proc/self/clear_refs").write_text(
         "5"

@@ -1,6 +1,4 @@
-"""Activation checkpointing: memory of a forward and backward, and its time, for every choice;
-offload on GPUs.
-"""
+"""Activation checkpointing: memory and time of a forward and backward for every choice."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ OFFLOADED = ("none, offloaded", "full, offloaded")
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
-    """One row per choice, against none: memory above weights and gradients, and seconds."""
+    """Return one row per choice: memory above weights and gradients, and seconds."""
     choices = CHOICES + OFFLOADED * (device.type == "cuda")
     calls = {choice: _step(choice, device) for choice in choices}
     seconds = interleaved(calls, device, rounds=5)
@@ -61,7 +59,7 @@ def rows(device: torch.device) -> list[dict[str, Any]]:
 
 
 def _step(choice: str, device: torch.device) -> Callable[[], None]:
-    """Forward and backward into gradients that are there already, as with accumulation."""
+    """Return a forward and backward that adds to existing gradients, as in accumulation."""
     model = LLM(ModelArgs(**SHAPE))
     model.init_weights(0)
     model.to(device).train()

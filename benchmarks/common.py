@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing, and rows that say where they come from."""
+"""Interleaved timing, and rows that state where they were measured."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ def interleaved(
     rounds: int = 5,
     warmup: int = 1,
 ) -> dict[str, float]:
-    """Median seconds of each case; one call of each per round, so that drift of the machine hits
-    all alike.
+    """Return the median seconds of each case.
+
+    Every round calls each case once, so that a change of the machine's speed affects all of them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(warmup + rounds):
@@ -42,7 +43,7 @@ def interleaved(
 
 
 def stamp(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with machine, versions, commit and date."""
+    """Return a row with machine, versions, commit and date."""
     where = machine()
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False

@@ -1,6 +1,4 @@
-"""A training step (forward, loss, backward, AdamW) with compiled blocks against the same step
-without.
-"""
+"""A training step with compiled blocks against the same step without compilation."""
 
 from __future__ import annotations
 
@@ -27,9 +25,7 @@ PACKINGS = (((200, 312), (512,)), ((100, 100, 312), (256, 256)), ((511, 1), (17,
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
-    """The 110m shape in the dtype that a run would pick here, and in float32: median of 5
-    interleaved steps.
-    """
+    """Return rows for the 110m shape in the dtype that a run would choose here, and in float32."""
     picked = pick_dtype("auto", device)
     others = [] if picked == torch.float32 or device.type == "cuda" else [torch.float32]
     return [_case(dtype, dtype == picked, device) for dtype in (picked, *others)]

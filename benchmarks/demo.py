@@ -1,6 +1,4 @@
-"""The demo itself: held-out bits per byte beside compressors, in a fresh process and a temporary
-folder.
-"""
+"""The demo: held-out bits per byte beside compressors, in a fresh process."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ import torch
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
-    """One row: what `transom demo --json` ends with."""
+    """Return the document of `transom demo --json` as one row."""
     del device
     with tempfile.TemporaryDirectory() as folder:
         command = [

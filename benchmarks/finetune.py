@@ -1,6 +1,4 @@
-"""LoRA steps against PEFT on transformers, rows packed against padded, and a 4-bit base against a
-full one.
-"""
+"""LoRA steps against PEFT, packed rows against padded, a 4-bit base against a full one."""
 
 from __future__ import annotations
 
@@ -36,7 +34,7 @@ ROWS, LONGEST = 64, 512
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
-    """Step time and memory, useful tokens per second, and the loss that a 4-bit base costs."""
+    """Return rows of step time and memory, tokens per second, and loss on a 4-bit base."""
     return [_step(device), _packing(device), _quantized(device)]
 
 
@@ -75,7 +73,7 @@ def _dtype(device: torch.device) -> str:
 def _stepper(
     name: str, device: torch.device, batch: int = BATCH, length: int = LENGTH
 ) -> Callable[[], None]:
-    """A whole step of one of the two, on the same tokens."""
+    """Return one training step of ours or of the peer, on the same tokens."""
     args = ModelArgs.from_dict({**SHAPES["110m"], "rope_layout": "halves"})
     tokens = torch.randint(args.vocab_size, (batch, length + 1), device=device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -189,9 +187,7 @@ def _ones(size: int) -> Any:
 
 
 def _quantized(device: torch.device) -> dict[str, Any]:
-    """The loss after some steps on a text that repeats with variations, base in float32 and in
-    nf4.
-    """
+    """Compare the loss after some steps on repeated text, with a float32 and an nf4 base."""
     args = ModelArgs.from_dict({**SHAPES["10m"], "max_seq_len": 128, "vocab_size": 512})
     losses = {}
     for name, quantize in (("float32", None), ("nf4", QuantizeArgs(group=32))):
@@ -223,9 +219,7 @@ def _quantized(device: torch.device) -> dict[str, Any]:
 
 
 def _phrases(generator: torch.Generator, vocab_size: int) -> torch.Tensor:
-    """Rows [8, 65] that step through the vocabulary by a stride each row draws: learnable, not at
-    once.
-    """
+    """Return rows [8, 65] that step through the vocabulary by a random stride per row."""
     start = torch.randint(vocab_size, (8, 1), generator=generator)
     stride = torch.randint(1, 5, (8, 1), generator=generator)
     return (start + stride * torch.arange(65)) % vocab_size

@@ -1,6 +1,4 @@
-"""Output matrix and cross-entropy, forward and backward: in chunks that make gradients, against
-full logits.
-"""
+"""Output matrix and cross-entropy in chunks against full logits, forward and backward."""
 
 from __future__ import annotations
 
@@ -24,9 +22,7 @@ VOCABULARIES = (131072, 32768, 8192)
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
-    """One row per vocabulary: time, and memory above the start (hidden states and weights are there
-    already).
-    """
+    """Return one row per vocabulary: time, and memory above hidden states and weights."""
     out = []
     for vocab_size in VOCABULARIES:
         cases = _cases(vocab_size, device)
@@ -91,7 +87,7 @@ def _cases(vocab_size: int, device: torch.device) -> dict[str, Callable[[], None
 
 
 def cuda_peak_mib(call: Callable[[], object]) -> float:
-    """MiB that torch allocates at most during a call, above what it held before."""
+    """Return the largest MiB that torch allocates during a call, above what it had before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -101,7 +97,7 @@ def cuda_peak_mib(call: Callable[[], object]) -> float:
 
 
 def subprocess_peak_mib(module: str, *words: str) -> float:
-    """What `python -m module words` prints: MiB of a process that did nothing else before."""
+    """Return the MiB that `python -m MODULE WORDS` prints; a fresh process has no earlier peak."""
     command = [sys.executable, "-m", module, *words]
     return float(
         json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -109,7 +105,7 @@ def subprocess_peak_mib(module: str, *words: str) -> float:
 
 
 def resident_peak_mib(call: Callable[[], object]) -> float:
-    """MiB that a call adds at most to this process's resident memory; Linux only."""
+    """Return the largest MiB that a call adds to this process's resident memory; Linux only."""
     Path("/proc/self/clear_refs").write_text(
         "5"
     )  # the peak so far is that of importing torch: begin anew

@@ -1,4 +1,4 @@
-"""What was measured, written into the pages of docs/ideas, and the list of those pages."""
+"""The measured costs in the pages of docs/ideas, and the list of those pages."""
 
 from __future__ import annotations
 
@@ -81,15 +81,17 @@ PAGES: dict[str, tuple[str, ...]] = {
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows that were measured; none without the file."""
+    """Return the measured rows of a file, or none if there is no file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def write_costs(pages_dir: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """Put measured rows between `<!-- cost:BENCHMARK; CASE; CASE -->` (without cases: all) and
-    `<!-- /cost -->`.
+    """Write measured rows between `<!-- cost:BENCHMARK; CASE; CASE -->` and `<!-- /cost -->`.
 
-    Returns the pages that changed. A row that is not there yet reads "not measured yet".
+    Without cases, all rows of the benchmark are written. A missing row reads "not measured yet".
+
+    Returns:
+        The pages that changed.
     """
     changed = []
     for path in sorted(pages_dir.glob("*.md")):
@@ -104,9 +106,7 @@ def write_costs(pages_dir: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path
 
 
 def measured(asked: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of "BENCHMARK; CASE; CASE" as a Markdown list, or those of the whole benchmark; one
-    per machine.
-    """
+    """Return the rows of "BENCHMARK; CASE; CASE" as a Markdown list, for every machine."""
     benchmark, *cases = asked.split("; ")
     chosen = [
         row for row in rows if row["benchmark"] == benchmark and (not cases or row["case"] in cases)
@@ -138,7 +138,7 @@ def _named(key: str, value: Any) -> str:
 
 
 def figure(value: Any) -> str:
-    """A value of a row as text: numbers with separators, nothing for None."""
+    """Return a value of a row as text: numbers with separators, nothing for None."""
     if value is None:
         return ""
     if isinstance(value, dict):
@@ -147,7 +147,7 @@ def figure(value: Any) -> str:
 
 
 def write_index(pages_dir: Path) -> Path:
-    """README.md of the pages: each group's titles and first sentences, in the order of `PAGES`."""
+    """Write README.md of the pages: titles and first sentences in the order of `PAGES`."""
     lines = [INTRODUCTION]
     for group, names in PAGES.items():
         lines += ["", f"## {group}", ""]

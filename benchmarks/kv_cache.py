@@ -1,6 +1,4 @@
-"""What a token costs in the cache, and what decoding costs, for MHA, GQA, MQA and latent
-attention.
-"""
+"""Bytes per token in the KV cache and time of decoding, for MHA, GQA, MQA and latent attention."""
 
 from __future__ import annotations
 
@@ -33,9 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
-    """One row per form: cache bytes per token and layer, and the time of one decoding step with a
-    full cache.
-    """
+    """Return one row per form: bytes per token and layer, and the time of one decoding step."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     calls, sizes = {}, {}
     for name, changes in CASES.items():

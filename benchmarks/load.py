@@ -1,6 +1,4 @@
-"""Opening a folder of 1.1B parameters: time to the first token, memory that no file backs, speed of
-conversion.
-"""
+"""Opening a folder of 1.1B parameters: time to the first token, memory, speed of conversion."""
 
 from __future__ import annotations
 
@@ -60,10 +58,14 @@ Measure = Callable[[str, str, str, bool], Facts]
 def rows(
     device: torch.device, shape: Mapping[str, Any] = SHAPE, **how: Any
 ) -> list[dict[str, Any]]:
-    """Load and first token, imports, memory and both conversions; one row that says why where the
-    disk is full.
+    """Return rows of loading, imports, memory and both conversions.
 
-    `how` may hold `rounds`, and `measure` to be used instead of a fresh process each time.
+    If there is too little room on the disk, the result is one row that says so.
+
+    Args:
+        device: Only the CPU is measured.
+        shape: The shape of the model.
+        **how: `rounds`, and `measure` in place of a fresh process for each measurement.
     """
     if device.type != "cpu":
         return []
@@ -82,8 +84,10 @@ def rows(
 
 
 def _write_folder(folder: Path, shape: Mapping[str, Any]) -> int:
-    """A folder of drawn bfloat16 weights as transformers writes it, on the disk; its number of
-    parameters.
+    """Write a folder of random bfloat16 weights in the format of transformers.
+
+    Returns:
+        Its number of parameters.
     """
     model = meta_model(ModelArgs.from_dict(dict(shape))).to(torch.bfloat16).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
@@ -116,9 +120,7 @@ def _rows_of(
 def _rounds(
     jobs: Iterable[str], run: Measure, folder: str, word: str, rounds: int
 ) -> dict[str, list[Facts]]:
-    """What each job found in each round: the first with the memory watched, the others timed
-    alone.
-    """
+    """Return the results of each job in each round; memory is watched in the first round only."""
     found: dict[str, list[Facts]] = {job: [] for job in jobs}
     for turn in range(1 + rounds):
         for job in list(found)[:: 1 if turn % 2 else -1]:
@@ -203,7 +205,7 @@ def _conversion(written: Mapping[str, list[Facts]], format: str, size: int) -> d
 
 
 def in_fresh_process(job: str, folder: str, word: str, watched: bool) -> Facts:
-    """What `python -m benchmarks.load` prints: nothing of one job's memory serves the next."""
+    """Return what `python -m benchmarks.load` prints, so that jobs share no memory."""
     command = [sys.executable, "-m", "benchmarks.load", job, folder, word, *["watched"] * watched]
     return dict(
         json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
@@ -211,8 +213,9 @@ def in_fresh_process(job: str, folder: str, word: str, watched: bool) -> Facts:
 
 
 def measure(job: str, folder: str, word: str, watched: bool) -> Facts:
-    """Seconds of one of `LOADERS` (word: the dtype) or `WRITERS` (word: where to), and its memory
-    if `watched`.
+    """Return the seconds of one of `LOADERS` or `WRITERS`, and its memory if `watched`.
+
+    `word` is the dtype of a loader, or the output folder of a writer.
     """
     works: dict[str, Callable[[str, str], Facts]] = {"transom": _ours, "transformers": _theirs}
     if job == "transformers":
@@ -262,7 +265,7 @@ def _theirs(folder: str, dtype: str) -> Facts:
 
 
 def _write(job: str, folder: Path, out: Path) -> Facts:
-    """A conversion, or the copy of the weights, into `out`, which is gone afterwards."""
+    """Convert a folder or copy its weights into `out`, and remove `out` afterwards."""
     start = time.perf_counter()
     if job == "copy":
         out.mkdir()
@@ -283,7 +286,7 @@ def _flush(folder: Path) -> None:
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that no file backs; Linux only."""
+    """Return the memory of this process that is not backed by a file; Linux only."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 

@@ -1,6 +1,4 @@
-"""Forward and backward of a mixture of experts against transformers' Mixtral block on the same
-weights' shapes.
-"""
+"""Forward and backward of a mixture of experts against transformers' Mixtral block."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ PEERS = ("eager", "grouped_mm")
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
-    """One row per shape and peer: the eager block is the one the figure is about."""
+    """Return one row per shape and peer; the eager block is the main peer."""
     shapes = SHAPES if device.type == "cpu" else GPU_SHAPES
     return [row for shape in shapes for row in _case(device, *shape)]
 
@@ -74,7 +72,7 @@ def _case(
 
 
 def _mixtral(ours: MoE, args: ModelArgs, implementation: str) -> nn.Module:
-    """Their block with the same weights."""
+    """Return the block of transformers with the same weights."""
     config = MixtralConfig(
         hidden_size=args.dim,
         intermediate_size=ours.experts.w_out.weight.size(2),

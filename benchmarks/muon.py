@@ -1,6 +1,4 @@
-"""Speed of Muon's orthogonalisation against the float32 matrix product, measured in turn in one
-run.
-"""
+"""Speed of Muon's orthogonalization against float32 matrix products of the same run."""
 
 from __future__ import annotations
 
@@ -43,9 +41,7 @@ CASES = (
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
-    """One row per shape (one batch as the optimizer forms it), and Muon's share of the demo's
-    training step.
-    """
+    """Return one row per shape, and Muon's share of a training step of the demo."""
     return [*(_row(device, *case) for case in CASES), _share(device)]
 
 
@@ -87,9 +83,7 @@ def orthogonalize_flops(out_features: int, in_features: int, steps: int, dtype: 
 
 
 def _share(device: torch.device) -> dict[str, Any]:
-    """Muon's part of a step of the demo's model on 1,024 tokens: of the time, and of the
-    arithmetic.
-    """
+    """Return Muon's share of the time and the arithmetic of a demo step on 1,024 tokens."""
     model = LLM(preset("demo"))
     model.init_weights()
     model.to(device)

@@ -1,6 +1,4 @@
-"""Forward and backward of preference losses and distillation, against the next-token loss on the
-same rows.
-"""
+"""Preference losses and distillation against the next-token loss on the same rows."""
 
 from __future__ import annotations
 
@@ -35,9 +33,7 @@ HEAD = "distillation head, 1,024 tokens, vocabulary 32,768"  # a page asks for i
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
-    """One row per method: milliseconds of a step without its optimizer; and memory of the head of
-    distillation.
-    """
+    """Return the milliseconds of a step of each method, and the memory of distillation's head."""
     out = []
     for peer, cases in ((ADAPTER, _preferences(device)), (WHOLE, _distillation(device))):
         seconds = interleaved(cases, device, rounds=5)
@@ -114,7 +110,7 @@ def _batch(device: torch.device, *, kto: bool) -> Batch:
 
 
 def _step(objective: Objective, model: LLM, batch: Batch) -> Callable[[], None]:
-    """Forward and backward as the trainer does them; bfloat16 autocast on CUDA."""
+    """Return a forward and backward as in the trainer; bfloat16 autocast on CUDA."""
 
     def run() -> None:
         units = objective.units(objective.prepare(batch)).to(batch.tokens.device)
@@ -129,7 +125,7 @@ def _step(objective: Objective, model: LLM, batch: Batch) -> Callable[[], None]:
 
 
 def _head(device: torch.device) -> dict[str, Any]:
-    """Time and memory of distillation's logits and loss, in chunks against all at once."""
+    """Measure time and memory of distillation's loss in chunks against full logits."""
     cases = _heads(HEAD_VOCABULARY, device)
     seconds = interleaved(cases, device, rounds=3)
     if device.type == "cuda":

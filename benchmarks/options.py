@@ -1,6 +1,4 @@
-"""What each option of the model costs in training: forward and backward with it, against the same
-model without.
-"""
+"""The cost of each option in training: forward and backward with it and without it."""
 
 from __future__ import annotations
 
@@ -184,9 +182,7 @@ LOADING = "load_state_dict with fused names"
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
-    """One row per case: milliseconds of forward and backward, and how the time compares with its
-    group's first.
-    """
+    """Return one row per case: milliseconds of forward and backward, and the ratio to its peer."""
     out = []
     for group in GROUPS:
         seconds = interleaved(
@@ -252,7 +248,7 @@ def _parameters(case: Case) -> int:
 
 
 def make_step(case: Case, device: torch.device) -> Callable[[], None]:
-    """Forward, backward and what moves the weights; bfloat16 autocast and 16 x the rows on CUDA."""
+    """Return a training step of a case; on CUDA with bfloat16 autocast and 16 times the rows."""
     torch.manual_seed(0)
     args = _args(case)
     model = LLM(args).train()
@@ -288,9 +284,7 @@ def make_step(case: Case, device: torch.device) -> Callable[[], None]:
 
 
 def call_fields(case: Case, args: ModelArgs, tokens: Tensor) -> Callable[[LLM], dict[str, Any]]:
-    """What a call gets besides tokens; images are encoded inside the step, since that is what they
-    cost.
-    """
+    """Return further fields of a call; images are encoded inside the step, which is their cost."""
     batch, device = tokens.size(0), tokens.device
     fields: dict[str, Any] = {}
     if case.documents > 1:
@@ -317,9 +311,7 @@ def call_fields(case: Case, args: ModelArgs, tokens: Tensor) -> Callable[[LLM], 
 
 
 def loss(model: LLM, inputs: TransformerInput, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of tokens, or of labels that are all 0; the mean square of an embedding's
-    entries.
-    """
+    """Return the mean cross-entropy of tokens or labels, or the mean square of an embedding."""
     out, moe = model(inputs), model.args.moe_args
     if model.args.head is None:
         mean = cross_entropy_sum(out.logits, targets) / targets.numel()

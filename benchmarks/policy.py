@@ -1,6 +1,4 @@
-"""A step of learning from rewards, drawing its answers and learning from them, against learning
-from given rows.
-"""
+"""A step of learning from rewards, sampling included, against learning from given rows."""
 
 from __future__ import annotations
 
@@ -31,9 +29,7 @@ PEER = "next-token loss on the same rows"
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
-    """Milliseconds of a step without its optimizer: of learning alone, with the KL, and with the
-    answers drawn.
-    """
+    """Return the milliseconds of learning alone, with the KL, and with sampling."""
     seconds = interleaved(cases(device), device, rounds=5)
     return [
         {
@@ -50,7 +46,7 @@ def rows(device: torch.device) -> list[dict[str, Any]]:
 
 
 def cases(device: torch.device) -> dict[str, Callable[[], None]]:
-    """Every case with an adapter on the same model; no answer ends before its length."""
+    """Return every case, with an adapter on the same model; no answer ends early."""
     model = LLM(ModelArgs.from_dict(SHAPE)).train()
     model.init_weights(0)
     model.to(device)
@@ -85,7 +81,7 @@ def cases(device: torch.device) -> dict[str, Callable[[], None]]:
 
 
 def learn(objective: Objective, model: LLM, batch: Batch) -> None:
-    """Forward and backward as the trainer does them; bfloat16 autocast on CUDA."""
+    """Make a forward and backward as in the trainer; bfloat16 autocast on CUDA."""
     units = objective.units(batch)
     with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=batch.tokens.is_cuda):
         loss = objective.loss(model(replace(batch.inputs(), logits="none")), batch, units)["loss"]

@@ -1,4 +1,4 @@
-"""Seconds of a whole process: what a user waits before anything happens."""
+"""Seconds of a complete process: what a user waits before anything happens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CASES = {
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
-    """Median of seven runs each, interleaved; the interpreter's own start is the last row."""
+    """Return the median of seven interleaved runs each; the last row is Python's own start."""
     del device
     seconds: dict[str, list[float]] = {name: [] for name in CASES}
     for _ in range(7):

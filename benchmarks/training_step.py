@@ -1,6 +1,4 @@
-"""A dense training step (forward, loss, backward, AdamW) against transformers' eager Llama on the
-same shapes.
-"""
+"""A dense training step against transformers' eager Llama of the same shape."""
 
 from __future__ import annotations
 
@@ -41,7 +39,7 @@ BATCH, LENGTH = 2, 512
 
 
 def transformers_twin(args: ModelArgs) -> LlamaForCausalLM:
-    """The same shape from transformers."""
+    """Return a model of the same shape from transformers."""
     return LlamaForCausalLM(
         LlamaConfig(
             hidden_size=args.dim,
@@ -57,9 +55,7 @@ def transformers_twin(args: ModelArgs) -> LlamaForCausalLM:
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
-    """One row per shape: ratio of steps per second to transformers (fused AdamW in both), and
-    MFU.
-    """
+    """Return one row per shape: the ratio of steps per second, and MFU."""
     return [_case(name, device) for name in SHAPES]
 
 

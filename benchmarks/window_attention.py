@@ -34,7 +34,7 @@ def _sliced(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
-    """Forward, and forward + backward."""
+    """Return a row of the forward, and one of forward and backward."""
     positions = torch.arange(LENGTH, device=device)[None]
     mask = allowed(LayerRule("window", WINDOW), positions, positions)[:, None]
 

@@ -1,4 +1,4 @@
-"""Silent bugs in reading and writing checkpoints, tokenizers and chats; `bugs.py` names each."""
+"""Silent bugs in reading and writing checkpoints, tokenizers and chats. The registry is `bugs.py`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from transom.tokenizers.tokenizer import Tokenizer
 
 
 def permuted_query() -> AbstractContextManager[None]:
-    """Loading orders the rows of queries as another rotary layout has them."""
+    """Loading puts the rows of queries into the order of the other RoPE layout."""
 
     def turned(tensor: Tensor) -> Tensor:
         return tensor.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
@@ -39,7 +39,7 @@ def permuted_query() -> AbstractContextManager[None]:
 
 
 def unturned_query() -> AbstractContextManager[None]:
-    """Writing into the other rotary layout turns keys and leaves queries as they are."""
+    """Writing into the other RoPE layout permutes keys, but not queries."""
 
     def make(original: Call) -> Call:
         return lambda name, tensor, *rest: (
@@ -50,7 +50,7 @@ def unturned_query() -> AbstractContextManager[None]:
 
 
 def untied_reading() -> AbstractContextManager[None]:
-    """A folder with a tied output is loaded as two matrices that training moves apart."""
+    """A folder with a tied output is loaded as two separate matrices."""
 
     def make(original: Call) -> Call:
         def loaded(*given: Any, **named: Any) -> LLM:
@@ -70,7 +70,7 @@ def untied_reading() -> AbstractContextManager[None]:
 
 
 def swapped_widths() -> AbstractContextManager[None]:
-    """Gate and value are taken for each other, in reading and in writing."""
+    """Gate and value are swapped, in reading and in writing."""
     other = {"w_gate": "w_value", "w_value": "w_gate"}
 
     def swapped(name: str) -> str:
@@ -87,7 +87,7 @@ def swapped_widths() -> AbstractContextManager[None]:
 
 
 def dropped_bias() -> AbstractContextManager[None]:
-    """Biases are counted as read, and stay zero."""
+    """Biases count as read, but stay zero."""
 
     def make(original: Call) -> Call:
         def to_ours(*given: Any) -> dict[str, LazyTensor]:
@@ -104,7 +104,7 @@ def dropped_bias() -> AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def double_bos_in_a_chat() -> Iterator[None]:
-    """The tokenizer begins a chat that its template has begun."""
+    """The tokenizer adds a BOS to a chat that its template began with one."""
 
     def ids(original: Call) -> Call:
         return lambda self, chat: [self.tokenizer.bos_id, *original(self, chat)]

@@ -1,4 +1,4 @@
-"""Silent bugs in fine-tuning; `bugs.py` names each."""
+"""Silent bugs in fine-tuning. The registry is `bugs.py`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from transom.training.losses.balance import RouterCounts, update_choice_biases
 
 
 def masked_end_of_turn() -> AbstractContextManager[None]:
-    """The token that ends an answer carries no loss, so that a model never learns to stop."""
+    """The token that ends an answer has no loss, so that the model never learns to stop."""
 
     def make(original: Call) -> Call:
         def rows(self: Turns, messages: Any, tools: Any, weights: Any) -> list[EncodedChat]:
@@ -54,7 +54,7 @@ def masked_end_of_turn() -> AbstractContextManager[None]:
 
 
 def masked_padding() -> AbstractContextManager[None]:
-    """Every token that is also used as padding carries no loss, including EOS after an answer."""
+    """Every token with the id of the padding has no loss, also the EOS of an answer."""
 
     def make(original: Call) -> Call:
         def items(self: Any, *given: Any) -> list[tuple[EncodedChat, ...]]:
@@ -69,7 +69,7 @@ def masked_padding() -> AbstractContextManager[None]:
 
 
 def turn_too_early() -> AbstractContextManager[None]:
-    """A question carries the loss of its answer."""
+    """A question has the loss of its answer."""
 
     def make(original: Call) -> Call:
         def rows(self: Turns, messages: Any, tools: Any, weights: Any) -> list[EncodedChat]:
@@ -89,7 +89,7 @@ def turn_too_early() -> AbstractContextManager[None]:
 
 
 def token_too_late() -> AbstractContextManager[None]:
-    """A target counts what the token before it should."""
+    """A target has the weight of the token before it."""
 
     def make(original: Call) -> Call:
         return lambda row: original(EncodedChat(row.id, row.ids, np.roll(row.weights, 1)))
@@ -98,12 +98,12 @@ def token_too_late() -> AbstractContextManager[None]:
 
 
 def lost_weights() -> AbstractContextManager[None]:
-    """Every turn with a weight above 0 counts 1."""
+    """Every turn with a weight above 0 has weight 1."""
     return changed(chat_batches, "_unless_all_one", lambda original: lambda weights: None)
 
 
 def seen_neighbours() -> AbstractContextManager[None]:
-    """Examples of a packed row count positions from 0 and see each other all the same."""
+    """Examples of a packed row have positions from 0, but attend to each other."""
 
     def make(original: Call) -> Call:
         def inputs(self: Batch) -> TransformerInput:
@@ -122,7 +122,7 @@ def seen_neighbours() -> AbstractContextManager[None]:
 
 
 def bare_experts() -> AbstractContextManager[None]:
-    """All linear weights get an adapter, but for those of experts."""
+    """The experts get no adapters."""
 
     def make(original: Call) -> Call:
         def leaves(model: LLM) -> dict[str, Leaf]:
@@ -138,14 +138,12 @@ def bare_experts() -> AbstractContextManager[None]:
 
 
 def trained_base() -> AbstractContextManager[None]:
-    """The base trains beside its adapter, which alone is saved."""
+    """The base is trained together with its adapter, and only the adapter is saved."""
     return changed_everywhere(lora.train_adapters, lambda original: lambda model, names: None)
 
 
 def balanced_base() -> AbstractContextManager[None]:
-    """Frozen routers are balanced all the same: the biases that choose experts move, and no adapter
-    holds them.
-    """
+    """The biases of frozen routers are updated, although no adapter stores them."""
 
     def make(original: Call) -> Call:
         def follow(self: Stepper, router: RouterCounts | None) -> None:
@@ -175,7 +173,7 @@ def plain_scale() -> AbstractContextManager[None]:
 
 
 def learning_length() -> AbstractContextManager[None]:
-    """DoRA's norm is differentiated, where it should count as a constant."""
+    """DoRA's norm is differentiated instead of being a constant."""
 
     def make(original: Call) -> Call:
         def dora_factor(leaf: Leaf, own: LoraWeights) -> Tensor:
@@ -190,7 +188,7 @@ def learning_length() -> AbstractContextManager[None]:
 
 
 def adapted_reference() -> AbstractContextManager[None]:
-    """The reference of a preference loss is the model with its adapter still on."""
+    """The reference of a preference loss keeps its adapter on."""
 
     @contextlib.contextmanager
     def adapters_off(model: LLM) -> Iterator[None]:
@@ -200,7 +198,7 @@ def adapted_reference() -> AbstractContextManager[None]:
 
 
 def lost_adapter() -> AbstractContextManager[None]:
-    """A resumed run begins its adapter anew, with the optimizer of the old one."""
+    """A resumed run starts with a new adapter and the old optimizer."""
 
     def make(original: Call) -> Call:
         def restore(

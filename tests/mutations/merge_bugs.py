@@ -1,4 +1,4 @@
-"""Silent bugs in merging adapters; `bugs.py` names each."""
+"""Silent bugs in merging adapters. The registry is `bugs.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transom.models.llm import LLM
 
 
 def other_base() -> AbstractContextManager[None]:
-    """An adapter is merged into the weights of a model that it was not trained on."""
+    """An adapter is merged into another model than the one it was trained on."""
 
     def make(original: Call) -> Call:
         @torch.no_grad()
@@ -35,7 +35,7 @@ def other_base() -> AbstractContextManager[None]:
 
 
 def unchecked_base() -> AbstractContextManager[None]:
-    """Nobody asks whether the base is the one that an adapter was trained on."""
+    """A base is accepted without comparing its fingerprint."""
 
     def make(original: Call) -> Call:
         return lambda adapter, base, base_fingerprint=None: fingerprint.fingerprint(base)
@@ -44,7 +44,7 @@ def unchecked_base() -> AbstractContextManager[None]:
 
 
 def forgotten_scale() -> AbstractContextManager[None]:
-    """Merging adds B A without the scale in front of it."""
+    """Merging adds B A without its scale."""
 
     def make(original: Call) -> Call:
         def merged_weight(leaf: Leaf, held: Adapters) -> Tensor:
@@ -62,7 +62,7 @@ def forgotten_scale() -> AbstractContextManager[None]:
 
 
 def transposed_update() -> AbstractContextManager[None]:
-    """Merging adds B A transposed where that fits, as for a weight kept as [in, out]."""
+    """Merging adds the transpose of B A to square weights."""
 
     def make(original: Call) -> Call:
         def transposed(leaf: Leaf, lora: LoraWeights) -> Tensor:
@@ -75,7 +75,7 @@ def transposed_update() -> AbstractContextManager[None]:
 
 
 def half_sum() -> AbstractContextManager[None]:
-    """Merging adds up in half precision, so that small changes are rounded twice."""
+    """Merging adds in bfloat16, so that small changes are rounded twice."""
 
     def make(original: Call) -> Call:
         def merged_weight(leaf: Leaf, held: Adapters) -> Tensor:
@@ -89,7 +89,7 @@ def half_sum() -> AbstractContextManager[None]:
 
 
 def subtracted_update() -> AbstractContextManager[None]:
-    """Unmerging subtracts what was added instead of putting the weights from before back."""
+    """Unmerging subtracts the update instead of restoring the weights."""
 
     def make(original: Call) -> Call:
         def unmerge_adapter(model: LLM) -> LLM:

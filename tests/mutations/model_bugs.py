@@ -1,5 +1,6 @@
-"""Silent bugs in the model's maths: masks, positions, norms, heads, experts, backends; `bugs.py`
-names each.
+"""Silent bugs in masks, positions, norms, heads, experts and attention backends.
+
+The registry is `bugs.py`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def ruled(change: Callable[..., tuple[Any, ...]]) -> AbstractContextManager[None
 
 
 def wide_window() -> AbstractContextManager[None]:
-    """The mask of a window layer lets one key too many through."""
+    """The mask of a window layer allows one key too many."""
 
     def change(rule: LayerRule, *rest: Any) -> tuple[Any, ...]:
         return (replace(rule, size=rule.size + 1) if rule.kind == "window" else rule, *rest)
@@ -55,7 +56,7 @@ def wide_window() -> AbstractContextManager[None]:
 
 
 def wide_window_everywhere() -> AbstractContextManager[None]:
-    """Mask, ring and slices agree on a window too wide."""
+    """Mask, ring and slices all use a window that is one token too wide."""
 
     def rule(args: ModelArgs, layer: LayerArgs) -> LayerRule:
         return (
@@ -68,7 +69,7 @@ def wide_window_everywhere() -> AbstractContextManager[None]:
 
 
 def chunk_from_the_call() -> AbstractContextManager[None]:
-    """Chunks begin where a call begins, not at multiples of their size."""
+    """Chunks start where a call starts, not at multiples of their size."""
 
     def change(rule: LayerRule, q: Tensor, k: Tensor, *segments: Any) -> tuple[Any, ...]:
         if rule.kind != "chunk":
@@ -94,7 +95,7 @@ def visible_padding() -> AbstractContextManager[None]:
 
 
 def leaking_segment() -> AbstractContextManager[None]:
-    """Packed documents see each other."""
+    """Packed documents attend to each other."""
 
     def outer(forward: Call) -> Call:
         def wrapped(self: Attention, x: Tensor, step: Step, cache: object = None) -> Tensor:
@@ -110,7 +111,7 @@ def leaking_segment() -> AbstractContextManager[None]:
 
 
 def unscaled_rope() -> AbstractContextManager[None]:
-    """Rotary frequencies are those of the short context."""
+    """The RoPE frequencies are those of the original context."""
 
     def make(original: Call) -> Call:
         return lambda rope_args, *rest, **named: original(
@@ -121,12 +122,12 @@ def unscaled_rope() -> AbstractContextManager[None]:
 
 
 def unfactored_yarn() -> AbstractContextManager[None]:
-    """Cos and sin are not scaled as YaRN asks."""
+    """YaRN's factor of cos and sin is missing."""
     return changed_everywhere(rope.attention_factor, lambda original: lambda scaling: 1.0)
 
 
 def swapped_layout() -> AbstractContextManager[None]:
-    """Neighbours turn together where halves should, and the reverse."""
+    """The interleaved and the halves layout of RoPE are swapped."""
     other = {"halves": "interleaved", "interleaved": "halves"}
     return changed_everywhere(
         rope.rotate, lambda original: lambda x, table, layout: original(x, table, other[layout])
@@ -134,7 +135,7 @@ def swapped_layout() -> AbstractContextManager[None]:
 
 
 def rotated_nope() -> AbstractContextManager[None]:
-    """A layer that should know no positions rotates."""
+    """A layer without positions applies RoPE."""
 
     def told(args: ModelArgs, layer: LayerArgs) -> RopeArgs:
         return layer.rope or RopeArgs(
@@ -145,7 +146,7 @@ def rotated_nope() -> AbstractContextManager[None]:
 
 
 def norm_behind_rotation() -> AbstractContextManager[None]:
-    """A learned norm of heads is applied after the rotation."""
+    """The learned norm of the heads is applied after RoPE."""
 
     def outer(forward: Call) -> Call:
         def wrapped(self: Attention, x: Tensor, step: Step, cache: object = None) -> Tensor:
@@ -185,7 +186,7 @@ def tiled_heads() -> AbstractContextManager[None]:
 
 
 def padded_temperature() -> AbstractContextManager[None]:
-    """Queries are scaled by their column, not by their position."""
+    """The temperature of queries follows their column, not their position."""
 
     def make(original: Call) -> Call:
         def scale(positions: Tensor, args: object) -> Tensor:
@@ -205,17 +206,17 @@ def uncapped_scores() -> AbstractContextManager[None]:
 
 
 def sinkless_scores() -> AbstractContextManager[None]:
-    """No attention goes to the sinks."""
+    """The sinks are left out of the softmax."""
     return scored(sinks_N=None)
 
 
 def unscaled_scores() -> AbstractContextManager[None]:
-    """A scale of its own is taken for 1 / sqrt(H)."""
+    """The model's own softmax scale is replaced by 1 / sqrt(H)."""
     return scored(scale=None)
 
 
 def weightless_norm() -> AbstractContextManager[None]:
-    """RMSNorm forgets its weight."""
+    """RMSNorm does not multiply by its weight."""
 
     def make(original: Call) -> Call:
         def forward(self: RMSNorm, x: Tensor) -> Tensor:
@@ -227,7 +228,7 @@ def weightless_norm() -> AbstractContextManager[None]:
 
 
 def latent_without_rotation() -> AbstractContextManager[None]:
-    """The absorbed form of latent attention forgets the rotary part of the query."""
+    """The absorbed form of latent attention leaves out the RoPE part of the query."""
 
     def make(original: Call) -> Call:
         def absorbed(self: object, q_nope: Tensor, q_rope: Tensor, *rest: Any) -> Tensor:
@@ -271,7 +272,7 @@ def untied_output() -> AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def scaled_output() -> Iterator[None]:
-    """A sigmoid router scales what experts put out, not what goes in."""
+    """A sigmoid router scales the output of experts, not their input."""
     kept: list[Tensor] = []
 
     def dispatch(original: Call) -> Call:
@@ -296,7 +297,7 @@ def scaled_output() -> Iterator[None]:
 
 
 def renormalized_router() -> AbstractContextManager[None]:
-    """Weights of the chosen experts sum to one where they should not."""
+    """The weights of the chosen experts are normalized although they should not be."""
 
     def make(original: Call) -> Call:
         def forward(self: Router, *given: Any) -> Any:
@@ -313,7 +314,7 @@ def renormalized_router() -> AbstractContextManager[None]:
 
 
 def weighing_bias() -> AbstractContextManager[None]:
-    """The bias that balances experts also weights what they put out."""
+    """The bias that balances experts also changes the weights of their outputs."""
 
     def make(original: Call) -> Call:
         def weigh(self: Router, logits: Tensor, ids: Tensor) -> Tensor:
@@ -338,7 +339,7 @@ def wide_slices() -> AbstractContextManager[None]:
 
 
 def nan_in_masked_rows() -> AbstractContextManager[None]:
-    """A query that may see no key becomes NaN instead of zero."""
+    """A query that may attend to no key gives NaN instead of zero."""
 
     def make(original: Call) -> Call:
         def by_block(q: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Tensor:
@@ -355,7 +356,7 @@ def nan_in_masked_rows() -> AbstractContextManager[None]:
 
 
 def lost_partial_block() -> AbstractContextManager[None]:
-    """Keys after the last complete block are left out."""
+    """Keys after the last full block are left out."""
 
     def make(original: Call) -> Call:
         def key_blocks(self: object, start: int, stop: int) -> Iterator[tuple[int, int, Any]]:

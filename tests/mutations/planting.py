@@ -1,4 +1,4 @@
-"""Ways to plant a bug: a function of this package is replaced for as long as a `with` lasts."""
+"""Context managers that replace a function of Transom and restore it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Call = Callable[..., Any]
 
 @contextlib.contextmanager
 def changed(owner: object, name: str, make: Callable[[Call], Any]) -> Iterator[None]:
-    """`owner.name` is what `make` returns for the original, and the original again afterwards."""
+    """Replace `owner.name` by what `make` returns for the original."""
     original = vars(owner)[name]
     setattr(owner, name, make(original))
     try:
@@ -34,7 +34,7 @@ def changed(owner: object, name: str, make: Callable[[Call], Any]) -> Iterator[N
 
 @contextlib.contextmanager
 def changed_everywhere(function: Call, make: Callable[[Call], Call]) -> Iterator[None]:
-    """A module's function replaced in every module of this package that has imported it by name."""
+    """Replace a function in every module of Transom that has imported it by name."""
     with contextlib.ExitStack() as stack:
         for name, module in list(sys.modules.items()):
             if name.startswith("transom") and vars(module).get(function.__name__) is function:
@@ -43,7 +43,7 @@ def changed_everywhere(function: Call, make: Callable[[Call], Call]) -> Iterator
 
 
 def around_attend(make: Callable[[Attention, Call], Call]) -> AbstractContextManager[None]:
-    """Every self-attention layer attends through what `make(layer, attend)` returns."""
+    """Make every self-attention layer call what `make(layer, attend)` returns."""
 
     def outer(forward: Call) -> Call:
         def wrapped(self: Attention, x: Tensor, step: Step, cache: object = None) -> Tensor:
@@ -55,7 +55,7 @@ def around_attend(make: Callable[[Attention, Call], Call]) -> AbstractContextMan
 
 
 def scored(**lost: None) -> AbstractContextManager[None]:
-    """Attention without a part of its score."""
+    """Leave out parts of the attention scores."""
 
     def make(layer: Attention, attend: Call) -> Call:
         def call(q: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Tensor:
@@ -67,7 +67,7 @@ def scored(**lost: None) -> AbstractContextManager[None]:
 
 
 def layered(**fields: Any) -> AbstractContextManager[None]:
-    """Every layer is told these fields; a function gets (model arguments, layer) and returns the
+    """Replace fields of all layers; a function gets (model arguments, layer) and returns the
     value.
     """
 
@@ -88,5 +88,5 @@ def layered(**fields: Any) -> AbstractContextManager[None]:
 
 
 def lost(owner: object, name: str) -> AbstractContextManager[None]:
-    """A method that does nothing."""
+    """Replace a method by one that does nothing."""
     return changed(owner, name, lambda original: lambda self, *given: None)

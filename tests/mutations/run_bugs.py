@@ -1,4 +1,4 @@
-"""Silent bugs in stores, data and training; `bugs.py` names each."""
+"""Silent bugs in caches, data and training. The registry is `bugs.py`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from transom.verify.tiny_runs import BYTE_VOCABULARY
 
 
 def stale_slot() -> AbstractContextManager[None]:
-    """A slot keeps the token of the round before under a new position."""
+    """A slot of a ring keeps its old token under a new position."""
 
     def make(original: Call) -> Call:
         def write(self: LayerCache, states: tuple[Tensor, ...], call: Placement) -> None:
@@ -62,7 +62,7 @@ def overwriting_prefill() -> AbstractContextManager[None]:
 
 
 def short_view() -> AbstractContextManager[None]:
-    """The last slot of a bucket is not shown."""
+    """The last slot of a bucket is missing from the view."""
 
     def make(original: Call) -> Call:
         def begin_call(self: StaticCache, positions: Tensor, bound: int, *, first: bool) -> None:
@@ -81,7 +81,7 @@ def short_view() -> AbstractContextManager[None]:
 
 
 def double_bos() -> AbstractContextManager[None]:
-    """The tokenizer frames a document that is framed again."""
+    """The tokenizer adds a BOS to documents that get one anyway."""
 
     def make(original: Call) -> Call:
         return lambda self, found: [[self.bos_id, *ids] for ids in original(self, found)]
@@ -127,7 +127,7 @@ def mean_of_means() -> Iterator[None]:
 
 
 def cold_learning() -> AbstractContextManager[None]:
-    """Answers are drawn at a temperature and learnt from as if there were none."""
+    """Answers are sampled at a temperature, and training ignores it."""
 
     def make(original: Call) -> Call:
         def log_probs(
@@ -141,7 +141,7 @@ def cold_learning() -> AbstractContextManager[None]:
 
 
 def shifted_answers() -> AbstractContextManager[None]:
-    """A token's probability is read one position early."""
+    """The probability of a token is taken from the position before."""
 
     def make(original: Call) -> Call:
         def log_probs(model: Any, hidden: Tensor, targets: Tensor, *more: Any, **named: Any) -> Any:
@@ -153,17 +153,17 @@ def shifted_answers() -> AbstractContextManager[None]:
 
 
 def lost_data_state() -> AbstractContextManager[None]:
-    """A resumed run begins its data anew."""
+    """A resumed run starts at the beginning of its data."""
     return lost(Batches, "load_state")
 
 
 def lost_optimizer_state() -> AbstractContextManager[None]:
-    """A resumed run begins with empty moments."""
+    """A resumed run starts with empty moments."""
     return lost(Optimizers, "load_state_tensors")
 
 
 def restarted_average() -> AbstractContextManager[None]:
-    """A resumed run begins its moving average of the weights anew."""
+    """A resumed run restarts the moving average of its weights."""
 
     def make(original: Call) -> Call:
         def load(self: Ema, tensors: Any) -> None:

@@ -40,7 +40,6 @@ from transom.verify.cache import REAL_SLACK, compare_full_size
 from transom.verify.cache import run as forward
 from transom.verify.file_tensors import (
     FolderFiles,
-    compare_keys,
     compare_rope_layout,
     compare_tensors,
     open_folder,
@@ -129,17 +128,15 @@ def compare_folder(
     longest = args.max_seq_len
     fits = length is None or 2 <= length <= longest
     require(fits, "--length", length, f"expected 2 to max_seq_len = {longest}")
+    keys = "every key = one parameter"
     try:
         files = open_folder(location.model, name, args)
+        with quiet():  # the notices were printed by `open_folder`
+            parameters = open_parameters(location.model, args)
     except RequestError as error:
-        yield exact("tensors fit the config", name, math.inf, str(error))
+        yield exact(keys, name, math.inf, str(error))
         return
-    keys = list(compare_keys(files))
-    yield from keys
-    if not all(one.ok for one in keys):
-        return  # the folder cannot be loaded
-    with quiet():  # the notices were printed by `open_folder`
-        parameters = open_parameters(location.model, args)
+    yield exact(keys, name, 0)
     yield from compare_tensors(files, parameters)
     yield from compare_rope_layout(files)
     yield from compare_texts(location.model, name)
@@ -150,28 +147,27 @@ def _compare_outputs(
     files: FolderFiles, parameters: LazyTensors, dtype: str, length: int | None
 ) -> Iterator[Finding]:
     """Make the comparisons that need a model; only one is in memory at a time."""
-    if files.args.head is not None:
-        notice(f"{files.name}: has a head in place of next-token logits; no logits are compared")
-        yield from _compare_round_trips(files, parameters, None, dtype)
-        return
+    name, outputs = files.name, None
     length = _default_length(files.args) if length is None else length
-    with quiet():
-        model = load(files.folder, dtype=dtype)
-    tokens = random_tokens(files.args, 1, length)
-    outputs = Outputs(tokens, _logits(model, tokens))
-    bad = int((~outputs.logits.isfinite()).sum())
-    detail = f"{bad} of {outputs.logits.numel()} are NaN or infinite"
-    yield exact("logits are finite", files.name, bad, detail)
-    if bad:
-        yield from _compare_round_trips(files, parameters, None, dtype)
-        return
-    yield _compare_tying(files, model, outputs)
-    del model
+    if files.args.head is not None:
+        notice(f"{name}: has a head in place of next-token logits; no logits are compared")
+    else:
+        with quiet():
+            model = load(files.folder, dtype=dtype)
+        tokens = random_tokens(files.args, 1, length)
+        logits = _logits(model, tokens)
+        bad = int((~logits.isfinite()).sum())
+        yield exact("logits are finite", name, bad, f"{bad} of {logits.numel()} are not")
+        if not bad:
+            outputs = Outputs(tokens, logits)
+            yield _compare_tying(files, model, outputs)
+        del model
     yield from _compare_round_trips(files, parameters, outputs, dtype)
-    yield from _compare_with_transformers(files, outputs, dtype)
-    with quiet():
-        model = load(files.folder, dtype=dtype)
-    yield from compare_full_size(model, files.name, length)
+    if outputs is not None:
+        yield from _compare_with_transformers(files, outputs, dtype)
+        with quiet():
+            model = load(files.folder, dtype=dtype)
+        yield from compare_full_size(model, name, length)
 
 
 def _default_length(args: ModelArgs) -> int:

@@ -1,4 +1,4 @@
-"""The tensors in the files of a model folder, counted by key and read a second time.
+"""The tensors in the files of a model folder, read a second time.
 
 The second reading finds the parameter of each tensor by rules that share nothing with
 `checkpoints.families`. It shows a mistake that reading and writing both make, which a round trip
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,10 @@ import torch
 
 from transom.base.errors import notice
 from transom.base.files import read_json
-from transom.checkpoints.families.registry import WEIGHT_NAMES
 from transom.checkpoints.files.layout import CONFIG, Format, folder_format
 from transom.checkpoints.files.lazy_tensors import LazyTensors
 from transom.checkpoints.mapping import clean
-from transom.checkpoints.state import open_files, parameter_shapes
+from transom.checkpoints.state import open_files
 from transom.config.layer_args import RopeLayout
 from transom.config.model_args import ModelArgs
 from transom.verify.findings import Finding, exact, same_bytes
@@ -38,7 +36,6 @@ class FolderFiles:
         format: Its format.
         args: The arguments of its model.
         tensors: The tensors by the keys of the files, not read yet.
-        table: The names of `WEIGHT_NAMES` that a foreign folder is read by.
     """
 
     name: str
@@ -46,7 +43,6 @@ class FolderFiles:
     format: Format
     args: ModelArgs
     tensors: LazyTensors
-    table: str
 
 
 def open_folder(folder: Path, name: str, args: ModelArgs) -> FolderFiles:
@@ -56,34 +52,10 @@ def open_folder(folder: Path, name: str, args: ModelArgs) -> FolderFiles:
         RequestError: If tensors contradict the config.
     """
     format, tensors = folder_format(folder), open_files(folder, args)
-    table = str(read_json(folder / CONFIG)["model_type"]) if format == "hf" else f"params_{format}"
     if format != "native":
-        tensors = clean(table, tensors, args, str(folder))
-    return FolderFiles(name, folder, format, args, tensors, table)
-
-
-def compare_keys(files: FolderFiles) -> Iterator[Finding]:
-    """Count the uses of every key and the sources of every parameter: each must have one."""
-    parameters = parameter_shapes(files.args)
-    used: Counter[str] = Counter()
-    made: Counter[str] = Counter()
-    if files.format == "native":
-        used.update(files.tensors.keys() & parameters.keys())
-        made.update(used)
-    else:
-        names = WEIGHT_NAMES[files.table]
-        for move in names.mappings_to_read(files.args, parameters):
-            present = all(key in files.tensors for key in move.foreign)
-            if present and not any(made[name] for name in move.ours):
-                used.update(move.foreign)
-                made.update(move.ours)
-    for comparison, keys, counts in (
-        ("every key becomes a parameter", files.tensors, used),
-        ("every parameter has a key", parameters, made),
-    ):
-        for key in keys:
-            case, detail = f"{files.name}, {key}", f"{counts[key]} times"
-            yield exact(comparison, case, abs(counts[key] - 1), detail)
+        family = read_json(folder / CONFIG)["model_type"] if format == "hf" else f"params_{format}"
+        tensors = clean(family, tensors, args, str(folder))
+    return FolderFiles(name, folder, format, args, tensors)
 
 
 _PLACES: dict[str, tuple[str, ...]] = {

@@ -144,7 +144,7 @@ def compare_folder(name: str, data: str | None = None) -> Iterator[Finding]:
         notice(f"{data}: no losses are compared, since no conversation, completion or text fits")
         return
     shortest = sorted(encoded.items, key=lambda item: len(item[0].ids))[:LOSS_ROWS]
-    yield from compare_losses(model, replace(encoded, items=shortest), name)
+    yield from compare_losses(model, shortest, name)
 
 
 def compare_model(args: ModelArgs, name: str) -> Iterator[Finding]:
@@ -156,7 +156,7 @@ def compare_model(args: ModelArgs, name: str) -> Iterator[Finding]:
         template = template_for(chats, tokenizer, None)
         encoder = encoder_of(tokenizer, template, args.max_seq_len + 1)
         encoded, paired = encoder.encode(chats), encoder.encode(pairs)
-    yield from compare_losses(sample_model(args, dtype=torch.float32), encoded, name)
+    yield from compare_losses(sample_model(args, dtype=torch.float32), encoded.items, name)
     texts = [ChatExample(file, "text", text=text) for file, text in documents().items()]
     # Every token of a text is a target, so that every expert that is used gets a gradient.
     everything = packed_batch([[row for (row,) in encoder.encode(texts).items]])

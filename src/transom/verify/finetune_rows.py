@@ -27,7 +27,7 @@ from transom.data.chat.batches import packed_batch, padded_batch
 from transom.data.chat.conversations import ChatExample, recognise
 from transom.data.chat.finetune_sets import Problem
 from transom.data.chat.messages import Message
-from transom.data.chat.rows import ChatEncoder, EncodedChats
+from transom.data.chat.rows import ChatEncoder
 from transom.data.chat.turns import EncodedChat
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
@@ -37,6 +37,7 @@ from transom.training.losses.objectives import NextToken
 from transom.verify.findings import TOLERANCES, Finding, close, exact
 
 Answer = tuple[str, float]  # the text with loss, and its weight
+Items = Sequence[tuple[EncodedChat, ...]]  # one row each, or two of a pair
 
 ROWS = 16  # examples that are compared in one batch
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
@@ -147,11 +148,8 @@ def compare_masks(
     kept = [one for one in compared if encoded[one.id].items]
     for start in range(0, len(kept), ROWS):
         group = kept[start : start + ROWS]
-        rows = [encoded[one.id] for one in group]
-        items = [item for part in rows for item in part.items]
-        labels = [label for part in rows for label in part.labels or []]
-        everything = EncodedChats(items, labels=labels or None)
-        for layout, batch in layouts(everything):
+        items = [item for one in group for item in encoded[one.id].items]
+        for layout, batch in layouts(items):
             measured: dict[str, Counter[Answer]] = {one.id: Counter() for one in group}
             texts = _texts_with_loss(batch, encoder.tokenizer)
             for row, answers in zip(chain(*items), texts, strict=True):
@@ -255,13 +253,11 @@ def _normalized(text: str, tokenizer: Tokenizer) -> str:
 # -- layouts
 
 
-def layouts(encoded: EncodedChats) -> Iterator[tuple[str, Batch]]:
-    """Yield all rows in one padded batch and, where packing is allowed, in two packed rows."""
-    if not encoded.items:
-        return
-    yield "padded", padded_batch(encoded.items, labels=encoded.labels or [])
-    if encoded.rows_per_item == 1 and encoded.labels is None:
-        rows = [row for (row,) in encoded.items]
+def layouts(items: Items) -> Iterator[tuple[str, Batch]]:
+    """Yield all rows in one padded batch and, unless they are pairs, in two packed rows."""
+    yield "padded", padded_batch(items)
+    if len(items[0]) == 1:
+        rows = [row for (row,) in items]
         half = -(-len(rows) // 2)
         yield "packed", packed_batch([part for part in (rows[:half], rows[half:]) if part])
 
@@ -289,12 +285,12 @@ def _parts(batch: Batch) -> Iterator[slice]:
 
 
 @torch.no_grad()
-def compare_losses(model: LLM, encoded: EncodedChats, name: str) -> Iterator[Finding]:
+def compare_losses(model: LLM, items: Items, name: str) -> Iterator[Finding]:
     """Compare the loss of every example in a packed and a padded batch with its loss alone.
 
     The loss of a step, in one batch and in micro-batches, must be the sum of its examples.
     """
-    rows: list[EncodedChat] = [row for item in encoded.items for row in item]
+    rows = list(chain(*items))
     alone = []
     for row in rows:
         ids_T = torch.as_tensor(row.ids, device=model.device).long()
@@ -303,7 +299,7 @@ def compare_losses(model: LLM, encoded: EncodedChats, name: str) -> Iterator[Fin
         alone.append(weighted_nats(logits[0], ids_T[1:], weights_T))
     expected = torch.stack(alone).sum() / sum(float(row.weights[1:].sum()) for row in rows)
     tolerance = TOLERANCES[alone[0].dtype]
-    for layout, batch in layouts(encoded):
+    for layout, batch in layouts(items):
         batch = batch.to(model.device)
         logits = model(batch.inputs()).logits.flatten(0, 1)
         targets, weights = batch.targets.flatten(), target_weights(batch).flatten()

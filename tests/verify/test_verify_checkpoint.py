@@ -123,8 +123,7 @@ def test_keys_that_do_not_add_up_are_red_and_end_it(tmp_path):
     rewrite(hf_folder(tmp_path), lambda state: state.update({f"{key}_too": state.pop(key)}))
     (line,) = lines(tmp_path).values()
     assert line.failed
-    assert f"{key}_too" in line.first_failure.detail
-    assert "layers.1.feed_forward.w_value.weight" in line.first_failure.detail
+    assert f"missing {key}; left over {key}_too" in line.first_failure.detail
 
 
 def test_a_tied_output_with_numbers_of_its_own_is_red(tmp_path):

@@ -155,25 +155,11 @@ def compare_masks(
             for row, answers in zip(chain(*items), texts, strict=True):
                 measured[row.id].update(answers)
             for one in group:
-                wanted = Counter(expected[one.id])
-                yield from _compare_answers(one, layout, measured[one.id], wanted, name)
-
-
-def _compare_answers(
-    example: ChatExample,
-    layout: str,
-    measured: Counter[Answer],
-    expected: Counter[Answer],
-    name: str,
-) -> Iterator[Finding]:
-    """Compare the texts with loss of one example, and look for the tools that it calls."""
-    case, more, less = f"{name}, {example.id}", measured - expected, expected - measured
-    detail = f"loss on {dict(more)}, expected on {dict(less)}"
-    yield exact(f"loss on answers alone, {layout}", case, (more | less).total(), detail)
-    called = [tool for messages, _ in _answered(example) for tool in _calls(messages[-1])]
-    if called:
-        lost = [tool for tool in called if not any(tool in text for text, _ in measured)]
-        yield exact(f"loss on tool calls, {layout}", case, len(lost), f"none on calls of {lost}")
+                more = measured[one.id] - Counter(expected[one.id])
+                less = Counter(expected[one.id]) - measured[one.id]
+                detail = f"loss on {dict(more)}, expected on {dict(less)}"
+                case, wrong_texts = f"{name}, {one.id}", (more | less).total()
+                yield exact(f"loss on answers alone, {layout}", case, wrong_texts, detail)
 
 
 def answers_of(example: ChatExample, encoder: ChatEncoder) -> list[Answer] | None:

@@ -112,6 +112,29 @@ def test_no_file_is_too_long():
     assert not [path for path, lines in lengths.items() if lines > 400]
 
 
+def test_no_function_is_too_long():
+    """A function has at most 60 lines; its docstring does not count."""
+    long = []
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                documented = ast.get_docstring(node, clean=False) is not None
+                start = node.body[0].end_lineno if documented else node.lineno - 1
+                if node.end_lineno - start > 60:
+                    long.append(f"{path.name}: {node.name}")
+    assert not long
+
+
+def test_no_two_classes_have_one_name():
+    names = [
+        node.name
+        for path in (ROOT / "src").rglob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert len(names) == len(set(names))
+
+
 def imports(package: Path) -> dict[str, set[str]]:
     """Return which modules each module imports, at any place in it, also for types only."""
     modules = {}

@@ -80,7 +80,7 @@ def test_a_mistyped_path_is_not_looked_up(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(
         HfApi, "list_repo_files", lambda *_, **__: pytest.fail("a path went to the hub")
     )
-    with pytest.raises(RequestError, match="runs/demo: no such folder"):
+    with pytest.raises(RequestError, match="got 'runs/demo', no such folder"):
         load("runs/demo")
 
 

@@ -80,7 +80,7 @@ def test_a_change_keeps_the_conversation_and_forgets_what_was_computed(made, cal
         (["one"], "--adapter: got 'one'; expected NAME=FOLDER"),
         (["none=ONE"], "expected a name of its own, and not none"),
         (["a=ONE", "a=TWO"], "expected a name of its own"),
-        (["a=BASE"], "a complete model; expected an adapter"),
+        (["a=BASE"], "expected an adapter or its run, not a complete model"),
         (["a.b=ONE"], "adapter name: got 'a.b'"),
         (["a=FOREIGN"], "base: got"),
     ],

@@ -130,7 +130,7 @@ def test_layers_that_see_later_tokens_have_no_cache(tmp_path, capsys):
     ("words", "said"),
     [
         (["lama3-8b"], "did you mean 'llama3-8b'"),
-        (["nothing"], f"presets are {', '.join(PRESETS)}"),
+        (["nothing"], f"a preset: {', '.join(PRESETS)}"),
         (["demo", "--trace", "text"], "preset demo has no weights"),
         (["demo", "--length", "0"], "length: got 0; expected 1 or more tokens"),
         (["demo", "--device", "cpu"], "--device: got 'cpu'"),
@@ -147,7 +147,7 @@ def test_layers_that_see_later_tokens_have_no_cache(tmp_path, capsys):
             "expected a config.json, a params.json, a folder, a hub id or a preset",
         ),
         (["{model}", "{model}", "--trace", "x"], "--trace: got 'x'"),
-        (["{model}", "/no/such/folder"], "/no/such/folder: no such folder"),
+        (["{model}", "/no/such/folder"], "got '/no/such/folder', no such folder"),
         (
             ["{model}", "{model}", "--revision", "v1"],
             "--revision: got 'v1'",

@@ -28,7 +28,7 @@ def report(out):
 def test_a_run_alone_is_merged_beside_itself_and_the_next_verbs_take_it(made, call):
     code, out, err = call("merge", made / "run", *DATA)
     assert code == 0, err
-    assert "base alone" in out and "kept: full-precision base (the only candidate)" in out
+    assert "base alone" in out and "kept: full-precision base; the only candidate" in out
     merged = made / "run-merged"
     assert f"next: transom verify merge {merged}; transom chat {merged}" in err
     assert call("verify", "merge", merged)[0] == 0
@@ -92,8 +92,8 @@ def test_a_folder_in_the_way_is_replaced_when_told_so(made, call, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["base"], "a complete model; expected an adapter"),
-        (["nowhere"], "nowhere: no such folder"),
+        (["base"], "expected an adapter or its run, not a complete model"),
+        (["nowhere"], "got 'nowhere', no such folder"),
         (["base", "a"], "OUT: got .*an adapter, which is never overwritten"),
         (
             ["a", "OUT", "--density", "0.5"],

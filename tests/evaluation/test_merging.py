@@ -87,9 +87,9 @@ def test_a_base_that_was_quantized_in_training_is_merged_as_the_adapter_saw_it(b
     report = merge(None, [adapter], tmp_path / "out")
     seen, full = (
         candidate(report, name)["kl"]
-        for name in ("base as in training: nf4", "full-precision base")
+        for name in ("base as in training (nf4)", "full-precision base")
     )
-    assert seen < 1e-3 < full and report["kept"] == "base as in training: nf4"
+    assert seen < 1e-3 < full and report["kept"] == "base as in training (nf4)"
     # By hand: the dense weights that four bits stand for, with the adapter in them.
     model = dequantize_model(quantize_model(load(base), QuantizeArgs.from_dict(NF4))).float()
     merge_adapter(load_adapter(model, adapter))
@@ -102,7 +102,9 @@ def test_a_base_that_was_rounded_in_training_is_a_candidate_too(tmp_path):
     base = write_base(tmp_path / "base", dtype="float32")
     half = write_adapter(tmp_path / "half", base, dtype="bfloat16")
     report = merge(None, [half], tmp_path / "out")
-    assert report["kept"] == "base as in training: bfloat16" and report["out"]["dtype"] == "float32"
+    assert (
+        report["kept"] == "base as in training (bfloat16)" and report["out"]["dtype"] == "float32"
+    )
     assert candidate(report, "full")["kl"] > 100 * candidate(report, "base as")["kl"]
     same = write_adapter(tmp_path / "same", base, dtype="float32")
     assert len(merge(None, [same], tmp_path / "other")["candidates"]) == 1

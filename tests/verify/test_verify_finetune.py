@@ -276,7 +276,7 @@ def test_more_examples_than_are_looked_at_are_said(base, tmp_path, monkeypatch, 
             ["merge", "demo", "--data", "x"],
             "--data: got 'x'; valid only with `verify finetune MODEL`",
         ),
-        (["finetune", "no/such/model"], "no/such/model: no such folder"),
+        (["finetune", "no/such/model"], "got 'no/such/model', no such folder"),
     ],
 )
 def test_a_wrong_request_is_one_sentence(capsys, words, said):

@@ -104,8 +104,8 @@ def read(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
     known = field_types(cls)
     for key in data:
         if key not in known:
-            hint = nearest(str(key), known) or f"; known are {', '.join(known)}"
-            raise RequestError(f"{_join(where, str(key))}: no such field of {cls.__name__}{hint}")
+            hint = nearest(str(key), known) or f"; expected one of {', '.join(known)}"
+            raise RequestError(f"{_join(where, str(key))}: got an unknown field{hint}")
     values = {key: _convert(known[key], value, _join(where, key)) for key, value in data.items()}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]  # T is a dataclass
         optional = (
@@ -113,7 +113,7 @@ def read(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
             or field.default_factory is not dataclasses.MISSING
         )
         if not optional and field.name not in values:
-            raise RequestError(f"{_join(where, field.name)}: missing; {cls.__name__} needs it")
+            raise RequestError(f"{_join(where, field.name)}: got nothing; expected a value")
         if field.metadata.get("path") and str(values.get(field.name)).startswith("~"):
             values[field.name] = os.path.expanduser(values[field.name])  # noqa: PTH111 - a path or a hub id
     try:

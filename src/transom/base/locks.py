@@ -77,12 +77,11 @@ def output_folder(folder: Path, overwrite: bool) -> Iterator[None]:
         RequestError: If the folder is a file or, without `overwrite`, not empty.
     """
     if folder.exists() and not folder.is_dir():
-        raise RequestError(f"{folder}: a file; expected a new or empty folder")
+        raise RequestError(f"OUT: got {str(folder)!r}, a file; expected a new or empty folder")
     with FolderLock(folder):
         if folder.exists() and any(folder.iterdir()) and not overwrite:
-            raise RequestError(
-                f"{folder}: not empty; expected a new or empty folder, or --overwrite"
-            )
+            expected = "expected a new or empty folder, or --overwrite"
+            raise RequestError(f"OUT: got {str(folder)!r}, which is not empty; {expected}")
         yield
 
 

@@ -43,8 +43,8 @@ ANSWER = {"role": "assistant", "content": PROBE}
 class ChatTemplate:
     """The chat template of one tokenizer.
 
-    Of several templates by name, `tool_use` is the one for conversations with tools and `default`
-    all others.
+    If there are several templates by name, `tool_use` renders conversations with tools and
+    `default` renders all others.
 
     Args:
         sources: Jinja text, or several by name.

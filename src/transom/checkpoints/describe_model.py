@@ -58,10 +58,8 @@ def describe_model(
         require(revision is None, "revision", revision, "expected none without a hub id")
         return DescribedModel(f"preset {name}", preset(name), None)
     if not path.exists() and not is_hub_id(name):
-        hint, known_presets = nearest(name, PRESETS), ", ".join(PRESETS)
-        raise RequestError(
-            f"{name!r}: no such folder, file or preset; presets are {known_presets}{hint}"
-        )
+        expected = f"expected a folder, a file, a hub id or a preset: {', '.join(PRESETS)}"
+        raise RequestError(f"model: got {name!r}; {expected}{nearest(name, PRESETS)}")
     location = find_model(path, revision, settings_only=settings_only)
     if settings_only and lacks_vocabulary(location.model):
         location = find_model(path, revision)

@@ -49,7 +49,7 @@ class BaseForm:
     def __str__(self) -> str:
         words = (self.dtype, None if self.quantize is None else self.quantize.kind)
         form = ", ".join(filter(None, words))
-        return f"base as in training: {form}" if form else "full-precision base"
+        return f"base as in training ({form})" if form else "full-precision base"
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def named_folders(
 def _adapter_folder(name: str | Path) -> Path:
     of_mistral = (Path(name) / MISTRAL_WEIGHTS).exists()
     folder = Path(name) if of_mistral else named_folder(name)
-    expected = "a complete model; expected an adapter or its run"
+    expected = "expected an adapter or its run, not a complete model"
     require(of_mistral or is_adapter(folder), "adapter", str(name), expected)
     return folder
 

@@ -26,10 +26,10 @@ HELP = """\
 Every line is a turn. A \\ at its end continues the turn on the next line, and so do lines between
 two lines of \"""\"""\""". Ctrl-C stops an answer.
   /reset         start a new conversation; the text of /system stays
-  /system TEXT   start a new conversation with TEXT in front, or with nothing
+  /system TEXT   start a new conversation with TEXT as its system message, or with none
   /adapter NAME  answer with this adapter from now on; none stands for no adapter
   /save FILE     write the conversation so far into a new file
-  /help          show this page
+  /help          print this text
   /exit          leave, as Ctrl-D does"""
 DIM = ("\x1b[2m", "\x1b[22m")  # on and off
 BLOCK = '"""'  # a line of its own that begins and ends a turn of many lines
@@ -39,21 +39,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
     add_model(parser)
     add_generation(parser)
-    what = "an adapter, or a run of one, that /adapter can choose; may be repeated"
+    what = "an adapter folder, or a run of one, that /adapter can choose; may be repeated"
     shape = "NAME=FOLDER"
     parser.add_argument("--adapter", action="append", default=[], metavar=shape, help=what)
     names = ("--system", "--system-prompt")
-    parser.add_argument(*names, default="", metavar="TEXT", help="text in front of the chat")
-    what = "text that every answer begins with, which the model continues"
+    parser.add_argument(*names, default="", metavar="TEXT", help="text of the system message")
+    what = "beginning of every answer, which the model continues"
     parser.add_argument("--prefill", default="", metavar="TEXT", help=what)
-    what = "tokens of the conversation at most (default: the model's maximum, and at most 8192)"
+    what = "maximum tokens of the conversation (default: the model's maximum, but at most 8192)"
     parser.add_argument("--max-model-len", type=int, metavar="N", help=what)
     what = "a built-in template (llama3, chatml, ...), one of the folder's by name, or a file"
     what += " (default: the folder's)"
     parser.add_argument("--chat-template", type=user_path, metavar="NAME", help=what)
-    what = 'values for the template, such as {"enable_thinking": false}'
+    what = 'JSON object of variables for the template, such as {"enable_thinking": false}'
     parser.add_argument("--chat-template-config", metavar="JSON", help=what)
-    what = "one growing text, without a template"
+    what = "continue one growing text, without a template"
     parser.add_argument("--ignore-chat-template", action="store_true", help=what)
 
 

@@ -14,10 +14,10 @@ FORMATS = ("hf", "native", "meta", "mistral")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
-    what = "a model or adapter folder, a run folder for its best step, or a hub id"
+    what = "a model or adapter folder, a run folder (its best step), or a hub id"
     formats = "hf (Hugging Face), native (Transom), meta or mistral (params.json); default: hf"
     dtype = "float32, bfloat16, float16 or float64 (default: that of the files)"
-    size = "largest file of hf and native weights, such as 500MB (default: 5GB)"
+    size = "largest weights file of hf and native, such as 500MB (default: 5GB)"
     parser.add_argument("source", type=user_path, metavar="SRC", help=what)
     parser.add_argument("out", type=user_path, metavar="OUT", help="a new or empty folder to write")
     parser.add_argument("--format", choices=FORMATS, default="hf", help=formats)

@@ -36,13 +36,13 @@ FIELDS = {
 }
 # What the counts of `check` mean, besides those of `ChatCounts`.
 WORDS = {
-    "longest": "longest row, tokens",
+    "longest": "length of the longest row, tokens",
     "with_bos": "rows that begin with BOS",
     "too_long": "prompts without room for an answer",
     "held_out": "examples held out",
     "malformed_rows": "malformed rows",
     "packed_rows": "packed into rows",
-    "fill": "fill of packed rows",
+    "fill": "share of packed rows that is used",
     "rows_per_step": "rows per step",
     "steps": "optimizer steps",
 }
@@ -50,11 +50,11 @@ WORDS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
-    what = "count rows and list faults, or print one example"
+    what = "check: count rows and list faults; show: print one example"
     parser.add_argument("what", choices=("check", "show"), help=what)
     data = (
-        ".jsonl, .json or .parquet file, folder with train, valid and test files, a name of "
-        "`datasets`, or stdlib-docs: questions about Python's own library"
+        ".jsonl, .json or .parquet file, folder with train, valid and test files, name of the "
+        "`datasets` library, or stdlib-docs: questions about this machine's Python library"
     )
     parser.add_argument("data", type=user_path, metavar="DATA", help=data)
     model = "folder or hub id whose tokenizer and chat template are used"
@@ -75,9 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             meaning = f"as for finetune: {help} ({field})"
             dest = flag[2:].replace("-", "_")
             parser.add_argument(*names, dest=dest, type=kind, metavar="X", help=meaning)
-    index = "show: which example or packed row, from 0 (default: 0)"
+    index = "show: number of the example or packed row, from 0 (default: 0)"
     parser.add_argument("--index", type=int, metavar="N", help=index)
-    packed = "show: a row of several examples, as in training"
+    packed = "show: print a row of several examples, as in training"
     parser.add_argument("--packed", action="store_true", help=packed)
     seed = "show --packed: seed of the packing (default: 0)"
     parser.add_argument("--seed", type=int, metavar="N", help=seed)
@@ -154,9 +154,9 @@ def print_check(facts: dict[str, Any]) -> None:
     words = {one.name: str(one.metadata["help"]) for one in fields(ChatCounts)} | WORDS
     lines = [
         ("kinds of rows", ", ".join(facts["kinds"])),
-        ("written by", facts["template"] or "plain text"),
+        ("chat template", facts["template"] or "plain text"),
         ("objective", facts["objective"]),
-        ("longest allowed", f"{facts['seq_len']:,} tokens"),
+        ("maximum length of a row", f"{facts['seq_len']:,} tokens"),
         *((words[name], amount(value)) for name, value in facts.items() if name in words),
     ]
     show(pairs(lines))

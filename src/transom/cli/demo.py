@@ -79,7 +79,7 @@ class Compressed:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
-    what = "change a field, as in transom train"
+    what = "a field and its value, as for `transom train`"
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=what)
     add_run_options(parser)
 

@@ -17,16 +17,18 @@ OUT_SUFFIXES = (".safetensors", ".npy")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
     add_model(parser)
-    what = "a text; may be repeated"
+    what = "a text to read; may be repeated"
     parser.add_argument("-t", "--text", action="append", default=[], metavar="TEXT", help=what)
-    what = "texts, one a line, or those of a .jsonl, .json or .parquet; - is standard input"
+    what = "file of texts: one per line, or .jsonl, .json, .parquet; - reads standard input"
     parser.add_argument("-i", "--input", type=user_path, metavar="FILE", help=what)
-    what = "mean over the tokens of a text, or its last one (default: that of the folder, or mean)"
+    what = "mean over the tokens of a text, or its last token (default: the folder's, or mean)"
     parser.add_argument("--pooling", choices=("mean", "last"), help=what)
     parser.add_argument("--normalize", action="store_true", help="scale vectors to length 1")
     what = "write float32 vectors to FILE.safetensors or FILE.npy"
     parser.add_argument("--out", type=user_path, metavar="FILE", help=what)
-    parser.add_argument("--overwrite", action="store_true", help="replace the --out file")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an existing file of --out"
+    )
     add_json(parser)
 
 

@@ -36,39 +36,51 @@ FLAGS: tuple[tuple[tuple[str, ...], Any, str, str], ...] = (
     (("--tasks",), str, "NAMES", "tasks of lm-evaluation-harness, separated by commas"),
     (("--include-path",), user_path, "DIR", "with --tasks: a folder of more tasks"),
     (("--num-fewshot",), int, "N", "with --tasks: examples before each question"),
-    (("--limit",), int, "N", "the first N documents or rows of each"),
-    (("--window",), int, "N", "text: tokens of context (default: max_seq_len, 4096 at most)"),
-    (("--stride",), int, "N", "text: tokens between windows (default: half a window)"),
-    (("--extract",), str, "REGEX", "answers: compare its last match, or the group of that match"),
+    (("--limit",), int, "N", "use only the first N documents or rows of each"),
+    (("--window",), int, "N", "for text: tokens of context (default: max_seq_len, 4096 at most)"),
+    (("--stride",), int, "N", "for text: tokens between windows (default: half a window)"),
+    (("--extract",), str, "REGEX", "for answers: compare only the last match, or its group"),
     (
         ("-m", "--max-tokens", "--max-new-tokens"),
         int,
         "N",
-        f"answers: the most new tokens (default: {EvalArgs.max_new_tokens})",
+        f"for answers: maximum number of new tokens (default: {EvalArgs.max_new_tokens})",
     ),
-    (("--stop",), str, "TEXT", "answers: end before TEXT; may be given again"),
-    (("--chat-template",), user_path, "NAME", "a built-in template, one of the folder, or a file"),
-    (("--batch-tokens",), int, "N", "tokens of one forward pass (default: 4096)"),
+    (("--stop",), str, "TEXT", "for answers: end before TEXT; may be repeated"),
+    (
+        ("--chat-template",),
+        user_path,
+        "NAME",
+        "a built-in template, one of the folder's by name, or a file",
+    ),
+    (("--batch-tokens",), int, "N", "tokens per forward pass (default: 4096)"),
     (("--device",), str, "NAME", "auto, cpu, cuda, cuda:N or mps (default: auto)"),
-    (("--dtype",), str, "NAME", "float32, bfloat16, float16 or float64 (default: of the files)"),
+    (
+        ("--dtype",),
+        str,
+        "NAME",
+        "float32, bfloat16, float16 or float64 (default: that of the files)",
+    ),
     (("--out",), user_path, "FILE", "write the results as JSON"),
     (("--rows",), user_path, "FILE", "write the result of each document or row as JSON lines"),
 )
 SWITCHES = (
     ("--apply-chat-template", "with --tasks: write prompts with the chat template"),
-    ("--ignore-case", "answers: upper and lower case are the same"),
-    ("--overwrite", "replace the files of --out and --rows"),
+    ("--ignore-case", "for answers: ignore upper and lower case"),
+    ("--overwrite", "replace existing files of --out and --rows"),
     ("--json", "print one JSON document as the last line"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
-    what = "a model or adapter folder of any format, a run folder for its best step, or a hub id"
+    what = "a model or adapter folder of any format, a run folder (its best step), or a hub id"
     parser.add_argument("model", nargs="?", type=user_path, metavar="MODEL", help=what)
-    what = "two models on the same data, instead of MODEL"
+    what = "compare two models on the same data, instead of MODEL"
     parser.add_argument("--compare", nargs=2, type=user_path, metavar=("A", "B"), help=what)
-    what = "text (files, folders, globs), or .jsonl of questions with choices or of prompts"
+    what = (
+        "text (files, folders, globs), or .jsonl: questions with choices, or prompts with answers"
+    )
     parser.add_argument("--data", nargs="+", action="extend", default=[], metavar="DATA", help=what)
     for names, kind, word, meaning in FLAGS:
         action = "append" if names == ("--stop",) else "store"
@@ -98,10 +110,14 @@ def run(options: argparse.Namespace) -> int:
 def check_arguments(options: argparse.Namespace) -> None:
     """Refuse wrong arguments before torch is imported."""
     if (options.model is None) == (options.compare is None):
-        raise RequestError("eval: expected one model, or --compare with two")
+        raise RequestError(
+            "MODEL, --compare: got both or none; expected one model, or --compare with two"
+        )
     tasks = options.tasks is not None
     if bool(options.data) == tasks:
-        raise RequestError("eval: expected --data with files, or --tasks with names")
+        raise RequestError(
+            "--data, --tasks: got both or none; expected --data with files, or --tasks with names"
+        )
     for name in FOR_DATA if tasks else FOR_TASKS:
         value = getattr(options, name)
         flag = "--max-tokens" if name == "max_new_tokens" else f"--{name.replace('_', '-')}"
@@ -158,7 +174,7 @@ def print_report(document: Mapping[str, Any]) -> None:
         for name, score in one["scores"].items():
             value = f"{score['value']:.4f}"
             rows.append((one["path"], WORDS.get(name, name), value, interval_words(score), amount))
-    show(table(("data", "score"), ("value", "95% interval", "of"), rows))
+    show(table(("data", "score"), ("value", "95% interval", "measured on"), rows))
 
 
 def print_comparison(document: Mapping[str, Any]) -> None:

@@ -17,16 +17,16 @@ from transom.training.finetune.config import EMBEDDED, finetune_args, resumed_ar
 
 # Flags that users of other tools know, and the fields they set.
 FLAGS = (
-    ("--method", "finetune.method", str, "lora or full"),
+    ("--method", "finetune.method", str, "lora (an adapter) or full (all weights)"),
     ("--objective", "finetune.objective", str, "sft, dpo, ipo, orpo, kto, distill or grpo"),
     ("--rank", "finetune.lora.rank", int, "rank of the adapter"),
-    ("--quantize", "finetune.quantize.kind", str, "nf4 or int4: a frozen base in 4 bits"),
-    ("--teacher", "finetune.teacher", str, "model to distill from"),
+    ("--quantize", "finetune.quantize.kind", str, "nf4 or int4: keep the frozen base in 4 bits"),
+    ("--teacher", "finetune.teacher", str, "folder or hub id of the model to distill from"),
     ("--epochs", "finetune.epochs", float, "passes over the examples"),
     ("--iters", "steps", int, "optimizer steps, instead of epochs"),
     ("--batch-size", "data.batch_size", int, "rows per step"),
     ("--learning-rate", "optimizer.lr", float, "peak learning rate"),
-    ("--max-seq-length", "data.seq_len", int, "longest row in tokens"),
+    ("--max-seq-length", "data.seq_len", int, "maximum length of a row in tokens"),
     ("--out", "out", str, "folder of the run (default: MODEL-finetune)"),
 )
 
@@ -40,11 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     base = "model or run folder, or hub id, to start from"
     parser.add_argument("model", type=user_path, metavar="MODEL", help=base)
-    words, meaning = "CONFIG.yaml key=value", "config file, then overrides"
+    words, meaning = "CONFIG.yaml key=value", "config file, then fields that override it"
     parser.add_argument("words", nargs="*", type=user_path, metavar=words, help=meaning)
     data = (
         ".jsonl, .json or .parquet file, folder with train and valid files, or "
-        f"{EMBEDDED}: questions about the Python library of this machine; may be given again"
+        f"{EMBEDDED}: questions about this machine's Python library; may be repeated"
     )
     parser.add_argument(
         "--data", action="append", default=[], type=user_path, metavar="FILE", help=data

@@ -27,26 +27,26 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
     add_model(parser)
-    what = "text to continue, - for standard input; given several times, one batch"
+    what = "text to continue; - reads standard input; may be repeated, for a batch"
     parser.add_argument("-p", "--prompt", action="append", required=True, metavar="TEXT", help=what)
     add_generation(parser)
-    what = "read control tokens in a prompt, such as <|im_start|>, which are plain text otherwise"
+    what = "read control tokens such as <|im_start|> in prompts, which are plain text otherwise"
     parser.add_argument("--special", action="store_true", help=what)
     add_json(parser)
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
     """Add the options that `generate` and `chat` share: sampling, and where to stop."""
-    what = "new tokens at most (default: 128, or what the model's context leaves)"
+    what = "maximum number of new tokens (default: 128, or what the model's context leaves)"
     parser.add_argument("-m", "--max-tokens", type=int, metavar="N", help=what)
     add_fields(parser, SamplingArgs)
     what = "prompt tokens per forward call (default: 512)"
     parser.add_argument("--prefill-step-size", type=int, default=512, metavar="N", help=what)
-    what = "end before this text, or where stop_strings of the folder say; may be repeated"
+    what = "end before this text, as before the stop_strings of the folder; may be repeated"
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=what)
-    what = "show control tokens in the text, also the one that ends it"
+    what = "print control tokens, also the one that ends the text"
     parser.add_argument("--show-special", action="store_true", help=what)
-    what = "go on after the model's own stop tokens"
+    what = "continue after the model's own stop tokens"
     parser.add_argument("--ignore-eos", action="store_true", help=what)
 
 

@@ -39,14 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
     what = "model, adapter or run folder, hub id, config.json, params.json, or preset"
     add = parser.add_argument
-    add("model", type=user_path, help=f"{what}: {', '.join(PRESETS)}")
-    add("other", nargs="?", type=user_path, help="a second model or run to compare with")
+    add("model", type=user_path, metavar="MODEL", help=f"{what}: {', '.join(PRESETS)}")
+    what = "a second model or run to compare with"
+    add("other", nargs="?", type=user_path, metavar="OTHER", help=what)
     add("--revision", help="branch, tag or commit of a hub id")
-    add("--length", type=int, help="sequence length of the plan in tokens; default max_seq_len")
-    add("--json", action="store_true", help="print one JSON document with exact numbers instead")
-    add("--trace", metavar="TEXT", help="run the model on TEXT and show what every layer does")
-    add("--device", help="where --trace runs: cpu (default), cuda, mps or auto")
-    add("--dtype", help="dtype of the weights in --trace; default that of the files")
+    add("--length", type=int, help="sequence length in tokens (default: max_seq_len)")
+    add("--json", action="store_true", help="print one JSON document with exact numbers, no tables")
+    add("--trace", metavar="TEXT", help="run the model on TEXT and show what every layer computes")
+    add("--device", help="device of --trace: cpu, cuda, mps or auto (default: cpu)")
+    add("--dtype", help="dtype of the weights in --trace (default: that of the files)")
 
 
 def run(options: argparse.Namespace) -> int:

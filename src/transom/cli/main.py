@@ -9,6 +9,7 @@ import argparse
 import importlib
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -32,18 +33,29 @@ ENDING = tuple(number for number in STOP_SIGNALS if number != signal.SIGINT)
 
 # Each verb is a module transom.cli.VERB with add_arguments(parser) and run(options) -> exit code.
 VERBS = {
-    "demo": "train a small model on this machine's Python library, then talk",
-    "train": "train a model from a config file, key=value overrides accepted",
-    "finetune": "teach a model with conversations, answers or pairs of them",
-    "data": "count, check and show what a model would be fine-tuned on",
+    "demo": "train a small language model on the source of this machine's Python library",
+    "train": "train a model on your own text, as a config file or key=value words describe it",
+    "finetune": "fine-tune a model: LoRA, all weights, DPO, GRPO and others",
+    "data": "check and count fine-tuning data, or show an example token by token",
     "generate": "continue a prompt",
     "chat": "talk with a model, turn by turn",
-    "embed": "one vector per text, or its label",
-    "eval": "score a model on local files or on tasks of lm-evaluation-harness",
-    "inspect": "show what a model is, layer by layer",
-    "merge": "adapters into the weights of their base, with a report of what that loses",
+    "embed": "compute one vector, or one label, per text",
+    "eval": "score one model, or compare two, on local files or tasks of lm-evaluation-harness",
+    "inspect": "show the layers, memory and FLOPs of a model, or compare two models",
+    "merge": "merge adapters into the weights of their base, and measure what changes",
     "convert": "write a model folder in another format",
-    "verify": "compare every fast path with its slow twin on this machine",
+    "verify": "compare every fast path with a slow reference on this machine",
+}
+
+
+# Messages of argparse, and how they read in the form of all messages.
+FORMS = {
+    r"argument (.+?): invalid choice: (.+) \(choose from (.+)\)": r"\1: got \2; expected one of \3",
+    r"argument (.+?): invalid int value: (.+)": r"\1: got \2; expected an integer",
+    r"argument (.+?): invalid float value: (.+)": r"\1: got \2; expected a number",
+    r"argument (.+?): (expected .+ arguments?)": r"\1: got another number of values; \2",
+    r"the following arguments are required: (.+)": r"\1: got nothing; expected a value",
+    r"unrecognized arguments: (.+)": r"arguments: got \1; expected only known ones",
 }
 
 
@@ -51,6 +63,8 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that raises a `RequestError` for a wrong command line."""
 
     def error(self, message: str) -> NoReturn:
+        for words, form in FORMS.items():
+            message = re.sub(words, form, message)
         raise RequestError(f"{message}; see `{self.prog} --help`")
 
 
@@ -120,8 +134,8 @@ def _run(words: list[str]) -> int:
         return 0
     verb = words[0]
     if verb not in VERBS:
-        known = f"known are {', '.join(VERBS)}{nearest(verb, VERBS)}"
-        raise RequestError(f"{verb!r}: no such verb; {known}")
+        expected = f"expected one of {', '.join(VERBS)}{nearest(verb, VERBS)}"
+        raise RequestError(f"verb: got {verb!r}; {expected}")
     command = importlib.import_module(f"transom.cli.{verb}")
     parser = Parser(prog=f"transom {verb}", description=VERBS[verb], allow_abbrev=False)
     command.add_arguments(parser)
@@ -131,7 +145,7 @@ def _run(words: list[str]) -> int:
 def _overview() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:{width}}  {what}" for verb, what in VERBS.items())
-    last = "`transom <verb> --help` shows its options."
+    last = "`transom <verb> --help` lists the options of a verb."
     return f"usage: transom <verb> [options]\n\n{verbs}\n\n{last}"
 
 

@@ -24,16 +24,16 @@ USAGE = "expected ADAPTER [OUT], or BASE ADAPTER... OUT"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
     folders = (
-        "ADAPTER, or ADAPTER OUT, or BASE ADAPTER ... OUT. An adapter is its folder, the run that "
-        "trained it, or a hub id. BASE is the one that the adapter names unless it is given; OUT "
-        "is ADAPTER-merged unless it is given"
+        "ADAPTER, or ADAPTER OUT, or BASE ADAPTER ... OUT. ADAPTER is an adapter folder, the run "
+        "that trained it, or a hub id. The default of BASE is the base that the adapter names, and "
+        "the default of OUT is ADAPTER-merged"
     )
     method = (
         "how several adapters are combined: linear (their sum, default), ties (arXiv 2306.01708) "
         "or dare (arXiv 2311.03099)"
     )
     data = (
-        "text to measure on: a file, folder or glob (default: the examples that the run held out, "
+        "text to measure on: a file, folder or glob (default: the held-out examples of the run, "
         "or else built-in texts)"
     )
     dtype = "float32, bfloat16, float16 or float64 (default: that of the base's files)"
@@ -41,15 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=METHODS, default="linear", help=method)
     for flag, kind, name, what in (
         ("--weights", str, "X,X", "a factor for each adapter (default: 1)"),
-        ("--density", float, "X", "ties, dare: the share that is kept (default: 0.5)"),
-        ("--seed", int, "N", "dare: the seed of the random choice (default: 0)"),
+        ("--density", float, "X", "ties, dare: share of the numbers to keep (default: 0.5)"),
+        ("--seed", int, "N", "dare: seed of the random choice (default: 0)"),
         ("--data", user_path, "FILE", data),
-        ("--tokens", int, "N", "the number of tokens to measure on (default: 4096)"),
+        ("--tokens", int, "N", "number of tokens to measure on (default: 4096)"),
     ):
         parser.add_argument(flag, type=kind, metavar=name, help=what)
     parser.add_argument("--format", choices=FORMATS, help="format of OUT (default: the base's)")
     parser.add_argument("--dtype", help=dtype)
-    device = "the device to merge and measure on, in float32 (default: cpu)"
+    device = "device to merge and measure on, in float32 (default: cpu)"
     parser.add_argument("--device", default="cpu", help=device)
     parser.add_argument("--overwrite", action="store_true", help="replace the model in OUT")
     parser.add_argument("--json", action="store_true", help="print the report as the last line")
@@ -134,10 +134,10 @@ def print_report(report: Mapping[str, Any], out: Path) -> None:
         loss = "-" if one["nats"] is None else f"{one['nats']:.4f}"
         rows.append((name, f"{one['kl']:.2g}", agreement, gap, loss))
     if rows:
-        against = f"against {report['reference']}, {report['data']['tokens']:,} tokens"
+        against = f"compared with {report['reference']}, {report['data']['tokens']:,} tokens"
         columns = ("KL, nats per token", "top-1 agreement", "largest logit difference")
         show(table((against,), (*columns, "loss, nats"), rows))
-    print(f"kept: {report['kept']} ({report['why']})")
+    print(f"kept: {report['kept']}; {report['why']}")
     form, folder = f"{report['out']['format']}, {report['out']['dtype']}", shlex.quote(str(out))
     print(f"{out}: {form}, with merge_report.json", file=sys.stderr)
     print(f"next: transom verify merge {folder}; transom chat {folder}", file=sys.stderr)

@@ -30,11 +30,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     again = parser.add_mutually_exclusive_group()
     what = "replace an earlier run in the same folder"
     again.add_argument("--overwrite", action="store_true", help=what)
-    what = "continue a run exactly from its latest step"
+    what = "continue the run exactly from its latest step"
     again.add_argument("--resume", action="store_true", help=what)
-    what = "time the parts of the first N steps"
+    what = "measure the time of each part of the first N steps"
     parser.add_argument("--profile", type=int, default=0, metavar="N", help=what)
-    parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
+    parser.add_argument("--quiet", action="store_true", help="print no progress on standard error")
     what = "print one JSON document as the last line"
     parser.add_argument("--json", action="store_true", help=what)
 

@@ -19,25 +19,29 @@ OPTIONS = ("model", "adapter", "full", "length", "device", "dtype", "data", "ste
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
-    checks = "; ".join(f"{check.name}: {check.compares}" for check in CHECKS.values())
-    parser.add_argument("check", nargs="?", help=checks)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    checks = "\n".join(f"  {check.name:10}  {check.compares}" for check in CHECKS.values())
+    parser.epilog = f"checks:\n{checks}"
+    what = "name of a check, see the list below"
+    parser.add_argument("check", nargs="?", metavar="CHECK", help=what)
     parser.add_argument(
         "model",
         nargs="?",
         type=user_path,
+        metavar="MODEL",
         help="model or run folder, hub id, preset, or the config of a model or run in YAML or "
-        "JSON. A small copy of it is compared; checkpoint, merge, policy and finetune run a folder "
-        "as it is. Default: built-in models",
+        "JSON. The check runs on a small copy of it; checkpoint, merge, policy and finetune run "
+        "the folder as it is (default: built-in models)",
     )
     words: dict[str, tuple[str, Callable[[str], Any]]] = {
-        "length": ("the longest sequence, in tokens", int),
-        "device": ("where to run; default cpu, for attention all devices", str),
-        "dtype": ("dtype of the weights; default float32", str),
-        "data": ("rows as `transom finetune` takes them; default built-in rows", user_path),
-        "steps": ("steps of the run; default 6", int),
+        "length": ("longest sequence in tokens", int),
+        "device": ("device to run on (default: cpu; attention: all devices)", str),
+        "dtype": ("dtype of the weights (default: float32)", str),
+        "data": ("rows as `transom finetune` takes them (default: built-in rows)", user_path),
+        "steps": ("steps of the run (default: 6)", int),
     }
     adapter = _help("an adapter of the base MODEL", "adapter")
-    parser.add_argument("adapter", nargs="?", type=user_path, help=adapter)
+    parser.add_argument("adapter", nargs="?", type=user_path, metavar="ADAPTER", help=adapter)
     parser.add_argument("--full", action="store_true", help="run MODEL as it is, with its weights")
     for name, (text, kind) in words.items():
         parser.add_argument(f"--{name}", type=kind, help=_help(text, name))

@@ -88,8 +88,8 @@ def rows_of(name: str | Path, split: str = "train") -> Iterator[DataRow] | None:
     if path.exists():
         return read_rows(path) if split == "train" else None
     known = NAME.fullmatch(str(name)) is not None and row_format(path) is None
-    formats = f"that ends in {ROW_NAMES}, a folder of such, or a name of `datasets`"
-    require(known, "data", str(name), f"no such file or folder; expected a file {formats}")
+    formats = f"that ends in {ROW_NAMES}, a folder of such files, or a name of `datasets`"
+    require(known, "data", str(name), f"expected a file {formats}")
     return _by_name(str(name), split)
 
 

@@ -35,7 +35,7 @@ class SamplingArgs:
 
     temperature: float = describe(
         0.0,
-        "divides the logits; 0 takes the most likely token, more is more varied",
+        "divisor of the logits; 0 takes the most likely token, more is more varied",
         at_least=0,
         below=math.inf,
     )
@@ -50,24 +50,24 @@ class SamplingArgs:
     )
     min_p: float = describe(
         0.0,
-        "drop tokens with less than X times the probability of the most likely one",
+        "leave out tokens with less than X times the probability of the most likely one",
         at_least=0,
         at_most=1,
     )
     repetition_penalty: float = describe(
         1.0,
-        "above 1 makes tokens of the prompt and of the answer less likely",
+        "above 1, tokens of the prompt and of the answer become less likely",
         above=0,
         below=math.inf,
     )
     frequency_penalty: float = describe(
         0.0,
-        "is subtracted from a logit for each time its token was generated",
+        "subtracted from a logit for each time its token was generated",
         at_least=-2,
         at_most=2,
     )
     presence_penalty: float = describe(
-        0.0, "is subtracted from a logit if its token was generated", at_least=-2, at_most=2
+        0.0, "subtracted from a logit if its token was generated", at_least=-2, at_most=2
     )
     seed: int = describe(
         0, "seed of the random numbers; every row of a batch has its own stream", **SEED

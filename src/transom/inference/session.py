@@ -215,10 +215,10 @@ class Session:
     def reset(self, system: str | None = None) -> None:
         """Start a new conversation.
 
-        The cache keeps what the next prompt begins with too.
+        The cache keeps the tokens that the next prompt shares with the last one.
 
         Args:
-            system: The text in front of the conversation; None keeps the one before.
+            system: The system message of the new conversation; None keeps the last one.
         """
         self.system = self.system if system is None else system
         self.framing.reset(self.system)

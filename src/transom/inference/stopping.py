@@ -57,10 +57,11 @@ class ControlSigns:
 
 
 class StopStrings:
-    """Passes text through up to the first stop string, however tokens cut it.
+    """Pass text through up to the first stop string, however tokens divide it.
 
-    Text that may begin a stop string waits. Of several stop strings the first complete one counts.
-    With `signs`, control tokens inside a stop string are found by their signs too.
+    Text that may be the beginning of a stop string is held back. If there are several stop strings,
+    the one that is complete first counts. With `signs`, control tokens inside a stop string are
+    also found by their signs.
     """
 
     def __init__(self, stop: Sequence[str], signs: ControlSigns | None = None) -> None:

@@ -124,5 +124,5 @@ def coverage_lines(model: LLM) -> list[str]:
             f"{role.new + role.whole:>14,} {role.parameters:>14,}"
         )
     share = f"{trained / total if total else math.nan:.2%}"
-    lines.append(f"  in all: {trained:,} parameters train, {share} of the {total:,} of the model")
+    lines.append(f"  total: {trained:,} of {total:,} parameters train ({share})")
     return lines

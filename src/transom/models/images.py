@@ -210,9 +210,11 @@ def _readable(name: str) -> Iterator[None]:
         raise
     except UnidentifiedImageError as error:
         expected = f"expected an image as {', '.join(FORMATS)}"
-        raise RequestError(f"{name}: got something else; {expected}") from error
+        raise RequestError(f"{name}: got a file of another format; {expected}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise RequestError(f"{name}: got more; expected at most {MAX_PIXELS} pixels") from error
+        raise RequestError(
+            f"{name}: got a larger image; expected at most {MAX_PIXELS} pixels"
+        ) from error
     # Decoders raise errors of many kinds: OSError, SyntaxError, struct.error, zlib.error, ...
     except Exception as error:
         found = f"a damaged or truncated file ({error})"

@@ -121,7 +121,7 @@ def choose_rows(
 def finetune_rows(
     lengths: Sequence[int] | NDArray[np.int64], args: TrainArgs, finetune: FinetuneArgs, ranks: int
 ) -> RowChoice:
-    """Return `choose_rows` of a config."""
+    """Return the choice of `choose_rows` for the fields of a config."""
     return choose_rows(
         lengths,
         seq_len=args.data.seq_len,
@@ -170,6 +170,6 @@ def few_steps_warning(steps: int) -> str | None:
     if steps >= FEW_STEPS:
         return None
     return (
-        f"{steps} optimizer steps: models rarely learn from fewer than about {FEW_STEPS}; more "
-        f"finetune.epochs or steps, a smaller data.batch_size or finetune.packing = false give more"
+        f"{steps} optimizer steps: models rarely learn from fewer than about {FEW_STEPS}; raise "
+        f"finetune.epochs or steps, lower data.batch_size or set finetune.packing = false"
     )

@@ -264,7 +264,7 @@ DAMAGES: list[tuple[Any, str]] = [
     ),
     (
         lambda f: _state(f, _renamed),
-        r"layers\.1\.self_attn\.z_proj: no such place",
+        r"got tensors of layers\.1\.self_attn\.z_proj; expected",
     ),
     (lambda f: _state(f, _without_b), r"layers\.1\.self_attn\.q_proj: got 'A'; expected A and B"),
     (
@@ -277,7 +277,7 @@ DAMAGES: list[tuple[Any, str]] = [
     ),
     (
         lambda f: _state(f, lambda s, k: s.update({"extra": s[k].clone()})),
-        "extra: no such place",
+        "got tensors of extra; expected modules",
     ),
     (
         lambda f: _state(

@@ -196,9 +196,7 @@ def test_examples_without_loss_are_left_out_and_a_set_of_them_is_refused() -> No
         1,
         0,
     )
-    left_out = (
-        r"1 examples without loss left out; 1 examples left out whose answers begin beyond seq_len"
-    )
+    left_out = r"1 examples left out because no token has loss; 1 examples left out because their answers begin after seq_len"
     with pytest.raises(RequestError, match=rf"nothing to train on .*{left_out}"):
         encode(silent, long)
     pair = ChatExample("f:1", "pair", long.messages[:1], ((A,), (say("assistant", "b"),)))
@@ -243,7 +241,7 @@ def test_a_vocabulary_gets_the_template_it_is_made_for(capsys: pytest.CaptureFix
     assert default_template(chatml).origin == "the built-in template chatml"
     assert default_template(TOKENIZER).origin == "the built-in template plain"
     assert default_template(TOKENIZER).stop_tokens == (EOS,)
-    assert "built-in one called plain" in capsys.readouterr().err
+    assert "built-in template plain" in capsys.readouterr().err
     endless = Tokenizer(TOKENIZER._backend)
     with pytest.raises(RequestError, match=r"tokenizer: got .no EOS token.; expected"):
         default_template(endless)

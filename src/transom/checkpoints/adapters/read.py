@@ -129,7 +129,9 @@ def _peft_parts(model: LLM, folder: Path) -> dict[str, LoraWeights | Replacement
         if not lost:
             return _of_naming(naming, source, sites, config, str(path))
         unplaced = unplaced or lost
-    raise RequestError(f"{path}: {first_names(unplaced)}: no such place in this model")
+    raise RequestError(
+        f"{path}: got tensors of {first_names(unplaced)}; expected modules of this model"
+    )
 
 
 def sort_keys(
@@ -326,7 +328,9 @@ def _mistral_parts(
     ]
     lost += source.whole
     if lost:
-        raise RequestError(f"{path}: {first_names(lost)}: no such place in this model")
+        raise RequestError(
+            f"{path}: got tensors of {first_names(lost)}; expected modules of this model"
+        )
     found: dict[str, ForeignLora] = {}
     for module, part in source.parts.items():
         complete = set(part) == {"A", "B"}

@@ -105,9 +105,8 @@ def named_folder(
     require(revision is None, "revision", revision, of_hub)
     if not folder.is_dir():
         found = "a file" if folder.exists() else "no such folder"
-        raise RequestError(
-            f"{folder}: {found}; expected a model, adapter or run folder, or a hub id"
-        )
+        expected = "expected a model, adapter or run folder, or a hub id"
+        raise RequestError(f"model: got {str(name)!r}, {found}; {expected}")
     if is_model(folder):
         return folder
     for pointer in ("best", "latest"):
@@ -119,8 +118,8 @@ def named_folder(
         return folder
     also = ", or one with tokenizer.json, tekken.json or tokenizer.model" if settings_only else ""
     raise RequestError(
-        f"{folder}: no {CONFIG}, no {PARAMS}, no {ADAPTER_CONFIG} and no finished step; expected a "
-        f"model, adapter or run folder{also}"
+        f"model: got {str(name)!r}, with no {CONFIG}, no {PARAMS}, no "
+        f"{ADAPTER_CONFIG} and no finished step; expected a model, adapter or run folder{also}"
     )
 
 

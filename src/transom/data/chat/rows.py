@@ -37,17 +37,17 @@ class ChatCounts:
 
     examples: int = describe(0, "examples")
     rows: int = describe(0, "rows to train on")
-    tokens: int = describe(0, "tokens in them")
+    tokens: int = describe(0, "tokens in these rows")
     trained_tokens: int = describe(0, "tokens with loss")
     truncated: int = describe(0, "rows cut at their end")
-    dropped: int = describe(0, "examples too long and left out")
-    fully_masked: int = describe(0, "examples without loss left out")
-    beyond: int = describe(0, "examples left out whose answers begin beyond seq_len")
-    without_end: int = describe(0, "answers without an end of turn")
-    split_rows: int = describe(0, "rows more, because the template changes earlier turns")
-    unlike_prompt: int = describe(0, "answers after other tokens than those of their prompt alone")
-    apart: int = describe(0, "answers encoded separately from their prompt")
-    alike: int = describe(0, "pairs left out whose rows are equal")
+    dropped: int = describe(0, "examples left out because they are too long")
+    fully_masked: int = describe(0, "examples left out because no token has loss")
+    beyond: int = describe(0, "examples left out because their answers begin after seq_len")
+    without_end: int = describe(0, "answers without an end-of-turn token")
+    split_rows: int = describe(0, "additional rows, because the template changes earlier turns")
+    unlike_prompt: int = describe(0, "answers whose prompt has other tokens on its own")
+    apart: int = describe(0, "answers tokenized separately from their prompt")
+    alike: int = describe(0, "pairs left out because their rows are equal")
     dropped_reasoning: int = describe(0, "reasoning texts that the template drops from old turns")
     left_out: int = describe(0, "texts of messages and tools that the template leaves out")
     rendered_anew: int = describe(0, "conversations rendered again for every answer")
@@ -111,7 +111,7 @@ def default_template(tokenizer: Tokenizer) -> ChatTemplate:
     can_end = ready.name != "plain" or tokenizer.eos_id is not None
     expected = "expected a tokenizer with a token that ends a turn, for conversations"
     require(can_end, "tokenizer", "no EOS token", expected)
-    notice(f"no chat template: conversations are written by the built-in one called {ready.name}")
+    notice(f"no chat template: conversations are rendered by the built-in template {ready.name}")
     origin = f"the built-in template {ready.name}"
     return ChatTemplate(ready.source(tokenizer), tokenizer, origin=origin, stop=ready.stop)
 

@@ -93,7 +93,7 @@ class RunFolder:
         items = self._items()
         if items and not overwrite and not resume:
             expected = "expected --overwrite or --resume, or another folder"
-            raise RequestError(f"{self.path}: not empty; {expected}")
+            raise RequestError(f"out: got {str(self.path)!r}, which is not empty; {expected}")
         foreign = [item.name for item in items if not _is_own(item)]
         if foreign:
             what = f"contains {foreign[0]!r}, which no run wrote"

@@ -74,9 +74,9 @@ def log_odds(mean_log_probs: Tensor) -> Tensor:
 def orpo_loss(chosen_P: Tensor, rejected_P: Tensor, weight: float) -> Tensor:
     """Return the loss of each pair [P] from mean log-probabilities per token.
 
-    It is the likelihood of the chosen answer and an odds ratio: -chosen - weight log sigmoid(log
-    odds of chosen - of rejected) (Hong et al. 2024, arXiv 2403.07691, eq. 6, 7), without a
-    reference. TRL's first term also counts the tokens of the prompt.
+    The loss is -chosen - weight * log sigmoid(log odds(chosen) - log odds(rejected)), the negative
+    log-likelihood of the chosen answer and an odds ratio (Hong et al. 2024, arXiv 2403.07691, eq.
+    6, 7). It needs no reference model. TRL's first term also counts the tokens of the prompt.
     """
     return -chosen_P - weight * F.logsigmoid(log_odds(chosen_P) - log_odds(rejected_P))
 

@@ -124,7 +124,7 @@ def _run_attention(options: argparse.Namespace) -> int:
     for name, diagnosis in report.failed.items():
         print(f"{name}: {diagnosis}{'; refused on this machine from now on' * report.refused}")
     result = "FAILED" if report.failed else "all backends passed"
-    print(f"\n{result}: {report.comparisons} comparisons")
+    print(f"\n{result}: {report.comparisons:,} comparisons")
     return 1 if report.failed else 0
 
 

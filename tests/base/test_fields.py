@@ -151,7 +151,7 @@ def test_the_innermost_wrong_field_is_named(text, told):
 def test_errors_inside_sections_name_the_section():
     with pytest.raises(RequestError, match=r"^optimizer\.lr: got -1"):
         read_config(None, ["optimizer.lr=-1"])
-    with pytest.raises(RequestError, match=r"^data\.sources\[0\]\.path: missing"):
+    with pytest.raises(RequestError, match=r"^data\.sources\[0\]\.path: got nothing"):
         read(TrainArgs, {"data": {"sources": [{"weight": 2.0}]}})
 
 

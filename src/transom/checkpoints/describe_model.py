@@ -59,7 +59,9 @@ def describe_model(
         return DescribedModel(f"preset {name}", preset(name), None)
     if not path.exists() and not is_hub_id(name):
         expected = f"expected a folder, a file, a hub id or a preset: {', '.join(PRESETS)}"
-        raise RequestError(f"model: got {name!r}; {expected}{nearest(name, PRESETS)}")
+        raise RequestError(
+            f"model: got {name!r}, no such folder or file; {expected}{nearest(name, PRESETS)}"
+        )
     location = find_model(path, revision, settings_only=settings_only)
     if settings_only and lacks_vocabulary(location.model):
         location = find_model(path, revision)

@@ -264,7 +264,7 @@ DAMAGES: list[tuple[Any, str]] = [
     ),
     (
         lambda f: _state(f, _renamed),
-        r"got tensors of layers\.1\.self_attn\.z_proj; expected",
+        r"got tensors of model\.layers\.1\.self_attn\.z_proj; expected",
     ),
     (lambda f: _state(f, _without_b), r"layers\.1\.self_attn\.q_proj: got 'A'; expected A and B"),
     (

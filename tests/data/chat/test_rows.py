@@ -132,7 +132,7 @@ def test_answers_that_would_share_a_token_with_their_prompt_are_counted() -> Non
         bare=True,
     )
     counts = ChatEncoder(tokenizer, None, 64).encode([text, word]).counts
-    assert counts.apart == 1 and "1 answers encoded separately" in str(counts)
+    assert counts.apart == 1 and "1 answers tokenized separately" in str(counts)
 
 
 def test_a_shared_prompt_and_its_answers_are_the_tokens_of_the_whole_text() -> None:
@@ -208,7 +208,7 @@ def test_rows_beyond_one_per_conversation_are_counted(capsys: pytest.CaptureFixt
     template = ChatTemplate(PUBLISHED["qwen3"], tokenizer)
     encoded = ChatEncoder(tokenizer, template, 200).encode([chat(Q, A, Q, A)])
     assert len(encoded.items) == 2 and encoded.counts.split_rows == 1
-    assert "1 rows more, because the template changes earlier turns" in str(encoded.counts)
+    assert "1 additional rows, because the template changes earlier turns" in str(encoded.counts)
     both = ChatExample("f:1", "pair", (Q,), ((A, Q, A), (A, Q, say("assistant", "x"))))
     with pytest.raises(RequestError, match="expected answers of one turn"):
         ChatEncoder(tokenizer, template, 200).encode([both])

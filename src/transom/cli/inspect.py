@@ -209,9 +209,7 @@ def print_trace(
     print("RMS is the root mean square over features, averaged over tokens.")
     heading("Attention heads")
     show(table((), ("layer", "head", "entropy", "strongest key", "position", "weight"), heads))
-    print(
-        "Entropy is in nats, averaged over tokens: 0 means one key, ln n means equal weights on n keys."
-    )
+    print("Entropy is in nats, averaged over tokens: 0 is one key, ln n is equal weight on n keys.")
     print("The strongest key is the token that the last token attends to most.")
 
 

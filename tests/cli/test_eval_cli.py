@@ -108,13 +108,13 @@ def test_two_models_stand_side_by_side(model, other, call):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["{model}"], "expected --data with files, or --tasks"),
-        (["--data", "a.txt"], "expected one model, or --compare with two"),
+        (["{model}"], "--data, --tasks: got both or none"),
+        (["--data", "a.txt"], "MODEL, --compare: got both or none"),
         (
             ["{model}", "--compare", "{model}", "{model}", "--data", "a.txt"],
-            "expected one model",
+            "MODEL, --compare: got both or none",
         ),
-        (["{model}", "--data", "a.txt", "--tasks", "hellaswag"], "expected --data"),
+        (["{model}", "--data", "a.txt", "--tasks", "hellaswag"], "--data, --tasks: got both"),
         (["{model}", "--data", "nothing.txt"], "path: got 'nothing.txt'"),
         (["{model}", "--data", "bad.jsonl"], "bad.jsonl:1: answer: got 5; means no choice"),
         (["nothing", "--data", "a.txt"], "no such folder"),

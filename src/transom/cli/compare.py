@@ -82,7 +82,7 @@ def print_fields(title: str, found: Mapping[str, Sequence[Any]]) -> None:
     if not found:
         heading(f"{title}: the same")
         return
-    heading(f"{title}: {len(found)} {'field differs' if len(found) == 1 else 'fields differ'}")
+    heading(f"{title}: {len(found)} values differ")
     rows = [(path, *map(_value_words, pair)) for path, pair in found.items()]
     show(table(("field", "A", "B"), (), rows))
 

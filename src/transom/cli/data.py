@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("check", "show"), help=what)
     data = (
         ".jsonl, .json or .parquet file, folder with train, valid and test files, name of the "
-        "`datasets` library, or stdlib-docs: questions about this machine's Python library"
+        "`datasets` library, or stdlib-docs: questions about Python's own library"
     )
     parser.add_argument("data", type=user_path, metavar="DATA", help=data)
     model = "folder or hub id whose tokenizer and chat template are used"

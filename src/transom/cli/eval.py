@@ -47,20 +47,10 @@ FLAGS: tuple[tuple[tuple[str, ...], Any, str, str], ...] = (
         f"for answers: maximum number of new tokens (default: {EvalArgs.max_new_tokens})",
     ),
     (("--stop",), str, "TEXT", "for answers: end before TEXT; may be repeated"),
-    (
-        ("--chat-template",),
-        user_path,
-        "NAME",
-        "a built-in template, one of the folder's by name, or a file",
-    ),
+    (("--chat-template",), user_path, "NAME", "a built-in template, one of the folder, or a file"),
     (("--batch-tokens",), int, "N", "tokens per forward pass (default: 4096)"),
     (("--device",), str, "NAME", "auto, cpu, cuda, cuda:N or mps (default: auto)"),
-    (
-        ("--dtype",),
-        str,
-        "NAME",
-        "float32, bfloat16, float16 or float64 (default: that of the files)",
-    ),
+    (("--dtype",), str, "NAME", "float32, bfloat16, float16 or float64 (default: of the files)"),
     (("--out",), user_path, "FILE", "write the results as JSON"),
     (("--rows",), user_path, "FILE", "write the result of each document or row as JSON lines"),
 )
@@ -78,9 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", type=user_path, metavar="MODEL", help=what)
     what = "compare two models on the same data, instead of MODEL"
     parser.add_argument("--compare", nargs=2, type=user_path, metavar=("A", "B"), help=what)
-    what = (
-        "text (files, folders, globs), or .jsonl: questions with choices, or prompts with answers"
-    )
+    what = "text (files, folders, globs), or .jsonl of questions with choices or answers"
     parser.add_argument("--data", nargs="+", action="extend", default=[], metavar="DATA", help=what)
     for names, kind, word, meaning in FLAGS:
         action = "append" if names == ("--stop",) else "store"
@@ -110,14 +98,10 @@ def run(options: argparse.Namespace) -> int:
 def check_arguments(options: argparse.Namespace) -> None:
     """Refuse wrong arguments before torch is imported."""
     if (options.model is None) == (options.compare is None):
-        raise RequestError(
-            "MODEL, --compare: got both or none; expected one model, or --compare with two"
-        )
+        raise RequestError("MODEL, --compare: got both or none; expected one of them")
     tasks = options.tasks is not None
     if bool(options.data) == tasks:
-        raise RequestError(
-            "--data, --tasks: got both or none; expected --data with files, or --tasks with names"
-        )
+        raise RequestError("--data, --tasks: got both or none; expected one of them")
     for name in FOR_DATA if tasks else FOR_TASKS:
         value = getattr(options, name)
         flag = "--max-tokens" if name == "max_new_tokens" else f"--{name.replace('_', '-')}"

@@ -17,16 +17,16 @@ from transom.training.finetune.config import EMBEDDED, finetune_args, resumed_ar
 
 # Flags that users of other tools know, and the fields they set.
 FLAGS = (
-    ("--method", "finetune.method", str, "lora (an adapter) or full (all weights)"),
+    ("--method", "finetune.method", str, "lora or full (all weights)"),
     ("--objective", "finetune.objective", str, "sft, dpo, ipo, orpo, kto, distill or grpo"),
     ("--rank", "finetune.lora.rank", int, "rank of the adapter"),
     ("--quantize", "finetune.quantize.kind", str, "nf4 or int4: keep the frozen base in 4 bits"),
-    ("--teacher", "finetune.teacher", str, "folder or hub id of the model to distill from"),
+    ("--teacher", "finetune.teacher", str, "model to distill from (folder or hub id)"),
     ("--epochs", "finetune.epochs", float, "passes over the examples"),
     ("--iters", "steps", int, "optimizer steps, instead of epochs"),
     ("--batch-size", "data.batch_size", int, "rows per step"),
     ("--learning-rate", "optimizer.lr", float, "peak learning rate"),
-    ("--max-seq-length", "data.seq_len", int, "maximum length of a row in tokens"),
+    ("--max-seq-length", "data.seq_len", int, "longest row in tokens"),
     ("--out", "out", str, "folder of the run (default: MODEL-finetune)"),
 )
 
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     base = "model or run folder, or hub id, to start from"
     parser.add_argument("model", type=user_path, metavar="MODEL", help=base)
-    words, meaning = "CONFIG.yaml key=value", "config file, then fields that override it"
+    words, meaning = "CONFIG.yaml key=value", "config file, then fields"
     parser.add_argument("words", nargs="*", type=user_path, metavar=words, help=meaning)
     data = (
         ".jsonl, .json or .parquet file, folder with train and valid files, or "

@@ -9,7 +9,6 @@ import argparse
 import importlib
 import io
 import os
-import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -33,29 +32,18 @@ ENDING = tuple(number for number in STOP_SIGNALS if number != signal.SIGINT)
 
 # Each verb is a module transom.cli.VERB with add_arguments(parser) and run(options) -> exit code.
 VERBS = {
-    "demo": "train a small language model on the source of this machine's Python library",
-    "train": "train a model on your own text, as a config file or key=value words describe it",
+    "demo": "train a small model on the source of this machine's Python library",
+    "train": "train a model on your own text, from a config file or key=value fields",
     "finetune": "fine-tune a model: LoRA, all weights, DPO, GRPO and others",
     "data": "check and count fine-tuning data, or show an example token by token",
     "generate": "continue a prompt",
     "chat": "talk with a model, turn by turn",
-    "embed": "compute one vector, or one label, per text",
+    "embed": "compute a vector or a label for each text",
     "eval": "score one model, or compare two, on local files or tasks of lm-evaluation-harness",
-    "inspect": "show the layers, memory and FLOPs of a model, or compare two models",
-    "merge": "merge adapters into the weights of their base, and measure what changes",
+    "inspect": "show the layers, memory and FLOPs of a model, or compare two",
+    "merge": "merge adapters into their base, and measure what changes",
     "convert": "write a model folder in another format",
     "verify": "compare every fast path with a slow reference on this machine",
-}
-
-
-# Messages of argparse, and how they read in the form of all messages.
-FORMS = {
-    r"argument (.+?): invalid choice: (.+) \(choose from (.+)\)": r"\1: got \2; expected one of \3",
-    r"argument (.+?): invalid int value: (.+)": r"\1: got \2; expected an integer",
-    r"argument (.+?): invalid float value: (.+)": r"\1: got \2; expected a number",
-    r"argument (.+?): (expected .+ arguments?)": r"\1: got another number of values; \2",
-    r"the following arguments are required: (.+)": r"\1: got nothing; expected a value",
-    r"unrecognized arguments: (.+)": r"arguments: got \1; expected only known ones",
 }
 
 
@@ -63,8 +51,6 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that raises a `RequestError` for a wrong command line."""
 
     def error(self, message: str) -> NoReturn:
-        for words, form in FORMS.items():
-            message = re.sub(words, form, message)
         raise RequestError(f"{message}; see `{self.prog} --help`")
 
 

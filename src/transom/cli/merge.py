@@ -24,9 +24,8 @@ USAGE = "expected ADAPTER [OUT], or BASE ADAPTER... OUT"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
     folders = (
-        "ADAPTER, or ADAPTER OUT, or BASE ADAPTER ... OUT. ADAPTER is an adapter folder, the run "
-        "that trained it, or a hub id. The default of BASE is the base that the adapter names, and "
-        "the default of OUT is ADAPTER-merged"
+        "ADAPTER, or ADAPTER OUT, or BASE ADAPTER ... OUT. ADAPTER is an adapter folder, its run, "
+        "or a hub id. BASE is by default the base that the adapter names, OUT is ADAPTER-merged"
     )
     method = (
         "how several adapters are combined: linear (their sum, default), ties (arXiv 2306.01708) "

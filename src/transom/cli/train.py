@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "transom train [CONFIG.yaml | RUN] [key=value ...] [--overwrite | --resume] "
         "[--profile N] [--json]"
     )
-    words, what = "CONFIG.yaml key=value", "config file or run folder, then fields that override it"
+    words, what = "CONFIG.yaml key=value", "config file or run folder, then fields"
     parser.add_argument("words", nargs="*", type=user_path, metavar=words, help=what)
     add_run_options(parser)
     fields = "\n".join(field_lines(TrainArgs))

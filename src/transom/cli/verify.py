@@ -20,10 +20,9 @@ OPTIONS = ("model", "adapter", "full", "length", "device", "dtype", "data", "ste
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    checks = "\n".join(f"  {check.name:10}  {check.compares}" for check in CHECKS.values())
-    parser.epilog = f"checks:\n{checks}"
-    what = "name of a check, see the list below"
-    parser.add_argument("check", nargs="?", metavar="CHECK", help=what)
+    checks = [f"  {check.name:10}  {check.compares}" for check in CHECKS.values()]
+    parser.epilog = "\n".join(["checks:", *checks])
+    parser.add_argument("check", nargs="?", metavar="CHECK", help="a check of the list below")
     parser.add_argument(
         "model",
         nargs="?",

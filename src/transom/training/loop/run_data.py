@@ -30,7 +30,7 @@ from transom.training.loop.ranks import Ranks
 
 # The name of a hash of all rows: it changes with a source, the chat template and the longest row.
 TOKENS = "the tokens of the rows"
-NOTHING_HELD_OUT = "no example is held out: there is no score, and the last step counts as the best"
+NOTHING_HELD_OUT = "nothing is held out: there is no score, and the last step counts as the best"
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ BEGINNINGS = {
 def test_a_signal_before_anything_is_saved(tmp_path, train, signals, moment, capsys):
     signals(*BEGINNINGS[moment])
     assert train() == 143
-    assert "--resume goes on" in capsys.readouterr().err
+    assert "--resume continues" in capsys.readouterr().err
     assert step_of(tmp_path / "run") is None
     assert_as_if_uninterrupted(tmp_path, train)
 

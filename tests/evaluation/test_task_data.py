@@ -84,7 +84,7 @@ def test_keys_that_nothing_reads_are_said(write, capsys):
         (ANSWER, "choices: got None"),
         (
             '{"question": "\\ud800", "choices": ["a", "b"], "answer": 0}',
-            "text that UTF-8 can write",
+            "half a surrogate pair",
         ),
         ("[1, 2]", "one JSON object"),
         ("{", "one JSON object"),

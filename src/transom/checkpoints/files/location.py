@@ -84,7 +84,7 @@ def find_model(
         of_base = None if Path(base).exists() else base_revision(folder)
         model = named_folder(base, of_base, settings_only)
     except RequestError as error:
-        raise RequestError(f"{where}: {error}") from None
+        raise RequestError(f"{where}: {str(error).removeprefix('model: ')}") from None
     if is_adapter(model):
         raise RequestError(f"{where}: got {base!r}, which is an adapter; expected a complete model")
     return ModelLocation(model, folder)

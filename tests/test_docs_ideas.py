@@ -89,8 +89,8 @@ def test_a_page_is_short_and_has_every_section(name):
     assert text.startswith("# ")
     assert all(section(name, title).strip() for title in SECTIONS)
     written = COST.sub(r"\1\n\4", text)
-    assert len(written.splitlines()) <= 90
-    assert max(map(len, written.splitlines())) <= 130
+    assert len(written.splitlines()) <= 80
+    assert max(map(len, written.splitlines())) <= 116
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -53,7 +53,7 @@ def test_data_is_checked_with_it(alone, name, tmp_path, capsys):
         json.loads(out.splitlines()[-1])["seq_len"] == 4096 and "a tokenizer without a model" in err
     )
     assert main(["data", "show", str(rows), "--model", model, "--seq-len", "64"]) == 0
-    assert main(["data", "check", str(rows), "--model", model, "--seq-len", "0"]) == 2
+    assert main(["data", "check", str(rows), "--model", model, "--seq-len", "1"]) == 2
 
 
 def test_the_file_of_a_tokenizer_is_checked_against_the_model_beside_it(tmp_path):

@@ -111,6 +111,8 @@ def open_finetune_set(
         most = read_args(location.model).max_seq_len
         expected = f"expected at most {most}, the model's max_seq_len"
         require(args.data.seq_len <= most, "data.seq_len", args.data.seq_len, expected)
+    else:
+        require(args.data.seq_len >= 2, "data.seq_len", args.data.seq_len, "expected 2 or more")
     text = open_text(location, chat_template=args.finetune.template)
     if args.finetune.new_tokens:
         text = replace(text, tokenizer=text.tokenizer.with_special(args.finetune.new_tokens))

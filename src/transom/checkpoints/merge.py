@@ -123,7 +123,7 @@ class Merge:
 
     @property
     def run(self) -> Path | None:
-        """The run of which the first adapter is a step."""
+        """Return the run folder that contains the first adapter, if it is a step of a run."""
         run = self.parts[0].folder.parent
         return run if (run / "latest").exists() else None
 

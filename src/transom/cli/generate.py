@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def read_prompts(words: Sequence[str]) -> list[str]:
-    """Return the prompts, with all of standard input in the place of `-`."""
+    """Return the prompts. A prompt `-` is replaced by the text of standard input."""
     require(words.count("-") <= 1, "--prompt", "-", "expected it once: standard input ends")
     return [_standard_input() if word == "-" else word for word in words]
 

@@ -86,7 +86,7 @@ CEILINGS = {
     "names": 160,
     "models": 490,
     "tokenizers": 990,
-    "quantize": 270,
+    "quantize": 520,
     "lora": 600,
     "chat": 1_130,
     "checkpoints": 3_110,

@@ -66,7 +66,7 @@ def test_one_answer_serves_training_and_the_warning(monkeypatch, capsys):
         )
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
         assert pick_dtype("auto", torch.device("cpu")) == dtype
-        runtime.warn_if_bfloat16_is_slow(torch.zeros(2, dtype=torch.bfloat16))
+        runtime.warn_if_bfloat16_is_slow(torch.bfloat16, torch.device("cpu"))
         assert ("bfloat16" in capsys.readouterr().err) == (dtype == torch.float32)
 
 

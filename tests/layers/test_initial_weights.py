@@ -109,5 +109,5 @@ def test_init_weights_refuses_a_quantized_model():
     model = quantize_model(
         LLM(tiny_args(dim=64, hidden_dim=64)), QuantizeArgs(kind="int4", group=32)
     )
-    with pytest.raises(RequestError, match=r"init_weights: .*qweight is torch\.uint8"):
+    with pytest.raises(RequestError, match=r"init_weights: .*codes is torch\.uint8"):
         model.init_weights()

@@ -1,5 +1,5 @@
-"""Four-bit formats against the codes of other libraries, and against the nearest value found by
-trying all.
+"""Formats of 4 and 8 bits against the codes of other libraries, and against the nearest value found
+by trying all.
 """
 
 import pytest
@@ -9,13 +9,17 @@ from torch.ao.quantization.observer import PerChannelMinMaxObserver
 from transom.base.errors import RequestError
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.formats import (
-    INT4_ZERO,
-    LEVELS,
     NF4,
+    Format,
+    Parts,
     dequantize,
-    dtype_of,
     empty_parts,
+    integers,
+    pack,
     quantize,
+    requested,
+    shape_of,
+    unpack,
 )
 
 KINDS = {
@@ -23,7 +27,10 @@ KINDS = {
     "nf4, double": QuantizeArgs(double_quant=True),
     "int4": QuantizeArgs(kind="int4", group=32),
     "int4, zeros": QuantizeArgs(kind="int4", group=128, zero_points=True),
+    "int8": QuantizeArgs(kind="int8", group=0),
+    "int8, zeros": QuantizeArgs(kind="int8", group=32, zero_points=True),
 }
+BITS = {"nf4": 4.25, "nf4, double": 4.126, "int4": 4.5, "int4, zeros": 4.1875, "int8, zeros": 8.75}
 # Sixty-fourths from -50 to 50, so that every division is the same everywhere.
 EXACT = ((torch.arange(256) * 37 % 101) - 50).float() / 64
 # What quantize_4bit(EXACT.view(2, 128), blocksize=64, quant_type="nf4") of bitsandbytes 0.50.2
@@ -110,13 +117,13 @@ def gaussian(*shape, dtype=torch.float32):
     return (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
 
 
-def codes_of(parts):
-    return torch.stack((parts["qweight"] >> 4, parts["qweight"] & 15), -1).flatten(-2).int()
+def quantized(weight: torch.Tensor, args: QuantizeArgs) -> tuple[Parts, Format]:
+    format = requested(args, weight.dtype)
+    return quantize(weight, format), format
 
 
 def relative_error(weight, args):
-    made = dequantize(quantize(weight, args), args.kind)
-    return float((made - weight).norm() / weight.norm())
+    return float((dequantize(*quantized(weight, args)) - weight).norm() / weight.norm())
 
 
 def test_the_nf4_table_is_the_formula_of_the_paper():
@@ -136,35 +143,36 @@ def test_the_nf4_table_is_the_formula_of_the_paper():
 
 
 def test_nf4_bytes_and_scales_are_those_of_bitsandbytes():
-    parts = quantize(EXACT.view(2, 128), QuantizeArgs())
-    assert bytes(parts["qweight"].flatten().tolist()).hex() == BITSANDBYTES
+    parts, _ = quantized(EXACT.view(2, 128), QuantizeArgs())
+    assert bytes(parts["codes"].flatten().tolist()).hex() == BITSANDBYTES
     assert parts["scales"].tolist() == [[50 / 64] * 2] * 2
 
 
 def test_int4_codes_are_those_of_ggml():
-    parts = quantize(EXACT[:64].view(2, 32), KINDS["int4"])
-    assert codes_of(parts).tolist() == list(GGML)
-    assert dequantize(parts, "int4")[0, 0] == EXACT[0], "the largest of a group is exact"
+    parts, format = quantized(EXACT[:64].view(2, 32), KINDS["int4"])
+    assert unpack(parts["codes"]).tolist() == list(GGML)
+    assert dequantize(parts, format)[0, 0] == EXACT[0], "the largest of a group is exact"
 
 
-def test_int4_with_zeros_is_what_torch_makes_of_the_same_ranges():
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_zeros_are_what_torch_makes_of_the_same_ranges(kind):
     weight = gaussian(8, 256) + 0.01
     weight[0, :128], weight[1, :128], weight[2] = weight[0, :128].abs(), -weight[1, :128].abs(), 0.0
-    groups = weight.view(-1, 128)
+    groups, last = weight.view(-1, 128), 15 if kind == "int4" else 255
     observer = PerChannelMinMaxObserver(
         ch_axis=0,
         dtype=torch.quint8,
         qscheme=torch.per_channel_affine,
         quant_min=0,
-        quant_max=15,
+        quant_max=last,
         eps=1e-12,
     )
     observer(groups)
     scales, zeros = observer.calculate_qparams()
-    expected = torch.fake_quantize_per_channel_affine(groups, scales, zeros.int(), 0, 0, 15)
-    parts = quantize(weight, KINDS["int4, zeros"])
-    assert torch.equal(parts["zeros"].flatten().int(), zeros.int())
-    assert torch.allclose(dequantize(parts, "int4").view(-1, 128), expected, rtol=0, atol=1e-9)
+    expected = torch.fake_quantize_per_channel_affine(groups, scales, zeros.int(), 0, 0, last)
+    parts, format = quantized(weight, QuantizeArgs(kind=kind, group=128, zero_points=True))
+    assert torch.equal(parts["zeros"].flatten().int() + (last + 1) // 2, zeros.int())
+    assert torch.allclose(dequantize(parts, format).view(-1, 128), expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("args", KINDS.values(), ids=KINDS)
@@ -172,49 +180,74 @@ def test_int4_with_zeros_is_what_torch_makes_of_the_same_ranges():
 def test_every_code_is_the_nearest_for_the_stored_scale(args, dtype):
     weight = gaussian(4, 256, dtype=dtype)
     weight[0, : args.group] = 0
-    parts = quantize(weight, args)
-    levels = torch.tensor(LEVELS[args.kind]).expand(4, 256, 16)
-    if "zeros" in parts:
-        levels = levels - (parts["zeros"].float() - INT4_ZERO).repeat_interleave(
-            args.group, -1
-        ).unsqueeze(-1)
-    # A scale is what a code of value 1 (nf4: the last) stands for.
-    ones = {
-        **parts,
-        "qweight": torch.full_like(parts["qweight"], 0xFF if args.kind == "nf4" else 0x99),
-    }
-    ones.pop("zeros", None)
-    wide = {name: part.float() if part.is_floating_point() else part for name, part in ones.items()}
-    choices = levels * dequantize(wide, args.kind).unsqueeze(-1)
-    distance = (choices - weight.float().unsqueeze(-1)).abs()
-    chosen = distance.gather(-1, codes_of(parts).long().unsqueeze(-1)).squeeze(-1)
-    assert torch.allclose(chosen, distance.amin(-1), rtol=1e-5, atol=1e-9)
-    made = dequantize(parts, args.kind)
-    assert made.dtype == dtype and not made[0, : args.group].any()
+    parts, format = quantized(weight, args)
+    codes = 256 if format.levels is None else 16
+    made, choices = dequantize(parts, format), []
+    for code in range(codes):
+        byte = code - 128 if format.levels is None else code * 17
+        alike = torch.full_like(parts["codes"], byte)
+        choices.append((dequantize({**parts, "codes": alike}, format) - weight.float()).abs())
+    nearest = torch.stack(choices).amin(0)
+    assert torch.allclose((made - weight.float()).abs(), nearest, rtol=1e-5, atol=1e-9)
+    assert not made[0, : args.group].any()
 
 
 @pytest.mark.parametrize("args", KINDS.values(), ids=KINDS)
 def test_experts_are_quantized_as_if_alone(args):
     weight = gaussian(3, 6, 256) * torch.tensor([1.0, 5.0, 0.1]).view(3, 1, 1)
-    parts = quantize(weight, args)
+    parts, format = quantized(weight, args)
     for e, one in enumerate(weight):
-        alone = quantize(one, args)
-        assert all(torch.equal(parts[name][e], part) for name, part in alone.items())
-        assert torch.equal(dequantize(parts, args.kind)[e], dequantize(alone, args.kind))
+        alone = quantize(one, format)
+        assert all(torch.equal(bits(parts[name][e]), bits(part)) for name, part in alone.items())
+        assert torch.equal(dequantize(parts, format)[e], dequantize(alone, format))
+
+
+def bits(part: torch.Tensor) -> torch.Tensor:
+    return part.view(torch.uint8)
 
 
 @pytest.mark.parametrize("args", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("shape", [(5, 256), (3, 5, 256)])
+def test_any_rows_are_those_of_the_full_weight(args, shape):
+    parts, format = quantized(gaussian(*shape), args)
+    full = dequantize(parts, format)
+    for rows in (slice(1, 4), torch.tensor([4, 0, 4])):
+        assert torch.equal(dequantize(parts, format, rows), full[..., rows, :])
+    for row in (-1, 5) if len(shape) == 2 else ():
+        with pytest.raises(IndexError):
+            dequantize(parts, format, torch.tensor([row]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(96, 256), (2, 100, 128)])
-def test_empty_parts_have_the_shapes_of_real_ones_and_bits_are_counted(args, shape):
+def test_empty_parts_have_the_shapes_of_real_ones_and_the_bits_are_few(kind, shape):
     weight = gaussian(*shape, dtype=torch.bfloat16)
-    parts, empty = quantize(weight, args), empty_parts(weight.to("meta"), args)
+    parts, format = quantized(weight, KINDS[kind])
+    empty = empty_parts(weight.shape, format, "meta")
     assert {name: (p.shape, p.dtype) for name, p in parts.items()} == {
         name: (p.shape, p.dtype) for name, p in empty.items()
     }
-    bits = 8 * sum(part.nbytes for part in parts.values()) / weight.numel()
-    assert bits == pytest.approx(args.bits_per_weight(16), rel=0.01)
-    assert dtype_of(parts) == dtype_of(empty) == torch.bfloat16
-    assert dequantize(empty, args.kind).shape == shape
+    taken = 8 * sum(part.nbytes for part in parts.values()) / weight.numel()
+    assert taken == pytest.approx(BITS.get(kind, 8 + 16 / shape[-1]), rel=0.01)
+    assert dequantize(empty, format).shape == shape == shape_of(parts, format)
+
+
+def test_codes_and_zeros_of_gptq_are_represented():
+    """Its weights are scale * (code - zero), in groups or in rows, with zeros of up to 16 or 256."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.rand(4, 2, generator=generator).half()
+    for steps, first in ((16, 0), (256, 0), (16, 1), (256, 1)):
+        codes = torch.randint(0, steps, (4, 64), generator=generator)
+        zeros = torch.randint(first, steps, (4, 2), generator=generator)
+        expected = (codes.view(4, 2, 32) - zeros.unsqueeze(-1)) * scales.float().unsqueeze(-1)
+        four = steps == 16
+        format = Format(integers(-8) if four else None, 32, "zeros", torch.float16)
+        parts = {
+            "codes": pack(codes.to(torch.uint8)) if four else (codes - 128).to(torch.int8),
+            "zeros": (zeros - steps // 2).to(torch.int8),
+            "scales": scales,
+        }
+        assert torch.equal(dequantize(parts, format), expected.view(4, 64))
 
 
 def test_nf4_has_the_smaller_error_on_gaussian_weights():
@@ -251,7 +284,7 @@ def test_weights_to_one_side_gain_by_zeros():
             "double_quant: got True",
         ),
         ({"zero_points": True}, "zero_points: got True"),
-        ({"kind": "nf5"}, "kind: got 'nf5'; expected one of nf4, int4; did you mean 'nf4'"),
+        ({"kind": "nf5"}, "kind: got 'nf5'; expected one of nf4, int4, int8; did you mean 'nf4'"),
     ],
 )
 def test_wrong_requests_are_one_sentence(fields, words):
@@ -261,4 +294,4 @@ def test_wrong_requests_are_one_sentence(fields, words):
 
 def test_a_group_must_divide_the_inputs():
     with pytest.raises(RequestError, match="group: got 64; expected a divisor of the 96 inputs"):
-        quantize(gaussian(4, 96), QuantizeArgs())
+        quantized(gaussian(4, 96), QuantizeArgs())

@@ -110,7 +110,7 @@ def test_merged_into_the_dense_model_is_what_ran(changes, args):
     model = qlora(args, changes, dora=True).eval()
     ran = logits(model)
     with pytest.raises(
-        RequestError, match=r"is quantized, and four bits cannot hold the sum.*dequantize_model"
+        RequestError, match=r"is quantized, and its codes cannot hold the sum.*dequantize_model"
     ):
         merge_adapter(model)
     merge_adapter(dequantize_model(model))

@@ -131,9 +131,9 @@ def bfloat16_is_fast(device_type: str) -> bool:
     return _bfloat16_wins_clearly(device_type) if known is None else known
 
 
-def warn_if_bfloat16_is_slow(weight: torch.Tensor) -> None:
-    """Print a notice if a weight is bfloat16 on a device where float32 is faster."""
-    if weight.dtype == torch.bfloat16 and not bfloat16_is_fast(weight.device.type):
+def warn_if_bfloat16_is_slow(dtype: torch.dtype, device: torch.device) -> None:
+    """Print a notice if a dtype is bfloat16 on a device where float32 is faster."""
+    if dtype == torch.bfloat16 and not bfloat16_is_fast(device.type):
         notice(
             "bfloat16 is slow on this device; --dtype float32 is faster and takes twice the memory"
         )

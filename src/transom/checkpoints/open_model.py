@@ -117,7 +117,7 @@ def open_model(
     location = name if isinstance(name, ModelLocation) else find_model(name, revision)
     tokenizer = _open_tokenizer(location)
     model = load(location, device, dtype)
-    warn_if_bfloat16_is_slow(model.tok_embeddings.weight)
+    warn_if_bfloat16_is_slow(model.dtype, model.device)
     warn_if_other(location.folders, tokenizer, None)
     return OpenedModel(
         name=str(name),

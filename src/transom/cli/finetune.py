@@ -20,7 +20,12 @@ FLAGS = (
     ("--method", "finetune.method", str, "lora or full (all weights)"),
     ("--objective", "finetune.objective", str, "sft, dpo, ipo, orpo, kto, distill or grpo"),
     ("--rank", "finetune.lora.rank", int, "rank of the adapter"),
-    ("--quantize", "finetune.quantize.kind", str, "nf4 or int4: keep the frozen base in 4 bits"),
+    (
+        "--quantize",
+        "finetune.quantize.kind",
+        str,
+        "nf4, int4 or int8: keep the frozen base in 4 or 8 bits",
+    ),
     ("--teacher", "finetune.teacher", str, "model to distill from (folder or hub id)"),
     ("--epochs", "finetune.epochs", float, "passes over the examples"),
     ("--iters", "steps", int, "optimizer steps, instead of epochs"),

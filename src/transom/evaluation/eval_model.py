@@ -71,7 +71,7 @@ class EvalModel(OpenedModel):
         These are its name and folder, hashes of weights, arguments, adapter and vocabulary, the
         dtype and the device.
         """
-        weight, args = self.model.tok_embeddings.weight, self.model.args
+        args = self.model.args
         adapter = self.location.adapter
         settings = json.dumps(args.to_dict(), sort_keys=True).encode()
         return {
@@ -82,8 +82,8 @@ class EvalModel(OpenedModel):
             "adapter_sha256": None if adapter is None else adapter_hash(adapter),
             "tokenizer_hash": self.tokenizer.hash,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "dtype": dtype_name(weight.dtype),
-            "device": str(weight.device),
+            "dtype": dtype_name(self.model.dtype),
+            "device": str(self.model.device),
         }
 
 

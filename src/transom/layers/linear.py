@@ -32,6 +32,16 @@ class Embedding(nn.Embedding):
         if not self.weight.is_meta:
             super().reset_parameters()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weight."""
+        return self.weight.dtype
+
+    def project(self, h: Tensor) -> Tensor:
+        """Return h W^T [..., V] of h [..., D], as a tied output."""
+        # Trained embeddings beside frozen halves are wider than the hidden states.
+        return F.linear(h, self.weight.to(h.dtype))
+
 
 class GroupedLinear(nn.Module):
     """E linears side by side, with a weight [E, out, in] and a bias [E, out].

@@ -75,10 +75,8 @@ def _shorter_side(leaf: Leaf) -> int:
     """Return the smaller of a matrix's two sizes, without computing the weight of a quantized
     leaf.
     """
-    if isinstance(leaf, Quantized):
-        rows, columns = leaf.parts["qweight"].shape[-2:]
-        return min(rows, 2 * columns)  # two codes in a byte
-    return min(leaf.weight.shape[-2:])
+    shape = leaf.shape if isinstance(leaf, Quantized) else leaf.weight.shape
+    return min(shape[-2:])
 
 
 def initial_weights(leaf: Leaf, args: LoraArgs, generator: torch.Generator) -> LoraWeights:

@@ -93,7 +93,7 @@ def coverage(model: LLM) -> list[Role]:
         role.training += bool(new or whole)
         role.new += new
         role.whole += whole
-        # A quantized leaf has two numbers in a byte; its scales do not count.
+        # The codes of a quantized leaf count, and its scales do not.
         role.parameters += (
             module.count if isinstance(module, Quantized) else sum(p.numel() for p in own)
         )

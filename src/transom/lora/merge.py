@@ -59,7 +59,7 @@ def _to_merge(model: nn.Module) -> list[tuple[Leaf, Adapters]]:
         if isinstance(module, LEAVES) and held.active_lora():
             if isinstance(module, Quantized):
                 raise RequestError(
-                    f"{path} is quantized, and four bits cannot hold the sum; "
+                    f"{path} is quantized, and its codes cannot hold the sum; "
                     f"expected a dense model (dequantize_model)"
                 )
             if (

@@ -64,12 +64,12 @@ class LLM(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the token embeddings, on which inputs are expected."""
-        return self.tok_embeddings.weight.device
+        return next(self.tok_embeddings.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the token embeddings."""
-        return self.tok_embeddings.weight.dtype
+        return self.tok_embeddings.dtype
 
     def forward(
         self, inputs: TransformerInput, cache: ModelCache | None = None, inference: bool = False
@@ -161,11 +161,9 @@ class LLM(nn.Module):
 
     def project(self, h_D: Tensor) -> Tensor:
         """Return the logits [..., V] of normed hidden states [..., D]."""
-        if self.output is None:
-            # Trained embeddings beside frozen halves are wider than the hidden states.
-            return self.finish_logits(F.linear(h_D, self.tok_embeddings.weight.to(h_D.dtype)))
         # The leaf is called, not its weight: it may have an adapter or be quantized.
-        return self.finish_logits(self.output(h_D))
+        leaf = self.tok_embeddings.project if self.output is None else self.output
+        return self.finish_logits(leaf(h_D))
 
     def finish_logits(self, raw_V: Tensor) -> Tensor:
         """Return logits [..., V] after the scale and the soft cap that some models have."""

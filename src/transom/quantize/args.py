@@ -1,4 +1,4 @@
-"""How frozen weights are stored in four bits. This module does not import torch."""
+"""How frozen weights are stored in few bits. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from transom.base import fields
 from transom.base.errors import require
 from transom.base.fields import describe
 
-Kind = Literal["nf4", "int4"]
-GROUPS = (32, 64, 128)
-SCALE_BLOCK = 256  # scales that share one scale of their own, with double_quant
+Kind = Literal["nf4", "int4", "int8"]
+GROUPS = (0, 32, 64, 128)
 
 
 @dataclass(frozen=True)
 class QuantizeArgs:
-    """Two weights per byte, and a scale per group of inputs.
+    """Four or eight bits per weight, and a scale per group of inputs.
 
     nf4 is the format of QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
 
@@ -26,12 +25,15 @@ class QuantizeArgs:
     """
 
     kind: Kind = describe(
-        "nf4", "values of the 16 codes: quantiles of the normal distribution, or integers"
+        "nf4",
+        "values of the codes: 16 quantiles of the normal distribution, or integers of 4 or 8 bits",
     )
-    group: int = describe(64, "neighbouring inputs that share a scale", "weights")
+    group: int = describe(
+        64, "neighbouring inputs that share a scale; 0: all inputs of an output", "weights"
+    )
     double_quant: bool = describe(False, "nf4: store the scales in 8 bits, as the paper does")
     zero_points: bool = describe(
-        False, "int4: give every group a zero point, for weights that are not symmetric"
+        False, "integers: give every group a zero point, for weights that are not symmetric"
     )
     skip: tuple[str, ...] = describe(
         ("output", "vision"),
@@ -43,8 +45,8 @@ class QuantizeArgs:
         require(self.group in GROUPS, "group", self.group, f"expected one of {groups}")
         fits = self.kind == "nf4" or not self.double_quant
         require(fits, "double_quant", self.double_quant, "expected kind nf4 with it")
-        fits = self.kind == "int4" or not self.zero_points
-        require(fits, "zero_points", self.zero_points, "expected kind int4 with it")
+        fits = self.kind != "nf4" or not self.zero_points
+        require(fits, "zero_points", self.zero_points, "expected kind int4 or int8 with it")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QuantizeArgs:
@@ -54,12 +56,3 @@ class QuantizeArgs:
             RequestError: The data has an unknown key or a wrong type.
         """
         return fields.read(cls, data)
-
-    def bits_per_weight(self, scale_bits: int = 32) -> float:
-        """Return the bits of code, scale and zero per weight.
-
-        `scale_bits` are the bits of a scale, which has the dtype that the weight had.
-        """
-        if self.double_quant:
-            return 4 + (8 + scale_bits / SCALE_BLOCK) / self.group
-        return 4 + (scale_bits + 8 * self.zero_points) / self.group

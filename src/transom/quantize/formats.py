@@ -1,24 +1,62 @@
-"""Four-bit formats as pure functions: a weight to named parts, and back.
+"""Quantized weights as pure functions: a weight to named parts, and back.
 
-A weight [out, in] (or [E, out, in]) becomes `qweight` uint8 [out, in / 2], two codes per byte with
-the first in the high half, and `scales` [out, in / group], which multiply the values of the codes.
-`zeros` uint8 [out, in / group] are the codes that stand for 0. With double quantization `scales`
-are the bits of 8-bit floats, multiplied by `scale_scales` [blocks], one for 256 of them, and added
-to `scale_offset` [1].
+A weight [out, in] (or [E, out, in]) has these parts. n is the number of groups of a row: `in /
+group`. `Format` says which parts there are.
+
+- `codes`: of 4 bits, uint8 [out, in / 2] with the first of two codes in the high half of a byte; of
+  8 bits, int8 [out, in].
+- `scales` [out, n]: multiply the values of the codes.
+- `zeros` int8 [out, n]: values that stand for 0. They are subtracted before the scale multiplies.
+- `minimums` [out, n]: added after the scale has multiplied.
+- `super_scales`, `super_minimums` [out * n / block]: if `scales` and `minimums` are 8-bit codes
+  themselves, one factor for each `block` of them, counted through all rows.
+- `scale_mean` [1]: added to scales that are codes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from transom.base.errors import require
-from transom.quantize.args import SCALE_BLOCK, Kind, QuantizeArgs
+from transom.quantize.args import QuantizeArgs
 
 Parts = Mapping[str, Tensor]
+Levels = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a weight is stored: `weight = scale * (value of the code - zero) + minimum`.
+
+    Attributes:
+        levels: The values of the 16 codes of 4 bits. None: codes of 8 bits, which are their values.
+        group: Neighbouring inputs that share a scale; 0 for all inputs of an output.
+        offset: Which offset every group has.
+        scales: The dtype of the scales and minimums. float8_e4m3fn and int8 are codes.
+        block: Groups that share a factor for their codes; 0 if scales are not codes.
+        super_scales: The dtype of these factors.
+        centered: Whether the codes are scales less their mean.
+    """
+
+    levels: Levels | None
+    group: int
+    offset: Literal["none", "zeros", "minimums"] = "none"
+    scales: torch.dtype = torch.float32
+    block: int = 0
+    super_scales: torch.dtype = torch.float32
+    centered: bool = False
+
+
+def integers(first: int) -> Levels:
+    """Return the levels of 4-bit codes for 16 integers in a row."""
+    return tuple(float(value) for value in range(first, first + 16))
+
 
 # Quantiles of the normal distribution, 0 among them, divided by the largest: appendix E of arXiv
 # 2305.14314, in float32 as bitsandbytes has them (functional.py, get_4bit_type).
@@ -40,97 +78,164 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
-LEVELS: dict[Kind, tuple[float, ...]] = {
-    "nf4": NF4,
-    "int4": tuple(float(value) for value in range(-8, 8)),
-}
-INT4_ZERO = 8  # the code of 0 where a group has no zero of its own
-EIGHT_BITS = torch.float8_e4m3fn
+INT4 = integers(-8)
+LARGEST = 127  # the largest value of 8-bit codes, of which -128 is used with zero points only
+
+
+def requested(args: QuantizeArgs, dtype: torch.dtype) -> Format:
+    """Return the format that a user asks for, with scales in the dtype of the weight."""
+    levels = {"nf4": NF4, "int4": INT4, "int8": None}[args.kind]
+    if args.double_quant:
+        # The 8-bit floats are those of hardware. bitsandbytes uses its dynamic tree, of similar
+        # precision. The block is that of section 3 of QLoRA.
+        eight_bits = torch.float8_e4m3fn
+        return Format(levels, args.group, "none", eight_bits, 256, dtype, centered=True)
+    return Format(levels, args.group, "zeros" if args.zero_points else "none", dtype)
 
 
 @torch.no_grad()
-def quantize(weight: Tensor, args: QuantizeArgs) -> dict[str, Tensor]:
-    """Return the parts of a weight.
+def quantize(weight: Tensor, format: Format) -> dict[str, Tensor]:
+    """Return the parts of a weight, each value rounded to the nearest that its group has.
 
     Args:
-        weight: [out, in] or [E, out, in] of any floating dtype. Scales keep its dtype.
-        args: The format.
+        weight: [out, in] or [E, out, in] of any floating dtype.
+        format: A format without minimums, whose levels ascend.
 
     Raises:
         RequestError: The inputs are not a multiple of the group.
     """
     inputs = weight.size(-1)
-    require(
-        inputs % args.group == 0,
-        "group",
-        args.group,
-        f"expected a divisor of the {inputs} inputs",
-    )
+    group = format.group or inputs
+    require(inputs % group == 0, "group", group, f"expected a divisor of the {inputs} inputs")
     if weight.ndim == 3:
-        experts = [quantize(one, args) for one in weight]
+        experts = [quantize(one, format) for one in weight]
         return {name: torch.stack([parts[name] for parts in experts]) for name in experts[0]}
-    groups = weight.float().unflatten(-1, (-1, args.group))
+    groups = weight.float().unflatten(-1, (-1, group))
     zeros: dict[str, Tensor] = {}
-    if args.kind == "nf4":
-        scales = groups.abs().amax(-1)
-    elif args.zero_points:
+    if format.offset == "zeros":
+        lowest, steps = (-128, 255) if format.levels is None else (int(format.levels[0]), 15)
         # The range reaches 0, so that a weight of 0 stays one.
         low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-        scales = (high - low) / 15
-        zeros = {"zeros": (-low / _not_zero(scales)).round().to(torch.uint8)}
+        scales = (high - low) / steps
+        zeros = {"zeros": ((-low / _not_zero(scales)).round() + lowest).to(torch.int8)}
     else:
-        # The largest takes code 0, the only one with a value of size 8: the scale has its sign (as
-        # Q4_0 of ggml).
-        scales = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1) / -8
-    stored = (
-        _code_scales(scales, weight.dtype)
-        if args.double_quant
-        else {"scales": scales.to(weight.dtype)}
-    )
-    units = groups / _not_zero(_read_scales(stored)).unsqueeze(-1)
+        scales = _symmetric_scales(groups, format.levels)
+    stored = _code_scales(scales, format) if format.block else {"scales": scales.to(format.scales)}
+    every = slice(None)
+    units = groups / _not_zero(_wide(stored, "scales", format, every)).unsqueeze(-1)
     if zeros:
-        units += (zeros["zeros"].float() - INT4_ZERO).unsqueeze(-1)
-    codes = _nearest(units.flatten(-2), torch.tensor(LEVELS[args.kind]))
-    return {"qweight": codes[..., 0::2] << 4 | codes[..., 1::2], **stored, **zeros}
-
-
-def dequantize(parts: Parts, kind: Kind) -> Tensor:
-    """Return the weight that the parts stand for.
-
-    It is computed in float32 and rounded once to the dtype that it had before.
-    """
-    levels = torch.tensor(LEVELS[kind], device=parts["qweight"].device)
-    # A byte finds both of its values at once, moved as one number of 8 bytes: twice as fast as two
-    # look-ups.
-    pairs = torch.cartesian_prod(levels, levels).view(torch.int64).flatten()
-    values = pairs.index_select(0, parts["qweight"].flatten().int()).view(torch.float32)
-    groups = values.view(*parts["scales"].shape, -1)
-    if "zeros" in parts:
-        groups -= (parts["zeros"].float() - INT4_ZERO).unsqueeze(-1)
-    groups *= _read_scales(parts).unsqueeze(-1)
-    return groups.flatten(-2).to(dtype_of(parts))
-
-
-def dtype_of(parts: Parts) -> torch.dtype:
-    """Return the dtype of the weight: that of the scales, or of their scales."""
-    return parts["scale_scales" if "scale_scales" in parts else "scales"].dtype
-
-
-def empty_parts(weight: Tensor, args: QuantizeArgs) -> dict[str, Tensor]:
-    """Return parts of a weight of this shape, dtype and device, to be filled from a checkpoint."""
-    *leading, inputs = weight.shape
-    per_group = (*leading, inputs // args.group)
-    parts = {"qweight": weight.new_empty(*leading, inputs // 2, dtype=torch.uint8)}
-    if not args.double_quant:
-        parts["scales"] = weight.new_empty(per_group)
+        units += zeros["zeros"].float().unsqueeze(-1)
+    units = units.flatten(-2)
+    if format.levels is None:
+        codes = units.round().clamp(-128, LARGEST).to(torch.int8)
     else:
-        parts["scales"] = weight.new_empty(per_group, dtype=torch.uint8)
-        blocks = -(-per_group[-2] * per_group[-1] // SCALE_BLOCK)
-        parts["scale_scales"] = weight.new_empty(*leading[:-1], blocks)
-        parts["scale_offset"] = weight.new_empty(*leading[:-1], 1)
-    if args.zero_points:
-        parts["zeros"] = weight.new_empty(per_group, dtype=torch.uint8)
-    return parts
+        codes = pack(_nearest(units, torch.tensor(format.levels)))
+    return {"codes": codes, **stored, **zeros}
+
+
+def dequantize(parts: Parts, format: Format, rows: slice | Tensor = slice(None)) -> Tensor:
+    """Return the weight that the parts stand for, in float32.
+
+    Args:
+        parts: The parts of a weight [out, in] or [E, out, in].
+        format: Their format.
+        rows: The outputs to compute: a slice, or indices [R] of a weight [out, in]. All by default.
+
+    Returns:
+        [R, in] or [E, R, in]. Products and sums are rounded one after the other, in the order of
+        `Format`.
+
+    Raises:
+        IndexError: An index is not a row.
+    """
+    codes = _at(parts["codes"], rows)
+    if format.levels is None:
+        values = codes.float()
+    else:
+        levels = torch.tensor(format.levels, device=codes.device)
+        # A byte finds both of its values at once, moved as one number of 8 bytes: twice as fast as
+        # two look-ups.
+        pairs = torch.cartesian_prod(levels, levels).view(torch.int64).flatten()
+        values = pairs.index_select(0, codes.flatten().int()).view(torch.float32)
+    scales = _wide(parts, "scales", format, rows)
+    groups = values.view(*scales.shape, -1)
+    if format.offset == "zeros":
+        groups -= _at(parts["zeros"], rows).float().unsqueeze(-1)
+    groups *= scales.unsqueeze(-1)
+    if format.offset == "minimums":
+        groups += _wide(parts, "minimums", format, rows).unsqueeze(-1)
+    return groups.flatten(-2)
+
+
+def empty_parts(
+    shape: torch.Size | tuple[int, ...], format: Format, device: torch.device | str
+) -> dict[str, Tensor]:
+    """Return parts of a weight of this shape, to be filled from a file."""
+    *leading, outputs, inputs = shape
+    groups = inputs // (format.group or inputs)
+    code, width = (torch.int8, inputs) if format.levels is None else (torch.uint8, inputs // 2)
+    parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"codes": (code, (outputs, width))}
+    parts["scales"] = format.scales, (outputs, groups)
+    if format.offset != "none":
+        kind = torch.int8 if format.offset == "zeros" else format.scales
+        parts[format.offset] = kind, (outputs, groups)
+    if format.block:
+        blocks = (-(-outputs * groups // format.block),)
+        parts["super_scales"] = format.super_scales, blocks
+        if format.offset == "minimums":
+            parts["super_minimums"] = format.super_scales, blocks
+    if format.centered:
+        parts["scale_mean"] = format.super_scales, (1,)
+    return {
+        name: torch.empty(*leading, *own, dtype=dtype, device=device)
+        for name, (dtype, own) in parts.items()
+    }
+
+
+def shape_of(parts: Parts, format: Format) -> tuple[int, ...]:
+    """Return the shape of the weight."""
+    *leading, width = parts["codes"].shape
+    return (*leading, width if format.levels is None else 2 * width)
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Return 4-bit codes uint8 [..., in] as bytes [..., in / 2], the first in the high half."""
+    return codes[..., 0::2] << 4 | codes[..., 1::2]
+
+
+def unpack(pairs: Tensor) -> Tensor:
+    """Return the codes uint8 [..., in] of bytes [..., in / 2]."""
+    return torch.stack((pairs >> 4, pairs & 15), -1).flatten(-2)
+
+
+def _at(part: Tensor, rows: slice | Tensor) -> Tensor:
+    return part[..., rows, :] if isinstance(rows, slice) else part.index_select(-2, rows)
+
+
+def _wide(parts: Parts, name: str, format: Format, rows: slice | Tensor) -> Tensor:
+    """Return the scales or minimums [..., R, n] of rows in float32."""
+    stored = _at(parts[name], rows).float()
+    if not format.block:
+        return stored
+    outputs, groups = parts[name].shape[-2:]
+    of_rows = torch.arange(outputs, device=stored.device)[rows].unsqueeze(-1) * groups
+    blocks = (of_rows + torch.arange(groups, device=stored.device)) // format.block
+    stored *= parts[f"super_{name}"].float()[..., blocks]
+    if format.centered:
+        stored += parts["scale_mean"].float().unsqueeze(-1)
+    return stored
+
+
+def _symmetric_scales(groups: Tensor, levels: Levels | None) -> Tensor:
+    """Return the scale of each group with which its largest weight has a value of its own."""
+    if levels is None:
+        return groups.abs().amax(-1) / LARGEST
+    if -levels[0] == levels[-1]:
+        return groups.abs().amax(-1) / levels[-1]
+    # The largest takes the first code, the only one with a value of this size: the scale has its
+    # sign (as Q4_0 of ggml).
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    return largest.squeeze(-1) / levels[0]
 
 
 def _nearest(units: Tensor, levels: Tensor) -> Tensor:
@@ -146,30 +251,14 @@ def _not_zero(scales: Tensor) -> Tensor:
     return torch.where(scales == 0, 1.0, scales)
 
 
-def _code_scales(scales: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return scales [out, groups] in 8 bits around their mean (section 3 of QLoRA).
-
-    The 8-bit floats are those of hardware. bitsandbytes uses its dynamic tree, of similar
-    precision.
-    """
-    offset = scales.mean().view(1).to(dtype)
-    rest = (scales - offset.float()).flatten()
-    blocks = F.pad(rest, (0, -len(rest) % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
-    largest = torch.finfo(EIGHT_BITS).max
-    scale_scales = (blocks.abs().amax(1) / largest).to(dtype)
+def _code_scales(scales: Tensor, format: Format) -> dict[str, Tensor]:
+    """Return scales [out, n] as 8-bit floats around their mean (section 3 of QLoRA)."""
+    mean = scales.mean().view(1).to(format.super_scales)
+    rest = (scales - mean.float()).flatten()
+    blocks = F.pad(rest, (0, -len(rest) % format.block)).view(-1, format.block)
+    largest = torch.finfo(format.scales).max
+    factors = (blocks.abs().amax(1) / largest).to(format.super_scales)
     # Clamped: its own rounding may leave the largest above what 8 bits hold.
-    units = (blocks / _not_zero(scale_scales.float()).unsqueeze(1)).clamp(-largest, largest)
-    codes = units.to(EIGHT_BITS).view(torch.uint8).flatten()[: len(rest)].view_as(scales)
-    return {"scales": codes.clone(), "scale_scales": scale_scales, "scale_offset": offset}
-
-
-def _read_scales(parts: Parts) -> Tensor:
-    """Return the scales [..., out, in / group] in float32."""
-    scales = parts["scales"]
-    if "scale_scales" not in parts:
-        return scales.float()
-    flat = scales.flatten(-2).view(EIGHT_BITS).float()
-    of_blocks = (
-        parts["scale_scales"].float().repeat_interleave(SCALE_BLOCK, -1)[..., : flat.size(-1)]
-    )
-    return (flat * of_blocks + parts["scale_offset"].float()).view(scales.shape)
+    units = (blocks / _not_zero(factors.float()).unsqueeze(1)).clamp(-largest, largest)
+    codes = units.flatten()[: len(rest)].view_as(scales).to(format.scales)
+    return {"scales": codes, "super_scales": factors, "scale_mean": mean}

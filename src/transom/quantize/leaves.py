@@ -1,12 +1,13 @@
 """Quantized leaves, and the surgery that makes them from the leaves of a built model, and back.
 
-A leaf changes its class and gets other parameters (`wq.qweight`, `wq.scales`) in place of
+A leaf changes its class and gets other parameters (`wq.codes`, `wq.scales`) in place of
 `wq.weight`. It stays the same module, with its name and its hooks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -14,55 +15,101 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transom.base.errors import RequestError, nearest, notice
-from transom.layers.linear import GroupedLinear, Linear, has_data
+from transom.layers.linear import Embedding, GroupedLinear, Linear, has_data
 from transom.quantize.args import GROUPS, QuantizeArgs
-from transom.quantize.formats import Parts, dequantize, empty_parts, quantize
+from transom.quantize.formats import (
+    Format,
+    Parts,
+    dequantize,
+    empty_parts,
+    quantize,
+    requested,
+    shape_of,
+)
 
 M = TypeVar("M", bound=nn.Module)
+Dense = Linear | GroupedLinear | Embedding
+BLOCK = 1 << 20  # weights that a product computes at a time
 
 
 class Quantized(nn.Module):
     """A quantized leaf: frozen `parts`, and a weight that is computed when it is read.
 
     Attributes:
-        quantization: The format.
+        format: The format of the parts.
         part_names: The names of its parameters.
+        weight_dtype: The dtype of the weight. A cast of the module changes it, and no part.
     """
 
-    quantization: QuantizeArgs
+    format: Format
     part_names: tuple[str, ...]
+    weight_dtype: torch.dtype
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """Its parameters, by the names of `formats.quantize`."""
+        """Its parameters, by the names in `quantize.formats`."""
         return {name: getattr(self, name) for name in self.part_names}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return shape_of(self.parts, self.format)
 
     @property
     def count(self) -> int:
         """Weights and biases, as many as in the dense leaf."""
         bias = self._parameters.get("bias")
-        return 2 * self.parts["qweight"].numel() + (0 if bias is None else bias.numel())
+        return math.prod(self.shape) + (0 if bias is None else bias.numel())
 
     def dequantize(self) -> Tensor:
-        """Compute the weight [out, in] or [E, out, in] in the dtype that it had before."""
-        return dequantize(self.parts, self.quantization.kind)
+        """Compute the weight in float32, and round it once to `weight_dtype`."""
+        return dequantize(self.parts, self.format).to(self.weight_dtype)
 
     @property
     def weight(self) -> Tensor:
         """The result of `dequantize`. It can't be written."""
         return self.dequantize()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weight."""
+        return self.weight_dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move the parts as `fn` does, but keep their dtypes: rounded scales are others."""
+        before = {name: part.detach() for name, part in self.parts.items()}
+        probe = fn(torch.empty(0, dtype=self.weight_dtype, device=before["codes"].device))
+        super()._apply(fn, recurse)
+        self.weight_dtype = probe.dtype
+        for name, part in before.items():
+            if getattr(self, name).dtype != part.dtype:
+                self._parameters[name] = nn.Parameter(part.to(probe.device), requires_grad=False)
+        return self
+
 
 class QuantizedLinear(Quantized, Linear):  # type: ignore[override]  # its weight can be read only
-    """y = x W^T with the weight in four bits."""
+    """y = x W^T with a quantized weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b [..., out] of x [..., in], in the dtype of x or of autocast."""
-        return product(x, self.bias, self.quantization, self.parts)
+        return product(x, self.bias, self, self.parts)
+
+
+class QuantizedEmbedding(Quantized, Embedding):  # type: ignore[override]  # its weight can be read only
+    """A lookup of rows of a quantized weight [V, D]."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the rows of tokens [...] as [..., D], of which no others are computed."""
+        rows = dequantize(self.parts, self.format, tokens.flatten()).to(self.weight_dtype)
+        return rows.view(*tokens.shape, -1)
+
+    def project(self, h: Tensor) -> Tensor:
+        """Return h W^T [..., V] of h [..., D]."""
+        return product(h, None, self, self.parts)
 
 
 class QuantizedGroupedLinear(Quantized, GroupedLinear):  # type: ignore[misc]  # its weight can be read only
-    """E linears side by side with their weights in four bits."""
+    """E linears side by side with quantized weights."""
 
     def product(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
         """Multiply one expert after the other, so that one dense matrix is in memory.
@@ -76,24 +123,27 @@ class QuantizedGroupedLinear(Quantized, GroupedLinear):  # type: ignore[misc]  #
         *groups, unused = rows_RD.split([*sizes, len(rows_RD) - ends[-1]])
         parts = self.parts
         outputs = [
-            product(rows, None, self.quantization, {name: part[e] for name, part in parts.items()})
+            product(rows, None, self, {name: part[e] for name, part in parts.items()})
             for e, rows in enumerate(groups)
             if len(rows)
         ]
-        width, like = parts["qweight"].size(-2), (outputs or [rows_RD])[0]
+        width, like = parts["codes"].size(-2), (outputs or [rows_RD])[0]
         return torch.cat([*outputs, like.new_zeros(len(unused), width)])
 
 
-def product(x: Tensor, bias: Tensor | None, args: QuantizeArgs, parts: Parts) -> Tensor:
+def product(x: Tensor, bias: Tensor | None, leaf: Quantized, parts: Parts) -> Tensor:
     """Return x W^T + b in the dtype of x, or of autocast.
 
-    The dense weight exists during the product only.
+    W [out, in] has the format and dtype of a leaf. At most `BLOCK` of its numbers exist at a time,
+    or one row.
     """
     kind = x.device.type
     if not x.is_meta and torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
     bias = None if bias is None else bias.to(x.dtype)
-    made: Tensor = _Product.apply(x, bias, args, tuple(parts), *parts.values())
+    made: Tensor = _Product.apply(
+        x, bias, leaf.format, leaf.weight_dtype, tuple(parts), *parts.values()
+    )
     return made
 
 
@@ -105,31 +155,50 @@ class _Product(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         bias: Tensor | None,
-        args: QuantizeArgs,
+        format: Format,
+        dtype: torch.dtype,
         names: tuple[str, ...],
         *parts: Tensor,
     ) -> Tensor:
-        ctx.args, ctx.names = args, names
+        ctx.format, ctx.dtype, ctx.names = format, dtype, names
         ctx.save_for_backward(*parts)
-        return F.linear(
-            x, dequantize(dict(zip(names, parts, strict=True)), args.kind).to(x.dtype), bias
-        )
+        named = dict(zip(names, parts, strict=True))
+        outputs = [
+            F.linear(
+                x,
+                dequantize(named, format, rows).to(dtype).to(x.dtype),
+                None if bias is None else bias[rows],
+            )
+            for rows in _row_blocks(named, format)
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         of_x = of_bias = None
         if ctx.needs_input_grad[0]:
-            weight = dequantize(dict(zip(ctx.names, ctx.saved_tensors, strict=True)), ctx.args.kind)
-            of_x = gradient @ weight.to(gradient.dtype)
+            named = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+            for rows in _row_blocks(named, ctx.format):
+                weight = dequantize(named, ctx.format, rows).to(ctx.dtype).to(gradient.dtype)
+                part = gradient[..., rows] @ weight
+                of_x = part if of_x is None else of_x + part
         if ctx.needs_input_grad[1]:
             of_bias = gradient.flatten(0, -2).sum(0)
-        return of_x, of_bias, None, None, *(None for _ in ctx.names)
+        return of_x, of_bias, None, None, None, *(None for _ in ctx.names)
 
 
-_QUANTIZED: dict[type[Linear] | type[GroupedLinear], type[Quantized]] = {
+def _row_blocks(parts: Parts, format: Format) -> list[slice]:
+    """Return slices of rows with at most `BLOCK` weights each, or one row."""
+    rows, inputs = shape_of(parts, format)
+    step = max(1, BLOCK // inputs)
+    return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+_QUANTIZED: dict[type[Dense], type[Quantized]] = {
     Linear: QuantizedLinear,
     GroupedLinear: QuantizedGroupedLinear,
+    Embedding: QuantizedEmbedding,
 }
 
 
@@ -148,12 +217,12 @@ def dense_names(model: nn.Module) -> Iterator[str]:
         path, _, last = name.rpartition(".")
         if path not in leaves or last not in leaves[path].part_names:
             yield name
-        elif last == "qweight":
+        elif last == "codes":
             yield f"{path}.weight"
 
 
 def quantize_model(model: M, args: QuantizeArgs, *, empty: bool = False) -> M:
-    """Store the weights of `Linear` and `GroupedLinear` leaves in four bits, and freeze them.
+    """Store the weights of `Linear` and `GroupedLinear` leaves in few bits, and freeze them.
 
     Leaves are quantized one after the other, so memory has the model and one dense leaf at most.
 
@@ -174,23 +243,34 @@ def quantize_model(model: M, args: QuantizeArgs, *, empty: bool = False) -> M:
     total, bits, quantized = sum(parameter.numel() for parameter in model.parameters()), 0, 0
     for leaf in chosen.values():
         quantized += leaf.weight.numel()
-        quantize_leaf(leaf, args, empty=empty)
-        assert isinstance(leaf, Quantized), "what the surgery made of it"
-        bits += 8 * sum(part.nbytes for part in leaf.parts.values())
+        format = requested(args, leaf.weight.dtype)
+        if empty or leaf.weight.is_meta:
+            parts = empty_parts(leaf.weight.shape, format, leaf.weight.device)
+        else:
+            parts = quantize(leaf.weight, format)
+        bits += 8 * sum(part.nbytes for part in parts.values())
+        replace_weight(leaf, parts, format)
     shares = f"{quantized:,} of {total:,} weights in {bits / quantized:.2f} bits each"
-    notice(f"{args.kind} in groups of {args.group} on {len(chosen)} leaves: {shares}")
+    groups = f"in groups of {args.group}" if args.group else "with one scale per output"
+    notice(f"{args.kind} {groups} on {len(chosen)} leaves: {shares}")
     return model
 
 
-@torch.no_grad()
-def quantize_leaf(leaf: Linear | GroupedLinear, args: QuantizeArgs, *, empty: bool = False) -> None:
-    """Replace the weight of one leaf by codes and scales; see `quantize_model`."""
-    parts = (empty_parts if empty or leaf.weight.is_meta else quantize)(leaf.weight, args)
+def replace_weight(leaf: Dense, parts: Parts, format: Format) -> None:
+    """Replace the weight of one leaf by frozen parts. The leaf keeps the dtype of its weight.
+
+    Args:
+        leaf: A dense leaf without adapters, possibly on the meta device.
+        parts: The parts of a weight of the same shape; those of `empty_parts` can be loaded later.
+        format: Their format.
+    """
+    dtype = leaf.weight.dtype
+    assert shape_of(parts, format) == leaf.weight.shape, "as the caller checked"
     del leaf.weight
     made = next(made for kind, made in _QUANTIZED.items() if isinstance(leaf, kind))
     leaf.__class__ = made  # type: ignore[assignment]
     assert isinstance(leaf, Quantized), "its class since the line before"
-    leaf.quantization, leaf.part_names = args, tuple(parts)
+    leaf.format, leaf.part_names, leaf.weight_dtype = format, tuple(parts), dtype
     for name, part in parts.items():
         leaf.register_parameter(name, nn.Parameter(part, requires_grad=False))
 
@@ -215,7 +295,7 @@ def dequantize_model(model: M) -> M:
         weight = leaf.dequantize()
         for name in leaf.part_names:
             del leaf._parameters[name]
-        del leaf.quantization, leaf.part_names
+        del leaf.format, leaf.part_names, leaf.weight_dtype
         dense = next(kind for kind, made in _QUANTIZED.items() if isinstance(leaf, made))
         leaf.__class__ = dense  # type: ignore[assignment]
         leaf.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
@@ -260,8 +340,8 @@ def _check(path: str, leaf: Linear | GroupedLinear, args: QuantizeArgs, empty: b
             weights.
     """
     inputs = leaf.weight.size(-1)
-    if inputs % args.group:
-        fitting = [f"{group}, or" for group in GROUPS if inputs % group == 0][-1:]
+    if inputs % (args.group or 2):
+        fitting = [f"{group}, or" for group in GROUPS if group and inputs % group == 0][-1:]
         expected = " ".join([*fitting, f"to skip {path.rpartition('.')[2]!r}"])
         found = f"{args.group} for the {inputs} inputs of {path}"
         raise RequestError(f"group: got {found}; expected {expected}")

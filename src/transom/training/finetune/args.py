@@ -57,7 +57,8 @@ class FinetuneArgs:
     )
     lora: LoraArgs = describe(LoraArgs, "settings of the adapter")
     quantize: QuantizeArgs | None = describe(
-        None, "4-bit weights for the linear layers of the frozen base (QLoRA, arXiv 2305.14314)"
+        None,
+        "weights of 4 or 8 bits for the linear layers of the frozen base (QLoRA, arXiv 2305.14314)",
     )
     train_router: bool | None = describe(
         None, "train the routers of a mixture of experts; null: only with method full"

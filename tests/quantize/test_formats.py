@@ -10,7 +10,7 @@ from transom.base.errors import RequestError
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.formats import (
     NF4,
-    Format,
+    WeightFormat,
     Parts,
     dequantize,
     empty_parts,
@@ -117,7 +117,7 @@ def gaussian(*shape, dtype=torch.float32):
     return (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
 
 
-def quantized(weight: torch.Tensor, args: QuantizeArgs) -> tuple[Parts, Format]:
+def quantized(weight: torch.Tensor, args: QuantizeArgs) -> tuple[Parts, WeightFormat]:
     format = requested(args, weight.dtype)
     return quantize(weight, format), format
 
@@ -241,7 +241,7 @@ def test_codes_and_zeros_of_gptq_are_represented():
         zeros = torch.randint(first, steps, (4, 2), generator=generator)
         expected = (codes.view(4, 2, 32) - zeros.unsqueeze(-1)) * scales.float().unsqueeze(-1)
         four = steps == 16
-        format = Format(integers(-8) if four else None, 32, "zeros", torch.float16)
+        format = WeightFormat(integers(-8) if four else None, 32, "zeros", torch.float16)
         parts = {
             "codes": pack(codes.to(torch.uint8)) if four else (codes - 128).to(torch.int8),
             "zeros": (zeros - steps // 2).to(torch.int8),

@@ -24,7 +24,7 @@ FLAGS = (
         "--quantize",
         "finetune.quantize.kind",
         str,
-        "nf4, int4 or int8: keep the frozen base in 4 or 8 bits",
+        "nf4, int4 or int8: quantize the frozen base",
     ),
     ("--teacher", "finetune.teacher", str, "model to distill from (folder or hub id)"),
     ("--epochs", "finetune.epochs", float, "passes over the examples"),

@@ -1,7 +1,7 @@
 """Quantized weights as pure functions: a weight to named parts, and back.
 
 A weight [out, in] (or [E, out, in]) has these parts. n is the number of groups of a row: `in /
-group`. `Format` says which parts there are.
+group`. `WeightFormat` says which parts there are.
 
 - `codes`: of 4 bits, uint8 [out, in / 2] with the first of two codes in the high half of a byte; of
   8 bits, int8 [out, in].
@@ -31,7 +31,7 @@ Levels = tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Format:
+class WeightFormat:
     """How a weight is stored: `weight = scale * (value of the code - zero) + minimum`.
 
     Attributes:
@@ -82,19 +82,19 @@ INT4 = integers(-8)
 LARGEST = 127  # the largest value of 8-bit codes, of which -128 is used with zero points only
 
 
-def requested(args: QuantizeArgs, dtype: torch.dtype) -> Format:
+def requested(args: QuantizeArgs, dtype: torch.dtype) -> WeightFormat:
     """Return the format that a user asks for, with scales in the dtype of the weight."""
     levels = {"nf4": NF4, "int4": INT4, "int8": None}[args.kind]
     if args.double_quant:
         # The 8-bit floats are those of hardware. bitsandbytes uses its dynamic tree, of similar
         # precision. The block is that of section 3 of QLoRA.
         eight_bits = torch.float8_e4m3fn
-        return Format(levels, args.group, "none", eight_bits, 256, dtype, centered=True)
-    return Format(levels, args.group, "zeros" if args.zero_points else "none", dtype)
+        return WeightFormat(levels, args.group, "none", eight_bits, 256, dtype, centered=True)
+    return WeightFormat(levels, args.group, "zeros" if args.zero_points else "none", dtype)
 
 
 @torch.no_grad()
-def quantize(weight: Tensor, format: Format) -> dict[str, Tensor]:
+def quantize(weight: Tensor, format: WeightFormat) -> dict[str, Tensor]:
     """Return the parts of a weight, each value rounded to the nearest that its group has.
 
     Args:
@@ -133,7 +133,7 @@ def quantize(weight: Tensor, format: Format) -> dict[str, Tensor]:
     return {"codes": codes, **stored, **zeros}
 
 
-def dequantize(parts: Parts, format: Format, rows: slice | Tensor = slice(None)) -> Tensor:
+def dequantize(parts: Parts, format: WeightFormat, rows: slice | Tensor = slice(None)) -> Tensor:
     """Return the weight that the parts stand for, in float32.
 
     Args:
@@ -143,7 +143,7 @@ def dequantize(parts: Parts, format: Format, rows: slice | Tensor = slice(None))
 
     Returns:
         [R, in] or [E, R, in]. Products and sums are rounded one after the other, in the order of
-        `Format`.
+        `WeightFormat`.
 
     Raises:
         IndexError: An index is not a row.
@@ -168,7 +168,7 @@ def dequantize(parts: Parts, format: Format, rows: slice | Tensor = slice(None))
 
 
 def empty_parts(
-    shape: torch.Size | tuple[int, ...], format: Format, device: torch.device | str
+    shape: torch.Size | tuple[int, ...], format: WeightFormat, device: torch.device | str
 ) -> dict[str, Tensor]:
     """Return parts of a weight of this shape, to be filled from a file."""
     *leading, outputs, inputs = shape
@@ -192,7 +192,7 @@ def empty_parts(
     }
 
 
-def shape_of(parts: Parts, format: Format) -> tuple[int, ...]:
+def shape_of(parts: Parts, format: WeightFormat) -> tuple[int, ...]:
     """Return the shape of the weight."""
     *leading, width = parts["codes"].shape
     return (*leading, width if format.levels is None else 2 * width)
@@ -212,7 +212,7 @@ def _at(part: Tensor, rows: slice | Tensor) -> Tensor:
     return part[..., rows, :] if isinstance(rows, slice) else part.index_select(-2, rows)
 
 
-def _wide(parts: Parts, name: str, format: Format, rows: slice | Tensor) -> Tensor:
+def _wide(parts: Parts, name: str, format: WeightFormat, rows: slice | Tensor) -> Tensor:
     """Return the scales or minimums [..., R, n] of rows in float32."""
     stored = _at(parts[name], rows).float()
     if not format.block:
@@ -251,7 +251,7 @@ def _not_zero(scales: Tensor) -> Tensor:
     return torch.where(scales == 0, 1.0, scales)
 
 
-def _code_scales(scales: Tensor, format: Format) -> dict[str, Tensor]:
+def _code_scales(scales: Tensor, format: WeightFormat) -> dict[str, Tensor]:
     """Return scales [out, n] as 8-bit floats around their mean (section 3 of QLoRA)."""
     mean = scales.mean().view(1).to(format.super_scales)
     rest = (scales - mean.float()).flatten()

@@ -2,7 +2,7 @@
 
 A row of a ggml tensor is a sequence of blocks. A block has a fixed number of weights: the bits of
 their codes and one or two half-precision factors. In the K types these multiply small scales and
-minimums inside the block. Every type has a `Format` that represents it without loss, and
+minimums inside the block. Every type has a `WeightFormat` that represents it without loss, and
 `formats.dequantize` gives the numbers of ggml bit for bit.
 
 The layouts are those of ggml-quants.c and ggml-common.h of https://github.com/ggml-org/ggml.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from transom.base.errors import RequestError, nearest
-from transom.quantize.formats import Format, Parts, dequantize, integers, pack, unpack
+from transom.quantize.formats import WeightFormat, Parts, dequantize, integers, pack, unpack
 
 DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -40,7 +40,7 @@ class BlockType:
     weights: int
     fields: Mapping[str, int]
     low: tuple[int, int]
-    format: Format
+    format: WeightFormat
     high: tuple[int, int] = (0, 0)
     zero: int = 0
 
@@ -55,21 +55,21 @@ _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12)  # doubled; the scales of ggml are halved
 
 
-def _k(first: int | None, group: int, *, minimums: bool = False) -> Format:
+def _k(first: int | None, group: int, *, minimums: bool = False) -> WeightFormat:
     """Return the format of a type with scales inside blocks of 256 weights."""
     levels = None if first is None else integers(first)
-    return Format(
+    return WeightFormat(
         levels, group, "minimums" if minimums else "none", torch.int8, 256 // group, _HALF
     )
 
 
-_Q4_0 = Format(integers(-8), 32, "none", _HALF)
-_Q4_1 = Format(integers(0), 32, "minimums", _HALF)
-_Q8_0 = Format(None, 32, "none", _HALF)
-_Q8_1 = Format(None, 32, "minimums", _HALF)
-_IQ4 = Format(tuple(map(float, _IQ4_NL)), 32, "none", _HALF)
+_Q4_0 = WeightFormat(integers(-8), 32, "none", _HALF)
+_Q4_1 = WeightFormat(integers(0), 32, "minimums", _HALF)
+_Q8_0 = WeightFormat(None, 32, "none", _HALF)
+_Q8_1 = WeightFormat(None, 32, "minimums", _HALF)
+_IQ4 = WeightFormat(tuple(map(float, _IQ4_NL)), 32, "none", _HALF)
 # The exponents of two are exact in bfloat16, the smallest of them as a subnormal number.
-_MXFP4 = Format(
+_MXFP4 = WeightFormat(
     tuple(float(v) for v in (*_E2M1, *(-one for one in _E2M1))), 32, "none", torch.bfloat16
 )
 
@@ -100,7 +100,7 @@ TYPES: dict[str, BlockType] = {
 WRITTEN = (*DENSE, "Q8_0", "Q4_0", "Q4_1")
 
 
-def format_of(name: str) -> Format | None:
+def format_of(name: str) -> WeightFormat | None:
     """Return the format of the parts of a type; None for F32, F16 and BF16, which have none.
 
     Raises:

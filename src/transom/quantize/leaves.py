@@ -18,7 +18,7 @@ from transom.base.errors import RequestError, nearest, notice
 from transom.layers.linear import Embedding, GroupedLinear, Linear, has_data
 from transom.quantize.args import GROUPS, QuantizeArgs
 from transom.quantize.formats import (
-    Format,
+    WeightFormat,
     Parts,
     dequantize,
     empty_parts,
@@ -41,7 +41,7 @@ class Quantized(nn.Module):
         weight_dtype: The dtype of the weight. A cast of the module changes it, and no part.
     """
 
-    format: Format
+    format: WeightFormat
     part_names: tuple[str, ...]
     weight_dtype: torch.dtype
 
@@ -155,7 +155,7 @@ class _Product(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         bias: Tensor | None,
-        format: Format,
+        format: WeightFormat,
         dtype: torch.dtype,
         names: tuple[str, ...],
         *parts: Tensor,
@@ -188,7 +188,7 @@ class _Product(torch.autograd.Function):
         return of_x, of_bias, None, None, None, *(None for _ in ctx.names)
 
 
-def _row_blocks(parts: Parts, format: Format) -> list[slice]:
+def _row_blocks(parts: Parts, format: WeightFormat) -> list[slice]:
     """Return slices of rows with at most `BLOCK` weights each, or one row."""
     rows, inputs = shape_of(parts, format)
     step = max(1, BLOCK // inputs)
@@ -256,7 +256,7 @@ def quantize_model(model: M, args: QuantizeArgs, *, empty: bool = False) -> M:
     return model
 
 
-def replace_weight(leaf: Dense, parts: Parts, format: Format) -> None:
+def replace_weight(leaf: Dense, parts: Parts, format: WeightFormat) -> None:
     """Replace the weight of one leaf by frozen parts. The leaf keeps the dtype of its weight.
 
     Args:

@@ -10,8 +10,8 @@ from transom.base.errors import RequestError
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.formats import (
     NF4,
-    WeightFormat,
     Parts,
+    WeightFormat,
     dequantize,
     empty_parts,
     integers,

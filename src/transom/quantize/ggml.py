@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from transom.base.errors import RequestError, nearest
-from transom.quantize.formats import WeightFormat, Parts, dequantize, integers, pack, unpack
+from transom.quantize.formats import Parts, WeightFormat, dequantize, integers, pack, unpack
 
 DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -18,8 +18,8 @@ from transom.base.errors import RequestError, nearest, notice
 from transom.layers.linear import Embedding, GroupedLinear, Linear, has_data
 from transom.quantize.args import GROUPS, QuantizeArgs
 from transom.quantize.formats import (
-    WeightFormat,
     Parts,
+    WeightFormat,
     dequantize,
     empty_parts,
     quantize,

@@ -239,7 +239,8 @@ def _convert_one(kind: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise RequestError(f"{where}: got {_shown(value)}; expected a mapping")
-        return plain_value(value)
+        items = value.items()
+        return {str(key): _convert(options[1], v, _join(where, str(key))) for key, v in items}
     return _convert_scalar(kind, value, where)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from transom.base.errors import RequestError, notice, require
 from transom.checkpoints.families.registry import WEIGHT_NAMES
+from transom.checkpoints.families.weights import WeightNames
 from transom.checkpoints.files.layout import first_names
 from transom.checkpoints.files.lazy_tensors import LazyTensor, LazyTensors, TensorGroup
 from transom.config.model_args import ModelArgs
@@ -34,16 +35,9 @@ def clean(family: str, source: LazyTensors, args: ModelArgs, where: str) -> dict
     Raises:
         RequestError: The output of a tied model differs from its embeddings.
     """
-    names, out, unread = WEIGHT_NAMES[family], dict[str, LazyTensor](), Counter[str]()
-    for key, lazy in source.items():
-        name = names.known_key(key)
-        reason = names.unread_reason(name, args.n_layers)
-        if reason is None:
-            out[name] = lazy
-        else:
-            unread[reason] += 1
-    for reason, count in unread.items():
-        notice(f"{where}: {count} tensors left unread: {reason}")
+    names = WEIGHT_NAMES[family]
+    out, unread = sort_keys(names, names.known_key, source, args.n_layers)
+    tell_unread(unread, where)
     heads = [key for key in out if re.search(_HEAD, key)] if args.tie_embeddings else []
     for head in heads:
         embeddings = next((lazy for key, lazy in out.items() if re.search(_EMBEDDINGS, key)), None)
@@ -51,6 +45,27 @@ def clean(family: str, source: LazyTensors, args: ModelArgs, where: str) -> dict
         expected = "it differs from the embeddings; expected none, as tie_word_embeddings is true"
         require(same, where, head, expected)
     return {key: lazy for key, lazy in out.items() if key not in heads}
+
+
+def sort_keys(
+    names: WeightNames, known_key: Callable[[str], str], source: LazyTensors, n_layers: int
+) -> tuple[dict[str, LazyTensor], Counter[str]]:
+    """Return the tensors under the keys of their family, and how many are not read, by reason."""
+    out, unread = dict[str, LazyTensor](), Counter[str]()
+    for key, lazy in source.items():
+        name = known_key(key)
+        reason = names.unread_reason(name, n_layers)
+        if reason is None:
+            out[name] = lazy
+        else:
+            unread[reason] += 1
+    return out, unread
+
+
+def tell_unread(unread: Mapping[str, int], where: str) -> None:
+    """Print a notice for every reason why tensors are not read."""
+    for reason, count in unread.items():
+        notice(f"{where}: {count} tensors left unread: {reason}")
 
 
 def to_ours(

@@ -16,13 +16,13 @@ from tests.checkpoints.adapters.twins import ADAPTERS, far, logits_of, read_back
 from tests.checkpoints.families import random_ids, tiny_hf
 from tests.helpers import random_model, random_tokens, tiny_args
 from transom.base.errors import RequestError, WorkError
-from transom.checkpoints.adapters.foreign_leaves import namings
+from transom.checkpoints.adapters.foreign_leaves import Naming, namings
 from transom.checkpoints.adapters.peft_config import base_of, read_peft
-from transom.checkpoints.adapters.read import load_adapter, sort_keys
+from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.adapters.write import save_adapter
-from transom.checkpoints.families.registry import FAMILIES
 from transom.checkpoints.files.layout import is_adapter
 from transom.checkpoints.load import load
+from transom.checkpoints.mapping import sort_keys
 from transom.layers.inputs import TransformerInput
 from transom.lora.adapters import adapted_modules
 from transom.lora.apply import apply_lora
@@ -179,13 +179,14 @@ def test_an_interleaved_base_turns_rows_of_queries_and_keys(tmp_path):
 def test_names_of_multimodal_wrappers_are_understood():
     key = "base_model.model.model.language_model.layers.3.self_attn.q_proj.lora_A.weight"
     image = "base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight"
-    source = sort_keys(
-        {key: torch.zeros(1), image: torch.zeros(1)}, FAMILIES["gemma3"].names, 4, "here"
+    naming, state = Naming("gemma3", random_model(tiny_args())), dict.fromkeys((key, image))
+    source, unread = sort_keys(naming.names, naming.known_key, state, 4)
+    assert list(unread.values()) == [1]
+    assert list(source) == ["language_model.model.layers.3.self_attn.q_proj.lora_A"]
+    assert naming.spellings("language_model.model.layers.3.self_attn.q_proj") == (
+        "language_model.model.layers.3.self_attn.q_proj",
+        "model.language_model.layers.3.self_attn.q_proj",
     )
-    (spot,) = source.parts
-    assert list(source.unread.values()) == [1]
-    assert spot.path == "language_model.model.layers.3.self_attn.q_proj"
-    assert spot.named == "model.language_model.layers.3.self_attn.q_proj"
 
 
 def test_a_folder_says_whether_it_is_an_adapter_and_of_what(tmp_path):
@@ -213,9 +214,10 @@ FEATURES: list[tuple[dict[str, Any], str]] = [
     ({"use_tomorrow": True}, "use_tomorrow"),
     ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: got 'pissa_niter_4'"),
     ({"init_lora_weights": "olora"}, "init_lora_weights"),
-    ({"r": "many"}, "not a LoRA config"),
-    ({"rank_pattern": {"(": 3}}, "not a LoRA config"),
-    ({"rank_pattern": [1]}, "not a LoRA config"),
+    ({"r": "many"}, "r: got 'many'; expected a whole number"),
+    ({"rank_pattern": {"(": 3}}, r"pattern: got '\('; expected a regular expression"),
+    ({"alpha_pattern": {"q_proj": "high"}}, "alpha_pattern.q_proj: got 'high'; expected a number"),
+    ({"rank_pattern": [1]}, r"rank_pattern: got \[1\]; expected a mapping"),
 ]
 
 
@@ -264,20 +266,20 @@ DAMAGES: list[tuple[Any, str]] = [
     ),
     (
         lambda f: _state(f, _renamed),
-        r"got tensors of model\.layers\.1\.self_attn\.z_proj; expected",
+        r"left over model\.layers\.1\.self_attn\.z_proj\.lora_A",
     ),
-    (lambda f: _state(f, _without_b), r"layers\.1\.self_attn\.q_proj: got 'A'; expected A and B"),
+    (lambda f: _state(f, _without_b), r"missing model\.layers\.1\.self_attn\.q_proj\.lora_B"),
     (
         lambda f: _state(f, lambda s, k: s.update({k: s[k][:, 1:].contiguous()})),
-        r"q_proj: got A \(3, 31\) and B",
+        r"q_proj\.lora_A has shape \(3, 31\), which does not make .*wq\.A \(3, 32\)",
     ),
     (
         lambda f: _state(f, lambda s, k: s.update({k: s[k][1:].contiguous()})),
-        "rank: got 2; expected 3",
+        r"q_proj\.lora_A has shape \(2, 32\), which does not make .*wq\.A \(3, 32\)",
     ),
     (
         lambda f: _state(f, lambda s, k: s.update({"extra": s[k].clone()})),
-        "got tensors of extra; expected modules",
+        "left over extra",
     ),
     (
         lambda f: _state(
@@ -289,13 +291,16 @@ DAMAGES: list[tuple[Any, str]] = [
         lambda f: _state(f, lambda s, k: s.update({k.replace("lora_A", "lora_Z"): s[k].clone()})),
         r"lora_Z\.weight",
     ),
-    (lambda f: _config(f, use_dora=True), "a magnitude_vector if use_dora is true"),
-    (lambda f: _config(f, r=4), "rank: got 3; expected 4"),
+    (lambda f: _config(f, use_dora=True), r"missing .*q_proj\.lora_magnitude_vector"),
+    (
+        lambda f: _config(f, r=4),
+        r"q_proj\.lora_A has shape \(3, 32\), which does not make .*wq\.A \(4, 32\)",
+    ),
     (
         lambda f: _state(
             f, lambda s, k: s.update({"base_model.model.lm_head.weight": torch.zeros(98, 32)})
         ),
-        r"lm_head\.weight: shape: got '\(98, 32\)'.*vocabulary",
+        r"lm_head\.weight has shape \(98, 32\), which does not make output\.weight \(99, 32\)",
     ),
     (
         lambda f: _state(

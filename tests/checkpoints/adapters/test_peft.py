@@ -89,6 +89,8 @@ def test_saved_adapters_load_in_peft(pair, tmp_path):
     }
     assert set(after) == set(before)
     assert all(torch.equal(after[key], before[key]) for key in after)
+    again = load_adapter(load(folder / "base"), tmp_path)
+    assert far(logits_of(again), logits_of(adapted(folder))) == 0
 
 
 def test_merged_weights_do_the_same_and_come_out_bit_for_bit(pair):

@@ -7,65 +7,79 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from transom.base import fields
 from transom.base.errors import RequestError, notice, require
 from transom.base.files import read_json, refuse_infinite, safetensors_header
 from transom.checkpoints.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from transom.lora.args import Scaling
 
 EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight")
-# Fields that change nothing of what a trained adapter computes.
-_HARMLESS = """auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config
-    inference_mode loftq_config lora_ga_config megatron_core peft_version qalora_group_size revision
-    runtime_config task_type"""
-# Fields that are read, or that state which modules carry what. The keys of the weights state that
-# too, and every key is accounted for.
-_READ = """alpha_pattern bias exclude_modules init_lora_weights layers_pattern layers_to_transform
-    lora_alpha lora_dropout modules_to_save peft_type r rank_pattern target_modules
-    target_parameters use_dora use_rslora"""
-_KNOWN = frozenset(f"{_HARMLESS} {_READ}".split())
-# Initializations that leave the base weights as they are. The others (pissa, olora, corda, loftq,
-# lora_ga) subtract from them.
-_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+# Fields that change nothing of what a trained adapter computes, or that state which modules carry
+# what. The keys of the weights state that too, and every key is accounted for.
+_HARMLESS = (
+    *("auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config"),
+    *("exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform"),
+    *("loftq_config", "lora_ga_config", "megatron_core", "modules_to_save", "peft_version"),
+    *("qalora_group_size", "revision", "runtime_config", "target_modules", "task_type"),
+)
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The fields that decide what an adapter computes.
+    """The fields of PEFT's config that decide what an adapter computes.
 
     Ranks and alphas are those of a path of the patterns, which are regular expressions, or else `r`
-    and `alpha`.
+    and `lora_alpha`. A rank of None is that of the tensors.
+
+    `init_lora_weights` names the initializations that leave the base weights as they are. The
+    others (pissa, olora, corda, loftq, lora_ga) subtract from them.
     """
 
-    r: int
-    alpha: float
-    scaling: Scaling
-    dropout: float
-    dora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
-    target_parameters: Sequence[str]
-    ensure_weight_tying: bool
+    peft_type: Literal["LORA"]
+    r: int | None = 8
+    lora_alpha: float = 8.0
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    target_parameters: tuple[str, ...] = ()
+    ensure_weight_tying: bool = False
+    init_lora_weights: Literal[True, False, "gaussian", "eva", "orthogonal", "mica"] = True
 
-    def rank_of(self, path: str) -> int:
-        """Return the rank of the module or parameter at a path."""
-        return int(_by_pattern(self.rank_pattern, path, self.r))
+    def __post_init__(self) -> None:
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                expected = f"expected a regular expression ({error})"
+                raise RequestError(f"pattern: got {pattern!r}; {expected}") from None
 
-    def alpha_of(self, path: str) -> float:
-        """Return the alpha of the module or parameter at a path."""
-        return float(_by_pattern(self.alpha_pattern, path, self.alpha))
+    @property
+    def scaling(self) -> Scaling:
+        """How the scale follows from alpha and rank."""
+        return "rslora" if self.use_rslora else "alpha_over_rank"
 
-    def is_target_parameter(self, path: str) -> bool:
-        """Return whether `target_parameters` names the parameter at a path."""
-        return any(path == one or path.endswith(f".{one}") for one in self.target_parameters)
+    def is_target_parameter(self, paths: Sequence[str]) -> bool:
+        """Return whether `target_parameters` names the parameter that has these paths."""
+        ends = [f".{one}" for one in self.target_parameters]
+        return any(f".{path}".endswith(end) for path in paths for end in ends)
+
+    def rank_and_alpha(self, paths: Sequence[str]) -> tuple[int | None, float]:
+        """Return rank and alpha of the module or parameter that has these paths."""
+        weights = [f"{path}.weight" for path in paths]
+        names = weights if self.is_target_parameter(weights) else paths
+        rank = _by_pattern(self.rank_pattern, names, self.r)
+        return rank, _by_pattern(self.alpha_pattern, names, self.lora_alpha)
 
 
-def _by_pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
-    matching = (value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", path))
-    return next(matching, default)
+def _by_pattern(patterns: Mapping[str, Any], names: Sequence[str], default: Any) -> Any:
+    found = (p for p in patterns for name in names if re.match(rf"(.*\.)?({p})$", name))
+    return next((patterns[pattern] for pattern in found), default)
 
 
 def trained_vocabulary(folder: str | Path) -> int | None:
@@ -88,19 +102,16 @@ def base_of(folder: str | Path) -> str:
     Raises:
         RequestError: No base is named.
     """
-    here = Path(folder)
-    field, base = (
-        f"{here / ADAPTER_CONFIG}: base_model_name_or_path",
-        _field(folder, "base_model_name_or_path"),
-    )
+    here, base = Path(folder), _field(folder, "base_model_name_or_path")
+    where = f"{here / ADAPTER_CONFIG}: base_model_name_or_path"
     if not isinstance(base, str) or not base:
-        raise RequestError(f"{field}: got {base!r}; expected the folder or id of a model")
+        raise RequestError(f"{where}: got {base!r}; expected the folder or id of a model")
     run = here / ".."
     places = [Path(base), here / base, *([run / base] if (run / "latest").exists() else [])]
     found = [place for place in places if place.is_dir()]
     others = [place.resolve() for place in found if place.resolve() != found[0].resolve()]
     if others:
-        notice(f"{field}: {base} is taken to be {found[0].resolve()}, not {others[0]}")
+        notice(f"{where}: {base} is taken to be {found[0].resolve()}, not {others[0]}")
     return str(found[0]) if found else base
 
 
@@ -110,11 +121,10 @@ def base_revision(folder: str | Path) -> str | None:
     Raises:
         RequestError: It is not a text.
     """
-    revision = _field(folder, "revision")
-    right = revision is None or isinstance(revision, str)
-    field = f"{Path(folder) / ADAPTER_CONFIG}: revision"
-    require(right, field, revision, "expected a branch, tag or commit, or null")
-    return None if revision is None else str(revision)
+    revision: str | None = _field(folder, "revision")
+    where, right = f"{Path(folder) / ADAPTER_CONFIG}: revision", isinstance(revision, str | None)
+    require(right, where, revision, "expected a branch, tag or commit, or null")
+    return revision
 
 
 def _field(folder: str | Path, name: str) -> Any:
@@ -128,47 +138,27 @@ def read_peft(config: Mapping[str, Any], where: str) -> PeftConfig:
         RequestError: It is no LoRA, a field has a wrong value, or a feature is not supported.
     """
     refuse_infinite(config, where)
-    kind, start = config.get("peft_type"), config.get("init_lora_weights", True)
-    require(kind == "LORA", f"{where}: peft_type", kind, "expected LORA")
+    known, unsupported = fields.field_types(PeftConfig), "this feature of PEFT is not supported"
     for key, value in config.items():
-        fits = key in _KNOWN or value in (None, False, {}, [])
-        require(
-            fits, f"{where}: {key}", value, "this feature of PEFT is not supported; expected none"
-        )
-    plain = (
-        "this changes the base weights; expected an adapter that PEFT has converted to plain LoRA "
-        "(path_initial_model_for_weight_conversion)"
-    )
-    require(start in _STARTS, f"{where}: init_lora_weights", start, plain)
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+        fits = key in known or key in _HARMLESS or value in (None, False, {}, [])
+        require(fits, f"{where}: {key}", value, f"{unsupported}; expected none")
+    stated = {key: config[key] for key in known if config.get(key) is not None}
     try:
-        for pattern in (*ranks, *alphas):
-            re.compile(pattern)
-        return PeftConfig(
-            r=int(config.get("r", 8)),
-            alpha=float(config.get("lora_alpha", 8)),
-            scaling="rslora" if config.get("use_rslora") else "alpha_over_rank",
-            dropout=float(config.get("lora_dropout") or 0.0),
-            dora=bool(config.get("use_dora", False)),
-            rank_pattern={str(pattern): int(rank) for pattern, rank in ranks.items()},
-            alpha_pattern={str(pattern): float(alpha) for pattern, alpha in alphas.items()},
-            target_parameters=[str(name) for name in config.get("target_parameters") or ()],
-            ensure_weight_tying=bool(config.get("ensure_weight_tying", False)),
-        )
-    except (TypeError, ValueError, AttributeError, re.error) as error:
-        raise RequestError(f"{where}: not a LoRA config of PEFT ({error})") from None
+        return fields.read(PeftConfig, stated)
+    except RequestError as error:
+        raise RequestError(f"{where}: {error}") from None
 
 
 def summary(folder: Path) -> dict[str, Any]:
     """Return the kind, rank and alpha of an adapter, and the modules and parameters it is on."""
     data = read_json(folder / ADAPTER_CONFIG)
     config = read_peft(data, str(folder / ADAPTER_CONFIG))
-    kind = "DoRA" if config.dora else "rsLoRA" if config.scaling == "rslora" else "LoRA"
+    kind = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
     targets: list[str] = []
     for key in ("target_modules", "target_parameters", "modules_to_save"):
         named = data.get(key) or []
         targets += [named] if isinstance(named, str) else map(str, named)
-    return {"kind": kind, "rank": config.r, "alpha": config.alpha, "targets": sorted(targets)}
+    return {"kind": kind, "rank": config.r, "alpha": config.lora_alpha, "targets": sorted(targets)}
 
 
 class PeftTarget(NamedTuple):

@@ -2,71 +2,43 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transom.base.errors import RequestError, notice, require
 from transom.base.files import read_json
 from transom.checkpoints.adapters.foreign_leaves import (
-    MISFITS,
     MISTRAL,
-    ForeignLora,
     Naming,
+    experts_from_peft,
     is_parameter,
+    leaf_paths,
     namings,
-    to_leaves,
+    site_of,
 )
 from transom.checkpoints.adapters.peft_config import PeftConfig, read_peft
-from transom.checkpoints.families.weights import OUR_NAMES, WeightNames
 from transom.checkpoints.files.consolidated import read_pickled
-from transom.checkpoints.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PARAMS, first_names
+from transom.checkpoints.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PARAMS
+from transom.checkpoints.files.lazy_tensors import LazyTensor, LazyTensors
 from transom.checkpoints.files.safetensors_files import read_safetensors
+from transom.checkpoints.mapping import sort_keys, tell_unread, to_ours
 from transom.lora.adapters import activate_adapters, attach, train_adapters
+from transom.lora.args import Scaling
 from transom.lora.vocabulary import resize_vocabulary
 from transom.lora.weights import LoraWeights, Replacement
 from transom.models.llm import LLM
-from transom.names.transforms import apply_transform
+from transom.names.tables import KeyMapping
+from transom.names.transforms import Shape
 
 PICKLED = "adapter_model.bin"
 MISTRAL_WEIGHTS = "lora.safetensors"
 MISTRAL_SCALING = 2.0  # the default of mistral-inference's `load_lora`
-PREFIX = "base_model.model."  # before every key of a PEFT file
-_OUTPUTS = ("lm_head.weight", "output.weight")
-_EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight")
-_PART = re.compile(r"(?P<path>.+)\.lora_(embedding_)?(?P<which>A|B|magnitude_vector)(\.weight)?")
+_VOCABULARY = ("tok_embeddings.weight", "output.weight")  # parameters with one row per token
 
-
-class ModulePath(NamedTuple):
-    """The module of a low-rank part: its path in our spelling and in the file's.
-
-    `depth` is the number of PEFT's wrappers around it (`.base_layer`).
-    """
-
-    path: str
-    named: str
-    depth: int
-
-
-@dataclass
-class AdapterTensors:
-    """The tensors of an adapter file.
-
-    Attributes:
-        parts: A, B and magnitude by module.
-        whole: Parameters that are saved whole, by key.
-        unread: The number of keys that are not read, by reason.
-    """
-
-    parts: dict[ModulePath, dict[str, Tensor]] = field(default_factory=dict)
-    whole: dict[str, Tensor] = field(default_factory=dict)
-    unread: Counter[str] = field(default_factory=Counter)
+AdapterParts = dict[str, LoraWeights | Replacement]
 
 
 def load_adapter(
@@ -111,7 +83,7 @@ def load_adapter(
     return model
 
 
-def _peft_parts(model: LLM, folder: Path) -> dict[str, LoraWeights | Replacement]:
+def _peft_parts(model: LLM, folder: Path) -> AdapterParts:
     config = read_peft(read_json(folder / ADAPTER_CONFIG), str(folder / ADAPTER_CONFIG))
     names = (ADAPTER_WEIGHTS, PICKLED, MISTRAL_WEIGHTS)
     present = [name for name in names if (folder / name).exists()]
@@ -119,198 +91,10 @@ def _peft_parts(model: LLM, folder: Path) -> dict[str, LoraWeights | Replacement
     ignored = ", ".join(name for name in present if name != path.name)
     if ignored:
         notice(f"{folder}: the adapter is read from {path.name}; ignored: {ignored}")
-    state = _read_tensors(path)
-    unplaced: list[str] = []
-    for naming in namings(model):
-        source = sort_keys(state, naming.names, model.args.n_layers, str(path))
-        sites = _sites(naming, source, config)
-        lost = [module.path for module in source.parts if module not in sites]
-        lost += [key for key in source.whole if not _has_place(naming, key)]
-        if not lost:
-            return _of_naming(naming, source, sites, config, str(path))
-        unplaced = unplaced or lost
-    raise RequestError(
-        f"{path}: got tensors of {first_names(unplaced)}; expected modules of this model"
-    )
+    return _parts(namings(model), path, config, config.scaling)
 
 
-def sort_keys(
-    state: Mapping[str, Tensor], names: WeightNames, n_layers: int, where: str
-) -> AdapterTensors:
-    """Return the tensors of an adapter file by module, without PEFT's prefixes and wrappers.
-
-    Raises:
-        RequestError: A tensor is part of a LoRA feature that is not supported.
-    """
-    out = AdapterTensors()
-    for full, tensor in state.items():
-        key = names.known_key(full.removeprefix(PREFIX))
-        reason = names.unread_reason(key, n_layers)
-        match = _PART.fullmatch(key)
-        if reason is not None:
-            out.unread[reason] += 1
-        elif match is not None:
-            named = full.removeprefix(PREFIX).replace(".base_layer", "").partition(".lora_")[0]
-            path, depth = (
-                match["path"].replace(".base_layer", ""),
-                match["path"].count(".base_layer"),
-            )
-            out.parts.setdefault(ModulePath(path, named, depth), {})[match["which"]] = tensor
-        else:
-            require(".lora_" not in key, where, full, "expected A, B or a magnitude vector of LoRA")
-            out.whole[key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
-    return out
-
-
-def _sites(naming: Naming, source: AdapterTensors, config: PeftConfig) -> dict[ModulePath, str]:
-    """Return the site of every low-rank part that has one."""
-    out: dict[ModulePath, str] = {}
-    for module in source.parts:
-        wrapped = list(filter(config.is_target_parameter, naming.parameters_of(module.path)))
-        if module.path in naming.sites and module.depth == 0:
-            out[module] = module.path
-        elif module.depth < len(wrapped):
-            out[module] = wrapped[-1 - module.depth]
-    return out
-
-
-def _of_naming(
-    naming: Naming,
-    source: AdapterTensors,
-    sites: Mapping[ModulePath, str],
-    config: PeftConfig,
-    where: str,
-) -> dict[str, LoraWeights | Replacement]:
-    for reason, count in source.unread.items():
-        notice(f"{where}: {count} tensors left unread: {reason}")
-    found = {
-        sites[module]: _foreign_lora(naming, module, sites[module], part, config, where)
-        for module, part in source.parts.items()
-    }
-    parts = _all_leaves(naming, found, config.dropout, where)
-    _grow_vocabulary(naming, source.whole, where)
-    return {**parts, **_replacements(naming, source.whole, config, parts, where)}
-
-
-def _all_leaves(
-    naming: Naming, found: Mapping[str, ForeignLora], dropout: float, where: str
-) -> dict[str, LoraWeights | Replacement]:
-    out: dict[str, LoraWeights | Replacement] = {}
-    for mapping in dict.fromkeys(naming.sites[name] for name in found):
-        made = to_leaves(naming, mapping, found, dropout, where)
-        if made.keys() & out:
-            raise RequestError(f"{where}: two adapters on {min(made.keys() & out)}; expected one")
-        out.update(made)
-    return out
-
-
-def _has_place(naming: Naming, key: str) -> bool:
-    tied = naming.model.args.tie_embeddings and key.endswith(_OUTPUTS)
-    return tied or any(key in mapping.foreign for mapping in naming.mappings)
-
-
-def _foreign_lora(
-    naming: Naming,
-    module: ModulePath,
-    site: str,
-    part: Mapping[str, Tensor],
-    config: PeftConfig,
-    where: str,
-) -> ForeignLora:
-    complete = {"A", "B"} <= set(part) and config.dora == ("magnitude_vector" in part)
-    expected = "expected A and B, and a magnitude_vector if use_dora is true"
-    require(complete, f"{where}: {site}", ", ".join(sorted(part)), expected)
-    parameter = is_parameter(naming.sites[site])
-    key = f"{module.named}.{site.rpartition('.')[2]}" if parameter else module.named
-    key += ".weight" if config.is_target_parameter(f"{key}.weight") else ""
-    rank, rows = config.rank_of(key), part["A"].size(-2)
-    groups = part["B"].size(1) // rank if parameter and rank > 0 else 1
-    field = f"{where}: {site}: rank"
-    require(
-        rows == rank * groups, field, rows // max(groups, 1), f"expected {rank}, as in the config"
-    )
-    magnitude, alpha = part.get("magnitude_vector"), config.alpha_of(key)
-    return ForeignLora(part["A"], part["B"], magnitude, alpha, config.scaling)
-
-
-def _grow_vocabulary(naming: Naming, whole: Mapping[str, Tensor], where: str) -> None:
-    key = next(m.foreign[0] for m in naming.mappings if m.ours == ("tok_embeddings.weight",))
-    rows = whole[key].size(0) if key in whole else 0
-    more = rows - naming.model.args.vocab_size
-    if more > 0:
-        notice(f"{where}: its vocabulary has {more} tokens more than the base's")
-        resize_vocabulary(naming.model, rows)
-
-
-def _replacements(
-    naming: Naming,
-    whole: Mapping[str, Tensor],
-    config: PeftConfig,
-    parts: Mapping[str, object],
-    where: str,
-) -> dict[str, Replacement]:
-    """Return the parameters that are saved whole (`modules_to_save`), by module.
-
-    PEFT saves embeddings beside their adapter; parameters equal to the model's own are left out.
-    """
-    model, out = naming.model, dict[str, dict[str, Tensor]]()
-    left = _without_tied_output(model, whole, config, where)
-    for mapping in naming.mappings:
-        given = [left.pop(key) for key in mapping.foreign if key in left]
-        if not given:
-            continue
-        own = [model.get_parameter(name) for name in mapping.ours]
-        shapes = [tuple(parameter.shape) for parameter in own]
-        try:
-            made = apply_transform(mapping.transform, given, shapes)
-        except MISFITS:
-            made = []
-        fits = len(given) == len(mapping.foreign) and [tuple(t.shape) for t in made] == shapes
-        found = ", ".join(str(tuple(tensor.shape)) for tensor in given)
-        expected = f"expected {shapes[0]}, as in the model, with a vocabulary of the same size"
-        require(fits, f"{where}: {mapping.foreign[0]}: shape", found, expected)
-        for name, tensor, parameter in zip(mapping.ours, made, own, strict=True):
-            path, _, last = name.rpartition(".")
-            rows = naming.reordered(path, tensor, to_ours=True)
-            value = rows.to(parameter.device, parameter.dtype, copy=True).contiguous()
-            if torch.equal(value, parameter):
-                continue
-            if path in parts:
-                raise RequestError(
-                    f"{where}: an adapter on {path} and a {last} of its own; expected one of them"
-                )
-            out.setdefault(path, {})[last] = value
-    return {path: Replacement(tensors) for path, tensors in out.items()}
-
-
-def _without_tied_output(
-    model: LLM, whole: Mapping[str, Tensor], config: PeftConfig, where: str
-) -> dict[str, Tensor]:
-    """Return the tensors without the output of a model that ties it to its embeddings.
-
-    Raises:
-        RequestError: The adapter has an output that differs from its embeddings.
-    """
-    head = next((key for key in whole if key.endswith(_OUTPUTS)), None)
-    embeddings = next((key for key in whole if key.endswith(_EMBEDDINGS)), None)
-    given = [key for key in (head, embeddings) if key is not None]
-    if not model.args.tie_embeddings or not given:
-        return dict(whole)
-    alone, own = whole[given[0]], model.tok_embeddings.weight
-    tied = len(given) == 2 and torch.equal(alone, whole[given[1]])
-    if not tied and (head is not None or not config.ensure_weight_tying):
-        same = alone.shape == own.shape and torch.equal(alone.to(own), own)
-        if not same:
-            raise RequestError(
-                f"{where}: {given[0]} has values of its own; expected those of the embeddings, "
-                "since tie_word_embeddings is true"
-            )
-    return {key: tensor for key, tensor in whole.items() if key != head}
-
-
-def _mistral_parts(
-    model: LLM, folder: Path, scaling: float | None
-) -> dict[str, LoraWeights | Replacement]:
+def _mistral_parts(model: LLM, folder: Path, scaling: float | None) -> AdapterParts:
     path, params = folder / MISTRAL_WEIGHTS, folder / PARAMS
     stated = read_json(params).get("lora") if scaling is None and params.exists() else None
     if isinstance(stated, dict):
@@ -322,21 +106,161 @@ def _mistral_parts(
         )
     number = isinstance(scaling, int | float) and not isinstance(scaling, bool)
     require(number, f"{params}: lora.scaling", scaling, "expected a number")
-    source, naming = sort_keys(_read_tensors(path), OUR_NAMES, 0, str(path)), Naming(MISTRAL, model)
-    lost = [
-        module.path for module in source.parts if module.path not in naming.sites or module.depth
-    ]
-    lost += source.whole
-    if lost:
-        raise RequestError(
-            f"{path}: got tensors of {first_names(lost)}; expected modules of this model"
-        )
-    found: dict[str, ForeignLora] = {}
-    for module, part in source.parts.items():
-        complete = set(part) == {"A", "B"}
-        require(complete, f"{path}: {module.path}", ", ".join(sorted(part)), "expected A and B")
-        found[module.path] = ForeignLora(part["A"], part["B"], None, float(scaling), "direct")
-    return _all_leaves(naming, found, 0.0, str(path))
+    config = PeftConfig("LORA", r=None, lora_alpha=float(scaling))
+    return _parts([Naming(MISTRAL, model)], path, config, "direct")
+
+
+class AdapterFile:
+    """The tensors of an adapter file as one family names them.
+
+    Args:
+        naming: The names of the family.
+        config: What the adapter computes.
+        state: The tensors by their keys in the file.
+        where: The file, for messages.
+
+    Attributes:
+        low_rank: The rows of every weight with an adapter, by the mapping of the weight.
+        whole: The mappings of parameters that are saved whole (`modules_to_save`).
+        rows: All of these rows.
+        complete: Whether the family has a name for every tensor.
+    """
+
+    def __init__(self, naming: Naming, config: PeftConfig, state: LazyTensors, where: str) -> None:
+        self.naming, self.config, self.where = naming, config, where
+        model, key = naming.model, naming.known_key
+        self._source, self._unread = sort_keys(naming.names, key, state, model.args.n_layers)
+        tied = naming.key_of("output.weight") if model.args.tie_embeddings else ""
+        self._output = self._source.pop(tied, None)
+        sites = [s for s in naming.sites if config.is_target_parameter(naming.spellings(s))]
+        paths = naming.paths(sites)
+        weights = dict.fromkeys(naming.sites.values())
+        rows = {weight: naming.rows(weight, paths, config.use_dora) for weight in weights}
+        self.low_rank = {weight: some for weight, some in rows.items() if any(map(self._has, some))}
+        self.whole = list(filter(self._has, naming.mappings))
+        self.rows = [*(row for some in self.low_rank.values() for row in some), *self.whole]
+        self.complete = self._source.keys() <= {key for row in self.rows for key in row.foreign}
+
+    def _has(self, row: KeyMapping) -> bool:
+        return any(key in self._source for key in row.foreign)
+
+    def read(self, scaling: Scaling) -> AdapterParts:
+        """Return the adapter by modules; the vocabulary of the model grows to that of the adapter.
+
+        Raises:
+            RequestError: Tensors are missing, left over or of other shapes than the model has.
+        """
+        naming, args = self.naming, self.naming.model.args
+        tell_unread(self._unread, self.where)
+        self._check_tied_output()
+        embeddings = self._source.get(naming.key_of("tok_embeddings.weight"))
+        tokens = max(args.vocab_size, 0 if embeddings is None else embeddings.shape[0])
+        shapes = self._shapes_of_whole(tokens)
+        alphas: dict[KeyMapping, float] = {}
+        for weight, rows in self.low_rank.items():
+            rank, alphas[weight] = self._rank_and_alpha(weight, rows)
+            made = naming.shapes(weight, rank)
+            shapes |= {name: made[name] for row in rows for name in row.ours}
+        found = to_ours(self.rows, self._source, shapes, self.where)
+        ours = {name: self._placed(name, lazy.read()) for name, lazy in found.items()}
+        if tokens > args.vocab_size:
+            more = tokens - args.vocab_size
+            notice(f"{self.where}: its vocabulary has {more} tokens more than the base's")
+            resize_vocabulary(naming.model, tokens)
+        parts: AdapterParts = {}
+        for weight, alpha in alphas.items():
+            shared = nn.Parameter(ours[f"{leaf_paths(weight)[0]}.A"])
+            for path in leaf_paths(weight):
+                parts[path] = LoraWeights(
+                    shared,
+                    ours[f"{path}.B"],
+                    alpha,
+                    scaling,
+                    dropout=self.config.lora_dropout,
+                    magnitude=ours.get(f"{path}.magnitude"),
+                    family=naming.family,
+                )
+        return parts | self._replacements(ours, parts)
+
+    def _check_tied_output(self) -> None:
+        """Refuse an adapter that gives a model an output that is not its embeddings."""
+        model, key = self.naming.model, self.naming.key_of("tok_embeddings.weight")
+        given, own = (self._output, self._source.get(key)), model.tok_embeddings.weight
+        if not model.args.tie_embeddings or (not given[0] and self.config.ensure_weight_tying):
+            return
+        output, embeddings = (own if one is None else one.read().to(own) for one in given)
+        if not torch.equal(output, embeddings):
+            raise RequestError(
+                f"{self.where}: {self.naming.key_of('output.weight')} has values of its own; "
+                "expected those of the embeddings, since tie_word_embeddings is true"
+            )
+
+    def _rank_and_alpha(self, weight: KeyMapping, rows: Sequence[KeyMapping]) -> tuple[int, float]:
+        """Return rank and alpha of one adapter; that of fused experts is laid out as their weight.
+
+        Raises:
+            RequestError: Experts of one weight differ in them.
+        """
+        naming, sites = self.naming, [site_of(key) for key in weight.foreign]
+        each = {self.config.rank_and_alpha(naming.spellings(site)) for site in sites}
+        expected = "expected one rank and one alpha for all experts of a layer"
+        require(len(each) == 1, f"{self.where}: {sites[0]}", len(each), expected)
+        a, b = (row.foreign[0] for row in rows[:2])
+        if is_parameter(weight) and a in self._source and b in self._source:
+            both = (self._source[key].read() for key in (a, b))
+            laid_out = map(LazyTensor.of, experts_from_peft(naming, sites[0], *both))
+            self._source |= zip((a, b), laid_out, strict=True)
+        rank, alpha = each.pop()
+        own = self._source[a].shape[0] if a in self._source else 0
+        return own if rank is None else rank, alpha
+
+    def _shapes_of_whole(self, tokens: int) -> dict[str, Shape]:
+        out: dict[str, Shape] = {}
+        for name in (name for row in self.whole for name in row.ours):
+            first, *others = self.naming.model.get_parameter(name).shape
+            out[name] = (tokens if name in _VOCABULARY else first, *others)
+        return out
+
+    def _placed(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a copy in our rotary layout, with the device and dtype that the model wants."""
+        path, _, last = name.rpartition(".")
+        if last in ("A", "B", "magnitude"):
+            own = self.naming.leaves[path].weight
+            # Half precision loses the small steps of training.
+            dtype = torch.promote_types(tensor.dtype, torch.float32)
+        else:
+            own = self.naming.model.get_parameter(name)
+            dtype = own.dtype
+        ordered = self.naming.reordered(name, tensor, to_ours=True)
+        return ordered.to(own.device, dtype, copy=True).contiguous()
+
+    def _replacements(
+        self, ours: Mapping[str, Tensor], parts: Mapping[str, object]
+    ) -> dict[str, Replacement]:
+        """Return the parameters that are saved whole, by module.
+
+        PEFT saves embeddings beside their adapter; parameters equal to the model's own are left
+        out.
+        """
+        out: dict[str, dict[str, Tensor]] = {}
+        for name in (name for row in self.whole for name in row.ours):
+            own, (path, _, last) = self.naming.model.get_parameter(name), name.rpartition(".")
+            if torch.equal(ours[name], own):
+                continue
+            if path in parts:
+                found = f"an adapter on {path} and a {last} of its own"
+                raise RequestError(f"{self.where}: {found}; expected one of them")
+            out.setdefault(path, {})[last] = ours[name]
+        return {path: Replacement(tensors) for path, tensors in out.items()}
+
+
+def _parts(
+    choices: Sequence[Naming], path: Path, config: PeftConfig, scaling: Scaling
+) -> AdapterParts:
+    """Return an adapter as the first family reads it that has a name for every tensor."""
+    state = {key: LazyTensor.of(tensor) for key, tensor in _read_tensors(path).items()}
+    files = [AdapterFile(naming, config, state, str(path)) for naming in choices]
+    return next((file for file in files if file.complete), files[0]).read(scaling)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

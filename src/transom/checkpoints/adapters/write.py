@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from transom.base.errors import RequestError, notice, require
@@ -14,26 +15,27 @@ from transom.base.files import read_json, write_text
 from transom.checkpoints.adapters.foreign_leaves import (
     MISTRAL,
     OWN,
+    PREFIX,
     Naming,
+    experts_to_peft,
     is_parameter,
-    leaf_at,
     leaf_paths,
     namings,
     site_of,
-    to_site,
 )
 from transom.checkpoints.adapters.peft_config import PeftTarget, write_peft
-from transom.checkpoints.adapters.read import MISTRAL_SCALING, MISTRAL_WEIGHTS, PREFIX
+from transom.checkpoints.adapters.read import MISTRAL_SCALING, MISTRAL_WEIGHTS
 from transom.checkpoints.families.registry import FAMILIES
 from transom.checkpoints.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG
+from transom.checkpoints.files.lazy_tensors import LazyTensor
 from transom.checkpoints.files.safetensors_files import write_tensors
 from transom.checkpoints.files.staging import staged
+from transom.checkpoints.mapping import to_foreign
 from transom.layers.linear import Embedding
 from transom.lora.adapters import adapted_modules, adapter_names
 from transom.lora.weights import LoraWeights, Replacement
 from transom.models.llm import LLM
 from transom.names.tables import KeyMapping
-from transom.names.transforms import invert_transform
 
 # In families with fused experts, PEFT takes modules of these names for parts of the experts and
 # loses those that are modules still (dense layers, shared experts). Their weights are targeted as
@@ -41,6 +43,7 @@ from transom.names.transforms import invert_transform
 RENAMED = (".gate_proj", ".up_proj", ".down_proj")
 
 Lora = Mapping[str, LoraWeights]
+Tensors = dict[str, Tensor]
 
 
 def save_adapter(
@@ -73,7 +76,7 @@ def save_adapter(
     names, here = adapter_names(model), Path(folder)
     require(name in names, "adapter", name, f"expected {', '.join(names) or 'a model with one'}")
     lora: dict[str, LoraWeights] = {}
-    whole: dict[str, Tensor] = {}
+    whole: Tensors = {}
     for path, _, adapters in adapted_modules(model):
         part = adapters._modules.get(name)
         if isinstance(part, LoraWeights):
@@ -81,7 +84,9 @@ def save_adapter(
         elif isinstance(part, Replacement):
             whole |= {f"{path}.{last}": one.detach() for last, one in part.named_parameters()}
     if format == "mistral":
-        tensors = _mistral(Naming(MISTRAL, model), name, lora, whole)
+        plain = not whole and all(part.magnitude is None for part in lora.values())
+        require(plain, "adapter", name, "it has DoRA or whole modules; expected format peft")
+        tensors = _mistral(Naming(MISTRAL, model), lora)
         with staged(here, (ADAPTER_CONFIG,), ()) as out:
             write_tensors(out / MISTRAL_WEIGHTS, tensors)
         return
@@ -114,48 +119,39 @@ def _naming(model: LLM, lora: Lora, family: str | None) -> Naming:
 
 def _peft(
     naming: Naming, lora: Lora, whole: Mapping[str, Tensor], base: str | None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> tuple[Tensors, dict[str, Any]]:
     """Return the tensors and the config of PEFT's folder."""
-    tensors: dict[str, Tensor] = {}
-    targets: list[PeftTarget] = []
-    left = set(lora)
-    for mapping in naming.leaf_mappings:
-        paths = set(leaf_paths(mapping))
-        if left & paths:
-            left -= paths
-            targets += _low_rank(naming, mapping, lora, tensors)
-    if left:
-        raise RequestError(
-            f"{min(left)}: {naming.family} has no name for this weight; expected another family"
-        )
-    saved = _whole(naming, whole)
+    kinds = {(part.scaling == "rslora", part.magnitude is not None) for part in lora.values()}
+    if len(kinds) > 1:
+        raise RequestError("adapter: got plain LoRA mixed with rsLoRA or DoRA; expected one kind")
+    rslora, dora = next(iter(kinds), (False, False))
+    tensors, targets = _low_rank(naming, lora, dora)
+    parameters = [target.path for target in targets if target.is_parameter]
+    if dora and parameters:
+        raise RequestError(f"DoRA on {parameters[0]}: PEFT has none on parameters; expected LoRA")
+    saved, in_memory = _whole(naming, whole), naming.names.in_memory
     sites = {site_of(target.path) for target in targets}
-    twice = next((key for key in saved if in_memory(naming, site_of(key)) in sites), None)
+    twice = next((key for key in saved if in_memory(site_of(key)) in sites), None)
     if twice is not None:
         raise RequestError(
             f"{site_of(twice)} of {naming.family}: got an adapter and a weight of its own; "
             "expected one for everything in it"
         )
-    modules = {in_memory(naming, key).rpartition(".")[0] for key in saved}
+    modules = {in_memory(key).rpartition(".")[0] for key in saved}
     fields: dict[str, Any] = {}
     if naming.model.args.tie_embeddings and "tok_embeddings.weight" in whole:
         # PEFT writes the tied output, too.
-        rows = naming.names.patterns
-        output = [row.foreign for row in rows if row.ours == ("output.weight",)]
-        saved |= dict.fromkeys(output, whole["tok_embeddings.weight"])
+        saved[naming.key_of("output.weight")] = whole["tok_embeddings.weight"]
         fields["ensure_weight_tying"] = True
-    tensors |= {f"{PREFIX}{in_memory(naming, key)}": tensor for key, tensor in saved.items()}
-    parameters = [target.path for target in targets if target.is_parameter]
+    tensors |= {f"{PREFIX}{in_memory(key)}": tensor for key, tensor in saved.items()}
     dropout = max((part.dropout for part in lora.values()), default=0.0)
     if parameters and dropout > 0:
         notice(f"dropout {dropout:g} is not written: PEFT has none on parameters ({parameters[0]})")
         dropout = 0.0
-    # In a model with further towers, the name of a module could mean one there.
-    known = () if naming.names.aliases else naming.sites
-    rslora, dora = _kind(lora, parameters)
     config = write_peft(
         targets,
-        known,
+        # In a model with further towers, the name of a module could mean one there.
+        () if naming.names.aliases else naming.sites,
         base_model_name_or_path=base,
         use_rslora=rslora,
         use_dora=dora,
@@ -168,107 +164,110 @@ def _peft(
     return tensors, config
 
 
-def _low_rank(
-    naming: Naming, mapping: KeyMapping, lora: Lora, tensors: dict[str, Tensor]
-) -> list[PeftTarget]:
-    """Add the tensors of one mapping to `tensors`; return its modules or parameters."""
-    leaf = leaf_at(naming.model, leaf_paths(mapping)[0])
-    parameter, targets = is_parameter(mapping), []
-    inner, last = ("embedding_", "") if isinstance(leaf, Embedding) else ("", ".weight")
-    for key, stored in zip(mapping.foreign, to_site(naming, mapping, lora), strict=True):
-        site = site_of(key)
-        rank = stored.A.size(-2) // (leaf.weight.size(0) if parameter else 1)
-        alpha = stored.alpha * rank if stored.scaling == "direct" else stored.alpha
-        renamed = naming.names.fused_experts and site.endswith(RENAMED) and not parameter
-        path = in_memory(naming, f"{site}.weight" if renamed else site)
-        targets.append(PeftTarget(path, rank, alpha, renamed or parameter))
-        where = f"{PREFIX}{in_memory(naming, _wrapped(site, naming, lora) if parameter else site)}"
-        tensors[f"{where}.lora_{inner}A{last}"] = stored.A
-        tensors[f"{where}.lora_{inner}B{last}"] = stored.B
-        if stored.magnitude is not None:
-            tensors[f"{where}.lora_magnitude_vector"] = stored.magnitude
-    return targets
+def _low_rank(naming: Naming, lora: Lora, dora: bool) -> tuple[Tensors, list[PeftTarget]]:
+    """Return the low-rank tensors of a PEFT file, and the modules and parameters they are on."""
+    adapted = [s for s, weight in naming.sites.items() if lora.keys() & set(leaf_paths(weight))]
+    paths, in_memory = naming.paths(adapted), naming.names.in_memory
+    tensors: Tensors = {}
+    targets: list[PeftTarget] = []
+    for weight in naming.to_write([f"{path}.weight" for path in lora]):
+        ours, rank, alpha = joined(naming, weight, lora)
+        made, parameter = (
+            _foreign(naming, naming.rows(weight, paths, dora), ours),
+            is_parameter(weight),
+        )
+        if parameter:
+            made = dict(zip(made, experts_to_peft(naming, *made.values()), strict=False))
+        embedding = isinstance(naming.leaves[leaf_paths(weight)[0]], Embedding)
+        inner, last = ("embedding_", "") if embedding else ("", ".weight")
+        for key, tensor in made.items():
+            site, _, part = in_memory(key).rpartition(".lora_")
+            name = part if part == "magnitude_vector" else f"{inner}{part}{last}"
+            tensors[f"{PREFIX}{site}.lora_{name}"] = tensor
+        for key in weight.foreign:
+            site = site_of(key)
+            renamed = naming.names.fused_experts and site.endswith(RENAMED) and not parameter
+            path = in_memory(key if renamed else site)
+            targets.append(PeftTarget(path, rank, alpha, renamed or parameter))
+    return tensors, targets
 
 
-def _kind(lora: Lora, parameters: list[str]) -> tuple[bool, bool]:
-    """Return whether the adapter is rsLoRA and whether it is DoRA; PEFT has one kind for all."""
-    kinds = {(part.scaling == "rslora", part.magnitude is not None) for part in lora.values()}
-    if len(kinds) > 1:
-        raise RequestError("adapter: got plain LoRA mixed with rsLoRA or DoRA; expected one kind")
-    rslora, dora = next(iter(kinds), (False, False))
-    if dora and parameters:
-        raise RequestError(f"DoRA on {parameters[0]}: PEFT has none on parameters; expected LoRA")
-    return rslora, dora
+def joined(naming: Naming, weight: KeyMapping, lora: Lora) -> tuple[Tensors, int, float]:
+    """Return the adapters of the leaves of one foreign weight as one, its rank and PEFT's alpha.
+
+    Leaves that share A keep their rank. Otherwise the rank is the sum of theirs: the A are stacked,
+    each B has columns of its own, and a leaf without an adapter has zeros.
+
+    Raises:
+        RequestError: DoRA is on a part of a fused weight.
+    """
+    paths = leaf_paths(weight)
+    here = {path: lora[path] for path in paths if path in lora}
+    first = next(iter(here.values()))
+    shared = len(here) == len(paths) and all(
+        torch.equal(one.A, first.A) and one.scale == first.scale for one in here.values()
+    )
+    out = {f"{paths[0]}.A": first.A if shared else torch.cat([one.A for one in here.values()], -2)}
+    for path in paths:
+        rows = naming.leaves[path].weight.shape[:-1]
+        columns = [
+            part.B * (part.scale / first.scale)
+            if own == path
+            else part.B.new_zeros(*rows, part.rank)
+            for own, part in here.items()
+        ]
+        out[f"{path}.B"] = lora[path].B if shared else torch.cat(columns, -1)
+    lengths = {path: part.magnitude for path, part in here.items() if part.magnitude is not None}
+    if lengths and len(lengths) < len(paths):
+        raise RequestError(
+            f"DoRA on {', '.join(here)}: {site_of(weight.foreign[0])} of {naming.family} cannot "
+            "hold it; expected LoRA there, or DoRA on all of its parts"
+        )
+    out |= {f"{path}.magnitude": length for path, length in lengths.items()}
+    rank = out[f"{paths[0]}.A"].size(-2)
+    growth = rank / first.rank
+    factors = {"alpha_over_rank": growth, "rslora": growth**0.5, "direct": rank}
+    return (
+        {name: one.detach() for name, one in out.items()},
+        rank,
+        first.alpha * factors[first.scaling],
+    )
 
 
-def in_memory(naming: Naming, path: str) -> str:
-    """Return a path as transformers 5 has it in memory, where some families have another prefix."""
-    aliases = naming.names.aliases
-    alias, prefix = next((pair for pair in aliases if path.startswith(pair[1])), ("", ""))
-    return alias + path[len(prefix) :]
+def _foreign(naming: Naming, rows: list[KeyMapping], ours: Mapping[str, Tensor]) -> Tensors:
+    """Return tensors under the keys of files, in the layout of the family."""
+    lazy = {
+        name: LazyTensor.of(naming.reordered(name, tensor, to_ours=False))
+        for name, tensor in ours.items()
+    }
+    groups = to_foreign(rows, lazy, naming.family)
+    return {key: one for group in groups for key, one in zip(group.keys, group.read(), strict=True)}
 
 
-def _wrapped(site: str, naming: Naming, lora: Lora) -> str:
-    """Return the path of a parameter's adapter, one of the wrappers of its module."""
-    module = site.rpartition(".")[0]
-    siblings = [
-        name
-        for name in naming.parameters_of(module)
-        if any(path in lora for path in leaf_paths(naming.sites[name]))
-    ]
-    return module + ".base_layer" * (len(siblings) - 1 - siblings.index(site))
-
-
-def _whole(naming: Naming, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _whole(naming: Naming, whole: Mapping[str, Tensor]) -> Tensors:
     """Return replaced parameters under foreign keys, with all others of their modules.
 
     PEFT saves whole modules.
     """
-    named = {name for mapping in naming.mappings for name in mapping.ours}
-    lost = sorted(whole.keys() - named)
-    if lost:
-        raise RequestError(
-            f"{lost[0]}: {naming.family} has no name for this parameter; expected another family"
-        )
-    out: dict[str, Tensor] = {}
-    left = set(whole)
-    for mapping in naming.mappings:
-        if left & set(mapping.ours):
-            left -= set(mapping.ours)
-            out |= _foreign(naming, mapping, whole)
-    modules = {key.rpartition(".")[0] for key in out}
-    for mapping in naming.mappings:
-        if any(key not in out and key.rpartition(".")[0] in modules for key in mapping.foreign):
-            made = _foreign(naming, mapping, whole).items()
-            out |= {k: t for k, t in made if k not in out and k.rpartition(".")[0] in modules}
-    return out
+    replaced = naming.to_write(whole)
+    modules = {key.rpartition(".")[0] for mapping in replaced for key in mapping.foreign}
+    out: Tensors = {}
+    for mapping in naming.written:
+        if any(key.rpartition(".")[0] in modules for key in mapping.foreign):
+            own = {name: naming.model.get_parameter(name).detach() for name in mapping.ours}
+            stored = {name: whole.get(name, tensor) for name, tensor in own.items()}
+            out |= _foreign(naming, [mapping], stored)
+    return {key: tensor for key, tensor in out.items() if key.rpartition(".")[0] in modules}
 
 
-def _foreign(naming: Naming, mapping: KeyMapping, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a mapping under foreign keys: those of `whole`, or else the model's."""
-    rows = []
-    for name in mapping.ours:
-        tensor = whole[name] if name in whole else naming.model.get_parameter(name).detach()
-        rows.append(naming.reordered(name.rpartition(".")[0], tensor, to_ours=False))
-    return dict(zip(mapping.foreign, invert_transform(mapping.transform, rows), strict=True))
-
-
-def _mistral(
-    naming: Naming, name: str, lora: Lora, whole: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _mistral(naming: Naming, lora: Lora) -> Tensors:
     """Return the tensors of `lora.safetensors`, with rotary rows interleaved."""
-    plain = not whole and all(part.magnitude is None for part in lora.values())
-    require(plain, "adapter", name, "it has DoRA or whole modules; expected format peft")
-    out: dict[str, Tensor] = {}
-    done: set[str] = set()
-    # The names of mistral-inference come after ours, and are preferred.
-    for mapping in reversed(naming.leaf_mappings):
-        path = leaf_paths(mapping)[0]
-        if len(mapping.ours) > 1 or is_parameter(mapping) or path not in lora or path in done:
-            continue
-        done.add(path)
-        for key, stored in zip(mapping.foreign, to_site(naming, mapping, lora), strict=True):
-            out[f"{site_of(key)}.lora_A.weight"] = stored.A
-            out[f"{site_of(key)}.lora_B.weight"] = stored.B * (lora[path].scale / MISTRAL_SCALING)
+    out: Tensors = {}
+    for weight in naming.to_write([f"{path}.weight" for path in lora]):
+        ours, _, _ = joined(naming, weight, lora)
+        path, paths = leaf_paths(weight)[0], {site_of(key): site_of(key) for key in weight.foreign}
+        ours[f"{path}.B"] = ours[f"{path}.B"] * (lora[path].scale / MISTRAL_SCALING)
+        made = _foreign(naming, naming.rows(weight, paths, dora=False), ours)
+        out |= {f"{key}.weight": tensor for key, tensor in made.items()}
     notice(f"{MISTRAL_WEIGHTS}: written for a scaling of {MISTRAL_SCALING}")
     return out

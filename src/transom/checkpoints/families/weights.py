@@ -65,6 +65,11 @@ class WeightNames:
         key = prefix + key[len(alias) :]
         return key if self.reference_code else _BASE_MODEL.sub(r"\1model.", key, count=1)
 
+    def in_memory(self, key: str) -> str:
+        """Return a key of `patterns` as transformers 5 has it in memory."""
+        alias, prefix = next((pair for pair in self.aliases if key.startswith(pair[1])), ("", ""))
+        return alias + key[len(prefix) :]
+
     def unread_reason(self, key: str, n_layers: int) -> str | None:
         """Return why a key (as `known_key` has it) is not read, or None if it is."""
         for regex, reason in (*_NEVER_READ, *self.unread):

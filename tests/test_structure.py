@@ -89,7 +89,7 @@ CEILINGS = {
     "quantize": 520,
     "lora": 600,
     "chat": 1_130,
-    "checkpoints": 2_980,
+    "checkpoints": 3_220,
     "data": 2_230,
     "inference": 790,
     "evaluation": 1_270,

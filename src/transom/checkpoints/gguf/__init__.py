@@ -1,0 +1,1 @@
+"""GGUF files of llama.cpp as models: the container, its metadata as a config, its tensors."""

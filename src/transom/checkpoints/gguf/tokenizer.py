@@ -1,0 +1,268 @@
+"""Tokenizer and chat templates in the metadata of GGUF files, as the files of a model folder.
+
+GGUF states no Unicode normalization. Text that is not in NFC therefore has the ids that llama.cpp
+gives it, also where the tokenizer.json of the model (Qwen 2) normalizes it first.
+
+Source: gguf.md of ggml, and llama.cpp (src/llama-vocab.cpp) for the defaults of missing keys.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transom.base.errors import RequestError, notice, require, short_repr
+from transom.base.files import write_text
+from transom.checkpoints.files.generation_config import write_settings
+from transom.checkpoints.gguf.pre_tokenizers import (
+    BYTE_LETTERS,
+    PreTokenizer,
+    named_pre_tokenizer,
+)
+from transom.checkpoints.gguf.sentence_piece_file import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    model_bytes,
+)
+from transom.tokenizers.folder import TOKENIZER_FILE
+from transom.tokenizers.token_files import CONFIG_FILE
+
+KEY, TEMPLATE_KEY = "tokenizer.ggml.", "tokenizer.chat_template"
+BYTE_PAIRS, SENTENCE_PIECE = "gpt2", "llama"
+# Names of tokens in tokenizer_config.json, and the keys of their ids in GGUF.
+ROLES = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "sep_token": "seperator_token_id",
+    "pad_token": "padding_token_id",
+    "mask_token": "mask_token_id",
+    "eot_token": "eot_token_id",
+    "eom_token": "eom_token_id",
+}
+ENDS = ("eos_token", "eot_token", "eom_token")
+MODEL_FILE = "tokenizer.model"
+_KINDS = {str: "text", int: "an integer", bool: "true or false", float: "a number"}
+
+
+def write_tokenizer_files(metadata: Mapping[str, Any], folder: Path) -> None:
+    """Write the tokenizer, its config, the chat templates and the stop tokens into a folder.
+
+    The files are tokenizer.json for byte pairs (`gpt2`) or tokenizer.model for SentencePiece
+    (`llama`), tokenizer_config.json and generation_config.json.
+
+    Args:
+        metadata: The values of a GGUF file by key.
+        folder: An existing folder.
+
+    Raises:
+        RequestError: The file has another kind of tokenizer, an unknown pre-tokenizer, or values
+            that contradict each other.
+    """
+    kind = _value(metadata, "model", str)
+    expected = f"expected {BYTE_PAIRS} (byte pairs) or {SENTENCE_PIECE} (SentencePiece)"
+    require(kind in (BYTE_PAIRS, SENTENCE_PIECE), f"{KEY}model", kind, expected)
+    vocabulary = _Vocabulary.of(metadata, kind == SENTENCE_PIECE)
+    if kind == BYTE_PAIRS:
+        pre = named_pre_tokenizer(_value(metadata, "pre", str), f"{KEY}pre")
+        edges = vocabulary.edges(metadata, pre.adds_bos)
+        document = _byte_pairs(metadata, vocabulary, pre, edges)
+        write_text(folder / TOKENIZER_FILE, json.dumps(document))
+    else:
+        edges = vocabulary.edges(metadata, adds_bos=True)
+        (folder / MODEL_FILE).write_bytes(_sentence_piece(metadata, vocabulary))
+    ids = vocabulary.ids
+    templates = [{"name": name, "template": text} for name, text in _templates(metadata).items()]
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast" if kind == BYTE_PAIRS else "LlamaTokenizer",
+        **{role: vocabulary.tokens[id] for role, id in ids.items()},
+        "add_bos_token": "bos_token" in edges,
+        "add_eos_token": "eos_token" in edges,
+        "clean_up_tokenization_spaces": False,
+        **({"chat_template": templates} if templates else {}),
+    }
+    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2))
+    ends = list(dict.fromkeys(ids[role] for role in ENDS if role in ids))
+    settings = {f"{role}_id": ids[role] for role in ("bos_token", "pad_token") if role in ids}
+    write_settings(folder, settings | ({"eos_token_id": ends} if ends else {}))
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """The tokens of a file, the type of each, and the ids of tokens by role."""
+
+    tokens: list[str]
+    types: list[int]
+    ids: dict[str, int]
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any], sentence_piece: bool) -> _Vocabulary:
+        """Read and check the tokens. Those that begin or end a text are made control tokens."""
+        tokens = _values(metadata, "tokens", str)
+        types = _values(metadata, "token_type", int, len(tokens))
+        strange = next((one for one in types if not NORMAL <= one <= BYTE), None)
+        require(strange is None, f"{KEY}token_type", strange, "expected types from 1 to 6")
+        for id, token in enumerate(tokens):
+            if not token:
+                tokens[id], types[id] = f"[EMPTY_{id}]", UNUSED  # the name in llama.cpp
+            elif sentence_piece and types[id] == USER_DEFINED:
+                tokens[id] = token.replace(" ", SPACE)  # llama.cpp finds them in the text itself
+        _refuse_repeated(tokens)
+        ids = _ids(metadata, len(tokens))
+        if sentence_piece:
+            unknown = types.index(UNKNOWN) if UNKNOWN in types else 0
+            defaults = {"unk_token": unknown, "bos_token": 1, "eos_token": 2}
+            ids = {role: id for role, id in defaults.items() if id < len(tokens)} | ids
+        for role, id in list(ids.items()):
+            if role in ("bos_token", *ENDS):
+                types[id] = CONTROL
+            elif types[id] == NORMAL and role != "unk_token":
+                notice(f"{KEY}{ROLES[role]}: the token {tokens[id]!r} is text and gets no role")
+                del ids[role]
+        return cls(tokens, types, ids)
+
+    def edges(self, metadata: Mapping[str, Any], adds_bos: bool) -> set[str]:
+        """Return which of BOS and EOS a text gets; `adds_bos` counts where no key states it."""
+        edges = set()
+        for role, default in (("bos_token", adds_bos), ("eos_token", False)):
+            adds = _value(metadata, f"add_{role}", bool, default and role in self.ids)
+            expected = f"expected false, since there is no {KEY}{ROLES[role]}"
+            require(not adds or role in self.ids, f"{KEY}add_{role}", adds, expected)
+            edges |= {role} if adds else set()
+        return edges
+
+
+def _byte_pairs(
+    metadata: Mapping[str, Any], vocabulary: _Vocabulary, pre: PreTokenizer, edges: set[str]
+) -> dict[str, Any]:
+    """Return the content of a tokenizer.json."""
+    tokens, types = vocabulary.tokens, vocabulary.types
+    ids = {token: id for id, token in enumerate(tokens)}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [
+        {"id": id, "content": token, **flags, "special": types[id] != USER_DEFINED}
+        for id, token in enumerate(tokens)
+        if types[id] in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
+    named = {role: tokens[vocabulary.ids[role]] for role in edges}
+    around = {role: {"SpecialToken": {"id": token, "type_id": 0}} for role, token in named.items()}
+    single = [around.get("bos_token"), {"Sequence": {"id": "A", "type_id": 0}}]
+    single.append(around.get("eos_token"))
+    processor = {
+        "type": "TemplateProcessing",
+        "single": [one for one in single if one is not None],
+        "pair": [],
+        "special_tokens": {
+            token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in named.values()
+        },
+    }
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "pre_tokenizer": pre.to_json(),
+        "post_processor": processor,
+        "decoder": BYTE_LETTERS,
+        "model": {
+            "type": "BPE",
+            "ignore_merges": pre.ignore_merges,
+            "vocab": ids,
+            "merges": _merges(metadata, ids),
+        },
+    }
+
+
+def _merges(metadata: Mapping[str, Any], ids: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Return the merges as pairs of tokens. A space separates them, but not one at the start."""
+    pairs = []
+    for place, merge in enumerate(dict.fromkeys(_values(metadata, "merges", str))):
+        cut = merge.find(" ", 1)
+        left, right = merge[: max(cut, 0)], merge[cut + 1 :]
+        known = left in ids and right in ids and left + right in ids
+        expected = "expected two tokens and a space between them that make another token"
+        require(known, f"{KEY}merges[{place}]", merge, expected)
+        pairs.append((left, right))
+    return pairs
+
+
+def _sentence_piece(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> bytes:
+    """Return the content of a tokenizer.model."""
+    tokens, types = vocabulary.tokens, vocabulary.types
+    scores = _values(metadata, "scores", float, len(tokens))
+    strange = next((one for one in scores if not math.isfinite(one)), None)
+    require(strange is None, f"{KEY}scores", strange, "expected finite numbers")
+    unknown = vocabulary.ids["unk_token"]
+    # A model has one unknown piece; other tokens that no text makes are control pieces.
+    types = [CONTROL if one == UNKNOWN else one for one in vocabulary.types]
+    types[unknown] = UNKNOWN
+    found = {token for token, type in zip(tokens, types, strict=True) if type == BYTE}
+    expected = "expected none, or <0x00> to <0xFF>"
+    whole = not found or found == {f"<0x{byte:02X}>" for byte in range(256)}
+    require(whole, f"{KEY}token_type", f"{len(found)} byte tokens", expected)
+    return model_bytes(
+        tokens,
+        scores,
+        types,
+        ids={role.removesuffix("_token"): id for role, id in vocabulary.ids.items()},
+        add_dummy_prefix=_value(metadata, "add_space_prefix", bool, True),
+        remove_extra_whitespaces=_value(metadata, "remove_extra_whitespaces", bool, False),
+    )
+
+
+def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Return the chat templates by name."""
+    found = {}
+    for key, text in metadata.items():
+        name = key.removeprefix(TEMPLATE_KEY)
+        if key.startswith(f"{TEMPLATE_KEY}.") or key == TEMPLATE_KEY:
+            require(isinstance(text, str), key, text, "expected a chat template")
+            found[name[1:] or "default"] = text
+    return found
+
+
+def _ids(metadata: Mapping[str, Any], count: int) -> dict[str, int]:
+    """Return the ids of tokens by role, as far as the file states them."""
+    ids = {}
+    for role, key in ROLES.items():
+        if f"{KEY}{key}" in metadata:
+            ids[role] = _value(metadata, key, int)
+            expected = f"expected an id below {count}, the number of tokens"
+            require(0 <= ids[role] < count, f"{KEY}{key}", ids[role], expected)
+    return ids
+
+
+def _refuse_repeated(tokens: list[str]) -> None:
+    first: dict[str, int] = {}
+    for id, token in enumerate(tokens):
+        if first.setdefault(token, id) != id:
+            expected = f"expected each token once; id {first[token]} is the same"
+            raise RequestError(f"{KEY}tokens[{id}]: got {short_repr(token)}; {expected}")
+
+
+def _value(metadata: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
+    """Return a value of the metadata, which must be of this kind; None as default requires it."""
+    value = metadata.get(f"{KEY}{name}", default)
+    require(type(value) is kind, f"{KEY}{name}", value, f"expected {_KINDS[kind]}")
+    return value
+
+
+def _values(metadata: Mapping[str, Any], name: str, kind: type, count: int | None = None) -> Any:
+    """Return a copy of a list of the metadata, of this kind and length."""
+    values = metadata.get(f"{KEY}{name}")
+    if not isinstance(values, list) or count not in (None, len(values)):
+        got = f"{len(values)} values" if isinstance(values, list) else short_repr(values)
+        expected = "a list" if count is None else f"a list of {count} values, one for each token"
+        raise RequestError(f"{KEY}{name}: got {got}; expected {expected}")
+    for place, one in enumerate(values):
+        if type(one) is not kind:
+            expected = f"expected {_KINDS[kind]}"
+            raise RequestError(f"{KEY}{name}[{place}]: got {short_repr(one)}; {expected}")
+    return list(values)

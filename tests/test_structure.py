@@ -81,7 +81,7 @@ CEILINGS = {
     "config": 620,
     "planning": 280,
     "attention": 700,
-    "layers": 700,
+    "layers": 705,
     "cache": 250,
     "names": 160,
     "models": 490,

@@ -38,9 +38,17 @@ class Embedding(nn.Embedding):
         return self.weight.dtype
 
     def project(self, h: Tensor) -> Tensor:
-        """Return h W^T [..., V] of h [..., D], as a tied output."""
+        """Return h W^T [..., V] of h [..., D], as an output that shares the weight."""
         # Trained embeddings beside frozen halves are wider than the hidden states.
         return F.linear(h, self.weight.to(h.dtype))
+
+
+def tied_output(leaf: nn.Module, h: Tensor) -> Tensor:
+    """Return the product [..., V] of h [..., D] with embeddings, or with PEFT's form of them."""
+    if isinstance(leaf, Embedding):
+        return leaf.project(h)
+    weight: Tensor = leaf.weight  # type: ignore[assignment]  # of a module
+    return F.linear(h, weight.to(h.dtype))
 
 
 class GroupedLinear(nn.Module):

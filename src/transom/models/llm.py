@@ -23,7 +23,7 @@ from transom.config.model_args import ModelArgs
 from transom.layers.block import TransformerBlock
 from transom.layers.initial import init_weights, start_at_chance
 from transom.layers.inputs import TransformerInput, TransformerOutput
-from transom.layers.linear import Embedding, Linear
+from transom.layers.linear import Embedding, Linear, tied_output
 from transom.layers.moe import RouterStatistics
 from transom.layers.norm import make_norm
 from transom.layers.step import Step
@@ -161,9 +161,10 @@ class LLM(nn.Module):
 
     def project(self, h_D: Tensor) -> Tensor:
         """Return the logits [..., V] of normed hidden states [..., D]."""
+        if self.output is None:
+            return self.finish_logits(tied_output(self.tok_embeddings, h_D))
         # The leaf is called, not its weight: it may have an adapter or be quantized.
-        leaf = self.tok_embeddings.project if self.output is None else self.output
-        return self.finish_logits(leaf(h_D))
+        return self.finish_logits(self.output(h_D))
 
     def finish_logits(self, raw_V: Tensor) -> Tensor:
         """Return logits [..., V] after the scale and the soft cap that some models have."""

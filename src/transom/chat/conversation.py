@@ -1,9 +1,9 @@
-"""A conversation prepared for one template: its text, marks and first messages."""
+"""A conversation prepared for one template: its text, marked text and first messages."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -14,61 +14,62 @@ from transom.chat.messages import open_last, without_parts
 from transom.chat.sandbox import SandboxedTemplate
 
 
+@dataclass(frozen=True)
 class Conversation:
     """The values that a template renders, in the form that it reads.
 
-    Args:
+    Attributes:
         template: The template.
         given: The values of the caller, `messages` among them.
         variables: The values that the template has for every conversation.
-        special_tokens: The spellings of control tokens.
-        now: The time that `strftime_now` returns; by default the current time.
+        control_words: The spellings of control tokens.
+        now: The time that `strftime_now` returns.
+        length: The characters of `text` that are meant, where the last message is continued; None
+            for all.
     """
 
-    def __init__(
-        self,
-        template: SandboxedTemplate,
-        given: dict[str, Any],
-        variables: Mapping[str, Any],
-        special_tokens: Collection[str],
-        now: datetime | None = None,
-    ) -> None:
-        self.template, self.given, self.messages = template, given, given["messages"]
-        self._variables, self._special_tokens = variables, special_tokens
-        self._now = now or datetime.now()
+    template: SandboxedTemplate
+    given: Mapping[str, Any]
+    variables: Mapping[str, Any]
+    control_words: Collection[str]
+    now: datetime
+    length: int | None = None
 
-    def _changed(self, messages: list[dict[str, Any]]) -> Conversation:
-        """Return the conversation with other messages."""
-        given = {**self.given, "messages": messages}
-        return Conversation(self.template, given, self._variables, self._special_tokens, self._now)
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The messages."""
+        return list(self.given["messages"])
 
-    def _render(self, changes: Mapping[str, Any], **options: Any) -> str:
-        values = {**self._variables, **self.given, **changes}
-        return self.template.render(values, self._now, **options)
+    def _changed(self, messages: list[dict[str, Any]], **values: Any) -> Conversation:
+        """Return the conversation with other messages and values."""
+        return replace(self, given={**self.given, **values, "messages": messages})
+
+    def _render(self, given: Mapping[str, Any], marks: tuple[str, str] = ("", "")) -> str:
+        return self.template.render({**self.variables, **given}, self.now, marks)
 
     def _unused(self, count: int, text: str = "") -> list[str]:
         """Return characters that neither the template nor any of its values nor `text` contains."""
-        values = strings([dict(self._variables), self.given])
+        values = strings([dict(self.variables), dict(self.given)])
         return unused_characters(count, [self.template.source, text, *values])
 
     @cached_property
     def text(self) -> str:
         """The rendered text."""
-        return self._render({})
+        return self._render(self.given)
 
     @cached_property
     def marked(self) -> Marked:
-        """The rendered text with protected spans, generation blocks and places of texts.
+        """The rendered text with protected spans, generation blocks and texts.
 
         Raises:
             RequestError: If a control token that a message spells decides what the template writes.
         """
         unused, texts = self._unused(6, self.text), None
         for with_texts in (True, False):
-            marker = Marker(self._special_tokens, unused, with_texts)
+            marker = Marker(self.control_words, unused, with_texts)
             values = marker.mark(self.given)
             try:
-                chat = marker.strip(self._render(values, marks=marker.generation))
+                chat = marker.strip(self._render(values, marker.generation))
             except RequestError:
                 chat = Marked()
             if chat.text == self.text:
@@ -86,13 +87,10 @@ class Conversation:
             "inside of a message, so they cannot be kept as text; expected messages without them"
         )
 
-    def continued(self, field: str) -> tuple[Conversation, int]:
+    def continued(self, field: str) -> Conversation:
         """Leave the last message open, so that a model continues a field of it.
 
         This is what transformers does, so that both continue the same text.
-
-        Returns:
-            A conversation whose text begins with the text to continue, and the length of that text.
         """
         tag = self._unused(1)[0] + " "
         name = f"messages[{len(self.messages) - 1}]"
@@ -105,59 +103,30 @@ class Conversation:
                 "be continued; expected a message that this template writes"
             )
         # White space that the template strips after the tag is not part of the text.
-        return opened, at if opened.text.startswith(tag, at) else len(opened.text[:at].rstrip())
+        kept = at if opened.text.startswith(tag, at) else len(opened.text[:at].rstrip())
+        return replace(opened, length=kept)
 
     def refuse_unwritten_parts(self) -> None:
         """Raise `RequestError` if the template leaves out a part that is no text."""
         for name, kind, messages in without_parts(self.messages):
-            if self._render({"messages": messages}) == self.text:
+            if self._changed(messages).text == self.text:
                 raise RequestError(
                     f"{name}: {self.template.origin} leaves out a part of type {kind!r}; "
                     "expected a template that writes it"
                 )
 
-    # -- the first messages --
-
-    @cached_property
-    def _steps(self) -> tuple[list[str], str, str] | None:
-        """The text before and of each message, and what follows, without and with a prompt.
-
-        Two renderings give the texts of all first messages of a template that writes in steps.
-        """
-        if self.template.steps is None or len(self.messages) < 2:
-            return None
-        (mark,) = self._unused(1)
-        try:
-            plain, asked = (
-                self._render({"add_generation_prompt": ask}, step=mark).split(mark)
-                for ask in (False, True)
-            )
-        except RequestError:
-            return None  # the template refuses this conversation, and may accept its beginning
-        if len(plain) != len(self.messages) + 2 or asked[:-1] != plain[:-1]:
-            return None
-        return plain[:-1], plain[-1], asked[-1]
-
-    @property
-    def in_steps(self) -> bool:
-        """Whether two renderings give the texts of all first messages."""
-        return self._steps is not None
-
     def first(self, count: int) -> Conversation:
         """Return the conversation of the first `count` messages."""
-        first = self._changed(self.messages[:count])
-        if self._steps is not None and count >= (self.template.steps or 0):
-            pieces, end, _ = self._steps
-            first.text = "".join(pieces[: count + 1]) + end
-        return first
+        return self if count == len(self.messages) else self._changed(self.messages[:count])
 
-    def prompt(self, count: int) -> str | None:
-        """Return the prompt for an answer to the first `count` messages, or None."""
-        if self._steps is not None and count >= max(1, self.template.steps or 0):
-            pieces, _, asked = self._steps
-            return "".join(pieces[: count + 1]) + asked
-        first = {"messages": self.messages[:count], "add_generation_prompt": True}
+    def prompt(self, count: int, *, ask: bool = True) -> str | None:
+        """Return the text of the first `count` messages with a prompt for an answer if `ask`.
+
+        Return "" for no messages, and None if the template refuses them: some want a question in
+        every conversation.
+        """
         try:
-            return self._render(first) if count else None
-        except RequestError:  # some templates want a question in every conversation
+            first = self._changed(self.messages[:count], add_generation_prompt=ask)
+            return first.text if count else ""
+        except RequestError:
             return None

@@ -5,23 +5,23 @@ therefore rendered a second time with unused characters as marks around such wor
 renderings agree except for the marks, the marks tell the two kinds apart. Where the template's
 logic depends on such a word, the chat is refused.
 
-Every text of the messages, tools and documents also has marks of its own, which show where the
-template writes it. If the marks of a text are missing, the template leaves it out.
+Every text of the messages, tools and documents also has marks of its own. If they are missing in
+the rendered text, the template leaves the text out.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from transom.chat.messages import REASONING
-from transom.tokenizers.tokenizer import Span
+from transom.tokenizers.tokenizer import Span, Tokenizer
 
 # Keys whose values templates build control tokens from (`'<|' + role + '|>'`).
 NAMING = ("role", "type")
@@ -37,20 +37,18 @@ Path = tuple[str | int, ...]  # keys and indices that lead to a text: ("messages
 
 @dataclass
 class Text:
-    """A text of the messages, tools or documents, and where the template writes it.
+    """A text of the messages, tools or documents, and what the template writes of it.
 
     Attributes:
         path: Where the text is in the data.
         value: The text.
         marks: The number of its marks.
-        offsets: Character offsets of the marks that are in the rendered text.
         written: Which of its marks are in the rendered text.
     """
 
     path: Path
     value: str
     marks: int = 0
-    offsets: list[int] = field(default_factory=list)
     written: set[int] = field(default_factory=set)
 
     @property
@@ -90,6 +88,14 @@ def _control_words(
     return pattern, frozenset(heads), frozenset(tails)
 
 
+class Control(NamedTuple):
+    """A control token that the template writes: its characters, and its place among the ids."""
+
+    start: int
+    stop: int
+    place: int
+
+
 @dataclass
 class Marked:
     """A rendered chat without its marks, and what the marks showed.
@@ -106,15 +112,6 @@ class Marked:
     protected: list[Span] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     texts: list[Text] = field(default_factory=list)
-
-    @cached_property
-    def offsets(self) -> Mapping[int, list[int]]:
-        """Character offsets that are known to belong to each message."""
-        found: dict[int, list[int]] = defaultdict(list)
-        for one in self.texts:
-            if one.path[0] == "messages":
-                found[int(one.path[1])] += one.offsets
-        return found
 
     def part(self, start: int, stop: int | None = None) -> Marked:
         """Return the characters [start, stop) with the protected spans in them."""
@@ -133,6 +130,20 @@ class Marked:
                 left.popleft()
             if not left or left[0][0] >= stop:
                 yield start, stop
+
+    def control_tokens(self, tokenizer: Tokenizer, ids: Sequence[int]) -> list[Control]:
+        """Return the template's control tokens among the ids of this chat.
+
+        Return none if they cannot be told apart from others.
+        """
+        special = tokenizer.special_tokens
+        special = {word: id for word, id in special.items() if id != tokenizer.unk_id}
+        words = list(self.template_words(special))
+        known = frozenset(special.values())
+        places = [at for at, id in enumerate(ids) if id in known]
+        if [special[self.text[start:stop]] for start, stop in words] != [ids[at] for at in places]:
+            return []
+        return [Control(*word, at) for word, at in zip(words, places, strict=True)]
 
 
 def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
@@ -194,7 +205,7 @@ class Marker:
 
     def mark(self, value: Any, path: Path = ()) -> Any:
         """Return a copy with marks around control words, and at ends that could become one."""
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             return {
                 self.words.sub(self._around, key): self.mark(one, (*path, key))
                 for key, one in value.items()
@@ -251,7 +262,7 @@ class Marker:
 
     def strip(self, rendered: str) -> Marked:
         """Return a rendered text without its marks, and what they showed."""
-        out = Marked(texts=[replace(one, offsets=[], written=set()) for one in self.texts])
+        out = Marked(texts=[replace(one, written=set()) for one in self.texts])
         pieces, length, start = [], 0, 0
         opened: list[int] = []
         for match in self._marks.finditer(rendered):
@@ -262,9 +273,7 @@ class Marker:
                 out.protected.append((length, length + len(pieces[-1])))
                 length += len(pieces[-1])
             elif kind == "text":
-                text = out.texts[int(match["text"][:-1])]
-                text.written.add(int(match["text"][-1]))
-                text.offsets.append(length)
+                out.texts[int(match["text"][:-1])].written.add(int(match["text"][-1]))
             elif kind == "start":
                 opened.append(length)
             elif kind == "stop" and opened:

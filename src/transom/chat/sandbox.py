@@ -31,8 +31,6 @@ class SandboxedTemplate:
     Attributes:
         names: The variables that the template reads.
         generation: Whether `{% generation %}` blocks mark the words of the assistant.
-        steps: The number of first messages that the template reads at any time, if it provably
-            writes one message after another; otherwise None.
     """
 
     def __init__(self, source: str, origin: str) -> None:
@@ -43,16 +41,11 @@ class SandboxedTemplate:
             len(source),
             f"expected at most {MAX_SOURCE}",
         )
-        facts = self._ask({})
-        self.names, self.steps = frozenset(facts["names"]), facts["steps"]
+        self.names = frozenset(self._ask({})["names"])
         self.generation = GENERATION.search(source) is not None
 
     def render(
-        self,
-        variables: Mapping[str, Any],
-        now: datetime,
-        marks: tuple[str, str] = ("", ""),
-        step: str = "",
+        self, variables: Mapping[str, Any], now: datetime, marks: tuple[str, str] = ("", "")
     ) -> str:
         """Return the text for some variables.
 
@@ -60,12 +53,9 @@ class SandboxedTemplate:
             variables: Plain data by name.
             now: The time that `strftime_now` returns.
             marks: Texts to write around the body of each `{% generation %}` block.
-            step: A text to write before each message and after the last one, if `steps` is not
-                None.
         """
-        request = {"variables": variables, "now": now.isoformat(), "marks": marks, "step": step}
-        text: str = self._ask(request)["text"]
-        return text
+        request = {"variables": variables, "now": now.isoformat(), "marks": marks}
+        return str(self._ask(request)["text"])
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         reply = _worker().ask({"source": self.source, **request}, MAX_SECONDS)

@@ -134,10 +134,9 @@ class ChatTemplate:
         Raises:
             RequestError: If the template refuses the messages or does not read one of the values.
         """
-        talk, length = self._request(
-            messages, tools, add_generation_prompt, documents, continue_final_message, variables
-        )
-        return talk.text[:length]
+        open_field, asks = continue_final_message, add_generation_prompt
+        talk = self.conversation(messages, tools, asks, documents, variables, open_field)
+        return talk.text[: talk.length]
 
     def encode(
         self,
@@ -158,53 +157,34 @@ class ChatTemplate:
             RequestError: As `render`, and for a part that is no text and that the template leaves
                 out.
         """
-        talk, length = self._request(
-            messages, tools, add_generation_prompt, documents, continue_final_message, variables
-        )
-        chat = talk.marked
-        lost = [one for one in chat.texts if one.lost and one.path[-1] not in REASONING]
+        open_field, asks = continue_final_message, add_generation_prompt
+        talk = self.conversation(messages, tools, asks, documents, variables, open_field)
+        lost = [one for one in talk.marked.texts if one.lost and one.path[-1] not in REASONING]
         for kind in sorted({one.kind(talk.given) for one in lost}):
             notice(f"{self.origin} leaves out: {kind}")
         talk.refuse_unwritten_parts()
-        ids = self.ids_of(chat.part(0, length))
+        ids = self.ids_of(talk.marked.part(0, talk.length))
         return ids[self.first_of(ids) :]
-
-    def _request(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None,
-        add_generation_prompt: bool | None,
-        documents: Sequence[Mapping[str, Any]] | None,
-        continue_final_message: bool | str,
-        variables: Mapping[str, Any],
-    ) -> tuple[Conversation, int]:
-        """Return a conversation, and how many characters of its text are meant."""
-        field = "content" if continue_final_message is True else continue_final_message
-        if add_generation_prompt is None:
-            add_generation_prompt = not field
-        once = not (add_generation_prompt and field)
-        expected = "expected only one of it and add_generation_prompt"
-        require(once, "continue_final_message", continue_final_message, expected)
-        talk = self.conversation(messages, tools, add_generation_prompt, documents, variables)
-        if not field:
-            return talk, len(talk.text)
-        name = f"messages[{len(messages) - 1}].{field}"
-        require(messages[-1].get(field) is not None, name, None, "expected text to continue")
-        return talk.continued(field)
 
     def conversation(
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = False,
+        add_generation_prompt: bool | None = False,
         documents: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
+        continue_final_message: bool | str = False,
     ) -> Conversation:
         """Return the arguments of `render` in the form that the template reads.
 
         Raises:
             RequestError: If the template does not read one of the values.
         """
+        once = not (add_generation_prompt and continue_final_message)
+        expected = "expected only one of it and add_generation_prompt"
+        require(once, "continue_final_message", continue_final_message, expected)
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
         given: dict[str, Any] = {
             "messages": [
                 message_data(message, f"messages[{at}]") for at, message in enumerate(messages)
@@ -226,7 +206,14 @@ class ChatTemplate:
             fit_content(message, chosen.source, f"messages[{at}]")
             if message.get("tool_calls"):
                 self._call_form(chosen).fit(message)
-        return Conversation(chosen, given, self._variables, self.tokenizer.special_tokens, self.now)
+        words, now = self.tokenizer.special_tokens, self.now or datetime.now()
+        talk = Conversation(chosen, given, self._variables, words, now)
+        if not continue_final_message:
+            return talk
+        field = "content" if continue_final_message is True else continue_final_message
+        name = f"messages[{len(messages) - 1}].{field}"
+        require(messages[-1].get(field) is not None, name, None, "expected text to continue")
+        return talk.continued(field)
 
     def _chosen(self, with_tools: bool) -> SandboxedTemplate:
         """Return the template for a conversation, as transformers chooses it."""
@@ -260,25 +247,18 @@ class ChatTemplate:
             notice(f"{self.origin}: writes {first + 1} BOS tokens in a row; one is kept")
         return first
 
-    def answer_start(self, talk: Conversation, at: int) -> int | None:
-        """Return the first character of message `at`, or None if it is not found.
+    def answer_start(self, text: str, prompt: str) -> int | None:
+        """Return the first character of the last message of a text, or None if it is not found.
 
-        A prompt for a reasoning model may end with `<think>`, and nothing asks for the message that
-        begins a chat. The answer follows the last `answer_head` before its own words.
+        Args:
+            text: The text of a conversation that ends with an answer.
+            prompt: The text of the prompt for this answer, which may end with words that the text
+                lacks, such as `<think>`; "" for the first message, which nothing asks for.
         """
-        chat = talk.marked
-        roles = [message["role"] for message in talk.messages]
-        begin = min(chat.offsets[at], default=None)
-        if begin is None and at + 1 == len(roles):  # nothing of it is written except its frame
-            begin = len(chat.text)
-        elif begin is None and roles[at + 1] != "assistant":
-            begin = min(chat.offsets[at + 1], default=None)
-        if begin is None or not self.answer_head:
-            return None
-        earlier = (max(chat.offsets[number], default=0) for number in range(at))
-        floor = max((offset for offset in earlier if offset < begin), default=0)
-        found = chat.text.rfind(self.answer_head, floor, begin)
-        return None if found < 0 else found + len(self.answer_head)
+        head = self.answer_head
+        found = prompt.rfind(head) if prompt else text.find(head)
+        end = found + len(head)
+        return end if head and found >= 0 and text.startswith(prompt[:end]) else None
 
     def probe(self, *messages: Message, prompt: bool = False, **variables: Any) -> str | None:
         """Return the text of some messages, or None if the template refuses them."""

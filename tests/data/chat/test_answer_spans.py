@@ -65,15 +65,6 @@ def test_the_end_of_a_call_is_known_from_the_stop_tokens_of_the_model(made: Any)
         assert encoded.counts.without_end == without and encoded.items[0][0].ids[-1] == stop
 
 
-@pytest.mark.parametrize(("name", "anew"), [("smollm2", 0), ("qwen3", 1)])
-def test_conversations_that_are_rendered_for_every_answer_are_counted(
-    made: Any, name: str, anew: int
-) -> None:
-    talk = [ChatExample("1", "chat", GREETED[1:] * 2)]
-    encoded = ChatEncoder(made[0], template_of(made, name), 999).encode(talk)
-    assert encoded.counts.rendered_anew == anew
-
-
 def test_words_that_only_the_prompt_has_are_no_part_of_an_answer(made: Any) -> None:
     """DeepSeek-R1 asks with `<think>` and writes answers without it, and what was thought not at
     all.
@@ -96,6 +87,15 @@ def test_a_head_of_an_answer_that_a_message_spells_is_not_taken_for_one(made: An
     talk = [say("user", f"x {head}y"), say("assistant", f"said {head} so")]
     (row,) = rows_of(template_of(made, R1), talk)
     assert said(made[0], row) == [f"said {head} so<｜end▁of▁sentence｜>"]
+
+
+def test_a_block_of_an_earlier_answer_is_not_taken_for_a_later_one(made: Any) -> None:
+    """Mistral's system text moves with the last question, so every answer is in a row of its own."""
+    template = template_of(made, "mistral-v3-tekken")
+    talk = [say(("user", "assistant")[at % 2], f"Words {at}.") for at in range(6)]
+    rows = rows_of(template, [say("system", "Be brief."), *talk])
+    assert [said(made[0], row) for row in rows] == [[f"Words {at}.</s>"] for at in (1, 3, 5)]
+    assert all(answer.like_prompt for row in rows for answer in row.answers)
 
 
 # -- what templates leave out

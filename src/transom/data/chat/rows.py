@@ -50,7 +50,6 @@ class ChatCounts:
     alike: int = describe(0, "pairs left out because their rows are equal")
     dropped_reasoning: int = describe(0, "reasoning texts that the template drops from old turns")
     left_out: int = describe(0, "texts of messages and tools that the template leaves out")
-    rendered_anew: int = describe(0, "conversations rendered again for every answer")
 
     def __add__(self, other: ChatCounts) -> ChatCounts:
         return ChatCounts(*map(sum, zip(astuple(self), astuple(other), strict=True)))
@@ -212,7 +211,6 @@ class ChatEncoder:
             labels += [] if example.label is None else [example.label] * len(kept)
         if turns is not None:
             counts["dropped_reasoning"], counts["left_out"] = turns.dropped, turns.left_out.total()
-            counts["rendered_anew"] = turns.rendered_anew
         alike = len({len(item) for item in items}) < 2 and len(labels) in (0, len(items))
         require(alike, "examples", "several kinds", "expected pairs or labels for all, or for none")
         left_out = Counter() if turns is None else turns.left_out

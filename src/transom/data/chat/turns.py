@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import cached_property
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,6 @@ from transom.base.errors import RequestError, require
 from transom.chat.conversation import Conversation
 from transom.chat.marking import Marked, Path, Text, common_prefix
 from transom.chat.messages import REASONING
-from transom.chat.spans import TokenSpans, control_tokens
 from transom.chat.template import ChatTemplate
 from transom.tokenizers.tokenizer import Tokenizer
 
@@ -95,7 +95,6 @@ class Turns:
     """Encodes conversations with one template, and counts the texts that the template leaves out.
 
     Attributes:
-        rendered_anew: Conversations that were rendered again for every answer.
         left_out: Texts that are in no row, by kind.
         dropped: Reasoning texts that are only in the row of their own answer.
     """
@@ -112,7 +111,7 @@ class Turns:
         """
         self._template = template
         self._stops = frozenset((*stop_tokens, *template.stop_tokens, *tokenizer.stop_ids))
-        self.rendered_anew = self.dropped = 0
+        self.dropped = 0
         self.left_out: Counter[str] = Counter()
 
     def rows(
@@ -134,7 +133,6 @@ class Turns:
         talk = self._conversation(messages, tools)
         rows: list[_RenderedRow] = []
         counted = [at for at, weight in enumerate(weights) if weight > 0]
-        self.rendered_anew += len(counted) > 1 and not talk.in_steps
         for at in reversed(counted):
             first, prompt = talk.first(at + 1), talk.prompt(at)
             if any(row.add(at, first.text, prompt, weights[at]) for row in rows):
@@ -166,7 +164,9 @@ class Turns:
             for part in content if isinstance(content, list) else ():
                 found = part.get("type", "text") if isinstance(part, Mapping) else type(part)
                 require(found == "text", f"messages[{at}].content: type", found, "expected text")
-        return self._template.conversation(messages, tools)
+        talk, end = self._template.conversation(messages, tools), self._template.end_of_turn
+        # The end of a turn may be a word that is not a control token.
+        return replace(talk, control_words=[*talk.control_words, *([end] if end else [])])
 
     def _count_left_out(
         self, talk: Conversation, rows: Sequence[_RenderedRow], answers: Sequence[int]
@@ -200,7 +200,7 @@ class Turns:
 def _is_reasoning(texts: Sequence[Text], talk: Conversation) -> bool:
     """Return whether texts are reasoning, in their own field or in a part of the content."""
     path = texts[0].path
-    if path[0] != "messages" or talk.messages[path[1]]["role"] != "assistant":
+    if path[0] != "messages" or talk.messages[int(path[1])]["role"] != "assistant":
         return False
     return path[2] in REASONING or (path[2] == "content" and all(text.cut for text in texts))
 
@@ -226,7 +226,7 @@ class _RenderedRow:
         self.first = template.first_of(self.ids)
         self._weights = np.zeros(len(self.ids), np.float32)
         self._answers: list[AnswerSpan] = []
-        self._controls = control_tokens(template.tokenizer, self.chat, self.ids)
+        self._controls = self.chat.control_tokens(template.tokenizer, self.ids)
 
     def _encoded(self, like: _RenderedRow | None) -> list[int]:
         """Return the ids. Those up to the last control token that `like` shares are copied."""
@@ -247,10 +247,13 @@ class _RenderedRow:
             weight: Its loss weight.
         """
         same = common_prefix(self.chat.text, whole)
-        fits = prompt is not None and whole.startswith(prompt) and len(prompt) <= same
-        asked = len(prompt) if fits and prompt is not None else None
+        asked = bool(prompt) and whole.startswith(str(prompt))
+        start = len(str(prompt)) if asked else None
+        if start is None and prompt is not None:
+            start = self._template.answer_start(whole, prompt)
         look = self._in_blocks if self._talk.template.generation else self._behind_prompt
-        places, ended, like_prompt = look(at, len(whole), same, asked)
+        places, ended, like_prompt = look(at, whole, same, start)
+        like_prompt = like_prompt and asked
         if not len(places):
             return False
         answer = AnswerSpan(int(places[0]), int(places[-1]) + 1, ended, like_prompt)
@@ -268,74 +271,62 @@ class _RenderedRow:
         ]
         return EncodedChat.of(self.ids[first:stop], self._weights[first:stop], moved)
 
-    def _behind_prompt(self, at: int, length: int, same: int, asked: int | None) -> _Found:
+    def _behind_prompt(self, at: int, whole: str, same: int, start: int | None) -> _Found:
         """Return the tokens of message `at` up to the first that ends a turn, or to the end."""
-        start = self._template.answer_start(self._talk, at) if asked is None else asked
         if start is None or start > same:
             return NOT_FOUND
-        end, stop = next(self._ends(at, start), (length + 1, None))
-        ended = end <= length
-        if not ended:
-            end = length
-            stop = self._count(length) if same == length else None
-        if end > same or (not ended and stop is None):
+        begin, _, like_prompt = self._count(start)
+        end, stop = next(self._ends(start), (len(whole) + 1, None))
+        ended, alike = end <= len(whole), True
+        if stop is None or not ended:
+            _, stop, alike = self._count(end if ended else len(whole))
+        if (end if ended else len(whole)) > same or not (ended or alike) or begin >= stop:
             return NOT_FOUND
-        # Counting tokens is ten times as fast as finding the span of each token in the text.
-        begin = None if asked is None else self._count(asked)
-        like_prompt = begin is not None
-        if begin is None or stop is None:
-            places = self._spans.tokens_in([(start, end)])
-            if not len(places):
-                return NOT_FOUND
-            begin = int(places[0]) if begin is None else begin
-            stop = int(places[-1]) + 1 if stop is None else stop
         return _Found(np.arange(begin, stop), ended, like_prompt)
 
-    def _ends(self, at: int, start: int) -> Iterator[tuple[int, int | None]]:
+    def _ends(self, start: int) -> Iterator[tuple[int, int | None]]:
         """Yield where turns end after `start`: a place in the text, and the token if known."""
         word, tokenizer = self._template.end_of_turn, self._template.tokenizer
         if word is not None and tokenizer.token_to_id(word) not in tokenizer.special_ids:
-            # A word that is not a control token may also occur inside the answer.
-            start = max(start, max(self.chat.offsets[at], default=0))
             yield from ((end, None) for _, end in self.chat.template_words([word]) if end > start)
             return
         for _, end, token in self._controls:
             if end > start and self.ids[token] in self._stops:
                 yield end, token + 1
 
-    def _in_blocks(self, at: int, length: int, same: int, asked: int | None) -> _Found:
+    def _in_blocks(self, at: int, whole: str, same: int, start: int | None) -> _Found:
         """Return the tokens in the generation blocks of message `at`, and the end of its turn."""
-        spans = [span for span in self.chat.spans if span[1] <= same and span[1] > (asked or 0)]
-        begin = self._count(asked) if spans and asked is not None else None
-        if begin is None:
-            words = min(self.chat.offsets[at], default=None)
-            spans = [span for span in spans if words is not None and span[1] > words] or spans[-1:]
-        else:
-            spans = [(max(start, asked or 0), stop) for start, stop in spans]
-        places = self._spans.tokens_in(spans)
-        ended = any(self.ids[one] in self._stops for one in places)
+        if start is None:  # blocks after the messages before
+            start = common_prefix(self._talk.prompt(at, ask=False) or "", whole)
+        spans = [(max(a, start), b) for a, b in self.chat.spans if start < b <= same]
+        bounds = ((self._count(a)[0], self._count(b)[1]) for a, b in spans)
+        places = np.asarray([place for bound in bounds for place in range(*bound)], np.int64)
         if not len(places):
             return NOT_FOUND
+        ended = any(self.ids[one] in self._stops for one in places)
         stop = int(places[-1]) + 1
         if not ended and stop < len(self.ids) and self.ids[stop] in self._stops:
             places, ended = np.append(places, stop), True  # the block does not contain the end
-        return _Found(places, ended, begin is not None) if ended or same == length else NOT_FOUND
+        like_prompt = self._count(start)[2]
+        return _Found(places, ended, like_prompt) if ended or same == len(whole) else NOT_FOUND
 
-    @cached_property
-    def _spans(self) -> TokenSpans:
-        return TokenSpans(self._template.tokenizer, self.ids, self.chat.text, self._template.origin)
-
-    def _count(self, length: int) -> int | None:
-        """Return how many tokens the first `length` characters have, or None if their tokens are
-        not the first ones of the row.
+    def _count(self, length: int) -> tuple[int, int, bool]:
+        """Return how many tokens end in the first `length` characters, how many begin in them, and
+        whether they are the same tokens as those of these characters alone.
 
         Text is encoded separately between control tokens, so only the text after the last one is
         encoded again.
         """
         before = ((a, t) for a, b, t in reversed(self._controls) if b <= length)
         start, token = next(before, (0, 0))
-        tail = self._template.ids_of(self.chat.part(start, length))
-        return token + len(tail) if self.ids[token : token + len(tail)] == tail else None
+        alone = self._template.ids_of(self.chat.part(start, length))
+        count = token + common_prefix(alone, self.ids[token : token + len(alone)])
+        first, size, decode = count, 0, partial(self._template.tokenizer.decode, skip_special=False)
+        characters = len(decode(alone[count - token :]))
+        while size < characters and count < len(self.ids):
+            count += 1
+            size = len(decode(self.ids[first:count]))
+        return count - (size > characters), count, first - token == len(alone)
 
 
 def text_row(tokenizer: Tokenizer, text: str, weight: float) -> EncodedChat:

@@ -265,7 +265,7 @@ def test_reasoning_is_apart_on_screen_in_the_history_and_in_the_file(
     monkeypatch.setattr(generation_text, "stream", says)
     file = tmp_path / "saved"
     _, out, _ = call(tmp_path, "-m", 99, stdin=f"hello\nand\n/save {file}\n")
-    assert out == "[reasoning]\nhm\n\n[answer]\nTwo.\n[reasoning]\nso\n[answer]\nThree.\n"
+    assert out == "[reasoning]\nhm\n[answer]\nTwo.\n[reasoning]\nso\n[answer]\nThree.\n"
     assert (
         prompts[1] == "u:hello<end_of_turn>a:[THINK]hm[/THINK]Two.<end_of_turn>u:and<end_of_turn>a:"
     )

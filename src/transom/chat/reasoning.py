@@ -7,13 +7,12 @@ Models write their reasoning between two markers (`<think>`, `</think>`) or into
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from transom.chat.marking import common_prefix
 from transom.chat.template import ANSWER, PROBE, QUESTION, ChatTemplate
+from transom.tokenizers.stream import overlap
 from transom.tokenizers.tokenizer import Tokenizer
 
 Kind = Literal["reasoning", "answer"]
@@ -29,6 +28,10 @@ PAIRS = (
 )
 START, CHANNEL, MESSAGE, END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
 CHANNELS = (START, CHANNEL, MESSAGE, END)
+# What stands between two messages in channels; the name of a channel belongs to its message.
+BEGINNING = re.compile(
+    r"<\|start\|>[^<]*(?=<\|channel\|>)|<\|start\|>(?:assistant)?|<\|end\|>|(?=<\|channel\|>)"
+)
 FINAL = "final"  # the channel of the answer
 LONGEST_HEADER = 200  # characters: a model that writes more without <|message|> writes no channels
 THOUGHT = "Qx7thought"
@@ -58,12 +61,31 @@ class Markers:
 
         With `begun`, the model continues the first words of an answer instead.
         """
-        splitter: Splitter = (
-            ChannelSplitter() if self.channels else PairSplitter(self.opens, self.closes)
-        )
-        opened = f"{CHANNEL}{FINAL}{MESSAGE}" if self.channels else ""
-        splitter.begin(opened if begun else self.head)
-        return splitter
+        if self.channels:
+            return Splitter(self, f"{CHANNEL}{FINAL}{MESSAGE}" if begun else self.head)
+        either = "|".join(map(re.escape, (self.opens, self.closes)))
+        return Splitter(self, "" if begun else "".join(re.findall(either, self.head)))
+
+    def separate(self, text: str) -> dict[Kind, str]:
+        """Return reasoning and answer of a text that may end anywhere."""
+        if self.channels:
+            return _separate_channels(text)
+        before, closed, after = text.partition(self.closes)
+        opened = before.lstrip().startswith(self.opens)
+        if not opened and not closed:
+            return {"reasoning": "", "answer": text}
+        before = before.lstrip().removeprefix(self.opens) if opened else before
+        return {"reasoning": before.strip("\n"), "answer": after.lstrip("\n")}
+
+    def undecided(self, text: str) -> int:
+        """Return how many characters at the end of a text may be shown only after more of it."""
+        header = text[text.rfind(START) :] if self.channels and START in text else ""
+        if header and not any(marker in header for marker in (MESSAGE, END)):
+            return len(header) if len(header) <= LONGEST_HEADER else 0
+        words = CHANNELS if self.channels else (self.opens, self.closes)
+        waiting = max(overlap(text, word) for word in words)
+        blank = not text[: len(text) - waiting].strip()  # a marker may still come first
+        return len(text) if blank else waiting
 
     def control_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """Return the ids of the control tokens in the markers, which the text must show."""
@@ -118,6 +140,24 @@ def split(text: str, markers: Markers | None, *, begun: bool = False) -> tuple[s
     return splitter.reasoning, splitter.answer
 
 
+def _separate_channels(text: str) -> dict[Kind, str]:
+    """Return reasoning and answer of a text in channels.
+
+    The channel `final` is the answer, and all others are reasoning. Messages of one kind are joined
+    by line ends. Text of a model that writes no channels is the answer.
+    """
+    parts: dict[Kind, str] = {"reasoning": "", "answer": ""}
+    for message in BEGINNING.split(text):
+        header, is_message, words = message.partition(MESSAGE)
+        final = FINAL in header.replace(CHANNEL, " ").split()
+        if is_message and words:
+            kind: Kind = "answer" if final else "reasoning"
+            parts[kind] += f"\n{words}" if parts[kind] else words
+        elif not is_message and CHANNEL not in header:
+            parts["answer"] += header
+    return {"reasoning": parts["reasoning"].strip("\n"), "answer": parts["answer"]}
+
+
 def marker_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Return the ids of all known control tokens that set reasoning apart."""
     special = tokenizer.special_tokens
@@ -125,158 +165,46 @@ def marker_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(special[word] for group in groups for word in group)
 
 
-class Splitter(ABC):
-    """Separates reasoning and answer while the text of an answer arrives piece by piece."""
+class Splitter:
+    """Separates reasoning and answer while the text of an answer arrives piece by piece.
 
-    def __init__(self, markers: Sequence[str]) -> None:
-        self._markers = markers
-        longest_first = sorted(markers, key=len, reverse=True)
-        self._find = re.compile("|".join(map(re.escape, longest_first)))
-        self._waiting = ""  # the end of the text, as far as it may begin a marker
-        self._kind: Kind | None = None  # of the text that follows; None until it is known
-        self._undecided = ""  # the text whose kind is not known yet
-        self._texts: dict[Kind, str] = {"reasoning": "", "answer": ""}
-        self._reasoned = False  # whether there was any reasoning, even an empty one
+    The text so far is separated again with every piece, and what is new in the result is returned.
+
+    Args:
+        markers: How the model sets its reasoning apart.
+        begin: The markers in front of the text, which may open the reasoning.
+    """
+
+    def __init__(self, markers: Markers, begin: str) -> None:
+        self._markers, self._text = markers, begin
+        self._parts: dict[Kind, str] = {"reasoning": "", "answer": ""}
 
     @property
     def reasoning(self) -> str:
         """The reasoning so far, without markers and without line ends around it."""
-        return self._texts["reasoning"].strip("\n")
+        return self._parts["reasoning"]
 
     @property
     def answer(self) -> str:
         """The answer so far, without line ends between it and the reasoning."""
-        return self._texts["answer"]
-
-    def begin(self, head: str) -> None:
-        """Read the template's prompt for the answer, which may end inside the reasoning."""
-        self.push(head)
-        self._waiting = ""
+        return self._parts["answer"]
 
     def push(self, text: str) -> list[Piece]:
         """Return the pieces that can be shown after `text`; the beginning of a marker waits."""
-        return [piece for part, marker in self._cut(text) for piece in self._take(part, marker)]
+        self._text += text
+        return self._show(self._text[: len(self._text) - self._markers.undecided(self._text)])
 
     def finish(self) -> list[Piece]:
         """Return the pieces that waited for more text, when no more comes."""
-        text, self._waiting = self._waiting, ""
-        return self._take(text, False) + self._rest()
+        return self._show(self._text)
 
-    def _cut(self, text: str) -> Iterator[tuple[str, bool]]:
-        """Yield (text, False) and (marker, True) in order."""
-        text = self._waiting + text
-        start = 0
-        for found in self._find.finditer(text):
-            if found.start() > start:
-                yield text[start : found.start()], False
-            yield found[0], True
-            start = found.end()
-        most = min(len(text) - start, max(map(len, self._markers)) - 1)
-        ends = (text[-size:] for size in range(most, 0, -1))
-        self._waiting = next(
-            (end for end in ends if any(m.startswith(end) for m in self._markers)), ""
-        )
-        end = len(text) - len(self._waiting)
-        if end > start:
-            yield text[start:end], False
-
-    def _take(self, text: str, marker: bool) -> list[Piece]:
-        """Return the pieces for a marker, or for text without one."""
-        if marker:
-            return self._mark(text)
-        if self._kind is not None:
-            return self._piece(self._kind, text)
-        self._undecided += text
-        return self._rest() if self._is_answer() else []
-
-    @abstractmethod
-    def _mark(self, marker: str) -> list[Piece]:
-        """Return the pieces for a marker."""
-
-    @abstractmethod
-    def _is_answer(self) -> bool:
-        """Whether the undecided text is the answer, whatever follows."""
-
-    @abstractmethod
-    def _rest(self) -> list[Piece]:
-        """Return the undecided text as the answer."""
-
-    def _piece(self, kind: Kind, text: str) -> list[Piece]:
-        if self._reasoned and not self._texts[kind]:
-            text = text.lstrip("\n")
-        self._texts[kind] += text
-        return [(kind, text)] if text else []
-
-
-class PairSplitter(Splitter):
-    """Reasoning between two markers before the answer.
-
-    A marker inside the answer is a word of the answer. If the end of the reasoning comes without
-    its beginning, all text before it was reasoning.
-    """
-
-    def __init__(self, opens: str, closes: str) -> None:
-        super().__init__((opens, closes))
-        self._opens, self._closes = opens, closes
-
-    def begin(self, head: str) -> None:
-        """Find out from the template's prompt whether the answer begins inside the reasoning."""
-        for marker in self._find.findall(head):
-            self._kind, self._reasoned = ("reasoning" if marker == self._opens else "answer"), True
-
-    def _mark(self, marker: str) -> list[Piece]:
-        if marker == self._opens and self._kind is None:
-            self._kind, self._reasoned, self._undecided = "reasoning", True, ""
-            return []
-        if marker == self._closes and self._kind == "reasoning":
-            self._kind = "answer"
-            return []
-        if marker == self._closes and not self._reasoned:
-            self._texts = {"reasoning": self._texts["answer"] + self._undecided, "answer": ""}
-            self._kind, self._reasoned, self._undecided = "answer", True, ""
-            return [("reasoning", "")]
-        return self._take(marker, False)
-
-    def _is_answer(self) -> bool:
-        return bool(self._undecided.strip())
-
-    def _rest(self) -> list[Piece]:
-        text, self._undecided = self._undecided, ""
-        self._kind = self._kind or "answer"
-        return self._piece("answer", text)
-
-
-class ChannelSplitter(Splitter):
-    """Messages in channels: the channel `final` is the answer, all others are reasoning.
-
-    Messages of one kind are joined by line ends. Text of a model that writes no channels is the
-    answer. The undecided text is the header of the next message.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(CHANNELS)
-        self._in_channel = False  # whether the header has reached the name of its channel
-
-    def _mark(self, marker: str) -> list[Piece]:
-        if marker == MESSAGE:
-            self._kind = "answer" if FINAL in self._undecided.split() else "reasoning"
-            self._undecided = ""
-            self._reasoned |= self._kind == "reasoning"
-            return self._piece(self._kind, "\n") if self._texts[self._kind] else []
+    def _show(self, text: str) -> list[Piece]:
+        """Return what is new in the reasoning and the answer of the text so far."""
         pieces: list[Piece] = []
-        header = f"{self._undecided} " if self._kind is None else " "
-        if marker != CHANNEL:
-            pieces, header = self._rest(), ""
-        self._kind, self._undecided, self._in_channel = None, header, marker == CHANNEL
-        return pieces
-
-    def _is_answer(self) -> bool:
-        return len(self._undecided) > LONGEST_HEADER
-
-    def _rest(self) -> list[Piece]:
-        """Return a header as text if it has no channel, since then it was not a header."""
-        undecided = self._kind is None and not self._in_channel
-        text = self._undecided.removeprefix("assistant") if undecided else ""
-        if text:
-            self._kind, self._undecided = "answer", ""
-        return self._piece("answer", text)
+        parts, before = self._markers.separate(text), self._parts
+        if not parts["answer"].startswith(before["answer"]):
+            # The end of the reasoning came without its beginning: the answer was reasoning.
+            pieces, before = [("reasoning", "")], {**parts, "answer": ""}
+        self._parts = parts
+        new: list[Piece] = [(kind, part[len(before[kind]) :]) for kind, part in parts.items()]
+        return pieces + [piece for piece in new if piece[1]]

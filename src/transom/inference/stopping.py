@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Literal
 
+from transom.tokenizers.stream import overlap
 from transom.tokenizers.tokenizer import Tokenizer
 
 
@@ -79,7 +80,7 @@ class StopStrings:
             end, start = min(places)
             self.found, self._waiting = self._stop[text[start:end]], ""
             return text[:start]
-        shown = len(text) - max((_overlap(text, word) for word in self._stop), default=0)
+        shown = len(text) - max((overlap(text, word) for word in self._stop), default=0)
         self._waiting = text[shown:]
         return text[:shown]
 
@@ -87,9 +88,3 @@ class StopStrings:
         """Return the text that waits, when no more comes."""
         text, self._waiting = self._waiting, ""
         return text
-
-
-def _overlap(text: str, word: str) -> int:
-    """Return the longest end of `text`, in characters, that `word` begins with."""
-    sizes = range(min(len(text), len(word) - 1), 0, -1)
-    return next((size for size in sizes if text.endswith(word[:size])), 0)

@@ -78,3 +78,9 @@ class StreamDecoder:
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special=False)
+
+
+def overlap(text: str, word: str) -> int:
+    """Return the longest end of `text`, in characters, that `word` begins with."""
+    sizes = range(min(len(text), len(word) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(word[:size])), 0)

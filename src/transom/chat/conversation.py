@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -9,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from transom.base.errors import RequestError
-from transom.chat.marking import Marked, Marker, strings, unused_characters
+from transom.chat.marking import Marked, Marker, unused_characters
 from transom.chat.messages import open_last, without_parts
 from transom.chat.sandbox import SandboxedTemplate
 
@@ -49,8 +50,7 @@ class Conversation:
 
     def _unused(self, count: int, text: str = "") -> list[str]:
         """Return characters that neither the template nor any of its values nor `text` contains."""
-        values = strings([dict(self.variables), dict(self.given)])
-        return unused_characters(count, [self.template.source, text, *values])
+        return unused_characters(count, self.template.source, self.variables, self.given, text)
 
     @cached_property
     def text(self) -> str:
@@ -64,24 +64,17 @@ class Conversation:
         Raises:
             RequestError: If a control token that a message spells decides what the template writes.
         """
-        unused, texts = self._unused(6, self.text), None
-        for with_texts in (True, False):
+        unused = self._unused(6, self.text)
+        for with_texts in (True, False):  # marks of texts may change what the template writes
             marker = Marker(self.control_words, unused, with_texts)
             values = marker.mark(self.given)
             try:
                 chat = marker.strip(self._render(values, marker.generation))
             except RequestError:
-                chat = Marked()
+                continue
             if chat.text == self.text:
-                return chat if texts is None else replace(chat, texts=texts)
-            # Marks of texts change what the template writes, so texts are found by their words.
-            texts = [
-                replace(one, written=set(range(one.marks if one.is_in(self.text) else 0)))
-                for one in marker.texts
-            ]
-        spelled = sorted(
-            {word for one in strings(self.given) for word in marker.words.findall(one)}
-        )
+                return chat
+        spelled = sorted({*marker.words.findall(json.dumps(self.given, ensure_ascii=False))})
         raise RequestError(
             f"{self.template.origin}: what it writes depends on the control tokens {spelled} "
             "inside of a message, so they cannot be kept as text; expected messages without them"

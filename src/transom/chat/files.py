@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from transom.base.errors import WorkError, notice, require
 from transom.base.files import read_json, read_text
 from transom.tokenizers.folder import TEMPLATES
+from transom.tokenizers.token_files import spelling_of
 
 FILE, CONFIG, OLD_FILE = "chat_template.jinja", "tokenizer_config.json", "chat_template.json"
 DEFAULT = "default"
@@ -20,10 +22,7 @@ def stored_templates(folder: Path) -> tuple[str, dict[str, str]]:
     As in transformers, template files take precedence over tokenizer_config.json, and a single
     template is called `default`.
     """
-    config, file = folder / CONFIG, folder / FILE
-    in_config = (
-        _templates(read_json(config).get("chat_template"), config) if config.exists() else {}
-    )
+    file, in_config = folder / FILE, _templates(folder / CONFIG)
     files = {one.stem: one for one in sorted((folder / TEMPLATES).glob("*.jinja"))}
     files |= {DEFAULT: file} if file.exists() else {}
     if files:
@@ -34,10 +33,9 @@ def stored_templates(folder: Path) -> tuple[str, dict[str, str]]:
                 f"templates; the first is taken"
             )
         return str(file if file.exists() else folder / TEMPLATES), stored
-    old = folder / OLD_FILE
-    if in_config or not old.exists():
-        return str(config), in_config
-    return str(old), _templates(read_json(old).get("chat_template"), old)
+    if in_config:
+        return str(folder / CONFIG), in_config
+    return str(folder / OLD_FILE), _templates(folder / OLD_FILE)
 
 
 def write_templates(folder: Path, sources: Mapping[str, str]) -> None:
@@ -51,41 +49,25 @@ def write_templates(folder: Path, sources: Mapping[str, str]) -> None:
         raise WorkError(f"{folder / FILE}: could not be written ({error})") from None
 
 
-def _templates(entry: Any, file: Path) -> dict[str, str]:
-    """Return templates by name from an entry: a text, an object of texts, or a list of objects."""
-    if entry is None:
-        return {}
-    pairs: list[tuple[Any, Any]] = [(None, None)]
+def _templates(file: Path) -> dict[str, str]:
+    """Return the templates of a file by name: a text, an object of texts, or a list of objects."""
+    entry = read_json(file).get("chat_template") if file.exists() else None
+    named: Any = {} if entry is None else entry
     if isinstance(entry, str):
-        pairs = [(DEFAULT, entry)]
-    elif isinstance(entry, dict):
-        pairs = list(entry.items())
+        named = {DEFAULT: entry}
     elif isinstance(entry, list):
-        pairs = [
-            (one.get("name"), one.get("template")) if isinstance(one, dict) else (None, None)
-            for one in entry
-        ]
-    texts = all(isinstance(part, str) for pair in pairs for part in pair)
-    expected = (
-        "expected a text, an object of texts by name, or a list of objects with a "
-        "name and a template"
-    )
+        items = [one if isinstance(one, dict) else {} for one in entry]
+        named = {one.get("name"): one.get("template") for one in items}
+    texts = isinstance(named, dict) and all(isinstance(one, str) for one in chain(*named.items()))
+    expected = "expected a text, an object of texts, or a list of objects with name and template"
     require(texts, f"{file}: chat_template", entry, expected)
-    return dict(pairs)
+    return dict(named)
 
 
 def variables_of(folder: Path) -> dict[str, str]:
     """Return the control tokens that tokenizer_config.json names, such as `image_token`."""
-    if not (folder / CONFIG).exists():
-        return {}
-    config = read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
     extra = config.get("extra_special_tokens")
     named = {**config, **(extra if isinstance(extra, dict) else {})}
-    tokens = {
-        name: one.get("content") if isinstance(one, dict) else one for name, one in named.items()
-    }
-    return {
-        name: token
-        for name, token in tokens.items()
-        if name.endswith("_token") and isinstance(token, str)
-    }
+    tokens = {name: spelling_of(one) for name, one in named.items() if name.endswith("_token")}
+    return {name: token for name, token in tokens.items() if token is not None}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -61,11 +62,11 @@ class Text:
         """Whether the template writes only a part of the text."""
         return 0 < len(self.written) < self.marks
 
-    def is_in(self, rendered: str) -> bool:
-        """Return whether a rendered text contains this text, as it is or as JSON."""
+    def found_in(self, rendered: str) -> set[int]:
+        """Return all marks if a rendered text contains the words, as they are or as JSON."""
         words = self.value.strip()
         forms = (words, json.dumps(words)[1:-1], json.dumps(words, ensure_ascii=False)[1:-1])
-        return any(form in rendered for form in forms)
+        return set(range(self.marks if any(form in rendered for form in forms) else 0))
 
     def kind(self, given: Mapping[str, Any]) -> str:
         """Return what the text is: `content of system`, `description of tools`."""
@@ -151,30 +152,12 @@ def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
     limit = min(len(one), len(other))
     if one[:limit] == other[:limit]:
         return limit
-    low, high = 0, limit  # equal up to `low`, different before `high`
-    while high - low > 1:
-        middle = (low + high) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low
+    return bisect_left(range(1, limit), True, key=lambda size: one[:size] != other[:size])
 
 
-def strings(value: Any) -> Iterator[str]:
-    """Yield every string of plain data, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from strings([*value, *value.values()])
-    elif isinstance(value, list):
-        for one in value:
-            yield from strings(one)
-
-
-def unused_characters(count: int, texts: Iterable[str]) -> list[str]:
-    """Return characters of Unicode's private planes that none of the texts contains."""
-    used = set().union(*texts)
+def unused_characters(count: int, *data: Any) -> list[str]:
+    """Return characters of Unicode's private planes that texts and other plain data lack."""
+    used = set(json.dumps(data, ensure_ascii=False))
     free = (character for code in range(0xF0000, 0x110000) if (character := chr(code)) not in used)
     return list(islice(free, count))
 
@@ -185,7 +168,8 @@ class Marker:
     Args:
         words: The spellings of control tokens.
         unused: Characters that neither the template nor the data contains.
-        texts: Whether texts have marks of their own, besides those around control tokens.
+        texts: Whether texts have marks of their own, besides those around control tokens. Without
+            them, texts are found by their words.
     """
 
     def __init__(self, words: Iterable[str], unused: Iterable[str], texts: bool = True) -> None:
@@ -223,16 +207,15 @@ class Marker:
 
     def _marked(self, value: str, path: Path) -> str:
         """Return a text with marks around its control words, and with its own marks."""
-        places = self._places(value, path) if self._with_texts else []
-        pieces = [
-            self.words.sub(self._around, value[a:b]) for a, b in pairwise([0, *places, len(value)])
-        ]
+        places = self._places(value, path)
+        bounds = pairwise([0, *places, len(value)])
+        pieces = [self.words.sub(self._around, value[a:b]) for a, b in bounds]
         if places:
             name = tuple(REASONING[0] if part in REASONING else part for part in path)
             number = self._known.setdefault(name, len(self.texts))
             if number == len(self.texts):
                 self.texts.append(Text(name, value, len(places)))
-            for at in range(len(places)):
+            for at in range(len(places) if self._with_texts else 0):
                 pieces[at] += f"{self._begin}{number}{at}{self._end}"
         return "".join(pieces)
 
@@ -279,6 +262,8 @@ class Marker:
             elif kind == "stop" and opened:
                 out.spans.append((opened.pop(), length))
         out.text = "".join([*pieces, rendered[start:]])
+        if not self._with_texts:
+            out.texts = [replace(one, written=one.found_in(out.text)) for one in self.texts]
         return out
 
 

@@ -6,8 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from transom.base.errors import RequestError, require
 
@@ -16,7 +15,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 # A template that never names the text of a part of a message expects a string.
 READS_PARTS = re.compile(r"""['"]text['"]|\.text\b""")
 JSON_RESULTS = "{#- results of tools are JSON -#}"  # in templates of Mistral's formats v2 and v3
-MISSING = object()
+MISSING: Any = ...  # stands for a content that is not there
 
 
 def plain(value: Any, name: str) -> Any:
@@ -115,30 +114,25 @@ def open_last(
 # -- calls of tools --
 
 
-@dataclass(frozen=True)
-class CallForm:
+class CallForm(NamedTuple):
     """The form in which a template reads calls of tools.
 
     Attributes:
         objects: It writes arguments that are given as an object as JSON, or value by value.
         texts: It writes arguments that are given as text as they are.
         content: What replaces a missing content.
-        reads: Whether it writes calls at all.
     """
 
-    objects: bool = True
-    texts: bool = False
-    content: Any = MISSING
-    reads: bool = True
+    objects: bool
+    texts: bool
+    content: Any
 
     def fit(self, message: dict[str, Any]) -> None:
         """Change a message that calls tools into this form, in place."""
-        calls = message.get("tool_calls")
-        if not isinstance(calls, list) or not calls:
-            return
         if "content" not in message and self.content is not MISSING:
             message["content"] = self.content
-        for call in calls if self.reads else ():
+        calls = message["tool_calls"]
+        for call in calls if isinstance(calls, list) else ():
             function = call.get("function", call) if isinstance(call, dict) else None
             if isinstance(function, dict) and "arguments" in function:
                 function["arguments"] = self._arguments(function["arguments"])
@@ -164,26 +158,20 @@ class CallForm:
         as_text = json.dumps(as_object)
 
         def rendered(arguments: Any, content: Any) -> str:
-            call = {
-                "type": "function",
-                "id": "abcdefghi",
-                "function": {"name": name, "arguments": arguments},
-            }
-            nothing = {} if content is MISSING else {"content": content}
+            function = {"name": name, "arguments": arguments}
+            call = {"type": "function", "id": "abcdefghi", "function": function}
+            answer = {"role": "assistant", "tool_calls": [call], "content": content}
+            if content is MISSING:
+                del answer["content"]
             try:
-                question = {"role": "user", "content": "Hello"}
-                return render([question, {"role": "assistant", "tool_calls": [call], **nothing}])
+                return render([{"role": "user", "content": "Hello"}, answer])
             except RequestError:
                 return ""
 
         for content in (MISSING, "", None):
-            with_object, with_text = rendered(as_object, content), rendered(as_text, content)
-            objects = (
-                name in with_object
-                and "qx7value" in with_object
-                and repr(as_object) not in with_object
-            )
-            texts = name in with_text and as_text in with_text
-            if objects or texts:
-                return cls(objects, texts, content)
-        return cls(content=MISSING if rendered({}, MISSING) else "", reads=False)
+            text = rendered(as_object, content)
+            objects = name in text and "qx7value" in text and repr(as_object) not in text
+            text = rendered(as_text, content)
+            if objects or (name in text and as_text in text):
+                return cls(objects, name in text and as_text in text, content)
+        return cls(False, False, MISSING if rendered({}, MISSING) else "")

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from copy import copy
 from datetime import datetime
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,6 @@ class ChatTemplate:
         self._stop = tuple(stop)
         self._forms: dict[str, CallForm] = {}
         self.now: datetime | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        named: Any = {"origin": self.origin, "variables": self._variables, "stop": self._stop}
-        return partial(ChatTemplate, **named), (self.sources, self.tokenizer), {"now": self.now}
 
     @property
     def variables_read(self) -> dict[str, Any]:
@@ -189,9 +185,9 @@ class ChatTemplate:
             "messages": [
                 message_data(message, f"messages[{at}]") for at, message in enumerate(messages)
             ],
-            "tools": None if tools is None else plain(list(tools), "tools"),
-            "documents": None if documents is None else plain(list(documents), "documents"),
-            **plain(dict(variables or {}), "variables"),
+            "tools": plain(tools, "tools"),
+            "documents": plain(documents, "documents"),
+            **plain(variables or {}, "variables"),
             "add_generation_prompt": add_generation_prompt,
         }
         require(bool(given["messages"]), "messages", [], "expected one message or more")
@@ -331,42 +327,26 @@ class ChatTemplate:
         """
         several = [folders] if isinstance(folders, Path) else folders
         folder = next((one for one in several if stored_templates(one)[1]), several[-1])
-        variables = variables_of(folder)
         origin, stored = stored_templates(folder)
-        if stored and (template is None or template in stored):
-            sources, name = (
-                (stored, origin)
-                if template is None
-                else (stored[template], f"{origin} ({template})")
-            )
-            return cls(sources, tokenizer, origin=name, variables=variables)
-        ready = built_in.fitting(tokenizer) if template is None else built_in.named(template)
+        sources: str | dict[str, str] = stored
+        ready = None
+        if template is None and not stored:
+            if (ready := built_in.fitting(tokenizer)) is None:
+                return None
+            version, tokens = tokenizer.version, " ".join(ready.tokens)
+            sign = f"is {version}" if version else f"has {tokens}"
+            taken = f"the built-in {ready.name} is taken"
+            notice(f"{folder}: no chat template; its vocabulary {sign}: {taken}")
+        elif template is not None and template not in stored:
+            ready = built_in.named(template)
         if ready is not None:
-            if template is None:
-                sign = (
-                    f"is {tokenizer.version}"
-                    if tokenizer.version
-                    else f"has {' '.join(ready.tokens)}"
-                )
-                notice(
-                    f"{folder}: no chat template; its vocabulary {sign}: "
-                    f"the built-in {ready.name} is taken"
-                )
-            origin = f"the built-in template {ready.name}"
-            return cls(
-                ready.source(tokenizer),
-                tokenizer,
-                origin=origin,
-                variables=variables,
-                stop=ready.stop,
-            )
-        if template is None:
-            return None
-        names = [*stored, *(one.name for one in built_in.BUILT_IN)]
-        require(
-            Path(template).is_file(),
-            "chat template",
-            template,
-            f"expected a file or {', '.join(names)}",
-        )
-        return cls(read_text(Path(template)), tokenizer, origin=template, variables=variables)
+            sources, origin = ready.source(tokenizer), f"the built-in template {ready.name}"
+        elif template in stored:
+            sources, origin = stored[template], f"{origin} ({template})"
+        elif template is not None:
+            names = ", ".join([*stored, *(one.name for one in built_in.BUILT_IN)])
+            expected = f"expected a file or {names}"
+            require(Path(template).is_file(), "chat template", template, expected)
+            sources, origin = read_text(Path(template)), template
+        stop = () if ready is None else ready.stop
+        return cls(sources, tokenizer, origin=origin, variables=variables_of(folder), stop=stop)

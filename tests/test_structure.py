@@ -88,7 +88,7 @@ CEILINGS = {
     "tokenizers": 990,
     "quantize": 520,
     "lora": 600,
-    "chat": 1_130,
+    "chat": 880,
     "checkpoints": 3_220,
     "data": 2_230,
     "inference": 790,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +23,11 @@ EXPECTED = (
 )
 
 
-@dataclass
-class FolderTokenizer:
-    """The arguments of `Tokenizer` for the tokenizer of a folder."""
+def read_folder(path: str | Path) -> dict[str, Any]:
+    """Return the arguments of `Tokenizer` for the tokenizer of a folder or in a file.
 
-    backend: TokenizerBackend
-    bos: str | None
-    eos: str | None
-    pad: str | None
-    adds_bos: bool
-    adds_eos: bool
-    files: dict[str, bytes]
-
-
-def read_folder(path: str | Path) -> FolderTokenizer:
-    """Read the tokenizer of a folder or in a file, and print which one of several is taken."""
+    A notice tells which one of several is taken.
+    """
     path = Path(path)
     file = _chosen(path) if path.is_dir() else path
     require(file.is_file(), "tokenizer", str(path), EXPECTED)
@@ -53,10 +42,10 @@ def read_folder(path: str | Path) -> FolderTokenizer:
         if token is not None and backend.token_to_id(token) is None:
             notice(f"{file}: {name} {token!r} is not in the vocabulary and is left out")
             named[name] = None
-    bos, eos, pad = (named.get(name) for name in NAMED)
-    adds_bos, adds_eos = _policy(backend, named, described.config, folder / CONFIG_FILE)
+    arguments = {role.removesuffix("_token"): named.get(role) for role in NAMED}
+    adds = _policy(backend, named, described.config, folder / CONFIG_FILE)
     files = {_saved_name(file, backend): content, **files}
-    return FolderTokenizer(backend, bos, eos, pad, adds_bos, adds_eos, files)
+    return {"backend": backend, "files": files, **arguments, **adds}
 
 
 def _chosen(folder: Path) -> Path:
@@ -151,13 +140,13 @@ def _policy(
     named: Mapping[str, str | None],
     config: Mapping[str, Any],
     file: Path,
-) -> tuple[bool, bool]:
-    """Return whether the makers' tokenizer puts BOS before and EOS after a text.
+) -> dict[str, bool]:
+    """Return `adds_bos` and `adds_eos`: what the makers' tokenizer puts around a text.
 
     The post-processor of a tokenizer.json decides alone, as in transformers. For other files
     `add_bos_token` and `add_eos_token` take precedence over what the makers do by default.
     """
-    adds = []
+    adds = {}
     for name, ids in zip(NAMED, backend.frame, strict=False):
         asked = config.get(f"add_{name}")
         right = asked is None or type(asked) is bool
@@ -172,8 +161,9 @@ def _policy(
                 f"{does}; the latter counts"
             )
         decided = backend.format == "tokenizer.json" or asked is None
-        adds.append(framed if decided else bool(asked) and id is not None)
-    return adds[0], adds[1]
+        counts = framed if decided else bool(asked) and id is not None
+        adds[f"adds_{name.removesuffix('_token')}"] = counts
+    return adds
 
 
 def _model_vocab_size(folder: Path) -> int | None:

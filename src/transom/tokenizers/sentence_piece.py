@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
 from transom.base.errors import RequestError, require
@@ -68,11 +68,8 @@ class SentencePieceBackend(SpelledBackend):
         self.frame = (() if processor.bos_id() < 0 else (processor.bos_id(),), ())
         control = [id for id in ids if processor.is_control(id)]
         tokens = {processor.id_to_piece(id): AddedToken(id) for id in control}
-        known = {
-            spelling: AddedToken(self._pieces[spelling])
-            for spelling in special
-            if spelling in self._pieces
-        }
+        pieces = {name: id for name in special if (id := self._pieces.get(name)) is not None}
+        known = {name: AddedToken(id) for name, id in pieces.items()}
         for spelling, token in (*(added or {}).items(), *known.items()):
             self._add(tokens, spelling, token)
         self.spell(tokens)
@@ -113,12 +110,7 @@ class SentencePieceBackend(SpelledBackend):
     def _joined(self, parts: list[str], first: bool) -> list[int]:
         """Return the ids of texts that are encoded separately, with one leading space."""
         head = self._processor if first or self._prefix_everywhere else self._inner
-        ids: list[int] = head.encode(parts[0])
-        return (
-            [*ids, *(id for part in parts[1:] for id in self._inner.encode(part))]
-            if parts[1:]
-            else ids
-        )
+        return [*head.encode(parts[0]), *chain(*(self._inner.encode(part) for part in parts[1:]))]
 
     @cached_property
     def _inner(self) -> SentencePieceProcessor:

@@ -159,13 +159,11 @@ class Tokenizer:
             return self._all
         listed = not isinstance(allowed_special, str)
         require(listed, "allowed_special", allowed_special, "expected all or a list of tokens")
-        for spelling in allowed_special:
-            expected = f"expected one of the {len(self.special_tokens)} special tokens, or all"
-            require(spelling in self.special_tokens, "allowed_special", spelling, expected)
-        added = self._backend.added
-        return _pattern(
-            {s: token for s, token in added.items() if s in allowed_special or not token.control}
-        )
+        unknown = [one for one in allowed_special if one not in self.special_tokens]
+        expected = f"expected some of the {len(self.special_tokens)} special tokens, or all"
+        require(not unknown, "allowed_special", unknown, expected)
+        known = self._backend.added.items()
+        return _pattern({s: one for s, one in known if s in allowed_special or not one.control})
 
     def _ids(
         self, text: str, pattern: re.Pattern[str] | None, protected: Sequence[Span]
@@ -287,7 +285,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
         """Read the tokenizer of a folder or in a file, with the files beside it."""
-        return cls(**vars(read_folder(path)))
+        return cls(**read_folder(path))
 
 
 def _framed(frame: Sequence[int], named: int | None, adds: bool) -> tuple[int, ...]:

@@ -207,10 +207,10 @@ def test_protected_spans_must_lie_in_the_text_and_apart(spans):
 def test_only_special_tokens_can_be_allowed():
     tokenizer = train_bpe(CORPUS, 300)
     with pytest.raises(
-        RequestError, match="allowed_special: got ..<x>..; expected some of the 2 special tokens"
+        RequestError, match=r"allowed_special: got ..<x>..; expected some of the 2 special tokens"
     ):
         tokenizer.encode("a", allowed_special=["<x>"])
-    with pytest.raises(RequestError, match="allowed_special: got '<x>'; expected all or a list"):
+    with pytest.raises(RequestError, match=r"allowed_special: got '<x>'; expected all or a list"):
         tokenizer.encode("a", allowed_special="<x>")
     assert tokenizer.encode(BOS + EOS, allowed_special=[EOS])[-1] == 1
     assert 0 not in tokenizer.encode(BOS + EOS, allowed_special=[EOS])

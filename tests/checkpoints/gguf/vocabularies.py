@@ -4,7 +4,7 @@ import json
 
 import sentencepiece
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from tests.tokenizers.makers import CORPUS, NASTY
 
@@ -110,3 +110,36 @@ def sentence_piece_metadata(content: bytes, **changes) -> dict:
         "unknown_token_id": model.unk_id(),
     }
     return {f"tokenizer.ggml.{key}": value for key, value in (stated | changes).items()}
+
+
+def pieces_in_json(content: bytes, prefix: str) -> tokenizers.Tokenizer:
+    """A SentencePiece model as transformers writes it into a tokenizer.json: pairs by score.
+
+    `prefix` is what puts a space before a text: `Prepend`, `Metaspace` or nothing.
+    """
+    stated = sentence_piece_metadata(content)
+    tokens, types = stated["tokenizer.ggml.tokens"], stated["tokenizer.ggml.token_type"]
+    scores = dict(zip(tokens, stated["tokenizer.ggml.scores"], strict=True))
+    merges = [
+        (scores[token], len(token[:cut]), (token[:cut], token[cut:]))
+        for token, type in zip(tokens, types, strict=True)
+        for cut in range(1, len(token))
+        if type == 1 and token[:cut] in scores and token[cut:] in scores
+    ]
+    ordered = [pair for _, _, pair in sorted(merges, key=lambda one: (-one[0], one[1]))]
+    vocabulary = {token: id for id, token in enumerate(tokens)}
+    library = tokenizers.Tokenizer(
+        models.BPE(vocabulary, ordered, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    spaces = normalizers.Replace(" ", "▁")
+    if prefix == "Prepend":
+        spaces = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
+    if prefix == "Metaspace":
+        library.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    else:
+        library.normalizer = spaces
+    library.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    library.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return library

@@ -7,19 +7,15 @@ that need more than patterns are left out, and so are those of models that are n
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from tokenizers import Regex, pre_tokenizers
 
 from transom.base.errors import require
 from transom.tokenizers.llama import LLAMA3_WORDS, LLAMA4_WORDS
 
-# What turns the bytes of words into the letters of the vocabulary, in a tokenizer.json.
-BYTE_LETTERS = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "trim_offsets": True,
-    "use_regex": False,
-}
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTIONS, _WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -32,7 +28,7 @@ _HAN_KANA, _HAN_HANGUL = (
     "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
 )
 _DEEPSEEK3 = (
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
     rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
 )
 _BLOOM = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
@@ -60,13 +56,11 @@ class PreTokenizer:
     ignore_merges: bool = False
     adds_bos: bool = False
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the entry of a tokenizer.json, which maps bytes to letters last."""
-        cuts = [
-            {"type": "Split", "pattern": {"Regex": one}, "behavior": "Isolated", "invert": False}
-            for one in self.patterns
-        ]
-        return {"type": "Sequence", "pretokenizers": [*cuts, BYTE_LETTERS]}
+    def build(self) -> pre_tokenizers.PreTokenizer:
+        """Return the object of the tokenizers library, which turns bytes into letters last."""
+        cuts = [pre_tokenizers.Split(Regex(one), behavior="isolated") for one in self.patterns]
+        letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return pre_tokenizers.Sequence([*cuts, letters])
 
 
 PRE_TOKENIZERS = (
@@ -105,7 +99,6 @@ PRE_TOKENIZERS = (
         ignore_merges=True,
         adds_bos=True,
     ),
-    PreTokenizer(("tiny_aya", "cohere2moe"), (r"\d{1,3}(?=(?:\d{3})*\b)", LLAMA4_WORDS)),
     PreTokenizer(
         (
             "smollm",
@@ -186,3 +179,43 @@ def named_pre_tokenizer(name: str, field: str) -> PreTokenizer:
     expected = f"expected one of the {len(_BY_NAME)} names whose pre-tokenizer is known"
     require(name in _BY_NAME, field, name, expected)
     return _BY_NAME[name]
+
+
+def matching_pre_tokenizer(
+    entry: Mapping[str, Any] | None, ignore_merges: bool, field: str
+) -> PreTokenizer:
+    """Return the pre-tokenizer that cuts text as this entry of a tokenizer.json does.
+
+    Args:
+        entry: The entry `pre_tokenizer`.
+        ignore_merges: That of the model; of several pre-tokenizers one that has the same is taken.
+        field: Where the entry is, for messages.
+
+    Raises:
+        RequestError: If there is none.
+    """
+    patterns = tuple(_patterns(entry or {}, field))
+    found = [one for one in PRE_TOKENIZERS if one.patterns == patterns]
+    require(bool(found), field, patterns, "expected patterns that GGUF has a name for")
+    return next((one for one in found if one.ignore_merges == ignore_merges), found[0])
+
+
+def _patterns(entry: Mapping[str, Any], field: str) -> Iterator[str]:
+    """Yield the patterns of an entry and of those inside it, spelled as in `PRE_TOKENIZERS`."""
+    kind = entry.get("type")
+    split = entry.get("behavior"), entry.get("invert")
+    pattern = entry.get("pattern", {}).get("Regex", "")
+    if kind == "Sequence":
+        for one in entry["pretokenizers"]:
+            yield from _patterns(one, field)
+    elif kind == "ByteLevel" and not entry["add_prefix_space"]:
+        yield from (GPT2_WORDS,) if entry["use_regex"] else ()
+    elif kind == "Digits":
+        yield _DIGIT if entry["individual_digits"] else _DIGITS
+    elif kind == "Punctuation" and split[0] == "Contiguous":
+        yield _PUNCTUATION
+    # A pattern that matches all text cuts the same if what is between matches is removed.
+    elif split == ("Isolated", False) or (split == ("Removed", True) and pattern.endswith(r"\s+")):
+        yield pattern.replace("\r", r"\r").replace("\n", r"\n")
+    else:
+        require(False, field, kind, "expected a pre-tokenizer that GGUF has a name for")

@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+from tokenizers import AddedToken, decoders, models, processors
+
 from transom.base.errors import RequestError, notice, require, short_repr
 from transom.base.files import write_text
+from transom.chat.files import DEFAULT
 from transom.checkpoints.files.generation_config import write_settings
-from transom.checkpoints.gguf.pre_tokenizers import (
-    BYTE_LETTERS,
-    PreTokenizer,
-    named_pre_tokenizer,
-)
+from transom.checkpoints.gguf.pre_tokenizers import PreTokenizer, named_pre_tokenizer
 from transom.checkpoints.gguf.sentence_piece_file import (
     BYTE,
     CONTROL,
@@ -31,7 +32,7 @@ from transom.checkpoints.gguf.sentence_piece_file import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
-    model_bytes,
+    SentencePieceFile,
 )
 from transom.tokenizers.folder import TOKENIZER_FILE
 from transom.tokenizers.token_files import CONFIG_FILE
@@ -75,20 +76,22 @@ def write_tokenizer_files(metadata: Mapping[str, Any], folder: Path) -> None:
     if kind == BYTE_PAIRS:
         pre = named_pre_tokenizer(_value(metadata, "pre", str), f"{KEY}pre")
         edges = vocabulary.edges(metadata, pre.adds_bos)
-        document = _byte_pairs(metadata, vocabulary, pre, edges)
-        write_text(folder / TOKENIZER_FILE, json.dumps(document))
+        library = _byte_pairs(metadata, vocabulary, pre, edges)
+        write_text(folder / TOKENIZER_FILE, library.to_str())
     else:
         edges = vocabulary.edges(metadata, adds_bos=True)
         (folder / MODEL_FILE).write_bytes(_sentence_piece(metadata, vocabulary))
     ids = vocabulary.ids
-    templates = [{"name": name, "template": text} for name, text in _templates(metadata).items()]
+    templates = _templates(metadata)
+    listed = [{"name": name, "template": text} for name, text in templates.items()]
+    stored = templates[DEFAULT] if templates.keys() == {DEFAULT} else listed
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast" if kind == BYTE_PAIRS else "LlamaTokenizer",
         **{role: vocabulary.tokens[id] for role, id in ids.items()},
         "add_bos_token": "bos_token" in edges,
         "add_eos_token": "eos_token" in edges,
         "clean_up_tokenization_spaces": False,
-        **({"chat_template": templates} if templates else {}),
+        **({"chat_template": stored} if templates else {}),
     }
     write_text(folder / CONFIG_FILE, json.dumps(config, indent=2))
     ends = list(dict.fromkeys(ids[role] for role in ENDS if role in ids))
@@ -108,6 +111,7 @@ class _Vocabulary:
     def of(cls, metadata: Mapping[str, Any], sentence_piece: bool) -> _Vocabulary:
         """Read and check the tokens. Those that begin or end a text are made control tokens."""
         tokens = _values(metadata, "tokens", str)
+        require(bool(tokens), f"{KEY}tokens", tokens, "expected one token or more")
         types = _values(metadata, "token_type", int, len(tokens))
         strange = next((one for one in types if not NORMAL <= one <= BYTE), None)
         require(strange is None, f"{KEY}token_type", strange, "expected types from 1 to 6")
@@ -116,7 +120,8 @@ class _Vocabulary:
                 tokens[id], types[id] = f"[EMPTY_{id}]", UNUSED  # the name in llama.cpp
             elif sentence_piece and types[id] == USER_DEFINED:
                 tokens[id] = token.replace(" ", SPACE)  # llama.cpp finds them in the text itself
-        _refuse_repeated(tokens)
+        (token, count), *_ = Counter(tokens).most_common(1)
+        require(count == 1, f"{KEY}tokens", token, f"expected each token once, not {count} times")
         ids = _ids(metadata, len(tokens))
         if sentence_piece:
             unknown = types.index(UNKNOWN) if UNKNOWN in types else 0
@@ -143,41 +148,27 @@ class _Vocabulary:
 
 def _byte_pairs(
     metadata: Mapping[str, Any], vocabulary: _Vocabulary, pre: PreTokenizer, edges: set[str]
-) -> dict[str, Any]:
-    """Return the content of a tokenizer.json."""
+) -> tokenizers.Tokenizer:
+    """Return the tokenizer of a tokenizer.json."""
     tokens, types = vocabulary.tokens, vocabulary.types
     ids = {token: id for id, token in enumerate(tokens)}
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [
-        {"id": id, "content": token, **flags, "special": types[id] != USER_DEFINED}
-        for id, token in enumerate(tokens)
-        if types[id] in (UNKNOWN, CONTROL, USER_DEFINED)
-    ]
-    named = {role: tokens[vocabulary.ids[role]] for role in edges}
-    around = {role: {"SpecialToken": {"id": token, "type_id": 0}} for role, token in named.items()}
-    single = [around.get("bos_token"), {"Sequence": {"id": "A", "type_id": 0}}]
-    single.append(around.get("eos_token"))
-    processor = {
-        "type": "TemplateProcessing",
-        "single": [one for one in single if one is not None],
-        "pair": [],
-        "special_tokens": {
-            token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in named.values()
-        },
-    }
-    return {
-        "version": "1.0",
-        "added_tokens": added,
-        "pre_tokenizer": pre.to_json(),
-        "post_processor": processor,
-        "decoder": BYTE_LETTERS,
-        "model": {
-            "type": "BPE",
-            "ignore_merges": pre.ignore_merges,
-            "vocab": ids,
-            "merges": _merges(metadata, ids),
-        },
-    }
+    model = models.BPE(ids, _merges(metadata, ids), ignore_merges=pre.ignore_merges)
+    library = tokenizers.Tokenizer(model)
+    library.pre_tokenizer, library.decoder = pre.build(), decoders.ByteLevel()
+    for add, wanted in (
+        (library.add_special_tokens, (UNKNOWN, CONTROL)),
+        (library.add_tokens, (USER_DEFINED,)),
+    ):
+        found = (token for token, type in zip(tokens, types, strict=True) if type in wanted)
+        add([AddedToken(token, normalized=False) for token in found])
+    around = {role: tokens[vocabulary.ids[role]] for role in edges}
+    library.post_processor = processors.TemplateProcessing(
+        single=[one for one in ("bos_token", "$A", "eos_token") if one in {"$A", *edges}],
+        special_tokens=[
+            {"id": role, "ids": [ids[token]], "tokens": [token]} for role, token in around.items()
+        ],
+    )
+    return library
 
 
 def _merges(metadata: Mapping[str, Any], ids: Mapping[str, int]) -> list[tuple[str, str]]:
@@ -207,14 +198,14 @@ def _sentence_piece(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> byt
     expected = "expected none, or <0x00> to <0xFF>"
     whole = not found or found == {f"<0x{byte:02X}>" for byte in range(256)}
     require(whole, f"{KEY}token_type", f"{len(found)} byte tokens", expected)
-    return model_bytes(
+    return SentencePieceFile(
         tokens,
         scores,
         types,
-        ids={role.removesuffix("_token"): id for role, id in vocabulary.ids.items()},
-        add_dummy_prefix=_value(metadata, "add_space_prefix", bool, True),
-        remove_extra_whitespaces=_value(metadata, "remove_extra_whitespaces", bool, False),
-    )
+        {role.removesuffix("_token"): id for role, id in vocabulary.ids.items()},
+        _value(metadata, "add_space_prefix", bool, True),
+        _value(metadata, "remove_extra_whitespaces", bool, False),
+    ).to_bytes()
 
 
 def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -224,7 +215,7 @@ def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:
         name = key.removeprefix(TEMPLATE_KEY)
         if key.startswith(f"{TEMPLATE_KEY}.") or key == TEMPLATE_KEY:
             require(isinstance(text, str), key, text, "expected a chat template")
-            found[name[1:] or "default"] = text
+            found[name[1:] or DEFAULT] = text
     return found
 
 
@@ -237,14 +228,6 @@ def _ids(metadata: Mapping[str, Any], count: int) -> dict[str, int]:
             expected = f"expected an id below {count}, the number of tokens"
             require(0 <= ids[role] < count, f"{KEY}{key}", ids[role], expected)
     return ids
-
-
-def _refuse_repeated(tokens: list[str]) -> None:
-    first: dict[str, int] = {}
-    for id, token in enumerate(tokens):
-        if first.setdefault(token, id) != id:
-            expected = f"expected each token once; id {first[token]} is the same"
-            raise RequestError(f"{KEY}tokens[{id}]: got {short_repr(token)}; {expected}")
 
 
 def _value(metadata: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:

@@ -89,7 +89,7 @@ CEILINGS = {
     "quantize": 520,
     "lora": 600,
     "chat": 880,
-    "checkpoints": 3_220,
+    "checkpoints": 3_420,
     "data": 2_230,
     "inference": 790,
     "evaluation": 1_270,

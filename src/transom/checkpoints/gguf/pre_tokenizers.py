@@ -2,7 +2,7 @@
 
 The names, and the patterns of each, are facts from llama.cpp (src/llama-vocab.cpp). Patterns that
 llama.cpp respells for its own engine are written here as in the tokenizer.json of the models. Names
-that need more than patterns are left out, and so are those of models that are not decoders.
+are left out if they need more than patterns, or belong to models of other architectures.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ _DEEPSEEK3 = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
     rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
 )
-_BLOOM = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
 _CASED_LETTERS = (
     "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-"
     "ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-"  # noqa: RUF001
@@ -152,20 +151,9 @@ PRE_TOKENIZERS = (
         ignore_merges=True,
     ),
     PreTokenizer(
-        ("bailingmoe", "bailingmoe2", "llada-moe"),
-        (
-            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
-            r"|\s*[\r\n]|\s+(?!\S)|\s+",
-        ),
-    ),
-    PreTokenizer(
         ("seed-coder",),
         (rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",),
     ),
-    PreTokenizer(("poro-chat", "bloom", "gpt3-finnish"), (_BLOOM,)),
-    PreTokenizer(("viking",), (_BLOOM, _DIGIT)),
-    PreTokenizer(("laguna",), (r"[^\n]+|[\n]+", _QWEN2)),
-    PreTokenizer(("ufakzeka",), (rf"{_WORD}|\p{{N}}|{_REST}",)),
 )
 _BY_NAME = {name: one for one in PRE_TOKENIZERS for name in one.names}
 

@@ -37,8 +37,9 @@ from transom.checkpoints.gguf.tokenizer import (
     SENTENCE_PIECE,
     TEMPLATE_KEY,
 )
+from transom.tokenizers.backend import TokenizerBackend
 from transom.tokenizers.fast import FastBackend
-from transom.tokenizers.folder import FolderTokenizer, read_folder
+from transom.tokenizers.folder import read_folder
 from transom.tokenizers.tokenizer import Tokenizer
 
 _NO_SCORE = -1000.0  # of tokens that no merge makes, as llama.cpp's converter writes it
@@ -62,9 +63,10 @@ def tokenizer_metadata(source: str | Path | Tokenizer, rows: int = 0) -> dict[st
             source.save(folder)
             return tokenizer_metadata(folder, rows)
     path = Path(source)
-    beside, described = path if path.is_dir() else path.parent, read_folder(path)
-    tokenizer = Tokenizer(**vars(described))
-    stated = _vocabulary(described, max(rows, tokenizer.vocab_size), str(path))
+    beside, arguments = path if path.is_dir() else path.parent, read_folder(path)
+    tokenizer = Tokenizer(**arguments)
+    file = next(iter(arguments["files"].values()))
+    stated = _vocabulary(arguments["backend"], file, max(rows, tokenizer.vocab_size), str(path))
     ends = dict.fromkeys([tokenizer.eos_id, *stop_tokens_of(beside, tokenizer)])
     ends.pop(None, None)
     if len(ends) > len(ENDS):
@@ -87,14 +89,13 @@ def tokenizer_metadata(source: str | Path | Tokenizer, rows: int = 0) -> dict[st
     return {f"{KEY}{key}": value for key, value in stated.items()} | templates
 
 
-def _vocabulary(described: FolderTokenizer, count: int, where: str) -> dict[str, Any]:
-    """Return the kind of a tokenizer, and `count` tokens with their types."""
-    backend = described.backend
+def _vocabulary(backend: TokenizerBackend, file: bytes, count: int, where: str) -> dict[str, Any]:
+    """Return the kind of a tokenizer, and `count` tokens with their types and scores."""
     if isinstance(backend, FastBackend):
         document = json.loads(backend.to_json())
         stated, types = _merged(document, where)
     elif backend.format == "sentencepiece":
-        stated, types = _sentence_piece(next(iter(described.files.values())), where)
+        stated, types = _sentence_piece(file, where)
     else:
         expected = "expected a tokenizer.json or a SentencePiece model, which GGUF can state"
         raise RequestError(f"{where}: got a tokenizer of the kind {backend.format}; {expected}")
@@ -115,7 +116,7 @@ def _vocabulary(described: FolderTokenizer, count: int, where: str) -> dict[str,
             token = token.replace(SPACE, " ")  # llama.cpp finds it in the text itself
         tokens.append(token)
     if "scores" in stated:
-        stated["scores"] = [*stated["scores"], *[_NO_SCORE] * (count - len(stated["scores"]))]
+        stated["scores"] = [stated["scores"].get(id, _NO_SCORE) for id in range(count)]
     return stated | {
         "tokens": tokens,
         "token_type": [types.get(id, NORMAL) for id in range(count)],
@@ -162,7 +163,7 @@ def _sentence_piece(content: bytes, where: str) -> tuple[dict[str, Any], dict[in
     return {
         "model": SENTENCE_PIECE,
         "pre": "default",
-        "scores": model.scores,
+        "scores": dict(enumerate(model.scores)),
         "add_space_prefix": model.add_dummy_prefix,
         "remove_extra_whitespaces": model.remove_extra_whitespaces,
     }, dict(enumerate(model.types))
@@ -200,11 +201,10 @@ def _scored(
     again = None if len(starts) == len(scores) else "merges that GGUF cannot order by token"
     odd = again or next(missing, None)
     require(odd is None, field, odd, "expected those of a SentencePiece model, in their order")
-    listed = sorted(ids, key=ids.__getitem__)
     return {
         "model": SENTENCE_PIECE,
         "pre": "default",
-        "scores": [scores.get(token, _NO_SCORE) for token in listed],
+        "scores": {ids[token]: score for token, score in scores.items()},
         "add_space_prefix": _adds_prefix(document, where),
     }, types
 

@@ -25,6 +25,7 @@ from transom.quantize.leaves import (
     Quantized,
     dense_names,
     dequantize_model,
+    parameter_count,
     quantize_model,
     quantized_leaves,
     replace_weight,
@@ -128,6 +129,7 @@ def test_which_leaves_are_quantized_and_that_it_is_said(capsys):
     total = sum(p.numel() for p in base(moe_args=MOE).parameters())
     said = f"nf4 in groups of 32 on 20 leaves: {held:,} of {total:,} weights in 5.00 bits each"
     assert said in capsys.readouterr().err
+    assert parameter_count(model) == total
     assert sum(leaf.count for leaf in quantized_leaves(model).values()) == held + sum(
         p.numel()
         for name, p in model.named_parameters()

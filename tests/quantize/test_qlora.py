@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 from tests.checkpoints.adapters.twins import far
-from tests.quantize.test_leaves import FORMATS, MLA, MODELS, MOE, NF4, TOKENS, base, logits
+from tests.quantize.test_leaves import (
+    FORMATS,
+    MLA,
+    MODELS,
+    MOE,
+    NF4,
+    TOKENS,
+    base,
+    from_file,
+    logits,
+)
 from transom.base.errors import RequestError
 from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.adapters.write import save_adapter
@@ -19,6 +29,7 @@ from transom.lora.adapters import plain_weights
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
 from transom.lora.merge import merge_adapter, unmerge_adapter
+from transom.lora.vocabulary import resize_vocabulary
 from transom.models.llm import LLM
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.leaves import dequantize_model, quantize_model, quantized_leaves
@@ -69,6 +80,18 @@ def test_adapters_learn_what_they_would_beside_the_dense_twin(changes, kind):
     assert all(parameter.dtype == torch.float32 for parameter in found.values())
     assert close(found, expected)
     assert far(logits(model.eval()), logits(twin.eval())) < 1e-4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_adapters_of_quantized_embeddings_learn_what_they_would_beside_the_dense_twin(tied):
+    model = base(tie_embeddings=tied)
+    from_file(model.tok_embeddings, "Q8_0")
+    apply_lora(model, LoraArgs(rank=3, targets=("tok_embeddings", "wq")))
+    with torch.no_grad():
+        model.tok_embeddings.lora["default"].A.add_(0.1)
+    twin = dequantize_model(copy.deepcopy(model))
+    assert far(logits(model), logits(twin)) < 1e-4
+    assert close(gradients(model), gradients(twin))
 
 
 def test_a_new_adapter_changes_nothing():
@@ -180,6 +203,10 @@ def test_adapter_folders_are_those_of_the_dense_model(tmp_path, changes):
         (
             lambda: plain_weights(quantize_model(base(), NF4)),
             "is quantized; expected a dense model",
+        ),
+        (
+            lambda: resize_vocabulary(quantize_model(base(), QuantizeArgs(group=32, skip=())), 64),
+            "vocabulary: got quantized embeddings or output",
         ),
     ],
 )

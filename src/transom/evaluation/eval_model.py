@@ -14,6 +14,7 @@ from transom.base.runtime import dtype_name
 from transom.checkpoints.fingerprint import fingerprint
 from transom.checkpoints.open_model import OpenedModel, open_model
 from transom.inference.loop import keeps_every_token
+from transom.quantize.leaves import parameter_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ class EvalModel(OpenedModel):
             "args_sha256": hashlib.sha256(settings).hexdigest(),
             "adapter_sha256": None if adapter is None else adapter_hash(adapter),
             "tokenizer_hash": self.tokenizer.hash,
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "parameters": parameter_count(self.model),
             "dtype": dtype_name(self.model.dtype),
             "device": str(self.model.device),
         }

@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from transom.base.errors import notice, require
+from transom.base.errors import RequestError, notice, require
 from transom.models.llm import LLM
+from transom.quantize.leaves import Quantized
 from transom.tokenizers.tokenizer import Tokenizer
 
 
@@ -56,10 +57,12 @@ def resize_vocabulary(model: LLM, rows: int) -> None:
     ones.
 
     With the mean, the logit of a new token is near those of the others, and no other logit changes.
-    Raise `RequestError` unless `rows` is more than the model has.
+    Raise `RequestError` unless `rows` is more than the model has, and the two are not quantized.
     """
     before = model.args.vocab_size
     require(rows > before, "rows of the vocabulary", rows, f"expected more than {before}")
+    if isinstance(model.tok_embeddings, Quantized) or isinstance(model.output, Quantized):
+        raise RequestError("vocabulary: got quantized embeddings or output; expected dense ones")
     for leaf in (model.tok_embeddings, model.output):
         if leaf is None:
             continue

@@ -1,1 +1,1 @@
-"""Frozen weights in four bits: the formats, and the leaves that use them."""
+"""Frozen weights in four or eight bits: the formats, and the leaves that use them."""

@@ -248,9 +248,10 @@ def _planes(data: Tensor, width: int, bits: int) -> Tensor:
     Every `width` bytes are one plane of numbers in their lowest bits, then one in the bits above
     them, and so on: [..., n / width, 8 / bits, width], flattened.
     """
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device).unsqueeze(-1)
-    numbers = data.unflatten(-1, (-1, 1, width)) >> shifts & (1 << bits) - 1
-    return numbers.flatten(-3)
+    rows = data.unflatten(-1, (-1, width)).contiguous()
+    return torch.stack(
+        [rows >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)], -2
+    ).flatten(-3)
 
 
 def _small_scales(name: str, sc: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -221,6 +221,14 @@ def dense_names(model: nn.Module) -> Iterator[str]:
             yield f"{path}.weight"
 
 
+def parameter_count(model: nn.Module) -> int:
+    """Return the number of parameters of a model; a quantized leaf counts as a dense one."""
+    leaves = quantized_leaves(model).values()
+    parts = sum(part.numel() for leaf in leaves for part in leaf.parts.values())
+    weights = sum(math.prod(leaf.shape) for leaf in leaves)
+    return sum(parameter.numel() for parameter in model.parameters()) - parts + weights
+
+
 def quantize_model(model: M, args: QuantizeArgs, *, empty: bool = False) -> M:
     """Store the weights of `Linear` and `GroupedLinear` leaves in few bits, and freeze them.
 
@@ -240,7 +248,7 @@ def quantize_model(model: M, args: QuantizeArgs, *, empty: bool = False) -> M:
     chosen = _chosen(model, args)
     for path, leaf in chosen.items():
         _check(path, leaf, args, empty)
-    total, bits, quantized = sum(parameter.numel() for parameter in model.parameters()), 0, 0
+    total, bits, quantized = parameter_count(model), 0, 0
     for leaf in chosen.values():
         quantized += leaf.weight.numel()
         format = requested(args, leaf.weight.dtype)

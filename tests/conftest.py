@@ -1,6 +1,8 @@
-"""What every test runs under: one thread, and a cache folder of its own."""
+"""The settings of all tests: one thread, a cache folder of their own, quick writes and reports."""
 
+import os
 import signal
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -35,4 +37,27 @@ def _own_cache(tmp_path_factory):
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRANSOM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_writes():
+    """No test outlives its process, so that nothing needs to be forced to the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _charts_without_curves():
+    """Half the time of a short run would go into the curves of its report. The fixture `drawn` of
+    test_report.py draws them.
+    """
+    if find_spec("matplotlib") is None:  # tests/gpu needs no more than torch and pytest
+        yield
+        return
+    from transom.training.report import report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "chart", lambda title, *drawn: f"<h3>{title}</h3>")
         yield

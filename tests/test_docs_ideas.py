@@ -155,7 +155,7 @@ def test_every_measured_option_is_on_a_page():
 def test_every_measured_option_runs(group, monkeypatch):
     small = {**options.SHAPE, "dim": 128, "n_heads": 2, "hidden_dim": 64, "vocab_size": 64}
     monkeypatch.setattr(options, "SHAPE", small)
-    monkeypatch.setattr(options, "LENGTH", 128)
+    monkeypatch.setattr(options, "LENGTH", 64)
     with one_thread():
         for case in group.values():
             options.make_step(case, torch.device("cpu"))()

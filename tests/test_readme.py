@@ -33,6 +33,9 @@ EMAIL = Path(sysconfig.get_paths()["stdlib"]) / "email"
 SHRINK = {
     "transom demo": [
         "steps=4",
+        "model.dim=64",
+        "model.n_layers=2",
+        "data.batch_size=4",
         "tokenizer.vocab_size=512",
         f"data.sources=[{{path: {EMAIL}, name: python-stdlib, include: ['*.py']}}]",
         "data.held_out=0.3",
@@ -50,7 +53,15 @@ SHRINK = {
     ],
     "transom merge": ["--tokens", "256"],
     "transom eval": ["--limit", "2"],
-    "transom train": ["steps=4", "save_every=2", "device=cpu", "--quiet"],
+    "transom train": [
+        "steps=4",
+        "save_every=2",
+        "model.n_layers=2",
+        "data.batch_size=4",
+        "tokenizer.vocab_size=512",
+        "device=cpu",
+        "--quiet",
+    ],
     "transom generate": ["--max-tokens", "4"],
     "transom chat": ["--max-tokens", "4"],
 }

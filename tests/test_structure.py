@@ -1,6 +1,7 @@
 """What the documents say about the tree is true, and the front of the house stays light."""
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -13,6 +14,11 @@ from tests.helpers import run_python
 from tools import code_lines
 
 ROOT = Path(__file__).parents[1]
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
 def tree_in_docs() -> set[str]:
@@ -116,7 +122,7 @@ def test_no_function_is_too_long():
     """A function has at most 60 lines; its docstring does not count."""
     long = []
     for path in (ROOT / "src").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.FunctionDef):
                 documented = ast.get_docstring(node, clean=False) is not None
                 start = node.body[0].end_lineno if documented else node.lineno - 1
@@ -129,7 +135,7 @@ def test_no_two_classes_have_one_name():
     names = [
         node.name
         for path in (ROOT / "src").rglob("*.py")
-        for node in ast.parse(path.read_text()).body
+        for node in parsed(path).body
         if isinstance(node, ast.ClassDef)
     ]
     assert len(names) == len(set(names))
@@ -143,7 +149,7 @@ def imports(package: Path) -> dict[str, set[str]]:
         modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     graph: dict[str, set[str]] = {name: set() for name in modules}
     for name, path in modules.items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Import):
                 targets = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.module:

@@ -9,6 +9,8 @@ from tests.helpers import random_model, tiny_args
 from tests.mutations import model_bugs, run_bugs
 from transom.checkpoints.save import save
 from transom.cli.main import main
+from transom.config.model_args import ModelArgs
+from transom.verify.targets import model_args
 
 MODEL = {"dim": 64, "n_layers": 2, "n_heads": 2, "layer_pattern": "SF", "sliding_window": 512}
 
@@ -28,10 +30,13 @@ def written(folder, kind):
     return path
 
 
-@pytest.mark.parametrize("kind", ["yaml", "json", "run", "config.json", "folder"])
-def test_a_model_is_taken_from_wherever_it_is_written(tmp_path, capsys, kind):
-    path = written(tmp_path, kind)
-    assert main(["verify", "cache", str(path), "--json"]) == 0
+@pytest.mark.parametrize("kind", ["yaml", "json", "run", "config.json"])
+def test_a_model_is_taken_from_wherever_it_is_written(tmp_path, kind):
+    assert model_args(str(written(tmp_path, kind))) == ModelArgs.from_dict(MODEL)
+
+
+def test_all_comparisons_of_a_folder_are_in_one_document(tmp_path, capsys):
+    assert main(["verify", "cache", str(written(tmp_path, "folder")), "--json"]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told["ok"]
     names = {row["comparison"] for row in told["comparisons"]}

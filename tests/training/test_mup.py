@@ -15,7 +15,7 @@ from transom.models.llm import LLM
 from transom.training.optim.args import OptimizerArgs
 from transom.training.optim.optimizers import build_optimizer, parameter_groups, width_multiplier
 
-WIDTHS = (64, 128, 256, 512)
+WIDTHS = (32, 64, 128, 256)
 
 
 def maker(base: int | None, **changes: Any) -> Callable[[int], LLM]:
@@ -52,7 +52,7 @@ def ratios(rows: list[Coordinate]) -> dict[str, float]:
 )
 def test_sizes_stay_with_mup_and_grow_without(changes: dict[str, Any]) -> None:
     args = OptimizerArgs(lr=1e-2)
-    with_mup = coordinate_check(maker(64, **changes), WIDTHS, 4, optimizer=args)
+    with_mup = coordinate_check(maker(32, **changes), WIDTHS, 4, optimizer=args)
     without = coordinate_check(maker(None, **changes), WIDTHS, 4, optimizer=args)
     assert max(ratios(with_mup).values()) < 2.0, ratios(with_mup)
     for name in ("layers.0.attention", "layers.1.attention", "layers.1.feed_forward", "logits"):

@@ -13,10 +13,16 @@ import numpy as np
 import pytest
 
 from transom.base.errors import RequestError
-from transom.training.report.charts import smoothed
+from transom.training.report import report
+from transom.training.report.charts import chart, smoothed
 from transom.training.report.report import read_metrics, write_report
 
 VOID = {"meta", "br"}
+
+
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch):
+    monkeypatch.setattr(report, "chart", chart)
 
 
 class Page(HTMLParser):

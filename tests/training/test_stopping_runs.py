@@ -31,11 +31,17 @@ def send(number: int = signal.SIGTERM) -> None:
     os.kill(os.getpid(), number)
 
 
+def write_config(folder: Path) -> Path:
+    config = tiny_config(folder, **CONFIG)
+    config["data"]["sources"] = [{"path": str(folder / "corpus"), "name": "corpus"}]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder / "config.yaml"
+
+
 @pytest.fixture
 def train(tmp_path):
-    """`transom train` of one config; the words are added, the exit code comes back."""
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(tiny_config(tmp_path, **CONFIG)))
+    """`transom train` of one config; the words are added, the exit code is returned."""
+    config = write_config(tmp_path)
     return lambda *words: main(["train", str(config), *words])
 
 
@@ -62,15 +68,27 @@ def rows(run: Path, key: str) -> list:
     return [(row["step"], row[key]) for row in found if key in row]
 
 
-def assert_as_if_uninterrupted(tmp_path: Path, train) -> None:
-    """Resume the run, and compare it with one that nothing has interrupted."""
-    assert train("--resume") == 0
-    assert train(f"out={tmp_path}/straight") == 0
-    for key in ("held_out", "samples", "final"):
-        assert rows(tmp_path / "run", key) == rows(tmp_path / "straight", key), key
-    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
-    best = [(tmp_path / name / "best").read_text() for name in ("run", "straight")]
-    assert best[0] == best[1]
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """The same run, which nothing has interrupted."""
+    folder = tmp_path_factory.mktemp("straight")
+    assert main(["train", str(write_config(folder))]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def assert_as_if_uninterrupted(tmp_path, train, straight):
+    """Resume the run, and compare it with `straight`."""
+
+    def compare() -> None:
+        run = tmp_path / "run"
+        assert train("--resume") == 0
+        for key in ("held_out", "samples", "final"):
+            assert rows(run, key) == rows(straight, key), key
+        assert losses(run) == losses(straight)
+        assert (run / "best").read_text() == (straight / "best").read_text()
+
+    return compare
 
 
 def step_of(run: Path) -> str | None:
@@ -87,12 +105,14 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_signal_during_work_that_can_be_done_again(tmp_path, train, signals, moment):
+def test_a_signal_during_work_that_can_be_done_again(
+    tmp_path, train, signals, moment, assert_as_if_uninterrupted
+):
     owner, name, nth, step = MOMENTS[moment]
     signals(owner, name, nth)
     assert train() == 143
     assert step_of(tmp_path / "run") == f"step_{step:06d}"
-    assert_as_if_uninterrupted(tmp_path, train)
+    assert_as_if_uninterrupted()
 
 
 BEGINNINGS = {
@@ -103,12 +123,14 @@ BEGINNINGS = {
 
 
 @pytest.mark.parametrize("moment", BEGINNINGS)
-def test_a_signal_before_anything_is_saved(tmp_path, train, signals, moment, capsys):
+def test_a_signal_before_anything_is_saved(
+    tmp_path, train, signals, moment, capsys, assert_as_if_uninterrupted
+):
     signals(*BEGINNINGS[moment])
     assert train() == 143
     assert "--resume continues" in capsys.readouterr().err
     assert step_of(tmp_path / "run") is None
-    assert_as_if_uninterrupted(tmp_path, train)
+    assert_as_if_uninterrupted()
 
 
 def test_a_signal_before_anything_is_overwritten_does_not_offer_to_resume_the_former_run(
@@ -120,13 +142,15 @@ def test_a_signal_before_anything_is_overwritten_does_not_offer_to_resume_the_fo
     assert "the same command starts it again" in capsys.readouterr().err
 
 
-def test_a_signal_during_the_last_scoring_leaves_a_finished_run(tmp_path, train, signals, capsys):
+def test_a_signal_during_the_last_scoring_leaves_a_finished_run(
+    tmp_path, train, signals, capsys, assert_as_if_uninterrupted
+):
     signals(Monitor, "scores", 4)
     assert train() == 0
     assert "the run is finished" in capsys.readouterr().err
     assert step_of(tmp_path / "run") == "step_000012"
     assert (tmp_path / "run" / "report.html").exists() and not rows(tmp_path / "run", "final")
-    assert_as_if_uninterrupted(tmp_path, train)
+    assert_as_if_uninterrupted()
 
 
 def test_a_signal_while_the_report_is_written(tmp_path, train, signals, capsys):
@@ -143,13 +167,15 @@ def test_a_signal_while_the_report_is_written(tmp_path, train, signals, capsys):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_second_signal_ends_the_run_at_once(tmp_path, train, signals, number, code):
+def test_a_second_signal_ends_the_run_at_once(
+    tmp_path, train, signals, number, code, assert_as_if_uninterrupted
+):
     signals(Trainer, "log", 6, number)
     signals(Trainer, "save", 3, number)  # the first two were the record of step 3 and after step 4
     assert train() == code
     assert step_of(tmp_path / "run") == "step_000004"
     assert not list((tmp_path / "run").glob("*.tmp-*"))
-    assert_as_if_uninterrupted(tmp_path, train)
+    assert_as_if_uninterrupted()
 
 
 def test_a_hangup_ends_a_run_unless_it_was_started_to_ignore_it(tmp_path, train, signals):

@@ -165,7 +165,7 @@ def kill_behind(process: subprocess.Popen, run: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "kills"), [(200, [20]), pytest.param(300, [40, 120], marks=pytest.mark.slow)]
+    ("steps", "kills"), [(100, [10]), pytest.param(300, [40, 120], marks=pytest.mark.slow)]
 )
 def test_resume_after_kill_is_exact(tmp_path, steps, kills):
     straight, killed = tmp_path / "straight", tmp_path / "killed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import operator
 import os
 import re
@@ -80,7 +81,8 @@ def check_bounds(instance: Any) -> None:
             )
 
 
-def field_types(cls: Any) -> dict[str, Any]:
+@functools.cache
+def field_types(cls: Any) -> Mapping[str, Any]:
     """Return the types of the fields of a dataclass, in order, with annotations evaluated."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}

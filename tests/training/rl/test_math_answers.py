@@ -97,7 +97,7 @@ def test_the_last_mark_holds_the_answer() -> None:
 def test_an_answer_that_never_ends_is_wrong_and_the_next_is_judged_outside_the_main_thread(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(math_answers, "SECONDS", 2)
+    monkeypatch.setattr(math_answers, "SECONDS", 1)
     math_answers._worker().close()
     found: list[bool] = []
 

@@ -100,7 +100,7 @@ CEILINGS = {
     "inference": 790,
     "evaluation": 1_270,
     "training": 4_320,
-    "verify": 2_300,
+    "verify": 2_260,
     "cli": 1_580,
 }
 

@@ -81,10 +81,12 @@ def check_bounds(instance: Any) -> None:
             )
 
 
-@functools.cache
-def field_types(cls: Any) -> Mapping[str, Any]:
+_hints = functools.cache(typing.get_type_hints)
+
+
+def field_types(cls: Any) -> dict[str, Any]:
     """Return the types of the fields of a dataclass, in order, with annotations evaluated."""
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 

@@ -7,9 +7,7 @@ installed, its logits are compared too.
 from __future__ import annotations
 
 import importlib
-import math
 import re
-import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,12 +48,13 @@ from transom.verify.findings import (
     close,
     exact,
     first_difference,
+    missing,
     one_line,
-    same_bytes,
+    same_bits,
 )
 from transom.verify.sample_models import BASE, SAMPLES, WINDOW, random_tokens, sample_model
 from transom.verify.texts import compare_texts
-from transom.verify.tiny_runs import quiet
+from transom.verify.tiny_runs import quiet, temporary_folder
 
 LENGTH = 40  # tokens that are compared at least
 PROMPT = 5  # tokens that the tied output is compared on
@@ -74,11 +73,15 @@ FOLDERS: dict[str, tuple[Format, dict[str, Any]]] = {
 }
 
 
+quiet_convert, quiet_load, quiet_open = quiet()(convert), quiet()(load), quiet()(open_parameters)
+
+
 class Outputs(NamedTuple):
-    """Random tokens [1, T] and the logits [1, T, V] of a model for them."""
+    """Random tokens [1, T], and the logits [1, T, V] of a model with weights of a dtype."""
 
     tokens: Tensor
     logits: Tensor
+    dtype: str
 
 
 def check(
@@ -97,13 +100,11 @@ def check(
     tokenizer, template = byte_tokenizer(SPECIAL), built_in.named("llama3")
     assert template is not None, "the template is built in"
     for name, (kind, fields) in FOLDERS.items():
-        with tempfile.TemporaryDirectory(prefix="transom-verify-") as scratch:
-            folder = Path(scratch) / name
+        with temporary_folder() as folder, quiet():
             sample = sample_model(ModelArgs.from_dict(fields), dtype=torch.float32)
-            save(sample, folder, kind, tokenizer)
-            (folder / FILE).write_text(template.source(tokenizer), encoding="utf-8")
-            with quiet():
-                findings = list(compare_folder(folder, name=name))
+            save(sample, folder / name, kind, tokenizer)
+            (folder / name / FILE).write_text(template.source(tokenizer), encoding="utf-8")
+            findings = list(compare_folder(folder / name, name=name))
         yield from findings
 
 
@@ -119,55 +120,40 @@ def compare_folder(
     location, name = find_model(folder), str(folder) if name is None else name
     if location.adapter is not None:
         notice(f"{name}: an adapter, which is merged into its base and then compared")
-        with tempfile.TemporaryDirectory(prefix="transom-verify-") as scratch:
-            with quiet():
-                convert(folder, Path(scratch) / "merged", "native")
-            yield from compare_folder(Path(scratch) / "merged", length, dtype, name)
+        with temporary_folder() as scratch:
+            quiet_convert(folder, scratch / "merged", "native")
+            yield from compare_folder(scratch / "merged", length, dtype, name)
         return
     args = read_args(location.model)
-    longest = args.max_seq_len
-    fits = length is None or 2 <= length <= longest
-    require(fits, "--length", length, f"expected 2 to max_seq_len = {longest}")
+    fits = length is None or 2 <= length <= args.max_seq_len
+    require(fits, "--length", length, f"expected 2 to max_seq_len = {args.max_seq_len}")
     keys = "every key = one parameter"
     try:
         files = open_folder(location.model, name, args)
-        with quiet():  # the notices were printed by `open_folder`
-            parameters = open_parameters(location.model, args)
+        parameters = quiet_open(location.model, args)  # `open_folder` prints the same notices
     except RequestError as error:
-        yield exact(keys, name, math.inf, str(error))
+        yield missing(keys, name, error)
         return
     yield exact(keys, name, 0)
     yield from compare_tensors(files, parameters)
     yield from compare_rope_layout(files)
     yield from compare_texts(location.model, name)
-    yield from _compare_outputs(files, parameters, dtype, length)
-
-
-def _compare_outputs(
-    files: FolderFiles, parameters: LazyTensors, dtype: str, length: int | None
-) -> Iterator[Finding]:
-    """Make the comparisons that need a model; only one is in memory at a time."""
-    name, outputs = files.name, None
-    length = _default_length(files.args) if length is None else length
-    if files.args.head is not None:
+    outputs = None
+    if args.head is not None:
         notice(f"{name}: has a head in place of next-token logits; no logits are compared")
     else:
-        with quiet():
-            model = load(files.folder, dtype=dtype)
-        tokens = random_tokens(files.args, 1, length)
+        model = quiet_load(location.model, dtype=dtype)
+        length = _default_length(args) if length is None else length
+        tokens = random_tokens(args, 1, length)
         logits = _logits(model, tokens)
         bad = int((~logits.isfinite()).sum())
         yield exact("logits are finite", name, bad, f"{bad} of {logits.numel()} are not")
         if not bad:
-            outputs = Outputs(tokens, logits)
-            yield _compare_tying(files, model, outputs)
-        del model
-    yield from _compare_round_trips(files, parameters, outputs, dtype)
-    if outputs is not None:
-        yield from _compare_with_transformers(files, outputs, dtype)
-        with quiet():
-            model = load(files.folder, dtype=dtype)
-        yield from compare_full_size(model, name, length)
+            outputs = Outputs(tokens, logits, dtype)
+            yield _compare_tying(model, args.tie_embeddings, name, tokens[:, :PROMPT])
+            yield from compare_full_size(model, name, length)
+        del model  # the next comparisons have a model in memory themselves
+    yield from _compare_round_trips(files, parameters, outputs)
 
 
 def _default_length(args: ModelArgs) -> int:
@@ -181,66 +167,74 @@ def _logits(model: LLM, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _compare_tying(files: FolderFiles, model: LLM, outputs: Outputs) -> Finding:
-    """Change the embedding of a token: its logit must change if and only if the output is tied."""
-    prompt = outputs.tokens[:, :PROMPT]
-    token = next(id for id in range(files.args.vocab_size) if id not in prompt)
+def _compare_tying(model: LLM, stated: bool, name: str, prompt: Tensor) -> Finding:
+    """Change the embedding of a token: its logit must change if and only if the output is tied.
+
+    `stated` is what the config of the folder says, since the arguments of the model may differ.
+    """
+    token = next(id for id in range(model.args.vocab_size) if id not in prompt)
     before, row = _logits(model, prompt), model.tok_embeddings.weight[token]
     kept = row.clone()
     row.add_(1.0)
     tied = not torch.equal(_logits(model, prompt)[..., token], before[..., token])
     row.copy_(kept)
-    stated = files.args.tie_embeddings
     detail = f"the config says {stated}, the model has {tied}"
-    return exact("output tied as the config says", files.name, tied != stated, detail)
+    return exact("output tied as the config says", name, tied != stated, detail)
 
 
 # -- round trips
 
 
 def _compare_round_trips(
-    files: FolderFiles, parameters: LazyTensors, outputs: Outputs | None, dtype: str
+    files: FolderFiles, parameters: LazyTensors, outputs: Outputs | None
 ) -> Iterator[Finding]:
-    """Write the model in every format that can express it, and read it back."""
+    """Write the model in every format that can express it, and read it back.
+
+    `transformers` loads the folder itself, or the copy in its format.
+    """
     for format in get_args(Format):
-        with tempfile.TemporaryDirectory(prefix="transom-verify-") as scratch:
-            out, case = Path(scratch) / format, f"{files.name} as {format}"
+        with temporary_folder() as scratch:
+            folder = scratch / format
             try:
-                with quiet():
-                    convert(files.folder, out, format)
+                quiet_convert(files.folder, folder, format)
             except RequestError as error:
                 notice(f"{files.name}: not written as {format}: {error}")
-                continue
-            try:
-                with quiet():
-                    args = read_args(out)
-                    written = open_parameters(out, args)
-            except RequestError as error:
-                yield exact("written and read back", case, math.inf, str(error))
-                continue
-            yield from _compare_bits(files.args, parameters, args, written, case)
-            if outputs is not None:
-                with quiet():
-                    logits = _logits(load(out, dtype=dtype), outputs.tokens)
-                detail = "the weights are equal, the config is not"
-                expected, tolerance = outputs.logits, TOLERANCES[outputs.logits.dtype]
-                yield close("logits after a round trip", case, logits, expected, tolerance, detail)
+            else:
+                yield from _compare_copy(files, parameters, outputs, folder)
+            if format == "hf" and outputs is not None:
+                folder = files.folder if files.format == "hf" else folder
+                yield from _compare_with_transformers(files, outputs, folder)
 
 
-def _compare_bits(
-    args: ModelArgs, parameters: LazyTensors, to: ModelArgs, written: LazyTensors, case: str
+def _compare_copy(
+    files: FolderFiles, parameters: LazyTensors, outputs: Outputs | None, folder: Path
 ) -> Iterator[Finding]:
-    """Compare the bits of every tensor, in the row order of the other RoPE layout if it changed."""
+    """Compare the bits of every tensor of a copy, and its logits.
+
+    Queries and keys are compared in the row order of the RoPE layout of the copy.
+    """
+    comparison, case = "written and read back", f"{files.name} as {folder.name}"
+    try:
+        args = read_args(folder)
+        written = quiet_open(folder, args)
+    except RequestError as error:
+        yield missing(comparison, case, error)
+        return
     expected: dict[str, LazyTensor] = dict(parameters)
-    if args.tie_embeddings and not to.tie_embeddings:
+    if files.args.tie_embeddings and not args.tie_embeddings:
         expected["output.weight"] = parameters["tok_embeddings.weight"]
     for name in sorted(expected.keys() | written.keys()):
-        error, detail = math.inf, f"{name} is {'lost' if name in expected else 'new'}"
-        if name in expected and name in written:
-            old = _reordered(name, expected[name].read(), args, to.rope_layout)
-            error = 0.0 if same_bytes(written[name].read(), old) else math.inf
-            detail = "other bits"
-        yield exact("written and read back", f"{case}, {name}", error, detail)
+        if name not in expected or name not in written:
+            state = "lost" if name in expected else "new"
+            yield missing(comparison, f"{case}, {name}", f"{name} is {state}")
+            continue
+        old = _reordered(name, expected[name].read(), files.args, args.rope_layout)
+        yield same_bits(comparison, f"{case}, {name}", written[name].read(), old, "other bits")
+    if outputs is not None:
+        logits = _logits(quiet_load(folder, dtype=outputs.dtype), outputs.tokens)
+        detail = "the weights are equal, the config is not"
+        tolerance = TOLERANCES[logits.dtype]
+        yield close("logits after a round trip", case, logits, outputs.logits, tolerance, detail)
 
 
 def _reordered(name: str, tensor: Tensor, args: ModelArgs, to: RopeLayout) -> Tensor:
@@ -261,47 +255,40 @@ def _reordered(name: str, tensor: Tensor, args: ModelArgs, to: RopeLayout) -> Te
 
 
 def _compare_with_transformers(
-    files: FolderFiles, outputs: Outputs, dtype: str
+    files: FolderFiles, outputs: Outputs, folder: Path
 ) -> Iterator[Finding]:
-    """Compare the logits, if transformers can load the folder or a copy of it."""
+    """Compare the logits with those of transformers for the folder or its copy, if it can."""
     name = files.name
     if find_spec("transformers") is None:
         notice("transformers is not installed: nothing is compared with it")
         return
-    with tempfile.TemporaryDirectory(prefix="transom-verify-") as scratch:
-        folder = files.folder if files.format == "hf" else Path(scratch) / "hf"
-        try:
-            with quiet():
-                if files.format != "hf":
-                    convert(files.folder, folder, "hf")
-        except RequestError:
-            notice(f"{name}: cannot be written for transformers: nothing is compared with it")
-            return
-        try:
-            with quiet():
-                theirs, missing = _load_in_transformers(folder, dtype)
-        except Exception as error:  # any error of another library
-            reason = f"transformers cannot load it ({one_line(error)})"
-            if files.format == "hf":
-                notice(f"{name}: {reason}")
-            else:  # it must be able to load what was written for it
-                yield exact("loads in transformers", name, math.inf, reason)
-            return
-        detail = f"weights that are not found: {', '.join(missing[:5])}"
-        yield exact("loads in transformers", name, len(missing), detail)
-        try:
-            with quiet():
-                expected = _their_logits(theirs, outputs.tokens)
-        except Exception as error:  # a release may fail in its own forward
-            reason = one_line(error)
-            notice(f"{name}: no logits are compared: transformers cannot run the model ({reason})")
-            return
-        tolerance = TOLERANCES[outputs.logits.dtype]
-        first = first_difference(outputs.logits, expected, tolerance, 1)
-        case, detail = f"{name}, {expected.size(1)} tokens", f"first at position {first}"
-        yield close("logits = transformers", case, outputs.logits, expected, tolerance, detail)
+    if not folder.exists():
+        notice(f"{name}: cannot be written for transformers: nothing is compared with it")
+        return
+    try:
+        theirs, lacking = _load_in_transformers(folder, outputs.dtype)
+    except Exception as error:  # any error of another library
+        reason = f"transformers cannot load it ({one_line(error)})"
+        if folder == files.folder:
+            notice(f"{name}: {reason}")
+        else:  # it must be able to load what was written for it
+            yield missing("loads in transformers", name, reason)
+        return
+    detail = f"weights that are not found: {', '.join(lacking[:5])}"
+    yield exact("loads in transformers", name, lacking, detail)
+    try:
+        expected = _their_logits(theirs, outputs.tokens)
+    except Exception as error:  # a release may fail in its own forward
+        reason = one_line(error)
+        notice(f"{name}: no logits are compared: transformers cannot run the model ({reason})")
+        return
+    tolerance = TOLERANCES[outputs.logits.dtype]
+    first = first_difference(outputs.logits, expected, tolerance, 1)
+    case, detail = f"{name}, {expected.size(1)} tokens", f"first at position {first}"
+    yield close("logits = transformers", case, outputs.logits, expected, tolerance, detail)
 
 
+@quiet()
 def _load_in_transformers(folder: Path, dtype: str) -> tuple[Any, list[str]]:
     """Return the model of transformers and the weights that it did not find.
 
@@ -324,6 +311,7 @@ def _load_in_transformers(folder: Path, dtype: str) -> tuple[Any, list[str]]:
     return theirs.eval(), sorted(missing)
 
 
+@quiet()
 @torch.no_grad()
 def _their_logits(theirs: Any, tokens: Tensor) -> Tensor:
     logits: Tensor = theirs(tokens).logits

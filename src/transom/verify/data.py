@@ -88,6 +88,5 @@ def _compare_rows(rows: Sequence[Sequence[Piece]]) -> Iterator[Finding]:
                 unknown = following is None and at == len(row) - 1
                 if not unknown and target != (NO_TARGET if following is None else following):
                     (ends if following == EOS else others).append(index)
-    for comparison, places in wrong.items():
-        detail = f"first in row {places[0]}" if places else ""
-        yield exact(comparison, "built-in corpus", len(places), detail)
+    for comparison, rows_of in wrong.items():
+        yield exact(comparison, "built-in corpus", [f"in row {row}" for row in rows_of])

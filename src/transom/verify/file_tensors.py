@@ -7,7 +7,6 @@ cannot show.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from transom.checkpoints.mapping import clean
 from transom.checkpoints.state import open_files
 from transom.config.layer_args import RopeLayout
 from transom.config.model_args import ModelArgs
-from transom.verify.findings import Finding, exact, same_bytes
+from transom.verify.findings import Finding, exact, missing, same_bits
 
 
 @dataclass(frozen=True)
@@ -128,17 +127,15 @@ def compare_tensors(files: FolderFiles, parameters: LazyTensors) -> Iterator[Fin
             groups.setdefault(names, []).append((expert, key))
     comparison = "parameters = second reading"
     for names, parts in groups.items():
-        missing = [name for name in names if name not in parameters]
-        if missing:
-            for _, key in parts:
-                detail = f"the model has no {missing[0]}"
-                yield exact(comparison, f"{files.name}, {key}", math.inf, detail)
-            continue
-        read = torch.cat([parameters[name].read() for name in names])
+        known = [parameters[name].read() for name in names if name in parameters]
+        read = torch.cat(known) if len(known) == len(names) else None
         for expert, key in parts:
-            same = same_bytes(read if expert is None else read[expert], files.tensors[key].read())
-            detail = f"{' and '.join(names)} have other numbers"
-            yield exact(comparison, f"{files.name}, {key}", 0.0 if same else math.inf, detail)
+            case, joined = f"{files.name}, {key}", " and ".join(names)
+            if read is None:
+                yield missing(comparison, case, f"the model does not have {joined}")
+                continue
+            measured, stored = read if expert is None else read[expert], files.tensors[key].read()
+            yield same_bits(comparison, case, measured, stored, f"{joined} have other numbers")
     unknown = len(parameters.keys() - {name for names in groups for name in names})
     if unknown:
         notice(f"{files.name}: {unknown} of {len(parameters)} parameters have no second reading")

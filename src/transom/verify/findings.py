@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,9 +59,34 @@ class Summary:
     first_failure: Finding | None
 
 
-def exact(comparison: str, case: str, mismatches: float, detail: str = "") -> Finding:
-    """Return a finding that passes only without any mismatch; True counts as one mismatch."""
+def exact(
+    comparison: str, case: str, mismatches: float | Sequence[object], detail: str = ""
+) -> Finding:
+    """Return a finding that passes only without mismatches.
+
+    Args:
+        comparison: What is compared with what.
+        case: What was compared.
+        mismatches: Their number, True for one, or a sequence of their places.
+        detail: What differs; by default the first of the places.
+    """
+    if isinstance(mismatches, Sequence):
+        detail = detail or "".join(f"first {place}" for place in mismatches[:1])
+        mismatches = len(mismatches)
     return Finding(comparison, case, float(mismatches), 0.0, detail)
+
+
+def missing(comparison: str, case: str, detail: object) -> Finding:
+    """Return a finding that fails because there is nothing to compare."""
+    return Finding(comparison, case, math.inf, 0.0, str(detail))
+
+
+def same_bits(
+    comparison: str, case: str, measured: Tensor, expected: Tensor, detail: str
+) -> Finding:
+    """Return a finding that passes only if dtype, shape and all bits of two tensors are equal."""
+    same = same_bytes(measured.detach(), expected)
+    return Finding(comparison, case, 0.0 if same else math.inf, 0.0, detail)
 
 
 def close(

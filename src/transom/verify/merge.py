@@ -6,7 +6,6 @@ The merged weights are computed a second time in float64 by `verify.adapters.mer
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,9 +38,9 @@ from transom.models.llm import LLM
 from transom.names.transforms import permute_rotary
 from transom.quantize.args import QuantizeArgs
 from transom.verify.adapters import merged_weight, randomize_adapters
-from transom.verify.findings import TOLERANCES, Finding, close, exact, same_bytes
+from transom.verify.findings import TOLERANCES, Finding, close, exact, same_bits
 from transom.verify.sample_models import BASE, SAMPLES, random_tokens, sample_model
-from transom.verify.tiny_runs import quiet
+from transom.verify.tiny_runs import quiet, temporary_folder
 
 TOKENS = 512  # on which the merges of the examples are measured
 LENGTH = 64  # random tokens on which merged and unmerged logits are compared
@@ -89,8 +88,8 @@ def check(model: str | None = None, *, adapter: str | None = None) -> Iterator[F
     """
     if model is None:
         for name, example in EXAMPLES.items():
-            with tempfile.TemporaryDirectory(prefix="transom-verify-") as scratch, quiet():
-                findings = [*_compare_example(name, example, Path(scratch))]
+            with temporary_folder() as scratch, quiet():
+                findings = [*_compare_example(name, example, scratch)]
             yield from findings
     elif adapter is None and (Path(model) / REPORT).exists():
         yield from compare_merged(Path(model), model)
@@ -163,9 +162,10 @@ def compare_adapter(found: ModelLocation, name: str) -> Iterator[Finding]:
     }
     args = read_args(found.model)
     for key, stored in open_parameters(found.model, args).items():
-        same = key in replaced or same_bytes(model.get_parameter(key).detach(), stored.read())
-        detail = "other bits than in the files of the base"
-        yield exact("unmerged = base, bit for bit", f"{name}, {key}", not same, detail)
+        if key not in replaced:
+            case, detail = f"{name}, {key}", "other bits than in the files of the base"
+            weight, comparison = model.get_parameter(key), "unmerged = base, bit for bit"
+            yield same_bits(comparison, case, weight, stored.read(), detail)
 
 
 def _outputs(model: LLM, tokens: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ BOS comes once, control tokens that a user spells stay text, and chats have the 
 from __future__ import annotations
 
 import importlib
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -20,7 +19,7 @@ from transom.chat.files import stored_templates
 from transom.chat.template import ChatTemplate, Message
 from transom.checkpoints.open_model import open_text
 from transom.tokenizers.tokenizer import Tokenizer
-from transom.verify.findings import Finding, exact, one_line
+from transom.verify.findings import Finding, exact, missing, one_line
 from transom.verify.tiny_runs import quiet
 
 FILES = ("tokenizer.json", "tekken*.json", "tokenizer.model", "*.model.v*")
@@ -121,42 +120,40 @@ def _compare_with_transformers(
         return
     load = importlib.import_module("transformers").AutoTokenizer.from_pretrained
     try:
-        with quiet():
-            theirs = load(folder, local_files_only=True, trust_remote_code=False)
+        theirs = quiet()(load)(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # any error of another library
         reason = one_line(error)
         notice(f"{name}: no chats are compared: transformers cannot load the tokenizer ({reason})")
         return
     chats = [(messages, True, what) for what, messages in CHATS.items()]
     for messages, prompt, what in (*chats, ([USER, ANSWER], False, "an answered question")):
-        finding = _compare_ids(template, theirs, messages, prompt, f"{name}, {what}")
-        if finding is not None:
-            yield finding
+        yield from _compare_ids(template, theirs, messages, prompt, f"{name}, {what}")
 
 
 def _compare_ids(
     template: ChatTemplate, theirs: Any, messages: Sequence[Message], prompt: bool, case: str
-) -> Finding | None:
-    """Compare the ids of one chat after its BOS; None if transformers refuses the chat."""
-    refusal, measured = "", []
+) -> Iterator[Finding]:
+    """Compare the ids of one chat after its BOS, unless transformers refuses the chat."""
+    measured: Sequence[int] | RequestError
     try:
         measured = template.encode(messages, add_generation_prompt=prompt)
     except RequestError as error:
-        refusal = str(error)
+        measured = error
     plain = [dict(one) for one in messages]
+    write = theirs.apply_chat_template
     try:
-        expected = list(
-            theirs.apply_chat_template(plain, add_generation_prompt=prompt, return_dict=False)
-        )
+        expected = list(write(plain, add_generation_prompt=prompt, return_dict=False))
     except Exception as error:  # the template's own refusal, or any error of another library
-        if not refusal:
+        if not isinstance(measured, RequestError):
             reason = one_line(error)
             notice(f"{case}: not compared with transformers, which refuses it ({reason})")
-        return None
-    if refusal:
-        return exact(IDS, case, math.inf, refusal)
+        return
+    if isinstance(measured, RequestError):
+        yield missing(IDS, case, measured)
+        return
     mine, other = (ids[_leading_bos(template.tokenizer, ids) :] for ids in (measured, expected))
-    differs = [one != two for one, two in zip_longest(mine, other)]
-    at = differs.index(True) if True in differs else 0
-    detail = f"from token {at} on {mine[at : at + 5]}, transformers has {other[at : at + 5]}"
-    return exact(IDS, case, any(differs), detail)
+    pairs = enumerate(zip_longest(mine, other))
+    differs = [
+        f"token {at}: {one}, transformers has {two}" for at, (one, two) in pairs if one != two
+    ]
+    yield exact(IDS, case, differs)

@@ -33,14 +33,20 @@ def documents() -> dict[str, str]:
 
 
 @contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Give an empty folder, which is removed afterwards."""
+    with tempfile.TemporaryDirectory(prefix="transom-verify-") as name:
+        yield Path(name)
+
+
+@contextlib.contextmanager
 def temporary_corpus() -> Iterator[Path]:
     """Give a temporary folder with the documents in `corpus/`.
 
     Threads and random state are restored afterwards.
     """
     threads, state = torch.get_num_threads(), torch.get_rng_state()
-    with tempfile.TemporaryDirectory(prefix="transom-verify-") as name:
-        folder = Path(name)
+    with temporary_folder() as folder:
         (folder / "corpus").mkdir()
         for file, text in documents().items():
             (folder / "corpus" / file).write_text(text, encoding="utf-8")
@@ -53,7 +59,10 @@ def temporary_corpus() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Print no notices inside the context; checks open many models and runs."""
+    """Print no notices inside the context or, as a decorator, in a function.
+
+    Checks open many models and runs.
+    """
     with contextlib.redirect_stderr(io.StringIO()):
         yield
 

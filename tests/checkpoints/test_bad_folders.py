@@ -240,7 +240,7 @@ def test_a_missing_rank(folder):
 
 
 PARAMS_REFUSED = [
-    ("meta", {"dim": ...}, "params.json: dim: got None"),
+    ("meta", {"dim": ...}, "params.json: dim: missing; expected a value"),
     ("meta", {"dim": "x"}, "params.json: dim"),
     ("meta", {"n_heads": 5}, "n_heads: got 5"),
     ("meta", {"vision_chunk_size": 448}, "images by cross-attention"),
@@ -250,8 +250,12 @@ PARAMS_REFUSED = [
         "int4_weight_int8",
     ),
     ("meta", {"lora_args": {"rank": 4}}, "lora_args"),
-    ("meta", {"moe_args": {"top_k": 1}}, "not a params.json of Meta's ('num_experts')"),
-    ("mistral", {"n_heads": ...}, "params.json: n_heads: got None"),
+    (
+        "meta",
+        {"moe_args": {"top_k": 1}},
+        "params.json: moe_args: num_experts: missing; expected a value",
+    ),
+    ("mistral", {"n_heads": ...}, "params.json: n_heads: missing; expected a value"),
     ("mistral", {"sliding_window": [4, 8]}, "sliding_window: got [4, 8]; expected one size"),
     ("mistral", {"model_type": "mamba"}, "model_type: got 'mamba'"),
     ("mistral", {"quantization": {"qformat_weight": "fp8_e4m3"}}, "quantization: got 'fp8_e4m3'"),

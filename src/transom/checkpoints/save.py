@@ -12,9 +12,7 @@ from transom.base.errors import notice, require
 from transom.base.files import write_text
 from transom.base.runtime import DTYPES
 from transom.checkpoints.families.hf import args_from_hf, args_to_hf
-from transom.checkpoints.families.meta_params import args_to_meta
-from transom.checkpoints.families.mistral_params import args_to_mistral
-from transom.checkpoints.families.registry import WEIGHT_NAMES
+from transom.checkpoints.families.registry import PARAMS_FAMILIES, WEIGHT_NAMES
 from transom.checkpoints.files.consolidated import write_pickled
 from transom.checkpoints.files.generation_config import ids_of, settings_to_write, write_settings
 from transom.checkpoints.files.layout import (
@@ -150,9 +148,11 @@ def plan_layout(
         )
     else:
         args, ours = _untied(args, ours, format)
-        plain = replace(args, rope_layout="interleaved")
-        config = args_to_meta(plain) if format == "meta" else args_to_mistral(plain)
-        family = f"params_{format}"
+        written = PARAMS_FAMILIES[format].config_of(replace(args, rope_layout="interleaved"))
+        shapes = {"meta": "Llama 2, 3 and 4", "mistral": "Mistral and Mixtral"}[format]
+        expected = f"expected hf or native: {format} has the shapes of {shapes}"
+        require(written is not None, "format", format, expected)
+        config, family = written or {}, f"params_{format}"
     if args.rope_layout != layout:
         ours = {name: _reordered(name, lazy, args, layout) for name, lazy in ours.items()}
     groups = to_foreign(WEIGHT_NAMES[family].mappings(args, ours), ours, f"format {format}")

@@ -1,5 +1,5 @@
-"""What a Hugging Face family is: the options of its config, each read and written side by side. No
-torch.
+"""What a family of foreign models is: the options of its config, each read and written side by
+side. No torch.
 
 `Family.read` and `Family.write` both follow from the same tuple of `Option`. The sources are
 `configuration_*.py` and `modeling_*.py` of transformers 5.
@@ -8,11 +8,12 @@ torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transom.base.errors import RequestError, require
 from transom.checkpoints.families.foreign_config import ForeignConfig
+from transom.checkpoints.families.same_model import same_model
 from transom.checkpoints.families.weights import WeightNames
 from transom.config.layer_args import MoeArgs
 from transom.config.model_args import ModelArgs
@@ -39,11 +40,12 @@ class Option:
 
 @dataclass(frozen=True)
 class Family:
-    """One `model_type` of Hugging Face.
+    """One `model_type` of Hugging Face, or the `params.json` of one maker.
 
     Attributes:
         model_type: the name in config.json.
-        class_prefix: the beginning of the names of its classes: `Llama` in `LlamaForCausalLM`.
+        class_prefix: the beginning of the names of its classes: `Llama` in `LlamaForCausalLM`; ""
+            for a params.json, which names none.
         names: how its files name the weights.
         options: how its config is read and written. Later options override earlier ones.
         defaults: what the config class has where a file does not name the key.
@@ -73,11 +75,28 @@ class Family:
 
     def write(self, args: ModelArgs) -> Keys:
         """Return the config of a model; only reading it back shows whether it is the same model."""
-        names = {
-            "architectures": [f"{self.class_prefix}ForCausalLM"],
-            "model_type": self.model_type,
-        }
-        return {**names, **write_all(self.options, args)}
+        names = [f"{self.class_prefix}ForCausalLM"]
+        named = {"architectures": names, "model_type": self.model_type} if self.class_prefix else {}
+        return {**named, **write_all(self.options, args)}
+
+    def args_from(self, config: ForeignConfig) -> ModelArgs:
+        """Return the model that a config describes; raise `RequestError` if it is none."""
+        return config.model(self.read_nested, f"{self.model_type} config")
+
+    def config_of(self, args: ModelArgs) -> Keys | None:
+        """Return a config that reads back as a model, or None if the family cannot express it."""
+        if not self.writable:
+            return None
+        try:
+            config = self.write(args)
+            again = self.args_from(ForeignConfig(config, self.model_type, self.defaults))
+        except RequestError:
+            return None
+        # Interleaved weights may become halves: `save` permutes their rows, though not those of
+        # latent attention.
+        permuted = again.rope_layout == "halves" and args.mla_args is None
+        expected = replace(args, rope_layout="halves") if permuted else args
+        return config if same_model(again, expected) else None
 
 
 def read_all(options: Iterable[Option], config: ForeignConfig) -> Fields:
@@ -126,6 +145,19 @@ def copied(**paths: str) -> Option:
     )
 
 
+def optional(*names: str) -> Option:
+    """Return an option for keys that are fields of ours, written unless they have our default."""
+    plain = ModelArgs()
+    return Option(
+        lambda config: {name: config.get(name, getattr(plain, name)) for name in names},
+        lambda args: {
+            name: getattr(args, name)
+            for name in names
+            if getattr(args, name) != getattr(plain, name)
+        },
+    )
+
+
 def switches(**paths: str | tuple[str, ...]) -> Option:
     """Return an option for booleans.
 
@@ -151,9 +183,12 @@ def fixed(**values: Any) -> Option:
     return Option(lambda config: {name.replace("__", "."): value for name, value in values.items()})
 
 
-def _checked(check: Callable[[ForeignConfig], object]) -> Option:
+def _checked(
+    check: Callable[[ForeignConfig, str, Any], object], values: Mapping[str, Any]
+) -> Option:
     def read(config: ForeignConfig) -> Fields:
-        check(config)
+        for key, value in values.items():
+            check(config, key, value)
         return {}
 
     return Option(read)
@@ -165,21 +200,26 @@ def only(**values: Any) -> Option:
     Args:
         values: the supported value of each key, which is also its default.
     """
-
-    def check(config: ForeignConfig) -> None:
-        for key, value in values.items():
-            config.expect(key, value)
-
-    return _checked(check)
+    return _checked(ForeignConfig.expect, values)
 
 
 def ignored(*keys: str) -> Option:
     """Return an option for keys that transformers ignores in this family; one that is on is
     noted.
     """
-    return _checked(lambda config: config.note_ignored(*keys))
+    return _checked(lambda config, key, _: config.note_ignored(key), dict.fromkeys(keys))
+
+
+def refused(**reasons: str) -> Option:
+    """Return an option that refuses keys that are on, each for its reason."""
+    return _checked(
+        lambda config, key, reason: config.check(
+            not config.get(key), key, f"expected none, as {reason}"
+        ),
+        reasons,
+    )
 
 
 def redundant(*keys: str) -> Option:
     """Return an option for keys that repeat what other keys state."""
-    return _checked(lambda config: [config.get(key) for key in keys])
+    return _checked(lambda config, key, _: config.get(key), dict.fromkeys(keys))

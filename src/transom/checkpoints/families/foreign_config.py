@@ -78,13 +78,16 @@ class ForeignConfig:
         words = " or ".join(repr(value) for value in supported)
         self.check(self.get(key, supported[0]) in supported, key, f"expected {words}")
 
-    def note_ignored(self, *keys: str) -> None:
-        """Note each of the keys that is on in the file although transformers ignores it in this
-        family.
-        """
-        for key in keys:
-            if self.get(key):
-                self.note(f"{key} = {self.get(key)!r} is ignored, as in transformers")
+    def note_ignored(self, key: str) -> None:
+        """Note a key that is on in the file although transformers ignores it in this family."""
+        if self.get(key):
+            self.note(f"{key} = {self.get(key)!r} is ignored, as in transformers")
+
+    def assumed(self, key: str, reason: str = "") -> Any:
+        """Return the value; if the file does not state it, keep a note about the default."""
+        if key not in self._data:
+            self.note(f"{key} = {self[key]:g} is assumed, as the file does not state it{reason}")
+        return self[key]
 
     def note(self, line: str) -> None:
         """Keep a line for `print_notes`."""

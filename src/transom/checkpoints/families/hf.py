@@ -8,10 +8,8 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from transom.base.errors import RequestError, require
-from transom.checkpoints.families.family import Family
 from transom.checkpoints.families.foreign_config import ForeignConfig
 from transom.checkpoints.families.registry import FAMILIES
-from transom.checkpoints.families.same_model import same_model
 from transom.config.layer_args import BASE_HEAD
 from transom.config.model_args import ModelArgs
 
@@ -50,7 +48,7 @@ def args_from_hf(config: dict[str, Any], where: str) -> ModelArgs:
         )
     reader = ForeignConfig(config, where, FAMILIES[name].defaults)
     reader.refuse_quantized("quantization_config", "quant_method")
-    args = reader.model(FAMILIES[name].read_nested, f"{name} config")
+    args = FAMILIES[name].args_from(reader)
     reader.print_notes()
     return args
 
@@ -81,31 +79,13 @@ def args_to_hf(args: ModelArgs) -> dict[str, Any]:
         None,
         "format hf: expected the id of a token; save as native",
     )
-    for family in FAMILIES.values():
-        written = _config(family, args)
-        if written is not None:
-            return written
+    written = next(filter(None, (family.config_of(args) for family in FAMILIES.values())), None)
+    if written is not None:
+        return written
     changed = ", ".join(_unusual(args))
     raise RequestError(
         f"format: got 'hf'; expected 'native', as no Hugging Face family has {changed}"
     )
-
-
-def _config(family: Family, args: ModelArgs) -> dict[str, Any] | None:
-    """Return the config of a model as one family, or None if the family cannot express it."""
-    if not family.writable:
-        return None
-    try:
-        config = family.write(args)
-        reader = ForeignConfig(config, family.model_type, family.defaults)
-        again = reader.model(family.read_nested, f"{family.model_type} config")
-    except RequestError:
-        return None
-    # Interleaved weights may become halves: `save` permutes their rows, though not those of latent
-    # attention.
-    permuted = again.rope_layout == "halves" and args.mla_args is None
-    expected = replace(args, rope_layout="halves") if permuted else args
-    return config if same_model(again, expected) else None
 
 
 def _unusual(part: Any, path: str = "") -> list[str]:

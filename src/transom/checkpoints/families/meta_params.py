@@ -12,13 +12,23 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from transom.base.errors import notice, require
+from transom.base.errors import notice
+from transom.checkpoints.families.family import (
+    Family,
+    Fields,
+    Keys,
+    Option,
+    copied,
+    fixed,
+    optional,
+    redundant,
+    refused,
+    resolved_experts,
+)
 from transom.checkpoints.families.foreign_config import ForeignConfig
-from transom.checkpoints.families.same_model import reads_back
 from transom.checkpoints.families.weights import WeightNames
 from transom.config.layer_args import MoeArgs
 from transom.config.model_args import ModelArgs
-from transom.config.vision_args import VisionArgs
 from transom.names.tables import (
     DENSE_NAMES,
     LAYER,
@@ -81,33 +91,21 @@ META_NAMES = WeightNames(
 
 # Only Llama 4 has these.
 _LLAMA4 = ("moe_args", "ffn_exp", "nope_layer_interval", "attention_chunk_size", "use_qk_norm")
-# factor and high_freq_factor where a file states use_scaled_rope and no more.
-_SCALED = {3: (8.0, 4.0), 4: (16.0, 1.0)}
+_SCALING = ("rope_scaling_factor", "rope_high_freq_factor")
 _IMAGE_TOKEN = 200092  # <|patch|> of the Llama 4 tokenizer, which params.json does not name
-_CROSS_ATTENTION = "images by cross-attention (Llama 3.2 vision) are not supported"
-_UNSUPPORTED = {
-    "vision_chunk_size": _CROSS_ATTENTION,
-    "vision_num_cross_attention_layers": _CROSS_ATTENTION,
-    "vision_model": _CROSS_ATTENTION,
-    "lora_args": "an adapter inside the checkpoint is not supported",
-}
-# Keys that are fields of ours, with the same defaults.
-_SAME = (
-    *(
-        "dim",
-        "n_layers",
-        "n_heads",
-        "n_kv_heads",
-        "multiple_of",
-        "ffn_dim_multiplier",
-        "norm_eps",
-        "rope_theta",
-    ),
-    *("use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor", "attention_chunk_size"),
-    *("nope_layer_interval", "use_qk_norm", "attn_temperature_tuning", "floor_scale", "attn_scale"),
-)
-_SAME_MOE = ("num_experts", "top_k", "capacity_factor", "auto_scale_F", "interleave_moe_layer_step")
-_SAME_VISION = ("dim", "n_layers", "n_heads", "output_dim", "pixel_shuffle_ratio")
+
+
+def _defaults(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what Meta's code has where a file states nothing, with the length of the model card.
+
+    The keys of a file tell which code it is for.
+    """
+    llama4, scaled = any(key in params for key in _LLAMA4), params.get("use_scaled_rope")
+    theta, factors = (500000.0, (16.0, 1.0)) if llama4 else (10000.0, (8.0, 4.0))
+    length = 8192 if params.get("rope_theta", theta) != 10000.0 else 4096
+    length = 262144 if llama4 else 131072 if scaled else length
+    scaling = dict(zip(_SCALING, factors, strict=True))
+    return {"rope_theta": theta, "max_seq_len": length, **scaling}
 
 
 def args_from_meta(params: Mapping[str, Any], where: str, vocab_size: int) -> ModelArgs:
@@ -122,16 +120,11 @@ def args_from_meta(params: Mapping[str, Any], where: str, vocab_size: int) -> Mo
     Raises:
         RequestError: a key is missing, a value is not supported, or the weights are quantized.
     """
-    config = ForeignConfig(params, where, {})
+    stated = {key: value for key, value in params.items() if value not in (None, -1)}
+    defaults = {**META_PARAMS.defaults, **_defaults(stated), "vocab_size": vocab_size}
+    config = ForeignConfig(stated, where, defaults)
     config.refuse_quantized("quantization_args", "scheme")
-    for key, reason in _UNSUPPORTED.items():
-        config.check(config.get(key) in (None, 0, -1), key, f"expected none, as {reason}")
-    for key in ("dim", "n_layers", "n_heads"):
-        config.check(config.get(key) is not None, key, "expected a value")
-    args = config.model(lambda _: _fields(config, vocab_size), "params.json of Meta's")
-    # Meta's code computes the head width from dim.
-    for key in ("max_batch_size", "head_dim", "image_token"):
-        config.get(key)
+    args = META_PARAMS.args_from(config)
     config.print_notes()
     return args
 
@@ -141,178 +134,150 @@ def needs_vocabulary(params: Mapping[str, Any]) -> bool:
     return params.get("vocab_size") in (None, -1)
 
 
-def _fields(config: ForeignConfig, vocab_size: int) -> dict[str, Any]:
-    llama = 4 if any(config.get(key) is not None for key in _LLAMA4) else 3
-    out = {key: value for key in _SAME if (value := config.get(key)) is not None}
-    out.setdefault("rope_theta", 10000.0 if llama == 3 else 500000.0)
-    factor, high = _SCALED[llama]
-    assumed = []
-    if out.get("use_scaled_rope"):
-        if "rope_scaling_factor" not in out:
-            small = "; Hugging Face's copies of Llama 3.2 1B and 3B have 32" if llama == 3 else ""
-            assumed.append(f"rope_scaling_factor = {factor:g}, as in Meta's code{small}")
-        out = {"rope_scaling_factor": factor, "rope_high_freq_factor": high, **out}
-    else:  # which the code then does not read
-        out = {
-            key: value
-            for key, value in out.items()
-            if key not in ("rope_scaling_factor", "rope_high_freq_factor")
-        }
-    interval = out.get("nope_layer_interval")
-    has_nope = interval is not None and out["n_layers"] >= interval
-    out["attn_temperature_tuning"] = bool(out.get("attn_temperature_tuning")) and has_nope
-    length = config.get("max_position_embeddings") or config.get("max_seq_len")
-    if length is None:
-        length = _length(out, llama)
-        assumed.insert(0, f"max_seq_len = {length}")
-    if assumed:
-        notice(f"{config.where}: values that the file does not state: {', '.join(assumed)}")
-    stated, vision = config.get("vocab_size", -1), config.get("vision_args")
-    return {
-        **out,
-        "rope_layout": "interleaved",
-        "max_seq_len": length,
-        "vocab_size": vocab_size if stated == -1 else stated,
-        "moe_args": _moe(config),
-        "vision_args": None if vision is None else _vision(vision, stated, config.where),
-    }
-
-
-def _length(fields: Mapping[str, Any], llama: int) -> int:
-    """Return what Meta's model cards state for such a model, since the files do not."""
-    if llama == 4:
-        return 262144
-    if fields.get("use_scaled_rope"):
-        return 131072
-    return 8192 if fields["rope_theta"] > 10000.0 else 4096
-
-
-def _moe(config: ForeignConfig) -> dict[str, Any] | None:
-    moe, expansion = config.get("moe_args"), config.get("ffn_exp")
-    if moe is None:
-        return None
-    unknown = sorted(set(moe) - set(_SAME_MOE))
-    if unknown:
-        notice(f"{config.where}: keys not read: {', '.join(f'moe_args.{key}' for key in unknown)}")
-    return {
-        "num_experts": moe["num_experts"],
-        "top_k": 1,
-        "routing": "sigmoid",
-        "shared_expert": True,
-        **{key: moe[key] for key in _SAME_MOE if key in moe},
-        **({} if expansion is None else {"ffn_exp": expansion}),
-    }
-
-
-def _vision(vision: Mapping[str, Any], vocab_size: int, where: str) -> dict[str, Any]:
-    token = vision.get("image_token")
+def _read_rope(config: ForeignConfig) -> Fields:
+    interval = config.get("nope_layer_interval")
+    tuned = interval is not None and config["n_layers"] >= interval
+    length = config.get("max_position_embeddings")
     out = {
-        **{key: vision[key] for key in _SAME_VISION},
-        "hidden_dim": int(vision["mlp_ratio"] * vision["dim"]),
-        "adapter_dim": vision["output_dim"],
-        "image_token": _IMAGE_TOKEN if token is None and vocab_size > _IMAGE_TOKEN else token,
+        "max_seq_len": config.assumed("max_seq_len") if length is None else length,
+        "nope_layer_interval": interval,
+        "attn_temperature_tuning": tuned and config.get("attn_temperature_tuning", False),
+        "use_scaled_rope": config.get("use_scaled_rope", False),
     }
-    for key in ("image_size", "patch_size"):
-        size = vision[key]
-        square = isinstance(size, Mapping) and size.get("height") == size.get("width")
-        require(
-            square, f"{where}: vision_args.{key}", size, "expected the height and width of a square"
-        )
-        out[key] = int(size["height"])
+    stated = {key: config[key] for key in _SCALING}
+    if out["use_scaled_rope"]:  # otherwise the code does not read them
+        small = ", as in Meta's code; Hugging Face's copies of Llama 3.2 1B and 3B have 32"
+        config.assumed("rope_scaling_factor", small if stated[_SCALING[0]] == 8 else "")
+        out |= stated
     return out
 
 
-def args_to_meta(args: ModelArgs) -> dict[str, Any]:
-    """Return the params.json that reads back as the same model, whose rotary pairs are interleaved.
-
-    Raises:
-        RequestError: the format cannot express the model.
-    """
-    plain, letters = ModelArgs(), args.pattern
-    nope = next((index + 1 for index, letter in enumerate(letters) if letter.islower()), None)
-    scaled = {}
-    if args.scaling is not None:
-        scaled = {
-            "use_scaled_rope": True,
-            "rope_scaling_factor": args.scaling.factor,
-            "rope_high_freq_factor": args.scaling.high_freq_factor,
-        }
-    required = ("dim", "n_layers", "n_heads", "norm_eps", "rope_theta")
-    params: dict[str, Any] = {
-        key: getattr(args, key)
-        for key in _SAME
-        if key in required or getattr(args, key) != getattr(plain, key)
-    }
-    params |= {
-        "n_kv_heads": args.kv_heads,
-        "vocab_size": args.vocab_size,
-        # Meta's code takes max_seq_len from its caller and fails on a second one; it ignores this
-        # name.
-        "max_position_embeddings": args.max_seq_len,
-        **scaled,
-        **_widths(args),
-    }
-    if nope is not None:
-        params["nope_layer_interval"] = nope
-    if args.vision_args is not None:
-        params["vision_args"] = _vision_params(args.vision_args)
-    same = reads_back(args, lambda: args_from_meta(params, "params.json", args.vocab_size))
-    require(
-        same, "format", "meta", "expected hf or native: meta has the shapes of Llama 2, 3 and 4"
-    )
-    scaling = args.scaling
-    if (
-        scaling is not None
-        and args.moe_args is None
-        and (scaling.factor, scaling.high_freq_factor) != _SCALED[3]
-    ):
-        notice(
-            f"params.json: rope_scaling_factor = {scaling.factor:g}, but Meta's Llama "
-            f"3 code computes with 8"
-        )
-    return params
+def _write_rope(args: ModelArgs) -> Keys:
+    scaling, letters = args.scaling, args.pattern
+    # Meta's code takes max_seq_len from its caller and fails on a second one; it ignores this name.
+    out: Keys = {"max_position_embeddings": args.max_seq_len}
+    if not letters.isupper():
+        first = next(index for index, letter in enumerate(letters) if letter.islower())
+        tuned = {"attn_temperature_tuning": True} if args.attn_temperature_tuning else {}
+        out |= {"nope_layer_interval": first + 1, **tuned}
+    if scaling is not None:
+        factors = (scaling.factor, scaling.high_freq_factor)
+        out |= {"use_scaled_rope": True, **dict(zip(_SCALING, factors, strict=True))}
+        if args.moe_args is None and factors != (8.0, 4.0):
+            stated = f"params.json: rope_scaling_factor = {factors[0]:g}"
+            notice(f"{stated}, but Meta's Llama 3 code computes with 8")
+    return out
 
 
-def _widths(args: ModelArgs) -> dict[str, Any]:
+def _write_widths(args: ModelArgs) -> Keys:
     """Return feed-forward widths as the rule of params.json makes them, with a multiple_of that
     makes any width.
     """
-    moe = next((layer.moe for layer in args.layers if layer.moe is not None), None)
-    if moe is None or args.moe_args is None:
-        if args.hidden_dim is None:
-            return {"multiple_of": args.multiple_of}
-        return _exact_widths(args.dense_hidden_dim, args.dense_hidden_dim, args.dim)
-    if args.hidden_dim is None and args.moe_args.hidden_dim is None:
-        return {"multiple_of": args.multiple_of, **_moe_params(args, args.moe_args)}
-    dense, width = args.dense_hidden_dim, moe.hidden_dim or args.dense_hidden_dim
-    out = _exact_widths(dense, width, args.dim)
-    expansion = (width - out["multiple_of"] / 2) / out["ffn_dim_multiplier"] * 1.5 / args.dim
-    return out | _moe_params(args, replace(args.moe_args, ffn_exp=expansion, auto_scale_F=False))
-
-
-def _exact_widths(dense: int, sparse: int, dim: int) -> dict[str, Any]:
-    multiple = math.gcd(dense, sparse)
-    # The middle of the last step, so that no rounding leads into another one.
-    return {
-        "multiple_of": multiple,
-        "ffn_dim_multiplier": (dense - multiple / 2) / int(8 * dim / 3),
-    }
-
-
-def _moe_params(args: ModelArgs, moe: MoeArgs) -> dict[str, Any]:
-    sparse = [layer.index for layer in args.layers if layer.moe is not None]
-    step = sparse[0] + 1 if sparse else args.n_layers + 1
-    known = {key: getattr(moe, key) for key in _SAME_MOE}
-    return {"ffn_exp": moe.ffn_exp, "moe_args": {**known, "interleave_moe_layer_step": step}}
-
-
-def _vision_params(vision: VisionArgs) -> dict[str, Any]:
-    out = {
-        **{key: getattr(vision, key) for key in _SAME_VISION},
-        "mlp_ratio": vision.hidden_dim / vision.dim,
-        "image_size": {"height": vision.image_size, "width": vision.image_size},
-        "patch_size": {"height": vision.patch_size, "width": vision.patch_size},
-    }
-    if vision.image_token not in (None, _IMAGE_TOKEN):
-        out["image_token"] = vision.image_token
+    out: Keys = {"n_kv_heads": args.kv_heads, "multiple_of": args.multiple_of}
+    moe, dense = args.moe_args, args.dense_hidden_dim
+    width = dense if moe is None else resolved_experts(args).hidden_dim or dense
+    if args.hidden_dim is not None or (moe is not None and moe.hidden_dim is not None):
+        multiple = math.gcd(dense, width)
+        # The middle of the last step, so that no rounding leads into another one.
+        factor = (dense - multiple / 2) / int(8 * args.dim / 3)
+        out |= {"multiple_of": multiple, "ffn_dim_multiplier": factor}
+        expansion = (width - multiple / 2) / factor * 1.5 / args.dim
+        moe = None if moe is None else replace(moe, ffn_exp=expansion, auto_scale_F=False)
+    if moe is not None:
+        step = next(layer.index + 1 for layer in args.layers if layer.moe is not None)
+        stated = {key: getattr(moe, key) for key in _MOE_DEFAULTS}
+        stated |= {"num_experts": moe.num_experts, "interleave_moe_layer_step": step}
+        out |= {"ffn_exp": moe.ffn_exp, "moe_args": stated}
     return out
+
+
+def _read_experts(config: ForeignConfig) -> Fields:
+    expansion = config.get("ffn_exp", MoeArgs().ffn_exp)
+    if config.get("moe_args") is None:
+        return {}
+    moe = config.part("moe_args", _MOE_DEFAULTS)
+    stated = {f"moe_args.{key}": moe[key] for key in ("num_experts", *_MOE_DEFAULTS)}
+    moe.print_notes()
+    return {
+        **stated,
+        "moe_args.ffn_exp": expansion,
+        "moe_args.routing": "sigmoid",
+        "moe_args.shared_expert": True,
+    }
+
+
+_MOE_DEFAULTS = {
+    "top_k": 1,
+    **{
+        key: getattr(MoeArgs(), key)
+        for key in ("capacity_factor", "auto_scale_F", "interleave_moe_layer_step")
+    },
+}
+_VISION = copied(
+    **{
+        key: f"vision_args.{key}"
+        for key in ("dim", "n_layers", "n_heads", "output_dim", "pixel_shuffle_ratio")
+    }
+)
+_SIDES = ("image_size", "patch_size")
+
+
+def _read_vision(config: ForeignConfig) -> Fields:
+    if config.get("vision_args") is None:
+        return {}
+    vision = config.part("vision_args", {})
+    named = _IMAGE_TOKEN if config["vocab_size"] > _IMAGE_TOKEN else None
+    out = {
+        **_VISION.read(vision),
+        "vision_args.hidden_dim": int(vision["mlp_ratio"] * vision["dim"]),
+        "vision_args.adapter_dim": vision["output_dim"],
+        "vision_args.image_token": vision.get("image_token", named),
+    }
+    for key in _SIDES:
+        size = vision[key]
+        square = isinstance(size, Mapping) and size.get("height") == size.get("width")
+        vision.check(square, key, "expected the height and width of a square")
+        out[f"vision_args.{key}"] = int(size["height"])
+    return out
+
+
+def _write_vision(args: ModelArgs) -> Keys:
+    vision = args.vision_args
+    if vision is None:
+        return {}
+    sides = {key: dict.fromkeys(("height", "width"), getattr(vision, key)) for key in _SIDES}
+    token = vision.image_token
+    named = {} if token in (None, _IMAGE_TOKEN) else {"image_token": token}
+    ratio = {"mlp_ratio": vision.hidden_dim / vision.dim}
+    return {"vision_args": {**_VISION.write(args), **ratio, **sides, **named}}
+
+
+_CROSS_ATTENTION = "images by cross-attention (Llama 3.2 vision) are not supported"
+META_PARAMS = Family(
+    "params_meta",
+    "",
+    META_NAMES,
+    (
+        refused(
+            vision_chunk_size=_CROSS_ATTENTION,
+            vision_num_cross_attention_layers=_CROSS_ATTENTION,
+            vision_model=_CROSS_ATTENTION,
+            lora_args="an adapter inside the checkpoint is not supported",
+        ),
+        # Meta's code computes the head width from dim.
+        redundant("max_batch_size", "head_dim", "image_token"),
+        fixed(rope_layout="interleaved"),
+        copied(
+            **{
+                key: key
+                for key in ("dim", "n_layers", "n_heads", "norm_eps", "rope_theta", "vocab_size")
+            }
+        ),
+        optional("n_kv_heads", "multiple_of", "ffn_dim_multiplier", "attention_chunk_size"),
+        optional("use_qk_norm", "floor_scale", "attn_scale"),
+        Option(_read_rope, _write_rope),
+        Option(_read_experts, _write_widths),
+        Option(_read_vision, _write_vision),
+    ),
+    {"norm_eps": ModelArgs().norm_eps, **_defaults({})},
+)

@@ -9,10 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transom.base.errors import notice, require
+from transom.base.errors import require
+from transom.checkpoints.families.family import (
+    Family,
+    Fields,
+    Keys,
+    Option,
+    copied,
+    fixed,
+    only,
+    redundant,
+    refused,
+    resolved_experts,
+)
 from transom.checkpoints.families.foreign_config import ForeignConfig
 from transom.checkpoints.families.meta_params import SHARED_NAMES
-from transom.checkpoints.families.same_model import reads_back
+from transom.checkpoints.families.options import window_fields
 from transom.checkpoints.families.weights import WeightNames
 from transom.config.model_args import ModelArgs
 from transom.names.tables import MISTRAL_EXPERTS
@@ -28,21 +40,6 @@ MISTRAL_NAMES = WeightNames(
     ),
     reference_code=True,
 )
-_REQUIRED = (
-    "dim",
-    "n_layers",
-    "head_dim",
-    "hidden_dim",
-    "n_heads",
-    "n_kv_heads",
-    "norm_eps",
-    "vocab_size",
-)
-# Keys that change what is computed, in ways that this reader does not know.
-_UNSUPPORTED = (
-    *("yarn", "llama_4_scaling", "multimodal", "qk_nope_head_dim", "q_lora_rank", "kv_lora_rank"),
-    *("cross_att_layers", "every_cross_att", "non_parametric_norm", "use_biases"),
-)
 _LENGTH = 128_000  # positions in the reference code's table
 
 
@@ -52,37 +49,28 @@ def args_from_mistral(params: Mapping[str, Any], where: str) -> ModelArgs:
     Raises:
         RequestError: a key is missing, a value is not supported, or the weights are quantized.
     """
-    config = ForeignConfig(params, where, {})
+    # With one window for all layers it is Mistral 7B v0.1. The values are those that the reference
+    # code had when such files were released.
+    theta = 1e4 if isinstance(params.get("sliding_window"), int) else 1e6
+    config = ForeignConfig(params, where, {"rope_theta": theta})
     config.refuse_quantized("quantization", "qformat_weight")
-    config.expect("model_type", "transformer")
-    config.expect("activation", "silu")
-    for key in _REQUIRED:
-        config.check(config.get(key) is not None, key, "expected a value")
-    for key in _UNSUPPORTED:
-        config.check(not config.get(key), key, "expected none, as this is not supported")
-    # Adapters have files of their own.
-    for key in ("max_batch_size", "lora", "vision_encoder", "dtype"):
-        config.get(key)
-    args = config.model(_fields, "params.json of Mistral's")
+    args = MISTRAL_PARAMS.args_from(config)
     config.print_notes()
     return args
 
 
-def _fields(config: ForeignConfig) -> dict[str, Any]:
+def _read(config: ForeignConfig) -> Fields:
+    length = config.get("max_position_embeddings") or config.get("max_seq_len")
     return {
-        **{key: config[key] for key in _REQUIRED},
-        **_windows(config),
-        "rope_theta": _theta(config),
-        "rope_layout": "interleaved",
-        "max_seq_len": config.get("max_position_embeddings")
-        or config.get("max_seq_len")
-        or _LENGTH,
+        "rope_theta": config.assumed("rope_theta"),
+        "max_seq_len": length or _LENGTH,
         "tie_embeddings": config.get("tied_embeddings", False),
-        "moe_args": _moe(config),
+        **_windows(config),
+        **_experts(config),
     }
 
 
-def _windows(config: ForeignConfig) -> dict[str, Any]:
+def _windows(config: ForeignConfig) -> Fields:
     """Return the window: a number for all layers, or a list tiled over them in which null means
     no window.
     """
@@ -90,74 +78,59 @@ def _windows(config: ForeignConfig) -> dict[str, Any]:
     if not isinstance(window, list):
         return {"sliding_window": window}
     sizes = {size for size in window if size is not None}
-    fits = len(sizes) <= 1 and bool(window)
-    require(
-        fits,
-        f"{config.where}: sliding_window",
-        window,
-        "expected one size, and null for layers without",
-    )
-    layers = config["n_layers"]
-    letters = [
-        "F" if size is None else "S" for size in (window * -(-layers // len(window)))[:layers]
-    ]
-    if "S" not in letters:
-        return {}
-    return {"sliding_window": sizes.pop(), **({"layer_pattern": letters} if "F" in letters else {})}
+    field, expected = f"{config.where}: sliding_window", "expected one size, and null for layers"
+    require(len(sizes) <= 1 and bool(window), field, window, f"{expected} without")
+    letters = ["F" if window[i % len(window)] is None else "S" for i in range(config["n_layers"])]
+    return window_fields(letters, next(iter(sizes), None))
 
 
-def _theta(config: ForeignConfig) -> Any:
-    """Return the value of the file, or that of the reference code when such files were released."""
-    theta = config.get("rope_theta")
-    if theta is None:
-        # With one window for all layers it is Mistral 7B v0.1.
-        theta = 1e4 if isinstance(config.get("sliding_window"), int) else 1e6
-        notice(f"{config.where}: values that the file does not state: rope_theta = {theta:g}")
-    return theta
-
-
-def _moe(config: ForeignConfig) -> dict[str, Any] | None:
+def _experts(config: ForeignConfig) -> Fields:
     moe = config.get("moe")
     if moe is None:
-        return None
+        return {}
     known = isinstance(moe, Mapping) and set(moe) == {"num_experts", "num_experts_per_tok"}
     config.check(known, "moe", "expected num_experts and num_experts_per_tok")
     return {
-        "num_experts": moe["num_experts"],
-        "top_k": moe["num_experts_per_tok"],
-        "hidden_dim": config["hidden_dim"],
+        "moe_args.num_experts": moe["num_experts"],
+        "moe_args.top_k": moe["num_experts_per_tok"],
+        "moe_args.hidden_dim": config["hidden_dim"],
     }
 
 
-def args_to_mistral(args: ModelArgs) -> dict[str, Any]:
-    """Return the params.json that reads back as the same model, whose rotary pairs are interleaved.
-
-    Raises:
-        RequestError: the format cannot express the model.
-    """
-    moe = next((layer.moe for layer in args.layers if layer.moe is not None), None)
-    params: dict[str, Any] = {
-        "dim": args.dim,
-        "n_layers": args.n_layers,
+def _write(args: ModelArgs) -> Keys:
+    out: Keys = {
         "head_dim": args.head_size,
-        "hidden_dim": args.dense_hidden_dim if moe is None else moe.hidden_dim,
-        "n_heads": args.n_heads,
+        "hidden_dim": args.dense_hidden_dim,
         "n_kv_heads": args.kv_heads,
-        "norm_eps": args.norm_eps,
-        "vocab_size": args.vocab_size,
         "rope_theta": args.rope_theta,
         "max_position_embeddings": args.max_seq_len,
     }
     if args.sliding_window is not None:
         sizes = [args.sliding_window if letter == "S" else None for letter in args.pattern]
-        params["sliding_window"] = sizes if None in sizes else args.sliding_window
-    if moe is not None:
-        params["moe"] = {"num_experts": moe.num_experts, "num_experts_per_tok": moe.top_k}
-    same = reads_back(args, lambda: args_from_mistral(params, "params.json"))
-    require(
-        same,
-        "format",
-        "mistral",
-        "expected hf or native: mistral has the shapes of Mistral and Mixtral",
-    )
-    return params
+        out["sliding_window"] = sizes if None in sizes else args.sliding_window
+    if args.moe_args is not None:
+        moe = resolved_experts(args)
+        out["moe"] = {"num_experts": moe.num_experts, "num_experts_per_tok": moe.top_k}
+        out["hidden_dim"] = moe.hidden_dim
+    return out
+
+
+# Keys that change what is computed, in ways that this reader does not know.
+_UNSUPPORTED = (
+    *("yarn", "llama_4_scaling", "multimodal", "qk_nope_head_dim", "q_lora_rank", "kv_lora_rank"),
+    *("cross_att_layers", "every_cross_att", "non_parametric_norm", "use_biases"),
+)
+_SAME = ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps")
+MISTRAL_PARAMS = Family(
+    "params_mistral",
+    "",
+    MISTRAL_NAMES,
+    (
+        only(model_type="transformer", activation="silu"),
+        refused(**dict.fromkeys(_UNSUPPORTED, "this is not supported")),
+        redundant("max_batch_size", "lora", "vision_encoder", "dtype"),  # adapters have own files
+        fixed(rope_layout="interleaved"),
+        copied(**{key: key for key in (*_SAME, "vocab_size")}),
+        Option(_read, _write),
+    ),
+)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from transom.checkpoints.families.family import (
     Fields,
@@ -121,13 +122,15 @@ def read_windows(config: ForeignConfig, is_full: Callable[[int], bool]) -> Field
         )
         letters = ["F" if kind == "full_attention" else "S" for kind in types]
     window = config["sliding_window"]
+    fits = window is not None or "S" not in letters
+    config.check(fits, "sliding_window", "expected a number, as layer_types has sliding layers")
+    return window_fields(letters, window)
+
+
+def window_fields(letters: Sequence[str], window: Any) -> Fields:
+    """Return the fields of a window in the layers with the letter S."""
     if "S" not in letters:
         return {}
-    config.check(
-        window is not None,
-        "sliding_window",
-        "expected a number, since layer_types has sliding layers",
-    )
     return {"sliding_window": window, **({"layer_pattern": letters} if "F" in letters else {})}
 
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from transom.checkpoints.families import deepseek, gemma, gpt_oss, llama, llama4, qwen
 from transom.checkpoints.families.family import Family
-from transom.checkpoints.families.meta_params import META_NAMES
-from transom.checkpoints.families.mistral_params import MISTRAL_NAMES
+from transom.checkpoints.families.meta_params import META_PARAMS
+from transom.checkpoints.families.mistral_params import MISTRAL_PARAMS
 from transom.checkpoints.families.weights import WeightNames
 
 # A model is written as the first family that can express it.
@@ -15,9 +15,9 @@ _GROUPS = (llama, qwen, gemma, gpt_oss, llama4, deepseek)
 FAMILIES: dict[str, Family] = {
     family.model_type: family for group in _GROUPS for family in group.FAMILIES
 }
+# By the format of a folder with a params.json.
+PARAMS_FAMILIES = {"meta": META_PARAMS, "mistral": MISTRAL_PARAMS}
 # By model_type, or `params_meta` and `params_mistral` for folders with a params.json.
 WEIGHT_NAMES: dict[str, WeightNames] = {
-    **{name: family.names for name, family in FAMILIES.items()},
-    "params_meta": META_NAMES,
-    "params_mistral": MISTRAL_NAMES,
+    family.model_type: family.names for family in (*FAMILIES.values(), *PARAMS_FAMILIES.values())
 }

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from transom.base.errors import RequestError
 from transom.config.layer_args import LayerArgs, MoeArgs
 from transom.config.model_args import ModelArgs
 
@@ -33,14 +31,6 @@ def same_model(first: ModelArgs, second: ModelArgs) -> bool:
     written.
     """
     return _forward(first) == _forward(second)
-
-
-def reads_back(args: ModelArgs, read: Callable[[], ModelArgs]) -> bool:
-    """Return whether `read` returns the same model as `args`; a `RequestError` of it means no."""
-    try:
-        return same_model(read(), args)
-    except RequestError:
-        return False
 
 
 def _forward(args: ModelArgs) -> list[Any]:

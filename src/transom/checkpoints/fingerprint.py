@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
+import re
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -69,18 +69,21 @@ def fingerprint(folder: str | Path, *, fresh: bool = False) -> str:
     location = find_model(folder)
     require(location.adapter is None, "model", str(folder), "expected no adapter")
     where = location.model
-    now = time.time_ns()
-    states = _file_states(where)
-    cached = None if fresh else _cached(where, states)
-    if cached is not None:
-        return cached
+    now, states = time.time_ns(), _file_states(where)
+    cache = _cache_file(where, states)
+    with contextlib.suppress(OSError):
+        cached = "" if fresh else cache.read_text(encoding="utf-8")
+        if re.fullmatch("[0-9a-f]{64}", cached):
+            return cached
     args = read_args(where)
     made = fingerprint_of(args, open_parameters(where, args))
     # A file that changes twice within one tick of the clock has the same times, so results for new
     # files are not cached.
     settled = all(max(state[2:4]) < now - _SETTLED for state in states)
     if not fresh and settled and _file_states(where) == states:
-        _write_cache(where, states, made)
+        with contextlib.suppress(OSError):  # without the cache, the weights are hashed again
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            cache.write_text(made, encoding="utf-8")
     return made
 
 
@@ -94,28 +97,10 @@ def _file_states(folder: Path) -> list[list[Any]]:
     return states
 
 
-def _cache_path(folder: Path) -> Path:
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
-    return cache_dir() / "fingerprints" / f"{name}.json"
-
-
-def _cached(folder: Path, states: list[list[Any]]) -> str | None:
-    try:
-        kept = json.loads(_cache_path(folder).read_text(encoding="utf-8"))
-        fits = kept["version"] == _VERSION and kept["files"] == states
-        return str(kept["fingerprint"]) if fits else None
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-
-
-def _write_cache(folder: Path, states: list[list[Any]], made: str) -> None:
-    path, where = _cache_path(folder), str(folder.resolve())
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    content = {"version": _VERSION, "folder": where, "files": states, "fingerprint": made}
-    with contextlib.suppress(OSError):  # without the cache, the weights are hashed again
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        temporary.replace(path)
+def _cache_file(folder: Path, states: list[list[Any]]) -> Path:
+    """Return the file for the fingerprint of a folder while its files are in these states."""
+    key = json.dumps([_VERSION, str(folder.resolve()), states])
+    return cache_dir() / "fingerprints" / hashlib.sha256(key.encode()).hexdigest()
 
 
 def fingerprint_of(args: ModelArgs, source: LazyTensors) -> str:

@@ -4,7 +4,7 @@ two rotary layouts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 
 import torch
@@ -17,6 +17,41 @@ from transom.names.tables import Transform
 Shape = tuple[int, ...]
 
 
+def _turned(tensor: Tensor) -> Tensor:
+    """Return matrices [E, in, out] as [E, out, in] or the other way; biases stay as they are."""
+    return tensor.mT if tensor.ndim == 3 else tensor
+
+
+# How foreign tensors become ours, given the shapes of ours, and how ours become foreign.
+_BOTH_WAYS: dict[
+    Transform,
+    tuple[
+        Callable[[Sequence[Tensor], Sequence[Shape]], Sequence[Tensor]],
+        Callable[[Sequence[Tensor]], Sequence[Tensor]],
+    ],
+] = {
+    "copy": (lambda theirs, shapes: theirs, lambda ours: ours),
+    "stack": (lambda theirs, shapes: [stack(theirs)], lambda ours: ours[0].unbind(0)),
+    "transpose": (lambda theirs, shapes: [theirs[0].mT], lambda ours: [ours[0].mT]),
+    "flat": (
+        lambda theirs, shapes: [theirs[0].unflatten(0, (shapes[0][0], -1)).mT],
+        lambda ours: [ours[0].mT.flatten(0, 1)],
+    ),
+    "halves": (
+        lambda theirs, shapes: theirs[0].mT.chunk(2, dim=1),
+        lambda ours: [concatenate(ours, 1).mT],
+    ),
+    "rows": (
+        lambda theirs, shapes: theirs[0].split([shape[0] for shape in shapes]),
+        lambda ours: [concatenate(ours)],
+    ),
+    "alternate": (
+        lambda theirs, shapes: [_turned(theirs[0][..., start::2]) for start in (0, 1)],
+        lambda ours: [stack([_turned(one) for one in ours], -1).flatten(-2)],
+    ),
+}
+
+
 def apply_transform(
     transform: Transform, tensors: Sequence[Tensor], shapes: Sequence[Shape]
 ) -> list[Tensor]:
@@ -27,44 +62,12 @@ def apply_transform(
         tensors: the foreign tensors, in the order of the mapping.
         shapes: the shapes of ours.
     """
-    first = tensors[0]
-    match transform:
-        case "copy":
-            return list(tensors)
-        case "stack":
-            return [stack(tensors)]
-        case "transpose":
-            return [first.mT]
-        case "flat":
-            return [first.unflatten(0, (shapes[0][0], -1)).mT]
-        case "halves":
-            return list(first.mT.chunk(2, dim=1))
-        case "rows":
-            return list(first.split([shape[0] for shape in shapes]))
-        case "alternate":
-            columns = (first[..., 0::2], first[..., 1::2])
-            return [part.mT if part.ndim == 3 else part for part in columns]
+    return list(_BOTH_WAYS[transform][0](tensors, shapes))
 
 
 def invert_transform(transform: Transform, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the foreign tensors of a mapping, given ours."""
-    first = tensors[0]
-    match transform:
-        case "copy":
-            return list(tensors)
-        case "stack":
-            return list(first.unbind(0))
-        case "transpose":
-            return [first.mT]
-        case "flat":
-            return [first.mT.flatten(0, 1)]
-        case "halves":
-            return [concatenate(tensors, 1).mT]
-        case "rows":
-            return [concatenate(tensors)]
-        case "alternate":
-            columns = [part.mT if part.ndim == 3 else part for part in tensors]
-            return [stack(columns, -1).flatten(-2)]
+    return list(_BOTH_WAYS[transform][1](tensors))
 
 
 def concatenate(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:

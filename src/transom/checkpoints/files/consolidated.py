@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,15 +141,15 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
 def _joined(key: str, parts: Sequence[Tensor], args: ModelArgs, folder: Path) -> LazyTensor:
     if len(parts) == 1:
         return LazyTensor.of(parts[0])
-    rule = rule_of(key)
+    join = _JOIN[rule_of(key)]
     try:
-        meta = join(rule, [part.to("meta") for part in parts], args)
+        meta = join([part.to("meta") for part in parts], args)
     except (RuntimeError, IndexError):
         found = ", ".join(str(tuple(part.shape)) for part in parts)
         raise RequestError(
             f"{folder}: {key}: got shapes {found} in {len(parts)} ranks; expected ones that fit"
         ) from None
-    return LazyTensor(tuple(meta.shape), meta.dtype, lambda: join(rule, parts, args))
+    return LazyTensor(tuple(meta.shape), meta.dtype, lambda: join(parts, args))
 
 
 def rule_of(key: str) -> Rule:
@@ -158,30 +158,35 @@ def rule_of(key: str) -> Rule:
     return next(found, "same")
 
 
-def join(rule: Rule, parts: Sequence[Tensor], args: ModelArgs) -> Tensor:
-    """Return one tensor from the parts of all ranks."""
-    match rule:
-        case "same":
-            return parts[0]
-        case "rows":
-            return torch.cat(list(parts))
-        case "columns":
-            return torch.cat(list(parts), -1)
-        case "embedding":  # Llama 1 and 2 cut the features, later models the vocabulary
-            return torch.cat(list(parts), 0 if parts[0].size(1) == args.dim else 1)
-        case "kv":  # if there are more ranks than heads, neighbours have the same head
-            rows, wanted = sum(part.size(0) for part in parts), args.kv_heads * args.head_size
-            return torch.cat(list(parts[:: max(rows // wanted, 1)]))
-        case "experts":
-            count = args.moe_args.num_experts if args.moe_args else 1
-            return torch.cat([part.unflatten(0, (count, -1)) for part in parts], 1).flatten(0, 1)
-        case "pair":
-            pieces = [part.chunk(2) for part in parts]
-        case "qkv":
-            unit = parts[0].size(0) // (args.n_heads + 2 * args.kv_heads)
-            sizes = [unit * args.n_heads, unit * args.kv_heads, unit * args.kv_heads]
-            pieces = [part.split(sizes) for part in parts]
+def _joined_pieces(parts: Sequence[Tensor], shares: Sequence[int]) -> Tensor:
+    """Return the first pieces of all parts as rows, then the second ones; `shares` cuts a part."""
+    unit = parts[0].size(0) // sum(shares)
+    pieces = [part.split([unit * share for share in shares]) for part in parts]
     return torch.cat([piece for same in zip(*pieces, strict=True) for piece in same])
+
+
+def _joined_experts(parts: Sequence[Tensor], args: ModelArgs) -> Tensor:
+    count = args.moe_args.num_experts if args.moe_args else 1
+    return torch.cat([part.unflatten(0, (count, -1)) for part in parts], 1).flatten(0, 1)
+
+
+def _joined_heads(parts: Sequence[Tensor], args: ModelArgs) -> Tensor:
+    # If there are more ranks than heads, neighbours have the same head.
+    rows, wanted = sum(part.size(0) for part in parts), args.kv_heads * args.head_size
+    return torch.cat([*parts[:: max(rows // wanted, 1)]])
+
+
+_JOIN: dict[Rule, Callable[[Sequence[Tensor], ModelArgs], Tensor]] = {
+    "same": lambda parts, args: parts[0],
+    "rows": lambda parts, args: torch.cat([*parts]),
+    "columns": lambda parts, args: torch.cat([*parts], -1),
+    # Llama 1 and 2 cut the features, later models the vocabulary.
+    "embedding": lambda parts, args: torch.cat([*parts], int(parts[0].size(1) != args.dim)),
+    "kv": _joined_heads,
+    "experts": _joined_experts,
+    "pair": lambda parts, args: _joined_pieces(parts, (1, 1)),
+    "qkv": lambda parts, args: _joined_pieces(parts, (args.n_heads, args.kv_heads, args.kv_heads)),
+}
 
 
 def write_pickled(folder: Path, groups: Sequence[TensorGroup]) -> None:

@@ -64,9 +64,7 @@ def test_files_that_change_while_they_are_hashed_are_not_cached(tmp_path, monkey
     for file in (tmp_path / "model").iterdir():
         os.utime(file, (1, 1))
     monkeypatch.setattr(module, "_SETTLED", -(10**18))  # the age of the files does not count
-    kept = []
-    monkeypatch.setattr(module, "_write_cache", lambda *given: kept.append(given))
-    fingerprint(tmp_path / "model")
+    monkeypatch.setenv("TRANSOM_CACHE", str(tmp_path / "cache"))
     hashed = module.fingerprint_of
 
     def changed(*given):
@@ -75,7 +73,10 @@ def test_files_that_change_while_they_are_hashed_are_not_cached(tmp_path, monkey
 
     monkeypatch.setattr(module, "fingerprint_of", changed)
     fingerprint(tmp_path / "model")
-    assert len(kept) == 1
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(module, "fingerprint_of", hashed)
+    fingerprint(tmp_path / "model")
+    assert len(list((tmp_path / "cache" / "fingerprints").iterdir())) == 1
 
 
 def test_facts_are_read_strictly_as_they_were_written(tmp_path):

@@ -89,7 +89,7 @@ CEILINGS = {
     "attention": 700,
     "layers": 705,
     "cache": 250,
-    "names": 160,
+    "names": 140,
     "models": 490,
     "tokenizers": 990,
     "quantize": 520,

@@ -22,6 +22,7 @@ from transom.checkpoints.fingerprint import (
     write_facts,
 )
 from transom.checkpoints.save import save
+from transom.quantize.args import QuantizeArgs
 
 
 def test_every_format_has_the_same_and_every_dtype_its_own(tmp_path):
@@ -83,15 +84,13 @@ def test_facts_are_read_strictly_as_they_were_written(tmp_path):
     assert read_facts(tmp_path) is None
     write_facts(tmp_path, "some/base", "ab12", {"kind": "nf4"}, "bfloat16")
     facts = read_facts(tmp_path)
-    assert (facts.base, facts.base_fingerprint, facts.quantize) == (
-        "some/base",
-        "ab12",
-        {"kind": "nf4"},
-    )
-    assert facts.dtype == "bfloat16"
+    assert (facts.base, facts.base_fingerprint) == ("some/base", "ab12")
+    assert (facts.quantize, facts.dtype) == (QuantizeArgs("nf4"), "bfloat16")
     for changes, words in (
         ({"bas": "x"}, "bas: got an unknown field"),
         ({"base_fingerprint": ""}, "base_fingerprint: got ''"),
+        ({"quantize": {"kind": "nf5"}}, "quantize.kind: got 'nf5'"),
+        ({"dtype": "int8"}, "dtype: got 'int8'"),
     ):
         write_facts(tmp_path, "some/base", "ab12")
         content = json.loads((tmp_path / ADAPTER_FACTS).read_text())

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -26,6 +26,7 @@ from transom.checkpoints.read_args import read_args
 from transom.checkpoints.state import open_parameters
 from transom.config.model_args import ModelArgs
 from transom.names.transforms import permute_rotary
+from transom.quantize.args import QuantizeArgs
 
 ADAPTER_FACTS = "transom.json"
 _VERSION = 1  # of the rule by which fingerprints are made
@@ -39,10 +40,8 @@ class AdapterFacts:
 
     base_fingerprint: str = describe("", "`fingerprint` of the base")
     base: str = describe("", "folder or hub id of the base, as it was given")
-    quantize: dict[str, Any] | None = describe(
-        None, "how the base was quantized in training (QuantizeArgs)"
-    )
-    dtype: str | None = describe(
+    quantize: QuantizeArgs | None = describe(None, "how the base was quantized in training")
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = describe(
         None, "dtype of the base's weights in training; None is that of the files"
     )
 
@@ -131,8 +130,8 @@ def write_facts(
     dtype: str | None = None,
 ) -> None:
     """Write `transom.json` into an adapter folder; the arguments are the fields of AdapterFacts."""
-    how = None if quantize is None else dict(quantize)
-    facts = AdapterFacts(base_fingerprint, str(base), how, dtype)
+    known = {"base_fingerprint": base_fingerprint, "base": str(base)}
+    facts = fields.read(AdapterFacts, {**known, "quantize": quantize, "dtype": dtype})
     write_text(Path(adapter) / ADAPTER_FACTS, json.dumps(fields.write(facts), indent=2))
 
 
@@ -152,10 +151,9 @@ def check_trained_on(adapter: Path, base: Path) -> None:
         return
     check_base(adapter, base)
     if facts.quantize is not None:
-        kind = facts.quantize.get("kind")
         notice(
-            f"{adapter}: trained on a base in {kind}, here in full precision; transom merge "
-            "measures both"
+            f"{adapter}: trained on a base in {facts.quantize.kind}, here in full precision; "
+            "transom merge measures both"
         )
 
 

@@ -212,13 +212,10 @@ def trained_form(adapters: Sequence[Path], own: torch.dtype) -> BaseForm:
     """
     forms: list[BaseForm] = []
     for facts in filter(None, map(read_facts, adapters)):
-        known = facts.dtype is None or facts.dtype in DTYPES
-        require(known, "dtype", facts.dtype, f"expected {', '.join(DTYPES)}")
         kind = own if facts.dtype is None else DTYPES[facts.dtype]
-        quantize = None if facts.quantize is None else QuantizeArgs.from_dict(facts.quantize)
         # A wider dtype has the same numbers, but the scales of quantized ones are rounded to it.
-        same = torch.promote_types(own, kind) == kind and quantize is None
-        forms.append(BaseForm(None if same else facts.dtype, quantize))
+        same = torch.promote_types(own, kind) == kind and facts.quantize is None
+        forms.append(BaseForm(None if same else facts.dtype, facts.quantize))
     different = dict.fromkeys(map(str, forms))
     if len(different) > 1:
         raise RequestError(f"adapters of {' and of '.join(different)}; expected those of one form")

@@ -142,17 +142,16 @@ def expand(
         parameters: the names of its parameters.
     """
     experts = range(args.moe_args.num_experts if args.moe_args else 0)
-    layers = {"{i}": args.n_layers, "{v}": args.vision_args.n_layers if args.vision_args else 0}
+    vision = args.vision_args.n_layers if args.vision_args else 0
+    layers = {"{i}": args.n_layers, "{v}": vision, "": 1}  # how often a row with this mark stands
     out = []
     for row in patterns:
-        mark = next((mark for mark in layers if mark in row.foreign), "")
-        for index in range(layers[mark]) if mark else (0,):
-            ours = tuple(name.replace(mark, str(index)) if mark else name for name in row.ours)
-            if not all(name in parameters for name in ours):
-                continue
-            foreign = row.foreign.replace(mark, str(index)) if mark else row.foreign
-            each: tuple[str, ...] = (foreign,)
-            if "{e}" in foreign:
-                each = tuple(foreign.replace("{e}", str(expert)) for expert in experts)
-            out.append(KeyMapping(each, ours, row.transform))
+        mark = next(mark for mark in layers if mark in row.foreign)
+        for index in map(str, range(layers[mark])):
+            names = [row.foreign, *row.ours]
+            foreign, *ours = (name.replace(mark, index) if mark else name for name in names)
+            if all(name in parameters for name in ours):
+                each = [foreign.replace("{e}", str(expert)) for expert in experts]
+                each = each if "{e}" in foreign else [foreign]
+                out.append(KeyMapping(tuple(each), tuple(ours), row.transform))
     return out

@@ -68,9 +68,6 @@ def _read_latent(config: ForeignConfig) -> Fields:
 def _read_experts(config: ForeignConfig) -> Fields:
     shared = config.get("n_shared_experts", 0)
     return {
-        "moe_args.normalize": config.get("norm_topk_prob", True),
-        "moe_args.num_groups": config.get("n_group", 1),
-        "moe_args.top_groups": config.get("topk_group", 1),
         "moe_args.shared_expert": shared > 0,
         "moe_args.shared_hidden_dim": config["moe_intermediate_size"] * shared if shared else None,
         "moe_args.first_dense_layers": config["first_k_dense_replace"],
@@ -81,9 +78,6 @@ def _write_experts(args: ModelArgs) -> Keys:
     moe = resolved_experts(args)
     width = moe.hidden_dim or 1
     return {
-        "norm_topk_prob": moe.normalize,
-        "n_group": moe.num_groups,
-        "topk_group": moe.top_groups,
         "n_shared_experts": (moe.shared_hidden_dim or width) // width if moe.shared_expert else 0,
         "first_k_dense_replace": len(dense_layers(args)),
         "num_nextn_predict_layers": 0,
@@ -120,6 +114,9 @@ DEEPSEEK_V3 = Family(
             num_experts_per_tok="moe_args.top_k",
             routed_scaling_factor="moe_args.routed_scale",
             moe_intermediate_size="moe_args.hidden_dim",
+            norm_topk_prob="moe_args.normalize",
+            n_group="moe_args.num_groups",
+            topk_group="moe_args.top_groups",
         ),
         Option(_read_experts, _write_experts),
         fixed(moe_args__routing="biased_sigmoid", moe_args__balance="bias"),
@@ -130,6 +127,7 @@ DEEPSEEK_V3 = Family(
         "num_experts_per_tok": 8,
         "routed_scaling_factor": 2.5,
         "n_shared_experts": 1,
+        "norm_topk_prob": True,
         "n_group": 8,
         "topk_group": 4,
         "first_k_dense_replace": 3,

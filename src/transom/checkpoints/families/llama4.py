@@ -85,6 +85,7 @@ _TEXT: dict[str, Any] = {
     "attention_chunk_size": 8192,
     "attn_temperature_tuning": True,
     "floor_scale": 8192,
+    "use_qk_norm": True,
     "attn_scale": 0.1,
 }
 _VISION: dict[str, Any] = {
@@ -126,7 +127,6 @@ def _read_layers(config: ForeignConfig) -> Fields:
         "layer_pattern": [
             letter if flag else letter.lower() for letter, flag in zip(letters, rotary, strict=True)
         ],
-        "use_qk_norm": config.get("use_qk_norm", True),
         "attn_temperature_tuning": bool(config["attn_temperature_tuning"]) and not all(rotary),
         "moe_args.dense_layers": [index for index in range(layers) if index not in sparse],
         "hidden_dim": config["intermediate_size_mlp"],
@@ -138,7 +138,6 @@ def _write_layers(args: ModelArgs) -> Keys:
         "attention_chunk_size": args.attention_chunk_size or args.max_seq_len,
         "layer_types": layer_types(args),
         "no_rope_layers": [int(layer.rope is not None) for layer in args.layers],
-        "use_qk_norm": args.use_qk_norm,
         "attn_temperature_tuning": args.attn_temperature_tuning,
         "floor_scale": int(args.floor_scale),
         "moe_layers": dense_layers(args, dense=False),
@@ -154,7 +153,7 @@ LLAMA4_TEXT = Family(
         *COMMON,
         BIAS,
         experts("intermediate_size"),
-        copied(floor_scale="floor_scale", attn_scale="attn_scale"),
+        copied(floor_scale="floor_scale", attn_scale="attn_scale", use_qk_norm="use_qk_norm"),
         Option(_read_layers, _write_layers),
         fixed(rope_layout="interleaved", moe_args__routing="sigmoid", moe_args__shared_expert=True),
     ),
@@ -162,38 +161,30 @@ LLAMA4_TEXT = Family(
 )
 
 
+_OUTPUTS = ("projector_input_dim", "vision_output_dim")
+
+
 def _read_encoder(config: ForeignConfig) -> Fields:
     ratio, output = config["pixel_shuffle_ratio"], config["projector_output_dim"]
     width = round(config["hidden_size"] / ratio**2)
-    fits = config["intermediate_size"] == width
-    config.check(
-        fits, "intermediate_size", f"expected hidden_size / pixel_shuffle_ratio^2 = {width}"
-    )
-    config.expect("projector_input_dim", output)
-    config.expect("vision_output_dim", output)
+    # The first is hidden_size / pixel_shuffle_ratio^2.
+    for key, size in (("intermediate_size", width), *((key, output) for key in _OUTPUTS)):
+        config.expect(key, size)
     theta = rope_fields(config, rope_settings(config))
     config.check(list(theta) == ["rope_theta"], "rope_parameters", "expected rope_type 'default'")
-    sides = {f"vision_args.{key}": _side(config, key) for key in ("image_size", "patch_size")}
-    return {**sides, "vision_args.rope_theta": theta["rope_theta"]}
-
-
-def _side(config: ForeignConfig, key: str) -> Any:
-    value = config[key]
-    if not isinstance(value, (list, tuple)):
-        return value
-    config.check(len(set(value)) == 1, key, "expected a square")
-    return value[0]
+    out = {"vision_args.rope_theta": theta["rope_theta"]}
+    for key in ("image_size", "patch_size"):
+        sides = config[key] if isinstance(config[key], (list, tuple)) else [config[key]]
+        config.check(len(set(sides)) == 1, key, "expected a square")
+        out[f"vision_args.{key}"] = sides[0]
+    return out
 
 
 def _write_encoder(args: ModelArgs) -> Keys:
     theta = value_at(args, "vision_args.rope_theta")
     return {
         "model_type": "llama4_vision_model",
-        "vision_output_dim": value_at(args, "vision_args.output_dim"),
-        **{
-            key: value_at(args, f"vision_args.{key}")
-            for key in ("image_size", "patch_size", "norm_eps")
-        },
+        "norm_eps": value_at(args, "vision_args.norm_eps"),
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "rope_theta": theta,
     }
@@ -214,6 +205,9 @@ _ENCODER = (
         pixel_shuffle_ratio="vision_args.pixel_shuffle_ratio",
         projector_input_dim="vision_args.adapter_dim",
         projector_output_dim="vision_args.output_dim",
+        vision_output_dim="vision_args.output_dim",
+        image_size="vision_args.image_size",
+        patch_size="vision_args.patch_size",
     ),
     Option(_read_encoder, _write_encoder),
 )

@@ -13,6 +13,8 @@ from transom.checkpoints.families.family import (
     fixed,
     ignored,
     redundant,
+    switches,
+    value_at,
 )
 from transom.checkpoints.families.foreign_config import ForeignConfig
 from transom.checkpoints.families.options import (
@@ -53,17 +55,14 @@ def _write_upper_windows(args: ModelArgs) -> Keys:
 
 def _read_sparse_layers(config: ForeignConfig) -> Fields:
     return {
-        "moe_args.normalize": config.get("norm_topk_prob", False),
         "moe_args.interleave_moe_layer_step": config.get("decoder_sparse_step", 1),
         "moe_args.dense_layers": config.get("mlp_only_layers", []),
     }
 
 
 def _write_sparse_layers(args: ModelArgs) -> Keys:
-    assert args.moe_args is not None, "`experts` refuses a model without"
     return {
-        "num_experts": args.moe_args.num_experts,
-        "norm_topk_prob": args.moe_args.normalize,
+        "num_experts": value_at(args, "moe_args.num_experts"),
         "decoder_sparse_step": 1,
         "mlp_only_layers": dense_layers(args),
     }
@@ -103,6 +102,7 @@ QWEN3_MOE = Family(
         # Files have it, but either all layers have the window or none.
         redundant("max_window_layers"),
         experts("moe_intermediate_size"),
+        switches(norm_topk_prob="moe_args.normalize"),
         Option(_read_sparse_layers, _write_sparse_layers),
         fixed(qk_norm="head"),
     ),

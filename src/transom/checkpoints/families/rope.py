@@ -35,6 +35,9 @@ _COMMON = (
     "original_max_position_embeddings",
     "partial_rotary_factor",
 )
+_MROPE = ("mrope_section", "mrope_interleaved")
+_MSCALE = ("mscale", "mscale_all_dim")
+_ZERO_IS_ABSENT = ("beta_fast", "beta_slow")
 _REQUIRED = ("factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor")
 
 
@@ -65,14 +68,9 @@ def rope_fields(
     kind = settings.get("rope_type", settings.get("type")) or "default"
     kind = (aliases or {"su": "longrope"}).get(kind, kind)
     require(kind in _KEYS, f"{config.where}: rope_type", kind, f"expected {', '.join(_KEYS)}")
-    for key in ("mrope_section", "mrope_interleaved"):
-        value, field = settings.get(key), f"{config.where}: rope_parameters.{key}"
-        require(
-            value is None,
-            field,
-            value,
-            "expected none: positions in three dimensions are not supported",
-        )
+    turned = {key: settings[key] for key in _MROPE if settings.get(key) is not None}
+    expected = "expected positions in one dimension; those in three are not supported"
+    require(not turned, f"{config.where}: rope_parameters", turned, expected)
     ignored = [key for key in settings if key not in _COMMON and key not in _KEYS[kind]]
     if ignored:
         config.note(f"keys that rope_type {kind!r} does not have are ignored: {', '.join(ignored)}")
@@ -84,7 +82,13 @@ def rope_fields(
         return out
     longest = config["max_position_embeddings"]
     original = beside or settings.get("original_max_position_embeddings")
-    scaling = {key: settings[key] for key in _KEYS[kind] if settings.get(key) is not None}
+    off = () if all(settings.get(key) for key in _MSCALE) else _MSCALE  # one alone does nothing
+    given = {key: settings.get(key) for key in _KEYS[kind] if key not in off}
+    scaling = {
+        key: value
+        for key, value in given.items()
+        if value is not None and (value or key not in _ZERO_IS_ABSENT)
+    }
     if original is None or kind == "dynamic":  # dynamic scaling knows no other length
         original = longest
     if kind in ("yarn", "longrope"):
@@ -94,11 +98,6 @@ def rope_fields(
         require(key in scaling or key not in _KEYS[kind], field, None, expected)
     if kind == "dynamic":  # the length in the file is where stretching begins, not where it ends
         out["max_seq_len"] = int(longest * scaling["factor"])
-    if not (scaling.get("mscale") and scaling.get("mscale_all_dim")):  # one alone does nothing
-        scaling |= {"mscale": 0, "mscale_all_dim": 0}
-    for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):  # 0 means absent
-        if not scaling.get(key):
-            scaling.pop(key, None)
     out["rope_scaling"] = {"kind": kind, "original_max_seq_len": original, **scaling}
     return out
 

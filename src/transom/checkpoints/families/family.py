@@ -63,16 +63,6 @@ class Family:
         """Return the fields of the model that a config describes, by dotted path."""
         return read_all(self.options, config)
 
-    def read_nested(self, config: ForeignConfig) -> dict[str, Any]:
-        """Return the fields of the model that a config describes, as `ModelArgs.from_dict`
-        takes them.
-        """
-        out: dict[str, Any] = {}
-        for path, value in self.read(config).items():
-            part, _, name = path.rpartition(".")
-            (out.setdefault(part, {}) if part else out)[name] = value
-        return out
-
     def write(self, args: ModelArgs) -> Keys:
         """Return the config of a model; only reading it back shows whether it is the same model."""
         names = [f"{self.class_prefix}ForCausalLM"]
@@ -81,7 +71,7 @@ class Family:
 
     def args_from(self, config: ForeignConfig) -> ModelArgs:
         """Return the model that a config describes; raise `RequestError` if it is none."""
-        return config.model(self.read_nested, f"{self.model_type} config")
+        return config.model(self.read, f"{self.model_type} config")
 
     def config_of(self, args: ModelArgs) -> Keys | None:
         """Return a config that reads back as a model, or None if the family cannot express it."""

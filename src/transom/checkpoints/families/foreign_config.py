@@ -104,17 +104,21 @@ class ForeignConfig:
         require(not value, f"{self.where}: {key}", name, "expected weights that are not quantized")
 
     def model(self, read: Callable[[ForeignConfig], dict[str, Any]], format: str) -> ModelArgs:
-        """Return the model with the fields that `read` returns for this config.
+        """Return the model with the fields that `read` returns for this config, by dotted path.
 
         Errors of `ModelArgs` name the file, and whatever `read` raises on a file that is no config
         of `format`, as with text in place of a number, becomes a `RequestError`.
         """
         try:
-            fields = read(self)
+            found = read(self)
         except RequestError:
             raise
         except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
             raise RequestError(f"{self.where}: not a {format} ({error})") from None
+        fields: dict[str, Any] = {}
+        for path, value in found.items():
+            part, _, name = path.rpartition(".")
+            (fields.setdefault(part, {}) if part else fields)[name] = value
         try:
             return ModelArgs.from_dict(fields)
         except RequestError as error:

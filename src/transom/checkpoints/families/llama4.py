@@ -31,7 +31,7 @@ from transom.checkpoints.families.weights import (
     under,
 )
 from transom.config.model_args import ModelArgs
-from transom.names.tables import FEED_FORWARD, VISION_LAYER, pattern, with_bias
+from transom.names.tables import FEED_FORWARD, VISION_LAYER, KeyPattern, pattern, with_bias
 
 _FFN, _BLOCK = f"{MODEL_LAYER}.feed_forward", "vision_model.model.layers.{v}"
 _TEXT_NAMES = (
@@ -42,30 +42,61 @@ _TEXT_NAMES = (
     pattern(f"{_FFN}.experts.gate_up_proj", *gate_and_value("weight"), transform="halves"),
     pattern(f"{_FFN}.experts.down_proj", f"{EXPERTS}.w_out.weight", transform="transpose"),
 )
-_VISION_NAMES = (
-    pattern("vision_model.patch_embedding.linear.weight", "vision.patch_embedding.weight"),
-    pattern("vision_model.class_embedding", "vision.class_embedding"),
-    pattern("vision_model.positional_embedding_vlm", "vision.position_embedding"),
-    *with_bias("vision_model.layernorm_pre", "vision.norm_pre"),
-    *with_bias("vision_model.layernorm_post", "vision.norm_post"),
-    *(
-        row
-        for theirs, ours in (
-            ("self_attn.q_proj", "attention.wq"),
-            ("self_attn.k_proj", "attention.wk"),
-            ("self_attn.v_proj", "attention.wv"),
-            ("self_attn.o_proj", "attention.wo"),
-            ("input_layernorm", "attention_norm"),
-            ("post_attention_layernorm", "ffn_norm"),
-            ("mlp.fc1", "feed_forward.w_value"),
-            ("mlp.fc2", "feed_forward.w_out"),
-        )
-        for row in with_bias(f"{_BLOCK}.{theirs}", f"{VISION_LAYER}.{ours}")
+# Names of the image encoder: ours, those of Hugging Face files and those of Meta's.
+_META = "vision_embeddings.vision_encoder"
+_META_BLOCK = f"{_META}.transformer.resblocks.{{v}}"
+_VISION_WEIGHTS = (
+    (
+        "vision.patch_embedding.weight",
+        "vision_model.patch_embedding.linear.weight",
+        f"{_META}.conv1._linear.weight",
     ),
-    pattern("vision_model.vision_adapter.mlp.fc1.weight", "vision.adapter.fc1.weight"),
-    pattern("vision_model.vision_adapter.mlp.fc2.weight", "vision.adapter.fc2.weight"),
-    pattern("multi_modal_projector.linear_1.weight", "vision.projection.weight"),
+    ("vision.class_embedding", "vision_model.class_embedding", f"{_META}.class_embedding"),
+    (
+        "vision.position_embedding",
+        "vision_model.positional_embedding_vlm",
+        f"{_META}.positional_embedding_vlm",
+    ),
+    (
+        "vision.adapter.fc1.weight",
+        "vision_model.vision_adapter.mlp.fc1.weight",
+        "vision_embeddings.vision_adapter.mlp.c_fc.weight",
+    ),
+    (
+        "vision.adapter.fc2.weight",
+        "vision_model.vision_adapter.mlp.fc2.weight",
+        "vision_embeddings.vision_adapter.mlp.c_proj.weight",
+    ),
+    (
+        "vision.projection.weight",
+        "multi_modal_projector.linear_1.weight",
+        "vision_projection.weight",
+    ),
 )
+_VISION_MODULES = (
+    ("vision.norm_pre", "vision_model.layernorm_pre", f"{_META}.ln_pre"),
+    ("vision.norm_post", "vision_model.layernorm_post", f"{_META}.ln_post"),
+    *(
+        (f"{VISION_LAYER}.{ours}", f"{_BLOCK}.{hf}", f"{_META_BLOCK}.{meta}")
+        for ours, hf, meta in (
+            *((f"attention.w{x}", f"self_attn.{x}_proj", f"attn.w{x}") for x in "qkvo"),
+            ("attention_norm", "input_layernorm", "ln_1"),
+            ("ffn_norm", "post_attention_layernorm", "ln_2"),
+            ("feed_forward.w_value", "mlp.fc1", "mlp.c_fc"),
+            ("feed_forward.w_out", "mlp.fc2", "mlp.c_proj"),
+        )
+    ),
+)
+
+
+def vision_names(*, meta: bool) -> tuple[KeyPattern, ...]:
+    """Return the patterns of the image encoder in files of Meta or of Hugging Face."""
+    column = 2 if meta else 1
+    modules = (with_bias(row[column], row[0]) for row in _VISION_MODULES)
+    weights = (pattern(row[column], row[0]) for row in _VISION_WEIGHTS)
+    return (*weights, *(row for both in modules for row in both))
+
+
 # Parts of multimodal files leave out whatever their class has, also the shape.
 _TEXT: dict[str, Any] = {
     "vocab_size": 202048,
@@ -245,7 +276,7 @@ def _write_with_vision(args: ModelArgs) -> Keys:
 LLAMA4 = Family(
     "llama4",
     "Llama4",
-    WeightNames((*under("language_model.", _TEXT_NAMES), *_VISION_NAMES)),
+    WeightNames((*under("language_model.", _TEXT_NAMES), *vision_names(meta=False))),
     (Option(_read_with_vision, _write_with_vision),),
 )
 

@@ -26,20 +26,12 @@ from transom.checkpoints.families.family import (
     resolved_experts,
 )
 from transom.checkpoints.families.foreign_config import ForeignConfig
+from transom.checkpoints.families.llama4 import vision_names
 from transom.checkpoints.families.weights import WeightNames
 from transom.config.layer_args import MoeArgs
 from transom.config.model_args import ModelArgs
-from transom.names.tables import (
-    DENSE_NAMES,
-    LAYER,
-    LLAMA4_EXPERTS,
-    VISION_LAYER,
-    pattern,
-    with_bias,
-)
+from transom.names.tables import DENSE_NAMES, LAYER, LLAMA4_EXPERTS, pattern
 
-_ENCODER = "vision_embeddings.vision_encoder"
-_BLOCK = f"{_ENCODER}.transformer.resblocks.{{v}}"
 # Our names, as the reference codes of Meta and Mistral have them too.
 SHARED_NAMES = (
     *(pattern(name, name) for name in ("tok_embeddings.weight", "norm.weight", "output.weight")),
@@ -61,25 +53,7 @@ META_NAMES = WeightNames(
     (
         *SHARED_NAMES,
         *LLAMA4_EXPERTS,
-        pattern(f"{_ENCODER}.conv1._linear.weight", "vision.patch_embedding.weight"),
-        pattern(f"{_ENCODER}.class_embedding", "vision.class_embedding"),
-        pattern(f"{_ENCODER}.positional_embedding_vlm", "vision.position_embedding"),
-        *with_bias(f"{_ENCODER}.ln_pre", "vision.norm_pre"),
-        *with_bias(f"{_ENCODER}.ln_post", "vision.norm_post"),
-        *(
-            row
-            for theirs, ours in (
-                *((f"attn.{leaf}", f"attention.{leaf}") for leaf in ("wq", "wk", "wv", "wo")),
-                ("ln_1", "attention_norm"),
-                ("ln_2", "ffn_norm"),
-                ("mlp.c_fc", "feed_forward.w_value"),
-                ("mlp.c_proj", "feed_forward.w_out"),
-            )
-            for row in with_bias(f"{_BLOCK}.{theirs}", f"{VISION_LAYER}.{ours}")
-        ),
-        pattern("vision_embeddings.vision_adapter.mlp.c_fc.weight", "vision.adapter.fc1.weight"),
-        pattern("vision_embeddings.vision_adapter.mlp.c_proj.weight", "vision.adapter.fc2.weight"),
-        pattern("vision_projection.weight", "vision.projection.weight"),
+        *vision_names(meta=True),
     ),
     unread=(
         (r"rope\.freqs|freqs_cis", "tables of rotary frequencies, which are computed here"),

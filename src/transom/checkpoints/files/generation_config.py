@@ -84,14 +84,13 @@ def stop_tokens_of(
 
 
 def _stops_in(folder: Path) -> list[int] | None:
-    for path in (folder / GENERATION, folder / CONFIG):
-        ids = _stated_id(_read(path), "eos_token_id")
-        if ids is not None:
-            listed = ids if isinstance(ids, list) else [ids]
-            right = all(type(id) is int and id >= 0 for id in listed)
-            require(right, f"{path}: eos_token_id", ids, "expected a token id or a list of them")
-            return listed
-    return None
+    ids = _settings_in(folder).get("eos_token_id")
+    if ids is None:
+        return None
+    listed = ids if isinstance(ids, list) else [ids]
+    right = all(type(id) is int and id >= 0 for id in listed)
+    require(right, f"{folder}: eos_token_id", ids, "expected a token id or a list of them")
+    return listed
 
 
 def stop_strings(location: ModelLocation) -> tuple[str, ...]:

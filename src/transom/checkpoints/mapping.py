@@ -5,7 +5,6 @@ The names are those of `checkpoints.families`.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -23,8 +22,6 @@ from transom.names.transforms import Shape, apply_transform, invert_transform
 
 # What torch raises if tensors cannot be cut or stacked as a mapping asks for.
 _MISFITS = (RuntimeError, ValueError, IndexError)
-_HEAD = r"lm_head\.weight$|^output\.weight$"
-_EMBEDDINGS = r"model\.embed_tokens\.weight$|^tok_embeddings\.weight$"
 
 
 def clean(family: str, source: LazyTensors, args: ModelArgs, where: str) -> dict[str, LazyTensor]:
@@ -38,13 +35,34 @@ def clean(family: str, source: LazyTensors, args: ModelArgs, where: str) -> dict
     names = WEIGHT_NAMES[family]
     out, unread = sort_keys(names, names.known_key, source, args.n_layers)
     tell_unread(unread, where)
-    heads = [key for key in out if re.search(_HEAD, key)] if args.tie_embeddings else []
-    for head in heads:
-        embeddings = next((lazy for key, lazy in out.items() if re.search(_EMBEDDINGS, key)), None)
-        same = embeddings is not None and torch.equal(out[head].read(), embeddings.read())
-        expected = "it differs from the embeddings; expected none, as tie_word_embeddings is true"
-        require(same, where, head, expected)
-    return {key: lazy for key, lazy in out.items() if key not in heads}
+    if args.tie_embeddings:
+        drop_tied_output(names, out, where)
+    return out
+
+
+def drop_tied_output(
+    names: WeightNames, source: dict[str, LazyTensor], where: str, own: Tensor | None = None
+) -> None:
+    """Remove the output of a model that ties it to its embeddings.
+
+    Args:
+        names: The names of the tensors.
+        source: The tensors, changed in place.
+        where: The folder or file, for messages.
+        own: The embeddings where `source` has none, and the output where it must be theirs.
+
+    Raises:
+        RequestError: The output differs from the embeddings.
+    """
+    keys = names.key_of("output.weight"), names.key_of("tok_embeddings.weight")
+    if own is None and keys[0] not in source:
+        return
+    found = [source[key].read() if key in source else own for key in keys]
+    output, embeddings = (one if one is None or own is None else one.to(own) for one in found)
+    same = output is not None and embeddings is not None and torch.equal(output, embeddings)
+    expected = "it differs from the embeddings; expected none, as tie_word_embeddings is true"
+    require(same, where, keys[0], expected)
+    source.pop(keys[0], None)
 
 
 def sort_keys(

@@ -102,11 +102,6 @@ class Naming:
             raise RequestError(f"{found}; expected another family")
         return [one for one in self.written if not set(parameters).isdisjoint(one.ours)]
 
-    def key_of(self, parameter: str) -> str:
-        """Return the key of a parameter outside the layers, also of one that the model ties."""
-        rows = self.names.patterns
-        return next((row.foreign for row in rows if row.ours == (parameter,)), parameter)
-
     def known_key(self, key: str) -> str:
         """Return the key in `rows` or `mappings` for one of a file of PEFT."""
         key = self.names.known_key(key.removeprefix(PREFIX))

@@ -24,7 +24,7 @@ from transom.checkpoints.files.consolidated import read_pickled
 from transom.checkpoints.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PARAMS
 from transom.checkpoints.files.lazy_tensors import LazyTensor, LazyTensors
 from transom.checkpoints.files.safetensors_files import read_safetensors
-from transom.checkpoints.mapping import sort_keys, tell_unread, to_ours
+from transom.checkpoints.mapping import drop_tied_output, sort_keys, tell_unread, to_ours
 from transom.lora.adapters import activate_adapters, attach, train_adapters
 from transom.lora.args import Scaling
 from transom.lora.vocabulary import resize_vocabulary
@@ -130,8 +130,6 @@ class AdapterFile:
         self.naming, self.config, self.where = naming, config, where
         model, key = naming.model, naming.known_key
         self._source, self._unread = sort_keys(naming.names, key, state, model.args.n_layers)
-        tied = naming.key_of("output.weight") if model.args.tie_embeddings else ""
-        self._output = self._source.pop(tied, None)
         sites = [s for s in naming.sites if config.is_target_parameter(naming.spellings(s))]
         paths = naming.paths(sites)
         weights = dict.fromkeys(naming.sites.values())
@@ -139,7 +137,9 @@ class AdapterFile:
         self.low_rank = {weight: some for weight, some in rows.items() if any(map(self._has, some))}
         self.whole = list(filter(self._has, naming.mappings))
         self.rows = [*(row for some in self.low_rank.values() for row in some), *self.whole]
-        self.complete = self._source.keys() <= {key for row in self.rows for key in row.foreign}
+        tied = {naming.names.key_of("output.weight")} if model.args.tie_embeddings else set()
+        named = {key for row in self.rows for key in row.foreign}
+        self.complete = self._source.keys() <= named | tied
 
     def _has(self, row: KeyMapping) -> bool:
         return any(key in self._source for key in row.foreign)
@@ -152,8 +152,12 @@ class AdapterFile:
         """
         naming, args = self.naming, self.naming.model.args
         tell_unread(self._unread, self.where)
-        self._check_tied_output()
-        embeddings = self._source.get(naming.key_of("tok_embeddings.weight"))
+        output, key = map(naming.names.key_of, ("output.weight", "tok_embeddings.weight"))
+        # Without its key, PEFT leaves the output as it was, unless it ties it to the embeddings.
+        if args.tie_embeddings and (output in self._source or not self.config.ensure_weight_tying):
+            own = naming.model.tok_embeddings.weight
+            drop_tied_output(naming.names, self._source, self.where, own)
+        embeddings = self._source.get(key)
         tokens = max(args.vocab_size, 0 if embeddings is None else embeddings.shape[0])
         shapes = self._shapes_of_whole(tokens)
         alphas: dict[KeyMapping, float] = {}
@@ -181,19 +185,6 @@ class AdapterFile:
                     family=naming.family,
                 )
         return parts | self._replacements(ours, parts)
-
-    def _check_tied_output(self) -> None:
-        """Refuse an adapter that gives a model an output that is not its embeddings."""
-        model, key = self.naming.model, self.naming.key_of("tok_embeddings.weight")
-        given, own = (self._output, self._source.get(key)), model.tok_embeddings.weight
-        if not model.args.tie_embeddings or (not given[0] and self.config.ensure_weight_tying):
-            return
-        output, embeddings = (own if one is None else one.read().to(own) for one in given)
-        if not torch.equal(output, embeddings):
-            raise RequestError(
-                f"{self.where}: {self.naming.key_of('output.weight')} has values of its own; "
-                "expected those of the embeddings, since tie_word_embeddings is true"
-            )
 
     def _rank_and_alpha(self, weight: KeyMapping, rows: Sequence[KeyMapping]) -> tuple[int, float]:
         """Return rank and alpha of one adapter; that of fused experts is laid out as their weight.

@@ -141,7 +141,7 @@ def _peft(
     fields: dict[str, Any] = {}
     if naming.model.args.tie_embeddings and "tok_embeddings.weight" in whole:
         # PEFT writes the tied output, too.
-        saved[naming.key_of("output.weight")] = whole["tok_embeddings.weight"]
+        saved[naming.names.key_of("output.weight")] = whole["tok_embeddings.weight"]
         fields["ensure_weight_tying"] = True
     tensors |= {f"{PREFIX}{in_memory(key)}": tensor for key, tensor in saved.items()}
     dropout = max((part.dropout for part in lora.values()), default=0.0)

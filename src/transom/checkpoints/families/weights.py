@@ -59,6 +59,11 @@ class WeightNames:
         others = expand(REFERENCE_NAMES, args, parameters) if self.reference_code else []
         return self.mappings(args, parameters) + others
 
+    def key_of(self, parameter: str) -> str:
+        """Return the key of a parameter outside the layers, also of one that a model ties."""
+        rows = self.patterns
+        return next((row.foreign for row in rows if row.ours == (parameter,)), parameter)
+
     def known_key(self, key: str) -> str:
         """Return the key in `patterns` for one that a file may spell differently."""
         alias, prefix = next((pair for pair in self.aliases if key.startswith(pair[0])), ("", ""))

@@ -92,7 +92,7 @@ CEILINGS = {
     "names": 135,
     "models": 490,
     "tokenizers": 990,
-    "quantize": 520,
+    "quantize": 530,
     "lora": 600,
     "chat": 880,
     "checkpoints": 3_340,

@@ -381,7 +381,7 @@ def test_a_cast_changes_the_dtype_of_the_weight_and_no_part(name):
 
 def test_products_are_computed_a_block_of_rows_at_a_time(monkeypatch):
     leaf, twin = linear(DOUBLE)
-    monkeypatch.setattr(surgery, "BLOCK", 64 * 7)
+    monkeypatch.setattr(surgery, "CPU_BLOCK", 64 * 7)
     shapes, real = [], surgery.dequantize
 
     def recorded(*given):

@@ -31,16 +31,16 @@ class BlockType:
         fields: The bytes of every field, in their order. `d` and `m` are the factors of scales and
             minimums, `e` is an exponent, `sc` has small scales, `qs` and `qh` have the low and the
             high bits of the codes.
-        low: Bytes of a plane of `qs`, and bits of a code in it; see `_planes`.
         format: The format of the parts.
+        low: Bytes of a plane of `qs`, and bits of a code in it; see `_planes`.
         high: The same of `qh`.
         zero: The number that is subtracted from codes of 8 bits.
     """
 
     weights: int
     fields: Mapping[str, int]
-    low: tuple[int, int]
     format: WeightFormat
+    low: tuple[int, int]
     high: tuple[int, int] = (0, 0)
     zero: int = 0
 
@@ -54,19 +54,15 @@ _HALF = torch.float16
 _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12)  # doubled; the scales of ggml are halved
 
-
-def _k(first: int | None, group: int, *, minimums: bool = False) -> WeightFormat:
-    """Return the format of a type with scales inside blocks of 256 weights."""
-    levels = None if first is None else integers(first)
-    return WeightFormat(
-        levels, group, "minimums" if minimums else "none", torch.int8, 256 // group, _HALF
-    )
-
-
 _Q4_0 = WeightFormat(integers(-8), 32, "none", _HALF)
 _Q4_1 = WeightFormat(integers(0), 32, "minimums", _HALF)
 _Q8_0 = WeightFormat(None, 32, "none", _HALF)
 _Q8_1 = WeightFormat(None, 32, "minimums", _HALF)
+_Q2_K = WeightFormat(integers(0), 16, "minimums", torch.int8, 16, _HALF)
+_Q3_K = WeightFormat(integers(-4), 16, "none", torch.int8, 16, _HALF)
+_Q4_K = WeightFormat(integers(0), 32, "minimums", torch.int8, 8, _HALF)
+_Q5_K = WeightFormat(None, 32, "minimums", torch.int8, 8, _HALF)
+_Q6_K = WeightFormat(None, 16, "none", torch.int8, 16, _HALF)
 _IQ4 = WeightFormat(tuple(map(float, _IQ4_NL)), 32, "none", _HALF)
 # The exponents of two are exact in bfloat16, the smallest of them as a subnormal number.
 _MXFP4 = WeightFormat(
@@ -74,27 +70,23 @@ _MXFP4 = WeightFormat(
 )
 
 TYPES: dict[str, BlockType] = {
-    "Q4_0": BlockType(32, {"d": 2, "qs": 16}, (16, 4), _Q4_0),
-    "Q4_1": BlockType(32, {"d": 2, "m": 2, "qs": 16}, (16, 4), _Q4_1),
-    "Q5_0": BlockType(32, {"d": 2, "qh": 4, "qs": 16}, (16, 4), _Q8_0, (1, 1), 16),
-    "Q5_1": BlockType(32, {"d": 2, "m": 2, "qh": 4, "qs": 16}, (16, 4), _Q8_1, (1, 1)),
-    "Q8_0": BlockType(32, {"d": 2, "qs": 32}, (32, 8), _Q8_0),
-    "IQ4_NL": BlockType(32, {"d": 2, "qs": 16}, (16, 4), _IQ4),
-    "MXFP4": BlockType(32, {"e": 1, "qs": 16}, (16, 4), _MXFP4),
-    "Q2_K": BlockType(256, {"sc": 16, "qs": 64, "d": 2, "m": 2}, (32, 2), _k(0, 16, minimums=True)),
-    "Q3_K": BlockType(256, {"qh": 32, "qs": 64, "sc": 12, "d": 2}, (32, 2), _k(-4, 16), (32, 1)),
-    "Q4_K": BlockType(
-        256, {"d": 2, "m": 2, "sc": 12, "qs": 128}, (32, 4), _k(0, 32, minimums=True)
+    "Q4_0": BlockType(32, {"d": 2, "qs": 16}, _Q4_0, low=(16, 4)),
+    "Q4_1": BlockType(32, {"d": 2, "m": 2, "qs": 16}, _Q4_1, low=(16, 4)),
+    "Q5_0": BlockType(32, {"d": 2, "qh": 4, "qs": 16}, _Q8_0, low=(16, 4), high=(1, 1), zero=16),
+    "Q5_1": BlockType(32, {"d": 2, "m": 2, "qh": 4, "qs": 16}, _Q8_1, low=(16, 4), high=(1, 1)),
+    "Q8_0": BlockType(32, {"d": 2, "qs": 32}, _Q8_0, low=(32, 8)),
+    "IQ4_NL": BlockType(32, {"d": 2, "qs": 16}, _IQ4, low=(16, 4)),
+    "MXFP4": BlockType(32, {"e": 1, "qs": 16}, _MXFP4, low=(16, 4)),
+    "Q2_K": BlockType(256, {"sc": 16, "qs": 64, "d": 2, "m": 2}, _Q2_K, low=(32, 2)),
+    "Q3_K": BlockType(
+        256, {"qh": 32, "qs": 64, "sc": 12, "d": 2}, _Q3_K, low=(32, 2), high=(32, 1)
     ),
+    "Q4_K": BlockType(256, {"d": 2, "m": 2, "sc": 12, "qs": 128}, _Q4_K, low=(32, 4)),
     "Q5_K": BlockType(
-        256,
-        {"d": 2, "m": 2, "sc": 12, "qh": 32, "qs": 128},
-        (32, 4),
-        _k(None, 32, minimums=True),
-        (32, 1),
+        256, {"d": 2, "m": 2, "sc": 12, "qh": 32, "qs": 128}, _Q5_K, low=(32, 4), high=(32, 1)
     ),
     "Q6_K": BlockType(
-        256, {"qs": 128, "qh": 64, "sc": 16, "d": 2}, (64, 4), _k(None, 16), (32, 2), 32
+        256, {"qs": 128, "qh": 64, "sc": 16, "d": 2}, _Q6_K, low=(64, 4), high=(32, 2), zero=32
     ),
 }
 WRITTEN = (*DENSE, "Q8_0", "Q4_0", "Q4_1")

@@ -29,7 +29,9 @@ from transom.quantize.formats import (
 
 M = TypeVar("M", bound=nn.Module)
 Dense = Linear | GroupedLinear | Embedding
-BLOCK = 1 << 20  # weights that a product computes at a time
+# Weights that a product computes at a time: few stay in the cache of a CPU, and many keep other
+# devices busy.
+CPU_BLOCK, BLOCK = 1 << 20, 1 << 26
 
 
 class Quantized(nn.Module):
@@ -134,8 +136,7 @@ class QuantizedGroupedLinear(Quantized, GroupedLinear):  # type: ignore[misc]  #
 def product(x: Tensor, bias: Tensor | None, leaf: Quantized, parts: Parts) -> Tensor:
     """Return x W^T + b in the dtype of x, or of autocast.
 
-    W [out, in] has the format and dtype of a leaf. At most `BLOCK` of its numbers exist at a time,
-    or one row.
+    W [out, in] has the format and dtype of a leaf. Some of its rows exist at a time.
     """
     kind = x.device.type
     if not x.is_meta and torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
@@ -189,9 +190,10 @@ class _Product(torch.autograd.Function):
 
 
 def _row_blocks(parts: Parts, format: WeightFormat) -> list[slice]:
-    """Return slices of rows with at most `BLOCK` weights each, or one row."""
+    """Return slices of rows with at most `BLOCK` weights each (`CPU_BLOCK` there), or one row."""
     rows, inputs = shape_of(parts, format)
-    step = max(1, BLOCK // inputs)
+    block = CPU_BLOCK if parts["codes"].device.type == "cpu" else BLOCK
+    step = max(1, block // inputs)
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
@@ -264,15 +266,18 @@ def quantize_model(model: M, args: QuantizeArgs, *, empty: bool = False) -> M:
     return model
 
 
-def replace_weight(leaf: Dense, parts: Parts, format: WeightFormat) -> None:
-    """Replace the weight of one leaf by frozen parts. The leaf keeps the dtype of its weight.
+def replace_weight(
+    leaf: Dense, parts: Parts, format: WeightFormat, dtype: torch.dtype | None = None
+) -> None:
+    """Replace the weight of one leaf by frozen parts.
 
     Args:
         leaf: A dense leaf without adapters, possibly on the meta device.
         parts: The parts of a weight of the same shape; those of `empty_parts` can be loaded later.
         format: Their format.
+        dtype: The dtype of the weight when it is computed; None for its dtype until now.
     """
-    dtype = leaf.weight.dtype
+    dtype = dtype or leaf.weight.dtype
     assert shape_of(parts, format) == leaf.weight.shape, "as the caller checked"
     del leaf.weight
     made = next(made for kind, made in _QUANTIZED.items() if isinstance(leaf, kind))

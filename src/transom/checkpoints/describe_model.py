@@ -11,6 +11,7 @@ from transom.checkpoints.adapters.peft_config import summary
 from transom.checkpoints.files.hub import is_hub_id
 from transom.checkpoints.files.layout import CONFIG, PARAMS
 from transom.checkpoints.files.location import ModelLocation, find_model
+from transom.checkpoints.gguf.reader import is_gguf
 from transom.checkpoints.read_args import lacks_vocabulary, read_args
 from transom.config.model_args import ModelArgs
 from transom.config.presets import PRESETS, preset
@@ -39,7 +40,8 @@ def describe_model(
     """Return the arguments of a model.
 
     Args:
-        name: a model, adapter or run folder, a config.json or params.json, a preset, or a hub id. A
+        name: a model, adapter or run folder, a GGUF file, a config.json or params.json, a preset, or a
+            hub id. A
             path that exists wins over a preset of the same name.
         revision: branch, tag or commit of a hub id.
         settings_only: download no weights of a hub id unless its config lacks something that only
@@ -49,8 +51,10 @@ def describe_model(
         RequestError: there is no such model.
     """
     path = Path(name)
-    if path.is_file():
-        expected = "expected a config.json, a params.json, a folder, a hub id or a preset"
+    if path.is_file() and not is_gguf(path):
+        expected = (
+            "expected a config.json, a params.json, a GGUF file, a folder, a hub id or a preset"
+        )
         require(path.name in (CONFIG, PARAMS), "file", name, expected)
         require(revision is None, "revision", revision, "expected none without a hub id")
         return DescribedModel(name, read_args(path.parent), ModelLocation(path.parent))

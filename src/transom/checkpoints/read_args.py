@@ -23,6 +23,8 @@ from transom.checkpoints.files.layout import (
     folder_format,
     is_model,
     read_params,
+    gguf_pointer,
+    shown_name,
 )
 from transom.checkpoints.files.location import ModelLocation
 from transom.checkpoints.files.pooling import POOLING
@@ -47,6 +49,10 @@ def read_args(folder: Path) -> ModelArgs:
     path = folder / CONFIG
     config = read_json(path)
     if kind == "hf":
+        pointer = gguf_pointer(folder)
+        if pointer:
+            args = args_from_hf(config, shown_name(folder))
+            return replace(args, rope_layout=pointer["rope_layout"])
         return _without_head(folder, config, args_from_hf(config, str(path)))
     refuse_infinite(config, str(path))
     own = {key: config[key] for key in config if key not in ("model_type", "architectures")}

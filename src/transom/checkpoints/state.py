@@ -7,20 +7,23 @@ from pathlib import Path
 import torch
 
 from transom.base.errors import RequestError, notice
-from transom.base.files import read_json, refuse_pointer
+from transom.base.files import refuse_pointer
 from transom.checkpoints.families.registry import WEIGHT_NAMES
 from transom.checkpoints.files.consolidated import open_ranks
 from transom.checkpoints.files.layout import (
-    CONFIG,
     CONSOLIDATED,
     INDEX,
     first_names,
     folder_format,
+    gguf_files,
+    names_table,
     other_weights,
+    shown_name,
     weight_files,
 )
 from transom.checkpoints.files.lazy_tensors import LazyTensor, refuse_quantized
 from transom.checkpoints.files.safetensors_files import open_safetensors
+from transom.checkpoints.gguf.weights import open_gguf
 from transom.checkpoints.mapping import clean, to_ours
 from transom.checkpoints.read_args import read_args
 from transom.config.model_args import ModelArgs
@@ -52,11 +55,11 @@ def open_parameters(folder: Path, args: ModelArgs | None = None) -> dict[str, La
             has. One message names all of them.
     """
     args = read_args(folder) if args is None else args
-    shapes, kind, where = parameter_shapes(args), folder_format(folder), str(folder)
+    shapes, kind, where = parameter_shapes(args), folder_format(folder), shown_name(folder)
     source = open_files(folder, args)
     mappings = [KeyMapping((name,), (name,), "copy") for name in shapes]
     if kind != "native":
-        table = read_json(folder / CONFIG)["model_type"] if kind == "hf" else f"params_{kind}"
+        table = names_table(folder)
         source = clean(table, source, args, where)
         mappings = WEIGHT_NAMES[table].mappings_to_read(args, shapes)
     refuse_quantized(source, where)
@@ -71,6 +74,8 @@ def open_files(folder: Path, args: ModelArgs) -> dict[str, LazyTensor]:
     Raises:
         RequestError: Files of weights are missing or damaged.
     """
+    if gguf_files(folder):
+        return open_gguf(folder)
     taken = weight_files(folder)
     others = other_weights(folder, taken)
     if not any((folder / file).exists() for file in taken.files):

@@ -108,7 +108,7 @@ def base_of(folder: str | Path) -> str:
         raise RequestError(f"{where}: got {base!r}; expected the folder or id of a model")
     run = here / ".."
     places = [Path(base), here / base, *([run / base] if (run / "latest").exists() else [])]
-    found = [place for place in places if place.is_dir()]
+    found = [place for place in places if place.exists()]
     others = [place.resolve() for place in found if place.resolve() != found[0].resolve()]
     if others:
         notice(f"{where}: {base} is taken to be {found[0].resolve()}, not {others[0]}")

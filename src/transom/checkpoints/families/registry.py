@@ -9,6 +9,8 @@ from transom.checkpoints.families.family import Family
 from transom.checkpoints.families.meta_params import META_PARAMS
 from transom.checkpoints.families.mistral_params import MISTRAL_PARAMS
 from transom.checkpoints.families.weights import WeightNames
+from transom.checkpoints.gguf.config import ARCHITECTURES
+from transom.checkpoints.gguf.names import GGUF_NAMES, PHI3_NAMES
 
 # A model is written as the first family that can express it.
 _GROUPS = (llama, qwen, gemma, gpt_oss, llama4, deepseek)
@@ -17,7 +19,11 @@ FAMILIES: dict[str, Family] = {
 }
 # By the format of a folder with a params.json.
 PARAMS_FAMILIES = {"meta": META_PARAMS, "mistral": MISTRAL_PARAMS}
-# By model_type, or `params_meta` and `params_mistral` for folders with a params.json.
+_FOREIGN = (*FAMILIES.values(), *PARAMS_FAMILIES.values())
+# By model_type, `params_meta` and `params_mistral` for folders with a params.json, and `gguf_` with
+# the architecture of a GGUF file.
 WEIGHT_NAMES: dict[str, WeightNames] = {
-    family.model_type: family.names for family in (*FAMILIES.values(), *PARAMS_FAMILIES.values())
+    **{family.model_type: family.names for family in _FOREIGN},
+    **{f"gguf_{name}": GGUF_NAMES for name in ARCHITECTURES},
+    "gguf_phi3": PHI3_NAMES,
 }

@@ -21,6 +21,7 @@ MODEL_TYPE = "transom"  # the model_type in the config.json of a native folder
 CONFIG, PARAMS = "config.json", "params.json"
 WEIGHTS = "model.safetensors"
 CONSOLIDATED, PICKLED = "consolidated.safetensors", "consolidated.{rank:02d}.pth"
+GGUF = "gguf.json"  # in the folder of a GGUF file: where its weights are
 INDEX = ".index.json"  # appended to the name of a weights file that is split into shards
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOKENIZERS = ("tokenizer.json", "tekken*.json", "*.model.v*", "tokenizer.model")
@@ -34,6 +35,31 @@ _ALL_WEIGHTS = (
     *("pytorch_model*.bin", f"pytorch_model*.bin{INDEX}", "original/consolidated.*"),
     *("adapter_model.*", "*.gguf", "tf_model.h5", "flax_model.msgpack"),
 )
+
+
+def gguf_files(folder: Path) -> list[Path]:
+    """Return the GGUF files whose model a folder of the cache stands for; none for other folders."""
+    return [Path(file) for file in gguf_pointer(folder).get("files", ())]
+
+
+def gguf_pointer(folder: Path) -> dict[str, Any]:
+    """Return the content of `gguf.json`, or nothing if the folder is not that of a GGUF file."""
+    pointer = folder / GGUF
+    return read_json(pointer) if pointer.exists() else {}
+
+
+def shown_name(folder: Path) -> str:
+    """Return the path of a model for messages: its folder, or its GGUF file."""
+    return str(next(iter(gguf_files(folder)), folder))
+
+
+def names_table(folder: Path) -> str:
+    """Return the name of the table of weight names for the files of a foreign model folder."""
+    pointer = gguf_pointer(folder)
+    if pointer:
+        return f"gguf_{pointer['architecture']}"
+    kind = folder_format(folder)
+    return str(read_json(folder / CONFIG)["model_type"]) if kind == "hf" else f"params_{kind}"
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -105,6 +131,8 @@ def weight_files(folder: Path) -> WeightFiles:
     Raises:
         RequestError: An index names files that are missing or outside of the folder.
     """
+    if gguf_files(folder):
+        return WeightFiles([str(file) for file in gguf_files(folder)])
     kind = folder_format(folder)
     if kind in ("native", "hf"):
         return find_weights(folder, WEIGHTS, read_json(folder / CONFIG) if kind == "hf" else {})

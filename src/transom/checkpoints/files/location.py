@@ -20,7 +20,10 @@ from transom.checkpoints.files.layout import (
     holds_tokenizer,
     is_adapter,
     is_model,
+    shown_name,
 )
+from transom.checkpoints.gguf.folder import gguf_folder
+from transom.checkpoints.gguf.reader import is_gguf
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class ModelLocation:
         return folder_format(self.model)
 
     def __str__(self) -> str:
-        return str(self.model) if self.adapter is None else f"{self.model} + adapter {self.adapter}"
+        model = shown_name(self.model)
+        return model if self.adapter is None else f"{model} + adapter {self.adapter}"
 
 
 def find_model(
@@ -63,7 +67,7 @@ def find_model(
     """Return the folders that a name stands for.
 
     Args:
-        name: A model or adapter folder, a run folder for its best step, or a hub id
+        name: A model or adapter folder, a run folder for its best step, a GGUF file, or a hub id
             (`owner/model`). If the parent directory exists locally, the name is treated as a path
             and never sent to the hub.
         revision: Branch, tag or commit of a hub id.
@@ -74,7 +78,7 @@ def find_model(
         RequestError: There is no such folder, or the base of an adapter is missing or is an
             adapter itself.
     """
-    if settings_only and revision is None and Path(name).is_file():
+    if settings_only and revision is None and Path(name).is_file() and not is_gguf(Path(name)):
         return ModelLocation(Path(name).parent, tokenizer_file=Path(name))
     folder = named_folder(name, revision, settings_only)
     if not is_adapter(folder):
@@ -103,9 +107,11 @@ def named_folder(
         return named_folder(fetched, None, settings_only)
     of_hub = f"valid only with a hub id, and {name} is not one"
     require(revision is None, "revision", revision, of_hub)
+    if is_gguf(folder):
+        return gguf_folder(folder)
     if not folder.is_dir():
         found = "a file" if folder.exists() else "no such folder"
-        expected = "expected a model, adapter or run folder, or a hub id"
+        expected = "expected a model, adapter or run folder, a GGUF file, or a hub id"
         raise RequestError(f"model: got {str(name)!r}, {found}; {expected}")
     if is_model(folder):
         return folder

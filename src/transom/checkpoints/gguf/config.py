@@ -1,0 +1,267 @@
+"""The metadata of a GGUF file as the content of a Hugging Face `config.json`. No torch.
+
+Sources: `gguf.md` of ggml, the converters of llama.cpp (`conversion/`) for what they write, and
+`src/llama-model.cpp` for what llama.cpp takes where a key is missing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transom.base.errors import RequestError, require
+from transom.checkpoints.gguf.reader import GgufModel
+
+# Keys after the name of the architecture, and those of config.json. `?` marks keys that need not
+# be there.
+_SHAPE = {
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv?": "num_key_value_heads",
+    "attention.key_length?": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base?": "rope_theta",
+}
+_EXPERTS = {"expert_used_count": "num_experts_per_tok"}
+_WINDOW = {"attention.sliding_window": "sliding_window"}
+_SOFT_CAP = {"final_logit_softcapping?": "final_logit_softcapping"}
+# Keys whose values may be fractions. All others are whole numbers.
+_FRACTIONS = ("_epsilon", "freq_base", "freq_base_swa", "softcapping", "factor", "_fast", "_slow")
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # as in all published models
+_LLAMA3_LENGTH = 8192
+_YARN = {
+    "yarn_attn_factor": "attention_factor",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
+# Keys that change no number of the model, or that repeat what others state.
+_HARMLESS = frozenset(
+    "vocab_size rope.dimension_count rope.scaling.finetuned rope.scaling.attn_factor "
+    "rope.scaling.factor rope.scaling.original_context_length attention.value_length "
+    "expert_count expert_used_count expert_feed_forward_length tensor_data_layout "
+    "attention.sliding_window".split()
+)
+_LORA, _PROJECTOR = "a LoRA adapter", "the image or audio encoder of a model (mmproj)"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How the files of one architecture of llama.cpp become a config.
+
+    Attributes:
+        model_type: That of transformers.
+        keys: Keys beyond `_SHAPE`.
+        fixed: What no key states.
+        interleaved: Whether the rows of queries and keys are in Meta's order, pair by pair.
+        norms_plus_one: Whether 1 has been added to the weights of norms.
+        wide: The number of layers of the model whose scores are scaled by the width of the model
+            per head, and not by that of a head.
+    """
+
+    model_type: str
+    keys: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    interleaved: bool = False
+    norms_plus_one: bool = False
+    wide: int | None = None
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture("llama", interleaved=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "qwen3moe": Architecture(
+        "qwen3_moe",
+        {
+            **_EXPERTS,
+            "expert_count": "num_experts",
+            "expert_feed_forward_length": "moe_intermediate_size",
+        },
+        {"norm_topk_prob": True},
+    ),
+    "gemma2": Architecture(
+        "gemma2",
+        {**_WINDOW, **_SOFT_CAP, "attn_logit_softcapping": "attn_logit_softcapping"},
+        norms_plus_one=True,
+        wide=46,
+    ),
+    "gemma3": Architecture(
+        "gemma3_text",
+        {
+            **_SOFT_CAP,
+            "attention.sliding_window?": "sliding_window",
+            "rope.freq_base_swa?": "rope_local_base_freq",
+        },
+        norms_plus_one=True,
+        wide=62,
+    ),
+    "olmo2": Architecture("olmo2"),
+    "phi3": Architecture("phi3", {"attention.sliding_window?": "sliding_window"}),
+    "gpt-oss": Architecture(
+        "gpt_oss",
+        {
+            **_EXPERTS,
+            **_WINDOW,
+            "expert_count": "num_local_experts",
+            "expert_feed_forward_length": "intermediate_size",
+        },
+    ),
+}
+# Llama with experts, and with a window: the architecture of the file is llama too.
+_MIXTRAL = {**_EXPERTS, "expert_count": "num_local_experts"}
+
+
+def architecture(model: GgufModel) -> Architecture:
+    """Return the architecture of a file.
+
+    Raises:
+        RequestError: The file is no model, or of an architecture that does not open.
+    """
+    name, kind = model.metadata.get("general.architecture"), model.metadata.get("general.type")
+    where = f"{model.files[0]}"
+    for other, words in (("adapter", _LORA), ("mmproj", _PROJECTOR), ("imatrix", "an imatrix")):
+        if other == kind or (other == "mmproj" and name == "clip"):
+            raise RequestError(f"{where}: got {words}; expected a language model")
+    known = isinstance(name, str) and name in ARCHITECTURES
+    expected = f"expected {', '.join(ARCHITECTURES)}"
+    require(known, f"{where}: general.architecture", name, expected)
+    return ARCHITECTURES[str(name)]
+
+
+def config_of(model: GgufModel) -> dict[str, Any]:
+    """Return the `config.json` of a model.
+
+    Raises:
+        RequestError: The architecture does not open, or a key is missing or has a wrong value.
+    """
+    kind = architecture(model)
+    values = _Values(model)
+    config: dict[str, Any] = {"model_type": kind.model_type}
+    keys = _SHAPE | kind.keys
+    if kind.model_type == "llama" and values.get("expert_count"):
+        config["model_type"], keys = "mixtral", keys | _MIXTRAL
+    elif kind.model_type == "llama" and values.get("attention.sliding_window"):
+        config["model_type"], keys = "mistral", keys | _WINDOW
+    for key, name in keys.items():
+        value = values.get(key.rstrip("?"))
+        if value is None and not key.endswith("?"):
+            raise RequestError(f"{values.where}{key}: missing; expected a number")
+        if value is not None:
+            config[name] = value
+    embeddings = model.tensors.get("token_embd.weight")
+    require(embeddings is not None, f"{model.files[0]}: token_embd.weight", None, "expected a tensor")  # fmt: skip
+    assert embeddings is not None, "required above"
+    config |= {
+        "vocab_size": embeddings.shape[0],
+        "tie_word_embeddings": "output.weight" not in model.tensors,
+        "attention_bias": "blk.0.attn_output.bias" in model.tensors,
+        "rope_scaling": _rope_scaling(values),
+        **kind.fixed,
+    }
+    config |= _special(kind, values, config)
+    return config
+
+
+class _Values:
+    """The values of metadata after the name of the architecture."""
+
+    def __init__(self, model: GgufModel) -> None:
+        self.model, self.name = model, model.metadata["general.architecture"]
+        self.where = f"{model.files[0]}: {self.name}."
+
+    def get(self, key: str) -> Any:
+        """Return a number, or None if it is missing.
+
+        A list, which some files have with one number per layer, must have one number throughout.
+        """
+        value = self.model.metadata.get(f"{self.name}.{key}")
+        if isinstance(value, list) and value and value.count(value[0]) == len(value):
+            value = value[0]
+        fraction = key.endswith(_FRACTIONS)
+        fits = type(value) is int or (fraction and type(value) is float and math.isfinite(value))
+        kind = "number" if fraction else "whole number"
+        expected = f"expected a {kind} of at least 0, the same in all layers"
+        require(value is None or (fits and value >= 0), f"{self.where}{key}", value, expected)
+        return value
+
+
+def _rope_scaling(values: _Values) -> dict[str, Any] | None:
+    """Return the rotary settings, from metadata or from the factors that are stored as tensors."""
+    tensors, original = values.model.tensors, values.get("rope.scaling.original_context_length")
+    beside = {} if original is None else {"original_max_position_embeddings": original}
+    if "rope_factors_long.weight" in tensors:
+        factors = {
+            f"{name}_factor": values.model.numbers(f"rope_factors_{name}.weight")
+            for name in ("short", "long")
+        }
+        attention = values.get("rope.scaling.attn_factor")
+        more = {} if attention is None else {"attention_factor": attention}
+        return {"rope_type": "longrope", **factors, **more, **beside}
+    if "rope_freqs.weight" in tensors:
+        return _llama3(values)
+    key = "rope.scaling.type"
+    kind = values.model.metadata.get(f"{values.name}.{key}", "none")
+    known = ("none", "linear", "yarn")
+    require(kind in known, f"{values.where}{key}", kind, f"expected {', '.join(known)}")
+    if kind == "none":
+        return None
+    out = {"rope_type": kind, "factor": values.get("rope.scaling.factor"), **beside}
+    if kind == "yarn":
+        stated = {name: values.get(f"rope.scaling.{theirs}") for theirs, name in _YARN.items()}
+        out |= {name: value for name, value in stated.items() if value is not None}
+    return out
+
+
+def _llama3(values: _Values) -> dict[str, Any]:
+    """Return the scaling whose divisors of frequencies are the tensor `rope_freqs`.
+
+    The settings that they were made of are not stored. If those of Llama 3 make other divisors,
+    the divisors themselves become the settings, as those of `longrope`.
+    """
+    factors = values.model.numbers("rope_freqs.weight")
+    original = values.get("rope.scaling.original_context_length") or _LLAMA3_LENGTH
+    low, high = _LLAMA3.values()
+    theta, largest = values.get("rope.freq_base") or 1e4, max(factors)
+    for index, factor in enumerate(factors):
+        turns = original / (2 * math.pi * theta ** (index / len(factors)))
+        smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
+        if not math.isclose(factor, 1 / ((1 - smooth) / largest + smooth), rel_tol=1e-4):
+            alike = {"short_factor": factors, "long_factor": factors}
+            lengths = {"original_max_position_embeddings": values.get("context_length")}
+            return {"rope_type": "longrope", "attention_factor": 1.0, **alike, **lengths}
+    lengths = {"original_max_position_embeddings": original}
+    return {"rope_type": "llama3", "factor": largest, **_LLAMA3, **lengths}
+
+
+def _special(kind: Architecture, values: _Values, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys that follow from others in one architecture."""
+    layers, width = config["num_hidden_layers"], config["hidden_size"]
+    tensors, heads = values.model.tensors, config["num_attention_heads"]
+    require(heads > 0, f"{values.where}attention.head_count", heads, "expected 1 or more")
+    match kind.model_type:
+        case "llama":
+            return {"mlp_bias": "blk.0.ffn_up.bias" in tensors}
+        case "qwen3_moe":
+            dense = [i for i in range(layers) if f"blk.{i}.ffn_gate_inp.weight" not in tensors]
+            return {"mlp_only_layers": dense}
+        case "gemma2" | "gemma3_text":
+            head = width // heads if layers == kind.wide else config.get("head_dim", width // heads)
+            pattern = {} if "sliding_window" in config else {"sliding_window_pattern": 1}
+            return {"query_pre_attn_scalar": head, "head_dim": config.get("head_dim", head), **pattern}  # fmt: skip
+        case "phi3":
+            rotary, head = values.get("rope.dimension_count"), width // heads
+            scaling = config["rope_scaling"] or {}
+            original = scaling.get("original_max_position_embeddings")
+            return {
+                "sliding_window": config.get("sliding_window") or None,
+                **({} if original is None else {"original_max_position_embeddings": original}),
+                **({} if rotary in (None, head) else {"partial_rotary_factor": rotary / head}),
+            }
+        case "gpt_oss":  # the converter does not write that the bounds of YaRN are not rounded
+            return {"rope_scaling": {**(config["rope_scaling"] or {}), "truncate": False}}
+    return {}

@@ -1,0 +1,91 @@
+"""A GGUF file as a model folder: its metadata is translated once, its weights stay in the file.
+
+The folder is in the cache. It has the files that a Hugging Face folder has beside its weights, and
+`gguf.json`, which says where the tensors are. No torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+
+from transom.base.errors import RequestError, collected_notices, notice
+from transom.base.files import cache_dir, sync, write_text
+from transom.checkpoints.files.layout import CONFIG, GGUF, gguf_pointer
+from transom.checkpoints.gguf.config import architecture, config_of
+from transom.checkpoints.gguf.reader import GgufModel, StoredTensor, read_gguf, split_files
+
+_VERSION = 1  # of the translation
+_HASHED = 1 << 16  # bytes of each file that the name of the folder depends on, beside its times
+
+
+def gguf_folder(path: Path) -> Path:
+    """Return the folder of a GGUF file, which is made unless it is in the cache.
+
+    Any part of a split model stands for all of it. The notices of the translation are printed each
+    time.
+
+    Raises:
+        RequestError: The file does not open, or the cache can't be written to.
+    """
+    files = [file.resolve() for file in split_files(path)]
+    folder = cache_dir() / "gguf" / _key(files) / files[0].name
+    if folder.exists():
+        for message in gguf_pointer(folder)["notices"]:
+            notice(message)
+        return folder
+    model = read_gguf(files[0])
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as scratch:
+            made = Path(scratch) / folder.name
+            made.mkdir()
+            _translate(model, made)
+            with contextlib.suppress(OSError):  # another process has been faster
+                made.rename(folder)
+    except OSError as error:
+        expected = f"expected a folder that can be written to ({error.strerror})"
+        raise RequestError(f"$TRANSOM_CACHE: got {str(cache_dir())!r}; {expected}") from None
+    return folder
+
+
+def _key(files: list[Path]) -> str:
+    """Return a hash that changes with the files and with the rules of the translation."""
+    states: list[object] = [_VERSION]
+    for file in files:
+        state = file.stat()
+        with file.open("rb") as content:
+            start = hashlib.sha256(content.read(_HASHED)).hexdigest()
+        states.append([str(file), state.st_size, state.st_mtime_ns, state.st_ctime_ns, start])
+    return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:32]
+
+
+def _translate(model: GgufModel, folder: Path) -> None:
+    """Write the files of the folder, all flushed to disk."""
+    with collected_notices() as notices:
+        config = config_of(model)
+    pointer = {
+        "files": [str(file) for file in model.files],
+        "architecture": model.metadata["general.architecture"],
+        "rope_layout": "interleaved" if architecture(model).interleaved else "halves",
+        "notices": notices,
+        "tensors": model.tensors,
+    }
+    write_text(folder / CONFIG, json.dumps(config, indent=2))
+    write_text(folder / GGUF, json.dumps(pointer))
+    for path in (*folder.iterdir(), folder):
+        sync(path)
+
+
+def open_folder(folder: Path) -> tuple[GgufModel, str]:
+    """Return where the tensors of a translated folder are, and the name of their architecture."""
+    pointer = gguf_pointer(folder)
+    files = [Path(file) for file in pointer["files"]]
+    tensors = {
+        name: StoredTensor(part, kind, tuple(shape), *place)
+        for name, (part, kind, shape, *place) in pointer["tensors"].items()
+    }
+    return GgufModel(files, {}, tensors), pointer["architecture"]

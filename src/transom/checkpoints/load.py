@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Set
 from pathlib import Path
 
@@ -10,14 +11,23 @@ import torch
 from torch import Tensor
 
 from transom.base.errors import notice, require
-from transom.base.runtime import DTYPES, bound_kernel_caches, one_thread, pick_device
+from transom.base.runtime import (
+    DTYPES,
+    bound_kernel_caches,
+    dtype_name,
+    one_thread,
+    pick_device,
+    pick_dtype,
+)
 from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.files.checksums import verify_step
 from transom.checkpoints.files.generation_config import stated_settings
+from transom.checkpoints.files.layout import shown_name
 from transom.checkpoints.files.lazy_tensors import dtypes_of
 from transom.checkpoints.files.location import ModelLocation, find_model
 from transom.checkpoints.files.safetensors_files import ALIGNMENT
 from transom.checkpoints.fingerprint import check_trained_on
+from transom.checkpoints.gguf.weights import quantized_types
 from transom.checkpoints.read_args import read_args
 from transom.checkpoints.state import meta_model, open_parameters
 from transom.models.llm import LLM
@@ -39,10 +49,11 @@ def load(
     to another device need the memory of one more tensor while loading.
 
     Args:
-        folder: A model or adapter folder, a run folder for its best step, a hub id, or the result
-            of `find_model`. The base of an adapter is loaded too.
+        folder: A model or adapter folder, a run folder for its best step, a GGUF file, a hub id, or
+            the result of `find_model`. The base of an adapter is loaded too.
         device: `cpu`, `cuda`, `cuda:N`, `mps`, or `auto` for the best one there is.
-        dtype: `float32`, `bfloat16`, `float16` or `float64`. None keeps the dtype of the files.
+        dtype: `float32`, `bfloat16`, `float16` or `float64`. None keeps the dtype of the files; a
+            quantized GGUF file becomes bfloat16 where the device is fast at it, else float32.
         revision: Branch, tag or commit of a hub id.
 
     Raises:
@@ -67,6 +78,12 @@ def _load_weights(folder: Path, device: torch.device, dtype: torch.dtype | None)
     args = read_args(folder)
     model = meta_model(args)
     source = open_parameters(folder, args)
+    types = quantized_types(folder)
+    if types:
+        dtype = dtype or pick_dtype("auto", device)
+        size = sum(math.prod(lazy.shape) for lazy in source.values()) * dtype.itemsize
+        kind = f"dequantized to {dtype_name(dtype)}, {size:,} bytes"
+        notice(f"{shown_name(folder)}: tensors of types {types}, {kind}")
     dtypes = dtypes_of(source, dtype)
     placed: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -74,7 +91,7 @@ def _load_weights(folder: Path, device: torch.device, dtype: torch.dtype | None)
     for name, lazy in source.items():
         placed[name], counts[name] = _place(lazy.read(), device, dtypes[name], taken)
         taken.add(placed[name].data_ptr())
-    warn_nonfinite(counts, str(folder))
+    warn_nonfinite(counts, shown_name(folder))
     model.load_state_dict(placed, strict=True, assign=True)
     return model.eval()
 

@@ -21,9 +21,9 @@ from transom.checkpoints.files.layout import (
     consolidated_files,
     find_weights,
     folder_format,
+    gguf_pointer,
     is_model,
     read_params,
-    gguf_pointer,
     shown_name,
 )
 from transom.checkpoints.files.location import ModelLocation

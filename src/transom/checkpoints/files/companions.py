@@ -9,12 +9,11 @@ from pathlib import Path
 
 from transom.base.files import read_json, write_text
 from transom.checkpoints.files.generation_config import (
-    GENERATION,
     stated_settings,
     stop_tokens_of,
     write_settings,
 )
-from transom.checkpoints.files.layout import TOKENIZERS
+from transom.checkpoints.files.layout import GENERATION, TOKENIZERS
 from transom.checkpoints.files.location import ModelLocation
 from transom.checkpoints.files.pooling import SENTENCE_TRANSFORMERS
 from transom.tokenizers.folder import TEMPLATES

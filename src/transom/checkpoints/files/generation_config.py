@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 from transom.base.errors import notice, require
 from transom.base.files import read_json, write_text
 from transom.checkpoints.families.foreign_config import OLDER_SETTINGS
-from transom.checkpoints.files.layout import CONFIG
+from transom.checkpoints.files.layout import CONFIG, GENERATION
 from transom.checkpoints.files.location import ModelLocation
 
 if TYPE_CHECKING:
     from transom.chat.template import ChatTemplate
     from transom.tokenizers.tokenizer import Tokenizer
 
-GENERATION = "generation_config.json"
 # Ids that the config.json of transformers has as well, for software that looks there.
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Parts of a config.json that may state an id, in the order of transformers'

@@ -21,6 +21,7 @@ MODEL_TYPE = "transom"  # the model_type in the config.json of a native folder
 CONFIG, PARAMS = "config.json", "params.json"
 WEIGHTS = "model.safetensors"
 CONSOLIDATED, PICKLED = "consolidated.safetensors", "consolidated.{rank:02d}.pth"
+GENERATION = "generation_config.json"
 GGUF = "gguf.json"  # in the folder of a GGUF file: where its weights are
 INDEX = ".index.json"  # appended to the name of a weights file that is split into shards
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -38,7 +39,7 @@ _ALL_WEIGHTS = (
 
 
 def gguf_files(folder: Path) -> list[Path]:
-    """Return the GGUF files whose model a folder of the cache stands for; none for other folders."""
+    """Return the GGUF files that a folder of the cache stands for; none for other folders."""
     return [Path(file) for file in gguf_pointer(folder).get("files", ())]
 
 

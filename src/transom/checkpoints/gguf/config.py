@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, notice, require
 from transom.checkpoints.gguf.reader import GgufModel
 
 # Keys after the name of the architecture, and those of config.json. `?` marks keys that need not
@@ -40,11 +40,9 @@ _YARN = {
     "yarn_beta_slow": "beta_slow",
 }
 # Keys that change no number of the model, or that repeat what others state.
-_HARMLESS = frozenset(
-    "vocab_size rope.dimension_count rope.scaling.finetuned rope.scaling.attn_factor "
-    "rope.scaling.factor rope.scaling.original_context_length attention.value_length "
-    "expert_count expert_used_count expert_feed_forward_length tensor_data_layout "
-    "attention.sliding_window".split()
+_HARMLESS = (
+    *("attention.value_length", "rope.dimension_count", "rope.scaling.finetuned", "vocab_size"),
+    *("expert_count", "expert_feed_forward_length", "expert_used_count", "tensor_data_layout"),
 )
 _LORA, _PROJECTOR = "a LoRA adapter", "the image or audio encoder of a model (mmproj)"
 
@@ -64,8 +62,8 @@ class Architecture:
     """
 
     model_type: str
-    keys: Mapping[str, str] = field(default_factory=dict)
-    fixed: Mapping[str, Any] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
     interleaved: bool = False
     norms_plus_one: bool = False
     wide: int | None = None
@@ -153,17 +151,17 @@ def config_of(model: GgufModel) -> dict[str, Any]:
             raise RequestError(f"{values.where}{key}: missing; expected a number")
         if value is not None:
             config[name] = value
-    embeddings = model.tensors.get("token_embd.weight")
-    require(embeddings is not None, f"{model.files[0]}: token_embd.weight", None, "expected a tensor")  # fmt: skip
-    assert embeddings is not None, "required above"
+    if "token_embd.weight" not in model.tensors:
+        raise RequestError(f"{model.files[0]}: token_embd.weight: missing; expected a tensor")
     config |= {
-        "vocab_size": embeddings.shape[0],
+        "vocab_size": model.tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in model.tensors,
         "attention_bias": "blk.0.attn_output.bias" in model.tensors,
         "rope_scaling": _rope_scaling(values),
         **kind.fixed,
     }
     config |= _special(kind, values, config)
+    values.note_unread()
     return config
 
 
@@ -173,12 +171,14 @@ class _Values:
     def __init__(self, model: GgufModel) -> None:
         self.model, self.name = model, model.metadata["general.architecture"]
         self.where = f"{model.files[0]}: {self.name}."
+        self.read = set(_HARMLESS)
 
     def get(self, key: str) -> Any:
         """Return a number, or None if it is missing.
 
         A list, which some files have with one number per layer, must have one number throughout.
         """
+        self.read.add(key)
         value = self.model.metadata.get(f"{self.name}.{key}")
         if isinstance(value, list) and value and value.count(value[0]) == len(value):
             value = value[0]
@@ -188,6 +188,14 @@ class _Values:
         expected = f"expected a {kind} of at least 0, the same in all layers"
         require(value is None or (fits and value >= 0), f"{self.where}{key}", value, expected)
         return value
+
+    def note_unread(self) -> None:
+        """Print the keys of the architecture that were not read."""
+        prefix = f"{self.name}."
+        own = {key[len(prefix) :] for key in self.model.metadata if key.startswith(prefix)}
+        if own - self.read:
+            unread = ", ".join(prefix + key for key in sorted(own - self.read))
+            notice(f"{self.model.files[0]}: keys that are not read: {unread}")
 
 
 def _rope_scaling(values: _Values) -> dict[str, Any] | None:
@@ -206,6 +214,7 @@ def _rope_scaling(values: _Values) -> dict[str, Any] | None:
         return _llama3(values)
     key = "rope.scaling.type"
     kind = values.model.metadata.get(f"{values.name}.{key}", "none")
+    values.read.add(key)
     known = ("none", "linear", "yarn")
     require(kind in known, f"{values.where}{key}", kind, f"expected {', '.join(known)}")
     if kind == "none":
@@ -250,9 +259,10 @@ def _special(kind: Architecture, values: _Values, config: Mapping[str, Any]) -> 
             dense = [i for i in range(layers) if f"blk.{i}.ffn_gate_inp.weight" not in tensors]
             return {"mlp_only_layers": dense}
         case "gemma2" | "gemma3_text":
-            head = width // heads if layers == kind.wide else config.get("head_dim", width // heads)
+            head = config.get("head_dim", width // heads)
+            scaled = width // heads if layers == kind.wide else head
             pattern = {} if "sliding_window" in config else {"sliding_window_pattern": 1}
-            return {"query_pre_attn_scalar": head, "head_dim": config.get("head_dim", head), **pattern}  # fmt: skip
+            return {"query_pre_attn_scalar": scaled, "head_dim": head, **pattern}
         case "phi3":
             rotary, head = values.get("rope.dimension_count"), width // heads
             scaling = config["rope_scaling"] or {}

@@ -67,6 +67,8 @@ def _translate(model: GgufModel, folder: Path) -> None:
     """Write the files of the folder, all flushed to disk."""
     with collected_notices() as notices:
         config = config_of(model)
+        if "tokenizer.ggml.model" in model.metadata:
+            _write_tokenizer(model, folder)
     pointer = {
         "files": [str(file) for file in model.files],
         "architecture": model.metadata["general.architecture"],
@@ -78,6 +80,15 @@ def _translate(model: GgufModel, folder: Path) -> None:
     write_text(folder / GGUF, json.dumps(pointer))
     for path in (*folder.iterdir(), folder):
         sync(path)
+
+
+def _write_tokenizer(model: GgufModel, folder: Path) -> None:
+    from transom.checkpoints.gguf.tokenizer import write_tokenizer_files  # loads a large library
+
+    try:
+        write_tokenizer_files(model.metadata, folder)
+    except RequestError as error:
+        raise RequestError(f"{model.files[0]}: {error}") from None
 
 
 def open_folder(folder: Path) -> tuple[GgufModel, str]:

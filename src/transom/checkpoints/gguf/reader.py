@@ -41,7 +41,6 @@ _TYPES = {
     "MXFP4": (39, 32, 17),
 }
 _NAMES = {code: name for name, (code, _, _) in _TYPES.items()}
-PLAIN_TYPES = ("F32", "F16", "BF16")
 _NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _LEAST_ENTRY, _LEAST_TENSOR = 13, 32  # bytes of the shortest metadata entry and tensor
@@ -133,15 +132,16 @@ def read_gguf(path: Path) -> GgufModel:
     files = split_files(path)
     headers = [_read_header(file, part) for part, file in enumerate(files)]
     metadata, tensors = headers[0]
-    count = metadata.get("split.count", 1)
-    expected = f"{len(files)} by the name of the file, which must end in -00001-of-0000N.gguf"
-    require(count in (0, 1) if len(files) == 1 else count == len(files), f"{path}: split.count", count, expected)  # fmt: skip
+    count = metadata.get("split.count") or 1
+    expected = f"expected {len(files)}; parts are called NAME-00001-of-0000N.gguf"
+    require(count == len(files), f"{path}: split.count", count, expected)
     for file, (_, more) in zip(files[1:], headers[1:], strict=True):
         twice = next(iter(tensors.keys() & more.keys()), None)
         require(twice is None, str(file), twice, "which is in another part too; expected it once")
         tensors |= more
     total = metadata.get("split.tensors.count", len(tensors))
-    require(total == len(tensors), f"{path}: split.tensors.count", total, f"the parts have {len(tensors)}")  # fmt: skip
+    expected = f"expected {len(tensors)}, as many as there are in all parts"
+    require(total == len(tensors), f"{path}: split.tensors.count", total, expected)
     return GgufModel(files, metadata, tensors)
 
 

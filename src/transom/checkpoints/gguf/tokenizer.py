@@ -22,7 +22,7 @@ from tokenizers import AddedToken, decoders, models, processors
 from transom.base.errors import RequestError, notice, require, short_repr
 from transom.base.files import write_text
 from transom.chat.files import DEFAULT
-from transom.checkpoints.files.generation_config import write_settings
+from transom.checkpoints.files.layout import GENERATION
 from transom.checkpoints.gguf.pre_tokenizers import PreTokenizer, named_pre_tokenizer
 from transom.checkpoints.gguf.sentence_piece_file import (
     BYTE,
@@ -95,8 +95,12 @@ def write_tokenizer_files(metadata: Mapping[str, Any], folder: Path) -> None:
     }
     write_text(folder / CONFIG_FILE, json.dumps(config, indent=2))
     ends = list(dict.fromkeys(ids[role] for role in ENDS if role in ids))
-    settings = {f"{role}_id": ids[role] for role in ("bos_token", "pad_token") if role in ids}
-    write_settings(folder, settings | ({"eos_token_id": ends} if ends else {}))
+    settings: dict[str, Any] = {
+        f"{role}_id": ids[role] for role in ("bos_token", "pad_token") if role in ids
+    }
+    settings |= {"eos_token_id": ends} if ends else {}
+    if settings:
+        write_text(folder / GENERATION, json.dumps(settings, indent=2))
 
 
 @dataclass(frozen=True)

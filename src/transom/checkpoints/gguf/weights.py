@@ -7,19 +7,20 @@ llama.cpp has added to norms is subtracted.
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from transom.checkpoints.files.layout import gguf_pointer
 from transom.checkpoints.files.lazy_tensors import LazyTensor
 from transom.checkpoints.gguf.config import ARCHITECTURES
 from transom.checkpoints.gguf.folder import open_folder
-from transom.checkpoints.gguf.reader import PLAIN_TYPES, StoredTensor, map_bytes
+from transom.checkpoints.gguf.reader import StoredTensor, map_bytes
+from transom.quantize.ggml import DENSE, dense
 
-_DTYPES = dict(zip(PLAIN_TYPES, (torch.float32, torch.float16, torch.bfloat16), strict=True))
 _HALVES = {torch.float16, torch.bfloat16}
 
 
@@ -36,24 +37,19 @@ def open_gguf(folder: Path) -> dict[str, LazyTensor]:
         if name.startswith("rope_") or ".attn_rot_embd." in name:
             continue  # divisors of rotary frequencies, which became settings
         read = functools.partial(_read, model.files[stored.part], stored)
-        lazy = LazyTensor(stored.shape, _DTYPES.get(stored.type, torch.float32), read)
+        lazy = LazyTensor(stored.shape, DENSE.get(stored.type, torch.float32), read)
         shifted = kind.norms_plus_one and name.endswith("norm.weight")
         out[name] = lazy.then(lambda tensor: tensor - 1) if shifted else lazy
     narrow = {lazy.dtype for lazy in out.values()} & _HALVES
-    if all(stored.type in PLAIN_TYPES for stored in model.tensors.values()) and len(narrow) == 1:
+    if all(stored.type in DENSE for stored in model.tensors.values()) and len(narrow) == 1:
         out = {name: _narrowed(lazy, *narrow) for name, lazy in out.items()}
     return out
 
 
 def _read(file: Path, stored: StoredTensor) -> Tensor:
-    mapped = map_bytes(file, stored)
-    if stored.type in _DTYPES:
-        return torch.from_numpy(mapped).view(_DTYPES[stored.type]).view(stored.shape)
-    from gguf.constants import GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    dense = dequantize(mapped.reshape(*stored.shape[:-1], -1), GGMLQuantizationType[stored.type])
-    return torch.from_numpy(np.ascontiguousarray(dense, np.float32))
+    rows = math.prod(stored.shape[:-1])
+    blocks = torch.from_numpy(map_bytes(file, stored)).view(rows, -1)
+    return dense(stored.type, blocks).view(stored.shape)
 
 
 def _narrowed(lazy: LazyTensor, dtype: torch.dtype) -> LazyTensor:
@@ -65,7 +61,13 @@ def _narrowed(lazy: LazyTensor, dtype: torch.dtype) -> LazyTensor:
     return LazyTensor.of(narrow) if torch.equal(narrow.float(), wide) else lazy
 
 
-def stored_types(folder: Path) -> Counter[str]:
-    """Return how many tensors of each type the file of a translated folder has."""
-    model, _ = open_folder(folder)
-    return Counter(stored.type for stored in model.tensors.values())
+def quantized_types(folder: Path) -> str:
+    """Return how many tensors of each type the GGUF file of a folder has; "" if none is quantized.
+
+    It is "" for other folders too.
+    """
+    tensors = gguf_pointer(folder).get("tensors", {})
+    types = Counter(kind for _, kind, *_ in tensors.values())
+    if types.keys() <= DENSE.keys():
+        return ""
+    return ", ".join(f"{kind} ({count})" for kind, count in types.most_common())

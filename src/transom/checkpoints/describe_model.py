@@ -40,8 +40,8 @@ def describe_model(
     """Return the arguments of a model.
 
     Args:
-        name: a model, adapter or run folder, a GGUF file, a config.json or params.json, a preset, or
-            a hub id. A path that exists wins over a preset of the same name.
+        name: a model, adapter or run folder, a GGUF file, a config.json or params.json, a preset,
+            or a hub id. A path that exists wins over a preset of the same name.
         revision: branch, tag or commit of a hub id.
         settings_only: download no weights of a hub id unless its config lacks something that only
             they show.

@@ -95,7 +95,7 @@ CEILINGS = {
     "quantize": 530,
     "lora": 600,
     "chat": 880,
-    "checkpoints": 3_835,
+    "checkpoints": 3_845,
     "data": 2_230,
     "inference": 790,
     "evaluation": 1_270,

@@ -126,6 +126,14 @@ def test_padding_that_is_text_is_left_out_with_a_notice(opened, capsys):
     assert "tokenizer.ggml.padding_token_id: the token" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("type", [1, 4])
+def test_a_token_that_is_spelled_like_a_control_token_is_one(type, opened):
+    metadata = byte_pairs_metadata(LIBRARY)
+    metadata[f"{GGML}token_type"][2] = type
+    tokenizer = opened(metadata)
+    assert 2 in tokenizer.special_ids and 2 not in tokenizer.encode(CONTROL[2])
+
+
 def test_an_empty_token_gets_a_name(opened):
     metadata = byte_pairs_metadata(LIBRARY)
     metadata[f"{GGML}tokens"].append("")

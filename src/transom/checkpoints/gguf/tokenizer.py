@@ -1,7 +1,11 @@
 """Tokenizer and chat templates in the metadata of GGUF files, as the files of a model folder.
 
-GGUF states no Unicode normalization. Text that is not in NFC therefore has the ids that llama.cpp
-gives it, also where the tokenizer.json of the model (Qwen 2) normalizes it first.
+Token ids are those of llama.cpp, with these exceptions. Its types decide what a token is, where
+llama.cpp goes by names as well (`</s>` is HTML in Gemma). A word that it cuts apart because its
+engine has other Unicode tables stays as the model's own tokenizer cuts it.
+
+GGUF states no Unicode normalization. Text that is not in NFC therefore has other ids than with the
+tokenizer.json of a model that normalizes it first (Qwen 2).
 
 Source: gguf.md of ggml, and llama.cpp (src/llama-vocab.cpp) for the defaults of missing keys.
 """
@@ -10,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,6 +57,8 @@ ROLES = {
 }
 ENDS = ("eos_token", "eot_token", "eom_token")
 MODEL_FILE = "tokenizer.model"
+# Spellings that llama.cpp's converter takes for control tokens; older files have them as text.
+_CONTROL = re.compile(r"<[|\uff5c]\w.*[|\uff5c]>")
 _KINDS = {str: "text", int: "an integer", bool: "true or false", float: "a number"}
 
 
@@ -78,15 +85,18 @@ def write_tokenizer_files(metadata: Mapping[str, Any], folder: Path) -> None:
         edges = vocabulary.edges(metadata, pre.adds_bos)
         library = _byte_pairs(metadata, vocabulary, pre, edges)
         write_text(folder / TOKENIZER_FILE, library.to_str())
+        own: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     else:
         edges = vocabulary.edges(metadata, adds_bos=True)
-        (folder / MODEL_FILE).write_bytes(_sentence_piece(metadata, vocabulary))
+        model = _sentence_piece(metadata, vocabulary)
+        (folder / MODEL_FILE).write_bytes(model.to_bytes())
+        own = {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": model.add_dummy_prefix}
     ids = vocabulary.ids
     templates = _templates(metadata)
     listed = [{"name": name, "template": text} for name, text in templates.items()]
     stored = templates[DEFAULT] if templates.keys() == {DEFAULT} else listed
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast" if kind == BYTE_PAIRS else "LlamaTokenizer",
+        **own,
         **{role: vocabulary.tokens[id] for role, id in ids.items()},
         "add_bos_token": "bos_token" in edges,
         "add_eos_token": "eos_token" in edges,
@@ -122,6 +132,8 @@ class _Vocabulary:
         for id, token in enumerate(tokens):
             if not token:
                 tokens[id], types[id] = f"[EMPTY_{id}]", UNUSED  # the name in llama.cpp
+            elif types[id] in (NORMAL, USER_DEFINED) and _CONTROL.fullmatch(token):
+                types[id] = CONTROL
             elif sentence_piece and types[id] == USER_DEFINED:
                 tokens[id] = token.replace(" ", SPACE)  # llama.cpp finds them in the text itself
         (token, count), *_ = Counter(tokens).most_common(1)
@@ -188,8 +200,8 @@ def _merges(metadata: Mapping[str, Any], ids: Mapping[str, int]) -> list[tuple[s
     return pairs
 
 
-def _sentence_piece(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> bytes:
-    """Return the content of a tokenizer.model."""
+def _sentence_piece(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> SentencePieceFile:
+    """Return the model of a tokenizer.model."""
     tokens, types = vocabulary.tokens, vocabulary.types
     scores = _values(metadata, "scores", float, len(tokens))
     strange = next((one for one in scores if not math.isfinite(one)), None)
@@ -209,7 +221,7 @@ def _sentence_piece(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> byt
         {role.removesuffix("_token"): id for role, id in vocabulary.ids.items()},
         _value(metadata, "add_space_prefix", bool, True),
         _value(metadata, "remove_extra_whitespaces", bool, False),
-    ).to_bytes()
+    )
 
 
 def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Tokenizer and chat templates in the metadata of GGUF files, as the files of a model folder.
 
-Token ids are those of llama.cpp, with these exceptions. Its types decide what a token is, where
-llama.cpp goes by names as well (`</s>` is HTML in Gemma). A word that it cuts apart because its
-engine has other Unicode tables stays as the model's own tokenizer cuts it.
+Token ids are those of llama.cpp, with two exceptions. The types of the file decide which tokens are
+control tokens, while llama.cpp also takes some names for them (`</s>`, which is HTML in Gemma). And
+letters that its patterns classify differently stay where the model's own tokenizer has them.
 
 GGUF states no Unicode normalization. Text that is not in NFC therefore has other ids than with the
 tokenizer.json of a model that normalizes it first (Qwen 2).

@@ -7,12 +7,9 @@ the rows lie one after another.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +19,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from transom.base import files
-from transom.base.errors import RequestError, WorkError, notice
+from transom.base.errors import notice
 from transom.base.locks import FolderLock
+from transom.checkpoints.files.staging import staged
 
 META_FILE = "meta.json"
 T = TypeVar("T")
@@ -50,19 +48,19 @@ def cache_entry(
         make: Writes the files of the entry into a folder and returns its metadata, as JSON values.
 
     Raises:
-        RequestError: The folder can't be written to.
-        WorkError: The disk is full.
+        WorkError: The folder can't be written to, or the disk is full.
     """
     root = files.cache_dir() if cache_dir is None else Path(cache_dir)
     folder = root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     with FolderLock(folder, wait=True):
         meta = _read_meta(folder)
         if meta is None:
-            with _temporary_beside(folder) as temporary:
+            with staged(folder, configs=(), stale=()) as temporary:
                 made = make(temporary)
-                sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
-                meta = {**made, "sizes": sizes}
+                meta = {**made, "sizes": _sizes(temporary)}
                 (temporary / META_FILE).write_text(json.dumps(meta, indent=2))
+                for path in (*temporary.iterdir(), temporary):
+                    files.sync(path)
     return CacheEntry(folder, meta)
 
 
@@ -74,40 +72,20 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         meta: dict[str, Any] = json.loads((folder / META_FILE).read_text())
-        wrong = [name for name, size in meta["sizes"].items() if _size(folder / name) != size]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        wrong = [META_FILE]
+        wrong = dict(meta["sizes"]).items() - _sizes(folder).items()
+    except (OSError, ValueError, KeyError, TypeError):
+        wrong = {(META_FILE, 0)}
     if not wrong:
         return meta
-    notice(f"{folder}: {wrong[0]} is damaged; the cache entry is made again")
+    damaged = ", ".join(sorted(name for name, _ in wrong))
+    notice(f"{folder}: {damaged} is damaged; the cache entry is made again")
     shutil.rmtree(folder)
     return None
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
-
-
-@contextlib.contextmanager
-def _temporary_beside(folder: Path) -> Iterator[Path]:
-    """Yield a new folder that is renamed to `folder` if the block succeeds, or removed."""
-    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in (*temporary.iterdir(), temporary):
-            files.sync(path)
-        if not folder.exists():  # where no lock is possible, another process may have been faster
-            temporary.rename(folder)
-        files.sync(folder.parent)
-    except OSError as error:
-        where = folder.parent
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise WorkError(f"{where}: the disk is full; token files need more space") from error
-        expected = f"expected a folder that can be written to ({error.strerror})"
-        raise RequestError(f"cache_dir: got {str(where)!r}; {expected}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _sizes(folder: Path) -> dict[str, int]:
+    """Return the bytes of each file of a folder by name."""
+    return {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
 
 
 class ShardWriter:
@@ -146,16 +124,16 @@ class ShardWriter:
             self._ids_file.write_text(json.dumps(self._ids))
 
 
-def read_column(path: Path, dtype: str) -> NDArray[Any]:
-    """Return the numbers of a column as a memory map."""
-    empty = path.stat().st_size == 0  # the system can't map an empty file
-    return np.zeros(0, dtype) if empty else np.memmap(path, dtype=dtype, mode="r")
-
-
-def read_ids(path: Path) -> list[str]:
-    """Return the ids of the rows of a shard."""
-    ids: list[str] = json.loads(path.read_text())
-    return ids
+def read_shard(
+    folder: Path, name: str, dtypes: Mapping[str, str]
+) -> tuple[dict[str, NDArray[Any]], list[str]]:
+    """Return the columns of a shard and `offsets` as memory maps, and the ids of its rows."""
+    columns: dict[str, NDArray[Any]] = {}
+    for column, dtype in {**dtypes, "offsets": "int64"}.items():
+        path = folder / f"{name}.{column}"
+        empty = path.stat().st_size == 0  # the system can't map an empty file
+        columns[column] = np.zeros(0, dtype) if empty else np.memmap(path, dtype=dtype, mode="r")
+    return columns, json.loads((folder / f"{name}.ids.json").read_text())
 
 
 def with_progress(items: Iterable[T], what: str, total: int | None, shown: bool) -> Iterator[T]:

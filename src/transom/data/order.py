@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,23 +61,18 @@ class PackedOrder:
             window: Input tokens of a window.
             seed: Chooses the order, 0 or more.
         """
-        require(window >= 1, "window", window, "expected 1 token or more")
+        require(window >= 1, "data.seq_len", window, "expected 1 token or more")
         require(seed >= 0, "seed", seed, "expected 0 or more")
         self._lengths = np.asarray(lengths, dtype=np.int64)
         self._window = window
         self._seed = seed
-        most = max(
-            int(self._lengths.sum()) - 1, 0
-        )  # windows share a token, so the first one is extra
+        # Windows share a token, so the first one has one token more.
+        most = max(int(self._lengths.sum()) - 1, 0)
         self._windows = most // window
-        require(
-            self._windows > 0,
-            "data.seq_len",
-            window,
-            f"expected at most {most}, the tokens of a source",
-        )
-        self._epoch = -1
-        self._documents = self._ends = self._places = np.zeros(0, np.int64)
+        expected = f"expected at most {most}, the tokens of a source"
+        require(self._windows > 0, "data.seq_len", window, expected)
+        # Only the latest epoch is kept, with about 24 bytes per document.
+        self._layout = lru_cache(maxsize=1)(self._lay_out)
 
     def __len__(self) -> int:
         """Return the number of windows in an epoch."""
@@ -84,27 +80,24 @@ class PackedOrder:
 
     def item(self, epoch: int, index: int) -> list[Piece]:
         """Return the pieces of window `index` of an epoch. None of them is empty."""
-        if not 0 <= index < self._windows:
-            raise IndexError(f"window {index} of {self._windows}")
-        self._enter(epoch)
-        start = int(self._places[index]) * self._window
+        documents, ends, places = self._layout(epoch)
+        start = int(places[index]) * self._window
         stop = start + self._window + 1
         # From the document that contains token `start` to the one that contains token `stop - 1`.
-        first, last = np.searchsorted(self._ends, (start, stop - 1), side="right").tolist()
-        documents, ends = self._documents[first : last + 1], self._ends[first : last + 1]
+        first, last = np.searchsorted(ends, (start, stop - 1), side="right").tolist()
+        documents, ends = documents[first : last + 1], ends[first : last + 1]
         begins = ends - self._lengths[documents]
         starts, stops = np.maximum(begins, start) - begins, np.minimum(ends, stop) - begins
         pieces = zip(documents.tolist(), starts.tolist(), stops.tolist(), strict=True)
         return [Piece(*piece) for piece in pieces if piece[1] < piece[2]]
 
-    def _enter(self, epoch: int) -> None:
-        """Lay out an epoch. Only the latest one is kept, with about 24 bytes per document."""
-        if epoch == self._epoch:
-            return
-        self._documents = permutation(self._seed, epoch, Stream.DOCUMENTS, len(self._lengths))
-        self._ends = np.cumsum(self._lengths[self._documents])
-        self._places = permutation(self._seed, epoch, Stream.WINDOWS, self._windows)
-        self._epoch = epoch
+    def _lay_out(
+        self, epoch: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return the documents of an epoch in order, their ends, and the place of each window."""
+        documents = permutation(self._seed, epoch, Stream.DOCUMENTS, len(self._lengths))
+        places = permutation(self._seed, epoch, Stream.WINDOWS, self._windows)
+        return documents, np.cumsum(self._lengths[documents]), places
 
 
 class Mixture:
@@ -121,14 +114,12 @@ class Mixture:
         require(len(orders) == len(weights) > 0, "weights", tuple(weights), expected)
         usable = all(0 < weight < float("inf") for weight in weights)
         require(usable, "weights", tuple(weights), "expected numbers above 0")
-        require(seed >= 0, "seed", seed, "expected 0 or more")
         self._orders = list(orders)
         shares = np.cumsum(weights)
         self._edges = shares / shares[-1]  # ends at exactly 1, as dividing by np.sum would not
         self._seed = seed
         self._items = sum(len(order) for order in orders)
-        self._epoch = -1
-        self._sources = self._counts = np.zeros(0, np.int64)
+        self._draws = lru_cache(maxsize=1)(self._draw)
 
     def __len__(self) -> int:
         """Return the number of items in an epoch."""
@@ -136,28 +127,24 @@ class Mixture:
 
     def item(self, epoch: int, index: int) -> tuple[int, list[Piece]]:
         """Return the number of an item's source, and its pieces there."""
-        if not 0 <= index < self._items:
-            raise IndexError(f"item {index} of {self._items}")
-        self._enter(epoch)
-        source, count = int(self._sources[index]), int(self._counts[index])
+        sources, counts = self._draws(epoch)
+        source, count = int(sources[index]), int(counts[index])
         order = self._orders[source]
         epochs_each = -(-self._items // len(order))
         return source, order.item(epoch * epochs_each + count // len(order), count % len(order))
 
-    def _enter(self, epoch: int) -> None:
-        """Draw the source of each item of an epoch, and count the items before it of that
+    def _draw(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the source of each item of an epoch, and the number of items before it from that
         source.
         """
-        if epoch == self._epoch:
-            return
         bits = random_bits(self._seed, epoch, Stream.SOURCES, self._items)
         uniform = (bits >> np.uint64(11)) * 2.0**-53  # the 53 bits that a float64 holds, in [0, 1)
-        self._sources = np.searchsorted(self._edges, uniform, side="right")
-        self._counts = np.zeros(self._items, np.int64)
+        sources = np.searchsorted(self._edges, uniform, side="right")
+        counts = np.zeros(self._items, np.int64)
         for source in range(len(self._orders)):
-            drawn = self._sources == source
-            self._counts[drawn] = np.arange(np.count_nonzero(drawn))
-        self._epoch = epoch
+            drawn = sources == source
+            counts[drawn] = np.arange(np.count_nonzero(drawn))
+        return sources, counts
 
 
 class Batches(ABC):
@@ -204,20 +191,10 @@ class Batches(ABC):
         """Continue from a `state` of any rank. Raise `RequestError` if it is not a state of
         these items.
         """
-        require(
-            set(state) == {"epoch", "item"},
-            "data state",
-            dict(state),
-            "expected the fields epoch and item",
-        )
-        epoch, item = state["epoch"], state["item"]
-        require(epoch >= 0, "epoch", epoch, "expected 0 or more")
-        require(
-            0 <= item < self.items_per_epoch,
-            "item",
-            item,
-            f"expected 0 to {self.items_per_epoch - 1}",
-        )
+        epoch, item = state.get("epoch", -1), state.get("item", -1)
+        expected = f"expected an epoch from 0, and an item from 0 to {self.items_per_epoch - 1}"
+        fits = len(state) == 2 and epoch >= 0 and 0 <= item < self.items_per_epoch
+        require(fits, "data state", dict(state), expected)
         self._epoch, self._item = epoch, item
 
     def next(self) -> Any:
@@ -278,8 +255,7 @@ class ShuffledBatches(Batches):
         require(len(lengths) >= rows_per_step, "data.batch_size", rows_per_step, expected)
         self._lengths = np.asarray(lengths, np.int64)
         self._seed = seed
-        self._order_epoch = -1
-        self._order = np.zeros(0, np.int64)
+        self._order = lru_cache(maxsize=1)(self._order_of)
 
     def largest(self, micro_batches: int) -> Any:
         """Return the longest items, as many as are in one of the `micro_batches` of a step."""
@@ -295,9 +271,7 @@ class ShuffledBatches(Batches):
 
     def _index(self, epoch: int, place: int) -> int:
         """Return the item at a place of an epoch."""
-        if epoch != self._order_epoch:
-            self._order_epoch, self._order = epoch, self._order_of(epoch)
-        return int(self._order[place])
+        return int(self._order(epoch)[place])
 
     def _order_of(self, epoch: int) -> NDArray[np.int64]:
         """Return the items of an epoch in their order, which is random."""

@@ -111,7 +111,7 @@ def test_a_restored_state_gives_the_same_rows_to_any_number_of_ranks():
         ({"rows_per_step": 0}, "rows_per_step: got 0; expected 1 row or more"),
         ({"world_size": 3}, "rows_per_step: got 4; expected a multiple of the number of ranks, 3"),
         ({"rank": 1}, "rank: got 1; expected 0 to 0"),
-        ({"seq_len": 0}, "seq_len: got 0; expected 1 token"),
+        ({"seq_len": 0}, "data.seq_len: got 0; expected 1 token"),
         ({"seq_len": 60}, "data.seq_len: got 60; expected at most 36"),
         (
             {"vocab_size": 50, "bos_id": None, "eos_id": None},

@@ -66,21 +66,13 @@ def test_a_damaged_entry_is_made_anew_and_says_so(source, tmp_path, capsys, name
     assert np.array_equal(again.train.tokens, tokens)
 
 
-@pytest.mark.parametrize(
-    ("number", "kind", "sentence"),
-    [
-        (errno.ENOSPC, WorkError, "the disk is full"),
-        (errno.EROFS, RequestError, "that can be written to"),
-    ],
-)
-def test_a_failed_write_leaves_nothing_behind(
-    source, tmp_path, monkeypatch, number, kind, sentence
-):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_failed_write_leaves_nothing_behind(source, tmp_path, monkeypatch, number):
     def fail(_handle):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(kind, match=sentence):
+    with pytest.raises(WorkError, match=f"could not be written .*{os.strerror(number)}"):
         prepare(source, byte_tokenizer(), tmp_path / "cache")
     assert list((tmp_path / "cache").glob("*")) == []
 
@@ -95,13 +87,14 @@ def test_texts_that_change_between_the_two_readings_are_noticed(source, tmp_path
     assert list((tmp_path / "cache").glob("*")) == []
 
 
-def test_an_entry_that_another_process_finished_first_is_kept(source, tmp_path, monkeypatch):
+def test_an_entry_that_another_process_finished_first_stays_complete(source, tmp_path, monkeypatch):
     first = prepare(source, byte_tokenizer(), tmp_path / "cache")
-    kept = (first.folder / "meta.json").stat().st_ino
+    tokens = np.array(first.train.tokens)
     with monkeypatch.context() as patch:
         patch.setattr(cache, "_read_meta", lambda _folder: None)  # as if it was not there yet
-        prepare(source, byte_tokenizer(), tmp_path / "cache")
-    assert (first.folder / "meta.json").stat().st_ino == kept
+        again = prepare(source, byte_tokenizer(), tmp_path / "cache")
+    assert np.array_equal(again.train.tokens, tokens)
+    assert np.array_equal(first.train.tokens, tokens)
     assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [first.folder.name]
 
 

@@ -24,13 +24,7 @@ from typing import Any
 import numpy as np
 
 from transom.base.errors import RequestError, WorkError, collected_notices, notice, require
-from transom.data.cache import (
-    ShardWriter,
-    cache_entry,
-    read_column,
-    read_ids,
-    with_progress,
-)
+from transom.data.cache import ShardWriter, cache_entry, read_shard, with_progress
 from transom.data.chat.conversations import ChatExample
 from transom.data.chat.finetune_sets import Examples, Problem
 from transom.data.chat.rows import ChatCounts, ChatEncoder, EncodedChats
@@ -69,8 +63,9 @@ def prepare_chats(
         The rows of all parts, memory-mapped.
 
     Raises:
-        RequestError: An example can't be encoded, or the cache folder can't be written to.
-        WorkError: The disk is full, or the examples changed while they were read.
+        RequestError: An example can't be encoded.
+        WorkError: The cache folder can't be written to, or the examples changed while they were
+            read.
     """
     count = sum(map(len, parts))
     if not count:
@@ -221,12 +216,9 @@ class ShardItems(Sequence[tuple[EncodedChat, ...]]):
     """The items of a shard. Their numbers are read from disk when they are used."""
 
     def __init__(self, folder: Path, rows_per_item: int) -> None:
+        columns, self._ids = read_shard(folder, NAME, COLUMNS)
         # Plain arrays on top of the maps, whose slices are cheaper.
-        self._tokens, self._weights, self._offsets = (
-            np.asarray(read_column(folder / f"{NAME}.{name}", dtype))
-            for name, dtype in {**COLUMNS, "offsets": "int64"}.items()
-        )
-        self._ids = read_ids(folder / f"{NAME}.ids.json")
+        self._tokens, self._weights, self._offsets = map(np.asarray, columns.values())
         self._rows_per_item = rows_per_item
 
     def __len__(self) -> int:

@@ -55,7 +55,6 @@ class TextBatches(Batches):
             RequestError: An argument is out of range, a token id is not below `vocab_size`, or a
                 source has fewer tokens than one row.
         """
-        require(seq_len >= 1, "seq_len", seq_len, "expected 1 token or more")
         _check_ids(files, bos_id, eos_id, vocab_size)
         self._files = list(files)
         self._begin = np.asarray([] if bos_id is None else [bos_id], np.int64)

@@ -12,13 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.base.errors import WorkError, require
-from transom.data.cache import (
-    ShardWriter,
-    cache_entry,
-    read_column,
-    read_ids,
-    with_progress,
-)
+from transom.data.cache import ShardWriter, cache_entry, read_shard, with_progress
 from transom.data.text.sources import Document, ReadReport, SourceArgs, held_out, read_split
 from transom.tokenizers.tokenizer import Tokenizer
 
@@ -98,9 +92,8 @@ def prepare(
         progress: Whether to show progress bars on standard error.
 
     Raises:
-        RequestError: The source can't be read, `held_out_fraction` leaves nothing to train on, or
-            the cache folder can't be written to.
-        WorkError: The disk is full, or the texts changed while they were read.
+        RequestError: The source can't be read, or `held_out_fraction` leaves nothing to train on.
+        WorkError: The cache folder can't be written to, or the texts changed while they were read.
     """
     usable = 0 <= held_out_fraction < 1
     require(usable, "held_out_fraction", held_out_fraction, "expected 0 or more and below 1")
@@ -148,11 +141,8 @@ def _write_parts(
 
 
 def _open(folder: Path, part: str, dtype: str) -> TokenFile:
-    dtypes = {"tokens": dtype, "offsets": "int64", "bytes": "int64"}
-    tokens, offsets, lengths = (
-        read_column(folder / f"{part}.{name}", kind) for name, kind in dtypes.items()
-    )
-    return TokenFile(tokens, offsets, lengths, read_ids(folder / f"{part}.ids.json"))
+    columns, ids = read_shard(folder, part, {"tokens": dtype, "bytes": "int64"})
+    return TokenFile(**columns, ids=ids)
 
 
 def _hashed(documents: Iterable[Document], digest: hashlib._Hash) -> Iterator[Document]:

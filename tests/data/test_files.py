@@ -122,7 +122,7 @@ def test_json_that_is_no_data_is_text_in_a_folder_and_counted(tmp_path: Path) ->
 
 
 def names(folder: Path) -> dict[str, list[str]]:
-    found = split_files(folder).files.items()
+    found = split_files(folder).items()
     return {
         split: [path.relative_to(folder).as_posix() for path in files] for split, files in found
     }
@@ -157,17 +157,17 @@ def test_files_have_the_split_that_datasets_gives_them(
 @pytest.mark.parametrize(
     ("files", "field"),
     [
-        (["train-00000-of-00002.jsonl"], r"shards of train: got 'without \[1\]'"),
-        (["train-00001-of-00002.jsonl"], r"shards of train: got 'without"),
+        (["train-00000-of-00002.jsonl"], r"shards of train: got .*1-of-2'; expected all 2"),
+        (["train-00001-of-00002.jsonl"], r"shards of train: got .*2-of-2'; expected all 2"),
         (
             ["train-0-of-1.jsonl", "train-0-of-2.jsonl", "train-1-of-2.jsonl"],
-            "expected one set of shards",
+            "0-of-1'; expected all 2 shards of one set",
         ),
         (["train/x-00001-of-00003.jsonl", "train/x-00002-of-00003.jsonl"], "shards of x"),
         (["train_test.jsonl"], "expected a name with the word of one split"),
         (["train.jsonl", "train_2.json"], "expected one format"),
         (["train.jsonl", "train.jsonl.gz"], "expected each file once"),
-        (["train.csv"], r"no training rows.* 1 files or folders .*: train.csv"),
+        (["train.csv"], r"files of rows: got \[\]; expected train.jsonl"),
     ],
 )
 def test_files_that_would_be_missed_are_refused(
@@ -195,8 +195,9 @@ def test_what_is_not_read_of_a_folder_is_named(
     train, measured = split_examples(tmp_path, 0.0)
     told = capsys.readouterr().err
     assert len(train) == len(measured) == 2
-    assert "3 files or folders" in told and told.count("extra.jsonl, old/, train.csv") == 1
-    assert "test.jsonl" in told and "README" not in told
+    assert "3 files are not" in told
+    assert told.count("extra.jsonl, old/train.jsonl, train.csv") == 1
+    assert "the split test is not used" in told and "README" not in told
 
 
 # Rows
@@ -214,7 +215,7 @@ def test_what_is_not_read_of_a_folder_is_named(
         (b'{"n": ' + b"9" * 5000 + b"}", "digits"),
         (b'{"text": "\\udc00"}', "surrogate"),
         (b'{"text": "a\0b"}', "control character"),
-        (b'{"text": "a"} {"text": "b"}', "more text"),
+        (b'{"text": "a"} {"text": "b"}', "Extra data"),
         (b'{"text": "\xff"}', "utf-8"),
     ],
 )
@@ -229,19 +230,21 @@ def test_a_row_that_is_not_strict_json_is_named_with_its_reason(
 
 
 @pytest.mark.parametrize(
-    ("content", "where"),
+    ("content", "reason"),
     [
-        ('[{"text": "a"},\n\n {"text": "b"}\n] x', "4"),
-        ('[{"text": "a"}]\n[{"text": "b"}]', "2"),
-        ('[{"text": "a"},\n NaN]', "2"),
-        ('[{"text": "a"},', "1.2"),
-        ('{\n "text": "a"\n}\n{\n "text": "b"\n}', "4"),
+        ('[{"text": "a"},\n\n {"text": "b"}\n] x', "Extra data: line 4"),
+        ('[{"text": "a"}]\n[{"text": "b"}]', "Extra data: line 2"),
+        ('[{"text": "a"},\n NaN]', "NaN"),
+        ('[{"text": "a"},', "line 1 column 1"),
+        ('{\n "text": "a"\n}\n{\n "text": "b"\n}', "Extra data: line 4"),
     ],
 )
-def test_nothing_after_a_list_is_left_out(tmp_path: Path, content: str, where: str) -> None:
+def test_a_json_file_that_is_malformed_anywhere_is_one_problem(
+    tmp_path: Path, content: str, reason: str
+) -> None:
     path = write(tmp_path / "a.json", content.encode())
-    problems = [row.where for row in read_rows(path) if row.columns is None]
-    assert problems == [f"{path}:{where}"]
+    ((_, where, columns, problem),) = read_rows(path)
+    assert (where, columns) == (f"{path}:1", None) and reason in problem
 
 
 def test_right_values_are_kept(tmp_path: Path) -> None:
@@ -293,7 +296,9 @@ def test_tables_with_dictionaries_views_and_bad_bytes(tmp_path: Path) -> None:
     bad = pa.array([b"fine", b"fine", b"\xff"]).cast(pa.binary()).view(pa.string())
     parquet.write_table(pa.table({"text": bad}), path, row_group_size=2)
     for read in (examples_of, documents):
-        with pytest.raises(RequestError, match=r"a\.parquet:3: .*UTF-8"):
+        with pytest.raises(
+            RequestError, match=r"a\.parquet: not a readable .* after row 0 .*utf-8"
+        ):
             read(path)
 
 

@@ -90,7 +90,7 @@ def test_lines_become_rows_with_the_ids_of_documents(
 def test_a_wrong_line_is_refused_by_its_place(tmp_path: Path, line: Any, kind: Any) -> None:
     good = {"text": "a", "label": 0, "positive": "b"}
     path = write(tmp_path, [good, line])
-    with pytest.raises(RequestError, match=r"rows.jsonl:2: .*expected (a|one) JSON object"):
+    with pytest.raises(RequestError, match=r"rows.jsonl:2: .*expected"):
         read_labelled(path, kind)
 
 
@@ -99,7 +99,7 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
         read_labelled(tmp_path / "a.txt", "classification")
     with pytest.raises(RequestError, match="cannot be read"):
         read_labelled(tmp_path / "none.jsonl", "classification")
-    with pytest.raises(RequestError, match="expected a file of lines"):
+    with pytest.raises(RequestError, match="expected one row or more"):
         read_labelled(write(tmp_path, []), "classification")
     with pytest.raises(RequestError, match="expected all texts or all numbers"):
         read_labelled(

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from transom.base.errors import RequestError
-from transom.evaluation.task_data import kind_of, open_data, read_answers, read_choices
+from transom.evaluation.task_data import kind_of, open_data, read_tasks
 
 QUESTION = {"question": "Which?", "choices": ["red", "blue", "green"], "answer": 1}
 ANSWER = {"prompt": "2 + 2 =", "answer": "4"}
@@ -45,7 +45,7 @@ def test_all_else_is_text(tmp_path):
 
 @pytest.mark.parametrize("answer", [1, "B", "blue"])
 def test_an_answer_is_an_index_a_letter_or_a_text(write, answer):
-    (row,) = read_choices(write({**QUESTION, "answer": answer}))
+    (row,) = read_tasks(write({**QUESTION, "answer": answer}))
     assert (row.id, row.prompt, row.choices, row.answer) == (
         "rows.jsonl:1",
         "Which?",
@@ -56,7 +56,7 @@ def test_an_answer_is_an_index_a_letter_or_a_text(write, answer):
 
 def test_answers_may_be_several_and_rows_may_be_limited(write):
     path = write(ANSWER, "", {"question": "Say hi", "answer": ["hi", "Hi"]}, {"prompt": 3})
-    rows = read_answers(path, limit=2)
+    rows = read_tasks(path, limit=2)
     assert [(row.id, row.prompt, row.answers) for row in rows] == [
         ("rows.jsonl:1", "2 + 2 =", ("4",)),
         ("rows.jsonl:3", "Say hi", ("hi", "Hi")),
@@ -64,7 +64,7 @@ def test_answers_may_be_several_and_rows_may_be_limited(write):
 
 
 def test_keys_that_nothing_reads_are_said(write, capsys):
-    read_choices(write({**QUESTION, "subject": "colour"}, {**QUESTION, "id": 7}))
+    read_tasks(write({**QUESTION, "subject": "colour"}, {**QUESTION, "id": 7}))
     assert capsys.readouterr().err.endswith(
         "rows.jsonl: keys that are not read: id (1 rows), subject (1 rows)\n"
     )
@@ -81,7 +81,7 @@ def test_keys_that_nothing_reads_are_said(write, capsys):
         ({**QUESTION, "choices": ["red", ""]}, "two texts or more"),
         ({**QUESTION, "prompt": "Which?"}, "one text"),
         ({"choices": ["a", "b"], "answer": 0}, "one text"),
-        (ANSWER, "choices: got None"),
+        (ANSWER, "kind of row: got 'answers'; expected choices"),
         (
             '{"question": "\\ud800", "choices": ["a", "b"], "answer": 0}',
             "half a surrogate pair",
@@ -92,15 +92,15 @@ def test_keys_that_nothing_reads_are_said(write, capsys):
 )
 def test_a_wrong_question_is_one_sentence_with_its_line(write, row, sentence):
     with pytest.raises(RequestError, match=sentence) as found:
-        read_choices(write(QUESTION, row))
+        read_tasks(write(QUESTION, row))
     assert "rows.jsonl:2: " in str(found.value) and "\n" not in str(found.value)
 
 
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        (QUESTION, "has choices"),
-        ({"prompt": "x"}, "a text or a list of texts"),
+        (QUESTION, "kind of row: got 'choices'; expected answers"),
+        ({"prompt": "x"}, "expected rows with choices and answer; answer; text"),
         ({"prompt": "x", "answer": []}, "a text or a list of texts"),
         ({"prompt": "x", "answer": 4}, "a text or a list of texts"),
         (
@@ -113,13 +113,13 @@ def test_a_wrong_question_is_one_sentence_with_its_line(write, row, sentence):
 )
 def test_a_wrong_prompt_is_one_sentence_with_its_line(write, row, sentence):
     with pytest.raises(RequestError, match=sentence) as found:
-        read_answers(write(ANSWER, row))
+        read_tasks(write(ANSWER, row))
     assert "rows.jsonl:2: " in str(found.value)
 
 
 @pytest.mark.parametrize("rows", [[""], [{"label": 3}]])
 def test_a_file_that_says_nothing_is_refused(write, rows):
-    with pytest.raises(RequestError, match='expected lines with "text"'):
+    with pytest.raises(RequestError, match=r"expected (one row or more|rows) with"):
         open_data([write(*rows)])
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import bz2
 import contextlib
 import gzip
-import importlib
 import io
 import json
 import lzma
 import math
-import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,12 +76,7 @@ def open_bytes(path: Path) -> BinaryIO:
     return cast(BinaryIO, openers.get(path.suffix.lower(), Path.open)(path, "rb"))
 
 
-def _open_zst(path: Path, mode: str) -> BinaryIO:
-    """Open a Zstandard file: with the standard library from Python 3.14 on, else with pyarrow."""
-    try:
-        return cast(BinaryIO, importlib.import_module("compression.zstd").open(path, mode))
-    except ImportError:
-        pass
+def _open_zst(path: Path, _: str) -> BinaryIO:
     try:
         import pyarrow as pa
     except ImportError:
@@ -103,41 +96,20 @@ def parse_json(text: str) -> Any:
     Raises:
         ValueError: The text is not strict JSON; the message is the reason.
     """
-    value, end = parse_json_at(text, skip_space(text, 0))
-    if skip_space(text, end) < len(text):
-        raise ValueError("more text after the value")
-    return value
-
-
-def parse_json_at(text: str, start: int) -> tuple[Any, int]:
-    """Return the JSON value that begins at `start`, and its end. Raise as `parse_json` does."""
     try:
-        value, end = _DECODER.raw_decode(text, start)
+        value = _DECODER.decode(text)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{error.msg} at character {error.pos - start + 1}") from None
-    except ValueError as error:  # Python refuses to read integers of more than 4300 digits
-        reason = "a number of more than 4,300 digits" if "digits" in str(error) else str(error)
-        raise ValueError(reason) from None
-    written = text[start:end]
-    if written.count("[") + written.count("{") > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
+    if text.count("[") + text.count("{") > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
         raise ValueError(_TOO_DEEP)
-    if "\\ud" in written or "\\uD" in written:
+    if "\\ud" in text or "\\uD" in text:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise ValueError("half a surrogate pair, which UTF-8 can't encode") from None
-    return value, end
+    return value
 
 
-def skip_space(text: str, at: int) -> int:
-    """Return the first place from `at` on that is not white space."""
-    space = _SPACE.match(text, at)
-    return at if space is None else space.end()
-
-
-_SPACE = re.compile(r"[ \t\r\n]*")
 _TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 
 

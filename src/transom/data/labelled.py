@@ -6,19 +6,19 @@ Shape letters: B rows, T tokens.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import notice, require
 from transom.base.files import read_json, write_text
 from transom.data.batch import NO_TARGET, Batch, pad_rows
 from transom.data.file_formats import ROW_NAMES, row_format
 from transom.data.order import ShuffledBatches
-from transom.data.row_files import DataRow, notice_unread, read_rows
+from transom.data.row_files import read_rows
+from transom.data.row_kinds import Columns, RowKind, read_as, text_of
 from transom.data.text.sources import TEXT_KEY, held_out
 from transom.inference.embedding import encode_texts
 from transom.tokenizers.tokenizer import Tokenizer
@@ -60,30 +60,28 @@ def read_labelled(
     file = Path(path)
     known = row_format(file) is not None and not file.is_dir()
     require(known, "data.sources", str(path), f"expected a file that ends in {ROW_NAMES}")
-    key = LABEL_KEY if kind == "classification" else POSITIVE_KEY
-    rows: list[LabelledText] = []
-    unread: Counter[str] = Counter()
-    for row in read_rows(file):
-        rows.append(_labelled(row, key))
-        unread.update(set(row.given) - {TEXT_KEY, key})
-    notice_unread(file, unread)
-    expected = f'expected a file of lines with "{TEXT_KEY}" and "{key}"'
-    require(len(rows) > 0, "data.sources", str(path), expected)
+    rows = list(read_as(file, read_rows(file), [HEAD_ROWS[kind]]))
     kinds = {type(row.label).__name__ for row in rows}
     require(len(kinds) == 1, f"{file}: labels", sorted(kinds), "expected all texts or all numbers")
     return rows
 
 
-def _labelled(row: DataRow, key: str) -> LabelledText:
-    if row.columns is None:
-        raise RequestError(f"{row.where}: {row.problem}")
-    text, value = row.given.get(TEXT_KEY), row.given.get(key)
-    number = key == LABEL_KEY and type(value) is int and 0 <= value < 1 << 31
-    fits = isinstance(text, str) and text and (number or (isinstance(value, str) and value))
-    or_number = " (or a whole number from 0)" if key == LABEL_KEY else ""
-    expected = f'expected a JSON object with a string "{TEXT_KEY}" and a string "{key}"{or_number}'
-    require(bool(fits), f"{row.where}: row", row.given, expected)
-    return LabelledText(row.id, str(text), **{key: value})
+def _labelled(row: Columns, id: str) -> LabelledText:
+    text, label = text_of(row[TEXT_KEY], TEXT_KEY), row[LABEL_KEY]
+    fits = (type(label) is int and 0 <= label < 1 << 31) or (isinstance(label, str) and label)
+    require(bool(fits), LABEL_KEY, label, "expected a text or a whole number from 0")
+    return LabelledText(id, text, label)
+
+
+def _pair(row: Columns, id: str) -> LabelledText:
+    text, positive = (text_of(row[key], key) for key in (TEXT_KEY, POSITIVE_KEY))
+    return LabelledText(id, text, positive=positive)
+
+
+HEAD_ROWS = {
+    "classification": RowKind("labelled text", (TEXT_KEY, LABEL_KEY), (), _labelled),
+    "embedding": RowKind("pairs of texts", (TEXT_KEY, POSITIVE_KEY), (), _pair),
+}
 
 
 def label_names(rows: Sequence[LabelledText], num_labels: int) -> list[str]:

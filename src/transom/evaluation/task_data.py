@@ -8,24 +8,23 @@ kind. This module does not import torch.
 
 from __future__ import annotations
 
-import itertools
 import string
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from transom.base.errors import RequestError, require
 from transom.base.files import sha256_of
 from transom.data.file_formats import row_format
-from transom.data.row_files import DataRow, notice_unread, read_rows
+from transom.data.row_files import read_rows
+from transom.data.row_kinds import Columns, RowKind, read_as, recognise
 from transom.data.text.sources import SourceArgs, read_documents
 from transom.evaluation.intervals import Ratio
 
 TaskKind = Literal["text", "choices", "answers"]
 PROMPT_KEYS = ("prompt", "question")
-KNOWN = {*PROMPT_KEYS, "choices", "answer", "messages"}
 EXPECTED = (
     'expected lines with "text", with "prompt" (or "question"), "choices" and "answer", or with '
     '"prompt" (or "question", or "messages") and "answer"'
@@ -96,10 +95,9 @@ def open_data(paths: Sequence[str], limit: int | None = None) -> list[DataSet]:
         if kind == "text":
             read_documents(SourceArgs(path))  # lists the files, which must exist
             out.append(DataSet(path, kind))
-        elif kind == "choices":
-            out.append(DataSet(path, kind, read_choices(path, limit), (), sha256_of(Path(path))))
         else:
-            out.append(DataSet(path, kind, (), read_answers(path, limit), sha256_of(Path(path))))
+            rows = {kind: read_tasks(path, limit)}
+            out.append(DataSet(path, kind, **rows, sha256=sha256_of(Path(path))))
     return out
 
 
@@ -108,71 +106,57 @@ def kind_of(path: str) -> TaskKind:
     file = Path(path)
     if row_format(file) is None or not file.is_file():
         return "text"
-    first, row = next(_lines(file), (None, None))
-    if first is None or row is None:
-        raise RequestError(f"{file}: no row with content; {EXPECTED}")
-    kinds: dict[str, TaskKind] = {"choices": "choices", "answer": "answers", "text": "text"}
-    kind = next((kinds[key] for key in kinds if key in first), None)
-    if kind is None:
-        raise RequestError(f"{row.where}: got the keys {', '.join(first) or 'none'}; {EXPECTED}")
-    return kind
+    row = next(read_rows(file), None)
+    require(row is not None, "data", path, f"expected one row or more with {EXPECTED}")
+    assert row is not None, "checked in the line before"
+    try:
+        return cast(TaskKind, recognise(row.given, KINDS).name)
+    except RequestError as error:
+        raise RequestError(f"{row.where}: {error}") from None
 
 
-def read_choices(path: str, limit: int | None = None) -> list[ChoiceRow]:
-    """Return the first `limit` rows {"prompt" or "question", "choices", "answer"} of a file.
+def read_tasks(path: str, limit: int | None = None) -> list[Any]:
+    """Return the first `limit` rows of a file, all as `ChoiceRow` or all as `AnswerRow`.
 
-    The answer is the index of a choice from 0, its letter from A, or its text.
+    Rows have the keys "prompt" (or "question"), "choices" and "answer", where the answer is the
+    index of a choice from 0, its letter from A, or its text; or the keys "prompt", "question" or
+    "messages", and "answer", which is a text or a list of texts.
+
+    Raises:
+        RequestError: A row is malformed, or it has another kind than the rows before.
     """
-    out = []
-    for columns, row in _rows(path, limit):
-        choices: Any = columns.get("choices")
-        fits = _is_list(choices, str, 2) and all(choices) and "messages" not in columns
-        expected = "expected a list of two texts or more, and no messages"
-        require(fits, f"{row.where}: choices", choices, expected)
-        answer = _answer(columns.get("answer"), choices, row.where)
-        out.append(ChoiceRow(row.id, _prompt(columns, row.where), tuple(choices), answer))
-    return out
+    return list(read_as(path, islice(read_rows(Path(path)), limit), KINDS))
 
 
-def read_answers(path: str, limit: int | None = None) -> list[AnswerRow]:
-    """Return the first `limit` rows {"prompt", "question" or "messages", "answer"} of a file.
-
-    The answer is a text or a list of texts.
-    """
-    out = []
-    for columns, row in _rows(path, limit):
-        if "choices" in columns:
-            raise RequestError(
-                f"{row.where}: has choices, unlike the rows before it; expected one kind per file"
-            )
-        given, messages = columns.get("answer"), columns.get("messages", [])
-        answers: Any = [given] if isinstance(given, str) else given
-        fits = _is_list(answers, str, 1)
-        require(fits, f"{row.where}: answer", answers, "expected a text or a list of texts")
-        if "messages" in columns:
-            fits = _is_list(messages, dict, 1) and not columns.keys() & set(PROMPT_KEYS)
-            expected = "expected a list of objects, and no prompt beside them"
-            require(fits, f"{row.where}: messages", messages, expected)
-        prompt = "" if messages else _prompt(columns, row.where)
-        out.append(AnswerRow(row.id, prompt, tuple(messages), tuple(answers)))
-    return out
+def _choices(row: Columns, id: str) -> ChoiceRow:
+    choices = row["choices"]
+    fits = _is_list(choices, str, 2) and all(choices) and "messages" not in row
+    require(fits, "choices", choices, "expected a list of two texts or more, and no messages")
+    return ChoiceRow(id, _prompt(row), tuple(choices), _answer(row["answer"], choices))
 
 
-def _rows(path: str, limit: int | None) -> Iterator[tuple[dict[str, Any], DataRow]]:
-    """Yield the columns and the place of each row; print which keys are not read."""
-    unread: Counter[str] = Counter()
-    for columns, row in itertools.islice(_lines(Path(path)), limit):
-        unread.update(set(columns) - KNOWN)
-        yield columns, row
-    notice_unread(path, unread)
+def _answers(row: Columns, id: str) -> AnswerRow:
+    answers = [row["answer"]] if isinstance(row["answer"], str) else row["answer"]
+    fits = _is_list(answers, str, 1)
+    require(fits, "answer", row["answer"], "expected a text or a list of texts")
+    messages = row.get("messages", [])
+    if "messages" in row:
+        fits = _is_list(messages, dict, 1) and not row.keys() & set(PROMPT_KEYS)
+        expected = "expected a list of objects, and no prompt beside them"
+        require(fits, "messages", messages, expected)
+    return AnswerRow(id, "" if messages else _prompt(row), tuple(messages), tuple(answers))
 
 
-def _lines(file: Path) -> Iterator[tuple[dict[str, Any], DataRow]]:
-    """Yield the columns that are not null and the place of each row."""
-    for row in read_rows(file):
-        if row.columns is None:
-            raise RequestError(f"{row.where}: {row.problem}")
-        yield row.given, row
+def _text(row: Columns, id: str) -> Any:
+    raise RequestError("row: got a text; expected questions in a file of questions")
+
+
+PROMPTS = (*PROMPT_KEYS, "messages")
+KINDS: tuple[RowKind[Any], ...] = (
+    RowKind("choices", ("choices", "answer"), PROMPTS, _choices),
+    RowKind("answers", ("answer",), PROMPTS, _answers),
+    RowKind("text", ("text",), (), _text),
+)
 
 
 def _is_list(value: Any, kind: type, least: int) -> bool:
@@ -181,16 +165,16 @@ def _is_list(value: Any, kind: type, least: int) -> bool:
     return fits and all(isinstance(one, kind) for one in value)
 
 
-def _prompt(columns: Mapping[str, Any], where: str) -> str:
-    given = [key for key in PROMPT_KEYS if key in columns]
+def _prompt(row: Columns) -> str:
+    given = [key for key in PROMPT_KEYS if key in row]
     name = given[0] if given else "prompt"
-    prompt = columns.get(name)
+    prompt = row.get(name)
     fits = len(given) == 1 and isinstance(prompt, str) and bool(prompt)
-    require(fits, f"{where}: {name}", prompt, 'expected one text, under "prompt" or "question"')
+    require(fits, name, prompt, 'expected one text, under "prompt" or "question"')
     return str(prompt)
 
 
-def _answer(answer: Any, choices: Sequence[str], where: str) -> int:
+def _answer(answer: Any, choices: Sequence[str]) -> int:
     """Return the index of the one choice that `answer` means."""
     letters = string.ascii_uppercase[: len(choices)]
     meant: set[int] = set()
@@ -203,5 +187,5 @@ def _answer(answer: Any, choices: Sequence[str], where: str) -> int:
         f"means {'more than one choice' if meant else 'no choice'}; expected a number from 0 to "
         f"{len(choices) - 1}, a letter from {letters[:1]} to {letters[-1:]}, or the text of one"
     )
-    require(len(meant) == 1, f"{where}: answer", answer, expected)
+    require(len(meant) == 1, "answer", answer, expected)
     return meant.pop()

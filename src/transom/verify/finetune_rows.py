@@ -24,11 +24,11 @@ from transom.chat.built_in import named
 from transom.chat.template import ChatTemplate
 from transom.data.batch import NO_TARGET, Batch
 from transom.data.chat.batches import packed_batch, padded_batch
-from transom.data.chat.conversations import ChatExample, recognise
-from transom.data.chat.finetune_sets import Problem
+from transom.data.chat.conversations import ChatExample, example_of
 from transom.data.chat.messages import Message
 from transom.data.chat.rows import ChatEncoder
 from transom.data.chat.turns import EncodedChat
+from transom.data.row_kinds import Problem
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
@@ -88,7 +88,7 @@ PAIRS = (
 
 def examples_of(rows: Sequence[Mapping[str, Any]], name: str) -> list[ChatExample]:
     """Return rows as examples, as they are read from a file."""
-    return [recognise(row).example(row, f"{name} {index}") for index, row in enumerate(rows)]
+    return [example_of(row, f"{name} {index}") for index, row in enumerate(rows)]
 
 
 def sample_encoders() -> dict[str, ChatEncoder]:

@@ -14,9 +14,10 @@ import pytest
 
 from tests.chat.chat_texts import CALL, TOOLS
 from transom.base.errors import RequestError
-from transom.data.chat.conversations import ChatExample, recognise
-from transom.data.chat.finetune_sets import Problem, read_examples, split_examples
-from transom.data.row_files import rows_of
+from transom.data.chat.conversations import ChatExample, example_of
+from transom.data.chat.finetune_sets import read_examples, split_examples
+from transom.data.data_sets import rows_of
+from transom.data.row_kinds import Problem
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CHAT = [USER, ANSWER]
@@ -27,7 +28,7 @@ def examples_of(*given: Any, **more: Any) -> list[ChatExample]:
 
 
 def example(row: dict[str, Any]) -> ChatExample:
-    return recognise(row).example(row, "f:1")
+    return example_of(row, "f:1")
 
 
 def write(path: Path, rows: list[Any]) -> Path:
@@ -266,7 +267,7 @@ def test_every_fault_is_found_with_its_line(
         "rows.jsonl:7",
     ]
     assert [one.where for one in problems] == [f"{path}:{line}" for line in (2, 4, 5, 6)]
-    assert "format: got 'text'; expected messages" in problems[3].sentence
+    assert "kind of row: got 'text'; expected messages" in problems[3].sentence
     told = capsys.readouterr().err
     assert "1 empty lines left out" in told and "keys that are not read: source (1 rows)" in told
     with pytest.raises(RequestError, match=f"{path}:2: 'not json': expected one JSON object"):
@@ -279,12 +280,12 @@ def test_a_json_list_is_read_item_by_item(tmp_path: Path) -> None:
     path.write_text(json.dumps(rows, indent=1))
     problems: list[Problem] = []
     found = examples_of(path, problems=problems)
-    assert [one.id for one in found] == ["rows.json:2", "rows.json:7"]
-    assert [one.where for one in problems] == [f"{path}:6"]
+    assert [one.id for one in found] == ["rows.json:1", "rows.json:3"]
+    assert [one.where for one in problems] == [f"{path}:2"]
     path.write_text('[{"text": "a"}, {"text": "b"}\n {"text": "c"}]')
     problems.clear()
-    assert [one.id for one in examples_of(path, problems=problems)] == ["rows.json:1"]
-    assert problems[0].where == f"{path}:1.2" and "the rest is not read" in problems[0].sentence
+    assert examples_of(path, problems=problems) == []
+    assert problems[0].where == f"{path}:1" and "line 2" in problems[0].sentence
     path.write_text('{"text": "a"}\n{"text": "b"}\n')  # lines, under the other name
     assert len(examples_of(path)) == 2
     path.write_text("[]")
@@ -314,7 +315,9 @@ def test_folders_have_splits(tmp_path: Path) -> None:
         write(tmp_path / f"{name}.jsonl", [{"text": name}])
     assert [one.text for one in examples_of(tmp_path)] == ["train"]
     assert [one.text for one in split_examples(tmp_path, 0.5)[1]] == ["validation"]
-    with pytest.raises(RequestError, match="split: got 'test'; expected a split that"):
+    with pytest.raises(
+        RequestError, match=r"split: got 'test'; expected a split that .*: train, valid"
+    ):
         examples_of(tmp_path, "test")
     (tmp_path / "train.json").write_text("[]")
     with pytest.raises(
@@ -322,7 +325,7 @@ def test_folders_have_splits(tmp_path: Path) -> None:
     ):
         examples_of(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RequestError, match=r"no training rows; expected a folder with train.jsonl"):
+    with pytest.raises(RequestError, match=r"files of rows: got \[\]; expected train.jsonl"):
         examples_of(tmp_path / "empty")
 
 
@@ -354,9 +357,9 @@ def test_names_need_the_datasets_library(
         return {"train": [{"text": "a", "tools": None}], "validation": [], "train_sft": []}
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    rows = list(rows_of("owner/name:main") or ())
+    rows = list(rows_of("owner/name:main"))
     assert [(row.id, row.given) for row in rows] == [("owner/name:main:train:1", {"text": "a"})]
     assert asked == [("owner/name", "main")] and "not read: train_sft" in capsys.readouterr().err
-    assert (
-        list(rows_of("owner/name", "valid") or ()) == [] and rows_of("owner/name", "test") is None
-    )
+    assert list(rows_of("owner/name", "valid")) == []
+    with pytest.raises(RequestError, match=r"split: got 'test'; expected .*: train, valid"):
+        rows_of("owner/name", "test")

@@ -12,8 +12,7 @@ from tests.chat.chat_texts import PUBLISHED, say
 from transom.base.errors import RequestError
 from transom.chat.built_in import named
 from transom.chat.template import ChatTemplate
-from transom.data.chat.conversations import ChatExample, recognise
-from transom.data.chat.finetune_sets import Problem
+from transom.data.chat.conversations import ChatExample, example_of
 from transom.data.chat.rows import (
     ChatCounts,
     ChatEncoder,
@@ -22,6 +21,7 @@ from transom.data.chat.rows import (
     prompt_ids,
     template_for,
 )
+from transom.data.row_kinds import Problem
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.tokenizers.training import byte_tokenizer, train_bpe
 
@@ -143,9 +143,7 @@ def test_a_shared_prompt_and_its_answers_are_the_tokens_of_the_whole_text() -> N
     words = re.findall(r"\s*\S+", text)
     for at in range(1, len(words)):
         chosen, rejected = "".join(words), "".join([*words[:at], words[at][:-1] + "q?"])
-        pair = recognise({"chosen": chosen, "rejected": rejected}).example(
-            {"chosen": chosen, "rejected": rejected}, "f:1"
-        )
+        pair = example_of({"chosen": chosen, "rejected": rejected}, "f:1")
         ((one, other),) = ChatEncoder(tokenizer, None, 500).encode([pair]).items
         for row, whole in ((one, chosen), (other, rejected)):
             assert row.ids.tolist() == tokenizer.encode(whole, add_bos=True, add_eos=True)

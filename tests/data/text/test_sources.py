@@ -56,7 +56,7 @@ def test_a_folder_gives_every_text_in_order_and_counts_the_rest(folder):
     assert report == ReadReport(
         files=7,
         documents=5,
-        empty=3,
+        empty=2,
         skipped_binary=1,
         skipped_encoding=1,
         skipped_hidden=2,
@@ -107,8 +107,8 @@ def test_a_bad_row_is_named(tmp_path, line):
     [
         ("absent", None, "expected a file, a folder or a glob"),
         ("x*.txt", None, r"expected text \(found no files\)"),
-        ("a.bin", b"\0", "got a binary file; expected UTF-8 text"),
-        ("a.txt", b"ab\xff", "byte 2: not UTF-8; expected UTF-8 text"),
+        ("a.bin", b"\0", "got 'a binary file'; expected UTF-8 text"),
+        ("a.txt", b"ab\xff", "byte 2: got 'bytes that are not UTF-8'; expected UTF-8 text"),
         (
             "a.txt",
             b"",
@@ -126,7 +126,10 @@ def test_a_source_without_text_is_refused(tmp_path, name, content, sentence):
 
 def test_a_parquet_file_without_the_column_names_what_it_has(tmp_path):
     parquet.write_table(pa.table({"content": ["x"], "text": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(RequestError, match=r'columns: got .* expected a string column "text"'):
+    with pytest.raises(RequestError, match=r'a\.parquet:1: text: got 1; expected .* string "text"'):
+        found(tmp_path)
+    parquet.write_table(pa.table({"content": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(RequestError, match=r"columns: got \['content'\]; expected"):
         found(tmp_path)
 
 

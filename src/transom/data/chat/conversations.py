@@ -10,19 +10,19 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from transom.base.errors import RequestError, nearest, require
+from transom.base.errors import require
 from transom.chat.marking import common_prefix
 from transom.data.chat.messages import (
     MESSAGE_KEYS,
     Messages,
     listed,
     messages_of,
-    text_of,
     tools_of,
     weight_of,
 )
+from transom.data.row_kinds import Columns, RowKind, recognise, text_of
 
 ExampleKind = Literal["chat", "completion", "text", "pair", "label", "answer"]
 SHAREGPT_KEYS = ("from", "value", "weight")
@@ -32,6 +32,7 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "system": "system",
 }
+TURNS = {"messages", "prompt", "completion", "chosen", "rejected", "conversations"}
 REFERENCES = ("answer", "solution", "tests")
 
 
@@ -72,58 +73,15 @@ class ChatExample:
         return self.kind != "text" and not self.bare
 
 
-class Format(NamedTuple):
-    """A format of rows.
-
-    Attributes:
-        name: The name of the format.
-        needs: The keys that tell the format.
-        reads: Other keys that are read.
-        fields: Returns the fields of the example of a row, except `tools` and `weight`.
-    """
-
-    name: str
-    needs: tuple[str, ...]
-    reads: tuple[str, ...]
-    fields: Callable[[Mapping[str, Any]], dict[str, Any]]
-
-    def example(self, columns: Mapping[str, Any], id: str) -> ChatExample:
-        """Return a row as an example. Raise `RequestError` if it is malformed."""
-        tools = tools_of(columns) if "tools" in self.reads else None
-        weight = weight_of(columns) if "weight" in self.reads else 1.0
-        return ChatExample(id, **self.fields(columns), tools=tools, weight=weight)
-
-    def unread(self, columns: Mapping[str, Any]) -> list[str]:
-        """Return the keys of a row, and of its messages as `messages.KEY`, that are not read."""
-        known = (*self.needs, *self.reads)
-        out = {key for key in columns if key not in known}
-        for key in ("messages", "prompt", "completion", "chosen", "rejected", "conversations"):
-            turns = listed(columns.get(key)) if key in known else None
-            for turn in turns if isinstance(turns, list) else ():
-                shared = key == "conversations"
-                read = SHAREGPT_KEYS if shared and "role" not in turn else MESSAGE_KEYS
-                where = key if shared else "messages"
-                out |= {f"{where}.{name}" for name in turn if name not in read}
-        return sorted(out)
-
-
-def recognise(columns: Mapping[str, Any]) -> Format:
-    """Return the format of a row: the first of `FORMATS` whose keys it has."""
-    for one in FORMATS:
-        if all(key in columns for key in one.needs):
-            return one
-    keys = sorted(columns)
-    require(bool(keys), "columns", None, "expected a row with a value; all are null")
-    known = [key for one in FORMATS for key in one.needs]
-    hint = next((hint for key in keys if (hint := nearest(key, known))), "")
-    formats = "; ".join(" and ".join(one.needs) for one in FORMATS)
-    raise RequestError(f"keys: got {keys}; expected rows with {formats}{hint}")
+def example_of(columns: Columns, id: str) -> ChatExample:
+    """Return a row as an example. Raise `RequestError` if it is malformed."""
+    return recognise(columns, FORMATS).make(columns, id)
 
 
 # -- formats ---------------------------------------------------------------------------------------
 
 
-def _messages(row: Mapping[str, Any]) -> dict[str, Any]:
+def _messages(row: Columns) -> dict[str, Any]:
     messages = messages_of(row["messages"], "messages")
     if _reference(row) and messages[-1]["role"] != "assistant":
         return {"kind": "answer", "messages": messages, "reference": _reference(row)}
@@ -137,7 +95,7 @@ def _chat(messages: Messages, name: str) -> dict[str, Any]:
     return {"kind": "chat", "messages": messages}
 
 
-def _sharegpt(row: Mapping[str, Any]) -> dict[str, Any]:
+def _sharegpt(row: Columns) -> dict[str, Any]:
     turns = listed(row["conversations"])
     if isinstance(turns, list):
         turns = [_sharegpt_turn(turn, f"conversations[{at}]") for at, turn in enumerate(turns)]
@@ -154,7 +112,7 @@ def _sharegpt_turn(turn: Any, name: str) -> Any:
     return {"role": SHAREGPT_ROLES[turn["from"]], "content": turn.get("value"), **more}
 
 
-def _alpaca(row: Mapping[str, Any]) -> dict[str, Any]:
+def _alpaca(row: Columns) -> dict[str, Any]:
     question = text_of(row["instruction"], "instruction")
     if row.get("input") not in (None, ""):
         question = f"{question}\n\n{text_of(row['input'], 'input')}"
@@ -163,21 +121,21 @@ def _alpaca(row: Mapping[str, Any]) -> dict[str, Any]:
     return _chat(messages_of(turns, "messages"), "messages")
 
 
-def _system(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _system(row: Columns) -> list[dict[str, Any]]:
     return [{"role": "system", "content": row["system"]}] if row.get("system") is not None else []
 
 
-def _completion(row: Mapping[str, Any]) -> dict[str, Any]:
+def _completion(row: Columns) -> dict[str, Any]:
     answers = {"completion": row["completion"]}
     return {"kind": "completion", **_prompt_and_answers(row["prompt"], answers)}
 
 
-def _label(row: Mapping[str, Any]) -> dict[str, Any]:
+def _label(row: Columns) -> dict[str, Any]:
     require(isinstance(row["label"], bool), "label", row["label"], "expected true or false")
     return {**_completion(row), "kind": "label", "label": row["label"]}
 
 
-def _pair(row: Mapping[str, Any]) -> dict[str, Any]:
+def _pair(row: Columns) -> dict[str, Any]:
     """Return a pair. Its prompt may be the common beginning of both answers."""
     chosen, rejected = (
         [row[name]] if isinstance(row[name], dict) else row[name] for name in ("chosen", "rejected")
@@ -201,27 +159,54 @@ def _pair(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"kind": "pair", **_prompt_and_answers(prompt, answers)}
 
 
-def _prompt_answer(row: Mapping[str, Any]) -> dict[str, Any]:
+def _prompt_answer(row: Columns) -> dict[str, Any]:
     fields = _prompt_and_answers(row["prompt"], {})
     return {"kind": "answer", **fields, "reference": _reference(row)}
 
 
-def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(row: Columns) -> dict[str, Any]:
     return {"kind": "text", "text": text_of(row["text"], "text")}
+
+
+def _format(
+    name: str,
+    needs: tuple[str, ...],
+    reads: tuple[str, ...],
+    fields: Callable[[Columns], dict[str, Any]],
+) -> RowKind[ChatExample]:
+    """Return a format of rows. `fields` returns those of the example but `tools` and `weight`."""
+
+    def make(columns: Columns, id: str) -> ChatExample:
+        tools = tools_of(columns) if "tools" in reads else None
+        weight = weight_of(columns) if "weight" in reads else 1.0
+        return ChatExample(id, **fields(columns), tools=tools, weight=weight)
+
+    return RowKind(name, needs, reads, make, _unread_in_turns)
+
+
+def _unread_in_turns(columns: Columns) -> set[str]:
+    """Return the keys of the messages of a row, as `messages.KEY`, that are not read."""
+    out = set()
+    for key in TURNS & columns.keys():
+        turns, shared = listed(columns[key]), key == "conversations"
+        for turn in turns if isinstance(turns, list) else ():
+            read = SHAREGPT_KEYS if shared and "role" not in turn else MESSAGE_KEYS
+            out |= {f"{key if shared else 'messages'}.{one}" for one in turn if one not in read}
+    return out
 
 
 # Formats with more keys come first, because a set of pairs may also have its chosen conversations
 # under `messages`.
 FORMATS = (
-    Format("preference pairs", ("chosen", "rejected"), ("prompt", "tools"), _pair),
-    Format("answers with a label", ("prompt", "completion", "label"), ("tools",), _label),
-    Format("prompt and completion", ("prompt", "completion"), ("tools", "weight"), _completion),
-    Format("messages", ("messages",), ("tools", "weight", *REFERENCES), _messages),
-    Format("ShareGPT", ("conversations",), ("system", "tools", "weight"), _sharegpt),
-    Format("Alpaca", ("instruction", "output"), ("input", "system", "weight"), _alpaca),
-    Format("text", ("text",), ("weight",), _plain),
+    _format("preference pairs", ("chosen", "rejected"), ("prompt", "tools"), _pair),
+    _format("answers with a label", ("prompt", "completion", "label"), ("tools",), _label),
+    _format("prompt and completion", ("prompt", "completion"), ("tools", "weight"), _completion),
+    _format("messages", ("messages",), ("tools", "weight", *REFERENCES), _messages),
+    _format("ShareGPT", ("conversations",), ("system", "tools", "weight"), _sharegpt),
+    _format("Alpaca", ("instruction", "output"), ("input", "system", "weight"), _alpaca),
+    _format("text", ("text",), ("weight",), _plain),
     *(
-        Format("prompts with an answer", ("prompt", key), (*REFERENCES, "tools"), _prompt_answer)
+        _format("prompts with an answer", ("prompt", key), (*REFERENCES, "tools"), _prompt_answer)
         for key in REFERENCES
     ),
 )
@@ -277,5 +262,5 @@ def _one_word(before: str, after: str) -> bool:
     return joined or not any(unicodedata.east_asian_width(one) in "WF" for one in (before, after))
 
 
-def _reference(row: Mapping[str, Any]) -> dict[str, Any]:
+def _reference(row: Columns) -> dict[str, Any]:
     return {key: row[key] for key in REFERENCES if row.get(key) is not None}

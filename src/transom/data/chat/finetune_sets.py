@@ -1,36 +1,24 @@
-"""Data sets for fine-tuning by name: a file, a folder of splits, `stdlib-docs`, or a name of the
-`datasets` library.
-"""
+"""The examples of a data set for fine-tuning, to train on and to measure with."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
-from transom.base.errors import RequestError, WorkError, notice, require
-from transom.data.chat.conversations import ChatExample, ExampleKind, recognise
+from transom.base.errors import WorkError, notice
+from transom.data.chat.conversations import FORMATS, ChatExample, ExampleKind
 from transom.data.chat.instructions import NAME as STDLIB
-from transom.data.chat.instructions import stdlib_instructions
-from transom.data.row_files import has_split, notice_unread, rows_of
-from transom.data.split_files import split_files
+from transom.data.data_sets import rows_of, splits_of
+from transom.data.row_kinds import Problem, read_as
 from transom.data.text.sources import held_out
-
-
-class Problem(NamedTuple):
-    """A row that can't be used: its file and line, and the reason in one sentence."""
-
-    where: str
-    sentence: str
 
 
 def read_examples(
     name: str | Path, split: str = "train", problems: list[Problem] | None = None
 ) -> Iterator[ChatExample]:
-    """Yield the examples of one split, which all have the same format.
+    """Return the examples of one split, which all have the same format.
 
     A notice counts the keys that are not read.
 
@@ -42,34 +30,7 @@ def read_examples(
     Raises:
         RequestError: The data has no such split or no rows, or a row is malformed.
     """
-    if str(name) == STDLIB:
-        require(split == "train", "split", split, f"expected train for {STDLIB}")
-        yield from stdlib_instructions()
-        return
-    rows = rows_of(name, split)
-    if rows is None:
-        raise RequestError(f"split: got {split!r}; expected a split that {name} has")
-    count, found = 0, None
-    unread: Counter[str] = Counter()
-    for row in rows:
-        count += 1
-        try:
-            if row.columns is None:
-                raise RequestError(row.problem)
-            format = recognise(row.given)
-            expected = f"expected {found} in every row, like the rows before"
-            require(found in (None, format.name), "format", format.name, expected)
-            example = format.example(row.given, row.id)
-        except RequestError as error:
-            if problems is None:
-                raise RequestError(f"{row.where}: {error}") from None
-            problems.append(Problem(row.where, str(error)))
-            continue
-        found = format.name
-        unread.update(format.unread(row.given))
-        yield example
-    notice_unread(name, unread)
-    require(count > 0, "data", str(name), "expected one row or more")
+    return read_as(name, rows_of(name, split), FORMATS, problems)
 
 
 @dataclass(eq=False)
@@ -140,21 +101,15 @@ def split_examples(
     The split `valid` is held out if the data has one. Otherwise a `fraction` of `train` is, by the
     hash of the ids, unless nothing would be left to train on.
     """
-    if str(name) != STDLIB and Path(name).is_dir():
-        unused = [path.name for path in split_files(Path(name)).files.get("test", ())]
-        if unused:
-            notice(f"{name}: the split test is not used: {', '.join(unused[:8])}")
-    if has_own_valid(name):
+    splits = splits_of(name)
+    if "test" in splits:
+        notice(f"{name}: the split test is not used")
+    if "valid" in splits:
         return find_examples(name, "train", problems), find_examples(name, "valid", problems)
     train, measured = (Examples(name, "train", part, fraction) for part in (False, True))
     for example in read_examples(name, "train", problems):
         (measured if _is_held_out(example, fraction) else train).add(example)
     return (train, measured) if train else (replace(measured, held_out=None), Examples(name))
-
-
-def has_own_valid(name: str | Path) -> bool:
-    """Return whether a data set has a split to measure with."""
-    return str(name) != STDLIB and has_split(name, "valid")
 
 
 def _is_held_out(example: ChatExample, fraction: float) -> bool:

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from transom.data.chat.conversations import ChatExample
+from transom.data.row_files import DataRow
 
 NAME = "stdlib-docs"
 # Folders that are no part of the library, or that not every machine has.
@@ -55,17 +55,17 @@ class Item(NamedTuple):
         return re.split(r"\.(?=\s|$)", self.paragraph, maxsplit=1)[0]
 
 
-def stdlib_instructions(limit: int | None = None) -> list[ChatExample]:
-    """Return conversations of one question and one answer, the first `limit` of them.
+def stdlib_rows() -> Iterator[DataRow]:
+    """Return conversations of one question and one answer.
 
     They are the same on every machine with this version of Python. Their order mixes modules and
     kinds of questions, and their ids are `stdlib-docs:NAME#KIND`.
     """
-    return list(_all()[:limit])
+    return iter(_all())
 
 
 @cache
-def _all() -> tuple[ChatExample, ...]:
+def _all() -> tuple[DataRow, ...]:
     """Return all conversations. Parsing the library takes seconds."""
     items = list(_items(Path(sysconfig.get_paths()["stdlib"])))
     meanings = Counter(item.sentence for item in items)
@@ -79,11 +79,11 @@ def _all() -> tuple[ChatExample, ...]:
         for kind, question, answer in _questions(item, *alone):
             if question not in asked and len(question) <= QUESTION:
                 asked.add(question)
-                turns = zip(("user", "assistant"), (question, answer), strict=True)
-                messages = tuple({"role": role, "content": text} for role, text in turns)
-                out.append(ChatExample(f"{NAME}:{item.name}#{kind}", "chat", messages))
-    out.sort(key=lambda example: hashlib.sha256(example.id.encode()).digest())
-    return tuple(out)
+                turns = {"user": question, "assistant": answer}
+                messages = [{"role": role, "content": text} for role, text in turns.items()]
+                id = f"{NAME}:{item.name}#{kind}"
+                out.append(DataRow(id, id, {"messages": messages}))
+    return tuple(sorted(out, key=lambda row: hashlib.sha256(row.id.encode()).digest()))
 
 
 def _questions(
@@ -117,8 +117,6 @@ def _items(root: Path) -> Iterator[Item]:
     for path in _sources(root):
         parts = path.relative_to(root).with_suffix("").parts
         parts = parts[:-1] if parts[-1] == "__init__" else parts
-        if not parts or not all(map(_public, parts)):
-            continue
         try:
             with warnings.catch_warnings():  # about invalid escapes in old files
                 warnings.simplefilter("ignore")
@@ -129,11 +127,11 @@ def _items(root: Path) -> Iterator[Item]:
 
 
 def _sources(folder: Path) -> Iterator[Path]:
-    """Yield the Python files of the library in the order of their names."""
+    """Yield the public Python files of the library in the order of their names."""
     for path in sorted(folder.iterdir()):
         if path.is_dir() and path.name not in EXCLUDED and _public(path.name):
             yield from _sources(path)
-        elif path.suffix == ".py":
+        elif path.suffix == ".py" and (_public(path.stem) or path.stem == "__init__"):
             yield path
 
 

@@ -79,13 +79,6 @@ def _call(call: Any, name: str) -> Any:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def text_of(value: Any, name: str) -> str:
-    """Return a text. Raise `RequestError` if it is empty or no text."""
-    fits = isinstance(value, str) and bool(value.strip())
-    require(fits, name, value, "expected text that is not empty")
-    return str(value)
-
-
 def tools_of(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
     """Return the tools of a row, or None if it has none."""
     tools = listed(row.get("tools") or None)

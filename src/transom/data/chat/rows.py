@@ -18,9 +18,10 @@ from transom.chat.built_in import fitting, named
 from transom.chat.fingerprint import template_hash
 from transom.chat.template import ChatTemplate
 from transom.data.chat.conversations import ChatExample
-from transom.data.chat.finetune_sets import Examples, Problem
+from transom.data.chat.finetune_sets import Examples
 from transom.data.chat.messages import Messages
 from transom.data.chat.turns import EncodedChat, Turns, bare_row, text_row
+from transom.data.row_kinds import Problem
 from transom.tokenizers.tokenizer import Tokenizer
 
 TrainOn = Literal["assistant", "all"]

@@ -26,9 +26,10 @@ import numpy as np
 from transom.base.errors import RequestError, WorkError, collected_notices, notice, require
 from transom.data.cache import ShardWriter, cache_entry, read_shard, with_progress
 from transom.data.chat.conversations import ChatExample
-from transom.data.chat.finetune_sets import Examples, Problem
+from transom.data.chat.finetune_sets import Examples
 from transom.data.chat.rows import ChatCounts, ChatEncoder, EncodedChats
 from transom.data.chat.turns import EncodedChat
+from transom.data.row_kinds import Problem
 
 FORMAT = 1  # increase it when the files or the rows change, so that older entries are not found
 NAME = "rows"

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from transom.base.errors import RequestError, require
-from transom.base.fields import describe
+from transom.base.fields import check_bounds, describe
 from transom.data.file_formats import open_bytes, readable, row_format
-from transom.data.row_files import RowCounts, read_rows
+from transom.data.row_files import read_rows
 
 TEXT_KEY = "text"  # of a row of JSON, and the column of a Parquet file
 EXPECTED = "expected UTF-8 text, .jsonl, .json or .parquet"
@@ -45,7 +45,10 @@ class SourceArgs:
         path=True,
     )
     weight: float = describe(
-        1.0, "share of the rows drawn from this source, relative to the other weights"
+        1.0,
+        "share of the rows drawn from this source, relative to the other weights",
+        above=0,
+        below=math.inf,
     )
     name: str = describe("", "name in reports; the path when empty")
     include: tuple[str, ...] = describe((), f"read only what matches one of these: {PATTERNS}")
@@ -57,9 +60,8 @@ class SourceArgs:
         return self.name or self.path
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         require(bool(self.path), "path", self.path, "expected a file, a folder or a glob")
-        usable = self.weight > 0 and math.isfinite(self.weight)
-        require(usable, "weight", self.weight, "expected a number above 0")
 
 
 class Document(NamedTuple):
@@ -220,16 +222,15 @@ def _match(pattern: str, report: ReadReport) -> Iterator[_File]:
     parts = Path(pattern).parts
     plain = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     root = Path(*parts[:plain])
-    own: dict[Path, bool] = {}
     # Path.glob would match hidden files, and two `**` match a file twice.
-    for path in map(Path, set(glob.glob(pattern, recursive=True))):  # noqa: PTH207
-        if not path.is_file():
-            continue
-        inside = [one for one in path.parents if one.is_relative_to(root) and one != root]
-        own.update({folder: is_own_folder(folder) for folder in inside if folder not in own})
-        if not any(own[folder] for folder in inside):
+    matches = map(Path, set(glob.glob(pattern, recursive=True)))  # noqa: PTH207
+    paths = [path for path in matches if path.is_file()]
+    below = {folder for path in paths for folder in path.parents if root in folder.parents}
+    own = {folder for folder in below if is_own_folder(folder)}
+    report.skipped_own += len(own)
+    for path in paths:
+        if own.isdisjoint(path.parents):
             yield _File(path, path.relative_to(root).as_posix())
-    report.skipped_own += sum(own.values())
 
 
 def _selected(id: str, source: SourceArgs) -> bool:
@@ -256,40 +257,36 @@ def _read_file(file: _File, report: ReadReport) -> Iterator[Document]:
 def _has_text_rows(path: Path) -> bool:
     """Return whether a .json file begins with a row of text. Folders of code have many others."""
     try:
-        first = next(read_rows(path, counts=RowCounts()), None)
+        first = next(read_rows(path), None)
+        return first is not None and isinstance(first.given.get(TEXT_KEY), str)
     except RequestError:
         return False
-    return first is not None and isinstance(first.given.get(TEXT_KEY), str)
 
 
 def _read_text(file: _File, report: ReadReport) -> Iterator[Document]:
     with open_bytes(file.path) as stream:
         content = stream.read(BINARY_PROBE_BYTES)
-        binary = b"\0" in content
-        content += b"" if binary else stream.read()
-    if binary:
-        if file.named:
-            raise RequestError(f"{file.path}: got a binary file; {EXPECTED}")
-        report.skipped_binary += 1
-        return
+        if b"\0" in content:
+            require(not file.named, str(file.path), "a binary file", EXPECTED)
+            report.skipped_binary += 1
+            return
+        content += stream.read()
     try:
         text = content.decode("utf-8-sig")  # Path.read_text would change line ends
     except UnicodeDecodeError as error:
-        if file.named:
-            where = f"{file.path}: byte {error.start}: not UTF-8"
-            raise RequestError(f"{where}; {EXPECTED}") from error
+        where = f"{file.path}: byte {error.start}"
+        require(not file.named, where, "bytes that are not UTF-8", EXPECTED)
         report.skipped_encoding += 1
-        return
-    yield Document(file.id, text)
+    else:
+        yield Document(file.id, text)
 
 
 def _read_text_rows(file: _File, report: ReadReport) -> Iterator[Document]:
     """Yield the text of every row. Raise `RequestError` for a row without text, unless it is
     null.
     """
-    counts = RowCounts(unread=report.unread)
     expected = f'expected a JSON object with a string "{TEXT_KEY}"'
-    for row in read_rows(file.path, text_column=TEXT_KEY, counts=counts):
+    for row in read_rows(file.path, only=TEXT_KEY):
         if row.columns is None:
             raise RequestError(f"{row.where}: {row.problem}")
         require(TEXT_KEY in row.columns, f"{row.where}: columns", list(row.columns), expected)
@@ -297,4 +294,3 @@ def _read_text_rows(file: _File, report: ReadReport) -> Iterator[Document]:
         require(isinstance(text, str | None), f"{row.where}: {TEXT_KEY}", text, expected)
         report.unread |= row.columns.keys() - {TEXT_KEY}
         yield Document(f"{file.id}:{row.id.rpartition(':')[2]}", text or "")
-    report.empty += counts.blank

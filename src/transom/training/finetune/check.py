@@ -20,9 +20,10 @@ from transom.checkpoints.files.location import find_model
 from transom.checkpoints.open_model import open_text
 from transom.checkpoints.read_args import lacks_vocabulary, read_args
 from transom.data.chat.conversations import ExampleKind
-from transom.data.chat.finetune_sets import Examples, Problem, find_examples, split_examples
+from transom.data.chat.finetune_sets import Examples, find_examples, split_examples
 from transom.data.chat.rows import ChatEncoder, prompt_ids, template_for
 from transom.data.chat.shards import prepare_chats
+from transom.data.row_kinds import Problem
 from transom.training.config import TrainArgs
 from transom.training.defaults import finetune_rows, require_comparable
 from transom.training.finetune.args import FinetuneArgs, objectives_of, require_kinds

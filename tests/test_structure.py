@@ -96,7 +96,7 @@ CEILINGS = {
     "lora": 600,
     "chat": 880,
     "checkpoints": 3_845,
-    "data": 2_230,
+    "data": 1_950,
     "inference": 790,
     "evaluation": 1_270,
     "training": 4_320,

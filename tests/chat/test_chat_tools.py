@@ -10,9 +10,9 @@ from transformers import AutoTokenizer
 from tests.chat.chat_texts import CALL, FOLDER, PUBLISHED, TOOL_TALK, TOOLS, say, tokenizer_pair
 from tests.data.chat.test_turns import rows_of, said
 from transom.base.errors import RequestError
+from transom.chat.built_in import named
 from transom.chat.fingerprint import warn_if_other, write_fingerprint
 from transom.chat.template import ChatTemplate
-from transom.data.chat.rows import default_template
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.tokenizers.training import byte_tokenizer
 
@@ -224,7 +224,7 @@ def test_named_templates_are_chosen_and_written_as_in_transformers(made, tmp_pat
 
 def test_a_name_that_the_template_does_not_read_makes_no_other_template(tmp_path, capsys):
     tokenizer = byte_tokenizer()
-    template = default_template(tokenizer)
+    template = ChatTemplate(named("plain").source(tokenizer), tokenizer)
     tokenizer.save(tmp_path)
     template.save(tmp_path)
     write_fingerprint(tmp_path, tokenizer, template)

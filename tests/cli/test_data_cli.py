@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transom.chat.template import ChatTemplate
 from transom.cli import finetune
 from transom.cli.main import Parser
 from transom.data.chat.packing import first_fit_decreasing
+from transom.data.chat.rows import COUNTS
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.tokenizers.training import byte_tokenizer
 from transom.training.finetune.data import open_finetune_data
@@ -163,9 +163,9 @@ def test_check_counts_what_finetune_trains_on(
     if data.train is None:
         assert facts["rows"] == data.choice.rows and facts["held_out"] == len(data.held_out)
     else:
-        assert {name: facts[name] for name in asdict(data.train.counts)} == asdict(
-            data.train.counts
-        )
+        assert {name: facts[name] for name in COUNTS} == {
+            name: data.train.counts[name] for name in COUNTS
+        }
 
 
 def test_rows_of_another_objective_are_refused_as_by_finetune(
@@ -241,7 +241,7 @@ def test_show_packed_prints_segments(call: Any, model: Path, tmp_path: Path) -> 
         ),
         (
             ["check", "DATA", "--model", "MODEL", "--split", "dev"],
-            "split: got 'dev'; expected one of train",
+            "split: got 'dev'; expected a split that",
         ),
         (["show", "DATA", "--model", "MODEL", "--index", "2"], "--index: got 2; expected 0 to 0"),
         (

@@ -113,7 +113,7 @@ def test_json_that_is_no_data_is_text_in_a_folder_and_counted(tmp_path: Path) ->
     report = ReadReport()
     read = list(read_documents(SourceArgs(path=str(tmp_path)), report))
     assert [one.text for one in read] == ['{\n "name": "x"\n}', "one", "two"]
-    assert report.json_without_rows == 1
+    assert report.counts() == ["1 .json files without rows read as plain text"]
     with pytest.raises(RequestError, match=r"package.json:1: columns"):
         documents(tmp_path / "package.json")
 
@@ -143,6 +143,7 @@ def names(folder: Path) -> dict[str, list[str]]:
         (["validation-00000-of-00001.jsonl"], "valid"),
         (["eval.jsonl"], "test"),
         (["testing/a.jsonl"], "test"),
+        (["train/a.jsonl", "parts/train_2.json"], "train"),
     ],
 )
 def test_files_have_the_split_that_datasets_gives_them(
@@ -165,7 +166,8 @@ def test_files_have_the_split_that_datasets_gives_them(
         ),
         (["train/x-00001-of-00003.jsonl", "train/x-00002-of-00003.jsonl"], "shards of x"),
         (["train_test.jsonl"], "expected a name with the word of one split"),
-        (["train.jsonl", "train_2.json"], "expected one format"),
+        (["train.jsonl", "train.json"], "expected each file once"),
+        (["train.jsonl", "old/train.jsonl"], "expected each file once"),
         (["train.jsonl", "train.jsonl.gz"], "expected each file once"),
         (["train.csv"], r"files of rows: got \[\]; expected train.jsonl"),
     ],
@@ -188,7 +190,7 @@ def test_what_is_not_read_of_a_folder_is_named(
         "test.jsonl",
         "extra.jsonl",
         "train.csv",
-        "old/train.jsonl",
+        "old/more.jsonl",
         "README.md",
     ):
         write(tmp_path / name, ROWS)
@@ -196,7 +198,7 @@ def test_what_is_not_read_of_a_folder_is_named(
     told = capsys.readouterr().err
     assert len(train) == len(measured) == 2
     assert "3 files are not" in told
-    assert told.count("extra.jsonl, old/train.jsonl, train.csv") == 1
+    assert told.count("extra.jsonl, old/more.jsonl, train.csv") == 1
     assert "the split test is not used" in told and "README" not in told
 
 
@@ -243,8 +245,8 @@ def test_a_json_file_that_is_malformed_anywhere_is_one_problem(
     tmp_path: Path, content: str, reason: str
 ) -> None:
     path = write(tmp_path / "a.json", content.encode())
-    ((_, where, columns, problem),) = read_rows(path)
-    assert (where, columns) == (f"{path}:1", None) and reason in problem
+    ((_, where, values, problem),) = read_rows(path)
+    assert (where, values) == (f"{path}:1", None) and reason in problem
 
 
 def test_right_values_are_kept(tmp_path: Path) -> None:
@@ -284,7 +286,9 @@ def test_null_texts_are_counted_as_empty_in_every_format(tmp_path: Path) -> None
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     report = ReadReport()
     read = list(read_documents(SourceArgs(path=str(tmp_path)), report))
-    assert [one.id for one in read] == ["a.jsonl:2", "a.parquet:2"] and report.empty == 2
+    assert [one.id for one in read] == ["a.jsonl:2", "a.parquet:2"] and report.notes[
+        "empty documents left out"
+    ] == 2
 
 
 def test_tables_with_dictionaries_views_and_bad_bytes(tmp_path: Path) -> None:
@@ -315,3 +319,6 @@ def test_keys_of_turns_that_nothing_reads_are_counted(
     turns = [{"from": "human", "value": "q", "loss": False}, {"from": "gpt", "value": "a"}]
     examples_of(write(tmp_path / "a.jsonl", [{"conversations": turns}]))
     assert "conversations.loss (1 rows)" in capsys.readouterr().err
+    listed = [{"prompt": "Count.", "completion": "[1, 2]"}]  # a text that looks like a list
+    (example,) = examples_of(write(tmp_path / "b.jsonl", listed))
+    assert example.answers[0][0]["content"] == "[1, 2]"

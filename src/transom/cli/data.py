@@ -34,7 +34,7 @@ FIELDS = {
     "truncate": "finetune.truncate",
     "seed": "seed",
 }
-# What the counts of `check` mean, besides those of `ChatCounts`.
+# What the counts of `check` mean, besides `COUNTS`.
 WORDS = {
     "longest": "length of the longest row, tokens",
     "with_bos": "rows that begin with BOS",
@@ -146,12 +146,10 @@ def check(data: FinetuneSet, options: argparse.Namespace) -> int:
 
 def print_check(facts: dict[str, Any]) -> None:
     """Print a table of the counts, and the malformed rows with their lines."""
-    from dataclasses import fields
-
-    from transom.data.chat.rows import ChatCounts
+    from transom.data.chat.rows import COUNTS
 
     heading(f"{facts['data']} ({facts['split']}), for {facts['model']}")
-    words = {one.name: str(one.metadata["help"]) for one in fields(ChatCounts)} | WORDS
+    words = COUNTS | WORDS
     lines = [
         ("kinds of rows", ", ".join(facts["kinds"])),
         ("chat template", facts["template"] or "plain text"),
@@ -207,17 +205,15 @@ def chosen_rows(data: FinetuneSet, index: int, packed: bool) -> list[list[Encode
     examples = find_examples(data.train.name, data.train.split)
     if packed:
         encoded = prepare_chats([examples], data.encoder, data.args.data.cache_dir)
-        alone = encoded.rows_per_item == 1 and encoded.labels is None
         expected = "valid only for examples that are not compared with each other"
-        require(alone, "--packed", True, expected)
+        require(not encoded.compared, "--packed", True, expected)
         packs = first_fit_decreasing(encoded.lengths, data.args.data.seq_len, data.args.seed)
         require(index < len(packs), "--index", index, f"expected 0 to {len(packs) - 1}")
         return [[encoded.items[at][0] for at in packs[index]]]
     require(index < len(examples), "--index", index, f"expected 0 to {len(examples) - 1}")
     encoded = data.encoder.encode(islice(examples, index, index + 1))
-    encoded.check(may_be_empty=True)
     if not encoded.items:
-        notice(f"example {index} has nothing to train on: {encoded.counts}")
+        notice(f"example {index} has nothing to train on: {encoded}")
     return [[row] for item in encoded.items for row in item]
 
 

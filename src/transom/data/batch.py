@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from transom.layers.inputs import TransformerInput
 
@@ -129,11 +130,8 @@ def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Return rows of ids as one tensor [B, T], padded on the right with 0, and their lengths
     [B], both int64.
     """
-    lengths = torch.tensor([len(row) for row in rows])
-    tokens_BT = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-    for index, row in enumerate(rows):
-        tokens_BT[index, : len(row)] = torch.tensor(row)
-    return tokens_BT, lengths
+    tokens_BT = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    return tokens_BT, torch.tensor([len(row) for row in rows])
 
 
 def _cut(sizes: Sequence[int], start: int, stop: int) -> tuple[int, ...]:

@@ -7,10 +7,11 @@ the rows lie one after another.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -88,40 +89,43 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
 
 
-class ShardWriter:
-    """Context manager that writes rows of tokens into the files `NAME.COLUMN` of a folder.
+@contextlib.contextmanager
+def shard_writer(
+    folder: Path, name: str, dtypes: Mapping[str, str]
+) -> Iterator[Callable[..., None]]:
+    """Write rows of tokens into the files `NAME.COLUMN` of a folder.
 
     `offsets` says where each row begins in `tokens`, int64 [rows + 1]; `ids.json` has the ids.
+
+    Args:
+        folder: The folder.
+        name: The name of the shard.
+        dtypes: Those of the columns, of which one is called `tokens`.
+
+    Yields:
+        `append(id, tokens, **columns)`, which adds a row. A column has one number for each token,
+        or one number for the row.
     """
+    ids: list[str] = []
+    total = 0
+    with contextlib.ExitStack() as stack:
+        kinds = {**dtypes, "offsets": "int64"}
+        files = {one: stack.enter_context((folder / f"{name}.{one}").open("wb")) for one in kinds}
 
-    def __init__(self, folder: Path, name: str, dtypes: Mapping[str, str]) -> None:
-        """Open the files. `dtypes` are those of the columns, of which one is called `tokens`."""
-        self._ids_file = folder / f"{name}.ids.json"
-        self._dtypes = {**dtypes, "offsets": "int64"}
-        self._files = {one: (folder / f"{name}.{one}").open("wb") for one in self._dtypes}
-        self._ids: list[str] = []
-        self._tokens = 0
-        self._write("offsets", 0)
+        def write(column: str, values: ArrayLike) -> None:
+            # ndarray.tofile would lose the errno of a full disk.
+            files[column].write(np.asarray(values, dtype=kinds[column]).tobytes())
 
-    def append(self, id: str, tokens: Sized, **columns: ArrayLike) -> None:
-        """Add a row. A column has one number for each token, or one number for the row."""
-        self._tokens += len(tokens)
-        for name, values in {"tokens": tokens, "offsets": self._tokens, **columns}.items():
-            self._write(name, values)
-        self._ids.append(id)
+        def append(id: str, tokens: Sequence[int], **columns: ArrayLike) -> None:
+            nonlocal total
+            total += len(tokens)
+            ids.append(id)
+            for column, values in {"tokens": tokens, "offsets": total, **columns}.items():
+                write(column, values)
 
-    def _write(self, name: str, values: Any) -> None:
-        # ndarray.tofile would lose the errno of a full disk.
-        self._files[name].write(np.asarray(values, dtype=self._dtypes[name]).tobytes())
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
-        if kind is None:
-            self._ids_file.write_text(json.dumps(self._ids))
+        write("offsets", 0)
+        yield append
+    (folder / f"{name}.ids.json").write_text(json.dumps(ids))
 
 
 def read_shard(

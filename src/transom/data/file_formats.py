@@ -35,23 +35,23 @@ MAX_DEPTH = 100
 
 def suffix_of(path: str | Path) -> str:
     """Return the suffix in lower case without a compression suffix: `.jsonl` for `A.JSONL.gz`."""
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
+    return _uncompressed(path).suffix.lower()
+
+
+def stem_of(path: Path) -> str:
+    """Return the file name without its suffix and without a compression suffix."""
+    return _uncompressed(path).stem
+
+
+def _uncompressed(path: str | Path) -> Path:
+    """Return the path without a compression suffix."""
+    out = Path(path)
+    return out.with_suffix("") if out.suffix.lower() in COMPRESSIONS else out
 
 
 def row_format(path: str | Path) -> RowFormat | None:
     """Return the format of a file of rows, or None for a file of any other kind."""
     return ROW_FORMATS.get(suffix_of(path))
-
-
-def stem_of(path: Path) -> str:
-    """Return the file name without its suffix and without a compression suffix."""
-    name = path.name
-    if path.suffix.lower() in COMPRESSIONS:
-        name = name[: -len(path.suffix)]
-    return name[: len(name) - len(suffix_of(path))]
 
 
 # -- bytes -----------------------------------------------------------------------------------------

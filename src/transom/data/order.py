@@ -110,10 +110,9 @@ class Mixture:
     """
 
     def __init__(self, orders: Sequence[PackedOrder], weights: Sequence[float], seed: int) -> None:
-        expected = f"expected one number for each of the {len(orders)} sources"
-        require(len(orders) == len(weights) > 0, "weights", tuple(weights), expected)
+        expected = f"expected a number above 0 for each of the {len(orders)} sources"
         usable = all(0 < weight < float("inf") for weight in weights)
-        require(usable, "weights", tuple(weights), "expected numbers above 0")
+        require(len(orders) == len(weights) > 0 and usable, "weights", tuple(weights), expected)
         self._orders = list(orders)
         shares = np.cumsum(weights)
         self._edges = shares / shares[-1]  # ends at exactly 1, as dividing by np.sum would not

@@ -22,24 +22,25 @@ class DataRow(NamedTuple):
     Attributes:
         id: The name of the file, and the number of the line or the row from 1.
         where: The same with the whole path.
-        columns: The values by key; None if the row can't be read.
+        values: The values by key; None if the row can't be read.
         problem: Why it can't be read.
     """
 
     id: str
     where: str
-    columns: dict[str, Any] | None
+    values: dict[str, Any] | None
     problem: str = ""
 
     @property
-    def given(self) -> dict[str, Any]:
-        """Return the columns that are not null. Tables have every column in every row.
-
-        Raises:
-            RequestError: The row can't be read.
-        """
-        if self.columns is None:
+    def columns(self) -> dict[str, Any]:
+        """Return the values by key. Raise `RequestError` if the row can't be read."""
+        if self.values is None:
             raise RequestError(self.problem)
+        return self.values
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Return the columns that are not null. Tables have every column in every row."""
         return {key: value for key, value in self.columns.items() if value is not None}
 
 

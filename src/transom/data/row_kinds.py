@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -25,8 +26,8 @@ class RowKind(NamedTuple, Generic[T]):
         name: The name of the kind.
         needs: The keys that tell the kind.
         reads: Other keys that are read.
-        make: Returns the object of a row from its columns and its id. Raises `RequestError` for a
-            malformed row.
+        make: Returns the object of a row from the columns that are read and its id. Raises
+            `RequestError` for a malformed row.
         unread_inside: Returns the keys that are not read inside of the columns that are read.
     """
 
@@ -36,12 +37,27 @@ class RowKind(NamedTuple, Generic[T]):
     make: Callable[[Columns, str], T]
     unread_inside: Callable[[Columns], set[str]] = _no_keys
 
+    def read(self, columns: Columns) -> dict[str, Any]:
+        """Return the columns that are read."""
+        return {key: columns[key] for key in (*self.needs, *self.reads) if key in columns}
+
 
 class Problem(NamedTuple):
     """A row that can't be used: its file and line, and the reason in one sentence."""
 
     where: str
     sentence: str
+
+
+@contextmanager
+def located(where: str, problems: list[Problem] | None = None) -> Iterator[None]:
+    """Add a `RequestError` of the block to `problems`. Without a list, raise it with its place."""
+    try:
+        yield
+    except RequestError as error:
+        if problems is None:
+            raise RequestError(f"{where}: {error}") from None
+        problems.append(Problem(where, str(error)))
 
 
 def recognise(columns: Columns, kinds: Sequence[RowKind[T]]) -> RowKind[T]:
@@ -80,21 +96,16 @@ def read_as(
     unread: Counter[str] = Counter()
     for row in rows:
         empty = False
-        try:
+        with located(row.where, problems):
             columns = row.given
             kind = recognise(columns, kinds)
             expected = f"expected {found} in every row, like the rows before"
             require(found in (None, kind.name), "kind of row", kind.name, expected)
-            made = kind.make(columns, row.id)
-        except RequestError as error:
-            if problems is None:
-                raise RequestError(f"{row.where}: {error}") from None
-            problems.append(Problem(row.where, str(error)))
-            continue
-        found = kind.name
-        read = {key: columns[key] for key in (*kind.needs, *kind.reads) if key in columns}
-        unread.update(columns.keys() - read.keys() | kind.unread_inside(read))
-        yield made
+            read = kind.read(columns)
+            made = kind.make(read, row.id)
+            found = kind.name
+            unread.update(columns.keys() - read.keys() | kind.unread_inside(read))
+            yield made
     if unread:
         words = ", ".join(f"{key} ({count} rows)" for key, count in sorted(unread.items()))
         notice(f"{name}: keys that are not read: {words}")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from transom.base.errors import notice, require
-from transom.data.file_formats import ROW_NAMES, row_format, stem_of, suffix_of
+from transom.data.file_formats import ROW_NAMES, row_format, stem_of
 
 # Words for each split in names of files and folders, as in datasets/data_files.py.
 SPLITS = {
@@ -16,7 +17,7 @@ SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _WORDS = {
-    split: re.compile(rf"(?:^|[-._ 0-9])(?:{'|'.join(words)})(?:[-._ 0-9]|$)")
+    split: re.compile(rf"(?:^|[-._ 0-9/])(?:{'|'.join(words)})(?:[-._ 0-9/]|$)")
     for split, words in SPLITS.items()
 }
 _SHARD = re.compile(r"^(.*?)-?(\d+)-of-(\d+)$")
@@ -28,40 +29,40 @@ _NAMED = 8  # names that a notice lists
 
 
 def split_files(folder: Path) -> dict[str, list[Path]]:
-    """Return the files of every split in a folder, or in its `data` if it has none itself.
+    """Return the files of every split in a folder and its subfolders.
 
-    The split is the word of `SPLITS` in the name of a file or of its folder. If no name has such a
-    word, all files of rows are `train`, as in `datasets`. A notice names the files that are not
-    read.
+    The split is the word of `SPLITS` in the name of a file or of a folder that contains it. If no
+    name has such a word, all files of rows are `train`, as in `datasets`. A notice names the files
+    that are not read.
 
     Raises:
-        RequestError: There is no file of rows, a shard is missing, a split has files of two formats
-            or a file twice, or a name has the words of two splits.
+        RequestError: There is no file of rows, a shard is missing, a split has two files of one
+            name, or a name has the words of two splits.
     """
     files = list(_files_below(folder))
-    roots = (folder, folder / "data")
-    found = next(filter(None, (_by_name(root, files) for root in roots)), {})
-    if not found:
-        rows = (
-            [path for path in files if path.parent == root and row_format(path)] for root in roots
-        )
-        found = {"train": next(filter(None, rows), [])}
+    rows = [path for path in files if row_format(path)]
+    require(bool(rows), f"{folder}: files of rows", [], f"expected train.jsonl (or {ROW_NAMES})")
+    found: dict[str, list[Path]] = {}
+    for path in rows:
+        name = (path.relative_to(folder).parent / stem_of(path)).as_posix().lower()
+        splits = [split for split, pattern in _WORDS.items() if pattern.search(name)]
+        expected = f"expected a name with the word of one split, not of {' and '.join(splits)}"
+        require(len(splits) < 2, "data", str(path), expected)
+        for split in splits:
+            found.setdefault(split, []).append(path)
+    found = found or {"train": rows}
     used = {path for paths in found.values() for path in paths}
     ignored = [str(path.relative_to(folder)) for path in files if path not in used]
     if ignored:
         shown = ", ".join(ignored[:_NAMED]) + (", ..." if len(ignored) > _NAMED else "")
         what = f"{len(ignored)} files are not read because of their names or formats"
         notice(f"{folder}: {what}: {shown}")
-    expected = f"expected train.jsonl (or {ROW_NAMES})"
-    require(bool(used), f"{folder}: files of rows", sorted(used), expected)
     for split, paths in found.items():
-        suffixes = sorted({suffix_of(path) for path in paths})
-        where = f"{folder}: files of the split {split}"
-        require(len(suffixes) < 2, where, suffixes, "expected one format")
+        names = Counter(stem_of(path).lower() for path in paths)
+        twice = sorted(name for name, count in names.items() if count > 1)
+        expected = "expected each file once, in one format and compressed or not"
+        require(not twice, f"{folder}: files of the split {split}", twice, expected)
         _check_shards(paths)
-        names = [(path.parent, stem_of(path).lower()) for path in paths]
-        twice = [path.name for path, one in zip(paths, names, strict=True) if names.count(one) > 1]
-        require(not twice, where, twice, "expected each file once, compressed or not")
     return found
 
 
@@ -74,22 +75,6 @@ def _files_below(folder: Path) -> Iterator[Path]:
             yield from _files_below(path)
         elif not _DESCRIPTIONS.fullmatch(path.name.lower()):
             yield path
-
-
-def _by_name(root: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """Return the files of rows whose first name below `root` has the word of a split."""
-    out: dict[str, list[Path]] = {}
-    for path in files:
-        if not row_format(path) or not path.is_relative_to(root):
-            continue
-        first, *below = path.relative_to(root).parts
-        name = (first if below else stem_of(path)).lower()
-        splits = [split for split, pattern in _WORDS.items() if pattern.search(name)]
-        expected = f"expected a name with the word of one split, not of {' and '.join(splits)}"
-        require(len(splits) < 2, "data", str(path), expected)
-        for split in splits:
-            out.setdefault(split, []).append(path)
-    return out
 
 
 def _check_shards(files: Iterable[Path]) -> None:

@@ -19,7 +19,7 @@ from transom.base.errors import RequestError, require
 from transom.base.files import sha256_of
 from transom.data.file_formats import row_format
 from transom.data.row_files import read_rows
-from transom.data.row_kinds import Columns, RowKind, read_as, recognise
+from transom.data.row_kinds import Columns, RowKind, located, read_as, recognise
 from transom.data.text.sources import SourceArgs, read_documents
 from transom.evaluation.intervals import Ratio
 
@@ -109,10 +109,8 @@ def kind_of(path: str) -> TaskKind:
     row = next(read_rows(file), None)
     require(row is not None, "data", path, f"expected one row or more with {EXPECTED}")
     assert row is not None, "checked in the line before"
-    try:
+    with located(row.where):
         return cast(TaskKind, recognise(row.given, KINDS).name)
-    except RequestError as error:
-        raise RequestError(f"{row.where}: {error}") from None
 
 
 def read_tasks(path: str, limit: int | None = None) -> list[Any]:

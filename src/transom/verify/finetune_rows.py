@@ -130,7 +130,7 @@ def compare_masks(
     problems: list[Problem] = []
     encoded = {one.id: encoder.encode([one], problems) for one in chats}
     refused = {problem.where for problem in problems}
-    long = {id for id, rows in encoded.items() if rows.counts.dropped}
+    long = {id for id, rows in encoded.items() if rows.counts["dropped"]}
     expected = {one.id: answers_of(one, encoder) for one in chats if one.id not in refused}
     differs = {id for id, answers in expected.items() if answers is None}
     for count, reason in (

@@ -62,10 +62,12 @@ def test_the_end_of_a_call_is_known_from_the_stop_tokens_of_the_model(made: Any)
     stop = tokenizer.special_tokens["<|call|>"]
     for stop_tokens, without in (((), 1), ((stop,), 0)):
         encoded = ChatEncoder(tokenizer, template, 999, stop_tokens=stop_tokens).encode(talk)
-        assert encoded.counts.without_end == without and encoded.items[0][0].ids[-1] == stop
+        assert encoded.counts["without_end"] == without and encoded.items[0][0].ids[-1] == stop
 
 
-def test_words_that_only_the_prompt_has_are_no_part_of_an_answer(made: Any) -> None:
+def test_words_that_only_the_prompt_has_are_no_part_of_an_answer(
+    made: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     """DeepSeek-R1 asks with `<think>` and writes answers without it, and what was thought not at
     all.
     """
@@ -79,7 +81,8 @@ def test_words_that_only_the_prompt_has_are_no_part_of_an_answer(made: Any) -> N
     (row,) = turns.rows(talk, None, [0, 1, 0, 1])
     assert said(made[0], row) == ["\n\n<table><｜end▁of▁sentence｜>", "<x><｜end▁of▁sentence｜>"]
     assert [answer.like_prompt for answer in row.answers] == [False, False]
-    assert turns.left_out == {"a part of content of assistant": 1}
+    assert turns.left_out == 1
+    assert "leaves out: a part of content of assistant" in capsys.readouterr().err
 
 
 def test_a_head_of_an_answer_that_a_message_spells_is_not_taken_for_one(made: Any) -> None:
@@ -173,13 +176,12 @@ def test_reasoning_of_earlier_turns_and_names_are_counted(
     made_rows = ChatEncoder(made[0], template_of(made, "qwen3"), 999).encode(
         [ChatExample("1", "chat", talk)]
     )
-    made_rows.check()
     assert (
-        made_rows.counts.dropped_reasoning == 3
+        made_rows.counts["dropped_reasoning"] == 3
     )  # the first text in two later rows, the second in one
-    assert made_rows.counts.left_out == 2 and made_rows.counts.split_rows == 2
-    assert "leaves out: name of user (2)" in capsys.readouterr().err
-    assert "3 reasoning texts that the template drops" in str(made_rows.counts)
+    assert made_rows.counts["left_out"] == 2 and made_rows.counts["split_rows"] == 2
+    assert "leaves out: name of user" in capsys.readouterr().err
+    assert "3 reasoning texts that the template drops" in str(made_rows)
 
 
 @pytest.mark.parametrize("ascii", [True, False])
@@ -208,16 +210,6 @@ def test_marks_that_change_what_a_template_writes_are_not_trusted(made: Any) -> 
     assert said(made[0], row) == ["def<|end|>"]
     with pytest.raises(RequestError, match=r"messages\[0\]: .* content of .*: 'abcd'"):
         rows_of(template, [say("user", "abcd"), say("assistant", "def")])
-
-
-@pytest.mark.parametrize("kind", ["image", "image_url", "audio"])
-def test_parts_that_are_no_text_are_refused(made: Any, kind: str) -> None:
-    talk = [
-        say("user", [{"type": kind, "url": "x.png"}, {"type": "text", "text": "What?"}]),
-        say("assistant", "x"),
-    ]
-    with pytest.raises(RequestError, match=rf"messages\[0\].content: type: got '{kind}'"):
-        rows_of(template_of(made, "gemma3"), talk)
 
 
 # -- calls of tools

@@ -45,8 +45,10 @@ WEIGHTED = [
 def encoded(
     rows: list[EncodedChat] = ROWS, per_item: int = 1, labels: list[bool] | None = None
 ) -> EncodedChats:
+    if labels is not None:
+        rows = [row._replace(label=label) for row, label in zip(rows, labels, strict=True)]
     items = [tuple(rows[at : at + per_item]) for at in range(0, len(rows) - per_item + 1, per_item)]
-    return EncodedChats(items, labels=labels)
+    return EncodedChats(items)
 
 
 def batches(data: EncodedChats | None = None, **changes: Any) -> ChatBatches:

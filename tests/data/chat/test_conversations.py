@@ -215,6 +215,10 @@ def test_prompts_with_an_answer_to_compare_with() -> None:
             {"messages": [USER, {**ANSWER, "tool_calls": [{}]}]},
             "messages[1].tool_calls[0]: got {}; expected an",
         ),
+        (
+            {"messages": [{**USER, "content": [{"type": "image", "url": "x.png"}]}, ANSWER]},
+            "messages[0].content: got [{'type': 'image', .*expected text",
+        ),
         ({"messages": CHAT, "tools": "[" * 9999}, "tools: got "),
         ({"messages": CHAT, "tools": '[{"a": NaN}]'}, "tools: got "),
         ({"messages": CHAT, "tools": "no"}, "tools: got 'no'; expected a list of objects"),
@@ -320,9 +324,7 @@ def test_folders_have_splits(tmp_path: Path) -> None:
     ):
         examples_of(tmp_path, "test")
     (tmp_path / "train.json").write_text("[]")
-    with pytest.raises(
-        RequestError, match=r"train: got \['.json', '.jsonl'\]; expected one format"
-    ):
+    with pytest.raises(RequestError, match=r"train: got \['train'\]; expected each file once"):
         examples_of(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(RequestError, match=r"files of rows: got \[\]; expected train.jsonl"):

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from tests.helpers import random_model, tiny_args
 from transom.base.errors import RequestError
+from transom.chat.built_in import named
+from transom.chat.template import ChatTemplate
 from transom.data.batch import NO_TARGET, Batch
 from transom.data.chat.conversations import ChatExample
-from transom.data.chat.rows import default_template
 from transom.layers.inputs import TransformerInput
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
@@ -299,7 +300,7 @@ def test_questions_are_what_the_model_is_asked_with() -> None:
     messages = ({"role": "user", "content": "one and one?"},)
     chat = ChatExample("chat", "answer", messages, reference={"answer": "2"})
     bare = ChatExample("bare", "answer", messages, reference={"answer": "2"}, bare=True)
-    template = default_template(TOKENIZER)
+    template = ChatTemplate(named("plain").source(TOKENIZER), TOKENIZER)
     room: dict[str, int] = {"seq_len": 64, "answer_tokens": 20}
     written = encode_questions([chat, bare], TOKENIZER, template, **room).rows
     assert [row.ids for row in written] == [template.encode(list(messages))] * 2

@@ -6,11 +6,13 @@ Shape letters: B rows, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from transom.base.errors import require
 from transom.data.batch import NO_TARGET, Batch
@@ -20,49 +22,41 @@ from transom.data.chat.turns import EncodedChat
 from transom.data.order import ShuffledBatches
 
 
-def padded_batch(items: Sequence[Sequence[EncodedChat]], labels: Sequence[bool] = ()) -> Batch:
+def padded_batch(items: Sequence[Sequence[EncodedChat]]) -> Batch:
     """Return a batch with one row of each item after another, padded on the right with 0.
 
-    `labels`, one per item, become `extras["desirable"]`, bool [B].
+    The labels of items, if they have any, become `extras["desirable"]`, bool [B].
     """
-    rows = [row for item in items for row in item]
-    lengths = torch.tensor([len(row.ids) - 1 for row in rows])
-    shape = len(rows), int(lengths.max())
-    tokens, targets = np.zeros(shape, np.int64), np.full(shape, NO_TARGET, np.int64)
-    weights = np.zeros(shape, np.float32)
-    for index, row in enumerate(rows):
-        part = index, slice(len(row.ids) - 1)
-        tokens[part], targets[part], weights[part] = _shifted(row)
+    rows = [_shifted(row) for item in items for row in item]
+    tokens, targets, weights = map(list, zip(*rows, strict=True))
+    labels = [item[0].label for item in items]
+    pad = partial(pad_sequence, batch_first=True)
     return Batch(
-        torch.from_numpy(tokens),
-        torch.from_numpy(targets),
-        _unless_all_one(weights),
-        lengths=lengths,
+        pad(tokens),
+        pad(targets, padding_value=NO_TARGET),
+        _unless_all_one(pad(weights)),
+        lengths=torch.tensor([len(row) for row in tokens]),
         rows_per_item=len(items[0]),
-        extras={"desirable": torch.tensor(labels)} if labels else {},
+        extras={"desirable": torch.tensor(labels)} if None not in labels else {},
     )
 
 
 def packed_batch(packs: Sequence[Sequence[EncodedChat]]) -> Batch:
     """Return a batch in which each pack of examples is one row; rows lie one after another."""
-    parts = [_shifted(row) for pack in packs for row in pack]
-    tokens, targets, weights = (np.concatenate(one)[None] for one in zip(*parts, strict=True))
-    return Batch(
-        torch.from_numpy(tokens),
-        torch.from_numpy(targets),
-        _unless_all_one(weights),
-        sizes=tuple(tuple(len(row.ids) - 1 for row in pack) for pack in packs),
-    )
+    rows = [_shifted(row) for pack in packs for row in pack]
+    tokens, targets, weights = (torch.cat(parts)[None] for parts in zip(*rows, strict=True))
+    sizes = tuple(tuple(len(row.ids) - 1 for row in pack) for pack in packs)
+    return Batch(tokens, targets, _unless_all_one(weights), sizes=sizes)
 
 
-def _shifted(row: EncodedChat) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+def _shifted(row: EncodedChat) -> tuple[Tensor, Tensor, Tensor]:
     """Return inputs, targets and the weights of the targets of one row, [T] each."""
-    ids, weights = row.ids.astype(np.int64), row.weights[1:]
-    return ids[:-1], np.where(weights > 0, ids[1:], NO_TARGET), weights
+    ids, weights = torch.tensor(row.ids, dtype=torch.int64), torch.tensor(row.weights[1:])
+    return ids[:-1], ids[1:].where(weights > 0, NO_TARGET), weights
 
 
-def _unless_all_one(weights: NDArray[np.float32]) -> Tensor | None:
-    return None if bool(np.isin(weights, (0.0, 1.0)).all()) else torch.from_numpy(weights)
+def _unless_all_one(weights: Tensor) -> Tensor | None:
+    return None if bool(((weights == 0) | (weights == 1)).all()) else weights
 
 
 class ChatBatches(ShuffledBatches):
@@ -96,9 +90,8 @@ class ChatBatches(ShuffledBatches):
             RequestError: There are fewer rows than `rows_per_step`, or examples are packed that
                 have to be a row each.
         """
-        alone = data.rows_per_item > 1 or data.labels is not None
         expected = "expected false for pairs and labelled answers, each of which is one row"
-        require(packs is None or not alone, "packing", True, expected)
+        require(packs is None or not data.compared, "packing", True, expected)
         self._data, self._packs = data, packs
         lengths, what = data.lengths, "examples"
         if packs is not None:
@@ -111,8 +104,7 @@ class ChatBatches(ShuffledBatches):
         data = self._data
         if self._packs is not None:
             return packed_batch([[data.items[at][0] for at in self._packs[row]] for row in items])
-        labels = [] if data.labels is None else [data.labels[at] for at in items]
-        return padded_batch([data.items[at] for at in items], labels)
+        return padded_batch([data.items[at] for at in items])
 
     def _order_of(self, epoch: int) -> NDArray[np.int64]:
         """Return rows in random order, or batches of examples of similar length."""

@@ -17,7 +17,7 @@ from transom.chat.marking import common_prefix
 from transom.data.chat.messages import (
     MESSAGE_KEYS,
     Messages,
-    listed,
+    from_json,
     messages_of,
     tools_of,
     weight_of,
@@ -32,6 +32,8 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "system": "system",
 }
+Keys = tuple[str, ...]
+Fields = Callable[[Columns], dict[str, Any]]
 TURNS = {"messages", "prompt", "completion", "chosen", "rejected", "conversations"}
 REFERENCES = ("answer", "solution", "tests")
 
@@ -75,32 +77,33 @@ class ChatExample:
 
 def example_of(columns: Columns, id: str) -> ChatExample:
     """Return a row as an example. Raise `RequestError` if it is malformed."""
-    return recognise(columns, FORMATS).make(columns, id)
+    format = recognise(columns, FORMATS)
+    return format.make(format.read(columns), id)
 
 
 # -- formats ---------------------------------------------------------------------------------------
 
 
 def _messages(row: Columns) -> dict[str, Any]:
-    messages = messages_of(row["messages"], "messages")
-    if _reference(row) and messages[-1]["role"] != "assistant":
-        return {"kind": "answer", "messages": messages, "reference": _reference(row)}
-    return _chat(messages, "messages")
+    return _chat(row["messages"], "messages", _reference(row))
 
 
-def _chat(messages: Messages, name: str) -> dict[str, Any]:
+def _chat(turns: Any, name: str, reference: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    messages = messages_of(turns, name)
     roles = [message["role"] for message in messages]
+    if reference and roles[-1] != "assistant":
+        return {"kind": "answer", "messages": messages, "reference": reference}
     expected = "expected a conversation with an assistant's turn"
     require("assistant" in roles, f"roles of {name}", roles, expected)
     return {"kind": "chat", "messages": messages}
 
 
 def _sharegpt(row: Columns) -> dict[str, Any]:
-    turns = listed(row["conversations"])
+    turns = from_json(row["conversations"])
     if isinstance(turns, list):
         turns = [_sharegpt_turn(turn, f"conversations[{at}]") for at, turn in enumerate(turns)]
         turns = _system(row) + turns if turns else turns
-    return _chat(messages_of(turns, "conversations"), "conversations")
+    return _chat(turns, "conversations")
 
 
 def _sharegpt_turn(turn: Any, name: str) -> Any:
@@ -108,8 +111,8 @@ def _sharegpt_turn(turn: Any, name: str) -> Any:
         return turn
     expected = f"expected one of {', '.join(SHAREGPT_ROLES)}"
     require(turn.get("from") in SHAREGPT_ROLES, f"{name}.from", turn.get("from"), expected)
-    more = {"weight": turn["weight"]} if "weight" in turn else {}
-    return {"role": SHAREGPT_ROLES[turn["from"]], "content": turn.get("value"), **more}
+    role = SHAREGPT_ROLES[turn["from"]]
+    return {"role": role, "content": turn.get("value"), "weight": turn.get("weight")}
 
 
 def _alpaca(row: Columns) -> dict[str, Any]:
@@ -118,7 +121,7 @@ def _alpaca(row: Columns) -> dict[str, Any]:
         question = f"{question}\n\n{text_of(row['input'], 'input')}"
     answer = {"role": "assistant", "content": text_of(row["output"], "output")}
     turns = [*_system(row), {"role": "user", "content": question}, answer]
-    return _chat(messages_of(turns, "messages"), "messages")
+    return _chat(turns, "messages")
 
 
 def _system(row: Columns) -> list[dict[str, Any]]:
@@ -145,11 +148,10 @@ def _pair(row: Columns) -> dict[str, Any]:
     if isinstance(chosen, list) and isinstance(rejected, list):
         common = chosen[: common_prefix(chosen, rejected)]
         # Many sets have the last question as text besides conversations that contain it.
-        inside = any(isinstance(turn, dict) and turn.get("content") == prompt for turn in common)
-        if isinstance(prompt, list):
-            cut = len(prompt) if common[: len(prompt)] == prompt else 0
-        elif prompt is None or inside:
-            prompt, cut = common, len(common)
+        contents = [turn.get("content") for turn in common if isinstance(turn, dict)]
+        prompt = common if prompt is None or prompt in contents else prompt
+        if isinstance(prompt, list) and common[: len(prompt)] == prompt:
+            cut = len(prompt)
     elif prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
         cut = _prompt_end(chosen, rejected)
         prompt = chosen[:cut]
@@ -168,17 +170,11 @@ def _plain(row: Columns) -> dict[str, Any]:
     return {"kind": "text", "text": text_of(row["text"], "text")}
 
 
-def _format(
-    name: str,
-    needs: tuple[str, ...],
-    reads: tuple[str, ...],
-    fields: Callable[[Columns], dict[str, Any]],
-) -> RowKind[ChatExample]:
+def _format(name: str, needs: Keys, reads: Keys, fields: Fields) -> RowKind[ChatExample]:
     """Return a format of rows. `fields` returns those of the example but `tools` and `weight`."""
 
     def make(columns: Columns, id: str) -> ChatExample:
-        tools = tools_of(columns) if "tools" in reads else None
-        weight = weight_of(columns) if "weight" in reads else 1.0
+        tools, weight = tools_of(columns), weight_of(columns)
         return ChatExample(id, **fields(columns), tools=tools, weight=weight)
 
     return RowKind(name, needs, reads, make, _unread_in_turns)
@@ -188,10 +184,11 @@ def _unread_in_turns(columns: Columns) -> set[str]:
     """Return the keys of the messages of a row, as `messages.KEY`, that are not read."""
     out = set()
     for key in TURNS & columns.keys():
-        turns, shared = listed(columns[key]), key == "conversations"
+        turns, shared = from_json(columns[key]), key == "conversations"
         for turn in turns if isinstance(turns, list) else ():
-            read = SHAREGPT_KEYS if shared and "role" not in turn else MESSAGE_KEYS
-            out |= {f"{key if shared else 'messages'}.{one}" for one in turn if one not in read}
+            known = turn if isinstance(turn, dict) else {}  # a text may look like a list
+            read = SHAREGPT_KEYS if shared and "role" not in known else MESSAGE_KEYS
+            out |= {f"{key if shared else 'messages'}.{one}" for one in known if one not in read}
     return out
 
 

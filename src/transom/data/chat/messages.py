@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from transom.base.errors import require
@@ -31,7 +32,7 @@ def messages_of(value: Any, name: str) -> Messages:
     Raises:
         RequestError: A message has no known role, no content, or malformed tool calls.
     """
-    value = listed(value)
+    value = from_json(value)
     expected = "expected a list of one message or more"
     require(isinstance(value, list) and len(value) > 0, name, value, expected)
     return tuple(_message(one, f"{name}[{at}]") for at, one in enumerate(value))
@@ -40,28 +41,31 @@ def messages_of(value: Any, name: str) -> Messages:
 def _message(value: Any, name: str) -> Message:
     require(isinstance(value, dict), name, value, "expected an object with a role and a content")
     out = {key: one for key, one in value.items() if one is not None}
-    role, content = out.get("role"), out.get("content")
+    role, content, calls = out.get("role"), out.get("content"), from_json(out.pop("tool_calls", []))
     require(role in ROLES, f"{name}.role", role, f"expected one of {', '.join(ROLES)}")
     answers = role == "assistant"
     if "weight" in out:
         expected = f"expected none in a message of {role}, only in those of the assistant"
         require(answers, f"{name}.weight", out["weight"], expected)
         out["weight"] = weight_of(out, f"{name}.weight")
-    if "tool_calls" in out:
-        calls = listed(out["tool_calls"])
-        fits = answers and isinstance(calls, list)
-        require(fits, f"{name}.tool_calls", calls, "expected a list, in messages of the assistant")
-        made = [_call(call, f"{name}.tool_calls[{at}]") for at, call in enumerate(calls)]
-        out["tool_calls"] = made
-        if not made:
-            del out["tool_calls"]
-    if content is None and "tool_calls" in out:
+    fits = isinstance(calls, list) and (answers or not calls)
+    require(fits, f"{name}.tool_calls", calls, "expected a list, in messages of the assistant")
+    if calls:
+        numbered = enumerate(calls)
+        out["tool_calls"] = [_call(call, f"{name}.tool_calls[{at}]") for at, call in numbered]
+    if content is None and calls:
         return out  # each template has its own way to write an empty content
-    parts = isinstance(content, list) and all(isinstance(one, dict) for one in content)
-    require(isinstance(content, str) or parts, f"{name}.content", content, "expected text")
-    empty = not (content.strip() if isinstance(content, str) else content)
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    texts = [
+        one.get("text")
+        for one in parts
+        if isinstance(one, dict) and one.get("type", "text") == "text"
+    ]
+    fits = len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
+    require(fits, f"{name}.content", content, "expected text, or a list of parts of text")
     expected = "expected text or tool_calls in an answer"
-    require(not (answers and empty) or "tool_calls" in out, f"{name}.content", content, expected)
+    written = any(str(text).strip() for text in texts)
+    require(written or bool(calls) or not answers, f"{name}.content", content, expected)
     return out
 
 
@@ -73,15 +77,14 @@ def _call(call: Any, name: str) -> Any:
     assert isinstance(function, dict), "just checked"
     given = function.get("arguments")
     arguments = {} if given is None or given == "" else given
-    parsed = _parsed(arguments) if isinstance(arguments, str) else arguments
     expected = "expected an object, or one as JSON"
-    require(isinstance(parsed, dict), f"{name}.function.arguments", given, expected)
+    require(isinstance(from_json(arguments), dict), f"{name}.function.arguments", given, expected)
     return {**call, "function": {**function, "arguments": arguments}}
 
 
 def tools_of(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
     """Return the tools of a row, or None if it has none."""
-    tools = listed(row.get("tools") or None)
+    tools = from_json(row.get("tools") or None)
     objects = isinstance(tools, list) and all(isinstance(one, dict) for one in tools)
     expected = "expected a list of objects, or one as JSON"
     require(tools is None or objects, "tools", row.get("tools"), expected)
@@ -96,17 +99,9 @@ def weight_of(row: Mapping[str, Any], name: str = "weight") -> float:
     return float(value)
 
 
-def listed(value: Any) -> Any:
-    """Return the list in a JSON text, as tables store messages, and any other value unchanged."""
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
-        return value
-    parsed = _parsed(value)
-    return value if parsed is None else parsed
-
-
-def _parsed(text: str) -> Any:
-    """Return the value of a JSON text, or None if it is not valid."""
-    try:
-        return parse_json(text)
-    except ValueError:
-        return None
+def from_json(value: Any) -> Any:
+    """Return the list or object in a JSON text, as tables store them; any other value unchanged."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        with suppress(ValueError):
+            return parse_json(value)
+    return value

@@ -16,7 +16,6 @@ import subprocess
 import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,17 @@ from typing import Any
 import numpy as np
 
 from transom.base.errors import RequestError, WorkError, collected_notices, notice, require
-from transom.data.cache import ShardWriter, cache_entry, read_shard, with_progress
+from transom.data.cache import cache_entry, read_shard, shard_writer, with_progress
 from transom.data.chat.conversations import ChatExample
 from transom.data.chat.finetune_sets import Examples
-from transom.data.chat.rows import ChatCounts, ChatEncoder, EncodedChats
+from transom.data.chat.rows import ChatEncoder, EncodedChats
 from transom.data.chat.turns import EncodedChat
 from transom.data.row_kinds import Problem
 
-FORMAT = 1  # increase it when the files or the rows change, so that older entries are not found
+FORMAT = 2  # increase it when the files or the rows change, so that older entries are not found
 NAME = "rows"
-COLUMNS = {"tokens": "int32", "weights": "float32"}
+COLUMNS = {"tokens": "int32", "weights": "float32", "labels": "int8"}
+NO_LABEL = -1
 CHUNK_EXAMPLES = 64
 EXAMPLES_PER_PROCESS = 1000  # a process takes about as long to start as it takes to encode these
 WORKER = "from transom.data.chat.shards import encode_chunks; encode_chunks()"
@@ -81,13 +81,11 @@ def prepare_chats(
 
     content = [examples.sha256 for examples in parts]
     entry = cache_entry(cache_dir, ["chat", FORMAT, content, *encoder.key], make)
-    meta = entry.meta
-    for message in meta["notices"]:
+    for message in entry.meta["notices"]:
         notice(message)
-    _add_problems([Problem(*problem) for problem in meta["problems"]], problems)
-    items = ShardItems(entry.folder, meta["rows_per_item"])
-    counts, left_out = ChatCounts(**meta["counts"]), Counter(meta["left_out"])
-    return EncodedChats(items, counts, meta["labels"] or None, left_out)
+    _add_problems([Problem(*problem) for problem in entry.meta["problems"]], problems)
+    items = ShardItems(entry.folder, entry.meta["rows_per_item"])
+    return EncodedChats(items, Counter(entry.meta["counts"]))
 
 
 def usable_processes(examples: int) -> int:
@@ -185,29 +183,25 @@ def _encode(encoder: ChatEncoder, chunk: Sequence[ChatExample]) -> Chunk:
 
 def _write(folder: Path, chunks: Iterable[Chunk], *, strict: bool) -> dict[str, Any]:
     """Write all rows into a folder and return the metadata of the entry."""
-    counts, left_out = ChatCounts(), Counter[str]()
-    labels: list[bool] = []
+    counts: Counter[str] = Counter()
     problems: list[Problem] = []
     notices: dict[str, None] = {}
-    sizes: set[int] = set()
-    with ShardWriter(folder, NAME, COLUMNS) as writer:
+    kinds: set[tuple[int, bool]] = set()
+    with shard_writer(folder, NAME, COLUMNS) as append:
         for encoded, found, messages in chunks:
             _add_problems(found, None if strict else problems)
             notices |= dict.fromkeys(messages)
-            counts, left_out = counts + encoded.counts, left_out + encoded.left_out
-            labels += encoded.labels or ()
+            counts += encoded.counts
             for item in encoded.items:
-                sizes.add(len(item))
+                kinds.add((len(item), item[0].label is None))
                 for row in item:
-                    writer.append(row.id, row.ids, weights=row.weights)
-    alike = len(sizes) < 2 and len(labels) in (0, counts.rows)
+                    label = NO_LABEL if row.label is None else row.label
+                    append(row.id, row.ids, weights=row.weights, labels=label)
     expected = "expected pairs or labels for all, or for none"
-    require(alike, "data.sources", "several kinds of rows", expected)
+    require(len(kinds) < 2, "data.sources", "several kinds of rows", expected)
     return {
-        "counts": asdict(counts),
-        "left_out": left_out,
-        "labels": labels,
-        "rows_per_item": max(sizes, default=1),
+        "counts": counts,
+        "rows_per_item": max(kinds, default=(1, True))[0],
         "problems": problems,
         "notices": list(notices),
     }
@@ -219,7 +213,7 @@ class ShardItems(Sequence[tuple[EncodedChat, ...]]):
     def __init__(self, folder: Path, rows_per_item: int) -> None:
         columns, self._ids = read_shard(folder, NAME, COLUMNS)
         # Plain arrays on top of the maps, whose slices are cheaper.
-        self._tokens, self._weights, self._offsets = map(np.asarray, columns.values())
+        self._tokens, self._weights, self._labels, self._offsets = map(np.asarray, columns.values())
         self._rows_per_item = rows_per_item
 
     def __len__(self) -> int:
@@ -234,4 +228,5 @@ class ShardItems(Sequence[tuple[EncodedChat, ...]]):
 
     def _row(self, row: int) -> EncodedChat:
         part = slice(self._offsets[row], self._offsets[row + 1])
-        return EncodedChat(self._ids[row], self._tokens[part], self._weights[part])
+        label = None if self._labels[row] == NO_LABEL else bool(self._labels[row])
+        return EncodedChat(self._ids[row], self._tokens[part], self._weights[part], label=label)

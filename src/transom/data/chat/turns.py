@@ -12,7 +12,6 @@ out is counted.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, notice
 from transom.chat.conversation import Conversation
 from transom.chat.marking import Marked, Path, Text, common_prefix
 from transom.chat.messages import REASONING
@@ -59,12 +58,14 @@ class EncodedChat(NamedTuple):
         weights: Loss weight of each token as a target, float32 [T]. 0 is context only; the first
             token is always 0, because nothing before it could predict it.
         answers: Where its answers are, if they are known.
+        label: Whether its answer is a good one, for labelled answers.
     """
 
     id: str
     ids: NDArray[np.int32]
     weights: NDArray[np.float32]
     answers: tuple[AnswerSpan, ...] = ()
+    label: bool | None = None
 
     @classmethod
     def of(
@@ -94,8 +95,10 @@ NOT_FOUND = _Found(np.zeros(0, np.int64))
 class Turns:
     """Encodes conversations with one template, and counts the texts that the template leaves out.
 
+    A notice names their kinds.
+
     Attributes:
-        left_out: Texts that are in no row, by kind.
+        left_out: Texts that are in no row.
         dropped: Reasoning texts that are only in the row of their own answer.
     """
 
@@ -111,8 +114,7 @@ class Turns:
         """
         self._template = template
         self._stops = frozenset((*stop_tokens, *template.stop_tokens, *tokenizer.stop_ids))
-        self.dropped = 0
-        self.left_out: Counter[str] = Counter()
+        self.dropped = self.left_out = 0
 
     def rows(
         self, messages: Sequence[Mapping[str, Any]], tools: Tools, weights: Sequence[float]
@@ -159,11 +161,6 @@ class Turns:
         return EncodedChat.of(row.ids[row.first :], float(weight))
 
     def _conversation(self, messages: Sequence[Mapping[str, Any]], tools: Tools) -> Conversation:
-        for at, message in enumerate(messages):
-            content = message.get("content")
-            for part in content if isinstance(content, list) else ():
-                found = part.get("type", "text") if isinstance(part, Mapping) else type(part)
-                require(found == "text", f"messages[{at}].content: type", found, "expected text")
         talk, end = self._template.conversation(messages, tools), self._template.end_of_turn
         # The end of a turn may be a word that is not a control token.
         return replace(talk, control_words=[*talk.control_words, *([end] if end else [])])
@@ -194,7 +191,9 @@ class Turns:
                     what = f"{self._template.origin} leaves out {kind}: {words!r}"
                     expected = "expected a template that writes it, or data without it"
                     raise RequestError(f"{path[0]}[{path[1]}]: {what}; {expected}")
-                self.left_out[kind if text.lost else f"a part of {kind}"] += 1
+                self.left_out += 1
+                what = kind if text.lost else f"a part of {kind}"
+                notice(f"{self._template.origin} leaves out: {what}")
 
 
 def _is_reasoning(texts: Sequence[Text], talk: Conversation) -> bool:

@@ -17,8 +17,6 @@ from transom.data.batch import NO_TARGET, Batch
 from transom.data.order import Batches, Mixture, PackedOrder, Piece
 from transom.data.text.shards import TokenFile
 
-CHUNK_TOKENS = 1 << 22  # whose highest id is searched at a time
-
 
 class TextBatches(Batches):
     """Batches of full rows of text, without padding."""
@@ -111,6 +109,5 @@ def _check_ids(
     for name, id in (("bos_id", bos_id), ("eos_id", eos_id)):
         require(id is None or 0 <= id < vocab_size, name, id, expected)
     for file in files:
-        for start in range(0, len(file.tokens), CHUNK_TOKENS):
-            highest = int(file.tokens[start : start + CHUNK_TOKENS].max())
-            require(highest < vocab_size, "token id", highest, expected)
+        highest = int(file.tokens.max(initial=0))
+        require(highest < vocab_size, "token id", highest, expected)

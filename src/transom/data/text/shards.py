@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.base.errors import WorkError, require
-from transom.data.cache import ShardWriter, cache_entry, read_shard, with_progress
+from transom.data.cache import cache_entry, read_shard, shard_writer, with_progress
 from transom.data.text.sources import Document, ReadReport, SourceArgs, held_out, read_split
 from transom.tokenizers.tokenizer import Tokenizer
 
 FORMAT = 1  # increase it when the files change, so that older entries are not found
 TRAIN, HELD_OUT = "train", "held_out"
-BATCH_DOCUMENTS = 1024
-BATCH_CHARACTERS = 1 << 20
+BATCH_DOCUMENTS = 256  # tokenized together, by several threads
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,14 +126,15 @@ def _write_parts(
     digest = hashlib.sha256()
     unknown = 0
     with (
-        ShardWriter(folder, TRAIN, {"tokens": dtype, "bytes": "int64"}) as train,
-        ShardWriter(folder, HELD_OUT, {"tokens": dtype, "bytes": "int64"}) as rest,
+        shard_writer(folder, TRAIN, {"tokens": dtype, "bytes": "int64"}) as train,
+        shard_writer(folder, HELD_OUT, {"tokens": dtype, "bytes": "int64"}) as rest,
     ):
-        for batch in _batched(_hashed(documents, digest)):
+        unread = _hashed(documents, digest)
+        for batch in iter(lambda: list(islice(unread, BATCH_DOCUMENTS)), []):
             encoded = tokenizer.encode_batch([document.text for document in batch])
             for document, ids in zip(batch, encoded, strict=True):
-                part = rest if held_out(document.id, fraction) else train
-                part.append(document.id, ids, bytes=len(document.text.encode()))
+                append = rest if held_out(document.id, fraction) else train
+                append(document.id, ids, bytes=len(document.text.encode()))
                 unknown += 0 if tokenizer.unk_id is None else ids.count(tokenizer.unk_id)
     if digest.hexdigest() != sha256:
         raise WorkError("the texts of the source changed while they were read; run it again")
@@ -152,19 +153,3 @@ def _hashed(documents: Iterable[Document], digest: hashlib._Hash) -> Iterator[Do
             digest.update(len(part).to_bytes(8))
             digest.update(part)
         yield document
-
-
-def _batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Yield lists of at most `BATCH_DOCUMENTS` documents and about `BATCH_CHARACTERS`
-    characters.
-    """
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch

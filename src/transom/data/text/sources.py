@@ -8,22 +8,22 @@ from __future__ import annotations
 import glob
 import hashlib
 import math
-import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import RequestError, require, short_repr
 from transom.base.fields import check_bounds, describe
 from transom.data.file_formats import open_bytes, readable, row_format
 from transom.data.row_files import read_rows
+from transom.data.row_kinds import located
 
 TEXT_KEY = "text"  # of a row of JSON, and the column of a Parquet file
 EXPECTED = "expected UTF-8 text, .jsonl, .json or .parquet"
 BINARY_PROBE_BYTES = 8192
-NAMED_COLUMNS = 8  # columns that a line lists
 HEAD, TAIL = "#head", "#tail"  # of the id of a single document that is cut in two
 # Files that tell a run, which changes while it trains, or an entry of the cache.
 OWN_FOLDERS = (
@@ -31,6 +31,7 @@ OWN_FOLDERS = (
     ("meta.json", "train.tokens"),
     ("meta.json", "rows.tokens"),
 )
+OWN = "folders of runs or of cached tokens left out"
 PATTERNS = "names or globs of files, folders"
 
 
@@ -78,28 +79,26 @@ class Document(NamedTuple):
 
 @dataclass
 class ReadReport:
-    """Counts of what was found in a source, and of what was left out."""
+    """Counts of what was found in a source.
+
+    Attributes:
+        files: Files to read.
+        documents: Documents that have text.
+        notes: How often each phrase applies, such as "binary files left out".
+        unread: Names of columns besides the text.
+    """
 
     files: int = 0
     documents: int = 0
-    empty: int = describe(0, "empty documents left out")
-    skipped_binary: int = describe(0, "binary files left out")
-    skipped_encoding: int = describe(0, "files left out that are not UTF-8")
-    skipped_hidden: int = describe(0, "hidden files or folders left out")
-    skipped_links: int = describe(0, "links to folders and special files left out")
-    skipped_own: int = describe(0, "folders of runs or of cached tokens left out")
-    excluded: int = describe(0, "files left out by include and exclude")
-    json_without_rows: int = describe(0, ".json files without rows read as plain text")
-    unread: set[str] = field(default_factory=set)  # names of columns besides the text
+    notes: Counter[str] = field(default_factory=Counter)
+    unread: set[str] = field(default_factory=set)
 
     def counts(self) -> list[str]:
         """Return a phrase for everything that was left out or read in an unexpected way."""
-        counted = [one for one in fields(self) if one.metadata and getattr(self, one.name)]
-        out = [f"{getattr(self, one.name)} {one.metadata['help']}" for one in counted]
-        names = sorted(self.unread)
-        more = ", ..." if len(names) > NAMED_COLUMNS else ""
-        shown = f"columns not read: {', '.join(names[:NAMED_COLUMNS])}{more}"
-        return [*out, shown] if names else out
+        out = [f"{count} {what}" for what, count in sorted(self.notes.items()) if count]
+        return (
+            [*out, f"columns not read: {short_repr(sorted(self.unread))}"] if self.unread else out
+        )
 
 
 def require_whole(source: SourceArgs, reader: str) -> None:
@@ -160,10 +159,11 @@ def _read_all(source: SourceArgs, files: Sequence[_File], report: ReadReport) ->
     for file in files:
         with readable(file.path):
             for document in _read_file(file, report):
-                report.documents += bool(document.text)
-                report.empty += not document.text
                 if document.text:
+                    report.documents += 1
                     yield document
+                else:
+                    report.notes["empty documents left out"] += 1
     if not report.documents:
         found = [f"{report.files} files", *report.counts()] if report.files else ["no files"]
         raise RequestError(f"path: got {source.path!r}; expected text (found {', '.join(found)})")
@@ -178,38 +178,31 @@ def _list_files(source: SourceArgs, report: ReadReport) -> list[_File]:
     if path.is_file():
         found = [_File(path, path.name, named=True)]
     elif path.is_dir():
-        found = list(_walk(path, report))
+        found = list(_walk(path, path, report))
     else:
         expected = "expected a file, a folder or a glob that exists"
         require(glob.has_magic(source.path), "path", source.path, expected)
         found = list(_match(str(path), report))
     kept = [file for file in found if _selected(file.id, source)]
-    report.excluded = len(found) - len(kept)
+    report.notes["files left out by include and exclude"] = len(found) - len(kept)
     return sorted(kept, key=lambda file: file.id)
 
 
-def _walk(root: Path, report: ReadReport) -> Iterator[_File]:
-    def refuse(error: OSError) -> None:  # os.walk would skip an unreadable folder silently
-        raise RequestError(f"{error.filename}: can't be read ({error.strerror})") from error
-
-    for folder, subfolders, names in os.walk(root, onerror=refuse):
-        here = Path(folder)
-        for name in list(subfolders):
-            hidden = name.startswith(".")
-            own = not hidden and is_own_folder(here / name)
-            report.skipped_hidden += hidden
-            report.skipped_own += own
-            if hidden or own:
-                subfolders.remove(name)
-        report.skipped_links += sum((here / name).is_symlink() for name in subfolders)
-        for name in names:
-            path = here / name
-            if name.startswith("."):
-                report.skipped_hidden += 1
-            elif not path.is_file():
-                report.skipped_links += 1
-            else:
-                yield _File(path, path.relative_to(root).as_posix())
+def _walk(folder: Path, root: Path, report: ReadReport) -> Iterator[_File]:
+    """Yield the files below a folder, with ids below `root`."""
+    with readable(folder):
+        paths = list(folder.iterdir())
+    for path in paths:
+        if path.name.startswith("."):
+            report.notes["hidden files or folders left out"] += 1
+        elif path.is_file():
+            yield _File(path, path.relative_to(root).as_posix())
+        elif path.is_symlink() or not path.is_dir():
+            report.notes["links to folders and special files left out"] += 1
+        elif is_own_folder(path):
+            report.notes[OWN] += 1
+        else:
+            yield from _walk(path, root, report)
 
 
 def is_own_folder(folder: Path) -> bool:
@@ -227,7 +220,7 @@ def _match(pattern: str, report: ReadReport) -> Iterator[_File]:
     paths = [path for path in matches if path.is_file()]
     below = {folder for path in paths for folder in path.parents if root in folder.parents}
     own = {folder for folder in below if is_own_folder(folder)}
-    report.skipped_own += len(own)
+    report.notes[OWN] += len(own)
     for path in paths:
         if own.isdisjoint(path.parents):
             yield _File(path, path.relative_to(root).as_posix())
@@ -250,7 +243,7 @@ def _read_file(file: _File, report: ReadReport) -> Iterator[Document]:
     format = row_format(file.path)
     if format is not None and (format != "json" or file.named or _has_text_rows(file.path)):
         return _read_text_rows(file, report)
-    report.json_without_rows += format == "json"
+    report.notes[".json files without rows read as plain text"] += format == "json"
     return _read_text(file, report)
 
 
@@ -268,7 +261,7 @@ def _read_text(file: _File, report: ReadReport) -> Iterator[Document]:
         content = stream.read(BINARY_PROBE_BYTES)
         if b"\0" in content:
             require(not file.named, str(file.path), "a binary file", EXPECTED)
-            report.skipped_binary += 1
+            report.notes["binary files left out"] += 1
             return
         content += stream.read()
     try:
@@ -276,7 +269,7 @@ def _read_text(file: _File, report: ReadReport) -> Iterator[Document]:
     except UnicodeDecodeError as error:
         where = f"{file.path}: byte {error.start}"
         require(not file.named, where, "bytes that are not UTF-8", EXPECTED)
-        report.skipped_encoding += 1
+        report.notes["files that are not UTF-8 left out"] += 1
     else:
         yield Document(file.id, text)
 
@@ -287,10 +280,10 @@ def _read_text_rows(file: _File, report: ReadReport) -> Iterator[Document]:
     """
     expected = f'expected a JSON object with a string "{TEXT_KEY}"'
     for row in read_rows(file.path, only=TEXT_KEY):
-        if row.columns is None:
-            raise RequestError(f"{row.where}: {row.problem}")
-        require(TEXT_KEY in row.columns, f"{row.where}: columns", list(row.columns), expected)
-        text = row.columns[TEXT_KEY]
-        require(isinstance(text, str | None), f"{row.where}: {TEXT_KEY}", text, expected)
-        report.unread |= row.columns.keys() - {TEXT_KEY}
+        with located(row.where):
+            columns = row.columns
+            require(TEXT_KEY in columns, "columns", list(columns), expected)
+            text = columns[TEXT_KEY]
+            require(isinstance(text, str | None), TEXT_KEY, text, expected)
+        report.unread |= columns.keys() - {TEXT_KEY}
         yield Document(f"{file.id}:{row.id.rpartition(':')[2]}", text or "")

@@ -6,7 +6,7 @@ It is opened with the tokenizer, the chat template and the settings of a model; 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -21,7 +21,7 @@ from transom.checkpoints.open_model import open_text
 from transom.checkpoints.read_args import lacks_vocabulary, read_args
 from transom.data.chat.conversations import ExampleKind
 from transom.data.chat.finetune_sets import Examples, find_examples, split_examples
-from transom.data.chat.rows import ChatEncoder, prompt_ids, template_for
+from transom.data.chat.rows import COUNTS, ChatEncoder, prompt_ids, template_for
 from transom.data.chat.shards import prepare_chats
 from transom.data.row_kinds import Problem
 from transom.training.config import TrainArgs
@@ -146,14 +146,13 @@ def _count_rows(data: FinetuneSet) -> tuple[dict[str, Any], NDArray[np.int64]]:
     cache, problems = data.args.data.cache_dir, data.problems
     encoded = prepare_chats([data.train], data.encoder, cache, problems=problems)
     prepare_chats([data.measured], data.encoder, cache, problems=problems)
-    encoded.check(may_be_empty=True)
     rows = [row.ids for item in encoded.items for row in item]
     bos = data.encoder.tokenizer.bos_id
     longest = {
         "longest": max(map(len, rows), default=0),
         "with_bos": sum(bos is not None and int(row[0]) == bos for row in rows),
     }
-    return {**asdict(encoded.counts), **longest}, encoded.lengths
+    return {**{name: encoded.counts[name] for name in COUNTS}, **longest}, encoded.lengths
 
 
 def _count_prompts(data: FinetuneSet) -> tuple[dict[str, Any], list[int]]:

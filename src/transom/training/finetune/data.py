@@ -81,9 +81,8 @@ def open_finetune_data(
     rows = prepare_chats(train, encoder, args.data.cache_dir, progress=progress)
     rows.check()
     held = prepare_chats(measured, encoder, args.data.cache_dir, progress=progress)
-    held.check(may_be_empty=True)
     if any(measured) and not held.items:
-        notice(f"held out: {held.counts}; no token with loss is left, so there is no score")
+        notice(f"held out: {held}; no token with loss is left, so there is no score")
     if finetune.objective == "kto" and len(held.items) == 1:
         notice("held out: 1 example; kto has no other one to compare it with, so there is no score")
         held = EncodedChats([])
@@ -95,13 +94,11 @@ def open_finetune_data(
             "answer is a row of its own"
         )
     packed = f"; packed into {choice.rows:,} rows, {choice.fill:.0%} full"
-    ranks.say(f"training set: {rows.counts}{packed if choice.packing else ''}")
-    ranks.say(f"held out: {held.counts}" if held.items else NOTHING_HELD_OUT)
-    if rows.counts.without_end:
-        ranks.say(
-            f"{rows.counts.without_end} answers do not teach where to stop: `transom data check` "
-            "names reasons"
-        )
+    ranks.say(f"training set: {rows}{packed if choice.packing else ''}")
+    ranks.say(f"held out: {held}" if held.items else NOTHING_HELD_OUT)
+    if endless := rows.counts["without_end"]:
+        reasons = "`transom data check` names reasons"
+        ranks.say(f"{endless} answers do not teach where to stop: {reasons}")
     batches = ChatBatches(
         rows,
         packs=choice.packs,
@@ -214,11 +211,7 @@ def held_batches(rows: EncodedChats) -> list[Batch]:
         groups[-1].append(at)
     if len(groups) > 1 and len(groups[-1]) == 1:
         groups[-2] += groups.pop()
-    labels = rows.labels or []
-    return [
-        padded_batch([rows.items[at] for at in group], [labels[at] for at in group if labels])
-        for group in groups
-    ]
+    return [padded_batch([rows.items[at] for at in group]) for group in groups]
 
 
 def _hash(*parts: EncodedChats) -> str:
@@ -228,6 +221,6 @@ def _hash(*parts: EncodedChats) -> str:
         for row in chain(*rows.items):
             digest.update(row.ids.tobytes())
             digest.update(row.weights.tobytes())
+            digest.update(b"" if row.label is None else bytes([row.label]))
             digest.update(len(row.ids).to_bytes(8, "little"))
-        digest.update(bytes(rows.labels or ()))
     return digest.hexdigest()

@@ -79,7 +79,7 @@ def test_an_occupied_folder_is_refused_unless_told(source, call, tmp_path):
     [
         (["/no/such/folder", "OUT"], "got '/no/such/folder', no such folder"),
         (["SRC", "SRC", "--overwrite"], "is the folder that is read"),
-        (["SRC", "OUT", "--format", "gguf"], "invalid choice: 'gguf'"),
+        (["SRC", "OUT", "--format", "gguf"], "--format: got 'gguf'; expected"),
         (["SRC", "OUT", "--dtype", "int8"], "dtype: got 'int8'"),
         (["SRC", "OUT", "--max-shard-size", "many"], "max_shard_size: got 'many'"),
         (["SRC", "OUT", "--format", "meta", "--max-shard-size", "1GB"], "format meta is one file"),

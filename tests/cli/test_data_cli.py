@@ -229,8 +229,8 @@ def test_show_packed_prints_segments(call: Any, model: Path, tmp_path: Path) -> 
             "data: got 'none.jsonl'; expected a file",
         ),
         (["check", "DATA", "--model", "none"], "got 'none', no such folder"),
-        (["check", "DATA"], "the following arguments are required: --model"),
-        (["count", "DATA", "--model", "MODEL"], "invalid choice: 'count'"),
+        (["check", "DATA"], "--model: got nothing; expected a value"),
+        (["count", "DATA", "--model", "MODEL"], "what: got 'count'; expected"),
         (
             ["check", "DATA", "--model", "MODEL", "--seq-len", "201"],
             "data.seq_len: got 201; expected at most 200",

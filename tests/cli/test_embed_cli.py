@@ -193,7 +193,7 @@ def test_long_texts_are_cut_and_said(plain, call):
             ["--text", "a", "--out", "/no/such/v.npy"],
             "expected a file in an existing folder",
         ),
-        (["--text", "a", "--pooling", "max"], "invalid choice: 'max'"),
+        (["--text", "a", "--pooling", "max"], "--pooling: got 'max'; expected"),
     ],
 )
 def test_wrong_requests_are_one_sentence(plain, call, flags, said):

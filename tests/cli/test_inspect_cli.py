@@ -344,7 +344,7 @@ def write_run(folder, rows=(), **changes):
         },
     }
     for key, value in changes.items():
-        facts[key] = {**facts[key], **value} if isinstance(value, dict) else value
+        facts[key] = {**facts.get(key, {}), **value} if isinstance(value, dict) else value
     (folder / "run.json").write_text(json.dumps(facts))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -373,6 +373,15 @@ def test_two_runs(tmp_path, capsys):
     code, out, _ = inspect(capsys, a, b)
     assert code == 0 and "Model: the same" in out and "data.sources[1].path" in out
     assert len(compared(capsys, a, a)["scores"]) == 5
+
+
+def test_settings_of_runs_are_compared_once_with_the_values_that_were_chosen(tmp_path, capsys):
+    a, b = (
+        write_run(tmp_path / name, rows=[], steps=steps, resolved={"steps": steps, "seed": 1})
+        for name, steps in (("a", 5), ("b", 6))
+    )
+    found = compared(capsys, a, b)
+    assert found["config"] == {"steps": [5, 6]} and found["run"] == {}
 
 
 def test_two_runs_need_no_torch(tmp_path):

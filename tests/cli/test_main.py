@@ -57,3 +57,24 @@ def test_every_verb_ends_by_a_signal_with_its_code(monkeypatch, capsys, verb, nu
     assert main([verb]) == code
     assert "interrupted" in capsys.readouterr().err
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["embed", "m", "--pooling", "max"], "--pooling: got 'max'; expected 'mean', 'last'"),
+        (["generate", "m", "-p", "a", "-m", "x"], "-m/--max-tokens: got 'x'; expected an integer"),
+        (["generate", "m", "-p", "a", "--top-p", "x"], "--top-p: got 'x'; expected a number"),
+        (["generate", "m", "-p"], "-p/--prompt: got nothing; expected one argument"),
+        (["generate", "m"], "-p/--prompt: got nothing; expected a value"),
+        (
+            ["train", "--resume", "--overwrite"],
+            "--overwrite: got it beside --resume; expected only",
+        ),
+        (["convert", "a", "b", "--fast"], "arguments: got --fast; expected only known ones"),
+        (["train", "optimizer.lr=-1"], "expected a finite number of more than 0.0"),
+    ],
+)
+def test_wrong_command_lines_name_field_value_and_what_is_expected(capsys, words, sentence):
+    assert main(words) == 2
+    assert sentence in capsys.readouterr().err

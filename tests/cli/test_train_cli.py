@@ -56,10 +56,12 @@ def test_unknown_verbs_and_flags_are_one_sentence(capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_path_with_an_equals_sign_is_a_config(tmp_path):
+def test_a_path_with_an_equals_sign_is_a_config_and_an_ended_run_says_so(tmp_path, capsys):
     config = tmp_path / "lr=1 #2.yaml"
     out = tmp_path / "runs = a" / "lr=1e-3: #2"
     config.write_text(yaml.safe_dump(tiny_config(tmp_path)))
     assert main(["train", str(config), "steps=1", f"out={out}", "--quiet"]) == 0
+    assert "nothing is left" not in capsys.readouterr().err
     assert main(["train", str(out), "--resume", "--quiet"]) == 0
+    assert "the run has ended; nothing is left to train" in capsys.readouterr().err
     assert (out / "report.html").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import operator
 import os
 import re
@@ -73,12 +74,13 @@ def check_bounds(instance: Any) -> None:
         if not all(
             _BOUNDS[name][0](one, limit) for one in values for name, limit in bounds.items()
         ):
-            kind = "an integer" if "int" in str(field.type) else "a number"
-            words = " and ".join(_BOUNDS[name][1].format(limit) for name, limit in bounds.items())
+            limits = {name: limit for name, limit in bounds.items() if limit != math.inf}
+            number = "a number" if limits == bounds else "a finite number"
+            kind = "an integer" if "int" in str(field.type) else number
+            words = " and ".join(_BOUNDS[name][1].format(limit) for name, limit in limits.items())
+            words = f"{kind} of {words}" if limits else kind
             absent = ", or null" if field.default is None else ""
-            raise RequestError(
-                f"{field.name}: got {_shown(value)}; expected {kind} of {words}{absent}"
-            )
+            raise RequestError(f"{field.name}: got {_shown(value)}; expected {words}{absent}")
 
 
 _hints = functools.cache(typing.get_type_hints)

@@ -15,13 +15,17 @@ from transom.base.files import read_json
 from transom.checkpoints.files.location import find_model
 from transom.cli.main import emit_json
 from transom.config.model_args import ModelArgs
-from transom.planning.tables import amount, heading, pairs, show, table
+from transom.planning.tables import amount, counted, heading, pairs, show, table
 
 if TYPE_CHECKING:
     from transom.evaluation.compare import ModelDifference
 
 RUN = "run.json"
 SHOWN = 10  # tensors that are printed; --json has all
+ROTARY = {
+    "turned": "; rows of B were permuted to that of A before the comparison",
+    "kept": ", but rows of latent attention cannot be permuted and are compared as they are",
+}
 
 
 def run_compare(options: argparse.Namespace) -> int:
@@ -82,7 +86,7 @@ def print_fields(title: str, found: Mapping[str, Sequence[Any]]) -> None:
     if not found:
         heading(f"{title}: the same")
         return
-    heading(f"{title}: {len(found)} values differ")
+    heading(f"{title}: differences in {counted(len(found), 'value')}")
     rows = [(path, *map(_value_words, pair)) for path, pair in found.items()]
     show(table(("field", "A", "B"), (), rows))
 
@@ -99,13 +103,16 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
     the last scores of both.
     """
     facts = [read_json(first / RUN), read_json(second / RUN)]
+    for one in facts:  # the config with the values that were chosen contains the given one
+        one["config"] = one.pop("resolved", one.get("config"))
     parts = ("data", "config", "model")
     named = {part: differing(*(one.get(part) for one in facts)) for part in parts}
     # The whole model stands under `model`; the config may only name it.
     config = {
         path: pair for path, pair in named["config"].items() if path.partition(".")[0] != "model"
     }
-    rest = [{key: value for key, value in one.items() if key not in parts} for one in facts]
+    known = (*parts, "steps", "seed")  # the last two are in the config as well
+    rest = [{key: value for key, value in one.items() if key not in known} for one in facts]
     one, other = final_scores(first), final_scores(second)
     return {
         "kind": "runs",
@@ -231,12 +238,12 @@ def print_models(document: Mapping[str, Any]) -> None:
     show(pairs(list(weight_lines(document))))
     shapes, apart = document["shapes"], document["differing"]
     if shapes:
-        heading(f"Shapes: {len(shapes)} differ")
+        heading(f"Shapes: differences in {counted(len(shapes), 'tensor')}")
         rows = [(name, *(str(tuple(shape)) for shape in pair)) for name, pair in shapes.items()]
         show(table(("tensor", "A", "B"), (), rows[:SHOWN]))
     if apart:
         more = f", the first {SHOWN} are" if len(apart) > SHOWN else ""
-        heading(f"Values: {len(apart)} tensors differ{more}")
+        heading(f"Values: differences in {counted(len(apart), 'tensor')}{more}")
         rows = [
             (
                 one["name"],
@@ -252,12 +259,15 @@ def print_models(document: Mapping[str, Any]) -> None:
 
 def weight_lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield (title, text) lines about names, dtypes and rotary layouts."""
-    yield "identical", f"{document['identical']} of {document['compared']} tensors that both have"
+    yield (
+        "identical",
+        f"{document['identical']:,} of {document['compared']:,} tensors that both have",
+    )
     for side in ("a", "b"):
         names = document[f"only_{side}"]
         more = f" and {amount(len(names) - SHOWN)} more" if len(names) > SHOWN else ""
         if names:
-            yield f"only in {side.upper()}", f"{len(names)}: {', '.join(names[:SHOWN])}{more}"
+            yield f"only in {side.upper()}", f"{len(names):,}: {', '.join(names[:SHOWN])}{more}"
     apart = {one["name"] for one in document["differing"]} | set(document["shapes"])
     kinds: dict[tuple[str, str], list[str]] = {}
     for name, (first, second) in document["dtypes"].items():
@@ -266,17 +276,8 @@ def weight_lines(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         equal = sum(name not in apart for name in names)
         yield (
             "dtype",
-            f"{first} in A, {second} in B: {len(names)} tensors, {equal} of them "
+            f"{first} in A, {second} in B: {counted(len(names), 'tensor')}, {equal:,} of them "
             f"equal in every number",
         )
-    if document["rotary"] == "turned":
-        yield (
-            "rotary",
-            "the layouts differ; rows of B were permuted to that of A before the comparison",
-        )
-    if document["rotary"] == "kept":
-        yield (
-            "rotary",
-            "the layouts differ, but rows of latent attention cannot be permuted and "
-            "are compared as they are",
-        )
+    if document["rotary"] in ROTARY:
+        yield "rotary", f"the layouts differ{ROTARY[document['rotary']]}"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transom.base.locks import output_folder
 from transom.cli.main import emit_json, user_path
+from transom.cli.options import add_json
 
 FORMATS = ("hf", "native", "meta", "mistral")
 
@@ -25,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-shard-size", metavar="SIZE", help=size)
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--overwrite", action="store_true", help="replace the model in OUT")
-    last_line = "print one JSON document as the last line"
-    parser.add_argument("--json", action="store_true", help=last_line)
+    add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from transom.base.errors import notice, require
 from transom.base.yaml_files import read_yaml
-from transom.cli.finetune import FLAGS, fields_of_flags, split_words
+from transom.cli.finetune import FLAGS, fields_of_flags
 from transom.cli.main import emit_json, user_path
-from transom.planning.tables import heading, pairs, show, table, visible
+from transom.cli.options import add_json
+from transom.cli.runs import split_words
+from transom.planning.tables import counted, heading, pairs, show, table, visible
 from transom.tokenizers.stream import StreamDecoder
 
 if TYPE_CHECKING:
@@ -81,8 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--packed", action="store_true", help=packed)
     seed = "show --packed: seed of the packing (default: 0)"
     parser.add_argument("--seed", type=int, metavar="N", help=seed)
-    last = "print one JSON document as the last line"
-    parser.add_argument("--json", action="store_true", help=last)
+    add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -220,7 +221,10 @@ def chosen_rows(data: FinetuneSet, index: int, packed: bool) -> list[list[Encode
 def print_row(ids: Sequence[str], tokens: Sequence[RowToken], tokenizer: Tokenizer) -> None:
     """Print the text with its loss in colour, then a line for each token."""
     trained = sum(token.weight > 0 for token in tokens)
-    heading(f"{', '.join(ids)}: {len(tokens)} tokens, {trained} with loss, {len(ids)} segments")
+    sizes = (
+        f"{counted(len(tokens), 'token')}, {trained:,} with loss, {counted(len(ids), 'segment')}"
+    )
+    heading(f"{', '.join(ids)}: {sizes}")
     show(coloured(tokens, tokenizer))
     heading("Token by token (above, green text has loss and bold text are control tokens)")
     lines = []

@@ -11,7 +11,6 @@ import platform
 import shlex
 import sysconfig
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from transom.base.errors import WorkError, require
@@ -24,11 +23,20 @@ from transom.training.effects import check_effects
 EXCLUDED = ("site-packages", "test", "tests", "idlelib", "lib2to3", "encodings")
 
 # The beginnings of a function body, a class and a docstring.
-PROMPTS = (
-    "def get(self, key, default=None):\n    ",
-    "class ConnectionError(Exception):\n",
-    'def parse_date(text):\n    """Return',
-)
+PROMPTS = {
+    "a function": "def get(self, key, default=None):\n    ",
+    "a class": "class ConnectionError(Exception):\n",
+    "a docstring": 'def parse_date(text):\n    """Return',
+}
+
+# The measurements of `compress` by name, as the table shows them.
+COMPRESSORS = {
+    "xz_primed": "xz -9e, training files in front",
+    "xz": "xz -9e, all held-out files at once",
+    "gzip": "gzip -9, all at once",
+    "xz_per_file": "xz -9e, file by file",
+    "gzip_per_file": "gzip -9, file by file",
+}
 
 # Tuned for two cores and less than three minutes, fixed by steps and seed so that it repeats; a
 # plain Llama, so that its folder opens in other tools.
@@ -55,26 +63,6 @@ CONFIG: dict[str, Any] = {
     "sample_every": 260,
     "sample_prompts": ["class ConnectionError(Exception):\n"],
 }
-
-
-@dataclass(frozen=True)
-class Compressed:
-    """Bits per byte of the held-out files with general compressors.
-
-    Attributes:
-        xz: `xz -9e`, all files together.
-        xz_per_file: `xz -9e`, one file at a time.
-        xz_primed: `xz -9e`, what the files add to the training files. The model has seen those, so
-            that this is the fair comparison.
-        gzip: `gzip -9`, all files together.
-        gzip_per_file: `gzip -9`, one file at a time.
-    """
-
-    xz: float
-    xz_per_file: float
-    xz_primed: float
-    gzip: float
-    gzip_per_file: float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,10 +108,7 @@ def run(options: argparse.Namespace) -> int:
                 "train_seconds": round(p.seconds, 2),
                 "tokens_per_second": round(p.tokens / p.seconds, 1),
                 "val_bits_per_byte": round(final.bits_per_byte, 4),
-                "xz_bits_per_byte": round(other.xz, 4),
-                "xz_per_file_bits_per_byte": round(other.xz_per_file, 4),
-                "xz_primed_bits_per_byte": round(other.xz_primed, 4),
-                "gzip_bits_per_byte": round(other.gzip, 4),
+                **{f"{name}_bits_per_byte": round(bits, 4) for name, bits in other.items()},
                 "python_version": platform.python_version(),
                 "corpus_sha256": trainer.data.hashes[sources[0].label],
             }
@@ -138,8 +123,12 @@ def library() -> dict[str, Any]:
     return {"path": path, "name": name, "include": ["*.py"], "exclude": list(EXCLUDED)}
 
 
-def compress(train_texts: list[bytes], held_texts: list[bytes]) -> Compressed:
-    """Compress the held-out files with xz and gzip at their strongest."""
+def compress(train_texts: list[bytes], held_texts: list[bytes]) -> dict[str, float]:
+    """Return the bits per byte of the held-out files with general compressors at their strongest.
+
+    The fair comparison is `xz_primed`: what the files add to the training files, which the model
+    has seen, too.
+    """
     train, held = b"".join(train_texts), b"".join(held_texts)
     # Compression releases the interpreter lock; in the background it does not delay a signal.
     alone = Background(lambda: xz_bytes([train]))
@@ -148,8 +137,8 @@ def compress(train_texts: list[bytes], held_texts: list[bytes]) -> Compressed:
     rest = Background(lambda: (xz_bytes([held]), xz_bytes(held_texts)))
     xz, xz_per_file = rest.result()
     gzip_per_file = sum(len(gzip.compress(text, 9)) for text in held_texts)
-    sizes = (xz, xz_per_file, primed, len(gzip.compress(held, 9)), gzip_per_file)
-    return Compressed(*(8.0 * size / len(held) for size in sizes))
+    sizes = (primed, xz, len(gzip.compress(held, 9)), xz_per_file, gzip_per_file)
+    return {name: 8.0 * size / len(held) for name, size in zip(COMPRESSORS, sizes, strict=True)}
 
 
 def xz_bytes(texts: Iterable[bytes]) -> int:
@@ -160,20 +149,11 @@ def xz_bytes(texts: Iterable[bytes]) -> int:
     return sum(len(lzma.compress(text, format=lzma.FORMAT_XZ, filters=filters)) for text in texts)
 
 
-def comparison(model_bits: float, other: Compressed, files: int, size: int) -> str:
+def comparison(model_bits: float, other: dict[str, float], files: int, size: int) -> str:
     """Return the table of held-out bits per byte."""
-    rows = [
-        ("this model", model_bits),
-        ("xz -9e, training files in front", other.xz_primed),
-        ("xz -9e, all held-out files at once", other.xz),
-        ("gzip -9, all at once", other.gzip),
-        ("xz -9e, file by file", other.xz_per_file),
-        ("gzip -9, file by file", other.gzip_per_file),
-    ]
-    lines = [f"  {name:36} {bits:6.3f}" for name, bits in rows]
-    return "\n".join(
-        [f"\nbits per byte of {files} held-out files ({size:,} bytes), fewer is better:", *lines]
-    )
+    bits = {"this model": model_bits, **{COMPRESSORS[name]: one for name, one in other.items()}}
+    title = f"\nbits per byte of {files:,} held-out files ({size:,} bytes), fewer is better:"
+    return "\n".join([title, *(f"  {name:36} {one:6.3f}" for name, one in bits.items())])
 
 
 def show_completions(model: Any, tokenizer: Any) -> None:
@@ -182,10 +162,9 @@ def show_completions(model: Any, tokenizer: Any) -> None:
     from transom.inference.text import complete
 
     sampling = SamplingArgs(temperature=0.7, top_p=0.95, repetition_penalty=1.1, seed=1)
-    rows = complete(model, tokenizer, PROMPTS, max_new_tokens=96, sampling=sampling)
-    for what, prompt, row in zip(
-        ("a function", "a class", "a docstring"), PROMPTS, rows, strict=True
-    ):
+    prompts = list(PROMPTS.values())
+    rows = complete(model, tokenizer, prompts, max_new_tokens=96, sampling=sampling)
+    for (what, prompt), row in zip(PROMPTS.items(), rows, strict=True):
         text = "\n".join("    " + line for line in (prompt + row.text).rstrip().splitlines())
         print(f"\n{what}, as the model continues it:\n\n{text}")
 

@@ -10,6 +10,7 @@ from typing import Any
 from transom.base.errors import RequestError, notice, require
 from transom.cli.main import emit_json, user_path
 from transom.cli.options import add_json, add_model, opening
+from transom.planning.tables import counted
 
 OUT_SUFFIXES = (".safetensors", ".npy")
 
@@ -36,8 +37,6 @@ def run(options: argparse.Namespace) -> int:
     """Print vectors or labels, one text a line, write vectors to a file, or print one document."""
     check_arguments(options)
     texts = [*options.text, *(read_texts(options.input) if options.input is not None else [])]
-    for number, text in enumerate(texts, start=1):
-        require(bool(text), f"text {number} of {len(texts)}", text, "expected 1 character or more")
     from transom.checkpoints.open_model import open_model
     from transom.data.labelled import read_labels
     from transom.inference.embedding import embed
@@ -59,8 +58,8 @@ def run(options: argparse.Namespace) -> int:
         document["out"] = options.out
     else:
         document["embeddings"] = result.vectors_RD.tolist()
-    counts = f"{len(texts)} texts, {result.tokens} tokens, {result.pooling} pooling"
-    print(f"{counts}, vectors of {dim}", file=sys.stderr)
+    counts = f"{counted(len(texts), 'text')}, {counted(result.tokens, 'token')}"
+    print(f"{counts}, {result.pooling} pooling, vectors of {dim:,}", file=sys.stderr)
     if options.json:
         emit_json(document)
     else:
@@ -111,9 +110,7 @@ def read_texts(name: str) -> list[str]:
 
 def show(document: dict[str, Any]) -> None:
     """Print one line per text: its label and probability, or the numbers of its vector."""
-    if "labels" in document:
-        for row in document["labels"]:
-            print(f"{row['label']}\t{row['probability']:.4f}")
-        return
-    for vector in document.get("embeddings", ()):
+    for row in document.get("labels", ()):
+        print(f"{row['label']}\t{row['probability']:.4f}")
+    for vector in () if "labels" in document else document.get("embeddings", ()):
         print(" ".join(f"{value:.6g}" for value in vector))

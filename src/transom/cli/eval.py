@@ -14,12 +14,11 @@ from typing import Any
 
 from transom.base.errors import RequestError, require
 from transom.base.files import json_text, write_text
-from transom.checkpoints.files.hub import is_hub_id
-from transom.checkpoints.files.location import find_model
 from transom.cli.main import emit_json, user_path
+from transom.cli.options import check_model
 from transom.evaluation.eval_args import EvalArgs
 from transom.evaluation.task_data import open_data
-from transom.planning.tables import heading, show, table
+from transom.planning.tables import counted, heading, show, table
 
 WORDS = {
     "bits_per_byte": "bits per byte",
@@ -113,8 +112,7 @@ def check_arguments(options: argparse.Namespace) -> None:
     fits = not several or options.revision is None
     require(fits, "--revision", options.revision, "valid only with one model")
     for name in options.compare or [options.model]:
-        if not Path(name).exists() and not is_hub_id(name):
-            find_model(name)  # raises its error; a hub id is looked up later
+        check_model(name)
     for flag, name in (("--out", options.out), ("--rows", options.rows)):
         if name is not None:
             exists = Path(name).parent.is_dir()
@@ -154,7 +152,7 @@ def print_report(document: Mapping[str, Any]) -> None:
     rows = []
     for one in document["data"]:
         counts = ("documents", "rows", "tokens", "bytes")
-        amount = ", ".join(f"{one[name]:,} {name}" for name in counts if name in one)
+        amount = ", ".join(counted(one[name], name[:-1]) for name in counts if name in one)
         for name, score in one["scores"].items():
             value = f"{score['value']:.4f}"
             rows.append((one["path"], WORDS.get(name, name), value, interval_words(score), amount))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from pathlib import Path
 from typing import Any
 
 from transom.base.yaml_files import read_yaml
 from transom.cli.main import emit_json, user_path
-from transom.cli.runs import add_run_options, field_lines, is_override, names_of, run_training
+from transom.cli.runs import add_run_options, field_lines, names_of, run_training, split_words
 from transom.training.config import TrainArgs
 from transom.training.effects import check_effects
 from transom.training.finetune.args import FinetuneArgs
@@ -100,13 +99,6 @@ def fields_of_flags(options: argparse.Namespace) -> dict[str, Any]:
     """Return the fields that the given flags set, and their values."""
     values = {field: getattr(options, flag[2:].replace("-", "_")) for flag, field, *_ in FLAGS}
     return {field: value for field, value in values.items() if value is not None}
-
-
-def split_words(words: list[str]) -> tuple[Path | None, list[str]]:
-    """Return the config file, if the first word is one, and the overrides."""
-    if words and not is_override(words[0]):
-        return Path(words[0]), words[1:]
-    return None, words
 
 
 def next_commands(args: TrainArgs) -> str:

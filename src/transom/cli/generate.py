@@ -18,6 +18,7 @@ from transom.cli.options import (
     read_fields,
 )
 from transom.inference.sampling import SamplingArgs
+from transom.planning.tables import counted
 
 if TYPE_CHECKING:
     from transom.inference.text import TextStream
@@ -56,7 +57,7 @@ def check_generation(options: argparse.Namespace) -> None:
     require(most is None or most >= 1, "--max-tokens", most, "expected an integer of 1 or more")
     require(step >= 1, "--prefill-step-size", step, "expected an integer of 1 or more")
     require(all(options.stop), "--stop", "", "expected text of 1 character or more")
-    check_model(options)
+    check_model(options.folder)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -146,5 +147,6 @@ def report(rates: dict[str, Any]) -> None:
     """Print the three closing lines on standard error."""
     for name in ("prompt", "generation"):
         count, speed = rates[f"{name}_tokens"], rates[f"{name}_tokens_per_second"]
-        print(f"{name.capitalize()}: {count} tokens, {speed:.3f} tokens-per-sec", file=sys.stderr)
+        tokens = counted(count, "token")
+        print(f"{name.capitalize()}: {tokens}, {speed:,.3f} tokens-per-sec", file=sys.stderr)
     print(f"Peak memory: {rates['peak_memory_bytes'] / 1e9:.3f} GB", file=sys.stderr, flush=True)

@@ -19,6 +19,7 @@ from transom.planning.layer_plan import ModelPlan, groups, index_words, plan
 from transom.planning.tables import (
     amount,
     byte_words,
+    counted,
     fits_terminal,
     flop_words,
     heading,
@@ -79,9 +80,8 @@ def run(options: argparse.Namespace) -> int:
 
 def print_plan(model: DescribedModel, planned: ModelPlan) -> None:
     """Print the table of layers and the totals."""
-    heading(
-        f"{model.name}: {amount(planned.parameters)} parameters in {len(planned.layers)} layers"
-    )
+    layers = counted(len(planned.layers), "layer")
+    heading(f"{model.name}: {amount(planned.parameters)} parameters in {layers}")
     if model.adapter is not None:
         kind, rank, alpha, targets = (
             model.adapter[key] for key in ("kind", "rank", "alpha", "targets")
@@ -191,7 +191,8 @@ def print_trace(
     def shown(id: int) -> str:
         return visible(tokenizer.token_text(id))
 
-    heading(f"{name}: {len(ids)} tokens, the last is {shown(ids[-1])} at position {len(ids) - 1}")
+    last = f"the last is {shown(ids[-1])} at position {len(ids) - 1:,}"
+    heading(f"{name}: {counted(len(ids), 'token')}, {last}")
     rows, heads, mixed = [], [], any(layer.experts for layer in layers)
     for index, layer in enumerate(layers):
         guesses = ", ".join(f"{shown(id)} {share:.1%}" for id, share in layer.predictions)

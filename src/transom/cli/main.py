@@ -9,6 +9,7 @@ import argparse
 import importlib
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -47,10 +48,24 @@ VERBS = {
 }
 
 
+# The messages of argparse, and what they become: FIELD: got VALUE; expected WHAT.
+MESSAGES = (
+    (r"argument (.+?): invalid int value: (.*)", r"\1: got \2; expected an integer"),
+    (r"argument (.+?): invalid float value: (.*)", r"\1: got \2; expected a number"),
+    (r"argument (.+?): invalid choice: (.*?) \(choose from (.*)\)", r"\1: got \2; expected \3"),
+    (r"argument (.+?): not allowed with argument (.*)", r"\1: got it beside \2; expected only one"),
+    (r"argument (.+?): (expected .*)", r"\1: got nothing; \2"),
+    (r"the following arguments are required: (.*)", r"\1: got nothing; expected a value"),
+    (r"unrecognized arguments: (.*)", r"arguments: got \1; expected only known ones"),
+)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises a `RequestError` for a wrong command line."""
 
     def error(self, message: str) -> NoReturn:
+        for pattern, form in MESSAGES:
+            message = re.sub(f"^{pattern}$", form, message)
         raise RequestError(f"{message}; see `{self.prog} --help`")
 
 

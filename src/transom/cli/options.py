@@ -27,10 +27,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help=dtypes)
 
 
-def check_model(options: argparse.Namespace) -> None:
-    """Raise a `RequestError` if the model can't be there, before torch is imported."""
-    if not Path(options.folder).exists() and not is_hub_id(options.folder):
-        find_model(options.folder)  # raises; a hub id is looked up after everything else
+def check_model(name: str) -> None:
+    """Raise a `RequestError` if a model can't be there, before torch is imported."""
+    if not Path(name).exists() and not is_hub_id(name):
+        find_model(name)  # raises; a hub id is looked up after everything else
 
 
 def opening(options: argparse.Namespace) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from transom.base.errors import notice, require
 from transom.base.fields import field_types, write
 from transom.base.interrupts import STOPS
 from transom.base.locks import FolderLock
+from transom.cli.options import add_json
 from transom.config.model_args import ModelArgs
 from transom.training.config import TrainArgs
 
@@ -35,8 +36,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     what = "measure the time of each part of the first N steps"
     parser.add_argument("--profile", type=int, default=0, metavar="N", help=what)
     parser.add_argument("--quiet", action="store_true", help="print no progress on standard error")
-    what = "print one JSON document as the last line"
-    parser.add_argument("--json", action="store_true", help=what)
+    add_json(parser)
 
 
 def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer, Score, int]:
@@ -60,6 +60,8 @@ def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer,
                 profile_steps=options.profile,
             )
             trainer.line.say(describe_run(trainer))
+            if trainer.finished:
+                notice(f"{args.out}: the run has ended; nothing is left to train")
         except STOPS:
             again = "the same command starts it again" if options.overwrite else RESUME
             notice(f"{args.out}: ended before the first step; {again}")
@@ -84,6 +86,13 @@ def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer,
 def is_override(word: str) -> bool:
     """Return whether a word is `key=value` and not the path of an existing file."""
     return "=" in word and not Path(word).exists()
+
+
+def split_words(words: list[str]) -> tuple[Path | None, list[str]]:
+    """Return the config file, if the first word is one, and the overrides."""
+    if words and not is_override(words[0]):
+        return Path(words[0]), words[1:]
+    return None, words
 
 
 def names_of(words: Iterable[str]) -> list[str]:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from transom.cli.main import emit_json, user_path
-from transom.cli.runs import add_run_options, field_lines, is_override, names_of, run_training
+from transom.cli.runs import add_run_options, field_lines, names_of, run_training, split_words
 from transom.training.config import TrainArgs, read_config
 from transom.training.effects import check_effects
 
@@ -49,9 +49,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _split(words: list[str]) -> tuple[Path | None, list[str]]:
     """Return the config file and the overrides. A run folder stands for its config.yaml."""
-    if not words or is_override(words[0]):
-        return None, words
-    path = Path(words[0])
-    if path.is_dir():  # a run that was moved is continued where it is now
-        return path / "config.yaml", [f"out={path}", *words[1:]]
-    return path, words[1:]
+    path, overrides = split_words(words)
+    if path is not None and path.is_dir():  # a run that was moved is continued where it is now
+        return path / "config.yaml", [f"out={path}", *overrides]
+    return path, overrides

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transom.cli.main import emit_json, user_path
-from transom.planning.tables import heading, show, table
+from transom.planning.tables import counted, heading, show, table
 from transom.verify.checks import CHECKS, valid_with
 from transom.verify.checks import run as run_check
 
@@ -86,8 +86,9 @@ def _print_summaries(title: str, summaries: Sequence[Summary]) -> None:
         if bad := one.first_failure:
             print(f"{bad.comparison}: {bad.case}: error {bad.error:.2e}, {bad.detail}")
     cases, failed = sum(one.cases for one in summaries), sum(one.failed for one in summaries)
-    print(f"\n{f'FAILED: {failed} of {cases}' if failed else f'all {cases}'} comparisons", end="")
-    print("" if failed else " passed")
+    comparisons = counted(cases, "comparison")
+    result = f"FAILED: {failed:,} of {comparisons}" if failed else f"all {comparisons} passed"
+    print(f"\n{result}")
 
 
 def _row(one: Summary) -> dict[str, Any]:

@@ -74,6 +74,11 @@ def pairs(lines: Iterable[tuple[str, str]]) -> Table:
     return out
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a count with its noun, such as `1 row` or `2,000 rows`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def visible(text: str) -> str:
     """Return `text` in quotes, with spaces and line ends visible, in characters that standard
     output can write.

@@ -7,7 +7,6 @@ and renamed. The system releases it when the process ends.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import platform
@@ -19,7 +18,6 @@ from pathlib import Path
 
 from transom.base.errors import RequestError, notice
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 WAIT_SECONDS = 0.2  # between two attempts to lock a folder that another process has locked
 ATTEMPTS = 100  # to lock a file that other processes remove meanwhile
 
@@ -91,8 +89,8 @@ class _Lock:
 
     Attributes:
         folder: The folder.
-        descriptor: That of the locked file; None where the file system has no locks.
-        made: Parent folders that were made for the file, the innermost last.
+        descriptor: That of the locked file; None where nothing can be locked.
+        made: Parent folders that were made for the file, the innermost first.
         process: The process that has the lock.
         users: The number of `FolderLock` objects.
     """
@@ -103,98 +101,57 @@ class _Lock:
     process: int = field(default_factory=os.getpid)
     users: int = 0
 
-    def __post_init__(self) -> None:
-        self.file: Path | None = self.folder.parent / f".{self.folder.name}.lock"
+    @property
+    def file(self) -> Path:
+        """The file that is locked."""
+        return self.folder.parent / f".{self.folder.name}.lock"
 
     def try_lock(self) -> bool:
         """Return whether this process may write the folder now.
 
-        It may also where the file system has no locks, and then a notice is printed.
+        It may also where nothing can be locked, and then a notice is printed.
         """
-        assert self.file is not None
-        missing: OSError | None = None
-        for _ in range(ATTEMPTS):
-            try:
-                self._make_parents()
-                descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
-            except FileNotFoundError as error:
-                missing = error  # another process has removed the empty parent folder
-                continue
-            except OSError as error:  # the parent folder is read-only
-                return self._lock_folder_itself(error)
-            missing = None
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+        descriptor = None
+        try:
+            self.made += [parent for parent in self.folder.parents if not parent.exists()]
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(descriptor).st_ino == self.file.stat().st_ino:
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+                self.descriptor, descriptor = descriptor, None
+                return True
+        except (BlockingIOError, FileNotFoundError):
+            pass  # another process has locked the file, or removed it with its empty folder
+        except OSError as error:  # the file system has no locks, or the parent is read-only
+            if descriptor is not None:
+                self.file.unlink(missing_ok=True)
+            reason = f"cannot be locked ({error.strerror})"
+            notice(f"{self.folder}: {reason}; nothing keeps another process from writing there")
+            return True
+        finally:
+            if descriptor is not None:
                 os.close(descriptor)
-                return self._goes_without(error)
-            with contextlib.suppress(FileNotFoundError):  # its last holder has removed the file
-                if os.fstat(descriptor).st_ino == self.file.stat().st_ino:
-                    os.ftruncate(descriptor, 0)
-                    os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
-                    self.descriptor = descriptor
-                    return True
-            os.close(descriptor)
-        if missing is not None:
-            raise RequestError(f"{self.folder}: cannot be made ({missing.strerror})")
         return False
 
-    def _lock_folder_itself(self, reason: OSError) -> bool:
-        """Lock the folder instead of a file beside it, which names no holder."""
-        self.file = None
-        if not self.folder.is_dir():
-            return True  # it cannot be made either, and the code that writes it will report that
-        descriptor = os.open(self.folder, os.O_RDONLY)
+    def holder(self) -> str | None:
+        """Return the process that has locked the folder; None if it has just released it."""
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            locked = error.errno in (errno.EWOULDBLOCK, errno.EACCES)
-            return self._goes_without(error if locked else reason)
-        self.descriptor = descriptor
-        return True
-
-    def _goes_without(self, error: OSError) -> bool:
-        """Return whether to continue without a lock: only if the file system has none."""
-        if error.errno not in NO_LOCKS:
-            return False
-        if self.file is not None:
-            self.file.unlink(missing_ok=True)
-            self.file = None
-        reason = f"cannot be locked ({error.strerror})"
-        notice(f"{self.folder}: {reason}; nothing keeps another process from writing there")
-        return True
-
-    def _make_parents(self) -> None:
-        missing = [parent for parent in self.folder.parents if not parent.exists()]
-        for parent in reversed(missing):
-            with contextlib.suppress(FileExistsError):
-                parent.mkdir()
-                self.made.append(parent)
-
-    def holder(self) -> str:
-        """Return the process that has locked the folder."""
-        text = ""
-        if self.file is not None:
-            with contextlib.suppress(OSError):
-                text = self.file.read_text(encoding="utf-8")
-        return text or "another process"
+            return self.file.read_text(encoding="utf-8") or "another process"
+        except OSError:
+            return None
 
     def unlock(self) -> None:
         """Release the lock, and remove its file and the empty folders that were made for it."""
-        if self.descriptor is None:
-            return
-        if self.process == os.getpid():  # a forked child must not unlock for its parent
-            if self.file is not None:
+        mine = self.process == os.getpid()  # a forked child must not unlock for its parent
+        if self.descriptor is not None:
+            if mine:
                 # While it is locked: a process that waits for it then makes a new one.
                 self.file.unlink(missing_ok=True)
-            self.remove_made()
-        os.close(self.descriptor)
-        self.descriptor = None
-
-    def remove_made(self) -> None:
-        """Remove the parent folders that were made for the file, if they are empty."""
-        for folder in reversed(self.made):
+            os.close(self.descriptor)
+            self.descriptor = None
+        for folder in self.made if mine else ():
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
@@ -204,18 +161,20 @@ _GUARD = threading.RLock()
 
 
 def _acquire(path: Path, named: Path, wait: bool) -> _Lock:
-    lock, noticed = _Lock(path), False
+    lock, released = _Lock(path), 0
     try:
         while not lock.try_lock():
-            holder = lock.holder()
-            if not wait:
+            if (holder := lock.holder()) is None:
+                released += 1
+                if released > ATTEMPTS:
+                    raise RequestError(f"{named}: cannot be made, or other processes remove it")
+            elif wait:
+                notice(f"{named}: waiting for {holder}, which is writing there")
+                time.sleep(WAIT_SECONDS)
+            else:
                 advice = "wait until it has ended, or name another folder"
                 raise RequestError(f"{named}: {holder} is writing there; {advice}")
-            if not noticed:
-                notice(f"{named}: waiting for {holder}, which is writing there")
-                noticed = True
-            time.sleep(WAIT_SECONDS)
     except BaseException:
-        lock.remove_made()
+        lock.unlock()
         raise
     return lock

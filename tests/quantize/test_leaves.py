@@ -398,3 +398,17 @@ def test_products_are_computed_a_block_of_rows_at_a_time(monkeypatch):
         found.append((y, x.grad, one.bias.grad))
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(*found, strict=True))
     assert shapes == 2 * [*5 * [(7, 64)], (5, 64)], "forward and backward"
+
+
+def test_gradients_of_many_blocks_are_summed_in_float32(monkeypatch):
+    leaf = Linear(64, 1024)
+    quantize_leaf(leaf, NF4)
+    twin = dequantize_model(copy.deepcopy(leaf)).bfloat16()
+    monkeypatch.setattr(surgery, "CPU_BLOCK", 256)
+    gradient = torch.randn(4, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = []
+    for one in (leaf.bfloat16(), twin):
+        x = torch.ones(4, 64, dtype=torch.bfloat16, requires_grad=True)
+        one(x).backward(gradient)
+        found.append(x.grad.float())
+    assert far(found[0], found[1]) < 0.004 * float(found[1].abs().max())

@@ -180,10 +180,13 @@ class _Product(torch.autograd.Function):
         of_x = of_bias = None
         if ctx.needs_input_grad[0]:
             named = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            inputs = shape_of(named, ctx.format)[-1]
+            total = gradient.new_zeros(*gradient.shape[:-1], inputs, dtype=wide)
             for rows in _row_blocks(named, ctx.format):
                 weight = dequantize(named, ctx.format, rows).to(ctx.dtype).to(gradient.dtype)
-                part = gradient[..., rows] @ weight
-                of_x = part if of_x is None else of_x + part
+                total = total + (gradient[..., rows] @ weight)
+            of_x = total.to(gradient.dtype)
         if ctx.needs_input_grad[1]:
             of_bias = gradient.flatten(0, -2).sum(0)
         return of_x, of_bias, None, None, None, *(None for _ in ctx.names)

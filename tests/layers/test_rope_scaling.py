@@ -105,7 +105,7 @@ def test_a_cache_chooses_by_its_capacity_and_equals_a_call_of_that_length(kind, 
 def test_generation_that_outgrows_the_original_length_computes_all_keys_again(kind, capsys):
     """Each new token is the one a whole call over the frequencies then due would choose."""
     model, tokens = random_model(tiny_args(**by_length(kind))), random_tokens(2, 11)
-    rows = transom_generate(model, tokens, 20, lengths=[11, 8])
+    rows = transom_generate(model, [tokens[0].tolist(), tokens[1, :8].tolist()], 20)
     assert "16 tokens: the original length" in capsys.readouterr().err
     for row, real in zip(rows, (11, 8), strict=True):
         for count in (11, 15, 16, 17, 24):  # of the longest row, whose length decides

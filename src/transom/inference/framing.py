@@ -3,40 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Protocol
+from typing import Any
 
 from transom.chat.template import ChatTemplate
 from transom.inference.text import Completion
 from transom.tokenizers.tokenizer import Tokenizer
-
-
-class Framing(Protocol):
-    """Turns of a conversation as tokens.
-
-    Attributes:
-        prefill: The text that every answer begins with. The model continues it.
-    """
-
-    prefill: str
-
-    def reset(self, system: str) -> None:
-        """Start a new conversation that begins with the text `system`, if any."""
-
-    def prompt(self, turn: str) -> list[int]:
-        """Return the token ids of the conversation with `turn`, without adding it."""
-
-    def add(self, turn: str, message: dict[str, str], answer: Completion, ids: list[int]) -> None:
-        """Add a turn and its answer.
-
-        Args:
-            turn: The text of the turn.
-            message: The answer as a chat message, with reasoning apart.
-            answer: The answer as it was generated, without the prefill.
-            ids: The token ids of the conversation with both, without a stop token.
-        """
-
-    def saved(self) -> str:
-        """Return the conversation as the content of a file."""
 
 
 class GrowingText:
@@ -60,14 +31,21 @@ class GrowingText:
         return turn if self.text.endswith("\n") else f"\n{turn}"
 
     def prompt(self, turn: str) -> list[int]:
-        """Return the token ids of the text with `turn` on a new line."""
+        """Return the token ids of the text with `turn` on a new line, without adding it."""
         added = self._added(turn)
         if not self.ids:
             return self.tokenizer.encode_prompt(added)
         return self.ids + self.tokenizer.encode(added)
 
     def add(self, turn: str, message: dict[str, str], answer: Completion, ids: list[int]) -> None:
-        """Add a turn and its answer; a stop token ends the answer, not the text."""
+        """Add a turn and its answer; a stop token ends the answer, not the text.
+
+        Args:
+            turn: The text of the turn.
+            message: The answer as a chat message, with reasoning apart.
+            answer: The answer as it was generated, without the prefill.
+            ids: The token ids of the conversation with both, without a stop token.
+        """
         self.text += self._added(turn) + answer.text + answer.stop_string
         self.ids = ids
 
@@ -110,3 +88,6 @@ class Messages:
     def saved(self) -> str:
         """Return one line of a chat data set."""
         return json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n"
+
+
+Framing = GrowingText | Messages

@@ -79,7 +79,6 @@ def generate(
     seeds: Sequence[int] | None = None,
     stop_tokens: Sequence[int] = (),
     pad_token: int = 0,
-    lengths: Tensor | Sequence[int] | None = None,
     prefill_step_size: int = 512,
     **sampling: Any,
 ) -> Tensor:
@@ -93,8 +92,6 @@ def generate(
         stop_tokens: Ids that finish a row. None are assumed: without them every row gets
             `max_new_tokens` tokens.
         pad_token: The id after the stop token of a finished row, and after shorter lists.
-        lengths: int [B], the number of real tokens of each row of a tensor that is padded on the
-            right.
         prefill_step_size: Prompt tokens per forward call. It limits memory, not the result.
         **sampling: Fields of `SamplingArgs`:
             temperature: 0 takes the most likely token (default). Otherwise logits are divided by
@@ -121,7 +118,7 @@ def generate(
         RequestError: The request can't be computed, for example because it exceeds `max_seq_len`.
         WorkError: Logits are NaN or infinite.
     """
-    tokens_BT, prompts = _padded(tokens_BT, lengths, pad_token)
+    tokens_BT, prompts = _padded(tokens_BT, pad_token)
     args = SamplingArgs(**sampling)
     steps = _steps(model, prompts, max_new_tokens, args, seeds, stop_tokens, prefill_step_size)
     new_BT = torch.stack(list(steps), 1).to(tokens_BT.device)
@@ -129,23 +126,14 @@ def generate(
     return torch.cat([tokens_BT, new_BT.masked_fill(new_BT == FINISHED, pad_token)], 1)
 
 
-def _padded(
-    tokens: Tensor | list[list[int]], lengths: Tensor | Sequence[int] | None, pad_token: int
-) -> tuple[Tensor, list[list[int]]]:
-    """Return the prompts as one right-padded tensor [B, T] and as lists of their real tokens."""
+def _padded(tokens: Tensor | list[list[int]], pad_token: int) -> tuple[Tensor, list[list[int]]]:
+    """Return the prompts as one right-padded tensor [B, T] and as lists."""
     if not isinstance(tokens, Tensor):
-        require(lengths is None, "lengths", lengths, "expected none beside lists of tokens")
         return right_padded(tokens, pad_token), tokens
     fits = tokens.ndim == 2 and not tokens.is_floating_point()
     found = f"{tokens.dtype} {list(tokens.shape)}"
     require(fits, "tokens", found, "expected integer ids of a shape [batch, tokens]")
-    rows: list[list[int]] = tokens.tolist()
-    if lengths is None:
-        return tokens, rows
-    counts = [int(length) for length in lengths]
-    fits = len(counts) == len(rows) and all(1 <= count <= tokens.size(1) for count in counts)
-    require(fits, "lengths", counts, f"expected {len(rows)} integers of 1 to {tokens.size(1)}")
-    return tokens, [row[:count] for row, count in zip(rows, counts, strict=True)]
+    return tokens, tokens.tolist()
 
 
 def _steps(

@@ -21,6 +21,7 @@ from transom.data.batch import NO_TARGET, Batch
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
 from transom.models.llm import LLM
+from transom.training.finetune.args import FinetuneArgs
 from transom.training.losses.distillation import Distillation, divergence
 from transom.training.losses.log_probs import adapters_off
 from transom.training.losses.objectives import NextToken, Objective
@@ -61,18 +62,20 @@ def _preferences(device: torch.device) -> dict[str, Callable[[], None]]:
         reference = precompute_reference(model, [pairs])
     return {
         ADAPTER: _step(NextToken(model), model, pairs),
-        "DPO, the base as the reference": _step(Preference(model, "dpo"), model, pairs),
-        "DPO, reference computed before": _step(
-            Preference(model, "dpo", reference=reference), model, pairs
+        "DPO, the base as the reference": _step(
+            Preference(model, FinetuneArgs(objective="dpo")), model, pairs
         ),
-        "ORPO": _step(Preference(model, "orpo"), model, pairs),
-        "KTO": _step(Preference(model, "kto"), model, single),
+        "DPO, reference computed before": _step(
+            Preference(model, FinetuneArgs(objective="dpo"), reference=reference), model, pairs
+        ),
+        "ORPO": _step(Preference(model, FinetuneArgs(objective="orpo")), model, pairs),
+        "KTO": _step(Preference(model, FinetuneArgs(objective="kto")), model, single),
     }
 
 
 def _distillation(device: torch.device) -> dict[str, Callable[[], None]]:
     model, batch = _model(device), _batch(device, kto=True)
-    taught = Distillation(model, _model(device))
+    taught = Distillation(model, _model(device), FinetuneArgs(temperature=2.0))
     return {
         WHOLE: _step(NextToken(model), model, batch),
         "distillation, teacher of the same size": _step(taught, model, batch),
@@ -161,7 +164,7 @@ def _heads(vocab_size: int, device: torch.device) -> dict[str, Callable[[], None
     hidden, taught = torch.randn(2, 1, HEAD_TOKENS, HEAD_DIM, device=device)
     hidden.requires_grad_()
     targets = torch.randint(vocab_size, (1, HEAD_TOKENS), device=device)
-    objective = Distillation(student, teacher)
+    objective = Distillation(student, teacher, FinetuneArgs(temperature=2.0))
 
     def run(make: Callable[[], Tensor]) -> None:
         make().backward()

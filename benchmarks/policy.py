@@ -19,6 +19,7 @@ from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
 from transom.models.llm import LLM
 from transom.tokenizers.training import byte_tokenizer
+from transom.training.finetune.args import FinetuneArgs
 from transom.training.losses.objectives import NextToken, Objective
 from transom.training.rl.policy import PolicyGradient
 from transom.training.rl.rewards import Reward
@@ -62,11 +63,9 @@ def cases(device: torch.device) -> dict[str, Callable[[], None]]:
     )
 
     def grpo(beta: float) -> PolicyGradient:
-        how = {
-            "answer_tokens": ANSWER,
-            "dtype": torch.bfloat16 if device.type == "cuda" else torch.float32,
-        }
-        return PolicyGradient(model, byte_tokenizer(), reward, (), beta=beta, quiet=True, **how)
+        args = FinetuneArgs(objective="grpo", beta=beta, answer_tokens=ANSWER)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        return PolicyGradient(model, byte_tokenizer(), reward, (), args, dtype)
 
     plain, near = grpo(0.0), grpo(0.04)
     drawn = plain.prepare(batches.next()).to(device)

@@ -19,6 +19,7 @@ from transom.data.batch import NO_TARGET, Batch
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.tokenizers.training import byte_tokenizer, train_bpe, train_chars
+from transom.training.finetune.args import FinetuneArgs
 from transom.training.loop.blocks import arrange_blocks
 from transom.training.losses.distillation import (
     Distillation,
@@ -37,6 +38,10 @@ def teacher(**fields: Any) -> LLM:
     return random_model(
         tiny_args(**{"dim": 48, "n_layers": 3, "logit_softcap": 5.0, **fields}), seed=7
     )
+
+
+def distillation(student: LLM, known: LLM, chunk: int | None = None, **args: Any) -> Distillation:
+    return Distillation(student, known, FinetuneArgs(**{"temperature": 2.0, **args}), chunk)
 
 
 def run(objective: Distillation, batch: Batch = BATCH) -> dict[str, Tensor]:
@@ -74,7 +79,7 @@ def test_equals_the_dense_formula_with_its_gradients(
 ) -> None:
     student, known = random_model(tiny_args(tie_embeddings=True)).double(), teacher().double()
     batch = replace(BATCH, weights=WEIGHTS.double() if weighted else None)
-    objective = Distillation(student, known, 2.5, 0.3, reverse, chunk)
+    objective = distillation(student, known, chunk, temperature=2.5, alpha=0.3, reverse=reverse)
     got = run(objective, batch)["loss"]
     taught = known(batch.inputs()).logits
     weights = WEIGHTS.double() if weighted else torch.ones(2, 12, dtype=torch.float64)
@@ -106,7 +111,7 @@ class LogitRows(TorchDispatchMode):
 
 @pytest.mark.parametrize(("chunk", "rows"), [(0, int((TARGETS != NO_TARGET).sum())), (4, 4)])
 def test_logits_of_a_chunk_are_all_that_is_ever_held(chunk: int, rows: int) -> None:
-    objective = Distillation(random_model(tiny_args()), teacher(), chunk=chunk)
+    objective = distillation(random_model(tiny_args()), teacher(), chunk=chunk)
     with LogitRows() as held:
         run(objective)["loss"].backward()
     assert held.most == rows
@@ -146,7 +151,7 @@ def test_vocabularies_rounded_up_differently_are_compared_over_the_common_tokens
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     student, known = random_model(tiny_args()), teacher(vocab_size=64)
-    got = run(Distillation(student, known, alpha=1.0))["loss"]
+    got = run(distillation(student, known, alpha=1.0))["loss"]
     assert (
         "logits of 64 tokens, the student of 61; the first 61 are compared"
         in capsys.readouterr().err
@@ -155,15 +160,15 @@ def test_vocabularies_rounded_up_differently_are_compared_over_the_common_tokens
     narrow.load_state_dict(
         {name: x[: narrow.state_dict()[name].size(0)] for name, x in known.state_dict().items()}
     )
-    torch.testing.assert_close(got, run(Distillation(student, narrow, alpha=1.0))["loss"])
+    torch.testing.assert_close(got, run(distillation(student, narrow, alpha=1.0))["loss"])
 
 
 def test_half_precision_and_checkpointing_keep_the_loss_in_float32() -> None:
     student, known = random_model(tiny_args()), teacher()
-    exact = run(Distillation(student, known))["loss"].item()
+    exact = run(distillation(student, known))["loss"].item()
     arrange_blocks(student, checkpointing="full")
     with torch.autocast("cpu", torch.bfloat16):
-        got = run(Distillation(student, known, chunk=5))["loss"]
+        got = run(distillation(student, known, chunk=5))["loss"]
     got.backward()
     assert got.dtype == torch.float32
     assert got.item() == pytest.approx(exact, rel=0.05)
@@ -174,7 +179,7 @@ def test_a_student_comes_near_its_teacher_which_stands_still() -> None:
     known = teacher(logit_softcap=None)
     before = {name: weight.clone() for name, weight in known.state_dict().items()}
     student = random_model(tiny_args(), std=0.1).train()
-    objective = Distillation(student, known.train(), temperature=1.0, alpha=1.0)
+    objective = distillation(student, known.train(), temperature=1.0, alpha=1.0)
     optimizer = torch.optim.Adam(student.parameters(), lr=0.01)
     parts = []
     for _ in range(60):
@@ -225,6 +230,6 @@ def test_wrong_fields_are_refused(fields: dict[str, Any], told: str) -> None:
     student = random_model(tiny_args())
     known = student if "teacher" in fields else teacher()
     with pytest.raises(RequestError, match=told):
-        Distillation(
+        distillation(
             student, known, **{name: value for name, value in fields.items() if name != "teacher"}
         )

@@ -19,11 +19,13 @@ from transom.layers.inputs import TransformerInput
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
 from transom.models.llm import LLM
+from transom.training.finetune.args import FinetuneArgs
 from transom.training.loop.blocks import arrange_blocks
 from transom.training.losses.log_probs import adapters_off, measured_log_probs
 from transom.training.losses.preferences import (
     Preference,
     dpo_loss,
+    ipo_loss,
     kto_loss,
     log_odds,
     mismatched,
@@ -66,6 +68,11 @@ def adapted(std: float = 0.3, **fields: Any) -> LLM:
             if ".lora." in name:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * std)
     return model
+
+
+def preference(model: LLM, kind: str, *, chunk: int | None = None, **fields: Any) -> Preference:
+    reference = fields.pop("reference", None)
+    return Preference(model, FinetuneArgs(objective=kind, **fields), chunk, reference)
 
 
 def run(objective: Preference, rows: Batch, pieces: int = 1) -> dict[str, Tensor]:
@@ -121,8 +128,9 @@ def test_dpo_is_trls_on_the_same_logits(kind: Any, beta: float, smoothing: float
             -F.logsigmoid(beta * delta_score) * (1 - smoothing)
             - F.logsigmoid(-beta * delta_score) * smoothing
         )
+    margin = beta * (chosen - ref_chosen) - beta * (rejected - ref_rejected)
     torch.testing.assert_close(
-        dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, smoothing, kind), want
+        ipo_loss(margin, beta) if kind == "ipo" else dpo_loss(margin, smoothing), want
     )
 
 
@@ -140,7 +148,8 @@ def test_orpo_is_trls_on_the_same_logits() -> None:
     log_odds_ratio = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
     nll = torch.stack([F.cross_entropy(policy[i], labels[i]) for i in range(3)])
     torch.testing.assert_close(
-        orpo_loss(chosen, rejected, 0.25), nll - 0.25 * F.logsigmoid(log_odds_ratio)
+        orpo_loss(chosen, log_odds(chosen) - log_odds(rejected), 0.25),
+        nll - 0.25 * F.logsigmoid(log_odds_ratio),
     )
 
 
@@ -153,9 +162,9 @@ def test_kto_is_trls_on_the_same_logits(kl: float) -> None:
     chosen_losses = 1 - F.sigmoid(0.1 * ((logps - ref_logps)[desirable] - kl))
     rejected_losses = 1 - F.sigmoid(0.1 * (kl - (logps - ref_logps)[~desirable]))
     want = torch.cat((1.3 * chosen_losses, 0.7 * rejected_losses)).mean()
-    torch.testing.assert_close(
-        kto_loss(logps, ref_logps, desirable, kl, 0.1, 1.3, 0.7).mean(), want
-    )
+    distance = 0.1 * (logps - ref_logps - kl)
+    margin = torch.where(desirable, distance, -distance)
+    torch.testing.assert_close(kto_loss(margin, desirable, 1.3, 0.7).mean(), want)
 
 
 def test_odds_of_an_answer_known_by_heart_have_a_gradient() -> None:
@@ -173,7 +182,7 @@ def test_odds_of_an_answer_known_by_heart_have_a_gradient() -> None:
 @pytest.mark.parametrize("kind", ["dpo", "ipo"])
 def test_the_reference_is_the_base_without_a_second_copy(kind: Any) -> None:
     model, base, rows = adapted(), random_model(tiny_args()), answers()
-    got = run(Preference(model, kind, beta=0.2), rows)
+    got = run(preference(model, kind, beta=0.2), rows)
 
     def log_probs(one: LLM) -> Tensor:
         found = (
@@ -199,7 +208,7 @@ def test_the_reference_is_the_base_without_a_second_copy(kind: Any) -> None:
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_a_new_adapter_starts_as_its_own_reference(kind: Any) -> None:
     model = apply_lora(random_model(tiny_args()), LoraArgs(rank=4, dropout=0.5)).train()
-    got = run(Preference(model, kind), answers(kind))
+    got = run(preference(model, kind), answers(kind))
     assert got["margin"] == 0
     assert got["loss"].item() == pytest.approx(math.log(2) if kind == "dpo" else 0.5)
 
@@ -208,7 +217,7 @@ def test_a_new_adapter_starts_as_its_own_reference(kind: Any) -> None:
 def test_how_a_step_is_cut_changes_nothing(kind: Any) -> None:
     results = []
     for pieces in (1, 4):
-        objective = Preference(adapted().double(), kind)
+        objective = preference(adapted().double(), kind)
         parts = run(objective, answers(kind), pieces)
         parts["loss"].backward()
         grads = [p.grad for p in objective.model.parameters() if p.grad is not None]
@@ -221,10 +230,10 @@ def test_how_a_step_is_cut_changes_nothing(kind: Any) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_and_checkpointing_keep_the_loss_in_float32(kind: Any) -> None:
     model, rows = adapted(), answers(kind)
-    exact = run(Preference(model, kind), rows)["loss"]
+    exact = run(preference(model, kind), rows)["loss"]
     arrange_blocks(model, checkpointing="full")
     with torch.autocast("cpu", torch.bfloat16):
-        got = run(Preference(model, kind, chunk=3), rows)["loss"]
+        got = run(preference(model, kind, chunk=3), rows)["loss"]
     got.backward()
     assert got.dtype == torch.float32
     assert got.item() == pytest.approx(exact.item(), rel=0.05)
@@ -233,16 +242,16 @@ def test_half_precision_and_checkpointing_keep_the_loss_in_float32(kind: Any) ->
 
 def test_a_reference_computed_beforehand_is_that_of_the_adapters() -> None:
     model, rows = adapted(), answers()
-    want = run(Preference(model, "dpo"), rows)
+    want = run(preference(model, "dpo"), rows)
     with adapters_off(model):
         found = precompute_reference(model, rows.micro_batches(4))
     kept = json.loads(json.dumps(found))  # as a resumed run reads it
     assert kept == found and len(kept) == len(rows.tokens)
-    got = run(Preference(model, "dpo", reference=kept), rows)
+    got = run(preference(model, "dpo", reference=kept), rows)
     for name, part in want.items():
         torch.testing.assert_close(got[name], part)
     with pytest.raises(RequestError, match="reference: 8 of 8 rows have none"):
-        run(Preference(model, "dpo", reference=kept), answers(seed=5))
+        run(preference(model, "dpo", reference=kept), answers(seed=5))
 
 
 def test_the_kl_of_kto_is_of_answers_behind_other_prompts() -> None:
@@ -261,7 +270,7 @@ def test_the_kl_of_kto_is_of_answers_behind_other_prompts() -> None:
         policy = measured_log_probs(model, inputs, wanted).sum()
         with adapters_off(model):
             gained.append(policy - measured_log_probs(model, inputs, wanted).sum())
-    objective = Preference(model, "kto")
+    objective = preference(model, "kto")
     objective.prepare(rows)
     assert objective.kl == pytest.approx(torch.stack(gained).mean().item(), rel=1e-4)
     objective.prepare(
@@ -273,7 +282,7 @@ def test_the_kl_of_kto_is_of_answers_behind_other_prompts() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_held_out_score_is_the_loss_over_all_pairs(kind: Any) -> None:
     model, rows = adapted(), answers(kind)
-    objective = Preference(model.eval(), kind)
+    objective = preference(model.eval(), kind)
     score, want = objective.evaluate([rows]), run(objective, rows)
     assert score.unit == "examples" and score.count == (8 if kind == "kto" else 4)
     assert score.loss == pytest.approx(want["loss"].item(), rel=1e-5)
@@ -288,7 +297,7 @@ def test_preferences_are_learnt(kind: Any) -> None:
     rows = replace(
         rows, extras={"desirable": torch.tensor([True, False] * 4)} if kind == "kto" else {}
     )
-    objective = Preference(model, kind)
+    objective = preference(model, kind)
     before = objective.evaluate([rows])
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     for _ in range(30):
@@ -303,7 +312,7 @@ def test_preferences_are_learnt(kind: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"kind": "ppo"}, "kind: got 'ppo'"),
+        ({"kind": "ppo"}, "finetune.objective: got 'ppo'"),
         ({"beta": 0.0}, "beta: got 0.0"),
         ({"label_smoothing": 0.5}, r"label_smoothing: got 0\.5"),
         ({"kind": "ipo", "label_smoothing": 0.1}, r"label_smoothing: got 0\.1"),
@@ -313,22 +322,22 @@ def test_preferences_are_learnt(kind: Any) -> None:
 )
 def test_wrong_fields_are_refused(fields: dict[str, Any], told: str) -> None:
     with pytest.raises(RequestError, match=told):
-        Preference(adapted(), **fields)
+        preference(adapted(), **{"kind": "dpo", **fields})
 
 
 def test_a_model_that_trains_as_a_whole_needs_its_reference() -> None:
     with pytest.raises(RequestError, match="no fixed reference"):
-        Preference(random_model(tiny_args()), "dpo")
-    assert run(Preference(random_model(tiny_args()), "orpo"), answers())["loss"].isfinite()
+        preference(random_model(tiny_args()), "dpo")
+    assert run(preference(random_model(tiny_args()), "orpo"), answers())["loss"].isfinite()
 
 
 def test_rows_that_cannot_be_compared_are_refused() -> None:
     model, pairs, single = adapted(), answers(), answers("kto")
     with pytest.raises(RequestError, match="weight: got 'a fraction'"):
-        run(Preference(model, "dpo"), replace(pairs, weights=torch.ones(pairs.tokens.shape)))
+        run(preference(model, "dpo"), replace(pairs, weights=torch.ones(pairs.tokens.shape)))
     with pytest.raises(RequestError, match="answers per example: got 1"):
-        run(Preference(model, "orpo"), single)
+        run(preference(model, "orpo"), single)
     with pytest.raises(RequestError, match="label: got None"):
-        run(Preference(model, "kto"), pairs)
+        run(preference(model, "kto"), pairs)
     with pytest.raises(RequestError, match="rows: got 1"):
-        Preference(model, "kto").prepare(next(single.micro_batches(8)))
+        preference(model, "kto").prepare(next(single.micro_batches(8)))

@@ -267,7 +267,8 @@ def compare_reference(args: ModelArgs, pairs: Batch, name: str) -> Iterator[Find
     gain_BT = (policy.log_softmax(-1) - reference.log_softmax(-1)).gather(-1, targets_BT1)[..., 0]
     gain_B = (gain_BT * mask_BT).sum(1)
     formula = -F.logsigmoid(BETA * (gain_B[::2] - gain_B[1::2])).mean()
-    loss = step_loss(model, Preference(model, beta=BETA), pairs)
+    objective = Preference(model, FinetuneArgs(objective="dpo", beta=BETA))
+    loss = step_loss(model, objective, pairs)
     detail = f"{float(loss):.6g} instead of {float(formula):.6g}"
     yield close("DPO = formula", name, loss, formula, TOLERANCES[torch.float32], detail)
 

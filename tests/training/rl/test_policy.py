@@ -23,6 +23,7 @@ from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
 from transom.models.llm import LLM
 from transom.tokenizers.training import byte_tokenizer
+from transom.training.finetune.args import FinetuneArgs
 from transom.training.losses.log_probs import adapters_off
 from transom.training.rl.policy import PolicyGradient, group_advantages
 from transom.training.rl.rewards import Reward, open_reward
@@ -60,8 +61,9 @@ def questions(**changes: Any) -> QuestionBatches:
 
 
 def objective(model: LLM, **changes: Any) -> PolicyGradient:
-    fields = {"reward": SHARE, "stop_tokens": STOPS, "answer_tokens": 12, **changes}
-    return PolicyGradient(model, TOKENIZER, **fields)
+    reward, stops = changes.pop("reward", SHARE), changes.pop("stop_tokens", STOPS)
+    args = FinetuneArgs(objective="grpo", **{"answer_tokens": 12, **changes})
+    return PolicyGradient(model, TOKENIZER, reward, stops, args)
 
 
 def learn(policy: PolicyGradient, rows: Batch, pieces: int = 1) -> dict[str, float]:

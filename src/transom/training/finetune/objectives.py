@@ -48,24 +48,13 @@ def finetune_objective(
     if finetune.objective == "grpo":
         assert data.reward is not None, "open_finetune_data opens it"
         return PolicyGradient(
-            model,
-            tokenizer,
-            data.reward,
-            data.stop_tokens,
-            finetune.answer_tokens,
-            finetune.temperature,
-            finetune.strength,
-            finetune.scale_rewards,
-            dtype=dtype,
-            chunk=chunk,
-            ranks=ranks,
+            model, tokenizer, data.reward, data.stop_tokens, finetune, dtype, chunk, ranks
         )
     if finetune.objective == "distill":
         assert finetune.teacher is not None, "FinetuneArgs checks it"
         check_same_tokenizer(tokenizer, load_tokenizer(finetune.teacher))
         teacher = load(finetune.teacher, str(model.device), dtype_name(dtype))
-        softening = finetune.temperature, finetune.alpha, finetune.reverse
-        return Distillation(model, teacher, *softening, chunk)
+        return Distillation(model, teacher, finetune, chunk)
     reference = None
     if finetune.method == "full" and finetune.objective in ("dpo", "ipo"):
         assert data.train is not None, "rows of pairs"
@@ -73,14 +62,4 @@ def finetune_objective(
         with evaluating(model), torch.autocast(kind, dtype, enabled=enabled):
             batches = (*held_batches(data.train), *data.held_out)
             reference = precompute_reference(model, batches, chunk)
-    return Preference(
-        model,
-        kind=finetune.objective,
-        beta=finetune.strength,
-        label_smoothing=finetune.label_smoothing,
-        desirable_weight=finetune.desirable_weight,
-        undesirable_weight=finetune.undesirable_weight,
-        chunk=chunk,
-        reference=reference,
-        ranks=ranks,
-    )
+    return Preference(model, finetune, chunk, reference, ranks)

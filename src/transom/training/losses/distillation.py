@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from transom.base.errors import RequestError, notice, require
-from transom.base.fields import check_bounds, describe
 from transom.data.batch import NO_TARGET, Batch
 from transom.evaluation.score import Score
 from transom.layers.inputs import TransformerOutput
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
+from transom.training.finetune.args import FinetuneArgs
 from transom.training.losses.cross_entropy import by_chunks, chunk_tokens, cross_entropy_sum
 from transom.training.losses.objectives import NextToken, Objective
 
@@ -101,19 +101,22 @@ class Distillation(Objective):
     Hidden states of the teacher are computed once per micro-batch. Logits of both models are
     computed for `chunk` positions with a target at a time, and again in the backward pass.
 
+    Args:
+        model: The student.
+        teacher: The teacher.
+        args: `temperature` of both distributions, `alpha` and `reverse`.
+        chunk: Positions whose logits are computed at a time, see `head_loss`.
+
     Raises:
-        RequestError: If a setting is out of bounds, or one of the models has a head.
+        RequestError: If one of the models has a head, or both are the same.
     """
 
     model: LLM
     teacher: LLM
-    temperature: float = describe(2.0, "temperature of both distributions", above=0.0)
-    alpha: float = describe(0.5, "weight of the teacher", at_least=0.0, at_most=1.0)
-    reverse: bool = False
+    args: FinetuneArgs
     chunk: int | None = None
 
     def __post_init__(self) -> None:
-        check_bounds(self)
         for name, model in (("model", self.model), ("teacher", self.teacher)):
             head = model.args.head
             require(head is None, f"{name}.head", head, "expected a language model")
@@ -131,7 +134,7 @@ class Distillation(Objective):
             teacher_BTD = self.teacher(replace(micro.inputs(), logits="none")).hidden_BTD
         found = self.compare(output.hidden_BTD, teacher_BTD, micro.targets, micro.weights)
         parts = {"kl": found.kl.detach() / units, "nll": found.nll.detach() / units}
-        return {"loss": found.loss(self.temperature, self.alpha) / units, **parts}
+        return {"loss": found.loss(self.args.temperature, self.args.alpha) / units, **parts}
 
     def evaluate(self, items: Sequence[Batch]) -> Score:
         """Return the cross-entropy of held-out batches, as `NextToken` does without a teacher."""
@@ -155,8 +158,8 @@ class Distillation(Objective):
                 self.model.project(student_TD),
                 teacher_TV,
                 targets_T,
-                self.temperature,
-                reverse=self.reverse,
+                self.args.temperature,
+                reverse=self.args.reverse,
                 weights_T=weights_T[0] if weights_T else None,
             )
             return torch.stack(both)

@@ -2,7 +2,9 @@
 
 Shape letters: B rows, T tokens, P pairs. A row is a prompt with one answer; its log-probability is
 the sum over the tokens with a target, in nats. The reference is the model without its adapters, or
-log-probabilities that were computed before training.
+log-probabilities that were computed before training. The reward of an answer is beta times its gain
+in log-probability over the reference (its log odds with orpo), and the margin of a pair is the
+difference of the rewards of its answers. Every loss is a function of margins.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +19,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from transom.base.errors import RequestError, require
-from transom.base.fields import check_bounds, describe
 from transom.data.batch import NO_TARGET, Batch, pad_rows
 from transom.evaluation.score import Score
 from transom.inference.embedding import BATCH_TOKENS
 from transom.layers.inputs import TransformerInput, TransformerOutput
 from transom.models.llm import LLM
+from transom.training.finetune.args import PREFERENCES, FinetuneArgs
 from transom.training.loop.ranks import ALONE, Ranks
 from transom.training.losses.log_probs import (
     adapters_off,
@@ -33,32 +34,24 @@ from transom.training.losses.log_probs import (
 )
 from transom.training.losses.objectives import Objective
 
-Kind = Literal["dpo", "ipo", "orpo", "kto"]
 
+def dpo_loss(margin_P: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return the DPO loss of each pair [P] from its margin.
 
-def dpo_loss(
-    policy_chosen_P: Tensor,
-    policy_rejected_P: Tensor,
-    reference_chosen_P: Tensor,
-    reference_rejected_P: Tensor,
-    beta: float,
-    label_smoothing: float = 0.0,
-    kind: Literal["sigmoid", "ipo"] = "sigmoid",
-) -> Tensor:
-    """Return the loss of each pair [P] from the log-probabilities of its answers.
-
-    `sigmoid` is DPO: -log sigmoid(beta margin) (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
-    `label_smoothing` is the assumed share of pairs with swapped labels (Mitchell 2023,
-    https://ericmitchell.ai/cdpo.pdf). `ipo` is (margin - 1 / (2 beta))^2 (Azar et al. 2023, arXiv
-    2310.12036, eq. 17). Give it means per token, as its authors do (TRL, trainer/dpo_trainer.py),
-    or long answers dominate.
+    It is -log sigmoid(margin) (Rafailov et al. 2023, arXiv 2305.18290, eq. 7). `label_smoothing` is
+    the assumed share of pairs with swapped labels (Mitchell 2023, https://ericmitchell.ai/cdpo.pdf).
     """
-    margin_P = (policy_chosen_P - reference_chosen_P) - (policy_rejected_P - reference_rejected_P)
-    if kind == "ipo":
-        require(label_smoothing == 0, "label_smoothing", label_smoothing, "expected 0 with ipo")
-        return (margin_P - 1 / (2 * beta)).square()
-    right_P, wrong_P = F.logsigmoid(beta * margin_P), F.logsigmoid(-beta * margin_P)
+    right_P, wrong_P = F.logsigmoid(margin_P), F.logsigmoid(-margin_P)
     return -(1 - label_smoothing) * right_P - label_smoothing * wrong_P
+
+
+def ipo_loss(margin_P: Tensor, beta: float) -> Tensor:
+    """Return the IPO loss of each pair [P] from its margin.
+
+    It is (margin / beta - 1 / (2 beta))^2 (Azar et al. 2023, arXiv 2310.12036, eq. 17). The margin
+    is that of means per token, as in TRL (trainer/dpo_trainer.py), or long answers dominate.
+    """
+    return ((margin_P - 0.5) / beta).square()
 
 
 def log_odds(mean_log_probs: Tensor) -> Tensor:
@@ -71,35 +64,27 @@ def log_odds(mean_log_probs: Tensor) -> Tensor:
     )
 
 
-def orpo_loss(chosen_P: Tensor, rejected_P: Tensor, weight: float) -> Tensor:
-    """Return the loss of each pair [P] from mean log-probabilities per token.
+def orpo_loss(chosen_P: Tensor, margin_P: Tensor, weight: float) -> Tensor:
+    """Return the ORPO loss of each pair [P].
 
-    The loss is -chosen - weight * log sigmoid(log odds(chosen) - log odds(rejected)), the negative
-    log-likelihood of the chosen answer and an odds ratio (Hong et al. 2024, arXiv 2403.07691, eq.
-    6, 7). It needs no reference model. TRL's first term also counts the tokens of the prompt.
+    The loss is -chosen - weight * log sigmoid(margin), the negative log-likelihood per token of the
+    chosen answer and the odds ratio of both answers (Hong et al. 2024, arXiv 2403.07691, eq. 6, 7).
+    It needs no reference model. TRL's first term also counts the tokens of the prompt.
     """
-    return -chosen_P - weight * F.logsigmoid(log_odds(chosen_P) - log_odds(rejected_P))
+    return -chosen_P - weight * F.logsigmoid(margin_P)
 
 
 def kto_loss(
-    policy_B: Tensor,
-    reference_B: Tensor,
-    desirable_B: Tensor,
-    kl: Tensor | float,
-    beta: float,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
+    margin_B: Tensor, desirable_B: Tensor, desirable_weight: float, undesirable_weight: float
 ) -> Tensor:
-    """Return the loss of each answer [B] (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7).
+    """Return the KTO loss of each answer [B] (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7).
 
-    It is weight (1 - sigmoid(beta (ratio - kl))) for desirable answers and weight (1 - sigmoid(beta
-    (kl - ratio))) for others, with ratio = policy - reference. `kl`, at least 0, estimates how far
-    the policy has moved, from answers to other prompts.
+    It is weight (1 - sigmoid(margin)). The margin is beta (gain - kl) of a desirable answer and
+    beta (kl - gain) of another one. `kl`, at least 0, estimates how far the policy has moved, from
+    answers to other prompts.
     """
-    distance_B = policy_B - reference_B - kl
-    good_B = desirable_weight * (1 - torch.sigmoid(beta * distance_B))
-    bad_B = undesirable_weight * (1 - torch.sigmoid(-beta * distance_B))
-    return torch.where(desirable_B, good_B, bad_B)
+    loss_B = 1 - torch.sigmoid(margin_B)
+    return torch.where(desirable_B, desirable_weight * loss_B, undesirable_weight * loss_B)
 
 
 def row_keys(tokens_BT: Tensor, targets_BT: Tensor) -> list[str]:
@@ -141,38 +126,27 @@ class Preference(Objective):
 
     Attributes:
         model: The model.
-        kind: The loss.
-        beta: Beta of the loss; with orpo the weight of the odds ratio.
-        label_smoothing: dpo: assumed share of pairs with swapped labels.
-        desirable_weight: kto: weight of desirable answers.
-        undesirable_weight: kto: weight of other answers.
+        args: The loss (`objective`) and its settings.
         chunk: Tokens whose logits are computed at a time, see `target_log_probs`.
         reference: The result of `precompute_reference`, for a model without adapters.
         ranks: The ranks that share the KL estimate of kto.
         kl: The KL estimate of the present step.
 
     Raises:
-        RequestError: If a setting is out of bounds or has no effect on the loss, or the model has
-            no fixed reference.
+        RequestError: If `args` names another objective, or the model has no fixed reference.
     """
 
     model: LLM
-    kind: Kind = "dpo"
-    beta: float = describe(0.1, "strength", above=0.0)
-    label_smoothing: float = describe(0.0, "share of swapped labels", at_least=0.0, below=0.5)
-    desirable_weight: float = describe(1.0, "weight of good answers", at_least=0.0)
-    undesirable_weight: float = describe(1.0, "weight of bad answers", at_least=0.0)
+    args: FinetuneArgs
     chunk: int | None = None
     reference: Mapping[str, float] | None = None
     ranks: Ranks = ALONE
     kl: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        check_bounds(self)
-        kinds, head = get_args(Kind), self.model.args.head
-        require(self.kind in kinds, "kind", self.kind, f"expected one of {', '.join(kinds)}")
-        fits = self.label_smoothing == 0 or self.kind == "dpo"
-        require(fits, "label_smoothing", self.label_smoothing, f"expected 0 with {self.kind}")
+        self.kind, head = self.args.objective, self.model.args.head
+        expected = f"expected one of {', '.join(PREFERENCES)}"
+        require(self.kind in PREFERENCES, "finetune.objective", self.kind, expected)
         require(head is None, "model.head", head, "expected a language model")
         # kto compares rows that are others in every step.
         fits = self.kind != "kto" or self.reference is None
@@ -222,19 +196,32 @@ class Preference(Objective):
     def _compare(self, policy_BT: Tensor, batch: Batch, kl: float) -> dict[str, Tensor]:
         """Return the loss and its parts for each pair or row."""
         self._check(batch)
-        policy_B = policy_BT.sum(1)
-        counts_B = (batch.targets != NO_TARGET).sum(1).clamp(min=1)
+        args, beta = self.args, self.args.strength
+        per_token = self.kind in ("ipo", "orpo")
+        tokens_B = (batch.targets != NO_TARGET).sum(1).clamp(min=1) if per_token else 1
+        policy_B = policy_BT.sum(1) / tokens_B
         if self.kind == "orpo":
-            parts = self._orpo(policy_B / counts_B)
+            reward_B = log_odds(policy_B)
         else:
-            reference_B = self._reference(batch).to(policy_B)
-            if self.kind == "kto":
-                parts = self._kto(policy_B, reference_B, batch.extras["desirable"], kl)
-            else:
-                tokens_B = counts_B if self.kind == "ipo" else 1
-                parts = self._pairs(policy_B / tokens_B, reference_B / tokens_B)
-        parts = {name: part if name == "loss" else part.detach() for name, part in parts.items()}
-        return {**parts, "accuracy": (parts["margin"] > 0).to(policy_B.dtype)}
+            reward_B = beta * (policy_B - self._reference(batch).to(policy_B) / tokens_B)
+        if self.kind == "kto":
+            desirable_B = batch.extras["desirable"]
+            margin = torch.where(desirable_B, reward_B - beta * kl, beta * kl - reward_B)
+            loss = kto_loss(margin, desirable_B, args.desirable_weight, args.undesirable_weight)
+            parts = {"kl": torch.full_like(margin, kl)}
+        else:
+            chosen_P, rejected_P = reward_B[::2], reward_B[1::2]
+            margin = chosen_P - rejected_P
+            parts = {"reward_chosen": chosen_P, "reward_rejected": rejected_P}
+        if self.kind == "dpo":
+            loss = dpo_loss(margin, args.label_smoothing)
+        elif self.kind == "ipo":
+            loss = ipo_loss(margin, beta)
+        elif self.kind == "orpo":
+            loss = orpo_loss(policy_B[::2], margin, beta)
+            parts = {"nll_chosen": -policy_B[::2]}
+        parts |= {"margin": margin, "accuracy": (margin > 0).to(margin.dtype)}
+        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
 
     def _check(self, batch: Batch) -> None:
         """Refuse rows that this loss cannot compare."""
@@ -246,34 +233,6 @@ class Preference(Objective):
             require(rows == 2, "answers per example", rows, expected)
         expected = "expected 0 or 1: the probability of an answer has no weights"
         require(batch.weights is None, "weight", "a fraction", expected)
-
-    def _pairs(self, policy_B: Tensor, reference_B: Tensor) -> dict[str, Tensor]:
-        chosen_P, rejected_P = (self.beta * (policy_B - reference_B)[at::2] for at in (0, 1))
-        log_probs = (policy_B[::2], policy_B[1::2], reference_B[::2], reference_B[1::2])
-        kind: Literal["sigmoid", "ipo"] = "ipo" if self.kind == "ipo" else "sigmoid"
-        return {
-            "loss": dpo_loss(*log_probs, self.beta, self.label_smoothing, kind),
-            "margin": chosen_P - rejected_P,
-            "reward_chosen": chosen_P,
-            "reward_rejected": rejected_P,
-        }
-
-    def _orpo(self, mean_B: Tensor) -> dict[str, Tensor]:
-        chosen_P, rejected_P = mean_B[::2], mean_B[1::2]
-        return {
-            "loss": orpo_loss(chosen_P, rejected_P, self.beta),
-            "margin": log_odds(chosen_P) - log_odds(rejected_P),
-            "nll_chosen": -chosen_P,
-        }
-
-    def _kto(
-        self, policy_B: Tensor, reference_B: Tensor, desirable_B: Tensor, kl: float
-    ) -> dict[str, Tensor]:
-        weights = (self.desirable_weight, self.undesirable_weight)
-        losses_B = kto_loss(policy_B, reference_B, desirable_B, kl, self.beta, *weights)
-        distance_B = self.beta * (policy_B - reference_B - kl)
-        margin_B = torch.where(desirable_B, distance_B, -distance_B)
-        return {"loss": losses_B, "margin": margin_B, "kl": torch.full_like(margin_B, kl)}
 
     def _reference(self, batch: Batch) -> Tensor:
         """Return the log-probability [B] of each row under the reference."""

@@ -6,7 +6,7 @@ Shape letters: R blocks (rows) of `BLOCK` elements.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ BLOCK = 256  # elements that share one scale
 SMALLEST_QUANTIZED = 4096
 # Elements converted to float32 at a time, which bounds the memory of a step.
 BATCH_ELEMENTS = 2**22
+SIGNED = {"exp_avg": True, "exp_avg_sq": False}  # the running means, and whether one is signed
 DECADES = 7
 DROPPED_BITS = 13  # of a float32, which leaves its sign, its exponent and ten bits of its mantissa
 KEYS = 2 ** (32 - DROPPED_BITS)
@@ -98,19 +99,10 @@ def _tables(signed: bool, device: torch.device) -> _Tables:
     return _Tables(levels.to(device), codes.to(torch.uint8).to(device))
 
 
-class _Piece(NamedTuple):
-    """Blocks of one flat parameter, as views that are updated in place."""
-
-    weight: Tensor
-    gradient: Tensor
-    state: dict[str, Tensor]
-    blocks: slice
-
-
 class AdamW8bit(Optimizer):
     """torch's AdamW with `exp_avg` and `exp_avg_sq` as codes [R, BLOCK] and scales [R].
 
-    Arithmetic is in float32, on batches of blocks; only the stored state is rounded. The state
+    Arithmetic is in float32, on some blocks at a time; only the stored state is rounded. The state
     takes 2.03 bytes per element instead of 8.
     """
 
@@ -130,24 +122,16 @@ class AdamW8bit(Optimizer):
         """Add a group of contiguous parameters, and make their state."""
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
-            contiguous = parameter.is_contiguous()
-            require(
-                contiguous,
-                "stride",
-                parameter.stride(),
-                "expected contiguous parameters",
-            )
-            blocks = -(-parameter.numel() // BLOCK)
+            contiguous, expected = parameter.is_contiguous(), "expected contiguous parameters"
+            require(contiguous, "stride", parameter.stride(), expected)
+            blocks, device = -(-parameter.numel() // BLOCK), parameter.device
             state = self.state[parameter]
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            for key, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            for key, signed in SIGNED.items():
                 zero = dynamic_map(signed).index(0.0)
-                state[f"{key}_codes"] = torch.full(
-                    (blocks, BLOCK), zero, dtype=torch.uint8, device=parameter.device
-                )
-                state[f"{key}_scales"] = torch.zeros(
-                    blocks, dtype=torch.float32, device=parameter.device
-                )
+                codes = torch.full((blocks, BLOCK), zero, dtype=torch.uint8, device=device)
+                state[f"{key}_codes"] = codes
+                state[f"{key}_scales"] = torch.zeros(blocks, device=device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -157,74 +141,30 @@ class AdamW8bit(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self.state[parameter]["step"] += 1
-            for batch in self._batches(group["params"]):
-                self._update(batch, group)
+                    self._update(parameter, group, self.state[parameter])
 
-    def _batches(self, parameters: list[Tensor]) -> Iterator[list[_Piece]]:
-        """Yield small parameters of one device together, and large ones in pieces."""
-        room = BATCH_ELEMENTS // BLOCK
-        batch: list[_Piece] = []
-        filled = 0
-        for parameter in parameters:
-            if parameter.grad is None:
-                continue
-            weight, gradient = parameter.detach().view(-1), parameter.grad.reshape(-1)
-            blocks = -(-weight.numel() // BLOCK)
-            start = 0
-            while start < blocks:
-                other_device = bool(batch) and batch[0].weight.device != weight.device
-                if filled == room or other_device:
-                    yield batch
-                    batch, filled = [], 0
-                stop = min(blocks, start + room - filled)
-                part = slice(start * BLOCK, stop * BLOCK)
-                batch.append(
-                    _Piece(weight[part], gradient[part], self.state[parameter], slice(start, stop))
-                )
-                filled += stop - start
-                start = stop
-        if batch:
-            yield batch
-
-    def _update(self, batch: list[_Piece], group: dict[str, Any]) -> None:
-        beta1, beta2 = group["betas"]
-        gradient = torch.cat([_blocks(piece.gradient) for piece in batch])
-        mean = self._gathered(batch, "exp_avg", signed=True).lerp_(gradient, 1 - beta1)
-        square = self._gathered(batch, "exp_avg_sq", signed=False)
-        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        counts = torch.tensor(
-            [piece.blocks.stop - piece.blocks.start for piece in batch], device=mean.device
+    def _update(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
+        state["step"] += 1
+        (beta1, beta2), rate = group["betas"], group["lr"]
+        correction1, correction2 = (1 - beta ** state["step"] for beta in group["betas"])
+        stored = [state[f"{key}_{part}"] for key in SIGNED for part in ("codes", "scales")]
+        pieces = zip(
+            parameter.detach().view(-1).split(BATCH_ELEMENTS),
+            parameter.grad.reshape(-1).split(BATCH_ELEMENTS),
+            *(tensor.split(BATCH_ELEMENTS // BLOCK) for tensor in stored),
+            strict=True,
         )
-        steps = torch.stack([piece.state["step"] for piece in batch])
-        steps_R1 = steps.repeat_interleave(counts, output_size=len(mean)).unsqueeze(1)
-        root = square.sqrt().div_((1 - beta2**steps_R1).sqrt_()).add_(group["eps"])
-        update = (mean / root).mul_(-group["lr"] / (1 - beta1**steps_R1))
-        self._scatter(batch, "exp_avg", mean, signed=True)
-        self._scatter(batch, "exp_avg_sq", square, signed=False)
-        at = 0
-        for piece, count in zip(batch, counts.tolist(), strict=True):
+        for weight, flat, *old in pieces:
+            gradient = F.pad(flat.float(), (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+            mean = dequantize(*old[:2], signed=True).lerp_(gradient, 1 - beta1)
+            square = dequantize(*old[2:], signed=False)
+            square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            root = square.sqrt().div_(correction2.sqrt()).add_(group["eps"])
+            update = (mean / root).mul_(-rate / correction1)
             # In float32, so that the sum of decay and update is rounded once.
-            wide = piece.weight.to(torch.promote_types(piece.weight.dtype, torch.float32))
-            wide.mul_(1 - group["lr"] * group["weight_decay"])
-            piece.weight.copy_(wide.add_(update[at : at + count].flatten()[: wide.numel()]))
-            at += count
-
-    def _gathered(self, batch: list[_Piece], key: str, *, signed: bool) -> Tensor:
-        codes = torch.cat([piece.state[f"{key}_codes"][piece.blocks] for piece in batch])
-        scales = torch.cat([piece.state[f"{key}_scales"][piece.blocks] for piece in batch])
-        return dequantize(codes, scales, signed)
-
-    def _scatter(self, batch: list[_Piece], key: str, values: Tensor, *, signed: bool) -> None:
-        codes, scales = quantize(values, signed)
-        at = 0
-        for piece in batch:
-            count = piece.blocks.stop - piece.blocks.start
-            piece.state[f"{key}_codes"][piece.blocks] = codes[at : at + count]
-            piece.state[f"{key}_scales"][piece.blocks] = scales[at : at + count]
-            at += count
-
-
-def _blocks(flat: Tensor) -> Tensor:
-    """Return a flat tensor as float32 [R, BLOCK], padded with zeros."""
-    return F.pad(flat.float(), (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            wide.mul_(1 - rate * group["weight_decay"])
+            weight.copy_(wide.add_(update.flatten()[: wide.numel()]))
+            new = (*quantize(mean, signed=True), *quantize(square, signed=False))
+            for tensor, value in zip(old, new, strict=True):
+                tensor.copy_(value)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from transom.base.errors import RequestError, require
-from transom.base.fields import check_bounds, describe
 from transom.base.runtime import evaluating
 from transom.cache.model_cache import ModelCache
 from transom.chat.reasoning import marker_ids
@@ -30,6 +29,7 @@ from transom.layers.inputs import TransformerOutput
 from transom.lora.adapters import adapted_modules
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
+from transom.training.finetune.args import FinetuneArgs
 from transom.training.loop.ranks import ALONE, Ranks
 from transom.training.losses.log_probs import (
     adapters_off,
@@ -156,10 +156,9 @@ class PolicyGradient(Objective):
         tokenizer: Its tokenizer.
         reward: Judges the answers.
         stop_tokens: Ids of tokens that end an answer.
-        answer_tokens: The most tokens of an answer.
-        temperature: Temperature of sampling and of the log-probabilities in the loss.
-        beta: Weight of the KL divergence from the model without its adapters.
-        scale_rewards: See `group_advantages`.
+        args: `answer_tokens`, `temperature` of sampling and of the log-probabilities in the loss,
+            `beta` (the weight of the KL divergence from the model without its adapters) and
+            `scale_rewards`, see `group_advantages`.
         dtype: The dtype of autocast in training.
         chunk: Tokens whose logits are computed at a time, see `target_log_probs`.
         ranks: The ranks of the run.
@@ -169,10 +168,7 @@ class PolicyGradient(Objective):
     tokenizer: Tokenizer
     reward: Reward
     stop_tokens: Sequence[int]
-    answer_tokens: int = 256
-    temperature: float = describe(1.0, "temperature", above=0.0)
-    beta: float = describe(0.0, "weight of the KL divergence", at_least=0.0)
-    scale_rewards: bool = True
+    args: FinetuneArgs
     dtype: torch.dtype = torch.float32
     chunk: int | None = None
     ranks: Ranks = ALONE
@@ -182,10 +178,9 @@ class PolicyGradient(Objective):
     step_answers: int = field(default=1, init=False)
 
     def __post_init__(self) -> None:
-        check_bounds(self)
         head = self.model.args.head
         require(head is None, "model.head", head, "expected a language model")
-        if self.beta > 0:
+        if self.args.strength:
             try:
                 check_frozen_base(self.model)
                 with adapters_off(self.model):
@@ -193,7 +188,7 @@ class PolicyGradient(Objective):
             except RequestError as error:
                 expected = "expected 0 if the model without adapters is no fixed reference"
                 raise RequestError(
-                    f"finetune.beta: got {self.beta}; {expected} ({error})"
+                    f"finetune.beta: got {self.args.beta}; {expected} ({error})"
                 ) from None
         active = [lora for *_, held in adapted_modules(self.model) for lora in held.active_lora()]
         dropout = max((lora.dropout for lora in active), default=0)
@@ -206,26 +201,26 @@ class PolicyGradient(Objective):
     def prepare(self, batch: QuestionBatch) -> Batch:
         """Return the batch of sampled answers to the questions of a step, with their advantages."""
         questions = batch.answers
-        answers = self._answers(questions, batch.seeds, self.temperature)
+        answers = self._answers(questions, batch.seeds, self.args.temperature)
         rewards_B = torch.tensor(self._rewards(questions, answers))
         self._notice_silent(rewards_B.view(-1, batch.group))
-        advantages_B = group_advantages(rewards_B, batch.group, scale=self.scale_rewards)
+        advantages_B = group_advantages(rewards_B, batch.group, scale=self.args.scale_rewards)
         self.step_answers = len(questions) * batch.world_size
         return rollout_batch(batch, answers, rewards_B, advantages_B)
 
     def loss(self, output: TransformerOutput, micro: Batch, units: Tensor) -> dict[str, Tensor]:
         """Return the sum over answer tokens, divided by `units`, and the parts of the class."""
-        how = (self.chunk, self.temperature)
+        how = (self.chunk, self.args.temperature)
         # Before the reference, whose casts of the weights autocast would keep without gradients.
         policy_BT = target_log_probs(self.model, output.hidden_BTD, micro.targets, *how)
         loss = -(micro.extras["advantages"][:, None] * policy_BT).sum() / units
         parts = {"gap": (policy_BT.detach() - micro.extras["sampled"]).abs().sum() / units}
-        if self.beta > 0:
+        if self.args.strength:
             inputs = micro.inputs()
             with adapters_off(self.model):
                 reference_BT = measured_log_probs(self.model, inputs, micro.targets, *how)
             kl = kl_estimate(policy_BT, reference_BT).sum() / units
-            loss, parts["kl"] = loss + self.beta * kl, kl.detach()
+            loss, parts["kl"] = loss + self.args.strength * kl, kl.detach()
         return {"loss": loss, **parts, **self._means(micro)}
 
     def evaluate(self, items: Sequence[Question]) -> Score:
@@ -250,7 +245,7 @@ class PolicyGradient(Objective):
             self.tokenizer,
             [question.ids for question in questions],
             seeds,
-            answer_tokens=self.answer_tokens,
+            answer_tokens=self.args.answer_tokens,
             temperature=temperature,
             stop_tokens=self.stop_tokens,
             dtype=self.dtype,

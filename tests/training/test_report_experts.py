@@ -59,4 +59,4 @@ def test_tokens_of_experts_are_shown_and_not_run():
         rows(2), [{"step": 1, "expert_tokens": []}, {"step": 2, "expert_tokens": kinds}]
     )
     assert "step 2" in page and page.count("expert 1: was sent no token") == 2
-    assert "expert 0: '&lt;b&gt;' 50.0%, '\\n' 25.0%" in page
+    assert "expert 0: &#39;&lt;b&gt;&#39; 50.0%, &#39;\\n&#39; 25.0%" in page

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from html import escape
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
@@ -65,14 +68,17 @@ def smoothed(values: ArrayLike, width: int) -> Floats:
     return np.divide(total, count, out=np.full(len(array), np.nan), where=count > 0.5)
 
 
-def column(rows: Sequence[Row], *keys: str) -> Floats:
+def column(rows: Sequence[Row], *keys: str | int) -> Floats:
     """Return the number under a path of keys in each row; NaN without one, or a finite one."""
-    values: Sequence[Any] = rows
-    for key in keys:
-        values = [value.get(key) if isinstance(value, dict) else None for value in values]
-    numbers = [value if isinstance(value, int | float) else np.nan for value in values]
-    array = np.array(numbers, dtype=np.float64)
-    return np.where(np.isfinite(array), array, np.nan)
+    numbers = np.full(len(rows), np.nan)
+    for index, row in enumerate(rows):
+        value: Any = row
+        with contextlib.suppress(TypeError, LookupError):  # a row may have other data there
+            for key in keys:
+                value = value[key]
+            if isinstance(value, int | float) and np.isfinite(value):
+                numbers[index] = value
+    return numbers
 
 
 def short(value: float, _position: object = None) -> str:
@@ -92,10 +98,45 @@ def noisy(rows: Sequence[Row], key: str, scale: float = 1.0) -> list[Line]:
     return [replace(raw, values=mean), replace(raw, width=0.7, alpha=0.35)]
 
 
+class Card(NamedTuple):
+    """A figure with its title, caption and legend, for the macro `card` of parts.html.
+
+    Attributes:
+        title: Title, which no other card of the page has.
+        caption: Unit, or another explanation.
+        box: The `viewBox` of the SVG element.
+        drawing: Its content and its end.
+        legend: The lines to list, if they have a label.
+    """
+
+    title: str
+    caption: str
+    box: str
+    drawing: Markup
+    legend: Sequence[Line] = ()
+
+    @classmethod
+    def of(cls, title: str, caption: str, figure: Figure, legend: Sequence[Line] = ()) -> Card:
+        """Return a card with a figure over training steps."""
+        steps = MaxNLocator(6, integer=True, min_n_ticks=1)
+        figure.axes[0].xaxis.set(major_locator=steps, major_formatter=short)
+        file = io.StringIO()
+        none = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", metadata=none)
+        drawing = file.getvalue().partition("<svg")[2].partition(">")[2]
+        # Ids of all pictures of a page have to differ.
+        name = re.sub(r"\W", "-", title)
+        drawing = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", drawing)
+        for colour, variable in VARIABLES.items():
+            drawing = drawing.replace(colour, f"var(--{variable})")
+        box = "0 0 {:g} {:g}".format(*figure.get_size_inches() * 72)
+        return cls(title, caption, box, Markup(drawing), legend)
+
+
 def chart(
     title: str, caption: str, lines: Sequence[Line], resumed: Floats, log: bool = False
-) -> str:
-    """Return a card with curves over steps as HTML, or nothing if no curve has a number.
+) -> list[Card]:
+    """Return a card with curves over steps, or nothing if no curve has a number.
 
     Args:
         title: Title of the card.
@@ -106,7 +147,7 @@ def chart(
     """
     lines = [line for line in lines if np.isfinite(line.values).any()]
     if not lines:
-        return ""
+        return []
     figure = Figure()
     axes = figure.add_subplot()
     for line in reversed(lines):
@@ -121,43 +162,12 @@ def chart(
     ticks = LogLocator(subs=(1, 2, 5), numticks=6) if wide else MaxNLocator(5)
     axes.yaxis.set(major_locator=ticks, major_formatter=short, minor_formatter=NullFormatter())
     axes.grid(axis="y")
-    return card(title, caption, figure, lines)
+    return [Card.of(title, caption, figure, lines)]
 
 
-def card(title: str, caption: str, figure: Figure, legend: Sequence[Line] = ()) -> str:
-    """Return a figure with its title, caption and legend as HTML."""
-    steps = MaxNLocator(6, integer=True, min_n_ticks=1)
-    figure.axes[0].xaxis.set(major_locator=steps, major_formatter=short)
-    file = io.StringIO()
-    none = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(file, format="svg", metadata=none)
-    body = file.getvalue().partition("<svg")[2].partition(">")[2]
-    # Ids of all pictures of a page have to differ.
-    name = re.sub(r"\W", "-", title)
-    body = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", body)
-    for colour, variable in VARIABLES.items():
-        body = body.replace(colour, f"var(--{variable})")
-    box = "0 0 {:g} {:g}".format(*figure.get_size_inches() * 72)
-    keys = "".join(
-        f'<li><i style="background:var(--{VARIABLES[line.colour]})"></i>{escape(line.label)}</li>'
-        for line in legend
-        if line.label
-    )
-    title, caption = escape(title), escape(caption)
-    return (
-        f'<figure class="card"><figcaption><h3>{title}</h3><p>{caption}</p><ul>{keys}</ul>'
-        f'</figcaption><svg viewBox="{box}" role="img" aria-label="{title} over training steps: '
-        f'{caption}">{body}</figure>'
-    )
-
-
-def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Return a card with a table as HTML; cells that are not a number are shown as missing."""
-    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
-    body = "".join(
-        f"<tr><td>{escape(name)}</td>"
-        + "".join(f"<td>{MISSING if 'nan' in cell else escape(cell)}</td>" for cell in cells)
-        + "</tr>"
-        for name, *cells in lines
-    )
-    return f'<div class="card"><table><tr>{head}</tr>{body}</table></div>'
+def render(template: str, **values: Any) -> Markup:
+    """Return a template of this folder as HTML, with escaped values."""
+    folder = FileSystemLoader(Path(__file__).parent)
+    pages = Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    pages.filters |= {"short": short, "number": lambda text: MISSING if "nan" in text else text}
+    return Markup(pages.get_template(template).render(variables=VARIABLES, **values))

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from transom.training.report.charts import (
     SERIES,
+    Card,
     Floats,
     Line,
     Row,
-    card,
     chart,
     column,
+    render,
     short,
     smoothed,
-    table,
 )
 
 HEAT_COLUMNS, HEAT_MAP, HEAT_LIMIT = 200, matplotlib.colormaps["RdBu_r"], 2.0
+# The metrics of a layer in its table, by their heads.
+STATE = {"entropy": "router_entropy", "dropped tokens": "dropped_tokens"}
 DEAD_STEPS = 100  # an expert that nobody chose in as many logged steps is called dead
 
 
@@ -39,22 +42,22 @@ def expert_panel(training: Sequence[Row], tokens: Sequence[Row]) -> str:
         return ""
     load_LSE = np.array([row["expert_load"] for row in rows], dtype=np.float64).swapaxes(0, 1)
     steps = column(rows, "step")
-    cards = "".join(_heat_map(layer, steps, load_SE) for layer, load_SE in enumerate(load_LSE))
-    stops = ",".join(matplotlib.colors.to_hex(HEAT_MAP(part)) for part in np.linspace(0, 1, 9))
-    scale = f'<i style="width:120px;height:10px;background:linear-gradient(90deg,{stops})"></i>'
-    key = (
-        f"Share of the tokens times experts (the rows): 0 {scale}{HEAT_LIMIT:g} or more; 1 is a "
-        f"fair share."
-    )
-    charge = f"Balancing loss at the last step: {short(column(rows, 'aux_loss')[-1])}."
-    return (
-        f'<h2>Expert load</h2><p>{key} {charge}</p><div class="grid">{cards}'
-        f"{_curves(rows, load_LSE)}</div>"
-        f"{_table(rows, load_LSE)}{_tokens(tokens)}"
+    maps = [_heat_map(layer, steps, load_SE) for layer, load_SE in enumerate(load_LSE)]
+    window = min(len(rows), DEAD_STEPS)
+    return render(
+        "experts.html",
+        colours=",".join(matplotlib.colors.to_hex(HEAT_MAP(part)) for part in np.linspace(0, 1, 9)),
+        limit=f"{HEAT_LIMIT:g}",
+        charge=short(column(rows, "aux_loss")[-1]),
+        cards=[*maps, *_curves(rows, load_LSE)],
+        step=rows[-1]["step"],
+        heads=("layer", "dead, last step", f"dead, last {window} steps", *STATE),
+        lines=_lines(rows, load_LSE),
+        tokens=tokens[-1] if tokens else None,
     )
 
 
-def _heat_map(layer: int, steps: Floats, load_SE: Floats) -> str:
+def _heat_map(layer: int, steps: Floats, load_SE: Floats) -> Card:
     """Return the load of one layer: experts from top to bottom, steps from left to right."""
     share_SE = load_SE * load_SE.shape[-1]
     shown = np.linspace(steps[0], steps[-1], min(len(steps), HEAT_COLUMNS))
@@ -70,23 +73,17 @@ def _heat_map(layer: int, steps: Floats, load_SE: Floats) -> str:
     )
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     caption = f"last step: busiest expert {share_SE[-1].max():.2f}, idlest {share_SE[-1].min():.2f}"
-    return card(f"MoE layer {layer + 1}", caption, figure)
+    return Card.of(f"MoE layer {layer + 1}", caption, figure)
 
 
 def _per_layer(rows: Sequence[Row], key: str, layers: int) -> Floats:
     """Return a metric with one entry per layer [steps, layers]; NaN in rows without one."""
-    lists: list[list[object]] = []
-    for row in rows:
-        value = row.get(key)
-        lists.append(value if isinstance(value, list) and len(value) == layers else [None] * layers)
-    return np.stack([column([{"x": each} for each in one], "x") for one in lists])
+    return np.stack([column(rows, key, layer) for layer in range(layers)], axis=1)
 
 
-def _curves(rows: Sequence[Row], load_LSE: Floats) -> str:
+def _curves(rows: Sequence[Row], load_LSE: Floats) -> list[Card]:
     steps, (layers, _, experts) = column(rows, "step"), load_LSE.shape
-    entropy_SL, dropped_SL = (
-        _per_layer(rows, key, layers) for key in ("router_entropy", "dropped_tokens")
-    )
+    entropy_SL, dropped_SL = (_per_layer(rows, key, layers) for key in STATE.values())
     lines = [Line(steps, entropy_SL.mean(1), label="mean of layers")]
     if layers > 1:
         lines.append(Line(steps, entropy_SL.min(1), SERIES[1], "surest layer", 1.1))
@@ -99,45 +96,19 @@ def _curves(rows: Sequence[Row], load_LSE: Floats) -> str:
     return charts
 
 
-def _table(rows: Sequence[Row], load_LSE: Floats) -> str:
-    """Return a table with one line per layer: dead experts, entropy and dropped tokens."""
-    layers, count, experts = load_LSE.shape
-    window = min(count, DEAD_STEPS)
-    numbers_LC = np.stack(
-        (
-            (load_LSE[:, -1] == 0).sum(1),
-            (load_LSE[:, -window:] == 0).all(1).sum(1),
-            _per_layer(rows[-1:], "router_entropy", layers)[0],
-            _per_layer(rows[-1:], "dropped_tokens", layers)[0],
-        ),
-        axis=1,
+def _lines(rows: Sequence[Row], load_LSE: Floats) -> list[tuple[str, ...]]:
+    """Return a line of the table for each layer: dead experts, entropy and dropped tokens."""
+    layers, _, experts = load_LSE.shape
+    unused_LSE = load_LSE[:, -DEAD_STEPS:] == 0
+    dead_L2 = np.stack((unused_LSE[:, -1].sum(1), unused_LSE.all(1).sum(1)), axis=1)
+    state_2L = np.stack([_per_layer(rows[-1:], key, layers)[0] for key in STATE.values()])
+
+    def line(name: str, of: int, dead_2: NDArray[Any], state_2: Floats) -> tuple[str, ...]:
+        dead = (f"{count} of {of}" for count in dead_2)
+        return (name, *dead, f"{state_2[0]:.3f}", f"{state_2[1]:.2%}")
+
+    per_layer = (
+        line(f"MoE layer {layer + 1}", experts, dead_L2[layer], state_2L[:, layer])
+        for layer in range(layers)
     )
-    total_C = np.concatenate((numbers_LC[:, :2].sum(0), numbers_LC[:, 2:].mean(0)))
-    names = [*(f"MoE layer {layer + 1}" for layer in range(layers)), "all layers"]
-    counts = [experts] * layers + [layers * experts]
-    lines = [
-        (name, f"{dead:.0f} of {of}", f"{long:.0f} of {of}", f"{entropy:.3f}", f"{dropped:.2%}")
-        for name, of, (dead, long, entropy, dropped) in zip(
-            names, counts, (*numbers_LC, total_C), strict=True
-        )
-    ]
-    heads = ("layer", "dead, last step", f"dead, last {window} steps", "entropy", "dropped tokens")
-    return f"<h3>Experts, step {rows[-1]['step']:,}</h3>{table(heads, lines)}"
-
-
-def _tokens(rows: Sequence[Row]) -> str:
-    """Return the most frequent tokens of each expert when they were last counted."""
-    if not rows:
-        return ""
-    blocks = []
-    for layer, experts in enumerate(rows[-1]["expert_tokens"]):
-        lines = []
-        for expert, most in enumerate(experts):
-            words = ", ".join(f"{text!r} {share:.1%}" for text, share in most)
-            lines.append(escape(f"expert {expert}: {words or 'was sent no token'}", quote=False))
-        text = "\n".join(lines)
-        blocks.append(
-            f"<details><summary>MoE layer {layer + 1}</summary><pre>{text}</pre></details>"
-        )
-    title = f"<h3>Most frequent tokens of each expert, step {rows[-1]['step']:,}</h3>"
-    return f'{title}<div class="card">{"".join(blocks)}</div>'
+    return [*per_layer, line("all layers", layers * experts, dead_L2.sum(0), state_2L.mean(1))]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,21 +23,21 @@ from transom.training.report.charts import (
     DRAWING,
     MISSING,
     SERIES,
+    Card,
     Floats,
     Line,
     Row,
     chart,
     column,
     noisy,
+    render,
     short,
-    table,
 )
 from transom.training.report.experts import expert_panel
 
 Kinds = Mapping[str, Sequence[Row]]
 
 KINDS = ("loss", "held_out", "final", "samples", "event", "expert_tokens")
-STYLE = Path(__file__).with_name("style.css")
 # Formats of the columns of the table of sources.
 SCORES = {"bits_per_byte": ",.3f", "perplexity": ",.2f", "tokens": ",.0f", "bytes": ",.0f"}
 
@@ -133,12 +132,12 @@ def _metrics(rows: Kinds) -> Iterator[str]:
     yield from (name for name in dict.fromkeys(names) if name not in {*CHARTS, *NOT_DRAWN})
 
 
-def _charts(rows: Kinds) -> str:
+def _charts(rows: Kinds) -> list[Card]:
     training = rows["loss"]
     resumed = column([row for row in rows["event"] if row["event"] == "resumed"], "step")
     faint = "; faint: single steps" * (len(training) >= 80)
     notes = faint + "; dashed: resumed" * (len(resumed) > 0)
-    cards = []
+    cards: list[Card] = []
     for name in _metrics(rows):
         title = name.replace("held_out.", "held-out ").replace("_", " ").capitalize()
         shown = CHARTS.get(name, Chart(title))
@@ -149,8 +148,8 @@ def _charts(rows: Kinds) -> str:
         else:
             lines = noisy(training, name, shown.scale)
         caption = shown.caption + notes * (name == "loss")
-        cards.append(chart(shown.title, caption, lines, resumed, shown.log))
-    return "".join(cards)
+        cards += chart(shown.title, caption, lines, resumed, shown.log)
+    return cards
 
 
 def _held_out(rows: Sequence[Row], name: str) -> list[Line]:
@@ -197,7 +196,9 @@ def _value(row: Row) -> float:
     return float(column([row], "held_out", name)[0])
 
 
-def _header(name: str, facts: Row, rows: Kinds, best: tuple[str, Row] | None) -> str:
+def _tiles(rows: Kinds, best: tuple[str, Row] | None) -> Iterator[tuple[str, str, str]]:
+    """Yield title, number and note of each tile of the header."""
+
     def finite(key: str) -> Floats:
         values = column(rows["loss"], key)
         return values[np.isfinite(values)] if np.isfinite(values).any() else np.array([np.nan])
@@ -206,71 +207,36 @@ def _header(name: str, facts: Row, rows: Kinds, best: tuple[str, Row] | None) ->
         float(finite(key)[-1]) for key in ("tokens", "seconds", "memory_bytes")
     )
     speed, mfu = (float(np.median(finite(key))) for key in ("tokens_per_second", "mfu"))
-    score = ("Held-out bits per byte", MISSING, "not scored")
-    if best is not None:
+    if best is None:
+        yield "Held-out bits per byte", MISSING, "not scored"
+    else:
         what, row = best
         unit = "bits per byte" if "bits_per_byte" in row["held_out"] else "loss"
-        score = (f"Held-out {unit}", f"{_value(row):.3f}", f"{what}, step {row['step']:,}")
+        yield f"Held-out {unit}", f"{_value(row):.3f}", f"{what}, step {row['step']:,}"
+    yield "Tokens trained", short(tokens), f"{tokens:,.0f}"
     time = MISSING if np.isnan(seconds) else duration(seconds)
-    tiles = (
-        score,
-        ("Tokens trained", short(tokens), f"{tokens:,.0f}"),
-        ("Training time", time, "without evaluation"),
-        ("Tokens per second", f"{speed:,.0f}", "median"),
-        ("MFU", f"{mfu:.1%}", "median"),
-        ("Memory", f"{memory / 1e9:.2f} GB", "at the last step"),
-    )
-    cells = "".join(
-        f"<div><dt>{a}</dt><dd><b>{b}</b><small>{c}</small></dd></div>" for a, b, c in tiles
-    )
-    machine = facts.get("machine", {})
-    words = [str(machine.get("gpu") or machine.get("processor")), f"transom {facts.get('transom')}"]
-    words += [f"{key} {machine.get(key)}" for key in ("threads", "torch", "python")]
-    words.append(f"seed {facts.get('seed')}")
-    step = max((row["step"] for kind in rows.values() for row in kind), default=0)
-    done = " done" * (step >= facts["steps"])
-    return (
-        f"<header><div><h1>{escape(name)}</h1><span>{short(facts['parameters'])} parameters</span>"
-        f'<span class="pill{done}">step {step:,} of {facts["steps"]:,}</span></div>'
-        f"<p>{escape(' · '.join(words))}</p></header><dl>{cells.replace('nan', MISSING)}</dl>"
-    )
+    yield "Training time", time, "without evaluation"
+    yield "Tokens per second", f"{speed:,.0f}", "median"
+    yield "MFU", f"{mfu:.1%}", "median"
+    yield "Memory", f"{memory / 1e9:.2f} GB", "at the last step"
 
 
-def _sources(row: Row) -> str:
-    """Return a table with the scores of each source."""
-    total = row["held_out"]
+def _sources(total: Row) -> list[tuple[str, ...]]:
+    """Return a line of the table for each source of text, and for all text."""
     if "bits_per_byte" not in total:
-        return ""
-    lines = [
+        return []
+    return [
         (name, *(f"{column([score], key)[0]:{form}}" for key, form in SCORES.items()))
         for name, score in (*total.get("sources", {}).items(), ("all text", total))
     ]
-    heads = ("source", *(key.replace("_", " ") for key in SCORES))
-    return f"<h2>Held out, step {row['step']:,}</h2>{table(heads, lines)}"
 
 
-def _samples(rows: Sequence[Row]) -> str:
-    if not rows:
-        return ""
-    blocks = []
-    for row in reversed(rows):
-        texts = [
-            f'<pre class="sample"><b>{escape(one["prompt"])}</b>{escape(one["text"])}</pre>'
-            for one in row["samples"]
-        ]
-        blocks.append(f"<p>step {row['step']:,}</p>{''.join(texts)}")
-    older = "".join(blocks[1:])
-    if older:
-        older = f"<details><summary>Earlier samples</summary>{older}</details>"
-    return f'<h2>Samples</h2><div class="card">{blocks[0]}{older}</div>'
-
-
-def _events(rows: Kinds, unreadable: int) -> str:
+def _events(rows: Kinds, unreadable: int) -> list[str]:
     training = rows["loss"]
     skipped = np.nan_to_num(column(training, "skipped_steps"))
     skips = np.flatnonzero(np.diff(skipped, prepend=0.0) > 0).tolist()
     wrong = np.flatnonzero(np.isnan(column(training, "loss"))).tolist()
-    events = [(row["step"], escape(str(row["event"]))) for row in rows["event"]]
+    events = [(row["step"], str(row["event"])) for row in rows["event"]]
     events += [(training[i]["step"], "skipped, float16 gradients overflowed") for i in skips]
     if wrong:
         what = f"loss not finite ({len(wrong)} rows in all)"
@@ -278,21 +244,26 @@ def _events(rows: Kinds, unreadable: int) -> str:
     texts = [f"step {step:,}: {text}" for step, text in sorted(events)]
     if unreadable:
         texts.append(f"lines of metrics.jsonl that cannot be read: {unreadable}")
-    return f'<h2>Events</h2><div class="card">{"<br>".join(texts)}</div>' if texts else ""
+    return texts
 
 
 def _page(name: str, facts: Row, rows: Kinds, unreadable: int, config: str) -> str:
-    best = _best(rows)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>{escape(name)}: Transom run</title>"
-        '<meta name="viewport" content="width=device-width">'
-        f"<style>{STYLE.read_text(encoding='utf-8')}</style></head><body><main>"
-        f"{_header(name, facts, rows, best)}<h2>Over the training steps</h2>"
-        f'<div class="grid">{_charts(rows) or "No step has been logged."}</div>'
-        f"{expert_panel(rows['loss'], rows['expert_tokens'])}"
-        f"{_sources(best[1]) if best else ''}{_samples(rows['samples'])}"
-        f"{_events(rows, unreadable)}<h2>Config</h2>"
-        f'<details class="card"><summary>Show</summary><pre>{escape(config)}</pre></details>'
-        "</main></body></html>"
+    best, machine = _best(rows), facts.get("machine", {})
+    setup = [str(machine.get("gpu") or machine.get("processor")), f"transom {facts.get('transom')}"]
+    setup += [f"{key} {machine.get(key)}" for key in ("threads", "torch", "python")]
+    return render(
+        "report.html",
+        name=name,
+        facts=facts,
+        step=max((row["step"] for kind in rows.values() for row in kind), default=0),
+        setup=[*setup, f"seed {facts.get('seed')}"],
+        tiles=_tiles(rows, best),
+        cards=_charts(rows),
+        experts=expert_panel(rows["loss"], rows["expert_tokens"]),
+        best=None if best is None else best[1],
+        heads=("source", *(key.replace("_", " ") for key in SCORES)),
+        sources=[] if best is None else _sources(best[1]["held_out"]),
+        samples=rows["samples"],
+        events=_events(rows, unreadable),
+        config=config,
     )

@@ -153,7 +153,7 @@ def test_check_counts_what_finetune_trains_on(
     )
     tokenizer = Tokenizer.load(base)
     template = ChatTemplate.find(base, tokenizer, args.finetune.template)
-    data = open_finetune_data(args, args.finetune, tokenizer, template, base, ALONE)
+    data = open_finetune_data(args, tokenizer, template, base, ALONE)
     assert code == 0
     assert (facts["packing"], facts["rows_per_step"]) == (
         data.choice.packing,

@@ -84,16 +84,14 @@ def test_the_plain_loss_is_torchs_over_the_models_logits():
     torch.testing.assert_close(head_loss(model, output.hidden_BTD, TARGETS), expected)
 
 
-@pytest.mark.parametrize(("factor", "cap"), [(1.0, None), (0.5, None), (1.0, 0.7), (2.0, 1.5)])
-def test_gradients_are_those_of_the_function(factor, cap):
+@pytest.mark.parametrize("cap", [None, 0.7, 1.5])
+def test_gradients_are_those_of_the_function(cap):
     hidden = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 8, NO_TARGET, 3, 3, 5])
 
     def loss(h, w):
-        return cross_entropy._LinearCrossEntropy.apply(
-            h, w, targets, None, 4, torch.float64, factor, cap
-        )
+        return cross_entropy._LinearCrossEntropy.apply(h, w, targets, None, 4, cap)
 
     made = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
     with (
@@ -131,7 +129,7 @@ def test_half_precision_weights_sum_their_gradient_in_float32():
     def gradient(dtype, chunk):
         w = weight.to(dtype).requires_grad_()
         loss = cross_entropy._LinearCrossEntropy.apply(
-            hidden.to(dtype), w, targets, None, chunk, dtype, 1.0, None
+            hidden.to(dtype), w, targets, None, chunk, None
         )
         return torch.autograd.grad(loss, w)[0].double()
 

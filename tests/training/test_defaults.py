@@ -17,7 +17,7 @@ from tests.training.finetune.runs import (
 )
 from tests.training.test_head_runs import config as head_config
 from transom.base.fields import read
-from transom.training.config import TrainArgs
+from transom.training.config import DataArgs, TrainArgs
 from transom.training.defaults import (
     ENOUGH_STEPS,
     FEW_STEPS,
@@ -25,13 +25,36 @@ from transom.training.defaults import (
     few_steps_warning,
     steps_of,
 )
+from transom.training.finetune.args import FinetuneArgs
 from transom.training.loop.setup import open_run
 
 EPOCHS = 3.0
 
 
+def choose(
+    count,
+    length=50,
+    *,
+    seq_len=1024,
+    batch_size=None,
+    steps=1000,
+    accumulate=1,
+    ranks=1,
+    **finetune,
+):
+    data = DataArgs(seq_len=seq_len, batch_size=batch_size)
+    args = TrainArgs(
+        base="base",
+        data=data,
+        steps=steps,
+        accumulate=accumulate,
+        finetune=FinetuneArgs(**finetune),
+    )
+    return choose_rows([length] * count, args, ranks)
+
+
 def chosen(count, length=50, **given):
-    choice = choose_rows([length] * count, **{"seq_len": 1024, "epochs": EPOCHS, **given})
+    choice = choose(count, length, **{"epochs": EPOCHS, **given})
     return choice.batch_size, choice.packing, steps_of(choice.rows, choice.batch_size, EPOCHS)
 
 
@@ -62,34 +85,31 @@ def test_given_values_stay():
     assert chosen(100, packing=True)[:2] == (1, True)
     assert chosen(20_000, packing=False)[:2] == (16, False)
     assert chosen(20_000, batch_size=4)[:2] == (4, True)
-    assert (
-        choose_rows([50] * 100, seq_len=1024, epochs=3.0, batch_size=4, packing=False).reason
-        is None
-    )
+    assert choose(100, epochs=3.0, batch_size=4, packing=False).reason is None
 
 
 def test_no_step_takes_more_rows_than_there_are():
-    choice = choose_rows([50] * 20, seq_len=1024, epochs=3.0, batch_size=64, packing=False)
+    choice = choose(20, epochs=3.0, batch_size=64, packing=False)
     assert choice.batch_size == 20 and "64" in choice.reason
 
 
-@pytest.mark.parametrize("shares", [2, 3, 4])
-def test_the_batch_is_a_multiple_of_ranks_and_micro_batches(shares):
+@pytest.mark.parametrize(("ranks", "accumulate"), [(2, 1), (1, 3), (2, 2)])
+def test_the_batch_is_a_multiple_of_ranks_and_micro_batches(ranks, accumulate):
     for rows in (20, 100, 20_000):
-        assert chosen(rows, shares=shares)[0] % shares == 0
+        assert chosen(rows, ranks=ranks, accumulate=accumulate)[0] % (ranks * accumulate) == 0
 
 
 @pytest.mark.parametrize(("rows", "epochs"), [(5, 10.0), (20, 5.0), (34, 3.0), (1000, 3.0)])
 def test_a_very_small_set_gets_more_epochs_where_none_are_given(rows, epochs):
-    choice = choose_rows([50] * rows, seq_len=1024, epochs="auto")
+    choice = choose(rows, epochs="auto")
     assert choice.epochs == epochs and f"finetune.epochs = {epochs:g}" in choice.reason
     assert choice.steps >= min(ENOUGH_STEPS, rows * 10)
-    assert choose_rows([50] * rows, seq_len=1024, epochs=2.0).epochs == 2.0
+    assert choose(rows, epochs=2.0).epochs == 2.0
 
 
 def test_given_steps_are_what_the_batch_is_chosen_for():
     def batch(rows, steps):
-        return choose_rows([50] * rows, seq_len=1024, epochs=None, steps=steps).batch_size
+        return choose(rows, epochs=None, steps=steps).batch_size
 
     assert batch(100, 45) == 4  # about three passes
     assert batch(100, 1000) == 1

@@ -130,7 +130,7 @@ def check(data: FinetuneSet, options: argparse.Namespace) -> int:
         "model": data.model,
         "template": None if template is None else template.origin,
         "seq_len": data.args.data.seq_len,
-        "objective": data.finetune.objective,
+        "objective": data.args.finetune_settings.objective,
         "kinds": sorted({**data.train.kinds, **data.measured.kinds}),
         **check_rows(data),
     }

@@ -255,6 +255,12 @@ class TrainArgs:
         except RequestError as error:
             raise RequestError(f"model.{error}") from None
 
+    @property
+    def finetune_settings(self) -> FinetuneArgs:
+        """The value of `finetune` in the config of a fine-tuning run."""
+        assert self.finetune is not None, "the caller has a fine-tuning run"
+        return self.finetune
+
     def to_dict(self) -> dict[str, Any]:
         """Return every field as plain data, which `read_config` reads."""
         data: dict[str, Any] = write(self)

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from transom.base.errors import require
 from transom.data.chat.packing import first_fit_decreasing
 from transom.training.config import DEFAULT_ROWS, TrainArgs
-from transom.training.finetune.args import FinetuneArgs
 
 ENOUGH_STEPS = 100  # batches become larger only while a run has this many steps
 FEW_STEPS = 30  # a run with fewer gets a warning
@@ -54,44 +53,32 @@ class RowChoice:
 
 
 def choose_rows(
-    lengths: Sequence[int] | NDArray[np.int64],
-    *,
-    seq_len: int,
-    objective: str = "sft",
-    epochs: float | Literal["auto"] | None = None,
-    steps: int = 1000,
-    batch_size: int | None = None,
-    packing: bool | None = None,
-    shares: int = 1,
-    seed: int = 0,
+    lengths: Sequence[int] | NDArray[np.int64], args: TrainArgs, ranks: int = 1
 ) -> RowChoice:
-    """Return how examples are laid into steps.
+    """Return how the examples of a fine-tuning run are laid into steps.
 
     Packing and large batches make steps efficient but few. Both are chosen only if the run still
     has `ENOUGH_STEPS` (or its given `steps`). A small set gets rows of one example and small
-    batches.
+    batches. Epochs `auto` are 3, or more for a set so small that these would be too few steps. A
+    step takes no more rows than there are, and a multiple of ranks times micro-batches.
 
     Args:
         lengths: Tokens of each example.
-        seq_len: Tokens of a row.
-        objective: The objective of fine-tuning.
-        epochs: Passes over the examples; `auto` are 3, or more for a set so small that these would
-            be too few steps. None stands for `steps`.
-        steps: Optimizer steps if there are no epochs.
-        batch_size: Rows of a step, if given. A step takes no more rows than there are.
-        packing: Whether examples share rows, if given.
-        shares: Ranks times micro-batches. The batch is a multiple of it.
-        seed: Seed of the packing.
+        args: The config of the run.
+        ranks: Number of ranks.
     """
+    finetune, seq_len, batch_size = args.finetune_settings, args.data.seq_len, args.data.batch_size
+    objective, packing, epochs = finetune.objective, finetune.packing, finetune.epochs
+    shares = ranks * args.accumulate
     fewest, is_auto = FEWEST.get(objective, 1), epochs == "auto"
     if epochs == "auto":
         needed = -(-ENOUGH_STEPS * fewest // max(len(lengths), 1))
         epochs = min(max(PASSES, float(needed)), MOST_PASSES)
-    passes, wanted = (epochs, ENOUGH_STEPS) if epochs is not None else (PASSES, steps)
+    passes, wanted = (epochs, ENOUGH_STEPS) if epochs is not None else (PASSES, args.steps)
     most = MOST_QUESTIONS if objective == "grpo" else MOST_ROWS
     packs: list[list[int]] | None = None
     if objective in PACKABLE and packing is not False:
-        packs = first_fit_decreasing(lengths, seq_len, seed)
+        packs = first_fit_decreasing(lengths, seq_len, args.seed)
         if packing is None and passes * len(packs) / (batch_size or most) < wanted:
             packs = None
     rows = len(lengths) if packs is None else len(packs)
@@ -100,7 +87,7 @@ def choose_rows(
         size = min(max(_power_of_two(passes * rows / wanted), fewest), most)
         size = -(-size // shares) * shares
     size = min(size, max(rows // shares, 1) * shares)
-    steps = steps if epochs is None else steps_of(rows, size, epochs)
+    steps = args.steps if epochs is None else steps_of(rows, size, epochs)
     chosen = {
         f"data.batch_size = {size}": size != batch_size,
         f"finetune.packing = {str(packs is not None).lower()}": packing is None
@@ -116,23 +103,6 @@ def choose_rows(
             reason += f"; {batch_size} rows were asked for"
     fill = 1.0 if packs is None else sum(lengths) / (rows * seq_len)
     return RowChoice(size, packs, rows, epochs, steps, reason or None, fill)
-
-
-def finetune_rows(
-    lengths: Sequence[int] | NDArray[np.int64], args: TrainArgs, finetune: FinetuneArgs, ranks: int
-) -> RowChoice:
-    """Return the choice of `choose_rows` for the fields of a config."""
-    return choose_rows(
-        lengths,
-        seq_len=args.data.seq_len,
-        objective=finetune.objective,
-        epochs=finetune.epochs,
-        steps=args.steps,
-        batch_size=args.data.batch_size,
-        packing=finetune.packing,
-        shares=ranks * args.accumulate,
-        seed=args.seed,
-    )
 
 
 def require_comparable(choice: RowChoice, objective: str, ranks: int) -> None:

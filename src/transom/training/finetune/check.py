@@ -6,7 +6,7 @@ It is opened with the tokenizer, the chat template and the settings of a model; 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
@@ -14,18 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.base.errors import RequestError, notice, require
-from transom.checkpoints.files.generation_config import stop_tokens_of
 from transom.checkpoints.files.layout import is_model
 from transom.checkpoints.files.location import find_model
 from transom.checkpoints.open_model import open_text
 from transom.checkpoints.read_args import lacks_vocabulary, read_args
 from transom.data.chat.conversations import ExampleKind
-from transom.data.chat.finetune_sets import Examples, find_examples, split_examples
-from transom.data.chat.rows import COUNTS, ChatEncoder, prompt_ids, template_for
+from transom.data.chat.finetune_sets import Examples, Problem, find_examples, split_examples
+from transom.data.chat.rows import ChatEncoder, prompt_ids
 from transom.data.chat.shards import prepare_chats
 from transom.data.row_kinds import Problem
 from transom.training.config import TrainArgs
-from transom.training.defaults import finetune_rows, require_comparable
+from transom.training.defaults import choose_rows, require_comparable
 from transom.training.finetune.args import FinetuneArgs, objectives_of, require_kinds
 from transom.training.finetune.config import finetune_args
 from transom.training.finetune.data import chat_encoder
@@ -40,7 +39,6 @@ class FinetuneSet:
 
     Attributes:
         args: The config of the run, except what depends on the number of rows.
-        finetune: Its part on fine-tuning.
         model: The model or its location, for messages.
         train: The examples to train on.
         measured: The held-out examples.
@@ -49,7 +47,6 @@ class FinetuneSet:
     """
 
     args: TrainArgs
-    finetune: FinetuneArgs
     model: str
     train: Examples
     measured: Examples
@@ -98,29 +95,28 @@ def open_finetune_set(
         train, measured = split_examples(data, args.data.held_out, found)
     else:
         train, measured = find_examples(data, split, found), Examples(data)
-    assert args.finetune is not None, "finetune_args makes it"
     kinds = {**measured.kinds, **train.kinds}
     kind: ExampleKind = next(iter(kinds), "chat")
     fitting = objectives_of(kind)
-    if args.finetune.objective == FinetuneArgs.objective and fitting[0] != FinetuneArgs.objective:
+    is_default = args.finetune_settings.objective == FinetuneArgs.objective
+    if is_default and FinetuneArgs.objective != fitting[0]:
         notice(f"rows of kind {kind}: checked for `transom finetune --objective {fitting[0]}`")
         words = [*overrides, f"finetune.objective={fitting[0]}"]
         args = finetune_args(model, [data], words, config, location)
-    assert args.finetune is not None, "finetune_args makes it"
-    require_kinds(kinds, args.finetune.objective)
+    finetune = args.finetune_settings
+    require_kinds(kinds, finetune.objective)
     if is_model(location.model):
         most = read_args(location.model).max_seq_len
         expected = f"expected at most {most}, the model's max_seq_len"
         require(args.data.seq_len <= most, "data.seq_len", args.data.seq_len, expected)
     else:
         require(args.data.seq_len >= 2, "data.seq_len", args.data.seq_len, "expected 2 or more")
-    text = open_text(location, chat_template=args.finetune.template)
-    if args.finetune.new_tokens:
-        text = replace(text, tokenizer=text.tokenizer.with_special(args.finetune.new_tokens))
-    template = template_for((train, measured), text.tokenizer, text.template)
-    ends = stop_tokens_of(location, text.tokenizer, template)
-    encoder = chat_encoder(args, args.finetune, text.tokenizer, template, ends)
-    return FinetuneSet(args, args.finetune, str(location), train, measured, encoder, problems)
+    text = open_text(location, chat_template=finetune.template)
+    tokenizer = text.tokenizer
+    if finetune.new_tokens:
+        tokenizer = tokenizer.with_special(finetune.new_tokens)
+    encoder = chat_encoder(args, (train, measured), tokenizer, text.template, location)
+    return FinetuneSet(args, str(location), train, measured, encoder, problems)
 
 
 def check_rows(data: FinetuneSet) -> dict[str, Any]:
@@ -133,8 +129,8 @@ def check_rows(data: FinetuneSet) -> dict[str, Any]:
     more = {"held_out": len(data.measured), "malformed_rows": len(data.problems)}
     if not len(lengths):
         return {**counts, **more}
-    choice = finetune_rows(lengths, data.args, data.finetune, 1)
-    require_comparable(choice, data.finetune.objective, 1)
+    choice = choose_rows(lengths, data.args)
+    require_comparable(choice, data.args.finetune_settings.objective, 1)
     steps: dict[str, Any] = {"packing": choice.packing}
     if choice.packing:
         steps |= {"packed_rows": choice.rows, "fill": round(choice.fill, 4)}
@@ -157,7 +153,7 @@ def _count_rows(data: FinetuneSet) -> tuple[dict[str, Any], NDArray[np.int64]]:
 
 def _count_prompts(data: FinetuneSet) -> tuple[dict[str, Any], list[int]]:
     """Return counts of the prompts whose answers the reward can judge, and the tokens of each."""
-    reward = open_reward(data.finetune.reward)
+    reward = open_reward(data.args.finetune_settings.reward)
     lengths: list[int] = []
     for at, example in enumerate(chain(data.train, data.measured)):
         try:
@@ -169,7 +165,7 @@ def _count_prompts(data: FinetuneSet) -> tuple[dict[str, Any], list[int]]:
             continue
         if at < len(data.train):
             lengths.append(len(ids))
-    room = data.args.data.seq_len - data.finetune.answer_tokens
+    room = data.args.data.seq_len - data.args.finetune_settings.answer_tokens
     kept = [length for length in lengths if length <= room]
     counts = {"examples": len(data.train), "rows": len(kept), "tokens": sum(kept)}
     too_long = len(lengths) - len(kept)

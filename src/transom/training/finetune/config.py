@@ -82,12 +82,11 @@ def finetune_args(
     require(bool(first.data.sources), "--data", None, f"expected a file, a folder or {EMBEDDED}")
     fields = "expected the fields of fine-tuning; `transom train` continues on plain text"
     require(first.finetune is not None, "finetune", None, fields)
-    assert first.finetune is not None
     if "finetune.lora.rank" in given and "finetune.lora.alpha" not in given:
-        overrides = [*overrides, f"finetune.lora.alpha={2 * first.finetune.lora.rank}"]
+        overrides = [*overrides, f"finetune.lora.alpha={2 * first.finetune_settings.lora.rank}"]
     if "optimizer.lr" not in given and "lr" not in base["optimizer"]:
-        compares = first.finetune.objective in (*PREFERENCES, "grpo")
-        rate = RATES[first.finetune.method, compares]
+        compares = first.finetune_settings.objective in (*PREFERENCES, "grpo")
+        rate = RATES[first.finetune_settings.method, compares]
         base["optimizer"]["lr"] = rate * (SMALL_RATE if small else 1)
     return read_config(None, overrides, base=base)
 

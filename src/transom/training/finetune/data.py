@@ -5,7 +5,7 @@ with.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 from transom.base.errors import notice, require
 from transom.chat.template import ChatTemplate
 from transom.checkpoints.files.generation_config import stop_tokens_of
+from transom.checkpoints.files.location import ModelLocation
 from transom.data.batch import Batch
 from transom.data.chat.batches import ChatBatches, padded_batch
 from transom.data.chat.finetune_sets import Examples, split_examples
@@ -21,8 +22,8 @@ from transom.data.chat.shards import prepare_chats
 from transom.data.text.sources import require_whole
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
-from transom.training.defaults import RowChoice, finetune_rows, require_comparable
-from transom.training.finetune.args import FinetuneArgs, require_kinds
+from transom.training.defaults import RowChoice, choose_rows, require_comparable
+from transom.training.finetune.args import require_kinds
 from transom.training.loop.ranks import Ranks
 from transom.training.loop.run_data import NOTHING_HELD_OUT, TOKENS, RunData
 from transom.training.rl.rewards import Reward, open_reward
@@ -48,7 +49,6 @@ class FinetuneData(RunData):
 
 def open_finetune_data(
     args: TrainArgs,
-    finetune: FinetuneArgs,
     tokenizer: Tokenizer,
     template: ChatTemplate | None,
     base: Path,
@@ -59,7 +59,6 @@ def open_finetune_data(
 
     Args:
         args: The config of the run.
-        finetune: Its part on fine-tuning.
         tokenizer: The tokenizer of the base, with the new tokens of the run.
         template: The chat template; None is the default one if an example needs one.
         base: The folder of the base.
@@ -70,27 +69,26 @@ def open_finetune_data(
     Raises:
         RequestError: The objective of the run can't learn from these examples.
     """
-    train, measured, hashes = find_all(args, finetune)
+    objective = args.finetune_settings.objective
+    train, measured, hashes = find_all(args)
     hashes["the base"] = base_fingerprint
-    template = template_for((*train, *measured), tokenizer, template)
-    ends = stop_tokens_of(base, tokenizer, template)
-    encoder = chat_encoder(args, finetune, tokenizer, template, ends)
-    if finetune.objective == "grpo":
-        return _questions(args, finetune, train, measured, encoder, ranks, hashes)
+    encoder = chat_encoder(args, (*train, *measured), tokenizer, template, base)
+    if objective == "grpo":
+        return _questions(args, train, measured, encoder, ranks, hashes)
     progress = ranks.verbose
     rows = prepare_chats(train, encoder, args.data.cache_dir, progress=progress)
     rows.check()
     held = prepare_chats(measured, encoder, args.data.cache_dir, progress=progress)
     if any(measured) and not held.items:
-        notice(f"held out: {held}; no token with loss is left, so there is no score")
-    if finetune.objective == "kto" and len(held.items) == 1:
+        notice(f"held out: {held.counts}; no token with loss is left, so there is no score")
+    if objective == "kto" and len(held.items) == 1:
         notice("held out: 1 example; kto has no other one to compare it with, so there is no score")
         held = EncodedChats([])
-    choice = finetune_rows(rows.lengths, args, finetune, ranks.world_size)
-    require_comparable(choice, finetune.objective, ranks.world_size)
-    if finetune.packing and not choice.packing:
+    choice = choose_rows(rows.lengths, args, ranks.world_size)
+    require_comparable(choice, objective, ranks.world_size)
+    if args.finetune_settings.packing and not choice.packing:
         ranks.say(
-            f"finetune.packing: got true; rows of {finetune.objective} are padded, because each "
+            f"finetune.packing: got true; rows of {objective} are padded, because each "
             "answer is a row of its own"
         )
     packed = f"; packed into {choice.rows:,} rows, {choice.fill:.0%} full"
@@ -111,8 +109,8 @@ def open_finetune_data(
         batches,
         {**hashes, TOKENS: _hash(rows, held)},
         choice.batch_size,
-        template=template,
-        stop_tokens=ends,
+        template=encoder.template,
+        stop_tokens=encoder.stop_tokens,
         choice=choice,
         train=rows,
         held_out=held_batches(held),
@@ -121,19 +119,23 @@ def open_finetune_data(
 
 def chat_encoder(
     args: TrainArgs,
-    finetune: FinetuneArgs,
+    examples: Iterable[Examples],
     tokenizer: Tokenizer,
     template: ChatTemplate | None,
-    stop_tokens: Sequence[int],
+    base: Path | ModelLocation,
 ) -> ChatEncoder:
-    """Return the encoder of a run. The last token of a row is a target only."""
-    size, ends = args.data.seq_len + 1, tuple(stop_tokens)
+    """Return the encoder of a run. The last token of a row is a target only.
+
+    Without a template it uses the default one if an example needs one.
+    """
+    finetune, size = args.finetune_settings, args.data.seq_len + 1
+    template = template_for(examples, tokenizer, template)
+    ends = tuple(stop_tokens_of(base, tokenizer, template))
     return ChatEncoder(tokenizer, template, size, finetune.train_on, finetune.truncate, ends)
 
 
 def _questions(
     args: TrainArgs,
-    finetune: FinetuneArgs,
     train: Sequence[Examples],
     measured: Sequence[Examples],
     encoder: ChatEncoder,
@@ -141,6 +143,7 @@ def _questions(
     hashes: dict[str, str],
 ) -> FinetuneData:
     """Return the data of a run that learns from rewards: questions, and what judges the answers."""
+    finetune = args.finetune_settings
     reward = open_reward(finetune.reward)
     asked, held = (
         encode_questions(
@@ -153,7 +156,7 @@ def _questions(
         for examples in (train, measured)
     )
     reward.check((row.id, row.reference) for row in (*asked.rows, *held.rows))
-    choice = finetune_rows([len(row.ids) for row in asked.rows], args, finetune, ranks.world_size)
+    choice = choose_rows([len(row.ids) for row in asked.rows], args, ranks.world_size)
     ranks.say(f"training set: {asked}; held out: {held}")
     batches = QuestionBatches(
         asked.rows,
@@ -176,9 +179,7 @@ def _questions(
     )
 
 
-def find_all(
-    args: TrainArgs, finetune: FinetuneArgs
-) -> tuple[list[Examples], list[Examples], dict[str, str]]:
+def find_all(args: TrainArgs) -> tuple[list[Examples], list[Examples], dict[str, str]]:
     """Return examples to train on and to measure with, and a hash of each source."""
     train: list[Examples] = []
     measured: list[Examples] = []
@@ -192,7 +193,7 @@ def find_all(
         measured.append(parts[1])
         hashes[source.label] = hashlib.sha256("".join(p.sha256 for p in parts).encode()).hexdigest()
     for part in (*train, *measured):
-        require_kinds(part.kinds, finetune.objective)
+        require_kinds(part.kinds, args.finetune_settings.objective)
     return train, measured, hashes
 
 

@@ -10,7 +10,6 @@ from transom.checkpoints.open_model import load_tokenizer
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
-from transom.training.finetune.args import FinetuneArgs
 from transom.training.finetune.data import FinetuneData, held_batches
 from transom.training.loop.ranks import Ranks
 from transom.training.losses.distillation import Distillation, check_same_tokenizer
@@ -21,7 +20,6 @@ from transom.training.rl.policy import PolicyGradient
 
 def finetune_objective(
     args: TrainArgs,
-    finetune: FinetuneArgs,
     model: LLM,
     tokenizer: Tokenizer,
     data: FinetuneData,
@@ -32,7 +30,6 @@ def finetune_objective(
 
     Args:
         args: The config of the run.
-        finetune: Its part on fine-tuning.
         model: The model that is trained.
         tokenizer: Its tokenizer.
         data: The data of the run.
@@ -42,7 +39,7 @@ def finetune_objective(
     Raises:
         RequestError: The teacher cannot be opened, or has another tokenizer.
     """
-    chunk = args.loss_chunk
+    chunk, finetune = args.loss_chunk, args.finetune_settings
     if finetune.objective == "sft":
         return NextToken(model, chunk)
     if finetune.objective == "grpo":

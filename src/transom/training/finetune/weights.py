@@ -33,7 +33,6 @@ from transom.training.finetune.objectives import finetune_objective
 from transom.training.loop.checkpoint_writer import (
     ADAPTER,
     AdapterWriter,
-    CheckpointWriter,
     Companions,
     ModelWriter,
 )
@@ -44,39 +43,41 @@ from transom.training.losses.noise import EmbeddingNoise
 from transom.training.losses.objectives import NextToken
 
 
-def finetune_parts(args: TrainArgs, finetune: FinetuneArgs, choice: DtypeChoice) -> RunParts:
+def finetune_parts(args: TrainArgs, choice: DtypeChoice) -> RunParts:
     """Return the parts of a run that fine-tunes `args.base`, and print which weights train.
 
     Args:
         args: The config of the run.
-        finetune: Its part on fine-tuning.
         choice: The dtype of training, which is settled here if it is open.
 
     Raises:
         RequestError: The base, the data and the settings do not fit each other.
     """
     assert args.base is not None, "TrainArgs checks it"
-    folder, ranks, lora = whole_model(args.base), choice.ranks, finetune.method == "lora"
+    folder, ranks = whole_model(args.base), choice.ranks
     base = base_name(args.base, folder)
     choice.limit(read_args(folder))
-    model, tokenizer = finetune_model(folder, args, finetune, choice)
+    model, tokenizer = finetune_model(folder, args, choice)
     mark = fingerprint(folder)
     for line in coverage_lines(model):
         ranks.say(line)
-    template, finetune = dated(ChatTemplate.find(folder, tokenizer, finetune.template), finetune)
-    data = open_finetune_data(args, finetune, tokenizer, template, folder, ranks, mark)
-    args, finetune = decided(args, finetune, data.choice)
+    template = ChatTemplate.find(folder, tokenizer, args.finetune_settings.template)
+    template, args = dated(template, args)
+    data = open_finetune_data(args, tokenizer, template, folder, ranks, mark)
+    args = decided(args, data.choice)
+    finetune = args.finetune_settings
     if ranks.rank == 0:  # also with --quiet, since given values may have changed
         for line in filter(None, (data.choice.reason, few_steps_warning(args.steps))):
             notice(line)
+    lora = finetune.method == "lora"
     if choice.is_open:
         items, timed = data.choice.batch_size // ranks.world_size, NextToken(model, args.loss_chunk)
         choice.settle(model, timed, data.batches, items, frozen=lora)
         if lora:
             del model, timed  # before there is another model
-            model, tokenizer = finetune_model(folder, args, finetune, choice)
+            model, tokenizer = finetune_model(folder, args, choice)
     companions = Companions(folder, tokenizer, data.template, new_tokens=bool(finetune.new_tokens))
-    writer: CheckpointWriter
+    writer: ModelWriter | AdapterWriter
     if lora:
         check_written(model, base)
         quantize = None if finetune.quantize is None else dict(write(finetune.quantize))
@@ -84,19 +85,17 @@ def finetune_parts(args: TrainArgs, finetune: FinetuneArgs, choice: DtypeChoice)
         writer = AdapterWriter(model, companions, base, mark, dtype, quantize)
     else:
         writer = ModelWriter(model, tokenizer, None, companions, writable_format(folder))
-    objective = finetune_objective(args, finetune, model, tokenizer, data, choice.dtype, ranks)
+    objective = finetune_objective(args, model, tokenizer, data, choice.dtype, ranks)
     return RunParts(model.train(), tokenizer, data, objective, writer, args)
 
 
-def finetune_model(
-    folder: Path, args: TrainArgs, finetune: FinetuneArgs, choice: DtypeChoice
-) -> tuple[LLM, Tokenizer]:
+def finetune_model(folder: Path, args: TrainArgs, choice: DtypeChoice) -> tuple[LLM, Tokenizer]:
     """Return the base, ready to train with its adapter or all its weights, and its tokenizer.
 
     Frozen weights have the dtype of autocast, which would otherwise cast them at every use. They
     are in float32 while the choice of that dtype is open. The random state does not change.
     """
-    device = choice.ranks.device
+    device, finetune = choice.ranks.device, args.finetune_settings
     before = random_state(device)
     wide = finetune.method == "full" or choice.is_open
     model = load(folder, str(device), "float32" if wide else dtype_name(choice.dtype))
@@ -112,27 +111,25 @@ def finetune_model(
     return model, tokenizer
 
 
-def dated(
-    template: ChatTemplate | None, finetune: FinetuneArgs
-) -> tuple[ChatTemplate | None, FinetuneArgs]:
-    """Return the template and the settings with a fixed day, if the template writes one.
+def dated(template: ChatTemplate | None, args: TrainArgs) -> tuple[ChatTemplate | None, TrainArgs]:
+    """Return the template and the config with a fixed day, if the template writes one.
 
     A resumed run then has the same rows.
     """
     if template is None or not template.reads_time:
-        return template, finetune
-    day = finetune.date or date.today().isoformat()
-    return template.at(datetime.fromisoformat(day)), replace(finetune, date=day)
+        return template, args
+    day = args.finetune_settings.date or date.today().isoformat()
+    args = replace(args, finetune=replace(args.finetune_settings, date=day))
+    return template.at(datetime.fromisoformat(day)), args
 
 
-def decided(
-    args: TrainArgs, finetune: FinetuneArgs, choice: RowChoice
-) -> tuple[TrainArgs, FinetuneArgs]:
+def decided(args: TrainArgs, choice: RowChoice) -> TrainArgs:
     """Return the config with the batch size, packing, epochs and steps of the rows."""
+    finetune = args.finetune_settings
     packing = choice.packing if finetune.packing is None else finetune.packing
     finetune = replace(finetune, packing=packing, epochs=choice.epochs)
     data = replace(args.data, batch_size=choice.batch_size)
-    return replace(args, data=data, finetune=finetune, steps=choice.steps), finetune
+    return replace(args, data=data, finetune=finetune, steps=choice.steps)
 
 
 def choose_weights(model: LLM, finetune: FinetuneArgs, seed: int, *, new_tokens: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,23 +31,6 @@ from transom.tokenizers.tokenizer import Tokenizer
 
 ADAPTER = "default"  # name of the trained adapter
 TRAINED = "trained/"  # prefix of an adapter's weights among the trainer's tensors
-
-
-class CheckpointWriter(Protocol):
-    """Writes the part of a step folder that other verbs read."""
-
-    def write(self, folder: Path) -> None:
-        """Write the files of the model."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what else a resumed run needs, for the trainer's own file."""
-
-    def restore(self, folder: Path, tensors: MutableMapping[str, Tensor]) -> None:
-        """Copy the weights of a step into the model, and remove its own entries from `tensors`.
-
-        Raises:
-            RequestError: If the step is of another model or adapter.
-        """
 
 
 @dataclass(frozen=True)
@@ -95,7 +78,7 @@ class ModelWriter:
     format: Format = "native"
 
     def write(self, folder: Path) -> None:
-        """Write a model folder."""
+        """Write a model folder: the part of a step folder that other verbs read."""
         save(self.model, folder, self.format, self.tokenizer if self.companions is None else None)
         if self.companions is not None:
             self.companions.write(folder)
@@ -103,11 +86,15 @@ class ModelWriter:
             write_labels(folder, self.labels)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return nothing: the model folder has all weights."""
+        """Return what else a resumed run needs: nothing, since the folder has all weights."""
         return {}
 
     def restore(self, folder: Path, tensors: MutableMapping[str, Tensor]) -> None:
-        """Copy every weight of a step into the model."""
+        """Copy every weight of a step into the model.
+
+        Raises:
+            RequestError: If the step is of another model.
+        """
         if self.companions is None and read_args(folder) != self.model.args:
             raise RequestError(f"{folder}: belongs to another model than the config describes")
         weights = open_parameters(folder, self.model.args)
@@ -148,7 +135,11 @@ class AdapterWriter:
         return {f"{TRAINED}{name}": weight for name, weight in self._trained().items()}
 
     def restore(self, folder: Path, tensors: MutableMapping[str, Tensor]) -> None:
-        """Copy every trained weight of a step into the model."""
+        """Copy every trained weight of a step into the model, and remove it from `tensors`.
+
+        Raises:
+            RequestError: If the step is of another adapter.
+        """
         for name, weight in self._trained().items():
             saved = tensors.pop(f"{TRAINED}{name}", None)
             if saved is None or saved.shape != weight.shape:

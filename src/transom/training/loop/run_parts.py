@@ -16,7 +16,7 @@ from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.tokenizers.training import byte_tokenizer, train_bpe, train_chars
 from transom.training.config import TrainArgs
-from transom.training.loop.checkpoint_writer import CheckpointWriter, Companions, ModelWriter
+from transom.training.loop.checkpoint_writer import AdapterWriter, Companions, ModelWriter
 from transom.training.loop.dtype_choice import DtypeChoice
 from transom.training.loop.ranks import Ranks
 from transom.training.loop.run_data import RunData, open_data
@@ -41,7 +41,7 @@ class RunParts:
     tokenizer: Tokenizer
     data: RunData
     objective: Objective
-    writer: CheckpointWriter
+    writer: ModelWriter | AdapterWriter
     args: TrainArgs | None = None
 
 

@@ -156,7 +156,7 @@ def _open_parts(args: TrainArgs, run: RunFolder, choice: DtypeChoice, *, resume:
     # Half of the code base, which pretraining does without.
     from transom.training.finetune.weights import finetune_parts
 
-    return finetune_parts(args, args.finetune, choice)
+    return finetune_parts(args, choice)
 
 
 def _check_apart(args: TrainArgs) -> None:

@@ -25,7 +25,7 @@ from transom.training.loop.random_states import random_state, restore_random_sta
 from transom.training.loop.ranks import Ranks
 from transom.training.loop.run_folder import RunFolder
 from transom.training.loop.run_parts import RunParts
-from transom.training.losses.balance import RouterCounts, router_parts, update_choice_biases
+from transom.training.losses.balance import ROUTER, RouterCounts, router_parts, update_choice_biases
 from transom.training.optim.ema import Ema
 from transom.training.optim.optimizers import (
     BackwardOptimizers,
@@ -46,18 +46,6 @@ class StepTotals(NamedTuple):
 
     units: Tensor
     tokens: Tensor
-
-
-class StepLosses(NamedTuple):
-    """Sums over micro-batches.
-
-    Attributes:
-        parts: The `loss`, and what else the objective reports, by name.
-        router: What the routers of mixtures of experts chose; None for dense models.
-    """
-
-    parts: dict[str, Tensor]
-    router: RouterCounts | None
 
 
 @dataclass(frozen=True)
@@ -159,26 +147,26 @@ class Stepper:
             progress = self.progress.step
             self.optimizers.set_scale(lr_scale(progress, self.args.steps, self.args.schedule))
             with self.stop.at_once() if redo else contextlib.nullcontext():
-                losses = self._gradients(micro_batches, totals, redo=redo)
+                sums = self._gradients(micro_batches, totals, redo=redo)
         except STOPS:
             self.batches.load_state(position)
             restore_random_state(self.device, random)
             self.optimizers.zero_grad()
             raise
-        for total in losses.parts.values():
+        for total in sums.values():
             self.ranks.sum(total)
-        if losses.router is not None:
-            self.ranks.sum(losses.router.values_LC)
-        parts = {name: float(value) for name, value in losses.parts.items()}
+        counts_LC = sums.pop(ROUTER, None)
+        router = None if counts_LC is None else RouterCounts(counts_LC)
+        parts = {name: float(value) for name, value in sums.items()}
         loss = parts.pop("loss")
         if not math.isfinite(loss):
             raise self._nonfinite(f"the loss is {loss}", micro_batches)
         with self.clock.part("optimizer"):
-            grad_norm = self._apply(losses.router, micro_batches)
+            grad_norm = self._apply(router, micro_batches)
         self.progress.step += 1
         self.progress.tokens += int(totals.tokens)
         row_length = max(micro.row_length for micro in micro_batches)
-        return StepResult(loss, grad_norm, row_length, int(totals.tokens), parts, losses.router)
+        return StepResult(loss, grad_norm, row_length, int(totals.tokens), parts, router)
 
     def _next_batch(self) -> tuple[list[Batch], StepTotals]:
         """Return the micro-batches of the next step, and its totals over ranks."""
@@ -206,8 +194,12 @@ class Stepper:
 
     def _gradients(
         self, micro_batches: Sequence[Batch], totals: StepTotals, *, redo: bool = True
-    ) -> StepLosses:
-        """Compute the gradients of this rank; without compiled blocks if compiling fails."""
+    ) -> dict[str, Tensor]:
+        """Compute the gradients of this rank; without compiled blocks if compiling fails.
+
+        Returns:
+            The `loss` and other parts by name, summed over micro-batches.
+        """
         random = random_state(self.device)
         try:
             return self._accumulate(micro_batches, totals)
@@ -226,9 +218,8 @@ class Stepper:
         restore_random_state(self.device, random)
         return self._accumulate(micro_batches, totals)
 
-    def _accumulate(self, micro_batches: Sequence[Batch], totals: StepTotals) -> StepLosses:
+    def _accumulate(self, micro_batches: Sequence[Batch], totals: StepTotals) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
-        router: RouterCounts | None = None
         moe = self.model.args.moe_args
         for micro in micro_batches:
             with self.clock.part("data"):
@@ -240,15 +231,12 @@ class Stepper:
                 loss = parts["loss"]
                 if moe is not None and output.router:
                     weighted, more = router_parts(output.router, moe, totals.tokens)
-                    loss, parts = loss + weighted, {**parts, **more}
+                    loss, parts = loss + weighted, parts | more
             with self.clock.part("backward"):
                 self.scaler.scale(loss).backward()
             for name, part in parts.items():
                 sums[name] = sums.get(name, 0.0) + part.detach()
-            if output.router:
-                counts = RouterCounts.of(output.router)
-                router = counts if router is None else router + counts
-        return StepLosses(sums, router)
+        return sums
 
     def _reduced_norm(self) -> Tensor:
         """Sum the gradients over ranks and clip them; return their global norm before clipping."""

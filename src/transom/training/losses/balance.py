@@ -14,6 +14,8 @@ from transom.layers.block import TransformerBlock
 from transom.layers.moe import MoE, RouterStatistics, picked, scores
 from transom.models.llm import LLM
 
+ROUTER = "router"  # name of the counts of routers among the parts of a loss
+
 
 class RouterSums(NamedTuple):
     """Sums of one layer over the tokens of a call that are not padding.
@@ -96,7 +98,9 @@ def router_losses(router: Sequence[RouterStatistics], moe: MoeArgs) -> RouterLos
 def router_parts(
     router: Sequence[RouterStatistics], moe: MoeArgs, tokens: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss of one micro-batch that training adds, and its parts to log.
+    """Return the loss of one micro-batch that training adds, and tensors that sum up over a step.
+
+    These are the parts of the loss by name, and as `ROUTER` the values of `RouterCounts`.
 
     Args:
         router: The statistics of each layer.
@@ -105,7 +109,7 @@ def router_parts(
     """
     losses = router_losses(router, moe)
     share = losses.tokens / tokens
-    parts = {"z_loss": losses.z * share}
+    parts = {"z_loss": losses.z * share, ROUTER: RouterCounts.of(router).values_LC}
     if losses.aux is not None:
         parts["aux_loss"] = losses.aux * share
     return losses.weighted * share, parts
@@ -180,9 +184,6 @@ class RouterCounts:
             scalars = torch.stack((layer.tokens_B.sum(), layer.entropy.float(), layer.dropped))
             rows.append(torch.cat((layer.picks_BE.sum(0), layer.load_E, scalars)))
         return cls(torch.stack(rows).detach())
-
-    def __add__(self, other: RouterCounts) -> RouterCounts:
-        return RouterCounts(self.values_LC + other.values_LC)
 
     @property
     def picks_LE(self) -> Tensor:

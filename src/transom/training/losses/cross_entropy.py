@@ -77,12 +77,15 @@ def head_loss(
     if not torch.is_grad_enabled():
         hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
     kind = hidden_TD.device.type
-    # Like autocast, which does not convert float64.
-    casts = torch.is_autocast_enabled(kind) and hidden_TD.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(kind) if casts else hidden_TD.dtype
-    factor, cap = model.args.logit_factor, model.args.logit_softcap
+    if torch.is_autocast_enabled(kind) and hidden_TD.dtype != torch.float64:  # as autocast casts
+        hidden_TD = hidden_TD.to(torch.get_autocast_dtype(kind))
+    # Rows and not gradients are set to zero: a position without target may be NaN.
+    hidden_TD = hidden_TD.masked_fill((targets_T == NO_TARGET).unsqueeze(1), 0.0)
+    if model.args.logit_factor != 1.0:
+        hidden_TD = hidden_TD * model.args.logit_factor
+    cap = model.args.logit_softcap
     loss: Tensor = _LinearCrossEntropy.apply(
-        hidden_TD, weight_VD, targets_T, weights_T, tokens, dtype, factor, cap
+        hidden_TD, weight_VD, targets_T, weights_T, tokens, cap
     )
     return loss
 
@@ -137,13 +140,8 @@ def by_chunks(make: Callable[..., Tensor], tokens: int, *columns_T: Tensor) -> l
     return [checkpoint(make, *columns, use_reentrant=False) for columns in chunked]
 
 
-def _even(tokens: int, chunk: int) -> int:
-    """Return the size of about equal chunks of at most `chunk` tokens."""
-    return -(-tokens // -(-tokens // chunk))
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of cap * tanh(factor * h W^T / cap), with gradients made in forward."""
+    """Summed cross-entropy of cap * tanh(h W^T / cap), with gradients made in forward."""
 
     @staticmethod
     def forward(
@@ -153,43 +151,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets_T: Tensor,
         weights_T: Tensor | None,
         chunk: int,
-        dtype: torch.dtype,
-        factor: float,
         cap: float | None,
     ) -> Tensor:
-        """Return the loss. Products are in `dtype`, softmax and sums in float32 or better."""
+        """Return the loss. Products are in the dtype of the hidden states, sums in float32."""
+        dtype = hidden_TD.dtype
         wide = torch.promote_types(dtype, torch.float32)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         total = torch.zeros((), dtype=wide, device=hidden_TD.device)
         grad_TD = torch.empty_like(hidden_TD) if needs_hidden else None
-        grad_VD: Tensor | None = None
-        valid_T1 = (targets_T != NO_TARGET).unsqueeze(1)
-        safe_T1 = targets_T.unsqueeze(1).masked_fill(~valid_T1, 0)
-        parts = _even(targets_T.numel(), chunk)
+        grad_dtype = torch.promote_types(weight_VD.dtype, wide)
+        grad_VD = torch.zeros_like(weight_VD, dtype=grad_dtype) if needs_weight else None
+        share_T1 = (targets_T != NO_TARGET).to(wide).unsqueeze(1)
+        if weights_T is not None:
+            share_T1 = share_T1 * weights_T.unsqueeze(1)
+        target_T1 = targets_T.clamp(min=0).unsqueeze(1)
+        count = targets_T.numel()
+        size = -(-count // -(-count // chunk))  # about equal chunks of at most `chunk` tokens
         with torch.autocast(hidden_TD.device.type, enabled=False):
             matrix_VD = weight_VD.to(dtype)
-            for start in range(0, targets_T.numel(), parts):
-                here = slice(start, start + parts)
-                valid, target = valid_T1[here], safe_T1[here]
-                # Rows and not gradients are set to zero: a position without target may be NaN.
-                rows = hidden_TD[here].to(dtype).masked_fill(~valid, 0.0)
-                loss, grad = _chunk(
-                    rows @ matrix_VD.T, target, wide, factor, cap, needs_hidden or needs_weight
-                )
-                if weights_T is not None:
-                    weight = weights_T[here].unsqueeze(1).to(wide)
-                    loss, grad = loss * weight, None if grad is None else grad.mul_(weight)
-                total += loss.masked_fill(~valid, 0.0).sum()
+            for start in range(0, count, size):
+                here = slice(start, start + size)
+                rows, share = hidden_TD[here], share_T1[here]
+                logits, wants_grad = rows @ matrix_VD.T, needs_hidden or needs_weight
+                loss, grad = _chunk(logits.to(wide), target_T1[here], cap, wants_grad)
+                total += (loss * share).sum()
                 if grad is None:
                     continue
-                grad = grad.to(dtype)
+                grad, share = grad.to(dtype), share.to(dtype)
                 if grad_TD is not None:
-                    grad_TD[here] = (grad @ matrix_VD).masked_fill(~valid, 0.0)
-                if needs_weight:
-                    grad_VD = _accumulate(
-                        grad_VD, grad, rows, torch.promote_types(weight_VD.dtype, wide)
-                    )
-                del grad  # before the next chunk's logits are made
+                    grad_TD[here] = (grad @ matrix_VD) * share
+                if grad_VD is not None and dtype == grad_VD.dtype:
+                    grad_VD.addmm_(grad.T, rows * share)
+                elif grad_VD is not None:
+                    grad_VD.add_(grad.T @ (rows * share))
+                del logits, grad  # before the next chunk's logits are made
         # save_for_backward would keep a second reference, and backward scales them in place.
         ctx.grads = grad_TD, None if grad_VD is None else grad_VD.to(weight_VD.dtype)
         return total
@@ -202,24 +197,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError(
                 "the chunked loss gives its gradients away: backward works once per forward"
             )
-        return (*(None if one is None else one.mul_(grad) for one in grads), *[None] * 6)
+        return (*(None if one is None else one.mul_(grad) for one in grads), *[None] * 4)
 
 
 def _chunk(
-    raw_TV: Tensor,
-    target_T1: Tensor,
-    wide: torch.dtype,
-    factor: float,
-    cap: float | None,
-    with_grad: bool,
+    logits_TV: Tensor, target_T1: Tensor, cap: float | None, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the loss [T, 1] of a chunk of raw products, and their gradient [T, V].
+    """Return the loss [T, 1] of a chunk of logits before the cap, and their gradient [T, V].
 
-    The memory of `raw_TV` is reused.
+    The memory of `logits_TV` is reused.
     """
-    logits_TV = raw_TV.to(wide)
-    if factor != 1.0:
-        logits_TV.mul_(factor)
     tanh_TV = None
     if cap is not None:
         tanh_TV = logits_TV.div_(cap).tanh_()
@@ -232,15 +219,4 @@ def _chunk(
     grad_TV.scatter_(1, target_T1, grad_TV.gather(1, target_T1) - 1.0)
     if tanh_TV is not None:
         grad_TV.mul_(tanh_TV.square_().neg_().add_(1.0))
-    return loss_T1, grad_TV if factor == 1.0 else grad_TV.mul_(factor)
-
-
-def _accumulate(
-    total_VD: Tensor | None, grad_TV: Tensor, rows_TD: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """Return `total_VD` + grad^T rows in `dtype`, in place if there is a total."""
-    if total_VD is None:
-        return (grad_TV.T @ rows_TD).to(dtype)
-    if grad_TV.dtype == dtype:
-        return total_VD.addmm_(grad_TV.T, rows_TD)
-    return total_VD.add_(grad_TV.T @ rows_TD)
+    return loss_T1, grad_TV

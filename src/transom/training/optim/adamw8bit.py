@@ -141,23 +141,24 @@ class AdamW8bit(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group, self.state[parameter])
+                    self._update(parameter, parameter.grad, group)
 
-    def _update(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
+    def _update(self, parameter: Tensor, gradients: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
         state["step"] += 1
         (beta1, beta2), rate = group["betas"], group["lr"]
         correction1, correction2 = (1 - beta ** state["step"] for beta in group["betas"])
         stored = [state[f"{key}_{part}"] for key in SIGNED for part in ("codes", "scales")]
         pieces = zip(
             parameter.detach().view(-1).split(BATCH_ELEMENTS),
-            parameter.grad.reshape(-1).split(BATCH_ELEMENTS),
+            gradients.reshape(-1).split(BATCH_ELEMENTS),
             *(tensor.split(BATCH_ELEMENTS // BLOCK) for tensor in stored),
             strict=True,
         )
         for weight, flat, *old in pieces:
             gradient = F.pad(flat.float(), (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
-            mean = dequantize(*old[:2], signed=True).lerp_(gradient, 1 - beta1)
-            square = dequantize(*old[2:], signed=False)
+            mean = dequantize(old[0], old[1], signed=True).lerp_(gradient, 1 - beta1)
+            square = dequantize(old[2], old[3], signed=False)
             square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
             root = square.sqrt().div_(correction2.sqrt()).add_(group["eps"])
             update = (mean / root).mul_(-rate / correction1)

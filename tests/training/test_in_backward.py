@@ -106,7 +106,7 @@ def test_the_norm_is_taken_once() -> None:
     assert norms[0] > 0 and optimizers.clip([], None) == 0
 
 
-def test_frozen_weights_stay_and_removed_hooks_leave_gradients() -> None:
+def test_frozen_weights_stay_and_a_pause_leaves_gradients() -> None:
     model = random_model(tiny_args()).train()
     model.layers[0].requires_grad_(False)
     args = OptimizerArgs(max_grad_norm=None, in_backward=True)
@@ -120,7 +120,7 @@ def test_frozen_weights_stay_and_removed_hooks_leave_gradients() -> None:
     }
     assert moved == {name for name in before if not name.startswith("layers.0.")}
     assert isinstance(optimizers, BackwardOptimizers)
-    optimizers.remove_hooks()
+    optimizers.paused = True
     model(TransformerInput(random_tokens(2, 8))).logits.sum().backward()
     assert model.norm.weight.grad is not None
 

@@ -29,7 +29,6 @@ from transom.training.losses.balance import ROUTER, RouterCounts, router_parts, 
 from transom.training.optim.ema import Ema
 from transom.training.optim.optimizers import (
     BackwardOptimizers,
-    Optimizers,
     build_optimizer,
     width_multiplier,
 )
@@ -106,7 +105,8 @@ class Stepper:
         args.optimizer.check_in_backward(
             args.accumulate, ranks=ranks.world_size, scaled=self.scaler.is_enabled()
         )
-        self.optimizers = self._build_optimizers()
+        width, kind = width_multiplier(self.model.args), self.device.type
+        self.optimizers = build_optimizer(self.model, args.optimizer, device_type=kind, width=width)
         self.ema = None if args.ema_decay is None else Ema(self.model, args.ema_decay)
         self.line = ProgressLine(quiet=not ranks.verbose)
         self.clock = StepClock(self.device, profile_steps)
@@ -114,12 +114,6 @@ class Stepper:
         self.progress = Progress()
         self.compiled = args.compile
         self._arrange_blocks()
-
-    def _build_optimizers(self) -> Optimizers:
-        width = width_multiplier(self.model.args)
-        return build_optimizer(
-            self.model, self.args.optimizer, device_type=self.device.type, width=width
-        )
 
     def _arrange_blocks(self) -> None:
         offloads = self.args.activation_offload and self.device.type != "cpu"
@@ -294,8 +288,7 @@ class Stepper:
         Raises:
             RequestError: If a micro-batch does not fit into memory.
         """
-        if isinstance(self.optimizers, BackwardOptimizers):
-            self.optimizers.remove_hooks()  # else the backward pass would move weights
+        self.optimizers.paused = True
         micro = self.batches.largest(self.args.accumulate)
         random, started = random_state(self.device), time.perf_counter()
         reset_peak_memory(self.device)
@@ -308,8 +301,7 @@ class Stepper:
         synchronize(self.device)
         restore_random_state(self.device, random)
         self.optimizers.zero_grad()
-        if isinstance(self.optimizers, BackwardOptimizers):
-            self.optimizers = self._build_optimizers()
+        self.optimizers.paused = False
         rows, length = micro.tokens.shape
         self.line.say(
             f"dry run: {rows} x {length} tokens forward and backward in "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,14 +115,6 @@ def _polynomial(gram_NSS: Tensor, coefficients: list[tuple[float, float, float]]
     return product_NSS
 
 
-class _Matrix(NamedTuple):
-    """One matrix of a parameter with its gradient and momentum, as views."""
-
-    weight_OI: Tensor
-    gradient_OI: Tensor
-    momentum_OI: Tensor
-
-
 class Muon(Optimizer):
     """Nesterov momentum, orthogonalised, for [out, in] and [E, out, in] parameters (E matrices).
 
@@ -151,12 +143,8 @@ class Muon(Optimizer):
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
             shape = tuple(parameter.shape)
-            require(
-                len(shape) in (2, 3),
-                "shape",
-                shape,
-                "Muon accepts [out, in] and [experts, out, in]",
-            )
+            expected = "Muon accepts [out, in] and [experts, out, in]"
+            require(len(shape) in (2, 3), "shape", shape, expected)
             self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
@@ -168,22 +156,25 @@ class Muon(Optimizer):
             for batch in self._batches(group["params"]):
                 self._update(batch, group)
 
-    def _batches(self, parameters: list[Tensor]) -> Iterator[list[_Matrix]]:
-        """Yield matrices of one shape, dtype and device, as many as one batched product takes."""
-        alike: dict[tuple[Any, ...], list[_Matrix]] = defaultdict(list)
+    def _batches(self, parameters: list[Tensor]) -> Iterator[list[tuple[Tensor, ...]]]:
+        """Yield matrices of one shape, dtype and device, as many as one batched product takes.
+
+        Each is a tuple of views: weight, gradient and momentum [out, in].
+        """
+        alike: dict[tuple[Any, ...], list[tuple[Tensor, ...]]] = defaultdict(list)
         for parameter in parameters:
             if parameter.grad is None:
                 continue
             tensors = (parameter.detach(), parameter.grad, self.state[parameter]["momentum_buffer"])
             views = (t.unbind(0) if t.ndim == 3 else (t,) for t in tensors)
             key = (parameter.shape[-2:], parameter.dtype, parameter.device)
-            alike[key].extend(_Matrix(*matrix) for matrix in zip(*views, strict=True))
+            alike[key].extend(zip(*views, strict=True))
         for (shape, _, device), matrices in alike.items():
             size = matrices_per_batch(shape.numel(), device.type)
             for start in range(0, len(matrices), size):
                 yield matrices[start : start + size]
 
-    def _update(self, batch: list[_Matrix], group: dict[str, Any]) -> None:
+    def _update(self, batch: list[tuple[Tensor, ...]], group: dict[str, Any]) -> None:
         weights, gradients, momenta = (list(column) for column in zip(*batch, strict=True))
         out_features, in_features = weights[0].shape
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])

@@ -65,9 +65,13 @@ def parameter_groups(
         "others": args.lr,
     }
     groups: dict[tuple[str, str], dict[str, Any]] = {}
-    for name, kind in ((name, kind) for name in rates for kind in KINDS):
+    for path, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        name = _group_of(path, parameter)
+        kind = _kind_of(name, parameter, args)
         scale = width if name in ("matrices", "routers") and kind != "muon" else 1.0
-        groups[name, kind] = {
+        new: dict[str, Any] = {
             "name": name,
             "params": [],
             "param_names": [],
@@ -76,13 +80,10 @@ def parameter_groups(
             "lr": rates[name] / scale,
             "base_lr": rates[name] / scale,
         }
-    for path, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            name = _group_of(path, parameter)
-            group = groups[name, _kind_of(name, parameter, args)]
-            group["params"].append(parameter)
-            group["param_names"].append(path)
-    return [group for group in groups.values() if group["params"]]
+        group = groups.setdefault((name, kind), new)
+        group["params"].append(parameter)
+        group["param_names"].append(path)
+    return [groups[key] for name in rates for kind in KINDS if (key := (name, kind)) in groups]
 
 
 def _group_of(path: str, parameter: Tensor) -> str:
@@ -111,7 +112,14 @@ def _kind_of(group: str, parameter: Tensor, args: OptimizerArgs) -> str:
 
 
 class Optimizers:
-    """The optimizers of one model with a common step, and their state as tensors by name."""
+    """The optimizers of one model with a common step, and their state as tensors by name.
+
+    Attributes:
+        all: The optimizers.
+        paused: Whether backward passes only leave gradients, also with `BackwardOptimizers`.
+    """
+
+    paused = False
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
         """Take optimizers of `parameter_groups`, with the state of each parameter."""
@@ -190,16 +198,17 @@ class BackwardOptimizers(Optimizers):
     """
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
-        """Take one optimizer per parameter, and hook each until `remove_hooks`."""
+        """Take one optimizer per parameter."""
         super().__init__(optimizers)
         self._norms: list[Tensor] = []
-        self._hooks = []
         for optimizer in optimizers:
             (parameter,) = optimizer.param_groups[0]["params"]
             hook = functools.partial(self._move, optimizer)
-            self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
+            parameter.register_post_accumulate_grad_hook(hook)
 
     def _move(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+        if self.paused:
+            return
         assert parameter.grad is not None, "the hook runs when the gradient is complete"
         self._norms.append(torch.linalg.vector_norm(parameter.grad))
         optimizer.step()
@@ -211,11 +220,6 @@ class BackwardOptimizers(Optimizers):
         norms = self._norms
         self._norms = []
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-
-    def remove_hooks(self) -> None:
-        """Let later backward passes leave gradients again."""
-        for hook in self._hooks:
-            hook.remove()
 
 
 def build_optimizer(

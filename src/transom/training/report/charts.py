@@ -24,21 +24,6 @@ Row = Mapping[str, Any]
 MUTED, GRID = "#606162", "#d0d1d2"
 SERIES = ("#2563c9", "#b34d05", "#0f7b5f", "#8a3ab9", "#b4234c", "#6b6f1d")
 VARIABLES = {MUTED: "muted", GRID: "line"} | {colour: f"s{i}" for i, colour in enumerate(SERIES)}
-DRAWING: dict[Any, Any] = {
-    "font.size": 9.0,
-    "path.simplify_threshold": 0.5,
-    "svg.hashsalt": "transom",
-    "figure.figsize": (5.4, 2.3),
-    "figure.constrained_layout.use": True,
-    "text.parse_math": False,
-    "axes.edgecolor": GRID,
-    "grid.color": GRID,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    **dict.fromkeys(("svg.fonttype", "figure.facecolor", "axes.facecolor"), "none"),
-    **dict.fromkeys((f"axes.spines.{side}" for side in ("top", "right", "left")), False),
-    **dict.fromkeys((f"{a}tick.{b}.size" for a in "xy" for b in ("major", "minor")), 0.0),
-}
 MISSING = "\N{EM DASH}"
 FEW_STEPS = 80  # below, single steps are drawn without a smoothed curve
 

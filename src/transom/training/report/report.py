@@ -20,7 +20,6 @@ from transom.base.files import read_json
 from transom.base.locks import FolderLock
 from transom.training.loop.progress import duration
 from transom.training.report.charts import (
-    DRAWING,
     MISSING,
     SERIES,
     Card,
@@ -85,7 +84,7 @@ def write_report(run: Path) -> Path:
         config = json.dumps(facts.get("config"), indent=2)
         if file.exists():
             config = file.read_text(encoding="utf-8")
-        with matplotlib.rc_context(DRAWING):
+        with matplotlib.rc_context(fname=Path(__file__).with_name("charts.mplstyle")):
             text = _page(run.resolve().name, facts, rows, unreadable, config)
         try:
             temporary.write_text(text, encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from transom.base.errors import RequestError
@@ -124,31 +124,30 @@ def check_effects(args: TrainArgs, words: Collection[str] = (), *, by_value: boo
     Raises:
         RequestError: If a setting has no effect. The message names the field and the condition.
     """
-    data = write(args)
+    data, defaults = write(args), {"finetune": write(FinetuneArgs())}
+    changed = [field for field, *_ in differences(defaults, {"finetune": data["finetune"]})]
     for effect in EFFECTS:
         if effect.when(args):
             continue
         for name in effect.fields.split():
             given = [word for word in words if f"{word}.".startswith(f"{name}.")]
             named = [word for word in given if value_at(data, word) is not None]
-            if by_value and not named and effect.by_value and args.finetune is not None:
-                named = list(_changed_fields(args.finetune, name))
+            if by_value and not named and effect.by_value:
+                named = [field for field in changed if f"{field}.".startswith(f"{name}.")]
             if named:
                 value = value_at(data, named[0])
                 what = f"got {value!r}, which has no effect"
                 raise RequestError(f"{named[0]}: {what}; expected with {effect.expected}")
 
 
-def _changed_fields(finetune: FinetuneArgs, name: str) -> Iterator[str]:
-    """Yield the fields at or below `name` that differ from their defaults."""
-    defaults, now = {"finetune": write(FinetuneArgs())}, {"finetune": write(finetune)}
-    names = [name]
-    for field in names:
-        default, value = value_at(defaults, field), value_at(now, field)
-        if isinstance(default, dict):
-            names += [f"{field}.{key}" for key in default]
-        elif default != value:
-            yield field
+def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield field, old and new value for every field at or below `name` in which data differ."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in {**before, **now}:
+            field = f"{name}.{key}" if name else key
+            yield from differences(before.get(key), now.get(key), field)
+    elif before != now:
+        yield name, before, now
 
 
 def value_at(data: Any, field: str) -> Any:

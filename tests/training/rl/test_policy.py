@@ -194,7 +194,7 @@ def test_a_gap_between_drawing_and_learning_is_shown(capsys) -> None:
     assert learn(policy, policy.prepare(questions().next()))["gap"] > 0.01
 
 
-def test_a_step_without_a_signal_is_counted_and_said(capsys) -> None:
+def test_a_step_without_a_signal_is_logged_and_said_once(capsys) -> None:
     policy = objective(
         small_model(), reward=Reward("one", lambda answer, reference: 0.3, Path(__file__))
     )
@@ -202,7 +202,7 @@ def test_a_step_without_a_signal_is_counted_and_said(capsys) -> None:
     for _ in range(3):
         parts = learn(policy, policy.prepare(batches.next()))
     said = [line for line in capsys.readouterr().err.splitlines() if "no signal" in line]
-    assert policy.silent_steps == 3 and len(said) == 2
+    assert len(said) == 1
     assert parts["no_signal"] == 1
     assert all(gradient.eq(0).all() for gradient in gradients(policy.model).values())
 
@@ -211,7 +211,7 @@ def test_held_out_questions_are_answered_greedily() -> None:
     policy = objective(small_model(), reward=SHARE)
     found = policy.evaluate(ROWS)
     assert found == policy.evaluate(ROWS) and found.loss == -found.mean("reward")
-    texts = [score(one.completion.text, {}) for one in policy._answers(ROWS, range(6), 0.0)]
+    texts = [score(one.completion.text, {}) for one in policy._answers(ROWS, range(6), 0.0)[0]]
     assert found.mean("reward") == pytest.approx(sum(texts) / 6)
     assert found.mean("accuracy") == sum(one >= 1 for one in texts) / 6
     assert policy.model.training

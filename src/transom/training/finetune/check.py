@@ -7,27 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import notice, require
 from transom.checkpoints.files.layout import is_model
 from transom.checkpoints.files.location import find_model
 from transom.checkpoints.open_model import open_text
 from transom.checkpoints.read_args import lacks_vocabulary, read_args
 from transom.data.chat.conversations import ExampleKind
 from transom.data.chat.finetune_sets import Examples, Problem, find_examples, split_examples
-from transom.data.chat.rows import ChatEncoder, prompt_ids
+from transom.data.chat.rows import ChatEncoder
 from transom.data.chat.shards import prepare_chats
 from transom.data.row_kinds import Problem
 from transom.training.config import TrainArgs
 from transom.training.defaults import choose_rows, require_comparable
 from transom.training.finetune.args import FinetuneArgs, objectives_of, require_kinds
 from transom.training.finetune.config import finetune_args
-from transom.training.finetune.data import chat_encoder
+from transom.training.finetune.data import chat_encoder, questions_of
 from transom.training.rl.rewards import open_reward
 
 SEQ_LEN = 4096  # tokens of the longest row for a tokenizer without a model
@@ -154,19 +153,10 @@ def _count_rows(data: FinetuneSet) -> tuple[dict[str, Any], NDArray[np.int64]]:
 def _count_prompts(data: FinetuneSet) -> tuple[dict[str, Any], list[int]]:
     """Return counts of the prompts whose answers the reward can judge, and the tokens of each."""
     reward = open_reward(data.args.finetune_settings.reward)
-    lengths: list[int] = []
-    for at, example in enumerate(chain(data.train, data.measured)):
-        try:
-            ids = prompt_ids(example, data.encoder.tokenizer, data.encoder.template)
-            reward.check([(example.id, example.reference)])
-        except RequestError as error:
-            reason = str(error).removeprefix(f"{example.id}: ")
-            data.problems.append(Problem(example.id, reason))
-            continue
-        if at < len(data.train):
-            lengths.append(len(ids))
-    room = data.args.data.seq_len - data.args.finetune_settings.answer_tokens
-    kept = [length for length in lengths if length <= room]
-    counts = {"examples": len(data.train), "rows": len(kept), "tokens": sum(kept)}
-    too_long = len(lengths) - len(kept)
-    return {**counts, "longest": max(kept, default=0), "too_long": too_long}, kept
+    asked, _ = (
+        questions_of([part], data.args, data.encoder, reward, data.problems)
+        for part in (data.train, data.measured)
+    )
+    lengths = [len(row.ids) for row in asked.rows]
+    counts = {"examples": len(data.train), "rows": len(lengths), "tokens": sum(lengths)}
+    return {**counts, "longest": max(lengths, default=0), "too_long": asked.dropped}, lengths

@@ -16,10 +16,11 @@ from transom.checkpoints.files.generation_config import stop_tokens_of
 from transom.checkpoints.files.location import ModelLocation
 from transom.data.batch import Batch
 from transom.data.chat.batches import ChatBatches, padded_batch
-from transom.data.chat.finetune_sets import Examples, split_examples
+from transom.data.chat.finetune_sets import Examples, Problem, split_examples
 from transom.data.chat.rows import ChatEncoder, EncodedChats, template_for
 from transom.data.chat.shards import prepare_chats
 from transom.data.text.sources import require_whole
+from transom.evaluation.bits import batches_by_length
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
 from transom.training.defaults import RowChoice, choose_rows, require_comparable
@@ -27,7 +28,7 @@ from transom.training.finetune.args import require_kinds
 from transom.training.loop.ranks import Ranks
 from transom.training.loop.run_data import NOTHING_HELD_OUT, TOKENS, RunData
 from transom.training.rl.rewards import Reward, open_reward
-from transom.training.rl.rollouts import QuestionBatches, encode_questions
+from transom.training.rl.rollouts import QuestionBatches, Questions, encode_questions
 
 BATCH_TOKENS = 8192  # of a batch of held-out rows, padding included
 
@@ -145,17 +146,7 @@ def _questions(
     """Return the data of a run that learns from rewards: questions, and what judges the answers."""
     finetune = args.finetune_settings
     reward = open_reward(finetune.reward)
-    asked, held = (
-        encode_questions(
-            chain(*examples),
-            encoder.tokenizer,
-            encoder.template,
-            seq_len=args.data.seq_len,
-            answer_tokens=finetune.answer_tokens,
-        )
-        for examples in (train, measured)
-    )
-    reward.check((row.id, row.reference) for row in (*asked.rows, *held.rows))
+    asked, held = (questions_of(examples, args, encoder, reward) for examples in (train, measured))
     choice = choose_rows([len(row.ids) for row in asked.rows], args, ranks.world_size)
     ranks.say(f"training set: {asked}; held out: {held}")
     batches = QuestionBatches(
@@ -179,6 +170,25 @@ def _questions(
     )
 
 
+def questions_of(
+    parts: Iterable[Examples],
+    args: TrainArgs,
+    encoder: ChatEncoder,
+    reward: Reward,
+    problems: list[Problem] | None = None,
+) -> Questions:
+    """Return the questions of a run in some examples, see `encode_questions`."""
+    return encode_questions(
+        chain(*parts),
+        encoder.tokenizer,
+        encoder.template,
+        seq_len=args.data.seq_len,
+        answer_tokens=args.finetune_settings.answer_tokens,
+        reward=reward,
+        problems=problems,
+    )
+
+
 def find_all(args: TrainArgs) -> tuple[list[Examples], list[Examples], dict[str, str]]:
     """Return examples to train on and to measure with, and a hash of each source."""
     train: list[Examples] = []
@@ -198,21 +208,12 @@ def find_all(args: TrainArgs) -> tuple[list[Examples], list[Examples], dict[str,
 
 
 def held_batches(rows: EncodedChats) -> list[Batch]:
-    """Return all rows in padded batches of similar length.
-
-    The rows of a pair stay together. No batch has a single item, unless there is no other one,
-    because kto compares items.
-    """
-    groups: list[list[int]] = []
-    for at in rows.lengths.argsort(kind="stable").tolist():
-        longest = int(rows.lengths[at]) + 1
-        full = groups and (len(groups[-1]) + 1) * rows.rows_per_item * longest > BATCH_TOKENS
-        if not groups or (full and len(groups[-1]) > 1):
-            groups.append([])
-        groups[-1].append(at)
-    if len(groups) > 1 and len(groups[-1]) == 1:
-        groups[-2] += groups.pop()
-    return [padded_batch([rows.items[at] for at in group]) for group in groups]
+    """Return all rows in padded batches of similar length. The rows of a pair stay together."""
+    labels, lengths = rows.labels or [], rows.lengths + 1
+    return [
+        padded_batch([rows.items[at] for at in group], [labels[at] for at in group if labels])
+        for group in batches_by_length(lengths.tolist(), BATCH_TOKENS // rows.rows_per_item)
+    ]
 
 
 def _hash(*parts: EncodedChats) -> str:

@@ -7,8 +7,9 @@ was resolved, with the values that follow from the data.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from transom.base.version import __version__
 from transom.planning.counts import parameters
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
-from transom.training.effects import value_at
+from transom.training.effects import differences, value_at
 from transom.training.loop.run_data import TOKENS
 from transom.training.loop.run_folder import RunFolder
 from transom.training.loop.trainer import Trainer
@@ -114,7 +115,7 @@ def changes_of(run: Path, args: TrainArgs) -> list[Change]:
     stored = write(read(TrainArgs, facts["config"]))
     changes = [
         change
-        for change in _differences("", stored, write(args))
+        for change in starmap(Change, differences(stored, write(args)))
         if change.now != value_at(facts["resolved"], change.field)
     ]
     wrong = [
@@ -171,12 +172,3 @@ def check_same_data(run: Path, data: Mapping[str, str], tokenizer: Tokenizer) ->
         )
     if facts["tokenizer"] != tokenizer.hash:
         raise RequestError(f"{run}: the tokenizer of its latest step is not the one it began with")
-
-
-def _differences(name: str, before: Any, now: Any) -> Iterator[Change]:
-    """Yield every field at or below `name` in which plain data differ."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        for key in {**before, **now}:
-            yield from _differences(f"{name}.{key}" if name else key, before.get(key), now.get(key))
-    elif before != now:
-        yield Change(name, before, now)

@@ -33,8 +33,8 @@ def random_states(ranks: Ranks) -> dict[str, Tensor]:
     """Return the states of all ranks by their names in a checkpoint. Call it on every rank."""
     return {
         _name(name, rank): one
-        for name, state in random_state(ranks.device).items()
-        for rank, one in enumerate(ranks.each(state))
+        for rank, state in enumerate(ranks.each(random_state(ranks.device)))
+        for name, one in state.items()
     }
 
 

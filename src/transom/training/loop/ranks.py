@@ -6,8 +6,8 @@ Nothing else in `training` knows how ranks communicate. With one rank each metho
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from transom.base.errors import RequestError, WorkError, notice
-from transom.evaluation.score import Score
 
+T = TypeVar("T")
 CPU = torch.device("cpu")
 
 
@@ -65,29 +65,12 @@ class Ranks:
         """Return the items that this rank scores: every `world_size`-th one."""
         return items[self.rank :: self.world_size]
 
-    def total(self, scores: Sequence[Score]) -> list[Score]:
-        """Return each score summed over ranks. Every rank gives the same scores in one order."""
-        if self.world_size == 1:
-            return list(scores)
-        rows = [(one.loss_sum, one.count, one.bytes, *one.sums.values()) for one in scores]
-        numbers = torch.tensor([x for row in rows for x in row], dtype=torch.float64)
-        numbers = numbers.to(self.device)
-        self.sum(numbers)
-        left = iter(numbers.tolist())
-        return [
-            replace(
-                one,
-                loss_sum=next(left),
-                count=next(left),
-                bytes=int(next(left)),
-                sums={name: next(left) for name in one.sums},
-            )
-            for one in scores
-        ]
-
     def largest(self, number: int) -> int:
         """Return the largest of the ranks' numbers."""
-        return max(int(one) for one in self.each(torch.tensor(number)))
+        found = torch.tensor(number, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self._group)
+        return int(found)
 
     def first(self, number: int) -> int:
         """Return the number of rank 0."""
@@ -112,14 +95,12 @@ class Ranks:
         if failed:
             raise (RequestError if failed[0] else WorkError)(f"rank 0: {failed[1]}")
 
-    def each(self, tensor: Tensor) -> list[Tensor]:
-        """Return the tensors of all ranks, in the order of the ranks. They have one shape."""
-        if self.world_size == 1:
-            return [tensor]
-        here = tensor.to(self.device)
-        out = [torch.empty_like(here) for _ in range(self.world_size)]
-        dist.all_gather(out, here, group=self._group)
-        return [one.to(tensor.device) for one in out]
+    def each(self, value: T) -> list[T]:
+        """Return the values of all ranks, in the order of the ranks."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def _from_first(self, value: Any) -> Any:
         """Return the value of rank 0."""

@@ -160,8 +160,8 @@ class Trainer(Stepper):
         scores: dict[str, Score] = {}
         with self._interruptible(), self._as_saved(), autocast:
             scores = self.monitor.scores(max_tokens)
-        totals = self.ranks.total(list(scores.values()))
-        named = dict(zip(scores, totals, strict=True))
+        shares = self.ranks.each(scores)
+        named = {name: sum((share[name] for share in shares), Score()) for name in scores}
         return self.monitor.log_scores(named, key)
 
     def sample(self) -> None:

@@ -172,8 +172,6 @@ class PolicyGradient(Objective):
     dtype: torch.dtype = torch.float32
     chunk: int | None = None
     ranks: Ranks = ALONE
-    # Steps without a signal since this object was made.
-    silent_steps: int = field(default=0, init=False)
     # Answers of the current step over all ranks.
     step_answers: int = field(default=1, init=False)
 
@@ -201,11 +199,18 @@ class PolicyGradient(Objective):
     def prepare(self, batch: QuestionBatch) -> Batch:
         """Return the batch of sampled answers to the questions of a step, with their advantages."""
         questions = batch.answers
-        answers = self._answers(questions, batch.seeds, self.args.temperature)
-        rewards_B = torch.tensor(self._rewards(questions, answers))
-        self._notice_silent(rewards_B.view(-1, batch.group))
+        answers, rewards = self._answers(questions, batch.seeds, self.args.temperature)
+        rewards_B = torch.tensor(rewards)
+        rewards_QG = rewards_B.view(-1, batch.group)
+        signals = (rewards_QG != rewards_QG[:, :1]).any(1).sum().to(self.ranks.device)
+        self.ranks.sum(signals)
+        if not int(signals):
+            self.ranks.say(
+                "no signal: all answers to each question of a step have the same reward, so the "
+                "step learns nothing; `no_signal` in metrics.jsonl is the share of such questions"
+            )
         advantages_B = group_advantages(rewards_B, batch.group, scale=self.args.scale_rewards)
-        self.step_answers = len(questions) * batch.world_size
+        self.step_answers = len(questions) * self.ranks.world_size
         return rollout_batch(batch, answers, rewards_B, advantages_B)
 
     def loss(self, output: TransformerOutput, micro: Batch, units: Tensor) -> dict[str, Tensor]:
@@ -228,8 +233,7 @@ class PolicyGradient(Objective):
 
         `accuracy` is the share solved, and `cut` the share that ended by their length.
         """
-        answers = self._answers(items, range(len(items)), 0.0)
-        rewards = self._rewards(items, answers)
+        answers, rewards = self._answers(items, range(len(items)), 0.0)
         sums = {
             "reward": sum(rewards),
             "accuracy": sum(one >= SOLVED for one in rewards),
@@ -239,8 +243,9 @@ class PolicyGradient(Objective):
 
     def _answers(
         self, questions: Sequence[Question], seeds: Sequence[int], temperature: float
-    ) -> list[SampledAnswer]:
-        return sample_answers(
+    ) -> tuple[list[SampledAnswer], list[float]]:
+        """Return a sampled answer to each question, and its reward."""
+        answers = sample_answers(
             self.model,
             self.tokenizer,
             [question.ids for question in questions],
@@ -250,12 +255,9 @@ class PolicyGradient(Objective):
             stop_tokens=self.stop_tokens,
             dtype=self.dtype,
         )
-
-    def _rewards(
-        self, questions: Sequence[Question], answers: Sequence[SampledAnswer]
-    ) -> list[float]:
         pairs = zip(questions, answers, strict=True)
-        return [self.reward(one.completion.text, row.reference, row.id) for row, one in pairs]
+        rewards = [self.reward(one.completion.text, row.reference, row.id) for row, one in pairs]
+        return answers, rewards
 
     def _means(self, micro: Batch) -> dict[str, Tensor]:
         """Return this micro-batch's share of the means over answers and over questions."""
@@ -270,19 +272,3 @@ class PolicyGradient(Objective):
             "no_signal": (rewards_QG == rewards_QG[:, :1]).all(1) * group,
         }
         return {name: value.sum() * (1 / self.step_answers) for name, value in values.items()}
-
-    def _notice_silent(self, rewards_QG: Tensor) -> None:
-        """Count the steps in which all answers to each question have the same reward.
-
-        A notice is printed for the first, second, fourth, eighth one and so on.
-        """
-        signals = (rewards_QG != rewards_QG[:, :1]).any(1).sum().to(self.ranks.device)
-        self.ranks.sum(signals)
-        if int(signals):
-            return
-        self.silent_steps += 1
-        if self.silent_steps & (self.silent_steps - 1) == 0:
-            self.ranks.say(
-                "no signal: all answers to each question of a step have the same reward (mean "
-                f"{rewards_QG.mean():g}), so nothing is learnt; such steps: {self.silent_steps}"
-            )

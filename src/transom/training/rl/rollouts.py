@@ -22,11 +22,13 @@ from transom.chat.template import ChatTemplate
 from transom.data.batch import NO_TARGET, Batch
 from transom.data.chat.batches import padded_batch
 from transom.data.chat.conversations import ChatExample
+from transom.data.chat.finetune_sets import Problem
 from transom.data.chat.rows import prompt_ids
 from transom.data.chat.turns import EncodedChat
 from transom.data.order import ShuffledBatches
 from transom.inference.text import Completion
 from transom.tokenizers.tokenizer import Tokenizer
+from transom.training.rl.rewards import Reward
 
 ANSWERS = 3  # the use of the seeds of answers, beside those of `data.order.Stream`
 
@@ -71,6 +73,8 @@ def encode_questions(
     *,
     seq_len: int,
     answer_tokens: int,
+    reward: Reward | None = None,
+    problems: list[Problem] | None = None,
 ) -> Questions:
     """Encode the prompts of examples. Those that leave no room for an answer are left out.
 
@@ -80,9 +84,12 @@ def encode_questions(
         template: The chat template, if an example needs one.
         seq_len: Tokens of a prompt and its answer together.
         answer_tokens: Tokens of the longest answer.
+        reward: Has to be able to judge the answers to each question, if it is given.
+        problems: Receives the examples that can't be used. If it is None, the first of them raises
+            an error, and so does a set without a question that leaves room for an answer.
 
     Raises:
-        RequestError: An example cannot be encoded, or no prompt leaves room for an answer.
+        RequestError: An example cannot be encoded or judged, or no prompt leaves room.
     """
     room = seq_len - answer_tokens
     expected = f"expected less than data.seq_len = {seq_len}, which prompt and answer share"
@@ -91,14 +98,19 @@ def encode_questions(
     for example in examples:
         try:
             ids = prompt_ids(example, tokenizer, template)
+            if reward is not None:
+                reward.check([(example.id, example.reference)])
         except RequestError as error:
-            where = "" if str(error).startswith(example.id) else f"{example.id}: "
-            raise RequestError(f"{where}{error}") from None
+            problem = Problem(example.id, str(error).removeprefix(f"{example.id}: "))
+            if problems is None:
+                raise RequestError(": ".join(problem)) from None
+            problems.append(problem)
+            continue
         if len(ids) > room:
             too_long.append(len(ids))
         else:
             rows.append(Question(example.id, ids, example.reference))
-    if too_long and not rows:
+    if too_long and not rows and problems is None:
         least = min(too_long) + answer_tokens
         expected = f"expected {least} or more, so that one of {len(too_long)} questions has room"
         require(False, "data.seq_len", seq_len, expected)
@@ -113,13 +125,11 @@ class QuestionBatch:
         rows: The questions.
         seeds: A seed for each answer: `group` seeds for the first question, and so on.
         group: Answers to each question.
-        world_size: Number of ranks.
     """
 
     rows: tuple[Question, ...]
     seeds: tuple[int, ...]
     group: int
-    world_size: int = 1
 
     @property
     def answers(self) -> list[Question]:
@@ -157,18 +167,18 @@ class QuestionBatches(ShuffledBatches):
         expected = "expected 2 or more: answers are compared with each other"
         require(group >= 2, "finetune.group", group, expected)
         self._questions = rows
-        self._group, self._answer_tokens, self._world_size = group, answer_tokens, world_size
+        self._group, self._answer_tokens = group, answer_tokens
 
     def _load(self, places: Sequence[tuple[int, int]]) -> QuestionBatch:
         rows = tuple(self._questions[self._index(*place)] for place in places)
         group = range(self._group)
         seeds = tuple(answer_seed(self._seed, *place, at) for place in places for at in group)
-        return QuestionBatch(rows, seeds, self._group, self._world_size)
+        return QuestionBatch(rows, seeds, self._group)
 
     def _batch(self, items: list[int]) -> Batch:
         """Return a batch of these questions with answers of the full length, for a dry run."""
         rows = tuple(self._questions[item] for item in items)
-        batch = QuestionBatch(rows, (), self._group, self._world_size)
+        batch = QuestionBatch(rows, (), self._group)
         ids = [0] * self._answer_tokens
         answer = SampledAnswer(Completion("", ids, "length"), [0.0] * len(ids))
         zeros_B = torch.zeros(len(batch.answers))

@@ -135,10 +135,10 @@ def test_a_model_without_an_adapter_is_not_its_own_reference():
 
 def test_only_a_base_that_stands_still_is_a_reference():
     model = adapted()
-    check_frozen_base(model)  # the replaced norm trains, but is part of the adapter
+    check_frozen_base(model, "a setting")  # the replaced norm trains, but is part of the adapter
     model.layers[0].attention_norm.weight.requires_grad_(True)
     with pytest.raises(RequestError, match=r"layers\.0\.attention_norm\.weight: trains outside"):
-        check_frozen_base(model)
+        check_frozen_base(model, "a setting")
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])

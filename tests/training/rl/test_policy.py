@@ -335,4 +335,4 @@ def test_questions_without_room_for_an_answer_are_left_out_and_counted() -> None
 
 def test_rows_that_cannot_be_judged_are_refused() -> None:
     with pytest.raises(RequestError, match="row x: answer: got None"):
-        open_reward("exact").check([("row x", {})])
+        open_reward("exact").check({}, "row x")

@@ -44,7 +44,7 @@ def test_a_row_that_cannot_be_judged_is_refused_before_an_answer_is_there(
     name, reference, sentence
 ):
     with pytest.raises(RequestError, match=sentence):
-        open_reward(name).check([("row 3", reference)])
+        open_reward(name).check(reference, "row 3")
 
 
 @pytest.fixture

@@ -55,7 +55,8 @@ def finetune_parts(args: TrainArgs, choice: DtypeChoice) -> RunParts:
     """
     assert args.base is not None, "TrainArgs checks it"
     folder, ranks = whole_model(args.base), choice.ranks
-    base = base_name(args.base, folder)
+    # An adapter names its base: a folder by its absolute path, or a hub id.
+    base = str(folder.resolve()) if Path(args.base).exists() else args.base
     choice.limit(read_args(folder))
     model, tokenizer = finetune_model(folder, args, choice)
     mark = fingerprint(folder)
@@ -180,8 +181,3 @@ def check_written(model: LLM, base: str) -> None:
             if copy in adapter_names(model):
                 remove_adapter(model, copy)
             activate_adapters(model, active)
-
-
-def base_name(base: str, folder: Path) -> str:
-    """Return how an adapter names its base: a folder by its absolute path, or a hub id."""
-    return str(folder.resolve()) if Path(base).exists() else base

@@ -52,10 +52,8 @@ class DtypeChoice:
     def of(cls, name: str, dtype: torch.dtype, ranks: Ranks) -> DtypeChoice:
         """Return the choice of `dtype: name` in a config, where the device suggests `dtype`."""
         candidate = name == "auto" and dtype == torch.bfloat16 and ranks.device.type == "cpu"
-        is_open = bool(ranks.first(int(candidate)))  # the processors of the ranks may differ
-        if name == "auto":
-            dtype = torch.bfloat16 if ranks.first(int(dtype == torch.bfloat16)) else torch.float32
-        return cls(dtype, is_open, ranks)
+        # The processors of the ranks may differ.
+        return cls(ranks.first(dtype) if name == "auto" else dtype, ranks.first(candidate), ranks)
 
     def settle(
         self, model: LLM, objective: Objective, batches: Batches, items: int, *, frozen: bool
@@ -90,9 +88,8 @@ class DtypeChoice:
         model.zero_grad(set_to_none=True)
         model.train(was_training)
         restore_random_state(self.ranks.device, random)
-        faster = fast * CLEARLY < slow and slow - fast > SECONDS
-        takes_bfloat16 = bool(self.ranks.first(int(faster)))
-        self.dtype = torch.bfloat16 if takes_bfloat16 else torch.float32
+        faster = self.ranks.first(fast * CLEARLY < slow and slow - fast > SECONDS)
+        self.dtype = torch.bfloat16 if faster else torch.float32
         rows, length = micro.tokens.shape
         if self.ranks.rank == 0:
             notice(
@@ -128,8 +125,8 @@ def cast_frozen(model: LLM, dtype: torch.dtype) -> None:
 
 def timed_batch(batches: Batches, items: int) -> Batch:
     """Return the longest rows of the run: at most `items`, with about `TIMED_TOKENS` tokens."""
-    pieces = [count for count in range(1, items + 1) if items % count == 0]
-    micro: Batch = batches.largest(pieces.pop(0))
-    while pieces and micro.tokens.numel() > TIMED_TOKENS:
-        micro = batches.largest(pieces.pop(0))
+    micro: Batch = batches.largest(1)
+    for pieces in range(2, items + 1):
+        if items % pieces == 0 and micro.tokens.numel() > TIMED_TOKENS:
+            micro = batches.largest(pieces)
     return micro

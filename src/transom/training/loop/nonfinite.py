@@ -29,17 +29,8 @@ def locate_nonfinite(model: LLM, inputs: Sequence[TransformerInput]) -> str:
         place = _first_output(model, rows)
         if place is not None:
             return f"the output of {place} is the first that is not finite"
-
-    def depth(name: str) -> int:
-        parts = name.split(".")
-        if parts[0] == "layers":
-            return int(parts[1])
-        return len(model.layers) if parts[0] in ("norm", "output", "head") else -1
-
-    grads = {name: weight.grad for name, weight in model.named_parameters()}
-    for name in sorted(grads, key=depth)[::-1]:
-        grad = grads[name]
-        if grad is not None and not _finite(grad):
+    for name, weight in reversed(list(model.named_parameters())):  # from output to input
+        if weight.grad is not None and not _finite(weight.grad):
             return f"the gradient of {name} is the first that is not finite"
     return "all weights, outputs and gradients are finite"
 

@@ -72,9 +72,12 @@ class Ranks:
             dist.all_reduce(found, dist.ReduceOp.MAX, group=self._group)
         return int(found)
 
-    def first(self, number: int) -> int:
-        """Return the number of rank 0."""
-        return int(self._from_first(number))
+    def first(self, value: T) -> T:
+        """Return the value of rank 0."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, group=self._group, group_src=0)
+        return values[0]
 
     def on_first(self, call: Callable[[], None]) -> None:
         """Run `call` on rank 0 while the other ranks wait. If it fails, every rank fails.
@@ -89,7 +92,7 @@ class Ranks:
                 call()
             except BaseException as error:
                 failure = error
-        failed = self._from_first(failure and (isinstance(failure, RequestError), str(failure)))
+        failed = self.first(failure and (isinstance(failure, RequestError), str(failure)))
         if failure is not None:
             raise failure
         if failed:
@@ -101,13 +104,6 @@ class Ranks:
         if self.world_size > 1:
             dist.all_gather_object(values, value, group=self._group)
         return values
-
-    def _from_first(self, value: Any) -> Any:
-        """Return the value of rank 0."""
-        values = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(values, group=self._group, group_src=0)
-        return values[0]
 
     @property
     def _group(self) -> dist.ProcessGroup | None:

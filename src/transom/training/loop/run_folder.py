@@ -87,7 +87,8 @@ class RunFolder:
             raise RequestError(f"{self.path}: a file; expected a folder to write the run in")
         begun = (self.path / "run.json").exists()
         if resume and begun and not self.has_steps and self._steps():
-            self._point("latest", self._steps()[-1])  # killed after its first step was written
+            # The run was killed after it had written its first step.
+            self.write_file("latest", self._steps()[-1].name)
         if resume and self.has_steps:
             return
         items = self._items()
@@ -164,8 +165,8 @@ class RunFolder:
                     shutil.rmtree(final)
                 temporary.rename(final)
             if best:  # before `latest`: a kill in between must not lose the best score of `state`
-                self._point("best", final)
-            self._point("latest", final)
+                self.write_file("best", final.name)
+            self.write_file("latest", final.name)
             sync(self.path)
         except (OSError, WorkError) as error:
             what = "checkpoint not written, earlier ones are untouched"
@@ -174,9 +175,6 @@ class RunFolder:
             shutil.rmtree(temporary, ignore_errors=True)
         self._prune(keep_last)
         return final
-
-    def _point(self, name: str, step: Path) -> None:
-        self.write_file(name, step.name)
 
     def _pointed(self, name: str) -> Path | None:
         """Return the step that a pointer names, or None if the pointer or the step is missing."""

@@ -100,7 +100,7 @@ def open_run(
 
     try:
         ranks.on_first(check_folder)
-        goes_on = bool(ranks.first(int(resume and rank == 0 and run.has_steps)))
+        goes_on = ranks.first(resume and rank == 0 and run.has_steps)
         if not goes_on:
             check_effects(args)
         if resume and not goes_on:

@@ -94,16 +94,17 @@ def adapters_off(model: LLM) -> Iterator[None]:
         activate_adapters(model, names)
 
 
-def check_frozen_base(model: LLM) -> None:
-    """Raise a `RequestError` if more than the adapters trains: the base would change."""
+def check_frozen_base(model: LLM, setting: str) -> None:
+    """Raise a `RequestError` about a setting that compares with the model without its adapters.
+
+    It is raised if more than the adapters trains, because the base would then change.
+    """
     own = {
         id(parameter) for _, _, held in adapted_modules(model) for parameter in held.parameters()
     }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in own:
             raise RequestError(
-                f"{name}: trains outside of the adapters, so that the model without them is no "
-                f"fixed reference; "
-                "expected to train adapters only, or log-probabilities computed before the "
-                "first step"
+                f"{setting}; expected to train adapters only ({name} trains outside of the "
+                "adapters, so the model without them is no fixed reference)"
             )

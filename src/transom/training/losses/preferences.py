@@ -152,7 +152,7 @@ class Preference(Objective):
         fits = self.kind != "kto" or self.reference is None
         require(fits, "reference", "log-probabilities", "expected adapters with kto")
         if self.kind != "orpo" and self.reference is None:
-            check_frozen_base(self.model)
+            check_frozen_base(self.model, f"finetune.objective: got {self.kind!r}")
 
     def prepare(self, batch: Batch) -> Batch:
         """Estimate the KL of kto from the whole step, so that micro-batches do not change it."""

@@ -88,14 +88,12 @@ def _tables(signed: bool, device: torch.device) -> _Tables:
     # A search in the 255 middles would take ten times as long as the rest of a step. The first 19
     # bits of a float32 give the code in one look-up, with an error of 0.05 percent at the edges.
     levels = torch.tensor(dynamic_map(signed), dtype=torch.float32)
-    keys = torch.arange(KEYS, dtype=torch.int64)
-    middles = (keys << DROPPED_BITS) + 2 ** (DROPPED_BITS - 1)
-    values = (
-        torch.where(middles < 2**31, middles, middles - 2**32).to(torch.int32).view(torch.float32)
-    )
-    codes = torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)
+    keys = torch.arange(-KEYS // 2, KEYS // 2, dtype=torch.int32)  # by the sign bit
+    middles = ((keys << DROPPED_BITS) + 2 ** (DROPPED_BITS - 1)).view(torch.float32)
+    codes = torch.bucketize(middles, (levels[1:] + levels[:-1]) / 2)
     if not signed:
-        codes = torch.where(keys > 0, codes.clamp_min(1), codes)
+        codes[keys > 0] = codes[keys > 0].clamp_min(1)
+    codes = codes.roll(KEYS // 2)  # the order of keys without a sign
     return _Tables(levels.to(device), codes.to(torch.uint8).to(device))
 
 

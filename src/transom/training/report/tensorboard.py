@@ -10,6 +10,7 @@ from typing import Any
 from transom.base.errors import RequestError, notice
 
 FOLDER = "tensorboard"  # in the run folder
+LEFT_OUT = "tensorboard: {} ({}) is left out; metrics.jsonl has it"
 MOST_CURVES = 64  # of one field: every layer times every expert would drown all others
 
 
@@ -33,7 +34,6 @@ class TensorBoard:
     def __init__(self, run: Path, *, first_step: int = 0) -> None:
         """Write to `run/tensorboard`, and hide older rows from `first_step` on."""
         self._writer = writer_class()(log_dir=str(run / FOLDER), purge_step=first_step)
-        self._left_out: set[str] = set()
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Write every number of a row at its `step`.
@@ -45,7 +45,7 @@ class TensorBoard:
         for field, content in row.items():
             leaves = list(_flat(content, field)) if field != "step" else []
             if len(leaves) > MOST_CURVES:
-                self._leave_out(field, f"{len(leaves)} numbers")
+                notice(LEFT_OUT.format(field, f"{len(leaves)} numbers"))
                 continue
             for name, value in leaves:
                 if isinstance(value, str):
@@ -53,13 +53,8 @@ class TensorBoard:
                 elif isinstance(value, (int, float)):
                     self._writer.add_scalar(name, value, step)
                 elif value is not None:
-                    self._leave_out(name, type(value).__name__)
+                    notice(LEFT_OUT.format(name, type(value).__name__))
         self._writer.flush()
-
-    def _leave_out(self, name: str, what: str) -> None:
-        if name not in self._left_out:
-            self._left_out.add(name)
-            notice(f"tensorboard: {name} ({what}) is left out; metrics.jsonl has it")
 
     def close(self) -> None:
         """Flush and close the files."""

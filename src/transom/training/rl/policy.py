@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import require
 from transom.base.runtime import evaluating
 from transom.cache.model_cache import ModelCache
 from transom.chat.reasoning import marker_ids
@@ -179,15 +179,7 @@ class PolicyGradient(Objective):
         head = self.model.args.head
         require(head is None, "model.head", head, "expected a language model")
         if self.args.strength:
-            try:
-                check_frozen_base(self.model)
-                with adapters_off(self.model):
-                    pass
-            except RequestError as error:
-                expected = "expected 0 if the model without adapters is no fixed reference"
-                raise RequestError(
-                    f"finetune.beta: got {self.args.beta}; {expected} ({error})"
-                ) from None
+            check_frozen_base(self.model, f"finetune.beta: got {self.args.beta}")
         active = [lora for *_, held in adapted_modules(self.model) for lora in held.active_lora()]
         dropout = max((lora.dropout for lora in active), default=0)
         if dropout:

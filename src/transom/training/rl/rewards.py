@@ -11,7 +11,7 @@ import importlib
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -58,15 +58,16 @@ class Reward:
             raise WorkError(f"reward {self.name}: {id}: gives {value!r}; expected a finite number")
         return float(value)
 
-    def check(self, references: Iterable[tuple[str, Reference]]) -> None:
-        """Raise `RequestError` for an (id, reference) that a built-in reward cannot judge."""
-        for id, reference in references if self.file is None else ():
-            self("", reference, id)
-            try:
-                for one in accepted_answers(reference) if self.function is number else ():
-                    check_reference(one)
-            except RequestError as error:
-                raise RequestError(f"{id}: {error}") from None
+    def check(self, reference: Reference, id: str) -> None:
+        """Raise `RequestError` if a built-in reward cannot judge row `id`."""
+        if self.file is not None:
+            return
+        self("", reference, id)
+        try:
+            for one in accepted_answers(reference) if self.function is number else ():
+                check_reference(one)
+        except RequestError as error:
+            raise RequestError(f"{id}: {error}") from None
 
     @property
     def hash(self) -> str:

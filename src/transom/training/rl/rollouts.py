@@ -99,7 +99,7 @@ def encode_questions(
         try:
             ids = prompt_ids(example, tokenizer, template)
             if reward is not None:
-                reward.check([(example.id, example.reference)])
+                reward.check(example.reference, example.id)
         except RequestError as error:
             problem = Problem(example.id, str(error).removeprefix(f"{example.id}: "))
             if problems is None:
@@ -164,8 +164,6 @@ class QuestionBatches(ShuffledBatches):
         """
         lengths = [len(row.ids) for row in rows]
         super().__init__(lengths, rows_per_step, seed, rank, world_size, "questions")
-        expected = "expected 2 or more: answers are compared with each other"
-        require(group >= 2, "finetune.group", group, expected)
         self._questions = rows
         self._group, self._answer_tokens = group, answer_tokens
 

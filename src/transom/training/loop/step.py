@@ -25,7 +25,7 @@ from transom.training.loop.random_states import random_state, restore_random_sta
 from transom.training.loop.ranks import Ranks
 from transom.training.loop.run_folder import RunFolder
 from transom.training.loop.run_parts import RunParts
-from transom.training.losses.balance import ROUTER, RouterCounts, router_parts, update_choice_biases
+from transom.training.losses.balance import RouterCounts, router_parts, update_choice_biases
 from transom.training.optim.ema import Ema
 from transom.training.optim.optimizers import (
     BackwardOptimizers,
@@ -149,8 +149,8 @@ class Stepper:
             raise
         for total in sums.values():
             self.ranks.sum(total)
-        counts_LC = sums.pop(ROUTER, None)
-        router = None if counts_LC is None else RouterCounts(counts_LC)
+        counts = {name: sums.pop(name) for name in RouterCounts._fields if name in sums}
+        router = RouterCounts(**counts) if counts else None
         parts = {name: float(value) for name, value in sums.items()}
         loss = parts.pop("loss")
         if not math.isfinite(loss):

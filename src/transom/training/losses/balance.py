@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +12,6 @@ from transom.config.layer_args import MoeArgs
 from transom.layers.block import TransformerBlock
 from transom.layers.moe import MoE, RouterStatistics, picked, scores
 from transom.models.llm import LLM
-
-ROUTER = "router"  # name of the counts of routers among the parts of a loss
 
 
 class RouterSums(NamedTuple):
@@ -100,7 +97,7 @@ def router_parts(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of one micro-batch that training adds, and tensors that sum up over a step.
 
-    These are the parts of the loss by name, and as `ROUTER` the values of `RouterCounts`.
+    These are the parts of the loss by name, and the tensors of `RouterCounts`.
 
     Args:
         router: The statistics of each layer.
@@ -109,7 +106,7 @@ def router_parts(
     """
     losses = router_losses(router, moe)
     share = losses.tokens / tokens
-    parts = {"z_loss": losses.z * share, ROUTER: RouterCounts.of(router).values_LC}
+    parts = {"z_loss": losses.z * share, **RouterCounts.of(router)._asdict()}
     if losses.aux is not None:
         parts["aux_loss"] = losses.aux * share
     return losses.weighted * share, parts
@@ -166,38 +163,31 @@ def mixtures(model: LLM) -> list[MoE]:
     return [block.feed_forward for block in blocks if isinstance(block.feed_forward, MoE)]
 
 
-@dataclass(frozen=True)
-class RouterCounts:
-    """Counts of all routers in one tensor [L, 2 E + 3], which add up over micro-batches and ranks.
+class RouterCounts(NamedTuple):
+    """Counts of all routers, which add up over micro-batches and ranks.
 
-    A row has the picks and the load of each expert, the number of tokens, the sum of their
-    entropies in nats, and the tokens that lost an expert to its capacity.
+    Attributes:
+        picks_LE: How often each router chose each expert.
+        load_LE: Rows that each expert computed.
+        tokens_L: Tokens that are not padding.
+        entropy_L: Sum of the entropies of their distributions, in nats.
+        dropped_L: Tokens that lost an expert to its capacity.
     """
 
-    values_LC: Tensor
+    picks_LE: Tensor
+    load_LE: Tensor
+    tokens_L: Tensor
+    entropy_L: Tensor
+    dropped_L: Tensor
 
     @classmethod
     def of(cls, router: Iterable[RouterStatistics]) -> RouterCounts:
         """Return the counts of one forward pass."""
-        rows = []
-        for layer in map(router_sums, router):
-            scalars = torch.stack((layer.tokens_B.sum(), layer.entropy.float(), layer.dropped))
-            rows.append(torch.cat((layer.picks_BE.sum(0), layer.load_E, scalars)))
-        return cls(torch.stack(rows).detach())
-
-    @property
-    def picks_LE(self) -> Tensor:
-        """How often each router chose each expert."""
-        return self.values_LC[:, : self._experts]
-
-    @property
-    def load_LE(self) -> Tensor:
-        """Rows that each expert computed."""
-        return self.values_LC[:, self._experts : 2 * self._experts]
-
-    @property
-    def _experts(self) -> int:
-        return (self.values_LC.size(1) - 3) // 2
+        layers = [
+            (one.picks_BE.sum(0), one.load_E, one.tokens_B.sum(), one.entropy, one.dropped)
+            for one in map(router_sums, router)
+        ]
+        return cls(*(torch.stack(column).detach() for column in zip(*layers, strict=True)))
 
 
 def health_row(counts: RouterCounts) -> dict[str, Any]:
@@ -207,13 +197,11 @@ def health_row(counts: RouterCounts) -> dict[str, Any]:
     `router_entropy`, the mean over tokens in nats (ln E is undecided); `dead_experts`, the number
     of experts that were not chosen; `dropped_tokens`, the share of tokens that lost an expert.
     """
-    values = counts.values_LC.double().cpu()
-    counted = RouterCounts(values)
-    tokens_L, entropy_L, dropped_L = values[:, -3:].unbind(1)
-    load_LE, tokens_L = counted.load_LE, tokens_L.clamp(min=1)
+    picks_LE, load_LE, tokens_L, entropy_L, dropped_L = (x.double().cpu() for x in counts)
+    tokens_L = tokens_L.clamp(min=1)
     return {
         "expert_load": (load_LE / load_LE.sum(1, keepdim=True).clamp(min=1)).tolist(),
         "router_entropy": (entropy_L / tokens_L).tolist(),
-        "dead_experts": (counted.picks_LE == 0).sum(1).tolist(),
+        "dead_experts": (picks_LE == 0).sum(1).tolist(),
         "dropped_tokens": (dropped_L / tokens_L).tolist(),
     }

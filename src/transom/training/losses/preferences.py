@@ -16,13 +16,15 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from transom.base.errors import RequestError, require
-from transom.data.batch import NO_TARGET, Batch, pad_rows
+from transom.data.batch import NO_TARGET, Batch
+from transom.data.chat.batches import padded_batch
+from transom.data.chat.turns import EncodedChat
+from transom.evaluation.bits import batches_by_length
 from transom.evaluation.score import Score
 from transom.inference.embedding import BATCH_TOKENS
-from transom.layers.inputs import TransformerInput, TransformerOutput
+from transom.layers.inputs import TransformerOutput
 from transom.models.llm import LLM
 from transom.training.finetune.args import PREFERENCES, FinetuneArgs
 from transom.training.loop.ranks import ALONE, Ranks
@@ -101,6 +103,11 @@ def row_keys(tokens_BT: Tensor, targets_BT: Tensor) -> list[str]:
     return keys
 
 
+def answer_log_probs(model: LLM, batch: Batch, chunk: int | None = None) -> Tensor:
+    """Return the log-probability [B] of the answer in each row, without gradients."""
+    return measured_log_probs(model, batch.inputs(), batch.targets, chunk).sum(1)
+
+
 def precompute_reference(
     model: LLM, batches: Iterable[Batch], chunk: int | None = None
 ) -> dict[str, float]:
@@ -111,8 +118,7 @@ def precompute_reference(
     """
     found: dict[str, float] = {}
     for batch in batches:
-        here = batch.to(model.device)
-        sums_B = measured_log_probs(model, here.inputs(), here.targets, chunk).sum(1)
+        sums_B = answer_log_probs(model, batch.to(model.device), chunk)
         found |= dict(zip(row_keys(batch.tokens, batch.targets), sums_B.tolist(), strict=True))
     return found
 
@@ -238,8 +244,7 @@ class Preference(Objective):
         """Return the log-probability [B] of each row under the reference."""
         if self.reference is None:
             with adapters_off(self.model):
-                inputs, targets_BT = batch.inputs(), batch.targets
-                return measured_log_probs(self.model, inputs, targets_BT, self.chunk).sum(1)
+                return answer_log_probs(self.model, batch, self.chunk)
         keys = row_keys(batch.tokens, batch.targets)
         missing = sum(key not in self.reference for key in keys)
         if missing:
@@ -252,21 +257,15 @@ class Preference(Objective):
         rows = mismatched(batches, self.model.args.max_seq_len)
         require(len(rows) > 1, "rows", len(rows), "expected 2 or more on each rank with kto")
         gains = []
-        count = max(1, BATCH_TOKENS // max(len(tokens) for tokens, _ in rows))
-        for at in range(0, len(rows), count):
-            inputs, targets_BT = _padded(rows[at : at + count], self.model.device)
-            policy_BT = measured_log_probs(self.model, inputs, targets_BT, self.chunk)
-            with adapters_off(self.model):
-                reference_BT = measured_log_probs(self.model, inputs, targets_BT, self.chunk)
-            gains.append((policy_BT - reference_BT).sum(1))
+        for group in batches_by_length([len(row.ids) for row in rows], BATCH_TOKENS):
+            batch = padded_batch([(rows[at],) for at in group]).to(self.model.device)
+            policy_B = answer_log_probs(self.model, batch, self.chunk)
+            gains.append(policy_B - self._reference(batch))
         return torch.cat(gains)
 
 
-Row = tuple[list[int], list[int]]  # tokens and targets, of one length
-
-
-def mismatched(batches: Iterable[Batch], most: int) -> list[Row]:
-    """Return each prompt with the answer of the row before it, cut to at most `most` tokens.
+def mismatched(batches: Iterable[Batch], most: int) -> list[EncodedChat]:
+    """Return each prompt with the answer of the row before it, with at most `most` input tokens.
 
     An answer begins with the first target; all later turns belong to it.
     """
@@ -277,19 +276,13 @@ def mismatched(batches: Iterable[Batch], most: int) -> list[Row]:
         for row in zip(batch.tokens.cpu(), batch.targets.cpu(), strict=True)
     ):
         places = (targets_T != NO_TARGET).nonzero().flatten()
-        first, stop = (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
-        prompts.append(tokens_T[: first + 1].tolist())
-        answers.append((tokens_T[first + 1 : stop].tolist(), targets_T[first:stop].tolist()))
+        first, stop = int(places[0]), int(places[-1]) + 1
+        prompts.append(tokens_T[: first + 1])
+        ids_T = torch.cat((tokens_T[first + 1 : stop], targets_T[stop - 1 : stop]))
+        answers.append((ids_T, targets_T[first:stop] != NO_TARGET))
     rows = []
-    for prompt, (tokens, targets) in zip(prompts, answers[-1:] + answers[:-1], strict=True):
-        all_targets = [NO_TARGET] * (len(prompt) - 1) + (targets or [NO_TARGET])
-        rows.append(((prompt + tokens)[:most], all_targets[:most]))
+    for prompt_T, (answer_T, trained_T) in zip(prompts, answers[-1:] + answers[:-1], strict=True):
+        ids_T = torch.cat((prompt_T, answer_T))[: most + 1]
+        weights_T = torch.cat((torch.zeros(len(prompt_T)), trained_T.float()))[: most + 1]
+        rows.append(EncodedChat("", ids_T.int().numpy(), weights_T.numpy()))
     return rows
-
-
-def _padded(rows: Sequence[Row], device: torch.device) -> tuple[TransformerInput, Tensor]:
-    """Return rows as one padded call, and their targets [B, T]."""
-    tokens_BT, lengths = pad_rows([tokens for tokens, _ in rows])
-    targets = [torch.tensor(targets) for _, targets in rows]
-    targets_BT = pad_sequence(targets, batch_first=True, padding_value=NO_TARGET)
-    return TransformerInput(tokens_BT.to(device), lengths=lengths.to(device)), targets_BT.to(device)

@@ -39,7 +39,7 @@ from transom.training.loop.checkpoint_writer import (
 from transom.training.loop.dtype_choice import DtypeChoice
 from transom.training.loop.random_states import random_state, restore_random_state
 from transom.training.loop.run_parts import RunParts, whole_model, writable_format
-from transom.training.losses.noise import EmbeddingNoise
+from transom.training.losses.noise import add_embedding_noise
 from transom.training.losses.objectives import NextToken
 
 
@@ -107,7 +107,7 @@ def finetune_model(folder: Path, args: TrainArgs, choice: DtypeChoice) -> tuple[
     tokenizer = add_tokens(model, load_tokenizer(folder), words, finetune.vocab_multiple)
     choose_weights(model, finetune, args.seed, new_tokens=bool(words))
     if finetune.noise:
-        EmbeddingNoise(model, finetune.noise)
+        add_embedding_noise(model, finetune.noise)
     restore_random_state(device, before)
     return model, tokenizer
 

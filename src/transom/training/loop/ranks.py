@@ -5,7 +5,7 @@ Nothing else in `training` knows how ranks communicate. With one rank each metho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -54,12 +54,6 @@ class Ranks:
         """Replace `tensor` by its sum over ranks."""
         if self.world_size > 1:
             dist.all_reduce(tensor, group=self._group)
-
-    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Replace the gradient of each parameter by its sum over ranks."""
-        for parameter in parameters:
-            if parameter.grad is not None:
-                self.sum(parameter.grad)
 
     def share(self, items: Sequence[Any]) -> Sequence[Any]:
         """Return the items that this rank scores: every `world_size`-th one."""

@@ -234,8 +234,10 @@ class Stepper:
 
     def _reduced_norm(self) -> Tensor:
         """Sum the gradients over ranks and clip them; return their global norm before clipping."""
-        weights = [weight for weight in self.model.parameters() if weight.grad is not None]
-        self.ranks.sum_gradients(weights)
+        weights = list(self.model.parameters())
+        for weight in weights:
+            if weight.grad is not None:
+                self.ranks.sum(weight.grad)
         for optimizer in self.optimizers.all:
             self.scaler.unscale_(optimizer)
         return self.optimizers.clip(weights, self.args.optimizer.max_grad_norm)
@@ -269,9 +271,7 @@ class Stepper:
             self.ema.update(self.progress.step)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _eager(self) -> contextlib.AbstractContextManager[Any]:
         """Run blocks uncompiled: scoring and sampling have shapes of all kinds."""

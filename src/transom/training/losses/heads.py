@@ -99,11 +99,11 @@ def score_head(model: LLM, rows: Sequence[EncodedText], temperature: float = 0.0
     if texts.logits is not None:
         loss = float(cross_entropy_sum(texts.logits, targets_R))
         right = int((texts.logits.argmax(1) == targets_R).sum())
-        return Score(loss, len(rows), unit="rows", sums={"accuracy": right})
-    positive_PD = run_rows(model, [row.ids[1] for row in rows]).vectors
-    for at in range(0, len(rows), 1024):  # never rows x rows at once
-        text_BD = texts.vectors[at : at + 1024]
-        loss += float(contrastive_loss_sum(text_BD, positive_PD, targets_R, temperature, at))
-        nearest_B = _scores(text_BD, positive_PD).argmax(1)
-        right += int((targets_R[nearest_B] == targets_R[at : at + 1024]).sum())
+    else:
+        positive_PD = run_rows(model, [row.ids[1] for row in rows]).vectors
+        for at in range(0, len(rows), 1024):  # never rows x rows at once
+            text_BD = texts.vectors[at : at + 1024]
+            loss += float(contrastive_loss_sum(text_BD, positive_PD, targets_R, temperature, at))
+            nearest_B = _scores(text_BD, positive_PD).argmax(1)
+            right += int((targets_R[nearest_B] == targets_R[at : at + 1024]).sum())
     return Score(loss, len(rows), unit="rows", sums={"accuracy": right})

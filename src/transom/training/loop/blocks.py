@@ -8,7 +8,7 @@ inside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -65,14 +65,18 @@ def arrange_blocks(
     """
     attend = model.attend.attend if isinstance(model.attend, EagerAttend) else model.attend
     model.attend = EagerAttend(attend) if compiled else attend
-    for index, block in enumerate(_blocks(model)):
+    own = [block for block in model.layers if isinstance(block, TransformerBlock)]
+    blocks = (block for block in model.modules() if isinstance(block, TransformerBlock))
+    others = [block for block in blocks if block not in own]  # those of an image encoder
+    interval = int(checkpointing.removeprefix("every-")) if "every-" in checkpointing else 1
+    for index, block in enumerate((*own, *others)):
         vars(block).pop("forward", None)
         forward: Forward = block.forward
-        if compiled and index < len(model.layers):
+        if compiled and index < len(own):
             forward = torch.compile(forward, backend=backend)
         if checkpointing == "selective":
             forward = partial(_checkpointed, forward, _selective)
-        elif checkpointing != "none" and index % _interval(checkpointing) == 0:
+        elif checkpointing != "none" and index % interval == 0:
             forward = partial(_checkpointed, forward, None)
         if offload_min_bytes is not None:
             forward = partial(_offloaded, forward, offload_min_bytes)
@@ -91,19 +95,6 @@ class EagerAttend:
         self, q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs, /
     ) -> Tensor:
         return self.attend(q_BTNH, view, spec, score)
-
-
-def _blocks(model: LLM) -> Iterator[TransformerBlock]:
-    """Yield the model's own blocks, then those of an image encoder."""
-    own = [block for block in model.layers if isinstance(block, TransformerBlock)]
-    yield from own
-    for module in model.modules():
-        if isinstance(module, TransformerBlock) and not any(module is block for block in own):
-            yield module
-
-
-def _interval(how: str) -> int:
-    return 1 if how == "full" else int(how.removeprefix("every-"))
 
 
 def _checkpointed(forward: Forward, contexts: Callable[[], Any] | None, *args: Any) -> Any:

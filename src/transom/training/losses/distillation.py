@@ -108,7 +108,7 @@ class Distillation(Objective):
         chunk: Positions whose logits are computed at a time, see `head_loss`.
 
     Raises:
-        RequestError: If one of the models has a head, or both are the same.
+        RequestError: If the teacher has a head or is the student.
     """
 
     model: LLM
@@ -117,9 +117,8 @@ class Distillation(Objective):
     chunk: int | None = None
 
     def __post_init__(self) -> None:
-        for name, model in (("model", self.model), ("teacher", self.teacher)):
-            head = model.args.head
-            require(head is None, f"{name}.head", head, "expected a language model")
+        head = self.teacher.args.head
+        require(head is None, "teacher.head", head, "expected a language model")
         if self.teacher is self.model:
             raise RequestError("teacher: is the student itself; expected another model")
         own, size = self.model.args.vocab_size, self.teacher.args.vocab_size

@@ -150,10 +150,9 @@ class Preference(Objective):
     kl: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        self.kind, head = self.args.objective, self.model.args.head
+        self.kind = self.args.objective
         expected = f"expected one of {', '.join(PREFERENCES)}"
         require(self.kind in PREFERENCES, "finetune.objective", self.kind, expected)
-        require(head is None, "model.head", head, "expected a language model")
         # kto compares rows that are others in every step.
         fits = self.kind != "kto" or self.reference is None
         require(fits, "reference", "log-probabilities", "expected adapters with kto")

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from transom.base.errors import require
 from transom.base.runtime import evaluating
 from transom.cache.model_cache import ModelCache
 from transom.chat.reasoning import marker_ids
@@ -176,8 +175,6 @@ class PolicyGradient(Objective):
     step_answers: int = field(default=1, init=False)
 
     def __post_init__(self) -> None:
-        head = self.model.args.head
-        require(head is None, "model.head", head, "expected a language model")
         if self.args.strength:
             check_frozen_base(self.model, f"finetune.beta: got {self.args.beta}")
         active = [lora for *_, held in adapted_modules(self.model) for lora in held.active_lora()]

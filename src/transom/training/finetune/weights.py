@@ -146,7 +146,6 @@ def choose_weights(model: LLM, finetune: FinetuneArgs, seed: int, *, new_tokens:
         RequestError: The adapter or the routers do not fit the model.
     """
     if finetune.method == "full":
-        model.requires_grad_(True)
         for name, weight in model.named_parameters():
             frozen = ".router." in name and not finetune.trains_router
             # Balancing moves the choice biases, not the gradient.

@@ -24,18 +24,13 @@ class StepClock:
         self.device, self.profile_steps = device, profile_steps
         self.seconds = dict.fromkeys(self.PARTS, 0.0)
         self.steps = 0
-        self._recording = False  # what runs before the first step does not count
+        # It records from the first step on: what runs before does not count.
         self._profiler: torch.profiler.profile | None = None
-        if profile_steps:
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            if device.type == "cuda":
-                activities.append(torch.profiler.ProfilerActivity.CUDA)
-            self._profiler = torch.profiler.profile(activities=activities)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Count the time of the block under `name`, and label it in the trace."""
-        if not self._recording:
+        if self._profiler is None:
             yield
             return
         synchronize(self.device)
@@ -47,9 +42,9 @@ class StepClock:
 
     def before_step(self) -> None:
         """Start recording at the first step."""
-        if self._profiler is not None and self.steps == 0:
+        if self.profile_steps and self.steps == 0:
+            self._profiler = torch.profiler.profile()
             self._profiler.start()
-            self._recording = True
 
     def after_step(self, trace: Path) -> str | None:
         """Count a step. After the last profiled one, write the trace and return the table."""
@@ -62,7 +57,7 @@ class StepClock:
             return None
         self._profiler.stop()
         self._profiler.export_chrome_trace(str(trace))
-        self._profiler, self._recording = None, False
+        self._profiler = None
         return f"{self.table()}\ntrace: {trace} (open in Perfetto or chrome://tracing)"
 
     def table(self) -> str:

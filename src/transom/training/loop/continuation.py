@@ -7,7 +7,7 @@ was resolved, with the values that follow from the data.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import starmap
 from pathlib import Path
@@ -64,40 +64,40 @@ class Change(NamedTuple):
         )
 
 
-def write_run(run: RunFolder, given: TrainArgs, trainer: Trainer) -> None:
-    """Write config.yaml and run.json, which describe the run."""
-    facts: dict[str, Any] = {
-        "transom": __version__,
-        "machine": machine(),
-        "device": trainer.device.type,
-        "dtype": dtype_name(trainer.dtype),
-        "parameters": parameters(trainer.model.args),
-        "steps": trainer.args.steps,
-        "seed": trainer.args.seed,
-        "data": dict(trainer.data.hashes),
-        "tokenizer": trainer.tokenizer.hash,
-        "model": trainer.model.args.to_dict(),
-    }
-    _write_config(run, given, trainer, facts)
-
-
-def _write_config(
-    run: RunFolder, given: TrainArgs, trainer: Trainer, facts: dict[str, Any]
+def write_run(
+    run: RunFolder, given: TrainArgs, trainer: Trainer, changes: Sequence[Change] | None
 ) -> None:
+    """Write config.yaml and run.json, which describe the run.
+
+    Args:
+        run: The folder.
+        given: The config as the user gave it.
+        trainer: The trainer, with the resolved config.
+        changes: How the config of a resumed run has changed, which is printed; None for a new run.
+    """
+    for change in changes or ():
+        notice(f"{run.path}: {change.field}: {change.before!r} -> {change.now!r}")
+    if changes is None:
+        facts = {
+            "transom": __version__,
+            "machine": machine(),
+            "device": trainer.device.type,
+            "dtype": dtype_name(trainer.dtype),
+            "parameters": parameters(trainer.model.args),
+            "steps": trainer.args.steps,
+            "seed": trainer.args.seed,
+            "data": dict(trainer.data.hashes),
+            "tokenizer": trainer.tokenizer.hash,
+            "model": trainer.model.args.to_dict(),
+        }
+    elif changes:
+        facts = read_json(run.path / FACTS)
+    else:
+        return
     config = given.to_dict()
     run.write_file(CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).rstrip())
     facts = {**facts, "config": config, "resolved": trainer.args.to_dict()}
     run.write_file(FACTS, json.dumps(facts, indent=2))
-
-
-def write_changes(
-    run: RunFolder, changes: list[Change], given: TrainArgs, trainer: Trainer
-) -> None:
-    """Print the changes of the config, and write the new config."""
-    for change in changes:
-        notice(f"{run.path}: {change.field}: {change.before!r} -> {change.now!r}")
-    if changes:
-        _write_config(run, given, trainer, read_json(run.path / FACTS))
 
 
 def changes_of(run: Path, args: TrainArgs) -> list[Change]:

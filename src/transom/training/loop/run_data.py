@@ -69,7 +69,16 @@ def open_data(
     """
     if model_args.head is not None:
         return _labelled(args, model_args.head, tokenizer, ranks)
-    corpora = _open_corpora(args, tokenizer, ranks)
+    corpora: dict[str, Corpus] = {}
+    for source in args.data.source_list:
+        corpora[source.label] = prepare(
+            source,
+            tokenizer,
+            args.data.cache_dir,
+            held_out_fraction=args.data.held_out,
+            progress=ranks.verbose,
+        )
+        ranks.say(_describe(source, corpora[source.label]))
     rows_per_step = args.data.rows_per_step
     batches = TextBatches(
         [corpus.train for corpus in corpora.values()],
@@ -118,21 +127,6 @@ def _labelled(args: TrainArgs, head: HeadArgs, tokenizer: Tokenizer, ranks: Rank
     hashes = {source.label: sha256_of(Path(source.path)) for source in sources}
     scored = encode_rows(held_out, tokenizer, labels, args.data.seq_len) if held_out else []
     return RunData(batches, hashes, rows_per_step, scored, labels)
-
-
-def _open_corpora(args: TrainArgs, tokenizer: Tokenizer, ranks: Ranks) -> dict[str, Corpus]:
-    """Return the token files of every source by its name, and print what each source holds."""
-    corpora: dict[str, Corpus] = {}
-    for source in args.data.source_list:
-        corpora[source.label] = prepare(
-            source,
-            tokenizer,
-            args.data.cache_dir,
-            held_out_fraction=args.data.held_out,
-            progress=ranks.verbose,
-        )
-        ranks.say(_describe(source, corpora[source.label]))
-    return corpora
 
 
 def _describe(source: SourceArgs, corpus: Corpus) -> str:

@@ -25,7 +25,6 @@ from transom.training.loop.continuation import (
     check_as_begun,
     check_same_data,
     check_same_machine,
-    write_changes,
     write_run,
 )
 from transom.training.loop.dtype_choice import DtypeChoice
@@ -92,12 +91,6 @@ def open_run(
         run.lock()
         run.check(overwrite=overwrite, resume=resume)
 
-    def write_folder() -> None:
-        if goes_on:
-            write_changes(run, changes, args, trainer)
-        else:
-            write_run(run, args, trainer)
-
     try:
         ranks.on_first(check_folder)
         goes_on = ranks.first(resume and rank == 0 and run.has_steps)
@@ -105,7 +98,7 @@ def open_run(
             check_effects(args)
         if resume and not goes_on:
             ranks.say(f"{run.path}: no step was saved yet, so the run starts from its beginning")
-        changes = changes_of(run.path, args) if goes_on else []
+        changes = changes_of(run.path, args) if goes_on else None
         trainer = _open_trainer(args, run, ranks, dtype, profile_steps, resume=goes_on)
         # Last, so that a wrong request does not delete the run that it would overwrite.
         ranks.on_first(lambda: run.prepare(overwrite=overwrite, resume=resume))
@@ -113,7 +106,7 @@ def open_run(
             trainer.resume()
         else:
             seed_apart(ranks, args.seed)
-        ranks.on_first(write_folder)
+        ranks.on_first(lambda: write_run(run, args, trainer, changes))
     except BaseException:
         run.release()
         raise

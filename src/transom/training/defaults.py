@@ -66,6 +66,9 @@ def choose_rows(
         lengths: Tokens of each example.
         args: The config of the run.
         ranks: Number of ranks.
+
+    Raises:
+        RequestError: If a step of kto has a single row.
     """
     finetune, seq_len, batch_size = args.finetune_settings, args.data.seq_len, args.data.batch_size
     objective, packing, epochs = finetune.objective, finetune.packing, finetune.epochs
@@ -87,6 +90,9 @@ def choose_rows(
         size = min(max(_power_of_two(passes * rows / wanted), fewest), most)
         size = -(-size // shares) * shares
     size = min(size, max(rows // shares, 1) * shares)
+    # kto compares every answer with that of another row.
+    fits, expected = objective != "kto" or size >= 2 * ranks, "expected 2 or more on each rank"
+    require(fits, "data.batch_size", size, f"{expected} with kto")
     steps = args.steps if epochs is None else steps_of(rows, size, epochs)
     chosen = {
         f"data.batch_size = {size}": size != batch_size,
@@ -103,13 +109,6 @@ def choose_rows(
             reason += f"; {batch_size} rows were asked for"
     fill = 1.0 if packs is None else sum(lengths) / (rows * seq_len)
     return RowChoice(size, packs, rows, epochs, steps, reason or None, fill)
-
-
-def require_comparable(choice: RowChoice, objective: str, ranks: int) -> None:
-    """Refuse batches of one row for kto, which compares every answer with that of another row."""
-    fits = objective != "kto" or choice.batch_size >= 2 * ranks
-    expected = "expected 2 or more on each rank with kto"
-    require(fits, "data.batch_size", choice.batch_size, expected)
 
 
 def head_rows(

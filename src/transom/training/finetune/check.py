@@ -23,7 +23,7 @@ from transom.data.chat.rows import ChatEncoder
 from transom.data.chat.shards import prepare_chats
 from transom.data.row_kinds import Problem
 from transom.training.config import TrainArgs
-from transom.training.defaults import choose_rows, require_comparable
+from transom.training.defaults import choose_rows
 from transom.training.finetune.args import FinetuneArgs, objectives_of, require_kinds
 from transom.training.finetune.config import finetune_args
 from transom.training.finetune.data import chat_encoder, questions_of
@@ -129,7 +129,6 @@ def check_rows(data: FinetuneSet) -> dict[str, Any]:
     if not len(lengths):
         return {**counts, **more}
     choice = choose_rows(lengths, data.args)
-    require_comparable(choice, data.args.finetune_settings.objective, 1)
     steps: dict[str, Any] = {"packing": choice.packing}
     if choice.packing:
         steps |= {"packed_rows": choice.rows, "fill": round(choice.fill, 4)}

@@ -23,7 +23,7 @@ from transom.data.text.sources import require_whole
 from transom.evaluation.bits import batches_by_length
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
-from transom.training.defaults import RowChoice, choose_rows, require_comparable
+from transom.training.defaults import RowChoice, choose_rows
 from transom.training.finetune.args import require_kinds
 from transom.training.loop.ranks import Ranks
 from transom.training.loop.run_data import NOTHING_HELD_OUT, TOKENS, RunData
@@ -86,7 +86,6 @@ def open_finetune_data(
         notice("held out: 1 example; kto has no other one to compare it with, so there is no score")
         held = EncodedChats([])
     choice = choose_rows(rows.lengths, args, ranks.world_size)
-    require_comparable(choice, objective, ranks.world_size)
     if args.finetune_settings.packing and not choice.packing:
         ranks.say(
             f"finetune.packing: got true; rows of {objective} are padded, because each "

@@ -138,14 +138,6 @@ def as_begun(run: Path, args: TrainArgs) -> TrainArgs:
     return args
 
 
-def check_as_begun(run: Path, args: TrainArgs) -> None:
-    """Refuse other numbers of steps or rows than the run began with, which follow from its data."""
-    resolved = read_json(run / FACTS)["resolved"]
-    for field, now in (("steps", args.steps), ("data.batch_size", args.data.batch_size)):
-        before = value_at(resolved, field)
-        require(now == before, field, now, f"expected {before}, as in the run {run}")
-
-
 def check_same_machine(run: Path, device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that the run began with, and print how this machine differs.
 
@@ -160,8 +152,13 @@ def check_same_machine(run: Path, device: torch.device, dtype: torch.dtype) -> t
     return DTYPES.get(facts["dtype"], dtype)
 
 
-def check_same_data(run: Path, data: Mapping[str, str], tokenizer: Tokenizer) -> None:
-    """Refuse to resume on changed data, where the run's position would be another place."""
+def check_as_begun(
+    run: Path, args: TrainArgs, data: Mapping[str, str], tokenizer: Tokenizer
+) -> None:
+    """Refuse changed data, where the run's position would be another place, and what follows.
+
+    These are the numbers of steps and rows, and the tokenizer.
+    """
     facts = read_json(run / FACTS)
     before = facts["data"]
     changed = [name for name in {**before, **data} if before.get(name) != data.get(name)]
@@ -172,3 +169,6 @@ def check_same_data(run: Path, data: Mapping[str, str], tokenizer: Tokenizer) ->
         )
     if facts["tokenizer"] != tokenizer.hash:
         raise RequestError(f"{run}: the tokenizer of its latest step is not the one it began with")
+    for field, now in (("steps", args.steps), ("data.batch_size", args.data.batch_size)):
+        begun = value_at(facts["resolved"], field)
+        require(now == begun, field, now, f"expected {begun}, as in the run {run}")

@@ -23,7 +23,6 @@ from transom.training.loop.continuation import (
     as_begun,
     changes_of,
     check_as_begun,
-    check_same_data,
     check_same_machine,
     write_run,
 )
@@ -31,7 +30,7 @@ from transom.training.loop.dtype_choice import DtypeChoice
 from transom.training.loop.random_states import seed_apart
 from transom.training.loop.ranks import Ranks
 from transom.training.loop.run_folder import RunFolder
-from transom.training.loop.run_parts import RunParts, continued_parts, new_parts
+from transom.training.loop.run_parts import continued_parts, new_parts
 from transom.training.loop.trainer import Trainer
 from transom.training.report.tensorboard import writer_class
 
@@ -129,27 +128,21 @@ def _open_trainer(
         dtype = check_same_machine(run.path, ranks.device, dtype)
         name = dtype_name(dtype)
     choice = DtypeChoice.of(name, dtype, ranks)
-    parts = _open_parts(args, run, choice, resume=resume)
+    if args.base is None:
+        parts = new_parts(args, run, choice, resume=resume)
+    elif args.finetune is None:
+        parts = continued_parts(args, choice)
+    else:  # half of the code base, which pretraining does without
+        from transom.training.finetune.weights import finetune_parts
+
+        parts = finetune_parts(args, choice)
     args = _with_scores(parts.args or args, parts.data.rows_per_step)
     if resume:
-        check_same_data(run.path, parts.data.hashes, parts.tokenizer)
-        check_as_begun(run.path, args)
+        check_as_begun(run.path, args, parts.data.hashes, parts.tokenizer)
     trainer = Trainer(args, parts, run, ranks, choice.dtype, profile_steps)
     if args.dry_run:
         trainer.dry_run()
     return trainer
-
-
-def _open_parts(args: TrainArgs, run: RunFolder, choice: DtypeChoice, *, resume: bool) -> RunParts:
-    """Return a new model, one that reads on or one that is fine-tuned, with its data."""
-    if args.base is None:
-        return new_parts(args, run, choice, resume=resume)
-    if args.finetune is None:
-        return continued_parts(args, choice)
-    # Half of the code base, which pretraining does without.
-    from transom.training.finetune.weights import finetune_parts
-
-    return finetune_parts(args, choice)
 
 
 def _check_apart(args: TrainArgs) -> None:

@@ -157,6 +157,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = hidden_TD.dtype
         wide = torch.promote_types(dtype, torch.float32)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        needs_grad = needs_hidden or needs_weight
         total = torch.zeros((), dtype=wide, device=hidden_TD.device)
         grad_TD = torch.empty_like(hidden_TD) if needs_hidden else None
         grad_dtype = torch.promote_types(weight_VD.dtype, wide)
@@ -172,8 +173,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, count, size):
                 here = slice(start, start + size)
                 rows, share = hidden_TD[here], share_T1[here]
-                logits, wants_grad = rows @ matrix_VD.T, needs_hidden or needs_weight
-                loss, grad = _chunk(logits.to(wide), target_T1[here], cap, wants_grad)
+                raw_TV = (rows @ matrix_VD.T).to(wide)
+                loss, grad = _chunk(raw_TV, target_T1[here], cap, needs_grad)
+                del raw_TV
                 total += (loss * share).sum()
                 if grad is None:
                     continue
@@ -184,7 +186,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_VD.addmm_(grad.T, rows * share)
                 elif grad_VD is not None:
                     grad_VD.add_(grad.T @ (rows * share))
-                del logits, grad  # before the next chunk's logits are made
+                del grad  # before the next chunk's logits are made
         # save_for_backward would keep a second reference, and backward scales them in place.
         ctx.grads = grad_TD, None if grad_VD is None else grad_VD.to(weight_VD.dtype)
         return total

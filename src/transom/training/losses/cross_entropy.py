@@ -161,7 +161,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden_TD.device)
         grad_TD = torch.empty_like(hidden_TD) if needs_hidden else None
         grad_dtype = torch.promote_types(weight_VD.dtype, wide)
-        grad_VD = torch.zeros_like(weight_VD, dtype=grad_dtype) if needs_weight else None
+        grad_VD: Tensor | None = None  # made last, when a chunk's logits are gone
         share_T1 = (targets_T != NO_TARGET).to(wide).unsqueeze(1)
         if weights_T is not None:
             share_T1 = share_T1 * weights_T.unsqueeze(1)
@@ -182,7 +182,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad, share = grad.to(dtype), share.to(dtype)
                 if grad_TD is not None:
                     grad_TD[here] = (grad @ matrix_VD) * share
-                if grad_VD is not None and dtype == grad_VD.dtype:
+                if needs_weight and grad_VD is None:
+                    grad_VD = (grad.T @ (rows * share)).to(grad_dtype)
+                elif grad_VD is not None and dtype == grad_dtype:
                     grad_VD.addmm_(grad.T, rows * share)
                 elif grad_VD is not None:
                     grad_VD.add_(grad.T @ (rows * share))

@@ -99,7 +99,7 @@ CEILINGS = {
     "data": 1_950,
     "inference": 770,
     "evaluation": 1_270,
-    "training": 4_320,
+    "training": 4_040,
     "verify": 2_260,
     "cli": 1_580,
 }

@@ -6,7 +6,7 @@ It is opened with the tokenizer, the chat template and the settings of a model; 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ from transom.checkpoints.files.location import find_model
 from transom.checkpoints.open_model import open_text
 from transom.checkpoints.read_args import lacks_vocabulary, read_args
 from transom.data.chat.conversations import ExampleKind
-from transom.data.chat.finetune_sets import Examples, Problem, find_examples, split_examples
-from transom.data.chat.rows import ChatEncoder
+from transom.data.chat.finetune_sets import Examples, find_examples, split_examples
+from transom.data.chat.rows import COUNTS, ChatEncoder
 from transom.data.chat.shards import prepare_chats
 from transom.data.row_kinds import Problem
 from transom.training.config import TrainArgs

@@ -16,9 +16,10 @@ from transom.checkpoints.files.generation_config import stop_tokens_of
 from transom.checkpoints.files.location import ModelLocation
 from transom.data.batch import Batch
 from transom.data.chat.batches import ChatBatches, padded_batch
-from transom.data.chat.finetune_sets import Examples, Problem, split_examples
+from transom.data.chat.finetune_sets import Examples, split_examples
 from transom.data.chat.rows import ChatEncoder, EncodedChats, template_for
 from transom.data.chat.shards import prepare_chats
+from transom.data.row_kinds import Problem
 from transom.data.text.sources import require_whole
 from transom.evaluation.bits import batches_by_length
 from transom.tokenizers.tokenizer import Tokenizer
@@ -81,7 +82,7 @@ def open_finetune_data(
     rows.check()
     held = prepare_chats(measured, encoder, args.data.cache_dir, progress=progress)
     if any(measured) and not held.items:
-        notice(f"held out: {held.counts}; no token with loss is left, so there is no score")
+        notice(f"held out: {held}; no token with loss is left, so there is no score")
     if objective == "kto" and len(held.items) == 1:
         notice("held out: 1 example; kto has no other one to compare it with, so there is no score")
         held = EncodedChats([])
@@ -208,11 +209,9 @@ def find_all(args: TrainArgs) -> tuple[list[Examples], list[Examples], dict[str,
 
 def held_batches(rows: EncodedChats) -> list[Batch]:
     """Return all rows in padded batches of similar length. The rows of a pair stay together."""
-    labels, lengths = rows.labels or [], rows.lengths + 1
-    return [
-        padded_batch([rows.items[at] for at in group], [labels[at] for at in group if labels])
-        for group in batches_by_length(lengths.tolist(), BATCH_TOKENS // rows.rows_per_item)
-    ]
+    lengths, tokens = (rows.lengths + 1).tolist(), BATCH_TOKENS // rows.rows_per_item
+    groups = batches_by_length(lengths, tokens)
+    return [padded_batch([rows.items[at] for at in group]) for group in groups]
 
 
 def _hash(*parts: EncodedChats) -> str:

@@ -22,10 +22,10 @@ from transom.chat.template import ChatTemplate
 from transom.data.batch import NO_TARGET, Batch
 from transom.data.chat.batches import padded_batch
 from transom.data.chat.conversations import ChatExample
-from transom.data.chat.finetune_sets import Problem
 from transom.data.chat.rows import prompt_ids
 from transom.data.chat.turns import EncodedChat
 from transom.data.order import ShuffledBatches
+from transom.data.row_kinds import Problem
 from transom.inference.text import Completion
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.rl.rewards import Reward

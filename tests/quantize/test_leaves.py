@@ -20,7 +20,7 @@ from transom.models.llm import LLM
 from transom.quantize import ggml
 from transom.quantize import leaves as surgery
 from transom.quantize.args import QuantizeArgs
-from transom.quantize.formats import Parts, quantize, requested
+from transom.quantize.formats import Parts, empty_parts, quantize, requested
 from transom.quantize.leaves import (
     Quantized,
     dense_names,
@@ -412,3 +412,20 @@ def test_gradients_of_many_blocks_are_summed_in_float32(monkeypatch):
         one(x).backward(gradient)
         found.append(x.grad.float())
     assert far(found[0], found[1]) < 0.004 * float(found[1].abs().max())
+
+
+def test_parts_of_a_file_fill_a_model_of_shapes():
+    """As a reader does it: leaves of different formats, one weight dtype, real parts by name."""
+    model = base(tie_embeddings=True, moe_args=MOE)
+    types = {"tok_embeddings": "Q8_0", "layers.1.feed_forward.experts.w_out": "Q4_0"}
+    types["layers.0.attention.wq"] = "Q4_1"
+    for path, name in types.items():
+        from_file(model.get_submodule(path), name)
+    with torch.device("meta"):
+        other = LLM(model.args)
+    for path, name in types.items():
+        leaf, format = other.get_submodule(path), ggml.format_of(name)
+        replace_weight(leaf, empty_parts(leaf.weight.shape, format, "meta"), format, torch.bfloat16)
+    other.load_state_dict(model.state_dict(), assign=True)
+    assert other.dtype == torch.bfloat16 and set(quantized_leaves(other)) == set(types)
+    assert torch.equal(logits(other.float()), logits(model))

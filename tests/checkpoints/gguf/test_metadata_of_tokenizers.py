@@ -1,6 +1,7 @@
 """The metadata of GGUF files that state a tokenizer, and the tokenizer made from them again."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tokenizers
@@ -26,6 +27,7 @@ from tests.tokenizers.makers import (
     write,
 )
 from transom.base.errors import RequestError
+from transom.checkpoints.gguf.sentence_piece_file import SentencePieceFile
 from transom.checkpoints.gguf.tokenizer import write_tokenizer_files
 from transom.checkpoints.gguf.tokenizer_metadata import tokenizer_metadata
 from transom.tokenizers.tokenizer import Tokenizer
@@ -58,13 +60,15 @@ def test_byte_pairs_are_stated_as_they_were(pre, tmp_path):
     assert tokenizer_metadata(saved(tmp_path, library)) == expected
 
 
-def test_a_pattern_is_recognized_in_its_other_spellings(tmp_path):
+def test_a_pattern_is_recognized_in_its_other_spellings(tmp_path, capsys):
     library = byte_pairs("llama-bpe")
+    library.normalizer = normalizers.Sequence([])  # it does nothing
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     pattern = tokenizers.Regex(LLAMA3.replace(r"\r", "\r").replace(r"\n", "\n"))
     words = pre_tokenizers.Split(pattern, behavior="removed", invert=True)
     library.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
     assert tokenizer_metadata(saved(tmp_path, library))[f"{GGML}pre"] == "llama-bpe"
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -102,6 +106,26 @@ def test_pairs_by_rank_with_byte_fallback_become_scores(prefix, tmp_path, again)
         # Metaspace puts no second space before a text that begins with one.
         if prefix != "Metaspace" or not text.startswith((" ", "▁")):
             assert after.encode(text) == before.encode(text)
+
+
+def test_runs_of_spaces_that_share_a_score_keep_it(tmp_path, again):
+    model = SentencePieceFile.of(sentencepiece_model())
+    runs = [run for length in (4, 2, 3, 6) if (run := "▁" * length) not in model.spellings]
+    count = len(runs)
+    content = replace(
+        model,
+        spellings=[*model.spellings, *runs],
+        scores=[*model.scores, *[-1e9] * count],
+        types=[*model.types, *[1] * count],
+        ids={"unk": 0, "bos": 1, "eos": 2},
+    ).to_bytes()
+    before = Tokenizer.load(saved(tmp_path, pieces_in_json(content, "none")))
+    metadata = tokenizer_metadata(before)
+    scores = dict(zip(metadata[f"{GGML}tokens"], metadata[f"{GGML}scores"], strict=True))
+    assert count > 2 and len({scores[run] for run in runs}) == 1
+    after = again(metadata)
+    for text in (f"a{' ' * length}b" for length in range(14)):
+        assert after.encode(text) == before.encode(text)
 
 
 def test_names_and_edges_and_templates_and_ends_are_stated(tmp_path):
@@ -201,7 +225,7 @@ REFUSED = {
     ),
     "expected tokens that are results of merges": _unreached,
     "merges of tokenizer.json: got": lambda: _scored(lambda one: one["model"]["merges"].pop()),
-    "merges of tokenizer.json: got 'merges": lambda: _scored(_apart),
+    "merges of tokenizer.json: got '..*'; expected those": lambda: _scored(_apart),
     "normalizer of tokenizer.json: got 'NFKC'": lambda: _scored(
         lambda one: one.update(normalizer={"type": "NFKC"})
     ),

@@ -121,12 +121,12 @@ def pieces_in_json(content: bytes, prefix: str) -> tokenizers.Tokenizer:
     tokens, types = stated["tokenizer.ggml.tokens"], stated["tokenizer.ggml.token_type"]
     scores = dict(zip(tokens, stated["tokenizer.ggml.scores"], strict=True))
     merges = [
-        (scores[token], len(token[:cut]), (token[:cut], token[cut:]))
+        (scores[token], cut, (token[:cut], token[cut:]))
         for token, type in zip(tokens, types, strict=True)
         for cut in range(1, len(token))
         if type == 1 and token[:cut] in scores and token[cut:] in scores
     ]
-    ordered = [pair for _, _, pair in sorted(merges, key=lambda one: (-one[0], one[1]))]
+    ordered = [pair for _, _, pair in sorted(merges, key=lambda one: one[:2], reverse=True)]
     vocabulary = {token: id for id, token in enumerate(tokens)}
     library = tokenizers.Tokenizer(
         models.BPE(vocabulary, ordered, unk_token="<unk>", fuse_unk=True, byte_fallback=True)

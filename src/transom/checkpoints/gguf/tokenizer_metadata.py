@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +136,8 @@ def _merged(document: Mapping[str, Any], where: str) -> tuple[dict[str, Any], di
     types = {one["id"]: USER_DEFINED for one in added if not one["special"]}
     if model["byte_fallback"]:
         return _scored(document, types, where)
-    if normalizer is not None:
-        forms = [one["type"] for one in normalizer.get("normalizers", [normalizer])]
-        _report_normalization(" and ".join(forms), where)
+    for step in (normalizer or {"normalizers": []}).get("normalizers", [normalizer]):
+        _report_normalization(step["type"], where)
     field = f"{where}: pre_tokenizer of tokenizer.json"
     pre = matching_pre_tokenizer(document["pre_tokenizer"], model["ignore_merges"], field)
     pairs = [tuple(pair) for pair in model["merges"]]
@@ -180,13 +181,20 @@ def _scored(
 
     A score belongs to the token that a merge makes. So all merges that make one token must follow
     each other, and every pair of tokens that spells a token must be a merge. This is so in files
-    that were made from SentencePiece models.
+    that were made from SentencePiece models, except that runs of spaces may share one score.
     """
     model, field = document["model"], f"{where}: merges of tokenizer.json"
     merges, ids = {tuple(pair) for pair in model["merges"]}, model["vocab"]
     made = ["".join(pair) for pair in model["merges"]]
-    starts = [token for token, before in zip(made, ["", *made], strict=False) if token != before]
-    scores = {token: -float(place) for place, token in enumerate(starts)}
+    last = {token: place for place, token in enumerate(made)}
+    scores: dict[str, float] = {}
+    reach, rank = -1, -1
+    for place, token in enumerate(made):
+        rank += place > reach  # merges that make the same tokens as earlier ones share their rank
+        reach = max(reach, last[token])
+        scores[token] = -float(rank)
+    sharing = Counter(scores.values())
+    mixed = (one for one, rank in scores.items() if sharing[rank] > 1 and len(set(one)) > 1)
     types |= {ids[token]: BYTE for byte in range(256) if (token := f"<0x{byte:02X}>") in ids}
     added = {one["id"] for one in document["added_tokens"]}
     missing = (
@@ -198,8 +206,7 @@ def _scored(
         and token[cut:] in ids
         and id not in added
     )
-    again = None if len(starts) == len(scores) else "merges that GGUF cannot order by token"
-    odd = again or next(missing, None)
+    odd = next(chain(mixed, missing), None)
     require(odd is None, field, odd, "expected those of a SentencePiece model, in their order")
     return {
         "model": SENTENCE_PIECE,

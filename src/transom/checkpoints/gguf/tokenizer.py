@@ -56,7 +56,6 @@ ROLES = {
     "eom_token": "eom_token_id",
 }
 ENDS = ("eos_token", "eot_token", "eom_token")
-MODEL_FILE = "tokenizer.model"
 # Spellings that llama.cpp's converter takes for control tokens; older files have them as text.
 _CONTROL = re.compile(r"<[|\uff5c]\w.*[|\uff5c]>")
 _KINDS = {str: "text", int: "an integer", bool: "true or false", float: "a number"}
@@ -89,7 +88,7 @@ def write_tokenizer_files(metadata: Mapping[str, Any], folder: Path) -> None:
     else:
         edges = vocabulary.edges(metadata, adds_bos=True)
         model = _sentence_piece(metadata, vocabulary)
-        (folder / MODEL_FILE).write_bytes(model.to_bytes())
+        (folder / "tokenizer.model").write_bytes(model.to_bytes())
         own = {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": model.add_dummy_prefix}
     ids = vocabulary.ids
     templates = _templates(metadata)
@@ -188,11 +187,10 @@ def _byte_pairs(
 
 
 def _merges(metadata: Mapping[str, Any], ids: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Return the merges as pairs of tokens. A space separates them, but not one at the start."""
+    """Return the merges as pairs of tokens, which a space separates."""
     pairs = []
     for place, merge in enumerate(dict.fromkeys(_values(metadata, "merges", str))):
-        cut = merge.find(" ", 1)
-        left, right = merge[: max(cut, 0)], merge[cut + 1 :]
+        left, _, right = merge.partition(" ")
         known = left in ids and right in ids and left + right in ids
         expected = "expected two tokens and a space between them that make another token"
         require(known, f"{KEY}merges[{place}]", merge, expected)
@@ -202,14 +200,13 @@ def _merges(metadata: Mapping[str, Any], ids: Mapping[str, int]) -> list[tuple[s
 
 def _sentence_piece(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> SentencePieceFile:
     """Return the model of a tokenizer.model."""
-    tokens, types = vocabulary.tokens, vocabulary.types
+    tokens = vocabulary.tokens
     scores = _values(metadata, "scores", float, len(tokens))
     strange = next((one for one in scores if not math.isfinite(one)), None)
     require(strange is None, f"{KEY}scores", strange, "expected finite numbers")
-    unknown = vocabulary.ids["unk_token"]
     # A model has one unknown piece; other tokens that no text makes are control pieces.
     types = [CONTROL if one == UNKNOWN else one for one in vocabulary.types]
-    types[unknown] = UNKNOWN
+    types[vocabulary.ids["unk_token"]] = UNKNOWN
     found = {token for token, type in zip(tokens, types, strict=True) if type == BYTE}
     expected = "expected none, or <0x00> to <0xFF>"
     whole = not found or found == {f"<0x{byte:02X}>" for byte in range(256)}
@@ -226,13 +223,10 @@ def _sentence_piece(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> Sen
 
 def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:
     """Return the chat templates by name."""
-    found = {}
-    for key, text in metadata.items():
-        name = key.removeprefix(TEMPLATE_KEY)
-        if key.startswith(f"{TEMPLATE_KEY}.") or key == TEMPLATE_KEY:
-            require(isinstance(text, str), key, text, "expected a chat template")
-            found[name[1:] or DEFAULT] = text
-    return found
+    named = [key for key in metadata if key == TEMPLATE_KEY or key.startswith(f"{TEMPLATE_KEY}.")]
+    for key in named:
+        require(isinstance(metadata[key], str), key, metadata[key], "expected a chat template")
+    return {key.removeprefix(TEMPLATE_KEY)[1:] or DEFAULT: metadata[key] for key in named}
 
 
 def _ids(metadata: Mapping[str, Any], count: int) -> dict[str, int]:

@@ -131,19 +131,17 @@ def _make(
     mapping: KeyMapping, parts: Sequence[LazyTensor], shapes: Sequence[Shape]
 ) -> list[LazyTensor] | None:
     """Return the parameters that a mapping makes, or None if they have other shapes."""
+
+    def part(index: int) -> LazyTensor:
+        return LazyTensor.made_of(
+            parts, lambda tensors: apply_transform(mapping.transform, tensors, shapes)[index]
+        )
+
     try:
-        metas = apply_transform(mapping.transform, [part.meta for part in parts], shapes)
+        made = [part(index) for index in range(len(shapes))]
     except _MISFITS:
         return None
-    if [tuple(meta.shape) for meta in metas] != [tuple(shape) for shape in shapes]:
-        return None
-
-    def reader(index: int) -> Callable[[], Tensor]:
-        return lambda: apply_transform(mapping.transform, [part.read() for part in parts], shapes)[
-            index
-        ]
-
-    return [LazyTensor(tuple(meta.shape), meta.dtype, reader(i)) for i, meta in enumerate(metas)]
+    return made if [one.shape for one in made] == [tuple(shape) for shape in shapes] else None
 
 
 def to_foreign(mappings: Iterable[KeyMapping], ours: LazyTensors, where: str) -> list[TensorGroup]:

@@ -27,25 +27,19 @@ def load_hook(
     for key in [key for key in state if key.endswith(IGNORED_ENDINGS)]:
         del state[key]
     for mapping in expand(REFERENCE_NAMES, args, shapes):
-        foreign, ours = (
-            [prefix + name for name in names] for names in (mapping.foreign, mapping.ours)
-        )
+        foreign, ours = ([prefix + n for n in names] for names in (mapping.foreign, mapping.ours))
         if not all(name in state for name in foreign):
             continue  # `load_state_dict` reports whatever is missing
-        both = [name for name in ours if name in state]
-        if both:
-            raise RequestError(
-                f"state dict: got {foreign[0]} and {both[0]}, the same weights; "
-                f"expected one of them"
-            )
-        wanted = [shapes[name] for name in mapping.ours]
+        for name in ours:
+            if name in state:
+                found = f"{foreign[0]} and {name}, the same weights"
+                raise RequestError(f"state dict: got {found}; expected one of them")
+        given, wanted = [state.pop(name) for name in foreign], [shapes[n] for n in mapping.ours]
         try:
-            tensors = apply_transform(mapping.transform, [state[name] for name in foreign], wanted)
+            made = apply_transform(mapping.transform, given, wanted)
         except RuntimeError:
-            shape = tuple(state[foreign[0]].shape)
+            expected = f"expected one that makes {wanted}"
             raise RequestError(
-                f"{foreign[0]}: got shape {shape}; expected one that makes {wanted}"
+                f"{foreign[0]}: got shape {tuple(given[0].shape)}; {expected}"
             ) from None
-        for name in foreign:
-            del state[name]
-        state.update(zip(ours, tensors, strict=True))
+        state.update(zip(ours, made, strict=True))

@@ -19,7 +19,14 @@ from transom.checkpoints.families.family import (
     write_all,
 )
 from transom.checkpoints.families.foreign_config import ForeignConfig
-from transom.checkpoints.families.options import BIAS, COMMON, dense_layers, experts, layer_types
+from transom.checkpoints.families.options import (
+    BIAS,
+    COMMON,
+    dense_layers,
+    experts,
+    layer_letters,
+    layer_types,
+)
 from transom.checkpoints.families.rope import rope_fields, rope_settings
 from transom.checkpoints.families.weights import (
     EXPERTS,
@@ -144,12 +151,11 @@ def _read_layers(config: ForeignConfig) -> Fields:
         len(rotary) >= layers, "no_rope_layers", f"expected one number per layer ({layers})"
     )
     rotary = [bool(flag) for flag in rotary[:layers]]
-    types = config.get("layer_types") or [
-        "chunked_attention" if flag else "full_attention" for flag in rotary
-    ]
-    known = set(types) <= {"chunked_attention", "full_attention"}
-    config.check(known, "layer_types", "expected chunked_attention or full_attention in each layer")
-    letters = ["C" if kind == "chunked_attention" and chunk is not None else "F" for kind in types]
+    letters = layer_letters(
+        config,
+        {"full_attention": "F", "chunked_attention": "F" if chunk is None else "C"},
+        lambda index: "chunked_attention" if rotary[index] else "full_attention",
+    )
     sparse = config.get("moe_layers")
     if sparse is None:
         sparse = [index for index in range(layers) if (index + 1) % step == 0]

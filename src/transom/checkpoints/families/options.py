@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transom.checkpoints.families.family import (
@@ -106,21 +106,27 @@ def uniform_window(switch: bool = False) -> Option:
     return Option(read, write)
 
 
+def layer_letters(
+    config: ForeignConfig, letters: Mapping[str, str], kind: Callable[[int], str]
+) -> list[str]:
+    """Return the letter of each layer; `kind` tells what a layer is in a file without a list."""
+    kinds = config.get("layer_types") or map(kind, range(config["num_hidden_layers"]))
+    kinds, expected = list(kinds), f"expected {' or '.join(letters)} in each layer"
+    config.check(set(kinds) <= set(letters), "layer_types", expected)
+    return [letters[one] for one in kinds]
+
+
 def read_windows(config: ForeignConfig, is_full: Callable[[int], bool]) -> Fields:
     """Return the window, and the pattern of layers if only some have it.
 
     The pattern is that of `layer_types` if the file has it. Otherwise `is_full` tells which layers,
     by index, have no window.
     """
-    types = config.get("layer_types")
-    if types is None:
-        letters = ["F" if is_full(index) else "S" for index in range(config["num_hidden_layers"])]
-    else:
-        known = set(types) <= {"full_attention", "sliding_attention"}
-        config.check(
-            known, "layer_types", "expected full_attention or sliding_attention in each layer"
-        )
-        letters = ["F" if kind == "full_attention" else "S" for kind in types]
+    letters = layer_letters(
+        config,
+        {"full_attention": "F", "sliding_attention": "S"},
+        lambda index: "full_attention" if is_full(index) else "sliding_attention",
+    )
     window = config["sliding_window"]
     fits = window is not None or "S" not in letters
     config.check(fits, "sliding_window", "expected a number, as layer_types has sliding layers")

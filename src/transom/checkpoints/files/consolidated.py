@@ -20,7 +20,6 @@ from transom.base.files import refuse_pointer
 from transom.checkpoints.files.layout import PICKLED, weight_files
 from transom.checkpoints.files.lazy_tensors import LazyTensor, TensorGroup
 from transom.checkpoints.files.safetensors_files import (
-    open_safetensors,
     read_safetensors,
     write_stream,
 )
@@ -96,11 +95,9 @@ def vocabulary_of(folder: Path, dim: int) -> int:
         RequestError: There are no weights or no embeddings.
     """
     key, files = "tok_embeddings.weight", weight_files(folder).files
-    if files and files[0].endswith(".pth"):
-        shapes = [tuple(part[key].shape) for part in _read_ranks(folder, files) if key in part]
-    else:
-        tensors = open_safetensors(folder, files)
-        shapes = [tensors[key].shape] if key in tensors else []
+    pickled = bool(files) and files[0].endswith(".pth")
+    parts = _read_ranks(folder, files) if pickled else [read_safetensors(folder / f) for f in files]
+    shapes = [tuple(part[key].shape) for part in parts if key in part]
     if not shapes or len(shapes[0]) != 2:
         raise RequestError(f"{folder}: {key} is missing, and params.json gives no vocab_size")
     return shapes[0][0] if shapes[0][1] != dim else sum(shape[0] for shape in shapes)
@@ -141,15 +138,14 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
 def _joined(key: str, parts: Sequence[Tensor], args: ModelArgs, folder: Path) -> LazyTensor:
     if len(parts) == 1:
         return LazyTensor.of(parts[0])
-    join = _JOIN[rule_of(key)]
+    join, lazy = _JOIN[rule_of(key)], [LazyTensor.of(part) for part in parts]
     try:
-        meta = join([part.to("meta") for part in parts], args)
+        return LazyTensor.made_of(lazy, lambda tensors: join(tensors, args))
     except (RuntimeError, IndexError):
         found = ", ".join(str(tuple(part.shape)) for part in parts)
         raise RequestError(
             f"{folder}: {key}: got shapes {found} in {len(parts)} ranks; expected ones that fit"
         ) from None
-    return LazyTensor(tuple(meta.shape), meta.dtype, lambda: join(parts, args))
 
 
 def rule_of(key: str) -> Rule:

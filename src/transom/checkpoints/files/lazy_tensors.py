@@ -38,8 +38,15 @@ class LazyTensor:
 
     def then(self, change: Callable[[Tensor], Tensor]) -> LazyTensor:
         """Return the result of `change`, which must work on the meta device too."""
-        after = change(self.meta)
-        return LazyTensor(tuple(after.shape), after.dtype, lambda: change(self.read()))
+        return LazyTensor.made_of([self], lambda tensors: change(tensors[0]))
+
+    @classmethod
+    def made_of(
+        cls, parts: Sequence[LazyTensor], make: Callable[[Sequence[Tensor]], Tensor]
+    ) -> LazyTensor:
+        """Return what `make` makes of several tensors; it must work on the meta device too."""
+        meta = make([part.meta for part in parts])
+        return cls(tuple(meta.shape), meta.dtype, lambda: make([part.read() for part in parts]))
 
 
 LazyTensors = Mapping[str, LazyTensor]

@@ -13,9 +13,12 @@ POOLING = "1_Pooling/config.json"
 MODULES = "modules.json"
 _SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json")
 SENTENCE_TRANSFORMERS = (MODULES, POOLING, *_SETTINGS)
-_MODES: dict[str, Literal["mean", "last"]] = {"mean": "mean", "lasttoken": "last"}
-# Older files have a flag for every mode, newer ones name it in `pooling_mode`.
-_FLAGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "lasttoken"}
+_MODES: dict[str, Literal["mean", "last"]] = {
+    "mean": "mean",
+    "lasttoken": "last",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "last",
+}
 
 
 def stated_pooling(folder: Path) -> Literal["mean", "last"] | None:
@@ -24,11 +27,10 @@ def stated_pooling(folder: Path) -> Literal["mean", "last"] | None:
     if not path.exists():
         return None
     data = read_json(path)
-    named = data.get("pooling_mode")
+    # Newer files name the mode, older ones have a flag for every mode.
+    flags = [key for key in data if key.startswith("pooling_mode_") and data[key] is True]
+    named = data.get("pooling_mode", flags)
     modes = named if isinstance(named, list) else [named]
-    if named is None:
-        flags = [key for key in data if key.startswith("pooling_mode_") and data[key] is True]
-        modes = [_FLAGS.get(key, key) for key in flags]
     if len(modes) == 1 and modes[0] in _MODES:
         return _MODES[modes[0]]
     found = ", ".join(map(str, modes)) or "none"

@@ -117,22 +117,10 @@ def json_text(document: Any, **options: Any) -> str:
     try:
         return json.dumps(document, allow_nan=False, **options)
     except ValueError:  # a number is not finite
-        replaced: list[float] = []
-        finite = _finite(document, replaced)
+        replaced: list[str] = []
+        finite = json.loads(json.dumps(document), parse_constant=replaced.append)
     notice(f"{len(replaced)} NaN or infinite numbers are written as null, since JSON has neither")
-    return json.dumps(finite, allow_nan=False, **options)
-
-
-def _finite(value: Any, replaced: list[float]) -> Any:
-    """Return data with None for every number that is not finite, and collect these numbers."""
-    if isinstance(value, float) and not math.isfinite(value):
-        replaced.append(value)
-        return None
-    if isinstance(value, Mapping):
-        return {key: _finite(one, replaced) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(one, replaced) for one in value]
-    return value
+    return json.dumps(finite, **options)
 
 
 def safetensors_header(path: Path) -> dict[str, Any] | None:

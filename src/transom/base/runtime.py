@@ -19,7 +19,7 @@ import torch
 
 from transom.base.errors import RequestError, notice
 
-# The names that torch and Linux give to instructions that multiply bfloat16: x86 (two), Arm.
+# The names that torch gives to instructions that multiply bfloat16: x86 (two), Arm.
 BFLOAT16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 KEPT_KERNELS = 64  # in the cache of oneDNN: more than a step of one shape needs
 DTYPES = {
@@ -154,19 +154,9 @@ def _cpu_multiplies_bfloat16() -> bool | None:
 
 
 def _cpu_instructions() -> frozenset[str] | None:
-    """Return the names of the CPU's instruction sets; None where neither torch nor Linux lists
-    them.
-    """
+    """Return the names of the CPU's instruction sets; None if this torch does not list them."""
     listed = getattr(torch.cpu, "get_capabilities", None)
-    if listed is not None:
-        return frozenset(name for name, value in listed().items() if value is True)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    named = (line for line in lines if line.lower().startswith(("flags", "features")))
-    flags = next(named, None)
-    return None if flags is None else frozenset(flags.partition(":")[2].split())
+    return listed and frozenset(name for name, value in listed().items() if value is True)
 
 
 def _bfloat16_wins_clearly(device_type: str) -> bool:

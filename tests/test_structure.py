@@ -100,7 +100,7 @@ CEILINGS = {
     "inference": 770,
     "evaluation": 1_270,
     "training": 4_040,
-    "verify": 2_260,
+    "verify": 2_250,
     "cli": 1_580,
 }
 

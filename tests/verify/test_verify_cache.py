@@ -117,7 +117,7 @@ def test_first_failure_tells_layer_and_position():
 
 def test_edges_surround_windows_rings_and_buckets():
     args = tiny_args(sliding_window=5)
-    found = edges(args, Plan(40, (0, 3), 16, 40, 1e-9))
+    found = edges(args, Plan(40, (0, 3), 16, 40))
     for mark in (
         5,
         10,
@@ -156,7 +156,7 @@ def test_a_model_that_ignores_its_padding_is_seen():
     """Comparisons judge rows alone: batch and single row may not share the mistake."""
     model = sample_model(small_copy(preset("demo"), "demo"))
     with model_bugs.visible_padding():
-        lines = summarize(compare(model, "demo", Plan(12, (0,), 256, 12, 1e-9)))
+        lines = summarize(compare(model, "demo", Plan(12, (0,), 256, 12)))
     assert {line.comparison for line in lines if line.failed} >= {
         "padded on the left",
         "padded prompt + decode",

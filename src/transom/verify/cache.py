@@ -35,13 +35,12 @@ States = list[Tensor]  # the output of every block, then the logits, each [B, T,
 
 @dataclass(frozen=True)
 class Plan:
-    """The sizes of a comparison, in tokens and slots, and the largest accepted error."""
+    """The sizes of a comparison, in tokens and slots."""
 
     length: int
     slacks: tuple[int, ...]
     bucket: int
     decoded: int
-    tolerance: float
 
 
 def check(
@@ -77,10 +76,9 @@ def compare_small(model: LLM, name: str) -> Iterator[Finding]:
     lengths = [2 * max(longest + max(SLACKS), SMALL_BUCKET) + 3]
     if scaling is not None and scaling.by_length:  # below and above the length of the switch
         lengths = [scaling.original_max_seq_len - 2, scaling.original_max_seq_len + 8]
-    tolerance = TOLERANCES[model.dtype]
     with _small_buckets():
         for length in lengths:
-            yield from compare(model, name, Plan(length, SLACKS, SMALL_BUCKET, length, tolerance))
+            yield from compare(model, name, Plan(length, SLACKS, SMALL_BUCKET, length))
 
 
 def compare_full_size(model: LLM, name: str, length: int | None = None) -> Iterator[Finding]:
@@ -98,8 +96,7 @@ def compare_full_size(model: LLM, name: str, length: int | None = None) -> Itera
     for span in sorted({layer.rule.size for layer in model.args.layers}):
         if span >= length:
             notice(f"{name}: --length {length} does not exceed windows or chunks of {span} tokens")
-    tolerance = TOLERANCES[model.dtype]
-    plan = Plan(length, (REAL_SLACK,), store.BUCKET, REAL_DECODED, tolerance)
+    plan = Plan(length, (REAL_SLACK,), store.BUCKET, REAL_DECODED)
     yield from compare(model, name, plan)
 
 
@@ -266,7 +263,7 @@ class Calls:
             stop = start + states[-1].size(1)
             expected = [x[rows, start:stop] for x in self.full]
         error = max(difference(x, y) for x, y in zip(states, expected, strict=True))
-        tolerance = self.plan.tolerance
+        tolerance = TOLERANCES[self.model.dtype]
         detail = "" if error <= tolerance else first_failure(states, expected, tolerance, start)
         return Finding(comparison, f"{self.name}, {case}", error, tolerance, detail)
 

@@ -91,10 +91,14 @@ class Oracle:
         factor = 1.0 + weight if self.args.norm == "rms_plus_one" else weight
         return rms_normalize(x, eps) * factor
 
-    def linear(self, name: str, x: Tensor, bias: bool = False) -> Tensor:
-        """Return W x, or W x + b if the option of the bias is on."""
-        y = self.weights[f"{name}.weight"] @ x
-        return y + self.weights[f"{name}.bias"] if bias else y
+    def linear(self, name: str, x: Tensor, bias: bool = False, expert: int | None = None) -> Tensor:
+        """Return W x, or W x + b if the option of the bias is on.
+
+        The matrices of all experts are one tensor [E, out, in].
+        """
+        weight, b = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"] if bias else None
+        y = (weight if expert is None else weight[expert]) @ x
+        return y if b is None else y + (b if expert is None else b[expert])
 
     # -- attention
 
@@ -111,18 +115,15 @@ class Oracle:
 
     def may_attend(self, letter: str, query: int, key: int) -> bool:
         """Return whether the token at position `query` may attend to the one at `key`."""
-        kind, window, chunk = (
-            letter.upper(),
-            self.args.sliding_window,
-            self.args.attention_chunk_size,
-        )
-        if kind == "S":
-            assert window is not None, "layers with windows have a size"
-            return key <= query < key + window  # the window includes the token itself
-        if kind == "C":
-            assert chunk is not None, "layers with chunks have a size"
-            return key <= query and query // chunk == key // chunk
-        return kind == "B" or key <= query
+        window, chunk = self.args.sliding_window or 0, self.args.attention_chunk_size or 1
+        match letter.upper():
+            case "B":
+                return True
+            case "S":
+                return key <= query < key + window  # the window includes the token itself
+            case "C":
+                return key <= query and query // chunk == key // chunk
+        return key <= query
 
     def attention(self, index: int, xs: list[Tensor]) -> list[Tensor]:
         """Return softmax(q k / sqrt(H)) v for every token.
@@ -217,10 +218,11 @@ class Oracle:
         divisor = total(scores[expert] for expert in chosen) if moe.normalize else 1.0
         scale = moe.routed_scale if moe.routing == "biased_sigmoid" else 1.0
         if moe.routing == "sigmoid":  # Llama 4 scales the input of the experts
-            outputs = [self.expert(at, expert, x * scores[expert]) for expert in chosen]
+            outputs = [self.expert(moe, at, expert, x * scores[expert]) for expert in chosen]
         else:
             outputs = [
-                scale * scores[expert] / divisor * self.expert(at, expert, x) for expert in chosen
+                scale * scores[expert] / divisor * self.expert(moe, at, expert, x)
+                for expert in chosen
             ]
         if moe.shared_expert:
             outputs.append(self.dense(f"{at}shared_expert.", x))
@@ -246,24 +248,20 @@ class Oracle:
         gate = self.act(self.linear(f"{at}w_gate", x, bias))
         return self.linear(f"{at}w_out", gate * value, bias)
 
-    def expert(self, at: str, expert: int, x: Tensor) -> Tensor:
-        """Return the output of one expert; the matrices of all are one tensor [E, out, in]."""
-        moe = self.args.moe_args
-        assert moe is not None, "only called for mixtures"
-
-        def linear(name: str, x: Tensor) -> Tensor:
-            y = self.weights[f"{at}experts.{name}.weight"][expert] @ x
-            return y + self.weights[f"{at}experts.{name}.bias"][expert] if moe.expert_bias else y
-
-        value = linear("w_value", x)
+    def expert(self, moe: MoeArgs, at: str, expert: int, x: Tensor) -> Tensor:
+        """Return the output of one expert, which is dense, or gpt-oss's with clamped values."""
+        bias, at = moe.expert_bias, f"{at}experts."
+        value = self.linear(f"{at}w_value", x, bias, expert)
         if not self.args.ffn_gated:
-            return linear("w_out", self.act(value))
-        gate = linear("w_gate", x)
+            return self.linear(f"{at}w_out", self.act(value), bias, expert)
+        gate = self.linear(f"{at}w_gate", x, bias, expert)
         if moe.expert_activation == "model":
-            return linear("w_out", self.act(gate) * value)
-        limit = moe.activation_limit  # gpt-oss
-        gate, value = gate.clamp(max=limit), value.clamp(-limit, limit)
-        return linear("w_out", (value + 1) * gate * torch.sigmoid(1.702 * gate))
+            gated = self.act(gate) * value
+        else:
+            limit = moe.activation_limit
+            gate, value = gate.clamp(max=limit), value.clamp(-limit, limit)
+            gated = (value + 1) * gate * torch.sigmoid(1.702 * gate)
+        return self.linear(f"{at}w_out", gated, bias, expert)
 
     def act(self, x: Tensor) -> Tensor:
         """Return x sigmoid(x), x Phi(x), its tanh approximation, or max(x, 0)."""

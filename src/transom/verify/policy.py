@@ -85,11 +85,11 @@ def compare_policies(models: Iterable[tuple[str, LLM]]) -> Iterator[Finding]:
         for (precision, weights, products), backend in product(PRECISIONS, BACKENDS):
             model.to(weights)
             model.attend = attend = Preferred(backend)
-            findings = []
-            for temperature in TEMPERATURES:
-                case = f"{name} at temperature {temperature:g}"
-                label = f"{precision}, {backend}"
-                findings.append(_compare(model, case, label, products, temperature))
+            label = f"{precision}, {backend}"
+            findings = [
+                _compare(model, f"{name} at temperature {one:g}", label, products, one)
+                for one in TEMPERATURES
+            ]
             if attend.used:
                 declined[f"{backend} in {precision}"] = ""
                 yield from findings
@@ -135,17 +135,14 @@ def _compare(
         trained_BT = measured_log_probs(model, inputs, targets_BT, temperature=temperature)
         logits = model(inputs).logits
     assert logits is not None, "all logits are the default"
-    kept_BT = targets_BT != NO_TARGET
-    gaps_BT = (trained_BT - rollouts.extras["sampled"]).abs()
+    kept_BT, sampled_BT = targets_BT != NO_TARGET, rollouts.extras["sampled"]
+    gaps_BT = (trained_BT - sampled_BT).abs()
     gaps = gaps_BT[kept_BT]
-    row, column = divmod(int(gaps_BT.argmax()), gaps_BT.size(1))
-    sampled, trained = (
-        float(rollouts.extras["sampled"][row, column]),
-        float(trained_BT[row, column]),
-    )
+    at = divmod(int(gaps_BT.argmax()), gaps_BT.size(1))
     worst, mean, median = float(gaps.max()), float(gaps.mean()), float(gaps.median())
     case = f"{case}, {len(gaps)} tokens: largest {worst:.1e}, mean {mean:.1e} nats"
-    detail = f"answer {row}, token {column}: sampled with {sampled:.4f}, trained with {trained:.4f}"
+    values = f"sampled with {sampled_BT[at]:.4f}, trained with {trained_BT[at]:.4f}"
+    detail = f"answer {at[0]}, token {at[1]}: {values}"
     if half:
         largest = float(logits[kept_BT].abs().max()) / temperature
         tolerance = torch.finfo(products).eps * largest

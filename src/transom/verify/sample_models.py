@@ -31,6 +31,7 @@ BASE: dict[str, Any] = {
     "max_seq_len": 256,
     "rope_theta": 100.0,
 }
+MOE = {"num_experts": 4, "top_k": 2, "hidden_dim": 16}
 LLAMA3 = {"kind": "llama3", "factor": 8.0, "original_max_seq_len": ORIGINAL}
 
 # One model for each family of options. Together they use every option of the oracle.
@@ -52,10 +53,9 @@ SAMPLES: dict[str, dict[str, Any]] = {
         "attn_temperature_tuning": True,
         "floor_scale": 4.0,
         "moe_args": {
-            "num_experts": 4,
+            **MOE,
             "top_k": 1,
             "routing": "sigmoid",
-            "hidden_dim": 16,
             "shared_expert": True,
             "interleave_moe_layer_step": 2,
         },
@@ -66,9 +66,9 @@ SAMPLES: dict[str, dict[str, Any]] = {
         "qk_norm": "head",
         "qkv_bias": True,
         "tie_embeddings": True,
-        "moe_args": {"num_experts": 4, "top_k": 2, "hidden_dim": 16, "normalize": False},
+        "moe_args": {**MOE, "normalize": False},
     },
-    "mixtral": {**BASE, "moe_args": {"num_experts": 4, "top_k": 2, "hidden_dim": 16}},
+    "mixtral": {**BASE, "moe_args": MOE},
     "gemma": {
         **BASE,
         "rope_layout": "halves",
@@ -100,9 +100,7 @@ SAMPLES: dict[str, dict[str, Any]] = {
             "truncate": False,
         },
         "moe_args": {
-            "num_experts": 4,
-            "top_k": 2,
-            "hidden_dim": 16,
+            **MOE,
             "router_bias": True,
             "expert_bias": True,
             "expert_activation": "clamped",
@@ -129,13 +127,12 @@ SAMPLES: dict[str, dict[str, Any]] = {
             "mscale_all_dim": 1.2,
         },
         "moe_args": {
+            **MOE,
             "num_experts": 8,
-            "top_k": 2,
             "routing": "biased_sigmoid",
             "num_groups": 4,
             "top_groups": 2,
             "routed_scale": 1.5,
-            "hidden_dim": 16,
             "shared_expert": True,
             "first_dense_layers": 1,
         },

@@ -198,7 +198,7 @@ def test_what_is_not_read_of_a_folder_is_named(
     told = capsys.readouterr().err
     assert len(train) == len(measured) == 2
     assert "3 files are not" in told
-    assert told.count("extra.jsonl, old/more.jsonl, train.csv") == 1
+    assert told.count("['extra.jsonl', 'old/more.jsonl', 'train.csv']") == 1
     assert "the split test is not used" in told and "README" not in told
 
 

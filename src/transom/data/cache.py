@@ -71,15 +71,11 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
     """
     if not folder.exists():
         return None
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         meta: dict[str, Any] = json.loads((folder / META_FILE).read_text())
-        wrong = dict(meta["sizes"]).items() - _sizes(folder).items()
-    except (OSError, ValueError, KeyError, TypeError):
-        wrong = {(META_FILE, 0)}
-    if not wrong:
-        return meta
-    damaged = ", ".join(sorted(name for name, _ in wrong))
-    notice(f"{folder}: {damaged} is damaged; the cache entry is made again")
+        if meta["sizes"].items() <= _sizes(folder).items():
+            return meta
+    notice(f"{folder}: a damaged cache entry is made again")
     shutil.rmtree(folder)
     return None
 

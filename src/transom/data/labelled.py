@@ -94,15 +94,15 @@ def label_names(rows: Sequence[LabelledText], num_labels: int) -> list[str]:
     """
     found = {row.label for row in rows}
     numbers = [label for label in found if isinstance(label, int)]
-    names = sorted(map(str, found))
-    if numbers:
-        names = [str(label) for label in range(max(numbers) + 1)]
-    needed = len(names)
-    expected = f"expected {needed} or more, as in the data"
-    require(needed <= num_labels, "model.head.num_labels", num_labels, expected)
-    if needed < num_labels:
-        notice(f"model.head.num_labels: got {num_labels}; only {needed} of them are in the data")
-    return names + [f"unused {index}" for index in range(needed, num_labels)]
+    count = max(numbers, default=-1) + 1
+    names = [str(label) for label in range(count)] if numbers else sorted(map(str, found))
+    expected = f"expected {len(names)} or more, as in the data"
+    require(len(names) <= num_labels, "model.head.num_labels", num_labels, expected)
+    unused = [f"unused {index}" for index in range(len(names), num_labels)]
+    if unused:
+        what = f"only {len(names)} of them are in the data"
+        notice(f"model.head.num_labels: got {num_labels}; {what}")
+    return names + unused
 
 
 def split_held_out(

@@ -15,10 +15,6 @@ T = TypeVar("T")
 Columns = Mapping[str, Any]
 
 
-def _no_keys(_: Columns) -> set[str]:
-    return set()
-
-
 class RowKind(NamedTuple, Generic[T]):
     """A kind of rows.
 
@@ -35,7 +31,7 @@ class RowKind(NamedTuple, Generic[T]):
     needs: tuple[str, ...]
     reads: tuple[str, ...]
     make: Callable[[Columns, str], T]
-    unread_inside: Callable[[Columns], set[str]] = _no_keys
+    unread_inside: Callable[[Columns], set[str]] = lambda _: set()
 
     def read(self, columns: Columns) -> dict[str, Any]:
         """Return the columns that are read."""

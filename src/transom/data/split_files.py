@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from transom.base.errors import notice, require
+from transom.base.errors import notice, require, short_repr
 from transom.data.file_formats import ROW_NAMES, row_format, stem_of
 
 # Words for each split in names of files and folders, as in datasets/data_files.py.
@@ -25,7 +25,6 @@ _SHARD = re.compile(r"^(.*?)-?(\d+)-of-(\d+)$")
 _DESCRIPTIONS = re.compile(
     r"(readme|licen[sc]e|citation)\b.*|(config|dataset_info|dataset_infos|dataset_dict|state)\.json"
 )
-_NAMED = 8  # names that a notice lists
 
 
 def split_files(folder: Path) -> dict[str, list[Path]]:
@@ -54,9 +53,8 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
     used = {path for paths in found.values() for path in paths}
     ignored = [str(path.relative_to(folder)) for path in files if path not in used]
     if ignored:
-        shown = ", ".join(ignored[:_NAMED]) + (", ..." if len(ignored) > _NAMED else "")
         what = f"{len(ignored)} files are not read because of their names or formats"
-        notice(f"{folder}: {what}: {shown}")
+        notice(f"{folder}: {what}: {short_repr(ignored)}")
     for split, paths in found.items():
         names = Counter(stem_of(path).lower() for path in paths)
         twice = sorted(name for name, count in names.items() if count > 1)

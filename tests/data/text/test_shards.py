@@ -62,7 +62,7 @@ def test_a_damaged_entry_is_made_anew_and_says_so(source, tmp_path, capsys, name
     with (first.folder / name).open("r+b") as file:
         file.truncate((first.folder / name).stat().st_size // 2)
     again = prepare(source, byte_tokenizer(), tmp_path / "cache")
-    assert f"{name} is damaged" in capsys.readouterr().err
+    assert f"{first.folder}: a damaged cache entry is made again" in capsys.readouterr().err
     assert np.array_equal(again.train.tokens, tokens)
 
 
@@ -75,6 +75,16 @@ def test_a_failed_write_leaves_nothing_behind(source, tmp_path, monkeypatch, num
     with pytest.raises(WorkError, match=f"could not be written .*{os.strerror(number)}"):
         prepare(source, byte_tokenizer(), tmp_path / "cache")
     assert list((tmp_path / "cache").glob("*")) == []
+
+
+def test_files_of_a_killed_process_with_the_same_id_are_replaced(source, tmp_path):
+    first = prepare(source, byte_tokenizer(), tmp_path / "cache")
+    left = tmp_path / "again" / f".{first.folder.name}.tmp-{os.getpid()}"
+    left.mkdir(parents=True)
+    (left / "train.tokens").write_bytes(b"half")
+    again = prepare(source, byte_tokenizer(), tmp_path / "again")
+    assert np.array_equal(again.train.tokens, first.train.tokens)
+    assert [entry.name for entry in (tmp_path / "again").iterdir()] == [first.folder.name]
 
 
 def test_texts_that_change_between_the_two_readings_are_noticed(source, tmp_path, monkeypatch):

@@ -47,6 +47,7 @@ def staged(
         parent, name = (folder, "") if there else (folder.parent, folder.name)
         temporary = parent / f".{name}.tmp-{os.getpid()}"
         try:
+            shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same id
             temporary.mkdir(parents=True)
             yield temporary
             if there:

@@ -115,15 +115,14 @@ def _questions(
 def _items(root: Path) -> Iterator[Item]:
     """Yield everything public that has a docstring, in the order of the files."""
     for path in _sources(root):
-        parts = path.relative_to(root).with_suffix("").parts
-        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
         try:
             with warnings.catch_warnings():  # about invalid escapes in old files
                 warnings.simplefilter("ignore")
                 tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):  # files that are malformed on purpose
             continue
-        yield from _documented(tree, "module", ".".join(parts))
+        yield from _documented(tree, "module", name)
 
 
 def _sources(folder: Path) -> Iterator[Path]:

@@ -81,15 +81,9 @@ class EncodedChat(NamedTuple):
         return cls("", np.asarray(ids, np.int32), weights, tuple(answers))
 
 
-class _Found(NamedTuple):
-    """The indices of the tokens of an answer; `ended` and `like_prompt` are those of AnswerSpan."""
-
-    places: NDArray[np.int64]
-    ended: bool = False
-    like_prompt: bool = False
-
-
-NOT_FOUND = _Found(np.zeros(0, np.int64))
+# The indices of the tokens of an answer, and `ended` and `like_prompt` of its `AnswerSpan`.
+_Found = tuple[NDArray[np.int64], bool, bool]
+NOT_FOUND: _Found = np.zeros(0, np.int64), False, False
 
 
 class Turns:
@@ -281,7 +275,7 @@ class _RenderedRow:
             _, stop, alike = self._count(end if ended else len(whole))
         if (end if ended else len(whole)) > same or not (ended or alike) or begin >= stop:
             return NOT_FOUND
-        return _Found(np.arange(begin, stop), ended, like_prompt)
+        return np.arange(begin, stop), ended, like_prompt
 
     def _ends(self, start: int) -> Iterator[tuple[int, int | None]]:
         """Yield where turns end after `start`: a place in the text, and the token if known."""
@@ -307,7 +301,7 @@ class _RenderedRow:
         if not ended and stop < len(self.ids) and self.ids[stop] in self._stops:
             places, ended = np.append(places, stop), True  # the block does not contain the end
         like_prompt = self._count(start)[2]
-        return _Found(places, ended, like_prompt) if ended or same == len(whole) else NOT_FOUND
+        return (places, ended, like_prompt) if ended or same == len(whole) else NOT_FOUND
 
     def _count(self, length: int) -> tuple[int, int, bool]:
         """Return how many tokens end in the first `length` characters, how many begin in them, and

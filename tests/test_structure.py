@@ -96,7 +96,7 @@ CEILINGS = {
     "lora": 600,
     "chat": 880,
     "checkpoints": 3_835,
-    "data": 1_950,
+    "data": 1_930,
     "inference": 770,
     "evaluation": 1_270,
     "training": 4_040,

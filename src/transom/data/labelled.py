@@ -15,7 +15,6 @@ import torch
 from transom.base.errors import notice, require
 from transom.base.files import read_json, write_text
 from transom.data.batch import NO_TARGET, Batch, pad_rows
-from transom.data.file_formats import ROW_NAMES, row_format
 from transom.data.order import ShuffledBatches
 from transom.data.row_files import read_rows
 from transom.data.row_kinds import Columns, RowKind, read_as, text_of
@@ -58,8 +57,6 @@ def read_labelled(
             lines and numbers in others.
     """
     file = Path(path)
-    known = row_format(file) is not None and not file.is_dir()
-    require(known, "data.sources", str(path), f"expected a file that ends in {ROW_NAMES}")
     rows = list(read_as(file, read_rows(file), [HEAD_ROWS[kind]]))
     kinds = {type(row.label).__name__ for row in rows}
     require(len(kinds) == 1, f"{file}: labels", sorted(kinds), "expected all texts or all numbers")

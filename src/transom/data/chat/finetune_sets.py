@@ -63,7 +63,7 @@ class Examples:
         self.count += 1
         self.kinds.setdefault(example.kind, example.id)
         self.needs_template |= example.needs_template
-        self._digest.update(_content(example))
+        self._digest.update(repr(example).encode(errors="surrogatepass"))
 
     @property
     def sha256(self) -> str:
@@ -74,12 +74,12 @@ class Examples:
         return self.count
 
     def __iter__(self) -> Iterator[ChatExample]:
-        digest = hashlib.sha256()
+        again = Examples(self.name)
         for example in read_examples(self.name, self.split, []) if self.count else ():
             if self.held_out in (None, _is_held_out(example, self.fraction)):
-                digest.update(_content(example))
+                again.add(example)
                 yield example
-        if digest.digest() != self._digest.digest():
+        if again.sha256 != self.sha256:
             raise WorkError(f"{self.name}: the examples changed while they were read; run it again")
 
 
@@ -116,7 +116,3 @@ def _is_held_out(example: ChatExample, fraction: float) -> bool:
     """Return whether an example is held out. All examples of one docstring are in the same part."""
     stdlib = example.id.startswith(f"{STDLIB}:")
     return held_out(example.id.partition("#")[0] if stdlib else example.id, fraction)
-
-
-def _content(example: ChatExample) -> bytes:
-    return repr(example).encode(errors="surrogatepass")

@@ -35,7 +35,6 @@ from transom.verify.sample_models import (
 
 LONGROPE = {"kind": "longrope", "factor": 4.0, "original_max_seq_len": 4096}
 MODELS = {
-    "demo": PRESETS["demo"],
     "mixed": SAMPLES["mixed"],
     "latent": {
         "n_heads": 8,

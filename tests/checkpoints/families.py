@@ -220,14 +220,17 @@ _VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
 FAMILIES: tuple[str, ...] = (*_VARIANTS, "llama4")
 
 
-def tiny_hf(family: str, seed: int = 0) -> PreTrainedModel:
-    """The tiny model of one of `FAMILIES`, float32, in eval mode, every weight drawn."""
+def tiny_hf(family: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
+    """The tiny model of one of `FAMILIES`, float32, in eval mode, every weight drawn.
+
+    `fields` replace those of its config.
+    """
     module, prefix, changes = _VARIANTS["llama4_text" if family == "llama4" else family]
     modeling = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
     configuration = importlib.import_module(f"transformers.models.{module}.configuration_{module}")
     text = "Text" if module in ("gemma3", "llama4") else ""
     # Copies: transformers completes the mappings it is given in place.
-    fields = {key: _copy(value) for key, value in {**_SMALL, **changes}.items()}
+    fields = {key: _copy(value) for key, value in {**_SMALL, **changes, **fields}.items()}
     config = getattr(configuration, f"{prefix}{text}Config")(**fields)
     kind = f"{prefix}ForCausalLM"
     if family == "llama4":

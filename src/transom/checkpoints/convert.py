@@ -18,7 +18,7 @@ from transom.base.runtime import DTYPES
 from transom.checkpoints.files.checksums import verify_step
 from transom.checkpoints.files.companions import carry_companions
 from transom.checkpoints.files.generation_config import ids_of, stated_settings
-from transom.checkpoints.files.layout import CONFIG, Format
+from transom.checkpoints.files.layout import CONFIG, Format, gguf_files
 from transom.checkpoints.files.lazy_tensors import LazyTensor, LazyTensors
 from transom.checkpoints.files.location import ModelLocation, find_model
 from transom.checkpoints.files.staging import staged
@@ -37,7 +37,7 @@ class Converted:
 
     Attributes:
         source: The folders that were read.
-        source_format: The format of the model folder.
+        source_format: The format of the model folder, or `gguf`.
         format: The format that was written.
         parameters: The number of parameters.
         bytes: Bytes of weights written.
@@ -45,7 +45,7 @@ class Converted:
     """
 
     source: ModelLocation
-    source_format: Format
+    source_format: str
     format: Format
     parameters: int
     bytes: int
@@ -95,7 +95,8 @@ def convert(
         )
     size = sum(meta.nbytes for group in layout.groups for meta in group.metas)
     parameters = sum(torch.Size(lazy.shape).numel() for lazy in state.values())
-    return Converted(location, location.format, format, parameters, size, tuple(companions))
+    kind = "gguf" if gguf_files(location.model) else location.format
+    return Converted(location, kind, format, parameters, size, tuple(companions))
 
 
 def open_merged(location: ModelLocation, dtype: str | None = None) -> tuple[ModelArgs, LazyTensors]:

@@ -15,7 +15,7 @@ FORMATS = ("hf", "native", "meta", "mistral")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
-    what = "a model or adapter folder, a run folder (its best step), or a hub id"
+    what = "a model or adapter folder, a GGUF file, a run folder, or a hub id"
     formats = "hf (Hugging Face), native (Transom), meta or mistral (params.json); default: hf"
     dtype = "float32, bfloat16, float16 or float64 (default: that of the files)"
     size = "largest weights file of hf and native, such as 500MB (default: 5GB)"

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
-    what = "model, adapter or run folder, hub id, config.json, params.json, or preset"
+    what = "model, adapter or run folder, GGUF file, hub id, config.json, params.json, or preset"
     add = parser.add_argument
     add("model", type=user_path, metavar="MODEL", help=f"{what}: {', '.join(PRESETS)}")
     what = "a second model or run to compare with"

@@ -18,7 +18,7 @@ ALIASES = {"temperature": ("--temp",)}  # shorter names of flags
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which model is opened and where: those of `opening`."""
-    what = "a model or adapter folder of any format, a run folder (its best step), or a hub id"
+    what = "a model or adapter folder of any format, a GGUF file, a run folder, or a hub id"
     parser.add_argument("folder", type=user_path, metavar="FOLDER", help=what)
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     devices = "auto, cpu, cuda, cuda:N or mps (default: auto)"

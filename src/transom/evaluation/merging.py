@@ -22,7 +22,7 @@ from transom.base.runtime import machine
 from transom.base.version import __version__
 from transom.checkpoints.convert import config_ids
 from transom.checkpoints.files.companions import carry_companions
-from transom.checkpoints.files.layout import Format, folder_format
+from transom.checkpoints.files.layout import Format, folder_format, shown_name
 from transom.checkpoints.files.lazy_tensors import LazyTensor
 from transom.checkpoints.files.staging import staged
 from transom.checkpoints.fingerprint import fingerprint
@@ -180,7 +180,7 @@ def measure(
 
 def _request(merge: Merge, rows: TokenRows) -> dict[str, Any]:
     """Return the part of the report about what was merged, and on what it was measured."""
-    base = {"folder": str(merge.base), "fingerprint": merge.base_fingerprint}
+    base = {"folder": shown_name(merge.base), "fingerprint": merge.base_fingerprint}
     return {
         "base": {**base, "in_training": str(merge.trained)},
         "adapters": [

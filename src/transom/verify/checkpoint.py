@@ -22,7 +22,7 @@ from transom.base.runtime import DTYPES
 from transom.chat import built_in
 from transom.chat.files import FILE
 from transom.checkpoints.convert import convert
-from transom.checkpoints.files.layout import CONFIG, Format
+from transom.checkpoints.files.layout import CONFIG, Format, gguf_files
 from transom.checkpoints.files.lazy_tensors import LazyTensor, LazyTensors
 from transom.checkpoints.files.location import find_model
 from transom.checkpoints.load import load
@@ -298,8 +298,10 @@ def _load_in_transformers(folder: Path, dtype: str) -> tuple[Any, list[str]]:
     named = (read_json(folder / CONFIG).get("architectures") or [""])[0]
     known = re.fullmatch(r"\w+For(CausalLM|ConditionalGeneration)", str(named))
     kind = getattr(transformers, str(named), None) if known else None
+    files = gguf_files(folder)
     theirs, info = (kind or transformers.AutoModelForCausalLM).from_pretrained(
-        folder,
+        files[0].parent if files else folder,
+        gguf_file=files[0].name if files else None,
         dtype=DTYPES[dtype],
         attn_implementation="eager",
         trust_remote_code=False,

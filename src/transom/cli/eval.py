@@ -63,7 +63,7 @@ SWITCHES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
-    what = "a model or adapter folder of any format, a run folder (its best step), or a hub id"
+    what = "a model or adapter folder of any format, a GGUF file, a run folder, or a hub id"
     parser.add_argument("model", nargs="?", type=user_path, metavar="MODEL", help=what)
     what = "compare two models on the same data, instead of MODEL"
     parser.add_argument("--compare", nargs=2, type=user_path, metavar=("A", "B"), help=what)

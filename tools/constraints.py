@@ -46,7 +46,9 @@ def requirements(project: Mapping[str, Any]) -> list[str]:
     build.
     """
     table = project["project"]
-    extras = [line for lines in table["optional-dependencies"].values() for line in lines]
+    groups = table["optional-dependencies"].items()
+    # Of these packages the Makefile installs nothing but their files.
+    extras = [line for name, lines in groups if name != "smollm2" for line in lines]
     return [*table["dependencies"], *extras, *project["build-system"]["requires"]]
 
 

@@ -22,6 +22,7 @@ from transom.checkpoints.files.layout import (
     is_model,
     shown_name,
 )
+from transom.checkpoints.files.packaged import packaged_model
 from transom.checkpoints.gguf.folder import gguf_folder
 from transom.checkpoints.gguf.reader import is_gguf
 
@@ -67,9 +68,9 @@ def find_model(
     """Return the folders that a name stands for.
 
     Args:
-        name: A model or adapter folder, a run folder for its best step, a GGUF file, or a hub id
-            (`owner/model`). If the parent directory exists locally, the name is treated as a path
-            and never sent to the hub.
+        name: A model or adapter folder, a run folder for its best step, a GGUF file, the name of a
+            model that a package carries (`smollm2`), or a hub id (`owner/model`). If the parent
+            directory exists locally, the name is treated as a path and never sent to the hub.
         revision: Branch, tag or commit of a hub id.
         settings_only: Download config, tokenizer and chat template of a hub id, but no weights.
             A folder with a tokenizer and no model, and the file of a tokenizer, are accepted too.
@@ -107,8 +108,9 @@ def named_folder(
         return named_folder(fetched, None, settings_only)
     of_hub = f"valid only with a hub id, and {name} is not one"
     require(revision is None, "revision", revision, of_hub)
-    if is_gguf(folder):
-        return gguf_folder(folder)
+    file = folder if folder.exists() else packaged_model(str(name)) or folder
+    if is_gguf(file):
+        return gguf_folder(file)
     if not folder.is_dir():
         found = "a file" if folder.exists() else "no such folder"
         expected = "expected a model, adapter or run folder, a GGUF file, or a hub id"

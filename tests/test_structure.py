@@ -95,7 +95,7 @@ CEILINGS = {
     "quantize": 530,
     "lora": 600,
     "chat": 880,
-    "checkpoints": 3_835,
+    "checkpoints": 3_850,
     "data": 1_930,
     "inference": 770,
     "evaluation": 1_270,

@@ -96,7 +96,7 @@ CEILINGS = {
     "lora": 600,
     "chat": 880,
     "checkpoints": 3_850,
-    "data": 1_930,
+    "data": 1_940,
     "inference": 770,
     "evaluation": 1_270,
     "training": 4_040,

@@ -28,17 +28,17 @@ def test_the_file_of_a_package_is_found_without_importing_it(listed):
 
 
 def test_a_package_that_is_missing_is_named_with_what_installs_it(listed):
-    with pytest.raises(RequestError, match="^model: got 'tiny', .*'pip install tiny-model'"):
+    with pytest.raises(RequestError, match=r"^model: got 'tiny', .*'pip install tiny-model'"):
         find_model("tiny")
 
 
 def test_a_folder_of_the_name_comes_first(listed, tmp_path, monkeypatch):
     (tmp_path / "tiny").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RequestError, match="^model: got 'tiny', with no config.json"):
+    with pytest.raises(RequestError, match=r"^model: got 'tiny', with no config\.json"):
         find_model("tiny")
 
 
 def test_a_packaged_model_has_no_revisions(listed):
-    with pytest.raises(RequestError, match="^revision: got 'main'"):
+    with pytest.raises(RequestError, match=r"^revision: got 'main'"):
         find_model("tiny", "main")

@@ -26,7 +26,7 @@ def source(tmp_path):
 
 
 def test_every_document_is_in_one_part_with_its_tokens_and_bytes(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr(shards, "BATCH_CHARACTERS", 7 * shards.DOCUMENT_CHARACTERS)
     tokenizer = byte_tokenizer()
     corpus = prepare(source, tokenizer, tmp_path / "cache", held_out_fraction=0.3)
     seen = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from transom.tokenizers.tokenizer import Tokenizer
 
 FORMAT = 1  # increase it when the files change, so that older entries are not found
 TRAIN, HELD_OUT = "train", "held_out"
-BATCH_DOCUMENTS = 256  # tokenized together, by several threads
+# Tokenized together, by several threads; every document counts some more for what surrounds it.
+BATCH_CHARACTERS, DOCUMENT_CHARACTERS = 1 << 20, 1 << 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +129,7 @@ def _write_parts(
         shard_writer(folder, TRAIN, {"tokens": dtype, "bytes": "int64"}) as train,
         shard_writer(folder, HELD_OUT, {"tokens": dtype, "bytes": "int64"}) as rest,
     ):
-        unread = _hashed(documents, digest)
-        for batch in iter(lambda: list(islice(unread, BATCH_DOCUMENTS)), []):
+        for batch in _batched(_hashed(documents, digest)):
             encoded = tokenizer.encode_batch([document.text for document in batch])
             for document, ids in zip(batch, encoded, strict=True):
                 append = rest if held_out(document.id, fraction) else train
@@ -153,3 +152,17 @@ def _hashed(documents: Iterable[Document], digest: hashlib._Hash) -> Iterator[Do
             digest.update(len(part).to_bytes(8))
             digest.update(part)
         yield document
+
+
+def _batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Yield lists of documents with about `BATCH_CHARACTERS` characters, or one longer document."""
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text) + DOCUMENT_CHARACTERS
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

@@ -27,10 +27,12 @@ from transom.checkpoints.files.lazy_tensors import dtypes_of
 from transom.checkpoints.files.location import ModelLocation, find_model
 from transom.checkpoints.files.safetensors_files import ALIGNMENT
 from transom.checkpoints.fingerprint import check_trained_on
-from transom.checkpoints.gguf.weights import quantized_types
+from transom.checkpoints.gguf.weights import open_codes, quantized_types
 from transom.checkpoints.read_args import read_args
 from transom.checkpoints.state import meta_model, open_parameters
+from transom.lora.adapters import leaves
 from transom.models.llm import LLM
+from transom.quantize.leaves import replace_weight
 
 # Tensors of fewer bytes are summed by one thread, which finishes before a second one has started.
 _MANY_BYTES = 1 << 27
@@ -41,6 +43,8 @@ def load(
     device: str = "cpu",
     dtype: str | None = None,
     revision: str | None = None,
+    *,
+    keep_quantized: bool = False,
 ) -> LLM:
     """Load a model, in evaluation mode.
 
@@ -55,6 +59,8 @@ def load(
         dtype: `float32`, `bfloat16`, `float16` or `float64`. None keeps the dtype of the files; a
             quantized GGUF file becomes bfloat16 where the device is fast at it, else float32.
         revision: Branch, tag or commit of a hub id.
+        keep_quantized: Keep the weights of leaves in the codes of a GGUF file. They are frozen, and
+            dequantized whenever a product needs them.
 
     Raises:
         RequestError: There is no such folder, or its files are damaged, of an unsupported model,
@@ -65,27 +71,37 @@ def load(
     if location.adapter is not None:
         verify_step(location.adapter)
         check_trained_on(location.adapter, location.model)
-    model = _load_weights(location.model, pick_device(device), DTYPES[dtype] if dtype else None)
+    kind = DTYPES[dtype] if dtype else None
+    model = _load_weights(location.model, pick_device(device), kind, keep_quantized)
     if location.adapter is not None:
         load_adapter(model, location.adapter)
     model.generation_settings = stated_settings(location.folders)
     return model
 
 
-def _load_weights(folder: Path, device: torch.device, dtype: torch.dtype | None) -> LLM:
+def _load_weights(
+    folder: Path, device: torch.device, dtype: torch.dtype | None, keep_quantized: bool
+) -> LLM:
     bound_kernel_caches()
     verify_step(folder)
     args = read_args(folder)
     model = meta_model(args)
     source = open_parameters(folder, args)
-    types = quantized_types(folder)
+    types, where = quantized_types(folder), shown_name(folder)
+    expected = f"expected a quantized GGUF file, not {where}"
+    require(bool(types) or not keep_quantized, "keep_quantized", keep_quantized, expected)
+    placed: dict[str, Tensor] = {}
     if types:
         dtype = dtype or pick_dtype("auto", device)
+        if keep_quantized:
+            placed = _keep_codes(model, folder, device, dtype)
+        dense = {name for name, _ in model.named_parameters()}
+        source = {name: lazy for name, lazy in source.items() if name in dense}
         size = sum(math.prod(lazy.shape) for lazy in source.values()) * dtype.itemsize
-        kind = f"dequantized to {dtype_name(dtype)}, {size:,} bytes"
-        notice(f"{shown_name(folder)}: tensors of types {types}, {kind}")
+        size += sum(part.nbytes for part in placed.values())
+        how = "kept in codes and computed in" if keep_quantized else "dequantized to"
+        notice(f"{where}: tensors of types {types}, {how} {dtype_name(dtype)}, {size:,} bytes")
     dtypes = dtypes_of(source, dtype)
-    placed: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     taken: set[int] = set()
     for name, lazy in source.items():
@@ -94,6 +110,20 @@ def _load_weights(folder: Path, device: torch.device, dtype: torch.dtype | None)
     warn_nonfinite(counts, shown_name(folder))
     model.load_state_dict(placed, strict=True, assign=True)
     return model.eval()
+
+
+def _keep_codes(
+    model: LLM, folder: Path, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Make quantized leaves of those whose codes are in a GGUF file; return their parts by name."""
+    found = {f"{path}.weight": leaf for path, leaf in leaves(model).items()}
+    placed: dict[str, Tensor] = {}
+    shapes = {name: tuple(leaf.weight.shape) for name, leaf in found.items()}
+    for name, codes in open_codes(folder, model.args, shapes).items():
+        parts = {key: part.to(device) for key, part in codes.read().items()}
+        replace_weight(found[name], parts, codes.format, dtype)
+        placed |= {f"{name.removesuffix('weight')}{key}": part for key, part in parts.items()}
+    return placed
 
 
 def _place(

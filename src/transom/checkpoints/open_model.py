@@ -95,6 +95,7 @@ def open_model(
     dtype: str | None = None,
     revision: str | None = None,
     chat_template: str | None = None,
+    keep_quantized: bool = False,
 ) -> OpenedModel:
     """Open a model with its tokenizer, chat template, stop tokens and generation settings.
 
@@ -110,13 +111,14 @@ def open_model(
         revision: Branch, tag or commit of a hub id.
         chat_template: The name of a built-in template or of one in the folder, or a file; None
             takes the folder's own.
+        keep_quantized: As for `load`.
 
     Raises:
         RequestError: As for `load`; or there is no tokenizer, or it does not fit the embeddings.
     """
     location = name if isinstance(name, ModelLocation) else find_model(name, revision)
     tokenizer = _open_tokenizer(location)
-    model = load(location, device, dtype)
+    model = load(location, device, dtype, keep_quantized=keep_quantized)
     warn_if_bfloat16_is_slow(model.dtype, model.device)
     warn_if_other(location.folders, tokenizer, None)
     return OpenedModel(

@@ -15,7 +15,7 @@ from typing import Any
 from transom.base.errors import RequestError, require
 from transom.base.files import json_text, write_text
 from transom.cli.main import emit_json, user_path
-from transom.cli.options import check_model
+from transom.cli.options import KEPT, check_model
 from transom.evaluation.eval_args import EvalArgs
 from transom.evaluation.task_data import open_data
 from transom.planning.tables import counted, heading, show, table
@@ -28,7 +28,7 @@ WORDS = {
 }
 FOR_DATA = ("window", "stride", "max_new_tokens", "stop", "extract", "ignore_case", "rows")
 FOR_TASKS = ("include_path", "num_fewshot", "apply_chat_template")
-OPENING = ("revision", "device", "dtype", "chat_template")
+OPENING = ("revision", "device", "dtype", "chat_template", "keep_quantized")
 # Flags with a value: names, type, word for the value, help.
 FLAGS: tuple[tuple[tuple[str, ...], Any, str, str], ...] = (
     (("--revision",), str, "NAME", "branch, tag or commit of a hub id"),
@@ -54,6 +54,7 @@ FLAGS: tuple[tuple[tuple[str, ...], Any, str, str], ...] = (
     (("--rows",), user_path, "FILE", "write the result of each document or row as JSON lines"),
 )
 SWITCHES = (
+    ("--keep-quantized", KEPT),
     ("--apply-chat-template", "with --tasks: write prompts with the chat template"),
     ("--ignore-case", "for answers: ignore upper and lower case"),
     ("--overwrite", "replace existing files of --out and --rows"),

@@ -13,6 +13,7 @@ from transom.checkpoints.files.location import find_model
 from transom.cli.main import user_path
 
 T = TypeVar("T")
+KEPT = "keep the weights of a GGUF file in its codes: less memory, slower"
 ALIASES = {"temperature": ("--temp",)}  # shorter names of flags
 
 
@@ -25,6 +26,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help=devices)
     dtypes = "float32, bfloat16, float16 or float64 (default: that of the files)"
     parser.add_argument("--dtype", help=dtypes)
+    parser.add_argument("--keep-quantized", action="store_true", help=KEPT)
 
 
 def check_model(name: str) -> None:
@@ -35,8 +37,8 @@ def check_model(name: str) -> None:
 
 def opening(options: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of `open_model` that `add_model` added."""
-    names = {"name": "folder", "device": "device", "dtype": "dtype", "revision": "revision"}
-    return {name: getattr(options, option) for name, option in names.items()}
+    names = ("device", "dtype", "revision", "keep_quantized")
+    return {"name": options.folder, **{name: getattr(options, name) for name in names}}
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -30,6 +30,7 @@ class EvalModel(OpenedModel):
         device: str = "auto",
         dtype: str | None = None,
         chat_template: str | None = None,
+        keep_quantized: bool = False,
     ) -> EvalModel:
         """Open a model for evaluation; the arguments are those of `open_model`.
 
@@ -38,7 +39,12 @@ class EvalModel(OpenedModel):
                 head, or its layers see later tokens.
         """
         opened = open_model(
-            name, revision=revision, device=device, dtype=dtype, chat_template=chat_template
+            name,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            chat_template=chat_template,
+            keep_quantized=keep_quantized,
         )
         args, where = opened.model.args, opened.location
         if args.head is not None:

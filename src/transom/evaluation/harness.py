@@ -56,6 +56,7 @@ class TransomLM(TemplateLM):
         device: str | None = None,
         dtype: str | None = None,
         chat_template: str | None = None,
+        keep_quantized: bool = False,
         batch_size: int | str = "auto",
         max_batch_size: int | None = None,
         batch_tokens: int = 4096,
@@ -71,6 +72,7 @@ class TransomLM(TemplateLM):
             device: As for `open_model`.
             dtype: As for `open_model`.
             chat_template: As for `open_model`.
+            keep_quantized: As for `open_model`.
             batch_size: The most rows of a batch; `auto` takes as many as `batch_tokens` hold.
             max_batch_size: The most rows of a batch if `batch_size` is `auto`.
             batch_tokens: Tokens of a forward pass that scores.
@@ -83,8 +85,14 @@ class TransomLM(TemplateLM):
         """
         super().__init__()
         if isinstance(pretrained, str):
-            opening = {"revision": revision, "dtype": dtype, "chat_template": chat_template}
-            pretrained = EvalModel.open(pretrained, device=device or "auto", **opening)
+            pretrained = EvalModel.open(
+                pretrained,
+                revision=revision,
+                device=device or "auto",
+                dtype=dtype,
+                chat_template=chat_template,
+                keep_quantized=keep_quantized,
+            )
         rows = max_batch_size if str(batch_size).startswith("auto") else int(batch_size)
         require(rows is None or rows >= 1, "batch_size", batch_size, "expected auto, or 1 or more")
         longest = pretrained.model.args.max_seq_len

@@ -6,6 +6,7 @@ import torch
 from tests.checkpoints.families import random_ids, tiny_hf
 from tests.checkpoints.gguf.files import write_gguf
 from transom.checkpoints.load import load
+from transom.checkpoints.read_args import read_args
 from transom.layers.inputs import TransformerInput
 from transom.names.transforms import permute_rotary
 
@@ -58,3 +59,20 @@ def test_logits_equal(pair, length):
     ids = random_ids(2, length)
     logits = load(file)(TransformerInput(ids), inference=True).logits
     assert torch.allclose(logits, model(ids).logits, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])  # Llama 3.1, and Llama 3.2
+def test_divisors_of_llama_3_become_its_settings(factor, tmp_path):
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": factor}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope |= {"original_max_position_embeddings": 8192}
+    model = tiny_hf("llama-tied", head_dim=64, rope_parameters=rope, max_position_embeddings=131072)
+    file = write_gguf(model, tmp_path / "tiny.gguf", tmp_path / "hf")
+    assert load(file).args.scaling == load(tmp_path / "hf").args.scaling
+
+
+@pytest.mark.parametrize(("family", "layers"), [("gemma2", 46), ("gemma3_text", 62)])
+def test_scores_of_the_largest_gemmas_have_the_scale_of_their_width(family, layers, tmp_path):
+    model = tiny_hf(family, num_hidden_layers=layers, query_pre_attn_scalar=8)  # 32 over 4 heads
+    file = write_gguf(model, tmp_path / "tiny.gguf", tmp_path / "hf")
+    assert read_args(find_model(file).model).softmax_scale == 8**-0.5

@@ -5,6 +5,7 @@ import torch
 
 from tests.checkpoints.families import random_ids, tiny_hf
 from tests.checkpoints.gguf.files import write_gguf
+from transom.checkpoints.files.location import find_model
 from transom.checkpoints.load import load
 from transom.checkpoints.read_args import read_args
 from transom.layers.inputs import TransformerInput

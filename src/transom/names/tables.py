@@ -24,7 +24,8 @@ from transom.config.model_args import ModelArgs
 #   transpose       [E, in, out] -> ours [E, out, in]
 #   flat            [E in, out] -> ours [E, out, in]
 #   halves          [E, in, 2 out] -> two of ours [E, out, in]: gate first, then value
-#   rows            [sum of out, ...] -> several of ours [out, ...], one below the other
+#   rows            [sum of out, ...] or [E, sum of out, in] -> several of ours [out, ...] or
+#                   [E, out, in], one below the other
 # alternate       [E, in, 2 out] or [E, 2 out] -> two of ours [E, out, in] or [E, out]: even
 # columns, odd columns
 Transform = Literal["copy", "stack", "transpose", "flat", "halves", "rows", "alternate"]

@@ -42,8 +42,11 @@ _BOTH_WAYS: dict[
         lambda ours: [concatenate(ours, 1).mT],
     ),
     "rows": (
-        lambda theirs, shapes: theirs[0].split([shape[0] for shape in shapes]),
-        lambda ours: [concatenate(ours)],
+        # The rows of matrices are their next to last dimension; a bias has one dimension.
+        lambda theirs, shapes: theirs[0].split(
+            [shape[-2:][0] for shape in shapes], -min(theirs[0].ndim, 2)
+        ),
+        lambda ours: [concatenate(ours, -min(ours[0].ndim, 2))],
     ),
     "alternate": (
         lambda theirs, shapes: [_turned(theirs[0][..., start::2]) for start in (0, 1)],

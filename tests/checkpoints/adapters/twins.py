@@ -45,7 +45,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
         {"target_modules": ["k_proj"], "modules_to_save": ["lm_head", "model.norm"]},
     ),
     "experts": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
-    "router": ("mixtral", {"target_modules": ["o_proj"], "modules_to_save": ["mlp.gate"]}),
+    "whole mixture": ("mixtral", {"target_modules": ["o_proj"], "modules_to_save": ["mlp"]}),
     "some experts": ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": EXPERTS[1:]}),
     "experts, inputs first": (
         "llama4_text",

@@ -179,7 +179,10 @@ def namings(model: LLM) -> list[Naming]:
 
 
 def experts_from_peft(naming: Naming, site: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A [E, r, in] and B [E, r, out] of fused experts, laid out as their weight.
+    """Return A [E, r, in] and B of fused experts, laid out as their weight in transformers.
+
+    B is [E, out, r] in families with `fused_experts`, whose weight is [E, out, in]. In the others
+    the weight is [E, in, out] and B is [E, r, out].
 
     PEFT stores A as [E r, in] in the order (E, r), and B as [out, r E] in the order (r, E). Tensors
     that do not fit are returned as they are.
@@ -191,10 +194,12 @@ def experts_from_peft(naming: Naming, site: str, A: Tensor, B: Tensor) -> tuple[
     A_ERI, B_ERO = A.unflatten(0, (count, -1)), B.unflatten(1, (-1, count)).permute(2, 1, 0)
     # If inputs and outputs have one width, the roles are those of PEFT 0.21.
     swapped = naming.family in SWAPPED if inputs == outputs else A.size(1) == outputs
-    return (B_ERO, A_ERI) if swapped else (A_ERI, B_ERO)
+    A, B = (B_ERO, A_ERI) if swapped else (A_ERI, B_ERO)
+    return A, B.mT if naming.names.fused_experts else B
 
 
 def experts_to_peft(naming: Naming, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """Return A and B of fused experts as PEFT stores them; see `experts_from_peft`."""
+    B = B.mT if naming.names.fused_experts else B
     A, B = (B, A) if naming.family in SWAPPED else (A, B)
     return A.flatten(0, 1), B.permute(2, 1, 0).flatten(1)

@@ -159,7 +159,7 @@ SPLIT_EXPERTS = experts(MLP, "gate_proj", "up_proj", "down_proj")
 # parameters that no file has, and their router under another name. The files of PEFT's adapters
 # have these names.
 EXPERTS_IN_MEMORY = (
-    pattern(f"{MLP}.experts.gate_up_proj", *gate_and_value("weight"), transform="halves"),
-    pattern(f"{MLP}.experts.down_proj", f"{EXPERTS}.w_out.weight", transform="transpose"),
+    pattern(f"{MLP}.experts.gate_up_proj", *gate_and_value("weight"), transform="rows"),
+    pattern(f"{MLP}.experts.down_proj", f"{EXPERTS}.w_out.weight"),
 )
 ROUTER_IN_MEMORY = pattern(f"{MLP}.gate.weight", f"{FEED_FORWARD}.router.weight")

@@ -95,7 +95,7 @@ CEILINGS = {
     "quantize": 530,
     "lora": 600,
     "chat": 880,
-    "checkpoints": 3_915,
+    "checkpoints": 3_910,
     "data": 1_940,
     "inference": 770,
     "evaluation": 1_270,

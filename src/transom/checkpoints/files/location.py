@@ -16,6 +16,7 @@ from transom.checkpoints.files.layout import (
     CONFIG,
     PARAMS,
     Format,
+    first_names,
     folder_format,
     holds_tokenizer,
     is_adapter,
@@ -125,6 +126,8 @@ def named_folder(
     if settings_only and holds_tokenizer(folder):
         return folder
     also = ", or one with tokenizer.json, tekken.json or tokenizer.model" if settings_only else ""
+    files = sorted(path.name for path in folder.glob("*.gguf"))
+    also += f"; to open a GGUF file, name it: {first_names(files)}" if files else ""
     raise RequestError(
         f"model: got {str(name)!r}, with no {CONFIG}, no {PARAMS}, no "
         f"{ADAPTER_CONFIG} and no finished step; expected a model, adapter or run folder{also}"

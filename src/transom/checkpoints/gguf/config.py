@@ -204,15 +204,14 @@ class _Values:
 def _rope_scaling(values: _Values) -> dict[str, Any] | None:
     """Return the rotary settings, from metadata or from the factors that are stored as tensors."""
     tensors, original = values.model.tensors, values.get("rope.scaling.original_context_length")
-    beside = {} if original is None else {"original_max_position_embeddings": original}
+    lengths = {"original_max_position_embeddings": original}
     if "rope_factors_long.weight" in tensors:
+        attention = {"attention_factor": values.get("rope.scaling.attn_factor")}
         factors = {
             f"{name}_factor": values.model.numbers(f"rope_factors_{name}.weight")
             for name in ("short", "long")
         }
-        attention = values.get("rope.scaling.attn_factor")
-        more = {} if attention is None else {"attention_factor": attention}
-        return {"rope_type": "longrope", **factors, **more, **beside}
+        return {"rope_type": "longrope", **factors, **attention, **lengths}
     if "rope_freqs.weight" in tensors:
         return _llama3(values)
     key = "rope.scaling.type"
@@ -222,10 +221,9 @@ def _rope_scaling(values: _Values) -> dict[str, Any] | None:
     require(kind in known, f"{values.where}{key}", kind, f"expected {', '.join(known)}")
     if kind == "none":
         return None
-    out = {"rope_type": kind, "factor": values.get("rope.scaling.factor"), **beside}
+    out = {"rope_type": kind, "factor": values.get("rope.scaling.factor"), **lengths}
     if kind == "yarn":
-        stated = {name: values.get(f"rope.scaling.{theirs}") for theirs, name in _YARN.items()}
-        out |= {name: value for name, value in stated.items() if value is not None}
+        out |= {name: values.get(f"rope.scaling.{theirs}") for theirs, name in _YARN.items()}
     return out
 
 
@@ -251,27 +249,23 @@ def _llama3(values: _Values) -> dict[str, Any]:
 
 
 def _special(kind: Architecture, values: _Values, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys that follow from others in one architecture."""
-    layers, width = config["num_hidden_layers"], config["hidden_size"]
-    tensors, heads = values.model.tensors, config["num_attention_heads"]
+    """Return the keys that follow from others in one family."""
+    heads, rope = config["num_attention_heads"], config["rope_scaling"] or {}
     require(heads > 0, f"{values.where}attention.head_count", heads, "expected 1 or more")
-    match kind.model_type:
+    share = config["hidden_size"] // heads
+    match config["model_type"]:
         case "llama":
-            return {"mlp_bias": "blk.0.ffn_up.bias" in tensors}
+            return {"mlp_bias": "blk.0.ffn_up.bias" in values.model.tensors}
         case "gemma2" | "gemma3_text":
-            head = config.get("head_dim", width // heads)
-            scaled = width // heads if layers == kind.wide else head
+            head = config.get("head_dim", share)
+            scaled = share if config["num_hidden_layers"] == kind.wide else head
             pattern = {} if "sliding_window" in config else {"sliding_window_pattern": 1}
             return {"query_pre_attn_scalar": scaled, "head_dim": head, **pattern}
         case "phi3":
-            rotary, head = values.get("rope.dimension_count"), width // heads
-            scaling = config["rope_scaling"] or {}
-            original = scaling.get("original_max_position_embeddings")
-            return {
-                "sliding_window": config.get("sliding_window") or None,
-                **({} if original is None else {"original_max_position_embeddings": original}),
-                **({} if rotary in (None, head) else {"partial_rotary_factor": rotary / head}),
-            }
+            name, rotary = "original_max_position_embeddings", values.get("rope.dimension_count")
+            out = {"partial_rotary_factor": rotary / share} if rotary else {}
+            window = config.get("sliding_window") or None
+            return {"sliding_window": window, name: rope.get(name), **out}
         case "gpt_oss":  # the converter does not write that the bounds of YaRN are not rounded
-            return {"rope_scaling": {**(config["rope_scaling"] or {}), "truncate": False}}
+            return {"rope_scaling": {**rope, "truncate": False}}
     return {}

@@ -56,9 +56,11 @@ def _key(files: list[Path]) -> str:
     """Return a hash that changes with the files and with the rules of the translation."""
     states: list[object] = [_VERSION]
     for file in files:
-        state = file.stat()
-        with file.open("rb") as content:
-            start = hashlib.sha256(content.read(_HASHED)).hexdigest()
+        try:
+            with file.open("rb") as content:
+                state, start = file.stat(), hashlib.sha256(content.read(_HASHED)).hexdigest()
+        except OSError as error:
+            raise RequestError(f"{file}: cannot be read ({error.strerror})") from None
         states.append([str(file), state.st_size, state.st_mtime_ns, state.st_ctime_ns, start])
     return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:32]
 

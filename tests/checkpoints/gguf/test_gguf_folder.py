@@ -101,7 +101,8 @@ def test_a_converted_file_is_the_same_model(whole, tmp_path, format):
     assert not tied or fingerprint(tmp_path / "out") == fingerprint(whole)
 
 
-def test_an_adapter_on_a_file_names_it_and_merges(tmp_path, capsys):
+@pytest.mark.parametrize("kept", ["false", "true"])
+def test_an_adapter_on_a_file_names_it_and_merges(tmp_path, capsys, kept):
     library = byte_pairs()
     values = byte_pairs_metadata(library)
     model = tiny_hf(
@@ -113,7 +114,7 @@ def test_an_adapter_on_a_file_names_it_and_merges(tmp_path, capsys):
     rows = write_rows(tmp_path / "rows.jsonl", [{"messages": asked("a", "b")}] * 8)
     run = tmp_path / "run"
     words = ["finetune", str(file), "--data", str(rows), "--out", str(run), "--iters", "2"]
-    assert main(words) == 0, capsys.readouterr().err
+    assert main([*words, f"finetune.keep_quantized={kept}"]) == 0, capsys.readouterr().err
     location = find_model(run)
     assert str(location).startswith(f"{file} + adapter ")
     assert read_facts(location.adapter).base == str(file)

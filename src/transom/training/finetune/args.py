@@ -60,6 +60,7 @@ class FinetuneArgs:
         None,
         "weights of 4 or 8 bits for the linear layers of the frozen base (QLoRA, arXiv 2305.14314)",
     )
+    keep_quantized: bool = describe(False, "keep the frozen base in the codes of its GGUF file")
     train_router: bool | None = describe(
         None, "train the routers of a mixture of experts; null: only with method full"
     )
@@ -154,6 +155,9 @@ class FinetuneArgs:
         check_bounds(self)
         lora = self.method == "lora"
         require(lora or self.quantize is None, "quantize", "given", "valid only with method = lora")
+        fits = (lora and self.quantize is None) or not self.keep_quantized
+        expected = "valid only with method = lora, and without quantize"
+        require(fits, "keep_quantized", self.keep_quantized, expected)
         fits = self.objective == "grpo" or self.beta != 0
         require(fits, "beta", self.beta, "expected a number of more than 0, or null")
         with_beta = (*PREFERENCES, "grpo")

@@ -100,7 +100,8 @@ def finetune_model(folder: Path, args: TrainArgs, choice: DtypeChoice) -> tuple[
     device, finetune = choice.ranks.device, args.finetune_settings
     before = random_state(device)
     wide = finetune.method == "full" or choice.is_open
-    model = load(folder, str(device), "float32" if wide else dtype_name(choice.dtype))
+    dtype, keep = "float32" if wide else dtype_name(choice.dtype), finetune.keep_quantized
+    model = load(folder, str(device), dtype, keep_quantized=keep)
     expected = "expected a language model without a head for fine-tuning"
     require(model.args.head is None, "base", args.base, expected)
     args.check_model(model.args)

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "transom finetune MODEL [CONFIG.yaml] --data FILE [key=value ...] [--overwrite | --resume] "
         "[--json]"
     )
-    base = "model or run folder, or hub id, to start from"
+    base = "model or run folder, GGUF file, or hub id, to start from"
     parser.add_argument("model", type=user_path, metavar="MODEL", help=base)
     words, meaning = "CONFIG.yaml key=value", "config file, then fields"
     parser.add_argument("words", nargs="*", type=user_path, metavar=words, help=meaning)

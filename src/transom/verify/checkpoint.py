@@ -202,7 +202,9 @@ def _compare_round_trips(
             else:
                 yield from _compare_copy(files, parameters, outputs, folder)
             if format == "hf" and outputs is not None:
-                folder = files.folder if files.format == "hf" else folder
+                # transformers drops settings of GGUF files, such as rotary scaling.
+                own = files.format == "hf" and not gguf_files(files.folder)
+                folder = files.folder if own else folder
                 yield from _compare_with_transformers(files, outputs, folder)
 
 
@@ -298,10 +300,8 @@ def _load_in_transformers(folder: Path, dtype: str) -> tuple[Any, list[str]]:
     named = (read_json(folder / CONFIG).get("architectures") or [""])[0]
     known = re.fullmatch(r"\w+For(CausalLM|ConditionalGeneration)", str(named))
     kind = getattr(transformers, str(named), None) if known else None
-    files = gguf_files(folder)
     theirs, info = (kind or transformers.AutoModelForCausalLM).from_pretrained(
-        files[0].parent if files else folder,
-        gguf_file=files[0].name if files else None,
+        folder,
         dtype=DTYPES[dtype],
         attn_implementation="eager",
         trust_remote_code=False,

@@ -12,6 +12,7 @@ from transom.base.yaml_files import read_yaml
 from transom.checkpoints.files.hub import is_hub_id
 from transom.checkpoints.files.layout import CONFIG, PARAMS
 from transom.checkpoints.files.location import find_model
+from transom.checkpoints.gguf.reader import is_gguf
 from transom.checkpoints.read_args import read_args
 from transom.config.model_args import ModelArgs
 from transom.config.presets import PRESETS, preset
@@ -50,7 +51,7 @@ def model_args(name: str) -> ModelArgs:
     path = Path(name)
     if path.is_file() and path.name in (CONFIG, PARAMS):
         return read_args(path.parent)
-    if path.is_file():
+    if path.is_file() and not is_gguf(path):
         fields = _fields(path)
         return (
             read_config(path).model_args(None) if _is_run(fields) else ModelArgs.from_dict(fields)
@@ -68,7 +69,8 @@ def run_args(name: str) -> TrainArgs:
     path = Path(name)
     if (path / "config.yaml").exists():
         path = path / "config.yaml"
-    if path.is_file() and path.name != CONFIG and _is_run(_fields(path)):
+    fields_file = path.is_file() and path.name != CONFIG and not is_gguf(path)
+    if fields_file and _is_run(_fields(path)):
         return read_config(path)
     return TrainArgs(model=model_args(name).to_dict())
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Type
+from transformers import AutoModelForCausalLM
 
 from tests.checkpoints.families import random_ids, tiny_hf
 from tests.checkpoints.gguf.files import write_gguf
@@ -77,3 +79,14 @@ def test_scores_of_the_largest_gemmas_have_the_scale_of_their_width(family, laye
     model = tiny_hf(family, num_hidden_layers=layers, query_pre_attn_scalar=8)  # 32 over 4 heads
     file = write_gguf(model, tmp_path / "tiny.gguf", tmp_path / "hf")
     assert read_args(find_model(file).model).softmax_scale == 8**-0.5
+
+
+def test_transformers_reads_the_same_model(tmp_path):
+    """It does where a file needs nothing that its reader drops, such as rotary scaling."""
+    file = write_gguf(tiny_hf("llama-tied"), tmp_path / "tiny.gguf", tmp_path / "hf", kind=Type.F16)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=file.name, dtype=torch.float32
+    )
+    ids = random_ids()
+    logits = load(file, dtype="float32")(TransformerInput(ids), inference=True).logits
+    assert torch.allclose(logits, theirs(ids).logits, atol=2e-5, rtol=0)

@@ -96,7 +96,7 @@ CEILINGS = {
     "lora": 600,
     "chat": 880,
     "checkpoints": 3_910,
-    "data": 1_940,
+    "data": 1_945,
     "inference": 770,
     "evaluation": 1_270,
     "training": 4_040,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.chat.chat_texts import PUBLISHED, say
+from tests.tokenizers.makers import sentencepiece_model
 from transom.base.errors import RequestError
 from transom.chat.built_in import named
 from transom.chat.template import ChatTemplate
@@ -135,6 +136,13 @@ def test_answers_that_would_share_a_token_with_their_prompt_are_counted() -> Non
     )
     encoded = ChatEncoder(tokenizer, None, 64).encode([text, word])
     assert encoded.counts["apart"] == 1 and "1 answers tokenized separately" in str(encoded)
+
+
+def test_tokens_for_text_that_the_vocabulary_lacks_are_counted(tmp_path) -> None:
+    model = tmp_path / "tokenizer.model"
+    model.write_bytes(sentencepiece_model(byte_fallback=False))
+    encoded = ChatEncoder(Tokenizer.load(tmp_path), None, 64).encode([bare("completion", "do 🦜")])
+    assert encoded.counts["unknown"] == 1 and "1 tokens that stand for text" in str(encoded)
 
 
 def test_a_shared_prompt_and_its_answers_are_the_tokens_of_the_whole_text() -> None:

@@ -47,6 +47,7 @@ COUNTS = {
     "alike": "pairs left out because their rows are equal",
     "dropped_reasoning": "reasoning texts that the template drops from old turns",
     "left_out": "texts of messages and tools that the template leaves out",
+    "unknown": "tokens that stand for text that the vocabulary can't write",
 }
 
 
@@ -256,6 +257,7 @@ class ChatEncoder:
             counts["alike"] += 1
             return ()
         answers = [one for row in item for one in row.answers if one.start < size]
+        unknown = -1 if self.tokenizer.unk_id is None else self.tokenizer.unk_id
         counts.update(
             truncated=too_long,
             rows=len(rows),
@@ -264,5 +266,6 @@ class ChatEncoder:
             without_end=sum(not one.ended or one.stop > size for one in answers),
             unlike_prompt=sum(not one.like_prompt for one in answers),
             apart=sum(one.apart for one in answers),
+            unknown=sum(int(np.count_nonzero(row.ids == unknown)) for row in rows),
         )
         return rows

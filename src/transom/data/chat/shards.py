@@ -30,7 +30,7 @@ from transom.data.chat.rows import ChatEncoder, EncodedChats
 from transom.data.chat.turns import EncodedChat
 from transom.data.row_kinds import Problem
 
-FORMAT = 2  # increase it when the files or the rows change, so that older entries are not found
+FORMAT = 3  # increase it when the files or the rows change, so that older entries are not found
 NAME = "rows"
 COLUMNS = {"tokens": "int32", "weights": "float32", "labels": "int8"}
 NO_LABEL = -1

@@ -124,7 +124,7 @@ def _values(config: dict[str, Any]) -> dict[str, Any]:
         "vocab_size": config["vocab_size"],
     }
     if config.get("head_dim") is not None:
-        out |= {"attention.key_length": config["head_dim"]}
+        out |= {f"attention.{part}_length": config["head_dim"] for part in ("key", "value")}
     if full["rope_type"] in ("linear", "yarn"):
         out |= {"rope.scaling.type": full["rope_type"], "rope.scaling.factor": full["factor"]}
     if full["rope_type"] == "yarn":

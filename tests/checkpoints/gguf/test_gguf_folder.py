@@ -49,6 +49,17 @@ def test_any_part_of_a_split_file_opens_the_model(model, whole, tmp_path):
         find_model(alone)
 
 
+def test_links_keep_their_names_as_in_the_cache_of_the_hub(model, tmp_path):
+    write_gguf(model, tmp_path / "parts.gguf", tmp_path / "hf", split=8)
+    (tmp_path / "blobs").mkdir()
+    for part in sorted(tmp_path.glob("*.gguf")):
+        blob = part.rename(tmp_path / "blobs" / part.name[6:11])
+        part.symlink_to(blob)
+    first = tmp_path / "parts-00001-of-00003.gguf"
+    assert str(find_model(tmp_path / "hf" / ".." / first.name)) == str(first)
+    assert load(first).args.n_layers == 2
+
+
 def test_the_name_of_the_file_does_not_matter(whole, tmp_path):
     blob = whole.rename(tmp_path / "sha256-0123")
     assert str(find_model(blob)) == str(blob)

@@ -31,7 +31,8 @@ def gguf_folder(path: Path) -> Path:
     Raises:
         RequestError: The file does not open, or the cache can't be written to.
     """
-    files = [file.resolve() for file in split_files(path)]
+    # Names of files are kept: those of the hub's cache are links to files with other names.
+    files = [file.parent.resolve() / file.name for file in split_files(path)]
     folder = cache_dir() / "gguf" / _key(files) / files[0].name
     if folder.exists():
         for message in gguf_pointer(folder)["notices"]:

@@ -16,12 +16,14 @@ from torch import Tensor
 from tests.helpers import random_model, random_tokens, tiny_args
 from transom.base.errors import RequestError
 from transom.data.batch import NO_TARGET, Batch
+from transom.data.chat.rows import EncodedChats
 from transom.data.chat.turns import EncodedChat
 from transom.layers.inputs import TransformerInput
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
 from transom.models.llm import LLM
 from transom.training.finetune.args import FinetuneArgs
+from transom.training.finetune.data import held_batches
 from transom.training.loop.blocks import arrange_blocks
 from transom.training.losses.log_probs import adapters_off, measured_log_probs
 from transom.training.losses.preferences import (
@@ -349,3 +351,9 @@ def test_rows_that_cannot_be_compared_are_refused() -> None:
         run(preference(model, "kto"), pairs)
     with pytest.raises(RequestError, match="rows: got 1"):
         preference(model, "kto").prepare(next(single.micro_batches(8)))
+
+
+@pytest.mark.parametrize("lengths", [(6000, 5000, 4500), (4000, 4000, 10)])
+def test_no_rank_scores_a_single_answer_of_several_with_kto(lengths):
+    rows = EncodedChats([(EncodedChat.of([1] * length, 1.0),) for length in lengths])
+    assert all(len(batch.tokens) > 1 for batch in held_batches(rows))

@@ -208,9 +208,16 @@ def find_all(args: TrainArgs) -> tuple[list[Examples], list[Examples], dict[str,
 
 
 def held_batches(rows: EncodedChats) -> list[Batch]:
-    """Return all rows in padded batches of similar length. The rows of a pair stay together."""
-    lengths, tokens = (rows.lengths + 1).tolist(), BATCH_TOKENS // rows.rows_per_item
-    groups = batches_by_length(lengths, tokens)
+    """Return all rows in padded batches of similar length. The rows of a pair stay together.
+
+    No batch has a single item, unless there is no other one, because kto compares items, and ranks
+    share the batches.
+    """
+    lengths = (rows.lengths + 1).tolist()
+    tokens = max(BATCH_TOKENS // rows.rows_per_item, 2 * max(lengths, default=0))
+    groups = list(batches_by_length(lengths, tokens))
+    if len(groups) > 1 and len(groups[-1]) == 1:
+        groups[-2] += groups.pop()
     return [padded_batch([rows.items[at] for at in group]) for group in groups]
 
 
@@ -221,6 +228,7 @@ def _hash(*parts: EncodedChats) -> str:
         for row in chain(*rows.items):
             digest.update(row.ids.tobytes())
             digest.update(row.weights.tobytes())
-            digest.update(b"" if row.label is None else bytes([row.label]))
             digest.update(len(row.ids).to_bytes(8, "little"))
+        labels = (row.label for row in chain(*rows.items))
+        digest.update(bytes(label for label in labels if label is not None))
     return digest.hexdigest()

@@ -179,15 +179,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 total += (loss * share).sum()
                 if grad is None:
                     continue
-                grad, share = grad.to(dtype), share.to(dtype)
+                grad = grad.to(dtype)
                 if grad_TD is not None:
                     grad_TD[here] = (grad @ matrix_VD) * share
+                rows = (rows * share).to(dtype)
                 if needs_weight and grad_VD is None:
-                    grad_VD = (grad.T @ (rows * share)).to(grad_dtype)
+                    grad_VD = (grad.T @ rows).to(grad_dtype)
                 elif grad_VD is not None and dtype == grad_dtype:
-                    grad_VD.addmm_(grad.T, rows * share)
+                    grad_VD.addmm_(grad.T, rows)
                 elif grad_VD is not None:
-                    grad_VD.add_(grad.T @ (rows * share))
+                    grad_VD.add_(grad.T @ rows)
                 del grad  # before the next chunk's logits are made
         # save_for_backward would keep a second reference, and backward scales them in place.
         ctx.grads = grad_TD, None if grad_VD is None else grad_VD.to(weight_VD.dtype)

@@ -217,7 +217,8 @@ def held_batches(rows: EncodedChats) -> list[Batch]:
     tokens = max(BATCH_TOKENS // rows.rows_per_item, 2 * max(lengths, default=0))
     groups = list(batches_by_length(lengths, tokens))
     if len(groups) > 1 and len(groups[-1]) == 1:
-        groups[-2] += groups.pop()
+        last = groups.pop()
+        groups[-1] += last
     return [padded_batch([rows.items[at] for at in group]) for group in groups]
 
 

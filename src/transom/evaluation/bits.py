@@ -192,19 +192,22 @@ def scored(
 
 
 def batches_by_length(
-    lengths: Sequence[int], batch_tokens: int, batch_rows: int | None = None
+    lengths: Sequence[int], batch_tokens: int, batch_rows: int | None = None, fewest: int = 1
 ) -> Iterator[list[int]]:
     """Yield the indices of rows in batches of similar length, the longest first.
 
     Args:
         lengths: Tokens of each row.
-        batch_tokens: The most tokens of a batch, padding included; a batch has at least one row.
+        batch_tokens: The most tokens of a batch of more than `fewest` rows, padding included.
         batch_rows: The most rows of a batch, if there is a limit.
+        fewest: The fewest rows of a batch, unless there are fewer in all. Rows that are left over
+            join the last batch.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     while order:
-        count = max(1, batch_tokens // max(1, lengths[order[0]]))
+        count = max(fewest, batch_tokens // max(1, lengths[order[0]]))
         count = count if batch_rows is None else min(count, batch_rows)
+        count = len(order) if len(order) - count < fewest else count
         yield order[:count]
         order = order[count:]
 

@@ -213,12 +213,8 @@ def held_batches(rows: EncodedChats) -> list[Batch]:
     No batch has a single item, unless there is no other one, because kto compares items, and ranks
     share the batches.
     """
-    lengths = (rows.lengths + 1).tolist()
-    tokens = max(BATCH_TOKENS // rows.rows_per_item, 2 * max(lengths, default=0))
-    groups = list(batches_by_length(lengths, tokens))
-    if len(groups) > 1 and len(groups[-1]) == 1:
-        last = groups.pop()
-        groups[-1] += last
+    lengths, tokens = (rows.lengths + 1).tolist(), BATCH_TOKENS // rows.rows_per_item
+    groups = batches_by_length(lengths, tokens, fewest=2)
     return [padded_batch([rows.items[at] for at in group]) for group in groups]
 
 
@@ -230,6 +226,5 @@ def _hash(*parts: EncodedChats) -> str:
             digest.update(row.ids.tobytes())
             digest.update(row.weights.tobytes())
             digest.update(len(row.ids).to_bytes(8, "little"))
-        labels = (row.label for row in chain(*rows.items))
-        digest.update(bytes(label for label in labels if label is not None))
+        digest.update(bytes(row.label for row in chain(*rows.items) if row.label is not None))
     return digest.hexdigest()

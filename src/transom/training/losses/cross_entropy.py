@@ -179,16 +179,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 total += (loss * share).sum()
                 if grad is None:
                     continue
-                grad = grad.to(dtype)
+                grad, scaled = grad.to(dtype), (rows * share).to(dtype)
                 if grad_TD is not None:
                     grad_TD[here] = (grad @ matrix_VD) * share
-                rows = (rows * share).to(dtype)
                 if needs_weight and grad_VD is None:
-                    grad_VD = (grad.T @ rows).to(grad_dtype)
+                    grad_VD = (grad.T @ scaled).to(grad_dtype)
                 elif grad_VD is not None and dtype == grad_dtype:
-                    grad_VD.addmm_(grad.T, rows)
+                    grad_VD.addmm_(grad.T, scaled)
                 elif grad_VD is not None:
-                    grad_VD.add_(grad.T @ rows)
+                    grad_VD.add_(grad.T @ scaled)
                 del grad  # before the next chunk's logits are made
         # save_for_backward would keep a second reference, and backward scales them in place.
         ctx.grads = grad_TD, None if grad_VD is None else grad_VD.to(weight_VD.dtype)

@@ -218,7 +218,7 @@ def test_the_stored_config_is_the_given_one_and_what_followed_from_the_data_stan
 def test_resume_refuses_changed_text(finished):
     args = tiny_args(finished, "keep_last=3")
     (finished / "corpus" / "00.txt").write_text("something else")
-    with pytest.raises(RequestError, match="has changed"):
+    with pytest.raises(RequestError, match="got changed data"):
         open_run(args, resume=True, quiet=True)
 
 
@@ -241,7 +241,7 @@ def test_resume_names_the_source_that_has_changed(tmp_path):
     args = run_args(tmp_path, base, paths[0], f"data.sources=[{paths[0]}, {paths[1]}]", "steps=2")
     open_run(args, quiet=True).fit()
     paths[1].write_text(paths[1].read_text().replace("Paris", "Lyon"))
-    with pytest.raises(RequestError, match=r"b\.jsonl has changed") as told:
+    with pytest.raises(RequestError, match=r"b\.jsonl: got changed data") as told:
         open_run(args, resume=True, quiet=True)
     assert "a.jsonl" not in str(told.value)
 

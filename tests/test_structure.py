@@ -95,7 +95,7 @@ CEILINGS = {
     "quantize": 530,
     "lora": 600,
     "chat": 880,
-    "checkpoints": 3_910,
+    "checkpoints": 4_080,
     "data": 1_945,
     "inference": 770,
     "evaluation": 1_270,

@@ -293,7 +293,7 @@ def test_an_interruption_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"format": "gguf"}, "format: got 'gguf'; expected native, hf, meta, mistral"),
+        ({"format": "onnx"}, "format: got 'onnx'; expected native, hf, meta, mistral, gguf"),
         ({"dtype": "int8"}, "dtype: got 'int8'"),
         (
             {"max_shard_size": "5 apples"},
@@ -311,7 +311,7 @@ def test_wrong_requests_are_refused_before_anything_is_written(tmp_path, changes
 
 def test_conversion_into_its_own_source_is_refused(tmp_path):
     save(model_of("llama"), tmp_path)
-    with pytest.raises(RequestError, match="is the folder that is read"):
+    with pytest.raises(RequestError, match="which is read"):
         convert(tmp_path, tmp_path / "." / "")
 
 

@@ -78,8 +78,8 @@ def test_an_occupied_folder_is_refused_unless_told(source, call, tmp_path):
     ("words", "said"),
     [
         (["/no/such/folder", "OUT"], "got '/no/such/folder', no such folder"),
-        (["SRC", "SRC", "--overwrite"], "is the folder that is read"),
-        (["SRC", "OUT", "--format", "gguf"], "--format: got 'gguf'; expected"),
+        (["SRC", "SRC", "--overwrite"], "which is read"),
+        (["SRC", "OUT", "--format", "onnx"], "--format: got 'onnx'; expected"),
         (["SRC", "OUT", "--dtype", "int8"], "dtype: got 'int8'"),
         (["SRC", "OUT", "--max-shard-size", "many"], "max_shard_size: got 'many'"),
         (["SRC", "OUT", "--format", "meta", "--max-shard-size", "1GB"], "format meta is one file"),

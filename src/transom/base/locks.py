@@ -64,22 +64,27 @@ class FolderLock:
 
 
 @contextlib.contextmanager
-def output_folder(folder: Path, overwrite: bool) -> Iterator[None]:
+def output_folder(folder: Path, overwrite: bool, *, file: bool = False) -> Iterator[None]:
     """Lock the folder that a command writes.
 
     Args:
         folder: The folder.
         overwrite: Whether it may contain files.
+        file: The command writes one file of this name, which exists only if `overwrite`.
 
     Raises:
         RequestError: If the folder is a file or, without `overwrite`, not empty.
     """
-    if folder.exists() and not folder.is_dir():
-        raise RequestError(f"OUT: got {str(folder)!r}, a file; expected a new or empty folder")
+    expected = f"expected a new {'file' if file else 'or empty folder'}"
+    if folder.exists() and folder.is_dir() == file:
+        kind = "folder" if file else "file"
+        raise RequestError(f"OUT: got {str(folder)!r}, a {kind}; {expected}")
     with FolderLock(folder):
-        if folder.exists() and any(folder.iterdir()) and not overwrite:
-            expected = "expected a new or empty folder, or --overwrite"
-            raise RequestError(f"OUT: got {str(folder)!r}, which is not empty; {expected}")
+        if folder.exists() and (file or any(folder.iterdir())) and not overwrite:
+            found = "exists" if file else "is not empty"
+            raise RequestError(
+                f"OUT: got {str(folder)!r}, which {found}; {expected}, or --overwrite"
+            )
         yield
 
 

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import notice, require
 from transom.base.files import read_json
-from transom.base.runtime import DTYPES
 from transom.checkpoints.files.checksums import verify_step
 from transom.checkpoints.files.companions import carry_companions
 from transom.checkpoints.files.generation_config import ids_of, stated_settings
-from transom.checkpoints.files.layout import CONFIG, Format, gguf_files
+from transom.checkpoints.files.layout import CONFIG, FileFormat, gguf_files
 from transom.checkpoints.files.lazy_tensors import LazyTensor, LazyTensors
 from transom.checkpoints.files.location import ModelLocation, find_model
 from transom.checkpoints.files.staging import staged
+from transom.checkpoints.gguf.weights import open_codes
 from transom.checkpoints.load import count_nonfinite, load, warn_nonfinite
 from transom.checkpoints.read_args import read_args
-from transom.checkpoints.save import plan_layout
+from transom.checkpoints.save import check_dtype, plan_layout
 from transom.checkpoints.state import open_parameters
 from transom.config.model_args import ModelArgs
 from transom.lora.adapters import plain_weights
@@ -46,7 +46,7 @@ class Converted:
 
     source: ModelLocation
     source_format: str
-    format: Format
+    format: FileFormat
     parameters: int
     bytes: int
     companions: tuple[str, ...]
@@ -55,7 +55,7 @@ class Converted:
 def convert(
     source: str | Path,
     out: str | Path,
-    format: Format = "hf",
+    format: FileFormat | None = None,
     dtype: str | None = None,
     max_shard_size: str | None = None,
     revision: str | None = None,
@@ -65,38 +65,45 @@ def convert(
     Args:
         source: A model or adapter folder, a run folder for its best step, or a hub id. An adapter
             is merged into its base.
-        out: The folder to write, which must be another one.
-        format: As for `save`.
+        out: The folder to write, or the file with the format `gguf`. It must be another one.
+        format: As for `save`; None is `gguf` if the name ends in .gguf, and otherwise `hf`.
         dtype: As for `save`; None keeps the dtype of the files.
         max_shard_size: As for `save`.
         revision: Branch, tag or commit of a hub id.
 
     Raises:
-        RequestError: As for `load` and `save`, or `out` is a folder that is read.
+        RequestError: As for `load` and `save`, or `out` is what is read.
         WorkError: As for `save`.
     """
-    require(dtype is None or dtype in DTYPES, "dtype", dtype, f"expected {', '.join(DTYPES)}")
+    out = Path(out)
+    format = format or ("gguf" if out.suffix == ".gguf" else "hf")
+    fits = format == "gguf" or out.suffix != ".gguf"
+    require(fits, "format", format, "expected gguf, as OUT ends in .gguf")
+    check_dtype(format, dtype)
     location = find_model(source, revision)
-    if Path(out).resolve() in (folder.resolve() for folder in location.folders):
-        raise RequestError(f"{out}: is the folder that is read; expected another one")
+    files = gguf_files(location.model)
+    read = [path.resolve() for path in (*location.folders, *files)]
+    require(out.resolve() not in read, "OUT", str(out), "which is read; expected another one")
     args, state = open_merged(location, dtype)
     counts: dict[str, int] = {}
     ours = {name: _counted(name, lazy, counts) for name, lazy in state.items()}
-    layout = plan_layout(args, ours, format, dtype, max_shard_size)
+    codes = {}
+    if files and location.adapter is None:
+        codes = open_codes(location.model, args, {name: one.shape for name, one in state.items()})
+    layout = plan_layout(args, ours, format, dtype, max_shard_size, codes)
     if format == "hf":
         layout.config.update(config_ids(location))
-    with staged(Path(out)) as folder:
-        layout.write(folder)
+    with staged(out, file=layout.file) as folder:
         companions = carry_companions(location, folder)
+        size = layout.write(folder)
     warn_nonfinite(counts, str(location))
     if format == "hf" and "tokenizer.model" in companions and "tokenizer.json" not in companions:
         notice(
             f"{out}: tokenizer.model was copied; many tools need a tokenizer.json, which is missing"
         )
-    size = sum(meta.nbytes for group in layout.groups for meta in group.metas)
     parameters = sum(torch.Size(lazy.shape).numel() for lazy in state.values())
-    kind = "gguf" if gguf_files(location.model) else location.format
-    return Converted(location, kind, format, parameters, size, tuple(companions))
+    own = "gguf" if files else location.format
+    return Converted(location, own, format, parameters, size, tuple(companions))
 
 
 def open_merged(location: ModelLocation, dtype: str | None = None) -> tuple[ModelArgs, LazyTensors]:

@@ -1,12 +1,12 @@
-"""Save models in the formats of Transom, Hugging Face, Meta and Mistral."""
+"""Save models in the formats of Transom, Hugging Face, Meta, Mistral and llama.cpp."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from transom.base.errors import notice, require
 from transom.base.files import write_text
@@ -21,7 +21,7 @@ from transom.checkpoints.files.layout import (
     MODEL_TYPE,
     PARAMS,
     WEIGHTS,
-    Format,
+    FileFormat,
 )
 from transom.checkpoints.files.lazy_tensors import (
     LazyTensor,
@@ -32,6 +32,8 @@ from transom.checkpoints.files.lazy_tensors import (
 )
 from transom.checkpoints.files.safetensors_files import parse_size, write_stream
 from transom.checkpoints.files.staging import staged
+from transom.checkpoints.gguf.weights import Codes
+from transom.checkpoints.gguf.write import GGUF_DTYPES, GgufLayout, plan_gguf
 from transom.checkpoints.mapping import to_foreign
 from transom.config.layer_args import RopeLayout
 from transom.config.model_args import ModelArgs
@@ -46,7 +48,7 @@ MAX_SHARD_SIZE = "5GB"
 def save(
     model: LLM,
     folder: str | Path,
-    format: Format = "native",
+    format: FileFormat = "native",
     tokenizer: Tokenizer | None = None,
     dtype: str | None = None,
     max_shard_size: str | None = None,
@@ -59,10 +61,11 @@ def save(
 
     Args:
         model: The model; its adapters are left out unless they are merged.
-        folder: The folder to write.
-        format: `native`, or `hf`, `meta` or `mistral` for the codes that read those.
+        folder: The folder to write, or the file with the format `gguf`.
+        format: `native`, or `hf`, `meta`, `mistral` or `gguf` for the codes that read those.
         tokenizer: The tokenizer to write beside the weights.
-        dtype: The dtype of the weights; None keeps the model's.
+        dtype: The dtype of the weights; None keeps the model's. A GGUF file may also have `q8_0`,
+            `q4_0` or `q4_1`.
         max_shard_size: The size of a weights file, such as `500MB` (default: 5GB); valid for
             `native` and `hf`.
 
@@ -79,7 +82,7 @@ def save(
     settings = settings_to_write(model.generation_settings, tokenizer, str(folder))
     if format == "hf":
         layout.config.update(ids_of(settings))
-    with staged(Path(folder)) as out:
+    with staged(Path(folder), file=layout.file) as out:
         if tokenizer is not None:
             tokenizer.save(out)
         write_settings(out, settings)
@@ -90,13 +93,14 @@ def save(
 class FolderLayout:
     """The config and the weights of a folder to write; shards have at most `max_bytes`."""
 
-    format: Format
+    format: FileFormat
     config: dict[str, Any]
     groups: Sequence[TensorGroup]
     max_bytes: int | None
+    file: ClassVar[str] = ""
 
-    def write(self, out: Path) -> None:
-        """Write the weights, then the config."""
+    def write(self, out: Path) -> int:
+        """Write the weights, then the config; return the bytes of the weights."""
         if self.format == "meta":
             write_pickled(out, self.groups)
         else:
@@ -104,15 +108,23 @@ class FolderLayout:
             write_stream(out, self.groups, self.max_bytes, name)
         name = CONFIG if self.format in ("native", "hf") else PARAMS
         write_text(out / name, json.dumps(self.config, indent=2))
+        return sum(meta.nbytes for group in self.groups for meta in group.metas)
+
+
+def check_dtype(format: FileFormat, dtype: str | None) -> None:
+    """Raise `RequestError` unless a format has a dtype, by the names of `save`."""
+    names = GGUF_DTYPES if format == "gguf" else DTYPES
+    require(dtype is None or dtype in names, "dtype", dtype, f"expected {', '.join(names)}")
 
 
 def plan_layout(
     args: ModelArgs,
     ours: LazyTensors,
-    format: Format,
+    format: FileFormat,
     dtype: str | None = None,
     max_shard_size: str | None = None,
-) -> FolderLayout:
+    codes: Mapping[str, Codes] | None = None,
+) -> FolderLayout | GgufLayout:
     """Return everything that is written for a model in a format, before anything is written.
 
     Args:
@@ -121,15 +133,18 @@ def plan_layout(
         format: As for `save`.
         dtype: As for `save`.
         max_shard_size: As for `save`.
+        codes: As for `plan_gguf`.
 
     Raises:
         RequestError: As for `save`.
     """
-    formats, sharded = get_args(Format), format in ("native", "hf")
+    formats, sharded = get_args(FileFormat), format in ("native", "hf")
     require(format in formats, "format", format, f"expected {', '.join(formats)}")
-    require(dtype is None or dtype in DTYPES, "dtype", dtype, f"expected {', '.join(DTYPES)}")
+    check_dtype(format, dtype)
     one_file = f"valid only with native and hf, since format {format} is one file"
     require(sharded or max_shard_size is None, "max_shard_size", max_shard_size, one_file)
+    if format == "gguf":
+        return plan_gguf(args, ours, dtype, codes or {})
     ours = cast(ours, None if dtype is None else DTYPES[dtype])
     size = max_shard_size or MAX_SHARD_SIZE
     max_bytes = parse_size(size, "max_shard_size") if sharded else None

@@ -10,18 +10,26 @@ from transom.base.locks import output_folder
 from transom.cli.main import emit_json, user_path
 from transom.cli.options import add_json
 
-FORMATS = ("hf", "native", "meta", "mistral")
+FORMATS = ("hf", "native", "meta", "mistral")  # of folders
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
     what = "a model or adapter folder, a GGUF file, a run folder, or a hub id"
-    formats = "hf (Hugging Face), native (Transom), meta or mistral (params.json); default: hf"
-    dtype = "float32, bfloat16, float16 or float64 (default: that of the files)"
+    formats = (
+        "hf (Hugging Face), native (Transom), meta or mistral (params.json), or gguf (llama.cpp); "
+        "default: gguf if OUT ends in .gguf, else hf"
+    )
+    dtype = (
+        "float32, bfloat16, float16 or float64; in a GGUF file also q8_0, q4_0 or q4_1 "
+        "(default: that of the files)"
+    )
     size = "largest weights file of hf and native, such as 500MB (default: 5GB)"
     parser.add_argument("source", type=user_path, metavar="SRC", help=what)
-    parser.add_argument("out", type=user_path, metavar="OUT", help="a new or empty folder to write")
-    parser.add_argument("--format", choices=FORMATS, default="hf", help=formats)
+    parser.add_argument(
+        "out", type=user_path, metavar="OUT", help="a new or empty folder to write, or a .gguf file"
+    )
+    parser.add_argument("--format", choices=(*FORMATS, "gguf"), help=formats)
     parser.add_argument("--dtype", help=dtype)
     parser.add_argument("--max-shard-size", metavar="SIZE", help=size)
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
@@ -32,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Write the folder; print what was read and written."""
     out, how = Path(options.out), (options.dtype, options.max_shard_size, options.revision)
-    with output_folder(out, options.overwrite):
+    is_file = out.suffix == ".gguf" or options.format == "gguf"
+    with output_folder(out, options.overwrite, file=is_file):
         from transom.checkpoints.convert import convert
 
         done = convert(options.source, out, options.format, *how)

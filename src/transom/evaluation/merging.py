@@ -92,7 +92,7 @@ def merge_folders(
         model = merge.rounded(merge.merged(merge.unmerged(kept)))
     weights = {name: LazyTensor.of(one.detach()) for name, one in plain_weights(model).items()}
     layout = plan_layout(model.args, weights, kind, merge.dtype)
-    if layout.format == "hf":
+    if kind == "hf":
         layout.config.update(config_ids(merge.location))  # for other tools
     alone = len(candidates) == 1
     with staged(Path(out)) as folder:
@@ -110,7 +110,7 @@ def merge_folders(
             "why": "the only candidate"
             if alone
             else "the lowest divergence from the unmerged model",
-            "out": {"format": layout.format, "dtype": merge.dtype, "fingerprint": mark},
+            "out": {"format": kind, "dtype": merge.dtype, "fingerprint": mark},
             "versions": {"transom": __version__, **machine()},
             "seconds": round(time.perf_counter() - started, 2),
         }

@@ -10,7 +10,7 @@ from transom.checkpoints.families.meta_params import META_PARAMS
 from transom.checkpoints.families.mistral_params import MISTRAL_PARAMS
 from transom.checkpoints.families.weights import WeightNames
 from transom.checkpoints.gguf.config import ARCHITECTURES
-from transom.checkpoints.gguf.names import GGUF_NAMES, PHI3_NAMES
+from transom.checkpoints.gguf.names import GGUF_NAMES, NAMES
 
 # A model is written as the first family that can express it.
 _GROUPS = (llama, qwen, gemma, gpt_oss, llama4, deepseek)
@@ -24,6 +24,5 @@ _FOREIGN = (*FAMILIES.values(), *PARAMS_FAMILIES.values())
 # the architecture of a GGUF file.
 WEIGHT_NAMES: dict[str, WeightNames] = {
     **{family.model_type: family.names for family in _FOREIGN},
-    **{f"gguf_{name}": GGUF_NAMES for name in ARCHITECTURES},
-    "gguf_phi3": PHI3_NAMES,
+    **{f"gguf_{name}": NAMES.get(name, GGUF_NAMES) for name in ARCHITECTURES},
 }

@@ -40,6 +40,7 @@ class WeightNames:
             files.
         reference_code: whether these are files of Meta's or Mistral's code, with all its names for
             a weight.
+        also_read: other ways in which files have had the same parameters.
     """
 
     patterns: tuple[KeyPattern, ...]
@@ -47,6 +48,7 @@ class WeightNames:
     unread: tuple[tuple[str, str], ...] = ()
     fused_experts: bool = False
     reference_code: bool = False
+    also_read: tuple[KeyPattern, ...] = ()
 
     def mappings(self, args: ModelArgs, parameters: Collection[str]) -> list[KeyMapping]:
         """Return one way to write every parameter of a model."""
@@ -56,8 +58,8 @@ class WeightNames:
         """Return `mappings`, then all other names that such files have had for the same
         parameters.
         """
-        others = expand(REFERENCE_NAMES, args, parameters) if self.reference_code else []
-        return self.mappings(args, parameters) + others
+        others = REFERENCE_NAMES if self.reference_code else self.also_read
+        return self.mappings(args, parameters) + expand(others, args, parameters)
 
     def key_of(self, parameter: str) -> str:
         """Return the key of a parameter outside the layers, also of one that a model ties."""

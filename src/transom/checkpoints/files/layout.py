@@ -16,6 +16,7 @@ from transom.base.errors import RequestError, require
 from transom.base.files import read_json
 
 Format = Literal["native", "hf", "meta", "mistral"]
+FileFormat = Literal["native", "hf", "meta", "mistral", "gguf"]  # what `save` and `convert` write
 
 MODEL_TYPE = "transom"  # the model_type in the config.json of a native folder
 CONFIG, PARAMS = "config.json", "params.json"

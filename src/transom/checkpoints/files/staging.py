@@ -23,7 +23,10 @@ _STALE = (
 
 @contextlib.contextmanager
 def staged(
-    folder: Path, configs: Sequence[str] = (CONFIG, PARAMS), stale: Sequence[str] = _STALE
+    folder: Path,
+    configs: Sequence[str] = (CONFIG, PARAMS),
+    stale: Sequence[str] = _STALE,
+    file: str = "",
 ) -> Iterator[Path]:
     """Yield a temporary folder that becomes `folder`, or fills it if it exists.
 
@@ -33,16 +36,19 @@ def staged(
         folder: The folder to write.
         configs: The files that make the folder open as a model or adapter.
         stale: Patterns of other files to remove from an existing folder.
+        file: The name of a file in the temporary folder. If it is given, this file becomes
+            `folder`, and the others are removed.
 
     Raises:
-        RequestError: Another process writes the folder, or it is a file.
+        RequestError: Another process writes the folder, or it is a file, or the other way.
         WorkError: It could not be written.
     """
     folder = folder.absolute()
     with FolderLock(folder):
         there = folder.is_dir()
-        if folder.exists() and not there:
-            raise RequestError(f"{folder}: a file; expected a folder to write to")
+        if folder.exists() and there == bool(file):
+            wrong = "a folder; expected a file" if there else "a file; expected a folder"
+            raise RequestError(f"{folder}: {wrong} to write to")
         # After a kill, a temporary folder inside an existing one is removed together with it.
         parent, name = (folder, "") if there else (folder.parent, folder.name)
         temporary = parent / f".{name}.tmp-{os.getpid()}"
@@ -53,7 +59,7 @@ def staged(
             if there:
                 _replace_files(temporary, folder, configs, stale)
             else:
-                temporary.rename(folder)
+                (temporary / file).replace(folder)
         except OSError as error:
             raise WorkError(f"{folder}: could not be written ({error})") from None
         finally:

@@ -33,18 +33,28 @@ _EXPERTS = {"expert_used_count": "num_experts_per_tok"}
 _WINDOW = {"attention.sliding_window": "sliding_window"}
 _SOFT_CAP = {"final_logit_softcapping?": "final_logit_softcapping"}
 # Keys whose values may be fractions. All others are whole numbers.
-_FRACTIONS = ("_epsilon", "freq_base", "freq_base_swa", "softcapping", "factor", "_fast", "_slow")
+FRACTIONS = ("_epsilon", "freq_base", "freq_base_swa", "softcapping", "factor", "_fast", "_slow")
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # as in all published models
 _LLAMA3_LENGTH = 8192
-_YARN = {
-    "yarn_attn_factor": "attention_factor",
-    "yarn_beta_fast": "beta_fast",
-    "yarn_beta_slow": "beta_slow",
+_LENGTH = {"original_context_length": "original_max_position_embeddings"}
+# Keys of a scaling of rotary frequencies after `rope.scaling.`, by its kind.
+SCALING: dict[str, dict[str, str]] = {
+    "linear": {"factor": "factor"},
+    "yarn": {
+        "factor": "factor",
+        "yarn_attn_factor": "attention_factor",
+        "yarn_beta_fast": "beta_fast",
+        "yarn_beta_slow": "beta_slow",
+        **_LENGTH,
+    },
+    "longrope": {"attn_factor": "attention_factor", **_LENGTH},
+    "llama3": _LENGTH,
 }
 # Keys that change no number of the model, or that repeat what others state.
 _HARMLESS = (
     *("attention.value_length", "rope.dimension_count", "rope.scaling.finetuned", "vocab_size"),
     *("expert_count", "expert_feed_forward_length", "expert_used_count", "tensor_data_layout"),
+    "rope.scaling.type",
 )
 _LORA, _PROJECTOR = "a LoRA adapter", "the image or audio encoder of a model (mmproj)"
 
@@ -113,7 +123,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }
 # Llama with experts, and with a window: the architecture of the file is llama too.
-_MIXTRAL = {**_EXPERTS, "expert_count": "num_local_experts"}
+OF_LLAMA = {"mixtral": {**_EXPERTS, "expert_count": "num_local_experts"}, "mistral": _WINDOW}
 
 
 def architecture(model: GgufModel) -> Architecture:
@@ -142,12 +152,11 @@ def config_of(model: GgufModel) -> dict[str, Any]:
     kind = architecture(model)
     values = _Values(model)
     config: dict[str, Any] = {"model_type": kind.model_type}
-    keys = _SHAPE | kind.keys
     if kind.model_type == "llama" and values.get("expert_count"):
-        config["model_type"], keys = "mixtral", keys | _MIXTRAL
+        config["model_type"] = "mixtral"
     elif kind.model_type == "llama" and values.get("attention.sliding_window"):
-        config["model_type"], keys = "mistral", keys | _WINDOW
-    for key, name in keys.items():
+        config["model_type"] = "mistral"
+    for key, name in keys_of(kind, config["model_type"]).items():
         value = values.get(key.rstrip("?"))
         if value is None and not key.endswith("?"):
             raise RequestError(f"{values.where}{key}: missing; expected a number")
@@ -167,6 +176,11 @@ def config_of(model: GgufModel) -> dict[str, Any]:
     return config
 
 
+def keys_of(kind: Architecture, model_type: str) -> dict[str, str]:
+    """Return the keys of an architecture, and their names in the config of a model type."""
+    return _SHAPE | kind.keys | OF_LLAMA.get(model_type, {})
+
+
 class _Values:
     """The values of metadata after the name of the architecture."""
 
@@ -184,7 +198,7 @@ class _Values:
         value = self.model.metadata.get(f"{self.name}.{key}")
         if isinstance(value, list) and value and value.count(value[0]) == len(value):
             value = value[0]
-        fraction = key.endswith(_FRACTIONS)
+        fraction = key.endswith(FRACTIONS)
         fits = type(value) is int or (fraction and type(value) is float and math.isfinite(value))
         kind = "number" if fraction else "whole number"
         expected = f"expected a {kind} of at least 0, the same in all layers"
@@ -203,28 +217,20 @@ class _Values:
 
 def _rope_scaling(values: _Values) -> dict[str, Any] | None:
     """Return the rotary settings, from metadata or from the factors that are stored as tensors."""
-    tensors, original = values.model.tensors, values.get("rope.scaling.original_context_length")
-    lengths = {"original_max_position_embeddings": original}
-    if "rope_factors_long.weight" in tensors:
-        attention = {"attention_factor": values.get("rope.scaling.attn_factor")}
-        factors = {
-            f"{name}_factor": values.model.numbers(f"rope_factors_{name}.weight")
-            for name in ("short", "long")
-        }
-        return {"rope_type": "longrope", **factors, **attention, **lengths}
-    if "rope_freqs.weight" in tensors:
+    kind = values.model.metadata.get(f"{values.name}.rope.scaling.type", "none")
+    factors = {
+        f"{name}_factor": values.model.numbers(f"rope_factors_{name}.weight")
+        for name in ("short", "long")
+        if f"rope_factors_{name}.weight" in values.model.tensors
+    }
+    if "rope_freqs.weight" in values.model.tensors:
         return _llama3(values)
-    key = "rope.scaling.type"
-    kind = values.model.metadata.get(f"{values.name}.{key}", "none")
-    values.read.add(key)
-    known = ("none", "linear", "yarn")
-    require(kind in known, f"{values.where}{key}", kind, f"expected {', '.join(known)}")
-    if kind == "none":
-        return None
-    out = {"rope_type": kind, "factor": values.get("rope.scaling.factor"), **lengths}
-    if kind == "yarn":
-        out |= {name: values.get(f"rope.scaling.{theirs}") for theirs, name in _YARN.items()}
-    return out
+    kind = "longrope" if factors else kind
+    where, expected = f"{values.where}rope.scaling.type", f"expected none, {', '.join(SCALING)}"
+    require(kind == "none" or kind in SCALING, where, kind, expected)
+    keys = SCALING.get(kind, {})
+    stated = {ours: values.get(f"rope.scaling.{theirs}") for theirs, ours in keys.items()}
+    return None if kind == "none" else {"rope_type": kind, **stated, **factors}
 
 
 def _llama3(values: _Values) -> dict[str, Any]:
@@ -235,17 +241,22 @@ def _llama3(values: _Values) -> dict[str, Any]:
     """
     factors = values.model.numbers("rope_freqs.weight")
     original = values.get("rope.scaling.original_context_length") or _LLAMA3_LENGTH
-    low, high = _LLAMA3.values()
     theta, largest = values.get("rope.freq_base") or 1e4, max(factors)
-    for index, factor in enumerate(factors):
-        turns = original / (2 * math.pi * theta ** (index / len(factors)))
-        smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
-        if not math.isclose(factor, 1 / ((1 - smooth) / largest + smooth), rel_tol=1e-4):
-            alike = {"short_factor": factors, "long_factor": factors}
-            lengths = {"original_max_position_embeddings": values.get("context_length")}
-            return {"rope_type": "longrope", "attention_factor": 1.0, **alike, **lengths}
-    lengths = {"original_max_position_embeddings": original}
-    return {"rope_type": "llama3", "factor": largest, **_LLAMA3, **lengths}
+    expected = llama3_divisors(theta, len(factors), original, largest)
+    if all(math.isclose(*pair, rel_tol=1e-4) for pair in zip(factors, expected, strict=True)):
+        lengths = {"original_max_position_embeddings": original}
+        return {"rope_type": "llama3", "factor": largest, **_LLAMA3, **lengths}
+    alike = {"short_factor": factors, "long_factor": factors}
+    lengths = {"original_max_position_embeddings": values.get("context_length")}
+    return {"rope_type": "longrope", "attention_factor": 1.0, **alike, **lengths}
+
+
+def llama3_divisors(theta: float, count: int, original: int, factor: float) -> list[float]:
+    """Return what the scaling of Llama 3 divides each of `count` rotary frequencies by."""
+    low, high = _LLAMA3.values()
+    turns = (original / (2 * math.pi * theta ** (index / count)) for index in range(count))
+    smooth = (min(max((one - low) / (high - low), 0.0), 1.0) for one in turns)
+    return [1 / ((1 - one) / factor + one) for one in smooth]
 
 
 def _special(kind: Architecture, values: _Values, config: Mapping[str, Any]) -> dict[str, Any]:

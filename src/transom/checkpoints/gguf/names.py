@@ -16,36 +16,34 @@ _SHARED = (
     pattern("token_embd.weight", "tok_embeddings.weight"),
     pattern("output_norm.weight", "norm.weight"),
     pattern("output.weight", "output.weight"),
-    *with_bias(f"{_BLOCK}.attn_q", f"{_ATTENTION}.wq"),
-    *with_bias(f"{_BLOCK}.attn_k", f"{_ATTENTION}.wk"),
-    *with_bias(f"{_BLOCK}.attn_v", f"{_ATTENTION}.wv"),
     *with_bias(f"{_BLOCK}.attn_output", f"{_ATTENTION}.wo"),
     pattern(f"{_BLOCK}.attn_q_norm.weight", f"{_ATTENTION}.q_norm.weight"),
     pattern(f"{_BLOCK}.attn_k_norm.weight", f"{_ATTENTION}.k_norm.weight"),
     pattern(f"{_BLOCK}.attn_sinks.weight", f"{_ATTENTION}.sinks"),
     pattern(f"{_BLOCK}.attn_norm.weight", f"{LAYER}.attention_norm.weight"),
     pattern(f"{_BLOCK}.post_attention_norm.weight", f"{LAYER}.attention_post_norm.weight"),
-    pattern(f"{_BLOCK}.ffn_norm.weight", f"{LAYER}.ffn_norm.weight"),
-    # gpt-oss, whose norm before the feed-forward has this name in transformers too.
-    pattern(f"{_BLOCK}.post_attention_norm.weight", f"{LAYER}.ffn_norm.weight"),
     pattern(f"{_BLOCK}.post_ffw_norm.weight", f"{LAYER}.ffn_post_norm.weight"),
     *with_bias(f"{_BLOCK}.ffn_gate_inp", f"{FEED_FORWARD}.router"),
 )
-_DENSE = tuple(
-    row
-    for theirs, ours in _MATRICES
-    for row in with_bias(f"{_BLOCK}.ffn_{theirs}", f"{FEED_FORWARD}.{ours}")
+_SPLIT = tuple(
+    row for one in "qkv" for row in with_bias(f"{_BLOCK}.attn_{one}", f"{_ATTENTION}.w{one}")
 )
-_EXPERTS = tuple(
+_MLP = tuple(
     row
     for theirs, ours in _MATRICES
     for row in (
+        *with_bias(f"{_BLOCK}.ffn_{theirs}", f"{FEED_FORWARD}.{ours}"),
         *with_bias(f"{_BLOCK}.ffn_{theirs}_exps", f"{EXPERTS}.{ours}"),
-        # Mixtral in files of the first months of 2024.
-        pattern(
-            f"{_BLOCK}.ffn_{theirs}.{{e}}.weight", f"{EXPERTS}.{ours}.weight", transform="stack"
-        ),
     )
+)
+_NORM, _LATE_NORM = (
+    pattern(f"{_BLOCK}.{theirs}.weight", f"{LAYER}.ffn_norm.weight")
+    for theirs in ("ffn_norm", "post_attention_norm")
+)
+# Mixtral in files of the first months of 2024.
+_SINGLE_EXPERTS = tuple(
+    pattern(f"{_BLOCK}.ffn_{theirs}.{{e}}.weight", f"{EXPERTS}.{ours}.weight", transform="stack")
+    for theirs, ours in _MATRICES
 )
 _FUSED = (
     pattern(f"{_BLOCK}.attn_qkv.weight", *QKV, transform="rows"),
@@ -57,5 +55,11 @@ _FUSED = (
     ),
     pattern(f"{_BLOCK}.ffn_down.weight", f"{FEED_FORWARD}.w_out.weight"),
 )
-GGUF_NAMES = WeightNames((*_SHARED, *_DENSE, *_EXPERTS))
-PHI3_NAMES = WeightNames((*_SHARED, *_FUSED))
+_REST = (*_SHARED, *_SPLIT, *_MLP)
+# By architecture, and for all others. The norm before the feed-forward of gpt-oss has the name that
+# it has in transformers.
+NAMES = {
+    "phi3": WeightNames((*_SHARED, _NORM, *_FUSED), also_read=_SPLIT),
+    "gpt-oss": WeightNames((*_REST, _LATE_NORM)),
+}
+GGUF_NAMES = WeightNames((*_REST, _NORM), also_read=_SINGLE_EXPERTS)

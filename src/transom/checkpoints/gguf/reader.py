@@ -67,14 +67,20 @@ class StoredTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class GgufModel:
-    """The metadata and the tensors of a GGUF file, or of all parts of a split one."""
+    """The metadata and the tensors of a GGUF file, or of all parts of a split one.
+
+    The tensors of `factors` are not in the file yet.
+    """
 
     files: Sequence[Path]
     metadata: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
+    factors: Mapping[str, list[float]] = field(default_factory=dict)
 
     def numbers(self, name: str) -> list[float]:
         """Return the numbers of a small F32 tensor."""
+        if name in self.factors:
+            return self.factors[name]
         stored = self.tensors[name]
         where = f"{self.files[stored.part]}: {name}: type"
         require(stored.type == "F32", where, stored.type, "expected F32")

@@ -47,7 +47,9 @@ from transom.tokenizers.tokenizer import Tokenizer
 _NO_SCORE = -1000.0  # of tokens that no merge makes, as llama.cpp's converter writes it
 
 
-def tokenizer_metadata(source: str | Path | Tokenizer, rows: int = 0) -> dict[str, Any]:
+def tokenizer_metadata(
+    source: str | Path | Tokenizer, rows: int = 0, where: str = ""
+) -> dict[str, Any]:
     """Return what a GGUF file states about a tokenizer and its chat templates.
 
     `write_tokenizer_files` makes files of the same tokenizer from it.
@@ -56,6 +58,7 @@ def tokenizer_metadata(source: str | Path | Tokenizer, rows: int = 0) -> dict[st
         source: The folder or file of a tokenizer, or an open one.
         rows: The number of rows of the model's embeddings. Ids without a token get one that no text
             contains, because llama.cpp expects a token for every row.
+        where: The source in messages, instead of its path.
 
     Raises:
         RequestError: GGUF cannot state this tokenizer.
@@ -63,19 +66,20 @@ def tokenizer_metadata(source: str | Path | Tokenizer, rows: int = 0) -> dict[st
     if isinstance(source, Tokenizer):
         with tempfile.TemporaryDirectory() as folder:
             source.save(folder)
-            return tokenizer_metadata(folder, rows)
+            return tokenizer_metadata(folder, rows, where)
     path = Path(source)
+    where = where or str(path)
     beside, arguments = path if path.is_dir() else path.parent, read_folder(path)
     tokenizer = Tokenizer(**arguments)
     file = next(iter(arguments["files"].values()))
-    stated = _vocabulary(arguments["backend"], file, max(rows, tokenizer.vocab_size), str(path))
+    stated = _vocabulary(arguments["backend"], file, max(rows, tokenizer.vocab_size), where)
     ends = dict.fromkeys([tokenizer.eos_id, *stop_tokens_of(beside, tokenizer)])
     ends.pop(None, None)
     if len(ends) > len(ENDS):
-        notice(f"{path}: GGUF states {len(ENDS)} of the {len(ends)} tokens that end a text")
+        notice(f"{where}: GGUF states {len(ENDS)} of the {len(ends)} tokens that end a text")
     edges = [*tokenizer.begin, *tokenizer.end]
     if set(edges) - {tokenizer.bos_id, tokenizer.eos_id}:
-        notice(f"{path}: GGUF states BOS and EOS only; a text gets the ids {edges} here")
+        notice(f"{where}: GGUF states BOS and EOS only; a text gets the ids {edges} here")
     ids = {
         "bos_token": tokenizer.bos_id,
         "pad_token": tokenizer.pad_id,

@@ -55,7 +55,7 @@ class Codes:
         """Return the parts of the weight, in memory of their own."""
         out, blocks = empty_parts(self.shape, self.format, "cpu"), self.blocks()
         by_row = {name: part.unflatten(0, (self.shape[0], -1)) for name, part in out.items()}
-        for rows in _pieces(self.shape):
+        for rows in pieces(self.shape):
             some = blocks[rows]
             for name, part in parts(self.type, some).items():
                 by_row[name][rows] = part.unflatten(0, (len(some), -1))
@@ -131,12 +131,12 @@ def _read(file: Path, stored: StoredTensor) -> Tensor:
     if stored.type in DENSE or blocks.ndim == 1:
         return dense(stored.type, blocks)
     out = torch.empty(stored.shape)
-    for rows in _pieces(stored.shape):
+    for rows in pieces(stored.shape):
         out[rows] = dense(stored.type, blocks[rows])
     return out
 
 
-def _pieces(shape: Shape) -> list[slice]:
+def pieces(shape: Shape) -> list[slice]:
     """Return slices of the first dimension with about `_PIECE` numbers each."""
     step = max(1, _PIECE // math.prod(shape[1:]))
     return [slice(start, start + step) for start in range(0, shape[0], step)]

@@ -42,7 +42,6 @@ SCALING: dict[str, dict[str, str]] = {
     "linear": {"factor": "factor"},
     "yarn": {
         "factor": "factor",
-        "yarn_attn_factor": "attention_factor",
         "yarn_beta_fast": "beta_fast",
         "yarn_beta_slow": "beta_slow",
         **_LENGTH,

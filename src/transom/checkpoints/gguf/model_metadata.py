@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from transom.base.errors import RequestError
+from transom.base.errors import RequestError, require
 from transom.checkpoints.families.foreign_config import ForeignConfig
 from transom.checkpoints.families.registry import FAMILIES, WEIGHT_NAMES
 from transom.checkpoints.families.same_model import same_model
@@ -48,14 +48,14 @@ def model_metadata(args: ModelArgs, parameters: Collection[str]) -> GgufModel:
     if scaling is not None and scaling.kind == "longrope":
         scaling = replace(scaling, attention_factor=attention_factor(scaling))
         args = replace(args, rope_scaling=scaling)
-    for model_type, name in _NAMES.items():
-        config = FAMILIES[model_type].config_of(args)
-        if config is not None:
+    for family in FAMILIES.values():
+        name, config = _NAMES.get(family.model_type), family.config_of(args)
+        if name is not None and config is not None:
             found = _planned(name, args, config, parameters)
             _check(found, config)
             return found
-    families = f"GGUF files have models of the families {', '.join(_NAMES)}"
-    raise RequestError(f"format: got 'gguf'; expected hf or native, as {families}")
+    families = ", ".join(_NAMES)
+    raise RequestError(f"format: got 'gguf'; expected hf or native, or a model of {families}")
 
 
 def _planned(
@@ -95,15 +95,14 @@ def _planned(
 def _check(found: GgufModel, config: Mapping[str, Any]) -> None:
     """Raise `RequestError` unless metadata reads back as the model of a config."""
     mine, again = (_args(one) for one in (config, config_of(found)))
-    if not same_model(mine, again):
-        lost = [f"{key} = {one!r}" for key, one in vars(mine).items() if one != vars(again)[key]]
-        name = found.metadata["general.architecture"]
-        reason = f"a GGUF file of the architecture {name} can't state {', '.join(lost)}"
-        raise RequestError(f"format: got 'gguf'; expected hf or native, as {reason}")
+    own, read = mine.to_dict(), again.to_dict()
+    lost = [f"{key} = {one!r}" for key, one in own.items() if one != read[key]]
+    expected = f"expected hf or native, as GGUF can't state {', '.join(lost)}"
+    require(same_model(mine, again), "format", "gguf", expected)
 
 
 def _args(config: Mapping[str, Any]) -> ModelArgs:
     """Return the model of a config whose fractions have float32 precision, as in GGUF files."""
     rounded = json.loads(json.dumps(config), parse_float=lambda one: float(str(np.float32(one))))
     family = FAMILIES[rounded["model_type"]]
-    return family.args_from(ForeignConfig(rounded, family.model_type, family.defaults))
+    return family.args_from(ForeignConfig(rounded, "GGUF", family.defaults))

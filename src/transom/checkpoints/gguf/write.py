@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from torch import Tensor
 
 from transom.base.errors import notice, require
@@ -76,6 +75,12 @@ class GgufLayout:
 
     def write(self, out: Path) -> int:
         """Write the file into a folder, with the tokenizer there; return the bytes of weights."""
+        from gguf import (
+            GGMLQuantizationType,
+            GGUFValueType,
+            GGUFWriter,
+        )  # takes a third of a second
+
         stated = dict(self.config)
         architecture = stated.pop("general.architecture")
         if holds_tokenizer(out):
@@ -145,6 +150,8 @@ def plan_gguf(
     most = types.most_common(1)[0][0]
     if most not in DENSE and types["F16"]:
         notice(f"{types['F16']} tensors are F16: their rows are not whole blocks of {most}")
+    if name in ("llama", "phi3") and args.sliding_window is not None:
+        notice(f"llama.cpp ignores sliding_window = {args.sliding_window} of the family {name}")
     facts = {"general.file_type": _FILE_TYPES[most], "general.quantization_version": 2}
     return GgufLayout({"general.type": "model", **facts, **stated.metadata}, tensors)
 

@@ -94,7 +94,7 @@ CEILINGS = {
     "tokenizers": 985,
     "quantize": 530,
     "lora": 600,
-    "chat": 880,
+    "chat": 905,
     "checkpoints": 4_080,
     "data": 1_945,
     "inference": 770,

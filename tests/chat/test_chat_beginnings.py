@@ -33,10 +33,10 @@ def test_every_beginning_is_what_the_template_renders(tokenizer, name):
     for talk, tools in ((TALK, None), (TALK[1:], None), (TOOL_TALK, None), (TOOL_TALK, TOOLS)):
         try:
             found = template.conversation(talk, tools)
-            assert found.first(len(talk)).text is not None
+            assert found.text is not None
         except RequestError:
             continue
-        for count in range(1, len(talk) + 1):
-            assert found.prompt(count) == rendered(template, talk[:count], True, tools)
-            whole = rendered(template, talk[:count], False, tools)
-            assert whole is None or found.first(count).text == whole
+        for at, (first, prompt) in enumerate(found.answers(range(len(talk)))):
+            assert prompt == (rendered(template, talk[:at], True, tools) if at else "")
+            whole = rendered(template, talk[: at + 1], False, tools)
+            assert whole is None or first.text == whole

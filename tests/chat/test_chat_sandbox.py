@@ -1,9 +1,11 @@
 """What a stranger's chat template may do, and how it ends when it does more."""
 
+from datetime import datetime
+
 import pytest
 
 from transom.base.errors import RequestError
-from transom.chat import sandbox
+from transom.chat import renderer, sandbox
 from transom.chat.template import ChatTemplate
 from transom.tokenizers.training import byte_tokenizer
 
@@ -88,3 +90,28 @@ def test_what_a_template_may_not_do_is_refused_in_one_sentence(tokenizer, source
         ChatTemplate(source, tokenizer, origin="chat_template.jinja").render(MESSAGES)
     text = str(caught.value)
     assert text.startswith("chat_template.jinja") and "\n" not in text and len(text) < 400
+
+
+@pytest.mark.parametrize("enough", [0, 1_000_000])
+def test_texts_of_beginnings_are_those_of_single_renderings(monkeypatch, enough):
+    """Also if a reply has one text only, because it is large enough already."""
+
+    class InProcess:
+        def ask(self, request, seconds):
+            requests.append(request)
+            return renderer.answer(request)
+
+    requests = []
+    monkeypatch.setattr(sandbox, "_worker", InProcess)
+    monkeypatch.setattr(renderer, "ENOUGH_CHARACTERS", enough)
+    template = sandbox.SandboxedTemplate(
+        "{% if messages|length == 2 %}{{ raise_exception('two') }}{% endif %}"
+        "{% for one in messages %}[{{ one }}]{% endfor %}{{ '?' if add_generation_prompt }}",
+        "chat_template.jinja",
+    )
+    values, now = {"messages": ["a", "b", "c"]}, datetime.now()
+    ends = [(3, False), (2, False), (1, True), (0, True), (1, False)]
+    requests.clear()
+    found = list(template.render_beginnings(values, now, ends))
+    assert found == ["[a][b][c]", None, "[a]?", "", "[a]"]
+    assert len(requests) == (1 if enough else 3)  # no reply ends behind an empty text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -27,6 +27,7 @@ class Conversation:
         now: The time that `strftime_now` returns.
         length: The characters of `text` that are meant, where the last message is continued; None
             for all.
+        rendered: The rendered text, if it is known already.
     """
 
     template: SandboxedTemplate
@@ -35,15 +36,16 @@ class Conversation:
     control_words: Collection[str]
     now: datetime
     length: int | None = None
+    rendered: str | None = None
 
     @property
     def messages(self) -> list[dict[str, Any]]:
         """The messages."""
         return list(self.given["messages"])
 
-    def _changed(self, messages: list[dict[str, Any]], **values: Any) -> Conversation:
-        """Return the conversation with other messages and values."""
-        return replace(self, given={**self.given, **values, "messages": messages})
+    def _changed(self, messages: list[dict[str, Any]], rendered: str | None = None) -> Conversation:
+        """Return the conversation with other messages."""
+        return replace(self, given={**self.given, "messages": messages}, rendered=rendered)
 
     def _render(self, given: Mapping[str, Any], marks: tuple[str, str] = ("", "")) -> str:
         return self.template.render({**self.variables, **given}, self.now, marks)
@@ -55,7 +57,7 @@ class Conversation:
     @cached_property
     def text(self) -> str:
         """The rendered text."""
-        return self._render(self.given)
+        return self._render(self.given) if self.rendered is None else self.rendered
 
     @cached_property
     def marked(self) -> Marked:
@@ -108,18 +110,14 @@ class Conversation:
                     "expected a template that writes it"
                 )
 
-    def first(self, count: int) -> Conversation:
-        """Return the conversation of the first `count` messages."""
-        return self if count == len(self.messages) else self._changed(self.messages[:count])
-
-    def prompt(self, count: int, *, ask: bool = True) -> str | None:
-        """Return the text of the first `count` messages with a prompt for an answer if `ask`.
-
-        Return "" for no messages, and None if the template refuses them: some want a question in
-        every conversation.
+    def answers(self, numbers: Sequence[int]) -> Iterator[tuple[Conversation, str | None]]:
+        """Yield for each answer the conversation up to and including it, and the text of the prompt
+        for it: "" if no message precedes it, and None if the template refuses those before it.
         """
-        try:
-            first = self._changed(self.messages[:count], add_generation_prompt=ask)
-            return first.text if count else ""
-        except RequestError:
-            return None
+        texts = self.beginnings([end for at in numbers for end in ((at + 1, False), (at, True))])
+        for at, whole, prompt in zip(numbers, texts, texts, strict=True):
+            yield self._changed(self.messages[: at + 1], whole), prompt
+
+    def beginnings(self, ends: Sequence[tuple[int, bool]]) -> Iterator[str | None]:
+        """Yield the texts of several beginnings, as `SandboxedTemplate.render_beginnings`."""
+        return self.template.render_beginnings({**self.variables, **self.given}, self.now, ends)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from functools import cache, lru_cache
+from time import monotonic
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
@@ -23,6 +24,7 @@ from transom.base.worker import serve
 
 MEMORY_BYTES = 1 << 29
 MAX_CHARACTERS = 20_000_000  # of one rendered text
+ENOUGH_CHARACTERS, ENOUGH_SECONDS = 2_000_000, 1.0  # for a reply with several texts
 
 
 class Refused(TemplateError):
@@ -97,7 +99,13 @@ def _compiled(source: str) -> tuple[Template, list[str]]:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Return the names that a template reads, its text for some variables, or an error."""
+    """Return the names that a template reads, its text for some variables, or an error.
+
+    With `beginnings`, return the texts of several beginnings of the messages, each given as a
+    number of messages and whether a prompt for an answer follows them. The text of no messages is
+    empty, and a text that can't be rendered is None. The last texts are left out if the others took
+    long or are large.
+    """
     try:
         template, names = _compiled(request["source"])
     except TemplateSyntaxError as error:
@@ -106,6 +114,21 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         return {"error": f"not a Jinja template that can be compiled ({_line(error)})"}
     if "variables" not in request:
         return {"names": names}
+    if (beginnings := request.pop("beginnings", None)) is None:
+        return _reply(template, request)
+    variables, texts, start, size = request["variables"], list[str | None](), monotonic(), 0
+    for count, ask in beginnings:
+        if texts and (size > ENOUGH_CHARACTERS or monotonic() > start + ENOUGH_SECONDS):
+            break
+        changed = {"messages": variables["messages"][:count], "add_generation_prompt": ask}
+        reply = _reply(template, {**request, "variables": {**variables, **changed}})
+        texts.append(reply.get("text") if count else "")
+        size += len(texts[-1] or "")
+    return {"texts": texts}
+
+
+def _reply(template: Template, request: dict[str, Any]) -> dict[str, Any]:
+    """Return the text of a template for some variables, or an error."""
     try:
         return {"text": _render(template, **request)}
     except Refused as error:

@@ -7,7 +7,7 @@ kernel bounds the time and memory of the process that runs it (`renderer.py`).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from transom.base.errors import RequestError, require
 from transom.base.worker import Worker
 
-MAX_SECONDS = 10.0  # of one rendering; published templates take milliseconds
+MAX_SECONDS = 10.0  # of one request; published templates take milliseconds
 MAX_SOURCE = 1_000_000  # characters of a template; published ones have up to 20,000
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -56,6 +56,27 @@ class SandboxedTemplate:
         """
         request = {"variables": variables, "now": now.isoformat(), "marks": marks}
         return str(self._ask(request)["text"])
+
+    def render_beginnings(
+        self, variables: Mapping[str, Any], now: datetime, beginnings: Sequence[tuple[int, bool]]
+    ) -> Iterator[str | None]:
+        """Yield the texts of several beginnings of the messages, with few requests.
+
+        Args:
+            variables: Plain data by name, with all messages.
+            now: The time that `strftime_now` returns.
+            beginnings: For each text, the number of messages and whether a prompt for an answer
+                follows them.
+
+        Yields:
+            Each text: "" for no messages, and None if the template refuses them, since some want a
+            question in every conversation.
+        """
+        request = {"variables": variables, "now": now.isoformat(), "marks": ("", "")}
+        while beginnings:
+            texts = self._ask({**request, "beginnings": beginnings})["texts"]
+            yield from texts
+            beginnings = beginnings[len(texts) :]
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         reply = _worker().ask({"source": self.source, **request}, MAX_SECONDS)

@@ -129,8 +129,7 @@ class Turns:
         talk = self._conversation(messages, tools)
         rows: list[_RenderedRow] = []
         counted = [at for at, weight in enumerate(weights) if weight > 0]
-        for at in reversed(counted):
-            first, prompt = talk.first(at + 1), talk.prompt(at)
+        for at, (first, prompt) in zip(counted[::-1], talk.answers(counted[::-1]), strict=True):
             if any(row.add(at, first.text, prompt, weights[at]) for row in rows):
                 continue
             rows.append(_RenderedRow(self._template, first, self._stops, rows[0] if rows else None))
@@ -290,7 +289,8 @@ class _RenderedRow:
     def _in_blocks(self, at: int, whole: str, same: int, start: int | None) -> _Found:
         """Return the tokens in the generation blocks of message `at`, and the end of its turn."""
         if start is None:  # blocks after the messages before
-            start = common_prefix(self._talk.prompt(at, ask=False) or "", whole)
+            (before,) = self._talk.beginnings([(at, False)])
+            start = common_prefix(before or "", whole)
         spans = [(max(a, start), b) for a, b in self.chat.spans if start < b <= same]
         bounds = ((self._count(a)[0], self._count(b)[1]) for a, b in spans)
         places = np.asarray([place for bound in bounds for place in range(*bound)], np.int64)

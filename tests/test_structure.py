@@ -83,7 +83,7 @@ def test_every_dependency_has_its_reason():
 
 # Code lines of each room. Lower a ceiling when a room shrinks; explain a higher one in the commit.
 CEILINGS = {
-    "base": 715,
+    "base": 720,
     "config": 620,
     "planning": 280,
     "attention": 700,

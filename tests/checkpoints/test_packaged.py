@@ -5,6 +5,8 @@ import pytest
 from transom.base.errors import RequestError
 from transom.checkpoints.files import packaged
 from transom.checkpoints.files.location import find_model
+from transom.cli.main import main
+from transom.training.finetune.config import default_out
 
 MODULE = "carries_a_model_for_transom"
 
@@ -42,3 +44,14 @@ def test_a_folder_of_the_name_comes_first(listed, tmp_path, monkeypatch):
 def test_a_packaged_model_has_no_revisions(listed):
     with pytest.raises(RequestError, match=r"^revision: got 'main'"):
         find_model("tiny", "main")
+
+
+@pytest.mark.parametrize("words", [["inspect", "tiny"], ["verify", "cache", "tiny"]])
+def test_verbs_that_take_presets_take_the_name_too(listed, words, capsys):
+    (listed / "tiny.gguf").write_bytes(b"GGUF")
+    assert main(words) == 2
+    assert f"{listed / 'tiny.gguf'}: got b'GGUF'" in capsys.readouterr().err
+
+
+def test_a_run_of_a_packaged_model_is_below_runs(listed):
+    assert default_out("tiny") == "runs/tiny-finetune"

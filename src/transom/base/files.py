@@ -14,6 +14,7 @@ from transom.base.errors import RequestError, WorkError, notice, require
 
 # How every pointer of Git LFS begins (its specification, version 1).
 _POINTER = b"version https://git-lfs.github.com/spec/"
+GGUF = "gguf.json"  # in a folder of the cache that stands for a GGUF file: where its weights are
 _MOST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 
 
@@ -154,3 +155,19 @@ def refuse_infinite(data: Any, where: str, path: str = "") -> None:
         raise RequestError(f"{where}: {path}: got {data!r}; expected a finite number")
     for key, value in inside:
         refuse_infinite(value, where, f"{path}.{key}" if path else str(key))
+
+
+def gguf_pointer(folder: Path) -> dict[str, Any]:
+    """Return the content of `gguf.json`, or nothing if the folder is not that of a GGUF file."""
+    pointer = folder / GGUF
+    return read_json(pointer) if pointer.exists() else {}
+
+
+def shown_name(path: Path) -> str:
+    """Return the path of a model, or of a file in its folder, for messages.
+
+    A folder of the cache that stands for a GGUF file, and each file in it, have the name of the
+    GGUF file.
+    """
+    folder = path if path.is_dir() else path.parent
+    return str(next(iter(gguf_pointer(folder).get("files", ())), path))

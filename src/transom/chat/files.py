@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transom.base.errors import WorkError, notice, require
-from transom.base.files import read_json, read_text
+from transom.base.files import read_json, read_text, shown_name
 from transom.tokenizers.folder import TEMPLATES
 from transom.tokenizers.token_files import spelling_of
 
@@ -32,9 +32,9 @@ def stored_templates(folder: Path) -> tuple[str, dict[str, str]]:
                 f"{folder}: template files and {CONFIG} hold different chat "
                 f"templates; the first is taken"
             )
-        return str(file if file.exists() else folder / TEMPLATES), stored
+        return shown_name(file if file.exists() else folder / TEMPLATES), stored
     if in_config:
-        return str(folder / CONFIG), in_config
+        return shown_name(folder / CONFIG), in_config
     return str(folder / OLD_FILE), _templates(folder / OLD_FILE)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from transom.base.errors import RequestError, notice, require
-from transom.base.files import read_text
+from transom.base.files import read_text, shown_name
 from transom.chat import built_in
 from transom.chat.conversation import Conversation
 from transom.chat.files import (
@@ -335,8 +335,8 @@ class ChatTemplate:
                 return None
             version, tokens = tokenizer.version, " ".join(ready.tokens)
             sign = f"is {version}" if version else f"has {tokens}"
-            taken = f"the built-in {ready.name} is taken"
-            notice(f"{folder}: no chat template; its vocabulary {sign}: {taken}")
+            taken = f"its vocabulary {sign}: the built-in {ready.name} is taken"
+            notice(f"{shown_name(folder)}: no chat template; {taken}")
         elif template is not None and template not in stored:
             ready = built_in.named(template)
         if ready is not None:

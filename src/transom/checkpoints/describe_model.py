@@ -11,6 +11,7 @@ from transom.checkpoints.adapters.peft_config import summary
 from transom.checkpoints.files.hub import is_hub_id
 from transom.checkpoints.files.layout import CONFIG, PARAMS
 from transom.checkpoints.files.location import ModelLocation, find_model
+from transom.checkpoints.files.packaged import PACKAGED, is_packaged
 from transom.checkpoints.gguf.reader import is_gguf
 from transom.checkpoints.read_args import lacks_vocabulary, read_args
 from transom.config.model_args import ModelArgs
@@ -41,7 +42,8 @@ def describe_model(
 
     Args:
         name: a model, adapter or run folder, a GGUF file, a config.json or params.json, a preset,
-            or a hub id. A path that exists wins over a preset of the same name.
+            the name of a model that a package carries, or a hub id. A path that exists wins over
+            a preset of the same name.
         revision: branch, tag or commit of a hub id.
         settings_only: download no weights of a hub id unless its config lacks something that only
             they show.
@@ -60,10 +62,11 @@ def describe_model(
     if not path.exists() and name in PRESETS:
         require(revision is None, "revision", revision, "expected none without a hub id")
         return DescribedModel(f"preset {name}", preset(name), None)
-    if not path.exists() and not is_hub_id(name):
-        expected = f"expected a folder, a file, a hub id or a preset: {', '.join(PRESETS)}"
+    if not path.exists() and not is_hub_id(name) and not is_packaged(name):
+        known = [*PACKAGED, *PRESETS]
+        expected = f"expected a folder, a file, a hub id or one of {', '.join(known)}"
         raise RequestError(
-            f"model: got {name!r}, no such folder or file; {expected}{nearest(name, PRESETS)}"
+            f"model: got {name!r}, no such folder or file; {expected}{nearest(name, known)}"
         )
     location = find_model(path, revision, settings_only=settings_only)
     if settings_only and lacks_vocabulary(location.model):

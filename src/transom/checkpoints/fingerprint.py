@@ -18,7 +18,7 @@ import torch
 from transom.base import fields
 from transom.base.errors import RequestError, notice, require
 from transom.base.fields import describe
-from transom.base.files import cache_dir, read_json, write_text
+from transom.base.files import cache_dir, read_json, shown_name, write_text
 from transom.checkpoints.files.layout import files_read
 from transom.checkpoints.files.lazy_tensors import LazyTensor, LazyTensors
 from transom.checkpoints.files.location import find_model
@@ -173,13 +173,13 @@ def check_base(adapter: str | Path, base: str | Path, base_fingerprint: str | No
     facts = read_facts(adapter)
     if facts is None:
         notice(
-            f"{adapter}: no {ADAPTER_FACTS} states on which weights it was trained: {base} is not "
-            "checked"
+            f"{adapter}: no {ADAPTER_FACTS} states on which weights it was trained: "
+            f"{shown_name(Path(base))} is not checked"
         )
     elif facts.base_fingerprint != found:
         raise RequestError(
-            f"base: got {str(base)!r} with fingerprint {found[:12]}; expected the base that "
-            f"{adapter} was trained on, with fingerprint {facts.base_fingerprint[:12]} "
+            f"base: got {shown_name(Path(base))!r} with fingerprint {found[:12]}; expected the "
+            f"base that {adapter} was trained on, with fingerprint {facts.base_fingerprint[:12]} "
             f"({facts.base})"
         )
     return found

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from transom.base.errors import notice, require
+from transom.base.files import shown_name
 from transom.base.runtime import (
     DTYPES,
     bound_kernel_caches,
@@ -22,7 +23,6 @@ from transom.base.runtime import (
 from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.files.checksums import verify_step
 from transom.checkpoints.files.generation_config import stated_settings
-from transom.checkpoints.files.layout import shown_name
 from transom.checkpoints.files.lazy_tensors import dtypes_of
 from transom.checkpoints.files.location import ModelLocation, find_model
 from transom.checkpoints.files.safetensors_files import ALIGNMENT
@@ -100,7 +100,9 @@ def _load_weights(
         size = sum(math.prod(lazy.shape) for lazy in source.values()) * dtype.itemsize
         size += sum(part.nbytes for part in placed.values())
         how = "kept in codes and computed in" if keep_quantized else "dequantized to"
-        notice(f"{where}: tensors of types {types}, {how} {dtype_name(dtype)}, {size:,} bytes")
+        notice(
+            f"{where}: tensors of types {types}, {how} {dtype_name(dtype)}, {size / 1e6:,.0f} MB"
+        )
     dtypes = dtypes_of(source, dtype)
     counts: dict[str, int] = {}
     taken: set[int] = set()

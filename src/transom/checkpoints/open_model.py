@@ -7,7 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, notice
+from transom.base.errors import RequestError, notice, short_repr
+from transom.base.files import shown_name
 from transom.base.runtime import warn_if_bfloat16_is_slow
 from transom.chat.fingerprint import warn_if_other
 from transom.chat.template import ChatTemplate
@@ -164,15 +165,15 @@ def load_tokenizer(folder: str | Path, revision: str | None = None) -> Tokenizer
 
 
 def _open_tokenizer(location: ModelLocation) -> Tokenizer:
-    tokenizer, where = Tokenizer.load(location.tokenizer), location.tokenizer
+    tokenizer, where = Tokenizer.load(location.tokenizer), shown_name(location.tokenizer)
     rows = vocabulary_size(location)
     beyond = set() if rows is None else set(range(rows, tokenizer.vocab_size))
     plain = sorted(beyond - tokenizer.special_ids)
     if plain:
         token = tokenizer.id_to_token(plain[0])
         raise RequestError(
-            f"{where}: token {token!r} has id {plain[0]}; expected ids below {rows}, the number of "
-            "rows of the model's embeddings"
+            f"{where}: token {short_repr(token)} has id {plain[0]}; expected ids below {rows}, the "
+            "number of rows of the model's embeddings"
         )
     if beyond:  # special tokens, which no text contains
         first = min(beyond)

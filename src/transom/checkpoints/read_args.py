@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from transom.base.errors import RequestError, notice, require
-from transom.base.files import read_json, refuse_infinite, safetensors_header
+from transom.base.files import (
+    gguf_pointer,
+    read_json,
+    refuse_infinite,
+    safetensors_header,
+    shown_name,
+)
 from transom.checkpoints.adapters.peft_config import trained_vocabulary
 from transom.checkpoints.families.hf import args_from_hf
 from transom.checkpoints.families.meta_params import args_from_meta, needs_vocabulary
@@ -21,10 +27,8 @@ from transom.checkpoints.files.layout import (
     consolidated_files,
     find_weights,
     folder_format,
-    gguf_pointer,
     is_model,
     read_params,
-    shown_name,
 )
 from transom.checkpoints.files.location import ModelLocation
 from transom.checkpoints.files.pooling import POOLING

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from transom.base.errors import RequestError, notice
-from transom.base.files import refuse_pointer
+from transom.base.files import refuse_pointer, shown_name
 from transom.checkpoints.families.registry import WEIGHT_NAMES
 from transom.checkpoints.files.consolidated import open_ranks
 from transom.checkpoints.files.layout import (
@@ -18,7 +18,6 @@ from transom.checkpoints.files.layout import (
     gguf_files,
     names_table,
     other_weights,
-    shown_name,
     weight_files,
 )
 from transom.checkpoints.files.lazy_tensors import LazyTensor, refuse_quantized

@@ -8,14 +8,13 @@ from pathlib import Path
 
 from transom.base.locks import output_folder
 from transom.cli.main import emit_json, user_path
-from transom.cli.options import add_json
+from transom.cli.options import MODEL, add_json
 
 FORMATS = ("hf", "native", "meta", "mistral")  # of folders
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
-    what = "a model or adapter folder, a GGUF file, a run folder, or a hub id"
     formats = (
         "hf (Hugging Face), native (Transom), meta or mistral (params.json), or gguf (llama.cpp); "
         "default: gguf if OUT ends in .gguf, else hf"
@@ -25,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: that of the files)"
     )
     size = "largest weights file of hf and native, such as 500MB (default: 5GB)"
-    parser.add_argument("source", type=user_path, metavar="SRC", help=what)
+    parser.add_argument("source", type=user_path, metavar="SRC", help=MODEL)
     parser.add_argument(
         "out", type=user_path, metavar="OUT", help="a new or empty folder to write, or a .gguf file"
     )

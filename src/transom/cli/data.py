@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "`datasets` library, or stdlib-docs: questions about Python's own library"
     )
     parser.add_argument("data", type=user_path, metavar="DATA", help=data)
-    model = "folder or hub id whose tokenizer and chat template are used"
+    model = "folder, GGUF file, hub id or smollm2, whose tokenizer and chat template are used"
     parser.add_argument("--model", required=True, type=user_path, metavar="FOLDER", help=model)
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--split", default="train", help="train (default), valid or test")

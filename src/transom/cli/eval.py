@@ -15,7 +15,7 @@ from typing import Any
 from transom.base.errors import RequestError, require
 from transom.base.files import json_text, write_text
 from transom.cli.main import emit_json, user_path
-from transom.cli.options import KEPT, check_model
+from transom.cli.options import KEPT, MODEL, check_model
 from transom.evaluation.eval_args import EvalArgs
 from transom.evaluation.task_data import open_data
 from transom.planning.tables import counted, heading, show, table
@@ -64,8 +64,7 @@ SWITCHES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
-    what = "a model or adapter folder of any format, a GGUF file, a run folder, or a hub id"
-    parser.add_argument("model", nargs="?", type=user_path, metavar="MODEL", help=what)
+    parser.add_argument("model", nargs="?", type=user_path, metavar="MODEL", help=MODEL)
     what = "compare two models on the same data, instead of MODEL"
     parser.add_argument("--compare", nargs=2, type=user_path, metavar=("A", "B"), help=what)
     what = "text (files, folders, globs), or .jsonl of questions with choices or answers"

@@ -25,7 +25,12 @@ FLAGS = (
         str,
         "nf4, int4 or int8: quantize the frozen base",
     ),
-    ("--teacher", "finetune.teacher", str, "model to distill from (folder or hub id)"),
+    (
+        "--teacher",
+        "finetune.teacher",
+        str,
+        "model to distill from (as MODEL)",
+    ),
     ("--epochs", "finetune.epochs", float, "passes over the examples"),
     ("--iters", "steps", int, "optimizer steps, instead of epochs"),
     ("--batch-size", "data.batch_size", int, "rows per step"),
@@ -42,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "transom finetune MODEL [CONFIG.yaml] --data FILE [key=value ...] [--overwrite | --resume] "
         "[--json]"
     )
-    base = "model or run folder, GGUF file, or hub id, to start from"
+    base = "model or run folder, GGUF file, hub id, or smollm2, to start from"
     parser.add_argument("model", type=user_path, metavar="MODEL", help=base)
     words, meaning = "CONFIG.yaml key=value", "config file, then fields"
     parser.add_argument("words", nargs="*", type=user_path, metavar=words, help=meaning)

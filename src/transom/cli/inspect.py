@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from transom.base.errors import RequestError, notice, require
 from transom.checkpoints.describe_model import DescribedModel, describe_model
 from transom.cli.main import emit_json, user_path
+from transom.cli.options import MODEL
 from transom.config.presets import PRESETS
 from transom.planning.layer_plan import ModelPlan, groups, index_words, plan
 from transom.planning.tables import (
@@ -38,9 +39,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
-    what = "model, adapter or run folder, GGUF file, hub id, config.json, params.json, or preset"
+    what = f"{MODEL}, config.json, params.json, or a preset: {', '.join(PRESETS)}"
     add = parser.add_argument
-    add("model", type=user_path, metavar="MODEL", help=f"{what}: {', '.join(PRESETS)}")
+    add("model", type=user_path, metavar="MODEL", help=what)
     what = "a second model or run to compare with"
     add("other", nargs="?", type=user_path, metavar="OTHER", help=what)
     add("--revision", help="branch, tag or commit of a hub id")

@@ -13,14 +13,14 @@ from transom.checkpoints.files.location import find_model
 from transom.cli.main import user_path
 
 T = TypeVar("T")
+MODEL = "a model or adapter folder of any format, a GGUF file, a run folder, a hub id, or smollm2"
 KEPT = "keep the weights of a GGUF file in its codes: less memory, slower"
 ALIASES = {"temperature": ("--temp",)}  # shorter names of flags
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which model is opened and where: those of `opening`."""
-    what = "a model or adapter folder of any format, a GGUF file, a run folder, or a hub id"
-    parser.add_argument("folder", type=user_path, metavar="FOLDER", help=what)
+    parser.add_argument("folder", type=user_path, metavar="FOLDER", help=MODEL)
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     devices = "auto, cpu, cuda, cuda:N or mps (default: auto)"
     parser.add_argument("--device", default="auto", help=devices)

@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         type=user_path,
         metavar="MODEL",
-        help="model or run folder, GGUF file, hub id, preset, or the config of a model or run in "
-        "YAML or JSON. The check runs on a small copy of it; checkpoint, merge, policy and "
+        help="model or run folder, GGUF file, hub id, smollm2, preset, or the config of a model or "
+        "run in YAML or JSON. The check runs on a small copy of it; checkpoint, merge, policy and "
         "finetune run the folder as it is (default: built-in models)",
     )
     words: dict[str, tuple[str, Callable[[str], Any]]] = {

@@ -17,12 +17,12 @@ from typing import Any
 from torch import Tensor
 
 from transom.base.errors import WorkError, notice, require
-from transom.base.files import json_text, write_text
+from transom.base.files import json_text, shown_name, write_text
 from transom.base.runtime import machine
 from transom.base.version import __version__
 from transom.checkpoints.convert import config_ids
 from transom.checkpoints.files.companions import carry_companions
-from transom.checkpoints.files.layout import Format, folder_format, shown_name
+from transom.checkpoints.files.layout import Format, folder_format
 from transom.checkpoints.files.lazy_tensors import LazyTensor
 from transom.checkpoints.files.staging import staged
 from transom.checkpoints.fingerprint import fingerprint

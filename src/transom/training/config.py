@@ -108,7 +108,7 @@ class TrainArgs:
         "demo", "name of a preset, or model fields; {preset: NAME, field: value} changes a preset"
     )
     base: str | None = describe(
-        None, "folder or hub id of a model to start from, with its tokenizer", path=True
+        None, "folder, GGUF file or hub id of a model to start from, with its tokenizer", path=True
     )
     finetune: FinetuneArgs | None = describe(
         None, "fine-tuning of `base`; null: train it on more text"

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from transom.base.errors import notice
-from transom.base.files import read_json
-from transom.checkpoints.files.layout import CONFIG, Format, folder_format, names_table, shown_name
+from transom.base.files import read_json, shown_name
+from transom.checkpoints.files.layout import CONFIG, Format, folder_format, names_table
 from transom.checkpoints.files.lazy_tensors import LazyTensors
 from transom.checkpoints.mapping import clean
 from transom.checkpoints.state import open_files

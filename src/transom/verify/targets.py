@@ -12,6 +12,7 @@ from transom.base.yaml_files import read_yaml
 from transom.checkpoints.files.hub import is_hub_id
 from transom.checkpoints.files.layout import CONFIG, PARAMS
 from transom.checkpoints.files.location import find_model
+from transom.checkpoints.files.packaged import PACKAGED, is_packaged
 from transom.checkpoints.gguf.reader import is_gguf
 from transom.checkpoints.read_args import read_args
 from transom.config.model_args import ModelArgs
@@ -42,8 +43,9 @@ def model_args(name: str) -> ModelArgs:
     """Return the arguments of a named model.
 
     Args:
-        name: A model, adapter or run folder, a hub id, a preset, a `config.json` or `params.json`,
-            or a YAML or JSON file with the fields of a model or the config of a run.
+        name: A model, adapter or run folder, a GGUF file, `smollm2`, a hub id, a preset, a
+            `config.json` or `params.json`, or a YAML or JSON file with the fields of a model
+            or the config of a run.
 
     Raises:
         RequestError: If there is no such model.
@@ -58,9 +60,10 @@ def model_args(name: str) -> ModelArgs:
         )
     if not path.exists() and name in PRESETS:
         return preset(name)
-    if not path.exists() and not is_hub_id(name):
-        hint = nearest(name, PRESETS)
-        raise RequestError(f"model: got {name!r}; expected a folder, file, hub id or preset{hint}")
+    if not path.exists() and not is_hub_id(name) and not is_packaged(name):
+        hint = nearest(name, [*PACKAGED, *PRESETS])
+        expected = f"expected a folder, file, hub id, preset or {', '.join(PACKAGED)}"
+        raise RequestError(f"model: got {name!r}; {expected}{hint}")
     return read_args(find_model(path).model)
 
 

@@ -139,6 +139,25 @@ def test_an_adapter_on_a_file_names_it_and_merges(tmp_path, capsys, kept):
     assert open_model(tmp_path / "merged").tokenizer.encode("hello") == library.encode("hello").ids
 
 
+def test_messages_about_files_beside_the_weights_name_the_file(tmp_path):
+    values = byte_pairs_metadata(byte_pairs())
+    source = {"tokenizer.chat_template": "{{ messages[0].content }}"}
+    rows = len(values["tokenizer.ggml.tokens"])
+    opened = {
+        kind: write_gguf(
+            tiny_hf("llama-tied", vocab_size=size),
+            tmp_path / f"{kind}.gguf",
+            tmp_path / "hf",
+            metadata=values | source,
+        )
+        for kind, size in (("fits", rows), ("short", rows - 7))
+    }
+    assert open_model(opened["fits"]).template.origin == str(opened["fits"])
+    with pytest.raises(RequestError) as error:
+        open_model(opened["short"])
+    assert str(error.value).startswith(f"{opened['short']}: token ")
+
+
 def test_the_verbs_name_the_file(whole, capsys):
     assert main(["inspect", str(whole)]) == 0
     assert capsys.readouterr().out.strip().startswith(f"{whole}: ")

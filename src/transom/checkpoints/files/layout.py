@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transom.base.errors import RequestError, require
-from transom.base.files import read_json
+from transom.base.files import gguf_pointer, read_json
 
 Format = Literal["native", "hf", "meta", "mistral"]
 FileFormat = Literal["native", "hf", "meta", "mistral", "gguf"]  # what `save` and `convert` write
@@ -23,7 +23,6 @@ CONFIG, PARAMS = "config.json", "params.json"
 WEIGHTS = "model.safetensors"
 CONSOLIDATED, PICKLED = "consolidated.safetensors", "consolidated.{rank:02d}.pth"
 GENERATION = "generation_config.json"
-GGUF = "gguf.json"  # in the folder of a GGUF file: where its weights are
 INDEX = ".index.json"  # appended to the name of a weights file that is split into shards
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOKENIZERS = ("tokenizer.json", "tekken*.json", "*.model.v*", "tokenizer.model")
@@ -42,17 +41,6 @@ _ALL_WEIGHTS = (
 def gguf_files(folder: Path) -> list[Path]:
     """Return the GGUF files that a folder of the cache stands for; none for other folders."""
     return [Path(file) for file in gguf_pointer(folder).get("files", ())]
-
-
-def gguf_pointer(folder: Path) -> dict[str, Any]:
-    """Return the content of `gguf.json`, or nothing if the folder is not that of a GGUF file."""
-    pointer = folder / GGUF
-    return read_json(pointer) if pointer.exists() else {}
-
-
-def shown_name(folder: Path) -> str:
-    """Return the path of a model for messages: its folder, or its GGUF file."""
-    return str(next(iter(gguf_files(folder)), folder))
 
 
 def names_table(folder: Path) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transom.base.errors import RequestError, notice, require
+from transom.base.files import shown_name
 from transom.checkpoints.adapters.peft_config import base_of, base_revision
 from transom.checkpoints.files.hub import download, is_hub_id
 from transom.checkpoints.files.layout import (
@@ -21,7 +22,6 @@ from transom.checkpoints.files.layout import (
     holds_tokenizer,
     is_adapter,
     is_model,
-    shown_name,
 )
 from transom.checkpoints.files.packaged import packaged_model
 from transom.checkpoints.gguf.folder import gguf_folder

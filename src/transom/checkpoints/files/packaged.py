@@ -18,6 +18,11 @@ PACKAGED = {
 }
 
 
+def is_packaged(name: str | Path) -> bool:
+    """Return whether a name is that of a model which a package carries, and not a local path."""
+    return str(name) in PACKAGED and not Path(name).exists()
+
+
 def packaged_model(name: str) -> Path | None:
     """Return the file of a model that a package carries, or None if no package has this name.
 

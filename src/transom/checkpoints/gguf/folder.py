@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 from transom.base.errors import RequestError, collected_notices, notice
-from transom.base.files import cache_dir, sync, write_text
-from transom.checkpoints.files.layout import CONFIG, GGUF, gguf_pointer
+from transom.base.files import GGUF, cache_dir, gguf_pointer, sync, write_text
+from transom.checkpoints.files.layout import CONFIG
 from transom.checkpoints.gguf.config import architecture, config_of
 from transom.checkpoints.gguf.reader import GgufModel, StoredTensor, read_gguf, split_files
 

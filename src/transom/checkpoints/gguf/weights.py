@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from transom.base.files import gguf_pointer
 from transom.checkpoints.families.registry import WEIGHT_NAMES
-from transom.checkpoints.files.layout import gguf_pointer, names_table
+from transom.checkpoints.files.layout import names_table
 from transom.checkpoints.files.lazy_tensors import LazyTensor
 from transom.checkpoints.gguf.config import ARCHITECTURES
 from transom.checkpoints.gguf.folder import open_folder

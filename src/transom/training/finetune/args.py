@@ -80,7 +80,7 @@ class FinetuneArgs:
     desirable_weight: float = describe(1.0, "kto: weight of good answers", at_least=0.0)
     undesirable_weight: float = describe(1.0, "kto: weight of bad answers", at_least=0.0)
     teacher: str | None = describe(
-        None, "distill: folder or hub id of a model with the same tokenizer", path=True
+        None, "distill: folder, GGUF file or hub id of a model with the same tokenizer", path=True
     )
     temperature: float = describe(
         1.0,

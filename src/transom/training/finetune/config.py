@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from transom.base.errors import RequestError, require
+from transom.base.files import shown_name
 from transom.base.yaml_files import read_yaml
 from transom.checkpoints.files.hub import is_hub_id
-from transom.checkpoints.files.layout import is_model, shown_name
+from transom.checkpoints.files.layout import is_model
 from transom.checkpoints.files.location import ModelLocation, find_model
+from transom.checkpoints.files.packaged import is_packaged
 from transom.checkpoints.read_args import read_args
 from transom.config.model_args import ModelArgs
 from transom.planning.counts import parameters
@@ -153,10 +155,15 @@ def merged(below: Any, above: Any) -> Any:
 
 
 def default_out(model: str) -> str:
-    """Return `runs/demo-finetune` for `runs/demo`, and a folder below `runs` for a hub id."""
-    if not Path(model).exists() and is_hub_id(model):
+    """Return `runs/demo-finetune` for `runs/demo`, and a folder below `runs` for other names.
+
+    Other names are hub ids and those of models that packages carry.
+    """
+    if is_packaged(model) or (not Path(model).exists() and is_hub_id(model)):
         return f"runs/{model.rpartition('/')[2]}-finetune"
     path = Path(model.rstrip("/"))
     if not path.exists():
-        raise RequestError(f"MODEL: got {str(path)!r}; expected a model or run folder, or a hub id")
+        raise RequestError(
+            f"MODEL: got {str(path)!r}; expected a model or run folder, a GGUF file, or a hub id"
+        )
     return f"{path}-finetune"

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from transom.base.errors import notice, require
 from transom.base.fields import write
+from transom.base.files import shown_name
 from transom.base.runtime import dtype_name
 from transom.chat.template import ChatTemplate
 from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.adapters.write import save_adapter
-from transom.checkpoints.files.layout import shown_name
 from transom.checkpoints.fingerprint import fingerprint
 from transom.checkpoints.load import load
 from transom.checkpoints.open_model import load_tokenizer

@@ -155,6 +155,14 @@ def test_all_wrong_keys_and_shapes_are_in_one_sentence(folder, kind):
     )
 
 
+def test_two_spellings_of_one_key(folder):
+    at = folder("hf")
+    path = at / "model.safetensors"
+    state = load_file(path)
+    save_file({**state, "norm.weight": state["model.norm.weight"] + 1}, path)
+    sentence(lambda: load(at), "model.norm.weight", " norm.weight", "spellings of one key")
+
+
 def test_bad_numbers_are_counted_and_said(folder, capsys):
     at = folder("hf")
     state = load_file(at / "model.safetensors")

@@ -33,7 +33,7 @@ def clean(family: str, source: LazyTensors, args: ModelArgs, where: str) -> dict
         RequestError: The output of a tied model differs from its embeddings.
     """
     names = WEIGHT_NAMES[family]
-    out, unread = sort_keys(names, names.known_key, source, args.n_layers)
+    out, unread = sort_keys(names, names.known_key, source, args.n_layers, where)
     tell_unread(unread, where)
     if args.tie_embeddings:
         drop_tied_output(names, out, where)
@@ -66,14 +66,25 @@ def drop_tied_output(
 
 
 def sort_keys(
-    names: WeightNames, known_key: Callable[[str], str], source: LazyTensors, n_layers: int
+    names: WeightNames,
+    known_key: Callable[[str], str],
+    source: LazyTensors,
+    n_layers: int,
+    where: str,
 ) -> tuple[dict[str, LazyTensor], Counter[str]]:
-    """Return the tensors under the keys of their family, and how many are not read, by reason."""
-    out, unread = dict[str, LazyTensor](), Counter[str]()
+    """Return the tensors under the keys of their family, and how many are not read, by reason.
+
+    Raises:
+        RequestError: Two keys are spellings of one.
+    """
+    out, unread, spelled = dict[str, LazyTensor](), Counter[str](), dict[str, str]()
     for key, lazy in source.items():
         name = known_key(key)
         reason = names.unread_reason(name, n_layers)
         if reason is None:
+            other = spelled.setdefault(name, key)
+            expected = "expected one of them, as they are spellings of one key"
+            require(other == key, where, f"{other} and {key}", expected)
             out[name] = lazy
         else:
             unread[reason] += 1

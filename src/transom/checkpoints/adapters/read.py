@@ -129,7 +129,8 @@ class AdapterFile:
     def __init__(self, naming: Naming, config: PeftConfig, state: LazyTensors, where: str) -> None:
         self.naming, self.config, self.where = naming, config, where
         model, key = naming.model, naming.known_key
-        self._source, self._unread = sort_keys(naming.names, key, state, model.args.n_layers)
+        layers = model.args.n_layers
+        self._source, self._unread = sort_keys(naming.names, key, state, layers, where)
         sites = [s for s in naming.sites if config.is_target_parameter(naming.spellings(s))]
         paths = naming.paths(sites)
         weights = dict.fromkeys(naming.sites.values())
@@ -190,7 +191,7 @@ class AdapterFile:
         """Return rank and alpha of one adapter; that of fused experts is laid out as their weight.
 
         Raises:
-            RequestError: Experts of one weight differ in them.
+            RequestError: Experts of one weight differ in them, or A has another rank.
         """
         naming, sites = self.naming, [site_of(key) for key in weight.foreign]
         each = {self.config.rank_and_alpha(naming.spellings(site)) for site in sites}
@@ -202,8 +203,12 @@ class AdapterFile:
             laid_out = map(LazyTensor.of, experts_from_peft(naming, sites[0], *both))
             self._source |= zip((a, b), laid_out, strict=True)
         rank, alpha = each.pop()
-        own = self._source[a].shape[0] if a in self._source else 0
-        return own if rank is None else rank, alpha
+        shape = self._source[a].shape if a in self._source else ()
+        own = shape[-2] if len(shape) >= 2 + is_parameter(weight) else 0  # 0: reported by `to_ours`
+        rank = own if rank is None else rank
+        expected = f"expected {rank}, as in the config"
+        require(own in (0, rank), f"{self.where}: {sites[0]}: rank", own, expected)
+        return rank, alpha
 
     def _shapes_of_whole(self, tokens: int) -> dict[str, Shape]:
         out: dict[str, Shape] = {}

@@ -95,13 +95,13 @@ CEILINGS = {
     "quantize": 530,
     "lora": 600,
     "chat": 905,
-    "checkpoints": 4_088,
+    "checkpoints": 4_096,
     "data": 1_945,
     "inference": 770,
     "evaluation": 1_270,
     "training": 4_040,
     "verify": 2_250,
-    "cli": 1_580,
+    "cli": 1_578,
 }
 
 

@@ -101,7 +101,7 @@ def _load_weights(
         size += sum(part.nbytes for part in placed.values())
         how = "kept in codes and computed in" if keep_quantized else "dequantized to"
         notice(
-            f"{where}: tensors of types {types}, {how} {dtype_name(dtype)}, {size / 1e6:,.0f} MB"
+            f"{where}: tensors of types {types}, {how} {dtype_name(dtype)}, {size / 1e6:,.1f} MB"
         )
     dtypes = dtypes_of(source, dtype)
     counts: dict[str, int] = {}

@@ -12,6 +12,7 @@ from tests.checkpoints.gguf.files import write_gguf
 from transom.base.errors import RequestError
 from transom.checkpoints.files.location import find_model
 from transom.checkpoints.load import load
+from transom.checkpoints.read_args import read_args
 
 VALUES = {
     "context_length": 16,
@@ -163,6 +164,10 @@ def made(path, changes=None, tensors=None, **general):
             {"changes": {"rope.scaling.type": "spiral"}},
             "llama.rope.scaling.type: got 'spiral'; expected none, linear, yarn",
         ),
+        (
+            {"changes": {"rope.dimension_count": 1}},
+            "llama.rope.dimension_count: got 1; expected 2, the size of a head",
+        ),
         ({"tensors": {"output.weight": (9, 4)}}, "token_embd.weight: missing; expected a tensor"),
     ],
 )
@@ -171,6 +176,22 @@ def test_metadata_that_describes_no_model(changes, message, tmp_path):
     with pytest.raises(RequestError) as error:
         find_model(path)
     assert str(error.value).startswith(f"{path}: ") and message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "factor"),
+    [
+        ({"rope.scale_linear": 4.0}, 4.0),
+        ({"rope.scaling.factor": 4.0}, 4.0),
+        ({"rope.scaling.type": "linear"}, None),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+    ],
+)
+def test_linear_scaling_is_that_of_llama_cpp_if_keys_are_missing_or_old(changes, factor, tmp_path):
+    scaling = read_args(find_model(made(tmp_path / "old.gguf", changes)).model).scaling
+    assert (None if scaling is None else (scaling.kind, scaling.factor)) == (
+        factor and ("linear", factor)
+    )
 
 
 def test_keys_that_are_not_read_are_named_each_time(tmp_path, capsys):

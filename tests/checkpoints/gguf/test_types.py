@@ -64,4 +64,4 @@ def test_a_quantized_file_is_rounded_to_the_dtype_of_the_device_or_to_the_one_gi
     wide = open_gguf(find_model(file).model)["blk.1.ffn_gate_exps.weight"].read()
     assert torch.equal(model.layers[1].feed_forward.experts.w_gate.weight, wide.to(expected))
     size = sum(one.numel() for one in model.parameters()) * expected.itemsize
-    assert any("Q8_0 (" in one and f"{size:,} bytes" in one for one in notices)
+    assert any("Q8_0 (" in one and f"{size / 1e6:,.1f} MB" in one for one in notices)

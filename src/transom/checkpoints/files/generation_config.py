@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transom.base.errors import notice, require
-from transom.base.files import read_json, shown_name, write_text
+from transom.base.files import read_json, write_text
 from transom.checkpoints.families.foreign_config import OLDER_SETTINGS
 from transom.checkpoints.files.layout import CONFIG, GENERATION
 from transom.checkpoints.files.location import ModelLocation
@@ -88,9 +88,7 @@ def _stops_in(folder: Path) -> list[int] | None:
         return None
     listed = ids if isinstance(ids, list) else [ids]
     right = all(type(id) is int and id >= 0 for id in listed)
-    require(
-        right, f"{shown_name(folder)}: eos_token_id", ids, "expected a token id or a list of them"
-    )
+    require(right, f"{folder}: eos_token_id", ids, "expected a token id or a list of them")
     return listed
 
 

@@ -33,7 +33,10 @@ _EXPERTS = {"expert_used_count": "num_experts_per_tok"}
 _WINDOW = {"attention.sliding_window": "sliding_window"}
 _SOFT_CAP = {"final_logit_softcapping?": "final_logit_softcapping"}
 # Keys whose values may be fractions. All others are whole numbers.
-FRACTIONS = ("_epsilon", "freq_base", "freq_base_swa", "softcapping", "factor", "_fast", "_slow")
+FRACTIONS = (
+    *("_epsilon", "freq_base", "freq_base_swa", "softcapping"),
+    *("factor", "scale_linear", "_fast", "_slow"),
+)
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # as in all published models
 _LLAMA3_LENGTH = 8192
 _LENGTH = {"original_context_length": "original_max_position_embeddings"}
@@ -51,7 +54,7 @@ SCALING: dict[str, dict[str, str]] = {
 }
 # Keys that change no number of the model, or that repeat what others state.
 _HARMLESS = (
-    *("attention.value_length", "rope.dimension_count", "rope.scaling.finetuned", "vocab_size"),
+    *("attention.value_length", "rope.scaling.finetuned", "vocab_size"),
     *("expert_count", "expert_feed_forward_length", "expert_used_count", "tensor_data_layout"),
     "rope.scaling.type",
 )
@@ -216,7 +219,7 @@ class _Values:
 
 def _rope_scaling(values: _Values) -> dict[str, Any] | None:
     """Return the rotary settings, from metadata or from the factors that are stored as tensors."""
-    kind = values.model.metadata.get(f"{values.name}.rope.scaling.type", "none")
+    kind = values.model.metadata.get(f"{values.name}.rope.scaling.type", "linear")
     factors = {
         f"{name}_factor": values.model.numbers(f"rope_factors_{name}.weight")
         for name in ("short", "long")
@@ -229,6 +232,10 @@ def _rope_scaling(values: _Values) -> dict[str, Any] | None:
     require(kind == "none" or kind in SCALING, where, kind, expected)
     keys = SCALING.get(kind, {})
     stated = {ours: values.get(f"rope.scaling.{theirs}") for theirs, ours in keys.items()}
+    if kind == "linear" and not stated["factor"]:
+        # The key of 2023. Without a factor llama.cpp does not scale either.
+        stated["factor"] = values.get("rope.scale_linear")
+        kind = kind if stated["factor"] else "none"
     return None if kind == "none" else {"rope_type": kind, **stated, **factors}
 
 
@@ -262,20 +269,25 @@ def _special(kind: Architecture, values: _Values, config: Mapping[str, Any]) -> 
     """Return the keys that follow from others in one family."""
     heads, rope = config["num_attention_heads"], config["rope_scaling"] or {}
     require(heads > 0, f"{values.where}attention.head_count", heads, "expected 1 or more")
-    share = config["hidden_size"] // heads
+    share, rotary = config["hidden_size"] // heads, values.get("rope.dimension_count")
+    head = config.get("head_dim", share)
+    if config["model_type"] != "phi3":
+        where, expected = (
+            f"{values.where}rope.dimension_count",
+            f"expected {head}, the size of a head",
+        )
+        require(rotary in (None, head), where, rotary, expected)
     match config["model_type"]:
         case "llama":
             return {"mlp_bias": "blk.0.ffn_up.bias" in values.model.tensors}
         case "gemma2" | "gemma3_text":
-            head = config.get("head_dim", share)
             scaled = share if config["num_hidden_layers"] == kind.wide else head
             pattern = {} if "sliding_window" in config else {"sliding_window_pattern": 1}
             return {"query_pre_attn_scalar": scaled, "head_dim": head, **pattern}
         case "phi3":
-            name, rotary = "original_max_position_embeddings", values.get("rope.dimension_count")
+            name, window = "original_max_position_embeddings", config.get("sliding_window")
             out = {"partial_rotary_factor": rotary / share} if rotary else {}
-            window = config.get("sliding_window") or None
-            return {"sliding_window": window, name: rope.get(name), **out}
+            return {"sliding_window": window or None, name: rope.get(name), **out}
         case "gpt_oss":  # the converter does not write that the bounds of YaRN are not rounded
             return {"rope_scaling": {**rope, "truncate": False}}
     return {}

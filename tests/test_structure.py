@@ -95,7 +95,7 @@ CEILINGS = {
     "quantize": 530,
     "lora": 600,
     "chat": 905,
-    "checkpoints": 4_096,
+    "checkpoints": 4_094,
     "data": 1_945,
     "inference": 770,
     "evaluation": 1_270,

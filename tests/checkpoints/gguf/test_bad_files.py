@@ -152,6 +152,10 @@ def made(path, changes=None, tensors=None, **general):
         ({"type": "adapter"}, "got a LoRA adapter; expected a language model"),
         ({"type": "mmproj"}, "got the image or audio encoder of a model (mmproj)"),
         ({"changes": {"block_count": None}}, "llama.block_count: missing; expected a number"),
+        (
+            {"changes": {"block_count": 10**9}},
+            "llama.block_count: got 1000000000; expected at most 1, the number of tensors",
+        ),
         ({"changes": {"block_count": "1"}}, "llama.block_count: got '1'; expected a whole number"),
         ({"changes": {"block_count": 1.5}}, "llama.block_count: got 1.5; expected a whole number"),
         (

@@ -164,6 +164,9 @@ def config_of(model: GgufModel) -> dict[str, Any]:
             raise RequestError(f"{values.where}{key}: missing; expected a number")
         if value is not None:
             config[name] = value
+    blocks, most = config["num_hidden_layers"], len(model.tensors)
+    expected = f"expected at most {most:,}, the number of tensors"
+    require(blocks <= most, f"{values.where}block_count", blocks, expected)
     if "token_embd.weight" not in model.tensors:
         raise RequestError(f"{model.files[0]}: token_embd.weight: missing; expected a tensor")
     config |= {

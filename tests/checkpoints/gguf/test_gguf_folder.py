@@ -132,6 +132,7 @@ def test_an_adapter_on_a_file_names_it_and_merges(tmp_path, capsys, kept):
     named = json.loads((location.adapter / "adapter_config.json").read_text())
     assert named["base_model_name_or_path"] == str(file)
     assert main(["merge", str(file), str(run), str(tmp_path / "merged")]) == 0
+    assert main(["verify", "merge", str(file), str(run)]) == 0, capsys.readouterr().out
     capsys.readouterr()
     ids = random_ids()
     merged = logits(tmp_path / "merged", ids, dtype="float32")

@@ -18,7 +18,7 @@ from transom.checkpoints.files.layout import CONFIG
 from transom.checkpoints.gguf.config import architecture, config_of
 from transom.checkpoints.gguf.reader import GgufModel, StoredTensor, read_gguf, split_files
 
-_VERSION = 1  # of the translation
+_VERSION = 2  # of the translation
 _HASHED = 1 << 16  # bytes of each file that the name of the folder depends on, beside its times
 
 

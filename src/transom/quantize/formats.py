@@ -158,6 +158,13 @@ def dequantize(parts: Parts, format: WeightFormat, rows: slice | Tensor = slice(
         # two look-ups.
         pairs = torch.cartesian_prod(levels, levels).view(torch.int64).flatten()
         values = pairs.index_select(0, codes.flatten().int()).view(torch.float32)
+    return scaled(values, parts, format, rows)
+
+
+def scaled(
+    values: Tensor, parts: Parts, format: WeightFormat, rows: slice | Tensor = slice(None)
+) -> Tensor:
+    """Return the weight of values of codes in float32, [R, in] or [E, R, in], which may change."""
     scales = _wide(parts, "scales", format, rows)
     groups = values.view(*scales.shape, -1)
     if format.offset == "zeros":

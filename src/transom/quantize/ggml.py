@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from transom.base.errors import RequestError, nearest
-from transom.quantize.formats import Parts, WeightFormat, dequantize, integers, pack, unpack
+from transom.quantize.formats import Parts, WeightFormat, integers, pack, scaled, unpack
 
 DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -131,32 +131,11 @@ def parts(name: str, blocks: Tensor) -> dict[str, Tensor]:
     Raises:
         RequestError: Transom can't read the type.
     """
-    kind = _type(name)
-    by_block = blocks.unflatten(-1, (-1, kind.bytes))
-    fields = dict(zip(kind.fields, by_block.split(list(kind.fields.values()), -1), strict=True))
-    codes = _planes(fields["qs"], *kind.low)
-    if "qh" in fields:
-        codes |= _planes(fields["qh"], *kind.high) << kind.low[1]
-    codes = codes.flatten(-2)
-    out = {
-        "codes": (codes - kind.zero).view(torch.int8) if kind.format.levels is None else pack(codes)
-    }
-    if "e" in fields:
-        out["scales"] = _halved_power(fields["e"].squeeze(-1))
-        return out
-    factors = {
-        key: fields[key].contiguous().view(_HALF).squeeze(-1) for key in "dm" if key in fields
-    }
-    if "sc" not in fields:
-        out["scales"] = factors["d"]
-        return out | ({"minimums": factors["m"]} if "m" in factors else {})
-    scales, minimums = _small_scales(name, fields["sc"])
-    out |= {"scales": scales.flatten(-2), "super_scales": factors["d"].flatten(-2)}
-    if minimums is not None:  # ggml subtracts them
-        out |= {"minimums": minimums.flatten(-2), "super_minimums": -factors["m"].flatten(-2)}
-    return out
+    codes, others = _separated(_type(name), blocks)
+    return {"codes": codes if codes.dtype == torch.int8 else pack(codes), **others}
 
 
+@torch.no_grad()
 def dense(name: str, blocks: Tensor) -> Tensor:
     """Return the numbers of blocks uint8 [..., bytes]: float32 [..., in], or the type's own dtype.
 
@@ -165,7 +144,41 @@ def dense(name: str, blocks: Tensor) -> Tensor:
     """
     if name in DENSE:
         return blocks.view(DENSE[name])
-    return dequantize(parts(name, blocks), _type(name).format)
+    kind = _type(name)
+    codes, others = _separated(kind, blocks)
+    levels = kind.format.levels
+    if levels is None:
+        values = codes.float()
+    elif levels == integers(int(levels[0])):
+        values = codes.float().add_(levels[0])
+    else:
+        values = torch.tensor(levels).index_select(0, codes.flatten().int()).view(codes.shape)
+    return scaled(values, others, kind.format)
+
+
+def _separated(kind: BlockType, blocks: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the codes [..., in] of blocks, in int8 or from 0 to 15 in uint8, and other parts."""
+    by_block = blocks.unflatten(-1, (-1, kind.bytes))
+    fields = dict(zip(kind.fields, by_block.split(list(kind.fields.values()), -1), strict=True))
+    codes = _planes(fields["qs"], *kind.low)
+    if "qh" in fields:
+        codes |= _planes(fields["qh"], *kind.high) << kind.low[1]
+    codes = codes.flatten(-2)
+    if kind.format.levels is None:
+        codes = (codes - kind.zero).view(torch.int8)
+    if "e" in fields:
+        return codes, {"scales": _halved_power(fields["e"].squeeze(-1))}
+    factors = {
+        key: fields[key].contiguous().view(_HALF).squeeze(-1) for key in "dm" if key in fields
+    }
+    if "sc" not in fields:
+        out = {"scales": factors["d"]}
+        return codes, out | ({"minimums": factors["m"]} if "m" in factors else {})
+    scales, minimums = _small_scales(kind, fields["sc"])
+    out = {"scales": scales.flatten(-2), "super_scales": factors["d"].flatten(-2)}
+    if minimums is not None:  # ggml subtracts them
+        out |= {"minimums": minimums.flatten(-2), "super_minimums": -factors["m"].flatten(-2)}
+    return codes, out
 
 
 @torch.no_grad()
@@ -246,13 +259,13 @@ def _planes(data: Tensor, width: int, bits: int) -> Tensor:
     ).flatten(-3)
 
 
-def _small_scales(name: str, sc: Tensor) -> tuple[Tensor, Tensor | None]:
+def _small_scales(kind: BlockType, sc: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the scales and minimums int8 [..., groups of a block] in the field `sc`."""
-    if name == "Q2_K":
+    if kind is TYPES["Q2_K"]:
         return (sc & 15).view(torch.int8), (sc >> 4).view(torch.int8)
-    if name == "Q6_K":
+    if kind is TYPES["Q6_K"]:
         return sc.contiguous().view(torch.int8), None
-    if name == "Q3_K":  # 16 numbers of 6 bits
+    if kind is TYPES["Q3_K"]:  # 16 numbers of 6 bits
         numbers = _planes(sc[..., :8], 8, 4) | _planes(sc[..., 8:], 4, 2) << 4
         return (numbers - 32).view(torch.int8), None
     # Eight pairs of 6 bits: four as they are, and four whose upper two bits are above those of the

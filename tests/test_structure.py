@@ -92,7 +92,7 @@ CEILINGS = {
     "names": 130,
     "models": 490,
     "tokenizers": 985,
-    "quantize": 530,
+    "quantize": 540,
     "lora": 600,
     "chat": 905,
     "checkpoints": 4_094,

@@ -85,7 +85,7 @@ def test_every_dependency_has_its_reason():
 CEILINGS = {
     "base": 720,
     "config": 620,
-    "planning": 280,
+    "planning": 281,
     "attention": 700,
     "layers": 705,
     "cache": 250,
@@ -96,10 +96,10 @@ CEILINGS = {
     "lora": 600,
     "chat": 905,
     "checkpoints": 4_094,
-    "data": 1_945,
+    "data": 1_946,
     "inference": 770,
     "evaluation": 1_270,
-    "training": 4_040,
+    "training": 4_042,
     "verify": 2_250,
     "cli": 1_578,
 }

@@ -113,7 +113,7 @@ def test_json_that_is_no_data_is_text_in_a_folder_and_counted(tmp_path: Path) ->
     report = ReadReport()
     read = list(read_documents(SourceArgs(path=str(tmp_path)), report))
     assert [one.text for one in read] == ['{\n "name": "x"\n}', "one", "two"]
-    assert report.counts() == ["1 .json files without rows read as plain text"]
+    assert report.counts() == ["1 .json file without rows read as plain text"]
     with pytest.raises(RequestError, match=r"package.json:1: columns"):
         documents(tmp_path / "package.json")
 
@@ -197,7 +197,7 @@ def test_what_is_not_read_of_a_folder_is_named(
     train, measured = split_examples(tmp_path, 0.0)
     told = capsys.readouterr().err
     assert len(train) == len(measured) == 2
-    assert "3 files are not" in told
+    assert "3 files not" in told
     assert told.count("['extra.jsonl', 'old/more.jsonl', 'train.csv']") == 1
     assert "the split test is not used" in told and "README" not in told
 
@@ -318,7 +318,7 @@ def test_keys_of_turns_that_nothing_reads_are_counted(
 ) -> None:
     turns = [{"from": "human", "value": "q", "loss": False}, {"from": "gpt", "value": "a"}]
     examples_of(write(tmp_path / "a.jsonl", [{"conversations": turns}]))
-    assert "conversations.loss (1 rows)" in capsys.readouterr().err
+    assert "conversations.loss (1 row)" in capsys.readouterr().err
     listed = [{"prompt": "Count.", "completion": "[1, 2]"}]  # a text that looks like a list
     (example,) = examples_of(write(tmp_path / "b.jsonl", listed))
     assert example.answers[0][0]["content"] == "[1, 2]"

@@ -65,7 +65,7 @@ def test_lines_become_rows_with_the_ids_of_documents(
         document.id for document in read_documents(SourceArgs(str(path)))
     ]
     told = capsys.readouterr().err
-    assert "1 empty lines left out" in told and "keys that are not read: more (1 rows)" in told
+    assert "1 empty line left out" in told and "keys that are not read: more (1 row)" in told
     pairs = read_labelled(write(tmp_path, [{"text": "a", "positive": "b"}]), "embedding")
     assert pairs == [LabelledText("rows.jsonl:1", "a", positive="b")]
 

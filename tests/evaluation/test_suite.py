@@ -155,7 +155,7 @@ def test_data_that_changes_between_two_models_is_refused(opened, texts):
 def test_what_was_left_out_is_said(opened, texts, capsys):
     (texts / "picture.bin").write_bytes(b"\0\1")
     evaluate(opened, open_data([str(texts)]), EvalArgs())
-    assert "3 documents read; 1 binary files left out" in capsys.readouterr().err
+    assert "3 documents read; 1 binary file left out" in capsys.readouterr().err
 
 
 def test_a_window_beyond_the_model_is_refused(opened, texts):

@@ -66,7 +66,7 @@ def test_answers_may_be_several_and_rows_may_be_limited(write):
 def test_keys_that_nothing_reads_are_said(write, capsys):
     read_tasks(write({**QUESTION, "subject": "colour"}, {**QUESTION, "id": 7}))
     assert capsys.readouterr().err.endswith(
-        "rows.jsonl: keys that are not read: id (1 rows), subject (1 rows)\n"
+        "rows.jsonl: keys that are not read: id (1 row), subject (1 row)\n"
     )
 
 

@@ -214,7 +214,7 @@ def test_a_cut_last_line_and_lost_steps_are_told(tmp_path: Path) -> None:
     assert "step 7 of 400" in page.text
     for shown in (
         "cannot be read: 1",
-        "step 3: loss not finite (1 rows in all)",
+        "step 3: loss not finite (1 row in all)",
         "step 5: skipped, float16 gradients overflowed",
         "step 7: resumed",
     ):

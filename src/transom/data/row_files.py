@@ -15,6 +15,7 @@ from transom.data.file_formats import (
     readable,
     row_format,
 )
+from transom.planning.tables import counted
 
 
 class DataRow(NamedTuple):
@@ -87,7 +88,7 @@ def _json_lines(path: Path) -> Iterator[DataRow]:
             else:
                 blank += 1
     if blank:
-        notice(f"{path}: {blank} empty lines left out")
+        notice(f"{path}: {counted(blank, 'empty line')} left out")
 
 
 def _json_file(path: Path) -> Iterator[DataRow]:

@@ -10,6 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from transom.base.errors import RequestError, nearest, notice, require
 from transom.data.row_files import DataRow
+from transom.planning.tables import counted
 
 T = TypeVar("T")
 Columns = Mapping[str, Any]
@@ -103,7 +104,8 @@ def read_as(
             unread.update(columns.keys() - read.keys() | kind.unread_inside(read))
             yield made
     if unread:
-        words = ", ".join(f"{key} ({count} rows)" for key, count in sorted(unread.items()))
+        each = (f"{key} ({counted(count, 'row')})" for key, count in sorted(unread.items()))
+        words = ", ".join(each)
         notice(f"{name}: keys that are not read: {words}")
     require(not empty, "data", str(name), "expected one row or more")
 

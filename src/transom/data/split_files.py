@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transom.base.errors import notice, require, short_repr
 from transom.data.file_formats import ROW_NAMES, row_format, stem_of
+from transom.planning.tables import counted
 
 # Words for each split in names of files and folders, as in datasets/data_files.py.
 SPLITS = {
@@ -53,7 +54,7 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
     used = {path for paths in found.values() for path in paths}
     ignored = [str(path.relative_to(folder)) for path in files if path not in used]
     if ignored:
-        what = f"{len(ignored)} files are not read because of their names or formats"
+        what = f"{counted(len(ignored), 'file')} not read because of the name or format"
         notice(f"{folder}: {what}: {short_repr(ignored)}")
     for split, paths in found.items():
         names = Counter(stem_of(path).lower() for path in paths)

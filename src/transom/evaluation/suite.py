@@ -25,6 +25,7 @@ from transom.evaluation.eval_args import EvalArgs
 from transom.evaluation.eval_model import EvalModel
 from transom.evaluation.intervals import CONFIDENCE, Interval, Ratio, bootstrap_difference, interval
 from transom.evaluation.task_data import DataSet, TaskResult
+from transom.planning.tables import counted
 
 WINDOW = 4096  # tokens of context by default; the maximum of some models is slow
 LOWER_IS_BETTER = {"bits_per_byte", "perplexity"}
@@ -138,7 +139,7 @@ def _first(documents: TokenFile, limit: int | None) -> TokenFile:
 def _notice_left_out(path: str, corpus: Corpus) -> None:
     counts = corpus.report.counts()
     if counts:
-        notice(f"{path}: {corpus.report.documents} documents read; {', '.join(counts)}")
+        notice(f"{path}: {counted(corpus.report.documents, 'document')} read; {', '.join(counts)}")
     if corpus.unknown_tokens:
         notice(
             f"{path}: the vocabulary has no tokens for {corpus.unknown_tokens} places, so the "

@@ -4,6 +4,7 @@ when something is printed.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -77,6 +78,14 @@ def pairs(lines: Iterable[tuple[str, str]]) -> Table:
 def counted(count: int, noun: str) -> str:
     """Return a count with its noun, such as `1 row` or `2,000 rows`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def counted_words(count: int, words: str) -> str:
+    """Return a count with words in which its noun is the first plural, such as `1 row cut` for
+    `rows cut`.
+    """
+    noun, rest = re.split(r"s\b", words, maxsplit=1)
+    return counted(count, noun) + rest
 
 
 def visible(text: str) -> str:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from transom.base.errors import require
 from transom.data.chat.packing import first_fit_decreasing
+from transom.planning.tables import counted
 from transom.training.config import DEFAULT_ROWS, TrainArgs
 
 ENOUGH_STEPS = 100  # batches become larger only while a run has this many steps
@@ -102,9 +103,10 @@ def choose_rows(
     }
     reason = ", ".join(words for words, is_chosen in chosen.items() if is_chosen)
     if reason:
-        packed = "" if packs is None else f" in {rows:,} packed rows"
+        packed = "" if packs is None else f" in {counted(rows, 'packed row')}"
         given = " as given" if epochs is None else ""
-        reason = f"chosen: {reason} for {len(lengths):,} examples{packed}, {steps:,} steps{given}"
+        sizes = f"{counted(len(lengths), 'example')}{packed}, {counted(steps, 'step')}{given}"
+        reason = f"chosen: {reason} for {sizes}"
         if batch_size not in (None, size):
             reason += f"; {batch_size} rows were asked for"
     fill = 1.0 if packs is None else sum(lengths) / (rows * seq_len)

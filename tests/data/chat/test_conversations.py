@@ -273,7 +273,7 @@ def test_every_fault_is_found_with_its_line(
     assert [one.where for one in problems] == [f"{path}:{line}" for line in (2, 4, 5, 6)]
     assert "kind of row: got 'text'; expected messages" in problems[3].sentence
     told = capsys.readouterr().err
-    assert "1 empty lines left out" in told and "keys that are not read: source (1 rows)" in told
+    assert "1 empty line left out" in told and "keys that are not read: source (1 row)" in told
     with pytest.raises(RequestError, match=f"{path}:2: 'not json': expected one JSON object"):
         examples_of(path)
 

@@ -111,10 +111,10 @@ def test_pairs_of_the_same_tokens_are_left_out_and_counted() -> None:
     )
     encoded = encode(trimmed, same_start, template=strip)
     assert (len(encoded.items), encoded.counts["alike"], encoded.counts["rows"]) == (1, 1, 2)
-    assert "1 pairs left out" in str(encoded)
+    assert "1 pair left out" in str(encoded)
     cut = len(PLAIN.encode([Q])) + 2
     assert encode(trimmed, same_start, bare("pair", "x", "y"), seq_len=cut).counts["alike"] == 2
-    with pytest.raises(RequestError, match=r"nothing to train on .*1 pairs left out"):
+    with pytest.raises(RequestError, match=r"nothing to train on .*1 pair left out"):
         encode(same_start, seq_len=cut)
 
 
@@ -135,14 +135,14 @@ def test_answers_that_would_share_a_token_with_their_prompt_are_counted() -> Non
         bare=True,
     )
     encoded = ChatEncoder(tokenizer, None, 64).encode([text, word])
-    assert encoded.counts["apart"] == 1 and "1 answers tokenized separately" in str(encoded)
+    assert encoded.counts["apart"] == 1 and "1 answer tokenized separately" in str(encoded)
 
 
 def test_tokens_for_text_that_the_vocabulary_lacks_are_counted(tmp_path) -> None:
     model = tmp_path / "tokenizer.model"
     model.write_bytes(sentencepiece_model(byte_fallback=False))
     encoded = ChatEncoder(Tokenizer.load(tmp_path), None, 64).encode([bare("completion", "do 🦜")])
-    assert encoded.counts["unknown"] == 1 and "1 tokens that stand for text" in str(encoded)
+    assert encoded.counts["unknown"] == 1 and "1 unknown token, for text" in str(encoded)
 
 
 def test_a_shared_prompt_and_its_answers_are_the_tokens_of_the_whole_text() -> None:
@@ -216,7 +216,7 @@ def test_examples_without_loss_are_left_out_and_a_set_of_them_is_refused() -> No
         1,
         0,
     )
-    left_out = r"1 examples left out because no token has loss; 1 examples left out because their answers begin after seq_len"
+    left_out = r"1 example left out because no token has loss; 1 example left out because the answers begin after seq_len"
     with pytest.raises(RequestError, match=rf"nothing to train on .*{left_out}"):
         encode(silent, long)
     pair = ChatExample("f:1", "pair", long.messages[:1], ((A,), (say("assistant", "b"),)))
@@ -228,7 +228,7 @@ def test_rows_beyond_one_per_conversation_are_counted(capsys: pytest.CaptureFixt
     template = ChatTemplate(PUBLISHED["qwen3"], tokenizer)
     encoded = ChatEncoder(tokenizer, template, 200).encode([chat(Q, A, Q, A)])
     assert len(encoded.items) == 2 and encoded.counts["split_rows"] == 1
-    assert "1 additional rows, because the template changes earlier turns" in str(encoded)
+    assert "1 additional row, because the template changes earlier turns" in str(encoded)
     both = ChatExample("f:1", "pair", (Q,), ((A, Q, A), (A, Q, say("assistant", "x"))))
     with pytest.raises(RequestError, match="expected answers of one turn"):
         ChatEncoder(tokenizer, template, 200).encode([both])

@@ -61,9 +61,9 @@ def test_a_folder_gives_every_text_in_order_and_counts_the_rest(folder):
             {
                 "empty documents left out": 2,
                 "binary files left out": 1,
-                "files that are not UTF-8 left out": 1,
-                "hidden files or folders left out": 2,
-                "links to folders and special files left out": 1,
+                "files left out because the text is not UTF-8": 1,
+                "hidden paths left out": 2,
+                "paths left out (links to folders, special files)": 1,
             }
         ),
         unread={"n"},
@@ -95,7 +95,7 @@ def test_parquet_rows_come_from_every_row_group(tmp_path):
     parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=2)
     documents, report = found(tmp_path / "rows.parquet")
     assert documents == {"rows.parquet:1": "one", "rows.parquet:3": "three"}
-    assert report.counts() == ["1 empty documents left out", "columns not read: ['other']"]
+    assert report.counts() == ["1 empty document left out", "columns not read: ['other']"]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_bad_row_is_named(tmp_path, line):
         (
             "a.txt",
             b"",
-            r"expected text \(found 1 files, 1 empty documents left out\)",
+            r"expected text \(found 1 file, 1 empty document left out\)",
         ),
         ("a.parquet", b"PAR1", "not a readable Parquet file"),
     ],

@@ -21,6 +21,7 @@ from transom.data.chat.finetune_sets import Examples
 from transom.data.chat.messages import Messages
 from transom.data.chat.turns import EncodedChat, Turns, bare_row, text_row
 from transom.data.row_kinds import Problem, located
+from transom.planning.tables import counted, counted_words
 from transom.tokenizers.tokenizer import Tokenizer
 
 ALONE = ("chat", "completion")  # kinds of examples that are not compared with others
@@ -36,18 +37,18 @@ COUNTS = {
     "rows": "rows to train on",
     "tokens": "tokens in these rows",
     "trained_tokens": "tokens with loss",
-    "truncated": "rows cut at their end",
-    "dropped": "examples left out because they are too long",
+    "truncated": "rows cut at the end",
+    "dropped": "examples left out for their length",
     "fully_masked": "examples left out because no token has loss",
-    "beyond": "examples left out because their answers begin after seq_len",
+    "beyond": "examples left out because the answers begin after seq_len",
     "without_end": "answers without an end-of-turn token",
     "split_rows": "additional rows, because the template changes earlier turns",
     "unlike_prompt": "answers whose prompt has other tokens on its own",
-    "apart": "answers tokenized separately from their prompt",
-    "alike": "pairs left out because their rows are equal",
+    "apart": "answers tokenized separately from the prompt",
+    "alike": "pairs left out because both rows are equal",
     "dropped_reasoning": "reasoning texts that the template drops from old turns",
     "left_out": "texts of messages and tools that the template leaves out",
-    "unknown": "tokens that stand for text that the vocabulary can't write",
+    "unknown": "unknown tokens, for text that the vocabulary can't write",
 }
 
 
@@ -66,8 +67,8 @@ class EncodedChats:
     def __str__(self) -> str:
         """Return one line with the size of the set and every other count that is not 0."""
         counts = self.counts
-        size = f"{counts['examples']:,} examples, {counts['tokens']:,} tokens"
-        others = [f"{counts[one]:,} {COUNTS[one]}" for one in [*COUNTS][4:] if counts[one]]
+        size = f"{counted(counts['examples'], 'example')}, {counted(counts['tokens'], 'token')}"
+        others = [counted_words(counts[one], COUNTS[one]) for one in [*COUNTS][4:] if counts[one]]
         return "; ".join([f"{size}, {counts['trained_tokens']:,} of them with loss", *others])
 
     @property

@@ -20,6 +20,7 @@ from transom.base.fields import check_bounds, describe
 from transom.data.file_formats import open_bytes, readable, row_format
 from transom.data.row_files import read_rows
 from transom.data.row_kinds import located
+from transom.planning.tables import counted, counted_words
 
 TEXT_KEY = "text"  # of a row of JSON, and the column of a Parquet file
 EXPECTED = "expected UTF-8 text, .jsonl, .json or .parquet"
@@ -95,7 +96,7 @@ class ReadReport:
 
     def counts(self) -> list[str]:
         """Return a phrase for everything that was left out or read in an unexpected way."""
-        out = [f"{count} {what}" for what, count in sorted(self.notes.items()) if count]
+        out = [counted_words(count, what) for what, count in sorted(self.notes.items()) if count]
         return (
             [*out, f"columns not read: {short_repr(sorted(self.unread))}"] if self.unread else out
         )
@@ -165,7 +166,7 @@ def _read_all(source: SourceArgs, files: Sequence[_File], report: ReadReport) ->
                 else:
                     report.notes["empty documents left out"] += 1
     if not report.documents:
-        found = [f"{report.files} files", *report.counts()] if report.files else ["no files"]
+        found = [counted(report.files, "file"), *report.counts()] if report.files else ["no files"]
         raise RequestError(f"path: got {source.path!r}; expected text (found {', '.join(found)})")
 
 
@@ -194,11 +195,11 @@ def _walk(folder: Path, root: Path, report: ReadReport) -> Iterator[_File]:
         paths = list(folder.iterdir())
     for path in paths:
         if path.name.startswith("."):
-            report.notes["hidden files or folders left out"] += 1
+            report.notes["hidden paths left out"] += 1
         elif path.is_file():
             yield _File(path, path.relative_to(root).as_posix())
         elif path.is_symlink() or not path.is_dir():
-            report.notes["links to folders and special files left out"] += 1
+            report.notes["paths left out (links to folders, special files)"] += 1
         elif is_own_folder(path):
             report.notes[OWN] += 1
         else:
@@ -269,7 +270,7 @@ def _read_text(file: _File, report: ReadReport) -> Iterator[Document]:
     except UnicodeDecodeError as error:
         where = f"{file.path}: byte {error.start}"
         require(not file.named, where, "bytes that are not UTF-8", EXPECTED)
-        report.notes["files that are not UTF-8 left out"] += 1
+        report.notes["files left out because the text is not UTF-8"] += 1
     else:
         yield Document(file.id, text)
 

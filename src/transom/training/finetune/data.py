@@ -22,6 +22,7 @@ from transom.data.chat.shards import prepare_chats
 from transom.data.row_kinds import Problem
 from transom.data.text.sources import require_whole
 from transom.evaluation.bits import batches_by_length
+from transom.planning.tables import counted
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
 from transom.training.defaults import RowChoice, choose_rows
@@ -92,7 +93,7 @@ def open_finetune_data(
             f"finetune.packing: got true; rows of {objective} are padded, because each "
             "answer is a row of its own"
         )
-    packed = f"; packed into {choice.rows:,} rows, {choice.fill:.0%} full"
+    packed = f"; packed into {counted(choice.rows, 'row')}, {choice.fill:.0%} full"
     ranks.say(f"training set: {rows}{packed if choice.packing else ''}")
     ranks.say(f"held out: {held}" if held.items else NOTHING_HELD_OUT)
     if endless := rows.counts["without_end"]:

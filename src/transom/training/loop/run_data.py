@@ -23,6 +23,7 @@ from transom.data.order import Batches
 from transom.data.text.batches import TextBatches
 from transom.data.text.shards import Corpus, TokenFile, prepare
 from transom.data.text.sources import SourceArgs, require_whole
+from transom.planning.tables import counted
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
 from transom.training.defaults import head_rows
@@ -137,8 +138,10 @@ def _describe(source: SourceArgs, corpus: Corpus) -> str:
         counts.append(f"{corpus.unknown_tokens} places the vocabulary cannot write")
     return ", ".join(
         (
-            f"{source.label}: {len(train)} documents, {len(train.tokens):,} tokens to train on; "
-            f"{len(held_out)} documents, {int(held_out.bytes.sum()):,} bytes held out",
+            f"{source.label}: {counted(len(train), 'document')}, "
+            f"{counted(len(train.tokens), 'token')} to train on; "
+            f"{counted(len(held_out), 'document')}, "
+            f"{counted(int(held_out.bytes.sum()), 'byte')} held out",
             *counts,
         )
     )

@@ -18,6 +18,7 @@ import numpy as np
 from transom.base.errors import WorkError
 from transom.base.files import read_json
 from transom.base.locks import FolderLock
+from transom.planning.tables import counted
 from transom.training.loop.progress import duration
 from transom.training.report.charts import (
     MISSING,
@@ -238,7 +239,7 @@ def _events(rows: Kinds, unreadable: int) -> list[str]:
     events = [(row["step"], str(row["event"])) for row in rows["event"]]
     events += [(training[i]["step"], "skipped, float16 gradients overflowed") for i in skips]
     if wrong:
-        what = f"loss not finite ({len(wrong)} rows in all)"
+        what = f"loss not finite ({counted(len(wrong), 'row')} in all)"
         events.append((training[wrong[0]]["step"], what))
     texts = [f"step {step:,}: {text}" for step, text in sorted(events)]
     if unreadable:

@@ -27,6 +27,7 @@ from transom.data.chat.turns import EncodedChat
 from transom.data.order import ShuffledBatches
 from transom.data.row_kinds import Problem
 from transom.inference.text import Completion
+from transom.planning.tables import counted
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.rl.rewards import Reward
 
@@ -54,7 +55,7 @@ class Questions:
     def __str__(self) -> str:
         tokens = sum(len(row.ids) for row in self.rows)
         dropped = f"; {self.dropped:,} too long and left out" if self.dropped else ""
-        return f"{len(self.rows):,} questions, {tokens:,} tokens{dropped}"
+        return f"{counted(len(self.rows), 'question')}, {counted(tokens, 'token')}{dropped}"
 
     @property
     def hash(self) -> str:

@@ -10,7 +10,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from tests.mutations import checkpoint_bugs, finetune_bugs, merge_bugs, model_bugs, run_bugs
+from tests.mutations import (
+    checkpoint_bugs,
+    finetune_bugs,
+    merge_bugs,
+    model_bugs,
+    ops_bugs,
+    run_bugs,
+)
 from transom.verify.checks import run
 from transom.verify.findings import Finding
 
@@ -59,6 +66,7 @@ BUGS: tuple[Bug, ...] = (
     Bug("window slice off by one", "attention", model_bugs.wide_slices),
     Bug("NaN from a masked row", "attention", model_bugs.nan_in_masked_rows),
     Bug("partial block lost", "attention", model_bugs.lost_partial_block),
+    Bug("scale of the wrong group", "ops", ops_bugs.neighbouring_scale),
     Bug("double BOS", "data", run_bugs.double_bos),
     Bug("EOS masked", "data", run_bugs.masked_eos),
     Bug("per-rank mean loss", "step", run_bugs.mean_of_means),

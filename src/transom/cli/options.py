@@ -14,7 +14,7 @@ from transom.cli.main import user_path
 
 T = TypeVar("T")
 MODEL = "a model or adapter folder of any format, a GGUF file, a run folder, a hub id, or smollm2"
-KEPT = "keep the weights of a GGUF file in its codes: less memory, slower"
+KEPT = "keep the weights of a GGUF file in its codes: less memory"
 ALIASES = {"temperature": ("--temp",)}  # shorter names of flags
 
 

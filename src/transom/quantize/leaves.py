@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from transom.base.errors import RequestError, nearest, notice
 from transom.layers.linear import Embedding, GroupedLinear, Linear, has_data
+from transom.ops import products as ops
 from transom.quantize.args import GROUPS, QuantizeArgs
 from transom.quantize.formats import (
     Parts,
@@ -136,15 +137,27 @@ class QuantizedGroupedLinear(Quantized, GroupedLinear):  # type: ignore[misc]  #
 def product(x: Tensor, bias: Tensor | None, leaf: Quantized, parts: Parts) -> Tensor:
     """Return x W^T + b in the dtype of x, or of autocast.
 
-    W [out, in] has the format and dtype of a leaf. Some of its rows exist at a time.
+    W [out, in] has the format and dtype of a leaf. Few rows of x on the CPU are multiplied by
+    `ops`, straight from the codes, if they need no gradient.
     """
     kind = x.device.type
     if not x.is_meta and torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
+    format = leaf.format
+    needs_gradient = x.requires_grad or (bias is not None and bias.requires_grad)
+    if ops.takes(x) and not (needs_gradient and torch.is_grad_enabled()):
+        y = ops.product(x, bias, parts, format.levels, format.scales, format.block)
+        if y is not None:
+            return y
+    return plain_product(x, bias, format, leaf.weight_dtype, parts)
+
+
+def plain_product(
+    x: Tensor, bias: Tensor | None, format: WeightFormat, dtype: torch.dtype, parts: Parts
+) -> Tensor:
+    """Return x W^T + b in the dtype of x, from dense rows of W in a dtype: some at a time."""
     bias = None if bias is None else bias.to(x.dtype)
-    made: Tensor = _Product.apply(
-        x, bias, leaf.format, leaf.weight_dtype, tuple(parts), *parts.values()
-    )
+    made: Tensor = _Product.apply(x, bias, format, dtype, tuple(parts), *parts.values())
     return made
 
 

@@ -77,6 +77,7 @@ CHECKS = {
         Check("resume", "interrupted runs against one without", {"model": "", "steps": ""}),
         Check("step", "a training step in micro-batches against the step in one batch"),
         Check("data", "packed rows and targets against the documents that they come from"),
+        Check("ops", "products in C++ with quantized weights against the same in PyTorch"),
         Check("attention", "attention backends against the float64 reference", {"device": ""}),
     )
 }

@@ -1,0 +1,1 @@
+"""Products in C++ that PyTorch lacks on the CPU, compiled on first use."""

@@ -1,0 +1,91 @@
+"""Compile the C++ files of this folder into the cache folder, and load the library. No torch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from transom.base.errors import WorkError, notice, require
+from transom.base.files import cache_dir
+
+SOURCES = ("products.cpp", "simd.h", "threads.h")
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
+SWITCH = "TRANSOM_OPS"  # an environment variable; 0 turns the ops off
+_SECONDS = 300  # for one run of the compiler
+_PLAIN = "products with quantized weights take the slower path of PyTorch"
+
+
+def library() -> ctypes.CDLL | None:
+    """Return the library, compiled at the first call on a machine; None if there is none.
+
+    A notice says why there is none, and where a new library is.
+
+    Raises:
+        RequestError: The environment variable TRANSOM_OPS is neither 0 nor 1.
+    """
+    switch = os.environ.get(SWITCH, "1")
+    require(switch in ("0", "1"), SWITCH, switch, "expected 0 or 1")
+    return _loaded() if switch == "1" else None
+
+
+@functools.cache
+def _loaded() -> ctypes.CDLL | None:
+    """Return the library, or print why there is none. A process tries once."""
+    try:
+        return ctypes.CDLL(str(built()))
+    except (WorkError, OSError) as error:
+        notice(f"ops: {' '.join(str(error).split())[:300]}; {_PLAIN}")
+        return None
+
+
+def built() -> Path:
+    """Return the library in the cache folder, which is compiled if it isn't there.
+
+    Its name depends on the C++ files, the compiler, and the instructions of this processor. It is
+    written under a temporary name first, so that several processes can compile at the same time.
+
+    Raises:
+        WorkError: There is no compiler, or it fails.
+        OSError: The cache folder can't be written.
+    """
+    found = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if found is None:
+        raise WorkError(f"found no C++ compiler on PATH ({', '.join(COMPILERS)})")
+    here = Path(__file__).parent
+    # The predefined macros name the version of the compiler and all instructions it may use.
+    macros = _run(found, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
+    parts = [found.encode(), macros, *((here / name).read_bytes() for name in SOURCES)]
+    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
+    path = cache_dir() / "ops" / f"{key}.so"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        _run(found, *FLAGS, str(here / SOURCES[0]), "-o", str(made))
+        made.replace(path)
+    seconds = time.perf_counter() - start
+    notice(f"ops: compiled products for quantized weights in {seconds:.0f} s: {path}")
+    return path
+
+
+def _run(compiler: str, *words: str) -> bytes:
+    """Run the compiler and return its output; raise `WorkError` with its first line of errors."""
+    try:
+        done = subprocess.run([compiler, *words], capture_output=True, timeout=_SECONDS, check=True)
+    except subprocess.CalledProcessError as failed:
+        lines = failed.stderr.decode(errors="replace").splitlines()
+        first = next((line for line in lines if "error" in line), lines[0] if lines else "")
+        raise WorkError(f"{compiler} failed with exit code {failed.returncode}: {first}") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise WorkError(f"{compiler} could not run: {error}") from None
+    return done.stdout

@@ -1,0 +1,26 @@
+"""Silent bugs in the products in C++. The registry is `bugs.py`."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor
+
+from tests.mutations.planting import Call, changed
+from transom.ops import products
+from transom.quantize.formats import Parts
+
+
+def neighbouring_scale() -> AbstractContextManager[None]:
+    """Every group of codes is multiplied by the scale of the group before it."""
+
+    def make(original: Call) -> Call:
+        def product(x: Tensor, bias: Tensor | None, parts: Parts, *rest: Any) -> Tensor | None:
+            moved = {**parts, "scales": parts["scales"].roll(1, -1)}
+            y: Tensor | None = original(x, bias, moved, *rest)
+            return y
+
+        return product
+
+    return changed(products, "product", make)

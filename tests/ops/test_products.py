@@ -1,0 +1,98 @@
+"""The leaves use the products in C++ where they can, and the numbers are those of PyTorch."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from tests.helpers import random_model, tiny_args
+from transom.inference.loop import generate
+from transom.layers.linear import Linear
+from transom.ops import products
+from transom.ops.build import SWITCH
+from transom.quantize.args import QuantizeArgs
+from transom.quantize.leaves import quantize_model
+from transom.verify import ops as verify
+
+EXPERTS = {"num_experts": 4, "top_k": 2, "hidden_dim": 64}
+
+
+def leaf() -> Linear:
+    torch.manual_seed(0)
+    holder = torch.nn.ModuleDict({"one": Linear(64, 24, bias=True)})
+    return quantize_model(holder, QuantizeArgs(kind="int4", group=32))["one"]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The number of rows of every product that C++ computes."""
+    found = []
+    original = products.product
+
+    def product(x, *rest):
+        y = original(x, *rest)
+        if y is not None:
+            found.append(x.numel() // x.size(-1))
+        return y
+
+    monkeypatch.setattr(products, "product", product)
+    return found
+
+
+def test_verify_ops_passes():
+    assert [finding for finding in verify.check() if not finding.ok] == []
+
+
+@pytest.mark.parametrize("shape", [(64,), (2, 16, 64)])
+def test_few_rows_are_multiplied_in_c(shape, calls, monkeypatch):
+    one, x = leaf(), torch.randn(shape)
+    with torch.no_grad():
+        y = one(x)
+        assert calls == [x.numel() // 64]
+        monkeypatch.setenv(SWITCH, "0")
+        torch.testing.assert_close(y, one(x), rtol=1e-5, atol=1e-5)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("what", ["33 rows", "no rows", "gradient", "gradient of bias", "float64"])
+def test_other_products_take_the_path_of_pytorch(what, calls):
+    one = leaf().requires_grad_(False)
+    one.bias.requires_grad_(what == "gradient of bias")
+    x = torch.randn({"33 rows": 33, "no rows": 0}.get(what, 4), 64)
+    x = x.requires_grad_(what == "gradient")
+    y = one(x.double() if what == "float64" else x)
+    assert calls == [] and y.requires_grad == what.startswith("gradient")
+
+
+def test_rows_that_are_not_contiguous_are_multiplied_as_they_are(calls):
+    one, x = leaf(), torch.randn(64, 6).t()
+    with torch.no_grad():
+        assert torch.equal(one(x), one(x.contiguous()))
+    assert calls == [6, 6]
+
+
+def test_threads_of_python_may_multiply_at_once(monkeypatch):
+    format = verify.formats()["Q4_K"]
+    parts = verify.random_parts((600, 512), format)
+    rows = torch.randn(40, 4, 512)
+    expected = [
+        products.product(x, None, parts, format.levels, format.scales, format.block) for x in rows
+    ]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    with ThreadPoolExecutor(4) as executor:
+        got = executor.map(
+            lambda x: products.product(x, None, parts, format.levels, format.scales, format.block),
+            rows,
+        )
+        assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("changes", [{}, {"moe_args": EXPERTS}], ids=["dense", "experts"])
+def test_greedy_tokens_are_those_without_the_ops(changes, calls, monkeypatch):
+    model = random_model(tiny_args(**changes, dim=64, hidden_dim=96))
+    quantize_model(model, QuantizeArgs(kind="int8", group=32))
+    prompts = [[1, 2, 3], [9, 8, 7]]
+    got = generate(model, prompts, max_new_tokens=20)
+    assert len(calls) > 100
+    monkeypatch.setenv(SWITCH, "0")
+    assert torch.equal(got, generate(model, prompts, max_new_tokens=20))

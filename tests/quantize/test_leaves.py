@@ -402,6 +402,7 @@ def test_products_are_computed_a_block_of_rows_at_a_time(monkeypatch):
 
 def test_gradients_of_many_blocks_are_summed_in_float32(monkeypatch):
     leaf = Linear(64, 1024)
+    torch.nn.init.normal_(leaf.weight, generator=torch.Generator().manual_seed(0))
     quantize_leaf(leaf, NF4)
     twin = dequantize_model(copy.deepcopy(leaf)).bfloat16()
     monkeypatch.setattr(surgery, "CPU_BLOCK", 256)
@@ -411,7 +412,8 @@ def test_gradients_of_many_blocks_are_summed_in_float32(monkeypatch):
         x = torch.ones(4, 64, dtype=torch.bfloat16, requires_grad=True)
         one(x).backward(gradient)
         found.append(x.grad.float())
-    assert far(found[0], found[1]) < 0.004 * float(found[1].abs().max())
+    # Both are rounded once, so they may be one step of bfloat16 apart: 2 ** -7 of the number.
+    assert far(found[0], found[1]) <= 2**-7 * float(found[1].abs().max())
 
 
 def test_parts_of_a_file_fill_a_model_of_shapes():

@@ -130,7 +130,7 @@ def test_layers_that_see_later_tokens_have_no_cache(tmp_path, capsys):
     ("words", "said"),
     [
         (["lama3-8b"], "did you mean 'llama3-8b'"),
-        (["nothing"], f"a preset: {', '.join(PRESETS)}"),
+        (["nothing"], f"a hub id or one of smollm2, {', '.join(PRESETS)}"),
         (["demo", "--trace", "text"], "preset demo has no weights"),
         (["demo", "--length", "0"], "length: got 0; expected 1 or more tokens"),
         (["demo", "--device", "cpu"], "--device: got 'cpu'"),

@@ -101,7 +101,7 @@ CEILINGS = {
     "inference": 770,
     "evaluation": 1_270,
     "training": 4_042,
-    "verify": 2_325,
+    "verify": 2_330,
     "cli": 1_578,
 }
 

@@ -276,7 +276,7 @@ def test_the_verb_runs_tasks(folder, tasks, capsys):
         document["model"]["fingerprint"] and document["n-samples"]["local_text"]["effective"] == 3
     )
     assert main([*words[:3], "no_such_task"]) == 2
-    assert "no such task" in capsys.readouterr().err
+    assert "--tasks: got 'no_such_task'; expected a task of lm_eval" in capsys.readouterr().err
 
 
 def test_an_open_model_is_taken_as_it_is(folder, ours):

@@ -73,7 +73,22 @@ FOLDERS: dict[str, tuple[Format, dict[str, Any]]] = {
 }
 
 
-quiet_convert, quiet_load, quiet_open = quiet()(convert), quiet()(load), quiet()(open_parameters)
+# The names are looked up in each call, so that tests can replace what they stand for.
+
+
+@quiet()
+def quiet_convert(source: str | Path, out: Path, format: Format) -> None:
+    convert(source, out, format)
+
+
+@quiet()
+def quiet_load(folder: Path, dtype: str) -> LLM:
+    return load(folder, dtype=dtype)
+
+
+@quiet()
+def quiet_open(folder: Path, args: ModelArgs) -> dict[str, LazyTensor]:
+    return open_parameters(folder, args)
 
 
 class Outputs(NamedTuple):

@@ -76,7 +76,7 @@ def test_greedy_answers_are_those_of_llama_cpp_but_for_near_ties(opened, peer):
     So two tokens of nearly equal logits may swap, as they did in four of the five answers, where
     they were 0.08 to 0.16 apart.
 
-    Behind such a near-tie the answers have different texts, so the comparison ends there.
+    After such a near-tie the answers have different texts, so the comparison ends there.
     """
     stop = opened.turn_stop_tokens
     for question in QUESTIONS:

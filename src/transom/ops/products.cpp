@@ -139,7 +139,9 @@ struct Product {
         for (int64_t g = 0; g < job.rows * groups; ++g) {
             const float* from = x + g * job.group;
             Floats total = V::zero();
-            for (int64_t i = 0; i < in_steps; i += V::lanes) total = V::add(total, V::load(from + i));
+            for (int64_t i = 0; i < in_steps; i += V::lanes) {
+                total = V::add(total, V::load(from + i));
+            }
             float sum = V::sum(total);
             for (int64_t i = in_steps; i < job.group; ++i) sum += from[i];
             sums[g] = sum;
@@ -170,7 +172,9 @@ struct Product {
     static float dot(const float* a, const float* b, int64_t n) {
         Floats total = V::zero();
         int64_t i = 0;
-        for (; i + V::lanes <= n; i += V::lanes) total = V::fma(V::load(a + i), V::load(b + i), total);
+        for (; i + V::lanes <= n; i += V::lanes) {
+            total = V::fma(V::load(a + i), V::load(b + i), total);
+        }
         float sum = V::sum(total);
         for (; i < n; ++i) sum += a[i] * b[i];
         return sum;
@@ -209,8 +213,10 @@ struct Product {
                     } else {
                         const auto* from = reinterpret_cast<const int8_t*>(codes[o]) + i;
                         const Floats values = V::bytes(from);
-                        for (int r = 0; r < R; ++r)
-                            part[o][r] = V::fma(values, V::load(x + r * job.inputs + i), part[o][r]);
+                        for (int r = 0; r < R; ++r) {
+                            const float* at = x + r * job.inputs + i;
+                            part[o][r] = V::fma(values, V::load(at), part[o][r]);
+                        }
                     }
                 }
             }

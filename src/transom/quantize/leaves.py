@@ -90,7 +90,7 @@ class Quantized(nn.Module):
         return self
 
 
-class QuantizedLinear(Quantized, Linear):  # type: ignore[override]  # its weight can be read only
+class QuantizedLinear(Quantized, Linear):  # type: ignore[override]  # the weight is read-only
     """y = x W^T with a quantized weight."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class QuantizedLinear(Quantized, Linear):  # type: ignore[override]  # its weigh
         return product(x, self.bias, self, self.parts)
 
 
-class QuantizedEmbedding(Quantized, Embedding):  # type: ignore[override]  # its weight can be read only
+class QuantizedEmbedding(Quantized, Embedding):  # type: ignore[override]  # the weight is read-only
     """A lookup of rows of a quantized weight [V, D]."""
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class QuantizedEmbedding(Quantized, Embedding):  # type: ignore[override]  # its
         return product(h, None, self, self.parts)
 
 
-class QuantizedGroupedLinear(Quantized, GroupedLinear):  # type: ignore[misc]  # its weight can be read only
+class QuantizedGroupedLinear(Quantized, GroupedLinear):  # type: ignore[misc]  # the weight is read-only
     """E linears side by side with quantized weights."""
 
     def product(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def write_gguf(
         model: the model.
         path: the file.
         folder: the folder.
-        kind: the type of matrices whose rows are whole blocks of it. Others have F32.
+        kind: the type of matrices whose rows fill its blocks. Others have F32.
         merged: whether the experts of Mixtral are one tensor, as since April 2024.
         split: tensors of one part, if the file is split.
         metadata: further values, and None for those to leave out.

@@ -1,4 +1,4 @@
-"""Files that do not open as models: each is refused in one sentence with its name and what is wrong."""
+"""Files that do not open as models are refused in one sentence with their name and the reason."""
 
 import re
 import struct

@@ -121,7 +121,7 @@ class AdapterFile:
 
     Attributes:
         low_rank: The rows of every weight with an adapter, by the mapping of the weight.
-        whole: The mappings of parameters that are saved whole (`modules_to_save`).
+        full: The mappings of parameters that are saved in full (`modules_to_save`).
         rows: All of these rows.
         complete: Whether the family has a name for every tensor.
     """
@@ -136,8 +136,8 @@ class AdapterFile:
         weights = dict.fromkeys(naming.sites.values())
         rows = {weight: naming.rows(weight, paths, config.use_dora) for weight in weights}
         self.low_rank = {weight: some for weight, some in rows.items() if any(map(self._has, some))}
-        self.whole = list(filter(self._has, naming.mappings))
-        self.rows = [*(row for some in self.low_rank.values() for row in some), *self.whole]
+        self.full = list(filter(self._has, naming.mappings))
+        self.rows = [*(row for some in self.low_rank.values() for row in some), *self.full]
         tied = {naming.names.key_of("output.weight")} if model.args.tie_embeddings else set()
         named = {key for row in self.rows for key in row.foreign}
         self.complete = self._source.keys() <= named | tied
@@ -212,7 +212,7 @@ class AdapterFile:
 
     def _shapes_of_whole(self, tokens: int) -> dict[str, Shape]:
         out: dict[str, Shape] = {}
-        for name in (name for row in self.whole for name in row.ours):
+        for name in (name for row in self.full for name in row.ours):
             first, *others = self.naming.model.get_parameter(name).shape
             out[name] = (tokens if name in _VOCABULARY else first, *others)
         return out
@@ -233,13 +233,13 @@ class AdapterFile:
     def _replacements(
         self, ours: Mapping[str, Tensor], parts: Mapping[str, object]
     ) -> dict[str, Replacement]:
-        """Return the parameters that are saved whole, by module.
+        """Return the parameters that are saved in full, by module.
 
         PEFT saves embeddings beside their adapter; parameters equal to the model's own are left
         out.
         """
         out: dict[str, dict[str, Tensor]] = {}
-        for name in (name for row in self.whole for name in row.ours):
+        for name in (name for row in self.full for name in row.ours):
             own, (path, _, last) = self.naming.model.get_parameter(name), name.rpartition(".")
             if torch.equal(ours[name], own):
                 continue

@@ -85,7 +85,7 @@ def save_adapter(
             whole |= {f"{path}.{last}": one.detach() for last, one in part.named_parameters()}
     if format == "mistral":
         plain = not whole and all(part.magnitude is None for part in lora.values())
-        require(plain, "adapter", name, "it has DoRA or whole modules; expected format peft")
+        require(plain, "adapter", name, "it has DoRA or `modules_to_save`; expected format peft")
         tensors = _mistral(Naming(MISTRAL, model), lora)
         with staged(here, (ADAPTER_CONFIG,), ()) as out:
             write_tensors(out / MISTRAL_WEIGHTS, tensors)

@@ -247,11 +247,9 @@ class _Cursor:
         code, offset = self.number("I"), self.number("Q")
         require(code in _NAMES, f"{where}: type", code, f"expected {', '.join(_TYPES)}")
         _, block, size = _TYPES[_NAMES[code]]
-        whole = shape[-1:] and shape[-1] % block == 0
-        expected = (
-            f"expected rows of whole blocks of {block} numbers, as its type is {_NAMES[code]}"
-        )
-        require(bool(whole), f"{where}: shape", shape, expected)
+        fits = bool(shape) and shape[-1] % block == 0
+        expected = f"expected rows of a multiple of {block} numbers, the block of {_NAMES[code]}"
+        require(fits, f"{where}: shape", shape, expected)
         return StoredTensor(part, _NAMES[code], shape, offset, math.prod(shape) // block * size)
 
     def placed(self, name: str, tensor: StoredTensor, base: int, alignment: int) -> StoredTensor:

@@ -1,7 +1,7 @@
 """Write GGUF files, tensor by tensor.
 
 As in the files of llama.cpp, norms, biases, routers and everything with one dimension stay in
-float32. Embeddings and output are Q8_0 in a file of 4 bits. Rows that are no whole blocks are F16.
+float32. Embeddings and output are Q8_0 in a file of 4 bits. Rows that do not fill blocks are F16.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def plan_gguf(
     types = Counter(one.type for one in tensors.values() if len(one.shape) > 1)
     most = types.most_common(1)[0][0]
     if most not in DENSE and types["F16"]:
-        notice(f"{types['F16']} tensors are F16: their rows are not whole blocks of {most}")
+        notice(f"{types['F16']} tensors are F16: their row length is no multiple of {most}")
     if name in ("llama", "phi3") and args.sliding_window is not None:
         notice(f"llama.cpp ignores sliding_window = {args.sliding_window} of the family {name}")
     facts = {"general.file_type": _FILE_TYPES[most], "general.quantization_version": 2}

@@ -243,7 +243,7 @@ class _RenderedRow:
         start = len(str(prompt)) if asked else None
         if start is None and prompt is not None:
             start = self._template.answer_start(whole, prompt)
-        look = self._in_blocks if self._talk.template.generation else self._behind_prompt
+        look = self._in_blocks if self._talk.template.generation else self._after_prompt
         places, ended, like_prompt = look(at, whole, same, start)
         like_prompt = like_prompt and asked
         if not len(places):
@@ -263,7 +263,7 @@ class _RenderedRow:
         ]
         return EncodedChat.of(self.ids[first:stop], self._weights[first:stop], moved)
 
-    def _behind_prompt(self, at: int, whole: str, same: int, start: int | None) -> _Found:
+    def _after_prompt(self, at: int, whole: str, same: int, start: int | None) -> _Found:
         """Return the tokens of message `at` up to the first that ends a turn, or to the end."""
         if start is None or start > same:
             return NOT_FOUND

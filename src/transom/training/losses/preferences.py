@@ -41,7 +41,8 @@ def dpo_loss(margin_P: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Return the DPO loss of each pair [P] from its margin.
 
     It is -log sigmoid(margin) (Rafailov et al. 2023, arXiv 2305.18290, eq. 7). `label_smoothing` is
-    the assumed share of pairs with swapped labels (Mitchell 2023, https://ericmitchell.ai/cdpo.pdf).
+    the assumed share of pairs with swapped labels (Mitchell 2023,
+    https://ericmitchell.ai/cdpo.pdf).
     """
     right_P, wrong_P = F.logsigmoid(margin_P), F.logsigmoid(-margin_P)
     return -(1 - label_smoothing) * right_P - label_smoothing * wrong_P

@@ -6,6 +6,7 @@ import torch
 from tests.helpers import random_model, tiny_args
 from transom.base.errors import RequestError, WorkError
 from transom.base.runtime import one_thread
+from transom.inference.decode_args import DecodeArgs
 from transom.inference.loop import _not_finite, generate, prefill, stream, truncate_after_interrupt
 from transom.inference.sampling import SamplingArgs
 from transom.layers.inputs import TransformerInput
@@ -50,7 +51,7 @@ def uncached(model, prompt, count):
 @pytest.mark.parametrize("step_size", [1, 3, 512])
 def test_unequal_prompts_equal_each_alone(kind, step_size):
     model = model_of(kind)
-    got = rows_of(stream(model, PROMPTS, max_new_tokens=12, prefill_step_size=step_size))
+    got = rows_of(stream(model, PROMPTS, max_new_tokens=12, decode=DecodeArgs(step_size)))
     assert got == [uncached(model, prompt, 12) for prompt in PROMPTS]
 
 
@@ -59,7 +60,7 @@ def test_long_windows_turn_the_ring_many_times():
         "window", max_seq_len=16
     )  # a limit for layers that keep every token, not for these
     prompt = [(7 * i) % 61 for i in range(90)]
-    (got,) = rows_of(stream(model, [prompt], max_new_tokens=60, prefill_step_size=50))
+    (got,) = rows_of(stream(model, [prompt], max_new_tokens=60, decode=DecodeArgs(50)))
     roomy = model_of("window", max_seq_len=512)
     assert got == uncached(roomy, prompt, 60)
 
@@ -162,7 +163,7 @@ def test_an_interrupted_cache_is_settled(kind, cut, monkeypatch):
         got += (
             ids[0]
             for ids in stream(
-                model, [prompt], max_new_tokens=20, cache=cache, prefill_step_size=size
+                model, [prompt], max_new_tokens=20, cache=cache, decode=DecodeArgs(size)
             )
         )
     text = prompt + got
@@ -170,7 +171,9 @@ def test_an_interrupted_cache_is_settled(kind, cut, monkeypatch):
     if kind == "full" or got:  # nothing was lost
         assert int(cache.lengths_B[0]) == len(prompt[: size * cut]) + max(len(got) - 1, 0)
     text.append(3)
-    (after,) = rows_of(stream(model, [text], max_new_tokens=8, cache=cache, prefill_step_size=size))
+    (after,) = rows_of(
+        stream(model, [text], max_new_tokens=8, cache=cache, decode=DecodeArgs(size))
+    )
     assert after == uncached(model, text, 8)
 
 
@@ -183,7 +186,6 @@ def test_an_interrupted_cache_is_settled(kind, cut, monkeypatch):
         ({"prompts": [[-1]]}, "token -1"),
         ({"max_new_tokens": 0}, "max_new_tokens: got 0"),
         ({"max_new_tokens": 255}, "a prompt of 2 tokens and 255 new"),
-        ({"prefill_step_size": 0}, "prefill_step_size: got 0"),
         ({"seeds": [1, 2]}, "seeds: got 2"),
     ],
 )
@@ -192,6 +194,14 @@ def test_a_wrong_request_is_refused_before_the_model_runs(changes, sentence, mon
     monkeypatch.setattr(model, "forward", None)
     with pytest.raises(RequestError, match=sentence):
         stream(model, **{"prompts": [[1, 2]], "max_new_tokens": 4, **changes})
+
+
+def test_an_unknown_option_or_a_value_out_of_bounds_is_refused():
+    model = random_model(tiny_args())
+    with pytest.raises(RequestError, match="prefill_step_size: got 0"):
+        generate(model, [[1, 2]], 4, prefill_step_size=0)
+    with pytest.raises(TypeError, match="beam_width"):
+        generate(model, [[1, 2]], 4, beam_width=2)
 
 
 def test_the_whole_context_can_be_used():

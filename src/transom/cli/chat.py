@@ -15,6 +15,7 @@ from transom.base.errors import RequestError, notice, require
 from transom.cli.generate import add_generation, check_generation
 from transom.cli.main import user_path
 from transom.cli.options import add_model, opening, read_fields
+from transom.inference.decode_args import DecodeArgs
 from transom.inference.sampling import SamplingArgs
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     values = template_values(options)
     expected = "expected no white space at its end, where it would change how tokens are cut"
     require(options.prefill == options.prefill.rstrip(), "--prefill", options.prefill, expected)
-    sampling = read_fields(options, SamplingArgs)
+    sampling, decode = read_fields(options, SamplingArgs), read_fields(options, DecodeArgs)
     adapters = named_adapters(options.adapter)
     from transom.checkpoints.open_model import open_model
     from transom.inference.loop import MAX_TOKENS
@@ -74,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
         sampling=sampling,
         max_tokens=options.max_tokens or MAX_TOKENS,
         stop=options.stop,
-        prefill_step_size=options.prefill_step_size,
+        decode=decode,
         show_special=options.show_special,
     )
     session = open_session(

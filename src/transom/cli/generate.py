@@ -17,6 +17,7 @@ from transom.cli.options import (
     opening,
     read_fields,
 )
+from transom.inference.decode_args import DecodeArgs
 from transom.inference.sampling import SamplingArgs
 from transom.planning.tables import counted
 
@@ -37,12 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `generate` and `chat` share: sampling, and where to stop."""
+    """Add the options that `generate` and `chat` share."""
     what = "maximum number of new tokens (default: 128, or what the model's context leaves)"
     parser.add_argument("-m", "--max-tokens", type=int, metavar="N", help=what)
     add_fields(parser, SamplingArgs)
-    what = "prompt tokens per forward call (default: 512)"
-    parser.add_argument("--prefill-step-size", type=int, default=512, metavar="N", help=what)
+    add_fields(parser, DecodeArgs)
     what = "end before this text, as before the stop_strings of the folder; may be repeated"
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=what)
     what = "print control tokens, also the one that ends the text"
@@ -53,9 +53,8 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
 
 def check_generation(options: argparse.Namespace) -> None:
     """Raise a `RequestError` for wrong options before torch is imported."""
-    most, step = options.max_tokens, options.prefill_step_size
+    most = options.max_tokens
     require(most is None or most >= 1, "--max-tokens", most, "expected an integer of 1 or more")
-    require(step >= 1, "--prefill-step-size", step, "expected an integer of 1 or more")
     require(all(options.stop), "--stop", "", "expected text of 1 character or more")
     check_model(options.folder)
 
@@ -64,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     """Print the completions, the rates on standard error, and with --json one document."""
     check_generation(options)
     prompts = read_prompts(options.prompt)
-    sampling = read_fields(options, SamplingArgs)
+    sampling, decode = read_fields(options, SamplingArgs), read_fields(options, DecodeArgs)
     from transom.chat.reasoning import marker_ids
     from transom.checkpoints.open_model import open_model
     from transom.inference.loop import room_for_new_tokens
@@ -84,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         sampling=sampling,
         stop=[*options.stop, *(() if options.ignore_eos else opened.stop_strings)],
         stop_tokens=() if options.ignore_eos else opened.stop_tokens,
-        prefill_step_size=options.prefill_step_size,
+        decode=decode,
         # The markers of reasoning are shown: without them, it would look like the answer.
         kept="all" if options.show_special else marker_ids(tokenizer),
     )

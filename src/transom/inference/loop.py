@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from transom.base.errors import RequestError, WorkError, notice, require
 from transom.base.runtime import dtype_name, evaluating
 from transom.cache.model_cache import ModelCache
 from transom.config.model_args import ModelArgs
+from transom.inference.decode_args import DEFAULT, DecodeArgs
 from transom.inference.sampler import Sampler
 from transom.inference.sampling import SamplingArgs
 from transom.layers.inputs import TransformerInput, right_padded
@@ -31,7 +33,7 @@ def stream(
     sampling: SamplingArgs = GREEDY,
     seeds: Sequence[int] | None = None,
     stop_tokens: Sequence[int] = (),
-    prefill_step_size: int = 512,
+    decode: DecodeArgs = DEFAULT,
     cache: ModelCache | None = None,
     log_probs: list[Tensor] | None = None,
 ) -> Iterator[list[int | None]]:
@@ -44,7 +46,7 @@ def stream(
         sampling: How tokens are chosen; greedy decoding by default.
         seeds: One seed per row, instead of those derived from `sampling.seed`.
         stop_tokens: Ids that finish a row. The stop token is yielded too.
-        prefill_step_size: Prompt tokens per forward call. It limits memory, not the result.
+        decode: How the model runs.
         cache: A KV cache that has the beginning of each prompt; only the rest of it is run. After
             every yield it has all tokens of a row but the last one yielded.
         log_probs: A list to which every step appends the log-probabilities of its tokens, float32
@@ -64,7 +66,7 @@ def stream(
         sampling,
         seeds,
         stop_tokens,
-        prefill_step_size,
+        decode,
         cache,
         log_probs,
     )
@@ -79,8 +81,7 @@ def generate(
     seeds: Sequence[int] | None = None,
     stop_tokens: Sequence[int] = (),
     pad_token: int = 0,
-    prefill_step_size: int = 512,
-    **sampling: Any,
+    **options: Any,
 ) -> Tensor:
     """Continue a batch of prompts and return prompts and new tokens as one tensor.
 
@@ -92,8 +93,7 @@ def generate(
         stop_tokens: Ids that finish a row. None are assumed: without them every row gets
             `max_new_tokens` tokens.
         pad_token: The id after the stop token of a finished row, and after shorter lists.
-        prefill_step_size: Prompt tokens per forward call. It limits memory, not the result.
-        **sampling: Fields of `SamplingArgs`:
+        **options: Fields of `DecodeArgs`, which say how the model runs, and of `SamplingArgs`:
             temperature: 0 takes the most likely token (default). Otherwise logits are divided by
                 it: below 1 sharpens the distribution, above 1 flattens it.
             top_k: Sample from the k most likely tokens only. None keeps all (default).
@@ -119,8 +119,10 @@ def generate(
         WorkError: Logits are NaN or infinite.
     """
     tokens_BT, prompts = _padded(tokens_BT, pad_token)
-    args = SamplingArgs(**sampling)
-    steps = _steps(model, prompts, max_new_tokens, args, seeds, stop_tokens, prefill_step_size)
+    names = {field.name for field in dataclasses.fields(DecodeArgs)} & set(options)
+    decode = DecodeArgs(**{name: options.pop(name) for name in names})
+    sampling = SamplingArgs(**options)
+    steps = _steps(model, prompts, max_new_tokens, sampling, seeds, stop_tokens, decode)
     new_BT = torch.stack(list(steps), 1).to(tokens_BT.device)
     new_BT = F.pad(new_BT, (0, max_new_tokens - new_BT.size(1)), value=FINISHED)
     return torch.cat([tokens_BT, new_BT.masked_fill(new_BT == FINISHED, pad_token)], 1)
@@ -143,14 +145,13 @@ def _steps(
     sampling: SamplingArgs,
     seeds: Sequence[int] | None,
     stop_tokens: Sequence[int],
-    prefill_step_size: int,
+    decode: DecodeArgs,
     cache: ModelCache | None = None,
     log_probs: list[Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Check the request, and return an iterator of the ids [B] of each step."""
     args, device = model.args, model.device
     require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "expected 1 or more")
-    require(prefill_step_size >= 1, "prefill_step_size", prefill_step_size, "expected 1 or more")
     _check_prompts(prompts, args.vocab_size)
     if args.context_dim is not None and (cache is None or not cache.has_context):
         raise RequestError("context: got none; expected a cache whose first call had a context")
@@ -167,7 +168,7 @@ def _steps(
     sampler = Sampler(sampling, len(prompts), args.vocab_size, seeds, device, log_probs)
     sampler.see(prompts)
     stops_S = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
-    return _run(model, cache, rest, sampler, max_new_tokens, stops_S, prefill_step_size, longer)
+    return _run(model, cache, rest, sampler, max_new_tokens, stops_S, decode, longer)
 
 
 @torch.inference_mode()  # a `with` around a yield would leave the caller in inference mode
@@ -178,7 +179,7 @@ def _run(
     sampler: Sampler,
     max_new_tokens: int,
     stops_S: Tensor,
-    prefill_step_size: int,
+    decode: DecodeArgs,
     longer: int | None,
 ) -> Iterator[Tensor]:
     """Yield the ids [B] of each step, `FINISHED` for finished rows.
@@ -187,7 +188,7 @@ def _run(
     of the rotary frequencies (see `rebuild_larger`).
     """
     given: list[Tensor] = []
-    logits_BV = prefill(model, cache, rest, prefill_step_size)
+    logits_BV = prefill(model, cache, rest, decode.prefill_step_size)
     alive_B = torch.ones(len(rest), dtype=torch.bool, device=logits_BV.device)
     broken_B = torch.zeros_like(alive_B)
     waits = stops_S.numel() > 0 or logits_BV.device.type == "cpu"
@@ -211,7 +212,8 @@ def _run(
             if remaining and cache.bound == cache.capacity:
                 added = torch.stack(given, 1).tolist()
                 rows = [[*row, *new] for row, new in zip(rest, added, strict=True)]
-                cache, logits_BV = rebuild_larger(model, cache, rows, longer, prefill_step_size)
+                step_size = decode.prefill_step_size
+                cache, logits_BV = rebuild_larger(model, cache, rows, longer, step_size)
                 longer = None
                 continue
         if remaining:

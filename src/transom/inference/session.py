@@ -27,6 +27,7 @@ from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.fingerprint import check_base, read_facts
 from transom.checkpoints.merge import named_folders
 from transom.checkpoints.open_model import OpenedModel
+from transom.inference.decode_args import DEFAULT, DecodeArgs
 from transom.inference.framing import Framing, GrowingText, Messages
 from transom.inference.loop import (
     GREEDY,
@@ -117,7 +118,7 @@ class AnswerArgs:
         max_tokens: New tokens per answer at most.
         stop_tokens: Ids that end an answer.
         stop: Strings that end an answer.
-        prefill_step_size: Prompt tokens per forward call.
+        decode: How the model runs.
         show_special: Yield answers as the model generates them, with control tokens.
     """
 
@@ -125,7 +126,7 @@ class AnswerArgs:
     max_tokens: int = MAX_TOKENS
     stop_tokens: Sequence[int] = ()
     stop: Sequence[str] = ()
-    prefill_step_size: int = 512
+    decode: DecodeArgs = DEFAULT
     show_special: bool = False
 
 
@@ -182,7 +183,7 @@ class Session:
             seeds=[mixed_seed(args.sampling.seed, self.turns)],
             stop=args.stop,
             stop_tokens=args.stop_tokens,
-            prefill_step_size=args.prefill_step_size,
+            decode=args.decode,
             cache=self.cache,
             kept="all" if args.show_special else shown,
         )
@@ -206,7 +207,7 @@ class Session:
         ids = [*prompt, *(id for id in done.tokens if id not in self.args.stop_tokens)]
         self.framing.add(answer.turn, message, done, ids)
         if interrupted:
-            in_flight = 1 if done.tokens else self.args.prefill_step_size
+            in_flight = 1 if done.tokens else self.args.decode.prefill_step_size
             truncate_after_interrupt(self.cache, len(prompt) + len(done.tokens), in_flight)
         elif done.finish_reason == "length" and self.room - len(prompt) <= self.args.max_tokens:
             notice(self._full, again=True)

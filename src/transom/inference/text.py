@@ -116,7 +116,7 @@ def stream_text(
         stop_tokens: Ids that end a row.
         kept: Ids of control tokens that the pieces spell out, stop tokens included. The
             `completions` never contain control tokens.
-        **options: `sampling`, `seeds`, `prefill_step_size`, `cache` and `log_probs` of `stream`.
+        **options: `sampling`, `seeds`, `decode`, `cache` and `log_probs` of `stream`.
 
     Raises:
         RequestError: The request can't be computed. It is raised before the model runs.

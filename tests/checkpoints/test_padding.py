@@ -7,7 +7,8 @@ import torch
 
 from tests.checkpoints.families import FAMILIES, random_ids, tiny_hf
 from transom.checkpoints.load import load
-from transom.inference.loop import generate, prefill
+from transom.inference.forward import prefill
+from transom.inference.loop import generate
 from transom.layers.inputs import TransformerInput
 
 # Most on both sides of every window (5 to 9) and chunk (8).

@@ -7,7 +7,8 @@ from tests.helpers import random_model, tiny_args
 from transom.base.errors import RequestError, WorkError
 from transom.base.runtime import one_thread
 from transom.inference.decode_args import DecodeArgs
-from transom.inference.loop import _not_finite, generate, prefill, stream, truncate_after_interrupt
+from transom.inference.forward import not_finite, prefill
+from transom.inference.loop import generate, stream, truncate_after_interrupt
 from transom.inference.sampling import SamplingArgs
 from transom.layers.inputs import TransformerInput
 from transom.lora.apply import apply_lora
@@ -221,7 +222,7 @@ def test_a_cache_that_is_too_small_is_refused():
 def test_which_rows_give_no_token():
     inf = float("inf")
     rows_BV = torch.tensor([[0.0, -inf], [0.0, inf], [-inf, -inf], [0.0, float("nan")]])
-    assert _not_finite(rows_BV).tolist() == [False, True, True, True]
+    assert not_finite(rows_BV).tolist() == [False, True, True, True]
 
 
 def test_nan_logits_are_not_sampled():

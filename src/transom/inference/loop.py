@@ -10,11 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transom.base.errors import RequestError, WorkError, notice, require
-from transom.base.runtime import dtype_name, evaluating
+from transom.base.errors import RequestError, notice, require
 from transom.cache.model_cache import ModelCache
 from transom.config.model_args import ModelArgs
 from transom.inference.decode_args import DEFAULT, DecodeArgs
+from transom.inference.forward import (
+    check_finite,
+    first_capacity,
+    forward_logits,
+    not_finite,
+    prefill,
+    rebuild_larger,
+)
 from transom.inference.sampler import Sampler
 from transom.inference.sampling import SamplingArgs
 from transom.layers.inputs import TransformerInput, right_padded
@@ -193,9 +200,9 @@ def _run(
     broken_B = torch.zeros_like(alive_B)
     waits = stops_S.numel() > 0 or logits_BV.device.type == "cpu"
     for remaining in reversed(range(max_new_tokens)):
-        broken_B = broken_B | (alive_B & _not_finite(logits_BV))
+        broken_B = broken_B | (alive_B & not_finite(logits_BV))
         if waits or not remaining:  # on a GPU without stop tokens only the last step waits
-            _check_finite(broken_B, logits_BV.dtype)
+            check_finite(broken_B, logits_BV.dtype)
         ids_B = sampler(logits_BV)
         yield ids_B.masked_fill(~alive_B, FINISHED)
         lengths_B = None
@@ -218,89 +225,7 @@ def _run(
                 continue
         if remaining:
             inputs = TransformerInput(ids_B[:, None], lengths=lengths_B, logits="last")
-            logits_BV = _last_logits(model, inputs, cache)
-
-
-def first_capacity(args: ModelArgs, prompt_tokens: int, total: int) -> int:
-    """Return the slots of the first cache for a request of `total` tokens.
-
-    Some rotary scalings choose frequencies from the capacity. The first cache then has the original
-    length, if the prompt fits, so that short answers use the frequencies of short sequences.
-    """
-    scalings = [layer.rope.scaling for layer in args.layers if layer.rope is not None]
-    originals = {s.original_max_seq_len for s in scalings if s is not None and s.by_length}
-    return min((one for one in originals if prompt_tokens <= one < total), default=total)
-
-
-def rebuild_larger(
-    model: LLM, cache: ModelCache, rows: Sequence[Sequence[int]], capacity: int, step_size: int
-) -> tuple[ModelCache, Tensor]:
-    """Compute all keys again in a larger cache, and return it with the last logits [B, V].
-
-    Beyond the original length, rotary frequencies change for all positions. A notice says so.
-    """
-    notice(
-        f"{cache.capacity} tokens: the original length of this model's rotary frequencies; all "
-        f"keys are computed again with the frequencies of longer sequences"
-    )
-    larger = model.make_cache(len(rows), capacity)
-    return larger, prefill(model, larger, rows, step_size)
-
-
-def prefill(model: LLM, cache: ModelCache, rows: Sequence[Sequence[int]], step_size: int) -> Tensor:
-    """Store rows of token ids in the cache, and return the logits [B, V] after their last tokens.
-
-    Args:
-        model: The model.
-        cache: Its cache of as many rows.
-        rows: Token ids of each row, one or more.
-        step_size: Tokens per forward call.
-
-    Raises:
-        WorkError: Logits are NaN or infinite.
-    """
-    device = model.device
-    tokens_BT = right_padded(rows).to(device)
-    counts = [len(row) for row in rows]
-    last_BV: Tensor | None = None
-    for start in range(0, max(counts), step_size):
-        piece_BT = tokens_BT[:, start : start + step_size]
-        width = piece_BT.size(1)
-        real = [min(max(count - start, 0), width) for count in counts]  # 0 after a row's end
-        lengths_B = torch.tensor(real, device=device) if min(real) < width else None
-        ends = [start < count <= start + width for count in counts]
-        if not any(ends):
-            with evaluating(model):
-                model(TransformerInput(piece_BT, lengths=lengths_B, logits="none"), cache)
-            continue
-        inputs = TransformerInput(piece_BT, lengths=lengths_B, logits="last")
-        logits_BV = _last_logits(model, inputs, cache)
-        ends_B1 = torch.tensor(ends, device=device)[:, None]
-        last_BV = logits_BV if last_BV is None else torch.where(ends_B1, logits_BV, last_BV)
-    assert last_BV is not None, "the longest row ends in the last piece"
-    _check_finite(_not_finite(last_BV), last_BV.dtype)
-    return last_BV
-
-
-def _not_finite(logits_BV: Tensor) -> Tensor:
-    """Return bool [B], the rows with a logit of NaN or inf, or with -inf only."""
-    return ~logits_BV.amax(-1).isfinite()
-
-
-def _check_finite(broken_B: Tensor, dtype: torch.dtype) -> None:
-    """Raise a `WorkError` if a row is broken: a token drawn from it would look like an answer."""
-    if bool(broken_B.any()):
-        raise WorkError(
-            "logits: got NaN or infinite values; expected finite ones: a weight is not finite, or "
-            f"values are too large for {dtype_name(dtype)}"
-        )
-
-
-def _last_logits(model: LLM, inputs: TransformerInput, cache: ModelCache) -> Tensor:
-    with evaluating(model):  # per call: between two tokens the caller may train
-        logits_B1V = model(inputs, cache).logits
-    assert isinstance(logits_B1V, Tensor), "the input asks for the last logits"
-    return logits_B1V[:, 0]
+            logits_BV = forward_logits(model, inputs, cache)[:, 0]
 
 
 def truncate_after_interrupt(cache: ModelCache, at_most: int, in_flight: int) -> None:

@@ -21,7 +21,7 @@ from transom.data.batch import NO_TARGET, Batch
 from transom.evaluation.answers import CACHE_TOKENS
 from transom.evaluation.bits import batches_by_length
 from transom.evaluation.score import Score
-from transom.inference.loop import first_capacity, prefill
+from transom.inference.forward import first_capacity, prefill
 from transom.inference.sampling import SamplingArgs
 from transom.inference.text import stream_text
 from transom.layers.inputs import TransformerOutput

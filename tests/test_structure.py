@@ -87,7 +87,7 @@ CEILINGS = {
     "config": 620,
     "planning": 281,
     "attention": 700,
-    "ops": 140,
+    "ops": 300,
     "layers": 705,
     "cache": 250,
     "names": 130,

@@ -15,7 +15,8 @@ from pathlib import Path
 from transom.base.errors import WorkError, notice, require
 from transom.base.files import cache_dir
 
-SOURCES = ("products.cpp", "simd.h", "threads.h")
+UNITS = ("products.cpp",)  # every file that is compiled on its own
+HEADERS = ("simd.h", "threads.h", "weights.h")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
 SWITCH = "TRANSOM_OPS"  # an environment variable; 0 turns the ops off
@@ -62,7 +63,7 @@ def built() -> Path:
     here = Path(__file__).parent
     # The predefined macros name the version of the compiler and all instructions it may use.
     macros = _run(found, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
-    parts = [found.encode(), macros, *((here / name).read_bytes() for name in SOURCES)]
+    parts = [found.encode(), macros, *((here / name).read_bytes() for name in UNITS + HEADERS)]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
     path = cache_dir() / "ops" / f"{key}.so"
     if path.exists():
@@ -71,7 +72,7 @@ def built() -> Path:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        _run(found, *FLAGS, str(here / SOURCES[0]), "-o", str(made))
+        _run(found, *FLAGS, *(str(here / name) for name in UNITS), "-o", str(made))
         made.replace(path)
     seconds = time.perf_counter() - start
     notice(f"ops: compiled products for quantized weights in {seconds:.0f} s: {path}")

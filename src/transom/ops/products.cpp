@@ -13,31 +13,19 @@
 
 #include "simd.h"
 #include "threads.h"
+#include "weights.h"
 
 namespace {
 
-enum Kind : int64_t { kFloat32, kFloat16, kBFloat16, kInt8, kFloat8 };
+// One weight of one call.
+struct Job : Weight {
+    const float* x;  // [rows, inputs]
+    float* y;        // [rows, outputs]
+    int64_t rows, threads;
+    bool accumulate;
+};
 
 }  // namespace
-
-// The same fields in the same order as `ProductArgs` in products.py.
-struct Job {
-    const float* x;       // [rows, inputs]
-    float* y;             // [rows, outputs]
-    const float* bias;    // [outputs], or null
-    const void* codes;    // [outputs, inputs] int8, or [outputs, inputs / 2] uint8
-    const float* levels;  // the values of 16 codes, or null for codes of 8 bits
-    const void* scales;   // [outputs, groups]
-    const void* super_scales;
-    const void* scale_mean;
-    const int8_t* zeros;   // [outputs, groups], or null
-    const void* minimums;  // [outputs, groups], or null
-    const void* super_minimums;
-    int64_t rows, outputs, inputs, group;
-    int64_t scale_kind, super_kind;
-    int64_t block;  // scales that share a super scale, or 0
-    int64_t threads;
-};
 
 namespace {
 
@@ -181,7 +169,9 @@ struct Product {
     }
 
     void write(int64_t row, int64_t output, float sum) const {
-        job.y[row * job.outputs + output] = job.bias ? sum + job.bias[output] : sum;
+        float& y = job.y[row * job.outputs + output];
+        if (job.bias) sum += job.bias[output];
+        y = job.accumulate ? y + sum : sum;
     }
 
     // R rows by O outputs, straight from the codes.
@@ -324,8 +314,35 @@ struct Product {
     }
 };
 
+// y = x W^T + b with a dense W.
+struct DenseProduct {
+    const Job& job;
+
+    void output(int64_t output) const {
+        static thread_local std::vector<float> row;
+        row.resize(job.inputs);
+        const int64_t first = output * job.inputs;
+        for (int64_t i = 0; i < job.inputs; ++i) {
+            row[i] = number_at(job.codes, job.storage, first + i);
+        }
+        for (int64_t r = 0; r < job.rows; ++r) {
+            float sum = Product<Wide, false>::dot(row.data(), job.x + r * job.inputs, job.inputs);
+            if (job.bias) sum += job.bias[output];
+            float& y = job.y[r * job.outputs + output];
+            y = job.accumulate ? y + sum : sum;
+        }
+    }
+
+    void run() {
+        const auto call = [](const void* self, int64_t number) {
+            static_cast<const DenseProduct*>(self)->output(number);
+        };
+        pool().run(call, this, job.outputs, int(job.threads));
+    }
+};
+
 template <class V>
-void multiply(const Job& job) {
+void multiply_codes(const Job& job) {
     if (job.levels) {
         Product<V, true>(job).run();
     } else {
@@ -335,16 +352,27 @@ void multiply(const Job& job) {
 
 }  // namespace
 
+void multiply(const float* x, int64_t rows, const Weight* const* weights, int count,
+              float* const* y, int threads, bool accumulate) {
+    for (int i = 0; i < count; ++i) {
+        const Job job{*weights[i], x, y[i], rows, threads, accumulate};
+        if (!job.scales) {
+            DenseProduct{job}.run();
+        } else if (job.group % (job.levels ? 2 * Wide::lanes : Wide::lanes) == 0) {
+            multiply_codes<Wide>(job);
+        } else {
+            multiply_codes<Narrow>(job);
+        }
+    }
+}
+
 extern "C" {
 
-// Return 0, or 1 if there was no memory for x or for the weights of a few outputs.
-int transom_product(const Job* job) {
+// `multiply` for Python. Return 0, or 1 if there was no memory for x.
+int transom_product(const float* x, int64_t rows, const Weight* const* weights, int count,
+                    float* const* y, int threads, int accumulate) {
     try {
-        if (job->group % (job->levels ? 2 * Wide::lanes : Wide::lanes) == 0) {
-            multiply<Wide>(*job);
-        } else {
-            multiply<Narrow>(*job);
-        }
+        multiply(x, rows, weights, count, y, threads, accumulate);
     } catch (const std::bad_alloc&) {
         return 1;
     }

@@ -1,54 +1,23 @@
-"""x W^T for a few rows x and a weight W in codes of 4 or 8 bits, on the CPU.
+"""x W^T for a few rows x and a weight W on the CPU: dense, or in codes of 4 or 8 bits.
 
 The C++ code reads the parts of the weight that `quantize.formats` describes, and no dense weight
-exists. All sums are float32. Its twin is `quantize.leaves.plain_product`; `transom verify ops`
-compares the two.
+exists. All sums are float32. Its twin is `quantize.leaves.plain_product`, or `F.linear` for a dense
+weight; `transom verify ops` compares them.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from transom.ops.build import library
+from transom.ops.weights import Weight, coded_weight
 
 MOST_ROWS = 32
 X_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The numbers of the dtypes in products.cpp.
-_KINDS = {
-    torch.float32: 0,
-    torch.float16: 1,
-    torch.bfloat16: 2,
-    torch.int8: 3,
-    torch.float8_e4m3fn: 4,
-}
-_POINTERS = (
-    "x",
-    "y",
-    "bias",
-    "codes",
-    "levels",
-    "scales",
-    "super_scales",
-    "scale_mean",
-    "zeros",
-    "minimums",
-    "super_minimums",
-)
-_NUMBERS = ("rows", "outputs", "inputs", "group", "scale_kind", "super_kind", "block", "threads")
-
-
-class ProductArgs(ctypes.Structure):
-    """The arguments of one product, as products.cpp declares them."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int64) for name in _NUMBERS),
-    )
 
 
 def takes(x: Tensor) -> bool:
@@ -87,37 +56,36 @@ def product(
         [..., out] in the dtype of x, computed in float32 and rounded once. The weight is not
         rounded to a dtype before.
     """
-    inputs, (outputs, groups) = x.size(-1), parts["scales"].shape
-    super_dtype = parts["super_scales"].dtype if block else torch.float32
-    group = inputs // groups
-    covered = scales in _KINDS and super_dtype in _KINDS and not (levels and group % 2)
-    native = library() if covered else None
+    weight = coded_weight(parts, levels, scales, block, bias)
+    outputs = None if weight is None else multiply(x, [weight])
+    return None if outputs is None else outputs[0]
+
+
+def multiply(x: Tensor, weights: Sequence[Weight]) -> list[Tensor] | None:
+    """Return x W^T + b for every weight, or None if no library can be had.
+
+    Args:
+        x: Rows [..., in] for which `takes` is true.
+        weights: Weights of the same inputs. One call for several is faster than several calls.
+
+    Returns:
+        [..., out] for each weight, in the dtype of x, computed in float32 and rounded once.
+    """
+    native = library()
     if native is None:
         return None
     rows = x.float().contiguous()
-    wide_bias = None if bias is None else bias.float().contiguous()
-    tensors = {name: part.contiguous() for name, part in parts.items()}
-    y = torch.empty(*x.shape[:-1], outputs)
-    args = ProductArgs(
-        x=rows.data_ptr(),
-        y=y.data_ptr(),
-        bias=None if wide_bias is None else wide_bias.data_ptr(),
-        levels=None if levels is None else ctypes.addressof(_levels(levels)),
-        rows=x.numel() // inputs,
-        outputs=outputs,
-        inputs=inputs,
-        group=group,
-        scale_kind=_KINDS[scales],
-        super_kind=_KINDS[super_dtype],
-        block=block,
-        threads=torch.get_num_threads(),
-        **{name: part.data_ptr() for name, part in tensors.items()},
+    outputs = [torch.empty(*x.shape[:-1], weight.outputs) for weight in weights]
+    count = len(weights)
+    failed = native.transom_product(
+        ctypes.c_void_p(rows.data_ptr()),
+        ctypes.c_int64(x.numel() // x.size(-1)),
+        (ctypes.c_void_p * count)(*map(ctypes.addressof, weights)),
+        count,
+        (ctypes.c_void_p * count)(*(y.data_ptr() for y in outputs)),
+        torch.get_num_threads(),
+        0,  # y is not added to
     )
-    if native.transom_product(ctypes.byref(args)):
-        raise MemoryError("no memory for the product of a quantized weight")
-    return y.to(x.dtype)
-
-
-@functools.cache
-def _levels(levels: tuple[float, ...]) -> ctypes.Array[ctypes.c_float]:
-    return (ctypes.c_float * len(levels))(*levels)
+    if failed:
+        raise MemoryError("no memory for the product of a few rows")
+    return [y.to(x.dtype) for y in outputs]

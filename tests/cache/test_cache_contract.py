@@ -39,7 +39,17 @@ PATTERNS = {
         "attention_chunk_size": CHUNK,
     },
 }
-RINGS = ["window", "chunk", "mixed"]
+LATENT = {"kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+PATTERNS |= {
+    "mixed, 8 bits": PATTERNS["mixed"],
+    "latent, 8 bits": {
+        "mla_args": LATENT,
+        "n_kv_heads": None,
+        "layer_pattern": "FS",
+        "sliding_window": WINDOW,
+    },
+}
+RINGS = ["window", "chunk", "mixed", "mixed, 8 bits", "latent, 8 bits"]
 PAD = 60  # a token that no row contains
 COUNT = 34
 by_pattern = pytest.mark.parametrize("pattern", PATTERNS)
@@ -63,9 +73,21 @@ def model_of(pattern: str) -> LLM:
     return random_model(args, std=0.3).double()
 
 
+def new_cache(pattern: str, *sizes: int, slack: int = 32) -> ModelCache:
+    return model_of(pattern).make_cache(*sizes, slack=slack, kv_bits=bits_of(pattern))
+
+
+def bits_of(pattern: str) -> int:
+    return 8 if pattern.endswith("8 bits") else 16
+
+
 @torch.no_grad()
 def uncached(pattern: str, tokens: Tensor) -> Tensor:
-    return model_of(pattern)(TransformerInput(tokens)).logits
+    """Return the logits of one forward without a cache; with 8 bits, of one call that fills one,
+    since queries read rounded states.
+    """
+    cache = new_cache(pattern, *tokens.shape) if bits_of(pattern) == 8 else None
+    return model_of(pattern)(TransformerInput(tokens), cache).logits
 
 
 @torch.no_grad()
@@ -76,7 +98,7 @@ def feed(
     counts = None if lengths is None else torch.tensor(lengths)
     logits = model_of(pattern)(TransformerInput(tokens, lengths=counts), cache=cache).logits
     for layer in cache.layers:
-        for state in layer.states:
+        for state in layer.scales or layer.states:
             state[:, -1] = float("nan")
     return logits
 
@@ -108,7 +130,7 @@ CALLS = {
 @pytest.mark.parametrize("calls", CALLS)
 def test_any_call_sizes_equal_one_uncached_forward(pattern, slack, calls):
     tokens = random_tokens(2, COUNT)
-    cache = model_of(pattern).make_cache(2, COUNT, slack=slack)
+    cache = new_cache(pattern, 2, COUNT, slack=slack)
     logits = [feed(pattern, cache, part) for part in tokens.split(cut(COUNT, CALLS[calls]), dim=1)]
     same(torch.cat(logits, 1), uncached(pattern, tokens))
 
@@ -127,7 +149,7 @@ def pad(rows: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
 def test_rows_of_unequal_lengths_equal_each_row_alone(pattern, slack, poison):
     """Prefill, a long padded call, a decode step that one row sits out, and plain decoding."""
     model, sequences = model_of(pattern), random_tokens(3, COUNT)
-    cache = model.make_cache(3, 2 * COUNT, slack=slack)
+    cache = new_cache(pattern, 3, 2 * COUNT, slack=slack)
     calls = [(9, 4, 1), (10, 3, 12), (1, 0, 1), (2, 3, 0), *[(1, 1, 1)] * 6]
     embedding, got, at = model.tok_embeddings.weight, [[], [], []], [0, 0, 0]
     kept = embedding[PAD].clone()
@@ -164,7 +186,7 @@ def test_rollback_equals_never_having_seen_the_tokens(pattern, slack, prefill):
     tokens = random_tokens(2, 24)
     limit = slack + 1 if pattern in RINGS else 24
     for count in range(limit + 1):
-        cache = model_of(pattern).make_cache(2, COUNT, slack=slack)
+        cache = new_cache(pattern, 2, COUNT, slack=slack)
         for part in tokens.split(prefill, dim=1):
             feed(pattern, cache, part)
         if pattern in RINGS:
@@ -181,7 +203,7 @@ def test_rollback_equals_never_having_seen_the_tokens(pattern, slack, prefill):
 @by_pattern
 def test_short_sequences_roll_back_to_nothing(pattern):
     """A ring that has not been full has forgotten nothing."""
-    cache = model_of(pattern).make_cache(2, COUNT, slack=3)
+    cache = new_cache(pattern, 2, COUNT, slack=3)
     feed(pattern, cache, random_tokens(2, 8))
     assert cache.rollback(8, at_most=8)
     continues_as(pattern, cache, random_tokens(2, 0))
@@ -190,7 +212,7 @@ def test_short_sequences_roll_back_to_nothing(pattern):
 @pytest.mark.parametrize("pattern", RINGS)
 def test_two_rollbacks_share_one_limit(pattern):
     tokens = random_tokens(2, 24)
-    cache = model_of(pattern).make_cache(2, COUNT, slack=3)
+    cache = new_cache(pattern, 2, COUNT, slack=3)
     feed(pattern, cache, tokens)
     assert cache.rollback(2, at_most=2)
     assert not cache.rollback(3, at_most=3), "2 + 3 is more than slack + 1"
@@ -203,7 +225,7 @@ def test_two_rollbacks_share_one_limit(pattern):
 
 @pytest.mark.parametrize("pattern", RINGS)
 def test_a_row_that_sat_out_a_call_has_regained_nothing(pattern):
-    cache = model_of(pattern).make_cache(2, COUNT, slack=3)
+    cache = new_cache(pattern, 2, COUNT, slack=3)
     feed(pattern, cache, random_tokens(2, 24))
     assert cache.rollback(4, at_most=4)
     feed(pattern, cache, random_tokens(2, 1), lengths=[1, 0])
@@ -213,7 +235,7 @@ def test_a_row_that_sat_out_a_call_has_regained_nothing(pattern):
 @by_pattern
 def test_rollback_by_a_count_per_row(pattern):
     tokens = random_tokens(3, 24)
-    cache = model_of(pattern).make_cache(3, COUNT, slack=3)
+    cache = new_cache(pattern, 3, COUNT, slack=3)
     feed(pattern, cache, tokens)
     assert cache.rollback(torch.tensor([0, 4, 1]), at_most=4)
     rows = [torch.cat((row[: 24 - n], row[:6])) for row, n in zip(tokens, (0, 4, 1), strict=True)]
@@ -227,7 +249,7 @@ def test_rollback_by_a_count_per_row(pattern):
 @by_pattern
 def test_fork_continues_the_chosen_rows_and_leaves_the_first_cache_alone(pattern):
     tokens = random_tokens(2, 20)
-    cache = model_of(pattern).make_cache(2, COUNT, slack=3)
+    cache = new_cache(pattern, 2, COUNT, slack=3)
     feed(pattern, cache, tokens)
     assert cache.rollback(1, at_most=1)
     other = cache.fork([1, 0, 1])
@@ -242,12 +264,12 @@ def test_fork_continues_the_chosen_rows_and_leaves_the_first_cache_alone(pattern
 @by_pattern
 def test_snapshot_is_restored_into_the_same_and_into_a_new_cache(pattern):
     tokens = random_tokens(2, 20)
-    cache = model_of(pattern).make_cache(2, COUNT, slack=3)
+    cache = new_cache(pattern, 2, COUNT, slack=3)
     feed(pattern, cache, tokens)
     assert cache.rollback(1, at_most=1)
     saved = cache.snapshot()
     feed(pattern, cache, random_tokens(2, 9, seed=5))
-    for target in (cache, model_of(pattern).make_cache(2, COUNT, slack=3)):
+    for target in (cache, new_cache(pattern, 2, COUNT, slack=3)):
         target.restore(saved)
         # The limit travels too: one of slack + 1 tokens is already spent.
         assert target.rollback(4, at_most=4) is (pattern not in RINGS)
@@ -257,11 +279,11 @@ def test_snapshot_is_restored_into_the_same_and_into_a_new_cache(pattern):
 
 @by_pattern
 def test_reset_forgets_everything(pattern):
-    cache = model_of(pattern).make_cache(2, COUNT, slack=3)
+    cache = new_cache(pattern, 2, COUNT, slack=3)
     feed(pattern, cache, random_tokens(2, 20, seed=4))
     cache.rollback(2, at_most=2)
     for layer in cache.layers:
-        for state in layer.states:
+        for state in layer.scales or layer.states:
             state.fill_(float("nan"))
     cache.reset()
     tokens = random_tokens(2, 8)
@@ -271,7 +293,7 @@ def test_reset_forgets_everything(pattern):
 
 
 def test_a_forward_that_failed_leaves_the_rollback_limit_alone():
-    cache = model_of("window").make_cache(2, COUNT, slack=3)
+    cache = new_cache("window", 2, COUNT, slack=3)
     feed("window", cache, random_tokens(2, 24))
     assert cache.rollback(4, at_most=4)
     outside = torch.full((2, 2), 10**6)  # no such token, which only the embedding finds out
@@ -284,7 +306,7 @@ def test_the_row_that_gets_most_need_not_be_the_one_that_holds_most():
     """Rows of 18 and 2 tokens get 1 and 12 more: 19 slots are enough, though 18 + 12 are not
     there.
     """
-    cache, tokens = model_of("mixed").make_cache(2, 19), random_tokens(2, 18)
+    cache, tokens = new_cache("mixed", 2, 19), random_tokens(2, 18)
     feed("mixed", cache, tokens, [18, 2])
     more = random_tokens(2, 12, seed=1)
     got = feed("mixed", cache, more, [1, 12])
@@ -293,7 +315,7 @@ def test_the_row_that_gets_most_need_not_be_the_one_that_holds_most():
 
 
 def test_overflow_is_refused_and_leaves_room_for_what_fits():
-    cache = model_of("mixed").make_cache(2, 20)
+    cache = new_cache("mixed", 2, 20)
     tokens = random_tokens(2, 20)
     feed("mixed", cache, tokens[:, :15])
     with pytest.raises(RequestError, match=r"cache: got 15 \+ 6 tokens"):
@@ -309,6 +331,7 @@ def test_overflow_is_refused_and_leaves_room_for_what_fits():
     [
         (lambda model: model.make_cache(0), "batch_size: got 0"),
         (lambda model: model.make_cache(2, slack=-1), "slack: got -1"),
+        (lambda model: model.make_cache(2, kv_bits=4), "kv_bits: got 4"),
         (lambda model: model.make_cache(2).rollback(2, at_most=1), "rollback: got 2"),
         (lambda model: model.make_cache(2).rollback(-1, at_most=1), "rollback: got -1"),
         (
@@ -325,9 +348,9 @@ def test_impossible_caches_and_rollbacks_are_refused(act, message):
 def test_cache_filled_under_inference_mode_serves_outside_it():
     model, tokens = model_of("mixed"), random_tokens(2, 20)
     with torch.inference_mode():
-        cache = model.make_cache(2, COUNT, slack=3)
+        cache = new_cache("mixed", 2, COUNT, slack=3)
         model(TransformerInput(tokens), cache=cache)
-        forked, restored = cache.fork([0, 1]), model.make_cache(2, COUNT, slack=3)
+        forked, restored = cache.fork([0, 1]), new_cache("mixed", 2, COUNT, slack=3)
         restored.restore(cache.snapshot())
     for each in (cache, forked, restored):
         assert each.rollback(2, at_most=2)
@@ -339,9 +362,9 @@ def test_cache_filled_under_inference_mode_serves_outside_it():
 @by_slack
 def test_random_walk_of_updates_rollbacks_and_forks(pattern, slack):
     """Whatever was accepted, the rows are those of a plain list of tokens."""
-    choose, model = random.Random(slack), model_of(pattern)
+    choose = random.Random(slack)
     rows: list[list[int]] = [[], [], []]
-    cache, refused, rolled = model.make_cache(3, 60, slack=slack), 0, 0
+    cache, refused, rolled = new_cache(pattern, 3, 60, slack=slack), 0, 0
     for step in range(70):
         kind = choose.choices(["update", "padded", "rollback", "per row", "fork"], [8, 4, 3, 3, 1])[
             0

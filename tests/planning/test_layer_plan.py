@@ -75,20 +75,25 @@ def test_parameters_sum_to_those_of_the_model(name):
 
 
 @pytest.mark.parametrize("length", [5, 8, 50])
-def test_cache_bytes_are_those_of_a_real_cache(length):
-    args = tiny_args(n_layers=4, layer_pattern="SCFf", sliding_window=8, attention_chunk_size=12)
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.parametrize("latent", [False, True])
+def test_cache_bytes_are_those_of_a_real_cache(length, kind, latent):
+    changes = {"n_kv_heads": None, "mla_args": MLA} if latent else {}
+    args = tiny_args(
+        n_layers=4, layer_pattern="SCFf", sliding_window=8, attention_chunk_size=12, **changes
+    )
     model = random_model(args)
-    cache = model.make_cache(1, length, slack=0)
+    cache = model.make_cache(1, length, slack=0, kv_bits=8 if kind == "int8" else 16)
     model(TransformerInput(random_tokens(1, length)), cache, inference=True)
     planned = plan(args, length)
     for layer, store in zip(planned.layers, cache.layers, strict=True):
         kept = [
-            state[:, :-1] for state in store.states
+            state[:, :-1] for state in (*store.states, *store.scales)
         ]  # the last slot takes the writes of padding
-        assert layer.kv_bytes["float32"] == sum(state.nbytes for state in kept)
+        assert layer.kv_bytes[kind] == sum(state.nbytes for state in kept)
         slots = kept[0].size(1)
-        assert layer.kv_bytes_per_token["float32"] * slots == layer.kv_bytes["float32"]
-    assert planned.kv_bytes["float32"] == sum(layer.kv_bytes["float32"] for layer in planned.layers)
+        assert layer.kv_bytes_per_token[kind] * slots == layer.kv_bytes[kind]
+    assert planned.kv_bytes[kind] == sum(layer.kv_bytes[kind] for layer in planned.layers)
     assert planned.kv_bytes["float32"] == 2 * planned.kv_bytes["bfloat16"]
 
 

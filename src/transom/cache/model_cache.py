@@ -55,6 +55,7 @@ class ModelCache:
         capacity: int | None = None,
         *,
         slack: int = 32,
+        kv_bits: int = 16,
         device: torch.device | str = "cpu",
     ) -> ModelCache:
         """Return an empty cache for a model of these arguments.
@@ -65,6 +66,8 @@ class ModelCache:
             capacity: Tokens per row; `args.max_seq_len` by default.
             slack: Slots of a ring beyond its window or chunk. Up to `slack` + 1 tokens can be
                 rolled back.
+            kv_bits: 8 stores keys and values as 8-bit codes with a scale per token and head. 16
+                stores them in the dtype of the model.
             device: Device of the cache.
 
         Raises:
@@ -76,6 +79,7 @@ class ModelCache:
         require(rows >= 1, "batch_size", rows, "expected an integer of 1 or more")
         require(tokens >= 1, "capacity", tokens, "expected an integer of 1 or more")
         require(slack >= 0, "slack", slack, "expected an integer of 0 or more")
+        require(kv_bits in (8, 16), "kv_bits", kv_bits, "expected 8, or 16 for the model's dtype")
         scalings = [layer.rope.scaling for layer in args.layers if layer.rope is not None]
         by_length = any(scaling is not None and scaling.by_length for scaling in scalings)
         stores: dict[int | None, SlotStore] = {}  # by span
@@ -92,8 +96,13 @@ class ModelCache:
                 stores[span] = StaticCache(rows, tokens, device=device)
             elif span not in stores:
                 stores[span] = RotatingBufferCache(rows, ring, span, device)
-            layers.append(LayerCache(stores[span]))
+            layers.append(LayerCache(stores[span], kv_bits))
         return cls(layers, tokens, device, bounded=True if by_length else None)
+
+    @property
+    def kv_bits(self) -> int:
+        """8 for keys and values in 8-bit codes, 16 for the dtype of the model."""
+        return self.layers[0].kv_bits
 
     @property
     def has_context(self) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from transom.attention.view import CacheView
 from transom.base.errors import require
+from transom.cache.codes import from_codes, to_codes
 
 BUCKET = 256  # static views are cut to a multiple of this, so that short contexts stay cheap
 
@@ -143,14 +144,24 @@ class RotatingBufferCache(SlotStore):
 class LayerCache:
     """The cached states of one layer, in the slots of a store that it may share with other layers.
 
-    `states` are allocated at the first update, from its shapes: (keys, values) each [B, capacity +
-    1, K, H], or one tensor of latents [B, capacity + 1, 1, R] for latent attention. `context` has
-    the keys and values of cross-attention, which are computed once per request.
+    With `kv_bits` = 8, every query reads rounded states, also those of its own call: the result
+    then does not depend on how the tokens were divided into calls.
+
+    Attributes:
+        store: The positions of the slots.
+        kv_bits: 8 for states in 8-bit codes, 16 for the dtype of the call.
+        states: Allocated at the first update, from its shapes: (keys, values) each [B, capacity +
+            1, K, H], or one tensor of latents [B, capacity + 1, 1, R] for latent attention. int8
+            with 8 bits.
+        scales: With 8 bits, float32 [B, capacity + 1, K, 1] for each of the `states`.
+        context: The keys and values of cross-attention, which are computed once per request and
+            never rounded.
     """
 
-    def __init__(self, store: SlotStore) -> None:
-        self.store = store
+    def __init__(self, store: SlotStore, kv_bits: int = 16) -> None:
+        self.store, self.kv_bits = store, kv_bits
         self.states: tuple[Tensor, ...] = ()
+        self.scales: tuple[Tensor, ...] = ()
         self.context: CacheView | None = None
 
     def update(self, states: tuple[Tensor, ...]) -> CacheView:
@@ -160,25 +171,44 @@ class LayerCache:
             states: Tensors [B, T, ...] of the new tokens.
 
         Returns:
-            Everything that the queries of this call may attend to, the new tokens included.
+            Everything that the queries of this call may attend to, the new tokens included, in the
+            dtype of `states`.
         """
         call = self.store.placement
         assert call is not None, "the store begins a call before its layers update"
         if not self.states:
             self._allocate(states)
+        parts, dtype = self._parts(states), states[0].dtype
+        stored = (*self.states, *self.scales)
         if call.new_at is None:
-            self._write(states, call)
+            self._write(parts, call)
             shown = call.positions_BS.size(1)
-            return CacheView(tuple(x[:, :shown] for x in self.states), call.positions_BS)
-        seen = states
+            view = self._dense(tuple(x[:, :shown] for x in stored), dtype)
+            return CacheView(view, call.positions_BS)
+        seen = parts
         if call.new_at:
-            pairs = zip(self.states, states, strict=True)
+            pairs = zip(stored, parts, strict=True)
             seen = tuple(torch.cat((old[:, : call.new_at], new), 1) for old, new in pairs)
-        self._write(states, call)
-        return CacheView(seen, call.positions_BS, new_at=call.new_at)
+        self._write(parts, call)
+        return CacheView(self._dense(seen, dtype), call.positions_BS, new_at=call.new_at)
 
-    def _write(self, states: tuple[Tensor, ...], call: Placement) -> None:
-        for stored, new in zip(self.states, states, strict=True):
+    def _parts(self, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return what is stored of states: themselves, or their codes and then their scales."""
+        if self.kv_bits == 16:
+            return states
+        codes, scales = zip(*map(to_codes, states), strict=True)
+        return (*codes, *scales)
+
+    def _dense(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return the states of stored parts."""
+        if self.kv_bits == 16:
+            return parts
+        count = len(self.states)
+        pairs = zip(parts[:count], parts[count:], strict=True)
+        return tuple(from_codes(codes, scales, dtype) for codes, scales in pairs)
+
+    def _write(self, parts: tuple[Tensor, ...], call: Placement) -> None:
+        for stored, new in zip((*self.states, *self.scales), parts, strict=True):
             stored[call.rows_B1, call.slots_BT] = new.detach()
 
     @torch.inference_mode(False)
@@ -187,7 +217,11 @@ class LayerCache:
         require(rows == expected, "tokens", f"{rows} rows", f"expected the cache's {expected} rows")
         # Zeros, since 0 * NaN is NaN: a hidden slot of `torch.empty` could leak into the output.
         shape = (rows, self.store.capacity + 1)
-        self.states = tuple(x.new_zeros(*shape, *x.shape[2:]) for x in states)
+        kind = torch.int8 if self.kv_bits == 8 else states[0].dtype
+        self.states = tuple(x.new_zeros(*shape, *x.shape[2:], dtype=kind) for x in states)
+        if self.kv_bits == 8:
+            sizes = [(*shape, *x.shape[2:-1], 1) for x in states]
+            self.scales = tuple(states[0].new_zeros(size, dtype=torch.float32) for size in sizes)
 
     @torch.inference_mode(False)
     def keep_context(self, states: tuple[Tensor, ...], positions_BS: Tensor) -> CacheView:
@@ -198,14 +232,15 @@ class LayerCache:
     def reset(self) -> None:
         """Clear all states and keep their memory."""
         self.context = None
-        for x in self.states:  # they may have been NaN
+        for x in (*self.states, *self.scales):  # they may have been NaN
             x.zero_()
 
     @torch.inference_mode(False)
     def fork(self, rows: Tensor, store: SlotStore) -> LayerCache:
         """Return a copy whose row i is this cache's row `rows[i]`, in the slots of `store`."""
-        other = LayerCache(store)
+        other = LayerCache(store, self.kv_bits)
         other.states = tuple(x.index_select(0, rows) for x in self.states)
+        other.scales = tuple(x.index_select(0, rows) for x in self.scales)
         if self.context is not None:
             states = tuple(x.index_select(0, rows) for x in self.context.states)
             other.context = CacheView(states, self.context.positions_BS.index_select(0, rows))
@@ -214,6 +249,7 @@ class LayerCache:
     def snapshot(self) -> dict[str, Tensor]:
         """Return copies of all tensors, for `restore`."""
         tensors = {f"state{i}": x.clone() for i, x in enumerate(self.states)}
+        tensors |= {f"scale{i}": x.clone() for i, x in enumerate(self.scales)}
         if self.context is not None:
             tensors |= {f"context{i}": x.clone() for i, x in enumerate(self.context.states)}
             tensors["context_positions"] = self.context.positions_BS.clone()
@@ -223,6 +259,7 @@ class LayerCache:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Replace all tensors by copies of those of a `snapshot`."""
         self.states, self.context = _numbered(tensors, "state"), None
+        self.scales = _numbered(tensors, "scale")
         if "context_positions" in tensors:
             positions_BS = tensors["context_positions"].clone()
             self.context = CacheView(_numbered(tensors, "context"), positions_BS)
@@ -231,7 +268,7 @@ class LayerCache:
     def bytes(self) -> int:
         """Allocated memory of the states and the context, in bytes."""
         context = () if self.context is None else (*self.context.states, self.context.positions_BS)
-        return sum(x.nbytes for x in (*self.states, *context))
+        return sum(x.nbytes for x in (*self.states, *self.scales, *context))
 
 
 def _numbered(tensors: dict[str, Tensor], name: str) -> tuple[Tensor, ...]:

@@ -130,11 +130,11 @@ def total_lines(planned: ModelPlan) -> list[tuple[str, str]]:
         lines.append(
             ("active", f"{amount(planned.active_parameters)} parameters per token ({share:.1%})")
         )
-    lines.append(("weights", _both_dtypes(planned.weight_bytes)))
+    lines.append(("weights", _by_dtype(planned.weight_bytes)))
     per = f"one sequence of {planned.length:,} tokens"
     if planned.cacheable:
-        lines.append(("KV bytes/token", _both_dtypes(planned.kv_bytes_per_token)))
-        lines.append(("KV cache", f"{_both_dtypes(planned.kv_bytes)}, for {per}"))
+        lines.append(("KV bytes/token", _by_dtype(planned.kv_bytes_per_token)))
+        lines.append(("KV cache", f"{_by_dtype(planned.kv_bytes)}, for {per}"))
     else:
         lines.append(("KV cache", "none: a layer sees later tokens, so nothing can be cached"))
     output = flop_words(planned.output_flops_per_token)
@@ -148,7 +148,7 @@ def total_lines(planned: ModelPlan) -> list[tuple[str, str]]:
     ]
 
 
-def _both_dtypes(sizes: dict[str, int]) -> str:
+def _by_dtype(sizes: dict[str, int]) -> str:
     return ", ".join(f"{byte_words(size)} in {dtype}" for dtype, size in sizes.items())
 
 

@@ -174,10 +174,17 @@ class LLM(nn.Module):
         return raw_V if cap is None else torch.tanh(raw_V / cap) * cap
 
     def make_cache(
-        self, batch_size: int | None = None, capacity: int | None = None, *, slack: int = 32
+        self,
+        batch_size: int | None = None,
+        capacity: int | None = None,
+        *,
+        slack: int = 32,
+        kv_bits: int = 16,
     ) -> ModelCache:
         """Return an empty KV cache for this model, on its device; see `ModelCache.build`."""
-        return ModelCache.build(self.args, batch_size, capacity, slack=slack, device=self.device)
+        return ModelCache.build(
+            self.args, batch_size, capacity, slack=slack, kv_bits=kv_bits, device=self.device
+        )
 
     def init_weights(self, seed: int = 0) -> None:
         """Draw all weights again in place. A seed gives the same weights on every device.

@@ -182,8 +182,11 @@ def output_flops_per_token(args: ModelArgs) -> float:
 def kv_bytes_per_token(layer: LayerArgs, bytes_per_value: int = 4) -> int:
     """Return the bytes that one more token adds to the KV cache of a layer, until a window or chunk
     is full.
+
+    Values of 1 byte are 8-bit codes, which have a float32 scale per head.
     """
-    return layer.kv_values_per_token * bytes_per_value
+    heads = 2 * layer.n_kv_heads if layer.mla is None else 1
+    return layer.kv_values_per_token * bytes_per_value + (bytes_per_value == 1) * 4 * heads
 
 
 def kv_bytes(args: ModelArgs, length: int, bytes_per_value: int = 4) -> int:

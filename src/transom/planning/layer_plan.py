@@ -13,6 +13,7 @@ from transom.config.model_args import ModelArgs
 from transom.planning import counts
 
 BYTES_PER_VALUE = {"bfloat16": 2, "float32": 4}
+KV_BYTES_PER_VALUE = {**BYTES_PER_VALUE, "int8": 1}  # int8 as with --kv-bits 8
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,10 @@ def plan(args: ModelArgs, length: int | None = None) -> ModelPlan:
         cacheable=all(layer.rule.kind != "full" for layer in args.layers),
         kv_bytes_per_token={
             dtype: sum(counts.kv_bytes_per_token(layer, size) for layer in args.layers)
-            for dtype, size in BYTES_PER_VALUE.items()
+            for dtype, size in KV_BYTES_PER_VALUE.items()
         },
         kv_bytes={
-            dtype: counts.kv_bytes(args, tokens, size) for dtype, size in BYTES_PER_VALUE.items()
+            dtype: counts.kv_bytes(args, tokens, size) for dtype, size in KV_BYTES_PER_VALUE.items()
         },
         flops_per_token=counts.flops_per_token(args, tokens),
         training_flops_per_token=counts.flops_per_token(args, tokens, training=True),
@@ -144,7 +145,7 @@ def plan(args: ModelArgs, length: int | None = None) -> ModelPlan:
 def layer_plan(layer: LayerArgs, length: int) -> LayerPlan:
     """Return the plan of one block for a sequence length in tokens."""
     per_token = {
-        dtype: counts.kv_bytes_per_token(layer, size) for dtype, size in BYTES_PER_VALUE.items()
+        dtype: counts.kv_bytes_per_token(layer, size) for dtype, size in KV_BYTES_PER_VALUE.items()
     }
     held = min(length, layer.rule.size) if layer.rule.size else length
     return LayerPlan(

@@ -56,6 +56,20 @@ def test_unequal_prompts_equal_each_alone(kind, step_size):
     assert got == [uncached(model, prompt, 12) for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_8_bits_tokens_do_not_depend_on_the_calls(kind):
+    model, decode = model_of(kind), [DecodeArgs(size, kv_bits=8) for size in (512, 3)]
+    first, other = (
+        rows_of(stream(model, PROMPTS, max_new_tokens=12, decode=one)) for one in decode
+    )
+    assert first == other
+    sampling = SamplingArgs(temperature=1.0)
+    probs = [[], []]
+    for one, out in zip(({}, {"decode": DecodeArgs(kv_bits=8)}), probs, strict=True):
+        list(stream(model, PROMPTS, max_new_tokens=2, sampling=sampling, log_probs=out, **one))
+    assert not torch.equal(*map(torch.stack, probs)), "keys and values must have been rounded"
+
+
 def test_long_windows_turn_the_ring_many_times():
     model = model_of(
         "window", max_seq_len=16

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from transom.base.errors import require
 from transom.base.fields import check_bounds, describe
 
 
 @dataclass(frozen=True)
 class DecodeArgs:
-    """How a model runs while it generates. No field changes which tokens are likely.
+    """How a model runs while it generates. Only `kv_bits` changes logits, by rounding.
 
     Raises:
         RequestError: A value is out of its bounds.
@@ -25,9 +26,15 @@ class DecodeArgs:
         "tokens",
         at_least=1,
     )
+    kv_bits: int = describe(
+        16,
+        "bits of the keys and values in the KV cache: 8 stores codes with a scale per token and "
+        "head, in about half the memory; 16 stores the dtype of the model",
+    )
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        require(self.kv_bits in (8, 16), "kv_bits", self.kv_bits, "expected 8 or 16")
 
 
 DEFAULT = DecodeArgs()

@@ -80,7 +80,7 @@ def rebuild_larger(
         f"{cache.capacity} tokens: the original length of this model's rotary frequencies; all "
         f"keys are computed again with the frequencies of longer sequences"
     )
-    larger = model.make_cache(len(rows), capacity)
+    larger = model.make_cache(len(rows), capacity, kv_bits=cache.kv_bits)
     return larger, prefill(model, larger, rows, step_size)
 
 

@@ -170,7 +170,7 @@ def _steps(
         check_room(args, longest, max_new_tokens)
         first = first_capacity(args, longest, total)
         longer = total if first < total else None
-        cache = model.make_cache(len(prompts), first)
+        cache = model.make_cache(len(prompts), first, kv_bits=decode.kv_bits)
     rest = _not_cached(prompts, cache, 1 if longer else max_new_tokens)
     sampler = Sampler(sampling, len(prompts), args.vocab_size, seeds, device, log_probs)
     sampler.see(prompts)

@@ -155,7 +155,7 @@ class Session:
     ) -> None:
         self.model, self.tokenizer, self.framing, self.args = model, tokenizer, framing, args
         self.room, self.markers = room, markers
-        self.cache = model.make_cache(1, room)
+        self.cache = model.make_cache(1, room, kv_bits=args.decode.kv_bits)
         self.cached: list[int] = []  # the ids of the tokens in the cache
         self.turns = 0
         self.system = ""

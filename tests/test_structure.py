@@ -89,7 +89,7 @@ CEILINGS = {
     "attention": 700,
     "ops": 300,
     "layers": 705,
-    "cache": 300,
+    "cache": 445,
     "names": 130,
     "models": 490,
     "tokenizers": 985,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,6 +29,8 @@ class ModelCache:
         peak: The largest `bound` so far; rings are full beyond their capacity.
         rolled_back: Tokens that were rolled back and not yet refilled, an upper bound over the
             rows. Rings have overwritten what lies further back.
+        deepest: Tokens that may be rolled back below `peak` at most. A restored prefix lacks the
+            states that a longer rollback would need.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class ModelCache:
         with torch.inference_mode(False):
             self.lengths_B = torch.zeros(self.batch_size, dtype=torch.int64, device=device)
         self.bound = self.peak = self.rolled_back = 0
+        self.deepest = sys.maxsize
         self._first_call = True  # whether the call that was reserved last began with empty rows
 
     @classmethod
@@ -138,6 +144,12 @@ class ModelCache:
         self.bound = needed
         return self._first_call
 
+    def begin_after(self, counts: Sequence[int], deepest: int) -> None:
+        """Continue after `counts` tokens of each row, whose states were just written."""
+        self.lengths_B.copy_(torch.tensor(counts))
+        self.bound = self.peak = max(counts)
+        self.deepest = deepest
+
     def sync_length(self) -> None:
         """Set `bound` to the length of the longest row. This waits for the device."""
         self.bound = int(self.lengths_B.max())
@@ -174,7 +186,9 @@ class ModelCache:
             fits = 0 <= count_B <= at_most
             require(fits, "rollback", count_B, f"expected 0 to at_most = {at_most}")
         depth = self.rolled_back + at_most
-        if not all(store.can_rollback(depth, self.peak) for store in self.stores):
+        if depth > self.deepest or not all(
+            store.can_rollback(depth, self.peak) for store in self.stores
+        ):
             return False
         self.rolled_back = depth
         self.lengths_B.copy_((self.lengths_B - count_B).clamp(min=0))
@@ -192,11 +206,13 @@ class ModelCache:
         other = ModelCache(layers, self.capacity, index.device, bounded=self.bounded)
         other.lengths_B.copy_(self.lengths_B.index_select(0, index))
         other.bound, other.peak, other.rolled_back = self.bound, self.peak, self.rolled_back
+        other.deepest = self.deepest
         return other
 
     def reset(self) -> None:
         """Remove all tokens of all rows and keep the memory."""
         self.bound = self.peak = self.rolled_back = 0
+        self.deepest = sys.maxsize
         self.lengths_B.zero_()
         for store in self.stores:
             store.positions_BS.fill_(-1)
@@ -205,7 +221,7 @@ class ModelCache:
 
     def snapshot(self) -> dict[str, Tensor]:
         """Return copies of all tensors and counts, for `restore`."""
-        host = torch.tensor([self.bound, self.peak, self.rolled_back])
+        host = torch.tensor([self.bound, self.peak, self.rolled_back, self.deepest])
         out = {"lengths": self.lengths_B.clone(), "host": host}
         out |= {f"positions{i}": store.positions_BS.clone() for i, store in enumerate(self.stores)}
         for index, layer in enumerate(self.layers):
@@ -215,7 +231,7 @@ class ModelCache:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Return to the state of a `snapshot` of this cache, or of one that was built alike."""
         self.lengths_B.copy_(tensors["lengths"])
-        self.bound, self.peak, self.rolled_back = tensors["host"].tolist()
+        self.bound, self.peak, self.rolled_back, self.deepest = tensors["host"].tolist()
         for index, store in enumerate(self.stores):
             store.positions_BS.copy_(tensors[f"positions{index}"])
         for index, layer in enumerate(self.layers):

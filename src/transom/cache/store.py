@@ -10,6 +10,7 @@ unrotated. One spare slot after the last one takes the states of padding tokens.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -97,6 +98,16 @@ class SlotStore(ABC):
         """Empty every slot whose position is `lengths_B` or more in its row."""
         self.positions_BS.masked_fill_(self.positions_BS >= lengths_B.unsqueeze(1), -1)
 
+    def slots(self, start: int, end: int) -> Tensor:
+        """Return the slots [T] of the positions `start` to `end` - 1."""
+        return torch.arange(start, end, device=self.positions_BS.device) % self.capacity
+
+    def mark(self, row: int, start: int, end: int) -> None:
+        """Write the positions `start` to `end` - 1 of an empty row; a ring keeps the last ones."""
+        start = max(start, end - self.capacity)
+        positions_T = torch.arange(start, end, device=self.positions_BS.device)
+        self.positions_BS[row, self.slots(start, end)] = positions_T
+
     def fork(self, rows: Tensor) -> Self:
         """Return a copy whose row i is this store's row `rows[i]`."""
         other = type(self)(rows.numel(), self.capacity, self.span, rows.device)
@@ -176,9 +187,9 @@ class LayerCache:
         """
         call = self.store.placement
         assert call is not None, "the store begins a call before its layers update"
-        if not self.states:
-            self._allocate(states)
         parts, dtype = self._parts(states), states[0].dtype
+        if not self.states:
+            self._allocate(parts, states[0].size(0))
         stored = (*self.states, *self.scales)
         if call.new_at is None:
             self._write(parts, call)
@@ -212,22 +223,34 @@ class LayerCache:
             stored[call.rows_B1, call.slots_BT] = new.detach()
 
     @torch.inference_mode(False)
-    def _allocate(self, states: tuple[Tensor, ...]) -> None:
-        rows, expected = states[0].size(0), self.store.batch_size
+    def _allocate(self, parts: tuple[Tensor, ...], rows: int) -> None:
+        """Make room for what is stored of states, of which `parts` [..., K, H] are examples."""
+        expected, device = self.store.batch_size, self.store.positions_BS.device
         require(rows == expected, "tokens", f"{rows} rows", f"expected the cache's {expected} rows")
         # Zeros, since 0 * NaN is NaN: a hidden slot of `torch.empty` could leak into the output.
         shape = (rows, self.store.capacity + 1)
-        kind = torch.int8 if self.kv_bits == 8 else states[0].dtype
-        self.states = tuple(x.new_zeros(*shape, *x.shape[2:], dtype=kind) for x in states)
-        if self.kv_bits == 8:
-            sizes = [(*shape, *x.shape[2:-1], 1) for x in states]
-            self.scales = tuple(states[0].new_zeros(size, dtype=torch.float32) for size in sizes)
+        made = tuple(x.new_zeros(*shape, *x.shape[-2:], device=device) for x in parts)
+        count = len(made) // (2 if self.kv_bits == 8 else 1)
+        self.states, self.scales = made[:count], made[count:]
 
     @torch.inference_mode(False)
     def keep_context(self, states: tuple[Tensor, ...], positions_BS: Tensor) -> CacheView:
         """Store the keys and values of cross-attention until `reset`, and return them as a view."""
         self.context = CacheView(tuple(x.detach().clone() for x in states), positions_BS.clone())
         return self.context
+
+    def read(self, row: int, start: int, end: int) -> tuple[Tensor, ...]:
+        """Return copies [T, K, H] of what is stored of the positions `start` to `end` - 1."""
+        slots_T = self.store.slots(start, end)
+        return tuple(x[row, slots_T] for x in (*self.states, *self.scales))
+
+    def write(self, row: int, start: int, parts: Sequence[Tensor]) -> None:
+        """Store what `read` returned, from the position `start` on."""
+        if not self.states:
+            self._allocate(tuple(parts), self.store.batch_size)
+        slots_T = self.store.slots(start, start + parts[0].size(0))
+        for stored, part in zip((*self.states, *self.scales), parts, strict=True):
+            stored[row, slots_T] = part.to(stored.device)
 
     def reset(self) -> None:
         """Clear all states and keep their memory."""

@@ -98,7 +98,7 @@ CEILINGS = {
     "chat": 905,
     "checkpoints": 4_094,
     "data": 1_946,
-    "inference": 835,
+    "inference": 975,
     "evaluation": 1_270,
     "training": 4_042,
     "verify": 2_330,

@@ -196,3 +196,12 @@ def test_log_probabilities_are_those_of_the_distribution_drawn_from(args, warped
     theirs = warped(logits).log_softmax(-1)
     for drawn, log_probs in zip(ids, found, strict=True):
         torch.testing.assert_close(log_probs, theirs.gather(1, drawn[:, None])[:, 0])
+
+
+def test_numbers_that_are_drawn_ahead_are_those_drawn_one_by_one():
+    logits = torch.zeros(2, 1000).double()
+    sampler = Sampler(SamplingArgs(temperature=1.0), 2, 1000, [3, 4])
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    for _ in range(130):  # more than are drawn at a time
+        numbers = torch.cat([torch.rand(1, generator=one) for one in generators])
+        assert torch.equal(sampler(logits), sample(logits.softmax(-1), numbers))

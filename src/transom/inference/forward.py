@@ -46,7 +46,7 @@ def prefill(model: LLM, cache: ModelCache, rows: Sequence[Sequence[int]], step_s
         ends_B1 = torch.tensor(ends, device=device)[:, None]
         last_BV = logits_BV if last_BV is None else torch.where(ends_B1, logits_BV, last_BV)
     assert last_BV is not None, "the longest row ends in the last piece"
-    check_finite(not_finite(last_BV), last_BV.dtype)
+    check_finite(bool(not_finite(last_BV).any()), last_BV.dtype)
     return last_BV
 
 
@@ -89,9 +89,9 @@ def not_finite(logits_BV: Tensor) -> Tensor:
     return ~logits_BV.amax(-1).isfinite()
 
 
-def check_finite(broken_B: Tensor, dtype: torch.dtype) -> None:
-    """Raise a `WorkError` if a row is broken: a token drawn from it would look like an answer."""
-    if bool(broken_B.any()):
+def check_finite(broken: bool, dtype: torch.dtype) -> None:
+    """Raise a `WorkError` for broken logits: a token drawn from them would look like an answer."""
+    if broken:
         raise WorkError(
             "logits: got NaN or infinite values; expected finite ones: a weight is not finite, or "
             f"values are too large for {dtype_name(dtype)}"

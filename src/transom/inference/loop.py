@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from transom.base.errors import RequestError, notice, require
 from transom.cache.model_cache import ModelCache
 from transom.config.model_args import ModelArgs
+from transom.inference.copies import runs_ahead, to_host
 from transom.inference.decode_args import DEFAULT, DecodeArgs
 from transom.inference.forward import (
     check_finite,
@@ -29,7 +29,11 @@ from transom.models.llm import LLM
 
 GREEDY = SamplingArgs()
 MAX_TOKENS = 128  # new tokens of a completion or an answer by default
-FINISHED = -1  # the id of a row after its stop token, where a tensor can't contain None
+# Ids, where a tensor can't contain None: of rows after their stop token, and of rows with logits
+# that are not finite.
+FINISHED, BROKEN = -1, -2
+# One token id per row, None for finished rows, step by step.
+Tokens = Generator[list[int | None], None, None]
 
 
 def stream(
@@ -43,7 +47,7 @@ def stream(
     decode: DecodeArgs = DEFAULT,
     cache: ModelCache | None = None,
     log_probs: list[Tensor] | None = None,
-) -> Iterator[list[int | None]]:
+) -> Tokens:
     """Continue a batch of prompts, and yield the new tokens step by step.
 
     Args:
@@ -55,7 +59,8 @@ def stream(
         stop_tokens: Ids that finish a row. The stop token is yielded too.
         decode: How the model runs.
         cache: A KV cache that has the beginning of each prompt; only the rest of it is run. After
-            every yield it has all tokens of a row but the last one yielded.
+            every yield it has all tokens of a row but the last one yielded. On a GPU, which runs
+            the next step already, this holds once the stream has ended or was closed.
         log_probs: A list to which every step appends the log-probabilities of its tokens, float32
             [B] in nats; see `Sampler`. Those of finished rows have no meaning.
 
@@ -66,7 +71,7 @@ def stream(
         RequestError: The request can't be computed. It is raised before the model runs.
         WorkError: Logits are NaN or infinite.
     """
-    steps = _steps(
+    return _steps(
         model,
         prompts,
         max_new_tokens,
@@ -77,7 +82,6 @@ def stream(
         cache,
         log_probs,
     )
-    return ([None if id == FINISHED else id for id in ids_B.tolist()] for ids_B in steps)
 
 
 def generate(
@@ -130,9 +134,9 @@ def generate(
     decode = DecodeArgs(**{name: options.pop(name) for name in names})
     sampling = SamplingArgs(**options)
     steps = _steps(model, prompts, max_new_tokens, sampling, seeds, stop_tokens, decode)
-    new_BT = torch.stack(list(steps), 1).to(tokens_BT.device)
-    new_BT = F.pad(new_BT, (0, max_new_tokens - new_BT.size(1)), value=FINISHED)
-    return torch.cat([tokens_BT, new_BT.masked_fill(new_BT == FINISHED, pad_token)], 1)
+    new_TB = [[pad_token if id is None else id for id in ids] for ids in steps]
+    new_TB += [[pad_token] * len(prompts)] * (max_new_tokens - len(new_TB))
+    return torch.cat([tokens_BT, torch.tensor(new_TB, device=tokens_BT.device).T], 1)
 
 
 def _padded(tokens: Tensor | list[list[int]], pad_token: int) -> tuple[Tensor, list[list[int]]]:
@@ -155,8 +159,8 @@ def _steps(
     decode: DecodeArgs,
     cache: ModelCache | None = None,
     log_probs: list[Tensor] | None = None,
-) -> Iterator[Tensor]:
-    """Check the request, and return an iterator of the ids [B] of each step."""
+) -> Tokens:
+    """Check the request, and return the generator of its tokens."""
     args, device = model.args, model.device
     require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "expected 1 or more")
     _check_prompts(prompts, args.vocab_size)
@@ -174,8 +178,7 @@ def _steps(
     rest = _not_cached(prompts, cache, 1 if longer else max_new_tokens)
     sampler = Sampler(sampling, len(prompts), args.vocab_size, seeds, device, log_probs)
     sampler.see(prompts)
-    stops_S = torch.tensor(list(stop_tokens), dtype=torch.int64, device=device)
-    return _run(model, cache, rest, sampler, max_new_tokens, stops_S, decode, longer)
+    return _run(model, cache, rest, sampler, max_new_tokens, stop_tokens, decode, longer)
 
 
 @torch.inference_mode()  # a `with` around a yield would leave the caller in inference mode
@@ -185,11 +188,13 @@ def _run(
     rest: Sequence[Sequence[int]],
     sampler: Sampler,
     max_new_tokens: int,
-    stops_S: Tensor,
+    stop_tokens: Sequence[int],
     decode: DecodeArgs,
     longer: int | None,
-) -> Iterator[Tensor]:
-    """Yield the ids [B] of each step, `FINISHED` for finished rows.
+) -> Tokens:
+    """Yield the tokens of each step.
+
+    A device that runs ahead has the next step in its queue before the tokens of this one are read.
 
     `longer` is the capacity of the cache to continue with where `cache` is of the original length
     of the rotary frequencies (see `rebuild_larger`).
@@ -197,35 +202,61 @@ def _run(
     given: list[Tensor] = []
     logits_BV = prefill(model, cache, rest, decode.prefill_step_size)
     alive_B = torch.ones(len(rest), dtype=torch.bool, device=logits_BV.device)
-    broken_B = torch.zeros_like(alive_B)
-    waits = stops_S.numel() > 0 or logits_BV.device.type == "cpu"
-    for remaining in reversed(range(max_new_tokens)):
-        broken_B = broken_B | (alive_B & not_finite(logits_BV))
-        if waits or not remaining:  # on a GPU without stop tokens only the last step waits
-            check_finite(broken_B, logits_BV.dtype)
-        ids_B = sampler(logits_BV)
-        yield ids_B.masked_fill(~alive_B, FINISHED)
-        lengths_B = None
-        if stops_S.numel():
-            alive_B = alive_B & ~torch.isin(ids_B, stops_S)
-            left = int(alive_B.sum())
-            if left == 0:
-                return
-            lengths_B = alive_B.long() if left < len(rest) else None  # finished rows store nothing
+    stops = {*stop_tokens}
+    stops_S = torch.tensor([*stops], dtype=torch.int64, device=logits_BV.device)
+    left = rows = len(rest)  # rows without a stop token, as far as tokens have been read
+    ahead = runs_ahead(logits_BV.device)
+
+    def advance() -> Tensor:
+        """Return the logits [B, V] after `ids_B`, which the cache gets."""
+        nonlocal cache, longer
         if longer:
             given.append(ids_B)
             if cache.bound == cache.capacity:
                 cache.sync_length()  # the bound counts calls, but finished rows do not grow
-            if remaining and cache.bound == cache.capacity:
+            if cache.bound == cache.capacity:
                 added = torch.stack(given, 1).tolist()
-                rows = [[*row, *new] for row, new in zip(rest, added, strict=True)]
-                step_size = decode.prefill_step_size
-                cache, logits_BV = rebuild_larger(model, cache, rows, longer, step_size)
-                longer = None
-                continue
-        if remaining:
-            inputs = TransformerInput(ids_B[:, None], lengths=lengths_B, logits="last")
-            logits_BV = forward_logits(model, inputs, cache)[:, 0]
+                texts = [[*row, *new] for row, new in zip(rest, added, strict=True)]
+                step_size, capacity, longer = decode.prefill_step_size, longer, None
+                cache, logits_BV = rebuild_larger(model, cache, texts, capacity, step_size)
+                return logits_BV
+        lengths_B = alive_B.long() if left < rows else None  # finished rows store nothing
+        inputs = TransformerInput(ids_B[:, None], lengths=lengths_B, logits="last")
+        return forward_logits(model, inputs, cache)[:, 0]
+
+    for remaining in reversed(range(max_new_tokens)):
+        ids_B = sampler(logits_BV)
+        shown_B = ids_B.masked_fill(not_finite(logits_BV), BROKEN)
+        read = to_host(shown_B.masked_fill(~alive_B, FINISHED))
+        alive_B = alive_B & (ids_B[:, None] != stops_S).all(-1)
+        if ahead and remaining:
+            logits_BV = advance()
+        ids = read()
+        check_finite(BROKEN in ids, logits_BV.dtype)
+        stopped, all_ran = sum(id in stops for id in ids), left == rows
+        left -= stopped
+        if ahead and remaining and stopped and all_ran:  # the queued step has stored a stop token
+            _take_back(cache, 1 if not left else (~alive_B).long())
+        try:
+            yield [None if id == FINISHED else id for id in ids]
+        except GeneratorExit:
+            if ahead and remaining and left:
+                _take_back(cache, 1 if left == rows else alive_B.long())
+            raise
+        if not left:
+            return
+        if not ahead and remaining:
+            logits_BV = advance()
+
+
+def _take_back(cache: ModelCache, count_B: Tensor | int) -> None:
+    """Remove 0 or 1 tokens of each row, which a step has stored whose tokens nobody reads.
+
+    Rings allow it: a step of one token per row overwrites nothing that the step before needs.
+    """
+    before, cache.rolled_back = cache.rolled_back, 0
+    cache.rollback(count_B, 1)
+    cache.rolled_back = before + 1
 
 
 def truncate_after_interrupt(cache: ModelCache, at_most: int, in_flight: int) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from transom.base.errors import require
 from transom.base.runtime import mixed_seed
+from transom.inference.copies import to_device
 from transom.inference.sampling import SamplingArgs
+
+DRAWS = 64  # uniform numbers per row that go to the device at a time
 
 
 class Sampler:
@@ -44,6 +47,7 @@ class Sampler:
         self.args = args
         self._log_probs = log_probs
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._draws: Iterator[Tensor] = iter(())
         self._prompt_BV = self._counts_BV = None
         if args.reads_prompt:
             self._prompt_BV = torch.zeros(batch, vocab, dtype=torch.bool, device=device)
@@ -62,8 +66,7 @@ class Sampler:
         if self.args.greedy:
             ids_B = logits_BV.argmax(-1)
         else:
-            draws = [torch.rand(1, generator=generator) for generator in self._generators]
-            ids_B = sample(logits_BV.softmax(-1), torch.cat(draws).to(logits_BV.device))
+            ids_B = sample(logits_BV.softmax(-1), self._uniform(logits_BV.device))
         if self._log_probs is not None:
             chosen_B1 = logits_BV.float().log_softmax(-1).gather(-1, ids_B[:, None])
             self._log_probs.append(chosen_B1[:, 0])
@@ -71,6 +74,15 @@ class Sampler:
             ones_B1 = self._counts_BV.new_ones(len(ids_B), 1)
             self._counts_BV.scatter_add_(1, ids_B[:, None], ones_B1)
         return ids_B
+
+    def _uniform(self, device: torch.device) -> Tensor:
+        """Return the next number of every row, float32 [B]. The host draws many at a time."""
+        numbers_B = next(self._draws, None)
+        if numbers_B is None:
+            rows = [torch.rand(DRAWS, generator=generator) for generator in self._generators]
+            self._draws = iter(to_device(torch.stack(rows, 1), device))
+            numbers_B = next(self._draws)
+        return numbers_B
 
 
 def sample(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:

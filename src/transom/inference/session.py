@@ -87,6 +87,10 @@ class Answer:
             rest = self._splitter.finish()
             yield from rest if self._hidden is None else ()
 
+    def close(self) -> None:
+        """End the generation."""
+        self._texts.close()
+
     def _pieces(self, text: str) -> list[Piece]:
         pieces: list[Piece] = [("answer", text)] if text else []
         if self._splitter is None:
@@ -199,6 +203,7 @@ class Session:
             answer: What `ask` returned.
             interrupted: Whether its iteration was interrupted by an exception.
         """
+        answer.close()
         done, prompt = answer.completion, answer.ids
         self.turns += 1
         message = {"role": "assistant", "content": answer.text}

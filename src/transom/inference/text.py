@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from transom.base.errors import require
 from transom.base.runtime import memory_bytes
-from transom.inference.loop import GREEDY, stream
+from transom.inference.loop import GREEDY, Tokens, stream
 from transom.inference.sampling import SamplingArgs
 from transom.inference.stopping import ControlSigns, StopStrings
 from transom.models.llm import LLM
@@ -47,7 +47,7 @@ class TextStream:
     def __init__(
         self,
         rows: Sequence[_Row],
-        steps: Iterator[list[int | None]],
+        steps: Tokens,
         prompt_tokens: int,
     ) -> None:
         self.completions = [row.completion for row in rows]
@@ -57,14 +57,21 @@ class TextStream:
 
     def __iter__(self) -> Iterator[list[str]]:
         start = time.perf_counter()
-        for ids in self._steps:
-            if not self.prompt_seconds:
-                self.prompt_seconds = time.perf_counter() - start
-            pairs = zip(self._rows, ids, strict=True)
-            yield ["" if id is None else row.push(id) for row, id in pairs]
-            if all(row.completion.finish_reason for row in self._rows):
-                break
+        try:
+            for ids in self._steps:
+                if not self.prompt_seconds:
+                    self.prompt_seconds = time.perf_counter() - start
+                pairs = zip(self._rows, ids, strict=True)
+                yield ["" if id is None else row.push(id) for row, id in pairs]
+                if all(row.completion.finish_reason for row in self._rows):
+                    break
+        finally:
+            self.close()
         self.generation_seconds = time.perf_counter() - start - self.prompt_seconds
+
+    def close(self) -> None:
+        """End the generation, and take what is not part of a text back from the cache."""
+        self._steps.close()
 
     def run(self) -> list[Completion]:
         """Run all rows to their ends and return the completions.

@@ -98,11 +98,11 @@ CEILINGS = {
     "chat": 905,
     "checkpoints": 4_094,
     "data": 1_946,
-    "inference": 975,
+    "inference": 1_175,
     "evaluation": 1_270,
     "training": 4_042,
     "verify": 2_330,
-    "cli": 1_578,
+    "cli": 1_590,
 }
 
 

@@ -67,6 +67,7 @@ def run(options: argparse.Namespace) -> int:
     sampling, decode = read_fields(options, SamplingArgs), read_fields(options, DecodeArgs)
     adapters = named_adapters(options.adapter)
     from transom.checkpoints.open_model import open_model
+    from transom.inference.draft import open_draft
     from transom.inference.loop import MAX_TOKENS
     from transom.inference.session import AnswerArgs, open_session
 
@@ -76,6 +77,7 @@ def run(options: argparse.Namespace) -> int:
         max_tokens=options.max_tokens or MAX_TOKENS,
         stop=options.stop,
         decode=decode,
+        draft=open_draft(options.draft_model, opened, device=options.device),
         show_special=options.show_special,
     )
     session = open_session(

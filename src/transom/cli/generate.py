@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from transom.base.errors import RequestError, notice, require
-from transom.cli.main import emit_json
+from transom.cli.main import emit_json, user_path
 from transom.cli.options import (
     add_fields,
     add_json,
@@ -43,6 +43,8 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--max-tokens", type=int, metavar="N", help=what)
     add_fields(parser, SamplingArgs)
     add_fields(parser, DecodeArgs)
+    what = "a smaller model of the same vocabulary, which proposes tokens: the same text, sooner"
+    parser.add_argument("--draft-model", type=user_path, metavar="FOLDER", help=what)
     what = "end before this text, as before the stop_strings of the folder; may be repeated"
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=what)
     what = "print control tokens, also the one that ends the text"
@@ -57,6 +59,8 @@ def check_generation(options: argparse.Namespace) -> None:
     require(most is None or most >= 1, "--max-tokens", most, "expected an integer of 1 or more")
     require(all(options.stop), "--stop", "", "expected text of 1 character or more")
     check_model(options.folder)
+    if options.draft_model is not None:
+        check_model(options.draft_model)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -66,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
     sampling, decode = read_fields(options, SamplingArgs), read_fields(options, DecodeArgs)
     from transom.chat.reasoning import marker_ids
     from transom.checkpoints.open_model import open_model
+    from transom.inference.draft import open_draft
     from transom.inference.loop import room_for_new_tokens
     from transom.inference.text import encode_prompts, stream_text
 
@@ -84,6 +89,7 @@ def run(options: argparse.Namespace) -> int:
         stop=[*options.stop, *(() if options.ignore_eos else opened.stop_strings)],
         stop_tokens=() if options.ignore_eos else opened.stop_tokens,
         decode=decode,
+        draft=open_draft(options.draft_model, opened, device=options.device),
         # The markers of reasoning are shown: without them, it would look like the answer.
         kept="all" if options.show_special else marker_ids(tokenizer),
     )
@@ -143,9 +149,12 @@ def show(texts: TextStream, prompts: Sequence[str]) -> list[str]:
 
 
 def report(rates: dict[str, Any]) -> None:
-    """Print the three closing lines on standard error."""
+    """Print the closing lines on standard error."""
     for name in ("prompt", "generation"):
         count, speed = rates[f"{name}_tokens"], rates[f"{name}_tokens_per_second"]
         tokens = counted(count, "token")
         print(f"{name.capitalize()}: {tokens}, {speed:,.3f} tokens-per-sec", file=sys.stderr)
+    if "drafted_tokens" in rates:
+        accepted, drafted = rates["accepted_tokens"], counted(rates["drafted_tokens"], "token")
+        print(f"Drafts: {drafted}, {accepted} accepted", file=sys.stderr)
     print(f"Peak memory: {rates['peak_memory_bytes'] / 1e9:.3f} GB", file=sys.stderr, flush=True)

@@ -32,9 +32,24 @@ class DecodeArgs:
         "head, in about half the memory; 16 stores the dtype of the model",
     )
 
+    num_draft_tokens: int = describe(
+        4, "tokens that a draft model proposes per call of the model", at_least=1, at_most=32
+    )
+    prompt_lookup_num_tokens: int | None = describe(
+        None,
+        "propose at most N tokens per call that followed the last ones earlier in the text",
+        "tokens",
+        at_least=1,
+        at_most=32,
+    )
+
     def __post_init__(self) -> None:
         check_bounds(self)
         require(self.kv_bits in (8, 16), "kv_bits", self.kv_bits, "expected 8 or 16")
+
+    def proposals(self, draft: object | None) -> int:
+        """Return how many tokens are proposed per call at most, 0 without speculative decoding."""
+        return (self.prompt_lookup_num_tokens or 0) if draft is None else self.num_draft_tokens
 
 
 DEFAULT = DecodeArgs()

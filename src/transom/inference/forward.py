@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from transom.cache.model_cache import ModelCache
 from transom.config.model_args import ModelArgs
 from transom.layers.inputs import TransformerInput, right_padded
 from transom.models.llm import LLM
+
+# One token id per row, None for finished rows, step by step.
+Tokens = Generator[list[int | None], None, None]
 
 
 def prefill(model: LLM, cache: ModelCache, rows: Sequence[Sequence[int]], step_size: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from transom.config.model_args import ModelArgs
 from transom.inference.copies import runs_ahead, to_host
 from transom.inference.decode_args import DEFAULT, DecodeArgs
 from transom.inference.forward import (
+    Tokens,
     check_finite,
     first_capacity,
     forward_logits,
@@ -24,6 +25,7 @@ from transom.inference.forward import (
 )
 from transom.inference.sampler import Sampler
 from transom.inference.sampling import SamplingArgs
+from transom.inference.speculate import DraftCounts, Proposer, choose_proposer, speculate
 from transom.layers.inputs import TransformerInput, right_padded
 from transom.models.llm import LLM
 
@@ -32,8 +34,6 @@ MAX_TOKENS = 128  # new tokens of a completion or an answer by default
 # Ids, where a tensor can't contain None: of rows after their stop token, and of rows with logits
 # that are not finite.
 FINISHED, BROKEN = -1, -2
-# One token id per row, None for finished rows, step by step.
-Tokens = Generator[list[int | None], None, None]
 
 
 def stream(
@@ -47,6 +47,8 @@ def stream(
     decode: DecodeArgs = DEFAULT,
     cache: ModelCache | None = None,
     log_probs: list[Tensor] | None = None,
+    draft: Proposer | None = None,
+    counts: DraftCounts | None = None,
 ) -> Tokens:
     """Continue a batch of prompts, and yield the new tokens step by step.
 
@@ -63,6 +65,10 @@ def stream(
             the next step already, this holds once the stream has ended or was closed.
         log_probs: A list to which every step appends the log-probabilities of its tokens, float32
             [B] in nats; see `Sampler`. Those of finished rows have no meaning.
+        draft: A `DraftModel` that proposes tokens. With it, or with `prompt_lookup_num_tokens`, the
+            cache may also have tokens after the last one yielded, until the stream has ended or is
+            closed.
+        counts: Where proposed and accepted tokens are counted.
 
     Yields:
         One token id per row, None for finished rows. The stream ends with its last row.
@@ -81,6 +87,8 @@ def stream(
         decode,
         cache,
         log_probs,
+        draft,
+        counts,
     )
 
 
@@ -92,6 +100,7 @@ def generate(
     seeds: Sequence[int] | None = None,
     stop_tokens: Sequence[int] = (),
     pad_token: int = 0,
+    draft: Proposer | None = None,
     **options: Any,
 ) -> Tensor:
     """Continue a batch of prompts and return prompts and new tokens as one tensor.
@@ -104,6 +113,7 @@ def generate(
         stop_tokens: Ids that finish a row. None are assumed: without them every row gets
             `max_new_tokens` tokens.
         pad_token: The id after the stop token of a finished row, and after shorter lists.
+        draft: A `DraftModel` that proposes tokens.
         **options: Fields of `DecodeArgs`, which say how the model runs, and of `SamplingArgs`:
             temperature: 0 takes the most likely token (default). Otherwise logits are divided by
                 it: below 1 sharpens the distribution, above 1 flattens it.
@@ -133,7 +143,8 @@ def generate(
     names = {field.name for field in dataclasses.fields(DecodeArgs)} & set(options)
     decode = DecodeArgs(**{name: options.pop(name) for name in names})
     sampling = SamplingArgs(**options)
-    steps = _steps(model, prompts, max_new_tokens, sampling, seeds, stop_tokens, decode)
+    given = model, prompts, max_new_tokens, sampling, seeds, stop_tokens, decode
+    steps = _steps(*given, draft=draft)
     new_TB = [[pad_token if id is None else id for id in ids] for ids in steps]
     new_TB += [[pad_token] * len(prompts)] * (max_new_tokens - len(new_TB))
     return torch.cat([tokens_BT, torch.tensor(new_TB, device=tokens_BT.device).T], 1)
@@ -159,6 +170,8 @@ def _steps(
     decode: DecodeArgs,
     cache: ModelCache | None = None,
     log_probs: list[Tensor] | None = None,
+    draft: Proposer | None = None,
+    counts: DraftCounts | None = None,
 ) -> Tokens:
     """Check the request, and return the generator of its tokens."""
     args, device = model.args, model.device
@@ -178,6 +191,11 @@ def _steps(
     rest = _not_cached(prompts, cache, 1 if longer else max_new_tokens)
     sampler = Sampler(sampling, len(prompts), args.vocab_size, seeds, device, log_probs)
     sampler.see(prompts)
+    proposer = choose_proposer(decode, draft, len(prompts), cache)
+    if proposer is not None:
+        ends = max_new_tokens, frozenset(stop_tokens)
+        parts = model, cache, prompts[0], rest[0], sampler, *proposer
+        return speculate(*parts, *ends, decode, longer, counts or DraftCounts())
     return _run(model, cache, rest, sampler, max_new_tokens, stop_tokens, decode, longer)
 
 

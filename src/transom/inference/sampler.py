@@ -44,7 +44,7 @@ class Sampler:
         if seeds is None:
             seeds = [mixed_seed(args.seed, row) for row in range(batch)]
         require(len(seeds) == batch, "seeds", len(seeds), f"expected one seed per row, {batch}")
-        self.args = args
+        self.args, self.vocab, self.device = args, vocab, device
         self._log_probs = log_probs
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._draws: Iterator[Tensor] = iter(())
@@ -62,20 +62,60 @@ class Sampler:
 
     def __call__(self, logits_BV: Tensor) -> Tensor:
         """Return the next token id of each row, int64 [B], from the model's logits."""
-        logits_BV = self.args.adjust(logits_BV, self._prompt_BV, self._counts_BV)
+        logits_BV = self.adjusted(logits_BV)
         if self.args.greedy:
             ids_B = logits_BV.argmax(-1)
         else:
-            ids_B = sample(logits_BV.softmax(-1), self._uniform(logits_BV.device))
+            ids_B = sample(logits_BV.softmax(-1), self.uniform(logits_BV.device))
+        self._record(logits_BV, ids_B)
+        return ids_B
+
+    def accept_or_replace(self, logits_1V: Tensor, drafted: int, probs_V: Tensor) -> int:
+        """Return the next token id of the only row, given one that another model has drawn.
+
+        The result has the distribution of a call without it (Leviathan et al. 2023, arXiv
+        2211.17192, algorithm 1).
+
+        Args:
+            logits_1V: The logits of the model.
+            drafted: The id that was drawn.
+            probs_V: The distribution that it was drawn from, float32, on the same device.
+        """
+        logits_1V = self.adjusted(logits_1V)
+        wanted_1V = logits_1V.softmax(-1)
+        uniform_1 = self.uniform(logits_1V.device)
+        if bool(uniform_1 * probs_V[drafted] < wanted_1V[0, drafted]):
+            ids_1 = torch.tensor([drafted], device=logits_1V.device)
+        else:
+            rest_1V = (wanted_1V - probs_V).clamp(min=0)
+            # All of it can be 0 by rounding, if the two distributions are equal.
+            rest_1V = rest_1V if bool(rest_1V.any()) else wanted_1V
+            ids_1 = sample(rest_1V, self.uniform(logits_1V.device))
+        self._record(logits_1V, ids_1)
+        return int(ids_1)
+
+    def adjusted(self, logits_BV: Tensor, drafted: Sequence[int] = ()) -> Tensor:
+        """Return the logits [B, V] of the distribution that the next tokens are drawn from.
+
+        `drafted` are ids that are counted in every row as if they had been generated.
+        """
+        counts_BV = self._counts_BV
+        if counts_BV is not None and drafted:
+            counts_BV = counts_BV.clone()
+            added_N = torch.tensor(list(drafted), device=counts_BV.device)
+            counts_BV.index_add_(1, added_N, counts_BV.new_ones(len(counts_BV), len(drafted)))
+        return self.args.adjust(logits_BV, self._prompt_BV, counts_BV)
+
+    def _record(self, logits_BV: Tensor, ids_B: Tensor) -> None:
+        """Keep the log-probabilities of chosen tokens, and count the tokens."""
         if self._log_probs is not None:
             chosen_B1 = logits_BV.float().log_softmax(-1).gather(-1, ids_B[:, None])
             self._log_probs.append(chosen_B1[:, 0])
         if self._counts_BV is not None:
             ones_B1 = self._counts_BV.new_ones(len(ids_B), 1)
             self._counts_BV.scatter_add_(1, ids_B[:, None], ones_B1)
-        return ids_B
 
-    def _uniform(self, device: torch.device) -> Tensor:
+    def uniform(self, device: torch.device) -> Tensor:
         """Return the next number of every row, float32 [B]. The host draws many at a time."""
         numbers_B = next(self._draws, None)
         if numbers_B is None:

@@ -37,6 +37,7 @@ from transom.inference.loop import (
     truncate_after_interrupt,
 )
 from transom.inference.sampling import SamplingArgs
+from transom.inference.speculate import Proposer
 from transom.inference.text import Completion, TextStream, stream_text
 from transom.lora.adapters import activate_adapters, active_adapters, adapter_names
 from transom.models.llm import LLM
@@ -123,6 +124,7 @@ class AnswerArgs:
         stop_tokens: Ids that end an answer.
         stop: Strings that end an answer.
         decode: How the model runs.
+        draft: Proposes tokens. Its cache follows the conversation.
         show_special: Yield answers as the model generates them, with control tokens.
     """
 
@@ -131,6 +133,7 @@ class AnswerArgs:
     stop_tokens: Sequence[int] = ()
     stop: Sequence[str] = ()
     decode: DecodeArgs = DEFAULT
+    draft: Proposer | None = None
     show_special: bool = False
 
 
@@ -188,6 +191,7 @@ class Session:
             stop=args.stop,
             stop_tokens=args.stop_tokens,
             decode=args.decode,
+            draft=args.draft,
             cache=self.cache,
             kept="all" if args.show_special else shown,
         )
@@ -212,7 +216,9 @@ class Session:
         ids = [*prompt, *(id for id in done.tokens if id not in self.args.stop_tokens)]
         self.framing.add(answer.turn, message, done, ids)
         if interrupted:
-            in_flight = 1 if done.tokens else self.args.decode.prefill_step_size
+            args = self.args
+            step = 1 + args.decode.proposals(args.draft)
+            in_flight = step if done.tokens else args.decode.prefill_step_size
             truncate_after_interrupt(self.cache, len(prompt) + len(done.tokens), in_flight)
         elif done.finish_reason == "length" and self.room - len(prompt) <= self.args.max_tokens:
             notice(self._full, again=True)

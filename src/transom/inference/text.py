@@ -9,8 +9,11 @@ from typing import Any, Literal
 
 from transom.base.errors import require
 from transom.base.runtime import memory_bytes
-from transom.inference.loop import GREEDY, Tokens, stream
+from transom.inference.decode_args import DEFAULT
+from transom.inference.forward import Tokens
+from transom.inference.loop import GREEDY, stream
 from transom.inference.sampling import SamplingArgs
+from transom.inference.speculate import DraftCounts
 from transom.inference.stopping import ControlSigns, StopStrings
 from transom.models.llm import LLM
 from transom.tokenizers.stream import StreamDecoder
@@ -42,6 +45,7 @@ class TextStream:
         prompt_tokens: Tokens of all prompts.
         prompt_seconds: Time until the first token of each row, in seconds.
         generation_seconds: Time of the steps after it, in seconds.
+        counts: The proposed and accepted tokens of speculative decoding, None without it.
     """
 
     def __init__(
@@ -49,9 +53,10 @@ class TextStream:
         rows: Sequence[_Row],
         steps: Tokens,
         prompt_tokens: int,
+        counts: DraftCounts | None = None,
     ) -> None:
         self.completions = [row.completion for row in rows]
-        self.prompt_tokens = prompt_tokens
+        self.prompt_tokens, self.counts = prompt_tokens, counts
         self.prompt_seconds = self.generation_seconds = 0.0
         self._rows, self._steps = rows, steps
 
@@ -89,14 +94,15 @@ class TextStream:
         The first token of a row is computed with its prompt, so it does not count for the speed of
         generation.
         """
-        counts = [len(row.tokens) for row in self.completions]
-        after_first = sum(counts) - len(counts)
+        sizes = [len(row.tokens) for row in self.completions]
+        after_first = sum(sizes) - len(sizes)
         return {
             "prompt_tokens": self.prompt_tokens,
-            "generation_tokens": sum(counts),
+            "generation_tokens": sum(sizes),
             "prompt_tokens_per_second": self.prompt_tokens / max(self.prompt_seconds, 1e-9),
             "generation_tokens_per_second": after_first / max(self.generation_seconds, 1e-9),
             "peak_memory_bytes": memory_bytes(model.device),
+            **({} if self.counts is None else vars(self.counts)),
         }
 
 
@@ -123,7 +129,7 @@ def stream_text(
         stop_tokens: Ids that end a row.
         kept: Ids of control tokens that the pieces spell out, stop tokens included. The
             `completions` never contain control tokens.
-        **options: `sampling`, `seeds`, `decode`, `cache` and `log_probs` of `stream`.
+        **options: `sampling`, `seeds`, `decode`, `cache`, `draft` and `log_probs` of `stream`.
 
     Raises:
         RequestError: The request can't be computed. It is raised before the model runs.
@@ -135,10 +141,12 @@ def stream_text(
     stop_tokens = (*stop_tokens, *words)
     ids = encode_prompts(tokenizer, prompts)
     options |= {"max_new_tokens": max_new_tokens, "stop_tokens": stop_tokens}
-    steps = stream(model, ids, **options)
+    speculates = options.get("decode", DEFAULT).proposals(options.get("draft"))
+    counts = DraftCounts() if speculates else None
+    steps = stream(model, ids, counts=counts, **options)
     stops = frozenset(stop_tokens)
     rows = [_Row(tokenizer, stop, stops, words, max_new_tokens, kept) for _ in prompts]
-    return TextStream(rows, steps, sum(map(len, ids)))
+    return TextStream(rows, steps, sum(map(len, ids)), counts)
 
 
 def complete(

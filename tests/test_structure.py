@@ -83,7 +83,7 @@ def test_every_dependency_has_its_reason():
 
 # Code lines of each room. Lower a ceiling when a room shrinks; explain a higher one in the commit.
 CEILINGS = {
-    "base": 720,
+    "base": 740,
     "config": 620,
     "planning": 320,
     "attention": 700,
@@ -101,7 +101,7 @@ CEILINGS = {
     "inference": 1_175,
     "evaluation": 1_270,
     "training": 4_042,
-    "verify": 2_330,
+    "verify": 2_382,
     "cli": 1_590,
 }
 

@@ -98,6 +98,8 @@ def test_what_the_oracle_lacks_is_a_refusal(tmp_path, capsys):
         (["cache", "--steps", "4"], "--steps"),
         (["resume", "demo", "--steps", "2"], "--steps: got 2"),
         (["cache", "no-such-model"], "model: got 'no-such-model'"),
+        (["cache", "--tokens", "100"], "--tokens: got 100"),
+        (["cache", "demo", "--tokens", "20000"], "model: got 'demo'"),
     ],
 )
 def test_a_wrong_request_is_one_sentence(capsys, words, said):

@@ -45,9 +45,8 @@ def heads(seed: int) -> torch.Tensor:
 
 def test_halves_turn_as_transformers_llama_does():
     q, k = heads(0), heads(1)
-    positions = torch.tensor(
-        [[0, 1, 2, 3, 4, 5, 6, 7, 8], [100, 101, 102, 900, 901, 902, 7000, 7001, 7002]]
-    )
+    # Its angles are float32, so they are wrong by more than 1e-5 from some hundred positions on.
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 8], [10, 11, 12, 90, 91, 92, 120, 121, 122]])
     cos, sin = LlamaRotaryEmbedding(hf_config(rope_type="default", rope_theta=10000.0))(
         q, positions
     )
@@ -102,6 +101,16 @@ def test_equal_low_and_high_factor_keep_or_stretch_and_never_blend(factor):
     assert ((scaled >= freqs / 16.0) & (scaled <= freqs)).all(), (
         "0 / 0 is on this border, and rounding makes it any number"
     )
+
+
+def test_a_rotation_of_the_millionth_position_is_exact():
+    """Turning from position p - d to p is a rotation by d, wherever p is."""
+    rope = RopeArgs(64, 10000.0)
+    positions = torch.arange(999_000, 1_000_000)[None]
+    angles = positions[0, :, None, None].double() * frequencies(rope).double()
+    cos, sin = rotary_table(positions, rope)
+    torch.testing.assert_close(cos[0].double(), angles.cos(), rtol=0, atol=1e-7)
+    torch.testing.assert_close(sin[0].double(), angles.sin(), rtol=0, atol=1e-7)
 
 
 def test_bfloat16_model_still_tells_far_positions_apart():

@@ -61,6 +61,7 @@ BUGS: tuple[Bug, ...] = (
     Bug("router weights renormalised", "model", model_bugs.renormalized_router),
     Bug("choice bias in the weights", "model", model_bugs.weighing_bias),
     Bug("stale ring slot", "cache", run_bugs.stale_slot),
+    Bug("scale of another token", "cache", run_bugs.stale_scale),
     Bug("prefill chunk overwrites", "cache", run_bugs.overwriting_prefill),
     Bug("static view cut short", "cache", run_bugs.short_view),
     Bug("window slice off by one", "attention", model_bugs.wide_slices),

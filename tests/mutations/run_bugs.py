@@ -43,6 +43,21 @@ def stale_slot() -> AbstractContextManager[None]:
     return changed(LayerCache, "_write", make)
 
 
+def stale_scale() -> AbstractContextManager[None]:
+    """A slot gets the 8-bit codes of a new token and keeps the scale of another."""
+
+    def make(original: Call) -> Call:
+        def write(self: LayerCache, states: tuple[Tensor, ...], call: Placement) -> None:
+            before = [x.clone() for x in self.scales]
+            original(self, states, call)
+            for x, old in zip(self.scales, before, strict=True):
+                x.copy_(torch.where(old > 0, old, x.roll(1, 1)))
+
+        return write
+
+    return changed(LayerCache, "_write", make)
+
+
 def overwriting_prefill() -> AbstractContextManager[None]:
     """A chunk longer than the slack is written before it is read."""
 

@@ -16,6 +16,7 @@ from transom.config.model_args import ModelArgs
 from transom.config.presets import PRESETS, preset
 from transom.verify.cache import (
     Plan,
+    check,
     compare,
     compare_full_size,
     compare_small,
@@ -72,9 +73,8 @@ def test_every_kind_of_model_is_green(name, capsys):
     assert "leaves out" not in capsys.readouterr().err
     lines = summarize(compare_small(sample_model(copy), name))
     assert [line.first_failure for line in lines if line.failed] == []
-    assert {"prefill + decode", "chunked prefill", "after a rollback"} <= {
-        line.comparison for line in lines
-    }
+    compared = {"prefill + decode", "chunked prefill", "KV cache in 8 bits", "after a rollback"}
+    assert compared <= {line.comparison for line in lines}
     assert bucket == store.BUCKET, "what was shrunken for the comparison is as before"
 
 
@@ -88,6 +88,19 @@ def test_a_layer_that_sees_later_tokens_is_compared_without_a_cache(capsys):
     }
     assert not any(line.failed for line in lines)
     assert "has no cache" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tokens", [20_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+def test_windows_read_and_write_without_end(tokens):
+    lines = summarize(check(tokens=tokens))
+    assert [line.first_failure for line in lines if line.failed] == []
+    assert [line.comparison for line in lines] == ["constant memory", "tokens in order"]
+
+
+def test_a_wrong_token_far_from_the_beginning_is_seen():
+    with run_bugs.stale_slot():
+        lines = summarize(check(tokens=5_000))
+    assert [line.comparison for line in lines if line.failed] == ["tokens in order"]
 
 
 def test_a_planted_bug_is_located():

@@ -222,6 +222,15 @@ def memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
+def resident_bytes() -> int:
+    """Return the resident memory of this process now, or its peak where only that is known."""
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    except OSError:
+        return memory_bytes(torch.device("cpu"))
+    return int(pages) * resource.getpagesize()
+
+
 _seen_on_mps: list[int] = []
 
 

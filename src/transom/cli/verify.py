@@ -14,7 +14,7 @@ from transom.verify.checks import run as run_check
 if TYPE_CHECKING:
     from transom.verify.findings import Finding, Summary
 
-OPTIONS = ("model", "adapter", "full", "length", "device", "dtype", "data", "steps")
+OPTIONS = ("model", "adapter", "full", "length", "device", "dtype", "data", "steps", "tokens")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "dtype": ("dtype of the weights (default: float32)", str),
         "data": ("rows as `transom finetune` takes them (default: built-in rows)", user_path),
         "steps": ("steps of the run (default: 6)", int),
+        "tokens": ("tokens to run through a small model with windows, such as 1000000", int),
     }
     adapter = _help("an adapter of the base MODEL", "adapter")
     parser.add_argument("adapter", nargs="?", type=user_path, metavar="ADAPTER", help=adapter)

@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) as a function of positions.
 
-No table is a parameter or a buffer, since `module.to(bfloat16)` would ruin it. Angles are computed
-in float32, once per call and distinct `RopeArgs`.
+No table is a parameter or a buffer, since `module.to(bfloat16)` would ruin it. Tables are computed
+once per call and distinct `RopeArgs`.
 """
 
 from __future__ import annotations
@@ -142,8 +142,12 @@ def rotary_table(
         rope: Arguments of the rotation.
         length: As for `frequencies`.
     """
-    angles = positions_BT.unsqueeze(-1).float() * frequencies(rope, length, positions_BT.device)
-    cos, sin = angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
+    device = positions_BT.device
+    # A float32 angle of the millionth position would be wrong by up to 0.03 radians, and by another
+    # amount at every position. MPS has no float64.
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    angles = positions_BT[..., None, None].to(wide) * frequencies(rope, length, device).to(wide)
+    cos, sin = angles.cos().float(), angles.sin().float()
     factor = attention_factor(rope.scaling)
     return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 

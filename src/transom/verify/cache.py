@@ -8,7 +8,7 @@ view of a static cache is cut.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,7 @@ from transom.checkpoints.load import load
 from transom.config.model_args import ModelArgs
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
+from transom.verify import endless
 from transom.verify.findings import TOLERANCES, Finding, difference, first_difference
 from transom.verify.sample_models import random_context, random_tokens, sample_model
 from transom.verify.targets import has_weights, small_models
@@ -28,6 +29,8 @@ from transom.verify.targets import has_weights, small_models
 SMALL_BUCKET = 8  # slots of a static view in small models, so that a few dozen tokens cross it
 SLACKS = (0, 3)  # slots of a ring beyond its window, in small models
 UNEVEN, UNEVEN_LARGE = (3, 7, 1, 1, 12, 2), (3, 70, 1, 200, 13)  # tokens of the calls of a prefill
+# Rounding changes codes of 8 bits in all dtypes but float64: in SmolLM2 by 0.013 in float32.
+IN_8_BITS = {**dict.fromkeys(TOLERANCES, 0.1), torch.float64: TOLERANCES[torch.float64]}
 REAL_SLACK, REAL_DECODED = 32, 4  # of a full-size model: slack, tokens decoded after each prefill
 
 States = list[Tensor]  # the output of every block, then the logits, each [B, T, ...]
@@ -50,6 +53,7 @@ def check(
     length: int | None = None,
     device: str = "cpu",
     dtype: str = "float32",
+    tokens: int | None = None,
 ) -> Iterator[Finding]:
     """Compare a small copy of a model, or samples with every mask rule without one.
 
@@ -59,7 +63,12 @@ def check(
         length: The length of the sequence with `full`, in tokens.
         device: Where a `full` model runs.
         dtype: The dtype of the weights of a `full` model.
+        tokens: Run that many tokens through a model with windows instead; see `endless.check`.
     """
+    if tokens is not None:
+        require(model is None, "model", model, "expected none with --tokens")
+        yield from endless.check(tokens)
+        return
     if full and model is not None:
         if not has_weights(model):
             raise RequestError(f"--full: got {model!r}; expected a model folder or hub id")
@@ -134,6 +143,7 @@ def compare(model: LLM, name: str, plan: Plan) -> Iterator[Finding]:
         yield from calls.shorter()
     if causal:
         yield from calls.cached()
+        yield from calls.in_8_bits()
         yield from calls.after_rollback()
     if not rescaled:
         yield from calls.padded(cached=causal)
@@ -188,6 +198,23 @@ class Calls:
                 states = self.feed(_split(total, sizes), slack)
                 yield self.finding("chunked prefill", f"{case}{with_slack}", states)
 
+    def in_8_bits(self) -> Iterator[Finding]:
+        """Compare calls that store keys and values in 8 bits with one such call of all tokens.
+
+        The full forward is no reference, since it doesn't round. Rounding of the dtype can change a
+        code, and so a value by 1/127 of the largest; float64 is precise enough that it doesn't.
+        """
+        plan, slack = self.plan, self.plan.slacks[-1]
+        expected = self.feed([plan.length], slack, kv_bits=8)
+        uneven = UNEVEN if plan.decoded >= plan.length else UNEVEN_LARGE
+        for sizes in (*([count, 1] for count in self.edges[::2]), _split(plan.length, uneven)):
+            states, same = (
+                self.feed(sizes, slack, kv_bits=8),
+                [x[:, : sum(sizes)] for x in expected],
+            )
+            case = f"calls of {', '.join(map(str, sizes[:4]))} tokens"
+            yield self.finding("KV cache in 8 bits", case, states, same, tolerances=IN_8_BITS)
+
     def after_rollback(self) -> Iterator[Finding]:
         """Compare tokens that follow a rollback of other tokens."""
         total = self.plan.length
@@ -240,9 +267,9 @@ class Calls:
             case = f"documents of {', '.join(map(str, sizes))} tokens"
             yield self.finding("packed documents", case, states, expected)
 
-    def feed(self, calls: Sequence[int], slack: int) -> States:
+    def feed(self, calls: Sequence[int], slack: int, kv_bits: int = 16) -> States:
         """Return the states of the sequence passed to a new cache in calls of these sizes."""
-        cache = self.model.make_cache(2, self.plan.length, slack=slack)
+        cache = self.model.make_cache(2, self.plan.length, slack=slack, kv_bits=kv_bits)
         parts = self.tokens[:, : sum(calls)].split(list(calls), 1)
         return run(self.model, [TransformerInput(part) for part in parts], cache)
 
@@ -254,6 +281,7 @@ class Calls:
         expected: States | None = None,
         rows: slice = slice(None),
         start: int = 0,
+        tolerances: Mapping[torch.dtype, float] = TOLERANCES,
     ) -> Finding:
         """Compare the states of all blocks; by default with those of the full forward.
 
@@ -263,7 +291,7 @@ class Calls:
             stop = start + states[-1].size(1)
             expected = [x[rows, start:stop] for x in self.full]
         error = max(difference(x, y) for x, y in zip(states, expected, strict=True))
-        tolerance = TOLERANCES[self.model.dtype]
+        tolerance = tolerances[self.model.dtype]
         detail = "" if error <= tolerance else first_failure(states, expected, tolerance, start)
         return Finding(comparison, f"{self.name}, {case}", error, tolerance, detail)
 

@@ -48,7 +48,14 @@ CHECKS = {
         Check(
             "cache",
             "cached, chunked, rotating, padded and packed calls against one full forward",
-            {"model": "", "full": "model", "length": "full", "dtype": "full", "device": "full"},
+            {
+                "model": "",
+                "full": "model",
+                "length": "full",
+                "dtype": "full",
+                "device": "full",
+                "tokens": "",
+            },
         ),
         Check(
             "checkpoint",

@@ -89,7 +89,7 @@ CEILINGS = {
     "attention": 700,
     "ops": 300,
     "layers": 705,
-    "cache": 445,
+    "cache": 460,
     "names": 130,
     "models": 490,
     "tokenizers": 985,

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 
 import pytest
 from safetensors.torch import save_file
@@ -331,3 +332,17 @@ def test_ctrl_c_keeps_text_and_cache_together(call, tmp_path, monkeypatch, calls
     answer, _ = continued(model, [256, *prompt.encode(), *kept, *b"\nhi"], 12)
     assert code == 0 and out.endswith(f"\n{answer}\n")
     assert file.read_text().startswith(prompt)
+
+
+def test_a_prompt_cache_file_is_reused_and_another_model_refuses_it(tmp_path, call):
+    path, words = tmp_path / "prompt", ("-p", "hello there", "-m", 5, "--device", "cpu")
+    write_model(tmp_path / "one")
+    write_model(tmp_path / "two", rope_theta=77.0)
+    words = (*words, "--prompt-cache-file", path)
+    first = call("generate", tmp_path / "one", *words)
+    again = call("generate", tmp_path / "one", *words)
+    assert (first[0], first[1]) == (again[0], again[1])
+    assert f"{path}: 11 of 12 prompt tokens are reused" in again[2]
+    code, out, err = call("generate", tmp_path / "two", *words)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"transom: prompt_cache_file: \S+: weights: got .*; expected .*\n", err)

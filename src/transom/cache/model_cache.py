@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +10,8 @@ from torch import Tensor
 from transom.base.errors import RequestError, require
 from transom.cache.store import LayerCache, RotatingBufferCache, SlotStore, StaticCache
 from transom.config.model_args import ModelArgs
+
+UNLIMITED = 1 << 62  # tokens
 
 
 class ModelCache:
@@ -29,8 +30,10 @@ class ModelCache:
         peak: The largest `bound` so far; rings are full beyond their capacity.
         rolled_back: Tokens that were rolled back and not yet refilled, an upper bound over the
             rows. Rings have overwritten what lies further back.
-        deepest: Tokens that may be rolled back below `peak` at most. A restored prefix lacks the
-            states that a longer rollback would need.
+        deepest: Tokens that a row may fall below the longest it has been, a lower bound over the
+            rows. A restored prefix lacks the states that a longer rollback would need.
+        on_prefill: Called by `prefill` after every forward call with this cache and the number of
+            prompt tokens that each row has run so far.
     """
 
     def __init__(
@@ -50,7 +53,8 @@ class ModelCache:
         with torch.inference_mode(False):
             self.lengths_B = torch.zeros(self.batch_size, dtype=torch.int64, device=device)
         self.bound = self.peak = self.rolled_back = 0
-        self.deepest = sys.maxsize
+        self.deepest = UNLIMITED
+        self.on_prefill: Callable[[ModelCache, list[int]], None] | None = None
         self._first_call = True  # whether the call that was reserved last began with empty rows
 
     @classmethod
@@ -165,6 +169,7 @@ class ModelCache:
     def end_call(self, positions_BT: Tensor, *, padded: bool) -> None:
         """Count the tokens of a call after all layers have stored them."""
         if not padded:  # every row has grown by all of them
+            self.deepest += max(0, positions_BT.size(1) - self.rolled_back)
             self.rolled_back = max(0, self.rolled_back - positions_BT.size(1))
         self.lengths_B.copy_(torch.maximum(self.lengths_B, positions_BT.amax(1) + 1))
 
@@ -212,7 +217,7 @@ class ModelCache:
     def reset(self) -> None:
         """Remove all tokens of all rows and keep the memory."""
         self.bound = self.peak = self.rolled_back = 0
-        self.deepest = sys.maxsize
+        self.deepest = UNLIMITED
         self.lengths_B.zero_()
         for store in self.stores:
             store.positions_BS.fill_(-1)

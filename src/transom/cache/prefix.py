@@ -8,7 +8,6 @@ snapshot: nothing after the node can reach further back. Nodes end where prefill
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from transom.base.errors import RequestError
-from transom.cache.model_cache import ModelCache
+from transom.cache.model_cache import UNLIMITED, ModelCache
 from transom.config.model_args import ModelArgs
 
 MAX_BYTES = 1 << 30
@@ -81,7 +80,7 @@ class PrefixCache:
         self.variant: Hashable = None
         # Tokens of a run that each layer stores at most: the mask hides all before them.
         sizes = [layer.rule.size for layer in args.layers]
-        self.kept = [size + slack if size else sys.maxsize for size in sizes]
+        self.kept = [size + slack if size else UNLIMITED for size in sizes]
         self.clear()
 
     def clear(self) -> None:
@@ -114,7 +113,9 @@ class PrefixCache:
     @torch.inference_mode(False)
     @torch.no_grad()
     def restore(self, cache: ModelCache, prompts: Sequence[Sequence[int]]) -> list[int]:
-        """Fill an empty cache with the longest usable prefix of each row, except its last token.
+        """Fill an empty cache with the longest usable prefix of each prompt, except its last token.
+
+        The rest of the prompts is stored while `prefill` runs it; see `watch`.
 
         Returns:
             The number of tokens restored in each row.
@@ -128,15 +129,34 @@ class PrefixCache:
             slack = min(slack, self.slack - inside)
             self._fill(cache, row, node, count, count + inside)
             counts.append(count)
-        windowed = min(self.kept) < sys.maxsize
-        cache.begin_after(counts, slack + 1 if windowed and any(counts) else sys.maxsize)
+        windowed = min(self.kept) < UNLIMITED
+        cache.begin_after(counts, slack + 1 if windowed and any(counts) else UNLIMITED)
+        self.watch(cache, prompts, counts)
         return counts
+
+    def watch(
+        self, cache: ModelCache, prompts: Sequence[Sequence[int]], counts: Sequence[int]
+    ) -> None:
+        """Store the prompts while `prefill` runs what follows their first `counts` tokens."""
+
+        def store(cache: ModelCache, ran: list[int]) -> None:
+            done = [count + more for count, more in zip(counts, ran, strict=True)]
+            for row, (prompt, end) in enumerate(zip(prompts, done, strict=True)):
+                self.add(cache, row, prompt[:end])
+            if done == [len(prompt) for prompt in prompts]:
+                cache.on_prefill = None
+                self.completed()
+
+        cache.on_prefill = store
+
+    def completed(self) -> None:
+        """Do what follows after all prompts of a cache were stored: nothing here."""
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def add(self, cache: ModelCache, row: int, tokens: Sequence[int]) -> None:
         """Store the states of `tokens`, which are all the tokens of a row of the cache."""
-        if cache.rolled_back and min(self.kept) < sys.maxsize:
+        if cache.rolled_back and min(self.kept) < UNLIMITED:
             return  # the rings lack the oldest tokens of a snapshot
         node, count = self.match(tokens, cache)
         if count < len(tokens):

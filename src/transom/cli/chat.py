@@ -101,6 +101,7 @@ def run(options: argparse.Namespace) -> int:
                 break
         except RequestError as error:  # the conversation is unchanged
             notice(str(error), again=True)
+    session.finish()
     return 0
 
 

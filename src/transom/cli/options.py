@@ -48,7 +48,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_fields(parser: argparse.ArgumentParser, cls: Any) -> None:
-    """Add a flag for every field of a dataclass of numbers, with the field's help and default."""
+    """Add a flag for every field of a dataclass, with the field's help and default."""
     for field in dataclasses.fields(cls):
         flag = f"--{field.name.replace('_', '-')}"
         kind = options_of(field_types(cls)[field.name])[0]
@@ -57,9 +57,9 @@ def add_fields(parser: argparse.ArgumentParser, cls: Any) -> None:
             *ALIASES.get(field.name, ()),
             flag,
             dest=field.name,
-            type=kind,
+            type=user_path if field.metadata["path"] else kind,
             default=field.default,
-            metavar="N" if kind is int else "X",
+            metavar={int: "N", str: "FILE"}.get(kind, "X"),
             help=field.metadata["help"] + shown,
         )
 

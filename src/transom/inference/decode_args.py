@@ -31,6 +31,12 @@ class DecodeArgs:
         "bits of the keys and values in the KV cache: 8 stores codes with a scale per token and "
         "head, in about half the memory; 16 stores the dtype of the model",
     )
+    prompt_cache_file: str | None = describe(
+        None,
+        "file of prompt states: read, if it exists, for the beginnings that prompts share with it; "
+        "otherwise written after the prefill",
+        path=True,
+    )
 
     num_draft_tokens: int = describe(
         4, "tokens that a draft model proposes per call of the model", at_least=1, at_most=32

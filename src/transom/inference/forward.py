@@ -40,14 +40,16 @@ def prefill(model: LLM, cache: ModelCache, rows: Sequence[Sequence[int]], step_s
         real = [min(max(count - start, 0), width) for count in counts]  # 0 after a row's end
         lengths_B = torch.tensor(real, device=device) if min(real) < width else None
         ends = [start < count <= start + width for count in counts]
-        if not any(ends):
+        if any(ends):
+            inputs = TransformerInput(piece_BT, lengths=lengths_B, logits="last")
+            logits_BV = forward_logits(model, inputs, cache)[:, 0]
+            ends_B1 = torch.tensor(ends, device=device)[:, None]
+            last_BV = logits_BV if last_BV is None else torch.where(ends_B1, logits_BV, last_BV)
+        else:
             with evaluating(model):
                 model(TransformerInput(piece_BT, lengths=lengths_B, logits="none"), cache)
-            continue
-        inputs = TransformerInput(piece_BT, lengths=lengths_B, logits="last")
-        logits_BV = forward_logits(model, inputs, cache)[:, 0]
-        ends_B1 = torch.tensor(ends, device=device)[:, None]
-        last_BV = logits_BV if last_BV is None else torch.where(ends_B1, logits_BV, last_BV)
+        if cache.on_prefill is not None:
+            cache.on_prefill(cache, [min(count, start + width) for count in counts])
     assert last_BV is not None, "the longest row ends in the last piece"
     check_finite(bool(not_finite(last_BV).any()), last_BV.dtype)
     return last_BV

@@ -23,6 +23,7 @@ from transom.inference.forward import (
     prefill,
     rebuild_larger,
 )
+from transom.inference.prompt_cache import PromptCache
 from transom.inference.sampler import Sampler
 from transom.inference.sampling import SamplingArgs
 from transom.inference.speculate import DraftCounts, Proposer, choose_proposer, speculate
@@ -188,6 +189,8 @@ def _steps(
         first = first_capacity(args, longest, total)
         longer = total if first < total else None
         cache = model.make_cache(len(prompts), first, kv_bits=decode.kv_bits)
+        if decode.prompt_cache_file is not None:
+            PromptCache(model, decode).restore(cache, prompts)
     rest = _not_cached(prompts, cache, 1 if longer else max_new_tokens)
     sampler = Sampler(sampling, len(prompts), args.vocab_size, seeds, device, log_probs)
     sampler.see(prompts)
@@ -196,13 +199,14 @@ def _steps(
         ends = max_new_tokens, frozenset(stop_tokens)
         parts = model, cache, prompts[0], rest[0], sampler, *proposer
         return speculate(*parts, *ends, decode, longer, counts or DraftCounts())
-    return _run(model, cache, rest, sampler, max_new_tokens, stop_tokens, decode, longer)
+    return _run(model, cache, prompts, rest, sampler, max_new_tokens, stop_tokens, decode, longer)
 
 
 @torch.inference_mode()  # a `with` around a yield would leave the caller in inference mode
 def _run(
     model: LLM,
     cache: ModelCache,
+    prompts: Sequence[Sequence[int]],
     rest: Sequence[Sequence[int]],
     sampler: Sampler,
     max_new_tokens: int,
@@ -234,7 +238,7 @@ def _run(
                 cache.sync_length()  # the bound counts calls, but finished rows do not grow
             if cache.bound == cache.capacity:
                 added = torch.stack(given, 1).tolist()
-                texts = [[*row, *new] for row, new in zip(rest, added, strict=True)]
+                texts = [[*row, *new] for row, new in zip(prompts, added, strict=True)]
                 step_size, capacity, longer = decode.prefill_step_size, longer, None
                 cache, logits_BV = rebuild_larger(model, cache, texts, capacity, step_size)
                 return logits_BV

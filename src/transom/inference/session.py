@@ -36,6 +36,7 @@ from transom.inference.loop import (
     keeps_every_token,
     truncate_after_interrupt,
 )
+from transom.inference.prompt_cache import PromptCache, conversation_prefixes
 from transom.inference.sampling import SamplingArgs
 from transom.inference.speculate import Proposer
 from transom.inference.text import Completion, TextStream, stream_text
@@ -164,6 +165,7 @@ class Session:
         self.room, self.markers = room, markers
         self.cache = model.make_cache(1, room, kv_bits=args.decode.kv_bits)
         self.cached: list[int] = []  # the ids of the tokens in the cache
+        self.prefixes = conversation_prefixes(model, args.decode)
         self.turns = 0
         self.system = ""
         self.saved_files: set[Path] = set()
@@ -270,6 +272,16 @@ class Session:
         self.saved_files.add(path)
         notice(f"{name}: {len(content)} characters written", again=True)
 
+    def finish(self) -> None:
+        """Write the conversation so far into the `prompt_cache_file`, if there is one.
+
+        Raises:
+            WorkError: It could not be written.
+        """
+        if isinstance(self.prefixes, PromptCache) and self.cached:
+            self.prefixes.add(self.cache, 0, self.cached)
+            self.prefixes.save()
+
     @property
     def _full(self) -> str:
         return f"the context of {self.room} tokens is full, and a reset empties it"
@@ -282,9 +294,16 @@ class Session:
         same = common_prefix(self.cached, ids[:-1])
         beyond = len(self.cached) - same
         if beyond and not self.cache.rollback(beyond, beyond):
-            self.cache.reset()  # a ring has overwritten keys that it needs
-            same = 0
-        self.cached = self.cached[:same]
+            same = 0  # a ring has overwritten keys that it needs
+        if not same:
+            self.cache.reset()
+        if self.prefixes is not None:
+            self.prefixes.variant = active_adapters(self.model)
+            if same:
+                self.prefixes.watch(self.cache, [ids], [same])
+            else:
+                (same,) = self.prefixes.restore(self.cache, [ids])
+        self.cached = ids[:same]
 
 
 def open_session(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_uint32, c_void_p
 from pathlib import Path
 
@@ -87,14 +87,16 @@ class LlamaCpp:
 
     Args:
         path: The file, or the first file of a split model.
-        context: The number of positions of the KV cache, and the most tokens of one call.
+        context: The number of positions of the KV cache of one sequence. One call has at most this
+            number of tokens of each.
         threads: The number of threads.
+        sequences: The most sequences of one call.
 
     Raises:
         ValueError: llama.cpp does not open the file.
     """
 
-    def __init__(self, path: str | Path, context: int = 512, threads: int = 2):
+    def __init__(self, path: str | Path, context: int = 512, threads: int = 2, sequences: int = 1):
         self.library = _library()
         self.model = self.library.llama_model_load_from_file(
             str(path).encode(), self.library.llama_model_default_params()
@@ -102,14 +104,15 @@ class LlamaCpp:
         if not self.model:
             raise ValueError(f"{path}: llama.cpp does not open this file")
         params = self.library.llama_context_default_params()
-        # The first three fields are n_ctx, n_batch and n_ubatch.
+        # The first four fields are n_ctx, n_batch, n_ubatch and n_seq_max.
         fields = ctypes.cast(ctypes.pointer(params), POINTER(c_uint32))
-        fields[0] = fields[1] = context
+        fields[0] = fields[1] = context * sequences
+        fields[3] = sequences
         self.context = self.library.llama_init_from_model(self.model, params)
         self.library.llama_set_n_threads(self.context, threads, threads)
         self.vocabulary = self.library.llama_model_get_vocab(self.model)
         self.vocab_size: int = self.library.llama_vocab_n_tokens(self.vocabulary)
-        self.batch = self.library.llama_batch_init(context, 0, 1)
+        self.batch = self.library.llama_batch_init(context * sequences, 0, 1)
 
     def close(self) -> None:
         """Free the memory of the model."""
@@ -145,18 +148,39 @@ class LlamaCpp:
         The KV cache has the tokens before `start` from earlier calls. A call with start 0 clears
         it. With `last`, only those of the last token are computed: [1, V].
         """
-        batch, count = self.batch, len(tokens)
+        return self._decode([tokens], start, last=last).copy()
+
+    def _decode(self, rows: Sequence[Sequence[int]], start: int, *, last: bool) -> np.ndarray:
+        """Return the logits of rows of equal lengths, until the next call: [B * T, V] or [B, V]."""
+        batch = self.batch
         if start == 0:
             self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
-        batch.n_tokens = count
-        for index, token in enumerate(tokens):
-            batch.token[index], batch.pos[index] = token, start + index
-            batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
-            batch.logits[index] = not last or index == count - 1
+        index = 0
+        for sequence, tokens in enumerate(rows):
+            for offset, token in enumerate(tokens):
+                batch.token[index], batch.pos[index] = token, start + offset
+                batch.n_seq_id[index], batch.seq_id[index][0] = 1, sequence
+                batch.logits[index] = not last or offset == len(tokens) - 1
+                index += 1
+        batch.n_tokens = index
         status = self.library.llama_decode(self.context, batch)
         assert status == 0, status
         found = self.library.llama_get_logits(self.context)
-        return np.ctypeslib.as_array(found, (1 if last else count, self.vocab_size)).copy()
+        return np.ctypeslib.as_array(found, (len(rows) if last else index, self.vocab_size))
+
+    def steps(self, prompts: Sequence[Sequence[int]], steps: int) -> Iterator[list[int]]:
+        """Yield the tokens that greedy decoding appends to prompts of equal lengths, step by step.
+
+        Args:
+            prompts: The tokens of each sequence.
+            steps: The number of tokens to append to each.
+        """
+        unread, start = prompts, 0
+        for _ in range(steps):
+            ids = self._decode(unread, start, last=True).argmax(-1).tolist()
+            yield ids
+            start += len(unread[0])
+            unread = [[id] for id in ids]
 
     def greedy(self, prompt: Sequence[int], steps: int, stop: Sequence[int] = ()) -> list[int]:
         """Return the tokens that greedy decoding appends to a prompt, without the stop token.
@@ -167,11 +191,8 @@ class LlamaCpp:
             stop: The tokens that end an answer.
         """
         made: list[int] = []
-        unread, start = prompt, 0
-        while len(made) < steps:
-            token = int(self.logits(unread, start, last=True).argmax())
+        for (token,) in self.steps([prompt], steps):
             if token in stop:
                 break
             made.append(token)
-            unread, start = [token], len(prompt) + len(made) - 1
         return made

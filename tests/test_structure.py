@@ -83,7 +83,7 @@ def test_every_dependency_has_its_reason():
 
 # Code lines of each room. Lower a ceiling when a room shrinks; explain a higher one in the commit.
 CEILINGS = {
-    "base": 740,
+    "base": 755,
     "config": 620,
     "planning": 320,
     "attention": 700,
@@ -98,11 +98,11 @@ CEILINGS = {
     "chat": 905,
     "checkpoints": 4_094,
     "data": 1_946,
-    "inference": 1_175,
+    "inference": 1_305,
     "evaluation": 1_270,
     "training": 4_042,
     "verify": 2_382,
-    "cli": 1_590,
+    "cli": 1_650,
 }
 
 

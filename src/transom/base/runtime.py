@@ -10,7 +10,7 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -166,15 +166,12 @@ def _bfloat16_wins_clearly(device_type: str) -> bool:
     """
     wide = torch.ones(512, 512, device=device_type)
     narrow = wide.bfloat16()
-    seconds = [(_seconds_of_product(narrow), _seconds_of_product(wide)) for _ in range(10)]
-    return min(narrow for narrow, _ in seconds) <= 0.75 * min(wide for _, wide in seconds)
 
+    def seconds(matrix: torch.Tensor) -> float:
+        return _fastest(lambda: matrix @ matrix, matrix.device, 1)
 
-def _seconds_of_product(a: torch.Tensor) -> float:
-    start = time.perf_counter()
-    a @ a
-    synchronize(a.device)
-    return time.perf_counter() - start
+    pairs = [(seconds(narrow), seconds(wide)) for _ in range(10)]
+    return min(one for one, _ in pairs) <= 0.75 * min(other for _, other in pairs)
 
 
 @functools.cache
@@ -188,13 +185,32 @@ def matmul_peak(device_type: str, dtype: torch.dtype) -> float:
         0
     )  # ones would let the processor clock higher than real data does
     a = torch.randn(size, size, generator=private).to(device_type, dtype)
+    # The second matrix is transposed, as in a projection: for float16 on a CPU, torch has a kernel
+    # for this layout alone.
+    return 2.0 * size**3 / _fastest(lambda: a @ a.T, a.device, repeats)
+
+
+@functools.cache
+def read_bandwidth(device_type: str) -> float:
+    """Measure how many bytes per second this device reads from its memory, with all threads.
+
+    It sums a tensor that is far larger than the caches. This takes well under a second.
+    """
+    size = 1 << (29 if device_type == "cpu" else 31)  # bytes
+    x = torch.ones(size // 4, device=device_type)
+    return size / _fastest(x.sum, x.device, repeats=10)
+
+
+def _fastest(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Return the seconds of the fastest of several calls."""
     best = float("inf")
     for _ in range(repeats):
+        synchronize(device)
         start = time.perf_counter()
-        a @ a
-        synchronize(a.device)
+        call()
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
-    return 2.0 * size**3 / best
+    return best
 
 
 def synchronize(device: torch.device) -> None:
@@ -235,9 +251,12 @@ _seen_on_mps: list[int] = []
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Reset the peak of a GPU's memory; that of a CPU process can't be reset."""
+    """Reset the peak of memory. That of a CPU process can be reset on Linux only."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == "cpu":
+        with contextlib.suppress(OSError):  # no such file, or a sandbox that doesn't permit it
+            Path("/proc/self/clear_refs").write_text("5")  # see proc_pid_clear_refs(5)
     _seen_on_mps.clear()
 
 

@@ -41,6 +41,7 @@ VERBS = {
     "chat": "talk with a model, turn by turn",
     "embed": "compute a vector or a label for each text",
     "eval": "score one model, or compare two, on local files or tasks of lm-evaluation-harness",
+    "bench": "measure the speed of a model, and its share of what the machine can do",
     "inspect": "show the layers, memory and FLOPs of a model, or compare two",
     "merge": "merge adapters into their base, and measure what changes",
     "convert": "write a model folder in another format",

@@ -18,9 +18,9 @@ KEPT = "keep the weights of a GGUF file in its codes: less memory"
 ALIASES = {"temperature": ("--temp",)}  # shorter names of flags
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, what: str = MODEL) -> None:
     """Add the options that say which model is opened and where: those of `opening`."""
-    parser.add_argument("folder", type=user_path, metavar="FOLDER", help=MODEL)
+    parser.add_argument("folder", type=user_path, metavar="FOLDER", help=what)
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     devices = "auto, cpu, cuda, cuda:N or mps (default: auto)"
     parser.add_argument("--device", default="auto", help=devices)

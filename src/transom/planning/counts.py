@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transom.config.layer_args import LayerArgs
+from transom.config.layer_args import LayerArgs, MoeArgs
 from transom.config.model_args import ModelArgs
 
 
@@ -71,6 +71,15 @@ def feed_forward_vectors(layer: LayerArgs, *, active_only: bool = False) -> int:
     biases = moe.expert_bias * experts * (ups * moe.hidden_dim + layer.dim)
     biases += layer.ffn_bias * moe.shared_expert * (ups * shared + layer.dim)
     return biases + moe.num_experts * (moe.router_bias + moe.has_choice_bias)
+
+
+def experts_visited(moe: MoeArgs, tokens: int) -> float:
+    """Return the expected number of experts of a layer that a call of so many tokens visits.
+
+    The choices of the tokens count as independent and uniform.
+    """
+    missed: float = (1 - moe.top_k / moe.num_experts) ** tokens
+    return moe.num_experts * (1 - missed)
 
 
 def _norm_width(layer: LayerArgs) -> int:

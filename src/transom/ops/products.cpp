@@ -1,369 +1,339 @@
-// y = x W^T + b for a few rows x and a weight W in codes of 4 or 8 bits.
+// y = x W^T + b for a few rows x and a weight W, dense or in codes of 4 or 8 bits.
 //
-// The parts of the weight are those of transom/quantize/formats.py. The codes are read once for
-// each call, and no dense weight is written to memory. All sums are float32.
+// The weight is read once for each call, and no dense weight is written to memory. All sums are
+// float32.
 //
-// One to three rows: the codes of some outputs become float32 in registers and are multiplied at
-// once. More rows: the weights of a few outputs are written to a buffer that stays in the cache of
-// the core, and every row of x is multiplied with it.
+// Up to `most` rows: the numbers of a few outputs become vectors in registers and are multiplied at
+// once. More rows: they are written to a buffer that stays in the cache of the core, and every row
+// of x is multiplied with it.
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 #include <vector>
 
-#include "simd.h"
+#include "kernel.h"
+#include "numbers.h"
 #include "threads.h"
 #include "weights.h"
 
 namespace {
 
+constexpr int block = 12;  // outputs that are computed side by side
+// Products of fewer numbers stay on one thread: that is faster than to wake another one.
+constexpr int64_t least_work = 1 << 17;
+
 // One weight of one call.
-struct Job : Weight {
-    const float* x;  // [rows, inputs]
-    float* y;        // [rows, outputs]
-    int64_t rows, threads;
+struct Job {
+    const Weight* weight;
+    void (*outputs)(const Job&, int64_t first);  // computes a block of outputs
+    const float* x;                              // [rows, inputs]
+    const void* prepared;                        // x as the source wants it
+    float* y;                                    // [rows, outputs]
+    int64_t rows, chunk_blocks, chunks;
     bool accumulate;
 };
 
-}  // namespace
+template <class V>
+using Own = Dense<V, V::kind>;  // numbers as V has them
 
-namespace {
+// Rows of the largest tile, and outputs of a tile of fewer rows: as many sums as fit into registers.
+template <class V>
+constexpr int most = V::lanes >= 16 ? 8 : 4;
+template <class V>
+constexpr int few = V::lanes >= 16 ? 4 : 2;
 
-constexpr int out_block = 4;  // outputs that are computed side by side
-
-float float8_to_float(uint8_t code) {  // e4m3fn: no infinity, a bias of 7
-    const int exponent = code >> 3 & 15, fraction = code & 7;
-    if ((code & 127) == 127) return __builtin_nanf("");
-    const float value = exponent ? float(8 + fraction) * float(1 << exponent) / 1024.0f
-                                 : float(fraction) / 512.0f;
-    return code & 128 ? -value : value;
+// The number of rows of the next tile, with `left` rows left.
+template <class V>
+int64_t tile_rows(int64_t left) {
+    return left >= most<V> ? most<V> : std::min<int64_t>(left, 4);
 }
 
-float number_at(const void* from, int64_t kind, int64_t i) {
-    switch (kind) {
-        case kFloat32: return static_cast<const float*>(from)[i];
-        case kFloat16: return half_to_float(static_cast<const uint16_t*>(from)[i]);
-        case kInt8: return float(static_cast<const int8_t*>(from)[i]);
-        case kFloat8: return float8_to_float(static_cast<const uint8_t*>(from)[i]);
-        default: break;
-    }
-    const uint32_t bits = uint32_t(static_cast<const uint16_t*>(from)[i]) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-// Write the scales or minimums of one output in float32.
-void widen(const Job& job, const void* from, const void* super, bool centered, int64_t output,
-           float* to) {
-    const int64_t groups = job.inputs / job.group, first = output * groups;
-    if (job.scale_kind == kFloat16 && !job.block) {
-        halves_to_floats(static_cast<const uint16_t*>(from) + first, to, groups);
-        return;
-    }
-    for (int64_t g = 0; g < groups; ++g) to[g] = number_at(from, job.scale_kind, first + g);
-    if (!job.block) return;
-    const float mean = centered ? number_at(job.scale_mean, job.super_kind, 0) : 0.0f;
-    for (int64_t g = 0; g < groups;) {
-        const int64_t place = (first + g) / job.block;
-        const float factor = number_at(super, job.super_kind, place);
-        const int64_t end = std::min(groups, (place + 1) * job.block - first);
-        for (; g < end; ++g) to[g] = to[g] * factor + mean;
-    }
-}
-
-// The products of one call. V is a vector of simd.h, `four` tells codes of 4 from those of 8 bits.
-//
-// With codes of 4 bits, a step takes V::lanes bytes: the codes with even places from the high
-// halves, then those with odd places. x is brought into this order once. A step never crosses the
-// end of a group. What is left at its end is done one by one.
-template <class V, bool four>
-struct Product {
-    using Floats = typename V::Floats;
-    static constexpr int step = four ? 2 * V::lanes : V::lanes;
+// The products of a weight that is read by the source S.
+template <class S>
+struct Path {
+    using V = typename S::Vectors;
+    using Number = typename V::Number;
+    using Sums = typename V::Sums;
+    static constexpr int many = most<V> == 8 ? 3 : few<V>;  // outputs of a tile of most rows
 
     const Job& job;
-    const int64_t groups, in_steps;
-    const bool offsets;
-    std::vector<float> ordered, sums;  // x in the order of steps; its sum over each group
-    const float* x;
-    typename V::Table table;
-    int64_t chunk_blocks = 1;
+    const Weight& weight;
+    const int64_t first, live;  // the first output, and how many are computed
+    const int64_t main, group;  // inputs that are full steps
+    Output outputs[block];
 
-    static const float* levels_of(const Job& job) {
-        static const float none[16] = {};
-        return job.levels ? job.levels : none;
-    }
+    Path(const Job& of, int64_t output)
+        : job(of),
+          weight(*of.weight),
+          first(output),
+          live(std::min<int64_t>(block, weight.outputs - output)),
+          main(weight.inputs / S::step * S::step),
+          group(S::coded ? weight.group : S::step) {}
 
-    explicit Product(const Job& given)
-        : job(given),
-          groups(given.inputs / given.group),
-          in_steps(given.group / step * step),
-          offsets(given.zeros || given.minimums),
-          x(given.x),
-          table(levels_of(given)) {
-        if (four) put_in_order();
-        if (offsets) sum_groups();
-    }
-
-    void put_in_order() {
-        ordered.resize(job.rows * job.inputs);
-        for (int64_t g = 0; g < job.rows * groups; ++g) {
-            const float* from = job.x + g * job.group;
-            float* to = ordered.data() + g * job.group;
-            for (int64_t i = 0; i < in_steps; i += step) {
-                for (int lane = 0; lane < V::lanes; ++lane) {
-                    to[i + lane] = from[i + 2 * lane];
-                    to[i + V::lanes + lane] = from[i + 2 * lane + 1];
-                }
-            }
-            std::copy(from + in_steps, from + job.group, to + in_steps);
-        }
-        x = ordered.data();
-    }
-
-    void sum_groups() {
-        sums.resize(job.rows * groups);
-        for (int64_t g = 0; g < job.rows * groups; ++g) {
-            const float* from = x + g * job.group;
-            Floats total = V::zero();
-            for (int64_t i = 0; i < in_steps; i += V::lanes) {
-                total = V::add(total, V::load(from + i));
-            }
-            float sum = V::sum(total);
-            for (int64_t i = in_steps; i < job.group; ++i) sum += from[i];
-            sums[g] = sum;
-        }
-    }
-
-    // The place of the first code of an output, and the value of one code after it.
-    const uint8_t* codes_of(int64_t output) const {
-        const int64_t width = four ? job.inputs / 2 : job.inputs;
-        return static_cast<const uint8_t*>(job.codes) + output * width;
-    }
-    float value(const uint8_t* codes, int64_t i) const {
-        if (!four) return float(static_cast<int8_t>(codes[i]));
-        return job.levels[i % 2 ? codes[i / 2] & 15 : codes[i / 2] >> 4];
-    }
-
-    // Write what multiplies and what is added in every group of an output.
-    void factors(int64_t output, float* scale, float* minimum) const {
-        widen(job, job.scales, job.super_scales, job.scale_mean != nullptr, output, scale);
-        if (job.minimums) {
-            widen(job, job.minimums, job.super_minimums, false, output, minimum);
-        } else if (job.zeros) {
-            const int8_t* zeros = job.zeros + output * groups;
-            for (int64_t g = 0; g < groups; ++g) minimum[g] = -scale[g] * float(zeros[g]);
-        }
-    }
-
-    static float dot(const float* a, const float* b, int64_t n) {
-        Floats total = V::zero();
-        int64_t i = 0;
-        for (; i + V::lanes <= n; i += V::lanes) {
-            total = V::fma(V::load(a + i), V::load(b + i), total);
-        }
-        float sum = V::sum(total);
-        for (; i < n; ++i) sum += a[i] * b[i];
-        return sum;
-    }
-
-    void write(int64_t row, int64_t output, float sum) const {
-        float& y = job.y[row * job.outputs + output];
-        if (job.bias) sum += job.bias[output];
-        y = job.accumulate ? y + sum : sum;
-    }
-
-    // R rows by O outputs, straight from the codes.
+    // Write the sums of a tile. What is not a full step is added one by one.
     template <int R, int O>
-    void direct(int64_t output, float* scale, float* minimum) const {
-        const uint8_t* codes[O];
-        Floats total[O][R];
-        float rest[O][R];
-        for (int o = 0; o < O; ++o) {
-            codes[o] = codes_of(output + o);
-            factors(output + o, scale + o * groups, minimum + o * groups);
-            for (int r = 0; r < R; ++r) total[o][r] = V::zero(), rest[o][r] = 0;
+    void put(const Sums* totals, int64_t row, int64_t o) const {
+        const int64_t end = std::min<int64_t>(O, live - o);
+        for (int r = 0; r < R; ++r) {
+            const float* x = job.x + (row + r) * weight.inputs;
+            float* to = job.y + (row + r) * weight.outputs + first + o;
+            for (int64_t p = 0; p < end; ++p) {
+                float sum = V::sum(totals[r * O + p]);
+                for (int64_t i = main; i < weight.inputs; ++i)
+                    sum += value_at(weight, first + o + p, i) * x[i];
+                if (weight.bias) sum += weight.bias[first + o + p];
+                to[p] = job.accumulate ? to[p] + sum : sum;
+            }
         }
-        for (int64_t g = 0; g < groups; ++g) {
-            Floats part[O][R];
-            for (int o = 0; o < O; ++o)
-                for (int r = 0; r < R; ++r) part[o][r] = V::zero();
-            const int64_t first = g * job.group;
-            for (int64_t i = first; i < first + in_steps; i += step) {
-                for (int o = 0; o < O; ++o) {
-                    if (four) {
-                        Floats high, low;
-                        V::pairs(codes[o] + i / 2, table, high, low);
-                        for (int r = 0; r < R; ++r) {
-                            const float* at = x + r * job.inputs + i;
-                            part[o][r] = V::fma(high, V::load(at), part[o][r]);
-                            part[o][r] = V::fma(low, V::load(at + V::lanes), part[o][r]);
-                        }
-                    } else {
-                        const auto* from = reinterpret_cast<const int8_t*>(codes[o]) + i;
-                        const Floats values = V::bytes(from);
-                        for (int r = 0; r < R; ++r) {
-                            const float* at = x + r * job.inputs + i;
-                            part[o][r] = V::fma(values, V::load(at), part[o][r]);
-                        }
-                    }
+    }
+
+    // The tiles of R rows and all outputs of the block. The inputs of a stretch of x stay in the
+    // first cache for all of them.
+    template <class From, int R, int O>
+    void tiles(int64_t row, int64_t ahead) const {
+        Sums totals[block / O][R * O];
+        const auto* x = static_cast<const Number*>(job.prepared) + row * main;
+        const int64_t many_inputs = R < 8 ? main : 2048 / int64_t(sizeof(Number));
+        const int64_t stretch = std::max(group, many_inputs / group * group);
+        for (int64_t begin = 0; begin < main; begin += stretch) {
+            const Inputs inputs = {begin, std::min(main, begin + stretch), group};
+            for (int64_t o = 0; o < live; o += O)
+                tile<From, R, O>(x, outputs + o, weight.levels, inputs, ahead, totals[o / O]);
+        }
+        for (int64_t o = 0; o < live; o += O) put<R, O>(totals[o / O], row, o);
+    }
+
+    template <class From, int O>
+    void rows(int64_t ahead) const {
+        for (int64_t row = 0, count; row < job.rows; row += count) {
+            count = tile_rows<V>(job.rows - row);
+            switch (count) {
+                case 1: tiles<From, 1, O>(row, ahead); break;
+                case 2: tiles<From, 2, O>(row, ahead); break;
+                case 3: tiles<From, 3, O>(row, ahead); break;
+                case 4: tiles<From, 4, O>(row, ahead); break;
+                default:
+                    if constexpr (most<V> == 8) tiles<From, 8, many>(row, ahead);
+            }
+        }
+    }
+
+    // Write the numbers of all outputs as V has them.
+    void pack(Number* to) {
+        constexpr int parts = S::step / V::lanes;
+        typename V::Vector numbers[parts];
+        for (int64_t o = 0; o < live; ++o) {
+            const Output& from = outputs[o];
+            Number* at = to + o / many * many * main + o % many * V::lanes;
+            for (int64_t begin = 0, g = 0; begin < main; begin += group, ++g) {
+                typename S::Group of;
+                if (S::coded) of = {weight.levels, from.scales[g], from.offsets[g]};
+                for (int64_t i = begin; i < begin + group; i += S::step) {
+                    S::read_step(S::at(from.row, i), of, numbers);
+                    for (int part = 0; part < parts; ++part)
+                        V::store(at + (i + part * V::lanes) * many, numbers[part]);
                 }
             }
-            for (int o = 0; o < O; ++o) {
-                const Floats factor = V::all(scale[o * groups + g]);
-                for (int r = 0; r < R; ++r) total[o][r] = V::fma(part[o][r], factor, total[o][r]);
-            }
-            for (int64_t i = first + in_steps; i < first + job.group; ++i)
-                for (int o = 0; o < O; ++o)
-                    for (int r = 0; r < R; ++r)
-                        rest[o][r] +=
-                            scale[o * groups + g] * value(codes[o], i) * x[r * job.inputs + i];
         }
-        for (int o = 0; o < O; ++o)
-            for (int r = 0; r < R; ++r) {
-                float sum = V::sum(total[o][r]) + rest[o][r];
-                if (offsets) sum += dot(minimum + o * groups, sums.data() + r * groups, groups);
-                write(r, output + o, sum);
-            }
-    }
-
-    // The weights of one output in float32, in the order of x.
-    void dequantize(int64_t output, float* to, float* scale, float* minimum) const {
-        const uint8_t* codes = codes_of(output);
-        factors(output, scale, minimum);
-        for (int64_t g = 0; g < groups; ++g) {
-            const Floats factor = V::all(scale[g]), offset = V::all(offsets ? minimum[g] : 0.0f);
-            const int64_t first = g * job.group;
-            for (int64_t i = first; i < first + in_steps; i += step) {
-                if (four) {
-                    Floats high, low;
-                    V::pairs(codes + i / 2, table, high, low);
-                    V::store(to + i, V::fma(high, factor, offset));
-                    V::store(to + i + V::lanes, V::fma(low, factor, offset));
-                } else {
-                    const Floats values = V::bytes(reinterpret_cast<const int8_t*>(codes) + i);
-                    V::store(to + i, V::fma(values, factor, offset));
-                }
-            }
-            for (int64_t i = first + in_steps; i < first + job.group; ++i)
-                to[i] = value(codes, i) * scale[g] + (offsets ? minimum[g] : 0.0f);
+        for (int64_t o = 0; o < block; ++o) {
+            Number* at = to + o / many * many * main + o % many * V::lanes;
+            outputs[o].row = reinterpret_cast<const uint8_t*>(at);
         }
-    }
-
-    // R rows by O outputs, whose weights are in `weight` [O, inputs].
-    template <int R, int O>
-    void tile(int64_t row, int64_t output, const float* weight) const {
-        Floats total[O][R];
-        for (int o = 0; o < O; ++o)
-            for (int r = 0; r < R; ++r) total[o][r] = V::zero();
-        const float* at = x + row * job.inputs;
-        int64_t i = 0;
-        for (; i + V::lanes <= job.inputs; i += V::lanes) {
-            Floats of_x[R];
-            for (int r = 0; r < R; ++r) of_x[r] = V::load(at + r * job.inputs + i);
-            for (int o = 0; o < O; ++o) {
-                const Floats values = V::load(weight + o * job.inputs + i);
-                for (int r = 0; r < R; ++r) total[o][r] = V::fma(values, of_x[r], total[o][r]);
-            }
-        }
-        for (int o = 0; o < O; ++o)
-            for (int r = 0; r < R; ++r) {
-                float sum = V::sum(total[o][r]);
-                for (int64_t j = i; j < job.inputs; ++j)
-                    sum += weight[o * job.inputs + j] * at[r * job.inputs + j];
-                write(row + r, output + o, sum);
-            }
-    }
-
-    template <int O>
-    void outputs(int64_t output, std::vector<float>& buffer) const {
-        buffer.resize(O * (job.inputs + 2 * groups));
-        float *scale = buffer.data(), *minimum = scale + O * groups, *weight = minimum + O * groups;
-        switch (job.rows) {
-            case 1: return direct<1, O>(output, scale, minimum);
-            case 2: return direct<2, O>(output, scale, minimum);
-            case 3: return direct<3, O>(output, scale, minimum);
-        }
-        for (int o = 0; o < O; ++o) dequantize(output + o, weight + o * job.inputs, scale, minimum);
-        int64_t row = 0;
-        constexpr int most = V::lanes == 16 ? 4 : 3;  // as many sums as fit into registers
-        for (; row + most <= job.rows; row += most) tile<most, O>(row, output, weight);
-        for (; row + 2 <= job.rows; row += 2) tile<2, O>(row, output, weight);
-        if (row < job.rows) tile<1, O>(row, output, weight);
-    }
-
-    void chunk(int64_t number) const {
-        static thread_local std::vector<float> buffer;
-        const int64_t end = std::min(job.outputs, (number + 1) * chunk_blocks * out_block);
-        int64_t output = number * chunk_blocks * out_block;
-        for (; output + out_block <= end; output += out_block) outputs<out_block>(output, buffer);
-        for (; output < end; ++output) outputs<1>(output, buffer);
     }
 
     void run() {
-        // A thread that has lost its core costs milliseconds: smaller products stay on one.
-        const int64_t blocks = (job.outputs + out_block - 1) / out_block;
-        const int64_t work = job.rows * job.outputs * job.inputs;
-        const int threads = work < 1 << 20 ? 1 : int(job.threads);
-        chunk_blocks = std::max<int64_t>(1, blocks / (8 * threads));
-        const auto call = [](const void* self, int64_t number) {
-            static_cast<const Product*>(self)->chunk(number);
-        };
-        pool().run(call, this, (blocks + chunk_blocks - 1) / chunk_blocks, threads);
+        static thread_local std::vector<float> factors;
+        static thread_local std::vector<Number> buffer;
+        const int64_t groups = S::coded ? weight.inputs / weight.group : 0;
+        const int64_t bytes = row_bytes(weight);
+        factors.resize(2 * block * groups);
+        for (int64_t o = 0; o < block; ++o) {
+            const int64_t output = std::min(o, live - 1);  // what is beyond the last is its copy
+            float* scales = factors.data() + 2 * output * groups;
+            outputs[o] = {static_cast<const uint8_t*>(weight.codes) + (first + output) * bytes,
+                          scales, scales + groups};
+            if (S::coded && o < live) {
+                widen_factors(weight, first + o, scales, scales + groups);
+            }
+        }
+        if (job.rows <= most<V>) return rows<S, few<V>>(job.rows < 8 ? few<V> * bytes : block * bytes);
+        buffer.resize(block * main);
+        pack(buffer.data());
+        rows<Packed<V, many>, many>(0);
     }
+
+    static void outputs_from(const Job& job, int64_t output) { Path(job, output).run(); }
 };
 
-// y = x W^T + b with a dense W.
-struct DenseProduct {
-    const Job& job;
-
-    void output(int64_t output) const {
-        static thread_local std::vector<float> row;
-        row.resize(job.inputs);
-        const int64_t first = output * job.inputs;
-        for (int64_t i = 0; i < job.inputs; ++i) {
-            row[i] = number_at(job.codes, job.storage, first + i);
+// Groups that are no number of steps: numbers are read one by one.
+void outputs_one_by_one(const Job& job, int64_t first) {
+    static thread_local std::vector<float> buffer;
+    const Weight& weight = *job.weight;
+    const int64_t groups = weight.inputs / weight.group;
+    buffer.resize(weight.inputs + 2 * groups);
+    float *row = buffer.data(), *scales = row + weight.inputs, *offsets = scales + groups;
+    const int64_t end = std::min(weight.outputs, first + block);
+    for (int64_t output = first; output < end; ++output) {
+        widen_factors(weight, output, scales, offsets);
+        for (int64_t i = 0; i < weight.inputs; ++i) {
+            const int64_t g = i / weight.group;
+            row[i] = value_at(weight, output, i) * scales[g] + offsets[g];
         }
         for (int64_t r = 0; r < job.rows; ++r) {
-            float sum = Product<Wide, false>::dot(row.data(), job.x + r * job.inputs, job.inputs);
-            if (job.bias) sum += job.bias[output];
-            float& y = job.y[r * job.outputs + output];
+            const float* x = job.x + r * weight.inputs;
+            auto total = Narrow::zero();
+            int64_t i = 0;
+            for (; i + Narrow::lanes <= weight.inputs; i += Narrow::lanes)
+                total = Narrow::add(Narrow::load(row + i), Narrow::load(x + i), total);
+            float sum = Narrow::sum(total);
+            for (; i < weight.inputs; ++i) sum += row[i] * x[i];
+            if (weight.bias) sum += weight.bias[output];
+            float& y = job.y[r * weight.outputs + output];
             y = job.accumulate ? y + sum : sum;
         }
     }
+}
 
-    void run() {
-        const auto call = [](const void* self, int64_t number) {
-            static_cast<const DenseProduct*>(self)->output(number);
-        };
-        pool().run(call, this, job.outputs, int(job.threads));
+// x in the orders that sources want, each made when a weight first asks for it.
+struct Rows {
+    const float* x;
+    const int64_t count, inputs;
+    int made = 0;  // bits: which orders exist
+    int is_brain = -1;  // unknown
+
+    // The vectors of the rows of each tile in turn. In `pairs` of vectors, the first has the numbers
+    // with even places.
+    template <class V, bool pairs>
+    const typename V::Number* packed() {
+        static thread_local std::vector<typename V::Number> to;
+        constexpr int bit = V::lanes << int(pairs), step = V::lanes << int(pairs);
+        if (!pairs && count == 1 && std::is_same_v<typename V::Number, float>) {
+            return reinterpret_cast<const typename V::Number*>(x);
+        }
+        if (made & bit) return to.data();
+        made |= bit;
+        const int64_t main = inputs / step * step;
+        to.resize(count * main);
+        auto* at = to.data();
+        for (int64_t row = 0, rows; row < count; row += rows) {
+            rows = tile_rows<V>(count - row);
+            for (int64_t i = 0; i < main; i += step, at += rows * step)
+                for (int64_t r = 0; r < rows; ++r) {
+                    const float* from = x + (row + r) * inputs + i;
+                    if constexpr (pairs) {
+                        typename V::Vector even, odd;
+                        V::split(from, even, odd);
+                        V::store(at + r * V::lanes, even);
+                        V::store(at + (rows + r) * V::lanes, odd);
+                    } else {
+                        V::store(at + r * V::lanes, V::load(from));
+                    }
+                }
+        }
+        return to.data();
+    }
+
+    // Whether bfloat16 has every number of x.
+    bool fits_brain() {
+        if (is_brain < 0) {
+            uint32_t rest = 0;
+            for (int64_t i = 0; i < count * inputs; ++i) {
+                uint32_t bits;
+                std::memcpy(&bits, x + i, sizeof bits);
+                rest |= bits;
+            }
+            is_brain = (rest & 0xffff) == 0;
+        }
+        return is_brain;
     }
 };
 
+bool in_a_row(const float* levels) {
+    for (int code = 1; code < 16; ++code)
+        if (levels[code] != levels[0] + float(code)) return false;
+    return true;
+}
+
+template <class S, bool pairs = false>
+void take(Job& job, Rows& rows) {
+    job.outputs = Path<S>::outputs_from;
+    job.prepared = rows.packed<typename S::Vectors, pairs>();
+}
+
 template <class V>
-void multiply_codes(const Job& job) {
-    if (job.levels) {
-        Product<V, true>(job).run();
+void choose_codes(Job& job, Rows& rows) {
+    constexpr bool pairs = V::lanes < 32;
+    if (!job.weight->levels) return take<Bytes<V>>(job, rows);
+    if (in_a_row(job.weight->levels)) {
+        take<Nibbles<V, typename V::Integers>, pairs>(job, rows);
     } else {
-        Product<V, false>(job).run();
+        take<Nibbles<V, typename V::Levels>, pairs>(job, rows);
     }
 }
+
+// Choose the path of a weight, and prepare x for it.
+void choose(Job& job, Rows& rows) {
+    const Weight& weight = *job.weight;
+#ifdef TRANSOM_BRAIN
+    const bool fits = weight.scales ? weight.group % Brain::lanes == 0 && weight.rounded
+                                    : weight.storage == kBFloat16;
+    if (fits && job.rows >= 4 && rows.fits_brain()) {
+        return weight.scales ? choose_codes<Brain>(job, rows) : take<Own<Brain>>(job, rows);
+    }
+#endif
+    const int64_t pair = weight.levels ? 2 : 1;
+    if (weight.storage == kFloat32) {
+        take<Own<Wide>>(job, rows);
+    } else if (weight.storage == kFloat16) {
+        take<Dense<Wide, kFloat16>>(job, rows);
+    } else if (weight.storage == kBFloat16) {
+        take<Dense<Wide, kBFloat16>>(job, rows);
+    } else if (weight.group % (pair * Wide::lanes) == 0) {
+        choose_codes<Wide>(job, rows);
+    } else if (weight.group % (pair * Narrow::lanes) == 0) {
+        choose_codes<Narrow>(job, rows);
+    } else {
+        job.outputs = outputs_one_by_one;
+    }
+}
+
+struct Call {
+    const Job* jobs;
+
+    static void chunk(const void* self, int64_t number) {
+        const Job* job = static_cast<const Call*>(self)->jobs;
+        for (; number >= job->chunks; ++job) number -= job->chunks;
+        const int64_t size = job->chunk_blocks * block, begin = number * size;
+        const int64_t end = std::min(job->weight->outputs, begin + size);
+        for (int64_t output = begin; output < end; output += block) job->outputs(*job, output);
+    }
+};
 
 }  // namespace
 
 void multiply(const float* x, int64_t rows, const Weight* const* weights, int count,
               float* const* y, int threads, bool accumulate) {
+    static thread_local std::vector<Job> jobs;
+    Rows prepared{x, rows, weights[0]->inputs};
+    int64_t work = 0, chunks = 0;
+    jobs.resize(count);
+    for (int i = 0; i < count; ++i) work += rows * weights[i]->outputs * weights[i]->inputs;
+    if (work < least_work) threads = 1;
     for (int i = 0; i < count; ++i) {
-        const Job job{*weights[i], x, y[i], rows, threads, accumulate};
-        if (!job.scales) {
-            DenseProduct{job}.run();
-        } else if (job.group % (job.levels ? 2 * Wide::lanes : Wide::lanes) == 0) {
-            multiply_codes<Wide>(job);
-        } else {
-            multiply_codes<Narrow>(job);
-        }
+        const Weight& weight = *weights[i];
+        Job& job = jobs[i];
+        job = {&weight, nullptr, x, nullptr, y[i], rows, 1, 0, accumulate};
+        choose(job, prepared);
+        const int64_t blocks = (weight.outputs + block - 1) / block;
+        const int64_t block_work = rows * block * weight.inputs;
+        job.chunk_blocks = std::max<int64_t>(1, work / (8 * threads) / block_work);
+        job.chunks = (blocks + job.chunk_blocks - 1) / job.chunk_blocks;
+        chunks += job.chunks;
     }
+    const Call call{jobs.data()};
+    pool().run(Call::chunk, &call, chunks, threads);
 }
 
 extern "C" {

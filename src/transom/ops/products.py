@@ -53,10 +53,10 @@ def product(
         block: Scales that share a super scale, or 0.
 
     Returns:
-        [..., out] in the dtype of x, computed in float32 and rounded once. The weight is not
-        rounded to a dtype before.
+        [..., out] in the dtype of x, summed in float32 and rounded once. With rows of bfloat16, the
+        weight may be rounded to bfloat16 before, as PyTorch does.
     """
-    weight = coded_weight(parts, levels, scales, block, bias)
+    weight = coded_weight(parts, levels, scales, block, bias, x.dtype)
     outputs = None if weight is None else multiply(x, [weight])
     return None if outputs is None else outputs[0]
 

@@ -2,149 +2,21 @@
 //
 // `Wide` is the vector of 16 numbers of AVX-512, `Narrow` one of 8 numbers: AVX2 where the compiler
 // targets it, else a vector type of GCC and Clang, which they compile to NEON or SSE.
-// Without AVX-512 `Wide` is `Narrow`.
+// Without AVX-512 `Wide` is `Narrow`. `Brain` has 32 numbers in bfloat16, whose products are summed
+// in float32 by pairs. It exists where the processor has such an instruction.
+//
+// In each, `Vector` has numbers of x or of a weight, and `Sums` has running sums in float32.
+// `Levels` are the values of the 16 codes of 4 bits in one group of a weight.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#include "weights.h"
+
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
-#endif
-
-#if defined(__AVX2__) && defined(__FMA__)
-
-struct Narrow {
-    static constexpr int lanes = 8;
-    using Floats = __m256;
-
-    // The values of the 16 codes of 4 bits.
-    struct Table {
-        __m256 low, high;
-        explicit Table(const float* levels)
-            : low(_mm256_loadu_ps(levels)), high(_mm256_loadu_ps(levels + 8)) {}
-
-        // Only the lowest 4 bits of an index count.
-        Floats at(__m256i index) const {
-            const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
-            return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
-                                    _mm256_permutevar8x32_ps(high, index), bit3);
-        }
-    };
-
-    static Floats zero() { return _mm256_setzero_ps(); }
-    static Floats all(float value) { return _mm256_set1_ps(value); }
-    static Floats load(const float* from) { return _mm256_loadu_ps(from); }
-    static void store(float* to, Floats values) { _mm256_storeu_ps(to, values); }
-    static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
-    static Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
-    static Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
-
-    static float sum(Floats values) {
-        __m128 half = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
-        half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-        return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
-    }
-
-    // The values of the codes in the high and in the low halves of 8 bytes.
-    static void pairs(const uint8_t* bytes, const Table& table, Floats& high, Floats& low) {
-        const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
-        const __m256i wide = _mm256_cvtepu8_epi32(eight);
-        high = table.at(_mm256_srli_epi32(wide, 4));
-        low = table.at(wide);
-    }
-
-    static Floats bytes(const int8_t* from) {
-        const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
-    }
-};
-
-#else
-
-struct Narrow {
-    static constexpr int lanes = 8;
-    typedef float Floats __attribute__((vector_size(32)));
-    typedef int8_t Bytes __attribute__((vector_size(8)));
-
-    struct Table {
-        float levels[16];
-        explicit Table(const float* from) { std::memcpy(levels, from, sizeof levels); }
-    };
-
-    static Floats zero() { return Floats{}; }
-    static Floats all(float value) { return Floats{} + value; }
-    static Floats load(const float* from) {
-        Floats values;
-        std::memcpy(&values, from, sizeof values);
-        return values;
-    }
-    static void store(float* to, Floats values) { std::memcpy(to, &values, sizeof values); }
-    static Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
-    static Floats multiply(Floats a, Floats b) { return a * b; }
-    static Floats add(Floats a, Floats b) { return a + b; }
-
-    static float sum(Floats values) {
-        float total = 0;
-        for (int lane = 0; lane < lanes; ++lane) total += values[lane];
-        return total;
-    }
-
-    static void pairs(const uint8_t* bytes, const Table& table, Floats& high, Floats& low) {
-        for (int lane = 0; lane < lanes; ++lane) {
-            high[lane] = table.levels[bytes[lane] >> 4];
-            low[lane] = table.levels[bytes[lane] & 15];
-        }
-    }
-
-    static Floats bytes(const int8_t* from) {
-        Bytes codes;
-        std::memcpy(&codes, from, sizeof codes);
-        return __builtin_convertvector(codes, Floats);
-    }
-};
-
-#endif
-
-#if defined(__AVX512F__)
-
-struct Wide {
-    static constexpr int lanes = 16;
-    using Floats = __m512;
-
-    struct Table {
-        __m512 levels;
-        explicit Table(const float* from) : levels(_mm512_loadu_ps(from)) {}
-        Floats at(__m512i index) const { return _mm512_permutexvar_ps(index, levels); }
-    };
-
-    static Floats zero() { return _mm512_setzero_ps(); }
-    static Floats all(float value) { return _mm512_set1_ps(value); }
-    static Floats load(const float* from) { return _mm512_loadu_ps(from); }
-    static void store(float* to, Floats values) { _mm512_storeu_ps(to, values); }
-    static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-    static Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
-    static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
-    static float sum(Floats values) { return _mm512_reduce_add_ps(values); }
-
-    static void pairs(const uint8_t* bytes, const Table& table, Floats& high, Floats& low) {
-        const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
-        const __m512i wide = _mm512_cvtepu8_epi32(sixteen);
-        high = table.at(_mm512_srli_epi32(wide, 4));
-        low = table.at(wide);
-    }
-
-    static Floats bytes(const int8_t* from) {
-        const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen));
-    }
-};
-
-#else
-
-using Wide = Narrow;
-
 #endif
 
 // float32 of a number in float16.
@@ -169,14 +41,277 @@ inline float half_to_float(uint16_t half) {
 #endif
 }
 
-// float32 of n numbers in float16.
-inline void halves_to_floats(const uint16_t* from, float* to, int64_t n) {
-    int64_t i = 0;
-#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-    for (; i + 8 <= n; i += 8) {
-        const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(eight));
-    }
-#endif
-    for (; i < n; ++i) to[i] = half_to_float(from[i]);
+// float32 of a number in bfloat16.
+inline float brain_to_float(uint16_t brain) {
+    const uint32_t bits = uint32_t(brain) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
 }
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+
+struct Narrow {
+    static constexpr int lanes = 8;
+    using Vector = __m256;
+    using Sums = __m256;
+    using Number = float;
+    static constexpr Kind kind = kFloat32;
+
+    static Sums zero() { return _mm256_setzero_ps(); }
+    static Vector load(const float* from) { return _mm256_loadu_ps(from); }
+    static void store(float* to, Vector values) { _mm256_storeu_ps(to, values); }
+    static Sums add(Vector a, Vector b, Sums c) { return _mm256_fmadd_ps(a, b, c); }
+    static float sum(Sums values) {
+        __m128 half = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
+        half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+        return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+    }
+
+    static Vector halves(const uint16_t* from) {
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    }
+    static Vector brains(const uint16_t* from) {
+        const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16));
+    }
+    static Vector bytes(const int8_t* from, float scale, float offset) {
+        const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+        const __m256 values = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
+        return _mm256_fmadd_ps(values, _mm256_set1_ps(scale), _mm256_set1_ps(offset));
+    }
+
+    // The numbers at even and at odd places of 16.
+    static void split(const float* from, Vector& even, Vector& odd) {
+        const __m256 first = _mm256_loadu_ps(from), second = _mm256_loadu_ps(from + 8);
+        const auto in_order = [](__m256 values) {
+            return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(values), 0xd8));
+        };
+        even = in_order(_mm256_shuffle_ps(first, second, 0x88));
+        odd = in_order(_mm256_shuffle_ps(first, second, 0xdd));
+    }
+
+    struct Levels {
+        __m256 low, high;
+        Levels() = default;
+        Levels(const float* levels, float scale, float offset) {
+            const __m256 factor = _mm256_set1_ps(scale), added = _mm256_set1_ps(offset);
+            low = _mm256_fmadd_ps(_mm256_loadu_ps(levels), factor, added);
+            high = _mm256_fmadd_ps(_mm256_loadu_ps(levels + 8), factor, added);
+        }
+        // Only the lowest 4 bits of an index count.
+        __m256 at(__m256i index) const {
+            const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+            return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
+                                    _mm256_permutevar8x32_ps(high, index), bit3);
+        }
+        // The codes in the high and in the low halves of 8 bytes.
+        void pairs(const uint8_t* bytes, Vector* to) const {
+            const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
+            const __m256i wide = _mm256_cvtepu8_epi32(eight);
+            to[0] = at(_mm256_srli_epi32(wide, 4));
+            to[1] = at(wide);
+        }
+    };
+
+    // Levels that are integers in a row: arithmetic is faster than a table here.
+    struct Integers {
+        __m256 scale, offset;
+        Integers() = default;
+        Integers(const float* levels, float factor, float added)
+            : scale(_mm256_set1_ps(factor)), offset(_mm256_set1_ps(levels[0] * factor + added)) {}
+        void pairs(const uint8_t* bytes, Vector* to) const {
+            const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
+            const __m256i wide = _mm256_cvtepu8_epi32(eight);
+            const __m256i low = _mm256_and_si256(wide, _mm256_set1_epi32(15));
+            const __m256i high = _mm256_srli_epi32(wide, 4);
+            to[0] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(high), scale, offset);
+            to[1] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(low), scale, offset);
+        }
+    };
+};
+
+#else
+
+struct Narrow {
+    static constexpr int lanes = 8;
+    typedef float Vector __attribute__((vector_size(32)));
+    using Sums = Vector;
+    using Number = float;
+    static constexpr Kind kind = kFloat32;
+    typedef int8_t Bytes __attribute__((vector_size(8)));
+    typedef uint8_t Unsigned __attribute__((vector_size(8)));
+    typedef uint16_t Words __attribute__((vector_size(16)));
+    typedef uint32_t Bits __attribute__((vector_size(32)));
+
+    static Sums zero() { return Sums{}; }
+    static Vector load(const float* from) {
+        Vector values;
+        std::memcpy(&values, from, sizeof values);
+        return values;
+    }
+    static void store(float* to, Vector values) { std::memcpy(to, &values, sizeof values); }
+    static Sums add(Vector a, Vector b, Sums c) { return a * b + c; }
+    static float sum(Sums values) {
+        float total = 0;
+        for (int lane = 0; lane < lanes; ++lane) total += values[lane];
+        return total;
+    }
+
+    static Vector halves(const uint16_t* from) {
+        Vector values;
+        for (int lane = 0; lane < lanes; ++lane) values[lane] = half_to_float(from[lane]);
+        return values;
+    }
+    static Vector brains(const uint16_t* from) {
+        Words words;
+        std::memcpy(&words, from, sizeof words);
+        return Vector(__builtin_convertvector(words, Bits) << 16);
+    }
+    static Vector bytes(const int8_t* from, float scale, float offset) {
+        Bytes codes;
+        std::memcpy(&codes, from, sizeof codes);
+        return __builtin_convertvector(codes, Vector) * scale + offset;
+    }
+
+    static void split(const float* from, Vector& even, Vector& odd) {
+        for (int lane = 0; lane < lanes; ++lane) {
+            even[lane] = from[2 * lane];
+            odd[lane] = from[2 * lane + 1];
+        }
+    }
+
+    struct Levels {
+        float values[16];
+        Levels() = default;
+        Levels(const float* levels, float scale, float offset) {
+            for (int code = 0; code < 16; ++code) values[code] = levels[code] * scale + offset;
+        }
+        void pairs(const uint8_t* bytes, Vector* to) const {
+            for (int lane = 0; lane < lanes; ++lane) {
+                to[0][lane] = values[bytes[lane] >> 4];
+                to[1][lane] = values[bytes[lane] & 15];
+            }
+        }
+    };
+
+    struct Integers {
+        float scale, offset;
+        Integers() = default;
+        Integers(const float* levels, float factor, float added)
+            : scale(factor), offset(levels[0] * factor + added) {}
+        void pairs(const uint8_t* from, Vector* to) const {
+            Unsigned codes;
+            std::memcpy(&codes, from, sizeof codes);
+            to[0] = __builtin_convertvector(codes >> 4, Vector) * scale + offset;
+            to[1] = __builtin_convertvector(codes & 15, Vector) * scale + offset;
+        }
+    };
+};
+
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+
+struct Wide {
+    static constexpr int lanes = 16;
+    using Vector = __m512;
+    using Sums = __m512;
+    using Number = float;
+    static constexpr Kind kind = kFloat32;
+
+    static Sums zero() { return _mm512_setzero_ps(); }
+    static Vector load(const float* from) { return _mm512_loadu_ps(from); }
+    static void store(float* to, Vector values) { _mm512_storeu_ps(to, values); }
+    static Sums add(Vector a, Vector b, Sums c) { return _mm512_fmadd_ps(a, b, c); }
+    static float sum(Sums values) { return _mm512_reduce_add_ps(values); }
+
+    static Vector halves(const uint16_t* from) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    }
+    static Vector brains(const uint16_t* from) {
+        const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+    }
+    static Vector bytes(const int8_t* from, float scale, float offset) {
+        const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+        const __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen));
+        return _mm512_fmadd_ps(values, _mm512_set1_ps(scale), _mm512_set1_ps(offset));
+    }
+
+    static void split(const float* from, Vector& even, Vector& odd) {
+        const __m512 first = _mm512_loadu_ps(from), second = _mm512_loadu_ps(from + 16);
+        const __m512i places = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6,
+                                                4, 2, 0);
+        even = _mm512_permutex2var_ps(first, places, second);
+        odd = _mm512_permutex2var_ps(first, _mm512_add_epi32(places, _mm512_set1_epi32(1)), second);
+    }
+
+    struct Levels {
+        __m512 values;
+        Levels() = default;
+        Levels(const float* levels, float scale, float offset)
+            : values(_mm512_fmadd_ps(_mm512_loadu_ps(levels), _mm512_set1_ps(scale),
+                                     _mm512_set1_ps(offset))) {}
+        void pairs(const uint8_t* bytes, Vector* to) const {
+            const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+            const __m512i wide = _mm512_cvtepu8_epi32(sixteen);
+            to[0] = _mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), values);
+            to[1] = _mm512_permutexvar_ps(wide, values);
+        }
+    };
+    using Integers = Levels;
+};
+
+#else
+
+using Wide = Narrow;
+
+#endif
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define TRANSOM_BRAIN 1
+
+struct Brain {
+    static constexpr int lanes = 32;
+    using Vector = __m512bh;
+    using Sums = __m512;
+    using Number = uint16_t;
+    static constexpr Kind kind = kBFloat16;
+
+    static Sums zero() { return _mm512_setzero_ps(); }
+    static Vector load(const float* from) {
+        return rounded(_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16));
+    }
+    static Vector load(const uint16_t* from) { return (__m512bh)_mm512_loadu_si512(from); }
+    static void store(uint16_t* to, Vector values) { _mm512_storeu_si512(to, (__m512i)values); }
+    static Sums add(Vector a, Vector b, Sums c) { return _mm512_dpbf16_ps(c, a, b); }
+    static float sum(Sums values) { return _mm512_reduce_add_ps(values); }
+
+    static Vector rounded(__m512 first, __m512 second) {
+        return _mm512_cvtne2ps_pbh(second, first);
+    }
+    static Vector bytes(const int8_t* from, float scale, float offset) {
+        return rounded(Wide::bytes(from, scale, offset), Wide::bytes(from + 16, scale, offset));
+    }
+
+    struct Levels {
+        __m512i values;  // the same 16 levels twice
+        Levels() = default;
+        Levels(const float* levels, float scale, float offset) {
+            const __m512 wide = Wide::Levels(levels, scale, offset).values;
+            values = (__m512i)rounded(wide, wide);
+        }
+        // The codes in their order: the high half of a byte, then the low half.
+        void pairs(const uint8_t* bytes, Vector* to) const {
+            const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+            const __m512i wide = _mm512_cvtepu8_epi32(sixteen);
+            const __m512i both =
+                _mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16));
+            to[0] = (__m512bh)_mm512_permutexvar_epi16(both, values);
+        }
+    };
+    using Integers = Levels;
+};
+
+#endif

@@ -38,7 +38,8 @@ struct Weight {
     int64_t outputs, inputs, group;
     int64_t storage;  // kFloat32, kFloat16, kBFloat16: dense; kInt8, kInt4: codes
     int64_t scale_kind, super_kind;
-    int64_t block;  // scales that share a super scale, or 0
+    int64_t block;    // scales that share a super scale, or 0
+    int64_t rounded;  // 1: numbers of codes may be rounded to bfloat16, as in a bfloat16 model
 };
 
 // Compute y[i] = x W_i^T + b_i for `count` weights, or add it to y[i].

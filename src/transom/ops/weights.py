@@ -30,7 +30,7 @@ _POINTERS = (
     "super_minimums",
     "bias",
 )
-_NUMBERS = ("outputs", "inputs", "group", "storage", "scale_kind", "super_kind", "block")
+_NUMBERS = ("outputs", "inputs", "group", "storage", "scale_kind", "super_kind", "block", "rounded")
 
 
 class Weight(ctypes.Structure):
@@ -69,6 +69,7 @@ def coded_weight(
     scales: torch.dtype,
     block: int,
     bias: Tensor | None,
+    dtype: torch.dtype,
 ) -> Weight | None:
     """Return a weight in codes on the CPU, or None if C++ doesn't cover its format.
 
@@ -78,6 +79,8 @@ def coded_weight(
         scales: What the bits of the scales are.
         block: Scales that share a super scale, or 0.
         bias: [out] of any floating dtype, or None.
+        dtype: The dtype of the weight. In bfloat16, rows of bfloat16 are multiplied by numbers
+            rounded to bfloat16, as PyTorch does, if that is faster.
     """
     outputs, groups = parts["scales"].shape
     inputs = parts["codes"].size(1) * (1 if levels is None else 2)
@@ -86,7 +89,8 @@ def coded_weight(
     if scales not in KINDS or super_dtype not in KINDS or (levels and group % 2):
         return None
     numbers = {"scale_kind": KINDS[scales], "super_kind": KINDS[super_dtype], "block": block}
-    made = _filled(parts, bias, outputs=outputs, inputs=inputs, group=group, **numbers)
+    numbers |= {"outputs": outputs, "inputs": inputs, "group": group}
+    made = _filled(parts, bias, rounded=int(dtype is torch.bfloat16), **numbers)
     if levels is not None:
         made.levels = ctypes.addressof(_levels(levels))
     return made

@@ -101,7 +101,7 @@ CEILINGS = {
     "inference": 1_305,
     "evaluation": 1_270,
     "training": 4_042,
-    "verify": 2_382,
+    "verify": 2_410,
     "cli": 1_650,
 }
 

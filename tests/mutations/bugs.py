@@ -64,6 +64,8 @@ BUGS: tuple[Bug, ...] = (
     Bug("scale of another token", "cache", run_bugs.stale_scale),
     Bug("prefill chunk overwrites", "cache", run_bugs.overwriting_prefill),
     Bug("static view cut short", "cache", run_bugs.short_view),
+    Bug("snapshot one token short", "cache", run_bugs.short_snapshot),
+    Bug("prefix one token long", "cache", run_bugs.longer_prefix),
     Bug("window slice off by one", "attention", model_bugs.wide_slices),
     Bug("NaN from a masked row", "attention", model_bugs.nan_in_masked_rows),
     Bug("partial block lost", "attention", model_bugs.lost_partial_block),

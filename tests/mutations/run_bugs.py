@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from tests.mutations.planting import Call, changed, changed_everywhere, lost
+from transom.cache.model_cache import ModelCache
+from transom.cache.prefix import PrefixCache
 from transom.cache.store import LayerCache, Placement, RotatingBufferCache, StaticCache
 from transom.data.batch import NO_TARGET, Batch
 from transom.data.order import Batches
@@ -90,6 +92,33 @@ def short_view() -> AbstractContextManager[None]:
         return begin_call
 
     return changed(StaticCache, "begin_call", make)
+
+
+def short_snapshot() -> AbstractContextManager[None]:
+    """A stored prefix lacks the oldest token that the window of the next one reaches."""
+
+    def make(original: Call) -> Call:
+        def init(self: PrefixCache, *args: Any, **options: Any) -> None:
+            original(self, *args, **options)
+            # A window of W reads W - 1 earlier tokens.
+            self.kept = [min(kept, kept - self.slack - 2) for kept in self.kept]
+
+        return init
+
+    return changed(PrefixCache, "__init__", make)
+
+
+def longer_prefix() -> AbstractContextManager[None]:
+    """A prompt continues the states of another after their first different token."""
+
+    def make(original: Call) -> Call:
+        def match(self: PrefixCache, tokens: Sequence[int], cache: ModelCache) -> Any:
+            node, count = original(self, tokens, cache)
+            return node, min(count + 1, node.end, len(tokens))
+
+        return match
+
+    return changed(PrefixCache, "match", make)
 
 
 # -- data and training

@@ -40,14 +40,15 @@ class PromptCache(PrefixCache):
     Args:
         model: The model, whose weights must not change.
         decode: `prompt_cache_file` and `kv_bits`.
+        slack: As of a `PrefixCache`.
 
     Raises:
         RequestError: The file is that of another model, of other settings or another version, or
             damaged; or it does not exist and its folder can't be written.
     """
 
-    def __init__(self, model: LLM, decode: DecodeArgs) -> None:
-        super().__init__(model.args, max_bytes=sys.maxsize)
+    def __init__(self, model: LLM, decode: DecodeArgs, *, slack: int = 32) -> None:
+        super().__init__(model.args, max_bytes=sys.maxsize, slack=slack)
         assert decode.prompt_cache_file is not None, "a file is named"
         self.path = Path(decode.prompt_cache_file).expanduser()
         self.variant = active_adapters(model)

@@ -8,8 +8,11 @@ view of a static cache is cut.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,8 +20,12 @@ from torch import Tensor
 from transom.base.errors import RequestError, notice, require
 from transom.cache import store
 from transom.cache.model_cache import ModelCache
+from transom.cache.prefix import PrefixCache
 from transom.checkpoints.load import load
 from transom.config.model_args import ModelArgs
+from transom.inference.decode_args import DecodeArgs
+from transom.inference.forward import prefill
+from transom.inference.prompt_cache import PromptCache
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
 from transom.verify import endless
@@ -145,6 +152,8 @@ def compare(model: LLM, name: str, plan: Plan) -> Iterator[Finding]:
         yield from calls.cached()
         yield from calls.in_8_bits()
         yield from calls.after_rollback()
+    if causal and args.context_dim is None:
+        yield from calls.after_prefix()
     if not rescaled:
         yield from calls.padded(cached=causal)
         yield from calls.packed()
@@ -228,6 +237,28 @@ class Calls:
             rest = [TransformerInput(part) for part in self.tokens[:, start:].split(1, 1)]
             states = run(self.model, rest, cache)
             yield self.finding("after a rollback", f"{back} tokens at {start}", states, start=start)
+
+    def after_prefix(self) -> Iterator[Finding]:
+        """Compare prompts that share their beginning with one whose states a file has."""
+        total, row = self.plan.length, self.tokens[:1]
+        others = random_tokens(self.model.args, 1, total, seed=1).to(row.device)
+        for slack, step in itertools.product(self.plan.slacks, (total // 7 + 1, total // 2)):
+            with tempfile.TemporaryDirectory() as folder:
+                file = DecodeArgs(prompt_cache_file=str(Path(folder) / "prompt"))
+                cache = self.model.make_cache(1, total, slack=slack)
+                PromptCache(self.model, file, slack=slack).restore(cache, row.tolist())
+                with torch.no_grad():
+                    prefill(self.model, cache, row.tolist(), step)
+                prefixes = PromptCache(self.model, file, slack=slack)
+            for count in self.edges:
+                prompt = torch.cat((row[:, :count], others[:, count:]), 1)
+                full = run(self.model, [TransformerInput(prompt)])
+                cache.reset()
+                (start,) = PrefixCache.restore(prefixes, cache, prompt.tolist())  # no notice
+                states = run(self.model, [TransformerInput(prompt[:, start:])], cache)
+                case = f"{start} of {count} shared tokens, calls of {step}, slack {slack}"
+                expected = [x[:, start:] for x in full]
+                yield self.finding("after a stored prefix", case, states, expected, start=start)
 
     def padded(self, *, cached: bool) -> Iterator[Finding]:
         """Compare a short row in a padded batch with the same row alone."""

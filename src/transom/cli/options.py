@@ -51,6 +51,9 @@ def add_fields(parser: argparse.ArgumentParser, cls: Any) -> None:
     """Add a flag for every field of a dataclass, with the field's help and default."""
     for field in dataclasses.fields(cls):
         flag = f"--{field.name.replace('_', '-')}"
+        if field.default is False:
+            parser.add_argument(flag, action="store_true", help=field.metadata["help"])
+            continue
         kind = options_of(field_types(cls)[field.name])[0]
         shown = "" if field.default is None else f" (default: {field.default:g})"
         parser.add_argument(

@@ -34,6 +34,9 @@ PATTERN_LETTERS: dict[str, Literal["causal", "window", "chunk", "full"]] = {
 _LLAMA3_ROPE = ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor")
 
 
+_rule = functools.cache(LayerRule)  # torch.compile guards by identity: equal rules are one object
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelArgs(ModelFields):
     """A decoder-only Transformer as plain data.
@@ -237,7 +240,7 @@ class ModelArgs(ModelFields):
             n_kv_heads=self.kv_heads,
             head_dim=self.head_size,
             hidden_dim=self.dense_hidden_dim,
-            rule=LayerRule(kind, size),
+            rule=_rule(kind, size),
             rope=None if nope else self._ropes[size > 0],
             use_qk_norm=self.use_qk_norm and not nope,
             temperature=TemperatureArgs(self.attn_scale, self.floor_scale) if tuned else None,

@@ -48,6 +48,11 @@ class DecodeArgs:
         at_least=1,
         at_most=32,
     )
+    compile: bool = describe(
+        False,
+        "compile the steps after the prompt with torch.compile, and replay them as CUDA graphs on "
+        "a CUDA device; the first steps take longer",
+    )
 
     def __post_init__(self) -> None:
         check_bounds(self)

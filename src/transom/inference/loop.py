@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from transom.base.errors import RequestError, notice, require
 from transom.cache.model_cache import ModelCache
 from transom.config.model_args import ModelArgs
+from transom.inference.compiled import CompiledSteps
 from transom.inference.copies import runs_ahead, to_host
 from transom.inference.decode_args import DEFAULT, DecodeArgs
 from transom.inference.forward import (
@@ -226,6 +228,7 @@ def _run(
     alive_B = torch.ones(len(rest), dtype=torch.bool, device=logits_BV.device)
     stops = {*stop_tokens}
     stops_S = torch.tensor([*stops], dtype=torch.int64, device=logits_BV.device)
+    step = CompiledSteps(model) if decode.compile else partial(forward_logits, model)
     left = rows = len(rest)  # rows without a stop token, as far as tokens have been read
     ahead = runs_ahead(logits_BV.device)
 
@@ -244,7 +247,7 @@ def _run(
                 return logits_BV
         lengths_B = alive_B.long() if left < rows else None  # finished rows store nothing
         inputs = TransformerInput(ids_B[:, None], lengths=lengths_B, logits="last")
-        return forward_logits(model, inputs, cache)[:, 0]
+        return step(inputs, cache)[:, 0]
 
     for remaining in reversed(range(max_new_tokens)):
         ids_B = sampler(logits_BV)

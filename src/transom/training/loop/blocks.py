@@ -22,6 +22,7 @@ from transom.attention.backends import Attend
 from transom.attention.mask import MaskSpec
 from transom.attention.view import CacheView, ScoreArgs
 from transom.layers.block import TransformerBlock
+from transom.layers.compiled import compile_forward
 from transom.models.llm import LLM
 
 Forward = Callable[..., Any]
@@ -73,7 +74,7 @@ def arrange_blocks(
         vars(block).pop("forward", None)
         forward: Forward = block.forward
         if compiled and index < len(own):
-            forward = torch.compile(forward, backend=backend)
+            forward = compile_forward(forward, backend)
         if checkpointing == "selective":
             forward = partial(_checkpointed, forward, _selective)
         elif checkpointing != "none" and index % interval == 0:

@@ -1,0 +1,173 @@
+"""Decode steps of compiled blocks. On a CUDA device, a step is replayed as one CUDA graph.
+
+The blocks of a model are compiled one by one, so layers of one kind share their kernels, and a new
+length of the view of the cache compiles little. A CUDA graph contains all kernels of a step with
+their arguments: the host starts it in one call. Numbers that change from token to token are in
+tensors that stay in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from transom.base.errors import RequestError, WorkError, notice
+from transom.base.runtime import is_out_of_memory
+from transom.cache.model_cache import ModelCache
+from transom.cache.store import BUCKET, StaticCache
+from transom.inference.forward import forward_logits
+from transom.layers.compiled import compile_forward
+from transom.layers.inputs import TransformerInput
+from transom.models.llm import LLM
+from transom.quantize.leaves import quantized_leaves
+
+# On CUDA: products of one row as generated kernels, which read weights at the speed of memory and
+# compute them from codes on the way, only if their blocks are tuned.
+CUDA_OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
+_failed: WeakSet[LLM] = WeakSet()  # models that can't be compiled here: nobody waits for it again
+
+
+class CompiledSteps:
+    """`forward_logits` for calls of one token per row. Where compiling fails, steps run plainly.
+
+    Args:
+        model: The model, which stays as it is between two calls.
+    """
+
+    def __init__(self, model: LLM) -> None:
+        self._model = model
+        self._cache: ModelCache | None = None
+        self._graphs: dict[tuple[int, bool], StepGraph | None] = {}  # of the steps of `_cache`
+        self._on_cuda = self._records = model.device.type == "cuda"
+        self._blocks: list[Callable[..., Any]] = []
+        if not self._on_cuda and quantized_leaves(model):
+            notice("compile: quantized weights are faster without it on the CPU; it is ignored")
+        elif model not in _failed:
+            options = CUDA_OPTIONS if self._on_cuda else {}
+            self._blocks = [compile_forward(block.forward, **options) for block in model.layers]
+
+    def __call__(self, inputs: TransformerInput, cache: ModelCache) -> Tensor:
+        """Return the logits [B, 1, V] of one call. On CUDA the next call may overwrite them."""
+        if cache is not self._cache:
+            self._cache, self._graphs = cache, {}
+        if cache.bounded and cache.bound == cache.capacity:
+            cache.sync_length()  # a recorded step can't wait for the device
+        static = any(isinstance(store, StaticCache) for store in cache.stores)
+        buckets = -(-(cache.bound + 1) // BUCKET) if static else 0
+        key = (buckets, inputs.lengths is not None)
+        if not self._records or key not in self._graphs:
+            self._graphs[key] = None  # the first step compiles and tunes, the second is recorded
+            return self._run(inputs, cache)
+        graph = self._graphs[key]
+        if graph is not None:
+            return graph(inputs, cache)
+        state = host_state(cache)
+        try:
+            graph = StepGraph(lambda inputs: self._step(inputs, cache), inputs)
+        except RuntimeError as error:
+            set_host_state(cache, state)
+            self._records = False
+            notice(f"compile: no CUDA graph ({reason(error)}); kernels are started one by one")
+            return self._run(inputs, cache)
+        self._graphs[key] = graph
+        return graph.replay()
+
+    def _run(self, inputs: TransformerInput, cache: ModelCache) -> Tensor:
+        """Run the step now, without compiled blocks from their first failure on."""
+        state = host_state(cache)
+        try:
+            return self._step(inputs, cache)
+        except (RequestError, WorkError):
+            raise
+        except Exception as error:
+            if not self._blocks or is_out_of_memory(error):
+                raise
+            notice(f"compile: failed ({reason(error)}); the model runs uncompiled")
+        self._blocks = []
+        _failed.add(self._model)
+        set_host_state(cache, state)  # what layers have stored is stored again
+        return self._step(inputs, cache)
+
+    def _step(self, inputs: TransformerInput, cache: ModelCache) -> Tensor:
+        with forwards_of(self._model, self._blocks):
+            return forward_logits(self._model, inputs, cache)
+
+
+@contextmanager
+def forwards_of(model: LLM, forwards: list[Callable[..., Any]]) -> Iterator[None]:
+    """Run the blocks of a model by other functions, if there are some."""
+    own = [vars(block) for block in model.layers]
+    before = [{name: parts[name] for name in ("forward",) if name in parts} for parts in own]
+    for parts, forward in zip(own, forwards, strict=False):
+        parts["forward"] = forward
+    try:
+        yield
+    finally:
+        for parts, kept in zip(own, before, strict=True):
+            parts.pop("forward", None)
+            parts |= kept
+
+
+class StepGraph:
+    """One decode step as a CUDA graph, and what the host has to count when it is replayed.
+
+    Args:
+        run: The step. It runs once, and the device records what it would compute.
+        inputs: The input of the step.
+
+    Raises:
+        RuntimeError: The step can't be recorded, for example because the host reads a number in it.
+    """
+
+    def __init__(self, run: Callable[[TransformerInput], Tensor], inputs: TransformerInput) -> None:
+        self._tokens_B1 = inputs.tokens.clone()
+        self._lengths_B = None if inputs.lengths is None else inputs.lengths.clone()
+        fixed = TransformerInput(self._tokens_B1, lengths=self._lengths_B, logits="last")
+        self.replay: Callable[[], Tensor] = record(lambda: run(fixed))
+
+    def __call__(self, inputs: TransformerInput, cache: ModelCache) -> Tensor:
+        """Return the logits [B, 1, V] of one more step, in the memory of the last ones."""
+        cache.reserve(1, inputs.lengths)
+        cache.peak = max(cache.peak, cache.bound)
+        if inputs.lengths is None:  # as `end_call` counts
+            cache.rolled_back = max(0, cache.rolled_back - 1)
+        elif self._lengths_B is not None:
+            self._lengths_B.copy_(inputs.lengths)
+        self._tokens_B1.copy_(inputs.tokens)
+        return self.replay()
+
+
+def record(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Return a function that repeats the kernels of `function` as a CUDA graph."""
+    stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = function()
+    finally:
+        torch.cuda.set_stream(stream)  # a capture that fails leaves its own stream
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def host_state(cache: ModelCache) -> tuple[int, int, int]:
+    """Return what a call changes on the host before its tokens are stored."""
+    return cache.bound, cache.peak, cache.rolled_back
+
+
+def set_host_state(cache: ModelCache, state: tuple[int, int, int]) -> None:
+    """Return to a state of `host_state`."""
+    cache.bound, cache.peak, cache.rolled_back = state
+
+
+def reason(error: Exception) -> str:
+    """Return the name and the beginning of an error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

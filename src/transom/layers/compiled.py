@@ -1,0 +1,22 @@
+"""torch.compile with a cache of its own results that lasts, in the cache folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from transom.base.files import cache_dir
+
+
+def compile_forward(
+    forward: Callable[..., Any], backend: str | Callable[..., Any] = "inductor", **options: Any
+) -> Callable[..., Any]:
+    """Return `torch.compile(forward)`; the next process finds its kernels in the cache folder.
+
+    The user's own TORCHINDUCTOR_CACHE_DIR is kept.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
+    return torch.compile(forward, backend=backend, options=options or None)

@@ -70,8 +70,8 @@ def test_greedy_look_up_equals_plain_decoding(kind, most):
 class Guesses:
     """Proposes the tokens that plain decoding generates, some of them replaced by wrong ones."""
 
-    def __init__(self, text, wrong=()):
-        self.text = [(id + 1) % 61 if place in wrong else id for place, id in enumerate(text)]
+    def __init__(self, text, wrong=(), vocab=61):
+        self.text = [(id + 1) % vocab if place in wrong else id for place, id in enumerate(text)]
 
     def propose(self, tokens, most, sampler):
         return Proposal(self.text[len(tokens) : len(tokens) + most])

@@ -13,6 +13,8 @@ from transom.base.errors import RequestError
 from transom.checkpoints.files.location import find_model
 from transom.checkpoints.files.packaged import packaged_model
 from transom.evaluation.bits import Window, score_windows
+from transom.inference.decode_args import DecodeArgs
+from transom.inference.speculate import DraftCounts
 
 pytestmark = pytest.mark.slow
 
@@ -97,3 +99,26 @@ def test_greedy_answers_are_those_of_llama_cpp_but_for_near_ties(opened, peer):
         noise = ((logits[at] - logits[at].mean()) - (row - row.mean())).abs().max()
         gap = logits[at].max() - logits[at, theirs[at]]
         assert gap <= noise < MOST_NOISE
+
+
+CODE = """def read_rows(path):
+    rows = []
+    with open(path) as file:
+        for line in file:
+            rows.append(line.strip().split(","))
+    return rows
+"""
+
+
+def test_look_up_repeats_a_text_with_the_tokens_of_plain_decoding(opened):
+    """The two texts may differ where two logits nearly tie, and do not in this answer."""
+    messages = [{"role": "user", "content": f"Repeat this code:\n\n```python\n{CODE}```"}]
+    prompt, counts = opened.template.encode(messages), DraftCounts()
+    options = {"max_new_tokens": 64, "stop_tokens": opened.turn_stop_tokens}
+    plain = list(transom.stream(opened.model, [prompt], **options))
+    decode = DecodeArgs(prompt_lookup_num_tokens=10)
+    assert (
+        list(transom.stream(opened.model, [prompt], decode=decode, counts=counts, **options))
+        == plain
+    )
+    assert counts.accepted_tokens > 30

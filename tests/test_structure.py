@@ -101,7 +101,7 @@ CEILINGS = {
     "inference": 1_412,
     "evaluation": 1_270,
     "training": 4_042,
-    "verify": 2_410,
+    "verify": 2_440,
     "cli": 1_658,
 }
 

@@ -66,6 +66,7 @@ BUGS: tuple[Bug, ...] = (
     Bug("static view cut short", "cache", run_bugs.short_view),
     Bug("snapshot one token short", "cache", run_bugs.short_snapshot),
     Bug("prefix one token long", "cache", run_bugs.longer_prefix),
+    Bug("proposals accepted unseen", "cache", run_bugs.unverified_proposals),
     Bug("window slice off by one", "attention", model_bugs.wide_slices),
     Bug("NaN from a masked row", "attention", model_bugs.nan_in_masked_rows),
     Bug("partial block lost", "attention", model_bugs.lost_partial_block),

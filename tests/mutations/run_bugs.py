@@ -17,6 +17,9 @@ from transom.cache.store import LayerCache, Placement, RotatingBufferCache, Stat
 from transom.data.batch import NO_TARGET, Batch
 from transom.data.order import Batches
 from transom.data.text import batches
+from transom.inference import speculate
+from transom.inference.sampler import Sampler
+from transom.inference.speculate import Proposal
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.loop.step import Stepper
 from transom.training.losses.log_probs import target_log_probs
@@ -119,6 +122,19 @@ def longer_prefix() -> AbstractContextManager[None]:
         return match
 
     return changed(PrefixCache, "match", make)
+
+
+def unverified_proposals() -> AbstractContextManager[None]:
+    """The first proposed token is accepted unseen."""
+
+    def make(original: Call) -> Call:
+        def verify(sampler: Sampler, logits: Tensor, proposal: Proposal, stops: Any) -> list[int]:
+            found: list[int] = original(sampler, logits, proposal, stops)
+            return [*proposal.ids[:1], *found[1:]] or found
+
+        return verify
+
+    return changed_everywhere(speculate.verify, make)
 
 
 # -- data and training

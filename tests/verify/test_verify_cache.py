@@ -74,6 +74,7 @@ def test_every_kind_of_model_is_green(name, capsys):
     lines = summarize(compare_small(sample_model(copy), name))
     assert [line.first_failure for line in lines if line.failed] == []
     compared = {"prefill + decode", "chunked prefill", "KV cache in 8 bits", "after a rollback"}
+    compared |= set() if name == "context" else {"greedy text with proposals"}
     assert compared <= {line.comparison for line in lines}
     assert bucket == store.BUCKET, "what was shrunken for the comparison is as before"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import notice, require
 from transom.cache import store
 from transom.cache.model_cache import ModelCache
 from transom.cache.prefix import PrefixCache
@@ -25,12 +25,14 @@ from transom.checkpoints.load import load
 from transom.config.model_args import ModelArgs
 from transom.inference.decode_args import DecodeArgs
 from transom.inference.forward import prefill
+from transom.inference.loop import check_language_model
 from transom.inference.prompt_cache import PromptCache
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
 from transom.verify import endless
 from transom.verify.findings import TOLERANCES, Finding, difference, first_difference
 from transom.verify.sample_models import random_context, random_tokens, sample_model
+from transom.verify.speculate import speculated
 from transom.verify.targets import has_weights, small_models
 
 SMALL_BUCKET = 8  # slots of a static view in small models, so that a few dozen tokens cross it
@@ -77,8 +79,7 @@ def check(
         yield from endless.check(tokens)
         return
     if full and model is not None:
-        if not has_weights(model):
-            raise RequestError(f"--full: got {model!r}; expected a model folder or hub id")
+        require(has_weights(model), "--full", model, "expected a model folder or hub id")
         yield from compare_full_size(load(model, device=device, dtype=dtype), model, length)
         return
     for name, args in small_models(model, ("mixed", "llama4", "deepseek"), context=True):
@@ -95,6 +96,7 @@ def compare_small(model: LLM, name: str) -> Iterator[Finding]:
     with _small_buckets():
         for length in lengths:
             yield from compare(model, name, Plan(length, SLACKS, SMALL_BUCKET, length))
+        yield from speculated(model, name)
 
 
 def compare_full_size(model: LLM, name: str, length: int | None = None) -> Iterator[Finding]:
@@ -103,9 +105,8 @@ def compare_full_size(model: LLM, name: str, length: int | None = None) -> Itera
     Raises:
         RequestError: If the model has a head in place of logits, or takes fewer tokens.
     """
-    head, longest = model.args.head, model.args.max_seq_len
-    kind = None if head is None else head.kind
-    require(head is None, "head", kind, "expected a model without a head, which has no cache")
+    check_language_model(model.args)
+    longest = model.args.max_seq_len
     length = min(longest, 2 * store.BUCKET + 16) if length is None else length
     expected = f"expected 2 to max_seq_len = {longest}"
     require(2 <= length <= longest, "--length", length, expected)
@@ -114,6 +115,7 @@ def compare_full_size(model: LLM, name: str, length: int | None = None) -> Itera
             notice(f"{name}: --length {length} does not exceed windows or chunks of {span} tokens")
     plan = Plan(length, (REAL_SLACK,), store.BUCKET, REAL_DECODED)
     yield from compare(model, name, plan)
+    yield from speculated(model, name)
 
 
 @contextlib.contextmanager

@@ -122,6 +122,26 @@ def test_every_field_of_sampling_is_a_flag(verb, made):
         assert generate(made[0], [[1, 2]], 1, **{field.name: other}).shape == (1, 3)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate", "-p", "hello", "-p", "a", "-m", 80], "memory: got a model of 0.00 GB"),
+        (["chat", "--max-model-len", 80], "memory: got a model of 0.00 GB"),
+        (["generate", "-p", "a" * 99], "got 'a prompt of 100 tokens and 128 new'"),
+        (["chat", "--max-model-len", 97], "max_model_len: got 97"),
+        (["generate", "-p", "a", "--kv-bits", 4], "kv_bits: got 4"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_weights_are_read(
+    made, call, monkeypatch, words, message
+):
+    monkeypatch.setattr("transom.inference.room.host_bytes_left", lambda: 1000)
+    monkeypatch.setattr("transom.checkpoints.load._place", None)
+    code, out, err = call(words[0], made[1], "--device", "cpu", *words[1:])
+    assert (code, out) == (2, "")
+    assert message in err and err.count("\n") == 1
+
+
 def test_the_default_length_is_what_the_context_leaves(made, call):
     _, folder = made
     code, out, err = call("generate", folder, "-p", "a" * 90, "--ignore-eos", "--json")

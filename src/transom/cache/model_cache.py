@@ -10,8 +10,11 @@ from torch import Tensor
 from transom.base.errors import RequestError, require
 from transom.cache.store import LayerCache, RotatingBufferCache, SlotStore, StaticCache
 from transom.config.model_args import ModelArgs
+from transom.planning.counts import ring_slots
 
 UNLIMITED = 1 << 62  # tokens
+
+SLACK = 32  # slots of a ring beyond its window or chunk by default
 
 
 class ModelCache:
@@ -64,7 +67,7 @@ class ModelCache:
         batch_size: int | None = None,
         capacity: int | None = None,
         *,
-        slack: int = 32,
+        slack: int = SLACK,
         kv_bits: int = 16,
         device: torch.device | str = "cpu",
     ) -> ModelCache:
@@ -100,11 +103,11 @@ class ModelCache:
                     f"layer {layer.index}: got pattern B, which attends to later tokens; "
                     "expected a causal layer"
                 )
-            ring = layer.rule.size + slack
-            span = layer.rule.size if layer.rule.size and ring < tokens else None
-            if span not in stores and span is None:
+            ring = ring_slots(layer.rule, tokens, slack)
+            span = None if ring is None else layer.rule.size
+            if span not in stores and ring is None:
                 stores[span] = StaticCache(rows, tokens, device=device)
-            elif span not in stores:
+            elif span not in stores and ring is not None:
                 stores[span] = RotatingBufferCache(rows, ring, span, device)
             layers.append(LayerCache(stores[span], kv_bits))
         return cls(layers, tokens, device, bounded=True if by_length else None)

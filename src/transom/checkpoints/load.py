@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,15 +28,34 @@ from transom.checkpoints.files.lazy_tensors import dtypes_of
 from transom.checkpoints.files.location import ModelLocation, find_model
 from transom.checkpoints.files.safetensors_files import ALIGNMENT
 from transom.checkpoints.fingerprint import check_trained_on
-from transom.checkpoints.gguf.weights import open_codes, quantized_types
+from transom.checkpoints.gguf.weights import Codes, open_codes, quantized_types
 from transom.checkpoints.read_args import read_args
 from transom.checkpoints.state import meta_model, open_parameters
+from transom.config.model_args import ModelArgs
 from transom.lora.adapters import leaves
 from transom.models.llm import LLM
+from transom.quantize.formats import empty_parts
 from transom.quantize.leaves import replace_weight
 
 # Tensors of fewer bytes are summed by one thread, which finishes before a second one has started.
 _MANY_BYTES = 1 << 27
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """What will be loaded.
+
+    Attributes:
+        args: The arguments of the model.
+        weight_bytes: Bytes of its weights in memory.
+        dtype: The dtype of its embeddings, keys and values.
+        device: Its device.
+    """
+
+    args: ModelArgs
+    weight_bytes: int
+    dtype: torch.dtype
+    device: torch.device
 
 
 def load(
@@ -45,6 +65,7 @@ def load(
     revision: str | None = None,
     *,
     keep_quantized: bool = False,
+    before_weights: Callable[[LoadPlan], None] | None = None,
 ) -> LLM:
     """Load a model, in evaluation mode.
 
@@ -61,6 +82,7 @@ def load(
         revision: Branch, tag or commit of a hub id.
         keep_quantized: Keep the weights of leaves in the codes of a GGUF file. They are frozen, and
             dequantized whenever a product needs them.
+        before_weights: Called before the weights are read. An error that it raises ends the call.
 
     Raises:
         RequestError: There is no such folder, or its files are damaged, of an unsupported model,
@@ -72,7 +94,8 @@ def load(
         verify_step(location.adapter)
         check_trained_on(location.adapter, location.model)
     kind = DTYPES[dtype] if dtype else None
-    model = _load_weights(location.model, pick_device(device), kind, keep_quantized)
+    place = pick_device(device)
+    model = _load_weights(location.model, place, kind, keep_quantized, before_weights)
     if location.adapter is not None:
         load_adapter(model, location.adapter)
     model.generation_settings = stated_settings(location.folders)
@@ -80,7 +103,11 @@ def load(
 
 
 def _load_weights(
-    folder: Path, device: torch.device, dtype: torch.dtype | None, keep_quantized: bool
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    keep_quantized: bool,
+    before_weights: Callable[[LoadPlan], None] | None,
 ) -> LLM:
     bound_kernel_caches()
     verify_step(folder)
@@ -90,20 +117,24 @@ def _load_weights(
     types, where = quantized_types(folder), shown_name(folder)
     expected = f"expected a quantized GGUF file, not {where}"
     require(bool(types) or not keep_quantized, "keep_quantized", keep_quantized, expected)
-    placed: dict[str, Tensor] = {}
+    codes: dict[str, Codes] = {}
     if types:
         dtype = dtype or pick_dtype("auto", device)
-        if keep_quantized:
-            placed = _keep_codes(model, folder, device, dtype)
-        dense = {name for name, _ in model.named_parameters()}
-        source = {name: lazy for name, lazy in source.items() if name in dense}
-        size = sum(math.prod(lazy.shape) for lazy in source.values()) * dtype.itemsize
-        size += sum(part.nbytes for part in placed.values())
+        found = {f"{path}.weight": tuple(leaf.weight.shape) for path, leaf in leaves(model).items()}
+        codes = open_codes(folder, args, found) if keep_quantized else {}
+        source = {name: lazy for name, lazy in source.items() if name not in codes}
+    dtypes = dtypes_of(source, dtype)
+    size = sum(math.prod(lazy.shape) * dtypes[name].itemsize for name, lazy in source.items())
+    for one in codes.values():
+        size += sum(part.nbytes for part in empty_parts(one.shape, one.format, "meta").values())
+    if before_weights is not None:
+        before_weights(LoadPlan(args, size, dtype or dtypes["tok_embeddings.weight"], device))
+    if dtype and types:
         how = "kept in codes and computed in" if keep_quantized else "dequantized to"
         notice(
             f"{where}: tensors of types {types}, {how} {dtype_name(dtype)}, {size / 1e6:,.1f} MB"
         )
-    dtypes = dtypes_of(source, dtype)
+    placed = _keep_codes(model, codes, device, dtype) if codes and dtype else {}
     counts: dict[str, int] = {}
     taken: set[int] = set()
     for name, lazy in source.items():
@@ -115,15 +146,14 @@ def _load_weights(
 
 
 def _keep_codes(
-    model: LLM, folder: Path, device: torch.device, dtype: torch.dtype
+    model: LLM, codes: Mapping[str, Codes], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Make quantized leaves of those whose codes are in a GGUF file; return their parts by name."""
     found = {f"{path}.weight": leaf for path, leaf in leaves(model).items()}
     placed: dict[str, Tensor] = {}
-    shapes = {name: tuple(leaf.weight.shape) for name, leaf in found.items()}
-    for name, codes in open_codes(folder, model.args, shapes).items():
-        parts = {key: part.to(device) for key, part in codes.read().items()}
-        replace_weight(found[name], parts, codes.format, dtype)
+    for name, one in codes.items():
+        parts = {key: part.to(device) for key, part in one.read().items()}
+        replace_weight(found[name], parts, one.format, dtype)
         placed |= {f"{name.removesuffix('weight')}{key}": part for key, part in parts.items()}
     return placed
 

@@ -47,8 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(*names, default="", metavar="TEXT", help="text of the system message")
     what = "beginning of every answer, which the model continues"
     parser.add_argument("--prefill", default="", metavar="TEXT", help=what)
-    what = "maximum tokens of the conversation (default: the model's maximum, but at most 8192)"
-    parser.add_argument("--max-model-len", type=int, metavar="N", help=what)
     what = "a built-in template (llama3, chatml, ...), one of the folder's by name, or a file"
     what += " (default: the folder's)"
     parser.add_argument("--chat-template", type=user_path, metavar="NAME", help=what)
@@ -68,10 +66,14 @@ def run(options: argparse.Namespace) -> int:
     adapters = named_adapters(options.adapter)
     from transom.checkpoints.open_model import open_model
     from transom.inference.draft import open_draft
-    from transom.inference.loop import MAX_TOKENS
+    from transom.inference.room import MAX_TOKENS, check_session_memory
     from transom.inference.session import AnswerArgs, open_session
 
-    opened = open_model(**opening(options), chat_template=options.chat_template)
+    opened = open_model(
+        **opening(options),
+        chat_template=options.chat_template,
+        before_weights=lambda text, load: check_session_memory(load, decode),
+    )
     answers = AnswerArgs(
         sampling=sampling,
         max_tokens=options.max_tokens or MAX_TOKENS,
@@ -88,7 +90,6 @@ def run(options: argparse.Namespace) -> int:
         use_template=not options.ignore_chat_template,
         template_values=values,
         adapters=adapters,
-        max_model_len=options.max_model_len,
         ignore_eos=options.ignore_eos,
     )
     notice("/help lists commands")

@@ -22,6 +22,8 @@ from transom.inference.sampling import SamplingArgs
 from transom.planning.tables import counted
 
 if TYPE_CHECKING:
+    from transom.checkpoints.load import LoadPlan
+    from transom.checkpoints.open_model import OpenedText
     from transom.inference.text import TextStream
     from transom.tokenizers.tokenizer import Tokenizer
 
@@ -71,15 +73,25 @@ def run(options: argparse.Namespace) -> int:
     from transom.chat.reasoning import marker_ids
     from transom.checkpoints.open_model import open_model
     from transom.inference.draft import open_draft
-    from transom.inference.loop import room_for_new_tokens
+    from transom.inference.room import check_memory, room_for_new_tokens
     from transom.inference.text import encode_prompts, stream_text
 
-    opened = open_model(**opening(options))
+    ids: list[list[int]] = []
+    most = 0
+
+    def check_request(text: OpenedText, load: LoadPlan) -> None:
+        nonlocal most
+        ids.extend(encode_prompts(text.tokenizer, prompts, special=options.special))
+        require(all(ids), "--prompt", "", "expected text of 1 token or more")
+        longest = max(map(len, ids))
+        most = room_for_new_tokens(load.args, longest, options.max_tokens, decode.max_model_len)
+        given = load.args, len(ids), longest + most, load.dtype, load.device, decode
+        check_memory(*given, weight_bytes=load.weight_bytes, least=longest + 1)
+
+    opened = open_model(**opening(options), before_weights=check_request)
     model, tokenizer = opened.model, opened.tokenizer
-    ids = encode_prompts(tokenizer, prompts, special=options.special)
     if not options.special:
         tell_spelled(tokenizer, prompts)
-    most = options.max_tokens or room_for_new_tokens(model.args, max(map(len, ids)))
     texts = stream_text(
         model,
         tokenizer,

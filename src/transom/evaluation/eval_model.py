@@ -13,7 +13,7 @@ from transom.base.files import sha256_of
 from transom.base.runtime import dtype_name
 from transom.checkpoints.fingerprint import fingerprint
 from transom.checkpoints.open_model import OpenedModel, open_model
-from transom.inference.loop import keeps_every_token
+from transom.inference.room import keeps_every_token
 from transom.quantize.leaves import parameter_count
 
 

@@ -27,7 +27,7 @@ from transom.data.chat.instructions import NAME as STDLIB
 from transom.data.chat.rows import ChatEncoder, prompt_ids, template_for
 from transom.data.file_formats import row_format
 from transom.data.text.sources import SourceArgs, read_documents
-from transom.inference.loop import keeps_every_token
+from transom.inference.room import keeps_every_token
 
 TOKENS, LENGTH = 4096, 512  # compared in total, and of one row
 LOGITS = 2**28  # kept at the same time: 1 GB of float32; large vocabularies get fewer tokens

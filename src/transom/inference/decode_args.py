@@ -37,7 +37,13 @@ class DecodeArgs:
         "otherwise written after the prefill",
         path=True,
     )
-
+    max_model_len: int | None = describe(
+        None,
+        "tokens of prompt and answer together, or of a chat, at most (default: the model's "
+        "maximum, and at most 8192 for a chat)",
+        "tokens",
+        at_least=2,
+    )
     num_draft_tokens: int = describe(
         4, "tokens that a draft model proposes per call of the model", at_least=1, at_most=32
     )

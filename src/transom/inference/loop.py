@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, notice, require
+from transom.base.errors import RequestError, require
 from transom.cache.model_cache import ModelCache
 from transom.config.model_args import ModelArgs
 from transom.inference.compiled import CompiledSteps
@@ -26,6 +26,7 @@ from transom.inference.forward import (
     rebuild_larger,
 )
 from transom.inference.prompt_cache import PromptCache
+from transom.inference.room import check_memory, check_room
 from transom.inference.sampler import Sampler
 from transom.inference.sampling import SamplingArgs
 from transom.inference.speculate import DraftCounts, Proposer, choose_proposer, speculate
@@ -33,7 +34,6 @@ from transom.layers.inputs import TransformerInput, right_padded
 from transom.models.llm import LLM
 
 GREEDY = SamplingArgs()
-MAX_TOKENS = 128  # new tokens of a completion or an answer by default
 # Ids, where a tensor can't contain None: of rows after their stop token, and of rows with logits
 # that are not finite.
 FINISHED, BROKEN = -1, -2
@@ -187,7 +187,8 @@ def _steps(
     if cache is None:
         longest = max(map(len, prompts))
         total = longest + max_new_tokens
-        check_room(args, longest, max_new_tokens)
+        check_room(args, longest, max_new_tokens, decode.max_model_len)
+        check_memory(args, len(prompts), total, model.dtype, device, decode, least=longest + 1)
         first = first_capacity(args, longest, total)
         longer = total if first < total else None
         cache = model.make_cache(len(prompts), first, kv_bits=decode.kv_bits)
@@ -299,34 +300,10 @@ def truncate_after_interrupt(cache: ModelCache, at_most: int, in_flight: int) ->
         cache.reset()
 
 
-def keeps_every_token(args: ModelArgs) -> bool:
-    """Return whether a layer attends to all earlier tokens, so that `max_seq_len` is a limit."""
-    return any(layer.rule.size == 0 for layer in args.layers)
-
-
 def check_language_model(args: ModelArgs) -> None:
     """Raise a `RequestError` for a model that has a head for labels or embeddings."""
     if args.head is not None:
         raise RequestError(f"head: got {args.head.kind!r}; expected a language model without head")
-
-
-def check_room(args: ModelArgs, prompt_tokens: int, new_tokens: int) -> None:
-    """Raise a `RequestError` if prompt and new tokens exceed `max_seq_len` together."""
-    fits = not keeps_every_token(args) or prompt_tokens + new_tokens <= args.max_seq_len
-    found = f"a prompt of {prompt_tokens} tokens and {new_tokens} new"
-    require(fits, "tokens", found, f"expected max_seq_len = {args.max_seq_len} together")
-
-
-def room_for_new_tokens(args: ModelArgs, prompt_tokens: int) -> int:
-    """Return `MAX_TOKENS`, or what the context leaves after the prompt if it is less.
-
-    A notice tells of the latter. A prompt that leaves no room is refused by `check_room`.
-    """
-    room = args.max_seq_len - prompt_tokens
-    if not keeps_every_token(args) or room >= MAX_TOKENS or room < 1:
-        return MAX_TOKENS
-    notice(f"the model's context of {args.max_seq_len} tokens leaves room for {room} new tokens")
-    return room
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:

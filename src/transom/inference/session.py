@@ -12,7 +12,6 @@ Nothing here reads or prints turns, so a command line and a server can both use 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,12 +30,11 @@ from transom.inference.decode_args import DEFAULT, DecodeArgs
 from transom.inference.framing import Framing, GrowingText, Messages
 from transom.inference.loop import (
     GREEDY,
-    MAX_TOKENS,
     check_language_model,
-    keeps_every_token,
     truncate_after_interrupt,
 )
 from transom.inference.prompt_cache import PromptCache, conversation_prefixes
+from transom.inference.room import MAX_TOKENS, check_memory, session_room
 from transom.inference.sampling import SamplingArgs
 from transom.inference.speculate import Proposer
 from transom.inference.text import Completion, TextStream, stream_text
@@ -44,8 +42,6 @@ from transom.lora.adapters import activate_adapters, active_adapters, adapter_na
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
 
-# Default limit of a conversation, in tokens: the maximum of some models would fill a GPU.
-MAX_CONTEXT = 8192
 NONE = "none"  # the name that stands for no adapter
 
 
@@ -163,6 +159,7 @@ class Session:
     ) -> None:
         self.model, self.tokenizer, self.framing, self.args = model, tokenizer, framing, args
         self.room, self.markers = room, markers
+        check_memory(model.args, 1, room, model.dtype, model.device, args.decode)
         self.cache = model.make_cache(1, room, kv_bits=args.decode.kv_bits)
         self.cached: list[int] = []  # the ids of the tokens in the cache
         self.prefixes = conversation_prefixes(model, args.decode)
@@ -315,7 +312,6 @@ def open_session(
     use_template: bool = True,
     template_values: Mapping[str, Any] | None = None,
     adapters: Mapping[str, str] | None = None,
-    max_model_len: int | None = None,
     ignore_eos: bool = False,
 ) -> Session:
     """Start a conversation with a model, turn by turn through its chat template.
@@ -330,8 +326,6 @@ def open_session(
         use_template: False for one growing text, even if there is a chat template.
         template_values: Variables of the chat template, such as `enable_thinking`.
         adapters: More adapters by name, as folders or runs. `Session.use_adapter` chooses one.
-        max_model_len: Tokens of the conversation at most; by default `max_seq_len`, and at most
-            `MAX_CONTEXT`.
         ignore_eos: Add no stop tokens and stop strings of the folder.
 
     Raises:
@@ -359,7 +353,8 @@ def open_session(
     if not ignore_eos:
         ids, words = (*answers.stop_tokens, *stop_tokens), (*answers.stop, *opened.stop_strings)
         answers = replace(answers, stop_tokens=ids, stop=words)
-    session = Session(model, tokenizer, framing, answers, _room(model, max_model_len), markers)
+    room = session_room(model.args, answers.decode)
+    session = Session(model, tokenizer, framing, answers, room, markers)
     session.reset(system)
     return session
 
@@ -387,13 +382,3 @@ def load_adapters(model: LLM, base: Path, adapters: Mapping[str, str]) -> list[P
         in_use = ", ".join(active) or NONE
         notice(f"adapters: {', '.join(adapter_names(model))}; in use: {in_use}")
     return [Path(folder) for folder in folders]
-
-
-def _room(model: LLM, requested: int | None) -> int:
-    """Return the tokens of a conversation; rings alone set no limit."""
-    limit = model.args.max_seq_len if keeps_every_token(model.args) else sys.maxsize
-    if requested is None:
-        return limit if limit == sys.maxsize else min(limit, MAX_CONTEXT)
-    expected = f"expected 2 to {limit}, the model's max_seq_len"
-    require(2 <= requested <= limit, "max_model_len", requested, expected)
-    return requested

@@ -30,7 +30,8 @@ from transom.checkpoints.files.layout import CONFIG, PARAMS
 from transom.checkpoints.load import load
 from transom.checkpoints.state import meta_model
 from transom.inference.decode_args import DEFAULT, DecodeArgs
-from transom.inference.loop import check_language_model, check_room, stream
+from transom.inference.loop import check_language_model, stream
+from transom.inference.room import check_room
 from transom.layers.linear import GroupedLinear
 from transom.models.llm import LLM
 from transom.planning import counts

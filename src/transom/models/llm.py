@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from transom.attention.backends import Attend, auto
 from transom.base.errors import RequestError
-from transom.cache.model_cache import ModelCache
+from transom.cache.model_cache import SLACK, ModelCache
 from transom.config.layer_args import HeadArgs
 from transom.config.model_args import ModelArgs
 from transom.layers.block import TransformerBlock
@@ -178,7 +178,7 @@ class LLM(nn.Module):
         batch_size: int | None = None,
         capacity: int | None = None,
         *,
-        slack: int = 32,
+        slack: int = SLACK,
         kv_bits: int = 16,
     ) -> ModelCache:
         """Return an empty KV cache for this model, on its device; see `ModelCache.build`."""

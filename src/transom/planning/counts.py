@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transom.config.layer_args import LayerArgs, MoeArgs
+from transom.config.layer_args import LayerArgs, LayerRule, MoeArgs
 from transom.config.model_args import ModelArgs
 
 
@@ -205,3 +205,32 @@ def kv_bytes(args: ModelArgs, length: int, bytes_per_value: int = 4) -> int:
         held = min(length, layer.rule.size) if layer.rule.size else length
         total += held * kv_bytes_per_token(layer, bytes_per_value)
     return total
+
+
+def ring_slots(rule: LayerRule, tokens: int, slack: int) -> int | None:
+    """Return the slots of the ring of a layer in a cache of `tokens` per row; None for a layer that
+    has a slot for every token.
+    """
+    slots = rule.size + slack
+    return slots if rule.size and slots < tokens else None
+
+
+def cache_bytes(args: ModelArgs, rows: int, tokens: int, bytes_per_value: int, slack: int) -> int:
+    """Return the bytes of a KV cache as it is allocated: all slots, a spare one, and positions."""
+    total, stores = 0, set()
+    for layer in args.layers:
+        slots = (ring_slots(layer.rule, tokens, slack) or tokens) + 1
+        total += slots * kv_bytes_per_token(layer, bytes_per_value)
+        stores.add(slots)
+    return rows * (total + 8 * sum(stores))
+
+
+def working_bytes(args: ModelArgs, rows: int, tokens: int, bytes_per_value: int) -> int:
+    """Estimate the bytes that one forward call of inference needs for `tokens` tokens per row.
+
+    Counted are the widest tensors of a layer, in float32 or wider, and the logits of one token.
+    """
+    widths = [
+        6 * one.dim + 3 * one.hidden_dim + 4 * one.n_heads * one.head_dim for one in args.layers
+    ]
+    return rows * (tokens * max(widths) * max(bytes_per_value, 4) + 12 * args.vocab_size)

@@ -32,7 +32,13 @@ def test_a_model_in_codes_computes_the_same(family, tmp_path):
     name, _, apart = family.partition(" ")
     model, merged = tiny_hf(name, **fields), not apart
     file = write_gguf(model, tmp_path / "tiny.gguf", tmp_path / "hf", kind=kind, merged=merged)
-    kept, dense = load(file, dtype="float32", keep_quantized=True), load(file, dtype="float32")
+    plans = []
+    kept, dense = (
+        load(file, dtype="float32", keep_quantized=codes, before_weights=plans.append)
+        for codes in (True, False)
+    )
+    for model, plan in zip((kept, dense), plans, strict=True):
+        assert plan.weight_bytes == sum(x.nbytes for x in model.state_dict().values())
     assert len(quantized_leaves(kept)) == count
     ids = TransformerInput(random_ids())
     expected = dense(ids, inference=True).logits

@@ -16,7 +16,7 @@ from transom.base.errors import WorkError, notice, require
 from transom.base.files import cache_dir
 
 UNITS = ("products.cpp",)  # every file that is compiled on its own
-HEADERS = ("kernel.h", "numbers.h", "simd.h", "threads.h", "weights.h")
+HEADERS = tuple(sorted(path.name for path in Path(__file__).parent.glob("*.h")))
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
 SWITCH = "TRANSOM_OPS"  # an environment variable; 0 turns the ops off

@@ -14,7 +14,7 @@
 template <class V, Kind kind>
 struct Dense {
     using Vectors = V;
-    static constexpr bool coded = false;
+    static constexpr bool coded = false, streamed = true;
     static constexpr int step = V::lanes;
     struct Group {
         Group() = default;
@@ -38,7 +38,7 @@ struct Dense {
 template <class V>
 struct Bytes {
     using Vectors = V;
-    static constexpr bool coded = true;
+    static constexpr bool coded = true, streamed = true;
     static constexpr int step = V::lanes;
     struct Group {
         float scale, offset;
@@ -56,7 +56,7 @@ struct Bytes {
 template <class V, class Levels>
 struct Nibbles {
     using Vectors = V;
-    static constexpr bool coded = true;
+    static constexpr bool coded = true, streamed = true;
     static constexpr int step = V::lanes == 32 ? 32 : 2 * V::lanes;
     using Group = Levels;
     static const uint8_t* at(const uint8_t* row, int64_t i) { return row + i / 2; }
@@ -68,6 +68,7 @@ struct Nibbles {
 // Numbers that were written as V has them, vector by vector for `outputs` outputs in turn.
 template <class V, int outputs>
 struct Packed : Dense<V, V::kind> {
+    static constexpr bool streamed = false;
     static const uint8_t* at(const uint8_t* row, int64_t i) {
         return row + i * outputs * sizeof(typename V::Number);
     }
@@ -84,7 +85,19 @@ struct Inputs {
     int64_t begin, end, group;
 };
 
-// Add the products of R rows of x with O outputs to total[r * O + o], or set it at the first inputs.
+// Keep a vector in a register. Otherwise compilers load it again for every product, and there are
+// fewer loads than products in a cycle.
+template <class Vector>
+inline void keep(Vector& values) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(values));
+#elif defined(__AVX2__)
+    asm("" : "+x"(values));
+#endif
+}
+
+// Add the products of R rows of x with O outputs to totals[r * O + o], or set them at the first
+// inputs.
 //
 // x has the vectors of R rows in turn. The inputs are full groups, and a group is full steps. The
 // numbers `ahead` bytes after those of this tile are fetched into the cache meanwhile.
@@ -112,14 +125,15 @@ inline void tile(const typename S::Vectors::Number* x, const Output* outputs, co
 #pragma GCC unroll 16
             for (int o = 0; o < O; ++o) {
                 const uint8_t* from = S::at(outputs[o].row, i);
-                __builtin_prefetch(from + ahead);
+                if (S::streamed) __builtin_prefetch(from + ahead, 0, 2);
                 S::read_step(from, of[o], weights[o]);
             }
 #pragma GCC unroll 16
             for (int part = 0; part < parts; ++part)
 #pragma GCC unroll 16
                 for (int r = 0; r < R; ++r) {
-                    const auto of_x = V::load(x + (part * R + r) * V::lanes);
+                    auto of_x = V::load(x + (part * R + r) * V::lanes);
+                    keep(of_x);
 #pragma GCC unroll 16
                     for (int o = 0; o < O; ++o)
                         total[r][o] = V::add(weights[o][part], of_x, total[r][o]);

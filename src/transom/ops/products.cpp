@@ -3,18 +3,19 @@
 // The weight is read once for each call, and no dense weight is written to memory. All sums are
 // float32.
 //
-// Up to `most` rows: the numbers of a few outputs become vectors in registers and are multiplied at
-// once. More rows: they are written to a buffer that stays in the cache of the core, and every row
-// of x is multiplied with it.
+// The numbers of a few outputs become vectors in registers and are multiplied at once with some
+// rows (kernel.h). One or two rows by integer codes are sums of products of bytes (integers.h).
+// Where decoding is slow beside the products, many rows share numbers that are written to a buffer
+// in the cache of the core.
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
-#include <type_traits>
 #include <vector>
 
+#include "integers.h"
 #include "kernel.h"
 #include "numbers.h"
+#include "rows.h"
 #include "threads.h"
 #include "weights.h"
 
@@ -38,25 +39,16 @@ struct Job {
 template <class V>
 using Own = Dense<V, V::kind>;  // numbers as V has them
 
-// Rows of the largest tile, and outputs of a tile of fewer rows: as many sums as fit into registers.
-template <class V>
-constexpr int most = V::lanes >= 16 ? 8 : 4;
-template <class V>
-constexpr int few = V::lanes >= 16 ? 4 : 2;
-
-// The number of rows of the next tile, with `left` rows left.
-template <class V>
-int64_t tile_rows(int64_t left) {
-    return left >= most<V> ? most<V> : std::min<int64_t>(left, 4);
-}
-
 // The products of a weight that is read by the source S.
 template <class S>
 struct Path {
     using V = typename S::Vectors;
     using Number = typename V::Number;
     using Sums = typename V::Sums;
-    static constexpr int many = most<V> == 8 ? 3 : few<V>;  // outputs of a tile of most rows
+    // Outputs of a tile of 8 rows: as many sums and weights as fit into registers.
+    template <class From>
+    static constexpr int eight = From::step == 2 * V::lanes ? 2 : 3;
+    static constexpr int many = most<V> == 8 ? 3 : few<V>;  // outputs of a tile of packed numbers
 
     const Job& job;
     const Weight& weight;
@@ -95,7 +87,7 @@ struct Path {
     void tiles(int64_t row, int64_t ahead) const {
         Sums totals[block / O][R * O];
         const auto* x = static_cast<const Number*>(job.prepared) + row * main;
-        const int64_t many_inputs = R < 8 ? main : 2048 / int64_t(sizeof(Number));
+        const int64_t many_inputs = R < 8 ? main : 1024 / int64_t(sizeof(Number));
         const int64_t stretch = std::max(group, many_inputs / group * group);
         for (int64_t begin = 0; begin < main; begin += stretch) {
             const Inputs inputs = {begin, std::min(main, begin + stretch), group};
@@ -115,13 +107,13 @@ struct Path {
                 case 3: tiles<From, 3, O>(row, ahead); break;
                 case 4: tiles<From, 4, O>(row, ahead); break;
                 default:
-                    if constexpr (most<V> == 8) tiles<From, 8, many>(row, ahead);
+                    if constexpr (most<V> == 8) tiles<From, 8, eight<From>>(row, ahead);
             }
         }
     }
 
     // Write the numbers of all outputs as V has them.
-    void pack(Number* to) {
+    void pack(Number* to, int64_t ahead) {
         constexpr int parts = S::step / V::lanes;
         typename V::Vector numbers[parts];
         for (int64_t o = 0; o < live; ++o) {
@@ -131,7 +123,9 @@ struct Path {
                 typename S::Group of;
                 if (S::coded) of = {weight.levels, from.scales[g], from.offsets[g]};
                 for (int64_t i = begin; i < begin + group; i += S::step) {
-                    S::read_step(S::at(from.row, i), of, numbers);
+                    const uint8_t* place = S::at(from.row, i);
+                    __builtin_prefetch(place + ahead, 0, 2);
+                    S::read_step(place, of, numbers);
                     for (int part = 0; part < parts; ++part)
                         V::store(at + (i + part * V::lanes) * many, numbers[part]);
                 }
@@ -158,14 +152,58 @@ struct Path {
                 widen_factors(weight, first + o, scales, scales + groups);
             }
         }
-        if (job.rows <= most<V>) return rows<S, few<V>>(job.rows < 8 ? few<V> * bytes : block * bytes);
+        if (job.rows <= 8 || !S::coded || V::lanes == 16) {
+            const int64_t ahead = (job.rows < most<V> ? few<V> : block) * bytes;
+            return rows<S, few<V>>(ahead);
+        }
         buffer.resize(block * main);
-        pack(buffer.data());
+        pack(buffer.data(), block * bytes);
         rows<Packed<V, many>, many>(0);
     }
 
     static void outputs_from(const Job& job, int64_t output) { Path(job, output).run(); }
 };
+
+#ifdef TRANSOM_INTEGERS
+
+// The products of one or two rows with codes that are integers.
+template <bool four, int R>
+struct BytePath {
+    static constexpr int O = 4;
+
+    static void outputs_from(const Job& job, int64_t first) {
+        static thread_local std::vector<float> factors;
+        const Weight& weight = *job.weight;
+        const auto& x = *static_cast<const ByteRows*>(job.prepared);
+        const int64_t bytes = row_bytes(weight), spans = weight.inputs / ByteRows::span;
+        factors.resize(2 * spans + R * O * spans);
+        const SpanFactors spans_of(weight, factors.data());
+        float* scales = factors.data() + 2 * spans;
+        const int64_t end = std::min(weight.outputs, first + block);
+        for (int64_t output = first; output < end; output += O) {
+            const uint8_t* codes[O];
+            __m512 totals[R * O];
+            for (auto& total : totals) total = _mm512_setzero_ps();
+            for (int o = 0; o < O; ++o) {
+                const int64_t own = std::min(output + o, end - 1);
+                codes[o] = static_cast<const uint8_t*>(weight.codes) + own * bytes;
+                spans_of.write<R>(x, own, scales + o * spans, O * spans, totals + o, O);
+            }
+            byte_tile<four, R, O>(x, codes, scales, weight.inputs, O * bytes, totals);
+            for (int r = 0; r < R; ++r) {
+                alignas(16) float sums[O];
+                _mm_store_ps(sums, sums_of_four(totals + r * O));
+                for (int o = 0; o < O && output + o < end; ++o) {
+                    if (weight.bias) sums[o] += weight.bias[output + o];
+                    float& y = job.y[r * weight.outputs + output + o];
+                    y = job.accumulate ? y + sums[o] : sums[o];
+                }
+            }
+        }
+    }
+};
+
+#endif
 
 // Groups that are no number of steps: numbers are read one by one.
 void outputs_one_by_one(const Job& job, int64_t first) {
@@ -196,60 +234,6 @@ void outputs_one_by_one(const Job& job, int64_t first) {
     }
 }
 
-// x in the orders that sources want, each made when a weight first asks for it.
-struct Rows {
-    const float* x;
-    const int64_t count, inputs;
-    int made = 0;  // bits: which orders exist
-    int is_brain = -1;  // unknown
-
-    // The vectors of the rows of each tile in turn. In `pairs` of vectors, the first has the numbers
-    // with even places.
-    template <class V, bool pairs>
-    const typename V::Number* packed() {
-        static thread_local std::vector<typename V::Number> to;
-        constexpr int bit = V::lanes << int(pairs), step = V::lanes << int(pairs);
-        if (!pairs && count == 1 && std::is_same_v<typename V::Number, float>) {
-            return reinterpret_cast<const typename V::Number*>(x);
-        }
-        if (made & bit) return to.data();
-        made |= bit;
-        const int64_t main = inputs / step * step;
-        to.resize(count * main);
-        auto* at = to.data();
-        for (int64_t row = 0, rows; row < count; row += rows) {
-            rows = tile_rows<V>(count - row);
-            for (int64_t i = 0; i < main; i += step, at += rows * step)
-                for (int64_t r = 0; r < rows; ++r) {
-                    const float* from = x + (row + r) * inputs + i;
-                    if constexpr (pairs) {
-                        typename V::Vector even, odd;
-                        V::split(from, even, odd);
-                        V::store(at + r * V::lanes, even);
-                        V::store(at + (rows + r) * V::lanes, odd);
-                    } else {
-                        V::store(at + r * V::lanes, V::load(from));
-                    }
-                }
-        }
-        return to.data();
-    }
-
-    // Whether bfloat16 has every number of x.
-    bool fits_brain() {
-        if (is_brain < 0) {
-            uint32_t rest = 0;
-            for (int64_t i = 0; i < count * inputs; ++i) {
-                uint32_t bits;
-                std::memcpy(&bits, x + i, sizeof bits);
-                rest |= bits;
-            }
-            is_brain = (rest & 0xffff) == 0;
-        }
-        return is_brain;
-    }
-};
-
 bool in_a_row(const float* levels) {
     for (int code = 1; code < 16; ++code)
         if (levels[code] != levels[0] + float(code)) return false;
@@ -261,6 +245,29 @@ void take(Job& job, Rows& rows) {
     job.outputs = Path<S>::outputs_from;
     job.prepared = rows.packed<typename S::Vectors, pairs>();
 }
+
+#ifdef TRANSOM_INTEGERS
+// Take the path of bytes, and return whether it can be taken.
+bool take_bytes(Job& job, Rows& rows) {
+    const Weight& weight = *job.weight;
+    // A group is a span, a power of two of them, or all inputs.
+    const bool power = weight.group >= ByteRows::span && !(weight.group & (weight.group - 1));
+    const bool groups = power || weight.group == weight.inputs;
+    if (job.rows > 2 || weight.inputs % 64 || !groups) return false;
+    if (!weight.levels) {
+        job.outputs = job.rows == 1 ? BytePath<false, 1>::outputs_from
+                                    : BytePath<false, 2>::outputs_from;
+        job.prepared = rows.in_bytes<false>();
+    } else if (in_a_row(weight.levels)) {
+        job.outputs = job.rows == 1 ? BytePath<true, 1>::outputs_from
+                                    : BytePath<true, 2>::outputs_from;
+        job.prepared = rows.in_bytes<true>();
+    } else {
+        return false;
+    }
+    return true;
+}
+#endif
 
 template <class V>
 void choose_codes(Job& job, Rows& rows) {
@@ -282,6 +289,9 @@ void choose(Job& job, Rows& rows) {
     if (fits && job.rows >= 4 && rows.fits_brain()) {
         return weight.scales ? choose_codes<Brain>(job, rows) : take<Own<Brain>>(job, rows);
     }
+#endif
+#ifdef TRANSOM_INTEGERS
+    if (weight.scales && take_bytes(job, rows)) return;
 #endif
     const int64_t pair = weight.levels ? 2 : 1;
     if (weight.storage == kFloat32) {

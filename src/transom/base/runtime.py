@@ -102,10 +102,14 @@ def bound_kernel_caches() -> None:
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Run a block with one thread: tiny products gain nothing from a second one."""
+def one_thread(alone: bool = True) -> Iterator[None]:
+    """Run a block with one thread: little work gains nothing from a second one.
+
+    It also waits for no other thread while another process uses the cores. With `alone=False` the
+    number of threads stays.
+    """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1 if alone else threads)
     try:
         yield
     finally:

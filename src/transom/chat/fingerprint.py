@@ -35,7 +35,7 @@ def warn_if_other(
     """Print a notice if a model was trained with another tokenizer or template."""
     path = next((folder / FILE for folder in folders if (folder / FILE).exists()), None)
     trained = {} if path is None else read_json(path)
-    others = [] if trained.get("tokenizer") in (None, tokenizer.hash) else ["another tokenizer"]
+    others = ["another tokenizer"] if trained and trained.get("tokenizer") != tokenizer.hash else []
     if template is not None and trained.get("template") not in (None, template_hash(template)):
         others.append(f"another chat template than {template.origin}")
     for other in others:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
@@ -37,8 +36,9 @@ from transom.models.llm import LLM
 from transom.quantize.formats import empty_parts
 from transom.quantize.leaves import replace_weight
 
-# Tensors of fewer bytes are summed by one thread, which finishes before a second one has started.
-_MANY_BYTES = 1 << 27
+# Tensors of fewer numbers are read and summed by one thread, which has finished before others have
+# started.
+_MANY = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ def _load_weights(
     counts: dict[str, int] = {}
     taken: set[int] = set()
     for name, lazy in source.items():
-        placed[name], counts[name] = _place(lazy.read(), device, dtypes[name], taken)
+        with one_thread(math.prod(lazy.shape) < _MANY):
+            placed[name], counts[name] = _place(lazy.read(), device, dtypes[name], taken)
         taken.add(placed[name].data_ptr())
     warn_nonfinite(counts, shown_name(folder))
     model.load_state_dict(placed, strict=True, assign=True)
@@ -152,7 +153,8 @@ def _keep_codes(
     found = {f"{path}.weight": leaf for path, leaf in leaves(model).items()}
     placed: dict[str, Tensor] = {}
     for name, one in codes.items():
-        parts = {key: part.to(device) for key, part in one.read().items()}
+        with one_thread(math.prod(one.shape) < _MANY):
+            parts = {key: part.to(device) for key, part in one.read().items()}
         replace_weight(found[name], parts, one.format, dtype)
         placed |= {f"{name.removesuffix('weight')}{key}": part for key, part in parts.items()}
     return placed
@@ -196,8 +198,7 @@ def count_nonfinite(tensor: Tensor) -> int:
     """Return how many numbers of a tensor are NaN or infinite."""
     # One infinite term makes a sum infinite or NaN. If the sum of finite float16 numbers overflows,
     # the extremes decide. Testing each number takes 50 times as long.
-    with one_thread() if tensor.nbytes < _MANY_BYTES else contextlib.nullcontext():
-        total = tensor.sum()
-    if bool(total.isfinite()) or bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):
+    total = tensor.sum()
+    if total.isfinite() or torch.stack(torch.aminmax(tensor)).isfinite().all():
         return 0
     return sum(int((~part.isfinite()).sum()) for part in tensor.reshape(-1).split(1 << 22))

@@ -47,8 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "measurements of each, after one to warm up (default: 3)"
     add("-r", "--repetitions", type=int, default=3, metavar="N", help=what)
     add_fields(parser, DecodeArgs)
-    what = "write a picture of the speeds and their limits"
-    add("--picture", type=user_path, metavar="FILE.svg|png", help=what)
+    add("--picture", type=user_path, metavar="FILE.svg|png", help="draw the speeds, too")
     add_json(parser)
 
 
@@ -57,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     picture, decode = options.picture and Path(options.picture), read_fields(options, DecodeArgs)
     if picture is not None:
         fits = picture.suffix in (".svg", ".png") and picture.parent.is_dir()
-        require(fits, "--picture", options.picture, "expected .svg or .png in an existing folder")
+        require(fits, "--picture", options.picture, "expected .svg or .png in a folder")
     described = describe_model(options.folder, options.revision)
     from transom.inference.speed import measure_speed, open_or_draw
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 
@@ -60,7 +60,7 @@ class FastBackend(TokenizerBackend):
 
     def _frame(self) -> Frame:
         """Return what the post-processor puts before and after a text."""
-        for sample in ("a", *self._library.get_vocab(with_added_tokens=False)):
+        for sample in self._samples():
             try:
                 bare = len(self._library.encode(sample, add_special_tokens=False).ids)
             except Exception:  # the library's own, for a word outside of the vocabulary
@@ -70,6 +70,10 @@ class FastBackend(TokenizerBackend):
                 before = encoding.special_tokens_mask.index(0)
                 return tuple(encoding.ids[:before]), tuple(encoding.ids[before + bare :])
         return (), ()
+
+    def _samples(self) -> Iterator[str]:
+        yield "a"  # nearly always enough: the vocabulary takes long to copy
+        yield from self._library.get_vocab(with_added_tokens=False)
 
     # -- text to ids --
 

@@ -70,9 +70,9 @@ def test_both_limits_of_the_context_are_named():
     assert room_for_new_tokens(args, 60) == room_for_new_tokens(args, 60, 4, 80) == 4
     assert room_for_new_tokens(args, 10, 50, 32) == 22
     assert room_for_new_tokens(tiny_args(sliding_window=5, max_seq_len=64), 60) == 128
-    with pytest.raises(RequestError, match="30 tokens and 128 new.* max_model_len = 30"):
+    with pytest.raises(RequestError, match=r"30 tokens and 128 new.* max_model_len = 30"):
         room_for_new_tokens(args, 30, None, 30)
-    with pytest.raises(RequestError, match="60 tokens and 5 new.* max_seq_len = 64"):
+    with pytest.raises(RequestError, match=r"60 tokens and 5 new.* max_seq_len = 64"):
         room_for_new_tokens(args, 60, 5)
     with pytest.raises(RequestError, match="max_model_len = 30"):
         check_room(args, 20, 11, 30)

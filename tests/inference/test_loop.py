@@ -242,8 +242,26 @@ def test_which_rows_give_no_token():
 def test_nan_logits_are_not_sampled():
     model = model_of()
     model.output.weight.data[0, 0] = float("nan")
-    with pytest.raises(WorkError, match="logits: got NaN"):
+    with pytest.raises(WorkError, match=r"logits: got NaN.* the weight output\.weight is not"):
         generate(model, torch.tensor([[1, 2]]), 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_module_where_numbers_overflow_is_named(kind):
+    """The weights are finite, and only a token that is generated later makes them overflow."""
+    model = model_of(kind, embedding_scale=2.0).float()
+    prompt = [[3] * 20, [7]]
+    first = int(generate(model, [prompt[0]], 1)[0, -1])
+    model.tok_embeddings.weight.data[first] = 3e38
+    before = r"logits: got NaN or infinite values; "
+    with pytest.raises(
+        WorkError, match=before + r"layers\.0\.attention_norm is the first .*float32"
+    ):
+        generate(model, prompt, 4, prefill_step_size=8)
+    model = model_of().float()
+    model.layers[1].feed_forward.w_out.weight.data.fill_(3e38)
+    with pytest.raises(WorkError, match=before + r"layers\.1\.feed_forward\.w_out is the first"):
+        generate(model, prompt, 4)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -26,7 +26,7 @@ def test_a_layer_whose_output_overflows():
     model = random_model(tiny_args())
     with torch.no_grad():
         model.layers[1].attention.wo.weight.fill_(3e38)
-    assert "the output of layers.1 is the first" in locate_nonfinite(model, ROWS)
+    assert "the output of layers.1.attention.wo is the first" in locate_nonfinite(model, ROWS)
 
 
 def test_of_gradients_the_one_nearest_to_the_loss():

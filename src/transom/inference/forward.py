@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Generator, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from transom.cache.model_cache import ModelCache
 from transom.config.model_args import ModelArgs
 from transom.layers.inputs import TransformerInput, right_padded
 from transom.models.llm import LLM
+from transom.models.nonfinite import is_finite, nonfinite_weight, watched_outputs
 
 # One token id per row, None for finished rows, step by step.
 Tokens = Generator[list[int | None], None, None]
@@ -94,10 +96,62 @@ def not_finite(logits_BV: Tensor) -> Tensor:
     return ~logits_BV.amax(-1).isfinite()
 
 
+class BrokenLogitsError(WorkError):
+    """Logits are NaN or infinite: a token drawn from them would look like an answer."""
+
+
 def check_finite(broken: bool, dtype: torch.dtype) -> None:
-    """Raise a `WorkError` for broken logits: a token drawn from them would look like an answer."""
+    """Raise a `BrokenLogitsError` for broken logits."""
     if broken:
-        raise WorkError(
+        raise BrokenLogitsError(
             "logits: got NaN or infinite values; expected finite ones: a weight is not finite, or "
             f"values are too large for {dtype_name(dtype)}"
         )
+
+
+def with_place(
+    steps: Tokens, model: LLM, prompts: Sequence[Sequence[int]], step_size: int
+) -> Tokens:
+    """Yield the same tokens. Where logits are broken, the error says which module began it.
+
+    Args:
+        steps: The tokens of the generation, one per row, None for finished rows.
+        model: The model.
+        prompts: The tokens before them.
+        step_size: Tokens per forward call of the search.
+    """
+    ids, rows = array("q"), len(prompts)
+    try:
+        for new in steps:
+            ids.extend(-1 if id is None else id for id in new)
+            yield new
+    except BrokenLogitsError as error:
+        texts = [[*prompt, *ids[row::rows]] for row, prompt in enumerate(prompts)]
+        texts = [[id for id in text if id >= 0] for text in texts]
+        place = locate_nonfinite(model, texts, step_size)
+        if place is None:
+            raise
+        raise WorkError(f"logits: got NaN or infinite values; {place}") from error
+    finally:
+        steps.close()
+
+
+@torch.inference_mode()
+def locate_nonfinite(model: LLM, rows: Sequence[Sequence[int]], step_size: int) -> str | None:
+    """Return where numbers stop being finite in rows of tokens, in words; None if they don't.
+
+    The rows run once more, without anything that makes them fast.
+    """
+    weight = nonfinite_weight(model)
+    if weight is not None:
+        return f"the weight {weight} is not finite"
+    for row in rows:
+        cache = model.make_cache(1, len(row))
+        for start in range(0, len(row), step_size):
+            ids = torch.tensor([row[start : start + step_size]], device=model.device)
+            with watched_outputs(model) as found, evaluating(model):
+                logits = model(TransformerInput(ids, logits="last"), cache).logits
+            if found or not is_finite(logits):
+                place, kind = found[0] if found else "output", dtype_name(model.dtype)
+                return f"{place} is the first whose output is not finite in {kind}"
+    return None

@@ -24,6 +24,7 @@ from transom.inference.forward import (
     not_finite,
     prefill,
     rebuild_larger,
+    with_place,
 )
 from transom.inference.prompt_cache import PromptCache
 from transom.inference.room import check_memory, check_room
@@ -201,8 +202,11 @@ def _steps(
     if proposer is not None:
         ends = max_new_tokens, frozenset(stop_tokens)
         parts = model, cache, prompts[0], rest[0], sampler, *proposer
-        return speculate(*parts, *ends, decode, longer, counts or DraftCounts())
-    return _run(model, cache, prompts, rest, sampler, max_new_tokens, stop_tokens, decode, longer)
+        steps = speculate(*parts, *ends, decode, longer, counts or DraftCounts())
+    else:
+        given = model, cache, prompts, rest, sampler, max_new_tokens, stop_tokens
+        steps = _run(*given, decode, longer)
+    return with_place(steps, model, prompts, decode.prefill_step_size)
 
 
 @torch.inference_mode()  # a `with` around a yield would leave the caller in inference mode

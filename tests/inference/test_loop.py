@@ -294,9 +294,9 @@ def test_only_the_last_logits_of_a_chunked_prompt_are_computed(monkeypatch):
     model = model_of()
     asked, forward = [], model.forward
 
-    def spy(inputs, cache):
+    def spy(inputs, cache, **options):
         asked.append(inputs.logits)
-        return forward(inputs, cache)
+        return forward(inputs, cache, **options)
 
     monkeypatch.setattr(model, "forward", spy)
     with torch.inference_mode():

@@ -93,6 +93,6 @@ def test_greedy_tokens_are_those_without_the_ops(changes, calls, monkeypatch):
     quantize_model(model, QuantizeArgs(kind="int8", group=32))
     prompts = [[1, 2, 3], [9, 8, 7]]
     got = generate(model, prompts, max_new_tokens=20)
-    assert len(calls) > 100
+    assert len(calls) > 10
     monkeypatch.setenv(SWITCH, "0")
     assert torch.equal(got, generate(model, prompts, max_new_tokens=20))

@@ -12,6 +12,7 @@ from transom.base.errors import RequestError, notice, require
 from transom.cache.model_cache import ModelCache
 from transom.chat.marking import common_prefix
 from transom.checkpoints.open_model import OpenedModel, open_model
+from transom.inference.decode_plan import decode_plan
 from transom.inference.forward import check_finite, forward_logits, not_finite, prefill
 from transom.inference.sampler import Sampler, sample
 from transom.inference.speculate import Proposal
@@ -38,6 +39,7 @@ class DraftModel:
         found = head.kind if head is not None else f"context_dim = {context}"
         require(plain, "draft model", found, "expected a language model without head and context")
         self.model, self._step_size = model, prefill_step_size
+        self._plan = decode_plan(model)
         self._cache: ModelCache | None = None
         self._cached: list[int] = []  # the ids of the tokens in the cache
 
@@ -61,7 +63,7 @@ class DraftModel:
             same = 0
         ids: list[int] = []
         probs: list[Tensor] = []
-        logits_1V = prefill(self.model, cache, [tokens[same:]], self._step_size)
+        logits_1V = prefill(self.model, cache, [tokens[same:]], self._step_size, self._plan)
         while True:
             check_finite(bool(not_finite(logits_1V)), logits_1V.dtype)
             probs_1V = sampler.adjusted(_of_vocabulary(logits_1V, sampler), ids).float().softmax(-1)
@@ -77,7 +79,7 @@ class DraftModel:
                 break
             last_11 = torch.tensor([ids[-1:]], device=self.model.device)
             inputs = TransformerInput(last_11, logits="last")
-            logits_1V = forward_logits(self.model, inputs, cache)[:, 0]
+            logits_1V = forward_logits(self.model, inputs, cache, self._plan)[:, 0]
         self._cache, self._cached = cache, (tokens + ids)[: cache.bound]
         return Proposal(ids, probs)
 

@@ -13,14 +13,20 @@ from transom.base.runtime import dtype_name, evaluating
 from transom.cache.model_cache import ModelCache
 from transom.config.model_args import ModelArgs
 from transom.layers.inputs import TransformerInput, right_padded
-from transom.models.llm import LLM
+from transom.models.llm import LLM, Runner
 from transom.models.nonfinite import is_finite, nonfinite_weight, watched_outputs
 
 # One token id per row, None for finished rows, step by step.
 Tokens = Generator[list[int | None], None, None]
 
 
-def prefill(model: LLM, cache: ModelCache, rows: Sequence[Sequence[int]], step_size: int) -> Tensor:
+def prefill(
+    model: LLM,
+    cache: ModelCache,
+    rows: Sequence[Sequence[int]],
+    step_size: int,
+    runner: Runner | None = None,
+) -> Tensor:
     """Store rows of token ids in the cache, and return the logits [B, V] after their last tokens.
 
     Args:
@@ -28,6 +34,7 @@ def prefill(model: LLM, cache: ModelCache, rows: Sequence[Sequence[int]], step_s
         cache: Its cache of as many rows.
         rows: Token ids of each row, one or more.
         step_size: Tokens per forward call.
+        runner: As for `LLM.forward`.
 
     Raises:
         WorkError: Logits are NaN or infinite.
@@ -44,12 +51,13 @@ def prefill(model: LLM, cache: ModelCache, rows: Sequence[Sequence[int]], step_s
         ends = [start < count <= start + width for count in counts]
         if any(ends):
             inputs = TransformerInput(piece_BT, lengths=lengths_B, logits="last")
-            logits_BV = forward_logits(model, inputs, cache)[:, 0]
+            logits_BV = forward_logits(model, inputs, cache, runner)[:, 0]
             ends_B1 = torch.tensor(ends, device=device)[:, None]
             last_BV = logits_BV if last_BV is None else torch.where(ends_B1, logits_BV, last_BV)
         else:
             with evaluating(model):
-                model(TransformerInput(piece_BT, lengths=lengths_B, logits="none"), cache)
+                inputs = TransformerInput(piece_BT, lengths=lengths_B, logits="none")
+                model(inputs, cache, runner=runner)
         if cache.on_prefill is not None:
             cache.on_prefill(cache, [min(count, start + width) for count in counts])
     assert last_BV is not None, "the longest row ends in the last piece"
@@ -57,10 +65,12 @@ def prefill(model: LLM, cache: ModelCache, rows: Sequence[Sequence[int]], step_s
     return last_BV
 
 
-def forward_logits(model: LLM, inputs: TransformerInput, cache: ModelCache) -> Tensor:
+def forward_logits(
+    model: LLM, inputs: TransformerInput, cache: ModelCache, runner: Runner | None = None
+) -> Tensor:
     """Return the logits [B, T, V] of one call in evaluation mode; T = 1 for the `last` logits."""
     with evaluating(model):  # per call: between two tokens the caller may train
-        logits_BTV = model(inputs, cache).logits
+        logits_BTV = model(inputs, cache, runner=runner).logits
     assert isinstance(logits_BTV, Tensor), "the input asks for logits"
     return logits_BTV
 

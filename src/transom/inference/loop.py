@@ -16,6 +16,7 @@ from transom.config.model_args import ModelArgs
 from transom.inference.compiled import CompiledSteps
 from transom.inference.copies import runs_ahead, to_host
 from transom.inference.decode_args import DEFAULT, DecodeArgs
+from transom.inference.decode_plan import decode_plan
 from transom.inference.forward import (
     Tokens,
     check_finite,
@@ -229,11 +230,12 @@ def _run(
     of the rotary frequencies (see `rebuild_larger`).
     """
     given: list[Tensor] = []
-    logits_BV = prefill(model, cache, rest, decode.prefill_step_size)
+    plan = None if decode.compile else decode_plan(model)
+    logits_BV = prefill(model, cache, rest, decode.prefill_step_size, plan)
     alive_B = torch.ones(len(rest), dtype=torch.bool, device=logits_BV.device)
     stops = {*stop_tokens}
     stops_S = torch.tensor([*stops], dtype=torch.int64, device=logits_BV.device)
-    step = CompiledSteps(model) if decode.compile else partial(forward_logits, model)
+    step = CompiledSteps(model) if decode.compile else partial(forward_logits, model, runner=plan)
     left = rows = len(rest)  # rows without a stop token, as far as tokens have been read
     ahead = runs_ahead(logits_BV.device)
 

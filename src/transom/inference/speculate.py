@@ -17,6 +17,7 @@ from torch import Tensor
 from transom.base.errors import RequestError, require
 from transom.cache.model_cache import ModelCache
 from transom.inference.decode_args import DecodeArgs
+from transom.inference.decode_plan import decode_plan
 from transom.inference.forward import (
     Tokens,
     check_finite,
@@ -171,7 +172,8 @@ def speculate(
         counts: Where proposals and accepted ones are counted.
     """
     tokens, left, proposal = list(prompt), max_new_tokens, Proposal()
-    logits_TV = prefill(model, cache, [rest], decode.prefill_step_size)
+    plan = decode_plan(model)
+    logits_TV = prefill(model, cache, [rest], decode.prefill_step_size, plan)
     while True:
         new = verify(sampler, logits_TV, proposal, stops)
         rejected = len(proposal.ids) - (len(new) - 1)
@@ -197,7 +199,7 @@ def speculate(
         fits = min(left, cache.capacity - cache.bound) if cache.bounded else left
         proposal = proposer.propose(tokens, min(most, fits - 1), sampler)
         tokens_1T = torch.tensor([[tokens[-1], *proposal.ids]], device=model.device)
-        logits_TV = forward_logits(model, TransformerInput(tokens_1T), cache)[0]
+        logits_TV = forward_logits(model, TransformerInput(tokens_1T), cache, plan)[0]
 
 
 def choose_proposer(

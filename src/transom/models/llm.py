@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,20 @@ from transom.layers.step import Step
 from transom.models.build_step import build_step
 from transom.models.vision import VisionEmbeddings
 from transom.names.load_hook import load_hook
+
+
+class Runner(Protocol):
+    """What computes the layers and the logits of a model in a call: the model itself, or a faster
+    way to do the same.
+    """
+
+    def run_layers(
+        self, h_BTD: Tensor, step: Step, cache: ModelCache | None
+    ) -> tuple[Tensor, tuple[RouterStatistics, ...]]:
+        """Return the residual stream [B, T, D] after all blocks, and statistics of routers."""
+
+    def project(self, h_D: Tensor) -> Tensor:
+        """Return the logits [..., V] of normed hidden states [..., D]."""
 
 
 class LLM(nn.Module):
@@ -72,7 +86,11 @@ class LLM(nn.Module):
         return self.tok_embeddings.dtype
 
     def forward(
-        self, inputs: TransformerInput, cache: ModelCache | None = None, inference: bool = False
+        self,
+        inputs: TransformerInput,
+        cache: ModelCache | None = None,
+        inference: bool = False,
+        runner: Runner | None = None,
     ) -> TransformerOutput:
         """Run the model on the tokens of `inputs`.
 
@@ -82,6 +100,8 @@ class LLM(nn.Module):
             cache: KV cache. The tokens continue its rows and are stored in it. No gradients are
                 recorded.
             inference: Run under `torch.inference_mode()`. No later graph can use the results.
+            runner: What computes the layers and the logits, such as a `DecodePlan`; the model
+                itself by default.
 
         Returns:
             Logits [B, T, V] (as `inputs.logits` asks for), normed hidden states [B, T, D] in the
@@ -101,18 +121,26 @@ class LLM(nn.Module):
                 h_BTD = h_BTD.masked_fill(~step.valid_BT.unsqueeze(-1), 0.0)
             if cache is not None:
                 cache.begin_call(step.positions_BT)
-            router = []
-            for index, block in enumerate(self.layers):
-                layer_cache = cache.layers[index] if cache is not None else None
-                h_BTD, statistics = block(h_BTD, step, layer_cache)
-                if statistics is not None:
-                    router.append(statistics)
+            h_BTD, router = (runner or self).run_layers(h_BTD, step, cache)
             if cache is not None:
                 cache.end_call(step.positions_BT, padded=inputs.lengths is not None)
             h_BTD = self.norm(h_BTD)
             if self.args.head is not None:
-                return self._headed(h_BTD, step, self.args.head, tuple(router))
-            return TransformerOutput(self.unembed(h_BTD, inputs, step), h_BTD, tuple(router))
+                return self._headed(h_BTD, step, self.args.head, router)
+            logits = self.unembed(h_BTD, inputs, step, runner or self)
+            return TransformerOutput(logits, h_BTD, router)
+
+    def run_layers(
+        self, h_BTD: Tensor, step: Step, cache: ModelCache | None
+    ) -> tuple[Tensor, tuple[RouterStatistics, ...]]:
+        """Return the residual stream [B, T, D] after all blocks, and statistics of routers."""
+        router = []
+        for index, block in enumerate(self.layers):
+            layer_cache = cache.layers[index] if cache is not None else None
+            h_BTD, statistics = block(h_BTD, step, layer_cache)
+            if statistics is not None:
+                router.append(statistics)
+        return h_BTD, tuple(router)
 
     def _headed(
         self, h_BTD: Tensor, step: Step, head: HeadArgs, router: tuple[RouterStatistics, ...]
@@ -151,13 +179,15 @@ class LLM(nn.Module):
         rows: Tensor = self.vision(pixels)
         return rows
 
-    def unembed(self, h_BTD: Tensor, inputs: TransformerInput, step: Step) -> Tensor | None:
+    def unembed(
+        self, h_BTD: Tensor, inputs: TransformerInput, step: Step, runner: Runner
+    ) -> Tensor | None:
         """Return the logits of the positions that `inputs.logits` asks for, or None."""
         if inputs.logits == "none":
             return None
         if inputs.logits == "last":
             h_BTD = pool(h_BTD, step.positions_BT, "last").unsqueeze(1)
-        return self.project(h_BTD)
+        return runner.project(h_BTD)
 
     def project(self, h_D: Tensor) -> Tensor:
         """Return the logits [..., V] of normed hidden states [..., D]."""

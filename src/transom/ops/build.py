@@ -15,13 +15,13 @@ from pathlib import Path
 from transom.base.errors import WorkError, notice, require
 from transom.base.files import cache_dir
 
-UNITS = ("products.cpp",)  # every file that is compiled on its own
+UNITS = ("block.cpp", "products.cpp")  # every file that is compiled on its own
 HEADERS = tuple(sorted(path.name for path in Path(__file__).parent.glob("*.h")))
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
 SWITCH = "TRANSOM_OPS"  # an environment variable; 0 turns the ops off
 _SECONDS = 300  # for one run of the compiler
-_PLAIN = "products with quantized weights take the slower path of PyTorch"
+_PLAIN = "few rows take the slower path of PyTorch"
 
 
 def library() -> ctypes.CDLL | None:
@@ -75,7 +75,7 @@ def built() -> Path:
         _run(found, *FLAGS, *(str(here / name) for name in UNITS), "-o", str(made))
         made.replace(path)
     seconds = time.perf_counter() - start
-    notice(f"ops: compiled products for quantized weights in {seconds:.0f} s: {path}")
+    notice(f"ops: compiled C++ for decoding in {seconds:.0f} s: {path}")
     return path
 
 

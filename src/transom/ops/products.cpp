@@ -86,6 +86,9 @@ struct Path {
     template <class From, int R, int O>
     void tiles(int64_t row, int64_t ahead) const {
         Sums totals[block / O][R * O];
+        if (!main) {  // fewer inputs than a step, all of which are left for `put`
+            for (auto& sums : totals) std::fill(sums, sums + R * O, V::zero());
+        }
         const auto* x = static_cast<const Number*>(job.prepared) + row * main;
         const int64_t many_inputs = R < 8 ? main : 1024 / int64_t(sizeof(Number));
         const int64_t stretch = std::max(group, many_inputs / group * group);

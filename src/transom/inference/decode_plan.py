@@ -1,0 +1,187 @@
+"""The decode plan: the blocks of a built model as one call in C++ for a few rows on the CPU.
+
+A step of one token runs some ten small operators per block, and PyTorch needs longer to start them
+than the CPU needs to compute them. A plan points to the weights where they are: nothing is copied
+or patched. Blocks with an option that C++ doesn't cover run as modules, between those that it does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transom.attention.backends import auto
+from transom.base.errors import notice
+from transom.cache.model_cache import ModelCache
+from transom.cache.store import SlotStore
+from transom.config.layer_args import LayerRule, RopeArgs
+from transom.inference.native_blocks import NativeBlock, NotCovered, Watch, native_block, weight_of
+from transom.layers.moe import RouterStatistics
+from transom.layers.step import Step
+from transom.models.llm import LLM
+from transom.ops import block as ops
+from transom.ops import products
+from transom.ops.build import library
+from transom.ops.weights import DENSE, Weight
+
+
+class DecodePlan:
+    """How the layers and the output of a model run on few rows; see `LLM.forward`.
+
+    Build one with `decode_plan`. It serves one stream of calls, and keeps the tensors that the
+    parameters were at its beginning. What is written into them later counts, as in training
+    between two tokens. A call after a hook or an adapter was added makes the plan again.
+
+    Args:
+        model: A language model on the CPU.
+    """
+
+    def __init__(self, model: LLM) -> None:
+        self.model = model
+        self._make()
+
+    def _make(self) -> None:
+        self._watch = Watch()
+        self._blocks: dict[int, NativeBlock] = {}
+        missing: Counter[str] = Counter()
+        for index, module in enumerate(self.model.layers):
+            try:
+                self._blocks[index] = native_block(module, self._watch)
+            except NotCovered as reason:
+                missing[str(reason)] += 1
+        if missing:
+            count, layers = sum(missing.values()), len(self.model.layers)
+            reasons = "; ".join(missing)
+            notice(
+                f"decoding: {count} of {layers} layers run in PyTorch, which is slower: {reasons}"
+            )
+        self._output = self._output_weight()
+        self._layers = (ops.LayerArguments * len(self.model.layers))()
+        for index, block in self._blocks.items():
+            self._layers[index].block = ctypes.addressof(block.args)
+        self._cache: ModelCache | None = None
+
+    def _output_weight(self) -> Weight | None:
+        """Return the weight of the output, which may be that of the embeddings."""
+        model = self.model
+        try:
+            return weight_of(model.output or model.tok_embeddings, self._watch)
+        except NotCovered:
+            return None
+
+    def run_layers(
+        self, h_BTD: Tensor, step: Step, cache: ModelCache | None
+    ) -> tuple[Tensor, tuple[RouterStatistics, ...]]:
+        """Compute all blocks, like `LLM.run_layers`.
+
+        Returns:
+            The residual stream [B, T, D], and the statistics of the routers of the blocks that ran
+            as modules.
+        """
+        fits = step.positions_BT.numel() <= ops.MOST_ROWS and step.attend is auto
+        fits = fits and h_BTD.dtype in DENSE and not torch.is_autocast_enabled("cpu")
+        if not fits or cache is None or library() is None:
+            return self.model.run_layers(h_BTD, step, cache)
+        if not self._watch.same():
+            self._make()
+        kept = self._point(step, cache)
+        if not kept:
+            return self.model.run_layers(h_BTD, step, cache)
+        positions_BT, router = kept[0], []
+        for native, group in groupby(range(len(self._layers)), self._blocks.__contains__):
+            indices = list(group)
+            if native:
+                h_BTD = h_BTD.clone(memory_format=torch.contiguous_format)
+                start, end = indices[0], indices[-1] + 1
+                ops.run_blocks(h_BTD, positions_BT, self._layers, start, end)
+                continue
+            for index in indices:
+                h_BTD, statistics = self.model.layers[index](h_BTD, step, cache.layers[index])
+                router += [] if statistics is None else [statistics]
+        return h_BTD, tuple(router)
+
+    def project(self, h_D: Tensor) -> Tensor:
+        """Return the logits [..., V] of normed hidden states [..., D], like `LLM.project`."""
+        made = None
+        if self._output is not None and products.takes(h_D):
+            made = products.multiply(h_D, [self._output])
+        return self.model.project(h_D) if made is None else self.model.finish_logits(made[0])
+
+    def _point(self, step: Step, cache: ModelCache) -> list[Tensor]:
+        """Let the layers point to what a call reads, and return the tensors that they point to.
+
+        The positions [B, T] come first. The list is empty if the call needs what C++ doesn't do:
+        the first call of a cache, or one that is too long for a ring.
+        """
+        if any(
+            store.placement is None or store.placement.new_at is not None for store in cache.stores
+        ):
+            return []
+        if not self._is_bound(cache) and not self._bind(cache):
+            return []
+        kept = [step.positions_BT.contiguous()]
+
+        def address(tensor: Tensor) -> int:
+            kept.append(tensor.contiguous())
+            return kept[-1].data_ptr()
+
+        for (store, _), slots in self._slots.items():
+            call = store.placement
+            assert call is not None, "checked before"
+            slots.written, slots.positions = address(call.slots_BT), call.positions_BS.data_ptr()
+            slots.position_stride, slots.shown = (
+                call.positions_BS.stride(0),
+                call.positions_BS.size(1),
+            )
+        for rope, rotation in self._rotations.items():
+            cos, sin = step.rope[rope]
+            rotation.cos, rotation.sin, rotation.pairs = address(cos), address(sin), cos.size(-1)
+        for index, block in self._blocks.items():
+            if block.layer.temperature is not None:
+                scale = step.temperature[block.layer.temperature]
+                self._layers[index].temperature = address(scale)
+        return kept
+
+    def _is_bound(self, cache: ModelCache) -> bool:
+        """Return whether the layers point to the states of this cache."""
+        return self._cache is cache and all(
+            cache.layers[index].states is states for index, states in self._states.items()
+        )
+
+    def _bind(self, cache: ModelCache) -> bool:
+        """Let the layers point to the states of a cache; return False for states of other kinds."""
+        self._cache = None
+        self._states = {index: cache.layers[index].states for index in self._blocks}
+        self._slots: dict[tuple[SlotStore, LayerRule], Any] = {}
+        self._rotations: dict[RopeArgs, Any] = {}
+        for index, states in self._states.items():
+            if len(states) != 2 or any(x.dtype not in DENSE for x in states):
+                return False
+            layer, rule = self._layers[index], self._blocks[index].layer.rule
+            layer.keys, layer.values = map(ops.StatesArgs.of, states)
+            key = (cache.layers[index].store, rule)
+            if key not in self._slots:
+                lengths = {rule.kind: rule.size} if rule.size else {}
+                self._slots[key] = ops.SlotsArgs(**lengths)
+            layer.slots = ctypes.addressof(self._slots[key])
+            rope = self._blocks[index].layer.rope
+            if rope is not None:
+                table = self._rotations.setdefault(rope, ops.RotationArgs())
+                layer.rotation = ctypes.addressof(table)
+        self._cache = cache
+        return True
+
+
+def decode_plan(model: LLM) -> DecodePlan | None:
+    """Return the plan of a model, or None where C++ can't help: the plain path is as good.
+
+    That is on other devices than the CPU, in float64, without a compiler, with `TRANSOM_OPS=0`, or
+    if the user has chosen an attention backend.
+    """
+    fits = model.device.type == "cpu" and model.dtype in DENSE and model.attend is auto
+    return DecodePlan(model) if fits and library() is not None else None

@@ -1,0 +1,196 @@
+// Attention of few queries to the slots of a KV cache, with a running softmax in float32.
+//
+// The work is split over queries, key/value heads and, where a row sees many slots, over parts of
+// these slots. The parts of a query are merged at the end.
+
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "elementwise.h"
+#include "threads.h"
+
+// The same fields in the same order as `SlotsArgs` in block.py: where the rows of a call write into
+// one kind of store, and what they may attend to by one mask rule.
+struct Slots {
+    const int64_t* written;    // [rows], the slot of each row
+    const int64_t* positions;  // [batch, position_stride], of all slots; -1 is an empty one
+    int64_t position_stride, shown;  // slots that queries read
+    int64_t window;                  // keys that a query sees, or 0 for all earlier ones
+    int64_t chunk;                   // the same for the length of chunks
+};
+
+// The slots that one query sees by a rule: that of attention/mask.py.
+inline void visible_slots(const Slots& slots, int64_t sequence, int64_t position,
+                          std::vector<int32_t>& found) {
+    found.resize(slots.shown);
+    const int64_t* positions = slots.positions + sequence * slots.position_stride;
+    int64_t first = 0;
+    if (slots.window) first = std::max<int64_t>(0, position - slots.window + 1);
+    if (slots.chunk) first = position / slots.chunk * slots.chunk;
+    int64_t count = 0;
+    for (int64_t slot = 0; slot < slots.shown; ++slot) {
+        found[count] = int32_t(slot);
+        count += positions[slot] >= first && positions[slot] <= position;
+    }
+    found.resize(count);
+}
+
+// Where the keys or values of one layer are: [batch, slots, heads, width].
+struct States {
+    Numbers numbers;
+    int64_t sequence_stride, slot_stride;  // in numbers
+
+    // The numbers of a head in float32: in place, or written to a buffer.
+    const float* at(int64_t sequence, int64_t slot, int64_t head, int64_t width, float* to) const {
+        const int64_t first = sequence * sequence_stride + slot * slot_stride + head * width;
+        if (numbers.kind == kFloat32) return static_cast<const float*>(numbers.data) + first;
+        read_floats(numbers, first, to, width);
+        return to;
+    }
+
+    void write(const float* from, int64_t sequence, int64_t slot) const {
+        const int64_t first = sequence * sequence_stride + slot * slot_stride;
+        write_floats(from, slot_stride, const_cast<void*>(numbers.data), numbers.kind, first);
+    }
+};
+
+struct Attend {
+    const float* queries;  // [rows, heads, width], scaled
+    float* out;            // [rows, heads, width]
+    States keys, values;
+    const int64_t* sequences;                  // [rows], of the batch
+    const std::vector<int32_t>* const* slots;  // [rows], the slots that each row sees
+    Numbers sinks;                             // [heads], or none
+    int64_t rows, heads, kv_heads, width;
+    float softcap;  // or 0
+    int64_t threads;
+
+    static constexpr int64_t block = 32;  // slots whose keys and values are in float32 at a time
+    static constexpr int64_t least = 64;  // slots of one part
+
+    int64_t parts = 1, group = 1;
+    float* partial = nullptr;  // [rows, heads, parts, width + 2]: sums, greatest score, weights
+
+    void run() {
+        group = heads / kv_heads;
+        int64_t most = 0, seen = 0;
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t count = slots[row]->size();
+            most = std::max(most, count);
+            seen += count;
+        }
+        // A few parts for each thread; small jobs stay on the thread that calls.
+        const int64_t tasks = rows * kv_heads;
+        const int64_t used = seen * heads * width < 1 << 16 ? 1 : threads;
+        if (used > 1) {
+            const int64_t wanted = (4 * used + tasks - 1) / tasks;
+            parts = std::clamp<int64_t>(most / least, 1, wanted);
+        }
+        static thread_local std::vector<float> buffer;
+        buffer.resize(rows * heads * parts * (width + 2));
+        partial = buffer.data();
+        const auto call = [](const void* self, int64_t number) {
+            static_cast<const Attend*>(self)->part(number);
+        };
+        pool().run(call, this, tasks * parts, int(used));
+        for (int64_t row = 0; row < rows; ++row) {
+            for (int64_t head = 0; head < heads; ++head) merge(row, head);
+        }
+    }
+
+    float* result(int64_t row, int64_t head, int64_t part) const {
+        return partial + ((row * heads + head) * parts + part) * (width + 2);
+    }
+
+    // The heads that share one key/value head, over one part of the slots of a row.
+    void part(int64_t number) const {
+        const int64_t part = number % parts, kv_head = number / parts % kv_heads;
+        const int64_t row = number / parts / kv_heads, sequence = sequences[row];
+        const std::vector<int32_t>& seen = *slots[row];
+        const int64_t count = seen.size();
+        const int64_t start = count * part / parts, end = count * (part + 1) / parts;
+        static thread_local std::vector<float> buffer;
+        buffer.resize(block * width + group * block);
+        float *wide = buffer.data(), *scores = wide + block * width;
+        const float* at[block];
+        for (int64_t g = 0; g < group; ++g) {
+            float* to = result(row, kv_head * group + g, part);
+            std::fill(to, to + width + 2, 0.0f);
+            to[width] = -INFINITY;
+        }
+        for (int64_t first = start; first < end; first += block) {
+            const int64_t n = std::min(block, end - first);
+            for (int64_t i = 0; i < n; ++i)
+                at[i] = keys.at(sequence, seen[first + i], kv_head, width, wide + i * width);
+            for (int64_t g = 0; g < group; ++g) {
+                const float* query = queries + (row * heads + kv_head * group + g) * width;
+                for (int64_t i = 0; i < n; ++i)
+                    scores[g * block + i] = dot(query, at[i], width);
+            }
+            for (int64_t i = 0; i < n; ++i)
+                at[i] = values.at(sequence, seen[first + i], kv_head, width, wide + i * width);
+            for (int64_t g = 0; g < group; ++g)
+                add(scores + g * block, at, n, result(row, kv_head * group + g, part));
+        }
+    }
+
+    // Add a block of values to the sums of a part: to = {sums[width], greatest score, weights}.
+    void add(float* scores, const float* const* at, int64_t n, float* to) const {
+        if (softcap > 0) {
+            for (int64_t i = 0; i < n; ++i) scores[i] = softcap * tanh_of(scores[i] / softcap);
+        }
+        const float before = to[width];
+        float greatest = before;
+        for (int64_t i = 0; i < n; ++i) greatest = scores[i] > greatest ? scores[i] : greatest;
+        for (int64_t i = 0; i < n; ++i) scores[i] = exp_of(scores[i] - greatest);
+        float weights = 0;
+        for (int64_t i = 0; i < n; ++i) weights += scores[i];
+        const float kept = greatest == before ? 1.0f : exp_of(before - greatest);
+        to[width] = greatest;
+        to[width + 1] = to[width + 1] * kept + weights;
+        int64_t h = 0;
+        for (; h + 4 * Wide::lanes <= width; h += 4 * Wide::lanes)
+            columns<4>(scores, at, n, kept, to + h, h);
+        for (; h + Wide::lanes <= width; h += Wide::lanes)
+            columns<1>(scores, at, n, kept, to + h, h);
+        for (; h < width; ++h) {
+            float sum = to[h] * kept;
+            for (int64_t i = 0; i < n; ++i) sum += scores[i] * at[i][h];
+            to[h] = sum;
+        }
+    }
+
+    template <int C>
+    static void columns(const float* weights, const float* const* at, int64_t n, float kept,
+                        float* to, int64_t h) {
+        Wide::Sums sums[C];
+        for (int c = 0; c < C; ++c) sums[c] = Wide::load(to + c * Wide::lanes) * kept;
+        for (int64_t i = 0; i < n; ++i) {
+            const Wide::Vector weight = Wide::zero() + weights[i];
+            for (int c = 0; c < C; ++c)
+                sums[c] = Wide::add(weight, Wide::load(at[i] + h + c * Wide::lanes), sums[c]);
+        }
+        for (int c = 0; c < C; ++c) Wide::store(to + c * Wide::lanes, sums[c]);
+    }
+
+    void merge(int64_t row, int64_t head) const {
+        float sink = -INFINITY;
+        if (sinks.data) read_floats(sinks, head, &sink, 1);
+        float greatest = sink, weights = 0;
+        for (int64_t part = 0; part < parts; ++part)
+            greatest = std::max(greatest, result(row, head, part)[width]);
+        if (sinks.data) weights = exp_of(sink - greatest);
+        float* to = out + (row * heads + head) * width;
+        std::fill(to, to + width, 0.0f);
+        for (int64_t part = 0; part < parts; ++part) {
+            const float* from = result(row, head, part);
+            const float factor = exp_of(from[width] - greatest);
+            weights += from[width + 1] * factor;
+            for (int64_t h = 0; h < width; ++h) to[h] += from[h] * factor;
+        }
+        const float share = 1.0f / weights;
+        for (int64_t h = 0; h < width; ++h) to[h] *= share;
+    }
+};

@@ -1,0 +1,73 @@
+"""Few rows on the CPU run in C++ where it covers a block, and the numbers are those of PyTorch."""
+
+import pytest
+import torch
+
+from tests.helpers import random_model, tiny_args
+from transom.inference.decode_plan import decode_plan
+from transom.inference.loop import generate
+from transom.layers.inputs import TransformerInput
+from transom.ops import block as ops
+from transom.ops.build import SWITCH
+
+PROMPTS = [[1, 2, 3, 4, 5, 6], [9, 8, 7]]
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """(first layer, layer after the last one) of every run of blocks in C++."""
+    found = []
+    original = ops.run_blocks
+
+    def run_blocks(x, positions, layers, start, end):
+        found.append((start, end))
+        original(x, positions, layers, start, end)
+
+    monkeypatch.setattr(ops, "run_blocks", run_blocks)
+    return found
+
+
+def test_greedy_tokens_are_those_of_the_modules(runs, monkeypatch):
+    model = random_model(tiny_args())
+    got = generate(model, PROMPTS, max_new_tokens=20)
+    assert runs == [(0, 2)] * 19
+    monkeypatch.setenv(SWITCH, "0")
+    assert torch.equal(got, generate(model, PROMPTS, max_new_tokens=20))
+    assert len(runs) == 19
+
+
+def test_a_block_that_cpp_does_not_cover_runs_as_a_module(runs, capsys):
+    model = random_model(tiny_args(n_layers=3))
+    expected = generate(model, PROMPTS, max_new_tokens=8)
+    runs.clear()
+    seen = []
+    model.layers[1].attention.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(generate(model, PROMPTS, max_new_tokens=8), expected)
+    assert runs == [(0, 1), (2, 3)] * 7
+    assert len(seen) == 8
+    assert capsys.readouterr().err.count("1 of 3 layers run in PyTorch") == 1
+
+
+@pytest.mark.parametrize("what", ["hook", "weight", "bias"])
+def test_a_change_between_two_calls_counts(what):
+    model = random_model(tiny_args(out_bias=True)).bfloat16()
+    plan, cache = decode_plan(model), model.make_cache(1, 16)
+    leaf = model.layers[0].attention.wo
+
+    @torch.inference_mode()
+    def logits(runner):
+        made = model(TransformerInput(torch.tensor([[5]])), cache, runner=runner).logits
+        if runner is plan:
+            cache.rollback(1, 1)
+        return made
+
+    logits(None)  # the first call of a cache is not one of the plan
+    before = logits(plan)
+    if what == "hook":
+        leaf.register_forward_hook(lambda module, args, y: y + 1)
+    else:
+        with torch.no_grad():
+            getattr(leaf, what).mul_(-2)
+    after = logits(plan)
+    torch.testing.assert_close(after, logits(None), rtol=0.05, atol=0.05)
+    assert not torch.allclose(after, before, rtol=0.05, atol=0.05)

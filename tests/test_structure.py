@@ -93,7 +93,7 @@ CEILINGS = {
     "names": 130,
     "models": 514,
     "tokenizers": 985,
-    "quantize": 550,
+    "quantize": 590,
     "lora": 600,
     "chat": 905,
     "checkpoints": 4_113,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transom.base.errors import RequestError, nearest, notice
 from transom.layers.linear import Embedding, GroupedLinear, Linear, has_data
 from transom.ops import products as ops
+from transom.quantize import traced
 from transom.quantize.args import GROUPS, QuantizeArgs
 from transom.quantize.formats import (
     Parts,
@@ -144,6 +145,8 @@ def product(x: Tensor, bias: Tensor | None, leaf: Quantized, parts: Parts) -> Te
     if not x.is_meta and torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
     format = leaf.format
+    if traced.takes(x):
+        return traced.product(x, bias, parts, format)
     needs_gradient = x.requires_grad or (bias is not None and bias.requires_grad)
     if ops.takes(x) and not (needs_gradient and torch.is_grad_enabled()):
         y = ops.product(x, bias, parts, format.levels, format.scales, format.block)

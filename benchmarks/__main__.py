@@ -1,4 +1,7 @@
-"""`python -m benchmarks [NAMES] [--device cuda]`: run benchmarks and write their pages."""
+"""`python -m benchmarks [NAMES] [--device cuda]`: run benchmarks and write their pages.
+
+`NAME:PART` measures a part of a benchmark that has parts, and replaces the rows of its cases only.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +32,10 @@ NAMES = (
     "objectives",
     "policy",
     "load",
-    "smollm2",
+    "decode",
     "demo",
 )
-CPU_NAMES = ("startup", "attention_memory", "load", "smollm2", "demo")
+CPU_NAMES = ("startup", "attention_memory", "load", "decode", "demo")
 GPU_NAMES = tuple(name for name in NAMES if name not in CPU_NAMES)
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 HIDDEN = {"benchmark", "transom", "torch", "processor", "threads", "commit", "date"}
@@ -41,7 +44,7 @@ HIDDEN = {"benchmark", "transom", "torch", "processor", "threads", "commit", "da
 def main() -> None:
     """Run the named benchmarks (default: all), replace their rows, and write the pages."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*NAMES, []], default=[])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--page", action="store_true", help="only write the page from the rows that are there"
@@ -51,14 +54,18 @@ def main() -> None:
     if not options.page:
         names = options.names or (NAMES if options.device == "cpu" else GPU_NAMES)
         for name in names:
-            found = importlib.import_module(f"benchmarks.{name}").rows(torch.device(options.device))
-            rows = [stamp(row) for row in found]
-            for row in rows:
-                print(json.dumps(row), flush=True)
-            replaced = {(row["benchmark"], row["processor"]) for row in rows}
-            kept = [
-                row for row in kept if (row["benchmark"], row["processor"]) not in replaced
-            ] + rows
+            name, _, part = name.partition(":")
+            module = importlib.import_module(f"benchmarks.{name}")
+            device = torch.device(options.device)
+            found = module.rows(device, part) if part else module.rows(device)
+            rows = []
+            for row in found:
+                rows.append(stamp(row))
+                print(json.dumps(rows[-1]), flush=True)
+            key = ("benchmark", "processor", *(("case",) if part else ()))
+            replaced = {tuple(row[one] for one in key) for row in rows}
+            kept = [row for row in kept if tuple(row.get(one) for one in key) not in replaced]
+            kept += rows
             ROWS.write_text("".join(json.dumps(row) + "\n" for row in kept))
     PAGE.write_text(page(kept))
     write_costs(PAGE.parent / "ideas", kept)

@@ -15,6 +15,8 @@ import torch
 from transom import __version__
 from transom.base.runtime import machine, synchronize
 
+# Of the instructions of a CPU, those that decide on the speed of products.
+INSTRUCTIONS = ("avx2", "avx512_bf16", "avx512_vnni", "amx_bf16", "neon")
 ROWS = Path(__file__).parent / "rows.jsonl"
 
 
@@ -45,6 +47,8 @@ def interleaved(
 def stamp(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row with machine, versions, commit and date."""
     where = machine()
+    known = torch.cpu.get_capabilities()
+    processor = ", ".join((str(where["processor"]), *(n for n in INSTRUCTIONS if known.get(n))))
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -52,7 +56,7 @@ def stamp(row: Mapping[str, Any]) -> dict[str, Any]:
         **row,
         "transom": __version__,
         "torch": where["torch"],
-        "processor": where["gpu"] or where["processor"],
+        "processor": where["gpu"] or processor,
         "threads": where["threads"],
         "commit": commit or None,
         "date": datetime.now(UTC).date().isoformat(),

@@ -101,7 +101,7 @@ CEILINGS = {
     "inference": 1_761,
     "evaluation": 1_270,
     "training": 4_030,
-    "verify": 2_440,
+    "verify": 2_465,
     "cli": 1_661,
 }
 

@@ -10,6 +10,7 @@ from transom.inference.loop import generate
 from transom.layers.linear import Linear
 from transom.ops import products
 from transom.ops.build import SWITCH
+from transom.ops.weights import Weight, coded_weight, dense_weight
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.leaves import quantize_model
 from transom.verify import ops as verify
@@ -54,11 +55,11 @@ def test_few_rows_are_multiplied_in_c(shape, calls, monkeypatch):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("what", ["33 rows", "no rows", "gradient", "gradient of bias", "float64"])
+@pytest.mark.parametrize("what", ["65 rows", "no rows", "gradient", "gradient of bias", "float64"])
 def test_other_products_take_the_path_of_pytorch(what, calls):
     one = leaf().requires_grad_(False)
     one.bias.requires_grad_(what == "gradient of bias")
-    x = torch.randn({"33 rows": 33, "no rows": 0}.get(what, 4), 64)
+    x = torch.randn({"65 rows": 65, "no rows": 0}.get(what, 4), 64)
     x = x.requires_grad_(what == "gradient")
     y = one(x.double() if what == "float64" else x)
     assert calls == [] and y.requires_grad == what.startswith("gradient")
@@ -69,6 +70,47 @@ def test_rows_that_are_not_contiguous_are_multiplied_as_they_are(calls):
     with torch.no_grad():
         assert torch.equal(one(x), one(x.contiguous()))
     assert calls == [6, 6]
+
+
+def weights_of(names: list[str], outputs: int, inputs: int) -> list[Weight]:
+    made = []
+    for name in names:
+        format = verify.formats()[name]
+        parts = verify.random_parts((outputs, inputs), format)
+        kind = (format.levels, format.scales, format.block)
+        made.append(coded_weight(parts, *kind, None, torch.float32))
+    return made
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 12])
+def test_weights_of_several_formats_share_a_call(rows):
+    """They want x in different orders, one after the other."""
+    names = ["Q4_0", "nf4", "Q8_0", "Q4_K", "Q6_K", "Q2_K", "nf4, one scale per output", "Q4_1"]
+    weights = weights_of(names, 30, 512)
+    weights.append(dense_weight(torch.randn(30, 512), None))
+    x = torch.randn(rows, 512)
+    together = products.multiply(x, weights)
+    alone = [products.multiply(x, [weight])[0] for weight in weights]
+    assert all(map(torch.equal, together, alone))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_1"])
+def test_a_bad_number_of_x_reaches_every_output(name, bad):
+    """Also where rows become integers."""
+    (weight,) = weights_of([name], 9, 128)
+    x = torch.randn(2, 128)
+    x[1, 70] = bad
+    (y,) = products.multiply(x, [weight])
+    assert y[0].isfinite().all() and not y[1].isfinite().any()
+
+
+def test_a_row_of_zeros_and_tiny_numbers_are_multiplied():
+    (weight,) = weights_of(["Q8_0"], 9, 128)
+    x = torch.zeros(2, 128)
+    x[1] = 1e-42  # its largest has no finite reciprocal
+    (y,) = products.multiply(x, [weight])
+    assert y.abs().max() < 1e-38
 
 
 def test_threads_of_python_may_multiply_at_once(monkeypatch):

@@ -25,6 +25,10 @@ constexpr int block = 12;  // outputs that are computed side by side
 // Products of fewer numbers stay on one thread: that is faster than to wake another one.
 constexpr int64_t least_work = 1 << 17;
 
+// How many bytes ahead to fetch numbers into the cache: those of the next tile, but not fewer than
+// memory delivers while it is asked.
+int64_t distance(int64_t bytes) { return std::max<int64_t>(bytes, 8192); }
+
 // One weight of one call.
 struct Job {
     const Weight* weight;
@@ -156,8 +160,7 @@ struct Path {
             }
         }
         if (job.rows <= 8 || !S::coded || V::lanes == 16) {
-            const int64_t ahead = (job.rows < most<V> ? few<V> : block) * bytes;
-            return rows<S, few<V>>(ahead);
+            return rows<S, few<V>>(distance((job.rows < most<V> ? few<V> : block) * bytes));
         }
         buffer.resize(block * main);
         pack(buffer.data(), block * bytes);
@@ -192,7 +195,7 @@ struct BytePath {
                 codes[o] = static_cast<const uint8_t*>(weight.codes) + own * bytes;
                 spans_of.write<R>(x, own, scales + o * spans, O * spans, totals + o, O);
             }
-            byte_tile<four, R, O>(x, codes, scales, weight.inputs, O * bytes, totals);
+            byte_tile<four, R, O>(x, codes, scales, weight.inputs, distance(O * bytes), totals);
             for (int r = 0; r < R; ++r) {
                 alignas(16) float sums[O];
                 _mm_store_ps(sums, sums_of_four(totals + r * O));

@@ -16,14 +16,14 @@ from torch import Tensor
 from transom.ops.build import library
 from transom.ops.weights import Weight, coded_weight
 
-MOST_ROWS = 32
+MOST_ROWS = 64
 X_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def takes(x: Tensor) -> bool:
     """Return whether `product` may take these rows, if a library can be had.
 
-    It takes up to 32 rows on the CPU, outside graphs of torch.compile.
+    It takes up to 64 rows on the CPU, outside graphs of torch.compile.
     """
     return (
         x.device.type == "cpu"

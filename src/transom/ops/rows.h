@@ -35,7 +35,7 @@ struct Rows {
     template <class V, bool pairs>
     const typename V::Number* packed() {
         static thread_local std::vector<typename V::Number> to;
-        constexpr int bit = V::lanes << int(pairs), step = V::lanes << int(pairs);
+        constexpr int bit = pairs ? V::lanes << 3 : V::lanes, step = pairs ? 2 * V::lanes : V::lanes;
         if (!pairs && count == 1 && std::is_same_v<typename V::Number, float>) {
             return reinterpret_cast<const typename V::Number*>(x);
         }
@@ -69,7 +69,7 @@ struct Rows {
         static thread_local std::vector<int8_t> bytes;
         static thread_local std::vector<float> floats;
         static thread_local ByteRows rows;
-        constexpr int bit = four ? 256 : 128;
+        constexpr int bit = four ? 1024 : 512;
         if (made & bit) return &rows;
         made |= bit;
         const int64_t spans = inputs / ByteRows::span;

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from transom.base.errors import WorkError
 from transom.ops import products
 from transom.ops.build import library
+from transom.ops.weights import DENSE, dense_weight
 from transom.quantize import ggml
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.formats import Parts, WeightFormat, empty_parts, requested
@@ -19,7 +21,7 @@ from transom.verify.findings import Finding, close, same_bits
 # The same float32 numbers in another order of summation: 1e-6 at most. In 16 bits, PyTorch rounds
 # the weight before the product, and both round the result.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-ROWS = (1, 2, 3, 4, 7, 32)
+ROWS = (1, 2, 3, 4, 7, 13, 32)
 EXPERTS, THREADS = 3, 3
 
 
@@ -42,6 +44,8 @@ def formats() -> dict[str, WeightFormat]:
 def check() -> Iterator[Finding]:
     """Compare products of every format, for odd and even sizes, few and many rows, and experts.
 
+    Dense weights are compared too.
+
     Raises:
         WorkError: This machine has no library to compare.
     """
@@ -60,6 +64,11 @@ def check() -> Iterator[Finding]:
             own = {key: part[e] for key, part in experts.items()}
             yield _compared(name, f"expert {e} of {EXPERTS}", own, format, 2, torch.float32)
         yield _threaded(name, format)
+    for outputs, inputs in ((64, 512), (37, 210), (5, 7)):
+        for rows in ROWS:
+            for dtype in DENSE:
+                for of_x in (torch.float32, torch.bfloat16):
+                    yield _dense(outputs, inputs, rows, dtype, of_x)
 
 
 def random_parts(shape: tuple[int, ...], format: WeightFormat) -> Parts:
@@ -87,6 +96,22 @@ def _compared(
     kind = str(dtype).removeprefix("torch.")
     detail = f"{measured.flatten()[0]:.6g} instead of {expected.flatten()[0]:.6g}"
     return close(name, f"{case}, {kind}", measured, expected, TOLERANCES[dtype], detail)
+
+
+def _dense(outputs: int, inputs: int, rows: int, dtype: torch.dtype, of_x: torch.dtype) -> Finding:
+    """Compare two dense weights in one call. If x fits bfloat16, other instructions may be used."""
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, inputs, generator=generator).to(of_x).float()
+    weights = torch.randn(2, outputs, inputs, generator=generator).to(dtype)
+    biases = torch.randn(2, outputs, generator=generator)
+    pairs = list(zip(weights, biases, strict=True))
+    native = [made for made in (dense_weight(*pair) for pair in pairs) if made is not None]
+    made = products.multiply(x, native)
+    assert made is not None and len(made) == 2, "there is a library, and the dtypes are covered"
+    expected = [F.linear(x, weight.float(), bias) for weight, bias in pairs]
+    kinds = [str(kind).removeprefix("torch.") for kind in (dtype, of_x)]
+    case = f"2 weights {outputs} x {inputs}, {rows} rows of {kinds[1]} numbers"
+    return close(f"dense {kinds[0]}", case, torch.cat(made, 1), torch.cat(expected, 1), 1e-5, "")
 
 
 def _threaded(name: str, format: WeightFormat) -> Finding:

@@ -8,8 +8,7 @@ tensors that stay in their place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
@@ -23,6 +22,8 @@ from transom.cache.store import BUCKET, StaticCache
 from transom.inference.forward import forward_logits
 from transom.layers.compiled import compile_forward
 from transom.layers.inputs import TransformerInput
+from transom.layers.moe import RouterStatistics
+from transom.layers.step import Step
 from transom.models.llm import LLM
 from transom.quantize.leaves import quantized_leaves
 
@@ -30,6 +31,32 @@ from transom.quantize.leaves import quantized_leaves
 # compute them from codes on the way, only if their blocks are tuned.
 CUDA_OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
 _failed: WeakSet[LLM] = WeakSet()  # models that can't be compiled here: nobody waits for it again
+
+
+def compiled_steps(model: LLM) -> CompiledSteps | None:
+    """Return the compiled steps of a model, or None where the plain ones are faster."""
+    if model.device.type == "cpu" and quantized_leaves(model):
+        notice("compile: quantized weights are faster without it on the CPU; it is ignored")
+        return None
+    return CompiledSteps(model)
+
+
+class CompiledBlocks:
+    """Runs the blocks of a model and its output compiled; a `Runner`."""
+
+    def __init__(self, model: LLM, **options: Any) -> None:
+        self._blocks = [compile_forward(block.forward, **options) for block in model.layers]
+        self.project: Callable[[Tensor], Tensor] = compile_forward(model.project, **options)
+
+    def run_layers(
+        self, h_BTD: Tensor, step: Step, cache: ModelCache | None
+    ) -> tuple[Tensor, tuple[RouterStatistics, ...]]:
+        """Return the residual stream [B, T, D] after all blocks, and statistics of routers."""
+        router = []
+        for index, block in enumerate(self._blocks):
+            h_BTD, statistics = block(h_BTD, step, None if cache is None else cache.layers[index])
+            router += [] if statistics is None else [statistics]
+        return h_BTD, tuple(router)
 
 
 class CompiledSteps:
@@ -43,13 +70,10 @@ class CompiledSteps:
         self._model = model
         self._cache: ModelCache | None = None
         self._graphs: dict[tuple[int, bool], StepGraph | None] = {}  # of the steps of `_cache`
-        self._on_cuda = self._records = model.device.type == "cuda"
-        self._blocks: list[Callable[..., Any]] = []
-        if not self._on_cuda and quantized_leaves(model):
-            notice("compile: quantized weights are faster without it on the CPU; it is ignored")
-        elif model not in _failed:
-            options = CUDA_OPTIONS if self._on_cuda else {}
-            self._blocks = [compile_forward(block.forward, **options) for block in model.layers]
+        self._records = model.device.type == "cuda"
+        self._blocks: CompiledBlocks | None = None
+        if model not in _failed:
+            self._blocks = CompiledBlocks(model, **(CUDA_OPTIONS if self._records else {}))
 
     def __call__(self, inputs: TransformerInput, cache: ModelCache) -> Tensor:
         """Return the logits [B, 1, V] of one call. On CUDA the next call may overwrite them."""
@@ -68,9 +92,11 @@ class CompiledSteps:
             return graph(inputs, cache)
         state = host_state(cache)
         try:
-            graph = StepGraph(lambda inputs: self._step(inputs, cache), inputs)
+            graph = StepGraph(
+                lambda inputs: forward_logits(self._model, inputs, cache, self._blocks), inputs
+            )
         except RuntimeError as error:
-            set_host_state(cache, state)
+            cache.bound, cache.peak, cache.rolled_back = state
             self._records = False
             notice(f"compile: no CUDA graph ({reason(error)}); kernels are started one by one")
             return self._run(inputs, cache)
@@ -81,36 +107,18 @@ class CompiledSteps:
         """Run the step now, without compiled blocks from their first failure on."""
         state = host_state(cache)
         try:
-            return self._step(inputs, cache)
-        except (RequestError, WorkError):
-            raise
+            return forward_logits(self._model, inputs, cache, self._blocks)
         except Exception as error:
-            if not self._blocks or is_out_of_memory(error):
+            refused = isinstance(error, (RequestError, WorkError)) or is_out_of_memory(error)
+            if refused or self._blocks is None:
                 raise
             notice(f"compile: failed ({reason(error)}); the model runs uncompiled")
-        self._blocks = []
+        self._blocks = None
         _failed.add(self._model)
-        set_host_state(cache, state)  # what layers have stored is stored again
-        return self._step(inputs, cache)
-
-    def _step(self, inputs: TransformerInput, cache: ModelCache) -> Tensor:
-        with forwards_of(self._model, self._blocks):
-            return forward_logits(self._model, inputs, cache)
-
-
-@contextmanager
-def forwards_of(model: LLM, forwards: list[Callable[..., Any]]) -> Iterator[None]:
-    """Run the blocks of a model by other functions, if there are some."""
-    own = [vars(block) for block in model.layers]
-    before = [{name: parts[name] for name in ("forward",) if name in parts} for parts in own]
-    for parts, forward in zip(own, forwards, strict=False):
-        parts["forward"] = forward
-    try:
-        yield
-    finally:
-        for parts, kept in zip(own, before, strict=True):
-            parts.pop("forward", None)
-            parts |= kept
+        cache.bound, cache.peak, cache.rolled_back = (
+            state  # what layers have stored is stored again
+        )
+        return forward_logits(self._model, inputs, cache, self._blocks)
 
 
 class StepGraph:
@@ -161,11 +169,6 @@ def record(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
 def host_state(cache: ModelCache) -> tuple[int, int, int]:
     """Return what a call changes on the host before its tokens are stored."""
     return cache.bound, cache.peak, cache.rolled_back
-
-
-def set_host_state(cache: ModelCache, state: tuple[int, int, int]) -> None:
-    """Return to a state of `host_state`."""
-    cache.bound, cache.peak, cache.rolled_back = state
 
 
 def reason(error: Exception) -> str:

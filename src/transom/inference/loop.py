@@ -13,7 +13,7 @@ from torch import Tensor
 from transom.base.errors import RequestError, require
 from transom.cache.model_cache import ModelCache
 from transom.config.model_args import ModelArgs
-from transom.inference.compiled import CompiledSteps
+from transom.inference.compiled import compiled_steps
 from transom.inference.copies import runs_ahead, to_host
 from transom.inference.decode_args import DEFAULT, DecodeArgs
 from transom.inference.decode_plan import decode_plan
@@ -230,12 +230,13 @@ def _run(
     of the rotary frequencies (see `rebuild_larger`).
     """
     given: list[Tensor] = []
-    plan = None if decode.compile else decode_plan(model)
+    compiled = compiled_steps(model) if decode.compile else None
+    plan = decode_plan(model) if compiled is None else None
     logits_BV = prefill(model, cache, rest, decode.prefill_step_size, plan)
     alive_B = torch.ones(len(rest), dtype=torch.bool, device=logits_BV.device)
     stops = {*stop_tokens}
     stops_S = torch.tensor([*stops], dtype=torch.int64, device=logits_BV.device)
-    step = CompiledSteps(model) if decode.compile else partial(forward_logits, model, runner=plan)
+    step = compiled or partial(forward_logits, model, runner=plan)
     left = rows = len(rest)  # rows without a stop token, as far as tokens have been read
     ahead = runs_ahead(logits_BV.device)
 

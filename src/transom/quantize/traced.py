@@ -30,8 +30,7 @@ def product(x: Tensor, bias: Tensor | None, parts: Parts, format: WeightFormat) 
         parts: The parts of a weight [out, in].
         format: Their format.
     """
-    every = slice(None)
-    scales = wide_scales(parts, "scales", format, every).unsqueeze(-1)  # [out, n, 1]
+    scales = wide_scales(parts, "scales", format, slice(None)).unsqueeze(-1)  # [out, n, 1]
     groups = x.float().view(-1, 1, scales.size(1), x.size(-1) // scales.size(1))  # [M, 1, n, in/n]
     codes = parts["codes"].unflatten(-1, (scales.size(1), -1))  # [out, n, bytes of a group]
     pairs = [(codes.float(), groups)]
@@ -44,7 +43,7 @@ def product(x: Tensor, bias: Tensor | None, parts: Parts, format: WeightFormat) 
             values = values - parts["zeros"].float().unsqueeze(-1)
         weight = values * scales
         if format.offset == "minimums":
-            weight = weight + wide_scales(parts, "minimums", format, every).unsqueeze(-1)
+            weight = weight + wide_scales(parts, "minimums", format, slice(None)).unsqueeze(-1)
         terms = terms + inputs * weight
     y = terms.sum((-1, -2)).view(*x.shape[:-1], -1)
     return (y if bias is None else y + bias.float()).to(x.dtype)

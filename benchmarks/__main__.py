@@ -22,6 +22,7 @@ NAMES = (
     "window_attention",
     "attention_memory",
     "kv_cache",
+    "prefix_cache",
     "moe",
     "head_loss",
     "checkpointing",

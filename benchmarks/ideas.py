@@ -76,6 +76,7 @@ PAGES: dict[str, tuple[str, ...]] = {
         "merging",
         "evaluation",
     ),
+    "Generation": ("prefix-caching",),
     "Heads and loading": ("classification-and-embeddings", "load-hooks"),
 }
 

@@ -20,6 +20,7 @@ from transom.base.fields import field_types
 from transom.base.runtime import one_thread
 from transom.config.model_args import ModelArgs
 from transom.evaluation.eval_args import EvalArgs
+from transom.inference.decode_args import DecodeArgs
 from transom.layers.inputs import TransformerInput
 from transom.lora.args import CombineArgs
 from transom.models.llm import LLM
@@ -29,7 +30,9 @@ ROOT = Path(__file__).parents[1]
 IDEAS = ROOT / "docs" / "ideas"
 NAMES = sorted(path.stem for path in IDEAS.glob("*.md") if path.name != "README.md")
 # Arguments that are no part of a run's config; pages and tables write the class in front.
-NAMED: dict[str, Any] = {one.__name__: one for one in (TransformerInput, CombineArgs, EvalArgs)}
+NAMED: dict[str, Any] = {
+    one.__name__: one for one in (TransformerInput, CombineArgs, EvalArgs, DecodeArgs)
+}
 SECTIONS = ["What it is", "Formula", "Paper", "Files", "When to use it", "Cost"]
 
 ROW = {

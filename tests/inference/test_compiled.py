@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from benchmarks import gpu_decode
 from tests.helpers import random_model, tiny_args
 from transom.base.errors import collected_notices
 from transom.base.runtime import one_thread
@@ -163,3 +164,10 @@ def test_a_step_that_cannot_be_recorded_runs(monkeypatch):
         got = list(stream(model, PROMPTS, max_new_tokens=9, decode=COMPILE, cache=cache))
     assert got == expected
     assert [line.startswith("compile: no CUDA graph") for line in notices] == [True]
+
+
+def test_the_benchmark_of_a_gpu_runs():
+    shape = {**gpu_decode.SHAPE, "dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
+    shape |= {"hidden_dim": 96, "vocab_size": 61, "max_seq_len": 1024}
+    cases = gpu_decode.cases(torch.device("cpu"), shape, prefill=64, compile=False)
+    assert len(cases) == 4 and all(case["tokens_per_second"] > 0 for case in cases)

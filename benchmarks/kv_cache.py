@@ -1,4 +1,4 @@
-"""Bytes per token in the KV cache and time of decoding, for MHA, GQA, MQA and latent attention."""
+"""Bytes per token in the KV cache and time of decoding: MHA, GQA, MQA, latent attention, 8 bits."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ CASES: dict[str, dict[str, Any]] = {
     "GQA, 4 kv heads": {"n_kv_heads": 4},
     "MQA, 1 kv head": {"n_kv_heads": 1},
     "MLA, latent 256 + 32": {"mla_args": LATENT},
+    "MHA in 8 bits": {"kv_bits": 8},
+    "GQA in 8 bits": {"n_kv_heads": 4, "kv_bits": 8},
 }
 
 
@@ -35,11 +37,13 @@ def rows(device: torch.device) -> list[dict[str, Any]]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     calls, sizes = {}, {}
     for name, changes in CASES.items():
-        args = ModelArgs.from_dict({**SHAPE, **changes})
+        kv_bits = changes.get("kv_bits", 16)
+        fields = {key: value for key, value in changes.items() if key != "kv_bits"}
+        args = ModelArgs.from_dict({**SHAPE, **fields})
         model = LLM(args)
         model.init_weights(0)
         model.to(device, dtype).eval()
-        cache = model.make_cache(1)
+        cache = model.make_cache(1, kv_bits=kv_bits)
         prompt = torch.randint(1024, (1, HELD), device=device)
         model(TransformerInput(prompt, logits="none"), cache, inference=True)
         one = prompt[:, :1].contiguous()
@@ -49,7 +53,7 @@ def rows(device: torch.device) -> list[dict[str, Any]]:
             cache.rollback(1, at_most=1)
 
         calls[name] = decode
-        sizes[name] = kv_bytes_per_token(args.layers[0], torch.finfo(dtype).bits // 8)
+        sizes[name] = kv_bytes_per_token(args.layers[0], 1 if kv_bits == 8 else dtype.itemsize)
     seconds = interleaved(calls, device, rounds=9, warmup=2)
     first = next(iter(CASES))
     return [

@@ -50,6 +50,7 @@ PAGES: dict[str, tuple[str, ...]] = {
         "attention-backends",
         "packing",
     ),
+    "Generation": ("kv-cache-in-8-bits",),
     "Blocks": ("norms", "feed-forward", "scales"),
     "Experts": ("routers", "balancing", "grouped-matmul"),
     "Vision": ("early-fusion",),

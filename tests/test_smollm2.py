@@ -14,9 +14,9 @@ from transom.base.errors import RequestError
 from transom.checkpoints.files.location import find_model
 from transom.checkpoints.files.packaged import packaged_model
 from transom.evaluation.bits import Window, score_windows
-from transom.layers.inputs import TransformerInput
 from transom.inference.decode_args import DecodeArgs
 from transom.inference.speculate import DraftCounts
+from transom.layers.inputs import TransformerInput
 
 pytestmark = pytest.mark.slow
 

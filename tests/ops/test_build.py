@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import random_model, tiny_args
 from transom.base.errors import RequestError, collected_notices
 from transom.cli.main import main
+from transom.inference.loop import generate
 from transom.layers.linear import Linear
 from transom.ops import build
 from transom.quantize.args import QuantizeArgs
@@ -81,6 +83,23 @@ def test_a_damaged_library_is_named(fresh, monkeypatch):
     with collected_notices():
         path = build.built()
     assert str(path) in told(fresh)
+
+
+@pytest.mark.parametrize("script", [None, "exit 3", "echo macros"])
+def test_generating_goes_on_without_the_library(fresh, monkeypatch, script):
+    """Without a compiler, with one that fails, and with a cache folder that can't be written."""
+    (fresh / "file").touch()
+    monkeypatch.setenv("TRANSOM_CACHE", str(fresh / "file" / "cache"))
+    if script is None:
+        monkeypatch.setenv("PATH", str(fresh))
+    else:
+        compiler(fresh, script, monkeypatch)
+    model = random_model(tiny_args())
+    with collected_notices() as notices:
+        tokens = generate(model, [[1, 2, 3]], 6)
+    assert [line.partition(":")[0] for line in notices] == ["ops"]
+    monkeypatch.setenv(build.SWITCH, "0")
+    assert torch.equal(tokens, generate(model, [[1, 2, 3]], 6))
 
 
 def test_the_library_is_compiled_once(fresh, monkeypatch):

@@ -7,6 +7,7 @@ The folder is in the cache. It has the files that a Hugging Face folder has besi
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import tempfile
@@ -29,27 +30,39 @@ def gguf_folder(path: Path) -> Path:
     time.
 
     Raises:
-        RequestError: The file does not open, or the cache can't be written to.
+        RequestError: The file does not open.
     """
     # Names of files are kept: those of the hub's cache are links to files with other names.
     files = [file.parent.resolve() / file.name for file in split_files(path)]
-    folder = cache_dir() / "gguf" / _key(files) / files[0].name
+    try:
+        return _translated(files, cache_dir())
+    except OSError as error:
+        why = f"the cache folder {cache_dir()} can't be written ({error.strerror})"
+        notice(f"{why}; {files[0].name} is translated for this process alone")
+        return _translated(files, Path(_scratch().name))
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """Return a folder that is removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="transom-")
+
+
+def _translated(files: list[Path], cache: Path) -> Path:
+    """Return the folder of GGUF files in a cache, after writing it if it isn't there."""
+    folder = cache / "gguf" / _key(files) / files[0].name
     if folder.exists():
         for message in gguf_pointer(folder)["notices"]:
             notice(message)
         return folder
     model = read_gguf(files[0])
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as scratch:
-            made = Path(scratch) / folder.name
-            made.mkdir()
-            _translate(model, made)
-            with contextlib.suppress(OSError):  # another process has been faster
-                made.rename(folder)
-    except OSError as error:
-        expected = f"expected a folder that can be written to ({error.strerror})"
-        raise RequestError(f"$TRANSOM_CACHE: got {str(cache_dir())!r}; {expected}") from None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as scratch:
+        made = Path(scratch) / folder.name
+        made.mkdir()
+        _translate(model, made)
+        with contextlib.suppress(OSError):  # another process has been faster
+            made.rename(folder)
     return folder
 
 

@@ -19,9 +19,9 @@ def runs(monkeypatch):
     found = []
     original = ops.run_blocks
 
-    def run_blocks(x, positions, layers, start, end):
+    def run_blocks(x, positions, layers, start, end, norm):
         found.append((start, end))
-        original(x, positions, layers, start, end)
+        original(x, positions, layers, start, end, norm)
 
     monkeypatch.setattr(ops, "run_blocks", run_blocks)
     return found

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from transom.base.errors import RequestError, require
 from transom.cache.store import LayerCache, RotatingBufferCache, SlotStore, StaticCache
+from transom.config.layer_args import RopeArgs
 from transom.config.model_args import ModelArgs
 from transom.planning.counts import ring_slots
 
@@ -33,6 +34,7 @@ class ModelCache:
         peak: The largest `bound` so far; rings are full beyond their capacity.
         rolled_back: Tokens that were rolled back and not yet refilled, an upper bound over the
             rows. Rings have overwritten what lies further back.
+        frequencies: Rotary frequencies, which depend on the capacity at most.
         deepest: Tokens that a row may fall below the longest it has been, a lower bound over the
             rows. A restored prefix lacks the states that a longer rollback would need.
         on_prefill: Called by `prefill` after every forward call with this cache and the number of
@@ -58,6 +60,7 @@ class ModelCache:
         self.bound = self.peak = self.rolled_back = 0
         self.deepest = UNLIMITED
         self.on_prefill: Callable[[ModelCache, list[int]], None] | None = None
+        self.frequencies: dict[RopeArgs, Tensor] = {}
         self._first_call = True  # whether the call that was reserved last began with empty rows
 
     @classmethod

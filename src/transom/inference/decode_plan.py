@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import groupby
 from typing import Any
 
@@ -17,10 +18,18 @@ from torch import Tensor
 
 from transom.attention.backends import auto
 from transom.base.errors import notice
+from transom.base.runtime import one_thread
 from transom.cache.model_cache import ModelCache
 from transom.cache.store import SlotStore
 from transom.config.layer_args import LayerRule, RopeArgs
-from transom.inference.native_blocks import NativeBlock, NotCovered, Watch, native_block, weight_of
+from transom.inference.native_blocks import (
+    NativeBlock,
+    NotCovered,
+    Watch,
+    native_block,
+    norm_of,
+    weight_of,
+)
 from transom.layers.moe import RouterStatistics
 from transom.layers.step import Step
 from transom.models.llm import LLM
@@ -60,19 +69,16 @@ class DecodePlan:
             notice(
                 f"decoding: {count} of {layers} layers run in PyTorch, which is slower: {reasons}"
             )
-        self._output = self._output_weight()
+        self._output: Weight | None = None
+        self._norm: ops.NormArgs | None = None
+        with suppress(NotCovered):
+            self._norm = norm_of(self.model.norm, self._watch)
+        with suppress(NotCovered):
+            self._output = weight_of(self.model.output or self.model.tok_embeddings, self._watch)
         self._layers = (ops.LayerArguments * len(self.model.layers))()
         for index, block in self._blocks.items():
             self._layers[index].block = ctypes.addressof(block.args)
         self._cache: ModelCache | None = None
-
-    def _output_weight(self) -> Weight | None:
-        """Return the weight of the output, which may be that of the embeddings."""
-        model = self.model
-        try:
-            return weight_of(model.output or model.tok_embeddings, self._watch)
-        except NotCovered:
-            return None
 
     def run_layers(
         self, h_BTD: Tensor, step: Step, cache: ModelCache | None
@@ -80,8 +86,8 @@ class DecodePlan:
         """Compute all blocks, like `LLM.run_layers`.
 
         Returns:
-            The residual stream [B, T, D], and the statistics of the routers of the blocks that ran
-            as modules.
+            Normed hidden states [B, T, D], and the statistics of the routers of the blocks that
+            ran as modules.
         """
         fits = step.positions_BT.numel() <= ops.MOST_ROWS and step.attend is auto
         fits = fits and h_BTD.dtype in DENSE and not torch.is_autocast_enabled("cpu")
@@ -92,24 +98,29 @@ class DecodePlan:
         kept = self._point(step, cache)
         if not kept:
             return self.model.run_layers(h_BTD, step, cache)
-        positions_BT, router = kept[0], []
+        positions_BT = kept[0]
+        router: list[RouterStatistics] = []
         for native, group in groupby(range(len(self._layers)), self._blocks.__contains__):
             indices = list(group)
             if native:
                 h_BTD = h_BTD.clone(memory_format=torch.contiguous_format)
                 start, end = indices[0], indices[-1] + 1
-                ops.run_blocks(h_BTD, positions_BT, self._layers, start, end)
+                norm = self._norm if end == len(self._layers) else None
+                ops.run_blocks(h_BTD, positions_BT, self._layers, start, end, norm)
+                if norm is not None:
+                    return h_BTD, tuple(router)
                 continue
             for index in indices:
                 h_BTD, statistics = self.model.layers[index](h_BTD, step, cache.layers[index])
                 router += [] if statistics is None else [statistics]
-        return h_BTD, tuple(router)
+        return self.model.norm(h_BTD), tuple(router)
 
     def project(self, h_D: Tensor) -> Tensor:
         """Return the logits [..., V] of normed hidden states [..., D], like `LLM.project`."""
-        made = None
+        made, threads = None, torch.get_num_threads()
         if self._output is not None and products.takes(h_D):
-            made = products.multiply(h_D, [self._output])
+            with one_thread():  # of PyTorch, which rounds the logits
+                made = products.multiply(h_D, [self._output], threads)
         return self.model.project(h_D) if made is None else self.model.finish_logits(made[0])
 
     def _point(self, step: Step, cache: ModelCache) -> list[Tensor]:
@@ -160,10 +171,12 @@ class DecodePlan:
         self._slots: dict[tuple[SlotStore, LayerRule], Any] = {}
         self._rotations: dict[RopeArgs, Any] = {}
         for index, states in self._states.items():
-            if len(states) != 2 or any(x.dtype not in DENSE for x in states):
+            scales = cache.layers[index].scales or (None, None)
+            if len(states) != 2 or any(x.dtype not in (*DENSE, torch.int8) for x in states):
                 return False
             layer, rule = self._layers[index], self._blocks[index].layer.rule
-            layer.keys, layer.values = map(ops.StatesArgs.of, states)
+            dtypes = self.model.dtype, self.model.dtype
+            layer.keys, layer.values = map(ops.StatesArgs.of, states, scales, dtypes)
             key = (cache.layers[index].store, rule)
             if key not in self._slots:
                 lengths = {rule.kind: rule.size} if rule.size else {}
@@ -175,6 +188,14 @@ class DecodePlan:
                 layer.rotation = ctypes.addressof(table)
         self._cache = cache
         return True
+
+
+def alone(plan: DecodePlan | None) -> AbstractContextManager[None]:
+    """Return a context in which PyTorch uses one thread, if there is a plan.
+
+    Threads of OpenMP wait for more work for milliseconds, on the cores that the plan needs next.
+    """
+    return nullcontext() if plan is None else one_thread()
 
 
 def decode_plan(model: LLM) -> DecodePlan | None:

@@ -16,7 +16,7 @@ from transom.config.model_args import ModelArgs
 from transom.inference.compiled import compiled_steps
 from transom.inference.copies import runs_ahead, to_host
 from transom.inference.decode_args import DEFAULT, DecodeArgs
-from transom.inference.decode_plan import decode_plan
+from transom.inference.decode_plan import alone, decode_plan
 from transom.inference.forward import (
     Tokens,
     check_finite,
@@ -258,8 +258,9 @@ def _run(
         return step(inputs, cache)[:, 0]
 
     for remaining in reversed(range(max_new_tokens)):
-        ids_B = sampler(logits_BV)
-        shown_B = ids_B.masked_fill(not_finite(logits_BV), BROKEN)
+        with alone(plan):
+            ids_B = sampler(logits_BV)
+            shown_B = ids_B.masked_fill(not_finite(logits_BV), BROKEN)
         read = to_host(shown_B.masked_fill(~alive_B, FINISHED))
         alive_B = alive_B & (ids_B[:, None] != stops_S).all(-1)
         if ahead and remaining:

@@ -93,9 +93,9 @@ def native_block(block: nn.Module, watch: Watch) -> NativeBlock:
     watch.module(attention, Attention)
     assert isinstance(attention, Attention), "as watched"
     args = ops.BlockArgs(
-        **{name: _norm(getattr(block, name), watch) for name in _NORMS},
-        q_norm=_norm(attention.q_norm, watch),
-        k_norm=_norm(attention.k_norm, watch),
+        **{name: norm_of(getattr(block, name), watch) for name in _NORMS},
+        q_norm=norm_of(attention.q_norm, watch),
+        k_norm=norm_of(attention.k_norm, watch),
         **{name: _kept(getattr(attention, name), watch, kept) for name in ("wq", "wk", "wv", "wo")},
         sinks=_numbers(attention.sinks),
         dim=layer.dim,
@@ -173,7 +173,12 @@ def _numbers(tensor: Tensor | None) -> ops.Numbers:
     return ops.Numbers.of(tensor)
 
 
-def _norm(norm: nn.Module | None, watch: Watch) -> ops.NormArgs:
+def norm_of(norm: nn.Module | None, watch: Watch) -> ops.NormArgs:
+    """Return a norm, or none.
+
+    Raises:
+        NotCovered: It is of another kind.
+    """
     if norm is None:
         return ops.NormArgs()
     watch.module(norm, RMSNorm, LayerNorm)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transom.base.errors import RequestError, require
 from transom.cache.model_cache import ModelCache
 from transom.inference.decode_args import DecodeArgs
-from transom.inference.decode_plan import decode_plan
+from transom.inference.decode_plan import alone, decode_plan
 from transom.inference.forward import (
     Tokens,
     check_finite,
@@ -175,7 +175,8 @@ def speculate(
     plan = decode_plan(model)
     logits_TV = prefill(model, cache, [rest], decode.prefill_step_size, plan)
     while True:
-        new = verify(sampler, logits_TV, proposal, stops)
+        with alone(plan):
+            new = verify(sampler, logits_TV, proposal, stops)
         rejected = len(proposal.ids) - (len(new) - 1)
         kept = cache.rollback(rejected, rejected)
         assert kept, "rings can roll back more tokens than are proposed"

@@ -133,7 +133,10 @@ def attention_factor(scaling: RopeScaling | None) -> float:
 
 
 def rotary_table(
-    positions_BT: Tensor, rope: RopeArgs, length: int | None = None
+    positions_BT: Tensor,
+    rope: RopeArgs,
+    length: int | None = None,
+    kept: dict[RopeArgs, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (cos, sin) of every position, each float32 [B, T, 1, dim / 2].
 
@@ -141,12 +144,16 @@ def rotary_table(
         positions_BT: int64 positions [B, T].
         rope: Arguments of the rotation.
         length: As for `frequencies`.
+        kept: Frequencies by rotation, for later calls with the same length.
     """
     device = positions_BT.device
     # A float32 angle of the millionth position would be wrong by up to 0.03 radians, and by another
     # amount at every position. MPS has no float64.
     wide = torch.float32 if device.type == "mps" else torch.float64
-    angles = positions_BT[..., None, None].to(wide) * frequencies(rope, length, device).to(wide)
+    own = {} if kept is None else kept
+    if rope not in own:
+        own[rope] = frequencies(rope, length, device).to(wide)
+    angles = positions_BT[..., None, None].to(wide) * own[rope]
     cos, sin = angles.cos().float(), angles.sin().float()
     factor = attention_factor(rope.scaling)
     return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)

@@ -48,11 +48,12 @@ def build_step(
     rules: set[LayerRule] = {layer.rule for layer in args.layers}
     specs = {rule: MaskSpec(rule, positions_BT, place.segments_BT, place.layout) for rule in rules}
     crosses = args.context_dim is not None
+    kept = None if cache is None else cache.frequencies
     return Step(
         positions_BT=positions_BT,
         valid_BT=positions_BT >= 0 if padded else None,
         # Tables from the positions before `expand`: where all rows agree, one row broadcasts.
-        rope={rope: rotary_table(place.positions_BT, rope, length) for rope in ropes},
+        rope={rope: rotary_table(place.positions_BT, rope, length, kept) for rope in ropes},
         temperature={scale: temperature_scale(place.positions_BT, scale) for scale in scales},
         masks=specs,
         attend=attend,

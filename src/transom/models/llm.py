@@ -40,7 +40,7 @@ class Runner(Protocol):
     def run_layers(
         self, h_BTD: Tensor, step: Step, cache: ModelCache | None
     ) -> tuple[Tensor, tuple[RouterStatistics, ...]]:
-        """Return the residual stream [B, T, D] after all blocks, and statistics of routers."""
+        """Return normed hidden states [B, T, D] after all blocks, and statistics of routers."""
 
     def project(self, h_D: Tensor) -> Tensor:
         """Return the logits [..., V] of normed hidden states [..., D]."""
@@ -124,7 +124,6 @@ class LLM(nn.Module):
             h_BTD, router = (runner or self).run_layers(h_BTD, step, cache)
             if cache is not None:
                 cache.end_call(step.positions_BT, padded=inputs.lengths is not None)
-            h_BTD = self.norm(h_BTD)
             if self.args.head is not None:
                 return self._headed(h_BTD, step, self.args.head, router)
             logits = self.unembed(h_BTD, inputs, step, runner or self)
@@ -133,14 +132,20 @@ class LLM(nn.Module):
     def run_layers(
         self, h_BTD: Tensor, step: Step, cache: ModelCache | None
     ) -> tuple[Tensor, tuple[RouterStatistics, ...]]:
-        """Return the residual stream [B, T, D] after all blocks, and statistics of routers."""
+        """Return normed hidden states [B, T, D] after all blocks, and statistics of routers.
+
+        Args:
+            h_BTD: Token embeddings [B, T, D].
+            step: What the layers share.
+            cache: The cache of all layers, in which the call has begun.
+        """
         router = []
         for index, block in enumerate(self.layers):
             layer_cache = cache.layers[index] if cache is not None else None
             h_BTD, statistics = block(h_BTD, step, layer_cache)
             if statistics is not None:
                 router.append(statistics)
-        return h_BTD, tuple(router)
+        return self.norm(h_BTD), tuple(router)
 
     def _headed(
         self, h_BTD: Tensor, step: Step, head: HeadArgs, router: tuple[RouterStatistics, ...]
@@ -185,7 +190,7 @@ class LLM(nn.Module):
         """Return the logits of the positions that `inputs.logits` asks for, or None."""
         if inputs.logits == "none":
             return None
-        if inputs.logits == "last":
+        if inputs.logits == "last" and h_BTD.size(1) > 1:
             h_BTD = pool(h_BTD, step.positions_BT, "last").unsqueeze(1)
         return runner.project(h_BTD)
 

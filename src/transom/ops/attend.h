@@ -1,7 +1,8 @@
 // Attention of few queries to the slots of a KV cache, with a running softmax in float32.
 //
-// The work is split over queries, key/value heads and, where a row sees many slots, over parts of
-// these slots. The parts of a query are merged at the end.
+// The work is split over queries and, where a row sees many slots, over parts of these slots, or
+// else over key/value heads. The parts of a query are merged at the end. A task reads the slots in
+// order and asks for the next ones early, since their heads lie far apart in memory.
 
 #pragma once
 
@@ -37,22 +38,59 @@ inline void visible_slots(const Slots& slots, int64_t sequence, int64_t position
     found.resize(count);
 }
 
-// Where the keys or values of one layer are: [batch, slots, heads, width].
+// Where the keys or values of one layer are: [batch, slots, heads, width]. Codes of 8 bits have a
+// scale for each slot and head: cache/codes.py.
 struct States {
     Numbers numbers;
+    float* scales;                         // [batch, slots, heads] of kInt8, else null
     int64_t sequence_stride, slot_stride;  // in numbers
+    int64_t dtype;                         // of the states that codes stand for
+
+    // Ask for all heads of a slot.
+    void prefetch(int64_t sequence, int64_t slot, int64_t head, int64_t numbers) const {
+        const int64_t kind = this->numbers.kind, size = kind == kFloat32 ? 4 : kind == kInt8 ? 1 : 2;
+        const char* at = static_cast<const char*>(this->numbers.data) +
+                         (sequence * sequence_stride + slot * slot_stride + head) * size;
+        for (int64_t byte = 0; byte < numbers * size; byte += 64) __builtin_prefetch(at + byte);
+    }
 
     // The numbers of a head in float32: in place, or written to a buffer.
     const float* at(int64_t sequence, int64_t slot, int64_t head, int64_t width, float* to) const {
         const int64_t first = sequence * sequence_stride + slot * slot_stride + head * width;
         if (numbers.kind == kFloat32) return static_cast<const float*>(numbers.data) + first;
-        read_floats(numbers, first, to, width);
+        if (numbers.kind == kInt8) {
+            const int8_t* codes = static_cast<const int8_t*>(numbers.data) + first;
+            const float scale = scales[first / width];
+            for (int64_t i = 0; i < width; ++i) to[i] = float(codes[i]) * scale;
+        } else {
+            read_floats(numbers, first, to, width);
+        }
         return to;
     }
 
-    void write(const float* from, int64_t sequence, int64_t slot) const {
+    void write(const float* from, int64_t sequence, int64_t slot, int64_t width) const {
         const int64_t first = sequence * sequence_stride + slot * slot_stride;
+        if (numbers.kind == kInt8) return write_codes(from, first, width);
         write_floats(from, slot_stride, const_cast<void*>(numbers.data), numbers.kind, first);
+    }
+
+    void write_codes(const float* from, int64_t first, int64_t width) const {
+        int8_t* codes = static_cast<int8_t*>(const_cast<void*>(numbers.data)) + first;
+        for (int64_t start = 0; start < slot_stride; start += width) {
+            float scale = 0;
+            for (int64_t i = start; i < start + width; ++i) {
+                const float size = std::fabs(from[i]);
+                scale = size > scale || size != size ? size : scale;  // a NaN stays the greatest
+                if (size != size) break;
+            }
+            scale = rounded(scale / 127.0f, dtype);
+            scales[(first + start) / width] = scale;
+            const float divisor = scale == 0.0f ? 1.0f : scale;
+            for (int64_t i = start; i < start + width; ++i) {
+                const float code = std::nearbyint(from[i] / divisor);
+                codes[i] = int8_t(code > 127.0f ? 127.0f : code > -127.0f ? code : -127.0f);
+            }
+        }
     }
 };
 
@@ -71,6 +109,7 @@ struct Attend {
     static constexpr int64_t least = 64;  // slots of one part
 
     int64_t parts = 1, group = 1;
+    int64_t heads_at_once = 1;   // key/value heads of one task
     float* partial = nullptr;  // [rows, heads, parts, width + 2]: sums, greatest score, weights
 
     void run() {
@@ -82,19 +121,20 @@ struct Attend {
             seen += count;
         }
         // A few parts for each thread; small jobs stay on the thread that calls.
-        const int64_t tasks = rows * kv_heads;
         const int64_t used = seen * heads * width < 1 << 16 ? 1 : threads;
         if (used > 1) {
-            const int64_t wanted = (4 * used + tasks - 1) / tasks;
+            const int64_t wanted = (4 * used + rows - 1) / rows;
             parts = std::clamp<int64_t>(most / least, 1, wanted);
         }
+        heads_at_once = used == 1 || rows * parts >= 2 * used ? kv_heads : 1;
+        const int64_t tasks = rows * (kv_heads / heads_at_once) * parts;
         static thread_local std::vector<float> buffer;
         buffer.resize(rows * heads * parts * (width + 2));
         partial = buffer.data();
         const auto call = [](const void* self, int64_t number) {
             static_cast<const Attend*>(self)->part(number);
         };
-        pool().run(call, this, tasks * parts, int(used));
+        pool().run(call, this, tasks, int(used));
         for (int64_t row = 0; row < rows; ++row) {
             for (int64_t head = 0; head < heads; ++head) merge(row, head);
         }
@@ -104,36 +144,48 @@ struct Attend {
         return partial + ((row * heads + head) * parts + part) * (width + 2);
     }
 
-    // The heads that share one key/value head, over one part of the slots of a row.
+    // Some key/value heads, over one part of the slots of a row.
     void part(int64_t number) const {
-        const int64_t part = number % parts, kv_head = number / parts % kv_heads;
-        const int64_t row = number / parts / kv_heads, sequence = sequences[row];
+        const int64_t part = number % parts, tasks = kv_heads / heads_at_once;
+        const int64_t head = number / parts % tasks * heads_at_once, row = number / parts / tasks;
         const std::vector<int32_t>& seen = *slots[row];
         const int64_t count = seen.size();
         const int64_t start = count * part / parts, end = count * (part + 1) / parts;
-        static thread_local std::vector<float> buffer;
-        buffer.resize(block * width + group * block);
-        float *wide = buffer.data(), *scores = wide + block * width;
-        const float* at[block];
-        for (int64_t g = 0; g < group; ++g) {
-            float* to = result(row, kv_head * group + g, part);
+        for (int64_t h = head * group; h < (head + heads_at_once) * group; ++h) {
+            float* to = result(row, h, part);
             std::fill(to, to + width + 2, 0.0f);
             to[width] = -INFINITY;
         }
         for (int64_t first = start; first < end; first += block) {
-            const int64_t n = std::min(block, end - first);
-            for (int64_t i = 0; i < n; ++i)
-                at[i] = keys.at(sequence, seen[first + i], kv_head, width, wide + i * width);
-            for (int64_t g = 0; g < group; ++g) {
-                const float* query = queries + (row * heads + kv_head * group + g) * width;
-                for (int64_t i = 0; i < n; ++i)
-                    scores[g * block + i] = dot(query, at[i], width);
+            const int64_t next = std::min(first + 2 * block, end);
+            for (int64_t i = first + block; i < next; ++i) {
+                const int64_t numbers = heads_at_once * width;
+                keys.prefetch(sequences[row], seen[i], head * width, numbers);
+                values.prefetch(sequences[row], seen[i], head * width, numbers);
             }
-            for (int64_t i = 0; i < n; ++i)
-                at[i] = values.at(sequence, seen[first + i], kv_head, width, wide + i * width);
-            for (int64_t g = 0; g < group; ++g)
-                add(scores + g * block, at, n, result(row, kv_head * group + g, part));
+            const int64_t n = std::min(block, end - first);
+            for (int64_t h = head; h < head + heads_at_once; ++h)
+                slots_of(row, h, part, seen.data() + first, n);
         }
+    }
+
+    // The heads that share one key/value head, over a block of slots.
+    void slots_of(int64_t row, int64_t kv_head, int64_t part, const int32_t* seen, int64_t n) const {
+        static thread_local std::vector<float> buffer;
+        buffer.resize(block * (width + group));
+        float *wide = buffer.data(), *scores = wide + block * width;
+        const float* at[block];
+        const int64_t sequence = sequences[row];
+        for (int64_t i = 0; i < n; ++i)
+            at[i] = keys.at(sequence, seen[i], kv_head, width, wide + i * width);
+        for (int64_t g = 0; g < group; ++g) {
+            const float* query = queries + (row * heads + kv_head * group + g) * width;
+            for (int64_t i = 0; i < n; ++i) scores[g * block + i] = dot(query, at[i], width);
+        }
+        for (int64_t i = 0; i < n; ++i)
+            at[i] = values.at(sequence, seen[i], kv_head, width, wide + i * width);
+        for (int64_t g = 0; g < group; ++g)
+            add(scores + g * block, at, n, result(row, kv_head * group + g, part));
     }
 
     // Add a block of values to the sums of a part: to = {sums[width], greatest score, weights}.
@@ -142,11 +194,10 @@ struct Attend {
             for (int64_t i = 0; i < n; ++i) scores[i] = softcap * tanh_of(scores[i] / softcap);
         }
         const float before = to[width];
-        float greatest = before;
-        for (int64_t i = 0; i < n; ++i) greatest = scores[i] > greatest ? scores[i] : greatest;
-        for (int64_t i = 0; i < n; ++i) scores[i] = exp_of(scores[i] - greatest);
-        float weights = 0;
-        for (int64_t i = 0; i < n; ++i) weights += scores[i];
+        for (int64_t i = n; i < block; ++i) scores[i] = -INFINITY;
+        const float greatest = greatest_of(scores, before);
+        for (int64_t i = 0; i < block; ++i) scores[i] = exp_of(scores[i] - greatest);
+        const float weights = sum_of(scores);
         const float kept = greatest == before ? 1.0f : exp_of(before - greatest);
         to[width] = greatest;
         to[width + 1] = to[width + 1] * kept + weights;
@@ -160,6 +211,24 @@ struct Attend {
             for (int64_t i = 0; i < n; ++i) sum += scores[i] * at[i][h];
             to[h] = sum;
         }
+    }
+
+    // Loops over a block whose turns don't depend on each other, for the compiler.
+    static float greatest_of(const float* scores, float least) {
+        float found[16];
+        std::fill(found, found + 16, least);
+        for (int64_t i = 0; i < block; i += 16)
+            for (int64_t j = 0; j < 16; ++j)
+                found[j] = scores[i + j] > found[j] ? scores[i + j] : found[j];
+        for (float one : found) least = one > least ? one : least;
+        return least;
+    }
+    static float sum_of(const float* weights) {
+        float sums[16] = {}, sum = 0;
+        for (int64_t i = 0; i < block; i += 16)
+            for (int64_t j = 0; j < 16; ++j) sums[j] += weights[i + j];
+        for (float one : sums) sum += one;
+        return sum;
     }
 
     template <int C>

@@ -70,8 +70,11 @@ struct Run {
             attention(layers[i]);
             feed_forward(*layers[i].block);
         }
-        for (int64_t i = 0; i < count; ++i)
-            write_floats(x + i * dim, dim, call.x, call.kind, rows[i] * dim);
+        for (int64_t i = 0; i < count; ++i) {
+            float* row = x + i * dim;
+            if (call.norm) norm_row(*call.norm, row, row, dim);
+            write_floats(row, dim, call.x, call.kind, rows[i] * dim);
+        }
     }
 
     // The rows with a norm, or as they are, as products read them.
@@ -119,8 +122,8 @@ struct Run {
             if (layer.temperature) scale *= layer.temperature[rows[i]];
             for (int64_t j = 0; j < q_width; ++j) of_q[j] *= scale;
             const int64_t slot = layer.slots->written[rows[i]];
-            layer.keys.write(of_k, sequences[i], slot);
-            layer.values.write(v + i * kv_width, sequences[i], slot);
+            layer.keys.write(of_k, sequences[i], slot, width);
+            layer.values.write(v + i * kv_width, sequences[i], slot, width);
         });
         see(*layer.slots);
         Attend attend{};

@@ -63,4 +63,5 @@ struct Call {
     int64_t rows, tokens;      // rows of all sequences; tokens of each sequence
     const int64_t* positions;  // [rows]; -1 is padding, which stays as it is and is not stored
     int64_t threads;
+    const Norm* norm;  // after the last block, or null
 };

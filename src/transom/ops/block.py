@@ -104,12 +104,21 @@ class SlotsArgs(ctypes.Structure):
 class StatesArgs(ctypes.Structure):
     """Keys or values [B, S, K, H] of one layer."""
 
-    _fields_ = (("numbers", Numbers), *_numbers("sequence_stride", "slot_stride"))
+    _fields_ = (
+        ("numbers", Numbers),
+        ("scales", ctypes.c_void_p),
+        *_numbers("sequence_stride", "slot_stride", "dtype"),
+    )
 
     @classmethod
-    def of(cls, states: Tensor) -> StatesArgs:
-        """Point to keys or values, which the caller keeps."""
-        return cls(Numbers.of(states), states.stride(0), states.stride(1))
+    def of(cls, states: Tensor, scales: Tensor | None, dtype: torch.dtype) -> StatesArgs:
+        """Point to keys or values of a dtype, or to their codes and scales.
+
+        The caller keeps the tensors.
+        """
+        numbers = Numbers(states.data_ptr(), KINDS[states.dtype])
+        address = None if scales is None else scales.data_ptr()
+        return cls(numbers, address, states.stride(0), states.stride(1), KINDS[dtype])
 
 
 class RotationArgs(ctypes.Structure):
@@ -137,11 +146,17 @@ class CallArgs(ctypes.Structure):
         *_numbers("kind", "rows", "tokens"),
         ("positions", ctypes.c_void_p),
         *_numbers("threads"),
+        ("norm", ctypes.c_void_p),
     )
 
 
 def run_blocks(
-    x_BTD: Tensor, positions_BT: Tensor, layers: ctypes.Array[LayerArguments], start: int, end: int
+    x_BTD: Tensor,
+    positions_BT: Tensor,
+    layers: ctypes.Array[LayerArguments],
+    start: int,
+    end: int,
+    norm: NormArgs | None = None,
 ) -> None:
     """Compute blocks one after the other, and replace x by their result.
 
@@ -152,6 +167,7 @@ def run_blocks(
         layers: An array of layers.
         start: The first layer to compute.
         end: The layer after the last one.
+        norm: A norm after these layers, if any.
 
     Raises:
         MemoryError: There is no memory for the buffers of a call.
@@ -161,6 +177,8 @@ def run_blocks(
     rows, tokens = positions_BT.numel(), positions_BT.size(1)
     threads, kind = torch.get_num_threads(), KINDS[x_BTD.dtype]
     call = CallArgs(x_BTD.data_ptr(), kind, rows, tokens, positions_BT.data_ptr(), threads)
+    if norm is not None:
+        call.norm = ctypes.addressof(norm)
     if native.transom_blocks(
         ctypes.byref(call), ctypes.byref(layers[start]), ctypes.c_int64(end - start)
     ):

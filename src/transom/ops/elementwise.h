@@ -72,6 +72,12 @@ inline void write_floats(const float* from, int64_t n, void* to, int64_t kind, i
     }
 }
 
+// x as a number of a dtype.
+inline float rounded(float x, int64_t kind) {
+    if (kind == kFloat16) return half_to_float(float_to_half(x));
+    return kind == kBFloat16 ? brain_to_float(float_to_brain(x)) : x;
+}
+
 // Round to numbers of bfloat16, which are multiplied faster.
 inline void round_to_brain(float* x, int64_t n) {
     for (int64_t i = 0; i < n; ++i) x[i] = brain_to_float(float_to_brain(x[i]));

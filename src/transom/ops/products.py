@@ -61,12 +61,15 @@ def product(
     return None if outputs is None else outputs[0]
 
 
-def multiply(x: Tensor, weights: Sequence[Weight]) -> list[Tensor] | None:
+def multiply(
+    x: Tensor, weights: Sequence[Weight], threads: int | None = None
+) -> list[Tensor] | None:
     """Return x W^T + b for every weight, or None if no library can be had.
 
     Args:
         x: Rows [..., in] for which `takes` is true.
         weights: Weights of the same inputs. One call for several is faster than several calls.
+        threads: As many as PyTorch uses by default.
 
     Returns:
         [..., out] for each weight, in the dtype of x, computed in float32 and rounded once.
@@ -83,7 +86,7 @@ def multiply(x: Tensor, weights: Sequence[Weight]) -> list[Tensor] | None:
         (ctypes.c_void_p * count)(*map(ctypes.addressof, weights)),
         count,
         (ctypes.c_void_p * count)(*(y.data_ptr() for y in outputs)),
-        torch.get_num_threads(),
+        threads or torch.get_num_threads(),
         0,  # y is not added to
     )
     if failed:

@@ -50,7 +50,6 @@ PAGES: dict[str, tuple[str, ...]] = {
         "attention-backends",
         "packing",
     ),
-    "Generation": ("kv-cache-in-8-bits",),
     "Blocks": ("norms", "feed-forward", "scales"),
     "Experts": ("routers", "balancing", "grouped-matmul"),
     "Vision": ("early-fusion",),
@@ -77,7 +76,7 @@ PAGES: dict[str, tuple[str, ...]] = {
         "merging",
         "evaluation",
     ),
-    "Generation": ("prefix-caching",),
+    "Generation": ("kv-cache-in-8-bits", "prefix-caching"),
     "Heads and loading": ("classification-and-embeddings", "load-hooks"),
 }
 

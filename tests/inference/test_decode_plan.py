@@ -5,7 +5,7 @@ import torch
 
 from tests.helpers import random_model, tiny_args
 from transom.inference.decode_plan import decode_plan
-from transom.inference.loop import generate
+from transom.inference.loop import generate, stream
 from transom.layers.inputs import TransformerInput
 from transom.ops import block as ops
 from transom.ops.build import SWITCH
@@ -71,3 +71,18 @@ def test_a_change_between_two_calls_counts(what):
     after = logits(plan)
     torch.testing.assert_close(after, logits(None), rtol=0.05, atol=0.05)
     assert not torch.allclose(after, before, rtol=0.05, atol=0.05)
+
+
+def test_a_stream_keeps_the_numbers_that_cpp_points_to():
+    """Memory that is freed in the middle of a stream gets other numbers soon."""
+    model = random_model(tiny_args(attn_sinks=True, qk_norm="head"))
+    expected = generate(model, PROMPTS[:1], max_new_tokens=8)[0, len(PROMPTS[0]) :].tolist()
+    got = []
+    for (id,) in stream(model, PROMPTS[:1], max_new_tokens=8):
+        got.append(id)
+        if len(got) == 2:
+            sizes = [x.numel() for x in model.parameters() if x.ndim == 1]
+            for x in model.parameters():
+                x.data = x.data.clone()
+            others = [torch.full((n,), float("nan")) for n in sizes for _ in range(8)]
+    assert got == expected and len(others) > 0

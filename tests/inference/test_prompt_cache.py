@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.helpers import random_model, random_tokens, tiny_args
-from transom.base.errors import RequestError
+from transom.base.errors import RequestError, WorkError
 from transom.inference import prompt_cache
 from transom.inference.decode_args import DEFAULT, DecodeArgs
 from transom.inference.loop import generate, stream
@@ -118,9 +118,9 @@ def test_a_file_of_other_weights_or_settings_is_refused(tmp_path):
     with torch.no_grad():
         model.layers[1].attention.wk.weight[3, 4] += 1e-9
     for other, args, words in (
-        (model, decode(path), "weights"),
-        (model_of(rope_theta=300.0), decode(path), "weights"),
-        (model_of().float(), decode(path), "weights"),
+        (model, decode(path), "weights: got"),
+        (model_of(rope_theta=300.0), decode(path), "weights: got"),
+        (model_of().float(), decode(path), "dtype: got 'float64'; expected 'float32'"),
         (model_of(), decode(path, kv_bits=8), "kv_bits: got 16; expected 8"),
     ):
         with pytest.raises(RequestError, match=words):
@@ -133,6 +133,20 @@ def test_a_folder_that_can_not_be_written_is_told_before_the_model_runs(tmp_path
         with pytest.raises(RequestError, match=r"prompt_cache_file: got .*; expected a file in a"):
             continued(model_of(), [PROMPT], decode(tmp_path / folder / "prompt"))
     assert ran == []
+
+
+def test_states_of_broken_logits_are_not_written(tmp_path):
+    model = model_of()
+    with torch.no_grad():
+        model.layers[0].attention.wo.weight[0, 0] = float("nan")
+    with pytest.raises(WorkError, match="layers.0.attention.wo.weight"):
+        continued(model, [PROMPT], decode(tmp_path / "prompt"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(RequestError, match="expected a file, not a folder"):
+        continued(model_of(), [PROMPT], decode(tmp_path))
 
 
 def test_a_write_that_fails_costs_no_answer(tmp_path, monkeypatch, capsys):

@@ -36,9 +36,12 @@ class Watch:
     def __init__(self) -> None:
         self._hooks = RemovableHandle.next_id
         self._copied: list[tuple[Tensor, int]] = []
+        # C++ has their addresses, and the model may get other tensors between two calls.
+        self._kept: list[Tensor] = []
 
     def module(self, module: nn.Module, *kinds: type) -> None:
-        """Check that a call of the module runs the forward of its class, and nothing else.
+        """Check that a call of the module runs the forward of its class, and nothing else. Its own
+        tensors stay in memory as long as this object.
 
         Raises:
             NotCovered: It is not of these kinds, or it has hooks or another forward.
@@ -48,10 +51,12 @@ class Watch:
         replaced = "forward" in vars(module) or module._compiled_call_impl is not None
         if module._forward_hooks or module._forward_pre_hooks or replaced:
             raise NotCovered("a module has hooks, an adapter or another forward")
-        for one in module._parameters.values():
-            dense = one is None or (type(one) in (Tensor, nn.Parameter) and one.is_contiguous())
-            if not dense:
+        for one in (*module._parameters.values(), *module._buffers.values()):
+            if one is None:
+                continue
+            if type(one) not in (Tensor, nn.Parameter) or not one.is_contiguous():
                 raise NotCovered("a weight is not one dense tensor")
+            self._kept.append(one.detach())
 
     def copied(self, tensor: Tensor | None) -> None:
         """Watch the numbers of a tensor of which C++ reads a copy in float32."""

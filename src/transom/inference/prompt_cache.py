@@ -54,9 +54,9 @@ class PromptCache(PrefixCache):
         self.variant = active_adapters(model)
         self.facts = {
             "version": VERSION,
-            "weights": weights_hash(model),
             "dtype": dtype_name(model.dtype),
             "kv_bits": decode.kv_bits,
+            "weights": weights_hash(model),
         }
         self.found = self.path.exists()
         if self.found:
@@ -106,6 +106,7 @@ class PromptCache(PrefixCache):
     def _load(self) -> None:
         """Read the nodes of the file, whose tensors are views of its memory map."""
         shown, broken = str(self.path), "expected a complete file of prompt states, or a new name"
+        require(not self.path.is_dir(), FIELD, shown, "expected a file, not a folder")
         try:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata() or {}

@@ -46,17 +46,18 @@ class CompiledBlocks:
 
     def __init__(self, model: LLM, **options: Any) -> None:
         self._blocks = [compile_forward(block.forward, **options) for block in model.layers]
+        self._norm = model.norm
         self.project: Callable[[Tensor], Tensor] = compile_forward(model.project, **options)
 
     def run_layers(
         self, h_BTD: Tensor, step: Step, cache: ModelCache | None
     ) -> tuple[Tensor, tuple[RouterStatistics, ...]]:
-        """Return the residual stream [B, T, D] after all blocks, and statistics of routers."""
+        """Return normed hidden states [B, T, D] after all blocks, and statistics of routers."""
         router = []
         for index, block in enumerate(self._blocks):
             h_BTD, statistics = block(h_BTD, step, None if cache is None else cache.layers[index])
             router += [] if statistics is None else [statistics]
-        return h_BTD, tuple(router)
+        return self._norm(h_BTD), tuple(router)
 
 
 class CompiledSteps:

@@ -34,9 +34,10 @@ NAMES = (
     "policy",
     "load",
     "decode",
+    "speculative",
     "demo",
 )
-CPU_NAMES = ("startup", "attention_memory", "load", "decode", "demo")
+CPU_NAMES = ("startup", "attention_memory", "load", "decode", "speculative", "demo")
 GPU_NAMES = (*(name for name in NAMES if name not in CPU_NAMES), "gpu_decode")
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 HIDDEN = {"benchmark", "transom", "torch", "processor", "threads", "commit", "date"}

@@ -79,8 +79,9 @@ class Guesses:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("most", [1, 3, 32])
-def test_rejected_tokens_leave_no_trace_in_the_cache(kind, most):
-    model = model_of(kind)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rejected_tokens_leave_no_trace_in_the_cache(kind, most, dtype):
+    model = model_of(kind).to(dtype)  # C++ code runs the blocks in float32
     text = PROMPT + tokens_of(model, new=90)
     wrong = torch.randint(100, (25,), generator=torch.Generator().manual_seed(most)).tolist()
     cache, options = model.make_cache(1, 130), {"decode": DecodeArgs(num_draft_tokens=most)}
@@ -237,6 +238,15 @@ def test_a_wrong_rule_of_rejection_fails_the_test_above(monkeypatch):
     assert chi_square_excess(SAMPLING[2], 2000) > 6
 
 
+def test_distributions_that_share_no_token_are_replaced_by_that_of_the_model():
+    """A vanishing temperature leaves one token of each."""
+    sampler = Sampler(SamplingArgs(temperature=1e-9), 1, 5)
+    logits_1V = torch.tensor([[0.0, 3.0, 1.0, 0.0, 0.0]])
+    for drafted, found in ((2, 1), (1, 1)):
+        probs_V = torch.nn.functional.one_hot(torch.tensor(drafted), 5).float()
+        assert sampler.accept_or_replace(logits_1V, drafted, probs_V) == found
+
+
 def test_a_draft_model_may_end_before_the_model():
     model, counts = model_of(), DraftCounts()
     draft = DraftModel(model_of(max_seq_len=24))
@@ -288,6 +298,7 @@ def test_nan_logits_after_a_proposal_are_not_sampled():
 @pytest.mark.parametrize(
     ("tokens", "most", "found"),
     [
+        ([7], 4, []),
         ([1, 2, 3, 4], 4, []),
         ([1, 2, 9, 3, 1, 2], 4, [9, 3]),  # as many as the places have in common
         ([5, 1, 2, 9, 3, 4, 5, 1, 2], 8, [9, 3, 4]),

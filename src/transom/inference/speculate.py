@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError, require
+from transom.base.errors import notice, require
 from transom.cache.model_cache import ModelCache
 from transom.inference.decode_args import DecodeArgs
 from transom.inference.decode_plan import alone, decode_plan
@@ -193,8 +193,9 @@ def speculate(
         if not left or new[-1] in stops:
             return
         if longer and cache.bound == cache.capacity:
-            step_size = decode.prefill_step_size
-            cache, logits_TV = rebuild_larger(model, cache, [tokens], longer, step_size)
+            cache, logits_TV = rebuild_larger(
+                model, cache, [tokens], longer, decode.prefill_step_size
+            )
             longer, proposal = None, Proposal()
             continue
         fits = min(left, cache.capacity - cache.bound) if cache.bounded else left
@@ -219,7 +220,8 @@ def choose_proposer(
     if not most:
         return None
     require(rows == 1, "prompts", f"{rows} rows", "expected one row with speculative decoding")
+    if decode.compile:
+        notice("speculative decoding runs without --compile")
     slack = min((s.capacity - s.span for s in cache.stores if s.span is not None), default=most)
-    if most > slack:
-        raise RequestError(f"{name}: got {most}; expected at most the cache's slack of {slack}")
+    require(most <= slack, name, most, f"expected at most the cache's slack of {slack}")
     return draft or PromptLookup(), most

@@ -31,7 +31,7 @@ from transom.checkpoints.load import load
 from transom.checkpoints.state import meta_model
 from transom.inference.decode_args import DEFAULT, DecodeArgs
 from transom.inference.loop import check_language_model, stream
-from transom.inference.room import check_room
+from transom.inference.room import check_memory, check_room
 from transom.layers.linear import GroupedLinear
 from transom.models.llm import LLM
 from transom.planning import counts
@@ -114,8 +114,12 @@ def measure_speed(
     require(repetitions >= 1, "repetitions", repetitions, "expected 1 or more")
     for name, sizes in (("batch_sizes", batch_sizes), ("prompt_lengths", prompt_lengths)):
         require(min(sizes, default=0) >= 1, name, list(sizes), "expected integers of 1 or more")
+    # With a file, prefills after the first one would skip the tokens.
+    require(decode.prompt_cache_file is None, "prompt_cache_file", "a file", "expected none")
     check_language_model(model.args)
-    check_room(model.args, max(prompt_lengths), new_tokens)
+    check_room(model.args, max(prompt_lengths), new_tokens, decode.max_model_len)
+    rows, total = max(batch_sizes), max(prompt_lengths) + new_tokens
+    check_memory(model.args, rows, total, model.dtype, model.device, decode)
     limits = read_bandwidth(model.device.type), matmul_peak(model.device.type, model.dtype)
     pairs = [(rows, length) for rows in batch_sizes for length in prompt_lengths]
     return (_measure(model, *pair, new_tokens, repetitions, decode, limits) for pair in pairs)
@@ -130,9 +134,8 @@ def _measure(
     decode: DecodeArgs,
     limits: tuple[float, float],
 ) -> Speed:
-    generator = torch.Generator().manual_seed(0)
-    vocab_size, bandwidth, peak = model.args.vocab_size, *limits
-    prompts = torch.randint(vocab_size, (rows, length), generator=generator).tolist()
+    seeded = torch.Generator().manual_seed(0)
+    prompts = torch.randint(model.args.vocab_size, (rows, length), generator=seeded).tolist()
     reset_peak_memory(model.device)
     times = []
     for _ in range(1 + repetitions):
@@ -146,9 +149,9 @@ def _measure(
     waits, rests = zip(*times[1:], strict=True)
     prefill = Range.of([rows * length / wait for wait in waits])
     decoding = Range.of([rows * (new_tokens - 1) / rest for rest in rests])
-    read = float(weight_bytes_read(model, rows))
     size = 1 if decode.kv_bits == 8 else model.dtype.itemsize
-    read += rows * counts.kv_bytes(model.args, length + new_tokens // 2, size)
+    cached = rows * counts.kv_bytes(model.args, length + new_tokens // 2, size)
+    read = weight_bytes_read(model, rows) + cached
     flops = counts.flops_per_token(model.args, length) * length
     flops -= counts.output_flops_per_token(model.args) * (length - 1)  # only the last has logits
     return Speed(
@@ -159,9 +162,9 @@ def _measure(
         first_token_seconds=Range.of(waits),
         decode_tokens_per_second=decoding,
         bytes_per_step=read,
-        bandwidth_fraction=read * decoding.median / rows / bandwidth,
+        bandwidth_fraction=read * decoding.median / rows / limits[0],
         flops_per_prompt=flops,
-        matmul_fraction=flops * prefill.median / length / peak,
+        matmul_fraction=flops * prefill.median / length / limits[1],
         peak_memory_bytes=memory_bytes(model.device),
     )
 
@@ -172,14 +175,14 @@ def weight_bytes_read(model: LLM, tokens: int) -> float:
     Quantized weights count as their codes and scales, and experts in the expected number that the
     tokens visit. Token embeddings count if they are the output matrix, too.
     """
-    outside = [model.tok_embeddings if model.output is None else model.output, model.norm]
-    total = sum(map(_bytes, outside)) + 0.0
+    total = float(_bytes(model.output or model.tok_embeddings) + _bytes(model.norm))
     for layer, block in zip(model.args.layers, model.layers, strict=True):
         total += _bytes(block)
         if layer.moe is not None:
-            grouped = [_bytes(one) for one in block.modules() if isinstance(one, GroupedLinear)]
-            share = counts.experts_visited(layer.moe, tokens) / layer.moe.num_experts
-            total -= sum(grouped) * (1 - share)
+            grouped = sum(_bytes(one) for one in block.modules() if isinstance(one, GroupedLinear))
+            total -= grouped * (
+                1 - counts.experts_visited(layer.moe, tokens) / layer.moe.num_experts
+            )
     return total
 
 
@@ -205,17 +208,18 @@ def open_or_draw(
         keep_quantized: As for `load`.
 
     Raises:
-        RequestError: As for `load`.
+        RequestError: As for `load`, or the memory is not enough for random weights.
     """
     location = described.location
     if location is not None and Path(described.name).name not in (CONFIG, PARAMS):
         return load(location, device, dtype, keep_quantized=keep_quantized)
     expected = f"expected a quantized GGUF file, not {described.name}"
     require(not keep_quantized, "keep_quantized", keep_quantized, expected)
-    place = pick_device(device)
-    model = meta_model(described.args).to(pick_dtype(dtype or "auto", place))
-    model.to_empty(device=place)
+    args, place = described.args, pick_device(device)
+    kind, size = pick_dtype(dtype or "auto", place), counts.parameters(args)
+    check_memory(args, 1, 2, kind, place, DEFAULT, weight_bytes=size * kind.itemsize)
+    model = meta_model(args).to(kind).to_empty(device=place)
     for weight in model.parameters():
         weight.data.normal_(0.0, 0.02)
-    notice(f"{described.name}: {amount(counts.parameters(model.args))} random weights")
+    notice(f"{described.name}: {amount(size)} random weights")
     return model.eval().requires_grad_(False)

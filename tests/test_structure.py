@@ -98,10 +98,10 @@ CEILINGS = {
     "chat": 905,
     "checkpoints": 4_118,
     "data": 1_946,
-    "inference": 1_774,
+    "inference": 1_782,
     "evaluation": 1_270,
     "training": 4_030,
-    "verify": 2_465,
+    "verify": 2_510,
     "cli": 1_661,
 }
 

@@ -71,6 +71,7 @@ BUGS: tuple[Bug, ...] = (
     Bug("NaN from a masked row", "attention", model_bugs.nan_in_masked_rows),
     Bug("partial block lost", "attention", model_bugs.lost_partial_block),
     Bug("scale of the wrong group", "ops", ops_bugs.neighbouring_scale),
+    Bug("plan without windows", "ops", ops_bugs.unlimited_plan),
     Bug("double BOS", "data", run_bugs.double_bos),
     Bug("EOS masked", "data", run_bugs.masked_eos),
     Bug("per-rank mean loss", "step", run_bugs.mean_of_means),

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tests.mutations.planting import Call, changed
-from transom.ops import products
+from transom.ops import block, products
 from transom.quantize.formats import Parts
 
 
@@ -24,3 +24,8 @@ def neighbouring_scale() -> AbstractContextManager[None]:
         return product
 
     return changed(products, "product", make)
+
+
+def unlimited_plan() -> AbstractContextManager[None]:
+    """Blocks in C++ see all earlier keys that the cache has, also in layers with windows."""
+    return changed(block, "SlotsArgs", lambda original: lambda **lengths: original())

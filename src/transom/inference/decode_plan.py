@@ -80,6 +80,11 @@ class DecodePlan:
             self._layers[index].block = ctypes.addressof(block.args)
         self._cache: ModelCache | None = None
 
+    @property
+    def covered(self) -> int:
+        """How many blocks run in C++."""
+        return len(self._blocks)
+
     def run_layers(
         self, h_BTD: Tensor, step: Step, cache: ModelCache | None
     ) -> tuple[Tensor, tuple[RouterStatistics, ...]]:

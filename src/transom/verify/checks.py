@@ -84,7 +84,7 @@ CHECKS = {
         Check("resume", "interrupted runs against one without", {"model": "", "steps": ""}),
         Check("step", "a training step in micro-batches against the step in one batch"),
         Check("data", "packed rows and targets against the documents that they come from"),
-        Check("ops", "products in C++ with quantized weights against the same in PyTorch"),
+        Check("ops", "products and blocks of few rows in C++ against the same in PyTorch"),
         Check("attention", "attention backends against the float64 reference", {"device": ""}),
     )
 }

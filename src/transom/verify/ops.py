@@ -1,4 +1,4 @@
-"""Products in C++ against the same products in PyTorch."""
+"""Products and blocks in C++ against the same in PyTorch."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transom.quantize import ggml
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.formats import Parts, WeightFormat, empty_parts, requested
 from transom.quantize.leaves import plain_product
+from transom.verify import blocks
 from transom.verify.findings import Finding, close, same_bits
 
 # The same float32 numbers in another order of summation: 1e-6 at most. In 16 bits, PyTorch rounds
@@ -44,7 +45,7 @@ def formats() -> dict[str, WeightFormat]:
 def check() -> Iterator[Finding]:
     """Compare products of every format, for odd and even sizes, few and many rows, and experts.
 
-    Dense weights are compared too.
+    Dense weights are compared too, and then the blocks that a decode plan runs in C++.
 
     Raises:
         WorkError: This machine has no library to compare.
@@ -69,6 +70,7 @@ def check() -> Iterator[Finding]:
             for dtype in DENSE:
                 for of_x in (torch.float32, torch.bfloat16):
                     yield _dense(outputs, inputs, rows, dtype, of_x)
+    yield from blocks.check()
 
 
 def random_parts(shape: tuple[int, ...], format: WeightFormat) -> Parts:

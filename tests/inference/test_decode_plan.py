@@ -86,3 +86,11 @@ def test_a_stream_keeps_the_numbers_that_cpp_points_to():
                 x.data = x.data.clone()
             others = [torch.full((n,), float("nan")) for n in sizes for _ in range(8)]
     assert got == expected and len(others) > 0
+
+
+def test_a_model_that_was_made_under_inference_mode_generates():
+    args = tiny_args(out_bias=True)
+    expected = generate(random_model(args).bfloat16(), PROMPTS, max_new_tokens=4)
+    with torch.inference_mode():
+        model = random_model(args).bfloat16()
+    assert torch.equal(generate(model, PROMPTS, max_new_tokens=4), expected)

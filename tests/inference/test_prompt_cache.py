@@ -139,7 +139,7 @@ def test_states_of_broken_logits_are_not_written(tmp_path):
     model = model_of()
     with torch.no_grad():
         model.layers[0].attention.wo.weight[0, 0] = float("nan")
-    with pytest.raises(WorkError, match="layers.0.attention.wo.weight"):
+    with pytest.raises(WorkError, match=r"layers\.0\.attention\.wo\.weight"):
         continued(model, [PROMPT], decode(tmp_path / "prompt"))
     assert list(tmp_path.iterdir()) == []
 

@@ -159,8 +159,7 @@ class DecodePlan:
             rotation.cos, rotation.sin, rotation.pairs = address(cos), address(sin), cos.size(-1)
         for index, block in self._blocks.items():
             if block.layer.temperature is not None:
-                scale = step.temperature[block.layer.temperature]
-                self._layers[index].temperature = address(scale)
+                self._layers[index].temperature = address(step.temperature[block.layer.temperature])
         return kept
 
     def _is_bound(self, cache: ModelCache) -> bool:
@@ -183,14 +182,14 @@ class DecodePlan:
             dtypes = self.model.dtype, self.model.dtype
             layer.keys, layer.values = map(ops.StatesArgs.of, states, scales, dtypes)
             key = (cache.layers[index].store, rule)
-            if key not in self._slots:
-                lengths = {rule.kind: rule.size} if rule.size else {}
-                self._slots[key] = ops.SlotsArgs(**lengths)
-            layer.slots = ctypes.addressof(self._slots[key])
+            lengths = {rule.kind: rule.size} if rule.size else {}
+            slots = self._slots.setdefault(key, ops.SlotsArgs(**lengths))
+            layer.slots = ctypes.addressof(slots)
             rope = self._blocks[index].layer.rope
             if rope is not None:
-                table = self._rotations.setdefault(rope, ops.RotationArgs())
-                layer.rotation = ctypes.addressof(table)
+                layer.rotation = ctypes.addressof(
+                    self._rotations.setdefault(rope, ops.RotationArgs())
+                )
         self._cache = cache
         return True
 

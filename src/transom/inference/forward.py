@@ -52,18 +52,16 @@ def prefill(
         if any(ends):
             inputs = TransformerInput(piece_BT, lengths=lengths_B, logits="last")
             logits_BV = forward_logits(model, inputs, cache, runner)[:, 0]
-            ends_B1 = torch.tensor(ends, device=device)[:, None]
-            last_BV = logits_BV if last_BV is None else torch.where(ends_B1, logits_BV, last_BV)
+            ends_B = torch.tensor(ends, device=device)
+            check_finite(bool((not_finite(logits_BV) & ends_B).any()), logits_BV.dtype)
+            last_BV = logits_BV if last_BV is None else logits_BV.where(ends_B[:, None], last_BV)
         else:
             with evaluating(model):
                 inputs = TransformerInput(piece_BT, lengths=lengths_B, logits="none")
                 model(inputs, cache, runner=runner)
-        if start + width == max(counts):  # before the states of broken logits are stored
-            assert last_BV is not None, "the longest row ends in the last piece"
-            check_finite(bool(not_finite(last_BV).any()), last_BV.dtype)
         if cache.on_prefill is not None:
             cache.on_prefill(cache, [min(count, start + width) for count in counts])
-    assert last_BV is not None, "every row has a token"
+    assert last_BV is not None, "the longest row ends in the last piece"
     return last_BV
 
 

@@ -41,7 +41,7 @@ class Watch:
 
     def module(self, module: nn.Module, *kinds: type) -> None:
         """Check that a call of the module runs the forward of its class, and nothing else. Its own
-        tensors stay in memory as long as this object.
+        parameters stay in memory as long as this object.
 
         Raises:
             NotCovered: It is not of these kinds, or it has hooks or another forward.
@@ -51,16 +51,17 @@ class Watch:
         replaced = "forward" in vars(module) or module._compiled_call_impl is not None
         if module._forward_hooks or module._forward_pre_hooks or replaced:
             raise NotCovered("a module has hooks, an adapter or another forward")
-        for one in (*module._parameters.values(), *module._buffers.values()):
-            if one is None:
-                continue
-            if type(one) not in (Tensor, nn.Parameter) or not one.is_contiguous():
-                raise NotCovered("a weight is not one dense tensor")
-            self._kept.append(one.detach())
+        tensors = [x.detach() for x in module._parameters.values() if x is not None]
+        if not all(type(x) is Tensor and x.is_contiguous() for x in tensors):
+            raise NotCovered("a weight is not one dense tensor")
+        self._kept += tensors
 
     def copied(self, tensor: Tensor | None) -> None:
-        """Watch the numbers of a tensor of which C++ reads a copy in float32."""
-        if tensor is not None and tensor.dtype is not torch.float32:
+        """Watch the numbers of a tensor of which C++ reads a copy in float32.
+
+        Tensors that were made under inference mode do not count what is written into them.
+        """
+        if tensor is not None and not (tensor.dtype is torch.float32 or tensor.is_inference()):
             self._copied.append((tensor, tensor._version))
 
     def same(self) -> bool:

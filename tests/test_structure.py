@@ -98,11 +98,11 @@ CEILINGS = {
     "chat": 905,
     "checkpoints": 4_118,
     "data": 1_946,
-    "inference": 1_782,
+    "inference": 1_804,
     "evaluation": 1_270,
     "training": 4_030,
     "verify": 2_510,
-    "cli": 1_661,
+    "cli": 1_668,
 }
 
 

@@ -95,9 +95,9 @@ def test_only_what_is_new_is_run(call, tmp_path, monkeypatch, changes):
     model = write_model(tmp_path, PLAIN, **changes)
     seen, forward = [], LLM.forward
 
-    def spy(self, inputs, cache=None, inference=False):
+    def spy(self, inputs, *given, **options):
         seen.append(inputs.tokens.size(1))
-        return forward(self, inputs, cache, inference)
+        return forward(self, inputs, *given, **options)
 
     expected, messages = answered(model, tmp_path, ["hello", "ab"], 3)
     monkeypatch.setattr(LLM, "forward", spy)

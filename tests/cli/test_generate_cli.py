@@ -269,9 +269,9 @@ def test_chat_runs_only_what_is_new(made, call, monkeypatch):
     _, folder = made
     seen, forward = [], LLM.forward
 
-    def spy(self, inputs, cache=None, inference=False):
+    def spy(self, inputs, *given, **options):
         seen.append(inputs.tokens.size(1))
-        return forward(self, inputs, cache, inference)
+        return forward(self, inputs, *given, **options)
 
     monkeypatch.setattr(LLM, "forward", spy)
     call("chat", folder, "-m", 3, stdin="hello\nab\n")

@@ -6,6 +6,7 @@ import torch
 from tests.helpers import random_model, tiny_args
 from transom.inference.decode_plan import decode_plan
 from transom.inference.loop import generate, stream
+from transom.inference.step_times import PARTS, measured_steps, table
 from transom.layers.inputs import TransformerInput
 from transom.ops import block as ops
 from transom.ops.build import SWITCH
@@ -94,3 +95,16 @@ def test_a_model_that_was_made_under_inference_mode_generates():
     with torch.inference_mode():
         model = random_model(args).bfloat16()
     assert torch.equal(generate(model, PROMPTS, max_new_tokens=4), expected)
+
+
+def test_the_parts_of_a_token_are_measured():
+    model = random_model(tiny_args())
+    model.layers[1].attention.register_forward_hook(lambda *_: None)
+    with measured_steps() as seconds:
+        generate(model, PROMPTS, max_new_tokens=4)
+    assert set(seconds) == set(PARTS)
+    before = dict(seconds)
+    generate(model, PROMPTS, max_new_tokens=4)
+    assert seconds == before
+    *_, last = table(seconds, total=2 * sum(before.values()), tokens=3)
+    assert last.startswith("Python and the rest") and last.endswith("50.0%")

@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_generation(parser)
     what = "read control tokens such as <|im_start|> in prompts, which are plain text otherwise"
     parser.add_argument("--special", action="store_true", help=what)
+    what = "print how long each part of a token takes"
+    parser.add_argument("--profile", action="store_true", help=what)
     add_json(parser)
 
 
@@ -74,6 +76,7 @@ def run(options: argparse.Namespace) -> int:
     from transom.checkpoints.open_model import open_model
     from transom.inference.draft import open_draft
     from transom.inference.room import check_memory, room_for_new_tokens
+    from transom.inference.step_times import measured_steps, table
     from transom.inference.text import encode_prompts, stream_text
 
     ids: list[list[int]] = []
@@ -105,8 +108,12 @@ def run(options: argparse.Namespace) -> int:
         # The markers of reasoning are shown: without them, it would look like the answer.
         kept="all" if options.show_special else marker_ids(tokenizer),
     )
-    shown = show(texts, prompts)
+    with measured_steps() as seconds:
+        shown = show(texts, prompts)
     rates = texts.rates(model)
+    if options.profile:
+        tokens = rates["generation_tokens"] - len(prompts)
+        print(*table(seconds, texts.generation_seconds, tokens), sep="\n", file=sys.stderr)
     report(rates)
     if options.json:
         rows = zip(prompts, shown, texts.completions, strict=True)

@@ -30,6 +30,7 @@ from transom.inference.native_blocks import (
     norm_of,
     weight_of,
 )
+from transom.inference.step_times import part
 from transom.layers.moe import RouterStatistics
 from transom.layers.step import Step
 from transom.models.llm import LLM
@@ -111,12 +112,14 @@ class DecodePlan:
                 h_BTD = h_BTD.clone(memory_format=torch.contiguous_format)
                 start, end = indices[0], indices[-1] + 1
                 norm = self._norm if end == len(self._layers) else None
-                ops.run_blocks(h_BTD, positions_BT, self._layers, start, end, norm)
+                with part("blocks in C++"):
+                    ops.run_blocks(h_BTD, positions_BT, self._layers, start, end, norm)
                 if norm is not None:
                     return h_BTD, tuple(router)
                 continue
             for index in indices:
-                h_BTD, statistics = self.model.layers[index](h_BTD, step, cache.layers[index])
+                with part("blocks in PyTorch"):
+                    h_BTD, statistics = self.model.layers[index](h_BTD, step, cache.layers[index])
                 router += [] if statistics is None else [statistics]
         return self.model.norm(h_BTD), tuple(router)
 
@@ -124,7 +127,7 @@ class DecodePlan:
         """Return the logits [..., V] of normed hidden states [..., D], like `LLM.project`."""
         made, threads = None, torch.get_num_threads()
         if self._output is not None and products.takes(h_D):
-            with one_thread():  # of PyTorch, which rounds the logits
+            with part("output"), one_thread():  # of PyTorch, which rounds the logits
                 made = products.multiply(h_D, [self._output], threads)
         return self.model.project(h_D) if made is None else self.model.finish_logits(made[0])
 

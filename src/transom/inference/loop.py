@@ -32,6 +32,7 @@ from transom.inference.room import check_memory, check_room
 from transom.inference.sampler import Sampler
 from transom.inference.sampling import SamplingArgs
 from transom.inference.speculate import DraftCounts, Proposer, choose_proposer, speculate
+from transom.inference.step_times import part
 from transom.layers.inputs import TransformerInput, right_padded
 from transom.models.llm import LLM
 
@@ -258,7 +259,7 @@ def _run(
         return step(inputs, cache)[:, 0]
 
     for remaining in reversed(range(max_new_tokens)):
-        with alone(plan):
+        with part("sampling"), alone(plan):
             ids_B = sampler(logits_BV)
             shown_B = ids_B.masked_fill(not_finite(logits_BV), BROKEN)
         read = to_host(shown_B.masked_fill(~alive_B, FINISHED))

@@ -27,6 +27,7 @@ from transom.inference.forward import (
     rebuild_larger,
 )
 from transom.inference.sampler import Sampler
+from transom.inference.step_times import part
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
 
@@ -175,7 +176,7 @@ def speculate(
     plan = decode_plan(model)
     logits_TV = prefill(model, cache, [rest], decode.prefill_step_size, plan)
     while True:
-        with alone(plan):
+        with part("sampling"), alone(plan):
             new = verify(sampler, logits_TV, proposal, stops)
         rejected = len(proposal.ids) - (len(new) - 1)
         kept = cache.rollback(rejected, rejected)

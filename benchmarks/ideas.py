@@ -76,7 +76,7 @@ PAGES: dict[str, tuple[str, ...]] = {
         "merging",
         "evaluation",
     ),
-    "Generation": ("kv-cache-in-8-bits", "prefix-caching", "speculative-decoding"),
+    "Generation": ("decode-loop", "kv-cache-in-8-bits", "prefix-caching", "speculative-decoding"),
     "Heads and loading": ("classification-and-embeddings", "load-hooks"),
 }
 

@@ -100,6 +100,10 @@ def test_quantized_weights_stay_with_the_products_of_the_cpu(graphs):
     assert not graphs and any(line.startswith("compile: quantized") for line in notices)
 
 
+def host_state(cache):
+    return cache.bound, cache.peak, cache.rolled_back
+
+
 class Recorded(compiled.CompiledSteps):
     """Records steps as on CUDA, with blocks that are not compiled."""
 
@@ -115,12 +119,12 @@ def recorded_on_the_cpu(caches):
         cache = caches[-1]
         before = cache.snapshot()
         function()
-        counted = compiled.host_state(cache)
+        counted = host_state(cache)
         cache.restore(before)
         cache.bound, cache.peak, cache.rolled_back = counted
 
         def replay():
-            state, placements = compiled.host_state(cache), [x.placement for x in cache.stores]
+            state, placements = host_state(cache), [x.placement for x in cache.stores]
             result = function()
             cache.bound, cache.peak, cache.rolled_back = state
             for store, placement in zip(cache.stores, placements, strict=True):
@@ -145,7 +149,7 @@ def test_a_recorded_step_is_counted_on_the_host(kind, monkeypatch):
     caches.append(model.make_cache(2, 300))
     assert list(stream(model, prompts, cache=caches[1], decode=COMPILE, **options)) == expected
     plain, recorded = caches
-    assert compiled.host_state(recorded) == compiled.host_state(plain)
+    assert host_state(recorded) == host_state(plain)
     assert torch.equal(recorded.lengths_B, plain.lengths_B)
 
 

@@ -91,22 +91,18 @@ class CompiledSteps:
         graph = self._graphs[key]
         if graph is not None:
             return graph(inputs, cache)
-        state = host_state(cache)
+        state = cache.bound, cache.peak, cache.rolled_back
         try:
-            graph = StepGraph(
-                lambda inputs: forward_logits(self._model, inputs, cache, self._blocks), inputs
-            )
+            graph = self._graphs[key] = StepGraph(self._model, self._blocks, inputs, cache)
         except RuntimeError as error:
-            cache.bound, cache.peak, cache.rolled_back = state
             self._records = False
             notice(f"compile: no CUDA graph ({reason(error)}); kernels are started one by one")
-            return self._run(inputs, cache)
-        self._graphs[key] = graph
-        return graph.replay()
+        cache.bound, cache.peak, cache.rolled_back = state  # nothing was computed so far
+        return self._run(inputs, cache) if graph is None else graph(inputs, cache)
 
     def _run(self, inputs: TransformerInput, cache: ModelCache) -> Tensor:
         """Run the step now, without compiled blocks from their first failure on."""
-        state = host_state(cache)
+        state = cache.bound, cache.peak, cache.rolled_back
         try:
             return forward_logits(self._model, inputs, cache, self._blocks)
         except Exception as error:
@@ -116,28 +112,37 @@ class CompiledSteps:
             notice(f"compile: failed ({reason(error)}); the model runs uncompiled")
         self._blocks = None
         _failed.add(self._model)
-        cache.bound, cache.peak, cache.rolled_back = (
-            state  # what layers have stored is stored again
-        )
-        return forward_logits(self._model, inputs, cache, self._blocks)
+        # What layers have stored is stored again.
+        cache.bound, cache.peak, cache.rolled_back = state
+        return forward_logits(self._model, inputs, cache)
 
 
 class StepGraph:
     """One decode step as a CUDA graph, and what the host has to count when it is replayed.
 
+    The step runs once, and the device records what it would compute.
+
     Args:
-        run: The step. It runs once, and the device records what it would compute.
+        model: The model.
+        blocks: What runs its layers; the model itself for None.
         inputs: The input of the step.
+        cache: The cache of the step and of those that repeat it.
 
     Raises:
         RuntimeError: The step can't be recorded, for example because the host reads a number in it.
     """
 
-    def __init__(self, run: Callable[[TransformerInput], Tensor], inputs: TransformerInput) -> None:
+    def __init__(
+        self,
+        model: LLM,
+        blocks: CompiledBlocks | None,
+        inputs: TransformerInput,
+        cache: ModelCache,
+    ) -> None:
         self._tokens_B1 = inputs.tokens.clone()
         self._lengths_B = None if inputs.lengths is None else inputs.lengths.clone()
         fixed = TransformerInput(self._tokens_B1, lengths=self._lengths_B, logits="last")
-        self.replay: Callable[[], Tensor] = record(lambda: run(fixed))
+        self._replay = record(lambda: forward_logits(model, fixed, cache, blocks))
 
     def __call__(self, inputs: TransformerInput, cache: ModelCache) -> Tensor:
         """Return the logits [B, 1, V] of one more step, in the memory of the last ones."""
@@ -148,7 +153,7 @@ class StepGraph:
         elif self._lengths_B is not None:
             self._lengths_B.copy_(inputs.lengths)
         self._tokens_B1.copy_(inputs.tokens)
-        return self.replay()
+        return self._replay()
 
 
 def record(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -165,11 +170,6 @@ def record(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return result
 
     return replay
-
-
-def host_state(cache: ModelCache) -> tuple[int, int, int]:
-    """Return what a call changes on the host before its tokens are stored."""
-    return cache.bound, cache.peak, cache.rolled_back
 
 
 def reason(error: Exception) -> str:

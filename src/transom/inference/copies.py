@@ -35,6 +35,5 @@ def to_host(ids_B: Tensor) -> Callable[[], list[int]]:
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """Return a tensor of the host on a device, without waiting for the device."""
-    if device.type != "cuda":
-        return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)
+    pinned = values.pin_memory() if device.type == "cuda" else values
+    return pinned.to(device, non_blocking=True)

@@ -19,4 +19,7 @@ def compile_forward(
     The user's own TORCHINDUCTOR_CACHE_DIR is kept.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
+    # Layers of all kinds share the code of a block. Beyond the limit, they would run uncompiled.
+    config = torch._dynamo.config
+    config.recompile_limit = max(64, config.recompile_limit)
     return torch.compile(forward, backend=backend, options=options or None)

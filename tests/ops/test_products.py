@@ -72,13 +72,15 @@ def test_rows_that_are_not_contiguous_are_multiplied_as_they_are(calls):
     assert calls == [6, 6]
 
 
-def weights_of(names: list[str], outputs: int, inputs: int) -> list[Weight]:
+def weights_of(
+    names: list[str], outputs: int, inputs: int, dtype: torch.dtype = torch.float32
+) -> list[Weight]:
     made = []
     for name in names:
         format = verify.formats()[name]
         parts = verify.random_parts((outputs, inputs), format)
         kind = (format.levels, format.scales, format.block)
-        made.append(coded_weight(parts, *kind, None, torch.float32))
+        made.append(coded_weight(parts, *kind, None, dtype))
     return made
 
 
@@ -94,12 +96,23 @@ def test_weights_of_several_formats_share_a_call(rows):
     assert all(map(torch.equal, together, alone))
 
 
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_K"])
+def test_rows_of_bfloat16_numbers_keep_their_bits_in_two_bytes(name):
+    """Numbers of a size lose nothing, even in a bfloat16 model."""
+    (short,) = weights_of([name], 20, 256, torch.bfloat16)
+    (full,) = weights_of([name], 20, 256)
+    x = (1 + torch.rand(1, 256)).bfloat16().float()
+    (y,), (expected,) = products.multiply(x, [short]), products.multiply(x, [full])
+    assert (y - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_1"])
-def test_a_bad_number_of_x_reaches_every_output(name, bad):
+def test_a_bad_number_of_x_reaches_every_output(name, bad, dtype):
     """Also where rows become integers."""
-    (weight,) = weights_of([name], 9, 128)
-    x = torch.randn(2, 128)
+    (weight,) = weights_of([name], 9, 128, dtype)
+    x = torch.randn(2, 128).to(dtype).float()
     x[1, 70] = bad
     (y,) = products.multiply(x, [weight])
     assert y[0].isfinite().all() and not y[1].isfinite().any()

@@ -1,9 +1,13 @@
 // Products of one or two rows with codes that are integers, by instructions for bytes.
 //
 // A processor with VNNI multiplies 64 bytes and adds them up by fours, in one instruction. x
-// becomes integers of 24 bits for each 32 inputs: q = round(x / unit) with |q| <= largest. Its three
-// bytes are multiplied one after the other, and the sums are exact. So x loses no more than in float32
-// arithmetic, and one row needs half the instructions of kernel.h.
+// becomes integers of 24 bits for each 32 inputs: q = round(x / unit) with |q| <= largest. Its
+// three bytes are multiplied one after the other, and the sums are exact. So x loses no more than
+// in float32 arithmetic, and one row needs half the instructions of kernel.h.
+//
+// Numbers of x that fit bfloat16 take two bytes and a unit that is a power of two: those above
+// 1/128 of the largest of the 32 stay exact, others lose what is below 1/65536 of it. This is for
+// weights with `rounded`, of which PyTorch's path rounds much more.
 //
 // The weight is scale * u + offset, with u = the code as an unsigned number. So
 //     sum of weight * x = sum over groups of scale * unit * (sum of u * q) + offset * (sum of x).
@@ -23,7 +27,8 @@
 struct ByteRows {
     static constexpr int64_t span = 32;  // inputs that share a unit
     static constexpr float largest = 8355000.0f;  // three signed bytes hold a little more
-    const int8_t* bytes[2];  // of each row: for every 64 inputs, 64 bytes of each of three planes
+    static constexpr float largest_of_two = 32639.0f;
+    const int8_t* bytes[2];  // of each row: for every 64 inputs, 64 bytes of each of the planes
     const float *units[2], *sums[2];  // [inputs / span]
 
     static __m512 largest_of(__m512 first, __m512 second) {
@@ -36,13 +41,17 @@ struct ByteRows {
     }
 
     // Write the planes of 64 inputs. With 4-bit codes, the even ones come first.
-    template <bool four>
+    template <bool four, int planes>
     static void write(const float* x, int8_t* to, float* units, float* sums) {
         for (int half = 0; half < 2; ++half, x += span) {
             const __m512 first = _mm512_loadu_ps(x), second = _mm512_loadu_ps(x + 16);
             const float most = _mm512_cvtss_f32(largest_of(first, second));
-            const float unit = most / largest;
-            const __m512 factor = _mm512_set1_ps(most > 0 ? largest / most : most);
+            float unit = most / largest, inverse = most > 0 ? largest / most : most;
+            if (planes == 2) {
+                unit = power_of_two(most / largest_of_two);
+                inverse = unit > 0 ? 1.0f / unit : 0.0f;
+            }
+            const __m512 factor = _mm512_set1_ps(inverse);
             int total = 0;
             for (int part = 0; part < 2; ++part) {
                 const __m512i q =
@@ -51,10 +60,11 @@ struct ByteRows {
                 const __m512i rest = _mm512_srai_epi32(_mm512_sub_epi32(q, low), 8);
                 const __m512i middle = signed_byte(rest);
                 const __m512i high = _mm512_srai_epi32(_mm512_sub_epi32(rest, middle), 8);
+                const __m512i of[3] = {low, middle, high};
                 total += _mm512_reduce_add_epi32(q);
                 int8_t* at = to + (four ? half * 16 + part * 8 : half * 32 + part * 16);
-                for (const __m512i plane : {high, middle, low}) {
-                    const __m128i sixteen = _mm512_cvtepi32_epi8(plane);
+                for (int plane = planes - 1; plane >= 0; --plane) {
+                    const __m128i sixteen = _mm512_cvtepi32_epi8(of[plane]);
                     if (four) {
                         const __m128i split = _mm_shuffle_epi8(
                             sixteen, _mm_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4,
@@ -72,6 +82,16 @@ struct ByteRows {
             sums[half] = unit * float(total);
         }
     }
+    // The least power of two that is not smaller. Infinity and NaN stay, tiny numbers become 0.
+    static float power_of_two(float value) {
+        if (value <= 1e-30f) return 0;
+        if (value - value != 0) return value;
+        uint32_t bits;
+        std::memcpy(&bits, &value, sizeof bits);
+        bits = (bits + 0x7fffff) & 0x7f800000;
+        std::memcpy(&value, &bits, sizeof value);
+        return value;
+    }
     static __m512i signed_byte(__m512i q) {
         return _mm512_srai_epi32(_mm512_slli_epi32(q, 24), 24);
     }
@@ -79,7 +99,7 @@ struct ByteRows {
 
 // Add the sums over groups for O outputs and R rows to totals[r * O + o], of 16 partial sums.
 // scales[(r * O + o) * spans + s] multiply the sums of span s.
-template <bool four, int R, int O>
+template <bool four, int planes, int R, int O>
 inline void byte_tile(const ByteRows& x, const uint8_t* const* codes, const float* scales,
                       int64_t inputs, int64_t ahead, __m512* totals) {
     const int64_t spans = inputs / ByteRows::span;
@@ -109,16 +129,18 @@ inline void byte_tile(const ByteRows& x, const uint8_t* const* codes, const floa
         }
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            const int8_t* planes = x.bytes[r] + b * 192;
-            const __m512i high = _mm512_loadu_si512(planes);
-            const __m512i middle = _mm512_loadu_si512(planes + 64);
-            const __m512i low = _mm512_loadu_si512(planes + 128);
+            const int8_t* from = x.bytes[r] + b * planes * 64;
+            const __m512i high = _mm512_loadu_si512(from);
+            const __m512i middle = _mm512_loadu_si512(from + 64);
+            const __m512i low = planes == 3 ? _mm512_loadu_si512(from + 128) : high;
 #pragma GCC unroll 16
             for (int o = 0; o < O; ++o) {
                 __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), u[o], high);
                 sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(sum, 8), u[o], middle);
                 __m512 value;
-                if (four) {
+                if (planes == 2) {
+                    value = _mm512_cvtepi32_ps(sum);
+                } else if (four) {
                     sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(sum, 8), u[o], low);
                     value = _mm512_cvtepi32_ps(sum);
                 } else {  // 32 bits don't hold the sum of three planes

@@ -173,7 +173,7 @@ struct Path {
 #ifdef TRANSOM_INTEGERS
 
 // The products of one or two rows with codes that are integers.
-template <bool four, int R>
+template <bool four, int planes, int R>
 struct BytePath {
     static constexpr int O = 4;
 
@@ -195,7 +195,8 @@ struct BytePath {
                 codes[o] = static_cast<const uint8_t*>(weight.codes) + own * bytes;
                 spans_of.write<R>(x, own, scales + o * spans, O * spans, totals + o, O);
             }
-            byte_tile<four, R, O>(x, codes, scales, weight.inputs, distance(O * bytes), totals);
+            byte_tile<four, planes, R, O>(x, codes, scales, weight.inputs, distance(O * bytes),
+                                          totals);
             for (int r = 0; r < R; ++r) {
                 alignas(16) float sums[O];
                 _mm_store_ps(sums, sums_of_four(totals + r * O));
@@ -253,6 +254,13 @@ void take(Job& job, Rows& rows) {
 }
 
 #ifdef TRANSOM_INTEGERS
+template <bool four, int planes>
+void take_planes(Job& job, Rows& rows) {
+    job.outputs = job.rows == 1 ? BytePath<four, planes, 1>::outputs_from
+                                : BytePath<four, planes, 2>::outputs_from;
+    job.prepared = rows.in_bytes<four, planes>();
+}
+
 // Take the path of bytes, and return whether it can be taken.
 bool take_bytes(Job& job, Rows& rows) {
     const Weight& weight = *job.weight;
@@ -260,16 +268,12 @@ bool take_bytes(Job& job, Rows& rows) {
     const bool power = weight.group >= ByteRows::span && !(weight.group & (weight.group - 1));
     const bool groups = power || weight.group == weight.inputs;
     if (job.rows > 2 || weight.inputs % 64 || !groups) return false;
-    if (!weight.levels) {
-        job.outputs = job.rows == 1 ? BytePath<false, 1>::outputs_from
-                                    : BytePath<false, 2>::outputs_from;
-        job.prepared = rows.in_bytes<false>();
-    } else if (in_a_row(weight.levels)) {
-        job.outputs = job.rows == 1 ? BytePath<true, 1>::outputs_from
-                                    : BytePath<true, 2>::outputs_from;
-        job.prepared = rows.in_bytes<true>();
+    if (weight.levels && !in_a_row(weight.levels)) return false;
+    const bool two = weight.rounded && rows.fits_brain();
+    if (weight.levels) {
+        two ? take_planes<true, 2>(job, rows) : take_planes<true, 3>(job, rows);
     } else {
-        return false;
+        two ? take_planes<false, 2>(job, rows) : take_planes<false, 3>(job, rows);
     }
     return true;
 }

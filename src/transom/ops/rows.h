@@ -35,7 +35,8 @@ struct Rows {
     template <class V, bool pairs>
     const typename V::Number* packed() {
         static thread_local std::vector<typename V::Number> to;
-        constexpr int bit = pairs ? V::lanes << 3 : V::lanes, step = pairs ? 2 * V::lanes : V::lanes;
+        constexpr int bit = pairs ? V::lanes << 3 : V::lanes;
+        constexpr int step = pairs ? 2 * V::lanes : V::lanes;
         if (!pairs && count == 1 && std::is_same_v<typename V::Number, float>) {
             return reinterpret_cast<const typename V::Number*>(x);
         }
@@ -64,23 +65,24 @@ struct Rows {
 
 #ifdef TRANSOM_INTEGERS
     // The rows as bytes, of 4-bit codes with the even ones of 64 inputs first.
-    template <bool four>
+    template <bool four, int planes>
     const ByteRows* in_bytes() {
         static thread_local std::vector<int8_t> bytes;
         static thread_local std::vector<float> floats;
         static thread_local ByteRows rows;
-        constexpr int bit = four ? 1024 : 512;
+        constexpr int bit = 512 << (2 * four + planes - 2);
         if (made & bit) return &rows;
         made |= bit;
         const int64_t spans = inputs / ByteRows::span;
-        bytes.resize(count * inputs * 3);
+        bytes.resize(count * inputs * planes);
         floats.resize(2 * count * spans);
         for (int64_t r = 0; r < count; ++r) {
             float *units = floats.data() + 2 * r * spans, *sums = units + spans;
-            rows.bytes[r] = bytes.data() + r * inputs * 3;
+            rows.bytes[r] = bytes.data() + r * inputs * planes;
             rows.units[r] = units, rows.sums[r] = sums;
             for (int64_t i = 0; i < inputs; i += 64)
-                ByteRows::write<four>(x + r * inputs + i, bytes.data() + (r * inputs + i) * 3,
+                ByteRows::write<four, planes>(x + r * inputs + i,
+                                              bytes.data() + (r * inputs + i) * planes,
                                       units + i / 32, sums + i / 32);
         }
         return &rows;

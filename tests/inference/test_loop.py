@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers import random_model, tiny_args
+from tests.helpers import random_model, random_tokens, tiny_args
 from transom.base.errors import RequestError, WorkError
 from transom.base.runtime import one_thread
 from transom.inference.decode_args import DecodeArgs
@@ -326,3 +326,18 @@ def test_a_model_in_training_mode_generates_without_dropout_and_capacities(field
     model.train().norm.eval()
     assert torch.equal(generate(model, prompts, 12), expected)
     assert [module for module in model.modules() if not module.training] == [model.norm]
+
+
+@pytest.mark.parametrize("pattern", [{}, {"layer_pattern": "SF", "sliding_window": 5}])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_what_all_prompts_share_runs_once(pattern, bits, ran):
+    model = random_model(tiny_args(**pattern)).double()
+    shared, decode = random_tokens(1, 70)[0].tolist(), DecodeArgs(64, kv_bits=bits)
+    prompts = [[*shared, 1, 2, 3], [*shared, 4], [*shared, 5, 6]]
+    alone = [list(stream(model, [one], max_new_tokens=4, decode=decode)) for one in prompts]
+    ran.clear()
+    rows = list(stream(model, prompts, max_new_tokens=4, decode=decode))
+    assert [[ids[row] for ids in rows] for row in range(3)] == [
+        [id for (id,) in one] for one in alone
+    ]
+    assert ran[:3] == [64, 6, 3]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from transom.base.errors import RequestError
+from transom.base.errors import RequestError, notice
 from transom.cache.model_cache import UNLIMITED, ModelCache
 from transom.config.model_args import ModelArgs
 
@@ -63,7 +63,8 @@ class PrefixCache:
     Args:
         args: The arguments of the model.
         max_bytes: Limit of the stored states, in bytes.
-        slack: As of the caches; so many tokens can be rolled back after a prefix was restored.
+        slack: Tokens that can be rolled back after a prefix was restored; at most that of the
+            caches.
 
     Attributes:
         variant: What the states depend on beside the tokens, such as the adapters in use. States
@@ -156,19 +157,21 @@ class PrefixCache:
     @torch.no_grad()
     def add(self, cache: ModelCache, row: int, tokens: Sequence[int]) -> None:
         """Store the states of `tokens`, which are all the tokens of a row of the cache."""
+        spans = [(store.span, store.capacity) for store in cache.stores if store.span is not None]
+        assert all(span + self.slack <= size for span, size in spans), "the slack is of the cache"
         if cache.rolled_back and min(self.kept) < UNLIMITED:
             return  # the rings lack the oldest tokens of a snapshot
         node, count = self.match(tokens, cache)
         if count < len(tokens):
             parent = node if count == node.end or node.parent is None else node.parent
             node = self._read(cache, row, tokens, parent)
-            if node.bytes > self.max_bytes:
-                return
             self.insert(node)
         self._touch(node)
         while self.bytes > self.max_bytes:
             leaf, _ = self._order.popitem(last=False)
             assert leaf.parent is not None, "the root is not in the order"
+            if leaf is node:
+                notice(f"states beyond {self.max_bytes:,} bytes of one prompt are not stored")
             leaf.parent.children.remove(leaf)
             self.bytes -= leaf.bytes
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from transom.base.errors import WorkError, notice
 from transom.base.runtime import dtype_name, evaluating
-from transom.cache.model_cache import ModelCache
+from transom.cache.model_cache import UNLIMITED, ModelCache
+from transom.cache.prefix import PrefixCache
+from transom.chat.marking import common_prefix
 from transom.config.model_args import ModelArgs
 from transom.layers.inputs import TransformerInput, right_padded
 from transom.models.llm import LLM, Runner
@@ -18,6 +20,7 @@ from transom.models.nonfinite import is_finite, nonfinite_weight, watched_output
 
 # One token id per row, None for finished rows, step by step.
 Tokens = Generator[list[int | None], None, None]
+SHARED = 64  # tokens; a shorter common beginning of the rows costs less than a call of its own
 
 
 def prefill(
@@ -39,7 +42,7 @@ def prefill(
     Raises:
         WorkError: Logits are NaN or infinite.
     """
-    device = model.device
+    rows, device = _after_shared(model, cache, rows, step_size), model.device
     tokens_BT = right_padded(rows).to(device)
     counts = [len(row) for row in rows]
     last_BV: Tensor | None = None
@@ -63,6 +66,28 @@ def prefill(
             cache.on_prefill(cache, [min(count, start + width) for count in counts])
     assert last_BV is not None, "the longest row ends in the last piece"
     return last_BV
+
+
+def _after_shared(
+    model: LLM, cache: ModelCache, rows: Sequence[Sequence[int]], step_size: int
+) -> Sequence[Sequence[int]]:
+    """Run the beginning that all rows of an empty cache share as one row, fill the cache with its
+    states, and return the rest of the rows.
+    """
+    given = cache.bound or cache.has_context or cache.on_prefill is not None
+    if given or len(rows) == 1:
+        return rows
+    count = min(common_prefix(list(rows[0]), list(row[:-1])) for row in rows)
+    if count < SHARED:
+        return rows
+    slack = min((s.capacity - s.span for s in cache.stores if s.span is not None), default=32)
+    prefixes = PrefixCache(model.args, max_bytes=UNLIMITED, slack=slack)
+    one = model.make_cache(1, cache.capacity, slack=slack, kv_bits=cache.kv_bits)
+    prefixes.watch(one, [rows[0][:count]], [0])
+    prefill(model, one, [rows[0][:count]], step_size)
+    prefixes.restore(cache, rows)
+    cache.on_prefill = None  # the prefixes are not used again
+    return [row[count:] for row in rows]
 
 
 def forward_logits(

@@ -63,7 +63,8 @@ def test_a_config_is_measured_with_random_weights_of_which_a_token_reads_its_exp
         (("-b", 0), "batch_sizes: got [0]"),
         (("-r", 0), "repetitions: got 0"),
         (("--picture", "speed.jpg"), "--picture: got 'speed.jpg'"),
-        (("--prompt-cache-file", "x"), "prompt_cache_file: got 'a file'"),
+        (("--prompt-cache-file", "x"), "prompt_cache_file: got 'x'; expected none"),
+        (("-b", "1", "2", "--prompt-lookup-num-tokens", "2"), "batch_sizes: got [1, 2]"),
         (("-p", 4, "-n", 2, "-b", 10**9), "memory: got a KV cache"),
     ],
 )

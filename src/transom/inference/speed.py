@@ -114,8 +114,12 @@ def measure_speed(
     require(repetitions >= 1, "repetitions", repetitions, "expected 1 or more")
     for name, sizes in (("batch_sizes", batch_sizes), ("prompt_lengths", prompt_lengths)):
         require(min(sizes, default=0) >= 1, name, list(sizes), "expected integers of 1 or more")
-    # With a file, prefills after the first one would skip the tokens.
-    require(decode.prompt_cache_file is None, "prompt_cache_file", "a file", "expected none")
+    expected = "expected none, with which later prefills would skip the prompt"
+    require(
+        decode.prompt_cache_file is None, "prompt_cache_file", decode.prompt_cache_file, expected
+    )
+    alone = max(batch_sizes) == 1 or not decode.proposals(None)
+    require(alone, "batch_sizes", list(batch_sizes), "expected 1 with speculative decoding")
     check_language_model(model.args)
     check_room(model.args, max(prompt_lengths), new_tokens, decode.max_model_len)
     rows, total = max(batch_sizes), max(prompt_lengths) + new_tokens

@@ -54,8 +54,7 @@ def built() -> Path:
     written under a temporary name first, so that several processes can compile at the same time.
 
     Raises:
-        WorkError: There is no compiler, or it fails.
-        OSError: The cache folder can't be written.
+        WorkError: There is no compiler, or it fails, or the cache folder can't be written.
     """
     found = next(filter(None, map(shutil.which, COMPILERS)), None)
     if found is None:
@@ -68,15 +67,23 @@ def built() -> Path:
     path = cache_dir() / "ops" / f"{key}.so"
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with _temporary_folder(path.parent) as folder:
         made = Path(folder) / path.name
         _run(found, *FLAGS, *(str(here / name) for name in UNITS), "-o", str(made))
         made.replace(path)
     seconds = time.perf_counter() - start
     notice(f"ops: compiled C++ for decoding in {seconds:.0f} s: {path}")
     return path
+
+
+def _temporary_folder(parent: Path) -> tempfile.TemporaryDirectory[str]:
+    """Return a new folder in one that is made if it doesn't exist."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=parent)
+    except OSError as error:
+        raise WorkError(f"{parent} can't be written ({error.strerror})") from None
 
 
 def _run(compiler: str, *words: str) -> bytes:

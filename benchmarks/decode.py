@@ -2,7 +2,7 @@
 
 The models are SmolLM2-135M and a random Llama of 1.1 B parameters. llama.cpp and Transom open the
 same GGUF file, which `convert` writes. transformers computes in bfloat16, or in float32 where that
-is faster. `python -m benchmarks decode:1b,8` measures the cases whose names contain both words.
+is faster. `python -m benchmarks decode:1b,Q8_0` measures the cases whose names contain both words.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from transom.inference.loop import stream
 from transom.inference.speed import open_or_draw
 
 FILES = Path(tempfile.gettempdir()) / "transom-benchmarks"  # models stay there for the next run
-BITS = {"16 bits": "float16", "8 bits": "q8_0", "4 bits": "q4_0", "4 bits with minimums": "q4_1"}
+BITS = {"16 bits": "float16", "Q8_0": "q8_0", "Q4_0": "q4_0", "Q4_1": "q4_1"}
 LARGE = ModelArgs(
     dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, hidden_dim=5632, vocab_size=32000
 )
-# Batch size, tokens of a prompt, new tokens, rounds after one to warm up.
+# Batch size, tokens of a prompt, new tokens, rounds after a short one to warm up.
 CASES = {
     "SmolLM2": {
         "prefill of 512": (1, 512, 1, 3),
         "decode, batch 1": (1, 64, 33, 3),
-        "decode, batch 8": (8, 32, 17, 3),
-        "decode, batch 32": (32, 16, 9, 3),
+        "decode, batch 8": (8, 16, 9, 3),
+        "decode, batch 32": (32, 8, 6, 3),
     },
     "1b": {
         "prefill of 512": (1, 512, 1, 2),
-        "decode, batch 1": (1, 16, 17, 2),
-        "decode, batch 8": (8, 8, 9, 2),
-        "decode, batch 32": (32, 4, 5, 2),
+        "decode, batch 1": (1, 16, 13, 2),
+        "decode, batch 8": (8, 4, 6, 2),
+        "decode, batch 32": (32, 2, 4, 2),
     },
 }
 # Continues prompts greedily by so many tokens, and calls the function after every step.
@@ -100,11 +100,12 @@ def _interleaved(
     seconds: dict[str, list[list[float]]] = {name: [] for name in programs}
     for turn in range(1 + rounds):
         for name, program in list(programs.items())[:: 1 if turn % 2 else -1]:
+            if not turn:
+                program([row[:16] for row in prompts], min(new, 2), lambda: None)
+                continue
             times = [time.perf_counter()]
             program(prompts, new, lambda times=times: times.append(time.perf_counter()))
-            if turn:
-                steps = [end - start for start, end in pairwise(times)]
-                seconds[name].append(steps[:new])
+            seconds[name].append([end - start for start, end in pairwise(times)][:new])
     return seconds
 
 

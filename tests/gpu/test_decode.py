@@ -86,18 +86,20 @@ def test_no_step_waits_for_the_device(model, decode, sampling):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_compiled_steps_are_recorded_and_equal_plain_ones(model):
+@pytest.mark.parametrize("rows", [1, 3])  # products of one row have kernels of their own
+def test_compiled_steps_are_recorded_and_equal_plain_ones(model, rows):
     model = model.double().cuda()  # without near ties
     options = {"max_new_tokens": 300, "stop_tokens": [60]}  # beyond one length of the view
-    expected = list(stream(model, PROMPTS, **options))
+    expected = list(stream(model, PROMPTS[:rows], **options))
     with collected_notices() as notices:
-        got = list(stream(model, PROMPTS, decode=COMPILE, **options))
+        got = list(stream(model, PROMPTS[:rows], decode=COMPILE, **options))
     assert got == expected
     assert not [line for line in notices if line.startswith("compile")]
 
 
 @pytest.mark.parametrize("kind", ["int4", "nf4", "int8"])
-def test_compiled_steps_multiply_by_codes(kind):
+@pytest.mark.parametrize("rows", [1, 3])
+def test_compiled_steps_multiply_by_codes(kind, rows):
     args = tiny_args(dim=64, hidden_dim=128)
     model = quantize_model(random_model(args, std=0.1), QuantizeArgs(kind, group=32)).cuda()
     results = []
@@ -105,7 +107,7 @@ def test_compiled_steps_multiply_by_codes(kind):
         log_probs = []
         options = {"max_new_tokens": 12, "log_probs": log_probs, "decode": decode}
         with collected_notices() as notices:
-            ids = list(stream(model, PROMPTS, **options))
+            ids = list(stream(model, PROMPTS[:rows], **options))
         assert not [line for line in notices if line.startswith("compile")]
         results.append((ids, torch.stack(log_probs)))
     (plain, expected), (compiled, got) = results

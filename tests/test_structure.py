@@ -98,7 +98,7 @@ CEILINGS = {
     "chat": 905,
     "checkpoints": 4_118,
     "data": 1_946,
-    "inference": 1_817,
+    "inference": 1_821,
     "evaluation": 1_270,
     "training": 4_030,
     "verify": 2_510,

@@ -18,7 +18,7 @@ from torch import Tensor
 from transom.base.errors import RequestError, WorkError, notice
 from transom.base.runtime import is_out_of_memory
 from transom.cache.model_cache import ModelCache
-from transom.cache.store import BUCKET, StaticCache
+from transom.cache.store import BUCKET
 from transom.inference.forward import forward_logits
 from transom.layers.compiled import compile_forward
 from transom.layers.inputs import TransformerInput
@@ -69,8 +69,8 @@ class CompiledSteps:
 
     def __init__(self, model: LLM) -> None:
         self._model = model
-        self._cache: ModelCache | None = None
-        self._graphs: dict[tuple[int, bool], StepGraph | None] = {}  # of the steps of `_cache`
+        self._key: tuple[ModelCache, int, bool] | None = None
+        self._graph: StepGraph | None = None  # of the steps of this key
         self._records = model.device.type == "cuda"
         self._blocks: CompiledBlocks | None = None
         if model not in _failed:
@@ -78,27 +78,21 @@ class CompiledSteps:
 
     def __call__(self, inputs: TransformerInput, cache: ModelCache) -> Tensor:
         """Return the logits [B, 1, V] of one call. On CUDA the next call may overwrite them."""
-        if cache is not self._cache:
-            self._cache, self._graphs = cache, {}
         if cache.bounded and cache.bound == cache.capacity:
             cache.sync_length()  # a recorded step can't wait for the device
-        static = any(isinstance(store, StaticCache) for store in cache.stores)
-        buckets = -(-(cache.bound + 1) // BUCKET) if static else 0
-        key = (buckets, inputs.lengths is not None)
-        if not self._records or key not in self._graphs:
-            self._graphs[key] = None  # the first step compiles and tunes, the second is recorded
-            return self._run(inputs, cache)
-        graph = self._graphs[key]
-        if graph is not None:
-            return graph(inputs, cache)
-        state = cache.bound, cache.peak, cache.rolled_back
-        try:
-            graph = self._graphs[key] = StepGraph(self._model, self._blocks, inputs, cache)
-        except RuntimeError as error:
-            self._records = False
-            notice(f"compile: no CUDA graph ({reason(error)}); kernels are started one by one")
-        cache.bound, cache.peak, cache.rolled_back = state  # nothing was computed so far
-        return self._run(inputs, cache) if graph is None else graph(inputs, cache)
+        key = (cache, -(-(cache.bound + 1) // BUCKET), inputs.lengths is not None)
+        if not self._records or key != self._key:
+            self._key, self._graph = key, None
+            return self._run(inputs, cache)  # it compiles and tunes; the next one is recorded
+        if self._graph is None:
+            state = cache.bound, cache.peak, cache.rolled_back
+            try:
+                self._graph = StepGraph(self._model, self._blocks, inputs, cache)
+            except RuntimeError as error:
+                self._records = False
+                notice(f"compile: no CUDA graph ({reason(error)}); kernels are started one by one")
+            cache.bound, cache.peak, cache.rolled_back = state  # nothing was computed so far
+        return self._run(inputs, cache) if self._graph is None else self._graph(inputs, cache)
 
     def _run(self, inputs: TransformerInput, cache: ModelCache) -> Tensor:
         """Run the step now, without compiled blocks from their first failure on."""

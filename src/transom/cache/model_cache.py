@@ -177,6 +177,8 @@ class ModelCache:
         if not padded:  # every row has grown by all of them
             self.deepest += max(0, positions_BT.size(1) - self.rolled_back)
             self.rolled_back = max(0, self.rolled_back - positions_BT.size(1))
+            self.lengths_B += positions_BT.size(1)
+            return
         self.lengths_B.copy_(torch.maximum(self.lengths_B, positions_BT.amax(1) + 1))
 
     def rollback(self, count_B: Tensor | int, at_most: int) -> bool:

@@ -262,14 +262,18 @@ def _run(
         with part("sampling"), alone(plan):
             ids_B = sampler(logits_BV)
             shown_B = ids_B.masked_fill(not_finite(logits_BV), BROKEN)
-        read = to_host(shown_B.masked_fill(~alive_B, FINISHED))
-        alive_B = alive_B & (ids_B[:, None] != stops_S).all(-1)
+        all_run = left == rows and not ahead  # as far as the host knows
+        read = to_host(shown_B if all_run else shown_B.masked_fill(~alive_B, FINISHED))
+        if ahead:
+            alive_B = alive_B & (ids_B[:, None] != stops_S).all(-1)
         if ahead and remaining:
             logits_BV = advance()
         ids = read()
         check_finite(BROKEN in ids, logits_BV.dtype)
         stopped, all_ran = sum(id in stops for id in ids), left == rows
         left -= stopped
+        if stopped and not ahead:
+            alive_B = alive_B & (ids_B[:, None] != stops_S).all(-1)
         if ahead and remaining and stopped and all_ran:  # the queued step has stored a stop token
             _take_back(cache, 1 if not left else (~alive_B).long())
         try:

@@ -106,6 +106,8 @@ inline void tile(const typename S::Vectors::Number* x, const Output* outputs, co
                  Inputs inputs, int64_t ahead, typename S::Vectors::Sums* totals) {
     using V = typename S::Vectors;
     constexpr int parts = S::step / V::lanes;
+    // Steps of few bytes fetch once for each group: one fetch takes 64 bytes.
+    constexpr bool by_group = S::coded && V::lanes == 8;
     typename V::Sums total[R][O];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
@@ -120,12 +122,18 @@ inline void tile(const typename S::Vectors::Number* x, const Output* outputs, co
             of[o] = typename S::Group(levels, outputs[o].scales[g], outputs[o].offsets[g]);
         }
         const int64_t end = S::coded ? i + inputs.group : inputs.end;
+#pragma GCC unroll 16
+        for (int o = 0; o < O && by_group; ++o) {
+            const uint8_t* next = S::at(outputs[o].row, i) + ahead;
+            const uint8_t* last = S::at(outputs[o].row, end) + ahead;
+            for (; next < last; next += 64) __builtin_prefetch(next, 0, 2);
+        }
         for (; i < end; i += S::step, x += R * S::step) {
             typename V::Vector weights[O][parts];
 #pragma GCC unroll 16
             for (int o = 0; o < O; ++o) {
                 const uint8_t* from = S::at(outputs[o].row, i);
-                if (S::streamed) __builtin_prefetch(from + ahead, 0, 2);
+                if (S::streamed && !by_group) __builtin_prefetch(from + ahead, 0, 2);
                 S::read_step(from, of[o], weights[o]);
             }
 #pragma GCC unroll 16

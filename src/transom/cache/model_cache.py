@@ -28,6 +28,7 @@ class ModelCache:
         capacity: Tokens per row that fit.
         bounded: Whether `capacity` is a limit: some layer keeps every token, or rotary frequencies
             were chosen from it. Without a limit, rings forget what is out of reach.
+        slack: Slots of the smallest ring beyond its window or chunk; `SLACK` without rings.
         lengths_B: int64 [B] on the device, tokens of each row.
         bound: Upper bound of `lengths_B` on the host. It decides shapes and overflow without
             waiting for the device.
@@ -51,6 +52,8 @@ class ModelCache:
     ) -> None:
         self.layers, self.capacity = layers, capacity
         self.stores = list(dict.fromkeys(layer.store for layer in layers))
+        spans = [(store.capacity, store.span) for store in self.stores]
+        self.slack = min((slots - span for slots, span in spans if span), default=SLACK)
         static = any(isinstance(store, StaticCache) for store in self.stores)
         self.bounded = static if bounded is None else bounded
         self.batch_size = self.stores[0].batch_size

@@ -157,8 +157,7 @@ class PrefixCache:
     @torch.no_grad()
     def add(self, cache: ModelCache, row: int, tokens: Sequence[int]) -> None:
         """Store the states of `tokens`, which are all the tokens of a row of the cache."""
-        spans = [(store.span, store.capacity) for store in cache.stores if store.span is not None]
-        assert all(span + self.slack <= size for span, size in spans), "the slack is of the cache"
+        assert self.slack <= cache.slack, "the slack is of the cache"
         if cache.rolled_back and min(self.kept) < UNLIMITED:
             return  # the rings lack the oldest tokens of a snapshot
         node, count = self.match(tokens, cache)

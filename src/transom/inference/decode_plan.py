@@ -66,10 +66,8 @@ class DecodePlan:
                 missing[str(reason)] += 1
         if missing:
             count, layers = sum(missing.values()), len(self.model.layers)
-            reasons = "; ".join(missing)
-            notice(
-                f"decoding: {count} of {layers} layers run in PyTorch, which is slower: {reasons}"
-            )
+            slower = f"{count} of {layers} layers run in PyTorch, which is slower"
+            notice(f"decoding: {slower}: {'; '.join(missing)}")
         self._output: Weight | None = None
         self._norm: ops.NormArgs | None = None
         with suppress(NotCovered):

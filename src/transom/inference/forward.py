@@ -80,9 +80,8 @@ def _after_shared(
     count = min(common_prefix(list(rows[0]), list(row[:-1])) for row in rows)
     if count < SHARED:
         return rows
-    slack = min((s.capacity - s.span for s in cache.stores if s.span is not None), default=32)
-    prefixes = PrefixCache(model.args, max_bytes=UNLIMITED, slack=slack)
-    one = model.make_cache(1, cache.capacity, slack=slack, kv_bits=cache.kv_bits)
+    prefixes = PrefixCache(model.args, max_bytes=UNLIMITED, slack=cache.slack)
+    one = model.make_cache(1, cache.capacity, slack=cache.slack, kv_bits=cache.kv_bits)
     prefixes.watch(one, [rows[0][:count]], [0])
     prefill(model, one, [rows[0][:count]], step_size)
     prefixes.restore(cache, rows)

@@ -223,6 +223,5 @@ def choose_proposer(
     require(rows == 1, "prompts", f"{rows} rows", "expected one row with speculative decoding")
     if decode.compile:
         notice("speculative decoding runs without --compile")
-    slack = min((s.capacity - s.span for s in cache.stores if s.span is not None), default=most)
-    require(most <= slack, name, most, f"expected at most the cache's slack of {slack}")
+    require(most <= cache.slack, name, most, f"expected at most the cache's slack of {cache.slack}")
     return draft or PromptLookup(), most

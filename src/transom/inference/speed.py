@@ -114,10 +114,8 @@ def measure_speed(
     require(repetitions >= 1, "repetitions", repetitions, "expected 1 or more")
     for name, sizes in (("batch_sizes", batch_sizes), ("prompt_lengths", prompt_lengths)):
         require(min(sizes, default=0) >= 1, name, list(sizes), "expected integers of 1 or more")
-    expected = "expected none, with which later prefills would skip the prompt"
-    require(
-        decode.prompt_cache_file is None, "prompt_cache_file", decode.prompt_cache_file, expected
-    )
+    file, expected = decode.prompt_cache_file, "expected none: later prefills would skip the prompt"
+    require(file is None, "prompt_cache_file", file, expected)
     alone = max(batch_sizes) == 1 or not decode.proposals(None)
     require(alone, "batch_sizes", list(batch_sizes), "expected 1 with speculative decoding")
     check_language_model(model.args)

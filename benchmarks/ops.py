@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,66 +30,70 @@ def rows(device: torch.device) -> list[dict[str, Any]]:
     x is bfloat16 where the processor is fast at it, and otherwise float32.
     """
     dtype = torch.bfloat16 if bfloat16_is_fast(device.type) else torch.float32
-    bandwidth = read_bandwidth(device.type)
     return [
         row
         for outputs, inputs in SHAPES
-        for count in ROWS
-        for row in _rows(outputs, inputs, torch.randn(count, inputs).to(dtype), bandwidth)
+        for row in _rows(outputs, inputs, dtype, read_bandwidth(device.type))
     ]
 
 
-def _rows(outputs: int, inputs: int, x: torch.Tensor, bandwidth: float) -> list[dict[str, Any]]:
-    calls, sizes = {}, {}
-    for kind in KINDS:
-        one, size = _native(kind, outputs, inputs)
-        copies = [_native(kind, outputs, inputs)[0] for _ in range(READ // size)] + [one]
-        groups = [copies[i : i + TOGETHER] for i in range(0, len(copies), TOGETHER)]
-        calls[kind] = _over([lambda some=some: multiply(x, some) for some in groups])
-        sizes[kind] = size
-    for dtype in (torch.float32, torch.bfloat16):
-        size = outputs * inputs * dtype.itemsize
-        dense = [torch.randn(outputs, inputs).to(dtype) for _ in range(READ // size + 1)]
-        of_x = x.to(dtype)
-        name = f"PyTorch {str(dtype).removeprefix('torch.')}"
-        calls[name] = _over([lambda weight=one, of_x=of_x: F.linear(of_x, weight) for one in dense])
-        sizes[name] = size
-    device = torch.device("cpu")
-    passes = interleaved(calls, device, rounds=7)
-    seconds = {name: passes[name] / (READ // sizes[name] + 1) for name in calls}
-    peers = [name for name in calls if name not in KINDS]
-    return [
-        {
-            "benchmark": "products of few rows",
-            "case": f"{kind}, {outputs} x {inputs}, {len(x)} rows",
-            "microseconds": round(seconds[kind] * 1e6, 1),
-            **{f"ratio to {peer}": round(seconds[peer] / seconds[kind], 2) for peer in peers},
-            "GB/s": round(sizes[kind] / seconds[kind] / 1e9, 1),
-            "share of bandwidth": round(sizes[kind] / seconds[kind] / bandwidth, 2),
-            "GFLOP/s": round(2 * outputs * inputs * len(x) / seconds[kind] / 1e9, 1),
-        }
-        for kind in KINDS
-    ]
+def _rows(
+    outputs: int, inputs: int, dtype: torch.dtype, bandwidth: float
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one shape."""
+    native = {kind: _copies(kind, outputs, inputs) for kind in KINDS}
+    dense = {}
+    for of in (torch.float32, torch.bfloat16):
+        number = READ // (outputs * inputs * of.itemsize) + 1
+        one = torch.randn(outputs, inputs).to(of)
+        dense[f"PyTorch {str(of).removeprefix('torch.')}"] = [one.clone() for _ in range(number)]
+    for count in ROWS:
+        x = torch.randn(count, inputs).to(dtype)
+        calls: dict[str, Callable[[], object]] = {}
+        for kind, (weights, _) in native.items():
+            calls[kind] = partial(_multiply, x, weights)
+        for name, tensors in dense.items():
+            calls[name] = partial(_linear, x.to(tensors[0].dtype), tensors)
+        passes = interleaved(calls, torch.device("cpu"))
+        numbers = {name: len(tensors) for name, tensors in dense.items()}
+        numbers |= {kind: len(weights) for kind, (weights, _) in native.items()}
+        seconds = {name: passes[name] / numbers[name] for name in calls}
+        for kind, (_, size) in native.items():
+            rate = size / seconds[kind]
+            yield {
+                "benchmark": "products of few rows",
+                "case": f"{kind}, {outputs} x {inputs}, {count} rows",
+                "microseconds": round(seconds[kind] * 1e6, 1),
+                **{f"ratio to {peer}": round(seconds[peer] / seconds[kind], 2) for peer in dense},
+                "GB/s": round(rate / 1e9, 1),
+                "share of bandwidth": round(rate / bandwidth, 2),
+                "GFLOP/s": round(2 * outputs * inputs * count / seconds[kind] / 1e9, 1),
+            }
 
 
-def _native(kind: str, outputs: int, inputs: int) -> tuple[Weight, int]:
-    """Return a random weight and its bytes."""
+def _copies(kind: str, outputs: int, inputs: int) -> tuple[list[Weight], int]:
+    """Return copies of a random weight, too large together for the caches, and bytes of one."""
     if kind == "bfloat16":
-        made = dense_weight(torch.randn(outputs, inputs).bfloat16(), None)
-        assert made is not None, "its dtype is covered"
-        return made, 2 * outputs * inputs
-    format = ggml.TYPES[kind].format
-    parts = random_parts((outputs, inputs), format)
-    made = coded_weight(parts, format.levels, format.scales, format.block, None, torch.bfloat16)
-    assert made is not None, "its format is covered"
-    return made, sum(part.nbytes for part in parts.values())
+        tensor = torch.randn(outputs, inputs).bfloat16()
+        size = tensor.nbytes
+        made = [dense_weight(tensor.clone(), None) for _ in range(READ // size + 1)]
+    else:
+        format = ggml.TYPES[kind].format
+        kept = format.levels, format.scales, format.block, None, torch.bfloat16
+        parts = random_parts((outputs, inputs), format)
+        size = sum(part.nbytes for part in parts.values())
+        made = [
+            coded_weight({name: part.clone() for name, part in parts.items()}, *kept)
+            for _ in range(READ // size + 1)
+        ]
+    return [one for one in made if one is not None], size
 
 
-def _over(calls: list[Callable[[], object]]) -> Callable[[], None]:
-    """Return a function that calls all of them, so that no weight stays in the caches."""
+def _multiply(x: torch.Tensor, weights: list[Weight]) -> None:
+    for first in range(0, len(weights), TOGETHER):
+        multiply(x, weights[first : first + TOGETHER])
 
-    def run() -> None:
-        for call in calls:
-            call()
 
-    return run
+def _linear(x: torch.Tensor, weights: list[torch.Tensor]) -> None:
+    for weight in weights:
+        F.linear(x, weight)

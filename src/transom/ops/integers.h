@@ -178,7 +178,7 @@ struct SpanFactors {
     const bool simple;
     const int64_t groups;
     int shift = 0;
-    float *scales, *offsets;  // [groups], for what isn't simple
+    float *scales, *offsets;  // of each output in turn [groups], for what isn't simple
 
     SpanFactors(const Weight& of, float* scratch)
         : weight(of),
@@ -190,37 +190,48 @@ struct SpanFactors {
         while (shift < 31 && ByteRows::span << shift < of.group) ++shift;
     }
 
-    // Write scale * unit of every span for R rows, rows `stride` apart, and add to totals what the
-    // offsets contribute to the products.
-    template <int R>
-    void write(const ByteRows& x, int64_t output, float* to, int64_t stride, __m512* totals,
-               int64_t apart) const {
+    // Write scale * unit of every span to to[(r * O + o) * spans], and add to totals[r * O + o] what
+    // the offsets contribute to the products.
+    template <int R, int O>
+    void write(const ByteRows& x, const int64_t* outputs, float* to, __m512* totals) const {
         const int64_t spans = weight.inputs / ByteRows::span;
         const __m512 first = _mm512_set1_ps(weight.levels ? weight.levels[0] : -128.0f);
         const __m512i lanes =
             _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-        if (!simple) widen_factors(weight, output, scales, offsets);
+        if (!simple) {
+            for (int o = 0; o < O; ++o)
+                widen_factors(weight, outputs[o], scales + 2 * o * groups, offsets + 2 * o * groups);
+        }
         for (int64_t s = 0; s < spans; s += 16) {
             const __mmask16 mask = spans - s >= 16 ? 0xffff : (1 << (spans - s)) - 1;
-            __m512 scale, offset = _mm512_setzero_ps();
-            if (simple) {
-                const int64_t at = output * groups + s;
-                scale = masked_numbers(weight.scales, weight.scale_kind, at, mask);
-                if (weight.minimums)
-                    offset = masked_numbers(weight.minimums, weight.scale_kind, at, mask);
-            } else {
-                const __m512i at = _mm512_srl_epi32(
-                    _mm512_add_epi32(lanes, _mm512_set1_epi32(int(s))), _mm_cvtsi32_si128(shift));
-                scale = _mm512_mask_i32gather_ps(offset, mask, at, scales, 4);
-                offset = _mm512_mask_i32gather_ps(offset, mask, at, offsets, 4);
-            }
-            offset = _mm512_fmadd_ps(scale, first, offset);
-#pragma GCC unroll 16
+            __m512 units[R], sums[R];
             for (int r = 0; r < R; ++r) {
-                const __m512 unit = _mm512_maskz_loadu_ps(mask, x.units[r] + s);
-                const __m512 sum = _mm512_maskz_loadu_ps(mask, x.sums[r] + s);
-                _mm512_mask_storeu_ps(to + r * stride + s, mask, _mm512_mul_ps(scale, unit));
-                totals[r * apart] = _mm512_fmadd_ps(offset, sum, totals[r * apart]);
+                units[r] = _mm512_maskz_loadu_ps(mask, x.units[r] + s);
+                sums[r] = _mm512_maskz_loadu_ps(mask, x.sums[r] + s);
+            }
+            const __m512i group = _mm512_srl_epi32(
+                _mm512_add_epi32(lanes, _mm512_set1_epi32(int(s))), _mm_cvtsi32_si128(shift));
+#pragma GCC unroll 16
+            for (int o = 0; o < O; ++o) {
+                __m512 scale, offset = _mm512_setzero_ps();
+                if (simple) {
+                    const int64_t at = outputs[o] * groups + s;
+                    scale = masked_numbers(weight.scales, weight.scale_kind, at, mask);
+                    if (weight.minimums)
+                        offset = masked_numbers(weight.minimums, weight.scale_kind, at, mask);
+                } else {
+                    const float* from = scales + 2 * o * groups;
+                    scale = _mm512_mask_i32gather_ps(offset, mask, group, from, 4);
+                    offset = _mm512_mask_i32gather_ps(offset, mask, group, from + groups, 4);
+                }
+                offset = _mm512_fmadd_ps(scale, first, offset);
+#pragma GCC unroll 16
+                for (int r = 0; r < R; ++r) {
+                    const int place = r * O + o;
+                    _mm512_mask_storeu_ps(to + place * spans + s, mask,
+                                          _mm512_mul_ps(scale, units[r]));
+                    totals[place] = _mm512_fmadd_ps(offset, sums[r], totals[place]);
+                }
             }
         }
     }

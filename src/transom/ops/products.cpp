@@ -182,19 +182,20 @@ struct BytePath {
         const Weight& weight = *job.weight;
         const auto& x = *static_cast<const ByteRows*>(job.prepared);
         const int64_t bytes = row_bytes(weight), spans = weight.inputs / ByteRows::span;
-        factors.resize(2 * spans + R * O * spans);
+        factors.resize((2 + R) * O * spans);
         const SpanFactors spans_of(weight, factors.data());
-        float* scales = factors.data() + 2 * spans;
+        float* scales = factors.data() + 2 * O * spans;
         const int64_t end = std::min(weight.outputs, first + block);
         for (int64_t output = first; output < end; output += O) {
             const uint8_t* codes[O];
             __m512 totals[R * O];
             for (auto& total : totals) total = _mm512_setzero_ps();
+            int64_t own[O];
             for (int o = 0; o < O; ++o) {
-                const int64_t own = std::min(output + o, end - 1);
-                codes[o] = static_cast<const uint8_t*>(weight.codes) + own * bytes;
-                spans_of.write<R>(x, own, scales + o * spans, O * spans, totals + o, O);
+                own[o] = std::min(output + o, end - 1);
+                codes[o] = static_cast<const uint8_t*>(weight.codes) + own[o] * bytes;
             }
+            spans_of.write<R, O>(x, own, scales, totals);
             byte_tile<four, planes, R, O>(x, codes, scales, weight.inputs, distance(O * bytes),
                                           totals);
             for (int r = 0; r < R; ++r) {

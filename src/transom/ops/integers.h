@@ -190,8 +190,8 @@ struct SpanFactors {
         while (shift < 31 && ByteRows::span << shift < of.group) ++shift;
     }
 
-    // Write scale * unit of every span to to[(r * O + o) * spans], and add to totals[r * O + o] what
-    // the offsets contribute to the products.
+    // Write scale * unit of every span to to[(r * O + o) * spans], and add to totals[r * O + o]
+    // what the offsets contribute to the products.
     template <int R, int O>
     void write(const ByteRows& x, const int64_t* outputs, float* to, __m512* totals) const {
         const int64_t spans = weight.inputs / ByteRows::span;
@@ -199,8 +199,10 @@ struct SpanFactors {
         const __m512i lanes =
             _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
         if (!simple) {
-            for (int o = 0; o < O; ++o)
-                widen_factors(weight, outputs[o], scales + 2 * o * groups, offsets + 2 * o * groups);
+            for (int o = 0; o < O; ++o) {
+                const int64_t at = 2 * o * groups;
+                widen_factors(weight, outputs[o], scales + at, offsets + at);
+            }
         }
         for (int64_t s = 0; s < spans; s += 16) {
             const __mmask16 mask = spans - s >= 16 ? 0xffff : (1 << (spans - s)) - 1;

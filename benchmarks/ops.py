@@ -62,7 +62,7 @@ def _rows(
             rate = size / seconds[kind]
             yield {
                 "benchmark": "products of few rows",
-                "case": f"{kind}, {outputs} x {inputs}, {count} rows",
+                "case": f"{kind}, {outputs} x {inputs}, rows: {count}",
                 "microseconds": round(seconds[kind] * 1e6, 1),
                 **{f"ratio to {peer}": round(seconds[peer] / seconds[kind], 2) for peer in dense},
                 "GB/s": round(rate / 1e9, 1),

@@ -42,7 +42,7 @@ def test_instructions_and_kernels_decide_without_a_clock(
     monkeypatch.setattr(
         torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: kernels, raising=False
     )
-    monkeypatch.setattr(runtime, "_seconds_of_product", no_clock)
+    monkeypatch.setattr(runtime, "_fastest", no_clock)
     assert pick_dtype("auto", torch.device("cpu")) == expected
     assert pick_dtype("float32", torch.device("cpu")) == torch.float32
 
@@ -50,8 +50,12 @@ def test_instructions_and_kernels_decide_without_a_clock(
 @pytest.mark.parametrize(("half", "fast"), [(0.3, True), (0.45, False)])
 def test_the_clock_decides_where_the_processor_is_unknown(monkeypatch, half, fast):
     seconds = {torch.bfloat16: half, torch.float32: 0.5}
+
+    def fastest(call, device, repeats):
+        return seconds[call().dtype]
+
     monkeypatch.setattr(runtime, "_cpu_instructions", lambda: None)
-    monkeypatch.setattr(runtime, "_seconds_of_product", lambda a: seconds[a.dtype])
+    monkeypatch.setattr(runtime, "_fastest", fastest)
     assert runtime.bfloat16_is_fast("cpu") is fast
 
 

@@ -48,11 +48,11 @@ def add_shards(folder, seed=1):
     return sorted(path.name for path in folder.glob("model-*.safetensors"))
 
 
-def logits_are_those_of_transformers(folder):
+def logits_are_those_of_transformers(folder, rtol=0.0):
     theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = random_ids()
     ours = load(folder)(TransformerInput(ids), inference=True).logits
-    torch.testing.assert_close(ours, theirs(ids).logits, rtol=0, atol=2e-5)
+    torch.testing.assert_close(ours, theirs(ids).logits, rtol=rtol, atol=2e-5)
 
 
 def test_a_single_file_is_read_before_an_index(folder, capsys):
@@ -265,4 +265,4 @@ def test_bfloat16_and_float16_in_one_folder_become_float32(folder):
     model = load(folder)
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     assert all(bool(weight.isfinite().all()) for weight in model.parameters())
-    logits_are_those_of_transformers(folder)
+    logits_are_those_of_transformers(folder, rtol=2e-5)  # a weight of 1e6 makes large logits

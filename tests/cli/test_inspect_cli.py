@@ -75,7 +75,7 @@ def test_the_plan_of_llama3(capsys):
     ):
         assert words in out
     assert "14.96 GiB in bfloat16, 29.92 GiB in float32" in out
-    sizes = "1 GiB in bfloat16, 2 GiB in float32, 544 MiB in int8"
+    sizes = "1 GiB in bfloat16, 2 GiB in float32, 528 MiB in int8"
     assert f"{sizes}, for one sequence of 8,192 tokens" in out
 
 

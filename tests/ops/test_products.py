@@ -123,7 +123,7 @@ def test_a_row_of_zeros_and_tiny_numbers_are_multiplied():
     x = torch.zeros(2, 128)
     x[1] = 1e-42  # its largest has no finite reciprocal
     (y,) = products.multiply(x, [weight])
-    assert y.abs().max() < 1e-38
+    assert y.abs().max() < 1e-37  # a normal number, since training may flush others to zero
 
 
 def test_threads_of_python_may_multiply_at_once(monkeypatch):

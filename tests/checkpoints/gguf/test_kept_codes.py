@@ -42,7 +42,8 @@ def test_a_model_in_codes_computes_the_same(family, tmp_path):
     assert len(quantized_leaves(kept)) == count
     ids = TransformerInput(random_ids())
     expected = dense(ids, inference=True).logits
-    assert torch.allclose(kept(ids, inference=True).logits, expected, atol=1e-5)
+    noise = 5e-6 * float(expected.abs().max())  # of float32: both are as far from float64
+    assert torch.allclose(kept(ids, inference=True).logits, expected, atol=noise)
     for name, one in dequantize_model(kept).named_parameters():
         assert torch.equal(one, dense.get_parameter(name)), name
 

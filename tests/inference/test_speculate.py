@@ -343,6 +343,11 @@ def test_the_number_of_proposals_has_bounds(most):
         DecodeArgs(num_draft_tokens=most)
 
 
+def test_a_number_of_proposals_needs_a_draft_model():
+    with pytest.raises(RequestError, match="num_draft_tokens: got 8; expected a draft model"):
+        generate(model_of("full"), [PROMPT], 4, num_draft_tokens=8)
+
+
 def test_another_vocabulary_is_refused():
     plain = byte_tokenizer()
     check_vocabulary(byte_tokenizer(), plain)

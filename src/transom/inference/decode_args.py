@@ -44,8 +44,12 @@ class DecodeArgs:
         "tokens",
         at_least=2,
     )
-    num_draft_tokens: int = describe(
-        4, "tokens that a draft model proposes per call of the model", at_least=1, at_most=32
+    num_draft_tokens: int | None = describe(
+        None,
+        "tokens that a draft model proposes per call of the model (default: 4)",
+        "tokens",
+        at_least=1,
+        at_most=32,
     )
     prompt_lookup_num_tokens: int | None = describe(
         None,
@@ -66,7 +70,9 @@ class DecodeArgs:
 
     def proposals(self, draft: object | None) -> int:
         """Return how many tokens are proposed per call at most, 0 without speculative decoding."""
-        return (self.prompt_lookup_num_tokens or 0) if draft is None else self.num_draft_tokens
+        if draft is None:
+            return self.prompt_lookup_num_tokens or 0
+        return self.num_draft_tokens or 4
 
 
 DEFAULT = DecodeArgs()

@@ -211,12 +211,16 @@ def choose_proposer(
     """Return who proposes tokens, and how many per call at most; None decodes without proposals.
 
     Raises:
-        RequestError: Two proposers, several rows, or a cache that can't be rolled back so far.
+        RequestError: Two proposers, a number without a draft model, several rows, or a cache that
+            can't be rolled back so far.
     """
     name, looked_up = "prompt_lookup_num_tokens", decode.prompt_lookup_num_tokens
+    drafted = decode.num_draft_tokens
     if draft is not None:
         require(looked_up is None, name, looked_up, "expected none with a draft model")
         name = "num_draft_tokens"
+    else:
+        require(drafted is None, "num_draft_tokens", drafted, "expected a draft model with it")
     most = decode.proposals(draft)
     if not most:
         return None

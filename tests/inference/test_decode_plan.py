@@ -20,9 +20,9 @@ def runs(monkeypatch):
     found = []
     original = ops.run_blocks
 
-    def run_blocks(x, positions, layers, start, end, norm):
+    def run_blocks(x, positions, layers, start, end, *rest):
         found.append((start, end))
-        original(x, positions, layers, start, end, norm)
+        original(x, positions, layers, start, end, *rest)
 
     monkeypatch.setattr(ops, "run_blocks", run_blocks)
     return found

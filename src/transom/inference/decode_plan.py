@@ -33,7 +33,7 @@ from transom.inference.native_blocks import (
 from transom.inference.step_times import part
 from transom.layers.moe import RouterStatistics
 from transom.layers.step import Step
-from transom.models.llm import LLM
+from transom.models.llm import LLM, Runner
 from transom.ops import block as ops
 from transom.ops import products
 from transom.ops.build import library
@@ -53,6 +53,7 @@ class DecodePlan:
 
     def __init__(self, model: LLM) -> None:
         self.model = model
+        self.threads = torch.get_num_threads()  # of C++; PyTorch itself may use one
         self._make()
 
     def _make(self) -> None:
@@ -84,6 +85,11 @@ class DecodePlan:
         """How many blocks run in C++."""
         return len(self._blocks)
 
+    @property
+    def covers_all(self) -> bool:
+        """Whether all blocks run in C++."""
+        return self.covered == len(self._layers)
+
     def run_layers(
         self, h_BTD: Tensor, step: Step, cache: ModelCache | None
     ) -> tuple[Tensor, tuple[RouterStatistics, ...]]:
@@ -111,7 +117,9 @@ class DecodePlan:
                 start, end = indices[0], indices[-1] + 1
                 norm = self._norm if end == len(self._layers) else None
                 with part("blocks in C++"):
-                    ops.run_blocks(h_BTD, positions_BT, self._layers, start, end, norm)
+                    ops.run_blocks(
+                        h_BTD, positions_BT, self._layers, start, end, norm, self.threads
+                    )
                 if norm is not None:
                     return h_BTD, tuple(router)
                 continue
@@ -123,10 +131,10 @@ class DecodePlan:
 
     def project(self, h_D: Tensor) -> Tensor:
         """Return the logits [..., V] of normed hidden states [..., D], like `LLM.project`."""
-        made, threads = None, torch.get_num_threads()
+        made = None
         if self._output is not None and products.takes(h_D):
             with part("output"), one_thread():  # of PyTorch, which rounds the logits
-                made = products.multiply(h_D, [self._output], threads)
+                made = products.multiply(h_D, [self._output], self.threads)
         return self.model.project(h_D) if made is None else self.model.finish_logits(made[0])
 
     def _point(self, step: Step, cache: ModelCache) -> list[Tensor]:
@@ -195,12 +203,13 @@ class DecodePlan:
         return True
 
 
-def alone(plan: DecodePlan | None) -> AbstractContextManager[None]:
-    """Return a context in which PyTorch uses one thread, if there is a plan.
+def alone(runner: Runner | None, rows: int = 1) -> AbstractContextManager[None]:
+    """Return a context in which PyTorch uses one thread, if a plan computes so many rows in C++.
 
     Threads of OpenMP wait for more work for milliseconds, on the cores that the plan needs next.
     """
-    return nullcontext() if plan is None else one_thread()
+    fits = isinstance(runner, DecodePlan) and rows <= ops.MOST_ROWS and runner.covers_all
+    return one_thread() if fits else nullcontext()
 
 
 def decode_plan(model: LLM) -> DecodePlan | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from array import array
 from collections.abc import Generator, Sequence
 
@@ -14,6 +15,7 @@ from transom.cache.model_cache import UNLIMITED, ModelCache
 from transom.cache.prefix import PrefixCache
 from transom.chat.marking import common_prefix
 from transom.config.model_args import ModelArgs
+from transom.inference.decode_plan import alone
 from transom.layers.inputs import TransformerInput, right_padded
 from transom.models.llm import LLM, Runner
 from transom.models.nonfinite import is_finite, nonfinite_weight, watched_outputs
@@ -93,7 +95,9 @@ def forward_logits(
     model: LLM, inputs: TransformerInput, cache: ModelCache, runner: Runner | None = None
 ) -> Tensor:
     """Return the logits [B, T, V] of one call in evaluation mode; T = 1 for the `last` logits."""
-    with evaluating(model):  # per call: between two tokens the caller may train
+    # The first call of a cache runs in PyTorch, on all threads.
+    few = alone(runner, inputs.tokens.numel()) if cache.bound else contextlib.nullcontext()
+    with few, evaluating(model):  # per call: between two tokens the caller may train
         logits_BTV = model(inputs, cache, runner=runner).logits
     assert isinstance(logits_BTV, Tensor), "the input asks for logits"
     return logits_BTV

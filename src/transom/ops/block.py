@@ -157,6 +157,7 @@ def run_blocks(
     start: int,
     end: int,
     norm: NormArgs | None = None,
+    threads: int | None = None,
 ) -> None:
     """Compute blocks one after the other, and replace x by their result.
 
@@ -168,6 +169,7 @@ def run_blocks(
         start: The first layer to compute.
         end: The layer after the last one.
         norm: A norm after these layers, if any.
+        threads: As many as PyTorch uses by default.
 
     Raises:
         MemoryError: There is no memory for the buffers of a call.
@@ -175,7 +177,7 @@ def run_blocks(
     native = library()
     assert native is not None, "layers are filled only where there is a library"
     rows, tokens = positions_BT.numel(), positions_BT.size(1)
-    threads, kind = torch.get_num_threads(), KINDS[x_BTD.dtype]
+    threads, kind = threads or torch.get_num_threads(), KINDS[x_BTD.dtype]
     call = CallArgs(x_BTD.data_ptr(), kind, rows, tokens, positions_BT.data_ptr(), threads)
     if norm is not None:
         call.norm = ctypes.addressof(norm)

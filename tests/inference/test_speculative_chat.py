@@ -11,6 +11,7 @@ from tests.inference.test_speculate import Guesses
 from transom.attention.sdpa import sdpa
 from transom.inference.decode_args import DecodeArgs
 from transom.inference.draft import DraftModel
+from transom.inference.forward import prefill
 from transom.inference.session import AnswerArgs, GrowingText, Session
 from transom.models.llm import LLM
 from transom.tokenizers.training import byte_tokenizer
@@ -98,6 +99,22 @@ def test_the_command_line_tells_how_many_were_accepted(call, tmp_path):  # noqa:
         assert rates["accepted_tokens"] <= rates["drafted_tokens"]
         assert rates["drafted_tokens"] or "--draft-model" in flags  # which may lack confidence
         assert f"Drafts: {rates['drafted_tokens']} tokens, {rates['accepted_tokens']} acc" in err
+
+
+def test_the_step_size_of_the_prefill_is_that_of_the_draft_model_too(call, tmp_path, monkeypatch):  # noqa: F811
+    """A long prompt must not take the memory of one call in the draft model."""
+    write_model(tmp_path / "model")
+    sizes = []
+
+    def counted(model, cache, rows, step_size, runner=None):
+        sizes.append(step_size)
+        return prefill(model, cache, rows, step_size, runner)
+
+    monkeypatch.setattr("transom.inference.draft.prefill", counted)
+    words = ["generate", tmp_path / "model", "-p", "abcabcabc", "-m", 4]
+    code = call(*words, "--draft-model", tmp_path / "model", "--prefill-step-size", 3)[0]
+    assert code == 0
+    assert set(sizes) == {3}
 
 
 @pytest.mark.parametrize("verb", [["generate", "-p", "a"], ["chat"]])

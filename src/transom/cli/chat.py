@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
         max_tokens=options.max_tokens or MAX_TOKENS,
         stop=options.stop,
         decode=decode,
-        draft=open_draft(options.draft_model, opened, device=options.device),
+        draft=open_draft(options.draft_model, opened, decode, device=options.device),
         show_special=options.show_special,
     )
     session = open_session(

@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
         stop=[*options.stop, *(() if options.ignore_eos else opened.stop_strings)],
         stop_tokens=() if options.ignore_eos else opened.stop_tokens,
         decode=decode,
-        draft=open_draft(options.draft_model, opened, device=options.device),
+        draft=open_draft(options.draft_model, opened, decode, device=options.device),
         # The markers of reasoning are shown: without them, it would look like the answer.
         kept="all" if options.show_special else marker_ids(tokenizer),
     )

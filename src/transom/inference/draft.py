@@ -12,6 +12,7 @@ from transom.base.errors import RequestError, notice, require
 from transom.cache.model_cache import ModelCache
 from transom.chat.marking import common_prefix
 from transom.checkpoints.open_model import OpenedModel, open_model
+from transom.inference.decode_args import DEFAULT, DecodeArgs
 from transom.inference.decode_plan import decode_plan
 from transom.inference.forward import check_finite, forward_logits, not_finite, prefill
 from transom.inference.sampler import Sampler, sample
@@ -106,15 +107,15 @@ def _of_vocabulary(logits_1V: Tensor, sampler: Sampler) -> Tensor:
 
 
 def open_draft(
-    name: str | None, target: OpenedModel, *, device: str = "auto", prefill_step_size: int = 512
+    name: str | None, target: OpenedModel, decode: DecodeArgs = DEFAULT, *, device: str = "auto"
 ) -> DraftModel | None:
     """Open a draft model for a model.
 
     Args:
         name: As for `open_model`; None opens none.
         target: The model that it proposes tokens to.
+        decode: How the model runs; the prefill of both has the same step size.
         device: Its device, which may be another one.
-        prefill_step_size: Prompt tokens per forward call.
 
     Raises:
         RequestError: As for `open_model`; or its vocabulary is not that of the model.
@@ -123,7 +124,7 @@ def open_draft(
         return None
     opened = open_model(name, device=device)
     check_vocabulary(opened.tokenizer, target.tokenizer)
-    return DraftModel(opened.model, prefill_step_size)
+    return DraftModel(opened.model, decode.prefill_step_size)
 
 
 def check_vocabulary(draft: Tokenizer, target: Tokenizer) -> None:

@@ -2,12 +2,14 @@
 
 import os
 import signal
+import warnings
 from importlib.util import find_spec
 
 import pytest
 import torch
 
 from transom.base.errors import reset_notices
+from transom.base.runtime import one_thread
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -28,6 +30,16 @@ def _interruptible():
 def _notices_again():
     """A notice is printed once per command, and each test is one."""
     reset_notices()
+
+
+@pytest.fixture
+def fresh_compiler():
+    """torch.compile starts without the graphs of other tests, and on one thread."""
+    torch._dynamo.reset()
+    with warnings.catch_warnings(), one_thread():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own code, while it traces
+        yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True, scope="session")

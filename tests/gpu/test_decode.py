@@ -1,7 +1,5 @@
 """Decoding on a CUDA device: the tokens of the CPU, without waiting for the device, and compiled."""
 
-import warnings
-
 import pytest
 import torch
 
@@ -15,6 +13,7 @@ from transom.quantize.leaves import quantize_model
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
@@ -40,14 +39,6 @@ COMPILE = DecodeArgs(compile=True)
 def model(request):
     torch.backends.cuda.matmul.allow_tf32 = False
     return random_model(tiny_args(max_seq_len=1024, **KINDS[request.param]))
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own code, while it traces
-        yield
 
 
 @pytest.mark.parametrize("sampling", [SamplingArgs(), SAMPLED], ids=["greedy", "sampled"])

@@ -1,6 +1,5 @@
 """Compiled decode steps give the tokens of plain ones, compile nothing per token, and give way."""
 
-import warnings
 from functools import partial
 
 import pytest
@@ -9,13 +8,14 @@ import torch
 from benchmarks import gpu_decode
 from tests.helpers import random_model, tiny_args
 from transom.base.errors import collected_notices
-from transom.base.runtime import one_thread
 from transom.inference import compiled, loop
 from transom.inference.decode_args import DecodeArgs
 from transom.inference.loop import stream
 from transom.layers.compiled import compile_forward
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.leaves import quantize_model
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 KINDS = {
     "full": {},
@@ -24,15 +24,6 @@ KINDS = {
 }
 PROMPTS = [list(range(1, 20)), [7], [5, 9, 30, 2]]
 COMPILE = DecodeArgs(compile=True)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    with warnings.catch_warnings(), one_thread():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own code, while it traces
-        yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture

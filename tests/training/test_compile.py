@@ -2,8 +2,6 @@
 compiling fails.
 """
 
-import warnings
-
 import pytest
 import torch
 
@@ -16,6 +14,8 @@ from transom.training.loop import step as step_module
 from transom.training.loop.blocks import arrange_blocks
 from transom.training.loop.setup import open_run
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 MODELS = {
     "dense": {},
     "window": {"sliding_window": 7},
@@ -23,15 +23,6 @@ MODELS = {
     "moe": {"moe_args": {"num_experts": 4, "top_k": 2, "hidden_dim": 32}},
 }
 PACKINGS = ([[10, 20], [30]], [[3, 3, 24], [29, 1]], [[1, 29], [7, 7, 7, 9]])
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own code, while it traces
-        yield
-    torch._dynamo.reset()
 
 
 def gradients(model, sizes):

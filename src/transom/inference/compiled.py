@@ -36,7 +36,9 @@ _failed: WeakSet[LLM] = WeakSet()  # models that can't be compiled here: nobody 
 def compiled_steps(model: LLM) -> CompiledSteps | None:
     """Return the compiled steps of a model, or None where the plain ones are faster."""
     if model.device.type == "cpu" and quantized_leaves(model):
-        notice("compile: quantized weights are faster without it on the CPU; it is ignored")
+        notice(
+            "compile: quantized weights decode faster without --compile on the CPU: it is ignored"
+        )
         return None
     return CompiledSteps(model)
 

@@ -141,8 +141,10 @@ class PromptCache(PrefixCache):
 
 
 def conversation_prefixes(model: LLM, decode: DecodeArgs) -> PrefixCache | None:
-    """Return the prefixes of a conversation: those of a file, or new ones if a ring may forget what
-    a turn needs. None if a cache can always be rolled back.
+    """Return the prefix cache of a conversation: that of `prompt_cache_file`, or a new one.
+
+    Without a file, and without windows or chunks, it is None: the KV cache can always be rolled
+    back.
     """
     if decode.prompt_cache_file is not None:
         return PromptCache(model, decode)

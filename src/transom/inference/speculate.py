@@ -208,7 +208,7 @@ def speculate(
 def choose_proposer(
     decode: DecodeArgs, draft: Proposer | None, rows: int, cache: ModelCache
 ) -> tuple[Proposer, int] | None:
-    """Return who proposes tokens, and how many per call at most; None decodes without proposals.
+    """Return the proposer of a request and the most tokens per call, or None for plain decoding.
 
     Raises:
         RequestError: Two proposers, a number without a draft model, several rows, or a cache that

@@ -105,7 +105,7 @@ REFUSED = [
     ("gpt_oss", {"max_position_embeddings": float("inf")}, "max_position_embeddings: got inf"),
     ("llama", {"hidden_size": None}, "dim: got None"),
     ("gemma2", {"query_pre_attn_scalar": None}, "not a gemma2 config"),
-    ("llama", {"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
+    ("llama", {"quantization_config": {"quant_method": "aqlm"}}, "'aqlm'"),
     ("llama", {"rope_parameters": {"rope_type": "proportional"}}, "rope_type: got 'proportional'"),
     ("llama", {"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "rope_type: got 'mrope'"),
     ("llama", {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor: got None"),

@@ -21,11 +21,10 @@ from transom.checkpoints.files.layout import CONFIG, FileFormat, gguf_files
 from transom.checkpoints.files.lazy_tensors import LazyTensor, LazyTensors
 from transom.checkpoints.files.location import ModelLocation, find_model
 from transom.checkpoints.files.staging import staged
-from transom.checkpoints.gguf.weights import open_codes
 from transom.checkpoints.load import count_nonfinite, load, warn_nonfinite
 from transom.checkpoints.read_args import read_args
 from transom.checkpoints.save import check_dtype, plan_layout
-from transom.checkpoints.state import open_parameters
+from transom.checkpoints.state import open_codes, open_parameters
 from transom.config.model_args import ModelArgs
 from transom.lora.adapters import plain_weights
 from transom.lora.merge import fold_adapters
@@ -88,7 +87,7 @@ def convert(
     counts: dict[str, int] = {}
     ours = {name: _counted(name, lazy, counts) for name, lazy in state.items()}
     codes = {}
-    if files and location.adapter is None:
+    if location.adapter is None and format == "gguf":
         codes = open_codes(location.model, args, {name: one.shape for name, one in state.items()})
     layout = plan_layout(args, ours, format, dtype, max_shard_size, codes)
     if format == "hf":
@@ -120,7 +119,7 @@ def open_merged(location: ModelLocation, dtype: str | None = None) -> tuple[Mode
         args = read_args(location.model)
         return args, open_parameters(location.model, args)
     wide = None if dtype is None else "float64" if dtype == "float64" else "float32"
-    model = fold_adapters(load(location, dtype=wide))
+    model = fold_adapters(load(location, dtype=wide, keep_quantized=False))
     weights = plain_weights(model).items()
     return model.args, {name: LazyTensor.of(weight.detach()) for name, weight in weights}
 

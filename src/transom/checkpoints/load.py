@@ -23,13 +23,15 @@ from transom.base.runtime import (
 from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.files.checksums import verify_step
 from transom.checkpoints.files.generation_config import stated_settings
-from transom.checkpoints.files.lazy_tensors import dtypes_of
+from transom.checkpoints.files.lazy_tensors import dtypes_of, main_dtype
 from transom.checkpoints.files.location import ModelLocation, find_model
 from transom.checkpoints.files.safetensors_files import ALIGNMENT
 from transom.checkpoints.fingerprint import check_trained_on
-from transom.checkpoints.gguf.weights import Codes, open_codes, quantized_types
+from transom.checkpoints.gguf.weights import quantized_types
+from transom.checkpoints.quantized.codes import Codes
+from transom.checkpoints.quantized.config import stated_quantization
 from transom.checkpoints.read_args import read_args
-from transom.checkpoints.state import meta_model, open_parameters
+from transom.checkpoints.state import meta_model, open_codes, open_parameters
 from transom.config.model_args import ModelArgs
 from transom.lora.adapters import leaves
 from transom.models.llm import LLM
@@ -64,7 +66,7 @@ def load(
     dtype: str | None = None,
     revision: str | None = None,
     *,
-    keep_quantized: bool = False,
+    keep_quantized: bool | None = None,
     before_weights: Callable[[LoadPlan], None] | None = None,
 ) -> LLM:
     """Load a model, in evaluation mode.
@@ -80,8 +82,9 @@ def load(
         dtype: `float32`, `bfloat16`, `float16` or `float64`. None keeps the dtype of the files; a
             quantized GGUF file becomes bfloat16 where the device is fast at it, else float32.
         revision: Branch, tag or commit of a hub id.
-        keep_quantized: Keep the weights of leaves in the codes of a GGUF file. They are frozen, and
-            dequantized whenever a product needs them.
+        keep_quantized: Keep the weights of leaves in the codes of the files. They are frozen, and
+            dequantized whenever a product needs them. None keeps the codes of a quantized folder,
+            and dequantizes those of a GGUF file.
         before_weights: Called before the weights are read. An error that it raises ends the call.
 
     Raises:
@@ -106,7 +109,7 @@ def _load_weights(
     folder: Path,
     device: torch.device,
     dtype: torch.dtype | None,
-    keep_quantized: bool,
+    keep_quantized: bool | None,
     before_weights: Callable[[LoadPlan], None] | None,
 ) -> LLM:
     bound_kernel_caches()
@@ -114,26 +117,27 @@ def _load_weights(
     args = read_args(folder)
     model = meta_model(args)
     source = open_parameters(folder, args)
-    types, where = quantized_types(folder), shown_name(folder)
-    expected = f"expected a quantized GGUF file, not {where}"
-    require(bool(types) or not keep_quantized, "keep_quantized", keep_quantized, expected)
+    types, stated, where = quantized_types(folder), stated_quantization(folder), shown_name(folder)
+    expected = f"expected a quantized GGUF file or folder, not {where}"
+    require(bool(types or stated) or not keep_quantized, "keep_quantized", True, expected)
     codes: dict[str, Codes] = {}
-    if types:
-        dtype = dtype or pick_dtype("auto", device)
+    if types or stated:
         found = {f"{path}.weight": tuple(leaf.weight.shape) for path, leaf in leaves(model).items()}
-        codes = open_codes(folder, args, found) if keep_quantized else {}
-        source = {name: lazy for name, lazy in source.items() if name not in codes}
+        codes = open_codes(folder, args, found)
+        plain = {name: lazy for name, lazy in source.items() if name not in codes}
+        dtype = dtype or (main_dtype(plain) if stated else pick_dtype("auto", device))
+        keep_quantized = bool(stated) if keep_quantized is None else keep_quantized
+        codes, source = (codes, plain) if keep_quantized else ({}, source)
     dtypes = dtypes_of(source, dtype)
     size = sum(math.prod(lazy.shape) * dtypes[name].itemsize for name, lazy in source.items())
     for one in codes.values():
         size += sum(part.nbytes for part in empty_parts(one.shape, one.format, "meta").values())
     if before_weights is not None:
         before_weights(LoadPlan(args, size, dtype or dtypes["tok_embeddings.weight"], device))
-    if dtype and types:
-        how = "kept in codes and computed in" if keep_quantized else "dequantized to"
-        notice(
-            f"{where}: tensors of types {types}, {how} {dtype_name(dtype)}, {size / 1e6:,.1f} MB"
-        )
+    if dtype and (types or stated):
+        how = "kept in codes and computed in" if codes else "dequantized to"
+        what = f"tensors of types {types}" if types else f"weights of {stated}"
+        notice(f"{where}: {what}, {how} {dtype_name(dtype)}, {size / 1e6:,.1f} MB")
     placed = _keep_codes(model, codes, device, dtype) if codes and dtype else {}
     counts: dict[str, int] = {}
     taken: set[int] = set()
@@ -149,7 +153,7 @@ def _load_weights(
 def _keep_codes(
     model: LLM, codes: Mapping[str, Codes], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Make quantized leaves of those whose codes are in a GGUF file; return their parts by name."""
+    """Make quantized leaves of those whose codes are in files; return their parts by name."""
     found = {f"{path}.weight": leaf for path, leaf in leaves(model).items()}
     placed: dict[str, Tensor] = {}
     for name, one in codes.items():

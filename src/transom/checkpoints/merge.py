@@ -143,7 +143,7 @@ class Merge:
         Adapters that add up have their weights.
         """
         dtype = self.wide if form == BaseForm() else form.dtype
-        model = load(ModelLocation(self.base), self.device, dtype)
+        model = load(ModelLocation(self.base), self.device, dtype, keep_quantized=False)
         if form.quantize is not None:
             dequantize_model(quantize_model(model, form.quantize))
         model = model.to(DTYPES[self.wide])

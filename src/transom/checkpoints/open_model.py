@@ -98,7 +98,7 @@ def open_model(
     dtype: str | None = None,
     revision: str | None = None,
     chat_template: str | None = None,
-    keep_quantized: bool = False,
+    keep_quantized: bool | None = None,
     before_weights: Callable[[OpenedText, LoadPlan], None] | None = None,
 ) -> OpenedModel:
     """Open a model with its tokenizer, chat template, stop tokens and generation settings.

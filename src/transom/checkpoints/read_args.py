@@ -32,6 +32,7 @@ from transom.checkpoints.files.layout import (
 )
 from transom.checkpoints.files.location import ModelLocation
 from transom.checkpoints.files.pooling import POOLING
+from transom.checkpoints.quantized.config import KEY as QUANTIZATION
 from transom.config.layer_args import BASE_HEAD
 from transom.config.model_args import ModelArgs
 
@@ -59,7 +60,8 @@ def read_args(folder: Path) -> ModelArgs:
             return replace(args, rope_layout=pointer["rope_layout"])
         return _without_head(folder, config, args_from_hf(config, str(path)))
     refuse_infinite(config, str(path))
-    own = {key: config[key] for key in config if key not in ("model_type", "architectures")}
+    unlike = ("model_type", "architectures", QUANTIZATION)
+    own = {key: config[key] for key in config if key not in unlike}
     return ModelArgs.from_dict(own)
 
 

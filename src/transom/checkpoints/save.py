@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -32,14 +33,18 @@ from transom.checkpoints.files.lazy_tensors import (
 )
 from transom.checkpoints.files.safetensors_files import parse_size, write_stream
 from transom.checkpoints.files.staging import staged
-from transom.checkpoints.gguf.weights import Codes
 from transom.checkpoints.gguf.write import GGUF_DTYPES, GgufLayout, plan_gguf
 from transom.checkpoints.mapping import to_foreign
+from transom.checkpoints.quantized.codes import Codes
+from transom.checkpoints.quantized.config import KEY as QUANTIZATION
+from transom.checkpoints.quantized.folder import quantized_groups
 from transom.config.layer_args import RopeLayout
 from transom.config.model_args import ModelArgs
 from transom.lora.adapters import plain_weights
 from transom.models.llm import LLM
+from transom.names.tables import KeyMapping
 from transom.names.transforms import permute_rotary
+from transom.quantize.leaves import quantized_leaves
 from transom.tokenizers.tokenizer import Tokenizer
 
 MAX_SHARD_SIZE = "5GB"
@@ -60,7 +65,8 @@ def save(
     it does not state.
 
     Args:
-        model: The model; its adapters are left out unless they are merged.
+        model: The model; its adapters are left out unless they are merged. Quantized leaves are
+            written in codes where the format has them, and otherwise dequantized, with a notice.
         folder: The folder to write, or the file with the format `gguf`.
         format: `native`, or `hf`, `meta`, `mistral` or `gguf` for the codes that read those.
         tokenizer: The tokenizer to write beside the weights.
@@ -74,11 +80,16 @@ def save(
             meta device.
         WorkError: The files could not be written, or weights are too large for the dtype.
     """
-    ours = {name: LazyTensor.of(one.detach()) for name, one in plain_weights(model).items()}
+    plain = plain_weights(model, quantized=True)
+    ours = {name: LazyTensor.of(one.detach()) for name, one in plain.items()}
     for name, lazy in ours.items():
         expected = "expected weights on a device that holds values"
         require(not lazy.read().is_meta, f"{name}: device", "meta", expected)
-    layout = plan_layout(model.args, ours, format, dtype, max_shard_size)
+    leaves = {f"{path}.weight": leaf for path, leaf in quantized_leaves(model).items()}
+    for name, leaf in leaves.items():
+        ours[name] = LazyTensor(leaf.shape, leaf.weight_dtype, leaf.dequantize)
+    codes = {name: Codes.of(leaf) for name, leaf in leaves.items()}
+    layout = plan_layout(model.args, ours, format, dtype, max_shard_size, codes)
     settings = settings_to_write(model.generation_settings, tokenizer, str(folder))
     if format == "hf":
         layout.config.update(ids_of(settings))
@@ -133,7 +144,7 @@ def plan_layout(
         format: As for `save`.
         dtype: As for `save`.
         max_shard_size: As for `save`.
-        codes: As for `plan_gguf`.
+        codes: The parameters that are in codes. Formats that have these codes store them.
 
     Raises:
         RequestError: As for `save`.
@@ -145,17 +156,22 @@ def plan_layout(
     require(sharded or max_shard_size is None, "max_shard_size", max_shard_size, one_file)
     if format == "gguf":
         return plan_gguf(args, ours, dtype, codes or {})
+    codes = codes or {}
     ours = cast(ours, None if dtype is None else DTYPES[dtype])
+    kind = main_dtype({name: lazy for name, lazy in ours.items() if name not in codes})
     size = max_shard_size or MAX_SHARD_SIZE
     max_bytes = parse_size(size, "max_shard_size") if sharded else None
     if format == "native":
         config: dict[str, Any] = {"model_type": MODEL_TYPE, **args.to_dict()}
         groups = [TensorGroup.of(name, lazy) for name, lazy in ours.items()]
+        mappings = [KeyMapping((name,), (name,), "copy") for name in ours]
+        if codes:
+            groups, config[QUANTIZATION] = quantized_groups(mappings, groups, codes, kind)
         return FolderLayout(format, config, groups, max_bytes)
     layout: RopeLayout = "interleaved"
     if format == "hf":
         config = args_to_hf(args)
-        config["torch_dtype"] = str(main_dtype(ours)).removeprefix("torch.")
+        config["torch_dtype"] = str(kind).removeprefix("torch.")
         family = str(config["model_type"])
         # Halves stay halves in every family.
         layout = (
@@ -169,8 +185,15 @@ def plan_layout(
         require(written is not None, "format", format, expected)
         config, family = written or {}, f"params_{format}"
     if args.rope_layout != layout:
-        ours = {name: _reordered(name, lazy, args, layout) for name, lazy in ours.items()}
-    groups = to_foreign(WEIGHT_NAMES[family].mappings(args, ours), ours, f"format {format}")
+        change = partial(permute_rotary, args=args, to=layout)
+        ours = {name: lazy.then(partial(change, name)) for name, lazy in ours.items()}
+        codes = {name: one.plain().reordered(partial(change, name)) for name, one in codes.items()}
+    mappings = WEIGHT_NAMES[family].mappings(args, ours)
+    groups = to_foreign(mappings, ours, f"format {format}")
+    if codes and format == "hf":
+        groups, config[QUANTIZATION] = quantized_groups(mappings, groups, codes, kind)
+    elif codes:
+        notice(f"{len(codes)} weights are dequantized, as format {format} has no codes")
     return FolderLayout(format, config, groups, max_bytes)
 
 
@@ -186,7 +209,3 @@ def _untied(args: ModelArgs, ours: LazyTensors, format: str) -> tuple[ModelArgs,
         **ours,
         "output.weight": ours["tok_embeddings.weight"],
     }
-
-
-def _reordered(name: str, lazy: LazyTensor, args: ModelArgs, to: RopeLayout) -> LazyTensor:
-    return lazy.then(lambda tensor: permute_rotary(name, tensor, args, to))

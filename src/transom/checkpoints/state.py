@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,8 +23,11 @@ from transom.checkpoints.files.layout import (
 )
 from transom.checkpoints.files.lazy_tensors import LazyTensor, refuse_quantized
 from transom.checkpoints.files.safetensors_files import open_safetensors
-from transom.checkpoints.gguf.weights import open_gguf
+from transom.checkpoints.gguf.weights import gguf_codes, open_gguf
 from transom.checkpoints.mapping import clean, to_ours
+from transom.checkpoints.quantized.codes import Codes, under_our_names
+from transom.checkpoints.quantized.config import stated_quantization
+from transom.checkpoints.quantized.folder import open_quantized
 from transom.checkpoints.read_args import read_args
 from transom.config.model_args import ModelArgs
 from transom.models.llm import LLM
@@ -88,4 +92,31 @@ def open_files(folder: Path, args: ModelArgs) -> dict[str, LazyTensor]:
         notice(f"{folder}: weights are read from {read}; ignored: {ignored}")
     if taken.files[0].endswith(".pth"):
         return open_ranks(folder, taken.files, args)
-    return open_safetensors(folder, taken.files)
+    if stated_quantization(folder) is None:
+        return open_safetensors(folder, taken.files)
+    plain, codes = open_quantized(folder)
+    return plain | {key: one.dense() for key, one in codes.items()}
+
+
+def open_codes(folder: Path, args: ModelArgs, leaves: Mapping[str, Shape]) -> dict[str, Codes]:
+    """Return the weights of leaves that are in codes in the files of a folder, not read yet.
+
+    Args:
+        folder: A model folder of any format.
+        args: Its model.
+        leaves: The shapes of all weights of leaves, by our names.
+
+    Raises:
+        RequestError: As for `open_parameters`.
+    """
+    in_gguf = bool(gguf_files(folder))
+    if not in_gguf and stated_quantization(folder) is None:
+        return {}
+    source = gguf_codes(folder) if in_gguf else open_quantized(folder)[1]
+    if folder_format(folder) == "native":
+        mappings = [KeyMapping((name,), (name,), "copy") for name in leaves]
+    else:
+        names = WEIGHT_NAMES[names_table(folder)]
+        source = {names.known_key(key): one for key, one in source.items()}
+        mappings = names.mappings_to_read(args, leaves)
+    return under_our_names(mappings, source, leaves)

@@ -15,7 +15,7 @@ from typing import Any
 from transom.base.errors import RequestError, require
 from transom.base.files import json_text, write_text
 from transom.cli.main import emit_json, user_path
-from transom.cli.options import KEPT, MODEL, check_model
+from transom.cli.options import MODEL, add_keep_quantized, check_model
 from transom.evaluation.eval_args import EvalArgs
 from transom.evaluation.task_data import open_data
 from transom.planning.tables import counted, heading, show, table
@@ -54,7 +54,6 @@ FLAGS: tuple[tuple[tuple[str, ...], Any, str, str], ...] = (
     (("--rows",), user_path, "FILE", "write the result of each document or row as JSON lines"),
 )
 SWITCHES = (
-    ("--keep-quantized", KEPT),
     ("--apply-chat-template", "with --tasks: write prompts with the chat template"),
     ("--ignore-case", "for answers: ignore upper and lower case"),
     ("--overwrite", "replace existing files of --out and --rows"),
@@ -74,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest = names[-1][2:].replace("-", "_")
         parser.add_argument(*names, dest=dest, type=kind, metavar=word, help=meaning, action=action)
     parser.set_defaults(device="auto", batch_tokens=EvalArgs.batch_tokens, stop=[])
+    add_keep_quantized(parser)
     for name, meaning in SWITCHES:
         parser.add_argument(name, action="store_true", help=meaning)
 

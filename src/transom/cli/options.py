@@ -14,7 +14,7 @@ from transom.cli.main import user_path
 
 T = TypeVar("T")
 MODEL = "a model or adapter folder of any format, a GGUF file, a run folder, a hub id, or smollm2"
-KEPT = "keep the weights of a GGUF file in its codes: less memory"
+KEPT = "keep weights in the codes of the files: less memory (default: all but those of GGUF files)"
 ALIASES = {"temperature": ("--temp",)}  # shorter names of flags
 
 
@@ -26,7 +26,13 @@ def add_model(parser: argparse.ArgumentParser, what: str = MODEL) -> None:
     parser.add_argument("--device", default="auto", help=devices)
     dtypes = "float32, bfloat16, float16 or float64 (default: that of the files)"
     parser.add_argument("--dtype", help=dtypes)
-    parser.add_argument("--keep-quantized", action="store_true", help=KEPT)
+    add_keep_quantized(parser)
+
+
+def add_keep_quantized(parser: argparse.ArgumentParser) -> None:
+    """Add `--keep-quantized` and `--no-keep-quantized`."""
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--keep-quantized", action=switch, default=None, help=KEPT)
 
 
 def check_model(name: str) -> None:

@@ -30,7 +30,7 @@ class EvalModel(OpenedModel):
         device: str = "auto",
         dtype: str | None = None,
         chat_template: str | None = None,
-        keep_quantized: bool = False,
+        keep_quantized: bool | None = None,
     ) -> EvalModel:
         """Open a model for evaluation; the arguments are those of `open_model`.
 

@@ -56,7 +56,7 @@ class TransomLM(TemplateLM):
         device: str | None = None,
         dtype: str | None = None,
         chat_template: str | None = None,
-        keep_quantized: bool = False,
+        keep_quantized: bool | None = None,
         batch_size: int | str = "auto",
         max_batch_size: int | None = None,
         batch_tokens: int = 4096,

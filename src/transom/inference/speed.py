@@ -196,7 +196,7 @@ def open_or_draw(
     described: DescribedModel,
     device: str = "auto",
     dtype: str | None = None,
-    keep_quantized: bool = False,
+    keep_quantized: bool | None = None,
 ) -> LLM:
     """Return a model with its weights, or with random ones if its name is a config or a preset.
 
@@ -215,7 +215,7 @@ def open_or_draw(
     location = described.location
     if location is not None and Path(described.name).name not in (CONFIG, PARAMS):
         return load(location, device, dtype, keep_quantized=keep_quantized)
-    expected = f"expected a quantized GGUF file, not {described.name}"
+    expected = f"expected a quantized GGUF file or folder, not {described.name}"
     require(not keep_quantized, "keep_quantized", keep_quantized, expected)
     args, place = described.args, pick_device(device)
     kind, size = pick_dtype(dtype or "auto", place), counts.parameters(args)

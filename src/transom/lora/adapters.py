@@ -261,17 +261,22 @@ def train_adapters(model: nn.Module, names: Collection[str]) -> None:
                 held[name].requires_grad_(True)
 
 
-def plain_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+def plain_weights(model: nn.Module, *, quantized: bool = False) -> dict[str, nn.Parameter]:
     """Return the parameters of a model without its adapters, as it multiplies by them now, for
     saving the model.
 
     Active replacements are cast to the dtype of the parameters that they replace.
 
+    Args:
+        model: the model.
+        quantized: leave out the parts of quantized leaves.
+
     Raises:
         RequestError: adapters are active and not merged, so that they would be lost, or weights are
-            quantized.
+            quantized and are not to be left out.
     """
-    for path in quantized_leaves(model):
+    leaves = quantized_leaves(model)
+    for path in leaves if not quantized else ():
         raise RequestError(
             f"{path} is quantized; expected a dense model (dequantize_model), or to "
             f"save its adapter alone"
@@ -284,6 +289,7 @@ def plain_weights(model: nn.Module) -> dict[str, nn.Parameter]:
                 "it alone (save_adapter)"
             )
     inside = tuple(f"{path}.lora." for path, _, _ in adapted_modules(model))
+    inside += tuple(f"{path}.{name}" for path, leaf in leaves.items() for name in leaf.part_names)
     # A tied or replaced parameter has two names; the first one is that in the module it belongs to.
     named = model.named_parameters(remove_duplicate=False)
     out = {name: parameter for name, parameter in named if not name.startswith(inside)}

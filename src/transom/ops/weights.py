@@ -86,7 +86,8 @@ def coded_weight(
     inputs = parts["codes"].size(1) * (1 if levels is None else 2)
     group = inputs // groups
     super_dtype = parts["super_scales"].dtype if block else torch.float32
-    if scales not in KINDS or super_dtype not in KINDS or (levels and group % 2):
+    covered = scales in KINDS and super_dtype in KINDS and "order" not in parts
+    if not covered or (levels and group % 2):
         return None
     numbers = {"scale_kind": KINDS[scales], "super_kind": KINDS[super_dtype], "block": block}
     numbers |= {"outputs": outputs, "inputs": inputs, "group": group}

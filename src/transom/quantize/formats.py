@@ -11,6 +11,8 @@ group`. `WeightFormat` says which parts there are.
 - `super_scales`, `super_minimums` [out * n / block]: if `scales` and `minimums` are the bits of
   8-bit codes, int8, one factor for each `block` of them, counted through all rows.
 - `scale_mean` [1]: added to scales that are codes.
+- `order` int32 [in]: the input of each column of the codes, if neighbours in the codes are not
+  neighbours in the weight (act-order of GPTQ).
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ class WeightFormat:
             have the bits of these codes. 0: scales are not codes.
         super_scales: The dtype of these factors.
         centered: Whether the codes are scales less their mean.
+        ordered: Whether the columns of the codes are in another order than the inputs.
     """
 
     levels: Levels | None
@@ -53,6 +56,7 @@ class WeightFormat:
     block: int = 0
     super_scales: torch.dtype = torch.float32
     centered: bool = False
+    ordered: bool = False
 
 
 def integers(first: int) -> Levels:
@@ -157,7 +161,11 @@ def dequantize(parts: Parts, format: WeightFormat, rows: slice | Tensor = slice(
         kept = codes.is_cuda and type(codes) is Tensor  # a copy to a GPU would wait for it
         pairs = (_pairs if kept else _pairs.__wrapped__)(format.levels, codes.device)
         values = pairs.index_select(0, codes.flatten().int()).view(torch.float32)
-    return scaled(values, parts, format, rows)
+    values = scaled(values, parts, format, rows)
+    if "order" not in parts:
+        return values
+    places = parts["order"].long().unsqueeze(-2).expand_as(values)
+    return torch.empty_like(values).scatter_(-1, places, values)
 
 
 @functools.cache
@@ -205,6 +213,8 @@ def empty_parts(
             parts["super_minimums"] = format.super_scales, blocks
     if format.centered:
         parts["scale_mean"] = format.super_scales, (1,)
+    if format.ordered:
+        parts["order"] = torch.int32, (inputs,)
     return {
         name: torch.empty(*leading, *own, dtype=dtype, device=device)
         for name, (dtype, own) in parts.items()

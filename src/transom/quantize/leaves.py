@@ -145,6 +145,9 @@ def product(x: Tensor, bias: Tensor | None, leaf: Quantized, parts: Parts) -> Te
     if not x.is_meta and torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
     format = leaf.format
+    if "order" in parts:
+        x = x.index_select(-1, parts["order"])
+        parts = {name: part for name, part in parts.items() if name != "order"}
     if traced.takes(x):
         return traced.product(x, bias, parts, format)
     needs_gradient = x.requires_grad or (bias is not None and bias.requires_grad)

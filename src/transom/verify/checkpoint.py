@@ -83,7 +83,7 @@ def quiet_convert(source: str | Path, out: Path, format: Format) -> None:
 
 @quiet()
 def quiet_load(folder: Path, dtype: str) -> LLM:
-    return load(folder, dtype=dtype)
+    return load(folder, dtype=dtype, keep_quantized=False)
 
 
 @quiet()

@@ -144,7 +144,8 @@ def compare_adapter(found: ModelLocation, name: str) -> Iterator[Finding]:
         other = fingerprint(found.model, fresh=True) != facts.base_fingerprint
         detail = f"trained on {facts.base} ({facts.base_fingerprint[:12]})"
         yield exact("base = base of the training", name, other, detail)
-    model = load_adapter(load(ModelLocation(found.model), dtype="float32"), found.adapter)
+    base = ModelLocation(found.model)
+    model = load_adapter(load(base, dtype="float32", keep_quantized=False), found.adapter)
     tokens = random_tokens(model.args, 1, min(LENGTH, model.args.max_seq_len))
     expected = _outputs(model, tokens)
     merge_adapter(model)
@@ -155,7 +156,7 @@ def compare_adapter(found: ModelLocation, name: str) -> Iterator[Finding]:
     tolerance = TOLERANCES[torch.float32]
     yield close("merged logits = unmerged", name, _outputs(model, tokens), expected, tolerance)
     del model
-    model = load_adapter(load(ModelLocation(found.model)), found.adapter)
+    model = load_adapter(load(base, keep_quantized=False), found.adapter)
     unmerge_adapter(merge_adapter(model))
     replaced = {
         f"{path}.{key}" for path, _, adapters in adapted_modules(model) for key in adapters.replaced

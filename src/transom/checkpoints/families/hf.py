@@ -10,6 +10,7 @@ from typing import Any
 from transom.base.errors import RequestError, require
 from transom.checkpoints.families.foreign_config import ForeignConfig
 from transom.checkpoints.families.registry import FAMILIES
+from transom.checkpoints.quantized.config import read_quantization
 from transom.config.layer_args import BASE_HEAD
 from transom.config.model_args import ModelArgs
 
@@ -39,7 +40,7 @@ def args_from_hf(config: dict[str, Any], where: str) -> ModelArgs:
     """Return the model that a Hugging Face config describes, and print what of it is not read.
 
     Raises:
-        RequestError: a key is missing, a value is not supported, or the weights are quantized.
+        RequestError: a key is missing, or a value is not supported, also of `quantization_config`.
     """
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
@@ -47,7 +48,7 @@ def args_from_hf(config: dict[str, Any], where: str) -> ModelArgs:
             f"{where}: model_type: got {name!r}; expected transom, {', '.join(FAMILIES)}"
         )
     reader = ForeignConfig(config, where, FAMILIES[name].defaults)
-    reader.refuse_quantized("quantization_config", "quant_method")
+    read_quantization(reader, tell=True)
     args = FAMILIES[name].args_from(reader)
     reader.print_notes()
     return args

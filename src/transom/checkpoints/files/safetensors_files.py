@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,15 +41,15 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "
 Entry = tuple[str, Tensor]  # a key, and shape and dtype as a meta tensor
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of one file, as views of its memory map.
+def read_safetensors(path: Path, keys: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """Return the tensors of one file, or those of some keys, as views of its memory map.
 
     Raises:
         RequestError: The file is missing, incomplete or damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            return {key: file.get_tensor(key) for key in keys or file.keys()}
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
@@ -56,8 +57,16 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise RequestError(f"{path}: not a complete safetensors file ({error})") from None
 
 
-def open_safetensors(folder: Path, files: Sequence[str]) -> dict[str, LazyTensor]:
+def open_safetensors(
+    folder: Path, files: Sequence[str], *, apart: bool = False
+) -> dict[str, LazyTensor]:
     """Return the tensors of several files of a folder, not read yet.
+
+    Args:
+        folder: The folder.
+        files: The names of the files.
+        apart: Map the file again for every tensor that is read. What has been read of a map counts
+            as memory of the process as long as a tensor is there.
 
     Raises:
         RequestError: A file is missing or damaged, or two files have the same key.
@@ -67,8 +76,14 @@ def open_safetensors(folder: Path, files: Sequence[str]) -> dict[str, LazyTensor
         for key, tensor in read_safetensors(folder / file).items():
             expected = "another file of the index has this key too; expected it once"
             require(key not in out, str(folder / file), key, expected)
-            out[key] = LazyTensor.of(tensor)
+            again = functools.partial(_read_again, folder / file, key)
+            kept = LazyTensor.of(tensor)
+            out[key] = LazyTensor(kept.shape, kept.dtype, again) if apart else kept
     return out
+
+
+def _read_again(path: Path, key: str) -> Tensor:
+    return read_safetensors(path, [key])[key]
 
 
 def parse_size(text: str, field: str) -> int:

@@ -7,60 +7,21 @@ llama.cpp has added to norms is subtracted.
 from __future__ import annotations
 
 import functools
-import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from transom.base.files import gguf_pointer
-from transom.checkpoints.families.registry import WEIGHT_NAMES
-from transom.checkpoints.files.layout import names_table
 from transom.checkpoints.files.lazy_tensors import LazyTensor
 from transom.checkpoints.gguf.config import ARCHITECTURES
 from transom.checkpoints.gguf.folder import open_folder
-from transom.checkpoints.gguf.reader import GgufModel, StoredTensor, map_bytes
-from transom.config.model_args import ModelArgs
-from transom.names.tables import Transform
-from transom.names.transforms import Shape, apply_transform
-from transom.quantize.formats import WeightFormat, empty_parts
-from transom.quantize.ggml import DENSE, TYPES, dense, parts
+from transom.checkpoints.gguf.reader import StoredTensor, map_bytes
+from transom.checkpoints.quantized.codes import Codes, Rows, pieces
+from transom.quantize.ggml import DENSE, TYPES, dense
 
-_PIECE = 1 << 22  # numbers that are dequantized at a time
 _HALVES = {torch.float16, torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Codes:
-    """The weight of a leaf in the codes of a GGUF file, not read yet.
-
-    Attributes:
-        type: The type of its tensor.
-        shape: The shape of the weight.
-        blocks: Returns the blocks [..., out, bytes], as a view of the memory map if it can.
-    """
-
-    type: str
-    shape: Shape
-    blocks: Callable[[], Tensor]
-
-    @property
-    def format(self) -> WeightFormat:
-        """The format of the parts."""
-        return TYPES[self.type].format
-
-    def read(self) -> dict[str, Tensor]:
-        """Return the parts of the weight, in memory of their own."""
-        out, blocks = empty_parts(self.shape, self.format, "cpu"), self.blocks()
-        by_row = {name: part.unflatten(0, (self.shape[0], -1)) for name, part in out.items()}
-        for rows in pieces(self.shape):
-            some = blocks[rows]
-            for name, part in parts(self.type, some).items():
-                by_row[name][rows] = part.unflatten(0, (len(some), -1))
-        return out
 
 
 def open_gguf(folder: Path) -> dict[str, LazyTensor]:
@@ -85,40 +46,23 @@ def open_gguf(folder: Path) -> dict[str, LazyTensor]:
     return out
 
 
-def open_codes(folder: Path, args: ModelArgs, leaves: Mapping[str, Shape]) -> dict[str, Codes]:
-    """Return the codes of leaves whose weights have one in the file, not read yet.
-
-    Args:
-        folder: A translated folder.
-        args: Its model.
-        leaves: The shapes of all weights of leaves, by our names.
-    """
+def gguf_codes(folder: Path) -> dict[str, Codes]:
+    """Return the tensors of a translated folder that are in codes, not read yet."""
     model, _ = open_folder(folder)
-    out: dict[str, Codes] = {}
-    for mapping in WEIGHT_NAMES[names_table(folder)].mappings_to_read(args, leaves):
-        found = [model.tensors[key] for key in mapping.foreign if key in model.tensors]
-        kinds = {stored.type for stored in found}
-        complete = len(found) == len(mapping.foreign) and not any(n in out for n in mapping.ours)
-        if not complete or len(kinds) > 1 or kinds & DENSE.keys():
-            continue
-        shapes = [leaves[name] for name in mapping.ours]
-        made = functools.partial(_made, model, mapping.transform, found, shapes)
-        for index, name in enumerate(mapping.ours):
-            read = functools.partial(made, index)
-            out[name] = Codes(found[0].type, shapes[index], read)
-    return out
+    return {
+        name: Codes(
+            TYPES[stored.type].format,
+            stored.shape,
+            functools.partial(_rows, model.files[stored.part], stored),
+            stored.type,
+        )
+        for name, stored in model.tensors.items()
+        if stored.type not in DENSE
+    }
 
 
-def _made(
-    model: GgufModel,
-    transform: Transform,
-    tensors: Sequence[StoredTensor],
-    shapes: Sequence[Shape],
-    index: int,
-) -> Tensor:
-    """Return the blocks of one of the weights that a mapping makes of tensors."""
-    blocks = [_blocks(model.files[stored.part], stored) for stored in tensors]
-    return apply_transform(transform, blocks, shapes)[index]
+def _rows(file: Path, stored: StoredTensor) -> Rows:
+    return {"blocks": _blocks(file, stored)}
 
 
 def _blocks(file: Path, stored: StoredTensor) -> Tensor:
@@ -135,12 +79,6 @@ def _read(file: Path, stored: StoredTensor) -> Tensor:
     for rows in pieces(stored.shape):
         out[rows] = dense(stored.type, blocks[rows])
     return out
-
-
-def pieces(shape: Shape) -> list[slice]:
-    """Return slices of the first dimension with about `_PIECE` numbers each."""
-    step = max(1, _PIECE // math.prod(shape[1:]))
-    return [slice(start, start + step) for start in range(0, shape[0], step)]
 
 
 def _narrowed(lazy: LazyTensor, dtype: torch.dtype) -> LazyTensor:

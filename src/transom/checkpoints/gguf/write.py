@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,13 +26,14 @@ from transom.checkpoints.files.lazy_tensors import LazyTensors, TensorGroup, nar
 from transom.checkpoints.gguf.config import ARCHITECTURES
 from transom.checkpoints.gguf.model_metadata import model_metadata
 from transom.checkpoints.gguf.tokenizer_metadata import tokenizer_metadata
-from transom.checkpoints.gguf.weights import Codes, pieces
 from transom.checkpoints.mapping import to_foreign
+from transom.checkpoints.quantized.codes import Codes, Rows, pieces
 from transom.config.layer_args import RopeLayout
 from transom.config.model_args import ModelArgs
-from transom.names.tables import KeyMapping
+from transom.names.tables import Transform
 from transom.names.transforms import Shape, invert_transform, permute_rotary
-from transom.quantize.ggml import DENSE, TYPES, WRITTEN, quantize, row_bytes
+from transom.quantize.formats import INT4
+from transom.quantize.ggml import DENSE, TYPES, WRITTEN, blocks, quantize, row_bytes
 
 # The numbers of `llama_ftype` of llama.h for files that have mostly one type.
 _FILE_TYPES = {
@@ -112,8 +113,8 @@ def plan_gguf(
         args: The model's arguments.
         ours: Its parameters under Transom's names. They are read while they are written.
         dtype: A name of `GGUF_DTYPES`; None keeps the type of each parameter.
-        codes: The parameters that are in the codes of a GGUF file. They are copied if their type
-            is that of the new file.
+        codes: The parameters that are in codes. The codes are copied if a type has them that is
+            that of the new file, or without a `dtype`.
 
     Raises:
         RequestError: GGUF can't state the model, or has no type for its dtype.
@@ -134,18 +135,29 @@ def plan_gguf(
         key: GgufTensor("F32", (4 * len(one),), partial(quantize, "F32", torch.tensor(one)))
         for key, one in stated.factors.items()
     }
+    rounded = again = 0
     for mapping, group in zip(mappings, groups, strict=True):
         (key,), (meta,) = group.keys, group.metas
         own = str(meta.dtype).removeprefix("torch.")
         require(own in _OTHER_NAMES, f"{key}: dtype", own, f"expected {', '.join(_OTHER_NAMES)}")
         type = _type_of(key, meta.shape, GGUF_DTYPES[dtype or own])
         read = partial(_converted, key, type, group)
-        kinds = {codes[name].type if name in codes else "" for name in mapping.ours}
+        coded = {name: _as_blocks(codes[name]) for name in mapping.ours if name in codes}
+        kinds = {coded[name].type if name in coded else "" for name in mapping.ours}
         kept = kinds == {type} or (dtype is None and len(kinds) == 1 and kinds != {""})
-        if kept and args.rope_layout == to:
-            (type,), read = kinds, partial(_copied, mapping, codes)
+        if kept:
+            change = partial(permute_rotary, args=args, to=to)
+            rows = [one.reordered(partial(change, name)) for name, one in coded.items()]
+            (type,), read = kinds, partial(_copied, mapping.transform, rows)
+            rounded += any(not codes[name].type and not _is_exact(codes[name]) for name in coded)
+        else:
+            again += bool(coded)
         *outer, inputs = meta.shape
         tensors[key] = GgufTensor(type, (*outer, row_bytes(type, inputs)), read)
+    if rounded:
+        notice(f"{rounded} weights keep their codes, with scales and minimums in half precision")
+    if again:
+        notice(f"{again} weights are dequantized, as their codes are not those of the new file")
     types = Counter(one.type for one in tensors.values() if len(one.shape) > 1)
     most = types.most_common(1)[0][0]
     if most not in DENSE and types["F16"]:
@@ -173,5 +185,35 @@ def _converted(name: str, kind: str, group: TensorGroup) -> Tensor:
     return torch.cat([quantize(kind, numbers) for numbers in some])
 
 
-def _copied(mapping: KeyMapping, codes: Mapping[str, Codes]) -> Tensor:
-    return invert_transform(mapping.transform, [codes[name].blocks() for name in mapping.ours])[0]
+def _copied(transform: Transform, codes: Sequence[Codes]) -> Tensor:
+    return invert_transform(transform, [one.rows()["blocks"] for one in codes])[0]
+
+
+def _as_blocks(one: Codes) -> Codes:
+    """Return a weight as blocks of a type that has its codes, or as it is if there is none.
+
+    The factors of blocks are in half precision.
+    """
+    form, inputs = one.format, one.shape[-1]
+    group = form.group or inputs
+    name = _SAME_CODES.get((form.levels, form.offset), "")
+    if one.type or not name or form.block or form.ordered or group % TYPES[name].weights:
+        return one
+
+    def rows() -> Rows:
+        read = one.read()
+        scales = read["scales"].float().repeat_interleave(group // TYPES[name].weights, -1)
+        parts = {"codes": read["codes"], "scales": scales}
+        if form.offset == "zeros":
+            zeros = read["zeros"].float() - INT4[0]
+            parts["minimums"] = -scales * zeros.repeat_interleave(group // TYPES[name].weights, -1)
+        return {"blocks": blocks(name, parts)}
+
+    return Codes(TYPES[name].format, one.shape, rows, name)
+
+
+_SAME_CODES = {(INT4, "none"): "Q4_0", (INT4, "zeros"): "Q4_1", (None, "none"): "Q8_0"}
+
+
+def _is_exact(one: Codes) -> bool:
+    return one.format.offset == "none" and one.format.scales == torch.float16

@@ -60,7 +60,9 @@ class FinetuneArgs:
         None,
         "weights of 4 or 8 bits for the linear layers of the frozen base (QLoRA, arXiv 2305.14314)",
     )
-    keep_quantized: bool = describe(False, "keep the frozen base in the codes of its GGUF file")
+    keep_quantized: bool | None = describe(
+        None, "keep the frozen base in the codes of its files; null: not those of a GGUF file"
+    )
     train_router: bool | None = describe(
         None, "train the routers of a mixture of experts; null: only with method full"
     )

@@ -101,6 +101,8 @@ def finetune_model(folder: Path, args: TrainArgs, choice: DtypeChoice) -> tuple[
     before = random_state(device)
     wide = finetune.method == "full" or choice.is_open
     dtype, keep = "float32" if wide else dtype_name(choice.dtype), finetune.keep_quantized
+    if finetune.method == "full" or finetune.quantize is not None:
+        keep = False
     model = load(folder, str(device), dtype, keep_quantized=keep)
     expected = "expected a language model without a head for fine-tuning"
     require(model.args.head is None, "base", args.base, expected)

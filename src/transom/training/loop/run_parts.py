@@ -69,7 +69,7 @@ def continued_parts(args: TrainArgs, choice: DtypeChoice) -> RunParts:
     assert args.base is not None, "the caller checks it"
     folder = whole_model(args.base)
     tokenizer = load_tokenizer(folder)
-    model = load(folder, str(choice.ranks.device), "float32").train()
+    model = load(folder, str(choice.ranks.device), "float32", keep_quantized=False).train()
     args.check_model(model.args)
     data = open_data(args, model.args, tokenizer, choice.ranks)
     companions = Companions(folder, tokenizer, None)

@@ -1,7 +1,5 @@
 """A model in codes is written to a folder and comes back with the same codes."""
 
-import json
-
 import pytest
 import torch
 

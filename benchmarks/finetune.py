@@ -22,7 +22,7 @@ from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
 from transom.models.llm import LLM
 from transom.quantize.args import QuantizeArgs
-from transom.quantize.leaves import quantize_model
+from transom.quantize.methods import quantize_model
 from transom.training.losses.cross_entropy import head_loss
 from transom.training.optim.args import OptimizerArgs
 from transom.training.optim.optimizers import build_optimizer

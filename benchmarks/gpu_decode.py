@@ -16,7 +16,7 @@ from transom.inference.speed import measure_speed, weight_bytes_read
 from transom.models.llm import LLM
 from transom.planning.counts import kv_bytes
 from transom.quantize.args import QuantizeArgs
-from transom.quantize.leaves import quantize_model
+from transom.quantize.methods import quantize_model
 
 SHAPE: Mapping[str, Any] = {  # Llama 3.1 8B
     "dim": 4096,

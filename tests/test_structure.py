@@ -93,7 +93,7 @@ CEILINGS = {
     "names": 130,
     "models": 514,
     "tokenizers": 985,
-    "quantize": 601,
+    "quantize": 1_000,
     "lora": 600,
     "chat": 905,
     "checkpoints": 4_640,

@@ -52,7 +52,8 @@ if TYPE_CHECKING:
     from transom.models.llm import LLM
     from transom.models.vision import VisionEmbeddings, merge_images
     from transom.quantize.args import QuantizeArgs
-    from transom.quantize.leaves import dequantize_model, quantize_model
+    from transom.quantize.leaves import dequantize_model
+    from transom.quantize.methods import quantize_model
     from transom.tokenizers.tokenizer import Tokenizer
 
 # Names resolve on first use (PEP 562): `import transom` and `transom --help` must not pay for
@@ -101,7 +102,8 @@ _HOMES = {
     "transom.models.llm": ("LLM",),
     "transom.config.presets": ("preset",),
     "transom.quantize.args": ("QuantizeArgs",),
-    "transom.quantize.leaves": ("dequantize_model", "quantize_model"),
+    "transom.quantize.leaves": ("dequantize_model",),
+    "transom.quantize.methods": ("quantize_model",),
     "transom.tokenizers.tokenizer": ("Tokenizer",),
     "transom.models.vision": ("VisionEmbeddings", "merge_images"),
 }

@@ -21,7 +21,8 @@ from transom.evaluation.merging import merge_folders
 from transom.lora.args import CombineArgs
 from transom.lora.merge import merge_adapter
 from transom.quantize.args import QuantizeArgs
-from transom.quantize.leaves import dequantize_model, quantize_model
+from transom.quantize.leaves import dequantize_model
+from transom.quantize.methods import quantize_model
 
 NF4 = {"kind": "nf4", "group": 32}
 merge = partial(merge_folders, tokens=512)

@@ -9,7 +9,7 @@ from transom.inference.decode_args import DecodeArgs
 from transom.inference.loop import stream
 from transom.inference.sampling import SamplingArgs
 from transom.quantize.args import QuantizeArgs
-from transom.quantize.leaves import quantize_model
+from transom.quantize.methods import quantize_model
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,7 +14,7 @@ from transom.layers.inputs import TransformerInput
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
 from transom.quantize.args import QuantizeArgs
-from transom.quantize.leaves import quantize_model
+from transom.quantize.methods import quantize_model
 from transom.training.loop.setup import open_run
 from transom.training.losses.cross_entropy import head_loss
 from transom.training.losses.log_probs import adapters_off, measured_log_probs

@@ -13,7 +13,7 @@ from transom.inference.decode_args import DecodeArgs
 from transom.inference.loop import stream
 from transom.layers.compiled import compile_forward
 from transom.quantize.args import QuantizeArgs
-from transom.quantize.leaves import quantize_model
+from transom.quantize.methods import quantize_model
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 

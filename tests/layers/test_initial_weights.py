@@ -12,7 +12,7 @@ from transom.layers.norm import make_norm
 from transom.models.llm import LLM
 from transom.models.vision import VisionEmbeddings
 from transom.quantize.args import QuantizeArgs
-from transom.quantize.leaves import quantize_model
+from transom.quantize.methods import quantize_model
 
 MOE = {
     "num_experts": 4,

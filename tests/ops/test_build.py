@@ -14,7 +14,7 @@ from transom.inference.loop import generate
 from transom.layers.linear import Linear
 from transom.ops import build
 from transom.quantize.args import QuantizeArgs
-from transom.quantize.leaves import quantize_model
+from transom.quantize.methods import quantize_model
 
 
 @pytest.fixture

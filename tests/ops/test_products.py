@@ -12,7 +12,7 @@ from transom.ops import products
 from transom.ops.build import SWITCH
 from transom.ops.weights import Weight, coded_weight, dense_weight
 from transom.quantize.args import QuantizeArgs
-from transom.quantize.leaves import quantize_model
+from transom.quantize.methods import quantize_model
 from transom.verify import ops as verify
 
 EXPERTS = {"num_experts": 4, "top_k": 2, "hidden_dim": 64}

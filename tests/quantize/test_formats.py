@@ -284,7 +284,10 @@ def test_weights_to_one_side_gain_by_zeros():
             "double_quant: got True",
         ),
         ({"zero_points": True}, "zero_points: got True"),
-        ({"kind": "nf5"}, "kind: got 'nf5'; expected one of nf4, int4, int8; did you mean 'nf4'"),
+        (
+            {"kind": "nf5"},
+            "kind: got 'nf5'; expected one of nf4, fp4, int4, int8; did you mean 'nf4'",
+        ),
     ],
 )
 def test_wrong_requests_are_one_sentence(fields, words):

@@ -17,7 +17,7 @@ from transom.layers.inputs import TransformerInput
 from transom.layers.linear import Embedding, GroupedLinear, Linear
 from transom.layers.moe import Router
 from transom.models.llm import LLM
-from transom.quantize import ggml
+from transom.quantize import ggml, methods
 from transom.quantize import leaves as surgery
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.formats import Parts, empty_parts, quantize, requested
@@ -26,10 +26,10 @@ from transom.quantize.leaves import (
     dense_names,
     dequantize_model,
     parameter_count,
-    quantize_model,
     quantized_leaves,
     replace_weight,
 )
+from transom.quantize.methods import quantize_model
 from transom.training.loop.blocks import arrange_blocks
 
 NF4, DOUBLE = QuantizeArgs(group=32), QuantizeArgs(group=32, double_quant=True)
@@ -221,13 +221,13 @@ def test_only_codes_wait_for_backward(kind):
 def test_one_leaf_is_dense_beside_the_model_at_a_time(monkeypatch):
     model = base()
     weights, alive = [weakref.ref(m.weight) for m in model.modules() if isinstance(m, Linear)], []
-    real = surgery.quantize
+    real = methods.quantize
 
-    def counted(weight, format):
+    def counted(weight, format, fit):
         alive.append(sum(ref() is not None for ref in weights))
-        return real(weight, format)
+        return real(weight, format, fit)
 
-    monkeypatch.setattr(surgery, "quantize", counted)
+    monkeypatch.setattr(methods, "quantize", counted)
     quantize_model(model, NF4)
     assert alive == list(range(len(weights), 1, -1)), "the output stays"
 

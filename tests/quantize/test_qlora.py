@@ -32,7 +32,8 @@ from transom.lora.merge import merge_adapter, unmerge_adapter
 from transom.lora.vocabulary import resize_vocabulary
 from transom.models.llm import LLM
 from transom.quantize.args import QuantizeArgs
-from transom.quantize.leaves import dequantize_model, quantize_model, quantized_leaves
+from transom.quantize.leaves import dequantize_model, quantized_leaves
+from transom.quantize.methods import quantize_model
 from transom.training.loop.blocks import arrange_blocks
 
 KINDS = {

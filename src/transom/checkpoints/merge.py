@@ -27,7 +27,8 @@ from transom.lora.combine import scale_adapters
 from transom.lora.merge import fold_adapters
 from transom.models.llm import LLM
 from transom.quantize.args import QuantizeArgs
-from transom.quantize.leaves import dequantize_model, quantize_model
+from transom.quantize.leaves import dequantize_model
+from transom.quantize.methods import quantize_model
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from transom.base import fields
 from transom.base.errors import require
-from transom.base.fields import describe
+from transom.base.fields import check_bounds, describe
 
-Kind = Literal["nf4", "int4", "int8"]
+Kind = Literal["nf4", "fp4", "int4", "int8"]
+Method = Literal["rtn", "gptq"]
 GROUPS = (0, 32, 64, 128)
 
 
@@ -18,7 +19,8 @@ GROUPS = (0, 32, 64, 128)
 class QuantizeArgs:
     """Four or eight bits per weight, and a scale per group of inputs.
 
-    nf4 is the format of QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
+    nf4 and fp4 are formats of QLoRA (Dettmers et al. 2023, arXiv 2305.14314). The methods are
+    round-to-nearest and GPTQ (Frantar et al. 2022, arXiv 2210.17323).
 
     Raises:
         RequestError: A value does not fit the others.
@@ -26,7 +28,8 @@ class QuantizeArgs:
 
     kind: Kind = describe(
         "nf4",
-        "values of the codes: 16 quantiles of the normal distribution, or integers of 4 or 8 bits",
+        "values of the codes: 16 quantiles of the normal distribution, floats of 4 bits, or "
+        "integers of 4 or 8 bits",
     )
     group: int = describe(
         64, "neighbouring inputs that share a scale; 0: all inputs of an output", "weights"
@@ -35,18 +38,48 @@ class QuantizeArgs:
     zero_points: bool = describe(
         False, "integers: give every group a zero point, for weights that are not symmetric"
     )
+    scales: Literal["weight", "float32", "float16", "bfloat16"] = describe(
+        "weight", "dtype of the scales; weight: that of the weights"
+    )
     skip: tuple[str, ...] = describe(
         ("output", "vision"),
-        "modules that stay dense, by parts of their names; routers and embeddings always do",
+        "modules that stay dense, by parts of their names; routers always do",
+    )
+    embeddings: bool = describe(
+        False, "quantize token embeddings too, and with them an output that shares their weight"
+    )
+    method: Method = describe(
+        "rtn",
+        "rtn rounds to the nearest; gptq reads text, and later inputs make up for the rounding of "
+        "earlier ones",
+    )
+    fit_scales: bool = describe(
+        False, "rtn: choose the scale of each group with the smallest squared error"
+    )
+    act_order: bool = describe(
+        True, "gptq: round the weights of the largest inputs first; their groups stay neighbours"
+    )
+    damping: float = describe(
+        0.01, "gptq: added to the squares of the inputs, relative to their mean", above=0, below=1
     )
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         groups = ", ".join(map(str, GROUPS))
         require(self.group in GROUPS, "group", self.group, f"expected one of {groups}")
-        fits = self.kind == "nf4" or not self.double_quant
-        require(fits, "double_quant", self.double_quant, "expected kind nf4 with it")
-        fits = self.kind != "nf4" or not self.zero_points
+        plain = self.method == "rtn" and not self.fit_scales
+        fits = (self.kind == "nf4" and plain) or not self.double_quant
+        expected = "expected kind nf4 and plain method rtn with it"
+        require(fits, "double_quant", self.double_quant, expected)
+        fits = self.kind in ("int4", "int8") or not self.zero_points
         require(fits, "zero_points", self.zero_points, "expected kind int4 or int8 with it")
+        fits = self.method == "rtn" or not self.fit_scales
+        require(fits, "fit_scales", self.fit_scales, "expected method rtn with it; others do so")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether quantizing reads text."""
+        return self.method != "rtn"
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QuantizeArgs:

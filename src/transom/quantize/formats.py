@@ -18,7 +18,8 @@ group`. `WeightFormat` says which parts there are.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,13 +85,19 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
+# Floats with 2 bits of exponent and 1 of fraction, in the order of their bits, less a tiny one in
+# place of 0.5 ulp: functional.py of bitsandbytes, get_4bit_type.
+_FP4 = tuple(value / 12 for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
+FP4 = (*_FP4, *(-value for value in _FP4))
 INT4 = integers(-8)
 LARGEST = 127  # the largest value of 8-bit codes, of which -128 is used with zero points only
 
 
 def requested(args: QuantizeArgs, dtype: torch.dtype) -> WeightFormat:
     """Return the format that a user asks for, with scales in the dtype of the weight."""
-    levels = {"nf4": NF4, "int4": INT4, "int8": None}[args.kind]
+    levels = {"nf4": NF4, "fp4": FP4, "int4": INT4, "int8": None}[args.kind]
+    if args.scales != "weight":
+        dtype = getattr(torch, args.scales)
     if args.double_quant:
         # The 8-bit floats are those of hardware. bitsandbytes uses its dynamic tree, of similar
         # precision. The block is that of section 3 of QLoRA.
@@ -100,12 +107,17 @@ def requested(args: QuantizeArgs, dtype: torch.dtype) -> WeightFormat:
 
 
 @torch.no_grad()
-def quantize(weight: Tensor, format: WeightFormat) -> dict[str, Tensor]:
+def quantize(
+    weight: Tensor,
+    format: WeightFormat,
+    fit: Callable[[Tensor, WeightFormat], dict[str, Tensor]] | None = None,
+) -> dict[str, Tensor]:
     """Return the parts of a weight, each value rounded to the nearest that its group has.
 
     Args:
         weight: [out, in] or [E, out, in] of any floating dtype.
-        format: A format without minimums, whose levels ascend.
+        format: A format without minimums.
+        fit: Returns the scales and zeros of groups [out, n, group]; `group_parts` by default.
 
     Raises:
         RequestError: The inputs are not a multiple of the group.
@@ -114,29 +126,54 @@ def quantize(weight: Tensor, format: WeightFormat) -> dict[str, Tensor]:
     group = format.group or inputs
     require(inputs % group == 0, "group", group, f"expected a divisor of the {inputs} inputs")
     if weight.ndim == 3:
-        experts = [quantize(one, format) for one in weight]
+        experts = [quantize(one, format, fit) for one in weight]
         return {name: torch.stack([parts[name] for parts in experts]) for name in experts[0]}
     groups = weight.float().unflatten(-1, (-1, group))
+    stored = group_parts(groups, format) if fit is None else fit(groups, format)
+    return {"codes": encode(groups, stored, format), **stored}
+
+
+def group_parts(groups: Tensor, format: WeightFormat, shrink: float = 1.0) -> dict[str, Tensor]:
+    """Return the scales and zeros of groups float32 [out, n, group] by their largest weights.
+
+    `shrink` multiplies the range. A weight outside it gets the nearest value of the range.
+    """
     zeros: dict[str, Tensor] = {}
     if format.offset == "zeros":
         lowest, steps = (-128, 255) if format.levels is None else (int(format.levels[0]), 15)
         # The range reaches 0, so that a weight of 0 stays one.
         low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-        scales = (high - low) / steps
-        zeros = {"zeros": ((-low / _not_zero(scales)).round() + lowest).to(torch.int8)}
+        scales = (high - low) * shrink / steps
+        units = -low * shrink / not_zero(scales)
+        zeros = {"zeros": (units.round() + lowest).to(torch.int8)}
     else:
-        scales = _symmetric_scales(groups, format.levels)
+        scales = _symmetric_scales(groups, format.levels) * shrink
     stored = _code_scales(scales, format) if format.block else {"scales": scales.to(format.scales)}
-    every = slice(None)
-    units = groups / _not_zero(wide_scales(stored, "scales", format, every)).unsqueeze(-1)
-    if zeros:
-        units += zeros["zeros"].float().unsqueeze(-1)
-    units = units.flatten(-2)
+    return {**stored, **zeros}
+
+
+def encode(groups: Tensor, parts: Parts, format: WeightFormat) -> Tensor:
+    """Return the codes of groups float32 [out, n, group], as `parts` has them."""
+    scales = wide_scales(parts, "scales", format, slice(None))
+    units = groups / not_zero(scales).unsqueeze(-1)
+    if format.offset == "zeros":
+        units += parts["zeros"].float().unsqueeze(-1)
+    codes = nearest_codes(units.flatten(-2), format)
+    return codes if format.levels is None else pack(codes)
+
+
+def nearest_codes(units: Tensor, format: WeightFormat) -> Tensor:
+    """Return the codes of the values nearest to some numbers: int8, or uint8 below 16."""
     if format.levels is None:
-        codes = units.round().clamp(-128, LARGEST).to(torch.int8)
-    else:
-        codes = pack(_nearest(units, torch.tensor(format.levels)))
-    return {"codes": codes, **stored, **zeros}
+        return units.round().clamp(-128, LARGEST).to(torch.int8)
+    levels = format.levels
+    if levels == integers(round(levels[0])):  # half of a step rounds down, as `_nearest` does
+        return (units - (levels[0] + 0.5)).ceil().clamp(0, 15).to(torch.uint8)
+    order = sorted(range(16), key=lambda code: (levels[code], math.copysign(1, levels[code])))
+    codes = _nearest(units, torch.tensor([levels[code] for code in order]))
+    if order == list(range(16)):
+        return codes
+    return torch.tensor(order, dtype=torch.uint8, device=units.device)[codes.int()]
 
 
 def dequantize(parts: Parts, format: WeightFormat, rows: slice | Tensor = slice(None)) -> Tensor:
@@ -267,8 +304,8 @@ def _symmetric_scales(groups: Tensor, levels: Levels | None) -> Tensor:
     """Return the scale of each group with which its largest weight has a value of its own."""
     if levels is None:
         return groups.abs().amax(-1) / LARGEST
-    if -levels[0] == levels[-1]:
-        return groups.abs().amax(-1) / levels[-1]
+    if -min(levels) == max(levels):
+        return groups.abs().amax(-1) / max(levels)
     # The largest takes the first code, the only one with a value of this size: the scale has its
     # sign (as Q4_0 of ggml).
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
@@ -283,7 +320,7 @@ def _nearest(units: Tensor, levels: Tensor) -> Tensor:
     return codes
 
 
-def _not_zero(scales: Tensor) -> Tensor:
+def not_zero(scales: Tensor) -> Tensor:
     """Return the scales with 1 in place of 0, to divide a group of zeros by."""
     return torch.where(scales == 0, 1.0, scales)
 
@@ -296,6 +333,6 @@ def _code_scales(scales: Tensor, format: WeightFormat) -> dict[str, Tensor]:
     largest = torch.finfo(format.scales).max
     factors = (blocks.abs().amax(1) / largest).to(format.super_scales)
     # Clamped: its own rounding may leave the largest above what 8 bits hold.
-    units = (blocks / _not_zero(factors.float()).unsqueeze(1)).clamp(-largest, largest)
+    units = (blocks / not_zero(factors.float()).unsqueeze(1)).clamp(-largest, largest)
     codes = units.flatten()[: len(rest)].view_as(scales).to(format.scales)
     return {"scales": codes.view(torch.int8), "super_scales": factors, "scale_mean": mean}

@@ -14,20 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transom.base.errors import RequestError, nearest, notice
+from transom.base.errors import RequestError
 from transom.layers.linear import Embedding, GroupedLinear, Linear, has_data
 from transom.ops import products as ops
 from transom.quantize import traced
-from transom.quantize.args import GROUPS, QuantizeArgs
-from transom.quantize.formats import (
-    Parts,
-    WeightFormat,
-    dequantize,
-    empty_parts,
-    quantize,
-    requested,
-    shape_of,
-)
+from transom.quantize.formats import Parts, WeightFormat, dequantize, shape_of
 
 M = TypeVar("M", bound=nn.Module)
 Dense = Linear | GroupedLinear | Embedding
@@ -253,41 +244,6 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters()) - parts + weights
 
 
-def quantize_model(model: M, args: QuantizeArgs, *, empty: bool = False) -> M:
-    """Store the weights of `Linear` and `GroupedLinear` leaves in few bits, and freeze them.
-
-    Leaves are quantized one after the other, so memory has the model and one dense leaf at most.
-
-    Args:
-        model: A model that is not quantized and has no adapters. It is changed in place.
-        args: The format.
-        empty: Create parts without numbers, for `load_state_dict`. So it is on the meta device.
-
-    Returns:
-        The same model.
-
-    Raises:
-        RequestError: The format does not fit the model. Nothing has changed.
-    """
-    chosen = _chosen(model, args)
-    for path, leaf in chosen.items():
-        _check(path, leaf, args, empty)
-    total, bits, quantized = parameter_count(model), 0, 0
-    for leaf in chosen.values():
-        quantized += leaf.weight.numel()
-        format = requested(args, leaf.weight.dtype)
-        if empty or leaf.weight.is_meta:
-            parts = empty_parts(leaf.weight.shape, format, leaf.weight.device)
-        else:
-            parts = quantize(leaf.weight, format)
-        bits += 8 * sum(part.nbytes for part in parts.values())
-        replace_weight(leaf, parts, format)
-    shares = f"{quantized:,} of {total:,} weights in {bits / quantized:.2f} bits each"
-    groups = f"in groups of {args.group}" if args.group else "with one scale per output"
-    notice(f"{args.kind} {groups} on {len(chosen)} leaves: {shares}")
-    return model
-
-
 def replace_weight(
     leaf: Dense, parts: Parts, format: WeightFormat, dtype: torch.dtype | None = None
 ) -> None:
@@ -335,54 +291,3 @@ def dequantize_model(model: M) -> M:
         leaf.__class__ = dense  # type: ignore[assignment]
         leaf.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
     return model
-
-
-def _chosen(model: nn.Module, args: QuantizeArgs) -> dict[str, Linear | GroupedLinear]:
-    """Return the leaves to quantize by name.
-
-    Raises:
-        RequestError: A name to skip is not in the model, or nothing is left.
-    """
-    paths = [path for path, _ in model.named_modules()]
-    words = {word for path in paths for word in path.split(".")}
-    for name in args.skip:
-        # The default names what only some models have.
-        if not any(_is_in(name, path) for path in paths) and name not in QuantizeArgs().skip:
-            expected = f"expected a module of this model{nearest(name, words)}"
-            raise RequestError(f"skip: got {name!r}; {expected}")
-    if quantized_leaves(model):
-        raise RequestError("model: got a quantized one; expected dense leaves")
-    chosen = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, Linear | GroupedLinear)
-        and not any(_is_in(name, path) for name in args.skip)
-    }
-    if not chosen:
-        raise RequestError(f"skip: got {list(args.skip)}; expected at least one leaf to be left")
-    return chosen
-
-
-def _is_in(name: str, path: str) -> bool:
-    return f".{name}." in f".{path}."
-
-
-def _check(path: str, leaf: Linear | GroupedLinear, args: QuantizeArgs, empty: bool) -> None:
-    """Check a leaf before anything changes.
-
-    Raises:
-        RequestError: Its inputs do not fill groups, it has an adapter, or it has NaN or infinite
-            weights.
-    """
-    inputs = leaf.weight.size(-1)
-    if inputs % (args.group or 2):
-        fitting = [f"{group}, or" for group in GROUPS if group and inputs % group == 0][-1:]
-        expected = " ".join([*fitting, f"to skip {path.rpartition('.')[2]!r}"])
-        found = f"{args.group} for the {inputs} inputs of {path}"
-        raise RequestError(f"group: got {found}; expected {expected}")
-    if leaf._modules:
-        raise RequestError(f"{path}: got a leaf with an adapter; expected to quantize it before")
-    if empty or leaf.weight.is_meta:
-        return
-    if not bool(torch.isfinite(torch.stack(torch.aminmax(leaf.weight.detach()))).all()):
-        raise RequestError(f"{path}.weight: got NaN or infinite numbers; expected finite ones")

@@ -24,7 +24,7 @@ from transom.lora.args import LoraArgs
 from transom.lora.coverage import coverage_lines
 from transom.lora.vocabulary import add_tokens
 from transom.models.llm import LLM
-from transom.quantize.leaves import quantize_model
+from transom.quantize.methods import quantize_model
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
 from transom.training.defaults import RowChoice, few_steps_warning

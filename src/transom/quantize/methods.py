@@ -1,0 +1,174 @@
+"""Quantizing the leaves of a built model, by every method.
+
+Leaves are quantized one after the other, so memory has the model and one dense leaf at most, and
+for methods that read text the inputs of one block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from transom.base.errors import RequestError, nearest, notice
+from transom.layers.linear import Embedding, GroupedLinear, Linear
+from transom.models.llm import LLM
+from transom.quantize.args import GROUPS, QuantizeArgs
+from transom.quantize.calibration import InputStatistics, block_inputs, checked_batches
+from transom.quantize.fitting import fitted_parts
+from transom.quantize.formats import WeightFormat, empty_parts, quantize, requested
+from transom.quantize.gptq import gptq
+from transom.quantize.leaves import Dense, parameter_count, quantized_leaves, replace_weight
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def quantize_model(
+    model: M, args: QuantizeArgs, batches: Iterable[Tensor] | None = None, *, empty: bool = False
+) -> M:
+    """Store the weights of leaves in few bits, and freeze them.
+
+    Args:
+        model: A model that is not quantized and has no adapters. It is changed in place.
+        args: The format and the method.
+        batches: Calibration text for methods that read it: token ids [B, T] without padding. It is
+            iterated once.
+        empty: Create parts without numbers, for `load_state_dict`. So it is on the meta device.
+
+    Returns:
+        The same model.
+
+    Raises:
+        RequestError: The format does not fit the model, or the text is missing or too short.
+            Nothing has changed.
+        WorkError: The inputs of a leaf are NaN or infinite. Leaves before it are quantized.
+    """
+    chosen = _chosen(model, args)
+    for path, leaf in chosen.items():
+        _check(path, leaf, args, empty)
+    total = parameter_count(model)
+    formats = {path: requested(args, leaf.weight.dtype) for path, leaf in chosen.items()}
+    if args.calibrated and not empty:
+        if not isinstance(model, LLM):
+            raise RequestError(
+                f"method: got {args.method!r} for a part of a model; expected an LLM"
+            )
+        _calibrated(model, args, formats, chosen, checked_batches(batches, chosen))
+    else:
+        if batches is not None:
+            raise RequestError("batches: got some; expected none, since this method reads no text")
+        for path, leaf in chosen.items():
+            if empty or leaf.weight.is_meta:
+                parts = empty_parts(leaf.weight.shape, formats[path], leaf.weight.device)
+            else:
+                fit = fitted_parts if args.fit_scales else None
+                parts = quantize(leaf.weight, formats[path], fit)
+            replace_weight(leaf, parts, formats[path])
+    quantized = sum(math.prod(leaf.shape) for leaf in quantized_leaves(model).values())
+    shares = f"{quantized:,} of {total:,} weights in {mean_bits(model):.2f} bits each"
+    groups = f"in groups of {args.group}" if args.group else "with one scale per output"
+    notice(f"{args.kind} {groups} on {len(chosen)} leaves: {shares}")
+    return model
+
+
+def mean_bits(model: nn.Module) -> float:
+    """Return the bits per weight of the quantized leaves, with all parts and without biases."""
+    leaves = quantized_leaves(model).values()
+    bits = sum(8 * part.nbytes for leaf in leaves for part in leaf.parts.values())
+    return bits / sum(math.prod(leaf.shape) for leaf in leaves)
+
+
+def _calibrated(
+    model: LLM,
+    args: QuantizeArgs,
+    formats: Mapping[str, WeightFormat],
+    chosen: Mapping[str, Dense],
+    batches: list[Tensor],
+) -> None:
+    """Quantize the leaves by their inputs, in the order in which tokens reach them."""
+    embeddings = {path: leaf for path, leaf in chosen.items() if isinstance(leaf, Embedding)}
+    rest = {path: leaf for path, leaf in chosen.items() if path not in embeddings}
+    unseen = 0
+    if embeddings:  # first, since all later inputs depend on them
+        tied = model.output is None and "tok_embeddings" in embeddings
+        *_, (_, found) = block_inputs(model, batches, embeddings) if tied else [({}, {})]
+        for path, embedding in embeddings.items():
+            unseen += _quantize(embedding, found.get(path), formats[path], args)
+    for leaves, found in block_inputs(model, batches, rest):
+        for path, leaf in leaves.items():
+            unseen += _quantize(leaf, found.get(path), formats[path], args)
+    if unseen:
+        notice(f"{args.method}: {unseen} matrices that no calibration token reached are rounded")
+
+
+def _quantize(
+    leaf: Dense, sums: InputStatistics | None, format: WeightFormat, args: QuantizeArgs
+) -> int:
+    """Quantize one leaf, and return how many of its matrices no token reached."""
+    experts = leaf.weight.detach() if leaf.weight.ndim == 3 else leaf.weight.detach().unsqueeze(0)
+    rows = [0] * len(experts) if sums is None else sums.rows.tolist()
+    made = []
+    for e, weight in enumerate(experts):
+        if rows[e] == 0 or sums is None:
+            made.append(quantize(weight, format, fitted_parts))
+        else:
+            order, damping = args.act_order, args.damping
+            made.append(gptq(weight, sums.hessians[e], format, order, damping))
+    stacked = {name: torch.stack([parts[name] for parts in made]) for name in made[0]}
+    parts = stacked if leaf.weight.ndim == 3 else made[0]
+    replace_weight(leaf, parts, format)
+    return rows.count(0)
+
+
+def _chosen(model: nn.Module, args: QuantizeArgs) -> dict[str, Dense]:
+    """Return the leaves to quantize by name.
+
+    Raises:
+        RequestError: A name to skip is not in the model, or nothing is left.
+    """
+    paths = [path for path, _ in model.named_modules()]
+    words = {word for path in paths for word in path.split(".")}
+    for name in args.skip:
+        # The default names what only some models have.
+        if not any(_is_in(name, path) for path in paths) and name not in QuantizeArgs().skip:
+            expected = f"expected a module of this model{nearest(name, words)}"
+            raise RequestError(f"skip: got {name!r}; {expected}")
+    if quantized_leaves(model):
+        raise RequestError("model: got a quantized one; expected dense leaves")
+    kinds = (Linear, GroupedLinear, Embedding) if args.embeddings else (Linear, GroupedLinear)
+    chosen = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, kinds) and not any(_is_in(name, path) for name in args.skip)
+    }
+    if not chosen:
+        raise RequestError(f"skip: got {list(args.skip)}; expected at least one leaf to be left")
+    return chosen
+
+
+def _is_in(name: str, path: str) -> bool:
+    return f".{name}." in f".{path}."
+
+
+def _check(path: str, leaf: Dense, args: QuantizeArgs, empty: bool) -> None:
+    """Check a leaf before anything changes.
+
+    Raises:
+        RequestError: Its inputs do not fill groups, it has an adapter, or it has NaN or infinite
+            weights.
+    """
+    inputs = leaf.weight.size(-1)
+    if inputs % (args.group or 2):
+        fitting = [f"{group}, or" for group in GROUPS if group and inputs % group == 0][-1:]
+        expected = " ".join([*fitting, f"to skip {path.rpartition('.')[2]!r}"])
+        found = f"{args.group} for the {inputs} inputs of {path}"
+        raise RequestError(f"group: got {found}; expected {expected}")
+    if leaf._modules:
+        raise RequestError(f"{path}: got a leaf with an adapter; expected to quantize it before")
+    if empty or leaf.weight.is_meta:
+        return
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(leaf.weight.detach()))).all()):
+        raise RequestError(f"{path}.weight: got NaN or infinite numbers; expected finite ones")

@@ -7,7 +7,8 @@ from tests.helpers import random_model, tiny_args
 from transom.checkpoints.load import load
 from transom.checkpoints.save import save
 from transom.quantize.args import QuantizeArgs
-from transom.quantize.leaves import quantize_model, quantized_leaves
+from transom.quantize.leaves import quantized_leaves
+from transom.quantize.methods import quantize_model
 
 MOE = {"moe_args": {"num_experts": 3, "top_k": 2}, "hidden_dim": 64}
 CASES = {

@@ -85,7 +85,7 @@ def test_every_dependency_has_its_reason():
 CEILINGS = {
     "base": 755,
     "config": 620,
-    "planning": 325,
+    "planning": 466,
     "attention": 700,
     "ops": 195,
     "layers": 715,
@@ -96,13 +96,13 @@ CEILINGS = {
     "quantize": 1_000,
     "lora": 600,
     "chat": 905,
-    "checkpoints": 4_640,
+    "checkpoints": 4_656,
     "data": 1_946,
-    "inference": 1_830,
+    "inference": 1_909,
     "evaluation": 1_270,
     "training": 4_033,
-    "verify": 2_511,
-    "cli": 1_673,
+    "verify": 2_556,
+    "cli": 1_729,
 }
 
 

@@ -126,8 +126,8 @@ def test_every_field_of_sampling_is_a_flag(verb, made):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["generate", "-p", "hello", "-p", "a", "-m", 80], "memory: got a model of 0.00 GB"),
-        (["chat", "--max-model-len", 80], "memory: got a model of 0.00 GB"),
+        (["generate", "-p", "hello", "-p", "a", "-m", 80], "memory: got a KV cache"),
+        (["chat", "--max-model-len", 80], "memory: got a KV cache"),
         (["generate", "-p", "a" * 99], "got 'a prompt of 100 tokens and 128 new'"),
         (["chat", "--max-model-len", 97], "max_model_len: got 97"),
         (["generate", "-p", "a", "--kv-bits", 4], "kv_bits: got 4"),

@@ -7,14 +7,13 @@ import torch
 
 from tests.helpers import random_model, random_tokens, tiny_args
 from transom.base.errors import RequestError
-from transom.cache.model_cache import SLACK
+from transom.checkpoints.load import LoadPlan
 from transom.inference import room
 from transom.inference.decode_args import DecodeArgs
 from transom.inference.loop import generate
 from transom.inference.room import check_memory, check_room, room_for_new_tokens
 from transom.layers.inputs import TransformerInput
-from transom.planning.counts import cache_bytes
-from transom.planning.memory import left_in_groups
+from transom.planning.memory import Workload, cache_parts, left_in_groups
 
 MIXED = {
     "n_layers": 4,
@@ -32,17 +31,17 @@ def test_planned_bytes_are_those_of_an_allocated_cache(tokens, kv_bits):
     model = random_model(tiny_args(**MIXED))
     cache = model.make_cache(3, tokens, kv_bits=kv_bits)
     model(TransformerInput(random_tokens(3, 5)), cache)
-    size = 1 if kv_bits == 8 else 4
-    assert cache_bytes(model.args, 3, tokens, size, SLACK) == cache.bytes
+    assert sum(cache_parts(model.args, Workload(3, tokens, 4, kv_bits)).values()) == cache.bytes
 
 
 def test_what_a_refusal_proposes_fits(monkeypatch):
     args = tiny_args(**MIXED)
-    monkeypatch.setattr(room, "host_bytes_left", lambda: 3_000_000)
+    monkeypatch.setattr(room, "host_bytes_left", lambda: 5_000_000)
 
     def check(tokens, kv_bits=16):
         decode = DecodeArgs(kv_bits=kv_bits, prefill_step_size=16)
-        check_memory(args, 2, tokens, torch.float32, CPU, decode, weight_bytes=1_000_000, least=9)
+        load = LoadPlan(args, {"attention": 1_500_000}, 500_000, torch.float32, CPU)
+        check_memory(args, 2, tokens, torch.float32, CPU, decode, load=load, least=9)
 
     with pytest.raises(RequestError, match=r"model of 0\.00 GB.* 2 x 4,000 tokens") as refused:
         check(4000)

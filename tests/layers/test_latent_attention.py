@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.helpers import random_model, random_tokens, tiny_args
+from transom.layers import latent_attention
 from transom.layers.inputs import TransformerInput
 from transom.layers.latent_attention import LatentAttention
 
@@ -35,7 +36,7 @@ def model_of(shape: str):
 
 
 def force(monkeypatch, absorbed: bool) -> None:
-    monkeypatch.setattr(LatentAttention, "_absorbing_is_cheaper", lambda *_: absorbed)
+    monkeypatch.setattr(latent_attention, "absorbing_is_cheaper", lambda *_: absorbed)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

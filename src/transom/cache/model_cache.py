@@ -12,10 +12,9 @@ from transom.cache.store import LayerCache, RotatingBufferCache, SlotStore, Stat
 from transom.config.layer_args import RopeArgs
 from transom.config.model_args import ModelArgs
 from transom.planning.counts import ring_slots
+from transom.planning.memory import SLACK
 
 UNLIMITED = 1 << 62  # tokens
-
-SLACK = 32  # slots of a ring beyond its window or chunk by default
 
 
 class ModelCache:

@@ -18,8 +18,7 @@ from torch import Tensor
 from transom.base.errors import RequestError, notice
 from transom.cache.model_cache import UNLIMITED, ModelCache
 from transom.config.model_args import ModelArgs
-
-MAX_BYTES = 1 << 30
+from transom.planning.memory import PREFIX_BYTES
 
 
 @dataclass(eq=False)
@@ -74,7 +73,7 @@ class PrefixCache:
         RequestError: The states of this model depend on more than its tokens.
     """
 
-    def __init__(self, args: ModelArgs, *, max_bytes: int = MAX_BYTES, slack: int = 32) -> None:
+    def __init__(self, args: ModelArgs, *, max_bytes: int = PREFIX_BYTES, slack: int = 32) -> None:
         if args.context_dim is not None:
             raise RequestError("context: got a model that reads one; expected states of tokens")
         self.args, self.max_bytes, self.slack = args, max_bytes, slack

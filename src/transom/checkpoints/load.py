@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from transom.base.runtime import (
 from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.files.checksums import verify_step
 from transom.checkpoints.files.generation_config import stated_settings
-from transom.checkpoints.files.lazy_tensors import dtypes_of, main_dtype
+from transom.checkpoints.files.lazy_tensors import LazyTensor, dtypes_of, main_dtype
 from transom.checkpoints.files.location import ModelLocation, find_model
 from transom.checkpoints.files.safetensors_files import ALIGNMENT
 from transom.checkpoints.fingerprint import check_trained_on
@@ -35,6 +36,7 @@ from transom.checkpoints.state import meta_model, open_codes, open_parameters
 from transom.config.model_args import ModelArgs
 from transom.lora.adapters import leaves
 from transom.models.llm import LLM
+from transom.planning.memory import weight_kind
 from transom.quantize.formats import empty_parts
 from transom.quantize.leaves import replace_weight
 
@@ -49,15 +51,43 @@ class LoadPlan:
 
     Attributes:
         args: The arguments of the model.
-        weight_bytes: Bytes of its weights in memory.
+        weights: Bytes of its weights in memory by kind, as in `planning.memory.weight_counts`.
+        mapped_bytes: Bytes of those that stay in memory maps of their files.
         dtype: The dtype of its embeddings, keys and values.
         device: Its device.
     """
 
     args: ModelArgs
-    weight_bytes: int
+    weights: Mapping[str, int]
+    mapped_bytes: int
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights in memory."""
+        return sum(self.weights.values())
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The weights of a folder, not read yet.
+
+    Attributes:
+        plan: What will be loaded.
+        model: The model on the meta device.
+        dense: The parameters that are not codes.
+        dtypes: Their dtypes in the model.
+        codes: The codes of leaves by the names of their weights.
+        quantized: What is quantized in the files, in words.
+    """
+
+    plan: LoadPlan
+    model: LLM
+    dense: Mapping[str, LazyTensor]
+    dtypes: Mapping[str, torch.dtype]
+    codes: Mapping[str, Codes]
+    quantized: str
 
 
 def load(
@@ -91,29 +121,37 @@ def load(
         RequestError: There is no such folder, or its files are damaged, of an unsupported model,
             quantized, or do not fit the config; or the adapter belongs to another base.
     """
-    require(dtype is None or dtype in DTYPES, "dtype", dtype, f"expected {', '.join(DTYPES)}")
     location = folder if isinstance(folder, ModelLocation) else find_model(folder, revision)
     if location.adapter is not None:
         verify_step(location.adapter)
         check_trained_on(location.adapter, location.model)
-    kind = DTYPES[dtype] if dtype else None
-    place = pick_device(device)
-    model = _load_weights(location.model, place, kind, keep_quantized, before_weights)
+    bound_kernel_caches()
+    verify_step(location.model)
+    source = _open(location.model, device, dtype, keep_quantized)
+    if before_weights is not None:
+        before_weights(source.plan)
+    model = _read_weights(location.model, source)
     if location.adapter is not None:
         load_adapter(model, location.adapter)
     model.generation_settings = stated_settings(location.folders)
     return model
 
 
-def _load_weights(
-    folder: Path,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    keep_quantized: bool | None,
-    before_weights: Callable[[LoadPlan], None] | None,
-) -> LLM:
-    bound_kernel_caches()
-    verify_step(folder)
+def load_plan(
+    folder: Path, device: str = "cpu", dtype: str | None = None, keep_quantized: bool | None = None
+) -> LoadPlan:
+    """Return what `load` would load from a model folder. No weights are read or checked.
+
+    Raises:
+        RequestError: As for `load`.
+    """
+    return _open(folder, device, dtype, keep_quantized).plan
+
+
+def _open(folder: Path, device: str, dtype: str | None, keep_quantized: bool | None) -> _Source:
+    """Open the weights of a model folder; the arguments are those of `load`."""
+    require(dtype is None or dtype in DTYPES, "dtype", dtype, f"expected {', '.join(DTYPES)}")
+    kind, place = DTYPES[dtype] if dtype else None, pick_device(device)
     args = read_args(folder)
     model = meta_model(args)
     source = open_parameters(folder, args)
@@ -125,27 +163,42 @@ def _load_weights(
         found = {f"{path}.weight": tuple(leaf.weight.shape) for path, leaf in leaves(model).items()}
         codes = open_codes(folder, args, found)
         plain = {name: lazy for name, lazy in source.items() if name not in codes}
-        dtype = dtype or (main_dtype(plain) if stated else pick_dtype("auto", device))
+        kind = kind or (main_dtype(plain) if stated else pick_dtype("auto", place))
         keep_quantized = bool(stated) if keep_quantized is None else keep_quantized
         codes, source = (codes, plain) if keep_quantized else ({}, source)
-    dtypes = dtypes_of(source, dtype)
-    size = sum(math.prod(lazy.shape) * dtypes[name].itemsize for name, lazy in source.items())
-    for one in codes.values():
-        size += sum(part.nbytes for part in empty_parts(one.shape, one.format, "meta").values())
-    if before_weights is not None:
-        before_weights(LoadPlan(args, size, dtype or dtypes["tok_embeddings.weight"], device))
-    if dtype and (types or stated):
+    dtypes = dtypes_of(source, kind)
+    sizes: Counter[str] = Counter()
+    mapped = 0
+    for name, lazy in source.items():
+        size = math.prod(lazy.shape) * dtypes[name].itemsize
+        sizes[weight_kind(name)] += size
+        stays = lazy.mapped and place.type == "cpu" and lazy.dtype == dtypes[name]
+        mapped += size if stays and _is_aligned(lazy.read()) else 0
+    for name, one in codes.items():
+        for key, part in empty_parts(one.shape, one.format, "meta").items():
+            sizes[weight_kind(f"{name.removesuffix('weight')}{key}")] += part.nbytes
+    plan = LoadPlan(args, sizes, mapped, kind or dtypes["tok_embeddings.weight"], place)
+    quantized = f"tensors of types {types}" if types else f"weights of {stated}" if stated else ""
+    return _Source(plan, model, source, dtypes, codes, quantized)
+
+
+def _read_weights(folder: Path, source: _Source) -> LLM:
+    plan, codes, where = source.plan, source.codes, shown_name(folder)
+    if source.quantized:
         how = "kept in codes and computed in" if codes else "dequantized to"
-        what = f"tensors of types {types}" if types else f"weights of {stated}"
-        notice(f"{where}: {what}, {how} {dtype_name(dtype)}, {size / 1e6:,.1f} MB")
-    placed = _keep_codes(model, codes, device, dtype) if codes and dtype else {}
+        size = f"{plan.weight_bytes / 1e6:,.1f} MB"
+        notice(f"{where}: {source.quantized}, {how} {dtype_name(plan.dtype)}, {size}")
+    model = source.model
+    placed = _keep_codes(model, codes, plan.device, plan.dtype)
     counts: dict[str, int] = {}
     taken: set[int] = set()
-    for name, lazy in source.items():
+    for name, lazy in source.dense.items():
         with one_thread(math.prod(lazy.shape) < _MANY):
-            placed[name], counts[name] = _place(lazy.read(), device, dtypes[name], taken)
+            placed[name], counts[name] = _place(
+                lazy.read(), plan.device, source.dtypes[name], taken
+            )
         taken.add(placed[name].data_ptr())
-    warn_nonfinite(counts, shown_name(folder))
+    warn_nonfinite(counts, where)
     model.load_state_dict(placed, strict=True, assign=True)
     return model.eval()
 

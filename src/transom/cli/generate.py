@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
         longest = max(map(len, ids))
         most = room_for_new_tokens(load.args, longest, options.max_tokens, decode.max_model_len)
         given = load.args, len(ids), longest + most, load.dtype, load.device, decode
-        check_memory(*given, weight_bytes=load.weight_bytes, least=longest + 1)
+        check_memory(*given, load=load, least=longest + 1)
 
     opened = open_model(**opening(options), before_weights=check_request)
     model, tokenizer = opened.model, opened.tokenizer
@@ -104,7 +104,13 @@ def run(options: argparse.Namespace) -> int:
         stop=[*options.stop, *(() if options.ignore_eos else opened.stop_strings)],
         stop_tokens=() if options.ignore_eos else opened.stop_tokens,
         decode=decode,
-        draft=open_draft(options.draft_model, opened, decode, device=options.device),
+        draft=open_draft(
+            options.draft_model,
+            opened,
+            decode,
+            device=options.device,
+            tokens=max(map(len, ids)) + most,
+        ),
         # The markers of reasoning are shown: without them, it would look like the answer.
         kept="all" if options.show_special else marker_ids(tokenizer),
     )

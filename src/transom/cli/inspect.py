@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from transom.base.errors import RequestError, notice, require
 from transom.checkpoints.describe_model import DescribedModel, describe_model
 from transom.cli.main import emit_json, user_path
-from transom.cli.options import MODEL
+from transom.cli.options import MODEL, add_fields, add_keep_quantized
 from transom.config.presets import PRESETS
+from transom.inference.decode_args import DEFAULT, MAX_CONTEXT, DecodeArgs
+from transom.inference.memory_answer import memory_answer
 from transom.planning.layer_plan import ModelPlan, groups, index_words, plan
 from transom.planning.tables import (
     amount,
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from transom.evaluation.trace import LayerTrace
     from transom.tokenizers.tokenizer import Tokenizer
 
+MEMORY_FLAGS = ("context", "batch", "draft_model", "keep_quantized", "kv_bits", "prefill_step_size")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
@@ -48,8 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--length", type=int, help="sequence length in tokens (default: max_seq_len)")
     add("--json", action="store_true", help="print one JSON document with exact numbers, no tables")
     add("--trace", metavar="TEXT", help="run the model on TEXT and show what every layer computes")
-    add("--device", help="device of --trace: cpu, cuda, mps or auto (default: cpu)")
-    add("--dtype", help="dtype of the weights in --trace (default: that of the files)")
+    what = "show what will be in memory while the model generates, and what would fit; load nothing"
+    add("--memory", action="store_true", help=what)
+    what = "tokens per row of --memory (default: max_seq_len, at most 8192)"
+    add("--context", type=int, metavar="N", help=what)
+    add("--batch", type=int, metavar="B", help="rows of --memory (default: 1)")
+    add("--draft-model", type=user_path, metavar="MODEL", help="a draft model for --memory")
+    add_keep_quantized(parser)
+    add_fields(parser, DecodeArgs, ("kv_bits", "prefill_step_size"))
+    add("--device", help="device of --trace or --memory: cpu, cuda, mps or auto (default: cpu)")
+    add("--dtype", help="dtype in --trace or --memory (default: that of the files)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -58,13 +70,12 @@ def run(options: argparse.Namespace) -> int:
         from transom.cli.compare import run_compare
 
         return run_compare(options)
+    check_flags(options)
     model = describe_model(options.model, options.revision, settings_only=options.trace is None)
     if options.trace is not None:
-        require(options.length is None, "--length", options.length, "expected none with --trace")
         return run_trace(model, options)
-    for flag in ("device", "dtype"):
-        value = getattr(options, flag)
-        require(value is None, f"--{flag}", value, "expected none without --trace")
+    if options.memory:
+        return run_memory(model, options)
     planned = plan(model.args, options.length)
     if options.json:
         more = {} if model.adapter is None else {"adapter": model.adapter}
@@ -74,6 +85,19 @@ def run(options: argparse.Namespace) -> int:
         notice(f"--length {planned.length} is longer than max_seq_len = {planned.max_seq_len}")
     print_plan(model, planned)
     return 0
+
+
+def check_flags(options: argparse.Namespace) -> None:
+    """Raise a `RequestError` for a flag that would have no effect."""
+    traced, sized = options.trace is not None, options.memory
+    flags = dict.fromkeys(MEMORY_FLAGS, (sized, "without --memory"))
+    flags |= dict.fromkeys(("device", "dtype"), (sized or traced, "without --memory or --trace"))
+    flags |= {"memory": (not traced, "with --trace")}
+    flags |= {"length": (not (traced or sized), "with --trace or --memory")}
+    for name, (allowed, where) in flags.items():
+        value = getattr(options, name)
+        fits = allowed or value in (None, False, getattr(DEFAULT, name, None))
+        require(fits, f"--{name.replace('_', '-')}", value, f"expected none {where}")
 
 
 # The plan.
@@ -150,6 +174,47 @@ def total_lines(planned: ModelPlan) -> list[tuple[str, str]]:
 
 def _by_dtype(sizes: dict[str, int]) -> str:
     return ", ".join(f"{byte_words(size)} in {dtype}" for dtype, size in sizes.items())
+
+
+# The memory.
+
+
+def run_memory(model: DescribedModel, options: argparse.Namespace) -> int:
+    """Print what a model needs in memory, by category, and what would fit."""
+    draft = None if options.draft_model is None else describe_model(options.draft_model)
+    answer = memory_answer(
+        model,
+        min(model.args.max_seq_len, MAX_CONTEXT) if options.context is None else options.context,
+        1 if options.batch is None else options.batch,
+        decode=DecodeArgs(options.prefill_step_size, options.kv_bits),
+        device=options.device or "cpu",
+        dtype=options.dtype,
+        keep_quantized=options.keep_quantized,
+        draft=draft,
+    )
+    plan, work = answer.plan, answer.work
+    if options.json:
+        totals = {"total": plan.total, "needed": plan.needed}
+        emit_json({"model": model.name, **asdict(answer), **totals})
+        return 0
+    shape = f"{counted(work.rows, 'row')} of {work.tokens:,} tokens"
+    heading(f"{model.name} in {answer.dtype} on {answer.device}: {shape}")
+    rows = [(f"weights: {kind}", size) for kind, size in plan.weights.items()]
+    rows += [(f"KV cache: {kind}", size) for kind, size in plan.cache.items()]
+    rows += [("prefill of the prompt, about", plan.prefill), ("decode step, about", plan.decode)]
+    rows += [("logits and sampling, about", plan.logits), *plan.more.items()]
+    rows += [("in all, with the larger of prefill and decode", plan.total)]
+    rows += [("of it in maps of files, which need not fit", plan.mapped)] if plan.mapped else []
+    show(table(("what",), ("size", "bytes"), [(k, byte_words(n), f"{n:,}") for k, n in rows]))
+    if answer.prefix_limit:
+        print(
+            f"A chat also stores beginnings of prompts: {byte_words(answer.prefix_limit)} at most."
+        )
+    if answer.left is not None:
+        most = f"up to {answer.most_tokens:,} tokens at batch {work.rows:,}"
+        batch = f"up to batch {answer.most_rows:,} at {work.tokens:,} tokens"
+        print(f"{byte_words(answer.left)} are free here. Fits: {most}, and {batch}.")
+    return 0
 
 
 # The trace.

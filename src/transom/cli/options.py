@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,9 +54,13 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help=what)
 
 
-def add_fields(parser: argparse.ArgumentParser, cls: Any) -> None:
-    """Add a flag for every field of a dataclass, with the field's help and default."""
+def add_fields(
+    parser: argparse.ArgumentParser, cls: Any, only: Container[str] | None = None
+) -> None:
+    """Add a flag for every field of a dataclass, or for some, with the field's help and default."""
     for field in dataclasses.fields(cls):
+        if only is not None and field.name not in only:
+            continue
         flag = f"--{field.name.replace('_', '-')}"
         if field.default is False:
             parser.add_argument(flag, action="store_true", help=field.metadata["help"])

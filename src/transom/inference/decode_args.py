@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from transom.base.errors import require
 from transom.base.fields import check_bounds, describe
 
+# Default limit of a conversation, in tokens: the maximum of some models would fill a GPU.
+MAX_CONTEXT = 8192
+
 
 @dataclass(frozen=True)
 class DecodeArgs:

@@ -11,14 +11,17 @@ from torch import Tensor
 from transom.base.errors import RequestError, notice, require
 from transom.cache.model_cache import ModelCache
 from transom.chat.marking import common_prefix
-from transom.checkpoints.open_model import OpenedModel, open_model
+from transom.checkpoints.load import LoadPlan
+from transom.checkpoints.open_model import OpenedModel, OpenedText, open_model
 from transom.inference.decode_args import DEFAULT, DecodeArgs
 from transom.inference.decode_plan import decode_plan
 from transom.inference.forward import check_finite, forward_logits, not_finite, prefill
+from transom.inference.room import check_memory, session_room, workload
 from transom.inference.sampler import Sampler, sample
 from transom.inference.speculate import Proposal
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
+from transom.planning.memory import memory_plan
 from transom.tokenizers.tokenizer import Tokenizer
 
 # Greedy drafts end before a token that is less likely than this, as those of transformers do.
@@ -107,7 +110,12 @@ def _of_vocabulary(logits_1V: Tensor, sampler: Sampler) -> Tensor:
 
 
 def open_draft(
-    name: str | None, target: OpenedModel, decode: DecodeArgs = DEFAULT, *, device: str = "auto"
+    name: str | None,
+    target: OpenedModel,
+    decode: DecodeArgs = DEFAULT,
+    *,
+    device: str = "auto",
+    tokens: int | None = None,
 ) -> DraftModel | None:
     """Open a draft model for a model.
 
@@ -116,13 +124,26 @@ def open_draft(
         target: The model that it proposes tokens to.
         decode: How the model runs; the prefill of both has the same step size.
         device: Its device, which may be another one.
+        tokens: Tokens of a request at most; None for those of a conversation.
 
     Raises:
-        RequestError: As for `open_model`; or its vocabulary is not that of the model.
+        RequestError: As for `open_model`; its vocabulary is not that of the model; or it does not
+            fit into memory beside the cache of the model, which is not made yet.
     """
     if name is None:
         return None
-    opened = open_model(name, device=device)
+    model, most = target.model, tokens or session_room(target.model.args, decode)
+
+    def check(_: OpenedText, load: LoadPlan) -> None:
+        work = workload(1, most, model.dtype, model.device, decode)
+        plan = memory_plan(model.args, work, {})
+        beside = (
+            {"the model's cache and buffers": plan.total} if load.device == model.device else {}
+        )
+        room = min(2 * most, load.args.max_seq_len)
+        check_memory(load.args, 1, room, load.dtype, load.device, DEFAULT, load=load, more=beside)
+
+    opened = open_model(name, device=device, before_weights=check)
     check_vocabulary(opened.tokenizer, target.tokenizer)
     return DraftModel(opened.model, decode.prefill_step_size)
 

@@ -26,6 +26,7 @@ from transom.cache.model_cache import ModelCache
 from transom.cache.prefix import PrefixCache, PrefixNode
 from transom.checkpoints.files.staging import staged
 from transom.inference.decode_args import DecodeArgs
+from transom.inference.room import prefix_bytes
 from transom.lora.adapters import active_adapters
 from transom.models.llm import LLM
 
@@ -148,7 +149,9 @@ def conversation_prefixes(model: LLM, decode: DecodeArgs) -> PrefixCache | None:
     """
     if decode.prompt_cache_file is not None:
         return PromptCache(model, decode)
-    return PrefixCache(model.args) if any(x.rule.size for x in model.args.layers) else None
+    if not any(layer.rule.size for layer in model.args.layers):
+        return None
+    return PrefixCache(model.args, max_bytes=prefix_bytes(model.device))
 
 
 def weights_hash(model: LLM) -> str:

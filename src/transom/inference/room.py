@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import bisect
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from transom.base.errors import RequestError, notice, require
-from transom.cache.model_cache import SLACK
 from transom.checkpoints.load import LoadPlan
 from transom.config.model_args import ModelArgs
-from transom.inference.decode_args import DecodeArgs
-from transom.planning.counts import cache_bytes, working_bytes
-from transom.planning.memory import host_bytes_left
+from transom.inference.decode_args import MAX_CONTEXT, DecodeArgs
+from transom.ops.weights import DENSE
+from transom.planning.memory import (
+    PREFIX_BYTES,
+    MemoryPlan,
+    Workload,
+    host_bytes_left,
+    largest_context,
+    memory_plan,
+    stored_bytes,
+)
 
 MAX_TOKENS = 128  # new tokens of a completion or an answer by default
-# Default limit of a conversation, in tokens: the maximum of some models would fill a GPU.
-MAX_CONTEXT = 8192
 
 
 def keeps_every_token(args: ModelArgs) -> bool:
@@ -87,9 +93,7 @@ def session_room(args: ModelArgs, decode: DecodeArgs) -> int:
 def check_session_memory(load: LoadPlan, decode: DecodeArgs) -> None:
     """Raise a `RequestError` if a model and the cache of a conversation do not fit into memory."""
     room = session_room(load.args, decode)
-    check_memory(
-        load.args, 1, room, load.dtype, load.device, decode, weight_bytes=load.weight_bytes
-    )
+    check_memory(load.args, 1, room, load.dtype, load.device, decode, load=load)
 
 
 def check_memory(
@@ -100,8 +104,10 @@ def check_memory(
     device: torch.device,
     decode: DecodeArgs,
     *,
-    weight_bytes: int = 0,
+    load: LoadPlan | None = None,
+    more: Mapping[str, int] | None = None,
     least: int = 2,
+    option: tuple[str, int] = ("--max-model-len", 0),
 ) -> None:
     """Raise a `RequestError` that says what would fit, unless the memory of the device is enough.
 
@@ -112,39 +118,61 @@ def check_memory(
         dtype: The dtype of keys and values.
         device: Where the model runs.
         decode: How the model runs.
-        weight_bytes: Bytes of the weights, if they are not in memory yet.
+        load: The weights, if they are not in memory yet. A notice tells if those that stay in
+            memory maps do not fit.
+        more: Bytes of what else needs memory, by name.
         least: Tokens of each sequence without which the request makes no sense.
+        option: The option that limits tokens, and how many of them it does not count.
     """
     left = bytes_left(device)
     if left is None:
         return
+    weights, mapped = (load.weights, load.mapped_bytes) if load is not None else ({}, 0)
+    work, more = workload(rows, tokens, dtype, device, decode), dict(more or {})
+    if decode.prompt_cache_file is not None:
+        more["stored prompts"] = stored_bytes(args, work)
 
-    def sizes(tokens: int, kv_bits: int) -> tuple[int, int]:
-        """Return the bytes of the KV cache, and of what a forward call computes."""
-        cached = cache_bytes(args, rows, tokens, 1 if kv_bits == 8 else dtype.itemsize, SLACK)
-        step = min(tokens, decode.prefill_step_size)
-        working = working_bytes(args, rows, step, dtype.itemsize)
-        if kv_bits == 8:  # the keys and values of a layer are read in the dtype
-            working += cached * dtype.itemsize // args.n_layers
-        return cached, working
+    def planned(work: Workload) -> MemoryPlan:
+        return memory_plan(args, work, weights, mapped=mapped, more=more)
 
-    def fits(tokens: int, kv_bits: int = decode.kv_bits) -> bool:
-        return weight_bytes + sum(sizes(tokens, kv_bits)) <= left
-
-    if fits(tokens):
+    plan = planned(work)
+    if plan.needed <= left:
+        if plan.total > left:
+            notice(
+                f"memory: {mapped / 1e9:,.2f} GB of weights stay in the map of their file, and "
+                f"{(plan.total - left) / 1e9:,.2f} GB of it do not fit: they are read again for "
+                "every token"
+            )
         return
-    cached, working = sizes(tokens, decode.kv_bits)
-    model = f"a model of {weight_bytes / 1e9:,.2f} GB, " if weight_bytes else ""
+    parts = {"a model": sum(weights.values()) - mapped, **more}
+    others = "".join(f"{name} of {size / 1e9:,.2f} GB, " for name, size in parts.items() if size)
     shape = f"{rows:,} x {tokens:,}" if rows > 1 else f"{tokens:,}"
-    most = bisect.bisect_left(range(1, tokens), True, key=lambda count: not fits(count))
+    most = largest_context(planned, work, left)
     most -= most % 10 ** max(0, len(str(most)) - 2)  # two digits are precise enough
-    ways = [f"--max-model-len {most}"] if most >= least else []
-    ways += ["--kv-bits 8"] if decode.kv_bits != 8 and fits(tokens, 8) else []
+    ways = [f"{option[0]} {most - option[1]}"] if most >= least else []
+    coded = planned(replace(work, kv_bits=8)).needed <= left
+    ways += ["--kv-bits 8"] if decode.kv_bits != 8 and coded else []
     raise RequestError(
-        f"memory: got {model}a KV cache of {cached / 1e9:,.2f} GB for {shape} tokens and "
-        f"{working / 1e9:,.2f} GB to compute with; expected at most {left / 1e9:,.2f} GB together: "
+        f"memory: got {others}a KV cache of {sum(plan.cache.values()) / 1e9:,.2f} GB for {shape} "
+        f"tokens and {plan.working / 1e9:,.2f} GB to compute with; expected at most "
+        f"{left / 1e9:,.2f} GB together: "
         + (f"{' or '.join(ways)} fits" if ways else f"{least:,} tokens do not fit either")
     )
+
+
+def workload(
+    rows: int, tokens: int, dtype: torch.dtype, device: torch.device, decode: DecodeArgs
+) -> Workload:
+    """Return what a request asks of memory; see `check_memory` for the arguments."""
+    native = device.type == "cpu" and dtype in DENSE and not decode.compile
+    step = decode.prefill_step_size
+    return Workload(rows, tokens, dtype.itemsize, decode.kv_bits, step, native)
+
+
+def prefix_bytes(device: torch.device) -> int:
+    """Return the limit for stored beginnings of prompts: at most half of what memory is left."""
+    left = bytes_left(device)
+    return PREFIX_BYTES if left is None else min(PREFIX_BYTES, left // 2)
 
 
 def bytes_left(device: torch.device) -> int | None:

@@ -27,7 +27,7 @@ from transom.base.runtime import (
 )
 from transom.checkpoints.describe_model import DescribedModel
 from transom.checkpoints.files.layout import CONFIG, PARAMS
-from transom.checkpoints.load import load
+from transom.checkpoints.load import LoadPlan, load
 from transom.checkpoints.state import meta_model
 from transom.inference.decode_args import DEFAULT, DecodeArgs
 from transom.inference.loop import check_language_model, stream
@@ -35,6 +35,7 @@ from transom.inference.room import check_memory, check_room
 from transom.layers.linear import GroupedLinear
 from transom.models.llm import LLM
 from transom.planning import counts
+from transom.planning.memory import weight_counts
 from transom.planning.tables import amount
 
 
@@ -120,8 +121,9 @@ def measure_speed(
     require(alone, "batch_sizes", list(batch_sizes), "expected 1 with speculative decoding")
     check_language_model(model.args)
     check_room(model.args, max(prompt_lengths), new_tokens, decode.max_model_len)
-    rows, total = max(batch_sizes), max(prompt_lengths) + new_tokens
-    check_memory(model.args, rows, total, model.dtype, model.device, decode)
+    rows, longest = max(batch_sizes), max(prompt_lengths)
+    given = model.args, rows, longest + new_tokens, model.dtype, model.device, decode
+    check_memory(*given, least=longest + 2, option=("--new-tokens", longest))
     limits = read_bandwidth(model.device.type), matmul_peak(model.device.type, model.dtype)
     pairs = [(rows, length) for rows in batch_sizes for length in prompt_lengths]
     return (_measure(model, *pair, new_tokens, repetitions, decode, limits) for pair in pairs)
@@ -219,7 +221,8 @@ def open_or_draw(
     require(not keep_quantized, "keep_quantized", keep_quantized, expected)
     args, place = described.args, pick_device(device)
     kind, size = pick_dtype(dtype or "auto", place), counts.parameters(args)
-    check_memory(args, 1, 2, kind, place, DEFAULT, weight_bytes=size * kind.itemsize)
+    weights = {name: count * kind.itemsize for name, count in weight_counts(args).items()}
+    check_memory(args, 1, 2, kind, place, DEFAULT, load=LoadPlan(args, weights, 0, kind, place))
     model = meta_model(args).to(kind).to_empty(device=place)
     for weight in model.parameters():
         weight.data.normal_(0.0, 0.02)

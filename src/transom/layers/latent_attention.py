@@ -20,6 +20,7 @@ from transom.layers.linear import Linear
 from transom.layers.norm import make_norm
 from transom.layers.rope import rotate
 from transom.layers.step import LayerCacheLike, Step
+from transom.planning.counts import absorbing_is_cheaper
 
 
 class LatentAttention(nn.Module):
@@ -77,7 +78,8 @@ class LatentAttention(nn.Module):
         # One vector per token, which decoding reads as the key of a single head without a copy.
         state = torch.cat((self.kv_a_norm(latent).to(k_rope.dtype), k_rope), -1)
         view = new_view((state,), step, layer, cache)
-        form = self.absorbed if self._absorbing_is_cheaper(x_BTD.size(1), view) else self.expanded
+        absorbing = absorbing_is_cheaper(mla, x_BTD.size(1), view.states[0].size(1))
+        form = self.absorbed if absorbing else self.expanded
         return self.wo(form(q_nope, q_rope, view, step).flatten(-2))
 
     def expanded(self, q_nope: Tensor, q_rope: Tensor, view: CacheView, step: Step) -> Tensor:
@@ -127,12 +129,3 @@ class LatentAttention(nn.Module):
         return ScoreArgs(
             plain if layer.softmax_scale is None else layer.softmax_scale, layer.attn_softcap
         )
-
-    def _absorbing_is_cheaper(self, queries: int, view: CacheView) -> bool:
-        """Compare the multiplications per head of both forms if all slots are visible."""
-        mla, slots = self.mla, view.states[0].size(1)
-        up = mla.kv_lora_rank * (mla.qk_nope_head_dim + mla.v_head_dim)
-        head = mla.qk_nope_head_dim + mla.qk_rope_head_dim + mla.v_head_dim
-        expanded = slots * up + queries * slots * head
-        absorbed = queries * up + queries * slots * 2 * (mla.kv_lora_rank + mla.qk_rope_head_dim)
-        return absorbed < expanded

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from transom.attention.backends import Attend, auto
 from transom.base.errors import RequestError
-from transom.cache.model_cache import SLACK, ModelCache
+from transom.cache.model_cache import ModelCache
 from transom.config.layer_args import HeadArgs
 from transom.config.model_args import ModelArgs
 from transom.layers.block import TransformerBlock
@@ -30,6 +30,7 @@ from transom.layers.step import Step
 from transom.models.build_step import build_step
 from transom.models.vision import VisionEmbeddings
 from transom.names.load_hook import load_hook
+from transom.planning.memory import SLACK
 
 
 class Runner(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transom.config.layer_args import LayerArgs, LayerRule, MoeArgs
+from transom.config.layer_args import LayerArgs, LayerRule, MlaArgs, MoeArgs
 from transom.config.model_args import ModelArgs
 
 
@@ -80,6 +80,19 @@ def experts_visited(moe: MoeArgs, tokens: int) -> float:
     """
     missed: float = (1 - moe.top_k / moe.num_experts) ** tokens
     return moe.num_experts * (1 - missed)
+
+
+def absorbing_is_cheaper(mla: MlaArgs, queries: int, slots: int) -> bool:
+    """Return whether latent attention takes fewer multiplications per head if queries move into the
+    latent space than if keys and values are computed from the latents.
+
+    All slots count as visible.
+    """
+    up = mla.kv_lora_rank * (mla.qk_nope_head_dim + mla.v_head_dim)
+    head = mla.qk_nope_head_dim + mla.qk_rope_head_dim + mla.v_head_dim
+    expanded = slots * up + queries * slots * head
+    absorbed = queries * up + queries * slots * 2 * (mla.kv_lora_rank + mla.qk_rope_head_dim)
+    return absorbed < expanded
 
 
 def _norm_width(layer: LayerArgs) -> int:
@@ -213,24 +226,3 @@ def ring_slots(rule: LayerRule, tokens: int, slack: int) -> int | None:
     """
     slots = rule.size + slack
     return slots if rule.size and slots < tokens else None
-
-
-def cache_bytes(args: ModelArgs, rows: int, tokens: int, bytes_per_value: int, slack: int) -> int:
-    """Return the bytes of a KV cache as it is allocated: all slots, a spare one, and positions."""
-    total, stores = 0, set()
-    for layer in args.layers:
-        slots = (ring_slots(layer.rule, tokens, slack) or tokens) + 1
-        total += slots * kv_bytes_per_token(layer, bytes_per_value)
-        stores.add(slots)
-    return rows * (total + 8 * sum(stores))
-
-
-def working_bytes(args: ModelArgs, rows: int, tokens: int, bytes_per_value: int) -> int:
-    """Estimate the bytes that one forward call of inference needs for `tokens` tokens per row.
-
-    Counted are the widest tensors of a layer, in float32 or wider, and the logits of one token.
-    """
-    widths = [
-        6 * one.dim + 3 * one.hidden_dim + 4 * one.n_heads * one.head_dim for one in args.layers
-    ]
-    return rows * (tokens * max(widths) * max(bytes_per_value, 4) + 12 * args.vocab_size)

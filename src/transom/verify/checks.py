@@ -85,6 +85,12 @@ CHECKS = {
         Check("step", "a training step in micro-batches against the step in one batch"),
         Check("data", "packed rows and targets against the documents that they come from"),
         Check("ops", "products and blocks of few rows in C++ against the same in PyTorch"),
+        Check(
+            "memory",
+            "bytes that `inspect --memory` plans against those of models that generate",
+            {"model": ""},
+            full_size=True,
+        ),
         Check("attention", "attention backends against the float64 reference", {"device": ""}),
     )
 }

@@ -19,17 +19,19 @@ PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class LazyTensor:
     """A tensor that is not read yet.
 
-    `read` returns it, as a view of a memory map if nothing has to be computed.
+    `read` returns it, as a view of a memory map if nothing has to be computed. `mapped` is whether
+    that view is known to be one: reading it then costs nothing.
     """
 
     shape: Shape
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    mapped: bool = False
 
     @classmethod
-    def of(cls, tensor: Tensor) -> LazyTensor:
+    def of(cls, tensor: Tensor, *, mapped: bool = False) -> LazyTensor:
         """Return a lazy tensor for one that is in memory or mapped."""
-        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor, mapped)
 
     @property
     def meta(self) -> Tensor:
@@ -45,8 +47,12 @@ class LazyTensor:
         cls, parts: Sequence[LazyTensor], make: Callable[[Sequence[Tensor]], Tensor]
     ) -> LazyTensor:
         """Return what `make` makes of several tensors; it must work on the meta device too."""
-        meta = make([part.meta for part in parts])
-        return cls(tuple(meta.shape), meta.dtype, lambda: make([part.read() for part in parts]))
+        metas = [part.meta for part in parts]
+        meta = make(metas)
+        mapped = any(part.mapped and meta is one for part, one in zip(parts, metas, strict=True))
+        return cls(
+            tuple(meta.shape), meta.dtype, lambda: make([part.read() for part in parts]), mapped
+        )
 
 
 LazyTensors = Mapping[str, LazyTensor]

@@ -77,8 +77,8 @@ def open_safetensors(
             expected = "another file of the index has this key too; expected it once"
             require(key not in out, str(folder / file), key, expected)
             again = functools.partial(_read_again, folder / file, key)
-            kept = LazyTensor.of(tensor)
-            out[key] = LazyTensor(kept.shape, kept.dtype, again) if apart else kept
+            kept = LazyTensor.of(tensor, mapped=True)
+            out[key] = LazyTensor(kept.shape, kept.dtype, again, mapped=True) if apart else kept
     return out
 
 

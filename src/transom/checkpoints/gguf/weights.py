@@ -37,7 +37,8 @@ def open_gguf(folder: Path) -> dict[str, LazyTensor]:
         if name.startswith("rope_") or ".attn_rot_embd." in name:
             continue  # divisors of rotary frequencies, which became settings
         read = functools.partial(_read, model.files[stored.part], stored)
-        lazy = LazyTensor(stored.shape, DENSE.get(stored.type, torch.float32), read)
+        plain = DENSE.get(stored.type)
+        lazy = LazyTensor(stored.shape, plain or torch.float32, read, plain is not None)
         shifted = kind.norms_plus_one and name.endswith("norm.weight")
         out[name] = lazy.then(lambda tensor: tensor - 1) if shifted else lazy
     narrow = {lazy.dtype for lazy in out.values()} & _HALVES

@@ -187,7 +187,7 @@ def test_statistics_are_those_of_the_inputs_of_each_leaf(changes):
         if "router" not in path
     }
     found = {}
-    for _, sums in block_inputs(model, BATCHES, leaves):
+    for *_, sums in block_inputs(model, BATCHES, leaves):
         found |= sums
     for path in found:
         expected = 0.0
@@ -210,7 +210,7 @@ def test_later_blocks_see_the_quantized_ones_before(changes):
     wq = made.layers[-1].attention.wq
     again = copy.deepcopy(made)
     leaves = {"layers.1.attention.wq": again.layers[1].attention.wq}
-    for _, sums in block_inputs(again, BATCHES, leaves):
+    for *_, sums in block_inputs(again, BATCHES, leaves):
         seen |= sums
     dense = base(**changes).layers[1].attention.wq.weight.detach()
     expected = gptq(dense, seen["layers.1.attention.wq"].hessians[0], wq.format)
@@ -275,6 +275,7 @@ def test_text_that_a_method_does_not_read_is_refused():
         ({"double_quant": True, "method": "gptq"}, "double_quant"),
         ({"method": "gptq", "fit_scales": True}, "fit_scales"),
         ({"kind": "fp4", "zero_points": True}, "zero_points"),
+        ({"method": "awq", "fit_scales": True}, "fit_scales"),
         ({"method": "gptq", "damping": 0.0}, "damping"),
     ],
 )

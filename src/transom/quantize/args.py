@@ -11,7 +11,7 @@ from transom.base.errors import require
 from transom.base.fields import check_bounds, describe
 
 Kind = Literal["nf4", "fp4", "int4", "int8"]
-Method = Literal["rtn", "gptq"]
+Method = Literal["rtn", "gptq", "awq"]
 GROUPS = (0, 32, 64, 128)
 
 
@@ -20,7 +20,8 @@ class QuantizeArgs:
     """Four or eight bits per weight, and a scale per group of inputs.
 
     nf4 and fp4 are formats of QLoRA (Dettmers et al. 2023, arXiv 2305.14314). The methods are
-    round-to-nearest and GPTQ (Frantar et al. 2022, arXiv 2210.17323).
+    round-to-nearest, GPTQ (Frantar et al. 2022, arXiv 2210.17323) and AWQ (Lin et al. 2023, arXiv
+    2306.00978).
 
     Raises:
         RequestError: A value does not fit the others.
@@ -50,8 +51,8 @@ class QuantizeArgs:
     )
     method: Method = describe(
         "rtn",
-        "rtn rounds to the nearest; gptq reads text, and later inputs make up for the rounding of "
-        "earlier ones",
+        "rtn rounds to the nearest; gptq lets later inputs make up for the rounding of earlier "
+        "ones; awq enlarges the weights of large inputs; gptq and awq read text",
     )
     fit_scales: bool = describe(
         False, "rtn: choose the scale of each group with the smallest squared error"
@@ -61,6 +62,13 @@ class QuantizeArgs:
     )
     damping: float = describe(
         0.01, "gptq: added to the squares of the inputs, relative to their mean", above=0, below=1
+    )
+    bits_budget: float | None = describe(
+        None,
+        "mean bits per quantized weight, scales included: the most sensitive leaves get smaller "
+        "groups or 8 bits; reads text",
+        "bits",
+        above=0,
     )
 
     def __post_init__(self) -> None:
@@ -75,11 +83,16 @@ class QuantizeArgs:
         require(fits, "zero_points", self.zero_points, "expected kind int4 or int8 with it")
         fits = self.method == "rtn" or not self.fit_scales
         require(fits, "fit_scales", self.fit_scales, "expected method rtn with it; others do so")
+        if self.bits_budget is not None:
+            chosen = self.kind == "int4" and self.group == QuantizeArgs.group
+            fits = chosen and self.method != "awq"
+            expected = "expected kind int4, method rtn or gptq, and no group, which it chooses"
+            require(fits, "bits_budget", self.bits_budget, expected)
 
     @property
     def calibrated(self) -> bool:
         """Whether quantizing reads text."""
-        return self.method != "rtn"
+        return self.method != "rtn" or self.bits_budget is not None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QuantizeArgs:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transom.base.errors import RequestError, WorkError
 from transom.base.runtime import evaluating
@@ -32,26 +33,13 @@ class InputStatistics:
     sizes: Tensor
     rows: Tensor
 
-    @classmethod
-    def empty(cls, leaf: Dense) -> InputStatistics:
-        """Return sums of no rows for a leaf."""
-        shape, device = leaf.weight.shape, leaf.weight.device
-        count, inputs = (shape[0] if len(shape) == 3 else 1), shape[-1]
-        return cls(
-            torch.zeros(count, inputs, inputs, device=device),
-            torch.zeros(count, inputs, device=device),
-            torch.zeros(count, dtype=torch.int64, device=device),
-        )
-
     def add(self, x: Tensor, ends: Sequence[int]) -> None:
         """Add rows x [R, in], of which those of leaf e end at `ends[e]`."""
-        start = 0
-        for e, end in enumerate(ends):
+        for e, (start, end) in enumerate(itertools.pairwise((0, *ends))):
             rows = x[start:end].float()
             self.hessians[e].addmm_(rows.T, rows)
             self.sizes[e] += rows.abs().sum(0)
             self.rows[e] += len(rows)
-            start = end
 
 
 class _Watch:
@@ -61,22 +49,25 @@ class _Watch:
         self.found: dict[str, InputStatistics] = {}
         self._last: tuple[str, Tensor | None] = "", None
         self._hooks = [
-            leaf.register_forward_pre_hook(
-                lambda _, given, path=path: self.see(path, leaves[path], *given)
-            )
+            leaf.register_forward_pre_hook(lambda _, given, path=path: self.see(path, *given))
             for path, leaf in leaves.items()
         ]
 
-    def see(self, path: str, leaf: Dense, x: Tensor, ends: Tensor | None = None) -> None:
+    def see(self, path: str, x: Tensor, ends: Tensor | None = None) -> None:
         """Add the input of a call of a leaf."""
         name, last = self._last
         if x is last:
             self.found[path] = self.found[name]
             return
         self._last = path, x
-        sums = self.found.setdefault(path, InputStatistics.empty(leaf))
         flat = x.flatten(0, -2)
-        sums.add(flat, [len(flat)] if ends is None else ends.tolist())
+        bounds = [len(flat)] if ends is None else ends.tolist()
+        if path not in self.found:
+            count, inputs = len(bounds), x.size(-1)
+            hessians = torch.zeros(count, inputs, inputs, device=x.device)
+            rows = torch.zeros(count, dtype=torch.int64, device=x.device)
+            self.found[path] = InputStatistics(hessians, torch.zeros_like(hessians[:, 0]), rows)
+        self.found[path].add(flat, bounds)
 
     def close(self) -> dict[str, InputStatistics]:
         """Stop watching, and return the sums by the name of the leaf.
@@ -110,8 +101,8 @@ def checked_batches(batches: Iterable[Tensor] | None, leaves: Mapping[str, Dense
 @torch.no_grad()
 def block_inputs(
     model: LLM, batches: Sequence[Tensor], leaves: Mapping[str, Dense]
-) -> Iterator[tuple[dict[str, Dense], dict[str, InputStatistics]]]:
-    """Yield the leaves of each part of the model, and the sums of their inputs.
+) -> Iterator[tuple[nn.Module, dict[str, Dense], dict[str, InputStatistics]]]:
+    """Yield each part of the model, its leaves, and the sums of their inputs.
 
     The parts are the blocks and the output. If the caller changes a part before it asks for the
     next one, the inputs of later parts are those of the changed model. Memory has the hidden states
@@ -137,7 +128,7 @@ def block_inputs(
                 watch = _Watch(own)
                 for state, step in zip(states, steps, strict=True):
                     block(state, step)
-                yield own, watch.close()
+                yield block, own, watch.close()
             for at, step in enumerate(steps):
                 states[at] = block(states[at], step)[0]
         rest = {path: leaf for path, leaf in leaves.items() if not path.startswith("layers.")}
@@ -145,5 +136,5 @@ def block_inputs(
         output = "tok_embeddings" if model.output is None else "output"
         if output in rest and model.args.head is None:
             for state in states:
-                watch.see(output, rest[output], model.norm(state))
-        yield rest, watch.close()
+                watch.see(output, model.norm(state))
+        yield model, rest, watch.close()

@@ -42,7 +42,7 @@ def gptq(
             as large as often as the Hessian is singular.
 
     Raises:
-        WorkError: The Hessian has numbers that are not finite.
+        WorkError: The Hessian is singular with much damping too.
     """
     inputs = weight.size(1)
     group = format.group or inputs
@@ -70,7 +70,9 @@ def gptq(
                 grids += _grids(parts[-1:])
             inverse, scale, zero = grids[place // group]
             units[start + i] = block[i] * inverse + zero
-            rounded = (_nearest_value(units[start + i], format) - zero) * scale
+            codes = nearest_codes(units[start + i], format)
+            values = codes.float() if format.levels is None else values_of(codes, format)
+            rounded = (values - zero) * scale
             errors[i] = (block[i] - rounded) / inside[i, i]
             block[i:].addr_(inside[i, i:], errors[i], alpha=-1)
         rest[stop:].addmm_(freedom[start:stop, stop:].T, errors, alpha=-1)
@@ -89,23 +91,15 @@ def _grids(parts: list[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor, Tensor]
     return out
 
 
-def _nearest_value(units: Tensor, format: WeightFormat) -> Tensor:
-    """Return the values of `nearest_codes`."""
-    codes = nearest_codes(units, format)
-    return codes.float() if format.levels is None else values_of(codes, format)
-
-
 def _freedom(hessian: Tensor, damping: float) -> Tensor:
     """Return the upper factor U of the inverse Hessian, U^T U = H^-1, in float32.
 
     Row i of U says how much the inputs from i on can make up for, once those before are rounded.
 
     Raises:
-        WorkError: The Hessian has numbers that are not finite.
+        WorkError: The Hessian is singular with much damping too.
     """
     wide = hessian.double()
-    if not bool(wide.isfinite().all()):
-        raise WorkError("calibration: got NaN or infinite inputs; expected finite ones")
     squares = wide.diagonal().clone()
     mean = squares.mean().clamp(min=1e-30)
     # An input that is always 0 has no say: without its own 1 the factor would not exist.

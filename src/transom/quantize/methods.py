@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from transom.base.errors import RequestError, nearest, notice
+from transom.layers.block import TransformerBlock
 from transom.layers.linear import Embedding, GroupedLinear, Linear
 from transom.models.llm import LLM
 from transom.quantize.args import GROUPS, QuantizeArgs
+from transom.quantize.awq import scale_inputs
+from transom.quantize.budget import choose_formats
 from transom.quantize.calibration import InputStatistics, block_inputs, checked_batches
 from transom.quantize.fitting import fitted_parts
 from transom.quantize.formats import WeightFormat, empty_parts, quantize, requested
@@ -50,23 +54,19 @@ def quantize_model(
     for path, leaf in chosen.items():
         _check(path, leaf, args, empty)
     total = parameter_count(model)
-    formats = {path: requested(args, leaf.weight.dtype) for path, leaf in chosen.items()}
     if args.calibrated and not empty:
-        if not isinstance(model, LLM):
-            raise RequestError(
-                f"method: got {args.method!r} for a part of a model; expected an LLM"
-            )
-        _calibrated(model, args, formats, chosen, checked_batches(batches, chosen))
+        assert isinstance(model, LLM), "parts of a model read no text"
+        _calibrated(model, args, chosen, checked_batches(batches, chosen))
     else:
         if batches is not None:
             raise RequestError("batches: got some; expected none, since this method reads no text")
-        for path, leaf in chosen.items():
+        for leaf in chosen.values():
+            format = requested(args, leaf.weight.dtype)
             if empty or leaf.weight.is_meta:
-                parts = empty_parts(leaf.weight.shape, formats[path], leaf.weight.device)
+                parts = empty_parts(leaf.weight.shape, format, leaf.weight.device)
+                replace_weight(leaf, parts, format)
             else:
-                fit = fitted_parts if args.fit_scales else None
-                parts = quantize(leaf.weight, formats[path], fit)
-            replace_weight(leaf, parts, formats[path])
+                _quantize(leaf, None, format, args)
     quantized = sum(math.prod(leaf.shape) for leaf in quantized_leaves(model).values())
     shares = f"{quantized:,} of {total:,} weights in {mean_bits(model):.2f} bits each"
     groups = f"in groups of {args.group}" if args.group else "with one scale per output"
@@ -82,41 +82,62 @@ def mean_bits(model: nn.Module) -> float:
 
 
 def _calibrated(
-    model: LLM,
-    args: QuantizeArgs,
-    formats: Mapping[str, WeightFormat],
-    chosen: Mapping[str, Dense],
-    batches: list[Tensor],
+    model: LLM, args: QuantizeArgs, chosen: Mapping[str, Dense], batches: list[Tensor]
 ) -> None:
     """Quantize the leaves by their inputs, in the order in which tokens reach them."""
+    formats = {path: requested(args, leaf.weight.dtype) for path, leaf in chosen.items()}
+    if args.bits_budget is not None:
+        formats = choose_formats(model, args, chosen, batches)
     embeddings = {path: leaf for path, leaf in chosen.items() if isinstance(leaf, Embedding)}
     rest = {path: leaf for path, leaf in chosen.items() if path not in embeddings}
-    unseen = 0
+    unseen = unscaled = 0
     if embeddings:  # first, since all later inputs depend on them
-        tied = model.output is None and "tok_embeddings" in embeddings
-        *_, (_, found) = block_inputs(model, batches, embeddings) if tied else [({}, {})]
+        found: dict[str, InputStatistics] = {}
+        if model.output is None and args.method == "gptq":  # they are the output too
+            *_, (_, _, found) = block_inputs(model, batches, embeddings)
         for path, embedding in embeddings.items():
             unseen += _quantize(embedding, found.get(path), formats[path], args)
-    for leaves, found in block_inputs(model, batches, rest):
+    for part, leaves, found in block_inputs(model, batches, rest):
+        scales: dict[nn.Module, Tensor] = {}
+        if args.method == "awq" and isinstance(part, TransformerBlock):
+            scales = scale_inputs(
+                part,
+                {leaves[path]: one for path, one in found.items()},
+                {leaves[path]: formats[path] for path in found},
+            )
         for path, leaf in leaves.items():
-            unseen += _quantize(leaf, found.get(path), formats[path], args)
+            unscaled += leaf not in scales
+            unseen += _quantize(leaf, found.get(path), formats[path], args, scales.get(leaf))
     if unseen:
         notice(f"{args.method}: {unseen} matrices that no calibration token reached are rounded")
+    if unscaled and args.method == "awq":
+        notice(f"awq: {unscaled} leaves have inputs that no norm or linear can be divided by")
 
 
 def _quantize(
-    leaf: Dense, sums: InputStatistics | None, format: WeightFormat, args: QuantizeArgs
+    leaf: Dense,
+    sums: InputStatistics | None,
+    format: WeightFormat,
+    args: QuantizeArgs,
+    scales: Tensor | None = None,
 ) -> int:
     """Quantize one leaf, and return how many of its matrices no token reached."""
-    experts = leaf.weight.detach() if leaf.weight.ndim == 3 else leaf.weight.detach().unsqueeze(0)
+    experts = leaf.weight.detach().view(-1, *leaf.weight.shape[-2:])
     rows = [0] * len(experts) if sums is None else sums.rows.tolist()
     made = []
     for e, weight in enumerate(experts):
-        if rows[e] == 0 or sums is None:
-            made.append(quantize(weight, format, fitted_parts))
-        else:
+        fit = fitted_parts if args.method != "rtn" or args.fit_scales else None
+        if sums is None or rows[e] == 0 or args.method == "rtn":
+            made.append(quantize(weight, format, fit))
+        elif args.method == "gptq":
             order, damping = args.act_order, args.damping
             made.append(gptq(weight, sums.hessians[e], format, order, damping))
+        else:
+            squares = sums.hessians[e].diagonal() / rows[e]
+            if scales is not None:
+                squares = squares / scales[e % len(scales)].square()
+            squares = squares.view(-1, format.group or len(squares))
+            made.append(quantize(weight, format, partial(fitted_parts, importance=squares)))
     stacked = {name: torch.stack([parts[name] for parts in made]) for name in made[0]}
     parts = stacked if leaf.weight.ndim == 3 else made[0]
     replace_weight(leaf, parts, format)
@@ -161,7 +182,8 @@ def _check(path: str, leaf: Dense, args: QuantizeArgs, empty: bool) -> None:
             weights.
     """
     inputs = leaf.weight.size(-1)
-    if inputs % (args.group or 2):
+    group = args.group if args.bits_budget is None else 0
+    if inputs % (group or 2):
         fitting = [f"{group}, or" for group in GROUPS if group and inputs % group == 0][-1:]
         expected = " ".join([*fitting, f"to skip {path.rpartition('.')[2]!r}"])
         found = f"{args.group} for the {inputs} inputs of {path}"

@@ -158,7 +158,8 @@ class FinetuneArgs:
         lora = self.method == "lora"
         require(lora or self.quantize is None, "quantize", "given", "valid only with method = lora")
         fits = self.quantize is None or not self.quantize.calibrated
-        require(fits, "quantize.method", "gptq", "expected rtn, or to quantize the base before")
+        expected = "expected method rtn and no bits_budget, or a base that is quantized before"
+        require(fits, "quantize", "a method that reads text", expected)
         fits = (lora and self.quantize is None) or not self.keep_quantized
         expected = "valid only with method = lora, and without quantize"
         require(fits, "keep_quantized", self.keep_quantized, expected)

@@ -38,6 +38,7 @@ from transom.ops import block as ops
 from transom.ops import products
 from transom.ops.build import library
 from transom.ops.weights import DENSE, Weight
+from transom.quantize.leaves import tile_weights
 
 
 class DecodePlan:
@@ -57,6 +58,7 @@ class DecodePlan:
         self._make()
 
     def _make(self) -> None:
+        tile_weights(self.model)
         self._watch = Watch()
         self._blocks: dict[int, NativeBlock] = {}
         missing: Counter[str] = Counter()

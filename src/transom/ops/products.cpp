@@ -4,7 +4,7 @@
 // float32.
 //
 // The numbers of a few outputs become vectors in registers and are multiplied at once with some
-// rows (kernel.h). One or two rows by integer codes are sums of products of bytes (integers.h).
+// rows (kernel.h). Codes in tiles are multiplied as bytes (tiles.h).
 // Where decoding is slow beside the products, many rows share numbers that are written to a buffer
 // in the cache of the core.
 
@@ -12,16 +12,16 @@
 #include <cstdint>
 #include <vector>
 
-#include "integers.h"
 #include "kernel.h"
 #include "numbers.h"
 #include "rows.h"
 #include "threads.h"
+#include "tiles.h"
 #include "weights.h"
 
 namespace {
 
-constexpr int block = 12;  // outputs that are computed side by side
+constexpr int block = 12;  // outputs that are computed side by side, unless in tiles
 // Products of fewer numbers stay on one thread: that is faster than to wake another one.
 constexpr int64_t least_work = 1 << 17;
 
@@ -36,7 +36,7 @@ struct Job {
     const float* x;                              // [rows, inputs]
     const void* prepared;                        // x as the source wants it
     float* y;                                    // [rows, outputs]
-    int64_t rows, chunk_blocks, chunks;
+    int64_t rows, block, chunk_blocks, chunks;
     bool accumulate;
 };
 
@@ -170,43 +170,49 @@ struct Path {
     static void outputs_from(const Job& job, int64_t output) { Path(job, output).run(); }
 };
 
-#ifdef TRANSOM_INTEGERS
+#ifdef TRANSOM_TILES
 
-// The products of one or two rows with codes that are integers.
-template <bool four, int planes, int R>
-struct BytePath {
-    static constexpr int O = 4;
+// The products of a weight in tiles.
+template <bool four, int planes, int span>
+struct TilePath {
+    using Rows = PlaneRows<four, planes, span>;
+
+    static Rows& rows_of(const Job& job) {
+        return *static_cast<Rows*>(const_cast<void*>(job.prepared));
+    }
 
     static void outputs_from(const Job& job, int64_t first) {
         static thread_local std::vector<float> factors;
         const Weight& weight = *job.weight;
-        const auto& x = *static_cast<const ByteRows*>(job.prepared);
-        const int64_t bytes = row_bytes(weight), spans = weight.inputs / ByteRows::span;
-        factors.resize((2 + R) * O * spans);
-        const SpanFactors spans_of(weight, factors.data());
-        float* scales = factors.data() + 2 * O * spans;
-        const int64_t end = std::min(weight.outputs, first + block);
-        for (int64_t output = first; output < end; output += O) {
-            const uint8_t* codes[O];
-            __m512 totals[R * O];
-            for (auto& total : totals) total = _mm512_setzero_ps();
-            int64_t own[O];
-            for (int o = 0; o < O; ++o) {
-                own[o] = std::min(output + o, end - 1);
-                codes[o] = static_cast<const uint8_t*>(weight.codes) + own[o] * bytes;
+        const int64_t numbers = weight.inputs / weight.group * kTile;
+        factors.resize(2 * numbers);
+        float *scales = factors.data(), *offsets = scales + numbers;
+        write_factors(weight, first / kTile, scales, offsets);
+        const auto* codes = static_cast<const uint8_t*>(weight.codes) + first * row_bytes(weight);
+        for (int64_t row = 0, count; row < job.rows; row += count) {
+            count = rows_at_once(job.rows - row);
+            switch (count) {
+                case 1: some<1>(job, codes, scales, offsets, first, row); break;
+                case 2: some<2>(job, codes, scales, offsets, first, row); break;
+                case 4: some<4>(job, codes, scales, offsets, first, row); break;
+                default: some<8>(job, codes, scales, offsets, first, row);
             }
-            spans_of.write<R, O>(x, own, scales, totals);
-            byte_tile<four, planes, R, O>(x, codes, scales, weight.inputs, distance(O * bytes),
-                                          totals);
-            for (int r = 0; r < R; ++r) {
-                alignas(16) float sums[O];
-                _mm_store_ps(sums, sums_of_four(totals + r * O));
-                for (int o = 0; o < O && output + o < end; ++o) {
-                    if (weight.bias) sums[o] += weight.bias[output + o];
-                    float& y = job.y[r * weight.outputs + output + o];
-                    y = job.accumulate ? y + sums[o] : sums[o];
-                }
-            }
+        }
+    }
+
+    template <int R>
+    static void some(const Job& job, const uint8_t* codes, const float* scales,
+                     const float* offsets, int64_t first, int64_t row) {
+        const Weight& weight = *job.weight;
+        const Rows& x = rows_of(job);
+        __m512 sums[R];
+        tile_products<four, planes, span, R>(codes, scales, offsets, weight, x.bytes_of(row),
+                                             x.facts_of(row), sums);
+        for (int r = 0; r < R; ++r) {
+            float* y = job.y + (row + r) * weight.outputs + first;
+            if (weight.bias) sums[r] = _mm512_add_ps(sums[r], _mm512_loadu_ps(weight.bias + first));
+            if (job.accumulate) sums[r] = _mm512_add_ps(sums[r], _mm512_loadu_ps(y));
+            _mm512_storeu_ps(y, sums[r]);
         }
     }
 };
@@ -254,29 +260,31 @@ void take(Job& job, Rows& rows) {
     job.prepared = rows.packed<typename S::Vectors, pairs>();
 }
 
-#ifdef TRANSOM_INTEGERS
-template <bool four, int planes>
-void take_planes(Job& job, Rows& rows) {
-    job.outputs = job.rows == 1 ? BytePath<four, planes, 1>::outputs_from
-                                : BytePath<four, planes, 2>::outputs_from;
-    job.prepared = rows.in_bytes<four, planes>();
+#ifdef TRANSOM_TILES
+template <bool four, int planes, int span>
+void take_tiles(Job& job, Rows& rows) {
+    static thread_local PlaneRows<four, planes, span> prepared;
+    constexpr int bit = 256 << (4 * four + 2 * (planes - 2) + (span == 32));
+    if (!(rows.made & bit)) prepared.make(rows.x, rows.count, rows.inputs, rows.threads);
+    rows.made |= bit;
+    job.outputs = TilePath<four, planes, span>::outputs_from;
+    job.prepared = &prepared;
+    job.block = kTile;
 }
 
-// Take the path of bytes, and return whether it can be taken.
-bool take_bytes(Job& job, Rows& rows) {
-    const Weight& weight = *job.weight;
-    // A group is a span, a power of two of them, or all inputs.
-    const bool power = weight.group >= ByteRows::span && !(weight.group & (weight.group - 1));
-    const bool groups = power || weight.group == weight.inputs;
-    if (job.rows > 2 || weight.inputs % 64 || !groups) return false;
-    if (weight.levels && !in_a_row(weight.levels)) return false;
-    const bool two = weight.rounded && rows.fits_brain();
-    if (weight.levels) {
-        two ? take_planes<true, 2>(job, rows) : take_planes<true, 3>(job, rows);
+template <bool four, int planes>
+void choose_span(Job& job, Rows& rows) {
+    job.weight->group == 16 ? take_tiles<four, planes, 16>(job, rows)
+                            : take_tiles<four, planes, 32>(job, rows);
+}
+
+void choose_tiles(Job& job, Rows& rows) {
+    const bool two = job.weight->rounded && rows.fits_brain();
+    if (job.weight->levels) {
+        two ? choose_span<true, 2>(job, rows) : choose_span<true, 3>(job, rows);
     } else {
-        two ? take_planes<false, 2>(job, rows) : take_planes<false, 3>(job, rows);
+        two ? choose_span<false, 2>(job, rows) : choose_span<false, 3>(job, rows);
     }
-    return true;
 }
 #endif
 
@@ -294,15 +302,15 @@ void choose_codes(Job& job, Rows& rows) {
 // Choose the path of a weight, and prepare x for it.
 void choose(Job& job, Rows& rows) {
     const Weight& weight = *job.weight;
+#ifdef TRANSOM_TILES
+    if (weight.tiled) return choose_tiles(job, rows);
+#endif
 #ifdef TRANSOM_BRAIN
     const bool fits = weight.scales ? weight.group % Brain::lanes == 0 && weight.rounded
                                     : weight.storage == kBFloat16;
     if (fits && job.rows >= 4 && rows.fits_brain()) {
         return weight.scales ? choose_codes<Brain>(job, rows) : take<Own<Brain>>(job, rows);
     }
-#endif
-#ifdef TRANSOM_INTEGERS
-    if (weight.scales && take_bytes(job, rows)) return;
 #endif
     const int64_t pair = weight.levels ? 2 : 1;
     if (weight.storage == kFloat32) {
@@ -326,9 +334,9 @@ struct Call {
     static void chunk(const void* self, int64_t number) {
         const Job* job = static_cast<const Call*>(self)->jobs;
         for (; number >= job->chunks; ++job) number -= job->chunks;
-        const int64_t size = job->chunk_blocks * block, begin = number * size;
+        const int64_t size = job->chunk_blocks * job->block, begin = number * size;
         const int64_t end = std::min(job->weight->outputs, begin + size);
-        for (int64_t output = begin; output < end; output += block) job->outputs(*job, output);
+        for (int64_t output = begin; output < end; output += job->block) job->outputs(*job, output);
     }
 };
 
@@ -337,18 +345,18 @@ struct Call {
 void multiply(const float* x, int64_t rows, const Weight* const* weights, int count,
               float* const* y, int threads, bool accumulate) {
     static thread_local std::vector<Job> jobs;
-    Rows prepared{x, rows, weights[0]->inputs};
     int64_t work = 0, chunks = 0;
     jobs.resize(count);
     for (int i = 0; i < count; ++i) work += rows * weights[i]->outputs * weights[i]->inputs;
     if (work < least_work) threads = 1;
+    Rows prepared{x, rows, weights[0]->inputs, threads};
     for (int i = 0; i < count; ++i) {
         const Weight& weight = *weights[i];
         Job& job = jobs[i];
-        job = {&weight, nullptr, x, nullptr, y[i], rows, 1, 0, accumulate};
+        job = {&weight, nullptr, x, nullptr, y[i], rows, block, 1, 0, accumulate};
         choose(job, prepared);
-        const int64_t blocks = (weight.outputs + block - 1) / block;
-        const int64_t block_work = rows * block * weight.inputs;
+        const int64_t blocks = (weight.outputs + job.block - 1) / job.block;
+        const int64_t block_work = rows * job.block * weight.inputs;
         job.chunk_blocks = std::max<int64_t>(1, work / (8 * threads) / block_work);
         job.chunks = (blocks + job.chunk_blocks - 1) / job.chunk_blocks;
         chunks += job.chunks;
@@ -368,5 +376,15 @@ int transom_product(const float* x, int64_t rows, const Weight* const* weights, 
         return 1;
     }
     return 0;
+}
+
+// Bring rows of codes into tiles, and return 1. Return 0 if this processor doesn't multiply tiles.
+int transom_to_tiles(uint8_t* codes, int64_t rows, int64_t row_bytes, int four) {
+#ifdef TRANSOM_TILES
+    to_tiles(codes, rows, row_bytes, four);
+    return 1;
+#else
+    return 0;
+#endif
 }
 }

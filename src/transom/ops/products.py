@@ -20,16 +20,18 @@ MOST_ROWS = 64
 X_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def takes(x: Tensor) -> bool:
+def takes(x: Tensor, tiled: bool = False) -> bool:
     """Return whether `product` may take these rows, if a library can be had.
 
-    It takes up to 64 rows on the CPU, outside graphs of torch.compile.
+    It takes up to 64 rows on the CPU, outside graphs of torch.compile. Weights in tiles take any
+    number of rows.
     """
     return (
         x.device.type == "cpu"
         and type(x) is Tensor  # no fake tensor, which has no data
         and x.dtype in X_DTYPES
-        and 0 < x.numel() <= MOST_ROWS * x.size(-1)
+        and x.numel() > 0
+        and (tiled or x.numel() <= MOST_ROWS * x.size(-1))
         and not torch.compiler.is_compiling()
     )
 

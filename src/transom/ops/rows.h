@@ -8,7 +8,6 @@
 #include <type_traits>
 #include <vector>
 
-#include "integers.h"
 #include "simd.h"
 
 // Rows of the largest tile, and outputs of a tile of fewer rows.
@@ -27,6 +26,7 @@ int64_t tile_rows(int64_t left) {
 struct Rows {
     const float* x;
     const int64_t count, inputs;
+    const int threads;
     int made = 0;  // bits: which orders exist
     int is_brain = -1;  // unknown
 
@@ -62,32 +62,6 @@ struct Rows {
         }
         return to.data();
     }
-
-#ifdef TRANSOM_INTEGERS
-    // The rows as bytes, of 4-bit codes with the even ones of 64 inputs first.
-    template <bool four, int planes>
-    const ByteRows* in_bytes() {
-        static thread_local std::vector<int8_t> bytes;
-        static thread_local std::vector<float> floats;
-        static thread_local ByteRows rows;
-        constexpr int bit = 512 << (2 * four + planes - 2);
-        if (made & bit) return &rows;
-        made |= bit;
-        const int64_t spans = inputs / ByteRows::span;
-        bytes.resize(count * inputs * planes);
-        floats.resize(2 * count * spans);
-        for (int64_t r = 0; r < count; ++r) {
-            float *units = floats.data() + 2 * r * spans, *sums = units + spans;
-            rows.bytes[r] = bytes.data() + r * inputs * planes;
-            rows.units[r] = units, rows.sums[r] = sums;
-            for (int64_t i = 0; i < inputs; i += 64)
-                ByteRows::write<four, planes>(x + r * inputs + i,
-                                              bytes.data() + (r * inputs + i) * planes,
-                                      units + i / 32, sums + i / 32);
-        }
-        return &rows;
-    }
-#endif
 
     // Whether bfloat16 has every number of x.
     bool fits_brain() {

@@ -41,6 +41,7 @@ struct Weight {
     int64_t scale_kind, super_kind;
     int64_t block;    // scales that share a super scale, or 0
     int64_t rounded;  // 1: numbers of codes may be rounded to bfloat16, as in a bfloat16 model
+    int64_t tiled;    // 1: codes, scales and what belongs to them are in tiles (tiles.h)
 };
 
 // Compute y[i] = x W_i^T + b_i for `count` weights, or add it to y[i].

@@ -30,7 +30,17 @@ _POINTERS = (
     "super_minimums",
     "bias",
 )
-_NUMBERS = ("outputs", "inputs", "group", "storage", "scale_kind", "super_kind", "block", "rounded")
+_NUMBERS = (
+    "outputs",
+    "inputs",
+    "group",
+    "storage",
+    "scale_kind",
+    "super_kind",
+    "block",
+    "rounded",
+    "tiled",
+)
 
 
 class Weight(ctypes.Structure):
@@ -74,7 +84,7 @@ def coded_weight(
     """Return a weight in codes on the CPU, or None if C++ doesn't cover its format.
 
     Args:
-        parts: The parts of W [out, in].
+        parts: The parts of W [out, in], in rows or in tiles.
         levels: The values of codes of 4 bits; None for codes of 8 bits.
         scales: What the bits of the scales are.
         block: Scales that share a super scale, or 0.
@@ -83,7 +93,9 @@ def coded_weight(
             rounded to bfloat16, as PyTorch does, if that is faster.
     """
     outputs, groups = parts["scales"].shape
-    inputs = parts["codes"].size(1) * (1 if levels is None else 2)
+    tiled = "tiles" in parts
+    own = {"codes" if name == "tiles" else name: part for name, part in parts.items()}
+    inputs = own["codes"].size(1) * (1 if levels is None else 2)
     group = inputs // groups
     super_dtype = parts["super_scales"].dtype if block else torch.float32
     covered = scales in KINDS and super_dtype in KINDS and "order" not in parts
@@ -91,7 +103,7 @@ def coded_weight(
         return None
     numbers = {"scale_kind": KINDS[scales], "super_kind": KINDS[super_dtype], "block": block}
     numbers |= {"outputs": outputs, "inputs": inputs, "group": group}
-    made = _filled(parts, bias, rounded=int(dtype is torch.bfloat16), **numbers)
+    made = _filled(own, bias, rounded=int(dtype is torch.bfloat16), tiled=int(tiled), **numbers)
     if levels is not None:
         made.levels = ctypes.addressof(_levels(levels))
     return made

@@ -90,6 +90,7 @@ NF4 = (
 _FP4 = tuple(value / 12 for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
 FP4 = (*_FP4, *(-value for value in _FP4))
 INT4 = integers(-8)
+OUTPUTS = 16  # of a tile, in quantize.tiles
 LARGEST = 127  # the largest value of 8-bit codes, of which -128 is used with zero points only
 
 
@@ -191,6 +192,8 @@ def dequantize(parts: Parts, format: WeightFormat, rows: slice | Tensor = slice(
     Raises:
         IndexError: An index is not a row.
     """
+    if "tiles" in parts:
+        parts, rows = in_rows(parts, format, rows), slice(None)
     codes = _at(parts["codes"], rows)
     if format.levels is None:
         values = codes.float()
@@ -203,6 +206,40 @@ def dequantize(parts: Parts, format: WeightFormat, rows: slice | Tensor = slice(
         return values
     places = parts["order"].long().unsqueeze(-2).expand_as(values)
     return torch.empty_like(values).scatter_(-1, places, values)
+
+
+def in_rows(
+    parts: Parts, format: WeightFormat, rows: slice | Tensor = slice(None)
+) -> dict[str, Tensor]:
+    """Return the parts of rows of a weight in tiles as this module describes them.
+
+    Args:
+        parts: The parts in tiles of a weight [out, in] or [E, out, in].
+        format: Their format.
+        rows: A slice, or indices [R] of a weight [out, in].
+    """
+    outputs = parts["tiles"].size(-2)
+    found = {}
+    for name, part in parts.items():
+        # [..., tile, number, output, 4 bytes], or the same with one number in place of 4 bytes.
+        size = 4 if name == "tiles" else 1
+        of_tiles = part.reshape(*part.shape[: parts["tiles"].ndim - 2], outputs // OUTPUTS, -1)
+        places = of_tiles.unflatten(-1, (-1, OUTPUTS, size))
+        if isinstance(rows, slice):
+            first, last, step = rows.indices(outputs)
+            start = first // OUTPUTS
+            some = places[..., start : -(-last // OUTPUTS), :, :, :].transpose(-3, -2)
+            start *= OUTPUTS
+            own = some.flatten(-4, -3)[..., first - start : last - start : step, :, :]
+        else:
+            own = places[rows // OUTPUTS, :, rows % OUTPUTS]
+        if name != "tiles":
+            found[name] = own.flatten(-3 if name.startswith("super") else -2)
+        elif format.levels is None:
+            found["codes"] = (own ^ -128).flatten(-2)
+        else:
+            found["codes"] = pack(torch.cat([own & 15, own >> 4], -1).flatten(-2))
+    return found
 
 
 @functools.cache
@@ -260,7 +297,7 @@ def empty_parts(
 
 def shape_of(parts: Parts, format: WeightFormat) -> tuple[int, ...]:
     """Return the shape of the weight."""
-    *leading, width = parts["codes"].shape
+    *leading, width = parts["tiles" if "tiles" in parts else "codes"].shape
     return (*leading, width if format.levels is None else 2 * width)
 
 

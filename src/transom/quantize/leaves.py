@@ -18,7 +18,8 @@ from transom.base.errors import RequestError
 from transom.layers.linear import Embedding, GroupedLinear, Linear, has_data
 from transom.ops import products as ops
 from transom.quantize import traced
-from transom.quantize.formats import Parts, WeightFormat, dequantize, shape_of
+from transom.quantize.formats import Parts, WeightFormat, dequantize, in_rows, shape_of
+from transom.quantize.tiles import in_tiles
 
 M = TypeVar("M", bound=nn.Module)
 Dense = Linear | GroupedLinear | Embedding
@@ -72,6 +73,8 @@ class Quantized(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move the parts as `fn` does, but keep their dtypes: rounded scales are others."""
+        if "tiles" in self.part_names:  # only the CPU multiplies them
+            _set_parts(self, in_rows(self.parts, self.format))
         before = {name: part.detach() for name, part in self.parts.items()}
         probe = fn(torch.empty(0, dtype=self.weight_dtype, device=before["codes"].device))
         super()._apply(fn, recurse)
@@ -122,15 +125,15 @@ class QuantizedGroupedLinear(Quantized, GroupedLinear):  # type: ignore[misc]  #
             for e, rows in enumerate(groups)
             if len(rows)
         ]
-        width, like = parts["codes"].size(-2), (outputs or [rows_RD])[0]
+        width, like = self.shape[-2], (outputs or [rows_RD])[0]
         return torch.cat([*outputs, like.new_zeros(len(unused), width)])
 
 
 def product(x: Tensor, bias: Tensor | None, leaf: Quantized, parts: Parts) -> Tensor:
     """Return x W^T + b in the dtype of x, or of autocast.
 
-    W [out, in] has the format and dtype of a leaf. Few rows of x on the CPU are multiplied by
-    `ops`, straight from the codes, if they need no gradient.
+    W [out, in] has the format and dtype of a leaf. Few rows of x on the CPU, or any number with a
+    weight in tiles, are multiplied by `ops`, straight from the codes, if they need no gradient.
     """
     kind = x.device.type
     if not x.is_meta and torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
@@ -142,7 +145,7 @@ def product(x: Tensor, bias: Tensor | None, leaf: Quantized, parts: Parts) -> Te
     if traced.takes(x):
         return traced.product(x, bias, parts, format)
     needs_gradient = x.requires_grad or (bias is not None and bias.requires_grad)
-    if ops.takes(x) and not (needs_gradient and torch.is_grad_enabled()):
+    if ops.takes(x, "tiles" in parts) and not (needs_gradient and torch.is_grad_enabled()):
         y = ops.product(x, bias, parts, format.levels, format.scales, format.block)
         if y is not None:
             return y
@@ -203,10 +206,10 @@ class _Product(torch.autograd.Function):
 
 
 def _row_blocks(parts: Parts, format: WeightFormat) -> list[slice]:
-    """Return slices of rows with at most `BLOCK` weights each (`CPU_BLOCK` there), or one row."""
+    """Return slices of rows with at most `BLOCK` weights each (`CPU_BLOCK` there), or one tile of rows."""
     rows, inputs = shape_of(parts, format)
-    block = CPU_BLOCK if parts["codes"].device.type == "cpu" else BLOCK
-    step = max(1, block // inputs)
+    block = CPU_BLOCK if parts["scales"].device.type == "cpu" else BLOCK
+    step = max(1, block // inputs // OUTPUTS) * OUTPUTS  # complete tiles
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
@@ -232,7 +235,7 @@ def dense_names(model: nn.Module) -> Iterator[str]:
         path, _, last = name.rpartition(".")
         if path not in leaves or last not in leaves[path].part_names:
             yield name
-        elif last == "codes":
+        elif last == leaves[path].part_names[0]:  # the codes
             yield f"{path}.weight"
 
 
@@ -261,9 +264,29 @@ def replace_weight(
     made = next(made for kind, made in _QUANTIZED.items() if isinstance(leaf, kind))
     leaf.__class__ = made  # type: ignore[assignment]
     assert isinstance(leaf, Quantized), "its class since the line before"
-    leaf.format, leaf.part_names, leaf.weight_dtype = format, tuple(parts), dtype
+    leaf.format, leaf.part_names, leaf.weight_dtype = format, (), dtype
+    _set_parts(leaf, parts)
+
+
+def _set_parts(leaf: Quantized, parts: Parts) -> None:
+    for name in leaf.part_names:
+        del leaf._parameters[name]
+    leaf.part_names = tuple(parts)
     for name, part in parts.items():
         leaf.register_parameter(name, nn.Parameter(part, requires_grad=False))
+
+
+def tile_weights(model: nn.Module) -> None:
+    """Rearrange the parts of quantized leaves for the products in C++, where that is faster.
+
+    Args:
+        model: A model. Leaves that fit `quantize.tiles.in_tiles` change in place, and compute the
+            same numbers. A move or a cast of the model changes them back.
+    """
+    for leaf in quantized_leaves(model).values():
+        tiles = None if "tiles" in leaf.part_names else in_tiles(leaf.parts, leaf.format)
+        if tiles is not None:
+            _set_parts(leaf, tiles)
 
 
 @torch.no_grad()

@@ -387,4 +387,19 @@ int transom_to_tiles(uint8_t* codes, int64_t rows, int64_t row_bytes, int four) 
     return 0;
 #endif
 }
+
+// Write some rows of codes in tiles, one after the other.
+void transom_from_tiles(const uint8_t* tiles, const int64_t* rows, int64_t count,
+                        int64_t row_bytes, int four, uint8_t* to, int threads) {
+    const auto chunk = [&](int64_t number) {
+        const int64_t end = std::min(count, (number + 1) * kTile);
+        for (int64_t i = number * kTile; i < end; ++i)
+            from_tiles(tiles, rows[i], row_bytes, four, to + i * row_bytes);
+    };
+    using Chunk = decltype(chunk);
+    const auto work = [](const void* self, int64_t number) {
+        (*static_cast<const Chunk*>(self))(number);
+    };
+    pool().run(work, &chunk, (count + kTile - 1) / kTile, threads);
+}
 }

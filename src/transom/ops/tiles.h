@@ -225,23 +225,38 @@ inline void tile_products(const uint8_t* codes, const float* scales, const float
 
 #endif
 
+// The four bytes of an output in a vector of a tile, from its row; `back` is the way back.
+inline void rearrange(const uint8_t* from, uint8_t* to, bool four, bool back) {
+    if (!four) {
+        for (int j = 0; j < 4; ++j) to[j] = from[j] ^ 128;
+        return;
+    }
+    // In rows, the first of two codes is in the high half of a byte.
+    uint8_t codes[8];
+    for (int j = 0; j < 4; ++j) {
+        codes[back ? j : 2 * j] = back ? from[j] & 15 : from[j] >> 4;
+        codes[back ? 4 + j : 2 * j + 1] = back ? from[j] >> 4 : from[j] & 15;
+    }
+    for (int j = 0; j < 4; ++j) {
+        to[j] = back ? uint8_t(codes[2 * j] << 4 | codes[2 * j + 1])
+                     : uint8_t(codes[j] | codes[4 + j] << 4);
+    }
+}
+
 // Bring rows of codes into tiles, in place. The rows are a multiple of 16.
 inline void to_tiles(uint8_t* codes, int64_t rows, int64_t row_bytes, bool four) {
     std::vector<uint8_t> own(kTile * row_bytes);
     for (int64_t row = 0; row < rows; row += kTile, codes += kTile * row_bytes) {
         std::copy(codes, codes + kTile * row_bytes, own.begin());
         for (int64_t i = 0; i < row_bytes; i += 4)
-            for (int64_t o = 0; o < kTile; ++o) {
-                uint8_t word[4], to[4];
-                std::memcpy(word, own.data() + o * row_bytes + i, 4);
-                for (int j = 0; j < 4; ++j) to[j] = word[j] ^ 128;
-                if (four) {  // the first of two codes is in the high half of a byte
-                    to[0] = uint8_t(word[0] >> 4 | (word[2] & 0xf0));
-                    to[1] = uint8_t((word[0] & 15) | word[2] << 4);
-                    to[2] = uint8_t(word[1] >> 4 | (word[3] & 0xf0));
-                    to[3] = uint8_t((word[1] & 15) | word[3] << 4);
-                }
-                std::memcpy(codes + i * kTile + 4 * o, to, 4);
-            }
+            for (int64_t o = 0; o < kTile; ++o)
+                rearrange(&own[o * row_bytes + i], codes + i * kTile + 4 * o, four, false);
     }
+}
+
+// Write one row of codes in tiles.
+inline void from_tiles(const uint8_t* tiles, int64_t row, int64_t row_bytes, bool four,
+                       uint8_t* to) {
+    const uint8_t* from = tiles + row / kTile * kTile * row_bytes + row % kTile * 4;
+    for (int64_t i = 0; i < row_bytes; i += 4) rearrange(from + i * kTile, to + i, four, true);
 }

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transom.base.errors import require
+from transom.ops.tiles import OUTPUTS, from_tiles
 from transom.quantize.args import QuantizeArgs
 
 Parts = Mapping[str, Tensor]
@@ -90,7 +91,6 @@ NF4 = (
 _FP4 = tuple(value / 12 for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
 FP4 = (*_FP4, *(-value for value in _FP4))
 INT4 = integers(-8)
-OUTPUTS = 16  # of a tile, in quantize.tiles
 LARGEST = 127  # the largest value of 8-bit codes, of which -128 is used with zero points only
 
 
@@ -214,32 +214,33 @@ def in_rows(
     """Return the parts of rows of a weight in tiles as this module describes them.
 
     Args:
-        parts: The parts in tiles of a weight [out, in] or [E, out, in].
+        parts: The parts in tiles of a weight [out, in] or [E, out, in], as `quantize.tiles` has
+            them.
         format: Their format.
         rows: A slice, or indices [R] of a weight [out, in].
+
+    Raises:
+        IndexError: An index is not a row.
     """
-    outputs = parts["tiles"].size(-2)
+    *leading, outputs, _ = parts["tiles"].shape
+    chosen = torch.arange(outputs)[rows]
+    first = torch.arange(math.prod(leading)).unsqueeze(1) * outputs
+    places = (first + chosen).flatten()
+    tiles, within = places // OUTPUTS, places % OUTPUTS
     found = {}
     for name, part in parts.items():
-        # [..., tile, number, output, 4 bytes], or the same with one number in place of 4 bytes.
-        size = 4 if name == "tiles" else 1
-        of_tiles = part.reshape(*part.shape[: parts["tiles"].ndim - 2], outputs // OUTPUTS, -1)
-        places = of_tiles.unflatten(-1, (-1, OUTPUTS, size))
-        if isinstance(rows, slice):
-            first, last, step = rows.indices(outputs)
-            start = first // OUTPUTS
-            some = places[..., start : -(-last // OUTPUTS), :, :, :].transpose(-3, -2)
-            start *= OUTPUTS
-            own = some.flatten(-4, -3)[..., first - start : last - start : step, :, :]
-        else:
-            own = places[rows // OUTPUTS, :, rows % OUTPUTS]
-        if name != "tiles":
-            found[name] = own.flatten(-3 if name.startswith("super") else -2)
-        elif format.levels is None:
-            found["codes"] = (own ^ -128).flatten(-2)
-        else:
-            found["codes"] = pack(torch.cat([own & 15, own >> 4], -1).flatten(-2))
-    return found
+        if name == "tiles":
+            found["codes"] = from_tiles(part, places, four=format.levels is not None)
+        elif name != "order":
+            found[name] = part.reshape(math.prod(leading) * outputs // OUTPUTS, -1, OUTPUTS)[
+                tiles, :, within
+            ]
+    shaped = {name: part.view(*leading, len(chosen), -1) for name, part in found.items()}
+    made = {
+        name: part.flatten(-2) if name.startswith("super") else part
+        for name, part in shaped.items()
+    }
+    return made | {name: part for name, part in parts.items() if name == "order"}
 
 
 @functools.cache

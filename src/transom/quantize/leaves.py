@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transom.base.errors import RequestError
 from transom.layers.linear import Embedding, GroupedLinear, Linear, has_data
 from transom.ops import products as ops
+from transom.ops.tiles import OUTPUTS
 from transom.quantize import traced
 from transom.quantize.formats import Parts, WeightFormat, dequantize, in_rows, shape_of
 from transom.quantize.tiles import in_tiles
@@ -47,6 +48,12 @@ class Quantized(nn.Module):
         return {name: getattr(self, name) for name in self.part_names}
 
     @property
+    def parts_in_rows(self) -> dict[str, Tensor]:
+        """The parts as files and other programs order them, if `tile_weights` has changed them."""
+        tiled = "tiles" in self.part_names
+        return in_rows(self.parts, self.format) if tiled else self.parts
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight."""
         return shape_of(self.parts, self.format)
@@ -73,8 +80,7 @@ class Quantized(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move the parts as `fn` does, but keep their dtypes: rounded scales are others."""
-        if "tiles" in self.part_names:  # only the CPU multiplies them
-            _set_parts(self, in_rows(self.parts, self.format))
+        _set_parts(self, self.parts_in_rows)  # only the CPU multiplies tiles
         before = {name: part.detach() for name, part in self.parts.items()}
         probe = fn(torch.empty(0, dtype=self.weight_dtype, device=before["codes"].device))
         super()._apply(fn, recurse)
@@ -132,8 +138,8 @@ class QuantizedGroupedLinear(Quantized, GroupedLinear):  # type: ignore[misc]  #
 def product(x: Tensor, bias: Tensor | None, leaf: Quantized, parts: Parts) -> Tensor:
     """Return x W^T + b in the dtype of x, or of autocast.
 
-    W [out, in] has the format and dtype of a leaf. Few rows of x on the CPU, or any number with a
-    weight in tiles, are multiplied by `ops`, straight from the codes, if they need no gradient.
+    W [out, in] has the format and dtype of a leaf. Few rows of x on the CPU are multiplied by
+    `ops`, straight from the codes, if they need no gradient.
     """
     kind = x.device.type
     if not x.is_meta and torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
@@ -206,7 +212,7 @@ class _Product(torch.autograd.Function):
 
 
 def _row_blocks(parts: Parts, format: WeightFormat) -> list[slice]:
-    """Return slices of rows with at most `BLOCK` weights each (`CPU_BLOCK` there), or one tile of rows."""
+    """Return slices of rows with at most `BLOCK` weights each (`CPU_BLOCK` there), or 16 rows."""
     rows, inputs = shape_of(parts, format)
     block = CPU_BLOCK if parts["scales"].device.type == "cpu" else BLOCK
     step = max(1, block // inputs // OUTPUTS) * OUTPUTS  # complete tiles
@@ -235,7 +241,7 @@ def dense_names(model: nn.Module) -> Iterator[str]:
         path, _, last = name.rpartition(".")
         if path not in leaves or last not in leaves[path].part_names:
             yield name
-        elif last == leaves[path].part_names[0]:  # the codes
+        elif last in ("codes", "tiles"):
             yield f"{path}.weight"
 
 
@@ -269,6 +275,8 @@ def replace_weight(
 
 
 def _set_parts(leaf: Quantized, parts: Parts) -> None:
+    if tuple(parts) == leaf.part_names:
+        return
     for name in leaf.part_names:
         del leaf._parameters[name]
     leaf.part_names = tuple(parts)

@@ -1,19 +1,17 @@
 """Parts of quantized weights in tiles of 16 outputs, as the products in C++ read them fastest.
 
 A weight [out, in] (or [E, out, in]) in tiles has `tiles` in place of `codes`, with the bytes of
-16 outputs side by side (ops/tiles.h), and its scales, zeros, minimums and super scales are ordered
+16 outputs side by side (`ops.tiles`), and its scales, zeros, minimums and super scales are ordered
 by tile, group and output. Parts in tiles exist in memory only, as long as the model generates on a
 CPU that multiplies them; `formats.in_rows` brings them back.
 """
 
 from __future__ import annotations
 
-import ctypes
-
 from torch import Tensor
 
-from transom.ops.build import library
-from transom.quantize.formats import OUTPUTS, Parts, WeightFormat
+from transom.ops.tiles import OUTPUTS, to_tiles
+from transom.quantize.formats import Parts, WeightFormat, integers
 
 
 def in_tiles(parts: Parts, format: WeightFormat) -> dict[str, Tensor] | None:
@@ -27,23 +25,18 @@ def in_tiles(parts: Parts, format: WeightFormat) -> dict[str, Tensor] | None:
     inputs = codes.size(-1) * (1 if levels is None else 2)
     group = inputs // groups
     fits = outputs % OUTPUTS == 0 and inputs % 32 == 0 and (group == 16 or group % 32 == 0)
-    fits = fits and (levels is None or all(b - a == 1 for a, b in zip(levels, levels[1:])))
+    fits = fits and (levels is None or levels == integers(int(levels[0])))
     fits = fits and not format.centered and (not format.block or groups % format.block == 0)
-    native = library() if fits and codes.device.type == "cpu" else None
-    if native is None:
+    if not fits or codes.device.type != "cpu":
         return None
     codes = codes.contiguous()
-    made = native.transom_to_tiles(
-        ctypes.c_void_p(codes.data_ptr()),
-        ctypes.c_int64(codes.numel() // codes.size(-1)),
-        ctypes.c_int64(codes.size(-1)),
-        int(levels is not None),
-    )
-    if not made:
+    if not to_tiles(codes, four=levels is not None):
         return None
     tiles = {"tiles": codes}
     for name, part in parts.items():
-        if name != "codes":
+        if name == "order":
+            tiles[name] = part
+        elif name != "codes":
             of_rows = part.unflatten(-1, (outputs, -1)) if name.startswith("super") else part
             by_tile = of_rows.unflatten(-2, (-1, OUTPUTS)).transpose(-1, -2)
             tiles[name] = by_tile.contiguous().view_as(part)

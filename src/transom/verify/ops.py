@@ -14,8 +14,16 @@ from transom.ops.build import library
 from transom.ops.weights import DENSE, dense_weight
 from transom.quantize import ggml
 from transom.quantize.args import QuantizeArgs
-from transom.quantize.formats import Parts, WeightFormat, empty_parts, requested
+from transom.quantize.formats import (
+    Parts,
+    WeightFormat,
+    dequantize,
+    empty_parts,
+    requested,
+    shape_of,
+)
 from transom.quantize.leaves import plain_product
+from transom.quantize.tiles import in_tiles
 from transom.verify import blocks
 from transom.verify.findings import Finding, close, same_bits
 
@@ -60,6 +68,7 @@ def check() -> Iterator[Finding]:
                 for dtype in TOLERANCES:
                     case = f"{outputs} x {inputs}, {rows} rows"
                     yield _compared(name, case, parts, format, rows, dtype)
+        yield from _in_tiles(name, format)
         experts = random_parts((EXPERTS, 20, 2 * unit), format)
         for e in range(EXPERTS):
             own = {key: part[e] for key, part in experts.items()}
@@ -71,6 +80,21 @@ def check() -> Iterator[Finding]:
                 for of_x in (torch.float32, torch.bfloat16):
                     yield _dense(outputs, inputs, rows, dtype, of_x)
     yield from blocks.check()
+
+
+def _in_tiles(name: str, format: WeightFormat) -> Iterator[Finding]:
+    """Compare products of codes in tiles, and the weight, if the format and this CPU have tiles."""
+    shape = 48, 16 * (format.group or 64)
+    parts = random_parts(shape, format)
+    tiles = in_tiles({key: part.clone() for key, part in parts.items()}, format)
+    if tiles is None:
+        return
+    weights = [dequantize(one, format) for one in (tiles, parts)]
+    yield same_bits(f"{name} in tiles", "weight", weights[0], weights[1], "other bits")
+    for rows in ROWS:
+        for dtype in TOLERANCES:
+            case = f"{shape[0]} x {shape[1]}, {rows} rows"
+            yield _compared(f"{name} in tiles", case, tiles, format, rows, dtype)
 
 
 def random_parts(shape: tuple[int, ...], format: WeightFormat) -> Parts:
@@ -137,8 +161,7 @@ def _inputs(
     parts: Parts, format: WeightFormat, rows: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(rows)
-    outputs, width = parts["codes"].shape
-    inputs = width if format.levels is None else 2 * width
+    outputs, inputs = shape_of(parts, format)
     x = torch.randn(rows, inputs, generator=generator).to(dtype)
     return x, torch.randn(outputs, generator=generator).to(dtype)
 

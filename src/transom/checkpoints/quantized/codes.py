@@ -41,7 +41,7 @@ class Codes:
     @classmethod
     def of(cls, leaf: Quantized) -> Codes:
         """Return the codes of a leaf."""
-        return cls(leaf.format, leaf.shape, lambda: leaf.parts)
+        return cls(leaf.format, leaf.shape, lambda: leaf.parts_in_rows)
 
     def read(self) -> Rows:
         """Return the parts of the weight."""

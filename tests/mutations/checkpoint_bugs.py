@@ -42,8 +42,8 @@ def unturned_query() -> AbstractContextManager[None]:
     """Writing into the other RoPE layout permutes keys, but not queries."""
 
     def make(original: Call) -> Call:
-        return lambda name, tensor, *rest: (
-            tensor if ".wq." in name else original(name, tensor, *rest)
+        return lambda name, tensor, *rest, **named: (
+            tensor if ".wq." in name else original(name, tensor, *rest, **named)
         )
 
     return changed_everywhere(transforms.permute_rotary, make)

@@ -21,9 +21,9 @@ from transom.quantize.methods import quantize_model
 def fresh(tmp_path, monkeypatch):
     """A process that has not asked for the library yet, with an empty cache folder."""
     monkeypatch.setenv("TRANSOM_CACHE", str(tmp_path / "cache"))
-    build._loaded.cache_clear()
+    build.loaded.cache_clear()
     yield tmp_path
-    build._loaded.cache_clear()
+    build.loaded.cache_clear()
 
 
 def compiler(folder, script, monkeypatch):

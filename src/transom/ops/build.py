@@ -34,12 +34,12 @@ def library() -> ctypes.CDLL | None:
     """
     switch = os.environ.get(SWITCH, "1")
     require(switch in ("0", "1"), SWITCH, switch, "expected 0 or 1")
-    return _loaded() if switch == "1" else None
+    return loaded() if switch == "1" else None
 
 
 @functools.cache
-def _loaded() -> ctypes.CDLL | None:
-    """Return the library, or print why there is none. A process tries once."""
+def loaded() -> ctypes.CDLL | None:
+    """Return the library whatever the switch says, or print why there is none. It tries once."""
     try:
         return ctypes.CDLL(str(built()))
     except (WorkError, OSError) as error:

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from transom.ops.build import library
+from transom.ops.build import library, loaded
 
 OUTPUTS = 16  # of a tile
 
@@ -36,8 +36,8 @@ def from_tiles(tiles: Tensor, rows: Tensor, *, four: bool) -> Tensor:
         rows: int64 [R], counted through all leading dimensions.
         four: As it was for `to_tiles`.
     """
-    native, width = library(), tiles.size(-1)
-    assert native is not None, "codes were brought into tiles by this library"
+    native, width = loaded(), tiles.size(-1)
+    assert native is not None, "this library has made the tiles"
     codes = torch.empty(len(rows), width, dtype=tiles.dtype)
     native.transom_from_tiles(
         ctypes.c_void_p(tiles.data_ptr()),

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transom.base.errors import RequestError
 from transom.layers.linear import Embedding, GroupedLinear, Linear, has_data
 from transom.ops import products as ops
-from transom.ops.tiles import OUTPUTS
 from transom.quantize import traced
 from transom.quantize.formats import Parts, WeightFormat, dequantize, in_rows, shape_of
 from transom.quantize.tiles import in_tiles
@@ -212,10 +211,10 @@ class _Product(torch.autograd.Function):
 
 
 def _row_blocks(parts: Parts, format: WeightFormat) -> list[slice]:
-    """Return slices of rows with at most `BLOCK` weights each (`CPU_BLOCK` there), or 16 rows."""
+    """Return slices of rows with at most `BLOCK` weights each (`CPU_BLOCK` there), or one row."""
     rows, inputs = shape_of(parts, format)
     block = CPU_BLOCK if parts["scales"].device.type == "cpu" else BLOCK
-    step = max(1, block // inputs // OUTPUTS) * OUTPUTS  # complete tiles
+    step = max(1, block // inputs)
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 

@@ -93,7 +93,7 @@ CEILINGS = {
     "names": 130,
     "models": 514,
     "tokenizers": 985,
-    "quantize": 1_074,
+    "quantize": 1_135,
     "lora": 600,
     "chat": 905,
     "checkpoints": 4_656,

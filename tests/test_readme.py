@@ -53,6 +53,7 @@ SHRINK = {
         "device=cpu",
         "--quiet",
     ],
+    "transom quantize": ["--calibration-rows", "4", "--held-out-tokens", "512"],
     "transom merge": ["--tokens", "256"],
     "transom eval": ["--limit", "2"],
     "transom train": [

@@ -93,16 +93,16 @@ CEILINGS = {
     "names": 130,
     "models": 514,
     "tokenizers": 985,
-    "quantize": 1_135,
+    "quantize": 1_137,
     "lora": 600,
     "chat": 905,
     "checkpoints": 4_656,
     "data": 1_946,
     "inference": 1_911,
-    "evaluation": 1_270,
+    "evaluation": 1_408,
     "training": 4_034,
-    "verify": 2_570,
-    "cli": 1_729,
+    "verify": 2_851,
+    "cli": 1_800,
 }
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transom.config.presets import preset
     from transom.config.vision_args import VisionArgs
     from transom.evaluation.merging import merge_folders
+    from transom.evaluation.quantizing import quantize_folder
     from transom.inference.decode_args import DecodeArgs
     from transom.inference.embedding import embed
     from transom.inference.loop import generate, stream
@@ -81,6 +82,7 @@ _HOMES = {
     "transom.checkpoints.save": ("save",),
     "transom.base.errors": ("RequestError", "WorkError"),
     "transom.evaluation.merging": ("merge_folders",),
+    "transom.evaluation.quantizing": ("quantize_folder",),
     "transom.inference.decode_args": ("DecodeArgs",),
     "transom.inference.embedding": ("embed",),
     "transom.inference.loop": ("generate", "stream"),

@@ -163,7 +163,7 @@ def test_what_lies_beside_the_adapter_goes_along(base, tmp_path):
 
 
 def test_rounding_that_eats_a_small_adapter_is_said(base, tmp_path, capsys):
-    small = write_adapter(tmp_path / "small", base, size=0.003)
+    small = write_adapter(tmp_path / "small", base, size=0.002)
     merge(base, [small], tmp_path / "out")
     assert "a wider dtype keeps more of a small adapter" in capsys.readouterr().err
     merge(base, [small], tmp_path / "wide", dtype="float32")

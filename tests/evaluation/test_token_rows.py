@@ -33,10 +33,19 @@ def text_of(rows):
 
 def test_built_in_texts_fill_rows_up_to_the_budget_and_repeat(found):
     one, again = rows_of(found), rows_of(found)
-    assert one.tokens == 4096 and {len(row) for row in one.rows} == {64}
-    assert (one.source, one.sha256) == ("built-in texts", again.sha256)
+    assert one.tokens == 4096 and max(map(len, one.rows)) == 64
+    assert (one.source, one.sha256) == ("Python's language reference", again.sha256)
     fewer = rows_of(found, tokens=100)
     assert [len(row) for row in fewer.rows] == [64, 36] and fewer.sha256 != one.sha256
+
+
+def test_joined_texts_fill_rows_of_one_length(found, tmp_path):
+    for name, text in (("a.txt", "x" * 70), ("b.txt", "yz")):
+        (tmp_path / name).write_text(text)
+    rows = rows_of(found, str(tmp_path), tokens=70, joined=True)
+    assert [len(row) for row in rows.rows] == [64, 6]
+    many = rows_of(found, "stdlib-docs", tokens=40_000, joined=True)
+    assert many.tokens == 40_000 and {len(row) for row in many.rows} == {64}
 
 
 def test_texts_are_documents_of_their_own(found, tmp_path):
@@ -84,7 +93,7 @@ def test_a_run_gives_what_it_held_out_while_its_data_is_there(found, tmp_path, c
     assert rows_of(found, __file__, run).source == __file__, "what is asked for comes first"
     for file in data.iterdir():
         file.unlink()
-    assert rows_of(found, None, run).source == "built-in texts"
+    assert rows_of(found, None, run).source == "Python's language reference"
     assert "its data is missing" in capsys.readouterr().err
 
 

@@ -16,6 +16,7 @@ from tests.mutations import (
     merge_bugs,
     model_bugs,
     ops_bugs,
+    quantize_bugs,
     run_bugs,
 )
 from transom.verify.checks import run
@@ -72,6 +73,11 @@ BUGS: tuple[Bug, ...] = (
     Bug("partial block lost", "attention", model_bugs.lost_partial_block),
     Bug("scale of the wrong group", "ops", ops_bugs.neighbouring_scale),
     Bug("plan without windows", "ops", ops_bugs.unlimited_plan),
+    Bug("group off by one", "quantize", quantize_bugs.shifted_groups),
+    Bug("weight with another group's scale", "quantize", quantize_bugs.scale_before),
+    Bug("zero point sign", "quantize", quantize_bugs.added_zeros),
+    Bug("zero point sign in a file", "quantize", quantize_bugs.stored_sign),
+    Bug("act-order ignored", "quantize", quantize_bugs.plain_order),
     Bug("double BOS", "data", run_bugs.double_bos),
     Bug("EOS masked", "data", run_bugs.masked_eos),
     Bug("per-rank mean loss", "step", run_bugs.mean_of_means),

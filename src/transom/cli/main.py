@@ -44,6 +44,7 @@ VERBS = {
     "eval": "score one model, or compare two, on local files or tasks of lm-evaluation-harness",
     "bench": "measure the speed of a model, and its share of what the machine can do",
     "inspect": "show the layers, memory and FLOPs of a model, or compare two",
+    "quantize": "write a model in four or eight bits per weight, and measure what that costs",
     "merge": "merge adapters into their base, and measure what changes",
     "convert": "write a model folder in another format",
     "verify": "compare every fast path with a slow reference on this machine",

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data = (
         "text to measure on: a file, folder or glob (default: the held-out examples of the run, "
-        "or else built-in texts)"
+        "or else Python's language reference)"
     )
     dtype = "float32, bfloat16, float16 or float64 (default: that of the base's files)"
     parser.add_argument("folders", nargs="+", type=user_path, metavar="FOLDER", help=folders)

@@ -8,7 +8,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transom.base.fields import field_types, options_of
+from transom.base.fields import field_types, options_of, read
 from transom.checkpoints.files.hub import is_hub_id
 from transom.checkpoints.files.location import find_model
 from transom.cli.main import user_path
@@ -16,7 +16,11 @@ from transom.cli.main import user_path
 T = TypeVar("T")
 MODEL = "a model or adapter folder of any format, a GGUF file, a run folder, a hub id, or smollm2"
 KEPT = "keep weights in the codes of the files: less memory (default: all but those of GGUF files)"
-ALIASES = {"temperature": ("--temp",)}  # shorter names of flags
+ALIASES = {  # other names of flags
+    "temperature": ("--temp",),
+    "group": ("--group-size",),
+    "bits_budget": ("--target-bpw",),
+}
 
 
 def add_model(parser: argparse.ArgumentParser, what: str = MODEL) -> None:
@@ -55,26 +59,37 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_fields(
-    parser: argparse.ArgumentParser, cls: Any, only: Container[str] | None = None
+    parser: argparse.ArgumentParser,
+    cls: Any,
+    only: Container[str] | None = None,
+    **defaults: Any,
 ) -> None:
-    """Add a flag for every field of a dataclass, or for some, with the field's help and default."""
+    """Add a flag for every field of a dataclass, or for some, with the field's help and default.
+
+    The flag of a list may be repeated. `defaults` are those that differ from the fields'.
+    """
     for field in dataclasses.fields(cls):
         if only is not None and field.name not in only:
             continue
-        flag = f"--{field.name.replace('_', '-')}"
-        if field.default is False:
-            parser.add_argument(flag, action="store_true", help=field.metadata["help"])
+        names = *ALIASES.get(field.name, ()), f"--{field.name.replace('_', '-')}"
+        default, help = defaults.get(field.name, field.default), field.metadata["help"]
+        if isinstance(default, bool):
+            on = "store_true" if not default else argparse.BooleanOptionalAction
+            parser.add_argument(*names, action=on, default=default, help=help)
             continue
         kind = options_of(field_types(cls)[field.name])[0]
-        shown = "" if field.default is None else f" (default: {field.default:g})"
+        kind = kind if isinstance(kind, type) and kind is not tuple else str
+        several = isinstance(default, tuple)
+        words = " ".join(default) if several else default
+        words = f"{words:g}" if isinstance(words, float | int) else words
         parser.add_argument(
-            *ALIASES.get(field.name, ()),
-            flag,
+            *names,
             dest=field.name,
             type=user_path if field.metadata["path"] else kind,
-            default=field.default,
-            metavar={int: "N", str: "FILE"}.get(kind, "X"),
-            help=field.metadata["help"] + shown,
+            default=None if several else default,
+            action="append" if several else "store",
+            metavar={int: "N", str: "FILE" if field.metadata["path"] else "NAME"}.get(kind, "X"),
+            help=help + ("" if default is None else f" (default: {words})"),
         )
 
 
@@ -85,4 +100,5 @@ def read_fields(options: argparse.Namespace, cls: type[T]) -> T:
         RequestError: A value is out of its bounds.
     """
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    return cls(**{name: getattr(options, name) for name in names})
+    given = {name: getattr(options, name) for name in names}
+    return read(cls, {name: value for name, value in given.items() if value is not None})

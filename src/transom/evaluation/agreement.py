@@ -22,6 +22,7 @@ from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
 
 BATCH_TOKENS = 2048  # of one forward pass
+BLOCK = 2**18  # logits compared at a time on the CPU: eight times as fast as 2**24
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def logits_of(model: LLM, rows: Iterable[Tensor]) -> Iterator[Tensor]:
     headed = model.args.head is not None
     at_once = max(1, LOGITS // model.args.vocab_size)
     with evaluating(model):
-        for tokens_BT in _batches(rows):
+        for tokens_BT in batches_of(rows):
             logits: Literal["all", "none"] = "all" if headed else "none"
             output = model(TransformerInput(tokens_BT.to(model.device), logits=logits))
             if headed:
@@ -68,7 +69,7 @@ def logits_of(model: LLM, rows: Iterable[Tensor]) -> Iterator[Tensor]:
                 yield model.project(hidden_TD).float()
 
 
-def _batches(rows: Iterable[Tensor]) -> Iterator[Tensor]:
+def batches_of(rows: Iterable[Tensor]) -> Iterator[Tensor]:
     """Yield tokens [B, T] of neighbouring rows of one length, so that nothing is padded."""
     for length, alike in itertools.groupby(rows, key=len):
         while batch := list(itertools.islice(alike, max(1, BATCH_TOKENS // length))):
@@ -89,7 +90,7 @@ def agreement(
     """
     tokens = flips = scored = 0
     divergence, nats, widest, largest = 0.0, 0.0, 0.0, 0.0
-    for expected_TV, found_TV in zip(reference, other, strict=True):
+    for expected_TV, found_TV in _blocks(zip(reference, other, strict=True)):
         expected_TV = expected_TV.to(found_TV.device)
         first, second = expected_TV.log_softmax(-1), found_TV.log_softmax(-1)
         divergence += float(_divergence(first, second).double().sum())
@@ -106,6 +107,13 @@ def agreement(
         raise ValueError("no tokens to compare on")
     loss = nats / scored if scored else None
     return Agreement(tokens, divergence / tokens, 1 - flips / tokens, flips, widest, largest, loss)
+
+
+def _blocks(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield pairs of logits [n, V], on the CPU in blocks of rows that fit into its cache."""
+    for one, other in pairs:
+        rows = max(1, BLOCK // one.size(-1)) if other.device.type == "cpu" else len(one)
+        yield from zip(one.split(rows), other.split(rows), strict=True)
 
 
 def _divergence(first: Tensor, second: Tensor) -> Tensor:

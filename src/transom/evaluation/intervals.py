@@ -75,6 +75,22 @@ def bootstrap(ratio: Ratio) -> Interval | None:
     return _percentiles([ratio.resampled(drawn) for drawn in _draws(len(ratio.parts))])
 
 
+def figure(ratio: Ratio) -> dict[str, float | None]:
+    """Return a score and the ends of its interval as plain data."""
+    return {"value": ratio.score, **_ends(interval(ratio))}
+
+
+def difference(first: Ratio, second: Ratio) -> dict[str, float | None]:
+    """Return `second - first` and the ends of its interval as plain data."""
+    ends = bootstrap_difference(first, second)
+    return {"value": second.score - first.score, **_ends(ends)}
+
+
+def _ends(interval: Interval | None) -> dict[str, float | None]:
+    low, high = (None, None) if interval is None else interval
+    return {"low": low, "high": high}
+
+
 def bootstrap_difference(first: Ratio, second: Ratio) -> Interval | None:
     """Return the interval of `second - first`. Both have the same units, drawn in pairs."""
     draws = _draws(len(first.parts))

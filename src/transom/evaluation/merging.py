@@ -191,10 +191,5 @@ def _request(merge: Merge, rows: TokenRows) -> dict[str, Any]:
         "reference": "base and adapters"
         if merge.args.method == "linear"
         else "the sum, not rounded",
-        "data": {
-            "source": rows.source,
-            "sha256": rows.sha256,
-            "rows": len(rows.rows),
-            "tokens": rows.tokens,
-        },
+        "data": rows.facts(),
     }

@@ -23,7 +23,7 @@ from transom.evaluation.bits import score_each
 from transom.evaluation.choices import score_choices
 from transom.evaluation.eval_args import EvalArgs
 from transom.evaluation.eval_model import EvalModel
-from transom.evaluation.intervals import CONFIDENCE, Interval, Ratio, bootstrap_difference, interval
+from transom.evaluation.intervals import CONFIDENCE, Ratio, difference, figure
 from transom.evaluation.task_data import DataSet, TaskResult
 from transom.planning.tables import counted
 
@@ -187,24 +187,17 @@ def _source(one: TaskResult) -> dict[str, Any]:
 
 
 def _result(one: TaskResult) -> dict[str, Any]:
-    scores = {
-        name: {"value": ratio.score, **_ends(interval(ratio))} for name, ratio in one.scores.items()
-    }
+    scores = {name: figure(ratio) for name, ratio in one.scores.items()}
     return {"scores": scores, **one.facts, "seconds": round(one.seconds, 3)}
 
 
 def _difference(name: str, first: Ratio, second: Ratio) -> dict[str, Any]:
     """Return `second - first`, and the better model if its interval does not contain zero."""
-    ends = bootstrap_difference(first, second)
-    better = None
-    if ends is not None and (ends[0] > 0 or ends[1] < 0):
-        better = "b" if (ends[0] > 0) != (name in LOWER_IS_BETTER) else "a"
-    return {"value": second.score - first.score, **_ends(ends), "better": better}
-
-
-def _ends(ends: Interval | None) -> dict[str, float | None]:
-    low, high = (None, None) if ends is None else ends
-    return {"low": low, "high": high}
+    found, better = difference(first, second), None
+    low, high = found["low"], found["high"]
+    if low is not None and high is not None and (low > 0 or high < 0):
+        better = "b" if (low > 0) != (name in LOWER_IS_BETTER) else "a"
+    return {**found, "better": better}
 
 
 def _settings() -> dict[str, Any]:

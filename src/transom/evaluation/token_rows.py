@@ -1,13 +1,12 @@
 """Rows of tokens to compare models on.
 
-They come from a file, from what a fine-tuning run held out, or from texts that every Python has.
+They come from a file, from what a fine-tuning run held out, or from Python's language reference.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import inspect
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +24,16 @@ from transom.data.chat.conversations import ChatExample
 from transom.data.chat.finetune_sets import read_examples, split_examples
 from transom.data.chat.instructions import NAME as STDLIB
 from transom.data.chat.rows import ChatEncoder, prompt_ids, template_for
+from transom.data.data_sets import NAME
 from transom.data.file_formats import row_format
-from transom.data.text.sources import SourceArgs, read_documents
+from transom.data.text.sources import Document, SourceArgs, read_documents
 from transom.inference.room import keeps_every_token
 
 TOKENS, LENGTH = 4096, 512  # compared in total, and of one row
 LOGITS = 2**28  # kept at the same time: 1 GB of float32; large vocabularies get fewer tokens
-EXAMPLES = 256  # encoded at most, far more than `TOKENS` need
+EXAMPLES = 256  # encoded at a time, far more than `TOKENS` need
 # Sources of rows without a file.
-RANDOM, BUILT_IN, HELD_OUT = "random tokens", "built-in texts", "held out of "
-# Modules of the standard library with long documentation.
-MODULES = ("argparse", "statistics", "textwrap", "heapq", "bisect", "fractions")
+RANDOM, BUILT_IN, HELD_OUT = "random tokens", "Python's language reference", "held out of "
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,11 @@ class TokenRows:
         """Tokens of all rows."""
         return sum(map(len, self.rows))
 
+    def facts(self) -> dict[str, str | int]:
+        """Return the source and the size as plain data."""
+        size = {"rows": len(self.rows), "tokens": self.tokens}
+        return {"source": self.source, "sha256": self.sha256, **size}
+
 
 def token_rows(
     found: ModelLocation,
@@ -58,22 +61,25 @@ def token_rows(
     data: str | None = None,
     run: Path | None = None,
     tokens: int = TOKENS,
+    joined: bool = False,
 ) -> TokenRows:
-    """Return at most `tokens` tokens to compare models on.
+    """Return at most `tokens` tokens to compare models on, or to calibrate with.
 
     Args:
         found: The model, whose tokenizer and chat template are used. Without a tokenizer the
             tokens are random, with a notice.
         args: The arguments of the model.
-        data: Text (a file, folder or glob) or a file of examples as for fine-tuning. None takes
-            what `run` held out, or else built-in texts.
+        data: Text (a file, folder or glob), or examples as for fine-tuning (a file, `stdlib-docs`,
+            or a name of the `datasets` library). None takes what `run` held out, or else Python's
+            language reference.
         run: The fine-tuning run of the model.
-        tokens: The most tokens.
+        tokens: The most tokens. Without `joined` there are fewer if the vocabulary is large.
+        joined: Texts follow one another, so that all rows but the last have the same length.
 
     Raises:
         RequestError: There is no such data, or it has fewer than two tokens.
     """
-    most = min(tokens, max(2, LOGITS // args.vocab_size))
+    most = tokens if joined else min(tokens, max(2, LOGITS // args.vocab_size))
     length = min(LENGTH, args.max_seq_len) if keeps_every_token(args) else LENGTH
     if not any(map(holds_tokenizer, found.folders)):
         require(data is None, "data", data, f"expected none, because {found} has no tokenizer")
@@ -87,15 +93,32 @@ def token_rows(
     if data is None and run is not None:
         examples = held_out_examples(run)
         source = f"{HELD_OUT}{run}" if examples else BUILT_IN
-    elif data is not None and (data == STDLIB or (row_format(data) and Path(data).is_file())):
+    elif data is not None and _has_examples(data):
         examples = list(read_examples(data))
+    documents: Iterable[Sequence[int]] = ()
     if examples:
-        return _rows(source, _encoded(examples, text, length), length, most)
-    if data is None:
-        texts = (inspect.getsource(importlib.import_module(name)) for name in MODULES)
+        documents = _encoded(examples, text, length)
     else:
-        texts = (document.text for document in read_documents(SourceArgs(data)))
-    return _rows(source, map(text.tokenizer.encode_prompt, texts), length, most)
+        texts = _reference() if data is None else read_documents(SourceArgs(data))
+        documents = (text.tokenizer.encode_prompt(one.text) for one in texts)
+    if joined:
+        documents = [list(itertools.islice(itertools.chain.from_iterable(documents), most))]
+    return _rows(source, documents, length, most)
+
+
+def _reference() -> Iterator[Document]:
+    """Yield the topics of Python's language reference, in English, which every Python has."""
+    from pydoc_data import topics
+
+    yield from (Document(*item) for item in sorted(topics.topics.items()))
+
+
+def _has_examples(data: str) -> bool:
+    """Return whether a source is a file of rows, or the name of a data set and no path."""
+    path = Path(data)
+    if path.exists():
+        return path.is_file() and row_format(path) is not None
+    return data == STDLIB or (NAME.fullmatch(data) is not None and row_format(path) is None)
 
 
 def held_out_examples(run: Path) -> list[ChatExample]:
@@ -123,14 +146,16 @@ def _encoded(examples: list[ChatExample], text: OpenedText, length: int) -> Iter
     """Yield the ids of the rows of examples, as in training; of a question, those of its prompt."""
     tokenizer = text.tokenizer
     template = template_for(examples, tokenizer, text.template)
-    few = examples[:EXAMPLES]
-    for example in few:
-        if example.kind == "answer":
-            yield prompt_ids(example, tokenizer, template)
-    answered = [example for example in few if example.kind != "answer"]
-    for item in ChatEncoder(tokenizer, template, length).encode(answered).items:
-        for row in item:
-            yield row.ids.tolist()
+    encoder = ChatEncoder(tokenizer, template, length)
+    for start in range(0, len(examples), EXAMPLES):
+        few = examples[start : start + EXAMPLES]
+        for example in few:
+            if example.kind == "answer":
+                yield prompt_ids(example, tokenizer, template)
+        answered = [example for example in few if example.kind != "answer"]
+        for item in encoder.encode(answered).items:
+            for row in item:
+                yield row.ids.tolist()
 
 
 def _rows(source: str, documents: Iterable[Sequence[int]], length: int, most: int) -> TokenRows:

@@ -7,7 +7,7 @@ for methods that read text the inputs of one block.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TypeVar
 
@@ -31,7 +31,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def quantize_model(
-    model: M, args: QuantizeArgs, batches: Iterable[Tensor] | None = None, *, empty: bool = False
+    model: M,
+    args: QuantizeArgs,
+    batches: Iterable[Tensor] | None = None,
+    *,
+    empty: bool = False,
+    tell: Callable[[str], object] | None = None,
 ) -> M:
     """Store the weights of leaves in few bits, and freeze them.
 
@@ -41,6 +46,7 @@ def quantize_model(
         batches: Calibration text for methods that read it: token ids [B, T] without padding. It is
             iterated once.
         empty: Create parts without numbers, for `load_state_dict`. So it is on the meta device.
+        tell: Called with a line of text for each layer that has read the text.
 
     Returns:
         The same model.
@@ -56,7 +62,7 @@ def quantize_model(
     total = parameter_count(model)
     if args.calibrated and not empty:
         assert isinstance(model, LLM), "parts of a model read no text"
-        _calibrated(model, args, chosen, checked_batches(batches, chosen))
+        _calibrated(model, args, chosen, checked_batches(batches, chosen), tell)
     else:
         if batches is not None:
             raise RequestError("batches: got some; expected none, since this method reads no text")
@@ -82,7 +88,11 @@ def mean_bits(model: nn.Module) -> float:
 
 
 def _calibrated(
-    model: LLM, args: QuantizeArgs, chosen: Mapping[str, Dense], batches: list[Tensor]
+    model: LLM,
+    args: QuantizeArgs,
+    chosen: Mapping[str, Dense],
+    batches: list[Tensor],
+    tell: Callable[[str], object] | None,
 ) -> None:
     """Quantize the leaves by their inputs, in the order in which tokens reach them."""
     formats = {path: requested(args, leaf.weight.dtype) for path, leaf in chosen.items()}
@@ -108,6 +118,8 @@ def _calibrated(
         for path, leaf in leaves.items():
             unscaled += leaf not in scales
             unseen += _quantize(leaf, found.get(path), formats[path], args, scales.get(leaf))
+        if tell is not None and leaves:
+            tell(f"{args.method}: {'.'.join(path.split('.')[:2])} of {len(model.layers)} layers")
     if unseen:
         notice(f"{args.method}: {unseen} matrices that no calibration token reached are rounded")
     if unscaled and args.method == "awq":

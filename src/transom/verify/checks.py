@@ -84,6 +84,12 @@ CHECKS = {
         Check("resume", "interrupted runs against one without", {"model": "", "steps": ""}),
         Check("step", "a training step in micro-batches against the step in one batch"),
         Check("data", "packed rows and targets against the documents that they come from"),
+        Check(
+            "quantize",
+            "codes, products, logits and folders of quantized weights against float64 twins",
+            {"model": ""},
+            full_size=True,
+        ),
         Check("ops", "products and blocks of few rows in C++ against the same in PyTorch"),
         Check(
             "memory",

@@ -87,7 +87,7 @@ _OUTSIDE = {
 }
 
 
-def _place(key: str, norms_after: bool = False) -> tuple[tuple[str, ...], int | None]:
+def place_of(key: str, norms_after: bool = False) -> tuple[tuple[str, ...], int | None]:
     """Return the parameters that a key of a file becomes, and the expert that it belongs to.
 
     Args:
@@ -122,7 +122,7 @@ def compare_tensors(files: FolderFiles, parameters: LazyTensors) -> Iterator[Fin
     norms_after = not before or any("pre_feedforward" in key for key in files.tensors)
     groups: dict[tuple[str, ...], list[tuple[int | None, str]]] = {}
     for key in files.tensors:
-        names, expert = _place(key, norms_after)
+        names, expert = place_of(key, norms_after)
         if files.format == "native":
             names, expert = (key,), None
         if names:

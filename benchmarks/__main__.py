@@ -36,9 +36,19 @@ NAMES = (
     "ops",
     "decode",
     "speculative",
+    "quantize",
     "demo",
 )
-CPU_NAMES = ("startup", "attention_memory", "load", "ops", "decode", "speculative", "demo")
+CPU_NAMES = (
+    "startup",
+    "attention_memory",
+    "load",
+    "ops",
+    "decode",
+    "speculative",
+    "quantize",
+    "demo",
+)
 GPU_NAMES = (*(name for name in NAMES if name not in CPU_NAMES), "gpu_decode")
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 HIDDEN = {"benchmark", "transom", "torch", "processor", "threads", "commit", "date"}
@@ -71,7 +81,8 @@ def main() -> None:
             kept += rows
             ROWS.write_text("".join(json.dumps(row) + "\n" for row in kept))
     PAGE.write_text(page(kept))
-    write_costs(PAGE.parent / "ideas", kept)
+    for pages in ("ideas", "guide"):
+        write_costs(PAGE.parent / pages, kept)
     write_index(PAGE.parent / "ideas")
 
 

@@ -25,7 +25,7 @@ FLAGS: tuple[tuple[str, Any, str, Any, str], ...] = (
         "for gptq, awq and a budget: a text file, "
         "folder or glob, rows as for finetune, or a name of `datasets`",
     ),
-    ("--calibration-rows", int, "N", 128, "rows of 512 tokens of it"),
+    ("--calibration-rows", int, "N", 64, "rows of 512 tokens of it"),
     (
         "--held-out",
         user_path,

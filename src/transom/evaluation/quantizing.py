@@ -45,7 +45,7 @@ from transom.quantize.leaves import parameter_count, quantized_leaves, replace_w
 from transom.quantize.methods import mean_bits, quantize_model
 
 RECEIPT = "quantization_receipt.json"
-ROWS, HELD_OUT = 128, 16_384  # rows of calibration text, 512 tokens each; tokens to measure on
+ROWS, HELD_OUT = 64, 16_384  # rows of calibration text, 512 tokens each; tokens to measure on
 QUANTIZED, NEAREST = "quantized", "round-to-nearest"
 PROMPT, NEW, ROUNDS = 64, 32, 3  # of decoding
 

@@ -96,13 +96,13 @@ CEILINGS = {
     "quantize": 1_137,
     "lora": 600,
     "chat": 905,
-    "checkpoints": 4_656,
+    "checkpoints": 4_661,
     "data": 1_946,
     "inference": 1_911,
     "evaluation": 1_408,
     "training": 4_034,
     "verify": 2_851,
-    "cli": 1_800,
+    "cli": 1_803,
 }
 
 

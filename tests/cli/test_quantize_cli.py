@@ -85,7 +85,6 @@ def test_an_adapter_is_merged_before(base, call, tmp_path):
         ("chat", "MADE"),
         ("eval", "MADE", "--data", __file__, "--limit", "1"),
         ("bench", "MADE", "-p", "8", "-n", "4", "-r", "1"),
-        ("inspect", "MADE"),
         ("convert", "MADE", "OUT", "--format", "native"),
         ("verify", "quantize", "MADE"),
     ],
@@ -95,6 +94,16 @@ def test_other_verbs_read_the_folder(made, call, tmp_path, words):
     names = {"MADE": made, "OUT": tmp_path / "out"}
     code, _, err = call(*(names.get(word, word) for word in words))
     assert code == 0, err
+
+
+def test_inspect_shows_the_bits_of_a_folder(base, made, call, tmp_path):
+    code, out, err = call("inspect", made)
+    assert code == 0 and "weights in codes: gptq of 4 bits in groups of 32; --memory" in out, err
+    words = ("--bits-budget", "6", "--calibration-rows", "2", "--held-out-tokens", "0")
+    code, _, err = call("quantize", base, tmp_path / "mixed", *words)
+    assert code == 0, err
+    out = call("inspect", tmp_path / "mixed")[1]
+    assert re.search(r"codes: gptq of \d bits.*; \d bits.* for \d+ patterns? of names", out)
 
 
 def test_an_adapter_trains_beside_the_codes_and_merges(made, call, tmp_path):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from transom.base.errors import RequestError, notice, require
 from transom.checkpoints.describe_model import DescribedModel, describe_model
+from transom.checkpoints.quantized.config import stated_quantization
 from transom.cli.main import emit_json, user_path
 from transom.cli.options import MODEL, add_fields, add_keep_quantized
 from transom.config.presets import PRESETS
@@ -113,6 +114,9 @@ def print_plan(model: DescribedModel, planned: ModelPlan) -> None:
         )
         print(f"adapter: {kind} of rank {rank}, alpha {alpha:g}, on {', '.join(targets)}")
         print("All numbers are those of the model without the adapter.")
+    stated = None if model.location is None else stated_quantization(model.location.model)
+    if stated is not None:
+        print(f"weights in codes: {stated}; --memory shows their sizes")
     show(layer_table(planned))
     print("Equal layers share one row, whose numbers are those of one of them.")
     heading("Totals")

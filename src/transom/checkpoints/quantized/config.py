@@ -7,6 +7,7 @@ GPTQModel. No torch.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from transom.base.errors import RequestError, require
 from transom.base.files import read_json
 from transom.checkpoints.families.foreign_config import ForeignConfig
 from transom.checkpoints.files.layout import CONFIG, folder_format
+from transom.planning.tables import counted
 
 KEY = "quantization_config"
 Method = Literal["gptq", "awq", "bitsandbytes", "fp8"]
@@ -56,12 +58,19 @@ class Quantization:
     dynamic: tuple[tuple[re.Pattern[str], int, int], ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.method} of {self.bits} bits{' and others' if self.dynamic else ''}"
+        """How most modules are stored, and how many are stored in other ways."""
+        others = Counter(_words(*sizes) for _, *sizes in self.dynamic)
+        shown = [f"{how} for {counted(n, 'pattern')} of names" for how, n in others.items()]
+        return "; ".join([f"{self.method} of {_words(self.bits, self.group)}", *shown])
 
     def of(self, module: str) -> tuple[int, int]:
         """Return the bits and the group of a module."""
         own = (one[1:] for one in self.dynamic if one[0].match(module))
         return next(own, (self.bits, self.group))
+
+
+def _words(bits: int, group: int) -> str:
+    return f"{bits} bits" + (f" in groups of {group}" if group else "")
 
 
 def read_quantization(config: ForeignConfig, *, tell: bool = False) -> Quantization | None:

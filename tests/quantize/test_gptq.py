@@ -237,6 +237,22 @@ def test_experts_without_tokens_are_rounded_and_counted(capsys):
     assert bool(logits(model).isfinite().all())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_of_half_precision_inputs_do_not_overflow(dtype, method):
+    """The squares of these inputs exceed the largest number of float16."""
+    model = base(n_layers=1).to(dtype)
+    model.layers[0].attention_norm.weight.mul_(300)
+    model.layers[0].attention.wq.weight.div_(300)
+    model.layers[0].attention.wk.weight.div_(300)
+    model.layers[0].attention.wv.weight.div_(300)
+    before = logits(model).float()
+    quantize_model(model, QuantizeArgs(**INT4, method=method), BATCHES)
+    assert model.layers[0].attention.wq.scales.dtype == dtype
+    assert float((logits(model).float() - before).norm() / before.norm()) < 0.4
+
+
 def with_nan(model):
     with torch.no_grad():
         model.layers[1].attention_norm.weight[3] = torch.nan
@@ -250,6 +266,9 @@ def with_nan(model):
         ([], "batches: got 0 tokens"),
         ([random_tokens(1, 40)], "batches: got 40 tokens of calibration text; expected at least"),
         ([random_tokens(1, 400)], "tokens: got 400; expected at most max_seq_len"),
+        ([random_tokens(1, 99), torch.full((1, 9), -1)], r"batches: got \[-1, -1\]; .* 0 to 60"),
+        ([torch.full((1, 99), 61)], r"batches: got \[61, 61\]; expected ids from 0 to 60"),
+        ([random_tokens(1, 99)[0]], r"tokens: got \[99\]; expected a shape"),
     ],
 )
 def test_wrong_texts_are_one_sentence_and_change_nothing(batches, words):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from transom.base.errors import RequestError, WorkError
+from transom.base.errors import RequestError, WorkError, require
 from transom.base.runtime import evaluating
 from transom.layers.inputs import TransformerInput
 from transom.layers.linear import Embedding, GroupedLinear, Linear
@@ -83,11 +83,14 @@ class _Watch:
         return self.found
 
 
-def checked_batches(batches: Iterable[Tensor] | None, leaves: Mapping[str, Dense]) -> list[Tensor]:
+def checked_batches(
+    model: LLM, batches: Iterable[Tensor] | None, leaves: Mapping[str, Dense]
+) -> list[Tensor]:
     """Return the batches as a list.
 
     Raises:
-        RequestError: There are none, or fewer tokens than the most inputs of a leaf.
+        RequestError: There are none, or fewer tokens than the most inputs of a leaf; or an id is
+            none of the model, such as that of padding.
     """
     made = list(batches or ())
     path, leaf = max(leaves.items(), key=lambda item: item[1].weight.size(-1))
@@ -95,6 +98,10 @@ def checked_batches(batches: Iterable[Tensor] | None, leaves: Mapping[str, Dense
     if tokens < least:
         expected = f"expected at least {least:,}, as many as {path} has inputs"
         raise RequestError(f"batches: got {tokens:,} tokens of calibration text; {expected}")
+    last = model.args.vocab_size - 1
+    for one in made:
+        fits = bool(((one >= 0) & (one <= last)).all())
+        require(fits, "batches", [int(one.min()), int(one.max())], f"expected ids from 0 to {last}")
     return made
 
 

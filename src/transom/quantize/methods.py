@@ -62,7 +62,7 @@ def quantize_model(
     total = parameter_count(model)
     if args.calibrated and not empty:
         assert isinstance(model, LLM), "parts of a model read no text"
-        _calibrated(model, args, chosen, checked_batches(batches, chosen), tell)
+        _calibrated(model, args, chosen, checked_batches(model, batches, chosen), tell)
     else:
         if batches is not None:
             raise RequestError("batches: got some; expected none, since this method reads no text")
@@ -76,7 +76,9 @@ def quantize_model(
     quantized = sum(math.prod(leaf.shape) for leaf in quantized_leaves(model).values())
     shares = f"{quantized:,} of {total:,} weights in {mean_bits(model):.2f} bits each"
     groups = f"in groups of {args.group}" if args.group else "with one scale per output"
-    notice(f"{args.kind} {groups} on {len(chosen)} leaves: {shares}")
+    groups = groups if args.bits_budget is None else "and int8 in groups of any size"
+    method = f" by {args.method}" if args.calibrated else ""
+    notice(f"{args.kind} {groups}{method} on {len(chosen)} leaves: {shares}")
     return model
 
 

@@ -144,29 +144,23 @@ def _gradients(
         for path, leaf in chosen.items()
         if not isinstance(leaf, Embedding)
     ]
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
     counts = torch.zeros(model.args.vocab_size, device=model.device)
     generator = torch.Generator(model.device).manual_seed(0)
     try:
-        for weight in trained:
-            weight.requires_grad_(False)
         with evaluating(model), torch.enable_grad():
             for row in rows:
                 inputs = TransformerInput(row.to(model.device))
                 step = build_step(model.args, inputs, None, model.attend)
                 h = model.embed(inputs).detach().requires_grad_()
-                h.register_hook(lambda g: add("inputs", g))
                 logits = model.project(model.run_layers(h, step, None)[0]).float()
                 logits.register_hook(lambda g: add("tok_embeddings", g))
-                drawn = (
-                    logits.detach().flatten(0, 1).softmax(-1).multinomial(1, generator=generator)
-                )
-                F.cross_entropy(logits.flatten(0, 1), drawn.flatten(), reduction="sum").backward()
+                chances = logits.detach()[0].softmax(-1)
+                drawn = chances.multinomial(1, generator=generator).flatten()
+                loss = F.cross_entropy(logits[0], drawn, reduction="sum")
+                add("inputs", torch.autograd.grad(loss, h)[0])  # and none of a weight
                 counts += inputs.tokens.flatten().bincount(minlength=len(counts))
     finally:
         for hook in hooks:
             hook.remove()
-        for weight in trained:
-            weight.requires_grad_(True)
     means = {path: total / totals[path] for path, total in squares.items()}
     return means, counts / counts.sum()

@@ -99,9 +99,8 @@ def checked_batches(
         expected = f"expected at least {least:,}, as many as {path} has inputs"
         raise RequestError(f"batches: got {tokens:,} tokens of calibration text; {expected}")
     last = model.args.vocab_size - 1
-    for one in made:
-        fits = bool(((one >= 0) & (one <= last)).all())
-        require(fits, "batches", [int(one.min()), int(one.max())], f"expected ids from 0 to {last}")
+    ids = [int(one) for one in torch.cat([one.flatten() for one in made]).aminmax()]
+    require(ids[0] >= 0 and ids[1] <= last, "batches", ids, f"expected ids from 0 to {last}")
     return made
 
 

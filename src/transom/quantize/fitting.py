@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from transom.quantize.formats import (
-    Parts,
     WeightFormat,
     dequantize,
     encode,
@@ -41,8 +40,8 @@ def fitted_parts(
     least = torch.full_like(groups[..., 0], torch.inf)
     for shrink in SHRINKS:
         parts = group_parts(groups, format, shrink)
-        codes = encode(groups, parts, format)
-        units = _values({"codes": codes, **parts}, format, groups)
+        codes, ones = encode(groups, parts, format), torch.ones_like(parts["scales"])
+        units = dequantize({**parts, "codes": codes, "scales": ones}, format).view_as(groups)
         powers = (units.square() * factor).sum(-1)
         scales = (groups * units * factor).sum(-1) / not_zero(powers)
         # A group that shrinks to zeros keeps its scale.
@@ -57,9 +56,3 @@ def fitted_parts(
             name: torch.where(better, part, best.get(name, part)) for name, part in parts.items()
         }
     return best
-
-
-def _values(parts: Parts, format: WeightFormat, groups: Tensor) -> Tensor:
-    """Return the values of codes less the zeros of their groups, float32 [out, n, group]."""
-    ones = torch.ones_like(parts["scales"])
-    return dequantize({**parts, "scales": ones}, format).view_as(groups)

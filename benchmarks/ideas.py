@@ -77,6 +77,7 @@ PAGES: dict[str, tuple[str, ...]] = {
         "evaluation",
     ),
     "Generation": ("decode-loop", "kv-cache-in-8-bits", "prefix-caching", "speculative-decoding"),
+    "Quantization": ("quantization",),
     "Heads and loading": ("classification-and-embeddings", "load-hooks"),
 }
 

@@ -24,6 +24,7 @@ from transom.inference.decode_args import DecodeArgs
 from transom.layers.inputs import TransformerInput
 from transom.lora.args import CombineArgs
 from transom.models.llm import LLM
+from transom.quantize.args import QuantizeArgs
 from transom.training.config import TrainArgs
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,7 @@ IDEAS = ROOT / "docs" / "ideas"
 NAMES = sorted(path.stem for path in IDEAS.glob("*.md") if path.name != "README.md")
 # Arguments that are no part of a run's config; pages and tables write the class in front.
 NAMED: dict[str, Any] = {
-    one.__name__: one for one in (TransformerInput, CombineArgs, EvalArgs, DecodeArgs)
+    one.__name__: one for one in (TransformerInput, CombineArgs, EvalArgs, DecodeArgs, QuantizeArgs)
 }
 SECTIONS = ["What it is", "Formula", "Paper", "Files", "When to use it", "Cost"]
 

@@ -33,6 +33,17 @@ NAMES = (
     "objectives",
     "policy",
     "load",
+    "offload",
+    "ops",
+    "decode",
+    "speculative",
+    "demo",
+)
+CPU_NAMES = (
+    "startup",
+    "attention_memory",
+    "load",
+    "offload",
     "ops",
     "decode",
     "speculative",

@@ -76,7 +76,13 @@ PAGES: dict[str, tuple[str, ...]] = {
         "merging",
         "evaluation",
     ),
-    "Generation": ("decode-loop", "kv-cache-in-8-bits", "prefix-caching", "speculative-decoding"),
+    "Generation": (
+        "decode-loop",
+        "kv-cache-in-8-bits",
+        "prefix-caching",
+        "speculative-decoding",
+        "weight-streaming",
+    ),
     "Quantization": ("quantization",),
     "Heads and loading": ("classification-and-embeddings", "load-hooks"),
 }

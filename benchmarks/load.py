@@ -77,13 +77,13 @@ def rows(
                 f"{NEEDED_BYTES / 1e9:.0f} GB needed"
             )
             return [{"benchmark": "load", "case": case}]
-        parameters = _write_folder(Path(folder) / "hf", shape)
+        parameters = write_folder(Path(folder) / "hf", shape)
         return _rows_of(
             folder, parameters, str(pick_dtype("auto", device)).removeprefix("torch."), **how
         )
 
 
-def _write_folder(folder: Path, shape: Mapping[str, Any]) -> int:
+def write_folder(folder: Path, shape: Mapping[str, Any]) -> int:
     """Write a folder of random bfloat16 weights in the format of transformers.
 
     Returns:

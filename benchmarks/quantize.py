@@ -1,6 +1,6 @@
 """What quantizing costs: bits per byte and divergence of SmolLM2-135M, beside llama.cpp.
 
-The trained weights at hand are those of a Q4_1 file, which codes of four bits with zero points or
+The trained weights are those of a Q4_1 file, which codes of four bits with zero points or
 minimums in groups of 32 reproduce. So the same function is measured with its channels in another
 order, too, in which the groups of the file are spread over all groups. All programs read the same
 rows of Python's language reference. `python -m benchmarks quantize:permuted` measures one model.
@@ -13,6 +13,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transom.checkpoints.save import save
 from transom.data.chat.instructions import NAME as STDLIB
 from transom.evaluation.agreement import agreement, batches_of, logits_of, next_tokens
 from transom.evaluation.quality import measure_quality, text_bytes, unseen
-from transom.evaluation.quantizing import HELD_OUT, ROWS
+from transom.evaluation.quantizing import ROWS
 from transom.evaluation.token_rows import LENGTH, TokenRows, token_rows
 from transom.models.llm import LLM
 from transom.quantize.args import QuantizeArgs
@@ -43,7 +44,8 @@ METHODS = {
 }
 NEAREST = "int4, groups of 32"  # whose loss the methods of the same size recover
 FILES = {"q8_0": 8.5, "q4_1": 5.0, "q4_0": 4.5}  # bits of a weight
-MODELS = ("file", "permuted")
+MODELS = ("permuted", "file")
+HELD_OUT = 12_800  # tokens, 50 kB or more
 
 
 def rows(device: torch.device, part: str = "") -> Iterator[dict[str, Any]]:
@@ -96,19 +98,22 @@ def _llama_cpp(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each type of GGUF file that llama.cpp reads."""
     size = sum(text_bytes(opened.tokenizer, row) for row in held.rows)
-    for dtype in FILES:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.gguf"
+    sums = {dtype: [0.0, 0.0, 0.0] for dtype in FILES}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        peers = {}
+        for dtype in FILES:
+            path = Path(folder) / f"{dtype}.gguf"
             save(opened.model, path, "gguf", opened.tokenizer, dtype)
-            nats = kl = same = count = 0.0
-            with LlamaCpp(path, LENGTH) as peer:
-                for row in held.rows:
-                    expected = torch.cat(list(logits_of(opened.model, [row])))
-                    logits = torch.from_numpy(peer.logits(row.tolist()))
-                    found = agreement([expected], [logits], next_tokens([row]))
-                    assert found.nats is not None, "there are targets"
-                    nats, kl = nats + found.nats * (len(row) - 1), kl + found.kl * len(row)
-                    same, count = same + len(row) - found.flips, count + len(row)
+            peers[dtype] = stack.enter_context(LlamaCpp(path, LENGTH))
+        for row in held.rows:
+            expected = torch.cat(list(logits_of(opened.model, [row])))
+            for dtype, peer in peers.items():
+                logits = torch.from_numpy(peer.logits(row.tolist()))
+                found = agreement([expected], [logits], next_tokens([row]))
+                assert found.nats is not None, "there are targets"
+                own = (found.nats * (len(row) - 1), found.kl * len(row), len(row) - found.flips)
+                sums[dtype] = [total + one for total, one in zip(sums[dtype], own, strict=True)]
+    for dtype, (nats, kl, same) in sums.items():
         bits = nats / math.log(2) / size
         yield {
             "benchmark": "quantize",
@@ -117,8 +122,8 @@ def _llama_cpp(
             "bits_per_byte": round(bits, 5),
             "loss": round(bits - original, 5),
             "loss_share": round(bits / original - 1, 5),
-            "kl": round(kl / count, 5),
-            "same_first_choice": round(same / count, 4),
+            "kl": round(kl / held.tokens, 5),
+            "same_first_choice": round(same / held.tokens, 4),
         }
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transom.inference.loop import generate, stream
     from transom.inference.sampling import SamplingArgs
     from transom.inference.session import Session, open_session
+    from transom.inference.weight_streaming import Offload
     from transom.layers.attention import Attention
     from transom.layers.block import TransformerBlock
     from transom.layers.feed_forward import FeedForward
@@ -88,6 +89,7 @@ _HOMES = {
     "transom.inference.loop": ("generate", "stream"),
     "transom.inference.sampling": ("SamplingArgs",),
     "transom.inference.session": ("Session", "open_session"),
+    "transom.inference.weight_streaming": ("Offload",),
     "transom.models.images": ("ImageTokenIds", "image_tokens", "prepare_image"),
     "transom.layers.attention": ("Attention",),
     "transom.layers.block": ("TransformerBlock",),

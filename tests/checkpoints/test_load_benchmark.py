@@ -34,7 +34,7 @@ def test_every_row_is_there(monkeypatch):
 
 def test_a_job_in_a_process_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT)]))
-    load._write_folder(tmp_path / "hf", SMALL)
+    load.write_folder(tmp_path / "hf", SMALL)
     facts = load.in_fresh_process("mistral", str(tmp_path / "hf"), str(tmp_path / "out"), True)
     assert (
         facts["peak_bytes"] >= facts["before_bytes"] > 0

@@ -143,6 +143,37 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(
     assert message in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(("verb", "memory"), [("generate", "230kB"), ("chat", "400kB")])
+def test_offloading_says_what_is_streamed_and_changes_no_text(call, tmp_path, verb, memory):
+    write_model(tmp_path, n_layers=6)
+    words = ["-p", "hello"] if verb == "generate" else ["--ignore-chat-template"]
+    words = [verb, tmp_path, *words, "-m", 9, "--device", "cpu"]
+    _, expected, _ = call(*words, stdin="hello\n")
+    code, out, err = call(*words, "--offload", "disk", "--max-memory", memory, stdin="hello\n")
+    assert (code, out) == (0, expected)
+    assert re.search(r"offload: [0-3] of 6 layers and all else, .* per call are streamed", err)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--max-memory", "1GB"], 2, "--max-memory: got '1GB'; valid only with --offload"),
+        (["--offload", "ram"], 2, "offload: got 'ram'; expected cpu or disk"),
+        (["--offload", "disk", "--max-memory", "8kB"], 2, "weights that stay in memory of 0.00 GB"),
+        (
+            ["--offload", "disk", "--max-memory", "230kB", "--compile", "-m", "3"],
+            2,
+            "compile: got True",
+        ),
+    ],
+)
+def test_what_offloading_refuses_is_one_sentence(call, tmp_path, words, code, message):
+    write_model(tmp_path, n_layers=6)
+    found, out, err = call("generate", tmp_path, "-p", "a", "--device", "cpu", *words)
+    assert (found, out) == (code, "")
+    assert message in err.splitlines()[-1]
+
+
 def test_the_default_length_is_what_the_context_leaves(made, call):
     _, folder = made
     code, out, err = call("generate", folder, "-p", "a" * 90, "--ignore-eos", "--json")

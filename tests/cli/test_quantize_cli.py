@@ -96,6 +96,22 @@ def test_other_verbs_read_the_folder(made, call, tmp_path, words):
     assert code == 0, err
 
 
+def test_a_model_without_a_family_is_refused_before_the_work_and_written_as_native(call, tmp_path):
+    odd = write_base(
+        tmp_path / "odd",
+        "native",
+        dim=64,
+        hidden_dim=96,
+        layer_pattern="CF",
+        attention_chunk_size=8,
+    )
+    code, _, err = call("quantize", odd, tmp_path / "out", *GPTQ)
+    assert code == 2 and "format: got 'hf'; expected 'native'" in err and "gptq" not in err
+    words = ("--format", "native", "--method", "rtn", "--group", "32", "--held-out-tokens", "0")
+    assert call("quantize", odd, tmp_path / "out", *words)[0] == 0
+    assert call("generate", tmp_path / "out", "-p", "ab", "-m", "3")[0] == 0
+
+
 def test_inspect_shows_the_bits_of_a_folder(base, made, call, tmp_path):
     code, out, err = call("inspect", made)
     assert code == 0 and "weights in codes: gptq of 4 bits in groups of 32; --memory" in out, err
@@ -140,6 +156,7 @@ def test_an_adapter_trains_beside_the_codes_and_merges(made, call, tmp_path):
         (("BASE", "OUT", "--calibration-rows", "0"), r"calibration_rows: got 0; expected 1"),
         (("BASE", "OUT", "--calibration", "LONG", "--held-out", "LONG"), r"held_out: got .*long"),
         (("BASE", "OUT", "--dtype", "int8"), r"dtype: got 'int8'; expected float32"),
+        (("BASE", "OUT", "--format", "gguf"), r"format: got 'gguf'; expected hf or native"),
         (("BASE", "FILE"), r"OUT: got .*, a file; expected a new or empty folder"),
         (("BASE", "BASE", "--overwrite"), r"out: got .*; expected a folder that is not read"),
         (("BASE", "MADE"), r"OUT: got .*which is not empty"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +26,12 @@ from transom.base.runtime import (
 from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.files.checksums import verify_step
 from transom.checkpoints.files.generation_config import stated_settings
-from transom.checkpoints.files.lazy_tensors import LazyTensor, dtypes_of, main_dtype
+from transom.checkpoints.files.lazy_tensors import (
+    LazyTensor,
+    TensorGroup,
+    dtypes_of,
+    main_dtype,
+)
 from transom.checkpoints.files.location import ModelLocation, find_model
 from transom.checkpoints.files.safetensors_files import ALIGNMENT
 from transom.checkpoints.fingerprint import check_trained_on
@@ -55,6 +62,7 @@ class LoadPlan:
         mapped_bytes: Bytes of those that stay in memory maps of their files.
         dtype: The dtype of its embeddings, keys and values.
         device: Its device.
+        max_memory: Bytes that weights and requests together may take, if there is a limit.
     """
 
     args: ModelArgs
@@ -62,11 +70,34 @@ class LoadPlan:
     mapped_bytes: int
     dtype: torch.dtype
     device: torch.device
+    max_memory: int | None = None
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights in memory."""
         return sum(self.weights.values())
+
+
+BeforeWeights = Callable[[LoadPlan], int | None]
+Blocks = Mapping[int, Sequence[TensorGroup]]  # the weights of each block, not read yet
+
+
+class Offloader(Protocol):
+    """Decides which blocks stay out of memory, and lets them run all the same."""
+
+    def place(
+        self, plan: LoadPlan, blocks: Blocks, before_weights: BeforeWeights | None
+    ) -> Iterable[int]:
+        """Return the indices of the blocks whose weights are not read.
+
+        Args:
+            plan: What would be loaded without offloading.
+            blocks: The weights of all blocks.
+            before_weights: As for `load`, for a plan with the fewest weights in memory.
+        """
+
+    def attach(self, model: LLM, blocks: Blocks) -> None:
+        """Let blocks run whose weights were not read; their parameters are on meta."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +128,8 @@ def load(
     revision: str | None = None,
     *,
     keep_quantized: bool | None = None,
-    before_weights: Callable[[LoadPlan], None] | None = None,
+    before_weights: BeforeWeights | None = None,
+    offload: Offloader | None = None,
 ) -> LLM:
     """Load a model, in evaluation mode.
 
@@ -116,6 +148,8 @@ def load(
             dequantized whenever a product needs them. None keeps the codes of a quantized folder,
             and dequantizes those of a GGUF file.
         before_weights: Called before the weights are read. An error that it raises ends the call.
+            With `offload`, the bytes that it returns stay free beside the weights.
+        offload: An `Offload`, for a model that is larger than the memory.
 
     Raises:
         RequestError: There is no such folder, or its files are damaged, of an unsupported model,
@@ -128,9 +162,16 @@ def load(
     bound_kernel_caches()
     verify_step(location.model)
     source = _open(location.model, device, dtype, keep_quantized)
-    if before_weights is not None:
+    absent: dict[int, Sequence[TensorGroup]] = {}
+    if offload is not None:
+        blocks = _blocks(source)
+        chosen = offload.place(source.plan, blocks, before_weights)
+        absent = {index: blocks[index] for index in chosen}
+    elif before_weights is not None:
         before_weights(source.plan)
-    model = _read_weights(location.model, source)
+    model = _read_weights(location.model, source, set(absent))
+    if offload is not None and absent:
+        offload.attach(model, absent)
     if location.adapter is not None:
         load_adapter(model, location.adapter)
     model.generation_settings = stated_settings(location.folders)
@@ -182,17 +223,54 @@ def _open(folder: Path, device: str, dtype: str | None, keep_quantized: bool | N
     return _Source(plan, model, source, dtypes, codes, quantized)
 
 
-def _read_weights(folder: Path, source: _Source) -> LLM:
+def _block_of(name: str) -> int | None:
+    first, *rest = name.split(".")
+    return int(rest[0]) if first == "layers" else None
+
+
+def _blocks(source: _Source) -> dict[int, list[TensorGroup]]:
+    """Return the weights of each block, as the model has them."""
+    blocks: dict[int, list[TensorGroup]] = {i: [] for i in range(source.plan.args.n_layers)}
+    for name, lazy in source.dense.items():
+        index, dtype = _block_of(name), source.dtypes[name]
+        if index is not None:
+            meta = torch.empty(lazy.shape, dtype=dtype, device="meta")
+            read = functools.partial(_read_alone, lazy)
+            pieces = lazy.pieces if lazy.dtype == dtype else ()
+            blocks[index].append(TensorGroup((name,), (meta,), read, pieces))
+    for name, one in source.codes.items():
+        index, parts = _block_of(name), empty_parts(one.shape, one.format, "meta")
+        if index is not None:
+            keys = [f"{name.removesuffix('weight')}{key}" for key in parts]
+            read = functools.partial(_read_parts, one, list(parts))
+            blocks[index].append(TensorGroup(keys, list(parts.values()), read))
+    return blocks
+
+
+def _read_alone(lazy: LazyTensor) -> list[Tensor]:
+    return [lazy.read_apart()]
+
+
+def _read_parts(codes: Codes, names: Sequence[str]) -> list[Tensor]:
+    parts = codes.read()
+    return [parts[name] for name in names]
+
+
+def _read_weights(folder: Path, source: _Source, absent: Set[int]) -> LLM:
+    """Return the model; the parameters of `absent` blocks stay on the meta device."""
     plan, codes, where = source.plan, source.codes, shown_name(folder)
     if source.quantized:
         how = "kept in codes and computed in" if codes else "dequantized to"
         size = f"{plan.weight_bytes / 1e6:,.1f} MB"
         notice(f"{where}: {source.quantized}, {how} {dtype_name(plan.dtype)}, {size}")
     model = source.model
-    placed = _keep_codes(model, codes, plan.device, plan.dtype)
+    placed = _keep_codes(model, codes, plan.device, plan.dtype, absent)
     counts: dict[str, int] = {}
     taken: set[int] = set()
     for name, lazy in source.dense.items():
+        if _block_of(name) in absent:
+            placed[name] = torch.empty(lazy.shape, dtype=source.dtypes[name], device="meta")
+            continue
         with one_thread(math.prod(lazy.shape) < _MANY):
             placed[name], counts[name] = _place(
                 lazy.read(), plan.device, source.dtypes[name], taken
@@ -204,14 +282,20 @@ def _read_weights(folder: Path, source: _Source) -> LLM:
 
 
 def _keep_codes(
-    model: LLM, codes: Mapping[str, Codes], device: torch.device, dtype: torch.dtype
+    model: LLM,
+    codes: Mapping[str, Codes],
+    device: torch.device,
+    dtype: torch.dtype,
+    absent: Set[int],
 ) -> dict[str, Tensor]:
     """Make quantized leaves of those whose codes are in files; return their parts by name."""
     found = {f"{path}.weight": leaf for path, leaf in leaves(model).items()}
     placed: dict[str, Tensor] = {}
     for name, one in codes.items():
-        with one_thread(math.prod(one.shape) < _MANY):
-            parts = {key: part.to(device) for key, part in one.read().items()}
+        parts = empty_parts(one.shape, one.format, "meta")
+        if _block_of(name) not in absent:
+            with one_thread(math.prod(one.shape) < _MANY):
+                parts = {key: part.to(device) for key, part in one.read().items()}
         replace_weight(found[name], parts, one.format, dtype)
         placed |= {f"{name.removesuffix('weight')}{key}": part for key, part in parts.items()}
     return placed

@@ -5,8 +5,10 @@ The names are those of `checkpoints.families`.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,10 +16,11 @@ from torch import Tensor
 from transom.base.errors import RequestError, notice, require
 from transom.checkpoints.families.registry import WEIGHT_NAMES
 from transom.checkpoints.families.weights import WeightNames
+from transom.checkpoints.files.file_pieces import FilePiece
 from transom.checkpoints.files.layout import first_names
 from transom.checkpoints.files.lazy_tensors import LazyTensor, LazyTensors, TensorGroup
 from transom.config.model_args import ModelArgs
-from transom.names.tables import KeyMapping
+from transom.names.tables import KeyMapping, Transform
 from transom.names.transforms import Shape, apply_transform, invert_transform
 
 # What torch raises if tensors cannot be cut or stacked as a mapping asks for.
@@ -144,15 +147,31 @@ def _make(
     """Return the parameters that a mapping makes, or None if they have other shapes."""
 
     def part(index: int) -> LazyTensor:
-        return LazyTensor.made_of(
+        made = LazyTensor.made_of(
             parts, lambda tensors: apply_transform(mapping.transform, tensors, shapes)[index]
         )
+        return replace(made, pieces=_pieces(mapping.transform, parts, shapes, index))
 
     try:
         made = [part(index) for index in range(len(shapes))]
     except _MISFITS:
         return None
     return made if [one.shape for one in made] == [tuple(shape) for shape in shapes] else None
+
+
+def _pieces(
+    transform: Transform, parts: Sequence[LazyTensor], shapes: Sequence[Shape], index: int
+) -> tuple[FilePiece, ...]:
+    """Return the places of the bytes of a parameter, if it has the bytes of tensors of files."""
+    if transform == "copy":
+        return parts[index].pieces
+    if transform == "stack" and all(part.pieces for part in parts):
+        return tuple(piece for part in parts for piece in part.pieces)
+    if transform == "rows" and len(parts[0].pieces) == 1 and len(shapes[index]) <= 2:
+        (file, start, _), size = parts[0].pieces[0], parts[0].dtype.itemsize
+        before = sum(map(math.prod, shapes[:index]))
+        return (FilePiece(file, start + before * size, math.prod(shapes[index]) * size),)
+    return ()
 
 
 def to_foreign(mappings: Iterable[KeyMapping], ours: LazyTensors, where: str) -> list[TensorGroup]:

@@ -20,7 +20,7 @@ from transom.checkpoints.files.generation_config import (
     stop_tokens_of,
 )
 from transom.checkpoints.files.location import ModelLocation, find_model
-from transom.checkpoints.load import LoadPlan, load
+from transom.checkpoints.load import LoadPlan, Offloader, load
 from transom.checkpoints.read_args import vocabulary_size
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
@@ -99,7 +99,8 @@ def open_model(
     revision: str | None = None,
     chat_template: str | None = None,
     keep_quantized: bool | None = None,
-    before_weights: Callable[[OpenedText, LoadPlan], None] | None = None,
+    before_weights: Callable[[OpenedText, LoadPlan], int | None] | None = None,
+    offload: Offloader | None = None,
 ) -> OpenedModel:
     """Open a model with its tokenizer, chat template, stop tokens and generation settings.
 
@@ -116,8 +117,8 @@ def open_model(
         chat_template: The name of a built-in template or of one in the folder, or a file; None
             takes the folder's own.
         keep_quantized: As for `load`.
-        before_weights: Called with the tokenizer before the weights are read, to refuse a request
-            early. An error that it raises ends the call.
+        before_weights: As for `load`, called with the tokenizer too.
+        offload: As for `load`.
 
     Raises:
         RequestError: As for `load`; or there is no tokenizer, or it does not fit the embeddings.
@@ -126,7 +127,14 @@ def open_model(
     tokenizer = _open_tokenizer(location)
     text = OpenedText(location=location, tokenizer=tokenizer, chat_template=chat_template)
     check = None if before_weights is None else functools.partial(before_weights, text)
-    model = load(location, device, dtype, keep_quantized=keep_quantized, before_weights=check)
+    model = load(
+        location,
+        device,
+        dtype,
+        keep_quantized=keep_quantized,
+        before_weights=check,
+        offload=offload,
+    )
     warn_if_bfloat16_is_slow(model.dtype, model.device)
     warn_if_other(location.folders, tokenizer, None)
     return OpenedModel(

@@ -9,7 +9,7 @@ from typing import Any
 
 from transom.base.errors import RequestError, notice, require
 from transom.cli.main import emit_json, user_path
-from transom.cli.options import add_json, add_model, opening
+from transom.cli.options import add_json, add_model, add_offloading, opening
 from transom.planning.tables import counted
 
 OUT_SUFFIXES = (".safetensors", ".npy")
@@ -18,6 +18,7 @@ OUT_SUFFIXES = (".safetensors", ".npy")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
     add_model(parser)
+    add_offloading(parser)
     what = "a text to read; may be repeated"
     parser.add_argument("-t", "--text", action="append", default=[], metavar="TEXT", help=what)
     what = "file of texts: one per line, or .jsonl, .json, .parquet; - reads standard input"

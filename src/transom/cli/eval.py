@@ -15,7 +15,13 @@ from typing import Any
 from transom.base.errors import RequestError, require
 from transom.base.files import json_text, write_text
 from transom.cli.main import emit_json, user_path
-from transom.cli.options import MODEL, add_keep_quantized, check_model
+from transom.cli.options import (
+    MODEL,
+    add_keep_quantized,
+    add_offloading,
+    check_model,
+    offloading,
+)
 from transom.evaluation.eval_args import EvalArgs
 from transom.evaluation.task_data import open_data
 from transom.planning.tables import counted, heading, show, table
@@ -74,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(*names, dest=dest, type=kind, metavar=word, help=meaning, action=action)
     parser.set_defaults(device="auto", batch_tokens=EvalArgs.batch_tokens, stop=[])
     add_keep_quantized(parser)
+    add_offloading(parser)
     for name, meaning in SWITCHES:
         parser.add_argument(name, action="store_true", help=meaning)
 
@@ -83,6 +90,7 @@ def run(options: argparse.Namespace) -> int:
     check_arguments(options)
     start = time.perf_counter()
     opening = {name: getattr(options, name) for name in OPENING}
+    opening["offload"] = offloading(options, tokens=options.batch_tokens)
     document = (
         run_data(options, opening) if options.tasks is None else run_harness(options, opening)
     )

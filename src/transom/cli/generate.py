@@ -13,6 +13,7 @@ from transom.cli.options import (
     add_fields,
     add_json,
     add_model,
+    add_offloading,
     check_model,
     opening,
     read_fields,
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
     """Add the options that `generate` and `chat` share."""
+    add_offloading(parser)
     what = "maximum number of new tokens (default: 128, or what the model's context leaves)"
     parser.add_argument("-m", "--max-tokens", type=int, metavar="N", help=what)
     add_fields(parser, SamplingArgs)
@@ -82,14 +84,14 @@ def run(options: argparse.Namespace) -> int:
     ids: list[list[int]] = []
     most = 0
 
-    def check_request(text: OpenedText, load: LoadPlan) -> None:
+    def check_request(text: OpenedText, load: LoadPlan) -> int:
         nonlocal most
         ids.extend(encode_prompts(text.tokenizer, prompts, special=options.special))
         require(all(ids), "--prompt", "", "expected text of 1 token or more")
         longest = max(map(len, ids))
         most = room_for_new_tokens(load.args, longest, options.max_tokens, decode.max_model_len)
         given = load.args, len(ids), longest + most, load.dtype, load.device, decode
-        check_memory(*given, load=load, least=longest + 1)
+        return check_memory(*given, load=load, least=longest + 1)
 
     opened = open_model(**opening(options), before_weights=check_request)
     model, tokenizer = opened.model, opened.tokenizer

@@ -6,12 +6,16 @@ import argparse
 import dataclasses
 from collections.abc import Container
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from transom.base.errors import require
 from transom.base.fields import field_types, options_of, read
 from transom.checkpoints.files.hub import is_hub_id
 from transom.checkpoints.files.location import find_model
 from transom.cli.main import user_path
+
+if TYPE_CHECKING:
+    from transom.inference.weight_streaming import Offload
 
 T = TypeVar("T")
 MODEL = "a model or adapter folder of any format, a GGUF file, a run folder, a hub id, or smollm2"
@@ -47,9 +51,29 @@ def check_model(name: str) -> None:
 
 
 def opening(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of `open_model` that `add_model` added."""
+    """Return the arguments of `open_model` that `add_model` and `add_offloading` added."""
     names = ("device", "dtype", "revision", "keep_quantized")
-    return {"name": options.folder, **{name: getattr(options, name) for name in names}}
+    given = {name: getattr(options, name) for name in names}
+    return {"name": options.folder, **given, "offload": offloading(options)}
+
+
+def add_offloading(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `offloading`, which `opening` reads too."""
+    what = "cpu or disk: stream the layers that do not fit into memory from there"
+    parser.add_argument("--offload", metavar="FROM", help=what)
+    what = "with --offload: memory to use, such as 6GiB (default: what is left)"
+    parser.add_argument("--max-memory", metavar="SIZE", help=what)
+
+
+def offloading(options: argparse.Namespace, **more: int) -> Offload | None:
+    """Return what the options ask for, with further arguments of `Offload`; None for nothing."""
+    if options.offload is None:
+        most = options.max_memory
+        require(most is None, "--max-memory", most, "valid only with --offload")
+        return None
+    from transom.inference.weight_streaming import Offload
+
+    return Offload(options.offload, options.max_memory, **more)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

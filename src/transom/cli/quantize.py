@@ -34,6 +34,7 @@ FLAGS: tuple[tuple[str, Any, str, Any, str], ...] = (
         "what to measure on, as --calibration (default: Python's language reference)",
     ),
     ("--held-out-tokens", int, "N", 16_384, "tokens of it; 0: do not measure"),
+    ("--format", str, "NAME", "hf", "format of OUT: hf (Hugging Face) or native (Transom)"),
     (
         "--dtype",
         str,

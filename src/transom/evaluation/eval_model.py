@@ -12,6 +12,7 @@ from transom.base.errors import RequestError
 from transom.base.files import sha256_of
 from transom.base.runtime import dtype_name
 from transom.checkpoints.fingerprint import fingerprint
+from transom.checkpoints.load import Offloader
 from transom.checkpoints.open_model import OpenedModel, open_model
 from transom.inference.room import keeps_every_token
 from transom.quantize.leaves import parameter_count
@@ -31,6 +32,7 @@ class EvalModel(OpenedModel):
         dtype: str | None = None,
         chat_template: str | None = None,
         keep_quantized: bool | None = None,
+        offload: Offloader | None = None,
     ) -> EvalModel:
         """Open a model for evaluation; the arguments are those of `open_model`.
 
@@ -45,6 +47,7 @@ class EvalModel(OpenedModel):
             dtype=dtype,
             chat_template=chat_template,
             keep_quantized=keep_quantized,
+            offload=offload,
         )
         args, where = opened.model.args, opened.location
         if args.head is not None:

@@ -30,6 +30,7 @@ from transom.base.version import __version__
 from transom.chat.files import DEFAULT
 from transom.chat.reasoning import Markers, find_markers, split
 from transom.chat.template import ChatTemplate
+from transom.checkpoints.load import Offloader
 from transom.evaluation.answers import complete_prompts
 from transom.evaluation.bits import scored
 from transom.evaluation.choices import continuation_window
@@ -57,6 +58,7 @@ class TransomLM(TemplateLM):
         dtype: str | None = None,
         chat_template: str | None = None,
         keep_quantized: bool | None = None,
+        offload: Offloader | None = None,
         batch_size: int | str = "auto",
         max_batch_size: int | None = None,
         batch_tokens: int = 4096,
@@ -73,6 +75,7 @@ class TransomLM(TemplateLM):
             dtype: As for `open_model`.
             chat_template: As for `open_model`.
             keep_quantized: As for `open_model`.
+            offload: As for `open_model`.
             batch_size: The most rows of a batch; `auto` takes as many as `batch_tokens` hold.
             max_batch_size: The most rows of a batch if `batch_size` is `auto`.
             batch_tokens: Tokens of a forward pass that scores.
@@ -92,6 +95,7 @@ class TransomLM(TemplateLM):
                 dtype=dtype,
                 chat_template=chat_template,
                 keep_quantized=keep_quantized,
+                offload=offload,
             )
         rows = max_batch_size if str(batch_size).startswith("auto") else int(batch_size)
         require(rows is None or rows >= 1, "batch_size", batch_size, "expected auto, or 1 or more")

@@ -11,7 +11,7 @@ import io
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,15 +20,15 @@ from transom.base.files import json_text, shown_name, write_text
 from transom.base.runtime import DTYPES, dtype_name, machine
 from transom.base.version import __version__
 from transom.checkpoints.files.companions import carry_companions
-from transom.checkpoints.files.lazy_tensors import main_dtype
+from transom.checkpoints.files.lazy_tensors import LazyTensor, main_dtype
 from transom.checkpoints.files.location import ModelLocation, find_model
 from transom.checkpoints.files.staging import staged
 from transom.checkpoints.fingerprint import fingerprint
 from transom.checkpoints.load import load
 from transom.checkpoints.open_model import open_text
 from transom.checkpoints.read_args import read_args
-from transom.checkpoints.save import save
-from transom.checkpoints.state import open_parameters
+from transom.checkpoints.save import plan_layout, save
+from transom.checkpoints.state import meta_model, open_parameters
 from transom.data.chat.instructions import NAME as STDLIB
 from transom.data.row_kinds import located
 from transom.evaluation.agreement import batches_of
@@ -59,6 +59,7 @@ def quantize_folder(
     calibration_rows: int = ROWS,
     held_out: str | None = None,
     held_out_tokens: int = HELD_OUT,
+    format: Literal["hf", "native"] = "hf",
     dtype: str | None = None,
     device: str = "auto",
     revision: str | None = None,
@@ -77,6 +78,7 @@ def quantize_folder(
         held_out: The text to measure on, as `token_rows` takes it. Rows that the calibration has
             read are left out. None is Python's language reference.
         held_out_tokens: Tokens to measure on; with 0, nothing is measured.
+        format: The format of `out`.
         dtype: The dtype of the scales and of the weights that stay dense; None keeps that of the
             files if it has 16 bits, and is float16 otherwise.
         device: Where to quantize and to measure.
@@ -93,18 +95,21 @@ def quantize_folder(
     """
     started, args = time.perf_counter(), args or QuantizeArgs()
     require(calibration_rows >= 1, "calibration_rows", calibration_rows, "expected 1 or more")
+    require(format in ("hf", "native"), "format", format, "expected hf or native")
     require(dtype is None or dtype in DTYPES, "dtype", dtype, f"expected {', '.join(DTYPES)}")
     location = find_model(model, revision)
     for folder in location.folders:
         other = Path(out).resolve() != folder.resolve()
         require(other, "out", str(out), "expected a folder that is not read")
     made = _dense(location, device, "float32")
+    shapes = {n: LazyTensor.of(one) for n, one in meta_model(made.args).named_parameters()}
+    plan_layout(made.args, shapes, format)  # refuses a wrong request before the work
     read, held = None, None
     if args.calibrated:
         most = calibration_rows * LENGTH
         with located("calibration"):
             read = token_rows(location, made.args, calibration, tokens=most, joined=True)
-    if held_out_tokens:  # before the work, which a wrong request would waste
+    if held_out_tokens:
         with located("held_out"):
             found = token_rows(location, made.args, held_out, tokens=held_out_tokens, joined=True)
         held = unseen(found, read.rows if read else ())
@@ -120,7 +125,7 @@ def quantize_folder(
         "versions": {"transom": __version__, **machine()},
     }
     with staged(Path(out)) as folder:
-        save(made.to(kind), folder, "hf")
+        save(made.to(kind), folder, format)
         carry_companions(location, folder)
         if held:
             receipt |= measure(location, folder, made, held, progress=progress)

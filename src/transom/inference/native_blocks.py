@@ -89,6 +89,8 @@ def native_block(block: nn.Module, watch: Watch) -> NativeBlock:
         NotCovered: It has an option that C++ doesn't cover.
     """
     kept: list[object] = []
+    if any(one.is_meta for one in block.parameters()):
+        raise NotCovered("their weights are streamed")
     watch.module(block, TransformerBlock)
     assert isinstance(block, TransformerBlock), "as watched"
     layer, attention, ffn = block.layer, block.attention, block.feed_forward

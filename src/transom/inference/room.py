@@ -90,10 +90,10 @@ def session_room(args: ModelArgs, decode: DecodeArgs) -> int:
     return requested
 
 
-def check_session_memory(load: LoadPlan, decode: DecodeArgs) -> None:
-    """Raise a `RequestError` if a model and the cache of a conversation do not fit into memory."""
+def check_session_memory(load: LoadPlan, decode: DecodeArgs) -> int:
+    """Return what `check_memory` does for a conversation with a model that is not loaded yet."""
     room = session_room(load.args, decode)
-    check_memory(load.args, 1, room, load.dtype, load.device, decode, load=load)
+    return check_memory(load.args, 1, room, load.dtype, load.device, decode, load=load)
 
 
 def check_memory(
@@ -108,8 +108,8 @@ def check_memory(
     more: Mapping[str, int] | None = None,
     least: int = 2,
     option: tuple[str, int] = ("--max-model-len", 0),
-) -> None:
-    """Raise a `RequestError` that says what would fit, unless the memory of the device is enough.
+) -> int:
+    """Return the bytes that a request needs beside the weights, if all of it fits into memory.
 
     Args:
         args: The model.
@@ -123,10 +123,11 @@ def check_memory(
         more: Bytes of what else needs memory, by name.
         least: Tokens of each sequence without which the request makes no sense.
         option: The option that limits tokens, and how many of them it does not count.
+
+    Raises:
+        RequestError: The memory of the device is not enough. The message says what would fit.
     """
-    left = bytes_left(device)
-    if left is None:
-        return
+    left = least_of(bytes_left(device), None if load is None else load.max_memory)
     weights, mapped = (load.weights, load.mapped_bytes) if load is not None else ({}, 0)
     work, more = workload(rows, tokens, dtype, device, decode), dict(more or {})
     if decode.prompt_cache_file is not None:
@@ -143,8 +144,10 @@ def check_memory(
                 f"{(plan.total - left) / 1e9:,.2f} GB of it do not fit: they are read again for "
                 "every token"
             )
-        return
-    parts = {"a model": sum(weights.values()) - mapped, **more}
+        return plan.total - sum(weights.values())
+    limited = load is not None and load.max_memory is not None
+    name = "weights that stay in memory" if limited else "a model"
+    parts = {name: sum(weights.values()) - mapped, **more}
     others = "".join(f"{name} of {size / 1e9:,.2f} GB, " for name, size in parts.items() if size)
     shape = f"{rows:,} x {tokens:,}" if rows > 1 else f"{tokens:,}"
     most = largest_context(planned, work, left)
@@ -173,6 +176,11 @@ def prefix_bytes(device: torch.device) -> int:
     """Return the limit for stored beginnings of prompts: at most half of what memory is left."""
     left = bytes_left(device)
     return PREFIX_BYTES if left is None else min(PREFIX_BYTES, left // 2)
+
+
+def least_of(*limits: int | None) -> int:
+    """Return the smallest limit; None is no limit."""
+    return min((one for one in limits if one is not None), default=sys.maxsize)
 
 
 def bytes_left(device: torch.device) -> int | None:

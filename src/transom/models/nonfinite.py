@@ -14,8 +14,10 @@ from transom.models.llm import LLM
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether no number of a tensor is NaN or infinite. Integers are finite."""
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+    """Return whether no number of a tensor is NaN or infinite. Integers are finite, and so are
+    weights on meta, which are streamed from elsewhere.
+    """
+    return tensor.is_meta or not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 def nonfinite_weight(model: LLM) -> str | None:

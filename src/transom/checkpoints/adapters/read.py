@@ -219,16 +219,14 @@ class AdapterFile:
 
     def _placed(self, name: str, tensor: Tensor) -> Tensor:
         """Return a copy in our rotary layout, with the device and dtype that the model wants."""
-        path, _, last = name.rpartition(".")
-        if last in ("A", "B", "magnitude"):
-            own = self.naming.leaves[path].weight
+        if name.rpartition(".")[2] in ("A", "B", "magnitude"):
             # Half precision loses the small steps of training.
             dtype = torch.promote_types(tensor.dtype, torch.float32)
         else:
-            own = self.naming.model.get_parameter(name)
-            dtype = own.dtype
+            dtype = self.naming.model.get_parameter(name).dtype
         ordered = self.naming.reordered(name, tensor, to_ours=True)
-        return ordered.to(own.device, dtype, copy=True).contiguous()
+        # The leaf is on meta if its weights are offloaded.
+        return ordered.to(self.naming.model.device, dtype, copy=True).contiguous()
 
     def _replacements(
         self, ours: Mapping[str, Tensor], parts: Mapping[str, object]

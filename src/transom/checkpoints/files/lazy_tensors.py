@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from transom.base.errors import WorkError, require
+from transom.checkpoints.files.file_pieces import FilePiece, read_pieces
 from transom.names.transforms import Shape
 
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -20,13 +21,15 @@ class LazyTensor:
     """A tensor that is not read yet.
 
     `read` returns it, as a view of a memory map if nothing has to be computed. `mapped` is whether
-    that view is known to be one: reading it then costs nothing.
+    that view is known to be one: reading it then costs nothing. `pieces` are the places of its
+    bytes in files, one after the other, if they are known and nothing has to be computed.
     """
 
     shape: Shape
     dtype: torch.dtype
     read: Callable[[], Tensor]
     mapped: bool = False
+    pieces: tuple[FilePiece, ...] = ()
 
     @classmethod
     def of(cls, tensor: Tensor, *, mapped: bool = False) -> LazyTensor:
@@ -37,6 +40,14 @@ class LazyTensor:
     def meta(self) -> Tensor:
         """An empty tensor of this shape and dtype on the meta device."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+    def read_apart(self) -> Tensor:
+        """Return it in memory of its own if its pieces are known, else as `read` does."""
+        if not self.pieces:
+            return self.read()
+        out = torch.empty(self.shape, dtype=self.dtype)
+        read_pieces(self.pieces, out)
+        return out
 
     def then(self, change: Callable[[Tensor], Tensor]) -> LazyTensor:
         """Return the result of `change`, which must work on the meta device too."""
@@ -60,17 +71,24 @@ LazyTensors = Mapping[str, LazyTensor]
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """Tensors of a file that are computed together.
+    """Tensors that are computed together.
 
     Attributes:
-        keys: Their keys in the file.
+        keys: Their names.
         metas: Their shapes and dtypes, as tensors on the meta device.
         read: Returns all of them.
+        pieces: As for `LazyTensor`, if there is one.
     """
 
     keys: Sequence[str]
     metas: Sequence[Tensor]
     read: Callable[[], Sequence[Tensor]]
+    pieces: tuple[FilePiece, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Their bytes."""
+        return sum(meta.nbytes for meta in self.metas)
 
     @classmethod
     def of(cls, key: str, lazy: LazyTensor) -> TensorGroup:

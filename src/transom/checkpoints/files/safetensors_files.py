@@ -6,6 +6,7 @@ import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from transom.base.errors import RequestError, WorkError, require
 from transom.base.files import refuse_pointer, write_text
+from transom.checkpoints.files.file_pieces import FilePiece, SourceFile
 from transom.checkpoints.files.layout import INDEX, WEIGHTS
 from transom.checkpoints.files.lazy_tensors import LazyTensor, TensorGroup
 
@@ -73,13 +75,26 @@ def open_safetensors(
     """
     out: dict[str, LazyTensor] = {}
     for file in files:
-        for key, tensor in read_safetensors(folder / file).items():
+        tensors = read_safetensors(folder / file)
+        places = _pieces(folder / file)
+        for key, tensor in tensors.items():
             expected = "another file of the index has this key too; expected it once"
             require(key not in out, str(folder / file), key, expected)
             again = functools.partial(_read_again, folder / file, key)
-            kept = LazyTensor.of(tensor, mapped=True)
-            out[key] = LazyTensor(kept.shape, kept.dtype, again, mapped=True) if apart else kept
+            kept = replace(LazyTensor.of(tensor, mapped=True), pieces=places[key])
+            out[key] = replace(kept, read=again) if apart else kept
     return out
+
+
+def _pieces(path: Path) -> dict[str, tuple[FilePiece]]:
+    """Return where the tensors of a file are, whose header has been checked."""
+    source = SourceFile(path)
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    places = {key: one["data_offsets"] for key, one in header.items()}
+    return {key: (FilePiece(source, 8 + size + a, b - a),) for key, (a, b) in places.items()}
 
 
 def _read_again(path: Path, key: str) -> Tensor:

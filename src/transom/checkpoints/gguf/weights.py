@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from transom.base.files import gguf_pointer
+from transom.checkpoints.files.file_pieces import FilePiece, SourceFile
 from transom.checkpoints.files.lazy_tensors import LazyTensor
 from transom.checkpoints.gguf.config import ARCHITECTURES
 from transom.checkpoints.gguf.folder import open_folder
@@ -31,14 +32,15 @@ def open_gguf(folder: Path) -> dict[str, LazyTensor]:
     whose numbers all have that precision are returned in it.
     """
     model, architecture = open_folder(folder)
-    kind = ARCHITECTURES[architecture]
+    kind, files = ARCHITECTURES[architecture], [SourceFile(file) for file in model.files]
     out: dict[str, LazyTensor] = {}
     for name, stored in model.tensors.items():
         if name.startswith("rope_") or ".attn_rot_embd." in name:
             continue  # divisors of rotary frequencies, which became settings
         read = functools.partial(_read, model.files[stored.part], stored)
         plain = DENSE.get(stored.type)
-        lazy = LazyTensor(stored.shape, plain or torch.float32, read, plain is not None)
+        place = (FilePiece(files[stored.part], stored.offset, stored.size),) if plain else ()
+        lazy = LazyTensor(stored.shape, plain or torch.float32, read, plain is not None, place)
         shifted = kind.norms_plus_one and name.endswith("norm.weight")
         out[name] = lazy.then(lambda tensor: tensor - 1) if shifted else lazy
     narrow = {lazy.dtype for lazy in out.values()} & _HALVES

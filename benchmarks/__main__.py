@@ -92,8 +92,7 @@ def main() -> None:
             kept += rows
             ROWS.write_text("".join(json.dumps(row) + "\n" for row in kept))
     PAGE.write_text(page(kept))
-    for pages in ("ideas", "guide"):
-        write_costs(PAGE.parent / pages, kept)
+    write_costs(PAGE.parent / "ideas", kept)
     write_index(PAGE.parent / "ideas")
 
 

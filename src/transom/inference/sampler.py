@@ -64,7 +64,8 @@ class Sampler:
         """Return the next token id of each row, int64 [B], from the model's logits."""
         logits_BV = self.adjusted(logits_BV)
         if self.args.greedy:
-            ids_B = logits_BV.argmax(-1)
+            # The first of equal maxima, as `argmax`, which is 6 times slower in bfloat16 on a CPU.
+            ids_B = logits_BV.max(-1).indices
         else:
             ids_B = sample(logits_BV.softmax(-1), self.uniform(logits_BV.device))
         self._record(logits_BV, ids_B)

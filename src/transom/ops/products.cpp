@@ -388,18 +388,24 @@ int transom_to_tiles(uint8_t* codes, int64_t rows, int64_t row_bytes, int four) 
 #endif
 }
 
-// Write some rows of codes in tiles, one after the other.
-void transom_from_tiles(const uint8_t* tiles, const int64_t* rows, int64_t count,
-                        int64_t row_bytes, int four, uint8_t* to, int threads) {
+// Write the numbers of some rows of a weight in tiles, one after the other.
+void transom_rows(const Weight* weight, const int64_t* rows, int64_t count, float* to,
+                  int threads) {
+#ifdef TRANSOM_TILES
+    constexpr int64_t together = 16;
     const auto chunk = [&](int64_t number) {
-        const int64_t end = std::min(count, (number + 1) * kTile);
-        for (int64_t i = number * kTile; i < end; ++i)
-            from_tiles(tiles, rows[i], row_bytes, four, to + i * row_bytes);
+        const int64_t end = std::min(count, (number + 1) * together);
+        for (int64_t i = number * together; i < end; ++i) {
+            float* own = to + i * weight->inputs;
+            weight->levels ? write_row<true>(*weight, rows[i], own)
+                           : write_row<false>(*weight, rows[i], own);
+        }
     };
     using Chunk = decltype(chunk);
     const auto work = [](const void* self, int64_t number) {
         (*static_cast<const Chunk*>(self))(number);
     };
-    pool().run(work, &chunk, (count + kTile - 1) / kTile, threads);
+    pool().run(work, &chunk, (count + together - 1) / together, threads);
+#endif
 }
 }

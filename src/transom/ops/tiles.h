@@ -28,6 +28,7 @@
 #include <cstring>
 #include <vector>
 
+#include "numbers.h"
 #include "threads.h"
 #include "weights.h"
 
@@ -223,25 +224,62 @@ inline void tile_products(const uint8_t* codes, const float* scales, const float
     for (int r = 0; r < R; ++r) to[r] = sums[r];
 }
 
+// Write the numbers of one row of a weight in tiles, rounded after every operation as PyTorch does:
+// (code - zero) * scale + minimum.
+template <bool four>
+#if defined(__GNUC__) && !defined(__clang__)
+__attribute__((optimize("fp-contract=off")))
 #endif
-
-// The four bytes of an output in a vector of a tile, from its row; `back` is the way back.
-inline void rearrange(const uint8_t* from, uint8_t* to, bool four, bool back) {
-    if (!four) {
-        for (int j = 0; j < 4; ++j) to[j] = from[j] ^ 128;
-        return;
-    }
-    // In rows, the first of two codes is in the high half of a byte.
-    uint8_t codes[8];
-    for (int j = 0; j < 4; ++j) {
-        codes[back ? j : 2 * j] = back ? from[j] & 15 : from[j] >> 4;
-        codes[back ? 4 + j : 2 * j + 1] = back ? from[j] >> 4 : from[j] & 15;
-    }
-    for (int j = 0; j < 4; ++j) {
-        to[j] = back ? uint8_t(codes[2 * j] << 4 | codes[2 * j + 1])
-                     : uint8_t(codes[j] | codes[4 + j] << 4);
+inline void write_row(const Weight& weight, int64_t row, float* to) {
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#endif
+    const int64_t tile = row / kTile, lane = row % kTile, bytes = row_bytes(weight);
+    const int64_t groups = weight.inputs / weight.group;
+    const auto* from = static_cast<const uint8_t*>(weight.codes) + tile * kTile * bytes + 4 * lane;
+    const __m512i places = _mm512_mullo_epi32(
+        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+        _mm512_set1_epi32(4 * kTile));
+    const float lowest = four ? weight.levels[0] : -128.0f;
+    for (int64_t i = 0; i < bytes; i += 64) {
+        const int64_t words = std::min<int64_t>(16, (bytes - i) / 4);
+        const __m512i read = _mm512_mask_i32gather_epi32(
+            _mm512_setzero_si512(), __mmask16((1 << words) - 1), places, from + i * kTile, 1);
+        // 16 inputs of the row at a time.
+        __m512i parts[2] = {read, read};
+        if (four) {
+            const __m512i low = _mm512_set1_epi8(15);
+            const __m512i first = _mm512_and_si512(read, low);
+            const __m512i second = _mm512_and_si512(_mm512_srli_epi16(read, 4), low);
+            parts[0] = _mm512_unpacklo_epi32(first, second);
+            parts[1] = _mm512_unpackhi_epi32(first, second);
+        }
+        alignas(64) uint8_t codes[2][64];
+        for (int part = 0; part < 2; ++part) _mm512_store_si512(codes[part], parts[part]);
+        const int64_t first = four ? 2 * i : i, count = four ? 8 * words : 4 * words;
+        for (int64_t j = 0; j < count; j += 16) {
+            const int64_t group = (first + j) / weight.group, at = (tile * groups + group) * kTile + lane;
+            const uint8_t* own = four ? codes[j / 16 % 2] + j / 32 * 16 : codes[0] + j;
+            float shift = lowest, scale = number_at(weight.scales, weight.scale_kind, at), added = 0;
+            if (weight.zeros) shift -= float(weight.zeros[at]);
+            if (weight.minimums) added = number_at(weight.minimums, weight.scale_kind, at);
+            if (weight.block) {
+                const int64_t super = (tile * groups + group) / weight.block * kTile + lane;
+                scale *= number_at(weight.super_scales, weight.super_kind, super);
+                if (weight.minimums)
+                    added *= number_at(weight.super_minimums, weight.super_kind, super);
+            }
+            const __m128i sixteen = _mm_load_si128(reinterpret_cast<const __m128i*>(own));
+            __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(sixteen));
+            values = _mm512_add_ps(values, _mm512_set1_ps(shift));
+            values = _mm512_mul_ps(values, _mm512_set1_ps(scale));
+            if (weight.minimums) values = _mm512_add_ps(values, _mm512_set1_ps(added));
+            _mm512_storeu_ps(to + first + j, values);
+        }
     }
 }
+
+#endif
 
 // Bring rows of codes into tiles, in place. The rows are a multiple of 16.
 inline void to_tiles(uint8_t* codes, int64_t rows, int64_t row_bytes, bool four) {
@@ -249,14 +287,17 @@ inline void to_tiles(uint8_t* codes, int64_t rows, int64_t row_bytes, bool four)
     for (int64_t row = 0; row < rows; row += kTile, codes += kTile * row_bytes) {
         std::copy(codes, codes + kTile * row_bytes, own.begin());
         for (int64_t i = 0; i < row_bytes; i += 4)
-            for (int64_t o = 0; o < kTile; ++o)
-                rearrange(&own[o * row_bytes + i], codes + i * kTile + 4 * o, four, false);
+            for (int64_t o = 0; o < kTile; ++o) {
+                const uint8_t* from = &own[o * row_bytes + i];
+                uint8_t* to = codes + i * kTile + 4 * o;
+                for (int j = 0; j < 4 && !four; ++j) to[j] = from[j] ^ 128;
+                if (!four) continue;
+                // In rows, the first of two codes is in the high half of a byte.
+                for (int j = 0; j < 4; j += 2) {
+                    const uint8_t first = from[j / 2], second = from[j / 2 + 2];
+                    to[j] = uint8_t(first >> 4 | (second & 0xf0));
+                    to[j + 1] = uint8_t((first & 15) | second << 4);
+                }
+            }
     }
-}
-
-// Write one row of codes in tiles.
-inline void from_tiles(const uint8_t* tiles, int64_t row, int64_t row_bytes, bool four,
-                       uint8_t* to) {
-    const uint8_t* from = tiles + row / kTile * kTile * row_bytes + row % kTile * 4;
-    for (int64_t i = 0; i < row_bytes; i += 4) rearrange(from + i * kTile, to + i, four, true);
 }

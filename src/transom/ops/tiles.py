@@ -1,4 +1,4 @@
-"""Codes of weights in tiles of 16 outputs, as tiles.h describes them, and back in rows."""
+"""Codes of weights in tiles of 16 outputs, as tiles.h describes them, and their numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from transom.ops.build import library, loaded
+from transom.ops.weights import Weight
 
 OUTPUTS = 16  # of a tile
 
@@ -28,24 +29,21 @@ def to_tiles(codes: Tensor, *, four: bool) -> bool:
     )
 
 
-def from_tiles(tiles: Tensor, rows: Tensor, *, four: bool) -> Tensor:
-    """Return some rows [R, bytes of a row] of codes in tiles.
+def dense_rows(weight: Weight, rows: Tensor) -> Tensor:
+    """Return rows [R, in] of a weight in tiles, in float32, as `quantize.formats.dequantize` does.
 
     Args:
-        tiles: What `to_tiles` has written, [..., out, bytes of a row].
-        rows: int64 [R], counted through all leading dimensions.
-        four: As it was for `to_tiles`.
+        weight: A weight of `coded_weight`, in tiles.
+        rows: int64 [R].
     """
-    native, width = loaded(), tiles.size(-1)
+    native = loaded()
     assert native is not None, "this library has made the tiles"
-    codes = torch.empty(len(rows), width, dtype=tiles.dtype)
-    native.transom_from_tiles(
-        ctypes.c_void_p(tiles.data_ptr()),
+    numbers = torch.empty(len(rows), weight.inputs)
+    native.transom_rows(
+        ctypes.byref(weight),
         ctypes.c_void_p(rows.data_ptr()),
         ctypes.c_int64(len(rows)),
-        ctypes.c_int64(width),
-        int(four),
-        ctypes.c_void_p(codes.data_ptr()),
+        ctypes.c_void_p(numbers.data_ptr()),
         torch.get_num_threads(),
     )
-    return codes
+    return numbers

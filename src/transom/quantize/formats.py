@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transom.base.errors import require
-from transom.ops.tiles import OUTPUTS, from_tiles
+from transom.ops.tiles import OUTPUTS, dense_rows
+from transom.ops.weights import coded_weight
 from transom.quantize.args import QuantizeArgs
 
 Parts = Mapping[str, Tensor]
@@ -193,54 +194,62 @@ def dequantize(parts: Parts, format: WeightFormat, rows: slice | Tensor = slice(
         IndexError: An index is not a row.
     """
     if "tiles" in parts:
-        parts, rows = in_rows(parts, format, rows), slice(None)
-    codes = _at(parts["codes"], rows)
-    if format.levels is None:
-        values = codes.float()
+        values = _tiled_rows(parts, format, rows)
     else:
-        kept = codes.is_cuda and type(codes) is Tensor  # a copy to a GPU would wait for it
-        pairs = (_pairs if kept else _pairs.__wrapped__)(format.levels, codes.device)
-        values = pairs.index_select(0, codes.flatten().int()).view(torch.float32)
-    values = scaled(values, parts, format, rows)
+        values = scaled(_values(_at(parts["codes"], rows), format), parts, format, rows)
     if "order" not in parts:
         return values
     places = parts["order"].long().unsqueeze(-2).expand_as(values)
     return torch.empty_like(values).scatter_(-1, places, values)
 
 
-def in_rows(
-    parts: Parts, format: WeightFormat, rows: slice | Tensor = slice(None)
-) -> dict[str, Tensor]:
-    """Return the parts of rows of a weight in tiles as this module describes them.
-
-    Args:
-        parts: The parts in tiles of a weight [out, in] or [E, out, in], as `quantize.tiles` has
-            them.
-        format: Their format.
-        rows: A slice, or indices [R] of a weight [out, in].
-
-    Raises:
-        IndexError: An index is not a row.
-    """
+def _tiled_rows(parts: Parts, format: WeightFormat, rows: slice | Tensor) -> Tensor:
+    """Return the weight of parts in tiles like `dequantize`, without regard to `order`."""
     *leading, outputs, _ = parts["tiles"].shape
-    chosen = torch.arange(outputs)[rows]
+    every = torch.arange(outputs)
+    chosen = every[rows] if isinstance(rows, slice) else every.index_select(0, rows)
     first = torch.arange(math.prod(leading)).unsqueeze(1) * outputs
-    places = (first + chosen).flatten()
-    tiles, within = places // OUTPUTS, places % OUTPUTS
+    # Experts are as the rows of one weight.
+    own = {
+        name: part.flatten() if name.startswith("super") else part.reshape(-1, part.size(-1))
+        for name, part in parts.items()
+        if name != "order"
+    }
+    weight = coded_weight(own, format.levels, format.scales, format.block, None, torch.float32)
+    assert weight is not None, "formats in tiles are those of products"
+    return dense_rows(weight, (first + chosen).flatten()).view(*leading, -1, weight.inputs)
+
+
+def in_rows(parts: Parts, format: WeightFormat) -> dict[str, Tensor]:
+    """Return parts in tiles, which `quantize.tiles` has made, as this module describes them."""
+    outputs = parts["tiles"].size(-2)
     found = {}
     for name, part in parts.items():
-        if name == "tiles":
-            found["codes"] = from_tiles(part, places, four=format.levels is not None)
-        elif name != "order":
-            found[name] = part.reshape(math.prod(leading) * outputs // OUTPUTS, -1, OUTPUTS)[
-                tiles, :, within
-            ]
-    shaped = {name: part.view(*leading, len(chosen), -1) for name, part in found.items()}
-    made = {
-        name: part.flatten(-2) if name.startswith("super") else part
-        for name, part in shaped.items()
-    }
-    return made | {name: part for name, part in parts.items() if name == "order"}
+        if name == "order":
+            found[name] = part
+            continue
+        # [..., tile, number, output, size]: the output comes second, as in rows.
+        shape = outputs // OUTPUTS, -1, OUTPUTS, 4 if name == "tiles" else 1
+        leading = parts["tiles"].shape[:-2]
+        numbers = part.reshape(*leading, *shape).transpose(-3, -2)
+        if name != "tiles":
+            found[name] = numbers.reshape(part.shape)
+            continue
+        bytes_ = numbers.flatten(-4, -3)
+        if format.levels is None:
+            found["codes"] = (bytes_ ^ -128).flatten(-2)
+        else:
+            found["codes"] = pack(torch.cat([bytes_ & 15, bytes_ >> 4], -1).flatten(-2))
+    return found
+
+
+def _values(codes: Tensor, format: WeightFormat) -> Tensor:
+    """Return the values of codes in float32, flat for codes of 4 bits."""
+    if format.levels is None:
+        return codes.float()
+    kept = codes.is_cuda and type(codes) is Tensor  # a copy to a GPU would wait for it
+    pairs = (_pairs if kept else _pairs.__wrapped__)(format.levels, codes.device)
+    return pairs.index_select(0, codes.flatten().int()).view(torch.float32)
 
 
 @functools.cache

@@ -41,7 +41,9 @@ constexpr int64_t kTile = 16;  // outputs
 #include <immintrin.h>
 
 // The number of rows that are multiplied at once, with `left` rows left.
-inline int64_t rows_at_once(int64_t left) { return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+inline int64_t rows_at_once(int64_t left) {
+    return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+}
 
 // Rows of x as planes of bytes. Of rows that are multiplied at once, spans come in turn, and in
 // each span the rows. `facts` of a row in a span are what the sum of each plane starts at, an
@@ -258,13 +260,15 @@ inline void write_row(const Weight& weight, int64_t row, float* to) {
         for (int part = 0; part < 2; ++part) _mm512_store_si512(codes[part], parts[part]);
         const int64_t first = four ? 2 * i : i, count = four ? 8 * words : 4 * words;
         for (int64_t j = 0; j < count; j += 16) {
-            const int64_t group = (first + j) / weight.group, at = (tile * groups + group) * kTile + lane;
+            const int64_t group = tile * groups + (first + j) / weight.group;
+            const int64_t at = group * kTile + lane;
             const uint8_t* own = four ? codes[j / 16 % 2] + j / 32 * 16 : codes[0] + j;
-            float shift = lowest, scale = number_at(weight.scales, weight.scale_kind, at), added = 0;
+            float scale = number_at(weight.scales, weight.scale_kind, at);
+            float shift = lowest, added = 0;
             if (weight.zeros) shift -= float(weight.zeros[at]);
             if (weight.minimums) added = number_at(weight.minimums, weight.scale_kind, at);
             if (weight.block) {
-                const int64_t super = (tile * groups + group) / weight.block * kTile + lane;
+                const int64_t super = group / weight.block * kTile + lane;
                 scale *= number_at(weight.super_scales, weight.super_kind, super);
                 if (weight.minimums)
                     added *= number_at(weight.super_minimums, weight.super_kind, super);

@@ -93,7 +93,7 @@ CEILINGS = {
     "names": 130,
     "models": 515,
     "tokenizers": 985,
-    "quantize": 1_137,
+    "quantize": 1_150,
     "lora": 600,
     "chat": 905,
     "checkpoints": 4_773,

@@ -156,6 +156,7 @@ def test_an_adapter_trains_beside_the_codes_and_merges(made, call, tmp_path):
         (("BASE", "OUT", "--calibration-rows", "0"), r"calibration_rows: got 0; expected 1"),
         (("BASE", "OUT", "--calibration", "LONG", "--held-out", "LONG"), r"held_out: got .*long"),
         (("BASE", "OUT", "--dtype", "int8"), r"dtype: got 'int8'; expected float32"),
+        (("MUTE", "OUT", "--method", "rtn", "--group", "32"), r"no tokenizer|tokenizer"),
         (("BASE", "OUT", "--format", "gguf"), r"format: got 'gguf'; expected hf or native"),
         (("BASE", "FILE"), r"OUT: got .*, a file; expected a new or empty folder"),
         (("BASE", "BASE", "--overwrite"), r"out: got .*; expected a folder that is not read"),
@@ -168,8 +169,9 @@ def test_wrong_requests_are_one_sentence(base, made, call, tmp_path, words, expe
     names = {name: tmp_path / f"{name.lower()}.txt" for name in (*texts, "NONE")}
     for name, text in texts.items():
         names[name].write_text(text)
-    out = tmp_path / "out"
-    names |= {"BASE": base, "MADE": made, "OUT": out}
+    out, mute = tmp_path / "out", shutil.copytree(base, tmp_path / "mute")
+    (mute / "tokenizer.json").unlink()
+    names |= {"BASE": base, "MADE": made, "MUTE": mute, "OUT": out}
     code, shown, err = call("quantize", *(names.get(word, word) for word in words), *SHORT[2:])
     last = err.splitlines()[-1]
     assert (code, shown) == (2, "") and not out.exists()

@@ -43,6 +43,7 @@ from transom.quantize.args import QuantizeArgs
 from transom.quantize.formats import quantize
 from transom.quantize.leaves import parameter_count, quantized_leaves, replace_weight
 from transom.quantize.methods import mean_bits, quantize_model
+from transom.tokenizers.tokenizer import Tokenizer
 
 RECEIPT = "quantization_receipt.json"
 ROWS, HELD_OUT = 64, 16_384  # rows of calibration text, 512 tokens each; tokens to measure on
@@ -110,6 +111,7 @@ def quantize_folder(
         with located("calibration"):
             read = token_rows(location, made.args, calibration, tokens=most, joined=True)
     if held_out_tokens:
+        tokenizer = open_text(location).tokenizer  # without one there is nothing to measure on
         with located("held_out"):
             found = token_rows(location, made.args, held_out, tokens=held_out_tokens, joined=True)
         held = unseen(found, read.rows if read else ())
@@ -128,7 +130,7 @@ def quantize_folder(
         save(made.to(kind), folder, format)
         carry_companions(location, folder)
         if held:
-            receipt |= measure(location, folder, made, held, progress=progress)
+            receipt |= measure(location, folder, made, held, tokenizer, progress=progress)
         write_text(folder / RECEIPT, json_text(receipt, indent=2))
     return receipt
 
@@ -145,7 +147,13 @@ def _narrow_dtype(location: ModelLocation) -> torch.dtype:
 
 
 def measure(
-    location: ModelLocation, folder: Path, made: LLM, held: TokenRows, *, progress: bool = False
+    location: ModelLocation,
+    folder: Path,
+    made: LLM,
+    held: TokenRows,
+    tokenizer: Tokenizer,
+    *,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Return the measurements of a receipt: those of a quantized folder beside its original.
 
@@ -157,9 +165,10 @@ def measure(
         folder: The quantized folder.
         made: The model that was written there.
         held: The rows to measure on.
+        tokenizer: That of the original.
         progress: Show on standard error how far the work is.
     """
-    device, tokenizer = str(made.device), open_text(location).tokenizer
+    device = str(made.device)
     nearest = nearest_codes(_dense(location, device, "float32"), made)
     models = {QUANTIZED: _written(folder, device, "float32"), NEAREST: nearest}
     original = _dense(location, device, "float32")

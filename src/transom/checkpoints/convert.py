@@ -58,6 +58,8 @@ def convert(
     dtype: str | None = None,
     max_shard_size: str | None = None,
     revision: str | None = None,
+    *,
+    keep_quantized: bool = False,
 ) -> Converted:
     """Write a model in another format, with the files beside its weights.
 
@@ -69,6 +71,8 @@ def convert(
         dtype: As for `save`; None keeps the dtype of the files.
         max_shard_size: As for `save`.
         revision: Branch, tag or commit of a hub id.
+        keep_quantized: Keep weights in codes in the formats `hf` and `native`, as `save` does.
+            Without it, they are dequantized. GGUF files always have them if they have such a type.
 
     Raises:
         RequestError: As for `load` and `save`, or `out` is what is read.
@@ -87,8 +91,11 @@ def convert(
     counts: dict[str, int] = {}
     ours = {name: _counted(name, lazy, counts) for name, lazy in state.items()}
     codes = {}
-    if location.adapter is None and format == "gguf":
+    if location.adapter is None and (format == "gguf" or keep_quantized):
         codes = open_codes(location.model, args, {name: one.shape for name, one in state.items()})
+    expected = "expected a quantized folder or GGUF file, and format hf or native"
+    fits = bool(codes) and format in ("hf", "native")
+    require(fits or not keep_quantized, "keep_quantized", keep_quantized, expected)
     layout = plan_layout(args, ours, format, dtype, max_shard_size, codes)
     if format == "hf":
         layout.config.update(config_ids(location))

@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help=dtype)
     parser.add_argument("--max-shard-size", metavar="SIZE", help=size)
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    kept = "in hf and native, keep weights in the codes of a quantized folder or a GGUF file"
+    parser.add_argument("--keep-quantized", action="store_true", help=kept)
     parser.add_argument("--overwrite", action="store_true", help="replace the model in OUT")
     add_json(parser)
 
@@ -43,7 +45,8 @@ def run(options: argparse.Namespace) -> int:
     with output_folder(out, options.overwrite, file=is_file):
         from transom.checkpoints.convert import convert
 
-        done = convert(options.source, out, options.format, *how)
+        keep = options.keep_quantized
+        done = convert(options.source, out, options.format, *how, keep_quantized=keep)
     companions = ", ".join(done.companions) or "no tokenizer"
     print(
         f"{done.source} ({done.source_format}) -> {out} ({done.format}): {done.parameters:,} "

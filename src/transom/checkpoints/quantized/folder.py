@@ -174,7 +174,8 @@ def _config(
             "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
             "bnb_4bit_quant_storage": "uint8",
             "bnb_4bit_use_double_quant": False,
-            "llm_int8_skip_modules": dense,
+            # Also the output of a model that ties it.
+            "llm_int8_skip_modules": dense if "lm_head" in modules else [*dense, "lm_head"],
         }
     sizes = {
         name: (8 if form.levels is None else 4, form.group or -1) for name, form in coded.items()

@@ -19,11 +19,10 @@ import torch
 from transom.base.errors import RequestError, require
 from transom.checkpoints.files.lazy_tensors import LazyTensors
 from transom.checkpoints.quantized.codes import Codes, Rows
-from transom.quantize.formats import NF4, WeightFormat, pack, unpack, wide_scales
+from transom.quantize.formats import FP4, NF4, WeightFormat, pack, unpack, wide_scales
 
 STATE = "quant_state.bitsandbytes__"
-_FP4 = tuple(sign * n / 12 for sign in (1, -1) for n in (0, 0.0625, 8, 12, 4, 6, 2, 3))
-_TABLES = {"nf4": torch.tensor(NF4), "fp4": torch.tensor(_FP4)}
+_TABLES = {"nf4": torch.tensor(NF4), "fp4": torch.tensor(FP4)}
 
 
 def open_bitsandbytes(where: str, stored: LazyTensors) -> Codes:

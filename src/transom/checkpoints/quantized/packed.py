@@ -86,7 +86,7 @@ def open_packed(
         if awq:
             codes = pack(_outputs(words, bits, outputs, awq=True))
         else:
-            codes = _bytes(words.mT.contiguous(), bits)
+            codes = _bytes(words.mT, bits)
         scales = stored["scales"].read().mT.contiguous()
         if not scales.isfinite().all():
             raise RequestError(f"{where}.scales: got NaN or infinite numbers; expected finite ones")
@@ -96,7 +96,7 @@ def open_packed(
         if order is not None:
             out |= {"codes": _moved(codes, order, bits), "order": order}
         if bits == 8:
-            out["codes"] = (out["codes"] ^ 128).view(torch.int8)
+            out["codes"] = out["codes"].bitwise_xor_(128).view(torch.int8)
         return out
 
     return Codes(own, (*leading, outputs, inputs), read)
@@ -166,7 +166,7 @@ def _moved(codes: Tensor, order: Tensor, bits: int) -> Tensor:
 
 def _outputs(words: Tensor, bits: int, outputs: int, *, awq: bool) -> Tensor:
     """Return the numbers uint8 [..., out, m] of words int32 [..., m, out bits / 32]."""
-    raw = _bytes(words.contiguous(), bits)
+    raw = _bytes(words, bits)
     raw = raw if bits == 8 else unpack(raw)
     if awq:
         raw = raw.unflatten(-1, (-1, 8))[..., list(_AWQ)].flatten(-2)
@@ -174,9 +174,12 @@ def _outputs(words: Tensor, bits: int, outputs: int, *, awq: bool) -> Tensor:
 
 
 def _bytes(words: Tensor, bits: int) -> Tensor:
-    """Return the numbers of words: bytes, or pairs with the first in the high half."""
-    raw = words.view(torch.uint8)
-    return raw if bits == 8 else raw << 4 | raw >> 4
+    """Return the numbers of words in new memory: bytes, or pairs with the first in the high half."""
+    raw = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    if bits == 4:  # in place: what is freed between what stays is lost to the process
+        low = raw >> 4
+        raw.bitwise_left_shift_(4).bitwise_or_(low)
+    return raw
 
 
 def _words(raw: Tensor, bits: int) -> Tensor:

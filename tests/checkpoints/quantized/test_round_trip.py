@@ -17,14 +17,15 @@ CASES = {
     "int4 per output": {"kind": "int4", "group": 0, "zero_points": True},
     "int8": {"kind": "int8", "group": 32},
     "int8 with zero points": {"kind": "int8", "group": 0, "zero_points": True},
+    "int4 of 64": {"kind": "int4", "group": 64},
     "nf4": {"kind": "nf4", "group": 32},
     "nf4 with scales in 8 bits": {"kind": "nf4", "group": 32, "double_quant": True},
 }
 
 
-def quantized(case, **fields):
-    model = random_model(tiny_args(hidden_dim=64, rope_layout="halves", **fields))
-    return quantize_model(model, QuantizeArgs(skip=(), **CASES[case]))
+def quantized(case, dtype=torch.float32, **fields):
+    model = random_model(tiny_args(dim=64, hidden_dim=128, rope_layout="halves", **fields))
+    return quantize_model(model.to(dtype), QuantizeArgs(skip=(), **CASES[case]))
 
 
 @pytest.mark.parametrize("format", ["hf", "native"])

@@ -32,6 +32,7 @@ from transom.config.layer_args import RopeLayout
 from transom.config.model_args import ModelArgs
 from transom.names.tables import Transform
 from transom.names.transforms import Shape, invert_transform, permute_rotary
+from transom.planning.tables import counted
 from transom.quantize.formats import INT4
 from transom.quantize.ggml import DENSE, TYPES, WRITTEN, blocks, quantize, row_bytes
 
@@ -155,9 +156,10 @@ def plan_gguf(
         *outer, inputs = meta.shape
         tensors[key] = GgufTensor(type, (*outer, row_bytes(type, inputs)), read)
     if rounded:
-        notice(f"{rounded} weights keep their codes, with scales and minimums in half precision")
+        which = counted(rounded, "weight")
+        notice(f"{which} in the same codes, with scales and minimums in half precision")
     if again:
-        notice(f"{again} weights are dequantized, as their codes are not those of the new file")
+        notice(f"{counted(again, 'weight')} dequantized: the file has no such codes")
     types = Counter(one.type for one in tensors.values() if len(one.shape) > 1)
     most = types.most_common(1)[0][0]
     if most not in DENSE and types["F16"]:

@@ -25,7 +25,7 @@ Method = Literal["gptq", "awq", "bitsandbytes", "fp8"]
 _HARMLESS: dict[str, str] = {
     "gptq": "act_group_aware backend batch_size block_name_to_quantize cache_block_outputs "
     "damp_auto_increment damp_percent dataset desc_act disable_exllama embeddings exllama_config "
-    "lm_head max_input_length meta model_file_base_name model_name_or_path model_seqlen "
+    "lm_head max_input_length meta method model_file_base_name model_name_or_path model_seqlen "
     "module_name_preceding_first_block modules_in_block_to_quantize mse offload_to_disk "
     "offload_to_disk_path pad_token_id static_groups sym tokenizer true_sequential use_cuda_fp16 "
     "use_exllama",

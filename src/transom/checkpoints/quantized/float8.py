@@ -14,13 +14,16 @@ from transom.base.errors import RequestError, require
 from transom.checkpoints.files.lazy_tensors import LazyTensor, LazyTensors
 
 
-def open_float8(where: str, stored: LazyTensors, block: tuple[int, int]) -> LazyTensor:
-    """Return the weight of one module in float32.
+def open_float8(
+    where: str, stored: LazyTensors, block: tuple[int, int], dtype: torch.dtype
+) -> LazyTensor:
+    """Return the weight of one module, rounded once.
 
     Args:
         where: The module, for messages.
         stored: Its `weight` and its `weight_scale_inv`.
         block: Outputs and inputs that share a scale; zeros for all.
+        dtype: The dtype of the weight.
 
     Raises:
         RequestError: The weight is missing, or a tensor has another shape or dtype.
@@ -43,6 +46,6 @@ def open_float8(where: str, stored: LazyTensors, block: tuple[int, int]) -> Lazy
         out = weight.read().float()
         for axis, size in enumerate(sizes):
             each = each.repeat_interleave(size, axis).narrow(axis, 0, out.size(axis))
-        return out.mul_(each)
+        return out.mul_(each).to(dtype)
 
-    return LazyTensor(weight.shape, torch.float32, read)
+    return LazyTensor(weight.shape, dtype, read)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transom.base.errors import notice
 from transom.base.version import __version__
 from transom.checkpoints.files.layout import weight_files
-from transom.checkpoints.files.lazy_tensors import LazyTensor, TensorGroup
+from transom.checkpoints.files.lazy_tensors import PLAIN_DTYPES, LazyTensor, TensorGroup, main_dtype
 from transom.checkpoints.files.safetensors_files import open_safetensors
 from transom.checkpoints.quantized.bitsandbytes import kind_of, open_bitsandbytes, to_bitsandbytes
 from transom.checkpoints.quantized.codes import Codes, Rows, under_foreign_names
@@ -22,6 +22,7 @@ from transom.checkpoints.quantized.config import Method, stated_quantization
 from transom.checkpoints.quantized.float8 import open_float8
 from transom.checkpoints.quantized.packed import fits, open_packed, packed
 from transom.names.tables import KeyMapping
+from transom.planning.tables import counted
 from transom.quantize.formats import WeightFormat, empty_parts
 
 # The last parts of the names of tensors that make the weight of a module.
@@ -36,7 +37,7 @@ _SUFFIXES = {
 def open_quantized(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Codes]]:
     """Return the tensors of a quantized folder, and its weights in codes by their dense names.
 
-    Weights of 8-bit floats are among the tensors, in float32.
+    Weights of 8-bit floats are among the tensors, in the dtype of the others.
 
     Raises:
         RequestError: The config or a tensor is wrong.
@@ -53,6 +54,7 @@ def open_quantized(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Codes
         else:
             modules[match[1]][match[2].removeprefix("weight.")] = lazy
     codes: dict[str, Codes] = {}
+    kind = main_dtype({key: lazy for key, lazy in plain.items() if lazy.dtype in PLAIN_DTYPES})
     for module, stored in modules.items():
         key, where = f"{module}.weight", f"{folder}: {module}"
         if how.method in ("bitsandbytes", "fp8") and key in plain:
@@ -60,7 +62,7 @@ def open_quantized(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Codes
         if how.method == "bitsandbytes":
             codes[key] = open_bitsandbytes(where, stored)
         elif how.method == "fp8":
-            plain[key] = open_float8(where, stored, how.block)
+            plain[key] = open_float8(where, stored, how.block, kind)
         else:
             awq = how.method == "awq"
             codes[key] = open_packed(where, stored, *how.of(module), less_one=how.less_one, awq=awq)
@@ -101,7 +103,8 @@ def quantized_groups(
         if form and not matrix:
             notice(f"{mapping.foreign[0]} is in codes, which other tools can't read for embeddings")
     if dense:
-        notice(f"{dense} weights are in codes that don't fit {chosen or 'any method'}: dequantized")
+        which = counted(dense, "weight")
+        notice(f"{which} dequantized: the codes don't fit {chosen or 'gptq or bitsandbytes'}")
     config = _config(chosen, written, dtype) if chosen else {}
 
     def encode(parts: Rows, format: WeightFormat) -> Rows:

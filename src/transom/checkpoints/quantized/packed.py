@@ -83,10 +83,7 @@ def open_packed(
 
     def read() -> Rows:
         words = stored["qweight"].read()
-        if awq:
-            codes = pack(_outputs(words, bits, outputs, awq=True))
-        else:
-            codes = _bytes(words.mT, bits)
+        codes = pack(_outputs(words, bits, outputs, awq=True)) if awq else _bytes(words.mT, bits)
         scales = stored["scales"].read().mT.contiguous()
         if not scales.isfinite().all():
             raise RequestError(f"{where}.scales: got NaN or infinite numbers; expected finite ones")
@@ -174,7 +171,7 @@ def _outputs(words: Tensor, bits: int, outputs: int, *, awq: bool) -> Tensor:
 
 
 def _bytes(words: Tensor, bits: int) -> Tensor:
-    """Return the numbers of words in new memory: bytes, or pairs with the first in the high half."""
+    """Return the numbers of words in new memory: bytes, or pairs, the first in the high half."""
     raw = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     if bits == 4:  # in place: what is freed between what stays is lost to the process
         low = raw >> 4

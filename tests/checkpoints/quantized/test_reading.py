@@ -1,0 +1,84 @@
+"""Quantized folders of other programs, against weights that are unpacked one number at a time."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from tests.checkpoints.quantized import folders
+from tests.helpers import random_tokens
+from transom.checkpoints.fingerprint import fingerprint
+from transom.checkpoints.load import load
+from transom.checkpoints.save import save
+from transom.layers.inputs import TransformerInput
+from transom.quantize.leaves import dequantize_model, quantized_leaves
+
+GPTQ = {
+    "v1": {},
+    "v2": {"version": 2},
+    "symmetric": {"symmetric": True},
+    "act-order": {"shuffled": True},
+    "act-order in 8 bits": {"bits": 8, "shuffled": True},
+    "8 bits per output": {"bits": 8, "group": -1, "symmetric": True},
+    "8 bits": {"bits": 8, "version": 2},
+}
+BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm"}
+CASES = {
+    **{name: (folders.config_of(**k), partial(folders.gptq, **k)) for name, k in GPTQ.items()},
+    "awq": (AWQ, folders.awq),
+    "nf4": (BITSANDBYTES, folders.bitsandbytes),
+    "nf4, blocks longer than rows": (BITSANDBYTES, partial(folders.bitsandbytes, block=48)),
+    "nf4 with double quantization": (BITSANDBYTES, partial(folders.bitsandbytes, nested=True)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_codes_stand_for_the_weights_of_other_programs(case, tmp_path, capsys):
+    config, pack = CASES[case]
+    expected = folders.write(tmp_path, config, pack)
+    found, kept = folders.dense_weights(tmp_path, dtype="float32")
+    assert len(quantized_leaves(kept)) == len(expected) == 14
+    assert "keys not read" not in capsys.readouterr().err
+    for key, weight in expected.items():
+        assert torch.equal(found[key], weight), key
+    dense, _ = folders.dense_weights(tmp_path, dtype="float32", keep_quantized=False)
+    assert all(torch.equal(dense[key], weight) for key, weight in expected.items())
+
+
+@pytest.mark.parametrize("case", ["act-order", "awq", "nf4 with double quantization"])
+@pytest.mark.parametrize("rows", [1, 100])  # products in C++, and of PyTorch
+def test_products_are_those_of_the_weights(case, rows, tmp_path):
+    folders.write(tmp_path, *CASES[case])
+    model = load(tmp_path, dtype="float32")
+    tokens = TransformerInput(random_tokens(1, rows))
+    found = model(tokens, inference=True).logits
+    expected = dequantize_model(model)(tokens, inference=True).logits
+    assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("case", ["act-order", "act-order in 8 bits", "v1", "nf4"])
+def test_what_was_read_is_written_as_it_was(case, tmp_path):
+    config, pack = CASES[case]
+    folders.write(tmp_path / "theirs", config, pack)
+    save(load(tmp_path / "theirs"), tmp_path / "ours", "hf")
+    assert fingerprint(tmp_path / "ours") == fingerprint(tmp_path / "theirs")
+
+
+def test_modules_have_sizes_of_their_own(tmp_path):
+    def pack(shape, index):
+        return folders.gptq(shape, index, *((8, 8) if shape == (32, 64) else (4, 16)))
+
+    changes = {r"+:.*\.down_proj": {"bits": 8, "group_size": 8}, "-:lm_head": {}}
+    expected = folders.write(tmp_path, folders.config_of(dynamic=changes), pack)
+    found, _ = folders.dense_weights(tmp_path, dtype="float32")
+    assert all(torch.equal(found[key], weight) for key, weight in expected.items())
+
+
+def test_floats_of_8_bits_are_dequantized(tmp_path, capsys):
+    expected = folders.write(tmp_path, folders.FP8, folders.float8)
+    found, model = folders.dense_weights(tmp_path)
+    assert model.dtype == torch.float16
+    assert "fp8" in capsys.readouterr().err
+    for key, weight in expected.items():
+        assert torch.equal(found[key], weight.half()), key

@@ -96,13 +96,13 @@ CEILINGS = {
     "quantize": 1_150,
     "lora": 600,
     "chat": 905,
-    "checkpoints": 4_773,
+    "checkpoints": 4_781,
     "data": 1_946,
     "inference": 2_142,
     "evaluation": 1_415,
     "training": 4_034,
     "verify": 2_851,
-    "cli": 1_821,
+    "cli": 1_825,
 }
 
 

@@ -100,10 +100,8 @@ def _freedom(hessian: Tensor, damping: float) -> Tensor:
         WorkError: The Hessian is singular with much damping too.
     """
     wide = hessian.double()
-    squares = wide.diagonal().clone()
+    squares = wide.diagonal()
     mean = squares.mean().clamp(min=1e-30)
-    # An input that is always 0 has no say: without its own 1 the factor would not exist.
-    squares[squares == 0] = mean
     # From the last to the first, the factor of H itself is upper, and its inverse is U: one
     # factorization, where the inverse of H would take another and lose half of the digits.
     for attempt in range(_ATTEMPTS):

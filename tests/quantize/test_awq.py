@@ -7,6 +7,7 @@ from tests.quantize.test_gptq import BATCHES
 from tests.quantize.test_leaves import MLA, MOE, base, logits
 from transom.layers.linear import GroupedLinear, Linear
 from transom.layers.moe import Experts
+from transom.quantize import methods
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.awq import Fold, folds, scale_inputs
 from transom.quantize.calibration import block_inputs
@@ -132,3 +133,21 @@ def test_every_leaf_of_a_block_is_in_one_fold():
         assert len(set(readers)) == len(readers)
         missing = set(leaves) - set(own)
         assert missing == ({block.attention.wo} if "mla_args" in changes else set())
+
+
+def test_ranges_are_chosen_by_the_squares_of_scaled_inputs(monkeypatch):
+    """They are those of the model after folding."""
+    folded, seen = base(n_layers=1), []
+    _, leaves = scaled(folded)
+    *_, (_, _, rest) = [one for one in block_inputs(folded, BATCHES, leaves) if one[2]]
+    expected = [sums.hessians[0].diagonal() / sums.rows[0] for sums in rest.values()]
+    real = methods.fitted_parts
+
+    def recorded(groups, format, importance):
+        seen.append(importance.flatten())
+        return real(groups, format, importance)
+
+    monkeypatch.setattr(methods, "fitted_parts", recorded)
+    quantize_model(base(n_layers=1), AWQ, BATCHES)
+    assert len(seen) == len(expected) == 7
+    assert all(torch.allclose(*pair, rtol=1e-3) for pair in zip(seen, expected, strict=True))

@@ -61,23 +61,18 @@ def choose_formats(
     require(left >= 0, "bits_budget", args.bits_budget, expected)
     losses = _losses(model, candidates, chosen, batches)
     while True:
-        steps = [
-            (
-                (losses[path][now] - losses[path][one]) / (bits - own[now]),
-                bits - own[now],
-                path,
-                one,
-            )
-            for path, now in made.items()
-            for own in [candidates[path]]
-            for one, bits in own.items()
-            if 0 < bits - own[now] <= left
-        ]
-        gain, bits, path, format = max(steps, key=lambda step: step[0], default=(0.0, 0, "", None))
-        if gain <= 0 or format is None:
+        steps = []  # loss saved per bit, bits, leaf, index of the new format
+        for path, now in made.items():
+            for i, (one, size) in enumerate(candidates[path].items()):
+                bits = size - candidates[path][now]
+                if 0 < bits <= left:
+                    saved = losses[path][now] - losses[path][one]
+                    steps.append((saved / bits, bits, path, i))
+        gain, bits, path, i = max(steps, default=(0.0, 0, "", 0))
+        if gain <= 0:
             return made
         left -= bits
-        made[path] = format
+        made[path] = list(candidates[path])[i]
 
 
 def _candidates(leaf: Dense, args: QuantizeArgs) -> dict[WeightFormat, int]:

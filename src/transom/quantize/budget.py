@@ -66,8 +66,7 @@ def choose_formats(
             for i, (one, size) in enumerate(candidates[path].items()):
                 bits = size - candidates[path][now]
                 if 0 < bits <= left:
-                    saved = losses[path][now] - losses[path][one]
-                    steps.append((saved / bits, bits, path, i))
+                    steps.append(((losses[path][now] - losses[path][one]) / bits, bits, path, i))
         gain, bits, path, i = max(steps, default=(0.0, 0, "", 0))
         if gain <= 0:
             return made

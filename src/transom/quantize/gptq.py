@@ -44,9 +44,8 @@ def gptq(
     Raises:
         WorkError: The Hessian is singular with much damping too.
     """
-    inputs = weight.size(1)
+    inputs, squares = weight.size(1), hessian.diagonal()
     group = format.group or inputs
-    squares = hessian.diagonal()
     order = torch.arange(inputs, device=weight.device)
     if act_order:
         order = squares.argsort(descending=True, stable=True)

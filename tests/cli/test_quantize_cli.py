@@ -57,12 +57,13 @@ def test_a_receipt_is_printed_and_lies_beside_the_weights(base, call, tmp_path):
 
 def test_rounding_gives_the_nearest_codes_of_the_files(base, call, tmp_path):
     words = ("--method", "rtn", "--kind", "int8", "--group", "0", "--held-out-tokens", "0")
-    code, out, err = call("quantize", base, tmp_path / "out", *words)
+    code, out, err = call("quantize", base, tmp_path / "out", *words, "--scales", "float32")
     assert (code, out) == (0, ""), err
     dense = load(base)
     for path, leaf in quantized_leaves(load(tmp_path / "out")).items():
         parts = quantize(dense.get_parameter(f"{path}.weight"), leaf.format)
         assert torch.equal(leaf.parts["codes"], parts["codes"]), path
+        assert leaf.format.scales == torch.float32 and leaf.weight_dtype == torch.bfloat16
     receipt = json.loads((tmp_path / "out" / "quantization_receipt.json").read_text())
     assert "models" not in receipt and receipt["calibration"] is None
 

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Container
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 from transom.base.errors import require
 from transom.base.fields import field_types, options_of, read
@@ -101,8 +101,10 @@ def add_fields(
             on = "store_true" if not default else argparse.BooleanOptionalAction
             parser.add_argument(*names, action=on, default=default, help=help)
             continue
-        kind = options_of(field_types(cls)[field.name])[0]
-        kind = kind if isinstance(kind, type) and kind is not tuple else str
+        declared = options_of(field_types(cls)[field.name])[0]
+        kind = declared if isinstance(declared, type) else str
+        choices = get_args(declared) if get_origin(declared) is Literal else ()
+        word = "FILE" if field.metadata["path"] else "NAME"
         several = isinstance(default, tuple)
         words = " ".join(default) if several else default
         words = f"{words:g}" if isinstance(words, float | int) else words
@@ -112,7 +114,7 @@ def add_fields(
             type=user_path if field.metadata["path"] else kind,
             default=None if several else default,
             action="append" if several else "store",
-            metavar={int: "N", str: "FILE" if field.metadata["path"] else "NAME"}.get(kind, "X"),
+            metavar="|".join(choices) or {int: "N", str: word}.get(kind, "X"),
             help=help + ("" if default is None else f" (default: {words})"),
         )
 

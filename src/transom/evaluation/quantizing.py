@@ -80,8 +80,8 @@ def quantize_folder(
             read are left out. None is Python's language reference.
         held_out_tokens: Tokens to measure on; with 0, nothing is measured.
         format: The format of `out`.
-        dtype: The dtype of the scales and of the weights that stay dense; None keeps that of the
-            files if it has 16 bits, and is float16 otherwise.
+        dtype: The dtype of the weights that stay dense, and of scales if `args` does not name it;
+            None keeps that of the files if it has 16 bits, and is float16 otherwise.
         device: Where to quantize and to measure.
         revision: Branch, tag or commit of a hub id.
         progress: Show on standard error how far the work is.
@@ -117,7 +117,8 @@ def quantize_folder(
         held = unseen(found, read.rows if read else ())
     kind = DTYPES[dtype] if dtype else _narrow_dtype(location)
     batches = list(batches_of(read.rows)) if read else None
-    asked = {**asdict(args), "scales": dtype_name(kind)}
+    scales = dtype_name(kind) if args.scales == "weight" else args.scales
+    asked = {**asdict(args), "scales": scales}
     quantize_model(made, QuantizeArgs.from_dict(asked), batches, tell=notice if progress else None)
     receipt = {
         "model": {"folder": shown_name(location.model), "fingerprint": fingerprint(location.model)},

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from tests.mutations import (
     checkpoint_bugs,
+    export_bugs,
     finetune_bugs,
     merge_bugs,
     model_bugs,
@@ -78,6 +79,8 @@ BUGS: tuple[Bug, ...] = (
     Bug("zero point sign", "quantize", quantize_bugs.added_zeros),
     Bug("zero point sign in a file", "quantize", quantize_bugs.stored_sign),
     Bug("act-order ignored", "quantize", quantize_bugs.plain_order),
+    Bug("decode off by one", "export", export_bugs.late_positions),
+    Bug("scales not planned", "memory", export_bugs.uncounted_scales),
     Bug("double BOS", "data", run_bugs.double_bos),
     Bug("EOS masked", "data", run_bugs.masked_eos),
     Bug("per-rank mean loss", "step", run_bugs.mean_of_means),

@@ -123,6 +123,13 @@ def auto(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> T
     return chosen.function(q_BTNH, view, spec, score)
 
 
+def in_operators_of_torch(
+    q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs
+) -> Tensor:
+    """Compute attention by operators that every process with torch has, for exported programs."""
+    return (sdpa.sdpa if score.plain else reference)(q_BTNH, view, spec, score)
+
+
 def choose(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs) -> Backend:
     """Return the first backend of the job's `preference` that can compute it here.
 

@@ -58,7 +58,8 @@ def _kernel(
     """Compute one fused call; `mask` is bool and broadcasts to [B, N, T, S]."""
     head_dim, v_dim = q_BTNH.size(-1), v.size(-1)
     shared = k.size(2) < q_BTNH.size(2)
-    if shared and mask is not None and (q_BTNH.is_cuda or q_BTNH.size(1) <= FEW):
+    few = isinstance(q_BTNH.size(1), int) and q_BTNH.size(1) <= FEW
+    if shared and mask is not None and (q_BTNH.is_cuda or few):
         return _by_group(q_BTNH, k, v, score, mask)
     if head_dim != v_dim:
         # Fused kernels need one head dim; padding with zeros does not change the result.
@@ -178,8 +179,9 @@ def _by_block(q_BTNH: Tensor, view: CacheView, spec: MaskSpec, score: ScoreArgs)
     """Compute any job with the mask of the rule, one block of queries at a time."""
     (k, v), k_positions = view.dense()
     length, segments, pieces = q_BTNH.size(1), (spec.segments_BT, view.segments_BS), []
-    for start in range(0, length, BLOCK):
-        stop = min(start + BLOCK, length)
+    known = isinstance(length, int)  # an exported program is for any length, and has one block
+    for start in range(0, length, BLOCK) if known else (0,):
+        stop = min(start + BLOCK, length) if known else length
         low, high = reach(spec.rule, view.new_at, start, stop, k.size(1))
         block = (slice(start, stop), slice(low, high))
         may = allowed(spec.rule, spec.positions_BT, k_positions, *segments, *block).unsqueeze(1)

@@ -117,8 +117,11 @@ def one_thread(alone: bool = True) -> Iterator[None]:
 
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Return a context without autocast; nothing for devices that do not have it (meta)."""
-    available = torch.amp.is_autocast_available(device_type)
+    """Return a context without autocast.
+
+    It does nothing for devices that do not have it (meta), and in exported programs.
+    """
+    available = torch.amp.is_autocast_available(device_type) and not torch.compiler.is_exporting()
     return torch.autocast(device_type, enabled=False) if available else contextlib.nullcontext()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ class ModelCache:
         slack: int = SLACK,
         kv_bits: int = 16,
         device: torch.device | str = "cpu",
-    ) -> ModelCache:
+    ) -> Self:
         """Return an empty cache for a model of these arguments.
 
         Args:

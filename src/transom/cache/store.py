@@ -147,8 +147,8 @@ class RotatingBufferCache(SlotStore):
         seen, new_at = positions_BT, 0
         if not first:
             seen, new_at = torch.cat((self.positions_BS[:, :-1], positions_BT), 1), self.capacity
-        if count > self.capacity:
-            keep_BT = keep_BT & (positions_BT > positions_BT.amax(1, keepdim=True) - self.capacity)
+        # Without a branch on the length, which an exported program may not have.
+        keep_BT = keep_BT & (positions_BT > positions_BT.amax(1, keepdim=True) - self.capacity)
         self.placement = Placement(*self._write(positions_BT, keep_BT), seen, new_at)
 
 

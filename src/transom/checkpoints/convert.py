@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from transom.base.errors import notice, require
 from transom.base.files import read_json
+from transom.checkpoints.exported import Programs, dense_model, export_programs
 from transom.checkpoints.files.checksums import verify_step
 from transom.checkpoints.files.companions import carry_companions
 from transom.checkpoints.files.generation_config import ids_of, stated_settings
@@ -21,13 +22,16 @@ from transom.checkpoints.files.layout import CONFIG, FileFormat, gguf_files
 from transom.checkpoints.files.lazy_tensors import LazyTensor, LazyTensors
 from transom.checkpoints.files.location import ModelLocation, find_model
 from transom.checkpoints.files.staging import staged
+from transom.checkpoints.gguf.write import GgufLayout
 from transom.checkpoints.load import count_nonfinite, load, warn_nonfinite
 from transom.checkpoints.read_args import read_args
-from transom.checkpoints.save import check_dtype, plan_layout
+from transom.checkpoints.save import FolderLayout, check_dtype, plan_layout
 from transom.checkpoints.state import open_codes, open_parameters
 from transom.config.model_args import ModelArgs
 from transom.lora.adapters import plain_weights
 from transom.lora.merge import fold_adapters
+
+ConvertFormat = FileFormat | Literal["exported"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Converted:
 
     source: ModelLocation
     source_format: str
-    format: FileFormat
+    format: ConvertFormat
     parameters: int
     bytes: int
     companions: tuple[str, ...]
@@ -54,12 +58,14 @@ class Converted:
 def convert(
     source: str | Path,
     out: str | Path,
-    format: FileFormat | None = None,
+    format: ConvertFormat | None = None,
     dtype: str | None = None,
     max_shard_size: str | None = None,
     revision: str | None = None,
     *,
     keep_quantized: bool = False,
+    context: int | None = None,
+    batch: int | None = None,
 ) -> Converted:
     """Write a model in another format, with the files beside its weights.
 
@@ -68,11 +74,14 @@ def convert(
             is merged into its base.
         out: The folder to write, or the file with the format `gguf`. It must be another one.
         format: As for `save`; None is `gguf` if the name ends in .gguf, and otherwise `hf`.
+            `exported` writes programs of torch.export.
         dtype: As for `save`; None keeps the dtype of the files.
         max_shard_size: As for `save`.
         revision: Branch, tag or commit of a hub id.
         keep_quantized: Keep weights in codes in the formats `hf` and `native`, as `save` does.
             Without it, they are dequantized. GGUF files always have them if they have such a type.
+        context: With `exported`, tokens per row that fit into the cache (default: at most 2048).
+        batch: With `exported`, rows of every call (default: 1).
 
     Raises:
         RequestError: As for `load` and `save`, or `out` is what is read.
@@ -82,7 +91,10 @@ def convert(
     format = format or ("gguf" if out.suffix == ".gguf" else "hf")
     fits = format == "gguf" or out.suffix != ".gguf"
     require(fits, "format", format, "expected gguf, as OUT ends in .gguf")
-    check_dtype(format, dtype)
+    check_dtype("native" if format == "exported" else format, dtype)
+    for name, value in (("context", context), ("batch", batch)):
+        fits = format == "exported" or value is None
+        require(fits, name, value, "expected none without format exported")
     location = find_model(source, revision)
     files = gguf_files(location.model)
     read = [path.resolve() for path in (*location.folders, *files)]
@@ -96,7 +108,14 @@ def convert(
     expected = "expected a quantized folder or GGUF file, and format hf or native"
     fits = bool(codes) and format in ("hf", "native")
     require(fits or not keep_quantized, "keep_quantized", keep_quantized, expected)
-    layout = plan_layout(args, ours, format, dtype, max_shard_size, codes)
+    layout: FolderLayout | GgufLayout | Programs
+    if format == "exported":
+        expected = "expected none, since the weights of programs are one file"
+        require(max_shard_size is None, "max_shard_size", max_shard_size, expected)
+        rows = 1 if batch is None else batch
+        layout = export_programs(dense_model(args, ours, dtype), context, rows)
+    else:
+        layout = plan_layout(args, ours, format, dtype, max_shard_size, codes)
     if format == "hf":
         layout.config.update(config_ids(location))
     with staged(out, file=layout.file) as folder:
@@ -107,8 +126,8 @@ def convert(
         notice(
             f"{out}: tokenizer.model was copied; many tools need a tokenizer.json, which is missing"
         )
-    parameters = sum(torch.Size(lazy.shape).numel() for lazy in state.values())
     own = "gguf" if files else location.format
+    parameters = sum(torch.Size(lazy.shape).numel() for lazy in state.values())
     return Converted(location, own, format, parameters, size, tuple(companions))
 
 

@@ -16,8 +16,8 @@ FORMATS = ("hf", "native", "meta", "mistral")  # of folders
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
     formats = (
-        "hf (Hugging Face), native (Transom), meta or mistral (params.json), or gguf (llama.cpp); "
-        "default: gguf if OUT ends in .gguf, else hf"
+        "hf (Hugging Face), native (Transom), meta or mistral (params.json), gguf (llama.cpp), or "
+        "exported (programs of torch.export); default: gguf if OUT ends in .gguf, else hf"
     )
     dtype = (
         "float32, bfloat16, float16 or float64; in a GGUF file also q8_0, q4_0 or q4_1 "
@@ -28,25 +28,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "out", type=user_path, metavar="OUT", help="a new or empty folder to write, or a .gguf file"
     )
-    parser.add_argument("--format", choices=(*FORMATS, "gguf"), help=formats)
+    parser.add_argument("--format", choices=(*FORMATS, "gguf", "exported"), help=formats)
     parser.add_argument("--dtype", help=dtype)
     parser.add_argument("--max-shard-size", metavar="SIZE", help=size)
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     kept = "in hf and native, keep weights in the codes of a quantized folder or a GGUF file"
     parser.add_argument("--keep-quantized", action="store_true", help=kept)
+    what = "exported: tokens per row that fit into the cache (default: max_seq_len, at most 2048)"
+    parser.add_argument("--context", type=int, metavar="N", help=what)
+    what = "exported: rows of every call (default: 1)"
+    parser.add_argument("--batch", type=int, metavar="B", help=what)
     parser.add_argument("--overwrite", action="store_true", help="replace the model in OUT")
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Write the folder; print what was read and written."""
-    out, how = Path(options.out), (options.dtype, options.max_shard_size, options.revision)
+    out, names = Path(options.out), ("context", "batch", "keep_quantized")
+    how = (options.dtype, options.max_shard_size, options.revision)
+    more = {name: getattr(options, name) for name in names}
     is_file = out.suffix == ".gguf" or options.format == "gguf"
     with output_folder(out, options.overwrite, file=is_file):
         from transom.checkpoints.convert import convert
 
-        keep = options.keep_quantized
-        done = convert(options.source, out, options.format, *how, keep_quantized=keep)
+        done = convert(options.source, out, options.format, *how, **more)
     companions = ", ".join(done.companions) or "no tokenizer"
     print(
         f"{done.source} ({done.source_format}) -> {out} ({done.format}): {done.parameters:,} "

@@ -78,7 +78,9 @@ class LatentAttention(nn.Module):
         # One vector per token, which decoding reads as the key of a single head without a copy.
         state = torch.cat((self.kv_a_norm(latent).to(k_rope.dtype), k_rope), -1)
         view = new_view((state,), step, layer, cache)
-        absorbing = absorbing_is_cheaper(mla, x_BTD.size(1), view.states[0].size(1))
+        count, slots = x_BTD.size(1), view.states[0].size(1)
+        known = isinstance(count, int)  # an exported prefill is for any number of tokens
+        absorbing = known and absorbing_is_cheaper(mla, count, slots)
         form = self.absorbed if absorbing else self.expanded
         return self.wo(form(q_nope, q_rope, view, step).flatten(-2))
 

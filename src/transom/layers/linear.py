@@ -80,7 +80,7 @@ class GroupedLinear(nn.Module):
         if self.bias is None or not has_data(rows_RD):
             return out_RD
         # Rows of no linear get a row of zeros, which takes their meaningless gradient.
-        return out_RD + per_row(self.bias.to(out_RD.dtype), ends_E, len(rows_RD), fill=0.0)
+        return out_RD + per_row(self.bias.to(out_RD.dtype), ends_E, rows_RD.size(0), fill=0.0)
 
     def product(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
         """Return `forward` without the bias."""
@@ -107,6 +107,8 @@ def grouped_product(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tens
     Returns:
         [R, out].
     """
+    if torch.compiler.is_exporting():
+        return exported_product(rows_RI, weight_EOI, ends_E)
     if not has_data(rows_RI):
         return F.linear(rows_RI, weight_EOI[0])  # all groups have this shape
     if torch.is_autocast_enabled(rows_RI.device.type):  # autocast does not know grouped products
@@ -128,6 +130,23 @@ def looped_product(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tenso
     return torch.cat([*parts, rows_RI.new_zeros(len(rows_RI) - ends[-1], weight_EOI.size(1))])
 
 
+def exported_product(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """Compute the grouped product without sizes that depend on numbers, for an exported program.
+
+    A fixed number of rows reads the matrix of each row. Otherwise all matrices multiply all rows.
+    """
+    of_R = torch.searchsorted(
+        ends_E, torch.arange(rows_RI.size(0), device=ends_E.device), right=True
+    )
+    if isinstance(rows_RI.size(0), int):
+        weights = weight_EOI.index_select(0, of_R.clamp(max=weight_EOI.size(0) - 1))
+        return torch.bmm(weights.to(rows_RI.dtype), rows_RI.unsqueeze(-1)).squeeze(-1)
+    out = rows_RI.new_zeros(rows_RI.size(0), weight_EOI.size(1))
+    for expert, weight in enumerate(weight_EOI.to(rows_RI.dtype).unbind(0)):
+        out = torch.where((of_R == expert).unsqueeze(-1), F.linear(rows_RI, weight), out)
+    return out
+
+
 def per_row(values_EO: Tensor, ends_E: Tensor, rows: int, fill: float) -> Tensor:
     """Return the vector of each row's group [R, O]; rows after the last end get `fill`."""
     of_R = torch.searchsorted(ends_E, torch.arange(rows, device=ends_E.device), right=True)
@@ -135,7 +154,12 @@ def per_row(values_EO: Tensor, ends_E: Tensor, rows: int, fill: float) -> Tensor
 
 
 def has_data(x: Tensor) -> bool:
-    """Return False for meta and fake tensors, which have a shape only."""
+    """Return False for meta and fake tensors, which have a shape only.
+
+    While a program is exported, it is True: fake tensors stand for those of the program.
+    """
+    if torch.compiler.is_exporting():
+        return True
     return x.device.type != "meta" and type(torch.empty(0)) is Tensor
 
 

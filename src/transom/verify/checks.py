@@ -97,6 +97,12 @@ CHECKS = {
             {"model": ""},
             full_size=True,
         ),
+        Check(
+            "export",
+            "programs of torch.export against the model that they were made of",
+            {"model": ""},
+            full_size=True,
+        ),
         Check("attention", "attention backends against the float64 reference", {"device": ""}),
     )
 }

@@ -20,6 +20,7 @@ FileFormat = Literal["native", "hf", "meta", "mistral", "gguf"]  # what `save` a
 
 MODEL_TYPE = "transom"  # the model_type in the config.json of a native folder
 CONFIG, PARAMS = "config.json", "params.json"
+EXPORT = "export.json"  # of programs of torch.export
 WEIGHTS = "model.safetensors"
 CONSOLIDATED, PICKLED = "consolidated.safetensors", "consolidated.{rank:02d}.pth"
 GENERATION = "generation_config.json"

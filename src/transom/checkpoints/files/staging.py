@@ -12,7 +12,7 @@ from pathlib import Path
 from transom.base.errors import RequestError, WorkError
 from transom.base.locks import FolderLock
 from transom.checkpoints.files.companions import TEMPLATE_FILES, TOKENIZER_FILES, TRAINED_WITH
-from transom.checkpoints.files.layout import CONFIG, GENERATION, INDEX, PARAMS, TOKENIZERS
+from transom.checkpoints.files.layout import CONFIG, EXPORT, GENERATION, INDEX, PARAMS, TOKENIZERS
 
 # Files of an old model that could be taken for those of the new one.
 _STALE = (
@@ -24,7 +24,7 @@ _STALE = (
 @contextlib.contextmanager
 def staged(
     folder: Path,
-    configs: Sequence[str] = (CONFIG, PARAMS),
+    configs: Sequence[str] = (CONFIG, PARAMS, EXPORT),
     stale: Sequence[str] = _STALE,
     file: str = "",
 ) -> Iterator[Path]:

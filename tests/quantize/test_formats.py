@@ -25,12 +25,20 @@ from transom.quantize.formats import (
 KINDS = {
     "nf4": QuantizeArgs(),
     "nf4, double": QuantizeArgs(double_quant=True),
+    "fp4": QuantizeArgs(kind="fp4", group=32),
     "int4": QuantizeArgs(kind="int4", group=32),
     "int4, zeros": QuantizeArgs(kind="int4", group=128, zero_points=True),
     "int8": QuantizeArgs(kind="int8", group=0),
     "int8, zeros": QuantizeArgs(kind="int8", group=32, zero_points=True),
 }
-BITS = {"nf4": 4.25, "nf4, double": 4.126, "int4": 4.5, "int4, zeros": 4.1875, "int8, zeros": 8.75}
+BITS = {
+    "nf4": 4.25,
+    "nf4, double": 4.126,
+    "fp4": 4.5,
+    "int4": 4.5,
+    "int4, zeros": 4.1875,
+    "int8, zeros": 8.75,
+}
 # Sixty-fourths from -50 to 50, so that every division is the same everywhere.
 EXACT = ((torch.arange(256) * 37 % 101) - 50).float() / 64
 # What quantize_4bit(EXACT.view(2, 128), blocksize=64, quant_type="nf4") of bitsandbytes 0.50.2

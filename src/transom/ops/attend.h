@@ -48,22 +48,26 @@ struct States {
 
     // Ask for all heads of a slot.
     void prefetch(int64_t sequence, int64_t slot, int64_t head, int64_t numbers) const {
-        const int64_t kind = this->numbers.kind, size = kind == kFloat32 ? 4 : kind == kInt8 ? 1 : 2;
+        const int64_t kind = this->numbers.kind;
+        const int64_t size = kind == kFloat32 ? 4 : kind == kInt8 ? 1 : 2;
         const char* at = static_cast<const char*>(this->numbers.data) +
                          (sequence * sequence_stride + slot * slot_stride + head) * size;
         for (int64_t byte = 0; byte < numbers * size; byte += 64) __builtin_prefetch(at + byte);
     }
 
-    // The numbers of a head in float32: in place, or written to a buffer.
-    const float* at(int64_t sequence, int64_t slot, int64_t head, int64_t width, float* to) const {
+    // The numbers of some heads in float32: in place, or written to a buffer.
+    const float* at(int64_t sequence, int64_t slot, int64_t head, int64_t heads, int64_t width,
+                    float* to) const {
         const int64_t first = sequence * sequence_stride + slot * slot_stride + head * width;
         if (numbers.kind == kFloat32) return static_cast<const float*>(numbers.data) + first;
-        if (numbers.kind == kInt8) {
-            const int8_t* codes = static_cast<const int8_t*>(numbers.data) + first;
-            const float scale = scales[first / width];
-            for (int64_t i = 0; i < width; ++i) to[i] = float(codes[i]) * scale;
-        } else {
-            read_floats(numbers, first, to, width);
+        if (numbers.kind != kInt8) {
+            read_floats(numbers, first, to, heads * width);
+            return to;
+        }
+        const int8_t* codes = static_cast<const int8_t*>(numbers.data) + first;
+        for (int64_t start = 0; start < heads * width; start += width) {
+            const float scale = scales[(first + start) / width];
+            for (int64_t i = start; i < start + width; ++i) to[i] = float(codes[i]) * scale;
         }
         return to;
     }
@@ -164,32 +168,55 @@ struct Attend {
                 values.prefetch(sequences[row], seen[i], head * width, numbers);
             }
             const int64_t n = std::min(block, end - first);
-            for (int64_t h = head; h < head + heads_at_once; ++h)
-                slots_of(row, h, part, seen.data() + first, n);
+            // Heads lie side by side: as many as the first cache has room for are read at once.
+            const int64_t most = std::max<int64_t>(1, 8192 / (block * width));
+            for (int64_t h = 0; h < heads_at_once; h += most)
+                slots_of(row, head + h, std::min(most, heads_at_once - h), part,
+                         seen.data() + first, n);
         }
     }
 
-    // The heads that share one key/value head, over a block of slots.
-    void slots_of(int64_t row, int64_t kv_head, int64_t part, const int32_t* seen, int64_t n) const {
+    // The heads that share some key/value heads, over a block of slots.
+    void slots_of(int64_t row, int64_t kv_head, int64_t kv_count, int64_t part,
+                  const int32_t* seen, int64_t n) const {
         static thread_local std::vector<float> buffer;
-        buffer.resize(block * (width + group));
-        float *wide = buffer.data(), *scores = wide + block * width;
+        const int64_t stride = kv_count * width, first = kv_head * group, count = kv_count * group;
+        buffer.resize(block * (stride + count));
+        float *wide = buffer.data(), *scores = wide + block * stride;
         const float* at[block];
         const int64_t sequence = sequences[row];
         for (int64_t i = 0; i < n; ++i)
-            at[i] = keys.at(sequence, seen[i], kv_head, width, wide + i * width);
-        for (int64_t g = 0; g < group; ++g) {
-            const float* query = queries + (row * heads + kv_head * group + g) * width;
-            for (int64_t i = 0; i < n; ++i) scores[g * block + i] = dot(query, at[i], width);
+            at[i] = keys.at(sequence, seen[i], kv_head, kv_count, width, wide + i * stride);
+        std::fill(at + n, at + block, at[0]);  // `dots` reads as many keys as a vector has lanes
+        for (int64_t g = 0; g < count; ++g) {
+            const float* query = queries + (row * heads + first + g) * width;
+            for (int64_t i = 0; i < n; i += Wide::lanes)
+                dots(query, at + i, g / group * width, scores + g * block + i);
         }
         for (int64_t i = 0; i < n; ++i)
-            at[i] = values.at(sequence, seen[i], kv_head, width, wide + i * width);
-        for (int64_t g = 0; g < group; ++g)
-            add(scores + g * block, at, n, result(row, kv_head * group + g, part));
+            at[i] = values.at(sequence, seen[i], kv_head, kv_count, width, wide + i * stride);
+        for (int64_t g = 0; g < count; ++g)
+            add(scores + g * block, at, g / group * width, n, result(row, first + g, part));
+    }
+
+    // The products of a query with one key for each lane of a vector, from a place of the keys on.
+    void dots(const float* query, const float* const* keys, int64_t place, float* scores) const {
+        Wide::Sums sums[Wide::lanes];
+        std::fill(sums, sums + Wide::lanes, Wide::zero());
+        int64_t h = 0;
+        for (; h + Wide::lanes <= width; h += Wide::lanes) {
+            const Wide::Vector own = Wide::load(query + h);
+#pragma GCC unroll 16
+            for (int i = 0; i < Wide::lanes; ++i)
+                sums[i] = Wide::add(own, Wide::load(keys[i] + place + h), sums[i]);
+        }
+        Wide::store(scores, Wide::sums(sums));
+        for (int i = 0; h < width && i < Wide::lanes; ++i)
+            for (int64_t j = h; j < width; ++j) scores[i] += query[j] * keys[i][place + j];
     }
 
     // Add a block of values to the sums of a part: to = {sums[width], greatest score, weights}.
-    void add(float* scores, const float* const* at, int64_t n, float* to) const {
+    void add(float* scores, const float* const* at, int64_t place, int64_t n, float* to) const {
         if (softcap > 0) {
             for (int64_t i = 0; i < n; ++i) scores[i] = softcap * tanh_of(scores[i] / softcap);
         }
@@ -203,12 +230,12 @@ struct Attend {
         to[width + 1] = to[width + 1] * kept + weights;
         int64_t h = 0;
         for (; h + 4 * Wide::lanes <= width; h += 4 * Wide::lanes)
-            columns<4>(scores, at, n, kept, to + h, h);
+            columns<4>(scores, at, n, kept, to + h, place + h);
         for (; h + Wide::lanes <= width; h += Wide::lanes)
-            columns<1>(scores, at, n, kept, to + h, h);
+            columns<1>(scores, at, n, kept, to + h, place + h);
         for (; h < width; ++h) {
             float sum = to[h] * kept;
-            for (int64_t i = 0; i < n; ++i) sum += scores[i] * at[i][h];
+            for (int64_t i = 0; i < n; ++i) sum += scores[i] * at[i][place + h];
             to[h] = sum;
         }
     }

@@ -55,7 +55,9 @@ inline void read_floats(Numbers from, int64_t first, float* to, int64_t n) {
         for (; i < n; ++i) to[i] = half_to_float(bits[i]);
     } else {
         const uint16_t* bits = static_cast<const uint16_t*>(from.data) + first;
-        for (int64_t i = 0; i < n; ++i) to[i] = brain_to_float(bits[i]);
+        int64_t i = 0;
+        for (; i + Wide::lanes <= n; i += Wide::lanes) Wide::store(to + i, Wide::brains(bits + i));
+        for (; i < n; ++i) to[i] = brain_to_float(bits[i]);
     }
 }
 

@@ -67,6 +67,11 @@ struct Narrow {
         half = _mm_add_ps(half, _mm_movehl_ps(half, half));
         return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
     }
+    static Sums sums(const Sums* of) {  // of 8 vectors
+        Sums all = zero();
+        for (int lane = 0; lane < lanes; ++lane) all[lane] = sum(of[lane]);
+        return all;
+    }
 
     static Vector halves(const uint16_t* from) {
         return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -157,6 +162,11 @@ struct Narrow {
         for (int lane = 0; lane < lanes; ++lane) total += values[lane];
         return total;
     }
+    static Sums sums(const Sums* of) {  // of 8 vectors
+        Sums all = zero();
+        for (int lane = 0; lane < lanes; ++lane) all[lane] = sum(of[lane]);
+        return all;
+    }
 
     static Vector halves(const uint16_t* from) {
         Vector values;
@@ -225,6 +235,27 @@ struct Wide {
     static void store(float* to, Vector values) { _mm512_storeu_ps(to, values); }
     static Sums add(Vector a, Vector b, Sums c) { return _mm512_fmadd_ps(a, b, c); }
     static float sum(Sums values) { return _mm512_reduce_add_ps(values); }
+
+    // The sums of 16 vectors, each in the lane of its number.
+    static Sums sums(const Sums* of) {
+        __m512 fours[4];  // of 4 vectors in turn: their sums over the same 4 lanes, 4 times
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i, of += 4) {
+            const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(of[0], of[1]),
+                                           _mm512_unpackhi_ps(of[0], of[1]));
+            const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(of[2], of[3]),
+                                           _mm512_unpackhi_ps(of[2], of[3]));
+            fours[i] =
+                _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+        }
+        const auto halves = [](__m512 a, __m512 b) {
+            return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44),
+                                 _mm512_shuffle_f32x4(a, b, 0xee));
+        };
+        const __m512 first = halves(fours[0], fours[1]), second = halves(fours[2], fours[3]);
+        return _mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x88),
+                             _mm512_shuffle_f32x4(first, second, 0xdd));
+    }
 
     static Vector halves(const uint16_t* from) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));

@@ -283,6 +283,7 @@ def _set_parts(leaf: Quantized, parts: Parts) -> None:
         leaf.register_parameter(name, nn.Parameter(part, requires_grad=False))
 
 
+@torch.inference_mode(False)  # tensors of generation could not be trained with afterwards
 def tile_weights(model: nn.Module) -> None:
     """Rearrange the parts of quantized leaves for the products in C++, where that is faster.
 

@@ -83,17 +83,17 @@ def test_every_dependency_has_its_reason():
 
 # Code lines of each room. Lower a ceiling when a room shrinks; explain a higher one in the commit.
 CEILINGS = {
-    "base": 755,
+    "base": 760,
     "config": 620,
     "planning": 488,
     "attention": 705,
-    "ops": 214,
+    "ops": 217,
     "layers": 722,
     "cache": 469,
     "names": 130,
     "models": 515,
     "tokenizers": 985,
-    "quantize": 1_150,
+    "quantize": 1_170,
     "lora": 600,
     "chat": 905,
     "checkpoints": 4_919,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import platform
@@ -28,6 +29,8 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+
+_LARGE_PAGE, _MADV_HUGEPAGE = 2 << 20, 14  # bytes; of <sys/mman.h>
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -243,6 +246,21 @@ def memory_bytes(device: torch.device) -> int:
         return _seen_on_mps[0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def large_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """Ask for large pages for the memory of a new tensor, and return it.
+
+    Memory in pages of 2 MB is read faster, by a tenth where all of it is read in turn. This has to
+    come before the first number is written. It does nothing to other devices than the CPU, and on
+    systems other than Linux.
+    """
+    if tensor.device.type == "cpu" and sys.platform == "linux":
+        first = -(-tensor.data_ptr() // _LARGE_PAGE) * _LARGE_PAGE
+        size = (tensor.data_ptr() + tensor.nbytes) // _LARGE_PAGE * _LARGE_PAGE - first
+        if size > 0:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_HUGEPAGE)
+    return tensor
 
 
 def resident_bytes() -> int:

@@ -19,6 +19,7 @@ from transom.base.runtime import (
     DTYPES,
     bound_kernel_caches,
     dtype_name,
+    large_pages,
     one_thread,
     pick_device,
     pick_dtype,
@@ -312,7 +313,7 @@ def _place(
     kept = device.type == "cpu" and read.dtype == dtype
     if kept and read.data_ptr() not in taken and _is_aligned(read):
         return read, count_nonfinite(read)
-    placed = torch.empty(read.shape, dtype=dtype, device=device).copy_(read)
+    placed = large_pages(torch.empty(read.shape, dtype=dtype, device=device)).copy_(read)
     # If the dtype is widened, the original has fewer bytes to look through.
     widened = device.type == "cpu" and read.dtype.itemsize < dtype.itemsize
     return placed, count_nonfinite(read if widened else placed)

@@ -436,14 +436,18 @@ int transom_product(const float* x, int64_t rows, const Weight* const* weights, 
     return 0;
 }
 
-// Bring rows of codes into tiles, and return 1. Return 0 if this processor doesn't multiply tiles.
-int transom_to_tiles(uint8_t* codes, int64_t rows, int64_t row_bytes, int four) {
+// Whether this processor multiplies tiles.
+int transom_has_tiles() {
 #ifdef TRANSOM_TILES
-    to_tiles(codes, rows, row_bytes, four);
     return 1;
 #else
     return 0;
 #endif
+}
+
+// Bring rows of codes into tiles, in place.
+void transom_to_tiles(uint8_t* codes, int64_t rows, int64_t row_bytes, int four) {
+    to_tiles(codes, rows, row_bytes, four);
 }
 
 // Write the numbers of some rows of a weight in tiles, one after the other.

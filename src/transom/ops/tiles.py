@@ -13,20 +13,25 @@ from transom.ops.weights import Weight
 OUTPUTS = 16  # of a tile
 
 
-def to_tiles(codes: Tensor, *, four: bool) -> bool:
-    """Bring codes into tiles, in place; return False where products of tiles don't exist.
+def has_tiles() -> bool:
+    """Return whether there are products of tiles: a library, and a CPU with AVX-512 VNNI."""
+    native = library()
+    return native is not None and bool(native.transom_has_tiles())
+
+
+def to_tiles(codes: Tensor, *, four: bool) -> None:
+    """Bring codes into tiles, in place, where there are products of tiles.
 
     Args:
         codes: [..., out, bytes of a row] on the CPU, without gaps. The outputs are a multiple of
             16, and the bytes one of 4.
         four: Whether a byte has two codes of 4 bits, the first in the high half.
     """
-    native = library()
+    native = loaded()
+    assert native is not None, "as `has_tiles` found"
     rows, width = codes.numel() // codes.size(-1), codes.size(-1)
     address = ctypes.c_void_p(codes.data_ptr())
-    return native is not None and bool(
-        native.transom_to_tiles(address, ctypes.c_int64(rows), ctypes.c_int64(width), int(four))
-    )
+    native.transom_to_tiles(address, ctypes.c_int64(rows), ctypes.c_int64(width), int(four))
 
 
 def dense_rows(weight: Weight, rows: Tensor) -> Tensor:

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transom.base.errors import RequestError
+from transom.base.runtime import large_pages
 from transom.layers.linear import Embedding, GroupedLinear, Linear, has_data
 from transom.ops import products as ops
 from transom.quantize import traced
 from transom.quantize.formats import Parts, WeightFormat, dequantize, in_rows, shape_of
-from transom.quantize.tiles import in_tiles
+from transom.quantize.tiles import fits_tiles, in_tiles
 
 M = TypeVar("M", bound=nn.Module)
 Dense = Linear | GroupedLinear | Embedding
@@ -291,10 +292,21 @@ def tile_weights(model: nn.Module) -> None:
         model: A model. Leaves that fit `quantize.tiles.in_tiles` change in place, and compute the
             same numbers. A move or a cast of the model changes them back.
     """
-    for leaf in quantized_leaves(model).values():
-        tiles = None if "tiles" in leaf.part_names else in_tiles(leaf.parts, leaf.format)
-        if tiles is not None:
-            _set_parts(leaf, tiles)
+    leaves = [leaf for leaf in quantized_leaves(model).values() if "tiles" not in leaf.part_names]
+    fitting = [leaf for leaf in leaves if fits_tiles(leaf.parts, leaf.format)]
+    # All parts side by side, so that they fill large pages. Memory has one more leaf meanwhile.
+    sizes = [_aligned(part.nbytes) for leaf in fitting for part in leaf.parts.values()]
+    room = large_pages(torch.empty(sum(sizes), dtype=torch.uint8))
+    for leaf in fitting:
+        parts = {}
+        for name, part in in_tiles(leaf.parts, leaf.format).items():
+            own, room = room[: part.nbytes], room[_aligned(part.nbytes) :]
+            parts[name] = own.view(part.dtype).view(part.shape).copy_(part)
+        _set_parts(leaf, parts)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 64) * 64  # bytes of a line of the cache
 
 
 @torch.no_grad()

@@ -10,28 +10,30 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from transom.ops.tiles import OUTPUTS, to_tiles
-from transom.quantize.formats import Parts, WeightFormat, integers
+from transom.ops.tiles import OUTPUTS, has_tiles, to_tiles
+from transom.quantize.formats import Parts, WeightFormat, integers, shape_of
 
 
-def in_tiles(parts: Parts, format: WeightFormat) -> dict[str, Tensor] | None:
-    """Return the parts in tiles, or None if they don't fit or this CPU doesn't multiply them.
+def fits_tiles(parts: Parts, format: WeightFormat) -> bool:
+    """Return whether parts in rows can be brought into tiles, and this CPU multiplies them.
 
-    They fit if the outputs are a multiple of 16, the inputs one of 32, a group has 16 inputs or a
-    multiple of 32, and the values of codes are integers in a row. Codes are rearranged in place.
+    The outputs are a multiple of 16, the inputs one of 32, a group has 16 inputs or a multiple of
+    32, and the values of codes are integers in a row.
     """
-    codes, scales, levels = parts["codes"], parts["scales"], format.levels
-    outputs, groups = scales.shape[-2:]
-    inputs = codes.size(-1) * (1 if levels is None else 2)
+    (outputs, groups), levels = parts["scales"].shape[-2:], format.levels
+    inputs = shape_of(parts, format)[-1]
     group = inputs // groups
     fits = outputs % OUTPUTS == 0 and inputs % 32 == 0 and (group == 16 or group % 32 == 0)
     fits = fits and (levels is None or levels == integers(int(levels[0])))
     fits = fits and not format.centered and (not format.block or groups % format.block == 0)
-    if not fits or codes.device.type != "cpu":
-        return None
-    codes = codes.contiguous()
-    if not to_tiles(codes, four=levels is not None):
-        return None
+    return fits and parts["codes"].device.type == "cpu" and has_tiles()
+
+
+def in_tiles(parts: Parts, format: WeightFormat) -> dict[str, Tensor]:
+    """Return parts that fit tiles in tiles. Codes are rearranged in place, others are copied."""
+    codes = parts["codes"].contiguous()
+    to_tiles(codes, four=format.levels is not None)
+    outputs = codes.size(-2)
     tiles = {"tiles": codes}
     for name, part in parts.items():
         if name == "order":

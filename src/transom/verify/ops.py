@@ -23,7 +23,7 @@ from transom.quantize.formats import (
     shape_of,
 )
 from transom.quantize.leaves import plain_product
-from transom.quantize.tiles import in_tiles
+from transom.quantize.tiles import fits_tiles, in_tiles
 from transom.verify import blocks
 from transom.verify.findings import Finding, close, same_bits
 
@@ -86,9 +86,9 @@ def _in_tiles(name: str, format: WeightFormat) -> Iterator[Finding]:
     """Compare products of codes in tiles, and the weight, if the format and this CPU have tiles."""
     shape = 48, 16 * (format.group or 64)
     parts = random_parts(shape, format)
-    tiles = in_tiles({key: part.clone() for key, part in parts.items()}, format)
-    if tiles is None:
+    if not fits_tiles(parts, format):
         return
+    tiles = in_tiles({key: part.clone() for key, part in parts.items()}, format)
     weights = [dequantize(one, format) for one in (tiles, parts)]
     yield same_bits(f"{name} in tiles", "weight", weights[0], weights[1], "other bits")
     for rows in ROWS:

@@ -59,7 +59,6 @@ METHODS = {
     "GPTQ, nf4": QuantizeArgs("nf4", 32, method="gptq"),
     "AWQ, int4": QuantizeArgs("int4", 32, method="awq"),
 }
-READERS = ("wq", "wk", "wv")  # of the first norm
 ROUNDING = 1e-4  # of scales and quotients in float32, which decides between two codes
 FLIPS = 0.02  # share of codes that rounding in float32 may move to a neighbour in GPTQ
 LENGTH = 64  # tokens of a row
@@ -178,28 +177,20 @@ def _calibrated() -> Iterator[Finding]:
     sizes = torch.arange(1, dim + 1).sqrt()
     weight.copy_(weight @ torch.randn(dim, dim, generator=draws).div(sizes))
     batches = [random_tokens(dense.args, 4, LENGTH, seed) for seed in range(4)]
-    attention: Any = dense.layers[0].attention
-    seen: list[Tensor] = []
-    hook = attention.wq.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    with hook, torch.inference_mode():
-        for tokens in batches:
-            dense(TransformerInput(tokens))
-    inputs = torch.cat(seen).flatten(0, -2).double()
-    weights = {
-        f"layers.0.attention.{name}": getattr(attention, name).weight.detach().double()
-        for name in READERS
-    }
+    with torch.inference_mode():
+        norm = dense.get_submodule("layers.0.attention_norm")
+        states = norm(dense.tok_embeddings(torch.cat(batches)))
+    inputs = states.flatten(0, -2).double()
+    paths = [f"layers.0.attention.{name}" for name in ("wq", "wk", "wv")]
+    weights = {path: dense.get_parameter(f"{path}.weight").detach().double() for path in paths}
     for case, args in METHODS.items():
         with quiet():
             made = quantize_model(copy.deepcopy(dense), args, batches)
         factors = torch.ones(inputs.size(1)).double()
         if args.method == "awq":
             factors = codes.enlarged([*weights.values()], inputs, args.kind, args.group)
-            norms = [
-                one.get_parameter("layers.0.attention_norm.weight").detach()
-                for one in (dense, made)
-            ]
-            yield close("AWQ = search", case, norms[1], norms[0] / factors, ROUNDING)
+            norms = [m.get_parameter("layers.0.attention_norm.weight") for m in (made, dense)]
+            yield close("AWQ = search", case, norms[0], norms[1] / factors, ROUNDING)
         for name, one in matrices(made, case):
             if one.path not in weights:
                 continue

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.checkpoints.families import random_ids, tiny_hf
+from tests.checkpoints.quantized import folders
 from tests.checkpoints.quantized.test_round_trip import quantized
 from transom.checkpoints.load import load
 from transom.checkpoints.save import save
@@ -52,3 +53,20 @@ def test_gptqmodel_has_the_same_weights(case, tmp_path):
         leaf = getattr(model.layers[0].attention, f"w{letter}")
         found = getattr(theirs.self_attn, f"{letter}_proj").dequantize_weight().T
         assert torch.equal(found, leaf.dequantize()), letter
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptqmodel_unpacks_what_is_packed_by_hand_as_we_do(bits, version):
+    """The twin of the other tests is right, with inputs in another order, too."""
+    kinds = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch")
+    packing = pytest.importorskip("gptqmodel.utils.model")
+    sizes = {"in_features": 128, "out_features": 64, "group_size": 32, "bits": bits}
+    layer = kinds.TorchLinear(sym=False, desc_act=True, register_buffers=True, **sizes)
+    tensors, weight = folders.gptq((64, 128), 3, bits, 32, version, shuffled=True)
+    for name, tensor in tensors.items():
+        getattr(layer, name).data = tensor.clone()
+    if version == 1:
+        packing.convert_gptq_v1_to_v2_format_module(layer, bits, torch.int32)
+    layer.post_init()
+    assert torch.equal(layer.dequantize_weight().T, weight.half())

@@ -229,7 +229,7 @@ def test_experts_without_tokens_are_rounded_and_counted(capsys):
     dense = model.layers[0].feed_forward.experts.w_value.weight[2].detach().clone()
     quantize_model(model, QuantizeArgs(**INT4, method="gptq"), BATCHES)
     assert (
-        "gptq: 6 matrices that no calibration token reached are rounded" in capsys.readouterr().err
+        "gptq: 6 matrices that multiply nothing of the text are rounded" in capsys.readouterr().err
     )
     leaf = model.layers[0].feed_forward.experts.w_value
     expected = quantize(dense, leaf.format, fitted_parts)

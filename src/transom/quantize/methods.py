@@ -123,7 +123,7 @@ def _calibrated(
         if tell is not None and leaves:
             tell(f"{args.method}: {'.'.join(path.split('.')[:2])} of {len(model.layers)} layers")
     if unseen:
-        notice(f"{args.method}: {unseen} matrices that no calibration token reached are rounded")
+        notice(f"{args.method}: {unseen} matrices that multiply nothing of the text are rounded")
     if unscaled and args.method == "awq":
         notice(f"awq: {unscaled} leaves have inputs that no norm or linear can be divided by")
 

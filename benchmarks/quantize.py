@@ -41,6 +41,9 @@ METHODS = {
     "int4, groups of 32, AWQ": QuantizeArgs("int4", 32, method="awq"),
     "int4, groups of 32, GPTQ": QuantizeArgs("int4", 32, method="gptq"),
     "4.5 bits by sensitivity, GPTQ": QuantizeArgs("int4", method="gptq", bits_budget=4.5),
+    "4.5 bits by sensitivity with embeddings, GPTQ": QuantizeArgs(
+        "int4", method="gptq", bits_budget=4.5, embeddings=True
+    ),
 }
 NEAREST = "int4, groups of 32"  # whose loss the methods of the same size recover
 FILES = {"q8_0": 8.5, "q4_1": 5.0, "q4_0": 4.5}  # bits of a weight

@@ -206,8 +206,9 @@ def dequantize(parts: Parts, format: WeightFormat, rows: slice | Tensor = slice(
 def _tiled_rows(parts: Parts, format: WeightFormat, rows: slice | Tensor) -> Tensor:
     """Return the weight of parts in tiles like `dequantize`, without regard to `order`."""
     *leading, outputs, _ = parts["tiles"].shape
-    every = torch.arange(outputs)
-    chosen = every[rows] if isinstance(rows, slice) else every.index_select(0, rows)
+    chosen = torch.arange(outputs)[rows] if isinstance(rows, slice) else rows
+    if not bool(((chosen >= 0) & (chosen < outputs)).all()):
+        raise IndexError(f"rows: got {chosen.tolist()[:8]}; expected 0 to {outputs - 1}")
     first = torch.arange(math.prod(leading)).unsqueeze(1) * outputs
     # Experts are as the rows of one weight.
     own = {

@@ -78,6 +78,7 @@ PAGES: dict[str, tuple[str, ...]] = {
     ),
     "Generation": (
         "decode-loop",
+        "decoding-on-the-cpu",
         "kv-cache-in-8-bits",
         "prefix-caching",
         "speculative-decoding",

@@ -14,6 +14,7 @@ from transom.base.runtime import bfloat16_is_fast, read_bandwidth
 from transom.ops.products import multiply
 from transom.ops.weights import Weight, coded_weight, dense_weight
 from transom.quantize import ggml
+from transom.quantize.tiles import fits_tiles, in_tiles
 from transom.verify.ops import random_parts
 
 # Outputs and inputs: a projection of a 1b model, and one and the output of SmolLM2.
@@ -82,10 +83,13 @@ def _copies(kind: str, outputs: int, inputs: int) -> tuple[list[Weight], int]:
         kept = format.levels, format.scales, format.block, None, torch.bfloat16
         parts = random_parts((outputs, inputs), format)
         size = sum(part.nbytes for part in parts.values())
-        made = [
-            coded_weight({name: part.clone() for name, part in parts.items()}, *kept)
-            for _ in range(READ // size + 1)
-        ]
+        made = []
+        for _ in range(READ // size + 1):
+            own = {name: part.clone() for name, part in parts.items()}
+            # As a decode plan does.
+            made.append(
+                coded_weight(in_tiles(own, format) if fits_tiles(own, format) else own, *kept)
+            )
     return [one for one in made if one is not None], size
 
 

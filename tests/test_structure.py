@@ -96,7 +96,7 @@ CEILINGS = {
     "quantize": 1_170,
     "lora": 600,
     "chat": 905,
-    "checkpoints": 4_921,
+    "checkpoints": 4_934,
     "data": 1_946,
     "inference": 2_142,
     "evaluation": 1_416,

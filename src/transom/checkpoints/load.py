@@ -198,8 +198,6 @@ def _open(folder: Path, device: str, dtype: str | None, keep_quantized: bool | N
     model = meta_model(args)
     source = open_parameters(folder, args)
     types, stated, where = quantized_types(folder), stated_quantization(folder), shown_name(folder)
-    expected = f"expected a quantized GGUF file or folder, not {where}"
-    require(bool(types or stated) or not keep_quantized, "keep_quantized", True, expected)
     codes: dict[str, Codes] = {}
     if types or stated:
         found = {f"{path}.weight": tuple(leaf.weight.shape) for path, leaf in leaves(model).items()}
@@ -208,6 +206,8 @@ def _open(folder: Path, device: str, dtype: str | None, keep_quantized: bool | N
         kind = kind or (main_dtype(plain) if stated else pick_dtype("auto", place))
         keep_quantized = bool(stated) if keep_quantized is None else keep_quantized
         codes, source = (codes, plain) if keep_quantized else ({}, source)
+    expected = f"expected a quantized GGUF file or folder, not {where}"
+    require(bool(codes) or not keep_quantized, "keep_quantized", True, expected)
     dtypes = dtypes_of(source, kind)
     sizes: Counter[str] = Counter()
     mapped = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ from transom.config.model_args import ModelArgs
 from transom.models.llm import LLM
 from transom.names.tables import KeyMapping
 from transom.names.transforms import Shape
+from transom.planning.tables import counted
 
 
 def meta_model(args: ModelArgs) -> LLM:
@@ -65,8 +66,22 @@ def open_parameters(folder: Path, args: ModelArgs | None = None) -> dict[str, La
         table = names_table(folder)
         source = clean(table, source, args, where)
         mappings = WEIGHT_NAMES[table].mappings_to_read(args, shapes)
+        if kind == "hf" and stated_quantization(folder) is not None:
+            source = _without_empty_biases(source, mappings, where)
     refuse_quantized(source, where)
     return to_ours(mappings, source, shapes, where)
+
+
+def _without_empty_biases(
+    source: dict[str, LazyTensor], mappings: Sequence[KeyMapping], where: str
+) -> dict[str, LazyTensor]:
+    """Return tensors without the biases of zeros that AutoGPTQ writes for layers without one."""
+    known = {key for mapping in mappings for key in mapping.foreign}
+    unknown = [key for key in source if key.endswith(".bias") and key not in known]
+    empty = [key for key in unknown if not source[key].read().any()]
+    if empty:
+        notice(f"{where}: {counted(len(empty), 'tensor')} left unread: biases of zeros")
+    return {key: lazy for key, lazy in source.items() if key not in empty}
 
 
 def open_files(folder: Path, args: ModelArgs) -> dict[str, LazyTensor]:

@@ -7,6 +7,7 @@ import torch
 
 from tests.checkpoints.quantized import folders
 from tests.helpers import random_tokens
+from transom.base.errors import RequestError
 from transom.checkpoints.fingerprint import fingerprint
 from transom.checkpoints.load import load
 from transom.checkpoints.save import save
@@ -82,3 +83,20 @@ def test_floats_of_8_bits_are_dequantized(tmp_path, capsys):
     assert "fp8" in capsys.readouterr().err
     for key, weight in expected.items():
         assert torch.equal(found[key], weight.half()), key
+    with pytest.raises(RequestError, match="keep_quantized: got True; expected a quantized"):
+        load(tmp_path, keep_quantized=True)
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_biases_that_a_model_does_not_have_are_zeros(value, tmp_path, capsys):
+    def pack(shape, index):
+        tensors, weight = folders.gptq(shape, index)
+        return tensors | {"bias": torch.full(shape[:1], value, dtype=torch.half)}, weight
+
+    folders.write(tmp_path, folders.config_of(), pack)
+    if value:
+        with pytest.raises(RequestError, match=r"left over .*bias"):
+            load(tmp_path)
+    else:
+        load(tmp_path)
+        assert "14 tensors left unread: biases of zeros" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from transom.base.errors import notice
 from transom.checkpoints.files.lazy_tensors import LazyTensor
 from transom.names.tables import KeyMapping, Transform
 from transom.names.transforms import Shape, apply_transform, invert_transform
@@ -103,7 +104,10 @@ def under_our_names(
     for mapping in mappings:
         found = [source[key] for key in mapping.foreign if key in source]
         complete = len(found) == len(mapping.foreign) and not any(n in out for n in mapping.ours)
-        if not complete or len({(one.format, one.type) for one in found}) > 1:
+        if not complete:
+            continue
+        if len({(one.format, one.type) for one in found}) > 1:
+            notice(f"{mapping.ours[0]} is dequantized: its parts are in codes of several formats")
             continue
         shapes = [leaves[name] for name in mapping.ours]
         for index, name in enumerate(mapping.ours):

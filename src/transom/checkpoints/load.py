@@ -204,8 +204,8 @@ def _open(folder: Path, device: str, dtype: str | None, keep_quantized: bool | N
         codes = open_codes(folder, args, found)
         plain = {name: lazy for name, lazy in source.items() if name not in codes}
         kind = kind or (main_dtype(plain) if stated else pick_dtype("auto", place))
-        keep_quantized = bool(stated) if keep_quantized is None else keep_quantized
-        codes, source = (codes, plain) if keep_quantized else ({}, source)
+        keeps = bool(stated) if keep_quantized is None else keep_quantized
+        codes, source = (codes, plain) if keeps else ({}, source)
     expected = f"expected a quantized GGUF file or folder, not {where}"
     require(bool(codes) or not keep_quantized, "keep_quantized", True, expected)
     dtypes = dtypes_of(source, kind)

@@ -113,6 +113,7 @@ def test_leaves_that_cannot_be_scaled_are_counted(capsys):
     assert len(quantized_leaves(model)) == 14
 
 
+@torch.no_grad()
 def test_a_skipped_leaf_is_scaled_with_the_others():
     """It reads the same norm."""
     model = base()

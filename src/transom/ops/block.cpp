@@ -18,10 +18,7 @@ namespace {
 // Call work(row) for every row, on several threads if there are some rows.
 template <class Work>
 void each_row(int64_t rows, int threads, const Work& work) {
-    const auto call = [](const void* self, int64_t row) {
-        (*static_cast<const Work*>(self))(row);
-    };
-    pool().run(call, &work, rows, rows < 4 ? 1 : threads);
+    in_pool(work, rows, rows < 4 ? 1 : threads);
 }
 
 // Numbers that are not initialized.

@@ -445,9 +445,12 @@ int transom_has_tiles() {
 #endif
 }
 
-// Bring rows of codes into tiles, in place.
-void transom_to_tiles(uint8_t* codes, int64_t rows, int64_t row_bytes, int four) {
-    to_tiles(codes, rows, row_bytes, four);
+// Bring rows of codes into tiles, in place. The rows are a multiple of 16.
+void transom_to_tiles(uint8_t* codes, int64_t rows, int64_t row_bytes, int four, int threads) {
+    const auto work = [&](int64_t tile) {
+        to_tile(codes + tile * kTile * row_bytes, row_bytes, four);
+    };
+    in_pool(work, rows / kTile, threads);
 }
 
 // Write the numbers of some rows of a weight in tiles, one after the other.
@@ -463,11 +466,7 @@ void transom_rows(const Weight* weight, const int64_t* rows, int64_t count, floa
                            : write_row<false>(*weight, rows[i], own);
         }
     };
-    using Chunk = decltype(chunk);
-    const auto work = [](const void* self, int64_t number) {
-        (*static_cast<const Chunk*>(self))(number);
-    };
-    pool().run(work, &chunk, (count + together - 1) / together, threads);
+    in_pool(chunk, (count + together - 1) / together, threads);
 #endif
 }
 }

@@ -135,3 +135,12 @@ inline Pool& pool() {
     });
     return *the_pool;
 }
+
+// Call work(0) ... work(chunks - 1) on so many threads.
+template <class Work>
+void in_pool(const Work& work, int64_t chunks, int threads) {
+    const auto call = [](const void* self, int64_t chunk) {
+        (*static_cast<const Work*>(self))(chunk);
+    };
+    pool().run(call, &work, chunks, threads);
+}

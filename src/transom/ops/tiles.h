@@ -62,10 +62,7 @@ struct PlaneRows {
         x = from, count = rows, inputs = row_inputs;
         bytes.resize(rows * inputs * planes);
         facts.resize(rows * inputs / span * width);
-        const auto write = [](const void* self, int64_t row) {
-            const_cast<PlaneRows*>(static_cast<const PlaneRows*>(self))->write_row(row);
-        };
-        pool().run(write, this, rows, rows < 4 ? 1 : threads);
+        in_pool([this](int64_t row) { write_row(row); }, rows, rows < 4 ? 1 : threads);
     }
 
     // Where rows that are multiplied at once begin.
@@ -285,23 +282,22 @@ inline void write_row(const Weight& weight, int64_t row, float* to) {
 
 #endif
 
-// Bring rows of codes into tiles, in place. The rows are a multiple of 16.
-inline void to_tiles(uint8_t* codes, int64_t rows, int64_t row_bytes, bool four) {
-    std::vector<uint8_t> own(kTile * row_bytes);
-    for (int64_t row = 0; row < rows; row += kTile, codes += kTile * row_bytes) {
-        std::copy(codes, codes + kTile * row_bytes, own.begin());
-        for (int64_t i = 0; i < row_bytes; i += 4)
-            for (int64_t o = 0; o < kTile; ++o) {
-                const uint8_t* from = &own[o * row_bytes + i];
-                uint8_t* to = codes + i * kTile + 4 * o;
-                for (int j = 0; j < 4 && !four; ++j) to[j] = from[j] ^ 128;
-                if (!four) continue;
-                // In rows, the first of two codes is in the high half of a byte.
-                for (int j = 0; j < 4; j += 2) {
-                    const uint8_t first = from[j / 2], second = from[j / 2 + 2];
-                    to[j] = uint8_t(first >> 4 | (second & 0xf0));
-                    to[j + 1] = uint8_t((first & 15) | second << 4);
-                }
-            }
-    }
+// The halves of the two lowest bytes as four bytes, the high half of a byte before the low one.
+inline uint32_t spread(uint32_t bytes) {
+    const uint32_t apart = (bytes & 0xff) | (bytes & 0xff00) << 8;
+    return (apart >> 4 & 0x000f000f) | (apart & 0x000f000f) << 8;
+}
+
+// Bring 16 rows of codes into a tile, in place.
+inline void to_tile(uint8_t* codes, int64_t row_bytes, bool four) {
+    static thread_local std::vector<uint8_t> own;
+    own.assign(codes, codes + kTile * row_bytes);
+    for (int64_t i = 0; i < row_bytes; i += 4)
+        for (int64_t o = 0; o < kTile; ++o) {
+            uint32_t word;  // its lowest byte is the first one of the row
+            std::memcpy(&word, own.data() + o * row_bytes + i, sizeof word);
+            // In rows, the first of two codes is in the high half of a byte.
+            word = four ? spread(word) | spread(word >> 16) << 4 : word ^ 0x80808080;
+            std::memcpy(codes + i * kTile + 4 * o, &word, sizeof word);
+        }
 }

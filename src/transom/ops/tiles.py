@@ -31,7 +31,9 @@ def to_tiles(codes: Tensor, *, four: bool) -> None:
     assert native is not None, "as `has_tiles` found"
     rows, width = codes.numel() // codes.size(-1), codes.size(-1)
     address = ctypes.c_void_p(codes.data_ptr())
-    native.transom_to_tiles(address, ctypes.c_int64(rows), ctypes.c_int64(width), int(four))
+    native.transom_to_tiles(
+        address, ctypes.c_int64(rows), ctypes.c_int64(width), int(four), torch.get_num_threads()
+    )
 
 
 def dense_rows(weight: Weight, rows: Tensor) -> Tensor:

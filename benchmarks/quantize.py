@@ -3,7 +3,8 @@
 The trained weights are those of a Q4_1 file, which codes of four bits with zero points or
 minimums in groups of 32 reproduce. So the same function is measured with its channels in another
 order, too, in which the groups of the file are spread over all groups. All programs read the same
-rows of Python's language reference. `python -m benchmarks quantize:permuted` measures one model.
+rows of Python's language reference. `python -m benchmarks quantize:permuted` measures one model, and
+`quantize:permuted,GPTQ` the cases whose names contain the word, with those they are compared with.
 """
 
 from __future__ import annotations
@@ -53,20 +54,24 @@ HELD_OUT = 12_800  # tokens, 50 kB or more
 
 def rows(device: torch.device, part: str = "") -> Iterator[dict[str, Any]]:
     """Yield one row per model and method."""
+    model, _, word = part.partition(",")
     for name in MODELS:
-        if part in ("", name):
+        if model in ("", name):
             opened = open_model("smollm2", device=str(device), dtype="float32")
             if name == "permuted":
                 permute(opened.model)
-            yield from _rows(f"SmolLM2, {name}", opened)
+            yield from _rows(f"SmolLM2, {name}", opened, word.strip())
 
 
-def _rows(name: str, opened: OpenedModel) -> Iterator[dict[str, Any]]:
+def _rows(name: str, opened: OpenedModel, word: str) -> Iterator[dict[str, Any]]:
     location, args = find_model("smollm2"), opened.model.args
     read = token_rows(location, args, STDLIB, tokens=ROWS * LENGTH, joined=True)
     held = unseen(token_rows(location, args, tokens=HELD_OUT, joined=True), read.rows)
     batches, made, seconds = list(batches_of(read.rows)), {}, {}
-    for case, how in METHODS.items():
+    chosen = {case: how for case, how in METHODS.items() if word in case}
+    if any(case.startswith(NEAREST) for case in chosen):
+        chosen = {NEAREST: METHODS[NEAREST], **chosen}
+    for case, how in chosen.items():
         start = time.perf_counter()
         asked = QuantizeArgs.from_dict({**vars(how), "scales": "float16"})
         text = batches if how.calibrated else None
@@ -93,7 +98,8 @@ def _rows(name: str, opened: OpenedModel) -> Iterator[dict[str, Any]]:
             "seconds": seconds[case],
         }
     del made
-    yield from _llama_cpp(name, opened, held, original)
+    if word in "llama.cpp":  # also without a word
+        yield from _llama_cpp(name, opened, held, original)
 
 
 def _llama_cpp(

@@ -3,8 +3,8 @@
 The trained weights are those of a Q4_1 file, which codes of four bits with zero points or
 minimums in groups of 32 reproduce. So the same function is measured with its channels in another
 order, too, in which the groups of the file are spread over all groups. All programs read the same
-rows of Python's language reference. `python -m benchmarks quantize:permuted` measures one model, and
-`quantize:permuted,GPTQ` the cases whose names contain the word, with those they are compared with.
+rows of Python's language reference. `python -m benchmarks quantize:permuted` measures one model,
+and `quantize:permuted,GPTQ` the cases whose names contain the word and what they are compared with.
 """
 
 from __future__ import annotations

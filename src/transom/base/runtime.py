@@ -263,6 +263,12 @@ def large_pages(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def release_memory() -> None:
+    """Give memory that was freed on the CPU back to the system, where the C library is glibc's."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def resident_bytes() -> int:
     """Return the resident memory of this process now, or its peak where only that is known."""
     try:

@@ -6,6 +6,7 @@ A leaf changes its class and gets other parameters (`wq.codes`, `wq.scales`) in 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transom.base.errors import RequestError
-from transom.base.runtime import large_pages
+from transom.base.runtime import large_pages, release_memory
 from transom.layers.linear import Embedding, GroupedLinear, Linear, has_data
 from transom.ops import products as ops
 from transom.quantize import traced
@@ -27,6 +28,7 @@ Dense = Linear | GroupedLinear | Embedding
 # Weights that a product computes at a time: few stay in the cache of a CPU, and many keep other
 # devices busy.
 CPU_BLOCK, BLOCK = 1 << 20, 1 << 26
+TOGETHER = 16 << 20  # bytes of leaves that are brought into tiles at a time
 
 
 class Quantized(nn.Module):
@@ -294,15 +296,24 @@ def tile_weights(model: nn.Module) -> None:
     """
     leaves = [leaf for leaf in quantized_leaves(model).values() if "tiles" not in leaf.part_names]
     fitting = [leaf for leaf in leaves if fits_tiles(leaf.parts, leaf.format)]
-    # All parts side by side, so that they fill large pages. Memory has one more leaf meanwhile.
-    sizes = [_aligned(part.nbytes) for leaf in fitting for part in leaf.parts.values()]
-    room = large_pages(torch.empty(sum(sizes), dtype=torch.uint8))
-    for leaf in fitting:
-        parts = {}
-        for name, part in in_tiles(leaf.parts, leaf.format).items():
-            own, room = room[: part.nbytes], room[_aligned(part.nbytes) :]
-            parts[name] = own.view(part.dtype).view(part.shape).copy_(part)
-        _set_parts(leaf, parts)
+    # Parts lie side by side, so that they fill large pages. Some leaves at a time: memory has their
+    # parts twice meanwhile.
+    while fitting:
+        sizes = itertools.accumulate(_aligned_bytes(leaf) for leaf in fitting)
+        count = 1 + sum(size <= TOGETHER for size in sizes)
+        some, fitting = fitting[:count], fitting[count:]
+        room = large_pages(torch.empty(sum(map(_aligned_bytes, some)), dtype=torch.uint8))
+        for leaf in some:
+            parts = {}
+            for name, part in in_tiles(leaf.parts, leaf.format).items():
+                own, room = room[: part.nbytes], room[_aligned(part.nbytes) :]
+                parts[name] = own.view(part.dtype).view(part.shape).copy_(part)
+            _set_parts(leaf, parts)
+        release_memory()
+
+
+def _aligned_bytes(leaf: Quantized) -> int:
+    return sum(_aligned(part.nbytes) for part in leaf.parts.values())
 
 
 def _aligned(size: int) -> int:

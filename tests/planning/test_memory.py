@@ -54,9 +54,10 @@ def test_plans_are_those_of_models_that_generate():
 
 @pytest.mark.slow
 def test_the_plan_of_smollm2_with_codes_is_its_peak():
-    findings = list(run("memory", model="smollm2"))
-    assert {one.comparison for one in findings} >= {"peak of memory"}
-    assert all(one.ok for one in findings), findings
+    # In a process of its own: this one also has what other tests have imported.
+    code = "from transom.cli.main import main; main(['verify', 'memory', 'smollm2'])"
+    printed = run_python(code)
+    assert "peak of memory" in printed and "comparisons passed" in printed, printed
 
 
 def allocated(call) -> int:

@@ -252,7 +252,7 @@ def large_pages(tensor: torch.Tensor) -> torch.Tensor:
     """Ask for large pages for the memory of a new tensor, and return it.
 
     Memory in pages of 2 MB is read faster, by a tenth where all of it is read in turn. This has to
-    come before the first number is written. It does nothing to other devices than the CPU, and on
+    come before the first number is written. It does nothing on other devices than the CPU, and on
     systems other than Linux.
     """
     if tensor.device.type == "cpu" and sys.platform == "linux":

@@ -1,8 +1,9 @@
 """The decode plan: the blocks of a built model as one call in C++ for a few rows on the CPU.
 
 A step of one token runs some ten small operators per block, and PyTorch needs longer to start them
-than the CPU needs to compute them. A plan points to the weights where they are: nothing is copied
-or patched. Blocks with an option that C++ doesn't cover run as modules, between those that it does.
+than the CPU needs to compute them. A plan points to the weights of the model. Dense ones stay as
+they are, and codes are brought into tiles (`quantize.leaves.tile_weights`). Blocks with an option
+that C++ doesn't cover run as modules, between those that it does.
 """
 
 from __future__ import annotations

@@ -236,4 +236,4 @@ def _unpacked(folder: Path, name: str, model: LLM) -> Iterator[Finding]:
             expected = codes.unpacked(stored, less_one)
             yield close("weights = files", f"{name}, {module}", measured, expected, ROUNDING / 10)
         elif "qweight" in stored:
-            notice(f"{name}: no second name is known for {module}, which is not compared")
+            notice(f"{name}: {module} is not compared: the table of names for this check lacks it")

@@ -28,7 +28,7 @@ def open_float8(
     Raises:
         RequestError: The weight is missing, or a tensor has another shape or dtype.
     """
-    require("weight" in stored, where, sorted(stored), "expected weight, too")
+    require("weight" in stored, where, sorted(stored), "expected a tensor `weight` too")
     weight, scales = stored["weight"], stored["weight_scale_inv"]
     kind = torch.float8_e4m3fn
     require(weight.dtype == kind, f"{where}.weight: dtype", weight.dtype, f"expected {kind}")

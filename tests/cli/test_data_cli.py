@@ -16,10 +16,10 @@ from transom.cli import finetune
 from transom.cli.main import Parser
 from transom.data.chat.packing import first_fit_decreasing
 from transom.data.chat.rows import COUNTS
+from transom.distributed.ranks import ALONE
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.tokenizers.training import byte_tokenizer
 from transom.training.finetune.data import open_finetune_data
-from transom.training.loop.ranks import ALONE
 
 CHATML = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 TALK = {

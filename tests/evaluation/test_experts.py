@@ -91,8 +91,8 @@ def test_held_out_text_is_read_no_further_than_the_budget():
     import numpy as np
 
     from tests.helpers import random_model, tiny_args
+    from transom.distributed.ranks import Ranks
     from transom.training.loop.monitor import Monitor
-    from transom.training.loop.ranks import Ranks
 
     class Documents:
         read = 0

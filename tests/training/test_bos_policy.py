@@ -6,9 +6,9 @@ import pytest
 
 from tests.training.runs import tiny_args as tiny_run
 from tests.training.runs import tiny_config, without_bos
+from transom.distributed.ranks import Ranks
 from transom.tokenizers.training import byte_tokenizer
 from transom.training.loop import monitor
-from transom.training.loop.ranks import Ranks
 from transom.training.loop.run_data import open_data
 from transom.training.loop.setup import open_run
 

@@ -10,9 +10,9 @@ from tests.training.runs import MODEL, losses, tiny_args
 from tests.training.test_head_runs import config as head_config
 from transom.base import runtime
 from transom.config.model_args import ModelArgs
+from transom.distributed.ranks import Ranks
 from transom.training.loop import dtype_choice
 from transom.training.loop.dtype_choice import DtypeChoice, timed_batch
-from transom.training.loop.ranks import Ranks
 from transom.training.loop.setup import open_run
 from transom.training.loop.trainer import Trainer
 

@@ -19,6 +19,8 @@ from tests.training.runs import losses, tiny_args, tiny_config
 from transom.base.errors import RequestError, WorkError
 from transom.checkpoints.load import load
 from transom.cli.main import main
+from transom.config.parallel_args import ParallelArgs
+from transom.distributed.mesh import Meshes
 from transom.training.config import read_config
 from transom.training.loop import run_folder
 from transom.training.loop.monitor import Monitor
@@ -60,7 +62,8 @@ def full(*_):
 
 def two_ranks(rank, folder):
     torch.distributed.init_process_group("gloo", f"file://{folder}/ranks", rank=rank, world_size=2)
-    folder, ranks = Path(folder), {"rank": rank, "world_size": 2}
+    folder = Path(folder)
+    ranks = {"meshes": Meshes.make(ParallelArgs(replicate=2, shard=1), "cpu")}
     args = tiny_args(folder, f"out={folder}/two", "dtype=float32")
     _, score = train(args, **ranks)
     (folder / f"score{rank}").write_text(json.dumps(score.row()))

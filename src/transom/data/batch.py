@@ -39,13 +39,16 @@ class Batch:
     Attributes:
         tokens: Input ids, int64 [B, T].
         targets: The id to predict at each token, int64 [B, T], or the label of each row, int64 [B];
-        NO_TARGET where
-            there is no loss.
+            NO_TARGET where there is no loss.
         weights: Loss weight of each target, float32 [B, T]; None if all targets have the same
-        weight. lengths: Tokens of each padded row, int64 [B]. sizes: Tokens of each document of
-        each row; they sum to the length of the row. rows_per_item: Neighbouring rows that belong
-        together: 2 for pairs, the group size for sampled answers.
-            `micro_batches` does not separate them.
+            weight.
+        lengths: Tokens of each padded row, int64 [B].
+        sizes: Tokens of each document of each row; they sum to the length of the row.
+        rows_per_item: Neighbouring rows that belong together: 2 for pairs, the group size for
+            sampled answers. `micro_batches` does not separate them.
+        positions: Position of each token, int64 [B, T], -1 for padding, in place of `lengths` and
+            `sizes`: where a rank has only some tokens of a row.
+        segments: Document of each of these tokens, int64 [B, T].
         extras: Tensors [B] or [B, T] that only one objective reads, by name.
     """
 
@@ -55,6 +58,8 @@ class Batch:
     lengths: Tensor | None = None
     sizes: tuple[tuple[int, ...], ...] | None = None
     rows_per_item: int = 1
+    positions: Tensor | None = None
+    segments: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -79,6 +84,8 @@ class Batch:
     def inputs(self) -> TransformerInput:
         """Return the arguments of the model's forward pass."""
         sizes = self.sizes
+        if self.positions is not None:
+            return TransformerInput(self.tokens, self.positions, segments=self.segments)
         if sizes is not None and self._concatenated:
             sizes = (tuple(chain(*sizes)),)
         # Rows of one document each need no sizes, and then share one set of positions.

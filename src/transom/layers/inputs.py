@@ -37,6 +37,8 @@ class TransformerInput:
         image_embedding: Rows that replace token embeddings, such as those of image patches.
         sizes: Document lengths in tokens where rows are packed: a flat list for one row, otherwise
             one list per row. Each document has its own positions and attends to itself only.
+        segments: Integers [B, T], the document of each token, with `tokens_position` [B, T] instead
+            of `sizes`: tokens of a document may then be anywhere in its row.
         lengths: int [B], the number of real tokens of each row where rows are padded on the right.
         context: [B, S, context_dim], states that cross-attention reads. All documents of a packed
             row share it. With a cache it is given once, with the first tokens.
@@ -48,6 +50,7 @@ class TransformerInput:
     tokens_position: int | Tensor | None = None
     image_embedding: MaskedEmbedding | None = None
     sizes: Sequence[int] | Sequence[Sequence[int]] | None = None
+    segments: Tensor | None = None
     lengths: Tensor | None = None
     context: Tensor | None = None
     context_lengths: Tensor | None = None

@@ -64,7 +64,8 @@ class LatentAttention(nn.Module):
             if mla.q_lora_rank is None
             else self.wq_b(self.q_a_norm(self.wq_a(x_BTD)))
         )
-        q_BTNH = q.unflatten(-1, (layer.n_heads, -1))
+        # -1 instead of the number of heads: with tensor parallelism a rank has a share of them.
+        q_BTNH = q.unflatten(-1, (-1, mla.qk_nope_head_dim + mla.qk_rope_head_dim))
         q_nope, q_rope = q_BTNH.split((mla.qk_nope_head_dim, mla.qk_rope_head_dim), -1)
         latent, k_rope = (
             self.wkv_a(x_BTD).unsqueeze(-2).split((mla.kv_lora_rank, mla.qk_rope_head_dim), -1)
@@ -98,7 +99,9 @@ class LatentAttention(nn.Module):
         """
         mla = self.mla
         latent, k_rope = view.states[0].split((mla.kv_lora_rank, mla.qk_rope_head_dim), -1)
-        up = self.wkv_b(latent.squeeze(-2)).unflatten(-1, (self.layer.n_heads, -1))
+        up = self.wkv_b(latent.squeeze(-2)).unflatten(
+            -1, (-1, mla.qk_nope_head_dim + mla.v_head_dim)
+        )
         k_nope, v = up.split((mla.qk_nope_head_dim, mla.v_head_dim), -1)
         k = torch.cat((k_nope, k_rope.expand(*k_nope.shape[:-1], -1)), -1)
         q = torch.cat((q_nope, q_rope), -1)
@@ -112,7 +115,9 @@ class LatentAttention(nn.Module):
         Arguments and result are those of `expanded`.
         """
         mla = self.mla
-        up_NHR = self.wkv_b.weight.to(q_nope.dtype).unflatten(0, (self.layer.n_heads, -1))
+        up_NHR = self.wkv_b.weight.to(q_nope.dtype).unflatten(
+            0, (-1, mla.qk_nope_head_dim + mla.v_head_dim)
+        )
         up_k, up_v = up_NHR.split((mla.qk_nope_head_dim, mla.v_head_dim), 1)
         q = torch.cat((torch.einsum("btnh,nhr->btnr", q_nope, up_k), q_rope), -1)
         # Values are the latents alone. To keep the rotary part and drop it from the result saves a

@@ -88,7 +88,7 @@ def place_tokens(inputs: TransformerInput, cache: ModelCache | None) -> Place:
         documents = tuple(size for row in sizes for size in row)
         return Place(positions_BT, segments_BT, Layout(documents))
     if isinstance(inputs.tokens_position, Tensor):
-        return Place(torch.atleast_2d(inputs.tokens_position.to(device)), None, None)
+        return Place(torch.atleast_2d(inputs.tokens_position.to(device)), inputs.segments, None)
     start = inputs.tokens_position or 0
     return Place(offsets_1T + start, None, Layout((count,) * rows, start, padded))
 
@@ -173,6 +173,7 @@ def check_input(args: ModelArgs, inputs: TransformerInput, cache: ModelCache | N
     fits = inputs.logits in ("all", "last", "none")
     require(fits, "logits", inputs.logits, "expected all, last or none")
     check_positions(inputs)
+    check_segments(inputs)
     check_context(args, inputs, cache)
     if inputs.image_embedding is not None and args.vision_args is None:
         raise RequestError("image_embedding: got one; expected a model with vision_args")
@@ -211,6 +212,17 @@ def check_positions(inputs: TransformerInput) -> None:
         require(fits, "tokens_position", found, f"expected integers [{count}] or [{rows}, {count}]")
     elif given is not None:
         require(given >= 0, "tokens_position", given, "expected an integer of 0 or more")
+
+
+def check_segments(inputs: TransformerInput) -> None:
+    """Raise a `RequestError` unless `segments` has a document for each token with a position."""
+    given, shape = inputs.segments, inputs.tokens.shape
+    if given is None:
+        return
+    placed = isinstance(inputs.tokens_position, Tensor)
+    fits = placed and given.shape == shape and given.dtype in (torch.int64, torch.int32)
+    expected = f"expected integers {list(shape)} with a tensor tokens_position"
+    require(fits, "segments", f"{given.dtype} {list(given.shape)}", expected)
 
 
 def check_context(args: ModelArgs, inputs: TransformerInput, cache: ModelCache | None) -> None:

@@ -15,6 +15,7 @@ from transom.base.fields import SEED, check_bounds, describe, read, type_at, wri
 from transom.base.yaml_files import read_yaml, word_value
 from transom.config.layer_args import HeadArgs
 from transom.config.model_args import ModelArgs
+from transom.config.parallel_args import ParallelArgs
 from transom.config.presets import preset
 from transom.data.text.sources import SourceArgs
 from transom.training.finetune.args import FinetuneArgs
@@ -152,6 +153,7 @@ class TrainArgs:
         at_most=1.0,
     )
     short_rows_split: int = describe(2, "pieces of a row while rows are short", at_least=1)
+    parallel: ParallelArgs = describe(ParallelArgs, "how ranks share the model and its rows")
     device: str = describe("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = describe(
         "auto", "dtype of matrix products; weights stay float32; float16 needs a GPU"

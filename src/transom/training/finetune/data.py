@@ -21,13 +21,13 @@ from transom.data.chat.rows import ChatEncoder, EncodedChats, template_for
 from transom.data.chat.shards import prepare_chats
 from transom.data.row_kinds import Problem
 from transom.data.text.sources import require_whole
+from transom.distributed.ranks import Ranks
 from transom.evaluation.bits import batches_by_length
 from transom.planning.tables import counted
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
 from transom.training.defaults import RowChoice, choose_rows
 from transom.training.finetune.args import require_kinds
-from transom.training.loop.ranks import Ranks
 from transom.training.loop.run_data import NOTHING_HELD_OUT, TOKENS, RunData
 from transom.training.rl.rewards import Reward, open_reward
 from transom.training.rl.rollouts import QuestionBatches, Questions, encode_questions
@@ -87,7 +87,7 @@ def open_finetune_data(
     if objective == "kto" and len(held.items) == 1:
         notice("held out: 1 example; kto has no other one to compare it with, so there is no score")
         held = EncodedChats([])
-    choice = choose_rows(rows.lengths, args, ranks.world_size)
+    choice = choose_rows(rows.lengths, args, ranks.row_ranks)
     if args.finetune_settings.packing and not choice.packing:
         ranks.say(
             f"finetune.packing: got true; rows of {objective} are padded, because each "
@@ -104,8 +104,8 @@ def open_finetune_data(
         packs=choice.packs,
         rows_per_step=choice.batch_size,
         seed=args.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        rank=ranks.row_rank,
+        world_size=ranks.row_ranks,
     )
     return FinetuneData(
         batches,
@@ -148,7 +148,7 @@ def _questions(
     finetune = args.finetune_settings
     reward = open_reward(finetune.reward)
     asked, held = (questions_of(examples, args, encoder, reward) for examples in (train, measured))
-    choice = choose_rows([len(row.ids) for row in asked.rows], args, ranks.world_size)
+    choice = choose_rows([len(row.ids) for row in asked.rows], args, ranks.row_ranks)
     ranks.say(f"training set: {asked}; held out: {held}")
     batches = QuestionBatches(
         asked.rows,
@@ -156,8 +156,8 @@ def _questions(
         answer_tokens=finetune.answer_tokens,
         rows_per_step=choice.batch_size,
         seed=args.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        rank=ranks.row_rank,
+        world_size=ranks.row_ranks,
     )
     return FinetuneData(
         batches,

@@ -7,11 +7,11 @@ import torch
 from transom.base.runtime import dtype_name, evaluating
 from transom.checkpoints.load import load
 from transom.checkpoints.open_model import load_tokenizer
+from transom.distributed.ranks import Ranks
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
 from transom.training.finetune.data import FinetuneData, held_batches
-from transom.training.loop.ranks import Ranks
 from transom.training.losses.distillation import Distillation, check_same_tokenizer
 from transom.training.losses.objectives import NextToken, Objective
 from transom.training.losses.preferences import Preference, precompute_reference

@@ -73,7 +73,7 @@ def finetune_parts(args: TrainArgs, choice: DtypeChoice) -> RunParts:
             notice(line)
     lora = finetune.method == "lora"
     if choice.is_open:
-        items, timed = data.choice.batch_size // ranks.world_size, NextToken(model, args.loss_chunk)
+        items, timed = data.choice.batch_size // ranks.row_ranks, NextToken(model, args.loss_chunk)
         choice.settle(model, timed, data.batches, items, frozen=lora)
         if lora:
             del model, timed  # before there is another model

@@ -18,10 +18,10 @@ from transom.base.runtime import dtype_name, is_out_of_memory
 from transom.config.model_args import ModelArgs
 from transom.data.batch import Batch
 from transom.data.order import Batches
+from transom.distributed.ranks import Ranks
 from transom.models.llm import LLM
 from transom.planning.counts import parameters
 from transom.training.loop.random_states import random_state, restore_random_state
-from transom.training.loop.ranks import Ranks
 from transom.training.losses.objectives import Objective
 
 TIMED_TOKENS = 2048  # enough to find the faster dtype

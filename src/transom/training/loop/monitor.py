@@ -16,6 +16,7 @@ import torch
 
 from transom.base.errors import WorkError
 from transom.base.runtime import memory_bytes
+from transom.distributed.ranks import Ranks
 from transom.evaluation.bits import first_documents, score_each
 from transom.evaluation.experts import expert_tokens, token_row
 from transom.evaluation.score import Score
@@ -25,7 +26,6 @@ from transom.layers.inputs import TransformerInput
 from transom.planning.counts import flops_per_token
 from transom.training.config import TrainArgs
 from transom.training.loop.progress import Progress, ProgressLine, duration
-from transom.training.loop.ranks import Ranks
 from transom.training.loop.run_folder import RunFolder
 from transom.training.loop.run_parts import RunParts
 from transom.training.loop.step import StepResult

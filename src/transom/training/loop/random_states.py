@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from transom.base.runtime import mixed_seed
-from transom.training.loop.ranks import Ranks
+from transom.distributed.ranks import Ranks
 
 # Names in a checkpoint of the generators of the host and the GPU, with `.N` for rank N above 0.
 RANDOM = ("rng", "rng_cuda")
@@ -52,12 +52,14 @@ def take_random_states(ranks: Ranks, tensors: dict[str, Tensor], seed: int, step
 
 
 def seed_apart(ranks: Ranks, seed: int, step: int = 0) -> None:
-    """Give every rank but the first its own random numbers for dropout and noise.
+    """Give every share of a batch but the first its own random numbers for dropout and noise.
+
+    Tensor ranks compute the same rows, with the same numbers.
 
     Call it after the weights are initialised, which all ranks do alike.
     """
-    if ranks.rank:
-        torch.manual_seed(mixed_seed(seed, ranks.rank, step))
+    if ranks.token_rank:
+        torch.manual_seed(mixed_seed(seed, ranks.token_rank, step))
 
 
 def _name(name: str, rank: int) -> str:

@@ -23,11 +23,11 @@ from transom.data.order import Batches
 from transom.data.text.batches import TextBatches
 from transom.data.text.shards import Corpus, TokenFile, prepare
 from transom.data.text.sources import SourceArgs, require_whole
+from transom.distributed.ranks import Ranks
 from transom.planning.tables import counted
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.config import TrainArgs
 from transom.training.defaults import head_rows
-from transom.training.loop.ranks import Ranks
 
 # The name of a hash of all rows: it changes with a source, the chat template and the longest row.
 TOKENS = "the tokens of the rows"
@@ -90,8 +90,8 @@ def open_data(
         seq_len=args.data.seq_len,
         rows_per_step=rows_per_step,
         seed=args.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        rank=ranks.row_rank,
+        world_size=ranks.row_ranks,
     )
     hashes = {name: corpus.sha256 for name, corpus in corpora.items()}
     held_out = {name: one.held_out for name, one in corpora.items() if len(one.held_out)}
@@ -101,15 +101,15 @@ def open_data(
 
 def _labelled(args: TrainArgs, head: HeadArgs, tokenizer: Tokenizer, ranks: Ranks) -> RunData:
     # Negatives are the other rows of a rank: cutting a step changes the loss.
-    divisible = head.kind == "classification" or ranks.world_size == 1
-    require(divisible, "ranks", ranks.world_size, "expected 1 with an embedding head")
+    divisible = head.kind == "classification" or ranks.row_ranks == 1
+    require(divisible, "ranks", ranks.row_ranks, "expected 1 with an embedding head")
     sources = args.data.source_list
     for source in sources:
         require_whole(source, "a model with a head")
     rows = [row for source in sources for row in read_labelled(source.path, head.kind)]
     labels = label_names(rows, head.num_labels) if head.kind == "classification" else None
     train, held_out = split_held_out(rows, args.data.held_out)
-    shares = ranks.world_size * args.accumulate
+    shares = ranks.row_ranks * args.accumulate
     rows_per_step = head_rows(len(train), head.kind, args.data.batch_size, shares)
     ranks.say(
         f"{len(train)} labelled lines to train on, {rows_per_step} in a step, "
@@ -122,8 +122,8 @@ def _labelled(args: TrainArgs, head: HeadArgs, tokenizer: Tokenizer, ranks: Rank
         seq_len=args.data.seq_len,
         rows_per_step=rows_per_step,
         seed=args.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        rank=ranks.row_rank,
+        world_size=ranks.row_ranks,
     )
     hashes = {source.label: sha256_of(Path(source.path)) for source in sources}
     scored = encode_rows(held_out, tokenizer, labels, args.data.seq_len) if held_out else []

@@ -12,13 +12,13 @@ from transom.checkpoints.load import load
 from transom.checkpoints.open_model import load_tokenizer
 from transom.checkpoints.state import meta_model
 from transom.data.text.sources import held_out, read_split
+from transom.distributed.ranks import Ranks
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.tokenizers.training import byte_tokenizer, train_bpe, train_chars
 from transom.training.config import TrainArgs
 from transom.training.loop.checkpoint_writer import AdapterWriter, Companions, ModelWriter
 from transom.training.loop.dtype_choice import DtypeChoice
-from transom.training.loop.ranks import Ranks
 from transom.training.loop.run_data import RunData, open_data
 from transom.training.loop.run_folder import RunFolder
 from transom.training.losses.objectives import HeadObjective, NextToken, Objective
@@ -101,7 +101,7 @@ def _objective(args: TrainArgs, model: LLM, data: RunData, choice: DtypeChoice) 
     objective: Objective = NextToken(model, args.loss_chunk)
     if head is not None:
         objective = HeadObjective(model, head, args.contrastive_temperature)
-    items = data.rows_per_step // choice.ranks.world_size
+    items = data.rows_per_step // choice.ranks.row_ranks
     choice.settle(model, objective, data.batches, items, frozen=False)
     return objective
 

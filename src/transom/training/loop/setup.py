@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
 from transom.base.errors import notice, require
 from transom.base.runtime import (
@@ -16,6 +15,9 @@ from transom.base.runtime import (
     pick_dtype,
     seed_everything,
 )
+from transom.distributed.mesh import Meshes
+from transom.distributed.parallelize import parallelize
+from transom.distributed.ranks import Ranks
 from transom.planning.counts import parameters
 from transom.training.config import TrainArgs
 from transom.training.effects import check_effects
@@ -28,7 +30,6 @@ from transom.training.loop.continuation import (
 )
 from transom.training.loop.dtype_choice import DtypeChoice
 from transom.training.loop.random_states import seed_apart
-from transom.training.loop.ranks import Ranks
 from transom.training.loop.run_folder import RunFolder
 from transom.training.loop.run_parts import continued_parts, new_parts
 from transom.training.loop.trainer import Trainer
@@ -42,9 +43,7 @@ def open_run(
     resume: bool = False,
     quiet: bool = False,
     profile_steps: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    mesh: DeviceMesh | None = None,
+    meshes: Meshes | None = None,
 ) -> Trainer:
     """Open the run that a config describes.
 
@@ -56,9 +55,7 @@ def open_run(
         resume: Continue from the latest step; from the beginning if no step was saved.
         quiet: Print no progress.
         profile_steps: Number of steps that are profiled.
-        rank: Index of this process.
-        world_size: Number of processes that share each batch.
-        mesh: The ranks that communicate. None stands for the default process group.
+        meshes: The ranks that train together, see `distributed.launch.joined`. None is one rank.
 
     Returns:
         A trainer, in the state of the latest step or at the beginning.
@@ -70,6 +67,7 @@ def open_run(
     device = pick_device(args.device)
     bound_kernel_caches()
     dtype = pick_dtype(args.dtype, device)
+    rank, world_size = (0, 1) if meshes is None else (meshes.rank, meshes.args.world_size)
     if args.tensorboard and rank == 0:
         writer_class()
     if args.activation_offload and device.type == "cpu":
@@ -80,11 +78,11 @@ def open_run(
         torch.set_flush_denormal(True)
     seed_everything(args.seed)
     _check_apart(args)
-    shares = args.accumulate * world_size
+    shares = args.accumulate * (1 if meshes is None else meshes.args.rows)
     size = args.data.batch_size
     expected = f"expected a multiple of accumulate x ranks = {shares}"
     require(size is None or size % shares == 0, "data.batch_size", size, expected)
-    run, ranks = RunFolder(args.out), Ranks(rank, world_size, device, mesh, quiet)
+    run, ranks = RunFolder(args.out), Ranks(rank, world_size, device, meshes, quiet)
 
     def check_folder() -> None:
         run.lock()
@@ -136,6 +134,8 @@ def _open_trainer(
         from transom.training.finetune.weights import finetune_parts
 
         parts = finetune_parts(args, choice)
+    if ranks.meshes is not None:
+        parallelize(parts.model, ranks.meshes)
     args = _with_scores(parts.args or args, parts.data.rows_per_step)
     if resume:
         check_as_begun(run.path, args, parts.data.hashes, parts.tokenizer)

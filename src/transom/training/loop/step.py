@@ -16,13 +16,13 @@ from transom.base.errors import RequestError, WorkError, notice, require
 from transom.base.interrupts import STOPS
 from transom.base.runtime import is_out_of_memory, memory_bytes, reset_peak_memory, synchronize
 from transom.data.batch import Batch
+from transom.distributed.ranks import Ranks
 from transom.training.config import TrainArgs
 from transom.training.loop.blocks import OFFLOAD_MIN_BYTES, arrange_blocks
 from transom.training.loop.nonfinite import locate_nonfinite
 from transom.training.loop.profile import StepClock
 from transom.training.loop.progress import Progress, ProgressLine, StopRequest
 from transom.training.loop.random_states import random_state, restore_random_state
-from transom.training.loop.ranks import Ranks
 from transom.training.loop.run_folder import RunFolder
 from transom.training.loop.run_parts import RunParts
 from transom.training.losses.balance import RouterCounts, router_parts, update_choice_biases
@@ -148,7 +148,7 @@ class Stepper:
             self.optimizers.zero_grad()
             raise
         for total in sums.values():
-            self.ranks.sum(total)
+            self.ranks.sum_parts(total)
         counts = {name: sums.pop(name) for name in RouterCounts._fields if name in sums}
         router = RouterCounts(**counts) if counts else None
         parts = {name: float(value) for name, value in sums.items()}
@@ -214,17 +214,18 @@ class Stepper:
 
     def _accumulate(self, micro_batches: Sequence[Batch], totals: StepTotals) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
-        moe = self.model.args.moe_args
+        moe, ranks = self.model.args.moe_args, self.ranks
+        over_rows = ranks.over_tokens if ranks.divides_rows else None
         for micro in micro_batches:
             with self.clock.part("data"):
-                micro = micro.to(self.device)
+                micro = self.ranks.cut(micro.to(self.device))
             with self._autocast(), self.clock.part("forward"):
                 output = self.model(replace(micro.inputs(), logits="none"))
             with self._autocast(), self.clock.part("loss"):
                 parts = self.objective.loss(output, micro, totals.units)
                 loss = parts["loss"]
                 if moe is not None and output.router:
-                    weighted, more = router_parts(output.router, moe, totals.tokens)
+                    weighted, more = router_parts(output.router, moe, totals.tokens, over_rows)
                     loss, parts = loss + weighted, parts | more
             with self.clock.part("backward"):
                 self.scaler.scale(loss).backward()
@@ -234,13 +235,12 @@ class Stepper:
 
     def _reduced_norm(self) -> Tensor:
         """Sum the gradients over ranks and clip them; return their global norm before clipping."""
-        weights = list(self.model.parameters())
-        for weight in weights:
-            if weight.grad is not None:
-                self.ranks.sum(weight.grad)
+        weights, limit = list(self.model.parameters()), self.args.optimizer.max_grad_norm
+        self.ranks.sum_gradients(weights)
         for optimizer in self.optimizers.all:
             self.scaler.unscale_(optimizer)
-        return self.optimizers.clip(weights, self.args.optimizer.max_grad_norm)
+        clip = self.ranks.clip if self.ranks.divided else self.optimizers.clip
+        return clip(weights, limit)
 
     def _apply(self, router: RouterCounts | None, micro_batches: Sequence[Batch]) -> float:
         """Update the weights, and return the norm of the gradients before clipping.

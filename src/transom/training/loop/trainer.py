@@ -100,8 +100,12 @@ class Trainer(Stepper):
     def _interruptible(self) -> Iterator[None]:
         """Let a signal end work without communication at once, on all ranks.
 
-        A resumed run repeats the work, because `progress.unmeasured` is stored.
+        A resumed run repeats the work, because `progress.unmeasured` is stored. Ranks that call the
+        model together finish the work first.
         """
+        if self.ranks.divided:
+            yield
+            return
         try:
             with self.stop.at_once(apart=True):
                 yield
@@ -160,7 +164,7 @@ class Trainer(Stepper):
         scores: dict[str, Score] = {}
         with self._interruptible(), self._as_saved(), autocast:
             scores = self.monitor.scores(max_tokens)
-        shares = self.ranks.each(scores)
+        shares = self.ranks.gathered(scores)
         named = {name: sum((share[name] for share in shares), Score()) for name in scores}
         return self.monitor.log_scores(named, key)
 

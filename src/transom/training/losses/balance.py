@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -77,12 +77,24 @@ class RouterLosses(NamedTuple):
     tokens: Tensor
 
 
-def router_losses(router: Sequence[RouterStatistics], moe: MoeArgs) -> RouterLosses:
+def router_losses(
+    router: Sequence[RouterStatistics], moe: MoeArgs, add: Callable[[Tensor], Tensor] | None = None
+) -> RouterLosses:
     """Return the auxiliary loss of `moe` and the z-loss, see `RouterLosses`.
 
     The z-loss is the mean squared logsumexp of the logits (ST-MoE, arXiv 2202.08906).
+
+    Args:
+        router: The statistics of each layer.
+        moe: The settings of the experts.
+        add: Sums a tensor over the ranks that have tokens of the same rows. `weighted` and `tokens`
+            then add up over these ranks, too.
     """
     sums = [router_sums(layer) for layer in router]
+    if add is not None:
+        sums = [
+            one._replace(picks_BE=add(one.picks_BE), tokens_B=add(one.tokens_B)) for one in sums
+        ]
     tokens = sums[0].tokens_B.sum()
     z = torch.stack([layer.squared_logsumexp for layer in sums]).mean() / tokens.clamp(min=1)
     weighted = moe.z_loss_coef * z
@@ -93,7 +105,10 @@ def router_losses(router: Sequence[RouterStatistics], moe: MoeArgs) -> RouterLos
 
 
 def router_parts(
-    router: Sequence[RouterStatistics], moe: MoeArgs, tokens: Tensor
+    router: Sequence[RouterStatistics],
+    moe: MoeArgs,
+    tokens: Tensor,
+    add: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of one micro-batch that training adds, and tensors that sum up over a step.
 
@@ -103,8 +118,9 @@ def router_parts(
         router: The statistics of each layer.
         moe: The settings of the experts.
         tokens: Tokens of the step over all micro-batches and ranks.
+        add: Sums over the ranks that have tokens of the same rows, see `router_losses`.
     """
-    losses = router_losses(router, moe)
+    losses = router_losses(router, moe, add)
     share = losses.tokens / tokens
     parts = {"z_loss": losses.z * share, **RouterCounts.of(router)._asdict()}
     if losses.aux is not None:

@@ -18,6 +18,7 @@ from transom.base.runtime import evaluating
 from transom.cache.model_cache import ModelCache
 from transom.chat.reasoning import marker_ids
 from transom.data.batch import NO_TARGET, Batch
+from transom.distributed.ranks import ALONE, Ranks
 from transom.evaluation.answers import CACHE_TOKENS
 from transom.evaluation.bits import batches_by_length
 from transom.evaluation.score import Score
@@ -29,7 +30,6 @@ from transom.lora.adapters import adapted_modules
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.training.finetune.args import FinetuneArgs
-from transom.training.loop.ranks import ALONE, Ranks
 from transom.training.losses.log_probs import (
     adapters_off,
     check_frozen_base,
@@ -199,7 +199,7 @@ class PolicyGradient(Objective):
                 "step learns nothing; `no_signal` in metrics.jsonl is the share of such questions"
             )
         advantages_B = group_advantages(rewards_B, batch.group, scale=self.args.scale_rewards)
-        self.step_answers = len(questions) * self.ranks.world_size
+        self.step_answers = len(questions) * self.ranks.row_ranks
         return rollout_batch(batch, answers, rewards_B, advantages_B)
 
     def loss(self, output: TransformerOutput, micro: Batch, units: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,117 @@
+"""How the ranks of a run share a model and its batches. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from transom.base.errors import require
+from transom.base.fields import check_bounds, describe
+from transom.config.model_args import ModelArgs
+
+
+@dataclass(frozen=True)
+class ParallelArgs:
+    """The degree of each kind of parallelism. Their product, without `expert`, is the world size.
+
+    Raises:
+        RequestError: If a degree is below 1, or `expert` does not divide `shard` x `context`.
+    """
+
+    replicate: int = describe(
+        1, "copies of the model, each with its own rows (DDP; with shard: hybrid FSDP)", at_least=1
+    )
+    shard: int | None = describe(
+        None,
+        "ranks that divide weights, gradients and optimizer state (FSDP2), each with its own rows; "
+        "null: all ranks that the other degrees leave",
+        at_least=1,
+    )
+    tensor: int = describe(
+        1, "ranks that divide every matrix and the vocabulary, with the same rows", at_least=1
+    )
+    context: int = describe(1, "ranks that divide the tokens of each row", at_least=1)
+    expert: int = describe(
+        1, "ranks that divide the experts, out of the shard x context ranks", at_least=1
+    )
+    pipeline: int = describe(
+        1, "groups of ranks with consecutive layers; micro-batches run through them", at_least=1
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+    @property
+    def rows(self) -> int:
+        """Number of groups of ranks that have different rows."""
+        return self.replicate * (self.shard or 1)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.rows * self.context * self.tensor * self.pipeline
+
+    @property
+    def divides_model(self) -> bool:
+        """Whether no rank has all weights."""
+        return self.world_size > self.replicate
+
+    def resolved(self, world_size: int) -> ParallelArgs:
+        """Return the degrees for a number of ranks, with a number for `shard`.
+
+        Raises:
+            RequestError: If the degrees do not multiply out to `world_size`.
+        """
+        rest = replace(self, shard=1).world_size
+        shard = self.shard if self.shard is not None else max(1, world_size // rest)
+        found = replace(self, shard=shard)
+        names = ("replicate", "shard", "context", "tensor", "pipeline")
+        product = " x ".join(f"{name} {getattr(found, name)}" for name in names)
+        expected = f"expected {world_size}, the number of ranks"
+        require(found.world_size == world_size, f"parallel: {product}", found.world_size, expected)
+        inner = shard * self.context
+        expected = f"expected a divisor of shard x context = {inner}"
+        require(inner % self.expert == 0, "parallel.expert", self.expert, expected)
+        return found
+
+    def check_model(self, model: ModelArgs) -> None:
+        """Refuse a model that cannot be divided in this way, before any process starts.
+
+        Raises:
+            RequestError: If a degree does not divide what it is to divide, or the model has a part
+                that cannot be divided.
+        """
+        whole = math.gcd(*(self._units(model)))
+        expected = f"expected a divisor of the {whole} heads and hidden features that layers share"
+        require(whole % self.tensor == 0, "parallel.tensor", self.tensor, expected)
+        layers = model.n_layers
+        expected = f"expected at most the {layers} layers of the model"
+        require(self.pipeline <= layers, "parallel.pipeline", self.pipeline, expected)
+        experts = {layer.moe.num_experts for layer in model.layers if layer.moe is not None}
+        if self.expert > 1:
+            count = math.gcd(*experts) if experts else 1
+            expected = f"expected a divisor of the {count} experts of the model"
+            require(count % self.expert == 0, "parallel.expert", self.expert, expected)
+            expected = "expected 1 with parallel.expert: experts are not divided twice"
+            require(self.tensor == 1, "parallel.tensor", self.tensor, expected)
+        unusual = {
+            "qk_norm = projection": any(one.qk_norm == "projection" for one in model.layers),
+            "context_dim": model.context_dim is not None,
+            "vision_args": model.vision_args is not None,
+            "head": model.head is not None,
+        }
+        found = next((name for name, there in unusual.items() if there), None)
+        if self.tensor > 1 or self.context > 1 or self.pipeline > 1:
+            expected = "expected a text model without it for tensor, context and pipeline ranks"
+            require(found is None, "parallel: model", found, expected)
+
+    def _units(self, model: ModelArgs) -> list[int]:
+        """Return the numbers of heads and hidden features, each of which is divided."""
+        units = []
+        for layer in model.layers:
+            units += [layer.n_heads, layer.hidden_dim]
+            units += [] if layer.mla is not None else [layer.n_kv_heads]
+            if layer.moe is not None:
+                units += [size for size in (layer.moe.hidden_dim,) if size is not None]
+                units += [layer.moe.shared_hidden_dim or 0]
+        return units

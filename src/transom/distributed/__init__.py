@@ -1,0 +1,1 @@
+"""Many ranks on torch's own engine: meshes, and what divides a built model from outside."""

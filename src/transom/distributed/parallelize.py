@@ -1,0 +1,69 @@
+"""What divides a built model over ranks, from outside and in one order."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils import _pytree
+
+from transom.distributed.context_parallel import ContextAttend
+from transom.distributed.expert_parallel import divide_experts
+from transom.distributed.mesh import Meshes
+from transom.distributed.tensor_parallel import divide_tensors
+from transom.layers.inputs import TransformerOutput
+from transom.layers.moe import MoE, RouterStatistics
+from transom.models.llm import LLM
+
+
+def parallelize(model: LLM, meshes: Meshes) -> LLM:
+    """Divide a model over the ranks of `meshes`.
+
+    The names of its parameters stay. Parameters that are divided become DTensors, and the gradient
+    of each is the sum over all ranks that computed a part of it. A model that is only replicated
+    is not changed, and its gradients are summed by `Ranks.sum_gradients`.
+
+    Args:
+        model: The model with its adapters and quantized leaves, possibly on the meta device. All
+            ranks have the same one. It is changed in place.
+        meshes: The ranks.
+
+    Returns:
+        The same model.
+    """
+    args = meshes.args
+    # 1. Tensors and experts first: what FSDP divides is this rank's part of them.
+    if args.tensor > 1:
+        divide_tensors(model, meshes.dense["tensor"])
+    if meshes.experts is not None:
+        divide_experts(model, meshes.experts["expert"])
+    # 2. Attention gathers the keys and values of all tokens.
+    if args.context > 1:
+        model.attend = ContextAttend(model.attend, meshes.groups["context"])
+    # 3. FSDP2 last, block by block. (Activation checkpointing and compile replace the `forward` of
+    #    a block, inside of the hooks of FSDP2.)
+    if args.divides_model and meshes.size("tokens") > 1:
+        _shard(model, meshes)
+    return model
+
+
+def _shard(model: LLM, meshes: Meshes) -> None:
+    """Divide weights, gradients and optimizer state over the ranks with different tokens."""
+    # FSDP2 looks for tensors in inputs and outputs, and pytrees do not know dataclasses.
+    for kind in (TransformerOutput, RouterStatistics):
+        if kind not in _pytree.SUPPORTED_NODES:
+            _pytree.register_dataclass(kind)
+    for module in model.modules():
+        if isinstance(module, MoE) and meshes.experts is not None:
+            _fully_shard(module.experts, meshes.expert_fsdp)
+    for block in model.layers:
+        _fully_shard(block, meshes.fsdp)
+    _fully_shard(model, meshes.fsdp)
+
+
+def _fully_shard(module: nn.Module, mesh: DeviceMesh) -> None:
+    fully_shard(module, mesh=mesh)
+    assert isinstance(module, FSDPModule), "its class since the line before"
+    # Losses are sums that are divided by the targets of the step over all ranks.
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)

@@ -6,8 +6,10 @@ import torch
 from tests.helpers import random_model, tiny_args
 from transom.base.errors import collected_notices
 from transom.inference.decode_args import DecodeArgs
+from transom.inference.joined_weights import joined_weights
 from transom.inference.loop import stream
 from transom.inference.sampling import SamplingArgs
+from transom.layers.inputs import TransformerInput
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.methods import quantize_model
 
@@ -104,3 +106,22 @@ def test_compiled_steps_multiply_by_codes(kind, rows):
     (plain, expected), (compiled, got) = results
     assert compiled == plain
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+def kernels(model):
+    """Return the logits of one row, and the number of kernels that compute them."""
+    inputs = TransformerInput(torch.tensor([[5]], device="cuda"))
+    with torch.no_grad():
+        model(inputs)
+        with torch.profiler.profile() as profile:
+            logits = model(inputs).logits
+    return logits, sum(one.device_type.name == "CUDA" for one in profile.events())
+
+
+def test_joined_weights_are_multiplied_by_fewer_kernels():
+    model = random_model(tiny_args()).double().cuda()
+    expected, before = kernels(model)
+    with joined_weights(model):
+        got, count = kernels(model)
+    torch.testing.assert_close(got, expected)
+    assert count <= before - 3 * model.args.n_layers

@@ -16,6 +16,7 @@ from transom.cache.prefix import PrefixCache
 from transom.chat.marking import common_prefix
 from transom.config.model_args import ModelArgs
 from transom.inference.decode_plan import alone
+from transom.inference.joined_weights import joined_weights
 from transom.layers.inputs import TransformerInput, right_padded
 from transom.models.llm import LLM, Runner
 from transom.models.nonfinite import is_finite, nonfinite_weight, watched_outputs
@@ -159,10 +160,13 @@ def with_place(
         step_size: Tokens per forward call of the search.
     """
     ids, rows = array("q"), len(prompts)
+    # On the CPU, a decode plan multiplies by all weights of a block in one call.
+    joined = joined_weights(model) if model.device.type != "cpu" else contextlib.nullcontext()
     try:
-        for new in steps:
-            ids.extend(-1 if id is None else id for id in new)
-            yield new
+        with joined:
+            for new in steps:
+                ids.extend(-1 if id is None else id for id in new)
+                yield new
     except BrokenLogitsError as error:
         texts = [[*prompt, *ids[row::rows]] for row, prompt in enumerate(prompts)]
         texts = [[id for id in text if id >= 0] for text in texts]

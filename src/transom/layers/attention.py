@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from transom.attention.view import CacheView, ScoreArgs
 from transom.config.layer_args import LayerArgs, TemperatureArgs
-from transom.layers.linear import Linear
+from transom.layers.linear import Linear, products
 from transom.layers.norm import make_norm, rmsnorm
 from transom.layers.rope import rotate
 from transom.layers.step import LayerCacheLike, Step
@@ -82,7 +82,7 @@ class Attention(nn.Module):
             have no meaning.
         """
         layer = self.layer
-        q, k, v = self.wq(x_BTD), self.wk(x_BTD), self.wv(x_BTD)
+        q, k, v = products(x_BTD, self.wq, self.wk, self.wv)
         # Casts after norms: under autocast their weights would make queries and keys float32.
         if self.q_norm is not None and self.k_norm is not None and layer.qk_norm == "projection":
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)

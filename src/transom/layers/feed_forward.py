@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transom.config.layer_args import Activation
-from transom.layers.linear import Linear
+from transom.layers.linear import Linear, products
 
 
 def activate(x: Tensor, kind: Activation) -> Tensor:
@@ -43,4 +43,5 @@ class FeedForward(nn.Module):
         """Return the feed-forward [..., dim] of hidden states [..., dim], in the same dtype."""
         if self.w_gate is None:
             return self.w_out(activate(self.w_value(x), self.activation))
-        return self.w_out(activate(self.w_gate(x), self.activation) * self.w_value(x))
+        gate, value = products(x, self.w_gate, self.w_value)
+        return self.w_out(activate(gate, self.activation) * value)

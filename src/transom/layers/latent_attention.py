@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transom.attention.view import CacheView, ScoreArgs
 from transom.config.layer_args import LayerArgs
 from transom.layers.attention import new_view
-from transom.layers.linear import Linear
+from transom.layers.linear import Linear, products
 from transom.layers.norm import make_norm
 from transom.layers.rope import rotate
 from transom.layers.step import LayerCacheLike, Step
@@ -59,17 +59,14 @@ class LatentAttention(nn.Module):
             [B, T, D] in the dtype of `x_BTD`, not added to the residual stream.
         """
         mla, layer = self.mla, self.layer
-        q = (
-            self.wq(x_BTD)
-            if mla.q_lora_rank is None
-            else self.wq_b(self.q_a_norm(self.wq_a(x_BTD)))
-        )
+        compressed = mla.q_lora_rank is not None
+        q, kv = products(x_BTD, self.wq_a if compressed else self.wq, self.wkv_a)
+        if compressed:
+            q = self.wq_b(self.q_a_norm(q))
         # -1 instead of the number of heads: with tensor parallelism a rank has a share of them.
         q_BTNH = q.unflatten(-1, (-1, mla.qk_nope_head_dim + mla.qk_rope_head_dim))
         q_nope, q_rope = q_BTNH.split((mla.qk_nope_head_dim, mla.qk_rope_head_dim), -1)
-        latent, k_rope = (
-            self.wkv_a(x_BTD).unsqueeze(-2).split((mla.kv_lora_rank, mla.qk_rope_head_dim), -1)
-        )
+        latent, k_rope = kv.unsqueeze(-2).split((mla.kv_lora_rank, mla.qk_rope_head_dim), -1)
         if layer.rope is not None:
             table = step.rope[layer.rope]
             q_rope, k_rope = (rotate(x, table, layer.rope.layout) for x in (q_rope, k_rope))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,14 @@ from transom.layers.initial import draw_weight
 
 
 class Linear(nn.Linear):
-    """y = x W^T with a weight [out, in], without a bias by default."""
+    """y = x W^T with a weight [out, in], without a bias by default.
+
+    Attributes:
+        joined: The parameters of this leaf and of others with the same input, one below the other,
+            while `products` multiplies them as one.
+    """
+
+    joined: Mapping[str, Tensor] | None = None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias)
@@ -22,6 +30,23 @@ class Linear(nn.Linear):
         draw_weight(self.weight)
         if self.bias is not None and not self.bias.is_meta:
             nn.init.zeros_(self.bias)
+
+    def multiply(self, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        """Return `forward` with other rows of parameters."""
+        return F.linear(x, rows["weight"], rows.get("bias"))
+
+
+def products(x: Tensor, *leaves: Linear) -> Sequence[Tensor]:
+    """Return the product [..., out] of x [..., in] with each leaf, as one product if it can."""
+    joined: Mapping[str, Tensor] | None = getattr(leaves[0], "joined", None)
+    if joined is None or torch.is_grad_enabled():
+        return [leaf(x) for leaf in leaves]
+    sizes = [leaf.out_features for leaf in leaves]
+    # A compiler computes one row as sums. Of sums of equal size it makes one kernel itself, and
+    # what follows becomes a part of it.
+    if len({*sizes}) == 1 and x.numel() == x.size(-1) and torch.compiler.is_compiling():
+        return [leaf(x) for leaf in leaves]
+    return leaves[0].multiply(x, joined).split(sizes, -1)
 
 
 class Embedding(nn.Embedding):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -99,6 +99,11 @@ class QuantizedLinear(Quantized, Linear):  # type: ignore[override]  # the weigh
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b [..., out] of x [..., in], in the dtype of x or of autocast."""
         return product(x, self.bias, self, self.parts)
+
+    def multiply(self, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        """Return `forward` with other rows of parts and of the bias."""
+        parts = {name: rows[name] for name in self.part_names}
+        return product(x, rows.get("bias"), self, parts)
 
 
 class QuantizedEmbedding(Quantized, Embedding):  # type: ignore[override]  # the weight is read-only

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from transom.base.errors import RequestError, WorkError, notice
 from transom.data.batch import Batch
@@ -147,7 +147,7 @@ class Ranks:
                 copies //= math.prod(
                     grad.device_mesh.size(dim)
                     for dim, place in enumerate(grad.placements)
-                    if isinstance(place, Shard)
+                    if not place.is_replicate()
                 )
             total += torch.linalg.vector_norm(local).double().square() / copies
         dist.all_reduce(total)

@@ -83,6 +83,7 @@ CHECKS = {
         ),
         Check("resume", "interrupted runs against one without", {"model": "", "steps": ""}),
         Check("step", "a training step in micro-batches against the step in one batch"),
+        Check("parallel", "training steps on four ranks against the same steps in one process"),
         Check("data", "packed rows and targets against the documents that they come from"),
         Check(
             "quantize",

@@ -1,0 +1,239 @@
+"""Training steps on several ranks against the same steps in one process."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from transom.base.errors import WorkError
+from transom.config.model_args import ModelArgs
+from transom.config.parallel_args import ParallelArgs
+from transom.data.batch import NO_TARGET, Batch
+from transom.data.order import Batches
+from transom.distributed.mesh import Meshes
+from transom.distributed.parallelize import parallelize
+from transom.distributed.ranks import ALONE, Ranks
+from transom.training.config import read_config
+from transom.training.loop.run_data import RunData
+from transom.training.loop.run_folder import RunFolder
+from transom.training.loop.run_parts import RunParts
+from transom.training.loop.step import Stepper
+from transom.training.losses.objectives import NextToken
+from transom.verify.findings import Finding, difference
+from transom.verify.sample_models import VOCABULARY, sample_model
+from transom.verify.tiny_runs import quiet
+
+RANKS, ROWS, LENGTH, STEPS = 4, 8, 16, 2
+SECONDS = 300  # within which all ranks must have finished
+# Of losses and of gradients. A mean of means differs by 1e-2, a missing term by more.
+TOLERANCES = {torch.float64: (1e-6, 1e-5), torch.float32: (1e-4, 1e-4)}
+DENSE = {"dim": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 64}
+SIZES: dict[str, Any] = {**DENSE, "vocab_size": VOCABULARY, "max_seq_len": 64}
+MLA = {"kv_lora_rank": 16, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
+EXPERTS = {"num_experts": 4, "top_k": 2, "hidden_dim": 32, "balance_scope": "sequence"}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": SIZES,
+    "tied": {**SIZES, "tie_embeddings": True, "qk_norm": "head", "attn_sinks": True},
+    "windowed": {**SIZES, "sliding_window": 5, "layer_pattern": "SF"},
+    "latent": {**SIZES, "n_kv_heads": 4, "mla_args": {**MLA, "v_head_dim": 8}},
+    "experts": {**SIZES, "moe_args": {**EXPERTS, "aux_loss_coef": 0.1, "z_loss_coef": 0.01}},
+}
+FEW = ("llama", "experts")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to share a step.
+
+    Attributes:
+        name: Its name.
+        degrees: The fields of `ParallelArgs`.
+        models: The models that are compared.
+        run: Fields of the run's config.
+        dtype: Dtype of the weights and products.
+    """
+
+    name: str
+    degrees: Mapping[str, int]
+    models: Sequence[str] = tuple(MODELS)
+    run: Mapping[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float64
+
+
+LAYOUTS = (
+    Layout("replicated", {"replicate": 4, "shard": 1}),
+    Layout("replicated, 2 micro-batches", {"replicate": 4, "shard": 1}, run={"accumulate": 2}),
+    Layout("FSDP", {"shard": 4}),
+    Layout("FSDP, 2 micro-batches", {"shard": 4}, run={"accumulate": 2}),
+    Layout("FSDP, float32", {"shard": 4}, FEW, dtype=torch.float32),
+    Layout("FSDP, checkpointing", {"shard": 4}, FEW, {"activation_checkpoint": "full"}),
+    Layout("hybrid FSDP", {"replicate": 2, "shard": 2}),
+    Layout("tensor", {"tensor": 2, "replicate": 2, "shard": 1}),
+    Layout("tensor, float32", {"tensor": 2, "shard": 2}, FEW, dtype=torch.float32),
+    Layout("FSDP x tensor", {"shard": 2, "tensor": 2}),
+    Layout("context", {"context": 4}),
+    Layout("FSDP x context", {"shard": 2, "context": 2}),
+    Layout("context x tensor", {"context": 2, "tensor": 2}),
+    Layout("expert", {"shard": 4, "expert": 4}, ("experts",)),
+    Layout("FSDP x expert", {"shard": 4, "expert": 2}, ("experts",)),
+    Layout("context x expert", {"shard": 2, "context": 2, "expert": 4}, ("experts",)),
+)
+
+
+@quiet()
+def check() -> Iterator[Finding]:
+    """Compare losses, gradients and gradient norms of two steps in every layout.
+
+    Four processes communicate through gloo on this machine. Rows have different numbers of targets,
+    so a mean of the means of ranks would differ.
+    """
+    for layout in LAYOUTS:
+        limits = dict(zip(("loss", "gradient"), TOLERANCES[layout.dtype], strict=True))
+        shares = run_ranks(layout)
+        for model in layout.models:
+            for kind, limit in limits.items():
+                found = [one for share in shares for one in share if one["case"] == (model + kind)]
+                worst = max(found, key=lambda one: one["error"])
+                case = f"{layout.name}, {model}, {kind}"
+                yield Finding("ranks = one process", case, worst["error"], limit, worst["place"])
+
+
+def run_ranks(layout: Layout) -> list[list[dict[str, Any]]]:
+    """Return what each rank found, from processes that end within a bounded time.
+
+    Raises:
+        WorkError: If a rank fails or does not finish.
+    """
+    # Forked processes need no import. They compute on one thread, since a pool of threads does not
+    # survive a fork.
+    context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with tempfile.TemporaryDirectory(prefix="transom-verify-") as folder:
+        processes = [
+            context.Process(target=_rank, args=(rank, folder, layout)) for rank in range(RANKS)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            for process in processes:
+                process.join(SECONDS)
+        finally:
+            for process in processes:
+                process.kill()
+        codes = [process.exitcode for process in processes]
+        if any(codes):
+            text = (Path(folder) / "error").read_text() if Path(folder, "error").exists() else ""
+            raise WorkError(f"verify parallel: {layout.name}: ranks ended with {codes} {text}")
+        return [json.loads((Path(folder) / str(rank)).read_text()) for rank in range(RANKS)]
+
+
+def _rank(rank: int, folder: str, layout: Layout) -> None:
+    """Write what one rank finds, in a process of its own."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    meshes = Meshes.make(ParallelArgs(**layout.degrees), "cpu")
+    found: list[dict[str, Any]] = []
+    try:
+        for model in layout.models:
+            found += _compare(layout, model, Ranks(rank, RANKS, torch.device("cpu"), meshes))
+    except Exception as error:
+        Path(folder, "error").write_text(f"({model}: {type(error).__name__}: {error})")
+        raise
+    Path(folder, str(rank)).write_text(json.dumps(found))
+    dist.destroy_process_group()
+    os._exit(0)  # handlers of the parent process are not those of this one
+
+
+def _compare(layout: Layout, name: str, ranks: Ranks) -> list[dict[str, Any]]:
+    """Return the errors of this rank's losses and gradients, by case."""
+    alone = _steps(layout, name, ALONE)
+    found = []
+    for step, (own, expected) in enumerate(zip(_steps(layout, name, ranks), alone, strict=True)):
+        for key, value in own.items():
+            kind = "loss" if key in ("loss", "aux_loss", "z_loss") else "gradient"
+            error = difference(value, expected[key])
+            place = f"{key} in step {step + 1}"
+            found.append({"case": name + kind, "error": error, "place": place})
+    return found
+
+
+class _Recorder(Stepper):
+    """Takes steps and keeps their gradients before clipping."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.gradients: dict[str, Tensor] = {}
+
+    def _reduced_norm(self) -> Tensor:
+        norm = super()._reduced_norm()
+        self.gradients = {
+            path: whole(weight.grad).clone()
+            for path, weight in self.model.named_parameters()
+            if weight.grad is not None
+        }
+        return norm
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor with the parts of all ranks."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _steps(layout: Layout, name: str, ranks: Ranks) -> list[dict[str, Tensor]]:
+    """Return losses, the gradient norm and all gradients of two steps."""
+    args = read_config(None, base={**_RUN, **layout.run})
+    model = sample_model(ModelArgs.from_dict(MODELS[name]), dtype=layout.dtype).train()
+    if ranks.meshes is not None:
+        parallelize(model, ranks.meshes)
+    batches = _Rows(1000, ROWS, ranks.row_rank, ranks.row_ranks)
+    data = RunData(batches, {}, ROWS)
+    parts: Any = RunParts(model, None, data, NextToken(model), None)  # type: ignore[arg-type]
+    stepper = _Recorder(args, parts, RunFolder("verify"), ranks, torch.float32)
+    results = []
+    for _ in range(STEPS):
+        result = stepper.step()
+        numbers = {"loss": result.loss, "gradient norm": result.grad_norm, **result.parts}
+        tensors = {key: torch.tensor(value, dtype=layout.dtype) for key, value in numbers.items()}
+        results.append({**tensors, **stepper.gradients})
+    return results
+
+
+_RUN: dict[str, Any] = {
+    "data": {"seq_len": LENGTH, "batch_size": ROWS},
+    "model": {"dim": 8, "n_layers": 1, "n_heads": 1, "vocab_size": VOCABULARY, "max_seq_len": 64},
+    "device": "cpu",
+    "dtype": "float32",
+    "optimizer": {"name": "adamw", "max_grad_norm": None},
+}
+_DOCUMENTS = ((5, 11), (16,), (3, 3, 10), (8, 8))
+
+
+class _Rows(Batches):
+    """Rows of random tokens in documents, each with another number of targets."""
+
+    def _load(self, places: Sequence[tuple[int, int]]) -> Batch:
+        rows = []
+        for _, item in places:
+            generator = torch.Generator().manual_seed(item)
+            rows.append(torch.randint(VOCABULARY, (LENGTH + 1,), generator=generator))
+        window_BT = torch.stack(rows)
+        targets_BT = window_BT[:, 1:].clone()
+        for row, (_, item) in enumerate(places):
+            targets_BT[row, : 3 * (item % 5)] = NO_TARGET
+        sizes = tuple(_DOCUMENTS[item % len(_DOCUMENTS)] for _, item in places)
+        return Batch(window_BT[:, :-1].clone(), targets_BT, sizes=sizes)
+
+    def largest(self, micro_batches: int) -> Batch:
+        return next(self._load(self._places()).micro_batches(micro_batches))

@@ -1,0 +1,88 @@
+"""Silent bugs of training on several ranks. The registry is `bugs.py`."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.mutations.planting import Call, changed, changed_everywhere
+from transom.data.batch import Batch
+from transom.distributed import tensor_parallel
+from transom.distributed.context_parallel import cut_rows
+from transom.distributed.expert_parallel import ExchangeDispatcher, ExchangeHandle
+from transom.distributed.ranks import Ranks
+
+
+def mean_of_means() -> AbstractContextManager[None]:
+    """Each rank divides its loss by its own number of targets."""
+
+    def make(original: Call) -> Call:
+        def sum_rows(self: Ranks, tensor: Tensor) -> None:
+            original(self, tensor)
+            tensor.div_(self.row_ranks)  # equal to the sum only if all ranks have as many
+
+        return sum_rows
+
+    return changed(Ranks, "sum", make)
+
+
+def norm_of_one_rank() -> AbstractContextManager[None]:
+    """The gradient norm counts the shards of one rank only."""
+
+    def make(original: Call) -> Call:
+        def clip(self: Ranks, parameters: Any, limit: float | None) -> Tensor:
+            reduced, dist.all_reduce = dist.all_reduce, lambda *_, **__: None
+            try:
+                return original(self, parameters, limit)
+            finally:
+                dist.all_reduce = reduced
+
+        return clip
+
+    return changed(Ranks, "clip", make)
+
+
+def positions_from_zero() -> AbstractContextManager[None]:
+    """Every context rank counts the positions of its tokens from 0."""
+
+    def make(original: Call) -> Call:
+        def cut(batch: Batch, rank: int, ranks: int) -> Batch:
+            made = original(batch, rank, ranks)
+            positions = torch.arange(made.tokens.size(1)).expand_as(made.tokens)
+            return replace(made, positions=positions)
+
+        return cut
+
+    return changed_everywhere(cut_rows, make)
+
+
+def unsorted_return() -> AbstractContextManager[None]:
+    """Outputs of experts are sent back in the order of the experts instead of the ranks."""
+
+    def make(original: Call) -> Call:
+        def combine(
+            self: ExchangeDispatcher, rows: Tensor, handle: ExchangeHandle, weights: Any = None
+        ) -> Tensor:
+            order = torch.arange(len(handle.order_R))
+            return original(self, rows, handle._replace(order_R=order), weights)
+
+        return combine
+
+    return changed(ExchangeDispatcher, "combine", make)
+
+
+def own_gradients_of_norms() -> AbstractContextManager[None]:
+    """Tensor ranks do not add up their gradients of norms."""
+
+    def make(original: Call) -> Call:
+        def show(module: nn.Module, region: Any, *, inside: bool) -> None:
+            original(module, replace(region, scattered=False), inside=False)
+
+        return show
+
+    return changed(tensor_parallel, "_show_parts", make)

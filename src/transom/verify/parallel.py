@@ -54,7 +54,7 @@ FEW = ("llama", "experts")
 
 
 @dataclass(frozen=True)
-class Layout:
+class RankCase:
     """One way to share a step.
 
     Attributes:
@@ -73,22 +73,22 @@ class Layout:
 
 
 LAYOUTS = (
-    Layout("replicated", {"replicate": 4, "shard": 1}),
-    Layout("replicated, 2 micro-batches", {"replicate": 4, "shard": 1}, run={"accumulate": 2}),
-    Layout("FSDP", {"shard": 4}),
-    Layout("FSDP, 2 micro-batches", {"shard": 4}, run={"accumulate": 2}),
-    Layout("FSDP, float32", {"shard": 4}, FEW, dtype=torch.float32),
-    Layout("FSDP, checkpointing", {"shard": 4}, FEW, {"activation_checkpoint": "full"}),
-    Layout("hybrid FSDP", {"replicate": 2, "shard": 2}),
-    Layout("tensor", {"tensor": 2, "replicate": 2, "shard": 1}),
-    Layout("tensor, float32", {"tensor": 2, "shard": 2}, FEW, dtype=torch.float32),
-    Layout("FSDP x tensor", {"shard": 2, "tensor": 2}),
-    Layout("context", {"context": 4}),
-    Layout("FSDP x context", {"shard": 2, "context": 2}),
-    Layout("context x tensor", {"context": 2, "tensor": 2}),
-    Layout("expert", {"shard": 4, "expert": 4}, ("experts",)),
-    Layout("FSDP x expert", {"shard": 4, "expert": 2}, ("experts",)),
-    Layout("context x expert", {"shard": 2, "context": 2, "expert": 4}, ("experts",)),
+    RankCase("replicated", {"replicate": 4, "shard": 1}),
+    RankCase("replicated, 2 micro-batches", {"replicate": 4, "shard": 1}, run={"accumulate": 2}),
+    RankCase("FSDP", {"shard": 4}),
+    RankCase("FSDP, 2 micro-batches", {"shard": 4}, run={"accumulate": 2}),
+    RankCase("FSDP, float32", {"shard": 4}, FEW, dtype=torch.float32),
+    RankCase("FSDP, checkpointing", {"shard": 4}, FEW, {"activation_checkpoint": "full"}),
+    RankCase("hybrid FSDP", {"replicate": 2, "shard": 2}),
+    RankCase("tensor", {"tensor": 2, "replicate": 2, "shard": 1}),
+    RankCase("tensor, float32", {"tensor": 2, "shard": 2}, FEW, dtype=torch.float32),
+    RankCase("FSDP x tensor", {"shard": 2, "tensor": 2}),
+    RankCase("context", {"context": 4}),
+    RankCase("FSDP x context", {"shard": 2, "context": 2}),
+    RankCase("context x tensor", {"context": 2, "tensor": 2}),
+    RankCase("expert", {"shard": 4, "expert": 4}, ("experts",)),
+    RankCase("FSDP x expert", {"shard": 4, "expert": 2}, ("experts",)),
+    RankCase("context x expert", {"shard": 2, "context": 2, "expert": 4}, ("experts",)),
 )
 
 
@@ -110,7 +110,7 @@ def check() -> Iterator[Finding]:
                 yield Finding("ranks = one process", case, worst["error"], limit, worst["place"])
 
 
-def run_ranks(layout: Layout) -> list[list[dict[str, Any]]]:
+def run_ranks(layout: RankCase) -> list[list[dict[str, Any]]]:
     """Return what each rank found, from processes that end within a bounded time.
 
     Raises:
@@ -138,7 +138,7 @@ def run_ranks(layout: Layout) -> list[list[dict[str, Any]]]:
         return [json.loads((Path(folder) / str(rank)).read_text()) for rank in range(RANKS)]
 
 
-def _rank(rank: int, folder: str, layout: Layout) -> None:
+def _rank(rank: int, folder: str, layout: RankCase) -> None:
     """Write what one rank finds, in a process of its own."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", RANKS)
@@ -156,7 +156,7 @@ def _rank(rank: int, folder: str, layout: Layout) -> None:
     os._exit(0)  # handlers of the parent process are not those of this one
 
 
-def _compare(layout: Layout, name: str, ranks: Ranks) -> list[dict[str, Any]]:
+def _compare(layout: RankCase, name: str, ranks: Ranks) -> list[dict[str, Any]]:
     """Return the errors of this rank's losses and gradients, by case."""
     alone = _steps(layout, name, ALONE)
     found = []
@@ -191,7 +191,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _steps(layout: Layout, name: str, ranks: Ranks) -> list[dict[str, Tensor]]:
+def _steps(layout: RankCase, name: str, ranks: Ranks) -> list[dict[str, Tensor]]:
     """Return losses, the gradient norm and all gradients of two steps."""
     args = read_config(None, base={**_RUN, **layout.run})
     model = sample_model(ModelArgs.from_dict(MODELS[name]), dtype=layout.dtype).train()

@@ -5,11 +5,14 @@ minimums in groups of 32 reproduce. So the same function is measured with its ch
 order, too, in which the groups of the file are spread over all groups. All programs read the same
 rows of Python's language reference. `python -m benchmarks quantize:permuted` measures one model,
 and `quantize:permuted,GPTQ` the cases whose names contain the word and what they are compared with.
+`demo` is the model that `transom demo` has left in `runs/demo`: its methods read the files that it
+was trained on, and are measured on files that were held out.
 """
 
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
 import tempfile
 import time
@@ -20,24 +23,43 @@ from typing import Any
 
 import torch
 
-from tests.llama_cpp import LlamaCpp
-from transom.checkpoints.files.location import find_model
+from tests.llama_cpp import LlamaCpp, library
+from transom.checkpoints.files.location import ModelLocation, find_model
 from transom.checkpoints.open_model import OpenedModel, open_model
 from transom.checkpoints.save import save
+from transom.cli.demo import CONFIG
+from transom.cli.demo import library as standard_library
 from transom.data.chat.instructions import NAME as STDLIB
+from transom.data.text.sources import SourceArgs, held_out, read_documents
 from transom.evaluation.agreement import agreement, batches_of, logits_of, next_tokens
 from transom.evaluation.quality import measure_quality, text_bytes, unseen
 from transom.evaluation.quantizing import ROWS
 from transom.evaluation.token_rows import LENGTH, TokenRows, token_rows
+from transom.layers.linear import Linear
 from transom.models.llm import LLM
+from transom.quantize import ggml
 from transom.quantize.args import QuantizeArgs
+from transom.quantize.formats import WeightFormat, quantize
+from transom.quantize.leaves import replace_weight
 from transom.quantize.methods import mean_bits, quantize_model
 
-METHODS = {
+
+def _table(*sizes: float) -> WeightFormat:
+    """Return the format of values of both signs; the largest weight of a group has the largest."""
+    levels = (*sizes, *(-size for size in sizes))
+    return WeightFormat(levels, 64, scales=torch.float16)
+
+
+# As in Table 2 of QLoRA (arXiv 2305.14314), 64 weights have a scale, by their largest size. The
+# last three are its integers and floats; its fp4 of 2 bits of exponent is not that of its code.
+METHODS: dict[str, QuantizeArgs | WeightFormat | None] = {
     "int8, one scale per output": QuantizeArgs("int8", 0),
     "int4, groups of 64": QuantizeArgs("int4", 64),
     "fp4, groups of 64": QuantizeArgs("fp4", 64),
     "nf4, groups of 64": QuantizeArgs("nf4", 64),
+    "int4 from -7 to 7, groups of 64": _table(0, 1, 2, 3, 4, 5, 6, 7),
+    "fp4 with 2 bits of exponent, groups of 64": _table(0, 0.5, 1, 1.5, 2, 3, 4, 6),
+    "fp4 with 3 bits of exponent, groups of 64": _table(0, 0.25, 0.5, 1, 2, 4, 8, 16),
     "int4, groups of 32": QuantizeArgs("int4", 32),
     "int4, groups of 32, AWQ": QuantizeArgs("int4", 32, method="awq"),
     "int4, groups of 32, GPTQ": QuantizeArgs("int4", 32, method="gptq"),
@@ -45,37 +67,40 @@ METHODS = {
     "4.5 bits by sensitivity with embeddings, GPTQ": QuantizeArgs(
         "int4", method="gptq", bits_budget=4.5, embeddings=True
     ),
+    "Q4_K_M, rounded by llama.cpp": None,
 }
 NEAREST = "int4, groups of 32"  # whose loss the methods of the same size recover
 FILES = {"q8_0": 8.5, "q4_1": 5.0, "q4_0": 4.5}  # bits of a weight
-MODELS = ("permuted", "file")
-HELD_OUT = 12_800  # tokens, 50 kB or more
+# The numbers by which ggml knows types.
+TYPES = {"Q5_0": 6, "Q8_0": 8, "Q4_K": 12, "Q6_K": 14}
+MODELS = {"permuted": "smollm2", "file": "smollm2", "demo": CONFIG["out"]}
+HELD_OUT = 12_800  # tokens; of SmolLM2, they are 50 kB or more
 
 
 def rows(device: torch.device, part: str = "") -> Iterator[dict[str, Any]]:
     """Yield one row per model and method."""
     model, _, word = part.partition(",")
-    for name in MODELS:
+    for name, path in MODELS.items():
         if model in ("", name):
-            opened = open_model("smollm2", device=str(device), dtype="float32")
+            opened = open_model(path, device=str(device), dtype="float32")
             if name == "permuted":
                 permute(opened.model)
-            yield from _rows(f"SmolLM2, {name}", opened, word.strip())
+            shown = f"SmolLM2, {name}" if path == "smollm2" else name
+            yield from _rows(shown, find_model(path), opened, word.strip())
 
 
-def _rows(name: str, opened: OpenedModel, word: str) -> Iterator[dict[str, Any]]:
-    location, args = find_model("smollm2"), opened.model.args
-    read = token_rows(location, args, STDLIB, tokens=ROWS * LENGTH, joined=True)
-    held = unseen(token_rows(location, args, tokens=HELD_OUT, joined=True), read.rows)
-    batches, made, seconds = list(batches_of(read.rows)), {}, {}
+def _rows(
+    name: str, location: ModelLocation, opened: OpenedModel, word: str
+) -> Iterator[dict[str, Any]]:
+    read, held = _texts(name, location, opened)
+    batches, made, bits, seconds = list(batches_of(read.rows)), {}, {}, {}
     chosen = {case: how for case, how in METHODS.items() if word in case}
     if any(case.startswith(NEAREST) for case in chosen):
         chosen = {NEAREST: METHODS[NEAREST], **chosen}
     for case, how in chosen.items():
         start = time.perf_counter()
-        asked = QuantizeArgs.from_dict({**vars(how), "scales": "float16"})
-        text = batches if how.calibrated else None
-        made[case] = quantize_model(copy.deepcopy(opened.model), asked, text)
+        made[case] = copy.deepcopy(opened.model)
+        bits[case] = _quantize(made[case], how, batches)
         seconds[case] = round(time.perf_counter() - start, 1)
     scores = measure_quality(opened.model, made, held.rows, opened.tokenizer, progress=True)
     original = scores["original"]["bits_per_byte"].score
@@ -83,12 +108,12 @@ def _rows(name: str, opened: OpenedModel, word: str) -> Iterator[dict[str, Any]]
     facts = {"held_out_bytes": size, "bits_per_byte": round(original, 5)}
     yield {"benchmark": "quantize", "case": f"{name}: float32", **facts}
     lost = {case: scores[case]["bits_per_byte"].score - original for case in made}
-    for case, model in made.items():
+    for case in made:
         nearest = lost[NEAREST] if case.startswith(NEAREST) and case != NEAREST else None
         yield {
             "benchmark": "quantize",
             "case": f"{name}: {case}",
-            "bits_per_weight": round(mean_bits(model), 3),
+            "bits_per_weight": round(bits[case], 3),
             "bits_per_byte": round(original + lost[case], 5),
             "loss": round(lost[case], 5),
             "loss_share": round(lost[case] / original, 5),
@@ -100,6 +125,71 @@ def _rows(name: str, opened: OpenedModel, word: str) -> Iterator[dict[str, Any]]
     del made
     if word in "llama.cpp":  # also without a word
         yield from _llama_cpp(name, opened, held, original)
+
+
+def _texts(name: str, location: ModelLocation, opened: OpenedModel) -> tuple[TokenRows, TokenRows]:
+    """Return the rows that methods read, and others to measure on."""
+    args, most = opened.model.args, ROWS * LENGTH
+    if name != "demo":
+        read = token_rows(location, args, STDLIB, tokens=most, joined=True)
+        return read, unseen(token_rows(location, args, tokens=HELD_OUT, joined=True), read.rows)
+    texts: dict[bool, list[str]] = {False: [], True: []}
+    for document in read_documents(SourceArgs(**standard_library())):
+        texts[held_out(document.id, CONFIG["data"]["held_out"])].append(document.text)
+    with tempfile.TemporaryDirectory() as folder:
+        for which, own in texts.items():
+            Path(folder, f"{which}.txt").write_text("".join(own), encoding="utf-8")
+        read, held = (
+            token_rows(location, args, f"{folder}/{which}.txt", tokens=count, joined=True)
+            for which, count in ((False, most), (True, HELD_OUT))
+        )
+    return read, unseen(held, read.rows)
+
+
+@torch.no_grad()
+def _quantize(
+    model: LLM, how: QuantizeArgs | WeightFormat | None, batches: list[torch.Tensor]
+) -> float:
+    """Quantize a model in place, and return the bits of a weight."""
+    if isinstance(how, QuantizeArgs):
+        asked = QuantizeArgs.from_dict({**vars(how), "scales": "float16"})
+        return mean_bits(quantize_model(model, asked, batches if how.calibrated else None))
+    if how is None:
+        return _round_as_q4_k_m(model)
+    for path, leaf in list(model.named_modules()):
+        if isinstance(leaf, Linear) and path != "output":
+            replace_weight(leaf, quantize(leaf.weight, how), how)
+    return mean_bits(model)
+
+
+def _round_as_q4_k_m(model: LLM) -> float:
+    """Round the weights of a Llama as a Q4_K_M file has them, and return the bits of a weight.
+
+    Types follow `llama_tensor_get_type` of llama.cpp, and its functions round without an importance
+    matrix. The model stays dense, so activations are not rounded.
+    """
+    count, size, total = len(model.layers), 0, 0
+    for path, weight in model.named_parameters():
+        if weight.ndim == 1:
+            continue
+        words = path.split(".")
+        more = words[0] in ("output", "tok_embeddings" if model.output is None else "output")
+        if words[-2] in ("wv", "w_out"):
+            i, first = int(words[1]), count // 8
+            more = i < first or i >= 7 * count // 8 or (i - first) % 3 == 2
+        plain = weight.size(1) % 256 == 0
+        kind = ("Q6_K" if plain else "Q8_0") if more else "Q4_K" if plain else "Q5_0"
+        blocks = torch.empty(len(weight), ggml.row_bytes(kind, weight.size(1)), dtype=torch.uint8)
+        library().ggml_quantize_chunk(
+            ctypes.c_int(TYPES[kind]),
+            ctypes.c_void_p(weight.contiguous().data_ptr()),
+            ctypes.c_void_p(blocks.data_ptr()),
+            *map(ctypes.c_int64, (0, *weight.shape)),
+            None,
+        )
+        weight.copy_(ggml.dense(kind, blocks))
+        size, total = size + 8 * blocks.numel(), total + weight.numel()
+    return size / total
 
 
 def _llama_cpp(

@@ -70,7 +70,8 @@ def installed() -> bool:
     return importlib.util.find_spec("xllamacpp") is not None
 
 
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
+    """Return the library, with the types of the functions that are used here."""
     spec = importlib.util.find_spec("xllamacpp")
     assert spec is not None and spec.origin is not None
     library = ctypes.CDLL(str(Path(spec.origin).with_name("xllamacpp.abi3.so")))
@@ -97,7 +98,7 @@ class LlamaCpp:
     """
 
     def __init__(self, path: str | Path, context: int = 512, threads: int = 2, sequences: int = 1):
-        self.library = _library()
+        self.library = library()
         self.model = self.library.llama_model_load_from_file(
             str(path).encode(), self.library.llama_model_default_params()
         )

@@ -91,8 +91,10 @@ def test_experts_have_scales_of_their_own():
 
 
 @torch.no_grad()
-def test_large_inputs_are_rounded_better():
-    """A few channels of the norms are large, as in real models."""
+@pytest.mark.parametrize("outputs", [8, 256])
+def test_large_inputs_are_rounded_better(outputs, monkeypatch):
+    """A few channels of the norms are large, as in real models; few outputs show it as well."""
+    monkeypatch.setattr("transom.quantize.awq.OUTPUTS", outputs)
     errors = {}
     for method in ("rtn", "awq"):
         model = base(dim=64, n_layers=1)

@@ -8,6 +8,7 @@ from torch.ao.quantization.observer import PerChannelMinMaxObserver
 
 from transom.base.errors import RequestError
 from transom.quantize.args import QuantizeArgs
+from transom.quantize.fitting import rounded
 from transom.quantize.formats import (
     NF4,
     Parts,
@@ -208,6 +209,14 @@ def test_experts_are_quantized_as_if_alone(args):
         alone = quantize(one, format)
         assert all(torch.equal(bits(parts[name][e]), bits(part)) for name, part in alone.items())
         assert torch.equal(dequantize(parts, format)[e], dequantize(alone, format))
+
+
+@pytest.mark.parametrize("args", [one for one in KINDS.values() if not one.double_quant])
+@pytest.mark.parametrize("shape", [(6, 256), (3, 6, 256)], ids=str)
+def test_a_weight_rounded_without_parts_is_that_of_its_parts(args, shape):
+    weight = gaussian(*shape, dtype=torch.bfloat16)
+    parts, format = quantized(weight, args)
+    assert torch.equal(rounded(weight, format), dequantize(parts, format))
 
 
 def bits(part: torch.Tensor) -> torch.Tensor:

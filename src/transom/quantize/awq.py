@@ -20,9 +20,11 @@ from transom.layers.linear import GroupedLinear
 from transom.layers.moe import MoE
 from transom.layers.norm import RMSNorm
 from transom.quantize.calibration import InputStatistics
-from transom.quantize.formats import WeightFormat, dequantize, quantize
+from transom.quantize.fitting import rounded
+from transom.quantize.formats import WeightFormat
 
 STEPS = 20  # exponents that are tried, from 0 to 1 - 1 / STEPS
+OUTPUTS = 256  # of a leaf, about as many as this show which exponent is best
 
 
 @dataclass(frozen=True)
@@ -133,10 +135,12 @@ def _best_scales(
         spread = fold.spread(scales).unsqueeze(-2)
         errors = torch.zeros_like(least)
         for reader in readers:
-            weight = reader.weight.float().view(-1, *reader.weight.shape[-2:])
-            scaled = quantize(weight * spread, formats[reader])
-            change = dequantize(scaled, formats[reader]) / spread - weight
-            errors += total(((change @ sums[reader].hessians) * change).sum((1, 2)))[:, None]
+            outputs, inputs = reader.weight.shape[-2:]
+            every = -(-outputs // OUTPUTS)
+            weight = reader.weight.view(-1, outputs, inputs)[:, ::every].float()
+            change = rounded(weight * spread, formats[reader]) / spread - weight
+            moved = (change @ sums[reader].hessians).mul_(change).sum((1, 2))
+            errors += every * total(moved)[:, None]
         better = errors < least
         best, least = torch.where(better, scales, best), torch.where(better, errors, least)
     return best

@@ -7,7 +7,6 @@ the model itself draws.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -23,13 +22,8 @@ from transom.models.build_step import build_step
 from transom.models.llm import LLM
 from transom.quantize.args import GROUPS, QuantizeArgs
 from transom.quantize.calibration import Dense, block_inputs
-from transom.quantize.formats import (
-    WeightFormat,
-    dequantize,
-    empty_parts,
-    quantize,
-    requested,
-)
+from transom.quantize.fitting import rounded
+from transom.quantize.formats import WeightFormat, empty_parts, requested
 
 TOKENS = 4096  # of the calibration text that sensitivity is measured on
 
@@ -78,9 +72,8 @@ def _candidates(leaf: Dense, args: QuantizeArgs) -> dict[WeightFormat, int]:
     """Return the bits of a leaf in each of the formats that fit its inputs."""
     shape = leaf.weight.shape
     groups = [group for group in GROUPS if shape[-1] % (group or 2) == 0]
-    plain = replace(args, bits_budget=None)
-    fields = [replace(plain, group=group) for group in groups]
-    fields += [replace(plain, kind="int8", group=0)]
+    fields = [replace(args, bits_budget=None, group=group) for group in groups]
+    fields += [replace(args, bits_budget=None, kind="int8", group=0)]
     formats = [requested(one, leaf.weight.dtype) for one in fields]
     made = [(format, empty_parts(shape, format, "meta").values()) for format in formats]
     return {format: 8 * sum(part.nbytes for part in parts) for format, parts in made}
@@ -93,18 +86,15 @@ def _losses(
     batches: Sequence[Tensor],
 ) -> dict[str, dict[WeightFormat, float]]:
     """Return the nats per token that the rounding of each leaf to each format costs."""
-    rows = [row for batch in batches for row in batch]
-    ends = itertools.accumulate(len(row) for row in rows)
-    some = [
-        row[None] for row, end in zip(rows, ends, strict=True) if end <= max(TOKENS, len(rows[0]))
-    ]
+    rows = [row[None] for batch in batches for row in batch]
+    some = rows[: max(1, TOKENS // rows[0].numel())]
     gradients, counts = _gradients(model, some, chosen)
     losses: dict[str, dict[WeightFormat, float]] = {path: {} for path in chosen}
     for _, leaves, found in block_inputs(model, some, chosen):
         for path, leaf in leaves.items():
             weight = leaf.weight.detach().float()
             for format in candidates[path]:
-                change = dequantize(quantize(weight, format), format) - weight
+                change = rounded(weight, format).sub_(weight)
                 loss = torch.zeros((), device=weight.device)
                 if path in found:  # [E, out]: the squared changes of outputs, summed over rows
                     moved = ((change @ found[path].hessians) * change).sum(-1)
@@ -148,8 +138,10 @@ def _gradients(
                 h = model.embed(inputs).detach().requires_grad_()
                 logits = model.project(model.run_layers(h, step, None)[0]).float()
                 logits.register_hook(lambda g: add("tok_embeddings", g))
-                chances = logits.detach()[0].softmax(-1)
-                drawn = chances.multinomial(1, generator=generator).flatten()
+                # `multinomial` would take as long as the model: it draws a number per logit.
+                sums = logits.detach()[0].softmax(-1).cumsum(-1)
+                points = torch.rand(len(sums), 1, generator=generator, device=sums.device)
+                drawn = torch.searchsorted(sums, points * sums[:, -1:]).flatten()
                 loss = F.cross_entropy(logits[0], drawn, reduction="sum")
                 add("inputs", torch.autograd.grad(loss, h)[0])  # and none of a weight
                 counts += inputs.tokens.flatten().bincount(minlength=len(counts))

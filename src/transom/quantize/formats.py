@@ -156,21 +156,25 @@ def group_parts(groups: Tensor, format: WeightFormat, shrink: float = 1.0) -> di
 
 def encode(groups: Tensor, parts: Parts, format: WeightFormat) -> Tensor:
     """Return the codes of groups float32 [out, n, group], as `parts` has them."""
-    scales = wide_scales(parts, "scales", format, slice(None))
-    units = groups / not_zero(scales).unsqueeze(-1)
+    codes = nearest_codes(in_units(groups, parts, format).flatten(-2), format)
+    return codes if format.levels is None else pack(codes)
+
+
+def in_units(groups: Tensor, parts: Parts, format: WeightFormat) -> Tensor:
+    """Return groups float32 [..., n, group] as numbers to be rounded to values of codes."""
+    units = groups / not_zero(wide_scales(parts, "scales", format, slice(None))).unsqueeze(-1)
     if format.offset == "zeros":
         units += parts["zeros"].float().unsqueeze(-1)
-    codes = nearest_codes(units.flatten(-2), format)
-    return codes if format.levels is None else pack(codes)
+    return units
 
 
 def nearest_codes(units: Tensor, format: WeightFormat) -> Tensor:
     """Return the codes of the values nearest to some numbers: int8, or uint8 below 16."""
     if format.levels is None:
-        return units.round().clamp(-128, LARGEST).to(torch.int8)
+        return units.round().clamp_(-128, LARGEST).to(torch.int8)
     levels = format.levels
     if levels == integers(round(levels[0])):  # half of a step rounds down, as `_nearest` does
-        return (units - (levels[0] + 0.5)).ceil().clamp(0, 15).to(torch.uint8)
+        return (units - (levels[0] + 0.5)).ceil_().clamp_(0, 15).to(torch.uint8)
     order = sorted(range(16), key=lambda code: (levels[code], math.copysign(1, levels[code])))
     codes = _nearest(units, torch.tensor([levels[code] for code in order]))
     if order == list(range(16)):

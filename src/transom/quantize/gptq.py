@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from transom.base.errors import WorkError, notice
-from transom.quantize.fitting import fitted_parts
+from transom.quantize.fitting import fitted_parts, nearest_values
 from transom.quantize.formats import WeightFormat, nearest_codes, not_zero, pack
-from transom.quantize.traced import values_of
 
 BLOCK = 128  # inputs whose errors reach the inputs after them in one product; a multiple of a group
 _ATTEMPTS = 6
@@ -69,9 +68,7 @@ def gptq(
                 grids += _grids(parts[-1:])
             inverse, scale, zero = grids[place // group]
             units[start + i] = block[i] * inverse + zero
-            codes = nearest_codes(units[start + i], format)
-            values = codes.float() if format.levels is None else values_of(codes, format)
-            rounded = (values - zero) * scale
+            rounded = (nearest_values(units[start + i], format) - zero) * scale
             errors[i] = (block[i] - rounded) / inside[i, i]
             block[i:].addr_(inside[i, i:], errors[i], alpha=-1)
         rest[stop:].addmm_(freedom[start:stop, stop:].T, errors, alpha=-1)

@@ -144,8 +144,7 @@ def _quantize(
         if sums is None or rows[e] == 0 or args.method == "rtn":
             made.append(quantize(weight, format, fit))
         elif args.method == "gptq":
-            order, damping = args.act_order, args.damping
-            made.append(gptq(weight, sums.hessians[e], format, order, damping))
+            made.append(gptq(weight, sums.hessians[e], format, args.act_order, args.damping))
         else:
             squares = sums.hessians[e].diagonal() / rows[e]
             if scales is not None:

@@ -40,14 +40,14 @@ from transom.models.llm import LLM
 from transom.quantize import ggml
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.formats import WeightFormat, quantize
-from transom.quantize.leaves import replace_weight
+from transom.quantize.leaves import dequantize_model, quantized_leaves, replace_weight
 from transom.quantize.methods import mean_bits, quantize_model
 
 
 def _table(*sizes: float) -> WeightFormat:
     """Return the format of values of both signs; the largest weight of a group has the largest."""
-    levels = (*sizes, *(-size for size in sizes))
-    return WeightFormat(levels, 64, scales=torch.float16)
+    positive = tuple(map(float, sizes))
+    return WeightFormat((*positive, *(-size for size in positive)), 64, scales=torch.float16)
 
 
 # As in Table 2 of QLoRA (arXiv 2305.14314), 64 weights have a scale, by their largest size. The
@@ -102,6 +102,8 @@ def _rows(
         made[case] = copy.deepcopy(opened.model)
         bits[case] = _quantize(made[case], how, batches)
         seconds[case] = round(time.perf_counter() - start, 1)
+        if quantized_leaves(made[case]):
+            dequantize_model(made[case])  # else every row would do so
     scores = measure_quality(opened.model, made, held.rows, opened.tokenizer, progress=True)
     original = scores["original"]["bits_per_byte"].score
     size = sum(text_bytes(opened.tokenizer, row) for row in held.rows)
@@ -141,7 +143,7 @@ def _texts(name: str, location: ModelLocation, opened: OpenedModel) -> tuple[Tok
             Path(folder, f"{which}.txt").write_text("".join(own), encoding="utf-8")
         read, held = (
             token_rows(location, args, f"{folder}/{which}.txt", tokens=count, joined=True)
-            for which, count in ((False, most), (True, HELD_OUT))
+            for which, count in ((False, most), (True, 2 * HELD_OUT))  # its tokens are shorter
         )
     return read, unseen(held, read.rows)
 

@@ -93,7 +93,7 @@ CEILINGS = {
     "names": 130,
     "models": 528,
     "tokenizers": 985,
-    "quantize": 1_178,
+    "quantize": 1_181,
     "lora": 600,
     "chat": 905,
     "checkpoints": 4_934,

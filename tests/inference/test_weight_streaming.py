@@ -143,13 +143,15 @@ def test_only_the_experts_that_tokens_choose_are_read(tmp_path):
         assert offload.stream.bytes_read == rest + experts * 2 // 8
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_an_adapter_stays_in_memory_and_counts(folder, tmp_path, dora):
+@pytest.mark.parametrize(
+    "fields", [{}, {"dora": True}, {"targets": ("wq",), "modules_to_save": ("ffn_norm", "wo")}]
+)
+def test_an_adapter_stays_in_memory_and_counts(folder, tmp_path, fields):
     plain = load(folder)
-    apply_lora(plain, LoraArgs(rank=2, targets=TARGETS, dora=dora), quiet=True)
+    apply_lora(plain, LoraArgs(rank=2, **{"targets": TARGETS, **fields}), quiet=True)
     with torch.no_grad():
         for name, one in plain.named_parameters():
-            if name.endswith("lora.default.B"):
+            if ".lora.default" in name and not name.endswith(".magnitude"):
                 one.copy_(torch.randn(one.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
     save_adapter(plain, tmp_path / "adapter", base=str(folder))
     streamed, _ = smallest(tmp_path / "adapter")

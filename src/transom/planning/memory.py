@@ -143,24 +143,28 @@ def weight_counts(args: ModelArgs) -> dict[str, int]:
     return {kind: count for kind, count in out.items() if count}
 
 
+# The kind of a parameter is that of the first pattern with which its name begins.
+_KINDS = {
+    r"vision\.": "image encoder",
+    r"tok_embeddings\.": "embeddings",
+    r"output\.": "output",
+    r".*attention\.": "attention",
+    r".*feed_forward\.(router|experts|shared_expert)\.": "experts",
+    r".*feed_forward\.": "feed-forward",
+    "": "norms",
+}
+
+
 def weight_kind(name: str) -> str:
     """Return the kind of a parameter by its name, as `weight_counts` has them.
 
     Parts of quantized weights are kinds of their own: `attention codes` and `attention scales`.
     """
-    first, *_, last = name.split(".")
-    kind = {"vision": "image encoder", "tok_embeddings": "embeddings", "output": "output"}.get(
-        first
-    )
-    if kind is None and "attention." in name:
-        kind = "attention"
-    elif kind is None and "feed_forward." in name:
-        inner = name.split("feed_forward.")[1].split(".")[0]
-        kind = "experts" if inner in ("router", "experts", "shared_expert") else "feed-forward"
-    if last in ("weight", "bias") or kind in (None, "image encoder"):
-        return kind or "norms"
-    plain = last in ("sinks", "choice_bias")
-    return kind if plain else f"{kind} {'codes' if last == 'codes' else 'scales'}"
+    kind = next(kind for pattern, kind in _KINDS.items() if re.match(pattern, name))
+    part = name.rpartition(".")[2]
+    if kind in ("image encoder", "norms") or part in ("weight", "bias", "sinks", "choice_bias"):
+        return kind
+    return f"{kind} {'codes' if part == 'codes' else 'scales'}"
 
 
 # What is made while a model runs.
@@ -211,41 +215,46 @@ def call_bytes(args: ModelArgs, work: Workload, queries: int, seen: int) -> int:
 
 
 def _attention_bytes(layer: LayerArgs, work: Workload, queries: int, seen: int) -> int:
+    """Estimate the attention of a layer on one row: the residual stream and its norm, queries, keys
+    and values, and the larger one of what rotary positions and attention itself allocate.
+    """
     size, wide, mla = work.value_bytes, max(work.value_bytes, 4), layer.mla
-    slots, copies = max(queries, seen), 0
-    if seen and layer.rule.size and layer.rule.size + SLACK < seen:
-        slots = layer.rule.size + SLACK + queries
-        if queries > SLACK + 1:  # the ring and the new tokens side by side
-            copies += size * layer.kv_values_per_token
     heads, values = layer.n_heads * layer.head_dim, layer.kv_values_per_token
+    slots, per_slot, blocks = max(queries, seen), 0, 0  # per_slot: bytes of copies of one slot
+    if seen and 0 < layer.rule.size < seen - SLACK:  # a ring
+        slots = layer.rule.size + SLACK + queries
+        if queries > SLACK + 1:  # it and the new tokens side by side
+            per_slot += size * values
     if mla is not None:
-        head, latent = mla.qk_nope_head_dim + mla.qk_rope_head_dim, values
+        head = mla.qk_nope_head_dim + mla.qk_rope_head_dim
         heads = layer.n_heads * head
         if counts.absorbing_is_cheaper(mla, queries, slots):
-            heads += 2 * layer.n_heads * latent
+            heads += 2 * layer.n_heads * values
         else:  # keys and values of all heads; the fused kernel wants them equally wide
-            padded = max(head, mla.v_head_dim) if head != mla.v_head_dim else 0
-            copies += size * layer.n_heads * (head + mla.qk_nope_head_dim + mla.v_head_dim + padded)
-    copies += size * values if seen and work.kv_bits == 8 else 0
-    blocks = 0
-    if layer.attn_softcap is not None or layer.attn_sinks:  # blockwise, in float32
-        copies += wide * values
+            widths = [head, mla.qk_nope_head_dim, mla.v_head_dim]
+            widths += [max(head, mla.v_head_dim)] if head != mla.v_head_dim else []
+            per_slot += size * layer.n_heads * sum(widths)
+    if seen and work.kv_bits == 8:  # dequantized
+        per_slot += size * values
+    if layer.attn_softcap is not None or layer.attn_sinks:  # blocks of scores, in float32
+        per_slot += wide * values
         blocks = 2 * wide * layer.n_heads * min(_PAIRS, queries * slots)
-    elif seen or layer.rule.kind == "window":
+    elif seen or layer.rule.kind == "window":  # blocks of masks
         blocks = (2 + size) * min(queries, _QUERIES) * slots
     halves = layer.rope is not None and layer.rope.layout == "halves"
     turning = (5 if halves else 3) * wide * heads * queries
-    attending = size * heads * queries + copies * slots + blocks
+    attending = size * heads * queries + per_slot * slots + blocks
     return size * queries * (2 * layer.dim + heads + values) + max(turning, attending)
 
 
 def _feed_forward_bytes(layer: LayerArgs, work: Workload, queries: int) -> int:
+    """Estimate the feed-forward of a layer on one row: its hidden states, or those of experts."""
     gated, moe = (3 if layer.ffn_gated else 2), layer.moe
     width = gated * layer.hidden_dim
     if moe is not None:
-        assert moe.hidden_dim is not None, "LayerArgs resolves it"
-        shared = (moe.shared_hidden_dim or moe.hidden_dim) if moe.shared_expert else 0
-        routed = moe.top_k * max((1 + gated) * moe.hidden_dim + layer.dim, 4 * layer.dim)
+        hidden = moe.hidden_dim or 0  # LayerArgs resolves it
+        shared = (moe.shared_hidden_dim or hidden) if moe.shared_expert else 0
+        routed = moe.top_k * max((1 + gated) * hidden + layer.dim, 4 * layer.dim)
         width = max(gated * shared, routed)
     return queries * work.value_bytes * (width + 4 * layer.dim)
 
@@ -274,8 +283,8 @@ def host_bytes_left() -> int | None:
     """
     known: list[int] = []
     with contextlib.suppress(OSError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        known += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+        stated = Path("/proc/meminfo").read_text(encoding="ascii")
+        known += [1024 * int(size) for size in re.findall(r"MemAvailable:\s*(\d+)", stated)]
     with contextlib.suppress(OSError):
         groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
         known += left_in_groups(Path("/sys/fs/cgroup"), groups)

@@ -239,7 +239,7 @@ class AdapterFile:
         out: dict[str, dict[str, Tensor]] = {}
         for name in (name for row in self.full for name in row.ours):
             own, (path, _, last) = self.naming.model.get_parameter(name), name.rpartition(".")
-            if torch.equal(ours[name], own):
+            if not own.is_meta and torch.equal(ours[name], own):
                 continue
             if path in parts:
                 found = f"an adapter on {path} and a {last} of its own"

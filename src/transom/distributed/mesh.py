@@ -27,7 +27,8 @@ class Meshes:
             parallelism.
         groups: Meshes of one dimension by name: `context` and `pipeline`; `rows`, the ranks with
             different rows; `tokens`, the ranks with different tokens; `parts`, those with different
-            terms of the loss, which are `tokens` in all stages of the pipeline.
+            terms of the loss, which are `tokens` in all stages of the pipeline; `weights`, the
+            ranks that have one copy of a stage together.
     """
 
     args: ParallelArgs
@@ -59,6 +60,7 @@ class Meshes:
             "rows": fine["replicate", "shard"]._flatten("rows"),
             "tokens": fine["replicate", "shard", "context"]._flatten("tokens"),
             "parts": fine["pipeline", "replicate", "shard", "context"]._flatten("parts"),
+            "weights": dense["fsdp", "tensor"]._flatten("weights"),
         }
         experts = None
         if args.expert > 1:

@@ -7,12 +7,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils import _pytree
 
+from transom.base.errors import require
 from transom.distributed.context_parallel import ContextAttend
 from transom.distributed.expert_parallel import divide_experts
 from transom.distributed.mesh import Meshes
 from transom.distributed.tensor_parallel import divide_tensors
 from transom.layers.inputs import TransformerOutput
 from transom.layers.moe import MoE, RouterStatistics
+from transom.lora.adapters import adapted_modules
+from transom.lora.weights import Replacement
 from transom.models.llm import LLM
 
 
@@ -30,8 +33,15 @@ def parallelize(model: LLM, meshes: Meshes) -> LLM:
 
     Returns:
         The same model.
+
+    Raises:
+        RequestError: If an adapter or a quantized leaf cannot be divided. The model is unchanged.
     """
     args = meshes.args
+    for path, _, held in adapted_modules(model) if args.divides_model else ():
+        replaced = any(isinstance(part, Replacement) for part in held.values())
+        expected = "expected no modules_to_save where ranks divide the model"
+        require(not replaced, "adapter", path, expected)
     # 1. Tensors and experts first: what FSDP divides is this rank's part of them.
     if args.tensor > 1:
         divide_tensors(model, meshes.dense["tensor"])

@@ -7,13 +7,14 @@ that no code of the model knows of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 
 
 def divide_parameters(
@@ -26,21 +27,30 @@ def divide_parameters(
         mesh: A mesh of one dimension.
         place: How a parameter is placed, by its name and itself.
     """
+    made: dict[nn.Parameter, nn.Parameter] = {}  # leaves of one adapter may share a factor
     for path, owner in module.named_modules():
         for key, parameter in list(owner.named_parameters(recurse=False)):
             if isinstance(parameter, DTensor):
                 continue
-            placement = place(f"{path}.{key}", parameter)
-            made = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
-            owner.register_parameter(key, nn.Parameter(made, parameter.requires_grad))
+            if parameter not in made:
+                places = [place(f"{path}.{key}", parameter)]
+                part = distribute_tensor(parameter.detach(), mesh, places, src_data_rank=None)
+                made[parameter] = nn.Parameter(part, parameter.requires_grad)
+            owner.register_parameter(key, made[parameter])
 
 
-def show_parts(module: nn.Module, part: Callable[[str, DTensor], Tensor]) -> None:
+PartsShown = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+def show_parts(module: nn.Module, part: Callable[[str, DTensor], Tensor]) -> PartsShown:
     """Show the parts of all parameters of a module and its children while the module runs.
 
     Args:
         module: A module whose parameters are DTensors.
         part: The part of a parameter, by its name and itself.
+
+    Returns:
+        A context that shows them too, for code that uses the parameters without a call.
     """
     owned = [
         (owner, key, f"{path}.{key}")
@@ -59,8 +69,39 @@ def show_parts(module: nn.Module, part: Callable[[str, DTensor], Tensor]) -> Non
         for owner, key, _name in owned:
             vars(owner).pop(key, None)
 
+    @contextlib.contextmanager
+    def shown() -> Iterator[None]:
+        show()
+        try:
+            yield
+        finally:
+            hide()
+
     module.register_forward_pre_hook(show)
     module.register_forward_hook(hide, always_call=True)
+    return shown
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a DTensor, which shares its memory, or another tensor itself."""
+    with torch.no_grad():
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return a DTensor with all its parts on every rank, or another tensor itself.
+
+    All ranks must call it.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # In the order in which FSDP and tensor parallelism have divided, and one mesh dimension at a
+    # time: torch warns if one call has to gather twice.
+    places = list(tensor.placements)
+    for dim in range(len(places)):
+        places[dim] = Replicate()
+        tensor = tensor.redistribute(placements=places)
+    return tensor.to_local()
 
 
 @torch.no_grad()

@@ -13,18 +13,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from transom.distributed.parts import divide_parameters, show_parts
+from transom.distributed.parts import PartsShown, divide_parameters, show_parts
+from transom.distributed.placement import BY_INPUT, check_leaves, placement
 from transom.layers.moe import MoE
 from transom.models.llm import LLM
-
-# Leaves whose outputs are divided, and leaves whose inputs are.
-BY_OUTPUT = ("wq", "wk", "wv", "wq_b", "wkv_b", "w_gate", "w_value", "output", "tok_embeddings")
-BY_INPUT = ("wo", "w_out")
 
 
 @dataclass
@@ -93,7 +89,11 @@ def divide_tensors(model: LLM, mesh: DeviceMesh) -> None:
     Args:
         model: The model, possibly on the meta device. It is changed in place.
         mesh: A mesh of one dimension.
+
+    Raises:
+        RequestError: See `placement.check_leaves`. The model is then unchanged.
     """
+    check_leaves(model, mesh.size())
     region = TensorRegion(mesh)
     divide_parameters(model, mesh, placement)
     _divide_vocabulary(model, region)
@@ -107,32 +107,6 @@ def divide_tensors(model: LLM, mesh: DeviceMesh) -> None:
                 _show_parts(child, region, inside=False)
     _show_parts(model.norm, region, inside=False)
     model.norm.register_forward_hook(lambda _, inputs, h_BTD: region.finish(h_BTD))
-
-
-def placement(name: str, parameter: Tensor) -> Placement:
-    """Return how a parameter is placed on the ranks.
-
-    Args:
-        name: The name of the parameter, with those of adapters and quantized leaves.
-        parameter: The parameter.
-    """
-    words = name.split(".")
-    last = words[-1]
-    if last == "sinks":
-        return Shard(0)
-    leaf = words[words.index("lora") - 1] if "lora" in words else words[-2]
-    grouped = "experts" in words
-    if leaf not in BY_OUTPUT + BY_INPUT:
-        return Replicate()
-    outputs, inputs = Shard(int(grouped)), Shard(parameter.ndim - 1)
-    if "lora" in words:
-        whole = "B" if leaf in BY_INPUT else "A"
-        if last == whole or last == "magnitude":
-            return Replicate()
-        return outputs if leaf in BY_OUTPUT else inputs
-    if leaf in BY_OUTPUT:
-        return outputs
-    return Replicate() if last == "bias" else inputs
 
 
 def _divide(module: nn.Module, region: TensorRegion) -> None:
@@ -155,7 +129,7 @@ def _divide(module: nn.Module, region: TensorRegion) -> None:
     module.register_forward_hook(leave)
 
 
-def _show_parts(module: nn.Module, region: TensorRegion, *, inside: bool) -> None:
+def _show_parts(module: nn.Module, region: TensorRegion, *, inside: bool) -> PartsShown:
     """Show this rank's part of every parameter below a module while the module runs.
 
     Args:
@@ -173,7 +147,7 @@ def _show_parts(module: nn.Module, region: TensorRegion, *, inside: bool) -> Non
         once = inside and whole and name.endswith(tuple(f"{leaf}.bias" for leaf in BY_INPUT))
         return made * 0.0 if once and region.mesh.get_local_rank() else made
 
-    show_parts(module, part)
+    return show_parts(module, part)
 
 
 def _divide_vocabulary(model: LLM, region: TensorRegion) -> None:
@@ -181,7 +155,7 @@ def _divide_vocabulary(model: LLM, region: TensorRegion) -> None:
     leaf, size = model.tok_embeddings, model.args.vocab_size
     each = -(-size // region.mesh.size())  # as DTensor divides
     first = each * region.mesh.get_local_rank()
-    _show_parts(leaf, region, inside=True)
+    shown = _show_parts(leaf, region, inside=True)
 
     here: list[Tensor] = []  # which ids of the present call are rows of this rank
 
@@ -193,9 +167,8 @@ def _divide_vocabulary(model: LLM, region: TensorRegion) -> None:
         return region.add(rows.masked_fill(~here[0].unsqueeze(-1), 0.0))
 
     def project(h: Tensor) -> Tensor:
-        weight = leaf._parameters["weight"]
-        assert isinstance(weight, DTensor), "divided before, and gathered by FSDP"
-        return region.join(F.linear(region.copy(h), weight.to_local().to(h.dtype)), size)
+        with shown():
+            return region.join(type(leaf).project(leaf, region.copy(h)), size)
 
     leaf.register_forward_pre_hook(find)
     leaf.register_forward_hook(add)

@@ -106,7 +106,10 @@ class Stepper:
             args.accumulate, ranks=ranks.world_size, scaled=self.scaler.is_enabled()
         )
         width, kind = width_multiplier(self.model.args), self.device.type
-        self.optimizers = build_optimizer(self.model, args.optimizer, device_type=kind, width=width)
+        group = None if ranks.meshes is None else ranks.meshes.group("weights")
+        self.optimizers = build_optimizer(
+            self.model, args.optimizer, device_type=kind, width=width, group=group
+        )
         self.ema = None if args.ema_decay is None else Ema(self.model, args.ema_decay)
         self.line = ProgressLine(quiet=not ranks.verbose)
         self.clock = StepClock(self.device, profile_steps)

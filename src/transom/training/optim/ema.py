@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from transom.base.errors import RequestError, require
+from transom.distributed.parts import local_part
 from transom.training.optim.optimizers import require_alike
 
 RAW = "raw/"  # prefix of the trained weights among the trainer's tensors
@@ -53,8 +54,9 @@ class Ema:
         """Add the weights after optimizer step `step`, counted from 0, to the average."""
         assert self._raw is None, "inside swapped() the model has the averages"
         share = 1 - ema_decay(step, self.decay)
-        weights = [weight.detach() for weight in self._weights.values()]
-        torch._foreach_lerp_(list(self._averages.values()), weights, share)
+        averages = [local_part(average) for average in self._averages.values()]
+        weights = [local_part(weight) for weight in self._weights.values()]
+        torch._foreach_lerp_(averages, weights, share)
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
@@ -92,10 +94,10 @@ class Ema:
         for name, weight in self._weights.items():
             require_alike(f"{RAW}{name}", saved[name], weight)
         for name, weight in self._weights.items():
-            self._averages[name].copy_(weight)
+            local_part(self._averages[name]).copy_(local_part(weight))
         self._fill(saved)
 
     @torch.no_grad()
     def _fill(self, values: Mapping[str, Tensor]) -> None:
         for name, weight in self._weights.items():
-            weight.copy_(values[name])
+            local_part(weight).copy_(local_part(values[name]))

@@ -5,15 +5,20 @@ Shape letters: N matrices, O out (rows), I in (columns); S the shorter and L the
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from transom.base.errors import RequestError, require
+from transom.distributed.matrices import MatrixExchange, MatrixPart, Region, parts_of, regions
+from transom.distributed.parts import local_part
 
 # Coefficients (a, b, c) of x -> a x + b x^3 + c x^5, step by step: the best ones for singular
 # values from 1e-3 to 1 (Amsel et al. 2025, "The Polar Express", arXiv 2505.16932).
@@ -115,6 +120,22 @@ def _polynomial(gram_NSS: Tensor, coefficients: list[tuple[float, float, float]]
     return product_NSS
 
 
+class MatrixState(NamedTuple):
+    """One matrix of a step, or this rank's part of it.
+
+    Attributes:
+        weight: Rows and columns.
+        gradient: Of the same shape.
+        momentum: Of the same shape.
+        regions: What each rank has of a divided matrix; None if this rank has all of it.
+    """
+
+    weight: Tensor
+    gradient: Tensor
+    momentum: Tensor
+    regions: Sequence[Region] | None
+
+
 class Muon(Optimizer):
     """Nesterov momentum, orthogonalised, for [out, in] and [E, out, in] parameters (E matrices).
 
@@ -122,6 +143,11 @@ class Muon(Optimizer):
     decoupled (lr * decay). The update does not depend on the size of the momentum: a matrix whose
     gradient is zero, such as an expert without tokens, keeps moving at full speed in its last
     direction. Without momentum it only decays.
+
+    Ranks that have parts of a matrix keep their parts of its momentum. One rank, each in turn,
+    gathers what is orthogonalised and sends the parts of the update back (as in Liu et al. 2025,
+    "Muon is Scalable for LLM Training", arXiv 2502.16982). Stacked matrices that are divided along
+    the stack are complete on their ranks, and none is sent.
     """
 
     def __init__(
@@ -132,9 +158,21 @@ class Muon(Optimizer):
         weight_decay: float = 0.0,
         steps: int = 4,
         compute_dtype: torch.dtype | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
-        """Set the defaults of all groups; `compute_dtype` None is `default_compute_dtype`."""
+        """Set the defaults of all groups.
+
+        Args:
+            params: Parameters or groups.
+            lr: The learning rate.
+            momentum: Decay of the running mean.
+            weight_decay: Decoupled decay.
+            steps: Steps of the orthogonalisation.
+            compute_dtype: Its dtype; None is `default_compute_dtype`.
+            group: The ranks that have the parts of divided parameters.
+        """
         _coefficients(steps)
+        self._exchange = None if group is None else MatrixExchange(group)
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"steps": steps, "compute_dtype": compute_dtype})
 
@@ -153,35 +191,61 @@ class Muon(Optimizer):
         if closure is not None:
             raise RequestError("closure: Muon evaluates no closure; expected None")
         for group in self.param_groups:
-            for batch in self._batches(group["params"]):
-                self._update(batch, group)
+            for shape, batch in self._batches(group["params"]):
+                self._update(shape, batch, group)
 
-    def _batches(self, parameters: list[Tensor]) -> Iterator[list[tuple[Tensor, ...]]]:
+    def _batches(self, parameters: list[Tensor]) -> Iterator[tuple[torch.Size, list[MatrixState]]]:
         """Yield matrices of one shape, dtype and device, as many as one batched product takes.
 
-        Each is a tuple of views: weight, gradient and momentum [out, in].
+        It is one batched product on every rank, if each matrix is divided.
         """
-        alike: dict[tuple[Any, ...], list[tuple[Tensor, ...]]] = defaultdict(list)
+        alike: dict[tuple[Any, ...], list[MatrixState]] = defaultdict(list)
         for parameter in parameters:
             if parameter.grad is None:
                 continue
             tensors = (parameter.detach(), parameter.grad, self.state[parameter]["momentum_buffer"])
-            views = (t.unbind(0) if t.ndim == 3 else (t,) for t in tensors)
-            key = (parameter.shape[-2:], parameter.dtype, parameter.device)
-            alike[key].extend(zip(*views, strict=True))
-        for (shape, _, device), matrices in alike.items():
+            local = [local_part(tensor) for tensor in tensors]
+            where = self._regions(parameter)
+            if where is None or self._exchange is None:
+                views = [t.unbind(0) if t.ndim == 3 else (t,) for t in local]
+                made = [MatrixState(w, g, m, None) for w, g, m in zip(*views, strict=True)]
+            else:
+                columns = [parts_of(t, where, self._exchange.rank) for t in local]
+                made = [
+                    MatrixState(w.local, g.local, m.local, w.regions)
+                    for w, g, m in zip(*columns, strict=True)
+                ]
+            key = (parameter.shape[-2:], parameter.dtype, parameter.device, where is None)
+            alike[key].extend(made)
+        for (shape, _, device, whole), matrices in alike.items():
             size = matrices_per_batch(shape.numel(), device.type)
+            size *= 1 if whole or self._exchange is None else len(self._exchange.ranks)
             for start in range(0, len(matrices), size):
-                yield matrices[start : start + size]
+                yield shape, matrices[start : start + size]
 
-    def _update(self, batch: list[tuple[Tensor, ...]], group: dict[str, Any]) -> None:
-        weights, gradients, momenta = (list(column) for column in zip(*batch, strict=True))
-        out_features, in_features = weights[0].shape
+    def _regions(self, parameter: Tensor) -> list[Region] | None:
+        """Return where the ranks have the parts of a parameter whose matrices are divided."""
+        if not isinstance(parameter, DTensor):
+            return None
+        assert self._exchange is not None, "the caller gives the ranks of divided parameters"
+        where = regions(parameter, self._exchange.ranks)
+        sizes = [slice(0, size) for size in parameter.shape]
+        # Experts may be elsewhere, and every one is complete.
+        return None if all([*one[-2:]] == sizes[-2:] for one in where) else where
+
+    def _update(self, shape: torch.Size, batch: list[MatrixState], group: dict[str, Any]) -> None:
+        weights, gradients, momenta, where = (list(column) for column in zip(*batch, strict=True))
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        ahead_NOI = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
-        dtype = group["compute_dtype"] or default_compute_dtype(ahead_NOI.device)
-        update_NOI = orthogonalize(ahead_NOI, group["steps"], dtype)
+        ahead = list(torch._foreach_lerp(gradients, momenta, group["momentum"]))
+        dtype = group["compute_dtype"] or default_compute_dtype(ahead[0].device)
+        change = functools.partial(orthogonalize, steps=group["steps"], dtype=dtype)
+        if where[0] is None or self._exchange is None:
+            updates = list(change(torch.stack(ahead)).unbind(0))
+        else:
+            parts = [MatrixPart(*one) for one in zip(ahead, where, strict=True)]
+            updates = self._exchange.change(parts, shape, change)
+        out_features, in_features = shape
         rate = group["lr"] * max(1.0, out_features / in_features) ** 0.5
         if group["weight_decay"] > 0:
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(weights, update_NOI.unbind(0), alpha=-rate)
+        torch._foreach_add_(weights, updates, alpha=-rate)

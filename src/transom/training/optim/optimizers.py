@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from transom.base.errors import RequestError, require
 from transom.config.model_args import ModelArgs
@@ -54,7 +57,8 @@ def parameter_groups(
     Returns:
         Groups with `name`, `params`, `param_names`, `kind` (`muon`, `adamw` or `adamw8bit`),
         `weight_decay`, `lr` and `base_lr`, the peak from which `Optimizers.set_scale` sets `lr`.
-        Groups without parameters are left out.
+        Groups without parameters are left out. Parameters on different meshes of ranks, such as
+        experts on theirs, are in different groups, because no operation takes both.
     """
     rates = {
         "matrices": args.muon_lr if args.name == "muon" else args.lr,
@@ -64,7 +68,7 @@ def parameter_groups(
         "vectors": args.norm_lr or args.lr,
         "others": args.lr,
     }
-    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    groups: dict[tuple[str, str, Any], dict[str, Any]] = {}
     for path, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -80,10 +84,15 @@ def parameter_groups(
             "lr": rates[name] / scale,
             "base_lr": rates[name] / scale,
         }
-        group = groups.setdefault((name, kind), new)
+        group = groups.setdefault((name, kind, _mesh(parameter)), new)
         group["params"].append(parameter)
         group["param_names"].append(path)
-    return [groups[key] for name in rates for kind in KINDS if (key := (name, kind)) in groups]
+    order = [(name, kind) for name in rates for kind in KINDS]
+    return [groups[key] for key in sorted(groups, key=lambda key: order.index(key[:2]))]
+
+
+def _mesh(parameter: Tensor) -> DeviceMesh | None:
+    return parameter.device_mesh if isinstance(parameter, DTensor) else None
 
 
 def _group_of(path: str, parameter: Tensor) -> str:
@@ -223,7 +232,12 @@ class BackwardOptimizers(Optimizers):
 
 
 def build_optimizer(
-    model: nn.Module, args: OptimizerArgs, *, device_type: str, width: float = 1.0
+    model: nn.Module,
+    args: OptimizerArgs,
+    *,
+    device_type: str,
+    width: float = 1.0,
+    group: ProcessGroup | None = None,
 ) -> Optimizers:
     """Return AdamW, and Muon for the matrices of blocks if `args` says so.
 
@@ -232,9 +246,10 @@ def build_optimizer(
         args: The settings. With `in_backward` the result is a `BackwardOptimizers`.
         device_type: Type of the model's device, such as `cuda`.
         width: muP's multiplier, see `parameter_groups`.
+        group: The ranks that have the parts of divided parameters, see `Muon`.
 
     Raises:
-        RequestError: If no parameter is trainable.
+        RequestError: If no parameter is trainable, or 8-bit states would be divided.
     """
     groups = parameter_groups(model, args, width=width)
     if not groups:
@@ -246,26 +261,35 @@ def build_optimizer(
             for parameter, name in zip(group["params"], group["param_names"], strict=True)
         )
         return BackwardOptimizers([_optimizer([one], args, device_type) for one in single])
-    by_kind = ([group for group in groups if group["kind"] == kind] for kind in KINDS)
-    return Optimizers([_optimizer(alike, args, device_type) for alike in by_kind if alike])
+    # One mesh per optimizer: unscaling float16 gradients looks at all parameters of one together.
+    by_kind: dict[tuple[str, Any], list[dict[str, Any]]] = {}
+    for one in sorted(groups, key=lambda one: KINDS.index(one["kind"])):
+        by_kind.setdefault((one["kind"], _mesh(one["params"][0])), []).append(one)
+    return Optimizers([_optimizer(alike, args, device_type, group) for alike in by_kind.values()])
 
 
 def _optimizer(
-    groups: list[dict[str, Any]], args: OptimizerArgs, device_type: str
+    groups: list[dict[str, Any]],
+    args: OptimizerArgs,
+    device_type: str,
+    group: ProcessGroup | None = None,
 ) -> torch.optim.Optimizer:
     """Return the optimizer of groups of one kind, with the state of each parameter."""
     kind = groups[0]["kind"]
     if kind == "muon":
-        return Muon(groups, momentum=args.muon_momentum, steps=args.muon_steps)
+        return Muon(groups, momentum=args.muon_momentum, steps=args.muon_steps, group=group)
     if kind == "adamw8bit":
+        whole = _mesh(groups[0]["params"][0]) is None
+        expected = "expected 32 if ranks divide the weights, whose parts would cut 8-bit blocks"
+        require(whole, "optimizer.state_bits", 8, expected)
         return AdamW8bit(groups, lr=args.lr, betas=args.betas, eps=args.eps)
     kernel = {"fused": True} if device_type in FUSED_DEVICES else {"foreach": True}
     adamw = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, eps=args.eps, **kernel)
     # torch makes this state at the first gradient, so that a parameter without one would be missing
     # from a checkpoint. Made here, its keys depend on the model alone; the numbers are the same.
-    for group in adamw.param_groups:
-        for parameter in group["params"]:
-            device = parameter.device if group["fused"] else torch.device("cpu")
+    for one in adamw.param_groups:
+        for parameter in one["params"]:
+            device = parameter.device if one["fused"] else torch.device("cpu")
             adamw.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=device),
                 "exp_avg": torch.zeros_like(parameter),

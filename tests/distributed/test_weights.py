@@ -1,0 +1,295 @@
+"""Optimizers, losses, adapters and codes of a divided model equal those of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.distributed.ranks import run_ranks
+from transom.base.errors import RequestError
+from transom.config.model_args import ModelArgs
+from transom.config.parallel_args import ParallelArgs
+from transom.data.batch import NO_TARGET, Batch
+from transom.distributed.mesh import Meshes
+from transom.distributed.parallelize import parallelize
+from transom.distributed.parts import copy_full, full_tensor
+from transom.distributed.placement import check_leaves
+from transom.lora.apply import apply_lora
+from transom.lora.args import LoraArgs
+from transom.models.llm import LLM
+from transom.quantize.args import QuantizeArgs
+from transom.quantize.methods import quantize_model
+from transom.training.losses.cross_entropy import head_loss
+from transom.training.losses.log_probs import target_log_probs
+from transom.training.optim import muon
+from transom.training.optim.args import OptimizerArgs
+from transom.training.optim.ema import Ema
+from transom.training.optim.optimizers import build_optimizer
+
+DENSE: dict[str, Any] = {
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 4,
+    "hidden_dim": 48,
+    "vocab_size": 101,
+    "max_seq_len": 64,
+}
+EXPERTS = {"num_experts": 4, "top_k": 2, "hidden_dim": 24, "shared_hidden_dim": 16}
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": DENSE,
+    "tied": {**DENSE, "tie_embeddings": True, "logit_softcap": 3.0, "mup_base_dim": 16},
+    "experts": {**DENSE, "moe_args": {**EXPERTS, "shared_expert": True}},
+    "latent": {
+        **DENSE,
+        "n_kv_heads": 4,
+        "mla_args": {
+            "kv_lora_rank": 16,
+            "q_lora_rank": 8,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+        },
+    },
+}
+
+
+def model_of(name: str) -> LLM:
+    torch.manual_seed(0)
+    model = LLM(ModelArgs.from_dict(MODELS[name])).double()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    return model
+
+
+def full_weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: full_tensor(one.detach()).clone() for name, one in model.named_parameters()}
+
+
+def largest_difference(found: dict[str, Tensor], right: dict[str, Tensor]) -> tuple[float, str]:
+    assert found.keys() == right.keys()
+    return max((float((found[name] - right[name]).abs().max()), name) for name in found)
+
+
+def give_gradients(model: LLM, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for weight in model.parameters():
+        grad = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        weight.grad = torch.zeros_like(weight)
+        copy_full(weight.grad, grad)
+
+
+def optimizer_steps(kind: str, name: str, degrees: dict[str, int]) -> dict[str, Any]:
+    """Take steps with the same full gradients in one process and on all ranks."""
+    meshes = Meshes.make(ParallelArgs(**degrees), "cpu")
+    args = OptimizerArgs(name=kind, lr=0.01)
+    results = []
+    with mock.patch.object(muon, "orthogonalize", wraps=muon.orthogonalize) as turn:
+        for model, group in (
+            (model_of(name), None),
+            (parallelize(model_of(name), meshes), meshes.group("weights")),
+        ):
+            turn.reset_mock()
+            optimizer = build_optimizer(model, args, device_type="cpu", group=group)
+            average, before = Ema(model, 0.5), full_weights(model)
+            for step in range(2):
+                give_gradients(model, step)
+                optimizer.step()
+                average.update(step)
+            with average.swapped():
+                averages = full_weights(model)
+            results.append((full_weights(model), averages, set(optimizer.state_tensors())))
+    expected, found = results
+    assert all((found[0][name] != before[name]).any() for name in before)
+    return {
+        "error": max(
+            largest_difference(found[0], expected[0]), largest_difference(found[1], expected[1])
+        ),
+        "other names": found[2] ^ expected[2],
+        "turned": sum(len(call.args[0]) for call in turn.call_args_list),
+    }
+
+
+STEPS = [
+    ("muon", "dense", {"shard": 2, "tensor": 2}),
+    ("muon", "dense", {"replicate": 2, "shard": 2}),
+    ("muon", "latent", {"shard": 2, "tensor": 2}),
+    ("muon", "experts", {"shard": 2, "tensor": 2}),
+    ("muon", "experts", {"shard": 4, "expert": 2}),
+    ("adamw", "experts", {"shard": 4, "expert": 2}),
+    ("adamw", "dense", {"shard": 2, "tensor": 2}),
+]
+
+
+def all_steps() -> list[dict[str, Any]]:
+    return [optimizer_steps(*case) for case in STEPS]
+
+
+@pytest.mark.slow
+def test_optimizers_and_averages_do_not_depend_on_the_layout(tmp_path: Path) -> None:
+    shares = run_ranks(all_steps, 4, tmp_path)
+    for case, found in zip(STEPS, zip(*shares, strict=True), strict=True):
+        assert max(one["error"] for one in found)[0] < 1e-6, case
+        assert not any(one["other names"] for one in found), case
+    counts = [share[0]["turned"] for share in shares]
+    assert sum(counts) == 2 * 14, "each of 14 matrices is orthogonalised once in each of 2 steps"
+    assert max(counts) - min(counts) <= 1
+
+
+def gradients_of(model: LLM, micro: Batch, loss_of: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """Return the loss over all ranks, and the full gradients."""
+    output = model(replace(micro.inputs(), logits="none"))
+    loss = loss_of(model, output.hidden_BTD, micro)
+    loss.backward()
+    found = {
+        name: full_tensor(one.grad)
+        for name, one in model.named_parameters()
+        if one.grad is not None
+    }
+    return {"loss": loss.detach(), **found}
+
+
+def batch_of(rows: int) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 101, (rows, 16), generator=generator)
+    targets = tokens.roll(-1, 1)
+    targets[0, 3:9] = NO_TARGET
+    weights = torch.rand(rows, 16, generator=generator, dtype=torch.float64)
+    return Batch(tokens, targets, weights=weights)
+
+
+def plain_loss(model: LLM, hidden_BTD: Tensor, micro: Batch) -> Tensor:
+    return head_loss(model, hidden_BTD, micro.targets, chunk=None)
+
+
+def chunked_loss(model: LLM, hidden_BTD: Tensor, micro: Batch) -> Tensor:
+    return head_loss(model, hidden_BTD, micro.targets, chunk=7, weights_BT=micro.weights)
+
+
+def log_prob_loss(model: LLM, hidden_BTD: Tensor, micro: Batch) -> Tensor:
+    return target_log_probs(model, hidden_BTD, micro.targets, chunk=7).square().sum()
+
+
+def losses() -> list[tuple[float, str]]:
+    found = []
+    for name, degrees in VOCABULARIES:
+        meshes = Meshes.make(ParallelArgs(**degrees), "cpu")
+        model, rows = parallelize(model_of(name), meshes), meshes.size("rows")
+        for loss_of in (plain_loss, chunked_loss, log_prob_loss):
+            both = batch_of(4)
+            part = list(both.micro_batches(rows))[meshes.index("rows")]
+            right = gradients_of(model_of(name), both, loss_of)
+            with mock.patch.object(LLM, "project", autospec=True, side_effect=LLM.project) as whole:
+                here = gradients_of(model, part, loss_of)
+            assert whole.called == (loss_of is log_prob_loss), "a rank had all logits"
+            dist.all_reduce(here["loss"], group=meshes.group("parts"))
+            error, where = largest_difference(here, right)
+            found.append((error, f"{name} {degrees} {loss_of.__name__} {where}"))
+            model.zero_grad()
+    return found
+
+
+VOCABULARIES = [("dense", {"tensor": 4}), ("tied", {"shard": 2, "tensor": 2})]
+
+
+def test_tensor_ranks_share_the_vocabulary_and_compute_the_same_loss(tmp_path: Path) -> None:
+    for found in run_ranks(losses, 4, tmp_path):
+        assert max(found)[0] < 1e-11, max(found)
+
+
+WIDE: dict[str, Any] = {**DENSE, "dim": 64, "hidden_dim": 128}
+ADAPTED: dict[str, dict[str, Any]] = {
+    "dense": WIDE,
+    "tied": {**WIDE, "tie_embeddings": True},
+    "experts": {**WIDE, "moe_args": {"num_experts": 4, "top_k": 2, "hidden_dim": 64}},
+}
+ALL = ("all-linear", "tok_embeddings")
+# Model, settings of quantization, targets of adapters, DoRA, degrees.
+ADAPTERS: list[tuple[str, dict[str, Any] | None, tuple[str, ...], bool, dict[str, int]]] = [
+    ("dense", {"kind": "nf4", "group": 32}, ALL, False, {"shard": 4}),
+    ("dense", {"kind": "nf4", "group": 32, "double_quant": True}, ALL, True, {"shard": 4}),
+    ("dense", {"kind": "nf4", "group": 32}, (*ALL, "output"), False, {"shard": 2, "tensor": 2}),
+    ("dense", {"kind": "int8", "group": 0, "zero_points": True}, ALL, False, {"tensor": 4}),
+    ("dense", None, ("wq", "wv", "w_gate"), True, {"shard": 2, "tensor": 2}),
+    (
+        "tied",
+        {"kind": "int4", "group": 32, "embeddings": True},
+        ALL,
+        False,
+        {"shard": 2, "tensor": 2},
+    ),
+    ("experts", {"kind": "nf4", "group": 32}, ALL, False, {"shard": 4, "expert": 2}),
+    ("experts", {"kind": "int8", "group": 32}, ALL, False, {"shard": 2, "tensor": 2}),
+]
+
+
+def adapted(name: str, quantized: dict[str, Any] | None, targets: Any, dora: bool) -> LLM:
+    torch.manual_seed(0)
+    model = LLM(ModelArgs.from_dict(ADAPTED[name])).double()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    if quantized is not None:
+        quantize_model(model, QuantizeArgs.from_dict(quantized))
+    apply_lora(model, LoraArgs(rank=4, targets=targets, dora=dora), quiet=True)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(0.05 * torch.randn_like(weight))
+    return model
+
+
+def adapters() -> list[tuple[float, float, str]]:
+    found = []
+    for *what, degrees in ADAPTERS:
+        meshes = Meshes.make(ParallelArgs(**degrees), "cpu")
+        one, model = adapted(*what), parallelize(adapted(*what), meshes)
+        part = list(batch_of(4).micro_batches(meshes.size("rows")))[meshes.index("rows")]
+        right = gradients_of(one, batch_of(4), plain_loss)
+        here = gradients_of(model, part, plain_loss)
+        dist.all_reduce(here["loss"], group=meshes.group("parts"))
+        error, where = largest_difference(here, right)
+        with torch.no_grad():  # few rows are multiplied straight from the codes
+            few = replace(batch_of(1).inputs(), logits="last")
+            logits = float((model(few).logits - one(few).logits).abs().max())
+        found.append((error, logits, f"{what} {degrees} {where}"))
+    return found
+
+
+@pytest.mark.slow
+def test_adapters_and_codes_are_divided(tmp_path: Path) -> None:
+    for found in run_ranks(adapters, 4, tmp_path):
+        for error, logits, case in found:
+            assert error < 1e-11, case
+            assert logits < 1e-12, case
+
+
+@pytest.mark.parametrize(
+    ("quantized", "dora", "ranks", "expected"),
+    [
+        ({"group": 32}, False, 4, "the 2 groups of 32 inputs of layers.0.attention.wo"),
+        ({"kind": "int8", "group": 0}, False, 64, "the 32 pairs of 2 inputs of layers.0.attention"),
+        (
+            {"group": 32, "double_quant": True},
+            False,
+            2,
+            "the 1 blocks of 256 scales of layers.0.attention.wq",
+        ),
+        (None, True, 2, "layers.0.attention.wo would be divided, whose norm DoRA needs"),
+    ],
+)
+def test_leaves_that_tensor_ranks_cannot_divide_are_named(
+    quantized: dict[str, Any] | None, dora: bool, ranks: int, expected: str
+) -> None:
+    model = adapted("dense", quantized, ("all-linear",), dora)
+    with pytest.raises(RequestError, match=f"parallel.tensor: got {ranks}; .*{expected}"):
+        check_leaves(model, ranks)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -108,18 +106,26 @@ class _Source:
     Attributes:
         plan: What will be loaded.
         model: The model on the meta device.
-        dense: The parameters that are not codes.
-        dtypes: Their dtypes in the model.
+        groups: The tensors of every weight by its name, as the model has them.
+        dense: The parameters that are not codes, as the files have them.
         codes: The codes of leaves by the names of their weights.
         quantized: What is quantized in the files, in words.
     """
 
     plan: LoadPlan
     model: LLM
+    groups: Mapping[str, TensorGroup]
     dense: Mapping[str, LazyTensor]
-    dtypes: Mapping[str, torch.dtype]
     codes: Mapping[str, Codes]
     quantized: str
+
+    @property
+    def blocks(self) -> dict[int, list[TensorGroup]]:
+        """The weights of each block."""
+        blocks: dict[int, list[TensorGroup]] = {i: [] for i in range(self.plan.args.n_layers)}
+        for name, group in self.groups.items():
+            blocks.get(_block_of(name), []).append(group)
+        return blocks
 
 
 def load(
@@ -165,7 +171,7 @@ def load(
     source = _open(location.model, device, dtype, keep_quantized)
     absent: dict[int, Sequence[TensorGroup]] = {}
     if offload is not None:
-        blocks = _blocks(source)
+        blocks = source.blocks
         chosen = offload.place(source.plan, blocks, before_weights)
         absent = {index: blocks[index] for index in chosen}
     elif before_weights is not None:
@@ -209,97 +215,74 @@ def _open(folder: Path, device: str, dtype: str | None, keep_quantized: bool | N
     expected = f"expected a quantized GGUF file or folder, not {where}"
     require(bool(codes) or not keep_quantized, "keep_quantized", True, expected)
     dtypes = dtypes_of(source, kind)
+    groups = {name: _dense_group(name, lazy, dtypes[name]) for name, lazy in source.items()}
+    groups |= {name: _coded_group(name, one) for name, one in codes.items()}
     sizes: Counter[str] = Counter()
-    mapped = 0
-    for name, lazy in source.items():
-        size = math.prod(lazy.shape) * dtypes[name].itemsize
-        sizes[weight_kind(name)] += size
-        stays = lazy.mapped and place.type == "cpu" and lazy.dtype == dtypes[name]
-        mapped += size if stays and _is_aligned(lazy.read()) else 0
-    for name, one in codes.items():
-        for key, part in empty_parts(one.shape, one.format, "meta").items():
-            sizes[weight_kind(f"{name.removesuffix('weight')}{key}")] += part.nbytes
+    for group in groups.values():
+        for key, meta in zip(group.keys, group.metas, strict=True):
+            sizes[weight_kind(key)] += meta.nbytes
+    mapped = sum(
+        groups[name].nbytes
+        for name, lazy in source.items()
+        if lazy.mapped and place.type == "cpu" and lazy.dtype == dtypes[name]
+        if _is_aligned(lazy.read())
+    )
     plan = LoadPlan(args, sizes, mapped, kind or dtypes["tok_embeddings.weight"], place)
     quantized = f"tensors of types {types}" if types else f"weights of {stated}" if stated else ""
-    return _Source(plan, model, source, dtypes, codes, quantized)
+    return _Source(plan, model, groups, source, codes, quantized)
 
 
-def _block_of(name: str) -> int | None:
+def _block_of(name: str) -> int:
+    """Return the index of the block that a weight belongs to, or -1."""
     first, *rest = name.split(".")
-    return int(rest[0]) if first == "layers" else None
+    return int(rest[0]) if first == "layers" else -1
 
 
-def _blocks(source: _Source) -> dict[int, list[TensorGroup]]:
-    """Return the weights of each block, as the model has them."""
-    blocks: dict[int, list[TensorGroup]] = {i: [] for i in range(source.plan.args.n_layers)}
-    for name, lazy in source.dense.items():
-        index, dtype = _block_of(name), source.dtypes[name]
-        if index is not None:
-            meta = torch.empty(lazy.shape, dtype=dtype, device="meta")
-            read = functools.partial(_read_alone, lazy)
-            pieces = lazy.pieces if lazy.dtype == dtype else ()
-            blocks[index].append(TensorGroup((name,), (meta,), read, pieces))
-    for name, one in source.codes.items():
-        index, parts = _block_of(name), empty_parts(one.shape, one.format, "meta")
-        if index is not None:
-            keys = [f"{name.removesuffix('weight')}{key}" for key in parts]
-            read = functools.partial(_read_parts, one, list(parts))
-            blocks[index].append(TensorGroup(keys, list(parts.values()), read))
-    return blocks
+def _dense_group(name: str, lazy: LazyTensor, dtype: torch.dtype) -> TensorGroup:
+    pieces = lazy.pieces if lazy.dtype == dtype else ()
+    return TensorGroup((name,), (lazy.meta.to(dtype),), lambda: [lazy.read_apart()], pieces)
 
 
-def _read_alone(lazy: LazyTensor) -> list[Tensor]:
-    return [lazy.read_apart()]
+def _coded_group(name: str, codes: Codes) -> TensorGroup:
+    parts = empty_parts(codes.shape, codes.format, "meta")
+    keys = [f"{name.removesuffix('weight')}{key}" for key in parts]
 
+    def read() -> list[Tensor]:
+        found = codes.read()
+        return [found[key] for key in parts]
 
-def _read_parts(codes: Codes, names: Sequence[str]) -> list[Tensor]:
-    parts = codes.read()
-    return [parts[name] for name in names]
+    return TensorGroup(keys, list(parts.values()), read)
 
 
 def _read_weights(folder: Path, source: _Source, absent: Set[int]) -> LLM:
     """Return the model; the parameters of `absent` blocks stay on the meta device."""
-    plan, codes, where = source.plan, source.codes, shown_name(folder)
+    plan, model, where = source.plan, source.model, shown_name(folder)
     if source.quantized:
-        how = "kept in codes and computed in" if codes else "dequantized to"
+        how = "kept in codes and computed in" if source.codes else "dequantized to"
         size = f"{plan.weight_bytes / 1e6:,.1f} MB"
         notice(f"{where}: {source.quantized}, {how} {dtype_name(plan.dtype)}, {size}")
-    model = source.model
-    placed = _keep_codes(model, codes, plan.device, plan.dtype, absent)
+    found = {f"{path}.weight": leaf for path, leaf in leaves(model).items()}
+    placed: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     taken: set[int] = set()
-    for name, lazy in source.dense.items():
-        if _block_of(name) in absent:
-            placed[name] = torch.empty(lazy.shape, dtype=source.dtypes[name], device="meta")
-            continue
-        with one_thread(math.prod(lazy.shape) < _MANY):
-            placed[name], counts[name] = _place(
-                lazy.read(), plan.device, source.dtypes[name], taken
-            )
-        taken.add(placed[name].data_ptr())
+    for name, group in source.groups.items():
+        tensors, coded = [*group.metas], source.codes.get(name)
+        with one_thread(sum(meta.numel() for meta in group.metas) < _MANY):
+            if _block_of(name) in absent:
+                pass
+            elif coded is not None:
+                tensors = [part.to(plan.device) for part in group.read()]
+            else:
+                read, dtype = source.dense[name].read(), tensors[0].dtype
+                tensors[0], counts[name] = _place(read, plan.device, dtype, taken)
+                taken.add(tensors[0].data_ptr())
+        if coded is not None:
+            parts = {key.rpartition(".")[2]: x for key, x in zip(group.keys, tensors, strict=True)}
+            replace_weight(found[name], parts, coded.format, plan.dtype)
+        placed |= zip(group.keys, tensors, strict=True)
     warn_nonfinite(counts, where)
     model.load_state_dict(placed, strict=True, assign=True)
     return model.eval()
-
-
-def _keep_codes(
-    model: LLM,
-    codes: Mapping[str, Codes],
-    device: torch.device,
-    dtype: torch.dtype,
-    absent: Set[int],
-) -> dict[str, Tensor]:
-    """Make quantized leaves of those whose codes are in files; return their parts by name."""
-    found = {f"{path}.weight": leaf for path, leaf in leaves(model).items()}
-    placed: dict[str, Tensor] = {}
-    for name, one in codes.items():
-        parts = empty_parts(one.shape, one.format, "meta")
-        if _block_of(name) not in absent:
-            with one_thread(math.prod(one.shape) < _MANY):
-                parts = {key: part.to(device) for key, part in one.read().items()}
-        replace_weight(found[name], parts, one.format, dtype)
-        placed |= {f"{name.removesuffix('weight')}{key}": part for key, part in parts.items()}
-    return placed
 
 
 def _place(

@@ -42,7 +42,6 @@ from transom.config.layer_args import RopeLayout
 from transom.config.model_args import ModelArgs
 from transom.lora.adapters import plain_weights
 from transom.models.llm import LLM
-from transom.names.tables import KeyMapping
 from transom.names.transforms import permute_rotary
 from transom.quantize.leaves import quantized_leaves
 from transom.tokenizers.tokenizer import Tokenizer
@@ -161,15 +160,11 @@ def plan_layout(
     kind = main_dtype({name: lazy for name, lazy in ours.items() if name not in codes})
     size = max_shard_size or MAX_SHARD_SIZE
     max_bytes = parse_size(size, "max_shard_size") if sharded else None
+    layout: RopeLayout = "interleaved"
     if format == "native":
         config: dict[str, Any] = {"model_type": MODEL_TYPE, **args.to_dict()}
-        groups = [TensorGroup.of(name, lazy) for name, lazy in ours.items()]
-        mappings = [KeyMapping((name,), (name,), "copy") for name in ours]
-        if codes:
-            groups, config[QUANTIZATION] = quantized_groups(mappings, groups, codes, kind)
-        return FolderLayout(format, config, groups, max_bytes)
-    layout: RopeLayout = "interleaved"
-    if format == "hf":
+        family, layout = MODEL_TYPE, args.rope_layout
+    elif format == "hf":
         config = args_to_hf(args)
         config["torch_dtype"] = str(kind).removeprefix("torch.")
         family = str(config["model_type"])
@@ -190,7 +185,7 @@ def plan_layout(
         codes = {name: one.plain().reordered(partial(change, name)) for name, one in codes.items()}
     mappings = WEIGHT_NAMES[family].mappings(args, ours)
     groups = to_foreign(mappings, ours, f"format {format}")
-    if codes and format == "hf":
+    if codes and sharded:
         groups, config[QUANTIZATION] = quantized_groups(mappings, groups, codes, kind)
     elif codes:
         notice(f"{len(codes)} weights are dequantized, as format {format} has no codes")

@@ -15,7 +15,6 @@ from transom.checkpoints.files.layout import (
     CONSOLIDATED,
     INDEX,
     first_names,
-    folder_format,
     gguf_files,
     names_table,
     other_weights,
@@ -59,15 +58,11 @@ def open_parameters(folder: Path, args: ModelArgs | None = None) -> dict[str, La
             has. One message names all of them.
     """
     args = read_args(folder) if args is None else args
-    shapes, kind, where = parameter_shapes(args), folder_format(folder), shown_name(folder)
-    source = open_files(folder, args)
-    mappings = [KeyMapping((name,), (name,), "copy") for name in shapes]
-    if kind != "native":
-        table = names_table(folder)
-        source = clean(table, source, args, where)
-        mappings = WEIGHT_NAMES[table].mappings_to_read(args, shapes)
-        if kind == "hf" and stated_quantization(folder) is not None:
-            source = _without_empty_biases(source, mappings, where)
+    shapes, table, where = parameter_shapes(args), names_table(folder), shown_name(folder)
+    source = clean(table, open_files(folder, args), args, where)
+    mappings = WEIGHT_NAMES[table].mappings_to_read(args, shapes)
+    if stated_quantization(folder) is not None:
+        source = _without_empty_biases(source, mappings, where)
     refuse_quantized(source, where)
     return to_ours(mappings, source, shapes, where)
 
@@ -128,10 +123,6 @@ def open_codes(folder: Path, args: ModelArgs, leaves: Mapping[str, Shape]) -> di
     if not in_gguf and stated_quantization(folder) is None:
         return {}
     source = gguf_codes(folder) if in_gguf else open_quantized(folder)[1]
-    if folder_format(folder) == "native":
-        mappings = [KeyMapping((name,), (name,), "copy") for name in leaves]
-    else:
-        names = WEIGHT_NAMES[names_table(folder)]
-        source = {names.known_key(key): one for key, one in source.items()}
-        mappings = names.mappings_to_read(args, leaves)
-    return under_our_names(mappings, source, leaves)
+    names = WEIGHT_NAMES[names_table(folder)]
+    source = {names.known_key(key): one for key, one in source.items()}
+    return under_our_names(names.mappings_to_read(args, leaves), source, leaves)

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from transom.base.fields import read
 from transom.config.model_args import ModelArgs
 from transom.inference.decode_plan import decode_plan
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM, Runner
 from transom.verify.findings import Finding, close, difference, exact
 from transom.verify.sample_models import SAMPLES, random_tokens, sample_model
+from transom.verify.targets import small_models
 
 # Logits in float32, relative to the largest one: another order of summation.
 TOLERANCE = 1e-5
@@ -31,8 +31,7 @@ def check() -> Iterator[Finding]:
     In 16 bits, the plan and the modules are compared with the same model in float64, without
     experts: a router whose scores are nearly equal chooses others after any rounding.
     """
-    for name, fields in SAMPLES.items():
-        args = read(ModelArgs, fields)
+    for name, args in small_models(None, SAMPLES):
         model, tokens = sample_model(args, dtype=torch.float32), random_tokens(args, ROWS, 64)
         plan = decode_plan(model)
         assert plan is not None, "the caller has a library"

@@ -73,24 +73,6 @@ FOLDERS: dict[str, tuple[Format, dict[str, Any]]] = {
 }
 
 
-# The names are looked up in each call, so that tests can replace what they stand for.
-
-
-@quiet()
-def quiet_convert(source: str | Path, out: Path, format: Format) -> None:
-    convert(source, out, format)
-
-
-@quiet()
-def quiet_load(folder: Path, dtype: str) -> LLM:
-    return load(folder, dtype=dtype, keep_quantized=False)
-
-
-@quiet()
-def quiet_open(folder: Path, args: ModelArgs) -> dict[str, LazyTensor]:
-    return open_parameters(folder, args)
-
-
 class Outputs(NamedTuple):
     """Random tokens [1, T], and the logits [1, T, V] of a model with weights of a dtype."""
 
@@ -136,7 +118,7 @@ def compare_folder(
     if location.adapter is not None:
         notice(f"{name}: an adapter, which is merged into its base and then compared")
         with temporary_folder() as scratch:
-            quiet_convert(folder, scratch / "merged", "native")
+            quiet()(convert)(folder, scratch / "merged", "native")
             yield from compare_folder(scratch / "merged", length, dtype, name)
         return
     args = read_args(location.model)
@@ -145,7 +127,8 @@ def compare_folder(
     keys = "every key = one parameter"
     try:
         files = open_folder(location.model, name, args)
-        parameters = quiet_open(location.model, args)  # `open_folder` prints the same notices
+        # `open_folder` prints the same notices
+        parameters = quiet()(open_parameters)(location.model, args)
     except RequestError as error:
         yield missing(keys, name, error)
         return
@@ -157,7 +140,7 @@ def compare_folder(
     if args.head is not None:
         notice(f"{name}: has a head in place of next-token logits; no logits are compared")
     else:
-        model = quiet_load(location.model, dtype=dtype)
+        model = quiet()(load)(location.model, dtype=dtype, keep_quantized=False)
         length = _default_length(args) if length is None else length
         tokens = random_tokens(args, 1, length)
         logits = _logits(model, tokens)
@@ -211,7 +194,7 @@ def _compare_round_trips(
         with temporary_folder() as scratch:
             folder = scratch / format
             try:
-                quiet_convert(files.folder, folder, format)
+                quiet()(convert)(files.folder, folder, format)
             except RequestError as error:
                 notice(f"{files.name}: not written as {format}: {error}")
             else:
@@ -233,7 +216,7 @@ def _compare_copy(
     comparison, case = "written and read back", f"{files.name} as {folder.name}"
     try:
         args = read_args(folder)
-        written = quiet_open(folder, args)
+        written = quiet()(open_parameters)(folder, args)
     except RequestError as error:
         yield missing(comparison, case, error)
         return
@@ -248,7 +231,8 @@ def _compare_copy(
         old = _reordered(name, expected[name].read(), files.args, args.rope_layout)
         yield same_bits(comparison, f"{case}, {name}", written[name].read(), old, "other bits")
     if outputs is not None:
-        logits = _logits(quiet_load(folder, dtype=outputs.dtype), outputs.tokens)
+        copied = quiet()(load)(folder, dtype=outputs.dtype, keep_quantized=False)
+        logits = _logits(copied, outputs.tokens)
         detail = "the weights are equal, the config is not"
         tolerance = TOLERANCES[logits.dtype]
         yield close("logits after a round trip", case, logits, outputs.logits, tolerance, detail)

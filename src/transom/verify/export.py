@@ -9,15 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transom.base.fields import read
 from transom.cache.model_cache import ModelCache
 from transom.checkpoints.exported import DECODE, PREFILL, Programs, export_programs
 from transom.checkpoints.load import load
-from transom.config.model_args import ModelArgs
 from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
 from transom.verify.findings import TOLERANCES, Finding, close, exact
 from transom.verify.sample_models import SAMPLES, random_tokens, sample_model
+from transom.verify.targets import small_models
 
 ROWS, PROMPT, DECODED, MORE = 2, 13, 12, 9  # more tokens of a second prefill; longer than windows
 CAPACITY = 64
@@ -33,8 +32,8 @@ def check(model: str | None = None) -> Iterator[Finding]:
     if model is not None:
         yield from _compare(model, load(model, keep_quantized=False))
         return
-    for name, fields in reversed(SAMPLES.items()):  # the smallest first
-        yield from _compare(name, sample_model(read(ModelArgs, fields), dtype=torch.float32))
+    for name, args in small_models(None, reversed(SAMPLES)):  # the smallest first
+        yield from _compare(name, sample_model(args, dtype=torch.float32))
 
 
 @torch.no_grad()

@@ -50,10 +50,8 @@ def open_folder(folder: Path, name: str, args: ModelArgs) -> FolderFiles:
     Raises:
         RequestError: If tensors contradict the config.
     """
-    format, tensors = folder_format(folder), open_files(folder, args)
-    if format != "native":
-        tensors = clean(names_table(folder), tensors, args, shown_name(folder))
-    return FolderFiles(name, folder, format, args, tensors)
+    tensors = clean(names_table(folder), open_files(folder, args), args, shown_name(folder))
+    return FolderFiles(name, folder, folder_format(folder), args, tensors)
 
 
 _PLACES: dict[str, tuple[str, ...]] = {

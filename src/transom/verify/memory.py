@@ -11,7 +11,6 @@ from transom.base.runtime import memory_bytes, reset_peak_memory
 from transom.checkpoints.files.location import find_model
 from transom.checkpoints.gguf.weights import quantized_types
 from transom.checkpoints.load import load, load_plan
-from transom.config.model_args import ModelArgs
 from transom.inference.decode_args import DecodeArgs
 from transom.inference.loop import stream
 from transom.inference.room import workload
@@ -19,6 +18,7 @@ from transom.models.llm import LLM
 from transom.planning import memory
 from transom.verify.findings import Finding, exact
 from transom.verify.sample_models import SAMPLES, random_tokens, sample_model
+from transom.verify.targets import small_models
 
 ROWS, DECODED = 3, 8
 LENGTHS, FULL_LENGTH = (20, 100), 1024  # tokens; windows have rings in the longer one only
@@ -40,8 +40,7 @@ def check(model: str | None = None) -> Iterator[Finding]:
         built = load(folder, keep_quantized=kept)
         yield from _compare(model, built, planned, 1, (FULL_LENGTH,))
         return
-    for name, fields in SAMPLES.items():
-        args = ModelArgs.from_dict(fields)
+    for name, args in small_models(None, SAMPLES):
         sizes = {kind: 4 * count for kind, count in memory.weight_counts(args).items()}
         yield from _compare(name, sample_model(args, dtype=torch.float32), sizes, ROWS, LENGTHS)
 

@@ -210,22 +210,23 @@ class Oracle:
         at, moe = f"layers.{index}.feed_forward.", self.args.moe_args
         dense = moe is None or index < moe.first_dense_layers or index in moe.dense_layers
         if moe is None or dense or (index + 1) % moe.interleave_moe_layer_step:
-            return self.dense(at, x)
+            return self.dense(at, x, self.args.ffn_bias)
         logits = self.linear(f"{at}router", x, moe.router_bias)
         scores = logits.softmax(0) if moe.routing == "softmax" else logits.sigmoid()
         choice = scores + self.weights[f"{at}router.choice_bias"] if moe.has_choice_bias else logits
         chosen = self.choose(moe, choice)
         divisor = total(scores[expert] for expert in chosen) if moe.normalize else 1.0
         scale = moe.routed_scale if moe.routing == "biased_sigmoid" else 1.0
-        if moe.routing == "sigmoid":  # Llama 4 scales the input of the experts
-            outputs = [self.expert(moe, at, expert, x * scores[expert]) for expert in chosen]
-        else:
-            outputs = [
-                scale * scores[expert] / divisor * self.expert(moe, at, expert, x)
-                for expert in chosen
-            ]
+        clamped = moe.expert_activation != "model"
+        outputs = []
+        for expert in chosen:
+            # Llama 4 scales the input of the experts.
+            before = scores[expert] if moe.routing == "sigmoid" else 1.0
+            after = 1.0 if moe.routing == "sigmoid" else scale * scores[expert] / divisor
+            y = self.dense(f"{at}experts.", x * before, moe.expert_bias, expert, clamped)
+            outputs.append(after * y)
         if moe.shared_expert:
-            outputs.append(self.dense(f"{at}shared_expert.", x))
+            outputs.append(self.dense(f"{at}shared_expert.", x, self.args.ffn_bias))
         return total(outputs)
 
     def choose(self, moe: MoeArgs, choice: Tensor) -> list[int]:
@@ -239,28 +240,22 @@ class Oracle:
             )
         return torch.cat(groups).argsort(descending=True)[: moe.top_k].tolist()
 
-    def dense(self, at: str, x: Tensor) -> Tensor:
-        """Return w_out(act(w_gate x) * w_value x), or w_out(act(w_value x)) without a gate."""
-        bias = self.args.ffn_bias
-        value = self.linear(f"{at}w_value", x, bias)
-        if not self.args.ffn_gated:
-            return self.linear(f"{at}w_out", self.act(value), bias)
-        gate = self.act(self.linear(f"{at}w_gate", x, bias))
-        return self.linear(f"{at}w_out", gate * value, bias)
-
-    def expert(self, moe: MoeArgs, at: str, expert: int, x: Tensor) -> Tensor:
-        """Return the output of one expert, which is dense, or gpt-oss's with clamped values."""
-        bias, at = moe.expert_bias, f"{at}experts."
+    def dense(
+        self, at: str, x: Tensor, bias: bool, expert: int | None = None, clamped: bool = False
+    ) -> Tensor:
+        """Return w_out(act(w_gate x) * w_value x), w_out(act(w_value x)) without a gate, or that of
+        gpt-oss with clamped values.
+        """
         value = self.linear(f"{at}w_value", x, bias, expert)
         if not self.args.ffn_gated:
             return self.linear(f"{at}w_out", self.act(value), bias, expert)
         gate = self.linear(f"{at}w_gate", x, bias, expert)
-        if moe.expert_activation == "model":
-            gated = self.act(gate) * value
-        else:
-            limit = moe.activation_limit
+        if clamped and self.args.moe_args is not None:
+            limit = self.args.moe_args.activation_limit
             gate, value = gate.clamp(max=limit), value.clamp(-limit, limit)
             gated = (value + 1) * gate * torch.sigmoid(1.702 * gate)
+        else:
+            gated = self.act(gate) * value
         return self.linear(f"{at}w_out", gated, bias, expert)
 
     def act(self, x: Tensor) -> Tensor:

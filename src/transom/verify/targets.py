@@ -6,17 +6,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transom.base.errors import RequestError, nearest, require
+from transom.base.errors import require
 from transom.base.fields import field_types
 from transom.base.yaml_files import read_yaml
-from transom.checkpoints.files.hub import is_hub_id
+from transom.checkpoints.describe_model import describe_model
 from transom.checkpoints.files.layout import CONFIG, PARAMS
-from transom.checkpoints.files.location import find_model
-from transom.checkpoints.files.packaged import PACKAGED, is_packaged
 from transom.checkpoints.gguf.reader import is_gguf
-from transom.checkpoints.read_args import read_args
 from transom.config.model_args import ModelArgs
-from transom.config.presets import PRESETS, preset
+from transom.config.presets import PRESETS
 from transom.training.config import TrainArgs, read_config
 from transom.verify.sample_models import SAMPLES, small_copy
 
@@ -51,20 +48,10 @@ def model_args(name: str) -> ModelArgs:
         RequestError: If there is no such model.
     """
     path = Path(name)
-    if path.is_file() and path.name in (CONFIG, PARAMS):
-        return read_args(path.parent)
-    if path.is_file() and not is_gguf(path):
-        fields = _fields(path)
-        return (
-            read_config(path).model_args(None) if _is_run(fields) else ModelArgs.from_dict(fields)
-        )
-    if not path.exists() and name in PRESETS:
-        return preset(name)
-    if not path.exists() and not is_hub_id(name) and not is_packaged(name):
-        hint = nearest(name, [*PACKAGED, *PRESETS])
-        expected = f"expected a folder, file, hub id, preset or {', '.join(PACKAGED)}"
-        raise RequestError(f"model: got {name!r}; {expected}{hint}")
-    return read_args(find_model(path).model)
+    if not path.is_file() or path.name in (CONFIG, PARAMS) or is_gguf(path):
+        return describe_model(name).args
+    fields = _fields(path)
+    return read_config(path).model_args(None) if _is_run(fields) else ModelArgs.from_dict(fields)
 
 
 def run_args(name: str) -> TrainArgs:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from transom.base.errors import RequestError
 from transom.checkpoints.families.registry import FAMILIES, WEIGHT_NAMES
-from transom.checkpoints.families.weights import EXPERTS_IN_MEMORY, OUR_NAMES, ROUTER_IN_MEMORY
+from transom.checkpoints.families.weights import EXPERTS_IN_MEMORY, ROUTER_IN_MEMORY
+from transom.checkpoints.files.layout import MODEL_TYPE
 from transom.config.layer_args import RopeLayout
 from transom.lora.adapters import leaves
 from transom.models.llm import LLM
@@ -35,7 +36,7 @@ OWN_LAYOUT = ("llama4_text", "llama4", "deepseek_v3")
 # These hold experts as [E, in, out]. PEFT takes the rows for outputs, so A and B swap their roles.
 SWAPPED = ("llama4_text", "llama4")
 MISTRAL = "params_mistral"
-OWN = "transom"  # our own names, for models that no family of transformers can express
+OWN = MODEL_TYPE  # our own names, for models that no family of transformers can express
 PREFIX = "base_model.model."  # before every key of a PEFT file
 _PART = re.compile(r"\.lora_(?:embedding_)?(A|B|magnitude_vector)(?:\.weight)?$")
 
@@ -74,7 +75,7 @@ class Naming:
     def __init__(self, family: str, model: LLM) -> None:
         args, parameters = model.args, own_names(model)
         self.family, self.model, self.leaves = family, model, leaves(model)
-        self.names = OUR_NAMES if family == OWN else WEIGHT_NAMES[family]
+        self.names = WEIGHT_NAMES[family]
         in_memory = (ROUTER_IN_MEMORY, *EXPERTS_IN_MEMORY) if self.names.fused_experts else ()
         found = expand((*in_memory, *self.names.patterns), args, parameters)
         if family in FAMILIES:

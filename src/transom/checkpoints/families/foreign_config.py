@@ -51,6 +51,7 @@ class ForeignConfig:
         self.where, self._data, self._defaults = where, data, defaults
         self._read: set[str] = set()
         self._notes: list[str] = []
+        self._parts: list[ForeignConfig] = []
 
     def __getitem__(self, key: str) -> Any:
         """Return the value, null included. Raise `RequestError` if neither the file nor its
@@ -125,15 +126,18 @@ class ForeignConfig:
             raise RequestError(f"{self.where}: {error}") from None
 
     def part(self, key: str, defaults: Mapping[str, Any]) -> ForeignConfig:
-        """Return a nested config such as `text_config`."""
+        """Return a nested config such as `text_config`; its notes are printed with the others."""
         value = self[key]
         self.check(isinstance(value, Mapping), key, "expected a mapping")
-        return ForeignConfig(value, f"{self.where}: {key}", defaults)
+        self._parts.append(ForeignConfig(value, f"{self.where}: {key}", defaults))
+        return self._parts[-1]
 
     def print_notes(self) -> None:
         """Print the notes, then the training settings that were not taken over, then the keys
-        that were not read.
+        that were not read; those of parts come first.
         """
+        for part in self._parts:
+            part.print_notes()
         for line in self._notes:
             notice(f"{self.where}: {line}")
         dropped = [f"{key} = {self._data[key]!r}" for key in TRAINING_ONLY if self._data.get(key)]

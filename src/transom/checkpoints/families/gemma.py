@@ -151,9 +151,7 @@ GEMMA3_TEXT = Family(
 
 def _read_text(config: ForeignConfig) -> Fields:
     text = config.part("text_config", _GEMMA3)
-    fields = {**GEMMA3_TEXT.read(text), "tie_embeddings": config.get("tie_word_embeddings", True)}
-    text.print_notes()
-    return fields
+    return {**GEMMA3_TEXT.read(text), "tie_embeddings": config.get("tie_word_embeddings", True)}
 
 
 GEMMA3 = Family(

@@ -48,7 +48,7 @@ def args_from_hf(config: dict[str, Any], where: str) -> ModelArgs:
             f"{where}: model_type: got {name!r}; expected transom, {', '.join(FAMILIES)}"
         )
     reader = ForeignConfig(config, where, FAMILIES[name].defaults)
-    read_quantization(reader, tell=True)
+    read_quantization(reader)
     args = FAMILIES[name].args_from(reader)
     reader.print_notes()
     return args

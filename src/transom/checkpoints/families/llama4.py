@@ -259,8 +259,6 @@ def _read_with_vision(config: ForeignConfig) -> Fields:
         **read_all(_ENCODER, vision),
         "vision_args.image_token": token,
     }
-    text.print_notes()
-    vision.print_notes()
     # The output matrix belongs to the text model, which the flag beside it must not contradict.
     config.expect("tie_word_embeddings", fields["tie_embeddings"])
     return fields

@@ -170,10 +170,8 @@ def _read_experts(config: ForeignConfig) -> Fields:
     if config.get("moe_args") is None:
         return {}
     moe = config.part("moe_args", _MOE_DEFAULTS)
-    stated = {f"moe_args.{key}": moe[key] for key in ("num_experts", *_MOE_DEFAULTS)}
-    moe.print_notes()
     return {
-        **stated,
+        **{f"moe_args.{key}": moe[key] for key in ("num_experts", *_MOE_DEFAULTS)},
         "moe_args.ffn_exp": expansion,
         "moe_args.routing": "sigmoid",
         "moe_args.shared_expert": True,

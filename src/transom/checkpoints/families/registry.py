@@ -8,7 +8,8 @@ from transom.checkpoints.families import deepseek, gemma, gpt_oss, llama, llama4
 from transom.checkpoints.families.family import Family
 from transom.checkpoints.families.meta_params import META_PARAMS
 from transom.checkpoints.families.mistral_params import MISTRAL_PARAMS
-from transom.checkpoints.families.weights import WeightNames
+from transom.checkpoints.families.weights import OUR_NAMES, WeightNames
+from transom.checkpoints.files.layout import MODEL_TYPE
 from transom.checkpoints.gguf.config import ARCHITECTURES
 from transom.checkpoints.gguf.names import GGUF_NAMES, NAMES
 
@@ -20,9 +21,10 @@ FAMILIES: dict[str, Family] = {
 # By the format of a folder with a params.json.
 PARAMS_FAMILIES = {"meta": META_PARAMS, "mistral": MISTRAL_PARAMS}
 _FOREIGN = (*FAMILIES.values(), *PARAMS_FAMILIES.values())
-# By model_type, `params_meta` and `params_mistral` for folders with a params.json, and `gguf_` with
-# the architecture of a GGUF file.
+# By model_type, ours included, `params_meta` and `params_mistral` for folders with a params.json,
+# and `gguf_` with the architecture of a GGUF file.
 WEIGHT_NAMES: dict[str, WeightNames] = {
+    MODEL_TYPE: OUR_NAMES,
     **{family.model_type: family.names for family in _FOREIGN},
     **{f"gguf_{name}": NAMES.get(name, GGUF_NAMES) for name in ARCHITECTURES},
 }

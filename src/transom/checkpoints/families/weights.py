@@ -31,7 +31,7 @@ class WeightNames:
     """How the files of one family name its weights.
 
     Attributes:
-        patterns: one way to write every parameter.
+        patterns: one way to write every parameter; without any, the keys are our own names.
         aliases: other beginnings of keys, and what stands for them in `patterns`; the first that
             fits counts.
         unread: regular expressions for keys that are not read, and the reason, which is printed;
@@ -52,6 +52,8 @@ class WeightNames:
 
     def mappings(self, args: ModelArgs, parameters: Collection[str]) -> list[KeyMapping]:
         """Return one way to write every parameter of a model."""
+        if not self.patterns:
+            return [KeyMapping((name,), (name,), "copy") for name in parameters]
         return expand(self.patterns, args, parameters)
 
     def mappings_to_read(self, args: ModelArgs, parameters: Collection[str]) -> list[KeyMapping]:
@@ -85,7 +87,7 @@ class WeightNames:
         return None
 
 
-# The names of our own folders, which need no table.
+# The names of our own folders.
 OUR_NAMES = WeightNames((), reference_code=True)
 _NEVER_READ = (
     (r".*\.rotary_emb\.inv_freq", "tables of rotary frequencies, which are computed here"),

@@ -45,12 +45,13 @@ def gguf_files(folder: Path) -> list[Path]:
 
 
 def names_table(folder: Path) -> str:
-    """Return the name of the table of weight names for the files of a foreign model folder."""
+    """Return the name of the table of weight names for the files of a model folder."""
     pointer = gguf_pointer(folder)
     if pointer:
         return f"gguf_{pointer['architecture']}"
     kind = folder_format(folder)
-    return str(read_json(folder / CONFIG)["model_type"]) if kind == "hf" else f"params_{kind}"
+    own = kind in ("native", "hf")
+    return str(read_json(folder / CONFIG)["model_type"]) if own else f"params_{kind}"
 
 
 def is_adapter(folder: str | Path) -> bool:

@@ -10,7 +10,7 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -217,26 +217,25 @@ class _Cursor:
     def header(self, part: int) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
         """Return the metadata, and the tensors with their positions in the file."""
         tensors, entries = self.number("Q"), self.number("Q")
-        metadata: dict[str, Any] = {}
-        for _ in range(entries):
-            self.what = "the metadata"
-            key = self.text()
-            require(key not in metadata, f"{self.path}: key", key, "which is there twice")
-            self.what = key
-            metadata[key] = self.value(self.number("I"))
-        found: dict[str, StoredTensor] = {}
-        for _ in range(tensors):
-            self.what = "the list of tensors"
-            name = self.text()
-            require(name not in found, f"{self.path}: tensor", name, "which is there twice")
-            self.what = name
-            found[name] = self.tensor(part)
+        metadata = self.named(entries, "the metadata", lambda: self.value(self.number("I")))
+        found = self.named(tensors, "the list of tensors", lambda: self.tensor(part))
         alignment = metadata.get("general.alignment", 32)
         fits = type(alignment) is int and alignment > 0 and alignment % 8 == 0
         expected = "expected a multiple of 8"
         require(fits, f"{self.path}: general.alignment", alignment, expected)
         base = -(-self.position // alignment) * alignment
         return metadata, {name: self.placed(name, found[name], base, alignment) for name in found}
+
+    def named(self, count: int, what: str, read: Callable[[], Any]) -> dict[str, Any]:
+        """Return `count` things, each of which comes after its name."""
+        found: dict[str, Any] = {}
+        for _ in range(count):
+            self.what = what
+            name = self.text()
+            require(name not in found, f"{self.path}: {what}", name, "which is there twice")
+            self.what = name
+            found[name] = read()
+        return found
 
     def tensor(self, part: int) -> StoredTensor:
         """Return a tensor whose offset is counted from the end of the header."""

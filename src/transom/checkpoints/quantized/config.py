@@ -73,12 +73,11 @@ def _words(bits: int, group: int) -> str:
     return f"{bits} bits" + (f" in groups of {group}" if group else "")
 
 
-def read_quantization(config: ForeignConfig, *, tell: bool = False) -> Quantization | None:
+def read_quantization(config: ForeignConfig) -> Quantization | None:
     """Return how the weights of a folder are stored; None if they are not quantized.
 
     Args:
         config: The content of its config.json.
-        tell: Print the keys that are not read.
 
     Raises:
         RequestError: Transom can't read the method, or a value of a key.
@@ -91,10 +90,7 @@ def read_quantization(config: ForeignConfig, *, tell: bool = False) -> Quantizat
     own.check(method in methods, "quant_method", expected)
     for key in _HARMLESS[method].split():
         own.get(key)
-    made = _READERS[method](own)
-    if tell:
-        own.print_notes()
-    return made
+    return _READERS[method](own)
 
 
 def stated_quantization(folder: Path) -> Quantization | None:

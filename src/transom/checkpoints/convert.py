@@ -31,7 +31,7 @@ from transom.config.model_args import ModelArgs
 from transom.lora.adapters import plain_weights
 from transom.lora.merge import fold_adapters
 
-ConvertFormat = FileFormat | Literal["exported"]
+ConvertFormat = FileFormat | Literal["awq", "exported"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def convert(
             is merged into its base.
         out: The folder to write, or the file with the format `gguf`. It must be another one.
         format: As for `save`; None is `gguf` if the name ends in .gguf, and otherwise `hf`.
-            `exported` writes programs of torch.export.
+            `exported` writes programs of torch.export. `awq` is `hf` with the codes of a quantized
+            folder in the layout of AWQ (GEMM), if all of them are int4 in groups of one size.
         dtype: As for `save`; None keeps the dtype of the files.
         max_shard_size: As for `save`.
         revision: Branch, tag or commit of a hub id.
@@ -91,7 +92,7 @@ def convert(
     format = format or ("gguf" if out.suffix == ".gguf" else "hf")
     fits = format == "gguf" or out.suffix != ".gguf"
     require(fits, "format", format, "expected gguf, as OUT ends in .gguf")
-    check_dtype("native" if format == "exported" else format, dtype)
+    check_dtype(format, dtype)
     for name, value in (("context", context), ("batch", batch)):
         fits = format == "exported" or value is None
         require(fits, name, value, "expected none without format exported")
@@ -102,11 +103,12 @@ def convert(
     args, state = open_merged(location, dtype)
     counts: dict[str, int] = {}
     ours = {name: _counted(name, lazy, counts) for name, lazy in state.items()}
-    codes = {}
-    if location.adapter is None and (format == "gguf" or keep_quantized):
+    codes, awq = {}, format == "awq"
+    if location.adapter is None and (format == "gguf" or keep_quantized or awq):
         codes = open_codes(location.model, args, {name: one.shape for name, one in state.items()})
+    require(bool(codes) or not awq, "format", format, "expected hf, as SRC has no codes")
     expected = "expected a quantized folder or GGUF file, and format hf or native"
-    fits = bool(codes) and format in ("hf", "native")
+    fits = bool(codes) and format in ("hf", "native", "awq")
     require(fits or not keep_quantized, "keep_quantized", keep_quantized, expected)
     layout: FolderLayout | GgufLayout | Programs
     if format == "exported":
@@ -115,14 +117,19 @@ def convert(
         rows = 1 if batch is None else batch
         layout = export_programs(dense_model(args, ours, dtype), context, rows)
     else:
-        layout = plan_layout(args, ours, format, dtype, max_shard_size, codes)
-    if format == "hf":
+        of_files: FileFormat = "hf" if format == "awq" else format
+        layout = plan_layout(args, ours, of_files, dtype, max_shard_size, codes, awq=awq)
+    if format in ("hf", "awq"):
         layout.config.update(config_ids(location))
     with staged(out, file=layout.file) as folder:
         companions = carry_companions(location, folder)
         size = layout.write(folder)
     warn_nonfinite(counts, str(location))
-    if format == "hf" and "tokenizer.model" in companions and "tokenizer.json" not in companions:
+    if (
+        format in ("hf", "awq")
+        and "tokenizer.model" in companions
+        and "tokenizer.json" not in companions
+    ):
         notice(
             f"{out}: tokenizer.model was copied; many tools need a tokenizer.json, which is missing"
         )

@@ -121,7 +121,7 @@ class FolderLayout:
         return sum(meta.nbytes for group in self.groups for meta in group.metas)
 
 
-def check_dtype(format: FileFormat, dtype: str | None) -> None:
+def check_dtype(format: str, dtype: str | None) -> None:
     """Raise `RequestError` unless a format has a dtype, by the names of `save`."""
     names = GGUF_DTYPES if format == "gguf" else DTYPES
     require(dtype is None or dtype in names, "dtype", dtype, f"expected {', '.join(names)}")
@@ -134,6 +134,8 @@ def plan_layout(
     dtype: str | None = None,
     max_shard_size: str | None = None,
     codes: Mapping[str, Codes] | None = None,
+    *,
+    awq: bool = False,
 ) -> FolderLayout | GgufLayout:
     """Return everything that is written for a model in a format, before anything is written.
 
@@ -144,6 +146,7 @@ def plan_layout(
         dtype: As for `save`.
         max_shard_size: As for `save`.
         codes: The parameters that are in codes. Formats that have these codes store them.
+        awq: Store them in the layout of AWQ, with the format `hf`.
 
     Raises:
         RequestError: As for `save`.
@@ -186,7 +189,7 @@ def plan_layout(
     mappings = WEIGHT_NAMES[family].mappings(args, ours)
     groups = to_foreign(mappings, ours, f"format {format}")
     if codes and sharded:
-        groups, config[QUANTIZATION] = quantized_groups(mappings, groups, codes, kind)
+        groups, config[QUANTIZATION] = quantized_groups(mappings, groups, codes, kind, awq=awq)
     elif codes:
         notice(f"{len(codes)} weights are dequantized, as format {format} has no codes")
     return FolderLayout(format, config, groups, max_bytes)

@@ -16,8 +16,9 @@ FORMATS = ("hf", "native", "meta", "mistral")  # of folders
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
     formats = (
-        "hf (Hugging Face), native (Transom), meta or mistral (params.json), gguf (llama.cpp), or "
-        "exported (programs of torch.export); default: gguf if OUT ends in .gguf, else hf"
+        "hf (Hugging Face), awq (hf with codes in the layout of AWQ), native (Transom), meta or "
+        "mistral (params.json), gguf (llama.cpp), or exported (programs of torch.export); default: "
+        "gguf if OUT ends in .gguf, else hf"
     )
     dtype = (
         "float32, bfloat16, float16 or float64; in a GGUF file also q8_0, q4_0 or q4_1 "
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "out", type=user_path, metavar="OUT", help="a new or empty folder to write, or a .gguf file"
     )
-    parser.add_argument("--format", choices=(*FORMATS, "gguf", "exported"), help=formats)
+    parser.add_argument("--format", choices=(*FORMATS, "awq", "gguf", "exported"), help=formats)
     parser.add_argument("--dtype", help=dtype)
     parser.add_argument("--max-shard-size", metavar="SIZE", help=size)
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")

@@ -3,16 +3,21 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AwqConfig
 
+from tests.checkpoints.quantized import folders
 from tests.checkpoints.quantized.test_round_trip import quantized
 from tests.helpers import random_model, tiny_args
 from transom.base.errors import RequestError
+from transom.base.files import read_json
 from transom.checkpoints.convert import convert
 from transom.checkpoints.files.location import find_model
 from transom.checkpoints.gguf.weights import quantized_types
 from transom.checkpoints.load import load
 from transom.checkpoints.save import save
+from transom.quantize.args import QuantizeArgs
 from transom.quantize.leaves import dequantize_model, quantized_leaves
+from transom.quantize.methods import quantize_model
 
 HALF = torch.float16
 TYPES = {
@@ -77,12 +82,68 @@ def test_a_gguf_file_becomes_a_folder_of_gptq(tmp_path):
         assert torch.equal(weight, expected.get_parameter(name)), name
 
 
+def int4(folder, **how):
+    """A folder whose layers are int4 in groups; `how` are other settings."""
+    fields = {"dim": 64, "hidden_dim": 128, "vocab_size": 64, **how.pop("fields", {})}
+    model = random_model(tiny_args(rope_layout="halves", **fields)).half()
+    settings = {"kind": "int4", "group": 32, "skip": ("tok_embeddings", "output"), **how}
+    save(quantize_model(model, QuantizeArgs(**settings)), folder, "hf")
+
+
+@pytest.mark.parametrize("fields", [{}, {"moe_args": {"num_experts": 3, "top_k": 2}}])
+@pytest.mark.parametrize("zero_points", [True, False])
+def test_int4_in_groups_becomes_a_folder_of_awq(zero_points, fields, tmp_path):
+    int4(tmp_path / "gptq", zero_points=zero_points, fields=fields)
+    convert(tmp_path / "gptq", tmp_path / "awq", "awq")
+    stated = read_json(tmp_path / "awq" / "config.json")["quantization_config"]
+    dense = set(stated.pop("modules_to_not_convert"))
+    assert "lm_head" in dense and (fields == {}) == (len(dense) == 1)
+    assert stated == {
+        "quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True
+    }  # fmt: skip
+    assert AwqConfig.from_dict(stated).format == "gemm"
+    before, after = load(tmp_path / "gptq"), load(tmp_path / "awq")
+    again, leaves = quantized_leaves(after), quantized_leaves(before)
+    assert again.keys() == leaves.keys()
+    for path, leaf in again.items():
+        assert leaf.parts.keys() == leaves[path].parts.keys()
+        for name, part in leaf.parts.items():
+            assert torch.equal(part, leaves[path].parts[name]), f"{path}.{name}"
+    leaf = leaves["layers.0.attention.wv"]
+    stored = load_file(tmp_path / "awq" / "model.safetensors")
+    values = (leaf.weight.float() / leaf.parts["scales"].float().repeat_interleave(32, 1)).round()
+    zeros = leaf.parts["zeros"] if zero_points else torch.zeros(32, 2, dtype=torch.int8)
+    codes = values + zeros.repeat_interleave(32, 1) + 8
+    for name, numbers in (("qweight", codes), ("qzeros", zeros + 8)):
+        packed = folders.words(numbers.int(), 4, (0, 2, 4, 6, 1, 3, 5, 7)).T
+        assert torch.equal(stored[f"model.layers.0.self_attn.v_proj.{name}"], packed), name
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ({"kind": "int8"}, "q_proj.weight is not int4 in groups"),
+        ({"group": 0}, "groups have 64 and 128 inputs"),
+        ({"kind": "nf4"}, "q_proj.weight is not int4 in groups"),
+        ({"skip": ()}, "lm_head.weight is not int4 in groups, or not in a layer"),
+        ({"fields": {"n_heads": 8, "n_kv_heads": 1, "head_dim": 4}}, "k_proj.weight is not int4"),
+    ],
+)
+def test_awq_has_no_other_codes(how, reason, tmp_path):
+    int4(tmp_path / "codes", **how)
+    with pytest.raises(RequestError, match=f"format: got 'awq'; expected hf, as .*{reason}"):
+        convert(tmp_path / "codes", tmp_path / "out", "awq")
+    assert not (tmp_path / "out").exists()
+
+
 def test_only_codes_can_be_kept(tmp_path):
     save(random_model(tiny_args()), tmp_path / "dense")
     save(quantized("int4"), tmp_path / "codes")
     for source, format in (("dense", "hf"), ("codes", "meta")):
         with pytest.raises(RequestError, match="keep_quantized: got True; expected a quantized"):
             convert(tmp_path / source, tmp_path / "out", format, keep_quantized=True)
+    with pytest.raises(RequestError, match="format: got 'awq'; expected hf, as SRC has no codes"):
+        convert(tmp_path / "dense", tmp_path / "out", "awq")
     assert not (tmp_path / "out").exists()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transom.base.errors import notice
+from transom.base.errors import notice, require
 from transom.base.version import __version__
 from transom.checkpoints.files.layout import weight_files
 from transom.checkpoints.files.lazy_tensors import PLAIN_DTYPES, LazyTensor, TensorGroup, main_dtype
@@ -20,7 +20,7 @@ from transom.checkpoints.quantized.bitsandbytes import kind_of, open_bitsandbyte
 from transom.checkpoints.quantized.codes import Codes, Rows, under_foreign_names
 from transom.checkpoints.quantized.config import Method, stated_quantization
 from transom.checkpoints.quantized.float8 import open_float8
-from transom.checkpoints.quantized.packed import fits, open_packed, packed
+from transom.checkpoints.quantized.packed import fits, fits_awq, open_packed, packed
 from transom.names.tables import KeyMapping
 from transom.planning.tables import counted
 from transom.quantize.formats import WeightFormat, empty_parts
@@ -74,20 +74,28 @@ def quantized_groups(
     groups: Sequence[TensorGroup],
     codes: Mapping[str, Codes],
     dtype: torch.dtype,
+    *,
+    awq: bool = False,
 ) -> tuple[list[TensorGroup], dict[str, Any]]:
     """Return the tensors of a folder with weights in codes, and its `quantization_config`.
 
     The codes of one method are written: gptq or bitsandbytes, whichever has more weights. Notices
     count the other codes, which are dequantized, and name the tensors that no other tool reads.
+    With `awq`, all codes are written in that layout.
 
     Args:
         mappings: The names of the weights in the file, and ours.
         groups: The dense tensors of every mapping.
         codes: The weights in codes, by our names.
         dtype: The dtype in which products compute.
+        awq: Write the layout of AWQ.
+
+    Raises:
+        RequestError: AWQ does not have the codes of a weight.
     """
     found = [[codes[name].plain() for name in one.ours if name in codes] for one in mappings]
-    methods = [_method(*each) for each in zip(mappings, groups, found, strict=True)]
+    kind = _awq_method if awq else _method
+    methods = [kind(*each) for each in zip(mappings, groups, found, strict=True)]
     sizes = Counter[Method | None]()
     for method, group in zip(methods, groups, strict=True):
         sizes[method] += sum(meta.numel() for meta in group.metas if method)
@@ -110,7 +118,7 @@ def quantized_groups(
     def encode(parts: Rows, format: WeightFormat) -> Rows:
         if chosen == "bitsandbytes":
             return to_bitsandbytes(parts, format, dtype)
-        return packed(parts, format, less_one=config["checkpoint_format"] == "gptq")
+        return packed(parts, format, less_one=config.get("checkpoint_format") == "gptq", awq=awq)
 
     out = [
         _coded(mapping, group, some, encode) if method and method == chosen else group
@@ -129,6 +137,18 @@ def _method(mapping: KeyMapping, group: TensorGroup, found: Sequence[Codes]) -> 
     if fits(format, shape):
         return "gptq"
     return "bitsandbytes" if len(shape) == 2 and kind_of(format) else None
+
+
+def _awq_method(mapping: KeyMapping, group: TensorGroup, found: Sequence[Codes]) -> Method | None:
+    """Return `awq` if the weights of a mapping are in codes, which it must have."""
+    if not found:
+        return None
+    inside = mapping.ours not in (("tok_embeddings.weight",), ("output.weight",))
+    fits = inside and _method(mapping, group, found) == "gptq"
+    fits = fits and fits_awq(found[0].format, group.metas[0].shape)
+    reason = f"expected hf, as {mapping.foreign[0]} is not int4 in groups, or not in a layer"
+    require(fits, "format", "awq", reason)
+    return "awq"
 
 
 def _coded(
@@ -161,7 +181,7 @@ def _config(
     """Return the `quantization_config` of a folder.
 
     Args:
-        method: gptq or bitsandbytes.
+        method: gptq, awq or bitsandbytes.
         modules: The linear layers of the file by name, each with the format of its codes; None if
             it is dense. Embeddings are among them if they are in codes.
         dtype: The dtype in which products compute.
@@ -184,6 +204,12 @@ def _config(
         name: (8 if form.levels is None else 4, form.group or -1) for name, form in coded.items()
     }
     ((most, _),) = Counter(sizes.values()).most_common(1)
+    if method == "awq":
+        several = sorted({group for _, group in sizes.values()})
+        reason = f"expected hf, as groups have {' and '.join(map(str, several))} inputs"
+        require(len(several) == 1, "format", "awq", reason)
+        stated = {"quant_method": method, "bits": 4, "group_size": most[1], "version": "gemm"}
+        return {**stated, "zero_point": True, "modules_to_not_convert": dense}
     dynamic: dict[str, dict[str, int]] = {
         f"-:^{re.escape(name)}$": {} for name in dense if name != "lm_head"
     }

@@ -21,6 +21,7 @@ from transom.names.transforms import Shape
 from transom.quantize.formats import INT4, WeightFormat, pack, unpack
 
 _AWQ = (0, 4, 1, 5, 2, 6, 3, 7)  # the place of each of 8 outputs, lowest bits first
+_PLACES = (0, 2, 4, 6, 1, 3, 5, 7)  # the output in each place of a word
 # Where zero points are stored less one, so is every word of them (utils/model.py of GPTQModel).
 _ONES = {4: 0x11111111, 8: 0x01010101}
 
@@ -99,13 +100,14 @@ def open_packed(
     return Codes(own, (*leading, outputs, inputs), read)
 
 
-def packed(parts: Rows, format: WeightFormat, *, less_one: bool) -> Rows:
-    """Return the tensors of GPTQ for the parts of a weight [out, in] or [E, out, in].
+def packed(parts: Rows, format: WeightFormat, *, less_one: bool, awq: bool = False) -> Rows:
+    """Return the tensors of GPTQ or AWQ for the parts of a weight [out, in] or [E, out, in].
 
     Args:
-        parts: The parts, in a format for which `fits` is true.
+        parts: The parts, in a format for which `fits` or `fits_awq` is true.
         format: Their format.
         less_one: Whether zero points are stored less one.
+        awq: Whether the layout is that of AWQ.
     """
     bits, scales = 8 if format.levels is None else 4, parts["scales"]
     codes, zeros = parts["codes"].view(torch.uint8), parts.get("zeros")
@@ -118,10 +120,10 @@ def packed(parts: Rows, format: WeightFormat, *, less_one: bool) -> Rows:
         codes, group_of = _moved(codes, back, bits), group_of.gather(-1, back)
     if zeros is None:
         zeros = torch.zeros_like(scales, dtype=torch.int8)
-    raw = zeros.view(torch.uint8) + (1 << bits - 1)
-    raw = F.pad(raw.mT, (0, -raw.size(-2) % (32 // bits)))
-    raw = raw.clone(memory_format=torch.contiguous_format)  # `contiguous` keeps odd strides of 1
-    words = _words(raw if bits == 8 else pack(raw), bits)
+    words = _output_words(zeros.view(torch.uint8) + (1 << bits - 1), bits, awq=awq)
+    if awq:
+        wide = _output_words(unpack(codes), bits, awq=True)
+        return {"qweight": wide, "qzeros": words, "scales": scales.mT.contiguous()}
     return {
         "qweight": _words(codes, bits).mT.contiguous(),
         "qzeros": words - (_ONES[bits] if less_one else 0),
@@ -134,6 +136,12 @@ def fits(format: WeightFormat, shape: Shape) -> bool:
     """Return whether `packed` writes a weight of this format and shape."""
     plain = format.offset != "minimums" and not format.block
     return plain and format.levels in (None, INT4) and shape[-1] % (8 if format.levels else 4) == 0
+
+
+def fits_awq(format: WeightFormat, shape: Shape) -> bool:
+    """Return whether `packed` writes a weight of this format and shape in the layout of AWQ."""
+    grouped = format.group > 0 and not format.ordered and shape[-2] % 8 == 0
+    return grouped and format.levels == INT4 and fits(format, shape)
 
 
 def _order(where: str, group_of: Tensor, groups: int) -> Tensor | None:
@@ -168,6 +176,15 @@ def _outputs(words: Tensor, bits: int, outputs: int, *, awq: bool) -> Tensor:
     if awq:
         raw = raw.unflatten(-1, (-1, 8))[..., list(_AWQ)].flatten(-2)
     return raw[..., :outputs].mT.contiguous()
+
+
+def _output_words(raw: Tensor, bits: int, *, awq: bool) -> Tensor:
+    """Return words int32 [..., m, out bits / 32] of what `_outputs` returns."""
+    raw = F.pad(raw.mT, (0, -raw.size(-2) % (32 // bits)))
+    raw = raw.clone(memory_format=torch.contiguous_format)  # `contiguous` keeps odd strides of 1
+    if awq:
+        raw = raw.unflatten(-1, (-1, 8))[..., list(_PLACES)].flatten(-2)
+    return _words(raw if bits == 8 else pack(raw), bits)
 
 
 def _bytes(words: Tensor, bits: int) -> Tensor:

@@ -41,11 +41,6 @@ def meta_model(args: ModelArgs) -> LLM:
         return LLM(args)
 
 
-def parameter_shapes(args: ModelArgs) -> dict[str, Shape]:
-    """Return the shape of every parameter of a model by its name."""
-    return {name: tuple(one.shape) for name, one in meta_model(args).named_parameters()}
-
-
 def open_parameters(folder: Path, args: ModelArgs | None = None) -> dict[str, LazyTensor]:
     """Return the parameters of a model folder under Transom's names, not read yet.
 
@@ -58,7 +53,8 @@ def open_parameters(folder: Path, args: ModelArgs | None = None) -> dict[str, La
             has. One message names all of them.
     """
     args = read_args(folder) if args is None else args
-    shapes, table, where = parameter_shapes(args), names_table(folder), shown_name(folder)
+    shapes = {name: tuple(one.shape) for name, one in meta_model(args).named_parameters()}
+    table, where = names_table(folder), shown_name(folder)
     source = clean(table, open_files(folder, args), args, where)
     mappings = WEIGHT_NAMES[table].mappings_to_read(args, shapes)
     if stated_quantization(folder) is not None:

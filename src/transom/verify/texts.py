@@ -17,12 +17,12 @@ from typing import Any
 from transom.base.errors import RequestError, notice
 from transom.chat.files import stored_templates
 from transom.chat.template import ChatTemplate, Message
+from transom.checkpoints.files.layout import holds_tokenizer
 from transom.checkpoints.open_model import open_text
 from transom.tokenizers.tokenizer import Tokenizer
 from transom.verify.findings import Finding, exact, missing, one_line
 from transom.verify.tiny_runs import quiet
 
-FILES = ("tokenizer.json", "tekken*.json", "tokenizer.model", "*.model.v*")
 USER: Message = {"role": "user", "content": "Hello"}
 ANSWER: Message = {"role": "assistant", "content": "Good day."}
 CHATS: dict[str, Sequence[Message]] = {
@@ -36,7 +36,7 @@ SPELLED = "spelled tokens stay text"
 
 def compare_texts(folder: Path, name: str) -> Iterator[Finding]:
     """Compare the texts and chats of a folder; a notice names what cannot be compared."""
-    if not any(any(folder.glob(pattern)) for pattern in FILES):
+    if not holds_tokenizer(folder):
         notice(f"{name}: no tokenizer in the folder, no texts are compared")
         return
     text = open_text(folder)

@@ -98,7 +98,7 @@ def test_pairs_by_rank_with_byte_fallback_become_scores(prefix, tmp_path, again)
     library = pieces_in_json(sentencepiece_model(), prefix)
     named = {"bos_token": "<s>", "eos_token": "</s>"}
     before = Tokenizer.load(saved(tmp_path, library, tokenizer_config__json=named))
-    metadata = tokenizer_metadata(before)
+    metadata = tokenizer_metadata(tmp_path / "saved")
     assert metadata[f"{GGML}add_space_prefix"] == (prefix != "none")
     after = again(metadata)
     assert after.unk_id == before.unk_id == 0
@@ -120,7 +120,7 @@ def test_runs_of_spaces_that_share_a_score_keep_it(tmp_path, again):
         ids={"unk": 0, "bos": 1, "eos": 2},
     ).to_bytes()
     before = Tokenizer.load(saved(tmp_path, pieces_in_json(content, "none")))
-    metadata = tokenizer_metadata(before)
+    metadata = tokenizer_metadata(tmp_path / "saved")
     scores = dict(zip(metadata[f"{GGML}tokens"], metadata[f"{GGML}scores"], strict=True))
     assert count > 2 and len({scores[run] for run in runs}) == 1
     after = again(metadata)
@@ -145,9 +145,11 @@ def test_names_and_edges_and_templates_and_ends_are_stated(tmp_path):
     assert templates == {"tokenizer.chat_template": "a", "tokenizer.chat_template.rag": "b"}
 
 
-def test_a_tokenizer_trained_here_makes_the_round_trip(again):
+def test_a_tokenizer_trained_here_makes_the_round_trip(tmp_path, again):
     tokenizer = train_bpe(CORPUS, 320)
-    metadata = tokenizer_metadata(tokenizer)
+    (tmp_path / "saved").mkdir()
+    tokenizer.save(tmp_path / "saved")
+    metadata = tokenizer_metadata(tmp_path / "saved")
     after = again(metadata)
     assert metadata[f"{GGML}pre"] == "smaug-bpe"
     assert (after.begin, after.eos_id) == (tokenizer.begin, tokenizer.eos_id)

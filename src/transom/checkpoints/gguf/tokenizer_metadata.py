@@ -8,7 +8,6 @@ space that special tokens swallow.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from itertools import chain
@@ -47,33 +46,25 @@ from transom.tokenizers.tokenizer import Tokenizer
 _NO_SCORE = -1000.0  # of tokens that no merge makes, as llama.cpp's converter writes it
 
 
-def tokenizer_metadata(
-    source: str | Path | Tokenizer, rows: int = 0, where: str = ""
-) -> dict[str, Any]:
+def tokenizer_metadata(folder: Path, rows: int = 0, where: str = "") -> dict[str, Any]:
     """Return what a GGUF file states about a tokenizer and its chat templates.
 
     `write_tokenizer_files` makes files of the same tokenizer from it.
 
     Args:
-        source: The folder or file of a tokenizer, or an open one.
+        folder: The folder of a tokenizer.
         rows: The number of rows of the model's embeddings. Ids without a token get one that no text
             contains, because llama.cpp expects a token for every row.
-        where: The source in messages, instead of its path.
+        where: The folder in messages, instead of its path.
 
     Raises:
         RequestError: GGUF cannot state this tokenizer.
     """
-    if isinstance(source, Tokenizer):
-        with tempfile.TemporaryDirectory() as folder:
-            source.save(folder)
-            return tokenizer_metadata(folder, rows, where)
-    path = Path(source)
-    where = where or str(path)
-    beside, arguments = path if path.is_dir() else path.parent, read_folder(path)
+    where, arguments = where or str(folder), read_folder(folder)
     tokenizer = Tokenizer(**arguments)
     file = next(iter(arguments["files"].values()))
     stated = _vocabulary(arguments["backend"], file, max(rows, tokenizer.vocab_size), where)
-    ends = dict.fromkeys([tokenizer.eos_id, *stop_tokens_of(beside, tokenizer)])
+    ends = dict.fromkeys([tokenizer.eos_id, *stop_tokens_of(folder, tokenizer)])
     ends.pop(None, None)
     if len(ends) > len(ENDS):
         notice(f"{where}: GGUF states {len(ENDS)} of the {len(ends)} tokens that end a text")
@@ -90,7 +81,7 @@ def tokenizer_metadata(
     stated |= {"add_bos_token": tokenizer.adds_bos, "add_eos_token": tokenizer.adds_eos}
     templates = {
         TEMPLATE_KEY if name == DEFAULT else f"{TEMPLATE_KEY}.{name}": text
-        for name, text in stored_templates(beside)[1].items()
+        for name, text in stored_templates(folder)[1].items()
     }
     return {f"{KEY}{key}": value for key, value in stated.items()} | templates
 

@@ -81,7 +81,7 @@ CONTENTS = {
         "a: not UTF-8",
     ),
     "a key twice": (header(ARCHITECTURE, ARCHITECTURE, entries=2), "'general.architecture'; which"),
-    "a tensor twice": (header(tensor("t"), tensor("t"), tensors=2), "tensor: got 't'; which is"),
+    "a tensor twice": (header(tensor("t"), tensor("t"), tensors=2), "tensors: got 't'; which is"),
     "dimensions": (header(tensor("t", (1,) * 5), tensors=1), "t: dimensions: got 5; expected at"),
     "unknown type": (header(tensor("t", kind=99), tensors=1), "t: type: got 99; expected F32,"),
     "removed type": (header(tensor("t", kind=4), tensors=1), "t: type: got 4; expected F32,"),

@@ -50,16 +50,6 @@ CPU_NAMES = (
     "quantize",
     "demo",
 )
-CPU_NAMES = (
-    "startup",
-    "attention_memory",
-    "load",
-    "ops",
-    "decode",
-    "speculative",
-    "quantize",
-    "demo",
-)
 GPU_NAMES = (*(name for name in NAMES if name not in CPU_NAMES), "gpu_decode")
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 HIDDEN = {"benchmark", "transom", "torch", "processor", "threads", "commit", "date"}

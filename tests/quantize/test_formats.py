@@ -31,6 +31,7 @@ KINDS = {
     "int4, zeros": QuantizeArgs(kind="int4", group=128, zero_points=True),
     "int8": QuantizeArgs(kind="int8", group=0),
     "int8, zeros": QuantizeArgs(kind="int8", group=32, zero_points=True),
+    "fp8": QuantizeArgs(kind="fp8", group=0),
 }
 BITS = {
     "nf4": 4.25,
@@ -193,10 +194,10 @@ def test_every_code_is_the_nearest_for_the_stored_scale(args, dtype):
     codes = 256 if format.levels is None else 16
     made, choices = dequantize(parts, format), []
     for code in range(codes):
-        byte = code - 128 if format.levels is None else code * 17
-        alike = torch.full_like(parts["codes"], byte)
+        alike = parts["codes"].clone()
+        alike.view(torch.uint8).fill_(code if format.levels is None else code * 17)
         choices.append((dequantize({**parts, "codes": alike}, format) - weight.float()).abs())
-    nearest = torch.stack(choices).amin(0)
+    nearest = torch.stack(choices).nan_to_num(torch.inf).amin(0)  # two codes are no number
     assert torch.allclose((made - weight.float()).abs(), nearest, rtol=1e-5, atol=1e-9)
     assert not made[0, : args.group].any()
 
@@ -301,9 +302,11 @@ def test_weights_to_one_side_gain_by_zeros():
             "double_quant: got True",
         ),
         ({"zero_points": True}, "zero_points: got True"),
+        ({"kind": "fp8", "zero_points": True}, "expected kind int4 or int8 with it"),
+        ({"kind": "fp8", "bits_budget": 8.0}, "bits_budget: got 8.0; expected kind int4"),
         (
             {"kind": "nf5"},
-            "kind: got 'nf5'; expected one of nf4, fp4, int4, int8; did you mean 'nf4'",
+            "kind: got 'nf5'; expected one of nf4, fp4, int4, int8, fp8; did you mean 'nf4'",
         ),
     ],
 )

@@ -38,7 +38,14 @@ INT4, ZEROS = (
     QuantizeArgs(kind="int4", group=32, zero_points=True),
 )
 INT8 = QuantizeArgs(kind="int8", group=0)
-FORMATS = {"nf4": NF4, "nf4, double": DOUBLE, "int4": INT4, "int4, zeros": ZEROS, "int8": INT8}
+FORMATS = {
+    "nf4": NF4,
+    "nf4, double": DOUBLE,
+    "int4": INT4,
+    "int4, zeros": ZEROS,
+    "int8": INT8,
+    "fp8": QuantizeArgs(kind="fp8", group=0),
+}
 MOE = {"num_experts": 4, "top_k": 2, "hidden_dim": 32, "shared_expert": True, "expert_bias": True}
 MLA = {
     "kv_lora_rank": 32,

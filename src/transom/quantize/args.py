@@ -10,7 +10,7 @@ from transom.base import fields
 from transom.base.errors import require
 from transom.base.fields import check_bounds, describe
 
-Kind = Literal["nf4", "fp4", "int4", "int8"]
+Kind = Literal["nf4", "fp4", "int4", "int8", "fp8"]
 Method = Literal["rtn", "gptq", "awq"]
 GROUPS = (0, 32, 64, 128)
 
@@ -29,8 +29,8 @@ class QuantizeArgs:
 
     kind: Kind = describe(
         "nf4",
-        "values of the codes: 16 quantiles of the normal distribution, floats of 4 bits, or "
-        "integers of 4 or 8 bits",
+        "values of the codes: 16 quantiles of the normal distribution, floats of 4 bits, "
+        "integers of 4 or 8 bits, or floats of 8 bits (e4m3)",
     )
     group: int = describe(
         64, "neighbouring inputs that share a scale; 0: all inputs of an output", "weights"

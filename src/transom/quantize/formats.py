@@ -4,7 +4,7 @@ A weight [out, in] (or [E, out, in]) has these parts. n is the number of groups 
 group`. `WeightFormat` says which parts there are.
 
 - `codes`: of 4 bits, uint8 [out, in / 2] with the first of two codes in the high half of a byte; of
-  8 bits, int8 [out, in].
+  8 bits, int8 or float8_e4m3fn [out, in].
 - `scales` [out, n]: multiply the values of the codes.
 - `zeros` int8 [out, n]: values that stand for 0. They are subtracted before the scale multiplies.
 - `minimums` [out, n]: added after the scale has multiplied.
@@ -50,6 +50,7 @@ class WeightFormat:
         super_scales: The dtype of these factors.
         centered: Whether the codes are scales less their mean.
         ordered: Whether the columns of the codes are in another order than the inputs.
+        codes: The dtype of codes of 8 bits: int8, or float8_e4m3fn.
     """
 
     levels: Levels | None
@@ -60,6 +61,7 @@ class WeightFormat:
     super_scales: torch.dtype = torch.float32
     centered: bool = False
     ordered: bool = False
+    codes: torch.dtype = torch.int8
 
 
 def integers(first: int) -> Levels:
@@ -92,20 +94,23 @@ NF4 = (
 _FP4 = tuple(value / 12 for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
 FP4 = (*_FP4, *(-value for value in _FP4))
 INT4 = integers(-8)
-LARGEST = 127  # the largest value of 8-bit codes, of which -128 is used with zero points only
+FLOAT8 = torch.float8_e4m3fn
+# The largest values of 8-bit codes. -128 is used with zero points only.
+LARGEST = {torch.int8: 127, FLOAT8: 448}
 
 
 def requested(args: QuantizeArgs, dtype: torch.dtype) -> WeightFormat:
     """Return the format that a user asks for, with scales in the dtype of the weight."""
-    levels = {"nf4": NF4, "fp4": FP4, "int4": INT4, "int8": None}[args.kind]
+    levels = {"nf4": NF4, "fp4": FP4, "int4": INT4}.get(args.kind)
     if args.scales != "weight":
         dtype = getattr(torch, args.scales)
     if args.double_quant:
         # The 8-bit floats are those of hardware. bitsandbytes uses its dynamic tree, of similar
         # precision. The block is that of section 3 of QLoRA.
-        eight_bits = torch.float8_e4m3fn
-        return WeightFormat(levels, args.group, "none", eight_bits, 256, dtype, centered=True)
-    return WeightFormat(levels, args.group, "zeros" if args.zero_points else "none", dtype)
+        return WeightFormat(levels, args.group, "none", FLOAT8, 256, dtype, centered=True)
+    offset: Literal["none", "zeros"] = "zeros" if args.zero_points else "none"
+    codes = FLOAT8 if args.kind == "fp8" else torch.int8
+    return WeightFormat(levels, args.group, offset, dtype, codes=codes)
 
 
 @torch.no_grad()
@@ -149,7 +154,7 @@ def group_parts(groups: Tensor, format: WeightFormat, shrink: float = 1.0) -> di
         units = -low * shrink / not_zero(scales)
         zeros = {"zeros": (units.round() + lowest).to(torch.int8)}
     else:
-        scales = _symmetric_scales(groups, format.levels) * shrink
+        scales = _symmetric_scales(groups, format) * shrink
     stored = _code_scales(scales, format) if format.block else {"scales": scales.to(format.scales)}
     return {**stored, **zeros}
 
@@ -171,7 +176,10 @@ def in_units(groups: Tensor, parts: Parts, format: WeightFormat) -> Tensor:
 def nearest_codes(units: Tensor, format: WeightFormat) -> Tensor:
     """Return the codes of the values nearest to some numbers: int8, or uint8 below 16."""
     if format.levels is None:
-        return units.round().clamp_(-128, LARGEST).to(torch.int8)
+        largest = LARGEST[format.codes]
+        if format.codes is FLOAT8:  # a larger number would become NaN
+            return units.clamp(-largest, largest).to(FLOAT8)
+        return units.round().clamp_(-128, largest).to(torch.int8)
     levels = format.levels
     if levels == integers(round(levels[0])):  # half of a step rounds down, as `_nearest` does
         return (units - (levels[0] + 0.5)).ceil_().clamp_(0, 15).to(torch.uint8)
@@ -288,7 +296,7 @@ def empty_parts(
     """Return parts of a weight of this shape, to be filled from a file."""
     *leading, outputs, inputs = shape
     groups = inputs // (format.group or inputs)
-    code, width = (torch.int8, inputs) if format.levels is None else (torch.uint8, inputs // 2)
+    code, width = (format.codes, inputs) if format.levels is None else (torch.uint8, inputs // 2)
     parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"codes": (code, (outputs, width))}
     scales = torch.int8 if format.block else format.scales
     parts["scales"] = scales, (outputs, groups)
@@ -352,10 +360,11 @@ def wide_scales(parts: Parts, name: str, format: WeightFormat, rows: slice | Ten
     return stored
 
 
-def _symmetric_scales(groups: Tensor, levels: Levels | None) -> Tensor:
+def _symmetric_scales(groups: Tensor, format: WeightFormat) -> Tensor:
     """Return the scale of each group with which its largest weight has a value of its own."""
+    levels = format.levels
     if levels is None:
-        return groups.abs().amax(-1) / LARGEST
+        return groups.abs().amax(-1) / LARGEST[format.codes]
     if -min(levels) == max(levels):
         return groups.abs().amax(-1) / max(levels)
     # The largest takes the first code, the only one with a value of this size: the scale has its

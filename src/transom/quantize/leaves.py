@@ -19,7 +19,7 @@ from transom.base.errors import RequestError
 from transom.base.runtime import large_pages, release_memory
 from transom.layers.linear import Embedding, GroupedLinear, Linear, has_data
 from transom.ops import products as ops
-from transom.quantize import traced
+from transom.quantize import scaled, traced
 from transom.quantize.formats import Parts, WeightFormat, dequantize, in_rows, shape_of
 from transom.quantize.tiles import fits_tiles, in_tiles
 
@@ -157,8 +157,11 @@ def product(x: Tensor, bias: Tensor | None, leaf: Quantized, parts: Parts) -> Te
         parts = {name: part for name, part in parts.items() if name != "order"}
     if traced.takes(x):
         return traced.product(x, bias, parts, format)
-    needs_gradient = x.requires_grad or (bias is not None and bias.requires_grad)
-    if ops.takes(x, "tiles" in parts) and not (needs_gradient and torch.is_grad_enabled()):
+    trains = x.requires_grad or (bias is not None and bias.requires_grad)
+    trains = trains and torch.is_grad_enabled()
+    if not trains and scaled.takes(x, parts):
+        return scaled.product(x, bias, parts)
+    if not trains and ops.takes(x, "tiles" in parts):
         y = ops.product(x, bias, parts, format.levels, format.scales, format.block)
         if y is not None:
             return y

@@ -26,6 +26,7 @@ def fits_tiles(parts: Parts, format: WeightFormat) -> bool:
     fits = outputs % OUTPUTS == 0 and inputs % 32 == 0 and (group == 16 or group % 32 == 0)
     fits = fits and (levels is None or levels == integers(int(levels[0])))
     fits = fits and not format.centered and (not format.block or groups % format.block == 0)
+    fits = fits and not parts["codes"].is_floating_point()
     return fits and parts["codes"].device.type == "cpu" and has_tiles()
 
 

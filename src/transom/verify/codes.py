@@ -5,6 +5,7 @@ This module shares no code with `quantize` and `checkpoints`. It works column by
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -25,6 +26,10 @@ def levels(kind: str) -> Tensor:
     if kind in ("int4", "int8"):
         half = 8 if kind == "int4" else 128
         return torch.arange(-half, half, dtype=torch.float64)
+    if kind == "fp8":  # a sign, 4 bits of an exponent, 3 of a fraction; the last is no number
+        sizes = [2.0 ** (max(e, 1) - 7) * ((e > 0) + m / 8) for e in range(16) for m in range(8)]
+        sizes[-1] = math.inf
+        return torch.tensor([sign * size for sign in (1, -1) for size in sizes]).double()
     if kind == "fp4":
         sizes = [2.0 ** (4 - e) * (1 + m / 2) if e else m / 16 for e in range(4) for m in range(2)]
         return torch.tensor([sign * size for sign in (1, -1) for size in sizes]).double() / 12
@@ -73,7 +78,7 @@ class Grid:
             elif kind == "int4":
                 scales.append(largest / -8)
             else:
-                scales.append(largest.abs() / (127 if kind == "int8" else 1))
+                scales.append(largest.abs() / {"int8": 127, "fp8": 448}.get(kind, 1))
             zeros.append((-low / scales[-1] - (8 if kind == "int4" else 128)) * zero_points)
         return cls(kind, group, torch.stack(scales, 1), torch.stack(zeros, 1))
 
@@ -82,7 +87,7 @@ class Grid:
         """Return the grid that the parts of a matrix state."""
         scales = parts["scales"].double()
         zeros = parts["zeros"].double() if "zeros" in parts else torch.zeros_like(scales)
-        inputs = parts["codes"].size(1) * (1 if kind == "int8" else 2)
+        inputs = parts["codes"].size(1) * (1 if kind in ("int8", "fp8") else 2)
         return cls(kind, inputs // scales.size(1), scales, zeros)
 
     def values(self, column: int) -> Tensor:
@@ -111,13 +116,16 @@ class Grid:
 
 def decoded(parts: Parts, kind: str) -> Tensor:
     """Return the weight [out, in] in float64 that the parts of one matrix stand for."""
-    grid, codes = Grid.stored(parts, kind), parts["codes"].long()
+    grid, codes = Grid.stored(parts, kind), parts["codes"]
+    codes = (codes.view(torch.uint8) if kind == "fp8" else codes).long()
     inputs = grid.group * grid.scales.size(1)
     order = parts["order"].tolist() if "order" in parts else range(inputs)
     out = torch.empty(len(codes), inputs, dtype=torch.float64)
     for column, place in enumerate(order):
         if kind == "int8":
             code = codes[:, column] + 128
+        elif kind == "fp8":
+            code = codes[:, column]
         else:
             code = codes[:, column // 2] % 16 if column % 2 else codes[:, column // 2] // 16
         out[:, place] = grid.values(column).gather(1, code[:, None]).squeeze(1)

@@ -50,6 +50,7 @@ ROUNDED = {
     "int8, zero points": QuantizeArgs("int8", 32, zero_points=True),
     "nf4": QuantizeArgs("nf4", 32),
     "fp4": QuantizeArgs("fp4", 32),
+    "fp8": QuantizeArgs("fp8", 0),
 }
 METHODS = {
     "GPTQ, int4": QuantizeArgs("int4", 32, method="gptq"),
@@ -68,7 +69,7 @@ def check(model: str | None = None) -> Iterator[Finding]:
     """Compare codes, products, logits and files of small models, or those of a quantized folder.
 
     Args:
-        model: A folder in the layout of GPTQ.
+        model: A folder in the layout of GPTQ, or of 8-bit floats.
 
     Raises:
         RequestError: The folder is not quantized in this layout.
@@ -77,11 +78,12 @@ def check(model: str | None = None) -> Iterator[Finding]:
         folder = find_model(model).model
         stated = stated_quantization(folder)
         method = "dense weights" if stated is None else stated.method
-        expected = "expected a folder in the layout of gptq"
-        require(method == "gptq", f"{model}: quantization", method, expected)
+        expected = "expected a folder in the layout of gptq or fp8"
+        require(method in ("gptq", "fp8"), f"{model}: quantization", method, expected)
         with quiet():
             made = load(folder, dtype="float32")
-        yield from _unpacked(folder, model, made)
+        if method == "gptq":
+            yield from _unpacked(folder, model, made)
         yield from compare_decoded(model, made)
         return
     for name, fields in MODELS.items():
@@ -105,7 +107,9 @@ class Matrix(NamedTuple):
 
     def decoded(self) -> Tensor:
         """Return the weight that its parts stand for, by the twin."""
-        return codes.decoded(self.parts, codes.kind_of(self.leaf.format.levels))
+        format = self.leaf.format
+        floats = format.codes.is_floating_point
+        return codes.decoded(self.parts, "fp8" if floats else codes.kind_of(format.levels))
 
     def of(self, weight: Tensor) -> Tensor:
         """Return the matrix in a weight of the leaf, in float64."""

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from tests.checkpoints.families import random_ids, tiny_hf
 from tests.checkpoints.quantized import folders
 from tests.checkpoints.quantized.test_round_trip import quantized
+from tests.helpers import random_tokens
 from transom.checkpoints.load import load
 from transom.checkpoints.save import save
 from transom.layers.inputs import TransformerInput
@@ -41,6 +42,15 @@ def test_bitsandbytes_opens_ours_and_we_open_theirs(kind, double, tmp_path):
     assert torch.allclose(found, expected, atol=3e-5, rtol=0)
     again = opened(tmp_path / "ours", **float32)(ids).logits
     assert torch.allclose(again, expected, atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["fp8", "fp8 of 32"])
+def test_transformers_opens_floats_of_8_bits(case, tmp_path):
+    model = quantized(case, vocab_size=64)
+    save(model, tmp_path, "hf")
+    ids = random_tokens(2, 40)
+    theirs = opened(tmp_path, dtype=torch.float32)(ids).logits
+    assert torch.allclose(theirs, model(TransformerInput(ids)).logits, atol=3e-5, rtol=0)
 
 
 @pytest.mark.parametrize("case", ["int8", "int8 with zero points"])

@@ -19,6 +19,8 @@ CASES = {
     "int8 with zero points": {"kind": "int8", "group": 0, "zero_points": True},
     "int4 of 64": {"kind": "int4", "group": 64},
     "nf4": {"kind": "nf4", "group": 32},
+    "fp8": {"kind": "fp8", "group": 0},
+    "fp8 of 32": {"kind": "fp8", "group": 32},
     "nf4 with scales in 8 bits": {"kind": "nf4", "group": 32, "double_quant": True},
 }
 
@@ -41,6 +43,15 @@ def test_codes_survive_a_folder(case, format, tmp_path):
     for name, weight in again.named_parameters():
         if not name.startswith(tuple(leaves)):
             assert torch.equal(weight, model.get_parameter(name)), name
+
+
+def test_floats_of_8_bits_are_dense_in_gguf_files(tmp_path):
+    model = quantized("fp8")
+    save(model, tmp_path / "model.gguf", "gguf")
+    again = load(tmp_path / "model.gguf")
+    for path, leaf in quantized_leaves(model).items():
+        if not path.endswith(("wq", "wk")):  # their rows have another order
+            assert torch.equal(again.get_submodule(path).weight, leaf.weight), path
 
 
 def test_experts_are_packed_one_by_one(tmp_path):

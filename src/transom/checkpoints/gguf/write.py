@@ -199,7 +199,8 @@ def _as_blocks(one: Codes) -> Codes:
     form, inputs = one.format, one.shape[-1]
     group = form.group or inputs
     name = _SAME_CODES.get((form.levels, form.offset), "")
-    if one.type or not name or form.block or form.ordered or group % TYPES[name].weights:
+    other = form.block or form.ordered or form.codes.is_floating_point
+    if one.type or not name or other or group % TYPES[name].weights:
         return one
 
     def rows() -> Rows:

@@ -144,7 +144,8 @@ def _bitsandbytes(own: ForeignConfig) -> Quantization:
 
 def _fp8(own: ForeignConfig) -> Quantization:
     own.expect("fmt", "e4m3")
-    own.note(f"activation_scheme = {own.get('activation_scheme')!r}: activations keep their dtype")
+    scheme = own.get("activation_scheme")
+    own.note(f"activation_scheme = {scheme!r}: inputs of products keep their dtype, except on GPUs")
     block = own.get("weight_block_size", [0, 0])
     fits = isinstance(block, list) and [type(n) for n in block] == [int, int] and min(block) >= 0
     own.check(fits, "weight_block_size", "expected two numbers")

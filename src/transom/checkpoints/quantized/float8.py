@@ -1,5 +1,7 @@
 """Weights of 8-bit floats with a scale per block of outputs and inputs, as in DeepSeek-V3.
 
+Blocks of one output stay in codes, and are written. Others are dequantized.
+
 `weight` float8_e4m3fn [out, in], and `weight_scale_inv` [out / block, in / block], rounded up, by
 which it is multiplied. A single scale stands for all. The source is `weight_dequant` in `kernel.py`
 of DeepSeek-V3.
@@ -12,12 +14,16 @@ from torch import Tensor
 
 from transom.base.errors import RequestError, require
 from transom.checkpoints.files.lazy_tensors import LazyTensor, LazyTensors
+from transom.checkpoints.quantized.codes import Codes, Rows
+from transom.quantize.formats import FLOAT8, WeightFormat
+
+WIDEST = 1 << 20  # inputs of a block that stands for all of them
 
 
 def open_float8(
     where: str, stored: LazyTensors, block: tuple[int, int], dtype: torch.dtype
-) -> LazyTensor:
-    """Return the weight of one module, rounded once.
+) -> LazyTensor | Codes:
+    """Return the weight of one module, in codes or rounded once.
 
     Args:
         where: The module, for messages.
@@ -30,22 +36,33 @@ def open_float8(
     """
     require("weight" in stored, where, sorted(stored), "expected a tensor `weight` too")
     weight, scales = stored["weight"], stored["weight_scale_inv"]
-    kind = torch.float8_e4m3fn
-    require(weight.dtype == kind, f"{where}.weight: dtype", weight.dtype, f"expected {kind}")
+    require(weight.dtype == FLOAT8, f"{where}.weight: dtype", weight.dtype, f"expected {FLOAT8}")
     require(len(weight.shape) == 2, f"{where}.weight: shape", weight.shape, "expected a matrix")
-    sizes = [own or size for own, size in zip(block, weight.shape, strict=True)]
+    sizes = [min(own or size, size) for own, size in zip(block, weight.shape, strict=True)]
     shape = tuple(-(-size // own) for size, own in zip(weight.shape, sizes, strict=True))
     fits = scales.shape == shape or (shape == (1, 1) and scales.shape in ((), (1,)))
     require(fits, f"{where}.weight_scale_inv: shape", scales.shape, f"expected {shape}")
 
-    def read() -> Tensor:
+    def checked() -> Tensor:
         each = scales.read().float().view(shape)
         if not (each.isfinite() & (each >= 0)).all():
             expected = "expected finite, positive ones"
             raise RequestError(f"{where}.weight_scale_inv: got NaN or negative numbers; {expected}")
-        out = weight.read().float()
+        return each
+
+    if sizes[0] == 1 and weight.shape[1] % sizes[1] == 0:
+        format = WeightFormat(None, 0 if shape[1] == 1 else sizes[1], codes=FLOAT8)
+        return Codes(format, weight.shape, lambda: {"codes": weight.read(), "scales": checked()})
+
+    def read() -> Tensor:
+        each, out = checked(), weight.read().float()
         for axis, size in enumerate(sizes):
             each = each.repeat_interleave(size, axis).narrow(axis, 0, out.size(axis))
         return out.mul_(each).to(dtype)
 
     return LazyTensor(weight.shape, dtype, read)
+
+
+def to_float8(parts: Rows) -> Rows:
+    """Return the tensors of a module from the parts of its weight."""
+    return {"weight": parts["codes"], "weight_scale_inv": parts["scales"].float()}

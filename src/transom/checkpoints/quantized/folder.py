@@ -19,11 +19,11 @@ from transom.checkpoints.files.safetensors_files import open_safetensors
 from transom.checkpoints.quantized.bitsandbytes import kind_of, open_bitsandbytes, to_bitsandbytes
 from transom.checkpoints.quantized.codes import Codes, Rows, under_foreign_names
 from transom.checkpoints.quantized.config import Method, stated_quantization
-from transom.checkpoints.quantized.float8 import open_float8
+from transom.checkpoints.quantized.float8 import WIDEST, open_float8, to_float8
 from transom.checkpoints.quantized.packed import fits, fits_awq, open_packed, packed
 from transom.names.tables import KeyMapping
 from transom.planning.tables import counted
-from transom.quantize.formats import WeightFormat, empty_parts
+from transom.quantize.formats import FLOAT8, WeightFormat, empty_parts
 
 # The last parts of the names of tensors that make the weight of a module.
 _SUFFIXES = {
@@ -37,7 +37,8 @@ _SUFFIXES = {
 def open_quantized(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Codes]]:
     """Return the tensors of a quantized folder, and its weights in codes by their dense names.
 
-    Weights of 8-bit floats are among the tensors, in the dtype of the others.
+    Weights of 8-bit floats in blocks of several outputs are among the tensors, in the dtype of the
+    others.
 
     Raises:
         RequestError: The config or a tensor is wrong.
@@ -62,7 +63,11 @@ def open_quantized(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Codes
         if how.method == "bitsandbytes":
             codes[key] = open_bitsandbytes(where, stored)
         elif how.method == "fp8":
-            plain[key] = open_float8(where, stored, how.block, kind)
+            found = open_float8(where, stored, how.block, kind)
+            if isinstance(found, Codes):
+                codes[key] = found
+            else:
+                plain[key] = found
         else:
             awq = how.method == "awq"
             codes[key] = open_packed(where, stored, *how.of(module), less_one=how.less_one, awq=awq)
@@ -79,8 +84,9 @@ def quantized_groups(
 ) -> tuple[list[TensorGroup], dict[str, Any]]:
     """Return the tensors of a folder with weights in codes, and its `quantization_config`.
 
-    The codes of one method are written: gptq or bitsandbytes, whichever has more weights. Notices
-    count the other codes, which are dequantized, and name the tensors that no other tool reads.
+    The codes of one method are written: gptq, bitsandbytes or fp8, whichever has most weights.
+    Notices count the other codes, which are dequantized, and name the tensors that no other tool
+    reads.
     With `awq`, all codes are written in that layout.
 
     Args:
@@ -112,10 +118,12 @@ def quantized_groups(
             notice(f"{mapping.foreign[0]} is in codes, which other tools can't read for embeddings")
     if dense:
         which = counted(dense, "weight")
-        notice(f"{which} dequantized: the codes don't fit {chosen or 'gptq or bitsandbytes'}")
+        notice(f"{which} dequantized: the codes don't fit {chosen or 'gptq, bitsandbytes or fp8'}")
     config = _config(chosen, written, dtype) if chosen else {}
 
     def encode(parts: Rows, format: WeightFormat) -> Rows:
+        if chosen == "fp8":
+            return to_float8(parts)
         if chosen == "bitsandbytes":
             return to_bitsandbytes(parts, format, dtype)
         return packed(parts, format, less_one=config.get("checkpoint_format") == "gptq", awq=awq)
@@ -136,6 +144,8 @@ def _method(mapping: KeyMapping, group: TensorGroup, found: Sequence[Codes]) -> 
         return None
     if fits(format, shape):
         return "gptq"
+    if len(shape) == 2 and format.codes is FLOAT8:
+        return "fp8"
     return "bitsandbytes" if len(shape) == 2 and kind_of(format) else None
 
 
@@ -181,13 +191,23 @@ def _config(
     """Return the `quantization_config` of a folder.
 
     Args:
-        method: gptq, awq or bitsandbytes.
+        method: gptq, awq, bitsandbytes or fp8.
         modules: The linear layers of the file by name, each with the format of its codes; None if
             it is dense. Embeddings are among them if they are in codes.
         dtype: The dtype in which products compute.
     """
     coded = {module: form for module, form in modules.items() if form is not None}
     dense = [module for module, form in modules.items() if form is None]
+    skipped = dense if "lm_head" in modules else [*dense, "lm_head"]  # the output if it is tied
+    if method == "fp8":
+        ((group, _),) = Counter(form.group for form in coded.values()).most_common(1)
+        return {
+            "quant_method": method,
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [1, group or WIDEST],
+            "modules_to_not_convert": skipped,
+        }
     if method == "bitsandbytes":
         return {
             "quant_method": method,
@@ -197,8 +217,7 @@ def _config(
             "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
             "bnb_4bit_quant_storage": "uint8",
             "bnb_4bit_use_double_quant": False,
-            # Also the output of a model that ties it.
-            "llm_int8_skip_modules": dense if "lm_head" in modules else [*dense, "lm_head"],
+            "llm_int8_skip_modules": skipped,
         }
     sizes = {
         name: (8 if form.levels is None else 4, form.group or -1) for name, form in coded.items()

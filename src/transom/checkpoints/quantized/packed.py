@@ -134,7 +134,7 @@ def packed(parts: Rows, format: WeightFormat, *, less_one: bool, awq: bool = Fal
 
 def fits(format: WeightFormat, shape: Shape) -> bool:
     """Return whether `packed` writes a weight of this format and shape."""
-    plain = format.offset != "minimums" and not format.block
+    plain = format.offset != "minimums" and not format.block and format.codes is torch.int8
     return plain and format.levels in (None, INT4) and shape[-1] % (8 if format.levels else 4) == 0
 
 

@@ -56,6 +56,7 @@ def save(
     tokenizer: Tokenizer | None = None,
     dtype: str | None = None,
     max_shard_size: str | None = None,
+    weights: LazyTensors | None = None,
 ) -> None:
     """Save a model with its config, its generation settings and a tokenizer.
 
@@ -73,17 +74,18 @@ def save(
             `q4_0` or `q4_1`.
         max_shard_size: The size of a weights file, such as `500MB` (default: 5GB); valid for
             `native` and `hf`.
+        weights: The parameters to write, by their names; None writes those of the model.
 
     Raises:
         RequestError: An argument is wrong, the format cannot hold the model, or the model is on the
             meta device.
         WorkError: The files could not be written, or weights are too large for the dtype.
     """
-    plain = plain_weights(model, quantized=True)
-    ours = {name: LazyTensor.of(one.detach()) for name, one in plain.items()}
-    for name, lazy in ours.items():
+    plain = plain_weights(model, quantized=True) if weights is None else {}
+    for name, one in plain.items():
         expected = "expected weights on a device that holds values"
-        require(not lazy.read().is_meta, f"{name}: device", "meta", expected)
+        require(not one.is_meta, f"{name}: device", "meta", expected)
+    ours = {name: LazyTensor.of(one.detach()) for name, one in plain.items()} | dict(weights or {})
     leaves = {f"{path}.weight": leaf for path, leaf in quantized_leaves(model).items()}
     for name, leaf in leaves.items():
         ours[name] = LazyTensor(leaf.shape, leaf.weight_dtype, leaf.dequantize)

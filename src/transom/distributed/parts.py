@@ -12,9 +12,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+APART = "@"  # in the name of a tensor in a checkpoint, before the only rank that it belongs to
 
 
 def divide_parameters(
@@ -106,8 +110,21 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_full(weight: Tensor, full: Tensor) -> None:
-    """Copy a full tensor, or this rank's part of it, into a weight."""
+    """Copy a full tensor, or this rank's part of it, into a weight. No other part is read."""
     if isinstance(weight, DTensor):
-        full = full.to(weight.device)
-        full = distribute_tensor(full, weight.device_mesh, weight.placements, src_data_rank=None)
+        sizes, offsets = compute_local_shape_and_global_offset(
+            weight.shape, weight.device_mesh, weight.placements
+        )
+        for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+            full = full.narrow(dim, offset, size)
+        weight = weight.to_local()
     weight.copy_(full)
+
+
+def name_of_state(name: str, state: Tensor, weight: Tensor) -> str:
+    """Return the name in a checkpoint of a tensor that belongs to a weight.
+
+    One that is not divided like the weight, such as codes of this rank's part, has its rank there.
+    """
+    divided = isinstance(weight, DTensor) and not isinstance(state, DTensor)
+    return f"{name}{APART}{dist.get_rank()}" if divided and state.ndim else name

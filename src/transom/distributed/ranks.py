@@ -185,29 +185,40 @@ class Ranks:
         return values[0]
 
     def on_first(self, call: Callable[[], None]) -> None:
-        """Run `call` on rank 0 while the other ranks wait. If it fails, every rank fails.
+        """Run `call` on rank 0 while the other ranks wait; see `together`."""
+        self.together(lambda: call() if self.rank == 0 else None)
+
+    def together(self, call: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+        """Run `call` on every rank, and return its values. If it fails on one, every rank fails.
+
+        Args:
+            call: A function that does not communicate.
+            group: A process group of all ranks; None is the default group.
 
         Raises:
-            RequestError or WorkError: On the other ranks, with the message of rank 0, which raises
-                the exception of `call` itself.
+            RequestError or WorkError: On ranks where `call` did not fail, with the message of the
+                first rank where it did. Other ranks raise the exception of `call` itself.
         """
         failure: BaseException | None = None
-        if self.rank == 0:
-            try:
-                call()
-            except BaseException as error:
-                failure = error
-        failed = self.first(failure and (isinstance(failure, RequestError), str(failure)))
+        made: list[T] = []
+        try:
+            made = [call()]
+        except BaseException as error:
+            failure = error
+        told = failure and (isinstance(failure, RequestError), str(failure))
+        results = self.each((made, told), group)
         if failure is not None:
             raise failure
-        if failed:
-            raise (RequestError if failed[0] else WorkError)(f"rank 0: {failed[1]}")
+        for rank, (_, found) in enumerate(results):
+            if found:
+                raise (RequestError if found[0] else WorkError)(f"rank {rank}: {found[1]}")
+        return [one for values, _ in results for one in values]
 
-    def each(self, value: T) -> list[T]:
+    def each(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
         """Return the values of all ranks, in the order of the ranks."""
         values = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group)
         return values
 
     def _reduce(self, tensor: Tensor, name: str) -> None:

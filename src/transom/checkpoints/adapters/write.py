@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transom.base.errors import RequestError, notice, require
 from transom.base.files import read_json, write_text
@@ -27,7 +28,7 @@ from transom.checkpoints.adapters.peft_config import PeftTarget, write_peft
 from transom.checkpoints.adapters.read import MISTRAL_SCALING, MISTRAL_WEIGHTS
 from transom.checkpoints.families.registry import FAMILIES
 from transom.checkpoints.files.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG
-from transom.checkpoints.files.lazy_tensors import LazyTensor
+from transom.checkpoints.files.lazy_tensors import LazyTensor, LazyTensors
 from transom.checkpoints.files.safetensors_files import write_tensors
 from transom.checkpoints.files.staging import staged
 from transom.checkpoints.mapping import to_foreign
@@ -54,6 +55,7 @@ def save_adapter(
     format: Literal["peft", "mistral"] = "peft",
     family: str | None = None,
     base: str | None = None,
+    weights: LazyTensors | None = None,
 ) -> None:
     """Write one adapter of a model, merged or not, active or not.
 
@@ -67,6 +69,7 @@ def save_adapter(
             was read with, or that of `base`, or the first one that can express the model. If none
             can, the file has Transom's own names, with a notice.
         base: The base's folder or hub id, stored as `base_model_name_or_path`.
+        weights: The weights of the adapter by their names in the model; None takes those there.
 
     Raises:
         RequestError: There is no such adapter, or the format cannot hold it.
@@ -79,6 +82,8 @@ def save_adapter(
     whole: Tensors = {}
     for path, _, adapters in adapted_modules(model):
         part = adapters._modules.get(name)
+        if weights is not None and part is not None:
+            part = _with_weights(part, f"{path}.lora.{name}", weights)
         if isinstance(part, LoraWeights):
             lora[path] = part
         elif isinstance(part, Replacement):
@@ -100,6 +105,18 @@ def save_adapter(
     with staged(here, (ADAPTER_CONFIG,), ()) as out:
         write_tensors(out / ADAPTER_WEIGHTS, tensors)
         write_text(out / ADAPTER_CONFIG, json.dumps(config, indent=2))
+
+
+def _with_weights(part: nn.Module, path: str, weights: LazyTensors) -> nn.Module:
+    """Return a copy of a module without children that has the weights below `path`."""
+    made = copy.copy(part)
+    for key in part._parameters:  # what tensor ranks show while the module runs
+        vars(made).pop(key, None)
+    made._parameters = {
+        key: None if own is None else nn.Parameter(weights[f"{path}.{key}"].read())
+        for key, own in part._parameters.items()
+    }
+    return made
 
 
 def _family_of(base: str | None) -> str | None:

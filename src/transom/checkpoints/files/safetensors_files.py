@@ -114,18 +114,24 @@ def parse_size(text: str, field: str) -> int:
     return size
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one safetensors file.
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], more: Mapping[str, str] | None = None
+) -> None:
+    """Write one safetensors file, with `more` metadata in its header.
 
     Raises:
         WorkError: It could not be written.
     """
     groups = [TensorGroup.of(key, LazyTensor.of(tensor)) for key, tensor in tensors.items()]
-    write_stream(path.parent, groups, None, path.name)
+    write_stream(path.parent, groups, None, path.name, more)
 
 
 def write_stream(
-    folder: Path, groups: Sequence[TensorGroup], max_bytes: int | None, name: str = WEIGHTS
+    folder: Path,
+    groups: Sequence[TensorGroup],
+    max_bytes: int | None,
+    name: str = WEIGHTS,
+    more: Mapping[str, str] | None = None,
 ) -> None:
     """Write tensors while only one group of them is in memory.
 
@@ -135,6 +141,7 @@ def write_stream(
         max_bytes: The size of a shard; a larger tensor has a shard of its own. None writes one
             file.
         name: The name of the file, from which those of shards and their index are made.
+        more: Metadata of the header, beside the format.
 
     Raises:
         RequestError: A tensor has a dtype that the format does not have.
@@ -150,7 +157,7 @@ def write_stream(
     names = names if count > 1 else [name]
     made = (tensor for group in ordered for tensor in group.read())
     for file, shard in zip(names, shards, strict=True):
-        _write_shard(folder / file, shard, made)
+        _write_shard(folder / file, shard, made, more or {})
     if count > 1:
         where = {key: file for file, shard in zip(names, shards, strict=True) for key, _ in shard}
         total = sum(meta.nbytes for _, meta in entries)
@@ -175,8 +182,10 @@ def _cut(entries: Sequence[Entry], max_bytes: int | None) -> list[list[Entry]]:
     return shards
 
 
-def _write_shard(path: Path, shard: Sequence[Entry], made: Iterator[Tensor]) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _write_shard(
+    path: Path, shard: Sequence[Entry], made: Iterator[Tensor], more: Mapping[str, str]
+) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **more}}
     start = 0
     for key, meta in shard:
         known = ", ".join(map(str, _NAMES))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from transom.base.errors import RequestError
@@ -21,11 +20,14 @@ from transom.checkpoints.files.generation_config import (
     write_settings,
 )
 from transom.checkpoints.files.layout import Format
+from transom.checkpoints.files.lazy_tensors import LazyTensors
 from transom.checkpoints.fingerprint import write_facts
 from transom.checkpoints.read_args import read_args
 from transom.checkpoints.save import save
 from transom.checkpoints.state import open_parameters
 from transom.data.labelled import write_labels
+from transom.distributed.checkpoint import between_steps
+from transom.distributed.parts import copy_full
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
 
@@ -77,13 +79,23 @@ class ModelWriter:
     companions: Companions | None = None
     format: Format = "native"
 
-    def write(self, folder: Path) -> None:
-        """Write a model folder: the part of a step folder that other verbs read."""
-        save(self.model, folder, self.format, self.tokenizer if self.companions is None else None)
+    def write(self, folder: Path, weights: LazyTensors | None = None) -> None:
+        """Write a model folder: the part of a step folder that other verbs read.
+
+        Args:
+            folder: The folder.
+            weights: The weights of a model that no rank has all of; None writes those of the model.
+        """
+        tokenizer = self.tokenizer if self.companions is None else None
+        save(self.model, folder, self.format, tokenizer, weights=weights)
         if self.companions is not None:
             self.companions.write(folder)
         if self.labels is not None:
             write_labels(folder, self.labels)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights that `write` needs, or this rank's parts of them."""
+        return dict(between_steps(self.model).named_parameters())
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what else a resumed run needs: nothing, since the folder has all weights."""
@@ -98,9 +110,8 @@ class ModelWriter:
         if self.companions is None and read_args(folder) != self.model.args:
             raise RequestError(f"{folder}: belongs to another model than the config describes")
         weights = open_parameters(folder, self.model.args)
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(weights[name].read())
+        for name, parameter in self.model.named_parameters():
+            copy_full(parameter, weights[name].read())
 
 
 @dataclass(frozen=True)
@@ -123,12 +134,16 @@ class AdapterWriter:
     dtype: str
     quantize: dict[str, Any] | None = None
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, weights: LazyTensors | None = None) -> None:
         """Write an adapter folder, which every verb takes for its base with the adapter."""
         folder.mkdir(exist_ok=True)
         self.companions.write(folder)
-        save_adapter(self.model, folder, ADAPTER, base=self.base)
+        save_adapter(self.model, folder, ADAPTER, base=self.base, weights=weights)
         write_facts(folder, self.base, self.base_fingerprint, self.quantize, self.dtype)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights that `write` needs, or this rank's parts of them."""
+        return self._trained(shared=True)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the trained weights as they are; the adapter's files may transpose them."""
@@ -147,6 +162,7 @@ class AdapterWriter:
                 raise RequestError(f"{folder}: {what} ({name})")
             weight.copy_(saved)
 
-    def _trained(self) -> dict[str, Tensor]:
-        named = self.model.named_parameters()
+    def _trained(self, *, shared: bool = False) -> dict[str, Tensor]:
+        """Return the trained weights; one that leaves share counts once unless `shared`."""
+        named = between_steps(self.model).named_parameters(remove_duplicate=not shared)
         return {name: weight.detach() for name, weight in named if weight.requires_grad}

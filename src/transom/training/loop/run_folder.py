@@ -6,28 +6,30 @@ hashed, flushed to disk and renamed, so that a kill leaves either all of it or n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from transom.base.errors import RequestError, WorkError, notice
-from transom.base.files import json_text, read_json, sha256_of, sync, write_text
+from transom.base.files import json_text, read_json, sync, write_text
 from transom.base.locks import FolderLock
 from transom.checkpoints.files.checksums import (
-    CHECKSUMS,
     TRAINER_STATE,
     TRAINER_TENSORS,
+    sums_of,
     verify_checksums,
+    write_checksums,
 )
 from transom.checkpoints.files.location import read_pointer
-from transom.checkpoints.files.safetensors_files import read_safetensors, write_tensors
+from transom.checkpoints.files.safetensors_files import write_tensors
 
 OWN_FILES = (
     *("config.yaml", "run.json", "metrics.jsonl", "report.html", "latest", "best"),
@@ -123,28 +125,16 @@ class RunFolder:
         sync(temporary)
         temporary.replace(self.path / name)
 
-    def save_step(
-        self,
-        step: int,
-        write_model: Callable[[Path], None],
-        tensors: Mapping[str, Tensor],
-        state: Mapping[str, Any],
-        *,
-        best: bool,
-        keep_last: int,
-    ) -> Path:
-        """Write one step folder, and delete old ones.
+    @contextlib.contextmanager
+    def new_step(self, step: int, *, best: bool, keep_last: int) -> Iterator[Path | None]:
+        """Yield a folder to write, which becomes that of a step; then delete old steps.
+
+        Yield None if the latest step is saved again, at the end or to become the best: it stays.
 
         Args:
             step: Number of the step.
-            write_model: Writes the model's files into the folder that it is given.
-            tensors: Tensors of the trainer.
-            state: Other state of the trainer, as plain data.
             best: Whether `best` shall name this step.
             keep_last: Number of steps to keep, besides the best.
-
-        Returns:
-            The step folder.
 
         Raises:
             WorkError: If it could not be written. Earlier steps are then unchanged.
@@ -152,13 +142,11 @@ class RunFolder:
         final = self.path / f"step_{step:06d}"
         temporary = self.path / f"{final.name}{TEMPORARY}{os.getpid()}"
         try:
-            # The latest step may be saved again at the end, or to become the best: it stays.
-            if not final.exists() or final != self._pointed("latest"):
+            if final.exists() and final == self._pointed("latest"):
+                yield None
+            else:
                 temporary.mkdir(exist_ok=True)
-                write_model(temporary)
-                write_tensors(temporary / TRAINER_TENSORS, dict(tensors))
-                write_text(temporary / TRAINER_STATE, json.dumps(state, indent=2))
-                _write_checksums(temporary)
+                yield temporary
                 for file in (*temporary.rglob("*"), temporary):
                     sync(file)
                 if final.exists():  # somebody has pointed `latest` to an earlier step
@@ -174,7 +162,6 @@ class RunFolder:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         self._prune(keep_last)
-        return final
 
     def _pointed(self, name: str) -> Path | None:
         """Return the step that a pointer names, or None if the pointer or the step is missing."""
@@ -201,17 +188,20 @@ class RunFolder:
             if old not in kept.values():
                 shutil.rmtree(old)
 
-    def read_step(self, name: str = "latest") -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-        """Return the step folder that a pointer names, and the trainer's tensors and state.
+    def read_step(self, share: tuple[int, int] = (0, 1)) -> tuple[Path, dict[str, Any]]:
+        """Return the folder of the latest step, and the state of the trainer that is plain data.
+
+        Args:
+            share: The rank, and the number of ranks that share the check of the files.
 
         Raises:
             RequestError: If there is no step, or one of its files was altered or cut.
         """
-        step = read_pointer(self.path, name)
+        step = read_pointer(self.path, "latest")
         if step is None:
             raise RequestError(f"{self.path}: no finished step to resume from")
-        verify_checksums(step)
-        return step, read_safetensors(step / TRAINER_TENSORS), read_json(step / TRAINER_STATE)
+        verify_checksums(step, share=share)
+        return step, read_json(step / TRAINER_STATE)
 
     def cut_metrics(self, step: int, *, unmeasured: bool) -> None:
         """Remove the rows that a resumed run writes again from metrics.jsonl.
@@ -246,10 +236,21 @@ class RunFolder:
             raise WorkError(f"{path}: could not be written ({error})") from None
 
 
-def _write_checksums(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    sums = {file.relative_to(folder).as_posix(): sha256_of(file) for file in files}
-    write_text(folder / CHECKSUMS, json.dumps(sums, indent=2))
+def write_step(
+    folder: Path, write_model: Callable[[Path], None], tensors: Mapping[str, Tensor], state: str
+) -> None:
+    """Write the files of a step, as one process has them.
+
+    Args:
+        folder: The folder to write.
+        write_model: Writes the files of the model into it.
+        tensors: Tensors of the trainer.
+        state: Other state of the trainer, as JSON.
+    """
+    write_model(folder)
+    write_tensors(folder / TRAINER_TENSORS, dict(tensors))
+    write_text(folder / TRAINER_STATE, state)
+    write_checksums(folder, sums_of(folder, (one for one in folder.rglob("*") if one.is_file())))
 
 
 def _is_step(path: Path) -> bool:

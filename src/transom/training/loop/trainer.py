@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from transom.base.errors import notice
 from transom.base.interrupts import STOPS, raise_stop
 from transom.base.runtime import matmul_peak, synchronize
+from transom.distributed.checkpoint import Checkpoint, Saver, layout_of, read_state
 from transom.evaluation.score import Score
 from transom.training.loop.monitor import Monitor
 from transom.training.loop.random_states import random_states, take_random_states
+from transom.training.loop.run_folder import write_step
 from transom.training.loop.step import Stepper, StepResult
 
 
@@ -24,6 +30,11 @@ class Trainer(Stepper):
     def monitor(self) -> Monitor:
         """Logs the run."""
         return Monitor(self.args, self.parts, self.run, self.line, self.progress, self.ranks)
+
+    @functools.cached_property
+    def saver(self) -> Saver | None:
+        """Writes checkpoints if ranks divide the model; all ranks must call it first together."""
+        return Saver(self.ranks) if self.ranks.divided else None
 
     def fit(self) -> Score:
         """Train to the last step, and return the final held-out score.
@@ -41,8 +52,13 @@ class Trainer(Stepper):
         matmul_peak(self.device.type, self.dtype)  # measured now and not during a step
         try:
             with self.stop.listening(), self.monitor.board_open():
-                return self._run()
+                score = self._run()
+                if self.saver is not None:
+                    self.saver.wait()
+            return score
         finally:
+            if self.saver is not None and not self.stop.again:  # of a run that has failed
+                self.saver.end()
             self.run.release()
 
     def _run(self) -> Score:
@@ -190,30 +206,41 @@ class Trainer(Stepper):
     def save(self, score: Score | None) -> None:
         """Write a checkpoint, which becomes the best one if `score` is the best of the run.
 
+        Ranks that divide the model begin to write it, and the next save waits for its end.
+
         Raises:
-            WorkError: If rank 0 could not write it, on every rank.
+            WorkError: If this checkpoint or the one before could not be written, on every rank.
         """
-        best = self.monitor.is_record(score)
+        best, keep = self.monitor.is_record(score), self.args.keep_last
         if best and score is not None:
             self.progress.best = score.value
-        random = random_states(self.ranks)
+        random, writer = random_states(self.ranks), self.parts.writer
+        state = {
+            "progress": vars(self.progress),
+            "data": self.batches.state,
+            "scaler": self.scaler.state_dict(),
+            "parallel": layout_of(self.ranks),
+        }
+        new_step = self.run.new_step(self.progress.step, best=best, keep_last=keep)
+        text = json.dumps(state, indent=2)
         with self._as_saved():
-            averages = {} if self.ema is None else self.ema.state_tensors()
-            optimizers = self.optimizers.state_tensors()
-            tensors = {**optimizers, **self.parts.writer.tensors(), **averages, **random}
-            state = {
-                "progress": vars(self.progress),
-                "data": self.batches.state,
-                "scaler": self.scaler.state_dict(),
-            }
+            tensors = {**self._state_tensors(), **random}
+            if self.saver is not None:
+                weights = writer.weights()
+                self.saver.start(Checkpoint(new_step, writer.write, weights, tensors, text))
+                return
 
             def write() -> None:
-                keep, step = self.args.keep_last, self.progress.step
-                self.run.save_step(
-                    step, self.parts.writer.write, tensors, state, best=best, keep_last=keep
-                )
+                with new_step as folder:
+                    if folder is not None:
+                        write_step(folder, writer.write, tensors, text)
 
             self.ranks.on_first(write)
+
+    def _state_tensors(self) -> dict[str, Tensor]:
+        """Return all tensors that a resumed run needs beside the model and random states."""
+        averages = {} if self.ema is None else self.ema.state_tensors()
+        return {**self.optimizers.state_tensors(), **self.parts.writer.tensors(), **averages}
 
     def resume(self) -> None:
         """Continue from the run's latest step: weights, optimizer, data position, random state.
@@ -221,17 +248,25 @@ class Trainer(Stepper):
         Raises:
             RequestError: If a file of the step is missing, altered or of another model.
         """
-        folder, tensors, state = self.run.read_step("latest")
-        self.parts.writer.restore(folder, tensors)
+        ranks = self.ranks
+
+        def restore() -> tuple[Path, dict[str, Any]]:
+            folder, state = self.run.read_step((ranks.rank, ranks.world_size))
+            before, now = state.get("parallel"), layout_of(ranks)
+            tensors = read_state(folder, self._state_tensors(), before, now)
+            take_random_states(ranks, tensors, self.args.seed, state["progress"]["step"])
+            self.parts.writer.restore(folder, tensors)
+            if self.ema is not None:
+                self.ema.load_state_tensors(tensors)
+            self.optimizers.load_state_tensors(tensors)
+            return folder, state
+
+        folder, state = ranks.together(restore)[ranks.rank]
         vars(self.progress).update(state["progress"])  # the monitor refers to the same object
-        take_random_states(self.ranks, tensors, self.args.seed, self.progress.step)
-        if self.ema is not None:
-            self.ema.load_state_tensors(tensors)
-        self.optimizers.load_state_tensors(tensors)
+        step = self.progress.step
         self.batches.load_state(state["data"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-        step = self.progress.step
         if self.ranks.rank == 0:
             repeat = self.progress.unmeasured or step == self.args.steps
             self.run.cut_metrics(step, unmeasured=repeat)

@@ -1,0 +1,217 @@
+"""Checkpoints of divided runs: written by all ranks, and resumed in any other layout."""
+
+import errno
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.runs import losses, tiny_args
+from transom.base.errors import RequestError, WorkError
+from transom.checkpoints.files import safetensors_files
+from transom.checkpoints.load import load
+from transom.config.parallel_args import ParallelArgs
+from transom.distributed.checkpoint import read_state
+from transom.distributed.mesh import Meshes
+from transom.training.loop.setup import open_run
+
+ARGS = ("optimizer.name=adamw", "data.batch_size=12", "ema_decay=0.9", "keep_last=3")
+STEPS = 12
+
+
+def opened(folder, name, meshes=None, args=ARGS):
+    """Begin or continue a run."""
+    resume = (Path(folder) / name / "latest").exists()
+    config = tiny_args(Path(folder), f"out={folder}/{name}", *args)
+    return open_run(config, quiet=True, resume=resume, meshes=meshes)
+
+
+def train(folder, name, until, meshes=None, args=ARGS):
+    """Begin or continue a run, and save it at step `until`."""
+    trainer = opened(folder, name, meshes, args)
+    while trainer.progress.step < until:
+        trainer.log(trainer.step(), 1.0)
+    save(trainer)
+    trainer.run.release()
+
+
+def save(trainer):
+    trainer.save(None)
+    if trainer.saver is not None:
+        trainer.saver.wait()
+
+
+def as_rank(rank, job, folder, size, *arguments):
+    where = f"file://{folder}/{job.__name__}-{size}"
+    torch.distributed.init_process_group("gloo", where, rank=rank, world_size=size)
+    job(folder, *arguments)
+    torch.distributed.destroy_process_group()
+
+
+def launch(job, folder, size, *arguments, join=True):
+    arguments = (job, str(folder), size, *arguments)
+    return torch.multiprocessing.spawn(as_rank, arguments, nprocs=size, join=join)
+
+
+def meshes_of(**layout):
+    return Meshes.make(ParallelArgs(**layout), "cpu")
+
+
+def shards(folder, until):
+    train(folder, "run", until, meshes_of())
+
+
+def test_a_checkpoint_of_four_ranks_continues_on_one_and_then_on_two(tmp_path):
+    launch(shards, tmp_path, 4, 4)
+    train(tmp_path, "run", 8)
+    launch(shards, tmp_path, 2, STEPS)
+    train(tmp_path, "alone", STEPS)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-6)
+    steps = [tmp_path / "run" / f"step_{step:06d}" for step in (4, 8, STEPS)]
+    files = [{path.name for path in step.iterdir()} for step in steps]
+    assert files[0] - {"trainer"} == files[1] - {"trainer.safetensors"}
+    assert [len(list((step / "trainer").glob("*"))) for step in steps] == [4, 0, 2]
+    last = {name: one.clone() for name, one in load(tmp_path / "alone").named_parameters()}
+    for name, one in load(steps[-1]).named_parameters():
+        torch.testing.assert_close(one, last[name], rtol=1e-4, atol=1e-5)
+
+
+MIXTURE = (
+    *ARGS,
+    "model.moe_args.num_experts=4",
+    "model.moe_args.top_k=2",
+    "model.moe_args.hidden_dim=32",
+)
+LAYOUTS = {
+    "same": {"shard": 4},
+    "tensors": {"shard": 2, "tensor": 2},
+    "experts": {"shard": 4, "expert": 2},
+    "copies": {"replicate": 2, "shard": 2},
+    "replicas": {"replicate": 4, "shard": 1},
+}
+
+
+def copied(folder, name):
+    if torch.distributed.get_rank() == 0:
+        shutil.copytree(Path(folder) / "run", Path(folder) / name)
+    torch.distributed.barrier()
+
+
+def layouts(folder):
+    train(folder, "run", 4, meshes_of(shard=4), MIXTURE)
+    for name, layout in LAYOUTS.items():
+        copied(folder, name)
+        train(folder, name, 8, meshes_of(**layout), MIXTURE)
+    train(folder, "run", 8, meshes_of(shard=4), MIXTURE)
+    train(folder, "uninterrupted", 8, meshes_of(shard=4), MIXTURE)
+
+
+def three(folder):
+    train(folder, "three", 8, meshes_of(), MIXTURE)
+
+
+@pytest.mark.slow
+def test_every_layout_continues_with_the_same_losses(tmp_path):
+    launch(layouts, tmp_path, 4)
+    train(tmp_path, "alone", 8, args=MIXTURE)
+    alone = losses(tmp_path / "alone")
+    assert losses(tmp_path / "same") == losses(tmp_path / "uninterrupted")
+    for name in LAYOUTS:
+        assert losses(tmp_path / name) == pytest.approx(alone, rel=1e-5), name
+    # A checkpoint of tensor ranks is no other: three ranks go on from it.
+    shutil.copytree(tmp_path / "tensors", tmp_path / "three")
+    (tmp_path / "three" / "latest").write_text("step_000004\n")
+    launch(three, tmp_path, 3)
+    assert losses(tmp_path / "three") == pytest.approx(alone, rel=1e-5)
+
+
+def in_trouble(folder):
+    rank, run = torch.distributed.get_rank(), Path(folder) / "run"
+    write, said = safetensors_files._write_tensor, Path(folder) / f"said{rank}"
+    trainer = opened(folder, "run", meshes_of())
+
+    def latest():
+        return (run / "latest").read_text().strip()
+
+    trainer.log(trainer.step(), 1.0)
+    save(trainer)
+
+    may_write = threading.Event()
+
+    def slow(*words):
+        return may_write.wait(60) and write(*words)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(safetensors_files, "_write_tensor", slow)
+        trainer.log(trainer.step(), 1.0)
+        trainer.save(None)
+        weight = trainer.model.tok_embeddings.weight.full_tensor()
+        trainer.step()  # goes on while files are written
+        assert latest() == "step_000001"
+        may_write.set()
+        trainer.saver.wait()
+    assert latest() == "step_000002"
+    torch.testing.assert_close(load(run).tok_embeddings.weight, weight, rtol=0, atol=0)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 2:
+            patch.setattr(safetensors_files, "_write_tensor", full)
+        trainer.save(None)
+        with pytest.raises(WorkError) as told:
+            trainer.saver.wait()
+    said.write_text(f"{told.value}\n")
+    trainer.run.release()
+
+    cut = run / "step_000002" / "trainer" / "rank-00002.safetensors"
+    whole = cut.read_bytes()
+    torch.distributed.barrier()
+    if rank == 0:
+        cut.write_bytes(whole[:-1])
+    torch.distributed.barrier()
+    with pytest.raises(RequestError) as told:
+        opened(folder, "run", meshes_of())
+    with said.open("a") as file:
+        file.write(f"{told.value}\n")
+    torch.distributed.barrier()
+    if rank == 0:
+        cut.write_bytes(whole)
+    torch.distributed.barrier()
+
+    again = opened(folder, "run", meshes_of())
+    again.log(again.step(), 1.0)
+    if rank == 1:
+        safetensors_files._write_tensor = lambda *_: os._exit(9)
+    again.save(None)
+    with pytest.raises(WorkError, match="written"):
+        again.saver.wait()
+    os._exit(3)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_fails_leaves_the_one_before(tmp_path):
+    context = launch(in_trouble, tmp_path, 4, join=False)
+    for process in context.processes:
+        process.join(240)
+    assert [process.exitcode for process in context.processes] == [3, 9, 3, 3]
+    said = [(tmp_path / f"said{rank}").read_text().splitlines() for rank in range(4)]
+    for full, cut in said:
+        assert "rank-00002.safetensors: could not be written" in full
+        assert "rank-00002.safetensors: altered or cut" in cut
+    assert "checkpoint not written, earlier ones are untouched (rank 2" in said[0][0]
+    train(tmp_path, "run", 3)  # from step 2
+    train(tmp_path, "alone", 3)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-6)
+
+
+def test_state_of_one_rank_is_refused_in_another_layout(tmp_path):
+    codes = {"wq/codes@0": torch.zeros(2, dtype=torch.uint8)}
+    safetensors_files.write_tensors(tmp_path / "trainer.safetensors", codes)
+    assert read_state(tmp_path, codes, {"shard": 4}, {"shard": 4}).keys() == codes.keys()
+    with pytest.raises(RequestError, match="8-bit states cannot be divided in another way"):
+        read_state(tmp_path, codes, {"shard": 4}, {"shard": 2, "tensor": 2})

@@ -8,7 +8,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils import _pytree
 
 from transom.base.errors import require
-from transom.distributed.context_parallel import ContextAttend
 from transom.distributed.expert_parallel import divide_experts
 from transom.distributed.mesh import Meshes
 from transom.distributed.tensor_parallel import divide_tensors
@@ -47,10 +46,7 @@ def parallelize(model: LLM, meshes: Meshes) -> LLM:
         divide_tensors(model, meshes.dense["tensor"])
     if meshes.experts is not None:
         divide_experts(model, meshes.experts["expert"])
-    # 2. Attention gathers the keys and values of all tokens.
-    if args.context > 1:
-        model.attend = ContextAttend(model.attend, meshes.groups["context"])
-    # 3. FSDP2 last, block by block. (Activation checkpointing and compile replace the `forward` of
+    # 2. FSDP2 last, block by block. (Activation checkpointing and compile replace the `forward` of
     #    a block, inside of the hooks of FSDP2.)
     if args.divides_model and meshes.size("tokens") > 1:
         _shard(model, meshes)

@@ -5,8 +5,9 @@ Nothing in `training` knows how ranks communicate. With one rank each method ret
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,8 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from transom.base.errors import RequestError, WorkError, notice
 from transom.data.batch import Batch
-from transom.distributed.context_parallel import cut_rows
+from transom.distributed.context_parallel import ContextAttend, cut_rows
 from transom.distributed.mesh import Meshes
+from transom.models.llm import LLM
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
@@ -100,6 +102,19 @@ class Ranks:
         if self.meshes is None or not self.divides_rows:
             return micro
         return cut_rows(micro, self.meshes.index("context"), self.meshes.args.context)
+
+    @contextlib.contextmanager
+    def gathering(self, model: LLM) -> Iterator[None]:
+        """Let attention see the tokens of all ranks, in calls of `cut` rows."""
+        if self.meshes is None or not self.divides_rows:
+            yield
+            return
+        own = model.attend
+        model.attend = ContextAttend(own, self.meshes.groups["context"])
+        try:
+            yield
+        finally:
+            model.attend = own
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Replace every gradient by its sum over the ranks that computed a part of it.

@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transom.attention.backends import auto
 from transom.base.errors import notice
@@ -218,8 +218,10 @@ def alone(runner: Runner | None, rows: int = 1) -> AbstractContextManager[None]:
 def decode_plan(model: LLM) -> DecodePlan | None:
     """Return the plan of a model, or None where C++ can't help: the plain path is as good.
 
-    That is on other devices than the CPU, in float64, without a compiler, with `TRANSOM_OPS=0`, or
-    if the user has chosen an attention backend.
+    That is on other devices than the CPU, in float64, without a compiler, with `TRANSOM_OPS=0`, if
+    the user has chosen an attention backend, or if this process has a part of the weights only.
     """
+    if any(type(weight) is not nn.Parameter for weight in model.parameters()):
+        return None
     fits = model.device.type == "cpu" and model.dtype in DENSE and model.attend is auto
     return DecodePlan(model) if fits and library() is not None else None

@@ -222,7 +222,7 @@ class Stepper:
         for micro in micro_batches:
             with self.clock.part("data"):
                 micro = self.ranks.cut(micro.to(self.device))
-            with self._autocast(), self.clock.part("forward"):
+            with self._autocast(), self.clock.part("forward"), ranks.gathering(self.model):
                 output = self.model(replace(micro.inputs(), logits="none"))
             with self._autocast(), self.clock.part("loss"):
                 parts = self.objective.loss(output, micro, totals.units)

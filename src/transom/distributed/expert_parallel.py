@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
 from transom.distributed.parts import divide_parameters, show_parts
+from transom.layers.linear import has_data
 from transom.layers.moe import Handle, LocalDispatcher, MoE
 from transom.models.llm import LLM
 
@@ -54,16 +56,12 @@ class ExchangeDispatcher(LocalDispatcher):
             these experts' rows [E / ranks], and the handle for `combine`.
         """
         rows_RD, ends_E, inner = super().dispatch(x_TD, ids_TA, scale_TA, may_drop=may_drop)
-        counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-        counts_PE = torch.empty_like(counts_E).view(self.ranks, -1)
-        dist.all_to_all_single(counts_PE.flatten(), counts_E.contiguous(), group=self.group)
-        sent = counts_E.view(self.ranks, -1).sum(1).tolist()
-        received = counts_PE.sum(1).tolist()
+        sent, received, counts_PE = self._exchange_counts(ends_E, len(rows_RD))
         total = len(rows_RD)
         rows_RD = self._exchange(rows_RD[: sum(sent)], received, sent)
         # Rows come sorted by rank, then by expert.
-        experts_E = torch.arange(counts_PE.size(1), device=rows_RD.device)
-        ids_R = experts_E.repeat(self.ranks).repeat_interleave(counts_PE.flatten())
+        ids_R = torch.arange(counts_PE.size(1), device=rows_RD.device).repeat(self.ranks)
+        ids_R = ids_R.repeat_interleave(counts_PE.flatten(), output_size=len(rows_RD))
         order_R = ids_R.argsort(stable=True)
         handle = ExchangeHandle(order_R, sent, received, total, inner)
         return rows_RD.index_select(0, order_R), counts_PE.sum(0).cumsum(0), handle
@@ -78,6 +76,23 @@ class ExchangeDispatcher(LocalDispatcher):
         if missing:
             rows_RD = torch.cat((rows_RD, rows_RD.new_zeros(missing, rows_RD.size(1))))
         return super().combine(rows_RD, handle.inner, weights_TA)
+
+    def _exchange_counts(self, ends_E: Tensor, rows: int) -> tuple[list[int], list[int], Tensor]:
+        """Return how many rows go to each rank, come from each, and come from each per expert.
+
+        Rows without numbers go to all experts alike.
+        """
+        if not has_data(ends_E):
+            with unset_fake_temporarily():
+                each = rows // self.num_experts
+                counts_PE = torch.full((self.ranks, self.num_experts // self.ranks), each)
+                even = counts_PE.sum(1).tolist()
+                return even, even, counts_PE
+        counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+        counts_PE = torch.empty_like(counts_E).view(self.ranks, -1)
+        dist.all_to_all_single(counts_PE.flatten(), counts_E.contiguous(), group=self.group)
+        sent = counts_E.view(self.ranks, -1).sum(1).tolist()
+        return sent, counts_PE.sum(1).tolist(), counts_PE
 
     def _exchange(self, rows_RD: Tensor, received: list[int], sent: list[int]) -> Tensor:
         made: Tensor = _Exchange.apply(rows_RD, received, sent, self.group)

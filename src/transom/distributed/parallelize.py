@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils import _pytree
 
 from transom.base.errors import require
@@ -68,8 +69,25 @@ def _shard(model: LLM, meshes: Meshes) -> None:
 
 
 def _fully_shard(module: nn.Module, mesh: DeviceMesh) -> None:
-    fully_shard(module, mesh=mesh)
+    ranks = mesh.size(mesh.ndim - 1)
+    fully_shard(module, mesh=mesh, shard_placement_fn=lambda weight: _sharded_dim(weight, ranks))
     assert isinstance(module, FSDPModule), "its class since the line before"
     # Losses are sums that are divided by the targets of the step over all ranks.
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)
+
+
+def _sharded_dim(weight: Tensor, ranks: int) -> Shard | None:
+    """Return the dimension that FSDP2 divides; None is the first.
+
+    Stacked experts are often fewer than the ranks, and then some ranks would have all of them.
+    """
+    taken = set()
+    if isinstance(weight, DTensor):
+        taken = {place.dim for place in weight.placements if isinstance(place, Shard)}
+        weight = weight.to_local()
+    if weight.ndim < 2 or weight.size(0) % ranks == 0:
+        return None
+    fitting = (dim for dim in range(1, weight.ndim) if weight.size(dim) % ranks == 0)
+    found = next((dim for dim in fitting if dim not in taken), None)
+    return None if found is None or weight.size(0) >= ranks else Shard(found)

@@ -21,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     words, what = "CONFIG.yaml key=value", "config file or run folder, then fields"
     parser.add_argument("words", nargs="*", type=user_path, metavar=words, help=what)
     add_run_options(parser)
+    what = "print what one of N ranks needs and sends in a step, without data and other ranks"
+    parser.add_argument("--rehearse", type=int, metavar="N", help=what)
     fields = "\n".join(field_lines(TrainArgs))
     parser.epilog = f"fields of CONFIG.yaml, each also as key=value (unit, default):\n\n{fields}"
 
@@ -29,6 +31,8 @@ def run(options: argparse.Namespace) -> int:
     """Train, and return the exit code of `run_training`."""
     config, overrides = _split(options.words)
     args = read_config(config, overrides)
+    if options.rehearse is not None:
+        return _rehearse(args, options)
     check_effects(args, names_of(overrides), by_value=not options.resume)
     args.data.source_list  # noqa: B018 - refuses a run without sources before torch is imported
     trainer, final, code = run_training(args, options)
@@ -45,6 +49,20 @@ def run(options: argparse.Namespace) -> int:
             }
         )
     return code
+
+
+def _rehearse(args: TrainArgs, options: argparse.Namespace) -> int:
+    from transom.training.loop.rehearsal import lines, rehearse
+
+    found = rehearse(args, options.rehearse)
+    print("\n".join(lines(found)))
+    if options.json:
+        sent = [
+            {"group": group, "operation": name, "calls": calls, "bytes": size}
+            for (group, name), (calls, size) in found.collectives.items()
+        ]
+        emit_json({"ranks": options.rehearse, "memory": found.memory, "sent": sent})
+    return 0
 
 
 def _split(words: list[str]) -> tuple[Path | None, list[str]]:

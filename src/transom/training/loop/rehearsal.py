@@ -7,8 +7,6 @@ collective operation is counted with its bytes, and each tensor that the backwar
 from __future__ import annotations
 
 import contextlib
-import math
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,8 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from transom.base.errors import require
+from transom.checkpoints.files.location import find_model
+from transom.checkpoints.read_args import read_args
 from transom.checkpoints.state import meta_model
-from transom.config.model_args import ModelArgs
+from transom.config.parallel_args import ParallelArgs
 from transom.data.batch import Batch
 from transom.distributed.mesh import Meshes
 from transom.distributed.parallelize import parallelize
@@ -53,27 +53,30 @@ class Rehearsal:
         tokens: Tokens of a step over all ranks.
     """
 
-    args: Any
+    args: ParallelArgs
     memory: dict[str, int]
     collectives: dict[tuple[str, str], tuple[int, int]]
     tokens: int
 
 
-def rehearse(args: TrainArgs, model_args: ModelArgs, world_size: int) -> Rehearsal:
+def rehearse(args: TrainArgs, world_size: int) -> Rehearsal:
     """Take one step as rank 0 of `world_size` ranks.
 
     It runs on the CPU in seconds, whatever the size of the model. No other process group may exist.
 
     Args:
-        args: The config of the run.
-        model_args: The model.
+        args: The config of the run. Its data are not read.
         world_size: The number of ranks.
 
     Raises:
         RequestError: If the model or the batch cannot be divided in this way.
     """
+    require(world_size >= 1, "--rehearse", world_size, "expected 1 rank or more")
+    based = None if args.base is None else read_args(find_model(args.base).model)
+    model_args = based or args.model_args(vocab_size=None)
     parallel = args.parallel.resolved(world_size)
     parallel.check_model(model_args)
+    args.check_model(model_args)
     shares, size = parallel.rows * args.accumulate, args.data.rows_per_step
     expected = f"expected a multiple of ranks with own rows x accumulate = {shares}"
     require(size % shares == 0, "data.batch_size", size, expected)
@@ -112,7 +115,7 @@ def _step(
                 loss = head_loss(model, output.hidden_BTD, micro.targets, args.loss_chunk)
                 if output.router and model.args.moe_args is not None:
                     loss = loss + router_losses(output.router, model.args.moe_args).weighted
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         ranks.sum_gradients(weights)
     memory = {
         "weights": sum(map(local_bytes, weights)),
@@ -163,7 +166,8 @@ class Counted(TorchDispatchMode):
     def _group(self, argument: Any) -> dist.ProcessGroup | None:
         """Return the process group that an argument of an operation stands for, if any."""
         if isinstance(argument, str) and argument in self._names:
-            return dist.distributed_c10d._resolve_process_group(argument)
+            name: Any = argument
+            return dist.distributed_c10d._resolve_process_group(name)
         if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
             return dist.ProcessGroup.unbox(argument)
         return None
@@ -219,7 +223,8 @@ def storage_of(tensor: Tensor) -> int:
 def lines(found: Rehearsal) -> list[str]:
     """Return a rehearsal as lines of text."""
     total = sum(found.memory.values())
-    rows = [f"memory of rank 0: {total / 1e9:.2f} GB"]
+    given = ", ".join(f"{name} {degree}" for name, degree in vars(found.args).items())
+    rows = [f"{found.args.world_size} ranks: {given}", f"memory of rank 0: {total / 1e9:.2f} GB"]
     rows += [f"  {name}: {size / 1e9:.2f} GB" for name, size in found.memory.items()]
     sent = sum(size for _, size in found.collectives.values())
     rows.append(f"sent by rank 0 in a step of {found.tokens:,} tokens: {sent / 1e9:.2f} GB")

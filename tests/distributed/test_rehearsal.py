@@ -1,0 +1,77 @@
+"""A rehearsed step has the bytes that follow from the shapes."""
+
+import pytest
+
+from transom.base.errors import RequestError
+from transom.training.config import read_config
+from transom.training.loop.rehearsal import rehearse
+
+MODEL = {"dim": 64, "n_layers": 4, "n_heads": 8, "n_kv_heads": 8, "hidden_dim": 128}
+EXPERTS = {"num_experts": 8, "top_k": 2, "hidden_dim": 64}
+SIZES = {"vocab_size": 512, "max_seq_len": 256}
+BLOCK = 4 * 64 * 64 + 3 * 64 * 128 + 2 * 64  # parameters of a block
+OUTSIDE = 2 * 512 * 64 + 64  # embeddings, output and final norm
+TOKENS = 256  # of a row
+
+
+def run_args(model=(), **changes):
+    fields = {"model": {**MODEL, **SIZES, **dict(model)}, "optimizer": {"name": "adamw"}}
+    data = {"seq_len": TOKENS, "batch_size": 1024}
+    return read_config(None, base={**fields, "data": data, "dtype": "float32", **changes})
+
+
+def test_fsdp_gathers_blocks_twice_and_scatters_gradients_once():
+    found = rehearse(run_args(), 64)
+    count = 4 * BLOCK + OUTSIDE
+    assert found.memory["weights"] == pytest.approx(4 * count / 64, rel=0.02)
+    assert found.memory["optimizer"] == pytest.approx(8 * count / 64, rel=0.02)
+    others = 63 / 64
+    calls, sent = found.collectives["fsdp", "allgather_base"]
+    assert calls == 2 * 4 + 1  # the outermost weights stay until backward
+    assert sent == pytest.approx(others * 4 * (2 * 4 * BLOCK + OUTSIDE), rel=0.02)
+    calls, sent = found.collectives["fsdp", "reduce_scatter_base"]
+    assert (calls, sent) == (5, pytest.approx(others * 4 * count, rel=0.02))
+
+
+def test_tensor_ranks_move_hidden_states_four_times_per_sublayer():
+    found = rehearse(run_args(parallel={"tensor": 8, "shard": 1}), 8)
+    rows = run_args().data.rows_per_step
+    hidden = 7 / 8 * 4 * rows * TOKENS * 64
+    calls, sent = found.collectives["tensor", "reduce_scatter_tensor"]
+    assert (calls, sent) == (16, pytest.approx(16 * hidden))
+    assert found.memory["weights"] == pytest.approx(4 * (4 * BLOCK + OUTSIDE) / 8, rel=0.05)
+
+
+def test_experts_fewer_than_ranks_are_divided_evenly():
+    args = run_args({"moe_args": EXPERTS}, parallel={"expert": 8})
+    found = rehearse(args, 64)
+    experts = 4 * 8 * 3 * 64 * 64
+    others = 4 * (4 * 64 * 64 + 2 * 64 + 8 * 64) + OUTSIDE
+    assert found.memory["weights"] == pytest.approx(4 * (experts + others) / 64, rel=0.05)
+    rows = 1024 // 64 * TOKENS * 2  # top_k
+    calls, sent = found.collectives["expert", "alltoall_base"]
+    counts = 4 * 8 * 8  # of rows per expert, int64, in each layer
+    assert calls == 4 * 5 - 4  # there and back, forward and backward; counts are known
+    assert sent == pytest.approx(16 * 7 / 8 * 4 * rows * 64, rel=0.01, abs=counts)
+
+
+def test_checkpointing_keeps_one_input_per_block():
+    plain = rehearse(run_args(), 64).memory["activations of a micro-batch"]
+    found = rehearse(run_args(activation_checkpoint="full"), 64)
+    rows = 1024 // 64 * TOKENS
+    kept = found.memory["activations of a micro-batch"]
+    assert 4 * 4 * rows * 64 <= kept < plain / 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parallel": {"tensor": 3}}, "got 63; expected 64, the number of ranks"),
+        ({"parallel": {"tensor": 16}}, "parallel.tensor: got 16; expected a divisor of the 8"),
+        ({"parallel": {"expert": 3}}, "parallel.expert: got 3; expected a divisor of shard x"),
+        ({"accumulate": 1024}, "data.batch_size: got 1024; expected a multiple of"),
+    ],
+)
+def test_a_layout_that_does_not_divide_is_refused(changes, message):
+    with pytest.raises(RequestError, match=message):
+        rehearse(run_args(**changes), 64)

@@ -37,6 +37,7 @@ NAMES = (
     "ops",
     "decode",
     "speculative",
+    "rehearsal",
     "demo",
 )
 CPU_NAMES = (
@@ -48,6 +49,7 @@ CPU_NAMES = (
     "decode",
     "speculative",
     "quantize",
+    "rehearsal",
     "demo",
 )
 GPU_NAMES = (*(name for name in NAMES if name not in CPU_NAMES), "gpu_decode")

@@ -65,6 +65,7 @@ PAGES: dict[str, tuple[str, ...]] = {
         "dry-run",
         "offload",
     ),
+    "Many ranks": ("rehearsal",),
     "Fine-tuning": (
         "lora",
         "qlora",

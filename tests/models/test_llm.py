@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.helpers import TINY_VISION, random_model, random_tokens, tiny_args
+from transom.attention.mask import positions_from_sizes, segments_from_sizes
 from transom.attention.reference import reference
 from transom.base.errors import RequestError
 from transom.base.runtime import one_thread
@@ -358,3 +359,26 @@ def test_what_cannot_be_computed_is_refused_in_one_sentence(fields, message):
     cache = None if rows is None else model.make_cache(rows)
     with pytest.raises(RequestError, match=re.escape(message)):
         model(TransformerInput(**given), cache=cache)
+
+
+def test_tokens_of_packed_rows_may_be_in_any_order_with_segments():
+    """Positions and segments say what `sizes` says, for any order of the tokens of a row."""
+    model = LLM(tiny_args(layer_pattern="SF", sliding_window=3)).double()
+    tokens = torch.randint(0, model.args.vocab_size, (2, 9))
+    sizes = ((4, 5), (2, 7))
+    expected = model(TransformerInput(tokens, sizes=sizes)).logits
+    order = torch.randperm(9)
+    positions = torch.stack([positions_from_sizes(row) for row in sizes])[:, order]
+    segments = torch.stack([segments_from_sizes(row) for row in sizes])[:, order]
+    inputs = TransformerInput(tokens[:, order], tokens_position=positions, segments=segments)
+    torch.testing.assert_close(model(inputs).logits, expected[:, order])
+
+
+@pytest.mark.parametrize("given", ["without positions", "of another shape"])
+def test_segments_that_do_not_fit_are_refused(given):
+    model, tokens = LLM(tiny_args()), torch.zeros(2, 4, dtype=torch.int64)
+    place = None if given == "without positions" else torch.arange(4)
+    segments = torch.zeros(2, 4 if place is None else 3, dtype=torch.int64)
+    inputs = TransformerInput(tokens, tokens_position=place, segments=segments)
+    with pytest.raises(RequestError, match=r"segments: got .*; expected integers"):
+        model(inputs)

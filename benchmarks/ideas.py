@@ -65,7 +65,13 @@ PAGES: dict[str, tuple[str, ...]] = {
         "dry-run",
         "offload",
     ),
-    "Many ranks": ("rehearsal",),
+    "Many ranks": (
+        "fsdp",
+        "tensor-parallel",
+        "expert-parallel",
+        "context-parallel",
+        "rehearsal",
+    ),
     "Fine-tuning": (
         "lora",
         "qlora",

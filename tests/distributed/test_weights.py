@@ -12,15 +12,22 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from benchmarks import parallel
 from tests.distributed.ranks import run_ranks
 from transom.base.errors import RequestError
+from transom.checkpoints.load import load
+from transom.checkpoints.save import save
+from transom.checkpoints.state import meta_model
 from transom.config.model_args import ModelArgs
 from transom.config.parallel_args import ParallelArgs
 from transom.data.batch import NO_TARGET, Batch
+from transom.distributed.checkpoint import between_steps
+from transom.distributed.loading import load_parts
 from transom.distributed.mesh import Meshes
-from transom.distributed.parallelize import parallelize
-from transom.distributed.parts import copy_full, full_tensor
+from transom.distributed.parallelize import Division, parallelize
+from transom.distributed.parts import copy_full, full_tensor, local_part
 from transom.distributed.placement import check_leaves
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
@@ -293,3 +300,73 @@ def test_leaves_that_tensor_ranks_cannot_divide_are_named(
     model = adapted("dense", quantized, ("all-linear",), dora)
     with pytest.raises(RequestError, match=f"parallel.tensor: got {ranks}; .*{expected}"):
         check_leaves(model, ranks)
+
+
+STARTS = [
+    ("dense", {"shard": 4}),
+    ("tied", {"shard": 2, "tensor": 2}),
+    ("experts", {"shard": 4, "expert": 2}),
+]
+
+
+def starts(folder: Path) -> list[tuple[str, Any]]:
+    found = []
+    for name, degrees in STARTS:
+        meshes = Meshes.make(ParallelArgs(**degrees), "cpu")
+        division = Division(meshes, torch.device("cpu"))
+        args = ModelArgs.from_dict(MODELS[name])
+        one, model = LLM(args), meta_model(args)
+        one.init_weights(3)
+        division.divide(model)
+        model.init_weights(3, division.fill)
+        found.append((f"{name} drawn", largest_difference(full_weights(model), full_weights(one))))
+        kept, all_of_it = (
+            sum(local_part(weight).untyped_storage().nbytes() for weight in some.parameters())
+            for some in (model, one)
+        )
+        assert kept < 0.4 * all_of_it, f"{name}: a rank has {kept} of {all_of_it} bytes"
+        model = load_parts(folder / name, division)
+        one = load(folder / name)
+        found.append((f"{name} read", largest_difference(full_weights(model), full_weights(one))))
+    return found
+
+
+def test_ranks_start_with_their_parts_of_the_same_weights(tmp_path: Path) -> None:
+    for name, _ in STARTS:
+        save(model_of(name).float(), tmp_path / name, "hf" if name == "dense" else "native")
+    for found in run_ranks(starts, 4, tmp_path, tmp_path):
+        assert [(case, error) for case, (error, _) in found if error] == []
+
+
+def averaged() -> tuple[float, float, set[bool]]:
+    """Score averaged weights of a divided model, and then compute with its own weights."""
+    meshes = Meshes.make(ParallelArgs(), "cpu")
+    model = parallelize(model_of("dense"), meshes)
+    average, inputs = Ema(model, 0.5), replace(batch_of(1).inputs(), logits="last")
+    optimizer = build_optimizer(model, OptimizerArgs(lr=0.1), device_type="cpu")
+    give_gradients(model, 0)
+    optimizer.step()
+    average.update(0)
+    with torch.no_grad():
+        own = model(inputs).logits
+        between_steps(model)
+        with average.swapped():
+            scored = model(inputs).logits
+            between_steps(model)
+        divided = {isinstance(weight, DTensor) for weight in model.parameters()}
+        again = model(inputs).logits
+    return float((own - scored).abs().max()), float((own - again).abs().max()), divided
+
+
+def test_scores_of_averaged_weights_leave_no_gathered_copy(tmp_path: Path) -> None:
+    for moved, error, divided in run_ranks(averaged, 2, tmp_path):
+        assert moved > 1e-3
+        assert error == 0
+        assert divided == {True}
+
+
+@pytest.mark.slow
+def test_a_rank_of_four_has_at_most_a_third_of_the_memory() -> None:
+    one, rank = parallel.measured({"shard": 1}, 1), parallel.measured({"shard": 4}, 4)
+    assert rank["kept"] < 0.26 * one["kept"]
+    assert rank["peak"] < 0.35 * one["peak"]

@@ -39,7 +39,8 @@ def divide_parameters(
             if parameter not in made:
                 places = [place(f"{path}.{key}", parameter)]
                 part = distribute_tensor(parameter.detach(), mesh, places, src_data_rank=None)
-                made[parameter] = nn.Parameter(part, parameter.requires_grad)
+                # A copy, since a part may be a view that keeps the full tensor in memory.
+                made[parameter] = nn.Parameter(part.clone(), parameter.requires_grad)
             owner.register_parameter(key, made[parameter])
 
 
@@ -84,6 +85,11 @@ def show_parts(module: nn.Module, part: Callable[[str, DTensor], Tensor]) -> Par
     module.register_forward_pre_hook(show)
     module.register_forward_hook(hide, always_call=True)
     return shown
+
+
+def is_divided(model: nn.Module) -> bool:
+    """Return whether a model has DTensors."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,13 +14,18 @@ _AT_ZERO = ("wo", "w_out", "output")
 _TIED_STD = 0.02
 
 
+Copy = Callable[[Tensor, Tensor], object]
+
+
 @torch.no_grad()
-def draw_weight(weight: Tensor, generator: torch.Generator | None = None) -> None:
+def draw_weight(
+    weight: Tensor, generator: torch.Generator | None = None, copy: Copy = Tensor.copy_
+) -> None:
     """Fill `weight` [..., in] in place with uniform numbers of standard deviation 1 / (2 sqrt(in)).
 
     A `generator` draws on the CPU, so that a seed gives the same numbers on every device. Without
     one, the default generator of the weight's device draws, as in torch's modules. A weight on the
-    meta device is not changed.
+    meta device is not changed. `copy` copies what a generator has drawn into the weight.
     """
     if weight.is_meta:  # torch would import its compiler for seconds to do nothing
         return
@@ -26,7 +33,8 @@ def draw_weight(weight: Tensor, generator: torch.Generator | None = None) -> Non
     if generator is None:
         weight.uniform_(-bound, bound)
     else:
-        weight.copy_((torch.rand(weight.shape, generator=generator, device="cpu") * 2 - 1) * bound)
+        drawn = torch.rand(weight.shape, generator=generator, device="cpu")
+        copy(weight, (drawn * 2 - 1) * bound)
 
 
 @torch.no_grad()
@@ -43,7 +51,9 @@ def start_at_chance(model: nn.Module, *, tied: bool) -> None:
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, seed: int, *, plus_one: bool, tied: bool) -> None:
+def init_weights(
+    model: nn.Module, seed: int, *, plus_one: bool, tied: bool, copy: Copy = Tensor.copy_
+) -> None:
     """Fill all weights of a model as `LLM.init_weights` describes.
 
     Args:
@@ -51,6 +61,7 @@ def init_weights(model: nn.Module, seed: int, *, plus_one: bool, tied: bool) -> 
         seed: Seed of the random numbers.
         plus_one: Whether norms of the text model store weight - 1.
         tied: Whether the output uses the token embeddings.
+        copy: Copies a full tensor into a weight.
 
     Raises:
         RequestError: The model is quantized.
@@ -70,6 +81,6 @@ def init_weights(model: nn.Module, seed: int, *, plus_one: bool, tied: bool) -> 
         elif leaf == "tok_embeddings":
             # Tied embeddings are the output too: N(0, 1) would give a loss of about dim.
             draw = torch.randn(weight.shape, generator=generator, device="cpu")
-            weight.copy_(draw * (_TIED_STD if tied else 1.0))
+            copy(weight, draw * (_TIED_STD if tied else 1.0))
         else:
-            draw_weight(weight, generator)
+            draw_weight(weight, generator, copy)

@@ -21,7 +21,7 @@ from transom.cache.model_cache import ModelCache
 from transom.config.layer_args import HeadArgs
 from transom.config.model_args import ModelArgs
 from transom.layers.block import TransformerBlock
-from transom.layers.initial import init_weights, start_at_chance
+from transom.layers.initial import Copy, init_weights, start_at_chance
 from transom.layers.inputs import TransformerInput, TransformerOutput
 from transom.layers.linear import Embedding, Linear, tied_output
 from transom.layers.moe import RouterStatistics
@@ -222,17 +222,18 @@ class LLM(nn.Module):
             self.args, batch_size, capacity, slack=slack, kv_bits=kv_bits, device=self.device
         )
 
-    def init_weights(self, seed: int = 0) -> None:
+    def init_weights(self, seed: int = 0, copy: Copy = Tensor.copy_) -> None:
         """Draw all weights again in place. A seed gives the same weights on every device.
+
+        `copy(weight, drawn)` copies what was drawn into a weight, of which it may take a part.
 
         Matrices that write into the residual stream and an untied output start at zero. All others
         are uniform with standard deviation 1 / (2 sqrt(fan in)). At step 0 every block is therefore
         the identity, and the loss is ln V. The loss of a tied output starts higher, since each
         token predicts itself.
         """
-        init_weights(
-            self, seed, plus_one=self.args.norm == "rms_plus_one", tied=self.output is None
-        )
+        plus_one, tied = self.args.norm == "rms_plus_one", self.output is None
+        init_weights(self, seed, plus_one=plus_one, tied=tied, copy=copy)
 
 
 def pool(h_BTD: Tensor, positions_BT: Tensor, kind: Literal["mean", "last"]) -> Tensor:

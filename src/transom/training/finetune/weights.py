@@ -18,6 +18,8 @@ from transom.checkpoints.fingerprint import fingerprint
 from transom.checkpoints.load import load
 from transom.checkpoints.open_model import load_tokenizer
 from transom.checkpoints.read_args import read_args
+from transom.distributed.loading import load_parts
+from transom.distributed.parallelize import Division
 from transom.lora.adapters import activate_adapters, active_adapters, adapter_names, remove_adapter
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
@@ -103,7 +105,12 @@ def finetune_model(folder: Path, args: TrainArgs, choice: DtypeChoice) -> tuple[
     dtype, keep = "float32" if wide else dtype_name(choice.dtype), finetune.keep_quantized
     if finetune.method == "full" or finetune.quantize is not None:
         keep = False
-    model = load(folder, str(device), dtype, keep_quantized=keep)
+    # Adapters, codes, new rows and a reference are made from full weights, which are divided later.
+    plain = finetune.method == "full" and finetune.objective == "sft" and not finetune.new_tokens
+    if choice.ranks.divided and plain:
+        model = load_parts(folder, Division(choice.ranks.meshes, device))
+    else:
+        model = load(folder, str(device), dtype, keep_quantized=keep)
     expected = "expected a language model without a head for fine-tuning"
     require(model.args.head is None, "base", args.base, expected)
     args.check_model(model.args)

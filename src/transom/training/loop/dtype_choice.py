@@ -51,7 +51,9 @@ class DtypeChoice:
     @classmethod
     def of(cls, name: str, dtype: torch.dtype, ranks: Ranks) -> DtypeChoice:
         """Return the choice of `dtype: name` in a config, where the device suggests `dtype`."""
-        candidate = name == "auto" and dtype == torch.bfloat16 and ranks.device.type == "cpu"
+        # Ranks that have parts of the model would have to agree on every pass that is timed.
+        timed = ranks.device.type == "cpu" and not ranks.divided
+        candidate = name == "auto" and dtype == torch.bfloat16 and timed
         # The processors of the ranks may differ.
         return cls(ranks.first(dtype) if name == "auto" else dtype, ranks.first(candidate), ranks)
 

@@ -12,6 +12,8 @@ from transom.checkpoints.load import load
 from transom.checkpoints.open_model import load_tokenizer
 from transom.checkpoints.state import meta_model
 from transom.data.text.sources import held_out, read_split
+from transom.distributed.loading import load_parts
+from transom.distributed.parallelize import Division
 from transom.distributed.ranks import Ranks
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
@@ -54,9 +56,10 @@ def new_parts(args: TrainArgs, run: RunFolder, choice: DtypeChoice, *, resume: b
     tokenizer = _run_tokenizer(args, run, resume, ranks)
     model_args = args.model_args(tokenizer.vocab_size)
     data = open_data(args, model_args, tokenizer, ranks)
-    model = meta_model(model_args).to_empty(device=ranks.device)
+    model, division = meta_model(model_args), Division(ranks.meshes, ranks.device)
+    division.divide(model)
     if not resume or args.dry_run:  # the dry run of a resumed run precedes reading the checkpoint
-        model.init_weights(args.seed)
+        model.init_weights(args.seed, division.fill)
     writer = ModelWriter(model, tokenizer, data.labels)
     return RunParts(model, tokenizer, data, _objective(args, model, data, choice), writer)
 
@@ -69,7 +72,11 @@ def continued_parts(args: TrainArgs, choice: DtypeChoice) -> RunParts:
     assert args.base is not None, "the caller checks it"
     folder = whole_model(args.base)
     tokenizer = load_tokenizer(folder)
-    model = load(folder, str(choice.ranks.device), "float32", keep_quantized=False).train()
+    ranks = choice.ranks
+    if ranks.divided:
+        model = load_parts(folder, Division(ranks.meshes, ranks.device)).train()
+    else:
+        model = load(folder, str(ranks.device), "float32", keep_quantized=False).train()
     args.check_model(model.args)
     data = open_data(args, model.args, tokenizer, choice.ranks)
     companions = Companions(folder, tokenizer, None)

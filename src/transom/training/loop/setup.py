@@ -17,6 +17,7 @@ from transom.base.runtime import (
 )
 from transom.distributed.mesh import Meshes
 from transom.distributed.parallelize import parallelize
+from transom.distributed.parts import is_divided
 from transom.distributed.ranks import Ranks
 from transom.planning.counts import parameters
 from transom.training.config import TrainArgs
@@ -134,7 +135,7 @@ def _open_trainer(
         from transom.training.finetune.weights import finetune_parts
 
         parts = finetune_parts(args, choice)
-    if ranks.meshes is not None:
+    if ranks.meshes is not None and not is_divided(parts.model):
         parallelize(parts.model, ranks.meshes)
     args = _with_scores(parts.args or args, parts.data.rows_per_step)
     if resume:

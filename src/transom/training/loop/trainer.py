@@ -15,7 +15,7 @@ from torch import Tensor
 from transom.base.errors import notice
 from transom.base.interrupts import STOPS, raise_stop
 from transom.base.runtime import matmul_peak, synchronize
-from transom.distributed.checkpoint import Checkpoint, Saver, layout_of, read_state
+from transom.distributed.checkpoint import Checkpoint, Saver, between_steps, layout_of, read_state
 from transom.evaluation.score import Score
 from transom.training.loop.monitor import Monitor
 from transom.training.loop.random_states import random_states, take_random_states
@@ -193,7 +193,10 @@ class Trainer(Stepper):
     def _as_saved(self) -> Iterator[None]:
         """Let the model be as a checkpoint stores it: with averaged weights and uncompiled."""
         with self._eager(), contextlib.nullcontext() if self.ema is None else self.ema.swapped():
-            yield
+            try:
+                yield
+            finally:
+                between_steps(self.model)
 
     def log(self, result: StepResult, seconds: float) -> None:
         """Log a step that took `seconds`."""

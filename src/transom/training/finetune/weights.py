@@ -107,10 +107,11 @@ def finetune_model(folder: Path, args: TrainArgs, choice: DtypeChoice) -> tuple[
         keep = False
     # Adapters, codes, new rows and a reference are made from full weights, which are divided later.
     plain = finetune.method == "full" and finetune.objective == "sft" and not finetune.new_tokens
-    if choice.ranks.divided and plain:
-        model = load_parts(folder, Division(choice.ranks.meshes, device))
-    else:
-        model = load(folder, str(device), dtype, keep_quantized=keep)
+    model = (
+        load_parts(folder, Division(choice.ranks.meshes, device))
+        if choice.ranks.divided and plain
+        else load(folder, str(device), dtype, keep_quantized=keep)
+    )
     expected = "expected a language model without a head for fine-tuning"
     require(model.args.head is None, "base", args.base, expected)
     args.check_model(model.args)

@@ -73,10 +73,11 @@ def continued_parts(args: TrainArgs, choice: DtypeChoice) -> RunParts:
     folder = whole_model(args.base)
     tokenizer = load_tokenizer(folder)
     ranks = choice.ranks
-    if ranks.divided:
-        model = load_parts(folder, Division(ranks.meshes, ranks.device)).train()
-    else:
-        model = load(folder, str(ranks.device), "float32", keep_quantized=False).train()
+    model = (
+        load_parts(folder, Division(ranks.meshes, ranks.device))
+        if ranks.divided
+        else load(folder, str(ranks.device), "float32", keep_quantized=False)
+    ).train()
     args.check_model(model.args)
     data = open_data(args, model.args, tokenizer, choice.ranks)
     companions = Companions(folder, tokenizer, None)

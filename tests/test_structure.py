@@ -98,7 +98,7 @@ CEILINGS = {
     "chat": 905,
     "checkpoints": 4_984,
     "distributed": 1_450,
-    "data": 1_955,
+    "data": 2_145,
     "inference": 2_195,
     "evaluation": 1_416,
     "training": 4_225,

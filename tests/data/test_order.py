@@ -111,7 +111,29 @@ def test_each_pass_over_a_source_of_a_mixture_is_whole_and_in_a_new_order():
     assert len(set(passes)) == len(passes)
 
 
-@pytest.mark.parametrize("weights", [[1.0], [1.0, 0.0], [1.0, float("nan")]])
+def test_weights_change_at_a_step_also_inside_an_epoch():
+    orders = [PackedOrder([3001], 1, seed=0), PackedOrder([1001], 1, seed=0)]
+    plans = [[(0, 1), (150, 0.2), (1100, 0)], 0.8]
+    mixture = Mixture(orders, [plans[0], plans[1]], 0, rows_per_step=8)
+    drawn = [mixture.item(at // 4000, at % 4000)[0] for at in range(12_000)]
+    shares = [
+        1 - np.mean(drawn[begin * 8 : end * 8])
+        for begin, end in ((0, 150), (150, 1100), (1100, 1500))
+    ]
+    assert np.allclose(shares, [1 / 1.8, 0.2, 0.0], atol=0.03)
+    before = Mixture(orders, [1, 0.8], 0, rows_per_step=8)
+    assert drawn[: 150 * 8] == [before.item(0, at)[0] for at in range(150 * 8)]
+
+
+@pytest.mark.parametrize(
+    "weights", [[1.0], [1.0, 0.0], [1.0, float("nan")], [1.0, [(5, 1.0)]], [1.0, [(0, -1.0)]]]
+)
 def test_wrong_weights_are_refused(weights):
     with pytest.raises(RequestError, match="weights: got "):
         Mixture([PackedOrder(LENGTHS, 7, seed=0)] * 2, weights, seed=0)
+
+
+def test_a_step_without_any_source_is_refused():
+    orders = [PackedOrder(LENGTHS, 7, seed=0)] * 2
+    with pytest.raises(RequestError, match="weights: got '0 for all sources from step 9'"):
+        Mixture(orders, [[(0, 1.0), (9, 0.0)], [(0, 1.0), (4, 0.0)]], seed=0)

@@ -6,12 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from transom.base.errors import require
+
+# The share of a source relative to the others: one number, or pairs (step from which it is, number)
+Weight = float | Sequence[tuple[int, float]]
 
 
 class Piece(NamedTuple):
@@ -107,15 +111,34 @@ class Mixture:
     order is window n of that order. After its last window an order continues in another epoch of
     its own. An order of L windows gets ceil(len(mixture) / L) epochs of its own for each epoch of
     the mixture, which is the most it can need, so no two passes over a source have one permutation.
+
+    A weight may change at a step. Step s takes the items from `s * rows_per_step` on, counted from
+    the beginning of epoch 0.
     """
 
-    def __init__(self, orders: Sequence[PackedOrder], weights: Sequence[float], seed: int) -> None:
+    def __init__(
+        self,
+        orders: Sequence[PackedOrder],
+        weights: Sequence[Weight],
+        seed: int,
+        rows_per_step: int = 1,
+    ) -> None:
         expected = f"expected a number above 0 for each of the {len(orders)} sources"
-        usable = all(0 < weight < float("inf") for weight in weights)
-        require(len(orders) == len(weights) > 0 and usable, "weights", tuple(weights), expected)
+        plans = [[(0, one)] if isinstance(one, int | float) else list(one) for one in weights]
+        starts = sorted({step for plan in plans for step, _ in plan} | {0})
+        # [changes, sources]; a source without a weight at step 0 fails the check.
+        table = np.array([[_weight_at(plan, step) for plan in plans] for step in starts])
+        positive = all(plan[0][1] > 0 for plan in plans if len(plan) == 1)
+        usable = positive and bool(np.all((table >= 0) & (table < np.inf)))
+        fits = len(orders) == len(weights) > 0 and usable
+        require(fits, "weights", tuple(weights), expected)
+        empty = next((one for one, row in zip(starts, table, strict=True) if not row.any()), None)
+        expected = "expected a source with a weight above 0 at every step"
+        require(empty is None, "weights", f"0 for all sources from step {empty}", expected)
         self._orders = list(orders)
-        shares = np.cumsum(weights)
-        self._edges = shares / shares[-1]  # ends at exactly 1, as dividing by np.sum would not
+        shares = np.cumsum(table, axis=1)
+        self._edges = shares / shares[:, -1:]  # ends at exactly 1, as dividing by np.sum would not
+        self._starts = [step * rows_per_step for step in starts]
         self._seed = seed
         self._items = sum(len(order) for order in orders)
         self._draws = lru_cache(maxsize=1)(self._draw)
@@ -138,12 +161,20 @@ class Mixture:
         """
         bits = random_bits(self._seed, epoch, Stream.SOURCES, self._items)
         uniform = (bits >> np.uint64(11)) * 2.0**-53  # the 53 bits that a float64 holds, in [0, 1)
-        sources = np.searchsorted(self._edges, uniform, side="right")
+        sources = np.empty(self._items, np.int64)
+        inside = [min(max(start - epoch * self._items, 0), self._items) for start in self._starts]
+        for (begin, end), edges in zip(pairwise([*inside, self._items]), self._edges, strict=True):
+            sources[begin:end] = np.searchsorted(edges, uniform[begin:end], side="right")
         counts = np.zeros(self._items, np.int64)
         for source in range(len(self._orders)):
             drawn = sources == source
             counts[drawn] = np.arange(np.count_nonzero(drawn))
         return sources, counts
+
+
+def _weight_at(plan: Sequence[tuple[int, float]], step: int) -> float:
+    """Return the weight of a plan at a step; NaN before its first step."""
+    return next((weight for start, weight in reversed(plan) if start <= step), np.nan)
 
 
 class Batches(ABC):

@@ -34,7 +34,8 @@ def batches(files=FILES, **changes):
         "rows_per_step": 4,
         "seed": 1,
     }
-    return TextBatches(files, [1.0] * len(files), **(settings | changes))
+    weights = changes.pop("weights", [1.0] * len(files))
+    return TextBatches(files, weights, **(settings | changes))
 
 
 def same(one, other):
@@ -103,6 +104,26 @@ def test_a_restored_state_gives_the_same_rows_to_any_number_of_ranks():
         expected = data.next()
         assert same(resumed.next(), expected)
         assert torch.equal(torch.cat([rank.next().tokens for rank in ranks]), expected.tokens)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_weights_that_change_at_a_step_give_any_ranks_the_same_rows_also_resumed(world_size):
+    weights = [1.0, [(0, 0.0), (3, 5.0)]]
+    alone = batches(weights=weights)
+    ranks = [batches(weights=weights, rank=r, world_size=world_size) for r in range(world_size)]
+    first_of_second = []
+    for step in range(12):
+        expected = alone.next()
+        assert torch.equal(torch.cat([rank.next().tokens for rank in ranks]), expected.tokens)
+        first_of_second.append(bool(((expected.tokens >= 40) & (expected.tokens < BOS)).any()))
+        if step in (1, 5):  # before and after the change
+            states = [rank.state for rank in ranks]
+            ranks = [
+                batches(weights=weights, rank=r, world_size=world_size) for r in range(world_size)
+            ]
+            for rank, state in zip(ranks, states, strict=True):
+                rank.load_state(state)
+    assert not any(first_of_second[:3]) and all(first_of_second[3:])
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,18 @@ def test_held_out_is_a_share_of_the_ids_and_grows_with_the_fraction():
     assert all(held_out(id, 1.0) for id in ids)
 
 
-@pytest.mark.parametrize("field", [{"weight": 0}, {"weight": float("inf")}, {"path": ""}])
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"weight": 0},
+        {"weight": float("inf")},
+        {"weight": [[5, 1.0]]},
+        {"weight": [[0, 1.0], [9, 1.0], [9, 2.0]]},
+        {"weight": [[0, -1.0]]},
+        {"weight": []},
+        {"path": ""},
+    ],
+)
 def test_wrong_fields_are_named(field):
     with pytest.raises(RequestError, match=next(iter(field))):
         read(SourceArgs, {"path": "x", **field})

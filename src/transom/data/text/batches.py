@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from transom.base.errors import require
 from transom.data.batch import NO_TARGET, Batch
-from transom.data.order import Batches, Mixture, PackedOrder, Piece
+from transom.data.order import Batches, Mixture, PackedOrder, Piece, Weight
 from transom.data.text.shards import TokenFile
 
 
@@ -24,7 +24,7 @@ class TextBatches(Batches):
     def __init__(
         self,
         files: Sequence[TokenFile],
-        weights: Sequence[float],
+        weights: Sequence[Weight],
         *,
         bos_id: int | None,
         eos_id: int | None,
@@ -39,7 +39,7 @@ class TextBatches(Batches):
 
         Args:
             files: The tokenized documents of each source.
-            weights: The share of rows from each source, relative to the others.
+            weights: The share of rows from each source, relative to the others; see `Mixture`.
             bos_id: Token before each document, or None.
             eos_id: Token after each document, or None.
             vocab_size: Vocabulary size of the model.
@@ -59,7 +59,7 @@ class TextBatches(Batches):
         self._end = np.asarray([] if eos_id is None else [eos_id], np.int64)
         frame = len(self._begin) + len(self._end)
         orders = [PackedOrder(file.lengths + frame, seq_len, seed) for file in files]
-        self._order = Mixture(orders, weights, seed)
+        self._order = Mixture(orders, weights, seed, rows_per_step)
         super().__init__(len(self._order), rows_per_step, rank, world_size)
 
     def largest(self, micro_batches: int) -> Batch:

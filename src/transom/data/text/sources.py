@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, field
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,11 +47,10 @@ class SourceArgs:
         "also compressed",
         path=True,
     )
-    weight: float = describe(
+    weight: float | tuple[tuple[int, float], ...] = describe(
         1.0,
-        "share of the rows drawn from this source, relative to the other weights",
-        above=0,
-        below=math.inf,
+        "share of the rows drawn from this source, relative to the other weights; "
+        "[[0, 0.8], [1000, 0.2]]: 0.8 from step 0, 0.2 from step 1000",
     )
     name: str = describe("", "name in reports; the path when empty")
     include: tuple[str, ...] = describe((), f"read only what matches one of these: {PATTERNS}")
@@ -64,6 +64,16 @@ class SourceArgs:
     def __post_init__(self) -> None:
         check_bounds(self)
         require(bool(self.path), "path", self.path, "expected a file, a folder or a glob")
+        if isinstance(self.weight, tuple):
+            steps = [step for step, _ in self.weight]
+            rising = steps[:1] == [0] and all(one < other for one, other in pairwise(steps))
+            fits = rising and all(0 <= weight < math.inf for _, weight in self.weight)
+            expected = (
+                "expected [step, weight] from step 0 on, each step once, weights of 0 or more"
+            )
+        else:
+            fits, expected = 0 < self.weight < math.inf, "expected a finite number of more than 0"
+        require(fits, "weight", self.weight, expected)
 
 
 class Document(NamedTuple):

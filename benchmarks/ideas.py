@@ -62,6 +62,7 @@ PAGES: dict[str, tuple[str, ...]] = {
         "step-in-backward",
         "ema",
         "mup",
+        "float8-training",
         "dry-run",
         "offload",
     ),

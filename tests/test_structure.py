@@ -93,7 +93,7 @@ CEILINGS = {
     "names": 130,
     "models": 528,
     "tokenizers": 985,
-    "quantize": 1_220,
+    "quantize": 1_225,
     "lora": 600,
     "chat": 905,
     "checkpoints": 4_984,
@@ -101,7 +101,7 @@ CEILINGS = {
     "data": 2_145,
     "inference": 2_195,
     "evaluation": 1_416,
-    "training": 4_225,
+    "training": 4_265,
     "verify": 3_040,
     "cli": 1_850,
 }

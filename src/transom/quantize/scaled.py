@@ -31,12 +31,19 @@ def product(x: Tensor, bias: Tensor | None, parts: Parts) -> Tensor:
         bias: [out], or None.
         parts: `codes` float8_e4m3fn [out, in], and `scales` [out, 1].
     """
-    rows = x.reshape(-1, x.size(-1)).float()
-    scales = not_zero(rows.abs().amax(-1, keepdim=True) / LARGEST[FLOAT8])
-    codes, of_outputs = (rows / scales).to(FLOAT8), parts["scales"].float().view(1, -1)
-    y = torch._scaled_mm(codes, parts["codes"].T, scales, of_outputs, out_dtype=torch.bfloat16)
+    rows, of_outputs = rounded(x.reshape(-1, x.size(-1))), parts["scales"].float().view(1, -1)
+    y = torch._scaled_mm(
+        rows["codes"], parts["codes"].T, rows["scales"], of_outputs, out_dtype=torch.bfloat16
+    )
     y = y.view(*x.shape[:-1], -1).to(x.dtype)
     return y if bias is None else y + bias.to(x.dtype)
+
+
+def rounded(weight: Tensor) -> Parts:
+    """Return the parts of a weight [out, in] in floats of 8 bits, with a scale per output."""
+    rows = weight.float()
+    scales = not_zero(rows.abs().amax(-1, keepdim=True) / LARGEST[FLOAT8])
+    return {"codes": (rows / scales).to(FLOAT8), "scales": scales}
 
 
 @constant_in_graphs
@@ -47,7 +54,7 @@ def works(device: torch.device) -> bool:
 
 @functools.cache
 def _tried(device: torch.device) -> bool:
-    if torch.cuda.get_device_capability(device) < (8, 9):
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         return False
     ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
     try:

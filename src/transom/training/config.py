@@ -158,6 +158,9 @@ class TrainArgs:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = describe(
         "auto", "dtype of matrix products; weights stay float32; float16 needs a GPU"
     )
+    float8: bool = describe(
+        False, "products of blocks in 8-bit floats; needs a GPU that has them, and dtype bfloat16"
+    )
     threads: int | None = describe(None, "CPU threads; null: torch's default", at_least=1)
     eval_every: int = describe(
         0, "steps between held-out scores; 0: only at the end", "steps", at_least=0

@@ -30,6 +30,7 @@ from transom.training.loop.continuation import (
     write_run,
 )
 from transom.training.loop.dtype_choice import DtypeChoice
+from transom.training.loop.float8 import use_float8
 from transom.training.loop.random_states import seed_apart
 from transom.training.loop.run_folder import RunFolder
 from transom.training.loop.run_parts import continued_parts, new_parts
@@ -137,6 +138,9 @@ def _open_trainer(
         parts = finetune_parts(args, choice)
     if ranks.meshes is not None and not is_divided(parts.model):
         parallelize(parts.model, ranks.meshes)
+    if args.float8:
+        count = use_float8(parts.model, ranks.device, choice.dtype)
+        ranks.say(f"float8: {count} linears train with products of 8-bit floats")
     args = _with_scores(parts.args or args, parts.data.rows_per_step)
     if resume:
         check_as_begun(run.path, args, parts.data.hashes, parts.tokenizer)

@@ -4,12 +4,14 @@ import errno
 import os
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.training.runs import losses, tiny_args
+from tests.training.finetune.runs import base_folder, chats, run_args
+from tests.training.runs import losses, tiny_args, write_corpus
 from transom.base.errors import RequestError, WorkError
 from transom.checkpoints.files import safetensors_files
 from transom.checkpoints.load import load
@@ -18,14 +20,17 @@ from transom.distributed.checkpoint import read_state
 from transom.distributed.mesh import Meshes
 from transom.training.loop.setup import open_run
 
-ARGS = ("optimizer.name=adamw", "data.batch_size=12", "ema_decay=0.9", "keep_last=3")
+PLAIN = ("optimizer.name=adamw", "data.batch_size=12", "keep_last=3")
+ARGS = (*PLAIN, "ema_decay=0.9")
 STEPS = 12
 
 
 def opened(folder, name, meshes=None, args=ARGS):
-    """Begin or continue a run."""
+    """Begin or continue a run of a new model, or the run of a config."""
     resume = (Path(folder) / name / "latest").exists()
-    config = tiny_args(Path(folder), f"out={folder}/{name}", *args)
+    if isinstance(args, tuple):
+        args = tiny_args(Path(folder), *args)
+    config = replace(args, out=f"{folder}/{name}")
     return open_run(config, quiet=True, resume=resume, meshes=meshes)
 
 
@@ -131,7 +136,7 @@ def test_every_layout_continues_with_the_same_losses(tmp_path):
 def in_trouble(folder):
     rank, run = torch.distributed.get_rank(), Path(folder) / "run"
     write, said = safetensors_files._write_tensor, Path(folder) / f"said{rank}"
-    trainer = opened(folder, "run", meshes_of())
+    trainer = opened(folder, "run", meshes_of(), PLAIN)
 
     def latest():
         return (run / "latest").read_text().strip()
@@ -175,7 +180,7 @@ def in_trouble(folder):
         cut.write_bytes(whole[:-1])
     torch.distributed.barrier()
     with pytest.raises(RequestError) as told:
-        opened(folder, "run", meshes_of())
+        opened(folder, "run", meshes_of(), PLAIN)
     with said.open("a") as file:
         file.write(f"{told.value}\n")
     torch.distributed.barrier()
@@ -183,7 +188,7 @@ def in_trouble(folder):
         cut.write_bytes(whole)
     torch.distributed.barrier()
 
-    again = opened(folder, "run", meshes_of())
+    again = opened(folder, "run", meshes_of(), PLAIN)
     again.log(again.step(), 1.0)
     if rank == 1:
         safetensors_files._write_tensor = lambda *_: os._exit(9)
@@ -204,9 +209,39 @@ def test_a_checkpoint_that_fails_leaves_the_one_before(tmp_path):
         assert "rank-00002.safetensors: could not be written" in full
         assert "rank-00002.safetensors: altered or cut" in cut
     assert "checkpoint not written, earlier ones are untouched (rank 2" in said[0][0]
-    train(tmp_path, "run", 3)  # from step 2
-    train(tmp_path, "alone", 3)
+    train(tmp_path, "run", 3, args=PLAIN)  # from step 2
+    train(tmp_path, "alone", 3, args=PLAIN)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-6)
+
+
+def runs_on_a_base(folder):
+    """Configs of a run that reads on, and of one that trains an adapter."""
+    lora = run_args(folder, folder / "base", folder / "chats.jsonl")
+    corpus = replace(lora.data, sources=(str(folder / "corpus"),), seq_len=32)
+    return {"reads": replace(lora, finetune=None, data=corpus), "adapter": lora}
+
+
+def on_a_base(folder):
+    for until in (2, 4):
+        for name, args in runs_on_a_base(Path(folder)).items():
+            train(folder, name, until, meshes_of(), args)
+
+
+def test_runs_on_a_base_write_its_format_and_continue(tmp_path):
+    base_folder(tmp_path / "base", format="hf")
+    chats(tmp_path / "chats.jsonl")
+    write_corpus(tmp_path / "corpus")
+    launch(on_a_base, tmp_path, 2)
+    for name, args in runs_on_a_base(tmp_path).items():
+        train(tmp_path, f"{name} alone", 4, args=args)
+        own, alone = (tmp_path / kind / "step_000004" for kind in (name, f"{name} alone"))
+        assert losses(own.parent) == pytest.approx(losses(alone.parent), rel=1e-6)
+        assert {one.name for one in own.iterdir()} - {"trainer"} == {
+            one.name for one in alone.iterdir()
+        } - {"trainer.safetensors"}
+        weights = dict(load(alone).named_parameters())
+        for key, one in load(own).named_parameters():
+            torch.testing.assert_close(one, weights[key], rtol=1e-4, atol=1e-5)
 
 
 def test_state_of_one_rank_is_refused_in_another_layout(tmp_path):

@@ -23,6 +23,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -205,7 +206,10 @@ class _Reader(dcp.HuggingFaceStorageReader):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder))
-        self._metadata = super().read_metadata()
+        try:
+            self._metadata = super().read_metadata()
+        except (SafetensorError, LookupError, ValueError) as error:
+            raise RequestError(f"{folder}: not complete files of DCP ({error})") from None
 
     def read_metadata(self) -> Metadata:
         """Return what is in the folder."""

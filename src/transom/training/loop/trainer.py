@@ -7,7 +7,6 @@ import functools
 import json
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from transom.base.errors import notice
 from transom.base.interrupts import STOPS, raise_stop
 from transom.base.runtime import matmul_peak, synchronize
-from transom.distributed.checkpoint import Checkpoint, Saver, between_steps, layout_of, read_state
+from transom.distributed.checkpoint import Checkpoint, between_steps, layout_of, read_state
 from transom.evaluation.score import Score
 from transom.training.loop.monitor import Monitor
 from transom.training.loop.random_states import random_states, take_random_states
@@ -30,11 +29,6 @@ class Trainer(Stepper):
     def monitor(self) -> Monitor:
         """Logs the run."""
         return Monitor(self.args, self.parts, self.run, self.line, self.progress, self.ranks)
-
-    @functools.cached_property
-    def saver(self) -> Saver | None:
-        """Writes checkpoints if ranks divide the model; all ranks must call it first together."""
-        return Saver(self.ranks) if self.ranks.divided else None
 
     def fit(self) -> Score:
         """Train to the last step, and return the final held-out score.
@@ -252,9 +246,10 @@ class Trainer(Stepper):
             RequestError: If a file of the step is missing, altered or of another model.
         """
         ranks = self.ranks
+        share = ranks.rank, ranks.world_size
+        folder, state = ranks.together(lambda: self.run.read_step(share))[ranks.rank]
 
-        def restore() -> tuple[Path, dict[str, Any]]:
-            folder, state = self.run.read_step((ranks.rank, ranks.world_size))
+        def restore() -> None:
             before, now = state.get("parallel"), layout_of(ranks)
             tensors = read_state(folder, self._state_tensors(), before, now)
             take_random_states(ranks, tensors, self.args.seed, state["progress"]["step"])
@@ -262,9 +257,8 @@ class Trainer(Stepper):
             if self.ema is not None:
                 self.ema.load_state_tensors(tensors)
             self.optimizers.load_state_tensors(tensors)
-            return folder, state
 
-        folder, state = ranks.together(restore)[ranks.rank]
+        ranks.together(restore)
         vars(self.progress).update(state["progress"])  # the monitor refers to the same object
         step = self.progress.step
         self.batches.load_state(state["data"])

@@ -16,7 +16,6 @@ from transom.base.errors import RequestError, WorkError, notice, require
 from transom.base.interrupts import STOPS
 from transom.base.runtime import is_out_of_memory, memory_bytes, reset_peak_memory, synchronize
 from transom.data.batch import Batch
-from transom.distributed.checkpoint import Saver
 from transom.distributed.ranks import Ranks
 from transom.training.config import TrainArgs
 from transom.training.loop.blocks import OFFLOAD_MIN_BYTES, arrange_blocks
@@ -115,7 +114,6 @@ class Stepper:
         self.line = ProgressLine(quiet=not ranks.verbose)
         self.clock = StepClock(self.device, profile_steps)
         self.stop = StopRequest(alone=ranks.world_size == 1)
-        self.saver = Saver(ranks) if ranks.divided else None
         self.progress = Progress()
         self.compiled = args.compile
         self._arrange_blocks()

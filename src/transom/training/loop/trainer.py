@@ -14,7 +14,7 @@ from torch import Tensor
 from transom.base.errors import notice
 from transom.base.interrupts import STOPS, raise_stop
 from transom.base.runtime import matmul_peak, synchronize
-from transom.distributed.checkpoint import Checkpoint, between_steps, layout_of, read_state
+from transom.distributed.checkpoint import Checkpoint, Saver, between_steps, layout_of, read_state
 from transom.evaluation.score import Score
 from transom.training.loop.monitor import Monitor
 from transom.training.loop.random_states import random_states, take_random_states
@@ -23,7 +23,13 @@ from transom.training.loop.step import Stepper, StepResult
 
 
 class Trainer(Stepper):
-    """Takes the steps of a run, and scores, samples and saves between them."""
+    """Takes the steps of a run, and scores, samples and saves between them.
+
+    Attributes:
+        saver: Writes checkpoints if ranks divide the model; made at the first one.
+    """
+
+    saver: Saver | None = None
 
     @functools.cached_property
     def monitor(self) -> Monitor:
@@ -222,7 +228,8 @@ class Trainer(Stepper):
         text = json.dumps(state, indent=2)
         with self._as_saved():
             tensors = {**self._state_tensors(), **random}
-            if self.saver is not None:
+            if self.ranks.divided:
+                self.saver = self.saver or Saver(self.ranks)
                 weights = writer.weights()
                 self.saver.start(Checkpoint(new_step, writer.write, weights, tensors, text))
                 return

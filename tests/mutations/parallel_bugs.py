@@ -15,7 +15,9 @@ from transom.data.batch import Batch
 from transom.distributed import tensor_parallel
 from transom.distributed.context_parallel import cut_rows
 from transom.distributed.expert_parallel import ExchangeDispatcher, ExchangeHandle
+from transom.distributed.matrices import MatrixExchange
 from transom.distributed.ranks import Ranks
+from transom.distributed.vocabulary import divided_log_softmax
 
 
 def mean_of_means() -> AbstractContextManager[None]:
@@ -86,3 +88,30 @@ def own_gradients_of_norms() -> AbstractContextManager[None]:
         return show
 
     return changed(tensor_parallel, "_show_parts", make)
+
+
+def softmax_of_own_rows() -> AbstractContextManager[None]:
+    """Each tensor rank takes the softmax over its own rows of the vocabulary."""
+
+    def make(original: Call) -> Call:
+        def log_softmax(
+            logits: Tensor, target: Tensor, share: Tensor, group: Any
+        ) -> tuple[Tensor, Tensor]:
+            log = logits.log_softmax(1)
+            return log, original(logits, target, share, group)[1]
+
+        return log_softmax
+
+    return changed_everywhere(divided_log_softmax, make)
+
+
+def parts_orthogonalised() -> AbstractContextManager[None]:
+    """Muon orthogonalises the part of a matrix that each rank has."""
+
+    def make(original: Call) -> Call:
+        def change(self: Any, parts: Any, shape: Any, turn: Call) -> list[Tensor]:
+            return [turn(part.local.unsqueeze(0)).squeeze(0) for part in parts]
+
+        return change
+
+    return changed(MatrixExchange, "change", make)

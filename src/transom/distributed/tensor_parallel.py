@@ -56,7 +56,8 @@ class TensorRegion:
 
     def finish(self, h_BTD: Tensor) -> Tensor:
         """Return all tokens of the last hidden states, whose gradient every rank computes."""
-        return self._move(h_BTD, self.between, Replicate())
+        # A copy: FSDP2 warns of views, because an operation in place would lose its hooks.
+        return self._move(h_BTD, self.between, Replicate()).clone()
 
     def add(self, rows: Tensor) -> Tensor:
         """Return the sum of the ranks' tensors on every rank."""

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from transom.base.errors import WorkError
 from transom.config.model_args import ModelArgs
@@ -24,6 +23,7 @@ from transom.data.batch import NO_TARGET, Batch
 from transom.data.order import Batches
 from transom.distributed.mesh import Meshes
 from transom.distributed.parallelize import parallelize
+from transom.distributed.parts import full_tensor
 from transom.distributed.ranks import ALONE, Ranks
 from transom.training.config import read_config
 from transom.training.loop.run_data import RunData
@@ -51,6 +51,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "experts": {**SIZES, "moe_args": {**EXPERTS, "aux_loss_coef": 0.1, "z_loss_coef": 0.01}},
 }
 FEW = ("llama", "experts")
+# Gradients of the second step show whether the first one has moved all weights alike.
+MUON = {"optimizer": {"name": "muon", "muon_lr": 0.1, "max_grad_norm": None}}
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ LAYOUTS = (
     RankCase("context", {"context": 4}),
     RankCase("FSDP x context", {"shard": 2, "context": 2}),
     RankCase("context x tensor", {"context": 2, "tensor": 2}),
+    RankCase("FSDP x tensor, Muon", {"shard": 2, "tensor": 2}, FEW, MUON),
+    RankCase("FSDP x expert, Muon", {"shard": 4, "expert": 2}, ("experts",), MUON),
     RankCase("expert", {"shard": 4, "expert": 4}, ("experts",)),
     RankCase("FSDP x expert", {"shard": 4, "expert": 2}, ("experts",)),
     RankCase("context x expert", {"shard": 2, "context": 2, "expert": 4}, ("experts",)),
@@ -179,16 +183,11 @@ class _Recorder(Stepper):
     def _reduced_norm(self) -> Tensor:
         norm = super()._reduced_norm()
         self.gradients = {
-            path: whole(weight.grad).clone()
+            path: full_tensor(weight.grad).clone()
             for path, weight in self.model.named_parameters()
             if weight.grad is not None
         }
         return norm
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor with the parts of all ranks."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _steps(layout: RankCase, name: str, ranks: Ranks) -> list[dict[str, Tensor]]:

@@ -13,7 +13,7 @@ import torch
 from benchmarks.common import interleaved
 from benchmarks.load import SHAPE, write_folder
 from transom.base.runtime import memory_bytes, reset_peak_memory, resident_bytes
-from transom.checkpoints.files.file_pieces import SourceFile
+from transom.checkpoints.files.file_pieces import PAGE, SourceFile
 from transom.checkpoints.files.layout import WEIGHTS
 from transom.checkpoints.load import load
 from transom.inference.weight_streaming import Offload
@@ -21,19 +21,21 @@ from transom.layers.inputs import TransformerInput
 
 LARGE = {**SHAPE, "n_layers": 8}  # 1 GB in bfloat16
 PROMPT = 128  # tokens of a prefill
+CALLS = 4  # in a row
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
     """Return rows of one token and of a prompt, every layer read from the disk.
 
-    Nothing is in the page cache: our reads drop what they have read, and that of accelerate is
-    dropped before each of its calls.
+    Nothing is in the page cache: our reads pass by it, and what accelerate reads is dropped before
+    each of its calls.
     """
     if device.type != "cpu":
         return []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "hf"
         write_folder(folder, LARGE)
+        os.sync()
         return _rows_of(folder)
 
 
@@ -45,7 +47,8 @@ def _rows_of(folder: Path) -> list[dict[str, Any]]:
     before = resident_bytes()
     offload = Offload("disk", plans[0].weight_bytes)
     model = load(folder, offload=offload, before_weights=lambda plan: 0)
-    buffer = torch.empty(1 << 25, dtype=torch.uint8)
+    memory = torch.empty((1 << 25) + PAGE, dtype=torch.uint8)
+    buffer = memory[-memory.data_ptr() % PAGE :][: 1 << 25]
 
     def in_order() -> None:
         for start in range(0, size - len(buffer), len(buffer)):
@@ -53,7 +56,15 @@ def _rows_of(folder: Path) -> list[dict[str, Any]]:
 
     def call(tokens: int) -> Callable[[], object]:
         inputs = TransformerInput(torch.ones(1, tokens, dtype=torch.int64), logits="last")
-        return lambda: model(inputs, inference=True)
+
+        def run() -> None:
+            for _ in range(CALLS):
+                model(inputs, inference=True)
+            # What the next call begins with: this one had it from the last one.
+            for future, _ in offload.stream._pending.values():
+                future.result()
+
+        return run
 
     ours = {"one token": call(1), f"a prompt of {PROMPT} tokens": call(PROMPT)}
     reset_peak_memory(torch.device("cpu"))
@@ -61,16 +72,16 @@ def _rows_of(folder: Path) -> list[dict[str, Any]]:
     peak = memory_bytes(torch.device("cpu")) - before
     theirs = _accelerate(folder)
     cases = {"in order": in_order, "accelerate": theirs, **ours}
-    seconds = interleaved(cases, torch.device("cpu"), rounds=3)
-    read = sum(one.nbytes for block in model.layers for one in block.parameters())
+    seconds = interleaved(cases, torch.device("cpu"), rounds=5)
+    read = CALLS * sum(one.nbytes for block in model.layers for one in block.parameters())
     sequential = (size - size % len(buffer)) / seconds["in order"]
     of_token = {"target": "at least 0.7", "accelerate_seconds": round(seconds["accelerate"], 3)}
     return [
         {
             "benchmark": "offload",
             "case": name,
-            "peer": "its file read in order, 8 MiB at a time, not in the page cache",
-            "seconds": round(seconds[name], 3),
+            "peer": "its file read in order, 8 MiB at a time, past the page cache",
+            "seconds": round(seconds[name] / CALLS, 3),
             "mb_per_s": round(read / seconds[name] / 1e6),
             "peer_mb_per_s": round(sequential / 1e6),
             "ratio": round(read / seconds[name] / sequential, 2),

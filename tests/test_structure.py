@@ -96,14 +96,14 @@ CEILINGS = {
     "quantize": 1_225,
     "lora": 600,
     "chat": 905,
-    "checkpoints": 4_984,
+    "checkpoints": 5_017,
     "distributed": 1_450,
     "data": 2_145,
-    "inference": 2_195,
+    "inference": 2_232,
     "evaluation": 1_416,
     "training": 4_265,
     "verify": 3_040,
-    "cli": 1_850,
+    "cli": 1_855,
 }
 
 

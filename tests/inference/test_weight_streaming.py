@@ -15,16 +15,22 @@ from tests.helpers import random_model, run_python, tiny_args
 from transom.base.errors import RequestError, WorkError, collected_notices
 from transom.checkpoints.adapters.read import load_adapter
 from transom.checkpoints.adapters.write import save_adapter
+from transom.checkpoints.describe_model import describe_model
+from transom.checkpoints.files.file_pieces import SourceFile
 from transom.checkpoints.files.layout import WEIGHTS
 from transom.checkpoints.load import load
 from transom.checkpoints.save import save
 from transom.checkpoints.state import meta_model
 from transom.inference import weight_streaming
+from transom.inference.decode_args import DecodeArgs
 from transom.inference.loop import generate
+from transom.inference.memory_answer import memory_answer
+from transom.inference.room import check_memory
 from transom.inference.weight_streaming import Offload, WeightStream
 from transom.layers.inputs import TransformerInput
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
+from transom.planning.memory import PROGRAM_BYTES
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.leaves import quantized_leaves
 from transom.quantize.methods import quantize_model
@@ -127,6 +133,20 @@ def test_a_batch_has_the_same_tokens_and_reads_each_block_once_per_call(folder):
     assert offload.stream.bytes_read == calls * blocks
 
 
+def test_neighbours_in_a_file_are_one_read(folder, monkeypatch):
+    streamed, _ = smallest(folder)
+    given, places = SourceFile.read_into, set()
+
+    def note(self, out, offset):
+        places.add(offset)
+        given(self, out, offset)
+
+    monkeypatch.setattr(SourceFile, "read_into", note)
+    logits(streamed)
+    logits(streamed)
+    assert len(places) == len(streamed.layers)
+
+
 def test_only_the_experts_that_tokens_choose_are_read(tmp_path):
     model = random_model(tiny_args(n_layers=4, **MOE))
     save(model, tmp_path / "native")
@@ -143,17 +163,28 @@ def test_only_the_experts_that_tokens_choose_are_read(tmp_path):
         assert offload.stream.bytes_read == rest + experts * 2 // 8
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, {"dora": True}, {"targets": ("wq",), "modules_to_save": ("ffn_norm", "wo")}]
-)
-def test_an_adapter_stays_in_memory_and_counts(folder, tmp_path, fields):
+def adapted(folder, out, **fields):
+    """Write an adapter on a model into `out`; return the model with it."""
     plain = load(folder)
     apply_lora(plain, LoraArgs(rank=2, **{"targets": TARGETS, **fields}), quiet=True)
     with torch.no_grad():
         for name, one in plain.named_parameters():
             if ".lora.default" in name and not name.endswith(".magnitude"):
                 one.copy_(torch.randn(one.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
-    save_adapter(plain, tmp_path / "adapter", base=str(folder))
+    save_adapter(plain, out, base=str(folder))
+    return plain
+
+
+ADAPTERS = {
+    "lora": {},
+    "dora": {"dora": True},
+    "saved": {"targets": ("wq",), "modules_to_save": ("ffn_norm", "wo")},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_stays_in_memory_and_counts(folder, tmp_path, kind):
+    plain = adapted(folder, tmp_path / "adapter", **ADAPTERS[kind])
     streamed, _ = smallest(tmp_path / "adapter")
     assert torch.equal(logits(streamed), logits(plain.eval()))
     assert not torch.equal(logits(streamed), logits(load(folder)))
@@ -210,6 +241,29 @@ def test_a_file_that_became_shorter_is_one_sentence(folder, tmp_path):
             logits(streamed)
 
 
+@pytest.mark.parametrize("kind", ["converted", "int4", "gguf", "gguf codes"])
+def test_weights_that_are_converted_are_not_read_from_maps(kind, tmp_path):
+    """A map of a file that became shorter would end this process with SIGBUS."""
+    options, opened = {}, tmp_path / "model"
+    model = random_model(tiny_args(hidden_dim=64, n_layers=4, vocab_size=99), std=0.1)
+    if kind.startswith("gguf"):
+        opened = tmp_path / "tiny.gguf"
+        hf = tiny_hf("llama-tied", **WIDE, num_hidden_layers=4)
+        write_gguf(hf, opened, tmp_path / "hf", kind=Type.Q4_0)
+        options = {"dtype": "float32", "keep_quantized": kind == "gguf codes"}
+    elif kind == "int4":
+        save(quantize_model(model, QuantizeArgs(kind="int4", group=32)), opened, "hf")
+    else:
+        save(model, opened)
+        options = {"dtype": "bfloat16"}
+    streamed, _ = smallest(opened, **options)
+    logits(streamed)
+    file = opened if opened.is_file() else opened / WEIGHTS
+    os.truncate(file, file.stat().st_size // 8)
+    with pytest.raises((WorkError, RequestError), match=f"{file}: (the file ends|cannot|not a)"):
+        logits(streamed)
+
+
 def test_weights_that_are_not_in_memory_can_be_neither_saved_nor_trained(folder, tmp_path):
     streamed, _ = smallest(folder)
     with pytest.raises(RequestError, match="got a call that records gradients"):
@@ -233,6 +287,34 @@ def test_weights_that_are_not_in_memory_can_be_neither_saved_nor_trained(folder,
 def test_what_cannot_be_is_one_sentence(folder, source, memory, message):
     with pytest.raises(RequestError, match=message):
         load(folder, offload=Offload(source, memory))
+
+
+@pytest.mark.parametrize("kind", [None, *ADAPTERS])
+def test_the_placement_is_known_before(folder, tmp_path, kind):
+    opened = folder
+    if kind is not None:
+        opened = tmp_path / "adapter"
+        adapted(folder, opened, **ADAPTERS[kind])
+    whole, layer = memory_answer(describe_model(str(opened)), 48, 2).plan, load(folder).layers[0]
+    size = whole.total - PROGRAM_BYTES - sum(one.nbytes for one in layer.parameters())
+    planned, made = Offload("disk", size), Offload("disk", size)
+    answer = memory_answer(describe_model(str(opened)), 48, 2, offload=planned)
+    assert answer.plan.needed <= size
+    device, decode = torch.device("cpu"), DecodeArgs()
+
+    def needed(plan):
+        return check_memory(plan.args, 2, 48, plan.dtype, device, decode, load=plan)
+
+    model = load(opened, offload=made, before_weights=needed)
+    present = sum(one.nbytes for one in model.parameters() if not one.is_meta)
+    if kind != "saved":  # what a saved module replaces stays in memory, and is no parameter
+        assert present == answer.placement.resident_bytes
+    assert answer.placement == made.placement and made.placement.streamed
+    most = memory_answer(describe_model(str(opened)), answer.most_tokens, 2, offload=planned)
+    assert most.plan.needed <= size
+    if answer.most_tokens < model.args.max_seq_len:
+        with pytest.raises(RequestError, match="max_memory: got"):
+            memory_answer(describe_model(str(opened)), answer.most_tokens + 1, 2, offload=planned)
 
 
 def test_layers_that_do_not_fit_into_the_memory_of_the_host_are_refused(folder, monkeypatch):

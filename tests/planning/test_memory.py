@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.helpers import random_tokens, run_python, tiny_args
 from transom.checkpoints.describe_model import describe_model
+from transom.checkpoints.files.location import ModelLocation
 from transom.checkpoints.load import load, load_plan
 from transom.checkpoints.save import save
 from transom.cli.main import main
@@ -115,7 +116,7 @@ def test_kinds_of_counts_are_those_of_names():
 def test_weights_that_stay_mapped_are_known_before(kept, tmp_path):
     save(LLM(tiny_args(dim=64)), tmp_path, format="hf")
     dtype = None if kept else "bfloat16"
-    plan, model = load_plan(tmp_path, dtype=dtype), load(tmp_path, dtype=dtype)
+    plan, model = load_plan(ModelLocation(tmp_path), dtype=dtype), load(tmp_path, dtype=dtype)
     assert plan.weight_bytes == sum(weight.nbytes for weight in model.parameters())
     areas = []
     for line in Path("/proc/self/maps").read_text().splitlines():
@@ -166,6 +167,8 @@ def test_the_verb_prints_what_the_function_returns_without_torch(capsys):
         (("--memory", "--kv-bits", "4"), "kv_bits: got 4"),
         (("--memory", "--dtype", "int8"), "dtype: got 'int8'"),
         (("--memory", "--keep-quantized"), "keep_quantized: got True"),
+        (("--memory", "--offload", "disk"), "offload: got 'disk'; expected files of weights"),
+        (("--offload", "disk"), "--offload: got 'disk'; expected none without --memory"),
         (("--memory", "--draft-model", "no-such"), "model: got 'no-such'"),
         (("--memory", "--trace", "a"), "--memory: got True"),
         (("--context", "5"), "--context: got 5; expected none without --memory"),
@@ -180,7 +183,7 @@ def test_a_wrong_request_is_one_sentence(words, told, capsys):
 
 def test_mapped_weights_that_do_not_fit_are_told_and_not_refused(tmp_path, monkeypatch, capsys):
     save(LLM(tiny_args(dim=64)), tmp_path)
-    plan = load_plan(tmp_path)
+    plan = load_plan(ModelLocation(tmp_path))
     monkeypatch.setattr(room, "host_bytes_left", lambda: plan.weight_bytes)
     given = plan.args, 1, 16, plan.dtype, plan.device, room.DecodeArgs()
     room.check_memory(*given, load=plan)

@@ -22,7 +22,7 @@ from transom.base.runtime import (
     pick_device,
     pick_dtype,
 )
-from transom.checkpoints.adapters.read import load_adapter
+from transom.checkpoints.adapters.read import adapter_bytes, load_adapter
 from transom.checkpoints.files.checksums import verify_step
 from transom.checkpoints.files.generation_config import stated_settings
 from transom.checkpoints.files.lazy_tensors import (
@@ -32,7 +32,7 @@ from transom.checkpoints.files.lazy_tensors import (
     main_dtype,
 )
 from transom.checkpoints.files.location import ModelLocation, find_model
-from transom.checkpoints.files.safetensors_files import ALIGNMENT
+from transom.checkpoints.files.safetensors_files import alignment_of
 from transom.checkpoints.fingerprint import check_trained_on
 from transom.checkpoints.gguf.weights import quantized_types
 from transom.checkpoints.quantized.codes import Codes
@@ -168,14 +168,8 @@ def load(
         check_trained_on(location.adapter, location.model)
     bound_kernel_caches()
     verify_step(location.model)
-    source = _open(location.model, device, dtype, keep_quantized)
-    absent: dict[int, Sequence[TensorGroup]] = {}
-    if offload is not None:
-        blocks = source.blocks
-        chosen = offload.place(source.plan, blocks, before_weights)
-        absent = {index: blocks[index] for index in chosen}
-    elif before_weights is not None:
-        before_weights(source.plan)
+    source = _open(location, device, dtype, keep_quantized, apart=offload is not None)
+    absent = _absent(source, before_weights, offload)
     model = _read_weights(location.model, source, set(absent))
     if offload is not None and absent:
         offload.attach(model, absent)
@@ -186,28 +180,54 @@ def load(
 
 
 def load_plan(
-    folder: Path, device: str = "cpu", dtype: str | None = None, keep_quantized: bool | None = None
+    location: ModelLocation,
+    device: str = "cpu",
+    dtype: str | None = None,
+    keep_quantized: bool | None = None,
+    before_weights: BeforeWeights | None = None,
+    offload: Offloader | None = None,
 ) -> LoadPlan:
-    """Return what `load` would load from a model folder. No weights are read or checked.
+    """Return what `load` would load. No weights are read or checked.
 
     Raises:
         RequestError: As for `load`.
     """
-    return _open(folder, device, dtype, keep_quantized).plan
+    source = _open(location, device, dtype, keep_quantized, apart=offload is not None)
+    _absent(source, before_weights, offload)
+    return source.plan
 
 
-def _open(folder: Path, device: str, dtype: str | None, keep_quantized: bool | None) -> _Source:
-    """Open the weights of a model folder; the arguments are those of `load`."""
+def _absent(
+    source: _Source, before_weights: BeforeWeights | None, offload: Offloader | None
+) -> dict[int, Sequence[TensorGroup]]:
+    """Return the blocks that are not read; the arguments are those of `load`."""
+    if offload is not None:
+        blocks, plan = source.blocks, source.plan
+        return {index: blocks[index] for index in offload.place(plan, blocks, before_weights)}
+    if before_weights is not None:
+        before_weights(source.plan)
+    return {}
+
+
+def _open(
+    location: ModelLocation,
+    device: str,
+    dtype: str | None,
+    keep_quantized: bool | None,
+    *,
+    apart: bool,
+) -> _Source:
+    """Open the weights of a model; see `load` and `open_parameters` for the arguments."""
     require(dtype is None or dtype in DTYPES, "dtype", dtype, f"expected {', '.join(DTYPES)}")
-    kind, place = DTYPES[dtype] if dtype else None, pick_device(device)
+    kind, place, folder = DTYPES[dtype] if dtype else None, pick_device(device), location.model
     args = read_args(folder)
     model = meta_model(args)
-    source = open_parameters(folder, args)
+    source = open_parameters(folder, args, apart=apart)
     types, stated, where = quantized_types(folder), stated_quantization(folder), shown_name(folder)
     codes: dict[str, Codes] = {}
     if types or stated:
         found = {f"{path}.weight": tuple(leaf.weight.shape) for path, leaf in leaves(model).items()}
-        codes = open_codes(folder, args, found)
+        codes = open_codes(folder, args, found, apart=apart)
         plain = {name: lazy for name, lazy in source.items() if name not in codes}
         kind = kind or (main_dtype(plain) if stated else pick_dtype("auto", place))
         keeps = bool(stated) if keep_quantized is None else keep_quantized
@@ -227,7 +247,10 @@ def _open(folder: Path, device: str, dtype: str | None, keep_quantized: bool | N
         if lazy.mapped and place.type == "cpu" and lazy.dtype == dtypes[name]
         if _is_aligned(lazy.read())
     )
-    plan = LoadPlan(args, sizes, mapped, kind or dtypes["tok_embeddings.weight"], place)
+    kind = kind or dtypes["tok_embeddings.weight"]
+    if location.adapter is not None:
+        sizes["adapter"] = adapter_bytes(location.adapter, kind)
+    plan = LoadPlan(args, sizes, mapped, kind, place)
     quantized = f"tensors of types {types}" if types else f"weights of {stated}" if stated else ""
     return _Source(plan, model, groups, source, codes, quantized)
 
@@ -240,7 +263,7 @@ def _block_of(name: str) -> int:
 
 def _dense_group(name: str, lazy: LazyTensor, dtype: torch.dtype) -> TensorGroup:
     pieces = lazy.pieces if lazy.dtype == dtype else ()
-    return TensorGroup((name,), (lazy.meta.to(dtype),), lambda: [lazy.read_apart()], pieces)
+    return TensorGroup((name,), (lazy.meta.to(dtype),), lambda: [lazy.read()], pieces)
 
 
 def _coded_group(name: str, codes: Codes) -> TensorGroup:
@@ -303,11 +326,9 @@ def _place(
 
 
 def _is_aligned(read: Tensor) -> bool:
-    # The address of float32 data decides on the last bit of its products; that of half precision
-    # does not. A view of a larger tensor would keep all of it in memory.
-    alignment = read.dtype.itemsize if read.dtype.itemsize <= 2 else ALIGNMENT
+    # A view of a larger tensor would keep all of it in memory.
     alone = read.is_contiguous() and read.untyped_storage().nbytes() == read.nbytes
-    return alone and read.data_ptr() % alignment == 0
+    return alone and read.data_ptr() % alignment_of(read.dtype) == 0
 
 
 def warn_nonfinite(counts: Mapping[str, int], where: str) -> None:

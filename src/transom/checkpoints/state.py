@@ -41,12 +41,15 @@ def meta_model(args: ModelArgs) -> LLM:
         return LLM(args)
 
 
-def open_parameters(folder: Path, args: ModelArgs | None = None) -> dict[str, LazyTensor]:
+def open_parameters(
+    folder: Path, args: ModelArgs | None = None, *, apart: bool = False
+) -> dict[str, LazyTensor]:
     """Return the parameters of a model folder under Transom's names, not read yet.
 
     Args:
         folder: A model folder of any format.
         args: The model's arguments; None reads them from the folder.
+        apart: As for `open_safetensors`. Pickled weights are in maps all the same.
 
     Raises:
         RequestError: Weights are missing, left over, quantized or of another shape than the model
@@ -55,7 +58,7 @@ def open_parameters(folder: Path, args: ModelArgs | None = None) -> dict[str, La
     args = read_args(folder) if args is None else args
     shapes = {name: tuple(one.shape) for name, one in meta_model(args).named_parameters()}
     table, where = names_table(folder), shown_name(folder)
-    source = clean(table, open_files(folder, args), args, where)
+    source = clean(table, open_files(folder, args, apart=apart), args, where)
     mappings = WEIGHT_NAMES[table].mappings_to_read(args, shapes)
     if stated_quantization(folder) is not None:
         source = _without_empty_biases(source, mappings, where)
@@ -75,16 +78,16 @@ def _without_empty_biases(
     return {key: lazy for key, lazy in source.items() if key not in empty}
 
 
-def open_files(folder: Path, args: ModelArgs) -> dict[str, LazyTensor]:
+def open_files(folder: Path, args: ModelArgs, *, apart: bool = False) -> dict[str, LazyTensor]:
     """Return all tensors of a model folder by their names in its files, not read yet.
 
-    Print a notice if files of weights are ignored.
+    Print a notice if files of weights are ignored. The arguments are those of `open_parameters`.
 
     Raises:
         RequestError: Files of weights are missing or damaged.
     """
     if gguf_files(folder):
-        return open_gguf(folder)
+        return open_gguf(folder, apart=apart)
     taken = weight_files(folder)
     others = other_weights(folder, taken)
     if not any((folder / file).exists() for file in taken.files):
@@ -99,18 +102,21 @@ def open_files(folder: Path, args: ModelArgs) -> dict[str, LazyTensor]:
     if taken.files[0].endswith(".pth"):
         return open_ranks(folder, taken.files, args)
     if stated_quantization(folder) is None:
-        return open_safetensors(folder, taken.files)
+        return open_safetensors(folder, taken.files, apart=apart)
     plain, codes = open_quantized(folder)
     return plain | {key: one.dense() for key, one in codes.items()}
 
 
-def open_codes(folder: Path, args: ModelArgs, leaves: Mapping[str, Shape]) -> dict[str, Codes]:
+def open_codes(
+    folder: Path, args: ModelArgs, leaves: Mapping[str, Shape], *, apart: bool = False
+) -> dict[str, Codes]:
     """Return the weights of leaves that are in codes in the files of a folder, not read yet.
 
     Args:
         folder: A model folder of any format.
         args: Its model.
         leaves: The shapes of all weights of leaves, by our names.
+        apart: As for `open_parameters`.
 
     Raises:
         RequestError: As for `open_parameters`.
@@ -118,7 +124,7 @@ def open_codes(folder: Path, args: ModelArgs, leaves: Mapping[str, Shape]) -> di
     in_gguf = bool(gguf_files(folder))
     if not in_gguf and stated_quantization(folder) is None:
         return {}
-    source = gguf_codes(folder) if in_gguf else open_quantized(folder)[1]
+    source = gguf_codes(folder, apart=apart) if in_gguf else open_quantized(folder)[1]
     names = WEIGHT_NAMES[names_table(folder)]
     source = {names.known_key(key): one for key, one in source.items()}
     return under_our_names(names.mappings_to_read(args, leaves), source, leaves)

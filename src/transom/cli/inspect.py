@@ -15,7 +15,13 @@ from transom.base.errors import RequestError, notice, require
 from transom.checkpoints.describe_model import DescribedModel, describe_model
 from transom.checkpoints.quantized.config import stated_quantization
 from transom.cli.main import emit_json, user_path
-from transom.cli.options import MODEL, add_fields, add_keep_quantized
+from transom.cli.options import (
+    MODEL,
+    add_fields,
+    add_keep_quantized,
+    add_offloading,
+    offloading,
+)
 from transom.config.presets import PRESETS
 from transom.inference.decode_args import DEFAULT, MAX_CONTEXT, DecodeArgs
 from transom.inference.memory_answer import memory_answer
@@ -39,7 +45,10 @@ if TYPE_CHECKING:
     from transom.evaluation.trace import LayerTrace
     from transom.tokenizers.tokenizer import Tokenizer
 
-MEMORY_FLAGS = ("context", "batch", "draft_model", "keep_quantized", "kv_bits", "prefill_step_size")
+MEMORY_FLAGS = (
+    *("context", "batch", "draft_model", "keep_quantized", "kv_bits", "prefill_step_size"),
+    *("offload", "max_memory"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, metavar="B", help="rows of --memory (default: 1)")
     add("--draft-model", type=user_path, metavar="MODEL", help="a draft model for --memory")
     add_keep_quantized(parser)
+    add_offloading(parser)
     add_fields(parser, DecodeArgs, ("kv_bits", "prefill_step_size"))
     add("--device", help="device of --trace or --memory: cpu, cuda, mps or auto (default: cpu)")
     add("--dtype", help="dtype in --trace or --memory (default: that of the files)")
@@ -195,6 +205,7 @@ def run_memory(model: DescribedModel, options: argparse.Namespace) -> int:
         dtype=options.dtype,
         keep_quantized=options.keep_quantized,
         draft=draft,
+        offload=offloading(options),
     )
     plan, work = answer.plan, answer.work
     if options.json:
@@ -210,6 +221,10 @@ def run_memory(model: DescribedModel, options: argparse.Namespace) -> int:
     rows += [("in all, with the larger of prefill and decode", plan.total)]
     rows += [("of it in maps of files, which need not fit", plan.mapped)] if plan.mapped else []
     show(table(("what",), ("size", "bytes"), [(k, byte_words(n), f"{n:,}") for k, n in rows]))
+    if answer.placement is not None:
+        streamed = index_words(answer.placement.streamed) or "none"
+        size = byte_words(answer.placement.streamed_bytes)
+        print(f"Layers that are streamed from {options.offload}: {streamed}, {size} per call.")
     if answer.prefix_limit:
         print(
             f"A chat also stores beginnings of prompts: {byte_words(answer.prefix_limit)} at most."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from transom.base.errors import require
 from transom.checkpoints.describe_model import DescribedModel
@@ -25,6 +26,11 @@ from transom.planning.memory import (
     memory_plan,
     weight_counts,
 )
+from transom.planning.placement import BlockPlacement
+
+if TYPE_CHECKING:
+    from transom.checkpoints.load import BeforeWeights, LoadPlan
+    from transom.inference.weight_streaming import Offload
 
 MOST_ROWS = 1 << 20
 
@@ -38,7 +44,9 @@ class MemoryAnswer:
         device: Where the model runs.
         work: The workload.
         plan: Bytes by category.
-        left: Bytes that can be allocated on the device now; None if that is unknown.
+        placement: Where the blocks are, with offloading.
+        left: Bytes that can be allocated on the device now, or that `max_memory` allows; None if
+            that is unknown.
         most_tokens: The most tokens per row that fit at this batch size, up to the model's maximum.
             None if `left` is.
         most_rows: The largest batch size that fits at this number of tokens.
@@ -50,6 +58,7 @@ class MemoryAnswer:
     device: str
     work: Workload
     plan: MemoryPlan
+    placement: BlockPlacement | None
     left: int | None
     most_tokens: int | None
     most_rows: int | None
@@ -66,11 +75,12 @@ def memory_answer(
     dtype: str | None = None,
     keep_quantized: bool | None = None,
     draft: DescribedModel | None = None,
+    offload: Offload | None = None,
 ) -> MemoryAnswer:
     """Return what a model needs in memory to generate, without loading it.
 
     Args:
-        described: The result of `describe_model`. The weights of an adapter do not count.
+        described: The result of `describe_model`.
         context: Tokens of each row, those of the prompt included.
         batch: Rows that are generated together.
         decode: How the model runs; `kv_bits`, `prefill_step_size` and `compile` count.
@@ -78,48 +88,76 @@ def memory_answer(
         dtype: As for `load`; without files of weights, None is bfloat16.
         keep_quantized: As for `load`.
         draft: A draft model on the same device, in the dtype of its files.
+        offload: As for `load`.
 
     Raises:
-        RequestError: As for `load`, or `context` or `batch` is less than 1.
+        RequestError: As for `load`, or `context` or `batch` is less than 1, or there is nothing to
+            offload.
     """
     require(context >= 1, "context", context, "expected 1 or more tokens")
     require(batch >= 1, "batch", batch, "expected 1 or more rows")
     args, step = described.args, decode.prefill_step_size
-    sizes, mapped, kind, value_bytes = _weights(described, device, dtype, keep_quantized)
-    native = device == "cpu" and value_bytes <= 4 and not decode.compile
-    work = Workload(batch, context, value_bytes, decode.kv_bits, step, native)
-    more = {"Python and PyTorch": PROGRAM_BYTES} if device == "cpu" else {}
+    more: dict[str, int] = {}
     if draft is not None:
         own, _, _, width = _weights(draft, device, None, None)
         room = min(2 * context, draft.args.max_seq_len)
-        run = memory_plan(draft.args, Workload(1, room, width, step=step, native=native), {})
+        run = memory_plan(draft.args, Workload(1, room, width, step=step), {})
         more |= {"draft weights": sum(own.values()), "draft cache and buffers": run.total}
+    least: dict[str, int] = {}  # weights in memory if as many layers as possible are streamed
+
+    def work_in(width: int) -> Workload:
+        native = device == "cpu" and width <= 4 and not decode.compile
+        return Workload(batch, context, width, decode.kv_bits, step, native)
+
+    def beside(load: LoadPlan) -> int:
+        least.update(load.weights)
+        return memory_plan(args, work_in(load.dtype.itemsize), {}, more=more).total
+
+    opened = _weights(described, device, dtype, keep_quantized, beside, offload)
+    (sizes, mapped, kind, width), left, made = opened, _left(device), None
+    if offload is not None:
+        made, mapped = offload.placement, 0
+        sizes = {"in memory": made.resident_bytes, "buffer": made.buffer_bytes}
+        left = min((n for n in (left, offload.max_memory) if n is not None), default=None)
+    elif device == "cpu":
+        more["Python and PyTorch"] = PROGRAM_BYTES
 
     def planned(work: Workload) -> MemoryPlan:
-        return memory_plan(args, work, sizes, mapped=mapped, more=more)
+        return memory_plan(args, work, sizes if made is None else least, mapped=mapped, more=more)
 
-    left, tokens, rows = _left(device), None, None
+    work, tokens, rows = work_in(width), None, None
     if left is not None:
         longest, known = replace(work, tokens=args.max_seq_len), left
         tokens = largest_context(planned, longest, known)
         rows = largest(lambda n: planned(replace(work, rows=n)).needed <= known, MOST_ROWS)
     limit = PREFIX_BYTES if any(layer.rule.size for layer in args.layers) else 0
-    return MemoryAnswer(kind, device, work, planned(work), left, tokens, rows, limit)
+    plan = replace(planned(work), weights=sizes)
+    return MemoryAnswer(kind, device, work, plan, made, left, tokens, rows, limit)
 
 
 def _weights(
-    described: DescribedModel, device: str, dtype: str | None, keep_quantized: bool | None
+    described: DescribedModel,
+    device: str,
+    dtype: str | None,
+    keep_quantized: bool | None,
+    beside: BeforeWeights | None = None,
+    offload: Offload | None = None,
 ) -> tuple[Mapping[str, int], int, str, int]:
     """Return bytes by kind, the mapped ones of them, the dtype, and the bytes of one number."""
-    folder = None if described.location is None else described.location.model
-    if folder is not None and any((folder / x).exists() for x in weight_files(folder).files):
+    where = described.location
+    if where is not None and any(
+        (where.model / x).exists() for x in weight_files(where.model).files
+    ):
         from transom.base.runtime import dtype_name
         from transom.checkpoints.load import load_plan
 
-        plan = load_plan(folder, device, dtype, keep_quantized)
+        plan = load_plan(where, device, dtype, keep_quantized, beside, offload)
         return plan.weights, plan.mapped_bytes, dtype_name(plan.dtype), plan.dtype.itemsize
-    expected = f"expected quantized files, not {described.name}"
-    require(not keep_quantized, "keep_quantized", keep_quantized, expected)
+    for name, value in (
+        ("keep_quantized", keep_quantized),
+        ("offload", offload and offload.source),
+    ):
+        require(not value, name, value, f"expected files of weights, not {described.name}")
     kind, widths = dtype or "bfloat16", {**BYTES_PER_VALUE, "float16": 2, "float64": 8}
     require(kind in widths, "dtype", dtype, f"expected {', '.join(widths)}")
     counts = weight_counts(described.args)

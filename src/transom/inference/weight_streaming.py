@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from transom.base.errors import RequestError, notice, require
-from transom.checkpoints.files.file_pieces import FilePiece, read_pieces
+from transom.base.runtime import large_pages
+from transom.checkpoints.files.file_pieces import PAGE, FilePiece
 from transom.checkpoints.files.lazy_tensors import TensorGroup
-from transom.checkpoints.files.safetensors_files import ALIGNMENT, parse_size
+from transom.checkpoints.files.safetensors_files import ALIGNMENT, alignment_of, parse_size
 from transom.checkpoints.load import BeforeWeights, Blocks, LoadPlan
 from transom.inference.room import bytes_left, least_of
 from transom.layers.linear import GroupedLinear
@@ -39,7 +40,12 @@ class Offload:
         max_memory: Memory of the device for weights, KV cache and computation, such as `6GiB` or a
             number of bytes. None takes what is left.
         tokens: Tokens of the largest call, if the caller of `load` does not say what it needs.
+
+    Attributes:
+        placement: Where the blocks are, after `place`.
     """
+
+    placement: BlockPlacement
 
     def __init__(
         self, source: str, max_memory: str | int | None = None, *, tokens: int = 512
@@ -64,11 +70,11 @@ class Offload:
         require(fits, "offload", self.source, f"expected disk on the CPU or a GPU, not on {kind}")
         sizes = [sum(group.nbytes for group in blocks[index]) for index in sorted(blocks)]
         others = plan.weight_bytes - sum(sizes)
-        # What is converted is in memory twice more, one tensor at a time.
+        # What is converted is in memory three times more at most, one tensor at a time.
         computed = [
             group.nbytes for block in blocks.values() for group in block if not group.pieces
         ]
-        others += 2 * max(computed, default=0) if kind == "cpu" else 0
+        others += 3 * max(computed, default=0) if kind == "cpu" else 0
         fewest = placement.place(sizes, others, 0).memory_bytes
         needed = None
         if before_weights is not None:
@@ -79,7 +85,7 @@ class Offload:
         if needed is None:
             work = Workload(1, self.tokens, plan.dtype.itemsize, step=self.tokens)
             needed = memory_plan(plan.args, work, {}).total
-        made = placement.place(sizes, others, room - needed)
+        self.placement = made = placement.place(sizes, others, room - needed)
         if made.memory_bytes + needed > room:
             raise RequestError(
                 f"max_memory: got {_mb(room)}; expected {_mb(fewest)} for the weights that stay in "
@@ -136,47 +142,74 @@ class _Place(NamedTuple):
 
 
 class _Block:
-    """The parameters of a streamed block, and where they come from."""
+    """The parameters of a streamed block, and where they come from.
 
-    def __init__(self, model: LLM, groups: Sequence[TensorGroup]) -> None:
-        self.nbytes, self._parts = 0, list[tuple[TensorGroup, list[_Place]]]()
-        self._present: list[_Place] = []
-        self.stored: Tensor | None = None  # all of it, in the memory of the host
-        for group in groups:
-            own: list[_Place] = []
-            for key in group.keys:
-                path, _, name = key.rpartition(".")
-                module = model.get_submodule(path)
-                absent = module.get_parameter(name)
-                absent.requires_grad_(False)
-                own.append(_Place(module, name, absent, self.nbytes))
-                self.nbytes += -(-absent.nbytes // ALIGNMENT) * ALIGNMENT
-            self._parts.append((group, own))
+    Args:
+        model: The model.
+        groups: The weights of the block.
+        later: Whether experts are left out, of which those that are chosen are read.
 
-    def experts(self) -> list[tuple[TensorGroup, _Place]]:
-        """Return the matrices of experts that can be read one by one."""
-        return [(group, places[0]) for group, places in self._parts if _is_experts(group, places)]
+    Attributes:
+        nbytes: The bytes of its buffer.
+        read_bytes: The bytes that `read_into` reads.
+        experts: The matrices of experts that are left out.
+        stored: All of it in the memory of the host, if it is there.
+    """
 
-    def read_into(self, buffer: Tensor, later: bool) -> int:
-        """Read the block from its files; return the bytes. `later` leaves out experts, of which
-        those that are chosen are read.
-        """
-        count = 0
-        for group, places in self._parts:
-            views = [place.view(buffer) for place in places]
+    def __init__(self, model: LLM, groups: Sequence[TensorGroup], later: bool) -> None:
+        self.nbytes, self.read_bytes = 0, 0
+        self.experts: list[tuple[TensorGroup, _Place]] = []
+        self.stored: Tensor | None = None
+        self._pieces: list[tuple[FilePiece, int]] = []  # of files, with places in the buffer
+        self._computed: list[tuple[TensorGroup, list[_Place]]] = []
+        self._all, self._present = list[_Place](), list[_Place]()
+        for group in sorted(groups, key=_place_in_file):
+            places = [self._place(model, key, group.pieces) for key in group.keys]
+            self._all += places
             if later and _is_experts(group, places):
+                self.experts.append((group, places[0]))
                 continue
-            if group.pieces:
-                read_pieces(group.pieces, views[0])
-            else:
-                for view, tensor in zip(views, group.read(), strict=True):
-                    view.copy_(tensor)
-            count += group.nbytes
-        return count
+            self.read_bytes += group.nbytes
+            start = places[0].start
+            for piece in group.pieces:
+                self._add(piece, start)
+                start += piece.nbytes
+            if not group.pieces:
+                self._computed.append((group, places))
+
+    def _place(self, model: LLM, key: str, pieces: Sequence[FilePiece]) -> _Place:
+        """Return the place of a parameter: in a page it begins where it does in its file."""
+        path, _, name = key.rpartition(".")
+        module = model.get_submodule(path)
+        absent = module.get_parameter(name)
+        absent.requires_grad_(False)
+        alignment, start = alignment_of(absent.dtype), self.nbytes
+        if pieces and pieces[0].offset % alignment == 0:
+            start += (pieces[0].offset - start) % PAGE
+        else:
+            start += -start % ALIGNMENT
+        self.nbytes = start + absent.nbytes
+        return _Place(module, name, absent, start)
+
+    def _add(self, piece: FilePiece, start: int) -> None:
+        """Add a piece. Neighbours in a file that are neighbours in the buffer become one."""
+        (file, offset, size), first = self._pieces[-1] if self._pieces else (piece, -1)
+        if (file, offset + size, first + size) == (piece.file, piece.offset, start):
+            piece, start = FilePiece(file, offset, size + piece.nbytes), first
+            self._pieces.pop()
+        self._pieces.append((piece, start))
+
+    def read_into(self, buffer: Tensor) -> None:
+        """Read the block from its files."""
+        for (file, offset, size), start in self._pieces:
+            file.read_into(buffer[start : start + size], offset)
+        for group, places in self._computed:
+            for place, tensor in zip(places, group.read(), strict=True):
+                place.view(buffer).copy_(tensor)
 
     def put(self, buffer: Tensor) -> None:
         """Let the parameters be views of a buffer. One that an adapter replaces stays replaced."""
-        for place in (place for _, places in self._parts for place in places):
+        for place in self._all:
             if place.module._parameters[place.name] is place.absent:
                 made = nn.Parameter(place.view(buffer), requires_grad=False)
                 place.module._parameters[place.name] = made
@@ -189,6 +222,10 @@ class _Block:
         self._present.clear()
 
 
+def _place_in_file(group: TensorGroup) -> tuple[str, int]:
+    return (str(group.pieces[0].file.path), group.pieces[0].offset) if group.pieces else ("", 0)
+
+
 def _is_experts(group: TensorGroup, places: Sequence[_Place]) -> bool:
     shape = places[0].absent.shape
     grouped = isinstance(places[0].module, GroupedLinear) and len(shape) == 3
@@ -199,7 +236,8 @@ class _Buffer:
     """Memory for one block on a device."""
 
     def __init__(self, size: int, device: torch.device, staged: bool) -> None:
-        self.content = torch.empty(size, dtype=torch.uint8, device=device)
+        made = large_pages(torch.empty(size + PAGE, dtype=torch.uint8, device=device))
+        self.content = made[-made.data_ptr() % PAGE :]
         self.host, self.filled, self.used = self.content, None, None
         if device.type == "cuda":
             self.filled, self.used = torch.cuda.Event(), torch.cuda.Event()
@@ -221,24 +259,24 @@ class WeightStream:
     def __init__(self, model: LLM, blocks: Blocks, source: str) -> None:
         self._device, self.bytes_read = model.device, 0
         self._order = sorted(blocks)
-        self._blocks = {index: _Block(model, blocks[index]) for index in self._order}
         cuda = self._device.type == "cuda"
+        later = source == "disk" and not cuda
+        self._blocks = {index: _Block(model, blocks[index], later) for index in self._order}
         if source == "cpu":
             for block in self._blocks.values():
                 stored = torch.empty(block.nbytes, dtype=torch.uint8, pin_memory=cuda)
-                block.read_into(stored, later=False)
+                block.read_into(stored)
                 block.stored = stored
         size = max(block.nbytes for block in self._blocks.values())
         self._free = [_Buffer(size, self._device, source == "disk") for _ in range(READ_AHEAD)]
         self._copies = torch.cuda.Stream(self._device) if cuda else None
-        self._later = source == "disk" and not cuda  # whether experts are read when chosen
         self._pending: dict[int, tuple[Future[int], _Buffer]] = {}
         self._running: tuple[int, _Buffer] | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="weights")
         for index, block in self._blocks.items():
             model.layers[index].register_forward_pre_hook(partial(self._enter, index))
             model.layers[index].register_forward_hook(self._leave)
-            for group, place in block.experts() if self._later else ():
+            for group, place in block.experts:
                 place.module.register_forward_pre_hook(partial(self._read_chosen, group, place))
 
     def _enter(self, index: int, *_: Any) -> None:
@@ -295,21 +333,21 @@ class WeightStream:
 
     def _fill(self, block: _Block, buffer: _Buffer) -> int:
         """Fill a buffer in the thread of the reader; return the bytes that were read."""
-        host, count = block.stored, block.nbytes
+        host = block.stored
         if host is None:
             if buffer.filled is not None:
                 buffer.filled.synchronize()  # the device has copied what was read before
             host = buffer.host
-            count = block.read_into(host, self._later)
+            block.read_into(host)
         if host is buffer.content:
-            return count
+            return block.read_bytes
         with torch.cuda.stream(self._copies):  # nothing without a GPU
             if self._copies is not None and buffer.used is not None:
                 self._copies.wait_event(buffer.used)  # the block before has run
             buffer.content[: block.nbytes].copy_(host[: block.nbytes], non_blocking=True)
             if buffer.filled is not None:
                 buffer.filled.record(self._copies)
-        return count
+        return block.read_bytes
 
     def _read_chosen(self, group: TensorGroup, place: _Place, leaf: nn.Module, inputs: Any) -> None:
         """Read the experts that have rows. The others keep the numbers of another block, which
@@ -323,5 +361,6 @@ class WeightStream:
             pieces = tuple(FilePiece(file, start + e * size, size) for e in range(len(experts)))
         for e, (start, end) in enumerate(pairwise([0, *inputs[1].tolist()])):
             if end > start:
-                read_pieces(pieces[e : e + 1], experts[e])
+                file, start, _ = pieces[e]
+                file.read_into(experts[e].reshape(-1).view(torch.uint8), start)
                 self.bytes_read += size

@@ -145,6 +145,7 @@ def weight_counts(args: ModelArgs) -> dict[str, int]:
 
 # The kind of a parameter is that of the first pattern with which its name begins.
 _KINDS = {
+    r".*\.lora\.": "adapter",
     r"vision\.": "image encoder",
     r"tok_embeddings\.": "embeddings",
     r"output\.": "output",
@@ -158,11 +159,13 @@ _KINDS = {
 def weight_kind(name: str) -> str:
     """Return the kind of a parameter by its name, as `weight_counts` has them.
 
-    Parts of quantized weights are kinds of their own: `attention codes` and `attention scales`.
+    Parts of quantized weights are kinds of their own: `attention codes` and `attention scales`. All
+    of an adapter is one kind.
     """
     kind = next(kind for pattern, kind in _KINDS.items() if re.match(pattern, name))
     part = name.rpartition(".")[2]
-    if kind in ("image encoder", "norms") or part in ("weight", "bias", "sinks", "choice_bias"):
+    whole = kind in ("adapter", "image encoder", "norms")
+    if whole or part in ("weight", "bias", "sinks", "choice_bias"):
         return kind
     return f"{kind} {'codes' if part == 'codes' else 'scales'}"
 

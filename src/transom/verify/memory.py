@@ -34,10 +34,10 @@ def check(model: str | None = None) -> Iterator[Finding]:
             with the weights of a quantized GGUF file in their codes.
     """
     if model is not None:
-        folder = find_model(model).model
-        kept = bool(quantized_types(folder)) or None
-        planned = load_plan(folder, keep_quantized=kept).weights
-        built = load(folder, keep_quantized=kept)
+        location = find_model(model)
+        kept = bool(quantized_types(location.model)) or None
+        planned = load_plan(location, keep_quantized=kept).weights
+        built = load(location, keep_quantized=kept)
         yield from _compare(model, built, planned, 1, (FULL_LENGTH,))
         return
     for name, args in small_models(None, SAMPLES):

@@ -83,13 +83,33 @@ def load_adapter(
     return model
 
 
-def _peft_parts(model: LLM, folder: Path) -> AdapterParts:
-    config = read_peft(read_json(folder / ADAPTER_CONFIG), str(folder / ADAPTER_CONFIG))
+def adapter_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """Return the bytes of an adapter of PEFT on a model of a dtype.
+
+    Embeddings count that PEFT saves beside an adapter on them, though they may be the model's own.
+    """
+    stored = _state(_files(folder)[0])
+    widths = {k: max(x.itemsize, 4) if "lora_" in k else dtype.itemsize for k, x in stored.items()}
+    return sum(x.numel() * widths[key] for key, x in stored.items())
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the file of an adapter of PEFT, and the others that are there."""
     names = (ADAPTER_WEIGHTS, PICKLED, MISTRAL_WEIGHTS)
     present = [name for name in names if (folder / name).exists()]
-    path = folder / (PICKLED if present[:1] == [PICKLED] else ADAPTER_WEIGHTS)
-    ignored = ", ".join(name for name in present if name != path.name)
-    if ignored:
+    path = PICKLED if present[:1] == [PICKLED] else ADAPTER_WEIGHTS
+    return [folder / name for name in dict.fromkeys((path, *present))]
+
+
+def _state(path: Path) -> dict[str, Tensor]:
+    return read_pickled(path) if path.suffix == ".bin" else read_safetensors(path)
+
+
+def _peft_parts(model: LLM, folder: Path) -> AdapterParts:
+    config = read_peft(read_json(folder / ADAPTER_CONFIG), str(folder / ADAPTER_CONFIG))
+    path, *others = _files(folder)
+    if others:
+        ignored = ", ".join(other.name for other in others)
         notice(f"{folder}: the adapter is read from {path.name}; ignored: {ignored}")
     return _parts(namings(model), path, config, config.scaling)
 
@@ -258,7 +278,7 @@ def _parts(
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    state = read_pickled(path) if path.suffix == ".bin" else read_safetensors(path)
+    state = _state(path)
     if not state:
         raise RequestError(f"{path}: no tensors; expected at least one")
     broken = [key for key, tensor in state.items() if not bool(tensor.float().isfinite().all())]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from transom.base.errors import WorkError, require
-from transom.checkpoints.files.file_pieces import FilePiece, read_pieces
+from transom.checkpoints.files.file_pieces import FilePiece
 from transom.names.transforms import Shape
 
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -40,14 +40,6 @@ class LazyTensor:
     def meta(self) -> Tensor:
         """An empty tensor of this shape and dtype on the meta device."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
-
-    def read_apart(self) -> Tensor:
-        """Return it in memory of its own if its pieces are known, else as `read` does."""
-        if not self.pieces:
-            return self.read()
-        out = torch.empty(self.shape, dtype=self.dtype)
-        read_pieces(self.pieces, out)
-        return out
 
     def then(self, change: Callable[[Tensor], Tensor]) -> LazyTensor:
         """Return the result of `change`, which must work on the meta device too."""

@@ -90,6 +90,7 @@ LAYOUTS = {
     "experts": {"shard": 4, "expert": 2},
     "copies": {"replicate": 2, "shard": 2},
     "replicas": {"replicate": 4, "shard": 1},
+    "stages": {"pipeline": 2, "shard": 2},
 }
 
 

@@ -17,6 +17,7 @@ LAYOUTS = {
     "tensor": {"shard": 2, "tensor": 2},
     "context": {"context": 4},
     "experts": {"shard": 4, "expert": 2},
+    "stages": {"shard": 2, "pipeline": 2},
 }
 EXPERTS = {"num_experts": 4, "top_k": 2, "hidden_dim": 32, "balance_scope": "sequence"}
 SAMPLES = ("sample_every=2", "sample_tokens=4")

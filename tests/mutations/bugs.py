@@ -82,6 +82,7 @@ BUGS: tuple[Bug, ...] = (
     Bug("gradients of tensor ranks apart", "parallel", parallel_bugs.own_gradients_of_norms),
     Bug("softmax of one tensor rank", "parallel", parallel_bugs.softmax_of_own_rows),
     Bug("Muon on parts of matrices", "parallel", parallel_bugs.parts_orthogonalised),
+    Bug("shared embeddings of stages apart", "parallel", parallel_bugs.own_gradients_of_embeddings),
     Bug("group off by one", "quantize", quantize_bugs.shifted_groups),
     Bug("weight with another group's scale", "quantize", quantize_bugs.scale_before),
     Bug("zero point sign", "quantize", quantize_bugs.added_zeros),

@@ -16,6 +16,7 @@ from transom.distributed import tensor_parallel
 from transom.distributed.context_parallel import cut_rows
 from transom.distributed.expert_parallel import ExchangeDispatcher, ExchangeHandle
 from transom.distributed.matrices import MatrixExchange
+from transom.distributed.pipeline import Stage
 from transom.distributed.ranks import Ranks
 from transom.distributed.vocabulary import divided_log_softmax
 
@@ -115,3 +116,8 @@ def parts_orthogonalised() -> AbstractContextManager[None]:
         return change
 
     return changed(MatrixExchange, "change", make)
+
+
+def own_gradients_of_embeddings() -> AbstractContextManager[None]:
+    """The first and last stage do not add up their gradients of shared embeddings."""
+    return changed(Stage, "sum_shared", lambda original: lambda self: None)

@@ -17,6 +17,7 @@ from transom.base.errors import require
 from transom.distributed.expert_parallel import divide_experts
 from transom.distributed.mesh import Meshes
 from transom.distributed.parts import copy_full
+from transom.distributed.pipeline import divide_layers
 from transom.distributed.tensor_parallel import divide_tensors
 from transom.layers.inputs import TransformerOutput
 from transom.layers.moe import MoE, RouterStatistics
@@ -50,12 +51,15 @@ def parallelize(model: LLM, meshes: Meshes) -> LLM:
         replaced = any(isinstance(part, Replacement) for part in held.values())
         expected = "expected no modules_to_save where ranks divide the model"
         require(not replaced, "adapter", path, expected)
-    # 1. Tensors and experts first: what FSDP divides is this rank's part of them.
+    # 1. Layers: the rest divides those of this rank's stage.
+    if args.pipeline > 1:
+        divide_layers(model, meshes.groups["pipeline"])
+    # 2. Tensors and experts: what FSDP divides is this rank's part of them.
     if args.tensor > 1:
         divide_tensors(model, meshes.dense["tensor"])
     if meshes.experts is not None:
         divide_experts(model, meshes.experts["expert"])
-    # 2. FSDP2 last, block by block. (Activation checkpointing and compile replace the `forward` of
+    # 3. FSDP2 last, block by block. (Activation checkpointing and compile replace the `forward` of
     #    a block, inside of the hooks of FSDP2.)
     if args.divides_model and meshes.size("tokens") > 1:
         _shard(model, meshes)

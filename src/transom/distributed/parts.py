@@ -88,8 +88,9 @@ def show_parts(module: nn.Module, part: Callable[[str, DTensor], Tensor]) -> Par
 
 
 def is_divided(model: nn.Module) -> bool:
-    """Return whether a model has DTensors."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    """Return whether a model has DTensors, or is a stage of a pipeline."""
+    found = (isinstance(parameter, DTensor) for parameter in model.parameters())
+    return "stage" in vars(model) or any(found)
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -143,11 +143,18 @@ class Ranks:
                 grad.copy_(total.view_as(grad))
 
     @torch.no_grad()
-    def clip(self, parameters: Sequence[Tensor], limit: float | None) -> Tensor:
+    def clip(
+        self, parameters: Sequence[Tensor], limit: float | None, repeated: Tensor | None = None
+    ) -> Tensor:
         """Clip the summed gradients of a divided model to a global norm.
 
         The norm spans all ranks and all meshes. Each number counts once, however many ranks have
         it.
+
+        Args:
+            parameters: The parameters.
+            limit: The largest norm; None clips nothing.
+            repeated: One of the parameters, if another stage of a pipeline counts it.
 
         Returns:
             The norm before clipping, as a scalar.
@@ -155,7 +162,9 @@ class Ranks:
         assert self.meshes is not None, "the model is divided"
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         grads = [one.grad for one in parameters if one.grad is not None]
-        for grad in grads:
+        for grad in (one.grad for one in parameters if one is not repeated):
+            if grad is None:
+                continue
             local, copies = grad, self.world_size // self.meshes.args.pipeline
             if isinstance(grad, DTensor):
                 local = grad.to_local()

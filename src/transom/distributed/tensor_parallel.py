@@ -98,7 +98,7 @@ def divide_tensors(model: LLM, mesh: DeviceMesh) -> None:
     region = TensorRegion(mesh)
     divide_parameters(model, mesh, placement)
     _divide_vocabulary(model, region)
-    first = model.layers[0]
+    first = next(iter(model.layers))
     first.register_forward_pre_hook(lambda _, inputs: (region.start(inputs[0]), *inputs[1:]))
     for block in model.layers:
         for name, child in block.named_children():

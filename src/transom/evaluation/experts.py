@@ -11,9 +11,8 @@ from torch import Tensor
 
 from transom.base.errors import require
 from transom.base.runtime import evaluating
-from transom.evaluation.trace import blocks
 from transom.layers.inputs import TransformerInput
-from transom.layers.moe import MoE, Router
+from transom.layers.moe import Router
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
 
@@ -46,9 +45,8 @@ def expert_tokens(
         RequestError: The model has no experts, or `top` is not positive.
     """
     require(top >= 1, "top", top, "expected 1 token or more")
-    experts = [block.feed_forward for block in blocks(model)]
-    routers = [part.router for part in experts if isinstance(part, MoE)]
-    require(len(routers) > 0, "model", "dense", "expected one with moe_args")
+    routers = [part for part in model.modules() if isinstance(part, Router)]
+    require(model.args.moe_args is not None, "model", "dense", "expected one with moe_args")
     width = model.args.vocab_size
     chosen: dict[Router, Tensor] = {}
     pairs: dict[Router, list[Tensor]] = {router: [] for router in routers}

@@ -221,7 +221,8 @@ def decode_plan(model: LLM) -> DecodePlan | None:
     That is on other devices than the CPU, in float64, without a compiler, with `TRANSOM_OPS=0`, if
     the user has chosen an attention backend, or if this process has a part of the weights only.
     """
-    if any(type(weight) is not nn.Parameter for weight in model.parameters()):
+    parts = any(type(weight) is not nn.Parameter for weight in model.parameters())
+    if parts or "run_layers" in vars(model):  # a stage of a pipeline runs its layers itself
         return None
     fits = model.device.type == "cpu" and model.dtype in DENSE and model.attend is auto
     return DecodePlan(model) if fits and library() is not None else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,9 @@ def draw_weight(
     one, the default generator of the weight's device draws, as in torch's modules. A weight on the
     meta device is not changed. `copy` copies what a generator has drawn into the weight.
     """
-    if weight.is_meta:  # torch would import its compiler for seconds to do nothing
+    if (
+        weight.is_meta and generator is None
+    ):  # torch would import its compiler for seconds to do nothing
         return
     bound = 0.5 * (3.0 / weight.shape[-1]) ** 0.5
     if generator is None:
@@ -52,12 +54,18 @@ def start_at_chance(model: nn.Module, *, tied: bool) -> None:
 
 @torch.no_grad()
 def init_weights(
-    model: nn.Module, seed: int, *, plus_one: bool, tied: bool, copy: Copy = Tensor.copy_
+    weights: Mapping[str, Tensor],
+    seed: int,
+    *,
+    plus_one: bool,
+    tied: bool,
+    copy: Copy = Tensor.copy_,
 ) -> None:
     """Fill all weights of a model as `LLM.init_weights` describes.
 
     Args:
-        model: The model.
+        weights: The weights by name, in their order. For one on the meta device, numbers are drawn
+            and not used.
         seed: Seed of the random numbers.
         plus_one: Whether norms of the text model store weight - 1.
         tied: Whether the output uses the token embeddings.
@@ -66,13 +74,13 @@ def init_weights(
     Raises:
         RequestError: The model is quantized.
     """
-    for name, weight in model.named_parameters():
+    for name, weight in weights.items():
         if not weight.is_floating_point():
             raise RequestError(
                 f"init_weights: {name} is {weight.dtype}; expected a model that is not quantized"
             )
     generator = torch.Generator().manual_seed(seed)
-    for name, weight in model.named_parameters():
+    for name, weight in weights.items():
         *_, leaf, last = f".{name}".split(".")
         if last == "weight" and weight.ndim == 1:
             weight.fill_(0.0 if plus_one and not name.startswith("vision.") else 1.0)

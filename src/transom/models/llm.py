@@ -79,7 +79,7 @@ class LLM(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the token embeddings, on which inputs are expected."""
-        return next(self.tok_embeddings.parameters()).device
+        return next(self.parameters()).device  # a stage of a pipeline may lack the embeddings
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,8 +141,8 @@ class LLM(nn.Module):
             cache: The cache of all layers, in which the call has begun.
         """
         router = []
-        for index, block in enumerate(self.layers):
-            layer_cache = cache.layers[index] if cache is not None else None
+        for name, block in self.layers.named_children():  # a stage of a pipeline has some of them
+            layer_cache = cache.layers[int(name)] if cache is not None else None
             h_BTD, statistics = block(h_BTD, step, layer_cache)
             if statistics is not None:
                 router.append(statistics)
@@ -233,7 +233,8 @@ class LLM(nn.Module):
         token predicts itself.
         """
         plus_one, tied = self.args.norm == "rms_plus_one", self.output is None
-        init_weights(self, seed, plus_one=plus_one, tied=tied, copy=copy)
+        weights = dict(self.named_parameters())
+        init_weights(weights, seed, plus_one=plus_one, tied=tied, copy=copy)
 
 
 def pool(h_BTD: Tensor, positions_BT: Tensor, kind: Literal["mean", "last"]) -> Tensor:

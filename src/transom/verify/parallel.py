@@ -53,6 +53,7 @@ MODELS: dict[str, dict[str, Any]] = {
 FEW = ("llama", "experts")
 # Gradients of the second step show whether the first one has moved all weights alike.
 MUON = {"optimizer": {"name": "muon", "muon_lr": 0.1, "max_grad_norm": None}}
+FOUR = {"accumulate": 4}
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,14 @@ LAYOUTS = (
     RankCase("expert", {"shard": 4, "expert": 4}, ("experts",)),
     RankCase("FSDP x expert", {"shard": 4, "expert": 2}, ("experts",)),
     RankCase("context x expert", {"shard": 2, "context": 2, "expert": 4}, ("experts",)),
+    RankCase("pipeline", {"pipeline": 4}, run={"accumulate": 8}),
+    RankCase("pipeline, GPipe", {"pipeline": 4}, FEW, {"accumulate": 2}),
+    RankCase("pipeline x replicated", {"pipeline": 2, "replicate": 2, "shard": 1}, run=FOUR),
+    RankCase("pipeline x FSDP", {"pipeline": 2, "shard": 2}, run=FOUR),
+    RankCase("pipeline x FSDP, float32", {"pipeline": 2, "shard": 2}, FEW, FOUR, torch.float32),
+    RankCase("pipeline x tensor", {"pipeline": 2, "tensor": 2}, run=FOUR),
+    RankCase("pipeline x context", {"pipeline": 2, "context": 2}, FEW, FOUR),
+    RankCase("pipeline x expert", {"pipeline": 2, "shard": 2, "expert": 2}, ("experts",), FOUR),
 )
 
 

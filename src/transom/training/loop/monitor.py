@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 
 from transom.base.errors import WorkError
 from transom.base.runtime import memory_bytes
+from transom.distributed.pipeline import stage_of
 from transom.distributed.ranks import Ranks
 from transom.evaluation.bits import first_documents, score_each
 from transom.evaluation.experts import expert_tokens, token_row
@@ -166,7 +168,9 @@ class Monitor:
         """Log the most frequent tokens of each expert of a mixture, over held-out text."""
         texts = list(self._held_out_text(EXPERT_TOKENS))
         if self.model.args.moe_args is not None and texts:
-            self.write(token_row(expert_tokens(self.model, texts), self.tokenizer))
+            found, stage = expert_tokens(self.model, texts), stage_of(self.model)
+            layers = found if stage is None else list(chain(*stage.joined(found)))
+            self.write(token_row(layers, self.tokenizer))
 
     def _held_out_text(self, tokens: int) -> Iterator[TransformerInput]:
         """Yield the beginnings of held-out documents, about `tokens` tokens of each source."""

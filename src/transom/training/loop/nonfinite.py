@@ -9,6 +9,8 @@ from transom.layers.inputs import TransformerInput
 from transom.models.llm import LLM
 from transom.models.nonfinite import is_finite, nonfinite_weight, watched_outputs
 
+ALL_FINITE = "all weights, outputs and gradients are finite"
+
 
 def locate_nonfinite(model: LLM, inputs: Sequence[TransformerInput]) -> str:
     """Return which weight, output or gradient is the first that is not finite, in words.
@@ -28,4 +30,4 @@ def locate_nonfinite(model: LLM, inputs: Sequence[TransformerInput]) -> str:
     for name, one in reversed(list(model.named_parameters())):  # from output to input
         if one.grad is not None and not is_finite(one.grad):
             return f"the gradient of {name} is the first that is not finite"
-    return "all weights, outputs and gradients are finite"
+    return ALL_FINITE

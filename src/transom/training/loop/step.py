@@ -16,10 +16,11 @@ from transom.base.errors import RequestError, WorkError, notice, require
 from transom.base.interrupts import STOPS
 from transom.base.runtime import is_out_of_memory, memory_bytes, reset_peak_memory, synchronize
 from transom.data.batch import Batch
+from transom.distributed.pipeline import stage_of
 from transom.distributed.ranks import Ranks
 from transom.training.config import TrainArgs
 from transom.training.loop.blocks import OFFLOAD_MIN_BYTES, arrange_blocks
-from transom.training.loop.nonfinite import locate_nonfinite
+from transom.training.loop.nonfinite import ALL_FINITE, locate_nonfinite
 from transom.training.loop.profile import StepClock
 from transom.training.loop.progress import Progress, ProgressLine, StopRequest
 from transom.training.loop.random_states import random_state, restore_random_state
@@ -97,6 +98,7 @@ class Stepper:
         self.device, self.parts = ranks.device, parts
         self.model, self.tokenizer, self.objective = parts.model, parts.tokenizer, parts.objective
         self.data, self.batches = parts.data, parts.data.batches
+        self.stage = stage_of(self.model)
         usable = dtype != torch.float16 or self.device.type == "cuda"
         expected = f"expected bfloat16 or float32 on {self.device.type}"
         require(usable, "dtype", "float16", expected)
@@ -186,7 +188,11 @@ class Stepper:
         """Return an error that names the place where numbers stopped being finite."""
         with torch.no_grad(), self._autocast():
             inputs = [micro.to(self.device).inputs() for micro in micro_batches]
-            place = locate_nonfinite(self.model, inputs)
+            if self.stage is None:
+                place = locate_nonfinite(self.model, inputs)
+            else:  # the model can't run again: only stages without a bad weight would do so
+                places = reversed(self.ranks.each(locate_nonfinite(self.model, [])))
+                place = min(places, key=lambda one: (one == ALL_FINITE, "gradient" in one))
         return WorkError(f"step {self.progress.step + 1}: {what}; {place}; {self.run.untouched}")
 
     def _gradients(
@@ -217,33 +223,53 @@ class Stepper:
 
     def _accumulate(self, micro_batches: Sequence[Batch], totals: StepTotals) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
-        moe, ranks = self.model.args.moe_args, self.ranks
-        over_rows = ranks.over_tokens if ranks.divides_rows else None
+        if self.stage is not None:
+            own = [self._own(micro) for micro in micro_batches]
+            self.stage.run(own, lambda micro: self._forward(micro, totals, sums))
+            return self.stage.join_sums(sums)
         for micro in micro_batches:
-            with self.clock.part("data"):
-                micro = self.ranks.cut(micro.to(self.device))
-            with self._autocast(), self.clock.part("forward"), ranks.gathering(self.model):
-                output = self.model(replace(micro.inputs(), logits="none"))
-            with self._autocast(), self.clock.part("loss"):
-                parts = self.objective.loss(output, micro, totals.units)
-                loss = parts["loss"]
-                if moe is not None and output.router:
-                    weighted, more = router_parts(output.router, moe, totals.tokens, over_rows)
-                    loss, parts = loss + weighted, parts | more
+            _, loss = self._forward(self._own(micro), totals, sums)
             with self.clock.part("backward"):
-                self.scaler.scale(loss).backward()
-            for name, part in parts.items():
-                sums[name] = sums.get(name, 0.0) + part.detach()
+                loss.backward()
         return sums
+
+    def _own(self, micro: Batch) -> Batch:
+        with self.clock.part("data"):
+            return self.ranks.cut(micro.to(self.device))
+
+    def _forward(
+        self, micro: Batch, totals: StepTotals, sums: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the last hidden states, and the scaled loss of the layers of this rank.
+
+        The parts of the loss are added to `sums`.
+        """
+        moe, ranks, stage = self.model.args.moe_args, self.ranks, self.stage
+        with self._autocast(), self.clock.part("forward"), ranks.gathering(self.model):
+            output = self.model(replace(micro.inputs(), logits="none"))
+        with self._autocast(), self.clock.part("loss"):
+            ends = stage is None or stage.last
+            parts = self.objective.loss(output, micro, totals.units) if ends else {}
+            loss = parts.get("loss", torch.zeros((), device=self.device))
+            if moe is not None and output.router:
+                tokens = totals.tokens if stage is None else totals.tokens / stage.mixture_share
+                over_rows = ranks.over_tokens if ranks.divides_rows else None
+                weighted, more = router_parts(output.router, moe, tokens, over_rows)
+                loss, parts = loss + weighted, parts | more
+        for name, part in parts.items():
+            sums[name] = sums.get(name, 0.0) + part.detach()
+        return output.hidden_BTD, self.scaler.scale(loss)
 
     def _reduced_norm(self) -> Tensor:
         """Sum the gradients over ranks and clip them; return their global norm before clipping."""
         weights, limit = list(self.model.parameters()), self.args.optimizer.max_grad_norm
         self.ranks.sum_gradients(weights)
+        repeated = None if self.stage is None else self.stage.sum_shared()
         for optimizer in self.optimizers.all:
             self.scaler.unscale_(optimizer)
-        clip = self.ranks.clip if self.ranks.divided else self.optimizers.clip
-        return clip(weights, limit)
+        if self.ranks.divided:
+            return self.ranks.clip(weights, limit, repeated)
+        return self.optimizers.clip(weights, limit)
 
     def _apply(self, router: RouterCounts | None, micro_batches: Sequence[Batch]) -> float:
         """Update the weights, and return the norm of the gradients before clipping.
@@ -269,7 +295,8 @@ class Stepper:
         moe, finetune = self.model.args.moe_args, self.args.finetune
         trains_router = finetune is None or finetune.trains_router
         if moe is not None and moe.balance == "bias" and router is not None and trains_router:
-            update_choice_biases(self.model, router.picks_LE, moe.bias_update_rate)
+            own = slice(None) if self.stage is None else self.stage.mixtures
+            update_choice_biases(self.model, router.picks_LE[own], moe.bias_update_rate)
         if self.ema is not None:
             self.ema.update(self.progress.step)
 
@@ -297,8 +324,11 @@ class Stepper:
         reset_peak_memory(self.device)
         self.model.train()
         one = torch.ones((), device=self.device)
-        try:  # from the second micro-batch on, memory holds gradients as well
-            self._gradients([micro] * min(2, self.args.accumulate), StepTotals(one, one))
+        # From the second micro-batch on, memory holds gradients as well. A stage of a pipeline also
+        # keeps a micro-batch for each stage.
+        most = 2 if self.stage is None else 1 + self.stage.count
+        try:
+            self._gradients([micro] * min(most, self.args.accumulate), StepTotals(one, one))
         except WorkError as error:
             raise RequestError(f"dry run: {error}") from None
         synchronize(self.device)

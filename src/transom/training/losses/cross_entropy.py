@@ -108,6 +108,8 @@ def plain_output_weight(model: LLM) -> Tensor | None:
     An adapter, a quantized weight, a bias or a hook makes the projection more than that. A matrix
     that tensor ranks divide is a DTensor, and has the hooks that divide it.
     """
+    if "project" in vars(model) and not torch.is_grad_enabled():
+        return None  # the logits come from another stage of a pipeline
     # With tied weights `LLM.project` uses the embedding's weight, and does not call the leaf.
     leaf: nn.Module = model.tok_embeddings if model.output is None else model.output
     weight = leaf._parameters.get("weight")

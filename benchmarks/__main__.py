@@ -54,7 +54,8 @@ CPU_NAMES = (
     "rehearsal",
     "demo",
 )
-GPU_NAMES = (*(name for name in NAMES if name not in CPU_NAMES), "gpu_decode", "gpu_training")
+GPU_ONLY = ("gpu_decode", "gpu_training")
+GPU_NAMES = (*(name for name in NAMES if name not in CPU_NAMES), *GPU_ONLY)
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 HIDDEN = {"benchmark", "transom", "torch", "processor", "threads", "commit", "date"}
 
@@ -62,9 +63,7 @@ HIDDEN = {"benchmark", "transom", "torch", "processor", "threads", "commit", "da
 def main() -> None:
     """Run the named benchmarks (default: all), replace their rows, and write the pages."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=", ".join((*NAMES, "gpu_decode", "gpu_training"))
-    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join((*NAMES, *GPU_ONLY)))
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--page", action="store_true", help="only write the page from the rows that are there"

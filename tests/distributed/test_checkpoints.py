@@ -16,7 +16,6 @@ from transom.base.errors import RequestError, WorkError
 from transom.checkpoints.files import safetensors_files
 from transom.checkpoints.load import load
 from transom.config.parallel_args import ParallelArgs
-from transom.distributed.checkpoint import read_state
 from transom.distributed.mesh import Meshes
 from transom.training.loop.setup import open_run
 
@@ -238,11 +237,3 @@ def test_runs_on_a_base_write_its_format_and_continue(tmp_path):
         weights = dict(load(alone).named_parameters())
         for key, one in load(own).named_parameters():
             torch.testing.assert_close(one, weights[key], rtol=1e-4, atol=1e-5)
-
-
-def test_state_of_one_rank_is_refused_in_another_layout(tmp_path):
-    codes = {"wq/codes@0": torch.zeros(2, dtype=torch.uint8)}
-    safetensors_files.write_tensors(tmp_path / "trainer.safetensors", codes)
-    assert read_state(tmp_path, codes, {"shard": 4}, {"shard": 4}).keys() == codes.keys()
-    with pytest.raises(RequestError, match="8-bit states cannot be divided in another way"):
-        read_state(tmp_path, codes, {"shard": 4}, {"shard": 2, "tensor": 2})

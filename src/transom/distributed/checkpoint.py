@@ -33,7 +33,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from transom.base.errors import RequestError, WorkError, require
+from transom.base.errors import RequestError, WorkError
 from transom.base.files import sync, write_text
 from transom.checkpoints.files.checksums import (
     TRAINER_PARTS,
@@ -45,7 +45,7 @@ from transom.checkpoints.files.checksums import (
 from transom.checkpoints.files.lazy_tensors import LazyTensor, LazyTensors
 from transom.checkpoints.files.safetensors_files import open_safetensors, write_tensors
 from transom.distributed.launch import TIMEOUT
-from transom.distributed.parts import APART, copy_full
+from transom.distributed.parts import copy_full
 from transom.distributed.ranks import Ranks
 
 T = TypeVar("T")
@@ -242,14 +242,7 @@ def _file_of(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def layout_of(ranks: Ranks) -> dict[str, int] | None:
-    """Return how ranks divide a model, or None if they don't."""
-    return vars(ranks.meshes.args) if ranks.meshes is not None and ranks.divided else None
-
-
-def read_state(
-    step: Path, like: Mapping[str, Tensor], saved: object, layout: object
-) -> dict[str, Tensor]:
+def read_state(step: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors that a resumed run needs beside the model, saved in any layout.
 
     Args:
@@ -257,23 +250,15 @@ def read_state(
         like: The present tensors. What is returned is on the CPU, with this rank's part of each
             DTensor. A tensor of another shape or dtype is returned on the meta device, and one of
             another name complete.
-        saved: The `layout_of` the ranks that saved it.
-        layout: That of the present ranks.
 
     Raises:
-        RequestError: If a file is missing or damaged, or the layout is another one and the state
-            cannot be divided.
+        RequestError: If a file is missing or damaged.
     """
     parts = step / TRAINER_PARTS
     reader = _Reader(parts) if parts.is_dir() else None
     lazy = reader.lazy() if reader else open_safetensors(step, [TRAINER_TENSORS])
     tensors: dict[str, Tensor] = {}
-    if saved != layout and any(APART in name for name in (*lazy, *like)):
-        what = f"in which {step} was saved, since 8-bit states cannot be divided in another way"
-        require(False, "parallel", layout, f"expected {saved}, {what}")
     for name, one in lazy.items():
-        if APART in name and name not in like:  # of another rank
-            continue
         own = like.get(name, one.meta)
         if (own.shape, own.dtype) != (one.shape, one.dtype):
             tensors[name] = one.meta

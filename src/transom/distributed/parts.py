@@ -12,13 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-APART = "@"  # in the name of a tensor in a checkpoint, before the only rank that it belongs to
 
 
 def divide_parameters(
@@ -126,12 +123,3 @@ def copy_full(weight: Tensor, full: Tensor) -> None:
             full = full.narrow(dim, offset, size)
         weight = weight.to_local()
     weight.copy_(full)
-
-
-def name_of_state(name: str, state: Tensor, weight: Tensor) -> str:
-    """Return the name in a checkpoint of a tensor that belongs to a weight.
-
-    One that is not divided like the weight, such as codes of this rank's part, has its rank there.
-    """
-    divided = isinstance(weight, DTensor) and not isinstance(state, DTensor)
-    return f"{name}{APART}{dist.get_rank()}" if divided and state.ndim else name

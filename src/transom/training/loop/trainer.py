@@ -14,7 +14,7 @@ from torch import Tensor
 from transom.base.errors import notice
 from transom.base.interrupts import STOPS, raise_stop
 from transom.base.runtime import matmul_peak, synchronize
-from transom.distributed.checkpoint import Checkpoint, Saver, between_steps, layout_of, read_state
+from transom.distributed.checkpoint import Checkpoint, Saver, between_steps, read_state
 from transom.evaluation.score import Score
 from transom.training.loop.monitor import Monitor
 from transom.training.loop.random_states import random_states, take_random_states
@@ -222,7 +222,6 @@ class Trainer(Stepper):
             "progress": vars(self.progress),
             "data": self.batches.state,
             "scaler": self.scaler.state_dict(),
-            "parallel": layout_of(self.ranks),
         }
         new_step = self.run.new_step(self.progress.step, best=best, keep_last=keep)
         text = json.dumps(state, indent=2)
@@ -257,8 +256,7 @@ class Trainer(Stepper):
         folder, state = ranks.together(lambda: self.run.read_step(share))[ranks.rank]
 
         def restore() -> None:
-            before, now = state.get("parallel"), layout_of(ranks)
-            tensors = read_state(folder, self._state_tensors(), before, now)
+            tensors = read_state(folder, self._state_tensors())
             take_random_states(ranks, tensors, self.args.seed, state["progress"]["step"])
             self.parts.writer.restore(folder, tensors)
             if self.ema is not None:

@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor
 
 from transom.base.errors import RequestError, require
 from transom.config.model_args import ModelArgs
-from transom.distributed.parts import name_of_state
 from transom.training.optim.adamw8bit import SMALLEST_QUANTIZED, AdamW8bit
 from transom.training.optim.args import OptimizerArgs
 from transom.training.optim.muon import Muon
@@ -161,7 +160,7 @@ class Optimizers:
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the state, such as `layers.0.attention.wq.weight/exp_avg`; a step changes it."""
         return {
-            name_of_state(f"{name}/{key}", value, parameter): value
+            f"{name}/{key}": value
             for optimizer in self.all
             for group in optimizer.param_groups
             for name, parameter in zip(group["param_names"], group["params"], strict=True)

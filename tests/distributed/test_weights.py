@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks import parallel
 from tests.distributed.ranks import run_ranks
+from tests.training.finetune.runs import base_folder, chats, preferences, run_args
 from transom.base.errors import RequestError
 from transom.checkpoints.load import load
 from transom.checkpoints.save import save
@@ -34,6 +35,7 @@ from transom.lora.args import LoraArgs
 from transom.models.llm import LLM
 from transom.quantize.args import QuantizeArgs
 from transom.quantize.methods import quantize_model
+from transom.training.loop.setup import open_run
 from transom.training.losses.cross_entropy import head_loss
 from transom.training.losses.log_probs import target_log_probs
 from transom.training.optim import muon
@@ -370,3 +372,36 @@ def test_a_rank_of_four_has_at_most_a_third_of_the_memory() -> None:
     one, rank = parallel.measured({"shard": 1}, 1), parallel.measured({"shard": 4}, 4)
     assert rank["kept"] < 0.26 * one["kept"]
     assert rank["peak"] < 0.35 * one["peak"]
+
+
+RUNS: dict[str, tuple[Callable[[Path], Path], dict[str, Any], dict[str, int]]] = {
+    "all weights": (chats, {"method": "full"}, {"shard": 2}),
+    "adapter beside codes": (chats, {"quantize": {"kind": "nf4", "group": 0}}, {"tensor": 2}),
+    "preferences": (preferences, {"objective": "dpo"}, {"tensor": 2}),
+}
+
+
+def fine_tuned(folder: Path, out: str, divided: bool) -> dict[str, list[float]]:
+    """Return the losses of three steps and a score between them, of every run."""
+    found = {}
+    for name, (rows, finetune, degrees) in RUNS.items():
+        meshes = Meshes.make(ParallelArgs(**degrees), "cpu") if divided else None
+        data = folder / f"{rows.__name__}.jsonl"
+        words = (f"out={folder / out / rows.__name__}", "dtype=float32")
+        args = run_args(folder, folder / "base", data, *words, **finetune)
+        trainer = open_run(args, quiet=True, overwrite=True, meshes=meshes)
+        losses = [trainer.step().loss, trainer.step().loss]
+        found[name] = [*losses, trainer.evaluate(None).value, trainer.step().loss]
+        trainer.run.release()
+    return found
+
+
+@pytest.mark.slow
+def test_fine_tuning_on_ranks_is_that_of_one_process(tmp_path: Path) -> None:
+    base_folder(tmp_path / "base")
+    chats(tmp_path / "chats.jsonl")
+    preferences(tmp_path / "preferences.jsonl")
+    alone = fine_tuned(tmp_path, "alone", False)
+    for share in run_ranks(fine_tuned, 2, tmp_path, tmp_path, "ranks", True):
+        for name, numbers in share.items():
+            assert numbers == pytest.approx(alone[name], abs=1e-4), name

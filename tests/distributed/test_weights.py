@@ -405,3 +405,30 @@ def test_fine_tuning_on_ranks_is_that_of_one_process(tmp_path: Path) -> None:
     for share in run_ranks(fine_tuned, 2, tmp_path, tmp_path, "ranks", True):
         for name, numbers in share.items():
             assert numbers == pytest.approx(alone[name], abs=1e-4), name
+
+
+def unscaled() -> tuple[float, float]:
+    """Unscale gradients on two meshes, of which one overflows on one rank in the second step."""
+    meshes = Meshes.make(ParallelArgs(shard=4, expert=2), "cpu")
+    model = parallelize(model_of("experts").float(), meshes)
+    args, group = OptimizerArgs(name="muon"), meshes.group("weights")
+    optimizers = build_optimizer(model, args, device_type="cpu", group=group).all
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.zeros(()))
+    give_gradients(model, 0)
+    expected = {name: full_tensor(one.grad) / 8 for name, one in model.named_parameters()}
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    found = {name: full_tensor(one.grad) for name, one in model.named_parameters()}
+    scaler.update()
+    give_gradients(model, 1)
+    if dist.get_rank() == 1:
+        local_part(model.layers[0].feed_forward.experts.w_out.weight.grad).fill_(torch.inf)
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    scaler.update()
+    return largest_difference(found, expected)[0], scaler.get_scale()
+
+
+def test_gradients_of_float16_are_unscaled_on_every_mesh(tmp_path: Path) -> None:
+    assert run_ranks(unscaled, 4, tmp_path) == [(0.0, 4.0)] * 4

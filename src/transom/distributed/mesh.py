@@ -66,6 +66,8 @@ class Meshes:
         if args.expert > 1:
             rest, last = inner // args.expert, {"expert": args.expert, "tensor": args.tensor}
             experts = mesh(**outer, rest=rest, **last)
+            # torch finds this mesh by itself, and warns if it has to reduce over both in turn.
+            experts["rest", "expert"]._flatten("all_experts")
         return cls(args, device_type, dense, experts, groups)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,4 +45,8 @@ class FeedForward(nn.Module):
         if self.w_gate is None:
             return self.w_out(activate(self.w_value(x), self.activation))
         gate, value = products(x, self.w_gate, self.w_value)
-        return self.w_out(activate(gate, self.activation) * value)
+        hidden = activate(gate, self.activation)
+        # Without gradients nothing else needs the activation: prompts take a tensor less of memory.
+        hidden = hidden * value if torch.is_grad_enabled() else hidden.mul_(value)
+        del gate, value  # `w_out` needs memory too
+        return self.w_out(hidden)

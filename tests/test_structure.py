@@ -83,8 +83,8 @@ def test_every_dependency_has_its_reason():
 
 # Code lines of each room. Lower a ceiling when a room shrinks; explain a higher one in the commit.
 CEILINGS = {
-    "base": 760,
-    "config": 690,
+    "base": 780,
+    "config": 695,
     "planning": 484,
     "attention": 705,
     "ops": 217,
@@ -103,7 +103,7 @@ CEILINGS = {
     "evaluation": 1_416,
     "training": 4_285,
     "verify": 3_040,
-    "cli": 1_855,
+    "cli": 1_906,
 }
 
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from transom.base.processes import prints, rank
+
 
 class RequestError(ValueError):
     """The request is wrong. Commands print the message and exit with 2."""
@@ -45,12 +47,13 @@ def notice(message: str, *, again: bool = False) -> None:
     """Print one line to standard error about what was chosen, skipped or repaired.
 
     The same text is printed once per process, unless `again` is True, which is for replies to what
-    a user has just typed.
+    a user has just typed. Of several ranks on a machine only the first one prints.
     """
     for collector in _collectors:
         collector.append(message)
-    if again or message not in _printed:
-        print(f"transom: {message}", file=sys.stderr, flush=True)
+    if (again or message not in _printed) and prints():
+        number = f"rank {rank()}: " if rank() else ""
+        print(f"transom: {number}{message}", file=sys.stderr, flush=True)
     if not again:
         _printed.add(message)
 

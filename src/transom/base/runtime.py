@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from transom.base.errors import RequestError, notice
+from transom.base.errors import RequestError, notice, require
+from transom.base.processes import local_rank, local_world_size, world_size
 
 # The names that torch gives to instructions that multiply bfloat16: x86 (two), Arm.
 BFLOAT16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
@@ -59,9 +60,20 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 def pick_device(name: str = "auto") -> torch.device:
     """Return the device of that name; `auto` is cuda, or else mps, or else cpu.
 
+    Of several ranks, each has a GPU of its own, and `auto` without a GPU is cpu.
+
     Raises:
         RequestError: The name is unknown, or this machine has no such device.
     """
+    if world_size() > 1 and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
+        count, ranks = torch.cuda.device_count(), local_world_size()
+        expected = f"expected cpu, or at most {count} ranks on this machine, one for each GPU"
+        require(local_rank() < count, "device", f"{name} for {ranks} ranks", expected)
+        return torch.device("cuda", local_rank())
+    if world_size() > 1:
+        alone = name not in ("auto", "cpu")
+        require(not alone, "device", name, "expected auto, cuda or cpu with several ranks")
+        return torch.device("cpu")
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

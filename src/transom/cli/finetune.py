@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.usage = (
         "transom finetune MODEL [CONFIG.yaml] --data FILE [key=value ...] [--overwrite | --resume] "
-        "[--json]"
+        "[--nproc N] [--json]"
     )
     base = "model or run folder, GGUF file, hub id, or smollm2, to start from"
     parser.add_argument("model", type=user_path, metavar="MODEL", help=base)

@@ -27,6 +27,7 @@ from transom.base.interrupts import (
     leave_background_calls,
     raise_stop,
 )
+from transom.base.processes import prints
 from transom.base.version import __version__
 
 # Python itself turns SIGINT into an exception.
@@ -87,10 +88,12 @@ def _exit_code(words: list[str]) -> int:
     try:
         return _run(words)
     except (RequestError, WorkError) as error:
-        print(f"transom: {error}", file=sys.stderr)
+        if prints():
+            print(f"transom: {error}", file=sys.stderr)
         return 2 if isinstance(error, RequestError) else 1
     except STOPS as stop:
-        print(f"transom: interrupted{f' by {stop}' if str(stop) else ''}", file=sys.stderr)
+        if prints():
+            print(f"transom: interrupted{f' by {stop}' if str(stop) else ''}", file=sys.stderr)
         leave_background_calls(exit_code(stop))
         return exit_code(stop)
     except SystemExit as stop:  # argparse, after --help
@@ -145,7 +148,9 @@ def _run(words: list[str]) -> int:
     command = importlib.import_module(f"transom.cli.{verb}")
     parser = Parser(prog=f"transom {verb}", description=VERBS[verb], allow_abbrev=False)
     command.add_arguments(parser)
-    return int(command.run(parser.parse_intermixed_args(words[1:])))
+    options = parser.parse_intermixed_args(words[1:])
+    options.command = words  # for verbs that start themselves in several processes
+    return int(command.run(options))
 
 
 def _overview() -> str:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
 import signal
 import typing
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transom.base.errors import notice, require
+from transom.base.errors import WorkError, notice, require
 from transom.base.fields import field_types, write
 from transom.base.interrupts import STOPS
 from transom.base.locks import FolderLock
+from transom.base.processes import RESTARTS, rank, restarts, world_size
 from transom.cli.options import add_json
 from transom.config.model_args import ModelArgs
 from transom.training.config import TrainArgs
 
 if TYPE_CHECKING:
+    from transom.distributed.mesh import Meshes
     from transom.evaluation.score import Score
     from transom.training.loop.trainer import Trainer
 
@@ -36,6 +40,10 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     what = "measure the time of each part of the first N steps"
     parser.add_argument("--profile", type=int, default=0, metavar="N", help=what)
     parser.add_argument("--quiet", action="store_true", help="print no progress on standard error")
+    what = "start N processes on this machine, which share the run as `parallel` says"
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help=what)
+    what = "if a process fails, start all of them again from the latest checkpoint, N times at most"
+    parser.add_argument("--max-restarts", type=int, default=0, metavar="N", help=what)
     add_json(parser)
 
 
@@ -45,38 +53,92 @@ def run_training(args: TrainArgs, options: argparse.Namespace) -> tuple[Trainer,
     Returns:
         The trainer, the held-out score, and the exit code: 0, or 128 + N if signal N other than
         SIGINT has ended an unfinished run, which is saved.
+
+    Raises:
+        SystemExit: In the process that has started others, and on all ranks but the first one, with
+            the exit code.
     """
     require(options.profile >= 0, "--profile", options.profile, "expected 0 or more steps")
-    with FolderLock(args.out):  # until the report is written
-        from transom.training.loop.setup import describe_run, open_run
-        from transom.training.report.report import write_report
+    require(options.nproc > 0, "--nproc", options.nproc, "expected 1 or more processes")
+    require(options.max_restarts >= 0, "--max-restarts", options.max_restarts, "expected 0 or more")
+    if (options.nproc > 1 or options.max_restarts) and RESTARTS not in os.environ:
+        raise SystemExit(_launch(args, options))
+    with contextlib.ExitStack() as stack:
+        if world_size() == 1:
+            stack.enter_context(FolderLock(args.out))  # until the report is written
+        from transom.distributed.launch import joined
 
-        try:
-            trainer = open_run(
-                args,
-                overwrite=options.overwrite,
-                resume=options.resume,
-                quiet=options.quiet,
-                profile_steps=options.profile,
-            )
-            trainer.line.say(describe_run(trainer))
-            if trainer.finished:
-                notice(f"{args.out}: the run has ended; nothing is left to train")
-        except STOPS:
-            again = "the same command starts it again" if options.overwrite else RESUME
-            notice(f"{args.out}: ended before the first step; {again}")
-            raise
-        final = trainer.fit()
-        step, stopped = trainer.progress.step, trainer.stop.signal
-        try:
-            report = write_report(trainer.run.path)
-        except STOPS:
-            left = "only its report is missing" if trainer.finished else RESUME
-            notice(f"{args.out}: saved at step {step}; {left}")
-            raise
-    if stopped is not None and not trainer.finished:
+        meshes = stack.enter_context(joined(args.parallel, args.device))
+        if meshes is not None and rank() == 0:
+            stack.enter_context(FolderLock(args.out))
+        trainer, final, code = _train(args, options, meshes)
+    if rank():
+        raise SystemExit(code)
+    return trainer, final, code
+
+
+def _launch(args: TrainArgs, options: argparse.Namespace) -> int:
+    """Start the processes of --nproc with the same command, and return their exit code."""
+    expected = "expected 1 in a process that torchrun has started"
+    require(world_size() == 1, "--nproc", options.nproc, expected)
+    from transom.checkpoints.files.location import find_model, read_pointer
+    from transom.checkpoints.read_args import read_args
+    from transom.distributed.launch import launch
+
+    model = None if args.base is None else read_args(find_model(args.base).model)
+    args.check_ranks(args.parallel.resolved(options.nproc), model)
+    FolderLock(args.out).release()  # another run is refused now rather than by the first rank
+    try:
+        return launch(options.command, options.nproc, max_restarts=options.max_restarts)
+    except WorkError as error:
+        step = read_pointer(Path(args.out), "latest")
+        left = "no step was saved" if step is None else f"{RESUME} from {step.name}"
+        raise WorkError(f"{error}; {left}") from None
+
+
+def _train(
+    args: TrainArgs, options: argparse.Namespace, meshes: Meshes | None
+) -> tuple[Trainer, Score, int]:
+    """Train on this rank; see `run_training`."""
+    from transom.distributed.failures import End, record
+    from transom.training.loop.continuation import begun_by_this_launch
+    from transom.training.loop.setup import describe_run, open_run
+    from transom.training.report.report import write_report
+
+    again = restarts() > 0 and begun_by_this_launch(Path(args.out))
+    try:
+        trainer = open_run(
+            args,
+            overwrite=options.overwrite and not again,
+            resume=options.resume or again,
+            quiet=options.quiet,
+            profile_steps=options.profile,
+            meshes=meshes,
+        )
+        trainer.line.say(describe_run(trainer))
+        if trainer.finished:
+            notice(f"{args.out}: the run has ended; nothing is left to train")
+    except STOPS:
+        left = "the same command starts it again" if options.overwrite else RESUME
+        notice(f"{args.out}: ended before the first step; {left}")
+        raise
+    final = trainer.fit()
+    step, stopped = trainer.progress.step, trainer.stop.signal
+    early = stopped is not None and not trainer.finished
+    code = 128 + stopped if early and stopped not in (None, signal.SIGINT) else 0
+    if early and meshes is not None:
+        record(End("stop", f"saved at step {step}", code))
+    if rank():
+        return trainer, final, code
+    try:
+        report = write_report(trainer.run.path)
+    except STOPS:
+        left = "only its report is missing" if trainer.finished else RESUME
+        notice(f"{args.out}: saved at step {step}; {left}")
+        raise
+    if early:
         trainer.line.say(f"saved at step {step}; {RESUME}")
-        return trainer, final, 0 if stopped == signal.SIGINT else 128 + stopped
+        return trainer, final, code
     print(f"run     {trainer.run.path}\nreport  {report}")
     if final.count:
         print(f"held out: {final.summary}")

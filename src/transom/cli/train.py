@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.usage = (
         "transom train [CONFIG.yaml | RUN] [key=value ...] [--overwrite | --resume] "
-        "[--profile N] [--json]"
+        "[--nproc N] [--profile N] [--json]"
     )
     words, what = "CONFIG.yaml key=value", "config file or run folder, then fields"
     parser.add_argument("words", nargs="*", type=user_path, metavar=words, help=what)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from transom.base.errors import require
 from transom.base.fields import check_bounds, describe
@@ -73,6 +73,11 @@ class ParallelArgs:
         expected = f"expected a divisor of shard x context = {inner}"
         require(inner % self.expert == 0, "parallel.expert", self.expert, expected)
         return found
+
+    def describe(self) -> str:
+        """Return the degrees above 1, such as `shard 4, tensor 2`."""
+        named = ((field.name, getattr(self, field.name) or 1) for field in fields(self))
+        return ", ".join(f"{name} {degree}" for name, degree in named if degree > 1)
 
     def check_model(self, model: ModelArgs) -> None:
         """Refuse a model that cannot be divided in this way, before any process starts.

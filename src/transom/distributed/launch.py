@@ -1,43 +1,185 @@
-"""How processes become the ranks of one run."""
+"""How processes become the ranks of one run: started here, or by torchrun."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Iterator
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from transom.base.errors import WorkError, notice, require
+from transom.base.interrupts import STOP_SIGNALS, handling, raise_stop
+from transom.base.processes import RESTARTS, local_world_size, restarts, world_size
+from transom.base.runtime import pick_device
 from transom.config.parallel_args import ParallelArgs
+from transom.distributed.failures import limit, recorded_codes, shared_failures
 from transom.distributed.mesh import Meshes
 
-TIMEOUT = timedelta(minutes=10)  # of one call that waits for the other ranks
+JOINING = 300.0  # the most seconds that a rank waits for the rendezvous
+SAVING = "600"  # seconds that ranks have for their checkpoint after a signal
 
 
 @contextlib.contextmanager
-def joined(args: ParallelArgs, device: torch.device) -> Iterator[Meshes | None]:
+def joined(args: ParallelArgs, device: str = "auto") -> Iterator[Meshes | None]:
     """Join the process group that the environment of torchrun describes.
+
+    Whatever ends the block on some ranks ends it on all of them, see `shared_failures`.
 
     Args:
         args: How the ranks share the model.
-        device: Device of this rank.
+        device: Device of all ranks, `auto`, `cuda` or `cpu`; each has a GPU of its own.
 
     Yields:
         The ranks, or None if this process was started alone.
 
     Raises:
         RequestError: If the degrees do not multiply out to the number of ranks.
+        WorkError: If the rendezvous does not answer, or another rank ends or hangs.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if world_size() == 1:
         args.resolved(1)
         yield None
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
-    try:
-        yield Meshes.make(args, device.type)
-    finally:
+    seconds = limit()
+    store, rank = _rendezvous(min(seconds, JOINING))
+    with shared_failures(store, rank, world_size()):
+        place = pick_device(device)
+        if place.type == "cuda":
+            torch.cuda.set_device(place)
+        elif "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, torch.get_num_threads() // local_world_size()))
+        dist.init_process_group(
+            "nccl" if place.type == "cuda" else "gloo",
+            store=dist.PrefixStore("ranks", store),
+            rank=rank,
+            world_size=world_size(),
+            timeout=timedelta(seconds=seconds),
+        )
+        meshes = Meshes.make(args, place.type)
+        meshes.set_timeout(timedelta(seconds=seconds))
+        yield meshes
         dist.destroy_process_group()
+
+
+def _rendezvous(seconds: float) -> tuple[dist.Store, int]:
+    """Return a store that all ranks have, and the number of this one."""
+    names = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not os.environ.get(name)]
+    expected = "expected a value beside WORLD_SIZE, as torchrun sets"
+    require(not missing, ", ".join(missing), None, expected)
+    rank, host, port = (os.environ[name] for name in names)
+    if host in ("localhost", "127.0.0.1"):  # else gloo looks up the name of the machine
+        loopback = "lo" if sys.platform == "linux" else "lo0"
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    try:
+        store, number, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+    except (dist.DistError, RuntimeError):
+        where = f"rendezvous: got no answer from {host}:{port} (MASTER_ADDR:MASTER_PORT)"
+        expected = f"within {seconds:g} seconds; expected the store of {world_size()} ranks there"
+        raise WorkError(f"rank {rank}: {where} {expected}") from None
+    return dist.PrefixStore(f"attempt {restarts()}", store), number
+
+
+def launch(words: Sequence[str], ranks: int, *, max_restarts: int = 0) -> int:
+    """Run `transom WORDS` in several processes of this machine, which are the ranks of one run.
+
+    The agent of torchrun starts them, and ends all of them when one ends with an error. SIGINT,
+    SIGTERM and SIGHUP reach every rank, which then has `SAVING` seconds before it is killed (30
+    with torch before 2.12, and in any case if TORCH_ELASTIC_SHUTDOWN_TIMEOUT says so).
+
+    Args:
+        words: A verb that trains, and its arguments.
+        ranks: Number of processes.
+        max_restarts: How often all ranks start again after one has ended with an error. They
+            continue from the latest checkpoint.
+
+    Returns:
+        The exit code of the command.
+
+    Raises:
+        WorkError: If a rank has ended without a message, with the number of the rank and how.
+    """
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SAVING)
+    name = uuid.uuid4().hex
+    for attempt in range(max_restarts + 1):
+        code, reason = _attempt(words, ranks, attempt, name)
+        if code == 0 or code == 2 or code > 128:
+            return code
+        if attempt < max_restarts:
+            notice(f"{reason or 'a rank failed'}; restart {attempt + 1} of {max_restarts}")
+    if reason is None:
+        return code
+    raise WorkError(reason)
+
+
+def _attempt(words: Sequence[str], ranks: int, attempt: int, name: str) -> tuple[int, str | None]:
+    """Return the exit code of all ranks, and how one of them ended, if it did so silently."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    heard = [one for one in STOP_SIGNALS if signal.getsignal(one) != signal.SIG_IGN]
+    quiet = logging.root.manager.disable
+    with tempfile.TemporaryDirectory() as folder, handling(raise_stop):
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=ranks,
+            run_id=name,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            signals_to_handle=",".join(signal.Signals(one).name for one in heard),
+        )
+        os.environ[RESTARTS] = str(attempt)
+        logging.disable(logging.CRITICAL)  # the agent logs every step of it as a warning
+        try:
+            elastic_launch(config, sys.executable)("-m", "transom", *words)
+        except ChildFailedError as error:
+            codes = {rank: one.exitcode for rank, one in error.failures.items()}
+            silent = {
+                rank: codes[rank]
+                for rank, one in error.failures.items()
+                if not Path(one.error_file).exists()
+            }
+            return _outcome(recorded_codes(Path(folder)), silent or codes)
+        except SignalException as stop:
+            return max(recorded_codes(Path(folder)), default=128 + stop.sigval), None
+        finally:
+            logging.disable(quiet)
+            os.environ.pop(RESTARTS)
+    return 0, None
+
+
+def _outcome(recorded: Sequence[int], silent: Mapping[int, int]) -> tuple[int, str | None]:
+    """Return what `_attempt` returns.
+
+    Args:
+        recorded: Exit codes of the ranks that have an error of their own, which one of them prints.
+        silent: Exit codes of ranks that recorded nothing, the first one first; -N for signal N.
+    """
+    if recorded:
+        return max(recorded), None
+    # The agent ends the other ranks with SIGTERM.
+    stopped = (-signal.SIGTERM, 128 + signal.SIGTERM)
+    found = next((rank for rank, code in silent.items() if code not in stopped), None)
+    if found is None:
+        return 128 + signal.SIGTERM, None
+    code = silent[found]
+    if code in (1, 2):  # before the ranks joined; Python or the command has printed why
+        return code, None
+    how = (
+        f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    )
+    return 1, f"rank {found} {how}"

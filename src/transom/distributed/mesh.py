@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 
 import torch.distributed as dist
@@ -69,6 +70,13 @@ class Meshes:
             # torch finds this mesh by itself, and warns if it has to reduce over both in turn.
             experts["rest", "expert"]._flatten("all_experts")
         return cls(args, device_type, dense, experts, groups)
+
+    def set_timeout(self, limit: timedelta) -> None:
+        """Limit the time of each call that waits for other ranks; new groups take a default."""
+        for mesh in (self.dense, self.experts, *self.groups.values()):
+            for dim in range(0 if mesh is None else mesh.ndim):
+                assert mesh is not None, "it has dimensions"
+                dist.distributed_c10d._set_pg_timeout(limit, mesh.get_group(dim))
 
     @property
     def rank(self) -> int:

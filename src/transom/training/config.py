@@ -231,6 +231,23 @@ class TrainArgs:
         context = args.context_dim
         require(context is None, "model.context_dim", context, "expected null: rows are text")
 
+    def check_ranks(self, parallel: ParallelArgs, model: ModelArgs | None = None) -> None:
+        """Refuse ranks that the batch or the model cannot be divided over.
+
+        Args:
+            parallel: The degrees, with a number for `shard`.
+            model: The model of `base`, if it is known.
+        """
+        model = self.model_args(vocab_size=None) if self.base is None else model
+        size = self.data.batch_size
+        if model is not None:
+            parallel.check_model(model)
+            if self.finetune is None and model.head is None:
+                size = self.data.rows_per_step
+        shares = self.accumulate * parallel.rows
+        expected = f"expected a multiple of accumulate x ranks = {shares}"
+        require(size is None or size % shares == 0, "data.batch_size", size, expected)
+
     def _check_head(self, head: HeadArgs) -> None:
         self._expect(not self.short_rows, "short_rows", "0 with model.head: a row is a text")
         writes = "0 with model.head, which generates no text"

@@ -19,6 +19,7 @@ import yaml
 from transom.base.errors import RequestError, notice, require
 from transom.base.fields import read, write
 from transom.base.files import read_json
+from transom.base.processes import launch_id
 from transom.base.runtime import DTYPES, dtype_name, machine
 from transom.base.version import __version__
 from transom.planning.counts import parameters
@@ -81,6 +82,7 @@ def write_run(
         facts = {
             "transom": __version__,
             "machine": machine(),
+            "launch": launch_id(),
             "device": trainer.device.type,
             "dtype": dtype_name(trainer.dtype),
             "parameters": parameters(trainer.model.args),
@@ -98,6 +100,11 @@ def write_run(
     run.write_file(CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).rstrip())
     facts = {**facts, "config": config, "resolved": trainer.args.to_dict()}
     run.write_file(FACTS, json.dumps(facts, indent=2))
+
+
+def begun_by_this_launch(run: Path) -> bool:
+    """Return whether ranks of this launch, which has restarted them, have begun the run."""
+    return (run / FACTS).exists() and read_json(run / FACTS).get("launch") == launch_id()
 
 
 def changes_of(run: Path, args: TrainArgs) -> list[Change]:

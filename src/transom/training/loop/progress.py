@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from transom.base.interrupts import handling, raise_stop
 
+TWICE = 2.0  # seconds
+
 
 @dataclass
 class Progress:
@@ -80,12 +82,15 @@ class StopRequest:
     """Whether SIGINT, SIGTERM or SIGHUP has asked the run to end.
 
     After the first signal the trainer ends the run at the end of the step; inside `at_once` the
-    signal raises KeyboardInterrupt or Terminated. The second signal always raises.
+    signal raises KeyboardInterrupt or Terminated. The second signal always raises. One of several
+    ranks may get a signal twice, from a scheduler and from the agent that has started it, so that
+    a second one within `TWICE` seconds counts as the first one.
     """
 
     def __init__(self, *, alone: bool = True) -> None:
         self.signal: int | None = None
         self.again = False  # a second signal has come
+        self._since: float | None = None  # when this process got the first signal
         self._alone = alone  # one of several ranks must not stop before the others
         self._at_once = False
 
@@ -109,7 +114,11 @@ class StopRequest:
             self._at_once = False
 
     def _stop(self, number: int, _frame: object) -> None:
-        self.again = self.signal is not None
+        now = time.monotonic()
+        first, self._since = self._since, self._since or now
+        if first is not None and not self._alone and now - first < TWICE:
+            return
+        self.again = first is not None
         self.signal = self.signal or number
         if self.again or self._at_once:
             raise_stop(number)

@@ -20,6 +20,7 @@ from transom.distributed.parallelize import parallelize
 from transom.distributed.parts import is_divided
 from transom.distributed.ranks import Ranks
 from transom.planning.counts import parameters
+from transom.planning.tables import counted
 from transom.training.config import TrainArgs
 from transom.training.effects import check_effects
 from transom.training.loop.continuation import (
@@ -80,10 +81,7 @@ def open_run(
         torch.set_flush_denormal(True)
     seed_everything(args.seed)
     _check_apart(args)
-    shares = args.accumulate * (1 if meshes is None else meshes.args.rows)
-    size = args.data.batch_size
-    expected = f"expected a multiple of accumulate x ranks = {shares}"
-    require(size is None or size % shares == 0, "data.batch_size", size, expected)
+    args.check_ranks(args.parallel.resolved(1) if meshes is None else meshes.args)
     run, ranks = RunFolder(args.out), Ranks(rank, world_size, device, meshes, quiet)
 
     def check_folder() -> None:
@@ -136,8 +134,10 @@ def _open_trainer(
         from transom.training.finetune.weights import finetune_parts
 
         parts = finetune_parts(args, choice)
-    if ranks.meshes is not None and not is_divided(parts.model):
-        parallelize(parts.model, ranks.meshes)
+    if ranks.meshes is not None:
+        args.check_ranks(ranks.meshes.args, parts.model.args)
+        if not is_divided(parts.model):
+            parallelize(parts.model, ranks.meshes)
     if args.float8:
         count = use_float8(parts.model, ranks.device, choice.dtype)
         ranks.say(f"float8: {count} linears train with products of 8-bit floats")
@@ -177,4 +177,8 @@ def describe_run(trainer: Trainer) -> str:
     if args.finetune is not None:  # whose rows are of any length
         work = f"{args.steps:,} steps of {size} rows"
     where = f"{dtype_name(trainer.dtype)} on {trainer.device}"
+    if trainer.ranks.meshes is not None:
+        degrees = trainer.ranks.meshes.args.describe()
+        threads = f" with {counted(torch.get_num_threads(), 'thread')} each"
+        where += f", {trainer.ranks.world_size} ranks ({degrees}){threads}"
     return f"{count / 1e6:.2f} M parameters, {work}, {where}"

@@ -92,10 +92,14 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in rows(run) if "loss" in row]
 
 
-def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
-    """Wait until a run has taken a number of steps."""
+def wait_for_step(
+    process: subprocess.Popen[str], run: Path, step: int, saved: bool = False
+) -> None:
+    """Wait until a run has taken a number of steps, and has written a checkpoint if `saved`."""
     end = time.monotonic() + LIMIT
-    while not any(row["step"] >= step for row in rows(run)):
+    while max((row["step"] for row in rows(run)), default=0) < step or (
+        saved and not (run / "latest").exists()
+    ):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.02)

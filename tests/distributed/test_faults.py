@@ -100,7 +100,7 @@ def test_a_killed_rank_ends_all_and_a_restart_loses_only_steps_since_the_checkpo
     assert losses(tmp_path / "run") == losses(tmp_path / "straight"), f"killed at step {step}"
 
     more = start([*words(tmp_path, "steps=100000", "save_every=3", *FOUR), f"out={tmp_path}/more"])
-    wait_for_step(more, tmp_path / "more", 4)
+    wait_for_step(more, tmp_path / "more", 4, saved=True)
     since = time.monotonic()
     os.kill(ranks_of(more)[rank], signal.SIGKILL)
     code, _, err = finish(more)

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -44,7 +45,7 @@ from transom.checkpoints.files.checksums import (
 )
 from transom.checkpoints.files.lazy_tensors import LazyTensor, LazyTensors
 from transom.checkpoints.files.safetensors_files import open_safetensors, write_tensors
-from transom.distributed.launch import TIMEOUT
+from transom.distributed.failures import limit
 from transom.distributed.parts import copy_full
 from transom.distributed.ranks import Ranks
 
@@ -84,7 +85,7 @@ class Saver:
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=limit()))
         self._thread: threading.Thread | None = None
         self._failure: WorkError | RequestError | None = None
 

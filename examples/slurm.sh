@@ -13,7 +13,7 @@
 set -euo pipefail
 
 # The first machine has the rendezvous. Its port follows from the job, so that two jobs differ.
-endpoint=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 20000))
+endpoint=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p):$((20000 + SLURM_JOB_ID % 20000))
 
 # A requeued job continues its run.
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then

@@ -88,8 +88,8 @@ LAYOUTS = {
     "tensors": {"shard": 2, "tensor": 2},
     "experts": {"shard": 4, "expert": 2},
     "copies": {"replicate": 2, "shard": 2},
-    "replicas": {"replicate": 4, "shard": 1},
     "stages": {"pipeline": 2, "shard": 2},
+    "replicas": {"replicate": 4, "shard": 1},
 }
 
 
@@ -109,22 +109,20 @@ def layouts(folder):
 
 
 def three(folder):
-    train(folder, "three", 8, meshes_of(), MIXTURE)
+    for name in ("tensors", "experts", "stages"):
+        train(folder, name, STEPS, meshes_of(), MIXTURE)
 
 
 @pytest.mark.slow
 def test_every_layout_continues_with_the_same_losses(tmp_path):
     launch(layouts, tmp_path, 4)
-    train(tmp_path, "alone", 8, args=MIXTURE)
-    alone = losses(tmp_path / "alone")
-    assert losses(tmp_path / "same") == losses(tmp_path / "uninterrupted")
-    for name in LAYOUTS:
-        assert losses(tmp_path / name) == pytest.approx(alone, rel=1e-5), name
-    # A checkpoint of tensor ranks is no other: three ranks go on from it.
-    shutil.copytree(tmp_path / "tensors", tmp_path / "three")
-    (tmp_path / "three" / "latest").write_text("step_000004\n")
     launch(three, tmp_path, 3)
-    assert losses(tmp_path / "three") == pytest.approx(alone, rel=1e-5)
+    train(tmp_path, "alone", STEPS, args=MIXTURE)
+    assert losses(tmp_path / "same") == losses(tmp_path / "uninterrupted")
+    alone = losses(tmp_path / "alone")
+    for name in LAYOUTS:
+        found = losses(tmp_path / name)
+        assert found == pytest.approx(alone[: len(found)], rel=1e-5), name
 
 
 def in_trouble(folder):
@@ -204,6 +202,7 @@ def test_a_checkpoint_that_fails_leaves_the_one_before(tmp_path):
     assert [len(lines) for lines in said] == [3, 2, 3, 3]  # rank 1 was killed while it wrote
     assert all("written" in lines[2] for lines in (said[0], said[2], said[3]))
     assert "checkpoint not written, earlier ones are untouched (rank 2" in said[0][0]
+    assert not list((tmp_path / "run").glob("*.tmp-*"))
     train(tmp_path, "run", 3, args=PLAIN)  # from step 2
     train(tmp_path, "alone", 3, args=PLAIN)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-6)

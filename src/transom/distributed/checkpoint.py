@@ -14,7 +14,7 @@ import json
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -243,7 +243,7 @@ def _file_of(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def read_state(step: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def read_state(step: Path, like: Mapping[str, Tensor], known: Set[str]) -> dict[str, Tensor]:
     """Return the tensors that a resumed run needs beside the model, saved in any layout.
 
     Args:
@@ -251,6 +251,8 @@ def read_state(step: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         like: The present tensors. What is returned is on the CPU, with this rank's part of each
             DTensor. A tensor of another shape or dtype is returned on the meta device, and one of
             another name complete.
+        known: The names of such tensors on all ranks. Those of other stages of a pipeline are left
+            out.
 
     Raises:
         RequestError: If a file is missing or damaged.
@@ -260,6 +262,8 @@ def read_state(step: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     lazy = reader.lazy() if reader else open_safetensors(step, [TRAINER_TENSORS])
     tensors: dict[str, Tensor] = {}
     for name, one in lazy.items():
+        if name in known and name not in like:
+            continue
         own = like.get(name, one.meta)
         if (own.shape, own.dtype) != (one.shape, one.dtype):
             tensors[name] = one.meta

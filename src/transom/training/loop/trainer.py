@@ -229,8 +229,9 @@ class Trainer(Stepper):
             tensors = {**self._state_tensors(), **random}
             if self.ranks.divided:
                 self.saver = self.saver or Saver(self.ranks)
-                weights = writer.weights()
-                self.saver.start(Checkpoint(new_step, writer.write, weights, tensors, text))
+                self.saver.start(
+                    Checkpoint(new_step, writer.write, writer.weights(), tensors, text)
+                )
                 return
 
             def write() -> None:
@@ -254,9 +255,11 @@ class Trainer(Stepper):
         ranks = self.ranks
         share = ranks.rank, ranks.world_size
         folder, state = ranks.together(lambda: self.run.read_step(share))[ranks.rank]
+        own = self._state_tensors()
+        known = {name for names in ranks.each([*own]) for name in names}
 
         def restore() -> None:
-            tensors = read_state(folder, self._state_tensors())
+            tensors = read_state(folder, own, known)
             take_random_states(ranks, tensors, self.args.seed, state["progress"]["step"])
             self.parts.writer.restore(folder, tensors)
             if self.ema is not None:
@@ -272,5 +275,5 @@ class Trainer(Stepper):
         if self.ranks.rank == 0:
             repeat = self.progress.unmeasured or step == self.args.steps
             self.run.cut_metrics(step, unmeasured=repeat)
+            notice(f"{folder}: resumed at step {step} of {self.args.steps}")
         self.monitor.write({"event": "resumed"})
-        notice(f"{folder}: resumed at step {step} of {self.args.steps}")

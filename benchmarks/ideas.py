@@ -71,6 +71,7 @@ PAGES: dict[str, tuple[str, ...]] = {
         "tensor-parallel",
         "expert-parallel",
         "context-parallel",
+        "pipeline-parallel",
         "rehearsal",
     ),
     "Fine-tuning": (

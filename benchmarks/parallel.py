@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from transom.base.runtime import memory_bytes, reset_peak_memory, resident_bytes
 from transom.checkpoints.state import meta_model
 from transom.config.model_args import ModelArgs
 from transom.config.parallel_args import ParallelArgs
+from transom.data.batch import Batch
 from transom.distributed.mesh import Meshes
 from transom.distributed.parallelize import Division
 from transom.distributed.parts import local_part
-from transom.layers.inputs import TransformerInput
+from transom.distributed.pipeline import stage_of
 from transom.training.losses.cross_entropy import head_loss
 from transom.training.optim.args import OptimizerArgs
 from transom.training.optim.optimizers import build_optimizer
@@ -32,14 +35,15 @@ SHAPE: dict[str, Any] = {
     "max_seq_len": 256,
 }
 EXPERTS = {"num_experts": 8, "top_k": 2, "hidden_dim": 256}
-SMALL = {"dim": 64, "hidden_dim": 64, "vocab_size": 64, "n_layers": 1}
 RANKS, LENGTH = 4, 64
+SMALL = {"dim": 64, "hidden_dim": 64, "vocab_size": 64, "n_layers": RANKS}
 CASES: dict[str, dict[str, int]] = {
     "FSDP over 4": {"shard": 4},
     "hybrid FSDP": {"replicate": 2, "shard": 2},
     "tensor over 4": {"tensor": 4},
     "context over 4": {"context": 4},
     "expert over 4": {"shard": 4, "expert": 4},
+    "pipeline over 4": {"pipeline": 4},
 }
 CPU = torch.device("cpu")
 
@@ -111,7 +115,18 @@ def _step(division: Division, shape: dict[str, Any]) -> int:
         model, OptimizerArgs(), device_type="cpu", group=meshes.group("weights")
     )
     tokens = torch.zeros(1, LENGTH // meshes.args.context, dtype=torch.int64)
-    head_loss(model, model(TransformerInput(tokens, logits="none")).hidden_BTD, tokens).backward()
+    micro, stage = Batch(tokens, tokens), stage_of(model)
+
+    def compute(micro: Batch) -> tuple[Tensor, Tensor]:
+        hidden_BTD = model(replace(micro.inputs(), logits="none")).hidden_BTD
+        ends = stage is None or stage.last
+        loss = head_loss(model, hidden_BTD, micro.targets) if ends else torch.zeros(())
+        return hidden_BTD, loss
+
+    if stage is None:
+        compute(micro)[1].backward()
+    else:
+        stage.run([micro] * stage.count, compute)
     optimizer.step()
     grads = [one.grad for one in model.parameters() if one.grad is not None]
     kept = [*model.parameters(), *grads, *optimizer.state_tensors().values()]

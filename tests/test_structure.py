@@ -98,12 +98,12 @@ CEILINGS = {
     "chat": 905,
     "checkpoints": 5_017,
     "distributed": 1_450,
-    "data": 2_145,
+    "data": 2_194,
     "inference": 2_232,
     "evaluation": 1_416,
     "training": 4_310,
     "verify": 3_040,
-    "cli": 1_906,
+    "cli": 1_923,
 }
 
 

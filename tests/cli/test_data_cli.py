@@ -268,3 +268,38 @@ def test_help_needs_no_torch() -> None:
         "in sys.modules)"
     )
     assert run_python(code).splitlines()[-1] == "False"
+
+
+def test_a_run_on_tokens_has_the_losses_of_its_text(call: Any, tmp_path: Path) -> None:
+    texts, tokens = tmp_path / "texts", tmp_path / "tokens"
+    texts.mkdir()
+    for number in range(6):
+        (texts / f"{number}.txt").write_text(f"text {number}. " * 30)
+    byte_tokenizer().save(tmp_path / "tokenizer")
+    words = ("tokenize", texts, "--model", tmp_path / "tokenizer", "--out", tokens, "--workers", 1)
+    code, _, err = call("data", *words, "--part", "2/2")
+    assert code == 0 and "parts are missing" in err
+    code, out, err = call("data", *words, "--part", "1/2", "--json")
+    assert code == 0 and "all parts are there" in err and len(json.loads(out)["shards"]) == 1
+    fields = ["model.dim=16", "model.n_layers=1", "data.seq_len=16", "steps=2", "--json"]
+    losses = []
+    for source in (texts, tokens):
+        run = tmp_path / f"run-{source.name}"
+        given = ["tokenizer.kind=bytes", "data.held_out=0.3", f"out={run}", *fields]
+        code, _, err = call("train", f"data.sources={source}", *given)
+        assert code == 0, err
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        losses.append([(one.get("loss"), one.get("bits_per_byte")) for one in lines])
+    assert losses[0] == losses[1] and len(losses[0]) >= 2
+    code, _, err = call("train", f"data.sources={tokens}", f"out={tmp_path / 'bpe'}", *fields)
+    assert code == 2 and "expected text; tokens are only read with the tokenizer" in err
+
+
+def test_flags_of_other_actions_are_refused(call: Any, tmp_path: Path) -> None:
+    words = ("tokenize", tmp_path, "--model", tmp_path)
+    for given in (("--seed", 1), ("--train-on", "all"), ("steps=3",), ("--part", 1)):
+        assert call("data", *words, "--out", tmp_path / "out", *given)[0] == 2
+    code, _, err = call("data", *words)
+    assert code == 2 and "--out: got None; expected a folder or a URL" in err
+    code, _, err = call("data", "check", tmp_path, "--model", tmp_path, "--workers", 2)
+    assert code == 2 and "--workers: got 2; valid only with tokenize" in err

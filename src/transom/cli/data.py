@@ -1,7 +1,8 @@
-"""`transom data` checks and shows a data set for fine-tuning.
+"""`transom data` checks and shows a data set for fine-tuning, and tokenizes text for training.
 
 `check` counts the rows that `transom finetune` would train on with the same words and flags, and
-lists the rows that can't be used. `show` prints an example token by token.
+lists the rows that can't be used. `show` prints an example token by token. `tokenize` writes a
+folder of tokens, which `transom train` reads as a source.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ WORDS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
-    what = "check: count rows and list faults; show: print one example"
-    parser.add_argument("what", choices=("check", "show"), help=what)
+    what = "check: count rows and list faults; show: print one example; tokenize: text for `train`"
+    parser.add_argument("what", choices=("check", "show", "tokenize"), help=what)
     data = (
         ".jsonl, .json or .parquet file, folder with train, valid and test files, name of the "
         "`datasets` library, or stdlib-docs: questions about Python's own library"
@@ -83,6 +84,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--packed", action="store_true", help=packed)
     seed = "show --packed: seed of the packing (default: 0)"
     parser.add_argument("--seed", type=int, metavar="N", help=seed)
+    out = "tokenize: folder or URL of tokens, for all parts"
+    parser.add_argument("--out", type=user_path, metavar="FOLDER", help=out)
+    workers = "tokenize: processes (default: as many as cores)"
+    parser.add_argument("--workers", type=int, metavar="N", help=workers)
+    parser.add_argument("--part", metavar="I/N", help="tokenize: make part I of N (default: 1/1)")
     add_json(parser)
 
 
@@ -90,11 +96,12 @@ def run(options: argparse.Namespace) -> int:
     """Check or show a data set. Return 1 if rows are malformed or nothing can be trained on."""
     from transom.training.finetune.check import open_finetune_set
 
-    shows = options.what == "show"
+    shows, tokenizes = options.what == "show", options.what == "tokenize"
     for flag, fits, where in (
         ("index", shows, "show"),
         ("packed", shows, "show"),
         ("seed", shows and options.packed, "show --packed"),
+        *((flag, tokenizes, "tokenize") for flag in ("out", "workers", "part")),
     ):
         value = getattr(options, flag)
         unset = value is None or value is False
@@ -102,8 +109,12 @@ def run(options: argparse.Namespace) -> int:
     require((options.index or 0) >= 0, "--index", options.index, "expected 0 or more")
     path, words = split_words(options.words)
     fields = {field: getattr(options, flag) for flag, field in FIELDS.items()}
-    fields |= fields_of_flags(argparse.Namespace(**vars(options), out=None))
+    fields |= fields_of_flags(argparse.Namespace(**{**vars(options), "out": None}))
     overrides = [f"{field}={value}" for field, value in fields.items() if value is not None]
+    if tokenizes:
+        given = overrides + options.words
+        require(not given, "tokenize", given, "expected no fields of fine-tuning")
+        return tokenize_text(options)
     data = open_finetune_set(
         options.model,
         options.data,
@@ -114,6 +125,28 @@ def run(options: argparse.Namespace) -> int:
         collect=not shows,
     )
     return show_example(data, options) if shows else check(data, options)
+
+
+def tokenize_text(options: argparse.Namespace) -> int:
+    """Write a part of a folder of tokens, and print its counts."""
+    from transom.checkpoints.open_model import load_tokenizer
+    from transom.data.text.sources import SourceArgs
+    from transom.data.text.tokenizing import tokenize
+
+    require(bool(options.out), "--out", options.out, "expected a folder or a URL")
+    manifest, report = tokenize(
+        SourceArgs(options.data),
+        load_tokenizer(options.model, options.revision),
+        options.out,
+        workers=options.workers,
+        part=options.part or "1/1",
+        progress=not options.json,
+    )
+    state = "parts are missing" if manifest["shards"] is None else "all parts are there"
+    notice("; ".join([f"{options.out}: {state}", *report.counts()]))
+    if options.json:
+        emit_json({"out": options.out, **manifest})
+    return 0
 
 
 # -- check -----------------------------------------------------------------------------------------

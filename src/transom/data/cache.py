@@ -125,15 +125,17 @@ def shard_writer(
 
 
 def read_shard(
-    folder: Path, name: str, dtypes: Mapping[str, str]
+    folder: Path, name: str, dtypes: Mapping[str, str], *, ids: bool = True
 ) -> tuple[dict[str, NDArray[Any]], list[str]]:
-    """Return the columns of a shard and `offsets` as memory maps, and the ids of its rows."""
+    """Return the columns of a shard and `offsets` as memory maps, and the ids of its rows, or none
+    without `ids`.
+    """
     columns: dict[str, NDArray[Any]] = {}
     for column, dtype in {**dtypes, "offsets": "int64"}.items():
         path = folder / f"{name}.{column}"
         empty = path.stat().st_size == 0  # the system can't map an empty file
         columns[column] = np.zeros(0, dtype) if empty else np.memmap(path, dtype=dtype, mode="r")
-    return columns, json.loads((folder / f"{name}.ids.json").read_text())
+    return columns, json.loads((folder / f"{name}.ids.json").read_text()) if ids else []
 
 
 def with_progress(items: Iterable[T], what: str, total: int | None, shown: bool) -> Iterator[T]:

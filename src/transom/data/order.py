@@ -123,18 +123,14 @@ class Mixture:
         seed: int,
         rows_per_step: int = 1,
     ) -> None:
-        expected = f"expected a number above 0 for each of the {len(orders)} sources"
         plans = [[(0, one)] if isinstance(one, int | float) else list(one) for one in weights]
         starts = sorted({step for plan in plans for step, _ in plan} | {0})
-        # [changes, sources]; a source without a weight at step 0 fails the check.
+        # [changes, sources]; NaN for a source without a weight at step 0.
         table = np.array([[_weight_at(plan, step) for plan in plans] for step in starts])
-        positive = all(plan[0][1] > 0 for plan in plans if len(plan) == 1)
-        usable = positive and bool(np.all((table >= 0) & (table < np.inf)))
-        fits = len(orders) == len(weights) > 0 and usable
+        usable = bool(np.all((table >= 0) & (table < np.inf)) and table.any(axis=1).all())
+        expected = f"expected 0 or more for each of the {len(orders)} sources, not all 0 at a step"
+        fits = len(orders) == len(plans) > 0 and usable
         require(fits, "weights", tuple(weights), expected)
-        empty = next((one for one, row in zip(starts, table, strict=True) if not row.any()), None)
-        expected = "expected a source with a weight above 0 at every step"
-        require(empty is None, "weights", f"0 for all sources from step {empty}", expected)
         self._orders = list(orders)
         shares = np.cumsum(table, axis=1)
         self._edges = shares / shares[:, -1:]  # ends at exactly 1, as dividing by np.sum would not

@@ -6,6 +6,7 @@ Nothing in `training` knows how ranks communicate. With one rank each method ret
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ BUCKET = 1 << 23  # numbers of gradients that one call sums
 class Ranks:
     """The ranks that train one model, and the place of this process among them.
 
-    All ranks must call each method in the same order, except `say`, `verbose`, `share` and `cut`.
+    All ranks must call each method in the same order, except `say`, `verbose`, `share`, `cut` and
+    `notices_of_first`.
 
     Args:
         rank: Index of this process, from 0.
@@ -57,6 +59,13 @@ class Ranks:
         """Print a notice if there is a message and this process is `verbose`."""
         if message and self.verbose:
             notice(message)
+
+    @contextlib.contextmanager
+    def notices_of_first(self) -> Iterator[None]:
+        """Print the notices of the block on rank 0 only, for work that every rank does alike."""
+        silent = contextlib.redirect_stderr(io.StringIO())
+        with silent if self.rank else contextlib.nullcontext():
+            yield
 
     @property
     def divided(self) -> bool:

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from transom.base.errors import RequestError, WorkError, notice, require
 from transom.base.runtime import machine
 from transom.base.version import __version__
-from transom.data.text.shards import Corpus, TokenFile, prepare
+from transom.data.text.shards import Corpus, TokenFile
 from transom.data.text.sources import SourceArgs
+from transom.data.text.token_folder import open_corpus
 from transom.evaluation.answers import score_answers
 from transom.evaluation.bits import score_each
 from transom.evaluation.choices import score_choices
@@ -88,7 +89,7 @@ def score_text(model: EvalModel, data: DataSet, args: EvalArgs) -> TaskResult:
     expected = f"expected 1 to {longest}, the model's max_seq_len"
     require(window <= longest, "window", window, expected)
     stride = max(1, window // 2) if args.stride is None else args.stride
-    corpus = prepare(SourceArgs(data.path), tokenizer, progress=args.progress)
+    corpus = open_corpus(SourceArgs(data.path), tokenizer, progress=args.progress)
     _notice_left_out(data.path, corpus)
     documents = _first(corpus.train, args.limit)
     each = score_each(

@@ -147,7 +147,7 @@ def test_an_example_that_cannot_be_encoded_is_named(tmp_path: Path, processes: i
 
 
 def test_a_process_that_ends_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "WORKER", "raise SystemExit(3)")
+    monkeypatch.setattr("transom.data.processes.WORKER", "raise SystemExit(3)")
     examples = find_examples(conversations(tmp_path / "a.jsonl"))
     with pytest.raises(WorkError, match="ended with status 3"):
         prepare_chats([examples], encoder(), tmp_path / "cache", processes=2)

@@ -7,27 +7,22 @@ settings of the encoder. A second run and a resumed run therefore read what the 
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
-import pickle
-import signal
-import subprocess
-import sys
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, cycle, islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from transom.base.errors import RequestError, WorkError, collected_notices, notice, require
+from transom.base.errors import RequestError, collected_notices, notice, require
 from transom.data.cache import cache_entry, read_shard, shard_writer, with_progress
 from transom.data.chat.conversations import ChatExample
 from transom.data.chat.finetune_sets import Examples
 from transom.data.chat.rows import ChatEncoder, EncodedChats
 from transom.data.chat.turns import EncodedChat
+from transom.data.processes import mapped, usable_cores
 from transom.data.row_kinds import Problem
 
 FORMAT = 3  # increase it when the files or the rows change, so that older entries are not found
@@ -36,7 +31,6 @@ COLUMNS = {"tokens": "int32", "weights": "float32", "labels": "int8"}
 NO_LABEL = -1
 CHUNK_EXAMPLES = 64
 EXAMPLES_PER_PROCESS = 1000  # a process takes about as long to start as it takes to encode these
-WORKER = "from transom.data.chat.shards import encode_chunks; encode_chunks()"
 Chunk = tuple[EncodedChats, list[Problem], list[str]]  # with notices
 
 
@@ -90,9 +84,7 @@ def prepare_chats(
 
 def usable_processes(examples: int) -> int:
     """Return how many processes encode this number of examples fastest on this machine."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = os.cpu_count() or 1 if affinity is None else len(affinity(0))
-    return max(1, min(cores, examples // EXAMPLES_PER_PROCESS))
+    return max(1, min(usable_cores(), examples // EXAMPLES_PER_PROCESS))
 
 
 def _add_problems(found: list[Problem], problems: list[Problem] | None) -> None:
@@ -109,66 +101,10 @@ def _add_problems(found: list[Problem], problems: list[Problem] | None) -> None:
 def encoded_chunks(
     encoder: ChatEncoder, examples: Iterable[ChatExample], processes: int
 ) -> Iterator[Chunk]:
-    """Yield the rows, the problems and the notices of each `CHUNK_EXAMPLES` examples, in order.
-
-    The processes are started by a command of their own, not by `multiprocessing`, because that
-    would run the user's script again, or copy the threads and locks of torch. Each one has at most
-    one chunk, so the examples are read as they are needed.
-    """
+    """Yield the rows, the problems and the notices of each `CHUNK_EXAMPLES` examples, in order."""
     rest = iter(examples)
     chunks = iter(lambda: list(islice(rest, CHUNK_EXAMPLES)), [])
-    if processes == 1:
-        yield from (_encode(encoder, chunk) for chunk in chunks)
-        return
-    command = [sys.executable, "-P", "-c", WORKER]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
-    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": env}
-    workers = [subprocess.Popen(command, **pipes) for _ in range(processes)]
-    try:
-        for worker in workers:
-            _send(worker, encoder)
-        busy: deque[Any] = deque()
-        for worker, chunk in zip(cycle(workers), chunks, strict=False):
-            if len(busy) == processes:
-                yield _receive(busy.popleft())
-            _send(worker, chunk)
-            busy.append(worker)
-        while busy:
-            yield _receive(busy.popleft())
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.communicate()
-
-
-def _send(worker: Any, value: object) -> None:
-    with contextlib.suppress(BrokenPipeError):  # `_receive` reports that the process has ended
-        pickle.dump(value, worker.stdin)
-        worker.stdin.flush()
-
-
-def _receive(worker: Any) -> Chunk:
-    try:
-        chunk: Chunk = pickle.load(worker.stdout)
-    except (EOFError, pickle.UnpicklingError):
-        message = f"a process that encodes examples ended with status {worker.wait()}"
-        raise WorkError(message) from None
-    return chunk
-
-
-def encode_chunks() -> None:
-    """Read an encoder and chunks of examples from standard input, and write the encoded chunks."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # nothing else may write into the pipe
-    encoder: ChatEncoder = pickle.load(sys.stdin.buffer)
-    with contextlib.suppress(EOFError):
-        while True:
-            chunk = pickle.load(sys.stdin.buffer)
-            with contextlib.redirect_stderr(io.StringIO()):  # the parent prints the notices
-                encoded = _encode(encoder, chunk)
-            pickle.dump(encoded, out)
-            out.flush()
+    return mapped(partial(_encode, encoder), chunks, processes)
 
 
 def _encode(encoder: ChatEncoder, chunk: Sequence[ChatExample]) -> Chunk:

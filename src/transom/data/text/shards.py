@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,18 +28,21 @@ class TokenFile:
 
     Attributes:
         tokens: The ids of all documents, uint16 or uint32 [tokens], memory-mapped.
-        offsets: Where each document begins in `tokens`, int64 [documents + 1].
+        offsets: Where each document begins, if nothing is between them, int64 [documents + 1].
         bytes: The length of each text in bytes of UTF-8, int64 [documents].
         ids: The id of each document.
+        places: Where each document begins in `tokens` if others are between them, int64
+            [documents].
     """
 
-    tokens: NDArray[Any]
+    tokens: Any
     offsets: NDArray[np.int64]
     bytes: NDArray[np.int64]
-    ids: list[str]
+    ids: Sequence[str]
+    places: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.bytes)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -48,7 +51,8 @@ class TokenFile:
 
     def document(self, index: int) -> NDArray[Any]:
         """Return the ids of one document, [tokens]."""
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+        first = (self.offsets if self.places is None else self.places)[index]
+        return self.tokens[first : first + self.offsets[index + 1] - self.offsets[index]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,14 +126,14 @@ def _write_parts(
     documents: Iterable[Document], tokenizer: Tokenizer, folder: Path, fraction: float, sha256: str
 ) -> dict[str, Any]:
     """Write both parts into a folder and return the metadata of the entry."""
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    dtype = token_dtype(tokenizer)
     digest = hashlib.sha256()
     unknown = 0
     with (
         shard_writer(folder, TRAIN, {"tokens": dtype, "bytes": "int64"}) as train,
         shard_writer(folder, HELD_OUT, {"tokens": dtype, "bytes": "int64"}) as rest,
     ):
-        for batch in _batched(_hashed(documents, digest)):
+        for batch in batched(_hashed(documents, digest)):
             encoded = tokenizer.encode_batch([document.text for document in batch])
             for document, ids in zip(batch, encoded, strict=True):
                 append = rest if held_out(document.id, fraction) else train
@@ -138,6 +142,11 @@ def _write_parts(
     if digest.hexdigest() != sha256:
         raise WorkError("the texts of the source changed while they were read; run it again")
     return {"dtype": dtype, "unknown_tokens": unknown}
+
+
+def token_dtype(tokenizer: Tokenizer) -> str:
+    """Return the dtype of ids in files."""
+    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
 
 def _open(folder: Path, part: str, dtype: str) -> TokenFile:
@@ -154,7 +163,7 @@ def _hashed(documents: Iterable[Document], digest: hashlib._Hash) -> Iterator[Do
         yield document
 
 
-def _batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Yield lists of documents with about `BATCH_CHARACTERS` characters, or one longer document."""
     batch: list[Document] = []
     characters = 0

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, field
 from fnmatch import fnmatchcase
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,11 +26,13 @@ TEXT_KEY = "text"  # of a row of JSON, and the column of a Parquet file
 EXPECTED = "expected UTF-8 text, .jsonl, .json or .parquet"
 BINARY_PROBE_BYTES = 8192
 HEAD, TAIL = "#head", "#tail"  # of the id of a single document that is cut in two
-# Files that tell a run, which changes while it trains, or an entry of the cache.
+MANIFEST = "tokenized.json"  # of a folder of tokens that `transom data tokenize` wrote
+# Files that tell a run, which changes while it trains, an entry of the cache, or tokens.
 OWN_FOLDERS = (
     ("config.yaml", "run.json"),
     ("meta.json", "train.tokens"),
     ("meta.json", "rows.tokens"),
+    (MANIFEST,),
 )
 OWN = "folders of runs or of cached tokens left out"
 PATTERNS = "names or globs of files, folders"
@@ -64,16 +65,13 @@ class SourceArgs:
     def __post_init__(self) -> None:
         check_bounds(self)
         require(bool(self.path), "path", self.path, "expected a file, a folder or a glob")
-        if isinstance(self.weight, tuple):
-            steps = [step for step, _ in self.weight]
-            rising = steps[:1] == [0] and all(one < other for one, other in pairwise(steps))
-            fits = rising and all(0 <= weight < math.inf for _, weight in self.weight)
-            expected = (
-                "expected [step, weight] from step 0 on, each step once, weights of 0 or more"
-            )
-        else:
-            fits, expected = 0 < self.weight < math.inf, "expected a finite number of more than 0"
-        require(fits, "weight", self.weight, expected)
+        plan = self.weight if isinstance(self.weight, tuple) else ((0, self.weight),)
+        steps = [step for step, _ in plan]
+        fits = steps == sorted({0, *steps}) and all(0 <= one < math.inf for _, one in plan)
+        expected = (
+            "expected a finite number of more than 0, or a list of [step, weight] from step 0"
+        )
+        require(fits and self.weight != 0, "weight", self.weight, expected)
 
 
 class Document(NamedTuple):
@@ -112,11 +110,18 @@ class ReadReport:
         )
 
 
-def require_whole(source: SourceArgs, reader: str) -> None:
-    """Raise `RequestError` for the fields of a source that only plain text has."""
-    for name, unset in (("weight", 1.0), ("include", ()), ("exclude", ())):
+def require_whole(
+    source: SourceArgs, reader: str, names: Sequence[str] = ("weight", "include", "exclude")
+) -> None:
+    """Raise `RequestError` for the fields of a source that its reader does not know."""
+    for name in names:
         value = getattr(source, name)
-        require(value == unset, f"data.sources {name}", value, f"expected no {name} for {reader}")
+        require(
+            value == (1.0 if name == "weight" else ()),
+            f"data.sources {name}",
+            value,
+            f"expected no {name} for {reader}",
+        )
 
 
 def read_documents(source: SourceArgs, report: ReadReport | None = None) -> Iterator[Document]:
@@ -129,8 +134,7 @@ def read_documents(source: SourceArgs, report: ReadReport | None = None) -> Iter
         RequestError: The source is missing, can't be read, or has no text.
     """
     report = ReadReport() if report is None else report
-    files = _list_files(source, report)
-    report.files = len(files)
+    files = list_files(source, report)
     return _read_all(source, files, report)
 
 
@@ -156,17 +160,31 @@ def held_out(document_id: str, fraction: float) -> bool:
     """Return whether a document is held out, which depends on nothing but its id."""
     if document_id.endswith((HEAD, TAIL)):
         return document_id.endswith(TAIL)
+    return draw_of(document_id) < fraction * 2**64
+
+
+def draw_of(document_id: str) -> int:
+    """Return a number below 2**64 by the hash of an id. The smallest ones are held out."""
     digest = hashlib.sha256(f"held out: {document_id}".encode(errors="surrogateescape")).digest()
-    return int.from_bytes(digest[:8]) < fraction * 2**64
+    return int.from_bytes(digest[:8])
 
 
-class _File(NamedTuple):
+class TextFile(NamedTuple):
+    """One file of a source.
+
+    Attributes:
+        path: The file.
+        id: Its path below the source.
+        named: Whether the source is this file, so that a fault is an error.
+    """
+
     path: Path
     id: str
-    named: bool = False  # given by its own path, so that a fault is an error
+    named: bool = False
 
 
-def _read_all(source: SourceArgs, files: Sequence[_File], report: ReadReport) -> Iterator[Document]:
+def read_files(files: Sequence[TextFile], report: ReadReport) -> Iterator[Document]:
+    """Yield the documents of files that have text, and count them and the others in `report`."""
     for file in files:
         with readable(file.path):
             for document in _read_file(file, report):
@@ -175,6 +193,12 @@ def _read_all(source: SourceArgs, files: Sequence[_File], report: ReadReport) ->
                     yield document
                 else:
                     report.notes["empty documents left out"] += 1
+
+
+def _read_all(
+    source: SourceArgs, files: Sequence[TextFile], report: ReadReport
+) -> Iterator[Document]:
+    yield from read_files(files, report)
     if not report.documents:
         found = [counted(report.files, "file"), *report.counts()] if report.files else ["no files"]
         raise RequestError(f"path: got {source.path!r}; expected text (found {', '.join(found)})")
@@ -183,11 +207,22 @@ def _read_all(source: SourceArgs, files: Sequence[_File], report: ReadReport) ->
 # -- which files -----------------------------------------------------------------------------------
 
 
-def _list_files(source: SourceArgs, report: ReadReport) -> list[_File]:
-    """Return the files of a source in the order of their ids, without those that are excluded."""
+def is_tokenized(path: str) -> bool:
+    """Return whether a source is a folder of tokens: a URL, or a folder with a manifest."""
+    return "://" in path or (Path(path).expanduser() / MANIFEST).is_file()
+
+
+def list_files(source: SourceArgs, report: ReadReport) -> list[TextFile]:
+    """Return the files of a source in the order of their ids, without those that are excluded.
+
+    Raises:
+        RequestError: The source is missing, can't be read, or has tokens.
+    """
     path = Path(source.path).expanduser()
+    expected = "expected text; tokens are only read with the tokenizer that made them"
+    require(not is_tokenized(source.path), "path", source.path, expected)
     if path.is_file():
-        found = [_File(path, path.name, named=True)]
+        found = [TextFile(path, path.name, named=True)]
     elif path.is_dir():
         found = list(_walk(path, path, report))
     else:
@@ -196,10 +231,11 @@ def _list_files(source: SourceArgs, report: ReadReport) -> list[_File]:
         found = list(_match(str(path), report))
     kept = [file for file in found if _selected(file.id, source)]
     report.notes["files left out by include and exclude"] = len(found) - len(kept)
+    report.files = len(kept)
     return sorted(kept, key=lambda file: file.id)
 
 
-def _walk(folder: Path, root: Path, report: ReadReport) -> Iterator[_File]:
+def _walk(folder: Path, root: Path, report: ReadReport) -> Iterator[TextFile]:
     """Yield the files below a folder, with ids below `root`."""
     with readable(folder):
         paths = list(folder.iterdir())
@@ -207,7 +243,7 @@ def _walk(folder: Path, root: Path, report: ReadReport) -> Iterator[_File]:
         if path.name.startswith("."):
             report.notes["hidden paths left out"] += 1
         elif path.is_file():
-            yield _File(path, path.relative_to(root).as_posix())
+            yield TextFile(path, path.relative_to(root).as_posix())
         elif path.is_symlink() or not path.is_dir():
             report.notes["paths left out (links to folders, special files)"] += 1
         elif is_own_folder(path):
@@ -221,7 +257,7 @@ def is_own_folder(folder: Path) -> bool:
     return any(all((folder / name).is_file() for name in names) for names in OWN_FOLDERS)
 
 
-def _match(pattern: str, report: ReadReport) -> Iterator[_File]:
+def _match(pattern: str, report: ReadReport) -> Iterator[TextFile]:
     """Yield the files that a glob matches. As in a shell, hidden files need a dot in the glob."""
     parts = Path(pattern).parts
     plain = next(i for i, part in enumerate(parts) if glob.has_magic(part))
@@ -234,7 +270,7 @@ def _match(pattern: str, report: ReadReport) -> Iterator[_File]:
     report.notes[OWN] += len(own)
     for path in paths:
         if own.isdisjoint(path.parents):
-            yield _File(path, path.relative_to(root).as_posix())
+            yield TextFile(path, path.relative_to(root).as_posix())
 
 
 def _selected(id: str, source: SourceArgs) -> bool:
@@ -250,7 +286,7 @@ def _selected(id: str, source: SourceArgs) -> bool:
 # -- what is in them -------------------------------------------------------------------------------
 
 
-def _read_file(file: _File, report: ReadReport) -> Iterator[Document]:
+def _read_file(file: TextFile, report: ReadReport) -> Iterator[Document]:
     format = row_format(file.path)
     if format is not None and (format != "json" or file.named or _has_text_rows(file.path)):
         return _read_text_rows(file, report)
@@ -267,7 +303,7 @@ def _has_text_rows(path: Path) -> bool:
         return False
 
 
-def _read_text(file: _File, report: ReadReport) -> Iterator[Document]:
+def _read_text(file: TextFile, report: ReadReport) -> Iterator[Document]:
     with open_bytes(file.path) as stream:
         content = stream.read(BINARY_PROBE_BYTES)
         if b"\0" in content:
@@ -285,7 +321,7 @@ def _read_text(file: _File, report: ReadReport) -> Iterator[Document]:
         yield Document(file.id, text)
 
 
-def _read_text_rows(file: _File, report: ReadReport) -> Iterator[Document]:
+def _read_text_rows(file: TextFile, report: ReadReport) -> Iterator[Document]:
     """Yield the text of every row. Raise `RequestError` for a row without text, unless it is
     null.
     """

@@ -79,9 +79,10 @@ def open_finetune_data(
     if objective == "grpo":
         return _questions(args, train, measured, encoder, ranks, hashes)
     progress = ranks.verbose
-    rows = prepare_chats(train, encoder, args.data.cache_dir, progress=progress)
-    rows.check()
-    held = prepare_chats(measured, encoder, args.data.cache_dir, progress=progress)
+    with ranks.notices_of_first():
+        rows = prepare_chats(train, encoder, args.data.cache_dir, progress=progress)
+        rows.check()
+        held = prepare_chats(measured, encoder, args.data.cache_dir, progress=progress)
     if any(measured) and not held.items:
         notice(f"held out: {held}; no token with loss is left, so there is no score")
     if objective == "kto" and len(held.items) == 1:

@@ -21,8 +21,9 @@ from transom.data.labelled import (
 )
 from transom.data.order import Batches
 from transom.data.text.batches import TextBatches
-from transom.data.text.shards import Corpus, TokenFile, prepare
+from transom.data.text.shards import Corpus, TokenFile
 from transom.data.text.sources import SourceArgs, require_whole
+from transom.data.text.token_folder import open_corpus
 from transom.distributed.ranks import Ranks
 from transom.planning.tables import counted
 from transom.tokenizers.tokenizer import Tokenizer
@@ -72,13 +73,14 @@ def open_data(
         return _labelled(args, model_args.head, tokenizer, ranks)
     corpora: dict[str, Corpus] = {}
     for source in args.data.source_list:
-        corpora[source.label] = prepare(
-            source,
-            tokenizer,
-            args.data.cache_dir,
-            held_out_fraction=args.data.held_out,
-            progress=ranks.verbose,
-        )
+        with ranks.notices_of_first():
+            corpora[source.label] = open_corpus(
+                source,
+                tokenizer,
+                args.data.cache_dir,
+                held_out_fraction=args.data.held_out,
+                progress=ranks.verbose,
+            )
         ranks.say(_describe(source, corpora[source.label]))
     rows_per_step = args.data.rows_per_step
     batches = TextBatches(
@@ -139,7 +141,7 @@ def _describe(source: SourceArgs, corpus: Corpus) -> str:
     return ", ".join(
         (
             f"{source.label}: {counted(len(train), 'document')}, "
-            f"{counted(len(train.tokens), 'token')} to train on; "
+            f"{counted(int(train.offsets[-1]), 'token')} to train on; "
             f"{counted(len(held_out), 'document')}, "
             f"{counted(int(held_out.bytes.sum()), 'byte')} held out",
             *counts,

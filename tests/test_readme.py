@@ -149,6 +149,7 @@ def test_every_verb_has_an_example():
 def test_commands_and_python_blocks_run(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("TRANSOM_CACHE", str(workplace / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))  # of the processes of --nproc
     shorten(monkeypatch)
     lines = ["transom demo --json"]
     for page in PAGES:

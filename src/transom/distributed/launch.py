@@ -93,8 +93,8 @@ def launch(words: Sequence[str], ranks: int, *, max_restarts: int = 0) -> int:
     """Run `transom WORDS` in several processes of this machine, which are the ranks of one run.
 
     The agent of torchrun starts them, and ends all of them when one ends with an error. SIGINT,
-    SIGTERM and SIGHUP reach every rank, which then has `SAVING` seconds before it is killed (30
-    with torch before 2.12, and in any case if TORCH_ELASTIC_SHUTDOWN_TIMEOUT says so).
+    SIGTERM and SIGHUP reach every rank, which then has TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds
+    (default: `SAVING`; with torch 2.11 always 30) before it is killed.
 
     Args:
         words: A verb that trains, and its arguments.

@@ -52,6 +52,7 @@ CPU_NAMES = (
     "speculative",
     "quantize",
     "rehearsal",
+    "scale",
     "demo",
 )
 GPU_ONLY = ("gpu_decode", "gpu_training")

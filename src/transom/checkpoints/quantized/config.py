@@ -145,7 +145,7 @@ def _bitsandbytes(own: ForeignConfig) -> Quantization:
 def _fp8(own: ForeignConfig) -> Quantization:
     own.expect("fmt", "e4m3")
     scheme = own.get("activation_scheme")
-    own.note(f"activation_scheme = {scheme!r}: inputs of products keep their dtype, except on GPUs")
+    own.note(f"activation_scheme = {scheme!r}: only GPUs that multiply 8-bit floats round inputs")
     block = own.get("weight_block_size", [0, 0])
     fits = isinstance(block, list) and [type(n) for n in block] == [int, int] and min(block) >= 0
     own.check(fits, "weight_block_size", "expected two numbers")

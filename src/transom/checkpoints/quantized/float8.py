@@ -1,10 +1,11 @@
 """Weights of 8-bit floats with a scale per block of outputs and inputs, as in DeepSeek-V3.
 
-Blocks of one output stay in codes, and are written. Others are dequantized.
+Weights with blocks of one output stay in codes, and such blocks are written. Weights with other
+blocks are dequantized.
 
-`weight` float8_e4m3fn [out, in], and `weight_scale_inv` [out / block, in / block], rounded up, by
-which it is multiplied. A single scale stands for all. The source is `weight_dequant` in `kernel.py`
-of DeepSeek-V3.
+A module has `weight`, float8_e4m3fn [out, in], and `weight_scale_inv`, the scales by which it is
+multiplied, [out / block, in / block] rounded up. A single scale stands for the whole matrix. The
+source is `weight_dequant` in `kernel.py` of DeepSeek-V3.
 """
 
 from __future__ import annotations

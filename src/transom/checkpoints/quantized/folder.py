@@ -86,8 +86,7 @@ def quantized_groups(
 
     The codes of one method are written: gptq, bitsandbytes or fp8, whichever has most weights.
     Notices count the other codes, which are dequantized, and name the tensors that no other tool
-    reads.
-    With `awq`, all codes are written in that layout.
+    reads. With `awq`, all codes are written in that layout.
 
     Args:
         mappings: The names of the weights in the file, and ours.

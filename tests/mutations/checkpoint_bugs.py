@@ -29,8 +29,8 @@ def permuted_query() -> AbstractContextManager[None]:
         return tensor.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
 
     def make(original: Call) -> Call:
-        def open_parameters(*given: Any) -> dict[str, LazyTensor]:
-            out: dict[str, LazyTensor] = original(*given)
+        def open_parameters(*given: Any, **named: Any) -> dict[str, LazyTensor]:
+            out: dict[str, LazyTensor] = original(*given, **named)
             return {name: one.then(turned) if ".wq." in name else one for name, one in out.items()}
 
         return open_parameters

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from transom.layers.linear import Embedding, GroupedLinear, Linear, grouped_product, per_row
 from transom.lora.args import Scaling, scale_of
+from transom.quantize.leaves import Quantized
 
 Leaf = Linear | GroupedLinear | Embedding
 LEAVES = (Linear, GroupedLinear, Embedding)
@@ -77,9 +78,8 @@ class Replacement(nn.Module):
 
 def weight_delta(leaf: Leaf, lora: LoraWeights) -> Tensor:
     """Return B A in the shape of the leaf's weight, unscaled, in float32 or wider."""
-    # The dtype is that of the first parameter: reading the weight of a quantized leaf would compute
-    # it.
-    own = next(leaf.parameters(recurse=False)).dtype
+    # Reading the weight of a quantized leaf would compute it.
+    own = leaf.weight_dtype if isinstance(leaf, Quantized) else leaf.weight.dtype
     wide = torch.promote_types(torch.promote_types(lora.A.dtype, own), torch.float32)
     product = lora.B.to(wide) @ lora.A.to(wide)
     return product.mT if isinstance(leaf, Embedding) else product

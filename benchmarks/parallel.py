@@ -84,7 +84,8 @@ def measured(degrees: dict[str, int], ranks: int, experts: bool = False) -> dict
     """
     with tempfile.TemporaryDirectory() as folder:
         args = (ranks, folder, degrees, experts)
-        torch.multiprocessing.spawn(_measure, args=args, nprocs=ranks)  # type: ignore[no-untyped-call]
+        spawn: Any = torch.multiprocessing.spawn
+        spawn(_measure, args=args, nprocs=ranks)
         found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
     return {name: max(one[name] for one in found) for name in found[0]}
 

@@ -25,6 +25,11 @@ from transom.distributed.mesh import Meshes
 from transom.distributed.parallelize import parallelize
 from transom.distributed.parts import full_tensor
 from transom.distributed.ranks import ALONE, Ranks
+from transom.lora.apply import apply_lora
+from transom.lora.args import LoraArgs
+from transom.models.llm import LLM
+from transom.quantize.args import QuantizeArgs
+from transom.quantize.methods import quantize_model
 from transom.training.config import read_config
 from transom.training.loop.run_data import RunData
 from transom.training.loop.run_folder import RunFolder
@@ -51,6 +56,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "experts": {**SIZES, "moe_args": {**EXPERTS, "aux_loss_coef": 0.1, "z_loss_coef": 0.01}},
 }
 FEW = ("llama", "experts")
+# Models with an adapter, and how their frozen weights are quantized.
+TUNED: dict[str, tuple[str, QuantizeArgs | None]] = {
+    "LoRA": ("llama", None),
+    "LoRA on experts": ("experts", None),
+    "LoRA on NF4": ("llama", QuantizeArgs("nf4", group=32)),
+}
 # Gradients of the second step show whether the first one has moved all weights alike.
 MUON = {"optimizer": {"name": "muon", "muon_lr": 0.1, "max_grad_norm": None}}
 FOUR = {"accumulate": 4}
@@ -94,6 +105,11 @@ LAYOUTS = (
     RankCase("expert", {"shard": 4, "expert": 4}, ("experts",)),
     RankCase("FSDP x expert", {"shard": 4, "expert": 2}, ("experts",)),
     RankCase("context x expert", {"shard": 2, "context": 2, "expert": 4}, ("experts",)),
+    RankCase("FSDP, adapters", {"shard": 4}, tuple(TUNED)),
+    RankCase("FSDP x tensor, adapters", {"shard": 2, "tensor": 2}, tuple(TUNED)),
+    RankCase("FSDP x context, adapters", {"shard": 2, "context": 2}, tuple(TUNED)),
+    RankCase("FSDP x expert, adapters", {"shard": 4, "expert": 2}, ("LoRA on experts",)),
+    RankCase("pipeline x FSDP, adapters", {"pipeline": 2, "shard": 2}, tuple(TUNED), FOUR),
     RankCase("pipeline", {"pipeline": 4}, run={"accumulate": 8}),
     RankCase("pipeline, GPipe", {"pipeline": 4}, FEW, {"accumulate": 2}),
     RankCase("pipeline x replicated", {"pipeline": 2, "replicate": 2, "shard": 1}, run=FOUR),
@@ -202,7 +218,7 @@ class _Recorder(Stepper):
 def _steps(layout: RankCase, name: str, ranks: Ranks) -> list[dict[str, Tensor]]:
     """Return losses, the gradient norm and all gradients of two steps."""
     args = read_config(None, base={**_RUN, **layout.run})
-    model = sample_model(ModelArgs.from_dict(MODELS[name]), dtype=layout.dtype).train()
+    model = _model(name, layout.dtype)
     if ranks.meshes is not None:
         parallelize(model, ranks.meshes)
     batches = _Rows(1000, ROWS, ranks.row_rank, ranks.row_ranks)
@@ -216,6 +232,22 @@ def _steps(layout: RankCase, name: str, ranks: Ranks) -> list[dict[str, Tensor]]
         tensors = {key: torch.tensor(value, dtype=layout.dtype) for key, value in numbers.items()}
         results.append({**tensors, **stepper.gradients})
     return results
+
+
+def _model(name: str, dtype: torch.dtype) -> LLM:
+    """Return one of `MODELS`, or one with an adapter that changes its outputs."""
+    base, quantize = TUNED.get(name, (name, None))
+    model = sample_model(ModelArgs.from_dict(MODELS[base]), dtype=dtype).train()
+    if name in TUNED:
+        if quantize is not None:
+            quantize_model(model, quantize, tell=lambda line: None)
+        apply_lora(model, LoraArgs(rank=4), quiet=True)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.requires_grad:
+                    weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+    return model
 
 
 _RUN: dict[str, Any] = {

@@ -38,10 +38,10 @@ def norm_of_one_rank() -> AbstractContextManager[None]:
     """The gradient norm counts the shards of one rank only."""
 
     def make(original: Call) -> Call:
-        def clip(self: Ranks, parameters: Any, limit: float | None) -> Tensor:
+        def clip(self: Ranks, *given: Any) -> Tensor:
             reduced, dist.all_reduce = dist.all_reduce, lambda *_, **__: None
             try:
-                return original(self, parameters, limit)
+                return original(self, *given)
             finally:
                 dist.all_reduce = reduced
 
@@ -99,7 +99,7 @@ def softmax_of_own_rows() -> AbstractContextManager[None]:
             logits: Tensor, target: Tensor, share: Tensor, group: Any
         ) -> tuple[Tensor, Tensor]:
             log = logits.log_softmax(1)
-            return log, original(logits, target, share, group)[1]
+            return log, -log.gather(1, target) * share
 
         return log_softmax
 

@@ -50,28 +50,14 @@ def four_ranks(rank, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with what four ranks found in every layout."""
-    made = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(four_ranks, args=(str(made),), nprocs=4)
-    return made
-
-
-@pytest.fixture(scope="module")
-def alone(folder):
-    return followed(run_args(folder, "alone"))
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_ranks_train_and_score_as_one_process(folder, alone, name):
-    for rank in range(4):
-        found = json.loads((folder / f"{name}{rank}").read_text())
-        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-5)
-        assert found["score"] == pytest.approx(alone["score"], rel=1e-5)
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_a_sample_is_written_once(folder, alone, name):
-    rows = (folder / name / "metrics.jsonl").read_text().splitlines()
-    assert sum("samples" in row for row in map(json.loads, rows)) == 1
+@pytest.mark.slow
+def test_ranks_train_score_and_sample_as_one_process(tmp_path):
+    torch.multiprocessing.spawn(four_ranks, args=(str(tmp_path),), nprocs=4)
+    alone = followed(run_args(tmp_path, "alone"))
+    for name in LAYOUTS:
+        for rank in range(4):
+            found = json.loads((tmp_path / f"{name}{rank}").read_text())
+            assert found["losses"] == pytest.approx(alone["losses"], rel=1e-5), name
+            assert found["score"] == pytest.approx(alone["score"], rel=1e-5), name
+        rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        assert sum("samples" in row for row in map(json.loads, rows)) == 1, name

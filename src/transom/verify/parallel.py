@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from transom.base.errors import WorkError
 from transom.config.model_args import ModelArgs
 from transom.config.parallel_args import ParallelArgs
 from transom.data.batch import NO_TARGET, Batch
@@ -37,11 +31,11 @@ from transom.training.loop.run_parts import RunParts
 from transom.training.loop.step import Stepper
 from transom.training.losses.objectives import NextToken
 from transom.verify.findings import Finding, difference
+from transom.verify.forked_ranks import run_ranks
 from transom.verify.sample_models import VOCABULARY, sample_model
-from transom.verify.tiny_runs import quiet
+from transom.verify.tiny_runs import quiet, temporary_folder
 
 RANKS, ROWS, LENGTH, STEPS = 4, 8, 16, 2
-SECONDS = 300  # within which all ranks must have finished
 # Of losses and of gradients. A mean of means differs by 1e-2, a missing term by more.
 TOLERANCES = {torch.float64: (1e-6, 1e-5), torch.float32: (1e-4, 1e-4)}
 DENSE = {"dim": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 64}
@@ -130,7 +124,7 @@ def check() -> Iterator[Finding]:
     """
     for layout in LAYOUTS:
         limits = dict(zip(("loss", "gradient"), TOLERANCES[layout.dtype], strict=True))
-        shares = run_ranks(layout)
+        shares = shares_of(layout)
         for model in layout.models:
             for kind, limit in limits.items():
                 found = [one for share in shares for one in share if one["case"] == (model + kind)]
@@ -139,50 +133,23 @@ def check() -> Iterator[Finding]:
                 yield Finding("ranks = one process", case, worst["error"], limit, worst["place"])
 
 
-def run_ranks(layout: RankCase) -> list[list[dict[str, Any]]]:
-    """Return what each rank found, from processes that end within a bounded time.
+def shares_of(layout: RankCase) -> list[list[dict[str, Any]]]:
+    """Return what each rank found.
 
     Raises:
         WorkError: If a rank fails or does not finish.
     """
-    # Forked processes need no import. They compute on one thread, since a pool of threads does not
-    # survive a fork.
-    context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with tempfile.TemporaryDirectory(prefix="transom-verify-") as folder:
-        processes = [
-            context.Process(target=_rank, args=(rank, folder, layout)) for rank in range(RANKS)
-        ]
-        for process in processes:
-            process.start()
-        try:
-            for process in processes:
-                process.join(SECONDS)
-        finally:
-            for process in processes:
-                process.kill()
-        codes = [process.exitcode for process in processes]
-        if any(code != 0 for code in codes):  # None did not finish in time
-            text = (Path(folder) / "error").read_text() if Path(folder, "error").exists() else ""
-            raise WorkError(f"verify parallel: {layout.name}: ranks ended with {codes} {text}")
-        return [json.loads((Path(folder) / str(rank)).read_text()) for rank in range(RANKS)]
+    with temporary_folder() as folder:
+        run_ranks(_rank, RANKS, folder, folder, layout)
+        return [json.loads((folder / str(rank)).read_text()) for rank in range(RANKS)]
 
 
-def _rank(rank: int, folder: str, layout: RankCase) -> None:
+def _rank(rank: int, folder: Path, layout: RankCase) -> None:
     """Write what one rank finds, in a process of its own."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     meshes = Meshes.make(ParallelArgs(**layout.degrees), "cpu")
-    found: list[dict[str, Any]] = []
-    try:
-        for model in layout.models:
-            found += _compare(layout, model, Ranks(rank, RANKS, torch.device("cpu"), meshes))
-    except Exception as error:
-        Path(folder, "error").write_text(f"({model}: {type(error).__name__}: {error})")
-        raise
-    Path(folder, str(rank)).write_text(json.dumps(found))
-    dist.destroy_process_group()
-    os._exit(0)  # handlers of the parent process are not those of this one
+    ranks = Ranks(rank, RANKS, torch.device("cpu"), meshes)
+    found = [one for model in layout.models for one in _compare(layout, model, ranks)]
+    (folder / str(rank)).write_text(json.dumps(found))
 
 
 def _compare(layout: RankCase, name: str, ranks: Ranks) -> list[dict[str, Any]]:

@@ -13,13 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from transom.base.runtime import memory_bytes, reset_peak_memory, resident_bytes
-from transom.checkpoints.state import meta_model
 from transom.config.model_args import ModelArgs
 from transom.config.parallel_args import ParallelArgs
 from transom.data.batch import Batch
+from transom.distributed.loading import allocate
 from transom.distributed.mesh import Meshes
-from transom.distributed.parallelize import Division
-from transom.distributed.parts import local_part
+from transom.distributed.parts import copy_full, local_part
 from transom.distributed.pipeline import stage_of
 from transom.training.losses.cross_entropy import head_loss
 from transom.training.optim.args import OptimizerArgs
@@ -95,23 +94,20 @@ def _measure(rank: int, ranks: int, folder: str, degrees: dict[str, int], expert
     store = dist.FileStore(f"{folder}/store", ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     meshes = Meshes.make(ParallelArgs(**degrees), "cpu")
-    _step(Division(meshes, CPU), {**SHAPE, **SMALL})  # what the first step of any model takes
+    _step(meshes, {**SHAPE, **SMALL})  # what the first step of any model takes
     reset_peak_memory(CPU)
     before = resident_bytes()
-    kept = _step(Division(meshes, CPU), {**SHAPE, "moe_args": EXPERTS if experts else None})
+    kept = _step(meshes, {**SHAPE, "moe_args": EXPERTS if experts else None})
     found = {"kept": kept, "peak": memory_bytes(CPU) - before}
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _step(division: Division, shape: dict[str, Any]) -> int:
+def _step(meshes: Meshes, shape: dict[str, Any]) -> int:
     """Take one step; return the bytes of weights, gradients and optimizer state."""
-    model = meta_model(ModelArgs.from_dict(shape))
-    division.divide(model)
-    model.init_weights(0, division.fill)
-    meshes = division.meshes
-    assert meshes is not None, "see `_measure`"
+    model = allocate(ModelArgs.from_dict(shape), meshes, CPU)
+    model.init_weights(0, copy_full)
     optimizer = build_optimizer(
         model, OptimizerArgs(), device_type="cpu", group=meshes.group("weights")
     )

@@ -83,7 +83,7 @@ def test_every_dependency_has_its_reason():
 
 # Code lines of each room. Lower a ceiling when a room shrinks; explain a higher one in the commit.
 CEILINGS = {
-    "base": 780,
+    "base": 785,
     "config": 695,
     "planning": 484,
     "attention": 705,

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks import load
@@ -21,6 +22,7 @@ SMALL = {
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_every_row_is_there(monkeypatch):
     monkeypatch.setattr(
         load, "_imports", lambda rounds: {"benchmark": "load", "case": "imports"}

@@ -36,7 +36,7 @@ def refused(tmp_path, capsys, monkeypatch):
     ("wrong", "message"),
     [
         (["parallel.tensor=3"], "parallel: replicate 1 x shard 1 x context 1 x tensor 3"),
-        (["parallel.tensor=4"], "parallel.tensor: got 4; expected a divisor of the 2 heads"),
+        (["parallel.tensor=4"], "parallel.tensor: got 4; expected a divisor of 2, the greatest"),
         (["parallel.pipeline=4"], "parallel.pipeline: got 4; expected at most the 2 layers"),
         (["parallel.expert=4"], "parallel.expert: got 4; expected a divisor of the 1 experts"),
         (["data.batch_size=6"], "data.batch_size: got 6; expected a multiple of"),
@@ -76,6 +76,7 @@ def test_a_restart_overwrites_no_run_of_its_own_launch(tmp_path, monkeypatch):
     assert launch_id() != launch_id()
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     alone = run(words(tmp_path, f"out={tmp_path}/one", "steps=4"))
     assert alone[0] == 0, alone

@@ -50,9 +50,8 @@ def test_experts_fewer_than_ranks_are_divided_evenly():
     assert found.memory["weights"] == pytest.approx(4 * (experts + others) / 64, rel=0.05)
     rows = 1024 // 64 * TOKENS * 2  # top_k
     calls, sent = found.collectives["expert", "alltoall_base"]
-    counts = 4 * 8 * 8  # of rows per expert, int64, in each layer
-    assert calls == 4 * 5 - 4  # there and back, forward and backward; counts are known
-    assert sent == pytest.approx(16 * 7 / 8 * 4 * rows * 64, rel=0.01, abs=counts)
+    assert calls == 4 * 4  # in each layer, there and back, forward and backward
+    assert sent == pytest.approx(16 * 7 / 8 * 4 * rows * 64, rel=0.01)
 
 
 def test_checkpointing_keeps_one_input_per_block():
@@ -67,7 +66,10 @@ def test_checkpointing_keeps_one_input_per_block():
     ("changes", "message"),
     [
         ({"parallel": {"tensor": 3}}, "got 63; expected 64, the number of ranks"),
-        ({"parallel": {"tensor": 16}}, "parallel.tensor: got 16; expected a divisor of the 8"),
+        (
+            {"parallel": {"tensor": 16}},
+            "parallel.tensor: got 16; expected a divisor of 8, the greatest",
+        ),
         ({"parallel": {"expert": 3}}, "parallel.expert: got 3; expected a divisor of shard x"),
         ({"accumulate": 1024}, "data.batch_size: got 1024; expected a multiple of"),
     ],

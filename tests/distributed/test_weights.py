@@ -20,14 +20,13 @@ from tests.training.finetune.runs import base_folder, chats, preferences, run_ar
 from transom.base.errors import RequestError
 from transom.checkpoints.load import load
 from transom.checkpoints.save import save
-from transom.checkpoints.state import meta_model
 from transom.config.model_args import ModelArgs
 from transom.config.parallel_args import ParallelArgs
 from transom.data.batch import NO_TARGET, Batch
 from transom.distributed.checkpoint import between_steps
-from transom.distributed.loading import load_parts
+from transom.distributed.loading import allocate, load_parts
 from transom.distributed.mesh import Meshes
-from transom.distributed.parallelize import Division, parallelize
+from transom.distributed.parallelize import parallelize
 from transom.distributed.parts import copy_full, full_tensor, local_part
 from transom.distributed.placement import check_leaves
 from transom.lora.apply import apply_lora
@@ -315,19 +314,18 @@ def starts(folder: Path) -> list[tuple[str, Any]]:
     found = []
     for name, degrees in STARTS:
         meshes = Meshes.make(ParallelArgs(**degrees), "cpu")
-        division = Division(meshes, torch.device("cpu"))
+        place = meshes, torch.device("cpu")
         args = ModelArgs.from_dict(MODELS[name])
-        one, model = LLM(args), meta_model(args)
+        one, model = LLM(args), allocate(args, *place)
         one.init_weights(3)
-        division.divide(model)
-        model.init_weights(3, division.fill)
+        model.init_weights(3, copy_full)
         found.append((f"{name} drawn", largest_difference(full_weights(model), full_weights(one))))
         kept, all_of_it = (
             sum(local_part(weight).untyped_storage().nbytes() for weight in some.parameters())
             for some in (model, one)
         )
         assert kept < 0.4 * all_of_it, f"{name}: a rank has {kept} of {all_of_it} bytes"
-        model = load_parts(folder / name, division)
+        model = load_parts(folder / name, *place)
         one = load(folder / name)
         found.append((f"{name} read", largest_difference(full_weights(model), full_weights(one))))
     return found

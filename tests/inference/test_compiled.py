@@ -84,6 +84,7 @@ def test_without_a_compiler_the_steps_are_plain(monkeypatch):
     assert "no working C++ compiler found" in told and len(told) < 400
 
 
+@pytest.mark.slow
 def test_quantized_weights_stay_with_the_products_of_the_cpu(graphs):
     model = quantize_model(random_model(tiny_args()), QuantizeArgs("int8", group=0))
     with collected_notices() as notices:

@@ -1,4 +1,4 @@
-"""Training with products of 8-bit floats: gradients near those of 16 bits, and where it is refused."""
+"""Training in 8-bit floats: gradients near those of 16 bits, and devices that are refused."""
 
 import pytest
 import torch

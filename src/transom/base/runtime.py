@@ -23,6 +23,7 @@ from transom.base.processes import local_rank, local_world_size, world_size
 
 # The names that torch gives to instructions that multiply bfloat16: x86 (two), Arm.
 BFLOAT16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+M_MMAP_THRESHOLD = -3  # malloc.h of glibc
 KEPT_KERNELS = 64  # in the cache of oneDNN: more than a step of one shape needs
 DTYPES = {
     "float32": torch.float32,
@@ -279,6 +280,16 @@ def release_memory() -> None:
     """Give memory that was freed on the CPU back to the system, where the C library is glibc's."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def give_back_freed_memory() -> None:
+    """Let the C library of Linux give freed weights back to the system from now on.
+
+    It would keep freed pieces of up to 32 MiB otherwise, between which gathered weights leave gaps:
+    the resident memory of a rank would be almost that of one process.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
 
 
 def resident_bytes() -> int:

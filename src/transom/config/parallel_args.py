@@ -86,9 +86,12 @@ class ParallelArgs:
             RequestError: If a degree does not divide what it is to divide, or the model has a part
                 that cannot be divided.
         """
-        whole = math.gcd(*(self._units(model)))
-        expected = f"expected a divisor of the {whole} heads and hidden features that layers share"
-        require(whole % self.tensor == 0, "parallel.tensor", self.tensor, expected)
+        common = math.gcd(*self._units(model))
+        expected = (
+            f"expected a divisor of {common}, the greatest common divisor of the numbers of heads, "
+            f"key/value heads and hidden features"
+        )
+        require(common % self.tensor == 0, "parallel.tensor", self.tensor, expected)
         layers = model.n_layers
         expected = f"expected at most the {layers} layers of the model"
         require(self.pipeline <= layers, "parallel.pipeline", self.pipeline, expected)
@@ -107,7 +110,7 @@ class ParallelArgs:
         }
         found = next((name for name, there in unusual.items() if there), None)
         if self.tensor > 1 or self.context > 1 or self.pipeline > 1:
-            expected = "expected a text model without it for tensor, context and pipeline ranks"
+            expected = "expected a model without it: tensor, context and pipeline cannot divide it"
             require(found is None, "parallel: model", found, expected)
 
     def _units(self, model: ModelArgs) -> list[int]:

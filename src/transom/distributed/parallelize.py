@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -14,9 +9,9 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils import _pytree
 
 from transom.base.errors import require
+from transom.base.runtime import give_back_freed_memory
 from transom.distributed.expert_parallel import divide_experts
 from transom.distributed.mesh import Meshes
-from transom.distributed.parts import copy_full
 from transom.distributed.pipeline import divide_layers
 from transom.distributed.tensor_parallel import divide_tensors
 from transom.layers.inputs import TransformerOutput
@@ -24,8 +19,6 @@ from transom.layers.moe import MoE, RouterStatistics
 from transom.lora.adapters import adapted_modules
 from transom.lora.weights import Replacement
 from transom.models.llm import LLM
-
-M_MMAP_THRESHOLD = -3  # malloc.h of glibc
 
 
 def parallelize(model: LLM, meshes: Meshes) -> LLM:
@@ -66,33 +59,10 @@ def parallelize(model: LLM, meshes: Meshes) -> LLM:
     return model
 
 
-@dataclass(frozen=True)
-class Division:
-    """How the ranks of a run take their parts of a model that no rank has in full.
-
-    Attributes:
-        meshes: The ranks; None for one rank, which has everything.
-        device: The device of this rank.
-    """
-
-    meshes: Meshes | None
-    device: torch.device
-
-    def divide(self, model: LLM) -> None:
-        """Divide a model on the meta device, and allocate this rank's parts, not yet filled."""
-        if self.meshes is not None:
-            parallelize(model, self.meshes)
-        model.to_empty(device=self.device)
-
-    def fill(self, weight: Tensor, full: Tensor) -> None:
-        """Copy a full tensor, or this rank's part of it, into a weight."""
-        copy_full(weight, full)
-
-
 def _shard(model: LLM, meshes: Meshes) -> None:
     """Divide weights, gradients and optimizer state over the ranks with different tokens."""
     if meshes.device_type == "cpu":
-        _return_freed_memory()
+        give_back_freed_memory()
     # FSDP2 looks for tensors in inputs and outputs, and pytrees do not know dataclasses.
     for kind in (TransformerOutput, RouterStatistics):
         if kind not in _pytree.SUPPORTED_NODES:
@@ -103,16 +73,6 @@ def _shard(model: LLM, meshes: Meshes) -> None:
     for block in model.layers:
         _fully_shard(block, meshes.fsdp)
     _fully_shard(model, meshes.fsdp)
-
-
-def _return_freed_memory() -> None:
-    """Let the C library of Linux give freed weights back to the system.
-
-    It would keep freed pieces of up to 32 MiB otherwise, between which gathered weights leave gaps:
-    the resident memory of a rank would be almost that of one process.
-    """
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
 
 
 def _fully_shard(module: nn.Module, mesh: DeviceMesh) -> None:

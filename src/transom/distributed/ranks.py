@@ -39,8 +39,8 @@ class Ranks:
         rank: Index of this process, from 0.
         world_size: Number of ranks.
         device: Device of this rank's model.
-        meshes: How the ranks share the model and its rows. None if each has different rows and the
-            model.
+        meshes: How the ranks share the model and its rows. None if every rank has the model and
+            rows of its own.
         quiet: Whether no rank prints what the run does.
     """
 
@@ -93,11 +93,11 @@ class Ranks:
         return self.meshes is not None and self.meshes.args.context > 1
 
     def sum(self, tensor: Tensor) -> None:
-        """Replace a number of this rank's rows by the sum over all rows."""
+        """Replace a count or a sum over this rank's rows by that over all rows of the step."""
         self._reduce(tensor, "rows")
 
     def sum_parts(self, tensor: Tensor) -> None:
-        """Replace a number of this rank's tokens and layers by the sum over all of them."""
+        """Replace a sum over this rank's tokens and layers by that over all tokens and layers."""
         self._reduce(tensor, "parts")
 
     def over_tokens(self, tensor: Tensor) -> Tensor:
@@ -238,8 +238,8 @@ class Ranks:
             made = [call()]
         except BaseException as error:
             failure = error
-        told = failure and (isinstance(failure, RequestError), str(failure))
-        results = self.each((made, told), group)
+        report = failure and (isinstance(failure, RequestError), str(failure))
+        results = self.each((made, report), group)
         if failure is not None:
             raise failure
         for rank, (_, found) in enumerate(results):

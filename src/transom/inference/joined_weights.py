@@ -61,7 +61,7 @@ def _kind(leaf: Any) -> tuple[object, ...] | None:
     """Return what leaves have in common whose parameters can be rows of one tensor; else None."""
     if type(leaf) not in (Linear, QuantizedLinear):
         return None
-    format = getattr(leaf, "format", None)
+    format = leaf.format if isinstance(leaf, QuantizedLinear) else None
     in_rows = format is None or not (format.block or format.ordered)
     observed = leaf._modules or leaf._forward_hooks or leaf._forward_pre_hooks
     own = dict(leaf.named_parameters())

@@ -19,7 +19,6 @@ from transom.checkpoints.load import load
 from transom.checkpoints.open_model import load_tokenizer
 from transom.checkpoints.read_args import read_args
 from transom.distributed.loading import load_parts
-from transom.distributed.parallelize import Division
 from transom.lora.adapters import activate_adapters, active_adapters, adapter_names, remove_adapter
 from transom.lora.apply import apply_lora
 from transom.lora.args import LoraArgs
@@ -108,7 +107,7 @@ def finetune_model(folder: Path, args: TrainArgs, choice: DtypeChoice) -> tuple[
     # Adapters, codes, new rows and a reference are made from full weights, which are divided later.
     plain = finetune.method == "full" and finetune.objective == "sft" and not finetune.new_tokens
     model = (
-        load_parts(folder, Division(choice.ranks.meshes, device))
+        load_parts(folder, choice.ranks.meshes, device)
         if choice.ranks.divided and plain
         else load(folder, str(device), dtype, keep_quantized=keep)
     )

@@ -10,10 +10,9 @@ from transom.checkpoints.files.layout import Format, folder_format
 from transom.checkpoints.files.location import find_model, read_pointer
 from transom.checkpoints.load import load
 from transom.checkpoints.open_model import load_tokenizer
-from transom.checkpoints.state import meta_model
 from transom.data.text.sources import held_out, read_split
-from transom.distributed.loading import load_parts
-from transom.distributed.parallelize import Division
+from transom.distributed.loading import allocate, load_parts
+from transom.distributed.parts import copy_full
 from transom.distributed.ranks import Ranks
 from transom.models.llm import LLM
 from transom.tokenizers.tokenizer import Tokenizer
@@ -56,10 +55,9 @@ def new_parts(args: TrainArgs, run: RunFolder, choice: DtypeChoice, *, resume: b
     tokenizer = _run_tokenizer(args, run, resume, ranks)
     model_args = args.model_args(tokenizer.vocab_size)
     data = open_data(args, model_args, tokenizer, ranks)
-    model, division = meta_model(model_args), Division(ranks.meshes, ranks.device)
-    division.divide(model)
+    model = allocate(model_args, ranks.meshes, ranks.device)
     if not resume or args.dry_run:  # the dry run of a resumed run precedes reading the checkpoint
-        model.init_weights(args.seed, division.fill)
+        model.init_weights(args.seed, copy_full)
     writer = ModelWriter(model, tokenizer, data.labels)
     return RunParts(model, tokenizer, data, _objective(args, model, data, choice), writer)
 
@@ -74,7 +72,7 @@ def continued_parts(args: TrainArgs, choice: DtypeChoice) -> RunParts:
     tokenizer = load_tokenizer(folder)
     ranks = choice.ranks
     model = (
-        load_parts(folder, Division(ranks.meshes, ranks.device))
+        load_parts(folder, ranks.meshes, ranks.device)
         if ranks.divided
         else load(folder, str(ranks.device), "float32", keep_quantized=False)
     ).train()

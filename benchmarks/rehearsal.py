@@ -17,10 +17,11 @@ CASES = {
 RANKS, WORDS = 1024, ("data.seq_len=4096", "data.batch_size=1024", "activation_checkpoint=full")
 # Resident memory at its highest, in bytes, as the last line of the process.
 CODE = """
-import resource, sys
+import sys, torch
+from transom.base.runtime import memory_bytes
 from transom.cli.main import main
 code = main(sys.argv[1:])
-print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(memory_bytes(torch.device("cpu")))
 sys.exit(code)
 """
 

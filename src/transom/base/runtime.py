@@ -8,6 +8,7 @@ import functools
 import os
 import platform
 import random
+import re
 import resource
 import sys
 import time
@@ -257,6 +258,11 @@ def memory_bytes(device: torch.device) -> int:
         _seen_on_mps.append(torch.mps.driver_allocated_memory())
         _seen_on_mps[:] = [max(_seen_on_mps)]
         return _seen_on_mps[0]
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+        if found := re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE):
+            return 1024 * int(found[1])
+    # On Linux it is at least the peak of the process that started this one, and is never reset.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 

@@ -21,6 +21,7 @@ from transom.base.runtime import (
     one_thread,
     pick_device,
     pick_dtype,
+    release_memory,
 )
 from transom.checkpoints.adapters.read import adapter_bytes, load_adapter
 from transom.checkpoints.files.checksums import verify_step
@@ -302,6 +303,7 @@ def _read_weights(folder: Path, source: _Source, absent: Set[int]) -> LLM:
         if coded is not None:
             parts = {key.rpartition(".")[2]: x for key, x in zip(group.keys, tensors, strict=True)}
             replace_weight(found[name], parts, coded.format, plan.dtype)
+            release_memory()  # else glibc keeps what made the parts, up to the size of the weights
         placed |= zip(group.keys, tensors, strict=True)
     warn_nonfinite(counts, where)
     model.load_state_dict(placed, strict=True, assign=True)

@@ -57,18 +57,17 @@ def test_only_quantized_files_have_codes(tmp_path):
 
 
 MEMORY = """
-import resource, sys
+import torch
+from transom.base.runtime import memory_bytes
 from transom.checkpoints.files.location import find_model
 from transom.checkpoints.load import load
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
+cpu = torch.device("cpu")
 file = {file!r}
 find_model(file)
-before = peak()
+before = memory_bytes(cpu)
 model = load(file, keep_quantized=True)
-print(peak() - before)
+print(memory_bytes(cpu) - before)
 """
 
 

@@ -54,17 +54,16 @@ def test_an_adapter_trains_beside_the_codes_and_is_merged(kind, tmp_path, capsys
 
 
 MEMORY = """
-import resource, sys
+import torch
+from transom.base.runtime import memory_bytes
 from transom.checkpoints.load import load
 from transom.checkpoints.files.location import find_model
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
+cpu = torch.device("cpu")
 load({small!r})  # imports everything
-before = peak()
+before = memory_bytes(cpu)
 model = load({folder!r})
-print(peak() - before)
+print(memory_bytes(cpu) - before)
 """
 
 

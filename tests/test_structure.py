@@ -96,7 +96,7 @@ CEILINGS = {
     "quantize": 1_225,
     "lora": 600,
     "chat": 905,
-    "checkpoints": 5_017,
+    "checkpoints": 5_018,
     "distributed": 1_450,
     "data": 2_194,
     "inference": 2_232,

@@ -8,7 +8,6 @@ import functools
 import os
 import platform
 import random
-import re
 import resource
 import sys
 import time
@@ -255,16 +254,19 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
-        _seen_on_mps.append(torch.mps.driver_allocated_memory())
-        _seen_on_mps[:] = [max(_seen_on_mps)]
+        _seen_on_mps[:] = [max([*_seen_on_mps, torch.mps.driver_allocated_memory()])]
         return _seen_on_mps[0]
-    with contextlib.suppress(OSError):
-        status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
-        if found := re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE):
-            return 1024 * int(found[1])
-    # On Linux it is at least the peak of the process that started this one, and is never reset.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+    # On Linux this is at least the peak of the process that started this one, and is never reset.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB on Linux
+    return _stated_bytes(b"VmHWM") or (peak if sys.platform == "darwin" else 1024 * peak)
+
+
+def _stated_bytes(field: bytes) -> int | None:
+    """Return a size that Linux states of this process; None where it states none."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_bytes().splitlines()
+        return next(1024 * int(one.split()[1]) for one in lines if one.startswith(field))
+    return None
 
 
 def large_pages(tensor: torch.Tensor) -> torch.Tensor:
@@ -300,11 +302,7 @@ def give_back_freed_memory() -> None:
 
 def resident_bytes() -> int:
     """Return the resident memory of this process now, or its peak where only that is known."""
-    try:
-        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
-    except OSError:
-        return memory_bytes(torch.device("cpu"))
-    return int(pages) * resource.getpagesize()
+    return _stated_bytes(b"VmRSS") or memory_bytes(torch.device("cpu"))
 
 
 _seen_on_mps: list[int] = []

@@ -102,7 +102,7 @@ CEILINGS = {
     "inference": 2_232,
     "evaluation": 1_416,
     "training": 4_310,
-    "verify": 3_070,
+    "verify": 3_076,
     "cli": 1_923,
 }
 

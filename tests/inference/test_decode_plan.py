@@ -1,5 +1,7 @@
 """Few rows on the CPU run in C++ where it covers a block, and the numbers are those of PyTorch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,9 @@ from transom.inference.step_times import PARTS, measured_steps, table
 from transom.layers.inputs import TransformerInput
 from transom.ops import block as ops
 from transom.ops.build import SWITCH
+from transom.quantize.args import QuantizeArgs
+from transom.quantize.leaves import dequantize_model, quantized_leaves, replace_weight
+from transom.quantize.methods import quantize_model
 
 PROMPTS = [[1, 2, 3, 4, 5, 6], [9, 8, 7]]
 
@@ -35,6 +40,20 @@ def test_greedy_tokens_are_those_of_the_modules(runs, monkeypatch):
     monkeypatch.setenv(SWITCH, "0")
     assert torch.equal(got, generate(model, PROMPTS, max_new_tokens=20))
     assert len(runs) == 19
+
+
+@pytest.mark.parametrize("kind", ["int4", "act-order"])
+def test_blocks_of_quantized_weights_run_in_cpp(kind, runs, monkeypatch):
+    model = random_model(tiny_args(dim=64, hidden_dim=96))
+    quantize_model(model, QuantizeArgs(kind="int4", group=32))
+    for leaf in quantized_leaves(model).values() if kind == "act-order" else ():
+        order = torch.randperm(leaf.shape[-1], generator=torch.Generator().manual_seed(0))
+        form, parts = replace(leaf.format, ordered=True), {**leaf.parts, "order": order.int()}
+        replace_weight(dequantize_model(leaf), parts, form)
+    got = generate(model, PROMPTS, max_new_tokens=20)
+    assert runs == [(0, 2)] * 19
+    monkeypatch.setenv(SWITCH, "0")
+    assert torch.equal(got, generate(model, PROMPTS, max_new_tokens=20))
 
 
 def test_a_block_that_cpp_does_not_cover_runs_as_a_module(runs, capsys):

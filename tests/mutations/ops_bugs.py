@@ -26,6 +26,18 @@ def neighbouring_scale() -> AbstractContextManager[None]:
     return changed(products, "product", make)
 
 
+def ignored_order() -> AbstractContextManager[None]:
+    """Columns of codes in another order are multiplied by the inputs in their order."""
+
+    def make(original: Call) -> Call:
+        def coded_weight(parts: Parts, *rest: Any) -> Any:
+            return original({name: parts[name] for name in parts if name != "order"}, *rest)
+
+        return coded_weight
+
+    return changed(products, "coded_weight", make)
+
+
 def unlimited_plan() -> AbstractContextManager[None]:
     """Blocks in C++ see all earlier keys that the cache has, also in layers with windows."""
     return changed(block, "SlotsArgs", lambda original: lambda **lengths: original())

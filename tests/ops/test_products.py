@@ -1,6 +1,7 @@
 """The leaves use the products in C++ where they can, and the numbers are those of PyTorch."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transom.ops import products
 from transom.ops.build import SWITCH
 from transom.ops.weights import Weight, coded_weight, dense_weight
 from transom.quantize.args import QuantizeArgs
+from transom.quantize.formats import dequantize
 from transom.quantize.methods import quantize_model
 from transom.verify import ops as verify
 
@@ -94,6 +96,23 @@ def test_weights_of_several_formats_share_a_call(rows):
     together = products.multiply(x, weights)
     alone = [products.multiply(x, [weight])[0] for weight in weights]
     assert all(map(torch.equal, together, alone))
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_weights_of_several_orders_share_a_call(rows):
+    """Neighbours of the same order share the inputs in this order, also if they have copies."""
+    orders = [None, torch.arange(63, -1, -1), torch.arange(63, -1, -1), torch.randperm(64), None]
+    weights, expected, x = [], [], torch.randn(rows, 64)
+    for order in orders:
+        format = replace(verify.formats()["int4"], ordered=order is not None)
+        parts = verify.random_parts((20, 64), format)
+        if order is not None:
+            parts["order"].copy_(order)
+        kind = (format.levels, format.scales, format.block)
+        weights.append(coded_weight(parts, *kind, None, torch.float32))
+        expected.append(x @ dequantize(parts, format).T)
+    for y, wanted in zip(products.multiply(x, weights), expected, strict=True):
+        torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_K"])

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "kernel.h"
@@ -398,10 +399,30 @@ struct Call {
     }
 };
 
-}  // namespace
+// Whether the columns of two weights are in the same order.
+bool same_order(const Weight& a, const Weight& b) {
+    if (!a.order || !b.order) return a.order == b.order;
+    return a.order == b.order || !std::memcmp(a.order, b.order, a.inputs * sizeof(int32_t));
+}
 
-void multiply(const float* x, int64_t rows, const Weight* const* weights, int count,
-              float* const* y, int threads, bool accumulate) {
+// x in the order of the columns of a weight.
+const float* in_order(const float* x, int64_t rows, const Weight& weight, int threads) {
+    if (!weight.order) return x;
+    static thread_local std::vector<float> ordered;
+    ordered.resize(rows * weight.inputs);
+    float* to = ordered.data();
+    const auto gather = [&](int64_t row) {
+        const float* from = x + row * weight.inputs;
+        float* own = to + row * weight.inputs;
+        for (int64_t i = 0; i < weight.inputs; ++i) own[i] = from[weight.order[i]];
+    };
+    in_pool(gather, rows, rows < 4 ? 1 : threads);
+    return to;
+}
+
+// `multiply` for weights whose columns are in the order of x.
+void multiply_in_order(const float* x, int64_t rows, const Weight* const* weights, int count,
+                       float* const* y, int threads, bool accumulate) {
     static thread_local std::vector<Job> jobs;
     int64_t work = 0, chunks = 0;
     jobs.resize(count);
@@ -421,6 +442,19 @@ void multiply(const float* x, int64_t rows, const Weight* const* weights, int co
     }
     const Call call{jobs.data()};
     pool().run(Call::chunk, &call, chunks, threads);
+}
+
+}  // namespace
+
+void multiply(const float* x, int64_t rows, const Weight* const* weights, int count,
+              float* const* y, int threads, bool accumulate) {
+    for (int begin = 0, end; begin < count; begin = end) {
+        const Weight& first = *weights[begin];
+        for (end = begin + 1; end < count && same_order(first, *weights[end]);) ++end;
+        const float* ordered = in_order(x, rows, first, threads);
+        multiply_in_order(ordered, rows, weights + begin, end - begin, y + begin, threads,
+                          accumulate);
+    }
 }
 
 extern "C" {

@@ -35,7 +35,8 @@ struct Weight {
     const int8_t* zeros;   // [outputs, inputs / group], or null
     const void* minimums;  // [outputs, inputs / group], or null
     const void* super_minimums;
-    const float* bias;  // [outputs], or null
+    const float* bias;     // [outputs], or null
+    const int32_t* order;  // [inputs]: the input of each column of the codes; null: in order
     int64_t outputs, inputs, group;
     int64_t storage;  // kFloat32, kFloat16, kBFloat16: dense; kInt8, kInt4: codes
     int64_t scale_kind, super_kind;

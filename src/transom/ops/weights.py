@@ -29,6 +29,7 @@ _POINTERS = (
     "minimums",
     "super_minimums",
     "bias",
+    "order",
 )
 _NUMBERS = (
     "outputs",
@@ -98,7 +99,7 @@ def coded_weight(
     inputs = own["codes"].size(1) * (1 if levels is None else 2)
     group = inputs // groups
     super_dtype = parts["super_scales"].dtype if block else torch.float32
-    covered = scales in KINDS and super_dtype in KINDS and "order" not in parts
+    covered = scales in KINDS and super_dtype in KINDS
     if not covered or own["codes"].is_floating_point() or (levels and group % 2):
         return None
     numbers = {"scale_kind": KINDS[scales], "super_kind": KINDS[super_dtype], "block": block}

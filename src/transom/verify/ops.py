@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,7 @@ def formats() -> dict[str, WeightFormat]:
         "int8, zero points": (QuantizeArgs(kind="int8", zero_points=True), torch.float32),
     }
     own = {name: requested(args, dtype) for name, (args, dtype) in kinds.items()}
+    own["int4, act-order"] = replace(own["int4"], ordered=True)
     return own | {name: block.format for name, block in ggml.TYPES.items()}
 
 
@@ -102,13 +104,15 @@ def random_parts(shape: tuple[int, ...], format: WeightFormat) -> Parts:
     generator = torch.Generator().manual_seed(0)
     parts = empty_parts(shape, format, "cpu")
     for name, part in parts.items():
-        if part.dtype.is_floating_point:
-            part.copy_((0.5 + torch.rand(part.shape, generator=generator)) / 128)
-            continue
-        # No scale is the bits of a float of 8 bits that is NaN or negative.
-        least = -128 if part.dtype is torch.int8 and name in ("codes", "zeros") else 0
-        most = 256 if part.dtype is torch.uint8 else 120
-        part.copy_(torch.randint(least, most, part.shape, generator=generator))
+        drawn = torch.rand(part.shape, generator=generator)
+        if name == "order":
+            drawn = drawn.argsort(-1)
+        elif part.dtype.is_floating_point:
+            drawn = (0.5 + drawn) / 128
+        else:  # no scale is the bits of a float of 8 bits that is NaN or negative
+            least = -128 if part.dtype is torch.int8 and name in ("codes", "zeros") else 0
+            drawn = (drawn * ((256 if part.dtype is torch.uint8 else 120) - least)).floor() + least
+        part.copy_(drawn)
     return parts
 
 
